@@ -1,0 +1,1 @@
+"""Benchmarks, run with ``./dev bench``; what they measure and their targets are in their modules."""

@@ -1,0 +1,160 @@
+"""Stroma: guarantees around the steps of an LLM or agent pipeline, and every step in sight.
+
+Every public name can be imported from here; each is loaded when it is first asked for.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stroma.checkpoint import *
+    from stroma.config import *
+    from stroma.context import *
+    from stroma.contracts import *
+    from stroma.cost import *
+    from stroma.failures import *
+    from stroma.groups import *
+    from stroma.hooks import *
+    from stroma.middleware import *
+    from stroma.nodes import *
+    from stroma.runner import *
+    from stroma.schemas import *
+    from stroma.trace import *
+
+_HOMES = {
+    "checkpoint": (
+        "AsyncCheckpointStore",
+        "AsyncInMemoryStore",
+        "CheckpointManager",
+        "CheckpointNotFound",
+        "CheckpointStore",
+        "CorruptCheckpoint",
+        "Fenced",
+        "InMemoryStore",
+        "PipelineChanged",
+        "RedisStore",
+        "RunBusy",
+        "StoreError",
+        "SyncRedisStore",
+    ),
+    "config": ("RunConfig",),
+    "context": ("NodeExecution", "ReliabilityContext", "current_node"),
+    "contracts": (
+        "BoundaryValidator",
+        "ContractRegistry",
+        "ContractViolation",
+        "NodeContract",
+        "StepContract",
+        "StepViolation",
+    ),
+    "cost": (
+        "KNOWN_MODELS",
+        "BudgetExceeded",
+        "CostTracker",
+        "ExecutionBudget",
+        "FallbackPolicy",
+        "ModelHint",
+        "NodeUsage",
+        "StepUsage",
+        "UsageError",
+        "estimate_cost_usd",
+        "resolve_model",
+    ),
+    "failures": (
+        "Classifier",
+        "Failure",
+        "FailureClass",
+        "FailurePolicy",
+        "NodeContext",
+        "RetryBudget",
+        "StepContext",
+        "classify",
+        "default_policy_map",
+    ),
+    "groups": ("map_over", "parallel"),
+    "hooks": ("HookError", "NodeHooks", "StepHooks"),
+    "middleware": ("StromaStep", "execute_step"),
+    "nodes": ("stroma_node", "stroma_step"),
+    "runner": ("Pipeline", "StromaRunner"),
+    "schemas": ("NotSerialisable",),
+    "trace": ("AttemptUsage", "ExecutionResult", "ExecutionTrace", "RunStatus", "TraceEvent"),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "KNOWN_MODELS",
+    "AsyncCheckpointStore",
+    "AsyncInMemoryStore",
+    "AttemptUsage",
+    "BoundaryValidator",
+    "BudgetExceeded",
+    "CheckpointManager",
+    "CheckpointNotFound",
+    "CheckpointStore",
+    "Classifier",
+    "ContractRegistry",
+    "ContractViolation",
+    "CorruptCheckpoint",
+    "CostTracker",
+    "ExecutionBudget",
+    "ExecutionResult",
+    "ExecutionTrace",
+    "Failure",
+    "FailureClass",
+    "FailurePolicy",
+    "FallbackPolicy",
+    "Fenced",
+    "HookError",
+    "InMemoryStore",
+    "ModelHint",
+    "NodeContext",
+    "NodeContract",
+    "NodeExecution",
+    "NodeHooks",
+    "NodeUsage",
+    "NotSerialisable",
+    "Pipeline",
+    "PipelineChanged",
+    "RedisStore",
+    "ReliabilityContext",
+    "RetryBudget",
+    "RunBusy",
+    "RunConfig",
+    "RunStatus",
+    "StepContext",
+    "StepContract",
+    "StepHooks",
+    "StepUsage",
+    "StepViolation",
+    "StoreError",
+    "StromaRunner",
+    "StromaStep",
+    "SyncRedisStore",
+    "TraceEvent",
+    "UsageError",
+    "classify",
+    "current_node",
+    "default_policy_map",
+    "estimate_cost_usd",
+    "execute_step",
+    "map_over",
+    "parallel",
+    "resolve_model",
+    "stroma_node",
+    "stroma_step",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'stroma' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"stroma.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

@@ -1,0 +1,765 @@
+"""The loop: attempt, commit, decide, wait. The only place that calls a node's function.
+
+Every driver (the local runner, ``execute_step``, groups, adapters) enters at :func:`execute`, once per node and
+position. What it does for one attempt, in this order:
+
+1. validate the input, fire start;
+2. call the function, under its timeout;
+3. count the usage, validate the output, reach the verdict on the budget;
+4. commit: one store call, one row of the trace. Nothing that comes later can lose it;
+5. fire success or failure.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import math
+import threading
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, replace
+from time import perf_counter_ns, time_ns
+from typing import Any, Final
+
+from pydantic import BaseModel, RootModel
+
+from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged, StoreError
+from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext
+from stroma.contracts import ContractViolation, NodeContract, as_violation
+from stroma.cost import BudgetExceeded, UsageError, cached_pricer, check_usage, find_pricer
+from stroma.failures import (
+    Failure,
+    FailureClass,
+    FailurePolicy,
+    NodeContext,
+    Retry,
+    Stop,
+    decide,
+    diagnose,
+    policy_for,
+)
+from stroma.hooks import HookNotAsync
+from stroma.nodes import Group, Node
+from stroma.schemas import NotSerialisable, Schema, Snapshot, schema_of
+from stroma.trace import AttemptUsage, Outcome, Row, RunStatus, TraceEvent
+
+__all__ = ["GroupStopped", "Halt", "Kept", "execute", "uninterrupted"]
+
+#: Between tries of a commit that the store refused.
+_STORE_DELAYS: Final = (0.02, 0.1, 0.4)
+_NOTHING: Final = AttemptUsage()
+_NO_RETRIES: Final = FailurePolicy(max_retries=0, backoff_seconds=0.0)
+sleep = asyncio.sleep
+
+
+class Kept(RootModel[Any]):
+    """The output of a node without a contract, as it was returned."""
+
+
+@dataclass(frozen=True, slots=True)
+class Halt:
+    """An execution that stopped for good.
+
+    Attributes:
+        failure: what stopped it.
+        output: what was committed all the same, by an attempt that took the run over its budget.
+    """
+
+    failure: Failure
+    output: BaseModel | None = None
+    partial: bool = False
+
+    @property
+    def status(self) -> RunStatus:
+        """FAILED if trying the same again is pointless, else PARTIAL."""
+        terminal = self.failure.failure_class is FailureClass.TERMINAL and not self.partial
+        return RunStatus.FAILED if terminal else RunStatus.PARTIAL
+
+
+class GroupStopped(Exception):
+    """A child of a group stopped for good; the group fails with the child's own exception."""
+
+    def __init__(self, halt: Halt) -> None:
+        super().__init__(halt)
+        self.halt = halt
+
+
+@dataclass(slots=True)
+class _Step:
+    """What one execution needs at each of its attempts."""
+
+    node: Node | Group
+    input: Schema | None
+    output: Schema
+    compact: bool  # Rows may hold encoded snapshots: the trace knows the schemas.
+    timeout_ms: int | None
+
+
+async def execute(
+    ctx: ReliabilityContext,
+    node: Node | Group,
+    value: BaseModel,
+    position: int,
+    *,
+    branch: str = "",
+    kind: Kind = "node",
+    rows: list[Row | TraceEvent] | None = None,
+    deadline_ns: int | None = None,
+    contract: NodeContract[Any, Any] | None = None,
+) -> BaseModel | Halt:
+    """Run a node at one position until it is committed or has stopped for good.
+
+    ``contract`` wins over the registry, the registry over the marker. The output is committed when this returns it.
+    Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync come out as exceptions, StoreError if what the
+    journal holds of this position does not fit; all else is a Halt.
+    """
+    if ctx.restored:
+        committed = await restore(ctx, node, value, position, branch=branch, kind=kind, contract=contract)
+        if committed is not None:
+            return committed
+    step = _prepare(ctx, node, value, contract)
+    if isinstance(node, Group):
+        kind = "group"
+    run = NodeExecution(
+        ctx, node.node_id, kind, position, branch, ctx.trace.rows if rows is None else rows, deadline_ns
+    )
+    token = CURRENT.set(run)
+    try:
+        while True:
+            run.attempt += 1
+            if ctx.limits:
+                exceeded = ctx.cost_tracker.exceeded(ctx.budget, node.node_id)
+                if exceeded is not None:
+                    # Earlier attempts, siblings or processes have spent it: the next call is never made.
+                    return _refused(run, exceeded)
+            outcome = await _attempt(ctx, run, step, value)
+            if not isinstance(outcome, Failure):
+                return outcome
+            decision = _decide(ctx, run, step, outcome)
+            if isinstance(decision, Stop):
+                ctx.run_logger.info("node %r stopped: %s", node.node_id, decision.why)
+                return Halt(outcome)
+            delay = decision.delay_seconds
+            run.last_failure = outcome
+            if ctx.fire.on_node_retry is not None:
+                arguments = (ctx.run_id, node.node_id, run.attempt + 1, delay, outcome.failure_class)
+                await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)  # noqa: B023
+            ctx.run_logger.info("node %r: attempt %d follows in %.3f s", node.node_id, run.attempt + 1, delay)
+            await sleep(delay)
+    finally:
+        CURRENT.reset(token)
+
+
+def _prepare(
+    ctx: ReliabilityContext, node: Node | Group, value: BaseModel, contract: NodeContract[Any, Any] | None
+) -> _Step:
+    node_id = node.node_id
+    timeout = ctx.step_timeouts.get(node_id) if ctx.step_timeouts else None
+    if isinstance(node, Group):
+        return _Step(node, None, schema_of(node.output(ctx, value)), False, timeout)
+    contract = contract or ctx.contract_of(node)
+    if contract is None:
+        return _Step(node, None, schema_of(Kept), False, timeout)
+    given, promised = schema_of(contract.input_schema), schema_of(contract.output_schema)
+    return _Step(node, given, promised, ctx.trace.adopt(node_id, given, promised), timeout)
+
+
+def _decide(ctx: ReliabilityContext, run: NodeExecution, step: _Step, failure: Failure) -> Retry | Stop:
+    if ctx.limits and ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) is not None:
+        return Stop("the budget is spent")
+    own = ctx.step_policies.get(step.node.node_id) if ctx.step_policies else None
+    if own is None and isinstance(step.node, Group):
+        return decide(
+            failure, _NO_RETRIES
+        )  # Its children had their retries; a group has its own only if asked.
+    policy = policy_for(failure.failure_class, own, ctx.policy_map)
+    if run.repairing:
+        # The attempt was granted, whatever the policy says; it only lends its delay.
+        run.repairing, run.repairs = False, run.repairs + 1
+        return decide(failure, policy.model_copy(update={"max_retries": 1}), attempt=1)
+    return decide(failure, policy, attempt=run.attempt - run.repairs)
+
+
+def _refused(run: NodeExecution, exceeded: BudgetExceeded) -> Halt:
+    if run.last_failure is not None:
+        exceeded.__cause__ = run.last_failure.exception
+    failure = diagnose(exceeded, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
+    run.ctx.run_logger.info("node %r is not called: %s", run.node_id, failure.message)
+    return Halt(failure)
+
+
+# ---------------------------------------------------------------------- one attempt
+
+
+async def _attempt(
+    ctx: ReliabilityContext, run: NodeExecution, step: _Step, value: BaseModel
+) -> BaseModel | Failure | Halt:
+    node, fire, node_id = step.node, ctx.fire, run.node_id
+    task = asyncio.current_task()
+    cancelling = task.cancelling() if task is not None else 0
+    run.usage = _NOTHING
+    started = time_ns()
+    begin = perf_counter_ns()
+    try:
+        state, given, picture = _take(step, value)
+    except Exception as broken:
+        raw = _raw_picture(value)
+        violation = as_violation(node_id, "input", raw, broken)
+        return await _fail(ctx, run, violation, started, 0, raw)
+
+    if fire.on_node_start is not None:
+        try:
+            await fire.fire(
+                "on_node_start",
+                fire.on_node_start,
+                node_id,
+                lambda: (ctx.run_id, node_id, ctx.shown(given.state(state))),
+            )
+        except BaseException as stopped:
+            # The sets that saw the start see the end.
+            await _abandon(ctx, run, started, 0, picture, stopped)
+            raise
+        begin = perf_counter_ns()
+
+    # ---- the call
+    raised: BaseException | None = None
+    returned: Any = None
+    try:
+        if (
+            step.timeout_ms is None
+            and run.inherited_deadline_ns is None
+            and ctx.budget.max_latency_ms is None
+        ):
+            returned = await _call(ctx, run, node, state)
+        else:
+            returned = await _call_in_time(ctx, run, step, state, begin)
+    except BaseException as error:
+        duration = perf_counter_ns() - begin
+        if _passes_through(error, task, cancelling):
+            await _abandon(ctx, run, started, duration, picture, error)
+            raise
+        raised = error
+    else:
+        duration = perf_counter_ns() - begin
+
+    # ---- usage, at once: it is spent whatever becomes of the output
+    bad_usage: UsageError | None = None
+    output: Any = returned
+    if raised is None and isinstance(node, Node):
+        output, bad_usage = _count_returned(run, returned)
+    cancelled = False
+    if run.has_reported:
+        cancelled, unpriced = await _price(ctx, run)
+        bad_usage = bad_usage or unpriced
+    usage = run.usage
+    ctx.cost_tracker.add(
+        node_id,
+        usage.tokens,
+        usage.output_tokens,
+        usage.cost_usd,
+        duration,
+        usage.model,
+        nested=run.branch != "",
+    )
+    if raised is not None:
+        return await _fail(ctx, run, raised, started, duration, picture, cancelled=cancelled)
+
+    # ---- the output
+    try:
+        if isinstance(output, BaseModel) and step.output.model is not Kept:
+            model = step.output.cross(output)
+        else:
+            model = step.output.own(step.output.validate(output))
+    except Exception as broken:
+        violation = as_violation(node_id, "output", output, broken)
+        return await _fail(ctx, run, violation, started, duration, picture, cancelled=cancelled)
+
+    # ---- the verdict, before the commit and part of it
+    failure: Failure | None = None
+    over: BaseException | None = bad_usage
+    if over is None and ctx.limits:
+        over = ctx.cost_tracker.exceeded(ctx.budget, node_id)
+    if over is not None:
+        failure = diagnose(over, NodeContext(node_id, run.attempt, ctx.run_id), ctx.classifiers)
+
+    # ---- the commit: from here on the output is safe from budgets, hooks and cancellation
+    kept = step.output.snapshot(model) if step.compact else step.output.state(model)
+    row = _row(run, started, duration, picture, kept, failure, "success" if failure is None else "failure")
+    try:
+        pending = ctx.session.record(row, step.output, model)
+        problem = None
+        if pending is not None:
+            try:
+                cancelled |= await uninterrupted(pending)
+            except Exception as refused:
+                problem, late = await _record_again(ctx, row, step.output, model, refused)
+                cancelled |= late
+    except NotSerialisable as unkept:
+        return await _fail(ctx, run, unkept, started, duration, picture, cancelled=cancelled)
+    except Exception as refused:
+        problem, late = await _record_again(ctx, row, step.output, model, refused)
+        cancelled |= late
+    if problem is not None:
+        return await _fail(ctx, run, problem, started, duration, picture, cancelled=cancelled)
+    run.rows.append(row)
+
+    # ---- who watches
+    if ctx.limits and fire.on_budget_warning is not None:
+        await _warn(ctx)
+    if failure is not None:
+        _log_failure(ctx, run, failure)
+        if fire.on_node_failure is not None:
+            await _fire_failure(ctx, failure)
+    elif fire.on_node_success is not None:
+        await fire.fire(
+            "on_node_success",
+            fire.on_node_success,
+            node_id,
+            lambda: (ctx.run_id, node_id, ctx.shown(step.output.state(model)), usage.tokens),
+        )
+    if cancelled:
+        raise asyncio.CancelledError
+    return model if failure is None else Halt(failure, output=model)
+
+
+def _take(step: _Step, value: BaseModel) -> tuple[BaseModel, Schema, Snapshot]:
+    """The node's own pristine input, its schema, and its picture for the trace."""
+    if step.input is not None:
+        state = step.input.cross(value)
+        return state, step.input, step.input.snapshot(state) if step.compact else step.input.state(state)
+    schema = schema_of(type(value))
+    if isinstance(step.node, Group):
+        return value, schema, schema.state(value)  # Each child takes its own.
+    return schema.copy(value), schema, schema.state(value)
+
+
+def _raw_picture(value: Any) -> dict[str, Any]:
+    return schema_of(type(value)).state(value) if isinstance(value, BaseModel) else {"value": value}
+
+
+def _row(
+    run: NodeExecution,
+    started: int,
+    duration: int,
+    picture: Snapshot,
+    kept: Snapshot | None,
+    failure: Failure | None,
+    outcome: Outcome,
+) -> Row:
+    usage = run.usage
+    return (
+        run.node_id,
+        run.attempt,
+        started,
+        duration,
+        picture,
+        kept,
+        failure.failure_class if failure is not None else None,
+        failure.message if failure is not None else None,
+        failure.reason if failure is not None else None,
+        outcome,
+        usage.tokens,
+        usage.output_tokens,
+        usage.cost_usd,
+        usage.model,
+        run.position,
+        run.branch,
+        run.children,
+    )
+
+
+async def _fail(
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    exc: BaseException,
+    started: int,
+    duration: int,
+    picture: Snapshot,
+    *,
+    cancelled: bool = False,
+) -> Failure | Halt:
+    """One failed attempt: classified, recorded, shown to the hooks."""
+    halt: Halt | None = None
+    if isinstance(exc, GroupStopped):
+        child = exc.halt.failure
+        failure = Failure(
+            child.exception, child.failure_class, run.node_id, run.attempt, child.message, child.reason,
+            child.retry_after_seconds,
+        )  # fmt: skip
+        if child.reason in ("budget", "store"):
+            halt = Halt(failure, partial=exc.halt.partial)
+    else:
+        failure = diagnose(exc, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
+        if isinstance(exc, ContractViolation) and _may_repair(ctx, run, failure):
+            run.repairing = True
+            failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
+        if isinstance(exc, _Deadline):
+            halt = Halt(failure)
+        elif isinstance(exc, StoreError):
+            failure = Failure(
+                exc, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
+            )
+            halt = Halt(failure, partial=True)
+    row = _row(run, started, duration, picture, None, failure, "failure")
+    run.rows.append(row)
+    if not (halt is not None and failure.reason == "store"):
+        problem, late = await _record(ctx, row)
+        cancelled |= late
+        if problem is not None:
+            stored = Failure(
+                problem, FailureClass.RECOVERABLE, run.node_id, run.attempt, str(problem), "store"
+            )
+            halt = Halt(stored, partial=True)
+    _log_failure(ctx, run, failure)
+    if ctx.limits and ctx.fire.on_budget_warning is not None:
+        await _warn(ctx)
+    if ctx.fire.on_node_failure is not None:
+        await _fire_failure(ctx, failure)
+    if cancelled:
+        raise asyncio.CancelledError
+    return failure if halt is None else halt
+
+
+def _may_repair(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> bool:
+    """Whether the config grants another attempt after an output that broke its contract."""
+    granted = ctx.config.contract_retries.get(run.node_id, 0)
+    direction = getattr(failure.exception, "direction", None)
+    return direction == "output" and failure.failure_class is FailureClass.TERMINAL and run.repairs < granted
+
+
+async def _abandon(
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    started: int,
+    duration: int,
+    picture: Snapshot,
+    why: BaseException,
+) -> None:
+    """The attempt ends without a verdict: cancelled, or the process is told to stop. Its usage counts."""
+    if isinstance(why, GeneratorExit):  # The coroutine is being closed: nothing may be awaited any more.
+        run.rows.append(_row(run, started, duration, picture, None, None, "cancelled"))
+        return
+    if run.has_reported:
+        await _price(ctx, run)
+    usage = run.usage
+    ctx.cost_tracker.add(
+        run.node_id,
+        usage.tokens,
+        usage.output_tokens,
+        usage.cost_usd,
+        duration,
+        usage.model,
+        nested=run.branch != "",
+    )
+    row = _row(run, started, duration, picture, None, None, "cancelled")
+    run.rows.append(row)
+    await _record(ctx, row)
+    calls = ctx.fire.on_node_cancelled
+    if calls is not None and isinstance(why, HookNotAsync):
+        calls = tuple(call for call in calls if call[0] < why.set_index) or None
+    if calls is not None:
+        await ctx.fire.fire("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))
+
+
+async def _fire_failure(ctx: ReliabilityContext, failure: Failure) -> None:
+    arguments = (ctx.run_id, failure.node_id, failure.exception, failure.failure_class)
+    assert ctx.fire.on_node_failure is not None
+    await ctx.fire.fire("on_node_failure", ctx.fire.on_node_failure, failure.node_id, lambda: arguments)
+
+
+def _log_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> None:
+    ctx.run_logger.warning(
+        "node %r failed at attempt %d (%s): %s",
+        run.node_id,
+        run.attempt,
+        failure.failure_class,
+        failure.message,
+    )
+
+
+async def _warn(ctx: ReliabilityContext) -> None:
+    for dimension, used, limit in ctx.due_warnings():
+        arguments = (ctx.run_id, dimension, used, limit)
+        assert ctx.fire.on_budget_warning is not None
+        await ctx.fire.fire("on_budget_warning", ctx.fire.on_budget_warning, None, lambda: arguments)  # noqa: B023
+
+
+# ---------------------------------------------------------------------- calling
+
+
+async def _call(ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, state: BaseModel) -> Any:
+    if isinstance(node, Group):
+        run.children = []
+        return await node.run(ctx, run, state)
+    assert isinstance(node, Node)
+    context = ctx.node_context() if node.wants_context else ctx.context
+    if node.is_async:
+        return await node.call(state, context)
+    returned = await _in_thread(node.call, (state, context))
+    return await returned if isinstance(returned, Awaitable) else returned
+
+
+class _Deadline(BudgetExceeded):
+    """The latency budget ran out under the function in flight."""
+
+    def __reduce__(self) -> Any:
+        return (BudgetExceeded, self.args)
+
+
+async def _call_in_time(
+    ctx: ReliabilityContext, run: NodeExecution, step: _Step, state: BaseModel, begin: int
+) -> Any:
+    """Call under the node's timeout and the run's latency deadline, whichever is nearer."""
+    limit = ctx.budget.max_latency_ms
+    run.deadline_ns = run.inherited_deadline_ns
+    if run.deadline_ns is None and limit is not None:
+        run.deadline_ns = begin + int((limit - ctx.cost_tracker.used("latency")) * 1e6)
+    left = math.inf if run.deadline_ns is None else (run.deadline_ns - begin) / 1e9
+    own = math.inf if step.timeout_ms is None else step.timeout_ms / 1000
+    if isinstance(step.node, Group):
+        left = math.inf  # Its children stand under the deadline themselves, each with an end of its own.
+    seconds = min(left, own)
+    scope = asyncio.timeout(None if math.isinf(seconds) else max(0.0, seconds))
+    try:
+        async with scope:
+            return await _call(ctx, run, step.node, state)
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        if left < own:
+            assert limit is not None
+            used = ctx.cost_tracker.used("latency") + (perf_counter_ns() - begin) / 1e6
+            raise _Deadline("latency", limit, max(used, limit), run.node_id) from None
+        raise TimeoutError(
+            f"node {run.node_id!r} did not end within {step.timeout_ms} ms (node_timeouts)"
+        ) from None
+
+
+async def _in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
+    """Call in a daemon thread of its own: one that is abandoned holds up neither the loop's end nor the process's."""
+    loop = asyncio.get_running_loop()
+    done: asyncio.Future[Any] = loop.create_future()
+    context = contextvars.copy_context()
+
+    def settle(value: Any, error: BaseException | None) -> None:
+        if done.cancelled():
+            return
+        if error is None:
+            done.set_result(value)
+        elif isinstance(error, StopIteration):  # A future cannot carry it.
+            done.set_exception(RuntimeError("the node raised StopIteration"))
+        else:
+            done.set_exception(error)
+
+    def work() -> None:
+        outcome: tuple[Any, BaseException | None]
+        try:
+            outcome = (context.run(func, *args), None)
+        except BaseException as error:
+            outcome = (None, error)
+        try:
+            loop.call_soon_threadsafe(settle, *outcome)
+        except RuntimeError:
+            pass  # The loop ended; nobody waits for this any more.
+
+    threading.Thread(target=work, name=f"stroma-{getattr(func, '__name__', 'node')}", daemon=True).start()
+    return await done
+
+
+def _passes_through(error: BaseException, task: asyncio.Task[Any] | None, cancelling: int) -> bool:
+    """Whether an exception is not a failure of the node but the end of this run or process."""
+    if isinstance(error, Exception):
+        return isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint))
+    if isinstance(error, asyncio.CancelledError):
+        # One that the node raised itself, while nobody cancels its task, is a failure like any other.
+        return task is None or task.cancelling() > cancelling
+    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+
+
+async def uninterrupted(work: Awaitable[Any]) -> bool:
+    """Await to the very end; True if the running task was cancelled meanwhile: the caller raises that afterwards."""
+    future = asyncio.ensure_future(work)
+    cancelled = False
+    while not future.done():
+        try:
+            await asyncio.wait((future,))
+        except asyncio.CancelledError:
+            cancelled = True
+    if future.cancelled():
+        raise StoreError("the store gave up the operation by itself")
+    future.result()
+    return cancelled
+
+
+async def _record(ctx: ReliabilityContext, row: Row) -> tuple[StoreError | None, bool]:
+    """Keep an attempt that committed nothing; the error of the store, if it keeps failing."""
+    try:
+        pending = ctx.session.record(row, None, None)
+        return None, await uninterrupted(pending) if pending is not None else False
+    except Exception as refused:
+        return await _record_again(ctx, row, None, None, refused)
+
+
+async def _record_again(
+    ctx: ReliabilityContext, row: Row, schema: Schema | None, output: BaseModel | None, error: Exception
+) -> tuple[StoreError | None, bool]:
+    """A commit that was refused is tried again briefly; the node itself is not."""
+    cancelled = False
+    for delay in _STORE_DELAYS:
+        if isinstance(error, StoreError) and not error.transient:
+            break
+        ctx.run_logger.warning(
+            "the store refused attempt %d of node %r: %s; trying again", row[1], row[0], error
+        )
+        cancelled |= await uninterrupted(asyncio.sleep(delay))
+        try:
+            pending = ctx.session.record(row, schema, output)
+            if pending is not None:
+                cancelled |= await uninterrupted(pending)
+        except Exception as again:
+            error = again
+        else:
+            return None, cancelled
+    if isinstance(error, StoreError):
+        return error, cancelled
+    wrapped = StoreError(f"the store could not keep node {row[0]!r} of run {ctx.run_id!r}: {error}")
+    wrapped.__cause__ = error
+    return wrapped, cancelled
+
+
+# ---------------------------------------------------------------------- usage
+
+_SHAPES: Final = "return the output, (output, tokens), (output, input_tokens, model) or (output, input_tokens, output_tokens, model)"
+
+
+def _count_returned(run: NodeExecution, returned: Any) -> tuple[Any, UsageError | None]:
+    """The output without its usage; the usage is noted on the execution."""
+    if type(returned) is not tuple:
+        return returned, None
+    model: Any = None
+    produced: Any = 0
+    if len(returned) == 2:
+        output, used = returned
+    elif len(returned) == 3:
+        output, used, model = returned
+    elif len(returned) == 4:
+        output, used, produced, model = returned
+    else:
+        return returned, None  # The output contract says what is wrong with it.
+    if model is not None and not isinstance(model, str):
+        return output, UsageError(f"node {run.node_id!r} named the model {model!r}; {_SHAPES}")
+    try:
+        check_usage(run.node_id, used, produced)
+    except UsageError as error:
+        return output, error
+    run.report_usage(input_tokens=used, output_tokens=produced, model=model)
+    return output, None
+
+
+async def _price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:
+    """Put a price on what the attempt reported. Returns whether the task was cancelled meanwhile, and what is wrong."""
+    cancelled = False
+    problem: UsageError | None = None
+    tokens, produced, cost, named = 0, 0, 0.0, None
+    for given, made, model in run.take_reported():
+        tokens += given + made
+        produced += made
+        if model is None:
+            continue
+        named = model
+        pricer = cached_pricer(model)
+        if pricer == "unread":
+            # The price data takes a quarter of a second to import: not on the event loop.
+            cancelled |= await uninterrupted(_in_thread(find_pricer, (model,)))
+            pricer = find_pricer(model)
+        if pricer is None:
+            if ctx.config.unknown_model == "error":
+                problem = UsageError(
+                    f"node {run.node_id!r} used model {model!r}, which has no known price; add it to KNOWN_MODELS"
+                )
+            elif model not in ctx.unpriced:
+                ctx.run_logger.warning(
+                    "no price is known for model %r: it counts as 0; add it to KNOWN_MODELS", model
+                )
+            if model not in ctx.unpriced:
+                ctx.unpriced.append(model)
+        else:
+            cost += pricer(given, made)
+    run.usage = AttemptUsage(tokens, produced, cost, named)
+    return cancelled, problem
+
+
+# ---------------------------------------------------------------------- the journal
+
+
+async def restore(
+    ctx: ReliabilityContext,
+    node: Node | Group,
+    value: BaseModel,
+    position: int,
+    *,
+    branch: str = "",
+    kind: Kind = "node",
+    contract: NodeContract[Any, Any] | None = None,
+) -> BaseModel | None:
+    """The committed output of a position, in place of running it again; None if there is none.
+
+    Raises PipelineChanged, or CorruptCheckpoint if what was kept cannot be read back.
+    """
+    committed = ctx.restored.get((position, branch))
+    if committed is None:
+        return None
+    schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
+    check_committed(ctx, node, schema, committed, position, branch)
+    try:
+        model = schema.restore(committed.output)
+    except Exception as error:
+        raise CorruptCheckpoint(
+            f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
+            f"{error}; resume from that node (resume_from={node.node_id!r}) to make it anew"
+        ) from error
+    if ctx.fire.on_node_skipped is not None:
+        run = NodeExecution(
+            ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, [], None
+        )
+        token = CURRENT.set(run)
+        try:
+            await ctx.fire.fire(
+                "on_node_skipped",
+                ctx.fire.on_node_skipped,
+                node.node_id,
+                lambda: (ctx.run_id, node.node_id, ctx.shown(schema.state(model))),
+            )
+        finally:
+            CURRENT.reset(token)
+    return model
+
+
+def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel) -> Schema:
+    """What a node's output must satisfy, given its input."""
+    if isinstance(node, Group):
+        return schema_of(node.output(ctx, value))
+    contract = ctx.contract_of(node)
+    return schema_of(Kept if contract is None else contract.output_schema)
+
+
+def check_committed(
+    ctx: ReliabilityContext,
+    node: Node | Group,
+    schema: Schema,
+    committed: Committed,
+    position: int,
+    branch: str,
+) -> None:
+    """Raise PipelineChanged if a position holds the output of another node, or of another contract."""
+    where = f"position {position}" + (f" ({branch})" if branch else "")
+    if committed.node_id != node.node_id:
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot go on: at {where} it has the output of node {committed.node_id!r}, but the "
+            f"pipeline has {node.node_id!r} there; restore the order of nodes, or begin a new run"
+        )
+    if committed.contract != schema.fingerprint:
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot go on: the output schema of node {node.node_id!r} at {where} is not the one that "
+            f"its output was recorded with ({schema.model.__name__} has changed); restore it, or begin a new run"
+        )

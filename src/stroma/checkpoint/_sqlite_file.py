@@ -1,0 +1,249 @@
+"""The file of a SQLiteStore: made, opened, recognised as ours, and its errors put in words."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pathlib
+import random
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final, Literal, TypeVar
+
+from stroma.checkpoint.journal import StoreError
+
+__all__ = ["Connect", "DatabaseFile", "connect", "is_fatal", "lasting"]
+
+T = TypeVar("T")
+
+#: Opens a connection for an URI that ends in ``?mode=rw`` or ``?mode=ro``.
+Connect = Callable[[str], sqlite3.Connection]
+
+_APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
+_SCHEMA_VERSION: Final = 1  # what this release writes
+_MIN_READER: Final = 1  # the oldest version that can read what this release writes
+
+# ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
+# Attempts: what tells an attempt from a repeated call for the same one is its start; a resumed run, and a group that
+# is tried again, count attempts from 1. The order of the key is the order in which history is told.
+# Steps: one committed output per position and branch; what save() keeps stands at position -1, branch = node id.
+# Ids grow with each commit: the newest output of a node is the one with the highest.
+# The lease columns: every open_run bumps the epoch and writes its own owner; until_ms is not used yet.
+_SCHEMA: Final = (
+    "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID",
+    """CREATE TABLE runs (
+        run INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL UNIQUE, pipeline TEXT NOT NULL,
+        execution INTEGER NOT NULL, status TEXT NOT NULL, error TEXT,
+        input BLOB NOT NULL, input_sha256 BLOB NOT NULL, input_contract TEXT NOT NULL,
+        started_ms INTEGER NOT NULL, updated_ms INTEGER NOT NULL,
+        tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, latency_ns INTEGER NOT NULL,
+        lease_owner TEXT, lease_epoch INTEGER NOT NULL, lease_until_ms INTEGER)""",
+    "CREATE INDEX runs_by_start ON runs (started_ms, run)",
+    """CREATE TABLE steps (
+        id INTEGER PRIMARY KEY, run INTEGER NOT NULL, execution INTEGER NOT NULL, position INTEGER NOT NULL,
+        branch TEXT NOT NULL, node_id TEXT NOT NULL, epoch INTEGER NOT NULL, attempt INTEGER NOT NULL,
+        started_ns INTEGER NOT NULL, contract TEXT NOT NULL, schema_ref TEXT NOT NULL,
+        output BLOB NOT NULL, sha256 BLOB NOT NULL, UNIQUE (run, execution, position, branch))""",
+    """CREATE TABLE attempts (
+        run INTEGER, execution INTEGER, epoch INTEGER, position INTEGER, started_ns INTEGER, branch TEXT, attempt INTEGER,
+        node_id TEXT NOT NULL, duration_ns INTEGER NOT NULL, outcome TEXT NOT NULL, failure_class TEXT, message TEXT,
+        reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
+        PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID""",
+    f"INSERT INTO meta VALUES ('schema_version', '{_SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
+    f"PRAGMA application_id = {_APPLICATION_ID}",
+)  # fmt: skip
+
+_WAITING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+# fcntl locks of a process go when it closes *any* descriptor of the file: the one that makes the file must be closed
+# before another thread has a connection to it.
+_creating = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _creating
+    _creating = threading.Lock()  # The parent may have held it.
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+def connect(uri: str) -> sqlite3.Connection:
+    """The connection that stores use. Transactions are begun and ended by hand."""
+    # timeout=0: SQLite's own waiting starves writers; DatabaseFile.patiently() is fair.
+    return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+
+
+def lasting(message: str) -> StoreError:
+    """A StoreError that trying again will not mend."""
+    error = StoreError(message)
+    error.transient = False
+    return error
+
+
+def _code(error: BaseException) -> int:
+    return getattr(error, "sqlite_errorcode", None) or 0
+
+
+def is_fatal(error: BaseException) -> bool:
+    """Whether nothing that is written to the file may be trusted any more: after a failed fsync, above all.
+
+    A refused *write* is not fatal: what it was part of is rolled back.
+    """
+    return _code(error) & 0xFF == sqlite3.SQLITE_IOERR and _code(error) != sqlite3.SQLITE_IOERR_WRITE
+
+
+@dataclass(frozen=True, slots=True)
+class DatabaseFile:
+    """Where a store keeps its runs, and how it opens that.
+
+    Attributes:
+        path: absolute.
+        patience_seconds: how long to wait for a lock that others hold.
+    """
+
+    path: str
+    synchronous: Literal["full", "normal"]
+    connect: Connect
+    patience_seconds: float
+
+    def open(self) -> sqlite3.Connection:
+        """A connection to write with; the file is made (mode 0600) if need be. Raises StoreError."""
+        try:
+            self._create()
+            db = self.connect(self._uri("rw"))
+            try:
+                self._prepare(db)
+            except BaseException:
+                db.close()
+                raise
+        except (sqlite3.Error, OSError) as error:
+            raise self.explain(error) from error
+        return db
+
+    @contextlib.contextmanager
+    def reading(self) -> Iterator[sqlite3.Connection | None]:
+        """A connection to read with, None while the file is empty. Never makes a file. Raises StoreError."""
+        try:
+            if not os.path.exists(self.path):
+                raise lasting(
+                    f"no such database: {self.path}; check the path, or run a pipeline with this store first"
+                )
+            db = self.connect(self._uri("ro"))
+            try:
+                yield db if self.patiently(lambda: self._is_ours(db)) else None
+            finally:
+                db.close()
+        except (sqlite3.Error, OSError) as error:
+            raise self.explain(error) from error
+
+    def identity(self) -> tuple[int, int] | None:
+        """What tells the file from another one of its name; None if there is none."""
+        try:
+            found = os.stat(self.path)
+        except OSError:
+            return None
+        return found.st_dev, found.st_ino
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        """Call until no lock is in the way. Raises the sqlite3 error once the patience is at its end."""
+        deadline = time.monotonic() + self.patience_seconds
+        while True:
+            try:
+                return call()
+            except sqlite3.OperationalError as error:
+                if _code(error) & 0xFF not in _WAITING or time.monotonic() > deadline:
+                    raise
+            time.sleep(random.uniform(0.0001, 0.002))
+
+    def explain(self, error: Exception) -> StoreError:
+        """An error of SQLite or of the file system as a StoreError that says what to do."""
+        path, code = self.path, _code(error)
+        kind = code & 0xFF
+        if isinstance(error, StoreError):
+            return error
+        if kind in _WAITING:
+            return StoreError(
+                f"database is locked: another process has held {path} for {self.patience_seconds:g} s; "
+                "end that process (a stopped one keeps its lock), then resume"
+            )
+        if kind == sqlite3.SQLITE_FULL:
+            return StoreError(f"the disk is full: {path} cannot grow; free some space, then resume")
+        if code == sqlite3.SQLITE_IOERR_WRITE:
+            return StoreError(
+                f"the disk refused a write to {path}: it is full, over a quota or a size limit, or failing; "
+                "make room or mend it, then resume"
+            )
+        if kind == sqlite3.SQLITE_NOTADB:
+            return lasting(f"{path} is not a SQLite database; give another path, or move that file away")
+        if kind == sqlite3.SQLITE_CORRUPT:
+            return lasting(
+                f"{path} is damaged ({error}); restore it from a backup, or save what can be saved with "
+                "the `.recover` command of the sqlite3 shell"
+            )
+        if kind in (sqlite3.SQLITE_READONLY, sqlite3.SQLITE_PERM) or isinstance(error, PermissionError):
+            return lasting(
+                f"{path} may not be written ({error}); check its permissions and those of its directory"
+            )
+        if isinstance(error, FileNotFoundError):
+            return lasting(f"there is no directory {os.path.dirname(path)}; create it, or give another path")
+        if kind == sqlite3.SQLITE_CANTOPEN:
+            return lasting(f"cannot open {path} ({error}); check its permissions and those of its directory")
+        if is_fatal(error):
+            return lasting(
+                f"the disk failed under {path} ({error}): what was acknowledged before is kept, nothing more is written; "
+                "check the disk, then resume in a new process"
+            )
+        return StoreError(f"{path}: {error}")
+
+    def _uri(self, mode: str) -> str:
+        return f"{pathlib.Path(self.path).as_uri()}?mode={mode}"
+
+    def _create(self) -> None:
+        with _creating:
+            try:
+                descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
+            except FileExistsError:
+                return
+            os.close(descriptor)  # An empty file is an empty database; the files beside it inherit its mode.
+
+    def _prepare(self, db: sqlite3.Connection) -> None:
+        # Look before anything is changed: it may be somebody else's file.
+        ready = self.patiently(lambda: self._is_ours(db))
+        # This can be "locked" when processes open a new file together.
+        (mode,) = self.patiently(lambda: db.execute("PRAGMA journal_mode=WAL").fetchone())
+        if mode != "wal":
+            raise lasting(f"{self.path} is on a file system without shared memory; put it on a local disk")
+        db.execute(f"PRAGMA synchronous={self.synchronous}")
+        if self.synchronous == "full":
+            db.execute("PRAGMA fullfsync=1")  # On macOS an fsync alone leaves data in the drive's cache.
+        db.execute("PRAGMA journal_size_limit=67108864")
+        db.execute("PRAGMA trusted_schema=0")
+        if not ready:
+            self.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+            if not self._is_ours(db):  # Another process may have been faster.
+                for statement in _SCHEMA:
+                    db.execute(statement)
+            self.patiently(lambda: db.execute("COMMIT"))
+
+    def _is_ours(self, db: sqlite3.Connection) -> bool:
+        """False for an empty database. Raises StoreError for one that is not a store, or is too new for us."""
+        (application,) = db.execute("PRAGMA application_id").fetchone()
+        if application == _APPLICATION_ID:
+            rows = db.execute("SELECT v FROM meta WHERE k = 'min_reader'").fetchall()
+            needed = int(rows[0][0]) if rows else 0
+            if needed > _SCHEMA_VERSION:
+                raise lasting(
+                    f"{self.path} was written by a newer stroma (its format is {needed}, this one reads up to "
+                    f"{_SCHEMA_VERSION}); upgrade stroma, or give another path"
+                )
+            return True
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
+        if application or tables:
+            raise lasting(
+                f"{self.path} is a SQLite database of another program, not a stroma store; give another path"
+            )
+        return False

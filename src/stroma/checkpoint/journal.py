@@ -1,0 +1,205 @@
+"""What a store must be able to do, and what the engine tells it.
+
+Two protocols. The simple one (``save``, ``load``, ``delete``) keeps the last state of each node. A *journal* store
+also knows runs: which positions are committed, what every attempt used, who is at work; it gives resume, history and
+the command line.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Mapping
+from dataclasses import dataclass
+from typing import NamedTuple, Protocol, runtime_checkable
+
+from pydantic import BaseModel
+
+from stroma.schemas import Schema, Snapshot
+from stroma.trace import Row
+
+__all__ = [
+    "AsyncCheckpointStore",
+    "AttemptRecord",
+    "CheckpointKey",
+    "CheckpointNotFound",
+    "CheckpointStore",
+    "Committed",
+    "CorruptCheckpoint",
+    "Fenced",
+    "JournalStore",
+    "PipelineChanged",
+    "PriorUsage",
+    "RunBusy",
+    "RunRecord",
+    "RunRequest",
+    "Session",
+    "StoreError",
+]
+
+
+class StoreError(Exception):
+    """A store could not do what was asked. Base of the errors of stores.
+
+    ``transient``: whether trying the same again may help.
+    """
+
+    transient: bool = True
+
+
+class CheckpointNotFound(StoreError, LookupError):
+    """There is no checkpoint where one is needed to go on."""
+
+
+class CorruptCheckpoint(StoreError, TypeError):
+    """What a store gave back is not a state of the schema it is read with."""
+
+
+class PipelineChanged(StoreError):
+    """A run cannot be resumed: the pipeline, or its input, is not what the run was recorded with."""
+
+
+class RunBusy(StoreError):
+    """Another process is at work on the run."""
+
+
+class Fenced(StoreError):
+    """Somebody else has taken the run over; this process may not write to it any more."""
+
+    transient = False
+
+
+@runtime_checkable
+class CheckpointStore(Protocol):
+    """Keeps the last state of each node of each run."""
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+    def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+    def delete(self, run_id: str) -> None: ...
+
+
+@runtime_checkable
+class AsyncCheckpointStore(Protocol):
+    """The same, async."""
+
+    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+    async def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+    async def delete(self, run_id: str) -> None: ...
+
+
+class CheckpointKey(NamedTuple):
+    """What a checkpoint is filed under."""
+
+    run_id: str
+    node_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class RunRequest:
+    """What a driver asks a journal for when a run begins.
+
+    Attributes:
+        initial_state, schema: the run's input and its Schema; a durable store encodes it.
+        resume: continue the last execution, if there is one; otherwise begin a new one.
+        discard_from: forget the commits from this position on (of the execution that is continued).
+    """
+
+    run_id: str
+    pipeline: str
+    initial_state: BaseModel
+    schema: Schema
+    resume: bool = False
+    discard_from: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Committed:
+    """One committed output, as it was kept. ``contract`` is the fingerprint of the schema it satisfied."""
+
+    node_id: str
+    output: Snapshot
+    contract: str
+
+
+@dataclass(frozen=True, slots=True)
+class PriorUsage:
+    """What earlier processes used on this execution."""
+
+    tokens: int = 0
+    cost_usd: float = 0.0
+    latency_ms: float = 0.0
+
+
+class Session(Protocol):
+    """One execution of a run, held by this process.
+
+    Attributes:
+        execution: 1 for the first execution of the run id, 2 after a restart, and so on.
+        continued: whether it goes on with an execution that an earlier call began.
+        restored: the committed outputs by (position, branch).
+    """
+
+    execution: int
+    continued: bool
+    restored: Mapping[tuple[int, str], Committed]
+    prior: PriorUsage
+
+    def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> Awaitable[None] | None:
+        """Keep one attempt and, with ``output``, its commit: together or not at all.
+
+        Returns None if it is done, else what to await. The engine never abandons that half-way.
+        Raises NotSerialisable at once for an output that cannot be kept.
+        """
+
+    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+        """The run has stopped with a status (see RunStatus) and, unless it completed, the reason in words."""
+
+
+@runtime_checkable
+class JournalStore(Protocol):
+    """A store that keeps runs. Any awaitable result is awaited."""
+
+    def open_run(self, request: RunRequest) -> Session | Awaitable[Session]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as a store lists it.
+
+    Attributes:
+        status: "RUNNING" while it runs (or since its process died), else a RunStatus.
+        started_ms, updated_ms: milliseconds since the epoch.
+        input: the initial state in its stored form (see Schema.encode).
+        tokens, cost_usd: of all attempts of the last execution.
+    """
+
+    run_id: str
+    pipeline: str
+    status: str
+    execution: int
+    started_ms: int
+    updated_ms: int
+    tokens: int
+    cost_usd: float
+    nodes: int
+    error: str | None
+    input: bytes
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed."""
+
+    position: int
+    branch: str
+    node_id: str
+    attempt: int
+    started_ms: int
+    duration_ms: float
+    outcome: str
+    failure_class: str | None
+    message: str | None
+    reason: str | None
+    tokens: int
+    output_tokens: int
+    cost_usd: float
+    model: str | None
+    output: bytes | None

@@ -1,0 +1,125 @@
+"""One way to talk to every store: sync or async, simple or journal."""
+
+from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Awaitable, Mapping
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint.journal import (
+    AsyncCheckpointStore,
+    CheckpointStore,
+    Committed,
+    CorruptCheckpoint,
+    JournalStore,
+    PriorUsage,
+    RunRequest,
+    Session,
+    StoreError,
+)
+from stroma.schemas import Schema
+from stroma.trace import NODE, Row
+
+__all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]
+
+
+async def _settle(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+class CheckpointManager:
+    """Saves and reads checkpoints through any store."""
+
+    def __init__(self, store: CheckpointStore | AsyncCheckpointStore) -> None:
+        self.store = store
+
+    async def checkpoint(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        """Save the state of a node."""
+        await _settle(self.store.save(run_id, node_id, state))
+
+    async def resume(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
+        """The saved state of a node as a ``schema``, or None. Raises CorruptCheckpoint (a TypeError) for another class."""
+        load_typed = getattr(self.store, "load_typed", None)
+        if load_typed is not None:
+            typed: BaseModel | None = await _settle(load_typed(run_id, node_id, schema))
+            return typed
+        state: BaseModel | None = await _settle(self.store.load(run_id, node_id))
+        if state is not None and not isinstance(state, schema):
+            raise CorruptCheckpoint(
+                f"the checkpoint of node {node_id!r} in run {run_id!r} is a {type(state).__name__}, not a {schema.__name__}"
+            )
+        return state
+
+    async def clear(self, run_id: str) -> None:
+        """Delete everything kept of one run."""
+        await _settle(self.store.delete(run_id))
+
+    @property
+    def keeps_journal(self) -> bool:
+        """Whether the store knows runs, and so can resume them by itself."""
+        return isinstance(self.store, JournalStore)
+
+    def open_run(self, request: RunRequest) -> Session | Awaitable[Session]:
+        """Begin or continue an execution. Raises StoreError if that needs a journal and the store keeps none."""
+        if isinstance(self.store, JournalStore):
+            return self.store.open_run(request)
+        if request.resume and request.discard_from is None:
+            raise StoreError(
+                f"{type(self.store).__name__} keeps no journal, so it cannot tell where run {request.run_id!r} stopped; "
+                "use resume_from=, or a journal store such as SQLiteStore"
+            )
+        return _SimpleSession(self.store, request.run_id)
+
+
+class _SimpleSession:
+    """A run on a store that only knows the last state of each node."""
+
+    __slots__ = ("_run_id", "_store")
+    execution = 1
+    continued = False
+    restored: Mapping[tuple[int, str], Committed] = {}
+    prior = PriorUsage()
+
+    def __init__(self, store: Any, run_id: str) -> None:
+        self._store = store
+        self._run_id = run_id
+
+    def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> Awaitable[None] | None:
+        if output is None or schema is None:
+            return None
+        # The store may keep the object that it is given: give it one of its own.
+        pending = self._store.save(self._run_id, row[NODE], schema.validate(schema.raw(output)))
+        return pending if inspect.isawaitable(pending) else None
+
+    def end(self, status: str, error: str | None) -> None:
+        return None
+
+
+def schema_ref(schema: type[BaseModel]) -> str:
+    """ "module:qualname" of a schema."""
+    return f"{schema.__module__}:{schema.__qualname__}"
+
+
+def resolve_schema(ref: str) -> type[BaseModel]:
+    """The class of a reference, looked up among *imported* modules: nothing is imported for it.
+
+    Raises LookupError if there is none, TypeError("resolved schema is not a BaseModel").
+    """
+    module, _, qualname = ref.partition(":")
+    if module not in sys.modules:
+        raise LookupError(f"module {module!r} of schema {ref!r} is not imported; import it first")
+    found: Any = sys.modules[module]
+    for name in qualname.split("."):
+        if not hasattr(found, name):
+            raise LookupError(f"there is no {qualname!r} in module {module!r}")
+        found = getattr(found, name)
+    if not (isinstance(found, type) and issubclass(found, BaseModel)):
+        raise TypeError("resolved schema is not a BaseModel")
+    return found
+
+
+_schema_ref = schema_ref
+_resolve_schema = resolve_schema

@@ -1,0 +1,87 @@
+"""RunConfig: everything that one run is governed by."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Callable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, field_validator
+
+from stroma.contracts import check_id
+from stroma.cost import ExecutionBudget, FallbackPolicy
+from stroma.failures import Classifier, PolicyMap, default_policy_map
+from stroma.hooks import AnyHooks, NodeHooks, flatten
+
+__all__ = ["RunConfig", "new_run_id"]
+
+
+def new_run_id() -> str:
+    """A fresh id: 32 hexadecimal digits."""
+    return uuid.uuid4().hex
+
+
+class RunConfig(BaseModel):
+    """How runs behave. Times say their unit in their name.
+
+    Attributes:
+        run_id: any text; generated when not given, and then fresh for each run.
+        pipeline: what metrics and spans call a bare list of nodes; keep it of low cardinality.
+        budget: limits of one run.
+        policy_map: retries by failure class.
+        node_policies: retries of single nodes, by node id; the only way to retry a whole group.
+        hooks: one set of hooks or several.
+        classifiers: asked in order before everything else; the first answer counts.
+        context: handed to nodes that take ``(state, ctx)``: this very object, shared by every run of the config.
+        contract_retries: further attempts, by node id, after an output that broke its contract. Such a violation is
+            RECOVERABLE, the last one TERMINAL; the next attempt finds it at ``current_node().last_failure``.
+        node_timeouts: milliseconds by node id; they bound the function alone. Under a group's id, the whole group.
+        resume_from: start at this node, on the checkpoint of the one before it.
+        resume: continue the last execution of this run id at its first position without a commit.
+        model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
+        unknown_model: what a model that nobody has a price for is: "warn" counts it as 0, "error" stops the run.
+        hook_errors: "isolate" logs what hooks raise; "raise" raises HookError once the run is complete (for tests).
+        hook_timeout_ms: how long one call of a hook may take; None for ever.
+        redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    run_id: str = Field(default_factory=new_run_id)
+    pipeline: str = "pipeline"
+    budget: ExecutionBudget = Field(default_factory=ExecutionBudget.unlimited)
+    policy_map: PolicyMap = Field(default_factory=default_policy_map)
+    node_policies: dict[str, PolicyMap] = Field(default_factory=dict)
+    hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=NodeHooks)
+    classifiers: Annotated[list[Classifier], SkipValidation] = Field(default_factory=list)
+    context: InstanceOf[dict[str, Any]] = Field(default_factory=dict)
+    node_timeouts: dict[str, int] = Field(default_factory=dict)
+    contract_retries: dict[str, int] = Field(default_factory=dict)
+    resume_from: str | None = None
+    resume: bool = False
+    model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
+    unknown_model: Literal["warn", "error"] = "warn"
+    hook_errors: Literal["isolate", "raise"] = "isolate"
+    hook_timeout_ms: int | None = Field(default=5000, gt=0)
+    redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
+
+    @field_validator("run_id", "pipeline")
+    @classmethod
+    def _legal_id(cls, value: str) -> str:
+        return check_id(value, "run id")
+
+    @field_validator("hooks")
+    @classmethod
+    def _are_hooks(cls, value: Any) -> Any:
+        flatten(value)
+        return value
+
+    @field_validator("node_timeouts")
+    @classmethod
+    def _positive(cls, value: dict[str, int]) -> dict[str, int]:
+        for node_id, limit in value.items():
+            if limit <= 0:
+                raise ValueError(
+                    f"node_timeouts[{node_id!r}] is {limit} ms; give a positive number of milliseconds"
+                )
+        return value

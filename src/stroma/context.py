@@ -1,0 +1,456 @@
+"""What one run owns, and what a node can know about the place where it runs."""
+
+from __future__ import annotations
+
+import inspect
+import logging
+from collections.abc import Awaitable, Mapping
+from contextvars import ContextVar
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Literal
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import CheckpointManager, Committed, PriorUsage, RunRequest, Session
+from stroma.config import RunConfig
+from stroma.contracts import ContractRegistry, NodeContract
+from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
+from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget
+from stroma.hooks import AnyHooks, Hooks, flatten
+from stroma.nodes import Node
+from stroma.schemas import Schema, schema_of
+from stroma.trace import (
+    AttemptUsage,
+    ExecutionResult,
+    ExecutionTrace,
+    HookFailure,
+    Row,
+    RunStatus,
+    TraceEvent,
+)
+
+if TYPE_CHECKING:
+    from collections.abc import MutableMapping
+
+    from stroma.cost import Dimension
+
+__all__ = ["NodeExecution", "ReliabilityContext", "RemainingBudget", "current_node"]
+
+logger = logging.getLogger("stroma")
+logger.addHandler(logging.NullHandler())
+
+Kind = Literal["node", "group", "item"]
+#: The key under which a fallback model is signalled in a node's ctx.
+MODEL_KEY = "_stroma_model"
+_WARN_AT = 0.8
+
+
+@dataclass(frozen=True, slots=True)
+class RemainingBudget:
+    """What is left under each limit, in its unit; None where there is no limit. Never below 0."""
+
+    tokens: int | None
+    cost_usd: float | None
+    latency_ms: float | None
+
+
+class NodeExecution:
+    """The execution of one node at one position; what :func:`current_node` returns.
+
+    Attributes:
+        kind: "node", "group", or "item" (one element of ``map_over``).
+        position: where in the run the node stands, 0-based; ``branch`` tells children of groups apart.
+        attempt: 1-based.
+        last_failure: why the previous attempt failed, or None on the first.
+        usage: what this attempt used so far; complete while its end hooks run.
+        redelivered: this end event was already sent once, by a process that died.
+    """
+
+    __slots__ = (
+        "_reported",
+        "attempt",
+        "branch",
+        "children",
+        "ctx",
+        "deadline_ns",
+        "inherited_deadline_ns",
+        "kind",
+        "last_failure",
+        "node_id",
+        "position",
+        "repairing",
+        "repairs",
+        "rows",
+        "usage",
+    )
+
+    def __init__(
+        self,
+        ctx: ReliabilityContext,
+        node_id: str,
+        kind: Kind,
+        position: int,
+        branch: str,
+        rows: list[Row | TraceEvent],
+        deadline_ns: int | None,
+    ) -> None:
+        self.ctx = ctx
+        self.node_id = node_id
+        self.kind: Kind = kind
+        self.position = position
+        self.branch = branch
+        self.attempt = 0
+        self.last_failure: Failure | None = None
+        self.usage: AttemptUsage = _NOTHING
+        #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
+        self.rows = rows
+        #: Where the children of a group put theirs.
+        self.children: list[Row | TraceEvent] | None = None
+        #: perf_counter_ns at which ``max_latency_ms`` is used up: the one of the group around it, and this attempt's.
+        self.inherited_deadline_ns = deadline_ns
+        self.deadline_ns = deadline_ns
+        #: Attempts that were granted to mend an output contract, and whether the next one is.
+        self.repairs = 0
+        self.repairing = False
+        self._reported: list[tuple[int, int, str | None]] | None = None
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.node_id!r} of run {self.run_id!r}, position {self.position}, attempt {self.attempt}>"
+
+    @property
+    def run_id(self) -> str:
+        return self.ctx.run_id
+
+    @property
+    def pipeline(self) -> str:
+        """The name that metrics and spans are labelled with."""
+        return self.ctx.pipeline
+
+    @property
+    def redelivered(self) -> bool:
+        return False
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for all attempts at this position of this execution of the run, in every process."""
+        ctx = self.ctx
+        again = f"@{ctx.execution}" if ctx.execution > 1 else ""
+        return f"{ctx.run_id}{again}:{self.position}:{self.branch}"
+
+    @property
+    def model(self) -> str | None:
+        """The model this attempt reported, else the fallback that is due, else None."""
+        return self.usage.model or self.ctx.fallback_model()
+
+    @property
+    def remaining_budget(self) -> RemainingBudget:
+        """What is left of the run's budget, this attempt's reported usage not yet deducted."""
+        left: dict[str, float] = {}
+        for dimension, limit in limits(self.ctx.budget):
+            left[dimension] = max(0.0, limit - self.ctx.cost_tracker.used(dimension))
+        tokens = left.get("tokens")
+        return RemainingBudget(None if tokens is None else int(tokens), left.get("cost"), left.get("latency"))
+
+    def report_usage(
+        self, *, input_tokens: int = 0, output_tokens: int = 0, model: str | None = None
+    ) -> None:
+        """Count tokens of this attempt at once, so that they count even if it fails half-way; calls add up.
+
+        What the node returns as usage comes on top. Raises UsageError for anything but whole numbers, zero or more.
+        """
+        check_usage(self.node_id, input_tokens, output_tokens)
+        if self._reported is None:
+            self._reported = []
+        self._reported.append((input_tokens, output_tokens, model))
+
+    @property
+    def has_reported(self) -> bool:
+        """Whether there is usage that was not counted yet."""
+        return self._reported is not None
+
+    def take_reported(self) -> list[tuple[int, int, str | None]]:
+        """What was reported and not yet counted."""
+        reported, self._reported = self._reported or [], None
+        return reported
+
+
+_NOTHING = AttemptUsage()
+CURRENT: ContextVar[NodeExecution | None] = ContextVar("stroma_current_node", default=None)
+
+
+def current_node() -> NodeExecution | None:
+    """The node execution around this code: inside a node's function and its hooks, elsewhere None."""
+    return CURRENT.get()
+
+
+class _NoSession:
+    """Stands in until the run was opened in its store."""
+
+    execution = 1
+    continued = False
+    restored: Mapping[tuple[int, str], Committed] = {}
+    prior = PriorUsage()
+
+    def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> Awaitable[None] | None:
+        return None
+
+    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+        return None
+
+
+_NO_SESSION = _NoSession()
+
+
+class _RunLogger(logging.LoggerAdapter[logging.Logger]):
+    """Gives every record its ``run_id``."""
+
+    def process(self, msg: Any, kwargs: MutableMapping[str, Any]) -> tuple[Any, MutableMapping[str, Any]]:
+        kwargs["extra"] = {**(kwargs.get("extra") or {}), **(self.extra or {})}
+        return msg, kwargs
+
+
+@dataclass(eq=False)
+class ReliabilityContext:
+    """All that one run owns. Make it with :meth:`for_run`."""
+
+    run_id: str
+    registry: ContractRegistry
+    checkpoint_manager: CheckpointManager
+    cost_tracker: CostTracker
+    retry_budget: RetryBudget
+    trace: ExecutionTrace
+    budget: ExecutionBudget
+    policy_map: PolicyMap
+    step_policies: dict[str, PolicyMap]
+    classifiers: list[Classifier]
+    step_timeouts: dict[str, int]
+    model_fallbacks: list[FallbackPolicy]
+    hooks: AnyHooks
+    context: dict[str, Any]
+    run_logger: logging.LoggerAdapter[logging.Logger]
+    config: RunConfig = field(default_factory=RunConfig)
+    pipeline: str = "pipeline"
+
+    def __post_init__(self) -> None:
+        self.session: Session = _NO_SESSION
+        self.restored: Mapping[tuple[int, str], Committed] = {}
+        self.hook_failures: list[HookFailure] = []
+        self.unpriced: list[str] = []
+        self.next_position = 0
+        self.limits: list[tuple[Dimension, float]] = limits(self.budget)
+        self._warned: set[str] = set()
+        limit = self.config.hook_timeout_ms
+        self.fire = Hooks(
+            flatten(self.hooks),
+            run_id=self.run_id,
+            limit_seconds=None if limit is None else limit / 1000,
+            on_error=self._hook_failed,
+        )
+
+    @classmethod
+    def for_run(
+        cls, config: RunConfig, registry: ContractRegistry, checkpoint_manager: CheckpointManager
+    ) -> ReliabilityContext:
+        """A context with a fresh tracker, trace and counts; the config's own context dict."""
+        return cls(
+            run_id=config.run_id,
+            registry=registry,
+            checkpoint_manager=checkpoint_manager,
+            cost_tracker=CostTracker(),
+            retry_budget=RetryBudget(),
+            trace=ExecutionTrace(config.run_id),
+            budget=config.budget,
+            policy_map=config.policy_map,
+            step_policies=config.node_policies,
+            classifiers=config.classifiers,
+            step_timeouts=config.node_timeouts,
+            model_fallbacks=config.model_fallbacks,
+            hooks=config.hooks,
+            context=config.context,
+            run_logger=_RunLogger(logger, {"run_id": config.run_id}),
+            config=config,
+            pipeline=config.pipeline,
+        )
+
+    # ------------------------------------------------------------------ the journal
+
+    async def open(
+        self, initial_state: BaseModel, *, resume: bool = False, discard_from: int | None = None
+    ) -> Session:
+        """Begin the run in the store, once; or continue the last execution."""
+        if self.session is _NO_SESSION:
+            request = RunRequest(
+                run_id=self.run_id,
+                pipeline=self.pipeline,
+                initial_state=initial_state,
+                schema=schema_of(type(initial_state)),
+                resume=resume,
+                discard_from=discard_from,
+            )
+            opened = self.checkpoint_manager.open_run(request)
+            session: Session = await opened if inspect.isawaitable(opened) else opened
+            self.session = session
+            self.restored = session.restored
+            if resume and discard_from is None:
+                # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
+                self.cost_tracker.prior_tokens = session.prior.tokens
+                self.cost_tracker.prior_cost_usd = session.prior.cost_usd
+                self.cost_tracker.prior_latency_ms = session.prior.latency_ms
+        return self.session
+
+    @property
+    def execution(self) -> int:
+        """1 for the first execution of this run id, 2 after a restart, and so on."""
+        return self.session.execution
+
+    def contract_of(self, node: Node) -> NodeContract[Any, Any] | None:
+        """The contract a node runs under: the registry's, else its marker's."""
+        return self.registry.find(node.node_id) or node.contract
+
+    # ------------------------------------------------------------------ money
+
+    def fallback_model(self) -> str | None:
+        """The furthest fallback that is due, or None."""
+        if not self.model_fallbacks:
+            return None
+        return fallback_due(self.cost_tracker, self.budget, self.model_fallbacks)
+
+    def node_context(self) -> dict[str, Any]:
+        """What a node gets as ``ctx``: the user's own dict, or, while a fallback is due, a view of it that names it."""
+        model = self.fallback_model()
+        return self.context if model is None else SignalView(self.context, model)
+
+    def due_warnings(self) -> list[tuple[str, float, float]]:
+        """(dimension, used, limit) of each limit that has just been used to 80 %; each once in a run."""
+        due: list[tuple[str, float, float]] = []
+        for dimension, limit in self.limits:
+            if (
+                dimension not in self._warned
+                and (used := self.cost_tracker.used(dimension)) >= _WARN_AT * limit
+            ):
+                self._warned.add(dimension)
+                due.append((dimension, used, limit))
+        return due
+
+    # ------------------------------------------------------------------ what others see
+
+    def shown(self, state: dict[str, Any]) -> dict[str, Any]:
+        """A state as hooks may see it: redacted, if the config says how."""
+        redact = self.config.redact
+        if redact is None:
+            return state
+        try:
+            shown = redact(state)
+        except Exception as error:
+            return {"redacted": f"redact raised {type(error).__name__}"}
+        return (
+            shown
+            if isinstance(shown, dict)
+            else {"redacted": f"redact returned {type(shown).__name__}, not a dict"}
+        )
+
+    def _hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
+        self.hook_failures.append(HookFailure(hook, node_id, error))
+
+    def build_result(
+        self, status: RunStatus, final_state: Any, failure: Failure | None = None
+    ) -> ExecutionResult:
+        """The result as things stand: totals and trace of the whole context so far."""
+        return ExecutionResult(
+            run_id=self.run_id,
+            status=status,
+            final_state=final_state,
+            trace=self.trace,
+            total_cost_usd=self.cost_tracker.total_cost_usd,
+            total_tokens=self.cost_tracker.total_tokens,
+            failure=failure,
+            hook_errors=self.hook_failures,
+            unpriced_models=self.unpriced,
+        )
+
+
+class SignalView(dict[str, Any]):
+    """The user's context dict with one key added: reads and writes go through, the added key never lands there."""
+
+    __slots__ = ("_base", "_signal")
+
+    def __init__(self, base: dict[str, Any], model: str) -> None:
+        super().__init__()
+        self._base = base
+        self._signal = {MODEL_KEY: model}
+
+    def _of(self, key: Any) -> dict[str, Any]:
+        return self._signal if key == MODEL_KEY else self._base
+
+    def __getitem__(self, key: str) -> Any:
+        return self._of(key)[key]
+
+    def __setitem__(self, key: str, value: Any) -> None:
+        self._of(key)[key] = value
+
+    def __delitem__(self, key: str) -> None:
+        del self._of(key)[key]
+
+    def __contains__(self, key: object) -> bool:
+        return key in self._of(key)
+
+    def _merged(self) -> dict[str, Any]:
+        return {**self._base, **self._signal}
+
+    def __iter__(self) -> Any:
+        return iter(self._merged())
+
+    def __len__(self) -> int:
+        return len(self._merged())
+
+    def __bool__(self) -> bool:
+        return True
+
+    def __repr__(self) -> str:
+        return repr(self._merged())
+
+    def __eq__(self, other: object) -> bool:
+        return self._merged() == other
+
+    __hash__ = None
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self._of(key).get(key, default)
+
+    def keys(self) -> Any:
+        return self._merged().keys()
+
+    def values(self) -> Any:
+        return self._merged().values()
+
+    def items(self) -> Any:
+        return self._merged().items()
+
+    def copy(self) -> dict[str, Any]:
+        return self._merged()
+
+    def pop(self, key: str, *default: Any) -> Any:
+        return self._of(key).pop(key, *default)
+
+    def setdefault(self, key: str, default: Any = None) -> Any:
+        return self._of(key).setdefault(key, default)
+
+    def update(self, *args: Any, **kwargs: Any) -> None:
+        for key, value in dict(*args, **kwargs).items():
+            self[key] = value
+
+    def clear(self) -> None:
+        self._base.clear()
+
+    def popitem(self) -> tuple[str, Any]:
+        return self._base.popitem()
+
+    def __or__(self, other: Any) -> Any:
+        return self._merged() | other
+
+    def __ror__(self, other: Any) -> Any:
+        return other | self._merged()
+
+    def __ior__(self, other: Any) -> Any:
+        self.update(other)
+        return self

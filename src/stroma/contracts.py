@@ -1,0 +1,156 @@
+"""Contracts: the pydantic models that a node's input and output must satisfy."""
+
+from __future__ import annotations
+
+from typing import Any, Generic, Literal, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from stroma.schemas import schema_of
+
+__all__ = [
+    "BoundaryValidator",
+    "ContractRegistry",
+    "ContractViolation",
+    "NodeContract",
+    "StepContract",
+    "StepViolation",
+    "check_id",
+]
+
+In = TypeVar("In", bound=BaseModel)
+Out = TypeVar("Out", bound=BaseModel)
+Direction = Literal["input", "output"]
+
+_SHOWN_ERRORS = 5
+
+
+def check_id(value: str, what: str) -> str:
+    """Return a legal run or node id unchanged; any text is one, but for what no store can keep.
+
+    Raises ValueError for the empty string, a NUL and lone surrogates.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be a string, not {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{what} must not be empty")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} {value!r} holds a lone surrogate; use valid Unicode text") from None
+    if "\0" in value:
+        raise ValueError(f"{what} {value!r} holds a NUL character; remove it")
+    return value
+
+
+class NodeContract(BaseModel, Generic[In, Out]):
+    """What a node promises: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``."""
+
+    model_config = ConfigDict(arbitrary_types_allowed=True)
+
+    node_id: str
+    input_schema: type[In]
+    output_schema: type[Out]
+
+    @field_validator("node_id")
+    @classmethod
+    def _legal_id(cls, value: str) -> str:
+        return check_id(value, "node id")
+
+
+class ContractViolation(Exception):
+    """A value did not satisfy its contract.
+
+    Attributes:
+        node_id: the node at whose boundary it happened.
+        direction: "input" or "output".
+        raw: the offending value as a dict.
+        errors: pydantic's error dicts (``type``, ``loc``, ``msg``, ``input``).
+    """
+
+    def __init__(self, node_id: str, direction: Direction, raw: dict[str, Any], errors: list[Any]) -> None:
+        super().__init__(node_id, direction, raw, errors)
+        self.node_id = node_id
+        self.direction = direction
+        self.raw = raw
+        self.errors = errors
+
+    def __str__(self) -> str:
+        shown = [_describe(error) for error in self.errors[:_SHOWN_ERRORS]]
+        rest = len(self.errors) - len(shown)
+        text = "; ".join(shown) + (f"; ... and {rest} more" if rest > 0 else "")
+        return f"Contract violation for {self.node_id!r} ({self.direction}): {text}"
+
+
+def _describe(error: Any) -> str:
+    if not isinstance(error, dict):
+        return str(error)
+    path = ".".join(str(part) for part in error.get("loc", ()))
+    message = str(error.get("msg", "invalid"))
+    return f"{path}: {message}" if path else message
+
+
+def as_violation(node_id: str, direction: Direction, raw: Any, error: Exception) -> ContractViolation:
+    """The ContractViolation for what a validator raised."""
+    if isinstance(error, ValidationError):
+        errors: list[Any] = list(error.errors(include_url=False))
+    else:  # A validator may raise anything at all.
+        errors = [
+            {"type": type(error).__name__, "loc": (), "msg": f"{type(error).__name__}: {error}", "input": raw}
+        ]
+    shown = raw if isinstance(raw, dict) else {"value": raw}
+    violation = ContractViolation(node_id, direction, shown, errors)
+    violation.__cause__ = error
+    return violation
+
+
+class BoundaryValidator:
+    """Validates one raw value against one side of a contract."""
+
+    def __call__(
+        self, contract: NodeContract[Any, Any], direction: Direction, raw: dict[str, Any]
+    ) -> BaseModel:
+        """Return the validated model; raises ContractViolation."""
+        schema = contract.input_schema if direction == "input" else contract.output_schema
+        try:
+            return schema_of(schema).validate(raw)
+        except Exception as error:
+            raise as_violation(contract.node_id, direction, raw, error) from error
+
+
+class ContractRegistry:
+    """The contracts of a runner, by node id."""
+
+    def __init__(self) -> None:
+        self._contracts: dict[str, NodeContract[Any, Any]] = {}
+        self._validator = BoundaryValidator()
+
+    def register(self, contract: NodeContract[Any, Any]) -> None:
+        """Add a contract, replacing the one that its node id had."""
+        self._contracts[contract.node_id] = contract
+
+    def get(self, node_id: str) -> NodeContract[Any, Any]:
+        """The contract of a node; raises KeyError."""
+        try:
+            return self._contracts[node_id]
+        except KeyError:
+            raise KeyError(
+                f"no contract is registered for node {node_id!r}; register one, or decorate the node"
+            ) from None
+
+    def find(self, node_id: str) -> NodeContract[Any, Any] | None:
+        """The contract of a node, or None."""
+        return self._contracts.get(node_id)
+
+    def validate_input(self, node_id: str, raw: dict[str, Any]) -> BaseModel:
+        """Validate a raw input; raises KeyError or ContractViolation."""
+        return self._validator(self.get(node_id), "input", raw)
+
+    def validate_output(self, node_id: str, raw: dict[str, Any]) -> BaseModel:
+        """Validate a raw output; raises KeyError or ContractViolation."""
+        return self._validator(self.get(node_id), "output", raw)
+
+
+StepContract = NodeContract
+StepViolation = ContractViolation

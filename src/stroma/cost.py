@@ -1,0 +1,371 @@
+"""Usage, prices, budgets and model fallback. Money is in US dollars, prices per million tokens."""
+
+from __future__ import annotations
+
+import decimal
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from pydantic import BaseModel, Field
+
+__all__ = [
+    "KNOWN_MODELS",
+    "BudgetExceeded",
+    "CostTracker",
+    "ExecutionBudget",
+    "FallbackPolicy",
+    "ModelHint",
+    "NodeUsage",
+    "StepUsage",
+    "UsageError",
+    "estimate_cost_usd",
+    "resolve_model",
+]
+
+Dimension = Literal["tokens", "cost", "latency"]
+
+#: USD per million (input, output) tokens. What stands here wins over the data of ``genai-prices``; add your
+#: own models, or correct a price. List prices of the vendors' pages, November 2026 data of genai-prices.
+KNOWN_MODELS: dict[str, tuple[float, float]] = {
+    "gpt-4o": (2.50, 10.00),
+    "gpt-4o-mini": (0.15, 0.60),
+    "gpt-4.1": (2.00, 8.00),
+    "gpt-4.1-mini": (0.40, 1.60),
+    "claude-sonnet-4-5": (3.00, 15.00),
+    "claude-haiku-4-5": (1.00, 5.00),
+}
+
+
+class UsageError(ValueError):
+    """A node reported usage that cannot be counted: negative, not finite, not a number, or of an unpriced model."""
+
+
+class BudgetExceeded(Exception):
+    """A run went over a limit.
+
+    Attributes:
+        dimension: "tokens", "cost" (USD) or "latency" (ms).
+        limit, actual: both in the dimension's unit.
+        node_id: the node whose attempt crossed the limit.
+    """
+
+    def __init__(self, dimension: Dimension, limit: float, actual: float, node_id: str) -> None:
+        super().__init__(dimension, limit, actual, node_id)
+        self.dimension = dimension
+        self.limit = limit
+        self.actual = actual
+        self.node_id = node_id
+
+    def __str__(self) -> str:
+        name, unit = _UNITS[self.dimension]
+        return (
+            f"budget exceeded: {name} limit {self.limit:.12g}{unit}, used {self.actual:.12g}{unit} "
+            f"({self.dimension}) at node {self.node_id!r}; raise {name} to go on"
+        )
+
+
+_UNITS: Final[dict[str, tuple[str, str]]] = {
+    "tokens": ("max_tokens_total", " tokens"),
+    "cost": ("max_cost_usd", " USD"),
+    "latency": ("max_latency_ms", " ms"),
+}
+
+
+class ExecutionBudget(BaseModel):
+    """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing."""
+
+    max_tokens_total: int | None = Field(default=None, ge=0)
+    max_cost_usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)
+    max_latency_ms: int | None = Field(default=None, ge=0)
+
+    @classmethod
+    def unlimited(cls) -> ExecutionBudget:
+        """A budget without any limit."""
+        return cls()
+
+
+@dataclass
+class NodeUsage:
+    """What a node used. ``tokens_used`` is input + output; ``cost_usd`` in dollars; ``latency_ms`` wall time."""
+
+    node_id: str
+    tokens_used: int
+    cost_usd: float
+    latency_ms: int
+    model: str | None = None
+    output_tokens: int = 0
+
+
+StepUsage = NodeUsage
+
+
+@dataclass
+class ModelHint:
+    """Which model a node would like, for code that chooses models by hand."""
+
+    node_id: str
+    preferred_model: str
+    fallback_model: str | None = None
+    max_tokens: int | None = None
+
+
+@dataclass
+class FallbackPolicy:
+    """Use ``fallback_model`` for ``preferred_model`` once ``at_budget_pct`` (0 to 1) of ``max_cost_usd`` is spent."""
+
+    preferred_model: str
+    fallback_model: str
+    at_budget_pct: float = 0.80
+
+
+class _Sums:
+    """What one node id used so far."""
+
+    __slots__ = ("cost_usd", "latency_ns", "model", "output_tokens", "tokens")
+
+    def __init__(
+        self, tokens: int, output_tokens: int, cost_usd: float, latency_ns: int, model: str | None
+    ) -> None:
+        self.tokens = tokens
+        self.output_tokens = output_tokens
+        self.cost_usd = cost_usd
+        self.latency_ns = latency_ns
+        self.model = model
+
+
+class CostTracker:
+    """Running totals of a run, and the sums per node id."""
+
+    __slots__ = (
+        "_cost",
+        "_cost_carry",
+        "_latency_ns",
+        "_nodes",
+        "_tokens",
+        "prior_cost_usd",
+        "prior_latency_ms",
+        "prior_tokens",
+    )
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, _Sums] = {}
+        self._tokens = 0
+        self._cost = 0.0
+        self._cost_carry = (
+            0.0  # What each float addition lost (Neumaier), so that a million cents stay exact.
+        )
+        self._latency_ns = 0
+        # Spent by earlier processes on this execution: budgets remember it, this result's totals do not.
+        self.prior_tokens = 0
+        self.prior_cost_usd = 0.0
+        self.prior_latency_ms = 0.0
+
+    def record(self, usage: NodeUsage) -> None:
+        """Add a usage. Raises UsageError for negative or non-finite figures, and records nothing then."""
+        check_usage(usage.node_id, usage.tokens_used, usage.output_tokens)
+        if (
+            not math.isfinite(usage.cost_usd)
+            or usage.cost_usd < 0
+            or not math.isfinite(usage.latency_ms)
+            or usage.latency_ms < 0
+        ):
+            raise UsageError(
+                f"node {usage.node_id!r} reported cost_usd={usage.cost_usd!r}, latency_ms={usage.latency_ms!r}"
+            )
+        self.add(
+            usage.node_id,
+            usage.tokens_used,
+            usage.output_tokens,
+            usage.cost_usd,
+            round(usage.latency_ms * 1e6),
+            usage.model,
+        )
+
+    def add(
+        self,
+        node_id: str,
+        tokens: int,
+        output_tokens: int,
+        cost_usd: float,
+        latency_ns: int,
+        model: str | None,
+        *,
+        nested: bool = False,
+    ) -> None:
+        """Add figures that were checked. ``nested`` latency is part of a group's, which counts it already."""
+        self._tokens += tokens
+        if not nested:
+            self._latency_ns += latency_ns
+        if cost_usd:
+            total = self._cost + cost_usd
+            if self._cost >= cost_usd:
+                self._cost_carry += (self._cost - total) + cost_usd
+            else:
+                self._cost_carry += (cost_usd - total) + self._cost
+            self._cost = total
+        row = self._nodes.get(node_id)
+        if row is None:
+            self._nodes[node_id] = _Sums(tokens, output_tokens, cost_usd, latency_ns, model)
+        else:
+            row.tokens += tokens
+            row.output_tokens += output_tokens
+            row.cost_usd += cost_usd
+            row.latency_ns += latency_ns
+            row.model = model or row.model
+
+    @property
+    def total_tokens(self) -> int:
+        """Input and output tokens."""
+        return self._tokens
+
+    @property
+    def total_cost_usd(self) -> float:
+        """US dollars."""
+        return self._cost + self._cost_carry
+
+    @property
+    def total_latency_ms(self) -> int:
+        """Wall time of attempts in whole milliseconds, waits and hooks excluded."""
+        return self._latency_ns // 1_000_000
+
+    @property
+    def latency_ms(self) -> float:
+        """The same, not rounded, with what earlier processes spent."""
+        return self._latency_ns / 1e6 + self.prior_latency_ms
+
+    def used(self, dimension: Dimension) -> float:
+        """What counts against a limit, in its unit, earlier processes included."""
+        if dimension == "tokens":
+            return self._tokens + self.prior_tokens
+        if dimension == "cost":
+            # Nine decimals are far below any price; beyond them the sum is noise of the binary fractions.
+            return round(self.total_cost_usd + self.prior_cost_usd, 9)
+        return self.latency_ms
+
+    def check_budget(self, budget: ExecutionBudget, node_id: str) -> None:
+        """Raise BudgetExceeded if a total stands above its limit."""
+        exceeded = self.exceeded(budget, node_id)
+        if exceeded is not None:
+            raise exceeded
+
+    def exceeded(self, budget: ExecutionBudget, node_id: str) -> BudgetExceeded | None:
+        """The BudgetExceeded for the first limit that is crossed, or None."""
+        for dimension, limit in limits(budget):
+            used = self.used(dimension)
+            if used > limit:
+                return BudgetExceeded(dimension, limit, used, node_id)
+        return None
+
+    def summary(self) -> dict[str, NodeUsage]:
+        """The sums by node id, as fresh records."""
+        return {
+            node_id: NodeUsage(
+                node_id, row.tokens, row.cost_usd, row.latency_ns // 1_000_000, row.model, row.output_tokens
+            )
+            for node_id, row in self._nodes.items()
+        }
+
+
+def limits(budget: ExecutionBudget) -> list[tuple[Dimension, float]]:
+    """The limits that are set, in the order in which they are checked."""
+    pairs: list[tuple[Dimension, float | None]] = [
+        ("tokens", budget.max_tokens_total),
+        ("cost", budget.max_cost_usd),
+        ("latency", budget.max_latency_ms),
+    ]
+    return [(dimension, limit) for dimension, limit in pairs if limit is not None]
+
+
+def check_usage(node_id: str, *counts: object) -> None:
+    """Raise UsageError unless every count is a whole number of tokens, zero or more."""
+    for count in counts:
+        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+            raise UsageError(
+                f"node {node_id!r} reported {count!r} tokens; report whole numbers of tokens, zero or more"
+            )
+
+
+def resolve_model(
+    declared_model: str | None, tracker: CostTracker, budget: ExecutionBudget, fallbacks: list[FallbackPolicy]
+) -> str | None:
+    """The fallback of the first rule for ``declared_model`` whose share of the cost limit is reached, else it."""
+    if declared_model is None or budget.max_cost_usd is None:
+        return declared_model
+    for rule in fallbacks:
+        if rule.preferred_model == declared_model and reached(rule, tracker, budget.max_cost_usd):
+            return rule.fallback_model
+    return declared_model
+
+
+def reached(rule: FallbackPolicy, tracker: CostTracker, max_cost_usd: float) -> bool:
+    """Whether the spending has reached the rule's share of the limit (a limit of 0 is reached at once)."""
+    return tracker.used("cost") >= round(rule.at_budget_pct * max_cost_usd, 9)
+
+
+def fallback_due(
+    tracker: CostTracker, budget: ExecutionBudget, fallbacks: Sequence[FallbackPolicy]
+) -> str | None:
+    """The furthest fallback reached, following chains (a to b, b to c); None below every threshold."""
+    if budget.max_cost_usd is None:
+        return None
+    due = [rule for rule in fallbacks if reached(rule, tracker, budget.max_cost_usd)]
+    return max(due, key=lambda rule: rule.at_budget_pct).fallback_model if due else None
+
+
+# ---------------------------------------------------------------------- prices
+
+Pricer = Callable[[int, int], float]
+
+
+def _flat_price(input_price: float, output_price: float) -> Pricer:
+    def price(input_tokens: int, output_tokens: int) -> float:
+        return (input_tokens * input_price + output_tokens * output_price) / 1_000_000
+
+    return price
+
+
+_priced: dict[str, Pricer | None] = {}
+
+
+def cached_pricer(model: str) -> Pricer | Literal["unread"] | None:
+    """The price function of a model without any import; "unread" if :func:`find_pricer` was never asked for it."""
+    known = KNOWN_MODELS.get(model)
+    if known is not None:
+        return _flat_price(*known)
+    return _priced.get(model, "unread")
+
+
+def find_pricer(model: str) -> Pricer | None:
+    """The price function of a model, or None if nobody knows it. Slow the first time: call it off the event loop."""
+    found = cached_pricer(model)
+    if found != "unread":
+        return found
+    try:
+        _priced[model] = _from_genai_prices(model)
+    except LookupError:
+        _priced[model] = None
+    return _priced[model]
+
+
+def _from_genai_prices(model: str) -> Pricer:
+    import genai_prices
+
+    def calculate(input_tokens: int, output_tokens: int) -> genai_prices.types.PriceCalculation:
+        usage = genai_prices.Usage(input_tokens=input_tokens, output_tokens=output_tokens)
+        return genai_prices.calc_price(usage, model_ref=model)
+
+    prices = calculate(1, 1).model_price
+    unit = (prices.input_mtok or decimal.Decimal(0), prices.output_mtok or decimal.Decimal(0))
+    if all(isinstance(price, decimal.Decimal) for price in unit) and not prices.requests_kcount:
+        return _flat_price(float(unit[0]), float(unit[1]))  # type: ignore[arg-type]
+    # Prices in tiers, or per request, depend on the size of each call.
+    return functools.lru_cache(maxsize=1024)(lambda i, o: float(calculate(i, o).total_price))
+
+
+def estimate_cost_usd(model: str, input_tokens: int, output_tokens: int = 0) -> float:
+    """The price of a call in US dollars; 0.0 for an unknown model."""
+    price = find_pricer(model)
+    return price(input_tokens, output_tokens) if price else 0.0

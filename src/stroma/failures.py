@@ -1,0 +1,251 @@
+"""Failure classes, retry policies, and the pure decision whether to try again."""
+
+from __future__ import annotations
+
+import logging
+import random
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pydantic import BaseModel, Field
+
+from stroma.classifiers import read_provider_error
+from stroma.contracts import ContractViolation
+from stroma.cost import BudgetExceeded, UsageError
+from stroma.schemas import NotSerialisable
+
+__all__ = [
+    "Classifier",
+    "Failure",
+    "FailureClass",
+    "FailurePolicy",
+    "NodeContext",
+    "PolicyMap",
+    "Retry",
+    "RetryBudget",
+    "StepContext",
+    "Stop",
+    "classify",
+    "decide",
+    "default_policy_map",
+    "diagnose",
+]
+
+logger = logging.getLogger("stroma")
+
+
+class FailureClass(StrEnum):
+    """What a failure means for trying again."""
+
+    RECOVERABLE = "RECOVERABLE"
+    TERMINAL = "TERMINAL"
+    AMBIGUOUS = "AMBIGUOUS"
+
+
+class FailurePolicy(BaseModel):
+    """How often, and after how long, a node is tried again.
+
+    Attributes:
+        max_retries: further attempts after the first.
+        backoff_seconds: the delay before the first retry; with ``jitter`` the upper end of a uniform draw from 0.
+        multiplier: what each further delay is multiplied by.
+        max_backoff_seconds: no computed delay is longer. A server's Retry-After may be.
+        jitter: draw each delay uniformly from 0 to the computed one.
+        max_retry_after_seconds: a server that asks to wait longer stops the run as PARTIAL instead.
+    """
+
+    max_retries: int = Field(default=3, ge=0)
+    backoff_seconds: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    multiplier: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    max_backoff_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    jitter: bool = True
+    max_retry_after_seconds: float = Field(default=120.0, ge=0)
+
+
+PolicyMap = dict[FailureClass, FailurePolicy]
+
+_DEFAULTS: PolicyMap = {
+    FailureClass.RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=1.0),
+    FailureClass.TERMINAL: FailurePolicy(max_retries=0, backoff_seconds=0.0),
+    FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0.5),
+}
+
+
+def default_policy_map() -> PolicyMap:
+    """RECOVERABLE 3 retries within 1 s each, TERMINAL none, AMBIGUOUS 1 within 0.5 s. A fresh dict."""
+    return dict(_DEFAULTS)
+
+
+@dataclass
+class NodeContext:
+    """Where a failure happened, for classifiers. ``attempt`` is 1-based."""
+
+    node_id: str
+    attempt: int
+    run_id: str
+
+
+StepContext = NodeContext
+Classifier = Callable[[Exception, NodeContext], FailureClass | None]
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """One failed attempt.
+
+    Attributes:
+        exception: what the node raised, or what stopped it.
+        failure_class: its one class.
+        node_id: the node that failed.
+        attempt: 1-based.
+        message: ``str(exception)``, or the type's name where that is empty or raises.
+        reason: a stable word for what happened, such as "rate_limit" or "contract"; None if unknown.
+        retry_after_seconds: the wait a server asked for.
+    """
+
+    exception: BaseException
+    failure_class: FailureClass
+    node_id: str
+    attempt: int
+    message: str
+    reason: str | None = None
+    retry_after_seconds: float | None = None
+
+
+def message_of(exc: BaseException) -> str:
+    """``str(exc)``, or the type's name where that is empty or raises."""
+    try:
+        return str(exc) or type(exc).__name__
+    except Exception:
+        return type(exc).__name__
+
+
+def classify(
+    exc: Exception, context: NodeContext, classifiers: Sequence[Classifier] | None = None
+) -> FailureClass:
+    """The one class of an exception: custom classifiers in order, then what providers' errors mean, then defaults.
+
+    A classifier that raises, or answers with no FailureClass, is logged and skipped.
+    """
+    return diagnose(exc, context, classifiers).failure_class
+
+
+def diagnose(
+    exc: BaseException, context: NodeContext, classifiers: Sequence[Classifier] | None = None
+) -> Failure:
+    """Classify an exception and keep what its shape says of the reason and the wait."""
+    provider = read_provider_error(exc)
+    custom = _ask(exc, context, classifiers) if classifiers else None
+    failure_class, reason = _built_in(exc)
+    if provider is not None and failure_class is None:
+        failure_class, reason = FailureClass(provider.failure_class), provider.reason
+    return Failure(
+        exception=exc,
+        failure_class=custom or failure_class or FailureClass.AMBIGUOUS,
+        node_id=context.node_id,
+        attempt=context.attempt,
+        message=message_of(exc),
+        reason=reason,
+        retry_after_seconds=provider.retry_after if provider is not None else None,
+    )
+
+
+def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
+    if isinstance(exc, ContractViolation):
+        return FailureClass.TERMINAL, "contract"
+    if isinstance(exc, BudgetExceeded):
+        return FailureClass.RECOVERABLE, "budget"
+    if isinstance(exc, UsageError):
+        return FailureClass.TERMINAL, "usage"
+    if isinstance(exc, NotSerialisable):
+        return FailureClass.TERMINAL, "not_serialisable"
+    if isinstance(exc, TimeoutError):
+        return FailureClass.RECOVERABLE, "timeout"
+    return None, None
+
+
+def _ask(exc: BaseException, context: NodeContext, classifiers: Sequence[Classifier]) -> FailureClass | None:
+    for classifier in classifiers:
+        try:
+            answer = classifier(exc, context)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            if answer is not None:
+                return FailureClass(answer)
+        except Exception:
+            logger.warning(
+                "classifier %r raised for node %r; it is skipped", classifier, context.node_id,
+                exc_info=True, extra={"run_id": context.run_id},
+            )  # fmt: skip
+    return None
+
+
+class RetryBudget:
+    """Counts retries by (run id, node id), for code that retries by hand. The engine keeps its own counts."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def increment(self, run_id: str, node_id: str) -> int:
+        """Count one more retry and return the new count."""
+        count = self._counts.get((run_id, node_id), 0) + 1
+        self._counts[run_id, node_id] = count
+        return count
+
+    def exhausted(self, run_id: str, node_id: str, policy: FailurePolicy) -> bool:
+        """Whether the retries of a policy are used up."""
+        return self._counts.get((run_id, node_id), 0) >= policy.max_retries
+
+
+# ---------------------------------------------------------------------- the decision
+
+
+@dataclass(frozen=True, slots=True)
+class Retry:
+    """Try again after ``delay_seconds``."""
+
+    delay_seconds: float
+
+
+@dataclass(frozen=True, slots=True)
+class Stop:
+    """Try no more. ``why`` is a sentence for the log."""
+
+    why: str
+
+
+def policy_for(
+    failure_class: FailureClass,
+    node_policies: Mapping[FailureClass, FailurePolicy] | None,
+    policy_map: PolicyMap,
+) -> FailurePolicy:
+    """The node's own policy for a class, else the run's, else the built-in default."""
+    if node_policies is not None and failure_class in node_policies:
+        return node_policies[failure_class]
+    return policy_map.get(failure_class) or _DEFAULTS[failure_class]
+
+
+def decide(
+    failure: Failure, policy: FailurePolicy, *, attempt: int, draw: Callable[[], float] = random.random
+) -> Retry | Stop:
+    """Whether a failed attempt is followed by another. Pure, but for ``draw`` (uniform in 0..1).
+
+    ``attempt`` is 1-based: attempt n was the (n-1)-th retry, so one count serves all classes. Attempts that were
+    granted on top (to mend a broken contract) are not in it.
+    """
+    if failure.failure_class is FailureClass.TERMINAL:
+        return Stop("a terminal failure is not retried")
+    retries = attempt - 1
+    if retries >= policy.max_retries:
+        return Stop(f"gave up after {failure.attempt} attempt{'s' if failure.attempt > 1 else ''}")
+    try:
+        delay = min(policy.backoff_seconds * policy.multiplier**retries, policy.max_backoff_seconds)
+    except OverflowError:
+        delay = policy.max_backoff_seconds
+    if policy.jitter:
+        delay *= draw()
+    asked = failure.retry_after_seconds
+    if asked is not None:
+        if asked > policy.max_retry_after_seconds:
+            return Stop(f"the server asks to come back in {asked:.0f} s")
+        delay = max(delay, asked)
+    return Retry(delay)

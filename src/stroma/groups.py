@@ -1,0 +1,269 @@
+"""Groups: several nodes side by side, or one node over the items of a list."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager, nullcontext
+from typing import Any, cast
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from stroma._engine import GroupStopped, Halt, Kept, execute, output_schema
+from stroma.context import Kind, NodeExecution, ReliabilityContext
+from stroma.nodes import Group, Node, find_node
+from stroma.schemas import schema_of
+
+__all__ = ["map_over", "parallel"]
+
+
+def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
+    """Run nodes side by side on copies of the same state; their outputs merge in argument order, later ones win.
+
+    Each child is a full node: contracts, timeout, retries, usage, hooks, a record of its own. The first that stops
+    for good cancels its siblings, and the group fails with that child's exception. ``max_concurrency`` bounds how
+    many run at once. Groups nest. Raises ValueError without children, TypeError for what is no node.
+    """
+    if not nodes:
+        raise ValueError("parallel() needs at least one node")
+    limit = _check_limit(max_concurrency)
+    children = tuple(find_node(node) for node in nodes)
+
+    def output(ctx: ReliabilityContext, value: BaseModel) -> type[BaseModel]:
+        return _merged_model(group.node_id, tuple(_output_class(ctx, child, value) for child in children))
+
+    async def run(ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
+        outputs = await _side_by_side(ctx, execution, [(child, value) for child in children], limit, "node")
+        merged: dict[str, Any] = {}
+        for out in outputs:
+            merged.update(_contents(out))
+        return merged
+
+    async def by_hand(state: BaseModel) -> dict[str, Any]:
+        gate = _gate(limit)
+
+        async def one(child: Node | Group) -> dict[str, Any]:
+            async with gate():
+                return await _call_by_hand(child, schema_of(type(state)).copy(state))
+
+        merged: dict[str, Any] = {}
+        for out in await _gather([one(child) for child in children]):
+            merged.update(out)
+        return merged
+
+    group = Group(
+        f"parallel({', '.join(child.node_id for child in children)})", children, run, output, by_hand
+    )
+    return group
+
+
+def map_over(field: str, node: Any, *, into: str, max_concurrency: int | None = None) -> Group:
+    """Run one node for each item of the list ``field`` of the state; its outputs become the list ``into``, in order.
+
+    The other fields of the state are kept. Each item is retried, recorded and resumed on its own. An item is the
+    node's input: a model or dict as it is, anything else as the value of a root model, or of the node's only
+    required field. Raises TypeError for what is no node.
+    """
+    limit = _check_limit(max_concurrency)
+    child = find_node(node)
+    for name in (field, into):
+        if not name.isidentifier():
+            raise ValueError(f"{name!r} is not the name of a field")
+
+    def output(ctx: ReliabilityContext, value: BaseModel) -> type[BaseModel]:
+        item = _output_class(ctx, child, value)
+        return _with_list(group.node_id, type(value), into, item)
+
+    async def run(ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
+        state = schema_of(type(value)).fields(value)
+        jobs = [(child, _item_state(ctx, child, item)) for item in _items(value, field)]
+        outputs = await _side_by_side(ctx, execution, jobs, limit, "item")
+        return {**state, into: [_item_value(out) for out in outputs]}
+
+    async def by_hand(state: BaseModel) -> dict[str, Any]:
+        gate = _gate(limit)
+
+        async def one(item: Any) -> dict[str, Any]:
+            async with gate():
+                return await _call_by_hand(child, _item_state(None, child, item))
+
+        outputs = await _gather([one(item) for item in _items(state, field)])
+        return {**schema_of(type(state)).fields(state), into: outputs}
+
+    group = Group(f"map_over({field}, {child.node_id})", (child,), run, output, by_hand)
+    return group
+
+
+# ---------------------------------------------------------------------- running
+
+
+async def _side_by_side(
+    ctx: ReliabilityContext,
+    group: NodeExecution,
+    jobs: Sequence[tuple[Node | Group, BaseModel]],
+    limit: int | None,
+    kind: Kind,
+) -> list[BaseModel]:
+    """Execute jobs concurrently; raises GroupStopped for the first that stopped for good, its siblings awaited."""
+    gate = _gate(limit)
+    stopped: list[Halt] = []
+    prefix = f"{group.branch}." if group.branch else ""
+
+    async def one(index: int, node: Node | Group, value: BaseModel) -> BaseModel | None:
+        async with gate():
+            if stopped:
+                return None
+            outcome = await execute(
+                ctx,
+                node,
+                value,
+                group.position,
+                branch=f"{prefix}{index}",
+                kind=kind,
+                rows=group.children,
+                deadline_ns=group.deadline_ns,
+            )
+        if isinstance(outcome, Halt):
+            stopped.append(outcome)
+            if outcome.failure.reason != "budget":
+                raise GroupStopped(outcome)
+            return None  # Siblings in flight were paid for: they finish, and nothing new is called.
+        return outcome
+
+    outputs = await _gather([one(i, node, value) for i, (node, value) in enumerate(jobs)])
+    if stopped:
+        raise GroupStopped(stopped[0])
+    return cast("list[BaseModel]", outputs)
+
+
+async def _gather(work: Sequence[Awaitable[Any]]) -> list[Any]:
+    """Results in order. The first exception cancels and awaits the rest, and comes out as itself."""
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            running = [tasks.create_task(_as_coroutine(item)) for item in work]
+    except BaseExceptionGroup as failed:
+        raise _first(failed) from None
+    return [task.result() for task in running]
+
+
+async def _as_coroutine(item: Awaitable[Any]) -> Any:
+    return await item
+
+
+def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
+    # In the order in which the tasks failed; one that tells the process to stop is told first.
+    leaves = list(failed.exceptions)
+    return next((e for e in leaves if not isinstance(e, Exception)), leaves[0])
+
+
+def _gate(limit: int | None) -> Callable[[], AbstractAsyncContextManager[Any]]:
+    if limit is None:
+        return nullcontext
+    semaphore = asyncio.Semaphore(limit)
+    return lambda: semaphore
+
+
+def _check_limit(limit: int | None) -> int | None:
+    if limit is not None and (not isinstance(limit, int) or limit < 1):
+        raise ValueError(f"max_concurrency is {limit!r}; give a whole number from 1 up, or None for no bound")
+    return limit
+
+
+async def _call_by_hand(node: Node | Group, state: BaseModel) -> dict[str, Any]:
+    if isinstance(node, Group):
+        return await node(state)
+    returned = node.call(state, {})
+    output = await returned if inspect.isawaitable(returned) else returned
+    if isinstance(output, tuple):
+        output = output[0]
+    return schema_of(type(output)).fields(output) if isinstance(output, BaseModel) else output
+
+
+# ---------------------------------------------------------------------- shapes
+
+
+def _contents(output: Any) -> dict[str, Any]:
+    """What a child adds to the merged state."""
+    if isinstance(output, Kept):
+        output = output.root
+    if isinstance(output, BaseModel):
+        return schema_of(type(output)).state(output)
+    if isinstance(output, dict):
+        return output
+    raise TypeError(
+        f"a child of parallel() returned {type(output).__name__}; only dicts and models can be merged"
+    )
+
+
+def _item_value(output: BaseModel) -> Any:
+    return output.root if isinstance(output, Kept) else schema_of(type(output)).raw(output)
+
+
+def _output_class(ctx: ReliabilityContext, node: Node | Group, value: BaseModel) -> type[BaseModel]:
+    return output_schema(ctx, node, value).model
+
+
+_models: dict[Any, type[BaseModel]] = {}
+
+
+def _merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseModel]:
+    """One model with the fields of all, later ones winning; open where a child has no contract. Cached."""
+    key = ("merge", name, classes)
+    found = _models.get(key)
+    if found is None:
+        fields: dict[str, Any] = {}
+        for cls in classes:
+            if cls is not Kept:
+                fields.update({n: (info.annotation, info) for n, info in cls.model_fields.items()})
+        opened = any(cls is Kept or cls.model_config.get("extra") == "allow" for cls in classes)
+        found = _models[key] = _make_model(name, fields, opened)
+    return found
+
+
+def _with_list(name: str, base: type[BaseModel], into: str, item: type[BaseModel]) -> type[BaseModel]:
+    """The model ``base`` with a field ``into: list[item]``. Cached."""
+    key = ("list", name, base, into, item)
+    found = _models.get(key)
+    if found is None:
+        fields: dict[str, Any] = {n: (info.annotation, info) for n, info in base.model_fields.items()}
+        fields[into] = (list[Any] if item is Kept else list[item], ...)  # type: ignore[valid-type]
+        found = _models[key] = _make_model(name, fields, base.model_config.get("extra") == "allow")
+    return found
+
+
+def _make_model(name: str, fields: dict[str, Any], opened: bool) -> type[BaseModel]:
+    config = ConfigDict(arbitrary_types_allowed=True, extra="allow" if opened else "ignore")
+    return create_model(name, __config__=config, **fields)
+
+
+def _items(value: BaseModel, field: str) -> list[Any]:
+    items = schema_of(type(value)).fields(value).get(field)
+    if not isinstance(items, (list, tuple)):
+        have = ", ".join(type(value).model_fields)
+        raise TypeError(
+            f"map_over needs a list in field {field!r}, and there is {type(items).__name__}; fields: {have}"
+        )
+    return list(items)
+
+
+def _item_state(ctx: ReliabilityContext | None, node: Node | Group, item: Any) -> BaseModel:
+    """An item as a state that the node's input contract can be asked about."""
+    if isinstance(item, BaseModel):
+        return item
+    if isinstance(item, dict):
+        return _Item.model_construct(None, **item) if all(isinstance(k, str) for k in item) else Kept(item)
+    contract = (
+        None if isinstance(node, Group) else ((ctx and ctx.registry.find(node.node_id)) or node.contract)
+    )
+    if contract is not None and not contract.input_schema.__pydantic_root_model__:
+        required = [n for n, info in contract.input_schema.model_fields.items() if info.is_required()]
+        if len(required) == 1:
+            return _Item.model_construct(None, **{required[0]: item})
+    return Kept(item)
+
+
+class _Item(BaseModel):
+    """A dict on its way to a node: open to any field, validated by the node's own contract."""
+
+    model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)

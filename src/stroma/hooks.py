@@ -1,0 +1,237 @@
+"""Hooks: async callbacks that observe a run and can never change it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import types
+from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from stroma.failures import FailureClass
+from stroma.trace import ExecutionResult
+
+__all__ = ["AnyHooks", "HookError", "HookSets", "NodeHooks", "StepHooks", "flatten"]
+
+logger = logging.getLogger("stroma")
+
+
+@dataclass
+class NodeHooks:
+    """Async callbacks at the boundaries of runs and nodes; each is optional and costs nothing when unset.
+
+    ``on_node_success`` gets the tokens of this attempt, input + output, 0 if the node reported none. Everything
+    else about a node (position, attempt, model, cost ...) is at :func:`stroma.current_node` while a hook runs.
+    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first.
+    """
+
+    on_node_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
+    on_node_success: Callable[[str, str, dict[str, Any], int], Awaitable[None]] | None = None
+    on_node_failure: Callable[[str, str, Exception, FailureClass], Awaitable[None]] | None = None
+    on_run_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
+    on_run_end: Callable[[str, ExecutionResult], Awaitable[None]] | None = None
+    on_node_retry: Callable[[str, str, int, float, FailureClass], Awaitable[None]] | None = None
+    on_node_skipped: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
+    on_node_cancelled: Callable[[str, str], Awaitable[None]] | None = None
+    on_node_suspended: Callable[[str, str, str], Awaitable[None]] | None = None
+    on_budget_warning: Callable[[str, str, float, float], Awaitable[None]] | None = None
+
+    def __or__(self, other: NodeHooks | Sequence[NodeHooks]) -> HookSets:
+        return HookSets((self, *flatten(other)))
+
+    def __ror__(self, other: Sequence[NodeHooks]) -> HookSets:
+        return HookSets((*flatten(other), self))
+
+
+StepHooks = NodeHooks
+#: One set of hooks, or several in order.
+AnyHooks = NodeHooks | Sequence[NodeHooks]
+EVENTS = tuple(f.name for f in fields(NodeHooks))
+_ENDS = frozenset(
+    {"on_node_success", "on_node_failure", "on_node_cancelled", "on_node_suspended", "on_run_end"}
+)
+#: The callables of one event, each with the index of its set, in the order in which they run.
+Calls = tuple[tuple[int, Callable[..., Any]], ...]
+
+
+class HookSets(tuple[NodeHooks, ...]):
+    """Several sets of hooks, in order."""
+
+    __slots__ = ()
+
+    def __or__(self, other: NodeHooks | Sequence[NodeHooks]) -> HookSets:
+        return HookSets((*self, *flatten(other)))
+
+
+def flatten(hooks: NodeHooks | Iterable[NodeHooks] | None) -> tuple[NodeHooks, ...]:
+    """Every set of hooks in order. Raises TypeError for anything that is not one."""
+    if hooks is None:
+        return ()
+    if isinstance(hooks, NodeHooks):
+        return (hooks,)
+    sets: list[NodeHooks] = []
+    for item in hooks:
+        if isinstance(item, (list, tuple)):
+            sets.extend(flatten(item))
+        elif isinstance(item, NodeHooks):
+            sets.append(item)
+        else:
+            raise TypeError(f"{item!r} is not a set of hooks; make one with NodeHooks(...)")
+    return tuple(sets)
+
+
+class HookError(Exception):
+    """Hooks raised in a run with ``hook_errors="raise"``; ``result`` is the complete result of that run."""
+
+    def __init__(self, message: str, result: ExecutionResult) -> None:
+        super().__init__(message)
+        self.result = result
+
+
+class HookNotAsync(TypeError):
+    """A hook is not async. ``result`` is what the run had come to."""
+
+    result: ExecutionResult | None = None
+    set_index: int = 0  # Sets before this one were called.
+
+
+class HookTimeout(Exception):
+    """A hook took longer than its time limit and was abandoned."""
+
+
+class Hooks:
+    """The hooks of one run, sorted by event: None where no set has one."""
+
+    __slots__ = (
+        *EVENTS,
+        "_limit",
+        "_on_error",
+        "_run_id",
+    )
+
+    on_node_start: Calls | None
+    on_node_success: Calls | None
+    on_node_failure: Calls | None
+    on_run_start: Calls | None
+    on_run_end: Calls | None
+    on_node_retry: Calls | None
+    on_node_skipped: Calls | None
+    on_node_cancelled: Calls | None
+    on_node_suspended: Calls | None
+    on_budget_warning: Calls | None
+
+    def __init__(
+        self,
+        sets: tuple[NodeHooks, ...],
+        *,
+        run_id: str,
+        limit_seconds: float | None,
+        on_error: Callable[[str, str | None, BaseException], None],
+    ) -> None:
+        self._run_id = run_id
+        self._limit = limit_seconds
+        self._on_error = on_error
+        for event in EVENTS:
+            setattr(self, event, None)
+        for index, hooks in enumerate(sets):
+            for event in EVENTS:
+                hook = getattr(hooks, event)
+                if hook is not None:
+                    before = getattr(self, event) or ()
+                    call = ((index, hook),)
+                    setattr(self, event, call + before if event in _ENDS else before + call)
+
+    async def fire(
+        self, event: str, calls: Calls, node_id: str | None, arguments: Callable[[], tuple[Any, ...]]
+    ) -> None:
+        """Await each hook in turn, in the caller's own task. ``arguments`` makes fresh ones for each set.
+
+        What a hook raises is logged and reported, and changes nothing; only HookNotAsync, the cancellation of the
+        running task (once every hook was called), KeyboardInterrupt and SystemExit come out.
+        """
+        task = asyncio.current_task()
+        cancelled: asyncio.CancelledError | None = None
+        for index, hook in calls:
+            before = task.cancelling() if task else 0
+            try:
+                awaitable = hook(*arguments())
+                if not inspect.isawaitable(awaitable):
+                    raise _not_async(event, hook, node_id, awaitable, index)
+                await _bounded(awaitable, self._limit)
+            except HookNotAsync:
+                raise
+            except asyncio.CancelledError as error:
+                if task is not None and task.cancelling() > before:
+                    cancelled = error
+                else:  # Its own stray one: nobody cancelled this task.
+                    self._report(event, hook, node_id, error)
+            except (KeyboardInterrupt, SystemExit, GeneratorExit):
+                raise
+            except BaseException as error:
+                self._report(event, hook, node_id, error)
+        if cancelled is not None:
+            raise cancelled
+
+    def _report(
+        self, event: str, hook: Callable[..., Any], node_id: str | None, error: BaseException
+    ) -> None:
+        try:
+            logger.error(
+                "hook %s (%r) raised for node %r of run %r; the run goes on", event, hook, node_id, self._run_id,
+                exc_info=error, extra={"run_id": self._run_id},
+            )  # fmt: skip
+        finally:
+            self._on_error(event, node_id, error)
+
+
+def _not_async(event: str, hook: object, node_id: str | None, returned: object, index: int) -> HookNotAsync:
+    where = f" of node {node_id!r}" if node_id is not None else ""
+    error = HookNotAsync(
+        f"hook {event}{where} is not async: {hook!r} returned {type(returned).__name__}, which cannot be awaited; "
+        "define it with async def"
+    )
+    error.set_index = index
+    return error
+
+
+@types.coroutine
+def _bounded(awaitable: Awaitable[Any], limit: float | None) -> Generator[Any, Any, None]:
+    """Await in the current task; a timer is armed only if the awaitable suspends at all."""
+    iterator = awaitable.__await__()
+    try:
+        waiting_for = next(iterator)
+    except StopIteration:
+        return
+    if limit is None:
+        yield from _rest(iterator, waiting_for)
+        return
+    timeout = asyncio.timeout(limit)
+    yield from timeout.__aenter__().__await__()
+    try:
+        yield from _rest(iterator, waiting_for)
+    except BaseException as error:
+        try:
+            yield from timeout.__aexit__(type(error), error, error.__traceback__).__await__()
+        except TimeoutError:
+            raise HookTimeout(f"did not end within {limit * 1000:.0f} ms (hook_timeout_ms)") from None
+        raise
+    yield from timeout.__aexit__(None, None, None).__await__()
+
+
+def _rest(iterator: Generator[Any, Any, Any], waiting_for: Any) -> Generator[Any, Any, None]:
+    """Go on with an awaitable that has already yielded once: ``yield from`` would lose that first value."""
+    try:
+        while True:
+            try:
+                sent = yield waiting_for
+            except GeneratorExit:
+                iterator.close()
+                raise
+            except BaseException as error:
+                waiting_for = iterator.throw(error)
+            else:
+                waiting_for = iterator.send(sent)
+    except StopIteration:
+        return

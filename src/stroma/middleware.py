@@ -1,0 +1,98 @@
+"""Single steps, for code that has its own loop: the same engine without a pipeline."""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable
+from functools import update_wrapper
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from stroma._engine import Halt, Kept, execute
+from stroma.context import ReliabilityContext
+from stroma.contracts import NodeContract
+from stroma.nodes import Group, find_node, make_node
+from stroma.schemas import schema_of
+from stroma.trace import ExecutionResult, RunStatus
+
+__all__ = ["ReliabilityContext", "StromaStep", "execute_step"]
+
+
+async def execute_step(
+    step_id: str,
+    func: Callable[..., Awaitable[Any]],
+    input_state: BaseModel,
+    ctx: ReliabilityContext,
+    *,
+    contract: NodeContract[Any, Any] | None = None,
+) -> ExecutionResult:
+    """Run one function as a step of a context; the result has the totals and trace of the whole context so far.
+
+    ``contract`` wins over the registry's, that over the marker's. Without any, nothing is refused: output that fits
+    the input's class becomes it, other output is kept as it was returned. Each call is a position of its own.
+    """
+    await ctx.open(input_state, resume=ctx.config.resume)
+    position = ctx.next_position
+    ctx.next_position += 1
+    marked = getattr(func, "_stroma_contract", None)
+    node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
+    outcome = await execute(ctx, node, input_state, position, contract=contract)
+    if isinstance(outcome, Halt):
+        state = outcome.output if outcome.output is not None else input_state
+        return ctx.build_result(outcome.status, _as_returned(state, input_state), outcome.failure)
+    return ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
+
+
+def _as_returned(state: BaseModel, given: BaseModel) -> Any:
+    if not isinstance(state, Kept):
+        return state
+    if isinstance(state.root, dict):
+        try:
+            return schema_of(type(given)).validate(state.root)
+        except ValidationError:
+            pass
+    return state.root
+
+
+class StromaStep:
+    """Wraps functions as steps of one context.
+
+    ::
+
+        step = StromaStep(ctx)
+
+        @step("search", input=Query, output=Hits)
+        async def search(state: Query) -> dict: ...
+
+        result = await search(Query(text="..."))     # an ExecutionResult
+    """
+
+    def __init__(self, ctx: ReliabilityContext) -> None:
+        self.ctx = ctx
+
+    def wrap(
+        self, step_id: str, func: Callable[..., Any], *, contract: NodeContract[Any, Any] | None = None
+    ) -> Callable[..., Awaitable[ExecutionResult]]:
+        """The function as a step: a call with the input state gives the ExecutionResult. Carries the markers."""
+
+        async def step(state: BaseModel) -> ExecutionResult:
+            return await execute_step(step_id, func, state, self.ctx, contract=contract)
+
+        update_wrapper(step, func, updated=())
+        carried = contract or getattr(func, "_stroma_contract", None)
+        step.__dict__.update(_stroma_node_id=step_id, _stroma_contract=carried)
+        return step
+
+    def __call__(
+        self, step_id: str, *, input: type[BaseModel], output: type[BaseModel]
+    ) -> Callable[[Callable[..., Any]], Callable[..., Awaitable[ExecutionResult]]]:
+        """Decorate a function as a step and register its contract with the context."""
+        contract: NodeContract[Any, Any] = NodeContract(
+            node_id=step_id, input_schema=input, output_schema=output
+        )
+        self.ctx.registry.register(contract)
+
+        def decorate(func: Callable[..., Any]) -> Callable[..., Awaitable[ExecutionResult]]:
+            return self.wrap(step_id, func, contract=contract)
+
+        return decorate

@@ -1,0 +1,193 @@
+"""What makes a function a node: the marker on the function and the frozen record behind it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
+
+from pydantic import BaseModel
+
+from stroma.contracts import NodeContract, check_id
+
+if TYPE_CHECKING:
+    from stroma.context import NodeExecution, ReliabilityContext
+
+__all__ = ["Group", "Node", "NodeDecorator", "find_node", "make_node", "mark", "stroma_node", "stroma_step"]
+
+In = TypeVar("In", bound=BaseModel)
+Out = TypeVar("Out", bound=BaseModel)
+Loose = TypeVar("Loose", bound="Mapping[str, Any] | tuple[Any, ...]")
+
+
+class NodeDecorator(Protocol, Generic[In, Out]):
+    """Marks a function as a node: async or not, of ``(state)`` or ``(state, ctx)``, and returns it.
+
+    The function takes the input model and returns the output model, a dict, or a tuple with usage (see
+    :func:`stroma_node`); anything else is an error for type checkers.
+    """
+
+    @overload
+    def __call__(
+        self, func: Callable[[In], Coroutine[Any, Any, Out]], /
+    ) -> Callable[[In], Coroutine[Any, Any, Out]]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In], Coroutine[Any, Any, Loose]], /
+    ) -> Callable[[In], Coroutine[Any, Any, Loose]]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]], /
+    ) -> Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Loose]], /
+    ) -> Callable[[In, dict[str, Any]], Coroutine[Any, Any, Loose]]: ...
+    @overload
+    def __call__(self, func: Callable[[In], Out], /) -> Callable[[In], Out]: ...
+    @overload
+    def __call__(self, func: Callable[[In], Loose], /) -> Callable[[In], Loose]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In, dict[str, Any]], Out], /
+    ) -> Callable[[In, dict[str, Any]], Out]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In, dict[str, Any]], Loose], /
+    ) -> Callable[[In, dict[str, Any]], Loose]: ...
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One function with an id. Inspected once, when it is made.
+
+    Attributes:
+        wants_context: the function takes ``(state, ctx)``.
+        is_async: calling it gives a coroutine; otherwise it runs in a thread.
+    """
+
+    node_id: str
+    func: Callable[..., Any]
+    contract: NodeContract[Any, Any] | None
+    wants_context: bool
+    is_async: bool
+
+    def call(self, state: BaseModel, context: dict[str, Any]) -> Any:
+        """Call the function as it wants to be called. Only the engine does, and a group that is called by hand."""
+        return self.func(state, context) if self.wants_context else self.func(state)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Several executions under one id, which appear as one event. Made by ``parallel`` and ``map_over``.
+
+    Attributes:
+        children: the nodes and groups inside.
+        run: enters the engine for each child and gives the group's output as a dict; the engine calls it.
+        output: the class of that output, for an input.
+        by_hand: what calling the group outside a run does.
+    """
+
+    node_id: str
+    children: tuple[Node | Group, ...]
+    run: Callable[[ReliabilityContext, NodeExecution, BaseModel], Awaitable[dict[str, Any]]]
+    output: Callable[[ReliabilityContext, BaseModel], type[BaseModel]]
+    by_hand: Callable[[BaseModel], Awaitable[dict[str, Any]]]
+
+    @property
+    def _stroma_node_id(self) -> str:
+        return self.node_id
+
+    def __call__(self, state: BaseModel) -> Awaitable[dict[str, Any]]:
+        """Call each child once, with neither retries nor records, and merge their outputs."""
+        return self.by_hand(state)
+
+
+def takes_context(func: Callable[..., Any]) -> bool:
+    """Whether a function has a second positional parameter for the run's context."""
+    try:
+        parameters = inspect.signature(func).parameters.values()
+    except (TypeError, ValueError):  # Some builtins have no signature.
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional for p in parameters) >= 2
+
+
+def gives_coroutine(func: Callable[..., Any]) -> bool:
+    """Whether a call gives a coroutine, as far as can be told without calling."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
+
+
+def make_node(node_id: str, func: Callable[..., Any], contract: NodeContract[Any, Any] | None) -> Node:
+    """The record of a function as a node. Raises TypeError for what cannot be called, ValueError for a bad id."""
+    if not callable(func):
+        raise TypeError(f"{func!r} cannot be a node: it is not callable")
+    return Node(check_id(node_id, "node id"), func, contract, takes_context(func), gives_coroutine(func))
+
+
+def mark(func: Any, node_id: str, contract: NodeContract[Any, Any] | None) -> Any:
+    """Mark a function as a node and return it; one that already serves under another id is wrapped, not renamed."""
+    node = make_node(node_id, func, contract)
+    taken = getattr(func, "_stroma_node_id", node_id) != node_id
+    if taken or not _accepts_attributes(func):
+        func = _forward(func)
+    func._stroma_node_id = node_id
+    func._stroma_contract = contract
+    func._stroma_node = node
+    return func
+
+
+def _accepts_attributes(func: Any) -> bool:
+    try:
+        func._stroma_node_id = getattr(func, "_stroma_node_id", None)
+    except AttributeError:  # A bound method, or an object with slots.
+        return False
+    return True
+
+
+def _forward(func: Callable[..., Any]) -> Callable[..., Any]:
+    # A wrapper for the marker only: the node's record keeps the function itself, so nothing is called through it
+    # unless somebody calls the decorated name by hand.
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+    functools.update_wrapper(forward, func)
+    for name in ("_stroma_node_id", "_stroma_contract", "_stroma_node"):
+        forward.__dict__.pop(name, None)
+    return forward
+
+
+def find_node(obj: Any) -> Node | Group:
+    """The record of a node or group. Raises TypeError, saying how to make one, for anything else."""
+    if isinstance(obj, (Node, Group)):
+        return obj
+    node: Node | None = getattr(obj, "_stroma_node", None)
+    node_id = getattr(obj, "_stroma_node_id", None)
+    contract = getattr(obj, "_stroma_contract", None)
+    if node is not None and node.node_id == node_id and node.contract is contract:
+        return node
+    if node_id is None:
+        raise TypeError(f"{obj!r} is not a stroma node; decorate it with @stroma_node or @runner.node")
+    # Marked by hand, through the two published attributes.
+    return make_node(node_id, obj, contract)
+
+
+def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]:
+    """Mark a function as a node with a contract.
+
+    The function takes ``(state)`` or ``(state, ctx)`` and returns the output as a dict or a model, or a tuple
+    ``(output, tokens)``, ``(output, input_tokens, model)`` or ``(output, input_tokens, output_tokens, model)``.
+    A plain ``def`` runs in a daemon thread of its own; a timeout abandons that thread, it cannot stop it.
+    """
+
+    def decorate(func: Any) -> Any:
+        return mark(func, node_id, contract)
+
+    return decorate
+
+
+stroma_step = stroma_node

@@ -1,0 +1,583 @@
+"""How a model class crosses a boundary: validated, taken apart, stored and read back.
+
+Everything here is decided once per class, from pydantic's own core schema, and cached on the class:
+
+* *flat* classes hold only immutable leaves, so a shallow copy of their fields is already isolated;
+* *JSON* classes survive pydantic's JSON serializer unchanged (no float, no bytes, no custom serializer ...);
+* all others are stored in a tagged JSON encoding of ours, so that what comes back equals what was stored.
+
+Values are taken apart by *field name*, never through serializers: an alias, a computed field or a lossy
+``field_serializer`` must not change what the next node receives.
+"""
+
+from __future__ import annotations
+
+import base64
+import copy
+import dataclasses
+import datetime as dt
+import decimal
+import enum
+import functools
+import hashlib
+import json
+import math
+import pathlib
+import re
+import uuid
+import zoneinfo
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, Final, cast
+
+import pydantic_core
+from pydantic import BaseModel, SecretBytes, SecretStr
+
+__all__ = ["NotSerialisable", "Schema", "Snapshot", "schema_of"]
+
+#: What a trace or a store keeps of a state: the values of a flat one, the bytes of any other, or, where no
+#: encoding exists, a private copy of the fields. See :meth:`Schema.snapshot`.
+Snapshot = tuple[Any, ...] | bytes | dict[str, Any]
+
+
+class NotSerialisable(TypeError):
+    """A state holds a value that no store can keep. The message names the field."""
+
+
+_JSON_LEAVES: Final = frozenset({"str", "int", "bool", "none", "literal"})
+_FLAT_LEAVES: Final = _JSON_LEAVES | {
+    "float",
+    "bytes",
+    "decimal",
+    "date",
+    "time",
+    "datetime",
+    "timedelta",
+    "uuid",
+    "enum",
+    "url",
+    "multi-host-url",
+    "complex",
+}
+_MODELS: Final = frozenset({"model", "dataclass", "typed-dict"})
+_CLOSED: Final = _FLAT_LEAVES | {
+    # Containers and wrappers whose contents are described by the schema itself.
+    "list",
+    "set",
+    "frozenset",
+    "dict",
+    "tuple",
+    "nullable",
+    "default",
+    "union",
+    "tagged-union",
+    "definitions",
+    "definition-ref",
+    "model",
+    "model-field",
+    "model-fields",
+    "dataclass",
+    "dataclass-args",
+    "dataclass-field",
+    "typed-dict",
+    "typed-dict-field",
+    "function-before",
+    "function-after",
+    "chain",
+    "lax-or-strict",
+    "json-or-python",
+}
+_ATOMS: Final = frozenset(
+    {
+        str,
+        int,
+        bool,
+        float,
+        type(None),
+        bytes,
+        complex,
+        decimal.Decimal,
+        uuid.UUID,
+        dt.date,
+        dt.time,
+        dt.datetime,
+        dt.timedelta,
+        SecretStr,
+        SecretBytes,
+        re.Pattern,
+        pathlib.PurePosixPath,
+        pathlib.PosixPath,
+    }
+)
+
+#: Starts a stored value in our tagged encoding; a plain JSON object never does.
+_TAGGED: Final = b'["stroma/1",'
+
+
+def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
+    """Every node of a pydantic core schema, outermost first."""
+    stack = [schema]
+    while stack:
+        item = stack.pop()
+        if isinstance(item, dict):
+            if isinstance(item.get("type"), str):
+                yield item
+            # ``metadata`` and ``serialization`` hold callables and schemas that validate nothing.
+            stack.extend(
+                v for k, v in item.items() if k not in ("metadata", "serialization", "default", "config")
+            )
+        elif isinstance(item, (list, tuple)):
+            stack.extend(item)
+
+
+def _core_schema(model: type[BaseModel]) -> Any:
+    if not model.__pydantic_complete__:
+        # Forward references that could not be resolved when the class was made; raises if they still cannot.
+        model.model_rebuild()
+    return model.__pydantic_core_schema__
+
+
+class Schema:
+    """One model class, seen from its boundaries. Made by :func:`schema_of`."""
+
+    __slots__ = (
+        "__dict__",  # for the fingerprint, which few need
+        "_by_name",
+        "_computed",
+        "_deep",
+        "_excluded",
+        "_extra",
+        "_floats",
+        "_json",
+        "_opaque",
+        "_shares",
+        "_size",
+        "_to_json",
+        "flat",
+        "model",
+        "names",
+        "root",
+        "validate",
+        "validator",
+    )
+
+    def __init__(self, model: type[BaseModel]) -> None:
+        core = _core_schema(model)
+        nodes = list(_nodes(core))
+        kinds = {node["type"] for node in nodes}
+        fields = model.model_fields
+        serializers = model.__pydantic_decorators__
+        self.model: Final = model
+        self.validator: Final = model.__pydantic_validator__
+        self.root: Final = bool(model.__pydantic_root_model__)
+        self._excluded = frozenset(n for n, f in fields.items() if f.exclude)
+        self._extra = model.model_config.get("extra") == "allow"
+        self._computed = frozenset(model.model_computed_fields)
+        self._by_name = any("validation_alias" in node for node in nodes)
+        #: Field names in order, as a flat snapshot holds their values.
+        self.names: Final = tuple(fields)
+        self._size = len(fields)
+        simple = not (self._excluded or self._extra or self.root)
+        self.flat: Final = (
+            simple
+            and kinds
+            <= _FLAT_LEAVES
+            | {
+                "model",
+                "model-fields",
+                "model-field",
+                "nullable",
+                "default",
+                "union",
+                "function-before",
+                "function-after",
+            }
+            and sum(node["type"] == "model" for node in nodes) == 1
+        )
+        custom = (
+            any("serialization" in node or "serialization_exclude" in node for node in nodes)
+            or serializers.field_serializers
+            or serializers.model_serializers
+            or any(
+                key in model.model_config for key in ("json_encoders", "ser_json_bytes", "ser_json_inf_nan")
+            )
+        )
+        structural = _CLOSED - (_FLAT_LEAVES - _JSON_LEAVES) - {"set", "frozenset", "tuple", "dataclass"}
+        self._json = simple and not custom and not self._open_subclass(nodes) and kinds <= structural
+        self._floats = simple and self.flat and not custom and kinds <= structural | {"float"}
+        self._to_json = model.__pydantic_serializer__.to_json
+        self._opaque: dict[str, bool] = {}
+        self._deep: tuple[str, ...] = ()
+        self._shares = self._extra or not kinds <= _CLOSED
+        if not self.flat:
+            self._sort_fields(core)
+        self.validate: Final = self._make_validate()
+
+    @staticmethod
+    def _open_subclass(nodes: list[dict[str, Any]]) -> bool:
+        # pydantic serialises a nested model by its *declared* class and would drop a subclass's own fields.
+        return any(node["type"] == "model" and node["cls"].__subclasses__() for node in nodes[1:])
+
+    def _sort_fields(self, core: Any) -> None:
+        """Which fields need a recursive copy, and which hold values that no schema describes."""
+        deep: list[str] = []
+        defs = {n["ref"]: n for n in _nodes(core) if "ref" in n}
+        for name in self.names:
+            field = next((n for n in _field_nodes(core, self.model, name)), None)
+            kinds = _reachable(field, defs) if field is not None else {"any"}
+            if kinds <= _FLAT_LEAVES | {
+                "nullable",
+                "default",
+                "union",
+                "model-field",
+                "function-before",
+                "function-after",
+            }:
+                continue
+            deep.append(name)
+            # A model held by an undescribed field stays the instance that it is; elsewhere it is taken apart.
+            self._opaque[name] = bool(kinds - _CLOSED) and not kinds & _MODELS
+        self._deep = tuple(deep)
+
+    def _make_validate(self) -> Callable[[Any], BaseModel]:
+        model = self.model
+        if model.model_validate.__func__ is not BaseModel.model_validate.__func__:  # type: ignore[attr-defined]
+            return model.model_validate
+        run = self.validator.validate_python
+        if self._by_name:
+            return lambda raw: cast("BaseModel", run(raw, by_alias=True, by_name=True))
+        return run
+
+    @functools.cached_property
+    def fingerprint(self) -> str:
+        """Sixteen hexadecimal digits that change when the fields, their types or their constraints do."""
+        try:
+            shape = self.model.model_json_schema(by_alias=False)
+            _strip(shape)
+        except Exception:  # Not every type has a JSON schema.
+            shape = {name: str(info.annotation) for name, info in self.model.model_fields.items()}
+        return hashlib.sha256(json.dumps(shape, sort_keys=True, default=str).encode()).hexdigest()[:16]
+
+    # ------------------------------------------------------------------ taking apart
+
+    def fields(self, model: BaseModel) -> dict[str, Any]:
+        """The field values by name, in containers of their own: changing either side leaves the other alone."""
+        values = model.__dict__
+        if self.flat and len(values) == self._size:
+            return values.copy()
+        out = {
+            k: v for k, v in values.items() if k in model.__class__.model_fields and k not in self._excluded
+        }
+        for name in self._deep:
+            if name in out:
+                out[name] = _isolate(out[name]) if self._opaque[name] else _plain(out[name])
+        if self._extra and model.__pydantic_extra__:
+            out.update({k: _isolate(v) for k, v in model.__pydantic_extra__.items()})
+        return out
+
+    def raw(self, model: BaseModel) -> Any:
+        """What :meth:`validate` accepts to rebuild the same model: the fields, or the value of a root model."""
+        fields = self.fields(model)
+        return fields["root"] if self.root else fields
+
+    def state(self, model: BaseModel) -> dict[str, Any]:
+        """The state as the dict that hooks and the trace show."""
+        raw = self.raw(model)
+        return raw if isinstance(raw, dict) else {"root": raw}
+
+    def own(self, model: BaseModel) -> BaseModel:
+        """A validated model that shares nothing mutable with the object it was validated from.
+
+        Validation makes new containers wherever a schema describes them; what hides under ``Any`` it passes on.
+        """
+        return self.validate(self.raw(model)) if self._shares else model
+
+    def copy(self, model: BaseModel) -> BaseModel:
+        """A copy without validation, for nodes without a contract."""
+        try:
+            return model.model_copy(deep=True)
+        except Exception:  # Something inside cannot be copied.
+            return model.model_copy(update=self.fields(model))
+
+    def cross(self, value: BaseModel) -> BaseModel:
+        """Validate a model of any class as one of this class; the result shares nothing mutable with it.
+
+        Raises pydantic's ValidationError.
+        """
+        source = schema_of(type(value))
+        if source.flat and not source._computed:
+            return self.validate(source.fields(value))
+        raw = source.raw(value)
+        if source._computed and source is not self and isinstance(raw, dict):
+            # A computed field counts as a field for the next node if that node has a field of its name.
+            for name in source._computed & frozenset(self.names):
+                raw.setdefault(name, getattr(value, name))
+        return self.validate(raw)
+
+    # ------------------------------------------------------------------ keeping
+
+    def snapshot(self, model: BaseModel) -> Snapshot:
+        """An immutable picture of a state, cheap to take; :meth:`thaw` makes a dict of it."""
+        # A cached_property lives in __dict__ too.
+        if self.flat and len(model.__dict__) == self._size:
+            return tuple(model.__dict__.values())
+        try:
+            return self.encode(model)
+        except NotSerialisable:
+            return self.state(model)
+
+    def thaw(self, snapshot: Snapshot) -> dict[str, Any]:
+        """The state dict of a snapshot, fresh on each call."""
+        if isinstance(snapshot, tuple):
+            return dict(zip(self.names, snapshot, strict=True))
+        if isinstance(snapshot, bytes):
+            raw = self._parse(snapshot)
+            if isinstance(raw, BaseModel):
+                return self.state(raw)
+            try:
+                return self.state(self.validate(raw))
+            except Exception:  # A validator that refuses its own output must not make the trace unreadable.
+                return raw if isinstance(raw, dict) else {"root": raw}
+        return self.thaw_dict(snapshot)
+
+    @staticmethod
+    def thaw_dict(snapshot: dict[str, Any]) -> dict[str, Any]:
+        """A snapshot that was kept as a dict, as a dict of its own."""
+        return cast("dict[str, Any]", _isolate(snapshot))
+
+    def restore(self, snapshot: Snapshot) -> BaseModel:
+        """The model of a snapshot, revalidated."""
+        if isinstance(snapshot, bytes):
+            return self.decode(snapshot)
+        raw = self.thaw(snapshot)
+        return self.validate(raw["root"] if self.root else raw)
+
+    def encode(self, model: BaseModel) -> bytes:
+        """The stored form: UTF-8 JSON. Raises NotSerialisable, naming the field."""
+        if self._json or (self._floats and all(map(_finite, model.__dict__.values()))):
+            try:
+                return self._to_json(model, by_alias=False)
+            except pydantic_core.PydanticSerializationError:
+                pass  # A lone surrogate, say: the tagged encoding knows it.
+        raw = self.raw(model)
+        try:
+            data = (
+                _TAGGED + json.dumps(_tag(raw, (self.model.__name__,)), separators=(",", ":")).encode() + b"]"
+            )
+        except RecursionError:
+            raise NotSerialisable(f"{self.model.__name__} cannot be serialised: it contains itself") from None
+        if b'{"$c":' in data and self._opaque:
+            self._refuse_lost_classes(model, data)
+        return data
+
+    def _refuse_lost_classes(self, model: BaseModel, data: bytes) -> None:
+        # Under a declared field the validator rebuilds an enum, a path, a model; under `Any` nothing can.
+        for name, before in self.fields(model).items():
+            after = self.fields(self.decode(data)).get(name)
+            if type(after) is not type(before) or _tag(after, ()) != _tag(before, ()):
+                kind = type(before).__name__
+                raise NotSerialisable(
+                    f"{self.model.__name__}.{name} cannot be serialised: its {kind} would come back as another type; "
+                    "declare the field with the class it holds"
+                )
+
+    def decode(self, data: bytes) -> BaseModel:
+        """Read back what :meth:`encode` wrote, validated by this class. Nothing stored names a class.
+
+        Raises pydantic's ValidationError or ValueError for data that is not ours.
+        """
+        raw = self._parse(data)
+        return raw if isinstance(raw, BaseModel) else self.validate(raw)
+
+    def _parse(self, data: bytes) -> Any:
+        if data.startswith(_TAGGED):
+            return _untag(json.loads(data)[1])
+        return (
+            self.validator.validate_json(data, by_alias=True, by_name=True)
+            if self._by_name
+            else (self.validator.validate_json(data))
+        )
+
+
+def _strip(shape: Any) -> None:
+    """Drop what a JSON schema says for people: renaming a class or wording a description changes no contract."""
+    if isinstance(shape, dict):
+        for key in ("title", "description", "examples"):
+            if not isinstance(shape.get(key), dict):  # A field may bear the name.
+                shape.pop(key, None)
+        for value in shape.values():
+            _strip(value)
+    elif isinstance(shape, list):
+        for value in shape:
+            _strip(value)
+
+
+def _field_nodes(core: Any, model: type[BaseModel], name: str) -> Iterator[dict[str, Any]]:
+    for node in _nodes(core):
+        if node["type"] == "model" and node["cls"] is model:
+            inner = node["schema"]
+            while inner.get("type") not in ("model-fields", None):
+                inner = inner.get("schema", {})
+            if name in inner.get("fields", {}):
+                yield inner["fields"][name]
+            elif node.get("root_model"):
+                yield node["schema"]
+
+
+def _reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> set[str]:
+    kinds: set[str] = set()
+    seen: set[str] = set()
+    todo = [field]
+    while todo:
+        for node in _nodes(todo.pop()):
+            kinds.add(node["type"])
+            ref = node.get("schema_ref")
+            if isinstance(ref, str) and ref not in seen:
+                seen.add(ref)
+                if ref in defs:
+                    todo.append(defs[ref])
+                else:
+                    kinds.add("model")
+    return kinds
+
+
+def schema_of(model: type[BaseModel]) -> Schema:
+    """The Schema of a model class, made once; made anew after ``model_rebuild``."""
+    found: Schema | None = model.__dict__.get("__stroma_schema__")
+    if found is None or found.validator is not model.__pydantic_validator__:
+        found = Schema(model)
+        type.__setattr__(model, "__stroma_schema__", found)
+    return found
+
+
+# ---------------------------------------------------------------------- values
+
+
+def _finite(value: Any) -> bool:
+    return type(value) is not float or math.isfinite(value)
+
+
+def _plain(value: Any) -> Any:
+    """A copy in which models and dataclasses are dicts of their fields."""
+    kind = type(value)
+    if kind in _ATOMS:
+        return value
+    if kind is list:
+        return [_plain(v) for v in value]
+    if kind is dict:
+        return {k: _plain(v) for k, v in value.items()}
+    if kind is tuple or kind is set or kind is frozenset:
+        if kind is not tuple and not all(type(v) in _ATOMS for v in value):
+            return _isolate(value)  # A dict cannot stand in a set.
+        return kind(_plain(v) for v in value)
+    if isinstance(value, BaseModel):
+        return schema_of(kind).raw(value)
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+    return _isolate(value)
+
+
+def _isolate(value: Any) -> Any:
+    """A deep copy where one can be made; what cannot be copied (a lock, a client) is shared."""
+    if type(value) in _ATOMS or isinstance(value, enum.Enum):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:
+        return value
+
+
+def _tag(value: Any, path: tuple[str, ...]) -> Any:
+    """JSON for any value we know; "$c" marks what only a declared class can restore."""
+    kind = type(value)
+    if value is None or kind is str or kind is bool or kind is int:
+        return value
+    if kind is float:
+        return value if math.isfinite(value) else {"$f": repr(value)}
+    if kind is list:
+        return [_tag(v, (*path, str(i))) for i, v in enumerate(value)]
+    if kind is dict:
+        if all(type(k) is str and not k.startswith("$") for k in value):
+            return {k: _tag(v, (*path, k)) for k, v in value.items()}
+        return {"$d": [[_tag(k, path), _tag(v, (*path, str(k)))] for k, v in value.items()]}
+    write = _WRITERS.get(kind)
+    if write is not None:
+        return write(value, path)
+    if isinstance(value, (SecretStr, SecretBytes)):
+        raise NotSerialisable(
+            f"{'.'.join(path)} cannot be serialised: it is a secret, and stores keep no secrets"
+        )
+    if isinstance(value, enum.Enum):
+        return {"$c": _tag(value.value, path)}
+    if isinstance(value, BaseModel):
+        return {"$c": _tag(schema_of(kind).raw(value), path)}
+    if dataclasses.is_dataclass(value):
+        return {"$c": _tag(_plain(value), path)}
+    if isinstance(value, (pathlib.PurePath, *_TEXTUAL)):
+        return {"$c": value.pattern if isinstance(value, re.Pattern) else str(value)}
+    base: Any
+    for base in (str, int, float, dict, list, tuple):
+        if isinstance(value, base):
+            return {"$c": _tag(base(value), path)}
+    raise NotSerialisable(
+        f"{'.'.join(path)} cannot be serialised: {kind.__module__}.{kind.__qualname__} has no stored form; "
+        "keep it out of the state, or hand it to nodes through the run's context"
+    )
+
+
+def _write_datetime(value: dt.datetime, path: tuple[str, ...]) -> Any:
+    zone = value.tzinfo
+    if isinstance(zone, zoneinfo.ZoneInfo) and zone.key:
+        return {"$dtz": [value.replace(tzinfo=None).isoformat(), zone.key, value.fold]}
+    if zone is not None and zone.utcoffset(value) is None:
+        raise NotSerialisable(f"{'.'.join(path)} cannot be serialised: its time zone has no offset")
+    return {"$dt": [value.isoformat(), value.fold]}
+
+
+_TEXTUAL: Final = (re.Pattern, pydantic_core.Url, pydantic_core.MultiHostUrl)
+_WRITERS: Final[dict[type, Callable[[Any, tuple[str, ...]], Any]]] = {
+    bytes: lambda v, _: {"$b": base64.b64encode(v).decode()},
+    bytearray: lambda v, _: {"$ba": base64.b64encode(v).decode()},
+    decimal.Decimal: lambda v, _: {"$n": str(v)},
+    uuid.UUID: lambda v, _: {"$u": str(v)},
+    complex: lambda v, _: {"$j": [repr(v.real), repr(v.imag)]},
+    dt.datetime: _write_datetime,
+    dt.date: lambda v, _: {"$da": v.isoformat()},
+    dt.time: lambda v, _: {"$ti": [v.isoformat(), v.fold]},
+    dt.timedelta: lambda v, _: {"$td": [v.days, v.seconds, v.microseconds]},
+    tuple: lambda v, p: {"$t": [_tag(x, p) for x in v]},
+    set: lambda v, p: {"$s": [_tag(x, p) for x in v]},
+    frozenset: lambda v, p: {"$fs": [_tag(x, p) for x in v]},
+}
+_READERS: Final[dict[str, Callable[[Any], Any]]] = {
+    "$c": lambda v: _untag(v),
+    "$f": float,
+    "$b": base64.b64decode,
+    "$ba": lambda v: bytearray(base64.b64decode(v)),
+    "$n": decimal.Decimal,
+    "$u": uuid.UUID,
+    "$j": lambda v: complex(float(v[0]), float(v[1])),
+    "$dt": lambda v: dt.datetime.fromisoformat(v[0]).replace(fold=v[1]),
+    "$dtz": lambda v: dt.datetime.fromisoformat(v[0]).replace(tzinfo=zoneinfo.ZoneInfo(v[1]), fold=v[2]),
+    "$da": dt.date.fromisoformat,
+    "$ti": lambda v: dt.time.fromisoformat(v[0]).replace(fold=v[1]),
+    "$td": lambda v: dt.timedelta(*v),
+    "$d": lambda v: {_untag(k): _untag(x) for k, x in v},
+    "$t": lambda v: tuple(_untag(x) for x in v),
+    "$s": lambda v: {_untag(x) for x in v},
+    "$fs": lambda v: frozenset(_untag(x) for x in v),
+}
+
+
+def _untag(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_untag(v) for v in value]
+    if isinstance(value, dict):
+        if len(value) == 1:
+            ((tag, inner),) = value.items()
+            read = _READERS.get(tag)
+            if read is not None:
+                return read(inner)
+            if tag.startswith("$"):
+                raise ValueError(f"unknown tag {tag!r} in a stored value")
+        return {k: _untag(v) for k, v in value.items()}
+    return value

@@ -1,0 +1,367 @@
+"""The history of a run in memory: one event per attempt, and the result that carries it.
+
+The engine appends flat rows (see :data:`Row`); a :class:`TraceEvent` is built when somebody looks. States in a row
+are snapshots, so nothing that nodes or hooks do to their objects afterwards can rewrite history.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from enum import Enum, StrEnum
+from typing import Any, Final, Literal, cast
+
+from pydantic import BaseModel
+from pydantic_core import to_jsonable_python
+
+from stroma.failures import Failure, FailureClass
+from stroma.schemas import Schema, Snapshot
+
+__all__ = [
+    "AttemptUsage",
+    "ExecutionResult",
+    "ExecutionTrace",
+    "HookFailure",
+    "Outcome",
+    "RunStatus",
+    "TraceEvent",
+]
+
+Outcome = Literal["success", "failure", "cancelled", "suspended"]
+
+#: One attempt, as atoms, in this order. Children (rows of a group) is None for a node.
+Row = tuple[
+    str,  # node id
+    int,  # attempt, 1-based
+    int,  # start, ns since the epoch
+    int,  # duration, ns
+    Snapshot,  # input
+    Snapshot | None,  # output
+    FailureClass | None,
+    str | None,  # failure message
+    str | None,  # reason
+    Outcome,
+    int,  # tokens, input + output
+    int,  # output tokens
+    float,  # cost, USD
+    str | None,  # model
+    int,  # position
+    str,  # branch
+    "list[Row | TraceEvent] | None",  # children
+]
+NODE: Final = 0
+ATTEMPT: Final = 1
+STARTED: Final = 2
+DURATION: Final = 3
+INPUT: Final = 4
+OUTPUT: Final = 5
+FAILURE: Final = 6
+MESSAGE: Final = 7
+REASON: Final = 8
+OUTCOME: Final = 9
+TOKENS: Final = 10
+OUTPUT_TOKENS: Final = 11
+COST: Final = 12
+MODEL: Final = 13
+POSITION: Final = 14
+BRANCH: Final = 15
+CHILDREN: Final = 16
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptUsage:
+    """What one attempt used: tokens, US dollars, and the model that the node reported."""
+
+    tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
+    model: str | None = None
+
+    @property
+    def input_tokens(self) -> int:
+        return self.tokens - self.output_tokens
+
+
+_NO_USAGE: Final = AttemptUsage()
+
+
+@dataclass
+class TraceEvent:
+    """One attempt of a node.
+
+    Attributes:
+        attempt: 1-based.
+        timestamp_utc: the attempt's start, aware.
+        output_state: None on failure; kept for an attempt that took the run over its budget.
+        duration_ms: wall time of the node's function alone.
+        failure: its class, or None.
+        outcome: "success", "failure", "cancelled" or "suspended".
+        reason: a stable word for the failure, such as "rate_limit"; None if unknown.
+        children: the events inside a group, in the order in which they ended.
+        usage: what the attempt used.
+        position: where in the run the node stands, 0-based.
+        branch: "" at the top level; "0", "1", "0.1" for children of groups and items of a map.
+    """
+
+    node_id: str
+    run_id: str
+    attempt: int
+    timestamp_utc: datetime
+    input_state: dict[str, Any]
+    output_state: dict[str, Any] | None
+    duration_ms: int
+    failure: FailureClass | None = None
+    failure_message: str | None = None
+    outcome: Outcome = "success"
+    reason: str | None = None
+    children: list[TraceEvent] = field(default_factory=list)
+    usage: AttemptUsage = _NO_USAGE
+    position: int = 0
+    branch: str = ""
+
+    def __post_init__(self) -> None:
+        if self.failure is not None and self.outcome == "success":
+            self.outcome = "failure"
+
+    @property
+    def step_id(self) -> str:
+        """The node id, under the name used outside pipelines."""
+        return self.node_id
+
+
+class ExecutionTrace:
+    """The events of one run, in the order in which attempts ended. ``len`` and iteration see the top level."""
+
+    __slots__ = ("_rows", "_schemas", "run_id")
+
+    def __init__(self, run_id: str = "") -> None:
+        self.run_id = run_id
+        self._rows: list[Row | TraceEvent] = []
+        # Which schemas the snapshots of a node's rows are read with.
+        self._schemas: dict[str, tuple[Schema, Schema]] = {}
+
+    def append(self, event: TraceEvent) -> None:
+        """Add an event; the very object is kept."""
+        self._rows.append(event)
+
+    @property
+    def rows(self) -> list[Row | TraceEvent]:
+        """The rows as the engine keeps them."""
+        return self._rows
+
+    def adopt(self, node_id: str, input_schema: Schema, output_schema: Schema) -> bool:
+        """Note how a node's snapshots are to be read.
+
+        False if the node id already stands for other schemas here; its rows must then keep plain dicts.
+        """
+        known = self._schemas.get(node_id)
+        if known is None:
+            self._schemas[node_id] = (input_schema, output_schema)
+            return True
+        return known[0] is input_schema and known[1] is output_schema
+
+    def _event(self, row: Row) -> TraceEvent:
+        schemas = self._schemas.get(row[NODE])
+        seconds, ns = divmod(row[STARTED], 1_000_000_000)
+        return TraceEvent(
+            node_id=row[NODE],
+            run_id=self.run_id,
+            attempt=row[ATTEMPT],
+            timestamp_utc=datetime.fromtimestamp(seconds, UTC).replace(microsecond=ns // 1000),
+            input_state=_thaw(schemas and schemas[0], row[INPUT]) or {},
+            output_state=_thaw(schemas and schemas[1], row[OUTPUT]),
+            duration_ms=row[DURATION] // 1_000_000,
+            failure=row[FAILURE],
+            failure_message=row[MESSAGE],
+            outcome=row[OUTCOME],
+            reason=row[REASON],
+            children=self._build(row[CHILDREN] or []),
+            usage=AttemptUsage(row[TOKENS], row[OUTPUT_TOKENS], row[COST], row[MODEL]),
+            position=row[POSITION],
+            branch=row[BRANCH],
+        )
+
+    def _build(self, rows: list[Row | TraceEvent]) -> list[TraceEvent]:
+        # An event once built takes its row's place, so that everybody is given the same object.
+        for i, row in enumerate(rows):
+            if not isinstance(row, TraceEvent):
+                rows[i] = self._event(row)
+        return cast("list[TraceEvent]", rows)
+
+    @property
+    def _events(self) -> list[TraceEvent]:
+        return self._build(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __iter__(self) -> Iterator[TraceEvent]:
+        return iter(self._events)
+
+    def replay(self) -> Iterator[TraceEvent]:
+        """The top-level events in recorded order."""
+        return iter(self._events)
+
+    def walk(self) -> Iterator[TraceEvent]:
+        """Every event, those inside groups too; a group before its children."""
+        stack = list(reversed(self._events))
+        while stack:
+            event = stack.pop()
+            yield event
+            stack.extend(reversed(event.children))
+
+    def events_for(self, node_id: str) -> list[TraceEvent]:
+        """The top-level events of one node."""
+        return [event for event in self._events if event.node_id == node_id]
+
+    def failures(self) -> list[TraceEvent]:
+        """The top-level events that carry a failure class."""
+        return [event for event in self._events if event.failure is not None]
+
+    def to_json(self) -> str:
+        """Strict JSON (NaN and infinities as strings): a list of events with everything that they hold."""
+        return json.dumps([jsonable(event) for event in self._events], allow_nan=False, ensure_ascii=False)
+
+    def diff(self, other: ExecutionTrace) -> list[str]:
+        """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
+        mine, theirs = _occurrences(self._events), _occurrences(other._events)
+        lines = [f"Missing event in other trace: {_name(key)}" for key in mine if key not in theirs]
+        lines += [f"Extra event in other trace: {_name(key)}" for key in theirs if key not in mine]
+        for key, event in mine.items():
+            if key in theirs and (what := _differences(event, theirs[key])):
+                lines.append(f"Difference for {_name(key)}: {'; '.join(what)}")
+        order = [key for key in mine if key in theirs]
+        other_order = [key for key in theirs if key in mine]
+        if order != other_order:
+            here, there = next((a, b) for a, b in zip(order, other_order, strict=True) if a != b)
+            lines.append(f"Difference for order: {_name(here)} here, {_name(there)} in other trace")
+        return lines
+
+
+def _thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | None:
+    if snapshot is None:
+        return None
+    if isinstance(snapshot, dict):
+        return Schema.thaw_dict(snapshot)
+    assert schema is not None  # adopt() noted it before any row could hold an encoded snapshot
+    return schema.thaw(snapshot)
+
+
+_Key = tuple[str, int, int]
+
+
+def _occurrences(events: list[TraceEvent]) -> dict[_Key, TraceEvent]:
+    counts: dict[tuple[str, int], int] = {}
+    out: dict[_Key, TraceEvent] = {}
+    for event in events:
+        n = counts[event.node_id, event.attempt] = counts.get((event.node_id, event.attempt), 0) + 1
+        out[event.node_id, event.attempt, n] = event
+    return out
+
+
+def _name(key: _Key) -> str:
+    node_id, attempt, n = key
+    return f"{node_id} attempt {attempt}" + (f" (occurrence {n})" if n > 1 else "")
+
+
+def _differences(a: TraceEvent, b: TraceEvent) -> list[str]:
+    lines = [
+        f"{what} {getattr(a, what)!r} != {getattr(b, what)!r}"
+        for what in ("input_state", "output_state", "failure", "failure_message", "outcome")
+        if jsonable(getattr(a, what)) != jsonable(getattr(b, what))
+    ]
+    left, right = (sorted(map(_child_text, e.children)) for e in (a, b))  # Children end in any order.
+    return [*lines, f"children {left} != {right}"] if left != right else lines
+
+
+def _child_text(event: TraceEvent) -> str:
+    parts = (event.branch, event.node_id, event.attempt, event.input_state, event.output_state, event.failure)
+    return json.dumps([jsonable(part) for part in parts], sort_keys=True) + str(
+        sorted(map(_child_text, event.children))
+    )
+
+
+def jsonable(value: Any) -> Any:
+    """Plain JSON data for any state: what JSON cannot say becomes text, never an error."""
+    if value is None or isinstance(value, (bool, str)):
+        return value.value if isinstance(value, Enum) else value
+    if isinstance(value, float):
+        return float(value) if math.isfinite(value) else repr(float(value))
+    if isinstance(value, int):
+        return int(value)
+    if isinstance(value, Mapping):
+        return {k if isinstance(k, str) else str(jsonable(k)): jsonable(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [jsonable(v) for v in value]
+    if isinstance(value, (set, frozenset)):
+        return sorted((jsonable(v) for v in value), key=lambda v: (type(v).__name__, str(v)))
+    if isinstance(value, Enum):
+        return jsonable(value.value)
+    if isinstance(value, datetime):
+        return value.isoformat()
+    if isinstance(value, BaseModel):
+        return {name: jsonable(getattr(value, name, None)) for name in type(value).model_fields}
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+    if isinstance(value, bytes):
+        return value.decode("utf-8", "backslashreplace")
+    try:
+        return to_jsonable_python(value)
+    except Exception:
+        try:
+            return repr(value)
+        except Exception:
+            return f"<{type(value).__name__}>"
+
+
+class RunStatus(StrEnum):
+    """How a run ended."""
+
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"  # a terminal failure: trying the same again will not help
+    PARTIAL = "PARTIAL"  # gave up for now: what was finished is kept, a later resume may work
+    RESUMED = "RESUMED"  # completed, continuing an earlier run
+    CANCELLED = "CANCELLED"  # the run's task was cancelled; resumable
+    INTERRUPTED = "INTERRUPTED"  # the process was told to stop, or run() raised; resumable
+
+
+@dataclass(frozen=True, slots=True)
+class HookFailure:
+    """One exception that a hook raised. It changed nothing of the run."""
+
+    hook: str
+    node_id: str | None
+    exception: BaseException
+
+
+@dataclass
+class ExecutionResult:
+    """What a run came to.
+
+    Attributes:
+        final_state: the last committed state, else the initial one.
+        total_cost_usd: US dollars, failed attempts included.
+        total_tokens: input + output, failed attempts included.
+        failure: what stopped the run, or None.
+        hook_errors: exceptions of hooks, which changed nothing.
+        unpriced_models: models that nobody knows a price for; they count as 0.
+    """
+
+    run_id: str
+    status: RunStatus
+    final_state: BaseModel | None
+    trace: ExecutionTrace
+    total_cost_usd: float
+    total_tokens: int
+    failure: Failure | None = None
+    hook_errors: list[HookFailure] = field(default_factory=list)
+    unpriced_models: list[str] = field(default_factory=list)
+
+    def raise_for_status(self) -> None:
+        """Raise the exception that stopped the run, if one did."""
+        if self.failure is not None:
+            raise self.failure.exception

@@ -1,0 +1,747 @@
+"""The demo's provider as a real process, asked by the real `openai` client."""
+
+import asyncio
+import contextlib
+import http.client
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import openai
+import pytest
+
+from stroma.demo import _rules, provider
+from stroma.demo.provider import (
+    DEFAULT_SEED,
+    FAULTS,
+    TRANSPORT_FAULTS,
+    Provider,
+    fault_plan,
+    start_provider,
+    text_sha,
+)
+
+DOCUMENTS = Path(provider.__file__).parent / "documents"
+MODEL = "gpt-4o-mini"
+TIMEOUT = 1.5  # seconds: well over any latency of an answer, under the silence of a hang
+
+
+def read(path: Path) -> str:
+    data = path.read_bytes()
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return data.decode("latin-1")
+
+
+def shipped() -> dict[str, str]:
+    return {path.name: read(path) for path in sorted(DOCUMENTS.iterdir()) if path.is_file()}
+
+
+def client_of(running: Provider, timeout: float = 10) -> openai.AsyncOpenAI:
+    # No proxy from the environment stands between a process and its own machine.
+    return openai.AsyncOpenAI(
+        base_url=running.base_url,
+        api_key="demo",
+        max_retries=0,
+        timeout=timeout,
+        http_client=openai.DefaultAsyncHttpxClient(trust_env=False),
+    )
+
+
+async def complete(
+    client: openai.AsyncOpenAI, text: str, task: str = "extract", *, model: str = MODEL, **headers: str
+) -> Any:
+    return await client.chat.completions.create(
+        model=model,
+        messages=[
+            {"role": "system", "content": f"TASK: {task}\nAnswer with one JSON object."},
+            {"role": "user", "content": text},
+        ],
+        response_format={"type": "json_object"},
+        extra_headers={name.replace("_", "-"): value for name, value in headers.items()},
+    )
+
+
+async def answer(
+    client: openai.AsyncOpenAI, text: str, task: str = "extract", **headers: str
+) -> dict[str, Any]:
+    got: dict[str, Any] = json.loads(
+        (await complete(client, text, task, **headers)).choices[0].message.content
+    )
+    return got
+
+
+@pytest.fixture(scope="module")
+def calm() -> Iterator[Provider]:
+    with start_provider(1, calm=True) as running:
+        yield running
+
+
+@pytest.fixture(scope="module")
+def extracted(calm: Provider) -> dict[str, dict[str, Any]]:
+    """What the provider says about each shipped document."""
+
+    async def ask() -> list[dict[str, Any]]:
+        async with client_of(calm) as client:
+            return await asyncio.gather(*(answer(client, text) for text in shipped().values()))
+
+    return dict(zip(shipped(), asyncio.run(ask()), strict=True))
+
+
+# --- Answers over the shipped documents ---------------------------------------------------------------------
+
+# kind, party, reference, date, currency, total, flags
+EXPECTED: dict[str, tuple[str, str | None, str | None, str | None, str | None, float | None, list[str]]] = {
+    "contract-nda-oswin-labs.txt": (
+        "contract", "Oswin Labs ApS", "NDA-2025-06", "2025-04-03", None, None, []
+    ),
+    "contract-services-harrow-kestrel.md": (
+        "contract", "Harrow Kestrel Logistics Ltd", "HKL-MSA-2025-014", "2025-06-01", "GBP", 153_000.0,
+        ["auto_renewal", "unlimited_liability"],
+    ),
+    "credit-note-copperline-CM-1207.txt": (
+        "credit_note", "Copperline Packaging Inc.", "CM-1207", "2025-05-19", "USD", -312.80, []
+    ),
+    "invoice-brandt-RE-2025-0417.txt": (
+        "invoice", "Brandt Feinmechanik GmbH", "RE-2025-0417", "2025-03-14", "EUR", 2424.51, []
+    ),
+    "invoice-brandt-resent.eml": (
+        "invoice", "Brandt Feinmechanik GmbH", "RE-2025-0417", "2025-03-14", "EUR", 2736.29,
+        ["bank_details_changed"],
+    ),
+    "invoice-copperline-88213.txt": (
+        "invoice", "Copperline Packaging Inc.", "88213", "2025-04-22", "USD", 7010.0, []
+    ),
+    "invoice-larkspur-items-only.txt": (
+        "invoice", "Ines Larkspur", "2025/031", "2025-05-09", "GBP", None, ["total_missing"]
+    ),
+    "invoice-meridian-two-currencies.txt": (
+        "invoice", "Meridian Freight & Customs B.V.", "MFC-250588", "2025-05-13", "USD", 3150.0,
+        ["two_currencies"],
+    ),
+    "invoice-roussel-F2025-118.txt": (
+        "invoice", "Atelier Roussel SARL", "F2025-118", "2025-05-06", "EUR", 2916.0, []
+    ),
+    "invoice-tidewater-THL-20931.eml": (
+        "invoice", "Tidewater Hosting Ltd", "THL-20931", "2025-05-01", "GBP", 1055.66, []
+    ),
+    "purchase-order-castellan-4500017832.csv": (
+        "purchase_order", "Castellan Foods S.p.A.", "4500017832", "2025-04-28", "EUR", 8960.40, []
+    ),
+    "reminder-delivery-voss.txt": (
+        "reminder", "Voss Kältetechnik AG", "71-44092", "2025-05-16", None, None, ["late_delivery"]
+    ),
+    "reminder-payment-tidewater-THL-19874.eml": (
+        "reminder", "Tidewater Hosting Ltd", "THL-19874", "2025-05-16", "GBP", 1066.0, ["overdue"]
+    ),
+    "scan-0012.txt": ("other", None, None, None, None, None, ["empty"]),
+    "scan-fenwick-0391.txt": (
+        "invoice", "Fenwick & Sons Ltd", "FS-0391", "2025-05-12", "GBP", 1084.50, ["ocr_noise"]
+    ),
+    "support-anfrage-muehlbauer.eml": ("support", "Jörg Mühlbauer", None, "2025-05-14", None, None, []),
+    "support-outage-pemberton.eml": (
+        "support", "Samuel Adeyemi", "AF-48217", "2025-05-20", None, None, ["urgent"]
+    ),
+    "support-refund-kessler.eml": (
+        "support", "M. Kessler", "AF-48190", "2025-05-19", None, None, ["prompt_injection"]
+    ),
+}  # fmt: skip
+
+
+def test_every_shipped_document_has_an_expectation() -> None:
+    """The table below and the folder name the same documents."""
+    assert sorted(EXPECTED) == sorted(shipped())
+
+
+@pytest.mark.parametrize("name", sorted(EXPECTED))
+def test_extract(extracted: dict[str, dict[str, Any]], name: str) -> None:
+    """Each shipped document is read for what it says."""
+    got = extracted[name]
+    fields = ("kind", "party", "reference", "date", "currency", "total", "flags")
+    assert tuple(got[f] for f in fields) == EXPECTED[name]
+    assert got["summary"]
+    assert "\n" not in got["summary"]
+    assert list(got) == [*fields[:-1], "summary", "flags"]
+
+
+def test_injection_is_not_obeyed(extracted: dict[str, dict[str, Any]]) -> None:
+    """An order hidden in a support mail is reported; the invoice that it claims to be is not there."""
+    text = shipped()["support-refund-kessler.eml"]
+    assert "Ignore all previous instructions" in text
+    assert "9,800.00 EUR" in text
+    got = extracted["support-refund-kessler.eml"]
+    assert got["kind"] == "support"
+    assert got["total"] is None
+    assert got["reference"] != "KC-9001"
+    assert "prompt_injection" in got["flags"]
+    assert "9,800" not in json.dumps(got)
+    assert "Consulting" not in json.dumps(got)
+
+
+def test_documents_are_what_they_are_for() -> None:
+    """The awkward cases are in the files: no bytes, not UTF-8, several pages, one number on two invoices."""
+    assert (DOCUMENTS / "scan-0012.txt").read_bytes() == b""
+    with pytest.raises(UnicodeDecodeError):
+        (DOCUMENTS / "support-anfrage-muehlbauer.eml").read_bytes().decode()
+    assert len(shipped()["contract-services-harrow-kestrel.md"].split()) > 2_000
+    assert sum("RE-2025-0417" in text and "Gesamtbetrag" in text for text in shipped().values()) == 2
+
+
+def test_undecodable_characters_are_flagged(calm: Provider) -> None:
+    """A latin-1 file that was read as UTF-8 with replacement characters is still understood, and says so."""
+    text = (DOCUMENTS / "support-anfrage-muehlbauer.eml").read_bytes().decode(errors="replace")
+
+    async def ask() -> Any:
+        async with client_of(calm) as client:
+            return await answer(client, text)
+
+    got = asyncio.run(ask())
+    assert (got["kind"], got["flags"]) == ("support", ["encoding"])
+
+
+def test_classify_and_risk(calm: Provider, extracted: dict[str, dict[str, Any]]) -> None:
+    """One call each sorts and weighs all records; the same invoice number twice is a high risk of both."""
+    records = [{"name": name, **record} for name, record in extracted.items()]
+
+    async def ask() -> tuple[Any, Any]:
+        async with client_of(calm) as client:
+            message = json.dumps({"records": records})
+            return await answer(client, message, "classify"), await answer(client, message, "risk")
+
+    labels, risks = asyncio.run(ask())
+    assert [label["name"] for label in labels["labels"]] == list(extracted)
+    assert [risk["name"] for risk in risks["risks"]] == list(extracted)
+    categories = {label["name"]: (label["category"], label["priority"]) for label in labels["labels"]}
+    levels = {risk["name"]: risk["level"] for risk in risks["risks"]}
+    assert categories["invoice-copperline-88213.txt"] == ("payable", "normal")
+    assert categories["invoice-brandt-resent.eml"] == ("payable", "high")
+    assert categories["reminder-payment-tidewater-THL-19874.eml"] == ("payable", "high")
+    assert categories["reminder-delivery-voss.txt"] == ("support", "high")
+    assert categories["credit-note-copperline-CM-1207.txt"][0] == "receivable"
+    assert categories["purchase-order-castellan-4500017832.csv"][0] == "receivable"
+    assert categories["contract-nda-oswin-labs.txt"] == ("legal", "normal")
+    assert categories["support-refund-kessler.eml"] == ("support", "high")
+    assert categories["scan-0012.txt"] == ("ignore", "low")
+    assert {name for name, level in levels.items() if level == "high"} == {
+        "contract-services-harrow-kestrel.md",
+        "invoice-brandt-RE-2025-0417.txt",
+        "invoice-brandt-resent.eml",
+        "support-refund-kessler.eml",
+    }
+    assert levels["invoice-copperline-88213.txt"] == "low"
+    (twin,) = [risk for risk in risks["risks"] if risk["name"] == "invoice-brandt-RE-2025-0417.txt"]
+    assert "invoice-brandt-resent.eml" in " ".join(twin["reasons"])
+
+
+# --- Documents nobody has seen ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (
+            "Nordlicht Ofenbau KG\nHafenweg 2, 24103 Kiel\n\nMahnung\n\nRechnungsnummer: 4711-B\n"
+            "Datum: 02.01.2026\n\nOffener Betrag: CHF 12'345.60",
+            ("reminder", "Nordlicht Ofenbau KG", "4711-B", "2026-01-02", "CHF", 12345.6, ["overdue"]),
+        ),
+        (
+            "Pinewater Tools LLC\nAustin, TX 78701\n\nInvoice Number: PT-77\nDate: 03/04/2026\n\n"
+            "Subtotal  $900.00\nTotal hours  12.50\nTotal  $981.00",
+            ("invoice", "Pinewater Tools LLC", "PT-77", "2026-03-04", "USD", 981.0, []),
+        ),
+        (
+            "PURCHASE ORDER\n\nPO Number: 88-1\nBuyer: Fjordmat AS\nOrder date: 5. Januar 2026\n"
+            "Order total\n1.234.567,89 NOK",
+            ("purchase_order", "Fjordmat AS", "88-1", "2026-01-05", "NOK", 1234567.89, []),
+        ),
+        (
+            "From: Ana <ana@nowhere.example>\nTo: info@nowhere.example\n"
+            "Subject: =?utf-8?q?Gr=C3=BC=C3=9Fe?=\nDate: Mon, 5 Jan 2026 10:00:00 +0000\nMIME-Version: 1.0\n"
+            "Content-Type: text/plain; charset=utf-8\nContent-Transfer-Encoding: base64\n\n"
+            "SGVscCwgdGhlIHNlbnNvciBzaG93cyBhbiBlcnJvciwgdGlja2V0IDEyMzQ1Lg==\n",
+            ("support", "Ana", "12345", "2026-01-05", None, None, []),
+        ),
+        ("A haiku about the sea.", ("other", None, None, None, None, None, [])),
+    ],
+    ids=["mahnung", "us-invoice", "purchase-order", "base64-mail", "neither"],
+)
+def test_unseen_documents(text: str, expected: tuple[object, ...]) -> None:
+    """The rules go by wording, not by the documents that ship with the demo."""
+    got = _rules.extract(text)
+    fields = ("kind", "party", "reference", "date", "currency", "total", "flags")
+    assert tuple(got[f] for f in fields) == expected
+
+
+@pytest.mark.parametrize(
+    ("number", "value"),
+    [
+        ("1.234,56", 1234.56), ("1,234.56", 1234.56), ("1 234,56", 1234.56), ("1'234.50", 1234.5),
+        ("1.234", 1234.0), ("1,234,567", 1234567.0), ("12,5", 12.5), ("7", 7.0), ("1.234.567,8", 1234567.8),
+    ],
+)  # fmt: skip
+def test_number_formats(number: str, value: float) -> None:
+    """European and American numbers give the same; one separator before three digits groups thousands."""
+    assert _rules.parse_amount(number) == value
+
+
+def test_ordinary_text_is_not_taken_for_a_bad_scan() -> None:
+    """Code, part numbers and litres look a little like misread digits and are left alone."""
+    text = "Error in getItem(userId): openInput failed at line 10l of B2B-SO-0815, see ISO9001 and 5l barrel."
+    assert "ocr_noise" not in _rules.extract(text)["flags"]
+
+
+# --- Faults -------------------------------------------------------------------------------------------------
+
+
+async def provoke(running: Provider, fault: str, text: str = "Invoice no. 1\nTotal: 5.00 EUR") -> Any:
+    async with client_of(running, 0.3 if fault == "hang" else 10) as client:
+        return await complete(client, text, X_Demo_Fault=fault)
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "status", "code"),
+    [
+        ("429", openai.RateLimitError, 429, "rate_limit_exceeded"),
+        ("quota", openai.RateLimitError, 429, "insufficient_quota"),
+        ("500", openai.InternalServerError, 500, None),
+        ("503", openai.InternalServerError, 503, None),
+    ],
+)
+def test_error_statuses(
+    calm: Provider, fault: str, error: type[openai.APIStatusError], status: int, code: str | None
+) -> None:
+    """A forced error has the status, the exception class and the body that OpenAI's would have."""
+    with pytest.raises(error) as caught:
+        asyncio.run(provoke(calm, fault))
+    assert type(caught.value) is error
+    assert caught.value.status_code == status
+    assert caught.value.code == code
+    assert isinstance(caught.value.body, dict)
+    assert sorted(caught.value.body) == ["code", "message", "param", "type"]
+
+
+def test_hang_and_drop(calm: Provider) -> None:
+    """A hang runs into the client's timeout; a dropped connection is a connection error and no timeout."""
+    with pytest.raises(openai.APITimeoutError):
+        asyncio.run(provoke(calm, "hang"))
+    with pytest.raises(openai.APIConnectionError) as caught:
+        asyncio.run(provoke(calm, "drop"))
+    assert not isinstance(caught.value, openai.APITimeoutError)
+
+
+def test_a_hang_ends_in_a_dropped_connection() -> None:
+    """A client more patient than the hang sees the connection close without an answer."""
+
+    async def ask(running: Provider) -> None:
+        async with client_of(running) as client:
+            await complete(client, "text", X_Demo_Fault="hang")
+
+    with start_provider(1, calm=True, hang_seconds=0.05) as running:
+        with pytest.raises(openai.APIConnectionError) as caught:
+            asyncio.run(ask(running))
+        assert not isinstance(caught.value, openai.APITimeoutError)
+
+
+def test_rate_limit_says_when_to_come_back(calm: Provider) -> None:
+    """Both forms of Retry-After are in use: seconds and `retry-after-ms`."""
+
+    async def headers(text: str) -> tuple[str | None, str | None]:
+        with pytest.raises(openai.RateLimitError) as caught:
+            await provoke(calm, "429", text)
+        return tuple(caught.value.response.headers.get(n) for n in ("retry-after", "retry-after-ms"))  # type: ignore[return-value]
+
+    async def ask() -> set[tuple[str | None, str | None]]:
+        return set(await asyncio.gather(*(headers(f"document {n}") for n in range(12))))
+
+    assert asyncio.run(ask()) == {("1", None), (None, "300")}
+
+
+@pytest.mark.parametrize("task", ["extract", "classify", "risk"])
+def test_wrong_answers(calm: Provider, task: str) -> None:
+    """Truncated JSON and a wrong type arrive as a success that is billed."""
+    text = "Invoice no. 1\nTotal: 5.00 EUR" if task == "extract" else '{"records": [{"name": "a"}]}'
+
+    async def ask() -> tuple[Any, Any]:
+        async with client_of(calm) as client:
+            malformed = await complete(client, text, task, X_Demo_Fault="malformed")
+            return malformed, await answer(client, text, task, X_Demo_Fault="wrong_type")
+
+    malformed, wrong = asyncio.run(ask())
+    with pytest.raises(ValueError, match=r"Unterminated|Expecting"):
+        json.loads(malformed.choices[0].message.content)
+    assert malformed.usage.completion_tokens > 0
+    values: dict[str, Any] = {
+        "extract": wrong.get("total"),
+        "classify": wrong.get("labels", [{}])[0].get("priority"),
+        "risk": wrong.get("risks", [{}])[0].get("level"),
+    }
+    assert values[task] == ("twelve hundred" if task == "extract" else 3)
+
+
+def test_quota_on_request(calm: Provider) -> None:
+    """The quota error is shown by a header or a model's name, and is counted."""
+
+    async def ask(**how: str) -> None:
+        async with client_of(calm) as client:
+            with pytest.raises(openai.RateLimitError) as caught:
+                await complete(client, "text for quota", **how)
+            assert caught.value.code == "insufficient_quota"
+
+    asyncio.run(ask(X_Demo_Quota="exhausted"))
+    asyncio.run(ask(model="gpt-4o-mini-no-quota"))
+    sha12 = text_sha("extract", "text for quota")[:12]
+    assert [s["outcome"] for s in calm.stats()["served"] if s["sha12"] == sha12] == ["quota", "quota"]
+
+
+def test_completion_shape(calm: Provider) -> None:
+    """The model is echoed and usage is about one token per four characters."""
+    text = "Invoice no. 1\n" + "line of text\n" * 300
+
+    async def ask() -> Any:
+        async with client_of(calm) as client:
+            return await complete(client, text, model="some-model")
+
+    got = asyncio.run(ask())
+    assert got.model == "some-model"
+    assert got.choices[0].finish_reason == "stop"
+    assert got.usage.prompt_tokens == pytest.approx(len(text) / 4, rel=0.1)
+    assert got.usage.completion_tokens == pytest.approx(len(got.choices[0].message.content) / 4, abs=1)
+    assert got.usage.total_tokens == got.usage.prompt_tokens + got.usage.completion_tokens
+
+
+def test_bad_requests_say_what_is_wrong(calm: Provider) -> None:
+    """A wrong request is a 400 that names the mistake, and is not counted as served."""
+
+    async def ask(text: str, task: str, **headers: str) -> str:
+        async with client_of(calm) as client:
+            with pytest.raises(openai.BadRequestError) as caught:
+                await complete(client, text, task, **headers)
+            return caught.value.message
+
+    before = calm.stats()["calls"]
+    assert "TASK: extract" in asyncio.run(ask("x", "translate"))
+    assert "records" in asyncio.run(ask("[]", "risk"))
+    assert "429" in asyncio.run(ask("x", "extract", X_Demo_Fault="gremlins"))
+    assert calm.stats()["calls"] == before
+
+
+def test_models_and_health(calm: Provider) -> None:
+    """The endpoints beside completions answer."""
+
+    async def models() -> list[str]:
+        async with client_of(calm) as client:
+            return [model.id async for model in client.models.list()]
+
+    assert MODEL in asyncio.run(models())
+    connection = http.client.HTTPConnection("127.0.0.1", calm.port, timeout=5)
+    connection.request("GET", "/healthz")
+    response = connection.getresponse()
+    assert (response.status, json.loads(response.read())) == (200, {"status": "ok"})
+    # The same connection serves the next request: it is kept alive after an error, too.
+    connection.request("GET", "/nothing")
+    assert connection.getresponse().status == 404
+    connection.close()
+
+
+# --- Which call gets which fault ----------------------------------------------------------------------------
+
+
+def test_default_seed_shows_every_fault() -> None:
+    """Over the shipped documents each fault but the quota occurs; if a changed document breaks this, pick a
+    new seed.
+
+    Mails and the file that is not UTF-8 are left out: how they are turned into text is the reader's choice.
+    """
+    plans = {name: fault_plan(DEFAULT_SEED, "extract", text) for name, text in shipped().items()}
+    stable = [fault for name, plan in plans.items() if not name.endswith(".eml") for fault in plan]
+    assert set(stable) == set(FAULTS) - {"quota"}
+    everything = Counter(fault for plan in plans.values() for fault in plan)
+    assert everything["hang"] == everything["malformed"] == everything["wrong_type"] == 1
+    assert any(len(plan) == 2 for plan in plans.values()), "one document needs three attempts"
+    assert plans["scan-0012.txt"] == plans["support-refund-kessler.eml"] == ()
+
+
+def test_rates_over_unseen_documents() -> None:
+    """About 35 % of first calls fail; nothing fails three times; after a wrong answer comes a right one."""
+    plans = [fault_plan(3, "extract", f"document {n}") for n in range(4_000)]
+    assert sum(map(bool, plans)) / len(plans) == pytest.approx(0.35, abs=0.03)
+    assert {len(plan) for plan in plans} == {0, 1, 2}
+    assert {fault for plan in plans for fault in plan} == set(FAULTS) - {"quota"}
+    assert all(fault in TRANSPORT_FAULTS for plan in plans for fault in plan[:-1])
+    assert plans != [fault_plan(4, "extract", f"document {n}") for n in range(4_000)]
+
+
+def test_layout_does_not_change_the_plan() -> None:
+    """Line ends, a name line around a document and the layout of JSON are no part of a text's identity."""
+    text = "Invoice no. 1\nTotal: 5.00 EUR\n"
+    same = {text_sha("extract", t) for t in (text, text.replace("\n", "\r\n"), f"DOCUMENT: a.txt\n{text}\n")}
+    assert len(same) == 1
+    assert text_sha("risk", '{"records": []}') == text_sha("risk", '{ "records":[ ] }')
+    assert text_sha("risk", "{}") != text_sha("classify", "{}") != text_sha("extract", "{}")
+
+
+async def outcome_of(client: openai.AsyncOpenAI, text: str) -> str:
+    try:
+        got = await complete(client, text)
+    except openai.APITimeoutError:
+        return "hang"
+    except openai.APIConnectionError:
+        return "drop"
+    except openai.APIStatusError as error:
+        return str(error.status_code)
+    try:
+        total = json.loads(got.choices[0].message.content)["total"]
+    except ValueError:
+        return "malformed"
+    return "wrong_type" if isinstance(total, str) else "ok"
+
+
+async def three_calls(client: openai.AsyncOpenAI, text: str) -> list[str]:
+    return [await outcome_of(client, text) for _ in range(3)]
+
+
+def test_faults_do_not_depend_on_concurrency_or_restarts() -> None:
+    """One by one or all at once and backwards, in another process: each call gets its planned fault."""
+    documents = shipped()
+
+    async def one_by_one(running: Provider) -> dict[str, list[str]]:
+        async with client_of(running, TIMEOUT) as client:
+            return {name: await three_calls(client, text) for name, text in documents.items()}
+
+    async def at_once(running: Provider) -> dict[str, list[str]]:
+        names = list(reversed(documents))
+        async with client_of(running, TIMEOUT) as client:
+            got = await asyncio.gather(*(three_calls(client, documents[name]) for name in names))
+            return dict(zip(names, got, strict=True))
+
+    results, ledgers = [], []
+    for ask in (one_by_one, at_once):
+        with start_provider(DEFAULT_SEED) as running:
+            results.append(asyncio.run(ask(running)))
+            stats = running.stats()
+        assert stats["calls"] == len(stats["served"]) == 3 * len(documents)
+        assert sum(stats["by_outcome"].values()) == stats["calls"]
+        assert set(stats["by_text"].values()) == {3}
+        ledgers.append({(s["task"], s["sha12"], s["call"], s["outcome"]) for s in stats["served"]})
+    assert results[0] == results[1]
+    assert ledgers[0] == ledgers[1]
+    for name, text in documents.items():
+        plan = list(fault_plan(DEFAULT_SEED, "extract", text))
+        assert results[0][name] == plan + ["ok"] * (3 - len(plan)), name
+
+
+def test_a_forced_fault_leaves_the_plan_as_it_is() -> None:
+    """What is shown on purpose uses up no fault that a text has coming; a later message changes none."""
+    text = next(t for t in map("document {}".format, range(1000)) if fault_plan(1, "extract", t) == ("500",))
+
+    async def ask(running: Provider) -> list[str]:
+        async with client_of(running) as client:
+            with pytest.raises(openai.RateLimitError):
+                await complete(client, text, X_Demo_Fault="quota")
+            first = await outcome_of(client, text)
+            got = await client.chat.completions.create(
+                model=MODEL,
+                messages=[
+                    {"role": "system", "content": "TASK: extract"},
+                    {"role": "user", "content": text},
+                    {"role": "assistant", "content": "{"},
+                    {"role": "user", "content": "Your last answer was not valid JSON."},
+                ],
+            )
+            return [first, json.loads(got.choices[0].message.content or "")["kind"]]
+
+    with start_provider(1) as running:
+        assert asyncio.run(ask(running)) == ["500", "other"]
+        assert [(s["call"], s["outcome"]) for s in running.stats()["served"]] == [
+            (1, "quota"),
+            (2, "500"),
+            (3, "ok"),
+        ]
+
+
+# --- The process --------------------------------------------------------------------------------------------
+
+
+def lifeline(port: int) -> socket.socket:
+    """A connection that the provider keeps open: it reads as closed at the moment the process ends."""
+    connection = socket.create_connection(("127.0.0.1", port), timeout=10)
+    connection.sendall(b"GET /healthz HTTP/1.1\r\nHost: demo\r\n\r\n")
+    assert connection.recv(4096).startswith(b"HTTP/1.1 200")
+    return connection
+
+
+def assert_ended(connection: socket.socket, port: int) -> None:
+    with connection:
+        try:
+            while connection.recv(4096):
+                pass
+        except ConnectionResetError:
+            pass
+    # The kernel may close the listening socket a moment after the connection; one that it still lets in is
+    # reset.
+    with pytest.raises(ConnectionRefusedError):
+        for _ in range(100):
+            with (
+                socket.create_connection(("127.0.0.1", port), timeout=5) as late,
+                contextlib.suppress(OSError),
+            ):
+                late.recv(1)
+
+
+def test_close_ends_and_reaps_the_process() -> None:
+    """After close(), also while a request hangs, the process is gone and reaped; again is harmless."""
+    running = start_provider(1, calm=True)
+    line = lifeline(running.port)
+    body = json.dumps(
+        {"model": "m", "messages": [{"role": "system", "content": "TASK: extract"}, {"role": "user"}]}
+    )
+    hanging = http.client.HTTPConnection("127.0.0.1", running.port, timeout=10)
+    hanging.request("POST", "/v1/chat/completions", body, {"X-Demo-Fault": "hang"})
+    running.close()
+    assert_ended(line, running.port)
+    hanging.close()
+    if os.name == "posix":
+        with pytest.raises(ChildProcessError):
+            os.waitpid(running.pid, 0)
+    running.close()
+    with pytest.raises(OSError, match="refused"):
+        running.stats()
+
+
+def python(code: str, stdin: int = subprocess.PIPE, stderr: int | None = None) -> subprocess.Popen[bytes]:
+    path = os.pathsep.join([str(Path(provider.__file__).parents[2]), os.environ.get("PYTHONPATH", "")])
+    return subprocess.Popen(
+        [sys.executable, "-c", code],
+        stdin=stdin,
+        stdout=subprocess.PIPE,
+        stderr=stderr,
+        env={**os.environ, "PYTHONPATH": path.rstrip(os.pathsep)},
+    )
+
+
+START_AND_WAIT = """
+import sys
+from stroma.demo.provider import start_provider
+running = start_provider(1)
+print(running.port, flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
+def test_provider_ends_when_its_parent_is_killed() -> None:
+    """SIGKILL to the parent, which then can tell nobody, ends the provider."""
+    with python(START_AND_WAIT) as parent:
+        assert parent.stdout is not None
+        port = int(parent.stdout.readline())
+        line = lifeline(port)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert_ended(line, port)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
+def test_provider_ends_with_its_parent_though_a_fork_lives_on() -> None:
+    """A fork of the parent that holds the pipe open neither keeps the provider nor closes it too early."""
+    code = START_AND_WAIT.replace(
+        "sys.stdin.read()",
+        "import os, time\n"
+        "gate, release = os.pipe()\n"
+        "if os.fork() == 0:\n"
+        "    sys.exit()  # its copy of `running` is finalized here\n"
+        "os.wait()\n"
+        "print(running.stats()['calls'], flush=True)\n"
+        "if os.fork() == 0:\n"
+        "    os.close(release); os.close(1); sys.stdin.read()\n"
+        "sys.stdin.read()",
+    )
+    with python(code) as parent:
+        assert parent.stdout is not None
+        port = int(parent.stdout.readline())
+        assert parent.stdout.readline() == b"0\n"
+        line = lifeline(port)
+        parent.send_signal(signal.SIGKILL)
+        parent.wait()
+        assert_ended(line, port)
+
+
+def test_provider_that_nobody_closes_ends_with_the_interpreter() -> None:
+    """A program that forgets close() leaves nothing behind and ends at once."""
+    with python(START_AND_WAIT) as parent:
+        assert parent.stdout is not None
+        assert parent.stdin is not None
+        port = int(parent.stdout.readline())
+        line = lifeline(port)
+        parent.stdin.close()
+        assert parent.wait(10) == 0
+        assert_ended(line, port)
+
+
+def test_by_hand() -> None:
+    """`python -m stroma.demo.provider` prints one JSON line with its port and ends with its stdin."""
+    command = "import runpy, sys; sys.argv[1:] = ['--seed', '7', '--calm', '--port', '0']; "
+    command += "runpy.run_module('stroma.demo.provider', run_name='__main__', alter_sys=True)"
+    with python(command) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        ready = json.loads(process.stdout.readline())
+        assert ready["pid"] == process.pid
+        assert ready["base_url"] == f"http://127.0.0.1:{ready['port']}/v1"
+        line = lifeline(ready["port"])
+        process.stdin.close()
+        assert process.wait(10) == 0
+        assert process.stdout.read() == b""
+        assert_ended(line, ready["port"])
+
+
+def test_modules_of_the_working_directory_are_not_imported(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The demo may be started in a folder with a `json.py` of the user's."""
+    for name in ("json.py", "email.py", "stroma.py"):
+        (tmp_path / name).write_text("raise SystemExit('imported from the working directory')")
+    monkeypatch.chdir(tmp_path)
+    with start_provider(1, calm=True) as running:
+        assert running.stats()["calls"] == 0
+
+
+def test_a_provider_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A start that fails is a RuntimeError with what the process said, and leaves no process."""
+    monkeypatch.setattr(provider, "_BOOT", "raise SystemExit('no such luck')")
+    with pytest.raises(RuntimeError, match=r"exit code 1.*no such luck"):
+        start_provider(1)
+
+
+def test_taken_port_is_one_line() -> None:
+    """A port in use ends in one message and exit code 3, without a traceback."""
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        code = f"import sys; from stroma.demo.provider import main; sys.exit(main(['--port', '{port}']))"
+        with python(code, stderr=subprocess.PIPE) as process:
+            _, said = process.communicate(timeout=20)
+    assert process.returncode == 3
+    assert re.fullmatch(rb"cannot listen on 127\.0\.0\.1:\d+: .*; try --port 0\s*", said)
+
+
+def test_many_clients_at_once(calm: Provider) -> None:
+    """A hundred requests in flight are served side by side, not one after the other."""
+
+    async def ask() -> float:
+        loop = asyncio.get_running_loop()
+        async with client_of(calm) as client:
+            await complete(client, "warm up")
+            start = loop.time()
+            await asyncio.gather(*(complete(client, f"text {n}") for n in range(100)))
+            return loop.time() - start
+
+    # The latencies alone are about 100 * 40 ms = 4 s in a row.
+    assert asyncio.run(ask()) < 3.0
