@@ -18,7 +18,7 @@ import math
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
-from time import perf_counter_ns, time_ns
+from time import perf_counter_ns
 from typing import Any, Final
 
 from pydantic import BaseModel, RootModel
@@ -84,17 +84,6 @@ class GroupStopped(Exception):
         self.halt = halt
 
 
-@dataclass(slots=True)
-class _Step:
-    """What one execution needs at each of its attempts."""
-
-    node: Node | Group
-    input: Schema | None
-    output: Schema
-    compact: bool  # Rows may hold encoded snapshots: the trace knows the schemas.
-    timeout_ms: int | None
-
-
 async def execute(
     ctx: ReliabilityContext,
     node: Node | Group,
@@ -117,12 +106,14 @@ async def execute(
         committed = await restore(ctx, node, value, position, branch=branch, kind=kind, contract=contract)
         if committed is not None:
             return committed
-    step = _prepare(ctx, node, value, contract)
+    given, promised = _schemas(ctx, node, value, contract)
     if isinstance(node, Group):
         kind = "group"
-    run = NodeExecution(
-        ctx, node.node_id, kind, position, branch, ctx.trace.rows if rows is None else rows, deadline_ns
-    )
+    run = NodeExecution(ctx, node.node_id, kind, position, branch, ctx.trace.rows if rows is None else rows)
+    # Rows hold encoded snapshots where the trace knows the schemas that read them.
+    run.compact = given is not None and ctx.trace.adopt(node.node_id, given, promised)
+    if deadline_ns is not None:
+        run.inherited_deadline_ns = deadline_ns
     token = CURRENT.set(run)
     try:
         while True:
@@ -132,10 +123,10 @@ async def execute(
                 if exceeded is not None:
                     # Earlier attempts, siblings or processes have spent it: the next call is never made.
                     return _refused(run, exceeded)
-            outcome = await _attempt(ctx, run, step, value)
+            outcome = await _attempt(ctx, run, node, given, promised, value)
             if not isinstance(outcome, Failure):
                 return outcome
-            decision = _decide(ctx, run, step, outcome)
+            decision = _decide(ctx, run, node, outcome)
             if isinstance(decision, Stop):
                 ctx.run_logger.info("node %r stopped: %s", node.node_id, decision.why)
                 return Halt(outcome)
@@ -150,28 +141,35 @@ async def execute(
         CURRENT.reset(token)
 
 
-def _prepare(
+def _schemas(
     ctx: ReliabilityContext, node: Node | Group, value: BaseModel, contract: NodeContract[Any, Any] | None
-) -> _Step:
-    node_id = node.node_id
-    timeout = ctx.step_timeouts.get(node_id) if ctx.step_timeouts else None
+) -> tuple[Schema | None, Schema]:
+    """What the input and the output must satisfy; no input schema: the state passes unvalidated."""
     if isinstance(node, Group):
-        return _Step(node, None, schema_of(node.output(ctx, value)), False, timeout)
-    contract = contract or ctx.contract_of(node)
-    if contract is None:
-        return _Step(node, None, schema_of(Kept), False, timeout)
-    given, promised = schema_of(contract.input_schema), schema_of(contract.output_schema)
-    return _Step(node, given, promised, ctx.trace.adopt(node_id, given, promised), timeout)
+        return None, schema_of(node.output(ctx, value))
+    found = contract or ctx.contract_of(node)
+    if found is None:
+        return None, schema_of(Kept)
+    # Looking schemas up is a tenth of the engine's time: the node keeps them while they are the same.
+    plan = node.plan
+    if (
+        not plan
+        or plan[0].validator is not found.input_schema.__pydantic_validator__
+        or plan[1].validator is not found.output_schema.__pydantic_validator__
+    ):
+        plan[:] = schema_of(found.input_schema), schema_of(found.output_schema)
+    return plan[0], plan[1]
 
 
-def _decide(ctx: ReliabilityContext, run: NodeExecution, step: _Step, failure: Failure) -> Retry | Stop:
+def _decide(
+    ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, failure: Failure
+) -> Retry | Stop:
     if ctx.limits and ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) is not None:
         return Stop("the budget is spent")
-    own = ctx.step_policies.get(step.node.node_id) if ctx.step_policies else None
-    if own is None and isinstance(step.node, Group):
-        return decide(
-            failure, _NO_RETRIES
-        )  # Its children had their retries; a group has its own only if asked.
+    own = ctx.step_policies.get(node.node_id) if ctx.step_policies else None
+    if own is None and isinstance(node, Group):
+        # Its children had their retries; a group has its own only if asked.
+        return decide(failure, _NO_RETRIES, attempt=run.attempt)
     policy = policy_for(failure.failure_class, own, ctx.policy_map)
     if run.repairing:
         # The attempt was granted, whatever the policy says; it only lends its delay.
@@ -192,47 +190,43 @@ def _refused(run: NodeExecution, exceeded: BudgetExceeded) -> Halt:
 
 
 async def _attempt(
-    ctx: ReliabilityContext, run: NodeExecution, step: _Step, value: BaseModel
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    node: Node | Group,
+    given: Schema | None,
+    promised: Schema,
+    value: BaseModel,
 ) -> BaseModel | Failure | Halt:
-    node, fire, node_id = step.node, ctx.fire, run.node_id
+    # No closures in here: each variable that one captures makes every use of it slower.
+    fire = ctx.fire
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
     run.usage = _NOTHING
-    started = time_ns()
-    begin = perf_counter_ns()
+    started = perf_counter_ns() + ctx.epoch_ns
     try:
-        state, given, picture = _take(step, value)
+        if given is not None:
+            state = given.cross(value)
+            picture = given.snapshot(state) if run.compact else given.state(state)
+        else:
+            state, picture = _take_unvalidated(node, value)
     except Exception as broken:
         raw = _raw_picture(value)
-        violation = as_violation(node_id, "input", raw, broken)
+        violation = as_violation(run.node_id, "input", raw, broken)
         return await _fail(ctx, run, violation, started, 0, raw)
-
     if fire.on_node_start is not None:
-        try:
-            await fire.fire(
-                "on_node_start",
-                fire.on_node_start,
-                node_id,
-                lambda: (ctx.run_id, node_id, ctx.shown(given.state(state))),
-            )
-        except BaseException as stopped:
-            # The sets that saw the start see the end.
-            await _abandon(ctx, run, started, 0, picture, stopped)
-            raise
-        begin = perf_counter_ns()
+        await _fire_start(ctx, run, state, started, picture)
 
     # ---- the call
     raised: BaseException | None = None
-    returned: Any = None
+    output: Any = None
+    begin = perf_counter_ns()
     try:
-        if (
-            step.timeout_ms is None
-            and run.inherited_deadline_ns is None
-            and ctx.budget.max_latency_ms is None
-        ):
-            returned = await _call(ctx, run, node, state)
+        if ctx.timed or run.inherited_deadline_ns is not None:
+            output = await _call_in_time(ctx, run, node, state, begin)
+        elif type(node) is Node and node.is_async:  # _call, without the cost of another coroutine
+            output = await (node.func(state, ctx.node_context()) if node.wants_context else node.func(state))
         else:
-            returned = await _call_in_time(ctx, run, step, state, begin)
+            output = await _call(ctx, run, node, state)
     except BaseException as error:
         duration = perf_counter_ns() - begin
         if _passes_through(error, task, cancelling):
@@ -244,93 +238,69 @@ async def _attempt(
 
     # ---- usage, at once: it is spent whatever becomes of the output
     bad_usage: UsageError | None = None
-    output: Any = returned
-    if raised is None and isinstance(node, Node):
-        output, bad_usage = _count_returned(run, returned)
     cancelled = False
+    if type(output) is tuple:
+        output, bad_usage = _count_returned(run, output)
     if run.has_reported:
         cancelled, unpriced = await _price(ctx, run)
         bad_usage = bad_usage or unpriced
-    usage = run.usage
-    ctx.cost_tracker.add(
-        node_id,
-        usage.tokens,
-        usage.output_tokens,
-        usage.cost_usd,
-        duration,
-        usage.model,
-        nested=run.branch != "",
-    )
+    if run.usage is not _NOTHING:
+        ctx.cost_tracker.spend(run.usage.tokens, run.usage.cost_usd)
+    if not run.branch:  # A group's own wall time counts that of its children.
+        ctx.cost_tracker.take(duration)
     if raised is not None:
         return await _fail(ctx, run, raised, started, duration, picture, cancelled=cancelled)
 
     # ---- the output
     try:
-        if isinstance(output, BaseModel) and step.output.model is not Kept:
-            model = step.output.cross(output)
+        if isinstance(output, BaseModel) and promised.model is not Kept:
+            model = promised.cross(output)
         else:
-            model = step.output.own(step.output.validate(output))
+            model = promised.own(promised.validate(output))
     except Exception as broken:
-        violation = as_violation(node_id, "output", output, broken)
+        violation = as_violation(run.node_id, "output", output, broken)
         return await _fail(ctx, run, violation, started, duration, picture, cancelled=cancelled)
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
-    over: BaseException | None = bad_usage
+    over: Exception | None = bad_usage
     if over is None and ctx.limits:
-        over = ctx.cost_tracker.exceeded(ctx.budget, node_id)
+        over = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
     if over is not None:
-        failure = diagnose(over, NodeContext(node_id, run.attempt, ctx.run_id), ctx.classifiers)
+        failure = diagnose(over, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
 
     # ---- the commit: from here on the output is safe from budgets, hooks and cancellation
-    kept = step.output.snapshot(model) if step.compact else step.output.state(model)
+    kept = promised.snapshot(model) if run.compact else promised.state(model)
     row = _row(run, started, duration, picture, kept, failure, "success" if failure is None else "failure")
+    pending: Awaitable[None] | Exception | None
     try:
-        pending = ctx.session.record(row, step.output, model)
-        problem = None
-        if pending is not None:
-            try:
-                cancelled |= await uninterrupted(pending)
-            except Exception as refused:
-                problem, late = await _record_again(ctx, row, step.output, model, refused)
-                cancelled |= late
-    except NotSerialisable as unkept:
-        return await _fail(ctx, run, unkept, started, duration, picture, cancelled=cancelled)
+        pending = ctx.session.record(row, promised, model)
     except Exception as refused:
-        problem, late = await _record_again(ctx, row, step.output, model, refused)
-        cancelled |= late
-    if problem is not None:
-        return await _fail(ctx, run, problem, started, duration, picture, cancelled=cancelled)
+        pending = refused
+    if pending is not None:
+        problem, late = await _settle(ctx, row, promised, model, pending)
+        cancelled = cancelled or late
+        if problem is not None:
+            return await _fail(ctx, run, problem, started, duration, picture, cancelled=cancelled)
     run.rows.append(row)
 
     # ---- who watches
+    if failure is not None:
+        await _tell_failure(ctx, run, failure)
+    elif fire.on_node_success is not None:
+        await _fire_success(ctx, run, promised, model)
     if ctx.limits and fire.on_budget_warning is not None:
         await _warn(ctx)
-    if failure is not None:
-        _log_failure(ctx, run, failure)
-        if fire.on_node_failure is not None:
-            await _fire_failure(ctx, failure)
-    elif fire.on_node_success is not None:
-        await fire.fire(
-            "on_node_success",
-            fire.on_node_success,
-            node_id,
-            lambda: (ctx.run_id, node_id, ctx.shown(step.output.state(model)), usage.tokens),
-        )
     if cancelled:
         raise asyncio.CancelledError
     return model if failure is None else Halt(failure, output=model)
 
 
-def _take(step: _Step, value: BaseModel) -> tuple[BaseModel, Schema, Snapshot]:
-    """The node's own pristine input, its schema, and its picture for the trace."""
-    if step.input is not None:
-        state = step.input.cross(value)
-        return state, step.input, step.input.snapshot(state) if step.compact else step.input.state(state)
+def _take_unvalidated(node: Node | Group, value: BaseModel) -> tuple[BaseModel, Snapshot]:
+    """The input of a node without a contract, or of a group, each child of which takes its own copy."""
     schema = schema_of(type(value))
-    if isinstance(step.node, Group):
-        return value, schema, schema.state(value)  # Each child takes its own.
-    return schema.copy(value), schema, schema.state(value)
+    picture = schema.state(value)
+    return value if isinstance(node, Group) else schema.copy(value), picture
 
 
 def _raw_picture(value: Any) -> dict[str, Any]:
@@ -410,11 +380,9 @@ async def _fail(
                 problem, FailureClass.RECOVERABLE, run.node_id, run.attempt, str(problem), "store"
             )
             halt = Halt(stored, partial=True)
-    _log_failure(ctx, run, failure)
+    await _tell_failure(ctx, run, failure)
     if ctx.limits and ctx.fire.on_budget_warning is not None:
         await _warn(ctx)
-    if ctx.fire.on_node_failure is not None:
-        await _fire_failure(ctx, failure)
     if cancelled:
         raise asyncio.CancelledError
     return failure if halt is None else halt
@@ -441,16 +409,9 @@ async def _abandon(
         return
     if run.has_reported:
         await _price(ctx, run)
-    usage = run.usage
-    ctx.cost_tracker.add(
-        run.node_id,
-        usage.tokens,
-        usage.output_tokens,
-        usage.cost_usd,
-        duration,
-        usage.model,
-        nested=run.branch != "",
-    )
+        ctx.cost_tracker.spend(run.usage.tokens, run.usage.cost_usd)
+    if not run.branch:
+        ctx.cost_tracker.take(duration)
     row = _row(run, started, duration, picture, None, None, "cancelled")
     run.rows.append(row)
     await _record(ctx, row)
@@ -461,13 +422,39 @@ async def _abandon(
         await ctx.fire.fire("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))
 
 
-async def _fire_failure(ctx: ReliabilityContext, failure: Failure) -> None:
-    arguments = (ctx.run_id, failure.node_id, failure.exception, failure.failure_class)
-    assert ctx.fire.on_node_failure is not None
-    await ctx.fire.fire("on_node_failure", ctx.fire.on_node_failure, failure.node_id, lambda: arguments)
+async def _fire_start(
+    ctx: ReliabilityContext, run: NodeExecution, state: BaseModel, started: int, picture: Snapshot
+) -> None:
+    schema = schema_of(type(state))
+    calls = ctx.fire.on_node_start
+    assert calls is not None
+    try:
+        await ctx.fire.fire(
+            "on_node_start",
+            calls,
+            run.node_id,
+            lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(state))),
+        )
+    except BaseException as stopped:
+        # The sets that saw the start see the end.
+        await _abandon(ctx, run, started, 0, picture, stopped)
+        raise
 
 
-def _log_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> None:
+async def _fire_success(
+    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel
+) -> None:
+    calls = ctx.fire.on_node_success
+    assert calls is not None
+    await ctx.fire.fire(
+        "on_node_success",
+        calls,
+        run.node_id,
+        lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(model)), run.usage.tokens),
+    )
+
+
+async def _tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> None:
     ctx.run_logger.warning(
         "node %r failed at attempt %d (%s): %s",
         run.node_id,
@@ -475,6 +462,10 @@ def _log_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) 
         failure.failure_class,
         failure.message,
     )
+    calls = ctx.fire.on_node_failure
+    if calls is not None:
+        arguments = (ctx.run_id, run.node_id, failure.exception, failure.failure_class)
+        await ctx.fire.fire("on_node_failure", calls, run.node_id, lambda: arguments)
 
 
 async def _warn(ctx: ReliabilityContext) -> None:
@@ -491,7 +482,6 @@ async def _call(ctx: ReliabilityContext, run: NodeExecution, node: Node | Group,
     if isinstance(node, Group):
         run.children = []
         return await node.run(ctx, run, state)
-    assert isinstance(node, Node)
     context = ctx.node_context() if node.wants_context else ctx.context
     if node.is_async:
         return await node.call(state, context)
@@ -507,7 +497,7 @@ class _Deadline(BudgetExceeded):
 
 
 async def _call_in_time(
-    ctx: ReliabilityContext, run: NodeExecution, step: _Step, state: BaseModel, begin: int
+    ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, state: BaseModel, begin: int
 ) -> Any:
     """Call under the node's timeout and the run's latency deadline, whichever is nearer."""
     limit = ctx.budget.max_latency_ms
@@ -515,14 +505,15 @@ async def _call_in_time(
     if run.deadline_ns is None and limit is not None:
         run.deadline_ns = begin + int((limit - ctx.cost_tracker.used("latency")) * 1e6)
     left = math.inf if run.deadline_ns is None else (run.deadline_ns - begin) / 1e9
-    own = math.inf if step.timeout_ms is None else step.timeout_ms / 1000
-    if isinstance(step.node, Group):
+    timeout_ms = ctx.step_timeouts.get(run.node_id)
+    own = math.inf if timeout_ms is None else timeout_ms / 1000
+    if isinstance(node, Group):
         left = math.inf  # Its children stand under the deadline themselves, each with an end of its own.
     seconds = min(left, own)
     scope = asyncio.timeout(None if math.isinf(seconds) else max(0.0, seconds))
     try:
         async with scope:
-            return await _call(ctx, run, step.node, state)
+            return await _call(ctx, run, node, state)
     except TimeoutError:
         if not scope.expired():
             raise
@@ -531,7 +522,7 @@ async def _call_in_time(
             used = ctx.cost_tracker.used("latency") + (perf_counter_ns() - begin) / 1e6
             raise _Deadline("latency", limit, max(used, limit), run.node_id) from None
         raise TimeoutError(
-            f"node {run.node_id!r} did not end within {step.timeout_ms} ms (node_timeouts)"
+            f"node {run.node_id!r} did not end within {timeout_ms} ms (node_timeouts)"
         ) from None
 
 
@@ -591,22 +582,41 @@ async def uninterrupted(work: Awaitable[Any]) -> bool:
     return cancelled
 
 
-async def _record(ctx: ReliabilityContext, row: Row) -> tuple[StoreError | None, bool]:
-    """Keep an attempt that committed nothing; the error of the store, if it keeps failing."""
+async def _record(ctx: ReliabilityContext, row: Row) -> tuple[Exception | None, bool]:
+    """Keep an attempt that committed nothing. Returns what is wrong, and whether the task was cancelled meanwhile."""
+    pending: Awaitable[None] | Exception | None
     try:
         pending = ctx.session.record(row, None, None)
-        return None, await uninterrupted(pending) if pending is not None else False
     except Exception as refused:
-        return await _record_again(ctx, row, None, None, refused)
+        pending = refused
+    return (None, False) if pending is None else await _settle(ctx, row, None, None, pending)
 
 
-async def _record_again(
-    ctx: ReliabilityContext, row: Row, schema: Schema | None, output: BaseModel | None, error: Exception
-) -> tuple[StoreError | None, bool]:
-    """A commit that was refused is tried again briefly; the node itself is not."""
+async def _settle(
+    ctx: ReliabilityContext,
+    row: Row,
+    schema: Schema | None,
+    output: BaseModel | None,
+    pending: Awaitable[None] | Exception | None,
+) -> tuple[Exception | None, bool]:
+    """See a commit through. One that the store refuses is tried again briefly; the node itself is not."""
     cancelled = False
-    for delay in _STORE_DELAYS:
-        if isinstance(error, StoreError) and not error.transient:
+    delays = iter(_STORE_DELAYS)
+    while True:
+        error: Exception
+        try:
+            if isinstance(pending, Exception):
+                raise pending
+            if pending is not None:
+                cancelled |= await uninterrupted(pending)
+        except NotSerialisable as unkept:
+            return unkept, cancelled
+        except Exception as refused:
+            error = refused
+        else:
+            return None, cancelled
+        delay = None if isinstance(error, StoreError) and not error.transient else next(delays, None)
+        if delay is None:
             break
         ctx.run_logger.warning(
             "the store refused attempt %d of node %r: %s; trying again", row[1], row[0], error
@@ -614,12 +624,8 @@ async def _record_again(
         cancelled |= await uninterrupted(asyncio.sleep(delay))
         try:
             pending = ctx.session.record(row, schema, output)
-            if pending is not None:
-                cancelled |= await uninterrupted(pending)
         except Exception as again:
-            error = again
-        else:
-            return None, cancelled
+            pending = again
     if isinstance(error, StoreError):
         return error, cancelled
     wrapped = StoreError(f"the store could not keep node {row[0]!r} of run {ctx.run_id!r}: {error}")
@@ -720,7 +726,7 @@ async def restore(
         ) from error
     if ctx.fire.on_node_skipped is not None:
         run = NodeExecution(
-            ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, [], None
+            ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, []
         )
         token = CURRENT.set(run)
         try:

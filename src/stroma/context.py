@@ -7,6 +7,7 @@ import logging
 from collections.abc import Awaitable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
+from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
@@ -54,6 +55,9 @@ class RemainingBudget:
     latency_ms: float | None
 
 
+_NOTHING = AttemptUsage()
+
+
 class NodeExecution:
     """The execution of one node at one position; what :func:`current_node` returns.
 
@@ -66,23 +70,22 @@ class NodeExecution:
         redelivered: this end event was already sent once, by a process that died.
     """
 
-    __slots__ = (
-        "_reported",
-        "attempt",
-        "branch",
-        "children",
-        "ctx",
-        "deadline_ns",
-        "inherited_deadline_ns",
-        "kind",
-        "last_failure",
-        "node_id",
-        "position",
-        "repairing",
-        "repairs",
-        "rows",
-        "usage",
-    )
+    # Defaults stand on the class: what an execution never touches is not written either.
+    attempt: int = 0
+    last_failure: Failure | None = None
+    usage: AttemptUsage = _NOTHING
+    redelivered: bool = False
+    #: Where the children of a group put their events.
+    children: list[Row | TraceEvent] | None = None
+    #: perf_counter_ns at which ``max_latency_ms`` is used up: what the group around it says, and this attempt's own.
+    inherited_deadline_ns: int | None = None
+    deadline_ns: int | None = None
+    #: Attempts that were granted to mend an output contract, and whether the next one is.
+    repairs: int = 0
+    repairing: bool = False
+    #: Whether rows hold encoded snapshots, which the trace knows how to read.
+    compact: bool = False
+    _reported: list[tuple[int, int, str | None]] | None = None
 
     def __init__(
         self,
@@ -92,27 +95,14 @@ class NodeExecution:
         position: int,
         branch: str,
         rows: list[Row | TraceEvent],
-        deadline_ns: int | None,
     ) -> None:
         self.ctx = ctx
         self.node_id = node_id
         self.kind: Kind = kind
         self.position = position
         self.branch = branch
-        self.attempt = 0
-        self.last_failure: Failure | None = None
-        self.usage: AttemptUsage = _NOTHING
         #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
         self.rows = rows
-        #: Where the children of a group put theirs.
-        self.children: list[Row | TraceEvent] | None = None
-        #: perf_counter_ns at which ``max_latency_ms`` is used up: the one of the group around it, and this attempt's.
-        self.inherited_deadline_ns = deadline_ns
-        self.deadline_ns = deadline_ns
-        #: Attempts that were granted to mend an output contract, and whether the next one is.
-        self.repairs = 0
-        self.repairing = False
-        self._reported: list[tuple[int, int, str | None]] | None = None
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.node_id!r} of run {self.run_id!r}, position {self.position}, attempt {self.attempt}>"
@@ -125,10 +115,6 @@ class NodeExecution:
     def pipeline(self) -> str:
         """The name that metrics and spans are labelled with."""
         return self.ctx.pipeline
-
-    @property
-    def redelivered(self) -> bool:
-        return False
 
     @property
     def idempotency_key(self) -> str:
@@ -174,7 +160,6 @@ class NodeExecution:
         return reported
 
 
-_NOTHING = AttemptUsage()
 CURRENT: ContextVar[NodeExecution | None] = ContextVar("stroma_current_node", default=None)
 
 
@@ -238,6 +223,11 @@ class ReliabilityContext:
         self.unpriced: list[str] = []
         self.next_position = 0
         self.limits: list[tuple[Dimension, float]] = limits(self.budget)
+        #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
+        self.epoch_ns = time_ns() - perf_counter_ns()
+        self.cost_tracker.per_node = self.trace.figures
+        #: Whether any function runs under a time limit.
+        self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
         self._warned: set[str] = set()
         limit = self.config.hook_timeout_ms
         self.fire = Hooks(

@@ -5,9 +5,9 @@ from __future__ import annotations
 import decimal
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field
 
@@ -121,21 +121,6 @@ class FallbackPolicy:
     at_budget_pct: float = 0.80
 
 
-class _Sums:
-    """What one node id used so far."""
-
-    __slots__ = ("cost_usd", "latency_ns", "model", "output_tokens", "tokens")
-
-    def __init__(
-        self, tokens: int, output_tokens: int, cost_usd: float, latency_ns: int, model: str | None
-    ) -> None:
-        self.tokens = tokens
-        self.output_tokens = output_tokens
-        self.cost_usd = cost_usd
-        self.latency_ns = latency_ns
-        self.model = model
-
-
 class CostTracker:
     """Running totals of a run, and the sums per node id."""
 
@@ -145,13 +130,17 @@ class CostTracker:
         "_latency_ns",
         "_nodes",
         "_tokens",
+        "per_node",
         "prior_cost_usd",
         "prior_latency_ms",
         "prior_tokens",
     )
 
     def __init__(self) -> None:
-        self._nodes: dict[str, _Sums] = {}
+        #: The figures of the engine's attempts, for :meth:`add`. They stand in the trace already: nothing is kept twice.
+        self.per_node: Callable[[], Iterable[tuple[str, int, int, float, int, str | None]]] = tuple
+        # Per node id: tokens, output tokens, USD, ns, model. A plain list, since one is made for every node.
+        self._nodes: dict[str, list[Any]] = {}
         self._tokens = 0
         self._cost = 0.0
         self._cost_carry = (
@@ -192,29 +181,33 @@ class CostTracker:
         cost_usd: float,
         latency_ns: int,
         model: str | None,
-        *,
-        nested: bool = False,
     ) -> None:
-        """Add figures that were checked. ``nested`` latency is part of a group's, which counts it already."""
-        self._tokens += tokens
-        if not nested:
-            self._latency_ns += latency_ns
-        if cost_usd:
-            total = self._cost + cost_usd
-            if self._cost >= cost_usd:
-                self._cost_carry += (self._cost - total) + cost_usd
-            else:
-                self._cost_carry += (cost_usd - total) + self._cost
-            self._cost = total
+        """Add figures that were checked."""
+        self._latency_ns += latency_ns
+        self.spend(tokens, cost_usd)
         row = self._nodes.get(node_id)
         if row is None:
-            self._nodes[node_id] = _Sums(tokens, output_tokens, cost_usd, latency_ns, model)
+            self._nodes[node_id] = [tokens, output_tokens, cost_usd, latency_ns, model]
         else:
-            row.tokens += tokens
-            row.output_tokens += output_tokens
-            row.cost_usd += cost_usd
-            row.latency_ns += latency_ns
-            row.model = model or row.model
+            row[0] += tokens
+            row[1] += output_tokens
+            row[2] += cost_usd
+            row[3] += latency_ns
+            row[4] = model or row[4]
+
+    def spend(self, tokens: int, cost_usd: float) -> None:
+        """Add to the totals alone; whoever calls it has the sums per node (see ``per_node``)."""
+        self._tokens += tokens
+        total = self._cost + cost_usd
+        if self._cost >= cost_usd:
+            self._cost_carry += (self._cost - total) + cost_usd
+        else:
+            self._cost_carry += (cost_usd - total) + self._cost
+        self._cost = total
+
+    def take(self, latency_ns: int) -> None:
+        """Add wall time to the total alone."""
+        self._latency_ns += latency_ns
 
     @property
     def total_tokens(self) -> int:
@@ -261,11 +254,14 @@ class CostTracker:
 
     def summary(self) -> dict[str, NodeUsage]:
         """The sums by node id, as fresh records."""
+        sums = CostTracker()
+        for node_id, row in self._nodes.items():
+            sums.add(node_id, row[0], row[1], row[2], row[3], row[4])
+        for figures in self.per_node():
+            sums.add(*figures)
         return {
-            node_id: NodeUsage(
-                node_id, row.tokens, row.cost_usd, row.latency_ns // 1_000_000, row.model, row.output_tokens
-            )
-            for node_id, row in self._nodes.items()
+            node_id: NodeUsage(node_id, row[0], row[2], row[3] // 1_000_000, row[4], row[1])
+            for node_id, row in sums._nodes.items()
         }
 
 

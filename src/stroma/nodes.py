@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
 
 from pydantic import BaseModel
@@ -73,6 +73,8 @@ class Node:
     contract: NodeContract[Any, Any] | None
     wants_context: bool
     is_async: bool
+    #: The engine's note of the contract's schemas (input, output), kept from run to run.
+    plan: list[Any] = field(default_factory=list, repr=False)
 
     def call(self, state: BaseModel, context: dict[str, Any]) -> Any:
         """Call the function as it wants to be called. Only the engine does, and a group that is called by hand."""

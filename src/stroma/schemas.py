@@ -141,6 +141,7 @@ class Schema:
 
     __slots__ = (
         "__dict__",  # for the fingerprint, which few need
+        "_bare",
         "_by_name",
         "_computed",
         "_deep",
@@ -151,6 +152,8 @@ class Schema:
         "_opaque",
         "_shares",
         "_size",
+        "_source",
+        "_source_model",
         "_to_json",
         "flat",
         "model",
@@ -193,6 +196,9 @@ class Schema:
             }
             and sum(node["type"] == "model" for node in nodes) == 1
         )
+        self._source_model: type[BaseModel] | None = None
+        self._source: Schema = self
+        self._bare = self.flat and not self._computed
         custom = (
             any("serialization" in node or "serialization_exclude" in node for node in nodes)
             or serializers.field_serializers
@@ -303,15 +309,22 @@ class Schema:
 
         Raises pydantic's ValidationError.
         """
-        source = schema_of(type(value))
-        if source.flat and not source._computed:
-            return self.validate(source.fields(value))
+        # A node mostly gets the same class from the same neighbour: remember the last one.
+        kind = type(value)
+        source = self._source if kind is self._source_model else self._remember(kind)
+        values = value.__dict__
+        if source._bare and len(values) == source._size:
+            return self.validate(values.copy())
         raw = source.raw(value)
         if source._computed and source is not self and isinstance(raw, dict):
             # A computed field counts as a field for the next node if that node has a field of its name.
             for name in source._computed & frozenset(self.names):
                 raw.setdefault(name, getattr(value, name))
         return self.validate(raw)
+
+    def _remember(self, model: type[BaseModel]) -> Schema:
+        self._source_model, self._source = model, schema_of(model)
+        return self._source
 
     # ------------------------------------------------------------------ keeping
 

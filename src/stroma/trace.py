@@ -164,6 +164,26 @@ class ExecutionTrace:
             return True
         return known[0] is input_schema and known[1] is output_schema
 
+    def figures(self) -> Iterator[tuple[str, int, int, float, int, str | None]]:
+        """(node id, tokens, output tokens, USD, ns, model) of every attempt that the engine recorded, in groups too."""
+        stack: list[Row | TraceEvent] = list(reversed(self._rows))
+        while stack:
+            row = stack.pop()
+            if isinstance(row, TraceEvent):
+                used = row.usage
+                yield (
+                    row.node_id,
+                    used.tokens,
+                    used.output_tokens,
+                    used.cost_usd,
+                    row.duration_ms * 1_000_000,
+                    used.model,
+                )
+                stack.extend(reversed(row.children))
+            else:
+                yield row[NODE], row[TOKENS], row[OUTPUT_TOKENS], row[COST], row[DURATION], row[MODEL]
+                stack.extend(reversed(row[CHILDREN] or ()))
+
     def _event(self, row: Row) -> TraceEvent:
         schemas = self._schemas.get(row[NODE])
         seconds, ns = divmod(row[STARTED], 1_000_000_000)

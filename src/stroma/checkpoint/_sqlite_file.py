@@ -27,6 +27,7 @@ _SCHEMA_VERSION: Final = 1  # what this release writes
 _MIN_READER: Final = 1  # the oldest version that can read what this release writes
 
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
+# Inputs stand apart from runs: every commit writes the row of its run, and an input can be large.
 # Attempts: what tells an attempt from a repeated call for the same one is its start; a resumed run, and a group that
 # is tried again, count attempts from 1. The order of the key is the order in which history is told.
 # Steps: one committed output per position and branch; what save() keeps stands at position -1, branch = node id.
@@ -37,11 +38,13 @@ _SCHEMA: Final = (
     """CREATE TABLE runs (
         run INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL UNIQUE, pipeline TEXT NOT NULL,
         execution INTEGER NOT NULL, status TEXT NOT NULL, error TEXT,
-        input BLOB NOT NULL, input_sha256 BLOB NOT NULL, input_contract TEXT NOT NULL,
         started_ms INTEGER NOT NULL, updated_ms INTEGER NOT NULL,
         tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, latency_ns INTEGER NOT NULL,
         lease_owner TEXT, lease_epoch INTEGER NOT NULL, lease_until_ms INTEGER)""",
     "CREATE INDEX runs_by_start ON runs (started_ms, run)",
+    """CREATE TABLE inputs (
+        run INTEGER NOT NULL, execution INTEGER NOT NULL, contract TEXT NOT NULL, input BLOB NOT NULL,
+        sha256 BLOB NOT NULL, PRIMARY KEY (run, execution))""",
     """CREATE TABLE steps (
         id INTEGER PRIMARY KEY, run INTEGER NOT NULL, execution INTEGER NOT NULL, position INTEGER NOT NULL,
         branch TEXT NOT NULL, node_id TEXT NOT NULL, epoch INTEGER NOT NULL, attempt INTEGER NOT NULL,

@@ -7,6 +7,7 @@ and acknowledges them after the commit: one fsync serves everybody who came whil
 from __future__ import annotations
 
 import asyncio
+import copy
 import os
 import queue
 import sqlite3
@@ -24,9 +25,6 @@ T = TypeVar("T")
 _MOST: Final = 1024  # operations in one transaction: nobody waits for the end of an endless stream
 
 _generation = 0
-# Connections that must never be closed: a parent's, whose locks and WAL a close in the child would damage, and those
-# whose disk failed, since a close would copy what may not be there into the database.
-_abandoned: list[object] = []
 
 
 def generation() -> int:
@@ -84,7 +82,8 @@ class Writer:
         try:
             self._thread.start()
         except RuntimeError as error:
-            self._end(lambda why=str(error): lasting(f"cannot write to {self._file.path}: {why}"))  # type: ignore[misc]
+            why = f"cannot write to {self._file.path}: {error}"
+            self._end(lambda: lasting(why))
 
     def submit(self, operation: Callable[[sqlite3.Connection], T]) -> asyncio.Future[T]:
         """Have an operation done in a transaction. The future ends after its COMMIT, with its value or exception.
@@ -107,36 +106,35 @@ class Writer:
         if self._generation == _generation and self._thread.ident is not None:
             self._thread.join()
 
-    def abandon(self) -> None:
-        """In a forked child: keep the parent's connection from ever being closed here."""
-        _abandoned.append(self._db)
-
     # ------------------------------------------------------------------ in the thread
 
     def _work(self) -> None:
         path = self._file.path
-        why = lambda: lasting(f"the store of {path} is closed; make a new SQLiteStore")  # noqa: E731
+        why = f"the store of {path} is closed; make a new SQLiteStore"
+        held: object = None
         try:
             while not self._stopping:
                 job = self._queue.get()
                 if job is None:
                     break
                 self._batch.append(job)
+                del job  # A thread that waits keeps nobody's state alive.
                 self._commit()
                 self._acknowledge()
-                job = None  # A thread that waits keeps nobody's state alive.
+                # A forked child must not close the connection, since that would touch its parent's locks and WAL:
+                # there this frame, and so its reference, stays for ever.
+                held = self._db
         except BaseException as error:
-            died = f"the writer thread of {path} died ({error!r}); open the store anew, then resume"
-            why = lambda: lasting(died)  # noqa: E731
-        finally:
-            self._end(why)
-            self._close()
+            why = f"the writer thread of {path} died ({error!r}); make a new SQLiteStore, then resume"
+        del held
+        self._end(lambda: lasting(why))
+        self._close()
 
     def _commit(self) -> None:
         """One transaction for all that wait. Whatever becomes of it stands in the jobs."""
         batch, file = self._batch, self._file
         try:
-            db = self._db or self._open()
+            db = self._connection()
             file.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
             done = 0
             while done < len(batch) or self._take_waiting():
@@ -152,7 +150,7 @@ class Writer:
             self._undo(error)
             for job in batch:
                 if job.error is None:
-                    job.error = self._explain(error)
+                    job.error = copy.copy(self._explain(error))  # Each task raises one of its own.
 
     def _take_waiting(self) -> bool:
         """Take what has been queued meanwhile into the batch; whether there was any."""
@@ -181,25 +179,20 @@ class Writer:
 
     def _explain(self, error: Exception) -> Exception:
         if isinstance(error, StoreError):
-            # One that tells of the whole batch is raised in several tasks: each its own.
-            return error if type(error) is not StoreError else self._again(error)
-        if isinstance(error, (sqlite3.Error, OSError)):
+            return error
+        if isinstance(error, sqlite3.Error):
             told = self._file.explain(error)
         else:
             told = lasting(f"{self._file.path} cannot keep this: {type(error).__name__}: {error}")
         told.__cause__ = error
         return told
 
-    @staticmethod
-    def _again(error: StoreError) -> StoreError:
-        told = StoreError(*error.args)
-        told.transient = error.transient
-        told.__cause__ = error.__cause__
-        return told
-
-    def _open(self) -> sqlite3.Connection:
-        self._db = self._file.open()
-        self._identity = self._file.identity()
+    def _connection(self) -> sqlite3.Connection:
+        if self._db is not None and self._identity != self._file.identity():
+            self._close()  # Deleted or replaced: what went into the old file would be lost.
+        if self._db is None:
+            self._db = self._file.open()
+            self._identity = self._file.identity()
         return self._db
 
     def _undo(self, error: Exception) -> None:
@@ -208,19 +201,14 @@ class Writer:
         if db is None:
             return
         if is_fatal(error):
-            _abandoned.append(db)
-            self._db = None
             self._stopping = True
             self._end(lambda: self._file.explain(error))
             return
         try:
             if db.in_transaction:
                 db.execute("ROLLBACK")
-            if self._identity == self._file.identity():
-                return
         except sqlite3.Error:
-            pass
-        self._close()  # The next operation opens the file anew.
+            self._close()  # The next operation opens the file anew.
 
     def _acknowledge(self) -> None:
         waiting: dict[asyncio.AbstractEventLoop, list[_Job]] = {}

@@ -1,0 +1,43 @@
+"""open_store(): a store from one line of text."""
+
+from __future__ import annotations
+
+import os
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+from stroma.checkpoint.memory import AsyncInMemoryStore
+from stroma.checkpoint.sqlite import SQLiteStore
+
+__all__ = ["open_store"]
+
+_FORMS = "sqlite:///relative.db, sqlite:////absolute.db, a path, or memory://"
+
+
+def open_store(url: str | os.PathLike[str]) -> SQLiteStore | AsyncInMemoryStore:
+    """The store that a URL or a path names; a file is opened when it is first used.
+
+    ``sqlite:///runs.db`` (relative), ``sqlite:////var/lib/runs.db`` (absolute), either with ``?synchronous=normal``;
+    ``runs.db`` (a bare path); ``memory://``. In a URL, percent signs escape.
+
+    Raises ValueError for anything else.
+    """
+    text = os.fspath(url)
+    scheme, separator, rest = text.partition("://")
+    if not separator:
+        return SQLiteStore(text)
+    scheme = scheme.lower()
+    if scheme == "memory" and not rest.strip("/"):
+        return AsyncInMemoryStore()
+    if scheme != "sqlite":
+        raise ValueError(f"{scheme}:// stores are not available in this release; use {_FORMS}")
+    parts = urlsplit(text)
+    path = unquote(parts.path[1:])
+    if parts.netloc or parts.fragment or not path or path == ":memory:":
+        raise ValueError(f"{text!r} names no database file; use {_FORMS}")
+    options = dict(parse_qsl(parts.query, keep_blank_values=True))
+    synchronous = options.pop("synchronous", "full")
+    if options or synchronous not in ("full", "normal"):
+        raise ValueError(
+            f"unknown option in {text!r}; the one there is is ?synchronous=full or ?synchronous=normal"
+        )
+    return SQLiteStore(path, synchronous="normal" if synchronous == "normal" else "full")
