@@ -60,6 +60,14 @@ _SCHEMA: Final = (
 )  # fmt: skip
 
 _WAITING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
+# Errors of input and output after which a rollback is all that is needed: something found no room.
+_NO_ROOM: Final = (
+    sqlite3.SQLITE_IOERR_WRITE,
+    sqlite3.SQLITE_IOERR_SHMOPEN,
+    sqlite3.SQLITE_IOERR_SHMSIZE,
+    sqlite3.SQLITE_IOERR_SHMMAP,
+    sqlite3.SQLITE_IOERR_NOMEM,
+)
 # fcntl locks of a process go when it closes *any* descriptor of the file: the one that makes the file must be closed
 # before another thread has a connection to it.
 _creating = threading.Lock()
@@ -77,7 +85,9 @@ if hasattr(os, "register_at_fork"):  # pragma: no branch
 def connect(uri: str) -> sqlite3.Connection:
     """The connection that stores use. Transactions are begun and ended by hand."""
     # timeout=0: SQLite's own waiting starves writers; DatabaseFile.patiently() is fair.
-    return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+    db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
+    db.execute("PRAGMA trusted_schema=0")
+    return db
 
 
 def lasting(message: str) -> StoreError:
@@ -94,9 +104,9 @@ def _code(error: BaseException) -> int:
 def is_fatal(error: BaseException) -> bool:
     """Whether nothing that is written to the file may be trusted any more: after a failed fsync, above all.
 
-    A refused *write* is not fatal: what it was part of is rolled back.
+    The kernel may have dropped what it could not write, and the next fsync would succeed all the same.
     """
-    return _code(error) & 0xFF == sqlite3.SQLITE_IOERR and _code(error) != sqlite3.SQLITE_IOERR_WRITE
+    return _code(error) & 0xFF == sqlite3.SQLITE_IOERR and _code(error) not in _NO_ROOM
 
 
 @dataclass(frozen=True, slots=True)
@@ -175,7 +185,7 @@ class DatabaseFile:
             )
         if kind == sqlite3.SQLITE_FULL:
             return StoreError(f"the disk is full: {path} cannot grow; free some space, then resume")
-        if code == sqlite3.SQLITE_IOERR_WRITE:
+        if code in _NO_ROOM:
             return StoreError(
                 f"the disk refused a write to {path}: it is full, over a quota or a size limit, or failing; "
                 "make room or mend it, then resume"
@@ -224,7 +234,6 @@ class DatabaseFile:
         if self.synchronous == "full":
             db.execute("PRAGMA fullfsync=1")  # On macOS an fsync alone leaves data in the drive's cache.
         db.execute("PRAGMA journal_size_limit=67108864")
-        db.execute("PRAGMA trusted_schema=0")
         if not ready:
             self.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
             if not self._is_ours(db):  # Another process may have been faster.
@@ -237,7 +246,9 @@ class DatabaseFile:
         (application,) = db.execute("PRAGMA application_id").fetchone()
         if application == _APPLICATION_ID:
             rows = db.execute("SELECT v FROM meta WHERE k = 'min_reader'").fetchall()
-            needed = int(rows[0][0]) if rows else 0
+            if not rows or not str(rows[0][0]).isdecimal():
+                raise lasting(f"{self.path} is damaged: it does not say its format; restore it from a backup")
+            needed = int(rows[0][0])
             if needed > _SCHEMA_VERSION:
                 raise lasting(
                     f"{self.path} was written by a newer stroma (its format is {needed}, this one reads up to "

@@ -39,7 +39,7 @@ from stroma.trace import (
     Row,
 )
 
-__all__ = ["PICO", "SAVED", "SqliteSession", "save", "verify"]
+__all__ = ["PICO", "SAVED", "SqliteSession", "intact", "save", "verify"]
 
 PICO: Final = 10**12  # Costs are kept in whole pico-dollars: sums are exact in any order.
 SAVED: Final = -1  # the position of what save() keeps
@@ -131,20 +131,19 @@ class SqliteSession:
         else:
             if request.discard_from is not None:
                 db.execute(_DISCARD, (run, self.execution, max(request.discard_from, 0)))
-            elif (kept := db.execute(_INPUT, (run, self.execution)).fetchone())[1] != sha:
-                changed = "" if contract == kept[0] else f" (or {request.schema.model.__name__} has changed)"
+            elif (kept := db.execute(_INPUT, (run, self.execution)).fetchone()) is None or kept[1] != sha:
+                same = kept is None or kept[0] == contract
+                changed = "" if same else f" (or {request.schema.model.__name__} has changed)"
                 raise PipelineChanged(
                     f"run {run_id!r} was started with another input{changed}; "
                     "give it the same one, or another run id"
                 )
             self.prior = PriorUsage(tokens, cost / PICO, latency / 1e6)
-            restored = {}
-            for position, branch, node_id, promised, output, output_sha in db.execute(
-                _RESTORED, (run, self.execution)
-            ):
+            # All at once: a statement that is left half read would hold its snapshot past the transaction.
+            rows = db.execute(_RESTORED, (run, self.execution)).fetchall()
+            for position, _, node_id, _, output, output_sha in rows:
                 verify(output, output_sha, run_id, position, node_id)
-                restored[position, branch] = Committed(node_id, output, promised)
-            self.restored = restored
+            self.restored = {(row[0], row[1]): Committed(row[2], row[4], row[3]) for row in rows}
         db.execute(_CLAIM, (now, owner, run))
         self._fence = (run, epoch + 1, owner)
 
@@ -162,32 +161,27 @@ class SqliteSession:
     def _keep(self, row: Row, kept: tuple[str, str, bytes] | None, db: sqlite3.Connection) -> None:
         run, epoch, _ = self._fence
         position, branch, attempt, started = row[POSITION], row[BRANCH], row[ATTEMPT], row[STARTED]
-        cost = round(row[COST] * PICO)
         failure = row[FAILURE]
-        new = db.execute(
-            _ATTEMPT,
-            (
-                *(run, self.execution, epoch, position, started, branch, attempt, row[NODE], row[DURATION]),
-                *(
-                    row[OUTCOME],
-                    None if failure is None else failure.value,
-                    _text(row[MESSAGE]),
-                    _text(row[REASON]),
-                ),
-                *(row[TOKENS], row[OUTPUT_TOKENS], cost, _text(row[MODEL])),
-            ),
-        ).rowcount
+        tokens, cost = row[TOKENS], round(row[COST] * PICO)
+        what = (run, self.execution, epoch, position, started, branch, attempt, row[NODE])
+        how = (
+            row[DURATION],
+            row[OUTCOME],
+            failure and failure.value,
+            _text(row[MESSAGE]),
+            _text(row[REASON]),
+        )
+        used = (tokens, row[OUTPUT_TOKENS], cost, _text(row[MODEL]))
+        new = db.execute(_ATTEMPT, what + how + used).rowcount
         if not new:
             return  # Kept by an earlier call whose acknowledgement was lost; so were its output and its totals.
         # What a group took is its own wall time; its children's is part of it.
         latency = 0 if branch else row[DURATION]
-        changed = db.execute(_COUNT, (_now_ms(), row[TOKENS], cost, latency, *self._fence)).rowcount
-        self._check(db, changed)
+        self._check(db, db.execute(_COUNT, (_now_ms(), tokens, cost, latency, *self._fence)).rowcount)
         if kept is not None:
             sha = hashlib.sha256(kept[2]).digest()
-            db.execute(
-                _STEP, (run, self.execution, position, branch, row[NODE], epoch, attempt, started, *kept, sha)
-            )
+            step = (run, self.execution, position, branch, row[NODE], epoch, attempt, started)
+            db.execute(_STEP, (*step, *kept, sha))
 
     def end(self, status: str, error: str | None) -> Awaitable[None]:
         """Note how the run stopped. Awaited: raises Fenced, or another StoreError."""
@@ -200,7 +194,7 @@ class SqliteSession:
         if changed == 1:
             return
         found = db.execute("SELECT lease_owner FROM runs WHERE run_id = ?", (self._run_id,)).fetchone()
-        if found is None:
+        if found is None or found[0] is None:
             what = f"run {self._run_id!r} is no longer in {self._path}: it was deleted"
         else:
             host, pid, _ = str(found[0]).rsplit(":", 2)
@@ -219,8 +213,9 @@ def _text(value: str | None) -> str | None:
     return value.encode("utf-8", "backslashreplace").decode()
 
 
-def verify(output: bytes, sha: bytes, run_id: str, position: int, node_id: str) -> None:
-    if hashlib.sha256(output).digest() == sha:
+def verify(data: Any, sha: bytes, run_id: str, position: int, node_id: str) -> None:
+    """Raise CorruptCheckpoint, with the way out, if an output is not what was committed."""
+    if intact(data, sha):
         return
     if position == SAVED:
         raise CorruptCheckpoint(
@@ -230,3 +225,8 @@ def verify(output: bytes, sha: bytes, run_id: str, position: int, node_id: str) 
         f"the output of node {node_id!r} at position {position} of run {run_id!r} is damaged; resume from that node "
         f"(resume_from={node_id!r}) to make it anew"
     )
+
+
+def intact(data: Any, sha: bytes) -> bool:
+    """Whether data has its checksum. SQLite promises no type: in a file from elsewhere it may be anything."""
+    return isinstance(data, bytes) and hashlib.sha256(data).digest() == sha

@@ -140,17 +140,14 @@ class Writer:
             while done < len(batch) or self._take_waiting():
                 self._apply(db, batch[done])
                 done += 1
-            if self._identity != file.identity():
-                raise StoreError(
-                    f"{file.path} was deleted or replaced while in use; put it back, then resume"
-                )
             file.patiently(lambda: db.execute("COMMIT"))
         except (sqlite3.Error, StoreError) as error:
             self._take_waiting()  # They would fail for the same reason, one after another.
             self._undo(error)
             for job in batch:
                 if job.error is None:
-                    job.error = copy.copy(self._explain(error))  # Each task raises one of its own.
+                    told = self._explain(error)
+                    job.error = copy.copy(told) if told is error else told  # Each task raises one of its own.
 
     def _take_waiting(self) -> bool:
         """Take what has been queued meanwhile into the batch; whether there was any."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import os
 import socket
 import sqlite3
@@ -15,7 +14,7 @@ from typing import Any, Final, Literal, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint._sqlite_file import Connect, DatabaseFile, connect
-from stroma.checkpoint._sqlite_session import PICO, SqliteSession, save, verify
+from stroma.checkpoint._sqlite_session import PICO, SqliteSession, intact, save, verify
 from stroma.checkpoint._sqlite_writer import Writer, generation
 from stroma.checkpoint.journal import (
     AttemptRecord,
@@ -104,9 +103,8 @@ class SQLiteStore:
     def _new_writer(self) -> Writer:
         fresh = Writer(self._file)
         writer = self._writers.setdefault(generation(), fresh)
-        if (
-            writer is fresh
-        ):  # Else another thread was faster; a lock here could be held by nobody in a forked child.
+        # Not a lock, which a forked child might find held by nobody.
+        if writer is fresh:
             weakref.finalize(self, fresh.stop).atexit = False
             fresh.start()
         return writer
@@ -243,7 +241,7 @@ class SQLiteStore:
         if not rows:
             raise CheckpointNotFound(f"there is no run {run_id!r} in {self.path}")
         data, sha = rows[0]
-        if hashlib.sha256(data).digest() != sha:
+        if not intact(data, sha):
             raise CorruptCheckpoint(
                 f"the input of run {run_id!r} is damaged; begin a new run with the input it had"
             )

@@ -21,23 +21,23 @@ def open_store(url: str | os.PathLike[str]) -> SQLiteStore | AsyncInMemoryStore:
 
     Raises ValueError for anything else.
     """
-    text = os.fspath(url)
+    text = os.fsdecode(url)
     scheme, separator, rest = text.partition("://")
     if not separator:
         return SQLiteStore(text)
     scheme = scheme.lower()
-    if scheme == "memory" and not rest.strip("/"):
+    if scheme == "memory" and not rest:
         return AsyncInMemoryStore()
-    if scheme != "sqlite":
+    if scheme not in ("memory", "sqlite"):
         raise ValueError(f"{scheme}:// stores are not available in this release; use {_FORMS}")
     parts = urlsplit(text)
     path = unquote(parts.path[1:])
-    if parts.netloc or parts.fragment or not path or path == ":memory:":
+    if scheme == "memory" or parts.netloc or parts.fragment or not path or path == ":memory:":
         raise ValueError(f"{text!r} names no database file; use {_FORMS}")
     options = dict(parse_qsl(parts.query, keep_blank_values=True))
     synchronous = options.pop("synchronous", "full")
     if options or synchronous not in ("full", "normal"):
         raise ValueError(
-            f"unknown option in {text!r}; the one there is is ?synchronous=full or ?synchronous=normal"
+            f"unknown option in {text!r}; only ?synchronous=full and ?synchronous=normal are known"
         )
     return SQLiteStore(path, synchronous="normal" if synchronous == "normal" else "full")

@@ -1,0 +1,26 @@
+"""The command line. Each command is imported when it is called, so that `stroma --help` is quick."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+__all__ = ["main"]
+
+
+def main(argv: Sequence[str] | None = None, *, program: str = "stroma") -> int:
+    """Run one command and return its exit code (see :class:`stroma.cli.errors.Code`).
+
+    ``program``: what the user typed to get here; messages show commands that begin with it.
+    """
+    try:
+        from stroma.cli.app import start
+    except ModuleNotFoundError as error:
+        if error.name != "click":
+            raise
+        # The command comes with the core, what it needs with an extra.
+        sys.stderr.write(
+            f"stroma: the command line needs click; install it with: {sys.executable} -m pip install 'stroma[cli]'\n"
+        )
+        return 3
+    return start(sys.argv[1:] if argv is None else list(argv), program)

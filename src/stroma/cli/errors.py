@@ -1,0 +1,52 @@
+"""How a command fails: one message that says what happened, why, and the command that mends it."""
+
+from __future__ import annotations
+
+import os
+import shlex
+from enum import IntEnum
+from typing import IO, Any
+
+import click
+
+from stroma.cli.output import err
+
+__all__ = ["Code", "Problem", "command", "debugging"]
+
+
+class Code(IntEnum):
+    """The exit codes of every command."""
+
+    OK = 0
+    FAILED = 1  # the run failed, or gave up for now
+    USAGE = 2
+    ENVIRONMENT = 3  # the store, the disk, a package that is missing
+    NOT_FOUND = 4
+    BUDGET = 5  # the budget stopped the run
+    INTERRUPTED = 130  # everything committed is kept
+
+
+class Problem(click.ClickException):
+    """Ends a command. The first line says what happened and why, the last one what to do."""
+
+    def __init__(self, message: str, *more: str, code: Code) -> None:
+        super().__init__(message)
+        self.more = more
+        self.exit_code = int(code)
+
+    def show(self, file: IO[Any] | None = None) -> None:
+        err.line(("stroma: ", "bold red"), self.message)
+        for line in self.more:
+            err.line("  ", line)
+
+
+def command(*words: str) -> str:
+    """A command line of ours, to be copied into a shell."""
+    context = click.get_current_context(silent=True)
+    program = context.find_root().info_name if context is not None else None
+    return " ".join((program or "stroma", shlex.join(words)))
+
+
+def debugging() -> bool:
+    """Whether errors are shown with their tracebacks."""
+    return os.environ.get("STROMA_DEBUG", "") not in ("", "0")

@@ -1,0 +1,150 @@
+"""Where words go: data to stdout, talk to stderr, colours only where somebody looks."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import os
+import shutil
+import sys
+import unicodedata
+from collections.abc import Sequence
+from typing import IO, Any
+
+__all__ = ["Part", "Stream", "emit", "err", "out", "table"]
+
+#: Text, or text with a style of rich's ("bold red").
+Part = str | tuple[str, str]
+
+
+class Stream:
+    """stdout or stderr, whichever it is at the moment of writing."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+        self._console: Any = None
+        self._silent: IO[str] | None = None
+
+    @property
+    def _file(self) -> IO[str] | None:
+        # None if the process was started without it.
+        file: IO[str] | None = getattr(sys, self._name)
+        return file
+
+    @property
+    def is_terminal(self) -> bool:
+        file = self._file
+        try:
+            return file is not None and file.isatty()
+        except ValueError:  # It was closed.
+            return False
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal; None where there is none."""
+        return shutil.get_terminal_size().columns if self.is_terminal else None
+
+    def line(self, *parts: Part) -> None:
+        """Write one line; it never raises for a reader that has gone away."""
+        if (
+            any(isinstance(part, tuple) for part in parts)
+            and self.is_terminal
+            and not os.environ.get("NO_COLOR")
+        ):
+            self.write(self._coloured(parts))
+        else:
+            self.write("".join(part if isinstance(part, str) else part[0] for part in parts) + "\n")
+
+    def write(self, text: str) -> None:
+        """Write text as it is. Raises Problem if stdout cannot take it (a full disk, say)."""
+        file = self._file
+        if file is None or file is self._silent:
+            return
+        try:
+            file.write(text)
+            file.flush()
+        except BrokenPipeError:
+            self.silence()
+        except (OSError, ValueError) as error:
+            self.silence()
+            if self._name == "stdout":
+                from stroma.cli.errors import Code, Problem
+
+                raise Problem(
+                    f"the output could not be written: {error}; make room, or send it elsewhere",
+                    code=Code.ENVIRONMENT,
+                ) from error
+
+    def silence(self) -> None:
+        """Write no more: the interpreter, too, would complain when it flushes the stream at its end."""
+        self._silent = self._file
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self._silent.fileno())  # type: ignore[union-attr]  # pyright: ignore[reportOptionalMemberAccess]
+            os.close(null)
+
+    def _coloured(self, parts: Sequence[Part]) -> str:
+        try:
+            from rich.console import Console
+            from rich.text import Text
+        except ModuleNotFoundError:
+            return "".join(part if isinstance(part, str) else part[0] for part in parts) + "\n"
+        if self._console is None:
+            self._console = Console(file=self._file, highlight=False, markup=False, emoji=False)
+        # Not printed by rich: it ends the process where the reader has gone away.
+        with self._console.capture() as capture:
+            self._console.print(Text.assemble(*parts), soft_wrap=True)
+        text: str = capture.get()
+        return text
+
+
+out = Stream("stdout")
+err = Stream("stderr")
+
+
+def emit(data: Any) -> None:
+    """Print one JSON value on stdout."""
+    file = sys.stdout
+    encoding = file.encoding if isinstance(file, io.TextIOWrapper) else "utf-8"
+    text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
+    try:
+        text.encode(encoding)
+    except UnicodeEncodeError:  # JSON has escapes of its own for what the stream cannot say.
+        text = json.dumps(data, indent=2, allow_nan=False)
+    out.write(text + "\n")
+
+
+def table(
+    stream: Stream, header: Sequence[str], rows: Sequence[Sequence[Part]], *, right: frozenset[int]
+) -> None:
+    """Write columns, those in ``right`` aligned to the right. The last one is cut to the width of a terminal."""
+    lines = [[(cell, "bold") for cell in header], *rows]
+    widths = [max(_width(line[i]) for line in lines) for i in range(len(header))]
+    room = (stream.width or 0) - sum(widths[:-1]) - 2 * (len(header) - 1)
+    for line in lines:
+        parts: list[Part] = []
+        for i, cell in enumerate(line):
+            text, style = cell if isinstance(cell, tuple) else (cell, "")
+            gap = " " * (widths[i] - _width(cell))
+            if i == len(header) - 1:
+                # Too little room to read anything: let the terminal wrap it.
+                text = text[: room - 1] + "…" if 20 <= room < _width(cell) else text
+            elif i in right:
+                text = gap + text
+            else:
+                text += gap
+            parts += [(text, style) if style else text, "  "]
+        while parts and isinstance(parts[-1], str) and not parts[-1].strip():
+            parts.pop()
+        if parts and isinstance(parts[-1], str):
+            parts[-1] = parts[-1].rstrip()
+        stream.line(*parts)
+
+
+def _width(part: Part) -> int:
+    text = part if isinstance(part, str) else part[0]
+    if text.isascii():
+        return len(text)
+    wide = sum(unicodedata.east_asian_width(ch) in "WF" for ch in text)
+    return len(text) + wide - sum(unicodedata.combining(ch) > 0 for ch in text)

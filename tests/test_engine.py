@@ -1,0 +1,2089 @@
+"""The engine, rule by rule: contracts, failures, retries, timeouts, budgets, what a node may be and return, ids, runs."""
+
+import asyncio
+import contextvars
+import functools
+import logging
+import math
+import threading
+from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
+from email.utils import format_datetime
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import (
+    AliasChoices,
+    AliasPath,
+    BaseModel,
+    ConfigDict,
+    Field,
+    RootModel,
+    computed_field,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from stroma import (
+    KNOWN_MODELS,
+    BudgetExceeded,
+    ContractRegistry,
+    ContractViolation,
+    ExecutionBudget,
+    ExecutionResult,
+    FailureClass,
+    FailurePolicy,
+    FallbackPolicy,
+    InMemoryStore,
+    NodeContext,
+    NodeContract,
+    NodeHooks,
+    Pipeline,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    StromaRunner,
+    StromaStep,
+    UsageError,
+    current_node,
+    execute_step,
+    stroma_node,
+)
+from stroma.failures import Retry, Stop, decide, diagnose
+
+R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
+
+
+def fast(recoverable: int = 3, ambiguous: int = 1) -> dict[FailureClass, FailurePolicy]:
+    return {
+        R: FailurePolicy(max_retries=recoverable, backoff_seconds=0),
+        A: FailurePolicy(max_retries=ambiguous, backoff_seconds=0),
+    }
+
+
+def quick(**config: Any) -> StromaRunner:
+    config.setdefault("policy_map", fast())
+    return StromaRunner.quick(**config)
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class Text(BaseModel):
+    text: str
+
+
+def node(
+    node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num
+) -> Callable[..., Any]:
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=given, output_schema=promised
+    )
+    return stroma_node(node_id, contract)(func)
+
+
+class Log:
+    """A set of all node hooks that notes what it is told."""
+
+    def __init__(self) -> None:
+        self.events: list[tuple[Any, ...]] = []
+        self.hooks = NodeHooks(
+            on_node_start=self.start,
+            on_node_success=self.success,
+            on_node_failure=self.failure,
+            on_node_cancelled=self.cancelled,
+            on_run_end=self.end,
+        )
+
+    async def start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        self.events.append(("start", node_id, state))
+
+    async def success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        self.events.append(("success", node_id, state, tokens))
+
+    async def failure(self, run_id: str, node_id: str, exc: Exception, kind: FailureClass) -> None:
+        self.events.append(("failure", node_id, exc, kind))
+
+    async def cancelled(self, run_id: str, node_id: str) -> None:
+        self.events.append(("cancelled", node_id))
+
+    async def end(self, run_id: str, result: ExecutionResult) -> None:
+        self.events.append(("end", result.status))
+
+    def names(self) -> list[str]:
+        return [event[0] for event in self.events]
+
+
+@pytest.fixture
+def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between attempts, which are noted in place of being waited."""
+    noted: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        noted.append(seconds)
+
+    monkeypatch.setattr("stroma._engine.sleep", sleep)
+    return noted
+
+
+def raising(*errors: BaseException) -> tuple[Any, list[int]]:
+    """A node's function that raises one error after another, then returns {"n": 1}; and the list of its calls."""
+    left = list(errors)
+    calls: list[int] = []
+
+    async def func(state: Num) -> dict[str, Any]:
+        calls.append(len(calls) + 1)
+        if left:
+            raise left.pop(0)
+        return {"n": 1}
+
+    return func, calls
+
+
+# ---------------------------------------------------------------------- contracts
+
+
+class Aliased(BaseModel):
+    first_name: str = Field(alias="firstName")
+    born: int = Field(validation_alias=AliasChoices("yearOfBirth", AliasPath("years", 0)), default=0)
+    shown: str = Field(serialization_alias="display", default="-")
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [
+        {"firstName": "Ada", "yearOfBirth": 1815, "shown": "A"},
+        {"firstName": "Ada", "years": [1815], "shown": "A"},
+        {"first_name": "Ada", "born": 1815, "shown": "A"},
+        Aliased.model_validate({"firstName": "Ada", "yearOfBirth": 1815, "shown": "A"}),
+    ],
+    ids=["alias", "alias-path", "by-name", "instance"],
+)
+async def test_aliases_cross_every_boundary(returned: Any) -> None:
+    """A model with aliases arrives whole at the next node, returned by alias, by name or as an instance."""
+    seen: list[Any] = []
+
+    async def make(state: Num) -> Any:
+        return returned
+
+    async def take(state: Aliased) -> Any:
+        seen.append(state)
+        return state
+
+    log = Log()
+    result = await quick(hooks=log.hooks).run(
+        [node("make", make, Num, Aliased), node("take", take, Aliased, Aliased)], Num()
+    )
+    want = {"first_name": "Ada", "born": 1815, "shown": "A"}
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert seen[0].__dict__ == want
+    assert [event.output_state for event in result.trace] == [want, want]
+    assert log.events[1] == ("success", "make", want, 0)
+
+
+class Invoice(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    net: int
+    tax: int
+
+    @computed_field
+    def gross(self) -> int:
+        return self.net + self.tax
+
+
+class WithGross(BaseModel):
+    net: int
+    gross: int
+
+
+async def test_computed_fields_do_not_break_a_closed_contract() -> None:
+    """A computed field is no field: it passes a boundary whose model forbids extra fields."""
+
+    async def same(state: Invoice) -> Invoice:
+        return state
+
+    result = await quick().run(
+        [node("a", same, Invoice, Invoice), node("b", same, Invoice, Invoice)], Invoice(net=1, tax=2)
+    )
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert next(iter(result.trace)).output_state == {"net": 1, "tax": 2}
+
+
+async def test_a_computed_field_reaches_a_node_that_has_a_field_of_its_name() -> None:
+    """A computed field of one state fills the field of its name in the next."""
+
+    async def take(state: WithGross) -> WithGross:
+        return state
+
+    result = await quick().run([node("take", take, WithGross, WithGross)], Invoice(net=1, tax=2))
+    assert result.final_state == WithGross(net=1, gross=3)
+
+
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    n: int
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    n: int
+
+
+async def test_extra_fields_are_kept_where_they_are_allowed() -> None:
+    """Extra fields of a model that allows them go on to the next node, and a default model drops them."""
+    seen: list[BaseModel] = []
+
+    async def add(state: Open) -> dict[str, Any]:
+        return {"n": state.n, "more": [1, {"deep": "x"}]}
+
+    async def take(state: Any) -> Any:
+        seen.append(state)
+        return state
+
+    result = await quick().run(
+        [node("add", add, Open, Open), node("open", take, Open, Open), node("num", take, Num, Num)], Open(n=1)
+    )
+    assert result.status is RunStatus.COMPLETED
+    assert seen[0] == Open(n=1, more=[1, {"deep": "x"}])
+    assert seen[1] == Num(n=1)
+
+
+async def test_extra_fields_are_refused_where_they_are_forbidden() -> None:
+    """Extra fields at a boundary that forbids them stop the run there, and the node behind it is not called."""
+    called: list[Any] = []
+
+    async def add(state: Open) -> dict[str, Any]:
+        return {"n": 1, "more": 2}
+
+    async def closed(state: Closed) -> dict[str, Any]:
+        called.append(state)
+        return {"n": 1}
+
+    result = await quick().run([node("add", add, Open, Open), node("closed", closed, Closed, Num)], Open(n=1))
+    assert result.status is RunStatus.FAILED
+    assert called == []
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, ContractViolation)
+    assert result.failure.exception.direction == "input"
+    assert result.final_state == Open(n=1, more=2)
+
+
+class Words(RootModel[list[str]]):
+    pass
+
+
+async def test_root_models_cross_boundaries() -> None:
+    """A root model is an input and an output like any other; its state dict is {"root": value}."""
+
+    async def split(state: Text) -> Any:
+        return Words(state.text.split())
+
+    async def add(state: Words) -> Any:
+        state.root.append("!")
+        return state
+
+    log = Log()
+    result = await quick(hooks=log.hooks).run(
+        [node("split", split, Text, Words), node("add", add, Words, Words)], Text(text="a b")
+    )
+    assert result.final_state == Words(["a", "b", "!"])
+    assert [e.input_state for e in result.trace] == [{"text": "a b"}, {"root": ["a", "b"]}]
+    assert log.events[2] == ("start", "add", {"root": ["a", "b"]})
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"]
+    lives: int = 9
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"]
+    tricks: list[str] = []
+
+
+class Pets(BaseModel):
+    pets: list[Annotated[Cat | Dog, Field(discriminator="kind")]]
+
+
+async def test_discriminated_unions_cross_boundaries() -> None:
+    """Members of a discriminated union arrive as instances of their own classes."""
+    seen: list[Pets] = []
+
+    async def make(state: Num) -> Any:
+        return {"pets": [{"kind": "dog", "tricks": ["sit"]}, Cat(kind="cat", lives=3)]}
+
+    async def take(state: Pets) -> Any:
+        seen.append(state)
+        return state
+
+    result = await quick().run([node("make", make, Num, Pets), node("take", take, Pets, Pets)], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert seen[0].pets == [Dog(kind="dog", tricks=["sit"]), Cat(kind="cat", lives=3)]
+
+
+class Lossy(BaseModel):
+    when: datetime
+    secret: str
+
+    @field_serializer("when")
+    def _short(self, value: datetime) -> str:
+        return "sometime"
+
+    @field_serializer("secret")
+    def _hide(self, value: str) -> str:
+        return "***"
+
+
+async def test_serializers_do_not_change_what_the_next_node_gets() -> None:
+    """Values cross a boundary losslessly: a lossy field_serializer has no say in it."""
+    seen: list[Lossy] = []
+    given = Lossy(when=datetime(2026, 1, 2, tzinfo=UTC), secret="s3cret")
+
+    async def take(state: Lossy) -> Lossy:
+        seen.append(state)
+        return state
+
+    await quick().run([node("a", take, Lossy, Lossy), node("b", take, Lossy, Lossy)], given)
+    assert [(s.when, s.secret) for s in seen] == [(given.when, "s3cret")] * 2
+
+
+class Strict(BaseModel):
+    model_config = ConfigDict(strict=True, frozen=True)
+    when: datetime
+    pair: tuple[int, ...]
+
+
+async def test_strict_and_frozen_models_cross_boundaries() -> None:
+    """A strict model is given the Python values that it had, never their JSON forms."""
+    given = Strict(when=datetime(2026, 1, 2, tzinfo=UTC), pair=(1, 2))
+
+    async def same(state: Strict) -> Strict:
+        return state
+
+    result = await quick().run([node("a", same, Strict, Strict), node("b", same, Strict, Strict)], given)
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state == given
+
+
+class Nested(BaseModel):
+    items: list[dict[str, list[int]]]
+    child: Num = Num()
+    loose: Any = None
+
+
+async def test_every_attempt_gets_a_pristine_input() -> None:
+    """A retry sees the input as it was, whatever the attempt before did to its copy."""
+    seen: list[str] = []
+
+    async def spoil(state: Nested) -> dict[str, Any]:
+        seen.append(state.model_dump_json())
+        state.items[0]["a"].append(99)
+        state.items.clear()
+        state.child.n = 7
+        state.loose["k"].append(1)
+        if len(seen) < 3:
+            raise TimeoutError
+        return {"n": 1}
+
+    given = Nested(items=[{"a": [1]}], loose={"k": []})
+    before = given.model_dump_json()
+    result = await quick().run([node("spoil", spoil, Nested, Num)], given)
+    assert result.status is RunStatus.COMPLETED
+    assert seen == [before] * 3
+    assert given.model_dump_json() == before
+    assert [e.input_state["loose"] for e in result.trace] == [{"k": []}] * 3
+
+
+async def test_pristine_input_without_a_contract() -> None:
+    """A step without any contract gets a pristine input on each attempt too."""
+    seen: list[Any] = []
+
+    async def spoil(state: Nested) -> dict[str, Any]:
+        seen.append(state.model_dump())
+        state.items.clear()
+        state.loose.append(1)
+        if len(seen) < 2:
+            raise TimeoutError
+        return {"n": 1}
+
+    runner = quick()
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    await execute_step("spoil", spoil, Nested(items=[{"a": []}], loose=[]), ctx)
+    assert len(seen) == 2
+    assert seen[0] == seen[1]
+
+
+async def test_bad_initial_input_is_a_failed_result() -> None:
+    """Bad input gives a FAILED result with a trace event and the failure hook and no start hook, never an exception."""
+    called: list[Any] = []
+
+    async def func(state: Text) -> dict[str, Any]:
+        called.append(state)
+        return {"n": 1}
+
+    log = Log()
+    result = await quick(hooks=log.hooks).run([node("a", func, Text, Num)], Num(n=5))
+    assert result.status is RunStatus.FAILED
+    assert called == []
+    (event,) = result.trace
+    assert (event.attempt, event.failure, event.outcome, event.output_state) == (1, T, "failure", None)
+    assert event.input_state == {"n": 5}
+    assert "Contract violation for 'a' (input): text: Field required" in (event.failure_message or "")
+    assert log.names() == ["failure", "end"]
+    assert log.events[0][3] is T
+    assert result.final_state == Num(n=5)
+    with pytest.raises(ContractViolation):
+        result.raise_for_status()
+
+
+async def test_a_constructed_initial_state_is_validated() -> None:
+    """An initial state of the right class with invalid values is refused like any bad input."""
+    func, calls = raising()
+    result = await quick().run([node("a", func)], Num.model_construct(n="nope"))
+    assert result.status is RunStatus.FAILED
+    assert calls == []
+
+
+class Angry(BaseModel):
+    n: int
+
+    @field_validator("n")
+    @classmethod
+    def _explode(cls, value: int) -> int:
+        if value < 0:
+            raise RuntimeError("a validator may raise anything")
+        return value
+
+
+async def test_a_validator_that_raises_anything_is_a_violation() -> None:
+    """Whatever a validator raises is a violation of the contract, TERMINAL."""
+
+    async def func(state: Num) -> dict[str, Any]:
+        return {"n": -1}
+
+    result = await quick().run([node("a", func, Num, Angry)], Num())
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, ContractViolation)
+    assert result.failure.failure_class is T
+    assert "a validator may raise anything" in result.failure.message
+
+
+class Upper(BaseModel):
+    text: str
+
+    @model_validator(mode="before")
+    @classmethod
+    def _from_text(cls, value: Any) -> Any:
+        return {"text": value} if isinstance(value, str) else value
+
+
+async def test_model_validators_run_on_returned_dicts() -> None:
+    """Validators in mode "before" see what the node returned, whatever it is."""
+
+    async def func(state: Num) -> Any:
+        return "plain"
+
+    result = await quick().run([node("a", func, Num, Upper)], Num())
+    assert result.final_state == Upper(text="plain")
+
+
+class Base(BaseModel):
+    n: int
+
+
+class Wider(Base):
+    more: str = "x"
+
+
+async def test_the_output_is_of_the_promised_class() -> None:
+    """A returned instance of a subclass becomes one of the promised class: nothing unvalidated slips through."""
+
+    async def func(state: Num) -> Any:
+        return Wider(n=1)
+
+    result = await quick().run([node("a", func, Num, Base)], Num())
+    assert type(result.final_state) is Base
+
+
+async def test_the_final_state_is_not_the_nodes_object() -> None:
+    """What a node keeps of its output and changes later does not change the result."""
+    kept: list[Any] = []
+
+    async def func(state: Num) -> Any:
+        kept.append({"items": [{"a": [1]}], "loose": {"k": 1}})
+        return kept[0]
+
+    result = await quick().run([node("a", func, Num, Nested)], Num())
+    kept[0]["items"][0]["a"].append(2)
+    kept[0]["loose"]["k"] = 2
+    assert result.final_state == Nested(items=[{"a": [1]}], loose={"k": 1})
+
+
+async def test_registering_replaces() -> None:
+    """ContractRegistry.register replaces the contract that a node had, and the registry wins over the marker."""
+
+    async def func(state: Num) -> dict[str, Any]:
+        return {"text": "x"}
+
+    runner = quick()
+    marked = node("a", func, Num, Num)
+    assert (await runner.run([marked], Num())).final_state == Num(n=0)
+    runner.registry.register(NodeContract(node_id="a", input_schema=Num, output_schema=Text))
+    assert (await runner.run([marked], Num())).final_state == Text(text="x")
+
+
+async def test_one_function_serves_under_two_ids() -> None:
+    """Decorating a function under a second id leaves the first as it was: each has its own contract."""
+
+    async def func(state: Any) -> dict[str, Any]:
+        return {"n": state.n + 1, "text": "x"}
+
+    first = node("first", func, Num, Num)
+    second = node("second", func, Num, Text)
+    result = await quick().run([first, second], Num())
+    assert [event.node_id for event in result.trace] == ["first", "second"]
+    assert [event.output_state for event in result.trace] == [{"n": 1}, {"text": "x"}]
+    again = await quick().run([first], Num())
+    assert again.final_state == Num(n=1)
+
+
+# ---------------------------------------------------------------------- what a node may be and return
+
+
+@pytest.mark.parametrize(
+    ("returned", "tokens", "produced", "model"),
+    [
+        ({"n": 1}, 0, 0, None),
+        (Num(n=1), 0, 0, None),
+        (({"n": 1}, 7), 7, 0, None),
+        ((Num(n=1), 7), 7, 0, None),
+        (({"n": 1}, 7, "gpt-4o"), 7, 0, "gpt-4o"),
+        (({"n": 1}, 7, 3, "gpt-4o"), 10, 3, "gpt-4o"),
+        (({"n": 1}, 0, 0, "gpt-4o"), 0, 0, "gpt-4o"),
+        (({"n": 1}, 7, None), 7, 0, None),
+    ],
+)
+async def test_every_shape_of_return(returned: Any, tokens: int, produced: int, model: str | None) -> None:
+    """A node returns a dict, a model, (output, tokens), (output, in, model) or (output, in, out, model)."""
+
+    async def func(state: Num) -> Any:
+        return returned
+
+    log = Log()
+    result = await quick(hooks=log.hooks).run([node("a", func)], Num())
+    (event,) = result.trace
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state == Num(n=1)
+    assert result.total_tokens == tokens
+    assert (event.usage.tokens, event.usage.output_tokens, event.usage.model) == (tokens, produced, model)
+    assert log.events[1] == ("success", "a", {"n": 1}, tokens)
+    if model:
+        dearer = (tokens - produced) * KNOWN_MODELS[model][0] + produced * KNOWN_MODELS[model][1]
+        assert result.total_cost_usd == pytest.approx(dearer / 1e6)
+
+
+@pytest.mark.parametrize(
+    "returned",
+    [None, [], [1], "text", 5, object(), (), ({"n": 1},), ({"n": 1}, 1, 2, "m", 3), (None, 5), ([1], 5)],
+    ids=repr,
+)
+async def test_any_other_return_is_a_violation(returned: Any) -> None:
+    """What a node may not return breaks its output contract: FAILED, called once, nothing committed."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        return returned
+
+    result = await quick().run([node("a", func)], Num(n=3))
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, ContractViolation)
+    assert result.failure.exception.direction == "output"
+    assert calls == [1]
+    assert result.final_state == Num(n=3)
+    assert [event.output_state for event in result.trace] == [None]
+
+
+async def test_usage_of_a_broken_output_counts() -> None:
+    """Usage is recorded before output validation: a violation's tokens are in the totals and the event."""
+
+    async def func(state: Num) -> Any:
+        return {"n": "no"}, 40, 2, "gpt-4o"
+
+    result = await quick().run([node("a", func)], Num())
+    (event,) = result.trace
+    assert (result.status, result.total_tokens, event.usage.tokens) == (RunStatus.FAILED, 42, 42)
+    assert result.total_cost_usd > 0
+
+
+class Callee:
+    async def __call__(self, state: Num) -> dict[str, Any]:
+        return {"n": state.n + 1}
+
+    async def method(self, state: Num, ctx: dict[str, Any]) -> dict[str, Any]:
+        return {"n": state.n + ctx["by"]}
+
+    @staticmethod
+    async def static(state: Num) -> dict[str, Any]:
+        return {"n": state.n + 1}
+
+
+async def _adding(by: int, state: Num) -> dict[str, Any]:
+    return {"n": state.n + by}
+
+
+@pytest.mark.parametrize(
+    "func",
+    [
+        Callee(),
+        Callee().method,
+        Callee.static,
+        functools.partial(_adding, 1),
+        lambda state: _adding(1, state),
+        lambda state: {"n": state.n + 1},
+    ],
+    ids=["object", "method", "static", "partial", "lambda-coroutine", "lambda"],
+)
+async def test_every_kind_of_callable(func: Any) -> None:
+    """Functions, methods, partials, callable objects and lambdas are nodes, async or not."""
+    result = await quick(context={"by": 1}).run([node("a", func)], Num(n=1))
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state == Num(n=2)
+
+
+async def test_the_context_is_the_users_own_object() -> None:
+    """Two positional parameters mean the run's context dict, the very object the user passed; later nodes see writes."""
+    context: dict[str, Any] = {}
+    got: list[Any] = []
+
+    async def two(state: Num, ctx: dict[str, Any]) -> Any:
+        got.append(ctx)
+        ctx["seen"] = 1
+        return state
+
+    async def default(state: Num, ctx: dict[str, Any] | None = None) -> Any:
+        got.append(ctx)
+        return state
+
+    async def keyword(state: Num, *, ctx: Any = "untouched", **more: Any) -> Any:
+        got.append((ctx, more))
+        return state
+
+    await quick(context=context).run([node("a", two), node("b", default), node("c", keyword)], Num())
+    assert got[0] is context
+    assert got[1] is context
+    assert got[2] == ("untouched", {})
+    assert context == {"seen": 1}
+
+
+async def test_context_given_to_run() -> None:
+    """run(context=) gives this run its own dict, and the config's stays untouched."""
+    own: dict[str, Any] = {}
+    base: dict[str, Any] = {}
+    got: list[Any] = []
+
+    async def func(state: Num, ctx: dict[str, Any]) -> Any:
+        got.append(ctx)
+        return state
+
+    runner = quick(context=base)
+    await runner.run([node("a", func)], Num(), context=own)
+    await runner.run([node("a", func)], Num())
+    assert got[0] is own
+    assert got[1] is base
+
+
+tone: contextvars.ContextVar[str] = contextvars.ContextVar("tone")
+
+
+async def test_sync_nodes_run_in_daemon_threads_with_the_context() -> None:
+    """A plain def node runs in a daemon thread with the context copied: it sees its variables and current_node()."""
+    seen: list[Any] = []
+
+    def func(state: Num) -> dict[str, Any]:
+        thread = threading.current_thread()
+        run = current_node()
+        seen.append((thread.daemon, thread is threading.main_thread(), tone.get(), run and run.node_id))
+        tone.set("changed")
+        return {"n": 1}
+
+    token = tone.set("warm")
+    try:
+        result = await quick().run([node("a", func)], Num())
+        assert result.status is RunStatus.COMPLETED
+        assert seen == [(True, False, "warm", "a")]
+        assert tone.get() == "warm"
+    finally:
+        tone.reset(token)
+
+
+async def test_sync_nodes_do_not_block_the_loop() -> None:
+    """While a sync node blocks, the loop goes on."""
+    release = threading.Event()
+
+    def func(state: Num) -> dict[str, Any]:
+        assert release.wait(10)
+        return {"n": 1}
+
+    task = asyncio.create_task(quick().run([node("a", func)], Num()))
+    await asyncio.sleep(0)
+    await asyncio.sleep(0)
+    release.set()
+    assert (await task).status is RunStatus.COMPLETED
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), StopIteration("x"), asyncio.CancelledError("x"), GeneratorExit("x")], ids=repr
+)
+async def test_whatever_a_sync_node_raises_is_its_failure(error: BaseException) -> None:
+    """An exception in a sync node, even one that a future cannot carry, is a failed attempt of that node."""
+
+    def func(state: Num) -> dict[str, Any]:
+        raise error
+
+    result = await quick(policy_map=fast(ambiguous=0)).run([node("a", func)], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert len(result.trace) == 1
+
+
+async def test_not_a_node() -> None:
+    """A function that is no node is a TypeError that says how to decorate it, before anything runs."""
+    func, calls = raising()
+
+    async def bare(state: Num) -> Any:
+        return state
+
+    with pytest.raises(TypeError, match=r"is not a stroma node; decorate it with @stroma_node or @runner\.node"):
+        await quick().run([node("a", func), bare], Num())
+    with pytest.raises(TypeError, match="is not a stroma node"):
+        Pipeline("p", [bare])
+    assert calls == []
+
+
+async def test_the_initial_state_must_be_a_model() -> None:
+    """An initial state that is no pydantic model is a TypeError."""
+    with pytest.raises(TypeError, match="pydantic model"):
+        await quick().run([], {"n": 1})  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- failures
+
+
+async def test_custom_classifiers_come_first_in_order() -> None:
+    """Custom classifiers decide before all else, in their order; None passes the question on."""
+    asked: list[str] = []
+
+    def first(exc: Exception, context: NodeContext) -> FailureClass | None:
+        asked.append(f"first {context.node_id} {context.attempt} {context.run_id}")
+        return None
+
+    def second(exc: Exception, context: NodeContext) -> FailureClass | None:
+        asked.append("second")
+        return T
+
+    def third(exc: Exception, context: NodeContext) -> FailureClass | None:
+        asked.append("third")
+        return R
+
+    func, calls = raising(TimeoutError("slow"))
+    result = await quick(classifiers=[first, second, third], run_id="r").run([node("a", func)], Num())
+    assert asked == ["first a 1 r", "second"]
+    assert result.status is RunStatus.FAILED
+    assert calls == [1]
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (ContractViolation("a", "output", {}, []), T),
+        (BudgetExceeded("tokens", 1, 2, "a"), R),
+        (TimeoutError(), R),
+        (asyncio.TimeoutError(), R),
+        (ValueError("x"), A),
+        (ExceptionGroup("several", [ValueError()]), A),
+        (ConnectionResetError("reset"), R),
+        (type("HTTPError", (Exception,), {"status_code": 503})(), R),
+        (type("HTTPError", (Exception,), {"status_code": 404})(), T),
+        (type("QuotaError", (Exception,), {"status_code": 429, "code": "insufficient_quota"})(), T),
+    ],
+    ids=lambda value: value if isinstance(value, str) else type(value).__name__,
+)
+async def test_default_classes(error: Exception, expected: FailureClass) -> None:
+    """Violations are TERMINAL, budget, timeouts, connections RECOVERABLE, statuses as providers mean them, else AMBIGUOUS."""
+    func, _ = raising(error)
+    zero = {cls: FailurePolicy(max_retries=0) for cls in FailureClass}
+    result = await quick(policy_map=zero).run([node("a", func)], Num())
+    assert [event.failure for event in result.trace] == [expected]
+    assert result.failure is not None
+    assert result.failure.exception is error
+    assert result.status is (RunStatus.FAILED if expected is T else RunStatus.PARTIAL)
+
+
+async def test_a_cancelled_error_of_the_nodes_own_is_a_failure() -> None:
+    """A CancelledError that the node raises itself while nobody cancels its task is a failure like any other."""
+    func, calls = raising(asyncio.CancelledError())
+    result = await quick().run([node("a", func)], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert calls == [1, 2]
+    assert [event.failure for event in result.trace] == [A, None]
+
+
+async def test_a_node_that_awaits_a_cancelled_task_fails() -> None:
+    """A node that awaits a task which somebody else cancelled fails; the run is not cancelled by it."""
+
+    async def func(state: Num) -> Any:
+        inner = asyncio.ensure_future(asyncio.Event().wait())
+        inner.cancel()
+        await inner
+
+    result = await quick(policy_map=fast(ambiguous=0)).run([node("a", func)], Num())
+    assert result.status is RunStatus.PARTIAL
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text for you")
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [(ValueError("why"), "why"), (ValueError(), "ValueError"), (Mute(), "Mute")],
+    ids=["text", "empty", "raises"],
+)
+async def test_failure_message(error: Exception, message: str) -> None:
+    """failure_message is str(exc), or the type's name where that is empty or raises."""
+    func, _ = raising(error)
+    result = await quick(policy_map=fast(ambiguous=0)).run([node("a", func)], Num())
+    (event,) = result.trace
+    assert event.failure_message == message
+    assert result.failure is not None
+    assert result.failure.message == message
+
+
+async def test_what_a_run_keeps_of_its_end() -> None:
+    """result.failure holds the exception and its class; final_state is the last committed state."""
+    boom = ValueError("boom")
+    func, _ = raising(boom, boom)
+
+    async def first(state: Num) -> Any:
+        return {"n": 9}
+
+    result = await quick().run([node("first", first), node("second", func)], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.final_state == Num(n=9)
+    assert result.failure is not None
+    assert (result.failure.exception, result.failure.failure_class) == (boom, A)
+    assert (result.failure.node_id, result.failure.attempt) == ("second", 2)
+    with pytest.raises(ValueError, match="boom") as raised:
+        result.raise_for_status()
+    assert raised.value is boom
+
+
+async def test_log_records(caplog: pytest.LogCaptureFixture) -> None:
+    """Each failed attempt is logged at WARNING with node id and message, retries and endings at INFO, all with run_id."""
+    caplog.set_level(logging.INFO, logger="stroma")
+    func, _ = raising(ValueError("first try"))
+    await quick(run_id="logged").run([node("a", func)], Num())
+    warnings = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "'a'" in warnings[0]
+    assert "first try" in warnings[0]
+    infos = [r.getMessage() for r in caplog.records if r.levelno == logging.INFO]
+    assert len(infos) == 2
+    assert "COMPLETED" in infos[-1]
+    assert {r.name for r in caplog.records} == {"stroma"}
+    assert {getattr(r, "run_id", None) for r in caplog.records} == {"logged"}
+
+
+# ---------------------------------------------------------------------- retries
+
+
+async def test_a_policy_is_that_of_the_last_failures_class(delays: list[float]) -> None:
+    """One count for all classes: two timeouts use up the one retry that AMBIGUOUS would have had."""
+    func, calls = raising(TimeoutError(), TimeoutError(), ValueError("x"), ValueError("x"))
+    result = await quick(policy_map=fast(recoverable=3, ambiguous=1)).run([node("a", func)], Num())
+    assert calls == [1, 2, 3]
+    assert result.status is RunStatus.PARTIAL
+    assert [event.failure for event in result.trace] == [R, R, A]
+
+
+async def test_node_policies_win_and_defaults_fill(delays: list[float]) -> None:
+    """A policy is looked up in node_policies[node], then policy_map, then the built-in default."""
+    own: dict[str, Any] = {"a": {A: FailurePolicy(max_retries=2, backoff_seconds=0)}}
+    func, calls = raising(*[ValueError()] * 5)
+    await quick(policy_map=fast(ambiguous=0), node_policies=own).run([node("a", func)], Num())
+    assert len(calls) == 3
+
+    func, calls = raising(*[TimeoutError()] * 5)
+    await quick(policy_map=fast(recoverable=1), node_policies=own).run([node("a", func)], Num())
+    assert len(calls) == 2
+
+    func, calls = raising(*[TimeoutError()] * 5)
+    await quick(policy_map={T: FailurePolicy(max_retries=9)}).run([node("a", func)], Num())
+    assert len(calls) == 4  # the default: 3 retries
+
+
+@pytest.mark.parametrize("n", [0, 1, 4])
+async def test_duplicate_ids_count_from_zero(n: int) -> None:
+    """The same id at two positions has its own count of retries at each."""
+    func, calls = raising(*[TimeoutError()] * n)
+    other, others = raising(*[TimeoutError()] * n)
+    twice = [node("same", func), node("same", other)]
+    result = await quick(policy_map=fast(recoverable=n)).run(twice, Num())
+    assert result.status is RunStatus.COMPLETED
+    assert (len(calls), len(others)) == (n + 1, n + 1)
+    assert [(e.position, e.attempt) for e in result.trace] == [
+        (position, attempt + 1) for position in (0, 1) for attempt in range(n + 1)
+    ]
+    assert len(result.trace.events_for("same")) == 2 * (n + 1)
+
+
+def test_backoff_grows_and_is_drawn() -> None:
+    """The delay is uniform in 0..backoff, times multiplier per retry, up to max_backoff_seconds."""
+    failure = diagnose(TimeoutError(), NodeContext("a", 1, "r"))
+    policy = FailurePolicy(max_retries=99, backoff_seconds=2, multiplier=3, max_backoff_seconds=50)
+    assert [decide(failure, policy, attempt=n, draw=lambda: 1.0) for n in (1, 2, 3, 4)] == [
+        Retry(2),
+        Retry(6),
+        Retry(18),
+        Retry(50),
+    ]
+    assert decide(failure, policy, attempt=2, draw=lambda: 0.5) == Retry(3)
+    steady = policy.model_copy(update={"jitter": False})
+    assert decide(failure, steady, attempt=2, draw=lambda: 0.0) == Retry(6)
+    assert decide(failure, policy, attempt=99, draw=lambda: 1.0) == Retry(50)
+    assert isinstance(decide(failure, policy, attempt=100), Stop)
+    endless = policy.model_copy(update={"max_retries": 10**6})
+    assert decide(failure, endless, attempt=10**5, draw=lambda: 1.0) == Retry(50)
+
+
+def test_default_delays_are_the_published_ones() -> None:
+    """RECOVERABLE waits within 1 s, AMBIGUOUS within 0.5 s, each retry alike."""
+    drawn = [
+        decide(diagnose(error, NodeContext("a", 1, "r")), policy, attempt=1, draw=lambda: 1.0)
+        for error, policy in (
+            (TimeoutError(), RunConfig().policy_map[R]),
+            (ValueError(), RunConfig().policy_map[A]),
+        )
+    ]
+    assert drawn == [Retry(1.0), Retry(0.5)]
+
+
+class Answer(Exception):
+    """An error as an HTTP client raises it."""
+
+    def __init__(self, status: int, **headers: str) -> None:
+        super().__init__(f"status {status}")
+        self.status_code = status
+        self.response = type("Response", (), {"headers": {k.replace("_", "-"): v for k, v in headers.items()}})
+
+
+@pytest.mark.parametrize(
+    ("headers", "least", "most"),
+    [
+        ({"Retry_After": "17"}, 17, 17),
+        ({"retry_after_ms": "1500"}, 1.5, 1.5),
+        ({"retry_after_ms": "1500", "retry_after": "9"}, 1.5, 1.5),
+        ({"Retry_After": format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)}, 40, 60),
+        ({"Retry_After": "yesterday"}, 0, 0),
+        ({"Retry_After": "nan"}, 0, 0),
+        ({"Retry_After": "-5"}, 0, 0),
+        ({"Retry_After": "120"}, 120, 120),
+    ],
+    ids=str,
+)
+async def test_retry_after_is_obeyed(
+    headers: dict[str, str], least: float, most: float, delays: list[float]
+) -> None:
+    """The delay is at least what the server says: in seconds, milliseconds or as an HTTP date; nonsense is no wish."""
+    func, _ = raising(Answer(429, **headers))
+    result = await quick().run([node("a", func)], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert len(delays) == 1
+    assert least <= delays[0] <= most
+
+
+async def test_a_longer_backoff_than_the_server_asks_stands(delays: list[float]) -> None:
+    """Retry-After is a lower bound: a longer computed delay stays."""
+    slow = {R: FailurePolicy(max_retries=1, backoff_seconds=30, jitter=False)}
+    func, _ = raising(Answer(429, retry_after="2"))
+    await quick(policy_map=slow).run([node("a", func)], Num())
+    assert delays == [30]
+
+
+async def test_a_server_that_asks_too_much_stops_the_run(
+    delays: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Beyond max_retry_after_seconds the run stops as PARTIAL and says when to come back."""
+    caplog.set_level(logging.INFO, logger="stroma")
+    func, calls = raising(Answer(429, retry_after="121"))
+    result = await quick().run([node("a", func)], Num())
+    assert (result.status, calls, delays) == (RunStatus.PARTIAL, [1], [])
+    assert result.failure is not None
+    assert result.failure.retry_after_seconds == 121
+    assert any("121" in r.getMessage() for r in caplog.records)
+
+
+async def test_x_should_retry_is_obeyed(delays: list[float]) -> None:
+    """x-should-retry: false makes a 500 TERMINAL, true makes a 400 worth another try."""
+    func, calls = raising(Answer(500, x_should_retry="false"))
+    assert (await quick().run([node("a", func)], Num())).status is RunStatus.FAILED
+    assert calls == [1]
+    func, calls = raising(Answer(400, x_should_retry="true"))
+    assert (await quick().run([node("a", func)], Num())).status is RunStatus.COMPLETED
+
+
+# ---------------------------------------------------------------------- contract repair
+
+
+async def test_contract_retries_grant_attempts() -> None:
+    """contract_retries grants attempts after a broken output; they are RECOVERABLE, and the next one sees the violation."""
+    seen: list[Any] = []
+
+    async def func(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        seen.append(run.last_failure and run.last_failure.exception)
+        return {"n": "bad"} if len(seen) < 3 else {"n": 3}
+
+    result = await quick(contract_retries={"a": 2}).run([node("a", func)], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert [e.failure for e in result.trace] == [R, R, None]
+    assert seen[0] is None
+    assert [type(s) for s in seen[1:]] == [ContractViolation] * 2
+    assert seen[1].direction == "output"
+
+
+async def test_the_last_violation_is_terminal() -> None:
+    """Once the granted attempts are used up a violation is TERMINAL and the run FAILED."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        return {"n": "bad"}
+
+    log = Log()
+    result = await quick(contract_retries={"a": 2}, hooks=log.hooks).run([node("a", func)], Num())
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 3)
+    assert [e.failure for e in result.trace] == [R, R, T]
+    assert [e[3] for e in log.events if e[0] == "failure"] == [R, R, T]
+
+
+async def test_granted_attempts_are_not_taken_from_the_retries() -> None:
+    """Attempts that mend a contract come on top of those that a policy allows."""
+    steps: list[Any] = [{"n": "bad"}, ValueError("x"), {"n": 1}]
+
+    async def func(state: Num) -> Any:
+        step = steps.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        return step
+
+    result = await quick(contract_retries={"a": 1}, policy_map=fast(ambiguous=1)).run(
+        [node("a", func)], Num()
+    )
+    assert result.status is RunStatus.COMPLETED
+    assert [e.failure for e in result.trace] == [R, A, None]
+
+
+async def test_bad_input_is_never_repaired() -> None:
+    """contract_retries is about outputs: the same bad input would come again."""
+    func, calls = raising()
+    result = await quick(contract_retries={"a": 5}).run([node("a", func, Text, Num)], Num())
+    assert (result.status, calls, len(result.trace)) == (RunStatus.FAILED, [], 1)
+
+
+# ---------------------------------------------------------------------- timeouts
+
+
+async def test_a_timeout_names_node_and_limit() -> None:
+    """node_timeouts bound the function and raise TimeoutError whose message says which node and how long."""
+    ended: list[str] = []
+
+    async def func(state: Num) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("cleaned up")
+
+    result = await quick(node_timeouts={"slow": 20}, policy_map=fast(recoverable=1)).run(
+        [node("slow", func)], Num()
+    )
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert type(result.failure.exception) is TimeoutError
+    assert "'slow'" in result.failure.message
+    assert "20 ms" in result.failure.message
+    assert [e.failure for e in result.trace] == [R, R]
+    assert ended == ["cleaned up"] * 2
+    assert all(event.duration_ms >= 15 for event in result.trace)
+
+
+async def test_a_timeout_of_a_sync_node_abandons_its_thread() -> None:
+    """A timeout abandons the thread of a sync node; what it returns later is ignored."""
+    release = threading.Event()
+    over = threading.Event()
+
+    def func(state: Num) -> Any:
+        release.wait(20)
+        over.set()
+        return {"n": 1}
+
+    zero = fast(recoverable=0)
+    result = await quick(node_timeouts={"slow": 20}, policy_map=zero).run([node("slow", func)], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, TimeoutError)
+    release.set()
+    assert await asyncio.to_thread(over.wait, 10)
+    assert len(result.trace) == 1
+
+
+def test_an_abandoned_thread_does_not_hold_up_the_loop() -> None:
+    """The end of the event loop does not wait for the thread of a sync node that timed out."""
+    release = threading.Event()
+
+    def func(state: Num) -> Any:
+        release.wait(60)
+        return {"n": 1}
+
+    runner = quick(node_timeouts={"slow": 20}, policy_map=fast(recoverable=0))
+    try:
+        result = runner.run_sync([node("slow", func)], Num())
+        assert not release.is_set()
+        assert result.status is RunStatus.PARTIAL
+        assert any(t.name.startswith("stroma-") and t.is_alive() for t in threading.enumerate())
+    finally:
+        release.set()
+
+
+class SlowStore(InMemoryStore):
+    """A sync store of the simple protocol whose calls give awaitables that take their time."""
+
+    open_run = None  # type: ignore[assignment]
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> Any:
+        async def later() -> None:
+            await asyncio.sleep(0.06)
+
+        return later()
+
+
+async def test_timeouts_do_not_bound_hooks_nor_the_store() -> None:
+    """Neither a slow hook nor a slow store counts against a node's timeout, nor in its duration."""
+
+    async def slow(*_: Any) -> None:
+        await asyncio.sleep(0.06)
+
+    async def func(state: Num) -> Any:
+        return state
+
+    hooks = NodeHooks(on_node_start=slow, on_node_success=slow)
+    result = await quick(node_timeouts={"a": 40}, hooks=hooks, store=_Simple(SlowStore())).run(
+        [node("a", func)], Num()
+    )
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert next(iter(result.trace)).duration_ms < 40
+
+
+class _Simple:
+    """Only the simple protocol of a store."""
+
+    def __init__(self, store: Any) -> None:
+        self.save, self.load, self.delete = store.save, store.load, store.delete
+
+
+async def test_a_timeout_error_of_the_nodes_own_is_its_own() -> None:
+    """A TimeoutError that the node raises itself comes out as it is."""
+    own = TimeoutError("the database was slow")
+    func, _ = raising(own)
+    result = await quick(node_timeouts={"a": 10_000}, policy_map=fast(recoverable=0)).run(
+        [node("a", func)], Num()
+    )
+    assert result.failure is not None
+    assert result.failure.exception is own
+
+
+def test_a_timeout_must_be_positive() -> None:
+    """A node timeout of zero or less is a ValueError that names the node."""
+    for bad in (0, -1):
+        with pytest.raises(ValueError, match="slow"):
+            RunConfig(node_timeouts={"slow": bad})
+
+
+# ---------------------------------------------------------------------- budgets
+
+
+def spending(*returns: Any) -> tuple[Any, list[Any]]:
+    """A node's function that returns one value after another, and the list of its calls."""
+    left = list(returns)
+    calls: list[Any] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(state.n)
+        return left.pop(0) if len(left) > 1 else left[0]
+
+    return func, calls
+
+
+async def test_an_attempt_over_the_limit_is_kept_and_the_run_stops() -> None:
+    """Over a limit: one event with output and failure, one failure hook, no success hook, output committed, PARTIAL."""
+    func, calls = spending(({"n": 7}, 101))
+    after, others = spending({"n": 8})
+    log = Log()
+    store = InMemoryStore()
+    runner = quick(budget=ExecutionBudget(max_tokens_total=100), hooks=log.hooks, store=store, run_id="r")
+    result = await runner.run([node("a", func), node("b", after)], Num())
+    (event,) = result.trace
+    assert result.status is RunStatus.PARTIAL
+    assert (event.output_state, event.failure, event.outcome) == ({"n": 7}, R, "failure")
+    assert event.failure_message is not None
+    assert "budget" in event.failure_message
+    assert result.final_state == Num(n=7)
+    assert store.load("r", "a") == Num(n=7)
+    assert log.names() == ["start", "failure", "end"]
+    assert (len(calls), others) == (1, [])
+    assert result.failure is not None
+    exceeded = result.failure.exception
+    assert isinstance(exceeded, BudgetExceeded)
+    assert (exceeded.dimension, exceeded.limit, exceeded.actual, exceeded.node_id) == ("tokens", 100, 101, "a")
+    assert result.total_tokens == 101
+
+
+async def test_exactly_at_the_limit_is_within_it() -> None:
+    """Exactly at the limit is within it, for tokens and for money."""
+    func, calls = spending(({"n": 1}, 50))
+    result = await quick(budget=ExecutionBudget(max_tokens_total=100)).run([node("a", func)] * 2, Num())
+    assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 100)
+    # Ten times ten cents are a dollar, whatever binary fractions say.
+    dime, calls = spending(({"n": 1}, 40_000, "gpt-4o"))
+    result = await quick(budget=ExecutionBudget(max_cost_usd=1.0)).run([node("a", dime)] * 11, Num())
+    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 11)
+    result = await quick(budget=ExecutionBudget(max_cost_usd=1.0)).run([node("a", dime)] * 10, Num())
+    assert result.status is RunStatus.COMPLETED
+
+
+async def test_a_limit_of_zero_means_spend_nothing() -> None:
+    """A limit of 0 lets free nodes run and stops at the first token."""
+    free, _ = spending({"n": 1})
+    dear, calls = spending(({"n": 2}, 1))
+    budget = ExecutionBudget(max_tokens_total=0, max_cost_usd=0)
+    result = await quick(budget=budget).run([node("free", free), node("dear", dear)], Num())
+    assert (result.status, result.final_state, len(calls)) == (RunStatus.PARTIAL, Num(n=2), 1)
+
+
+async def test_no_retry_over_budget_whatever_the_policy() -> None:
+    """An attempt over the budget is not retried, whatever the policy says."""
+    func, calls = spending(({"n": 7}, 101))
+    generous = {cls: FailurePolicy(max_retries=9, backoff_seconds=0) for cls in FailureClass}
+    result = await quick(budget=ExecutionBudget(max_tokens_total=100), policy_map=generous).run(
+        [node("a", func)], Num()
+    )
+    assert (result.status, len(calls), len(result.trace)) == (RunStatus.PARTIAL, 1, 1)
+
+
+async def test_a_classifier_may_call_the_budget_terminal() -> None:
+    """BudgetExceeded is RECOVERABLE unless a classifier says otherwise; then the run is FAILED, the output still kept."""
+
+    def terminal(exc: Exception, context: NodeContext) -> FailureClass | None:
+        return T if isinstance(exc, BudgetExceeded) else None
+
+    func, _ = spending(({"n": 7}, 101))
+    budget = ExecutionBudget(max_tokens_total=100)
+    result = await quick(budget=budget, classifiers=[terminal]).run([node("a", func)], Num())
+    assert (result.status, result.final_state) == (RunStatus.FAILED, Num(n=7))
+    assert [e.failure for e in result.trace] == [T]
+
+
+async def test_failed_attempts_count() -> None:
+    """A node that fails half-way reports with report_usage: it counts, with its price, and can stop the retries."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        calls.append(1)
+        run.report_usage(input_tokens=30, output_tokens=10, model="gpt-4o")
+        run.report_usage(input_tokens=5)
+        raise TimeoutError
+
+    result = await quick(budget=ExecutionBudget(max_tokens_total=80)).run([node("a", func)], Num())
+    assert len(calls) == 2
+    assert result.status is RunStatus.PARTIAL
+    assert result.total_tokens == 90
+    assert result.total_cost_usd == pytest.approx(2 * (30 * 2.5 + 10 * 10) / 1e6)
+    assert [e.usage.tokens for e in result.trace] == [45, 45]
+    assert result.failure is not None
+
+
+async def test_reported_and_returned_usage_add_up() -> None:
+    """What the node returns as usage comes on top of what it reported."""
+
+    async def func(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        run.report_usage(input_tokens=5, output_tokens=1)
+        return {"n": 1}, 7, 2, "gpt-4o"
+
+    result = await quick().run([node("a", func)], Num())
+    (event,) = result.trace
+    assert (result.total_tokens, event.usage.tokens, event.usage.output_tokens) == (15, 15, 3)
+
+
+async def test_latency_is_a_deadline_for_the_function_in_flight() -> None:
+    """max_latency_ms also ends the function in flight, which fails with BudgetExceeded("latency"); no retry."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        await asyncio.Event().wait()
+
+    result = await quick(budget=ExecutionBudget(max_latency_ms=30)).run([node("a", func)], Num())
+    assert (result.status, calls) == (RunStatus.PARTIAL, [1])
+    assert result.failure is not None
+    exceeded = result.failure.exception
+    assert isinstance(exceeded, BudgetExceeded)
+    assert exceeded.dimension == "latency"
+    assert exceeded.limit == 30
+    assert [(e.failure, e.output_state) for e in result.trace] == [(R, None)]
+
+
+async def test_hooks_and_waits_are_not_in_the_latency(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Latency is the wall time of attempts: hooks and the waits between attempts are excluded."""
+
+    async def hook(*_: Any) -> None:
+        await asyncio.sleep(0.06)
+
+    async def wait(seconds: float) -> None:
+        await asyncio.sleep(0.06)
+
+    monkeypatch.setattr("stroma._engine.sleep", wait)
+    func, calls = raising(TimeoutError())
+    hooks = NodeHooks(on_node_start=hook, on_node_success=hook)
+    result = await quick(budget=ExecutionBudget(max_latency_ms=50), hooks=hooks).run([node("a", func)], Num())
+    assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)
+
+
+@pytest.mark.parametrize(
+    "usage",
+    [
+        (-1,),
+        (math.nan,),
+        (math.inf,),
+        (1.5,),
+        ("12",),
+        (True,),
+        (None,),
+        (-5, "gpt-4o"),
+        (5, -1, "gpt-4o"),
+        (5, math.nan, "gpt-4o"),
+        (5, 6),
+        (5, 6, 7),
+    ],
+    ids=repr,
+)
+async def test_bad_usage_is_terminal_and_the_output_kept(usage: tuple[Any, ...]) -> None:
+    """Usage that cannot be counted is a TERMINAL failure naming the node; the output is kept, nothing bought again."""
+    func, calls = spending(({"n": 7}, *usage))
+    after, others = spending({"n": 8})
+    store = InMemoryStore()
+    result = await quick(store=store, run_id="r").run([node("a", func), node("b", after)], Num())
+    (event,) = result.trace
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, UsageError)
+    assert result.failure.failure_class is T
+    assert "'a'" in result.failure.message
+    assert (event.output_state, event.failure) == ({"n": 7}, T)
+    assert result.final_state == Num(n=7)
+    assert store.load("r", "a") == Num(n=7)
+    assert (len(calls), others) == (1, [])
+    assert result.total_tokens >= 0
+    assert math.isfinite(result.total_cost_usd)
+
+
+async def test_an_unknown_model_counts_as_nothing_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """A model nobody knows is priced 0 with one warning and listed once in result.unpriced_models."""
+    func, _ = spending(({"n": 1}, 10, "no-such-model-of-ours"))
+    result = await quick().run([node("a", func), node("b", func)], Num())
+    assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.COMPLETED, 20, 0.0)
+    assert result.unpriced_models == ["no-such-model-of-ours"]
+    assert sum("no-such-model-of-ours" in r.getMessage() for r in caplog.records) == 1
+
+
+async def test_an_unknown_model_can_be_refused() -> None:
+    """unknown_model="error" refuses an unpriced model as it refuses bad usage: TERMINAL, the output kept."""
+    func, calls = spending(({"n": 1}, 10, "no-such-model-of-ours"))
+    result = await quick(unknown_model="error").run([node("a", func), node("b", func)], Num())
+    assert (result.status, result.final_state, len(calls)) == (RunStatus.FAILED, Num(n=1), 1)
+    assert result.failure is not None
+    assert "no-such-model-of-ours" in result.failure.message
+
+
+async def test_known_models_win_over_the_price_data(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a node reports is what it is priced at; KNOWN_MODELS overlays the price data."""
+    monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", (1000.0, 2000.0))
+    monkeypatch.setitem(KNOWN_MODELS, "ours", (1.0, 1.0))
+    func, _ = spending(({"n": 1}, 1000, 1000, "gpt-4o"), ({"n": 1}, 1_000_000, 0, "ours"))
+    result = await quick().run([node("a", func), node("b", func)], Num())
+    assert result.total_cost_usd == pytest.approx(3.0 + 1.0)
+    assert result.unpriced_models == []
+
+
+async def test_budgets_must_make_sense() -> None:
+    """Negative and non-finite limits are refused when the budget is made."""
+    for bad in ({"max_tokens_total": -1}, {"max_cost_usd": -0.1}, {"max_cost_usd": math.nan}, {"max_latency_ms": -1}):
+        with pytest.raises(ValueError):
+            ExecutionBudget(**bad)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- the fallback signal
+
+
+def fallback_runner(context: dict[str, Any], *rules: FallbackPolicy) -> StromaRunner:
+    return quick(
+        budget=ExecutionBudget(max_cost_usd=1.0),
+        context=context,
+        model_fallbacks=list(rules) or [FallbackPolicy("gpt-4o", "gpt-4o-mini", 0.5)],
+    )
+
+
+async def test_the_fallback_signal_appears_at_its_share() -> None:
+    """Below the share the key is absent; at it ctx["_stroma_model"] and current_node().model name the fallback."""
+    seen: list[Any] = []
+    context: dict[str, Any] = {"kept": 1}
+
+    async def func(state: Num, ctx: dict[str, Any]) -> Any:
+        run = current_node()
+        assert run is not None
+        seen.append((ctx is context, "_stroma_model" in ctx, ctx.get("_stroma_model"), run.model, dict(ctx)))
+        ctx[f"written{state.n}"] = state.n
+        return {"n": state.n + 1}, 100_000, "gpt-4o"  # 0.25 USD
+
+    result = await fallback_runner(context).run([node("a", func)] * 4, Num())
+    assert result.status is RunStatus.COMPLETED
+    assert [s[:4] for s in seen] == [
+        (True, False, None, None),
+        (True, False, None, None),
+        (False, True, "gpt-4o-mini", "gpt-4o-mini"),
+        (False, True, "gpt-4o-mini", "gpt-4o-mini"),
+    ]
+    assert seen[3][4] == {
+        "kept": 1,
+        "written0": 0,
+        "written1": 1,
+        "written2": 2,
+        "_stroma_model": "gpt-4o-mini",
+    }
+    assert context == {"kept": 1, "written0": 0, "written1": 1, "written2": 2, "written3": 3}
+
+
+async def test_the_signal_never_lands_in_the_users_dict() -> None:
+    """The view writes through to the user's dict by every means, and the signal itself never does."""
+    context: dict[str, Any] = {"a": 1, "b": 2}
+
+    async def func(state: Num, ctx: dict[str, Any]) -> Any:
+        ctx["c"] = 3
+        ctx.update(d=4)
+        ctx.setdefault("e", 5)
+        ctx |= {"f": 6}
+        assert ctx.pop("a") == 1
+        del ctx["b"]
+        assert sorted(ctx) == ["_stroma_model", "c", "d", "e", "f"]
+        assert len(ctx) == 5
+        assert ctx == {"c": 3, "d": 4, "e": 5, "f": 6, "_stroma_model": "small"}
+        assert {**ctx} == dict(ctx) == ctx.copy() == dict(ctx.items())
+        ctx["_stroma_model"] = "mine"
+        assert ctx["_stroma_model"] == "mine"
+        return state
+
+    result = await fallback_runner(context, FallbackPolicy("big", "small", 0.0)).run([node("a", func)], Num())
+    result.raise_for_status()
+    assert context == {"c": 3, "d": 4, "e": 5, "f": 6}
+
+
+async def test_the_furthest_fallback_is_named() -> None:
+    """The signal names the furthest fallback that is reached, whatever the order of the rules."""
+    seen: list[Any] = []
+
+    async def func(state: Num, ctx: dict[str, Any]) -> Any:
+        seen.append(ctx.get("_stroma_model"))
+        return state, 100_000, "gpt-4o"  # 0.25 USD
+
+    rules = FallbackPolicy("b", "c", 0.75), FallbackPolicy("a", "b", 0.25)
+    await fallback_runner({}, *rules).run([node("a", func)] * 4, Num())
+    assert seen == [None, "b", "b", "c"]
+
+
+async def test_sync_nodes_get_the_signal_and_other_runs_do_not() -> None:
+    """The signal of one run is not seen by another that shares its context dict."""
+    context: dict[str, Any] = {}
+    seen: list[Any] = []
+
+    def sync(state: Num, ctx: dict[str, Any]) -> Any:
+        seen.append(ctx.get("_stroma_model"))
+        return state, 200_000, "gpt-4o"
+
+    runner = fallback_runner(context)
+    await runner.run([node("a", sync)] * 2, Num())
+    await runner.run([node("a", sync)], Num())
+    assert seen == [None, "gpt-4o-mini", None]
+    assert context == {}
+
+
+# ---------------------------------------------------------------------- ids
+
+ODD_IDS = ["a:b", "*", "/", "..", "a\nb", "\U0001f600", "%s", "{}", " ", "'; drop table runs; --", "x" * 3000, "é"]
+BAD_IDS = ["", "a\0b", "\0", "\ud800", "a\udfff"]
+
+
+@pytest.mark.parametrize("text", ODD_IDS, ids=lambda t: ascii(t)[:20])
+async def test_any_text_is_an_id(text: str) -> None:
+    """Any text is a legal run id and a legal node id."""
+    func, _ = raising()
+    result = await quick(store=InMemoryStore()).run([node(text, func)], Num(), run_id=text)
+    assert (result.run_id, result.status) == (text, RunStatus.COMPLETED)
+    assert [event.node_id for event in result.trace] == [text]
+
+
+@pytest.mark.parametrize("text", BAD_IDS, ids=ascii)
+async def test_text_that_no_store_can_keep_is_refused(text: str) -> None:
+    """Empty ids, NUL and lone surrogates are a ValueError, wherever the id is given."""
+    func, calls = raising()
+    with pytest.raises(ValueError, match="run id"):
+        RunConfig(run_id=text)
+    with pytest.raises(ValueError, match="run id"):
+        await quick().run([node("a", func)], Num(), run_id=text)
+    with pytest.raises(ValueError, match="node id"):
+        node(text, func)
+    with pytest.raises(ValueError, match="node id"):
+        quick().node(text, input=Num, output=Num)
+    runner = quick()
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    with pytest.raises(ValueError, match="node id"):
+        await execute_step(text, func, Num(), ctx)
+    assert calls == []
+
+
+async def test_pairs_of_ids_never_collide() -> None:
+    """Two different (run, node) pairs never share a checkpoint, whatever separators they hold."""
+    store = InMemoryStore()
+    pairs = [("a:b", "c"), ("a", "b:c"), ("a/b", "c"), ("a", "b/c"), ("a", "c"), ("a\nb", "c")]
+    for number, (run_id, node_id) in enumerate(pairs):
+        func, _ = spending({"n": number})
+        ctx = ReliabilityContext.for_run(
+            RunConfig(run_id=run_id, resume=True), ContractRegistry(), quick(store=store).checkpoint_manager
+        )
+        await execute_step(
+            node_id,
+            func,
+            Num(),
+            ctx,
+            contract=NodeContract(node_id=node_id, input_schema=Num, output_schema=Num),
+        ) if number != 3 and number != 4 else store.save(run_id, node_id, Num(n=number))
+    assert [store.load(*pair) for pair in pairs] == [Num(n=number) for number in range(len(pairs))]
+
+
+async def test_generated_ids_are_fresh_for_each_run() -> None:
+    """A generated id is fresh for each run; the first run takes the one in the config."""
+    func, _ = raising()
+    runner = quick()
+    ids = [(await runner.run([node("a", func)], Num())).run_id for _ in range(3)]
+    assert ids[0] == runner.config.run_id
+    assert len(set(ids)) == 3
+    both = await asyncio.gather(*[runner.run([node("a", func)], Num()) for _ in range(20)])
+    assert len({result.run_id for result in both} | set(ids)) == 23
+
+
+async def test_a_given_id_is_used_on_every_run() -> None:
+    """A run id the user gave is used on every run of that config; run(run_id=) overrides it once."""
+    func, _ = raising()
+    runner = quick(run_id="mine")
+    nodes = [node("a", func)]
+    assert [(await runner.run(nodes, Num())).run_id for _ in range(2)] == ["mine", "mine"]
+    assert (await runner.run(nodes, Num(), run_id="other")).run_id == "other"
+    assert (await runner.run(nodes, Num())).run_id == "mine"
+    built = runner.with_budget(tokens=5).with_context({})
+    assert (await built.run(nodes, Num())).run_id == "mine"
+
+
+# ---------------------------------------------------------------------- sequences and pipelines
+
+
+async def test_an_empty_sequence_completes() -> None:
+    """An empty sequence is COMPLETED with its initial state and an empty trace."""
+    result = await quick().run([], Num(n=4))
+    assert (result.status, result.final_state, len(result.trace)) == (RunStatus.COMPLETED, Num(n=4), 0)
+
+
+async def test_any_sequence_will_do() -> None:
+    """Tuples, generators and pipelines are sequences of nodes like a list."""
+    func, calls = raising()
+    marked = node("a", func)
+    for sequence in ((marked,), iter([marked]), (m for m in [marked]), Pipeline("p", [marked])):
+        assert (await quick().run(sequence, Num())).status is RunStatus.COMPLETED
+    assert len(calls) == 4
+
+
+async def test_the_pipelines_name_and_config() -> None:
+    """A Pipeline names the run for hooks; its config counts where the runner has none of its own."""
+    names: list[str] = []
+
+    async def begin(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        names.append(f"{pipeline} {run_id}")
+
+    func, _ = raising()
+    hooks = NodeHooks(on_run_start=begin)
+    pipeline = Pipeline("billing", [node("a", func)], config=RunConfig(hooks=hooks, run_id="p"))
+    await StromaRunner.quick().run(pipeline, Num())
+    assert names == ["billing p"]
+    await StromaRunner.quick(hooks=hooks, run_id="own").run(pipeline, Num())
+    assert names[1:] == ["billing own"]
+    await StromaRunner.quick(hooks=hooks, run_id="own").run(pipeline.nodes, Num())
+    await StromaRunner.quick(hooks=hooks, run_id="own", pipeline="named").run(pipeline.nodes, Num())
+    assert names[2:] == ["pipeline own", "named own"]
+
+
+async def test_builders_do_not_touch_a_shared_config() -> None:
+    """A builder returns its runner and replaces the config whole: another runner with the same config is unchanged."""
+    config = RunConfig(run_id="shared")
+    first, second = (StromaRunner(ContractRegistry(), quick().checkpoint_manager, config) for _ in range(2))
+    assert first.with_budget(tokens=1).with_model_fallback("a", to="b") is first
+    assert second.config.budget.max_tokens_total is None
+    assert second.config.model_fallbacks == []
+    assert first.config.budget.max_tokens_total == 1
+    assert first.config.run_id == "shared"
+
+
+# ---------------------------------------------------------------------- steps outside pipelines
+
+
+def step_context(**config: Any) -> ReliabilityContext:
+    runner = quick(**config)
+    return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+
+async def test_execute_step_without_a_contract_refuses_nothing() -> None:
+    """Without a contract output that fits the input's class becomes it; other output is kept as returned."""
+    ctx = step_context()
+    fits, _ = spending({"n": "5"})
+    odd, _ = spending(["anything"])
+    nothing, _ = spending(None)
+    assert (await execute_step("a", fits, Num(), ctx)).final_state == Num(n=5)
+    kept = (await execute_step("b", odd, Num(), ctx)).final_state
+    assert kept == ["anything"]
+    result = await execute_step("c", nothing, Num(), ctx)
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, None)
+
+    misfit = await execute_step("d", _give({"text": [1]}), Text(text=""), ctx)
+    assert (misfit.status, misfit.final_state) == (RunStatus.COMPLETED, {"text": [1]})
+
+
+def _give(output: Any) -> Any:
+    async def func(state: Any) -> Any:
+        return output
+
+    return func
+
+
+async def test_explicit_contract_then_registry_then_marker() -> None:
+    """In execute_step an explicit contract= wins, then the registry, then the marker; a marker alone suffices."""
+
+    class One(BaseModel):
+        one: int = 1
+
+    class Two(BaseModel):
+        two: int = 2
+
+    class Three(BaseModel):
+        three: int = 3
+
+    async def func(state: Num) -> dict[str, Any]:
+        return {}
+
+    def contract(promised: type[BaseModel]) -> NodeContract[Any, Any]:
+        return NodeContract(node_id="s", input_schema=Num, output_schema=promised)
+
+    marked = stroma_node("s", contract(One))(func)
+    ctx = step_context()
+    assert (await execute_step("s", marked, Num(), ctx)).final_state == One()
+    ctx.registry.register(contract(Two))
+    assert (await execute_step("s", marked, Num(), ctx)).final_state == Two()
+    assert (await execute_step("s", marked, Num(), ctx, contract=contract(Three))).final_state == Three()
+    assert len(ctx.trace) == 3
+
+
+async def test_execute_step_results_are_of_the_whole_context() -> None:
+    """The result of a step has the totals and the trace of the whole context so far."""
+    ctx = step_context()
+    func, _ = spending(({"n": 1}, 10))
+    first = await execute_step("a", func, Num(), ctx)
+    assert (first.total_tokens, len(first.trace)) == (10, 1)
+    second = await execute_step("a", func, Num(), ctx)
+    assert (second.total_tokens, len(second.trace)) == (20, 2)
+    assert [event.position for event in second.trace] == [0, 1]
+
+
+async def test_repeated_steps_start_from_zero() -> None:
+    """Repeated execute_step calls of one id each have their own retries."""
+    ctx = step_context(policy_map=fast(ambiguous=1))
+    for _ in range(3):
+        func, calls = raising(ValueError())
+        assert (await execute_step("a", func, Num(), ctx)).status is RunStatus.COMPLETED
+        assert calls == [1, 2]
+
+
+async def test_a_step_that_fails_is_a_result() -> None:
+    """A step that fails for good gives a result with its failure; bad input is FAILED without a call."""
+    func, calls = raising(*[ValueError("x")] * 9)
+    ctx = step_context(policy_map=fast(ambiguous=0))
+    result = await execute_step("a", func, Num(n=3), ctx)
+    assert (result.status, result.final_state) == (RunStatus.PARTIAL, Num(n=3))
+    contract: NodeContract[Any, Any] = NodeContract(node_id="b", input_schema=Text, output_schema=Num)
+    result = await execute_step("b", func, Num(), ctx, contract=contract)
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
+
+
+async def test_a_spent_budget_stops_steps() -> None:
+    """Once the context's budget is crossed the next step is not called: PARTIAL, without a trace event."""
+    ctx = step_context(budget=ExecutionBudget(max_tokens_total=5))
+    func, calls = spending(({"n": 1}, 10))
+    first = await execute_step("a", func, Num(), ctx)
+    second = await execute_step("b", func, Num(), ctx)
+    assert (first.status, second.status, len(calls)) == (RunStatus.PARTIAL, RunStatus.PARTIAL, 1)
+    assert second.failure is not None
+    assert isinstance(second.failure.exception, BudgetExceeded)
+
+
+async def test_stroma_step_decorates_and_wraps() -> None:
+    """StromaStep registers the contract, gives an ExecutionResult per call, and its wrap carries the markers."""
+    ctx = step_context()
+    step = StromaStep(ctx)
+
+    @step("double", input=Num, output=Num)
+    async def double(state: Num) -> dict[str, Any]:
+        """Twice."""
+        return {"n": state.n * 2}
+
+    result = await double(Num(n=4))
+    assert isinstance(result, ExecutionResult)
+    assert result.final_state == Num(n=8)
+    assert ctx.registry.get("double").output_schema is Num
+    assert double.__doc__ == "Twice."
+    assert double._stroma_node_id == "double"  # type: ignore[attr-defined]
+    assert (await double(Num.model_construct(n="x"))).status is RunStatus.FAILED
+
+    async def bad(state: Num) -> Any:
+        return {"n": "x"}
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
+    wrapped = step.wrap("bad", bad, contract=contract)
+    assert (await wrapped(Num())).status is RunStatus.FAILED
+    assert wrapped._stroma_contract is contract  # type: ignore[attr-defined]
+    loose = step.wrap("loose", bad)
+    assert (await loose(Num())).final_state == {"n": "x"}
+
+
+async def test_steps_get_the_context_and_timeouts() -> None:
+    """A step takes (state, ctx) like a node, and node_timeouts bound it."""
+    ctx = step_context(context={"by": 3}, node_timeouts={"slow": 20}, policy_map=fast(recoverable=0))
+
+    async def add(state: Num, context: dict[str, Any]) -> Any:
+        return {"n": state.n + context["by"]}
+
+    async def slow(state: Num) -> Any:
+        await asyncio.Event().wait()
+
+    assert (await execute_step("add", add, Num(n=1), ctx)).final_state == Num(n=4)
+    result = await execute_step("slow", slow, Num(), ctx)
+    assert result.failure is not None
+    assert "'slow'" in result.failure.message
+
+
+# ---------------------------------------------------------------------- the end of a process or a task
+
+
+@pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
+def test_interrupts_pass_through(kind: type[BaseException], sync: bool) -> None:
+    """KeyboardInterrupt and SystemExit pass through; the run is recorded as interrupted and can be resumed."""
+    log = Log()
+    first, firsts = spending({"n": 1})
+    broken = [True]
+
+    async def second(state: Num) -> Any:
+        if broken.pop() if broken else False:
+            raise kind
+        return {"n": 2}
+
+    def second_sync(state: Num) -> Any:
+        if broken.pop() if broken else False:
+            raise kind
+        return {"n": 2}
+
+    nodes = [node("first", first), node("second", second_sync if sync else second)]
+    runner = quick(hooks=log.hooks, run_id="r", resume=True, store=InMemoryStore())
+    with pytest.raises(kind):
+        runner.run_sync(nodes, Num())
+    assert ("end", RunStatus.INTERRUPTED) in log.events
+    assert ("cancelled", "second") in log.events
+    assert "failure" not in log.names()
+    result = runner.run_sync(nodes, Num())
+    assert (result.status, result.final_state, len(firsts)) == (RunStatus.RESUMED, Num(n=2), 1)
+
+
+async def test_cancelling_the_run_passes_through() -> None:
+    """Cancelling the run's task is no failure: CancelledError comes out, no retry, and the run can be resumed."""
+    log = Log()
+    inside = asyncio.Event()
+    calls: list[int] = []
+    first, firsts = spending({"n": 1})
+
+    async def hang(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            inside.set()
+            await asyncio.Event().wait()
+        return {"n": 2}
+
+    nodes = [node("first", first), node("hang", hang)]
+    runner = quick(hooks=log.hooks, run_id="r", resume=True)
+    task = asyncio.create_task(runner.run(nodes, Num()))
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert calls == [1]
+    assert log.names() == ["start", "success", "start", "cancelled", "end"]
+    assert log.events[-1] == ("end", RunStatus.CANCELLED)
+    result = await runner.run(nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert (len(firsts), len(calls)) == (1, 2)
+
+
+async def test_cancelling_during_the_wait_between_attempts() -> None:
+    """Cancelled mid-backoff the run ends at once: the attempts so far are in the trace, none follows."""
+    func, calls = raising(*[TimeoutError()] * 9)
+    log = Log()
+    waiting = asyncio.Event()
+
+    async def retry(*_: Any) -> None:
+        waiting.set()
+
+    hooks = [log.hooks, NodeHooks(on_node_retry=retry)]
+    slow = {R: FailurePolicy(max_retries=5, backoff_seconds=3600, max_backoff_seconds=3600, jitter=False)}
+    task = asyncio.create_task(quick(hooks=hooks, policy_map=slow).run([node("a", func)], Num()))
+    await waiting.wait()
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert calls == [1]
+    assert log.names() == ["start", "failure", "end"]
+
+
+async def test_a_timeout_around_the_run_comes_out() -> None:
+    """asyncio.timeout around run() works: the run is cancelled and the caller gets its TimeoutError."""
+
+    async def hang(state: Num) -> Any:
+        await asyncio.Event().wait()
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.02):
+            await quick().run([node("a", hang)], Num())
+
+
+# ---------------------------------------------------------------------- many at once
+
+
+async def test_concurrent_runs_do_not_mix() -> None:
+    """Many runs of one runner at once keep their ids, traces, contexts, retries and totals apart."""
+
+    async def work(state: Num, ctx: dict[str, Any]) -> Any:
+        run = current_node()
+        assert run is not None
+        await asyncio.sleep(0)
+        assert current_node() is run
+        assert ctx["me"] == state.n
+        assert run.run_id == f"run {state.n}"
+        if run.attempt == 1 and state.n % 3 == 0:
+            raise TimeoutError
+        return state, state.n
+
+    runner = quick()
+    marked = node("a", work)
+    results = await asyncio.gather(
+        *[runner.run([marked] * 3, Num(n=i), run_id=f"run {i}", context={"me": i}) for i in range(300)]
+    )
+    for i, result in enumerate(results):
+        assert (result.run_id, result.status, result.final_state) == (
+            f"run {i}",
+            RunStatus.COMPLETED,
+            Num(n=i),
+        )
+        assert result.total_tokens == 3 * i
+        assert len(result.trace) == (6 if i % 3 == 0 else 3)
+
+
+@pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
+def test_several_event_loops_share_a_runner(sync: bool) -> None:
+    """Several threads with an event loop each may use one runner and one store at the same time."""
+
+    async def work(state: Num) -> Any:
+        await asyncio.sleep(0)
+        return {"n": state.n + 1}, 1
+
+    def work_sync(state: Num) -> Any:
+        return {"n": state.n + 1}, 1
+
+    runner = quick(store=InMemoryStore())
+    nodes = [node("a", work_sync if sync else work)] * 3
+    results: dict[int, Any] = {}
+
+    def go(i: int) -> None:
+        results[i] = [runner.run_sync(nodes, Num(n=i), run_id=f"{i}-{k}") for k in range(3)]
+
+    threads = [threading.Thread(target=go, args=(i,)) for i in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for i in range(8):
+        assert [(r.status, r.final_state, r.total_tokens) for r in results[i]] == [
+            (RunStatus.COMPLETED, Num(n=i + 3), 3)
+        ] * 3
+
+
+async def test_run_sync_in_a_running_loop_says_what_to_do() -> None:
+    """run_sync where a loop runs is a RuntimeError that names `await runner.run(...)`."""
+    with pytest.raises(RuntimeError, match=r"await runner\.run"):
+        quick().run_sync([], Num())
+
+
+async def test_a_node_may_run_a_pipeline() -> None:
+    """A nested run has its own id, trace and totals, and leaves the outer node's current_node() as it was."""
+    runner = quick(run_id="outer")
+    inner_ids: list[Any] = []
+
+    async def inner(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        inner_ids.append((run.run_id, run.node_id))
+        return {"n": state.n + 1}, 5
+
+    async def outer(state: Num) -> Any:
+        before = current_node()
+        result = await runner.run([node("inner", inner)], state, run_id="nested")
+        assert current_node() is before
+        assert (len(result.trace), result.total_tokens) == (1, 5)
+        return result.final_state, 7
+
+    result = await runner.run([node("outer", outer)], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert inner_ids == [("nested", "inner")]
+    assert (result.final_state, result.total_tokens) == (Num(n=1), 7)
+    assert [event.node_id for event in result.trace] == ["outer"]
+    assert current_node() is None
+
+
+def test_a_sync_node_may_run_a_pipeline() -> None:
+    """A sync node may use run_sync of the same runner: its thread has no loop."""
+    runner = quick()
+    inner, _ = spending({"n": 5})
+
+    def outer(state: Num) -> Any:
+        return runner.run_sync([node("inner", inner)], state).final_state
+
+    assert runner.run_sync([node("outer", outer)], Num()).final_state == Num(n=5)
+
+
+# ---------------------------------------------------------------------- current_node
+
+
+async def test_current_node_knows_where_it_is() -> None:
+    """current_node() has the run, pipeline, node, position, attempt, kind, key, budget left and last failure."""
+    seen: list[dict[str, Any]] = []
+
+    async def func(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        run.report_usage(input_tokens=1)
+        seen.append(
+            {
+                "ids": (run.run_id, run.pipeline, run.node_id, run.position, run.attempt, run.kind),
+                "key": run.idempotency_key,
+                "left": run.remaining_budget.tokens,
+                "last": run.last_failure and type(run.last_failure.exception),
+                "cost": run.remaining_budget.cost_usd,
+            }
+        )
+        if len(seen) == 1:
+            raise TimeoutError
+        return {"n": 1}, 9
+
+    assert current_node() is None
+    runner = quick(run_id="r", budget=ExecutionBudget(max_tokens_total=100))
+    await runner.run(Pipeline("pipe", [node("a", func), node("b", func)]), Num())
+    assert current_node() is None
+    assert [s["ids"] for s in seen] == [
+        ("r", "pipe", "a", 0, 1, "node"),
+        ("r", "pipe", "a", 0, 2, "node"),
+        ("r", "pipe", "b", 1, 1, "node"),
+    ]
+    assert seen[0]["key"] == seen[1]["key"] != seen[2]["key"]
+    assert [s["left"] for s in seen] == [100, 99, 89]
+    assert [s["last"] for s in seen] == [None, TimeoutError, None]
+    assert [s["cost"] for s in seen] == [None] * 3
+
+
+async def test_current_node_is_set_in_the_nodes_hooks_with_its_usage() -> None:
+    """current_node() is set during a node's hooks, with the usage of this attempt at its end."""
+    seen: list[Any] = []
+
+    async def note(*arguments: Any) -> None:
+        run = current_node()
+        seen.append(run and (run.node_id, run.attempt, run.usage.tokens, run.usage.model))
+
+    async def at_run(*arguments: Any) -> None:
+        seen.append(current_node())
+
+    async def func(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        if run.attempt == 1:
+            run.report_usage(input_tokens=3, model="gpt-4o")
+            raise TimeoutError
+        return {"n": 1}, 4, "gpt-4o"
+
+    hooks = NodeHooks(
+        on_run_start=at_run, on_node_start=note, on_node_failure=note, on_node_success=note, on_run_end=at_run
+    )
+    await quick(hooks=hooks).run([node("a", func)], Num())
+    assert seen == [
+        None,
+        ("a", 1, 0, None),
+        ("a", 1, 3, "gpt-4o"),
+        ("a", 2, 0, None),
+        ("a", 2, 4, "gpt-4o"),
+        None,
+    ]
+
+
+async def test_reported_usage_must_be_countable() -> None:
+    """report_usage raises UsageError for anything but whole numbers, zero or more, where it is called."""
+    refused: list[Any] = []
+
+    async def func(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        for bad in (-1, 1.5, math.nan, True, "5"):
+            with pytest.raises(UsageError):
+                run.report_usage(input_tokens=bad)  # type: ignore[arg-type]
+            refused.append(bad)
+        return {"n": 1}
+
+    result = await quick().run([node("a", func)], Num())
+    assert (result.status, len(refused), result.total_tokens) == (RunStatus.COMPLETED, 5, 0)

@@ -1,0 +1,2059 @@
+"""Code written against the published 0.3 surface runs unchanged: every name, parameter, default and remark of it.
+
+`SURFACE` is that surface. Additions are welcome, so the tests ask only that everything in it is still there: the same
+modules, the same names, the published parameters in their order with their defaults, and no new one that is required.
+"""
+
+import ast
+import dataclasses
+import importlib
+import inspect
+import json
+import logging
+import math
+import pickle
+import sys
+import uuid
+from collections.abc import Awaitable, Callable, Iterator
+from datetime import UTC, date, datetime, timedelta
+from decimal import Decimal
+from enum import Enum, StrEnum
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+import stroma
+from stroma import (
+    KNOWN_MODELS,
+    AsyncCheckpointStore,
+    AsyncInMemoryStore,
+    BoundaryValidator,
+    BudgetExceeded,
+    CheckpointManager,
+    CheckpointStore,
+    ContractRegistry,
+    ContractViolation,
+    CostTracker,
+    ExecutionBudget,
+    ExecutionResult,
+    ExecutionTrace,
+    FailureClass,
+    FailurePolicy,
+    FallbackPolicy,
+    InMemoryStore,
+    ModelHint,
+    NodeContext,
+    NodeContract,
+    NodeHooks,
+    NodeUsage,
+    RedisStore,
+    ReliabilityContext,
+    RetryBudget,
+    RunConfig,
+    RunStatus,
+    StromaRunner,
+    StromaStep,
+    SyncRedisStore,
+    TraceEvent,
+    classify,
+    default_policy_map,
+    estimate_cost_usd,
+    execute_step,
+    parallel,
+    resolve_model,
+    stroma_node,
+    stroma_step,
+)
+from stroma.checkpoint import CheckpointKey, resolve_schema, schema_ref
+
+# One section per module. A class lists its fields (with defaults) and methods; `X = Y` says that X is Y.
+SURFACE = {
+    "contracts": """
+class NodeContract(BaseModel):
+    node_id: str
+    input_schema: type[BaseModel]
+    output_schema: type[BaseModel]
+class ContractViolation(Exception):
+    def __init__(self, node_id, direction, raw, errors): ...
+class BoundaryValidator:
+    def __call__(self, contract, direction, raw): ...
+class ContractRegistry:
+    def __init__(self): ...
+    def register(self, contract): ...
+    def get(self, node_id): ...
+    def validate_input(self, node_id, raw): ...
+    def validate_output(self, node_id, raw): ...
+StepContract = NodeContract
+StepViolation = ContractViolation
+""",
+    "cost": """
+def estimate_cost_usd(model, input_tokens, output_tokens=0): ...
+class ExecutionBudget(BaseModel):
+    max_tokens_total: int | None = None
+    max_cost_usd: float | None = None
+    max_latency_ms: int | None = None
+    @classmethod
+    def unlimited(cls): ...
+@dataclass
+class NodeUsage:
+    node_id: str
+    tokens_used: int
+    cost_usd: float
+    latency_ms: int
+    model: str | None = None
+    output_tokens: int = 0
+class CostTracker:
+    def __init__(self): ...
+    def record(self, usage): ...
+    def check_budget(self, budget, node_id): ...
+    @property
+    def total_tokens(self): ...
+    @property
+    def total_cost_usd(self): ...
+    @property
+    def total_latency_ms(self): ...
+    def summary(self): ...
+class BudgetExceeded(Exception):
+    def __init__(self, dimension, limit, actual, node_id): ...
+@dataclass
+class ModelHint:
+    node_id: str
+    preferred_model: str
+    fallback_model: str | None = None
+    max_tokens: int | None = None
+@dataclass
+class FallbackPolicy:
+    preferred_model: str
+    fallback_model: str
+    at_budget_pct: float = 0.80
+def resolve_model(declared_model, tracker, budget, fallbacks): ...
+StepUsage = NodeUsage
+""",
+    "failures": """
+class FailureClass(StrEnum): ...
+class FailurePolicy(BaseModel):
+    max_retries: int = 3
+    backoff_seconds: float = 1.0
+def default_policy_map(): ...
+@dataclass
+class NodeContext:
+    node_id: str
+    attempt: int
+    run_id: str
+def classify(exc, context, classifiers=None): ...
+class RetryBudget:
+    def __init__(self): ...
+    def increment(self, run_id, node_id): ...
+    def exhausted(self, run_id, node_id, policy): ...
+StepContext = NodeContext
+""",
+    "trace": """
+@dataclass
+class TraceEvent:
+    node_id: str
+    run_id: str
+    attempt: int
+    timestamp_utc: datetime
+    input_state: dict[str, Any]
+    output_state: dict[str, Any] | None
+    duration_ms: int
+    failure: FailureClass | None = None
+    failure_message: str | None = None
+    @property
+    def step_id(self): ...
+class ExecutionTrace:
+    def __init__(self): ...
+    def append(self, event): ...
+    def events_for(self, node_id): ...
+    def failures(self): ...
+    def to_json(self): ...
+    def diff(self, other): ...
+    def replay(self): ...
+    def __len__(self): ...
+    def __iter__(self): ...
+class RunStatus(StrEnum): ...
+@dataclass
+class ExecutionResult:
+    run_id: str
+    status: RunStatus
+    final_state: BaseModel | None
+    trace: ExecutionTrace
+    total_cost_usd: float
+    total_tokens: int
+""",
+    "checkpoint": """
+class CheckpointStore(Protocol):
+    def save(self, run_id, node_id, state): ...
+    def load(self, run_id, node_id): ...
+    def delete(self, run_id): ...
+class AsyncCheckpointStore(Protocol):
+    async def save(self, run_id, node_id, state): ...
+    async def load(self, run_id, node_id): ...
+    async def delete(self, run_id): ...
+class InMemoryStore:
+    def __init__(self): ...
+    def save(self, run_id, node_id, state): ...
+    def load(self, run_id, node_id): ...
+    def delete(self, run_id): ...
+    def save_typed(self, run_id, node_id, state, schema): ...
+    def load_typed(self, run_id, node_id, schema): ...
+class AsyncInMemoryStore:
+    def __init__(self): ...
+    async def save(self, run_id, node_id, state): ...
+    async def load(self, run_id, node_id): ...
+    async def delete(self, run_id): ...
+    async def save_typed(self, run_id, node_id, state, schema): ...
+    async def load_typed(self, run_id, node_id, schema): ...
+class RedisStore:
+    def __init__(self, redis_url, ttl_seconds=3600): ...
+    async def save(self, run_id, node_id, state): ...
+    async def load(self, run_id, node_id): ...
+    async def delete(self, run_id): ...
+    async def save_typed(self, run_id, node_id, state, schema): ...
+    async def load_typed(self, run_id, node_id, schema): ...
+class SyncRedisStore:
+    def __init__(self, redis_url, ttl_seconds=3600): ...
+    def save(self, run_id, node_id, state): ...
+    def load(self, run_id, node_id): ...
+    def delete(self, run_id): ...
+    def save_typed(self, run_id, node_id, state, schema): ...
+    def load_typed(self, run_id, node_id, schema): ...
+class CheckpointManager:
+    def __init__(self, store): ...
+    async def checkpoint(self, run_id, node_id, state): ...
+    async def resume(self, run_id, node_id, schema): ...
+    async def clear(self, run_id): ...
+""",
+    "runner": """
+@dataclass
+class NodeHooks:
+    on_node_start: Any = None
+    on_node_success: Any = None
+    on_node_failure: Any = None
+class RunConfig(BaseModel):
+    run_id: str = ...
+    budget: ExecutionBudget = ...
+    policy_map: PolicyMap = ...
+    node_policies: dict[str, PolicyMap] = ...
+    hooks: NodeHooks = ...
+    classifiers: list[Classifier] = ...
+    context: dict[str, Any] = ...
+    node_timeouts: dict[str, int] = ...
+    resume_from: str | None = None
+    model_fallbacks: list[FallbackPolicy] = ...
+def stroma_node(node_id, contract): ...
+def parallel(*nodes): ...
+class StromaRunner:
+    def __init__(self, registry, checkpoint_manager, config): ...
+    @classmethod
+    def quick(cls, *, store=None, budget=None, policy_map=None, classifiers=None, hooks=None, **config): ...
+    def with_redis(self, redis_url, ttl_seconds=3600): ...
+    def with_budget(self, *, tokens=None, cost_usd=None, latency_ms=None): ...
+    def with_model_fallback(self, model, *, to, at_budget_pct=0.80): ...
+    def with_classifiers(self, classifiers): ...
+    def with_hooks(self, hooks): ...
+    def with_context(self, context): ...
+    def with_policy_map(self, policy_map): ...
+    def with_node_policies(self, node_policies): ...
+    def with_node_timeouts(self, node_timeouts): ...
+    def node(self, node_id, *, input, output): ...
+    async def run(self, node_sequence, initial_state): ...
+StepHooks = NodeHooks
+stroma_step = stroma_node
+""",
+    "middleware": """
+@dataclass
+class ReliabilityContext:
+    run_id: str
+    registry: ContractRegistry
+    checkpoint_manager: CheckpointManager
+    cost_tracker: CostTracker
+    retry_budget: RetryBudget
+    trace: ExecutionTrace
+    budget: ExecutionBudget
+    policy_map: PolicyMap
+    step_policies: dict[str, PolicyMap]
+    classifiers: list[Classifier]
+    step_timeouts: dict[str, int]
+    model_fallbacks: list[FallbackPolicy]
+    hooks: NodeHooks
+    context: dict[str, Any]
+    run_logger: logging.LoggerAdapter
+    @classmethod
+    def for_run(cls, config, registry, checkpoint_manager): ...
+    def build_result(self, status, final_state): ...
+async def execute_step(step_id, func, input_state, ctx, *, contract=None): ...
+class StromaStep:
+    def __init__(self, ctx): ...
+    def wrap(self, step_id, func, *, contract=None): ...
+    def __call__(self, step_id, *, input, output): ...
+""",
+}
+#: Names that are values or aliases, by module; and those that need not be in `stroma` itself.
+VALUES = {"cost": ["KNOWN_MODELS"], "failures": ["Classifier"]}
+MODULE_ONLY = {
+    "failures": ["PolicyMap"],
+    "checkpoint": ["CheckpointKey", "schema_ref", "_schema_ref", "resolve_schema", "_resolve_schema"],
+}
+
+
+def names_in(module: str) -> Iterator[tuple[str, ast.stmt]]:
+    for statement in ast.parse(SURFACE[module]).body:
+        if isinstance(statement, ast.Assign):
+            target = statement.targets[0]
+            assert isinstance(target, ast.Name)
+            yield target.id, statement
+        else:
+            assert isinstance(statement, (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef))
+            yield statement.name, statement
+
+
+PUBLIC = [(module, name) for module in SURFACE for name, _ in names_in(module)] + [
+    (module, name) for module, names in VALUES.items() for name in names
+]
+FUNCTIONS = [
+    (module, name, statement)
+    for module in SURFACE
+    for name, statement in names_in(module)
+    if isinstance(statement, (ast.FunctionDef, ast.AsyncFunctionDef))
+]
+CLASSES = [
+    (module, name, statement)
+    for module in SURFACE
+    for name, statement in names_in(module)
+    if isinstance(statement, ast.ClassDef)
+]
+METHODS = [
+    (module, f"{name}.{method.name}", method)
+    for module, name, statement in CLASSES
+    for method in statement.body
+    if isinstance(method, (ast.FunctionDef, ast.AsyncFunctionDef))
+]
+ALIASES = [
+    (name, statement.value.id)
+    for module in SURFACE
+    for name, statement in names_in(module)
+    if isinstance(statement, ast.Assign) and isinstance(statement.value, ast.Name)
+]
+
+
+def published_signature(function: ast.FunctionDef | ast.AsyncFunctionDef) -> inspect.Signature:
+    """The signature that the stub of a function has, `self` and `cls` left out."""
+    copied = ast.parse(ast.unparse(function)).body[0]
+    assert isinstance(copied, (ast.FunctionDef, ast.AsyncFunctionDef))
+    copied.decorator_list = []
+    namespace: dict[str, Any] = {}
+    exec(compile(ast.unparse(copied), "surface", "exec"), namespace)
+    signature = inspect.signature(namespace[function.name])
+    kept = [p for p in signature.parameters.values() if p.name not in ("self", "cls")]
+    return signature.replace(parameters=kept)
+
+
+def find(module: str, dotted: str) -> Any:
+    found: Any = importlib.import_module(f"stroma.{module}")
+    for name in dotted.split("."):
+        found = inspect.getattr_static(found, name) if inspect.isclass(found) else getattr(found, name)
+    return found
+
+
+def assert_callable_as_published(module: str, dotted: str, stub: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+    ours = find(module, dotted)
+    decorators = {ast.unparse(d) for d in stub.decorator_list}
+    if decorators == {"property"}:
+        assert isinstance(ours, property)
+        return
+    if "." in dotted:
+        assert isinstance(ours, classmethod) == (decorators == {"classmethod"}), dotted
+    function = ours.__func__ if isinstance(ours, classmethod) else ours
+    awaited = inspect.iscoroutinefunction(function)
+    assert awaited == isinstance(stub, ast.AsyncFunctionDef), f"{dotted} is async: {awaited}"
+    theirs = list(published_signature(stub).parameters.values())
+    mine = [p for p in inspect.signature(function).parameters.values() if p.name not in ("self", "cls")]
+    by_name = {p.name: p for p in mine}
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    for parameter in theirs:
+        assert parameter.name in by_name, f"{dotted} lost {parameter.name}"
+        assert by_name[parameter.name].kind is parameter.kind, f"{dotted}: {parameter.name}"
+        if parameter.default is not inspect.Parameter.empty:
+            assert by_name[parameter.name].default == parameter.default, f"{dotted}: {parameter.name}"
+    expected = [p.name for p in theirs if p.kind in positional]
+    assert [p.name for p in mine if p.kind in positional][: len(expected)] == expected, dotted
+    for parameter in mine:
+        if parameter.name not in {p.name for p in theirs}:
+            optional = parameter.default is not inspect.Parameter.empty
+            variable = parameter.kind in (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+            assert optional or variable, f"{dotted} now requires {parameter.name}"
+
+
+class A(BaseModel):
+    value: int
+
+
+class B(BaseModel):
+    result: int
+
+
+class Item(BaseModel):
+    price: float
+    name: str
+
+
+class Order(BaseModel):
+    items: list[Item]
+    note: str | None = None
+
+
+def contract(node_id: str = "n", given: type[BaseModel] = A, promised: type[BaseModel] = B) -> NodeContract[Any, Any]:
+    return NodeContract(node_id=node_id, input_schema=given, output_schema=promised)
+
+
+def event(node_id: str = "node1", attempt: int = 1, **fields: Any) -> TraceEvent:
+    given: dict[str, Any] = {
+        "run_id": "r",
+        "timestamp_utc": datetime.now(UTC),
+        "input_state": {"value": 1},
+        "output_state": {"result": 2},
+        "duration_ms": 3,
+    }
+    return TraceEvent(node_id=node_id, attempt=attempt, **(given | fields))
+
+
+# ---------------------------------------------------------------------- names, parameters, defaults
+
+
+@pytest.mark.parametrize(("module", "name"), PUBLIC)
+def test_every_name_has_its_module_and_is_importable_from_stroma(module: str, name: str) -> None:
+    """Every published name can be imported from its module, and the same object from `stroma`."""
+    home = importlib.import_module(f"stroma.{module}")
+    assert hasattr(home, name), f"from stroma.{module} import {name} fails"
+    assert getattr(stroma, name) is getattr(home, name)
+    assert name in stroma.__all__
+
+
+@pytest.mark.parametrize(("module", "name"), [(m, n) for m, names in MODULE_ONLY.items() for n in names])
+def test_module_only_names(module: str, name: str) -> None:
+    """A few published names live in their module alone."""
+    assert hasattr(importlib.import_module(f"stroma.{module}"), name)
+
+
+def test_all_is_sorted_and_complete() -> None:
+    """`stroma.__all__` is sorted (constants, classes, functions), free of repeats, and each name of it loads."""
+
+    def group(name: str) -> tuple[int, str]:
+        return (0 if name.isupper() else 1 if name[0].isupper() else 2, name)
+
+    assert stroma.__all__ == sorted(set(stroma.__all__), key=group)
+    assert all(getattr(stroma, name) is not None for name in stroma.__all__)
+    assert set(stroma.__all__) <= set(dir(stroma))
+    with pytest.raises(AttributeError, match="nonsense"):
+        _ = stroma.nonsense
+
+
+@pytest.mark.parametrize(("name", "meaning"), ALIASES)
+def test_step_names_are_the_node_names(name: str, meaning: str) -> None:
+    """Every Step* name is the Node* object itself."""
+    assert getattr(stroma, name) is getattr(stroma, meaning)
+
+
+@pytest.mark.parametrize(("module", "name", "stub"), [pytest.param(*f, id=f"{f[0]}.{f[1]}") for f in FUNCTIONS])
+def test_function_signatures(module: str, name: str, stub: Any) -> None:
+    """Every published function has its parameters, in their order, with their defaults; nothing new is required."""
+    assert_callable_as_published(module, name, stub)
+
+
+@pytest.mark.parametrize(("module", "name", "stub"), [pytest.param(*m, id=f"{m[0]}.{m[1]}") for m in METHODS])
+def test_method_signatures(module: str, name: str, stub: Any) -> None:
+    """Every published method is of its kind and has its parameters and defaults; nothing new is required."""
+    assert_callable_as_published(module, name, stub)
+
+
+@pytest.mark.parametrize(
+    ("module", "name", "stub"),
+    [pytest.param(*c, id=f"{c[0]}.{c[1]}") for c in CLASSES if any(isinstance(s, ast.AnnAssign) for s in c[2].body)],
+)
+def test_fields(module: str, name: str, stub: ast.ClassDef) -> None:
+    """Every published record is what it was (model or dataclass), with its fields in order and their defaults."""
+    cls = find(module, name)
+    published: dict[str, Any] = {}
+    for line in stub.body:
+        if isinstance(line, ast.AnnAssign):
+            assert isinstance(line.target, ast.Name)
+            published[line.target.id] = None if line.value is None else ast.literal_eval(line.value)
+    required = [
+        line.target.id
+        for line in stub.body
+        if isinstance(line, ast.AnnAssign) and isinstance(line.target, ast.Name) and line.value is None
+    ]
+    is_model = [ast.unparse(base) for base in stub.bases] == ["BaseModel"]
+    assert issubclass(cls, BaseModel) == is_model
+    assert dataclasses.is_dataclass(cls) == (not is_model)
+    ours: dict[str, Any] = {}  # name: its default, ... for a factory; absent from it if required
+    if is_model:
+        order = list(cls.model_fields)
+        for field_name, info in cls.model_fields.items():
+            if not info.is_required():
+                ours[field_name] = ... if info.default_factory is not None else info.default
+    else:
+        order = [f.name for f in dataclasses.fields(cls)]
+        for f in dataclasses.fields(cls):
+            if f.default is not dataclasses.MISSING:
+                ours[f.name] = f.default
+            elif f.default_factory is not dataclasses.MISSING:
+                ours[f.name] = ...
+        assert order[: len(published)] == list(published), "the published fields come first, in their order"
+    for field_name, default in published.items():
+        assert field_name in order
+        if field_name not in required:
+            assert ours[field_name] == default
+    assert [n for n in order if n not in published and n not in ours] == [], "a new field needs a default"
+
+
+def test_published_dataclasses_stay_mutable() -> None:
+    """The published records stay what they were: plain dataclasses that code may change."""
+    for record in (
+        NodeUsage("n", 1, 0.0, 1),
+        ModelHint("n", "m"),
+        FallbackPolicy("a", "b"),
+        NodeContext("n", 1, "r"),
+        event(),
+        NodeHooks(),
+    ):
+        field = dataclasses.fields(record)[0].name
+        setattr(record, field, "changed")
+        assert getattr(record, field) == "changed"
+        assert record == dataclasses.replace(record)
+
+
+# ---------------------------------------------------------------------- contracts
+
+
+def test_node_contract_is_a_model_and_generic() -> None:
+    """NodeContract(node_id=, input_schema=, output_schema=) is a pydantic model; NodeContract[In, Out] works too."""
+    plain = NodeContract(node_id="n", input_schema=A, output_schema=B)
+    assert (plain.node_id, plain.input_schema, plain.output_schema) == ("n", A, B)
+    typed = NodeContract[A, B](node_id="n", input_schema=A, output_schema=B)
+    assert isinstance(typed, NodeContract)
+    assert typed.input_schema is A
+    with pytest.raises(ValidationError):
+        NodeContract(node_id="n", input_schema=int, output_schema=B)  # type: ignore[type-var]
+
+
+def violation(given: Any, schema: type[BaseModel] = Order, direction: Any = "output") -> ContractViolation:
+    with pytest.raises(ContractViolation) as caught:
+        BoundaryValidator()(contract("search", schema, schema), direction, given)
+    return caught.value
+
+
+def test_violation_text() -> None:
+    """A violation reads: Contract violation for 'search' (output): dotted.path: message; dotted.path: message."""
+    broken = violation({"items": [{"price": "x", "name": "a"}, {"price": 1}]})
+    assert str(broken) == (
+        "Contract violation for 'search' (output): "
+        "items.0.price: Input should be a valid number, unable to parse string as a number; "
+        "items.1.name: Field required"
+    )
+    assert str(violation({"items": 5}, direction="input")) == (
+        "Contract violation for 'search' (input): items: Input should be a valid list"
+    )
+
+
+def test_violation_text_shows_five_errors() -> None:
+    """The text of a violation has the first five errors, then how many more there are."""
+    seven = violation({"items": [{"price": 1}] * 7})
+    assert len(seven.errors) == 7
+    shown = [f"items.{i}.name: Field required" for i in range(5)]
+    assert str(seven) == f"Contract violation for 'search' (output): {'; '.join(shown)}; ... and 2 more"
+    five = violation({"items": [{"price": 1}] * 5})
+    assert str(five) == f"Contract violation for 'search' (output): {'; '.join(shown)}"
+
+
+def test_violation_attributes() -> None:
+    """A violation has node_id, direction, raw, and the errors as pydantic gives them."""
+    raw = {"items": 5}
+    broken = violation(raw)
+    assert (broken.node_id, broken.direction, broken.raw) == ("search", "output", raw)
+    (error,) = broken.errors
+    assert (error["type"], error["loc"], error["input"]) == ("list_type", ("items",), 5)
+
+
+def test_violation_is_made_by_position_or_name() -> None:
+    """ContractViolation(node_id, direction, raw, errors) can be made by hand."""
+    errors = [{"loc": ("a", "b"), "msg": "wrong"}, {"loc": (), "msg": "all wrong"}]
+    made = ContractViolation("search", "input", {"a": 1}, errors)
+    assert made.errors is errors
+    assert str(made) == "Contract violation for 'search' (input): a.b: wrong; all wrong"
+    assert str(ContractViolation(node_id="s", direction="input", raw={}, errors=[])).startswith("Contract violation")
+
+
+def test_violation_is_picklable() -> None:
+    """A violation survives pickling with everything in it."""
+    broken = violation({"items": [{"price": "x", "name": "a"}]})
+    again = pickle.loads(pickle.dumps(broken))
+    assert type(again) is ContractViolation
+    assert (again.node_id, again.direction, again.raw, again.errors) == (
+        broken.node_id,
+        broken.direction,
+        broken.raw,
+        broken.errors,
+    )
+    assert str(again) == str(broken)
+
+
+def test_boundary_validator() -> None:
+    """BoundaryValidator()(contract, direction, raw) gives the validated model of that side."""
+    validate = BoundaryValidator()
+    assert validate(contract(), "input", {"value": "5"}) == A(value=5)
+    assert validate(contract(), "output", {"result": 6}) == B(result=6)
+
+
+def test_registry() -> None:
+    """A registry gives contracts by id (KeyError for an unknown one), replaces on register, and validates."""
+    registry = ContractRegistry()
+    with pytest.raises(KeyError, match="n"):
+        registry.get("n")
+    with pytest.raises(KeyError):
+        registry.validate_input("n", {})
+    first, second = contract(promised=A), contract(promised=B)
+    registry.register(first)
+    assert registry.get("n") is first
+    registry.register(second)
+    assert registry.get("n") is second
+    assert registry.validate_input("n", {"value": "1"}) == A(value=1)
+    assert registry.validate_output("n", {"result": 2}) == B(result=2)
+    with pytest.raises(ContractViolation) as caught:
+        registry.validate_output("n", {"value": 1})
+    assert (caught.value.node_id, caught.value.direction) == ("n", "output")
+
+
+# ---------------------------------------------------------------------- cost
+
+
+def test_known_models_are_prices_per_million() -> None:
+    """KNOWN_MODELS starts with a few models: USD per million (input, output) tokens."""
+    assert KNOWN_MODELS
+    for name, (given, made) in KNOWN_MODELS.items():
+        assert estimate_cost_usd(name, 1_000_000) == pytest.approx(given)
+        assert estimate_cost_usd(name, 0, 1_000_000) == pytest.approx(made)
+    assert estimate_cost_usd("gpt-4o", 1000, 500) == pytest.approx(
+        (1000 * KNOWN_MODELS["gpt-4o"][0] + 500 * KNOWN_MODELS["gpt-4o"][1]) / 1e6
+    )
+
+
+@pytest.mark.parametrize("model", ["gpt-4o", "gpt-3.5-turbo", "nobody/knows-this"])
+def test_additions_to_known_models_win(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a user puts into KNOWN_MODELS wins over the price data, also for a model that was priced before."""
+    estimate_cost_usd(model, 1)
+    monkeypatch.setitem(KNOWN_MODELS, model, (1000.0, 2000.0))
+    assert estimate_cost_usd(model, 1000, 1000) == pytest.approx(3.0)
+
+
+def test_an_unknown_model_costs_nothing() -> None:
+    """estimate_cost_usd is 0.0 for a model nobody knows, and knows the price data for the others."""
+    assert estimate_cost_usd("nobody/knows-this", 10**6, 10**6) == 0.0
+    assert estimate_cost_usd("gpt-3.5-turbo", 10**6) > 0  # Not in KNOWN_MODELS at the start.
+
+
+async def test_a_run_uses_an_added_price(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run prices what a node reports with the additions to KNOWN_MODELS."""
+    monkeypatch.setitem(KNOWN_MODELS, "house-model", (10.0, 20.0))
+    runner = StromaRunner.quick()
+
+    @runner.node("ask", input=A, output=B)
+    async def ask(state: A) -> Any:
+        return {"result": 1}, 1000, 100, "house-model"
+
+    result = await runner.run([ask], A(value=1))
+    assert result.total_tokens == 1100
+    assert result.total_cost_usd == pytest.approx(0.012)
+
+
+def test_execution_budget() -> None:
+    """A budget has no limits unless given; unlimited() is that budget."""
+    assert ExecutionBudget.unlimited() == ExecutionBudget()
+    assert ExecutionBudget().model_dump() == {"max_tokens_total": None, "max_cost_usd": None, "max_latency_ms": None}
+    assert isinstance(ExecutionBudget.unlimited(), ExecutionBudget)
+
+
+def test_cost_tracker_adds_up() -> None:
+    """record() adds up per node id and keeps the last model; the totals are over all nodes."""
+    tracker = CostTracker()
+    assert (tracker.total_tokens, tracker.total_cost_usd, tracker.total_latency_ms) == (0, 0.0, 0)
+    assert tracker.summary() == {}
+    tracker.record(NodeUsage("a", 10, 0.25, 100, model="m1", output_tokens=4))
+    tracker.record(NodeUsage("b", 1, 0.5, 7))
+    tracker.record(NodeUsage("a", 20, 0.125, 30, model="m2", output_tokens=6))
+    assert (tracker.total_tokens, tracker.total_cost_usd, tracker.total_latency_ms) == (31, 0.875, 137)
+    assert tracker.summary() == {
+        "a": NodeUsage("a", 30, 0.375, 130, model="m2", output_tokens=10),
+        "b": NodeUsage("b", 1, 0.5, 7),
+    }
+
+
+def test_cost_tracker_aliases_nothing() -> None:
+    """Neither the recorded object nor the summary is the tracker's own: changing them changes no total."""
+    tracker = CostTracker()
+    usage = NodeUsage("a", 10, 0.25, 100)
+    tracker.record(usage)
+    usage.tokens_used = 999
+    tracker.record(NodeUsage("a", 1, 0.0, 0))
+    assert usage.tokens_used == 999
+    assert tracker.total_tokens == 11
+    summary = tracker.summary()
+    summary["a"].tokens_used = 999
+    summary.clear()
+    assert tracker.summary()["a"].tokens_used == 11
+
+
+@pytest.mark.parametrize(
+    ("budget", "dimension", "limit", "actual"),
+    [
+        (ExecutionBudget(max_tokens_total=99), "tokens", 99, 100),
+        (ExecutionBudget(max_cost_usd=0.24), "cost", 0.24, 0.25),
+        (ExecutionBudget(max_latency_ms=49), "latency", 49, 50),
+    ],
+)
+def test_check_budget(budget: ExecutionBudget, dimension: str, limit: float, actual: float) -> None:
+    """check_budget raises BudgetExceeded above a limit, with dimension, limit, actual and the node; at it, not."""
+    tracker = CostTracker()
+    tracker.record(NodeUsage("n", 100, 0.25, 50))
+    with pytest.raises(BudgetExceeded) as caught:
+        tracker.check_budget(budget, "the node")
+    exceeded = caught.value
+    assert (exceeded.dimension, exceeded.limit, exceeded.node_id) == (dimension, limit, "the node")
+    assert exceeded.actual == pytest.approx(actual)
+    tracker.check_budget(ExecutionBudget(max_tokens_total=100, max_cost_usd=0.25, max_latency_ms=50), "the node")
+    tracker.check_budget(ExecutionBudget.unlimited(), "the node")
+
+
+@pytest.mark.parametrize(
+    ("dimension", "limit", "actual", "figures"),
+    [
+        ("tokens", 1000, 1200, ("1000", "1200")),
+        ("tokens", 2_000_000_000, 2_000_000_001, ("2000000000", "2000000001")),
+        ("cost", 0.5, 0.75, ("0.5", "0.75")),
+        ("latency", 100, 250.5, ("100", "250.5")),
+    ],
+)
+def test_budget_exceeded(dimension: Any, limit: float, actual: float, figures: tuple[str, str]) -> None:
+    """BudgetExceeded is picklable; its text holds "budget", the dimension, the node id and both figures."""
+    made = BudgetExceeded(dimension, limit, actual, "summarise")
+    again = pickle.loads(pickle.dumps(made))
+    assert type(again) is BudgetExceeded
+    for exceeded in (made, again, BudgetExceeded(dimension=dimension, limit=limit, actual=actual, node_id="summarise")):
+        assert (exceeded.dimension, exceeded.limit, exceeded.actual) == (dimension, limit, actual)
+        assert exceeded.node_id == "summarise"
+        for part in ("budget", dimension, "summarise", *figures):
+            assert part in str(exceeded)
+
+
+async def test_the_deadline_error_is_picklable_too() -> None:
+    """The BudgetExceeded of a latency deadline in flight is one to a caller, and picklable like any other."""
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=5))
+
+    @runner.node("slow", input=A, output=B)
+    async def slow(state: A) -> Any:
+        import asyncio
+
+        await asyncio.Event().wait()
+
+    result = await runner.run([slow], A(value=1))
+    assert result.failure is not None
+    again = pickle.loads(pickle.dumps(result.failure.exception))
+    assert type(again) is BudgetExceeded
+    assert again.dimension == "latency"
+    assert str(again) == str(result.failure.exception)
+
+
+def spent(cost_usd: float) -> CostTracker:
+    tracker = CostTracker()
+    tracker.record(NodeUsage("n", 0, cost_usd, 0))
+    return tracker
+
+
+def test_resolve_model() -> None:
+    """resolve_model gives the fallback of the first rule for the model whose share (>=) is reached, else the model."""
+    budget = ExecutionBudget(max_cost_usd=1.0)
+    rules = [FallbackPolicy("big", "small", 0.5), FallbackPolicy("big", "tiny", 0.9), FallbackPolicy("other", "x", 0.1)]
+    assert resolve_model("big", spent(0.49), budget, rules) == "big"
+    assert resolve_model("big", spent(0.5), budget, rules) == "small"
+    assert resolve_model("big", spent(0.95), budget, rules) == "small"  # The first rule, not the furthest.
+    assert resolve_model("big", spent(0.95), budget, rules[1:]) == "tiny"
+    assert resolve_model("other", spent(0.2), budget, rules) == "x"
+    assert resolve_model("unnamed", spent(2.0), budget, rules) == "unnamed"
+    assert resolve_model(None, spent(2.0), budget, rules) is None
+    assert resolve_model("big", spent(0.79), budget, [FallbackPolicy("big", "small")]) == "big"
+    assert resolve_model("big", spent(0.80), budget, [FallbackPolicy("big", "small")]) == "small"
+    assert resolve_model("big", spent(9.0), ExecutionBudget.unlimited(), rules) == "big"
+    assert resolve_model("big", spent(9.0), budget, []) == "big"
+
+
+# ---------------------------------------------------------------------- failures
+
+
+def test_failure_classes() -> None:
+    """The failure classes are strings that equal their names."""
+    assert issubclass(FailureClass, StrEnum)
+    assert {name: str(member) for name, member in FailureClass.__members__.items()} == {
+        name: name for name in ("RECOVERABLE", "TERMINAL", "AMBIGUOUS")
+    }
+
+
+def test_default_policy_map() -> None:
+    """The default policies: RECOVERABLE 3 / 1.0 s, TERMINAL 0 / 0.0 s, AMBIGUOUS 1 / 0.5 s; a fresh dict each time."""
+    policies = default_policy_map()
+    assert {cls: (p.max_retries, p.backoff_seconds) for cls, p in policies.items()} == {
+        FailureClass.RECOVERABLE: (3, 1.0),
+        FailureClass.TERMINAL: (0, 0.0),
+        FailureClass.AMBIGUOUS: (1, 0.5),
+    }
+    policies.clear()
+    assert len(default_policy_map()) == 3
+
+
+def test_changing_a_default_policy_changes_no_other() -> None:
+    """The policies of default_policy_map() are the caller's own: setting a field of one leaves the defaults alone."""
+    policies = default_policy_map()
+    before = policies[FailureClass.RECOVERABLE].max_retries
+    policies[FailureClass.RECOVERABLE].max_retries = 17
+    try:
+        assert default_policy_map()[FailureClass.RECOVERABLE].max_retries == 3
+        assert RunConfig().policy_map[FailureClass.RECOVERABLE].max_retries == 3
+    finally:
+        policies[FailureClass.RECOVERABLE].max_retries = before
+
+
+@pytest.mark.parametrize(
+    ("exc", "expected"),
+    [
+        (ContractViolation("n", "output", {}, []), FailureClass.TERMINAL),
+        (BudgetExceeded("tokens", 1, 2, "n"), FailureClass.RECOVERABLE),
+        (TimeoutError(), FailureClass.RECOVERABLE),
+        (ValueError(), FailureClass.AMBIGUOUS),
+    ],
+)
+def test_classify(exc: Exception, expected: FailureClass) -> None:
+    """classify(exc, context) without classifiers goes by the defaults."""
+    assert classify(exc, NodeContext("n", 1, "r")) is expected
+    assert classify(exc, NodeContext("n", 1, "r"), []) is expected
+    assert classify(exc, context=NodeContext("n", 1, "r"), classifiers=None) is expected
+
+
+def test_classify_asks_custom_classifiers_first() -> None:
+    """Custom classifiers get (exc, NodeContext), in order; the first that does not answer None decides."""
+    asked: list[Any] = []
+    exc, here = TimeoutError(), NodeContext("n", 2, "r")
+
+    def silent(exc: Exception, context: NodeContext) -> FailureClass | None:
+        asked.append(("silent", exc, context))
+        return None
+
+    def sure(exc: Exception, context: NodeContext) -> FailureClass | None:
+        asked.append(("sure", exc, context))
+        return FailureClass.TERMINAL
+
+    def late(exc: Exception, context: NodeContext) -> FailureClass | None:
+        pytest.fail("an earlier classifier has answered")
+
+    assert classify(exc, here, [silent, sure, late]) is FailureClass.TERMINAL
+    assert [(name, e is exc, c is here) for name, e, c in asked] == [("silent", True, True), ("sure", True, True)]
+
+
+def test_retry_budget() -> None:
+    """RetryBudget counts per (run, node): increment gives the new count, exhausted is count >= max_retries."""
+    budget, policy = RetryBudget(), FailurePolicy(max_retries=2)
+    assert not budget.exhausted("r", "n", policy)
+    assert budget.exhausted("r", "n", FailurePolicy(max_retries=0))
+    assert budget.increment("r", "n") == 1
+    assert not budget.exhausted("r", "n", policy)
+    assert budget.increment("r", "n") == 2
+    assert budget.exhausted("r", "n", policy)
+    assert budget.increment("r", "other") == 1
+    assert budget.increment("other", "n") == 1
+    assert not budget.exhausted("other", "n", policy)
+    assert budget.increment("r", "n") == 3
+
+
+# ---------------------------------------------------------------------- trace
+
+
+def test_run_statuses() -> None:
+    """The published statuses are strings that equal their names."""
+    assert issubclass(RunStatus, StrEnum)
+    for name in ("COMPLETED", "FAILED", "PARTIAL", "RESUMED"):
+        assert RunStatus(name).value == name == str(RunStatus[name])
+    assert all(member.value == name for name, member in RunStatus.__members__.items())
+
+
+def test_trace_event() -> None:
+    """A trace event is made from its published fields by position; step_id is its node id."""
+    when = datetime.now(UTC)
+    made = TraceEvent("n", "r", 1, when, {"a": 1}, None, 5, FailureClass.TERMINAL, "broken")
+    assert (made.node_id, made.run_id, made.attempt, made.timestamp_utc) == ("n", "r", 1, when)
+    assert (made.input_state, made.output_state, made.duration_ms) == ({"a": 1}, None, 5)
+    assert (made.failure, made.failure_message, made.outcome) == (FailureClass.TERMINAL, "broken", "failure")
+    assert made.step_id == "n"
+    assert event().failure is None
+    assert (event().failure_message, event().outcome, event().reason) == (None, "success", None)
+    assert event().children == []
+
+
+def test_append_keeps_the_very_object() -> None:
+    """append keeps the very event; it stands in `_events`, in iteration and in replay, in recorded order."""
+    recorded = ExecutionTrace()
+    assert len(recorded) == 0
+    first, second = event("a"), event("b")
+    recorded.append(first)
+    recorded.append(second)
+    for events in (recorded._events, list(recorded), list(recorded.replay())):
+        assert isinstance(events, list)
+        assert len(events) == 2
+        assert events[0] is first
+        assert events[1] is second
+    assert len(recorded) == 2
+
+
+async def test_events_of_a_run_keep_their_identity() -> None:
+    """Whoever looks at a run's trace is given the same event objects, also beside appended ones."""
+    runner = StromaRunner.quick()
+
+    @runner.node("n", input=A, output=B)
+    async def n(state: A) -> Any:
+        return {"result": 1}
+
+    result = await runner.run([n], A(value=1))
+    extra = event("extra")
+    result.trace.append(extra)
+    one, two = result.trace
+    assert one is result.trace._events[0] is next(result.trace.replay()) is result.trace.events_for("n")[0]
+    assert two is extra
+    assert one.timestamp_utc.utcoffset() == timedelta(0)
+    assert abs(datetime.now(UTC) - one.timestamp_utc) < timedelta(minutes=1)
+
+
+def test_events_for_and_failures() -> None:
+    """events_for gives one node's events, failures those with a failure class, both in order."""
+    recorded = ExecutionTrace()
+    for made in (
+        event("a", 1, failure=FailureClass.RECOVERABLE, output_state=None),
+        event("b"),
+        event("a", 2),
+        event("c", failure=FailureClass.TERMINAL, output_state=None),
+    ):
+        recorded.append(made)
+    assert [(e.node_id, e.attempt) for e in recorded.events_for("a")] == [("a", 1), ("a", 2)]
+    assert recorded.events_for("nobody") == []
+    assert [e.node_id for e in recorded.failures()] == ["a", "c"]
+
+
+class Colour(Enum):
+    RED = "red"
+
+
+class Level(Enum):
+    HIGH = 3
+
+
+@dataclasses.dataclass
+class Point:
+    x: float
+    y: Decimal
+
+
+AWKWARD = {
+    "nan": math.nan,
+    "infinities": [math.inf, -math.inf],
+    "datetime": datetime(2026, 1, 2, 3, 4, 5, tzinfo=UTC),
+    "date": date(2026, 1, 2),
+    "timedelta": timedelta(seconds=90),
+    "uuid": uuid.UUID(int=7),
+    "decimal": Decimal("1.10"),
+    "decimal nan": Decimal("NaN"),
+    "set": {3, 1, 2},
+    "mixed set": {1, "a", None},
+    "frozenset": frozenset({"x"}),
+    "bytes": b"\xff\x00ok",
+    "path": Path("/tmp/x"),
+    "enum": Colour.RED,
+    "int enum": Level.HIGH,
+    "model": Order(items=[Item(price=math.nan, name="a")]),
+    "dataclass": Point(math.inf, Decimal("2.5")),
+    "nested": {"deep": [({"set": {math.nan}},)]},
+    "keys": {1: "int", None: "none", True: "bool", (1, 2): "tuple", Colour.RED: "enum", "s": "str"},
+    "exception": ValueError("no"),
+    "object": object(),
+    "class": Order,
+    "complex": 1 + 2j,
+    "big": 10**400,
+}
+
+
+def strict_loads(text: str) -> Any:
+    def refuse(constant: str) -> Any:
+        raise AssertionError(f"{constant} is not JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
+@pytest.mark.parametrize("what", AWKWARD)
+def test_to_json_is_strict(what: str) -> None:
+    """to_json is strict JSON for any state: no NaN, and no state that it cannot write."""
+    recorded = ExecutionTrace()
+    recorded.append(event(input_state={"value": AWKWARD[what]}, output_state={"list": [AWKWARD[what]]}))
+    (loaded,) = strict_loads(recorded.to_json())
+    assert set(loaded["input_state"]) == {"value"}
+    assert loaded["node_id"] == "node1"
+    assert datetime.fromisoformat(loaded["timestamp_utc"]) == recorded._events[0].timestamp_utc
+
+
+def test_to_json_keeps_what_json_can_say() -> None:
+    """Plain values stay what they are in to_json, and the others become readable."""
+    recorded = ExecutionTrace()
+    state = {name: AWKWARD[name] for name in ("datetime", "uuid", "decimal", "set", "path", "enum", "int enum", "model")}
+    plain = {"n": None, "t": True, "i": 1, "f": 1.5, "s": "é", "l": [1, {"a": 2}]}
+    recorded.append(event(input_state=plain, output_state=state, failure=FailureClass.TERMINAL, failure_message="x"))
+    (loaded,) = strict_loads(recorded.to_json())
+    assert loaded["input_state"] == plain
+    assert (loaded["failure"], loaded["failure_message"]) == ("TERMINAL", "x")
+    out = loaded["output_state"]
+    assert datetime.fromisoformat(out["datetime"]) == AWKWARD["datetime"]
+    assert out["uuid"] == str(AWKWARD["uuid"])
+    assert out["decimal"] == "1.10"
+    assert out["set"] == [1, 2, 3]
+    assert out["path"] == "/tmp/x"
+    assert (out["enum"], out["int enum"]) == ("red", 3)
+    assert out["model"]["items"][0]["name"] == "a"
+
+
+def test_to_json_of_undecodable_names() -> None:
+    """to_json can be written to a file as UTF-8, also when a message holds an undecodable file name."""
+    recorded = ExecutionTrace()
+    recorded.append(event(failure=FailureClass.AMBIGUOUS, failure_message="no such file: caf\udce9.txt"))
+    text = recorded.to_json()
+    assert strict_loads(text.encode().decode())[0]["failure_message"].startswith("no such file: caf")
+
+
+def test_diff_of_equal_traces() -> None:
+    """diff does not see run ids, times or durations."""
+    one, two = ExecutionTrace(), ExecutionTrace()
+    assert one.diff(two) == []
+    one.append(event())
+    two.append(event(run_id="another", timestamp_utc=datetime(2000, 1, 1, tzinfo=UTC), duration_ms=99))
+    assert one.diff(two) == []
+    assert one.diff(one) == []
+
+
+def test_diff_of_missing_and_extra_events() -> None:
+    """diff says "Missing event in other trace: node1 attempt 1" and "Extra event in other trace: ..."."""
+    one, two = ExecutionTrace(), ExecutionTrace()
+    one.append(event("node1"))
+    assert one.diff(two) == ["Missing event in other trace: node1 attempt 1"]
+    assert two.diff(one) == ["Extra event in other trace: node1 attempt 1"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"input_state": {"value": 2}},
+        {"output_state": {"result": 3}},
+        {"output_state": None},
+        {"failure": FailureClass.TERMINAL},
+        {"failure_message": "broken"},
+        {"input_state": {"value": True}},
+    ],
+)
+def test_diff_of_changed_events(changed: dict[str, Any]) -> None:
+    """diff says "Difference for node1 attempt 1" where states or failures differ."""
+    one, two = ExecutionTrace(), ExecutionTrace()
+    one.append(event())
+    two.append(event(**changed))
+    for line in (*one.diff(two), *two.diff(one)):
+        assert line.startswith("Difference for node1 attempt 1")
+    assert len(one.diff(two)) == 1
+    assert len(two.diff(one)) == 1
+
+
+def test_diff_sees_attempts_repeats_and_order() -> None:
+    """diff sees another attempt, a repeated event, and another order."""
+    one, two = ExecutionTrace(), ExecutionTrace()
+    for made in (event("a"), event("b")):
+        one.append(made)
+    for made in (event("b"), event("a")):
+        two.append(made)
+    assert len(one.diff(two)) == 1
+    assert one.diff(two)[0].startswith("Difference for ")
+    retried, repeated = ExecutionTrace(), ExecutionTrace()
+    retried.append(event("a", 1))
+    retried.append(event("a", 2))
+    repeated.append(event("a", 1))
+    repeated.append(event("a", 1))
+    single = ExecutionTrace()
+    single.append(event("a", 1))
+    assert single.diff(retried) == ["Extra event in other trace: a attempt 2"]
+    (line,) = single.diff(repeated)
+    assert line.startswith("Extra event in other trace: a attempt 1")
+    assert len(retried.diff(repeated)) == 2
+
+
+def test_diff_of_awkward_states() -> None:
+    """diff takes two NaN for the same, and does not stumble over any value."""
+    one, two = ExecutionTrace(), ExecutionTrace()
+    state = {k: v for k, v in AWKWARD.items() if k != "object"}
+    one.append(event(input_state=state))
+    two.append(event(input_state=dict(state)))
+    assert one.diff(two) == []
+
+
+def test_execution_result() -> None:
+    """An ExecutionResult is made from its six published fields."""
+    recorded = ExecutionTrace()
+    result = ExecutionResult("r", RunStatus.COMPLETED, A(value=1), recorded, 0.5, 10)
+    assert (result.run_id, result.status, result.final_state) == ("r", RunStatus.COMPLETED, A(value=1))
+    assert result.trace is recorded
+    assert (result.total_cost_usd, result.total_tokens) == (0.5, 10)
+    assert ExecutionResult("r", RunStatus.FAILED, None, recorded, 0, 0).final_state is None
+
+
+# ---------------------------------------------------------------------- checkpoints
+
+
+class DictStore:
+    """A custom store of the simple protocol, sync."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str], BaseModel] = {}
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        self.kept[run_id, node_id] = state
+
+    def load(self, run_id: str, node_id: str) -> BaseModel | None:
+        return self.kept.get((run_id, node_id))
+
+    def delete(self, run_id: str) -> None:
+        self.kept = {key: state for key, state in self.kept.items() if key[0] != run_id}
+
+
+class AsyncDictStore:
+    """The same, async."""
+
+    def __init__(self) -> None:
+        self.inner = DictStore()
+
+    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        self.inner.save(run_id, node_id, state)
+
+    async def load(self, run_id: str, node_id: str) -> BaseModel | None:
+        return self.inner.load(run_id, node_id)
+
+    async def delete(self, run_id: str) -> None:
+        self.inner.delete(run_id)
+
+
+async def settle(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+STORES = [InMemoryStore, AsyncInMemoryStore]
+stores = pytest.mark.parametrize("make", STORES)
+
+
+def test_store_protocols_are_runtime_checkable() -> None:
+    """CheckpointStore and AsyncCheckpointStore are runtime-checkable protocols that custom stores satisfy."""
+    assert isinstance(DictStore(), CheckpointStore)
+    assert isinstance(AsyncDictStore(), AsyncCheckpointStore)
+    assert isinstance(InMemoryStore(), CheckpointStore)
+    assert isinstance(AsyncInMemoryStore(), AsyncCheckpointStore)
+    assert not isinstance(object(), CheckpointStore)
+    assert not isinstance({}, AsyncCheckpointStore)
+
+
+def test_checkpoint_key() -> None:
+    """CheckpointKey is a named tuple of run id and node id."""
+    key = CheckpointKey("r", "n")
+    assert key == ("r", "n")
+    assert CheckpointKey._fields == ("run_id", "node_id")
+    assert (key.run_id, key.node_id) == ("r", "n")
+
+
+@stores
+async def test_in_memory_stores(make: Any) -> None:
+    """An in-memory store loads what was saved (None if absent), the newest one, and deletes that run only."""
+    store = make()
+    assert await settle(store.load("r", "n")) is None
+    await settle(store.save("r", "n", A(value=1)))
+    await settle(store.save("r", "n", A(value=2)))
+    await settle(store.save("r", "other", B(result=3)))
+    await settle(store.save("r2", "n", A(value=4)))
+    assert await settle(store.load("r", "n")) == A(value=2)
+    assert await settle(store.load("r", "other")) == B(result=3)
+    assert await settle(store.delete("r")) is None
+    assert await settle(store.load("r", "n")) is None
+    assert await settle(store.load("r", "other")) is None
+    assert await settle(store.load("r2", "n")) == A(value=4)
+    await settle(store.delete("never seen"))
+
+
+@stores
+async def test_in_memory_stores_alias_nothing(make: Any) -> None:
+    """What is done to a saved or loaded object afterwards does not reach the store."""
+    store = make()
+    order = Order(items=[Item(price=1, name="a")])
+    await settle(store.save("r", "n", order))
+    order.items.clear()
+    loaded = await settle(store.load("r", "n"))
+    loaded.items.append(Item(price=2, name="b"))
+    assert (await settle(store.load("r", "n"))).items == [Item(price=1, name="a")]
+
+
+@stores
+async def test_typed_calls(make: Any) -> None:
+    """save_typed coerces to the schema; load_typed gives an instance of the schema, None if absent."""
+    store = make()
+
+    class Wide(BaseModel):
+        value: str
+        extra: int = 0
+
+    assert await settle(store.load_typed("r", "n", A)) is None
+    await settle(store.save_typed("r", "n", Wide(value="7"), A))
+    loaded = await settle(store.load_typed("r", "n", A))
+    assert loaded == A(value=7)
+    assert type(loaded) is A
+    assert await settle(store.load("r", "n")) == A(value=7)
+    with pytest.raises(TypeError):
+        await settle(store.load_typed("r", "n", B))
+
+
+NO_SCHEMAS = [int, "A", None, A(value=1), list[int]]
+
+
+@stores
+@pytest.mark.parametrize("schema", NO_SCHEMAS)
+async def test_save_typed_refuses_what_is_no_schema(make: Any, schema: Any) -> None:
+    """save_typed raises TypeError("schema must be a BaseModel type") and saves nothing."""
+    store = make()
+    with pytest.raises(TypeError) as caught:
+        await settle(store.save_typed("r", "n", A(value=1), schema))
+    assert str(caught.value) == "schema must be a BaseModel type"
+    assert await settle(store.load("r", "n")) is None
+
+
+@pytest.mark.parametrize("make", [DictStore, AsyncDictStore, *STORES])
+async def test_checkpoint_manager(make: Any) -> None:
+    """A manager saves, resumes as a schema (None if absent) and clears through sync and async stores alike."""
+    manager = CheckpointManager(make())
+    assert await manager.resume("r", "n", A) is None
+    await manager.checkpoint("r", "n", A(value=5))
+    await manager.checkpoint("r2", "n", A(value=6))
+    assert await manager.resume("r", "n", A) == A(value=5)
+    with pytest.raises(TypeError):
+        await manager.resume("r", "n", B)
+    await manager.clear("r")
+    assert await manager.resume("r", "n", A) is None
+    assert await manager.resume("r2", "n", A) == A(value=6)
+
+
+async def test_manager_awaits_any_awaitable() -> None:
+    """A store whose plain methods return awaitables is awaited too."""
+    import asyncio
+
+    class Futures(DictStore):
+        def save(self, run_id: str, node_id: str, state: BaseModel) -> Any:
+            super().save(run_id, node_id, state)
+            return asyncio.ensure_future(asyncio.sleep(0))
+
+        def load(self, run_id: str, node_id: str) -> Any:
+            async def later() -> BaseModel | None:
+                return DictStore.load(self, run_id, node_id)
+
+            return later()
+
+    manager = CheckpointManager(Futures())
+    await manager.checkpoint("r", "n", A(value=5))
+    assert await manager.resume("r", "n", A) == A(value=5)
+
+
+async def test_manager_prefers_load_typed() -> None:
+    """resume uses load_typed where a store has one."""
+
+    class Typed(DictStore):
+        def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
+            return schema.model_validate({"value": 9})
+
+    assert await CheckpointManager(Typed()).resume("r", "n", A) == A(value=9)
+
+
+@pytest.mark.parametrize("make", [DictStore, AsyncDictStore])
+async def test_a_run_keeps_checkpoints_in_a_custom_store(make: Any) -> None:
+    """A run saves each node's output under its id in a store of the simple protocol."""
+    store = make()
+    runner = StromaRunner.quick(store=store, run_id="r")
+
+    @runner.node("n", input=A, output=B)
+    async def n(state: A) -> Any:
+        return {"result": state.value + 1}
+
+    await runner.run([n], A(value=1))
+    assert await settle(store.load("r", "n")) == B(result=2)
+
+
+class Outer:
+    class Inner(BaseModel):
+        x: int
+
+    not_a_model = 5
+
+
+@pytest.mark.parametrize("schema", [A, Outer.Inner])
+def test_schema_references(schema: type[BaseModel]) -> None:
+    """schema_ref is "module:qualname", and resolve_schema finds the class again, nested ones too."""
+    assert schema_ref(schema) == f"{schema.__module__}:{schema.__qualname__}"
+    assert schema_ref(Order) == f"{__name__}:Order"
+
+
+def test_resolve_schema() -> None:
+    """resolve_schema finds a class among imported modules; TypeError("resolved schema is not a BaseModel") for others."""
+    assert resolve_schema("stroma.cost:ExecutionBudget") is ExecutionBudget
+    assert resolve_schema(schema_ref(RunConfig)) is RunConfig
+    for ref in ("json:dumps", "stroma.trace:TraceEvent", "stroma.cost:KNOWN_MODELS"):
+        with pytest.raises(TypeError) as caught:
+            resolve_schema(ref)
+        assert str(caught.value) == "resolved schema is not a BaseModel"
+
+
+def test_resolve_schema_imports_nothing() -> None:
+    """G11: resolve_schema does not import a module that stored data names."""
+    assert "this" not in sys.modules
+    for ref in ("this:s", "no_such_module:Model", "stroma.cost:Nobody", "", ":", "json", "json:"):
+        with pytest.raises((LookupError, TypeError)):
+            resolve_schema(ref)
+    assert "this" not in sys.modules
+
+
+def test_private_names_of_references() -> None:
+    """`_schema_ref` and `_resolve_schema` are the same functions."""
+    from stroma import checkpoint
+
+    assert checkpoint._schema_ref is schema_ref
+    assert checkpoint._resolve_schema is resolve_schema
+
+
+class TestRedisWithoutTheDriver:
+    """What happens where `redis` cannot be imported."""
+
+    @pytest.fixture(autouse=True, params=["not installed", "broken"])
+    def no_redis(self, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "redis"]:
+            monkeypatch.delitem(sys.modules, name)
+        if request.param == "not installed":
+            monkeypatch.setitem(sys.modules, "redis", None)
+            return
+
+        class Broken:
+            def find_spec(self, name: str, *_: Any) -> None:
+                if name.partition(".")[0] == "redis":
+                    raise OSError("libssl is missing")
+
+        monkeypatch.setattr(sys, "meta_path", [Broken(), *sys.meta_path])
+
+    @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
+    def test_import_error(self, make: Any) -> None:
+        """Any failure to import redis gives an ImportError that names the store and ends with the install line."""
+        with pytest.raises(ImportError) as caught:
+            make("redis://localhost")
+        assert str(caught.value).startswith(f"redis is required for {make.__name__}")
+        assert "pip install 'stroma[redis]'" in str(caught.value)
+        assert caught.value.__cause__ is not None
+
+    def test_with_redis(self) -> None:
+        """with_redis raises it too, and leaves the runner as it was."""
+        runner = StromaRunner.quick()
+        before = runner.checkpoint_manager
+        with pytest.raises(ImportError, match="^redis is required for RedisStore"):
+            runner.with_redis("redis://localhost")
+        assert runner.checkpoint_manager is before
+
+    def test_the_rest_works(self) -> None:
+        """Nothing else needs the driver."""
+        assert StromaRunner.quick().config is not None
+        assert stroma.RedisStore is RedisStore
+
+
+class TestRedisWithoutAServer:
+    """What the Redis stores do before they talk to a server, and what they say to one."""
+
+    @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
+    async def test_no_connection_is_made_at_construction(self, make: Any) -> None:
+        """A Redis store is made without a server; ttl_seconds is 3600 unless given."""
+        make("redis://127.0.0.1:1")
+        make("redis://127.0.0.1:1", 5)
+        make(redis_url="redis://127.0.0.1:1", ttl_seconds=5)
+
+    def test_protocols(self) -> None:
+        """RedisStore satisfies the async protocol, SyncRedisStore the sync one."""
+        assert isinstance(RedisStore("redis://127.0.0.1:1"), AsyncCheckpointStore)
+        assert isinstance(SyncRedisStore("redis://127.0.0.1:1"), CheckpointStore)
+
+    @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
+    @pytest.mark.parametrize("schema", NO_SCHEMAS)
+    async def test_save_typed_refuses_what_is_no_schema(self, make: Any, schema: Any) -> None:
+        """save_typed raises TypeError("schema must be a BaseModel type") without asking the server."""
+        with pytest.raises(TypeError) as caught:
+            await settle(make("redis://127.0.0.1:1").save_typed("r", "n", A(value=1), schema))
+        assert str(caught.value) == "schema must be a BaseModel type"
+
+    def test_with_redis(self) -> None:
+        """with_redis puts a RedisStore behind the runner and returns the runner."""
+        runner = StromaRunner.quick()
+        before = runner.checkpoint_manager
+        assert runner.with_redis("redis://127.0.0.1:1", 60) is runner
+        assert isinstance(runner.checkpoint_manager.store, RedisStore)
+        assert runner.checkpoint_manager is not before
+
+    @pytest.fixture
+    def server(self, monkeypatch: pytest.MonkeyPatch) -> "FakeRedis":
+        import redis
+        import redis.asyncio
+
+        server = FakeRedis()
+        monkeypatch.setattr(redis, "from_url", lambda *_, **__: FakeClient(server))
+        monkeypatch.setattr(redis.asyncio, "from_url", lambda *_, **__: FakeAsyncClient(server))
+        return server
+
+    @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
+    async def test_round_trip(self, make: Any, server: "FakeRedis") -> None:
+        """A Redis store loads what it saved (None if absent), deletes that run only, and sets the ttl on every save."""
+        store = make("redis://fake", ttl_seconds=60)
+        assert await settle(store.load("r", "n")) is None
+        await settle(store.save("r", "n", Plain(value=5)))
+        assert set(server.ttl.values()) == {60}
+        await settle(store.save("r:n", "x", Plain(value=7)))
+        await settle(store.save_typed("r", "typed", Plain(value=6), Other))
+        assert set(server.ttl) == set(server.hashes)
+        assert await settle(store.load("r", "n")) == Plain(value=5)
+        assert await settle(store.load_typed("r", "n", Other)) == Other(value=5)
+        assert await settle(store.load_typed("r", "typed", Other)) == Other(value=6)
+        assert await settle(store.load_typed("r", "nobody", Other)) is None
+        await settle(store.delete("r"))
+        assert await settle(store.load("r", "n")) is None
+        assert await settle(store.load("r", "typed")) is None
+        assert await settle(store.load("r:n", "x")) == Plain(value=7)
+
+    @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
+    @pytest.mark.parametrize("bad", [b"garbage", b'{"schema": "this:s", "state": "{}"}', b"{}", b"[1]"])
+    async def test_what_cannot_be_read_back_is_a_type_error(self, make: Any, bad: bytes, server: "FakeRedis") -> None:
+        """What is not a state of ours comes back as a CorruptCheckpoint, which is a TypeError; nothing is imported."""
+        store = make("redis://fake")
+        await settle(store.save("r", "n", Plain(value=5)))
+        for fields in server.hashes.values():
+            fields["n"] = bad
+        with pytest.raises(TypeError, match="cannot be read back") as caught:
+            await settle(store.load("r", "n"))
+        assert isinstance(caught.value, stroma.CorruptCheckpoint)
+        assert "this" not in sys.modules
+
+
+Plain = type("Plain", (BaseModel,), {"__annotations__": {"value": int}, "__module__": "stroma.cost", "__qualname__": "Plain"})
+Other = type("Other", (BaseModel,), {"__annotations__": {"value": int}})
+
+
+@pytest.fixture(autouse=True)
+def _plain_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
+    # Under --import-mode=importlib this file need not be in sys.modules under its own name.
+    import stroma.cost
+
+    monkeypatch.setattr(stroma.cost, "Plain", Plain, raising=False)
+
+
+class FakeRedis:
+    def __init__(self) -> None:
+        self.hashes: dict[str, dict[str, bytes]] = {}
+        self.ttl: dict[str, int] = {}
+
+
+class FakeClient:
+    """As much of the redis client as the stores use; commands of a pipeline take effect together."""
+
+    def __init__(self, server: FakeRedis) -> None:
+        self.server = server
+        self.queue: list[Callable[[], Any]] = []
+
+    def pipeline(self, transaction: bool = True) -> "FakeClient":
+        return type(self)(self.server)
+
+    def hset(self, key: str, field: str, value: bytes) -> None:
+        self.queue.append(lambda: self.server.hashes.setdefault(key, {}).__setitem__(field, value))
+
+    def expire(self, key: str, seconds: int) -> None:
+        self.queue.append(lambda: self.server.ttl.__setitem__(key, seconds))
+
+    def execute(self) -> Any:
+        for command in self.queue:
+            command()
+
+    def hget(self, key: str, field: str) -> Any:
+        return self.server.hashes.get(key, {}).get(field)
+
+    def delete(self, key: str) -> Any:
+        self.server.hashes.pop(key, None)
+
+    def __enter__(self) -> "FakeClient":
+        return self
+
+    def __exit__(self, *_: object) -> None: ...
+
+
+class FakeAsyncClient(FakeClient):
+    async def execute(self) -> Any:
+        super().execute()
+
+    async def hget(self, key: str, field: str) -> Any:
+        return super().hget(key, field)
+
+    async def delete(self, key: str) -> Any:
+        super().delete(key)
+
+    async def __aenter__(self) -> "FakeAsyncClient":
+        return self
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+
+# ---------------------------------------------------------------------- runner
+
+
+def test_run_config_defaults() -> None:
+    """RunConfig() has a generated id and the published defaults, none of them shared with another config."""
+    one, two = RunConfig(), RunConfig()
+    assert one.run_id != two.run_id
+    assert isinstance(one.run_id, str)
+    assert one.budget == ExecutionBudget.unlimited()
+    assert one.policy_map == default_policy_map()
+    assert (one.node_policies, one.classifiers, one.context, one.node_timeouts) == ({}, [], {}, {})
+    assert (one.resume_from, one.model_fallbacks) == (None, [])
+    assert one.hooks == NodeHooks()
+    for name in ("policy_map", "node_policies", "classifiers", "context", "node_timeouts", "model_fallbacks", "hooks"):
+        assert getattr(one, name) is not getattr(two, name)
+
+
+def test_run_config_keeps_the_users_context() -> None:
+    """`context` is the user's own object, not a copy."""
+
+    class Resources(dict[str, Any]):
+        pass
+
+    for context in ({"a": 1}, Resources(a=1)):
+        assert RunConfig(context=context).context is context
+        assert StromaRunner.quick(context=context).config.context is context
+        assert StromaRunner.quick().with_context(context).config.context is context
+
+
+async def test_nodes_get_the_users_context() -> None:
+    """A node of (state, ctx) gets the very dict the user passed; what it writes is visible to later nodes."""
+    context: dict[str, Any] = {}
+    runner = StromaRunner.quick(context=context)
+
+    @runner.node("first", input=A, output=A)
+    async def first(state: A, ctx: dict[str, Any]) -> Any:
+        assert ctx is context
+        ctx["seen"] = state.value
+        return {"value": 2}
+
+    @runner.node("second", input=A, output=B)
+    async def second(state: A, ctx: dict[str, Any]) -> Any:
+        return {"result": ctx["seen"]}
+
+    result = await runner.run([first, second], A(value=7))
+    assert result.final_state == B(result=7)
+    assert context == {"seen": 7}
+
+
+async def test_run_ids() -> None:
+    """A run id the user gave is used on every run; a generated one is the config's on the first run, then fresh."""
+
+    @stroma_node("n", contract(promised=A))
+    async def n(state: A) -> Any:
+        return {"value": 1}
+
+    given = StromaRunner.quick(run_id="mine")
+    assert {(await given.run([n], A(value=1))).run_id for _ in range(3)} == {"mine"}
+    generated = StromaRunner.quick()
+    ids = [(await generated.run([n], A(value=1))).run_id for _ in range(3)]
+    assert ids[0] == generated.config.run_id
+    assert len(set(ids)) == 3
+
+
+def test_runner_attributes() -> None:
+    """StromaRunner(registry, checkpoint_manager, config) keeps the three under their names."""
+    registry, manager, config = ContractRegistry(), CheckpointManager(InMemoryStore()), RunConfig()
+    runner = StromaRunner(registry, manager, config)
+    assert runner.registry is registry
+    assert runner.checkpoint_manager is manager
+    assert runner.config is config
+    named = StromaRunner(registry=registry, checkpoint_manager=manager, config=config)
+    assert named.config is config
+
+
+def test_quick() -> None:
+    """quick() has an in-memory store and defaults; its keywords go to the store and to RunConfig."""
+    plain = StromaRunner.quick()
+    assert isinstance(plain.checkpoint_manager.store, AsyncInMemoryStore)
+    assert isinstance(plain.registry, ContractRegistry)
+    assert plain.config.budget == ExecutionBudget.unlimited()
+    store, hooks = InMemoryStore(), NodeHooks()
+    budget, policies = ExecutionBudget(max_tokens_total=5), {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=0)}
+
+    def classifier(exc: Exception, context: NodeContext) -> FailureClass | None:
+        return None
+
+    runner = StromaRunner.quick(
+        store=store,
+        budget=budget,
+        policy_map=policies,
+        classifiers=[classifier],
+        hooks=hooks,
+        run_id="r",
+        node_timeouts={"n": 5},
+        resume_from="n",
+        model_fallbacks=[FallbackPolicy("a", "b")],
+        node_policies={"n": policies},
+    )
+    config = runner.config
+    assert runner.checkpoint_manager.store is store
+    assert (config.budget, config.policy_map, config.hooks) == (budget, policies, hooks)
+    assert config.classifiers == [classifier]
+    assert (config.run_id, config.node_timeouts, config.resume_from) == ("r", {"n": 5}, "n")
+    assert config.model_fallbacks == [FallbackPolicy("a", "b")]
+    assert config.node_policies == {"n": policies}
+    with pytest.raises(ValidationError):
+        StromaRunner.quick(nonsense=1)
+    with pytest.raises(TypeError):
+        StromaRunner.quick(InMemoryStore())  # type: ignore[misc]
+
+
+def silent(exc: Exception, context: NodeContext) -> FailureClass | None:
+    return None
+
+
+ONE_RETRY = {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1)}
+BUILDERS: dict[str, tuple[Callable[[StromaRunner], StromaRunner], str, Any]] = {
+    "with_budget": (lambda r: r.with_budget(tokens=5), "budget", ExecutionBudget(max_tokens_total=5)),
+    "with_budget of all": (
+        lambda r: r.with_budget(tokens=5, cost_usd=0.5, latency_ms=50),
+        "budget",
+        ExecutionBudget(max_tokens_total=5, max_cost_usd=0.5, max_latency_ms=50),
+    ),
+    "with_budget of nothing": (lambda r: r.with_budget(), "budget", ExecutionBudget.unlimited()),
+    "with_classifiers": (lambda r: r.with_classifiers([silent]), "classifiers", [silent]),
+    "with_hooks": (lambda r: r.with_hooks(NodeHooks(silent)), "hooks", NodeHooks(silent)),  # type: ignore[arg-type]
+    "with_context": (lambda r: r.with_context({"new": 1}), "context", {"new": 1}),
+    "with_policy_map": (lambda r: r.with_policy_map(ONE_RETRY), "policy_map", ONE_RETRY),
+    "with_node_policies": (lambda r: r.with_node_policies({"n": ONE_RETRY}), "node_policies", {"n": ONE_RETRY}),
+    "with_node_timeouts": (lambda r: r.with_node_timeouts({"n": 7}), "node_timeouts", {"n": 7}),
+}
+
+
+def full_config() -> RunConfig:
+    return RunConfig(
+        run_id="r",
+        budget=ExecutionBudget(max_tokens_total=1, max_cost_usd=1.0, max_latency_ms=1),
+        policy_map={FailureClass.TERMINAL: FailurePolicy(max_retries=0)},
+        node_policies={"old": {}},
+        hooks=NodeHooks(),
+        classifiers=[lambda exc, context: None],
+        context={"old": 1},
+        node_timeouts={"old": 1},
+        model_fallbacks=[FallbackPolicy("old", "older")],
+    )
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+def test_builders(name: str) -> None:
+    """A builder returns self, replaces its field whole, and leaves the other fields alone."""
+    build, field, expected = BUILDERS[name]
+    config = full_config()
+    before = {f: getattr(config, f) for f in RunConfig.model_fields}
+    runner = StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), config)
+    assert build(runner) is runner
+    assert getattr(runner.config, field) == expected
+    for other in RunConfig.model_fields:
+        if other != field:
+            assert getattr(runner.config, other) == before[other], other
+
+
+@pytest.mark.parametrize("name", [*BUILDERS, "with_model_fallback"])
+def test_builders_leave_a_shared_config_alone(name: str) -> None:
+    """A builder never alters a config that is shared with another runner."""
+    config = full_config()
+    before = config.model_copy(deep=True)
+    kept = {f: getattr(config, f) for f in RunConfig.model_fields}
+    one, two = (StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), config) for _ in range(2))
+    if name == "with_model_fallback":
+        one.with_model_fallback("a", to="b")
+    else:
+        BUILDERS[name][0](one)
+    assert two.config is config
+    for field, value in kept.items():
+        assert getattr(config, field) is value
+        if field not in ("classifiers", "hooks"):
+            assert getattr(config, field) == getattr(before, field)
+
+
+def test_with_model_fallback_appends() -> None:
+    """with_model_fallback(model, to=, at_budget_pct=0.80) appends a rule."""
+    runner = StromaRunner.quick()
+    assert runner.with_model_fallback("a", to="b") is runner
+    runner.with_model_fallback("b", to="c", at_budget_pct=0.9)
+    assert runner.config.model_fallbacks == [FallbackPolicy("a", "b", 0.80), FallbackPolicy("b", "c", 0.9)]
+
+
+async def test_builders_chain() -> None:
+    """Builders chain, and the run goes by what they set."""
+    seen: list[str] = []
+
+    async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        seen.append(node_id)
+
+    runner = (
+        StromaRunner.quick()
+        .with_budget(tokens=100)
+        .with_hooks(NodeHooks(on_node_start=on_start))
+        .with_context({"by": 3})
+        .with_classifiers([])
+        .with_policy_map(default_policy_map())
+        .with_node_policies({})
+        .with_node_timeouts({"n": 1000})
+    )
+
+    @runner.node("n", input=A, output=B)
+    async def n(state: A, ctx: dict[str, Any]) -> Any:
+        return {"result": state.value * ctx["by"]}, 101
+
+    result = await runner.run([n], A(value=2))
+    assert result.final_state == B(result=6)
+    assert result.status is RunStatus.PARTIAL
+    assert seen == ["n"]
+
+
+@pytest.mark.parametrize("decorator", [stroma_node, stroma_step])
+def test_stroma_node_marks(decorator: Any) -> None:
+    """stroma_node(node_id, contract) marks the function with `_stroma_node_id` and `_stroma_contract`."""
+    promised = contract("n")
+
+    async def n(state: A) -> Any:
+        return {"result": 1}
+
+    marked = decorator("n", promised)(n)
+    assert marked is n
+    assert marked._stroma_node_id == "n"
+    assert marked._stroma_contract is promised
+    by_name = decorator(node_id="n", contract=promised)(n)
+    assert by_name._stroma_contract is promised
+
+
+async def test_runner_node_registers_and_marks() -> None:
+    """runner.node(id, input=, output=) marks the function and registers its contract; calling it by hand still works."""
+    runner = StromaRunner.quick()
+
+    @runner.node("n", input=A, output=B)
+    async def n(state: A) -> Any:
+        return {"result": state.value}
+
+    registered = runner.registry.get("n")
+    assert (registered.node_id, registered.input_schema, registered.output_schema) == ("n", A, B)
+    assert n._stroma_node_id == "n"  # type: ignore[attr-defined]
+    assert n._stroma_contract == registered  # type: ignore[attr-defined]
+    assert await n(A(value=3)) == {"result": 3}
+
+
+@pytest.mark.parametrize("sequence", [list, tuple, iter])
+async def test_run_takes_any_sequence(sequence: Any) -> None:
+    """run(node_sequence, initial_state) takes any sequence of nodes, and each works on the output of the one before."""
+    runner = StromaRunner.quick()
+
+    @runner.node("one", input=A, output=B)
+    async def one(state: A) -> Any:
+        return {"result": state.value + 1}
+
+    @runner.node("two", input=B, output=A)
+    async def two(state: B) -> Any:
+        return {"value": state.result * 10}
+
+    result = await runner.run(sequence([one, two]), A(value=1))
+    assert isinstance(result, ExecutionResult)
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, A(value=20))
+    named = await runner.run(node_sequence=[one], initial_state=A(value=1))
+    assert named.final_state == B(result=2)
+
+
+async def test_run_of_hand_marked_functions() -> None:
+    """A function that bears the two published attributes is a node, whoever set them."""
+
+    async def n(state: A) -> Any:
+        return {"result": state.value}
+
+    n._stroma_node_id = "n"  # type: ignore[attr-defined]
+    n._stroma_contract = contract("n")  # type: ignore[attr-defined]
+    result = await StromaRunner.quick().run([n], A(value=4))
+    assert result.final_state == B(result=4)
+
+
+async def test_resume_from_as_published() -> None:
+    """RunConfig(resume_from="node") starts at that node on the checkpoint of the one before it; the status is RESUMED."""
+    store = InMemoryStore()
+    called: list[str] = []
+
+    def nodes(runner: StromaRunner) -> list[Any]:
+        @runner.node("one", input=A, output=B)
+        async def one(state: A) -> Any:
+            called.append("one")
+            return {"result": state.value + 1}
+
+        @runner.node("two", input=B, output=A)
+        async def two(state: B) -> Any:
+            called.append("two")
+            return {"value": state.result * 10}
+
+        return [one, two]
+
+    first = StromaRunner.quick(store=store, run_id="r")
+    await first.run(nodes(first), A(value=1))
+    again = StromaRunner.quick(store=store, run_id="r", resume_from="two")
+    result = await again.run(nodes(again), A(value=1))
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, A(value=20))
+    assert called == ["one", "two", "two"]
+    assert [e.node_id for e in result.trace] == ["two"]
+
+
+async def test_parallel() -> None:
+    """parallel(a, b) has the id "parallel(a, b)", and its children's outputs merge in argument order."""
+    runner = StromaRunner.quick()
+
+    @runner.node("a", input=A, output=A)
+    async def a(state: A) -> Any:
+        return {"value": 1}
+
+    @runner.node("b", input=A, output=B)
+    async def b(state: A) -> Any:
+        return {"result": 2}
+
+    group = parallel(a, b)
+    assert group._stroma_node_id == "parallel(a, b)"
+    result = await runner.run([group], A(value=0))
+    assert result.status is RunStatus.COMPLETED
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"value": 1, "result": 2}
+    assert [e.node_id for e in result.trace] == ["parallel(a, b)"]
+
+
+async def test_parallel_of_bare_functions() -> None:
+    """Children of parallel() may be functions marked with an id alone: without a contract they pass unvalidated."""
+
+    async def left(state: A) -> Any:
+        return {"x": state.value}
+
+    async def right(state: A) -> Any:
+        return {"y": [state.value]}
+
+    for func, node_id in ((left, "left"), (right, "right")):
+        func._stroma_node_id = node_id  # type: ignore[attr-defined]
+    group = parallel(left, right)
+    assert await group(A(value=3)) == {"x": 3, "y": [3]}
+    result = await StromaRunner.quick().run([group], A(value=3))
+    assert result.status is RunStatus.COMPLETED
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"x": 3, "y": [3]}
+
+
+# ---------------------------------------------------------------------- middleware
+
+
+def context_of(**fields: Any) -> ReliabilityContext:
+    config = RunConfig(**{"policy_map": {c: FailurePolicy(max_retries=0) for c in FailureClass}, **fields})
+    return ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
+
+
+def test_for_run() -> None:
+    """for_run takes everything from the config, with a fresh tracker, trace and counts."""
+    config, registry, manager = full_config(), ContractRegistry(), CheckpointManager(InMemoryStore())
+    ctx = ReliabilityContext.for_run(config, registry, manager)
+    assert ctx.run_id == "r"
+    assert ctx.registry is registry
+    assert ctx.checkpoint_manager is manager
+    assert ctx.context is config.context
+    assert (ctx.budget, ctx.policy_map, ctx.classifiers) == (config.budget, config.policy_map, config.classifiers)
+    assert (ctx.step_policies, ctx.step_timeouts) == (config.node_policies, config.node_timeouts)
+    assert (ctx.model_fallbacks, ctx.hooks) == (config.model_fallbacks, config.hooks)
+    assert isinstance(ctx.cost_tracker, CostTracker)
+    assert isinstance(ctx.retry_budget, RetryBudget)
+    assert isinstance(ctx.trace, ExecutionTrace)
+    assert isinstance(ctx.run_logger, logging.LoggerAdapter)
+    other = ReliabilityContext.for_run(config, registry, manager)
+    for name in ("cost_tracker", "retry_budget", "trace"):
+        assert getattr(ctx, name) is not getattr(other, name)
+
+
+def test_context_from_its_published_fields() -> None:
+    """A ReliabilityContext can be made from its published fields alone."""
+    fields = {f.name: getattr(context_of(), f.name) for f in dataclasses.fields(ReliabilityContext)[:15]}
+    ctx = ReliabilityContext(**fields)
+    assert ctx.build_result(RunStatus.COMPLETED, None).run_id == fields["run_id"]
+
+
+def test_run_logger_names_the_run(caplog: pytest.LogCaptureFixture) -> None:
+    """Every record of run_logger is on the logger `stroma` and carries run_id."""
+    context_of(run_id="r7").run_logger.warning("hello")
+    (record,) = caplog.records
+    assert (record.name, record.getMessage(), record.run_id) == ("stroma", "hello", "r7")
+
+
+def test_build_result() -> None:
+    """build_result(status, final_state) has the totals and the trace of the context."""
+    ctx = context_of(run_id="r")
+    ctx.cost_tracker.record(NodeUsage("n", 10, 0.5, 3))
+    made = event()
+    ctx.trace.append(made)
+    result = ctx.build_result(RunStatus.PARTIAL, A(value=1))
+    assert isinstance(result, ExecutionResult)
+    assert (result.run_id, result.status, result.final_state) == ("r", RunStatus.PARTIAL, A(value=1))
+    assert (result.total_tokens, result.total_cost_usd) == (10, 0.5)
+    assert list(result.trace) == [made]
+
+
+async def test_execute_step() -> None:
+    """execute_step runs one function under a contract; totals and trace are of the whole context so far."""
+    ctx = context_of()
+
+    async def ask(state: A) -> Any:
+        return {"result": state.value}, 10
+
+    first = await execute_step("ask", ask, A(value=1), ctx, contract=contract("ask"))
+    assert (first.status, first.final_state, first.total_tokens) == (RunStatus.COMPLETED, B(result=1), 10)
+    second = await execute_step("again", ask, A(value=2), ctx, contract=contract("again"))
+    assert (second.final_state, second.total_tokens) == (B(result=2), 20)
+    assert [e.node_id for e in second.trace] == ["ask", "again"]
+
+
+async def test_execute_step_finds_a_contract() -> None:
+    """An explicit contract wins, then the registry's, then the marker's; a marker alone suffices."""
+
+    class Strict(BaseModel):
+        result: int
+        more: int
+
+    def promising(schema: type[BaseModel]) -> NodeContract[Any, Any]:
+        return contract("n", A, schema)
+
+    async def n(state: A) -> Any:
+        return {"result": 1}
+
+    ctx = context_of()
+    marked = stroma_node("n", promising(Strict))(n)
+    assert (await execute_step("n", marked, A(value=1), ctx)).status is RunStatus.FAILED
+    ctx.registry.register(promising(B))
+    assert (await execute_step("n", marked, A(value=1), ctx)).final_state == B(result=1)
+    result = await execute_step("n", marked, A(value=1), ctx, contract=promising(Strict))
+    assert result.status is RunStatus.FAILED
+
+
+async def test_execute_step_without_a_contract() -> None:
+    """Without a contract nothing is refused: output that fits the input's class becomes it, other output is kept."""
+    ctx = context_of()
+
+    async def fits(state: A) -> Any:
+        return {"value": state.value + 1}
+
+    async def other(state: A) -> Any:
+        return {"anything": [state.value]}
+
+    async def scalar(state: A) -> Any:
+        return "text"
+
+    async def model(state: A) -> Any:
+        return B(result=9)
+
+    assert (await execute_step("fits", fits, A(value=1), ctx)).final_state == A(value=2)
+    kept: list[Any] = [
+        (await execute_step(name, func, A(value=1), ctx)).final_state
+        for name, func in (("other", other), ("scalar", scalar), ("model", model))
+    ]
+    assert kept == [{"anything": [1]}, "text", B(result=9)]
+
+
+async def test_execute_step_failures() -> None:
+    """A failing step is a result, FAILED or PARTIAL, with its failure in the trace; never an exception."""
+    ctx = context_of()
+
+    async def broken(state: A) -> Any:
+        raise ValueError("no")
+
+    partial = await execute_step("broken", broken, A(value=1), ctx, contract=contract("broken"))
+    assert partial.status is RunStatus.PARTIAL
+    assert [e.failure_message for e in partial.trace.failures()] == ["no"]
+
+    async def wrong(state: A) -> Any:
+        return {}
+
+    failed = await execute_step("wrong", wrong, A(value=1), ctx, contract=contract("wrong"))
+    assert failed.status is RunStatus.FAILED
+
+
+async def test_stroma_step_decorates() -> None:
+    """StromaStep(ctx)(id, input=, output=) registers the contract; a call of the function gives an ExecutionResult."""
+    ctx = context_of()
+    step = StromaStep(ctx)
+    assert step.ctx is ctx
+
+    @step("double", input=A, output=B)
+    async def double(state: A) -> Any:
+        """Twice as much."""
+        return {"result": state.value * 2}
+
+    registered = ctx.registry.get("double")
+    assert (registered.input_schema, registered.output_schema) == (A, B)
+    assert double._stroma_node_id == "double"  # type: ignore[attr-defined]
+    assert double._stroma_contract == registered  # type: ignore[attr-defined]
+    assert (double.__name__, double.__doc__) == ("double", "Twice as much.")
+    result = await double(A(value=4))
+    assert isinstance(result, ExecutionResult)
+    assert result.final_state == B(result=8)
+    assert [e.step_id for e in result.trace] == ["double"]
+
+
+async def test_stroma_step_wraps() -> None:
+    """StromaStep.wrap(id, func, contract=) gives a function that carries the markers and returns results."""
+    ctx = context_of()
+
+    async def double(state: A) -> Any:
+        return {"result": state.value * 2}
+
+    promised = contract("double")
+    wrapped: Callable[..., Awaitable[ExecutionResult]] = StromaStep(ctx).wrap("double", double, contract=promised)
+    assert wrapped._stroma_node_id == "double"  # type: ignore[attr-defined]
+    assert wrapped._stroma_contract is promised  # type: ignore[attr-defined]
+    assert not hasattr(double, "_stroma_node_id")
+    assert (await wrapped(A(value=4))).final_state == B(result=8)
+    bare = StromaStep(ctx).wrap("bare", double)
+    result: Any = await bare(A(value=4))
+    assert result.final_state == {"result": 8}
+    marked = StromaStep(ctx).wrap("double", stroma_node("double", promised)(double))
+    assert marked._stroma_contract is promised  # type: ignore[attr-defined]
+
+
+def test_hook_callables_may_be_given_by_position() -> None:
+    """NodeHooks(start, success, failure) takes the three in their published order."""
+
+    async def start(*_: Any) -> None: ...
+    async def success(*_: Any) -> None: ...
+    async def failure(*_: Any) -> None: ...
+
+    hooks = NodeHooks(start, success, failure)
+    assert (hooks.on_node_start, hooks.on_node_success, hooks.on_node_failure) == (start, success, failure)
+
+
+def test_classifier_is_a_callable_type() -> None:
+    """Classifier is Callable[[Exception, NodeContext], FailureClass | None]."""
+    parameters, answer = get_args(stroma.Classifier)
+    assert parameters == [Exception, NodeContext]
+    assert set(get_args(answer)) == {FailureClass, type(None)}
