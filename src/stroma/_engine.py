@@ -106,6 +106,8 @@ async def execute(
         committed = await restore(ctx, node, value, position, branch=branch, kind=kind, contract=contract)
         if committed is not None:
             return committed
+    if branch and (position, branch) in ctx.done:
+        return ctx.done[position, branch]
     given, promised = _schemas(ctx, node, value, contract)
     if isinstance(node, Group):
         kind = "group"
@@ -125,6 +127,8 @@ async def execute(
                     return _refused(run, exceeded)
             outcome = await _attempt(ctx, run, node, given, promised, value)
             if not isinstance(outcome, Failure):
+                if ctx.step_policies and isinstance(outcome, BaseModel):
+                    _remember(ctx, position, branch, outcome)
                 return outcome
             decision = _decide(ctx, run, node, outcome)
             if isinstance(decision, Stop):
@@ -139,6 +143,14 @@ async def execute(
             await sleep(delay)
     finally:
         CURRENT.reset(token)
+
+
+def _remember(ctx: ReliabilityContext, position: int, branch: str, output: BaseModel) -> None:
+    """Only node_policies can try a whole group again; what its children committed is not run again then."""
+    if branch:
+        ctx.done[position, branch] = output
+    else:
+        ctx.done.clear()
 
 
 def _schemas(
@@ -456,8 +468,9 @@ async def _fire_success(
 
 async def _tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> None:
     ctx.run_logger.warning(
-        "node %r failed at attempt %d (%s): %s",
+        "node %r%s failed at attempt %d (%s): %s",
         run.node_id,
+        f" [{run.branch}]" if run.branch else "",
         run.attempt,
         failure.failure_class,
         failure.message,

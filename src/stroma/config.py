@@ -6,7 +6,7 @@ import uuid
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, field_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SkipValidation, field_validator
 
 from stroma.contracts import check_id
 from stroma.cost import ExecutionBudget, FallbackPolicy
@@ -64,6 +64,18 @@ class RunConfig(BaseModel):
     hook_errors: Literal["isolate", "raise"] = "isolate"
     hook_timeout_ms: int | None = Field(default=5000, gt=0)
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
+
+    # A generated id names one run. Copies made by hand share the mark, so that no two runs take it.
+    _taken: list[bool] = PrivateAttr(default_factory=list)
+
+    def take_run_id(self) -> str:
+        """The id of the next run: the one that was given; or the generated one, once, and then fresh ones."""
+        if "run_id" in self.model_fields_set:
+            return self.run_id
+        if self._taken:
+            return new_run_id()
+        self._taken.append(True)
+        return self.run_id
 
     @field_validator("run_id", "pipeline")
     @classmethod

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import inspect
 import logging
 from collections.abc import Awaitable, Mapping
@@ -219,6 +220,9 @@ class ReliabilityContext:
     def __post_init__(self) -> None:
         self.session: Session = _NO_SESSION
         self.restored: Mapping[tuple[int, str], Committed] = {}
+        self._opening = asyncio.Lock()
+        #: What the children of a group committed in an earlier attempt of it, for the next one.
+        self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
         self.next_position = 0
@@ -268,7 +272,11 @@ class ReliabilityContext:
         self, initial_state: BaseModel, *, resume: bool = False, discard_from: int | None = None
     ) -> Session:
         """Begin the run in the store, once; or continue the last execution."""
-        if self.session is _NO_SESSION:
+        if self.session is not _NO_SESSION:
+            return self.session
+        async with self._opening:
+            if self.session is not _NO_SESSION:
+                return self.session
             request = RunRequest(
                 run_id=self.run_id,
                 pipeline=self.pipeline,

@@ -19,7 +19,7 @@ from stroma.checkpoint import (
     Committed,
     PipelineChanged,
 )
-from stroma.config import RunConfig, new_run_id
+from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.cost import ExecutionBudget, FallbackPolicy
@@ -67,8 +67,6 @@ class StromaRunner:
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
         self.config = config if config is not None else RunConfig()
-        # A generated id names one run: the first takes it, each later one gets a fresh id.
-        self._spent_id: str | None = None
 
     @classmethod
     def quick(
@@ -208,10 +206,8 @@ class StromaRunner:
         changes: dict[str, Any] = {}
         if run_id is not None:
             changes["run_id"] = run_id
-        elif "run_id" not in config.model_fields_set:
-            if self._spent_id == config.run_id:
-                changes["run_id"] = new_run_id()
-            self._spent_id = config.run_id
+        elif (taken := config.take_run_id()) != config.run_id:
+            changes["run_id"] = taken
         if context is not None:
             changes["context"] = context
         if resume is not None:

@@ -243,6 +243,8 @@ class DatabaseFile:
 
     def _is_ours(self, db: sqlite3.Connection) -> bool:
         """False for an empty database. Raises StoreError for one that is not a store, or is too new for us."""
+        # In this order: were the file made between the two looks, it must not seem to be somebody else's.
+        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = db.execute("PRAGMA application_id").fetchone()
         if application == _APPLICATION_ID:
             rows = db.execute("SELECT v FROM meta WHERE k = 'min_reader'").fetchall()
@@ -255,7 +257,6 @@ class DatabaseFile:
                     f"{_SCHEMA_VERSION}); upgrade stroma, or give another path"
                 )
             return True
-        (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         if application or tables:
             raise lasting(
                 f"{self.path} is a SQLite database of another program, not a stroma store; give another path"

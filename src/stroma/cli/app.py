@@ -12,7 +12,7 @@ from typing import Any, Final
 
 import click
 
-from stroma.cli.errors import Code, Problem, command, debugging
+from stroma.cli.errors import Code, Problem, debugging
 from stroma.cli.output import err, out
 
 __all__ = ["app", "start"]
@@ -118,7 +118,7 @@ def _guarded(call: Callable[[], Any]) -> int:
             raise
         raise Problem(
             f"this should not have happened: {type(error).__name__}: {error}",
-            f"see where with: STROMA_DEBUG=1 {command(*sys.argv[1:])}; please report it",
+            "see where by setting STROMA_DEBUG=1, and please report it",
             code=Code.ENVIRONMENT,
         ) from error
     return code if isinstance(code, int) else Code.OK

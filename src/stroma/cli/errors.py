@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shlex
+from collections.abc import Sequence
 from enum import IntEnum
 from typing import IO, Any
 
@@ -40,11 +41,21 @@ class Problem(click.ClickException):
             err.line("  ", line)
 
 
-def command(*words: str) -> str:
+def command(name: str, *arguments: str, options: Sequence[str] = ()) -> str:
     """A command line of ours, to be copied into a shell."""
     context = click.get_current_context(silent=True)
     program = context.find_root().info_name if context is not None else None
-    return " ".join((program or "stroma", shlex.join(words)))
+    words = [name, *arguments, *options]
+    if any(word.startswith("-") and word != "-" for word in arguments):
+        words = [name, *options, "--", *arguments]
+    return " ".join([program or "stroma", *map(_quote, words)])
+
+
+def _quote(word: str) -> str:
+    if word.isprintable():
+        return shlex.quote(word)
+    plain = word.replace("\\", r"\\").replace("'", r"\'")
+    return "$'" + "".join(ch if ch.isprintable() else f"\\U{ord(ch):08x}" for ch in plain) + "'"
 
 
 def debugging() -> bool:

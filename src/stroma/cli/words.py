@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
-__all__ = ["ago", "clean", "count", "iso", "local", "money", "plural", "short_id", "span"]
+__all__ = ["ago", "clean", "count", "id_word", "iso", "local", "money", "plural", "short_id", "span"]
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -23,6 +23,11 @@ def short_id(run_id: str) -> str:
     if len(run_id) == 32 and _HEX.issuperset(run_id):
         return run_id[:12]
     return clean(run_id, 40)
+
+
+def id_word(run_id: str) -> str:
+    """What names a run in a command: the beginning of a generated id, all of any other."""
+    return short_id(run_id) if run_id.startswith(short_id(run_id)) else run_id
 
 
 def money(usd: float) -> str:

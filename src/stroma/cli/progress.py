@@ -1,0 +1,169 @@
+"""What a run is doing, line by line on stderr, seen through its hooks."""
+
+from __future__ import annotations
+
+import logging
+import time
+from datetime import datetime
+from typing import Any
+
+from stroma.cli.errors import debugging
+from stroma.cli.output import Part, err
+from stroma.cli.words import clean, count, id_word, money, span
+from stroma.context import NodeExecution, current_node
+from stroma.cost import BudgetExceeded
+from stroma.failures import FailureClass, NodeContext, diagnose
+from stroma.hooks import NodeHooks
+from stroma.trace import ExecutionResult
+
+__all__ = ["Progress", "listen"]
+
+_NAME_WIDTH = 30
+_UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
+
+
+class Progress:
+    """Hooks that print. One line for each start, end, wait and restored output; none when quiet.
+
+    Attributes:
+        result: how the run ended, also when ``run()`` raised; None until then.
+    """
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self.result: ExecutionResult | None = None
+        self._started: dict[tuple[int, str], float] = {}
+
+    def hooks(self) -> NodeHooks:
+        """The set to give to a runner."""
+        if self._quiet:
+            return NodeHooks(on_run_end=self._run_end)
+        return NodeHooks(
+            on_node_start=self._node_start,
+            on_node_success=self._node_success,
+            on_node_failure=self._node_failure,
+            on_run_start=self._run_start,
+            on_run_end=self._run_end,
+            on_node_retry=self._node_retry,
+            on_node_skipped=self._node_skipped,
+            on_node_cancelled=self._node_cancelled,
+            on_node_suspended=self._node_suspended,
+            on_budget_warning=self._budget_warning,
+        )
+
+    # ------------------------------------------------------------------ runs
+
+    async def _run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        _line((clean(pipeline, 60), "bold"), f": run {id_word(run_id) if run_id.isprintable() else clean(run_id)}")
+
+    async def _run_end(self, run_id: str, result: ExecutionResult) -> None:
+        self.result = result
+
+    async def _budget_warning(self, run_id: str, dimension: str, used: float, limit: float) -> None:
+        unit = _UNITS.get(dimension, "")
+        _line(("budget: ", "yellow"), f"{used:.6g} of {limit:.6g} {unit} used ({dimension})")
+
+    # ------------------------------------------------------------------ nodes
+
+    async def _node_start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        node = current_node()
+        if node is not None:
+            self._started[node.position, node.branch] = time.perf_counter()
+            again = f"attempt {node.attempt}" if node.attempt > 1 else ""
+            self._event(node, node_id, ("start", "cyan"), again)
+
+    async def _node_success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        self._event(current_node(), node_id, ("ok", "green"), *self._used(), totals=True)
+
+    async def _node_failure(
+        self, run_id: str, node_id: str, exc: Exception, failure_class: FailureClass
+    ) -> None:
+        node = current_node()
+        attempt = node.attempt if node is not None else 1
+        failure = diagnose(exc, NodeContext(node_id, attempt, run_id))
+        verb = ("BUDGET", "bold red") if isinstance(exc, BudgetExceeded) else ("FAILED", "bold red")
+        what = f"{failure_class}{f' {failure.reason}' if failure.reason else ''}"
+        self._event(node, node_id, verb, what, *self._used(), totals=True)
+        self._event(node, node_id, ("", ""), clean(failure.message))
+
+    async def _node_retry(
+        self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
+    ) -> None:
+        self._event(current_node(), node_id, ("wait", "yellow"), f"{span(delay)}, then attempt {attempt}")
+
+    async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        self._event(current_node(), node_id, ("kept", "blue"), "finished earlier, not called again")
+
+    async def _node_cancelled(self, run_id: str, node_id: str) -> None:
+        self._event(current_node(), node_id, ("cancelled", "yellow"), *self._used(), totals=True)
+
+    async def _node_suspended(self, run_id: str, node_id: str, reason: str) -> None:
+        self._event(current_node(), node_id, ("suspended", "yellow"), clean(reason))
+
+    def _used(self) -> list[str]:
+        """Seconds, tokens, dollars and model of the attempt that ends here."""
+        node = current_node()
+        if node is None:
+            return []
+        started = self._started.pop((node.position, node.branch), None)
+        used = [span(time.perf_counter() - started)] if started is not None else []
+        if node.usage.tokens:
+            used += [count(node.usage.tokens), money(node.usage.cost_usd)]
+        if node.usage.model:
+            used.append(clean(node.usage.model, 40))
+        return used
+
+    def _event(
+        self, node: NodeExecution | None, node_id: str, verb: tuple[str, str], *details: str, totals: bool = False
+    ) -> None:
+        depth, name = 0, clean(node_id, 80)
+        if node is not None and node.branch:
+            depth = node.branch.count(".") + 1
+            if node.kind == "item":
+                name += f"[{node.branch.rpartition('.')[2]}]"
+        word, style = verb
+        if not word:
+            name = ""
+        name = f"{'  ' * depth}{name}".ljust(_NAME_WIDTH)
+        parts: list[Part] = [name, "  ", (word.ljust(9), style) if style else word.ljust(9), " "]
+        parts.append(", ".join(filter(None, details)))
+        if totals and node is not None:
+            spent = node.ctx.cost_tracker
+            sums = f"{count(int(spent.used('tokens')))}, {money(spent.used('cost'))}"
+            parts.append((f"  | run: {sums}", "dim"))
+        _line(*parts)
+
+
+def _line(*parts: Part) -> None:
+    clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]  # noqa: DTZ005 - the wall clock of who looks
+    # Nothing here may raise: what a hook raises could be made an error of the run's.
+    err.line((clock, "dim"), "  ", *_trimmed(parts))
+
+
+def _trimmed(parts: tuple[Part, ...]) -> list[Part]:
+    kept = [part for part in parts if part]
+    if kept and isinstance(kept[-1], str):
+        kept[-1] = kept[-1].rstrip()
+    return kept
+
+
+class _Listener(logging.Handler):
+    """Shows what the engine logs and no hook tells."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        if str(record.msg).startswith("node %r failed at attempt"):
+            return  # The failure hook has told it.
+        try:
+            text = record.getMessage()
+        except Exception:
+            text = str(record.msg)
+        if record.exc_info and record.exc_info[1] is not None:
+            text += f": {record.exc_info[1]!r}"
+            if debugging():
+                text += "\n" + logging.Formatter().formatException(record.exc_info)
+        _line((f"{record.levelname.lower()}: ", "yellow"), text if debugging() else clean(text, 600))
+
+
+def listen(*, quiet: bool) -> None:
+    """Show warnings of the engine from now on; only errors when quiet."""
+    logging.getLogger("stroma").addHandler(_Listener(logging.ERROR if quiet else logging.WARNING))

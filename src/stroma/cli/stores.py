@@ -1,0 +1,174 @@
+"""--db: which store, opened so that every way in which that fails is one message."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from stroma.checkpoint.journal import CheckpointNotFound, PipelineChanged, RunRecord, StoreError
+from stroma.checkpoint.memory import AsyncInMemoryStore
+from stroma.checkpoint.sqlite import SQLiteStore
+from stroma.checkpoint.urls import open_store
+from stroma.cli.errors import Code, Problem, command
+from stroma.cli.words import ago, clean
+
+__all__ = ["Database", "db_option"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def db_option(func: F) -> F:
+    """The option that every command with a store has."""
+    return click.option(
+        "--db",
+        envvar="STROMA_DB",
+        metavar="PATH_OR_URL",
+        help="The store: a SQLite file, or a URL.  [env: STROMA_DB; default: runs.db in your data directory]",
+    )(func)
+
+
+def data_directory() -> Path:
+    """Where this user's programs keep data, by the conventions of the platform."""
+    given = os.environ.get("XDG_DATA_HOME", "")
+    if os.path.isabs(given):
+        return Path(given, "stroma")
+    if sys.platform == "win32":
+        return Path(os.environ.get("LOCALAPPDATA") or Path.home() / "AppData" / "Local", "stroma")
+    if sys.platform == "darwin":
+        return Path.home() / "Library" / "Application Support" / "stroma"
+    return Path.home() / ".local" / "share" / "stroma"
+
+
+@dataclass(frozen=True, slots=True)
+class Database:
+    """The store that a command was given.
+
+    Attributes:
+        name: as messages show it.
+        words: the option to repeat in a command that shall find the same store.
+        is_default: nothing was given.
+    """
+
+    name: str
+    words: tuple[str, ...]
+    is_default: bool
+    store: SQLiteStore | AsyncInMemoryStore
+
+    @classmethod
+    def choose(cls, given: str | None) -> Database:
+        """The store of --db, of STROMA_DB, or the default one. Nothing is opened yet. Raises Problem."""
+        if not given:
+            try:
+                path = data_directory() / "runs.db"
+            except RuntimeError as error:  # No home directory.
+                raise Problem(
+                    f"there is no place for the store: {error}", "name one: --db FILE", code=Code.ENVIRONMENT
+                ) from None
+            return cls(str(path), (), True, SQLiteStore(path))
+        try:
+            store = open_store(given)
+        except ValueError as error:
+            raise Problem(f"--db {given}: {error}", code=Code.USAGE) from None
+        source = click.get_current_context().get_parameter_source("db")
+        from_environment = source is click.core.ParameterSource.ENVIRONMENT
+        return cls(given, () if from_environment else ("--db", given), False, store)
+
+    @property
+    def keeps(self) -> bool:
+        """Whether another process can find what this one stores."""
+        return isinstance(self.store, SQLiteStore)
+
+    def prepare(self) -> None:
+        """Make the directory of the default store, readable by nobody else."""
+        if not self.is_default:
+            return
+        missing = [path for path in Path(self.name).parents if not path.exists()]
+        try:
+            for path in reversed(missing):
+                path.mkdir(mode=0o700, exist_ok=True)
+        except OSError as error:
+            raise Problem(
+                f"the directory of the store cannot be made: {error.strerror}: {error.filename}",
+                "make it, or name another store: --db FILE, or STROMA_DB=FILE",
+                code=Code.ENVIRONMENT,
+            ) from error
+
+    @contextmanager
+    def explained(self) -> Iterator[None]:
+        """What the store raises ends the command with its own words, which say what to do."""
+        try:
+            yield
+        except StoreError as error:
+            raise self.problem(error) from error
+
+    def problem(self, error: StoreError, *more: str) -> Problem:
+        """A StoreError as the end of a command."""
+        code = Code.ENVIRONMENT
+        if isinstance(error, CheckpointNotFound):
+            code = Code.NOT_FOUND
+        elif isinstance(error, PipelineChanged):
+            code = Code.USAGE
+        return Problem(clean(str(error), 1000), *more, code=code)
+
+    # ------------------------------------------------------------------ reading
+
+    @property
+    def reader(self) -> SQLiteStore:
+        """The store, to read runs from. Raises Problem if there is none."""
+        if not isinstance(self.store, SQLiteStore):
+            raise Problem(
+                f"{self.name} keeps nothing once its process has ended",
+                "name a store that lasts: --db FILE",
+                code=Code.USAGE,
+            )
+        if not os.path.exists(self.store.path) and not self.is_default:
+            raise Problem(
+                f"there is no store {self.name}",
+                f"check --db, or begin one: {command('run', 'FILE.py:NAME', options=self.words)}",
+                code=Code.NOT_FOUND,
+            )
+        return self.store
+
+    @property
+    def is_empty(self) -> bool:
+        """Whether nothing was ever run with the default store."""
+        return self.is_default and not os.path.exists(self.name)
+
+    def find(self, run: str) -> RunRecord:
+        """The one run that an id, its beginning, or "last" names. Raises Problem."""
+        store = self.reader
+        with self.explained():
+            try:
+                found = [] if self.is_empty else store.find_run(run)
+                records = [record for run_id in found if (record := store.get_run(run_id)) is not None]
+            except ValueError as error:  # No text that an id can be.
+                raise Problem(str(error), code=Code.USAGE) from None
+        if len(records) == 1:
+            return records[0]
+        if not records:
+            what = "there is no run yet" if run == "last" else f"there is no run whose id begins with {run!r}"
+            raise Problem(
+                f"{what} in {self.name}",
+                f"see which there are: {command('runs', options=self.words)}",
+                code=Code.NOT_FOUND,
+            )
+        lines = [
+            f"{clean(r.run_id, 80)}  {clean(r.pipeline, 40)}  {r.status}  {ago(r.started_ms)}" for r in records
+        ]
+        raise Problem(
+            f"{run!r} begins the ids of {len(records)} runs; give more of the one you mean", *lines, code=Code.USAGE
+        )  # fmt: skip
+
+    def known(self, run_id: str) -> RunRecord | None:
+        """The run with exactly this id, if the store has it already."""
+        if not isinstance(self.store, SQLiteStore) or not os.path.exists(self.store.path):
+            return None
+        with self.explained():
+            return self.store.get_run(run_id)

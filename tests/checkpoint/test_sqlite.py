@@ -1,0 +1,1256 @@
+"""SQLiteStore: what it promises, each promise with the fault that would break it."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import gc
+import inspect
+import itertools
+import os
+import pathlib
+import signal
+import sqlite3
+import stat
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field
+
+import stroma
+from stroma.checkpoint import (
+    AsyncCheckpointStore,
+    AsyncInMemoryStore,
+    CheckpointManager,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    Fenced,
+    JournalStore,
+    PipelineChanged,
+    RunRequest,
+    StoreError,
+)
+from stroma.checkpoint import _sqlite_file as sqlite_file
+from stroma.checkpoint.sqlite import SQLiteStore
+from stroma.checkpoint.urls import open_store
+from stroma.failures import FailureClass
+from stroma.schemas import NotSerialisable, schema_of
+from stroma.trace import Row
+
+STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
+SRC = str(pathlib.Path(stroma.__file__).parents[1])
+
+
+class State(BaseModel):
+    text: str = "a"
+    n: int = 0
+
+
+class Other(BaseModel):
+    n: int
+
+
+class Holds(BaseModel):
+    model_config = {"arbitrary_types_allowed": True}
+    thing: Any = None
+
+
+SCHEMA = schema_of(State)
+
+
+def row(
+    position: int = 0,
+    node: str = "node",
+    *,
+    attempt: int = 1,
+    branch: str = "",
+    tokens: int = 0,
+    cost: float = 0.0,
+    ms: int = 0,
+    failure: FailureClass | None = None,
+    message: str | None = None,
+) -> Row:
+    outcome: Any = "success" if failure is None else "failure"
+    usage = (tokens, tokens // 2, cost, "model" if tokens else None)
+    return (
+        *(node, attempt, next(STARTS), ms * 1_000_000, (), None, failure, message, None, outcome),
+        *(*usage, position, branch, None),
+    )  # type: ignore[return-value]
+
+
+async def begin(store: Any, run_id: str = "run", state: BaseModel | None = None, **request: Any) -> Any:
+    state = State() if state is None else state
+    opened = store.open_run(RunRequest(run_id, "pipeline", state, schema_of(type(state)), **request))
+    return await opened if inspect.isawaitable(opened) else opened
+
+
+async def settle(pending: Any) -> None:
+    if pending is not None:
+        await pending
+
+
+async def commit(session: Any, position: int, n: int = 0, node: str = "node", **facts: Any) -> None:
+    await settle(session.record(row(position, node, **facts), SCHEMA, State(n=n)))
+
+
+def restored(session: Any) -> dict[tuple[int, str], tuple[str, BaseModel]]:
+    return {key: (found.node_id, SCHEMA.restore(found.output)) for key, found in session.restored.items()}
+
+
+def raw(path: pathlib.Path) -> contextlib.closing[sqlite3.Connection]:
+    return contextlib.closing(sqlite3.connect(path, isolation_level=None, timeout=10))
+
+
+def child(code: str, *args: object, **options: Any) -> subprocess.Popen[str]:
+    """A process that runs code with this module's helpers at hand."""
+    prelude = f"""
+        import asyncio, importlib.util, os, sys
+        spec = importlib.util.spec_from_file_location("helpers", {__file__!r})
+        helpers = sys.modules["helpers"] = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(helpers)
+        from helpers import *
+    """
+    text = textwrap.dedent(prelude) + textwrap.dedent(code)
+    return subprocess.Popen(
+        [sys.executable, "-c", text, *map(str, args)],
+        env={**os.environ, "PYTHONPATH": SRC},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+def finish(process: subprocess.Popen[str]) -> str:
+    out, err = process.communicate(timeout=60)
+    assert process.returncode == 0, err
+    return out
+
+
+class Faulty(sqlite3.Connection):
+    """A connection whose statements can be intercepted."""
+
+    intercept: Any = staticmethod(lambda run, sql: run())
+
+    def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:  # type: ignore[override]
+        run = lambda: super(Faulty, self).execute(sql, *parameters)  # noqa: E731
+        return self.intercept(run, sql) or run()  # type: ignore[no-any-return]
+
+
+def faulty(intercept: Any) -> Any:
+    kind = type("Intercepted", (Faulty,), {"intercept": staticmethod(intercept)})
+    return lambda uri: sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=kind)
+
+
+def sqlite_error(code: int) -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError("injected")
+    error.sqlite_errorcode = code
+    return error
+
+
+@pytest.fixture
+def path(tmp_path: pathlib.Path) -> pathlib.Path:
+    return tmp_path / "runs.db"
+
+
+@pytest.fixture
+def store(path: pathlib.Path) -> Iterator[SQLiteStore]:
+    with SQLiteStore(path) as opened:
+        yield opened
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def any_store(request: pytest.FixtureRequest, path: pathlib.Path) -> Iterator[Any]:
+    if request.param == "memory":
+        yield AsyncInMemoryStore()
+    else:
+        with SQLiteStore(path) as opened:
+            yield opened
+
+
+class TestExecutions:
+    """Every store agrees with the one in memory about what an execution is."""
+
+    async def test_a_restart_is_a_new_execution(self, any_store: Any) -> None:
+        """Opening a run again begins an execution with its own commits and totals."""
+        first = await begin(any_store)
+        await commit(first, 0, 1, tokens=10, cost=0.5)
+        await settle(first.end("COMPLETED", None))
+        second = await begin(any_store, state=State(text="other"))
+        assert (first.execution, second.execution, second.continued) == (1, 2, False)
+        assert (restored(second), second.prior.tokens) == ({}, 0)
+        third = await begin(any_store, state=State(text="other"), resume=True)
+        assert (third.execution, third.continued, restored(third)) == (2, True, {})
+        assert await any_store.load_typed("run", "node", State) is None
+
+    async def test_a_resume_continues_the_last_execution(self, any_store: Any) -> None:
+        """resume=True finds every commit, of branches too, and what all attempts used, failed ones too."""
+        first = await begin(any_store)
+        await settle(
+            first.record(row(0, tokens=3, cost=0.25, ms=10, failure=FailureClass.AMBIGUOUS), None, None)
+        )
+        await commit(first, 0, 1, tokens=10, cost=0.5, ms=20, attempt=2)
+        await commit(first, 1, 2, "child", branch="0", tokens=7, ms=40)
+        await commit(first, 1, 3, "child", branch="1.2", ms=40)
+        second = await begin(any_store, resume=True)
+        assert (second.execution, second.continued) == (1, True)
+        assert restored(second) == {
+            (0, ""): ("node", State(n=1)),
+            (1, "0"): ("child", State(n=2)),
+            (1, "1.2"): ("child", State(n=3)),
+        }
+        assert {found.contract for found in second.restored.values()} == {SCHEMA.fingerprint}
+        assert (second.prior.tokens, second.prior.cost_usd) == (20, 0.75)
+        assert second.prior.latency_ms == 30  # A child's time is part of its group's.
+
+    async def test_a_resume_of_nothing_begins(self, any_store: Any) -> None:
+        """resume=True on an unknown run id, or one that only has saved states, begins its first execution."""
+        await any_store.save("run", "node", State(n=1))
+        session = await begin(any_store, resume=True)
+        assert (session.execution, session.continued, restored(session)) == (1, False, {})
+        assert await any_store.load_typed("run", "node", State) is None
+
+    async def test_another_input_is_refused(self, any_store: Any) -> None:
+        """A run cannot be resumed with an input that it was not begun with; its commits stay."""
+        session = await begin(any_store, state=State(n=1))
+        await commit(session, 0)
+        with pytest.raises(PipelineChanged, match="another input"):
+            await begin(any_store, state=State(n=2), resume=True)
+        again = await begin(any_store, state=State(n=1), resume=True)
+        assert list(again.restored) == [(0, "")]
+
+    async def test_discard_from_forgets_the_commits_from_there_on(self, any_store: Any) -> None:
+        """discard_from keeps what stands before it, the usage of everything, and takes any input."""
+        session = await begin(any_store)
+        for position in range(4):
+            await commit(session, position, position, f"n{position}", tokens=1)
+        await commit(session, 2, 5, "child", branch="0", tokens=1)
+        await any_store.save("run", "saved", State(n=9))
+        again = await begin(any_store, state=State(n=77), resume=True, discard_from=2)
+        assert list(again.restored) == [(0, ""), (1, "")]
+        assert again.prior.tokens == 5
+        assert await any_store.load_typed("run", "n1", State) == State(n=1)
+        assert await any_store.load_typed("run", "n2", State) is None
+        assert await any_store.load_typed("run", "saved", State) == State(n=9)
+
+    async def test_the_newest_output_of_a_node_is_loaded(self, any_store: Any) -> None:
+        """load and load_typed give the last thing kept for a node id, committed or saved."""
+        session = await begin(any_store)
+        await commit(session, 0, 1)
+        await commit(session, 3, 2)
+        assert await any_store.load("run", "node") == State(n=2)
+        await any_store.save("run", "node", State(n=3))
+        assert await any_store.load_typed("run", "node", State) == State(n=3)
+        await commit(session, 4, 4)
+        assert await any_store.load_typed("run", "node", Other) == Other(n=4)
+        await any_store.delete("run")
+        assert await any_store.load("run", "node") is None
+
+    async def test_typed_saving_and_loading(self, any_store: Any) -> None:
+        """save_typed keeps an instance of the schema; load_typed refuses what is none, and schemas that are none."""
+        await any_store.save_typed("run", "node", State(n=4), Other)
+        assert await any_store.load("run", "node") == Other(n=4)
+        await any_store.save("run", "node", State(text="x"))
+        with pytest.raises(CorruptCheckpoint):
+            await any_store.load_typed("run", "node", schema_misfit())
+        for wrong in (dict, "State", None):
+            with pytest.raises(TypeError, match="schema must be a BaseModel type"):
+                await any_store.load_typed("run", "node", wrong)
+            with pytest.raises(TypeError, match="schema must be a BaseModel type"):
+                await any_store.save_typed("run", "node", State(), wrong)
+
+
+def schema_misfit() -> type[BaseModel]:
+    class Misfit(BaseModel):
+        text: int
+
+    return Misfit
+
+
+class TestCommit:
+    async def test_acknowledged_only_after_commit(self, path: pathlib.Path) -> None:
+        """Nobody is told that an output is kept before its COMMIT has ended."""
+        reached, release = threading.Event(), threading.Event()
+
+        def intercept(run: Any, sql: str) -> None:
+            if sql == "COMMIT" and armed:
+                reached.set()
+                release.wait(10)
+
+        armed = False
+        with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            session = await begin(store)
+            armed = True
+            pending = session.record(row(), SCHEMA, State(n=1))
+            await asyncio.to_thread(reached.wait, 10)
+            await asyncio.sleep(0.05)
+            assert not pending.done()
+            with raw(path) as db:
+                assert db.execute("SELECT count(*) FROM steps").fetchone() == (0,)
+            release.set()
+            await pending
+            with raw(path) as db:
+                assert db.execute("SELECT count(*) FROM steps").fetchone() == (1,)
+
+    async def test_what_waits_together_is_committed_together(self, path: pathlib.Path) -> None:
+        """A hundred concurrent runs need few transactions, and each has exactly its own outputs."""
+        commits = itertools.count()
+        count = lambda run, sql: next(commits) and None if sql == "COMMIT" else None  # noqa: E731
+
+        async def one(store: SQLiteStore, i: int) -> None:
+            session = await begin(store, f"run {i}")
+            for position in range(5):
+                await commit(session, position, i)
+            await session.end("COMPLETED", None)
+
+        async with SQLiteStore(path, _connect=faulty(count)) as store:
+            await asyncio.gather(*(one(store, i) for i in range(100)))
+            runs = store.list_runs(limit=1000)
+            assert sorted(run.run_id for run in runs) == sorted(f"run {i}" for i in range(100))
+            assert {(run.nodes, run.status) for run in runs} == {(5, "COMPLETED")}
+            assert await store.load_typed("run 42", "node", State) == State(n=42)
+        assert next(commits) < 100
+
+    async def test_an_attempt_is_kept_once_however_often_it_is_sent(self, path: pathlib.Path) -> None:
+        """A commit that succeeded but whose acknowledgement was lost is not counted again when it is repeated."""
+        lose = False
+
+        def intercept(run: Any, sql: str) -> Any:
+            if sql == "COMMIT" and lose:
+                run()
+                raise sqlite_error(sqlite3.SQLITE_PROTOCOL)
+
+        with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            session = await begin(store)
+            attempt = row(tokens=10, cost=0.1, ms=5)
+            lose = True
+            with pytest.raises(StoreError) as raised:
+                await session.record(attempt, SCHEMA, State(n=1))
+            assert raised.value.transient
+            lose = False
+            await session.record(attempt, SCHEMA, State(n=1))
+            (kept,) = store.attempts("run")
+            run = store.get_run("run")
+            assert run is not None
+            assert (run.tokens, run.cost_usd, run.nodes, kept.output) == (
+                10,
+                0.1,
+                1,
+                SCHEMA.encode(State(n=1)),
+            )
+
+    async def test_attempts_of_other_processes_and_group_attempts_are_all_kept(
+        self, store: SQLiteStore
+    ) -> None:
+        """Attempt 1 at one position may happen again, after a resume or in a retried group: each counts."""
+        session = await begin(store)
+        failure = FailureClass.RECOVERABLE
+        await session.record(row(0, tokens=1, failure=failure, message="first"), None, None)
+        await session.record(row(0, tokens=2, failure=failure, branch="0"), None, None)
+        await session.record(row(0, tokens=4, failure=failure, branch="0"), None, None)
+        again = await begin(store, resume=True)
+        await commit(again, 0, 5, tokens=8)
+        assert [(a.branch, a.attempt, a.tokens) for a in store.attempts("run")] == [
+            ("", 1, 1),
+            ("0", 1, 2),
+            ("0", 1, 4),
+            ("", 1, 8),
+        ]
+        assert [a.output is not None for a in store.attempts("run")] == [False, False, False, True]
+        assert (await begin(store, resume=True)).prior.tokens == 15
+
+    async def test_cost_is_the_exact_sum_over_attempts(self, store: SQLiteStore) -> None:
+        """A run's cost is what its attempts cost, without the drift of adding floats."""
+        session = await begin(store)
+        for position in range(10):
+            await commit(session, position, cost=0.1)
+        run = store.get_run("run")
+        assert run is not None
+        assert run.cost_usd == 1.0
+        assert [a.cost_usd for a in store.attempts("run")] == [0.1] * 10
+        assert (await begin(store, resume=True)).prior.cost_usd == 1.0
+
+    async def test_if_commit_fails_everybody_in_it_is_told(self, path: pathlib.Path) -> None:
+        """A failed COMMIT fails each operation of its transaction with an error of its own, and keeps none."""
+        fail = False
+
+        def intercept(run: Any, sql: str) -> None:
+            if sql == "BEGIN IMMEDIATE":
+                time.sleep(0.05)  # Let them gather.
+            if sql == "COMMIT" and fail:
+                raise sqlite_error(sqlite3.SQLITE_FULL)
+
+        with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            session = await begin(store)
+            fail = True
+            pending = [session.record(row(i), SCHEMA, State(n=i)) for i in range(20)]
+            errors = await asyncio.gather(*pending, return_exceptions=True)
+            assert all(type(error) is StoreError and "disk is full" in str(error) for error in errors)
+            assert len(set(map(id, errors))) == 20
+            fail = False
+            await commit(session, 5)
+            assert [a.position for a in store.attempts("run")] == [5]
+
+    async def test_one_refused_operation_does_not_harm_its_neighbours(self, store: SQLiteStore) -> None:
+        """Operations share a transaction, but each is kept or refused by itself."""
+        stale = await begin(store, "stale")
+        await begin(store, "stale")
+        good = await begin(store, "good")
+        pending = [(stale if i % 2 else good).record(row(i), SCHEMA, State(n=i)) for i in range(20)]
+        errors = await asyncio.gather(*pending, return_exceptions=True)
+        assert [type(error) for error in errors] == [type(None), Fenced] * 10
+        assert [a.position for a in store.attempts("good")] == list(range(0, 20, 2))
+        assert store.attempts("stale") == []
+
+    async def test_cancelling_a_caller_loses_no_commit(self, store: SQLiteStore) -> None:
+        """Whoever awaits a commit may be cancelled at any instant: the output is kept, once."""
+        session = await begin(store)
+        for position in range(30):
+            task = asyncio.ensure_future(commit(session, position, position))
+            await asyncio.sleep(position * 0.00002)
+            task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await task
+        await commit(session, 30)
+        assert [a.position for a in store.attempts("run")] == list(range(31))
+
+    async def test_what_cannot_be_kept_is_refused_at_once(self, store: SQLiteStore) -> None:
+        """NotSerialisable names the field, out of the call itself, for inputs, outputs and saved states."""
+        session = await begin(store)
+        broken = Holds(thing=threading.Lock())
+        with pytest.raises(NotSerialisable, match=r"Holds\.thing cannot be serialised"):
+            session.record(row(), schema_of(Holds), broken)
+        with pytest.raises(NotSerialisable, match=r"Holds\.thing"):
+            store.open_run(RunRequest("x", "p", broken, schema_of(Holds)))
+        with pytest.raises(NotSerialisable, match=r"Holds\.thing"):
+            await store.save("x", "node", broken)
+        assert store.find_run("x") == []
+
+    async def test_any_message_can_be_kept(self, store: SQLiteStore) -> None:
+        """The text of an exception may hold what UTF-8 cannot say; the attempt is kept all the same."""
+        session = await begin(store)
+        await session.record(row(message="bad \ud800 \0 é", failure=FailureClass.TERMINAL), None, None)
+        await session.end("FAILED", "bad \ud800")
+        (kept,) = store.attempts("run")
+        assert (kept.message, kept.failure_class, kept.outcome) == ("bad \\ud800 \0 é", "TERMINAL", "failure")
+        run = store.get_run("run")
+        assert run is not None
+        assert (run.status, run.error) == ("FAILED", "bad \\ud800")
+
+
+class TestFence:
+    async def test_a_stale_session_can_write_nothing(self, path: pathlib.Path) -> None:
+        """Once somebody else has opened the run, record and end of the earlier session raise Fenced."""
+        with SQLiteStore(path) as here, SQLiteStore(path) as there:
+            stale = await begin(here)
+            await commit(stale, 0, 1)
+            owner = await begin(there, resume=True)
+            for pending in (
+                stale.record(row(1, tokens=5), SCHEMA, State(n=666)),
+                stale.record(row(1, tokens=5), None, None),
+                stale.end("COMPLETED", None),
+            ):
+                with pytest.raises(Fenced, match=rf"opened again meanwhile, by process {os.getpid()} on "):
+                    await pending
+            await commit(owner, 1, 2)
+            run = here.get_run("run")
+            assert run is not None
+            assert (run.status, run.tokens, run.nodes) == ("RUNNING", 0, 2)
+            assert await here.load_typed("run", "node", State) == State(n=2)
+            assert not Fenced.transient
+
+    async def test_a_refused_open_fences_nobody(self, store: SQLiteStore) -> None:
+        """Who may not resume a run does not disturb the one who is at work on it."""
+        session = await begin(store)
+        with pytest.raises(PipelineChanged):
+            await begin(store, state=State(n=5), resume=True)
+        await commit(session, 0)
+
+    async def test_a_session_of_a_deleted_run_meets_no_other_run(self, store: SQLiteStore) -> None:
+        """Deleting a run fences its session for good, even if the id, or its row, is used again."""
+        stale = await begin(store)
+        await store.delete("run")
+        with pytest.raises(Fenced, match="was deleted"):
+            await commit(stale, 0)
+        await begin(store)
+        await begin(store, "another")
+        with pytest.raises(Fenced, match="opened again"):
+            await commit(stale, 0)
+        assert store.attempts("run") == store.attempts("another") == []
+
+    async def test_a_replaced_file_fences_the_sessions_of_the_old_one(
+        self, store: SQLiteStore, path: pathlib.Path
+    ) -> None:
+        """If the file is deleted while in use, nothing is acknowledged into the void; new runs get a new file."""
+        stale = await begin(store)
+        await commit(stale, 0)
+        for file in path.parent.iterdir():
+            file.unlink()
+        with pytest.raises(Fenced, match="no longer in"):
+            await commit(stale, 1)
+        await commit(await begin(store, "new"), 0, 5)
+        with pytest.raises(Fenced):
+            await commit(stale, 2)
+        with raw(path) as db:
+            assert db.execute("SELECT run_id FROM runs").fetchall() == [("new",)]
+
+
+WRITER = """
+    async def one(store, run_id, commits):
+        session = await begin(store, run_id)
+        for position in range(commits):
+            await commit(session, position, position, tokens=1, cost=0.001)
+        await session.end("COMPLETED", None)
+
+    async def main():
+        async with SQLiteStore(sys.argv[1]) as store:
+            await asyncio.gather(*(one(store, f"{sys.argv[2]}-{i}", 25) for i in range(4)))
+
+    asyncio.run(main())
+"""
+
+ENDLESS = """
+    async def one(store, run_id):
+        session = await begin(store, run_id)
+        for position in range(100_000):
+            await commit(session, position, position, tokens=1)
+            print(run_id, position, flush=True)
+
+    async def main():
+        store = SQLiteStore(sys.argv[1])
+        await asyncio.gather(*(one(store, f"r{i}") for i in range(4)))
+
+    asyncio.run(main())
+"""
+
+
+class TestProcesses:
+    @pytest.mark.parametrize("processes", [2, 8])
+    def test_many_processes_write_one_file(self, path: pathlib.Path, processes: int) -> None:
+        """2 and 8 processes that make and fill one new file together: every run complete, nothing lost or doubled."""
+        running = [child(WRITER, path, f"process{i}") for i in range(processes)]
+        for process in running:
+            finish(process)
+        store = SQLiteStore(path)
+        runs = store.list_runs(limit=1000)
+        assert len(runs) == 4 * processes
+        assert {(run.status, run.nodes, run.tokens, run.cost_usd) for run in runs} == {
+            ("COMPLETED", 25, 25, 0.025)
+        }
+        for run in runs:
+            assert [a.position for a in store.attempts(run.run_id)] == list(range(25))
+        with raw(path) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+    @pytest.mark.parametrize("acknowledged", [1, 40, 300])
+    async def test_what_was_acknowledged_survives_sigkill(
+        self, path: pathlib.Path, acknowledged: int
+    ) -> None:
+        """After kill -9 in mid-stream every acknowledged commit is there, totals agree, and runs can be resumed."""
+        process = child(ENDLESS, path)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        told = [process.stdout.readline() for _ in range(acknowledged)]
+        process.kill()
+        told += process.stdout.readlines()
+        process.stdout.close()
+        process.stderr.close()
+        assert process.wait() == -signal.SIGKILL
+        lines = [line.split() for line in told if line.endswith("\n")]
+        assert len(lines) >= acknowledged
+        with SQLiteStore(path) as store:
+            for run_id in {run_id for run_id, _ in lines}:
+                run = store.get_run(run_id)
+                assert run is not None
+                session = await begin(store, run_id, resume=True)
+                positions = [position for position, _ in session.restored]
+                assert positions == list(range(len(positions)))
+                assert set(positions) >= {int(p) for r, p in lines if r == run_id}
+                assert (
+                    run.nodes
+                    == run.tokens
+                    == session.prior.tokens
+                    == len(store.attempts(run_id))
+                    == len(positions)
+                )
+                assert all(model == State(n=p) for (p, _), (_, model) in restored(session).items())
+
+    def test_a_forked_child_opens_the_file_anew(self, path: pathlib.Path) -> None:
+        """After a fork both processes write, each through a connection and thread of its own."""
+        code = """
+            import gc
+
+            async def write(store, run_id):
+                session = await begin(store, run_id)
+                for position in range(20):
+                    await commit(session, position)
+
+            store = SQLiteStore(sys.argv[1])
+            unused = SQLiteStore(sys.argv[1])
+            asyncio.run(write(store, "before"))
+            asyncio.run(write(unused, "unused"))
+            pid = os.fork()
+            if pid == 0:
+                del unused
+                gc.collect()
+                asyncio.run(write(store, "child"))
+                store.close()
+                sys.exit(0)
+            asyncio.run(write(store, "parent"))
+            assert os.waitpid(pid, 0)[1] == 0
+            asyncio.run(write(store, "after"))
+            asyncio.run(write(unused, "unused after"))
+            store.close()
+        """
+        finish(child(code, path))
+        runs = SQLiteStore(path).list_runs()
+        assert {run.run_id: run.nodes for run in runs} == dict.fromkeys(
+            ("before", "unused", "child", "parent", "after", "unused after"), 20
+        )
+        with raw(path) as db:
+            assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
+
+    def test_the_thread_does_not_keep_the_interpreter_alive(self, path: pathlib.Path) -> None:
+        """A program that forgets to close its store ends all the same, with everything kept."""
+        code = """
+            async def main():
+                await commit(await begin(store), 0)
+
+            store = SQLiteStore(sys.argv[1])
+            asyncio.run(main())
+        """
+        finish(child(code, path))
+        assert SQLiteStore(path).find_run("last") == ["run"]
+
+    def test_a_full_disk_is_survived(self, path: pathlib.Path) -> None:
+        """When the file may not grow, that is a named error; once there is room, the same process goes on."""
+        code = """
+            import resource
+
+            async def main():
+                _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+                async with SQLiteStore(sys.argv[1]) as store:
+                    session = await begin(store)
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (400_000, hard))
+                    for position in range(1000):
+                        attempt = row(position, tokens=1)
+                        try:
+                            await session.record(attempt, SCHEMA, State(text="x" * 2000))
+                        except StoreError as error:
+                            assert error.transient and "make room" in str(error), error
+                            break
+                    resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
+                    await session.record(attempt, SCHEMA, State(text="x" * 2000))
+                    assert 10 < position < 999
+                    run = store.get_run("run")
+                    assert run.nodes == run.tokens == position + 1, run
+            asyncio.run(main())
+        """
+        finish(child(code, path))
+
+
+class TestThreads:
+    async def test_several_event_loops_use_one_store(self, store: SQLiteStore) -> None:
+        """Event loops in several threads write through one store at once; each is woken in its own loop."""
+
+        async def work(i: int) -> None:
+            session = await begin(store, f"run{i}")
+            for position in range(20):
+                await commit(session, position, i)
+
+        await asyncio.gather(*(asyncio.to_thread(asyncio.run, work(i)) for i in range(6)), work(6))
+        assert {(run.run_id, run.nodes) for run in store.list_runs()} == {(f"run{i}", 20) for i in range(7)}
+
+    async def test_a_loop_that_closed_meanwhile_disturbs_nobody(self, path: pathlib.Path) -> None:
+        """If the loop of a caller is gone when its commit ends, the commit stands and others are served."""
+        hold = threading.Event()
+        slow = lambda run, sql: hold.wait(10) and None if sql == "COMMIT" and armed else None  # noqa: E731
+        armed = False
+        with SQLiteStore(path, _connect=faulty(slow)) as store:
+            session = await begin(store)
+            armed = True
+
+            async def leave() -> None:
+                session.record(row(0), SCHEMA, State())
+
+            await asyncio.to_thread(asyncio.run, leave())
+            hold.set()
+            await commit(session, 1)
+            assert [a.position for a in store.attempts("run")] == [0, 1]
+
+    async def test_if_the_thread_dies_everybody_is_told(self, store: SQLiteStore) -> None:
+        """Should the writer thread die, every operation that waits and every later one fails with a StoreError."""
+
+        def die(db: sqlite3.Connection) -> None:
+            time.sleep(0.05)
+            raise SystemExit
+
+        session = await begin(store)
+        pending = [store._submit(die), *(session.record(row(i), None, None) for i in range(5))]
+        errors = await asyncio.gather(*pending, return_exceptions=True)
+        errors += await asyncio.gather(session.record(row(9), None, None), return_exceptions=True)
+        assert all(
+            isinstance(e, StoreError) and "writer thread" in str(e) and not e.transient for e in errors
+        )
+        assert len(errors) == 7
+        assert store.attempts("run") == []
+
+    async def test_close_writes_what_is_queued(self, path: pathlib.Path) -> None:
+        """close() ends only once everything queued is committed; afterwards the store refuses to write."""
+        store = SQLiteStore(path)
+        session = await begin(store)
+        pending = [session.record(row(i), SCHEMA, State()) for i in range(50)]
+        await store.aclose()
+        await asyncio.gather(*pending)
+        assert [file.name for file in path.parent.iterdir()] == ["runs.db"]
+        assert len(store.attempts("run")) == 50
+        with pytest.raises(StoreError, match="is closed"):
+            await commit(session, 51)
+        store.close()
+
+    async def test_a_forgotten_store_leaves_no_thread(self, path: pathlib.Path) -> None:
+        """The thread ends when its store is collected."""
+        store = SQLiteStore(path)
+        await store.save("run", "node", State())
+        (thread,) = [w._thread for w in store._writers.values()]
+        del store
+        gc.collect()
+        await asyncio.to_thread(thread.join, 5)
+        assert not thread.is_alive()
+
+
+class TestFaults:
+    async def test_disk_full(self, path: pathlib.Path) -> None:
+        """A database that cannot grow is a named error; what was acknowledged stays, and it goes on with room."""
+        limit = 40
+
+        class Small(sqlite3.Connection):
+            def execute(self, sql: str, *parameters: Any) -> sqlite3.Cursor:  # type: ignore[override]
+                if sql == "BEGIN IMMEDIATE":
+                    super().execute(f"PRAGMA max_page_count={limit}")
+                return super().execute(sql, *parameters)
+
+        def small(uri: str) -> sqlite3.Connection:
+            return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Small)
+
+        with SQLiteStore(path, _connect=small) as store:
+            session = await begin(store)
+            attempt, kept = row(), 0
+            with pytest.raises(
+                StoreError, match=r"the disk is full: .*runs\.db cannot grow; free some space"
+            ) as raised:
+                while True:
+                    attempt = row(kept, tokens=1)
+                    await session.record(attempt, SCHEMA, State(text="x" * 2000))
+                    kept += 1
+            assert raised.value.transient
+            assert len(store.attempts("run")) == kept > 5
+            limit = 1000
+            await session.record(attempt, SCHEMA, State())
+            run = store.get_run("run")
+            assert run is not None
+            assert run.tokens == run.nodes == kept + 1
+
+    async def test_after_a_failed_fsync_nothing_is_acknowledged(self, path: pathlib.Path) -> None:
+        """A store whose disk failed poisons itself: an fsync that then succeeds would be a lie."""
+        fail = False
+
+        def intercept(run: Any, sql: str) -> None:
+            if sql == "COMMIT" and fail:
+                raise sqlite_error(sqlite3.SQLITE_IOERR_FSYNC)
+
+        with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            session = await begin(store)
+            await commit(session, 0)
+            fail = True
+            with pytest.raises(StoreError, match="the disk failed under") as raised:
+                await commit(session, 1)
+            assert not raised.value.transient
+            fail = False
+            with pytest.raises(StoreError, match="resume in a new process"):
+                await commit(session, 2)
+            with pytest.raises(StoreError, match="the disk failed"):
+                await begin(store, "other")
+        assert [a.position for a in SQLiteStore(path).attempts("run")] == [0]
+
+    async def test_a_lock_is_waited_for(self, store: SQLiteStore, path: pathlib.Path) -> None:
+        """While another process holds the lock, commits wait, off the event loop, and then all succeed."""
+        session = await begin(store)
+        with raw(path) as db:
+            db.execute("BEGIN IMMEDIATE")
+            pending = [session.record(row(i), SCHEMA, State()) for i in range(10)]
+            ticks = 0
+            until = time.monotonic() + 0.5
+            while time.monotonic() < until:
+                await asyncio.sleep(0.01)
+                ticks += 1
+            assert ticks > 20
+            assert not any(p.done() for p in pending)
+            assert store.attempts("run") == []  # Readers need not wait.
+            db.execute("ROLLBACK")
+        await asyncio.gather(*pending)
+        assert len(store.attempts("run")) == 10
+
+    async def test_a_lock_is_not_waited_for_for_ever(self, path: pathlib.Path) -> None:
+        """At the end of its patience the store says that the database is locked, and works once it is free."""
+        with SQLiteStore(path, _patience_seconds=0.2) as store:
+            session = await begin(store)
+            attempt = row(tokens=1)
+            with raw(path) as db:
+                db.execute("BEGIN IMMEDIATE")
+                with pytest.raises(
+                    StoreError, match=r"database is locked: .* for 0\.2 s; end that process"
+                ) as raised:
+                    await session.record(attempt, SCHEMA, State())
+                assert raised.value.transient
+            await session.record(attempt, SCHEMA, State())
+            assert len(store.attempts("run")) == 1
+
+    async def test_a_damaged_output_is_never_handed_out(self, store: SQLiteStore, path: pathlib.Path) -> None:
+        """A flipped byte is CorruptCheckpoint that names run, position, node and the way out; and that way works."""
+        session = await begin(store)
+        for position in range(3):
+            await commit(session, position, position, f"n{position}")
+        with raw(path) as db:
+            db.execute("UPDATE steps SET output = replace(output, '1', '7') WHERE position = 1")
+        damaged = (
+            r"node 'n1' at position 1 of run 'run' is damaged; resume from that node \(resume_from='n1'\)"
+        )
+        with pytest.raises(CorruptCheckpoint, match=damaged):
+            await begin(store, resume=True)
+        with pytest.raises(CorruptCheckpoint, match=damaged):
+            await store.load_typed("run", "n1", State)
+        with pytest.raises(CorruptCheckpoint, match=damaged):
+            store.attempts("run")
+        await commit(session, 3)  # The refused resume has fenced nobody, and left no statement open.
+        again = await begin(store, resume=True, discard_from=1)
+        await commit(again, 1, 1, "n1")
+        assert await store.load_typed("run", "n1", State) == State(n=1)
+
+    async def test_a_damaged_input_or_saved_state_is_told(
+        self, store: SQLiteStore, path: pathlib.Path
+    ) -> None:
+        """Checksums stand over inputs and saved states too, and data of another type is damage."""
+        await begin(store)
+        await store.save("run", "node", State())
+        assert store.input_of("run") == SCHEMA.encode(State())
+        with raw(path) as db:
+            db.execute("UPDATE inputs SET input = 'text'")
+            db.execute("UPDATE steps SET output = 5")
+        with pytest.raises(CorruptCheckpoint, match="input of run 'run' is damaged"):
+            store.input_of("run")
+        with pytest.raises(CorruptCheckpoint, match="saved state of node 'node' in run 'run' is damaged"):
+            await store.load("run", "node")
+
+    @pytest.mark.parametrize("content", [b"not a database, but long enough to look at" * 50, b"short"])
+    async def test_what_is_no_database_is_refused(self, path: pathlib.Path, content: bytes) -> None:
+        """A file that is not SQLite is left alone; the error names it and what to do."""
+        path.write_bytes(content)
+        with SQLiteStore(path) as store:
+            with pytest.raises(
+                StoreError, match=r"runs\.db is not a SQLite database; give another path"
+            ) as raised:
+                await begin(store)
+            assert not raised.value.transient
+            with pytest.raises(StoreError, match="is not a SQLite database"):
+                store.list_runs()
+        assert path.read_bytes() == content
+        assert len(list(path.parent.iterdir())) == 1
+
+    async def test_a_database_of_another_program_is_refused(self, path: pathlib.Path) -> None:
+        """Somebody else's SQLite file is not changed by a byte."""
+        with raw(path) as db:
+            db.execute("CREATE TABLE meta (k, v)")
+        before = path.read_bytes()
+        with SQLiteStore(path) as store:
+            with pytest.raises(StoreError, match="of another program, not a stroma store"):
+                await begin(store)
+            with pytest.raises(StoreError, match="of another program"):
+                store.list_runs()
+        assert path.read_bytes() == before
+
+    async def test_a_newer_file_is_refused(self, path: pathlib.Path) -> None:
+        """A file whose min_reader is beyond this release is not touched; one that is only newer is used."""
+        with SQLiteStore(path) as store:
+            await begin(store)
+        with raw(path) as db:
+            db.execute("UPDATE meta SET v = '2' WHERE k = 'schema_version'")
+        with SQLiteStore(path) as store:
+            await commit(await begin(store), 0)
+        with raw(path) as db:
+            db.execute("UPDATE meta SET v = '2' WHERE k = 'min_reader'")
+        with SQLiteStore(path) as store:
+            with pytest.raises(StoreError, match=r"written by a newer stroma .* upgrade stroma"):
+                await begin(store)
+            with pytest.raises(StoreError, match="upgrade stroma"):
+                store.get_run("run")
+        with raw(path) as db:
+            db.execute("UPDATE meta SET v = 'x' WHERE k = 'min_reader'")
+        with SQLiteStore(path) as store, pytest.raises(StoreError, match="is damaged"):
+            await begin(store)
+
+    async def test_a_missing_directory_is_named(self, tmp_path: pathlib.Path) -> None:
+        """A path in a directory that does not exist says so; once it is made, the same store works."""
+        with SQLiteStore(tmp_path / "no" / "runs.db") as store:
+            with pytest.raises(
+                StoreError, match=r"there is no directory .*/no; create it, or give another path"
+            ):
+                await begin(store)
+            (tmp_path / "no").mkdir()
+            await begin(store)
+
+    async def test_a_directory_is_no_database(self, tmp_path: pathlib.Path) -> None:
+        """A path that is a directory is a StoreError that names it."""
+        with SQLiteStore(tmp_path) as store, pytest.raises(StoreError, match="cannot open"):
+            await begin(store)
+
+    @pytest.mark.parametrize(
+        ("code", "said"),
+        [
+            (sqlite3.SQLITE_CORRUPT, "is damaged .* restore it from a backup"),
+            (sqlite3.SQLITE_READONLY, "may not be written"),
+            (sqlite3.SQLITE_IOERR_WRITE, "make room"),
+            (sqlite3.SQLITE_ERROR, "injected"),
+        ],
+    )
+    async def test_errors_of_sqlite_are_named(self, path: pathlib.Path, code: int, said: str) -> None:
+        """Whatever SQLite says comes out as a StoreError with the path and what to do, the cause attached."""
+
+        def intercept(run: Any, sql: str) -> None:
+            if sql == "BEGIN IMMEDIATE" and fail:
+                raise sqlite_error(code)
+
+        fail = False
+        with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            session = await begin(store)
+            fail = True
+            with pytest.raises(StoreError, match=said) as raised:
+                await commit(session, 0)
+            assert str(path) in str(raised.value)
+            assert isinstance(raised.value.__cause__, sqlite3.OperationalError)
+
+    async def test_journal_mode_is_tried_again_when_locked(self, path: pathlib.Path) -> None:
+        """Processes that make a file together may find it locked at the first statement: they wait."""
+        times = itertools.count()
+
+        def intercept(run: Any, sql: str) -> None:
+            if "journal_mode" in sql and next(times) < 5:
+                raise sqlite_error(sqlite3.SQLITE_BUSY_RECOVERY)
+
+        with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            await begin(store)
+
+    async def test_without_wal_there_is_no_store(self, path: pathlib.Path) -> None:
+        """Where WAL cannot be had (some network file systems), the store refuses instead of losing commits."""
+
+        def intercept(run: Any, sql: str) -> Any:
+            return sqlite3.connect(":memory:").execute("SELECT 'delete'") if "journal_mode" in sql else None
+
+        with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            with pytest.raises(StoreError, match="put it on a local disk"):
+                await begin(store)
+
+
+class TestFile:
+    @pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
+    async def test_only_the_owner_may_read(self, path: pathlib.Path) -> None:
+        """The file and those beside it have mode 0600, whatever the umask; an existing file keeps its own."""
+        before = os.umask(0)
+        try:
+            with SQLiteStore(path) as store:
+                await begin(store)
+                modes = {file.name: stat.S_IMODE(file.stat().st_mode) for file in path.parent.iterdir()}
+                assert modes == {"runs.db": 0o600, "runs.db-wal": 0o600, "runs.db-shm": 0o600}
+            path.chmod(0o640)
+            with SQLiteStore(path) as store:
+                await begin(store)
+        finally:
+            os.umask(before)
+        assert stat.S_IMODE(path.stat().st_mode) == 0o640
+
+    async def test_durability_is_set_as_asked(self, tmp_path: pathlib.Path) -> None:
+        """The default is WAL with synchronous=FULL; "normal" must be asked for, and nothing else exists."""
+
+        async def pragmas(store: SQLiteStore) -> tuple[Any, ...]:
+            names = ("journal_mode", "synchronous", "busy_timeout", "trusted_schema")
+            return await store._submit(
+                lambda db: tuple(db.execute(f"PRAGMA {n}").fetchone()[0] for n in names)
+            )
+
+        with SQLiteStore(tmp_path / "a") as full, SQLiteStore(tmp_path / "b", synchronous="normal") as normal:
+            assert await pragmas(full) == ("wal", 2, 0, 0)
+            assert await pragmas(normal) == ("wal", 1, 0, 0)
+        with pytest.raises(ValueError, match='give "full" or "normal"'):
+            SQLiteStore(tmp_path / "c", synchronous="off")  # type: ignore[arg-type]
+
+    async def test_nothing_is_opened_before_it_is_needed(self, path: pathlib.Path) -> None:
+        """Making a store, loading from it and reading it make no file; reading says that there is none."""
+        with SQLiteStore(path) as store:
+            assert await store.load("run", "node") is None
+            assert await store.load_typed("run", "node", State) is None
+            for read in (
+                store.list_runs,
+                lambda: store.find_run("last"),
+                lambda: store.get_run("run"),
+                lambda: store.attempts("run"),
+                lambda: store.input_of("run"),
+            ):
+                with pytest.raises(StoreError, match=rf"no such database: {path}"):
+                    read()
+        assert list(path.parent.iterdir()) == []
+        path.touch()
+        assert SQLiteStore(path).list_runs() == []
+
+    async def test_a_relative_path_stays_the_same_file(
+        self, tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The path is taken when the store is made, with any character in it."""
+        monkeypatch.chdir(tmp_path)
+        name = "ru ns?mode=memory#%41é.db"
+        with SQLiteStore(name) as store:
+            (tmp_path / "sub").mkdir()
+            monkeypatch.chdir("sub")
+            await begin(store)
+            assert [run.run_id for run in store.list_runs()] == ["run"]
+        assert sorted(file.name for file in tmp_path.iterdir()) == sorted([name, "sub"])
+
+    async def test_two_stores_over_one_file(self, path: pathlib.Path) -> None:
+        """Stores of one file in one process see each other's commits and do not disturb each other."""
+        with SQLiteStore(path) as one, SQLiteStore(path) as two:
+            sessions = [await begin(one, "a"), await begin(two, "b")]
+            for position in range(20):
+                await asyncio.gather(*(commit(session, position) for session in sessions))
+            assert {run.run_id: run.nodes for run in one.list_runs()} == {"a": 20, "b": 20}
+            assert await two.load_typed("a", "node", State) == State()
+
+
+class TestIds:
+    @pytest.mark.parametrize(
+        "ids",
+        [
+            ("a:b", "c"),
+            ("a", "b:c"),
+            ("*", "?"),
+            ("%", "_"),
+            ("line\nbreak", "\ttab"),
+            ("🦜", "é"),
+            ("last", "'; DROP TABLE runs; --"),
+            ("x" * 3000, "y" * 3000),
+            (" ", "\\"),
+        ],
+    )
+    async def test_any_text_is_an_id(self, any_store: Any, ids: tuple[str, str]) -> None:
+        """Runs and nodes may be called anything, and two (run, node) pairs never collide."""
+        run_id, node_id = ids
+        await any_store.save("other", "b", State(n=1))
+        await any_store.save(node_id, run_id, State(n=2))
+        session = await begin(any_store, run_id)
+        await commit(session, 0, 3, node_id)
+        assert restored(await begin(any_store, run_id, resume=True)) == {(0, ""): (node_id, State(n=3))}
+        assert await any_store.load_typed(run_id, node_id, State) == State(n=3)
+        assert await any_store.load_typed(node_id, run_id, State) == State(n=2)
+        assert await any_store.load_typed("other", "b", State) == State(n=1)
+
+    @pytest.mark.parametrize("wrong", ["", "a\0b", "\ud800", 5])
+    async def test_what_is_no_id_is_refused(self, store: SQLiteStore, wrong: Any) -> None:
+        """Empty, NUL, lone surrogates and what is no text are a ValueError everywhere."""
+        with pytest.raises(ValueError):
+            store.open_run(RunRequest(wrong, "p", State(), SCHEMA))
+        for call in (
+            lambda: store.save(wrong, "node", State()),
+            lambda: store.save("run", wrong, State()),
+            lambda: store.load("run", wrong),
+            lambda: store.load_typed(wrong, "node", State),
+            lambda: store.delete(wrong),
+        ):
+            with pytest.raises(ValueError):
+                await call()
+        for read in (store.get_run, store.attempts, store.input_of, store.find_run):
+            with pytest.raises(ValueError):
+                read(wrong)
+
+
+class TestReading:
+    async def test_runs_are_listed_newest_first(self, store: SQLiteStore) -> None:
+        """list_runs gives the last execution of each run, the one begun last first, by pipeline and status."""
+        for name in ("a", "b", "c"):
+            session = await begin(store, name)
+            await commit(session, 0, tokens=5, cost=0.25)
+            await commit(session, 0, branch="0")
+            await session.end("COMPLETED" if name != "b" else "PARTIAL", None if name != "b" else "no luck")
+            await asyncio.sleep(0.002)
+        await store.save("only saved", "node", State())
+        await begin(store, "a", State(n=9))
+        assert [run.run_id for run in store.list_runs()] == ["a", "c", "b"]
+        assert [run.run_id for run in store.list_runs(limit=2)] == ["a", "c"]
+        assert [run.run_id for run in store.list_runs(status="COMPLETED", pipeline="pipeline")] == ["c"]
+        assert store.list_runs(pipeline="other") == []
+        a, _, b = store.list_runs()
+        assert (a.status, a.execution, a.tokens, a.nodes, a.error) == ("RUNNING", 2, 0, 0, None)
+        assert a.input == SCHEMA.encode(State(n=9)) == store.input_of("a")
+        assert (b.status, b.tokens, b.cost_usd, b.nodes, b.error) == ("PARTIAL", 5, 0.25, 1, "no luck")
+        assert abs(a.started_ms - time.time() * 1000) < 10_000
+        assert b == store.get_run("b")
+        assert store.get_run("nobody") is None
+        assert store.attempts("nobody") == []
+        with pytest.raises(CheckpointNotFound, match="there is no run 'nobody'"):
+            store.input_of("nobody")
+
+    async def test_attempts_tell_everything(self, store: SQLiteStore) -> None:
+        """Each attempt is listed with its usage, failure and times, in order, for earlier executions too."""
+        session = await begin(store)
+        await session.record(
+            row(0, tokens=4, cost=0.5, ms=7, failure=FailureClass.AMBIGUOUS, message="no"), None, None
+        )
+        await commit(session, 0, 1, attempt=2, tokens=6)
+        first, second = store.attempts("run")
+        assert (first.position, first.branch, first.node_id, first.attempt) == (0, "", "node", 1)
+        assert (first.outcome, first.failure_class, first.message) == ("failure", "AMBIGUOUS", "no")
+        assert (first.tokens, first.output_tokens, first.cost_usd, first.model) == (4, 2, 0.5, "model")
+        assert (first.duration_ms, first.output) == (7.0, None)
+        assert first.started_ms >= 1_700_000_000_000
+        assert (second.attempt, second.outcome, second.output) == (2, "success", SCHEMA.encode(State(n=1)))
+        await begin(store)
+        assert store.attempts("run") == []
+        assert store.attempts("run", execution=1) == [first, second]
+
+    async def test_a_prefix_finds_runs(self, store: SQLiteStore) -> None:
+        """find_run takes a prefix literally, prefers a whole id, and knows "last"."""
+        for name in ("a", "ab", "aB", "a%c", "a_c", "a\U0010ffffx"):
+            await begin(store, name)
+            await asyncio.sleep(0.002)
+        assert store.find_run("a") == ["a"]
+        assert store.find_run("ab") == ["ab"]
+        assert store.find_run("a%") == ["a%c"]
+        assert store.find_run("a_") == ["a_c"]
+        assert store.find_run("a\U0010ffff") == ["a\U0010ffffx"]
+        assert store.find_run("%") == store.find_run("b") == []
+        assert store.find_run("last") == ["a\U0010ffffx"]
+        await begin(store, "b1")
+        await begin(store, "b2")
+        assert sorted(store.find_run("b")) == ["b1", "b2"]
+        assert len(store.find_run("b", limit=1)) == 1
+
+    async def test_reading_does_not_wait_for_writers(self, store: SQLiteStore) -> None:
+        """The command line may read at any time while runs are being written."""
+
+        async def write() -> None:
+            session = await begin(store)
+            for position in range(200):
+                await commit(session, position)
+
+        writing = asyncio.ensure_future(write())
+        seen = []
+        while not writing.done():
+            if os.path.exists(store.path):
+                seen.append(await asyncio.to_thread(lambda: len(store.list_runs() and store.attempts("run"))))
+            await asyncio.sleep(0)
+        await writing
+        assert seen == sorted(seen)
+
+    async def test_stored_data_imports_nothing(self, store: SQLiteStore, path: pathlib.Path) -> None:
+        """load looks its class up among imported modules only (G11); load_typed does not need it."""
+        await store.save("run", "node", State(n=1))
+        for ref, said in (
+            ("this:Zen", "not imported"),
+            ("os:path", "not a BaseModel"),
+            ("os:no", "there is no"),
+        ):
+            with raw(path) as db:
+                db.execute("UPDATE steps SET schema_ref = ?", (ref,))
+            with pytest.raises(StoreError, match=rf"{said}.*load_typed"):
+                await store.load("run", "node")
+        assert "this" not in sys.modules
+        assert await store.load_typed("run", "node", State) == State(n=1)
+
+
+class TestUrls:
+    def test_urls_and_paths_name_stores(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: pathlib.Path
+    ) -> None:
+        """sqlite:///relative, sqlite:////absolute, a bare path and memory:// are understood."""
+        monkeypatch.chdir(tmp_path)
+        here = str(tmp_path)
+        for url, expected in {
+            "sqlite:///runs.db": f"{here}/runs.db",
+            "sqlite:///sub/runs.db": f"{here}/sub/runs.db",
+            "sqlite:////var/runs.db": "/var/runs.db",
+            "SQLITE:///a%20b.db": f"{here}/a b.db",
+            "a%20b.db": f"{here}/a%20b.db",
+            "runs.db": f"{here}/runs.db",
+            "/var/runs.db": "/var/runs.db",
+        }.items():
+            found = open_store(url)
+            assert isinstance(found, SQLiteStore)
+            assert (found.path, found.synchronous) == (expected, "full")
+        normal = open_store("sqlite:///runs.db?synchronous=normal")
+        assert isinstance(normal, SQLiteStore)
+        assert normal.synchronous == "normal"
+        assert isinstance(open_store(tmp_path / "x.db"), SQLiteStore)
+        assert isinstance(open_store("memory://"), AsyncInMemoryStore)
+        assert list(tmp_path.iterdir()) == []
+
+    @pytest.mark.parametrize(
+        ("url", "said"),
+        [
+            ("postgresql://host/db", "postgresql:// stores are not available in this release"),
+            ("redis://host", "redis:// stores are not available in this release"),
+            ("sqlite://runs.db", "names no database file"),
+            ("sqlite://", "names no database file"),
+            ("sqlite:///:memory:", "memory://"),
+            ("sqlite:///a.db?x=1", "only .synchronous=full"),
+            ("sqlite:///a.db?synchronous=off", "only .synchronous=full"),
+            ("sqlite:///a.db#x", "names no database file"),
+            ("memory://x", "use .* memory://"),
+            ("", "names no file"),
+            (":memory:", "AsyncInMemoryStore"),
+        ],
+    )
+    def test_other_urls_are_refused(self, url: str, said: str) -> None:
+        """What is not understood is a ValueError that names the forms that are."""
+        with pytest.raises(ValueError, match=said):
+            open_store(url)
+
+
+async def test_the_store_speaks_both_protocols(store: SQLiteStore) -> None:
+    """CheckpointManager takes it for a journal, and as an async store of the simple protocol."""
+    assert isinstance(store, JournalStore)
+    assert isinstance(store, AsyncCheckpointStore)
+    manager = CheckpointManager(store)
+    assert manager.keeps_journal
+    await manager.checkpoint("run", "node", State(n=3))
+    assert await manager.resume("run", "node", State) == State(n=3)
+    await manager.clear("run")
+    assert await manager.resume("run", "node", State) is None
+
+
+async def test_states_come_back_as_they_were(store: SQLiteStore) -> None:
+    """What JSON cannot say (bytes, NaN, sets) survives a commit and a resume."""
+
+    class Rich(BaseModel):
+        data: bytes
+        numbers: set[int] = Field(default_factory=lambda: {1, 2})
+        infinite: float = float("inf")
+        nested: dict[str, list[State]] = Field(default_factory=lambda: {"a": [State()]})
+
+    schema, state = schema_of(Rich), Rich(data=b"\xff\0")
+    session = await begin(store, state=state)
+    await session.record(row(), schema, state)
+    again = await begin(store, state=state, resume=True)
+    assert schema.restore(again.restored[0, ""].output) == state
+    assert await store.load_typed("run", "node", Rich) == state
+
+
+def test_a_file_is_made_without_a_descriptor_left_open(path: pathlib.Path) -> None:
+    """Closing a descriptor drops all locks of the process on a file: the one that makes it is never left for later."""
+    before = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    file = sqlite_file.DatabaseFile(str(path), "full", sqlite_file.connect, 1.0)
+    file.open().close()
+    after = len(os.listdir("/proc/self/fd")) if os.path.isdir("/proc/self/fd") else 0
+    assert before == after

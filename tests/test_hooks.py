@@ -1,0 +1,1965 @@
+"""Hooks: what each event means, how sets compose, that they can change nothing (G8), and that they pair up (G9)."""
+
+import asyncio
+import contextvars
+import functools
+import gc
+import logging
+import threading
+import time
+import types
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from typing import Any
+
+import pytest
+from opentelemetry import context as otel_context
+from opentelemetry import trace as otel_trace
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from pydantic import BaseModel
+
+from stroma import (
+    AsyncInMemoryStore,
+    BudgetExceeded,
+    CheckpointManager,
+    ContractRegistry,
+    ContractViolation,
+    ExecutionBudget,
+    ExecutionResult,
+    FailureClass,
+    FailurePolicy,
+    HookError,
+    InMemoryStore,
+    NodeHooks,
+    Pipeline,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    execute_step,
+    map_over,
+    parallel,
+    stroma_node,
+)
+from stroma import NodeContract as Contract
+
+START, SUCCESS, FAILURE = "on_node_start", "on_node_success", "on_node_failure"
+CANCELLED, RETRY, SKIPPED = "on_node_cancelled", "on_node_retry", "on_node_skipped"
+RUN_START, RUN_END, WARNING = "on_run_start", "on_run_end", "on_budget_warning"
+ALL = (RUN_START, START, SUCCESS, FAILURE, RETRY, SKIPPED, CANCELLED, WARNING, RUN_END)
+ENDS = (SUCCESS, FAILURE, CANCELLED)
+AT_ONCE = {cls: FailurePolicy(max_retries=1, backoff_seconds=0) for cls in FailureClass}
+NEVER = {cls: FailurePolicy(max_retries=0) for cls in FailureClass}
+
+
+class State(BaseModel):
+    value: int = 0
+    items: list[int] = []
+
+
+class Text(BaseModel):
+    text: str
+
+
+class Recorder:
+    """A set of hooks that notes every call, with where it happened."""
+
+    def __init__(self, label: str = "", log: list[Any] | None = None, **instead: Callable[..., Any]) -> None:
+        self.label = label
+        self.log: list[Any] = [] if log is None else log
+        self.open: Counter[Any] = Counter()
+        self.unpaired: list[Any] = []
+        given = {name: instead.get(name, self._hook(name)) for name in ALL}
+        self.hooks = NodeHooks(**given)
+
+    def _hook(self, name: str) -> Callable[..., Awaitable[None]]:
+        async def hook(*arguments: Any) -> None:
+            here = current_node()
+            key = here and (arguments[0], here.node_id, here.position, here.branch, here.attempt)
+            if name == START:
+                self.open[key] += 1
+            elif name in ENDS:
+                self.open[key] -= 1
+                if self.open[key] < 0:
+                    self.unpaired.append((name, key))
+            elif name in (RUN_START, RUN_END):
+                self.open[RUN_START, arguments[0]] += 1 if name == RUN_START else -1
+            self.log.append((f"{self.label}{name}", *arguments))
+
+        return hook
+
+    @property
+    def names(self) -> list[str]:
+        return [entry[0] for entry in self.log]
+
+    def of(self, name: str) -> list[tuple[Any, ...]]:
+        return [entry[1:] for entry in self.log if entry[0] == f"{self.label}{name}"]
+
+    def assert_paired(self) -> None:
+        """Every start has exactly one end, and no end is without a start."""
+        assert {key: count for key, count in self.open.items() if count} == {}
+        assert self.unpaired == []
+
+
+@pytest.fixture
+def seen() -> Recorder:
+    return Recorder()
+
+
+def node(node_id: str, output: type[BaseModel] = State, input: type[BaseModel] = State) -> Any:
+    return stroma_node(node_id, Contract(node_id=node_id, input_schema=input, output_schema=output))
+
+
+@node("plus")
+async def plus(state: State) -> Any:
+    return {"value": state.value + 1}
+
+
+@node("plus two")
+async def plus_two(state: State) -> Any:
+    return {"value": state.value + 2}
+
+
+@node("bad")
+async def bad(state: State) -> Any:
+    raise ValueError("no")
+
+
+@node("invalid", output=Text)
+async def invalid(state: State) -> Any:
+    return {"text": 5}
+
+
+def flaky(failures: int = 1) -> Any:
+    left = [failures]
+
+    @node("flaky")
+    async def flaky(state: State) -> Any:
+        if left[0]:
+            left[0] -= 1
+            raise TimeoutError("slow")
+        return {"value": state.value + 1}
+
+    return flaky
+
+
+def waiting(node_id: str = "waiting") -> tuple[Any, asyncio.Event]:
+    """A node that waits for ever, and the event that says it has begun."""
+    begun = asyncio.Event()
+
+    @node(node_id)
+    async def waits(state: State) -> Any:
+        begun.set()
+        await asyncio.Event().wait()
+
+    return waits, begun
+
+
+def quick(*hooks: Any, **config: Any) -> StromaRunner:
+    sets = [item.hooks if isinstance(item, Recorder) else item for item in hooks]
+    given: dict[str, Any] = {"policy_map": AT_ONCE, "run_id": "r", "hooks": sets[0] if len(sets) == 1 else sets}
+    return StromaRunner.quick(**(given | config))
+
+
+async def cancelled_after(task: "asyncio.Task[Any]", event: asyncio.Event) -> None:
+    async with asyncio.timeout(5):
+        await event.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+
+# ---------------------------------------------------------------------- the events, one by one
+
+
+async def test_start_sees_validated_input(seen: Recorder) -> None:
+    """on_node_start fires before the function runs and after input validation: its dict is the validated state."""
+
+    class Raw(BaseModel):
+        value: str
+
+    @node("n")
+    async def n(state: State) -> Any:
+        assert seen.of(START) == [("r", "n", {"value": 5, "items": []})]
+        return {"value": 1}
+
+    await quick(seen).run([n], Raw(value="5"))
+    assert seen.names == [RUN_START, START, SUCCESS, RUN_END]
+
+
+async def test_start_fires_before_each_attempt(seen: Recorder) -> None:
+    """on_node_start fires before each attempt, with the pristine input each time."""
+    called = 0
+
+    @node("n")
+    async def n(state: State) -> Any:
+        nonlocal called
+        called += 1
+        assert len(seen.of(START)) == called
+        state.items.append(99)
+        if called < 3:
+            raise TimeoutError
+        return {}
+
+    policies = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0)}
+    await quick(seen, policy_map=policies).run([n], State(value=1, items=[1]))
+    assert seen.of(START) == [("r", "n", {"value": 1, "items": [1]})] * 3
+
+
+async def test_bad_input_has_no_start(seen: Recorder) -> None:
+    """Bad input is a FAILED result with a trace event and the failure hook, and no start hook."""
+    result = await quick(seen).run([plus], Text(text="x", value="many"))  # type: ignore[call-arg]
+    assert result.status is RunStatus.COMPLETED  # `value` has a default: this input is good.
+    needs = node("needs", input=Text)(plus.__wrapped__ if hasattr(plus, "__wrapped__") else plus)
+    seen.log.clear()
+    result = await quick(seen).run([needs], State(value=1))
+    assert result.status is RunStatus.FAILED
+    assert seen.names == [RUN_START, FAILURE, RUN_END]
+    ((_, node_id, exc, failure_class),) = seen.of(FAILURE)
+    assert (node_id, failure_class) == ("needs", FailureClass.TERMINAL)
+    assert isinstance(exc, ContractViolation)
+    assert exc.direction == "input"
+    assert [event.outcome for event in result.trace] == ["failure"]
+
+
+async def test_success_fires_after_the_commit() -> None:
+    """on_node_success fires when the output is in the store and in the trace."""
+    store = AsyncInMemoryStore()
+    committed: list[Any] = []
+
+    async def on_success(run_id: str, node_id: str, *_: Any) -> None:
+        committed.append(await store.load(run_id, node_id))
+
+    runner = quick(NodeHooks(on_node_success=on_success), store=store)
+    await runner.run([plus], State(value=4))
+    assert committed == [State(value=5)]
+
+
+async def test_success_has_the_validated_output(seen: Recorder) -> None:
+    """on_node_success gets the validated output as a dict, and this attempt's input + output tokens."""
+
+    @node("n")
+    async def n(state: State) -> Any:
+        return {"value": "7", "unasked": 1}, 10, 5, "gpt-4o"
+
+    await quick(seen).run([n, plus], State())
+    assert seen.of(SUCCESS) == [
+        ("r", "n", {"value": 7, "items": []}, 15),
+        ("r", "plus", {"value": 8, "items": []}, 0),
+    ]
+
+
+async def test_failure_fires_after_each_failed_attempt() -> None:
+    """on_node_failure fires after each failed attempt, once that attempt is in the trace."""
+    lengths: list[int] = []
+    seen: list[Any] = []
+
+    async def on_failure(*arguments: Any) -> None:
+        lengths.append(len(ctx.trace))
+        seen.append(arguments)
+
+    config = RunConfig(hooks=NodeHooks(on_node_failure=on_failure), policy_map=AT_ONCE, run_id="r")
+    ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
+    result = await execute_step("bad", bad, State(), ctx)
+    assert result.status is RunStatus.PARTIAL
+    assert lengths == [1, 2]
+    assert [(a[0], a[1], str(a[2]), a[3]) for a in seen] == [("r", "bad", "no", FailureClass.AMBIGUOUS)] * 2
+
+
+async def test_over_budget_is_one_failure_and_no_success(seen: Recorder) -> None:
+    """An attempt that goes over the budget fires on_node_failure once and no success; its output is committed."""
+    store = InMemoryStore()
+
+    @node("dear")
+    async def dear(state: State) -> Any:
+        return {"value": 7}, 101
+
+    runner = quick(seen, store=store, budget=ExecutionBudget(max_tokens_total=100))
+    result = await runner.run([dear, plus], State())
+    assert result.status is RunStatus.PARTIAL
+    assert [name for name in seen.names if name != WARNING] == [RUN_START, START, FAILURE, RUN_END]
+    ((_, node_id, exc, failure_class),) = seen.of(FAILURE)
+    assert (node_id, failure_class) == ("dear", FailureClass.RECOVERABLE)
+    assert isinstance(exc, BudgetExceeded)
+    assert store.load("r", "dear") == State(value=7)
+    seen.assert_paired()
+
+
+async def test_run_start(seen: Recorder) -> None:
+    """on_run_start(run_id, pipeline, initial_state_dict) is the first event of a run; a bare list is "pipeline"."""
+    await quick(seen).run([plus], State(value=1))
+    assert seen.names[0] == RUN_START
+    assert seen.of(RUN_START) == [("r", "pipeline", {"value": 1, "items": []})]
+    await quick(seen, pipeline="sums").run([plus], State(value=2))
+    await quick(seen).run(Pipeline("named", [plus]), State(value=3))
+    assert [pipeline for _, pipeline, _ in seen.of(RUN_START)] == ["pipeline", "sums", "named"]
+
+
+async def test_run_end_gets_the_result(seen: Recorder) -> None:
+    """on_run_end(run_id, result) is the last event of a run and gets the very result that run() returns."""
+    for nodes in ([plus], [flaky(), plus], [bad], [invalid], []):
+        seen.log.clear()
+        result = await quick(seen).run(nodes, State(value=1))
+        assert seen.names[-1] == RUN_END
+        assert seen.names.count(RUN_END) == 1
+        ((run_id, given),) = seen.of(RUN_END)
+        assert run_id == "r"
+        assert given is result
+    seen.assert_paired()
+
+
+async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
+    """A cancelled run fires on_node_cancelled and then on_run_end with status CANCELLED, and stays cancelled."""
+    waits, begun = waiting()
+    task = asyncio.create_task(quick(seen).run([plus, waits, plus], State()))
+    await cancelled_after(task, begun)
+    assert seen.names == [RUN_START, START, SUCCESS, START, CANCELLED, RUN_END]
+    assert seen.of(CANCELLED) == [("r", "waiting")]
+    ((_, result),) = seen.of(RUN_END)
+    assert isinstance(result, ExecutionResult)
+    assert result.status is RunStatus.CANCELLED
+    assert [event.outcome for event in result.trace] == ["success", "cancelled"]
+    assert result.final_state == State(value=1)
+    seen.assert_paired()
+
+
+@pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("where", ["node", "child"])
+def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> None:
+    """SystemExit and KeyboardInterrupt in a node pass through; the end hooks fire, the status is INTERRUPTED (G9)."""
+    seen = Recorder()
+
+    @node("stops")
+    async def stops(state: State) -> Any:
+        raise stop
+
+    async def sibling(state: State) -> Any:
+        await asyncio.Event().wait()
+
+    nodes = [stops] if where == "node" else [parallel(stops, node("sibling")(sibling))]
+    with pytest.raises(stop):
+        asyncio.run(quick(seen).run(nodes, State()))
+    ((_, result),) = seen.of(RUN_END)
+    assert result.status is (RunStatus.INTERRUPTED if where == "node" else result.status)
+    assert result.status in (RunStatus.INTERRUPTED, RunStatus.CANCELLED)
+    seen.assert_paired()
+
+
+async def test_retry(seen: Recorder) -> None:
+    """on_node_retry(run_id, node_id, attempt, delay_seconds, failure_class) tells which attempt follows, and when."""
+    exact = FailurePolicy(max_retries=5, backoff_seconds=0.001, multiplier=2, jitter=False)
+    policies = {FailureClass.RECOVERABLE: exact}
+    await quick(seen, policy_map=policies).run([flaky(2)], State())
+    assert seen.of(RETRY) == [
+        ("r", "flaky", 2, 0.001, FailureClass.RECOVERABLE),
+        ("r", "flaky", 3, 0.002, FailureClass.RECOVERABLE),
+    ]
+    one = [START, FAILURE, RETRY]
+    assert seen.names == [RUN_START, *one, *one, START, SUCCESS, RUN_END]
+
+
+async def test_no_retry_no_event(seen: Recorder) -> None:
+    """on_node_retry does not fire where no attempt follows."""
+    await quick(seen).run([invalid], State())
+    await quick(seen, policy_map=NEVER).run([bad], State())
+    assert seen.of(RETRY) == []
+
+
+async def test_skipped_on_resume(seen: Recorder) -> None:
+    """A node restored from the journal fires on_node_skipped alone, and is in neither trace nor totals."""
+    store = AsyncInMemoryStore()
+    fail = True
+
+    @node("paid")
+    async def paid(state: State) -> Any:
+        return {"value": 5}, 100
+
+    @node("then")
+    async def then(state: State) -> Any:
+        if fail:
+            raise ValueError
+        return {"value": state.value + 1}, 10
+
+    await quick(store=store, hooks=NodeHooks(), policy_map=NEVER).run([paid, then], State())
+    fail = False
+    result = await quick(seen, store=store, resume=True).run([paid, then], State())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, State(value=6))
+    assert seen.names == [RUN_START, SKIPPED, START, SUCCESS, RUN_END]
+    assert seen.of(SKIPPED) == [("r", "paid", {"value": 5, "items": []})]
+    assert [event.node_id for event in result.trace] == ["then"]
+    assert result.total_tokens == 10
+    seen.assert_paired()
+
+
+async def test_skipped_on_resume_from(seen: Recorder) -> None:
+    """With resume_from, too, on_run_start comes first, and each skipped node fires on_node_skipped alone."""
+    store = AsyncInMemoryStore()
+    await quick(store=store, hooks=NodeHooks()).run([plus, plus_two, flaky(0)], State())
+    runner = quick(seen, store=store, resume_from="flaky")
+    result = await runner.run([plus, plus_two, flaky(0)], State())
+    assert result.status is RunStatus.RESUMED
+    assert seen.of(SKIPPED) == [
+        ("r", "plus", {"value": 1, "items": []}),
+        ("r", "plus two", {"value": 3, "items": []}),
+    ]
+    assert sorted(seen.names) == sorted([RUN_START, SKIPPED, SKIPPED, START, SUCCESS, RUN_END])
+    assert seen.names[0] == RUN_START, "a run's first event is on_run_start"
+
+
+async def test_skipped_children(seen: Recorder) -> None:
+    """On resume a group runs only its unfinished children, and the finished ones fire on_node_skipped."""
+    store = AsyncInMemoryStore()
+    fail = True
+
+    @node("wobbly", output=Text)
+    async def wobbly(state: State) -> Any:
+        await asyncio.sleep(0)
+        if fail:
+            raise ValueError
+        return {"text": "ok"}
+
+    group = parallel(plus, wobbly)
+    await quick(store=store, hooks=NodeHooks(), policy_map=NEVER).run([group], State())
+    fail = False
+    result = await quick(seen, store=store, resume=True).run([group], State())
+    assert result.status is RunStatus.RESUMED
+    assert [n for _, n, _ in seen.of(START)] == ["parallel(plus, wobbly)", "wobbly"]
+    assert [n for _, n, _ in seen.of(SKIPPED)] == ["plus"]
+    seen.assert_paired()
+
+
+async def test_budget_warning(seen: Recorder) -> None:
+    """on_budget_warning(run_id, dimension, used, limit) fires once per dimension, at 80 % and not below."""
+
+    def spending(tokens: int) -> Any:
+        @node(f"spend {tokens}")
+        async def spend(state: State) -> Any:
+            return {}, tokens
+
+        return spend
+
+    budget = ExecutionBudget(max_tokens_total=100, max_cost_usd=1.0)
+    nodes = [spending(79), spending(1), spending(5), spending(5)]
+    result = await quick(seen, budget=budget).run(nodes, State())
+    assert result.status is RunStatus.COMPLETED
+    assert seen.of(WARNING) == [("r", "tokens", 80, 100)]
+    before = [entry[0] for entry in seen.log[: seen.names.index(WARNING)]]
+    assert before.count(START) == 2
+    seen.log.clear()
+    await quick(seen, budget=budget).run([spending(79)], State())
+    assert seen.of(WARNING) == []
+
+
+async def test_budget_warning_per_dimension(monkeypatch: pytest.MonkeyPatch, seen: Recorder) -> None:
+    """Each dimension warns for itself, also for the tokens of failed attempts."""
+    from stroma import KNOWN_MODELS
+
+    monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 10.0))
+    attempts = 0
+
+    @node("ask")
+    async def ask(state: State) -> Any:
+        nonlocal attempts
+        attempts += 1
+        here = current_node()
+        assert here is not None
+        here.report_usage(input_tokens=90_000, model="house")
+        if attempts == 1:
+            raise TimeoutError
+        return {}
+
+    budget = ExecutionBudget(max_tokens_total=200_000, max_cost_usd=1.0)
+    result = await quick(seen, budget=budget).run([ask], State())
+    assert result.total_tokens == 180_000
+    assert [(d, round(used, 6), limit) for _, d, used, limit in seen.of(WARNING)] == [
+        ("cost", 0.9, 1.0),
+        ("tokens", 180_000, 200_000),
+    ]
+
+
+# ---------------------------------------------------------------------- several sets
+
+
+async def order_of(way: Callable[[NodeHooks, NodeHooks, NodeHooks], Any]) -> list[str]:
+    log: list[Any] = []
+    a, b, c = (Recorder(f"{name}.", log) for name in "abc")
+    sets = way(a.hooks, b.hooks, c.hooks)
+    await StromaRunner.quick(hooks=sets, policy_map=AT_ONCE).run([flaky()], State())
+    return [entry[0] for entry in log]
+
+
+@pytest.mark.parametrize(
+    "way",
+    [
+        pytest.param(lambda a, b, c: [a, b, c], id="list"),
+        pytest.param(lambda a, b, c: (a, b, c), id="tuple"),
+        pytest.param(lambda a, b, c: a | b | c, id="a | b | c"),
+        pytest.param(lambda a, b, c: a | (b | c), id="a | (b | c)"),
+        pytest.param(lambda a, b, c: [a, b] | c, id="[a, b] | c"),
+        pytest.param(lambda a, b, c: a | [b, c], id="a | [b, c]"),
+        pytest.param(lambda a, b, c: [a, b | c], id="[a, b | c]"),
+    ],
+)
+async def test_order_of_sets(way: Any) -> None:
+    """Starts run first to last, ends last to first, however the sets were put together."""
+    up, down = ["a", "b", "c"], ["c", "b", "a"]
+    assert await order_of(way) == [
+        *(f"{s}.{RUN_START}" for s in up),
+        *(f"{s}.{START}" for s in up),
+        *(f"{s}.{FAILURE}" for s in down),
+        *(f"{s}.{RETRY}" for s in up),
+        *(f"{s}.{START}" for s in up),
+        *(f"{s}.{SUCCESS}" for s in down),
+        *(f"{s}.{RUN_END}" for s in down),
+    ]
+
+
+async def test_cancelled_runs_last_to_first() -> None:
+    """on_node_cancelled is an end: it runs last to first."""
+    log: list[Any] = []
+    a, b = Recorder("a.", log), Recorder("b.", log)
+    waits, begun = waiting()
+    task = asyncio.create_task(quick(a, b).run([waits], State()))
+    await cancelled_after(task, begun)
+    names = [entry[0] for entry in log]
+    assert names[-4:] == [f"b.{CANCELLED}", f"a.{CANCELLED}", f"b.{RUN_END}", f"a.{RUN_END}"]
+
+
+def test_what_is_no_set_of_hooks_is_refused() -> None:
+    """Hooks that are no NodeHooks are a TypeError at construction that says how to make a set."""
+    for wrong in ([NodeHooks(), lambda: None], 5, [None]):
+        with pytest.raises(TypeError, match="NodeHooks|not iterable"):
+            RunConfig(hooks=wrong)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, SKIPPED])
+async def test_each_set_gets_its_own_dict(name: str) -> None:
+    """Each set gets its own copy of the dict, nested values too; what it does to that reaches nobody (G7, G8)."""
+    given: list[dict[str, Any]] = []
+
+    async def vandal(*arguments: Any) -> None:
+        (state,) = (a for a in arguments if isinstance(a, dict))
+        given.append({key: list(v) if isinstance(v, list) else v for key, v in state.items()})
+        state["items"].append(666)
+        state["value"] = 666
+        state["new"] = 666
+
+    seen_by_node: list[State] = []
+
+    @node("n")
+    async def n(state: State) -> Any:
+        seen_by_node.append(state)
+        return {"value": state.value + 1, "items": state.items}
+
+    store = AsyncInMemoryStore()
+    hooks = [NodeHooks(**{name: vandal}), NodeHooks(**{name: vandal})]
+    runner = quick(*hooks, store=store)
+    result = await runner.run([n, n], State(value=1, items=[1]))
+    if name == SKIPPED:
+        result = await quick(*hooks, store=store, resume=True).run([n, n], State(value=1, items=[1]))
+    assert result.final_state == State(value=3, items=[1])
+    assert [state.items for state in seen_by_node] == [[1], [1]]
+    assert given
+    assert all(state["items"] == [1] and state["value"] < 4 and len(state) == 2 for state in given)
+    for event in result.trace:
+        assert event.input_state["items"] == [1]
+        assert event.output_state is not None
+        assert event.output_state["items"] == [1]
+        assert "new" not in event.input_state
+
+
+def sync_hook(*_: Any) -> None:
+    """Not async."""
+
+
+async def test_a_sync_start_in_the_second_set(seen: Recorder) -> None:
+    """If the second set's start raises TypeError, the first gets on_node_cancelled, and the third nothing at all."""
+    third, called = Recorder(), []
+
+    @node("n")
+    async def n(state: State) -> Any:
+        called.append(1)
+        return {}
+
+    second = Recorder(**{START: sync_hook})
+    with pytest.raises(TypeError, match=START):
+        await quick(seen, second, third).run([n], State())
+    assert called == []
+    assert seen.names == [RUN_START, START, CANCELLED, RUN_END]
+    assert second.names == third.names == [RUN_START, RUN_END]
+    seen.assert_paired()
+
+
+async def test_a_sync_start_on_a_later_attempt(seen: Recorder) -> None:
+    """The same holds for the start of a retry: its own start is cancelled, the failed attempt had its end."""
+    calls = 0
+
+    async def noted() -> None: ...
+
+    def sometimes(*_: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return noted() if calls == 1 else None
+
+    with pytest.raises(TypeError, match=START):
+        await quick(seen, NodeHooks(on_node_start=sometimes)).run([flaky()], State())
+    assert seen.names == [RUN_START, START, FAILURE, RETRY, START, CANCELLED, RUN_END]
+    seen.assert_paired()
+
+
+@pytest.mark.parametrize("name", [SUCCESS, FAILURE])
+async def test_a_sync_end_leaves_the_other_sets_their_ends(name: str, seen: Recorder) -> None:
+    """G9: a sync end hook of one set costs no other set its end event, whichever comes first."""
+    wrong = NodeHooks(**{name: sync_hook})
+    nodes = [plus] if name == SUCCESS else [invalid]
+    for sets in ((seen, wrong), (wrong, seen)):
+        with pytest.raises(TypeError, match=name):
+            await quick(*sets).run(nodes, State())
+        assert seen.names == [RUN_START, START, name, RUN_END]
+        seen.assert_paired()
+        seen.log.clear()
+
+
+async def test_a_sync_run_end_leaves_the_other_sets_theirs(seen: Recorder) -> None:
+    """G9: the same holds for on_run_end."""
+    wrong = NodeHooks(on_run_end=sync_hook)  # type: ignore[arg-type]
+    for sets in ((seen, wrong), (wrong, seen)):
+        with pytest.raises(TypeError, match=RUN_END):
+            await quick(*sets).run([plus], State())
+        assert seen.names[-1] == RUN_END
+        seen.assert_paired()
+        seen.log.clear()
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_a_sync_end_inside_a_group(first: bool, seen: Recorder) -> None:
+    """G9: a child's sync end hook ends its siblings and the group around it too, for every set that saw them start."""
+    wrong = NodeHooks(on_node_success=sync_hook)  # type: ignore[arg-type]
+    waits, _ = waiting()
+    with pytest.raises(TypeError, match=SUCCESS):
+        await quick(*((wrong, seen) if first else (seen, wrong))).run([parallel(waits, plus)], State())
+    assert {n for _, n, *_ in seen.of(START)} == {"waiting", "plus", "parallel(waiting, plus)"}
+    assert {n for _, n in seen.of(CANCELLED)} >= {"waiting", "parallel(waiting, plus)"}
+    seen.assert_paired()
+
+
+# ---------------------------------------------------------------------- not async
+
+
+class NotAwaitable:
+    def __repr__(self) -> str:
+        return "<the callable object>"
+
+    def __call__(self, *_: Any) -> int:
+        return 5
+
+
+async def generator_hook(*_: Any) -> AsyncIterator[int]:
+    yield 1
+
+
+def scenario(name: str, store: Any) -> tuple[list[Any], dict[str, Any]]:
+    """Nodes and config under which an event fires."""
+    if name in (FAILURE, RETRY):
+        return [plus, bad], {}
+    if name == SKIPPED:
+        return [plus, plus_two], {"store": store, "resume": True}
+    if name == WARNING:
+        return [spender, plus], {"budget": ExecutionBudget(max_tokens_total=10)}
+    return [plus, plus_two], {}
+
+
+@node("spender")
+async def spender(state: State) -> Any:
+    return {"value": 1}, 9
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != CANCELLED])
+@pytest.mark.parametrize(
+    "hook",
+    [
+        pytest.param(sync_hook, id="def"),
+        pytest.param(NotAwaitable(), id="callable object"),
+        pytest.param(generator_hook, id="async generator"),
+        pytest.param(lambda *_: "text", id="lambda"),
+    ],
+)
+async def test_not_async(name: str, hook: Any) -> None:
+    """If a hook's result is not awaitable, run() raises a TypeError that names the hook and the callable."""
+    store = AsyncInMemoryStore()
+    if name == SKIPPED:
+        await quick(NodeHooks(), store=store).run([plus], State())
+    nodes, config = scenario(name, store)
+    with pytest.raises(TypeError) as caught:
+        await quick(NodeHooks(**{name: hook}), **config).run(nodes, State())
+    assert name in str(caught.value)
+    assert repr(hook) in str(caught.value)
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert isinstance(result, ExecutionResult)
+    assert result.run_id == "r"
+    assert [(e.node_id, e.outcome) for e in result.trace] == {
+        RUN_START: [],
+        START: [("plus", "cancelled")],
+        SUCCESS: [("plus", "success")],
+        FAILURE: [("plus", "success"), ("bad", "failure")],
+        RETRY: [("plus", "success"), ("bad", "failure")],
+        SKIPPED: [],
+        WARNING: [("spender", "success")],
+        RUN_END: [("plus", "success"), ("plus two", "success")],
+    }[name]
+
+
+async def test_not_async_is_raised_once_all_is_recorded(seen: Recorder) -> None:
+    """The TypeError of a sync hook comes after the journal is up to date: the work is kept and resumable."""
+    store = AsyncInMemoryStore()
+    wrong = NodeHooks(on_node_success=sync_hook)  # type: ignore[arg-type]
+    called: list[str] = []
+
+    @node("n")
+    async def n(state: State) -> Any:
+        called.append("n")
+        return {"value": 7}, 10
+
+    with pytest.raises(TypeError) as caught:
+        await quick(wrong, store=store).run([n, plus], State())
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert result.total_tokens == 10
+    assert await store.load("r", "n") == State(value=7)
+    again = await quick(seen, store=store, resume=True).run([n, plus], State())
+    assert (again.status, again.final_state) == (RunStatus.RESUMED, State(value=8))
+    assert called == ["n"]
+
+
+async def test_the_result_on_the_error_has_the_last_committed_state() -> None:
+    """The result on the TypeError ends with the last committed state, and its status is INTERRUPTED."""
+    wrong = NodeHooks(on_node_success=sync_hook)  # type: ignore[arg-type]
+    with pytest.raises(TypeError) as caught:
+        await quick(wrong).run([plus, plus_two], State())
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert result.status is RunStatus.INTERRUPTED
+    assert result.final_state == State(value=1)
+
+
+async def test_run_end_of_a_run_with_a_sync_hook(seen: Recorder) -> None:
+    """on_run_end fires also when run() raises: the status of its result is then INTERRUPTED."""
+    wrong = NodeHooks(on_node_start=sync_hook)  # type: ignore[arg-type]
+    with pytest.raises(TypeError):
+        await quick(seen, wrong).run([plus], State())
+    ((_, result),) = seen.of(RUN_END)
+    assert result.status is RunStatus.INTERRUPTED
+
+
+# ---------------------------------------------------------------------- any callable
+
+
+class Kinds:
+    """Callables of every kind whose result can be awaited; each notes its arguments."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[Any, ...]] = []
+
+    async def method(self, *arguments: Any) -> None:
+        await asyncio.sleep(0)
+        self.calls.append(arguments)
+
+    async def __call__(self, *arguments: Any) -> None:
+        await self.method(*arguments)
+
+    async def labelled(self, label: str, *arguments: Any) -> None:
+        assert label == "label"
+        await self.method(*arguments)
+
+    async def defaulted(self, one: str, two: str, three: Any, four: Any = "default") -> None:
+        await self.method(one, two, three)
+
+    async def other_names(self, /, a: str, b: str, c: Any) -> None:
+        await self.method(a, b, c)
+
+    def future(self, *arguments: Any) -> Awaitable[None]:
+        self.calls.append(arguments)
+        done: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        asyncio.get_running_loop().call_soon(done.set_result, None)
+        return done
+
+    def custom(self, *arguments: Any) -> Awaitable[None]:
+        outer = self
+
+        class Later:
+            def __await__(self) -> Iterator[Any]:
+                yield
+                outer.calls.append(arguments)
+
+        return Later()
+
+    def bare_iterator(self, *arguments: Any) -> Awaitable[None]:
+        self.calls.append(arguments)
+
+        class Steps:
+            def __await__(self) -> Iterator[Any]:
+                return iter([None, None])
+
+        return Steps()
+
+    @types.coroutine
+    def generator_based(self, *arguments: Any) -> Iterator[Any]:
+        yield
+        self.calls.append(arguments)
+
+
+KINDS: dict[str, Callable[[Kinds], Any]] = {
+    "method": lambda k: k.method,
+    "callable object": lambda k: k,
+    "partial": lambda k: functools.partial(k.labelled, "label"),
+    "partial of partial": lambda k: functools.partial(functools.partial(k.labelled), "label"),
+    "with a default": lambda k: k.defaulted,
+    "other parameter names": lambda k: k.other_names,
+    "lambda returning a coroutine": lambda k: lambda *a: k.method(*a),
+    "lambda returning a task": lambda k: lambda *a: asyncio.ensure_future(k.method(*a)),
+    "future": lambda k: k.future,
+    "object with __await__": lambda k: k.custom,
+    "object whose __await__ is a plain iterator": lambda k: k.bare_iterator,
+    "generator-based coroutine": lambda k: k.generator_based,
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+async def test_any_callable_whose_result_is_awaitable(kind: str) -> None:
+    """Functions, methods, partials, callable objects, lambdas returning an awaitable: all are awaited, positionally."""
+    kinds = Kinds()
+    result = await quick(NodeHooks(on_node_start=KINDS[kind](kinds))).run([plus], State(value=1))
+    assert result.hook_errors == []
+    assert kinds.calls == [("r", "plus", {"value": 1, "items": []})]
+
+
+async def test_wrong_number_of_parameters() -> None:
+    """A hook that does not take its arguments is an exception in a hook: isolated, and told."""
+
+    async def on_start(run_id: str) -> None: ...
+
+    result = await quick(NodeHooks(on_node_start=on_start)).run([plus], State())  # type: ignore[arg-type]
+    assert result.status is RunStatus.COMPLETED
+    (error,) = result.hook_errors
+    assert isinstance(error.exception, TypeError)
+
+
+# ---------------------------------------------------------------------- isolation (G8)
+
+
+class Rude(BaseException):
+    """Not an Exception."""
+
+
+class Unprintable(Exception):
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+    __repr__ = __str__
+
+
+EXCEPTIONS: dict[str, Callable[[], BaseException]] = {
+    "Exception": lambda: RuntimeError("monitoring is down"),
+    "TypeError": lambda: TypeError("not about being async"),
+    "TimeoutError": lambda: TimeoutError("of its own"),
+    "CancelledError": asyncio.CancelledError,
+    "StopAsyncIteration": StopAsyncIteration,
+    "AssertionError": AssertionError,
+    "ExceptionGroup": lambda: ExceptionGroup("several", [ValueError()]),
+    "BaseException": Rude,
+    "unprintable": Unprintable,
+}
+
+
+@pytest.mark.parametrize("kind", EXCEPTIONS)
+@pytest.mark.parametrize("suspends", [False, True])
+@pytest.mark.parametrize("name", [n for n in ALL if n != CANCELLED])
+async def test_an_exception_in_a_hook_changes_nothing(name: str, suspends: bool, kind: str) -> None:
+    """G8: an exception in a hook is listed in hook_errors; outcome, trace, calls and other sets stay as without it."""
+    raised: list[BaseException] = []
+
+    async def hook(*_: Any) -> None:
+        if suspends:
+            await asyncio.sleep(0)
+        raised.append(EXCEPTIONS[kind]())
+        raise raised[-1]
+
+    async def outcome(*sets: Any) -> tuple[ExecutionResult, list[str]]:
+        store, called = AsyncInMemoryStore(), []
+        nodes, config = scenario(name, store)
+        if name == SKIPPED:
+            await quick(NodeHooks(), store=store).run(nodes[:1], State())
+        other = Recorder()
+        original = [n.__name__ for n in nodes]
+        assert original
+        result = await quick(other, *sets, other, **config).run(nodes, State())
+        called = other.names
+        other.assert_paired()
+        return result, called
+
+    plain, plain_calls = await outcome()
+    result, calls = await outcome(NodeHooks(**{name: hook}))
+    assert (result.status, result.final_state) == (plain.status, plain.final_state)
+    assert result.trace.diff(plain.trace) == []
+    assert calls == plain_calls
+    assert raised
+    assert [(e.hook, type(e.exception)) for e in result.hook_errors] == [(name, type(exc)) for exc in raised]
+    assert all(e.exception is exc for e, exc in zip(result.hook_errors, raised, strict=True))
+    expected = {RUN_START: None, RUN_END: None, WARNING: None}.get(name, "a node's")
+    assert all((e.node_id is None) == (expected is None) for e in result.hook_errors)
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+async def test_an_exception_in_a_hook_is_logged(caplog: pytest.LogCaptureFixture) -> None:
+    """An exception in a hook is logged on `stroma` with its traceback, the hook, the node and the run id."""
+    error = RuntimeError("monitoring is down")
+
+    async def on_success(*_: Any) -> None:
+        raise error
+
+    await quick(NodeHooks(on_node_success=on_success)).run([plus], State())
+    (record,) = [r for r in caplog.records if r.exc_info]
+    assert (record.name, record.levelno, record.run_id) == ("stroma", logging.ERROR, "r")
+    assert record.exc_info is not None
+    assert record.exc_info[1] is error
+    assert record.exc_info[2] is not None
+    for part in (SUCCESS, "on_success", "plus", "'r'"):
+        assert part in record.getMessage()
+
+
+async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
+    """An exception in on_node_cancelled or on_run_end does not keep a cancelled run from being cancelled."""
+
+    async def hook(*_: Any) -> None:
+        raise RuntimeError
+
+    waits, begun = waiting()
+    wrong = NodeHooks(on_node_cancelled=hook, on_run_end=hook)
+    task = asyncio.create_task(quick(wrong, seen, wrong).run([waits], State()))
+    await cancelled_after(task, begun)
+    seen.assert_paired()
+    ((_, result),) = seen.of(RUN_END)
+    assert result.status is RunStatus.CANCELLED
+    assert [e.hook for e in result.hook_errors] == [CANCELLED, CANCELLED, RUN_END, RUN_END]
+
+
+@pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
+@pytest.mark.parametrize("name", [START, SUCCESS])
+def test_stopping_the_process_from_a_hook(name: str, stop: type[BaseException]) -> None:
+    """KeyboardInterrupt and SystemExit in a hook are no hook errors: they come out, with the run's end told."""
+
+    async def hook(*_: Any) -> None:
+        raise stop
+
+    seen = Recorder()
+    store = InMemoryStore()
+    with pytest.raises(stop):
+        asyncio.run(quick(seen, NodeHooks(**{name: hook}), store=store).run([plus], State()))
+    ((_, result),) = seen.of(RUN_END)
+    assert result.status is RunStatus.INTERRUPTED
+    assert result.hook_errors == []
+    assert store.load("r", "plus") == (State(value=1) if name == SUCCESS else None)
+
+
+async def test_a_raising_hook_does_not_rerun_a_node() -> None:
+    """G8: hooks that raise at every event leave the run COMPLETED and each node called once per attempt."""
+    called: list[str] = []
+
+    async def hook(*_: Any) -> None:
+        raise RuntimeError
+
+    @node("n")
+    async def n(state: State) -> Any:
+        called.append("n")
+        return {"value": 1}
+
+    wrong = NodeHooks(**dict.fromkeys(ALL, hook))
+    result = await quick(wrong).run([n, parallel(n, plus), map_over("items", plus_any, into="out")], State())
+    assert result.status is RunStatus.COMPLETED
+    assert called == ["n", "n"]
+    assert len(result.hook_errors) > 8
+
+
+@node("plus any")
+async def plus_any(state: State) -> Any:
+    return {"value": 1}
+
+
+async def test_hook_errors_raise(seen: Recorder) -> None:
+    """hook_errors="raise" turns a hook's exception into a HookError after the trace is complete, with the result."""
+    error = RuntimeError("down")
+
+    async def hook(*_: Any) -> None:
+        raise error
+
+    runner = quick(seen, NodeHooks(on_node_start=hook), hook_errors="raise")
+    with pytest.raises(HookError) as caught:
+        await runner.run([plus, plus_two], State())
+    result = caught.value.result
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, State(value=3))
+    assert [e.outcome for e in result.trace] == ["success", "success"]
+    assert len(result.hook_errors) == 2
+    assert caught.value.__cause__ is error
+    assert START in str(caught.value)
+    assert seen.names.count(RUN_END) == 1
+    assert seen.of(RUN_END)[0][1] is result
+
+
+async def test_hook_errors_raise_of_the_last_hook() -> None:
+    """hook_errors="raise" sees an exception of on_run_end too; without any it raises nothing."""
+
+    async def hook(*_: Any) -> None:
+        raise RuntimeError("down")
+
+    with pytest.raises(HookError, match=RUN_END):
+        await quick(NodeHooks(on_run_end=hook), hook_errors="raise").run([plus], State())
+    fine = await quick(Recorder(), hook_errors="raise").run([plus], State())
+    assert fine.status is RunStatus.COMPLETED
+
+
+async def test_hook_errors_raise_with_a_failed_run() -> None:
+    """A run that fails on its own with hook_errors="raise" has its failure on the HookError's result."""
+
+    async def hook(*_: Any) -> None:
+        raise RuntimeError("down")
+
+    with pytest.raises(HookError) as caught:
+        await quick(NodeHooks(on_node_failure=hook), hook_errors="raise").run([invalid], State())
+    assert caught.value.result.status is RunStatus.FAILED
+    assert caught.value.result.failure is not None
+
+
+# ---------------------------------------------------------------------- time limits
+
+
+@pytest.mark.parametrize("name", [n for n in ALL if n != CANCELLED])
+async def test_a_hanging_hook_is_abandoned(name: str) -> None:
+    """G8: a hook that awaits for ever delays the run by its time limit, is listed, and changes nothing."""
+    store = AsyncInMemoryStore()
+    nodes, config = scenario(name, store)
+    if name == SKIPPED:
+        await quick(NodeHooks(), store=store).run(nodes[:1], State())
+    plain = await quick(NodeHooks(), **config).run(nodes, State()) if name != SKIPPED else None
+    ended: list[str] = []
+
+    async def hangs(*_: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(name)
+
+    runner = quick(NodeHooks(**{name: hangs}), hook_timeout_ms=5, **config)
+    async with asyncio.timeout(5):
+        result = await runner.run(nodes, State())
+    assert ended
+    assert len(result.hook_errors) == len(ended)
+    for error in result.hook_errors:
+        assert error.hook == name
+        assert "5 ms" in str(error.exception)
+        assert "hook_timeout_ms" in str(error.exception)
+    if plain is not None:
+        assert (result.status, result.final_state) == (plain.status, plain.final_state)
+        assert result.trace.diff(plain.trace) == []
+
+
+async def test_a_hanging_hook_of_one_set(seen: Recorder) -> None:
+    """A hook that runs out of time costs the other sets nothing, and the cancelled run is still cancelled."""
+
+    async def hangs(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    waits, begun = waiting()
+    wrong = NodeHooks(on_node_cancelled=hangs, on_run_end=hangs)
+    task = asyncio.create_task(quick(wrong, seen, wrong, hook_timeout_ms=5).run([waits], State()))
+    await cancelled_after(task, begun)
+    seen.assert_paired()
+    assert seen.of(RUN_END)[0][1].status is RunStatus.CANCELLED
+
+
+async def test_a_hooks_own_timeout_is_its_own() -> None:
+    """A hook that limits its own time, by asyncio.timeout or wait_for, is not in the way of ours."""
+    ended: list[str] = []
+
+    async def own(*_: Any) -> None:
+        with pytest.raises(TimeoutError):
+            async with asyncio.timeout(0.002):
+                await asyncio.Event().wait()
+        with pytest.raises(TimeoutError):
+            await asyncio.wait_for(asyncio.Event().wait(), 0.002)
+        ended.append("own")
+
+    async def too_long(*_: Any) -> None:
+        async with asyncio.timeout(60):
+            await asyncio.Event().wait()
+
+    result = await quick(NodeHooks(on_node_start=own)).run([plus], State())
+    assert (ended, result.hook_errors) == (["own"], [])
+    result = await quick(NodeHooks(on_node_start=too_long), hook_timeout_ms=5).run([plus], State())
+    assert result.status is RunStatus.COMPLETED
+    assert [type(e.exception).__name__ for e in result.hook_errors] == ["HookTimeout"]
+
+
+async def test_without_a_time_limit() -> None:
+    """hook_timeout_ms=None waits for as long as a hook takes; the default is 5000."""
+    assert RunConfig().hook_timeout_ms == 5000
+    released = asyncio.Event()
+
+    async def waits(*_: Any) -> None:
+        asyncio.get_running_loop().call_later(0.01, released.set)
+        await released.wait()
+
+    result = await quick(NodeHooks(on_node_start=waits), hook_timeout_ms=None).run([plus], State())
+    assert result.hook_errors == []
+    assert released.is_set()
+
+
+async def test_the_timer_is_armed_only_when_a_hook_suspends(monkeypatch: pytest.MonkeyPatch) -> None:
+    """G12: a hook that never suspends arms no timer; one that does arms one."""
+    armed: list[float | None] = []
+    real = asyncio.timeout
+
+    def counting(delay: float | None) -> asyncio.Timeout:
+        armed.append(delay)
+        return real(delay)
+
+    async def at_once(*_: Any) -> None: ...
+
+    async def suspends(*_: Any) -> None:
+        await asyncio.sleep(0)
+
+    monkeypatch.setattr(asyncio, "timeout", counting)
+    await quick(NodeHooks(on_node_start=at_once, on_node_success=at_once)).run([plus], State())
+    assert armed == []
+    await quick(NodeHooks(on_node_start=suspends, on_node_success=at_once)).run([plus], State())
+    assert armed == [5.0]
+
+
+async def test_a_blocking_hook_is_named_in_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    """G8: a hook that blocks the event loop beyond its time limit cannot be interrupted; a warning names it."""
+
+    async def blocks(*_: Any) -> None:
+        time.sleep(0.03)
+
+    result = await quick(NodeHooks(on_node_start=blocks), hook_timeout_ms=5).run([plus], State())
+    assert result.status is RunStatus.COMPLETED
+    warnings = [r for r in caplog.records if r.name == "stroma" and r.levelno >= logging.WARNING]
+    assert any("blocks" in r.getMessage() and START in r.getMessage() for r in warnings)
+
+
+@pytest.mark.parametrize("name", [START, SUCCESS, RUN_START])
+async def test_hook_time_is_not_the_nodes(name: str) -> None:
+    """Hook time is in no node's duration, timeout or latency budget."""
+
+    async def slow(*_: Any) -> None:
+        await asyncio.sleep(0.06)
+
+    runner = quick(
+        NodeHooks(**{name: slow}),
+        node_timeouts={"plus": 50},
+        budget=ExecutionBudget(max_latency_ms=50),
+        policy_map=NEVER,
+    )
+    result = await runner.run([plus, plus_two], State())
+    assert (result.status, result.failure) == (RunStatus.COMPLETED, None)
+    assert all(event.duration_ms < 50 for event in result.trace)
+
+
+async def test_hook_time_is_not_a_childs() -> None:
+    """A child's hook does not use up the latency budget under which the child's function runs."""
+
+    async def slow(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        if node_id == "plus":
+            await asyncio.sleep(0.06)
+
+    budget = ExecutionBudget(max_latency_ms=50)
+    runner = quick(NodeHooks(on_node_start=slow), budget=budget, policy_map=NEVER)
+    result = await runner.run([parallel(plus, plus_two)], State())
+    assert (result.status, result.failure) == (RunStatus.COMPLETED, None)
+
+
+# ---------------------------------------------------------------------- redaction
+
+
+def hide(state: dict[str, Any]) -> dict[str, Any]:
+    return {key: "***" if key == "value" else value for key, value in state.items()}
+
+
+async def test_redact(seen: Recorder) -> None:
+    """Every state that a hook sees went through `redact`; the nodes, the result and the store see the real one."""
+    store = AsyncInMemoryStore()
+    result = await quick(seen, store=store, redact=hide).run([plus], State(value=41))
+    hidden = {"value": "***", "items": []}
+    assert seen.of(RUN_START) == [("r", "pipeline", hidden)]
+    assert seen.of(START) == [("r", "plus", hidden)]
+    assert seen.of(SUCCESS) == [("r", "plus", hidden, 0)]
+    assert result.final_state == State(value=42)
+    assert await store.load("r", "plus") == State(value=42)
+    await quick(seen, store=store, redact=hide, resume=True).run([plus], State(value=41))
+    assert seen.of(SKIPPED) == [("r", "plus", hidden)]
+
+
+async def test_redact_gets_its_own_dict(seen: Recorder) -> None:
+    """A redact that works in place changes what hooks see, and nothing of the run."""
+
+    def in_place(state: dict[str, Any]) -> dict[str, Any]:
+        state["items"].clear()
+        state["value"] = "***"
+        return state
+
+    result = await quick(seen, redact=in_place).run([plus_items, plus_items], State(value=1, items=[1, 2]))
+    assert result.final_state == State(value=3, items=[1, 2])
+    assert {str(arguments[2]) for arguments in seen.of(SUCCESS)} == {"{'value': '***', 'items': []}"}
+    assert [event.input_state["items"] for event in result.trace] == [[1, 2], [1, 2]]
+
+
+@node("plus items")
+async def plus_items(state: State) -> Any:
+    return {"value": state.value + 1, "items": state.items}
+
+
+@pytest.mark.parametrize("wrong", ["raises", "no dict"])
+async def test_redact_that_fails(wrong: str, seen: Recorder, caplog: pytest.LogCaptureFixture) -> None:
+    """If redact raises, the state is replaced, not shown, and the run goes on."""
+
+    def redact(state: dict[str, Any]) -> Any:
+        if wrong == "raises":
+            raise KeyError(f"no such field in {state}")
+        return str(state)
+
+    result = await quick(seen, redact=redact).run([plus], State(value=123456))
+    assert result.status is RunStatus.COMPLETED
+    assert result.hook_errors == []
+    shown = [seen.of(RUN_START)[0][2], seen.of(START)[0][2], seen.of(SUCCESS)[0][2]]
+    for state in shown:
+        assert isinstance(state, dict)
+        assert "12345" not in str(state)
+        assert "items" not in state
+    assert "12345" not in caplog.text
+
+
+# ---------------------------------------------------------------------- the node's own task
+
+mark: contextvars.ContextVar[str] = contextvars.ContextVar("mark", default="unset")
+
+
+async def set_mark(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+    await asyncio.sleep(0)
+    mark.set(f"{mark.get().removeprefix('unset')}/{node_id}")
+
+
+async def test_hooks_run_in_the_nodes_own_task() -> None:
+    """All of a node's hooks are awaited in the task that runs the node."""
+    tasks: list[Any] = []
+
+    async def note(*_: Any) -> None:
+        tasks.append(asyncio.current_task())
+
+    @node("n")
+    async def n(state: State) -> Any:
+        tasks.append(asyncio.current_task())
+        if len(tasks) < 5:
+            raise TimeoutError
+        return {}
+
+    await quick(NodeHooks(**dict.fromkeys(ALL, note))).run([n], State())
+    assert len(tasks) == 9
+    assert set(tasks) == {asyncio.current_task()}
+
+
+async def test_what_start_sets_is_current_in_the_function() -> None:
+    """A context variable set in start is current in the function, its threads and its subtasks."""
+    found: dict[str, str] = {}
+
+    async def subtask() -> None:
+        await asyncio.sleep(0)
+        found["subtask"] = mark.get()
+
+    @node("n")
+    async def n(state: State) -> Any:
+        found["function"] = mark.get()
+        await asyncio.to_thread(lambda: found.__setitem__("thread", mark.get()))
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(subtask())
+        return {}
+
+    def in_thread(state: State) -> Any:
+        found["plain def"] = mark.get()
+        return {}
+
+    runner = quick(NodeHooks(on_node_start=set_mark))
+    await asyncio.create_task(runner.run([n], State()))
+    await asyncio.create_task(runner.run([node("plain")(in_thread)], State()))
+    assert found == {"function": "/n", "thread": "/n", "subtask": "/n", "plain def": "/plain"}
+
+
+async def test_what_start_sets_is_current_in_its_ends() -> None:
+    """A context variable set in start is still set in success and failure, so that a token can be reset there."""
+    reset: list[str] = []
+    tokens: dict[Any, contextvars.Token[str]] = {}
+
+    async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        tokens[node_id, asyncio.current_task()] = mark.set(node_id)
+
+    async def on_end(run_id: str, node_id: str, *_: Any) -> None:
+        mark.reset(tokens.pop((node_id, asyncio.current_task())))
+        reset.append(node_id)
+
+    hooks = NodeHooks(on_start, on_end, on_end, on_node_cancelled=on_end)
+    result = await quick(hooks).run([flaky(), parallel(plus, plus_two), bad], State())
+    assert result.hook_errors == []
+    assert sorted(reset) == ["bad", "bad", "flaky", "flaky", "parallel(plus, plus two)", "plus", "plus two"]
+    assert tokens == {}
+    assert mark.get() == "unset"
+
+
+async def test_what_start_sets_is_current_in_children() -> None:
+    """What a group's start sets is current in each child; what a child's start sets is its own."""
+    found: dict[str, str] = {}
+
+    def child(name: str) -> Any:
+        @node(name, output=Text)
+        async def look(state: State) -> Any:
+            await asyncio.sleep(0)
+            found[f"{name} {state.value}".removesuffix(" 0")] = mark.get()
+            return {"text": "x"}
+
+        return look
+
+    def plain(state: State) -> Any:
+        found["plain"] = mark.get()
+        return {"text": "x"}
+
+    runner = quick(NodeHooks(on_node_start=set_mark))
+    inner = parallel(child("b"), node("plain", output=Text)(plain))
+    await asyncio.create_task(runner.run([parallel(child("a"), inner)], State()))
+    group = "/parallel(a, parallel(b, plain))"
+    assert found == {
+        "a": f"{group}/a",
+        "b": f"{group}/parallel(b, plain)/b",
+        "plain": f"{group}/parallel(b, plain)/plain",
+    }
+    found.clear()
+    over = map_over("items", child("item"), into="texts")
+    await asyncio.create_task(runner.run([over], State(items=[1, 2])))
+    assert found == {}, "an item that is no State has no run"
+
+
+async def test_what_start_sets_is_current_in_items() -> None:
+    """The same holds for the items of map_over."""
+    found: list[str] = []
+
+    class Number(BaseModel):
+        n: int
+
+    @node("item", input=Number, output=Text)
+    async def item(state: Number) -> Any:
+        await asyncio.sleep(0)
+        found.append(mark.get())
+        return {"text": str(state.n)}
+
+    runner = quick(NodeHooks(on_node_start=set_mark))
+    result = await asyncio.create_task(runner.run([map_over("items", item, into="out")], State(items=[1, 2, 3])))
+    assert result.status is RunStatus.COMPLETED
+    assert found == ["/map_over(items, item)/item"] * 3
+
+
+async def test_what_run_start_sets_is_current_in_nodes() -> None:
+    """What on_run_start sets is current in every node of the run."""
+
+    async def on_run_start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        mark.set(f"run {run_id}")
+
+    found: list[str] = []
+
+    @node("n")
+    async def n(state: State) -> Any:
+        found.append(mark.get())
+        return {}
+
+    runner = quick(NodeHooks(on_run_start=on_run_start))
+    await asyncio.create_task(runner.run([n, parallel(n)], State()))
+    assert found == ["run r", "run r"]
+
+
+class Spans:
+    """Hooks that open a span in start, make it current, and end it in each end."""
+
+    def __init__(self) -> None:
+        self.exporter = InMemorySpanExporter()
+        provider = TracerProvider(shutdown_on_exit=False)
+        provider.add_span_processor(SimpleSpanProcessor(self.exporter))
+        self.tracer = provider.get_tracer("test")
+        self.open: dict[Any, Any] = {}
+        self.hooks = NodeHooks(self.start, self.end, self.end, on_node_cancelled=self.end)
+
+    async def start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        span = self.tracer.start_span(f"node {node_id}", attributes={"run": run_id})
+        token = otel_context.attach(otel_trace.set_span_in_context(span))
+        self.open[run_id, node_id, asyncio.current_task()] = (span, token)
+
+    async def end(self, run_id: str, node_id: str, *_: Any) -> None:
+        span, token = self.open.pop((run_id, node_id, asyncio.current_task()))
+        otel_context.detach(token)
+        span.end()
+
+    def parents(self) -> dict[str, str | None]:
+        spans = self.exporter.get_finished_spans()
+        names = {s.context.span_id: s.name for s in spans if s.context is not None}
+        return {s.name: names[s.parent.span_id] if s.parent else None for s in spans}
+
+
+async def test_a_span_of_start_is_the_parent_inside() -> None:
+    """A span opened in start is the parent of spans opened inside the node: in subtasks, threads and children."""
+    spans = Spans()
+
+    async def look(name: str) -> None:
+        with spans.tracer.start_as_current_span(name):
+            await asyncio.sleep(0)
+
+    def look_sync(name: str) -> None:
+        spans.tracer.start_span(name).end()
+
+    @node("outer")
+    async def outer(state: State) -> Any:
+        await look("in function")
+        await asyncio.to_thread(look_sync, "in thread")
+        await asyncio.gather(look("in subtask 1"), look("in subtask 2"))
+        return {}
+
+    @node("child")
+    async def child(state: State) -> Any:
+        await look("in child")
+        return {}
+
+    def plain(state: State) -> Any:
+        look_sync("in plain child")
+        return {}
+
+    runner = quick(spans.hooks)
+    result = await runner.run([outer, parallel(child, node("plain")(plain))], State())
+    assert (result.status, result.hook_errors) == (RunStatus.COMPLETED, [])
+    assert spans.parents() == {
+        "node outer": None,
+        "in function": "node outer",
+        "in thread": "node outer",
+        "in subtask 1": "node outer",
+        "in subtask 2": "node outer",
+        "node parallel(child, plain)": None,
+        "node child": "node parallel(child, plain)",
+        "node plain": "node parallel(child, plain)",
+        "in child": "node child",
+        "in plain child": "node plain",
+    }
+    assert spans.open == {}
+
+
+async def test_a_thousand_concurrent_runs_do_not_mix() -> None:
+    """1,000 concurrent runs of one runner do not mix: ids, states, context variables and pairs are each run's own."""
+    starts: dict[str, list[Any]] = {}
+    wrong: list[Any] = []
+    seen = Recorder()
+
+    async def on_run_start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        starts[run_id] = [state["value"]]
+        mark.set(run_id)
+
+    async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        await asyncio.sleep(0)
+        here = current_node()
+        if here is None or (here.run_id, here.node_id) != (run_id, node_id) or mark.get() != run_id:
+            wrong.append((run_id, node_id, here, mark.get()))
+        starts[run_id].append((node_id, state["value"]))
+
+    @node("one")
+    async def one(state: State) -> Any:
+        here = current_node()
+        await asyncio.sleep(0)
+        assert here is not None
+        assert current_node() is here
+        if mark.get() != here.run_id:
+            wrong.append((here, mark.get()))
+        return {"value": state.value + 1}
+
+    @node("left")
+    async def left(state: State) -> Any:
+        await asyncio.sleep(0)
+        return {"value": state.value * 2}
+
+    runner = StromaRunner.quick(hooks=[NodeHooks(on_node_start=on_start, on_run_start=on_run_start), seen.hooks])
+
+    async def one_run(i: int) -> ExecutionResult:
+        return await runner.run([one, parallel(left, node("right", output=Text)(to_text))], State(value=i))
+
+    results = await asyncio.gather(*(one_run(i) for i in range(1000)))
+    assert wrong == []
+    assert len({result.run_id for result in results}) == 1000
+    for i, result in enumerate(results):
+        assert result.status is RunStatus.COMPLETED
+        assert result.final_state is not None
+        assert result.final_state.model_dump() == {"value": (i + 1) * 2, "items": [], "text": str(i + 1)}
+        first, second, third, *children = starts[result.run_id]
+        assert (first, second, third) == (i, ("one", i), ("parallel(left, right)", i + 1))
+        assert children == [("left", i + 1), ("right", i + 1)]
+        assert len(result.trace) == 2
+    seen.assert_paired()
+
+
+async def to_text(state: State) -> Any:
+    return {"text": str(state.value)}
+
+
+# ---------------------------------------------------------------------- current_node()
+
+
+async def test_current_node_in_hooks_and_function() -> None:
+    """current_node() is set in the function and the node's hooks, with what it says; elsewhere it is None."""
+    places: dict[str, Any] = {}
+
+    def look(name: str) -> Callable[..., Awaitable[None]]:
+        async def hook(*_: Any) -> None:
+            here = current_node()
+            places.setdefault(name, []).append(
+                here
+                and (here.run_id, here.pipeline, here.node_id, here.position, here.attempt, here.kind, here.redelivered)
+            )
+
+        return hook
+
+    called = 0
+
+    @node("n")
+    async def n(state: State) -> Any:
+        nonlocal called
+        called += 1
+        await look("function")()
+        if called == 1:
+            raise TimeoutError
+        return {}, 85
+
+    hooks = NodeHooks(**{name: look(name) for name in ALL})
+    assert current_node() is None
+    runner = quick(hooks, pipeline="p", budget=ExecutionBudget(max_tokens_total=100))
+    await runner.run([plus, n], State())
+    assert current_node() is None
+
+    def at(node_id: str, position: int, attempt: int) -> tuple[Any, ...]:
+        return ("r", "p", node_id, position, attempt, "node", False)
+
+    assert places == {
+        RUN_START: [None],
+        START: [at("plus", 0, 1), at("n", 1, 1), at("n", 1, 2)],
+        "function": [at("n", 1, 1), at("n", 1, 2)],
+        FAILURE: [at("n", 1, 1)],
+        RETRY: [at("n", 1, 1)],
+        SUCCESS: [at("plus", 0, 1), at("n", 1, 2)],
+        WARNING: [at("n", 1, 2)],
+        RUN_END: [None],
+    }
+
+
+async def test_current_node_of_cancelled_and_skipped() -> None:
+    """current_node() is set in on_node_cancelled and on_node_skipped too."""
+    places: list[Any] = []
+
+    async def look(*_: Any) -> None:
+        here = current_node()
+        places.append(here and (here.node_id, here.position))
+
+    store = AsyncInMemoryStore()
+    hooks = NodeHooks(on_node_cancelled=look, on_node_skipped=look)
+    for resume in (False, True):
+        waits, begun = waiting()
+        task = asyncio.create_task(quick(hooks, store=store, resume=resume).run([plus, waits], State()))
+        await cancelled_after(task, begun)
+    assert places == [("waiting", 1), ("plus", 0), ("waiting", 1)]
+
+
+async def test_current_node_in_threads_and_subtasks() -> None:
+    """current_node() is set in a plain `def` node, and in the threads and subtasks of an async one."""
+    found: dict[str, Any] = {}
+
+    def note(where: str) -> None:
+        here = current_node()
+        found[where] = here and here.node_id
+
+    def plain(state: State) -> Any:
+        note("plain")
+        found["thread"] = threading.current_thread() is not threading.main_thread()
+        return {}
+
+    async def subtask() -> None:
+        note("subtask")
+
+    @node("n")
+    async def n(state: State) -> Any:
+        await asyncio.to_thread(note, "to_thread")
+        await asyncio.create_task(subtask())
+        return {}
+
+    await quick(NodeHooks()).run([node("p")(plain), n], State())
+    assert found == {"plain": "p", "thread": True, "to_thread": "n", "subtask": "n"}
+    assert current_node() is None
+
+
+async def test_current_node_in_groups() -> None:
+    """In a group's own hooks current_node() is the group, in its children the child or item, at the same position."""
+    found: list[Any] = []
+
+    async def on_start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        here = current_node()
+        assert here is not None
+        found.append((node_id, here.node_id == node_id, here.kind, here.position, here.branch))
+
+    class Number(BaseModel):
+        n: int
+
+    @node("item", input=Number, output=Text)
+    async def item(state: Number) -> Any:
+        return {"text": str(state.n)}
+
+    nodes = [plus_items, parallel(plus_items, parallel(plus_two_items)), map_over("items", item, into="out")]
+    result = await quick(NodeHooks(on_node_start=on_start)).run(nodes, State(items=[1, 2]))
+    assert result.status is RunStatus.COMPLETED
+    assert found == [
+        ("plus items", True, "node", 0, ""),
+        ("parallel(plus items, parallel(plus two items))", True, "group", 1, ""),
+        ("plus items", True, "node", 1, "0"),
+        ("parallel(plus two items)", True, "group", 1, "1"),
+        ("plus two items", True, "node", 1, "1.0"),
+        ("map_over(items, item)", True, "group", 2, ""),
+        ("item", True, "item", 2, "0"),
+        ("item", True, "item", 2, "1"),
+    ]
+
+
+@node("plus two items")
+async def plus_two_items(state: State) -> Any:
+    return {"value": state.value + 2, "items": state.items}
+
+
+async def test_current_node_knows_the_last_failure() -> None:
+    """current_node().last_failure is None on the first attempt, then the failure of the attempt before."""
+    found: list[Any] = []
+
+    async def on_start(*_: Any) -> None:
+        here = current_node()
+        assert here is not None
+        found.append(here.last_failure and (str(here.last_failure.exception), here.last_failure.failure_class))
+
+    await quick(NodeHooks(on_node_start=on_start)).run([flaky(), plus], State())
+    assert found == [None, ("slow", FailureClass.RECOVERABLE), None]
+
+
+async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In an end hook current_node() has the attempt's whole usage, its model, and what is left of the budget."""
+    from stroma import KNOWN_MODELS
+
+    monkeypatch.setitem(KNOWN_MODELS, "house", (10.0, 20.0))
+    found: list[Any] = []
+
+    async def look(*_: Any) -> None:
+        here = current_node()
+        assert here is not None
+        usage, left = here.usage, here.remaining_budget
+        found.append((usage.tokens, usage.output_tokens, round(usage.cost_usd, 6), here.model))
+        found.append((left.tokens, left.cost_usd and round(left.cost_usd, 6), left.latency_ms))
+
+    called = 0
+
+    @node("ask")
+    async def ask(state: State) -> Any:
+        nonlocal called
+        called += 1
+        here = current_node()
+        assert here is not None
+        here.report_usage(input_tokens=1000, model="house")
+        if called == 1:
+            raise TimeoutError
+        return {}, 2000, 500, "house"
+
+    budget = ExecutionBudget(max_tokens_total=10_000, max_cost_usd=1.0)
+    runner = quick(NodeHooks(look, look, look), budget=budget)
+    await runner.run([ask], State())
+    assert found == [
+        (0, 0, 0, None),
+        (10_000, 1.0, None),
+        (1000, 0, 0.01, "house"),
+        (9_000, 0.99, None),
+        (0, 0, 0, None),
+        (9_000, 0.99, None),
+        (3500, 500, 0.04, "house"),
+        (5_500, 0.95, None),
+    ]
+
+
+async def test_idempotency_key() -> None:
+    """The idempotency key is the same for all attempts and hooks at one position, and differs between positions."""
+    keys: list[str] = []
+
+    async def look(*_: Any) -> None:
+        here = current_node()
+        assert here is not None
+        keys.append(here.idempotency_key)
+
+    hooks = NodeHooks(look, look, look)
+    await quick(hooks).run([flaky()], State())
+    assert len(keys) == 4
+    assert len(set(keys)) == 1
+    keys.clear()
+    await quick(hooks).run([plus, plus, parallel(plus, plus)], State())
+    assert len(set(keys)) == 5
+    await quick(hooks, run_id="another").run([plus], State())
+    assert len(set(keys)) == 6
+
+
+# ---------------------------------------------------------------------- groups
+
+
+async def test_group_hooks_fire_around_its_children(seen: Recorder) -> None:
+    """A group's hooks fire around its children's; its tokens_used is 0, each child reports its own."""
+
+    @node("ask")
+    async def ask(state: State) -> Any:
+        return {"value": 9}, 5, 2, "gpt-4o"
+
+    await quick(seen).run([parallel(plus, ask)], State(value=1))
+    inner = seen.log[1:-1]
+    assert inner[0][:3] == (START, "r", "parallel(plus, ask)")
+    assert inner[-1][0] == SUCCESS
+    assert inner[-1][2:] == ("parallel(plus, ask)", {"value": 9, "items": []}, 0)
+    assert {(e[0], e[2]) for e in inner[1:-1]} == {
+        (START, "plus"),
+        (SUCCESS, "plus"),
+        (START, "ask"),
+        (SUCCESS, "ask"),
+    }
+    assert [e[-1] for e in inner if e[0] == SUCCESS and e[2] == "ask"] == [7]
+    seen.assert_paired()
+
+
+async def test_a_failing_child_cancels_its_siblings(seen: Recorder) -> None:
+    """The first child that stops for good: its siblings get on_node_cancelled, the group its exception and class."""
+    waits, begun = waiting()
+
+    @node("fails", output=Text)
+    async def fails(state: State) -> Any:
+        await begun.wait()
+        return {"text": 5}
+
+    result = await quick(seen).run([parallel(waits, fails)], State())
+    assert result.status is RunStatus.FAILED
+    assert seen.of(CANCELLED) == [("r", "waiting")]
+    (_, child, exc, cls), (_, group, group_exc, group_cls) = seen.of(FAILURE)
+    assert (child, group) == ("fails", "parallel(waiting, fails)")
+    assert group_exc is exc
+    assert (cls, group_cls) == (FailureClass.TERMINAL, FailureClass.TERMINAL)
+    assert [name for name in seen.names if name != START] == [RUN_START, FAILURE, CANCELLED, FAILURE, RUN_END]
+    seen.assert_paired()
+
+
+# ---------------------------------------------------------------------- pairing (G9)
+
+
+async def run_success(seen: Recorder) -> None:
+    await quick(seen).run([plus, plus_two], State())
+
+
+async def run_retries(seen: Recorder) -> None:
+    await quick(seen).run([flaky(), bad], State())
+
+
+async def run_contract(seen: Recorder) -> None:
+    await quick(seen).run([invalid], State())
+
+
+async def run_timeout(seen: Recorder) -> None:
+    waits, _ = waiting()
+    result = await quick(seen, node_timeouts={"waiting": 5}).run([waits], State())
+    assert [type(exc) for _, _, exc, _ in seen.of(FAILURE)] == [TimeoutError, TimeoutError]
+    assert result.status is RunStatus.PARTIAL
+
+
+async def run_group_timeout(seen: Recorder) -> None:
+    waits, _ = waiting()
+    await quick(seen, node_timeouts={"parallel(waiting, plus)": 5}).run([parallel(waits, plus)], State())
+    assert seen.of(CANCELLED) == [("r", "waiting")]
+
+
+async def run_deadline(seen: Recorder) -> None:
+    waits, _ = waiting()
+    await quick(seen, budget=ExecutionBudget(max_latency_ms=5)).run([waits], State())
+    assert isinstance(seen.of(FAILURE)[0][2], BudgetExceeded)
+
+
+async def run_group_deadline(seen: Recorder) -> None:
+    waits, _ = waiting()
+    await quick(seen, budget=ExecutionBudget(max_latency_ms=5)).run([parallel(waits, plus)], State())
+
+
+async def run_group(seen: Recorder) -> None:
+    waits, _ = waiting()
+    await quick(seen).run([parallel(plus, parallel(plus_two, flaky())), parallel(waits, invalid)], State())
+
+
+async def run_group_retried(seen: Recorder) -> None:
+    policies = {"parallel(plus, flaky)": AT_ONCE}
+    result = await quick(seen, policy_map=NEVER, node_policies=policies).run([parallel(plus, flaky())], State())
+    assert result.status is RunStatus.COMPLETED
+
+
+async def run_bad_usage(seen: Recorder) -> None:
+    @node("cheats")
+    async def cheats(state: State) -> Any:
+        return {}, -5
+
+    await quick(seen).run([cheats], State())
+
+
+async def run_own_cancelled_error(seen: Recorder) -> None:
+    @node("odd")
+    async def odd(state: State) -> Any:
+        raise asyncio.CancelledError
+
+    await quick(seen).run([odd], State())
+    assert len(seen.of(FAILURE)) == 2
+
+
+async def run_sync_node(seen: Recorder) -> None:
+    def plain(state: State) -> Any:
+        raise StopIteration
+
+    await quick(seen).run([node("plain")(plain)], State())
+
+
+async def run_broken_store(seen: Recorder) -> None:
+    class Broken(InMemoryStore):
+        open_run = None  # type: ignore[assignment]
+
+        def save(self, *_: Any) -> None:
+            raise OSError("disk full")
+
+    result = await quick(seen, store=Simple()).run([plus], State())
+    assert result.status is RunStatus.PARTIAL
+
+
+class Simple:
+    """A store of the simple protocol that is full."""
+
+    def save(self, *_: Any) -> None:
+        from stroma import Fenced
+
+        raise Fenced("full")
+
+    def load(self, *_: Any) -> None: ...
+    def delete(self, *_: Any) -> None: ...
+
+
+async def run_over_budget(seen: Recorder) -> None:
+    await quick(seen, budget=ExecutionBudget(max_tokens_total=5)).run([parallel(spender, plus), plus], State())
+
+
+async def run_cancelled_in_group(seen: Recorder) -> None:
+    waits, begun = waiting()
+    task = asyncio.create_task(quick(seen).run([parallel(plus, parallel(waits))], State()))
+    await cancelled_after(task, begun)
+    assert {n for _, n in seen.of(CANCELLED)} == {
+        "waiting",
+        "parallel(waiting)",
+        "parallel(plus, parallel(waiting))",
+    }
+
+
+async def run_cancelled_in_thread(seen: Recorder) -> None:
+    begun, release = asyncio.Event(), threading.Event()
+    loop = asyncio.get_running_loop()
+
+    def plain(state: State) -> Any:
+        loop.call_soon_threadsafe(begun.set)
+        release.wait(5)
+        return {}
+
+    try:
+        task = asyncio.create_task(quick(seen).run([node("plain")(plain)], State()))
+        await cancelled_after(task, begun)
+    finally:
+        release.set()
+    assert seen.of(CANCELLED) == [("r", "plain")]
+
+
+async def run_cancelled_in_wait(seen: Recorder) -> None:
+    begun = asyncio.Event()
+
+    async def on_retry(*_: Any) -> None:
+        begun.set()
+
+    slow = {cls: FailurePolicy(max_retries=1, backoff_seconds=60, jitter=False) for cls in FailureClass}
+    runner = quick(seen, NodeHooks(on_node_retry=on_retry), policy_map=slow)
+    await cancelled_after(asyncio.create_task(runner.run([bad], State())), begun)
+    assert seen.of(CANCELLED) == []
+
+
+def hook_that_waits() -> tuple[Callable[..., Awaitable[None]], asyncio.Event]:
+    begun = asyncio.Event()
+
+    async def hook(*_: Any) -> None:
+        begun.set()
+        await asyncio.Event().wait()
+
+    return hook, begun
+
+
+async def run_cancelled_in_hook(name: str, seen: Recorder, first: bool) -> None:
+    hook, begun = hook_that_waits()
+    waits = NodeHooks(**{name: hook})
+    sets = (waits, seen) if first else (seen, waits)
+    nodes = [bad] if name in (FAILURE, RETRY) else [plus]
+    await cancelled_after(asyncio.create_task(quick(*sets).run(nodes, State())), begun)
+
+
+SCENARIOS = [value for name, value in list(globals().items()) if name.startswith("run_") and "in_hook" not in name]
+
+
+@pytest.mark.parametrize("way", SCENARIOS, ids=lambda f: f.__name__.removeprefix("run_"))
+async def test_every_start_has_one_end(way: Callable[[Recorder], Awaitable[None]]) -> None:
+    """G9: every start event has exactly one end event, whichever way the attempt ended; so has every run."""
+    seen, other = Recorder(), Recorder()
+    await way(seen)
+    assert seen.of(START)
+    seen.assert_paired()
+    assert len(seen.of(RUN_START)) == len(seen.of(RUN_END)) == 1
+    del other
+
+
+@pytest.mark.parametrize("first", [True, False])
+@pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, FAILURE, RETRY, RUN_END])
+async def test_cancelled_while_a_hook_waits(name: str, first: bool, seen: Recorder) -> None:
+    """G9: a run cancelled while a hook of one set waits: every set gets its ends, and the run is cancelled."""
+    await run_cancelled_in_hook(name, seen, first)
+    seen.assert_paired()
+    assert len(seen.of(RUN_END)) == 1
+    if name != RUN_END:
+        assert seen.of(RUN_END)[0][1].status is RunStatus.CANCELLED
+
+
+async def test_cancelled_in_the_success_hook_keeps_the_work(seen: Recorder) -> None:
+    """G4, G8: cancellation during the success hook loses no output: it is committed and in the final state."""
+    hook, begun = hook_that_waits()
+    store = AsyncInMemoryStore()
+    runner = quick(seen, NodeHooks(on_node_success=hook), store=store)
+    await cancelled_after(asyncio.create_task(runner.run([plus, plus_two], State())), begun)
+    assert await store.load("r", "plus") == State(value=1)
+    assert seen.names == [RUN_START, START, SUCCESS, RUN_END]
+    ((_, result),) = seen.of(RUN_END)
+    assert [event.outcome for event in result.trace] == ["success"]
+    assert result.final_state == State(value=1)
+
+
+async def test_hooks_leave_no_task_behind(seen: Recorder) -> None:
+    """Hooks are never scheduled: after a run no task of it is left, and nothing was never awaited."""
+    before = asyncio.all_tasks()
+    await quick(seen, seen).run([flaky(), parallel(plus, plus_two)], State())
+    assert asyncio.all_tasks() == before
+    gc.collect()
