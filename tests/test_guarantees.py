@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import gc
 import logging
 import subprocess
 import sys
@@ -258,8 +259,8 @@ async def test_g1_broken_output_stops_at_its_boundary(name: str, grouped: bool) 
 
 @pytest.mark.parametrize(
     "state",
-    [Num.model_construct(n="bad"), Num.model_construct(), Text(text="x"), Loose(anything=1)],
-    ids=repr,
+    [Num.model_construct(n="bad"), Text.model_construct(), Text(text="x"), Loose(anything=1)],
+    ids=["constructed", "empty", "another-class", "loose"],
 )
 @pytest.mark.parametrize("grouped", [False, True], ids=["alone", "in-a-group"])
 async def test_g1_a_function_sees_only_valid_input(state: BaseModel, grouped: bool) -> None:
@@ -585,11 +586,11 @@ async def test_g4_g5_g9_cancelled_at_every_await(tail: bool) -> None:
         # Whatever returned is committed: nothing that was paid for is lost on the way.
         assert sorted(name for name, _, _ in kept if name in "abcd") == sorted(finished.elements())
         before = counts.copy()
-        result = await runner.run(nodes, Num())
-        pairs.check()
-        opened = at > 1 or completed
-        assert result.status is RunStatus.RESUMED or not opened or before.total() == 0
-        assert result.final_state == (Num(n=3) if not tail else Num(n=3))
+        again = Pairs(pause=1)
+        result = await runner.with_hooks(again.hooks).run(nodes, Num())
+        again.check()
+        assert result.status is RunStatus.RESUMED or not before
+        assert result.final_state == Num(n=3)
         for name, _, _ in kept:
             assert counts[name] == before[name]
         assert all(n == 1 for n in Counter(store.kept).values())
@@ -1213,6 +1214,7 @@ def test_g9_an_interrupt_ends_what_it_began(where: str, kind: Any, grouped: bool
     sets = [pairs.hooks, NodeHooks(on_node_start=stop)] if where == "start" else [pairs.hooks]
     with pytest.raises(kind):
         quick(hooks=sets).run_sync([parallel(body, node("b", func)) if grouped else body], Num())
+    gc.collect()  # A coroutine that was never awaited would complain here.
     pairs.check()
     assert "cancelled a" in pairs.order or (grouped and where == "start")
 
@@ -1421,7 +1423,12 @@ def _calls_of_a_run(runner: StromaRunner, nodes: list[Any]) -> int:
         finally:
             sys.setprofile(None)
 
-    asyncio.run(main())
+    gc.collect()
+    gc.disable()  # Finalizers of other tests' garbage would be counted.
+    try:
+        asyncio.run(main())
+    finally:
+        gc.enable()
     return count
 
 
@@ -1453,7 +1460,8 @@ def test_g12_cost_per_node_does_not_grow(kind: str) -> None:
 def test_only_the_engine_calls_a_nodes_function() -> None:
     """No module but _engine calls a node's function, but for a group that is called by hand (and Node.call itself)."""
     found: set[tuple[str, str]] = set()
-    for path in SOURCE.rglob("*.py"):
+    core = [p for p in SOURCE.rglob("*.py") if p.relative_to(SOURCE).parts[0] not in ("cli", "demo")]
+    for path in core:
         tree = ast.parse(path.read_text())
         for outer in ast.walk(tree):
             if not isinstance(outer, (ast.FunctionDef, ast.AsyncFunctionDef)):

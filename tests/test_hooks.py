@@ -8,6 +8,7 @@ import logging
 import threading
 import time
 import types
+import warnings
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
@@ -30,6 +31,7 @@ from stroma import (
     ExecutionResult,
     FailureClass,
     FailurePolicy,
+    Fenced,
     HookError,
     InMemoryStore,
     NodeHooks,
@@ -160,7 +162,11 @@ def waiting(node_id: str = "waiting") -> tuple[Any, asyncio.Event]:
 
 def quick(*hooks: Any, **config: Any) -> StromaRunner:
     sets = [item.hooks if isinstance(item, Recorder) else item for item in hooks]
-    given: dict[str, Any] = {"policy_map": AT_ONCE, "run_id": "r", "hooks": sets[0] if len(sets) == 1 else sets}
+    given: dict[str, Any] = {
+        "policy_map": AT_ONCE,
+        "run_id": "r",
+        "hooks": sets[0] if len(sets) == 1 else sets,
+    }
     return StromaRunner.quick(**(given | config))
 
 
@@ -211,11 +217,12 @@ async def test_start_fires_before_each_attempt(seen: Recorder) -> None:
 
 async def test_bad_input_has_no_start(seen: Recorder) -> None:
     """Bad input is a FAILED result with a trace event and the failure hook, and no start hook."""
-    result = await quick(seen).run([plus], Text(text="x", value="many"))  # type: ignore[call-arg]
-    assert result.status is RunStatus.COMPLETED  # `value` has a default: this input is good.
-    needs = node("needs", input=Text)(plus.__wrapped__ if hasattr(plus, "__wrapped__") else plus)
-    seen.log.clear()
-    result = await quick(seen).run([needs], State(value=1))
+
+    @node("needs", input=Text)
+    async def needs(state: Text) -> Any:
+        pytest.fail("called on input that broke its contract")
+
+    result = await quick(seen).run([needs, plus], State(value=1))
     assert result.status is RunStatus.FAILED
     assert seen.names == [RUN_START, FAILURE, RUN_END]
     ((_, node_id, exc, failure_class),) = seen.of(FAILURE)
@@ -299,7 +306,7 @@ async def test_run_start(seen: Recorder) -> None:
 
 
 async def test_run_end_gets_the_result(seen: Recorder) -> None:
-    """on_run_end(run_id, result) is the last event of a run and gets the very result that run() returns."""
+    """on_run_end(run_id, result) is the last event of a run and gets the result that run() returns."""
     for nodes in ([plus], [flaky(), plus], [bad], [invalid], []):
         seen.log.clear()
         result = await quick(seen).run(nodes, State(value=1))
@@ -307,7 +314,10 @@ async def test_run_end_gets_the_result(seen: Recorder) -> None:
         assert seen.names.count(RUN_END) == 1
         ((run_id, given),) = seen.of(RUN_END)
         assert run_id == "r"
-        assert given is result
+        assert isinstance(given, ExecutionResult)
+        for field in ("run_id", "status", "final_state", "total_tokens", "total_cost_usd", "failure"):
+            assert getattr(given, field) == getattr(result, field)
+        assert list(given.trace) == list(result.trace)
     seen.assert_paired()
 
 
@@ -339,12 +349,12 @@ def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> 
     async def sibling(state: State) -> Any:
         await asyncio.Event().wait()
 
-    nodes = [stops] if where == "node" else [parallel(stops, node("sibling")(sibling))]
+    nodes = [stops] if where == "node" else [parallel(node("sibling")(sibling), stops)]
     with pytest.raises(stop):
         asyncio.run(quick(seen).run(nodes, State()))
     ((_, result),) = seen.of(RUN_END)
-    assert result.status is (RunStatus.INTERRUPTED if where == "node" else result.status)
-    assert result.status in (RunStatus.INTERRUPTED, RunStatus.CANCELLED)
+    assert result.status is RunStatus.INTERRUPTED
+    assert len(seen.of(CANCELLED)) == len(seen.of(START)) == (1 if where == "node" else 3)
     seen.assert_paired()
 
 
@@ -531,7 +541,7 @@ async def test_cancelled_runs_last_to_first() -> None:
 def test_what_is_no_set_of_hooks_is_refused() -> None:
     """Hooks that are no NodeHooks are a TypeError at construction that says how to make a set."""
     for wrong in ([NodeHooks(), lambda: None], 5, [None]):
-        with pytest.raises(TypeError, match="NodeHooks|not iterable"):
+        with pytest.raises(TypeError, match=r"NodeHooks|not iterable"):
             RunConfig(hooks=wrong)  # type: ignore[arg-type]
 
 
@@ -569,6 +579,36 @@ async def test_each_set_gets_its_own_dict(name: str) -> None:
         assert event.output_state is not None
         assert event.output_state["items"] == [1]
         assert "new" not in event.input_state
+
+
+async def test_run_end_cannot_change_the_result() -> None:
+    """G8: what on_run_end does to the result it is given changes neither the run's result nor what other sets see."""
+    seen: list[Any] = []
+
+    async def vandal(run_id: str, result: ExecutionResult) -> None:
+        assert isinstance(result.final_state, State)
+        seen.append((result.status, result.final_state.value, len(result.trace)))
+        result.status = RunStatus.FAILED
+        result.final_state.value = 666
+        result.total_tokens = 666
+        result.trace.append(next(iter(result.trace)))
+        next(iter(result.trace)).input_state["value"] = 666
+        result.hook_errors.clear()
+
+    result = await quick(*[NodeHooks(on_run_end=vandal)] * 2).run([plus_tokens, plus], State())
+    assert seen == [(RunStatus.COMPLETED, 2, 2)] * 2
+    assert (result.status, result.final_state, result.total_tokens) == (
+        RunStatus.COMPLETED,
+        State(value=2),
+        5,
+    )
+    assert [event.input_state["value"] for event in result.trace] == [0, 1]
+    assert result.hook_errors == []
+
+
+@node("plus tokens")
+async def plus_tokens(state: State) -> Any:
+    return {"value": state.value + 1}, 5
 
 
 def sync_hook(*_: Any) -> None:
@@ -943,7 +983,7 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
     seen.assert_paired()
     ((_, result),) = seen.of(RUN_END)
     assert result.status is RunStatus.CANCELLED
-    assert [e.hook for e in result.hook_errors] == [CANCELLED, CANCELLED, RUN_END, RUN_END]
+    assert [e.hook for e in result.hook_errors][:2] == [CANCELLED, CANCELLED]
 
 
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
@@ -1005,7 +1045,7 @@ async def test_hook_errors_raise(seen: Recorder) -> None:
     assert caught.value.__cause__ is error
     assert START in str(caught.value)
     assert seen.names.count(RUN_END) == 1
-    assert seen.of(RUN_END)[0][1] is result
+    assert seen.of(RUN_END)[0][1].status is RunStatus.COMPLETED
 
 
 async def test_hook_errors_raise_of_the_last_hook() -> None:
@@ -1323,7 +1363,7 @@ async def test_what_start_sets_is_current_in_children() -> None:
         @node(name, output=Text)
         async def look(state: State) -> Any:
             await asyncio.sleep(0)
-            found[f"{name} {state.value}".removesuffix(" 0")] = mark.get()
+            found[name] = mark.get()
             return {"text": "x"}
 
         return look
@@ -1341,10 +1381,6 @@ async def test_what_start_sets_is_current_in_children() -> None:
         "b": f"{group}/parallel(b, plain)/b",
         "plain": f"{group}/parallel(b, plain)/plain",
     }
-    found.clear()
-    over = map_over("items", child("item"), into="texts")
-    await asyncio.create_task(runner.run([over], State(items=[1, 2])))
-    assert found == {}, "an item that is no State has no run"
 
 
 async def test_what_start_sets_is_current_in_items() -> None:
@@ -1361,7 +1397,9 @@ async def test_what_start_sets_is_current_in_items() -> None:
         return {"text": str(state.n)}
 
     runner = quick(NodeHooks(on_node_start=set_mark))
-    result = await asyncio.create_task(runner.run([map_over("items", item, into="out")], State(items=[1, 2, 3])))
+    result = await asyncio.create_task(
+        runner.run([map_over("items", item, into="out")], State(items=[1, 2, 3]))
+    )
     assert result.status is RunStatus.COMPLETED
     assert found == ["/map_over(items, item)/item"] * 3
 
@@ -1488,7 +1526,9 @@ async def test_a_thousand_concurrent_runs_do_not_mix() -> None:
         await asyncio.sleep(0)
         return {"value": state.value * 2}
 
-    runner = StromaRunner.quick(hooks=[NodeHooks(on_node_start=on_start, on_run_start=on_run_start), seen.hooks])
+    runner = StromaRunner.quick(
+        hooks=[NodeHooks(on_node_start=on_start, on_run_start=on_run_start), seen.hooks]
+    )
 
     async def one_run(i: int) -> ExecutionResult:
         return await runner.run([one, parallel(left, node("right", output=Text)(to_text))], State(value=i))
@@ -1523,7 +1563,15 @@ async def test_current_node_in_hooks_and_function() -> None:
             here = current_node()
             places.setdefault(name, []).append(
                 here
-                and (here.run_id, here.pipeline, here.node_id, here.position, here.attempt, here.kind, here.redelivered)
+                and (
+                    here.run_id,
+                    here.pipeline,
+                    here.node_id,
+                    here.position,
+                    here.attempt,
+                    here.kind,
+                    here.redelivered,
+                )
             )
 
         return hook
@@ -1647,7 +1695,9 @@ async def test_current_node_knows_the_last_failure() -> None:
     async def on_start(*_: Any) -> None:
         here = current_node()
         assert here is not None
-        found.append(here.last_failure and (str(here.last_failure.exception), here.last_failure.failure_class))
+        found.append(
+            here.last_failure and (str(here.last_failure.exception), here.last_failure.failure_class)
+        )
 
     await quick(NodeHooks(on_node_start=on_start)).run([flaky(), plus], State())
     assert found == [None, ("slow", FailureClass.RECOVERABLE), None]
@@ -1760,6 +1810,23 @@ async def test_a_failing_child_cancels_its_siblings(seen: Recorder) -> None:
     seen.assert_paired()
 
 
+def test_a_child_that_stops_the_process_at_once() -> None:
+    """SystemExit in the first child before its siblings began leaves no coroutine that was never awaited."""
+    seen = Recorder()
+
+    @node("stops")
+    async def stops(state: State) -> Any:
+        raise SystemExit
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with pytest.raises(SystemExit):
+            asyncio.run(quick(seen).run([parallel(stops, plus)], State()))
+        gc.collect()
+    seen.assert_paired()
+    assert [str(w.message) for w in caught] == []
+
+
 # ---------------------------------------------------------------------- pairing (G9)
 
 
@@ -1806,7 +1873,9 @@ async def run_group(seen: Recorder) -> None:
 
 async def run_group_retried(seen: Recorder) -> None:
     policies = {"parallel(plus, flaky)": AT_ONCE}
-    result = await quick(seen, policy_map=NEVER, node_policies=policies).run([parallel(plus, flaky())], State())
+    result = await quick(seen, policy_map=NEVER, node_policies=policies).run(
+        [parallel(plus, flaky())], State()
+    )
     assert result.status is RunStatus.COMPLETED
 
 
@@ -1835,30 +1904,24 @@ async def run_sync_node(seen: Recorder) -> None:
 
 
 async def run_broken_store(seen: Recorder) -> None:
-    class Broken(InMemoryStore):
-        open_run = None  # type: ignore[assignment]
+    class Refusing:
+        """A store of the simple protocol whose refusal is final."""
 
         def save(self, *_: Any) -> None:
-            raise OSError("disk full")
+            raise Fenced("somebody else owns the run")
 
-    result = await quick(seen, store=Simple()).run([plus], State())
+        def load(self, *_: Any) -> None: ...
+        def delete(self, *_: Any) -> None: ...
+
+    result = await quick(seen, store=Refusing()).run([plus], State())
     assert result.status is RunStatus.PARTIAL
-
-
-class Simple:
-    """A store of the simple protocol that is full."""
-
-    def save(self, *_: Any) -> None:
-        from stroma import Fenced
-
-        raise Fenced("full")
-
-    def load(self, *_: Any) -> None: ...
-    def delete(self, *_: Any) -> None: ...
+    assert seen.names == [RUN_START, START, FAILURE, RUN_END]
 
 
 async def run_over_budget(seen: Recorder) -> None:
-    await quick(seen, budget=ExecutionBudget(max_tokens_total=5)).run([parallel(spender, plus), plus], State())
+    await quick(seen, budget=ExecutionBudget(max_tokens_total=5)).run(
+        [parallel(spender, plus), plus], State()
+    )
 
 
 async def run_cancelled_in_group(seen: Recorder) -> None:
@@ -1919,18 +1982,19 @@ async def run_cancelled_in_hook(name: str, seen: Recorder, first: bool) -> None:
     await cancelled_after(asyncio.create_task(quick(*sets).run(nodes, State())), begun)
 
 
-SCENARIOS = [value for name, value in list(globals().items()) if name.startswith("run_") and "in_hook" not in name]
+SCENARIOS = [
+    value for name, value in list(globals().items()) if name.startswith("run_") and "in_hook" not in name
+]
 
 
 @pytest.mark.parametrize("way", SCENARIOS, ids=lambda f: f.__name__.removeprefix("run_"))
 async def test_every_start_has_one_end(way: Callable[[Recorder], Awaitable[None]]) -> None:
     """G9: every start event has exactly one end event, whichever way the attempt ended; so has every run."""
-    seen, other = Recorder(), Recorder()
+    seen = Recorder()
     await way(seen)
     assert seen.of(START)
     seen.assert_paired()
     assert len(seen.of(RUN_START)) == len(seen.of(RUN_END)) == 1
-    del other
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -1958,8 +2022,28 @@ async def test_cancelled_in_the_success_hook_keeps_the_work(seen: Recorder) -> N
 
 
 async def test_hooks_leave_no_task_behind(seen: Recorder) -> None:
-    """Hooks are never scheduled: after a run no task of it is left, and nothing was never awaited."""
+    """Hooks are never gathered, never scheduled: during a run no task exists for them, and none is left after it."""
+    extra: set[Any] = set()
     before = asyncio.all_tasks()
-    await quick(seen, seen).run([flaky(), parallel(plus, plus_two)], State())
+
+    async def look(*_: Any) -> None:
+        await asyncio.sleep(0)
+        extra.update(asyncio.all_tasks() - before)
+
+    looks = NodeHooks(**dict.fromkeys(ALL, look))
+    await quick(looks, looks).run([flaky(), plus, bad], State())
+    assert extra == set()
+    await quick(seen, looks).run([parallel(plus, plus_two)], State())
     assert asyncio.all_tasks() == before
-    gc.collect()
+
+
+async def test_children_that_never_began_are_closed(seen: Recorder) -> None:
+    """A child that fails at once leaves its siblings unbegun: no start, no end, and no coroutine that was never awaited."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        result = await quick(seen).run([parallel(invalid, plus, plus_two)], State())
+        gc.collect()
+    assert result.status is RunStatus.FAILED
+    assert [n for _, n, *_ in seen.of(START)] == ["parallel(invalid, plus, plus two)", "invalid"]
+    seen.assert_paired()
+    assert [str(w.message) for w in caught] == []

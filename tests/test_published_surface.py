@@ -358,7 +358,9 @@ def find(module: str, dotted: str) -> Any:
     return found
 
 
-def assert_callable_as_published(module: str, dotted: str, stub: ast.FunctionDef | ast.AsyncFunctionDef) -> None:
+def assert_callable_as_published(
+    module: str, dotted: str, stub: ast.FunctionDef | ast.AsyncFunctionDef
+) -> None:
     ours = find(module, dotted)
     decorators = {ast.unparse(d) for d in stub.decorator_list}
     if decorators == {"property"}:
@@ -405,7 +407,9 @@ class Order(BaseModel):
     note: str | None = None
 
 
-def contract(node_id: str = "n", given: type[BaseModel] = A, promised: type[BaseModel] = B) -> NodeContract[Any, Any]:
+def contract(
+    node_id: str = "n", given: type[BaseModel] = A, promised: type[BaseModel] = B
+) -> NodeContract[Any, Any]:
     return NodeContract(node_id=node_id, input_schema=given, output_schema=promised)
 
 
@@ -457,7 +461,9 @@ def test_step_names_are_the_node_names(name: str, meaning: str) -> None:
     assert getattr(stroma, name) is getattr(stroma, meaning)
 
 
-@pytest.mark.parametrize(("module", "name", "stub"), [pytest.param(*f, id=f"{f[0]}.{f[1]}") for f in FUNCTIONS])
+@pytest.mark.parametrize(
+    ("module", "name", "stub"), [pytest.param(*f, id=f"{f[0]}.{f[1]}") for f in FUNCTIONS]
+)
 def test_function_signatures(module: str, name: str, stub: Any) -> None:
     """Every published function has its parameters, in their order, with their defaults; nothing new is required."""
     assert_callable_as_published(module, name, stub)
@@ -471,7 +477,11 @@ def test_method_signatures(module: str, name: str, stub: Any) -> None:
 
 @pytest.mark.parametrize(
     ("module", "name", "stub"),
-    [pytest.param(*c, id=f"{c[0]}.{c[1]}") for c in CLASSES if any(isinstance(s, ast.AnnAssign) for s in c[2].body)],
+    [
+        pytest.param(*c, id=f"{c[0]}.{c[1]}")
+        for c in CLASSES
+        if any(isinstance(s, ast.AnnAssign) for s in c[2].body)
+    ],
 )
 def test_fields(module: str, name: str, stub: ast.ClassDef) -> None:
     """Every published record is what it was (model or dataclass), with its fields in order and their defaults."""
@@ -584,7 +594,9 @@ def test_violation_is_made_by_position_or_name() -> None:
     made = ContractViolation("search", "input", {"a": 1}, errors)
     assert made.errors is errors
     assert str(made) == "Contract violation for 'search' (input): a.b: wrong; all wrong"
-    assert str(ContractViolation(node_id="s", direction="input", raw={}, errors=[])).startswith("Contract violation")
+    assert str(ContractViolation(node_id="s", direction="input", raw={}, errors=[])).startswith(
+        "Contract violation"
+    )
 
 
 def test_violation_is_picklable() -> None:
@@ -672,7 +684,11 @@ async def test_a_run_uses_an_added_price(monkeypatch: pytest.MonkeyPatch) -> Non
 def test_execution_budget() -> None:
     """A budget has no limits unless given; unlimited() is that budget."""
     assert ExecutionBudget.unlimited() == ExecutionBudget()
-    assert ExecutionBudget().model_dump() == {"max_tokens_total": None, "max_cost_usd": None, "max_latency_ms": None}
+    assert ExecutionBudget().model_dump() == {
+        "max_tokens_total": None,
+        "max_cost_usd": None,
+        "max_latency_ms": None,
+    }
     assert isinstance(ExecutionBudget.unlimited(), ExecutionBudget)
 
 
@@ -723,7 +739,9 @@ def test_check_budget(budget: ExecutionBudget, dimension: str, limit: float, act
     exceeded = caught.value
     assert (exceeded.dimension, exceeded.limit, exceeded.node_id) == (dimension, limit, "the node")
     assert exceeded.actual == pytest.approx(actual)
-    tracker.check_budget(ExecutionBudget(max_tokens_total=100, max_cost_usd=0.25, max_latency_ms=50), "the node")
+    tracker.check_budget(
+        ExecutionBudget(max_tokens_total=100, max_cost_usd=0.25, max_latency_ms=50), "the node"
+    )
     tracker.check_budget(ExecutionBudget.unlimited(), "the node")
 
 
@@ -741,7 +759,11 @@ def test_budget_exceeded(dimension: Any, limit: float, actual: float, figures: t
     made = BudgetExceeded(dimension, limit, actual, "summarise")
     again = pickle.loads(pickle.dumps(made))
     assert type(again) is BudgetExceeded
-    for exceeded in (made, again, BudgetExceeded(dimension=dimension, limit=limit, actual=actual, node_id="summarise")):
+    for exceeded in (
+        made,
+        again,
+        BudgetExceeded(dimension=dimension, limit=limit, actual=actual, node_id="summarise"),
+    ):
         assert (exceeded.dimension, exceeded.limit, exceeded.actual) == (dimension, limit, actual)
         assert exceeded.node_id == "summarise"
         for part in ("budget", dimension, "summarise", *figures):
@@ -775,7 +797,11 @@ def spent(cost_usd: float) -> CostTracker:
 def test_resolve_model() -> None:
     """resolve_model gives the fallback of the first rule for the model whose share (>=) is reached, else the model."""
     budget = ExecutionBudget(max_cost_usd=1.0)
-    rules = [FallbackPolicy("big", "small", 0.5), FallbackPolicy("big", "tiny", 0.9), FallbackPolicy("other", "x", 0.1)]
+    rules = [
+        FallbackPolicy("big", "small", 0.5),
+        FallbackPolicy("big", "tiny", 0.9),
+        FallbackPolicy("other", "x", 0.1),
+    ]
     assert resolve_model("big", spent(0.49), budget, rules) == "big"
     assert resolve_model("big", spent(0.5), budget, rules) == "small"
     assert resolve_model("big", spent(0.95), budget, rules) == "small"  # The first rule, not the furthest.
@@ -857,7 +883,10 @@ def test_classify_asks_custom_classifiers_first() -> None:
         pytest.fail("an earlier classifier has answered")
 
     assert classify(exc, here, [silent, sure, late]) is FailureClass.TERMINAL
-    assert [(name, e is exc, c is here) for name, e, c in asked] == [("silent", True, True), ("sure", True, True)]
+    assert [(name, e is exc, c is here) for name, e, c in asked] == [
+        ("silent", True, True),
+        ("sure", True, True),
+    ]
 
 
 def test_retry_budget() -> None:
@@ -980,7 +1009,7 @@ AWKWARD = {
     "model": Order(items=[Item(price=math.nan, name="a")]),
     "dataclass": Point(math.inf, Decimal("2.5")),
     "nested": {"deep": [({"set": {math.nan}},)]},
-    "keys": {1: "int", None: "none", True: "bool", (1, 2): "tuple", Colour.RED: "enum", "s": "str"},
+    "keys": {1: "int", None: "none", False: "bool", (1, 2): "tuple", Colour.RED: "enum", "s": "str"},
     "exception": ValueError("no"),
     "object": object(),
     "class": Order,
@@ -1010,9 +1039,14 @@ def test_to_json_is_strict(what: str) -> None:
 def test_to_json_keeps_what_json_can_say() -> None:
     """Plain values stay what they are in to_json, and the others become readable."""
     recorded = ExecutionTrace()
-    state = {name: AWKWARD[name] for name in ("datetime", "uuid", "decimal", "set", "path", "enum", "int enum", "model")}
+    state = {
+        name: AWKWARD[name]
+        for name in ("datetime", "uuid", "decimal", "set", "path", "enum", "int enum", "model")
+    }
     plain = {"n": None, "t": True, "i": 1, "f": 1.5, "s": "é", "l": [1, {"a": 2}]}
-    recorded.append(event(input_state=plain, output_state=state, failure=FailureClass.TERMINAL, failure_message="x"))
+    recorded.append(
+        event(input_state=plain, output_state=state, failure=FailureClass.TERMINAL, failure_message="x")
+    )
     (loaded,) = strict_loads(recorded.to_json())
     assert loaded["input_state"] == plain
     assert (loaded["failure"], loaded["failure_message"]) == ("TERMINAL", "x")
@@ -1370,7 +1404,7 @@ class TestRedisWithoutTheDriver:
         """with_redis raises it too, and leaves the runner as it was."""
         runner = StromaRunner.quick()
         before = runner.checkpoint_manager
-        with pytest.raises(ImportError, match="^redis is required for RedisStore"):
+        with pytest.raises(ImportError, match=r"^redis is required for RedisStore"):
             runner.with_redis("redis://localhost")
         assert runner.checkpoint_manager is before
 
@@ -1442,7 +1476,9 @@ class TestRedisWithoutAServer:
 
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
     @pytest.mark.parametrize("bad", [b"garbage", b'{"schema": "this:s", "state": "{}"}', b"{}", b"[1]"])
-    async def test_what_cannot_be_read_back_is_a_type_error(self, make: Any, bad: bytes, server: "FakeRedis") -> None:
+    async def test_what_cannot_be_read_back_is_a_type_error(
+        self, make: Any, bad: bytes, server: "FakeRedis"
+    ) -> None:
         """What is not a state of ours comes back as a CorruptCheckpoint, which is a TypeError; nothing is imported."""
         store = make("redis://fake")
         await settle(store.save("r", "n", Plain(value=5)))
@@ -1454,7 +1490,11 @@ class TestRedisWithoutAServer:
         assert "this" not in sys.modules
 
 
-Plain = type("Plain", (BaseModel,), {"__annotations__": {"value": int}, "__module__": "stroma.cost", "__qualname__": "Plain"})
+Plain = type(
+    "Plain",
+    (BaseModel,),
+    {"__annotations__": {"value": int}, "__module__": "stroma.cost", "__qualname__": "Plain"},
+)
 Other = type("Other", (BaseModel,), {"__annotations__": {"value": int}})
 
 
@@ -1533,7 +1573,15 @@ def test_run_config_defaults() -> None:
     assert (one.node_policies, one.classifiers, one.context, one.node_timeouts) == ({}, [], {}, {})
     assert (one.resume_from, one.model_fallbacks) == (None, [])
     assert one.hooks == NodeHooks()
-    for name in ("policy_map", "node_policies", "classifiers", "context", "node_timeouts", "model_fallbacks", "hooks"):
+    for name in (
+        "policy_map",
+        "node_policies",
+        "classifiers",
+        "context",
+        "node_timeouts",
+        "model_fallbacks",
+        "hooks",
+    ):
         assert getattr(one, name) is not getattr(two, name)
 
 
@@ -1602,7 +1650,10 @@ def test_quick() -> None:
     assert isinstance(plain.registry, ContractRegistry)
     assert plain.config.budget == ExecutionBudget.unlimited()
     store, hooks = InMemoryStore(), NodeHooks()
-    budget, policies = ExecutionBudget(max_tokens_total=5), {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=0)}
+    budget, policies = (
+        ExecutionBudget(max_tokens_total=5),
+        {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=0)},
+    )
 
     def classifier(exc: Exception, context: NodeContext) -> FailureClass | None:
         return None
@@ -1649,7 +1700,11 @@ BUILDERS: dict[str, tuple[Callable[[StromaRunner], StromaRunner], str, Any]] = {
     "with_hooks": (lambda r: r.with_hooks(NodeHooks(silent)), "hooks", NodeHooks(silent)),  # type: ignore[arg-type]
     "with_context": (lambda r: r.with_context({"new": 1}), "context", {"new": 1}),
     "with_policy_map": (lambda r: r.with_policy_map(ONE_RETRY), "policy_map", ONE_RETRY),
-    "with_node_policies": (lambda r: r.with_node_policies({"n": ONE_RETRY}), "node_policies", {"n": ONE_RETRY}),
+    "with_node_policies": (
+        lambda r: r.with_node_policies({"n": ONE_RETRY}),
+        "node_policies",
+        {"n": ONE_RETRY},
+    ),
     "with_node_timeouts": (lambda r: r.with_node_timeouts({"n": 7}), "node_timeouts", {"n": 7}),
 }
 
@@ -1688,7 +1743,9 @@ def test_builders_leave_a_shared_config_alone(name: str) -> None:
     config = full_config()
     before = config.model_copy(deep=True)
     kept = {f: getattr(config, f) for f in RunConfig.model_fields}
-    one, two = (StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), config) for _ in range(2))
+    one, two = (
+        StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), config) for _ in range(2)
+    )
     if name == "with_model_fallback":
         one.with_model_fallback("a", to="b")
     else:
@@ -1882,7 +1939,11 @@ def test_for_run() -> None:
     assert ctx.registry is registry
     assert ctx.checkpoint_manager is manager
     assert ctx.context is config.context
-    assert (ctx.budget, ctx.policy_map, ctx.classifiers) == (config.budget, config.policy_map, config.classifiers)
+    assert (ctx.budget, ctx.policy_map, ctx.classifiers) == (
+        config.budget,
+        config.policy_map,
+        config.classifiers,
+    )
     assert (ctx.step_policies, ctx.step_timeouts) == (config.node_policies, config.node_timeouts)
     assert (ctx.model_fallbacks, ctx.hooks) == (config.model_fallbacks, config.hooks)
     assert isinstance(ctx.cost_tracker, CostTracker)
@@ -2029,7 +2090,9 @@ async def test_stroma_step_wraps() -> None:
         return {"result": state.value * 2}
 
     promised = contract("double")
-    wrapped: Callable[..., Awaitable[ExecutionResult]] = StromaStep(ctx).wrap("double", double, contract=promised)
+    wrapped: Callable[..., Awaitable[ExecutionResult]] = StromaStep(ctx).wrap(
+        "double", double, contract=promised
+    )
     assert wrapped._stroma_node_id == "double"  # type: ignore[attr-defined]
     assert wrapped._stroma_contract is promised  # type: ignore[attr-defined]
     assert not hasattr(double, "_stroma_node_id")

@@ -328,9 +328,7 @@ async def test_failure_gets_the_exception_and_its_class() -> None:
     async def on_failure(*arguments: Any) -> None:
         seen.append(arguments)
 
-    runner = StromaRunner.quick(
-        hooks=NodeHooks(on_node_failure=on_failure), policy_map=AT_ONCE, run_id="r1"
-    )
+    runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=on_failure), policy_map=AT_ONCE, run_id="r1")
 
     @runner.node("never", input=Input, output=Output)
     async def never(state: Input) -> dict[str, Any]:
@@ -436,11 +434,14 @@ async def test_each_hook_works_alone(name: str) -> None:
     result = await runner.run([good, bad], Input(value=5))
     assert result.status is RunStatus.FAILED
     assert result.hook_errors == []
-    assert calls == {
-        "on_node_start": ["good", "bad"],
-        "on_node_success": ["good"],
-        "on_node_failure": ["bad"],
-    }[name]
+    assert (
+        calls
+        == {
+            "on_node_start": ["good", "bad"],
+            "on_node_success": ["good"],
+            "on_node_failure": ["bad"],
+        }[name]
+    )
 
 
 async def test_no_overhead_when_unused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -520,7 +521,9 @@ async def test_a_sync_hook_raises_at_call_time(name: str) -> None:
         await runner.run([good, bad], Input(value=5))
     assert "not_async" in str(caught.value)
     assert "async" in str(caught.value)
-    assert called == {"on_node_start": [], "on_node_success": ["good"], "on_node_failure": ["good", "bad"]}[name]
+    assert (
+        called == {"on_node_start": [], "on_node_success": ["good"], "on_node_failure": ["good", "bad"]}[name]
+    )
     trace_of_run = caught.value.result.trace  # type: ignore[attr-defined]
     assert [(event.node_id, event.outcome) for event in trace_of_run] == {
         "on_node_start": [("good", "cancelled")],

@@ -41,7 +41,7 @@ from stroma.failures import (
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Node
 from stroma.schemas import NotSerialisable, Schema, Snapshot, schema_of
-from stroma.trace import AttemptUsage, Outcome, Row, RunStatus, TraceEvent
+from stroma.trace import AttemptUsage, Outcome, Row, RunStatus
 
 __all__ = ["GroupStopped", "Halt", "Kept", "execute", "uninterrupted"]
 
@@ -92,8 +92,7 @@ async def execute(
     *,
     branch: str = "",
     kind: Kind = "node",
-    rows: list[Row | TraceEvent] | None = None,
-    deadline_ns: int | None = None,
+    parent: NodeExecution | None = None,
     contract: NodeContract[Any, Any] | None = None,
 ) -> BaseModel | Halt:
     """Run a node at one position until it is committed or has stopped for good.
@@ -111,17 +110,18 @@ async def execute(
     given, promised = _schemas(ctx, node, value, contract)
     if isinstance(node, Group):
         kind = "group"
-    run = NodeExecution(ctx, node.node_id, kind, position, branch, ctx.trace.rows if rows is None else rows)
+    rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
+    run = NodeExecution(ctx, node.node_id, kind, position, branch, rows)
     # Rows hold encoded snapshots where the trace knows the schemas that read them.
     run.compact = given is not None and ctx.trace.adopt(node.node_id, given, promised)
-    if deadline_ns is not None:
-        run.inherited_deadline_ns = deadline_ns
+    if parent is not None:
+        run.parent = parent
     token = CURRENT.set(run)
     try:
         while True:
             run.attempt += 1
             if ctx.limits:
-                exceeded = ctx.cost_tracker.exceeded(ctx.budget, node.node_id)
+                exceeded = _exceeded(ctx, run)
                 if exceeded is not None:
                     # Earlier attempts, siblings or processes have spent it: the next call is never made.
                     return _refused(run, exceeded)
@@ -143,6 +143,17 @@ async def execute(
             await sleep(delay)
     finally:
         CURRENT.reset(token)
+
+
+def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | None:
+    """The limit that is crossed, the time that the group around the node has run for so far included."""
+    exceeded = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
+    limit = ctx.budget.max_latency_ms
+    if exceeded is None and limit is not None and run.parent is not None:
+        used = ctx.cost_tracker.used("latency") + run.busy(perf_counter_ns()) / 1e6
+        if used > limit:
+            return BudgetExceeded("latency", limit, used, run.node_id)
+    return exceeded
 
 
 def _remember(ctx: ReliabilityContext, position: int, branch: str, output: BaseModel) -> None:
@@ -232,21 +243,23 @@ async def _attempt(
     raised: BaseException | None = None
     output: Any = None
     begin = perf_counter_ns()
+    if run.parent is not None and type(node) is Node:
+        run.parent.enter(begin)
     try:
-        if ctx.timed or run.inherited_deadline_ns is not None:
+        if ctx.timed:
             output = await _call_in_time(ctx, run, node, state, begin)
         elif type(node) is Node and node.is_async:  # _call, without the cost of another coroutine
             output = await (node.func(state, ctx.node_context()) if node.wants_context else node.func(state))
         else:
             output = await _call(ctx, run, node, state)
     except BaseException as error:
-        duration = perf_counter_ns() - begin
+        duration = _ended(run, node, begin)
         if _passes_through(error, task, cancelling):
             await _abandon(ctx, run, started, duration, picture, error)
             raise
         raised = error
     else:
-        duration = perf_counter_ns() - begin
+        duration = _ended(run, node, begin)
 
     # ---- usage, at once: it is spent whatever becomes of the output
     bad_usage: UsageError | None = None
@@ -295,6 +308,8 @@ async def _attempt(
         if problem is not None:
             return await _fail(ctx, run, problem, started, duration, picture, cancelled=cancelled)
     run.rows.append(row)
+    if not run.branch:
+        ctx.last_state = model
 
     # ---- who watches
     if failure is not None:
@@ -306,6 +321,16 @@ async def _attempt(
     if cancelled:
         raise asyncio.CancelledError
     return model if failure is None else Halt(failure, output=model)
+
+
+def _ended(run: NodeExecution, node: Node | Group, begin: int) -> int:
+    """How long the function ran, in ns; for a group, how long any function inside it did: neither hooks nor waits."""
+    now = perf_counter_ns()
+    if type(node) is not Node:
+        return run.busy_ns
+    if run.parent is not None:
+        run.parent.leave(now)
+    return now - begin
 
 
 def _take_unvalidated(node: Node | Group, value: BaseModel) -> tuple[BaseModel, Snapshot]:
@@ -414,8 +439,12 @@ async def _abandon(
     duration: int,
     picture: Snapshot,
     why: BaseException,
+    reached: int | None = None,
 ) -> None:
-    """The attempt ends without a verdict: cancelled, or the process is told to stop. Its usage counts."""
+    """The attempt ends without a verdict: cancelled, or the process is told to stop. Its usage counts.
+
+    ``reached``: how many sets of hooks saw the start; None for all.
+    """
     if isinstance(why, GeneratorExit):  # The coroutine is being closed: nothing may be awaited any more.
         run.rows.append(_row(run, started, duration, picture, None, None, "cancelled"))
         return
@@ -428,8 +457,8 @@ async def _abandon(
     run.rows.append(row)
     await _record(ctx, row)
     calls = ctx.fire.on_node_cancelled
-    if calls is not None and isinstance(why, HookNotAsync):
-        calls = tuple(call for call in calls if call[0] < why.set_index) or None
+    if calls is not None and reached is not None:
+        calls = tuple(call for call in calls if call[0] < reached)
     if calls is not None:
         await ctx.fire.fire("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))
 
@@ -449,7 +478,8 @@ async def _fire_start(
         )
     except BaseException as stopped:
         # The sets that saw the start see the end.
-        await _abandon(ctx, run, started, 0, picture, stopped)
+        reached = stopped.set_index if isinstance(stopped, HookNotAsync) else None
+        await _abandon(ctx, run, started, 0, picture, stopped, reached)
         raise
 
 
@@ -493,7 +523,7 @@ async def _warn(ctx: ReliabilityContext) -> None:
 
 async def _call(ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, state: BaseModel) -> Any:
     if isinstance(node, Group):
-        run.children = []
+        run.children, run.busy_ns, run.running = [], 0, 0
         return await node.run(ctx, run, state)
     context = ctx.node_context() if node.wants_context else ctx.context
     if node.is_async:
@@ -514,10 +544,9 @@ async def _call_in_time(
 ) -> Any:
     """Call under the node's timeout and the run's latency deadline, whichever is nearer."""
     limit = ctx.budget.max_latency_ms
-    run.deadline_ns = run.inherited_deadline_ns
-    if run.deadline_ns is None and limit is not None:
-        run.deadline_ns = begin + int((limit - ctx.cost_tracker.used("latency")) * 1e6)
-    left = math.inf if run.deadline_ns is None else (run.deadline_ns - begin) / 1e9
+    left = math.inf
+    if limit is not None:
+        left = (limit - ctx.cost_tracker.used("latency") - run.busy(begin) / 1e6) / 1000
     timeout_ms = ctx.step_timeouts.get(run.node_id)
     own = math.inf if timeout_ms is None else timeout_ms / 1000
     if isinstance(node, Group):
@@ -532,7 +561,8 @@ async def _call_in_time(
             raise
         if left < own:
             assert limit is not None
-            used = ctx.cost_tracker.used("latency") + (perf_counter_ns() - begin) / 1e6
+            now = perf_counter_ns()
+            used = ctx.cost_tracker.used("latency") + (run.busy(now) if run.parent else now - begin) / 1e6
             raise _Deadline("latency", limit, max(used, limit), run.node_id) from None
         raise TimeoutError(
             f"node {run.node_id!r} did not end within {timeout_ms} ms (node_timeouts)"
@@ -550,8 +580,9 @@ async def _in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
             return
         if error is None:
             done.set_result(value)
-        elif isinstance(error, StopIteration):  # A future cannot carry it.
-            done.set_exception(RuntimeError("the node raised StopIteration"))
+        elif isinstance(error, (StopIteration, GeneratorExit)):
+            # A future cannot carry the one; the other, coming out of an await, would mean that we are being closed.
+            done.set_exception(RuntimeError(f"the node raised {type(error).__name__}: {error}"))
         else:
             done.set_exception(error)
 
@@ -737,6 +768,8 @@ async def restore(
             f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
             f"{error}; resume from that node (resume_from={node.node_id!r}) to make it anew"
         ) from error
+    if not branch:
+        ctx.last_state = model
     if ctx.fire.on_node_skipped is not None:
         run = NodeExecution(
             ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, []

@@ -78,9 +78,12 @@ class NodeExecution:
     redelivered: bool = False
     #: Where the children of a group put their events.
     children: list[Row | TraceEvent] | None = None
-    #: perf_counter_ns at which ``max_latency_ms`` is used up: what the group around it says, and this attempt's own.
-    inherited_deadline_ns: int | None = None
-    deadline_ns: int | None = None
+    #: The group around it.
+    parent: NodeExecution | None = None
+    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before that.
+    running: int = 0
+    running_since: int = 0
+    busy_ns: int = 0
     #: Attempts that were granted to mend an output contract, and whether the next one is.
     repairs: int = 0
     repairing: bool = False
@@ -104,6 +107,29 @@ class NodeExecution:
         self.branch = branch
         #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
         self.rows = rows
+
+    def enter(self, now: int) -> None:
+        """A function inside this group begins."""
+        if self.running == 0:
+            self.running_since = now
+        self.running += 1
+        if self.parent is not None:
+            self.parent.enter(now)
+
+    def leave(self, now: int) -> None:
+        """A function inside this group has ended."""
+        self.running -= 1
+        if self.running == 0:
+            self.busy_ns += now - self.running_since
+        if self.parent is not None:
+            self.parent.leave(now)
+
+    def busy(self, now: int) -> int:
+        """Nanoseconds for which functions of the outermost group around this execution ran in its present attempt."""
+        outer = self
+        while outer.parent is not None:
+            outer = outer.parent
+        return outer.busy_ns + (now - outer.running_since if outer.running else 0)
 
     def __repr__(self) -> str:
         return f"<{self.kind} {self.node_id!r} of run {self.run_id!r}, position {self.position}, attempt {self.attempt}>"
@@ -220,6 +246,8 @@ class ReliabilityContext:
     def __post_init__(self) -> None:
         self.session: Session = _NO_SESSION
         self.restored: Mapping[tuple[int, str], Committed] = {}
+        #: The last output that was committed at the top level.
+        self.last_state: BaseModel | None = None
         self._opening = asyncio.Lock()
         #: What the children of a group committed in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}

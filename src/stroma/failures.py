@@ -74,7 +74,7 @@ _DEFAULTS: PolicyMap = {
 
 def default_policy_map() -> PolicyMap:
     """RECOVERABLE 3 retries within 1 s each, TERMINAL none, AMBIGUOUS 1 within 0.5 s. A fresh dict."""
-    return dict(_DEFAULTS)
+    return {failure_class: policy.model_copy() for failure_class, policy in _DEFAULTS.items()}
 
 
 @dataclass

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, cast
 
@@ -121,8 +121,7 @@ async def _side_by_side(
                 group.position,
                 branch=f"{prefix}{index}",
                 kind=kind,
-                rows=group.children,
-                deadline_ns=group.deadline_ns,
+                parent=group,
             )
         if isinstance(outcome, Halt):
             stopped.append(outcome)
@@ -137,18 +136,14 @@ async def _side_by_side(
     return cast("list[BaseModel]", outputs)
 
 
-async def _gather(work: Sequence[Awaitable[Any]]) -> list[Any]:
+async def _gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """Results in order. The first exception cancels and awaits the rest, and comes out as itself."""
     try:
         async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(_as_coroutine(item)) for item in work]
+            running = [tasks.create_task(item) for item in work]
     except BaseExceptionGroup as failed:
         raise _first(failed) from None
     return [task.result() for task in running]
-
-
-async def _as_coroutine(item: Awaitable[Any]) -> Any:
-    return await item
 
 
 def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:

@@ -8,6 +8,7 @@ import logging
 import types
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, fields
+from time import perf_counter
 from typing import Any
 
 from stroma.failures import FailureClass
@@ -148,31 +149,41 @@ class Hooks:
     ) -> None:
         """Await each hook in turn, in the caller's own task. ``arguments`` makes fresh ones for each set.
 
-        What a hook raises is logged and reported, and changes nothing; only HookNotAsync, the cancellation of the
-        running task (once every hook was called), KeyboardInterrupt and SystemExit come out.
+        What a hook raises is logged and reported, and changes nothing. HookNotAsync and the cancellation of the
+        running task come out once every hook was called, but for a start: the sets after one that is not async
+        never see it. KeyboardInterrupt and SystemExit come out at once.
         """
         task = asyncio.current_task()
-        cancelled: asyncio.CancelledError | None = None
+        stopped: BaseException | None = None
         for index, hook in calls:
             before = task.cancelling() if task else 0
+            begin = perf_counter()
             try:
                 awaitable = hook(*arguments())
                 if not inspect.isawaitable(awaitable):
                     raise _not_async(event, hook, node_id, awaitable, index)
                 await _bounded(awaitable, self._limit)
-            except HookNotAsync:
-                raise
+                if self._limit is not None and perf_counter() - begin > self._limit:
+                    # It was not interrupted, so it never gave the event loop a chance to.
+                    logger.warning(
+                        "hook %s (%r) of node %r blocked the event loop for %.0f ms; await in it, or use a thread",
+                        event, hook, node_id, (perf_counter() - begin) * 1000, extra={"run_id": self._run_id},
+                    )  # fmt: skip
+            except HookNotAsync as error:
+                if event not in _ENDS:
+                    raise
+                stopped = stopped or error
             except asyncio.CancelledError as error:
                 if task is not None and task.cancelling() > before:
-                    cancelled = error
+                    stopped = stopped or error
                 else:  # Its own stray one: nobody cancelled this task.
                     self._report(event, hook, node_id, error)
             except (KeyboardInterrupt, SystemExit, GeneratorExit):
                 raise
             except BaseException as error:
                 self._report(event, hook, node_id, error)
-        if cancelled is not None:
-            raise cancelled
+        if stopped is not None:
+            raise stopped
 
     def _report(
         self, event: str, hook: Callable[..., Any], node_id: str | None, error: BaseException
@@ -197,9 +208,10 @@ def _not_async(event: str, hook: object, node_id: str | None, returned: object, 
 
 
 @types.coroutine
-def _bounded(awaitable: Awaitable[Any], limit: float | None) -> Generator[Any, Any, None]:
+def _bounded(awaitable: Any, limit: float | None) -> Generator[Any, Any, None]:
     """Await in the current task; a timer is armed only if the awaitable suspends at all."""
-    iterator = awaitable.__await__()
+    # A generator-based coroutine is awaitable without having __await__.
+    iterator = awaitable if inspect.isgenerator(awaitable) else awaitable.__await__()
     try:
         waiting_for = next(iterator)
     except StopIteration:
@@ -232,6 +244,7 @@ def _rest(iterator: Generator[Any, Any, Any], waiting_for: Any) -> Generator[Any
             except BaseException as error:
                 waiting_for = iterator.throw(error)
             else:
-                waiting_for = iterator.send(sent)
+                # What __await__ gives need not be a generator; an event loop sends nothing but None anyway.
+                waiting_for = next(iterator) if sent is None else iterator.send(sent)
     except StopIteration:
         return

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from pydantic import BaseModel
@@ -24,12 +24,23 @@ from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.cost import ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, Failure, NodeContext, PolicyMap, diagnose
-from stroma.hooks import HookError, HookNotAsync, NodeHooks
-from stroma.nodes import Group, Node, NodeDecorator, find_node, mark
+from stroma.groups import parallel
+from stroma.hooks import HookError, HookNotAsync, NodeHooks, StepHooks
+from stroma.nodes import Group, Node, NodeDecorator, find_node, mark, stroma_node, stroma_step
 from stroma.schemas import NotSerialisable, schema_of
 from stroma.trace import ExecutionResult, RunStatus
 
-__all__ = ["Pipeline", "StromaRunner"]
+# The published module paths of what lives lower down.
+__all__ = [
+    "NodeHooks",
+    "Pipeline",
+    "RunConfig",
+    "StepHooks",
+    "StromaRunner",
+    "parallel",
+    "stroma_node",
+    "stroma_step",
+]
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
@@ -239,9 +250,13 @@ class _Run:
         self.ctx = ctx
         self.nodes = nodes
         self.initial = initial
-        self.state = initial
         self.start = start
         self.continued = False
+
+    @property
+    def state(self) -> BaseModel:
+        """The last committed state, else the initial one."""
+        return self.initial if self.ctx.last_state is None else self.ctx.last_state
 
     async def go(self) -> ExecutionResult:
         ctx = self.ctx
@@ -288,8 +303,6 @@ class _Run:
         for (position, branch), committed in ctx.restored.items():
             if not branch:
                 self._check_unchanged(position, committed)
-        if self.start:
-            await self._skip_to(self.start)
 
     def _check_unchanged(self, position: int, committed: Committed) -> None:
         """Refuse a changed pipeline before anything runs. Groups are checked when they are restored."""
@@ -311,7 +324,7 @@ class _Run:
         for position in range(start):
             state = await restore(ctx, self.nodes[position], self.state, position)
             if state is not None:
-                self.state, loaded = state, position
+                loaded = position
         if loaded == start - 1:
             return
         before = self.nodes[start - 1]
@@ -322,17 +335,16 @@ class _Run:
                 f"run {ctx.run_id!r} has no checkpoint of node {before.node_id!r}, which stands before "
                 f"{self.nodes[start].node_id!r}; run the pipeline from its beginning, or resume from an earlier node"
             )
-        self.state = saved
+        ctx.last_state = saved
 
     async def _loop(self) -> tuple[Failure | None, RunStatus]:
         ctx = self.ctx
+        if self.start:
+            await self._skip_to(self.start)
         for position in range(self.start or 0, len(self.nodes)):
             outcome = await execute(ctx, self.nodes[position], self.state, position)
             if isinstance(outcome, Halt):
-                if outcome.output is not None:
-                    self.state = outcome.output
                 return outcome.failure, outcome.status
-            self.state = outcome
         return None, RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
 
     async def _end(self, status: RunStatus, failure: Failure | None) -> ExecutionResult:
@@ -348,7 +360,13 @@ class _Run:
             ctx.run_logger.exception("the end of the run could not be recorded")
         ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
         if ctx.fire.on_run_end is not None:
-            await ctx.fire.fire("on_run_end", ctx.fire.on_run_end, None, lambda: (ctx.run_id, result))
+            try:
+                await ctx.fire.fire(
+                    "on_run_end", ctx.fire.on_run_end, None, lambda: (ctx.run_id, _own_copy(result))
+                )
+            except HookNotAsync as error:
+                error.result = result
+                raise
         if cancelled:
             raise asyncio.CancelledError
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
@@ -358,6 +376,18 @@ class _Run:
                 result,
             ) from first.exception
         return result
+
+
+def _own_copy(result: ExecutionResult) -> ExecutionResult:
+    """The result as one set of hooks may do with it what it likes."""
+    state = result.final_state
+    return replace(
+        result,
+        final_state=schema_of(type(state)).copy(state) if isinstance(state, BaseModel) else state,
+        trace=result.trace.copy(),
+        hook_errors=list(result.hook_errors),
+        unpriced_models=list(result.unpriced_models),
+    )
 
 
 _CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)

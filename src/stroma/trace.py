@@ -164,6 +164,13 @@ class ExecutionTrace:
             return True
         return known[0] is input_schema and known[1] is output_schema
 
+    def copy(self) -> ExecutionTrace:
+        """A trace of its own with the same events: what is appended to or built in one is not seen in the other."""
+        twin = ExecutionTrace(self.run_id)
+        twin._rows = _copy_rows(self._rows)
+        twin._schemas = self._schemas.copy()
+        return twin
+
     def figures(self) -> Iterator[tuple[str, int, int, float, int, str | None]]:
         """(node id, tokens, output tokens, USD, ns, model) of every attempt that the engine recorded, in groups too."""
         stack: list[Row | TraceEvent] = list(reversed(self._rows))
@@ -244,7 +251,7 @@ class ExecutionTrace:
 
     def to_json(self) -> str:
         """Strict JSON (NaN and infinities as strings): a list of events with everything that they hold."""
-        return json.dumps([jsonable(event) for event in self._events], allow_nan=False, ensure_ascii=False)
+        return json.dumps([jsonable(event) for event in self._events], allow_nan=False)
 
     def diff(self, other: ExecutionTrace) -> list[str]:
         """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
@@ -260,6 +267,16 @@ class ExecutionTrace:
             here, there = next((a, b) for a, b in zip(order, other_order, strict=True) if a != b)
             lines.append(f"Difference for order: {_name(here)} here, {_name(there)} in other trace")
         return lines
+
+
+def _copy_rows(rows: list[Row | TraceEvent]) -> list[Row | TraceEvent]:
+    # A row is immutable but for the list of its children. Events that somebody appended stay those objects.
+    return [
+        row
+        if isinstance(row, TraceEvent) or row[CHILDREN] is None
+        else (*row[:CHILDREN], _copy_rows(row[CHILDREN]))
+        for row in rows
+    ]
 
 
 def _thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | None:

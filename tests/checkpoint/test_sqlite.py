@@ -535,8 +535,8 @@ class TestProcesses:
     def test_many_processes_write_one_file(self, path: pathlib.Path, processes: int) -> None:
         """2 and 8 processes that make and fill one new file together: every run complete, nothing lost or doubled."""
         running = [child(WRITER, path, f"process{i}") for i in range(processes)]
-        for process in running:
-            finish(process)
+        complaints = [process.communicate(timeout=60)[1] for process in running]
+        assert [process.returncode for process in running] == [0] * processes, complaints
         store = SQLiteStore(path)
         runs = store.list_runs(limit=1000)
         assert len(runs) == 4 * processes
@@ -942,6 +942,20 @@ class TestFaults:
         def intercept(run: Any, sql: str) -> None:
             if "journal_mode" in sql and next(times) < 5:
                 raise sqlite_error(sqlite3.SQLITE_BUSY_RECOVERY)
+
+        with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            await begin(store)
+
+    async def test_a_file_that_is_made_meanwhile_is_ours(self, path: pathlib.Path) -> None:
+        """Whoever looks at a file while another process makes it takes it for what it becomes."""
+        looks = itertools.count()
+
+        def intercept(run: Any, sql: str) -> Any:
+            if ("sqlite_master" not in sql and "application_id" not in sql) or next(looks):
+                return None
+            seen = run().fetchone()
+            sqlite_file.DatabaseFile(str(path), "full", sqlite_file.connect, 1.0).open().close()
+            return sqlite3.connect(":memory:").execute("SELECT ?", seen)
 
         with SQLiteStore(path, _connect=faulty(intercept)) as store:
             await begin(store)

@@ -113,9 +113,11 @@ def resolve_schema(ref: str) -> type[BaseModel]:
         raise LookupError(f"module {module!r} of schema {ref!r} is not imported; import it first")
     found: Any = sys.modules[module]
     for name in qualname.split("."):
-        if not hasattr(found, name):
+        # Not getattr: a module or class may load code when it is asked for a name.
+        names = getattr(found, "__dict__", {})
+        if name not in names:
             raise LookupError(f"there is no {qualname!r} in module {module!r}")
-        found = getattr(found, name)
+        found = names[name]
     if not (isinstance(found, type) and issubclass(found, BaseModel)):
         raise TypeError("resolved schema is not a BaseModel")
     return found

@@ -21,7 +21,10 @@ __all__ = ["app", "start"]
 _COMMANDS: Final = {
     "demo": ("stroma.cli.demo:demo", "Run the demo: a pipeline over real documents. No key, no network."),
     "run": ("stroma.cli.run:run", "Run a pipeline and print its final state."),
-    "resume": ("stroma.cli.run:resume", "Go on with a run that stopped; finished nodes are not called again."),
+    "resume": (
+        "stroma.cli.run:resume",
+        "Go on with a run that stopped; finished nodes are not called again.",
+    ),
     "runs": ("stroma.cli.runs:runs", "List the runs in the store, the newest first."),
     "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
 }
@@ -98,7 +101,7 @@ def start(argv: list[str], program: str) -> int:
         if debugging():
             traceback.print_exc()
         error.show()
-        code = error.exit_code
+        code = error.code if isinstance(error, Problem) else error.exit_code
     return code
 
 

@@ -33,7 +33,7 @@ class Problem(click.ClickException):
     def __init__(self, message: str, *more: str, code: Code) -> None:
         super().__init__(message)
         self.more = more
-        self.exit_code = int(code)
+        self.code = code
 
     def show(self, file: IO[Any] | None = None) -> None:
         err.line(("stroma: ", "bold red"), self.message)

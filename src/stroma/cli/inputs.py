@@ -29,7 +29,7 @@ def read_input(given: str | None) -> tuple[bytes, str]:
     """The JSON text that INPUT stands for, and what to call it. Raises Problem."""
     if given is None:
         return b"{}", "an empty input, {}"
-    if given == "-":
+    if given == "-" and sys.stdin is not None:
         return sys.stdin.buffer.read(), "stdin"
     if not given.startswith("@"):
         return os.fsencode(given), "INPUT"
@@ -128,15 +128,21 @@ def _decode(data: bytes, source: str) -> str:
 def _not_json(error: json.JSONDecodeError, text: str, source: str, given: str | None) -> Problem:
     line = text.splitlines()[error.lineno - 1] if text.strip() else ""
     start = max(0, error.colno - 1 - 40)
-    more = [clean(line[start : start + 80]), " " * len(clean(line[start : error.colno - 1])) + "^"] if line else []
+    more = (
+        [clean(line[start : start + 80]), " " * len(clean(line[start : error.colno - 1])) + "^"]
+        if line
+        else []
+    )
     if given is not None and not given.startswith("@") and Path(given).is_file():
         more = [f"to read the file {given}, put an @ before it: @{given}"]
     elif not text.strip():
         more = ["give a JSON object, @FILE, or - to read one from stdin; no INPUT at all means {}"]
     else:
-        more.append("give a JSON object in quotes for the shell, such as '{\"key\": \"value\"}', or @FILE, or -")
+        more.append(
+            'give a JSON object in quotes for the shell, such as \'{"key": "value"}\', or @FILE, or -'
+        )
     return Problem(
-        f"{source} is not JSON: {error.msg} at line {error.lineno}, column {error.colno}",
+        f"{source} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})",
         *more,
         code=Code.USAGE,
     )
@@ -145,15 +151,21 @@ def _not_json(error: json.JSONDecodeError, text: str, source: str, given: str | 
 def _misfit(
     error: Exception, model: type[BaseModel], node_id: str, value: Any, source: str, target: str
 ) -> Problem:
+    wrong: set[Any] = set()
     if isinstance(error, ValidationError):
         # Not the values: they may be secret, and the user has just typed them.
         told = error.errors(include_url=False, include_input=False, include_context=False)
+        wrong = {e["loc"][0] for e in told if e["loc"]}
         lines = [_told(".".join(map(str, e["loc"])), e["msg"]) for e in told[:20]]
         lines += [f"... and {len(told) - 20} more"] if len(told) > 20 else []
     else:  # A validator may raise anything at all.
         lines = [_told("", f"{type(error).__name__}: {error}")]
-    what = f"{source} does not fit the contract of the first node, {node_id!r}" if node_id else f"{source} is no JSON object"
-    example = clean(json.dumps(_example(model, value), ensure_ascii=False), 400)
+    what = (
+        f"{source} does not fit the contract of the first node, {node_id!r}"
+        if node_id
+        else f"{source} is no JSON object"
+    )
+    example = clean(json.dumps(_example(model, value, wrong), ensure_ascii=False), 400)
     return Problem(
         f"{what} ({plural(len(lines), 'error')})", *lines, f"give it so: {command('run', target, example)}",
         code=Code.USAGE,
@@ -167,14 +179,15 @@ def _told(path: str, message: str) -> str:
 _PLACEHOLDERS: dict[Any, Any] = {str: "...", int: 0, float: 0.0, bool: False, list: [], dict: {}}
 
 
-def _example(model: type[BaseModel], value: Any) -> Any:
-    """What was given, with a placeholder for each required field that is missing."""
+def _example(model: type[BaseModel], value: Any, wrong: set[Any]) -> Any:
+    """What was given, with a placeholder for each field that is missing or wrong."""
     if model.__pydantic_root_model__:
         return "..."
     example: dict[str, Any] = dict(value) if isinstance(value, dict) else {}
     for name, info in model.model_fields.items():
         alias = info.validation_alias if isinstance(info.validation_alias, str) else name
-        if info.is_required() and alias not in example and name not in example:
+        missing = info.is_required() and alias not in example and name not in example
+        if missing or wrong & {name, alias}:
             kind = getattr(info.annotation, "__origin__", info.annotation)
-            example[alias] = _PLACEHOLDERS.get(kind, "...")
+            example[name if name in example else alias] = _PLACEHOLDERS.get(kind, "...")
     return example

@@ -171,7 +171,9 @@ def _as_pipeline(found: Any, place: str, name: str) -> Pipeline:
         if inspect.iscoroutine(made):
             made.close()
             raise Problem(
-                f"{label} is an async function", "make it a plain def that returns a Pipeline", code=Code.USAGE
+                f"{label} is an async function",
+                "make it a plain def that returns a Pipeline",
+                code=Code.USAGE,
             )
         raise Problem(
             f"{name}() in {place} returned {_kind(made)}, not a pipeline", _how(name, made), code=Code.USAGE
@@ -180,7 +182,7 @@ def _as_pipeline(found: Any, place: str, name: str) -> Pipeline:
 
 
 def _is_factory(found: Any) -> bool:
-    return (inspect.isroutine(found) or isinstance(found, type)) and not _is_node(found)
+    return inspect.isroutine(found) and not _is_node(found)
 
 
 def _required(func: Callable[..., Any]) -> list[str]:
@@ -205,6 +207,8 @@ def _kind(found: Any) -> str:
         return f"a {type(found).__name__} of nodes"
     if _is_node(found):
         return "a single node"
+    if isinstance(found, type):
+        return "a class"
     kind = type(found).__name__
     return f"{'an' if kind[:1].lower() in 'aeiou' else 'a'} {kind}"
 

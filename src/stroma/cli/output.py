@@ -54,7 +54,7 @@ class Stream:
         ):
             self.write(self._coloured(parts))
         else:
-            self.write("".join(part if isinstance(part, str) else part[0] for part in parts) + "\n")
+            self.write(_plain(parts))
 
     def write(self, text: str) -> None:
         """Write text as it is. Raises Problem if stdout cannot take it (a full disk, say)."""
@@ -89,7 +89,7 @@ class Stream:
             from rich.console import Console
             from rich.text import Text
         except ModuleNotFoundError:
-            return "".join(part if isinstance(part, str) else part[0] for part in parts) + "\n"
+            return _plain(parts)
         if self._console is None:
             self._console = Console(file=self._file, highlight=False, markup=False, emoji=False)
         # Not printed by rich: it ends the process where the reader has gone away.
@@ -135,11 +135,11 @@ def table(
             else:
                 text += gap
             parts += [(text, style) if style else text, "  "]
-        while parts and isinstance(parts[-1], str) and not parts[-1].strip():
-            parts.pop()
-        if parts and isinstance(parts[-1], str):
-            parts[-1] = parts[-1].rstrip()
         stream.line(*parts)
+
+
+def _plain(parts: Sequence[Part]) -> str:
+    return "".join(part if isinstance(part, str) else part[0] for part in parts).rstrip(" ") + "\n"
 
 
 def _width(part: Part) -> int:

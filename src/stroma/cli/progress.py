@@ -54,7 +54,10 @@ class Progress:
     # ------------------------------------------------------------------ runs
 
     async def _run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
-        _line((clean(pipeline, 60), "bold"), f": run {id_word(run_id) if run_id.isprintable() else clean(run_id)}")
+        _line(
+            (clean(pipeline, 60), "bold"),
+            f": run {id_word(run_id) if run_id.isprintable() else clean(run_id)}",
+        )
 
     async def _run_end(self, run_id: str, result: ExecutionResult) -> None:
         self.result = result
@@ -83,8 +86,7 @@ class Progress:
         failure = diagnose(exc, NodeContext(node_id, attempt, run_id))
         verb = ("BUDGET", "bold red") if isinstance(exc, BudgetExceeded) else ("FAILED", "bold red")
         what = f"{failure_class}{f' {failure.reason}' if failure.reason else ''}"
-        self._event(node, node_id, verb, what, *self._used(), totals=True)
-        self._event(node, node_id, ("", ""), clean(failure.message))
+        self._event(node, node_id, verb, what, *self._used(), totals=True, why=clean(failure.message))
 
     async def _node_retry(
         self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
@@ -114,44 +116,41 @@ class Progress:
         return used
 
     def _event(
-        self, node: NodeExecution | None, node_id: str, verb: tuple[str, str], *details: str, totals: bool = False
+        self,
+        node: NodeExecution | None,
+        node_id: str,
+        verb: tuple[str, str],
+        *details: str,
+        totals: bool = False,
+        why: str = "",
     ) -> None:
         depth, name = 0, clean(node_id, 80)
         if node is not None and node.branch:
             depth = node.branch.count(".") + 1
             if node.kind == "item":
                 name += f"[{node.branch.rpartition('.')[2]}]"
-        word, style = verb
-        if not word:
-            name = ""
         name = f"{'  ' * depth}{name}".ljust(_NAME_WIDTH)
-        parts: list[Part] = [name, "  ", (word.ljust(9), style) if style else word.ljust(9), " "]
-        parts.append(", ".join(filter(None, details)))
+        parts: list[Part] = [name, "  ", (verb[0].ljust(9), verb[1]), " ", ", ".join(filter(None, details))]
         if totals and node is not None:
             spent = node.ctx.cost_tracker
             sums = f"{count(int(spent.used('tokens')))}, {money(spent.used('cost'))}"
             parts.append((f"  | run: {sums}", "dim"))
+        if why and (node is None or node.kind != "group"):  # Its child has said it.
+            parts.append(f"  | {why}")
         _line(*parts)
 
 
 def _line(*parts: Part) -> None:
-    clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]  # noqa: DTZ005 - the wall clock of who looks
+    clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]
     # Nothing here may raise: what a hook raises could be made an error of the run's.
-    err.line((clock, "dim"), "  ", *_trimmed(parts))
-
-
-def _trimmed(parts: tuple[Part, ...]) -> list[Part]:
-    kept = [part for part in parts if part]
-    if kept and isinstance(kept[-1], str):
-        kept[-1] = kept[-1].rstrip()
-    return kept
+    err.line((clock, "dim"), "  ", *parts)
 
 
 class _Listener(logging.Handler):
     """Shows what the engine logs and no hook tells."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        if str(record.msg).startswith("node %r failed at attempt"):
+        if " failed at attempt " in str(record.msg):
             return  # The failure hook has told it.
         try:
             text = record.getMessage()

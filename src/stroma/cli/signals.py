@@ -43,7 +43,9 @@ class Stop:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._at = signal.Signals(number).name, now
-            _say(f"\nstroma: {self.signal}: stopping; what is finished is being kept. Again to stop at once\n")
+            _say(
+                f"\nstroma: {self.signal}: stopping; what is finished is being kept. Again to stop at once\n"
+            )
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(self._task.cancel)
         elif now - self._at > _ECHO:

@@ -160,7 +160,8 @@ class Database:
                 code=Code.NOT_FOUND,
             )
         lines = [
-            f"{clean(r.run_id, 80)}  {clean(r.pipeline, 40)}  {r.status}  {ago(r.started_ms)}" for r in records
+            f"{clean(r.run_id, 80)}  {clean(r.pipeline, 40)}  {r.status}  {ago(r.started_ms)}"
+            for r in records
         ]
         raise Problem(
             f"{run!r} begins the ids of {len(records)} runs; give more of the one you mean", *lines, code=Code.USAGE

@@ -66,7 +66,7 @@ def ago(ms: int) -> str:
 def local(ms: int) -> str:
     """A time of this machine's zone; ``ms`` since the epoch."""
     try:
-        return datetime.fromtimestamp(ms / 1000).strftime("%Y-%m-%d %H:%M:%S")  # noqa: DTZ006
+        return datetime.fromtimestamp(ms / 1000).strftime("%Y-%m-%d %H:%M:%S")
     except (ValueError, OverflowError, OSError):
         return "?"
 

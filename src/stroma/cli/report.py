@@ -1,0 +1,226 @@
+"""How a run ended: in words, in JSON, and as an exit code."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.cli.errors import Code, command
+from stroma.cli.output import Part, emit, err
+from stroma.cli.stores import Database
+from stroma.cli.words import clean, count, id_word, money, plural, span
+from stroma.cost import BudgetExceeded
+from stroma.failures import Failure, FailureClass, message_of
+from stroma.schemas import schema_of
+from stroma.trace import ExecutionResult, RunStatus, TraceEvent, jsonable
+
+__all__ = ["Ending", "plain_state"]
+
+_COMPLETE = (RunStatus.COMPLETED, RunStatus.RESUMED)
+
+
+def plain_state(state: BaseModel | None) -> Any:
+    """A state as JSON data, by field names."""
+    return None if state is None else jsonable(schema_of(type(state)).raw(state))
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """One call of ``run()`` that is over.
+
+    Attributes:
+        stopped_by: the name of the signal that asked for the end, or None.
+        seconds: wall time of the call.
+        earlier_tokens, earlier_cost_usd: what earlier processes used on this execution.
+    """
+
+    result: ExecutionResult
+    pipeline: str
+    target: str
+    db: Database
+    stopped_by: str | None
+    seconds: float
+    earlier_tokens: int = 0
+    earlier_cost_usd: float = 0.0
+
+    @property
+    def complete(self) -> bool:
+        return self.result.status in _COMPLETE
+
+    @property
+    def code(self) -> Code:
+        """The exit code."""
+        failure = self.result.failure
+        if self.complete:
+            return Code.OK
+        if failure is None:
+            return Code.INTERRUPTED
+        if isinstance(failure.exception, BudgetExceeded):
+            return Code.BUDGET
+        return Code.ENVIRONMENT if failure.reason == "store" else Code.FAILED
+
+    # ------------------------------------------------------------------ data
+
+    def data(self) -> dict[str, Any]:
+        """The object of ``--json``, schema "stroma.run/1"."""
+        result, failure = self.result, self.result.failure
+        wasted_tokens, wasted_cost = _wasted(result)
+        return {
+            "schema": "stroma.run/1",
+            "run_id": result.run_id,
+            "pipeline": self.pipeline,
+            "status": result.status.value,
+            "exit_code": int(self.code),
+            "final_state": plain_state(result.final_state),
+            "totals": {
+                "tokens": result.total_tokens,
+                "cost_usd": result.total_cost_usd,
+                "wasted_tokens": wasted_tokens,
+                "wasted_cost_usd": wasted_cost,
+                "earlier_tokens": self.earlier_tokens,
+                "earlier_cost_usd": self.earlier_cost_usd,
+                "attempts": sum(1 for _ in result.trace.walk()),
+                "seconds": round(self.seconds, 3),
+            },
+            "failure": None if failure is None else _failure_data(failure),
+            "unpriced_models": result.unpriced_models,
+            "hook_errors": len(result.hook_errors),
+            "resume": None if self.complete or not self.db.keeps else self._resume(),
+        }
+
+    # ------------------------------------------------------------------ words
+
+    def tell(self, *, json: bool, quiet: bool) -> None:
+        """The final state, or the object of ``--json``, to stdout; what happened and what to do to stderr."""
+        if not self.complete:
+            self._tell_stop()
+        elif not quiet:
+            self._tell_success()
+        if json:
+            emit(self.data())
+        elif self.complete:
+            emit(plain_state(self.result.final_state))
+
+    def _tell_success(self) -> None:
+        result = self.result
+        err.line(("done", "bold green"), f": {result.status} in {span(self.seconds)}; {self._spent()}")
+        self._tell_oddities()
+        if self.db.keeps:
+            err.line("look further: ", self._command("show", id_word(result.run_id)))
+
+    def _tell_stop(self) -> None:
+        result, failure = self.result, self.result.failure
+        if failure is None:
+            why = f"stopped by {self.stopped_by}" if self.stopped_by else "interrupted"
+            err.line(("stroma: ", "bold red"), f"{why}: run {clean(result.run_id)} is {result.status}")
+        else:
+            told = f"{failure.failure_class}{f' ({failure.reason})' if failure.reason else ''}"
+            head: Part = ("stroma: ", "bold red")
+            err.line(head, f"run {clean(result.run_id)} is {result.status}: {self._where(failure)}: {told}")
+            err.line(f"  why: {clean(failure.message, 1000)}")
+        err.line(
+            f"  spent: {self._spent()}; every finished node is kept"
+            if self.db.keeps
+            else f"  spent: {self._spent()}"
+        )
+        self._tell_oddities()
+        err.line(f"  {self._mend()}")
+        if failure is not None and self.db.keeps:
+            err.line(f"  look closer: {self._command('show', id_word(result.run_id))}")
+
+    def _tell_oddities(self) -> None:
+        result = self.result
+        if result.unpriced_models:
+            models = ", ".join(clean(model, 60) for model in result.unpriced_models)
+            err.line(
+                ("  note: ", "yellow"),
+                f"no price is known for {models}: counted as $0; add it to KNOWN_MODELS",
+            )
+        if result.hook_errors:
+            err.line(
+                ("  note: ", "yellow"),
+                f"{plural(len(result.hook_errors), 'hook call')} raised; nothing of the run changed",
+            )
+
+    def _spent(self) -> str:
+        result = self.result
+        wasted_tokens, wasted_cost = _wasted(result)
+        parts = [f"{count(result.total_tokens)}, {money(result.total_cost_usd)}"]
+        if wasted_tokens:
+            parts.append(f"of it wasted on failed attempts {count(wasted_tokens)}, {money(wasted_cost)}")
+        if self.earlier_tokens:
+            parts.append(f"before that {count(self.earlier_tokens)}, {money(self.earlier_cost_usd)}")
+        return "; ".join(parts)
+
+    def _where(self, failure: Failure) -> str:
+        """The node that failed and its position; of a group, the child whose failure became the group's."""
+        failed = [event for event in self.result.trace if event.failure is not None]
+        if not failed or failed[-1].node_id != failure.node_id:
+            return f"node {clean(failure.node_id, 100)!r}"
+        event = failed[-1]
+        groups: list[str] = []
+        while children := [c for c in event.children if c.failure_message == failure.message]:
+            groups.insert(0, f" in {clean(event.node_id, 100)}")
+            event = children[-1]
+        at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
+        attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
+        return f"node {clean(event.node_id, 100)!r} (at {at}{attempt}){''.join(groups)}"
+
+    # ------------------------------------------------------------------ the way on
+
+    def _mend(self) -> str:
+        failure = self.result.failure
+        if not self.db.keeps:
+            return f"{self.db.name} keeps nothing to go on with; give a file next time: --db FILE"
+        words = "it may work later; go on with"
+        if failure is None:
+            words = "go on with"
+        elif isinstance(failure.exception, BudgetExceeded):
+            words = "go on with more"
+            if failure.exception.dimension == "latency":
+                words = "raise max_latency_ms in the pipeline's budget, then go on with"
+        elif failure.reason == "store":
+            words = "mend what the store says, then go on with"
+        elif failure.failure_class is FailureClass.TERMINAL:
+            words = "trying again will not help: mend the cause, then go on with"
+        elif failure.retry_after_seconds is not None:
+            when = datetime.fromtimestamp(time.time() + failure.retry_after_seconds).strftime("%H:%M:%S")
+            words = f"the server asks to come back at {when}; then go on with"
+        return f"{words}: {self._resume()}"
+
+    def _resume(self) -> str:
+        """The command that goes on with this run, under a budget that lets it."""
+        options: tuple[str, ...] = ()
+        over = self.result.failure.exception if self.result.failure is not None else None
+        if isinstance(over, BudgetExceeded):
+            room = max(2 * over.limit, 1.5 * over.actual) or 1.0
+            if over.dimension == "tokens":
+                options = ("--budget-tokens", f"{room:.0f}")
+            elif over.dimension == "cost":
+                options = ("--budget-usd", f"{room:.6g}")
+        return self._command("resume", id_word(self.result.run_id), self.target, options=options)
+
+    def _command(self, name: str, *arguments: str, options: tuple[str, ...] = ()) -> str:
+        return command(name, *arguments, options=(*options, *self.db.words))
+
+
+def _wasted(result: ExecutionResult) -> tuple[int, float]:
+    """Tokens and dollars of attempts that committed nothing. A group uses none of its own."""
+    lost: list[TraceEvent] = [event for event in result.trace.walk() if event.output_state is None]
+    return sum(event.usage.tokens for event in lost), sum(event.usage.cost_usd for event in lost)
+
+
+def _failure_data(failure: Failure) -> dict[str, Any]:
+    return {
+        "node_id": failure.node_id,
+        "attempt": failure.attempt,
+        "class": failure.failure_class.value,
+        "reason": failure.reason,
+        "exception": type(failure.exception).__name__,
+        "message": message_of(failure.exception),
+        "retry_after_seconds": failure.retry_after_seconds,
+    }

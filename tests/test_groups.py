@@ -1,0 +1,1176 @@
+"""Groups, rule by rule: parallel() and map_over()."""
+
+import asyncio
+import gc
+import itertools
+import threading
+from collections import Counter
+from typing import Any
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from pydantic import BaseModel, ConfigDict, RootModel
+
+from stroma import (
+    AsyncInMemoryStore,
+    BudgetExceeded,
+    CheckpointManager,
+    ContractRegistry,
+    ContractViolation,
+    ExecutionBudget,
+    ExecutionResult,
+    FailureClass,
+    FailurePolicy,
+    FallbackPolicy,
+    InMemoryStore,
+    NodeContract,
+    NodeHooks,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    execute_step,
+    map_over,
+    parallel,
+    stroma_node,
+)
+
+R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
+FAST = {cls: FailurePolicy(max_retries=1, backoff_seconds=0) for cls in FailureClass}
+NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+
+
+def quick(**config: Any) -> StromaRunner:
+    config.setdefault("policy_map", FAST)
+    return StromaRunner.quick(**config)
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class Left(BaseModel):
+    left: int = 0
+    both: str = ""
+
+
+class Right(BaseModel):
+    right: int = 0
+    both: str = ""
+
+
+class Both(BaseModel):
+    left: int
+    right: int
+    both: str
+
+
+class Items(BaseModel):
+    items: list[Any]
+    other: str = "kept"
+
+
+def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=given, output_schema=promised
+    )
+    return stroma_node(node_id, contract)(func)
+
+
+def bare(node_id: str, func: Any) -> Any:
+    """A function marked by hand, without a contract."""
+
+    async def marked(state: Any) -> Any:
+        return await func(state)
+
+    marked._stroma_node_id = node_id  # type: ignore[attr-defined]
+    marked._stroma_contract = None  # type: ignore[attr-defined]
+    return marked
+
+
+def giving(output: Any) -> Any:
+    async def func(state: Any) -> Any:
+        return output
+
+    return func
+
+
+class Log:
+    """Hooks that note "start a", "success a 5" and so on, in order."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.hooks = NodeHooks(
+            on_node_start=self.start,
+            on_node_success=self.success,
+            on_node_failure=self.failure,
+            on_node_cancelled=self.cancelled,
+            on_node_skipped=self.skipped,
+        )
+
+    async def start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        self.lines.append(f"start {node_id}")
+
+    async def success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        self.lines.append(f"success {node_id} {tokens}")
+
+    async def failure(self, run_id: str, node_id: str, exc: Exception, kind: FailureClass) -> None:
+        self.lines.append(f"failure {node_id} {kind}")
+
+    async def cancelled(self, run_id: str, node_id: str) -> None:
+        self.lines.append(f"cancelled {node_id}")
+
+    async def skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        self.lines.append(f"skipped {node_id}")
+
+
+# ---------------------------------------------------------------------- merging
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+async def test_outputs_merge_in_argument_order(order: tuple[int, ...]) -> None:
+    """Outputs merge in argument order, later wins, whichever child ends first."""
+    gates = [asyncio.Event() for _ in range(3)]
+
+    def child(i: int) -> Any:
+        async def func(state: Num) -> Any:
+            await gates[i].wait()
+            following = order.index(i) + 1
+            if following < 3:
+                gates[order[following]].set()
+            return {"shared": i, f"own{i}": i}
+
+        return bare(f"c{i}", func)
+
+    gates[order[0]].set()
+    result = await quick().run([parallel(child(0), child(1), child(2))], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"shared": 2, "own0": 0, "own1": 1, "own2": 2}
+
+
+@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@given(outputs=st.lists(st.dictionaries(st.sampled_from("abcd"), st.integers(), max_size=4), min_size=1, max_size=5))
+def test_merging_is_dict_update(outputs: list[dict[str, int]]) -> None:
+    """The merged state is what dict.update in argument order makes of the children's outputs."""
+    want: dict[str, int] = {}
+    for output in outputs:
+        want.update(output)
+    group = parallel(*[bare(f"c{i}", giving(output)) for i, output in enumerate(outputs)])
+    result = quick().run_sync([group], Num())
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == want
+    assert asyncio.run(_by_hand(group)) == want
+
+
+async def _by_hand(group: Any) -> Any:
+    return await group(Num())
+
+
+async def test_the_merged_state_is_a_model_for_the_next_node() -> None:
+    """The merged state is a model instance that the next node's contract accepts."""
+    group = parallel(
+        node("l", giving({"left": 1, "both": "l"}), Num, Left),
+        node("r", giving(Right(right=2, both="r")), Num, Right),
+    )
+
+    async def same(state: Both) -> Any:
+        return state
+
+    result = await quick().run([group, node("same", same, Both, Both)], Num())
+    assert result.final_state == Both(left=1, right=2, both="r")
+
+
+async def test_every_child_gets_its_own_copy() -> None:
+    """Children run over their own copies of the state: what one does to its copy the others do not see."""
+    ready = [asyncio.Event(), asyncio.Event()]
+    seen: list[Any] = []
+
+    async def spoils(state: Items) -> Any:
+        state.items[0].append("spoilt")
+        state.items.append("more")
+        ready[0].set()
+        return {"a": 1}
+
+    async def looks(state: Items) -> Any:
+        await ready[0].wait()
+        seen.append(list(state.items))
+        return {"b": 1}
+
+    given = Items(items=[[1]])
+    for wrap in (bare, lambda i, f: node(i, f, Items, Num)):
+        ready[0].clear()
+        result = await quick().run([parallel(wrap("s", spoils), wrap("l", looks))], given)
+        assert result.status is RunStatus.COMPLETED, result.failure
+    assert seen == [[[1]], [[1]]]
+    assert given.items == [[1]]
+    assert next(iter(result.trace)).input_state["items"] == [[1]]
+
+
+async def test_children_run_side_by_side() -> None:
+    """Children run at the same time: each may wait for the other."""
+    first, second = asyncio.Event(), asyncio.Event()
+
+    async def one(state: Num) -> Any:
+        first.set()
+        await second.wait()
+        return {"one": 1}
+
+    async def two(state: Num) -> Any:
+        second.set()
+        await first.wait()
+        return {"two": 2}
+
+    async with asyncio.timeout(5):
+        result = await quick().run([parallel(bare("one", one), bare("two", two))], Num())
+    assert result.status is RunStatus.COMPLETED
+
+
+async def test_a_child_without_a_contract_passes_unvalidated() -> None:
+    """A child without a contract gets the state as it is and its output is merged as it was returned."""
+    seen: list[Any] = []
+
+    async def func(state: Any) -> Any:
+        seen.append(state)
+        return {"anything": [object]}
+
+    result = await quick().run([parallel(bare("c", func))], Num(n=3))
+    assert seen == [Num(n=3)]
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"anything": [object]}
+
+
+@pytest.mark.parametrize("output", [None, [1], 5], ids=repr)
+async def test_what_cannot_be_merged_is_a_failure(output: Any) -> None:
+    """A child without a contract whose output is neither dict nor model fails the group, with a message that says so."""
+    result = await quick().run([parallel(bare("c", giving(output)))], Num())
+    assert result.status in (RunStatus.PARTIAL, RunStatus.FAILED)
+    assert result.failure is not None
+    assert type(output).__name__ in result.failure.message
+
+
+def test_the_groups_id_and_its_markers() -> None:
+    """A group's id is "parallel(a, b)", and it can be marked and told like a node."""
+    group = parallel(bare("a", giving({})), bare("b", giving({})))
+    assert group.node_id == "parallel(a, b)"
+    assert group._stroma_node_id == "parallel(a, b)"
+
+
+def test_groups_refuse_nonsense_when_they_are_made() -> None:
+    """Zero children is a ValueError; what is no node a TypeError; a concurrency below 1 a ValueError."""
+    child = bare("a", giving({}))
+    with pytest.raises(ValueError, match="at least one"):
+        parallel()
+    with pytest.raises(TypeError, match="is not a stroma node"):
+        parallel(child, giving({}))
+    with pytest.raises(TypeError, match="is not a stroma node"):
+        map_over("items", giving({}), into="out")
+    for bad in (0, -1, 1.5):
+        with pytest.raises(ValueError, match="max_concurrency"):
+            parallel(child, max_concurrency=bad)  # type: ignore[arg-type]
+        with pytest.raises(ValueError, match="max_concurrency"):
+            map_over("items", child, into="out", max_concurrency=bad)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- trace and hooks
+
+
+async def test_the_trace_of_a_group() -> None:
+    """The group is one top-level event; len, iteration, failures and events_for see that level, walk() sees all."""
+    left = [TimeoutError("again")]
+
+    async def flaky(state: Num) -> Any:
+        if left:
+            raise left.pop()
+        return {"b": 1}, 5, "gpt-4o"
+
+    group = parallel(bare("a", giving(({"a": 1}, 7))), bare("b", flaky))
+    result = await quick().run([group, bare("c", giving({"c": 1}))], Num())
+    trace = result.trace
+    assert (len(trace), [e.node_id for e in trace]) == (2, ["parallel(a, b)", "c"])
+    assert trace.failures() == []
+    assert trace.events_for("a") == []
+    event = trace.events_for("parallel(a, b)")[0]
+    assert event.output_state == {"a": 1, "b": 1}
+    assert event.input_state == {"n": 0}
+    assert (event.usage.tokens, event.usage.cost_usd) == (0, 0.0)
+    assert sorted((c.node_id, c.attempt, c.failure, c.usage.tokens) for c in event.children) == [
+        ("a", 1, None, 7),
+        ("b", 1, R, 0),
+        ("b", 2, None, 5),
+    ]
+    assert {(c.position, c.branch) for c in event.children} == {(0, "0"), (0, "1")}
+    assert [e.node_id for e in trace.walk()][0] == "parallel(a, b)"
+    assert Counter(e.node_id for e in trace.walk()) == {"parallel(a, b)": 1, "a": 1, "b": 2, "c": 1}
+    assert result.total_tokens == 12
+
+
+async def test_a_groups_hooks_stand_around_its_childrens() -> None:
+    """The group's hooks fire around its children's, with tokens 0: each child reports its own."""
+    log = Log()
+    group = parallel(bare("a", giving(({"a": 1}, 7))), parallel(bare("b", giving(({"b": 1}, 5)))))
+    result = await quick(hooks=log.hooks).run([group], Num())
+    assert result.total_tokens == 12
+    name, inner = "parallel(a, parallel(b))", "parallel(b)"
+    assert log.lines[0] == f"start {name}"
+    assert log.lines[-1] == f"success {name} 0"
+    assert sorted(log.lines[1:-1]) == sorted(
+        ["start a", "success a 7", f"start {inner}", "start b", "success b 5", f"success {inner} 0"]
+    )
+    inside = [line for line in log.lines if line.endswith(("b", "b 5", "(b)", "(b) 0")) and name not in line]
+    assert inside == [f"start {inner}", "start b", "success b 5", f"success {inner} 0"]
+
+
+async def test_current_node_in_children() -> None:
+    """current_node() in a child is the child's own, of kind "node" or "item"; around it, the group's."""
+    seen: list[Any] = []
+
+    async def note(*_: Any) -> Any:
+        run = current_node()
+        assert run is not None
+        seen.append((run.node_id, run.kind, run.position, run.branch))
+        return {"n": 1}
+
+    a = node("a", note)
+    runner = quick(hooks=NodeHooks(on_node_start=note))
+    await runner.run([a, parallel(a, parallel(a))], Num())
+    assert seen == [
+        ("a", "node", 0, ""),
+        ("a", "node", 0, ""),
+        ("parallel(a, parallel(a))", "group", 1, ""),
+        *[("a", "node", 1, "0")] * 2,
+        ("parallel(a)", "group", 1, "1"),
+        *[("a", "node", 1, "1.0")] * 2,
+    ] or Counter(seen) == Counter(
+        [
+            *[("a", "node", 0, "")] * 2,
+            ("parallel(a, parallel(a))", "group", 1, ""),
+            *[("a", "node", 1, "0")] * 2,
+            ("parallel(a)", "group", 1, "1"),
+            *[("a", "node", 1, "1.0")] * 2,
+        ]
+    )
+    seen.clear()
+    await quick().run([map_over("items", a, into="out")], Items(items=[{"n": 1}, {"n": 2}]))
+    assert sorted(seen) == [("a", "item", 0, "0"), ("a", "item", 0, "1")]
+    assert current_node() is None
+
+
+async def test_idempotency_keys_of_children_differ() -> None:
+    """Each child and each item has an idempotency key of its own, the same for all its attempts."""
+    keys: dict[str, set[str]] = {}
+
+    async def note(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        keys.setdefault(f"{run.position} {run.branch}", set()).add(run.idempotency_key)
+        if run.attempt == 1:
+            raise TimeoutError
+        return {"n": 1}
+
+    a = node("a", note)
+    await quick().run([parallel(a, a, parallel(a, a)), a], Num())
+    assert len(keys) == 5
+    assert all(len(found) == 1 for found in keys.values())
+    assert len(set().union(*keys.values())) == 5
+
+
+# ---------------------------------------------------------------------- failing
+
+
+async def test_the_first_failing_child_cancels_and_awaits_its_siblings() -> None:
+    """The first child that stops for good cancels and awaits its siblings before the group fails."""
+    started, cleaned = asyncio.Event(), []
+    boom = ValueError("boom")
+
+    async def hangs(state: Num) -> Any:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            cleaned.append("sibling")
+
+    async def fails(state: Num) -> Any:
+        await started.wait()
+        raise boom
+
+    log = Log()
+    result = await quick(hooks=log.hooks, policy_map=NEVER).run(
+        [parallel(bare("hangs", hangs), bare("fails", fails))], Num()
+    )
+    assert cleaned == ["sibling"]
+    assert len(asyncio.all_tasks()) == 1
+    assert result.status is RunStatus.PARTIAL
+    assert log.lines[3:] == [
+        f"failure fails {A}",
+        "cancelled hangs",
+        f"failure parallel(hangs, fails) {A}",
+    ]
+    (event,) = result.trace
+    assert [(c.node_id, c.outcome) for c in event.children] == [("fails", "failure"), ("hangs", "cancelled")]
+
+
+@pytest.mark.parametrize("error", [ValueError("own"), TimeoutError("own"), LookupError("own")], ids=repr)
+@pytest.mark.parametrize("depth", [1, 2, 3])
+async def test_the_childs_own_exception_and_class_come_out(error: Exception, depth: int) -> None:
+    """The group fails with that child's own exception and class, however deep, not with an ExceptionGroup."""
+
+    async def fails(state: Num) -> Any:
+        raise error
+
+    group = bare("fails", fails)
+    for _ in range(depth):
+        group = parallel(bare("good", giving({"g": 1})), group)
+    result = await quick(
+        policy_map=NEVER, classifiers=[lambda e, c: T if isinstance(e, LookupError) else None]
+    ).run([group], Num())
+    want = {ValueError: A, TimeoutError: R, LookupError: T}[type(error)]  # type: ignore[index]
+    assert result.failure is not None
+    assert result.failure.exception is error
+    assert result.failure.failure_class is want
+    assert result.status is (RunStatus.FAILED if want is T else RunStatus.PARTIAL)
+    (event,) = result.trace
+    assert (event.failure, event.failure_message) == (want, "own")
+    assert result.trace.failures() == [event]
+
+
+async def test_a_childs_violation_stops_the_group() -> None:
+    """A child whose output breaks its contract fails the group as FAILED, with the child named in the violation."""
+    result = await quick().run([parallel(node("bad", giving({"left": "x"}), Num, Left))], Num())
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, ContractViolation)
+    assert result.failure.exception.node_id == "bad"
+
+
+async def test_children_retry_by_their_own_policies() -> None:
+    """Each child has its own retries; the group has none unless node_policies names its id."""
+    calls: Counter[str] = Counter()
+
+    def flaky(name: str, failures: int) -> Any:
+        async def func(state: Num) -> Any:
+            calls[name] += 1
+            if calls[name] <= failures:
+                raise TimeoutError
+            return {name: calls[name]}
+
+        return bare(name, func)
+
+    retries = {R: FailurePolicy(max_retries=2, backoff_seconds=0)}
+    result = await quick(policy_map=retries).run([parallel(flaky("a", 2), flaky("b", 1))], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert calls == {"a": 3, "b": 2}
+    calls.clear()
+    result = await quick(policy_map=retries).run([parallel(flaky("a", 9))], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert calls == {"a": 3}
+    assert len(result.trace) == 1
+
+
+@pytest.mark.parametrize("store", [AsyncInMemoryStore, InMemoryStore, None], ids=["async", "sync", "simple"])
+async def test_a_retried_group_runs_only_what_is_not_committed(store: Any) -> None:
+    """G5: with node_policies naming the group, each group attempt runs only the children not yet committed."""
+    calls: Counter[str] = Counter()
+    done = asyncio.Event()
+
+    async def good(state: Num) -> Any:
+        calls["good"] += 1
+        return {"good": 1}, 10
+
+    async def flaky(state: Num) -> Any:
+        await done.wait()
+        calls["flaky"] += 1
+        if calls["flaky"] < 3:
+            raise ValueError(f"try {calls['flaky']}")
+        return {"flaky": calls["flaky"]}
+
+    async def committed(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        if node_id == "good":
+            done.set()
+
+    class Simple:
+        def __init__(self) -> None:
+            inner = InMemoryStore()
+            self.save, self.load, self.delete = inner.save, inner.load, inner.delete
+
+    group = parallel(bare("good", good), bare("flaky", flaky))
+    log = Log()
+    runner = quick(
+        store=(store or Simple)(),
+        policy_map=NEVER,
+        node_policies={group.node_id: {A: FailurePolicy(max_retries=2, backoff_seconds=0)}},
+        hooks=[log.hooks, NodeHooks(on_node_success=committed)],
+    )
+    result = await runner.run([group], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert calls == {"good": 1, "flaky": 3}
+    assert result.total_tokens == 10
+    assert [(e.attempt, e.failure) for e in result.trace] == [(1, A), (2, A), (3, None)]
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"good": 1, "flaky": 3}
+    last = list(result.trace)[2]
+    assert [c.node_id for c in last.children] == ["flaky"]
+
+
+async def test_retried_children_begin_anew() -> None:
+    """In a further attempt of its group a child that had used up its retries has them again."""
+    calls: list[int] = []
+
+    async def flaky(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) < 4:
+            raise TimeoutError
+        return {"n": 1}
+
+    group = parallel(bare("flaky", flaky))
+    one = {R: FailurePolicy(max_retries=1, backoff_seconds=0)}
+    result = await quick(policy_map=one, node_policies={group.node_id: one}).run([group], Num())
+    assert result.status is RunStatus.COMPLETED
+    assert len(calls) == 4
+
+
+async def test_a_timeout_under_the_groups_id_bounds_it_all() -> None:
+    """A node timeout under the group's id bounds the whole group, cancels its children and names the group."""
+    ended: list[str] = []
+
+    async def hangs(state: Num) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("hangs")
+
+    group = parallel(bare("hangs", hangs), bare("good", giving({"g": 1})))
+    result = await quick(node_timeouts={group.node_id: 30}).run([group], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, TimeoutError)
+    assert "'parallel(hangs, good)'" in result.failure.message
+    assert "30 ms" in result.failure.message
+    assert result.failure.failure_class is R
+    assert ended == ["hangs"]
+    (event,) = result.trace
+    assert {(c.node_id, c.outcome) for c in event.children} == {("hangs", "cancelled"), ("good", "success")}
+
+
+async def test_a_childs_own_timeout_is_its_own() -> None:
+    """node_timeouts under a child's id bound that child in each of its attempts."""
+
+    async def hangs(state: Num) -> Any:
+        await asyncio.Event().wait()
+
+    result = await quick(node_timeouts={"hangs": 10}).run([parallel(bare("hangs", hangs))], Num())
+    assert result.failure is not None
+    assert "'hangs'" in result.failure.message
+    (event,) = result.trace
+    assert [(c.attempt, c.failure) for c in event.children] == [(1, R), (2, R)]
+
+
+async def test_cancelling_a_group_awaits_its_children() -> None:
+    """Cancelling the run in a group ends every child; no task is left and no coroutine is never awaited."""
+    for at in range(14):
+        ended: Counter[str] = Counter()
+
+        async def hangs(state: Num, ended: Counter[str] = ended) -> Any:
+            ended["started"] += 1
+            try:
+                await asyncio.Event().wait()
+            finally:
+                ended["ended"] += 1
+
+        log = Log()
+        group = parallel(bare("a", hangs), parallel(bare("b", hangs), bare("c", hangs)), max_concurrency=2)
+        task = asyncio.create_task(quick(hooks=log.hooks).run([group], Num()))
+        for _ in range(at):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert ended["started"] == ended["ended"]
+        starts = [line.split(" ", 1)[1] for line in log.lines if line.startswith("start")]
+        ends = [line.split(" ", 1)[1] for line in log.lines if line.startswith("cancelled")]
+        assert sorted(starts) == sorted(ends)
+        assert len(asyncio.all_tasks()) == 1
+    gc.collect()
+
+
+async def test_a_child_that_refuses_to_be_cancelled_is_kept() -> None:
+    """G4: a sibling that finishes in spite of its cancellation has its output committed; it was paid for."""
+    store = InMemoryStore()
+    started = asyncio.Event()
+
+    async def stubborn(state: Num) -> Any:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return {"paid": 1}, 5
+
+    async def fails(state: Num) -> Any:
+        await started.wait()
+        raise ValueError
+
+    result = await quick(store=store, run_id="r", policy_map=NEVER).run(
+        [parallel(bare("stubborn", stubborn), bare("fails", fails))], Num()
+    )
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, ValueError)
+    assert result.total_tokens == 5
+    outcomes = {c.node_id: c.outcome for e in result.trace for c in e.children}
+    assert outcomes == {"stubborn": "success", "fails": "failure"}
+    assert store.load("r", "stubborn") is not None
+
+
+# ---------------------------------------------------------------------- money and time
+
+
+async def test_children_in_flight_finish_when_a_limit_is_crossed() -> None:
+    """Children in flight when a limit is crossed finish and commit; nothing new is called; the run is PARTIAL."""
+    store = InMemoryStore()
+    crossed = asyncio.Event()
+    calls: list[str] = []
+
+    async def dear(state: Num) -> Any:
+        calls.append("dear")
+        return {"dear": 1}, 11
+
+    async def slow(state: Num) -> Any:
+        calls.append("slow")
+        await crossed.wait()
+        return {"slow": 1}, 1
+
+    async def queued(state: Num) -> Any:
+        calls.append("queued")
+        return {"queued": 1}
+
+    async def failure(*_: Any) -> None:
+        crossed.set()
+
+    group = parallel(bare("slow", slow), bare("dear", dear), bare("queued", queued), max_concurrency=2)
+    result = await quick(
+        store=store,
+        run_id="r",
+        budget=ExecutionBudget(max_tokens_total=10),
+        hooks=NodeHooks(on_node_failure=failure),
+    ).run([group, bare("after", queued)], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, BudgetExceeded)
+    assert result.failure.exception.node_id == "dear"
+    assert sorted(calls) == ["dear", "slow"]
+    assert result.total_tokens == 12
+    assert store.load("r", "dear") is not None
+    assert store.load("r", "slow") is not None
+    (event,) = result.trace
+    assert {c.node_id for c in event.children if c.output_state is not None} == {"dear", "slow"}
+
+
+async def test_a_limit_is_not_overshot_by_retries_in_a_group() -> None:
+    """Once a sibling crossed the limit a failed child is not tried again."""
+    crossed = asyncio.Event()
+    calls: list[int] = []
+
+    async def dear(state: Num) -> Any:
+        return {"dear": 1}, 11
+
+    async def fails(state: Num) -> Any:
+        calls.append(1)
+        await crossed.wait()
+        raise TimeoutError
+
+    async def failure(*_: Any) -> None:
+        crossed.set()
+
+    runner = quick(budget=ExecutionBudget(max_tokens_total=10), hooks=NodeHooks(on_node_failure=failure))
+    result = await runner.run([parallel(bare("fails", fails), bare("dear", dear))], Num())
+    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
+
+
+async def test_latency_of_a_group_is_its_own_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group's latency is its own wall time, not the sum of its children's."""
+
+    async def sleeps(state: Num) -> Any:
+        await asyncio.sleep(0.06)
+        return {"n": 1}
+
+    group = parallel(*[bare(f"c{i}", sleeps) for i in range(10)])
+    runner = quick(budget=ExecutionBudget(max_latency_ms=300))
+    result = await runner.run([group], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    (event,) = result.trace
+    assert 50 <= event.duration_ms < 300
+    assert all(child.duration_ms >= 50 for child in event.children)
+
+
+async def test_the_latency_deadline_ends_children_in_flight() -> None:
+    """max_latency_ms is a deadline for the children of a group as well: BudgetExceeded("latency"), PARTIAL."""
+
+    async def hangs(state: Num) -> Any:
+        await asyncio.Event().wait()
+
+    async with asyncio.timeout(5):
+        result = await quick(budget=ExecutionBudget(max_latency_ms=40)).run(
+            [parallel(bare("a", hangs), parallel(bare("b", hangs)))], Num()
+        )
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, BudgetExceeded)
+    assert result.failure.exception.dimension == "latency"
+    assert len(asyncio.all_tasks()) == 1
+
+
+async def test_the_fallback_signal_reaches_children() -> None:
+    """Children of a group get the fallback signal too, and it never lands in the user's dict."""
+    context: dict[str, Any] = {}
+    seen: list[Any] = []
+
+    async def child(state: Any, ctx: dict[str, Any]) -> Any:
+        run = current_node()
+        assert run is not None
+        seen.append((ctx.get("_stroma_model"), run.model))
+        ctx["touched"] = True
+        return {"n": 1}, 240_000, "gpt-4o"  # 0.60 USD
+
+    a, b = node("a", child), node("b", child)
+    result = await quick(
+        context=context,
+        budget=ExecutionBudget(max_cost_usd=10),
+        model_fallbacks=[FallbackPolicy("gpt-4o", "gpt-4o-mini", 0.1)],
+    ).run([parallel(a, b), parallel(a, parallel(b)), map_over("items", a, into="out")], Num())
+    assert seen[:2] == [(None, None)] * 2
+    assert seen[2:4] == [("gpt-4o-mini", "gpt-4o-mini")] * 2
+    assert context == {"touched": True}
+    assert result.total_cost_usd == pytest.approx(2.4)
+
+
+@pytest.mark.parametrize("limit", [1, 2, 3, None])
+@pytest.mark.parametrize("kind", ["parallel", "map_over", "by-hand"])
+async def test_max_concurrency(limit: int | None, kind: str) -> None:
+    """max_concurrency bounds how many children or items run at once, in a run and by hand."""
+    running = 0
+    most = 0
+
+    async def func(state: Any) -> Any:
+        nonlocal running, most
+        running += 1
+        most = max(most, running)
+        for _ in range(3):
+            await asyncio.sleep(0)
+        running -= 1
+        return {"n": 1}
+
+    child = node("c", func)
+    if kind == "map_over":
+        group = map_over("items", child, into="out", max_concurrency=limit)
+        await quick().run([group], Items(items=[{"n": i} for i in range(7)]))
+    else:
+        group = parallel(*[child] * 7, max_concurrency=limit)
+        await (group(Num()) if kind == "by-hand" else quick().run([group], Num()))
+    assert most == (limit or 7)
+
+
+async def test_waiting_for_a_place_is_in_no_childs_duration() -> None:
+    """A child that waits for a place under max_concurrency has neither started nor spends its timeout."""
+
+    async def sleeps(state: Num) -> Any:
+        await asyncio.sleep(0.03)
+        return {"n": 1}
+
+    group = parallel(*[bare(f"c{i}", sleeps) for i in range(4)], max_concurrency=1)
+    result = await quick(node_timeouts={f"c{i}": 90 for i in range(4)}, policy_map=NEVER).run([group], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    (event,) = result.trace
+    assert all(child.duration_ms < 90 for child in event.children)
+
+
+async def test_sync_children_run_side_by_side() -> None:
+    """Plain def children run in threads of their own, at the same time."""
+    barrier = threading.Barrier(3, timeout=10)
+
+    def waits(state: Any) -> Any:
+        barrier.wait()
+        return {"n": 1}
+
+    result = await quick().run([parallel(*[node(f"c{i}", waits) for i in range(3)])], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+
+
+# ---------------------------------------------------------------------- nesting, by hand, checkpoints
+
+
+async def test_groups_nest() -> None:
+    """Groups nest: the inner group's merged output takes its place in the outer one's order."""
+    inner = parallel(bare("b", giving({"x": 2, "b": 1})), bare("c", giving({"x": 3, "c": 1})))
+    outer = parallel(bare("a", giving({"x": 1, "a": 1})), inner, bare("d", giving({"d": 1})))
+    result = await quick().run([outer], Num())
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"x": 3, "a": 1, "b": 1, "c": 1, "d": 1}
+    (event,) = result.trace
+    assert event.node_id == "parallel(a, parallel(b, c), d)"
+    (nested,) = [child for child in event.children if child.children]
+    assert {child.node_id for child in nested.children} == {"b", "c"}
+    assert len(list(result.trace.walk())) == 6
+
+
+async def test_a_group_called_by_hand() -> None:
+    """Called by hand, await parallel(a, b)(state) calls each child once and gives the merged dict."""
+    calls: Counter[str] = Counter()
+
+    async def one(state: Num) -> Any:
+        calls["one"] += 1
+        state.n = 99
+        return {"one": 1, "x": 1}, 5
+
+    async def two(state: Num, ctx: dict[str, Any]) -> Any:
+        calls["two"] += 1
+        return Left(left=state.n)
+
+    def three(state: Num) -> Any:
+        calls["three"] += 1
+        return {"x": 3}, 1, "gpt-4o"
+
+    group = parallel(node("one", one), parallel(node("two", two)), node("three", three))
+    given = Num(n=5)
+    assert await group(given) == {"one": 1, "x": 3, "left": 5, "both": ""}
+    assert calls == {"one": 1, "two": 1, "three": 1}
+    assert given == Num(n=5)
+
+
+async def test_a_group_called_by_hand_that_fails() -> None:
+    """By hand a failing child's own exception comes out, and its siblings are cancelled and awaited."""
+    ended: list[str] = []
+    started = asyncio.Event()
+
+    async def hangs(state: Num) -> Any:
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("hangs")
+
+    async def fails(state: Num) -> Any:
+        await started.wait()
+        raise LookupError("own")
+
+    with pytest.raises(LookupError, match="own"):
+        await parallel(bare("hangs", hangs), bare("fails", fails))(Num())
+    assert ended == ["hangs"]
+
+
+async def test_a_group_as_a_step() -> None:
+    """execute_step takes a group in place of a function."""
+    runner = quick()
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    result = await execute_step("g", parallel(bare("a", giving({"a": 1}))), Num(), ctx)
+    assert result.final_state.model_dump() == {"a": 1}
+
+
+@pytest.mark.parametrize("opened", [False, True])
+async def test_the_merged_class_reads_its_own_checkpoint_back(opened: bool) -> None:
+    """The merged state is a model instance whose class reads its own checkpoint back."""
+    store = InMemoryStore()
+    children = [node("l", giving({"left": 1, "both": "l"}), Num, Left)]
+    if opened:
+        children.append(bare("free", giving({"free": {"deep": [1]}})))
+    group = parallel(*children)
+    result = await quick(store=store, run_id="r").run([group], Num())
+    state = result.final_state
+    assert state is not None
+    kind = type(state)
+    assert kind.model_validate(state.model_dump()) == state
+    assert kind.model_validate_json(state.model_dump_json()) == state
+    assert await CheckpointManager(store).resume("r", group.node_id, kind) == state
+    again = await quick(store=store, run_id="r", resume=True).run([group], Num())
+    assert again.status is RunStatus.RESUMED
+    assert again.final_state == state
+
+
+async def test_a_registered_contract_counts_in_a_group() -> None:
+    """In a group too the registry's contract of a child wins over its marker."""
+    runner = quick()
+    child = node("c", giving({"n": 1, "left": 5}))
+    runner.registry.register(NodeContract(node_id="c", input_schema=Num, output_schema=Left))
+    result = await runner.run([parallel(child)], Num())
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"left": 5, "both": ""}
+
+
+async def test_concurrent_runs_of_one_group_do_not_mix() -> None:
+    """One group object serves many runs at once."""
+
+    async def echo(state: Num) -> Any:
+        await asyncio.sleep(0)
+        return {"n": state.n}
+
+    group = parallel(node("a", echo), parallel(node("b", echo)))
+    runner = quick()
+    results = await asyncio.gather(*[runner.run([group], Num(n=i)) for i in range(100)])
+    for i, result in enumerate(results):
+        assert result.final_state is not None
+        assert result.final_state.model_dump() == {"n": i}
+        assert len(list(result.trace.walk())) == 4
+
+
+# ---------------------------------------------------------------------- map_over
+
+
+async def test_map_over_collects_in_order() -> None:
+    """map_over runs one node for each item and collects the outputs in order, whichever ends first; other fields stay."""
+    gates = [asyncio.Event() for _ in range(4)]
+    gates[3].set()
+
+    async def double(state: Num) -> Any:
+        await gates[state.n].wait()
+        if state.n:
+            gates[state.n - 1].set()
+        return {"n": state.n * 2}, state.n
+
+    group = map_over("items", node("double", double), into="out")
+    result = await quick().run([group], Items(items=[{"n": i} for i in range(4)]))
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {
+        "items": [{"n": i} for i in range(4)],
+        "other": "kept",
+        "out": [{"n": i * 2} for i in range(4)],
+    }
+    assert result.total_tokens == 6
+    (event,) = result.trace
+    assert event.node_id == "map_over(items, double)"
+    assert [c.branch for c in event.children] == ["3", "2", "1", "0"]
+
+
+async def test_map_over_of_nothing() -> None:
+    """An empty list gives an empty list, and the node is not called."""
+    group = map_over("items", node("double", giving(None)), into="out")
+    result = await quick().run([group], Items(items=[]))
+    assert result.status is RunStatus.COMPLETED
+    assert result.final_state is not None
+    assert result.final_state.out == []  # type: ignore[attr-defined]
+
+
+async def test_items_are_retried_on_their_own() -> None:
+    """Each item has its own retries and events."""
+    calls: Counter[int] = Counter()
+
+    async def flaky(state: Num) -> Any:
+        calls[state.n] += 1
+        if calls[state.n] <= state.n:
+            raise TimeoutError
+        return state
+
+    two = {R: FailurePolicy(max_retries=2, backoff_seconds=0)}
+    result = await quick(policy_map=two).run(
+        [map_over("items", node("flaky", flaky), into="out")], Items(items=[{"n": i} for i in range(3)])
+    )
+    assert result.status is RunStatus.COMPLETED
+    assert calls == {0: 1, 1: 2, 2: 3}
+    (event,) = result.trace
+    assert Counter(c.branch for c in event.children) == {"0": 1, "1": 2, "2": 3}
+
+
+@pytest.mark.parametrize("fresh", [False, True], ids=["same-runner", "new-runner"])
+async def test_items_are_resumed_on_their_own(fresh: bool) -> None:
+    """On resume only unfinished items run, and the outputs are still in order."""
+    calls: Counter[int] = Counter()
+    broken = [True]
+    others = asyncio.Event()
+
+    async def work(state: Num) -> Any:
+        calls[state.n] += 1
+        if state.n == 1 and broken:
+            await others.wait()
+            raise ValueError
+        return {"n": state.n + 10}, 1
+
+    async def success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        if sum(calls.values()) == 4:
+            done.append(state["n"])
+            if len(done) == 3:
+                others.set()
+
+    done: list[int] = []
+    store = AsyncInMemoryStore()
+
+    def make() -> StromaRunner:
+        return quick(
+            store=store,
+            run_id="r",
+            resume=True,
+            policy_map=NEVER,
+            hooks=NodeHooks(on_node_success=success),
+        )
+
+    runner = make()
+    nodes = [map_over("items", node("work", work), into="out")]
+    given = Items(items=[{"n": i} for i in range(4)])
+    first = await runner.run(nodes, given)
+    assert first.status is RunStatus.PARTIAL
+    broken.clear()
+    again = await (make() if fresh else runner).run(nodes, given)
+    assert again.status is RunStatus.RESUMED, again.failure
+    assert calls == {0: 1, 1: 2, 2: 1, 3: 1}
+    assert again.final_state is not None
+    assert [item["n"] for item in again.final_state.model_dump()["out"]] == [10, 11, 12, 13]
+    assert again.total_tokens == 1
+
+
+class Word(BaseModel):
+    word: str
+    upper: bool = True
+
+
+class Root(RootModel[int]):
+    pass
+
+
+async def test_scalar_items() -> None:
+    """A scalar item is the value of the node's only required field, or of a root model."""
+
+    async def shout(state: Word) -> Any:
+        return {"word": state.word.upper() if state.upper else state.word}
+
+    async def add(state: Root) -> Any:
+        return state.root + 1
+
+    result = await quick().run(
+        [map_over("items", node("shout", shout, Word, Word), into="out")], Items(items=["a", "b"])
+    )
+    assert result.final_state is not None
+    assert [w["word"] for w in result.final_state.model_dump()["out"]] == ["A", "B"]
+    result = await quick().run(
+        [map_over("items", node("add", add, Root, Root), into="out")], Items(items=[1, 2])
+    )
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state is not None
+    assert result.final_state.model_dump()["out"] == [2, 3]
+
+
+async def test_model_items_of_a_typed_list() -> None:
+    """Items that are models are validated by the node's own input contract, and a bad one fails the group."""
+
+    class Typed(BaseModel):
+        items: list[Num]
+
+    async def same(state: Num) -> Any:
+        return state
+
+    group = map_over("items", node("same", same), into="items")
+    result = await quick().run([group], Typed(items=[Num(n=1), Num(n=2)]))
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"items": [{"n": 1}, {"n": 2}]}
+    bad = await quick().run([group], Items(items=[{"n": 1}, {"n": "x"}]))
+    assert bad.status is RunStatus.FAILED
+    assert bad.failure is not None
+    assert isinstance(bad.failure.exception, ContractViolation)
+    assert bad.failure.exception.direction == "input"
+
+
+@pytest.mark.parametrize("state", [Num(n=1), Items.model_construct(items="abc"), Items.model_construct(items=None)], ids=repr)
+async def test_a_field_that_is_no_list(state: BaseModel) -> None:
+    """map_over over what is no list fails with a message that names the field; the node is not called."""
+    calls: list[Any] = []
+
+    async def func(state: Any) -> Any:
+        calls.append(state)
+        return {"n": 1}
+
+    result = await quick().run([map_over("items", node("a", func), into="out")], state)
+    assert result.status in (RunStatus.FAILED, RunStatus.PARTIAL)
+    assert result.failure is not None
+    assert "'items'" in result.failure.message
+    assert calls == []
+
+
+async def test_map_over_a_group() -> None:
+    """map_over takes a group: each item goes through all its children."""
+    both = parallel(node("l", giving({"left": 1}), Num, Left), node("r", giving({"right": 2}), Num, Right))
+    result = await quick().run([map_over("items", both, into="out")], Items(items=[{"n": 1}, {"n": 2}]))
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.final_state is not None
+    assert result.final_state.model_dump()["out"] == [{"left": 1, "both": "", "right": 2}] * 2
+
+
+async def test_map_over_by_hand() -> None:
+    """Called by hand, map_over calls the node once per item and gives the state's fields with the list in it."""
+
+    async def double(state: Num) -> Any:
+        return {"n": state.n * 2}, 5
+
+    group = map_over("items", node("double", double), into="out")
+    assert await group(Items(items=[Num(n=1), Num(n=2)])) == {
+        "items": [Num(n=1), Num(n=2)],
+        "other": "kept",
+        "out": [{"n": 2}, {"n": 4}],
+    }
+
+
+async def test_map_over_keeps_extra_fields() -> None:
+    """The other fields of the state are kept, extra ones and lossless ones too."""
+
+    class Wide(BaseModel):
+        model_config = ConfigDict(extra="allow")
+        items: list[int]
+        raw: bytes = b"\xff"
+
+    class One(BaseModel):
+        item: int
+
+    async def same(state: One) -> Any:
+        return state
+
+    group = map_over("items", node("same", same, One, One), into="out")
+    result = await quick().run([group], Wide(items=[1], raw=b"\x00\xff", more={"k": [1]}))  # type: ignore[call-arg]
+    assert result.status is RunStatus.COMPLETED, result.failure
+    state: Any = result.final_state
+    assert (state.raw, state.more, state.out) == (b"\x00\xff", {"k": [1]}, [One(item=1)])
+
+
+async def test_a_failing_item_cancels_the_others() -> None:
+    """The first item that stops for good cancels and awaits the others; its exception comes out."""
+    ended: list[int] = []
+    started = asyncio.Event()
+
+    async def work(state: Num) -> Any:
+        if state.n == 1:
+            await started.wait()
+            raise LookupError("item 1")
+        started.set()
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append(state.n)
+
+    result = await quick(policy_map=NEVER).run(
+        [map_over("items", node("work", work), into="out")], Items(items=[{"n": i} for i in range(3)])
+    )
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, LookupError)
+    assert sorted(ended) == [0, 2]
+
+
+async def test_a_thousand_items() -> None:
+    """A wide map keeps every item's event and output."""
+
+    async def same(state: Num) -> Any:
+        return state
+
+    result: ExecutionResult = await quick().run(
+        [map_over("items", node("same", same), into="out", max_concurrency=50)],
+        Items(items=[{"n": i} for i in range(1000)]),
+    )
+    (event,) = result.trace
+    assert len(event.children) == 1000
+    assert [o["n"] for o in result.final_state.model_dump()["out"]] == list(range(1000))  # type: ignore[union-attr]
+
+
+def test_groups_are_registered_nowhere() -> None:
+    """Making a group leaves registries alone: its children may serve elsewhere under the same ids."""
+    registry = ContractRegistry()
+    child = node("a", giving({}))
+    parallel(child)
+    with pytest.raises(KeyError):
+        registry.get("a")
+    assert RunConfig().node_policies == {}
