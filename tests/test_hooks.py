@@ -1072,6 +1072,17 @@ async def test_hook_errors_raise_with_a_failed_run() -> None:
     assert caught.value.result.failure is not None
 
 
+async def test_hook_errors_raise_with_a_cancelled_run() -> None:
+    """A cancelled run stays cancelled also with hook_errors="raise"."""
+
+    async def hook(*_: Any) -> None:
+        raise RuntimeError("down")
+
+    waits, begun = waiting()
+    runner = quick(NodeHooks(on_node_start=hook, on_node_cancelled=hook), hook_errors="raise")
+    await cancelled_after(asyncio.create_task(runner.run([waits], State())), begun)
+
+
 # ---------------------------------------------------------------------- time limits
 
 

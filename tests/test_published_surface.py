@@ -1474,6 +1474,36 @@ class TestRedisWithoutAServer:
         assert await settle(store.load("r", "typed")) is None
         assert await settle(store.load("r:n", "x")) == Plain(value=7)
 
+    def test_several_event_loops(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        """One RedisStore is usable from several event loops: a connection is used in the loop it was made in alone."""
+        import asyncio
+
+        import redis.asyncio
+
+        server, made = FakeRedis(), []
+
+        class Bound(FakeAsyncClient):
+            def __init__(self, server: FakeRedis) -> None:
+                super().__init__(server)
+                self.loop = asyncio.get_running_loop()
+                made.append(self)
+
+            async def hget(self, key: str, field: str) -> Any:
+                assert asyncio.get_running_loop() is self.loop
+                return await super().hget(key, field)
+
+        monkeypatch.setattr(redis.asyncio, "from_url", lambda *_, **__: Bound(server))
+        store = RedisStore("redis://fake")
+
+        async def use() -> None:
+            await store.save("r", "n", Plain(value=5))
+            assert await store.load("r", "n") == Plain(value=5)
+            assert await store.load_typed("r", "n", Other) == Other(value=5)
+
+        for _ in range(2):
+            asyncio.run(use())
+        assert len({id(client.loop) for client in made}) == 2
+
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
     @pytest.mark.parametrize("bad", [b"garbage", b'{"schema": "this:s", "state": "{}"}', b"{}", b"[1]"])
     async def test_what_cannot_be_read_back_is_a_type_error(

@@ -271,12 +271,15 @@ class ExecutionTrace:
 
 def _copy_rows(rows: list[Row | TraceEvent]) -> list[Row | TraceEvent]:
     # A row is immutable but for the list of its children. Events that somebody appended stay those objects.
-    return [
-        row
-        if isinstance(row, TraceEvent) or row[CHILDREN] is None
-        else (*row[:CHILDREN], _copy_rows(row[CHILDREN]))
-        for row in rows
-    ]
+    copies: list[Row | TraceEvent] = []
+    for row in rows:
+        children = None if isinstance(row, TraceEvent) else row[CHILDREN]
+        copies.append(
+            row
+            if isinstance(row, TraceEvent) or children is None
+            else (*row[:CHILDREN], _copy_rows(children))
+        )
+    return copies
 
 
 def _thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | None:
@@ -309,17 +312,20 @@ def _differences(a: TraceEvent, b: TraceEvent) -> list[str]:
     lines = [
         f"{what} {getattr(a, what)!r} != {getattr(b, what)!r}"
         for what in ("input_state", "output_state", "failure", "failure_message", "outcome")
-        if jsonable(getattr(a, what)) != jsonable(getattr(b, what))
+        if _text(getattr(a, what)) != _text(getattr(b, what))
     ]
     left, right = (sorted(map(_child_text, e.children)) for e in (a, b))  # Children end in any order.
     return [*lines, f"children {left} != {right}"] if left != right else lines
 
 
+def _text(value: Any) -> str:
+    # As text, since 1, 1.0 and True are equal to Python and not to whoever reads the states.
+    return json.dumps(jsonable(value), sort_keys=True)
+
+
 def _child_text(event: TraceEvent) -> str:
     parts = (event.branch, event.node_id, event.attempt, event.input_state, event.output_state, event.failure)
-    return json.dumps([jsonable(part) for part in parts], sort_keys=True) + str(
-        sorted(map(_child_text, event.children))
-    )
+    return _text(parts) + str(sorted(map(_child_text, event.children)))
 
 
 def jsonable(value: Any) -> Any:

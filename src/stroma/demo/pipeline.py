@@ -51,7 +51,7 @@ DOCUMENTS = Path(__file__).parent / "documents"
 BASE_URL_VARIABLE = "STROMA_DEMO_BASE_URL"
 #: USD and seconds; the provider on loopback answers in milliseconds or not at all.
 BUDGET_USD = 0.05
-LOCAL_TIMEOUT_SECONDS, REMOTE_TIMEOUT_SECONDS = 1.2, 60.0
+LOCAL_TIMEOUT_SECONDS, REMOTE_TIMEOUT_SECONDS = 0.8, 60.0
 _SUFFIXES = {".txt", ".md", ".eml", ".csv"}
 _LARGEST_BYTES = 200_000
 
@@ -343,7 +343,7 @@ async def page_someone(run_id: str, node_id: str, exc: Exception, failure_class:
 
 pipeline = Pipeline(
     "documents",
-    [read, map_over("documents", extract, into="records", max_concurrency=4), check, parallel(classify, risk), report],
+    [read, map_over("documents", extract, into="records", max_concurrency=3), check, parallel(classify, risk), report],
     config=RunConfig(
         budget=ExecutionBudget(max_cost_usd=BUDGET_USD),
         policy_map={

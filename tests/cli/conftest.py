@@ -1,0 +1,120 @@
+"""The real command in a process of its own, in an empty directory with an empty home."""
+
+import os
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+PIPELINE = """
+    import asyncio, os, pathlib, signal, sys, time
+    from pydantic import BaseModel, ConfigDict, Field
+    from stroma import *
+
+    class Count(BaseModel):
+        n: int = Field(alias="start")
+
+    class Sum(BaseModel):
+        n: int
+
+    def node(node_id, func, input=Sum, output=Sum):
+        return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=input, output_schema=output))(func)
+
+    def called(name):
+        with open("calls", "a") as file:
+            file.write(name + "\\n")
+
+    async def add_one(state):
+        called("first")
+        print("printed by a node")
+        return {"n": state.n + 1}, 100, 20, "gpt-4o-mini"
+
+    async def double(state):
+        called("second")
+        exec(os.environ.get("SECOND", "pass"), globals())
+        if "SECOND_AWAITS" in os.environ:
+            await eval(os.environ["SECOND_AWAITS"], globals())
+        return {"n": state.n * 2}, 10, 5, "gpt-4o-mini"
+
+    async def last(state):
+        called("third")
+        return {"n": state.n}
+
+    first, second, third = node("first", add_one, Count), node("second", double), node("third", last)
+    quick = {c: FailurePolicy(max_retries=1, backoff_seconds=0.01) for c in ("RECOVERABLE", "AMBIGUOUS")}
+    pipeline = Pipeline("sums", [first, second, third], config=RunConfig(policy_map=quick))
+"""
+
+
+class Done:
+    """What a command came to."""
+
+    def __init__(self, code: int, out: str, err: str) -> None:
+        self.code, self.out, self.err = code, out, err
+
+    def __repr__(self) -> str:
+        return f"exit code {self.code}\n--- stdout\n{self.out}\n--- stderr\n{self.err}"
+
+
+class Shell:
+    """A directory to call commands in."""
+
+    def __init__(self, home: Path) -> None:
+        self.home = home
+        self.env = {
+            "HOME": str(home),
+            "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.defpath]),
+            "LANG": "C.UTF-8",
+        } | {name: value for name, value in os.environ.items() if name.startswith("COV")}
+
+    def file(self, name: str, text: str) -> Path:
+        path = self.home / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(textwrap.dedent(text))
+        return path
+
+    def popen(self, *words: str, env: dict[str, str] | None = None, **options: Any) -> "subprocess.Popen[str]":
+        pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
+        command = [sys.executable, "-m", "stroma", *words]
+        return subprocess.Popen(
+            command, cwd=self.home, env=self.env | (env or {}), text=True, encoding="utf-8", **pipes
+        )
+
+    def __call__(self, *words: str, input: str | None = None, **options: Any) -> Done:
+        if input is not None:
+            options["stdin"] = subprocess.PIPE
+        process = self.popen(*words, **options)
+        out, err = process.communicate(input, timeout=60)
+        return Done(process.returncode, out, err)
+
+    def calls(self) -> list[str]:
+        """The nodes whose functions were called, in order."""
+        path = self.home / "calls"
+        return path.read_text().split() if path.exists() else []
+
+
+@pytest.fixture
+def stroma(tmp_path: Path) -> Shell:
+    shell = Shell(tmp_path)
+    shell.file("sums.py", PIPELINE)
+    return shell
+
+
+@pytest.fixture
+def fails() -> Callable[..., None]:
+    """Whether a command failed as it should: the exit code, words in its one message, nothing else."""
+
+    def check(done: Done, code: int, *words: str) -> None:
+        assert done.code == code, done
+        assert done.out == "", done
+        assert done.err.startswith("stroma: "), done
+        assert done.err.count("stroma: ") == 1, done
+        assert "Traceback" not in done.err, done
+        for word in words:
+            assert word in done.err, (word, done)
+
+    return check

@@ -1,0 +1,274 @@
+"""Whatever is wrong with what the command is given ends in one message, with the right exit code."""
+
+import json
+import resource
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+GOOD = '{"start": 1}'
+
+#: Files to load from: name, text.
+FILES = {
+    "broken.py": "import sums\n\ndef helper():\n    return undefined_name\n\nhelper()\n",
+    "syntax.py": "x = (1,\ny = 2\n",
+    "needs.py": "import surely_not_installed\n",
+    "leaves.py": "import sys\nsys.exit('usage: leaves')\n",
+    "notanode.py": "from stroma import Pipeline\n\nasync def f(state): ...\n\npipeline = Pipeline('p', [f])\n",
+    "many.py": """
+        from sums import *
+        nodes = [first, second]
+        runner = StromaRunner.quick()
+        number = 3
+        def make(): return pipeline
+        def needs(what): return pipeline
+        def nothing(): return None
+        def fails(): raise LookupError("no such thing")
+        async def later(): return pipeline
+        class holder:
+            inner = pipeline
+    """,
+    "open.py": """
+        from sums import *
+        @stroma_node("bare", None)
+        async def bare(state): return {"saw": state.model_dump()}
+        bare_first = Pipeline("bare", [bare])
+        class Left(BaseModel):
+            left: str
+        class Right(BaseModel):
+            right: int
+        async def echo(state): return {"n": 1}
+        both = Pipeline("both", [parallel(node("l", echo, Left), node("r", echo, Right))])
+        mapped = Pipeline("mapped", [map_over("items", second, into="sums")])
+        same = Pipeline("same", [parallel(node("a", echo, Count), node("b", echo, Count))])
+        empty = Pipeline("empty", [])
+    """,
+    "text.txt": "not Python",
+    "my-pipe.py": "from sums import pipeline\n",
+    "json.py": "from sums import pipeline\n",
+    "package/__init__.py": "",
+    "package/flows.py": "from sums import pipeline\n",
+    "input.json": '\ufeff{"start": 5}',
+    "bad.json": '{\n  "start": 1,\n}\n',
+}
+
+
+@pytest.fixture
+def files(stroma):
+    for name, text in FILES.items():
+        stroma.file(name, text)
+    return stroma
+
+
+@pytest.mark.parametrize(
+    ("target", "code", "words"),
+    [
+        ("nofile.py:pipeline", 4, ["there is no file nofile.py", "sums.py"]),
+        ("no/where.py:pipeline", 4, ["there is no file no/where.py", "check the path"]),
+        ("no.such.module:pipeline", 4, ["there is no module 'no.such.module'"]),
+        ("no-such-module:pipeline", 4, ["no file or module 'no-such-module'"]),
+        ("package:pipeline", 2, ["package is a directory"]),
+        ("text.txt:pipeline", 2, ["is not a Python file"]),
+        ("sums.py:nope", 4, ["there is no 'nope' in sums.py", "it has sums.py:pipeline"]),
+        ("many.py:nope", 4, ["it has many.py:pipeline"]),
+        ("sums.py", 2, ["'sums.py' names no pipeline", "sums.py:pipeline"]),
+        ("sums.py:", 2, ["names no pipeline"]),
+        (":pipeline", 2, ["names no file or module"]),
+        ("sums.py:a b", 2, ["no Python name"]),
+        ("sums.py:first", 2, ["a single node, not a pipeline", 'Pipeline("first", [first])']),
+        ("many.py:nodes", 2, ["a list of nodes, not a pipeline", 'Pipeline("nodes", nodes)']),
+        ("many.py:runner", 2, ["a StromaRunner, not a pipeline", "make one of its nodes"]),
+        ("many.py:number", 2, ["an int, not a pipeline", "Pipeline("]),
+        ("many.py:Sum", 2, ["a class, not a pipeline"]),
+        ("many.py:needs", 2, ["needs arguments (what)"]),
+        ("many.py:nothing", 2, ["nothing() in many.py returned a NoneType, not a pipeline"]),
+        ("many.py:later", 2, ["async function"]),
+        ("many.py:fails", 2, ["LookupError: no such thing", "many.py", "line 9, in fails"]),
+        ("broken.py:pipeline", 2, ["NameError", "broken.py\", line 4, in helper", "return undefined_name"]),
+        ("syntax.py:pipeline", 2, ["SyntaxError", "syntax.py\", line 1"]),
+        ("needs.py:pipeline", 3, ["needs a module that is not installed", "'surely_not_installed'"]),
+        ("leaves.py:pipeline", 2, ["ended the process", "__main__"]),
+        ("notanode.py:pipeline", 2, ["is not a stroma node; decorate it", "notanode.py\", line 5"]),
+    ],
+)  # fmt: skip
+def test_targets(files, fails, target, code, words):
+    """A target that cannot be loaded says why, and what to do."""
+    fails(files("run", target, GOOD), code, *words)
+
+
+@pytest.mark.parametrize("target", ["many.py:make", "many.py:holder.inner", "my-pipe.py:pipeline", "json.py:pipeline",
+                                    "package.flows:pipeline", "package/flows.py:pipeline"])  # fmt: skip
+def test_targets_that_load(files, target):
+    """A function, a nested name, a file with any name, a module and a file inside a package all load."""
+    if target == "package/flows.py:pipeline":
+        files.env = files.env | {"PYTHONPATH": str(files.home)}
+    done = files("run", target, GOOD, "-q")
+    assert (done.code, done.out and json.loads(done.out)) == (0, {"n": 4}), done
+
+
+def test_debug_shows_the_traceback(files):
+    """With STROMA_DEBUG=1 the whole traceback is shown before the message."""
+    done = files("run", "broken.py:pipeline", GOOD, env={"STROMA_DEBUG": "1"})
+    assert done.code == 2
+    assert done.err.startswith("Traceback")
+    assert "stroma: " in done.err
+
+
+@pytest.mark.parametrize(
+    ("given", "code", "words"),
+    [
+        ('{"start": ', 2, ["INPUT is not JSON: Expecting value (line 1, column 11)"]),
+        ("", 2, ["INPUT is not JSON", "no INPUT at all means {}"]),
+        ("input.json", 2, ["put an @ before it: @input.json"]),
+        ("@bad.json", 2, ["bad.json is not JSON", "line 3, column 1"]),
+        ("@none.json", 4, ["there is no input file none.json"]),
+        ("@.", 2, ["cannot be read: Is a directory"]),
+        ("-", 2, ["stdin is not JSON"]),
+        (None, 2, ["an empty input", "start: Field required", """'{"start": 0}'"""]),
+        ('{"start": "x"}', 2, ["INPUT does not fit the contract of the first node, 'first'", "start: Input should be a valid integer", '{"start": 0}']),
+        ("[1]", 2, ["Input should be an object"]),
+        ("[" * 100_000, 2, ["not JSON that can be read"]),
+        ("9" * 5000, 2, ["not JSON that can be read"]),
+    ],
+)  # fmt: skip
+def test_inputs(files, fails, given, code, words):
+    """Input that is no JSON says where, input that fails the first contract says so field by field."""
+    done = files("run", "sums.py:pipeline", *([] if given is None else [given]))
+    fails(done, code, *words)
+    assert files.calls() == []
+    assert not list(files.home.rglob("*.db"))
+
+
+def test_inputs_that_fit(files):
+    """A file with a byte order mark, stdin, a field's name in place of its alias: each is read."""
+    assert json.loads(files("run", "sums.py:pipeline", "@input.json", "-q").out) == {"n": 12}
+    assert json.loads(files("run", "sums.py:pipeline", "-", "-q", input='{"n": 2}').out) == {"n": 6}
+
+
+def test_bytes_that_are_no_text(stroma, fails):
+    """Input in another encoding says which byte."""
+    process = stroma.popen("run", "sums.py:pipeline", "-", stdin=subprocess.PIPE)
+    process.stdin.buffer.write(b'{"start": "\xe9"}')
+    out, err = process.communicate()
+    assert (process.returncode, out) == (2, "")
+    assert "stdin is not UTF-8 text: byte 0xe9 at offset 11" in err
+
+
+def test_first_nodes_without_one_contract(files, fails):
+    """Nodes side by side each find their fields, and each of their contracts is checked before anything runs."""
+    assert json.loads(files("run", "open.py:bare_first", '{"a": [1, null]}', "-q").out) == {"saw": {"a": [1, None]}}
+    assert json.loads(files("run", "open.py:both", '{"left": "x", "right": 2}', "-q").out) == {"n": 1}
+    fails(files("run", "open.py:both", '{"left": "x"}'), 2, "'r'", "right: Field required")
+    assert json.loads(files("run", "open.py:mapped", '{"items": [1, 2]}', "-q").out)["sums"] == [{"n": 2}, {"n": 4}]
+    fails(files("run", "open.py:mapped", '{"items": 1}'), 2, "items: Input should be a valid list")
+    assert json.loads(files("run", "open.py:same", GOOD, "-q").out) == {"n": 1}
+    assert json.loads(files("run", "open.py:empty", '{"a": 1}', "-q").out) == {"a": 1}
+    fails(files("run", "open.py:empty", "3"), 2, "INPUT is no JSON object")
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["shwo"], "did you mean 'show'?"),
+        (["run"], "missing argument"),
+        (["runs", "--limit", "0"], "--limit"),
+        (["runs", "--nope"], "no such option"),
+        (["run", "sums.py:pipeline", GOOD, "--budget-usd", "nan"], "no amount of money"),
+        (["run", "sums.py:pipeline", GOOD, "--budget-tokens", "-1"], "--budget-tokens"),
+        (["run", "sums.py:pipeline", GOOD, "--run-id", ""], "must not be empty"),
+        (["run", "sums.py:pipeline", GOOD, "--resume"], "--resume needs --run-id"),
+        (["run", "sums.py:pipeline", GOOD, "--db", "mysql://x"], "--db mysql://x"),
+        (["runs", "--db", "memory://"], "keeps nothing once its process has ended"),
+    ],
+)
+def test_usage(stroma, fails, words, told):
+    """A call that cannot be meant is exit code 2 and names its help."""
+    fails(stroma(*words), 2, told)
+
+
+# ---------------------------------------------------------------------- the store
+
+
+def test_files_that_are_no_store(stroma, fails):
+    """A text file, another program's database, a damaged store, a directory: each is told apart, nothing is changed."""
+    text = stroma.file("text.db", "x" * 5000)
+    for words in (["run", "sums.py:pipeline", GOOD, "-q"], ["runs"], ["show", "last"]):
+        fails(stroma(*words, "--db", "text.db"), 3, "is not a SQLite database")
+    assert text.read_text() == "x" * 5000
+    with sqlite3.connect(stroma.home / "theirs.db") as theirs:
+        theirs.execute("CREATE TABLE t (x)")
+    fails(stroma("run", "sums.py:pipeline", GOOD, "-q", "--db", "theirs.db"), 3, "of another program")
+    fails(stroma("run", "sums.py:pipeline", GOOD, "-q", "--db", "no/dir/x.db"), 3, "there is no directory")
+    fails(stroma("runs", "--db", "."), 3, "cannot open")
+    assert stroma.calls() == []
+
+    assert stroma("run", "sums.py:pipeline", GOOD, "--db", "store.db").code == 0
+    store = stroma.home / "store.db"
+    data = bytearray(store.read_bytes())
+    data[4096:] = b"\xff" * len(data[4096:])
+    store.write_bytes(data)
+    fails(stroma("runs", "--db", "store.db"), 3, "store.db is damaged")
+
+
+def test_a_directory_that_may_not_be_written(stroma, fails):
+    """A default store that cannot be made says so, and how to name another one."""
+    stroma.file("plain", "")
+    done = stroma("run", "sums.py:pipeline", GOOD, "-q", env={"XDG_DATA_HOME": str(stroma.home / "plain")})
+    fails(done, 3, "the directory of the store cannot be made", "--db FILE")
+
+
+def test_a_locked_store(stroma, fails):
+    """A store that another process holds is waited for, and then named."""
+    assert stroma("run", "sums.py:pipeline", GOOD, "--db", "x.db").code == 0
+    code = (
+        "import sys; from stroma.checkpoint.sqlite import SQLiteStore; from stroma.cli import main\n"
+        "SQLiteStore.__init__.__kwdefaults__['_patience_seconds'] = 0.2\n"
+        "sys.exit(main(sys.argv[1:]))"
+    )
+    holder = sqlite3.connect(stroma.home / "x.db", isolation_level=None)
+    holder.execute("BEGIN IMMEDIATE")
+    words = ["run", "sums.py:pipeline", GOOD, "--db", "x.db", "-q"]
+    process = subprocess.run(
+        [sys.executable, "-c", code, *words], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
+    )  # fmt: skip
+    holder.execute("ROLLBACK")
+    holder.close()
+    assert process.returncode == 3
+    assert process.stderr.startswith("stroma: database is locked: another process has held ")
+    assert stroma.calls() == ["first", "second", "third"]
+
+
+def _small_files(limit):
+    return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
+
+
+def test_a_full_disk_at_the_start(stroma, fails):
+    """A disk with no room for the store ends before any node is called."""
+    done = stroma("run", "sums.py:pipeline", GOOD, "-q", preexec_fn=_small_files(8192))
+    fails(done, 3, "the disk")
+    assert stroma.calls() == []
+
+
+def test_a_full_disk_on_the_way(stroma):
+    """A disk that fills up stops the run, with 3; once there is room, resume calls only what was not kept."""
+    stroma.file("big.py", """
+        from sums import *
+        class Big(BaseModel):
+            text: str
+        async def swell(state):
+            called("swell")
+            return {"text": "x" * 3_000_000}
+        pipeline = Pipeline("big", [first, node("swell", swell, Sum, Big)])
+        """)  # fmt: skip
+    done = stroma("run", "big.py:pipeline", GOOD, "--run-id", "big", preexec_fn=_small_files(1_000_000))
+    assert (done.code, done.out) == (3, "")
+    assert "Traceback" not in done.err
+    assert "why: the disk " in done.err
+    assert "mend what the store says, then go on with: python -m stroma resume big big.py:pipeline" in done.err
+    assert stroma.calls() == ["first", "swell"]
+    resumed = stroma("resume", "big", "big.py:pipeline", "-q")
+    assert resumed.code == 0
+    assert len(json.loads(resumed.out)["text"]) == 3_000_000
+    assert stroma.calls() == ["first", "swell", "swell"]

@@ -1,0 +1,170 @@
+"""`stroma runs`, `stroma show`, and the command as a whole."""
+
+import json
+import re
+import subprocess
+import sys
+import time
+
+import pytest
+
+from stroma.cli import words
+
+GOOD = '{"start": 1}'
+
+
+@pytest.fixture
+def filled(stroma):
+    """A store with a finished run, a failed one and one whose process was killed."""
+    done = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "run-a")
+    failed = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "run-b", env={
+        "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too slow')",
+    })  # fmt: skip
+    killed = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "other", env={
+        "SECOND": "os.kill(os.getpid(), signal.SIGKILL)",
+    })  # fmt: skip
+    assert (done.code, failed.code, killed.code) == (0, 1, -9)
+    return stroma
+
+
+def test_runs(filled):
+    """The newest run is first; each line has status, nodes, tokens, the cost to the micro-dollar, and the error."""
+    done = filled("runs")
+    assert (done.code, done.err) == (0, "")
+    lines = [re.split(r"  +", line) for line in done.out.splitlines()]
+    assert lines[0] == ["RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR"]
+    assert [line[:5] for line in lines[1:]] == [
+        ["other", "sums", "RUNNING", "1", "120"],
+        ["run-b", "sums", "PARTIAL", "1", "134"],
+        ["run-a", "sums", "COMPLETED", "3", "135"],
+    ]
+    assert all(re.fullmatch(r"\$\d\.\d{6}", line[5]) for line in lines[1:])
+    assert lines[1][8].startswith("last record ")
+    assert lines[2][8] == "too slow"
+
+    only = json.loads(filled("runs", "--json", "--status", "partial").out)
+    assert only["schema"] == "stroma.runs/1"
+    (run,) = only["runs"]
+    assert run["run_id"] == "run-b"
+    assert set(run) == {"run_id", "pipeline", "status", "execution", "started", "updated", "seconds", "nodes",
+                        "tokens", "cost_usd", "error"}  # fmt: skip
+    assert [r["run_id"] for r in json.loads(filled("runs", "--json", "--limit", "2").out)["runs"]] == ["other", "run-b"]
+    assert "no run matches" in filled("runs", "--pipeline", "nobody").err
+
+    # The killed one can be finished.
+    assert filled("resume", "other", "sums.py:pipeline").code == 0
+    assert filled.calls()[-3:] == ["second", "second", "third"]
+
+
+def test_show(filled, fails):
+    """Each attempt has a line, what came to nothing is summed apart, and a run is named by a unique beginning."""
+    done = filled("show", "run-b")
+    assert done.code == 0
+    assert re.search(r"\nstatus +PARTIAL\n(.*\n)*spent +134 tok, \$0\.0000\d\d\nwasted +14 tok, \$0\.00000\d ", done.out)
+    assert re.search(r"\n0 +first +1 +success +\d\.\d\d s +120 +\$0\.0000\d\d +gpt-4o-mini\n", done.out)
+    assert len(re.findall(r"\n1 +second +[12] +failure +RECOVERABLE +timeout .* too slow", done.out)) == 2
+    assert "go on with: python -m stroma resume run-b FILE.py:NAME" in done.err
+
+    data = json.loads(filled("show", "run-b", "--json").out)
+    assert (data["schema"], data["wasted_tokens"], data["run"]["run_id"]) == ("stroma.show/1", 14, "run-b")
+    assert [(a["node_id"], a["attempt"], a["outcome"], a["committed"]) for a in data["attempts"]] == [
+        ("first", 1, "success", True), ("second", 1, "failure", False), ("second", 2, "failure", False),
+    ]  # fmt: skip
+
+    assert filled("show", "last").out.startswith("run       other\n")
+    assert "if its process is gone, resume the run" in filled("show", "oth").out
+    fails(filled("show", "run-"), 2, "begins the ids of 2 runs", "run-a", "run-b")
+    fails(filled("show", "nope"), 4, "no run whose id begins with 'nope'", "python -m stroma runs")
+
+
+def test_an_empty_store(stroma, fails):
+    """Before the first run the list is empty and says how to begin; a store that was named must be there."""
+    done = stroma("runs")
+    assert (done.code, done.out) == (0, "")
+    assert "begin one: python -m stroma run FILE.py:NAME" in done.err
+    assert json.loads(stroma("runs", "--json").out) == {"schema": "stroma.runs/1", "runs": []}
+    fails(stroma("show", "last"), 4, "there is no run yet")
+    fails(stroma("runs", "--db", "no.db"), 4, "there is no store no.db")
+    assert not list(stroma.home.rglob("*.db"))
+
+
+def test_a_reader_that_goes_away(filled):
+    """`stroma runs | head -1` ends quietly, whenever the reader leaves."""
+    for words_ in (["runs"], ["show", "run-a"], ["--help"], ["run", "sums.py:pipeline", GOOD, "-q", "--json"]):
+        process = filled.popen(*words_)
+        process.stdout.close()
+        err = process.stderr.read()
+        process.stderr.close()
+        assert err.replace("printed by a node\n", "") == ""
+        assert process.wait(30) in (0, 1 if words_ == ["--help"] else 0)
+    process = filled.popen("run", "sums.py:pipeline", GOOD)
+    process.stderr.close()
+    assert json.loads(process.stdout.read()) == {"n": 4}
+    process.stdout.close()
+    assert process.wait(30) == 0
+
+
+def test_output_that_cannot_be_written(stroma, fails):
+    """A full disk under the output is one message, and the run is kept."""
+    with open("/dev/full", "w") as full:
+        done = stroma("run", "sums.py:pipeline", GOOD, "-q", stdout=full)
+    done.out, done.err = "", done.err.replace("printed by a node\n", "")
+    fails(done, 3, "the output could not be written", "No space left")
+    assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "COMPLETED"
+
+
+def test_start_is_light(stroma):
+    """--version and --help import neither pydantic nor rich nor asyncio; reading off a terminal does without rich."""
+    for words_ in (["--version"], ["--help"]):
+        code = f"import sys; from stroma.cli import main; main({words_!r}); print(sorted(sys.modules), file=sys.stderr)"
+        done = subprocess.run(
+            [sys.executable, "-c", code], cwd=stroma.home, capture_output=True, text=True, check=True
+        )
+        assert not set(eval(done.stderr)) & {"pydantic", "rich", "asyncio", "stroma.runner"}
+    code = "import sys; from stroma.cli import main; main(['runs']); print('rich' in sys.modules)"
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=True
+    )
+    assert done.stdout == "False\n"
+
+
+def test_version_and_help(stroma):
+    """The version is one line, and the help of all and of each command tells the exit codes and the options."""
+    assert re.fullmatch(r"stroma \d+\.\d+\.\S+\n", stroma("--version").out)
+    assert "5\n  stopped by the budget" in stroma("-h").out or "5 stopped by the budget" in stroma("-h").out
+    for command in ("run", "resume", "runs", "show"):
+        assert "STROMA_DB" in stroma(command, "--help").out
+
+
+def test_without_click(stroma):
+    """Installed without its extra, the command says what to install."""
+    code = "import sys; sys.modules['click'] = None; from stroma.cli import main; sys.exit(main(['runs']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert done.stderr.startswith("stroma: the command line needs click; install it with: ")
+
+
+def test_the_demo_without_its_extra(stroma):
+    """The demo says which extra it lacks."""
+    code = "import sys; sys.modules['openai'] = None; from stroma.cli import main; sys.exit(main(['demo']))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert done.returncode == 3
+    assert "pip install 'stroma[demo]'" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [(0, "0.00 s"), (-1, "0.00 s"), (9.999, "10.0 s"), (99.99, "1 m 40 s"), (3600, "60 m 00 s"),
+     (7200, "2 h 00 m"), (200_000, "2 d 7 h")],
+)  # fmt: skip
+def test_spans(seconds, text):
+    """A duration is told in at most two units."""
+    assert words.span(seconds) == text
+
+
+def test_clean_text():
+    """Foreign text is one line of bounded length that cannot steer a terminal."""
+    assert words.clean("a\n\tb\x1b[2J\x00\u202e") == "a b\\x1b[2J\\x00\\u202e"
+    assert words.clean("x" * 1_000_000, 10) == "xxxxxxxxx…"
+    assert words.local(10**18) == "?"
+    assert words.local(int(time.time() * 1000)).count(":") == 2

@@ -1,0 +1,83 @@
+"""SIGINT and SIGTERM: 130, everything committed kept, and a resume that finishes."""
+
+import json
+import signal
+import time
+
+import pytest
+
+GOOD = '{"start": 1}'
+HANG = {"SECOND_AWAITS": "asyncio.sleep(60)"}
+
+
+def wait_for(process, text):
+    """Read the progress until a line has a text in it; what was read."""
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if text in line:
+            return seen
+    raise AssertionError(f"{text!r} was never said:\n{seen}")
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_in_the_middle_of_a_node(stroma, number):
+    """The run is cancelled, what was finished is kept, and resume calls only what was not."""
+    process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--json", env=HANG)
+    wait_for(process, "second                          start")
+    begun = time.monotonic()
+    process.send_signal(number)
+    out, err = process.communicate(timeout=30)
+    assert time.monotonic() - begun < 5
+    assert process.returncode == 130
+    assert f"stroma: {number.name}: stopping" in err
+    assert "cancelled" in err
+    assert f"stroma: stopped by {number.name}: run x is CANCELLED" in err
+    assert "go on with: python -m stroma resume x sums.py:pipeline" in err
+    assert "Traceback" not in err
+    data = json.loads(out)
+    assert (data["exit_code"], data["status"], data["final_state"]) == (130, "CANCELLED", {"n": 2})
+
+    resumed = stroma("resume", "x", "sums.py:pipeline", "-q")
+    assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
+    assert stroma.calls() == ["first", "second", "second", "third"]
+
+
+def test_a_second_signal_stops_a_node_that_does_not_listen(stroma):
+    """A node that blocks the loop ends with the second signal; committed work is kept all the same."""
+    process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", env={"SECOND": "time.sleep(60)"})
+    wait_for(process, "second                          start")
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGINT)  # An echo: a terminal and a parent may both send one.
+    wait_for(process, "SIGTERM: stopping")
+    time.sleep(0.6)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=10)
+    assert process.returncode == 130
+    assert "stopped at once; what is finished is kept; go on with: python -m stroma resume x" in err
+    assert stroma("resume", "x", "sums.py:pipeline", "-q").code == 0
+    assert stroma.calls() == ["first", "second", "second", "third"]
+
+
+def test_a_signal_while_the_file_is_imported(stroma):
+    """Ctrl-C before the run is 130 in one line."""
+    stroma.file("slow.py", "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
+    process = stroma.popen("run", "slow.py:pipeline")
+    wait_for(process, "importing")
+    process.send_signal(signal.SIGINT)
+    _, err = process.communicate(timeout=10)
+    assert (process.returncode, err) == (130, "stroma: stopped\n")
+
+
+def test_a_run_that_finished_all_the_same(stroma):
+    """A node that finishes in spite of the signal has finished its run: 0."""
+    stubborn = "os.kill(os.getpid(), signal.SIGTERM)"
+    stroma.file("one.py", "from sums import *\npipeline = Pipeline('one', [first, second])")
+    process = stroma.popen("run", "one.py:pipeline", GOOD, "-q", env={"SECOND": stubborn})
+    out, err = process.communicate(timeout=30)
+    assert process.returncode in (0, 130), err
+    resumed = stroma("resume", "last", "one.py:pipeline", "-q")
+    assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
+    assert stroma.calls() == ["first", "second"]

@@ -1,0 +1,807 @@
+"""Resume, restart and what a run remembers: one suite over every store that keeps a journal, and the simple protocol."""
+
+import asyncio
+import importlib.util
+from collections import Counter
+from collections.abc import AsyncIterator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import (
+    AsyncInMemoryStore,
+    BudgetExceeded,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    InMemoryStore,
+    NodeContract,
+    NodeHooks,
+    Pipeline,
+    PipelineChanged,
+    ReliabilityContext,
+    RunStatus,
+    StoreError,
+    StromaRunner,
+    current_node,
+    execute_step,
+    map_over,
+    parallel,
+    stroma_node,
+)
+
+R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
+NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+JOURNALS = ["memory", "async-memory"]
+if importlib.util.find_spec("stroma.checkpoint.sqlite"):
+    JOURNALS.append("sqlite")
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class Other(BaseModel):
+    n: int = 0
+    text: str = ""
+
+
+class Wrong(BaseModel):
+    text: str
+
+
+class Items(BaseModel):
+    items: list[int]
+
+
+def node(
+    node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num
+) -> Callable[..., Any]:
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=given, output_schema=promised
+    )
+    return stroma_node(node_id, contract)(func)
+
+
+class Work:
+    """Nodes that add 1, use 10 tokens, count their calls, and fail where they are told to."""
+
+    def __init__(self, *ids: str) -> None:
+        self.calls: Counter[str] = Counter()
+        self.failing: set[str] = set()
+        self.nodes = [self.make(node_id) for node_id in ids]
+
+    def make(self, node_id: str) -> Any:
+        async def func(state: Num) -> Any:
+            self.calls[node_id] += 1
+            if node_id in self.failing:
+                raise ValueError(f"{node_id} is broken")
+            return {"n": state.n + 1}, 10
+
+        return node(node_id, func)
+
+
+@pytest.fixture(params=JOURNALS)
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
+    if request.param == "sqlite":
+        from stroma.checkpoint.sqlite import SQLiteStore
+
+        async with SQLiteStore(tmp_path / "runs.db") as made:
+            yield made
+    else:
+        yield InMemoryStore() if request.param == "memory" else AsyncInMemoryStore()
+
+
+def quick(store: Any, **config: Any) -> StromaRunner:
+    config.setdefault("policy_map", NEVER)
+    config.setdefault("run_id", "r")
+    return StromaRunner.quick(store=store, **config)
+
+
+async def loaded(store: Any, run_id: str, node_id: str, schema: type[BaseModel] = Num) -> Any:
+    found = store.load_typed(run_id, node_id, schema)
+    return await found if asyncio.iscoroutine(found) else found
+
+
+# ---------------------------------------------------------------------- resume=True
+
+
+@pytest.mark.parametrize("broken", ["a", "b", "c", "d"])
+async def test_resume_goes_on_where_the_run_stopped(store: Any, broken: str) -> None:
+    """G5: resume=True continues at the first position without a commit; committed nodes are not called again."""
+    work = Work("a", "b", "c", "d")
+    work.failing = {broken}
+    runner = quick(store)
+    first = await runner.run(work.nodes, Num())
+    at = "abcd".index(broken)
+    assert (first.status, first.final_state) == (RunStatus.PARTIAL, Num(n=at))
+    work.failing = set()
+    second = await runner.run(work.nodes, Num(), resume=True)
+    assert (second.status, second.final_state) == (RunStatus.RESUMED, Num(n=4))
+    assert work.calls == {c: 2 if c == broken else 1 for c in "abcd"}
+    assert [(event.node_id, event.position) for event in second.trace] == [
+        (c, i) for i, c in enumerate("abcd") if i >= at
+    ]
+    assert second.total_tokens == 10 * (4 - at)
+
+
+async def test_resume_of_a_new_run_is_a_run(store: Any) -> None:
+    """resume=True on a run id that is not there yet begins it: COMPLETED."""
+    work = Work("a")
+    result = await quick(store, resume=True).run(work.nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=1))
+
+
+async def test_resume_of_a_finished_run_calls_nothing(store: Any) -> None:
+    """Resuming a run that is complete gives its final state without a call, and an empty trace."""
+    work = Work("a", "b")
+    runner = quick(store, resume=True)
+    await runner.run(work.nodes, Num())
+    result = await runner.run(work.nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert (len(result.trace), result.total_tokens) == (0, 0)
+    assert work.calls == {"a": 1, "b": 1}
+
+
+async def test_skipped_nodes_fire_on_node_skipped_only(store: Any) -> None:
+    """Skipped nodes fire on_node_skipped only, with their restored output, and current_node() says where they stand."""
+    told: list[Any] = []
+
+    async def other(run_id: str, node_id: str, *_: Any) -> None:
+        told.append(("other", node_id))
+
+    async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        run = current_node()
+        assert run is not None
+        told.append((run_id, node_id, state, run.position, run.node_id))
+
+    work = Work("a", "b", "c")
+    work.failing = {"c"}
+    runner = quick(store)
+    await runner.run(work.nodes, Num())
+    work.failing = set()
+    hooks = NodeHooks(on_node_start=other, on_node_success=other, on_node_failure=other, on_node_skipped=skipped)
+    await runner.with_hooks(hooks).run(work.nodes, Num(), resume=True)
+    assert told == [
+        ("r", "a", {"n": 1}, 0, "a"),
+        ("r", "b", {"n": 2}, 1, "b"),
+        ("other", "c"),
+        ("other", "c"),
+    ]
+    assert current_node() is None
+
+
+async def test_the_budget_remembers_and_the_totals_do_not(store: Any) -> None:
+    """G6: under resume=True the budget remembers what was restored, this result's totals do not."""
+    work = Work("a", "b", "c")
+    work.failing = {"c"}
+    await quick(store).run(work.nodes, Num())
+    work.failing = set()
+    over = await quick(store, resume=True, budget=ExecutionBudget(max_tokens_total=29)).run(work.nodes, Num())
+    assert (over.status, over.total_tokens, over.final_state) == (RunStatus.PARTIAL, 10, Num(n=3))
+    assert over.failure is not None
+    assert isinstance(over.failure.exception, BudgetExceeded)
+    assert over.failure.exception.actual == 30
+    again = await quick(store, resume=True, budget=ExecutionBudget(max_tokens_total=30)).run(work.nodes, Num())
+    assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
+
+
+async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> None:
+    """G6: usage of failed attempts of earlier calls counts against the budget of a resume, in tokens and in dollars."""
+    calls: list[int] = []
+
+    async def fails(state: Num) -> Any:
+        calls.append(1)
+        run = current_node()
+        assert run is not None
+        run.report_usage(input_tokens=100_000, model="gpt-4o")  # 0.25 USD
+        raise ValueError
+
+    runner = quick(store, resume=True, budget=ExecutionBudget(max_cost_usd=0.6))
+    nodes = [node("a", fails)]
+    for _ in range(5):
+        result = await runner.run(nodes, Num())
+        assert result.status is RunStatus.PARTIAL
+    assert len(calls) == 3
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, BudgetExceeded)
+    assert result.total_cost_usd == 0
+
+
+async def test_an_over_budget_output_is_restored(store: Any) -> None:
+    """G4, G5: the output of the attempt that crossed a limit was committed: a resume with more money goes on behind it."""
+    work = Work("a", "b")
+    first = await quick(store, budget=ExecutionBudget(max_tokens_total=5)).run(work.nodes, Num())
+    assert first.status is RunStatus.PARTIAL
+    second = await quick(store, resume=True).run(work.nodes, Num())
+    assert (second.status, second.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert work.calls == {"a": 1, "b": 1}
+
+
+async def test_resume_after_a_cancellation(store: Any) -> None:
+    """A run that was cancelled in mid-node resumes at that node."""
+    inside = asyncio.Event()
+    hang = [True]
+    work = Work("a")
+
+    async def waits(state: Num) -> Any:
+        work.calls["waits"] += 1
+        if hang:
+            hang.clear()
+            inside.set()
+            await asyncio.Event().wait()
+        return {"n": state.n + 1}
+
+    nodes = [*work.nodes, node("waits", waits)]
+    runner = quick(store, resume=True)
+    task = asyncio.create_task(runner.run(nodes, Num()))
+    await inside.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    result = await runner.run(nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert work.calls == {"a": 1, "waits": 2}
+
+
+async def test_resume_with_duplicate_ids(store: Any) -> None:
+    """The same id at several positions is restored position by position."""
+    work = Work("same", "last")
+    work.failing = {"last"}
+    nodes = [work.nodes[0], work.nodes[0], work.nodes[0], work.nodes[1]]
+    runner = quick(store, resume=True)
+    await runner.run(nodes, Num())
+    work.failing = set()
+    result = await runner.run(nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=4))
+    assert work.calls == {"same": 3, "last": 2}
+
+
+async def test_resume_of_a_node_without_a_contract(store: Any) -> None:
+    """What a node without a contract returned is restored as it was."""
+
+    async def func(state: Any) -> Any:
+        calls.append(1)
+        return {"deep": [1, {"x": (1, 2)}]}
+
+    calls: list[int] = []
+    func._stroma_node_id = "bare"  # type: ignore[attr-defined]
+    func._stroma_contract = None  # type: ignore[attr-defined]
+    seen: list[Any] = []
+
+    async def look(state: Any) -> Any:
+        seen.append(state)
+        if len(seen) == 1:
+            raise ValueError
+        return {"n": 1}
+
+    class Deep(BaseModel):
+        deep: Any
+
+    runner = quick(store, resume=True)
+    group = parallel(func)
+    nodes = [group, node("look", look, Deep, Num)]
+    await runner.run(nodes, Num())
+    result = await runner.run(nodes, Num())
+    assert (result.status, len(calls)) == (RunStatus.RESUMED, 1)
+    assert seen[0] == seen[1] == Deep(deep=[1, {"x": (1, 2)}])
+
+
+# ---------------------------------------------------------------------- restart
+
+
+async def test_running_again_restarts(store: Any) -> None:
+    """Running a run id again without resume is a new execution: everything is called, with its own usage and totals."""
+    work = Work("a", "b")
+    runner = quick(store, budget=ExecutionBudget(max_tokens_total=20))
+    for n in (1, 2, 3):
+        result = await runner.run(work.nodes, Num())
+        assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 20)
+        assert work.calls == {"a": n, "b": n}
+
+
+async def test_a_restart_forgets_the_commits(store: Any) -> None:
+    """After a restart that failed early, resume=True continues the new execution, not the old one."""
+    work = Work("a", "b", "c")
+    runner = quick(store)
+    await runner.run(work.nodes, Num())
+    work.failing = {"b"}
+    await runner.run(work.nodes, Num(n=100))
+    work.failing = set()
+    result = await runner.run(work.nodes, Num(n=100), resume=True)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=103))
+    assert work.calls == {"a": 2, "b": 3, "c": 2}
+
+
+async def test_the_idempotency_key_is_that_of_the_execution(store: Any) -> None:
+    """The key of a position is the same over a resume, and another one in a new execution."""
+    keys: list[str] = []
+
+    async def func(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        keys.append(run.idempotency_key)
+        if len(keys) < 3:
+            raise ValueError
+        return {"n": 1}
+
+    runner = quick(store)
+    nodes = [node("a", func)]
+    await runner.run(nodes, Num())
+    await runner.run(nodes, Num(), resume=True)
+    await runner.run(nodes, Num())
+    assert keys[0] == keys[1] != keys[2]
+
+
+# ---------------------------------------------------------------------- resume_from
+
+
+@pytest.mark.parametrize("target", ["a", "b", "c"])
+async def test_resume_from_runs_from_that_node_on(store: Any, target: str) -> None:
+    """resume_from= skips to that node, discards the commits from it on, and runs on the checkpoint before it."""
+    work = Work("a", "b", "c")
+    runner = quick(store)
+    await runner.run(work.nodes, Num())
+    at = "abc".index(target)
+    result = await runner.run(work.nodes, Num(), resume_from=target)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
+    assert work.calls == {c: 1 if i < at else 2 for i, c in enumerate("abc")}
+    assert [event.node_id for event in result.trace] == list("abc"[at:])
+    assert result.total_tokens == 10 * (3 - at)
+
+
+async def test_resume_from_discards_what_follows(store: Any) -> None:
+    """After a resume_from that failed, resume=True goes on there: the commits behind it are gone."""
+    work = Work("a", "b", "c")
+    runner = quick(store)
+    await runner.run(work.nodes, Num())
+    work.failing = {"b"}
+    assert (await runner.run(work.nodes, Num(), resume_from="b")).status is RunStatus.PARTIAL
+    work.failing = set()
+    result = await runner.run(work.nodes, Num(), resume=True)
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
+    assert work.calls == {"a": 1, "b": 3, "c": 2}
+
+
+async def test_resume_from_means_the_first_position_with_the_id(store: Any) -> None:
+    """resume_from names the first position with that id."""
+    work = Work("a", "b")
+    nodes = [work.nodes[0], work.nodes[1], work.nodes[0], work.nodes[1]]
+    runner = quick(store)
+    await runner.run(nodes, Num())
+    result = await runner.run(nodes, Num(), resume_from="b")
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=4))
+    assert work.calls == {"a": 3, "b": 4}
+
+
+async def test_resume_from_without_a_checkpoint(store: Any) -> None:
+    """No checkpoint of the node before it is CheckpointNotFound, which names that node; nothing is called."""
+    work = Work("a", "b", "c")
+    work.failing = {"a"}
+    runner = quick(store)
+    await runner.run(work.nodes, Num())
+    for run_id in ("r", "never-seen"):
+        with pytest.raises(CheckpointNotFound, match="'b'"):
+            await runner.run(work.nodes, Num(), resume_from="c", run_id=run_id)
+    assert work.calls == {"a": 1}
+
+
+async def test_an_unknown_resume_target(store: Any) -> None:
+    """An unknown node is a ValueError that says which ids exist; nothing is called."""
+    work = Work("a", "b")
+    with pytest.raises(ValueError, match="'nope'.*'a', 'b'"):
+        await quick(store).run(work.nodes, Num(), resume_from="nope")
+    assert work.calls == {}
+
+
+async def test_resume_from_fires_skipped_for_what_it_skips(store: Any) -> None:
+    """Nodes that resume_from skips fire on_node_skipped and no other hook."""
+    told: list[Any] = []
+
+    async def note(run_id: str, node_id: str, *_: Any) -> None:
+        told.append(node_id)
+
+    async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        told.append(f"skipped {node_id} {state['n']}")
+
+    work = Work("a", "b", "c")
+    runner = quick(store)
+    await runner.run(work.nodes, Num())
+    await runner.with_hooks(NodeHooks(on_node_start=note, on_node_skipped=skipped)).run(
+        work.nodes, Num(), resume_from="c"
+    )
+    assert told == ["skipped a 1", "skipped b 2", "c"]
+
+
+async def test_resume_from_behind_a_group(store: Any) -> None:
+    """resume_from behind a group loads the group's merged state."""
+    work = Work("a", "b", "c")
+    nodes = [parallel(work.nodes[0], work.nodes[1]), work.nodes[2]]
+    runner = quick(store)
+    await runner.run(nodes, Num())
+    result = await runner.run(nodes, Num(), resume_from="c")
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert work.calls == {"a": 1, "b": 1, "c": 2}
+
+
+async def test_resume_from_a_group_runs_all_of_it(store: Any) -> None:
+    """resume_from a group discards its children's commits too."""
+    work = Work("a", "b", "c")
+    group = parallel(work.nodes[1], work.nodes[2])
+    nodes = [work.nodes[0], group]
+    runner = quick(store)
+    await runner.run(nodes, Num())
+    result = await runner.run(nodes, Num(), resume_from=group.node_id)
+    assert result.status is RunStatus.RESUMED
+    assert work.calls == {"a": 1, "b": 2, "c": 2}
+
+
+# ---------------------------------------------------------------------- changed pipelines
+
+
+async def _stopped(store: Any) -> Work:
+    work = Work("a", "b", "c")
+    work.failing = {"c"}
+    await quick(store).run(work.nodes, Num())
+    work.failing = set()
+    return work
+
+
+async def test_renamed_nodes_are_a_changed_pipeline(store: Any) -> None:
+    """Other ids before the resume point are PipelineChanged, naming both ids; nothing is called."""
+    work = await _stopped(store)
+    other = Work("a", "x", "c")
+    with pytest.raises(PipelineChanged, match=r"'b'.*'x'"):
+        await quick(store, resume=True).run(other.nodes, Num())
+    swapped = [work.nodes[1], work.nodes[0], work.nodes[2]]
+    with pytest.raises(PipelineChanged, match=r"'a'.*'b'"):
+        await quick(store, resume=True).run(swapped, Num())
+    assert other.calls == {}
+    assert work.calls == {"a": 1, "b": 1, "c": 1}
+    # The run is as it was: with the right pipeline it goes on.
+    result = await quick(store, resume=True).run(work.nodes, Num())
+    assert result.status is RunStatus.RESUMED
+
+
+async def test_another_schema_is_a_changed_pipeline(store: Any) -> None:
+    """Another output schema before the resume point is PipelineChanged, naming node and class."""
+    work = await _stopped(store)
+
+    async def func(state: Any) -> Any:
+        return {"n": 1}
+
+    nodes = [work.nodes[0], node("b", func, Num, Other), work.nodes[2]]
+    with pytest.raises(PipelineChanged, match=r"'b'.*Other"):
+        await quick(store, resume=True).run(nodes, Num())
+
+
+async def test_fewer_nodes_are_a_changed_pipeline(store: Any) -> None:
+    """A pipeline with fewer nodes than are committed is PipelineChanged."""
+    work = await _stopped(store)
+    with pytest.raises(PipelineChanged):
+        await quick(store, resume=True).run(work.nodes[:1], Num())
+
+
+async def test_changes_behind_the_resume_point_are_welcome(store: Any) -> None:
+    """What stands behind the resume point may change: new nodes, another last one."""
+    work = await _stopped(store)
+    other = Work("d", "e")
+    result = await quick(store, resume=True).run([*work.nodes[:2], *other.nodes], Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=4))
+
+
+async def test_another_input_is_refused(store: Any) -> None:
+    """resume=True with another input than the run was started with is PipelineChanged; nothing is called."""
+    work = await _stopped(store)
+    with pytest.raises(PipelineChanged, match="input"):
+        await quick(store, resume=True).run(work.nodes, Num(n=5))
+    assert work.calls["c"] == 1
+
+
+async def test_a_changed_group_is_refused(store: Any) -> None:
+    """A group whose children changed is PipelineChanged once it is reached; its new children are not called."""
+    work = Work("a", "b", "c")
+    work.failing = {"c"}
+    await quick(store).run([parallel(work.nodes[0], work.nodes[1]), work.nodes[2]], Num())
+    other = Work("x")
+    with pytest.raises(PipelineChanged):
+        await quick(store, resume=True).run([parallel(work.nodes[0], other.nodes[0]), work.nodes[2]], Num())
+    assert other.calls == {}
+
+
+# ---------------------------------------------------------------------- inside groups
+
+
+async def test_only_unfinished_children_run_on_resume(store: Any) -> None:
+    """On resume only unfinished children run; the merged state is as it would have been."""
+    done = asyncio.Event()
+    calls: Counter[str] = Counter()
+    broken = [True]
+
+    def good(name: str) -> Any:
+        async def func(state: Num) -> Any:
+            calls[name] += 1
+            return Other(n=7, text=name), 10
+
+        return node(name, func, Num, Other)
+
+    async def flaky(state: Num) -> Any:
+        calls["flaky"] += 1
+        if broken:
+            await done.wait()
+            raise ValueError
+        return {"n": 1}, 1
+
+    seen: list[str] = []
+
+    async def success(run_id: str, node_id: str, *_: Any) -> None:
+        seen.append(node_id)
+        if set(seen) >= {"x", "y", "parallel(y)"}:
+            done.set()
+
+    nodes = [parallel(good("x"), parallel(good("y")), node("flaky", flaky))]
+    runner = quick(store, resume=True, hooks=NodeHooks(on_node_success=success))
+    first = await runner.run(nodes, Num())
+    assert (first.status, first.total_tokens) == (RunStatus.PARTIAL, 20)
+    broken.clear()
+    second = await runner.run(nodes, Num())
+    assert second.status is RunStatus.RESUMED, second.failure
+    assert calls == {"x": 1, "y": 1, "flaky": 2}
+    assert second.final_state is not None
+    assert second.final_state.model_dump() == {"n": 1, "text": "y"}
+    assert second.total_tokens == 1
+    (event,) = second.trace
+    assert [child.node_id for child in event.children] == ["flaky"]
+
+
+async def test_a_finished_group_is_restored_whole(store: Any) -> None:
+    """A committed group is restored as one: its children are neither called nor restored one by one."""
+    told: list[str] = []
+
+    async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        told.append(node_id)
+
+    work = Work("a", "b", "c")
+    work.failing = {"c"}
+    runner = quick(store, resume=True, hooks=NodeHooks(on_node_skipped=skipped))
+    nodes = [parallel(work.nodes[0], work.nodes[1]), work.nodes[2]]
+    await runner.run(nodes, Num())
+    work.failing = set()
+    result = await runner.run(nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=2))
+    assert work.calls == {"a": 1, "b": 1, "c": 2}
+    assert told == ["parallel(a, b)"]
+
+
+async def test_items_resume(store: Any) -> None:
+    """Each item of a map is journaled on its own: only unfinished items run on resume, in order."""
+    calls: Counter[int] = Counter()
+    broken = [True]
+
+    class One(BaseModel):
+        item: int
+
+    async def func(state: One) -> Any:
+        calls[state.item] += 1
+        if broken and state.item == 3:
+            raise ValueError
+        return {"item": state.item * 2}, 1
+
+    nodes = [map_over("items", node("m", func, One, One), into="out", max_concurrency=1)]
+    runner = quick(store, resume=True)
+    given = Items(items=[1, 2, 3, 4])
+    first = await runner.run(nodes, given)
+    assert first.status is RunStatus.PARTIAL
+    assert calls == {1: 1, 2: 1, 3: 1}
+    broken.clear()
+    second = await runner.run(nodes, given)
+    assert second.status is RunStatus.RESUMED, second.failure
+    assert calls == {1: 1, 2: 1, 3: 2, 4: 1}
+    assert second.final_state is not None
+    assert [item["item"] for item in second.final_state.model_dump()["out"]] == [2, 4, 6, 8]
+    third = await runner.run(nodes, given)
+    assert third.final_state == second.final_state
+
+
+async def test_group_usage_counts_once_on_resume(store: Any) -> None:
+    """G6: what children spent counts once against a resume's budget, although the group has an event as well."""
+    work = Work("a", "b", "c")
+    work.failing = {"c"}
+    nodes = [parallel(work.nodes[0], work.nodes[1]), work.nodes[2]]
+    await quick(store).run(nodes, Num())
+    work.failing = set()
+    budget = ExecutionBudget(max_tokens_total=30)
+    result = await quick(store, resume=True, budget=budget).run(nodes, Num())
+    assert result.status is RunStatus.RESUMED, result.failure
+
+
+# ---------------------------------------------------------------------- steps
+
+
+async def test_steps_return_what_they_recorded(store: Any) -> None:
+    """In plain code the n-th call of a step id returns its recorded output under resume=True."""
+    calls: Counter[str] = Counter()
+
+    async def run(fail: bool) -> Any:
+        runner = quick(store, resume=True)
+        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+        async def add(state: Num) -> Any:
+            calls[f"add {state.n}"] += 1
+            if fail and state.n == 2:
+                raise ValueError
+            return {"n": state.n + 1}, 10
+
+        contract: NodeContract[Any, Any] = NodeContract(node_id="add", input_schema=Num, output_schema=Num)
+        result = None
+        state: Any = Num()
+        for _ in range(4):
+            result = await execute_step("add", add, state, ctx, contract=contract)
+            if result.status is not RunStatus.COMPLETED and result.status is not RunStatus.RESUMED:
+                break
+            state = result.final_state
+        return result
+
+    first = await run(fail=True)
+    assert first.status is RunStatus.PARTIAL
+    second = await run(fail=False)
+    assert second.final_state == Num(n=4)
+    assert calls == {"add 0": 1, "add 1": 1, "add 2": 2, "add 3": 1}
+    assert second.total_tokens == 20
+
+
+async def test_a_step_with_another_input_is_refused(store: Any) -> None:
+    """A step whose input is not the recorded one is an error that names both inputs, under resume=True."""
+    contract: NodeContract[Any, Any] = NodeContract(node_id="s", input_schema=Num, output_schema=Num)
+
+    async def same(state: Num) -> Any:
+        return state
+
+    async def steps(second: int) -> None:
+        runner = quick(store, resume=True)
+        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        await execute_step("s", same, Num(n=1), ctx, contract=contract)
+        await execute_step("s", same, Num(n=second), ctx, contract=contract)
+
+    await steps(2)
+    await steps(2)
+    with pytest.raises(PipelineChanged, match=r"(?s)2.*777|777.*2"):
+        await steps(777)
+
+
+# ---------------------------------------------------------------------- the simple protocol
+
+
+class SyncStore:
+    """A custom store of the published protocol."""
+
+    def __init__(self) -> None:
+        self.kept: dict[tuple[str, str], Any] = {}
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        self.kept[run_id, node_id] = state
+
+    def load(self, run_id: str, node_id: str) -> BaseModel | None:
+        return self.kept.get((run_id, node_id))
+
+    def delete(self, run_id: str) -> None:
+        for key in [key for key in self.kept if key[0] == run_id]:
+            del self.kept[key]
+
+
+class AsyncStore(SyncStore):
+    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:  # type: ignore[override]
+        await asyncio.sleep(0)
+        super().save(run_id, node_id, state)
+
+    async def load(self, run_id: str, node_id: str) -> BaseModel | None:  # type: ignore[override]
+        await asyncio.sleep(0)
+        return super().load(run_id, node_id)
+
+    async def delete(self, run_id: str) -> None:  # type: ignore[override]
+        super().delete(run_id)
+
+
+@pytest.mark.parametrize("make", [SyncStore, AsyncStore])
+async def test_custom_stores_keep_checkpoints_and_resume_from(make: Any) -> None:
+    """A custom store of the simple protocol, sync or async, gets every output and serves resume_from."""
+    store = make()
+    work = Work("a", "b", "c")
+    runner = quick(store)
+    await runner.run(work.nodes, Num())
+    assert store.kept == {("r", "a"): Num(n=1), ("r", "b"): Num(n=2), ("r", "c"): Num(n=3)}
+    result = await runner.run(work.nodes, Num(), resume_from="c")
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
+    assert work.calls == {"a": 1, "b": 1, "c": 2}
+    with pytest.raises(CheckpointNotFound, match="'a'"):
+        await runner.run(work.nodes, Num(), resume_from="b", run_id="other")
+    await runner.checkpoint_manager.clear("r")
+    assert store.kept == {}
+
+
+@pytest.mark.parametrize("make", [SyncStore, AsyncStore])
+async def test_custom_stores_own_what_they_keep(make: Any) -> None:
+    """What a custom store keeps is its own object: nothing that runs later changes it."""
+    store = make()
+
+    async def spoils(state: Num) -> Any:
+        state.n = 99
+        return {"n": 2}
+
+    work = Work("a")
+    result = await quick(store).run([*work.nodes, node("spoils", spoils)], Num())
+    assert isinstance(result.final_state, Num)
+    result.final_state.n = 99
+    assert store.kept == {("r", "a"): Num(n=1), ("r", "spoils"): Num(n=2)}
+
+
+async def test_a_custom_store_cannot_resume_by_itself() -> None:
+    """resume=True on a store without a journal is a StoreError that says what to use; nothing is called."""
+    work = Work("a")
+    with pytest.raises(StoreError, match="resume_from="):
+        await quick(SyncStore(), resume=True).run(work.nodes, Num())
+    assert work.calls == {}
+
+
+async def test_a_checkpoint_of_another_class_is_corrupt() -> None:
+    """A stored state that is not of the schema it is read with is CorruptCheckpoint, a TypeError as published."""
+    store = SyncStore()
+    work = Work("a", "b")
+    store.kept["r", "a"] = Wrong(text="x")
+    with pytest.raises(CorruptCheckpoint):
+        await quick(store).run(work.nodes, Num(), resume_from="b")
+    assert issubclass(CorruptCheckpoint, TypeError)
+    assert work.calls == {}
+
+
+async def test_saved_by_hand_counts_for_resume_from(store: Any) -> None:
+    """A state saved through CheckpointManager serves resume_from as one that a run saved."""
+    work = Work("a", "b")
+    runner = quick(store)
+    await runner.checkpoint_manager.checkpoint("r", "a", Num(n=41))
+    result = await runner.run(work.nodes, Num(), resume_from="b")
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=42))
+    assert work.calls == {"b": 1}
+
+
+async def test_what_is_stored_can_be_loaded_by_node(store: Any) -> None:
+    """Committed outputs can be read back by run and node id, and deleting a run takes them all."""
+    work = Work("a", "b")
+    runner = quick(store)
+    await runner.run(work.nodes, Num())
+    await runner.run(work.nodes, Num(n=10), run_id="other")
+    assert [await loaded(store, "r", c) for c in "ab"] == [Num(n=1), Num(n=2)]
+    await runner.checkpoint_manager.clear("r")
+    assert [await loaded(store, "r", c) for c in "ab"] == [None, None]
+    assert await loaded(store, "other", "b") == Num(n=12)
+    with pytest.raises(CheckpointNotFound):
+        await runner.run(work.nodes, Num(), resume_from="b")
+
+
+async def test_a_pipeline_resumes_like_a_list(store: Any) -> None:
+    """A Pipeline resumes under any runner of the same store."""
+    work = Work("a", "b")
+    work.failing = {"b"}
+    await quick(store).run(Pipeline("p", work.nodes), Num())
+    work.failing = set()
+    result = await quick(store).run(Pipeline("p", work.nodes), Num(), resume=True)
+    assert result.status is RunStatus.RESUMED
+
+
+async def test_many_runs_resume_side_by_side(store: Any) -> None:
+    """Concurrent runs in one store keep their commits apart, and resume each on its own."""
+    work = Work("a", "b")
+    work.failing = {"b"}
+    runner = quick(store)
+    ids = [f"run {i}" for i in range(30)]
+    await asyncio.gather(*[runner.run(work.nodes, Num(n=i), run_id=r) for i, r in enumerate(ids)])
+    work.failing = set()
+    results = await asyncio.gather(
+        *[runner.run(work.nodes, Num(n=i), run_id=r, resume=True) for i, r in enumerate(ids)]
+    )
+    assert [r.final_state for r in results] == [Num(n=i + 2) for i in range(30)]
+    assert work.calls == {"a": 30, "b": 60}
