@@ -41,13 +41,12 @@ from stroma.failures import (
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Node
 from stroma.schemas import NotSerialisable, Schema, Snapshot, schema_of
-from stroma.trace import AttemptUsage, Outcome, Row, RunStatus
+from stroma.trace import NO_USAGE, AttemptUsage, Outcome, Row, RunStatus
 
 __all__ = ["GroupStopped", "Halt", "Kept", "execute", "uninterrupted"]
 
 #: Between tries of a commit that the store refused.
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
-_NOTHING: Final = AttemptUsage()
 _NO_RETRIES: Final = FailurePolicy(max_retries=0, backoff_seconds=0.0)
 sleep = asyncio.sleep
 
@@ -224,7 +223,7 @@ async def _attempt(
     fire = ctx.fire
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
-    run.usage = _NOTHING
+    run.usage = NO_USAGE
     started = perf_counter_ns() + ctx.epoch_ns
     try:
         if given is not None:
@@ -269,7 +268,7 @@ async def _attempt(
     if run.has_reported:
         cancelled, unpriced = await _price(ctx, run)
         bad_usage = bad_usage or unpriced
-    if run.usage is not _NOTHING:
+    if run.usage is not NO_USAGE:
         ctx.cost_tracker.spend(run.usage.tokens, run.usage.cost_usd)
     if not run.branch:  # A group's own wall time counts that of its children.
         ctx.cost_tracker.take(duration)
@@ -353,7 +352,6 @@ def _row(
     failure: Failure | None,
     outcome: Outcome,
 ) -> Row:
-    usage = run.usage
     return (
         run.node_id,
         run.attempt,
@@ -361,14 +359,9 @@ def _row(
         duration,
         picture,
         kept,
-        failure.failure_class if failure is not None else None,
-        failure.message if failure is not None else None,
-        failure.reason if failure is not None else None,
         outcome,
-        usage.tokens,
-        usage.output_tokens,
-        usage.cost_usd,
-        usage.model,
+        None if failure is None else (failure.failure_class, failure.message, failure.reason),
+        None if run.usage is NO_USAGE else run.usage,
         run.position,
         run.branch,
         run.children,

@@ -22,6 +22,7 @@ from stroma.hooks import AnyHooks, Hooks, flatten
 from stroma.nodes import Node
 from stroma.schemas import Schema, schema_of
 from stroma.trace import (
+    NO_USAGE,
     AttemptUsage,
     ExecutionResult,
     ExecutionTrace,
@@ -56,9 +57,6 @@ class RemainingBudget:
     latency_ms: float | None
 
 
-_NOTHING = AttemptUsage()
-
-
 class NodeExecution:
     """The execution of one node at one position; what :func:`current_node` returns.
 
@@ -74,7 +72,7 @@ class NodeExecution:
     # Defaults stand on the class: what an execution never touches is not written either.
     attempt: int = 0
     last_failure: Failure | None = None
-    usage: AttemptUsage = _NOTHING
+    usage: AttemptUsage = NO_USAGE
     redelivered: bool = False
     #: Where the children of a group put their events.
     children: list[Row | TraceEvent] | None = None

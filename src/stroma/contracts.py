@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
@@ -52,6 +52,10 @@ class NodeContract(BaseModel, Generic[In, Out]):
     node_id: str
     input_schema: type[In]
     output_schema: type[Out]
+
+    if TYPE_CHECKING:
+        # pydantic's mypy plugin would take the classes as Any, and the node's types would go unchecked.
+        def __init__(self, *, node_id: str, input_schema: type[In], output_schema: type[Out]) -> None: ...
 
     @field_validator("node_id")
     @classmethod

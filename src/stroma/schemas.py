@@ -26,7 +26,7 @@ import pathlib
 import re
 import uuid
 import zoneinfo
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, cast
 
 import pydantic_core
@@ -546,6 +546,13 @@ def _write_datetime(value: dt.datetime, path: tuple[str, ...]) -> Any:
     return {"$dt": [value.isoformat(), value.fold]}
 
 
+def _sorted(values: Iterable[Any], path: tuple[str, ...]) -> list[Any]:
+    # The order of a set differs from process to process, and equal states must be stored as equal bytes.
+    return sorted(
+        (_tag(value, path) for value in values), key=lambda tagged: json.dumps(tagged, sort_keys=True)
+    )
+
+
 _TEXTUAL: Final = (re.Pattern, pydantic_core.Url, pydantic_core.MultiHostUrl)
 _WRITERS: Final[dict[type, Callable[[Any, tuple[str, ...]], Any]]] = {
     bytes: lambda v, _: {"$b": base64.b64encode(v).decode()},
@@ -558,8 +565,8 @@ _WRITERS: Final[dict[type, Callable[[Any, tuple[str, ...]], Any]]] = {
     dt.time: lambda v, _: {"$ti": [v.isoformat(), v.fold]},
     dt.timedelta: lambda v, _: {"$td": [v.days, v.seconds, v.microseconds]},
     tuple: lambda v, p: {"$t": [_tag(x, p) for x in v]},
-    set: lambda v, p: {"$s": [_tag(x, p) for x in v]},
-    frozenset: lambda v, p: {"$fs": [_tag(x, p) for x in v]},
+    set: lambda v, p: {"$s": _sorted(v, p)},
+    frozenset: lambda v, p: {"$fs": _sorted(v, p)},
 }
 _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "$c": lambda v: _untag(v),

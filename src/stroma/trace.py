@@ -33,7 +33,9 @@ __all__ = [
 
 Outcome = Literal["success", "failure", "cancelled", "suspended"]
 
-#: One attempt, as atoms, in this order. Children (rows of a group) is None for a node.
+#: Class, message and reason of a failed attempt.
+Failed = tuple[FailureClass, str, str | None]
+#: One attempt, as atoms, in this order. What most attempts lack (a failure, usage, children) is None.
 Row = tuple[
     str,  # node id
     int,  # attempt, 1-based
@@ -41,17 +43,12 @@ Row = tuple[
     int,  # duration, ns
     Snapshot,  # input
     Snapshot | None,  # output
-    FailureClass | None,
-    str | None,  # failure message
-    str | None,  # reason
     Outcome,
-    int,  # tokens, input + output
-    int,  # output tokens
-    float,  # cost, USD
-    str | None,  # model
+    Failed | None,
+    "AttemptUsage | None",
     int,  # position
     str,  # branch
-    "list[Row | TraceEvent] | None",  # children
+    "list[Row | TraceEvent] | None",  # the events of a group's children
 ]
 NODE: Final = 0
 ATTEMPT: Final = 1
@@ -59,17 +56,12 @@ STARTED: Final = 2
 DURATION: Final = 3
 INPUT: Final = 4
 OUTPUT: Final = 5
-FAILURE: Final = 6
-MESSAGE: Final = 7
-REASON: Final = 8
-OUTCOME: Final = 9
-TOKENS: Final = 10
-OUTPUT_TOKENS: Final = 11
-COST: Final = 12
-MODEL: Final = 13
-POSITION: Final = 14
-BRANCH: Final = 15
-CHILDREN: Final = 16
+OUTCOME: Final = 6
+FAILURE: Final = 7
+USAGE: Final = 8
+POSITION: Final = 9
+BRANCH: Final = 10
+CHILDREN: Final = 11
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +78,7 @@ class AttemptUsage:
         return self.tokens - self.output_tokens
 
 
-_NO_USAGE: Final = AttemptUsage()
+NO_USAGE: Final = AttemptUsage()
 
 
 @dataclass
@@ -119,7 +111,7 @@ class TraceEvent:
     outcome: Outcome = "success"
     reason: str | None = None
     children: list[TraceEvent] = field(default_factory=list)
-    usage: AttemptUsage = _NO_USAGE
+    usage: AttemptUsage = NO_USAGE
     position: int = 0
     branch: str = ""
 
@@ -177,23 +169,17 @@ class ExecutionTrace:
         while stack:
             row = stack.pop()
             if isinstance(row, TraceEvent):
-                used = row.usage
-                yield (
-                    row.node_id,
-                    used.tokens,
-                    used.output_tokens,
-                    used.cost_usd,
-                    row.duration_ms * 1_000_000,
-                    used.model,
-                )
+                node_id, used, ns = row.node_id, row.usage, row.duration_ms * 1_000_000
                 stack.extend(reversed(row.children))
             else:
-                yield row[NODE], row[TOKENS], row[OUTPUT_TOKENS], row[COST], row[DURATION], row[MODEL]
+                node_id, used, ns = row[NODE], row[USAGE] or NO_USAGE, row[DURATION]
                 stack.extend(reversed(row[CHILDREN] or ()))
+            yield node_id, used.tokens, used.output_tokens, used.cost_usd, ns, used.model
 
     def _event(self, row: Row) -> TraceEvent:
         schemas = self._schemas.get(row[NODE])
         seconds, ns = divmod(row[STARTED], 1_000_000_000)
+        failure, message, reason = row[FAILURE] or (None, None, None)
         return TraceEvent(
             node_id=row[NODE],
             run_id=self.run_id,
@@ -202,12 +188,12 @@ class ExecutionTrace:
             input_state=_thaw(schemas and schemas[0], row[INPUT]) or {},
             output_state=_thaw(schemas and schemas[1], row[OUTPUT]),
             duration_ms=row[DURATION] // 1_000_000,
-            failure=row[FAILURE],
-            failure_message=row[MESSAGE],
+            failure=failure,
+            failure_message=message,
             outcome=row[OUTCOME],
-            reason=row[REASON],
+            reason=reason,
             children=self._build(row[CHILDREN] or []),
-            usage=AttemptUsage(row[TOKENS], row[OUTPUT_TOKENS], row[COST], row[MODEL]),
+            usage=row[USAGE] or NO_USAGE,
             position=row[POSITION],
             branch=row[BRANCH],
         )

@@ -69,7 +69,7 @@ class Shell:
             "HOME": str(home),
             "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.defpath]),
             "LANG": "C.UTF-8",
-        } | {name: value for name, value in os.environ.items() if name.startswith("COV")}
+        } | {name: value for name, value in os.environ.items() if name.startswith(("COV", "PYTHONPATH"))}
 
     def file(self, name: str, text: str) -> Path:
         path = self.home / name

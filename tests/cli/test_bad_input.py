@@ -1,6 +1,7 @@
 """Whatever is wrong with what the command is given ends in one message, with the right exit code."""
 
 import json
+import os
 import resource
 import sqlite3
 import subprocess
@@ -65,7 +66,7 @@ def files(stroma):
 @pytest.mark.parametrize(
     ("target", "code", "words"),
     [
-        ("nofile.py:pipeline", 4, ["there is no file nofile.py", "sums.py"]),
+        ("nofile.py:pipeline", 4, ["there is no file nofile.py", "check the path; Python files in "]),
         ("no/where.py:pipeline", 4, ["there is no file no/where.py", "check the path"]),
         ("no.such.module:pipeline", 4, ["there is no module 'no.such.module'"]),
         ("no-such-module:pipeline", 4, ["no file or module 'no-such-module'"]),
@@ -103,7 +104,8 @@ def test_targets(files, fails, target, code, words):
 def test_targets_that_load(files, target):
     """A function, a nested name, a file with any name, a module and a file inside a package all load."""
     if target == "package/flows.py:pipeline":
-        files.env = files.env | {"PYTHONPATH": str(files.home)}
+        paths = [str(files.home), files.env.get("PYTHONPATH", "")]
+        files.env = files.env | {"PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = files("run", target, GOOD, "-q")
     assert (done.code, done.out and json.loads(done.out)) == (0, {"n": 4}), done
 

@@ -1,5 +1,7 @@
 """Checkpoints: the protocols of stores, one way to talk to all of them, and a file per store."""
 
+from typing import TYPE_CHECKING, Any
+
 from stroma.checkpoint.journal import (
     AsyncCheckpointStore,
     AttemptRecord,
@@ -28,6 +30,10 @@ from stroma.checkpoint.manager import (
 from stroma.checkpoint.memory import AsyncInMemoryStore, InMemoryStore
 from stroma.checkpoint.redis import RedisStore, SyncRedisStore
 
+if TYPE_CHECKING:
+    from stroma.checkpoint.sqlite import SQLiteStore
+    from stroma.checkpoint.urls import open_store
+
 __all__ = [
     "AsyncCheckpointStore",
     "AsyncInMemoryStore",
@@ -47,11 +53,26 @@ __all__ = [
     "RunBusy",
     "RunRecord",
     "RunRequest",
+    "SQLiteStore",
     "Session",
     "StoreError",
     "SyncRedisStore",
     "_resolve_schema",
     "_schema_ref",
+    "open_store",
     "resolve_schema",
     "schema_ref",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded when asked for: not every Python is built with sqlite3, and not every run needs it.
+    if name == "SQLiteStore":
+        from stroma.checkpoint.sqlite import SQLiteStore
+
+        return SQLiteStore
+    if name == "open_store":
+        from stroma.checkpoint.urls import open_store
+
+        return open_store
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

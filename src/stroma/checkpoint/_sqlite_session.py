@@ -24,18 +24,14 @@ from stroma.schemas import Schema
 from stroma.trace import (
     ATTEMPT,
     BRANCH,
-    COST,
     DURATION,
     FAILURE,
-    MESSAGE,
-    MODEL,
+    NO_USAGE,
     NODE,
     OUTCOME,
-    OUTPUT_TOKENS,
     POSITION,
-    REASON,
     STARTED,
-    TOKENS,
+    USAGE,
     Row,
 )
 
@@ -161,17 +157,18 @@ class SqliteSession:
     def _keep(self, row: Row, kept: tuple[str, str, bytes] | None, db: sqlite3.Connection) -> None:
         run, epoch, _ = self._fence
         position, branch, attempt, started = row[POSITION], row[BRANCH], row[ATTEMPT], row[STARTED]
-        failure = row[FAILURE]
-        tokens, cost = row[TOKENS], round(row[COST] * PICO)
+        failure, message, reason = row[FAILURE] or (None, None, None)
+        usage = row[USAGE] or NO_USAGE
+        tokens, cost = usage.tokens, round(usage.cost_usd * PICO)
         what = (run, self.execution, epoch, position, started, branch, attempt, row[NODE])
         how = (
             row[DURATION],
             row[OUTCOME],
             failure and failure.value,
-            _text(row[MESSAGE]),
-            _text(row[REASON]),
+            _text(message),
+            _text(reason),
         )
-        used = (tokens, row[OUTPUT_TOKENS], cost, _text(row[MODEL]))
+        used = (tokens, usage.output_tokens, cost, _text(usage.model))
         new = db.execute(_ATTEMPT, what + how + used).rowcount
         if not new:
             return  # Kept by an earlier call whose acknowledgement was lost; so were its output and its totals.

@@ -167,8 +167,8 @@ class RunRecord:
     Attributes:
         status: "RUNNING" while it runs (or since its process died), else a RunStatus.
         started_ms, updated_ms: milliseconds since the epoch.
-        input: the initial state in its stored form (see Schema.encode).
         tokens, cost_usd: of all attempts of the last execution.
+        nodes: how many positions of it are committed, those inside groups not counted.
     """
 
     run_id: str
@@ -181,7 +181,6 @@ class RunRecord:
     cost_usd: float
     nodes: int
     error: str | None
-    input: bytes
 
 
 @dataclass(frozen=True, slots=True)

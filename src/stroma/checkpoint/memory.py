@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import cast
@@ -11,7 +12,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.journal import Committed, CorruptCheckpoint, PipelineChanged, PriorUsage, RunRequest
 from stroma.contracts import check_id
 from stroma.schemas import Schema, Snapshot, schema_of
-from stroma.trace import BRANCH, COST, DURATION, NODE, OUTPUT, POSITION, TOKENS, Row
+from stroma.trace import BRANCH, DURATION, NODE, OUTPUT, POSITION, USAGE, Row
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
@@ -63,9 +64,10 @@ class _MemorySession:
             if self.continued
             else {}
         )
+        used = [usage for row in run.spent if (usage := row[USAGE]) is not None]
         self.prior = PriorUsage(
-            sum(row[TOKENS] for row in run.spent),
-            sum(row[COST] for row in run.spent),
+            sum(usage.tokens for usage in used),
+            math.fsum(usage.cost_usd for usage in used),
             sum(row[DURATION] for row in run.spent if not row[BRANCH]) / 1e6,
         )
 

@@ -44,7 +44,7 @@ _DELETE: Final = (
 # Execution 0 has only what save() kept: no run of a pipeline.
 _RUNS: Final = """SELECT run_id, pipeline, status, execution, started_ms, updated_ms, tokens, cost_pico,
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
-     AND s.branch = ''), error, input FROM runs r JOIN inputs USING (run, execution) WHERE TRUE"""
+     AND s.branch = ''), error FROM runs r WHERE execution > 0"""
 _INPUT: Final = "SELECT input, sha256 FROM runs JOIN inputs USING (run, execution) WHERE run_id = ?"
 _NEWEST: Final = "ORDER BY started_ms DESC, run DESC LIMIT ?"
 _ATTEMPTS: Final = """SELECT a.position, a.branch, a.node_id, a.attempt, a.started_ns, a.duration_ns, a.outcome,
@@ -280,10 +280,8 @@ def _decode(schema: Schema, data: bytes, where: str) -> BaseModel:
 
 
 def _run_record(row: Any) -> RunRecord:
-    run_id, pipeline, status, execution, started, updated, tokens, cost, nodes, error, data = row
-    return RunRecord(
-        run_id, pipeline, status, execution, started, updated, tokens, cost / PICO, nodes, error, data
-    )
+    run_id, pipeline, status, execution, started, updated, tokens, cost, nodes, error = row
+    return RunRecord(run_id, pipeline, status, execution, started, updated, tokens, cost / PICO, nodes, error)
 
 
 def _attempt_record(run_id: str, row: Any) -> AttemptRecord:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import importlib
 import importlib.util
 import inspect
@@ -242,10 +243,11 @@ def _says_pipeline(value: Any) -> bool:
 
 def _nearby(path: Path) -> str:
     try:
-        files = sorted(p.name for p in path.parent.iterdir() if p.suffix == ".py")
+        files = [p.name for p in path.parent.iterdir() if p.suffix == ".py"]
     except OSError:
         return "check the path: its directory is not there either, or cannot be read"
     if not files:
         return f"check the path: there is no Python file in {path.parent.resolve()}"
     more = f" and {len(files) - 8} more" if len(files) > 8 else ""
-    return f"check the path; Python files in {path.parent.resolve()}: {', '.join(files[:8])}{more}"
+    likest = difflib.get_close_matches(path.name, files, 8, cutoff=0.0)
+    return f"check the path; Python files in {path.parent.resolve()}: {', '.join(likest)}{more}"

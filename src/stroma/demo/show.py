@@ -81,14 +81,20 @@ class Demo:
     def calls(self, run_id: str) -> dict[str, int]:
         """How often the provider was asked about each document, by its own ledger."""
         ledger = self.provider.stats()["by_text"]
-        return {d.name: ledger.get(text_sha("extract", d.text)[:12], 0) for d in self._documents(run_id).documents}
+        return {
+            d.name: ledger.get(text_sha("extract", d.text)[:12], 0) for d in self._documents(run_id).documents
+        }
 
 
 def main(argv: list[str]) -> int:
     """Run the demo; returns the exit code: 0 if everything went as announced."""
     parser = argparse.ArgumentParser(prog="stroma demo", description="A guarded pipeline on real documents.")
-    parser.add_argument("--folder", type=Path, default=DOCUMENTS, help="documents to read (default: those that ship)")
-    parser.add_argument("--dir", type=Path, help="where the database and the report go (default: a new temporary one)")
+    parser.add_argument(
+        "--folder", type=Path, default=DOCUMENTS, help="documents to read (default: those that ship)"
+    )
+    parser.add_argument(
+        "--dir", type=Path, help="where the database and the report go (default: a new temporary one)"
+    )
     parser.add_argument("--seed", type=int, default=DEFAULT_SEED, help="of the provider's misbehaviour")
     options = parser.parse_args(argv)
     if not options.folder.is_dir():
@@ -114,10 +120,16 @@ def main(argv: list[str]) -> int:
 
 
 def _crash_and_resume(demo: Demo) -> bool:
-    demo.title("1. Documents go through a pipeline; the model's provider misbehaves; then the process is killed.")
+    demo.title(
+        "1. Documents go through a pipeline; the model's provider misbehaves; then the process is killed."
+    )
     demo.say("   read -> extract each document -> check -> classify and risk -> report")
-    demo.say("   Rate limits, server errors, a hang, a dropped connection and answers that break their contract are")
-    demo.say("   retried, each by its class; an answer that breaks its contract goes no further than its node.\n")
+    demo.say(
+        "   Rate limits, server errors, a hang, a dropped connection and answers that break their contract are"
+    )
+    demo.say(
+        "   retried, each by its class; an answer that breaks its contract goes no further than its node.\n"
+    )
     process = demo.start(demo.command("run", _TARGET, demo.input("report.md"), "--run-id", "inbox"))
     deadline = time.monotonic() + _PATIENCE_SECONDS
     while process.poll() is None and time.monotonic() < deadline and not _is_time_to_kill(demo):
@@ -152,17 +164,26 @@ def _is_time_to_kill(demo: Demo) -> bool:
     attempts = demo.attempts("inbox")
     if not any(a.position == 0 and a.output is not None for a in attempts):
         return False
-    finished, documents = sum(bool(a.branch) and a.output is not None for a in attempts), len(demo.names("inbox"))
+    finished, documents = (
+        sum(bool(a.branch) and a.output is not None for a in attempts),
+        len(demo.names("inbox")),
+    )
     enough = finished >= min(_KILL_AFTER, documents // 2)
     return enough and (finished >= documents - 2 or any(a.reason == "timeout" for a in attempts))
 
 
 def _on_a_budget(demo: Demo) -> bool:
-    demo.title(f"3. The same folder on a budget of {_TIGHT_BUDGET_USD} US dollars: it stops before the next call.")
+    demo.title(
+        f"3. The same folder on a budget of {_TIGHT_BUDGET_USD} US dollars: it stops before the next call."
+    )
     demo.say()
-    words = demo.command("run", _TARGET, demo.input("budget.md"), "--run-id", "tight", "--budget-usd", _TIGHT_BUDGET_USD)
+    words = demo.command(
+        "run", _TARGET, demo.input("budget.md"), "--run-id", "tight", "--budget-usd", _TIGHT_BUDGET_USD
+    )
     code = demo.run(words)
-    demo.say(f"\n   Exit code {code} (5: stopped by the budget). What was paid for is kept; a resume with more goes on.")
+    demo.say(
+        f"\n   Exit code {code} (5: stopped by the budget). What was paid for is kept; a resume with more goes on."
+    )
     return code == 5
 
 
@@ -199,7 +220,9 @@ def _bill(demo: Demo, run_id: str) -> None:
         demo.say(f"   {name:{width}}  {tokens:>7,}  {cost:>9.6f}  {said}")
     total = sum(a.cost_usd for a in attempts)
     wasted = sum(a.cost_usd for a in attempts if a.outcome != "success")
-    demo.say(f"   {'total':{width}}  {sum(a.tokens for a in attempts):>7,}  {total:>9.6f}  of which wasted {wasted:.6f}")
+    demo.say(
+        f"   {'total':{width}}  {sum(a.tokens for a in attempts):>7,}  {total:>9.6f}  of which wasted {wasted:.6f}"
+    )
 
 
 def _in_words(attempt: AttemptRecord) -> str:

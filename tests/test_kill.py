@@ -1,0 +1,110 @@
+"""kill -9 at a random instant: what was committed is there, and is never run again."""
+
+import asyncio
+import random
+import signal
+import sqlite3
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import stroma
+
+CHILD = Path(__file__).with_name("kill_helper.py")
+NODES = 20
+ROUNDS = 50
+AT_ONCE = 4
+
+
+async def _start(database: Path, side: Path) -> asyncio.subprocess.Process:
+    child = await asyncio.create_subprocess_exec(
+        sys.executable,
+        str(CHILD),
+        str(database),
+        str(side),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        env={"PYTHONPATH": str(Path(stroma.__file__).parent.parent), "PATH": ""},
+    )
+    assert child.stdout is not None
+    line = await child.stdout.readline()
+    if line != b"ready\n":
+        _, errors = await child.communicate()
+        raise AssertionError(errors.decode())
+    return child
+
+
+def _committed(database: Path) -> list[str]:
+    """The committed nodes of the run, in order, read past the library."""
+    if not database.exists():
+        return []
+    with sqlite3.connect(database) as db:
+        try:
+            rows = db.execute("SELECT node_id FROM steps WHERE branch = '' AND position >= 0 ORDER BY position")
+            return [node_id for (node_id,) in rows]
+        except sqlite3.OperationalError:  # Killed before the schema was committed.
+            return []
+        finally:
+            db.rollback()
+
+
+def _calls(side: Path) -> Counter[str]:
+    lines = side.read_text().splitlines() if side.exists() else []
+    return Counter(line.removeprefix("call ") for line in lines if line.startswith("call "))
+
+
+async def _round(folder: Path, delay: float) -> bool:
+    """Kill a run, resume it, check it. Returns whether the kill came before the run's end."""
+    folder.mkdir()
+    database, side = folder / "runs.db", folder / "side"
+    child = await _start(database, side)
+    await asyncio.sleep(delay)
+    try:
+        child.send_signal(signal.SIGKILL)
+    except ProcessLookupError:
+        pass
+    out, _ = await child.communicate()
+    killed = child.returncode == -signal.SIGKILL and b"COMPLETED" not in out
+    before, kept = _calls(side), await asyncio.to_thread(_committed, database)
+    # Commits are a prefix of the pipeline, and nothing was called beyond the one node in flight.
+    assert kept == [f"node {n}" for n in range(len(kept))]
+    assert set(before.values()) <= {1}
+    assert len(before) <= len(kept) + 1
+
+    child = await _start(database, side)
+    out, errors = await child.communicate()
+    assert child.returncode == 0, errors.decode()
+    # "COMPLETED" if the run was not even begun when the kill came.
+    assert out in ((b"RESUMED\n",) if kept else (b"RESUMED\n", b"COMPLETED\n"))
+    after = _calls(side)
+    assert await asyncio.to_thread(_committed, database) == [f"node {n}" for n in range(NODES)]
+    for node_id in kept:
+        number = node_id.removeprefix("node ")
+        assert after[number] == before[number] == 1, f"{node_id} was committed and ran again"
+    assert set(after) == {str(n) for n in range(NODES)}
+    # Only the node in flight may have been called a second time.
+    assert sum(after.values()) <= NODES + 1
+    return killed
+
+
+async def test_g5_killed_at_random_instants(tmp_path: Path) -> None:
+    """G5: killed with SIGKILL at 50 random instants, a run resumes with every node committed once and none run again."""
+    # How long a whole run takes here, from "ready" on, sets the range of instants.
+    began = time.perf_counter()
+    first = await _start(tmp_path / "measure.db", tmp_path / "measure")
+    began = time.perf_counter()
+    await first.communicate()
+    whole = time.perf_counter() - began
+
+    draw = random.Random(20)
+    gate = asyncio.Semaphore(AT_ONCE)
+
+    async def one(number: int) -> bool:
+        delay = draw.uniform(0, 0.8 * whole)
+        async with gate:
+            return await _round(tmp_path / str(number), delay)
+
+    killed = sum(await asyncio.gather(*[one(number) for number in range(ROUNDS)]))
+    print(f"{killed} of {ROUNDS} runs were killed before their end")
+    assert killed >= 40
