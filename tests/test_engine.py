@@ -1319,6 +1319,28 @@ async def test_failed_attempts_count() -> None:
     assert result.failure is not None
 
 
+async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[float]) -> None:
+    """A failed attempt whose usage crosses a limit is not retried: no wait, no retry hook, its own exception comes out."""
+    told: list[Any] = []
+    boom = TimeoutError("own")
+
+    async def retry(*arguments: Any) -> None:
+        told.append(arguments)
+
+    async def func(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+        run.report_usage(input_tokens=6)
+        raise boom
+
+    result = await quick(
+        budget=ExecutionBudget(max_tokens_total=5), hooks=NodeHooks(on_node_retry=retry)
+    ).run([node("a", func)], Num())
+    assert (result.status, len(result.trace), told, delays) == (RunStatus.PARTIAL, 1, [], [])
+    assert result.failure is not None
+    assert result.failure.exception is boom
+
+
 async def test_reported_and_returned_usage_add_up() -> None:
     """What the node returns as usage comes on top of what it reported."""
 

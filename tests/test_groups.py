@@ -639,6 +639,8 @@ async def test_children_in_flight_finish_when_a_limit_is_crossed() -> None:
     async def slow(state: Num) -> Any:
         calls.append("slow")
         await crossed.wait()
+        for _ in range(20):  # Time enough for a cancellation to arrive.
+            await asyncio.sleep(0)
         return {"slow": 1}, 1
 
     async def queued(state: Num) -> Any:

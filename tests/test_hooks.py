@@ -986,6 +986,33 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
     assert [e.hook for e in result.hook_errors][:2] == [CANCELLED, CANCELLED]
 
 
+@pytest.mark.parametrize("reaction", ["swallows it", "raises another"])
+@pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, FAILURE, RETRY])
+async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
+    name: str, reaction: str, seen: Recorder
+) -> None:
+    """G8: a hook that swallows the cancellation of the run, or turns it into another exception, does not undo it."""
+    begun = asyncio.Event()
+
+    async def hook(*_: Any) -> None:
+        if begun.is_set():
+            return
+        begun.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            if reaction == "raises another":
+                raise RuntimeError("the exporter was interrupted") from None
+
+    nodes = [bad, plus] if name in (FAILURE, RETRY) else [plus, plus_two]
+    task = asyncio.create_task(quick(seen, NodeHooks(**{name: hook})).run(nodes, State()))
+    await cancelled_after(task, begun)
+    seen.assert_paired()
+    assert len(seen.of(START)) == (0 if name == RUN_START else 1)
+    ((_, result),) = seen.of(RUN_END)
+    assert result.status is RunStatus.CANCELLED
+
+
 @pytest.mark.parametrize("stop", [SystemExit, KeyboardInterrupt])
 @pytest.mark.parametrize("name", [START, SUCCESS])
 def test_stopping_the_process_from_a_hook(name: str, stop: type[BaseException]) -> None:
@@ -1128,6 +1155,27 @@ async def test_a_hanging_hook_of_one_set(seen: Recorder) -> None:
     await cancelled_after(task, begun)
     seen.assert_paired()
     assert seen.of(RUN_END)[0][1].status is RunStatus.CANCELLED
+
+
+async def test_a_hook_that_swallows_its_time_limit_is_abandoned() -> None:
+    """G8: a hook that goes on awaiting after its time is up is abandoned there, and listed."""
+    swallowed: list[int] = []
+
+    async def stubborn(*_: Any) -> None:
+        for i in range(5):
+            try:
+                await asyncio.sleep(0.05)
+            except asyncio.CancelledError:
+                swallowed.append(i)
+
+    result = await quick(NodeHooks(on_node_start=stubborn), hook_timeout_ms=5).run([plus], State())
+    assert result.status is RunStatus.COMPLETED
+    assert swallowed == [0]
+    (error,) = result.hook_errors
+    assert "5 ms" in str(error.exception)
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
 
 
 async def test_a_hooks_own_timeout_is_its_own() -> None:

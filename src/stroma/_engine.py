@@ -106,13 +106,13 @@ async def execute(
             return committed
     if branch and (position, branch) in ctx.done:
         return ctx.done[position, branch]
-    given, promised = _schemas(ctx, node, value, contract)
+    plan = _plan(ctx, node, value, contract)
     if isinstance(node, Group):
         kind = "group"
     rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
     run = NodeExecution(ctx, node.node_id, kind, position, branch, rows)
     # Rows hold encoded snapshots where the trace knows the schemas that read them.
-    run.compact = given is not None and ctx.trace.adopt(node.node_id, given, promised)
+    run.compact = plan[0] is not None and ctx.trace.adopt(node.node_id, plan)
     if parent is not None:
         run.parent = parent
     token = CURRENT.set(run)
@@ -124,7 +124,7 @@ async def execute(
                 if exceeded is not None:
                     # Earlier attempts, siblings or processes have spent it: the next call is never made.
                     return _refused(run, exceeded)
-            outcome = await _attempt(ctx, run, node, given, promised, value)
+            outcome = await _attempt(ctx, run, node, plan, value)
             if not isinstance(outcome, Failure):
                 if ctx.step_policies and isinstance(outcome, BaseModel):
                     _remember(ctx, position, branch, outcome)
@@ -163,7 +163,7 @@ def _remember(ctx: ReliabilityContext, position: int, branch: str, output: BaseM
         ctx.done.clear()
 
 
-def _schemas(
+def _plan(
     ctx: ReliabilityContext, node: Node | Group, value: BaseModel, contract: NodeContract[Any, Any] | None
 ) -> tuple[Schema | None, Schema]:
     """What the input and the output must satisfy; no input schema: the state passes unvalidated."""
@@ -173,14 +173,14 @@ def _schemas(
     if found is None:
         return None, schema_of(Kept)
     # Looking schemas up is a tenth of the engine's time: the node keeps them while they are the same.
-    plan = node.plan
+    plan = node.plan[0]
     if (
-        not plan
+        plan is None
         or plan[0].validator is not found.input_schema.__pydantic_validator__
         or plan[1].validator is not found.output_schema.__pydantic_validator__
     ):
-        plan[:] = schema_of(found.input_schema), schema_of(found.output_schema)
-    return plan[0], plan[1]
+        plan = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema)
+    return plan
 
 
 def _decide(
@@ -215,11 +215,11 @@ async def _attempt(
     ctx: ReliabilityContext,
     run: NodeExecution,
     node: Node | Group,
-    given: Schema | None,
-    promised: Schema,
+    plan: tuple[Schema | None, Schema],
     value: BaseModel,
 ) -> BaseModel | Failure | Halt:
     # No closures in here: each variable that one captures makes every use of it slower.
+    given, promised = plan
     fire = ctx.fire
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
@@ -227,8 +227,7 @@ async def _attempt(
     started = perf_counter_ns() + ctx.epoch_ns
     try:
         if given is not None:
-            state = given.cross(value)
-            picture = given.snapshot(state) if run.compact else given.state(state)
+            state, picture = given.take(value, run.compact)
         else:
             state, picture = _take_unvalidated(node, value)
     except Exception as broken:
@@ -277,10 +276,7 @@ async def _attempt(
 
     # ---- the output
     try:
-        if isinstance(output, BaseModel) and promised.model is not Kept:
-            model = promised.cross(output)
-        else:
-            model = promised.own(promised.validate(output))
+        model, kept = promised.give(output, run.compact)
     except Exception as broken:
         violation = as_violation(run.node_id, "output", output, broken)
         return await _fail(ctx, run, violation, started, duration, picture, cancelled=cancelled)
@@ -294,7 +290,6 @@ async def _attempt(
         failure = diagnose(over, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
 
     # ---- the commit: from here on the output is safe from budgets, hooks and cancellation
-    kept = promised.snapshot(model) if run.compact else promised.state(model)
     row = _row(run, started, duration, picture, kept, failure, "success" if failure is None else "failure")
     pending: Awaitable[None] | Exception | None
     try:

@@ -74,7 +74,17 @@ _DEFAULTS: PolicyMap = {
 
 def default_policy_map() -> PolicyMap:
     """RECOVERABLE 3 retries within 1 s each, TERMINAL none, AMBIGUOUS 1 within 0.5 s. A fresh dict."""
-    return {failure_class: policy.model_copy() for failure_class, policy in _DEFAULTS.items()}
+    # A copy of each, since a policy can be changed; made by hand, since every run's config makes three.
+    return {failure_class: _copy_policy(policy) for failure_class, policy in _DEFAULTS.items()}
+
+
+def _copy_policy(policy: FailurePolicy) -> FailurePolicy:
+    twin = FailurePolicy.__new__(FailurePolicy)
+    object.__setattr__(twin, "__dict__", policy.__dict__.copy())
+    object.__setattr__(twin, "__pydantic_fields_set__", policy.__pydantic_fields_set__.copy())
+    object.__setattr__(twin, "__pydantic_extra__", None)
+    object.__setattr__(twin, "__pydantic_private__", None)
+    return twin
 
 
 @dataclass

@@ -105,23 +105,16 @@ class HookTimeout(Exception):
 class Hooks:
     """The hooks of one run, sorted by event: None where no set has one."""
 
-    __slots__ = (
-        *EVENTS,
-        "_limit",
-        "_on_error",
-        "_run_id",
-    )
-
-    on_node_start: Calls | None
-    on_node_success: Calls | None
-    on_node_failure: Calls | None
-    on_run_start: Calls | None
-    on_run_end: Calls | None
-    on_node_retry: Calls | None
-    on_node_skipped: Calls | None
-    on_node_cancelled: Calls | None
-    on_node_suspended: Calls | None
-    on_budget_warning: Calls | None
+    on_node_start: Calls | None = None
+    on_node_success: Calls | None = None
+    on_node_failure: Calls | None = None
+    on_run_start: Calls | None = None
+    on_run_end: Calls | None = None
+    on_node_retry: Calls | None = None
+    on_node_skipped: Calls | None = None
+    on_node_cancelled: Calls | None = None
+    on_node_suspended: Calls | None = None
+    on_budget_warning: Calls | None = None
 
     def __init__(
         self,
@@ -134,8 +127,6 @@ class Hooks:
         self._run_id = run_id
         self._limit = limit_seconds
         self._on_error = on_error
-        for event in EVENTS:
-            setattr(self, event, None)
         for index, hooks in enumerate(sets):
             for event in EVENTS:
                 hook = getattr(hooks, event)

@@ -14,6 +14,7 @@ from stroma.contracts import NodeContract, check_id
 
 if TYPE_CHECKING:
     from stroma.context import NodeExecution, ReliabilityContext
+    from stroma.schemas import Schema
 
 __all__ = ["Group", "Node", "NodeDecorator", "find_node", "make_node", "mark", "stroma_node", "stroma_step"]
 
@@ -73,8 +74,8 @@ class Node:
     contract: NodeContract[Any, Any] | None
     wants_context: bool
     is_async: bool
-    #: The engine's note of the contract's schemas (input, output), kept from run to run.
-    plan: list[Any] = field(default_factory=list, repr=False)
+    #: The engine's note of the contract's schemas, (input, output), kept from run to run: a cell, since this is frozen.
+    plan: list[tuple[Schema, Schema] | None] = field(default_factory=lambda: [None], repr=False)
 
     def call(self, state: BaseModel, context: dict[str, Any]) -> Any:
         """Call the function as it wants to be called. Only the engine does, and a group that is called by hand."""
@@ -165,15 +166,15 @@ def _forward(func: Callable[..., Any]) -> Callable[..., Any]:
 
 def find_node(obj: Any) -> Node | Group:
     """The record of a node or group. Raises TypeError, saying how to make one, for anything else."""
+    node: Node | None = getattr(obj, "_stroma_node", None)
+    if node is not None and obj._stroma_node_id == node.node_id and obj._stroma_contract is node.contract:
+        return node
     if isinstance(obj, (Node, Group)):
         return obj
-    node: Node | None = getattr(obj, "_stroma_node", None)
     node_id = getattr(obj, "_stroma_node_id", None)
-    contract = getattr(obj, "_stroma_contract", None)
-    if node is not None and node.node_id == node_id and node.contract is contract:
-        return node
     if node_id is None:
         raise TypeError(f"{obj!r} is not a stroma node; decorate it with @stroma_node or @runner.node")
+    contract = getattr(obj, "_stroma_contract", None)
     # Marked by hand, through the two published attributes.
     return make_node(node_id, obj, contract)
 

@@ -155,6 +155,7 @@ class Schema:
         "_source",
         "_source_model",
         "_to_json",
+        "any",
         "flat",
         "model",
         "names",
@@ -198,6 +199,8 @@ class Schema:
         )
         self._source_model: type[BaseModel] | None = None
         self._source: Schema = self
+        #: A root model of Any: whatever is given stays what it is.
+        self.any = self.root and kinds <= {"model", "any"}
         self._bare = self.flat and not self._computed
         custom = (
             any("serialization" in node or "serialization_exclude" in node for node in nodes)
@@ -321,6 +324,28 @@ class Schema:
             for name in source._computed & frozenset(self.names):
                 raw.setdefault(name, getattr(value, name))
         return self.validate(raw)
+
+    def take(self, value: BaseModel, compact: bool) -> tuple[BaseModel, Snapshot]:
+        """A node's input from the state before it, and its picture: a snapshot if ``compact``, else a plain dict."""
+        state = self.cross(value)
+        fields = state.__dict__
+        if self.flat and compact and len(fields) == self._size:
+            return state, tuple(fields.values())
+        return state, self.snapshot(state) if compact else self.state(state)
+
+    def give(self, output: Any, compact: bool) -> tuple[BaseModel, Snapshot]:
+        """A node's validated output from what it returned, and its picture. Raises what validators raise."""
+        # A model is taken apart first: it may have been made without validation, or changed since.
+        if isinstance(output, BaseModel) and not self.any:
+            model = self.cross(output)
+        else:
+            model = self.validate(output)
+            if self._shares:
+                model = self.own(model)
+        fields = model.__dict__
+        if self.flat and compact and len(fields) == self._size:
+            return model, tuple(fields.values())
+        return model, self.snapshot(model) if compact else self.state(model)
 
     def _remember(self, model: type[BaseModel]) -> Schema:
         self._source_model, self._source = model, schema_of(model)

@@ -134,7 +134,7 @@ class ExecutionTrace:
         self.run_id = run_id
         self._rows: list[Row | TraceEvent] = []
         # Which schemas the snapshots of a node's rows are read with.
-        self._schemas: dict[str, tuple[Schema, Schema]] = {}
+        self._schemas: dict[str, tuple[Schema | None, Schema]] = {}
 
     def append(self, event: TraceEvent) -> None:
         """Add an event; the very object is kept."""
@@ -145,16 +145,13 @@ class ExecutionTrace:
         """The rows as the engine keeps them."""
         return self._rows
 
-    def adopt(self, node_id: str, input_schema: Schema, output_schema: Schema) -> bool:
+    def adopt(self, node_id: str, schemas: tuple[Schema | None, Schema]) -> bool:
         """Note how a node's snapshots are to be read.
 
         False if the node id already stands for other schemas here; its rows must then keep plain dicts.
         """
-        known = self._schemas.get(node_id)
-        if known is None:
-            self._schemas[node_id] = (input_schema, output_schema)
-            return True
-        return known[0] is input_schema and known[1] is output_schema
+        known = self._schemas.setdefault(node_id, schemas)
+        return known is schemas or known == schemas
 
     def copy(self) -> ExecutionTrace:
         """A trace of its own with the same events: what is appended to or built in one is not seen in the other."""

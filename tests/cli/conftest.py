@@ -1,6 +1,9 @@
 """The real command in a process of its own, in an empty directory with an empty home."""
 
+import io
+import logging
 import os
+import signal
 import subprocess
 import sys
 import textwrap
@@ -9,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from stroma.cli import main
 
 PIPELINE = """
     import asyncio, os, pathlib, signal, sys, time
@@ -77,9 +82,11 @@ class Shell:
         path.write_text(textwrap.dedent(text))
         return path
 
-    def popen(self, *words: str, env: dict[str, str] | None = None, **options: Any) -> "subprocess.Popen[str]":
+    def popen(
+        self, *words: str, env: dict[str, str] | None = None, **options: Any
+    ) -> "subprocess.Popen[str]":
         pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE} | options
-        command = [sys.executable, "-m", "stroma", *words]
+        command = [sys.executable, str(Path(sys.executable).with_name("stroma")), *words]
         return subprocess.Popen(
             command, cwd=self.home, env=self.env | (env or {}), text=True, encoding="utf-8", **pipes
         )
@@ -102,6 +109,42 @@ def stroma(tmp_path: Path) -> Shell:
     shell = Shell(tmp_path)
     shell.file("sums.py", PIPELINE)
     return shell
+
+
+@pytest.fixture
+def inside(
+    stroma: Shell, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> Callable[..., Done]:
+    """The same command in this process, which is ten times as quick: for what does not need a process of its own."""
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    modules, paths, listeners = set(sys.modules), sys.path[:], logging.getLogger("stroma").handlers[:]
+
+    def forget() -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        logging.getLogger("stroma").handlers[:] = listeners
+        sys.path[:] = paths
+        for name in set(sys.modules) - modules:
+            if str(getattr(sys.modules[name], "__file__", None) or "").startswith(str(stroma.home)):
+                del sys.modules[name]
+
+    def call(*words: str, stdin: bytes = b"", env: dict[str, str] | None = None) -> Done:
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(stdin)))
+            for name, value in (env or {}).items():
+                patch.setenv(name, value)
+            capsys.readouterr()
+            try:
+                code = main(words)
+            finally:
+                forget()
+        return Done(code, *capsys.readouterr())
+
+    monkeypatch.chdir(stroma.home)
+    for name in ("STROMA_DB", "STROMA_DEBUG", "XDG_DATA_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("HOME", str(stroma.home))
+    return call
 
 
 @pytest.fixture

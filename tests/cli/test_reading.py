@@ -14,10 +14,10 @@ GOOD = '{"start": 1}'
 
 
 @pytest.fixture
-def filled(stroma):
+def filled(stroma, inside):
     """A store with a finished run, a failed one and one whose process was killed."""
-    done = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "run-a")
-    failed = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "run-b", env={
+    done = inside("run", "sums.py:pipeline", GOOD, "--run-id", "run-a")
+    failed = inside("run", "sums.py:pipeline", GOOD, "--run-id", "run-b", env={
         "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too slow')",
     })  # fmt: skip
     killed = stroma("run", "sums.py:pipeline", GOOD, "--run-id", "other", env={
@@ -27,12 +27,22 @@ def filled(stroma):
     return stroma
 
 
-def test_runs(filled):
+def test_runs(filled, inside):
     """The newest run is first; each line has status, nodes, tokens, the cost to the micro-dollar, and the error."""
-    done = filled("runs")
+    done = inside("runs")
     assert (done.code, done.err) == (0, "")
     lines = [re.split(r"  +", line) for line in done.out.splitlines()]
-    assert lines[0] == ["RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR"]
+    assert lines[0] == [
+        "RUN",
+        "PIPELINE",
+        "STATUS",
+        "NODES",
+        "TOKENS",
+        "COST",
+        "STARTED",
+        "DURATION",
+        "ERROR",
+    ]
     assert [line[:5] for line in lines[1:]] == [
         ["other", "sums", "RUNNING", "1", "120"],
         ["run-b", "sums", "PARTIAL", "1", "134"],
@@ -42,55 +52,65 @@ def test_runs(filled):
     assert lines[1][8].startswith("last record ")
     assert lines[2][8] == "too slow"
 
-    only = json.loads(filled("runs", "--json", "--status", "partial").out)
+    only = json.loads(inside("runs", "--json", "--status", "partial").out)
     assert only["schema"] == "stroma.runs/1"
     (run,) = only["runs"]
     assert run["run_id"] == "run-b"
     assert set(run) == {"run_id", "pipeline", "status", "execution", "started", "updated", "seconds", "nodes",
                         "tokens", "cost_usd", "error"}  # fmt: skip
-    assert [r["run_id"] for r in json.loads(filled("runs", "--json", "--limit", "2").out)["runs"]] == ["other", "run-b"]
-    assert "no run matches" in filled("runs", "--pipeline", "nobody").err
+    assert [r["run_id"] for r in json.loads(inside("runs", "--json", "--limit", "2").out)["runs"]] == [
+        "other",
+        "run-b",
+    ]
+    assert "no run matches" in inside("runs", "--pipeline", "nobody").err
 
     # The killed one can be finished.
-    assert filled("resume", "other", "sums.py:pipeline").code == 0
+    assert inside("resume", "other", "sums.py:pipeline").code == 0
     assert filled.calls()[-3:] == ["second", "second", "third"]
 
 
-def test_show(filled, fails):
+def test_show(filled, inside, fails):
     """Each attempt has a line, what came to nothing is summed apart, and a run is named by a unique beginning."""
-    done = filled("show", "run-b")
+    done = inside("show", "run-b")
     assert done.code == 0
-    assert re.search(r"\nstatus +PARTIAL\n(.*\n)*spent +134 tok, \$0\.0000\d\d\nwasted +14 tok, \$0\.00000\d ", done.out)
+    assert re.search(
+        r"\nstatus +PARTIAL\n(.*\n)*spent +134 tok, \$0\.0000\d\d\nwasted +14 tok, \$0\.00000\d ", done.out
+    )
     assert re.search(r"\n0 +first +1 +success +\d\.\d\d s +120 +\$0\.0000\d\d +gpt-4o-mini\n", done.out)
     assert len(re.findall(r"\n1 +second +[12] +failure +RECOVERABLE +timeout .* too slow", done.out)) == 2
-    assert "go on with: python -m stroma resume run-b FILE.py:NAME" in done.err
+    assert "go on with: stroma resume run-b FILE.py:NAME" in done.err
 
-    data = json.loads(filled("show", "run-b", "--json").out)
+    data = json.loads(inside("show", "run-b", "--json").out)
     assert (data["schema"], data["wasted_tokens"], data["run"]["run_id"]) == ("stroma.show/1", 14, "run-b")
     assert [(a["node_id"], a["attempt"], a["outcome"], a["committed"]) for a in data["attempts"]] == [
         ("first", 1, "success", True), ("second", 1, "failure", False), ("second", 2, "failure", False),
     ]  # fmt: skip
 
-    assert filled("show", "last").out.startswith("run       other\n")
-    assert "if its process is gone, resume the run" in filled("show", "oth").out
-    fails(filled("show", "run-"), 2, "begins the ids of 2 runs", "run-a", "run-b")
-    fails(filled("show", "nope"), 4, "no run whose id begins with 'nope'", "python -m stroma runs")
+    assert inside("show", "last").out.startswith("run       other\n")
+    assert "if its process is gone, resume the run" in inside("show", "oth").out
+    fails(inside("show", "run-"), 2, "begins the ids of 2 runs", "run-a", "run-b")
+    fails(inside("show", "nope"), 4, "no run whose id begins with 'nope'", "stroma runs")
 
 
-def test_an_empty_store(stroma, fails):
+def test_an_empty_store(stroma, inside, fails):
     """Before the first run the list is empty and says how to begin; a store that was named must be there."""
-    done = stroma("runs")
+    done = inside("runs")
     assert (done.code, done.out) == (0, "")
-    assert "begin one: python -m stroma run FILE.py:NAME" in done.err
-    assert json.loads(stroma("runs", "--json").out) == {"schema": "stroma.runs/1", "runs": []}
-    fails(stroma("show", "last"), 4, "there is no run yet")
-    fails(stroma("runs", "--db", "no.db"), 4, "there is no store no.db")
+    assert "begin one: stroma run FILE.py:NAME" in done.err
+    assert json.loads(inside("runs", "--json").out) == {"schema": "stroma.runs/1", "runs": []}
+    fails(inside("show", "last"), 4, "there is no run yet")
+    fails(inside("runs", "--db", "no.db"), 4, "there is no store no.db")
     assert not list(stroma.home.rglob("*.db"))
 
 
 def test_a_reader_that_goes_away(filled):
     """`stroma runs | head -1` ends quietly, whenever the reader leaves."""
-    for words_ in (["runs"], ["show", "run-a"], ["--help"], ["run", "sums.py:pipeline", GOOD, "-q", "--json"]):
+    for words_ in (
+        ["runs"],
+        ["show", "run-a"],
+        ["--help"],
+        ["run", "sums.py:pipeline", GOOD, "-q", "--json"],
+    ):
         process = filled.popen(*words_)
         process.stdout.close()
         err = process.stderr.read()
@@ -123,17 +143,22 @@ def test_start_is_light(stroma):
         assert not set(eval(done.stderr)) & {"pydantic", "rich", "asyncio", "stroma.runner"}
     code = "import sys; from stroma.cli import main; main(['runs']); print('rich' in sys.modules)"
     done = subprocess.run(
-        [sys.executable, "-c", code], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=True
+        [sys.executable, "-c", code],
+        cwd=stroma.home,
+        env=stroma.env,
+        capture_output=True,
+        text=True,
+        check=True,
     )
     assert done.stdout == "False\n"
 
 
-def test_version_and_help(stroma):
+def test_version_and_help(stroma, inside):
     """The version is one line, and the help of all and of each command tells the exit codes and the options."""
-    assert re.fullmatch(r"stroma \d+\.\d+\.\S+\n", stroma("--version").out)
-    assert "5\n  stopped by the budget" in stroma("-h").out or "5 stopped by the budget" in stroma("-h").out
+    assert re.fullmatch(r"stroma \d+\.\d+\.\S+\n", inside("--version").out)
+    assert "5\n  stopped by the budget" in inside("-h").out or "5 stopped by the budget" in inside("-h").out
     for command in ("run", "resume", "runs", "show"):
-        assert "STROMA_DB" in stroma(command, "--help").out
+        assert "STROMA_DB" in inside(command, "--help").out
 
 
 def test_without_click(stroma):

@@ -19,8 +19,13 @@ def test_run_prints_the_final_state(stroma):
     assert [line[:2] for line in lines if len(line) > 1] == [
         ["first", "start"], ["first", "ok"], ["second", "start"], ["second", "ok"], ["third", "start"], ["third", "ok"],
     ]  # fmt: skip
-    assert re.search(r"second +ok +\d\.\d\d s, 15 tok, \$0\.00000\d, gpt-4o-mini  \| run: 135 tok, \$0\.0000\d\d\n", done.err)
-    assert re.search(r"done: COMPLETED in .*; 135 tok, \$0\.0000\d\d\nlook further: .* show [0-9a-f]{12}\n$", done.err)
+    assert re.search(
+        r"second +ok +\d\.\d\d s, 15 tok, \$0\.00000\d, gpt-4o-mini  \| run: 135 tok, \$0\.0000\d\d\n",
+        done.err,
+    )
+    assert re.search(
+        r"done: COMPLETED in .*; 135 tok, \$0\.0000\d\d\nlook further: .* show [0-9a-f]{12}\n$", done.err
+    )
 
 
 def test_the_default_store_is_private(stroma):
@@ -33,27 +38,29 @@ def test_the_default_store_is_private(stroma):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_stores_can_be_chosen(stroma):
+def test_stores_can_be_chosen(stroma, inside):
     """--db wins over STROMA_DB, and that over XDG_DATA_HOME; a store in memory leaves no file."""
     data = {"XDG_DATA_HOME": str(stroma.home / "xdg")}
-    stroma("run", "sums.py:pipeline", GOOD, env=data)
-    named = stroma("run", "sums.py:pipeline", GOOD, "--db", "sqlite:///a.db", env=data | {"STROMA_DB": "b.db"})
+    inside("run", "sums.py:pipeline", GOOD, env=data)
+    named = inside(
+        "run", "sums.py:pipeline", GOOD, "--db", "sqlite:///a.db", env=data | {"STROMA_DB": "b.db"}
+    )
     assert "--db sqlite:///a.db" in named.err
-    from_env = stroma("run", "sums.py:pipeline", GOOD, env=data | {"STROMA_DB": "b.db"})
+    from_env = inside("run", "sums.py:pipeline", GOOD, env=data | {"STROMA_DB": "b.db"})
     assert "--db" not in from_env.err
     assert sorted(p.relative_to(stroma.home).as_posix() for p in stroma.home.rglob("*.db")) == [
         "a.db", "b.db", "xdg/stroma/runs.db",
     ]  # fmt: skip
-    passing = stroma("run", "sums.py:pipeline", GOOD, "--db", "memory://")
+    passing = inside("run", "sums.py:pipeline", GOOD, "--db", "memory://")
     assert passing.code == 0
     assert "show" not in passing.err
 
 
-def test_json(stroma):
+def test_json(stroma, inside):
     """--json is one object with a schema, quiet says nothing else, and the parts add up."""
-    done = stroma("run", "sums.py:pipeline", GOOD, "--json", "-q", "--run-id", "mine")
+    done = inside("run", "sums.py:pipeline", GOOD, "--json", "-q", "--run-id", "mine")
     assert done.code == 0
-    assert "printed by a node\n" == done.err
+    assert done.err == "printed by a node\n"
     data = json.loads(done.out)
     seconds = data["totals"].pop("seconds")
     assert 0 <= seconds < 60
@@ -74,7 +81,8 @@ def test_failure_then_resume(stroma):
     assert re.search(r"second +FAILED +AMBIGUOUS, .* \| no luck\\x1b\[2J\n", done.err)
     assert re.search(r"second +wait +0\.0\d s, then attempt 2\n", done.err)
     assert "is PARTIAL: node 'second' (at 1, attempt 2): AMBIGUOUS\n  why: no luck\\x1b[2J\n" in done.err
-    mend = re.search(r"go on with: (python -m stroma resume .*)\n", done.err)
+    assert re.search(r'  File ".*/sums.py", line \d+, in second\n', done.err)
+    mend = re.search(r"go on with: (stroma resume .*)\n", done.err)
     assert mend is not None
     resumed = subprocess.run(
         mend[1], shell=True, cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
@@ -85,16 +93,22 @@ def test_failure_then_resume(stroma):
     assert stroma.calls() == ["first", "second", "second", "second", "third"]
 
 
-def test_terminal_failure(stroma):
+def test_terminal_failure(stroma, inside):
     """A terminal failure is FAILED, and its JSON names node, class, reason and the way on."""
-    done = stroma("run", "sums.py:pipeline", GOOD, "--json", env={"SECOND": "state = 1; raise ContractViolation('x', 'output', {}, [])"})
+    done = inside(
+        "run",
+        "sums.py:pipeline",
+        GOOD,
+        "--json",
+        env={"SECOND": "state = 1; raise ContractViolation('x', 'output', {}, [])"},
+    )
     data = json.loads(done.out)
     assert (done.code, data["exit_code"], data["status"]) == (1, 1, "FAILED")
     assert data["final_state"] == {"n": 2}
     assert {k: data["failure"][k] for k in ("node_id", "attempt", "class", "reason", "exception")} == {
         "node_id": "second", "attempt": 1, "class": "TERMINAL", "reason": "contract", "exception": "ContractViolation",
     }  # fmt: skip
-    assert data["resume"].startswith("python -m stroma resume ")
+    assert data["resume"].startswith("stroma resume ")
     assert "mend the cause" in done.err
 
 
@@ -103,7 +117,7 @@ def test_budget(stroma):
     done = stroma("run", "sums.py:pipeline", GOOD, "--budget-tokens", "100")
     assert (done.code, done.out) == (5, "")
     assert re.search(r"first +BUDGET ", done.err)
-    mend = re.search(r"go on with more: python -m stroma (resume .* --budget-tokens 200)\n", done.err)
+    mend = re.search(r"go on with more: stroma (resume .* --budget-tokens 200)\n", done.err)
     assert mend is not None
     resumed = stroma(*mend[1].split())
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
@@ -113,43 +127,44 @@ def test_budget(stroma):
     assert re.search(r"--budget-usd [\d.e-]+$", json.loads(dollars.out)["resume"])
 
 
-def test_run_id_again(stroma):
+def test_run_id_again(stroma, inside):
     """A run id again is a new execution; with --resume it goes on, and an unknown one begins."""
     for execution in (1, 2):
-        assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x").code == 0
-        assert json.loads(stroma("runs", "--json").out)["runs"][0]["execution"] == execution
-    again = stroma("run", "sums.py:pipeline", "--run-id", "x", "--resume")
+        assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "x").code == 0
+        assert json.loads(inside("runs", "--json").out)["runs"][0]["execution"] == execution
+    again = inside("run", "sums.py:pipeline", "--run-id", "x", "--resume")
     assert (again.code, json.loads(again.out)) == (0, {"n": 4})
     assert stroma.calls() == ["first", "second", "third"] * 2
-    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "y", "--resume").code == 0
+    assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "y", "--resume").code == 0
     assert stroma.calls() == ["first", "second", "third"] * 3
 
 
-def test_another_input_is_refused(stroma, fails):
+def test_another_input_is_refused(stroma, inside, fails):
     """--resume with another input than the run began with is a usage error."""
-    stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x")
-    done = stroma("run", "sums.py:pipeline", '{"start": 2}', "--run-id", "x", "--resume", "-q")
+    inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
+    done = inside("run", "sums.py:pipeline", '{"start": 2}', "--run-id", "x", "--resume", "-q")
     fails(done, 2, "started with another input", "--from NODE")
 
 
-def test_resume_from(stroma, fails):
+def test_resume_from(stroma, inside, fails):
     """--from makes a node's output, and those after it, anew; a node that is not there is a usage error."""
-    stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x")
-    done = stroma("resume", "x", "sums.py:pipeline", "--from", "second")
+    inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
+    done = inside("resume", "x", "sums.py:pipeline", "--from", "second")
     assert (done.code, json.loads(done.out)) == (0, {"n": 4})
     assert stroma.calls()[3:] == ["second", "third"]
-    fails(stroma("resume", "x", "sums.py:pipeline", "--from", "no"), 2, "its nodes are: first, second, third")
+    fails(inside("resume", "x", "sums.py:pipeline", "--from", "no"), 2, "its nodes are: first, second, third")
 
 
-def test_resume_says_what_it_cannot(stroma, fails):
+def test_resume_says_what_it_cannot(stroma, inside, fails):
     """Resuming names what is missing: the target (never imported from the store), the run, the pipeline that fits."""
-    stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x")
-    fails(stroma("resume", "x"), 2, "a run of the pipeline 'sums'", "python -m stroma resume x FILE.py:NAME")
-    fails(stroma("resume", "z", "sums.py:pipeline"), 4, "no run whose id begins with 'z'")
-    stroma.file("other.py", "from sums import *\npipeline = Pipeline('others', [second])")
-    fails(stroma("resume", "x", "other.py:pipeline"), 2, "pipeline", "did not begin with a Sum")
+    inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
+    fails(inside("resume", "x"), 2, "a run of the pipeline 'sums'", "stroma resume x FILE.py:NAME")
+    fails(inside("resume", "z", "sums.py:pipeline"), 4, "no run whose id begins with 'z'")
+    stroma.file("other.py", "from sums import *\nclass Text(BaseModel):\n    text: str\n"
+                "pipeline = Pipeline('others', [node('n', last, Text)])")  # fmt: skip
+    fails(inside("resume", "x", "other.py:pipeline", "-q"), 2, "did not begin with a Text", "Field required")
     stroma.file("fewer.py", "from sums import *\npipeline = Pipeline('sums', [first, third])")
-    fails(stroma("resume", "x", "fewer.py:pipeline", "-q"), 2, "cannot go on", "--from NODE")
+    fails(inside("resume", "x", "fewer.py:pipeline", "-q"), 2, "cannot go on", "--from NODE")
 
 
 def test_any_run_id(stroma):
@@ -170,7 +185,7 @@ def test_any_run_id(stroma):
     assert stroma("show", "--", "-x").code == 0
 
 
-def test_groups_and_items(stroma):
+def test_groups_and_items(stroma, inside):
     """Children of groups are indented, items of a map carry their index, and kept ones are told apart on resume."""
     stroma.file("fan.py", """
         from sums import *
@@ -190,21 +205,26 @@ def test_groups_and_items(stroma):
             parallel(node("add", add, Sums, Total), node("also", add, Sums, Total)),
         ])
         """)  # fmt: skip
-    done = stroma("run", "fan.py:pipeline", '{"start": 11}', env={"ADD": "raise ContractViolation('x', 'output', {}, [])"})
+    done = inside(
+        "run",
+        "fan.py:pipeline",
+        '{"start": 11}',
+        env={"ADD": "raise ContractViolation('x', 'output', {}, [])"},
+    )
     assert done.code == 1
     assert re.search(r"  map_over\(nums, second\) +start\n.*    second\[0\] +start\n", done.err)
     assert re.search(r"    second\[10\] +ok ", done.err)
     assert "node 'add' (at 2.0) in parallel(add, also): TERMINAL (contract)" in done.err
-    shown = stroma("show", "last")
+    shown = inside("show", "last")
     places = [line.split()[0] for line in shown.out.splitlines()[10:]]
     assert places == ["AT", "0", "1", *(f"1.{i}" for i in range(11)), "2", "2.0", "2.1"]
     assert re.search(r"\n1\.10 +  second +1 +success", shown.out)
-    resumed = stroma("resume", "last", "fan.py:pipeline")
+    resumed = inside("resume", "last", "fan.py:pipeline")
     assert (resumed.code, json.loads(resumed.out)) == (0, {"total": 110})
     assert "kept" in resumed.err
 
 
-def test_unknown_price_and_raising_hook_are_noted(stroma):
+def test_unknown_price_and_raising_hook_are_noted(stroma, inside):
     """What did not stop a run but should be known is said at its end."""
     stroma.file("odd.py", """
         from sums import *
@@ -214,7 +234,7 @@ def test_unknown_price_and_raising_hook_are_noted(stroma):
             raise KeyError("of the hook")
         pipeline = Pipeline("odd", [node("own", own, Count)], config=RunConfig(hooks=NodeHooks(on_node_start=broken)))
         """)  # fmt: skip
-    done = stroma("run", "odd.py:pipeline", GOOD)
+    done = inside("run", "odd.py:pipeline", GOOD)
     assert (done.code, json.loads(done.out)) == (0, {"n": 1})
     assert "note: no price is known for no-such-model-anywhere" in done.err
     assert "note: 1 hook call raised" in done.err
@@ -226,12 +246,12 @@ def test_what_breaks_off_a_run(stroma, fails):
     """A hook that is not async, and a node that ends the process, end in one message that shows the user's line."""
     stroma.file("bad.py", """
         from sums import *
-        pipeline = Pipeline("bad", [first], config=RunConfig(hooks=NodeHooks(on_node_start=print)))
+        pipeline = Pipeline("bad", [first], config=RunConfig(hooks=NodeHooks(on_node_start=lambda *args: None)))
         """)  # fmt: skip
     fails(stroma("run", "bad.py:pipeline", GOOD, "-q"), 1, "a hook of the pipeline's config", "not async")
     done = stroma("run", "sums.py:pipeline", GOOD, "-q", env={"SECOND": "sys.exit('enough')"})
     done.err = done.err.replace("printed by a node\n", "")
-    fails(done, 1, "ended the process: SystemExit: enough", "sums.py", "go on with: python -m stroma resume ")
+    fails(done, 1, "ended the process: SystemExit: enough", "sums.py", "go on with: stroma resume ")
     assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "INTERRUPTED"
 
 

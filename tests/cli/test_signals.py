@@ -33,7 +33,7 @@ def test_a_signal_in_the_middle_of_a_node(stroma, number):
     assert f"stroma: {number.name}: stopping" in err
     assert "cancelled" in err
     assert f"stroma: stopped by {number.name}: run x is CANCELLED" in err
-    assert "go on with: python -m stroma resume x sums.py:pipeline" in err
+    assert "go on with: stroma resume x sums.py:pipeline" in err
     assert "Traceback" not in err
     data = json.loads(out)
     assert (data["exit_code"], data["status"], data["final_state"]) == (130, "CANCELLED", {"n": 2})
@@ -49,34 +49,37 @@ def test_a_second_signal_stops_a_node_that_does_not_listen(stroma):
     wait_for(process, "second                          start")
     time.sleep(0.2)
     process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)  # An echo: a terminal and a parent may both send one.
     wait_for(process, "SIGTERM: stopping")
-    time.sleep(0.6)
+    process.send_signal(signal.SIGINT)  # An echo: a terminal and a parent may both send one.
+    time.sleep(0.7)
     assert process.poll() is None
     process.send_signal(signal.SIGTERM)
     _, err = process.communicate(timeout=10)
     assert process.returncode == 130
-    assert "stopped at once; what is finished is kept; go on with: python -m stroma resume x" in err
+    assert "stopped at once; every finished node is kept; go on with: stroma resume x" in err
     assert stroma("resume", "x", "sums.py:pipeline", "-q").code == 0
     assert stroma.calls() == ["first", "second", "second", "third"]
 
 
 def test_a_signal_while_the_file_is_imported(stroma):
     """Ctrl-C before the run is 130 in one line."""
-    stroma.file("slow.py", "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n")
+    stroma.file(
+        "slow.py", "import sys, time\nprint('importing', file=sys.stderr, flush=True)\ntime.sleep(60)\n"
+    )
     process = stroma.popen("run", "slow.py:pipeline")
     wait_for(process, "importing")
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=10)
-    assert (process.returncode, err) == (130, "stroma: stopped\n")
+    assert (process.returncode, err) == (130, "\nstroma: stopped\n")
 
 
-def test_a_run_that_finished_all_the_same(stroma):
-    """A node that finishes in spite of the signal has finished its run: 0."""
-    stubborn = "os.kill(os.getpid(), signal.SIGTERM)"
+def test_a_signal_that_comes_with_the_last_output(stroma):
+    """An output that was there when the signal came is kept, and nothing is called again for it."""
     stroma.file("one.py", "from sums import *\npipeline = Pipeline('one', [first, second])")
-    process = stroma.popen("run", "one.py:pipeline", GOOD, "-q", env={"SECOND": stubborn})
-    out, err = process.communicate(timeout=30)
+    kill = "os.kill(os.getpid(), signal.SIGTERM)"
+    process = stroma.popen("run", "one.py:pipeline", GOOD, "-q", env={"SECOND": kill})
+    _, err = process.communicate(timeout=30)
+    # Whether the signal is seen before or after the run's end is a matter of luck.
     assert process.returncode in (0, 130), err
     resumed = stroma("resume", "last", "one.py:pipeline", "-q")
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})

@@ -49,7 +49,9 @@ class _MemorySession:
                 }
         else:
             run.execution += 1
-            run.kept, run.spent, run.input = {}, [], given
+            # What was saved by hand belongs to no execution.
+            run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str)}
+            run.spent, run.input = [], given
         run.status = "RUNNING"
         self.execution = run.execution
         self._run = run

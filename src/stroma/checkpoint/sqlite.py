@@ -34,7 +34,8 @@ __all__ = ["SQLiteStore"]
 T = TypeVar("T")
 
 _LOAD: Final = """SELECT s.position, s.schema_ref, s.output, s.sha256 FROM runs r JOIN steps s
-    ON s.run = r.run AND s.execution = r.execution WHERE r.run_id = ? AND s.node_id = ? ORDER BY s.id DESC LIMIT 1"""
+    ON s.run = r.run AND (s.execution = r.execution OR s.position = -1) WHERE r.run_id = ? AND s.node_id = ?
+    ORDER BY s.id DESC LIMIT 1"""
 _DELETE: Final = (
     "DELETE FROM steps WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
     "DELETE FROM inputs WHERE run = (SELECT run FROM runs WHERE run_id = ?)",

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import time
+import traceback
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.cli.errors import Code, command
+from stroma.cli.errors import Code, command, debugging
 from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
+from stroma.cli.trouble import last_frame
 from stroma.cli.words import clean, count, id_word, money, plural, span
 from stroma.cost import BudgetExceeded
 from stroma.failures import Failure, FailureClass, message_of
@@ -122,6 +124,10 @@ class Ending:
             head: Part = ("stroma: ", "bold red")
             err.line(head, f"run {clean(result.run_id)} is {result.status}: {self._where(failure)}: {told}")
             err.line(f"  why: {clean(failure.message, 1000)}")
+            for line in last_frame(failure.exception, of_any=False):
+                err.line(f"  {line}")
+            if debugging():
+                err.write("".join(traceback.format_exception(failure.exception)))
         err.line(
             f"  spent: {self._spent()}; every finished node is kept"
             if self.db.keeps
@@ -165,7 +171,8 @@ class Ending:
         groups: list[str] = []
         while children := [c for c in event.children if c.failure_message == failure.message]:
             groups.insert(0, f" in {clean(event.node_id, 100)}")
-            event = children[-1]
+            # The first that stopped took its siblings with it; its last attempt is the one that counts.
+            event = [child for child in children if child.branch == children[0].branch][-1]
         at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
         attempt = f", attempt {event.attempt}" if event.attempt > 1 else ""
         return f"node {clean(event.node_id, 100)!r} (at {at}{attempt}){''.join(groups)}"

@@ -150,7 +150,7 @@ def resume(
                 f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
                 code=Code.USAGE,
             )
-    if record.pipeline != pipeline.name:
+    if record.pipeline != pipeline.name and not quiet:
         err.line(
             ("note: ", "yellow"),
             f"the run was begun by the pipeline {clean(record.pipeline, 100)!r}; this one is {clean(pipeline.name, 100)!r}",
@@ -260,7 +260,7 @@ class _Job:
     ) -> tuple[ExecutionResult | None, str | None]:
         task = asyncio.current_task()
         assert task is not None
-        stop = Stop(task, f"what is finished is kept; go on with: {self._resume()}")
+        stop = Stop(task, self._way_on("go on with"))
         going_on = self.known is not None and self.start_at is None
         try:
             result: ExecutionResult | None = await runner.run(
@@ -278,17 +278,22 @@ class _Job:
     def _resume(self, *options: str) -> str:
         return command("resume", id_word(self.config.run_id), self.target, options=(*options, *self.db.words))
 
+    def _way_on(self, words: str) -> str:
+        if not self.db.keeps:
+            return f"{self.db.name} keeps nothing of it"
+        return f"every finished node is kept; {words}: {self._resume()}"
+
     def _store_problem(self, error: StoreError) -> Problem:
         if isinstance(error, (PipelineChanged, CorruptCheckpoint)):
             again = f"or make the outputs from a node on anew: {self._resume('--from', 'NODE')}"
             return self.db.problem(error, again)
-        more = () if self.db.is_default is False else ("or name another store: --db FILE, or STROMA_DB=FILE",)
+        more = () if not self.db.is_default else ("or name another store: --db FILE, or STROMA_DB=FILE",)
         return self.db.problem(error, *more)
 
     def _broke_off(self, error: BaseException, what: str) -> Problem:
         return Problem(
             f"{what}: {said(error)}",
             *last_frame(error),
-            f"every finished node is kept; mend that, then go on with: {self._resume()}",
+            self._way_on("mend that, then go on with"),
             code=Code.FAILED,
         )

@@ -76,6 +76,8 @@ class Database:
             store = open_store(given)
         except ValueError as error:
             raise Problem(f"--db {given}: {error}", code=Code.USAGE) from None
+        if isinstance(store, SQLiteStore) and os.path.isdir(store.path):
+            raise Problem(f"--db {given} is a directory", "name a file in it", code=Code.ENVIRONMENT)
         source = click.get_current_context().get_parameter_source("db")
         from_environment = source is click.core.ParameterSource.ENVIRONMENT
         return cls(given, () if from_environment else ("--db", given), False, store)
@@ -164,7 +166,7 @@ class Database:
             for r in records
         ]
         raise Problem(
-            f"{run!r} begins the ids of {len(records)} runs; give more of the one you mean", *lines, code=Code.USAGE
+            f"{run!r} begins the ids of {len(records)}{' or more' if len(records) >= 20 else ''} runs; give more of the one you mean", *lines, code=Code.USAGE
         )  # fmt: skip
 
     def known(self, run_id: str) -> RunRecord | None:

@@ -27,8 +27,11 @@ def said(error: BaseException) -> str:
     return clean(f"{name}: {text}" if text else name, 600)
 
 
-def last_frame(error: BaseException) -> list[str]:
-    """The last line of the user's own code in a traceback, as Python shows it; of any code if there is none."""
+def last_frame(error: BaseException, *, of_any: bool = True) -> list[str]:
+    """The last line of the user's own code in a traceback, as Python shows it.
+
+    If there is none: the last line of any code but ours, unless ``of_any`` is false.
+    """
     if isinstance(error, SyntaxError) and error.filename:
         lines = [f'File "{error.filename}", line {error.lineno}']
         return [*lines, *([f"  {clean(error.text)}"] if error.text else [])]
@@ -38,7 +41,7 @@ def last_frame(error: BaseException) -> list[str]:
         if not frame.filename.startswith((_OURS + os.sep, "<frozen"))
     ]
     own = [f for f in frames if not os.path.realpath(f.filename).startswith(_LIBRARIES)]
-    for frame in (own or frames)[-1:]:
+    for frame in (own or (frames if of_any else []))[-1:]:
         place = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
         return [place, *([f"  {clean(frame.line)}"] if frame.line else [])]
     return []
