@@ -587,7 +587,7 @@ async def test_every_shape_of_return(returned: Any, tokens: int, produced: int, 
 @pytest.mark.parametrize(
     "returned",
     [None, [], [1], "text", 5, object(), (), ({"n": 1},), ({"n": 1}, 1, 2, "m", 3), (None, 5), ([1], 5)],
-    ids=repr,
+    ids=lambda value: repr(value).split(" at ")[0],
 )
 async def test_any_other_return_is_a_violation(returned: Any) -> None:
     """What a node may not return breaks its output contract: FAILED, called once, nothing committed."""
@@ -756,7 +756,9 @@ async def test_not_a_node() -> None:
     async def bare(state: Num) -> Any:
         return state
 
-    with pytest.raises(TypeError, match=r"is not a stroma node; decorate it with @stroma_node or @runner\.node"):
+    with pytest.raises(
+        TypeError, match=r"is not a stroma node; decorate it with @stroma_node or @runner\.node"
+    ):
         await quick().run([node("a", func), bare], Num())
     with pytest.raises(TypeError, match="is not a stroma node"):
         Pipeline("p", [bare])
@@ -801,7 +803,6 @@ async def test_custom_classifiers_come_first_in_order() -> None:
         (ContractViolation("a", "output", {}, []), T),
         (BudgetExceeded("tokens", 1, 2, "a"), R),
         (TimeoutError(), R),
-        (asyncio.TimeoutError(), R),
         (ValueError("x"), A),
         (ExceptionGroup("several", [ValueError()]), A),
         (ConnectionResetError("reset"), R),
@@ -978,7 +979,9 @@ class Answer(Exception):
     def __init__(self, status: int, **headers: str) -> None:
         super().__init__(f"status {status}")
         self.status_code = status
-        self.response = type("Response", (), {"headers": {k.replace("_", "-"): v for k, v in headers.items()}})
+        self.response = type(
+            "Response", (), {"headers": {k.replace("_", "-"): v for k, v in headers.items()}}
+        )
 
 
 @pytest.mark.parametrize(
@@ -1249,7 +1252,12 @@ async def test_an_attempt_over_the_limit_is_kept_and_the_run_stops() -> None:
     assert result.failure is not None
     exceeded = result.failure.exception
     assert isinstance(exceeded, BudgetExceeded)
-    assert (exceeded.dimension, exceeded.limit, exceeded.actual, exceeded.node_id) == ("tokens", 100, 101, "a")
+    assert (exceeded.dimension, exceeded.limit, exceeded.actual, exceeded.node_id) == (
+        "tokens",
+        100,
+        101,
+        "a",
+    )
     assert result.total_tokens == 101
 
 
@@ -1457,7 +1465,12 @@ async def test_known_models_win_over_the_price_data(monkeypatch: pytest.MonkeyPa
 
 async def test_budgets_must_make_sense() -> None:
     """Negative and non-finite limits are refused when the budget is made."""
-    for bad in ({"max_tokens_total": -1}, {"max_cost_usd": -0.1}, {"max_cost_usd": math.nan}, {"max_latency_ms": -1}):
+    for bad in (
+        {"max_tokens_total": -1},
+        {"max_cost_usd": -0.1},
+        {"max_cost_usd": math.nan},
+        {"max_latency_ms": -1},
+    ):
         with pytest.raises(ValueError):
             ExecutionBudget(**bad)  # type: ignore[arg-type]
 
@@ -1558,7 +1571,20 @@ async def test_sync_nodes_get_the_signal_and_other_runs_do_not() -> None:
 
 # ---------------------------------------------------------------------- ids
 
-ODD_IDS = ["a:b", "*", "/", "..", "a\nb", "\U0001f600", "%s", "{}", " ", "'; drop table runs; --", "x" * 3000, "é"]
+ODD_IDS = [
+    "a:b",
+    "*",
+    "/",
+    "..",
+    "a\nb",
+    "\U0001f600",
+    "%s",
+    "{}",
+    " ",
+    "'; drop table runs; --",
+    "x" * 3000,
+    "é",
+]
 BAD_IDS = ["", "a\0b", "\0", "\ud800", "a\udfff"]
 
 

@@ -152,7 +152,11 @@ async def test_outputs_merge_in_argument_order(order: tuple[int, ...]) -> None:
 
 
 @settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
-@given(outputs=st.lists(st.dictionaries(st.sampled_from("abcd"), st.integers(), max_size=4), min_size=1, max_size=5))
+@given(
+    outputs=st.lists(
+        st.dictionaries(st.sampled_from("abcd"), st.integers(), max_size=4), min_size=1, max_size=5
+    )
+)
 def test_merging_is_dict_update(outputs: list[dict[str, int]]) -> None:
     """The merged state is what dict.update in argument order makes of the children's outputs."""
     want: dict[str, int] = {}
@@ -302,7 +306,7 @@ async def test_the_trace_of_a_group() -> None:
         ("b", 2, None, 5),
     ]
     assert {(c.position, c.branch) for c in event.children} == {(0, "0"), (0, "1")}
-    assert [e.node_id for e in trace.walk()][0] == "parallel(a, b)"
+    assert next(e.node_id for e in trace.walk()) == "parallel(a, b)"
     assert Counter(e.node_id for e in trace.walk()) == {"parallel(a, b)": 1, "a": 1, "b": 2, "c": 1}
     assert result.total_tokens == 12
 
@@ -1069,7 +1073,9 @@ async def test_model_items_of_a_typed_list() -> None:
     assert bad.failure.exception.direction == "input"
 
 
-@pytest.mark.parametrize("state", [Num(n=1), Items.model_construct(items="abc"), Items.model_construct(items=None)], ids=repr)
+@pytest.mark.parametrize(
+    "state", [Num(n=1), Items.model_construct(items="abc"), Items.model_construct(items=None)], ids=repr
+)
 async def test_a_field_that_is_no_list(state: BaseModel) -> None:
     """map_over over what is no list fails with a message that names the field; the node is not called."""
     calls: list[Any] = []

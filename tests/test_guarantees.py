@@ -337,7 +337,7 @@ class Lying(Exception):
     status_code = "429"
     headers = 5
     response = 7
-    body: Any = [1]
+    body = 5
 
 
 def answers_nonsense(exc: Exception, context: NodeContext) -> Any:
@@ -353,7 +353,9 @@ def raises_base(exc: Exception, context: NodeContext) -> Any:
 
 
 @pytest.mark.parametrize(
-    "make", [ValueError, Mute, Prickly, Odd, Lying, lambda: ExceptionGroup("g", [Mute()])], ids=repr
+    "make",
+    [ValueError, Mute, Prickly, Odd, Lying, lambda: ExceptionGroup("g", [Mute()])],
+    ids=lambda make: make.__name__,
 )
 @pytest.mark.parametrize(
     "classifiers", [[], [raises], [answers_nonsense], [raises_base, raises, answers_nonsense]], ids=len
@@ -656,9 +658,7 @@ class Refusing:
 
 
 @pytest.mark.parametrize(("refusals", "status"), [(2, RunStatus.COMPLETED), (99, RunStatus.PARTIAL)])
-async def test_g5_a_simple_sync_store_that_raises(
-    refusals: int, status: RunStatus, no_delays: None
-) -> None:
+async def test_g5_a_simple_sync_store_that_raises(refusals: int, status: RunStatus, no_delays: None) -> None:
     """G5: a custom sync store that raises at save is tried again, and the node is called once either way."""
     func, calls = giving({"n": 7})
     result = await quick(store=Refusing(refusals)).run([node("a", func)], Num())
@@ -978,9 +978,7 @@ async def test_g7_one_event_per_attempt() -> None:
             await asyncio.Event().wait()
         return state
 
-    task = asyncio.create_task(
-        quick(hooks=NodeHooks(on_run_end=end)).run([node("a", func)] * 9, Num())
-    )
+    task = asyncio.create_task(quick(hooks=NodeHooks(on_run_end=end)).run([node("a", func)] * 9, Num()))
     await inside.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):

@@ -41,7 +41,9 @@ def _committed(database: Path) -> list[str]:
         return []
     with sqlite3.connect(database) as db:
         try:
-            rows = db.execute("SELECT node_id FROM steps WHERE branch = '' AND position >= 0 ORDER BY position")
+            rows = db.execute(
+                "SELECT node_id FROM steps WHERE branch = '' AND position >= 0 ORDER BY position"
+            )
             return [node_id for (node_id,) in rows]
         except sqlite3.OperationalError:  # Killed before the schema was committed.
             return []

@@ -65,7 +65,11 @@ def same(a: Any, b: Any) -> bool:
         return a.as_tuple() == b.as_tuple()
     if isinstance(a, dt.datetime):
         # Two zones may show the same wall clock: the zone and the fold count too.
-        return a.replace(tzinfo=None) == b.replace(tzinfo=None) and a.fold == b.fold and a.utcoffset() == b.utcoffset()
+        return (
+            a.replace(tzinfo=None) == b.replace(tzinfo=None)
+            and a.fold == b.fold
+            and a.utcoffset() == b.utcoffset()
+        )
     if isinstance(a, BaseModel):
         extra_a, extra_b = a.__pydantic_extra__ or {}, b.__pydantic_extra__ or {}
         return same(dict(vars(a)), dict(vars(b))) and same(extra_a, extra_b)
@@ -73,7 +77,7 @@ def same(a: Any, b: Any) -> bool:
         return same(vars(a), vars(b))
     if isinstance(a, dict):
         return len(a) == len(b) and all(
-            same(k, l) and same(v, w) for (k, v), (l, w) in zip(a.items(), b.items(), strict=True)
+            same(k, m) and same(v, w) for (k, v), (m, w) in zip(a.items(), b.items(), strict=True)
         )
     if isinstance(a, (list, tuple)):
         return len(a) == len(b) and all(map(same, a, b))
@@ -349,7 +353,14 @@ def test_what_cannot_be_stored_names_its_field(name: str) -> None:
 
 def test_what_would_change_its_type_is_refused() -> None:
     """A value under Any that only a declared class could restore is refused by name, never stored as something else."""
-    for value in (Colour.RED, Level.LOW, Leaf(when=dt.datetime(2026, 1, 1)), Point(1.0), Path("a"), [Colour.RED]):
+    for value in (
+        Colour.RED,
+        Level.LOW,
+        Leaf(when=dt.datetime(2026, 1, 1)),
+        Point(1.0),
+        Path("a"),
+        [Colour.RED],
+    ):
         with pytest.raises(NotSerialisable, match=r"Loose\.value"):
             schema_of(Loose).encode(Loose(value=value))
 
@@ -436,7 +447,11 @@ def test_the_fingerprint_changes_with_the_shape_only() -> None:
 
 def test_snapshots_do_not_change_with_the_model() -> None:
     """G7: a snapshot stays as it was taken, whatever becomes of the model and of what was thawed from it."""
-    for model in (Tree(leaf=Leaf(when=dt.datetime(2026, 1, 1))), Loose(value=[{"a": [1]}]), Leaf(when=dt.datetime(2026, 1, 1))):
+    for model in (
+        Tree(leaf=Leaf(when=dt.datetime(2026, 1, 1))),
+        Loose(value=[{"a": [1]}]),
+        Leaf(when=dt.datetime(2026, 1, 1)),
+    ):
         schema = schema_of(type(model))
         before = schema.state(model)
         snapshot = schema.snapshot(model)

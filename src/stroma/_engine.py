@@ -495,7 +495,7 @@ async def _tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Fa
     )
     calls = ctx.fire.on_node_failure
     if calls is not None:
-        arguments = (ctx.run_id, run.node_id, failure.exception, failure.failure_class)
+        arguments = (ctx.run_id, run.node_id, ctx.shown_error(failure.exception), failure.failure_class)
         await ctx.fire.fire("on_node_failure", calls, run.node_id, lambda: arguments)
 
 

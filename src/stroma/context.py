@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointManager, Committed, PriorUsage, RunRequest, Session
 from stroma.config import RunConfig
-from stroma.contracts import ContractRegistry, NodeContract
+from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
 from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget
 from stroma.hooks import AnyHooks, Hooks, flatten
@@ -372,6 +372,15 @@ class ReliabilityContext:
             if isinstance(shown, dict)
             else {"redacted": f"redact returned {type(shown).__name__}, not a dict"}
         )
+
+    def shown_error(self, error: BaseException) -> BaseException:
+        """A failure as hooks may see it: a violation carries the state that broke the contract."""
+        if self.config.redact is None or not isinstance(error, ContractViolation):
+            return error
+        errors = [
+            {k: v for k, v in e.items() if k != "input"} if isinstance(e, dict) else e for e in error.errors
+        ]
+        return ContractViolation(error.node_id, error.direction, self.shown(error.raw), errors)
 
     def _hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
         self.hook_failures.append(HookFailure(hook, node_id, error))

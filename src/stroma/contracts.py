@@ -76,7 +76,7 @@ class ContractViolation(Exception):
     def __init__(self, node_id: str, direction: Direction, raw: dict[str, Any], errors: list[Any]) -> None:
         super().__init__(node_id, direction, raw, errors)
         self.node_id = node_id
-        self.direction = direction
+        self.direction: Direction = direction
         self.raw = raw
         self.errors = errors
 

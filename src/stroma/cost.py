@@ -354,9 +354,14 @@ def _from_genai_prices(model: str) -> Pricer:
         return genai_prices.calc_price(usage, model_ref=model)
 
     prices = calculate(1, 1).model_price
-    unit = (prices.input_mtok or decimal.Decimal(0), prices.output_mtok or decimal.Decimal(0))
-    if all(isinstance(price, decimal.Decimal) for price in unit) and not prices.requests_kcount:
-        return _flat_price(float(unit[0]), float(unit[1]))  # type: ignore[arg-type]
+    given = prices.input_mtok or decimal.Decimal(0)
+    made = prices.output_mtok or decimal.Decimal(0)
+    if (
+        isinstance(given, decimal.Decimal)
+        and isinstance(made, decimal.Decimal)
+        and not prices.requests_kcount
+    ):
+        return _flat_price(float(given), float(made))
     # Prices in tiers, or per request, depend on the size of each call.
     return functools.lru_cache(maxsize=1024)(lambda i, o: float(calculate(i, o).total_price))
 

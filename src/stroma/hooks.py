@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import types
@@ -165,14 +166,17 @@ class Hooks:
                     raise
                 stopped = stopped or error
             except asyncio.CancelledError as error:
-                if task is not None and task.cancelling() > before:
-                    stopped = stopped or error
-                else:  # Its own stray one: nobody cancelled this task.
+                if (
+                    task is None or task.cancelling() <= before
+                ):  # Its own stray one: nobody cancelled this task.
                     self._report(event, hook, node_id, error)
             except (KeyboardInterrupt, SystemExit, GeneratorExit):
                 raise
             except BaseException as error:
                 self._report(event, hook, node_id, error)
+            if task is not None and task.cancelling() > before:
+                # Whatever the hook made of it: a cancellation is not its to swallow or to replace.
+                stopped = stopped or asyncio.CancelledError()
         if stopped is not None:
             raise stopped
 
@@ -213,7 +217,7 @@ def _bounded(awaitable: Any, limit: float | None) -> Generator[Any, Any, None]:
     timeout = asyncio.timeout(limit)
     yield from timeout.__aenter__().__await__()
     try:
-        yield from _rest(iterator, waiting_for)
+        yield from _rest(iterator, waiting_for, timeout)
     except BaseException as error:
         try:
             yield from timeout.__aexit__(type(error), error, error.__traceback__).__await__()
@@ -223,7 +227,9 @@ def _bounded(awaitable: Any, limit: float | None) -> Generator[Any, Any, None]:
     yield from timeout.__aexit__(None, None, None).__await__()
 
 
-def _rest(iterator: Generator[Any, Any, Any], waiting_for: Any) -> Generator[Any, Any, None]:
+def _rest(
+    iterator: Generator[Any, Any, Any], waiting_for: Any, timeout: asyncio.Timeout | None = None
+) -> Generator[Any, Any, None]:
     """Go on with an awaitable that has already yielded once: ``yield from`` would lose that first value."""
     try:
         while True:
@@ -233,7 +239,14 @@ def _rest(iterator: Generator[Any, Any, Any], waiting_for: Any) -> Generator[Any
                 iterator.close()
                 raise
             except BaseException as error:
+                if not hasattr(iterator, "throw"):
+                    raise
                 waiting_for = iterator.throw(error)
+                if timeout is not None and timeout.expired():
+                    # Its time is up, and it goes on awaiting.
+                    with contextlib.suppress(BaseException):
+                        iterator.close()
+                    raise
             else:
                 # What __await__ gives need not be a generator; an event loop sends nothing but None anyway.
                 waiting_for = next(iterator) if sent is None else iterator.send(sent)

@@ -51,7 +51,7 @@ FILES = {
     "package/__init__.py": "",
     "package/flows.py": "from sums import pipeline\n",
     "input.json": '\ufeff{"start": 5}',
-    "bad.json": '{\n  "start": 1,\n}\n',
+    "bad.json": '{\n  "start": 1\n  "x": 2\n}\n',
 }
 
 
@@ -120,7 +120,7 @@ def test_debug_shows_the_traceback(files):
         ('{"start": ', 2, ["INPUT is not JSON: Expecting value (line 1, column 11)"]),
         ("", 2, ["INPUT is not JSON", "no INPUT at all means {}"]),
         ("input.json", 2, ["put an @ before it: @input.json"]),
-        ("@bad.json", 2, ["bad.json is not JSON", "line 3, column 1"]),
+        ("@bad.json", 2, ["bad.json is not JSON", "line 3, column 3"]),
         ("@none.json", 4, ["there is no input file none.json"]),
         ("@.", 2, ["cannot be read: Is a directory"]),
         ("-", 2, ["stdin is not JSON"]),
@@ -186,6 +186,31 @@ def test_first_nodes_without_one_contract(files, inside, fails):
 def test_usage(inside, fails, words, told):
     """A call that cannot be meant is exit code 2 and names its help."""
     fails(inside(*words), 2, told)
+
+
+def test_a_directory_that_is_gone(stroma):
+    """A current directory that was deleted under the shell is named."""
+    code = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from stroma.cli import main; sys.exit(main(['runs']))"
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=stroma.home,
+        env=stroma.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 3
+    assert done.stderr.startswith("stroma: the current directory is gone")
+
+
+def test_no_stdin(stroma):
+    """A stdin that is closed is no empty input."""
+    line = "exec 0<&-; exec stroma run sums.py:pipeline -"
+    done = subprocess.run(
+        ["sh", "-c", line], cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
+    )
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith("stroma: there is no stdin")
 
 
 # ---------------------------------------------------------------------- the store

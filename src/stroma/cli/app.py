@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import importlib
 import io
+import os
 import sys
 import traceback
 from collections.abc import Callable
@@ -107,6 +108,14 @@ def start(argv: list[str], program: str) -> int:
 
 def _guarded(call: Callable[[], Any]) -> int:
     try:
+        try:
+            os.getcwd()
+        except FileNotFoundError as error:
+            raise Problem(
+                "the current directory is gone: it was deleted or renamed",
+                "change to another one, or to the same name again: cd .",
+                code=Code.ENVIRONMENT,
+            ) from error
         code = call()
     except (click.Abort, KeyboardInterrupt):
         err.line("stroma: stopped")

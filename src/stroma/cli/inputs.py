@@ -29,7 +29,9 @@ def read_input(given: str | None) -> tuple[bytes, str]:
     """The JSON text that INPUT stands for, and what to call it. Raises Problem."""
     if given is None:
         return b"{}", "an empty input, {}"
-    if given == "-" and sys.stdin is not None:
+    if given == "-":
+        if sys.stdin is None:
+            raise Problem("there is no stdin to read the input from: it is closed", code=Code.USAGE)
         return sys.stdin.buffer.read(), "stdin"
     if not given.startswith("@"):
         return os.fsencode(given), "INPUT"

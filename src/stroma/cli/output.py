@@ -134,8 +134,8 @@ def table(
                 text = gap + text
             else:
                 text += gap
-            parts += [(text, style) if style else text, "  "]
-        stream.line(*parts)
+            parts += ["  ", (text, style) if style else text]
+        stream.line(*parts[1:])
 
 
 def _plain(parts: Sequence[Part]) -> str:

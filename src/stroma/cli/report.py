@@ -15,7 +15,7 @@ from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
 from stroma.cli.trouble import last_frame
 from stroma.cli.words import clean, count, id_word, money, plural, span
-from stroma.cost import BudgetExceeded
+from stroma.cost import BudgetExceeded, ExecutionBudget, limits
 from stroma.failures import Failure, FailureClass, message_of
 from stroma.schemas import schema_of
 from stroma.trace import ExecutionResult, RunStatus, TraceEvent, jsonable
@@ -46,6 +46,7 @@ class Ending:
     db: Database
     stopped_by: str | None
     seconds: float
+    budget: ExecutionBudget
     earlier_tokens: int = 0
     earlier_cost_usd: float = 0.0
 
@@ -61,9 +62,28 @@ class Ending:
             return Code.OK
         if failure is None:
             return Code.INTERRUPTED
-        if isinstance(failure.exception, BudgetExceeded):
+        if self.over is not None:
             return Code.BUDGET
         return Code.ENVIRONMENT if failure.reason == "store" else Code.FAILED
+
+    @property
+    def over(self) -> BudgetExceeded | None:
+        """The limit that stopped the run, or keeps it from being tried again: a bigger one is needed to go on."""
+        failure = self.result.failure
+        if failure is None:
+            return None
+        if isinstance(failure.exception, BudgetExceeded):
+            return failure.exception
+        if failure.failure_class is FailureClass.TERMINAL:
+            return None
+        used = {
+            "tokens": self.result.total_tokens + self.earlier_tokens,
+            "cost": round(self.result.total_cost_usd + self.earlier_cost_usd, 9),
+        }
+        for dimension, limit in limits(self.budget):
+            if used.get(dimension, 0) > limit:
+                return BudgetExceeded(dimension, limit, used[dimension], failure.node_id)
+        return None
 
     # ------------------------------------------------------------------ data
 
@@ -126,6 +146,8 @@ class Ending:
             err.line(f"  why: {clean(failure.message, 1000)}")
             for line in last_frame(failure.exception, of_any=False):
                 err.line(f"  {line}")
+            if self.over not in (None, failure.exception):
+                err.line(f"  and: {self.over}")
             if debugging():
                 err.write("".join(traceback.format_exception(failure.exception)))
         err.line(
@@ -183,12 +205,12 @@ class Ending:
         failure = self.result.failure
         if not self.db.keeps:
             return f"{self.db.name} keeps nothing to go on with; give a file next time: --db FILE"
-        words = "it may work later; go on with"
+        words, over = "it may work later; go on with", self.over
         if failure is None:
             words = "go on with"
-        elif isinstance(failure.exception, BudgetExceeded):
+        elif over is not None:
             words = "go on with more"
-            if failure.exception.dimension == "latency":
+            if over.dimension == "latency":
                 words = "raise max_latency_ms in the pipeline's budget, then go on with"
         elif failure.reason == "store":
             words = "mend what the store says, then go on with"
@@ -202,8 +224,8 @@ class Ending:
     def _resume(self) -> str:
         """The command that goes on with this run, under a budget that lets it."""
         options: tuple[str, ...] = ()
-        over = self.result.failure.exception if self.result.failure is not None else None
-        if isinstance(over, BudgetExceeded):
+        over = self.over
+        if over is not None:
             room = max(2 * over.limit, 1.5 * over.actual) or 1.0
             if over.dimension == "tokens":
                 options = ("--budget-tokens", f"{room:.0f}")
