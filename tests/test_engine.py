@@ -990,7 +990,7 @@ class Answer(Exception):
         ({"Retry_After": "17"}, 17, 17),
         ({"retry_after_ms": "1500"}, 1.5, 1.5),
         ({"retry_after_ms": "1500", "retry_after": "9"}, 1.5, 1.5),
-        ({"Retry_After": format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)}, 40, 60),
+        ({"Retry_After": "in a minute"}, 40, 60),
         ({"Retry_After": "yesterday"}, 0, 0),
         ({"Retry_After": "nan"}, 0, 0),
         ({"Retry_After": "-5"}, 0, 0),
@@ -1002,6 +1002,8 @@ async def test_retry_after_is_obeyed(
     headers: dict[str, str], least: float, most: float, delays: list[float]
 ) -> None:
     """The delay is at least what the server says: in seconds, milliseconds or as an HTTP date; nonsense is no wish."""
+    if headers == {"Retry_After": "in a minute"}:
+        headers = {"Retry_After": format_datetime(datetime.now(UTC) + timedelta(seconds=60), usegmt=True)}
     func, _ = raising(Answer(429, **headers))
     result = await quick().run([node("a", func)], Num())
     assert result.status is RunStatus.COMPLETED

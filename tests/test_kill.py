@@ -7,6 +7,8 @@ import sqlite3
 import sys
 import time
 from collections import Counter
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from pathlib import Path
 
 import stroma
@@ -17,22 +19,30 @@ ROUNDS = 50
 AT_ONCE = 4
 
 
-async def _start(database: Path, side: Path) -> asyncio.subprocess.Process:
+@asynccontextmanager
+async def _child(database: Path, side: Path) -> AsyncIterator[asyncio.subprocess.Process]:
+    """A child that has imported everything and is about to begin; dead at the end, whatever happens here."""
     child = await asyncio.create_subprocess_exec(
         sys.executable,
         str(CHILD),
         str(database),
         str(side),
+        stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
         env={"PYTHONPATH": str(Path(stroma.__file__).parent.parent), "PATH": ""},
     )
-    assert child.stdout is not None
-    line = await child.stdout.readline()
-    if line != b"ready\n":
-        _, errors = await child.communicate()
-        raise AssertionError(errors.decode())
-    return child
+    try:
+        assert child.stdout is not None
+        line = await child.stdout.readline()
+        if line != b"ready\n":
+            _, errors = await child.communicate()
+            raise AssertionError(errors.decode())
+        yield child
+    finally:
+        if child.returncode is None:
+            child.kill()
+            await child.communicate()
 
 
 def _committed(database: Path) -> list[str]:
@@ -60,13 +70,13 @@ async def _round(folder: Path, delay: float) -> bool:
     """Kill a run, resume it, check it. Returns whether the kill came before the run's end."""
     folder.mkdir()
     database, side = folder / "runs.db", folder / "side"
-    child = await _start(database, side)
-    await asyncio.sleep(delay)
-    try:
-        child.send_signal(signal.SIGKILL)
-    except ProcessLookupError:
-        pass
-    out, _ = await child.communicate()
+    async with _child(database, side) as child:
+        await asyncio.sleep(delay)
+        try:
+            child.send_signal(signal.SIGKILL)
+        except ProcessLookupError:
+            pass
+        out, _ = await child.communicate()
     killed = child.returncode == -signal.SIGKILL and b"COMPLETED" not in out
     before, kept = _calls(side), await asyncio.to_thread(_committed, database)
     # Commits are a prefix of the pipeline, and nothing was called beyond the one node in flight.
@@ -74,8 +84,8 @@ async def _round(folder: Path, delay: float) -> bool:
     assert set(before.values()) <= {1}
     assert len(before) <= len(kept) + 1
 
-    child = await _start(database, side)
-    out, errors = await child.communicate()
+    async with _child(database, side) as child:
+        out, errors = await child.communicate()
     assert child.returncode == 0, errors.decode()
     # "COMPLETED" if the run was not even begun when the kill came.
     assert out in ((b"RESUMED\n",) if kept else (b"RESUMED\n", b"COMPLETED\n"))
@@ -93,11 +103,10 @@ async def _round(folder: Path, delay: float) -> bool:
 async def test_g5_killed_at_random_instants(tmp_path: Path) -> None:
     """G5: killed with SIGKILL at 50 random instants, a run resumes with every node committed once and none run again."""
     # How long a whole run takes here, from "ready" on, sets the range of instants.
-    began = time.perf_counter()
-    first = await _start(tmp_path / "measure.db", tmp_path / "measure")
-    began = time.perf_counter()
-    await first.communicate()
-    whole = time.perf_counter() - began
+    async with _child(tmp_path / "measure.db", tmp_path / "measure") as child:
+        began = time.perf_counter()
+        await child.communicate()
+        whole = time.perf_counter() - began
 
     draw = random.Random(20)
     gate = asyncio.Semaphore(AT_ONCE)
@@ -107,6 +116,8 @@ async def test_g5_killed_at_random_instants(tmp_path: Path) -> None:
         async with gate:
             return await _round(tmp_path / str(number), delay)
 
-    killed = sum(await asyncio.gather(*[one(number) for number in range(ROUNDS)]))
+    async with asyncio.TaskGroup() as tasks:
+        rounds = [tasks.create_task(one(number)) for number in range(ROUNDS)]
+    killed = sum(task.result() for task in rounds)
     print(f"{killed} of {ROUNDS} runs were killed before their end")
     assert killed >= 40

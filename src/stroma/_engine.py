@@ -39,7 +39,7 @@ from stroma.failures import (
     policy_for,
 )
 from stroma.hooks import HookNotAsync
-from stroma.nodes import Group, Node
+from stroma.nodes import Group, Node, Plan
 from stroma.schemas import NotSerialisable, Schema, Snapshot, schema_of
 from stroma.trace import NO_USAGE, AttemptUsage, Outcome, Row, RunStatus
 
@@ -135,6 +135,7 @@ async def execute(
                 return Halt(outcome)
             delay = decision.delay_seconds
             run.last_failure = outcome
+            run.usage = NO_USAGE
             if ctx.fire.on_node_retry is not None:
                 arguments = (ctx.run_id, node.node_id, run.attempt + 1, delay, outcome.failure_class)
                 await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)  # noqa: B023
@@ -165,21 +166,17 @@ def _remember(ctx: ReliabilityContext, position: int, branch: str, output: BaseM
 
 def _plan(
     ctx: ReliabilityContext, node: Node | Group, value: BaseModel, contract: NodeContract[Any, Any] | None
-) -> tuple[Schema | None, Schema]:
+) -> Plan:
     """What the input and the output must satisfy; no input schema: the state passes unvalidated."""
     if isinstance(node, Group):
-        return None, schema_of(node.output(ctx, value))
-    found = contract or ctx.contract_of(node)
+        return None, schema_of(node.output(ctx, value)), None
+    found = contract or ctx.registry.find(node.node_id) or node.contract
     if found is None:
-        return None, schema_of(Kept)
-    # Looking schemas up is a tenth of the engine's time: the node keeps them while they are the same.
+        return None, schema_of(Kept), None
+    # Looking schemas up is a tenth of the engine's time: the node keeps them while contract and classes are the same.
     plan = node.plan[0]
-    if (
-        plan is None
-        or plan[0].validator is not found.input_schema.__pydantic_validator__
-        or plan[1].validator is not found.output_schema.__pydantic_validator__
-    ):
-        plan = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema)
+    if plan is None or plan[2] is not found or plan[0].stale or plan[1].stale:
+        plan = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
     return plan
 
 
@@ -215,16 +212,14 @@ async def _attempt(
     ctx: ReliabilityContext,
     run: NodeExecution,
     node: Node | Group,
-    plan: tuple[Schema | None, Schema],
+    plan: Plan,
     value: BaseModel,
 ) -> BaseModel | Failure | Halt:
     # No closures in here: each variable that one captures makes every use of it slower.
-    given, promised = plan
+    given, promised, _ = plan
     fire = ctx.fire
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
-    run.usage = NO_USAGE
-    started = perf_counter_ns() + ctx.epoch_ns
     try:
         if given is not None:
             state, picture = given.take(value, run.compact)
@@ -233,9 +228,9 @@ async def _attempt(
     except Exception as broken:
         raw = _raw_picture(value)
         violation = as_violation(run.node_id, "input", raw, broken)
-        return await _fail(ctx, run, violation, started, 0, raw)
+        return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
     if fire.on_node_start is not None:
-        await _fire_start(ctx, run, state, started, picture)
+        await _fire_start(ctx, run, state, picture)
 
     # ---- the call
     raised: BaseException | None = None
@@ -253,11 +248,13 @@ async def _attempt(
     except BaseException as error:
         duration = _ended(run, node, begin)
         if _passes_through(error, task, cancelling):
-            await _abandon(ctx, run, started, duration, picture, error)
+            await _abandon(ctx, run, begin, duration, picture, error)
             raise
         raised = error
     else:
-        duration = _ended(run, node, begin)
+        duration = perf_counter_ns() - begin
+        if run.parent is not None or type(node) is not Node:
+            duration = _ended(run, node, begin)
 
     # ---- usage, at once: it is spent whatever becomes of the output
     bad_usage: UsageError | None = None
@@ -272,14 +269,14 @@ async def _attempt(
     if not run.branch:  # A group's own wall time counts that of its children.
         ctx.cost_tracker.take(duration)
     if raised is not None:
-        return await _fail(ctx, run, raised, started, duration, picture, cancelled=cancelled)
+        return await _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
 
     # ---- the output
     try:
         model, kept = promised.give(output, run.compact)
     except Exception as broken:
         violation = as_violation(run.node_id, "output", output, broken)
-        return await _fail(ctx, run, violation, started, duration, picture, cancelled=cancelled)
+        return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
@@ -290,7 +287,7 @@ async def _attempt(
         failure = diagnose(over, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
 
     # ---- the commit: from here on the output is safe from budgets, hooks and cancellation
-    row = _row(run, started, duration, picture, kept, failure, "success" if failure is None else "failure")
+    row = _row(run, begin, duration, picture, kept, failure, "success" if failure is None else "failure")
     pending: Awaitable[None] | Exception | None
     try:
         pending = ctx.session.record(row, promised, model)
@@ -300,7 +297,7 @@ async def _attempt(
         problem, late = await _settle(ctx, row, promised, model, pending)
         cancelled = cancelled or late
         if problem is not None:
-            return await _fail(ctx, run, problem, started, duration, picture, cancelled=cancelled)
+            return await _fail(ctx, run, problem, begin, duration, picture, cancelled=cancelled)
     run.rows.append(row)
     if not run.branch:
         ctx.last_state = model
@@ -340,7 +337,7 @@ def _raw_picture(value: Any) -> dict[str, Any]:
 
 def _row(
     run: NodeExecution,
-    started: int,
+    begin: int,
     duration: int,
     picture: Snapshot,
     kept: Snapshot | None,
@@ -350,7 +347,7 @@ def _row(
     return (
         run.node_id,
         run.attempt,
-        started,
+        begin + run.ctx.epoch_ns,
         duration,
         picture,
         kept,
@@ -367,7 +364,7 @@ async def _fail(
     ctx: ReliabilityContext,
     run: NodeExecution,
     exc: BaseException,
-    started: int,
+    begin: int,
     duration: int,
     picture: Snapshot,
     *,
@@ -395,7 +392,7 @@ async def _fail(
                 exc, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
             )
             halt = Halt(failure, partial=True)
-    row = _row(run, started, duration, picture, None, failure, "failure")
+    row = _row(run, begin, duration, picture, None, failure, "failure")
     run.rows.append(row)
     if not (halt is not None and failure.reason == "store"):
         problem, late = await _record(ctx, row)
@@ -423,7 +420,7 @@ def _may_repair(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -
 async def _abandon(
     ctx: ReliabilityContext,
     run: NodeExecution,
-    started: int,
+    begin: int,
     duration: int,
     picture: Snapshot,
     why: BaseException,
@@ -434,14 +431,14 @@ async def _abandon(
     ``reached``: how many sets of hooks saw the start; None for all.
     """
     if isinstance(why, GeneratorExit):  # The coroutine is being closed: nothing may be awaited any more.
-        run.rows.append(_row(run, started, duration, picture, None, None, "cancelled"))
+        run.rows.append(_row(run, begin, duration, picture, None, None, "cancelled"))
         return
     if run.has_reported:
         await _price(ctx, run)
         ctx.cost_tracker.spend(run.usage.tokens, run.usage.cost_usd)
     if not run.branch:
         ctx.cost_tracker.take(duration)
-    row = _row(run, started, duration, picture, None, None, "cancelled")
+    row = _row(run, begin, duration, picture, None, None, "cancelled")
     run.rows.append(row)
     await _record(ctx, row)
     calls = ctx.fire.on_node_cancelled
@@ -452,8 +449,9 @@ async def _abandon(
 
 
 async def _fire_start(
-    ctx: ReliabilityContext, run: NodeExecution, state: BaseModel, started: int, picture: Snapshot
+    ctx: ReliabilityContext, run: NodeExecution, state: BaseModel, picture: Snapshot
 ) -> None:
+    begin = perf_counter_ns()
     schema = schema_of(type(state))
     calls = ctx.fire.on_node_start
     assert calls is not None
@@ -467,7 +465,7 @@ async def _fire_start(
     except BaseException as stopped:
         # The sets that saw the start see the end.
         reached = stopped.set_index if isinstance(stopped, HookNotAsync) else None
-        await _abandon(ctx, run, started, 0, picture, stopped, reached)
+        await _abandon(ctx, run, begin, 0, picture, stopped, reached)
         raise
 
 

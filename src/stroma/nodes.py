@@ -6,7 +6,7 @@ import functools
 import inspect
 from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar, overload
 
 from pydantic import BaseModel
 
@@ -60,6 +60,10 @@ class NodeDecorator(Protocol, Generic[In, Out]):
     ) -> Callable[[In, dict[str, Any]], Loose]: ...
 
 
+#: The schemas of input (None: not validated) and output, and the contract that they are of.
+Plan: TypeAlias = "tuple[Schema | None, Schema, NodeContract[Any, Any] | None]"
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class Node:
     """One function with an id. Inspected once, when it is made.
@@ -74,8 +78,10 @@ class Node:
     contract: NodeContract[Any, Any] | None
     wants_context: bool
     is_async: bool
-    #: The engine's note of the contract's schemas, (input, output), kept from run to run: a cell, since this is frozen.
-    plan: list[tuple[Schema, Schema] | None] = field(default_factory=lambda: [None], repr=False)
+    #: The engine's note of the contract's schemas, kept from run to run: a cell, since this is frozen.
+    plan: list[tuple[Schema, Schema, NodeContract[Any, Any]] | None] = field(
+        default_factory=lambda: [None], repr=False
+    )
 
     def call(self, state: BaseModel, context: dict[str, Any]) -> Any:
         """Call the function as it wants to be called. Only the engine does, and a group that is called by hand."""

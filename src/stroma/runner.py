@@ -341,10 +341,12 @@ class _Run:
         ctx = self.ctx
         if self.start:
             await self._skip_to(self.start)
+        state = self.state
         for position in range(self.start or 0, len(self.nodes)):
-            outcome = await execute(ctx, self.nodes[position], self.state, position)
+            outcome = await execute(ctx, self.nodes[position], state, position)
             if isinstance(outcome, Halt):
                 return outcome.failure, outcome.status
+            state = outcome
         return None, RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
 
     async def _end(self, status: RunStatus, failure: Failure | None) -> ExecutionResult:

@@ -22,6 +22,7 @@ import functools
 import hashlib
 import json
 import math
+import operator
 import pathlib
 import re
 import uuid
@@ -155,6 +156,7 @@ class Schema:
         "_source",
         "_source_model",
         "_to_json",
+        "_values",
         "any",
         "flat",
         "model",
@@ -180,6 +182,7 @@ class Schema:
         #: Field names in order, as a flat snapshot holds their values.
         self.names: Final = tuple(fields)
         self._size = len(fields)
+        self._values = _picker(self.names)
         simple = not (self._excluded or self._extra or self.root)
         self.flat: Final = (
             simple
@@ -256,6 +259,11 @@ class Schema:
             return lambda raw: cast("BaseModel", run(raw, by_alias=True, by_name=True))
         return run
 
+    @property
+    def stale(self) -> bool:
+        """Whether ``model_rebuild`` has changed the class since."""
+        return self.validator is not self.model.__pydantic_validator__
+
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when the fields, their types or their constraints do."""
@@ -328,23 +336,22 @@ class Schema:
     def take(self, value: BaseModel, compact: bool) -> tuple[BaseModel, Snapshot]:
         """A node's input from the state before it, and its picture: a snapshot if ``compact``, else a plain dict."""
         state = self.cross(value)
-        fields = state.__dict__
-        if self.flat and compact and len(fields) == self._size:
-            return state, tuple(fields.values())
+        if self.flat and compact:
+            return state, self._values(state.__dict__)
         return state, self.snapshot(state) if compact else self.state(state)
 
     def give(self, output: Any, compact: bool) -> tuple[BaseModel, Snapshot]:
         """A node's validated output from what it returned, and its picture. Raises what validators raise."""
-        # A model is taken apart first: it may have been made without validation, or changed since.
-        if isinstance(output, BaseModel) and not self.any:
+        # A model is taken apart first: it may have been made without validation, or changed since. (Most outputs are
+        # dicts, and pydantic takes its time over isinstance.)
+        if type(output) is not dict and isinstance(output, BaseModel) and not self.any:
             model = self.cross(output)
         else:
             model = self.validate(output)
             if self._shares:
                 model = self.own(model)
-        fields = model.__dict__
-        if self.flat and compact and len(fields) == self._size:
-            return model, tuple(fields.values())
+        if self.flat and compact:
+            return model, self._values(model.__dict__)
         return model, self.snapshot(model) if compact else self.state(model)
 
     def _remember(self, model: type[BaseModel]) -> Schema:
@@ -355,9 +362,11 @@ class Schema:
 
     def snapshot(self, model: BaseModel) -> Snapshot:
         """An immutable picture of a state, cheap to take; :meth:`thaw` makes a dict of it."""
-        # A cached_property lives in __dict__ too.
-        if self.flat and len(model.__dict__) == self._size:
-            return tuple(model.__dict__.values())
+        if self.flat:
+            try:
+                return self._values(model.__dict__)
+            except KeyError:  # Made without validation, and without some fields.
+                return self.state(model)
         try:
             return self.encode(model)
         except NotSerialisable:
@@ -476,6 +485,13 @@ def _reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> set
                 else:
                     kinds.add("model")
     return kinds
+
+
+def _picker(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+    """What makes a tuple of the named values: by name, since a cached_property lives in __dict__ too."""
+    if len(names) > 1:
+        return operator.itemgetter(*names)
+    return lambda values: tuple(values[name] for name in names)
 
 
 def schema_of(model: type[BaseModel]) -> Schema:

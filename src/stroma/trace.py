@@ -128,41 +128,37 @@ class TraceEvent:
 class ExecutionTrace:
     """The events of one run, in the order in which attempts ended. ``len`` and iteration see the top level."""
 
-    __slots__ = ("_rows", "_schemas", "run_id")
+    __slots__ = ("_schemas", "rows", "run_id")
 
     def __init__(self, run_id: str = "") -> None:
         self.run_id = run_id
-        self._rows: list[Row | TraceEvent] = []
+        #: The rows as the engine keeps them, and events in place of those that somebody has looked at.
+        self.rows: list[Row | TraceEvent] = []
         # Which schemas the snapshots of a node's rows are read with.
-        self._schemas: dict[str, tuple[Schema | None, Schema]] = {}
+        self._schemas: dict[str, tuple[Schema | None, Schema, object]] = {}
 
     def append(self, event: TraceEvent) -> None:
         """Add an event; the very object is kept."""
-        self._rows.append(event)
+        self.rows.append(event)
 
-    @property
-    def rows(self) -> list[Row | TraceEvent]:
-        """The rows as the engine keeps them."""
-        return self._rows
-
-    def adopt(self, node_id: str, schemas: tuple[Schema | None, Schema]) -> bool:
+    def adopt(self, node_id: str, schemas: tuple[Schema | None, Schema, object]) -> bool:
         """Note how a node's snapshots are to be read.
 
         False if the node id already stands for other schemas here; its rows must then keep plain dicts.
         """
         known = self._schemas.setdefault(node_id, schemas)
-        return known is schemas or known == schemas
+        return known is schemas or known[:2] == schemas[:2]
 
     def copy(self) -> ExecutionTrace:
         """A trace of its own with the same events: what is appended to or built in one is not seen in the other."""
         twin = ExecutionTrace(self.run_id)
-        twin._rows = _copy_rows(self._rows)
+        twin.rows = _copy_rows(self.rows)
         twin._schemas = self._schemas.copy()
         return twin
 
     def figures(self) -> Iterator[tuple[str, int, int, float, int, str | None]]:
         """(node id, tokens, output tokens, USD, ns, model) of every attempt that the engine recorded, in groups too."""
-        stack: list[Row | TraceEvent] = list(reversed(self._rows))
+        stack: list[Row | TraceEvent] = list(reversed(self.rows))
         while stack:
             row = stack.pop()
             if isinstance(row, TraceEvent):
@@ -204,10 +200,10 @@ class ExecutionTrace:
 
     @property
     def _events(self) -> list[TraceEvent]:
-        return self._build(self._rows)
+        return self._build(self.rows)
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return len(self.rows)
 
     def __iter__(self) -> Iterator[TraceEvent]:
         return iter(self._events)
