@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import uuid
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
@@ -18,7 +18,7 @@ __all__ = ["RunConfig", "new_run_id"]
 
 def new_run_id() -> str:
     """A fresh id: 32 hexadecimal digits."""
-    return uuid.uuid4().hex
+    return os.urandom(16).hex()
 
 
 class RunConfig(BaseModel):

@@ -31,41 +31,43 @@ class _Run:
     status: str = "RUNNING"
 
 
+_NOTHING_RESTORED: Mapping[tuple[int, str], Committed] = {}
+_NOTHING_SPENT = PriorUsage()
+
+
 class _MemorySession:
     __slots__ = ("_kept", "_run", "_spent", "continued", "execution", "prior", "restored")
+
+    restored: Mapping[tuple[int, str], Committed]
 
     def __init__(self, run: _Run, request: RunRequest) -> None:
         given = request.schema.snapshot(request.initial_state)
         self.continued = request.resume and run.execution > 0
         if self.continued:
-            if request.discard_from is None and run.input != given:
-                raise PipelineChanged(
-                    f"run {request.run_id!r} was started with another input; give it the same one, or another run id"
-                )
-            if request.discard_from is not None:
-                first = request.discard_from
-                run.kept = {
-                    k: v for k, v in run.kept.items() if isinstance(k, str) or _position(k)[0] < first
-                }
+            self._continue(run, request, given)
         else:
             run.execution += 1
             # What was saved by hand belongs to no execution.
-            run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str)}
+            run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str)} if run.kept else {}
             run.spent, run.input = [], given
+            self.restored, self.prior = _NOTHING_RESTORED, _NOTHING_SPENT
         run.status = "RUNNING"
         self.execution = run.execution
-        self._run = run
-        self._kept = run.kept
-        self._spent = run.spent
-        self.restored: Mapping[tuple[int, str], Committed] = (
-            {
-                _position(key): Committed(node_id, snapshot, schema.fingerprint)
-                for key, (node_id, schema, snapshot) in run.kept.items()
-                if not isinstance(key, str)
-            }
-            if self.continued
-            else {}
-        )
+        self._run, self._kept, self._spent = run, run.kept, run.spent
+
+    def _continue(self, run: _Run, request: RunRequest, given: Snapshot) -> None:
+        first = request.discard_from
+        if first is not None:
+            run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str) or _position(k)[0] < first}
+        elif run.input != given:
+            raise PipelineChanged(
+                f"run {request.run_id!r} was started with another input; give it the same one, or another run id"
+            )
+        self.restored = {
+            _position(key): Committed(node_id, snapshot, schema.fingerprint)
+            for key, (node_id, schema, snapshot) in run.kept.items()
+            if not isinstance(key, str)
+        }
         used = [usage for row in run.spent if (usage := row[USAGE]) is not None]
         self.prior = PriorUsage(
             sum(usage.tokens for usage in used),
