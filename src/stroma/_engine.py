@@ -93,10 +93,13 @@ async def execute(
     kind: Kind = "node",
     parent: NodeExecution | None = None,
     contract: NodeContract[Any, Any] | None = None,
+    cancelling: int = 0,
 ) -> BaseModel | Halt:
     """Run a node at one position until it is committed or has stopped for good.
 
-    ``contract`` wins over the registry, the registry over the marker. The output is committed when this returns it.
+    ``contract`` wins over the registry, the registry over the marker. ``cancelling``: the running task's count of
+    cancellations when the driver began (0 in a task of its own), to tell a new one from a node's stray
+    CancelledError. The output is committed when this returns it.
     Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync come out as exceptions, StoreError if what the
     journal holds of this position does not fit; all else is a Halt.
     """
@@ -112,7 +115,7 @@ async def execute(
     rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
     run = NodeExecution(ctx, node.node_id, kind, position, branch, rows)
     # Rows hold encoded snapshots where the trace knows the schemas that read them.
-    run.compact = plan[0] is not None and ctx.trace.adopt(node.node_id, plan)
+    run.compact = ctx.trace.adopt(node.node_id, plan)
     if parent is not None:
         run.parent = parent
     token = CURRENT.set(run)
@@ -124,7 +127,7 @@ async def execute(
                 if exceeded is not None:
                     # Earlier attempts, siblings or processes have spent it: the next call is never made.
                     return _refused(run, exceeded)
-            outcome = await _attempt(ctx, run, node, plan, value)
+            outcome = await _attempt(ctx, run, node, plan, value, cancelling)
             if not isinstance(outcome, Failure):
                 if ctx.step_policies and isinstance(outcome, BaseModel):
                     _remember(ctx, position, branch, outcome)
@@ -175,7 +178,13 @@ def _plan(
         return None, schema_of(Kept), None
     # Looking schemas up is a tenth of the engine's time: the node keeps them while contract and classes are the same.
     plan = node.plan[0]
-    if plan is None or plan[2] is not found or plan[0].stale or plan[1].stale:
+    if (
+        plan is None
+        or plan[2] is not found
+        # model_rebuild() gives a class another validator. (Asked here, not in a method: it is asked for every node.)
+        or plan[0].validator is not plan[0].model.__pydantic_validator__
+        or plan[1].validator is not plan[1].model.__pydantic_validator__
+    ):
         plan = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
     return plan
 
@@ -214,12 +223,11 @@ async def _attempt(
     node: Node | Group,
     plan: Plan,
     value: BaseModel,
+    cancelling: int,
 ) -> BaseModel | Failure | Halt:
     # No closures in here: each variable that one captures makes every use of it slower.
     given, promised, _ = plan
     fire = ctx.fire
-    task = asyncio.current_task()
-    cancelling = task.cancelling() if task is not None else 0
     try:
         if given is not None:
             state, picture = given.take(value, run.compact)
@@ -247,7 +255,7 @@ async def _attempt(
             output = await _call(ctx, run, node, state)
     except BaseException as error:
         duration = _ended(run, node, begin)
-        if _passes_through(error, task, cancelling):
+        if _passes_through(error, cancelling):
             await _abandon(ctx, run, begin, duration, picture, error)
             raise
         raised = error
@@ -261,13 +269,13 @@ async def _attempt(
     cancelled = False
     if type(output) is tuple:
         output, bad_usage = _count_returned(run, output)
-    if run.has_reported:
+    if run.reported is not None:
         cancelled, unpriced = await _price(ctx, run)
         bad_usage = bad_usage or unpriced
     if run.usage is not NO_USAGE:
         ctx.cost_tracker.spend(run.usage.tokens, run.usage.cost_usd)
     if not run.branch:  # A group's own wall time counts that of its children.
-        ctx.cost_tracker.take(duration)
+        ctx.cost_tracker.latency_ns += duration
     if raised is not None:
         return await _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
 
@@ -287,7 +295,13 @@ async def _attempt(
         failure = diagnose(over, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
 
     # ---- the commit: from here on the output is safe from budgets, hooks and cancellation
-    row = _row(run, begin, duration, picture, kept, failure, "success" if failure is None else "failure")
+    if failure is None and run.usage is NO_USAGE:  # What _row would give, without its call and its questions.
+        row: Row = (
+            run.node_id, run.attempt, begin + ctx.epoch_ns, duration, picture, kept,
+            "success", None, None, run.position, run.branch, run.children,
+        )  # fmt: skip
+    else:
+        row = _row(run, begin, duration, picture, kept, failure, "success" if failure is None else "failure")
     pending: Awaitable[None] | Exception | None
     try:
         pending = ctx.session.record(row, promised, model)
@@ -433,11 +447,11 @@ async def _abandon(
     if isinstance(why, GeneratorExit):  # The coroutine is being closed: nothing may be awaited any more.
         run.rows.append(_row(run, begin, duration, picture, None, None, "cancelled"))
         return
-    if run.has_reported:
+    if run.reported is not None:
         await _price(ctx, run)
         ctx.cost_tracker.spend(run.usage.tokens, run.usage.cost_usd)
     if not run.branch:
-        ctx.cost_tracker.take(duration)
+        ctx.cost_tracker.latency_ns += duration
     row = _row(run, begin, duration, picture, None, None, "cancelled")
     run.rows.append(row)
     await _record(ctx, row)
@@ -587,12 +601,13 @@ async def _in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
     return await done
 
 
-def _passes_through(error: BaseException, task: asyncio.Task[Any] | None, cancelling: int) -> bool:
+def _passes_through(error: BaseException, cancelling: int) -> bool:
     """Whether an exception is not a failure of the node but the end of this run or process."""
     if isinstance(error, Exception):
         return isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint))
     if isinstance(error, asyncio.CancelledError):
         # One that the node raised itself, while nobody cancels its task, is a failure like any other.
+        task = asyncio.current_task()
         return task is None or task.cancelling() > cancelling
     return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
 

@@ -11,7 +11,8 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from datetime import UTC
 from typing import Any, Final, Literal
 
 __all__ = ["Verdict", "read_provider_error", "retry_after_seconds"]
@@ -28,64 +29,143 @@ class Verdict:
     retry_after: float | None = None
 
 
-_STATUS: Final[dict[int, tuple[ClassName, str]]] = {
-    400: ("TERMINAL", "bad_request"),
-    401: ("TERMINAL", "auth"),
-    402: ("TERMINAL", "quota"),
-    403: ("TERMINAL", "permission"),
-    404: ("TERMINAL", "not_found"),
-    408: ("RECOVERABLE", "timeout"),
-    409: ("RECOVERABLE", "conflict"),
-    413: ("TERMINAL", "too_large"),
-    422: ("TERMINAL", "bad_request"),
-    425: ("RECOVERABLE", "too_early"),
-    429: ("RECOVERABLE", "rate_limit"),
-    503: ("RECOVERABLE", "overloaded"),
-    529: ("RECOVERABLE", "overloaded"),
+_BAD_REQUEST: Final = Verdict("TERMINAL", "bad_request")
+_AUTH: Final = Verdict("TERMINAL", "auth")
+_PERMISSION: Final = Verdict("TERMINAL", "permission")
+_QUOTA: Final = Verdict("TERMINAL", "quota")
+_NOT_FOUND: Final = Verdict("TERMINAL", "not_found")
+_TOO_LARGE: Final = Verdict("TERMINAL", "too_large")
+_CONTEXT: Final = Verdict("TERMINAL", "context_length")
+_CONTENT: Final = Verdict("TERMINAL", "content_policy")
+_TIMEOUT: Final = Verdict("RECOVERABLE", "timeout")
+_CONNECTION: Final = Verdict("RECOVERABLE", "connection")
+_CONFLICT: Final = Verdict("RECOVERABLE", "conflict")
+_RATE_LIMIT: Final = Verdict("RECOVERABLE", "rate_limit")
+_OVERLOADED: Final = Verdict("RECOVERABLE", "overloaded")
+_SERVER: Final = Verdict("RECOVERABLE", "server_error")
+
+_STATUS: Final[dict[int, Verdict]] = {
+    400: _BAD_REQUEST,
+    401: _AUTH,
+    402: _QUOTA,
+    403: _PERMISSION,
+    404: _NOT_FOUND,
+    408: _TIMEOUT,
+    409: _CONFLICT,
+    413: _TOO_LARGE,
+    422: _BAD_REQUEST,
+    425: Verdict("RECOVERABLE", "too_early"),
+    429: _RATE_LIMIT,
+    503: _OVERLOADED,
+    504: _TIMEOUT,
+    529: _OVERLOADED,
 }
-#: Codes and types in a provider's error body that say more than its status does.
-_CODES: Final[dict[str, tuple[ClassName, str]]] = {
-    "insufficient_quota": ("TERMINAL", "quota"),
-    "billing_hard_limit_reached": ("TERMINAL", "quota"),
-    "billing_error": ("TERMINAL", "quota"),
-    "context_length_exceeded": ("TERMINAL", "context_length"),
-    "string_above_max_length": ("TERMINAL", "context_length"),
-    "content_filter": ("TERMINAL", "content_policy"),
-    "content_policy_violation": ("TERMINAL", "content_policy"),
-    "overloaded_error": ("RECOVERABLE", "overloaded"),
-    "rate_limit_error": ("RECOVERABLE", "rate_limit"),
-    "rate_limit_exceeded": ("RECOVERABLE", "rate_limit"),
-    "authentication_error": ("TERMINAL", "auth"),
-    "permission_error": ("TERMINAL", "permission"),
-    "api_error": ("RECOVERABLE", "server_error"),
-    "timeout_error": ("RECOVERABLE", "timeout"),
+#: Codes and types in the body that say more than the status does, whichever that is.
+_CODES: Final[dict[str, Verdict]] = {
+    "insufficient_quota": _QUOTA,
+    "billing_hard_limit_reached": _QUOTA,
+    "billing_error": _QUOTA,
+    "contract_spend_limit_reached": _QUOTA,
+    "enforced_spend_limit_reached": _QUOTA,
+    "linked_organization_spend_limit_reached": _QUOTA,
+    "ServiceQuotaExceededException": _QUOTA,
+    "context_length_exceeded": _CONTEXT,
+    "string_above_max_length": _CONTEXT,
+    "content_filter": _CONTENT,
+    "content_policy_violation": _CONTENT,
+    "moderation_blocked": _CONTENT,
+    "overloaded_error": _OVERLOADED,
+    # Some of AWS's services say these with status 400.
+    "Throttling": _RATE_LIMIT,
+    "ThrottlingException": _RATE_LIMIT,
+    "TooManyRequestsException": _RATE_LIMIT,
 }
-#: Without a status: the root package and the name of a class among the exception's bases.
-_TIMEOUTS: Final = frozenset(
-    {"APITimeoutError", "TimeoutException", "ReadTimeout", "ConnectTimeout", "ServerTimeoutError", "Timeout"}
+#: Those that only matter where there is no status that says something: an error inside a stream that began with 200.
+_STREAMED: Final[dict[str, Verdict]] = {
+    "rate_limit_error": _RATE_LIMIT,
+    "rate_limit_exceeded": _RATE_LIMIT,
+    "server_error": _SERVER,
+    "api_error": _SERVER,
+    "timeout_error": _TIMEOUT,
+    "conflict_error": _CONFLICT,
+    "invalid_api_key": _AUTH,
+    "authentication_error": _AUTH,
+    "permission_error": _PERMISSION,
+    "not_found_error": _NOT_FOUND,
+    "request_too_large": _TOO_LARGE,
+    "invalid_request_error": _BAD_REQUEST,
+}
+#: What a bad request is about where only its prose tells. It is TERMINAL either way: new words cost a good reason,
+#: never the class.
+_PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
+    ("prompt is too long", _CONTEXT),
+    ("input is too long", _CONTEXT),
+    ("context length", _CONTEXT),
+    ("context limit", _CONTEXT),
+    ("context window", _CONTEXT),
+    ("maximum number of tokens", _CONTEXT),
+    ("content filtering policy", _CONTENT),
+    ("content management policy", _CONTENT),
+    ("content policy", _CONTENT),
+    ("credit balance is too low", _QUOTA),
 )
-_CONNECTIONS: Final = frozenset(
-    {
-        "APIConnectionError",
-        "TransportError",
-        "ConnectionError",
-        "ClientConnectionError",
-        "ChunkedEncodingError",
-    }
-)
+#: The statuses of gRPC, as Google's HTTP interfaces translate them.
+_GRPC: Final = {
+    "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
+    "OUT_OF_RANGE": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "UNIMPLEMENTED": 404,
+    "ABORTED": 409,
+    "RESOURCE_EXHAUSTED": 429,
+    "INTERNAL": 500,
+    "UNKNOWN": 500,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+#: Without a status: the names of an exception's bases that come from a client's package. The first match counts.
 _CLIENTS: Final = frozenset(
-    {"openai", "anthropic", "httpx", "httpx2", "httpcore", "httpcore2", "requests", "aiohttp", "urllib3"}
-)
-#: Subclasses of a transport error that no second try mends.
-_LASTING: Final = frozenset(
-    {"UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "MissingSchema", "InvalidSchema"}
-)
+    {
+        "aiohttp", "anthropic", "botocore", "httpcore", "httpcore2", "httpx", "httpx2", "openai", "requests",
+        "urllib3",
+    }
+)  # fmt: skip
+_NAMES: Final[tuple[tuple[frozenset[str], Verdict], ...]] = (
+    # Subclasses of transport errors that no second try mends.
+    (
+        frozenset(
+            {"UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "MissingSchema", "InvalidSchema"}
+        ),
+        _BAD_REQUEST,
+    ),
+    (frozenset({"ContentFilterFinishReasonError"}), _CONTENT),
+    (
+        frozenset(
+            {
+                "APITimeoutError", "TimeoutException", "Timeout", "ReadTimeout", "ConnectTimeout",
+                "ReadTimeoutError", "ConnectTimeoutError", "ServerTimeoutError",
+            }
+        ),
+        _TIMEOUT,
+    ),
+    (
+        frozenset(
+            {
+                "APIConnectionError", "TransportError", "NetworkError", "RemoteProtocolError", "ConnectionError",
+                "ClientConnectionError", "ClientPayloadError", "ChunkedEncodingError", "ConnectionClosedError",
+            }
+        ),
+        _CONNECTION,
+    ),
+)  # fmt: skip
 
 
 def read_provider_error(exc: BaseException) -> Verdict | None:
     """The verdict on an exception, or on what it was raised from; None if its shape says nothing.
 
-    Never raises: an exception whose attributes misbehave is one that says nothing.
+    Never raises: an attribute that misbehaves is one that says nothing.
     """
     for candidate in (exc, exc.__cause__):
         if candidate is None:
@@ -100,81 +180,113 @@ def read_provider_error(exc: BaseException) -> Verdict | None:
 
 
 def _read(exc: BaseException) -> Verdict | None:
+    levels = _levels(exc)
+    codes = list(_codes(exc, levels))
+    found = next((_CODES[code] for code in codes if code in _CODES), None)
     status = _status(exc)
-    headers = _headers(exc)
+    if found is None and status is not None:
+        found = _STATUS.get(status) or (_SERVER if status >= 500 else None)
+    if found is None and (status is None or status < 400):
+        found = next((_STREAMED[code] for code in codes if code in _STREAMED), None)
     if status is None:
-        return _read_transport(exc)
-    known: tuple[ClassName, str] | None = next((_CODES[c] for c in _codes(exc) if c in _CODES), None)
-    if known is None or (known[0] == "RECOVERABLE" and status in (400, 401, 403)):
-        known = _STATUS.get(status) or (("RECOVERABLE", "server_error") if status >= 500 else None)
-    if known is None:
-        return None
-    failure_class, reason = known
+        return found or _read_transport(exc)
+    if found is _BAD_REQUEST:
+        prose = " ".join(
+            str(_get(level, name)) for level in levels for name in ("message", "Message")
+        ).lower()
+        found = next((verdict for phrase, verdict in _PHRASES if phrase in prose), found)
+    headers = _headers(exc)
     wish = headers.get("x-should-retry")
-    if wish == "true" and failure_class == "TERMINAL" and reason not in ("quota", "auth"):
-        failure_class = "RECOVERABLE"
-    elif wish == "false":
-        failure_class = "TERMINAL"
-    return Verdict(failure_class, reason, retry_after_seconds(headers))
+    if wish == "false" and status >= 400:
+        found = replace(found or _BAD_REQUEST, failure_class="TERMINAL")
+    elif wish == "true" and status >= 400 and found is not _QUOTA and found is not _AUTH:
+        found = replace(found or _SERVER, failure_class="RECOVERABLE")
+    return found and replace(found, retry_after=retry_after_seconds(headers))
 
 
 def _read_transport(exc: BaseException) -> Verdict | None:
-    names: set[str] = set()
-    for cls in type(exc).__mro__:
-        if cls.__module__.partition(".")[0] in _CLIENTS:
-            names.add(cls.__name__)
-    if names & _LASTING:
-        return Verdict("TERMINAL", "bad_request")
-    if names & _TIMEOUTS:
-        return Verdict("RECOVERABLE", "timeout")
-    if names & _CONNECTIONS or isinstance(exc, ConnectionError):
-        return Verdict("RECOVERABLE", "connection")
-    return None
+    names = {cls.__name__ for cls in type(exc).__mro__ if _package(cls) in _CLIENTS}
+    for known, verdict in _NAMES:
+        if names & known:
+            return verdict
+    return _CONNECTION if isinstance(exc, ConnectionError) else None
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _get(owner: Any, name: str) -> Any:
+    """A key of a mapping or an attribute of anything else; None if there is none, or none that can be read."""
+    try:
+        return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
+    except Exception:
+        return None
 
 
 def _status(exc: BaseException) -> int | None:
-    response = getattr(exc, "response", None)
-    for owner in (exc, response):
-        for name in ("status_code", "status"):
-            value = getattr(owner, name, None)
-            if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599:
-                return int(value)
+    response = _get(exc, "response")
+    places = [(exc, "status_code"), (exc, "status"), (response, "status_code"), (response, "status")]
+    places.append((_get(response, "ResponseMetadata"), "HTTPStatusCode"))  # botocore
+    packages = {_package(cls) for cls in type(exc).__mro__}
+    if "google" in packages:
+        places.append((exc, "code"))
+    for owner, name in places:
+        value = _get(owner, name)
+        if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599:
+            return int(value)
+    if "grpc" in packages and callable(code := _get(exc, "code")):
+        return _GRPC.get(str(_get(code(), "name")))
     return None
 
 
 def _headers(exc: BaseException) -> dict[str, str]:
-    for owner in (getattr(exc, "response", None), exc):
-        headers = getattr(owner, "headers", None)
-        if isinstance(headers, Mapping):
-            return {str(k).lower(): str(v) for k, v in headers.items()}
+    response = _get(exc, "response")
+    places = (
+        (response, "headers"),
+        (exc, "headers"),
+        (_get(response, "ResponseMetadata"), "HTTPHeaders"),
+    )
+    for owner, name in places:
+        headers = _get(owner, name)
+        # Not only mappings: the standard library's are a message.
+        if hasattr(headers, "items"):
+            try:
+                return {str(key).lower(): str(value) for key, value in headers.items()}
+            except Exception:
+                continue
     return {}
 
 
-def _codes(exc: BaseException) -> Iterator[str]:
-    for name in ("code", "type"):
-        value = getattr(exc, name, None)
-        if isinstance(value, str):
-            yield value
-    body: Any = getattr(exc, "body", None)
+def _levels(exc: BaseException) -> list[Any]:
+    """Where codes and messages stand: the exception, and its body from the outside in."""
+    response = _get(exc, "response")
+    body = _get(exc, "body")
+    if body is None and isinstance(response, Mapping):
+        return [exc, response.get("Error")]
     if body is None:
         # httpx has the body on the response; a body that was never read must not be fetched here.
-        body = getattr(getattr(exc, "response", None), "_content", None)
+        content = _get(response, "_content")
         try:
-            body = json.loads(body) if isinstance(body, bytes) and len(body) < 65_536 else None
+            body = json.loads(content) if isinstance(content, bytes) and len(content) < 65_536 else None
         except ValueError:
             body = None
-    for level in (body, body.get("error") if isinstance(body, Mapping) else None):
-        if isinstance(level, Mapping):
-            for name in ("code", "type"):
-                value = level.get(name)
-                if isinstance(value, str):
-                    yield value
+    return [exc, body, _get(body, "error")]
+
+
+def _codes(exc: BaseException, levels: list[Any]) -> Iterator[str]:
+    for level in [*levels, *[_get(level, "details") for level in levels]]:
+        for name in ("error_code", "code", "Code", "type"):
+            value = _get(level, name)
+            if isinstance(value, str):
+                yield value
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """The wait a server asks for: ``retry-after-ms``, or ``retry-after`` in seconds or as an HTTP date.
 
-    ``headers`` has lower-case names. None if there is none, or one that makes no sense.
+    ``headers`` has lower-case names. A date that has passed is no wait. None if there is no wish, or one that makes
+    no sense.
     """
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         text = headers.get(name, "").strip()
@@ -185,9 +297,11 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
         except ValueError:
             try:
                 moment = email.utils.parsedate_to_datetime(text)
-            except (TypeError, ValueError):
+                # HTTP dates are in GMT, also where they do not say so.
+                moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+                seconds = max(0.0, moment.timestamp() - time.time())
+            except (TypeError, ValueError, OverflowError):
                 continue
-            seconds = moment.timestamp() - time.time()
-        if math.isfinite(seconds):
-            return max(0.0, seconds)
+        if math.isfinite(seconds) and seconds >= 0:
+            return seconds
     return None

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, PrivateAttr, SkipValidation, field_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, field_validator
 
 from stroma.contracts import check_id
 from stroma.cost import ExecutionBudget, FallbackPolicy
@@ -19,6 +19,16 @@ __all__ = ["RunConfig", "new_run_id"]
 def new_run_id() -> str:
     """A fresh id: 32 hexadecimal digits."""
     return os.urandom(16).hex()
+
+
+class _GeneratedId(str):
+    """An id that names one run. Copies of a config share the mark, so that no two runs take it."""
+
+    taken = False
+
+
+def _generate_id() -> str:
+    return _GeneratedId(new_run_id())
 
 
 class RunConfig(BaseModel):
@@ -47,7 +57,7 @@ class RunConfig(BaseModel):
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
-    run_id: str = Field(default_factory=new_run_id)
+    run_id: str = Field(default_factory=_generate_id)
     pipeline: str = "pipeline"
     budget: ExecutionBudget = Field(default_factory=ExecutionBudget.unlimited)
     policy_map: PolicyMap = Field(default_factory=default_policy_map)
@@ -65,17 +75,15 @@ class RunConfig(BaseModel):
     hook_timeout_ms: int | None = Field(default=5000, gt=0)
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
 
-    # A generated id names one run. Copies made by hand share the mark, so that no two runs take it.
-    _taken: list[bool] = PrivateAttr(default_factory=list)
-
     def take_run_id(self) -> str:
         """The id of the next run: the one that was given; or the generated one, once, and then fresh ones."""
-        if "run_id" in self.model_fields_set:
-            return self.run_id
-        if self._taken:
+        run_id = self.run_id
+        if type(run_id) is not _GeneratedId:
+            return run_id
+        if run_id.taken:
             return new_run_id()
-        self._taken.append(True)
-        return self.run_id
+        run_id.taken = True
+        return str(run_id)
 
     @field_validator("run_id", "pipeline")
     @classmethod

@@ -70,6 +70,8 @@ class NodeExecution:
     """
 
     # Defaults stand on the class: what an execution never touches is not written either.
+    kind: Kind = "node"
+    branch: str = ""
     attempt: int = 0
     last_failure: Failure | None = None
     usage: AttemptUsage = NO_USAGE
@@ -87,7 +89,8 @@ class NodeExecution:
     repairing: bool = False
     #: Whether rows hold encoded snapshots, which the trace knows how to read.
     compact: bool = False
-    _reported: list[tuple[int, int, str | None]] | None = None
+    #: What report_usage() was told and nobody has counted yet.
+    reported: list[tuple[int, int, str | None]] | None = None
 
     def __init__(
         self,
@@ -100,9 +103,10 @@ class NodeExecution:
     ) -> None:
         self.ctx = ctx
         self.node_id = node_id
-        self.kind: Kind = kind
         self.position = position
-        self.branch = branch
+        if branch or kind != "node":
+            self.branch = branch
+            self.kind = kind
         #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
         self.rows = rows
 
@@ -170,18 +174,13 @@ class NodeExecution:
         What the node returns as usage comes on top. Raises UsageError for anything but whole numbers, zero or more.
         """
         check_usage(self.node_id, input_tokens, output_tokens)
-        if self._reported is None:
-            self._reported = []
-        self._reported.append((input_tokens, output_tokens, model))
-
-    @property
-    def has_reported(self) -> bool:
-        """Whether there is usage that was not counted yet."""
-        return self._reported is not None
+        if self.reported is None:
+            self.reported = []
+        self.reported.append((input_tokens, output_tokens, model))
 
     def take_reported(self) -> list[tuple[int, int, str | None]]:
         """What was reported and not yet counted."""
-        reported, self._reported = self._reported or [], None
+        reported, self.reported = self.reported or [], None
         return reported
 
 
@@ -246,7 +245,7 @@ class ReliabilityContext:
         self.restored: Mapping[tuple[int, str], Committed] = {}
         #: The last output that was committed at the top level.
         self.last_state: BaseModel | None = None
-        self._opening = asyncio.Lock()
+        self._opening: asyncio.Future[Session] | None = None
         #: What the children of a group committed in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
@@ -272,13 +271,14 @@ class ReliabilityContext:
         cls, config: RunConfig, registry: ContractRegistry, checkpoint_manager: CheckpointManager
     ) -> ReliabilityContext:
         """A context with a fresh tracker, trace and counts; the config's own context dict."""
+        run_id = str(config.run_id)
         return cls(
-            run_id=config.run_id,
+            run_id=run_id,
             registry=registry,
             checkpoint_manager=checkpoint_manager,
             cost_tracker=CostTracker(),
             retry_budget=RetryBudget(),
-            trace=ExecutionTrace(config.run_id),
+            trace=ExecutionTrace(run_id),
             budget=config.budget,
             policy_map=config.policy_map,
             step_policies=config.node_policies,
@@ -287,7 +287,7 @@ class ReliabilityContext:
             model_fallbacks=config.model_fallbacks,
             hooks=config.hooks,
             context=config.context,
-            run_logger=_RunLogger(logger, {"run_id": config.run_id}),
+            run_logger=_RunLogger(logger, {"run_id": run_id}),
             config=config,
             pipeline=config.pipeline,
         )
@@ -298,29 +298,39 @@ class ReliabilityContext:
         self, initial_state: BaseModel, *, resume: bool = False, discard_from: int | None = None
     ) -> Session:
         """Begin the run in the store, once; or continue the last execution."""
-        if self.session is not _NO_SESSION:
-            return self.session
-        async with self._opening:
-            if self.session is not _NO_SESSION:
-                return self.session
-            request = RunRequest(
-                run_id=self.run_id,
-                pipeline=self.pipeline,
-                initial_state=initial_state,
-                schema=schema_of(type(initial_state)),
-                resume=resume,
-                discard_from=discard_from,
-            )
-            opened = self.checkpoint_manager.open_run(request)
-            session: Session = await opened if inspect.isawaitable(opened) else opened
-            self.session = session
-            self.restored = session.restored
-            if resume and discard_from is None:
-                # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
-                self.cost_tracker.prior_tokens = session.prior.tokens
-                self.cost_tracker.prior_cost_usd = session.prior.cost_usd
-                self.cost_tracker.prior_latency_ms = session.prior.latency_ms
+        if self.session is _NO_SESSION:
+            if self._opening is None:
+                request = RunRequest(
+                    self.run_id,
+                    self.pipeline,
+                    initial_state,
+                    schema_of(type(initial_state)),
+                    resume,
+                    discard_from,
+                )
+                opened = self.checkpoint_manager.open_run(request)
+                if not inspect.isawaitable(opened):
+                    return self._begin(opened, carry=resume and discard_from is None)
+                self._opening = asyncio.ensure_future(opened)
+            try:
+                # Steps that begin side by side wait for the same opening, and one that is cancelled spoils it for none.
+                session = await asyncio.shield(self._opening)
+            except Exception:
+                self._opening = None
+                raise
+            if self.session is _NO_SESSION:
+                self._begin(session, carry=resume and discard_from is None)
         return self.session
+
+    def _begin(self, session: Session, *, carry: bool) -> Session:
+        self.session = session
+        self.restored = session.restored
+        if carry:
+            # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
+            self.cost_tracker.prior_tokens = session.prior.tokens
+            self.cost_tracker.prior_cost_usd = session.prior.cost_usd
+            self.cost_tracker.prior_latency_ms = session.prior.latency_ms
+        return session
 
     @property
     def execution(self) -> int:

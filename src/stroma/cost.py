@@ -127,9 +127,9 @@ class CostTracker:
     __slots__ = (
         "_cost",
         "_cost_carry",
-        "_latency_ns",
         "_nodes",
         "_tokens",
+        "latency_ns",
         "per_node",
         "prior_cost_usd",
         "prior_latency_ms",
@@ -146,7 +146,8 @@ class CostTracker:
         self._cost_carry = (
             0.0  # What each float addition lost (Neumaier), so that a million cents stay exact.
         )
-        self._latency_ns = 0
+        #: Wall time of attempts; the engine adds to it.
+        self.latency_ns = 0
         # Spent by earlier processes on this execution: budgets remember it, this result's totals do not.
         self.prior_tokens = 0
         self.prior_cost_usd = 0.0
@@ -183,7 +184,7 @@ class CostTracker:
         model: str | None,
     ) -> None:
         """Add figures that were checked."""
-        self._latency_ns += latency_ns
+        self.latency_ns += latency_ns
         self.spend(tokens, cost_usd)
         row = self._nodes.get(node_id)
         if row is None:
@@ -205,10 +206,6 @@ class CostTracker:
             self._cost_carry += (cost_usd - total) + self._cost
         self._cost = total
 
-    def take(self, latency_ns: int) -> None:
-        """Add wall time to the total alone."""
-        self._latency_ns += latency_ns
-
     @property
     def total_tokens(self) -> int:
         """Input and output tokens."""
@@ -222,12 +219,12 @@ class CostTracker:
     @property
     def total_latency_ms(self) -> int:
         """Wall time of attempts in whole milliseconds, waits and hooks excluded."""
-        return self._latency_ns // 1_000_000
+        return self.latency_ns // 1_000_000
 
     @property
     def latency_ms(self) -> float:
         """The same, not rounded, with what earlier processes spent."""
-        return self._latency_ns / 1e6 + self.prior_latency_ms
+        return self.latency_ns / 1e6 + self.prior_latency_ms
 
     def used(self, dimension: Dimension) -> float:
         """What counts against a limit, in its unit, earlier processes included."""

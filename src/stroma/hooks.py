@@ -48,6 +48,7 @@ class NodeHooks:
 
 
 StepHooks = NodeHooks
+_UNSET = NodeHooks()
 #: One set of hooks, or several in order.
 AnyHooks = NodeHooks | Sequence[NodeHooks]
 EVENTS = tuple(f.name for f in fields(NodeHooks))
@@ -129,6 +130,8 @@ class Hooks:
         self._limit = limit_seconds
         self._on_error = on_error
         for index, hooks in enumerate(sets):
+            if hooks == _UNSET:
+                continue
             for event in EVENTS:
                 hook = getattr(hooks, event)
                 if hook is not None:

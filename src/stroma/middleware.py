@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable, Callable
 from functools import update_wrapper
 from typing import Any
@@ -36,7 +37,9 @@ async def execute_step(
     ctx.next_position += 1
     marked = getattr(func, "_stroma_contract", None)
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
-    outcome = await execute(ctx, node, input_state, position, contract=contract)
+    task = asyncio.current_task()
+    cancelling = task.cancelling() if task is not None else 0
+    outcome = await execute(ctx, node, input_state, position, contract=contract, cancelling=cancelling)
     if isinstance(outcome, Halt):
         state = outcome.output if outcome.output is not None else input_state
         return ctx.build_result(outcome.status, _as_returned(state, input_state), outcome.failure)

@@ -342,8 +342,10 @@ class _Run:
         if self.start:
             await self._skip_to(self.start)
         state = self.state
+        task = asyncio.current_task()
+        cancelling = task.cancelling() if task is not None else 0
         for position in range(self.start or 0, len(self.nodes)):
-            outcome = await execute(ctx, self.nodes[position], state, position)
+            outcome = await execute(ctx, self.nodes[position], state, position, cancelling=cancelling)
             if isinstance(outcome, Halt):
                 return outcome.failure, outcome.status
             state = outcome

@@ -259,11 +259,6 @@ class Schema:
             return lambda raw: cast("BaseModel", run(raw, by_alias=True, by_name=True))
         return run
 
-    @property
-    def stale(self) -> bool:
-        """Whether ``model_rebuild`` has changed the class since."""
-        return self.validator is not self.model.__pydantic_validator__
-
     @functools.cached_property
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when the fields, their types or their constraints do."""

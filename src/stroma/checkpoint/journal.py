@@ -92,8 +92,7 @@ class CheckpointKey(NamedTuple):
     node_id: str
 
 
-@dataclass(frozen=True, slots=True)
-class RunRequest:
+class RunRequest(NamedTuple):
     """What a driver asks a journal for when a run begins.
 
     Attributes:

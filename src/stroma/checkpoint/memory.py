@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -17,18 +17,29 @@ from stroma.trace import BRANCH, DURATION, NODE, OUTPUT, POSITION, USAGE, Row
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
 _Key = int | str | tuple[int, str]
+_Kept = tuple[str, Schema, Snapshot]  # of a node id
 
 
 @dataclass(slots=True)
 class _Run:
-    """One run. ``kept`` holds (node id, schema, snapshot) by position, by (position, branch), or, for what the simple
-    calls saved, by node id; the newest last."""
+    """One run. ``kept`` holds what was committed by position or by (position, branch), and what the simple calls saved
+    by node id; the newest last. Most entries are the very row of the trace: ``schemas`` says how to read its output.
+    ``spent`` holds the rows of all other attempts."""
 
     execution: int = 0
     input: Snapshot | None = None
-    kept: dict[_Key, tuple[str, Schema, Snapshot]] = field(default_factory=dict)
+    kept: dict[_Key, Row | _Kept] = field(default_factory=dict)
+    schemas: dict[str, Schema] = field(default_factory=dict)
     spent: list[Row] = field(default_factory=list)
     status: str = "RUNNING"
+
+    def entries(self) -> Iterator[tuple[_Key, _Kept]]:
+        """What is kept, the newest first."""
+        for key, entry in reversed(self.kept.items()):
+            if len(entry) == 3:
+                yield key, entry
+            else:
+                yield key, (entry[NODE], self.schemas[entry[NODE]], cast("Snapshot", entry[OUTPUT]))
 
 
 _NOTHING_RESTORED: Mapping[tuple[int, str], Committed] = {}
@@ -36,7 +47,7 @@ _NOTHING_SPENT = PriorUsage()
 
 
 class _MemorySession:
-    __slots__ = ("_kept", "_run", "_spent", "continued", "execution", "prior", "restored")
+    __slots__ = ("_kept", "_run", "_schemas", "_spent", "continued", "execution", "prior", "restored")
 
     restored: Mapping[tuple[int, str], Committed]
 
@@ -53,36 +64,44 @@ class _MemorySession:
             self.restored, self.prior = _NOTHING_RESTORED, _NOTHING_SPENT
         run.status = "RUNNING"
         self.execution = run.execution
-        self._run, self._kept, self._spent = run, run.kept, run.spent
+        self._run, self._kept, self._spent, self._schemas = run, run.kept, run.spent, run.schemas
 
     def _continue(self, run: _Run, request: RunRequest, given: Snapshot) -> None:
         first = request.discard_from
-        if first is not None:
-            run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str) or _position(k)[0] < first}
-        elif run.input != given:
+        if first is None and run.input != given:
             raise PipelineChanged(
                 f"run {request.run_id!r} was started with another input; give it the same one, or another run id"
             )
+        if first is not None:
+            for key in [k for k in run.kept if not isinstance(k, str) and _position(k)[0] >= first]:
+                entry = run.kept.pop(key)
+                if len(entry) != 3:  # Discarded, but paid for.
+                    run.spent.append(entry)
         self.restored = {
             _position(key): Committed(node_id, snapshot, schema.fingerprint)
-            for key, (node_id, schema, snapshot) in run.kept.items()
+            for key, (node_id, schema, snapshot) in reversed(list(run.entries()))
             if not isinstance(key, str)
         }
-        used = [usage for row in run.spent if (usage := row[USAGE]) is not None]
+        rows = [*run.spent, *(entry for entry in run.kept.values() if len(entry) != 3)]
+        used = [usage for row in rows if (usage := row[USAGE]) is not None]
         self.prior = PriorUsage(
             sum(usage.tokens for usage in used),
             math.fsum(usage.cost_usd for usage in used),
-            sum(row[DURATION] for row in run.spent if not row[BRANCH]) / 1e6,
+            sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
         )
 
     def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> None:
-        self._spent.append(row)
-        if schema is not None and output is not None:
-            branch = row[BRANCH]
-            snapshot = row[OUTPUT]
-            if type(snapshot) is dict or snapshot is None:  # The row holds the dict of another view.
-                snapshot = schema.snapshot(output)
-            self._kept[(row[POSITION], branch) if branch else row[POSITION]] = (row[NODE], schema, snapshot)
+        if schema is None or output is None:
+            self._spent.append(row)
+            return
+        branch = row[BRANCH]
+        key = (row[POSITION], branch) if branch else row[POSITION]
+        kind = type(row[OUTPUT])
+        if (kind is tuple or kind is bytes) and self._schemas.setdefault(row[NODE], schema) is schema:
+            self._kept[key] = row
+        else:  # The row's picture is for people, or its node id stands for another schema already.
+            self._kept[key] = (row[NODE], schema, schema.snapshot(output))
+            self._spent.append(row)
 
     def end(self, status: str, error: str | None) -> None:
         self._run.status = status
@@ -113,7 +132,7 @@ class _Memory:
     def _load(self, run_id: str, node_id: str) -> BaseModel | None:
         run = self._runs.get(run_id)
         if run is not None:
-            for node, schema, snapshot in reversed(run.kept.values()):
+            for _, (node, schema, snapshot) in run.entries():
                 if node == node_id:
                     return schema.restore(snapshot)
         return None
