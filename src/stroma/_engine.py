@@ -103,12 +103,14 @@ async def execute(
     Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync come out as exceptions, StoreError if what the
     journal holds of this position does not fit; all else is a Halt.
     """
+    if branch and (position, branch) in ctx.done:
+        return ctx.done[position, branch]
     if ctx.restored:
         committed = await restore(ctx, node, value, position, branch=branch, kind=kind, contract=contract)
         if committed is not None:
+            if ctx.step_policies:
+                _remember(ctx, position, branch, committed)
             return committed
-    if branch and (position, branch) in ctx.done:
-        return ctx.done[position, branch]
     plan = _plan(ctx, node, value, contract)
     if isinstance(node, Group):
         kind = "group"

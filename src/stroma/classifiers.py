@@ -167,8 +167,8 @@ def read_provider_error(exc: BaseException) -> Verdict | None:
 
     Never raises: an attribute that misbehaves is one that says nothing.
     """
-    for candidate in (exc, exc.__cause__):
-        if candidate is None:
+    for candidate in (exc, _get(exc, "__cause__")):
+        if not isinstance(candidate, BaseException):
             continue
         try:
             verdict = _read(candidate)
@@ -269,7 +269,7 @@ def _levels(exc: BaseException) -> list[Any]:
         content = _get(response, "_content")
         try:
             body = json.loads(content) if isinstance(content, bytes) and len(content) < 65_536 else None
-        except ValueError:
+        except (ValueError, RecursionError):
             body = None
     return [exc, body, _get(body, "error")]
 

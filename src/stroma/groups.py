@@ -125,9 +125,10 @@ async def _side_by_side(
             )
         if isinstance(outcome, Halt):
             stopped.append(outcome)
-            if outcome.failure.reason != "budget":
+            # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
+            if stopped[0].failure.reason != "budget":
                 raise GroupStopped(outcome)
-            return None  # Siblings in flight were paid for: they finish, and nothing new is called.
+            return None
         return outcome
 
     outputs = await _gather([one(i, node, value) for i, (node, value) in enumerate(jobs)])

@@ -48,7 +48,6 @@ class NodeHooks:
 
 
 StepHooks = NodeHooks
-_UNSET = NodeHooks()
 #: One set of hooks, or several in order.
 AnyHooks = NodeHooks | Sequence[NodeHooks]
 EVENTS = tuple(f.name for f in fields(NodeHooks))
@@ -130,7 +129,7 @@ class Hooks:
         self._limit = limit_seconds
         self._on_error = on_error
         for index, hooks in enumerate(sets):
-            if hooks == _UNSET:
+            if not any(vars(hooks).values()):
                 continue
             for event in EVENTS:
                 hook = getattr(hooks, event)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
@@ -362,7 +363,8 @@ class _Run:
                 cancelled = await uninterrupted(pending)
         except Exception:  # The commits are safe; only the run's last line is not.
             ctx.run_logger.exception("the end of the run could not be recorded")
-        ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
+        if ctx.run_logger.isEnabledFor(logging.INFO):
+            ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
         if ctx.fire.on_run_end is not None:
             try:
                 await ctx.fire.fire(

@@ -151,6 +151,7 @@ class Schema:
         "_floats",
         "_json",
         "_opaque",
+        "_quiet",
         "_shares",
         "_size",
         "_source",
@@ -205,6 +206,9 @@ class Schema:
         #: A root model of Any: whatever is given stays what it is.
         self.any = self.root and kinds <= {"model", "any"}
         self._bare = self.flat and not self._computed
+        own_code = any(node.get("custom_init") or node.get("post_init") for node in nodes)
+        self._quiet = not own_code and not any(kind.startswith("function") for kind in kinds)
+        self._quiet &= not _overrides_validation(model)
         custom = (
             any("serialization" in node or "serialization_exclude" in node for node in nodes)
             or serializers.field_serializers
@@ -252,7 +256,7 @@ class Schema:
 
     def _make_validate(self) -> Callable[[Any], BaseModel]:
         model = self.model
-        if model.model_validate.__func__ is not BaseModel.model_validate.__func__:  # type: ignore[attr-defined]
+        if _overrides_validation(model):
             return model.model_validate
         run = self.validator.validate_python
         if self._by_name:
@@ -315,12 +319,7 @@ class Schema:
 
         Raises pydantic's ValidationError.
         """
-        # A node mostly gets the same class from the same neighbour: remember the last one.
-        kind = type(value)
-        source = self._source if kind is self._source_model else self._remember(kind)
-        values = value.__dict__
-        if source._bare and len(values) == source._size:
-            return self.validate(values.copy())
+        source = schema_of(type(value))
         raw = source.raw(value)
         if source._computed and source is not self and isinstance(raw, dict):
             # A computed field counts as a field for the next node if that node has a field of its name.
@@ -330,7 +329,15 @@ class Schema:
 
     def take(self, value: BaseModel, compact: bool) -> tuple[BaseModel, Snapshot]:
         """A node's input from the state before it, and its picture: a snapshot if ``compact``, else a plain dict."""
-        state = self.cross(value)
+        # cross(), for the states that most nodes have. A node mostly gets the same class from the same neighbour, so the
+        # last one is remembered; and a validator that does not call Python code leaves the dict that it reads alone.
+        kind = type(value)
+        source = self._source if kind is self._source_model else self._remember(kind)
+        values = value.__dict__
+        if source._bare and len(values) == source._size:
+            state = self.validate(values if self._quiet else values.copy())
+        else:
+            state = self.cross(value)
         if self.flat and compact:
             return state, self._values(state.__dict__)
         return state, self.snapshot(state) if compact else self.state(state)
@@ -482,6 +489,10 @@ def _reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> set
     return kinds
 
 
+def _overrides_validation(model: type[BaseModel]) -> bool:
+    return getattr(model.model_validate, "__func__", None) is not BaseModel.model_validate.__func__  # type: ignore[attr-defined]
+
+
 def _picker(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
     """What makes a tuple of the named values: by name, since a cached_property lives in __dict__ too."""
     if len(names) > 1:
@@ -491,6 +502,8 @@ def _picker(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...
 
 def schema_of(model: type[BaseModel]) -> Schema:
     """The Schema of a model class, made once; made anew after ``model_rebuild``."""
+    if model is BaseModel:
+        raise TypeError("BaseModel itself describes no state; use a subclass with fields, or a RootModel")
     found: Schema | None = model.__dict__.get("__stroma_schema__")
     if found is None or found.validator is not model.__pydantic_validator__:
         found = Schema(model)

@@ -1,0 +1,995 @@
+"""What providers' errors mean: the real SDKs and HTTP clients, asked against a real server on loopback.
+
+`PROVIDER_CASES` is also what `docs/providers.md` is made of; after a change here run `./dev run python docs/generate.py`.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import logging
+import socket
+import struct
+import threading
+import urllib.error
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from email.message import Message
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
+from typing import Any
+
+import anthropic
+import httpx
+import openai
+import pytest
+from pydantic import BaseModel
+
+from stroma import (
+    BudgetExceeded,
+    ContractViolation,
+    FailureClass,
+    FailurePolicy,
+    NodeContext,
+    RunStatus,
+    StromaRunner,
+    classify,
+    parallel,
+)
+from stroma.classifiers import Verdict, read_provider_error, retry_after_seconds
+from stroma.failures import diagnose
+
+try:
+    import httpx2
+except ImportError:
+    httpx2 = None
+
+R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
+HERE = NodeContext("ask", 1, "run")
+READ_TIMEOUT = 0.25  # seconds a client waits for a server that says nothing
+
+
+# ---------------------------------------------------------------------- the server
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the server does: answers, or a fault of the transport."""
+
+    status: int = 200
+    body: Any = None
+    headers: dict[str, str] = field(default_factory=dict)
+    fault: str | None = None  # "drop", "cut", "hang", "refuse"
+
+
+class Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 128
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), Handler)
+        self.answers: dict[str, Answer] = {}
+        self.calls: Counter[str] = Counter()
+        self.closing = threading.Event()
+
+    def url(self, answer: Answer) -> str:
+        """An address that gives this answer to every request."""
+        if answer.fault == "refuse":
+            with socket.socket() as closed:
+                closed.bind(("127.0.0.1", 0))
+                return f"http://127.0.0.1:{closed.getsockname()[1]}"
+        name = f"a{len(self.answers)}"
+        self.answers[name] = answer
+        return f"http://127.0.0.1:{self.server_address[1]}/{name}"
+
+    def calls_of(self, url: str) -> int:
+        return self.calls[url.rpartition("/")[2]]
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        pass  # A client that gave up waiting.
+
+
+class Handler(BaseHTTPRequestHandler):
+    server: Server
+
+    def do_POST(self) -> None:
+        name = self.path.split("/")[1]
+        self.server.calls[name] += 1
+        answer = self.server.answers[name]
+        self.rfile.read(int(self.headers.get("content-length", 0)))
+        if answer.fault == "hang":
+            self.server.closing.wait(20 * READ_TIMEOUT)
+        elif answer.fault == "drop":
+            # Reset at once: a linger of 0 s.
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+        else:
+            self.answer(answer)
+
+    do_GET = do_POST
+
+    def answer(self, answer: Answer) -> None:
+        stream = isinstance(answer.body, str)
+        data = answer.body.encode() if stream else json.dumps(answer.body).encode()
+        self.send_response(answer.status)
+        self.send_header("content-type", "text/event-stream" if stream else "application/json")
+        self.send_header("content-length", str(len(data) + (answer.fault == "cut")))
+        for key, value in answer.headers.items():
+            self.send_header(key, value)
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *args: Any) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    running = Server()
+    thread = threading.Thread(target=running.serve_forever, kwargs={"poll_interval": 0.02})
+    thread.start()
+    try:
+        yield running
+    finally:
+        running.closing.set()
+        running.shutdown()
+        running.server_close()
+        thread.join()
+
+
+# ---------------------------------------------------------------------- the clients
+
+MESSAGES: Any = [{"role": "user", "content": "hello"}]
+#: One client for all: making one loads the certificates of the machine each time.
+_OPENAI = openai.OpenAI(api_key="none", max_retries=0, timeout=READ_TIMEOUT)
+_ANTHROPIC = anthropic.Anthropic(api_key="none", max_retries=0, timeout=READ_TIMEOUT)
+
+
+def ask_openai(url: str, stream: bool = False) -> Any:
+    completions = _OPENAI.with_options(base_url=url).chat.completions
+    answer = completions.create(model="gpt-4o-mini", messages=MESSAGES, stream=stream)
+    return list(answer) if stream else answer
+
+
+def ask_anthropic(url: str, stream: bool = False) -> Any:
+    messages = _ANTHROPIC.with_options(base_url=url).messages
+    answer = messages.create(model="claude-haiku-4-5", max_tokens=9, messages=MESSAGES, stream=stream)
+    return list(answer) if stream else answer
+
+
+async def ask_openai_async(url: str, stream: bool = False) -> Any:
+    async with openai.AsyncOpenAI(
+        api_key="none", base_url=url, max_retries=0, timeout=READ_TIMEOUT
+    ) as client:
+        answer: Any = await client.chat.completions.create(
+            model="gpt-4o-mini", messages=MESSAGES, stream=stream
+        )
+        return [part async for part in answer] if stream else answer
+
+
+async def ask_anthropic_async(url: str, stream: bool = False) -> Any:
+    async with anthropic.AsyncAnthropic(
+        api_key="none", base_url=url, max_retries=0, timeout=READ_TIMEOUT
+    ) as client:
+        answer: Any = await client.messages.create(
+            model="claude-haiku-4-5", max_tokens=9, messages=MESSAGES, stream=stream
+        )
+        return [part async for part in answer] if stream else answer
+
+
+ASK: dict[str, Callable[..., Any]] = {"openai": ask_openai, "anthropic": ask_anthropic}
+ASK_ASYNC: dict[str, Callable[..., Any]] = {
+    "openai": ask_openai_async,
+    "anthropic": ask_anthropic_async,
+}
+
+
+def error_of(call: Callable[[], Any]) -> Exception:
+    with pytest.raises(Exception) as caught:
+        call()
+    return caught.value
+
+
+# ---------------------------------------------------------------------- the cases
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that a provider does, and what it means."""
+
+    sdk: str
+    what: str
+    answer: Answer
+    raised: str  # the name of the SDK's exception
+    failure_class: FailureClass
+    reason: str
+
+    @property
+    def stream(self) -> bool:
+        return isinstance(self.answer.body, str)
+
+    def __str__(self) -> str:
+        return f"{self.sdk}: {self.what}"
+
+
+def by_openai(
+    status: int, code: str | None = None, message: str = "no", kind: str = "invalid_request_error"
+) -> Answer:
+    return Answer(status, {"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+def by_anthropic(status: int, kind: str, message: str = "no", error_code: str | None = None) -> Answer:
+    error = {"type": kind, "message": message}
+    details = {"details": {"error_code": error_code}} if error_code else {}
+    return Answer(status, {"type": "error", "error": error | details, "request_id": "req_1"})
+
+
+def streamed_by_openai(kind: str, code: str | None = None) -> Answer:
+    error = {"error": {"message": "no", "type": kind, "param": None, "code": code}}
+    return Answer(body=f"data: {json.dumps(error)}\n\n")
+
+
+def streamed_by_anthropic(kind: str) -> Answer:
+    error = {"type": "error", "error": {"type": kind, "message": "no"}}
+    return Answer(body=f"event: error\ndata: {json.dumps(error)}\n\n")
+
+
+def _openai(what: str, answer: Answer, raised: str, failure_class: FailureClass, reason: str) -> Case:
+    return Case("openai", what, answer, raised, failure_class, reason)
+
+
+def _anthropic(what: str, answer: Answer, raised: str, failure_class: FailureClass, reason: str) -> Case:
+    return Case("anthropic", what, answer, raised, failure_class, reason)
+
+
+TOO_LONG = "prompt is too long: 208310 tokens > 200000 maximum"
+OVER_LIMIT = "input length and `max_tokens` exceed context limit: 199000 + 4096 > 200000"
+BLOCKED = "Output blocked by content filtering policy"
+CREDIT = "Your credit balance is too low to access the Anthropic API."
+VLLM = "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens."
+
+PROVIDER_CASES = [
+    _openai("400", by_openai(400), "BadRequestError", T, "bad_request"),
+    _openai("400 `context_length_exceeded`", by_openai(400, "context_length_exceeded"), "BadRequestError", T, "context_length"),
+    _openai("400 `string_above_max_length`", by_openai(400, "string_above_max_length"), "BadRequestError", T, "context_length"),
+    _openai("400 “maximum context length”", by_openai(400, message=VLLM), "BadRequestError", T, "context_length"),
+    _openai("400 `content_policy_violation`", by_openai(400, "content_policy_violation"), "BadRequestError", T, "content_policy"),
+    _openai("400 `content_filter`", by_openai(400, "content_filter"), "BadRequestError", T, "content_policy"),
+    _openai("400 `moderation_blocked`", by_openai(400, "moderation_blocked"), "BadRequestError", T, "content_policy"),
+    _openai("400 `billing_hard_limit_reached`", by_openai(400, "billing_hard_limit_reached"), "BadRequestError", T, "quota"),
+    _openai("401 `invalid_api_key`", by_openai(401, "invalid_api_key"), "AuthenticationError", T, "auth"),
+    _openai("403", by_openai(403, "unsupported_country_region_territory"), "PermissionDeniedError", T, "permission"),
+    _openai("404 `model_not_found`", by_openai(404, "model_not_found"), "NotFoundError", T, "not_found"),
+    _openai("408", by_openai(408), "APIStatusError", R, "timeout"),
+    _openai("409", by_openai(409), "ConflictError", R, "conflict"),
+    _openai("413", by_openai(413), "APIStatusError", T, "too_large"),
+    _openai("413 `rate_limit_exceeded`", by_openai(413, "rate_limit_exceeded"), "APIStatusError", T, "too_large"),
+    _openai("422", by_openai(422), "UnprocessableEntityError", T, "bad_request"),
+    _openai("425", by_openai(425), "APIStatusError", R, "too_early"),
+    _openai("429 `rate_limit_exceeded`", by_openai(429, "rate_limit_exceeded", kind="tokens"), "RateLimitError", R, "rate_limit"),
+    _openai("429 `insufficient_quota`", by_openai(429, "insufficient_quota", kind="insufficient_quota"), "RateLimitError", T, "quota"),
+    _openai("500", by_openai(500, kind="server_error"), "InternalServerError", R, "server_error"),
+    _openai("502", by_openai(502), "InternalServerError", R, "server_error"),
+    _openai("503", by_openai(503, message="The engine is currently overloaded"), "InternalServerError", R, "overloaded"),
+    _openai("504", by_openai(504), "InternalServerError", R, "timeout"),
+    _openai("529", by_openai(529), "InternalServerError", R, "overloaded"),
+    _openai("stream with `server_error`", streamed_by_openai("server_error"), "APIError", R, "server_error"),
+    _openai("stream with `rate_limit_exceeded`", streamed_by_openai("requests", "rate_limit_exceeded"), "APIError", R, "rate_limit"),
+    _openai("stream with `insufficient_quota`", streamed_by_openai("x", "insufficient_quota"), "APIError", T, "quota"),
+    _openai("stream with `invalid_api_key`", streamed_by_openai("invalid_request_error", "invalid_api_key"), "APIError", T, "auth"),
+    _openai("stream with `invalid_request_error`", streamed_by_openai("invalid_request_error"), "APIError", T, "bad_request"),
+    _openai("connection refused", Answer(fault="refuse"), "APIConnectionError", R, "connection"),
+    _openai("connection dropped", Answer(fault="drop"), "APIConnectionError", R, "connection"),
+    _openai("answer cut short", Answer(body={}, fault="cut"), "APIConnectionError", R, "connection"),
+    _openai("no answer in time", Answer(fault="hang"), "APITimeoutError", R, "timeout"),
+    _anthropic("400 `invalid_request_error`", by_anthropic(400, "invalid_request_error"), "BadRequestError", T, "bad_request"),
+    _anthropic("400 “prompt is too long”", by_anthropic(400, "invalid_request_error", TOO_LONG), "BadRequestError", T, "context_length"),
+    _anthropic("400 “exceed context limit”", by_anthropic(400, "invalid_request_error", OVER_LIMIT), "BadRequestError", T, "context_length"),
+    _anthropic("400 “content filtering policy”", by_anthropic(400, "invalid_request_error", BLOCKED), "BadRequestError", T, "content_policy"),
+    _anthropic("400 “credit balance is too low”", by_anthropic(400, "invalid_request_error", CREDIT), "BadRequestError", T, "quota"),
+    _anthropic("400 `overloaded_error`", by_anthropic(400, "overloaded_error"), "BadRequestError", R, "overloaded"),
+    _anthropic("401 `authentication_error`", by_anthropic(401, "authentication_error"), "AuthenticationError", T, "auth"),
+    _anthropic("402 `billing_error`", by_anthropic(402, "billing_error"), "PaymentRequiredError", T, "quota"),
+    _anthropic("403 `permission_error`", by_anthropic(403, "permission_error"), "PermissionDeniedError", T, "permission"),
+    _anthropic("403 `billing_error`", by_anthropic(403, "billing_error"), "PermissionDeniedError", T, "quota"),
+    _anthropic("404 `not_found_error`", by_anthropic(404, "not_found_error"), "NotFoundError", T, "not_found"),
+    _anthropic("408 `timeout_error`", by_anthropic(408, "timeout_error"), "RequestTimeoutError", R, "timeout"),
+    _anthropic("409 `conflict_error`", by_anthropic(409, "conflict_error"), "ConflictError", R, "conflict"),
+    _anthropic("413 `request_too_large`", by_anthropic(413, "request_too_large"), "ContentTooLargeError", T, "too_large"),
+    _anthropic("422 `invalid_request_error`", by_anthropic(422, "invalid_request_error"), "UnprocessableEntityError", T, "bad_request"),
+    _anthropic("429 `rate_limit_error`", by_anthropic(429, "rate_limit_error"), "RateLimitError", R, "rate_limit"),
+    _anthropic("429 `rate_limit_error`, `enforced_spend_limit_reached`", by_anthropic(429, "rate_limit_error", error_code="enforced_spend_limit_reached"), "EnforcedSpendLimitReachedError", T, "quota"),
+    _anthropic("429 `rate_limit_error`, `contract_spend_limit_reached`", by_anthropic(429, "rate_limit_error", error_code="contract_spend_limit_reached"), "ContractSpendLimitReachedError", T, "quota"),
+    _anthropic("429 `rate_limit_error`, `ramp_limit_exceeded`", by_anthropic(429, "rate_limit_error", error_code="ramp_limit_exceeded"), "RampLimitExceededError", R, "rate_limit"),
+    _anthropic("500 `api_error`", by_anthropic(500, "api_error"), "InternalServerError", R, "server_error"),
+    _anthropic("500 `overloaded_error`", by_anthropic(500, "overloaded_error"), "InternalServerError", R, "overloaded"),
+    _anthropic("502", by_anthropic(502, "api_error"), "InternalServerError", R, "server_error"),
+    _anthropic("503", by_anthropic(503, "api_error"), "ServiceUnavailableError", R, "overloaded"),
+    _anthropic("504 `timeout_error`", by_anthropic(504, "timeout_error"), "GatewayTimeoutError", R, "timeout"),
+    _anthropic("529 `overloaded_error`", by_anthropic(529, "overloaded_error"), "OverloadedError", R, "overloaded"),
+    _anthropic("stream with `overloaded_error`", streamed_by_anthropic("overloaded_error"), "APIStatusError", R, "overloaded"),
+    _anthropic("stream with `api_error`", streamed_by_anthropic("api_error"), "APIStatusError", R, "server_error"),
+    _anthropic("stream with `rate_limit_error`", streamed_by_anthropic("rate_limit_error"), "APIStatusError", R, "rate_limit"),
+    _anthropic("stream with `timeout_error`", streamed_by_anthropic("timeout_error"), "APIStatusError", R, "timeout"),
+    _anthropic("stream with `conflict_error`", streamed_by_anthropic("conflict_error"), "APIStatusError", R, "conflict"),
+    _anthropic("stream with `authentication_error`", streamed_by_anthropic("authentication_error"), "APIStatusError", T, "auth"),
+    _anthropic("stream with `permission_error`", streamed_by_anthropic("permission_error"), "APIStatusError", T, "permission"),
+    _anthropic("stream with `not_found_error`", streamed_by_anthropic("not_found_error"), "APIStatusError", T, "not_found"),
+    _anthropic("stream with `request_too_large`", streamed_by_anthropic("request_too_large"), "APIStatusError", T, "too_large"),
+    _anthropic("stream with `invalid_request_error`", streamed_by_anthropic("invalid_request_error"), "APIStatusError", T, "bad_request"),
+    _anthropic("connection refused", Answer(fault="refuse"), "APIConnectionError", R, "connection"),
+    _anthropic("connection dropped", Answer(fault="drop"), "APIConnectionError", R, "connection"),
+    _anthropic("answer cut short", Answer(body={}, fault="cut"), "APIConnectionError", R, "connection"),
+    _anthropic("no answer in time", Answer(fault="hang"), "APITimeoutError", R, "timeout"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PROVIDER_CASES, ids=str)
+def test_what_a_providers_error_means(case: Case, server: Server) -> None:
+    """The SDK's own exception, raised by the SDK from the server's answer, has its class and its reason."""
+    url = server.url(case.answer)
+    error = error_of(lambda: ASK[case.sdk](url, case.stream))
+    assert type(error).__module__.partition(".")[0] == case.sdk or case.answer.fault == "cut"
+    assert type(error).__name__ == case.raised
+    failure = diagnose(error, HERE)
+    assert (failure.failure_class, failure.reason) == (case.failure_class, case.reason)
+    assert failure.retry_after_seconds is None
+    assert classify(error, HERE) is case.failure_class
+
+
+def test_every_reason_and_class_of_the_statuses_is_held() -> None:
+    """The cases have each SDK at each status that the design names."""
+    statuses = {400, 401, 403, 404, 408, 409, 413, 422, 429, 500, 502, 503, 529}
+    for sdk in ASK:
+        assert statuses <= {case.answer.status for case in PROVIDER_CASES if case.sdk == sdk}
+
+
+# ---------------------------------------------------------------------- end to end
+
+
+class Text(BaseModel):
+    text: str = ""
+
+
+def runner_of(**config: Any) -> tuple[StromaRunner, Callable[[Callable[..., Any]], Any]]:
+    runner = StromaRunner.quick(**config)
+    return runner, runner.node("ask", input=Text, output=Text)
+
+
+@pytest.fixture
+def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
+    """The waits between attempts, which are not waited."""
+    waited: list[float] = []
+
+    async def sleep(seconds: float) -> None:
+        waited.append(seconds)
+
+    monkeypatch.setattr("stroma._engine.sleep", sleep)
+    return waited
+
+
+@pytest.mark.parametrize("case", PROVIDER_CASES, ids=str)
+async def test_a_run_deals_with_a_providers_error(case: Case, server: Server, delays: list[float]) -> None:
+    """A node around the async SDK: RECOVERABLE is tried again, TERMINAL is not; the trace has class and reason."""
+    runner, node = runner_of(policy_map={R: FailurePolicy(max_retries=1), A: FailurePolicy(max_retries=0)})
+    url = server.url(case.answer)
+    calls = 0
+
+    @node
+    async def ask(state: Text) -> dict[str, Any]:
+        nonlocal calls
+        calls += 1
+        await ASK_ASYNC[case.sdk](url, case.stream)
+        return {}
+
+    result = await runner.run([ask], Text())
+    attempts = 2 if case.failure_class is R else 1
+    assert calls == attempts == len(delays) + 1
+    assert server.calls_of(url) == (0 if case.answer.fault == "refuse" else attempts)
+    assert result.status is (RunStatus.PARTIAL if case.failure_class is R else RunStatus.FAILED)
+    assert [(e.node_id, e.attempt, e.failure, e.reason) for e in result.trace] == [
+        ("ask", number + 1, case.failure_class, case.reason) for number in range(attempts)
+    ]
+    assert result.failure is not None
+    assert (result.failure.failure_class, result.failure.reason) == (case.failure_class, case.reason)
+    with pytest.raises(type(result.failure.exception)):
+        result.raise_for_status()
+
+
+@pytest.mark.parametrize("sdk", ASK)
+@pytest.mark.parametrize(
+    ("headers", "seconds"),
+    [({"retry-after": "7"}, 7), ({"retry-after-ms": "2500"}, 2.5), ({"Retry-After": "120"}, 120)],
+    ids=str,
+)
+async def test_the_delay_is_at_least_what_the_server_says(
+    sdk: str, headers: dict[str, str], seconds: float, server: Server, delays: list[float]
+) -> None:
+    """G3: a rate limit with Retry-After is waited for as long as the server asks; the next attempt can succeed."""
+    runner, node = runner_of()
+    urls = [server.url(Answer(429, {"error": {"type": "rate_limit_error"}}, headers))]
+
+    @node
+    async def ask(state: Text) -> dict[str, Any]:
+        if urls:
+            await ASK_ASYNC[sdk](urls.pop())
+        return {"text": "done"}
+
+    result = await runner.run([ask], Text())
+    assert result.status is RunStatus.COMPLETED
+    assert delays == [seconds]  # The drawn delay is below 1 s.
+    assert [(e.outcome, e.reason) for e in result.trace] == [("failure", "rate_limit"), ("success", None)]
+
+
+@pytest.mark.parametrize("sdk", ASK)
+@pytest.mark.parametrize("inside", ["alone", "group"])
+async def test_a_server_that_asks_for_too_long_stops_the_run(
+    sdk: str, inside: str, server: Server, delays: list[float], caplog: pytest.LogCaptureFixture
+) -> None:
+    """G3: beyond max_retry_after_seconds the run stops as PARTIAL and says when to come back."""
+    caplog.set_level(logging.INFO, logger="stroma")
+    runner, node = runner_of()
+    url = server.url(Answer(429, {"error": {"type": "rate_limit_error"}}, {"retry-after": "3600"}))
+
+    @node
+    async def ask(state: Text) -> dict[str, Any]:
+        await ASK_ASYNC[sdk](url)
+        return {}
+
+    result = await runner.run([ask if inside == "alone" else parallel(ask)], Text())
+    assert (result.status, server.calls_of(url), delays) == (RunStatus.PARTIAL, 1, [])
+    assert result.failure is not None
+    assert (result.failure.reason, result.failure.retry_after_seconds) == ("rate_limit", 3600)
+    said = [r for r in caplog.records if "come back in 3600 s" in r.getMessage()]
+    assert said
+    assert said[0].run_id == result.run_id  # type: ignore[attr-defined]
+
+
+async def test_max_retry_after_seconds_is_the_users(server: Server, delays: list[float]) -> None:
+    """max_retry_after_seconds is a limit of the policy: exactly at it is waited for."""
+    runner, node = runner_of(policy_map={R: FailurePolicy(max_retries=1, max_retry_after_seconds=3600)})
+    url = server.url(Answer(429, {}, {"retry-after": "3600"}))
+
+    @node
+    async def ask(state: Text) -> dict[str, Any]:
+        await ask_openai_async(url)
+        return {}
+
+    result = await runner.run([ask], Text())
+    assert (result.status, server.calls_of(url), delays) == (RunStatus.PARTIAL, 2, [3600])
+
+
+async def test_custom_classifiers_come_first(server: Server, delays: list[float]) -> None:
+    """A custom classifier decides before the provider's knowledge does; None passes the question on."""
+    asked: list[str] = []
+
+    def passes(exc: Exception, context: NodeContext) -> FailureClass | None:
+        asked.append(type(exc).__name__)
+        return None
+
+    def decides(exc: Exception, context: NodeContext) -> FailureClass | None:
+        return T if isinstance(exc, openai.RateLimitError) else None
+
+    runner, node = runner_of(classifiers=[passes, decides])
+    url = server.url(by_openai(429, "rate_limit_exceeded"))
+
+    @node
+    async def ask(state: Text) -> dict[str, Any]:
+        await ask_openai_async(url)
+        return {}
+
+    result = await runner.run([ask], Text())
+    assert (result.status, server.calls_of(url), asked) == (RunStatus.FAILED, 1, ["RateLimitError"])
+    (event,) = result.trace
+    # What happened is still known; only what it means was the classifier's to say.
+    assert (event.failure, event.reason) == (T, "rate_limit")
+    auth = error_of(lambda: ask_openai(server.url(by_openai(401))))
+    assert classify(auth, HERE, [passes]) is T
+    assert classify(auth, HERE, [lambda e, c: R, lambda e, c: A]) is R
+
+
+# ---------------------------------------------------------------------- Retry-After
+
+NOW = 1_800_000_000  # Fri, 15 Jan 2027 08:00:00 GMT
+RETRY_AFTER: list[tuple[dict[str, str], float | None]] = [
+    ({}, None),
+    ({"retry-after": "20"}, 20),
+    ({"RETRY-AFTER": " 20 "}, 20),
+    ({"retry-after": "0"}, 0),
+    ({"retry-after": "1.5"}, 1.5),
+    ({"retry-after-ms": "1500"}, 1.5),
+    ({"retry-after-ms": "250.5"}, 0.2505),
+    ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),
+    ({"retry-after-ms": "soon", "retry-after": "9"}, 9),
+    ({"retry-after-ms": "-1", "retry-after": "9"}, 9),
+    ({"retry-after-ms": "inf", "retry-after": "9"}, 9),
+    ({"retry-after": "Fri, 15 Jan 2027 08:01:30 GMT"}, 90),
+    ({"retry-after": "Friday, 15-Jan-27 08:01:30 GMT"}, 90),
+    ({"retry-after": "Fri Jan 15 08:01:30 2027"}, 90),
+    ({"retry-after": "Fri, 15 Jan 2027 08:01:30 -0000"}, 90),
+    ({"retry-after": "Fri, 15 Jan 2027 10:01:30 +0200"}, 90),
+    ({"retry-after": "Fri, 15 Jan 2027 07:59:00 GMT"}, 0),
+    ({"retry-after": "Thu, 01 Jan 1970 00:00:00 GMT"}, 0),
+    ({"retry-after": "-5"}, None),
+    ({"retry-after": "nan"}, None),
+    ({"retry-after": "inf"}, None),
+    ({"retry-after": "-inf"}, None),
+    ({"retry-after": "soon"}, None),
+    ({"retry-after": "in 5 minutes"}, None),
+    ({"retry-after": ","}, None),
+    ({"retry-after": "Fri, 99 Jan 2027 08:01:30 GMT"}, None),
+    ({"retry-after": "Fri, 15 Jan 99999 08:01:30 GMT"}, None),
+    ({"retry-after": "1e300"}, 1e300),
+    ({"retry-after": "31536000"}, 31_536_000),
+    ({"retry-after": "1" * 400}, None),
+]
+
+
+@pytest.fixture
+def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("stroma.classifiers.time", SimpleNamespace(time=lambda: NOW))
+
+
+@pytest.mark.parametrize("sdk", ASK)
+@pytest.mark.parametrize(("headers", "seconds"), RETRY_AFTER, ids=lambda v: str(v)[:60])
+def test_retry_after_in_all_its_forms(
+    sdk: str, headers: dict[str, str], seconds: float | None, server: Server, frozen: None
+) -> None:
+    """Seconds, fractions, milliseconds and HTTP dates are read; what makes no sense is no wish."""
+    error = error_of(lambda: ASK[sdk](server.url(Answer(429, {}, headers))))
+    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit", seconds)
+
+
+def test_a_date_without_zone_is_gmt_wherever_the_machine_is(
+    monkeypatch: pytest.MonkeyPatch, frozen: None
+) -> None:
+    """The machine's own time zone does not shift a server's date."""
+    import time
+
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        assert retry_after_seconds({"retry-after": "Fri Jan 15 08:01:30 2027"}) == 90
+        assert retry_after_seconds({"retry-after": "Fri, 15 Jan 2027 08:01:30 -0000"}) == 90
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+
+
+@pytest.mark.parametrize("status", [503, 529, 500, 400])
+def test_retry_after_counts_at_every_status(status: int, server: Server) -> None:
+    """Not only a rate limit can ask to wait."""
+    error = error_of(lambda: ask_anthropic(server.url(Answer(status, {}, {"retry-after": "4"}))))
+    verdict = read_provider_error(error)
+    assert verdict is not None
+    assert verdict.retry_after == 4
+
+
+@pytest.mark.parametrize("seconds", ["1e300", "1" * 30])
+async def test_a_huge_wish_stops_the_run(seconds: str, server: Server, delays: list[float]) -> None:
+    """However long a server asks to wait, the answer is PARTIAL, never an endless sleep."""
+    runner, node = runner_of()
+    url = server.url(Answer(429, {}, {"retry-after": seconds}))
+
+    @node
+    async def ask(state: Text) -> dict[str, Any]:
+        await ask_openai_async(url)
+        return {}
+
+    assert ((await runner.run([ask], Text())).status, delays) == (RunStatus.PARTIAL, [])
+
+
+# ---------------------------------------------------------------------- x-should-retry
+
+
+@pytest.mark.parametrize("sdk", ASK)
+@pytest.mark.parametrize(
+    ("status", "code", "wish", "expected"),
+    [
+        (500, "", "false", ("TERMINAL", "server_error")),
+        (429, "", "false", ("TERMINAL", "rate_limit")),
+        (400, "", "false", ("TERMINAL", "bad_request")),
+        (418, "", "false", ("TERMINAL", "bad_request")),
+        (400, "", "true", ("RECOVERABLE", "bad_request")),
+        (404, "", "true", ("RECOVERABLE", "not_found")),
+        (418, "", "true", ("RECOVERABLE", "server_error")),
+        (500, "", "true", ("RECOVERABLE", "server_error")),
+        (400, "", "perhaps", ("TERMINAL", "bad_request")),
+        (500, "", "perhaps", ("RECOVERABLE", "server_error")),
+        # No number of tries mends these, whatever the server's frame says.
+        (401, "", "true", ("TERMINAL", "auth")),
+        (429, "insufficient_quota", "true", ("TERMINAL", "quota")),
+    ],
+)
+def test_x_should_retry_is_obeyed(
+    sdk: str, status: int, code: str, wish: str, expected: tuple[str, str], server: Server
+) -> None:
+    """x-should-retry overrules the status both ways, but not an exhausted quota or a wrong key."""
+    headers = {"X-Should-Retry": wish, "retry-after": "3"}
+    error = error_of(lambda: ASK[sdk](server.url(Answer(status, {"error": {"type": code}}, headers))))
+    assert read_provider_error(error) == Verdict(*expected, 3)  # type: ignore[arg-type]
+
+
+def test_a_status_that_says_nothing_is_ambiguous(server: Server) -> None:
+    """A status that nobody knows, without a wish of the server, is AMBIGUOUS."""
+    error = error_of(lambda: ask_openai(server.url(by_openai(418))))
+    failure = diagnose(error, HERE)
+    assert (failure.failure_class, failure.reason) == (A, None)
+
+
+# ---------------------------------------------------------------------- httpx, httpx2
+
+HTTPX = [httpx, *([httpx2] if httpx2 is not None else [])]
+
+
+@pytest.mark.parametrize("client", HTTPX, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    ("answer", "expected"),
+    [
+        (Answer(400, {}), ("TERMINAL", "bad_request")),
+        (Answer(401, {}), ("TERMINAL", "auth")),
+        (Answer(403, {}), ("TERMINAL", "permission")),
+        (Answer(404, {}), ("TERMINAL", "not_found")),
+        (Answer(408, {}), ("RECOVERABLE", "timeout")),
+        (Answer(409, {}), ("RECOVERABLE", "conflict")),
+        (Answer(413, {}), ("TERMINAL", "too_large")),
+        (Answer(422, {}), ("TERMINAL", "bad_request")),
+        (Answer(429, {}), ("RECOVERABLE", "rate_limit")),
+        (Answer(429, {}, {"Retry-After": "5"}), ("RECOVERABLE", "rate_limit", 5)),
+        (Answer(500, {}), ("RECOVERABLE", "server_error")),
+        (Answer(503, {}, {"retry-after-ms": "5"}), ("RECOVERABLE", "overloaded", 0.005)),
+        (Answer(599, {}), ("RECOVERABLE", "server_error")),
+        (by_openai(429, "insufficient_quota"), ("TERMINAL", "quota")),
+        (by_openai(400, "context_length_exceeded"), ("TERMINAL", "context_length")),
+        (by_anthropic(400, "invalid_request_error", TOO_LONG), ("TERMINAL", "context_length")),
+        (by_anthropic(500, "overloaded_error"), ("RECOVERABLE", "overloaded")),
+        (Answer(400, "no json"), ("TERMINAL", "bad_request")),
+        (Answer(500, ["a", 1]), ("RECOVERABLE", "server_error")),
+        (Answer(429, {"error": "insufficient_quota"}), ("RECOVERABLE", "rate_limit")),
+    ],
+    ids=str,
+)
+def test_what_an_http_status_error_means(
+    client: Any, answer: Answer, expected: tuple[Any, ...], server: Server
+) -> None:
+    """A bare HTTP client's status error is read from its response: status, headers and body."""
+    error = error_of(lambda: client.post(server.url(answer)).raise_for_status())
+    assert type(error).__name__ == "HTTPStatusError"
+    assert read_provider_error(error) == Verdict(*expected)
+
+
+@pytest.mark.parametrize("client", HTTPX, ids=lambda module: module.__name__)
+def test_a_body_that_was_not_read_stays_unread(client: Any, server: Server) -> None:
+    """The body of a streamed response is not fetched to classify an error; its status decides."""
+    with client.stream("POST", server.url(by_openai(429, "insufficient_quota"))) as response:
+        error = error_of(response.raise_for_status)
+        assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+        assert not response.is_stream_consumed
+
+
+@pytest.mark.parametrize("client", HTTPX, ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    ("url", "raised", "expected"),
+    [
+        (Answer(fault="refuse"), {"ConnectError"}, ("RECOVERABLE", "connection")),
+        (Answer(fault="drop"), {"ReadError", "RemoteProtocolError"}, ("RECOVERABLE", "connection")),
+        (Answer(body={}, fault="cut"), {"RemoteProtocolError"}, ("RECOVERABLE", "connection")),
+        (Answer(fault="hang"), {"ReadTimeout"}, ("RECOVERABLE", "timeout")),
+        ("ftp://127.0.0.1/", {"UnsupportedProtocol"}, ("TERMINAL", "bad_request")),
+        ("http://127.0.0.1:port/", {"InvalidURL"}, ("TERMINAL", "bad_request")),
+    ],
+    ids=str,
+)
+def test_what_a_transport_error_means(
+    client: Any, url: Answer | str, raised: set[str], expected: tuple[str, str], server: Server
+) -> None:
+    """Lost connections and read timeouts are RECOVERABLE; an address that cannot be meant so is not."""
+    where = url if isinstance(url, str) else server.url(url)
+    error = error_of(lambda: client.post(where, timeout=READ_TIMEOUT))
+    assert type(error).__name__ in raised
+    assert read_provider_error(error) == Verdict(*expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("client", HTTPX, ids=lambda module: module.__name__)
+def test_every_timeout_and_connection_error_is_recoverable(client: Any) -> None:
+    """Every subclass of a transport error is RECOVERABLE, but for those that a second try cannot mend."""
+    lasting = {"UnsupportedProtocol", "LocalProtocolError"}
+    classes = [
+        found
+        for found in vars(client).values()
+        if isinstance(found, type) and issubclass(found, client.TransportError)
+    ]
+    assert len(classes) > 10
+    for found in classes:
+        verdict = read_provider_error(found("gone"))
+        assert verdict is not None
+        wanted = "TERMINAL" if found.__name__ in lasting else "RECOVERABLE"
+        assert verdict.failure_class == wanted, found
+        assert (verdict.reason == "timeout") == issubclass(found, client.TimeoutException), found
+
+
+# ---------------------------------------------------------------------- what an exception was raised from
+
+
+def test_one_cause_down_is_read(server: Server) -> None:
+    """A wrapper that says nothing means what it was raised from, one level down and no further."""
+    limited = error_of(lambda: ask_openai(server.url(Answer(429, {}, {"retry-after": "6"}))))
+
+    def wrap(error: BaseException) -> Exception:
+        try:
+            raise RuntimeError("the search failed") from error
+        except RuntimeError as wrapper:
+            return wrapper
+
+    once = wrap(limited)
+    failure = diagnose(once, HERE)
+    assert failure.exception is once
+    assert failure.message == "the search failed"
+    assert (failure.failure_class, failure.reason, failure.retry_after_seconds) == (R, "rate_limit", 6)
+    assert diagnose(wrap(once), HERE).failure_class is A
+
+
+def test_only_a_deliberate_cause_counts(server: Server) -> None:
+    """An error that merely happened while another was handled says nothing of it."""
+    refused = error_of(lambda: ask_openai(server.url(by_openai(401))))
+
+    def stumble() -> None:
+        try:
+            raise refused
+        except openai.AuthenticationError:
+            raise RuntimeError("fallback failed")  # noqa: B904
+
+    error = error_of(stumble)
+    assert error.__context__ is refused
+    assert classify(error, HERE) is A
+
+
+def test_an_exceptions_own_shape_wins_over_its_cause(server: Server) -> None:
+    """What an exception says itself comes before what it was raised from."""
+    error = shaped(status_code=401)
+    error.__cause__ = error_of(lambda: ask_openai(server.url(by_openai(503))))
+    assert classify(error, HERE) is T
+
+
+def test_our_own_errors_keep_their_class_over_a_cause(server: Server) -> None:
+    """A broken contract or budget stays what it is, whatever it was raised from."""
+    cause = error_of(lambda: ask_openai(server.url(by_openai(401))))
+    budget = BudgetExceeded("tokens", 1, 2, "a")
+    violation = ContractViolation("a", "output", {}, [])
+    budget.__cause__ = cause
+    assert classify(budget, HERE) is R
+    violation.__cause__ = error_of(lambda: ask_openai(server.url(by_openai(503))))
+    assert classify(violation, HERE) is T
+
+
+# ---------------------------------------------------------------------- shapes
+
+
+def shaped(
+    name: str = "Odd", package: str = "somewhere", bases: tuple[type, ...] = (Exception,), **attributes: Any
+) -> Exception:
+    """An exception of that shape, as a package that is not installed here would raise it."""
+    cls = type(name, bases, {"__module__": f"{package}.errors"})
+    error: Exception = cls("no")
+    for key, value in attributes.items():
+        setattr(error, key, value)
+    return error
+
+
+def coded(code: str) -> Any:
+    return lambda: SimpleNamespace(name=code)
+
+
+def aws(status: int, code: str, message: str = "no", **headers: str) -> dict[str, Any]:
+    shown = {key.replace("_", "-"): value for key, value in headers.items()}
+    return {
+        "Error": {"Code": code, "Message": message},
+        "ResponseMetadata": {"HTTPStatusCode": status, "HTTPHeaders": shown},
+    }
+
+
+MAIL = Message()
+MAIL["Retry-After"] = "8"
+
+SHAPES: list[tuple[Exception, Verdict | None]] = [
+    # requests and aiohttp
+    (shaped(package="requests", response=SimpleNamespace(status_code=429, headers={"Retry-After": "8"})), Verdict("RECOVERABLE", "rate_limit", 8)),
+    (shaped("ConnectionError", "requests"), Verdict("RECOVERABLE", "connection")),
+    (shaped("ChunkedEncodingError", "requests"), Verdict("RECOVERABLE", "connection")),
+    (shaped("Timeout", "requests"), Verdict("RECOVERABLE", "timeout")),
+    (shaped("ReadTimeout", "requests"), Verdict("RECOVERABLE", "timeout")),
+    (shaped("ConnectTimeout", "requests"), Verdict("RECOVERABLE", "timeout")),
+    (shaped("MissingSchema", "requests", (ValueError,)), Verdict("TERMINAL", "bad_request")),
+    (shaped("InvalidSchema", "requests", (ValueError,)), Verdict("TERMINAL", "bad_request")),
+    (shaped(package="aiohttp", status=503, headers={"Retry-After": "8"}), Verdict("RECOVERABLE", "overloaded", 8)),
+    (shaped("ClientConnectionError", "aiohttp"), Verdict("RECOVERABLE", "connection")),
+    (shaped("ClientPayloadError", "aiohttp"), Verdict("RECOVERABLE", "connection")),
+    (shaped("ServerTimeoutError", "aiohttp"), Verdict("RECOVERABLE", "timeout")),
+    # urllib3, httpcore
+    (shaped("ReadTimeoutError", "urllib3"), Verdict("RECOVERABLE", "timeout")),
+    (shaped("NetworkError", "httpcore"), Verdict("RECOVERABLE", "connection")),
+    (shaped("RemoteProtocolError", "httpcore2"), Verdict("RECOVERABLE", "connection")),
+    (shaped("LocalProtocolError", "httpcore"), Verdict("TERMINAL", "bad_request")),
+    # openai, after the answer came
+    (openai.ContentFilterFinishReasonError(), Verdict("TERMINAL", "content_policy")),
+    # google
+    (shaped(package="google", code=429, status="RESOURCE_EXHAUSTED", response=SimpleNamespace(headers={"retry-after": "8"})), Verdict("RECOVERABLE", "rate_limit", 8)),
+    (shaped(package="google", code=http.HTTPStatus.FORBIDDEN), Verdict("TERMINAL", "permission")),
+    (shaped(package="google", code=400, message="The input token count (2) exceeds the maximum number of tokens allowed (1)."), Verdict("TERMINAL", "context_length")),
+    # botocore
+    (shaped(package="botocore", response=aws(429, "ThrottlingException", retry_after="8")), Verdict("RECOVERABLE", "rate_limit", 8)),
+    (shaped(package="botocore", response=aws(400, "ThrottlingException")), Verdict("RECOVERABLE", "rate_limit")),
+    (shaped(package="botocore", response=aws(400, "Throttling")), Verdict("RECOVERABLE", "rate_limit")),
+    (shaped(package="botocore", response=aws(400, "TooManyRequestsException")), Verdict("RECOVERABLE", "rate_limit")),
+    (shaped(package="botocore", response=aws(400, "ServiceQuotaExceededException")), Verdict("TERMINAL", "quota")),
+    (shaped(package="botocore", response=aws(400, "ValidationException", "Input is too long for requested model.")), Verdict("TERMINAL", "context_length")),
+    (shaped(package="botocore", response=aws(403, "AccessDeniedException")), Verdict("TERMINAL", "permission")),
+    (shaped("ConnectionClosedError", "botocore"), Verdict("RECOVERABLE", "connection")),
+    (shaped("ConnectTimeoutError", "botocore"), Verdict("RECOVERABLE", "timeout")),
+    # grpc
+    (shaped(package="grpc", code=coded("UNAVAILABLE")), Verdict("RECOVERABLE", "overloaded")),
+    (shaped(package="grpc", code=coded("RESOURCE_EXHAUSTED")), Verdict("RECOVERABLE", "rate_limit")),
+    (shaped(package="grpc", code=coded("DEADLINE_EXCEEDED")), Verdict("RECOVERABLE", "timeout")),
+    (shaped(package="grpc", code=coded("INTERNAL")), Verdict("RECOVERABLE", "server_error")),
+    (shaped(package="grpc", code=coded("UNKNOWN")), Verdict("RECOVERABLE", "server_error")),
+    (shaped(package="grpc", code=coded("ABORTED")), Verdict("RECOVERABLE", "conflict")),
+    (shaped(package="grpc", code=coded("INVALID_ARGUMENT")), Verdict("TERMINAL", "bad_request")),
+    (shaped(package="grpc", code=coded("FAILED_PRECONDITION")), Verdict("TERMINAL", "bad_request")),
+    (shaped(package="grpc", code=coded("OUT_OF_RANGE")), Verdict("TERMINAL", "bad_request")),
+    (shaped(package="grpc", code=coded("UNAUTHENTICATED")), Verdict("TERMINAL", "auth")),
+    (shaped(package="grpc", code=coded("PERMISSION_DENIED")), Verdict("TERMINAL", "permission")),
+    (shaped(package="grpc", code=coded("NOT_FOUND")), Verdict("TERMINAL", "not_found")),
+    (shaped(package="grpc", code=coded("UNIMPLEMENTED")), Verdict("TERMINAL", "not_found")),
+    (shaped(package="grpc", code=coded("CANCELLED")), None),
+    (shaped(package="grpc", code=lambda: 1 / 0), None),
+    # the standard library
+    (ConnectionRefusedError("no"), Verdict("RECOVERABLE", "connection")),
+    (http.client.RemoteDisconnected("no"), Verdict("RECOVERABLE", "connection")),
+    (urllib.error.HTTPError("http://x", 429, "no", MAIL, None), Verdict("RECOVERABLE", "rate_limit", 8)),
+    # bodies
+    (shaped(status_code=402), Verdict("TERMINAL", "quota")),
+    (shaped(status_code=402, body={"error": {"details": {"error_code": "linked_organization_spend_limit_reached"}}}), Verdict("TERMINAL", "quota")),
+    (shaped(status_code=429, code="linked_organization_spend_limit_reached"), Verdict("TERMINAL", "quota")),
+    (shaped(status_code=400, body={"message": "over the context window"}), Verdict("TERMINAL", "context_length")),
+    (shaped(status_code=400, body={"message": "over Azure's Content Management Policy"}), Verdict("TERMINAL", "content_policy")),
+    (shaped(status_code=400, body={"message": "against our content policy"}), Verdict("TERMINAL", "content_policy")),
+    # what looks alike and is not
+    (shaped("Timeout"), None),
+    (shaped("ConnectionError"), None),
+    (shaped("HTTPError", "requests"), None),
+    (shaped(code=404), None),
+    (shaped(status_code=True), None),
+    (shaped(status_code="429"), None),
+    (shaped(status_code=42), None),
+    (shaped(status_code=1006), None),
+    (shaped(status_code=600), None),
+    (shaped(status_code=302), None),
+    (shaped(headers={"retry-after": "5"}), None),
+    (shaped(code=["insufficient_quota"]), None),
+    (ValueError("status 429"), None),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("error", "expected"), SHAPES, ids=lambda v: "")
+def test_what_a_shape_means(error: Exception, expected: Verdict | None) -> None:
+    """Clients that are not installed here are known by what their exceptions carry."""
+    verdict = read_provider_error(error)
+    assert verdict == expected, vars(error)
+
+
+# ---------------------------------------------------------------------- exceptions that misbehave
+
+
+def trap(*names: str, **attributes: Any) -> Exception:
+    """An exception whose attributes of these names raise."""
+
+    def get(self: Any, name: str) -> Any:
+        if name in names:
+            raise RuntimeError(f"{name} is broken")
+        return object.__getattribute__(self, name)
+
+    cls = type("Trap", (Exception,), {"__getattribute__": get})
+    error: Exception = cls("no")
+    for key, value in attributes.items():
+        setattr(error, key, value)
+    return error
+
+
+@pytest.mark.parametrize(
+    "name", ["headers", "body", "code", "type", "message", "status", "details", "error_code"]
+)
+def test_an_attribute_that_raises_hides_no_other(name: str) -> None:
+    """One attribute that raises is one that says nothing; the status is still read."""
+    error = trap(name, status_code=429)
+    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+
+
+def test_exceptions_whose_attributes_raise() -> None:
+    """G2: whatever raises while an exception is looked at, it has one class."""
+    names = ("status_code", "status", "response", "headers", "body", "code", "type", "message")
+    assert classify(trap(*names), HERE) is A
+    assert read_provider_error(trap("response", status_code=503)) == Verdict("RECOVERABLE", "overloaded")
+    assert read_provider_error(trap("status_code", response=SimpleNamespace(status_code=401))) == Verdict(
+        "TERMINAL", "auth"
+    )
+
+    class Everything(Exception):
+        def __getattribute__(self, name: str) -> Any:
+            raise RuntimeError(name)
+
+        def __str__(self) -> str:
+            raise RuntimeError("str")
+
+    assert read_provider_error(Everything("x")) is None
+    failure = diagnose(Everything("x"), HERE)
+    assert (failure.failure_class, failure.message) == (A, "Everything")
+    failure = diagnose(shaped(status_code=429, response=trap("headers")), HERE)
+    assert (failure.failure_class, failure.reason) == (R, "rate_limit")
+
+
+def test_headers_that_raise_are_no_headers() -> None:
+    """A mapping that cannot be read costs the wait, not the class."""
+
+    class Broken(dict[str, str]):
+        def items(self) -> Any:
+            raise RuntimeError("no")
+
+    error = shaped(status_code=429, response=SimpleNamespace(headers=Broken()), headers={"retry-after": "2"})
+    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit", 2)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"[" * 30_000,
+        b"\xff\xfe",
+        b"{",
+        b"{}",
+        b"null",
+        b'{"error": null}',
+        b'{"error": {"code": 7}}',
+        b" " * 70_000,
+    ],
+    ids=lambda v: str(v[:12]),
+)
+def test_bodies_that_make_no_sense_say_nothing(body: bytes) -> None:
+    """A body that is no JSON, too deep or too large leaves the status to decide."""
+    error = shaped(response=SimpleNamespace(status_code=429, _content=body))
+    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+
+
+async def test_a_node_whose_error_misbehaves_ends_as_any_other(delays: list[float]) -> None:
+    """G2: end to end, an exception whose attributes and text raise is one AMBIGUOUS failure per attempt."""
+    runner, node = runner_of()
+
+    class Silent(Exception):
+        @property
+        def status_code(self) -> int:
+            raise RuntimeError("no status")
+
+        def __str__(self) -> str:
+            raise RuntimeError("no text")
+
+    @node
+    async def ask(state: Text) -> dict[str, Any]:
+        raise Silent
+
+    result = await runner.run([ask], Text())
+    assert result.status is RunStatus.PARTIAL
+    assert [(e.failure, e.reason, e.failure_message) for e in result.trace] == [(A, None, "Silent")] * 2
+
+
+def test_no_sdk_is_imported() -> None:
+    """Reading an exception imports no SDK and no HTTP client."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from stroma.classifiers import read_provider_error as read\n"
+        "print(read(ConnectionError()).reason)\n"
+        "print(sorted({'openai', 'anthropic', 'httpx', 'httpx2', 'requests', 'aiohttp', 'botocore', 'grpc'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.split("\n")[:2], done.stderr) == (["connection", "[]"], "")
