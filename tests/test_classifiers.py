@@ -63,6 +63,13 @@ class Answer:
     headers: dict[str, str] = field(default_factory=dict)
     fault: str | None = None  # "drop", "cut", "hang", "refuse"
 
+    @property
+    def stream(self) -> bool:
+        return isinstance(self.body, str)
+
+
+PLAIN = Answer()
+
 
 class Server(ThreadingHTTPServer):
     daemon_threads = True
@@ -111,10 +118,9 @@ class Handler(BaseHTTPRequestHandler):
     do_GET = do_POST
 
     def answer(self, answer: Answer) -> None:
-        stream = isinstance(answer.body, str)
-        data = answer.body.encode() if stream else json.dumps(answer.body).encode()
+        data = answer.body.encode() if answer.stream else json.dumps(answer.body).encode()
         self.send_response(answer.status)
-        self.send_header("content-type", "text/event-stream" if stream else "application/json")
+        self.send_header("content-type", "text/event-stream" if answer.stream else "application/json")
         self.send_header("content-length", str(len(data) + (answer.fault == "cut")))
         for key, value in answer.headers.items():
             self.send_header(key, value)
@@ -143,40 +149,41 @@ def server() -> Iterator[Server]:
 
 MESSAGES: Any = [{"role": "user", "content": "hello"}]
 #: One client for all: making one loads the certificates of the machine each time.
-_OPENAI = openai.OpenAI(api_key="none", max_retries=0, timeout=READ_TIMEOUT)
-_ANTHROPIC = anthropic.Anthropic(api_key="none", max_retries=0, timeout=READ_TIMEOUT)
+_OPENAI = openai.OpenAI(api_key="none", max_retries=0)
+_ANTHROPIC = anthropic.Anthropic(api_key="none", max_retries=0)
 
 
-def ask_openai(url: str, stream: bool = False) -> Any:
+def options(answer: Answer) -> dict[str, Any]:
+    """What a call is made with: it waits briefly only for an answer that does not come."""
+    return {"stream": answer.stream, "timeout": READ_TIMEOUT if answer.fault == "hang" else 30}
+
+
+def ask_openai(url: str, answer: Answer = PLAIN) -> Any:
     completions = _OPENAI.with_options(base_url=url).chat.completions
-    answer = completions.create(model="gpt-4o-mini", messages=MESSAGES, stream=stream)
-    return list(answer) if stream else answer
+    reply: Any = completions.create(model="gpt-4o-mini", messages=MESSAGES, **options(answer))
+    return list(reply) if answer.stream else reply
 
 
-def ask_anthropic(url: str, stream: bool = False) -> Any:
+def ask_anthropic(url: str, answer: Answer = PLAIN) -> Any:
     messages = _ANTHROPIC.with_options(base_url=url).messages
-    answer = messages.create(model="claude-haiku-4-5", max_tokens=9, messages=MESSAGES, stream=stream)
-    return list(answer) if stream else answer
+    reply: Any = messages.create(model="claude-haiku-4-5", max_tokens=9, messages=MESSAGES, **options(answer))
+    return list(reply) if answer.stream else reply
 
 
-async def ask_openai_async(url: str, stream: bool = False) -> Any:
-    async with openai.AsyncOpenAI(
-        api_key="none", base_url=url, max_retries=0, timeout=READ_TIMEOUT
-    ) as client:
-        answer: Any = await client.chat.completions.create(
-            model="gpt-4o-mini", messages=MESSAGES, stream=stream
+async def ask_openai_async(url: str, answer: Answer = PLAIN) -> Any:
+    async with openai.AsyncOpenAI(api_key="none", base_url=url, max_retries=0) as client:
+        reply: Any = await client.chat.completions.create(
+            model="gpt-4o-mini", messages=MESSAGES, **options(answer)
         )
-        return [part async for part in answer] if stream else answer
+        return [part async for part in reply] if answer.stream else reply
 
 
-async def ask_anthropic_async(url: str, stream: bool = False) -> Any:
-    async with anthropic.AsyncAnthropic(
-        api_key="none", base_url=url, max_retries=0, timeout=READ_TIMEOUT
-    ) as client:
-        answer: Any = await client.messages.create(
-            model="claude-haiku-4-5", max_tokens=9, messages=MESSAGES, stream=stream
+async def ask_anthropic_async(url: str, answer: Answer = PLAIN) -> Any:
+    async with anthropic.AsyncAnthropic(api_key="none", base_url=url, max_retries=0) as client:
+        reply: Any = await client.messages.create(
+            model="claude-haiku-4-5", max_tokens=9, messages=MESSAGES, **options(answer)
         )
-        return [part async for part in answer] if stream else answer
+        return [part async for part in reply] if answer.stream else reply
 
 
 ASK: dict[str, Callable[..., Any]] = {"openai": ask_openai, "anthropic": ask_anthropic}
@@ -205,10 +212,6 @@ class Case:
     raised: str  # the name of the SDK's exception
     failure_class: FailureClass
     reason: str
-
-    @property
-    def stream(self) -> bool:
-        return isinstance(self.answer.body, str)
 
     def __str__(self) -> str:
         return f"{self.sdk}: {self.what}"
@@ -330,7 +333,7 @@ PROVIDER_CASES = [
 def test_what_a_providers_error_means(case: Case, server: Server) -> None:
     """The SDK's own exception, raised by the SDK from the server's answer, has its class and its reason."""
     url = server.url(case.answer)
-    error = error_of(lambda: ASK[case.sdk](url, case.stream))
+    error = error_of(lambda: ASK[case.sdk](url, case.answer))
     assert type(error).__module__.partition(".")[0] == case.sdk or case.answer.fault == "cut"
     assert type(error).__name__ == case.raised
     failure = diagnose(error, HERE)
@@ -381,7 +384,7 @@ async def test_a_run_deals_with_a_providers_error(case: Case, server: Server, de
     async def ask(state: Text) -> dict[str, Any]:
         nonlocal calls
         calls += 1
-        await ASK_ASYNC[case.sdk](url, case.stream)
+        await ASK_ASYNC[case.sdk](url, case.answer)
         return {}
 
     result = await runner.run([ask], Text())
@@ -687,7 +690,9 @@ def test_what_a_transport_error_means(
 ) -> None:
     """Lost connections and read timeouts are RECOVERABLE; an address that cannot be meant so is not."""
     where = url if isinstance(url, str) else server.url(url)
-    error = error_of(lambda: client.post(where, timeout=READ_TIMEOUT))
+    error = error_of(
+        lambda: client.post(where, timeout=options(url)["timeout"] if isinstance(url, Answer) else None)
+    )
     assert type(error).__name__ in raised
     assert read_provider_error(error) == Verdict(*expected)  # type: ignore[arg-type]
 
@@ -917,6 +922,8 @@ def test_exceptions_whose_attributes_raise() -> None:
 
     class Everything(Exception):
         def __getattribute__(self, name: str) -> Any:
+            if name == "__class__":
+                return Everything
             raise RuntimeError(name)
 
         def __str__(self) -> str:

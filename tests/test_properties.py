@@ -782,16 +782,17 @@ def _act(plan: Any, name: str, runner: Any, tally: Counter[str]) -> Any:
     return node(name, func, Items, Items)
 
 
-@examples(150)
+@examples(300)
 @given(
     plan=st.lists(plans, min_size=1, max_size=3),
     script=st.lists(antics, min_size=1, max_size=12),
     sets=st.integers(1, 3),
     cancel_after=st.none() | st.integers(0, 60),
     again=st.booleans(),
+    regroup=st.booleans(),
 )
 def test_hooks_are_ordered_nested_and_paired(
-    plan: list[Any], script: list[str], sets: int, cancel_after: int | None, again: bool
+    plan: list[Any], script: list[str], sets: int, cancel_after: int | None, again: bool, regroup: bool
 ) -> None:
     """G9, whatever fails, hangs, is cancelled, retried, nested or raised by hooks: every start has exactly one end.
 
@@ -800,16 +801,19 @@ def test_hooks_are_ordered_nested_and_paired(
     """
     watch = Watch(sets, script)
     tally: Counter[str] = Counter()
+    at_once = {c: FailurePolicy(max_retries=1, backoff_seconds=0) for c in FailureClass}
     runner = StromaRunner.quick(
         hooks=watch.hooks(),
         hook_timeout_ms=1,
         classifiers=[by_plan],
-        policy_map={c: FailurePolicy(max_retries=1, backoff_seconds=0) for c in FailureClass},
+        policy_map=at_once,
         budget=ExecutionBudget(max_tokens_total=20),
     )
 
     async def go() -> None:
         nodes = [_act(p, f"n{i}", runner, tally) for i, p in enumerate(plan)]
+        if regroup:  # Groups are tried again, too.
+            runner.with_node_policies({n._stroma_node_id: at_once for n in nodes if hasattr(n, "children")})
         task = asyncio.create_task(runner.run(nodes, Items(), run_id="outer"))
         if cancel_after is not None:
             for _ in range(cancel_after):

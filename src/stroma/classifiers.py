@@ -263,7 +263,7 @@ def _levels(exc: BaseException) -> list[Any]:
     response = _get(exc, "response")
     body = _get(exc, "body")
     if body is None and isinstance(response, Mapping):
-        return [exc, response.get("Error")]
+        return [exc, _get(response, "Error")]
     if body is None:
         # httpx has the body on the response; a body that was never read must not be fetched here.
         content = _get(response, "_content")
