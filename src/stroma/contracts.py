@@ -71,6 +71,10 @@ class ContractViolation(Exception):
         direction: "input" or "output".
         raw: the offending value as a dict.
         errors: pydantic's error dicts (``type``, ``loc``, ``msg``, ``input``).
+
+    Where: ``result.failure`` of a FAILED run; out of ``BoundaryValidator`` and ``ContractRegistry.validate_*``.
+    Cause: the input of a node, or what it returned, is not what its schema says.
+    Mend: correct the node or the schema at the fields that are named; ``contract_retries`` grants further attempts.
     """
 
     def __init__(self, node_id: str, direction: Direction, raw: dict[str, Any], errors: list[Any]) -> None:

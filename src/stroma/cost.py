@@ -40,7 +40,12 @@ KNOWN_MODELS: dict[str, tuple[float, float]] = {
 
 
 class UsageError(ValueError):
-    """A node reported usage that cannot be counted: negative, not finite, not a number, or of an unpriced model."""
+    """A node reported usage that cannot be counted: negative, not finite, not a number, or of an unpriced model.
+
+    Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record`` and ``report_usage``.
+    Cause: the figures a node returned beside its output, or a model without a price under ``unknown_model="error"``.
+    Mend: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
+    """
 
 
 class BudgetExceeded(Exception):
@@ -50,6 +55,10 @@ class BudgetExceeded(Exception):
         dimension: "tokens", "cost" (USD) or "latency" (ms).
         limit, actual: both in the dimension's unit.
         node_id: the node whose attempt crossed the limit.
+
+    Where: ``result.failure`` of a PARTIAL run; out of ``CostTracker.check_budget``.
+    Cause: the run, failed attempts and earlier processes included, spent more than its ``ExecutionBudget``.
+    Mend: raise the limit that the message names and run with ``resume=True``; what was paid for is kept.
     """
 
     def __init__(self, dimension: Dimension, limit: float, actual: float, node_id: str) -> None:

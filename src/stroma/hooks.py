@@ -85,7 +85,12 @@ def flatten(hooks: NodeHooks | Iterable[NodeHooks] | None) -> tuple[NodeHooks, .
 
 
 class HookError(Exception):
-    """Hooks raised in a run with ``hook_errors="raise"``; ``result`` is the complete result of that run."""
+    """Hooks raised in a run with ``hook_errors="raise"``; ``result`` is the complete result of that run.
+
+    Where: out of ``run()``, after everything is committed.
+    Cause: a hook raised; the first such exception is the ``__cause__``.
+    Mend: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in ``result.hook_errors``.
+    """
 
     def __init__(self, message: str, result: ExecutionResult) -> None:
         super().__init__(message)
@@ -93,14 +98,24 @@ class HookError(Exception):
 
 
 class HookNotAsync(TypeError):
-    """A hook is not async. ``result`` is what the run had come to."""
+    """A hook is not async. ``result`` is what the run had come to.
+
+    Where: out of ``run()``, at the first call of the hook.
+    Cause: the hook returned something that cannot be awaited.
+    Mend: define it with ``async def``. What was committed is kept.
+    """
 
     result: ExecutionResult | None = None
     set_index: int = 0  # Sets before this one were called.
 
 
 class HookTimeout(Exception):
-    """A hook took longer than its time limit and was abandoned."""
+    """A hook took longer than its time limit and was abandoned.
+
+    Where: in ``result.hook_errors`` and the log; with ``hook_errors="raise"`` the cause of a HookError.
+    Cause: one call of a hook took longer than ``hook_timeout_ms``.
+    Mend: hand slow work to a queue or a task of your own, or raise ``hook_timeout_ms``.
+    """
 
 
 class Hooks:

@@ -41,7 +41,12 @@ Snapshot = tuple[Any, ...] | bytes | dict[str, Any]
 
 
 class NotSerialisable(TypeError):
-    """A state holds a value that no store can keep. The message names the field."""
+    """A state holds a value that no store can keep. The message names the field.
+
+    Where: ``result.failure`` of a FAILED run whose input or output cannot be stored.
+    Cause: a secret, an open file, a client, a value that contains itself, or a class that its field does not declare.
+    Mend: keep it out of the state, hand it over in the run's context, or declare the field with the class it holds.
+    """
 
 
 _JSON_LEAVES: Final = frozenset({"str", "int", "bool", "none", "literal"})
@@ -493,7 +498,7 @@ def _overrides_validation(model: type[BaseModel]) -> bool:
     return getattr(model.model_validate, "__func__", None) is not BaseModel.model_validate.__func__  # type: ignore[attr-defined]
 
 
-def _picker(names: tuple[str, ...]) -> Callable[[dict[str, Any]], tuple[Any, ...]]:
+def _picker(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
     """What makes a tuple of the named values: by name, since a cached_property lives in __dict__ too."""
     if len(names) > 1:
         return operator.itemgetter(*names)

@@ -265,13 +265,17 @@ def test_a_locked_store(stroma, fails):
     assert stroma.calls() == ["first", "second", "third"]
 
 
+# A module's bytecode that is cut off by the limit would break every later import of it.
+NO_BYTECODE = {"PYTHONDONTWRITEBYTECODE": "1"}
+
+
 def _small_files(limit):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
 def test_a_full_disk_at_the_start(stroma, fails):
     """A disk with no room for the store ends before any node is called."""
-    done = stroma("run", "sums.py:pipeline", GOOD, "-q", preexec_fn=_small_files(8192))
+    done = stroma("run", "sums.py:pipeline", GOOD, "-q", preexec_fn=_small_files(8192), env=NO_BYTECODE)
     fails(done, 3, "the disk")
     assert stroma.calls() == []
 
@@ -287,7 +291,7 @@ def test_a_full_disk_on_the_way(stroma):
             return {"text": "x" * 3_000_000}
         pipeline = Pipeline("big", [first, node("swell", swell, Sum, Big)])
         """)  # fmt: skip
-    done = stroma("run", "big.py:pipeline", GOOD, "--run-id", "big", preexec_fn=_small_files(1_000_000))
+    done = stroma("run", "big.py:pipeline", GOOD, "--run-id", "big", preexec_fn=_small_files(1_000_000), env=NO_BYTECODE)
     assert (done.code, done.out) == (3, "")
     assert "Traceback" not in done.err
     assert "why: the disk " in done.err

@@ -40,29 +40,59 @@ class StoreError(Exception):
     """A store could not do what was asked. Base of the errors of stores.
 
     ``transient``: whether trying the same again may help.
+
+    Where: out of ``run()`` if the run cannot begin; ``result.failure`` of a PARTIAL run if a commit could not be kept.
+    Cause: the file, disk or server of the store, or a store that keeps no journal where one is needed.
+    Mend: do what the message says, then run with ``resume=True``; nothing committed is lost.
     """
 
     transient: bool = True
 
 
 class CheckpointNotFound(StoreError, LookupError):
-    """There is no checkpoint where one is needed to go on."""
+    """There is no checkpoint where one is needed to go on.
+
+    Where: out of ``run(resume_from=...)``; reading a run from a store.
+    Cause: the node before the resume point never committed in that run, or the run id is not in this store.
+    Mend: resume from an earlier node, check the run id and the store, or run from the beginning.
+    """
 
 
 class CorruptCheckpoint(StoreError, TypeError):
-    """What a store gave back is not a state of the schema it is read with."""
+    """What a store gave back is not a state of the schema it is read with.
+
+    Where: out of ``run()`` on resume; reading a state from a store.
+    Cause: a damaged store, data that something else wrote, or a schema that has changed since.
+    Mend: ``resume_from=`` the node that is named makes its output anew; else restore the store or the schema.
+    """
 
 
 class PipelineChanged(StoreError):
-    """A run cannot be resumed: the pipeline, or its input, is not what the run was recorded with."""
+    """A run cannot be resumed: the pipeline, or its input, is not what the run was recorded with.
+
+    Where: out of ``run()`` on resume, before anything is called.
+    Cause: nodes were added, removed, renamed or reordered before the resume point, an output schema has changed, or the
+        input is another one.
+    Mend: restore what the message names, resume before the change (``resume_from=``), or begin a new run.
+    """
 
 
 class RunBusy(StoreError):
-    """Another process is at work on the run."""
+    """Another process is at work on the run.
+
+    Where: out of ``run()``, from stores that give a run one owner.
+    Cause: the same run id was picked up twice.
+    Mend: wait for the other process to end, or use another run id.
+    """
 
 
 class Fenced(StoreError):
-    """Somebody else has taken the run over; this process may not write to it any more."""
+    """Somebody else has taken the run over; this process may not write to it any more.
+
+    Where: ``result.failure`` of a PARTIAL run.
+    Cause: the same run id was opened again while this run was going on, or the run was deleted.
+    Mend: look at what the other process makes of the run; give each run an id of its own.
+    """
 
     transient = False
 

@@ -28,7 +28,12 @@ class Code(IntEnum):
 
 
 class Problem(click.ClickException):
-    """Ends a command. The first line says what happened and why, the last one what to do."""
+    """Ends a command. The first line says what happened and why, the last one what to do.
+
+    Where: on stderr, with the exit code that ``docs/cli.md`` lists.
+    Cause: the command's arguments, the files it names, the store, or the run itself.
+    Mend: the last line says it; ``STROMA_DEBUG=1`` shows the traceback.
+    """
 
     def __init__(self, message: str, *more: str, code: Code) -> None:
         super().__init__(message)

@@ -1,0 +1,400 @@
+"""Write docs/errors.md and docs/providers.md from the code and the tests.
+
+usage: ./dev run python docs/generate.py [--check]
+
+errors.md is made of the docstrings of the exception classes (their lines Where, Cause and Mend) and of every message
+in the source; providers.md of the cases in tests/test_classifiers.py. With --check nothing is written, and the exit
+code is 1 if a file is not up to date.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import re
+import sys
+from collections import defaultdict
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SOURCE = ROOT / "src" / "stroma"
+PARTS = ("Where", "Cause", "Mend")
+
+#: What makes an error without being its class.
+FACTORIES = {"lasting": "StoreError"}
+BUILT_IN = (
+    "AttributeError",
+    "FileNotFoundError",
+    "ImportError",
+    "KeyError",
+    "LookupError",
+    "RuntimeError",
+    "TimeoutError",
+    "TypeError",
+    "ValueError",
+)
+#: Part of a package, but not of what a pipeline's author meets.
+NOT_SHOWN = ("demo/provider.py", "demo/_rules.py")
+
+#: What each `reason` of a failure means, and what to do.
+REASONS = {
+    "rate_limit": (
+        "too many requests or tokens for now",
+        "nothing; if it is frequent, lower `max_concurrency` or raise the limit with the provider",
+    ),
+    "overloaded": (
+        "the provider has no capacity for now",
+        "nothing; if it lasts, resume later or name a fallback model",
+    ),
+    "server_error": ("the provider failed", "nothing; if it lasts, look at its status page"),
+    "timeout": (
+        "no answer in time",
+        "nothing; if it is frequent, raise the client's timeout or `node_timeouts`",
+    ),
+    "connection": (
+        "no connection, or one that broke off",
+        "nothing; if it lasts, check the address, the proxy and the network",
+    ),
+    "conflict": ("the provider was busy with the same thing", "nothing"),
+    "too_early": ("the provider is not ready to take the request", "nothing"),
+    "bad_request": ("the request is wrong", "correct the node: the message says what is wrong"),
+    "context_length": (
+        "the request is longer than the model can read",
+        "shorten it, split it (`map_over`), or use a model with a longer context",
+    ),
+    "content_policy": ("the provider refuses the content", "change the content, or the model"),
+    "auth": ("the key is missing or wrong", "set the right key"),
+    "permission": ("the key may not do this", "grant it, or use another key, model or region"),
+    "not_found": ("there is no such model or address", "correct the name of the model or the URL"),
+    "too_large": ("the request has too many bytes", "send less at once"),
+    "quota": (
+        "the account has no money or quota left",
+        "pay, or raise the limit; then `resume=True`: nothing that was paid for is bought again",
+    ),
+    "contract": ("an input or output broke its contract", "see [ContractViolation](#contractviolation)"),
+    "budget": ("a limit of the run was crossed", "see [BudgetExceeded](#budgetexceeded)"),
+    "usage": ("the usage that a node reported cannot be counted", "see [UsageError](#usageerror)"),
+    "not_serialisable": ("a state cannot be stored", "see [NotSerialisable](#notserialisable)"),
+    "store": ("the store could not keep an attempt", "see [StoreError](#storeerror)"),
+}
+
+
+# ---------------------------------------------------------------------- reading the code
+
+
+@dataclass(frozen=True)
+class Message:
+    """One text that an error is made with; ``{name}`` stands for a value."""
+
+    error: str
+    text: str
+    module: str
+    line: int
+
+
+@dataclass(frozen=True)
+class ErrorClass:
+    name: str
+    module: str
+    bases: tuple[str, ...]
+    summary: str
+    parts: dict[str, str]
+
+
+def modules() -> Iterator[tuple[str, Path]]:
+    for path in sorted(SOURCE.rglob("*.py")):
+        parts = path.relative_to(SOURCE.parent).with_suffix("").parts
+        yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
+
+
+def error_classes() -> list[ErrorClass]:
+    """The public exception classes of the package: neither they nor their module begin with an underscore."""
+    found = []
+    for name, path in modules():
+        if any(part.startswith("_") for part in name.split(".")):
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+                continue
+            cls = getattr(importlib.import_module(name), node.name, None)
+            if isinstance(cls, type) and issubclass(cls, BaseException) and cls.__module__ == name:
+                summary, parts = read_docstring(inspect.getdoc(cls) or "")
+                bases = tuple(base.__name__ for base in cls.__bases__)
+                found.append(ErrorClass(node.name, name, bases, summary, parts))
+    return found
+
+
+def read_docstring(text: str) -> tuple[str, dict[str, str]]:
+    """The first paragraph, and the parts by name."""
+    summary = " ".join(text.split("\n\n")[0].split())
+    parts: dict[str, str] = {}
+    for name in PARTS:
+        match = re.search(rf"^{name}: (.*(?:\n(?!\w+: |\n).*)*)", text, re.MULTILINE)
+        if match:
+            parts[name] = " ".join(match[1].split())
+    return summary.replace("``", "`"), {name: part.replace("``", "`") for name, part in parts.items()}
+
+
+def messages() -> list[Message]:
+    """Every text in the source that an error is made with."""
+    known = {found.name for found in error_classes()} | set(BUILT_IN)
+    found = []
+    for module, path in modules():
+        if path.relative_to(SOURCE).as_posix() in NOT_SHOWN:
+            continue
+        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+            if not isinstance(node, ast.Call) or not node.args:
+                continue
+            called = getattr(node.func, "id", getattr(node.func, "attr", ""))
+            error = FACTORIES.get(called, called)
+            text = template(node.args[0])
+            if text is None or (error not in known and called not in ("UsageError", "BadParameter")):
+                continue
+            if isinstance(node.func, ast.Attribute) and error not in BUILT_IN:
+                error = ast.unparse(node.func)  # click.UsageError is not ours.
+            more = "; ".join(filter(None, map(template, node.args[1:]))) if error == "Problem" else ""
+            found.append(Message(error, f"{text}; {more}" if more else text, module, node.lineno))
+    return found
+
+
+def template(node: ast.expr) -> str | None:
+    """The text of a string with its values by name; None for anything else, and for values alone."""
+    if isinstance(node, ast.Constant) and isinstance(node.value, str):
+        return node.value
+    if not isinstance(node, ast.JoinedStr):
+        return None
+    parts = [
+        str(part.value) if isinstance(part, ast.Constant) else "{" + short(part) + "}" for part in node.values
+    ]
+    text = "".join(parts)
+    return text if any(isinstance(part, ast.Constant) for part in node.values) else None
+
+
+def short(part: ast.expr) -> str:
+    """A name for a value in a message: the last name in its expression that tells something."""
+    value = part.value if isinstance(part, ast.FormattedValue) else part
+    if isinstance(value, (ast.Name, ast.Attribute)):
+        return getattr(value, "attr", getattr(value, "id", "")).lstrip("_")
+    if isinstance(value, ast.Call) and ast.unparse(value.func) == "type":
+        return "type"
+    if isinstance(value, ast.Attribute) or "__name__" in ast.unparse(value):
+        return "class"
+    return "…"
+
+
+# ---------------------------------------------------------------------- writing
+
+
+def code(text: str) -> str:
+    """Text as code in Markdown, whatever quotes it has."""
+    return f"`` {text} ``" if "`" in text else f"`{text}`"
+
+
+def shown(texts: list[str]) -> list[str]:
+    return [f"- {code(text)}" for text in dict.fromkeys(texts)]
+
+
+def errors_page() -> str:
+    said = defaultdict(list)
+    by_module: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+    for message in messages():
+        said[message.error].append(message.text)
+        by_module[message.error][message.module].append(message.text)
+    classes = error_classes()
+    ours = [found for found in classes if not found.module.startswith("stroma.cli")]
+    lines = [
+        "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py` after a change. -->",
+        "",
+        "# Errors",
+        "",
+        "What goes wrong inside a pipeline is a result, not an exception: `result.status` is FAILED (trying the same again",
+        "is pointless) or PARTIAL (it may work later), `result.failure` has the exception with its class, reason, node and",
+        "attempt, and `result.raise_for_status()` raises it. Every attempt that failed is an event of `result.trace`. What",
+        "leaves `run()` as an exception is a wrong argument, a run that cannot begin, and a hook that is not async. In",
+        "messages, `{name}` stands for a value.",
+        "",
+        "| error | is a | where |",
+        "| --- | --- | --- |",
+    ]
+    for found in ours:
+        bases = ", ".join(f"`{base}`" for base in found.bases)
+        lines.append(
+            f"| [{found.name}](#{found.name.lower()}) | {bases} | {found.parts.get('Where', '').rstrip('.')} |"
+        )
+    for found in ours:
+        lines += ["", f"## {found.name}", "", f"`{found.module}.{found.name}`. {found.summary}", ""]
+        lines += [f"- **{name}.** {upper(found.parts[name])}" for name in PARTS if name in found.parts]
+        texts = said[found.name] or examples().get(found.name, [])
+        if texts:
+            lines += ["", "It says:", "", *shown(texts)]
+    lines += [
+        "",
+        "## Wrong arguments and other built-in errors",
+        "",
+        "They are raised where the call is made. A field of `RunConfig`, `FailurePolicy` or a contract that is wrong is",
+        "pydantic's `ValidationError` with one of these texts, or pydantic's own.",
+    ]
+    for name in BUILT_IN:
+        for module, texts in sorted(by_module.get(name, {}).items()):
+            if not module.startswith(("stroma.cli", "stroma.demo")):
+                lines += ["", f"**{name}** from `{module}`:", "", *shown(texts)]
+    lines += [
+        "",
+        "## Reasons",
+        "",
+        "`failure.reason` and `event.reason` are one of these words, or None for an exception that nobody knows, which is",
+        "AMBIGUOUS. How they follow from a provider's answer is on [the page about providers](providers.md).",
+        "",
+        "| reason | means | to do |",
+        "| --- | --- | --- |",
+        *(f"| {reason} | {means} | {do} |" for reason, (means, do) in REASONS.items()),
+        "",
+        "## The command line",
+        "",
+        "A command that fails says one of these on stderr, with an exit code that [its page](cli.md#exit-codes) lists.",
+        "",
+        *shown([m.text for m in messages() if m.module.startswith("stroma.cli") and m.error not in BUILT_IN]),
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def examples() -> dict[str, list[str]]:
+    """Texts of the errors that make their own."""
+    from stroma import BudgetExceeded, ContractViolation
+
+    wrong = [{"loc": ("urls",), "msg": "Input should be a valid list"}]
+    return {
+        "ContractViolation": [str(ContractViolation("search", "output", {}, wrong))],
+        "BudgetExceeded": [
+            str(BudgetExceeded("tokens", 1000, 1200, "search")),
+            str(BudgetExceeded("cost", 0.1, 0.12, "search")),
+            str(BudgetExceeded("latency", 5000, 5100, "search")),
+        ],
+    }
+
+
+def upper(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+def cases() -> ModuleType:
+    """The tests of classifiers, as a module."""
+    spec = importlib.util.spec_from_file_location(
+        "stroma_provider_cases", ROOT / "tests" / "test_classifiers.py"
+    )
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # Dataclasses look their module up.
+    spec.loader.exec_module(module)
+    return module
+
+
+def providers_page() -> str:
+    tests = cases()
+    lines = [
+        "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py` after a change. -->",
+        "",
+        "# What each provider error means",
+        "",
+        "Stroma reads a provider's exception by what it carries: a status, headers, codes in the body, the name of its class.",
+        "It imports no SDK, and reads the exception it was raised `from` too, one level down. RECOVERABLE is tried again",
+        "(three times by default), TERMINAL is not. [Reasons](errors.md#reasons) says what to do about each.",
+        "",
+        "Give the client `max_retries=0`: Stroma counts, shows and paces the retries, and two who retry multiply.",
+        "",
+        "Every row was raised by the SDK itself, from a server's answer, in the tests.",
+    ]
+    for sdk, title in (("openai", "OpenAI"), ("anthropic", "Anthropic")):
+        lines += [
+            "",
+            f"## {title}",
+            "",
+            "| the server's answer | raised as | class | reason |",
+            "| --- | --- | --- | --- |",
+        ]
+        lines += [
+            f"| {case.what} | `{case.raised}` | {case.failure_class} | {case.reason} |"
+            for case in tests.PROVIDER_CASES
+            if case.sdk == sdk
+        ]
+    lines += [
+        "",
+        "## Any other client",
+        "",
+        "`httpx`, `httpx2`, `requests`, `aiohttp`, `botocore`, `grpc` and Google's clients are read alike, and so is any",
+        "exception with a `status_code` or a `response`. Codes that say more than the status (`insufficient_quota`,",
+        "`overloaded_error`, `context_length_exceeded` ...) win over it.",
+        "",
+        "| status | class | reason |",
+        "| --- | --- | --- |",
+    ]
+    from stroma import classifiers
+
+    for status, verdict in classifiers._STATUS.items():
+        lines.append(f"| {status} | {verdict.failure_class} | {verdict.reason} |")
+    lines += [
+        "| other 5xx | RECOVERABLE | server_error |",
+        "| anything else | AMBIGUOUS | |",
+        "",
+        "## Retry-After",
+        "",
+        "The delay before the next attempt is at least what the server asks for. If that is more than",
+        "`FailurePolicy.max_retry_after_seconds` (120), the run stops as PARTIAL, and `result.failure.retry_after_seconds` says",
+        "when to come back. At Fri, 15 Jan 2027 08:00:00 GMT:",
+        "",
+        "| headers | wait |",
+        "| --- | --- |",
+    ]
+    for headers, seconds in tests.RETRY_AFTER:
+        if headers and len(str(headers)) < 100:
+            text = ", ".join(f"`{key}: {value.strip()}`" for key, value in headers.items())
+            lines.append(f"| {text} | {'none' if seconds is None else f'{seconds:g} s'} |")
+    lines += [
+        "",
+        "`x-should-retry: false` makes any error TERMINAL, `true` makes it RECOVERABLE, but for an exhausted quota and a wrong",
+        "key.",
+        "",
+        "## Deciding yourself",
+        "",
+        "Your own classifiers are asked first; None passes the question on.",
+        "",
+        "```python",
+        "from stroma import FailureClass, StromaRunner",
+        "",
+        "",
+        "def classifier(exc, context):",
+        '    if "flaky search" in str(exc):',
+        "        return FailureClass.RECOVERABLE",
+        "    return None",
+        "",
+        "",
+        "runner = StromaRunner.quick(classifiers=[classifier])",
+        "```",
+    ]
+    return "\n".join(lines) + "\n"
+
+
+PAGES = {"errors.md": errors_page, "providers.md": providers_page}
+
+
+def main(argv: list[str]) -> Any:
+    stale = []
+    for name, page in PAGES.items():
+        path, text = ROOT / "docs" / name, page()
+        if not path.exists() or path.read_text("utf-8") != text:
+            stale.append(name)
+            if "--check" not in argv:
+                path.write_text(text, "utf-8")
+    print(f"{'not up to date' if '--check' in argv else 'written'}: {', '.join(stale) or 'none'}")
+    return 1 if stale and "--check" in argv else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

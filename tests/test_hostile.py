@@ -1,0 +1,1163 @@
+"""Hostile nodes and hooks: each gives a clear result or error, and nothing finished is lost or left running."""
+
+import asyncio
+import copy
+import gc
+import logging
+import pickle
+import signal
+import threading
+import time
+from collections import Counter
+from collections.abc import Awaitable, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, field_validator
+
+from stroma import (
+    AsyncInMemoryStore,
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    InMemoryStore,
+    NodeContract,
+    NodeHooks,
+    ReliabilityContext,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    current_node,
+    execute_step,
+    map_over,
+    parallel,
+    stroma_node,
+)
+
+pytestmark = pytest.mark.filterwarnings("error")
+
+R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
+NEVER = {c: FailurePolicy(max_retries=0) for c in FailureClass}
+ONCE = {c: FailurePolicy(max_retries=1, backoff_seconds=0) for c in FailureClass}
+HOOKS = (
+    "on_run_start",
+    "on_node_start",
+    "on_node_success",
+    "on_node_failure",
+    "on_node_retry",
+    "on_node_skipped",
+    "on_node_cancelled",
+    "on_budget_warning",
+    "on_run_end",
+)
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class Loose(BaseModel):
+    n: int = 0
+    value: Any = None
+
+
+class Items(BaseModel):
+    n: int = 0
+    items: list[dict[str, int]] = [{"n": 1}]
+
+
+def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=given, output_schema=promised
+    )
+    return stroma_node(node_id, contract)(func)
+
+
+class Formats(logging.Handler):
+    """Formats every record, as a real handler would, and throws it away."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.format(record)
+
+
+@pytest.fixture(autouse=True)
+def calm() -> Iterator[None]:
+    """No thread of ours outlives a test, no coroutine is thrown away unawaited, every log record can be formatted."""
+    before = set(threading.enumerate())
+    logger, handler = logging.getLogger("stroma"), Formats()
+    logger.addHandler(handler)
+    logger.propagate = False  # A captured lone surrogate is more than some reporters can carry.
+    yield
+    logger.removeHandler(handler)
+    logger.propagate = True
+    gc.collect()  # What was never awaited warns now, and the filter makes that an error.
+    deadline = time.monotonic() + 5
+    while left := {t for t in threading.enumerate() if t not in before and t.name.startswith("stroma")}:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.001)
+
+
+def nothing_runs() -> None:
+    assert asyncio.all_tasks() == {asyncio.current_task()}
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
+    if request.param == "memory":
+        yield AsyncInMemoryStore()
+        return
+    with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as made:
+        yield made
+
+
+def quick(**config: Any) -> StromaRunner:
+    config.setdefault("policy_map", NEVER)
+    return StromaRunner.quick(**config)
+
+
+class Pairs:
+    """Hooks that note starts and ends by place."""
+
+    def __init__(self) -> None:
+        self.open: Counter[Any] = Counter()
+        self.starts = 0
+        self.hooks = NodeHooks(
+            on_node_start=self._note(1),
+            on_node_success=self._note(-1),
+            on_node_failure=self._note(-1),
+            on_node_cancelled=self._note(-1),
+        )
+
+    def _note(self, change: int) -> Callable[..., Awaitable[None]]:
+        async def hook(*_: Any) -> None:
+            run = current_node()
+            assert run is not None
+            self.open[run.run_id, run.position, run.branch, run.attempt] += change
+            self.starts += change > 0
+
+        return hook
+
+    def check(self) -> None:
+        assert self.starts
+        assert not +self.open, self.open
+        assert not -self.open, self.open
+
+
+# ---------------------------------------------------------------------- what a node returns
+
+
+class Evil:
+    """Refuses to be looked at, compared, copied, hashed or pickled."""
+
+    def _no(self, *_: Any) -> Any:
+        raise LookupError("leave me alone")
+
+    __repr__ = __str__ = __eq__ = __hash__ = __deepcopy__ = __copy__ = __reduce_ex__ = __len__ = __iter__ = _no
+    __bool__ = __getattr__ = _no
+
+
+class EvilDict(dict[str, Any]):
+    def _no(self, *_: Any) -> Any:
+        raise LookupError("leave me alone")
+
+    __getitem__ = __iter__ = __len__ = keys = items = values = get = _no
+
+
+class Another(BaseModel):
+    text: str = "x"
+
+
+def _itself() -> Any:
+    value: list[Any] = []
+    value.append(value)
+    return value
+
+
+def _abyss(depth: int = 20_000) -> Any:
+    value: Any = 0
+    for _ in range(depth):
+        value = [value]
+    return value
+
+
+WRONG: dict[str, Callable[[], Any]] = {
+    "None": lambda: None,
+    "list": lambda: [1],
+    "text": lambda: "n=1",
+    "number": lambda: 1,
+    "class": lambda: Num,
+    "wrong-field": lambda: {"n": "bad"},
+    "wrong-key-type": lambda: {1: 2, "n": None},
+    "another-model": lambda: Another.model_construct(n="bad"),
+    "constructed": lambda: Num.model_construct(n="bad"),
+    "generator": lambda: (i for i in ()),
+    "exception": lambda: ValueError("returned, not raised"),
+    "empty-tuple": tuple,
+    "long-tuple": lambda: (1, 2, 3, 4, 5),
+    "evil": Evil,
+    "evil-field": lambda: {"n": Evil()},
+    "evil-dict": lambda: EvilDict(n=1),
+    "itself": lambda: {"n": _itself()},
+    "abyss": lambda: {"n": _abyss()},
+    "usage-only": lambda: (None, 5),
+    "evil-usage": lambda: ({"n": 1}, Evil()),
+    "evil-model": lambda: ({"n": 1}, 1, Evil()),
+    "huge-usage": lambda: ({"n": 1}, 10**400),
+}
+
+
+def _in_node(hostile: Any) -> Any:
+    return node("bad", hostile)
+
+
+def _in_thread(hostile: Any) -> Any:
+    def sync(state: Any) -> Any:
+        coroutine = hostile(state)
+        try:
+            coroutine.send(None)
+        except StopIteration as returned:
+            return returned.value
+        raise AssertionError
+
+    return node("bad", sync)
+
+
+PLACES: dict[str, Callable[[Any], Any]] = {
+    "node": _in_node,
+    "thread": _in_thread,
+    "child": lambda hostile: parallel(node("good", _good), node("bad", hostile)),
+    "item": lambda hostile: map_over("items", node("bad", hostile), into="out"),
+}
+
+
+async def _good(state: Any) -> Any:
+    return {"n": 1}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", WRONG)
+async def test_a_wrong_return_is_a_failure_that_loses_nothing(name: str, place: str, store: Any) -> None:
+    """Whatever a node returns in place of its output: FAILED, named, called once; what was before it is kept."""
+    calls: Counter[str] = Counter()
+
+    async def first(state: Items) -> Any:
+        calls["first"] += 1
+        return {"n": 5, "items": [{"n": 1}]}, 3
+
+    async def hostile(state: Any) -> Any:
+        calls["bad"] += 1
+        return WRONG[name]() if calls["bad"] == 1 else {"n": 7}
+
+    async def last(state: Any) -> Any:
+        calls["last"] += 1
+        return {"n": 9}
+
+    pairs = Pairs()
+    nodes = [node("first", first, Items, Items), PLACES[place](hostile), node("last", last)]
+    runner = quick(store=store, run_id="r", hooks=pairs.hooks, policy_map=ONCE)
+    result = await runner.run(nodes, Items())
+    fine = name == "huge-usage" and not isinstance(store, SQLiteStore)
+    assert result.status in (RunStatus.FAILED, RunStatus.PARTIAL) or fine, result
+    assert calls["first"] == 1
+    assert calls["bad"] == 1
+    if not fine:
+        assert result.failure is not None
+        assert "'bad'" in result.failure.message
+        assert len(result.failure.message) < 5_000
+        assert calls["last"] == 0
+    pairs.check()
+    assert isinstance(result.trace.to_json(), str)
+    assert repr(result.status)
+    nothing_runs()
+    again = await runner.run(nodes, Items(), resume=True)
+    assert again.status is RunStatus.RESUMED, again.failure
+    assert calls["first"] == 1
+    assert again.final_state == Num(n=9)
+    nothing_runs()
+
+
+UNKEEPABLE: dict[str, Callable[[], Any]] = {
+    "lock": threading.Lock,
+    "evil": Evil,
+    "function": lambda: lambda: 1,
+    "itself": _itself,
+    "abyss": _abyss,
+    "generator": lambda: (i for i in ()),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", UNKEEPABLE)
+async def test_what_cannot_be_serialised(name: str, place: str, store: Any) -> None:
+    """Output under Any that cannot be stored: bought once, named, and no harm to a trace, a hook or what is kept."""
+    calls: Counter[str] = Counter()
+
+    async def hostile(state: Any) -> Any:
+        calls["bad"] += 1
+        return {"n": 1, "value": UNKEEPABLE[name]()}, 7
+
+    made = PLACES[place](hostile)
+    open_ = {"bad": NodeContract(node_id="bad", input_schema=Num, output_schema=Loose)}
+    pairs = Pairs()
+    runner = quick(store=store, hooks=[pairs.hooks, NodeHooks(on_node_success=_look)], policy_map=ONCE)
+    runner.registry.register(open_["bad"])
+    result = await runner.run([made], Items())
+    assert calls["bad"] == 1
+    assert result.total_tokens == 7
+    if isinstance(store, SQLiteStore):
+        assert result.status is RunStatus.FAILED
+        assert result.failure is not None
+        assert "cannot be serialised" in result.failure.message
+        assert "value" in result.failure.message or name == "itself"
+    else:
+        assert result.status is RunStatus.COMPLETED, result.failure
+    assert isinstance(result.trace.to_json(), str)
+    pairs.check()
+    nothing_runs()
+
+
+async def _look(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+    state.clear()
+
+
+async def test_fifty_megabytes(store: Any) -> None:
+    """An output of 50 MB is kept, handed on and restored like any other."""
+
+    class Big(BaseModel):
+        text: str
+        n: int = 0
+
+    calls: Counter[str] = Counter()
+
+    async def big(state: Num) -> Any:
+        calls["big"] += 1
+        return {"text": "é" * 25_000_000}
+
+    async def count(state: Big) -> Any:
+        calls["count"] += 1
+        if calls["count"] == 1:
+            raise LookupError
+        return {"n": len(state.text)}
+
+    nodes = [node("big", big, Num, Big), node("count", count, Big, Num)]
+    runner = quick(store=store, run_id="r", resume=True)
+    assert (await runner.run(nodes, Num())).status is RunStatus.PARTIAL
+    result = await runner.run(nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=25_000_000))
+    assert calls["big"] == 1
+
+
+# ---------------------------------------------------------------------- what a node raises
+
+
+class Mute(Exception):
+    def __str__(self) -> str:
+        raise LookupError
+
+    __repr__ = __str__
+
+
+class Unpicklable(Exception):
+    """Neither copied nor pickled, and made from arguments that it does not keep."""
+
+    def __init__(self, a: int, *, b: int) -> None:
+        super().__init__()
+        self.lock = threading.Lock()
+
+    def __reduce__(self) -> Any:
+        raise TypeError("no")
+
+
+class Odd(BaseException):
+    pass
+
+
+class Sly(Exception):
+    """Attributes that raise, where a client's error would have its status and headers."""
+
+    def __getattr__(self, name: str) -> Any:
+        raise LookupError(name)
+
+
+class SlyProperty(Exception):
+    @property
+    def status_code(self) -> Any:
+        raise KeyError
+
+    @property
+    def response(self) -> Any:
+        raise SystemError
+
+
+def _ring() -> Exception:
+    a, b = ValueError("a"), ValueError("b")
+    a.__cause__, b.__cause__ = b, a
+    return a
+
+
+def _recurse() -> Any:
+    return _recurse()
+
+
+RAISED: dict[str, Callable[[], BaseException]] = {
+    "mute": Mute,
+    "unpicklable": lambda: Unpicklable(1, b=2),
+    "odd": Odd,
+    "sly": Sly,
+    "sly-property": SlyProperty,
+    "ring": _ring,
+    "surrogate": lambda: ValueError("\ud800"),
+    "long": lambda: ValueError("x" * 2_000_000),
+    "nul": lambda: ValueError("a\0b"),
+    "cancelled": asyncio.CancelledError,
+    "generator-exit": GeneratorExit,
+    "stop-iteration": StopIteration,
+    "stop-async-iteration": StopAsyncIteration,
+    "memory": MemoryError,
+    "group": lambda: ExceptionGroup("several", [ValueError(), TypeError()]),
+    "base-group": lambda: BaseExceptionGroup("several", [Odd(), ValueError()]),
+    "timeout": TimeoutError,
+    "warning": lambda: UserWarning("w"),
+    "unicode": lambda: UnicodeDecodeError("utf-8", b"\xff", 0, 1, "bad"),
+}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("name", RAISED)
+async def test_whatever_a_node_raises_is_its_failure(name: str, place: str, store: Any) -> None:
+    """Whatever a node raises: one class, one event and one end for each attempt, and what went before is kept."""
+    calls: Counter[str] = Counter()
+    healed = False
+
+    async def first(state: Items) -> Any:
+        calls["first"] += 1
+        return state, 3
+
+    async def hostile(state: Any) -> Any:
+        calls["bad"] += 1
+        if healed:
+            return {"n": 7}
+        raise RAISED[name]()
+
+    pairs = Pairs()
+    nodes = [node("first", first, Items, Items), PLACES[place](hostile)]
+    runner = quick(store=store, run_id="r", hooks=pairs.hooks, policy_map=ONCE)
+    result = await runner.run(nodes, Items())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.failure_class in (R, A)
+    assert isinstance(result.failure.message, str)
+    assert result.failure.message
+    assert calls == {"first": 1, "bad": 2}
+    attempts = [e.attempt for e in result.trace.walk() if e.node_id == "bad"]
+    assert attempts == [1, 2]
+    with pytest.raises(BaseException) as raised:
+        result.raise_for_status()
+    if place == "node" or not name.startswith(("stop", "generator")):
+        assert type(raised.value) in (type(RAISED[name]()), RuntimeError)
+    pairs.check()
+    nothing_runs()
+    healed = True
+    again = await runner.run(nodes, Items(), resume=True)
+    assert again.status is RunStatus.RESUMED
+    assert calls["first"] == 1
+    nothing_runs()
+
+
+@pytest.mark.parametrize("place", ["node", "child", "item"])
+async def test_a_node_that_recurses(place: str, store: Any) -> None:
+    """Endless recursion is an AMBIGUOUS failure like any other, also from a thread."""
+
+    async def hostile(state: Any) -> Any:
+        _recurse()
+
+    result = await quick(store=store).run([PLACES[place](hostile)], Items())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, RecursionError)
+    assert result.failure.failure_class is A
+    sync = await quick(store=store).run([node("bad", lambda state: _recurse())], Num())
+    assert sync.failure is not None
+    assert isinstance(sync.failure.exception, RecursionError)
+
+
+async def test_one_exception_object_for_all(store: Any) -> None:
+    """The same exception object raised on each attempt, in every run and at once: nothing of it is mixed up."""
+    error = ValueError("shared")
+
+    async def hostile(state: Any) -> Any:
+        await asyncio.sleep(0)
+        raise error
+
+    runner = quick(store=store, policy_map=ONCE)
+    results = await asyncio.gather(*[runner.run([node("bad", hostile)], Num(n=i)) for i in range(10)])
+    for result in results:
+        assert result.failure is not None
+        assert result.failure.exception is error
+        assert [event.failure_message for event in result.trace] == ["shared"] * 2
+    nothing_runs()
+
+
+async def test_a_classifier_that_raises_and_lies() -> None:
+    """A classifier that raises, returns nonsense or blocks a moment is skipped; the next one is heard."""
+    asked: list[Any] = []
+
+    def lies(error: Exception, context: Any) -> Any:
+        asked.append("lies")
+        return "NO SUCH CLASS"
+
+    def raises(error: Exception, context: Any) -> Any:
+        asked.append("raises")
+        raise Mute
+
+    async def hostile(state: Any) -> Any:
+        raise Mute
+
+    result = await quick(classifiers=[lies, raises, lambda e, c: T]).run([node("bad", hostile)], Num())
+    assert asked == ["lies", "raises"]
+    assert result.status is RunStatus.FAILED
+
+
+# ---------------------------------------------------------------------- what a node does to its objects
+
+
+async def test_a_node_that_mutates_and_keeps_its_objects(store: Any) -> None:
+    """What a node does to its input and output, at once or later, reaches no other node, attempt, trace or store."""
+    kept: list[Any] = []
+    seen: list[Any] = []
+
+    def spoil(value: Any) -> None:
+        for item in value.items:
+            item["n"] = -1
+        value.items.append({"n": -2})
+        value.n = -3
+
+    def make(name: str) -> Any:
+        left = [True, False]
+
+        async def func(state: Items) -> Any:
+            seen.append((name, state.n, copy.deepcopy(state.items)))
+            kept.append(state)
+            spoil(state)
+            await asyncio.sleep(0)
+            for old in kept:
+                spoil(old)
+            if left.pop(0):
+                raise LookupError
+            output = Items(n=1, items=[{"n": 1}])
+            kept.append(output)
+            asyncio.get_running_loop().call_soon(spoil, output)
+            return output
+
+        return node(name, func, Items, Items)
+
+    nodes = [make("a"), parallel(make("b"), make("c")), make("d")]
+    initial = Items(n=1)
+    result = await quick(store=store, run_id="r", policy_map=ONCE).run(nodes, initial)
+    assert result.status is RunStatus.COMPLETED, result.failure
+    for old in kept:
+        spoil(old)
+    assert {entry[0] for entry in seen} == set("abcd")
+    assert all(entry[1:] == (1, [{"n": 1}]) for entry in seen), seen
+    assert initial == Items(n=1)
+    good = {"n": 1, "items": [{"n": 1}]}
+    for event in result.trace.walk():
+        assert event.input_state == good
+        assert event.output_state in (good, None)
+    again = await quick(store=store, run_id="r", resume=True).run(nodes, Items(n=1))
+    assert (again.status, len(again.trace)) == (RunStatus.RESUMED, 0)
+    assert again.final_state is not None
+    assert again.final_state.model_dump() == good
+
+
+async def test_a_node_that_spoils_the_context(store: Any) -> None:
+    """What a node does to the run's context dict is seen by later nodes of that dict, and breaks nothing of ours."""
+
+    async def spoils(state: Num, ctx: dict[Any, Any]) -> Any:
+        ctx.clear()
+        ctx[Evil] = Evil()
+        ctx["self"] = ctx
+        return state
+
+    async def looks(state: Num, ctx: dict[Any, Any]) -> Any:
+        return {"n": len(ctx)}
+
+    context: dict[Any, Any] = {"a": 1}
+    nodes = [node("spoils", spoils), node("looks", looks)]
+    result = await quick(store=store).run(nodes, Num(), context=context)
+    assert result.final_state == Num(n=2)
+    assert context["self"] is context
+
+
+# ---------------------------------------------------------------------- what never ends
+
+
+async def test_a_node_that_never_returns(store: Any) -> None:
+    """Under node_timeouts a node that never returns fails in time on each attempt; nothing of it is left running."""
+    ended: list[str] = []
+
+    async def forever(state: Num) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            ended.append("closed")
+
+    async def busy(state: Num) -> Any:
+        while True:
+            await asyncio.sleep(0)
+
+    for func in (forever, busy):
+        pairs = Pairs()
+        runner = quick(store=store, node_timeouts={"bad": 10}, policy_map=ONCE, hooks=pairs.hooks)
+        result = await runner.run([node("good", _good), node("bad", func)], Num())
+        assert result.status is RunStatus.PARTIAL
+        assert result.failure is not None
+        assert "'bad'" in result.failure.message
+        assert "10 ms" in result.failure.message
+        assert [event.node_id for event in result.trace] == ["good", "bad", "bad"]
+        pairs.check()
+        nothing_runs()
+    assert ended == ["closed"] * 2
+
+
+async def test_a_node_that_answers_its_timeout_with_another_error(store: Any) -> None:
+    """A node that turns the cancellation of its timeout into an error of its own fails with that; nothing leaks."""
+
+    async def angry(state: Num) -> Any:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            raise LookupError("my own") from None
+
+    result = await quick(store=store, node_timeouts={"bad": 10}).run([node("bad", angry)], Num())
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, (LookupError, TimeoutError))
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+    nothing_runs()
+
+
+@pytest.mark.parametrize("place", ["alone", "group"])
+async def test_a_sync_function_that_blocks(place: str, store: Any) -> None:
+    """A blocked thread is abandoned at its timeout, holds up neither loop nor run, and what it gives later is nothing."""
+    release = threading.Event()
+    done: list[threading.Thread] = []
+
+    def blocks(state: Num) -> Any:
+        done.append(threading.current_thread())
+        release.wait(10)
+        return {"n": 1}, 100
+
+    made = node("bad", blocks)
+    nodes = [node("good", _good), parallel(made, node("side", _good)) if place == "group" else made]
+    pairs = Pairs()
+    begin = time.monotonic()
+    try:
+        runner = quick(store=store, node_timeouts={"bad": 20}, policy_map=ONCE, hooks=pairs.hooks)
+        result = await runner.run(nodes, Num())
+        assert time.monotonic() - begin < 5
+        assert result.status is RunStatus.PARTIAL
+        assert result.total_tokens == 0
+        assert len(done) == 2
+        nothing_runs()
+    finally:
+        release.set()
+    for thread in done:
+        await asyncio.to_thread(thread.join, 5)
+    await asyncio.sleep(0)
+    assert result.total_tokens == 0
+    assert sum(event.node_id == "bad" for event in result.trace.walk()) == 2
+    pairs.check()
+
+
+async def test_tasks_that_a_node_starts_are_its_own() -> None:
+    """A task that a node leaves behind is neither awaited nor cancelled by us, and cannot touch the run's record."""
+    left: list[asyncio.Task[Any]] = []
+
+    async def starts(state: Num) -> Any:
+        run = current_node()
+        assert run is not None
+
+        async def later() -> str:
+            await asyncio.sleep(0.01)
+            run.report_usage(input_tokens=1000)
+            return "done"
+
+        left.append(asyncio.create_task(later()))
+        return {"n": 1}, 1
+
+    result = await quick(budget=ExecutionBudget(max_tokens_total=10)).run(
+        [node("a", starts), node("b", _good)], Num()
+    )
+    assert result.status is RunStatus.COMPLETED
+    assert not left[0].done()
+    assert await left[0] == "done"
+    assert result.total_tokens == 1
+    nothing_runs()
+
+
+# ---------------------------------------------------------------------- hooks
+
+
+def _hook_never(task_bin: list[Any]) -> Any:
+    async def hook(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    return hook
+
+
+def _hook_stubborn(task_bin: list[Any]) -> Any:
+    async def hook(*_: Any) -> None:
+        for _i in range(3):
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                pass
+
+    return hook
+
+
+def _hook_blocks(task_bin: list[Any]) -> Any:
+    async def hook(*_: Any) -> None:
+        time.sleep(0.012)
+
+    return hook
+
+
+def _raiser(error: Callable[[], BaseException], suspends: bool) -> Any:
+    def make(task_bin: list[Any]) -> Any:
+        async def hook(*_: Any) -> None:
+            if suspends:
+                await asyncio.sleep(0)
+            raise error()
+
+        return hook
+
+    return make
+
+
+def _hook_mutates(task_bin: list[Any]) -> Any:
+    async def hook(*arguments: Any) -> None:
+        for value in arguments:
+            if isinstance(value, dict):
+                value.clear()
+                value["n"] = Evil()
+            elif hasattr(value, "trace"):
+                value.trace.rows.clear()
+                value.status, value.final_state, value.total_tokens = "BROKEN", None, -1
+
+    return hook
+
+
+def _hook_starts_tasks(task_bin: list[Any]) -> Any:
+    async def hook(*_: Any) -> None:
+        async def work() -> None:
+            await asyncio.sleep(0)
+            raise LookupError("in a task of the hook's")
+
+        task_bin.append(asyncio.create_task(work()))
+
+    return hook
+
+
+def _hook_wants_more(task_bin: list[Any]) -> Any:
+    async def hook() -> None: ...
+
+    return hook
+
+
+MISCHIEF: dict[str, Callable[[list[Any]], Any]] = {
+    "never-returns": _hook_never,
+    "stubborn": _hook_stubborn,
+    "blocks": _hook_blocks,
+    "raises": _raiser(LookupError, False),
+    "raises-later": _raiser(Mute, True),
+    "raises-odd": _raiser(Odd, True),
+    "raises-cancelled": _raiser(asyncio.CancelledError, True),
+    "raises-timeout": _raiser(TimeoutError, True),
+    "raises-unpicklable": _raiser(lambda: Unpicklable(1, b=1), False),
+    "raises-group": _raiser(lambda: BaseExceptionGroup("g", [Odd()]), False),
+    "raises-stop": _raiser(StopAsyncIteration, True),
+    "mutates": _hook_mutates,
+    "starts-tasks": _hook_starts_tasks,
+    "wrong-arguments": _hook_wants_more,
+}
+
+
+def _busy_pipeline(calls: Counter[str]) -> list[Any]:
+    """Nodes that make every kind of event: retries, a group, an item, a cancelled sibling, a budget warning."""
+
+    def flaky(name: str, kind: type[BaseModel] = Items) -> Any:
+        left = [LookupError("first time"), None]
+
+        async def func(state: Any) -> Any:
+            calls[name] += 1
+            await asyncio.sleep(0)
+            error = left.pop(0) if left else None
+            if error is not None:
+                raise error
+            return state, 10
+
+        return node(name, func, kind, kind)
+
+    async def waits(state: Any) -> Any:
+        calls["waits"] += 1
+        await asyncio.Event().wait()
+
+    async def fails(state: Any) -> Any:
+        calls["fails"] += 1
+        await asyncio.sleep(0)
+        raise ValueError("for good")
+
+    return [
+        flaky("a"),
+        parallel(flaky("b"), flaky("c")),
+        map_over("items", flaky("d", Num), into="out"),
+        parallel(node("waits", waits), node("fails", fails)),
+    ]
+
+
+@pytest.mark.parametrize("hook", HOOKS)
+@pytest.mark.parametrize("kind", MISCHIEF)
+async def test_hooks_change_nothing(kind: str, hook: str, store: Any) -> None:
+    """G8: whatever one hook does, the calls, the outcome, the trace, the totals and the journal are as without it."""
+    budget = ExecutionBudget(max_tokens_total=45)
+
+    async def once(hooks: Any, run_id: str) -> Any:
+        calls: Counter[str] = Counter()
+        nodes = _busy_pipeline(calls)
+        runner = quick(store=store, budget=budget, policy_map=ONCE, hooks=hooks, hook_timeout_ms=10)
+        first = await runner.run(nodes, Items(), run_id=run_id)
+        second = await runner.run(nodes, Items(), run_id=run_id, resume=True)
+        return calls, first, second
+
+    plain = await once(NodeHooks(), "plain")
+    assert (plain[1].status, plain[1].total_tokens) == (RunStatus.PARTIAL, 40)
+    tasks: list[Any] = []
+    pairs = Pairs()
+    hooked = await once([pairs.hooks, NodeHooks(**{hook: MISCHIEF[kind](tasks)})], "hooked")
+    assert hooked[0] == plain[0]
+    for mine, theirs in zip(hooked[1:], plain[1:], strict=True):
+        assert mine.status is theirs.status
+        assert mine.final_state.model_dump() == theirs.final_state.model_dump()
+        assert mine.total_tokens == theirs.total_tokens
+        assert mine.trace.diff(theirs.trace) == []
+        assert type(mine.failure.exception) is type(theirs.failure.exception)
+        assert all(failed.hook == hook for failed in mine.hook_errors)
+    loud = kind.startswith(("raises", "never", "stubborn", "wrong"))
+    assert bool(hooked[1].hook_errors or hooked[2].hook_errors) == loud
+    pairs.check()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    nothing_runs()
+
+
+# ---------------------------------------------------------------------- cancelled anywhere, then resumed
+
+
+async def _spin(seconds: float) -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+@pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
+async def test_cancelled_anywhere_then_resumed(twice: bool, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Cancelled mid-node, mid-backoff, mid-commit or mid-hook, once or again and again: what returned is kept.
+
+    The resume calls nothing again that had returned, ends as if nothing had happened, and the budget has it all.
+    """
+    monkeypatch.setattr("stroma._engine.sleep", _spin)
+    step = 3 if isinstance(store, SQLiteStore) else 1
+    seen: Counter[str] = Counter()
+    for at in range(0, 10_000, step):
+        run_id = f"run {at}"
+        returned: Counter[str] = Counter()
+        began: Counter[str] = Counter()
+        spent = 0
+        failing = {"a": 1, "b": 1, "d": 1}
+
+        def make(
+            name: str,
+            returned: Counter[str] = returned,
+            began: Counter[str] = began,
+            failing: dict[str, int] = failing,
+        ) -> Any:
+            async def func(state: Num) -> Any:
+                nonlocal spent
+                began[name] += 1
+                run = current_node()
+                assert run is not None
+                run.report_usage(input_tokens=1)
+                spent += 1
+                await asyncio.sleep(0)
+                if failing.get(name):
+                    failing[name] -= 1
+                    raise LookupError
+                returned[name] += 1
+                return {"n": state.n + 1}
+
+            return node(name, func)
+
+        nodes = [make("a"), parallel(make("b"), make("c")), make("d")]
+        pairs = Pairs()
+
+        async def dawdle(*_: Any) -> None:
+            await asyncio.sleep(0)
+
+        slow = NodeHooks(**dict.fromkeys(HOOKS, dawdle))
+        runner = quick(
+            store=store,
+            policy_map=ONCE,
+            hooks=[pairs.hooks, slow],
+            budget=ExecutionBudget(max_tokens_total=1000),
+        )
+        task = asyncio.create_task(runner.run(nodes, Num(), run_id=run_id))
+        for _ in range(at):
+            await asyncio.sleep(0)
+        for _ in range(5 if twice else 1):
+            task.cancel()
+            await asyncio.sleep(0)
+        try:
+            finished = await task
+        except asyncio.CancelledError:
+            finished = None
+        nothing_runs()
+        if pairs.starts:
+            pairs.check()
+        before = returned.copy()
+        seen.update(before.keys())
+        held: list[int] = []
+
+        async def look(*_: Any, held: list[int] = held) -> None:
+            run = current_node()
+            assert run is not None
+            left = run.remaining_budget.tokens
+            assert left is not None
+            held.append(1000 - left)
+
+        spent_before = spent
+        again = await runner.with_hooks(NodeHooks(on_node_start=look)).run(nodes, Num(), run_id=run_id, resume=True)
+        assert again.failure is None, again.failure
+        assert again.final_state == Num(n=3)
+        assert all(returned[name] == 1 for name in "abcd"), (at, returned)
+        if held:
+            assert held[0] == spent_before, at
+        nothing_runs()
+        if finished is not None:
+            break
+    else:
+        raise AssertionError("the run never came to its end")
+    assert set(seen) == set("abcd")
+
+
+# ---------------------------------------------------------------------- KeyboardInterrupt anywhere
+
+
+class Stops(BaseModel):
+    n: int = 0
+
+    @field_validator("n")
+    @classmethod
+    def _stops(cls, value: int) -> int:
+        if value == 13:
+            raise KeyboardInterrupt
+        return value
+
+
+async def _interrupts(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+async def _interrupts_later(*_: Any) -> Any:
+    await asyncio.sleep(0)
+    raise KeyboardInterrupt
+
+
+def _interrupts_sync(*_: Any) -> Any:
+    raise KeyboardInterrupt
+
+
+async def _breaks(state: Any) -> Any:
+    raise LookupError
+
+
+async def _to_13(state: Any) -> Any:
+    return {"n": 13}, 5
+
+
+STOPPED: dict[str, tuple[Any, dict[str, Any]]] = {
+    "node": (lambda: node("bad", _interrupts), {}),
+    "node-later": (lambda: node("bad", _interrupts_later), {}),
+    "thread": (lambda: node("bad", _interrupts_sync), {}),
+    "child": (lambda: parallel(node("side", _good), node("bad", _interrupts_later)), {}),
+    "item": (lambda: map_over("items", node("bad", _interrupts_later), into="out"), {}),
+    "output-validator": (lambda: node("bad", _to_13, Num, Stops), {}),
+    "input-validator": (lambda: node("bad", _good, Stops, Num), {}),
+    "classifier": (lambda: node("bad", _breaks), {"classifiers": [_interrupts_sync]}),
+    "redact": (lambda: node("bad", _good), {"redact": _interrupts_sync}),
+    **{hook: (lambda: node("bad", _good), {"hooks": hook}) for hook in ("on_node_start", "on_node_success")},
+    "on_node_failure": (lambda: node("bad", _breaks), {"hooks": "on_node_failure"}),
+    "on_node_retry": (lambda: node("bad", _breaks), {"hooks": "on_node_retry"}),
+}
+
+
+@pytest.mark.parametrize("where", STOPPED)
+def test_keyboard_interrupt_anywhere(where: str, store: Any) -> None:
+    """KeyboardInterrupt comes out wherever it is raised; what had returned is kept, the run is resumable, hooks pair."""
+    make, config = STOPPED[where]
+    config = dict(config)
+    calls: Counter[str] = Counter()
+
+    async def first(state: Items) -> Any:
+        calls["first"] += 1
+        return {"n": 13 if where == "input-validator" else 1, "items": [{"n": 1}]}
+
+    async def healed(state: Any) -> Any:
+        return {"n": 7}
+
+    pairs = Pairs()
+    bad = make()
+    sets = [pairs.hooks]
+    if name := config.pop("hooks", None):
+
+        async def hook(run_id: str, node_id: str, *_: Any) -> None:
+            if node_id == "bad":
+                raise KeyboardInterrupt
+
+        sets = [NodeHooks(**{name: hook}), pairs.hooks]
+        if name in ("on_node_success", "on_node_failure"):
+            sets.reverse()  # Ends run last to first: ours is called before the one that stops it all.
+            sets = [sets[1], sets[0]]
+    if "redact" in config:
+        config["redact"] = lambda state: _interrupts_sync() if state.get("n") == 1 and calls["first"] else state
+    nodes = [node("first", first, Items, Items), bad]
+    runner = quick(store=store, run_id="r", hooks=sets, policy_map=ONCE, **config)
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_sync(nodes, Items())
+    if where not in ("redact", *HOOKS):
+        pairs.check()
+    if isinstance(store, SQLiteStore):
+        row = store.get_run("r")
+        assert row is not None
+        assert row.status == "INTERRUPTED"
+    good = [
+        nodes[0],
+        {
+            "child": lambda: parallel(node("side", _good), node("bad", healed)),
+            "item": lambda: map_over("items", node("bad", healed), into="out"),
+            "output-validator": lambda: node("bad", healed, Num, Stops),
+        }.get(where, lambda: node("bad", healed))(),
+    ]
+    again = quick(store=store, run_id="r", resume=True).run_sync(good, Items())
+    assert again.status is RunStatus.RESUMED, again.failure
+    assert calls["first"] == 1
+
+
+def test_keyboard_interrupt_in_a_store() -> None:
+    """KeyboardInterrupt inside a store's own code comes out of run() and leaves nothing running."""
+
+    class Stopping(InMemoryStore):
+        open_run = None  # type: ignore[assignment]  # Only the simple protocol.
+
+        def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+            raise KeyboardInterrupt
+
+    class Simple:
+        save, load, delete = Stopping.save, Stopping.load, Stopping.delete
+
+    with pytest.raises(KeyboardInterrupt):
+        quick(store=Simple()).run_sync([node("good", _good)], Num())
+
+
+@pytest.mark.parametrize("during", ["await", "code", "backoff", "hook"])
+def test_control_c(during: str, store: Any) -> None:
+    """A real SIGINT under run_sync: KeyboardInterrupt comes out, what returned is kept, the rest resumes."""
+    calls: Counter[str] = Counter()
+    struck: list[int] = []
+
+    def strike() -> None:
+        if not struck:
+            struck.append(1)
+            signal.raise_signal(signal.SIGINT)
+
+    async def first(state: Num) -> Any:
+        calls["first"] += 1
+        return {"n": 1}
+
+    async def second(state: Num) -> Any:
+        calls["second"] += 1
+        if during == "code":
+            strike()
+        elif during == "await":
+            asyncio.get_running_loop().call_soon(strike)
+            await asyncio.sleep(0 if struck else 5)
+        elif during == "backoff" and not struck:
+            asyncio.get_running_loop().call_later(0.01, strike)
+            raise LookupError
+        return {"n": 2}
+
+    async def last(state: Num) -> Any:
+        calls["last"] += 1
+        await asyncio.sleep(0)
+        return {"n": 3}
+
+    async def hook(run_id: str, node_id: str, *_: Any) -> None:
+        if during == "hook" and node_id == "second":
+            strike()
+            await asyncio.sleep(0)
+
+    slow = {c: FailurePolicy(max_retries=1, backoff_seconds=5, jitter=False) for c in FailureClass}
+    pairs = Pairs()
+    nodes = [node("first", first), node("second", second), node("last", last)]
+    runner = quick(
+        store=store, run_id="r", policy_map=slow, hooks=[pairs.hooks, NodeHooks(on_node_success=hook)]
+    )
+    begin = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        runner.run_sync(nodes, Num())
+    assert time.monotonic() - begin < 4
+    pairs.check()
+    if isinstance(store, SQLiteStore):
+        row = store.get_run("r")
+        assert row is not None
+        assert row.status in ("CANCELLED", "INTERRUPTED")
+    again = runner.run_sync(nodes, Num(), resume=True)
+    assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
+    # Its function had returned, in these two: it is not called again.
+    assert calls == {"first": 1, "second": 1 if during in ("code", "hook") else 2, "last": calls["last"]}
+
+
+# ---------------------------------------------------------------------- steps
+
+
+@pytest.mark.parametrize("name", WRONG)
+async def test_hostile_steps(name: str) -> None:
+    """A step is as safe as a node: what it returns wrongly is a result, what it raises too, and nothing is left."""
+    runner = quick()
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
+
+    async def hostile(state: Num) -> Any:
+        return WRONG[name]()
+
+    result = await execute_step("bad", hostile, Num(), ctx, contract=contract)
+    if name != "huge-usage":
+        assert result.status is RunStatus.FAILED
+        assert result.failure is not None
+        assert "'bad'" in result.failure.message
+    # Without a contract nothing is refused: whatever comes back does so as it was returned, or as a failure.
+    free = await execute_step("free", hostile, Num(), ctx)
+    assert free.status in RunStatus
+    nothing_runs()
+
+
+async def test_results_of_hostile_runs_can_be_pickled_or_say_why() -> None:
+    """The trace of a run that went wrong is plain data, whatever the exception was."""
+
+    async def hostile(state: Num) -> Any:
+        raise Unpicklable(1, b=2)
+
+    result = await quick().run([node("bad", hostile)], Num())
+    events = list(result.trace)
+    assert pickle.loads(pickle.dumps(events)) == events
