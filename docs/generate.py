@@ -148,47 +148,66 @@ def messages() -> list[Message]:
     for module, path in modules():
         if path.relative_to(SOURCE).as_posix() in NOT_SHOWN:
             continue
-        for node in ast.walk(ast.parse(path.read_text("utf-8"))):
+        tree = ast.parse(path.read_text("utf-8"))
+        constants = dict(filter(None, map(constant, tree.body)))
+
+        def read(node: ast.expr, constants: dict[str, str] = constants) -> str | None:
+            return template(node, constants)
+
+        for node in ast.walk(tree):
             if not isinstance(node, ast.Call) or not node.args:
                 continue
             called = getattr(node.func, "id", getattr(node.func, "attr", ""))
             error = FACTORIES.get(called, called)
-            text = template(node.args[0])
+            text = read(node.args[0])
             if text is None or (error not in known and called not in ("UsageError", "BadParameter")):
                 continue
             if isinstance(node.func, ast.Attribute) and error not in BUILT_IN:
                 error = ast.unparse(node.func)  # click.UsageError is not ours.
-            more = "; ".join(filter(None, map(template, node.args[1:]))) if error == "Problem" else ""
+            more = "; ".join(filter(None, map(read, node.args[1:]))) if error == "Problem" else ""
             found.append(Message(error, f"{text}; {more}" if more else text, module, node.lineno))
     return found
 
 
-def template(node: ast.expr) -> str | None:
+def constant(node: ast.stmt) -> tuple[str, str] | None:
+    """The name and text of a module's constant that is a string."""
+    value = getattr(node, "value", None)
+    targets = getattr(node, "targets", None) or [getattr(node, "target", None)]
+    if not isinstance(targets[0], ast.Name) or not isinstance(value, ast.Constant):
+        return None
+    return (targets[0].id, value.value) if isinstance(value.value, str) else None
+
+
+def template(node: ast.expr, constants: dict[str, str]) -> str | None:
     """The text of a string with its values by name; None for anything else, and for values alone."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
-    if not isinstance(node, ast.JoinedStr):
+    if isinstance(node, ast.Name):
+        return constants.get(node.id)
+    if not isinstance(node, ast.JoinedStr) or not any(isinstance(part, ast.Constant) for part in node.values):
         return None
-    parts = [
-        str(part.value) if isinstance(part, ast.Constant) else "{" + short(part) + "}" for part in node.values
-    ]
-    text = "".join(parts)
-    return text if any(isinstance(part, ast.Constant) for part in node.values) else None
+    return "".join(
+        str(part.value) if isinstance(part, ast.Constant) else short(part, constants) for part in node.values
+    )
 
 
-def short(part: ast.expr) -> str:
-    """A name for a value in a message: the last name in its expression that tells something."""
+def short(part: ast.expr, constants: dict[str, str]) -> str:
+    """What stands for a value in a message: the last name in its expression, if that tells something."""
     value = part.value if isinstance(part, ast.FormattedValue) else part
-    if isinstance(value, (ast.Name, ast.Attribute)):
-        return getattr(value, "attr", getattr(value, "id", "")).lstrip("_")
-    if isinstance(value, ast.Call) and ast.unparse(value.func) == "type":
-        return "type"
-    if isinstance(value, ast.Attribute) or "__name__" in ast.unparse(value):
-        return "class"
-    return "…"
+    name = getattr(value, "attr", getattr(value, "id", ""))
+    if name in constants:
+        return constants[name]
+    if name in ("__name__", "__qualname__"):
+        name = "class"
+    return "{" + (name.strip("_") or "…") + "}"
 
 
 # ---------------------------------------------------------------------- writing
+
+
+def public(module: str) -> str:
+    """The module that a user knows: a private one is part of the package around it."""
+    return module.partition("._")[0]
 
 
 def code(text: str) -> str:
@@ -197,7 +216,7 @@ def code(text: str) -> str:
 
 
 def shown(texts: list[str]) -> list[str]:
-    return [f"- {code(text)}" for text in dict.fromkeys(texts)]
+    return [f"- {code(text)}" for text in sorted(set(texts))]
 
 
 def errors_page() -> str:
@@ -205,7 +224,7 @@ def errors_page() -> str:
     by_module: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
     for message in messages():
         said[message.error].append(message.text)
-        by_module[message.error][message.module].append(message.text)
+        by_module[message.error][public(message.module)].append(message.text)
     classes = error_classes()
     ours = [found for found in classes if not found.module.startswith("stroma.cli")]
     lines = [
@@ -230,7 +249,7 @@ def errors_page() -> str:
     for found in ours:
         lines += ["", f"## {found.name}", "", f"`{found.module}.{found.name}`. {found.summary}", ""]
         lines += [f"- **{name}.** {upper(found.parts[name])}" for name in PARTS if name in found.parts]
-        texts = said[found.name] or examples().get(found.name, [])
+        texts = examples().get(found.name) or said[found.name]
         if texts:
             lines += ["", "It says:", "", *shown(texts)]
     lines += [
@@ -243,7 +262,8 @@ def errors_page() -> str:
     for name in BUILT_IN:
         for module, texts in sorted(by_module.get(name, {}).items()):
             if not module.startswith(("stroma.cli", "stroma.demo")):
-                lines += ["", f"**{name}** from `{module}`:", "", *shown(texts)]
+                place = "a run" if module == "stroma" and name != "AttributeError" else f"`{module}`"
+                lines += ["", f"**{name}** from {place}:", "", *shown(texts)]
     lines += [
         "",
         "## Reasons",

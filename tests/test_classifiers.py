@@ -817,7 +817,11 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
     (shaped("NetworkError", "httpcore"), Verdict("RECOVERABLE", "connection")),
     (shaped("RemoteProtocolError", "httpcore2"), Verdict("RECOVERABLE", "connection")),
     (shaped("LocalProtocolError", "httpcore"), Verdict("TERMINAL", "bad_request")),
-    # openai, after the answer came
+    # the SDKs, without a cause to ask, and after the answer came
+    (shaped("APIConnectionError", "openai"), Verdict("RECOVERABLE", "connection")),
+    (shaped("APIConnectionError", "anthropic"), Verdict("RECOVERABLE", "connection")),
+    (shaped("APITimeoutError", "openai"), Verdict("RECOVERABLE", "timeout")),
+    (shaped("APITimeoutError", "anthropic"), Verdict("RECOVERABLE", "timeout")),
     (openai.ContentFilterFinishReasonError(), Verdict("TERMINAL", "content_policy")),
     # google
     (shaped(package="google", code=429, status="RESOURCE_EXHAUSTED", response=SimpleNamespace(headers={"retry-after": "8"})), Verdict("RECOVERABLE", "rate_limit", 8)),
@@ -855,12 +859,20 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
     (urllib.error.HTTPError("http://x", 429, "no", MAIL, None), Verdict("RECOVERABLE", "rate_limit", 8)),
     # bodies
     (shaped(status_code=402), Verdict("TERMINAL", "quota")),
-    (shaped(status_code=402, body={"error": {"details": {"error_code": "linked_organization_spend_limit_reached"}}}), Verdict("TERMINAL", "quota")),
+    (shaped(status_code=429, body={"error": {"details": {"error_code": "linked_organization_spend_limit_reached"}}}), Verdict("TERMINAL", "quota")),
     (shaped(status_code=429, code="linked_organization_spend_limit_reached"), Verdict("TERMINAL", "quota")),
     (shaped(status_code=400, body={"message": "over the context window"}), Verdict("TERMINAL", "context_length")),
     (shaped(status_code=400, body={"message": "over Azure's Content Management Policy"}), Verdict("TERMINAL", "content_policy")),
     (shaped(status_code=400, body={"message": "against our content policy"}), Verdict("TERMINAL", "content_policy")),
+    (shaped(status_code=429, code=["insufficient_quota"]), Verdict("RECOVERABLE", "rate_limit")),
+    (shaped(response=SimpleNamespace(status=503)), Verdict("RECOVERABLE", "overloaded")),
+    # only a bad request's prose is read
+    (shaped(status_code=429, body={"message": "tokens beyond your context window per minute"}), Verdict("RECOVERABLE", "rate_limit")),
+    # what is no status hides nothing
+    (shaped("ConnectionError", "requests", status_code=0), Verdict("RECOVERABLE", "connection")),
+    (shaped("ConnectionError", "requests", status_code=True), Verdict("RECOVERABLE", "connection")),
     # what looks alike and is not
+    (shaped(code=coded("UNAVAILABLE")), None),
     (shaped("Timeout"), None),
     (shaped("ConnectionError"), None),
     (shaped("HTTPError", "requests"), None),

@@ -153,7 +153,9 @@ class Evil:
     def _no(self, *_: Any) -> Any:
         raise LookupError("leave me alone")
 
-    __repr__ = __str__ = __eq__ = __hash__ = __deepcopy__ = __copy__ = __reduce_ex__ = __len__ = __iter__ = _no
+    __repr__ = __str__ = __eq__ = __hash__ = __deepcopy__ = __copy__ = __reduce_ex__ = __len__ = __iter__ = (
+        _no
+    )
     __bool__ = __getattr__ = _no
 
 
@@ -162,10 +164,6 @@ class EvilDict(dict[str, Any]):
         raise LookupError("leave me alone")
 
     __getitem__ = __iter__ = __len__ = keys = items = values = get = _no
-
-
-class Another(BaseModel):
-    text: str = "x"
 
 
 def _itself() -> Any:
@@ -189,7 +187,7 @@ WRONG: dict[str, Callable[[], Any]] = {
     "class": lambda: Num,
     "wrong-field": lambda: {"n": "bad"},
     "wrong-key-type": lambda: {1: 2, "n": None},
-    "another-model": lambda: Another.model_construct(n="bad"),
+    "huge-negative-usage": lambda: ({"n": 1}, -(10**5000)),
     "constructed": lambda: Num.model_construct(n="bad"),
     "generator": lambda: (i for i in ()),
     "exception": lambda: ValueError("returned, not raised"),
@@ -235,7 +233,11 @@ async def _good(state: Any) -> Any:
     return {"n": 1}
 
 
-@pytest.mark.parametrize("place", PLACES)
+#: Every place in memory, and one on the disk.
+SPREAD = [("memory", place) for place in PLACES] + [("sqlite", "child")]
+
+
+@pytest.mark.parametrize(("store", "place"), SPREAD, indirect=["store"])
 @pytest.mark.parametrize("name", WRONG)
 async def test_a_wrong_return_is_a_failure_that_loses_nothing(name: str, place: str, store: Any) -> None:
     """Whatever a node returns in place of its output: FAILED, named, called once; what was before it is kept."""
@@ -257,18 +259,14 @@ async def test_a_wrong_return_is_a_failure_that_loses_nothing(name: str, place: 
     nodes = [node("first", first, Items, Items), PLACES[place](hostile), node("last", last)]
     runner = quick(store=store, run_id="r", hooks=pairs.hooks, policy_map=ONCE)
     result = await runner.run(nodes, Items())
-    fine = name == "huge-usage" and not isinstance(store, SQLiteStore)
-    assert result.status in (RunStatus.FAILED, RunStatus.PARTIAL) or fine, result
-    assert calls["first"] == 1
-    assert calls["bad"] == 1
-    if not fine:
-        assert result.failure is not None
-        assert "'bad'" in result.failure.message
-        assert len(result.failure.message) < 5_000
-        assert calls["last"] == 0
+    assert result.status is RunStatus.FAILED, result
+    assert result.failure is not None
+    assert result.failure.failure_class is T
+    assert "'bad'" in result.failure.message
+    assert len(result.failure.message) < 5_000
+    assert calls == {"first": 1, "bad": 1}
     pairs.check()
     assert isinstance(result.trace.to_json(), str)
-    assert repr(result.status)
     nothing_runs()
     again = await runner.run(nodes, Items(), resume=True)
     assert again.status is RunStatus.RESUMED, again.failure
@@ -287,7 +285,7 @@ UNKEEPABLE: dict[str, Callable[[], Any]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("store", "place"), SPREAD, indirect=["store"])
 @pytest.mark.parametrize("name", UNKEEPABLE)
 async def test_what_cannot_be_serialised(name: str, place: str, store: Any) -> None:
     """Output under Any that cannot be stored: bought once, named, and no harm to a trace, a hook or what is kept."""
@@ -309,7 +307,7 @@ async def test_what_cannot_be_serialised(name: str, place: str, store: Any) -> N
         assert result.status is RunStatus.FAILED
         assert result.failure is not None
         assert "cannot be serialised" in result.failure.message
-        assert "value" in result.failure.message or name == "itself"
+        assert "value" in result.failure.message
     else:
         assert result.status is RunStatus.COMPLETED, result.failure
     assert isinstance(result.trace.to_json(), str)
@@ -423,7 +421,7 @@ RAISED: dict[str, Callable[[], BaseException]] = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(("store", "place"), SPREAD, indirect=["store"])
 @pytest.mark.parametrize("name", RAISED)
 async def test_whatever_a_node_raises_is_its_failure(name: str, place: str, store: Any) -> None:
     """Whatever a node raises: one class, one event and one end for each attempt, and what went before is kept."""
@@ -721,7 +719,7 @@ def _hook_stubborn(task_bin: list[Any]) -> Any:
 
 def _hook_blocks(task_bin: list[Any]) -> Any:
     async def hook(*_: Any) -> None:
-        time.sleep(0.012)
+        time.sleep(0.006)
 
     return hook
 
@@ -819,6 +817,7 @@ def _busy_pipeline(calls: Counter[str]) -> list[Any]:
     ]
 
 
+@pytest.mark.parametrize("store", ["memory"], indirect=True)
 @pytest.mark.parametrize("hook", HOOKS)
 @pytest.mark.parametrize("kind", MISCHIEF)
 async def test_hooks_change_nothing(kind: str, hook: str, store: Any) -> None:
@@ -828,7 +827,7 @@ async def test_hooks_change_nothing(kind: str, hook: str, store: Any) -> None:
     async def once(hooks: Any, run_id: str) -> Any:
         calls: Counter[str] = Counter()
         nodes = _busy_pipeline(calls)
-        runner = quick(store=store, budget=budget, policy_map=ONCE, hooks=hooks, hook_timeout_ms=10)
+        runner = quick(store=store, budget=budget, policy_map=ONCE, hooks=hooks, hook_timeout_ms=5)
         first = await runner.run(nodes, Items(), run_id=run_id)
         second = await runner.run(nodes, Items(), run_id=run_id, resume=True)
         return calls, first, second
@@ -862,7 +861,9 @@ async def _spin(seconds: float) -> None:
 
 
 @pytest.mark.parametrize("twice", [False, True], ids=["once", "twice"])
-async def test_cancelled_anywhere_then_resumed(twice: bool, store: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_cancelled_anywhere_then_resumed(
+    twice: bool, store: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Cancelled mid-node, mid-backoff, mid-commit or mid-hook, once or again and again: what returned is kept.
 
     The resume calls nothing again that had returned, ends as if nothing had happened, and the budget has it all.
@@ -937,7 +938,9 @@ async def test_cancelled_anywhere_then_resumed(twice: bool, store: Any, monkeypa
             held.append(1000 - left)
 
         spent_before = spent
-        again = await runner.with_hooks(NodeHooks(on_node_start=look)).run(nodes, Num(), run_id=run_id, resume=True)
+        again = await runner.with_hooks(NodeHooks(on_node_start=look)).run(
+            nodes, Num(), run_id=run_id, resume=True
+        )
         assert again.failure is None, again.failure
         assert again.final_state == Num(n=3)
         assert all(returned[name] == 1 for name in "abcd"), (at, returned)
@@ -949,6 +952,91 @@ async def test_cancelled_anywhere_then_resumed(twice: bool, store: Any, monkeypa
     else:
         raise AssertionError("the run never came to its end")
     assert set(seen) == set("abcd")
+
+
+async def test_a_failed_group_leaves_no_cancellation_behind() -> None:
+    """A group that fails, and a node whose own TaskGroup does, leave the task as it was: uncancelled.
+
+    A timeout around the run still raises TimeoutError, and a stray CancelledError of a later node is a failure.
+    """
+    task = asyncio.current_task()
+    assert task is not None
+
+    async def fails(state: Num) -> Any:
+        await asyncio.sleep(0)
+        raise LookupError
+
+    with pytest.raises(TimeoutError):
+        async with asyncio.timeout(0.05):
+            result = await quick().run([parallel(node("side", _good), node("bad", fails))], Num())
+            assert result.status is RunStatus.PARTIAL
+            assert task.cancelling() == 0
+            await asyncio.Event().wait()
+    with pytest.raises(LookupError):
+        await parallel(node("side", _good), node("bad", fails))(Num())
+    assert task.cancelling() == 0
+
+
+@pytest.mark.parametrize("first", ["node", "group"])
+async def test_a_stray_cancellation_after_a_failed_task_group(first: str) -> None:
+    """A node's own CancelledError is its failure also after a TaskGroup, of a node's or of ours, failed in the run."""
+    healed = False
+
+    async def fails(state: Num) -> Any:
+        nonlocal healed
+        await asyncio.sleep(0)
+        if not healed:
+            healed = True
+            raise LookupError
+        return state
+
+    async def gathers(state: Num) -> Any:
+        try:
+            async with asyncio.TaskGroup() as tasks:
+                tasks.create_task(fails(state))
+        except* LookupError:
+            pass
+        return state
+
+    async def stray(state: Num) -> Any:
+        raise asyncio.CancelledError
+
+    group = parallel(node("side", _good), node("flaky", fails))
+    before = node("gathers", gathers) if first == "node" else group
+    runner = quick(node_policies={group.node_id: ONCE})
+    result = await runner.run([before, node("bad", stray)], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.node_id == "bad"
+
+
+@pytest.mark.parametrize("at", range(8))
+async def test_cancelled_while_a_child_fails(at: int) -> None:
+    """A cancellation that meets the failure of a group's child is a cancellation all the same."""
+
+    async def fails(state: Num) -> Any:
+        for _ in range(3):
+            await asyncio.sleep(0)
+        raise LookupError
+
+    async def slow_to_go(state: Num) -> Any:
+        try:
+            await asyncio.Event().wait()
+        finally:
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+
+    pairs = Pairs()
+    nodes = [parallel(node("slow", slow_to_go), node("bad", fails))]
+    task = asyncio.create_task(quick(hooks=pairs.hooks).run(nodes, Num()))
+    for _ in range(at):
+        await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    if pairs.starts:
+        pairs.check()
+    nothing_runs()
 
 
 # ---------------------------------------------------------------------- KeyboardInterrupt anywhere
@@ -1030,7 +1118,9 @@ def test_keyboard_interrupt_anywhere(where: str, store: Any) -> None:
             sets.reverse()  # Ends run last to first: ours is called before the one that stops it all.
             sets = [sets[1], sets[0]]
     if "redact" in config:
-        config["redact"] = lambda state: _interrupts_sync() if state.get("n") == 1 and calls["first"] else state
+        config["redact"] = lambda state: (
+            _interrupts_sync() if state.get("n") == 1 and calls["first"] else state
+        )
     nodes = [node("first", first, Items, Items), bad]
     runner = quick(store=store, run_id="r", hooks=sets, policy_map=ONCE, **config)
     with pytest.raises(KeyboardInterrupt):
@@ -1142,10 +1232,9 @@ async def test_hostile_steps(name: str) -> None:
         return WRONG[name]()
 
     result = await execute_step("bad", hostile, Num(), ctx, contract=contract)
-    if name != "huge-usage":
-        assert result.status is RunStatus.FAILED
-        assert result.failure is not None
-        assert "'bad'" in result.failure.message
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert "'bad'" in result.failure.message
     # Without a contract nothing is refused: whatever comes back does so as it was returned, or as a failure.
     free = await execute_step("free", hostile, Num(), ctx)
     assert free.status in RunStatus

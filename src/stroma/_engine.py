@@ -13,20 +13,23 @@ position. What it does for one attempt, in this order:
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import math
-import threading
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from time import perf_counter_ns
 from typing import Any, Final
 
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel
 
-from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged, StoreError
+from stroma._announce import fire_success, tell_failure, warn_of_budget
+from stroma._commit import make_row, record, settle
+from stroma._restore import restore
+from stroma._tasks import in_thread, passes_through
+from stroma._usage import count_returned, price
+from stroma.checkpoint import StoreError
 from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation
-from stroma.cost import BudgetExceeded, UsageError, cached_pricer, check_usage, find_pricer
+from stroma.cost import BudgetExceeded, UsageError
 from stroma.failures import (
     Failure,
     FailureClass,
@@ -39,20 +42,14 @@ from stroma.failures import (
     policy_for,
 )
 from stroma.hooks import HookNotAsync
-from stroma.nodes import Group, Node, Plan
-from stroma.schemas import NotSerialisable, Schema, Snapshot, schema_of
-from stroma.trace import NO_USAGE, AttemptUsage, Outcome, Row, RunStatus
+from stroma.nodes import Group, Kept, Node, Plan
+from stroma.schemas import Snapshot, schema_of
+from stroma.trace import NO_USAGE, Row, RunStatus
 
-__all__ = ["GroupStopped", "Halt", "Kept", "execute", "uninterrupted"]
+__all__ = ["GroupStopped", "Halt", "execute"]
 
-#: Between tries of a commit that the store refused.
-_STORE_DELAYS: Final = (0.02, 0.1, 0.4)
 _NO_RETRIES: Final = FailurePolicy(max_retries=0, backoff_seconds=0.0)
 sleep = asyncio.sleep
-
-
-class Kept(RootModel[Any]):
-    """The output of a node without a contract, as it was returned."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,8 +105,8 @@ async def execute(
     if ctx.restored:
         committed = await restore(ctx, node, value, position, branch=branch, kind=kind, contract=contract)
         if committed is not None:
-            if ctx.step_policies:
-                _remember(ctx, position, branch, committed)
+            if ctx.step_policies and branch:
+                ctx.done[position, branch] = committed
             return committed
     plan = _plan(ctx, node, value, contract)
     if isinstance(node, Group):
@@ -131,8 +128,6 @@ async def execute(
                     return _refused(run, exceeded)
             outcome = await _attempt(ctx, run, node, plan, value, cancelling)
             if not isinstance(outcome, Failure):
-                if ctx.step_policies and isinstance(outcome, BaseModel):
-                    _remember(ctx, position, branch, outcome)
                 return outcome
             decision = _decide(ctx, run, node, outcome)
             if isinstance(decision, Stop):
@@ -140,7 +135,7 @@ async def execute(
                 return Halt(outcome)
             delay = decision.delay_seconds
             run.last_failure = outcome
-            run.usage = NO_USAGE
+            run.counted = NO_USAGE
             if ctx.fire.on_node_retry is not None:
                 arguments = (ctx.run_id, node.node_id, run.attempt + 1, delay, outcome.failure_class)
                 await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)  # noqa: B023
@@ -161,12 +156,13 @@ def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | N
     return exceeded
 
 
-def _remember(ctx: ReliabilityContext, position: int, branch: str, output: BaseModel) -> None:
+def _remember(ctx: ReliabilityContext, run: NodeExecution, output: BaseModel) -> None:
     """Only node_policies can try a whole group again; what its children committed is not run again then."""
-    if branch:
-        ctx.done[position, branch] = output
-    else:
-        ctx.done.clear()
+    if run.branch:
+        ctx.done[run.position, run.branch] = output
+    elif ctx.done:
+        for key in [key for key in ctx.done if key[0] == run.position]:
+            del ctx.done[key]
 
 
 def _plan(
@@ -257,7 +253,7 @@ async def _attempt(
             output = await _call(ctx, run, node, state)
     except BaseException as error:
         duration = _ended(run, node, begin)
-        if _passes_through(error, cancelling):
+        if passes_through(error, cancelling, in_group=type(node) is not Node):
             await _abandon(ctx, run, begin, duration, picture, error)
             raise
         raised = error
@@ -270,12 +266,12 @@ async def _attempt(
     bad_usage: UsageError | None = None
     cancelled = False
     if type(output) is tuple:
-        output, bad_usage = _count_returned(run, output)
+        output, bad_usage = count_returned(run, output)
     if run.reported is not None:
-        cancelled, unpriced = await _price(ctx, run)
+        cancelled, unpriced = await price(ctx, run)
         bad_usage = bad_usage or unpriced
-    if run.usage is not NO_USAGE:
-        ctx.cost_tracker.spend(run.usage.tokens, run.usage.cost_usd)
+    if run.counted is not NO_USAGE:
+        ctx.cost_tracker.spend(run.counted.tokens, run.counted.cost_usd)
     if not run.branch:  # A group's own wall time counts that of its children.
         ctx.cost_tracker.latency_ns += duration
     if raised is not None:
@@ -297,34 +293,44 @@ async def _attempt(
         failure = diagnose(over, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
 
     # ---- the commit: from here on the output is safe from budgets, hooks and cancellation
-    if failure is None and run.usage is NO_USAGE:  # What _row would give, without its call and its questions.
+    if (
+        failure is None and run.counted is NO_USAGE
+    ):  # What make_row would give, without its call and its questions.
         row: Row = (
             run.node_id, run.attempt, begin + ctx.epoch_ns, duration, picture, kept,
             "success", None, None, run.position, run.branch, run.children,
         )  # fmt: skip
     else:
-        row = _row(run, begin, duration, picture, kept, failure, "success" if failure is None else "failure")
+        row = make_row(
+            run, begin, duration, picture, kept, failure, "success" if failure is None else "failure"
+        )
     pending: Awaitable[None] | Exception | None
     try:
         pending = ctx.session.record(row, promised, model)
     except Exception as refused:
         pending = refused
     if pending is not None:
-        problem, late = await _settle(ctx, row, promised, model, pending)
+        problem, late = await settle(ctx, row, promised, model, pending)
         cancelled = cancelled or late
         if problem is not None:
-            return await _fail(ctx, run, problem, begin, duration, picture, cancelled=cancelled)
+            return await _fail(
+                ctx, run, problem, begin, duration, picture, cancelled=cancelled, of_store=True
+            )
     run.rows.append(row)
+    if (
+        ctx.step_policies
+    ):  # With the commit: a cancellation that comes after it must not have the node called again.
+        _remember(ctx, run, model)
     if not run.branch:
         ctx.last_state = model
 
     # ---- who watches
     if failure is not None:
-        await _tell_failure(ctx, run, failure)
+        await tell_failure(ctx, run, failure)
     elif fire.on_node_success is not None:
-        await _fire_success(ctx, run, promised, model)
+        await fire_success(ctx, run, promised, model)
     if ctx.limits and fire.on_budget_warning is not None:
-        await _warn(ctx)
+        await warn_of_budget(ctx)
     if cancelled:
         raise asyncio.CancelledError
     return model if failure is None else Halt(failure, output=model)
@@ -351,31 +357,6 @@ def _raw_picture(value: Any) -> dict[str, Any]:
     return schema_of(type(value)).state(value) if isinstance(value, BaseModel) else {"value": value}
 
 
-def _row(
-    run: NodeExecution,
-    begin: int,
-    duration: int,
-    picture: Snapshot,
-    kept: Snapshot | None,
-    failure: Failure | None,
-    outcome: Outcome,
-) -> Row:
-    return (
-        run.node_id,
-        run.attempt,
-        begin + run.ctx.epoch_ns,
-        duration,
-        picture,
-        kept,
-        outcome,
-        None if failure is None else (failure.failure_class, failure.message, failure.reason),
-        None if run.usage is NO_USAGE else run.usage,
-        run.position,
-        run.branch,
-        run.children,
-    )
-
-
 async def _fail(
     ctx: ReliabilityContext,
     run: NodeExecution,
@@ -385,6 +366,7 @@ async def _fail(
     picture: Snapshot,
     *,
     cancelled: bool = False,
+    of_store: bool = False,
 ) -> Failure | Halt:
     """One failed attempt: classified, recorded, shown to the hooks."""
     halt: Halt | None = None
@@ -401,26 +383,26 @@ async def _fail(
         if isinstance(exc, ContractViolation) and _may_repair(ctx, run, failure):
             run.repairing = True
             failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
-        if isinstance(exc, _Deadline):
+        if isinstance(exc, _Deadline) and exc.ctx is ctx:
             halt = Halt(failure)
-        elif isinstance(exc, StoreError):
+        elif of_store and isinstance(exc, StoreError):
             failure = Failure(
                 exc, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
             )
             halt = Halt(failure, partial=True)
-    row = _row(run, begin, duration, picture, None, failure, "failure")
+    row = make_row(run, begin, duration, picture, None, failure, "failure")
     run.rows.append(row)
     if not (halt is not None and failure.reason == "store"):
-        problem, late = await _record(ctx, row)
+        problem, late = await record(ctx, row)
         cancelled |= late
         if problem is not None:
             stored = Failure(
                 problem, FailureClass.RECOVERABLE, run.node_id, run.attempt, str(problem), "store"
             )
             halt = Halt(stored, partial=True)
-    await _tell_failure(ctx, run, failure)
+    await tell_failure(ctx, run, failure)
     if ctx.limits and ctx.fire.on_budget_warning is not None:
-        await _warn(ctx)
+        await warn_of_budget(ctx)
     if cancelled:
         raise asyncio.CancelledError
     return failure if halt is None else halt
@@ -447,16 +429,16 @@ async def _abandon(
     ``reached``: how many sets of hooks saw the start; None for all.
     """
     if isinstance(why, GeneratorExit):  # The coroutine is being closed: nothing may be awaited any more.
-        run.rows.append(_row(run, begin, duration, picture, None, None, "cancelled"))
+        run.rows.append(make_row(run, begin, duration, picture, None, None, "cancelled"))
         return
     if run.reported is not None:
-        await _price(ctx, run)
-        ctx.cost_tracker.spend(run.usage.tokens, run.usage.cost_usd)
+        await price(ctx, run)
+        ctx.cost_tracker.spend(run.counted.tokens, run.counted.cost_usd)
     if not run.branch:
         ctx.cost_tracker.latency_ns += duration
-    row = _row(run, begin, duration, picture, None, None, "cancelled")
+    row = make_row(run, begin, duration, picture, None, None, "cancelled")
     run.rows.append(row)
-    await _record(ctx, row)
+    await record(ctx, row)
     calls = ctx.fire.on_node_cancelled
     if calls is not None and reached is not None:
         calls = tuple(call for call in calls if call[0] < reached)
@@ -485,41 +467,6 @@ async def _fire_start(
         raise
 
 
-async def _fire_success(
-    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel
-) -> None:
-    calls = ctx.fire.on_node_success
-    assert calls is not None
-    await ctx.fire.fire(
-        "on_node_success",
-        calls,
-        run.node_id,
-        lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(model)), run.usage.tokens),
-    )
-
-
-async def _tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> None:
-    ctx.run_logger.warning(
-        "node %r%s failed at attempt %d (%s): %s",
-        run.node_id,
-        f" [{run.branch}]" if run.branch else "",
-        run.attempt,
-        failure.failure_class,
-        failure.message,
-    )
-    calls = ctx.fire.on_node_failure
-    if calls is not None:
-        arguments = (ctx.run_id, run.node_id, ctx.shown_error(failure.exception), failure.failure_class)
-        await ctx.fire.fire("on_node_failure", calls, run.node_id, lambda: arguments)
-
-
-async def _warn(ctx: ReliabilityContext) -> None:
-    for dimension, used, limit in ctx.due_warnings():
-        arguments = (ctx.run_id, dimension, used, limit)
-        assert ctx.fire.on_budget_warning is not None
-        await ctx.fire.fire("on_budget_warning", ctx.fire.on_budget_warning, None, lambda: arguments)  # noqa: B023
-
-
 # ---------------------------------------------------------------------- calling
 
 
@@ -530,12 +477,14 @@ async def _call(ctx: ReliabilityContext, run: NodeExecution, node: Node | Group,
     context = ctx.node_context() if node.wants_context else ctx.context
     if node.is_async:
         return await node.call(state, context)
-    returned = await _in_thread(node.call, (state, context))
+    returned = await in_thread(node.call, (state, context))
     return await returned if isinstance(returned, Awaitable) else returned
 
 
 class _Deadline(BudgetExceeded):
     """The latency budget ran out under the function in flight."""
+
+    ctx: ReliabilityContext | None = None  # the run whose budget it was: a nested run has one of its own
 
     def __reduce__(self) -> Any:
         return (BudgetExceeded, self.args)
@@ -565,256 +514,9 @@ async def _call_in_time(
             assert limit is not None
             now = perf_counter_ns()
             used = ctx.cost_tracker.used("latency") + (run.busy(now) if run.parent else now - begin) / 1e6
-            raise _Deadline("latency", limit, max(used, limit), run.node_id) from None
+            deadline = _Deadline("latency", limit, max(used, limit), run.node_id)
+            deadline.ctx = ctx
+            raise deadline from None
         raise TimeoutError(
             f"node {run.node_id!r} did not end within {timeout_ms} ms (node_timeouts)"
         ) from None
-
-
-async def _in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
-    """Call in a daemon thread of its own: one that is abandoned holds up neither the loop's end nor the process's."""
-    loop = asyncio.get_running_loop()
-    done: asyncio.Future[Any] = loop.create_future()
-    context = contextvars.copy_context()
-
-    def settle(value: Any, error: BaseException | None) -> None:
-        if done.cancelled():
-            return
-        if error is None:
-            done.set_result(value)
-        elif isinstance(error, (StopIteration, GeneratorExit)):
-            # A future cannot carry the one; the other, coming out of an await, would mean that we are being closed.
-            done.set_exception(RuntimeError(f"the node raised {type(error).__name__}: {error}"))
-        else:
-            done.set_exception(error)
-
-    def work() -> None:
-        outcome: tuple[Any, BaseException | None]
-        try:
-            outcome = (context.run(func, *args), None)
-        except BaseException as error:
-            outcome = (None, error)
-        try:
-            loop.call_soon_threadsafe(settle, *outcome)
-        except RuntimeError:
-            pass  # The loop ended; nobody waits for this any more.
-
-    threading.Thread(target=work, name=f"stroma-{getattr(func, '__name__', 'node')}", daemon=True).start()
-    return await done
-
-
-def _passes_through(error: BaseException, cancelling: int) -> bool:
-    """Whether an exception is not a failure of the node but the end of this run or process."""
-    if isinstance(error, Exception):
-        return isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint))
-    if isinstance(error, asyncio.CancelledError):
-        # One that the node raised itself, while nobody cancels its task, is a failure like any other.
-        task = asyncio.current_task()
-        return task is None or task.cancelling() > cancelling
-    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
-
-
-async def uninterrupted(work: Awaitable[Any]) -> bool:
-    """Await to the very end; True if the running task was cancelled meanwhile: the caller raises that afterwards."""
-    future = asyncio.ensure_future(work)
-    cancelled = False
-    while not future.done():
-        try:
-            await asyncio.wait((future,))
-        except asyncio.CancelledError:
-            cancelled = True
-    if future.cancelled():
-        raise StoreError("the store gave up the operation by itself")
-    future.result()
-    return cancelled
-
-
-async def _record(ctx: ReliabilityContext, row: Row) -> tuple[Exception | None, bool]:
-    """Keep an attempt that committed nothing. Returns what is wrong, and whether the task was cancelled meanwhile."""
-    pending: Awaitable[None] | Exception | None
-    try:
-        pending = ctx.session.record(row, None, None)
-    except Exception as refused:
-        pending = refused
-    return (None, False) if pending is None else await _settle(ctx, row, None, None, pending)
-
-
-async def _settle(
-    ctx: ReliabilityContext,
-    row: Row,
-    schema: Schema | None,
-    output: BaseModel | None,
-    pending: Awaitable[None] | Exception | None,
-) -> tuple[Exception | None, bool]:
-    """See a commit through. One that the store refuses is tried again briefly; the node itself is not."""
-    cancelled = False
-    delays = iter(_STORE_DELAYS)
-    while True:
-        error: Exception
-        try:
-            if isinstance(pending, Exception):
-                raise pending
-            if pending is not None:
-                cancelled |= await uninterrupted(pending)
-        except NotSerialisable as unkept:
-            return unkept, cancelled
-        except Exception as refused:
-            error = refused
-        else:
-            return None, cancelled
-        delay = None if isinstance(error, StoreError) and not error.transient else next(delays, None)
-        if delay is None:
-            break
-        ctx.run_logger.warning(
-            "the store refused attempt %d of node %r: %s; trying again", row[1], row[0], error
-        )
-        cancelled |= await uninterrupted(asyncio.sleep(delay))
-        try:
-            pending = ctx.session.record(row, schema, output)
-        except Exception as again:
-            pending = again
-    if isinstance(error, StoreError):
-        return error, cancelled
-    wrapped = StoreError(f"the store could not keep node {row[0]!r} of run {ctx.run_id!r}: {error}")
-    wrapped.__cause__ = error
-    return wrapped, cancelled
-
-
-# ---------------------------------------------------------------------- usage
-
-_SHAPES: Final = "return the output, (output, tokens), (output, input_tokens, model) or (output, input_tokens, output_tokens, model)"
-
-
-def _count_returned(run: NodeExecution, returned: Any) -> tuple[Any, UsageError | None]:
-    """The output without its usage; the usage is noted on the execution."""
-    if type(returned) is not tuple:
-        return returned, None
-    model: Any = None
-    produced: Any = 0
-    if len(returned) == 2:
-        output, used = returned
-    elif len(returned) == 3:
-        output, used, model = returned
-    elif len(returned) == 4:
-        output, used, produced, model = returned
-    else:
-        return returned, None  # The output contract says what is wrong with it.
-    if model is not None and not isinstance(model, str):
-        return output, UsageError(f"node {run.node_id!r} named the model {model!r}; {_SHAPES}")
-    try:
-        check_usage(run.node_id, used, produced)
-    except UsageError as error:
-        return output, error
-    run.report_usage(input_tokens=used, output_tokens=produced, model=model)
-    return output, None
-
-
-async def _price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:
-    """Put a price on what the attempt reported. Returns whether the task was cancelled meanwhile, and what is wrong."""
-    cancelled = False
-    problem: UsageError | None = None
-    tokens, produced, cost, named = 0, 0, 0.0, None
-    for given, made, model in run.take_reported():
-        tokens += given + made
-        produced += made
-        if model is None:
-            continue
-        named = model
-        pricer = cached_pricer(model)
-        if pricer == "unread":
-            # The price data takes a quarter of a second to import: not on the event loop.
-            cancelled |= await uninterrupted(_in_thread(find_pricer, (model,)))
-            pricer = find_pricer(model)
-        if pricer is None:
-            if ctx.config.unknown_model == "error":
-                problem = UsageError(
-                    f"node {run.node_id!r} used model {model!r}, which has no known price; add it to KNOWN_MODELS"
-                )
-            elif model not in ctx.unpriced:
-                ctx.run_logger.warning(
-                    "no price is known for model %r: it counts as 0; add it to KNOWN_MODELS", model
-                )
-            if model not in ctx.unpriced:
-                ctx.unpriced.append(model)
-        else:
-            cost += pricer(given, made)
-    run.usage = AttemptUsage(tokens, produced, cost, named)
-    return cancelled, problem
-
-
-# ---------------------------------------------------------------------- the journal
-
-
-async def restore(
-    ctx: ReliabilityContext,
-    node: Node | Group,
-    value: BaseModel,
-    position: int,
-    *,
-    branch: str = "",
-    kind: Kind = "node",
-    contract: NodeContract[Any, Any] | None = None,
-) -> BaseModel | None:
-    """The committed output of a position, in place of running it again; None if there is none.
-
-    Raises PipelineChanged, or CorruptCheckpoint if what was kept cannot be read back.
-    """
-    committed = ctx.restored.get((position, branch))
-    if committed is None:
-        return None
-    schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
-    check_committed(ctx, node, schema, committed, position, branch)
-    try:
-        model = schema.restore(committed.output)
-    except Exception as error:
-        raise CorruptCheckpoint(
-            f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
-            f"{error}; resume from that node (resume_from={node.node_id!r}) to make it anew"
-        ) from error
-    if not branch:
-        ctx.last_state = model
-    if ctx.fire.on_node_skipped is not None:
-        run = NodeExecution(
-            ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, []
-        )
-        token = CURRENT.set(run)
-        try:
-            await ctx.fire.fire(
-                "on_node_skipped",
-                ctx.fire.on_node_skipped,
-                node.node_id,
-                lambda: (ctx.run_id, node.node_id, ctx.shown(schema.state(model))),
-            )
-        finally:
-            CURRENT.reset(token)
-    return model
-
-
-def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel) -> Schema:
-    """What a node's output must satisfy, given its input."""
-    if isinstance(node, Group):
-        return schema_of(node.output(ctx, value))
-    contract = ctx.contract_of(node)
-    return schema_of(Kept if contract is None else contract.output_schema)
-
-
-def check_committed(
-    ctx: ReliabilityContext,
-    node: Node | Group,
-    schema: Schema,
-    committed: Committed,
-    position: int,
-    branch: str,
-) -> None:
-    """Raise PipelineChanged if a position holds the output of another node, or of another contract."""
-    where = f"position {position}" + (f" ({branch})" if branch else "")
-    if committed.node_id != node.node_id:
-        raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot go on: at {where} it has the output of node {committed.node_id!r}, but the "
-            f"pipeline has {node.node_id!r} there; restore the order of nodes, or begin a new run"
-        )
-    if committed.contract != schema.fingerprint:
-        raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot go on: the output schema of node {node.node_id!r} at {where} is not the one that "
-            f"its output was recorded with ({schema.model.__name__} has changed); restore it, or begin a new run"
-        )

@@ -233,7 +233,7 @@ def _status(exc: BaseException) -> int | None:
         places.append((exc, "code"))
     for owner, name in places:
         value = _get(owner, name)
-        if isinstance(value, int) and not isinstance(value, bool) and 100 <= value <= 599:
+        if isinstance(value, int) and 100 <= value <= 599:
             return int(value)
     if "grpc" in packages and callable(code := _get(exc, "code")):
         return _GRPC.get(str(_get(code(), "name")))

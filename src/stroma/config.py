@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, field_validator
 
@@ -24,7 +24,19 @@ def new_run_id() -> str:
 class _GeneratedId(str):
     """An id that names one run. Copies of a config share the mark, so that no two runs take it."""
 
-    taken = False
+    def __new__(cls, value: str) -> Self:
+        made = super().__new__(cls, value)
+        made._fresh = [True]
+        return made
+
+    def take(self) -> bool:
+        """Whether this call is the first; atomic, so also between threads."""
+        try:
+            return self._fresh.pop()
+        except IndexError:
+            return False
+
+    _fresh: list[bool]
 
 
 def _generate_id() -> str:
@@ -80,10 +92,7 @@ class RunConfig(BaseModel):
         run_id = self.run_id
         if type(run_id) is not _GeneratedId:
             return run_id
-        if run_id.taken:
-            return new_run_id()
-        run_id.taken = True
-        return str(run_id)
+        return str(run_id) if run_id.take() else new_run_id()
 
     @field_validator("run_id", "pipeline")
     @classmethod

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import perf_counter_ns, time_ns
@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from pydantic import BaseModel
 
+from stroma._signal import SignalView
 from stroma.checkpoint import CheckpointManager, Committed, PriorUsage, RunRequest, Session
 from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
@@ -43,8 +44,6 @@ logger = logging.getLogger("stroma")
 logger.addHandler(logging.NullHandler())
 
 Kind = Literal["node", "group", "item"]
-#: The key under which a fallback model is signalled in a node's ctx.
-MODEL_KEY = "_stroma_model"
 _WARN_AT = 0.8
 
 
@@ -74,7 +73,7 @@ class NodeExecution:
     branch: str = ""
     attempt: int = 0
     last_failure: Failure | None = None
-    usage: AttemptUsage = NO_USAGE
+    counted: AttemptUsage = NO_USAGE
     redelivered: bool = False
     #: Where the children of a group put their events.
     children: list[Row | TraceEvent] | None = None
@@ -149,8 +148,22 @@ class NodeExecution:
     def idempotency_key(self) -> str:
         """The same for all attempts at this position of this execution of the run, in every process."""
         ctx = self.ctx
-        again = f"@{ctx.execution}" if ctx.execution > 1 else ""
-        return f"{ctx.run_id}{again}:{self.position}:{self.branch}"
+        # Read from its end, it has one meaning whatever the run id holds.
+        return f"{ctx.run_id}:{ctx.execution}:{self.position}:{self.branch}"
+
+    @property
+    def usage(self) -> AttemptUsage:
+        """What this attempt used so far: what was counted, and what was reported since. Its price comes when it ends."""
+        if self.reported is None:
+            return self.counted
+        tokens = sum(given + made for given, made, _ in self.reported)
+        named = [model for *_, model in self.reported if model is not None]
+        return AttemptUsage(
+            self.counted.tokens + tokens,
+            self.counted.output_tokens + sum(made for _, made, _ in self.reported),
+            self.counted.cost_usd,
+            named[-1] if named else self.counted.model,
+        )
 
     @property
     def model(self) -> str | None:
@@ -295,7 +308,12 @@ class ReliabilityContext:
     # ------------------------------------------------------------------ the journal
 
     async def open(
-        self, initial_state: BaseModel, *, resume: bool = False, discard_from: int | None = None
+        self,
+        initial_state: BaseModel,
+        *,
+        resume: bool = False,
+        discard_from: int | None = None,
+        accept: Callable[[int, str, Committed], None] | None = None,
     ) -> Session:
         """Begin the run in the store, once; or continue the last execution."""
         if self.session is _NO_SESSION:
@@ -307,6 +325,7 @@ class ReliabilityContext:
                     schema_of(type(initial_state)),
                     resume,
                     discard_from,
+                    accept,
                 )
                 opened = self.checkpoint_manager.open_run(request)
                 if not inspect.isawaitable(opened):
@@ -410,90 +429,3 @@ class ReliabilityContext:
             hook_errors=self.hook_failures,
             unpriced_models=self.unpriced,
         )
-
-
-class SignalView(dict[str, Any]):
-    """The user's context dict with one key added: reads and writes go through, the added key never lands there."""
-
-    __slots__ = ("_base", "_signal")
-
-    def __init__(self, base: dict[str, Any], model: str) -> None:
-        super().__init__()
-        self._base = base
-        self._signal = {MODEL_KEY: model}
-
-    def _of(self, key: Any) -> dict[str, Any]:
-        return self._signal if key == MODEL_KEY else self._base
-
-    def __getitem__(self, key: str) -> Any:
-        return self._of(key)[key]
-
-    def __setitem__(self, key: str, value: Any) -> None:
-        self._of(key)[key] = value
-
-    def __delitem__(self, key: str) -> None:
-        del self._of(key)[key]
-
-    def __contains__(self, key: object) -> bool:
-        return key in self._of(key)
-
-    def _merged(self) -> dict[str, Any]:
-        return {**self._base, **self._signal}
-
-    def __iter__(self) -> Any:
-        return iter(self._merged())
-
-    def __len__(self) -> int:
-        return len(self._merged())
-
-    def __bool__(self) -> bool:
-        return True
-
-    def __repr__(self) -> str:
-        return repr(self._merged())
-
-    def __eq__(self, other: object) -> bool:
-        return self._merged() == other
-
-    __hash__ = None
-
-    def get(self, key: str, default: Any = None) -> Any:
-        return self._of(key).get(key, default)
-
-    def keys(self) -> Any:
-        return self._merged().keys()
-
-    def values(self) -> Any:
-        return self._merged().values()
-
-    def items(self) -> Any:
-        return self._merged().items()
-
-    def copy(self) -> dict[str, Any]:
-        return self._merged()
-
-    def pop(self, key: str, *default: Any) -> Any:
-        return self._of(key).pop(key, *default)
-
-    def setdefault(self, key: str, default: Any = None) -> Any:
-        return self._of(key).setdefault(key, default)
-
-    def update(self, *args: Any, **kwargs: Any) -> None:
-        for key, value in dict(*args, **kwargs).items():
-            self[key] = value
-
-    def clear(self) -> None:
-        self._base.clear()
-
-    def popitem(self) -> tuple[str, Any]:
-        return self._base.popitem()
-
-    def __or__(self, other: Any) -> Any:
-        return self._merged() | other
-
-    def __ror__(self, other: Any) -> Any:
-        return other | self._merged()
-
-    def __ior__(self, other: Any) -> Any:
-        self.update(other)
-        return self

@@ -281,12 +281,19 @@ def limits(budget: ExecutionBudget) -> list[tuple[Dimension, float]]:
     return [(dimension, limit) for dimension, limit in pairs if limit is not None]
 
 
+#: Tokens of one report. Beyond it neither floats nor the integers of a store can count the costs.
+MOST_TOKENS: Final = 10**9
+
+
 def check_usage(node_id: str, *counts: object) -> None:
-    """Raise UsageError unless every count is a whole number of tokens, zero or more."""
+    """Raise UsageError unless every count is a whole number of tokens, from zero to MOST_TOKENS."""
     for count in counts:
-        if isinstance(count, bool) or not isinstance(count, int) or count < 0:
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_TOKENS:
+            shown = (
+                repr(count) if not isinstance(count, int) or count <= MOST_TOKENS else f"over {MOST_TOKENS:,}"
+            )
             raise UsageError(
-                f"node {node_id!r} reported {count!r} tokens; report whole numbers of tokens, zero or more"
+                f"node {node_id!r} reported {shown} tokens; report whole numbers of tokens, 0 to {MOST_TOKENS:,}"
             )
 
 

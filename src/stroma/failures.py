@@ -148,7 +148,8 @@ def diagnose(
     provider = read_provider_error(exc)
     custom = _ask(exc, context, classifiers) if classifiers else None
     failure_class, reason = _built_in(exc)
-    if provider is not None and failure_class is None:
+    # Our own errors are what they are, whatever they were raised from.
+    if provider is not None and (failure_class is None or reason == "timeout"):
         failure_class, reason = FailureClass(provider.failure_class), provider.reason
     return Failure(
         exception=exc,

@@ -10,9 +10,10 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, create_model
 
-from stroma._engine import GroupStopped, Halt, Kept, execute, output_schema
+from stroma._engine import GroupStopped, Halt, execute
+from stroma._restore import output_schema
 from stroma.context import Kind, NodeExecution, ReliabilityContext
-from stroma.nodes import Group, Node, find_node
+from stroma.nodes import Group, Kept, Node, find_node
 from stroma.schemas import schema_of
 
 __all__ = ["map_over", "parallel"]

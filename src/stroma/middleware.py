@@ -9,10 +9,10 @@ from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from stroma._engine import Halt, Kept, execute
+from stroma._engine import Halt, execute
 from stroma.context import ReliabilityContext
 from stroma.contracts import NodeContract
-from stroma.nodes import Group, find_node, make_node
+from stroma.nodes import Group, Kept, find_node, make_node
 from stroma.schemas import schema_of
 from stroma.trace import ExecutionResult, RunStatus
 

@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar, overload
 
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 from stroma.contracts import NodeContract, check_id
 
@@ -16,7 +16,17 @@ if TYPE_CHECKING:
     from stroma.context import NodeExecution, ReliabilityContext
     from stroma.schemas import Schema
 
-__all__ = ["Group", "Node", "NodeDecorator", "find_node", "make_node", "mark", "stroma_node", "stroma_step"]
+__all__ = [
+    "Group",
+    "Kept",
+    "Node",
+    "NodeDecorator",
+    "find_node",
+    "make_node",
+    "mark",
+    "stroma_node",
+    "stroma_step",
+]
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
@@ -58,6 +68,10 @@ class NodeDecorator(Protocol, Generic[In, Out]):
     def __call__(
         self, func: Callable[[In, dict[str, Any]], Loose], /
     ) -> Callable[[In, dict[str, Any]], Loose]: ...
+
+
+class Kept(RootModel[Any]):
+    """The output of a node without a contract, as it was returned."""
 
 
 #: The schemas of input (None: not validated) and output, and the contract that they are of.

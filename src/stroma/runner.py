@@ -10,7 +10,9 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel
 
-from stroma._engine import Halt, check_committed, execute, output_schema, restore, uninterrupted
+from stroma._engine import Halt, execute
+from stroma._restore import check_committed, output_schema, restore
+from stroma._tasks import uninterrupted
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
@@ -180,10 +182,7 @@ class StromaRunner:
         unknown resume target, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot begin.
         """
         config = self._config_for(node_sequence, run_id, context, resume, resume_from)
-        nodes = [
-            find_node(n)
-            for n in (node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence)
-        ]
+        nodes = _records(node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence)
         if not isinstance(initial_state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
         start = _resume_position(nodes, config.resume_from)
@@ -230,6 +229,13 @@ class StromaRunner:
             return config
         RunConfig(**changes)  # Validates what was given.
         return config.model_copy(update=changes)
+
+
+def _records(nodes: Any) -> list[Node | Group]:
+    if isinstance(nodes, Group) or not isinstance(nodes, Iterable):
+        find_node(nodes)  # What is no node at all is told how to become one.
+        raise TypeError(f"run() takes a sequence of nodes; put {nodes!r} in a list")
+    return [find_node(node) for node in nodes]
 
 
 def _resume_position(nodes: list[Node | Group], resume_from: str | None) -> int | None:
@@ -287,6 +293,9 @@ class _Run:
         except asyncio.CancelledError:
             status = RunStatus.CANCELLED
             raise
+        except GeneratorExit:  # The coroutine is being closed: nothing may be awaited any more.
+            begun = False
+            raise
         except HookNotAsync as error:
             error.result = ctx.build_result(status, self.state)
             raise
@@ -299,14 +308,15 @@ class _Run:
     async def _open(self) -> None:
         ctx = self.ctx
         resume = ctx.config.resume or self.start is not None
-        session = await ctx.open(self.initial, resume=resume, discard_from=self.start)
+        session = await ctx.open(
+            self.initial, resume=resume, discard_from=self.start, accept=self._check_unchanged
+        )
         self.continued = session.continued or self.start is not None
-        for (position, branch), committed in ctx.restored.items():
-            if not branch:
-                self._check_unchanged(position, committed)
 
-    def _check_unchanged(self, position: int, committed: Committed) -> None:
+    def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
         """Refuse a changed pipeline before anything runs. Groups are checked when they are restored."""
+        if branch:
+            return
         if position >= len(self.nodes):
             raise PipelineChanged(
                 f"run {self.ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} at position "
@@ -372,7 +382,10 @@ class _Run:
                 )
             except HookNotAsync as error:
                 error.result = result
-                raise
+                if status is not RunStatus.CANCELLED:
+                    raise
+                # A cancellation is on its way out, and must come out as one.
+                ctx.run_logger.warning("%s", error)
         if cancelled:
             raise asyncio.CancelledError
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:

@@ -13,6 +13,7 @@ Values are taken apart by *field name*, never through serializers: an alias, a c
 from __future__ import annotations
 
 import base64
+import collections
 import copy
 import dataclasses
 import datetime as dt
@@ -20,6 +21,7 @@ import decimal
 import enum
 import functools
 import hashlib
+import ipaddress
 import json
 import math
 import operator
@@ -30,6 +32,7 @@ import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, cast
 
+import pydantic
 import pydantic_core
 from pydantic import BaseModel, SecretBytes, SecretStr
 
@@ -86,8 +89,7 @@ _CLOSED: Final = _FLAT_LEAVES | {
     "dataclass-field",
     "typed-dict",
     "typed-dict-field",
-    "function-before",
-    "function-after",
+    "function-before",  # What other validators give back, nothing describes.
     "chain",
     "lax-or-strict",
     "json-or-python",
@@ -115,8 +117,13 @@ _ATOMS: Final = frozenset(
     }
 )
 
+_LONG_INT: Final = 4300
+_TOO_LONG: Final = re.compile(rb"\d{%d}" % _LONG_INT)
 #: Starts a stored value in our tagged encoding; a plain JSON object never does.
 _TAGGED: Final = b'["stroma/1",'
+
+
+_NO_SCHEMAS: Final = frozenset({"metadata", "serialization", "default", "config", "function"})
 
 
 def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
@@ -127,12 +134,17 @@ def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
         if isinstance(item, dict):
             if isinstance(item.get("type"), str):
                 yield item
-            # ``metadata`` and ``serialization`` hold callables and schemas that validate nothing.
-            stack.extend(
-                v for k, v in item.items() if k not in ("metadata", "serialization", "default", "config")
-            )
+            # These hold callables and schemas that validate nothing ("function" has a "type" of its own).
+            stack.extend(v for k, v in item.items() if k not in _NO_SCHEMAS)
         elif isinstance(item, (list, tuple)):
             stack.extend(item)
+
+
+def _plain_json(node: dict[str, Any]) -> bool:
+    """Whether JSON keeps a literal's values, or a dict's keys, for what they are."""
+    if node["type"] == "literal":
+        return all(type(value) in (str, int, bool, type(None)) for value in node["expected"])
+    return node["type"] != "dict" or node.get("keys_schema", {}).get("type") == "str"
 
 
 def _core_schema(model: type[BaseModel]) -> Any:
@@ -157,6 +169,7 @@ class Schema:
         "_json",
         "_opaque",
         "_quiet",
+        "_rebuild",
         "_shares",
         "_size",
         "_source",
@@ -202,7 +215,6 @@ class Schema:
                 "default",
                 "union",
                 "function-before",
-                "function-after",
             }
             and sum(node["type"] == "model" for node in nodes) == 1
         )
@@ -223,6 +235,7 @@ class Schema:
             )
         )
         structural = _CLOSED - (_FLAT_LEAVES - _JSON_LEAVES) - {"set", "frozenset", "tuple", "dataclass"}
+        custom = custom or not all(map(_plain_json, nodes))
         self._json = simple and not custom and not self._open_subclass(nodes) and kinds <= structural
         self._floats = simple and self.flat and not custom and kinds <= structural | {"float"}
         self._to_json = model.__pydantic_serializer__.to_json
@@ -241,18 +254,24 @@ class Schema:
     def _sort_fields(self, core: Any) -> None:
         """Which fields need a recursive copy, and which hold values that no schema describes."""
         deep: list[str] = []
+        # A validator of the whole model may have put anything anywhere.
+        wrapped = core["type"] != "model" or core["schema"]["type"] != "model-fields"
         defs = {n["ref"]: n for n in _nodes(core) if "ref" in n}
         for name in self.names:
             field = next((n for n in _field_nodes(core, self.model, name)), None)
             kinds = _reachable(field, defs) if field is not None else {"any"}
-            if kinds <= _FLAT_LEAVES | {
-                "nullable",
-                "default",
-                "union",
-                "model-field",
-                "function-before",
-                "function-after",
-            }:
+            if (
+                kinds
+                <= _FLAT_LEAVES
+                | {
+                    "nullable",
+                    "default",
+                    "union",
+                    "model-field",
+                    "function-before",
+                }
+                and not wrapped
+            ):
                 continue
             deep.append(name)
             # A model held by an undescribed field stays the instance that it is; elsewhere it is taken apart.
@@ -261,10 +280,12 @@ class Schema:
 
     def _make_validate(self) -> Callable[[Any], BaseModel]:
         model = self.model
+        self._rebuild: Callable[[Any], BaseModel] = lambda raw: self.validate(raw)
         if _overrides_validation(model):
             return model.model_validate
         run = self.validator.validate_python
         if self._by_name:
+            self._rebuild = lambda raw: cast("BaseModel", run(raw, by_alias=False, by_name=True))
             return lambda raw: cast("BaseModel", run(raw, by_alias=True, by_name=True))
         return run
 
@@ -310,7 +331,13 @@ class Schema:
 
         Validation makes new containers wherever a schema describes them; what hides under ``Any`` it passes on.
         """
-        return self.validate(self.raw(model)) if self._shares else model
+        if not self._shares:
+            return model
+        # Copied, not validated again: a validator that changes values would change them twice.
+        values = model.__dict__
+        update = {name: _isolate(values[name]) for name in self._deep if name in values}
+        update.update({k: _isolate(v) for k, v in (model.__pydantic_extra__ or {}).items()})
+        return model.model_copy(update=update)
 
     def copy(self, model: BaseModel) -> BaseModel:
         """A copy without validation, for nodes without a contract."""
@@ -330,7 +357,8 @@ class Schema:
             # A computed field counts as a field for the next node if that node has a field of its name.
             for name in source._computed & frozenset(self.names):
                 raw.setdefault(name, getattr(value, name))
-        return self.validate(raw)
+        # A class's own values have its field names: another field's alias may be one of them.
+        return self._rebuild(raw) if source is self else self.validate(raw)
 
     def take(self, value: BaseModel, compact: bool) -> tuple[BaseModel, Snapshot]:
         """A node's input from the state before it, and its picture: a snapshot if ``compact``, else a plain dict."""
@@ -339,7 +367,7 @@ class Schema:
         kind = type(value)
         source = self._source if kind is self._source_model else self._remember(kind)
         values = value.__dict__
-        if source._bare and len(values) == source._size:
+        if source._bare and not source._by_name and len(values) == source._size:
             state = self.validate(values if self._quiet else values.copy())
         else:
             state = self.cross(value)
@@ -384,13 +412,15 @@ class Schema:
         if isinstance(snapshot, tuple):
             return dict(zip(self.names, snapshot, strict=True))
         if isinstance(snapshot, bytes):
-            raw = self._parse(snapshot)
-            if isinstance(raw, BaseModel):
-                return self.state(raw)
-            try:
-                return self.state(self.validate(raw))
-            except Exception:  # A validator that refuses its own output must not make the trace unreadable.
-                return raw if isinstance(raw, dict) else {"root": raw}
+            raw = json.loads(snapshot)
+            if snapshot.startswith(_TAGGED):
+                raw = _untag(raw[1])
+            if b'{"$c":' in snapshot:  # Only the validator knows the class.
+                try:
+                    return self.state(self._rebuild(raw))
+                except Exception:  # One that refuses its own output must not make the trace unreadable.
+                    pass
+            return raw if isinstance(raw, dict) else {"root": raw}
         return self.thaw_dict(snapshot)
 
     @staticmethod
@@ -403,13 +433,16 @@ class Schema:
         if isinstance(snapshot, bytes):
             return self.decode(snapshot)
         raw = self.thaw(snapshot)
-        return self.validate(raw["root"] if self.root else raw)
+        # A root model whose root is a dict is its own state.
+        return self._rebuild(raw["root"] if self.root and isinstance(snapshot, tuple) else raw)
 
     def encode(self, model: BaseModel) -> bytes:
         """The stored form: UTF-8 JSON. Raises NotSerialisable, naming the field."""
         if self._json or (self._floats and all(map(_finite, model.__dict__.values()))):
             try:
-                return self._to_json(model, by_alias=False)
+                data = self._to_json(model, by_alias=False)
+                if len(data) < _LONG_INT or not _TOO_LONG.search(data):
+                    return data
             except pydantic_core.PydanticSerializationError:
                 pass  # A lone surrogate, say: the tagged encoding knows it.
         raw = self.raw(model)
@@ -418,16 +451,23 @@ class Schema:
                 _TAGGED + json.dumps(_tag(raw, (self.model.__name__,)), separators=(",", ":")).encode() + b"]"
             )
         except RecursionError:
-            raise NotSerialisable(f"{self.model.__name__} cannot be serialised: it contains itself") from None
-        if b'{"$c":' in data and self._opaque:
+            raise NotSerialisable(
+                f"{self.model.__name__} cannot be serialised: it contains itself, or is nested too deeply"
+            ) from None
+        except ValueError as error:  # An integer of more digits than Python reads back.
+            raise NotSerialisable(f"{self.model.__name__} cannot be serialised: {error}") from None
+        if b'{"$c":' in data:
             self._refuse_lost_classes(model, data)
         return data
 
     def _refuse_lost_classes(self, model: BaseModel, data: bytes) -> None:
         # Under a declared field the validator rebuilds an enum, a path, a model; under `Any` nothing can.
         for name, before in self.fields(model).items():
-            after = self.fields(self.decode(data)).get(name)
-            if type(after) is not type(before) or _tag(after, ()) != _tag(before, ()):
+            try:
+                after = self.fields(self.decode(data)).get(name)
+            except Exception:  # A strict class wants the instance, and data holds none.
+                after = _LOST
+            if after is _LOST or type(after) is not type(before) or _tag(after, ()) != _tag(before, ()):
                 kind = type(before).__name__
                 raise NotSerialisable(
                     f"{self.model.__name__}.{name} cannot be serialised: its {kind} would come back as another type; "
@@ -440,16 +480,19 @@ class Schema:
         Raises pydantic's ValidationError or ValueError for data that is not ours.
         """
         raw = self._parse(data)
-        return raw if isinstance(raw, BaseModel) else self.validate(raw)
+        return raw if isinstance(raw, BaseModel) else self._rebuild(raw)
 
     def _parse(self, data: bytes) -> Any:
         if data.startswith(_TAGGED):
             return _untag(json.loads(data)[1])
         return (
-            self.validator.validate_json(data, by_alias=True, by_name=True)
+            self.validator.validate_json(data, by_alias=False, by_name=True)
             if self._by_name
             else (self.validator.validate_json(data))
         )
+
+
+_LOST: Final = object()
 
 
 def _strip(shape: Any) -> None:
@@ -495,7 +538,7 @@ def _reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> set
 
 
 def _overrides_validation(model: type[BaseModel]) -> bool:
-    return getattr(model.model_validate, "__func__", None) is not BaseModel.model_validate.__func__  # type: ignore[attr-defined]
+    return bool(getattr(model.model_validate, "__func__", None) is not BaseModel.model_validate.__func__)  # type: ignore[attr-defined]
 
 
 def _picker(names: tuple[str, ...]) -> Callable[[Mapping[str, Any]], tuple[Any, ...]]:
@@ -575,6 +618,8 @@ def _tag(value: Any, path: tuple[str, ...]) -> Any:
         )
     if isinstance(value, enum.Enum):
         return {"$c": _tag(value.value, path)}
+    if isinstance(value, collections.deque):
+        return {"$c": _tag(list(value), path)}
     if isinstance(value, BaseModel):
         return {"$c": _tag(schema_of(kind).raw(value), path)}
     if dataclasses.is_dataclass(value):
@@ -607,7 +652,17 @@ def _sorted(values: Iterable[Any], path: tuple[str, ...]) -> list[Any]:
     )
 
 
-_TEXTUAL: Final = (re.Pattern, pydantic_core.Url, pydantic_core.MultiHostUrl)
+_TEXTUAL: Final = (
+    re.Pattern,
+    pydantic.AnyUrl,
+    pydantic.PostgresDsn.__base__ or pydantic.PostgresDsn,  # The base of all URLs with several hosts.
+    ipaddress.IPv4Address,
+    ipaddress.IPv6Address,
+    ipaddress.IPv4Network,
+    ipaddress.IPv6Network,
+    ipaddress.IPv4Interface,
+    ipaddress.IPv6Interface,
+)
 _WRITERS: Final[dict[type, Callable[[Any, tuple[str, ...]], Any]]] = {
     bytes: lambda v, _: {"$b": base64.b64encode(v).decode()},
     bytearray: lambda v, _: {"$ba": base64.b64encode(v).decode()},

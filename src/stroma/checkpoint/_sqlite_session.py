@@ -139,7 +139,10 @@ class SqliteSession:
             rows = db.execute(_RESTORED, (run, self.execution)).fetchall()
             for position, _, node_id, _, output, output_sha in rows:
                 verify(output, output_sha, run_id, position, node_id)
-            self.restored = {(row[0], row[1]): Committed(row[2], row[4], row[3]) for row in rows}
+            # Refused, the operation is rolled back: neither the discarded commits nor the status are lost.
+            self.restored = request.accepted(
+                {(row[0], row[1]): Committed(row[2], row[4], row[3]) for row in rows}
+            )
         db.execute(_CLAIM, (now, owner, run))
         self._fence = (run, epoch + 1, owner)
 

@@ -7,7 +7,7 @@ the command line.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
@@ -129,6 +129,8 @@ class RunRequest(NamedTuple):
         initial_state, schema: the run's input and its Schema; a durable store encodes it.
         resume: continue the last execution, if there is one; otherwise begin a new one.
         discard_from: forget the commits from this position on (of the execution that is continued).
+        accept: asked, before anything is changed, about each commit that would be restored; what it raises refuses
+            the request.
     """
 
     run_id: str
@@ -137,6 +139,16 @@ class RunRequest(NamedTuple):
     schema: Schema
     resume: bool = False
     discard_from: int | None = None
+    accept: Callable[[int, str, Committed], None] | None = None
+
+    def accepted(self, commits: Mapping[tuple[int, str], Committed]) -> Mapping[tuple[int, str], Committed]:
+        """The commits that stay; raises what ``accept`` raises."""
+        first = self.discard_from
+        kept = {at: commit for at, commit in commits.items() if first is None or at[0] < first}
+        if self.accept is not None:
+            for (position, branch), commit in kept.items():
+                self.accept(position, branch, commit)
+        return kept
 
 
 @dataclass(frozen=True, slots=True)

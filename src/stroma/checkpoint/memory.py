@@ -68,6 +68,13 @@ class _MemorySession:
 
     def _continue(self, run: _Run, request: RunRequest, given: Snapshot) -> None:
         first = request.discard_from
+        restored = request.accepted(
+            {
+                _position(key): Committed(node_id, snapshot, schema.fingerprint)
+                for key, (node_id, schema, snapshot) in reversed(list(run.entries()))
+                if not isinstance(key, str)
+            }
+        )
         if first is None and run.input != given:
             raise PipelineChanged(
                 f"run {request.run_id!r} was started with another input; give it the same one, or another run id"
@@ -77,11 +84,7 @@ class _MemorySession:
                 entry = run.kept.pop(key)
                 if len(entry) != 3:  # Discarded, but paid for.
                     run.spent.append(entry)
-        self.restored = {
-            _position(key): Committed(node_id, snapshot, schema.fingerprint)
-            for key, (node_id, schema, snapshot) in reversed(list(run.entries()))
-            if not isinstance(key, str)
-        }
+        self.restored = restored
         rows = [*run.spent, *(entry for entry in run.kept.values() if len(entry) != 3)]
         used = [usage for row in rows if (usage := row[USAGE]) is not None]
         self.prior = PriorUsage(

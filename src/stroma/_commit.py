@@ -1,0 +1,97 @@
+"""Keeping an attempt: its row, and the store call that must not be lost half-way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Final
+
+from pydantic import BaseModel
+
+from stroma._tasks import uninterrupted
+from stroma.checkpoint import StoreError
+from stroma.context import NodeExecution, ReliabilityContext
+from stroma.failures import Failure
+from stroma.schemas import NotSerialisable, Schema, Snapshot
+from stroma.trace import NO_USAGE, Outcome, Row
+
+__all__ = ["make_row", "record", "settle"]
+
+#: Between tries of a commit that the store refused.
+_STORE_DELAYS: Final = (0.02, 0.1, 0.4)
+
+
+def make_row(
+    run: NodeExecution,
+    begin: int,
+    duration: int,
+    picture: Snapshot,
+    kept: Snapshot | None,
+    failure: Failure | None,
+    outcome: Outcome,
+) -> Row:
+    return (
+        run.node_id,
+        run.attempt,
+        begin + run.ctx.epoch_ns,
+        duration,
+        picture,
+        kept,
+        outcome,
+        None if failure is None else (failure.failure_class, failure.message, failure.reason),
+        None if run.counted is NO_USAGE else run.counted,
+        run.position,
+        run.branch,
+        run.children,
+    )
+
+
+async def record(ctx: ReliabilityContext, row: Row) -> tuple[Exception | None, bool]:
+    """Keep an attempt that committed nothing. Returns what is wrong, and whether the task was cancelled meanwhile."""
+    pending: Awaitable[None] | Exception | None
+    try:
+        pending = ctx.session.record(row, None, None)
+    except Exception as refused:
+        pending = refused
+    return (None, False) if pending is None else await settle(ctx, row, None, None, pending)
+
+
+async def settle(
+    ctx: ReliabilityContext,
+    row: Row,
+    schema: Schema | None,
+    output: BaseModel | None,
+    pending: Awaitable[None] | Exception | None,
+) -> tuple[Exception | None, bool]:
+    """See a commit through. One that the store refuses is tried again briefly; the node itself is not."""
+    cancelled = False
+    delays = iter(_STORE_DELAYS)
+    while True:
+        error: Exception
+        try:
+            if isinstance(pending, Exception):
+                raise pending
+            if pending is not None:
+                cancelled |= await uninterrupted(pending)
+        except NotSerialisable as unkept:
+            return unkept, cancelled
+        except Exception as refused:
+            error = refused
+        else:
+            return None, cancelled
+        delay = None if isinstance(error, StoreError) and not error.transient else next(delays, None)
+        if delay is None:
+            break
+        ctx.run_logger.warning(
+            "the store refused attempt %d of node %r: %s; trying again", row[1], row[0], error
+        )
+        cancelled |= await uninterrupted(asyncio.sleep(delay))
+        try:
+            pending = ctx.session.record(row, schema, output)
+        except Exception as again:
+            pending = again
+    if isinstance(error, StoreError):
+        return error, cancelled
+    wrapped = StoreError(f"the store could not keep node {row[0]!r} of run {ctx.run_id!r}: {error}")
+    wrapped.__cause__ = error
+    return wrapped, cancelled

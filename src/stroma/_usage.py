@@ -1,0 +1,71 @@
+"""What an attempt used: read from what the node returned or reported, and priced."""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from stroma._tasks import in_thread, uninterrupted
+from stroma.context import NodeExecution, ReliabilityContext
+from stroma.cost import UsageError, cached_pricer, check_usage, find_pricer
+from stroma.trace import AttemptUsage
+
+__all__ = ["count_returned", "price"]
+
+_SHAPES: Final = "return the output, (output, tokens), (output, input_tokens, model) or (output, input_tokens, output_tokens, model)"
+
+
+def count_returned(run: NodeExecution, returned: Any) -> tuple[Any, UsageError | None]:
+    """The output without its usage; the usage is noted on the execution."""
+    if type(returned) is not tuple:
+        return returned, None
+    model: Any = None
+    produced: Any = 0
+    if len(returned) == 2:
+        output, used = returned
+    elif len(returned) == 3:
+        output, used, model = returned
+    elif len(returned) == 4:
+        output, used, produced, model = returned
+    else:
+        return returned, None  # The output contract says what is wrong with it.
+    if model is not None and not isinstance(model, str):
+        return output, UsageError(f"node {run.node_id!r} named the model {model!r}; {_SHAPES}")
+    try:
+        check_usage(run.node_id, used, produced)
+    except UsageError as error:
+        return output, error
+    run.report_usage(input_tokens=used, output_tokens=produced, model=model)
+    return output, None
+
+
+async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:
+    """Put a price on what the attempt reported. Returns whether the task was cancelled meanwhile, and what is wrong."""
+    cancelled = False
+    problem: UsageError | None = None
+    tokens, produced, cost, named = 0, 0, 0.0, None
+    for given, made, model in run.take_reported():
+        tokens += given + made
+        produced += made
+        if model is None:
+            continue
+        named = model
+        pricer = cached_pricer(model)
+        if pricer == "unread":
+            # The price data takes a quarter of a second to import: not on the event loop.
+            cancelled |= await uninterrupted(in_thread(find_pricer, (model,)))
+            pricer = find_pricer(model)
+        if pricer is None:
+            if ctx.config.unknown_model == "error":
+                problem = UsageError(
+                    f"node {run.node_id!r} used model {model!r}, which has no known price; add it to KNOWN_MODELS"
+                )
+            elif model not in ctx.unpriced:
+                ctx.run_logger.warning(
+                    "no price is known for model %r: it counts as 0; add it to KNOWN_MODELS", model
+                )
+            if model not in ctx.unpriced:
+                ctx.unpriced.append(model)
+        else:
+            cost += pricer(given, made)
+    run.counted = AttemptUsage(tokens, produced, cost, named)
+    return cancelled, problem
