@@ -42,6 +42,7 @@ def make_row(
         None if run.counted is NO_USAGE else run.counted,
         run.position,
         run.branch,
+        run.group,
         run.children,
     )
 

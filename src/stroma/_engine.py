@@ -103,7 +103,16 @@ async def execute(
     if branch and (position, branch) in ctx.done:
         return ctx.done[position, branch]
     if ctx.restored:
-        committed = await restore(ctx, node, value, position, branch=branch, kind=kind, contract=contract)
+        committed = await restore(
+            ctx,
+            node,
+            value,
+            position,
+            branch=branch,
+            kind=kind,
+            contract=contract,
+            group=None if parent is None else parent.node_id,
+        )
         if committed is not None:
             if ctx.step_policies and branch:
                 ctx.done[position, branch] = committed
@@ -116,7 +125,7 @@ async def execute(
     # Rows hold encoded snapshots where the trace knows the schemas that read them.
     run.compact = ctx.trace.adopt(node.node_id, plan)
     if parent is not None:
-        run.parent = parent
+        run.parent, run.group = parent, parent.node_id
     token = CURRENT.set(run)
     try:
         while True:
@@ -298,7 +307,7 @@ async def _attempt(
     ):  # What make_row would give, without its call and its questions.
         row: Row = (
             run.node_id, run.attempt, begin + ctx.epoch_ns, duration, picture, kept,
-            "success", None, None, run.position, run.branch, run.children,
+            "success", None, None, run.position, run.branch, run.group, run.children,
         )  # fmt: skip
     else:
         row = make_row(

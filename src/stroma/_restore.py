@@ -24,6 +24,7 @@ async def restore(
     branch: str = "",
     kind: Kind = "node",
     contract: NodeContract[Any, Any] | None = None,
+    group: str | None = None,
 ) -> BaseModel | None:
     """The committed output of a position, in place of running it again; None if there is none.
 
@@ -33,7 +34,7 @@ async def restore(
     if committed is None:
         return None
     schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
-    check_committed(ctx, node, schema, committed, position, branch)
+    check_committed(ctx, node, schema, committed, position, branch, group)
     try:
         model = schema.restore(committed.output)
     except Exception as error:
@@ -75,6 +76,7 @@ def check_committed(
     committed: Committed,
     position: int,
     branch: str,
+    group: str | None = None,
 ) -> None:
     """Raise PipelineChanged if a position holds the output of another node, or of another contract."""
     where = f"position {position}" + (f" ({branch})" if branch else "")
@@ -83,7 +85,13 @@ def check_committed(
             f"run {ctx.run_id!r} cannot go on: at {where} it has the output of node {committed.node_id!r}, but the "
             f"pipeline has {node.node_id!r} there; restore the order of nodes, or begin a new run"
         )
-    if committed.contract != schema.fingerprint:
+    contract, _, recorded = committed.contract.partition(":")
+    if (recorded or None) != group:
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was made for "
+            f"{recorded!r}, and the pipeline has {group!r} there; restore it, or begin a new run"
+        )
+    if contract != schema.fingerprint:
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot go on: the output schema of node {node.node_id!r} at {where} is not the one that "
             f"its output was recorded with ({schema.model.__name__} has changed); restore it, or begin a new run"

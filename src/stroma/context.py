@@ -77,8 +77,9 @@ class NodeExecution:
     redelivered: bool = False
     #: Where the children of a group put their events.
     children: list[Row | TraceEvent] | None = None
-    #: The group around it.
+    #: The group around it, and its id.
     parent: NodeExecution | None = None
+    group: str | None = None
     #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before that.
     running: int = 0
     running_since: int = 0

@@ -28,6 +28,7 @@ import operator
 import pathlib
 import re
 import uuid
+import warnings
 import zoneinfo
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, cast
@@ -144,7 +145,7 @@ def _plain_json(node: dict[str, Any]) -> bool:
     """Whether JSON keeps a literal's values, or a dict's keys, for what they are."""
     if node["type"] == "literal":
         return all(type(value) in (str, int, bool, type(None)) for value in node["expected"])
-    return node["type"] != "dict" or node.get("keys_schema", {}).get("type") == "str"
+    return bool(node["type"] != "dict" or node.get("keys_schema", {}).get("type") == "str")
 
 
 def _core_schema(model: type[BaseModel]) -> Any:
@@ -293,7 +294,11 @@ class Schema:
     def fingerprint(self) -> str:
         """Sixteen hexadecimal digits that change when the fields, their types or their constraints do."""
         try:
-            shape = self.model.model_json_schema(by_alias=False)
+            with (
+                warnings.catch_warnings()
+            ):  # Of defaults that JSON cannot say: they take no part in a contract.
+                warnings.simplefilter("ignore")
+                shape = self.model.model_json_schema(by_alias=False)
             _strip(shape)
         except Exception:  # Not every type has a JSON schema.
             shape = {name: str(info.annotation) for name, info in self.model.model_fields.items()}

@@ -48,6 +48,7 @@ Row = tuple[
     "AttemptUsage | None",
     int,  # position
     str,  # branch
+    str | None,  # the id of the group around it
     "list[Row | TraceEvent] | None",  # the events of a group's children
 ]
 NODE: Final = 0
@@ -61,7 +62,8 @@ FAILURE: Final = 7
 USAGE: Final = 8
 POSITION: Final = 9
 BRANCH: Final = 10
-CHILDREN: Final = 11
+GROUP: Final = 11
+CHILDREN: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
@@ -246,6 +248,11 @@ class ExecutionTrace:
             here, there = next((a, b) for a, b in zip(order, other_order, strict=True) if a != b)
             lines.append(f"Difference for order: {_name(here)} here, {_name(there)} in other trace")
         return lines
+
+
+def contract_of(row: Row, schema: Schema) -> str:
+    """What an output is filed under: the fingerprint of its schema, and the group that asked for it."""
+    return schema.fingerprint if row[GROUP] is None else f"{schema.fingerprint}:{row[GROUP]}"
 
 
 def _copy_rows(rows: list[Row | TraceEvent]) -> list[Row | TraceEvent]:

@@ -92,6 +92,7 @@ def row(
         position,
         branch,
         None,
+        None,
     )
 
 

@@ -33,6 +33,7 @@ from stroma.trace import (
     STARTED,
     USAGE,
     Row,
+    contract_of,
 )
 
 __all__ = ["PICO", "SAVED", "SqliteSession", "intact", "save", "verify"]
@@ -154,7 +155,7 @@ class SqliteSession:
         """
         if output is None or schema is None:
             return self._submit(partial(self._keep, row, None))
-        kept = (schema.fingerprint, schema_ref(schema.model), schema.encode(output))
+        kept = (contract_of(row, schema), schema_ref(schema.model), schema.encode(output))
         return self._submit(partial(self._keep, row, kept))
 
     def _keep(self, row: Row, kept: tuple[str, str, bytes] | None, db: sqlite3.Connection) -> None:

@@ -153,7 +153,7 @@ class RunRequest(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """One committed output, as it was kept. ``contract`` is the fingerprint of the schema it satisfied."""
+    """One committed output, as it was kept. ``contract``: see :func:`stroma.trace.contract_of`."""
 
     node_id: str
     output: Snapshot

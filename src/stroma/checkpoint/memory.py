@@ -12,12 +12,12 @@ from pydantic import BaseModel
 from stroma.checkpoint.journal import Committed, CorruptCheckpoint, PipelineChanged, PriorUsage, RunRequest
 from stroma.contracts import check_id
 from stroma.schemas import Schema, Snapshot, schema_of
-from stroma.trace import BRANCH, DURATION, NODE, OUTPUT, POSITION, USAGE, Row
+from stroma.trace import BRANCH, DURATION, NODE, OUTPUT, POSITION, USAGE, Row, contract_of
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
 _Key = int | str | tuple[int, str]
-_Kept = tuple[str, Schema, Snapshot]  # of a node id
+_Kept = tuple[str, Schema, Snapshot, str]  # of a node id: with what it is filed under
 
 
 @dataclass(slots=True)
@@ -36,10 +36,11 @@ class _Run:
     def entries(self) -> Iterator[tuple[_Key, _Kept]]:
         """What is kept, the newest first."""
         for key, entry in reversed(self.kept.items()):
-            if len(entry) == 3:
+            if len(entry) == 4:
                 yield key, entry
             else:
-                yield key, (entry[NODE], self.schemas[entry[NODE]], cast("Snapshot", entry[OUTPUT]))
+                schema = self.schemas[entry[NODE]]
+                yield key, (entry[NODE], schema, cast("Snapshot", entry[OUTPUT]), contract_of(entry, schema))
 
 
 _NOTHING_RESTORED: Mapping[tuple[int, str], Committed] = {}
@@ -70,8 +71,8 @@ class _MemorySession:
         first = request.discard_from
         restored = request.accepted(
             {
-                _position(key): Committed(node_id, snapshot, schema.fingerprint)
-                for key, (node_id, schema, snapshot) in reversed(list(run.entries()))
+                _position(key): Committed(node_id, snapshot, contract)
+                for key, (node_id, _, snapshot, contract) in reversed(list(run.entries()))
                 if not isinstance(key, str)
             }
         )
@@ -82,10 +83,10 @@ class _MemorySession:
         if first is not None:
             for key in [k for k in run.kept if not isinstance(k, str) and _position(k)[0] >= first]:
                 entry = run.kept.pop(key)
-                if len(entry) != 3:  # Discarded, but paid for.
+                if len(entry) != 4:  # Discarded, but paid for.
                     run.spent.append(entry)
         self.restored = restored
-        rows = [*run.spent, *(entry for entry in run.kept.values() if len(entry) != 3)]
+        rows = [*run.spent, *(entry for entry in run.kept.values() if len(entry) != 4)]
         used = [usage for row in rows if (usage := row[USAGE]) is not None]
         self.prior = PriorUsage(
             sum(usage.tokens for usage in used),
@@ -103,7 +104,7 @@ class _MemorySession:
         if (kind is tuple or kind is bytes) and self._schemas.setdefault(row[NODE], schema) is schema:
             self._kept[key] = row
         else:  # The row's picture is for people, or its node id stands for another schema already.
-            self._kept[key] = (row[NODE], schema, schema.snapshot(output))
+            self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema))
             self._spent.append(row)
 
     def end(self, status: str, error: str | None) -> None:
@@ -130,12 +131,12 @@ class _Memory:
         run = self._runs.setdefault(check_id(run_id, "run id"), _Run())
         schema = schema_of(type(state))
         run.kept.pop(check_id(node_id, "node id"), None)
-        run.kept[node_id] = (node_id, schema, schema.snapshot(state))
+        run.kept[node_id] = (node_id, schema, schema.snapshot(state), schema.fingerprint)
 
     def _load(self, run_id: str, node_id: str) -> BaseModel | None:
         run = self._runs.get(run_id)
         if run is not None:
-            for _, (node, schema, snapshot) in run.entries():
+            for _, (node, schema, snapshot, _) in run.entries():
                 if node == node_id:
                     return schema.restore(snapshot)
         return None
