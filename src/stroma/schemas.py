@@ -12,8 +12,6 @@ Values are taken apart by *field name*, never through serializers: an alias, a c
 
 from __future__ import annotations
 
-import base64
-import collections
 import copy
 import dataclasses
 import datetime as dt
@@ -21,7 +19,6 @@ import decimal
 import enum
 import functools
 import hashlib
-import ipaddress
 import json
 import math
 import operator
@@ -29,13 +26,24 @@ import pathlib
 import re
 import uuid
 import warnings
-import zoneinfo
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
 
-import pydantic
 import pydantic_core
 from pydantic import BaseModel, SecretBytes, SecretStr
+
+from stroma._core_schema import (
+    CLOSED,
+    FLAT_LEAVES,
+    JSON_LEAVES,
+    MODELS,
+    core_schema_of,
+    field_nodes,
+    nodes_of,
+    plain_json,
+    reachable,
+)
+from stroma._encoding import NotSerialisable, tag, untag
 
 __all__ = ["NotSerialisable", "Schema", "Snapshot", "schema_of"]
 
@@ -44,57 +52,6 @@ __all__ = ["NotSerialisable", "Schema", "Snapshot", "schema_of"]
 Snapshot = tuple[Any, ...] | bytes | dict[str, Any]
 
 
-class NotSerialisable(TypeError):
-    """A state holds a value that no store can keep. The message names the field.
-
-    Where: ``result.failure`` of a FAILED run whose input or output cannot be stored.
-    Cause: a secret, an open file, a client, a value that contains itself, or a class that its field does not declare.
-    Mend: keep it out of the state, hand it over in the run's context, or declare the field with the class it holds.
-    """
-
-
-_JSON_LEAVES: Final = frozenset({"str", "int", "bool", "none", "literal"})
-_FLAT_LEAVES: Final = _JSON_LEAVES | {
-    "float",
-    "bytes",
-    "decimal",
-    "date",
-    "time",
-    "datetime",
-    "timedelta",
-    "uuid",
-    "enum",
-    "url",
-    "multi-host-url",
-    "complex",
-}
-_MODELS: Final = frozenset({"model", "dataclass", "typed-dict"})
-_CLOSED: Final = _FLAT_LEAVES | {
-    # Containers and wrappers whose contents are described by the schema itself.
-    "list",
-    "set",
-    "frozenset",
-    "dict",
-    "tuple",
-    "nullable",
-    "default",
-    "union",
-    "tagged-union",
-    "definitions",
-    "definition-ref",
-    "model",
-    "model-field",
-    "model-fields",
-    "dataclass",
-    "dataclass-args",
-    "dataclass-field",
-    "typed-dict",
-    "typed-dict-field",
-    "function-before",  # What other validators give back, nothing describes.
-    "chain",
-    "lax-or-strict",
-    "json-or-python",
-}
 _ATOMS: Final = frozenset(
     {
         str,
@@ -122,37 +79,6 @@ _LONG_INT: Final = 4300
 _TOO_LONG: Final = re.compile(rb"\d{%d}" % _LONG_INT)
 #: Starts a stored value in our tagged encoding; a plain JSON object never does.
 _TAGGED: Final = b'["stroma/1",'
-
-
-_NO_SCHEMAS: Final = frozenset({"metadata", "serialization", "default", "config", "function"})
-
-
-def _nodes(schema: Any) -> Iterator[dict[str, Any]]:
-    """Every node of a pydantic core schema, outermost first."""
-    stack = [schema]
-    while stack:
-        item = stack.pop()
-        if isinstance(item, dict):
-            if isinstance(item.get("type"), str):
-                yield item
-            # These hold callables and schemas that validate nothing ("function" has a "type" of its own).
-            stack.extend(v for k, v in item.items() if k not in _NO_SCHEMAS)
-        elif isinstance(item, (list, tuple)):
-            stack.extend(item)
-
-
-def _plain_json(node: dict[str, Any]) -> bool:
-    """Whether JSON keeps a literal's values, or a dict's keys, for what they are."""
-    if node["type"] == "literal":
-        return all(type(value) in (str, int, bool, type(None)) for value in node["expected"])
-    return bool(node["type"] != "dict" or node.get("keys_schema", {}).get("type") == "str")
-
-
-def _core_schema(model: type[BaseModel]) -> Any:
-    if not model.__pydantic_complete__:
-        # Forward references that could not be resolved when the class was made; raises if they still cannot.
-        model.model_rebuild()
-    return model.__pydantic_core_schema__
 
 
 class Schema:
@@ -187,8 +113,8 @@ class Schema:
     )
 
     def __init__(self, model: type[BaseModel]) -> None:
-        core = _core_schema(model)
-        nodes = list(_nodes(core))
+        core = core_schema_of(model)
+        nodes = list(nodes_of(core))
         kinds = {node["type"] for node in nodes}
         fields = model.model_fields
         serializers = model.__pydantic_decorators__
@@ -207,7 +133,7 @@ class Schema:
         self.flat: Final = (
             simple
             and kinds
-            <= _FLAT_LEAVES
+            <= FLAT_LEAVES
             | {
                 "model",
                 "model-fields",
@@ -235,14 +161,14 @@ class Schema:
                 key in model.model_config for key in ("json_encoders", "ser_json_bytes", "ser_json_inf_nan")
             )
         )
-        structural = _CLOSED - (_FLAT_LEAVES - _JSON_LEAVES) - {"set", "frozenset", "tuple", "dataclass"}
-        custom = custom or not all(map(_plain_json, nodes))
+        structural = CLOSED - (FLAT_LEAVES - JSON_LEAVES) - {"set", "frozenset", "tuple", "dataclass"}
+        custom = custom or not all(map(plain_json, nodes))
         self._json = simple and not custom and not self._open_subclass(nodes) and kinds <= structural
         self._floats = simple and self.flat and not custom and kinds <= structural | {"float"}
         self._to_json = model.__pydantic_serializer__.to_json
         self._opaque: dict[str, bool] = {}
         self._deep: tuple[str, ...] = ()
-        self._shares = self._extra or not kinds <= _CLOSED
+        self._shares = self._extra or not kinds <= CLOSED
         if not self.flat:
             self._sort_fields(core)
         self.validate: Final = self._make_validate()
@@ -257,13 +183,13 @@ class Schema:
         deep: list[str] = []
         # A validator of the whole model may have put anything anywhere.
         wrapped = core["type"] != "model" or core["schema"]["type"] != "model-fields"
-        defs = {n["ref"]: n for n in _nodes(core) if "ref" in n}
+        defs = {n["ref"]: n for n in nodes_of(core) if "ref" in n}
         for name in self.names:
-            field = next((n for n in _field_nodes(core, self.model, name)), None)
-            kinds = _reachable(field, defs) if field is not None else {"any"}
+            field = next((n for n in field_nodes(core, self.model, name)), None)
+            kinds = reachable(field, defs) if field is not None else {"any"}
             if (
                 kinds
-                <= _FLAT_LEAVES
+                <= FLAT_LEAVES
                 | {
                     "nullable",
                     "default",
@@ -276,7 +202,7 @@ class Schema:
                 continue
             deep.append(name)
             # A model held by an undescribed field stays the instance that it is; elsewhere it is taken apart.
-            self._opaque[name] = bool(kinds - _CLOSED) and not kinds & _MODELS
+            self._opaque[name] = bool(kinds - CLOSED) and not kinds & MODELS
         self._deep = tuple(deep)
 
     def _make_validate(self) -> Callable[[Any], BaseModel]:
@@ -419,7 +345,7 @@ class Schema:
         if isinstance(snapshot, bytes):
             raw = json.loads(snapshot)
             if snapshot.startswith(_TAGGED):
-                raw = _untag(raw[1])
+                raw = untag(raw[1])
             if b'{"$c":' in snapshot:  # Only the validator knows the class.
                 try:
                     return self.state(self._rebuild(raw))
@@ -453,7 +379,9 @@ class Schema:
         raw = self.raw(model)
         try:
             data = (
-                _TAGGED + json.dumps(_tag(raw, (self.model.__name__,)), separators=(",", ":")).encode() + b"]"
+                _TAGGED
+                + json.dumps(tag(raw, (self.model.__name__,), _plain), separators=(",", ":")).encode()
+                + b"]"
             )
         except RecursionError:
             raise NotSerialisable(
@@ -472,7 +400,11 @@ class Schema:
                 after = self.fields(self.decode(data)).get(name)
             except Exception:  # A strict class wants the instance, and data holds none.
                 after = _LOST
-            if after is _LOST or type(after) is not type(before) or _tag(after, ()) != _tag(before, ()):
+            if (
+                after is _LOST
+                or type(after) is not type(before)
+                or tag(after, (), _plain) != tag(before, (), _plain)
+            ):
                 kind = type(before).__name__
                 raise NotSerialisable(
                     f"{self.model.__name__}.{name} cannot be serialised: its {kind} would come back as another type; "
@@ -489,7 +421,7 @@ class Schema:
 
     def _parse(self, data: bytes) -> Any:
         if data.startswith(_TAGGED):
-            return _untag(json.loads(data)[1])
+            return untag(json.loads(data)[1])
         return (
             self.validator.validate_json(data, by_alias=False, by_name=True)
             if self._by_name
@@ -511,35 +443,6 @@ def _strip(shape: Any) -> None:
     elif isinstance(shape, list):
         for value in shape:
             _strip(value)
-
-
-def _field_nodes(core: Any, model: type[BaseModel], name: str) -> Iterator[dict[str, Any]]:
-    for node in _nodes(core):
-        if node["type"] == "model" and node["cls"] is model:
-            inner = node["schema"]
-            while inner.get("type") not in ("model-fields", None):
-                inner = inner.get("schema", {})
-            if name in inner.get("fields", {}):
-                yield inner["fields"][name]
-            elif node.get("root_model"):
-                yield node["schema"]
-
-
-def _reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> set[str]:
-    kinds: set[str] = set()
-    seen: set[str] = set()
-    todo = [field]
-    while todo:
-        for node in _nodes(todo.pop()):
-            kinds.add(node["type"])
-            ref = node.get("schema_ref")
-            if isinstance(ref, str) and ref not in seen:
-                seen.add(ref)
-                if ref in defs:
-                    todo.append(defs[ref])
-                else:
-                    kinds.add("model")
-    return kinds
 
 
 def _overrides_validation(model: type[BaseModel]) -> bool:
@@ -599,119 +502,3 @@ def _isolate(value: Any) -> Any:
         return copy.deepcopy(value)
     except Exception:
         return value
-
-
-def _tag(value: Any, path: tuple[str, ...]) -> Any:
-    """JSON for any value we know; "$c" marks what only a declared class can restore."""
-    kind = type(value)
-    if value is None or kind is str or kind is bool or kind is int:
-        return value
-    if kind is float:
-        return value if math.isfinite(value) else {"$f": repr(value)}
-    if kind is list:
-        return [_tag(v, (*path, str(i))) for i, v in enumerate(value)]
-    if kind is dict:
-        if all(type(k) is str and not k.startswith("$") for k in value):
-            return {k: _tag(v, (*path, k)) for k, v in value.items()}
-        return {"$d": [[_tag(k, path), _tag(v, (*path, str(k)))] for k, v in value.items()]}
-    write = _WRITERS.get(kind)
-    if write is not None:
-        return write(value, path)
-    if isinstance(value, (SecretStr, SecretBytes)):
-        raise NotSerialisable(
-            f"{'.'.join(path)} cannot be serialised: it is a secret, and stores keep no secrets"
-        )
-    if isinstance(value, enum.Enum):
-        return {"$c": _tag(value.value, path)}
-    if isinstance(value, collections.deque):
-        return {"$c": _tag(list(value), path)}
-    if isinstance(value, BaseModel):
-        return {"$c": _tag(schema_of(kind).raw(value), path)}
-    if dataclasses.is_dataclass(value):
-        return {"$c": _tag(_plain(value), path)}
-    if isinstance(value, (pathlib.PurePath, *_TEXTUAL)):
-        return {"$c": value.pattern if isinstance(value, re.Pattern) else str(value)}
-    base: Any
-    for base in (str, int, float, dict, list, tuple):
-        if isinstance(value, base):
-            return {"$c": _tag(base(value), path)}
-    raise NotSerialisable(
-        f"{'.'.join(path)} cannot be serialised: {kind.__module__}.{kind.__qualname__} has no stored form; "
-        "keep it out of the state, or hand it to nodes through the run's context"
-    )
-
-
-def _write_datetime(value: dt.datetime, path: tuple[str, ...]) -> Any:
-    zone = value.tzinfo
-    if isinstance(zone, zoneinfo.ZoneInfo) and zone.key:
-        return {"$dtz": [value.replace(tzinfo=None).isoformat(), zone.key, value.fold]}
-    if zone is not None and zone.utcoffset(value) is None:
-        raise NotSerialisable(f"{'.'.join(path)} cannot be serialised: its time zone has no offset")
-    return {"$dt": [value.isoformat(), value.fold]}
-
-
-def _sorted(values: Iterable[Any], path: tuple[str, ...]) -> list[Any]:
-    # The order of a set differs from process to process, and equal states must be stored as equal bytes.
-    return sorted(
-        (_tag(value, path) for value in values), key=lambda tagged: json.dumps(tagged, sort_keys=True)
-    )
-
-
-_TEXTUAL: Final = (
-    re.Pattern,
-    pydantic.AnyUrl,
-    pydantic.PostgresDsn.__base__ or pydantic.PostgresDsn,  # The base of all URLs with several hosts.
-    ipaddress.IPv4Address,
-    ipaddress.IPv6Address,
-    ipaddress.IPv4Network,
-    ipaddress.IPv6Network,
-    ipaddress.IPv4Interface,
-    ipaddress.IPv6Interface,
-)
-_WRITERS: Final[dict[type, Callable[[Any, tuple[str, ...]], Any]]] = {
-    bytes: lambda v, _: {"$b": base64.b64encode(v).decode()},
-    bytearray: lambda v, _: {"$ba": base64.b64encode(v).decode()},
-    decimal.Decimal: lambda v, _: {"$n": str(v)},
-    uuid.UUID: lambda v, _: {"$u": str(v)},
-    complex: lambda v, _: {"$j": [repr(v.real), repr(v.imag)]},
-    dt.datetime: _write_datetime,
-    dt.date: lambda v, _: {"$da": v.isoformat()},
-    dt.time: lambda v, _: {"$ti": [v.isoformat(), v.fold]},
-    dt.timedelta: lambda v, _: {"$td": [v.days, v.seconds, v.microseconds]},
-    tuple: lambda v, p: {"$t": [_tag(x, p) for x in v]},
-    set: lambda v, p: {"$s": _sorted(v, p)},
-    frozenset: lambda v, p: {"$fs": _sorted(v, p)},
-}
-_READERS: Final[dict[str, Callable[[Any], Any]]] = {
-    "$c": lambda v: _untag(v),
-    "$f": float,
-    "$b": base64.b64decode,
-    "$ba": lambda v: bytearray(base64.b64decode(v)),
-    "$n": decimal.Decimal,
-    "$u": uuid.UUID,
-    "$j": lambda v: complex(float(v[0]), float(v[1])),
-    "$dt": lambda v: dt.datetime.fromisoformat(v[0]).replace(fold=v[1]),
-    "$dtz": lambda v: dt.datetime.fromisoformat(v[0]).replace(tzinfo=zoneinfo.ZoneInfo(v[1]), fold=v[2]),
-    "$da": dt.date.fromisoformat,
-    "$ti": lambda v: dt.time.fromisoformat(v[0]).replace(fold=v[1]),
-    "$td": lambda v: dt.timedelta(*v),
-    "$d": lambda v: {_untag(k): _untag(x) for k, x in v},
-    "$t": lambda v: tuple(_untag(x) for x in v),
-    "$s": lambda v: {_untag(x) for x in v},
-    "$fs": lambda v: frozenset(_untag(x) for x in v),
-}
-
-
-def _untag(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_untag(v) for v in value]
-    if isinstance(value, dict):
-        if len(value) == 1:
-            ((tag, inner),) = value.items()
-            read = _READERS.get(tag)
-            if read is not None:
-                return read(inner)
-            if tag.startswith("$"):
-                raise ValueError(f"unknown tag {tag!r} in a stored value")
-        return {k: _untag(v) for k, v in value.items()}
-    return value
