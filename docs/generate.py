@@ -114,20 +114,23 @@ def modules() -> Iterator[tuple[str, Path]]:
 
 
 def error_classes() -> list[ErrorClass]:
-    """The public exception classes of the package: neither they nor their module begin with an underscore."""
+    """The public exception classes of the package: importable from `stroma`, or from a public module."""
+    import stroma
+
     found = []
-    for name, path in modules():
-        if any(part.startswith("_") for part in name.split(".")):
-            continue
+    for module, path in modules():
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
                 continue
-            cls = getattr(importlib.import_module(name), node.name, None)
-            if isinstance(cls, type) and issubclass(cls, BaseException) and cls.__module__ == name:
+            home = "stroma" if node.name in stroma.__all__ else module
+            if any(part.startswith("_") for part in home.split(".")):
+                continue
+            cls = getattr(importlib.import_module(module), node.name, None)
+            if isinstance(cls, type) and issubclass(cls, BaseException) and cls.__module__ == module:
                 summary, parts = read_docstring(inspect.getdoc(cls) or "")
                 bases = tuple(base.__name__ for base in cls.__bases__)
-                found.append(ErrorClass(node.name, name, bases, summary, parts))
-    return found
+                found.append(ErrorClass(node.name, home, bases, summary, parts))
+    return sorted(found, key=lambda error: error.name)
 
 
 def read_docstring(text: str) -> tuple[str, dict[str, str]]:

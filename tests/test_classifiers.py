@@ -979,6 +979,26 @@ def test_bodies_that_make_no_sense_say_nothing(body: bytes) -> None:
     assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
 
 
+def test_a_large_body_is_not_read() -> None:
+    """A body of 64 KiB or more is no error message; it is not parsed."""
+    body = json.dumps({"error": {"code": "insufficient_quota", "message": "x" * 65_536}}).encode()
+    error = shaped(response=SimpleNamespace(status_code=429, _content=body))
+    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+
+
+def test_a_body_is_never_fetched() -> None:
+    """A client that reads the body when it is asked for it is not asked: that would block the event loop."""
+
+    class Lazy:
+        status_code = 429
+
+        @property
+        def content(self) -> bytes:
+            return b'{"error": {"code": "insufficient_quota"}}'
+
+    assert read_provider_error(shaped(response=Lazy())) == Verdict("RECOVERABLE", "rate_limit")
+
+
 async def test_a_node_whose_error_misbehaves_ends_as_any_other(delays: list[float]) -> None:
     """G2: end to end, an exception whose attributes and text raise is one AMBIGUOUS failure per attempt."""
     runner, node = runner_of()

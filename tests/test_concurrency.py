@@ -210,6 +210,7 @@ class Crowd:
                 assert self.seen[f"run {i}", event] == count, (i, event)
 
 
+@pytest.mark.timeout(120)
 async def test_ten_thousand_runs_at_once() -> None:
     """10,000 runs of one runner at once: ids, states, contexts, traces, budgets, hooks, context variables stay apart."""
     crowd = Crowd()

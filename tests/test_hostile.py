@@ -409,7 +409,6 @@ RAISED: dict[str, Callable[[], BaseException]] = {
     "long": lambda: ValueError("x" * 2_000_000),
     "nul": lambda: ValueError("a\0b"),
     "cancelled": asyncio.CancelledError,
-    "generator-exit": GeneratorExit,
     "stop-iteration": StopIteration,
     "stop-async-iteration": StopAsyncIteration,
     "memory": MemoryError,
@@ -1031,7 +1030,8 @@ async def test_cancelled_while_a_child_fails(at: int) -> None:
     task = asyncio.create_task(quick(hooks=pairs.hooks).run(nodes, Num()))
     for _ in range(at):
         await asyncio.sleep(0)
-    task.cancel()
+    if not task.cancel():
+        return  # The run had ended.
     with pytest.raises(asyncio.CancelledError):
         await task
     if pairs.starts:

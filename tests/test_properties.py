@@ -242,6 +242,7 @@ class Bill:
     cost: int = 0
     calls: list[str] = field(default_factory=list)
     committed: list[str] = field(default_factory=list)
+    sums: list[tuple[int, int]] = field(default_factory=list)
 
     def over(self) -> bool:
         return (self.tokens_limit is not None and self.tokens > self.tokens_limit) or (
@@ -258,12 +259,13 @@ class Bill:
                 if ended != "ok":
                     return ended
             return "ok"
-        for used, (given, made, ending) in enumerate([*tree, (0, 0, "ok")]):
+        for used, (asked, made, ending) in enumerate([*tree, (0, 0, "ok")]):
             if self.over():
                 return "budget"
             self.calls.append(name)
-            self.tokens += given + made
-            self.cost += given * PRICE_IN + made * PRICE_OUT
+            self.tokens += asked + made
+            self.cost += asked * PRICE_IN + made * PRICE_OUT
+            self.sums.append((self.tokens, self.cost))
             if ending == "ok":
                 self.committed.append(name)
                 return "budget" if self.over() else "ok"
@@ -301,14 +303,27 @@ limits = st.one_of(st.none(), st.integers(0, 250))
 
 
 @examples(150)
-@given(plan=st.lists(trees, max_size=4), tokens=limits, cost=limits, retries=st.integers(0, 3))
+@given(
+    plan=st.lists(trees, max_size=4),
+    tokens=limits,
+    cost=limits,
+    retries=st.integers(0, 3),
+    exact=st.none() | st.integers(0, 9),
+)
 def test_budgets_of_one_node_after_the_other(
-    plan: list[Any], tokens: int | None, cost: int | None, retries: int
+    plan: list[Any], tokens: int | None, cost: int | None, retries: int, exact: int | None
 ) -> None:
     """Totals, calls and status are those of the sum: all usage counts, and over a limit nothing more is called.
 
     A later resume with room to spend calls what was not committed, and nothing that was.
     """
+    if exact is not None:  # Limits that are met exactly: what it comes to after some call.
+        free = Bill(None, None, retries)
+        for i, tree in enumerate(plan):
+            if free.run(tree, f"n{i}") != "ok":
+                break
+        if free.sums:
+            tokens, cost = free.sums[exact % len(free.sums)]
     bill = Bill(tokens, cost, retries)
     ended = "ok"
     for i, tree in enumerate(plan):
@@ -720,7 +735,7 @@ class Watch:
     def _check_nesting(self) -> None:
         """What stands inside a group, or inside a run, begins after its start and ends before its end."""
         open_: set[Any] = set()
-        for event, index, (place, attempt) in self.log:
+        for event, index, (place, _) in self.log:
             if index != 0 or event in ("on_budget_warning", "on_node_retry"):
                 continue
             if isinstance(place, str):

@@ -2,9 +2,13 @@
 
 import asyncio
 import os
+import sqlite3
 import subprocess
 import sys
-from collections.abc import Awaitable
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import closing
+from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,21 +17,24 @@ from pydantic import BaseModel, field_validator, model_validator
 from stroma import (
     AsyncInMemoryStore,
     BudgetExceeded,
+    CorruptCheckpoint,
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
     NodeContract,
     NodeHooks,
+    PipelineChanged,
     RunStatus,
+    SQLiteStore,
     StoreError,
     StromaRunner,
     parallel,
     stroma_node,
 )
-from stroma.checkpoint import RunRequest, Session
+from stroma.checkpoint import Fenced, RunRequest, Session
 from stroma.cost import KNOWN_MODELS, CostTracker, estimate_cost_usd
 from stroma.schemas import Schema, schema_of
-from stroma.trace import ExecutionTrace, Row
+from stroma.trace import ExecutionTrace, Row, TraceEvent
 
 FAST = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
 
@@ -333,3 +340,279 @@ def test_a_million_small_costs_are_summed_exactly() -> None:
         tracker.spend(1, 0.001)
     assert tracker.total_tokens == 1_000_000
     assert tracker.total_cost_usd == 1e9 + 1000
+
+
+# ---------------------------------------------------------------------- limits of time
+
+
+async def test_a_node_is_cut_off_at_its_timeout() -> None:
+    """A node that takes longer than its timeout is not waited for."""
+    finished: list[str] = []
+
+    async def func(state: Num) -> Any:
+        await asyncio.sleep(1)
+        finished.append("node")
+        return {"n": 1}
+
+    never = {kind: FailurePolicy(max_retries=0) for kind in FailureClass}
+    runner = quick(node_timeouts={"a": 20}, policy_map=never)
+    result = await runner.run([node("a", func)], Num())
+    assert (result.status, finished) == (RunStatus.PARTIAL, [])
+    assert result.failure is not None
+    assert str(result.failure.exception) == "node 'a' did not end within 20 ms (node_timeouts)"
+
+
+async def test_a_group_is_cut_off_at_its_timeout() -> None:
+    """A timeout under a group's id ends the children that are in flight."""
+    finished: list[str] = []
+
+    def child(name: str, seconds: float) -> Any:
+        async def func(state: Num) -> Any:
+            await asyncio.sleep(seconds)
+            finished.append(name)
+            return {"n": 1}
+
+        return node(name, func)
+
+    group = parallel(child("quick", 0), child("slow", 1))
+    result = await quick(node_timeouts={"parallel(quick, slow)": 50}).run([group], Num())
+    assert (result.status, finished) == (RunStatus.PARTIAL, ["quick"])
+
+
+async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
+    """The latency budget is a deadline for the function in flight, which then fails for the budget."""
+    finished: list[str] = []
+
+    async def func(state: Num) -> Any:
+        await asyncio.sleep(1)
+        finished.append("node")
+        return {"n": 1}
+
+    result = await quick(budget=ExecutionBudget(max_latency_ms=30)).run([node("a", func)], Num())
+    assert (result.status, finished) == (RunStatus.PARTIAL, [])
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, BudgetExceeded)
+    assert result.failure.exception.dimension == "latency"
+
+
+async def test_a_hook_is_cut_off_at_its_time_limit() -> None:
+    """A hook that awaits longer than its time limit is not waited for, and is listed."""
+    finished: list[str] = []
+
+    async def hook(*_: Any) -> None:
+        await asyncio.sleep(1)
+        finished.append("hook")
+
+    async def func(state: Num) -> Any:
+        return {"n": 1}
+
+    runner = quick(hooks=NodeHooks(on_node_success=hook), hook_timeout_ms=20)
+    result = await runner.run([node("a", func)], Num())
+    assert (result.status, finished) == (RunStatus.COMPLETED, [])
+    assert [failure.hook for failure in result.hook_errors] == ["on_node_success"]
+
+
+async def test_a_failing_child_ends_its_siblings() -> None:
+    """When a child has failed for good its siblings are cancelled, and the run does not wait for what they await."""
+    finished: list[str] = []
+
+    async def slow(state: Num) -> Any:
+        await asyncio.sleep(1)
+        finished.append("slow")
+        return {"n": 1}
+
+    async def fails(state: Num) -> Any:
+        await asyncio.sleep(0)
+        raise LookupError("no such thing")
+
+    runner = quick(classifiers=[lambda error, context: FailureClass.TERMINAL])
+    result = await runner.run([parallel(node("slow", slow), node("fails", fails))], Num())
+    assert (result.status, finished) == (RunStatus.FAILED, [])
+    assert {event.node_id: event.outcome for event in result.trace.walk() if event.branch} == {
+        "slow": "cancelled",
+        "fails": "failure",
+    }
+
+
+async def test_the_time_of_hooks_counts_for_no_later_node() -> None:
+    """A success hook that takes longer than max_latency_ms leaves the latency budget to the nodes."""
+
+    async def hook(*_: Any) -> None:
+        await asyncio.sleep(0.06)
+
+    async def func(state: Num) -> Any:
+        return {"n": state.n + 1}
+
+    runner = quick(hooks=NodeHooks(on_node_success=hook), budget=ExecutionBudget(max_latency_ms=50))
+    result = await runner.run([node("a", func), node("b", func)], Num())
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=2))
+
+
+async def test_a_cancelled_attempt_is_no_failure() -> None:
+    """A cancelled attempt is one event with the outcome "cancelled", without class and message."""
+    inside = asyncio.Event()
+    ended: list[Any] = []
+
+    async def func(state: Num) -> Any:
+        inside.set()
+        await asyncio.Event().wait()
+
+    async def end(run_id: str, result: Any) -> None:
+        ended.append(result)
+
+    run = asyncio.create_task(quick(hooks=NodeHooks(on_run_end=end)).run([node("a", func)], Num()))
+    await inside.wait()
+    run.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    (result,) = ended
+    (event,) = result.trace
+    assert (event.outcome, event.failure, event.failure_message) == ("cancelled", None, None)
+    assert result.trace.failures() == []
+
+
+@pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (0, False), (None, "None")], ids=repr)
+def test_diff_tells_apart_what_python_takes_for_equal(one: Any, other: Any) -> None:
+    """1, 1.0 and True are equal to Python and not to whoever reads the states."""
+
+    def trace(value: Any) -> ExecutionTrace:
+        made = ExecutionTrace()
+        now = datetime(2026, 1, 1, tzinfo=UTC)
+        made.append(TraceEvent("a", "r", 1, now, {"value": value}, {}, 0))
+        return made
+
+    assert trace(one).diff(trace(one)) == []
+    assert len(trace(one).diff(trace(other))) == 1
+
+
+# ---------------------------------------------------------------------- runs inside of nodes
+
+
+@pytest.mark.parametrize("kind", [PipelineChanged, CorruptCheckpoint, StoreError])
+async def test_errors_of_a_nested_run_are_failures_of_the_node(kind: type[Exception]) -> None:
+    """What a node's own run raises is a failure of the node: a result with that error, not an exception."""
+
+    async def func(state: Num) -> Any:
+        raise kind("of another run")
+
+    result = await quick().run([node("a", func)], Num())
+    assert (result.status, len(result.trace)) == (RunStatus.PARTIAL, 3)
+    assert result.failure is not None
+    assert type(result.failure.exception) is kind
+
+
+async def test_a_store_error_of_the_nodes_own_is_retried() -> None:
+    """A node that fails because of a store of its own is tried again as for any other error."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) < 3:
+            raise StoreError("my own store is away")
+        return {"n": 1}
+
+    result = await quick().run([node("a", func)], Num())
+    assert (result.status, len(calls)) == (RunStatus.COMPLETED, 3)
+
+
+async def test_the_deadline_of_a_nested_run_is_not_that_of_the_outer_one() -> None:
+    """A node whose own run went over its latency budget has failed, and is tried again."""
+    calls: list[int] = []
+
+    async def slow(state: Num) -> Any:
+        calls.append(1)
+        await asyncio.sleep(1 if len(calls) == 1 else 0)
+        return {"n": 1}
+
+    async def outer(state: Num) -> Any:
+        inner = quick(budget=ExecutionBudget(max_latency_ms=30 if not calls else 10_000))
+        result = await inner.run([node("slow", slow)], Num())
+        result.raise_for_status()
+        return {"n": 2}
+
+    result = await quick().run([node("outer", outer)], Num())
+    assert (result.status, result.final_state, len(calls)) == (RunStatus.COMPLETED, Num(n=2), 2)
+
+
+async def test_a_child_of_another_group_is_a_changed_pipeline() -> None:
+    """A group does not take over what a child of the same id committed for another group at its position."""
+    store = AsyncInMemoryStore()
+    broken = [True]
+
+    async def fine(state: Num) -> Any:
+        return {"n": 1}
+
+    async def fails(state: Num) -> Any:
+        if broken:
+            await asyncio.sleep(0.01)
+            raise ValueError
+        return {"n": 2}
+
+    first, second, third = node("a", fine), node("b", fails), node("c", fails)
+    never = {kind: FailurePolicy(max_retries=0) for kind in FailureClass}
+    runner = quick(store=store, run_id="r", policy_map=never)
+    assert (await runner.run([parallel(first, second)], Num())).status is RunStatus.PARTIAL
+    broken.clear()
+    with pytest.raises(PipelineChanged, match=r"parallel\(a, b\)"):
+        await runner.run([parallel(first, third)], Num(), resume=True)
+
+
+# ---------------------------------------------------------------------- SQLite
+
+
+@pytest.fixture
+async def store(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
+    async with SQLiteStore(tmp_path / "runs.db") as made:
+        yield made
+
+
+async def test_bytes_that_changed_are_never_handed_out(store: SQLiteStore) -> None:
+    """An output whose bytes still make sense, but are not those that were committed, is damaged."""
+
+    async def func(state: Num) -> Any:
+        return {"n": 1}
+
+    await quick(store=store, run_id="r").run([node("a", func)], Num())
+    with closing(sqlite3.connect(store.path)) as db, db:
+        changed = db.execute(
+            "UPDATE steps SET output = CAST(replace(CAST(output AS TEXT), '1', '7') AS BLOB)"
+        )
+        assert changed.rowcount == 1
+        assert db.execute("SELECT typeof(output) FROM steps").fetchone() == ("blob",)
+    with pytest.raises(CorruptCheckpoint, match="node 'a' at position 0 of run 'r' is damaged"):
+        await store.load_typed("r", "a", Num)
+    with pytest.raises(CorruptCheckpoint, match="node 'a' at position 0 of run 'r' is damaged"):
+        await quick(store=store, run_id="r", resume=True).run([node("a", func)], Num())
+
+
+async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> None:
+    """What a stale session tried to keep beside another run's commits is not there, in its own execution either."""
+    request = RunRequest("stale", "pipeline", Num(), schema_of(Num))
+    stale = await store.open_run(request)
+    await store.open_run(request)
+    good = await store.open_run(request._replace(run_id="good"))
+
+    def row(position: int) -> Row:
+        return ("a", 1, 10**18 + position, 5, (0,), (1,), "success", None, None, position, "", None)
+
+    pending = [(stale if i % 2 else good).record(row(i), schema_of(Num), Num(n=i)) for i in range(6)]
+    errors = await asyncio.gather(*pending, return_exceptions=True)
+    assert [type(error) for error in errors] == [type(None), Fenced] * 3
+    assert [a.position for a in store.attempts("good")] == [0, 2, 4]
+    assert store.attempts("stale", execution=1) == store.attempts("stale") == []
+
+
+async def test_the_smallest_costs_are_kept_exactly(
+    store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A token may cost less than a millionth of a dollar: a run's cost in the store is the sum all the same."""
+    monkeypatch.setitem(KNOWN_MODELS, "a-model-of-ours", (0.15, 0.6))
+
+    async def func(state: Num) -> Any:
+        return {"n": state.n + 1}, 1, 1, "a-model-of-ours"
+
+    await quick(store=store, run_id="r").run([node("a", func)] * 10, Num())
+    run = store.get_run("r")
+    assert run is not None
+    assert run.cost_usd == 0.000_007_5
+    assert [attempt.cost_usd for attempt in store.attempts("r")] == [0.000_000_75] * 10

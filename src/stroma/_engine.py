@@ -39,6 +39,7 @@ from stroma.failures import (
     Stop,
     decide,
     diagnose,
+    is_a,
     policy_for,
 )
 from stroma.hooks import HookNotAsync
@@ -150,6 +151,8 @@ async def execute(
                 await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)  # noqa: B023
             ctx.run_logger.info("node %r: attempt %d follows in %.3f s", node.node_id, run.attempt + 1, delay)
             await sleep(delay)
+            task = asyncio.current_task()
+            cancelling = task.cancelling() if task is not None else 0
     finally:
         CURRENT.reset(token)
 
@@ -292,6 +295,9 @@ async def _attempt(
     except Exception as broken:
         violation = as_violation(run.node_id, "output", output, broken)
         return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
+    except BaseException as stopped:  # KeyboardInterrupt in a validator, say.
+        await _abandon(ctx, run, begin, 0, picture, stopped)
+        raise
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
@@ -379,7 +385,7 @@ async def _fail(
 ) -> Failure | Halt:
     """One failed attempt: classified, recorded, shown to the hooks."""
     halt: Halt | None = None
-    if isinstance(exc, GroupStopped):
+    if is_a(exc, GroupStopped):
         child = exc.halt.failure
         failure = Failure(
             child.exception, child.failure_class, run.node_id, run.attempt, child.message, child.reason,
@@ -388,13 +394,17 @@ async def _fail(
         if child.reason in ("budget", "store"):
             halt = Halt(failure, partial=exc.halt.partial)
     else:
-        failure = diagnose(exc, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
-        if isinstance(exc, ContractViolation) and _may_repair(ctx, run, failure):
+        try:
+            failure = diagnose(exc, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
+        except BaseException as stopped:  # KeyboardInterrupt in a classifier, say.
+            await _abandon(ctx, run, begin, 0, picture, stopped)
+            raise
+        if is_a(exc, ContractViolation) and _may_repair(ctx, run, failure):
             run.repairing = True
             failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
-        if isinstance(exc, _Deadline) and exc.ctx is ctx:
+        if is_a(exc, _Deadline) and exc.ctx is ctx:
             halt = Halt(failure)
-        elif of_store and isinstance(exc, StoreError):
+        elif of_store and is_a(exc, StoreError):
             failure = Failure(
                 exc, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
             )

@@ -48,14 +48,15 @@ async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> bool:
     """Whether an exception is not a failure of the node but the end of this run or process."""
-    if isinstance(error, Exception):
+    kind = type(error)  # isinstance would ask the object for its __class__, which may raise.
+    if issubclass(kind, Exception):
         # Ours only where the engine itself ran inside the call; out of a function they are those of a nested run.
-        return in_group and isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint))
-    if isinstance(error, asyncio.CancelledError):
+        return in_group and issubclass(kind, (HookNotAsync, PipelineChanged, CorruptCheckpoint))
+    if issubclass(kind, asyncio.CancelledError):
         # One that the node raised itself, while nobody cancels its task, is a failure like any other.
         task = asyncio.current_task()
         return task is None or task.cancelling() > cancelling
-    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+    return issubclass(kind, (KeyboardInterrupt, SystemExit, GeneratorExit))
 
 
 async def uninterrupted(work: Awaitable[Any]) -> bool:

@@ -6,7 +6,7 @@ from typing import Any, Final
 
 from stroma._tasks import in_thread, uninterrupted
 from stroma.context import NodeExecution, ReliabilityContext
-from stroma.cost import UsageError, cached_pricer, check_usage, find_pricer
+from stroma.cost import UsageError, cached_pricer, check_usage, find_pricer, shown
 from stroma.trace import AttemptUsage
 
 __all__ = ["count_returned", "price"]
@@ -29,7 +29,7 @@ def count_returned(run: NodeExecution, returned: Any) -> tuple[Any, UsageError |
     else:
         return returned, None  # The output contract says what is wrong with it.
     if model is not None and not isinstance(model, str):
-        return output, UsageError(f"node {run.node_id!r} named the model {model!r}; {_SHAPES}")
+        return output, UsageError(f"node {run.node_id!r} named the model {shown(model)}; {_SHAPES}")
     try:
         check_usage(run.node_id, used, produced)
     except UsageError as error:

@@ -26,17 +26,18 @@ class _GeneratedId(str):
 
     def __new__(cls, value: str) -> Self:
         made = super().__new__(cls, value)
-        made._fresh = [True]
+        made._fresh = [os.getpid()]
         return made
 
     def take(self) -> bool:
         """Whether this call is the first; atomic, so also between threads."""
         try:
-            return self._fresh.pop()
+            # A process forked since has an id of its own to take.
+            return self._fresh.pop() == os.getpid()
         except IndexError:
             return False
 
-    _fresh: list[bool]
+    _fresh: list[int]
 
 
 def _generate_id() -> str:

@@ -18,7 +18,7 @@ from stroma.checkpoint import CheckpointManager, Committed, PriorUsage, RunReque
 from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
-from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget
+from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a
 from stroma.hooks import AnyHooks, Hooks, flatten
 from stroma.nodes import Node
 from stroma.schemas import Schema, schema_of
@@ -405,7 +405,7 @@ class ReliabilityContext:
 
     def shown_error(self, error: BaseException) -> BaseException:
         """A failure as hooks may see it: a violation carries the state that broke the contract."""
-        if self.config.redact is None or not isinstance(error, ContractViolation):
+        if self.config.redact is None or not is_a(error, ContractViolation):
             return error
         errors = [
             {k: v for k, v in e.items() if k != "input"} if isinstance(e, dict) else e for e in error.errors

@@ -285,15 +285,21 @@ def limits(budget: ExecutionBudget) -> list[tuple[Dimension, float]]:
 MOST_TOKENS: Final = 10**9
 
 
+def shown(value: object) -> str:
+    """A value in a message: never longer than a line, whatever its repr does."""
+    try:
+        text = repr(value)
+    except Exception:  # Among others an integer with more digits than Python prints.
+        return f"a {type(value).__name__}"
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
 def check_usage(node_id: str, *counts: object) -> None:
     """Raise UsageError unless every count is a whole number of tokens, from zero to MOST_TOKENS."""
     for count in counts:
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_TOKENS:
-            shown = (
-                repr(count) if not isinstance(count, int) or count <= MOST_TOKENS else f"over {MOST_TOKENS:,}"
-            )
             raise UsageError(
-                f"node {node_id!r} reported {shown} tokens; report whole numbers of tokens, 0 to {MOST_TOKENS:,}"
+                f"node {node_id!r} reported {shown(count)} tokens; report whole numbers of tokens, 0 to {MOST_TOKENS:,}"
             )
 
 

@@ -7,6 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from typing import TypeGuard, TypeVar
 
 from pydantic import BaseModel, Field
 
@@ -30,6 +31,7 @@ __all__ = [
     "decide",
     "default_policy_map",
     "diagnose",
+    "is_a",
 ]
 
 logger = logging.getLogger("stroma")
@@ -123,10 +125,18 @@ class Failure:
     retry_after_seconds: float | None = None
 
 
+E = TypeVar("E", bound=BaseException)
+
+
+def is_a(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
+    """isinstance without asking the object for its ``__class__``, which a hostile exception answers by raising."""
+    return issubclass(type(exc), kind)
+
+
 def message_of(exc: BaseException) -> str:
-    """``str(exc)``, or the type's name where that is empty or raises."""
+    """``str(exc)``, or the type's name where that is empty or raises. Lone surrogates become escapes: it is stored."""
     try:
-        return str(exc) or type(exc).__name__
+        return str(exc).encode("utf-8", "backslashreplace").decode() or type(exc).__name__
     except Exception:
         return type(exc).__name__
 
@@ -158,20 +168,24 @@ def diagnose(
         attempt=context.attempt,
         message=message_of(exc),
         reason=reason,
-        retry_after_seconds=provider.retry_after if provider is not None else None,
+        retry_after_seconds=provider.retry_after
+        if provider is not None and reason == provider.reason
+        else None,
     )
 
 
 def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
-    if isinstance(exc, ContractViolation):
+    # By type, not isinstance: that asks the object for its __class__, which an exception may answer by raising.
+    kind = type(exc)
+    if issubclass(kind, ContractViolation):
         return FailureClass.TERMINAL, "contract"
-    if isinstance(exc, BudgetExceeded):
+    if issubclass(kind, BudgetExceeded):
         return FailureClass.RECOVERABLE, "budget"
-    if isinstance(exc, UsageError):
+    if issubclass(kind, UsageError):
         return FailureClass.TERMINAL, "usage"
-    if isinstance(exc, NotSerialisable):
+    if issubclass(kind, NotSerialisable):
         return FailureClass.TERMINAL, "not_serialisable"
-    if isinstance(exc, TimeoutError):
+    if issubclass(kind, TimeoutError):
         return FailureClass.RECOVERABLE, "timeout"
     return None, None
 
@@ -257,6 +271,6 @@ def decide(
     asked = failure.retry_after_seconds
     if asked is not None:
         if asked > policy.max_retry_after_seconds:
-            return Stop(f"the server asks to come back in {asked:.0f} s")
+            return Stop(f"the server asks to come back in {asked:.6g} s")
         delay = max(delay, asked)
     return Retry(delay)

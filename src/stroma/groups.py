@@ -139,19 +139,41 @@ async def _side_by_side(
 
 
 async def _gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results in order. The first exception cancels and awaits the rest, and comes out as itself."""
-    try:
-        async with asyncio.TaskGroup() as tasks:
-            running = [tasks.create_task(item) for item in work]
-    except BaseExceptionGroup as failed:
-        raise _first(failed) from None
+    """Results in order. The first exception cancels and awaits the rest, and comes out as itself.
+
+    Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a cancellation
+    from outside that comes at the same moment, or leave its own behind.
+    """
+    failed: list[BaseException] = []
+    cancelled = False
+
+    def abort() -> None:
+        for task in running:
+            task.cancel()
+
+    def ended(task: asyncio.Task[Any]) -> None:
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            failed.append(error)
+            if len(failed) == 1:
+                abort()
+
+    running = [asyncio.create_task(item) for item in work]
+    for task in running:
+        task.add_done_callback(ended)
+    while not all(task.done() for task in running):
+        try:
+            await asyncio.wait(running)
+        except asyncio.CancelledError:
+            cancelled = True
+            abort()
+    # In the order in which they failed; what tells the process to stop is told first.
+    first = next((e for e in failed if not isinstance(e, Exception)), failed[0] if failed else None)
+    if cancelled and (first is None or isinstance(first, Exception)):
+        raise asyncio.CancelledError
+    if first is not None:
+        raise first
     return [task.result() for task in running]
-
-
-def _first(failed: BaseExceptionGroup[BaseException]) -> BaseException:
-    # In the order in which the tasks failed; one that tells the process to stop is told first.
-    leaves = list(failed.exceptions)
-    return next((e for e in leaves if not isinstance(e, Exception)), leaves[0])
 
 
 def _gate(limit: int | None) -> Callable[[], AbstractAsyncContextManager[Any]]:
@@ -211,6 +233,9 @@ def _merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseM
     if found is None:
         fields: dict[str, Any] = {}
         for cls in classes:
+            if cls is Kept or cls.model_config.get("extra") == "allow":
+                # It may give any field any value, and later outputs win over earlier ones.
+                fields = dict.fromkeys(fields, (Any, ...))
             if cls is not Kept:
                 fields.update({n: (info.annotation, info) for n, info in cls.model_fields.items()})
         opened = any(cls is Kept or cls.model_config.get("extra") == "allow" for cls in classes)

@@ -354,8 +354,13 @@ class _Run:
             await self._skip_to(self.start)
         state = self.state
         task = asyncio.current_task()
-        cancelling = task.cancelling() if task is not None else 0
+        assert task is not None  # A coroutine of asyncio runs in one.
+        cancelling = task.cancelling()
         for position in range(self.start or 0, len(self.nodes)):
+            if task.cancelling() != cancelling:
+                # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
+                await asyncio.sleep(0)
+                cancelling = task.cancelling()
             outcome = await execute(ctx, self.nodes[position], state, position, cancelling=cancelling)
             if isinstance(outcome, Halt):
                 return outcome.failure, outcome.status
@@ -390,8 +395,9 @@ class _Run:
             raise asyncio.CancelledError
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
             first = ctx.hook_failures[0]
+            where = "" if first.node_id is None else f" of {first.node_id!r}"
             raise HookError(
-                f"{len(ctx.hook_failures)} hook calls raised; the first, {first.hook} of {first.node_id!r}: {first.exception!r}",
+                f"{len(ctx.hook_failures)} hook calls raised; the first, {first.hook}{where}: {first.exception!r}",
                 result,
             ) from first.exception
         return result

@@ -384,14 +384,26 @@ class Schema:
                 + b"]"
             )
         except RecursionError:
+            deep = self._deepest(raw)
             raise NotSerialisable(
-                f"{self.model.__name__} cannot be serialised: it contains itself, or is nested too deeply"
+                f"{deep} cannot be serialised: it contains itself, or is nested too deeply; keep the state a shallow tree"
             ) from None
         except ValueError as error:  # An integer of more digits than Python reads back.
             raise NotSerialisable(f"{self.model.__name__} cannot be serialised: {error}") from None
         if b'{"$c":' in data:
             self._refuse_lost_classes(model, data)
         return data
+
+    def _deepest(self, raw: Any) -> str:
+        """The first field that cannot be written down for its depth."""
+        for name, value in raw.items() if isinstance(raw, dict) else ():
+            try:
+                tag(value, (), _plain)
+            except RecursionError:
+                return f"{self.model.__name__}.{name}"
+            except NotSerialisable:
+                continue
+        return self.model.__name__
 
     def _refuse_lost_classes(self, model: BaseModel, data: bytes) -> None:
         # Under a declared field the validator rebuilds an enum, a path, a model; under `Any` nothing can.

@@ -310,12 +310,18 @@ def _text(value: Any) -> str:
 
 
 def _child_text(event: TraceEvent) -> str:
-    parts = (event.branch, event.node_id, event.attempt, event.input_state, event.output_state, event.failure)
+    said = (event.failure, event.failure_message, event.outcome)
+    parts = (event.branch, event.node_id, event.attempt, event.input_state, event.output_state, *said)
     return _text(parts) + str(sorted(map(_child_text, event.children)))
 
 
-def jsonable(value: Any) -> Any:
-    """Plain JSON data for any state: what JSON cannot say becomes text, never an error."""
+_DEEPEST: Final = 100
+
+
+def jsonable(value: Any, depth: int = 0) -> Any:
+    """Plain JSON data for any state: what JSON cannot say becomes text, never an error; what lies deeper than 100 levels is named."""
+    if depth > _DEEPEST:
+        return f"<{type(value).__name__}>"
     if value is None or isinstance(value, (bool, str)):
         return value.value if isinstance(value, Enum) else value
     if isinstance(value, float):
@@ -323,19 +329,22 @@ def jsonable(value: Any) -> Any:
     if isinstance(value, int):
         return int(value)
     if isinstance(value, Mapping):
-        return {k if isinstance(k, str) else str(jsonable(k)): jsonable(v) for k, v in value.items()}
+        return {
+            k if isinstance(k, str) else str(jsonable(k, depth + 1)): jsonable(v, depth + 1)
+            for k, v in value.items()
+        }
     if isinstance(value, (list, tuple)):
-        return [jsonable(v) for v in value]
+        return [jsonable(v, depth + 1) for v in value]
     if isinstance(value, (set, frozenset)):
-        return sorted((jsonable(v) for v in value), key=lambda v: (type(v).__name__, str(v)))
+        return sorted((jsonable(v, depth + 1) for v in value), key=lambda v: (type(v).__name__, str(v)))
     if isinstance(value, Enum):
-        return jsonable(value.value)
+        return jsonable(value.value, depth + 1)
     if isinstance(value, datetime):
         return value.isoformat()
     if isinstance(value, BaseModel):
-        return {name: jsonable(getattr(value, name, None)) for name in type(value).model_fields}
+        return {name: jsonable(getattr(value, name, None), depth + 1) for name in type(value).model_fields}
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: jsonable(getattr(value, f.name)) for f in dataclasses.fields(value)}
+        return {f.name: jsonable(getattr(value, f.name), depth + 1) for f in dataclasses.fields(value)}
     if isinstance(value, bytes):
         return value.decode("utf-8", "backslashreplace")
     try:

@@ -16,4 +16,6 @@ def pytest_configure(config: pytest.Config) -> None:
     import stroma
 
     if not Path(stroma.__file__).is_relative_to(config.rootpath / "src"):
-        raise pytest.UsageError(f"stroma is imported from {stroma.__file__}, not from {config.rootpath / 'src'}")
+        raise pytest.UsageError(
+            f"stroma is imported from {stroma.__file__}, not from {config.rootpath / 'src'}"
+        )

@@ -123,7 +123,10 @@ class Copy:
             return f"the time limit of {BREAK_SECONDS} s"
         if code == 0:
             return None
-        failed = re.search(r"^FAILED (\S+?)(?: - .*)?$", output, re.MULTILINE)
+        missing = re.search(r"^E +(?:NameError|UnboundLocalError): .*$", output, re.MULTILINE)
+        if missing is not None:
+            raise Stale(f"the broken source does not run: {missing[0][1:].strip()}")
+        failed = re.search(r"^FAILED (.+?)(?: - .*)?$", output, re.MULTILINE)
         if failed is not None:
             return failed[1]
         if code == 2 and "KeyboardInterrupt" in output:
@@ -142,7 +145,10 @@ def stale(breaks: Iterable[Break]) -> list[str]:
         except (Stale, OSError) as error:
             wrong.append(f"STALE     {item.name}: {error}")
     names = [item.name for item in breaks]
-    wrong += [f"STALE     {name}: two breaks have this name" for name in sorted({n for n in names if names.count(n) > 1})]
+    wrong += [
+        f"STALE     {name}: two breaks have this name"
+        for name in sorted({n for n in names if names.count(n) > 1})
+    ]
     return wrong
 
 
@@ -202,9 +208,15 @@ def try_all(copies: list[Copy], breaks: list[Break]) -> tuple[int, int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="./dev mutants", description="Break the source on purpose; the tests must notice.")
-    parser.add_argument("--only", action="append", metavar="NAME", help="only this break; may be given more than once")
-    parser.add_argument("--list", action="store_true", help="print the breaks and whether they still fit, run nothing")
+    parser = argparse.ArgumentParser(
+        prog="./dev mutants", description="Break the source on purpose; the tests must notice."
+    )
+    parser.add_argument(
+        "--only", action="append", metavar="NAME", help="only this break; may be given more than once"
+    )
+    parser.add_argument(
+        "--list", action="store_true", help="print the breaks and whether they still fit, run nothing"
+    )
     options = parser.parse_args(argv)
     known = {item.name: item for item in BREAKS}
     unknown = [name for name in options.only or () if name not in known]
@@ -228,7 +240,11 @@ def main(argv: list[str] | None = None) -> int:
             return 1
         print(f"the tests pass without a break ({time.monotonic() - begin:.0f} s)", flush=True)
         killed, survived, gone = try_all(copies, breaks)
-    print(f"{len(breaks)} breaks, {killed} killed, {survived} survived" + (f", {gone} stale" if gone else "") + f" ({time.monotonic() - begin:.0f} s)")
+    print(
+        f"{len(breaks)} breaks, {killed} killed, {survived} survived"
+        + (f", {gone} stale" if gone else "")
+        + f" ({time.monotonic() - begin:.0f} s)"
+    )
     return 0 if killed == len(breaks) else 1
 
 
