@@ -85,7 +85,9 @@ async def main() -> None:
         pairs = [(await _sample(mine, n), await _sample(base, n)) for _ in range(ROUNDS)]
         costs[n] = statistics.median(a for a, _ in pairs)
         low = statistics.median(b for _, b in pairs)
-        print(f"{n:>6}  {low:>5.2f} us  {costs[n]:>5.2f} us  {statistics.median(a / b for a, b in pairs):.2f}")
+        print(
+            f"{n:>6}  {low:>5.2f} us  {costs[n]:>5.2f} us  {statistics.median(a / b for a, b in pairs):.2f}"
+        )
     print(f"a node of 5,000 costs {costs[5000] / costs[100]:.2f} times one of 100")
 
 

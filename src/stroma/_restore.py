@@ -72,7 +72,7 @@ def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel)
 def check_committed(
     ctx: ReliabilityContext,
     node: Node | Group,
-    schema: Schema,
+    schema: Schema | None,
     committed: Committed,
     position: int,
     branch: str,
@@ -91,7 +91,7 @@ def check_committed(
             f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was made for "
             f"{recorded!r}, and the pipeline has {group!r} there; restore it, or begin a new run"
         )
-    if contract != schema.fingerprint:
+    if schema is not None and contract != schema.fingerprint:
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot go on: the output schema of node {node.node_id!r} at {where} is not the one that "
             f"its output was recorded with ({schema.model.__name__} has changed); restore it, or begin a new run"

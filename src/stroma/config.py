@@ -29,6 +29,9 @@ class _GeneratedId(str):
         made._fresh = [os.getpid()]
         return made
 
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # A deep copy of a config shares the mark too.
+
     def take(self) -> bool:
         """Whether this call is the first; atomic, so also between threads."""
         try:

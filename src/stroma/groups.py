@@ -92,7 +92,7 @@ def map_over(field: str, node: Any, *, into: str, max_concurrency: int | None = 
         outputs = await _gather([one(item) for item in _items(state, field)])
         return {**schema_of(type(state)).fields(state), into: outputs}
 
-    group = Group(f"map_over({field}, {child.node_id})", (child,), run, output, by_hand)
+    group = Group(f"map_over({field}, {child.node_id})", (child,), run, output, by_hand, each=True)
     return group
 
 

@@ -32,6 +32,10 @@ async def execute_step(
     ``contract`` wins over the registry's, that over the marker's. Without any, nothing is refused: output that fits
     the input's class becomes it, other output is kept as it was returned. Each call is a position of its own.
     """
+    if not isinstance(input_state, BaseModel):
+        raise TypeError(
+            f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
+        )
     await ctx.open(input_state, resume=ctx.config.resume)
     position = ctx.next_position
     ctx.next_position += 1

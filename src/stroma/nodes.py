@@ -110,6 +110,7 @@ class Group:
         children: the nodes and groups inside.
         run: enters the engine for each child and gives the group's output as a dict; the engine calls it.
         output: the class of that output, for an input.
+        each: the one child runs for every item of a list, and not each child once.
         by_hand: what calling the group outside a run does.
     """
 
@@ -118,6 +119,7 @@ class Group:
     run: Callable[[ReliabilityContext, NodeExecution, BaseModel], Awaitable[dict[str, Any]]]
     output: Callable[[ReliabilityContext, BaseModel], type[BaseModel]]
     by_hand: Callable[[BaseModel], Awaitable[dict[str, Any]]]
+    each: bool = False
 
     @property
     def _stroma_node_id(self) -> str:

@@ -314,19 +314,26 @@ class _Run:
         self.continued = session.continued or self.start is not None
 
     def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
-        """Refuse a changed pipeline before anything runs. Groups are checked when they are restored."""
-        if branch:
-            return
+        """Refuse a changed pipeline before anything runs, what stands inside its groups included."""
         if position >= len(self.nodes):
             raise PipelineChanged(
                 f"run {self.ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} at position "
                 f"{position}, and the pipeline has only {len(self.nodes)} nodes; restore it, or begin a new run"
             )
         node = self.nodes[position]
-        if isinstance(node, Node):
-            check_committed(
-                self.ctx, node, output_schema(self.ctx, node, self.initial), committed, position, ""
-            )
+        group: str | None = None
+        for index in map(int, branch.split(".") if branch else ()):
+            children = node.children if isinstance(node, Group) else ()
+            place = 0 if isinstance(node, Group) and node.each else index
+            if place >= len(children):
+                raise PipelineChanged(
+                    f"run {self.ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} inside "
+                    f"position {position}, and {node.node_id!r} has no such child; restore it, or begin a new run"
+                )
+            node, group = children[place], node.node_id
+        # What a group gives depends on its input, so its schema is checked when it is restored.
+        schema = output_schema(self.ctx, node, self.initial) if isinstance(node, Node) else None
+        check_committed(self.ctx, node, schema, committed, position, branch, group)
 
     async def _skip_to(self, start: int) -> None:
         """The published way of resuming: go on from the checkpoint of the node before, whatever lies further back."""

@@ -384,25 +384,25 @@ class Schema:
                 + b"]"
             )
         except RecursionError:
-            deep = self._deepest(raw)
+            deep = self._unwritable(raw)
             raise NotSerialisable(
                 f"{deep} cannot be serialised: it contains itself, or is nested too deeply; keep the state a shallow tree"
             ) from None
         except ValueError as error:  # An integer of more digits than Python reads back.
-            raise NotSerialisable(f"{self.model.__name__} cannot be serialised: {error}") from None
+            raise NotSerialisable(f"{self._unwritable(raw)} cannot be serialised: {error}") from None
         if b'{"$c":' in data:
             self._refuse_lost_classes(model, data)
         return data
 
-    def _deepest(self, raw: Any) -> str:
-        """The first field that cannot be written down for its depth."""
+    def _unwritable(self, raw: Any) -> str:
+        """The first field that cannot be written down, for its depth or its digits."""
         for name, value in raw.items() if isinstance(raw, dict) else ():
             try:
-                tag(value, (), _plain)
-            except RecursionError:
-                return f"{self.model.__name__}.{name}"
+                json.dumps(tag(value, (), _plain))
             except NotSerialisable:
                 continue
+            except (RecursionError, ValueError):
+                return f"{self.model.__name__}.{name}"
         return self.model.__name__
 
     def _refuse_lost_classes(self, model: BaseModel, data: bytes) -> None:

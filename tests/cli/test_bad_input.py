@@ -291,7 +291,9 @@ def test_a_full_disk_on_the_way(stroma):
             return {"text": "x" * 3_000_000}
         pipeline = Pipeline("big", [first, node("swell", swell, Sum, Big)])
         """)  # fmt: skip
-    done = stroma("run", "big.py:pipeline", GOOD, "--run-id", "big", preexec_fn=_small_files(1_000_000), env=NO_BYTECODE)
+    done = stroma(
+        "run", "big.py:pipeline", GOOD, "--run-id", "big", preexec_fn=_small_files(1_000_000), env=NO_BYTECODE
+    )
     assert (done.code, done.out) == (3, "")
     assert "Traceback" not in done.err
     assert "why: the disk " in done.err

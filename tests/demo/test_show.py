@@ -45,7 +45,16 @@ def test_it_goes_as_announced(shown: tuple[subprocess.CompletedProcess[str], Pat
 def test_every_kind_of_trouble_is_seen(shown: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     """Rate limits, server errors, a hang, a dropped connection, broken contracts and a used-up quota are met."""
     done, _ = shown
-    for reason in ("rate_limit", "server_error", "overloaded", "timeout", "connection", "contract", "quota", "budget"):
+    for reason in (
+        "rate_limit",
+        "server_error",
+        "overloaded",
+        "timeout",
+        "connection",
+        "contract",
+        "quota",
+        "budget",
+    ):
         assert reason in done.stdout, reason
 
 
