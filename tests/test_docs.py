@@ -228,17 +228,6 @@ WITHOUT_MEND = {
     "{path}: {error}": "what SQLite says that nobody has met yet",
     "cannot keep this: {class}: {error}": "likewise",
     "hook calls raised; the first": "the hook's own exception says it",
-    "cannot be read back: {error}": "open",
-    "is a {class}, not a {class}": "open",
-    "is not a {class}: {error}": "open",
-    "reported cost_usd={cost_usd}": "open",
-    "the store gave up the operation by itself": "open",
-    "there is no run {run_id} in": "open",
-    "did not end within": "open",
-    "cannot be serialised: {error}": "open",
-    "stores keep no secrets": "open",
-    "its time zone has no offset": "open",
-    "it contains itself": "open",
 }
 
 

@@ -60,7 +60,8 @@ def tag(value: Any, path: tuple[str, ...], plain: Plain) -> Any:
         return write(value, path, plain)
     if isinstance(value, (SecretStr, SecretBytes)):
         raise NotSerialisable(
-            f"{'.'.join(path)} cannot be serialised: it is a secret, and stores keep no secrets"
+            f"{'.'.join(path)} cannot be serialised: it is a secret, and stores keep no secrets; "
+            "keep it in the run's context"
         )
     if isinstance(value, enum.Enum):
         return {"$c": tag(value.value, path, plain)}
@@ -85,7 +86,9 @@ def _write_datetime(value: dt.datetime, path: tuple[str, ...], plain: Plain) -> 
     if isinstance(zone, zoneinfo.ZoneInfo) and zone.key:
         return {"$dtz": [value.replace(tzinfo=None).isoformat(), zone.key, value.fold]}
     if zone is not None and zone.utcoffset(value) is None:
-        raise NotSerialisable(f"{'.'.join(path)} cannot be serialised: its time zone has no offset")
+        raise NotSerialisable(
+            f"{'.'.join(path)} cannot be serialised: its time zone has no offset; use one that has"
+        )
     return {"$dt": [value.isoformat(), value.fold]}
 
 

@@ -69,6 +69,6 @@ async def uninterrupted(work: Awaitable[Any]) -> bool:
         except asyncio.CancelledError:
             cancelled = True
     if future.cancelled():
-        raise StoreError("the store gave up the operation by itself")
+        raise StoreError("the store gave up the operation by itself; resume the run once the store is well")
     future.result()
     return cancelled

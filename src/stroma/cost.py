@@ -172,7 +172,8 @@ class CostTracker:
             or usage.latency_ms < 0
         ):
             raise UsageError(
-                f"node {usage.node_id!r} reported cost_usd={usage.cost_usd!r}, latency_ms={usage.latency_ms!r}"
+                f"node {usage.node_id!r} reported cost_usd={usage.cost_usd!r}, latency_ms={usage.latency_ms!r}; "
+                "report finite figures, zero or more"
             )
         self.add(
             usage.node_id,

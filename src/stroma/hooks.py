@@ -239,7 +239,9 @@ def _bounded(awaitable: Any, limit: float | None) -> Generator[Any, Any, None]:
         try:
             yield from timeout.__aexit__(type(error), error, error.__traceback__).__await__()
         except TimeoutError:
-            raise HookTimeout(f"did not end within {limit * 1000:.0f} ms (hook_timeout_ms)") from None
+            raise HookTimeout(
+                f"did not end within {limit * 1000:.0f} ms; make it quicker, or raise hook_timeout_ms"
+            ) from None
         raise
     yield from timeout.__aexit__(None, None, None).__await__()
 

@@ -389,7 +389,9 @@ class Schema:
                 f"{deep} cannot be serialised: it contains itself, or is nested too deeply; keep the state a shallow tree"
             ) from None
         except ValueError as error:  # An integer of more digits than Python reads back.
-            raise NotSerialisable(f"{self._unwritable(raw)} cannot be serialised: {error}") from None
+            raise NotSerialisable(
+                f"{self._unwritable(raw)} cannot be serialised: {error}; keep it smaller"
+            ) from None
         if b'{"$c":' in data:
             self._refuse_lost_classes(model, data)
         return data

@@ -48,7 +48,8 @@ class CheckpointManager:
         state: BaseModel | None = await _settle(self.store.load(run_id, node_id))
         if state is not None and not isinstance(state, schema):
             raise CorruptCheckpoint(
-                f"the checkpoint of node {node_id!r} in run {run_id!r} is a {type(state).__name__}, not a {schema.__name__}"
+                f"the checkpoint of node {node_id!r} in run {run_id!r} is a {type(state).__name__}, not a {schema.__name__}; "
+                "restore the schema, or run the node again"
             )
         return state
 

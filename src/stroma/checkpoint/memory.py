@@ -167,7 +167,8 @@ def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: s
         raise
     except Exception as error:
         raise CorruptCheckpoint(
-            f"the checkpoint of node {node_id!r} in run {run_id!r} is not a {schema.__name__}: {error}"
+            f"the checkpoint of node {node_id!r} in run {run_id!r} is not a {schema.__name__}: {error}; "
+            "restore the schema, or run the node again"
         ) from error
 
 

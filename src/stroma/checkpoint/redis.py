@@ -48,7 +48,8 @@ def _load(raw: bytes | None, run_id: str, node_id: str, schema: type[BaseModel] 
         return schema_of(target).decode(record["state"].encode())
     except Exception as error:
         raise CorruptCheckpoint(
-            f"the checkpoint of node {node_id!r} in run {run_id!r} cannot be read back: {error}"
+            f"the checkpoint of node {node_id!r} in run {run_id!r} cannot be read back: {error}; "
+            "restore the schema, or run the node again"
         ) from error
 
 

@@ -240,7 +240,7 @@ class SQLiteStore:
         """
         rows = self._query(_INPUT, (check_id(run_id, "run id"),))
         if not rows:
-            raise CheckpointNotFound(f"there is no run {run_id!r} in {self.path}")
+            raise CheckpointNotFound(f"there is no run {run_id!r} in {self.path}; check the id and the store")
         data, sha = rows[0]
         if not intact(data, sha):
             raise CorruptCheckpoint(
@@ -277,7 +277,9 @@ def _decode(schema: Schema, data: bytes, where: str) -> BaseModel:
     try:
         return schema.decode(data)
     except Exception as error:
-        raise CorruptCheckpoint(f"{where} is not a {schema.model.__name__}: {error}") from error
+        raise CorruptCheckpoint(
+            f"{where} is not a {schema.model.__name__}: {error}; restore the schema, or run the node again"
+        ) from error
 
 
 def _run_record(row: Any) -> RunRecord:
