@@ -21,7 +21,7 @@ from pathlib import Path
 from stroma.checkpoint import AttemptRecord
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
-from stroma.demo.provider import DEFAULT_SEED, Provider, start_provider, text_sha
+from stroma.demo.provider import DEFAULT_SEED, Provider, fault_plan, start_provider, text_sha
 from stroma.schemas import schema_of
 
 __all__ = ["main"]
@@ -35,7 +35,8 @@ _TIGHT_BUDGET_USD = "0.0015"
 class Demo:
     """One showing: where its files are, and how its commands are run."""
 
-    def __init__(self, folder: Path, work: Path, provider: Provider) -> None:
+    def __init__(self, folder: Path, work: Path, provider: Provider, seed: int) -> None:
+        self.seed = seed
         self.folder = folder
         self.work = work
         self.provider = provider
@@ -67,6 +68,9 @@ class Demo:
 
     def attempts(self, run_id: str) -> list[AttemptRecord]:
         return SQLiteStore(self.db).attempts(run_id) if self.db.exists() else []
+
+    def texts(self, run_id: str) -> list[str]:
+        return [document.text for document in self._documents(run_id).documents if document.text.strip()]
 
     def names(self, run_id: str) -> list[str]:
         """The documents of a run, in order."""
@@ -107,7 +111,7 @@ def main(argv: list[str]) -> int:
         return 2
     begun = time.monotonic()
     with start_provider(options.seed) as provider:
-        demo = Demo(options.folder.resolve(), work.resolve(), provider)
+        demo = Demo(options.folder.resolve(), work.resolve(), provider, options.seed)
         ok = _crash_and_resume(demo) and _on_a_budget(demo) and _without_quota(demo)
     if ok:
         _bill(demo, "inbox")
