@@ -19,7 +19,7 @@ from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
 from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a
-from stroma.hooks import AnyHooks, Hooks, flatten
+from stroma.hooks import NO_HOOKS, AnyHooks, Hooks, flatten
 from stroma.nodes import Node
 from stroma.schemas import Schema, schema_of
 from stroma.trace import (
@@ -272,13 +272,16 @@ class ReliabilityContext:
         #: Whether any function runs under a time limit.
         self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
         self._warned: set[str] = set()
-        limit = self.config.hook_timeout_ms
-        self.fire = Hooks(
-            flatten(self.hooks),
-            run_id=self.run_id,
-            limit_seconds=None if limit is None else limit / 1000,
-            on_error=self._hook_failed,
-        )
+        sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
+        self.fire = NO_HOOKS
+        if sets:
+            limit = self.config.hook_timeout_ms
+            self.fire = Hooks(
+                tuple(sets),
+                run_id=self.run_id,
+                limit_seconds=None if limit is None else limit / 1000,
+                on_error=self._hook_failed,
+            )
 
     @classmethod
     def for_run(

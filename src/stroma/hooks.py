@@ -15,7 +15,7 @@ from typing import Any
 from stroma.failures import FailureClass
 from stroma.trace import ExecutionResult
 
-__all__ = ["AnyHooks", "HookError", "HookSets", "NodeHooks", "StepHooks", "flatten"]
+__all__ = ["NO_HOOKS", "AnyHooks", "HookError", "HookSets", "NodeHooks", "StepHooks", "flatten"]
 
 logger = logging.getLogger("stroma")
 
@@ -144,8 +144,6 @@ class Hooks:
         self._limit = limit_seconds
         self._on_error = on_error
         for index, hooks in enumerate(sets):
-            if not any(vars(hooks).values()):
-                continue
             for event in EVENTS:
                 hook = getattr(hooks, event)
                 if hook is not None:
@@ -207,6 +205,10 @@ class Hooks:
             )  # fmt: skip
         finally:
             self._on_error(event, node_id, error)
+
+
+#: Of a run that nobody watches.
+NO_HOOKS = Hooks((), run_id="", limit_seconds=None, on_error=lambda *_: None)
 
 
 def _not_async(event: str, hook: object, node_id: str | None, returned: object, index: int) -> HookNotAsync:
