@@ -32,11 +32,11 @@ def make(number: int, side: int) -> Callable[..., Any]:
         os.write(side, f"call {number}\n".encode())
         # Something to be killed in: sometimes awake, sometimes asleep.
         if number % 3 == 0:
-            end = time.perf_counter() + 0.002
+            end = time.perf_counter() + 0.005
             while time.perf_counter() < end:
                 pass
         else:
-            await asyncio.sleep(0.002)
+            await asyncio.sleep(0.005)
         os.write(side, f"done {number}\n".encode())
         return {"seen": [*state.seen, number]}, 7
 

@@ -102,7 +102,8 @@ async def _round(folder: Path, delay: float) -> bool:
 
 async def test_g5_killed_at_random_instants(tmp_path: Path) -> None:
     """G5: killed with SIGKILL at 50 random instants, a run resumes with every node committed once and none run again."""
-    # How long a whole run takes here, from "ready" on, sets the range of instants.
+    # How long a whole run takes here, from "ready" on, sets the range of instants: a little over its half, so that a
+    # machine that gets quicker meanwhile still sees most of them before the end.
     async with _child(tmp_path / "measure.db", tmp_path / "measure") as child:
         began = time.perf_counter()
         await child.communicate()
@@ -112,7 +113,7 @@ async def test_g5_killed_at_random_instants(tmp_path: Path) -> None:
     gate = asyncio.Semaphore(AT_ONCE)
 
     async def one(number: int) -> bool:
-        delay = draw.uniform(0, 0.8 * whole)
+        delay = draw.uniform(0, 0.55 * whole)
         async with gate:
             return await _round(tmp_path / str(number), delay)
 
