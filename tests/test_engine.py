@@ -749,6 +749,18 @@ async def test_whatever_a_sync_node_raises_is_its_failure(error: BaseException) 
     assert len(result.trace) == 1
 
 
+async def test_a_generator_exit_of_the_nodes_own_is_its_failure() -> None:
+    """A GeneratorExit that an async node raises, while nobody closes it, is a failed attempt of that node."""
+
+    async def func(state: Num) -> Any:
+        raise GeneratorExit("x")
+
+    result = await quick(policy_map=fast(ambiguous=0)).run([node("a", func)], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.message == "x"
+
+
 async def test_not_a_node() -> None:
     """A function that is no node is a TypeError that says how to decorate it, before anything runs."""
     func, calls = raising()

@@ -45,7 +45,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.checkpoint import Committed, PriorUsage, RunRequest, Session, resolve_schema
+from stroma.checkpoint import Committed, PriorUsage, RunRequest, Session, StepCall, resolve_schema
 from stroma.cost import CostTracker
 from stroma.schemas import Schema, schema_of
 from stroma.trace import BRANCH, NODE, POSITION, Row
@@ -178,12 +178,14 @@ class _SuspendingSession:
         self.restored: Mapping[tuple[int, str], Committed] = inner.restored
         self.prior: PriorUsage = inner.prior
 
-    async def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> None:
+    async def record(
+        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> None:
         await self.store.pause()
         if output is not None and self.store.refusals > 0:
             self.store.refusals -= 1
             raise self.store.error("the disk is full")
-        assert self.inner.record(row, schema, output) is None
+        assert self.inner.record(row, schema, output, call) is None
         if output is not None:
             self.store.kept.append((row[NODE], row[POSITION], row[BRANCH]))
         await self.store.pause()
@@ -673,10 +675,16 @@ async def test_g5_what_cannot_be_stored_is_not_bought_again() -> None:
             session = await super().open_run(request)
 
             class Encoding(_SuspendingSession):
-                async def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> None:
+                async def record(
+                    self,
+                    row: Row,
+                    schema: Schema | None,
+                    output: BaseModel | None,
+                    call: StepCall | None = None,
+                ) -> None:
                     if schema is not None and output is not None:
                         schema.encode(output)
-                    await super().record(row, schema, output)
+                    await super().record(row, schema, output, call)
 
             return Encoding(self, session.inner)  # type: ignore[attr-defined]
 

@@ -986,6 +986,17 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
     assert [e.hook for e in result.hook_errors][:2] == [CANCELLED, CANCELLED]
 
 
+async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest.LogCaptureFixture) -> None:
+    """A cancelled run raises CancelledError also if its on_node_cancelled is not async; the log says what is wrong."""
+    waits, begun = waiting()
+    wrong = NodeHooks(on_node_cancelled=lambda *_: None)  # type: ignore[arg-type, return-value]
+    task = asyncio.create_task(quick(wrong, seen).run([waits], State()))
+    await cancelled_after(task, begun)
+    seen.assert_paired()
+    assert "on_node_cancelled" in caplog.text
+    assert "is not async" in caplog.text
+
+
 @pytest.mark.parametrize("reaction", ["swallows it", "raises another"])
 @pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, FAILURE, RETRY])
 async def test_a_hook_cannot_keep_a_run_from_being_cancelled(

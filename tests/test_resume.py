@@ -1,7 +1,10 @@
 """Resume, restart and what a run remembers: one suite over every store that keeps a journal, and the simple protocol."""
 
 import asyncio
+import hashlib
 import importlib.util
+import re
+import sqlite3
 from collections import Counter
 from collections.abc import AsyncIterator, Callable
 from pathlib import Path
@@ -25,6 +28,7 @@ from stroma import (
     PipelineChanged,
     ReliabilityContext,
     RunStatus,
+    SQLiteStore,
     StoreError,
     StromaRunner,
     current_node,
@@ -656,6 +660,190 @@ async def test_steps_return_what_they_recorded(store: Any) -> None:
     assert second.final_state == Num(n=4)
     assert calls == {"add 0": 1, "add 1": 1, "add 2": 2, "add 3": 1}
     assert second.total_tokens == 20
+
+
+class Steps:
+    """Plain code around execute_step, on one store; counts what is called with what."""
+
+    def __init__(self, store: Any) -> None:
+        self.store = store
+        self.calls: list[str] = []
+
+    def context(self, **config: Any) -> ReliabilityContext:
+        runner = quick(self.store, resume=True, **config)
+        return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+    async def step(self, ctx: ReliabilityContext, step_id: str, n: int) -> Any:
+        async def add(state: Num) -> Any:
+            self.calls.append(f"{step_id} {state.n}")
+            return {"n": state.n + 1}
+
+        return (await execute_step(step_id, add, Num(n=n), ctx)).final_state
+
+
+async def test_a_step_with_another_input_is_refused(store: Any) -> None:
+    """The n-th call of a step id with another input than was recorded is an error that names both inputs."""
+    steps = Steps(store)
+    ctx = steps.context()
+    await steps.step(ctx, "add", 1)
+    await steps.step(ctx, "add", 2)
+    again = steps.context()
+    assert await steps.step(again, "add", 1) == Num(n=2)
+    with pytest.raises(PipelineChanged, match=r"call 2 of step 'add' .*\"n\":2.*\"n\":7.*begin a new run"):
+        await steps.step(again, "add", 7)
+    assert steps.calls == ["add 1", "add 2"]
+
+
+async def test_steps_are_known_by_the_call_of_their_id(store: Any) -> None:
+    """What a step id's n-th call recorded is found again, whatever other steps were called before it this time."""
+    steps = Steps(store)
+    ctx = steps.context()
+    await steps.step(ctx, "first", 0)
+    await steps.step(ctx, "add", 1)
+    await steps.step(ctx, "add", 2)
+    again = steps.context()
+    assert await steps.step(again, "first", 0) == Num(n=1)
+    assert await steps.step(again, "new", 5) == Num(n=6)
+    assert await steps.step(again, "add", 1) == Num(n=2)
+    assert await steps.step(again, "add", 2) == Num(n=3)
+    assert await steps.step(again, "add", 3) == Num(n=4)
+    assert steps.calls == ["first 0", "add 1", "add 2", "new 5", "add 3"]
+    last = steps.context()
+    for step_id, n in (("first", 0), ("new", 5), ("add", 1), ("add", 2), ("add", 3)):
+        assert await steps.step(last, step_id, n) == Num(n=n + 1)
+    assert len(steps.calls) == 5
+
+
+async def test_steps_side_by_side_resume(store: Any) -> None:
+    """Of steps that ran side by side, only those without a recorded output are called again."""
+    steps = Steps(store)
+    ctx = steps.context()
+    stuck = asyncio.Event()
+
+    async def add(state: Num) -> Any:
+        steps.calls.append(f"add {state.n}")
+        if state.n in (0, 2):
+            stuck.set()
+            await asyncio.Event().wait()
+        return {"n": state.n + 1}
+
+    async def all_of(ctx: ReliabilityContext) -> list[Any]:
+        return await asyncio.gather(*(execute_step("add", add, Num(n=n), ctx) for n in range(4)))
+
+    task = asyncio.create_task(all_of(ctx))
+    await stuck.wait()
+    while await loaded(store, "r", "add") != Num(n=4):
+        await asyncio.sleep(0.001)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    again = steps.context()
+    results = await asyncio.gather(*(steps.step(again, "add", n) for n in range(4)))
+    assert results == [Num(n=n + 1) for n in range(4)]
+    assert sorted(steps.calls) == ["add 0", "add 0", "add 1", "add 2", "add 2", "add 3"]
+
+
+class Unkept(BaseModel):
+    model_config = {"arbitrary_types_allowed": True}
+    n: int
+    lock: Any
+
+
+async def test_a_step_input_without_a_stored_form_is_not_compared(store: Any) -> None:
+    """An input that cannot be stored does not keep a step from being recorded and found again."""
+    steps = Steps(store)
+
+    async def add(state: Unkept) -> Any:
+        steps.calls.append(f"add {state.n}")
+        return {"n": state.n + 1}
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="add", input_schema=Unkept, output_schema=Num)
+    for _ in range(2):
+        ctx = steps.context()
+        await ctx.open(Num(), resume=True)
+        result = await execute_step("add", add, Unkept(n=1, lock=object()), ctx, contract=contract)
+        assert result.final_state == Num(n=2)
+    assert steps.calls == ["add 1"]
+
+
+@pytest.mark.parametrize("ended", ["well", "failed", "raised", "cancelled"])
+async def test_the_end_of_plain_code_is_recorded(tmp_path: Path, ended: str) -> None:
+    """``async with ctx:`` around plain code notes in the journal how the run ended."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        steps = Steps(store)
+
+        async def plain() -> None:
+            async with steps.context() as ctx:
+                await steps.step(ctx, "add", 1)
+                assert store.get_run("r").status == "RUNNING"  # type: ignore[union-attr]
+                if ended == "failed":
+
+                    async def broken(state: Num) -> Any:
+                        raise ValueError("broken")
+
+                    await execute_step("broken", broken, Num(), ctx)
+                elif ended == "raised":
+                    raise KeyError("of the loop's own")
+                elif ended == "cancelled":
+                    await asyncio.Event().wait()
+
+        task = asyncio.create_task(plain())
+        if ended == "cancelled":
+            while not steps.calls or store.get_run("r").nodes == 0:  # type: ignore[union-attr]
+                await asyncio.sleep(0.001)
+            task.cancel()
+        (outcome,) = await asyncio.gather(task, return_exceptions=True)
+        expected = {
+            "well": "COMPLETED",
+            "failed": "PARTIAL",
+            "raised": "INTERRUPTED",
+            "cancelled": "CANCELLED",
+        }
+        assert store.get_run("r").status == expected[ended]  # type: ignore[union-attr]
+        assert type(outcome) is {"raised": KeyError, "cancelled": asyncio.CancelledError}.get(
+            ended, type(None)
+        )
+
+
+async def test_a_run_that_is_cancelled_while_it_opens_is_closed_again(tmp_path: Path) -> None:
+    """Cancelled while the store opens it, a run is CANCELLED there, not RUNNING for ever."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        work = Work("a")
+        task = asyncio.create_task(quick(store).run(work.nodes, Num()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert store.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+        assert not work.calls
+
+
+async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) -> None:
+    """Children of groups are no targets of a resume: the error for a damaged one leads to the group."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        work = Work("a", "b")
+        sequence = [parallel(*work.nodes)]
+        work.failing = {"b"}
+        await quick(store).run(sequence, Num())
+        with sqlite3.connect(tmp_path / "runs.db") as db:
+            db.execute("UPDATE steps SET output = x'7b7d'")
+        db.close()
+        with pytest.raises(CorruptCheckpoint, match="the group around it"):
+            await quick(store).run(sequence, Num(), resume=True)
+        work.failing = set()
+        result = await quick(store).run(sequence, Num(), resume_from="parallel(a, b)")
+        assert result.status is RunStatus.RESUMED
+        with sqlite3.connect(tmp_path / "runs.db") as db:
+            output = b'["stroma/1",3]'
+            db.execute(
+                "UPDATE steps SET output = ?, sha256 = ? WHERE branch = '0'",
+                (output, hashlib.sha256(output).digest()),
+            )
+            db.execute("DELETE FROM steps WHERE branch = ''")
+        db.close()
+        with pytest.raises(CorruptCheckpoint, match=re.escape("resume_from='parallel(a, b)'")):
+            await quick(store).run(sequence, Num(), resume=True)
 
 
 # ---------------------------------------------------------------------- the simple protocol

@@ -31,7 +31,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.checkpoint import Fenced, RunRequest, Session
+from stroma.checkpoint import Fenced, RunRequest, Session, StepCall
 from stroma.cost import KNOWN_MODELS, CostTracker, estimate_cost_usd
 from stroma.schemas import Schema, schema_of
 from stroma.trace import ExecutionTrace, Row, TraceEvent
@@ -78,10 +78,10 @@ class Journal:
             restored, prior = session.restored, session.prior
 
             def record(
-                self, row: Row, schema: Schema | None, output: BaseModel | None
+                self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
             ) -> Awaitable[None] | None:
                 if output is None:
-                    return session.record(row, schema, output)
+                    return session.record(row, schema, output, call)
                 return self.commit(row, schema, output)
 
             async def commit(self, row: Row, schema: Schema | None, output: BaseModel) -> None:
@@ -90,7 +90,7 @@ class Journal:
                 if store.error is not None:
                     raise store.error
                 await store.gate.wait()
-                session.record(row, schema, output)
+                session.record(row, schema, output, None)
 
             def end(self, status: str, error: str | None) -> Awaitable[None] | None:
                 return session.end(status, error)
@@ -595,7 +595,7 @@ async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> 
     def row(position: int) -> Row:
         return ("a", 1, 10**18 + position, 5, (0,), (1,), "success", None, None, position, "", None)
 
-    pending = [(stale if i % 2 else good).record(row(i), schema_of(Num), Num(n=i)) for i in range(6)]
+    pending = [(stale if i % 2 else good).record(row(i), schema_of(Num), Num(n=i), None) for i in range(6)]
     errors = await asyncio.gather(*pending, return_exceptions=True)
     assert [type(error) for error in errors] == [type(None), Fenced] * 3
     assert [a.position for a in store.attempts("good")] == [0, 2, 4]

@@ -9,7 +9,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from stroma._tasks import uninterrupted
-from stroma.checkpoint import StoreError
+from stroma.checkpoint import StepCall, StoreError
 from stroma.context import NodeExecution, ReliabilityContext
 from stroma.failures import Failure
 from stroma.schemas import NotSerialisable, Schema, Snapshot
@@ -51,10 +51,10 @@ async def record(ctx: ReliabilityContext, row: Row) -> tuple[Exception | None, b
     """Keep an attempt that committed nothing. Returns what is wrong, and whether the task was cancelled meanwhile."""
     pending: Awaitable[None] | Exception | None
     try:
-        pending = ctx.session.record(row, None, None)
+        pending = ctx.session.record(row, None, None, None)
     except Exception as refused:
         pending = refused
-    return (None, False) if pending is None else await settle(ctx, row, None, None, pending)
+    return (None, False) if pending is None else await settle(ctx, row, None, None, None, pending)
 
 
 async def settle(
@@ -62,6 +62,7 @@ async def settle(
     row: Row,
     schema: Schema | None,
     output: BaseModel | None,
+    call: StepCall | None,
     pending: Awaitable[None] | Exception | None,
 ) -> tuple[Exception | None, bool]:
     """See a commit through. One that the store refuses is tried again briefly; the node itself is not."""
@@ -88,7 +89,7 @@ async def settle(
         )
         cancelled |= await uninterrupted(asyncio.sleep(delay))
         try:
-            pending = ctx.session.record(row, schema, output)
+            pending = ctx.session.record(row, schema, output, call)
         except Exception as again:
             pending = again
     if isinstance(error, StoreError):

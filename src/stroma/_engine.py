@@ -26,7 +26,7 @@ from stroma._commit import make_row, record, settle
 from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through
 from stroma._usage import count_returned, price
-from stroma.checkpoint import StoreError
+from stroma.checkpoint import StepCall, StoreError
 from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
@@ -91,6 +91,7 @@ async def execute(
     kind: Kind = "node",
     parent: NodeExecution | None = None,
     contract: NodeContract[Any, Any] | None = None,
+    step: StepCall | None = None,
     cancelling: int = 0,
 ) -> BaseModel | Halt:
     """Run a node at one position until it is committed or has stopped for good.
@@ -112,7 +113,7 @@ async def execute(
             branch=branch,
             kind=kind,
             contract=contract,
-            group=None if parent is None else parent.node_id,
+            parent=parent,
         )
         if committed is not None:
             if ctx.step_policies and branch:
@@ -127,6 +128,8 @@ async def execute(
     run.compact = ctx.trace.adopt(node.node_id, plan)
     if parent is not None:
         run.parent, run.group = parent, parent.node_id
+    if step is not None:
+        run.step = step
     token = CURRENT.set(run)
     try:
         while True:
@@ -321,11 +324,11 @@ async def _attempt(
         )
     pending: Awaitable[None] | Exception | None
     try:
-        pending = ctx.session.record(row, promised, model)
+        pending = ctx.session.record(row, promised, model, run.step)
     except Exception as refused:
         pending = refused
     if pending is not None:
-        problem, late = await settle(ctx, row, promised, model, pending)
+        problem, late = await settle(ctx, row, promised, model, run.step, pending)
         cancelled = cancelled or late
         if problem is not None:
             return await _fail(
@@ -462,7 +465,11 @@ async def _abandon(
     if calls is not None and reached is not None:
         calls = tuple(call for call in calls if call[0] < reached)
     if calls is not None:
-        await ctx.fire.fire("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))
+        try:
+            await ctx.fire.fire("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))
+        except HookNotAsync as error:
+            # What ended the attempt is on its way out, and must come out as itself.
+            ctx.run_logger.warning("%s", error)
 
 
 async def _fire_start(

@@ -24,7 +24,7 @@ async def restore(
     branch: str = "",
     kind: Kind = "node",
     contract: NodeContract[Any, Any] | None = None,
-    group: str | None = None,
+    parent: NodeExecution | None = None,
 ) -> BaseModel | None:
     """The committed output of a position, in place of running it again; None if there is none.
 
@@ -34,13 +34,18 @@ async def restore(
     if committed is None:
         return None
     schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
-    check_committed(ctx, node, schema, committed, position, branch, group)
+    check_committed(
+        ctx, node, schema, committed, position, branch, None if parent is None else parent.node_id
+    )
     try:
         model = schema.restore(committed.output)
     except Exception as error:
+        target = node.node_id
+        while parent is not None:  # Children of groups are no targets of a resume.
+            target, parent = parent.node_id, parent.parent
         raise CorruptCheckpoint(
             f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
-            f"{error}; resume from that node (resume_from={node.node_id!r}) to make it anew"
+            f"{error}; resume from there (resume_from={target!r}) to make it anew"
         ) from error
     if not branch:
         ctx.last_state = model

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
+import dis
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
@@ -56,7 +57,19 @@ def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> 
         # One that the node raised itself, while nobody cancels its task, is a failure like any other.
         task = asyncio.current_task()
         return task is None or task.cancelling() > cancelling
-    return issubclass(kind, (KeyboardInterrupt, SystemExit, GeneratorExit))
+    if issubclass(kind, GeneratorExit):
+        return not _was_raised(error)
+    return issubclass(kind, (KeyboardInterrupt, SystemExit))
+
+
+def _was_raised(error: BaseException) -> bool:
+    """Whether a ``raise`` statement made this exception; a coroutine that is closed finds one in its ``await``."""
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 async def uninterrupted(work: Awaitable[Any]) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -14,11 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from pydantic import BaseModel
 
 from stroma._signal import SignalView
-from stroma.checkpoint import CheckpointManager, Committed, PriorUsage, RunRequest, Session
+from stroma._tasks import uninterrupted
+from stroma.checkpoint import CheckpointManager, Committed, PriorUsage, RunRequest, Session, StepCall
 from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
-from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a
+from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a, message_of
 from stroma.hooks import NO_HOOKS, AnyHooks, Hooks, flatten
 from stroma.nodes import Node
 from stroma.schemas import Schema, schema_of
@@ -89,6 +91,8 @@ class NodeExecution:
     repairing: bool = False
     #: Whether rows hold encoded snapshots, which the trace knows how to read.
     compact: bool = False
+    #: Which call of its step id this is, outside of any pipeline.
+    step: StepCall | None = None
     #: What report_usage() was told and nobody has counted yet.
     reported: list[tuple[int, int, str | None]] | None = None
 
@@ -214,7 +218,9 @@ class _NoSession:
     restored: Mapping[tuple[int, str], Committed] = {}
     prior = PriorUsage()
 
-    def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> Awaitable[None] | None:
+    def record(
+        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> Awaitable[None] | None:
         return None
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
@@ -264,7 +270,12 @@ class ReliabilityContext:
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
-        self.next_position = 0
+        #: What the last step of plain code came to.
+        self.step_status: RunStatus | None = None
+        self._next_position = 0
+        #: How often each step id was called by plain code, and where the journal has those calls.
+        self._calls: Counter[str] = Counter()
+        self._recorded: dict[tuple[str, int], int] | None = None
         self.limits: list[tuple[Dimension, float]] = limits(self.budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
@@ -311,6 +322,23 @@ class ReliabilityContext:
 
     # ------------------------------------------------------------------ the journal
 
+    async def __aenter__(self) -> ReliabilityContext:
+        """Around plain code with ``execute_step``: notes in the journal how the run ended."""
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: object
+    ) -> None:
+        status = self.step_status or RunStatus.COMPLETED
+        if kind is not None and status is RunStatus.COMPLETED:
+            status = (
+                RunStatus.CANCELLED if issubclass(kind, asyncio.CancelledError) else RunStatus.INTERRUPTED
+            )
+        if kind is GeneratorExit:  # The code around is being closed: nothing may be awaited any more.
+            return
+        if await self.end(status, None if error is None else message_of(error)) and error is None:
+            raise asyncio.CancelledError
+
     async def open(
         self,
         initial_state: BaseModel,
@@ -345,6 +373,24 @@ class ReliabilityContext:
                 self._begin(session, carry=resume and discard_from is None)
         return self.session
 
+    async def end(self, status: RunStatus, error: str | None) -> bool:
+        """Note in the store how the run ended, also while it is still being opened there.
+
+        Returns whether the task was cancelled meanwhile. Never raises: the commits are safe, only this line is not.
+        """
+        cancelled = False
+        try:
+            session = self.session
+            if session is _NO_SESSION and self._opening is not None:
+                cancelled = await uninterrupted(self._opening)
+                session = self._opening.result()
+            pending = session.end(status.value, error)
+            if pending is not None:
+                cancelled |= await uninterrupted(pending)
+        except Exception:
+            self.run_logger.exception("the end of the run could not be recorded")
+        return cancelled
+
     def _begin(self, session: Session, *, carry: bool) -> Session:
         self.session = session
         self.restored = session.restored
@@ -359,6 +405,27 @@ class ReliabilityContext:
     def execution(self) -> int:
         """1 for the first execution of this run id, 2 after a restart, and so on."""
         return self.session.execution
+
+    def next_step(self, step_id: str) -> tuple[int, int]:
+        """The position of the next step of plain code, and which call of its id it is (both 0-based).
+
+        A call that is in the journal has the position it had; the others take the free ones in order.
+        """
+        if self._recorded is None:
+            self._recorded = {
+                (kept.node_id, kept.step.number): position
+                for (position, branch), kept in self.restored.items()
+                if kept.step is not None and not branch
+            }
+        number = self._calls[step_id]
+        self._calls[step_id] += 1
+        position = self._recorded.get((step_id, number))
+        if position is None:
+            while (self._next_position, "") in self.restored:
+                self._next_position += 1
+            position = self._next_position
+            self._next_position += 1
+        return position, number
 
     def contract_of(self, node: Node) -> NodeContract[Any, Any] | None:
         """The contract a node runs under: the registry's, else its marker's."""

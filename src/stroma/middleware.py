@@ -5,15 +5,17 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable
 from functools import update_wrapper
+from textwrap import shorten
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from stroma._engine import Halt, execute
+from stroma.checkpoint import PipelineChanged, StepCall
 from stroma.context import ReliabilityContext
 from stroma.contracts import NodeContract
 from stroma.nodes import Group, Kept, find_node, make_node
-from stroma.schemas import schema_of
+from stroma.schemas import NotSerialisable, schema_of
 from stroma.trace import ExecutionResult, RunStatus
 
 __all__ = ["ReliabilityContext", "StromaStep", "execute_step"]
@@ -30,24 +32,48 @@ async def execute_step(
     """Run one function as a step of a context; the result has the totals and trace of the whole context so far.
 
     ``contract`` wins over the registry's, that over the marker's. Without any, nothing is refused: output that fits
-    the input's class becomes it, other output is kept as it was returned. Each call is a position of its own.
+    the input's class becomes it, other output is kept as it was returned. Each call is a position of its own. Under
+    ``resume=True`` the n-th call of a step id gives the output that is recorded for it, without calling the function.
+    ``async with ctx:`` around the steps notes in the journal how the run ended.
+
+    Raises PipelineChanged if that was recorded for another input; inputs that have no stored form are not compared.
     """
     if not isinstance(input_state, BaseModel):
         raise TypeError(
             f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
         )
     await ctx.open(input_state, resume=ctx.config.resume)
-    position = ctx.next_position
-    ctx.next_position += 1
+    position, number = ctx.next_step(step_id)
+    call = StepCall(number, _encoded(input_state))
+    kept = ctx.restored.get((position, ""))
+    if kept is not None and kept.step is not None and kept.step.given not in (None, call.given):
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot go on: call {number + 1} of step {step_id!r} was recorded with the input "
+            f"{_short(kept.step.given)}, and now gets {_short(call.given)}; give it the same one, or begin a new run"
+        )
     marked = getattr(func, "_stroma_contract", None)
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
-    outcome = await execute(ctx, node, input_state, position, contract=contract, cancelling=cancelling)
+    outcome = await execute(
+        ctx, node, input_state, position, contract=contract, step=call, cancelling=cancelling
+    )
+    ctx.step_status = outcome.status if isinstance(outcome, Halt) else RunStatus.COMPLETED
     if isinstance(outcome, Halt):
         state = outcome.output if outcome.output is not None else input_state
         return ctx.build_result(outcome.status, _as_returned(state, input_state), outcome.failure)
     return ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
+
+
+def _encoded(state: BaseModel) -> bytes | None:
+    try:
+        return schema_of(type(state)).encode(state)
+    except NotSerialisable:
+        return None
+
+
+def _short(given: bytes | None) -> str:
+    return "one without a stored form" if given is None else shorten(given.decode(), 200, placeholder=" ...")
 
 
 def _as_returned(state: BaseModel, given: BaseModel) -> Any:

@@ -12,7 +12,6 @@ from pydantic import BaseModel
 
 from stroma._engine import Halt, execute
 from stroma._restore import check_committed, output_schema, restore
-from stroma._tasks import uninterrupted
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
@@ -308,9 +307,13 @@ class _Run:
     async def _open(self) -> None:
         ctx = self.ctx
         resume = ctx.config.resume or self.start is not None
-        session = await ctx.open(
-            self.initial, resume=resume, discard_from=self.start, accept=self._check_unchanged
-        )
+        try:
+            session = await ctx.open(
+                self.initial, resume=resume, discard_from=self.start, accept=self._check_unchanged
+            )
+        except asyncio.CancelledError:
+            await ctx.end(RunStatus.CANCELLED, None)  # The store may have begun it already.
+            raise
         self.continued = session.continued or self.start is not None
 
     def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
@@ -378,13 +381,7 @@ class _Run:
         """Close the record, build the result, tell the hooks: always, whichever way the run ended."""
         ctx = self.ctx
         result = ctx.build_result(status, self.state, failure)
-        cancelled = False
-        try:
-            pending = ctx.session.end(status.value, failure.message if failure is not None else None)
-            if pending is not None:
-                cancelled = await uninterrupted(pending)
-        except Exception:  # The commits are safe; only the run's last line is not.
-            ctx.run_logger.exception("the end of the run could not be recorded")
+        cancelled = await ctx.end(status, failure.message if failure is not None else None)
         if ctx.run_logger.isEnabledFor(logging.INFO):
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
         if ctx.fire.on_run_end is not None:

@@ -893,11 +893,11 @@ class TestFaults:
         with SQLiteStore(path) as store:
             await begin(store)
         with raw(path) as db:
-            db.execute("UPDATE meta SET v = '2' WHERE k = 'schema_version'")
+            db.execute("UPDATE meta SET v = '999' WHERE k = 'schema_version'")
         with SQLiteStore(path) as store:
             await commit(await begin(store), 0)
         with raw(path) as db:
-            db.execute("UPDATE meta SET v = '2' WHERE k = 'min_reader'")
+            db.execute("UPDATE meta SET v = '999' WHERE k = 'min_reader'")
         with SQLiteStore(path) as store:
             with pytest.raises(StoreError, match=r"written by a newer stroma .* upgrade stroma"):
                 await begin(store)

@@ -18,6 +18,7 @@ from stroma.checkpoint.journal import (
     RunRecord,
     RunRequest,
     Session,
+    StepCall,
     StoreError,
 )
 from stroma.checkpoint.manager import (
@@ -55,6 +56,7 @@ __all__ = [
     "RunRequest",
     "SQLiteStore",
     "Session",
+    "StepCall",
     "StoreError",
     "SyncRedisStore",
     "_resolve_schema",

@@ -23,8 +23,8 @@ T = TypeVar("T")
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
-_SCHEMA_VERSION: Final = 1  # what this release writes
-_MIN_READER: Final = 1  # the oldest version that can read what this release writes
+_SCHEMA_VERSION: Final = 2  # what this release writes
+_MIN_READER: Final = 2  # the oldest version that can read what this release writes
 
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
 # Inputs stand apart from runs: every commit writes the row of its run, and an input can be large.
@@ -49,7 +49,7 @@ _SCHEMA: Final = (
         id INTEGER PRIMARY KEY, run INTEGER NOT NULL, execution INTEGER NOT NULL, position INTEGER NOT NULL,
         branch TEXT NOT NULL, node_id TEXT NOT NULL, epoch INTEGER NOT NULL, attempt INTEGER NOT NULL,
         started_ns INTEGER NOT NULL, contract TEXT NOT NULL, schema_ref TEXT NOT NULL,
-        output BLOB NOT NULL, sha256 BLOB NOT NULL, UNIQUE (run, execution, position, branch))""",
+        output BLOB NOT NULL, sha256 BLOB NOT NULL, call INTEGER, given BLOB, UNIQUE (run, execution, position, branch))""",
     """CREATE TABLE attempts (
         run INTEGER, execution INTEGER, epoch INTEGER, position INTEGER, started_ns INTEGER, branch TEXT, attempt INTEGER,
         node_id TEXT NOT NULL, duration_ns INTEGER NOT NULL, outcome TEXT NOT NULL, failure_class TEXT, message TEXT,

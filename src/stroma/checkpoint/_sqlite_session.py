@@ -18,6 +18,7 @@ from stroma.checkpoint.journal import (
     PipelineChanged,
     PriorUsage,
     RunRequest,
+    StepCall,
 )
 from stroma.checkpoint.manager import schema_ref
 from stroma.schemas import Schema
@@ -52,13 +53,13 @@ _INPUT: Final = "SELECT contract, sha256 FROM inputs WHERE run = ? AND execution
 _CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms = ?, lease_owner = ?,
     lease_epoch = lease_epoch + 1 WHERE run = ?"""
 _DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
-_RESTORED: Final = """SELECT position, branch, node_id, contract, output, sha256 FROM steps
+_RESTORED: Final = """SELECT position, branch, node_id, contract, output, sha256, call, given FROM steps
     WHERE run = ? AND execution = ? AND position >= 0"""
 _ATTEMPT: Final = """INSERT INTO attempts (run, execution, epoch, position, started_ns, branch, attempt, node_id,
     duration_ns, outcome, failure_class, message, reason, tokens, output_tokens, cost_pico, model)
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 _STEP: Final = """INSERT OR REPLACE INTO steps (run, execution, position, branch, node_id, epoch, attempt, started_ns,
-    contract, schema_ref, output, sha256) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+    contract, schema_ref, output, sha256, call, given) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 # The fence: rows change only while this session is the last one that opened the run.
 _FENCE: Final = "WHERE run = ? AND lease_epoch = ? AND lease_owner = ?"
 _COUNT: Final = f"""UPDATE runs SET updated_ms = ?, tokens = tokens + ?, cost_pico = cost_pico + ?,
@@ -86,7 +87,9 @@ def save(db: sqlite3.Connection, run_id: str, node_id: str, contract: str, ref: 
     """Keep a state as the last one of a node, outside of any session."""
     run, execution, *_ = _find_run(db, run_id)
     sha = hashlib.sha256(data).digest()
-    db.execute(_STEP, (run, execution, SAVED, node_id, node_id, 0, 0, 0, contract, ref, data, sha))
+    db.execute(
+        _STEP, (run, execution, SAVED, node_id, node_id, 0, 0, 0, contract, ref, data, sha, None, None)
+    )
 
 
 class SqliteSession:
@@ -138,27 +141,36 @@ class SqliteSession:
             self.prior = PriorUsage(tokens, cost / PICO, latency / 1e6)
             # All at once: a statement that is left half read would hold its snapshot past the transaction.
             rows = db.execute(_RESTORED, (run, self.execution)).fetchall()
-            for position, _, node_id, _, output, output_sha in rows:
-                verify(output, output_sha, run_id, position, node_id)
+            for position, branch, node_id, _, output, output_sha, *_ in rows:
+                verify(output, output_sha, run_id, position, node_id, branch)
             # Refused, the operation is rolled back: neither the discarded commits nor the status are lost.
             self.restored = request.accepted(
-                {(row[0], row[1]): Committed(row[2], row[4], row[3]) for row in rows}
+                {
+                    (row[0], row[1]): Committed(
+                        row[2], row[4], row[3], None if row[6] is None else StepCall(row[6], row[7])
+                    )
+                    for row in rows
+                }
             )
         db.execute(_CLAIM, (now, owner, run))
         self._fence = (run, epoch + 1, owner)
 
-    def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> Awaitable[None]:
+    def record(
+        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> Awaitable[None]:
         """Keep one attempt and, with ``output``, its commit: together or not at all.
 
         Raises NotSerialisable at once; awaited: Fenced, or another StoreError. Repeating the call after an error is
         safe: an attempt that was kept all the same is not counted twice.
         """
         if output is None or schema is None:
-            return self._submit(partial(self._keep, row, None))
+            return self._submit(partial(self._keep, row, None, None))
         kept = (contract_of(row, schema), schema_ref(schema.model), schema.encode(output))
-        return self._submit(partial(self._keep, row, kept))
+        return self._submit(partial(self._keep, row, kept, call))
 
-    def _keep(self, row: Row, kept: tuple[str, str, bytes] | None, db: sqlite3.Connection) -> None:
+    def _keep(
+        self, row: Row, kept: tuple[str, str, bytes] | None, call: StepCall | None, db: sqlite3.Connection
+    ) -> None:
         run, epoch, _ = self._fence
         position, branch, attempt, started = row[POSITION], row[BRANCH], row[ATTEMPT], row[STARTED]
         failure, message, reason = row[FAILURE] or (None, None, None)
@@ -182,7 +194,7 @@ class SqliteSession:
         if kept is not None:
             sha = hashlib.sha256(kept[2]).digest()
             step = (run, self.execution, position, branch, row[NODE], epoch, attempt, started)
-            db.execute(_STEP, (*step, *kept, sha))
+            db.execute(_STEP, (*step, *kept, sha, *(call or (None, None))))
 
     def end(self, status: str, error: str | None) -> Awaitable[None]:
         """Note how the run stopped. Awaited: raises Fenced, or another StoreError."""
@@ -214,7 +226,7 @@ def _text(value: str | None) -> str | None:
     return value.encode("utf-8", "backslashreplace").decode()
 
 
-def verify(data: Any, sha: bytes, run_id: str, position: int, node_id: str) -> None:
+def verify(data: Any, sha: bytes, run_id: str, position: int, node_id: str, branch: str = "") -> None:
     """Raise CorruptCheckpoint, with the way out, if an output is not what was committed."""
     if intact(data, sha):
         return
@@ -222,9 +234,11 @@ def verify(data: Any, sha: bytes, run_id: str, position: int, node_id: str) -> N
         raise CorruptCheckpoint(
             f"the saved state of node {node_id!r} in run {run_id!r} is damaged; save it again"
         )
+    # Children of groups are no targets of a resume.
+    target = f"that node (resume_from={node_id!r})" if not branch else "the group around it (resume_from=)"
     raise CorruptCheckpoint(
-        f"the output of node {node_id!r} at position {position} of run {run_id!r} is damaged; resume from that node "
-        f"(resume_from={node_id!r}) to make it anew"
+        f"the output of node {node_id!r} at position {position} of run {run_id!r} is damaged; resume from {target} "
+        "to make it anew"
     )
 
 

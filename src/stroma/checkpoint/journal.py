@@ -32,6 +32,7 @@ __all__ = [
     "RunRecord",
     "RunRequest",
     "Session",
+    "StepCall",
     "StoreError",
 ]
 
@@ -151,13 +152,31 @@ class RunRequest(NamedTuple):
         return kept
 
 
+class StepCall(NamedTuple):
+    """What a resumed run knows a step of plain code by.
+
+    Attributes:
+        number: which call of its step id it is, 0-based.
+        given: its input in stored form; None if that has none, and so cannot be compared.
+    """
+
+    number: int
+    given: bytes | None
+
+
 @dataclass(frozen=True, slots=True)
 class Committed:
-    """One committed output, as it was kept. ``contract``: see :func:`stroma.trace.contract_of`."""
+    """One committed output, as it was kept.
+
+    Attributes:
+        contract: see :func:`stroma.trace.contract_of`.
+        step: of a step outside of any pipeline; None for the nodes of one.
+    """
 
     node_id: str
     output: Snapshot
     contract: str
+    step: StepCall | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,11 +202,14 @@ class Session(Protocol):
     restored: Mapping[tuple[int, str], Committed]
     prior: PriorUsage
 
-    def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> Awaitable[None] | None:
+    def record(
+        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> Awaitable[None] | None:
         """Keep one attempt and, with ``output``, its commit: together or not at all.
 
-        Returns None if it is done, else what to await. The engine never abandons that half-way.
-        Raises NotSerialisable at once for an output that cannot be kept.
+        Returns None if it is done, else what to await. The engine never abandons that half-way, not even when the
+        run is cancelled: it must come to an end by itself. Raises NotSerialisable at once for an output that cannot
+        be kept.
         """
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:

@@ -17,6 +17,7 @@ from stroma.checkpoint.journal import (
     PriorUsage,
     RunRequest,
     Session,
+    StepCall,
     StoreError,
 )
 from stroma.schemas import Schema
@@ -91,7 +92,9 @@ class _SimpleSession:
         self._store = store
         self._run_id = run_id
 
-    def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> Awaitable[None] | None:
+    def record(
+        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> Awaitable[None] | None:
         if output is None or schema is None:
             return None
         # The store may keep the object that it is given: give it one of its own.

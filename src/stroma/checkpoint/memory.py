@@ -9,7 +9,14 @@ from typing import cast
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.journal import Committed, CorruptCheckpoint, PipelineChanged, PriorUsage, RunRequest
+from stroma.checkpoint.journal import (
+    Committed,
+    CorruptCheckpoint,
+    PipelineChanged,
+    PriorUsage,
+    RunRequest,
+    StepCall,
+)
 from stroma.contracts import check_id
 from stroma.schemas import Schema, Snapshot, schema_of
 from stroma.trace import BRANCH, DURATION, NODE, OUTPUT, POSITION, USAGE, Row, contract_of
@@ -24,13 +31,14 @@ _Kept = tuple[str, Schema, Snapshot, str]  # of a node id: with what it is filed
 class _Run:
     """One run. ``kept`` holds what was committed by position or by (position, branch), and what the simple calls saved
     by node id; the newest last. Most entries are the very row of the trace: ``schemas`` says how to read its output.
-    ``spent`` holds the rows of all other attempts."""
+    ``spent`` holds the rows of all other attempts, ``calls`` which calls of plain code the commits were."""
 
     execution: int = 0
     input: Snapshot | None = None
     kept: dict[_Key, Row | _Kept] = field(default_factory=dict)
     schemas: dict[str, Schema] = field(default_factory=dict)
     spent: list[Row] = field(default_factory=list)
+    calls: dict[_Key, StepCall] = field(default_factory=dict)
     status: str = "RUNNING"
 
     def entries(self) -> Iterator[tuple[_Key, _Kept]]:
@@ -48,7 +56,17 @@ _NOTHING_SPENT = PriorUsage()
 
 
 class _MemorySession:
-    __slots__ = ("_kept", "_run", "_schemas", "_spent", "continued", "execution", "prior", "restored")
+    __slots__ = (
+        "_calls",
+        "_kept",
+        "_run",
+        "_schemas",
+        "_spent",
+        "continued",
+        "execution",
+        "prior",
+        "restored",
+    )
 
     restored: Mapping[tuple[int, str], Committed]
 
@@ -61,17 +79,18 @@ class _MemorySession:
             run.execution += 1
             # What was saved by hand belongs to no execution.
             run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str)} if run.kept else {}
-            run.spent, run.input = [], given
+            run.spent, run.calls, run.input = [], {}, given
             self.restored, self.prior = _NOTHING_RESTORED, _NOTHING_SPENT
         run.status = "RUNNING"
         self.execution = run.execution
         self._run, self._kept, self._spent, self._schemas = run, run.kept, run.spent, run.schemas
+        self._calls = run.calls
 
     def _continue(self, run: _Run, request: RunRequest, given: Snapshot) -> None:
         first = request.discard_from
         restored = request.accepted(
             {
-                _position(key): Committed(node_id, snapshot, contract)
+                _position(key): Committed(node_id, snapshot, contract, run.calls.get(key))
                 for key, (node_id, _, snapshot, contract) in reversed(list(run.entries()))
                 if not isinstance(key, str)
             }
@@ -94,12 +113,16 @@ class _MemorySession:
             sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
         )
 
-    def record(self, row: Row, schema: Schema | None, output: BaseModel | None) -> None:
+    def record(
+        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> None:
         if schema is None or output is None:
             self._spent.append(row)
             return
         branch = row[BRANCH]
         key = (row[POSITION], branch) if branch else row[POSITION]
+        if call is not None:
+            self._calls[key] = call
         kind = type(row[OUTPUT])
         if (kind is tuple or kind is bytes) and self._schemas.setdefault(row[NODE], schema) is schema:
             self._kept[key] = row

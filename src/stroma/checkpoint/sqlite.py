@@ -292,7 +292,7 @@ def _attempt_record(run_id: str, row: Any) -> AttemptRecord:
     position, branch, node_id, attempt, started, duration, outcome, failure, message, reason = facts[:10]
     tokens, output_tokens, cost, model = facts[10:]
     if output is not None:
-        verify(output, sha, run_id, position, node_id)
+        verify(output, sha, run_id, position, node_id, branch)
     return AttemptRecord(
         position=position,
         branch=branch,
