@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
-from pydantic import BaseModel
+from pydantic import BaseModel, EncodedBytes, EncodedStr
+from pydantic_core import SchemaValidator
 
 __all__ = [
     "CLOSED",
     "FLAT_LEAVES",
     "JSON_LEAVES",
     "MODELS",
+    "ambiguous",
     "core_schema_of",
+    "decodes",
     "field_nodes",
+    "foreign",
+    "is_strict",
     "nodes_of",
     "plain_json",
     "reachable",
+    "restless",
+    "validator_without",
 ]
 
 JSON_LEAVES: Final = frozenset({"str", "int", "bool", "none", "literal"})
@@ -74,8 +81,10 @@ def nodes_of(schema: Any) -> Iterator[dict[str, Any]]:
         if isinstance(item, dict):
             if isinstance(item.get("type"), str):
                 yield item
-            # These hold callables and schemas that validate nothing ("function" has a "type" of its own).
-            stack.extend(v for k, v in item.items() if k not in _NO_SCHEMAS)
+                # These hold callables and schemas that validate nothing ("function" has a "type" of its own).
+                stack.extend(v for k, v in item.items() if k not in _NO_SCHEMAS)
+            else:  # Nodes by the name of a field, which may be any.
+                stack.extend(item.values())
         elif isinstance(item, (list, tuple)):
             stack.extend(item)
 
@@ -106,13 +115,17 @@ def field_nodes(core: Any, model: type[BaseModel], name: str) -> Iterator[dict[s
                 yield node["schema"]
 
 
-def reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> set[str]:
+def reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> tuple[set[str], frozenset[type]]:
+    """The types of all nodes that a value of the field can meet, and the classes among them that have fields."""
     kinds: set[str] = set()
+    classes: set[type] = set()
     seen: set[str] = set()
     todo = [field]
     while todo:
         for node in nodes_of(todo.pop()):
             kinds.add(node["type"])
+            if node["type"] in ("model", "dataclass"):
+                classes.add(node["cls"])
             ref = node.get("schema_ref")
             if isinstance(ref, str) and ref not in seen:
                 seen.add(ref)
@@ -120,4 +133,70 @@ def reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> set[
                     todo.append(defs[ref])
                 else:
                     kinds.add("model")
-    return kinds
+    return kinds, frozenset(classes)
+
+
+def ambiguous(node: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> bool:
+    """Whether a union may take what one of its classes was taken apart to for something else."""
+    if node["type"] != "union":
+        return False
+    choices = [choice[0] if isinstance(choice, tuple) else choice for choice in node["choices"]]
+    kinds = [reachable(choice, defs)[0] for choice in choices]
+    return sum(not k <= FLAT_LEAVES | {"nullable"} for k in kinds) > 1 and any(k & MODELS for k in kinds)
+
+
+def is_strict(node: dict[str, Any]) -> bool:
+    return bool(node.get("strict") or (node.get("config") or {}).get("strict"))
+
+
+# ---------------------------------------------------------------------- validators that a value meets again
+
+
+def decodes(node: dict[str, Any]) -> bool:
+    """Whether it turns text into what the text says: its own output is no input for it."""
+    if node["type"] == "json":
+        return True
+    owner = getattr(_function(node), "__self__", None)
+    return isinstance(owner, (EncodedBytes, EncodedStr))
+
+
+def foreign(node: dict[str, Any]) -> bool:
+    """Whether it calls a function that is not pydantic's own: it may change a value each time it sees it."""
+    function = _function(node)
+    return function is not None and not str(getattr(function, "__module__", None)).startswith("pydantic.")
+
+
+def _function(node: dict[str, Any]) -> Any:
+    found = node["function"].get("function") if node["type"].startswith("function-") else None
+    # A class that is called makes an instance, of the same value each time.
+    return None if isinstance(found, type) else found
+
+
+def restless(node: dict[str, Any]) -> bool:
+    """Whether a value that it has validated may be changed or refused by it the next time."""
+    return bool(decodes(node) or foreign(node) or node.get("custom_init") or node.get("post_init"))
+
+
+def validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> SchemaValidator:
+    """A validator of the same schema without some of its nodes; what is inside them stays."""
+    schema = _without(core, left_out)
+    try:
+        # The validators that nested classes have already hold those nodes.
+        return SchemaValidator(schema, _use_prebuilt=False)
+    except TypeError:  # pydantic before 2.12: nested classes keep them.
+        return SchemaValidator(schema)
+
+
+def _without(item: Any, left_out: Callable[[dict[str, Any]], bool]) -> Any:
+    if type(item) is list or type(item) is tuple:
+        return type(item)(_without(part, left_out) for part in item)
+    if not isinstance(item, dict):
+        return item
+    if not isinstance(item.get("type"), str):
+        return {k: _without(v, left_out) for k, v in item.items()}
+    while left_out(item):
+        inner = item.get("schema", {"type": "any"})
+        item = {**inner, "ref": item["ref"]} if "ref" in item else inner
+    return {
+        k: v if k in _NO_SCHEMAS else _without(v, left_out) for k, v in item.items() if k != "custom_init"
+    }

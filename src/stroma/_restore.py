@@ -38,7 +38,7 @@ async def restore(
         ctx, node, schema, committed, position, branch, None if parent is None else parent.node_id
     )
     try:
-        model = schema.restore(committed.output)
+        model = schema.trust(schema.restore(committed.output))
     except Exception as error:
         target = node.node_id
         while parent is not None:  # Children of groups are no targets of a resume.

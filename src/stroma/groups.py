@@ -77,7 +77,7 @@ def map_over(field: str, node: Any, *, into: str, max_concurrency: int | None = 
         return _with_list(group.node_id, type(value), into, item)
 
     async def run(ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
-        state = schema_of(type(value)).fields(value)
+        state = schema_of(type(value)).values(value)
         jobs = [(child, _item_state(ctx, child, item)) for item in _items(value, field)]
         outputs = await _side_by_side(ctx, execution, jobs, limit, "item")
         return {**state, into: [_item_value(out) for out in outputs]}
@@ -127,7 +127,7 @@ async def _side_by_side(
         if isinstance(outcome, Halt):
             stopped.append(outcome)
             # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
-            if stopped[0].failure.reason != "budget":
+            if not stopped[0].spent:
                 raise GroupStopped(outcome)
             return None
         return outcome
@@ -207,7 +207,9 @@ def _contents(output: Any) -> dict[str, Any]:
     if isinstance(output, Kept):
         output = output.root
     if isinstance(output, BaseModel):
-        return schema_of(type(output)).state(output)
+        schema = schema_of(type(output))
+        values = schema.values(output)
+        return values["root"] if schema.root and isinstance(values["root"], dict) else values
     if isinstance(output, dict):
         return output
     raise TypeError(
@@ -216,7 +218,7 @@ def _contents(output: Any) -> dict[str, Any]:
 
 
 def _item_value(output: BaseModel) -> Any:
-    return output.root if isinstance(output, Kept) else schema_of(type(output)).raw(output)
+    return output.root if isinstance(output, Kept) else schema_of(type(output)).clone(output)
 
 
 def _output_class(ctx: ReliabilityContext, node: Node | Group, value: BaseModel) -> type[BaseModel]:

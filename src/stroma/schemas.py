@@ -7,78 +7,63 @@ Everything here is decided once per class, from pydantic's own core schema, and 
 * all others are stored in a tagged JSON encoding of ours, so that what comes back equals what was stored.
 
 Values are taken apart by *field name*, never through serializers: an alias, a computed field or a lossy
-``field_serializer`` must not change what the next node receives.
+``field_serializer`` must not change what the next node receives. A model inside a model crosses as an instance, each
+validated by its own class: taken apart to a dict, a subclass would come out as the class that its field declares.
+
+A class that calls functions of the user's, or decodes text (``Json``, ``Base64Str``), may change or refuse its own output.
+Where it meets that again, it meets it without its decoders; where it validated the very object itself, not at all; and
+what is stored is read back before it is promised, and marked if only the schema without those functions reads it.
 """
 
 from __future__ import annotations
 
-import copy
 import dataclasses
-import datetime as dt
-import decimal
-import enum
 import functools
 import hashlib
 import json
 import math
 import operator
-import pathlib
 import re
-import uuid
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
+from weakref import WeakValueDictionary
 
 import pydantic_core
-from pydantic import BaseModel, SecretBytes, SecretStr
+from pydantic import BaseModel, ValidationError
 
 from stroma._core_schema import (
     CLOSED,
     FLAT_LEAVES,
     JSON_LEAVES,
     MODELS,
+    ambiguous,
     core_schema_of,
+    decodes,
     field_nodes,
+    foreign,
+    is_strict,
     nodes_of,
     plain_json,
     reachable,
+    restless,
+    validator_without,
 )
 from stroma._encoding import NotSerialisable, tag, untag
+from stroma._values import classes_in, holds_record, isolate, renew_dataclass, walk, with_records
 
 __all__ = ["NotSerialisable", "Schema", "Snapshot", "schema_of"]
 
 #: What a trace or a store keeps of a state: the values of a flat one, the bytes of any other, or, where no
-#: encoding exists, a private copy of the fields. See :meth:`Schema.snapshot`.
-Snapshot = tuple[Any, ...] | bytes | dict[str, Any]
-
-
-_ATOMS: Final = frozenset(
-    {
-        str,
-        int,
-        bool,
-        float,
-        type(None),
-        bytes,
-        complex,
-        decimal.Decimal,
-        uuid.UUID,
-        dt.date,
-        dt.time,
-        dt.datetime,
-        dt.timedelta,
-        SecretStr,
-        SecretBytes,
-        re.Pattern,
-        pathlib.PurePosixPath,
-        pathlib.PosixPath,
-    }
-)
+#: encoding exists, a private copy of it. See :meth:`Schema.snapshot`.
+Snapshot = tuple[Any, ...] | bytes | dict[str, Any] | BaseModel
 
 _LONG_INT: Final = 4300
 _TOO_LONG: Final = re.compile(rb"\d{%d}" % _LONG_INT)
 #: Starts a stored value in our tagged encoding; a plain JSON object never does.
 _TAGGED: Final = b'["stroma/1",'
+#: Ends one that is read back without functions and strictness; see Schema._settle.
+_SETTLED: Final = b',"settled"]'
 
 
 class Schema:
@@ -86,21 +71,31 @@ class Schema:
 
     __slots__ = (
         "__dict__",  # for the fingerprint, which few need
+        "_accepts",
+        "_ambiguous",
+        "_anew",
         "_bare",
         "_by_name",
+        "_careful",
+        "_changing",
         "_computed",
         "_deep",
         "_excluded",
         "_extra",
+        "_fast",
         "_floats",
+        "_given",
         "_json",
+        "_nested",
         "_opaque",
         "_quiet",
         "_rebuild",
+        "_revalidates",
         "_shares",
         "_size",
         "_source",
         "_source_model",
+        "_strict",
         "_to_json",
         "_values",
         "any",
@@ -151,6 +146,8 @@ class Schema:
         self.any = self.root and kinds <= {"model", "any"}
         self._bare = self.flat and not self._computed
         own_code = any(node.get("custom_init") or node.get("post_init") for node in nodes)
+        #: Instances must be made anew, by validation: copies would share what is private, or keep what is excluded.
+        self._anew = own_code or any("serialization_exclude" in node for node in nodes)
         self._quiet = not own_code and not any(kind.startswith("function") for kind in kinds)
         self._quiet &= not _overrides_validation(model)
         custom = (
@@ -163,20 +160,33 @@ class Schema:
         )
         structural = CLOSED - (FLAT_LEAVES - JSON_LEAVES) - {"set", "frozenset", "tuple", "dataclass"}
         custom = custom or not all(map(plain_json, nodes))
-        self._json = simple and not custom and not self._open_subclass(nodes) and kinds <= structural
+        self._json = simple and not custom and kinds <= structural
         self._floats = simple and self.flat and not custom and kinds <= structural | {"float"}
         self._to_json = model.__pydantic_serializer__.to_json
         self._opaque: dict[str, bool] = {}
         self._deep: tuple[str, ...] = ()
+        #: Per field, the classes that its schema names: a value of one of them crosses as an instance.
+        self._accepts: dict[str, frozenset[type]] = {}
         self._shares = self._extra or not kinds <= CLOSED
         if not self.flat:
             self._sort_fields(core)
-        self.validate: Final = self._make_validate()
-
-    @staticmethod
-    def _open_subclass(nodes: list[dict[str, Any]]) -> bool:
-        # pydantic serialises a nested model by its *declared* class and would drop a subclass's own fields.
-        return any(node["type"] == "model" and node["cls"].__subclasses__() for node in nodes[1:])
+        #: The classes of the values inside: one of a subclass would be stored as its parent.
+        self._nested: frozenset[type] = frozenset().union(*self._accepts.values())
+        self._revalidates = model.model_config.get("revalidate_instances") == "always"
+        defs = {node["ref"]: node for node in nodes if "ref" in node}
+        #: Why a stored form must be read back to know that it says the same.
+        self._changing = any(map(restless, nodes)) or _overrides_validation(model)
+        self._ambiguous = any(ambiguous(node, defs) for node in nodes)
+        self._strict = any(map(is_strict, nodes))
+        #: What this class validated and nobody else has, by id: it needs no validation to cross. None: not noted.
+        self._given: WeakValueDictionary[int, BaseModel] | None = None
+        if (self._changing or self._nested) and model.__weakrefoffset__:
+            self._given = WeakValueDictionary()
+            self._bare = False
+        #: Whether a boundary has nothing to do but to validate, and to take the tuple of the values.
+        self._careful = self._shares or bool(self._nested)
+        self._fast = self.flat and self._given is None
+        self.validate: Final = self._make_validate(core, any(map(decodes, nodes)))
 
     def _sort_fields(self, core: Any) -> None:
         """Which fields need a recursive copy, and which hold values that no schema describes."""
@@ -186,7 +196,7 @@ class Schema:
         defs = {n["ref"]: n for n in nodes_of(core) if "ref" in n}
         for name in self.names:
             field = next((n for n in field_nodes(core, self.model, name)), None)
-            kinds = reachable(field, defs) if field is not None else {"any"}
+            kinds, classes = reachable(field, defs) if field is not None else ({"any"}, frozenset[type]())
             if (
                 kinds
                 <= FLAT_LEAVES
@@ -203,18 +213,35 @@ class Schema:
             deep.append(name)
             # A model held by an undescribed field stays the instance that it is; elsewhere it is taken apart.
             self._opaque[name] = bool(kinds - CLOSED) and not kinds & MODELS
+            self._accepts[name] = classes
         self._deep = tuple(deep)
 
-    def _make_validate(self) -> Callable[[Any], BaseModel]:
+    def _make_validate(self, core: Any, decoding: bool) -> Callable[[Any], BaseModel]:
+        """How a value is validated; and, as ``_rebuild``, the values of the fields of this very class."""
         model = self.model
         self._rebuild: Callable[[Any], BaseModel] = lambda raw: self.validate(raw)
         if _overrides_validation(model):
             return model.model_validate
         run = self.validator.validate_python
+        again = validator_without(core, decodes).validate_python if decoding else run
         if self._by_name:
-            self._rebuild = lambda raw: cast("BaseModel", run(raw, by_alias=False, by_name=True))
+            self._rebuild = lambda raw: cast("BaseModel", again(raw, by_alias=False, by_name=True))
             return lambda raw: cast("BaseModel", run(raw, by_alias=True, by_name=True))
+        if decoding:
+            self._rebuild = again
         return run
+
+    @functools.cached_property
+    def _settle(self) -> Callable[[Any], BaseModel]:
+        """Makes a model of field values that this class has validated before, exactly as they are.
+
+        The schema is the same, without what would refuse or change them now: functions, decoders, strictness.
+        """
+        validator = validator_without(core_schema_of(self.model), lambda node: decodes(node) or foreign(node))
+        run = validator.validate_python
+        if self._by_name:
+            return lambda raw: cast("BaseModel", run(raw, strict=False, by_alias=False, by_name=True))
+        return lambda raw: cast("BaseModel", run(raw, strict=False))
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -237,18 +264,37 @@ class Schema:
         values = model.__dict__
         if self.flat and len(values) == self._size:
             return values.copy()
-        out = {
-            k: v for k, v in values.items() if k in model.__class__.model_fields and k not in self._excluded
-        }
+        out = self._shallow(model)
         for name in self._deep:
             if name in out:
-                out[name] = _isolate(out[name]) if self._opaque[name] else _plain(out[name])
+                out[name] = isolate(out[name]) if self._opaque[name] else _plain(out[name])
+        return out
+
+    def _shallow(self, model: BaseModel) -> dict[str, Any]:
+        names = model.__class__.model_fields
+        out = {k: v for k, v in model.__dict__.items() if k in names and k not in self._excluded}
         if self._extra and model.__pydantic_extra__:
-            out.update({k: _isolate(v) for k, v in model.__pydantic_extra__.items()})
+            out.update({k: isolate(v) for k, v in model.__pydantic_extra__.items()})
+        return out
+
+    def values(self, model: BaseModel) -> dict[str, Any]:
+        """The same, but that models and dataclasses inside stay what they are, as copies."""
+        return self._hand(model, self, _twin)
+
+    def _hand(self, model: BaseModel, target: Schema, renew: Callable[[Any], Any]) -> dict[str, Any]:
+        """The field values for another schema: instances, renewed, where its fields name their classes, else dicts."""
+        out = self._shallow(model)
+        for name in self._deep:
+            if name in out:
+                out[name] = (
+                    isolate(out[name])
+                    if self._opaque[name]
+                    else _hand(out[name], self._accepts[name], target._accepts.get(name, _NONE), renew)
+                )
         return out
 
     def raw(self, model: BaseModel) -> Any:
-        """What :meth:`validate` accepts to rebuild the same model: the fields, or the value of a root model."""
+        """The fields as a dict, or the value of a root model."""
         fields = self.fields(model)
         return fields["root"] if self.root else fields
 
@@ -266,9 +312,38 @@ class Schema:
             return model
         # Copied, not validated again: a validator that changes values would change them twice.
         values = model.__dict__
-        update = {name: _isolate(values[name]) for name in self._deep if name in values}
-        update.update({k: _isolate(v) for k, v in (model.__pydantic_extra__ or {}).items()})
+        update = {name: isolate(values[name]) for name in self._deep if name in values}
+        update.update({k: isolate(v) for k, v in (model.__pydantic_extra__ or {}).items()})
         return model.model_copy(update=update)
+
+    def clone(self, model: BaseModel) -> BaseModel:
+        """An exact copy of a validated model that shares nothing mutable with it.
+
+        Not validated again, so that no validator changes it. Only a class with code of its own in the making of
+        instances, or with excluded fields, is made anew first, and may raise what validators raise.
+        """
+        if self._anew:
+            fields = self.values(model)
+            twin = self._receive(model, self, fields)
+            vars(twin).update({name: fields[name] for name in self.names if name in fields})
+            return twin
+        values = model.__dict__
+        update = {
+            n: isolate(values[n]) if self._opaque[n] else walk(values[n], _twin)
+            for n in self._deep
+            if n in values
+        }
+        update.update({k: isolate(v) for k, v in (model.__pydantic_extra__ or {}).items()})
+        return model.model_copy(update=update)
+
+    def trust(self, model: BaseModel) -> BaseModel:
+        """Note that this class made the model and that nobody else holds it: it crosses unchanged."""
+        if self._given is not None:
+            self._given[id(model)] = model
+        return model
+
+    def _trusts(self, model: BaseModel) -> bool:
+        return self._given is not None and self._given.get(id(model)) is model
 
     def copy(self, model: BaseModel) -> BaseModel:
         """A copy without validation, for nodes without a contract."""
@@ -283,7 +358,21 @@ class Schema:
         Raises pydantic's ValidationError.
         """
         source = schema_of(type(value))
-        raw = source.raw(value)
+        renew = _renewed
+        if source._trusts(value):
+            if source is self:
+                return self.clone(value)
+            renew = _twin
+        try:
+            fields = source._hand(value, self, renew)
+        except ValidationError:
+            # An invalid model inside. Taken apart, it is refused in the words of the whole: where it is, too.
+            self._receive(value, source, source.fields(value))
+            raise
+        return self._receive(value, source, fields)
+
+    def _receive(self, value: BaseModel, source: Schema, fields: dict[str, Any]) -> BaseModel:
+        raw = fields["root"] if source.root else fields
         if source._computed and source is not self and isinstance(raw, dict):
             # A computed field counts as a field for the next node if that node has a field of its name.
             for name in source._computed & frozenset(self.names):
@@ -313,12 +402,26 @@ class Schema:
         if type(output) is not dict and isinstance(output, BaseModel) and not self.any:
             model = self.cross(output)
         else:
-            model = self.validate(output)
-            if self._shares:
-                model = self.own(model)
-        if self.flat and compact:
+            model = self._admit(output) if self._careful else self.validate(output)
+        if self._fast and compact:
             return model, self._values(model.__dict__)
+        self.trust(model)
         return model, self.snapshot(model) if compact else self.state(model)
+
+    def _admit(self, output: Any) -> BaseModel:
+        """Validate what a node returned: pydantic takes the instances in it as they are, unvalidated and shared."""
+        if not self._nested or type(output) is not dict or not holds_record(output):
+            return self.own(self.validate(output))
+
+        def renew(value: Any) -> Any:
+            return _renewed(value) if self._nested.intersection(type(value).__mro__) else value
+
+        try:
+            renewed = with_records(output, renew)
+        except ValidationError:  # As in cross().
+            self.validate(_plain(output))
+            raise
+        return self.own(self.validate(renewed))
 
     def _remember(self, model: type[BaseModel]) -> Schema:
         self._source_model, self._source = model, schema_of(model)
@@ -336,6 +439,10 @@ class Schema:
         try:
             return self.encode(model)
         except NotSerialisable:
+            pass
+        try:
+            return self.clone(model)
+        except Exception:  # It was not validated, and would not pass.
             return self.state(model)
 
     def thaw(self, snapshot: Snapshot) -> dict[str, Any]:
@@ -348,27 +455,39 @@ class Schema:
                 raw = untag(raw[1])
             if b'{"$c":' in snapshot:  # Only the validator knows the class.
                 try:
-                    return self.state(self._rebuild(raw))
+                    return self.state(self.decode(snapshot))
                 except Exception:  # One that refuses its own output must not make the trace unreadable.
                     pass
             return raw if isinstance(raw, dict) else {"root": raw}
-        return self.thaw_dict(snapshot)
+        return self.state(snapshot) if isinstance(snapshot, BaseModel) else self.thaw_dict(snapshot)
 
     @staticmethod
     def thaw_dict(snapshot: dict[str, Any]) -> dict[str, Any]:
         """A snapshot that was kept as a dict, as a dict of its own."""
-        return cast("dict[str, Any]", _isolate(snapshot))
+        return cast("dict[str, Any]", isolate(snapshot))
 
     def restore(self, snapshot: Snapshot) -> BaseModel:
-        """The model of a snapshot, revalidated."""
+        """The model of a snapshot, equal to the one that it was taken of."""
         if isinstance(snapshot, bytes):
             return self.decode(snapshot)
-        raw = self.thaw(snapshot)
-        # A root model whose root is a dict is its own state.
-        return self._rebuild(raw["root"] if self.root and isinstance(snapshot, tuple) else raw)
+        if isinstance(snapshot, BaseModel):
+            return self.clone(snapshot)
+        model = self._rebuild(self.thaw(snapshot))
+        if isinstance(snapshot, tuple) and not self._quiet:
+            vars(model).update(zip(self.names, snapshot, strict=True))  # Validators may have changed them.
+        return model
 
     def encode(self, model: BaseModel) -> bytes:
         """The stored form: UTF-8 JSON. Raises NotSerialisable, naming the field."""
+        data = self._write(model)
+        # Subclasses are asked for each time: one may be defined at any time.
+        if self._ambiguous or b'{"$c":' in data or (self._nested and any(map(_SUBCLASSES, self._nested))):
+            return self._proven(model, data, True)
+        if self._changing or (self._strict and data.startswith(_TAGGED)):
+            return self._proven(model, data, False)
+        return data
+
+    def _write(self, model: BaseModel) -> bytes:
         if self._json or (self._floats and all(map(_finite, model.__dict__.values()))):
             try:
                 data = self._to_json(model, by_alias=False)
@@ -376,13 +495,12 @@ class Schema:
                     return data
             except pydantic_core.PydanticSerializationError:
                 pass  # A lone surrogate, say: the tagged encoding knows it.
+        return self._tagged(model) + b"]"
+
+    def _tagged(self, model: BaseModel) -> bytes:
         raw = self.raw(model)
         try:
-            data = (
-                _TAGGED
-                + json.dumps(tag(raw, (self.model.__name__,), _plain), separators=(",", ":")).encode()
-                + b"]"
-            )
+            text = json.dumps(tag(raw, (self.model.__name__,), _plain), separators=(",", ":"))
         except RecursionError:
             deep = self._unwritable(raw)
             raise NotSerialisable(
@@ -392,9 +510,7 @@ class Schema:
             raise NotSerialisable(
                 f"{self._unwritable(raw)} cannot be serialised: {error}; keep it smaller"
             ) from None
-        if b'{"$c":' in data:
-            self._refuse_lost_classes(model, data)
-        return data
+        return _TAGGED + text.encode()
 
     def _unwritable(self, raw: Any) -> str:
         """The first field that cannot be written down, for its depth or its digits."""
@@ -407,43 +523,79 @@ class Schema:
                 return f"{self.model.__name__}.{name}"
         return self.model.__name__
 
-    def _refuse_lost_classes(self, model: BaseModel, data: bytes) -> None:
-        # Under a declared field the validator rebuilds an enum, a path, a model; under `Any` nothing can.
-        for name, before in self.fields(model).items():
+    def _proven(self, model: BaseModel, data: bytes, classes: bool) -> bytes:
+        """A stored form that was read back and found the same; raises NotSerialisable, naming the field."""
+        problem: NotSerialisable | None = None
+        for settled in (False, True):
+            stored = self._tagged(model) + _SETTLED if settled else data
             try:
-                after = self.fields(self.decode(data)).get(name)
-            except Exception:  # A strict class wants the instance, and data holds none.
-                after = _LOST
-            if (
-                after is _LOST
-                or type(after) is not type(before)
-                or tag(after, (), _plain) != tag(before, (), _plain)
-            ):
-                kind = type(before).__name__
-                raise NotSerialisable(
-                    f"{self.model.__name__}.{name} cannot be serialised: its {kind} would come back as another type; "
-                    "declare the field with the class it holds"
+                back = self.decode(stored)
+                # If no class is in question, what is written says all about a value.
+                found = None if not classes and self._write(back) == data else self._difference(model, back)
+            except Exception as error:  # A strict class wants the instance, say, and data holds none.
+                problem = problem or self._unreadable(model, error)
+            else:
+                if found is None:
+                    return stored
+                problem = found
+        assert problem is not None
+        raise problem
+
+    def _difference(self, model: BaseModel, back: BaseModel) -> NotSerialisable | None:
+        """What is wrong with a model that was read back."""
+        before, after = self.fields(model), self.fields(back)
+        extra_before, extra_after = model.__pydantic_extra__ or {}, back.__pydantic_extra__ or {}
+        for name, value in before.items():
+            was = classes_in(model.__dict__.get(name, extra_before.get(name)))
+            now = classes_in(back.__dict__.get(name, extra_after.get(name)))
+            for kind, other in zip(was, now, strict=False):
+                if kind is not other:
+                    return NotSerialisable(
+                        f"{self.model.__name__}.{name} cannot be serialised: its {kind.__name__} would come back as "
+                        f"{other.__name__}; declare the field with the class it holds, or as a discriminated union"
+                    )
+            if name not in after or tag(value, (name,), _plain) != tag(after[name], (name,), _plain):
+                return NotSerialisable(
+                    f"{self.model.__name__}.{name} cannot be serialised: it would come back as another value; "
+                    "let its validators leave alone what they have returned"
                 )
+        return None
+
+    def _unreadable(self, model: BaseModel, error: Exception) -> NotSerialisable:
+        where: tuple[Any, ...] = ()
+        if isinstance(error, ValidationError):
+            first = error.errors(include_url=False, include_input=False, include_context=False)[0]
+            where, error = first["loc"], ValueError(first["msg"])
+        else:
+            for name, value in self.fields(model).items():
+                try:
+                    untag(tag(value, (name,), _plain))
+                except Exception:
+                    where = (name,)
+                    break
+        return NotSerialisable(
+            f"{'.'.join(map(str, (self.model.__name__, *where)))} cannot be serialised: it would not be read back "
+            f"({error}); declare the field with the class it holds, and keep models out of sets and keys"
+        )
 
     def decode(self, data: bytes) -> BaseModel:
         """Read back what :meth:`encode` wrote, validated by this class. Nothing stored names a class.
 
         Raises pydantic's ValidationError or ValueError for data that is not ours.
         """
-        raw = self._parse(data)
-        return raw if isinstance(raw, BaseModel) else self._rebuild(raw)
-
-    def _parse(self, data: bytes) -> Any:
         if data.startswith(_TAGGED):
-            return untag(json.loads(data)[1])
-        return (
+            _, raw, *settled = json.loads(data)
+            return (self._settle if settled else self._rebuild)(untag(raw))
+        model: BaseModel = (
             self.validator.validate_json(data, by_alias=False, by_name=True)
             if self._by_name
-            else (self.validator.validate_json(data))
+            else self.validator.validate_json(data)
         )
+        return model
 
 
-_LOST: Final = object()
+_NONE: Final[frozenset[type]] = frozenset()
+_SUBCLASSES: Final = operator.methodcaller("__subclasses__")
 
 
 def _strip(shape: Any) -> None:
@@ -490,29 +642,42 @@ def _finite(value: Any) -> bool:
 
 def _plain(value: Any) -> Any:
     """A copy in which models and dataclasses are dicts of their fields."""
-    kind = type(value)
-    if kind in _ATOMS:
-        return value
-    if kind is list:
-        return [_plain(v) for v in value]
-    if kind is dict:
-        return {k: _plain(v) for k, v in value.items()}
-    if kind is tuple or kind is set or kind is frozenset:
-        if kind is not tuple and not all(type(v) in _ATOMS for v in value):
-            return _isolate(value)  # A dict cannot stand in a set.
-        return kind(_plain(v) for v in value)
+    return walk(value, _apart)
+
+
+def _apart(value: Any) -> Any:
     if isinstance(value, BaseModel):
-        return schema_of(kind).raw(value)
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
-    return _isolate(value)
+        return schema_of(type(value)).raw(value)
+    return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
 
 
-def _isolate(value: Any) -> Any:
-    """A deep copy where one can be made; what cannot be copied (a lock, a client) is shared."""
-    if type(value) in _ATOMS or isinstance(value, enum.Enum):
-        return value
-    try:
-        return copy.deepcopy(value)
-    except Exception:
-        return value
+def _twin(value: Any) -> Any:
+    """A copy of a model or dataclass as it is."""
+    return schema_of(type(value)).clone(value) if isinstance(value, BaseModel) else isolate(value)
+
+
+def _renewed(value: Any) -> Any:
+    """A model or dataclass validated again from its field values, as one of its own class."""
+    if not isinstance(value, BaseModel):
+        return renew_dataclass(value, lambda inner: walk(inner, _renewed))
+    schema = schema_of(type(value))
+    # pydantic itself validates it again, which is once already.
+    return _twin(value) if schema._revalidates else schema.cross(value)
+
+
+def _hand(
+    value: Any, declared: frozenset[type], accepted: frozenset[type], renew: Callable[[Any], Any]
+) -> Any:
+    def record(value: Any) -> Any:
+        kinds = type(value).__mro__
+        if not accepted.isdisjoint(kinds):
+            return renew(value)
+        if declared.isdisjoint(kinds):
+            return isolate(value)  # Under `Any`: it stays what it is.
+        if not isinstance(value, BaseModel):
+            return {f.name: walk(getattr(value, f.name), record) for f in dataclasses.fields(value) if f.init}
+        schema = schema_of(type(value))
+        fields = {k: walk(v, record) for k, v in schema._shallow(value).items()}
+        return fields["root"] if schema.root else fields
+
+    return walk(value, record)
