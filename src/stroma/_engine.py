@@ -50,6 +50,7 @@ from stroma.trace import NO_USAGE, Row, RunStatus
 __all__ = ["GroupStopped", "Halt", "execute"]
 
 _NO_RETRIES: Final = FailurePolicy(max_retries=0, backoff_seconds=0.0)
+_SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
 
 
@@ -60,11 +61,14 @@ class Halt:
     Attributes:
         failure: what stopped it.
         output: what was committed all the same, by an attempt that took the run over its budget.
+        partial: trying again later may help, whatever the class says.
+        spent: a limit of this run is crossed (and not only one of a run inside the node).
     """
 
     failure: Failure
     output: BaseModel | None = None
     partial: bool = False
+    spent: bool = False
 
     @property
     def status(self) -> RunStatus:
@@ -131,9 +135,11 @@ async def execute(
     if step is not None:
         run.step = step
     token = CURRENT.set(run)
+    attempt = 0  # Kept here: what hooks can reach decides nothing.
     try:
         while True:
-            run.attempt += 1
+            attempt += 1
+            run.attempt = attempt
             if ctx.limits:
                 exceeded = _exceeded(ctx, run)
                 if exceeded is not None:
@@ -142,17 +148,17 @@ async def execute(
             outcome = await _attempt(ctx, run, node, plan, value, cancelling)
             if not isinstance(outcome, Failure):
                 return outcome
-            decision = _decide(ctx, run, node, outcome)
+            decision = _decide(ctx, run, node, outcome, attempt)
             if isinstance(decision, Stop):
                 ctx.run_logger.info("node %r stopped: %s", node.node_id, decision.why)
-                return Halt(outcome)
+                return Halt(outcome, spent=decision is _SPENT)
             delay = decision.delay_seconds
             run.last_failure = outcome
             run.counted = NO_USAGE
             if ctx.fire.on_node_retry is not None:
-                arguments = (ctx.run_id, node.node_id, run.attempt + 1, delay, outcome.failure_class)
+                arguments = (ctx.run_id, node.node_id, attempt + 1, delay, outcome.failure_class)
                 await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)  # noqa: B023
-            ctx.run_logger.info("node %r: attempt %d follows in %.3f s", node.node_id, run.attempt + 1, delay)
+            ctx.run_logger.info("node %r: attempt %d follows in %.3f s", node.node_id, attempt + 1, delay)
             await sleep(delay)
             task = asyncio.current_task()
             cancelling = task.cancelling() if task is not None else 0
@@ -203,20 +209,20 @@ def _plan(
 
 
 def _decide(
-    ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, failure: Failure
+    ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, failure: Failure, attempt: int
 ) -> Retry | Stop:
     if ctx.limits and ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) is not None:
-        return Stop("the budget is spent")
+        return _SPENT
     own = ctx.step_policies.get(node.node_id) if ctx.step_policies else None
     if own is None and isinstance(node, Group):
         # Its children had their retries; a group has its own only if asked.
-        return decide(failure, _NO_RETRIES, attempt=run.attempt)
+        return decide(failure, _NO_RETRIES, attempt=attempt)
     policy = policy_for(failure.failure_class, own, ctx.policy_map)
     if run.repairing:
         # The attempt was granted, whatever the policy says; it only lends its delay.
         run.repairing, run.repairs = False, run.repairs + 1
         return decide(failure, policy.model_copy(update={"max_retries": 1}), attempt=1)
-    return decide(failure, policy, attempt=run.attempt - run.repairs)
+    return decide(failure, policy, attempt=attempt - run.repairs)
 
 
 def _refused(run: NodeExecution, exceeded: BudgetExceeded) -> Halt:
@@ -224,7 +230,7 @@ def _refused(run: NodeExecution, exceeded: BudgetExceeded) -> Halt:
         exceeded.__cause__ = run.last_failure.exception
     failure = diagnose(exceeded, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
     run.ctx.run_logger.info("node %r is not called: %s", run.node_id, failure.message)
-    return Halt(failure)
+    return Halt(failure, spent=True)
 
 
 # ---------------------------------------------------------------------- one attempt
@@ -280,6 +286,7 @@ async def _attempt(
     # ---- usage, at once: it is spent whatever becomes of the output
     bad_usage: UsageError | None = None
     cancelled = False
+    stopped: BaseException | None = None
     if type(output) is tuple:
         output, bad_usage = count_returned(run, output)
     if run.reported is not None:
@@ -298,8 +305,8 @@ async def _attempt(
     except Exception as broken:
         violation = as_violation(run.node_id, "output", output, broken)
         return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
-    except BaseException as stopped:  # KeyboardInterrupt in a validator, say.
-        await _abandon(ctx, run, begin, 0, picture, stopped)
+    except BaseException as interrupt:  # KeyboardInterrupt in a validator, say.
+        await _abandon(ctx, run, begin, 0, picture, interrupt)
         raise
 
     # ---- the verdict, before the commit and part of it
@@ -308,7 +315,11 @@ async def _attempt(
     if over is None and ctx.limits:
         over = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
     if over is not None:
-        failure = diagnose(over, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
+        where = NodeContext(run.node_id, run.attempt, ctx.run_id)
+        try:
+            failure = diagnose(over, where, ctx.classifiers)
+        except BaseException as error:  # KeyboardInterrupt in a classifier.
+            stopped, failure = error, diagnose(over, where)  # The output is paid for all the same.
 
     # ---- the commit: from here on the output is safe from budgets, hooks and cancellation
     if (
@@ -324,11 +335,17 @@ async def _attempt(
         )
     pending: Awaitable[None] | Exception | None
     try:
-        pending = ctx.session.record(row, promised, model, run.step)
-    except Exception as refused:
-        pending = refused
+        try:
+            pending = ctx.session.record(row, promised, model, run.step)
+        except Exception as refused:
+            pending = refused
+        problem, late = (
+            (None, False) if pending is None else await settle(ctx, row, promised, model, run.step, pending)
+        )
+    except BaseException as interrupt:  # KeyboardInterrupt in a store.
+        await _abandon(ctx, run, begin, 0, picture, interrupt)
+        raise
     if pending is not None:
-        problem, late = await settle(ctx, row, promised, model, run.step, pending)
         cancelled = cancelled or late
         if problem is not None:
             return await _fail(
@@ -349,9 +366,11 @@ async def _attempt(
         await fire_success(ctx, run, promised, model)
     if ctx.limits and fire.on_budget_warning is not None:
         await warn_of_budget(ctx)
+    if stopped is not None:
+        raise stopped
     if cancelled:
         raise asyncio.CancelledError
-    return model if failure is None else Halt(failure, output=model)
+    return model if failure is None else Halt(failure, output=model, spent=bad_usage is None)
 
 
 def _ended(run: NodeExecution, node: Node | Group, begin: int) -> int:
@@ -394,8 +413,8 @@ async def _fail(
             child.exception, child.failure_class, run.node_id, run.attempt, child.message, child.reason,
             child.retry_after_seconds,
         )  # fmt: skip
-        if child.reason in ("budget", "store"):
-            halt = Halt(failure, partial=exc.halt.partial)
+        if exc.halt.spent or exc.halt.partial:
+            halt = Halt(failure, partial=exc.halt.partial, spent=exc.halt.spent)
     else:
         try:
             failure = diagnose(exc, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
@@ -406,7 +425,7 @@ async def _fail(
             run.repairing = True
             failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
         if is_a(exc, _Deadline) and exc.ctx is ctx:
-            halt = Halt(failure)
+            halt = Halt(failure, spent=True)
         elif of_store and is_a(exc, StoreError):
             failure = Failure(
                 exc, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
@@ -414,8 +433,15 @@ async def _fail(
             halt = Halt(failure, partial=True)
     row = make_row(run, begin, duration, picture, None, failure, "failure")
     run.rows.append(row)
+    interrupt: BaseException | None = None
     if not (halt is not None and failure.reason == "store"):
-        problem, late = await record(ctx, row)
+        problem, late = None, False
+        try:
+            problem, late = await record(ctx, row)
+        except GeneratorExit:
+            raise
+        except BaseException as error:  # KeyboardInterrupt in a store.
+            interrupt = error
         cancelled |= late
         if problem is not None:
             stored = Failure(
@@ -425,6 +451,8 @@ async def _fail(
     await tell_failure(ctx, run, failure)
     if ctx.limits and ctx.fire.on_budget_warning is not None:
         await warn_of_budget(ctx)
+    if interrupt is not None:
+        raise interrupt
     if cancelled:
         raise asyncio.CancelledError
     return failure if halt is None else halt
@@ -434,6 +462,8 @@ def _may_repair(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -
     """Whether the config grants another attempt after an output that broke its contract."""
     granted = ctx.config.contract_retries.get(run.node_id, 0)
     direction = getattr(failure.exception, "direction", None)
+    if getattr(failure.exception, "node_id", None) != run.node_id:
+        return False  # Of a run inside the node: not its own output.
     return direction == "output" and failure.failure_class is FailureClass.TERMINAL and run.repairs < granted
 
 
@@ -460,7 +490,13 @@ async def _abandon(
         ctx.cost_tracker.latency_ns += duration
     row = make_row(run, begin, duration, picture, None, None, "cancelled")
     run.rows.append(row)
-    await record(ctx, row)
+    stopped: BaseException | None = None
+    try:
+        await record(ctx, row)
+    except GeneratorExit:
+        raise
+    except BaseException as error:  # KeyboardInterrupt in a store.
+        stopped = error
     calls = ctx.fire.on_node_cancelled
     if calls is not None and reached is not None:
         calls = tuple(call for call in calls if call[0] < reached)
@@ -470,6 +506,8 @@ async def _abandon(
         except HookNotAsync as error:
             # What ended the attempt is on its way out, and must come out as itself.
             ctx.run_logger.warning("%s", error)
+    if stopped is not None:
+        raise stopped
 
 
 async def _fire_start(

@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import contextvars
-import dis
 import threading
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
-from stroma.hooks import HookNotAsync
+from stroma.hooks import HookNotAsync, was_raised
 
 __all__ = ["in_thread", "passes_through", "uninterrupted"]
 
@@ -58,18 +57,8 @@ def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> 
         task = asyncio.current_task()
         return task is None or task.cancelling() > cancelling
     if issubclass(kind, GeneratorExit):
-        return not _was_raised(error)
+        return not was_raised(error)
     return issubclass(kind, (KeyboardInterrupt, SystemExit))
-
-
-def _was_raised(error: BaseException) -> bool:
-    """Whether a ``raise`` statement made this exception; a coroutine that is closed finds one in its ``await``."""
-    trace = error.__traceback__
-    if trace is None:
-        return False
-    while trace.tb_next is not None:
-        trace = trace.tb_next
-    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 async def uninterrupted(work: Awaitable[Any]) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any, Final
 
 from stroma._tasks import in_thread, uninterrupted
@@ -49,11 +50,21 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
         if model is None:
             continue
         named = model
-        pricer = cached_pricer(model)
-        if pricer == "unread":
-            # The price data takes a quarter of a second to import: not on the event loop.
-            cancelled |= await uninterrupted(in_thread(find_pricer, (model,)))
-            pricer = find_pricer(model)
+        try:
+            pricer = cached_pricer(model)
+            if pricer == "unread":
+                # The price data takes a quarter of a second to import: not on the event loop.
+                cancelled |= await uninterrupted(in_thread(find_pricer, (model,)))
+                pricer = find_pricer(model)
+            asked = 0.0 if pricer is None else pricer(given, made)
+            if not (math.isfinite(asked) and asked >= 0):
+                raise ValueError(f"it comes to {asked!r} USD")
+        except Exception as error:  # What was bought is kept, whatever its price is.
+            problem = UsageError(
+                f"node {run.node_id!r} used model {model!r}, whose price makes no sense ({error}); "
+                "give KNOWN_MODELS two finite numbers for it, zero or more"
+            )
+            continue
         if pricer is None:
             if ctx.config.unknown_model == "error":
                 problem = UsageError(
@@ -66,6 +77,6 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
             if model not in ctx.unpriced:
                 ctx.unpriced.append(model)
         else:
-            cost += pricer(given, made)
+            cost += asked
     run.counted = AttemptUsage(tokens, produced, cost, named)
     return cancelled, problem

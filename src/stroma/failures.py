@@ -25,6 +25,7 @@ __all__ = [
     "PolicyMap",
     "Retry",
     "RetryBudget",
+    "RunFailed",
     "StepContext",
     "Stop",
     "classify",
@@ -133,6 +134,15 @@ def is_a(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
     return issubclass(type(exc), kind)
 
 
+class RunFailed(Exception):
+    """A run that somebody else was at work on did not complete; the message is theirs.
+
+    Where: ``result.failure`` of a run that was waited for (``if_running="attach"``).
+    Cause: the run failed, or gave up, where it was run.
+    Mend: look at its attempts in the store (``stroma show``), then continue it with ``resume=True``.
+    """
+
+
 def message_of(exc: BaseException) -> str:
     """``str(exc)``, or the type's name where that is empty or raises. Lone surrogates become escapes: it is stored."""
     try:
@@ -196,7 +206,9 @@ def _ask(exc: BaseException, context: NodeContext, classifiers: Sequence[Classif
             answer = classifier(exc, context)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             if answer is not None:
                 return FailureClass(answer)
-        except Exception:
+        except (KeyboardInterrupt, SystemExit, GeneratorExit):
+            raise
+        except BaseException:
             logger.warning(
                 "classifier %r raised for node %r; it is skipped", classifier, context.node_id,
                 exc_info=True, extra={"run_id": context.run_id},

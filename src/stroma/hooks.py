@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dis
 import inspect
 import logging
 import types
@@ -158,7 +159,7 @@ class Hooks:
 
         What a hook raises is logged and reported, and changes nothing. HookNotAsync and the cancellation of the
         running task come out once every hook was called, but for a start: the sets after one that is not async
-        never see it. KeyboardInterrupt and SystemExit come out at once.
+        never see it. KeyboardInterrupt and SystemExit come out then, too, and before those.
         """
         task = asyncio.current_task()
         stopped: BaseException | None = None
@@ -185,8 +186,14 @@ class Hooks:
                     task is None or task.cancelling() <= before
                 ):  # Its own stray one: nobody cancelled this task.
                     self._report(event, hook, node_id, error)
-            except (KeyboardInterrupt, SystemExit, GeneratorExit):
-                raise
+            except (KeyboardInterrupt, SystemExit) as error:
+                # The other sets are told first: each sees an end for every start, and no end without one.
+                if not isinstance(stopped, (KeyboardInterrupt, SystemExit)):
+                    stopped = error
+            except GeneratorExit as error:
+                if not was_raised(error):
+                    raise
+                self._report(event, hook, node_id, error)
             except BaseException as error:
                 self._report(event, hook, node_id, error)
             if task is not None and task.cancelling() > before:
@@ -205,6 +212,16 @@ class Hooks:
             )  # fmt: skip
         finally:
             self._on_error(event, node_id, error)
+
+
+def was_raised(error: BaseException) -> bool:
+    """Whether a ``raise`` statement made this exception; a coroutine that is closed finds one in its ``await``."""
+    trace = error.__traceback__
+    if trace is None:
+        return False
+    while trace.tb_next is not None:
+        trace = trace.tb_next
+    return dis.opname[trace.tb_frame.f_code.co_code[trace.tb_lasti]] == "RAISE_VARARGS"
 
 
 #: Of a run that nobody watches.

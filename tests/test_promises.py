@@ -1,0 +1,296 @@
+"""Promises where two rules meet: a price, an interrupt, a hook or a nested run in the wrong moment."""
+
+import asyncio
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import (
+    KNOWN_MODELS,
+    AsyncInMemoryStore,
+    BudgetExceeded,
+    ContractViolation,
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    NodeHooks,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    current_node,
+    parallel,
+    stroma_node,
+)
+
+FAST = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
+NONE = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+def quick(**config: Any) -> StromaRunner:
+    config.setdefault("policy_map", FAST)
+    return StromaRunner.quick(**config)
+
+
+def node(node_id: str, func: Any) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=Num, output_schema=Num)
+    return stroma_node(node_id, contract)(func)
+
+
+def watch(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
+    def noting(event: str) -> Any:
+        async def hook(*_: Any) -> None:
+            seen.append(f"{name}{event[8:]}")
+
+        return hook
+
+    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled")
+    return NodeHooks(**{**{event: noting(event) for event in events}, **others})
+
+
+# ---------------------------------------------------------------------- money
+
+
+@pytest.mark.parametrize("limit", [0.1, 0.3, 0.7, 1.1], ids=str)
+async def test_a_cost_at_eighty_percent_warns(limit: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    """on_budget_warning fires at 80 % of a limit in dollars, also where a binary fraction falls short of it."""
+    monkeypatch.setitem(KNOWN_MODELS, "one cent", (10_000.0, 0.0))
+    seen: list[Any] = []
+
+    async def warn(*arguments: Any) -> None:
+        seen.append(arguments)
+
+    async def func(state: Num) -> Any:
+        return {"n": 1}, round(limit * 80), "one cent"
+
+    runner = quick(
+        budget=ExecutionBudget(max_cost_usd=limit), hooks=NodeHooks(on_budget_warning=warn), run_id="r"
+    )
+    await runner.run([node("a", func)], Num())
+    assert seen == [("r", "cost", pytest.approx(0.8 * limit), limit)]
+
+
+@pytest.mark.parametrize(
+    "price",
+    [(1,), "dear", {"input": 1}, ("1", "2"), (float("nan"), 1.0), (float("inf"), 1.0), (-5.0, 1.0)],
+    ids=str,
+)
+async def test_a_senseless_price_loses_no_output(price: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """G4, G9: what is priced by nonsense in KNOWN_MODELS is bad usage: TERMINAL, the output kept, each start ended."""
+    monkeypatch.setitem(KNOWN_MODELS, "mine", price)
+    store = AsyncInMemoryStore()
+    seen: list[str] = []
+
+    async def func(state: Num) -> Any:
+        return {"n": 7}, 5, "mine"
+
+    result = await quick(store=store, hooks=watch(seen), run_id="r").run([node("a", func)], Num())
+    assert (result.status, result.total_tokens, result.total_cost_usd) == (RunStatus.FAILED, 5, 0.0)
+    assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])
+
+
+# ---------------------------------------------------------------------- groups
+
+
+async def test_a_childs_own_budget_error_cancels_its_siblings() -> None:
+    """A child whose own run went over its own budget fails like any other: its siblings are cancelled."""
+    seen: list[str] = []
+
+    async def over(state: Num) -> Any:
+        await asyncio.sleep(0)
+        raise BudgetExceeded("tokens", 1, 2, "inside")
+
+    async def wait(state: Num) -> Any:
+        await asyncio.wait_for(asyncio.Event().wait(), 1)
+
+    group = parallel(node("a", over), node("b", wait))
+    result = await quick(policy_map=NONE, hooks=watch(seen)).run([group], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert seen == ["start", "start", "start", "failure", "cancelled", "failure"]
+
+
+async def test_a_group_is_tried_again_after_a_childs_own_budget_error() -> None:
+    """A group that node_policies names is tried again after it, since no limit of this run is crossed."""
+    calls: list[int] = []
+
+    async def over(state: Num) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise BudgetExceeded("tokens", 1, 2, "inside")
+        return {"n": 1}
+
+    group = parallel(node("a", over))
+    result = await quick(policy_map=NONE, node_policies={group.node_id: FAST}).run([group], Num())
+    assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)
+
+
+async def test_siblings_of_a_failed_attempt_over_the_limit_finish() -> None:
+    """Children in flight finish and commit when a limit is crossed, also if the attempt that crossed it failed."""
+    store = AsyncInMemoryStore()
+    begun = asyncio.Event()
+
+    async def fails(state: Num) -> Any:
+        await begun.wait()
+        run = current_node()
+        assert run is not None
+        run.report_usage(input_tokens=100)
+        raise ValueError("and over the limit")
+
+    async def goes_on(state: Num) -> Any:
+        begun.set()
+        for _ in range(20):
+            await asyncio.sleep(0)
+        return {"n": 7}, 1
+
+    group = parallel(node("a", fails), node("b", goes_on))
+    runner = quick(store=store, run_id="r", budget=ExecutionBudget(max_tokens_total=10))
+    result = await runner.run([group], Num())
+    assert (result.status, result.total_tokens) == (RunStatus.PARTIAL, 101)
+    assert await store.load("r", "b") == Num(n=7)
+
+
+async def test_a_violation_inside_a_node_is_not_repaired() -> None:
+    """contract_retries is about a node's own output, not about a violation in a run that the node made."""
+    calls: list[int] = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        raise ContractViolation("inside", "output", {}, [])
+
+    result = await quick(contract_retries={"a": 3}).run([node("a", func)], Num())
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
+
+
+# ---------------------------------------------------------------------- what ends a process
+
+
+class Odd(BaseException):
+    """No Exception, and no request to stop either."""
+
+
+@pytest.mark.parametrize("error", [Odd, asyncio.CancelledError], ids=lambda e: e.__name__)
+async def test_a_classifier_that_raises_anything_is_skipped(error: type[BaseException]) -> None:
+    """G2: whatever a classifier raises, but for KeyboardInterrupt and SystemExit, it is skipped."""
+
+    def classifier(exc: Exception, context: Any) -> FailureClass | None:
+        raise error
+
+    async def func(state: Num) -> Any:
+        raise ConnectionError
+
+    result = await quick(classifiers=[classifier]).run([node("a", func)], Num())
+    assert [event.failure for event in result.trace] == [FailureClass.RECOVERABLE] * 3
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, SystemExit], ids=lambda e: e.__name__)
+async def test_an_interrupt_in_a_classifier_of_the_budget_loses_no_output(error: type[BaseException]) -> None:
+    """G4, G9: a classifier that stops the process over a budget loses neither the output nor the end of its start."""
+    store = AsyncInMemoryStore()
+    seen: list[str] = []
+
+    def classifier(exc: Exception, context: Any) -> FailureClass | None:
+        raise error
+
+    async def func(state: Num) -> Any:
+        return {"n": 7}, 5
+
+    budget = ExecutionBudget(max_tokens_total=1)
+    runner = quick(store=store, run_id="r", classifiers=[classifier], budget=budget, hooks=watch(seen))
+    with pytest.raises(error):
+        await runner.run([node("a", func)], Num())
+    assert (await store.load("r", "a"), seen) == (Num(n=7), ["start", "failure"])
+
+
+class Interrupting:
+    """A store of the simple protocol in which Ctrl-C strikes."""
+
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        raise KeyboardInterrupt
+
+    def load(self, run_id: str, node_id: str) -> BaseModel | None:
+        return None
+
+    def delete(self, run_id: str) -> None: ...
+
+
+async def test_an_interrupt_in_the_store_leaves_no_start_without_its_end() -> None:
+    """G9: KeyboardInterrupt while the store commits comes out after the attempt's end was told."""
+    seen: list[str] = []
+    with pytest.raises(KeyboardInterrupt):
+        await quick(store=Interrupting(), hooks=watch(seen)).run([node("a", lambda state: {"n": 1})], Num())
+    assert seen == ["start", "cancelled"]
+
+
+@pytest.mark.parametrize("event", ["on_node_start", "on_node_success"])
+async def test_an_interrupt_in_a_hook_leaves_the_sets_paired(event: str) -> None:
+    """G9: KeyboardInterrupt in a hook of one set: every set that saw the start sees one end, and no other does."""
+    seen: list[str] = []
+
+    async def interrupt(*_: Any) -> None:
+        seen.append(f"2 {event[8:]}")
+        raise KeyboardInterrupt
+
+    sets = [watch(seen, "1 "), watch(seen, "2 ", **{event: interrupt}), watch(seen, "3 ")]
+    with pytest.raises(KeyboardInterrupt):
+        await quick(hooks=sets).run([node("a", lambda state: {"n": 1})], Num())
+    for name in "123":
+        own = [what[2:] for what in seen if what[0] == name]
+        assert own == ["start", "cancelled" if event == "on_node_start" else "success"], seen
+
+
+# ---------------------------------------------------------------------- hooks
+
+
+async def test_a_hook_cannot_grant_attempts() -> None:
+    """G8: what a hook writes on current_node() has no node called more often."""
+    calls: list[int] = []
+
+    async def meddle(*_: Any) -> None:
+        run = current_node()
+        assert run is not None
+        run.attempt = -5 if len(calls) < 20 else run.attempt
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        raise ValueError
+
+    result = await quick(hooks=NodeHooks(on_node_failure=meddle)).run([node("a", func)], Num())
+    assert ([event.attempt for event in result.trace], len(calls)) == ([1, 2, 3], 3)
+
+
+@pytest.mark.parametrize("event", ["on_node_start", "on_node_success", "on_run_end"])
+async def test_a_hook_that_raises_generator_exit_changes_nothing(event: str) -> None:
+    """G8: a GeneratorExit that a hook raises itself is an exception in a hook like any other."""
+
+    async def leave(*_: Any) -> None:
+        raise GeneratorExit
+
+    result = await quick(hooks=NodeHooks(**{event: leave})).run([node("a", lambda state: {"n": 1})], Num())
+    assert (result.status, [error.hook for error in result.hook_errors]) == (RunStatus.COMPLETED, [event])
+
+
+class Loose(BaseModel):
+    anything: Any = None
+
+
+async def test_a_run_whose_input_cannot_be_stored_starts_and_ends(tmp_path: Path) -> None:
+    """on_run_end has its on_run_start, also in a run whose initial state no store can keep."""
+    seen: list[str] = []
+
+    async def start(*_: Any) -> None:
+        seen.append("start")
+
+    async def end(*_: Any) -> None:
+        seen.append("end")
+
+    store = SQLiteStore(tmp_path / "runs.db")
+    runner = quick(store=store, hooks=NodeHooks(on_run_start=start, on_run_end=end))
+    result = await runner.run([node("a", lambda state: {"n": 1})], Loose(anything=threading.Lock()))
+    assert (result.status, seen) == (RunStatus.FAILED, ["start", "end"])
