@@ -37,6 +37,9 @@ from stroma import (
     NodeUsage,
     NotSerialisable,
     PipelineChanged,
+    RunBusy,
+    RunExists,
+    RunFailed,
     SQLiteStore,
     StoreError,
     StromaRunner,
@@ -336,10 +339,41 @@ async def no_database(path: Path) -> Any:
 
 async def fenced(path: Path) -> Any:
     async def again(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        await run([a_node("read", {})], store=SQLiteStore(path / "x.db"))
+        await run([a_node("read", {})], store=SQLiteStore(path / "x.db"), if_running="take_over")
 
     hooks = NodeHooks(on_node_start=again)
     await run([a_node("read", {})], store=SQLiteStore(path / "x.db"), hooks=hooks)
+
+
+async def busy(path: Path) -> Any:
+    async def again(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        await run([a_node("read", {})], store=SQLiteStore(path / "x.db"))
+
+    hooks = NodeHooks(on_node_start=again)
+    result = await run([a_node("read", {})], store=SQLiteStore(path / "x.db"), hooks=hooks)
+    raise result.hook_errors[0].exception
+
+
+async def exists(path: Path) -> Any:
+    store = SQLiteStore(path / "x.db")
+    await run([a_node("read", {})], store=store)
+    await run([a_node("read", {})], store=store, if_exists="error")
+
+
+async def failed_elsewhere(path: Path) -> Any:
+    store = SQLiteStore(path / "x.db")
+    other: list[asyncio.Task[Any]] = []
+
+    @stroma_node("read", NodeContract(node_id="read", input_schema=Text, output_schema=Text))
+    async def read(state: Text) -> Any:
+        if not other:
+            other.append(asyncio.create_task(run([read], store=store, if_running="attach")))
+            await asyncio.sleep(0.02)
+        return {"text": 5}
+
+    with pytest.raises(ContractViolation):
+        await run([read], store=store)
+    await other[0]
 
 
 async def hook_raises(path: Path) -> Any:
@@ -437,6 +471,9 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (refused, StoreError, ["'run-7'", "'read'", "the disk is full"], ""),
     (no_database, StoreError, ["x.db"], "give another path, or move that file away"),
     (fenced, Fenced, ["'run-7'"], "see what the other one makes of it"),
+    (busy, RunBusy, ["'run-7'", "process"], 'if_running="attach"'),
+    (exists, RunExists, ["'run-7'", "COMPLETED"], "use another run id"),
+    (failed_elsewhere, RunFailed, ["'read'", "text: Input should be a valid string"], ""),
     (hook_raises, HookError, ["on_node_success", "'read'", "no dashboard"], ""),
     (hook_not_async, HookNotAsync, ["on_node_start", "'read'"], "define it with async def"),
     (hook_slow, HookTimeout, ["5 ms"], "hook_timeout_ms"),
@@ -469,7 +506,7 @@ async def test_what_an_error_says(
 def test_every_public_error_is_met() -> None:
     """Each public exception class is provoked above, but for those that no store of this release raises by itself."""
     met = {kind.__name__ for _, kind, _, _ in MET}
-    assert set(public_errors()) - met == {"RunBusy", "CorruptCheckpoint", "Problem"}
+    assert set(public_errors()) - met == {"CorruptCheckpoint", "Problem"}
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"])

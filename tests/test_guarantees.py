@@ -175,6 +175,8 @@ class _SuspendingSession:
         self.inner = inner
         self.execution: int = inner.execution
         self.continued: bool = inner.continued
+        self.finished = inner.finished
+        self.abandon = inner.abandon
         self.restored: Mapping[tuple[int, str], Committed] = inner.restored
         self.prior: PriorUsage = inner.prior
 

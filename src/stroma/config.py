@@ -63,12 +63,20 @@ class RunConfig(BaseModel):
             RECOVERABLE, the last one TERMINAL; the next attempt finds it at ``current_node().last_failure``.
         node_timeouts: milliseconds by node id; they bound the function alone. Under a group's id, the whole group.
         resume_from: start at this node, on the checkpoint of the one before it.
-        resume: continue the last execution of this run id at its first position without a commit.
+        resume: continue the last execution of this run id at its first position without a commit; short for
+            ``if_exists="resume"``.
+        if_exists: what becomes of a run id that was used before. "restart" begins a new execution, "resume" continues
+            the last one, "return" gives the result of one that has finished (and continues any other), "error" raises
+            RunExists. All but "restart" compare the input.
+        if_running: what becomes of a run that somebody else is at work on. "error" raises RunBusy; "attach" waits and
+            gives the result, if the input is the same; "take_over" fences them off: only for a holder known to be gone.
+        lease_seconds: for how long the run belongs to a process that is not heard of any more.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
         unknown_model: what a model that nobody has a price for is: "warn" counts it as 0, "error" stops the run.
         hook_errors: "isolate" logs what hooks raise; "raise" raises HookError once the run is complete (for tests).
         hook_timeout_ms: how long one call of a hook may take; None for ever.
-        redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced.
+        redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. A
+            hook that asks ``current_node().last_failure`` gets the exception as the node will.
     """
 
     model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
@@ -85,6 +93,9 @@ class RunConfig(BaseModel):
     contract_retries: dict[str, int] = Field(default_factory=dict)
     resume_from: str | None = None
     resume: bool = False
+    if_exists: Literal["restart", "resume", "return", "error"] = "restart"
+    if_running: Literal["error", "attach", "take_over"] = "error"
+    lease_seconds: float = Field(default=30.0, gt=0, allow_inf_nan=False)
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
     unknown_model: Literal["warn", "error"] = "warn"
     hook_errors: Literal["isolate", "raise"] = "isolate"

@@ -16,7 +16,16 @@ from pydantic import BaseModel
 
 from stroma._signal import SignalView
 from stroma._tasks import uninterrupted
-from stroma.checkpoint import CheckpointManager, Committed, PriorUsage, RunRequest, Session, StepCall
+from stroma.checkpoint import (
+    CheckpointManager,
+    Committed,
+    Finished,
+    PriorUsage,
+    RunBusy,
+    RunRequest,
+    Session,
+    StepCall,
+)
 from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
@@ -47,6 +56,7 @@ logger.addHandler(logging.NullHandler())
 
 Kind = Literal["node", "group", "item"]
 _WARN_AT = 0.8
+_ATTACHED_SECONDS = (0.02, 1.0)  # between looks at a run that somebody else is at work on: at first, at most
 
 
 @dataclass(frozen=True, slots=True)
@@ -215,6 +225,7 @@ class _NoSession:
 
     execution = 1
     continued = False
+    finished: Finished | None = None
     restored: Mapping[tuple[int, str], Committed] = {}
     prior = PriorUsage()
 
@@ -224,6 +235,9 @@ class _NoSession:
         return None
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+        return None
+
+    def abandon(self) -> None:
         return None
 
 
@@ -266,11 +280,14 @@ class ReliabilityContext:
         #: The last output that was committed at the top level.
         self.last_state: BaseModel | None = None
         self._opening: asyncio.Future[Session] | None = None
+        #: While it attaches to somebody else's run: whether it waits between two looks, and whether it need not go on.
+        self._waits = self._gives_up = False
         #: What the children of a group committed in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
-        #: What the last step of plain code came to.
+        #: Whether plain code says when its run ends, and what its last step came to.
+        self.ends = False
         self.step_status: RunStatus | None = None
         self._next_position = 0
         #: How often each step id was called by plain code, and where the journal has those calls.
@@ -323,7 +340,8 @@ class ReliabilityContext:
     # ------------------------------------------------------------------ the journal
 
     async def __aenter__(self) -> ReliabilityContext:
-        """Around plain code with ``execute_step``: notes in the journal how the run ended."""
+        """Around plain code with ``execute_step``: the run is nobody else's until it ends, and the journal says how."""
+        self.ends = True
         return self
 
     async def __aexit__(
@@ -343,25 +361,37 @@ class ReliabilityContext:
         self,
         initial_state: BaseModel,
         *,
-        resume: bool = False,
         discard_from: int | None = None,
         accept: Callable[[int, str, Committed], None] | None = None,
+        ends: bool = True,
     ) -> Session:
-        """Begin the run in the store, once; or continue the last execution."""
+        """Begin the run in the store, once, as the config says; with ``discard_from``, continue up to there.
+
+        ``ends``: whether :meth:`end` will be called. Raises StoreError (RunBusy, PipelineChanged ...).
+        """
         if self.session is _NO_SESSION:
             if self._opening is None:
+                config = self.config
+                resumed = config.resume or discard_from is not None
                 request = RunRequest(
                     self.run_id,
                     self.pipeline,
                     initial_state,
                     schema_of(type(initial_state)),
-                    resume,
+                    "resume" if resumed else config.if_exists,
                     discard_from,
                     accept,
+                    config.if_running,
+                    config.lease_seconds,
+                    ends,
                 )
-                opened = self.checkpoint_manager.open_run(request)
+                opened: Session | Awaitable[Session]
+                if config.if_running == "attach":
+                    opened = self._attach(request)
+                else:
+                    opened = self.checkpoint_manager.open_run(request)
                 if not inspect.isawaitable(opened):
-                    return self._begin(opened, carry=resume and discard_from is None)
+                    return self._begin(opened, carry=discard_from is None)
                 self._opening = asyncio.ensure_future(opened)
             try:
                 # Steps that begin side by side wait for the same opening, and one that is cancelled spoils it for none.
@@ -370,8 +400,24 @@ class ReliabilityContext:
                 self._opening = None
                 raise
             if self.session is _NO_SESSION:
-                self._begin(session, carry=resume and discard_from is None)
+                self._begin(session, carry=discard_from is None)
         return self.session
+
+    async def _attach(self, request: RunRequest) -> Session:
+        """Open the run once nobody else is at work on it, for what they have made of it."""
+        delay = _ATTACHED_SECONDS[0]
+        while True:
+            try:
+                opened = self.checkpoint_manager.open_run(request)
+                return await opened if inspect.isawaitable(opened) else opened
+            except RunBusy as busy:
+                if not busy.same_input or self._gives_up:
+                    raise
+            request = request._replace(if_exists="attach")
+            self._waits = True
+            await asyncio.sleep(delay)
+            self._waits = False
+            delay = min(delay * 1.5, _ATTACHED_SECONDS[1])
 
     async def end(self, status: RunStatus, error: str | None) -> bool:
         """Note in the store how the run ended, also while it is still being opened there.
@@ -382,11 +428,17 @@ class ReliabilityContext:
         try:
             session = self.session
             if session is _NO_SESSION and self._opening is not None:
+                self._gives_up = True
+                if self._waits:  # For somebody else's run.
+                    self._opening.cancel()
+                    return False
                 cancelled = await uninterrupted(self._opening)
                 session = self._opening.result()
             pending = session.end(status.value, error)
             if pending is not None:
                 cancelled |= await uninterrupted(pending)
+        except RunBusy:
+            pass  # It never became ours.
         except Exception:
             self.run_logger.exception("the end of the run could not be recorded")
         return cancelled
@@ -394,7 +446,7 @@ class ReliabilityContext:
     def _begin(self, session: Session, *, carry: bool) -> Session:
         self.session = session
         self.restored = session.restored
-        if carry:
+        if carry and session.continued:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
             self.cost_tracker.prior_tokens = session.prior.tokens
             self.cost_tracker.prior_cost_usd = session.prior.cost_usd
@@ -448,9 +500,8 @@ class ReliabilityContext:
         """(dimension, used, limit) of each limit that has just been used to 80 %; each once in a run."""
         due: list[tuple[str, float, float]] = []
         for dimension, limit in self.limits:
-            if (
-                dimension not in self._warned
-                and (used := self.cost_tracker.used(dimension)) >= _WARN_AT * limit
+            if dimension not in self._warned and (used := self.cost_tracker.used(dimension)) >= round(
+                _WARN_AT * limit, 9
             ):
                 self._warned.add(dimension)
                 due.append((dimension, used, limit))

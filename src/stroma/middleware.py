@@ -34,7 +34,7 @@ async def execute_step(
     ``contract`` wins over the registry's, that over the marker's. Without any, nothing is refused: output that fits
     the input's class becomes it, other output is kept as it was returned. Each call is a position of its own. Under
     ``resume=True`` the n-th call of a step id gives the output that is recorded for it, without calling the function.
-    ``async with ctx:`` around the steps notes in the journal how the run ended.
+    ``async with ctx:`` around the steps holds the run against others, and notes in the journal how it ended.
 
     Raises PipelineChanged if that was recorded for another input; inputs that have no stored form are not compared.
     """
@@ -42,7 +42,7 @@ async def execute_step(
         raise TypeError(
             f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
         )
-    await ctx.open(input_state, resume=ctx.config.resume)
+    await ctx.open(input_state, ends=ctx.ends)
     position, number = ctx.next_step(step_id)
     call = StepCall(number, _encoded(input_state))
     kept = ctx.restored.get((position, ""))

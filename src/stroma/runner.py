@@ -19,13 +19,22 @@ from stroma.checkpoint import (
     CheckpointNotFound,
     CheckpointStore,
     Committed,
+    Finished,
     PipelineChanged,
 )
 from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.cost import ExecutionBudget, FallbackPolicy
-from stroma.failures import Classifier, Failure, NodeContext, PolicyMap, diagnose
+from stroma.failures import (
+    Classifier,
+    Failure,
+    FailureClass,
+    NodeContext,
+    PolicyMap,
+    RunFailed,
+    diagnose,
+)
 from stroma.groups import parallel
 from stroma.hooks import HookError, HookNotAsync, NodeHooks, StepHooks
 from stroma.nodes import Group, Node, NodeDecorator, find_node, mark, stroma_node, stroma_step
@@ -274,25 +283,22 @@ class _Run:
             try:
                 await self._open()
                 begun = True
-                if ctx.fire.on_run_start is not None:
-                    await ctx.fire.fire(
-                        "on_run_start",
-                        ctx.fire.on_run_start,
-                        None,
-                        lambda: (
-                            ctx.run_id,
-                            ctx.pipeline,
-                            ctx.shown(schema_of(type(self.initial)).state(self.initial)),
-                        ),
-                    )
-                failure, status = await self._loop()
+                await self._tell_start()
+                if ctx.session.finished is None:
+                    failure, status = await self._loop()
+                else:
+                    failure, status = await self._as_it_was(ctx.session.finished)
             except NotSerialisable as error:  # The input, in a store that outlives the process.
                 failure = diagnose(error, NodeContext("input", 1, ctx.run_id))
                 status = RunStatus.FAILED
+                if not begun:
+                    begun = True
+                    await self._tell_start()
         except asyncio.CancelledError:
             status = RunStatus.CANCELLED
             raise
         except GeneratorExit:  # The coroutine is being closed: nothing may be awaited any more.
+            ctx.session.abandon()
             begun = False
             raise
         except HookNotAsync as error:
@@ -304,13 +310,24 @@ class _Run:
         assert result is not None
         return result
 
+    async def _tell_start(self) -> None:
+        ctx = self.ctx
+        if ctx.fire.on_run_start is not None:
+            await ctx.fire.fire(
+                "on_run_start",
+                ctx.fire.on_run_start,
+                None,
+                lambda: (
+                    ctx.run_id,
+                    ctx.pipeline,
+                    ctx.shown(schema_of(type(self.initial)).state(self.initial)),
+                ),
+            )
+
     async def _open(self) -> None:
         ctx = self.ctx
-        resume = ctx.config.resume or self.start is not None
         try:
-            session = await ctx.open(
-                self.initial, resume=resume, discard_from=self.start, accept=self._check_unchanged
-            )
+            session = await ctx.open(self.initial, discard_from=self.start, accept=self._check_unchanged)
         except asyncio.CancelledError:
             await ctx.end(RunStatus.CANCELLED, None)  # The store may have begun it already.
             raise
@@ -377,6 +394,26 @@ class _Run:
             state = outcome
         return None, RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
 
+    async def _as_it_was(self, finished: Finished) -> tuple[Failure | None, RunStatus]:
+        """The outcome of an execution that is returned, not run."""
+        ctx = self.ctx
+        status = RunStatus(finished.status)
+        completed = status in (RunStatus.COMPLETED, RunStatus.RESUMED)
+        for position, node in enumerate(self.nodes):
+            if await restore(ctx, node, self.state, position) is None:
+                if not completed:
+                    break
+                raise PipelineChanged(
+                    f"run {ctx.run_id!r} finished without node {node.node_id!r}, which the pipeline has at position "
+                    f'{position}; continue it with if_exists="resume", or begin a new run'
+                )
+        if completed or status in _CUT_SHORT:
+            return None, status
+        error = RunFailed(finished.error or f"run {ctx.run_id!r} ended as {status}")
+        failure = diagnose(error, NodeContext("run", 1, ctx.run_id))
+        kind = FailureClass.TERMINAL if status is RunStatus.FAILED else FailureClass.RECOVERABLE
+        return replace(failure, failure_class=kind), status
+
     async def _end(self, status: RunStatus, failure: Failure | None) -> ExecutionResult:
         """Close the record, build the result, tell the hooks: always, whichever way the run ended."""
         ctx = self.ctx
@@ -387,7 +424,7 @@ class _Run:
         if ctx.fire.on_run_end is not None:
             try:
                 await ctx.fire.fire(
-                    "on_run_end", ctx.fire.on_run_end, None, lambda: (ctx.run_id, _own_copy(result))
+                    "on_run_end", ctx.fire.on_run_end, None, lambda: (ctx.run_id, _own_copy(ctx, result))
                 )
             except HookNotAsync as error:
                 error.result = result
@@ -407,13 +444,27 @@ class _Run:
         return result
 
 
-def _own_copy(result: ExecutionResult) -> ExecutionResult:
-    """The result as one set of hooks may do with it what it likes."""
-    state = result.final_state
+def _own_copy(ctx: ReliabilityContext, result: ExecutionResult) -> ExecutionResult:
+    """The result as one set of hooks may do with it what it likes; redacted, if the config says how."""
+    state, trace, failure = result.final_state, result.trace.copy(), result.failure
+    if isinstance(state, BaseModel):
+        schema = schema_of(type(state))
+        state = schema.copy(state)
+        if ctx.config.redact is not None:
+            # What is shown need not satisfy the schema.
+            state = type(state).model_construct(**ctx.shown(schema.state(state)))
+    if ctx.config.redact is not None:
+        for event in trace.walk():
+            event.input_state = ctx.shown(event.input_state)
+            if event.output_state is not None:
+                event.output_state = ctx.shown(event.output_state)
+        if failure is not None:
+            failure = replace(failure, exception=ctx.shown_error(failure.exception))
     return replace(
         result,
-        final_state=schema_of(type(state)).copy(state) if isinstance(state, BaseModel) else state,
-        trace=result.trace.copy(),
+        final_state=state,
+        trace=trace,
+        failure=failure,
         hook_errors=list(result.hook_errors),
         unpriced_models=list(result.unpriced_models),
     )

@@ -34,6 +34,7 @@ from stroma.checkpoint import (
     JournalStore,
     PipelineChanged,
     RunRequest,
+    StepCall,
     StoreError,
 )
 from stroma.checkpoint import _sqlite_file as sqlite_file
@@ -98,6 +99,9 @@ def row(
 
 async def begin(store: Any, run_id: str = "run", state: BaseModel | None = None, **request: Any) -> Any:
     state = State() if state is None else state
+    if request.pop("resume", False):
+        request["if_exists"] = "resume"
+    request.setdefault("if_running", "take_over")
     opened = store.open_run(RunRequest(run_id, "pipeline", state, schema_of(type(state)), **request))
     return await opened if inspect.isawaitable(opened) else opened
 
@@ -451,7 +455,11 @@ class TestCommit:
         await session.record(row(message="bad \ud800 \0 é", failure=FailureClass.TERMINAL), None, None)
         await session.end("FAILED", "bad \ud800")
         (kept,) = store.attempts("run")
-        assert (kept.message, kept.failure_class, kept.outcome) == ("bad \\ud800 \0 é", "TERMINAL", "failure")
+        assert (kept.message, kept.failure_class, kept.outcome) == (
+            "bad \\ud800 \\x00 é",
+            "TERMINAL",
+            "failure",
+        )
         run = store.get_run("run")
         assert run is not None
         assert (run.status, run.error) == ("FAILED", "bad \\ud800")
@@ -469,7 +477,7 @@ class TestFence:
                 stale.record(row(1, tokens=5), None, None),
                 stale.end("COMPLETED", None),
             ):
-                with pytest.raises(Fenced, match=rf"opened again meanwhile, by process {os.getpid()} on "):
+                with pytest.raises(Fenced, match=rf"taken over meanwhile, by process {os.getpid()} on "):
                     await pending
             await commit(owner, 1, 2)
             run = here.get_run("run")
@@ -493,7 +501,7 @@ class TestFence:
             await commit(stale, 0)
         await begin(store)
         await begin(store, "another")
-        with pytest.raises(Fenced, match="opened again"):
+        with pytest.raises(Fenced, match="taken over"):
             await commit(stale, 0)
         assert store.attempts("run") == store.attempts("another") == []
 
@@ -731,7 +739,7 @@ class TestThreads:
         """The thread ends when its store is collected."""
         store = SQLiteStore(path)
         await store.save("run", "node", State())
-        (thread,) = [w._thread for w in store._writers.values()]
+        (thread,) = [w._thread for w in store._workers.values()]
         del store
         gc.collect()
         await asyncio.to_thread(thread.join, 5)
@@ -888,6 +896,26 @@ class TestFaults:
                 store.list_runs()
         assert path.read_bytes() == before
 
+    @pytest.mark.parametrize("first", ["reader", "writer"])
+    async def test_an_older_file_is_brought_up_to_date(self, path: pathlib.Path, first: str) -> None:
+        """A file that an earlier release made keeps all that is in it, whoever opens it first."""
+        with SQLiteStore(path) as store:
+            session = await begin(store)
+            await commit(session, 0, 5)
+            await settle(session.end("PARTIAL", "why"))
+        with raw(path) as db:  # What the first format lacked.
+            db.execute("ALTER TABLE steps DROP COLUMN call")
+            db.execute("ALTER TABLE steps DROP COLUMN given")
+            db.execute("UPDATE meta SET v = '1'")
+        with SQLiteStore(path) as store:
+            if first == "reader":
+                assert [a.position for a in store.attempts("run")] == [0]
+            session = await begin(store, resume=True)
+            assert restored(session) == {(0, ""): ("node", State(n=5))}
+            await settle(session.record(row(1), SCHEMA, State(n=6), StepCall(3, b"x")))
+            await settle(session.end("PARTIAL", "why"))
+            assert (await begin(store, resume=True)).restored[1, ""].step == StepCall(3, b"x")
+
     async def test_a_newer_file_is_refused(self, path: pathlib.Path) -> None:
         """A file whose min_reader is beyond this release is not touched; one that is only newer is used."""
         with SQLiteStore(path) as store:
@@ -1007,7 +1035,7 @@ class TestFile:
         async def pragmas(store: SQLiteStore) -> tuple[Any, ...]:
             names = ("journal_mode", "synchronous", "busy_timeout", "trusted_schema")
             return await store._submit(
-                lambda db: tuple(db.execute(f"PRAGMA {n}").fetchone()[0] for n in names)
+                lambda rows: tuple(rows.db.execute(f"PRAGMA {n}").fetchone()[0] for n in names)
             )
 
         with SQLiteStore(tmp_path / "a") as full, SQLiteStore(tmp_path / "b", synchronous="normal") as normal:

@@ -13,9 +13,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
+from stroma.checkpoint._worker import lasting
 from stroma.checkpoint.journal import StoreError
 
-__all__ = ["Connect", "DatabaseFile", "connect", "is_fatal", "lasting"]
+__all__ = ["Connect", "DatabaseFile", "connect", "is_fatal"]
 
 T = TypeVar("T")
 
@@ -32,7 +33,7 @@ _MIN_READER: Final = 2  # the oldest version that can read what this release wri
 # is tried again, count attempts from 1. The order of the key is the order in which history is told.
 # Steps: one committed output per position and branch; what save() keeps stands at position -1, branch = node id.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
-# The lease columns: every open_run bumps the epoch and writes its own owner; until_ms is not used yet.
+# The lease columns: every open_run bumps the epoch and writes its own owner and until when the run is its own.
 _SCHEMA: Final = (
     "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE runs (
@@ -58,6 +59,11 @@ _SCHEMA: Final = (
     f"INSERT INTO meta VALUES ('schema_version', '{_SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
     f"PRAGMA application_id = {_APPLICATION_ID}",
 )  # fmt: skip
+
+#: What makes a file of a format into one of the next.
+_MIGRATIONS: Final = {
+    1: ("ALTER TABLE steps ADD COLUMN call INTEGER", "ALTER TABLE steps ADD COLUMN given BLOB"),
+}
 
 _WAITING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 # Errors of input and output after which a rollback is all that is needed: something found no room.
@@ -88,13 +94,6 @@ def connect(uri: str) -> sqlite3.Connection:
     db = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None)
     db.execute("PRAGMA trusted_schema=0")
     return db
-
-
-def lasting(message: str) -> StoreError:
-    """A StoreError that trying again will not mend."""
-    error = StoreError(message)
-    error.transient = False
-    return error
 
 
 def _code(error: BaseException) -> int:
@@ -147,7 +146,10 @@ class DatabaseFile:
                 )
             db = self.connect(self._uri("ro"))
             try:
-                yield db if self.patiently(lambda: self._is_ours(db)) else None
+                ready = self.patiently(lambda: self._is_ours(db))
+                if ready and self._version(db) < _SCHEMA_VERSION:
+                    self.open().close()
+                yield db if ready else None
             finally:
                 db.close()
         except (sqlite3.Error, OSError) as error:
@@ -240,6 +242,25 @@ class DatabaseFile:
                 for statement in _SCHEMA:
                     db.execute(statement)
             self.patiently(lambda: db.execute("COMMIT"))
+        elif self._version(db) < _SCHEMA_VERSION:
+            self._migrate(db)
+
+    def _migrate(self, db: sqlite3.Connection) -> None:
+        """Bring an older file up to date, in one transaction; what is in it stays."""
+        self.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+        for version in range(self._version(db), _SCHEMA_VERSION):  # Another process may have been faster.
+            for statement in _MIGRATIONS[version]:
+                db.execute(statement)
+        values = [(str(_SCHEMA_VERSION), "schema_version"), (str(_MIN_READER), "min_reader")]
+        db.executemany(
+            "UPDATE meta SET v = ? WHERE k = ? AND CAST(v AS INTEGER) < CAST(?1 AS INTEGER)", values
+        )
+        self.patiently(lambda: db.execute("COMMIT"))
+
+    @staticmethod
+    def _version(db: sqlite3.Connection) -> int:
+        rows = db.execute("SELECT v FROM meta WHERE k = 'schema_version'").fetchall()
+        return int(rows[0][0]) if rows and str(rows[0][0]).isdecimal() else 1
 
     def _is_ours(self, db: sqlite3.Connection) -> bool:
         """False for an empty database. Raises StoreError for one that is not a store, or is too new for us."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
@@ -25,16 +25,25 @@ __all__ = [
     "Committed",
     "CorruptCheckpoint",
     "Fenced",
+    "Finished",
+    "Held",
+    "IfExists",
+    "IfRunning",
     "JournalStore",
     "PipelineChanged",
     "PriorUsage",
     "RunBusy",
+    "RunExists",
     "RunRecord",
     "RunRequest",
     "Session",
     "StepCall",
     "StoreError",
+    "decide",
 ]
+
+IfExists = Literal["restart", "resume", "return", "error", "attach"]
+IfRunning = Literal["error", "attach", "take_over"]
 
 
 class StoreError(Exception):
@@ -79,11 +88,30 @@ class PipelineChanged(StoreError):
 
 
 class RunBusy(StoreError):
-    """Another process is at work on the run.
+    """Somebody else is at work on the run: another process, or another task of this one.
 
-    Where: out of ``run()``, from stores that give a run one owner.
+    Attributes:
+        holder: who, in words.
+        left_seconds: when its lease ends, unless the holder renews it.
+        same_input: whether it was given the same input.
+
+    Where: out of ``run()``, before anything is called.
     Cause: the same run id was picked up twice.
-    Mend: wait for the other process to end, or use another run id.
+    Mend: wait for the result with ``if_running="attach"``, or use another run id. If the holder is known to be gone,
+        ``if_running="take_over"`` need not wait for the end of its lease.
+    """
+
+    holder: str = ""
+    left_seconds: float = 0.0
+    same_input: bool = False
+
+
+class RunExists(StoreError):
+    """There is such a run already.
+
+    Where: out of ``run()`` with ``if_exists="error"``.
+    Cause: the run id was used before.
+    Mend: use another run id, or say what is to become of the run: ``if_exists="resume"``, "return" or "restart".
     """
 
 
@@ -128,7 +156,12 @@ class RunRequest(NamedTuple):
 
     Attributes:
         initial_state, schema: the run's input and its Schema; a durable store encodes it.
-        resume: continue the last execution, if there is one; otherwise begin a new one.
+        if_exists: "resume" continues the last execution, "return" too but for one that has finished, which stays as it
+            is; "restart" begins a new one, "error" refuses; "attach" gives what a holder that was waited for came to.
+        if_running: what becomes of a run that somebody else holds: "take_over" fences them off, all else is RunBusy.
+        lease_seconds: how long a holder that is not heard of keeps the run.
+        ends: whether the caller will say that the run has ended. From plain code that does not, another request of the
+            same process takes the run over at once.
         discard_from: forget the commits from this position on (of the execution that is continued).
         accept: asked, before anything is changed, about each commit that would be restored; what it raises refuses
             the request.
@@ -138,9 +171,12 @@ class RunRequest(NamedTuple):
     pipeline: str
     initial_state: BaseModel
     schema: Schema
-    resume: bool = False
+    if_exists: IfExists = "restart"
     discard_from: int | None = None
     accept: Callable[[int, str, Committed], None] | None = None
+    if_running: IfRunning = "error"
+    lease_seconds: float = 30.0
+    ends: bool = True
 
     def accepted(self, commits: Mapping[tuple[int, str], Committed]) -> Mapping[tuple[int, str], Committed]:
         """The commits that stay; raises what ``accept`` raises."""
@@ -179,6 +215,47 @@ class Committed:
     step: StepCall | None = None
 
 
+class Held(NamedTuple):
+    """What a store knows of the last execution of a run. ``holder``: who is at work on it, in words, or None."""
+
+    execution: int
+    status: str
+    holder: str | None = None
+    left_seconds: float = 0.0
+
+
+def decide(
+    request: RunRequest, held: Held | None, same_input: bool
+) -> Literal["begin", "continue", "return"]:
+    """What a request comes to, given the last execution, if there is one. Raises RunBusy, RunExists, PipelineChanged."""
+    if held is None:
+        return "begin"
+    if held.holder is not None and request.if_running != "take_over":
+        what = "" if same_input else " with another input"
+        error = RunBusy(
+            f"run {request.run_id!r} is being run{what} by {held.holder}, whose lease is good for another "
+            f'{max(held.left_seconds, 0.0):.1f} s; wait for its result with if_running="attach", or use another run id'
+        )
+        error.holder, error.left_seconds, error.same_input = held.holder, held.left_seconds, same_input
+        raise error
+    if request.if_exists == "error":
+        raise RunExists(
+            f"run {request.run_id!r} exists already (execution {held.execution}, {held.status}); use another run id, or "
+            'say what is to become of it: if_exists="resume", "return" or "restart"'
+        )
+    if request.if_exists == "restart":
+        return "begin"
+    if request.discard_from is None and not same_input:
+        raise PipelineChanged(
+            f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has changed); "
+            "give it the same one, or another run id"
+        )
+    finished = held.status in ("COMPLETED", "RESUMED")
+    if request.if_exists == "attach":  # Whatever the holder came to; if it died on the way, we go on.
+        finished = held.status != "RUNNING"
+    return "return" if finished and request.if_exists in ("return", "attach") else "continue"
+
+
 @dataclass(frozen=True, slots=True)
 class PriorUsage:
     """What earlier processes used on this execution."""
@@ -188,6 +265,13 @@ class PriorUsage:
     latency_ms: float = 0.0
 
 
+class Finished(NamedTuple):
+    """How an execution ended: its status and, unless it completed, why."""
+
+    status: str
+    error: str | None
+
+
 class Session(Protocol):
     """One execution of a run, held by this process.
 
@@ -195,10 +279,12 @@ class Session(Protocol):
         execution: 1 for the first execution of the run id, 2 after a restart, and so on.
         continued: whether it goes on with an execution that an earlier call began.
         restored: the committed outputs by (position, branch).
+        finished: how the execution ended that is returned as it is; None for one that goes on.
     """
 
     execution: int
     continued: bool
+    finished: Finished | None
     restored: Mapping[tuple[int, str], Committed]
     prior: PriorUsage
 
@@ -215,6 +301,9 @@ class Session(Protocol):
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
         """The run has stopped with a status (see RunStatus) and, unless it completed, the reason in words."""
 
+    def abandon(self) -> None:
+        """The run has stopped, and nothing may be awaited any more: the run is free for others."""
+
 
 @runtime_checkable
 class JournalStore(Protocol):
@@ -229,6 +318,7 @@ class RunRecord:
 
     Attributes:
         status: "RUNNING" while it runs (or since its process died), else a RunStatus.
+        holder: who is at work on it, in words; None if nobody is, also of a RUNNING one whose process died.
         started_ms, updated_ms: milliseconds since the epoch.
         tokens, cost_usd: of all attempts of the last execution.
         nodes: how many positions of it are committed, those inside groups not counted.
@@ -244,6 +334,7 @@ class RunRecord:
     cost_usd: float
     nodes: int
     error: str | None
+    holder: str | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -14,6 +14,7 @@ from stroma.checkpoint.journal import (
     CheckpointStore,
     Committed,
     CorruptCheckpoint,
+    Finished,
     PriorUsage,
     RunRequest,
     Session,
@@ -71,7 +72,7 @@ class CheckpointManager:
         )
         if open_run is not None:
             return open_run(request)
-        if request.resume and request.discard_from is None:
+        if request.if_exists in ("resume", "return") and request.discard_from is None:
             raise StoreError(
                 f"{type(self.store).__name__} keeps no journal, so it cannot tell where run {request.run_id!r} stopped; "
                 "use resume_from=, or a journal store such as SQLiteStore"
@@ -85,6 +86,7 @@ class _SimpleSession:
     __slots__ = ("_run_id", "_store")
     execution = 1
     continued = False
+    finished: Finished | None = None
     restored: Mapping[tuple[int, str], Committed] = {}
     prior = PriorUsage()
 
@@ -98,10 +100,13 @@ class _SimpleSession:
         if output is None or schema is None:
             return None
         # The store may keep the object that it is given: give it one of its own.
-        pending = self._store.save(self._run_id, row[NODE], schema.validate(schema.raw(output)))
+        pending = self._store.save(self._run_id, row[NODE], schema.clone(output))
         return pending if inspect.isawaitable(pending) else None
 
     def end(self, status: str, error: str | None) -> None:
+        return None
+
+    def abandon(self) -> None:
         return None
 
 

@@ -3,23 +3,45 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+import time
+import weakref
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import cast
 
 from pydantic import BaseModel
 
 from stroma.checkpoint.journal import (
+    AttemptRecord,
+    CheckpointNotFound,
     Committed,
     CorruptCheckpoint,
-    PipelineChanged,
+    Fenced,
+    Finished,
+    Held,
     PriorUsage,
+    RunRecord,
     RunRequest,
     StepCall,
+    decide,
 )
 from stroma.contracts import check_id
-from stroma.schemas import Schema, Snapshot, schema_of
-from stroma.trace import BRANCH, DURATION, NODE, OUTPUT, POSITION, USAGE, Row, contract_of
+from stroma.schemas import NotSerialisable, Schema, Snapshot, schema_of
+from stroma.trace import (
+    ATTEMPT,
+    BRANCH,
+    DURATION,
+    FAILURE,
+    NO_USAGE,
+    NODE,
+    OUTCOME,
+    OUTPUT,
+    POSITION,
+    STARTED,
+    USAGE,
+    Row,
+    contract_of,
+)
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
@@ -39,7 +61,41 @@ class _Run:
     schemas: dict[str, Schema] = field(default_factory=dict)
     spent: list[Row] = field(default_factory=list)
     calls: dict[_Key, StepCall] = field(default_factory=dict)
+    pipeline: str = ""
+    schema: Schema | None = None
+    started_ms: int = 0
     status: str = "RUNNING"
+    error: str | None = None
+    #: Raised by each session that opens the run; only the last one may write.
+    epoch: int = 0
+    #: That session, while somebody has it.
+    session: Callable[[], _MemorySession | None] = lambda: None
+
+    def held(self) -> Held | None:
+        """What is known of the last execution."""
+        if self.execution == 0:
+            return None
+        running = self.session() is not None
+        return Held(
+            self.execution, self.status, "another task of this process" if running else None, math.inf
+        )
+
+    def attempts(self) -> list[Row]:
+        """The rows of the last execution, by position and time."""
+        rows = [*self.spent, *(entry for entry in self.kept.values() if len(entry) != 4)]
+        # One that was sent again is one attempt.
+        one = {(row[POSITION], row[STARTED], row[BRANCH], row[ATTEMPT]): row for row in rows}
+        return [one[key] for key in sorted(one)]
+
+    def used(self) -> tuple[int, float, float]:
+        """Tokens, USD and milliseconds of the last execution."""
+        rows = self.attempts()
+        usages = [usage for row in rows if (usage := row[USAGE]) is not None]
+        return (
+            sum(usage.tokens for usage in usages),
+            math.fsum(usage.cost_usd for usage in usages),
+            sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
+        )
 
     def entries(self) -> Iterator[tuple[_Key, _Kept]]:
         """What is kept, the newest first."""
@@ -57,13 +113,16 @@ _NOTHING_SPENT = PriorUsage()
 
 class _MemorySession:
     __slots__ = (
+        "__weakref__",
         "_calls",
+        "_epoch",
         "_kept",
         "_run",
         "_schemas",
         "_spent",
         "continued",
         "execution",
+        "finished",
         "prior",
         "restored",
     )
@@ -72,21 +131,28 @@ class _MemorySession:
 
     def __init__(self, run: _Run, request: RunRequest) -> None:
         given = request.schema.snapshot(request.initial_state)
-        self.continued = request.resume and run.execution > 0
-        if self.continued:
-            self._continue(run, request, given)
-        else:
+        way = decide(request, run.held(), run.input == given)
+        self.continued, self.finished = way == "continue", None
+        if way != "begin":
+            self._continue(run, request)
+        if way == "return":
+            self.finished = Finished(run.status, run.error)
+        elif way == "begin":
             run.execution += 1
             # What was saved by hand belongs to no execution.
             run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str)} if run.kept else {}
             run.spent, run.calls, run.input = [], {}, given
+            run.pipeline, run.schema, run.started_ms = request.pipeline, request.schema, _now_ms()
             self.restored, self.prior = _NOTHING_RESTORED, _NOTHING_SPENT
-        run.status = "RUNNING"
-        self.execution = run.execution
+        if way != "return":
+            run.status, run.error = "RUNNING", None
+            run.epoch += 1
+            run.session = weakref.ref(self) if request.ends else lambda: None
+        self.execution, self._epoch = run.execution, run.epoch
         self._run, self._kept, self._spent, self._schemas = run, run.kept, run.spent, run.schemas
         self._calls = run.calls
 
-    def _continue(self, run: _Run, request: RunRequest, given: Snapshot) -> None:
+    def _continue(self, run: _Run, request: RunRequest) -> None:
         first = request.discard_from
         restored = request.accepted(
             {
@@ -95,27 +161,19 @@ class _MemorySession:
                 if not isinstance(key, str)
             }
         )
-        if first is None and run.input != given:
-            raise PipelineChanged(
-                f"run {request.run_id!r} was started with another input; give it the same one, or another run id"
-            )
         if first is not None:
             for key in [k for k in run.kept if not isinstance(k, str) and _position(k)[0] >= first]:
                 entry = run.kept.pop(key)
                 if len(entry) != 4:  # Discarded, but paid for.
                     run.spent.append(entry)
         self.restored = restored
-        rows = [*run.spent, *(entry for entry in run.kept.values() if len(entry) != 4)]
-        used = [usage for row in rows if (usage := row[USAGE]) is not None]
-        self.prior = PriorUsage(
-            sum(usage.tokens for usage in used),
-            math.fsum(usage.cost_usd for usage in used),
-            sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
-        )
+        self.prior = PriorUsage(*run.used())
 
     def record(
         self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> None:
+        if self._run.epoch != self._epoch:
+            raise _fenced()
         if schema is None or output is None:
             self._spent.append(row)
             return
@@ -131,7 +189,26 @@ class _MemorySession:
             self._spent.append(row)
 
     def end(self, status: str, error: str | None) -> None:
-        self._run.status = status
+        if self.finished is None:
+            if self._run.epoch != self._epoch:
+                raise _fenced()
+            self._run.status, self._run.error = str(status), error
+            self.abandon()
+
+    def abandon(self) -> None:
+        if self._run.epoch == self._epoch:
+            self._run.session = lambda: None
+
+
+def _fenced() -> Fenced:
+    return Fenced(
+        "the run was taken over or deleted meanwhile; nothing more of this execution is kept, see what the other one "
+        "makes of it"
+    )
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _position(key: _Key) -> tuple[int, str]:
@@ -149,6 +226,60 @@ class _Memory:
         if run is None:
             run = self._runs[request.run_id] = _Run()
         return _MemorySession(run, request)
+
+    # ---- reading: as of every journal store
+
+    def list_runs(
+        self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
+    ) -> list[RunRecord]:
+        """The last execution of each run, the one begun last first."""
+        found = [
+            self._record(run_id, run)
+            for run_id, run in reversed(list(self._runs.items()))
+            if run.execution and pipeline in (None, run.pipeline) and status in (None, run.status)
+        ]
+        return sorted(found, key=lambda run: -run.started_ms)[:limit]
+
+    def get_run(self, run_id: str) -> RunRecord | None:
+        """The last execution of a run, or None. Raises ValueError for an illegal id."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        return None if run is None or not run.execution else self._record(run_id, run)
+
+    def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
+        """The ids that begin with a text, newest first, or the newest id for "last". A whole id stands alone."""
+        runs = self.list_runs(limit=len(self._runs))
+        if prefix_or_last == "last":
+            return [run.run_id for run in runs[:1]]
+        prefix = check_id(prefix_or_last, "run id")
+        found = [run.run_id for run in runs if run.run_id.startswith(prefix)]
+        return [prefix] if prefix in found else found[:limit]
+
+    def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
+        """Every attempt of the last execution, by position and time; earlier ones are not kept. [] if unknown."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        if run is None or execution not in (None, run.execution):
+            return []
+        return [_attempt(row, run) for row in run.attempts()]
+
+    def input_of(self, run_id: str) -> bytes:
+        """The initial state of a run in its stored form. Raises CheckpointNotFound, NotSerialisable."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        if run is None or run.schema is None or run.input is None:
+            raise CheckpointNotFound(f"there is no run {run_id!r} in this process; check the id")
+        return run.schema.encode(run.schema.restore(run.input))
+
+    def _record(self, run_id: str, run: _Run) -> RunRecord:
+        tokens, cost, _ = run.used()
+        rows = run.attempts()
+        updated = max([run.started_ms, *((row[STARTED] + row[DURATION]) // 1_000_000 for row in rows)])
+        nodes = sum(isinstance(key, int) for key in run.kept)
+        held = run.held()
+        return RunRecord(
+            run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
+            held and held.holder,
+        )  # fmt: skip
+
+    # ---- the simple protocol
 
     def _save(self, run_id: str, node_id: str, state: BaseModel) -> None:
         run = self._runs.setdefault(check_id(run_id, "run id"), _Run())
@@ -172,7 +303,31 @@ class _Memory:
         return None if state is None else as_schema(state, schema, run_id, node_id)
 
     def _delete(self, run_id: str) -> None:
-        self._runs.pop(run_id, None)
+        run = self._runs.pop(run_id, None)
+        if run is not None:
+            run.epoch += 1  # Whoever is at work on it is fenced off.
+
+
+def _attempt(row: Row, run: _Run) -> AttemptRecord:
+    usage = row[USAGE] or NO_USAGE
+    failure, message, reason = row[FAILURE] or (None, None, None)
+    branch = row[BRANCH]
+    entry = run.kept.get((row[POSITION], branch) if branch else row[POSITION])
+    output = None
+    if row[OUTPUT] is not None and entry is not None and (entry is row or len(entry) == 4):
+        if len(entry) == 4:
+            _, schema, snapshot, _ = entry
+        else:
+            schema, snapshot = run.schemas[row[NODE]], cast("Snapshot", entry[OUTPUT])
+        try:
+            output = schema.encode(schema.restore(snapshot))
+        except NotSerialisable:
+            pass  # It has no stored form.
+    return AttemptRecord(
+        row[POSITION], branch, row[NODE], row[ATTEMPT], row[STARTED] // 1_000_000, row[DURATION] / 1e6, row[OUTCOME],
+        failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
+        output,
+    )  # fmt: skip
 
 
 def coerce(state: BaseModel, schema: type[BaseModel]) -> BaseModel:

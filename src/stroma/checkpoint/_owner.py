@@ -1,0 +1,109 @@
+"""Who is at work on a run: how a process names itself, and how another one can tell that it is gone."""
+
+from __future__ import annotations
+
+import functools
+import os
+import pathlib
+import socket
+from typing import Any, Final, NamedTuple
+from weakref import WeakValueDictionary
+
+__all__ = ["LIVE", "Owner", "boot_id", "is_gone", "new_owner"]
+
+#: The sessions of this process, by the token of their owner.
+LIVE: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
+
+
+class Owner(NamedTuple):
+    """One session in one process.
+
+    Attributes:
+        boot: which start of its machine the process belongs to; "" where the system does not say.
+        space: what its process id is valid in (a container has one of its own); 0 where the system does not say.
+        born: when the process started, in ticks since the boot: ids are used again. 0 where the system does not say.
+        token: tells the sessions of a process apart.
+    """
+
+    host: str
+    boot: str
+    space: int
+    pid: int
+    born: int
+    token: str
+
+    def __str__(self) -> str:
+        return "|".join(map(str, self))
+
+    @property
+    def place(self) -> str:
+        """ "process 123 on host", for messages."""
+        return f"process {self.pid} on {self.host}"
+
+    @classmethod
+    def read(cls, text: str | None) -> Owner | None:
+        """What ``str()`` wrote; None for anything else: it comes out of a store."""
+        parts = (text or "").split("|")
+        try:
+            host, boot, space, pid, born, token = parts
+            return cls(host, boot, int(space), int(pid), int(born), token)
+        except ValueError:
+            return None
+
+
+def new_owner(session: object, *, ends: bool = True) -> Owner:
+    """A name for a session of this process, which counts as alive for as long as it is not collected.
+
+    One that does not say when it ends never counts as alive in its own process.
+    """
+    owner = _process(os.getpid())._replace(token=os.urandom(8).hex())
+    if ends:
+        LIVE[owner.token] = session
+    return owner
+
+
+def is_gone(owner: Owner) -> bool:
+    """Whether a session can be *known* to have ended without saying so. Only its lease can tell of all others."""
+    here = _process(os.getpid())
+    if not here.boot or (owner.boot, owner.space) != (here.boot, here.space):
+        return False
+    if (owner.pid, owner.born) == (here.pid, here.born):
+        return owner.token not in LIVE
+    return _birth(owner.pid) != owner.born
+
+
+@functools.cache
+def boot_id() -> str:
+    """Which start of the machine this is; "" where the system does not say."""
+    try:
+        return pathlib.Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return ""
+
+
+@functools.cache
+def _process(pid: int) -> Owner:
+    boot = boot_id()
+    try:
+        space = os.stat("/proc/self/ns/pid").st_ino
+    except OSError:
+        boot, space = "", 0
+    return Owner(socket.gethostname().replace("|", "_"), boot, space, pid, _birth(pid) or 0, "")
+
+
+def _birth(pid: int) -> int | None:
+    """When a process started; None if there is none, or nothing of it but an exit code that nobody fetched."""
+    try:
+        # The name of the program stands in parentheses and may hold any character.
+        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return None if fields[0] in "ZX" else int(fields[19])
+
+
+def _after_fork() -> None:
+    LIVE.clear()  # They are the parent's.
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)

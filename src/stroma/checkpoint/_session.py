@@ -1,0 +1,411 @@
+"""One execution of a run in a durable store: how it begins, what it keeps, and the fence around it.
+
+Everything that is decided is decided here, once for all stores. A store only has to read and write plain rows
+(:class:`Rows`): all of one operation in one transaction.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Awaitable, Iterable, Mapping
+from functools import partial
+from typing import Any, Final, NamedTuple, Protocol
+
+from pydantic import BaseModel
+
+from stroma.checkpoint._owner import LIVE, Owner, is_gone
+from stroma.checkpoint.journal import (
+    Committed,
+    CorruptCheckpoint,
+    Fenced,
+    Finished,
+    Held,
+    PriorUsage,
+    RunRequest,
+    StepCall,
+    decide,
+)
+from stroma.checkpoint.manager import schema_ref
+from stroma.schemas import Schema
+from stroma.trace import (
+    ATTEMPT,
+    BRANCH,
+    DURATION,
+    FAILURE,
+    NO_USAGE,
+    NODE,
+    OUTCOME,
+    POSITION,
+    STARTED,
+    USAGE,
+    Row,
+    contract_of,
+)
+
+__all__ = [
+    "PICO",
+    "SAVED",
+    "Attempt",
+    "Commit",
+    "DurableSession",
+    "Fence",
+    "Opening",
+    "Rows",
+    "RunRow",
+    "Step",
+    "StepRow",
+    "intact",
+    "verify",
+]
+
+PICO: Final = 10**12  # Costs are kept in whole pico-dollars: sums are exact in any order.
+SAVED: Final = -1  # the position of what save() keeps
+
+
+class Fence(NamedTuple):
+    """What a session may write under: rows change only while these are the last epoch and owner of the run."""
+
+    run: Any  # the store's own key of the run, never used again for another one
+    execution: int
+    epoch: int
+    owner: str
+    lease_seconds: float
+
+
+class RunRow(NamedTuple):
+    """A run as its store has it.
+
+    Attributes:
+        execution: 0 while it has only what ``save()`` kept.
+        left_seconds: how long its lease is good for, by the clock that the store goes by; below 0 it has expired.
+        nodes: positions with a commit in the last execution, those inside groups not counted.
+    """
+
+    run: Any
+    run_id: str
+    pipeline: str
+    execution: int
+    status: str
+    error: str | None
+    started_ms: int
+    updated_ms: int
+    tokens: int
+    cost_pico: int
+    latency_ns: int
+    owner: str | None
+    epoch: int
+    left_seconds: float
+    nodes: int
+
+    @property
+    def holder(self) -> Owner | None:
+        """Who is at work on the run, as far as anybody can tell."""
+        owner = Owner.read(self.owner) if self.status == "RUNNING" else None
+        return None if owner is None or self.left_seconds < 0 or is_gone(owner) else owner
+
+
+class Attempt(NamedTuple):
+    """One attempt, as it is kept. What tells it from a repeated call for the same one is its start: a resumed run, and
+    a group that is tried again, count attempts from 1."""
+
+    position: int
+    started_ns: int
+    branch: str
+    attempt: int
+    node_id: str
+    duration_ns: int
+    outcome: str
+    failure_class: str | None
+    message: str | None
+    reason: str | None
+    tokens: int
+    output_tokens: int
+    cost_pico: int
+    model: str | None
+
+
+class Step(NamedTuple):
+    """One committed output, as it is kept. ``number`` and ``given``: see StepCall."""
+
+    contract: str
+    schema_ref: str
+    output: bytes
+    sha256: bytes
+    number: int | None = None
+    given: bytes | None = None
+
+
+class StepRow(NamedTuple):
+    """A Step and the place it has in its execution."""
+
+    position: int
+    branch: str
+    node_id: str
+    step: Step
+
+
+class Opening(NamedTuple):
+    """What a session writes when it begins. ``discard_from``: see RunRequest."""
+
+    run_id: str
+    pipeline: str
+    owner: str
+    lease_seconds: float
+    contract: str
+    input: bytes
+    sha256: bytes
+    discard_from: int | None
+
+
+class Rows(Protocol):
+    """The rows of a store inside one transaction. Whoever raises in it undoes it."""
+
+    # ---- runs
+    def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
+        """The row of a run; with ``lock`` nobody else changes it before the transaction ends."""
+        ...
+
+    def begin(self, found: RunRow | None, opening: Opening) -> Fence:
+        """Begin an execution: number 1, or the next one of a run that was found. Raises the epoch."""
+        ...
+
+    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+        """Take over the last execution, without its commits from ``discard_from`` on. Raises the epoch."""
+        ...
+
+    def input(self, run: Any, execution: int) -> tuple[str, bytes, bytes] | None:
+        """(contract, input, sha256) of an execution."""
+        ...
+
+    def steps(self, run: Any, execution: int) -> Iterable[StepRow]:
+        """The commits of an execution; not what ``save()`` kept."""
+        ...
+
+    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
+        """Keep an attempt, its usage and its output; renew the lease. False if the fence is in the way.
+
+        An attempt that is kept already is left as it is, with its usage, and so is its output.
+        """
+        ...
+
+    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
+        """Note how an execution stopped, and give up the lease. False if the fence is in the way."""
+        ...
+
+    def renew(self, fences: list[Fence]) -> None:
+        """Renew leases; those of runs that somebody else has taken over stay as they are."""
+
+    # ---- the simple protocol
+    def save(self, run_id: str, node_id: str, step: Step) -> None:
+        """Keep a state as the last one of a node, at position SAVED, outside of any session."""
+
+    def newest(self, run_id: str, node_id: str) -> StepRow | None:
+        """The newest output of a node in the last execution, or what was saved since."""
+        ...
+
+    def delete(self, run_id: str) -> None: ...
+
+    # ---- reading
+    def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
+        """The runs that have an execution, the one begun last first."""
+        ...
+
+    def ids(self, prefix: str, limit: int) -> list[str]:
+        """Ids of runs that have an execution and begin with a text: that very one first, then the newest."""
+        ...
+
+    def attempts(self, run: Any, execution: int) -> Iterable[tuple[Attempt, Step | None]]:
+        """By process, position and time; a group before its children. With what each one committed."""
+        ...
+
+
+class Commit(NamedTuple):
+    """The operation that happens most; a store may do many of them in a way of its own."""
+
+    run_id: str
+    fence: Fence
+    attempt: Attempt
+    step: Step | None
+
+    def __call__(self, rows: Rows) -> None:
+        if not rows.commit(self.fence, self.attempt, self.step):
+            raise fenced(rows.find(self.run_id), self.run_id)
+
+
+class Submit(Protocol):
+    """Has an operation done in a transaction; what it returns ends when it is kept."""
+
+    def __call__(self, operation: Any, /) -> Awaitable[Any]: ...
+
+
+class DurableSession:
+    """One execution of a run, held by this process until it ends, or until another one takes it over.
+
+    Attributes: see :class:`stroma.checkpoint.journal.Session`.
+    """
+
+    __slots__ = (
+        "__weakref__",
+        "_submit",
+        "continued",
+        "ended",
+        "execution",
+        "fence",
+        "finished",
+        "prior",
+        "restored",
+        "run_id",
+    )
+
+    fence: Fence
+    execution: int
+    continued: bool
+    finished: Finished | None
+    prior: PriorUsage
+    restored: Mapping[tuple[int, str], Committed]
+
+    def __init__(self, run_id: str, submit: Submit) -> None:
+        self.run_id = run_id
+        #: Whether its lease need not be kept up any more.
+        self.ended = False
+        self._submit = submit
+
+    def open(self, request: RunRequest, opening: Opening, rows: Rows) -> DurableSession:
+        """One operation: a request that is refused changes nothing and fences nobody off."""
+        run_id = request.run_id
+        found = rows.find(run_id, lock=True)
+        kept = None
+        if found is not None and found.execution > 0:
+            kept = rows.input(found.run, found.execution)
+        same = kept is not None and kept[2] == opening.sha256
+        way = decide(request, None if kept is None or found is None else _held(found), same)
+        self.restored, self.prior = {}, PriorUsage()
+        self.continued, self.finished = way == "continue", None
+        if way == "begin" or found is None:
+            self.fence = rows.begin(found, opening)
+        else:
+            self.prior = PriorUsage(found.tokens, found.cost_pico / PICO, found.latency_ns / 1e6)
+            self.restored = request.accepted(
+                {
+                    (position, branch): _committed(run_id, position, branch, node_id, step)
+                    for position, branch, node_id, step in rows.steps(found.run, found.execution)
+                    if request.discard_from is None or position < request.discard_from
+                }
+            )
+            if way == "return":
+                self.finished = Finished(found.status, found.error)
+                self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
+            else:
+                self.fence = rows.go_on(found, opening)
+        self.execution = self.fence.execution
+        return self
+
+    def record(
+        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> Awaitable[None]:
+        """Keep one attempt and, with ``output``, its commit: together or not at all.
+
+        Raises NotSerialisable at once; awaited: Fenced, or another StoreError. Repeating the call after an error is
+        safe: an attempt that was kept all the same is not counted twice.
+        """
+        step = None
+        if output is not None and schema is not None:
+            data = schema.encode(output)
+            step = Step(
+                contract_of(row, schema),
+                schema_ref(schema.model),
+                data,
+                checksum(data),
+                *(call or (None, None)),
+            )
+        failure, message, reason = row[FAILURE] or (None, None, None)
+        usage = row[USAGE] or NO_USAGE
+        attempt = Attempt(
+            row[POSITION],
+            row[STARTED],
+            row[BRANCH],
+            row[ATTEMPT],
+            row[NODE],
+            row[DURATION],
+            row[OUTCOME],
+            failure and failure.value,
+            text(message),
+            text(reason),
+            usage.tokens,
+            usage.output_tokens,
+            round(usage.cost_usd * PICO),
+            text(usage.model),
+        )
+        return self._submit(Commit(self.run_id, self.fence, attempt, step))
+
+    def abandon(self) -> None:
+        """Nothing more comes from here, and nothing can be awaited: whoever resumes the run need not wait."""
+        self.ended = True
+        LIVE.pop(self.fence.owner.rpartition("|")[2], None)
+
+    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+        """Note how the run stopped. Awaited: raises Fenced, or another StoreError."""
+        if self.finished is not None:
+            return None
+        self.ended = True
+        return self._submit(partial(self._finish, str(status), text(error)))
+
+    def _finish(self, status: str, error: str | None, rows: Rows) -> None:
+        try:
+            if not rows.finish(self.fence, status, error):
+                raise fenced(rows.find(self.run_id), self.run_id)
+        finally:
+            self.abandon()  # Not before: whoever waits for the run would take it for one whose process died.
+
+
+def _held(found: RunRow) -> Held:
+    holder = found.holder
+    return Held(found.execution, found.status, None if holder is None else holder.place, found.left_seconds)
+
+
+def _committed(run_id: str, position: int, branch: str, node_id: str, step: Step) -> Committed:
+    verify(step, run_id, position, node_id, branch)
+    call = None if step.number is None else StepCall(step.number, step.given)
+    return Committed(node_id, step.output, step.contract, call)
+
+
+def fenced(found: RunRow | None, run_id: str) -> Fenced:
+    """Why a session may not write any more."""
+    owner = None if found is None else Owner.read(found.owner)
+    if owner is None:
+        what = f"run {run_id!r} is no longer in the store: it was deleted"
+    else:
+        what = f"run {run_id!r} was taken over meanwhile, by {owner.place}"
+    return Fenced(f"{what}; nothing more of this execution is kept, see what the other one makes of it")
+
+
+def checksum(data: bytes) -> bytes:
+    return hashlib.sha256(data).digest()
+
+
+def text(value: str | None) -> str | None:
+    """Text that every store can keep: an exception's message may hold a lone surrogate or a NUL."""
+    if value is None or (value.isascii() and "\0" not in value):
+        return value
+    return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
+
+
+def intact(data: Any, sha: Any) -> bool:
+    """Whether data has its checksum. In a store from elsewhere, either may be anything."""
+    return isinstance(data, bytes) and checksum(data) == sha
+
+
+def verify(step: Step, run_id: str, position: int, node_id: str, branch: str = "") -> None:
+    """Raise CorruptCheckpoint, with the way out, if an output is not what was committed."""
+    if intact(step.output, step.sha256):
+        return
+    if position == SAVED:
+        raise CorruptCheckpoint(
+            f"the saved state of node {node_id!r} in run {run_id!r} is damaged; save it again"
+        )
+    # Children of groups are no targets of a resume.
+    target = f"that node (resume_from={node_id!r})" if not branch else "the group around it (resume_from=)"
+    raise CorruptCheckpoint(
+        f"the output of node {node_id!r} at position {position} of run {run_id!r} is damaged; resume from {target} "
+        "to make it anew"
+    )

@@ -1,0 +1,101 @@
+"""The connection that a SQLite store writes with: one transaction for all operations that wait."""
+
+from __future__ import annotations
+
+import copy
+import sqlite3
+from collections.abc import Callable
+
+from stroma.checkpoint._sqlite_file import DatabaseFile, is_fatal
+from stroma.checkpoint._sqlite_rows import SqliteRows
+from stroma.checkpoint._worker import Job, lasting
+from stroma.checkpoint.journal import StoreError
+
+__all__ = ["SqliteConnection"]
+
+
+class SqliteConnection:
+    """See :class:`stroma.checkpoint._worker.Connection`."""
+
+    def __init__(self, file: DatabaseFile) -> None:
+        self.name = file.path
+        self._file = file
+        self._db: sqlite3.Connection | None = None
+        self._identity: tuple[int, int] | None = None
+
+    def apply(self, batch: list[Job], more: Callable[[], bool]) -> Callable[[], StoreError] | None:
+        """One transaction, a savepoint for each operation."""
+        file = self._file
+        failed: Exception
+        try:
+            db = self._open()
+            file.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+            rows = SqliteRows(db)
+            done = 0
+            while done < len(batch) or more():
+                self._do(rows, batch[done])
+                done += 1
+            file.patiently(lambda: db.execute("COMMIT"))
+        except (sqlite3.Error, StoreError) as error:
+            failed = error
+        else:
+            return None
+        more()  # They would fail for the same reason, one after another.
+        for job in batch:
+            if job.error is None:  # What failed by itself keeps its reason.
+                told = self._explain(failed)
+                job.error = copy.copy(told) if told is failed else told  # Each task raises one of its own.
+        if is_fatal(failed):
+            return lambda: file.explain(failed)
+        self._undo()
+        return None
+
+    def handle(self) -> object:
+        return self._db
+
+    def close(self) -> None:
+        db, self._db = self._db, None
+        if db is not None:
+            try:
+                db.close()
+            except sqlite3.Error:
+                pass  # What was acknowledged is in the WAL; the next one to open the file finds it.
+
+    def _do(self, rows: SqliteRows, job: Job) -> None:
+        db = rows.db
+        db.execute("SAVEPOINT one")
+        try:
+            job.value = job.operation(rows)
+        except Exception as error:
+            if is_fatal(error) or not db.in_transaction:  # Some errors make SQLite roll back everything.
+                raise
+            db.execute("ROLLBACK TO one")
+            job.error = self._explain(error)
+        db.execute("RELEASE one")
+
+    def _explain(self, error: Exception) -> Exception:
+        if isinstance(error, StoreError):
+            return error
+        if isinstance(error, sqlite3.Error):
+            told = self._file.explain(error)
+        else:
+            told = lasting(f"{self.name} cannot keep this: {type(error).__name__}: {error}")
+        told.__cause__ = error
+        return told
+
+    def _open(self) -> sqlite3.Connection:
+        if self._db is not None and self._identity != self._file.identity():
+            self.close()  # Deleted or replaced: what went into the old file would be lost.
+        if self._db is None:
+            self._db = self._file.open()
+            self._identity = self._file.identity()
+        return self._db
+
+    def _undo(self) -> None:
+        """After a transaction that failed: back to where the next one can begin."""
+        db = self._db
+        try:
+            if db is not None and db.in_transaction:
+                db.execute("ROLLBACK")
+        except sqlite3.Error:
+            self.close()  # The next operation opens the file anew.

@@ -1,0 +1,201 @@
+"""The rows of a SQLite store, read and written on one connection."""
+
+from __future__ import annotations
+
+import sqlite3
+import time
+from collections.abc import Iterator
+from typing import Any, Final
+
+from stroma.checkpoint._owner import Owner, boot_id
+from stroma.checkpoint._session import SAVED, Attempt, Fence, Opening, RunRow, Step, StepRow
+
+__all__ = ["SqliteRows"]
+
+_RUN: Final = """SELECT run, run_id, pipeline, execution, status, error, started_ms, updated_ms, tokens, cost_pico,
+    latency_ns, lease_owner, lease_epoch, lease_until_ms, (SELECT count(*) FROM steps s WHERE s.run = r.run
+    AND s.execution = r.execution AND s.position >= 0 AND s.branch = '') FROM runs r"""
+_NEW_RUN: Final = """INSERT INTO runs (run_id, pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico,
+    latency_ns, lease_epoch) VALUES (?, '', 0, 'RUNNING', ?, ?, 0, 0, 0, 0)"""
+_RESTART: Final = """UPDATE runs SET execution = ?, pipeline = ?, started_ms = ?, tokens = 0, cost_pico = 0,
+    latency_ns = 0 WHERE run = ?"""
+_NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (?, ?, ?, ?, ?)"
+_INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = ? AND execution = ?"
+_CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms = ?, lease_owner = ?, lease_until_ms = ?,
+    lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch"""
+_DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
+_STEPS: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
+    WHERE run = ? AND execution = ? AND position >= 0"""
+_NEWEST: Final = """SELECT s.position, s.branch, s.node_id, s.contract, s.schema_ref, s.output, s.sha256, s.call, s.given
+    FROM runs r JOIN steps s ON s.run = r.run AND (s.execution = r.execution OR s.position = -1)
+    WHERE r.run_id = ? AND s.node_id = ? ORDER BY s.id DESC LIMIT 1"""
+_ATTEMPT: Final = """INSERT INTO attempts (run, execution, epoch, position, started_ns, branch, attempt, node_id,
+    duration_ns, outcome, failure_class, message, reason, tokens, output_tokens, cost_pico, model)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
+_STEP: Final = """INSERT OR REPLACE INTO steps (run, execution, position, branch, node_id, epoch, attempt, started_ns,
+    contract, schema_ref, output, sha256, call, given) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# The fence: rows change only while this session is the last one that opened the run.
+_FENCE: Final = "WHERE run = ? AND lease_epoch = ? AND lease_owner = ?"
+_COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens = tokens + ?, cost_pico = cost_pico + ?,
+    latency_ns = latency_ns + ? {_FENCE}"""
+_END: Final = f"UPDATE runs SET status = ?, error = ?, updated_ms = ?, lease_until_ms = NULL {_FENCE}"
+_RENEW: Final = f"UPDATE runs SET lease_until_ms = ? {_FENCE} AND lease_until_ms IS NOT NULL"
+_DELETE: Final = (
+    "DELETE FROM steps WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
+    "DELETE FROM inputs WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
+    "DELETE FROM attempts WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
+    "DELETE FROM runs WHERE run_id = ?",
+)
+_ATTEMPTS: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.node_id, a.duration_ns, a.outcome,
+    a.failure_class, a.message, a.reason, a.tokens, a.output_tokens, a.cost_pico, a.model,
+    s.contract, s.schema_ref, s.output, s.sha256, s.call, s.given FROM attempts a
+    LEFT JOIN steps s ON s.run = a.run AND s.execution = a.execution AND s.position = a.position
+    AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt AND s.started_ns = a.started_ns
+    WHERE a.run = ? AND a.execution = ? ORDER BY a.epoch, a.position, a.started_ns, a.branch, a.attempt"""
+# Ids that begin with a text: a range of the index, and no LIKE, which knows wildcards and ignores case.
+_BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0 AND run_id >= ? AND run_id < ?
+    AND substr(run_id, 1, ?) = ? ORDER BY run_id = ? DESC, started_ms DESC, run DESC LIMIT ?"""
+_LAST_CHARACTERS: Final = "\U0010ffff" * 16
+
+
+class SqliteRows:
+    """See :class:`stroma.checkpoint._session.Rows`; the transaction is the caller's."""
+
+    def __init__(self, db: sqlite3.Connection) -> None:
+        self.db = db
+
+    # ------------------------------------------------------------------ runs
+
+    def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
+        row = self.db.execute(f"{_RUN} WHERE run_id = ?", (run_id,)).fetchone()
+        return None if row is None else _run_row(row)
+
+    def begin(self, found: RunRow | None, opening: Opening) -> Fence:
+        run = found.run if found is not None else self._new_run(opening.run_id)
+        execution = 1 if found is None else found.execution + 1
+        # Earlier executions stay as history; nothing reads their commits any more.
+        self.db.execute(_RESTART, (execution, opening.pipeline, _now_ms(), run))
+        self.db.execute(_NEW_INPUT, (run, execution, opening.contract, opening.input, opening.sha256))
+        return self._claim(run, execution, opening)
+
+    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+        if opening.discard_from is not None:
+            self.db.execute(_DISCARD, (found.run, found.execution, max(opening.discard_from, 0)))
+        return self._claim(found.run, found.execution, opening)
+
+    def _new_run(self, run_id: str) -> int:
+        now = _now_ms()
+        run = self.db.execute(_NEW_RUN, (run_id, now, now)).lastrowid
+        assert run is not None
+        return run
+
+    def _claim(self, run: int, execution: int, opening: Opening) -> Fence:
+        until = _until(opening.lease_seconds)
+        (epoch,) = self.db.execute(_CLAIM, (_now_ms(), opening.owner, until, run)).fetchone()
+        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
+
+    def input(self, run: int, execution: int) -> tuple[str, bytes, bytes] | None:
+        found: tuple[str, bytes, bytes] | None = self.db.execute(_INPUT, (run, execution)).fetchone()
+        return found
+
+    def steps(self, run: int, execution: int) -> list[StepRow]:
+        # All at once: a statement that is left half read would hold its snapshot past the transaction.
+        rows = self.db.execute(_STEPS, (run, execution)).fetchall()
+        return [_step_row(row) for row in rows]
+
+    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
+        run, execution, epoch, owner, lease_seconds = fence
+        position, started_ns, branch, number, node_id, *facts = attempt
+        key = (run, execution, epoch, position, started_ns, branch, number, node_id)
+        if not self.db.execute(_ATTEMPT, (*key, *facts)).rowcount:
+            return True  # Kept by an earlier call whose acknowledgement was lost; so were its output and its totals.
+        # What a group took is its own wall time; its children's is part of it.
+        latency = 0 if branch else attempt.duration_ns
+        count = (_now_ms(), _until(lease_seconds), attempt.tokens, attempt.cost_pico, latency)
+        if self.db.execute(_COUNT, (*count, run, epoch, owner)).rowcount != 1:
+            return False
+        if step is not None:
+            at = (run, execution, position, branch, node_id, epoch, number, started_ns)
+            self.db.execute(_STEP, (*at, *step))
+        return True
+
+    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
+        values = (status, error, _now_ms(), fence.run, fence.epoch, fence.owner)
+        return self.db.execute(_END, values).rowcount == 1
+
+    def renew(self, fences: list[Fence]) -> None:
+        self.db.executemany(_RENEW, [(_until(f.lease_seconds), f.run, f.epoch, f.owner) for f in fences])
+
+    # ------------------------------------------------------------------ the simple protocol
+
+    def save(self, run_id: str, node_id: str, step: Step) -> None:
+        found = self.find(run_id)
+        run, execution = (self._new_run(run_id), 0) if found is None else (found.run, found.execution)
+        self.db.execute(_STEP, (run, execution, SAVED, node_id, node_id, 0, 0, 0, *step))
+
+    def newest(self, run_id: str, node_id: str) -> StepRow | None:
+        row = self.db.execute(_NEWEST, (run_id, node_id)).fetchone()
+        return None if row is None else _step_row(row)
+
+    def delete(self, run_id: str) -> None:
+        for statement in _DELETE:
+            self.db.execute(statement, (run_id,))
+
+    # ------------------------------------------------------------------ reading
+
+    def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
+        # Execution 0 has only what save() kept: no run of a pipeline.
+        sql, parameters = f"{_RUN} WHERE execution > 0", []
+        for column, value in (("pipeline", pipeline), ("status", status)):
+            if value is not None:
+                sql += f" AND {column} = ?"
+                parameters.append(value)
+        sql += " ORDER BY started_ms DESC, run DESC LIMIT ?"
+        return [_run_row(row) for row in self.db.execute(sql, (*parameters, limit)).fetchall()]
+
+    def ids(self, prefix: str, limit: int) -> list[str]:
+        bounds = (prefix, prefix + _LAST_CHARACTERS, len(prefix), prefix, prefix, limit)
+        return [run_id for (run_id,) in self.db.execute(_BY_PREFIX, bounds).fetchall()]
+
+    def attempts(self, run: int, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
+        for row in self.db.execute(_ATTEMPTS, (run, execution)).fetchall():
+            step = row[len(Attempt._fields) :]
+            yield Attempt(*row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
+
+
+def _run_row(row: Any) -> RunRow:
+    return RunRow._make((*row[:13], _left(row[11], row[13]), row[14]))
+
+
+def _step_row(row: Any) -> StepRow:
+    position, branch, node_id, *step = row
+    return StepRow(position, branch, node_id, Step._make(step))
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+# ---------------------------------------------------------------------- leases
+#
+# All who use the file are on one machine. Where the system has a clock that runs from its start and that nobody can
+# set, leases go by that one; what was written before the machine was last started has expired.
+
+_CLOCK: Final[int | None] = getattr(time, "CLOCK_BOOTTIME", None)
+_BOOT: Final = boot_id() if _CLOCK is not None else ""
+
+
+def _clock_ms() -> int:
+    return (time.clock_gettime_ns(_CLOCK) if _BOOT and _CLOCK is not None else time.time_ns()) // 1_000_000
+
+
+def _until(lease_seconds: float) -> int:
+    return _clock_ms() + int(lease_seconds * 1000)
+
+
+def _left(owner: str | None, until_ms: int | None) -> float:
+    """Seconds for which a lease is good; below 0 if it has expired, or was given up."""
+    holder = Owner.read(owner)
+    if until_ms is None or holder is None or holder.boot != _BOOT:
+        return -1.0
+    return (until_ms - _clock_ms()) / 1000

@@ -1,0 +1,527 @@
+"""What every journal store must do, as tests to inherit."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import itertools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma.checkpoint import (
+    CheckpointNotFound,
+    Committed,
+    CorruptCheckpoint,
+    Fenced,
+    PipelineChanged,
+    RunBusy,
+    RunExists,
+    RunRequest,
+    StepCall,
+)
+from stroma.failures import FailureClass
+from stroma.schemas import schema_of
+from stroma.trace import AttemptUsage, Row
+
+__all__ = ["JournalStoreTests", "State", "begin", "commit", "fail", "finish", "restored", "row"]
+
+_STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
+
+#: Ids that are hard to keep apart, to quote or to order.
+HARD_IDS = (
+    "a", "a:b", "a:", ":b", "*", "?", "[a]", "/", "..", "a/b", "a\nb", " ", "a ", "'", '"', "%", "_", "\\", "{a}", "}{",
+    "é", "e\u0301", "🦜", "\u00a0", "A", "last", "\x7f", "\ufffe", "\U0010ffff", "x" * 3000, "x" * 2999 + "y",
+)  # fmt: skip
+
+
+class State(BaseModel):
+    text: str = ""
+    n: int = 0
+    value: float = 0.0
+    data: bytes = b""
+
+
+class Other(BaseModel):
+    other: list[int] = []
+
+
+def row(
+    position: int = 0,
+    node: str = "node",
+    *,
+    attempt: int = 1,
+    branch: str = "",
+    tokens: int = 0,
+    cost: float = 0.0,
+    ms: int = 0,
+    failure: FailureClass | None = None,
+    message: str = "",
+    output: Any = None,
+) -> Row:
+    """One attempt as the engine records it; each call has a later start."""
+    return (
+        node, attempt, next(_STARTS), ms * 1_000_000, (), output, "success" if failure is None else "failure",
+        None if failure is None else (failure, message, None),
+        AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None, None,
+    )  # fmt: skip
+
+
+async def begin(store: Any, run_id: str = "run", state: BaseModel | None = None, **request: Any) -> Any:
+    """Open a run; the keywords are fields of RunRequest."""
+    state = State() if state is None else state
+    opened = store.open_run(RunRequest(run_id, "pipeline", state, schema_of(type(state)), **request))
+    return await settled(opened)
+
+
+async def settled(value: Any) -> Any:
+    return await value if inspect.isawaitable(value) else value
+
+
+async def commit(session: Any, position: int, state: BaseModel, node: str = "node", **facts: Any) -> None:
+    """Record an attempt that committed a state."""
+    schema = schema_of(type(state))
+    attempt = row(position, node, output=schema.snapshot(state), **facts)
+    await settled(session.record(attempt, schema, state))
+
+
+async def fail(session: Any, position: int, node: str = "node", **facts: Any) -> None:
+    """Record an attempt that failed."""
+    facts.setdefault("failure", FailureClass.RECOVERABLE)
+    await settled(session.record(row(position, node, **facts), None, None))
+
+
+async def finish(session: Any, status: str = "COMPLETED", error: str | None = None) -> None:
+    await settled(session.end(status, error))
+
+
+def restored(session: Any, model: type[BaseModel] = State) -> dict[tuple[int, str], BaseModel]:
+    """What a session found committed."""
+    return {at: schema_of(model).restore(found.output) for at, found in session.restored.items()}
+
+
+class JournalStoreTests:
+    """Inherit, and give a fixture ``store`` that makes a new store of yours, empty, for each test::
+
+        class TestMyStore(JournalStoreTests):
+            @pytest.fixture
+            async def store(self):
+                async with MyStore(...) as store:
+                    yield store
+
+    pytest-asyncio must be in auto mode, or your class be marked ``asyncio``.
+    """
+
+    @pytest.fixture
+    def store(self) -> Any:
+        raise NotImplementedError("give a fixture `store` that makes an empty store")
+
+    # ------------------------------------------------------------------ executions
+
+    async def test_a_new_run(self, store: Any) -> None:
+        """A run id that was never used begins execution 1, with nothing in it."""
+        session = await begin(store)
+        assert (session.execution, session.continued, session.finished) == (1, False, None)
+        assert (dict(session.restored), session.prior.tokens, session.prior.cost_usd) == ({}, 0, 0.0)
+        run = store.get_run("run")
+        assert (run.status, run.pipeline, run.execution, run.nodes) == ("RUNNING", "pipeline", 1, 0)
+
+    async def test_commits_come_back(self, store: Any) -> None:
+        """A resume finds every commit by its position and branch, as it was, and nothing else."""
+        session = await begin(store)
+        states = {
+            (0, ""): State(text="é🦜\u2028\x00", n=2**70, value=float("inf"), data=b"\x00\xff"),
+            (1, "0"): State(n=-1),
+            (1, "0.1"): State(text="x" * 10_000),
+            (1, ""): State(),
+            (7, ""): State(value=-0.0),
+        }
+        for (position, branch), state in states.items():
+            await commit(session, position, state, f"n{position}", branch=branch)
+        await fail(session, 8)
+        await finish(session, "PARTIAL", "gave up")
+        again = await begin(store, if_exists="resume")
+        assert (again.execution, again.continued) == (1, True)
+        assert restored(again) == states
+        assert {at: found.node_id for at, found in again.restored.items()} == {
+            (position, branch): f"n{position}" for position, branch in states
+        }
+        assert {found.contract for found in again.restored.values()} == {schema_of(State).fingerprint}
+
+    async def test_all_usage_counts(self, store: Any) -> None:
+        """What an execution used is the sum over its attempts, failed ones too; a group's children add no latency."""
+        session = await begin(store)
+        await fail(session, 0, tokens=3, cost=0.1, ms=10)
+        await commit(session, 0, State(), tokens=5, cost=0.2, ms=20, attempt=2)
+        await commit(session, 1, State(), tokens=7, cost=1e-12, ms=40, branch="0")
+        await finish(session, "PARTIAL")
+        prior = (await begin(store, if_exists="resume")).prior
+        assert (prior.tokens, prior.latency_ms) == (15, 30.0)
+        assert abs(prior.cost_usd - 0.300000000001) < 1e-13
+        run = store.get_run("run")
+        assert (run.tokens, round(run.cost_usd, 9), run.nodes) == (15, 0.3, 1)
+
+    async def test_an_attempt_that_is_sent_again_counts_once(self, store: Any) -> None:
+        """The acknowledgement of a commit may be lost; sending it again changes nothing."""
+        session = await begin(store)
+        attempt = row(0, tokens=5, cost=1.0, output=("", 1, 0.0, b""))
+        failed = row(1, tokens=2, failure=FailureClass.AMBIGUOUS)
+        schema = schema_of(State)
+        for _ in range(3):
+            await settled(session.record(attempt, schema, State(n=1)))
+            await settled(session.record(failed, None, None))
+        await finish(session, "PARTIAL")
+        again = await begin(store, if_exists="resume")
+        assert (again.prior.tokens, again.prior.cost_usd) == (7, 1.0)
+        assert restored(again) == {(0, ""): State(n=1)}
+        assert [a.attempt for a in store.attempts("run")] == [1, 1]
+
+    async def test_a_restart_is_a_new_execution(self, store: Any) -> None:
+        """Opening a run again begins an execution with commits and totals of its own."""
+        first = await begin(store)
+        await commit(first, 0, State(n=1), tokens=10, cost=0.5)
+        await finish(first)
+        second = await begin(store, state=State(text="other"))
+        assert (second.execution, second.continued, dict(second.restored)) == (2, False, {})
+        assert (second.prior.tokens, store.get_run("run").tokens) == (0, 0)
+        await finish(second, "CANCELLED")
+        third = await begin(store, state=State(text="other"), if_exists="resume")
+        assert (third.execution, dict(third.restored)) == (2, {})
+
+    async def test_discarded_commits_are_gone_and_paid_for(self, store: Any) -> None:
+        """``discard_from`` forgets the outputs from a position on; what they cost stays in the books."""
+        session = await begin(store)
+        for position in range(4):
+            await commit(session, position, State(n=position), tokens=1)
+        await finish(session)
+        again = await begin(store, if_exists="resume", discard_from=2, state=State(text="any input will do"))
+        assert restored(again) == {(0, ""): State(n=0), (1, ""): State(n=1)}
+        assert again.prior.tokens == 4
+        await commit(again, 2, State(n=20), tokens=1)
+        await finish(again)
+        last = await begin(store, if_exists="resume")
+        assert restored(last)[2, ""] == State(n=20)
+        assert sorted(last.restored) == [(0, ""), (1, ""), (2, "")]
+        assert len(store.attempts("run")) == 5
+
+    async def test_a_request_that_is_refused_changes_nothing(self, store: Any) -> None:
+        """What ``accept`` raises comes out, and the run is as it was."""
+        session = await begin(store)
+        await commit(session, 0, State(n=1))
+        await finish(session, "PARTIAL", "why")
+
+        def refuse(position: int, branch: str, committed: Committed) -> None:
+            assert (position, branch, committed.node_id) == (0, "", "node")
+            raise PipelineChanged("this is refused; give another")
+
+        for discard_from in (None, 1):
+            with pytest.raises(PipelineChanged, match="this is refused"):
+                await begin(store, if_exists="resume", accept=refuse, discard_from=discard_from)
+        run = store.get_run("run")
+        assert (run.status, run.error, run.execution, run.nodes) == ("PARTIAL", "why", 1, 1)
+        assert len((await begin(store, if_exists="resume")).restored) == 1
+
+    async def test_another_input_is_refused(self, store: Any) -> None:
+        """A run is continued with the input it was begun with, or not at all."""
+        await finish(await begin(store, state=State(n=1)), "PARTIAL")
+        for other in (State(n=2), Other()):
+            with pytest.raises(PipelineChanged, match="started with another input"):
+                await begin(store, if_exists="resume", state=other)
+        assert (await begin(store, if_exists="resume", state=State(n=1))).continued
+
+    async def test_steps_of_plain_code(self, store: Any) -> None:
+        """Which call of its id a step was, and what it was given, comes back."""
+        session = await begin(store)
+        schema = schema_of(State)
+        for position, call in enumerate((StepCall(0, b"{}"), StepCall(1, None), None)):
+            await settled(session.record(row(position, output=("", 0, 0.0, b"")), schema, State(), call))
+        await finish(session)
+        again = await begin(store, if_exists="resume")
+        assert [again.restored[i, ""].step for i in range(3)] == [StepCall(0, b"{}"), StepCall(1, None), None]
+
+    # ------------------------------------------------------------------ one owner
+
+    async def test_a_run_has_one_owner(self, store: Any) -> None:
+        """While somebody holds a run, others are told who, and whether their input is the same."""
+        session = await begin(store, state=State(n=1))
+        for way in ("restart", "resume", "return", "error"):
+            for n in (1, 2):
+                with pytest.raises(RunBusy) as busy:
+                    await begin(store, state=State(n=n), if_exists=way)
+                assert busy.value.same_input is (n == 1)
+                assert busy.value.holder == store.get_run("run").holder is not None
+                assert busy.value.left_seconds > 0
+        await commit(session, 0, State())
+        await finish(session)
+        assert store.get_run("run").holder is None
+        assert (await begin(store, state=State(n=1), if_exists="resume")).continued
+
+    async def test_many_at_once_have_one_owner(self, store: Any) -> None:
+        """Of many requests for a run at the same moment one gets it."""
+        got = await asyncio.gather(*(begin(store) for _ in range(20)), return_exceptions=True)
+        won = [session for session in got if not isinstance(session, BaseException)]
+        assert len(won) == 1
+        assert all(isinstance(e, RunBusy) for e in got if isinstance(e, BaseException))
+        assert (won[0].execution, store.get_run("run").execution) == (1, 1)
+
+    async def test_whoever_is_taken_over_from_can_write_nothing(self, store: Any) -> None:
+        """A stale owner's commits, failures and its end are refused, and leave no trace."""
+        stale = await begin(store)
+        await commit(stale, 0, State(n=1), tokens=1)
+        owner = await begin(store, if_exists="resume", if_running="take_over")
+        assert restored(owner) == {(0, ""): State(n=1)}
+        for late in (commit(stale, 1, State(n=2), tokens=10), fail(stale, 1, tokens=10), finish(stale)):
+            with pytest.raises(Fenced):
+                await late
+        await commit(owner, 1, State(n=3), tokens=2)
+        await finish(owner)
+        run = store.get_run("run")
+        assert (run.status, run.tokens, run.nodes) == ("COMPLETED", 3, 2)
+        assert restored(await begin(store, if_exists="resume"))[1, ""] == State(n=3)
+
+    async def test_a_deleted_run_is_nobodys(self, store: Any) -> None:
+        """Deleting a run fences its owner off, also from a new run of the same id."""
+        stale = await begin(store)
+        await commit(stale, 0, State(n=1))
+        await settled(store.delete("run"))
+        assert store.get_run("run") is None
+        assert store.attempts("run") == []
+        with pytest.raises(Fenced):
+            await commit(stale, 1, State())
+        fresh = await begin(store)
+        assert (fresh.execution, dict(fresh.restored)) == (1, {})
+        with pytest.raises(Fenced):
+            await commit(stale, 1, State())
+        assert store.get_run("run").nodes == 0
+
+    async def test_an_owner_that_gives_up_without_a_word(self, store: Any) -> None:
+        """A session that is abandoned in this process keeps nobody out of the run."""
+        session = await begin(store)
+        await commit(session, 0, State(n=1))
+        session.abandon()
+        assert store.get_run("run").holder is None
+        assert restored(await begin(store, if_exists="resume")) == {(0, ""): State(n=1)}
+
+    async def test_plain_code_takes_over_from_itself(self, store: Any) -> None:
+        """What does not say when its run ends keeps nobody of the same process out of it."""
+        stale = await begin(store, ends=False)
+        await commit(stale, 0, State(n=1))
+        assert restored(await begin(store, if_exists="resume")) == {(0, ""): State(n=1)}
+        with pytest.raises(Fenced):
+            await commit(stale, 1, State())
+
+    async def test_what_becomes_of_a_run_that_exists(self, store: Any) -> None:
+        """if_exists: "error" refuses, "return" leaves a finished run alone and continues any other."""
+        session = await begin(store, if_exists="error")
+        await commit(session, 0, State(n=1))
+        await finish(session, "PARTIAL", "why")
+        with pytest.raises(RunExists, match="PARTIAL"):
+            await begin(store, if_exists="error")
+        again = await begin(store, if_exists="return")
+        assert (again.continued, again.finished) == (True, None)
+        await finish(again, "RESUMED")
+        before = store.get_run("run")
+        done = await begin(store, if_exists="return")
+        assert (done.continued, done.finished.status) == (False, "RESUMED")
+        assert restored(done) == {(0, ""): State(n=1)}
+        assert store.get_run("run") == before
+        with pytest.raises(PipelineChanged):
+            await begin(store, if_exists="return", state=State(n=5))
+
+    async def test_what_a_run_that_was_waited_for_came_to(self, store: Any) -> None:
+        """Whoever attached gets the end of the run, whatever it is; a run that nobody ended is theirs to continue."""
+        session = await begin(store)
+        await finish(session, "FAILED", "it broke")
+        attached = await begin(store, if_exists="attach")
+        assert tuple(attached.finished) == ("FAILED", "it broke")
+        (await begin(store)).abandon()
+        attached = await begin(store, if_exists="attach")
+        assert (attached.finished, attached.continued) == (None, True)
+
+    # ------------------------------------------------------------------ side by side
+
+    async def test_runs_side_by_side(self, store: Any) -> None:
+        """Many runs at once keep their commits apart, and lose none."""
+
+        async def one(i: int) -> None:
+            session = await begin(store, f"run {i}", State(n=i))
+            for position in range(5):
+                await commit(session, position, State(n=100 * i + position), tokens=i)
+            await finish(session)
+
+        await asyncio.gather(*(one(i) for i in range(40)))
+        for i in range(40):
+            again = await begin(store, f"run {i}", State(n=i), if_exists="resume")
+            assert restored(again) == {(p, ""): State(n=100 * i + p) for p in range(5)}
+            assert again.prior.tokens == 5 * i
+
+    async def test_branches_side_by_side(self, store: Any) -> None:
+        """The children of a group may commit at the same moment."""
+        session = await begin(store)
+        await asyncio.gather(*(commit(session, 0, State(n=i), branch=str(i)) for i in range(50)))
+        await finish(session, "PARTIAL")
+        again = await begin(store, if_exists="resume")
+        assert restored(again) == {(0, str(i)): State(n=i) for i in range(50)}
+
+    async def test_a_cancelled_commit_is_all_or_nothing(self, store: Any) -> None:
+        """A commit whose caller was cancelled is kept whole or not at all; sent again it is there once."""
+        session = await begin(store)
+        schema = schema_of(State)
+        for position in range(20):
+            attempt = row(position, tokens=1, output=("", position, 0.0, b""))
+            pending = session.record(attempt, schema, State(n=position))
+            if inspect.isawaitable(pending):
+                task = asyncio.ensure_future(pending)
+                for _ in range(position % 4):
+                    await asyncio.sleep(0)
+                task.cancel()
+                await asyncio.gather(task, return_exceptions=True)
+                await settled(session.record(attempt, schema, State(n=position)))
+        await finish(session)
+        again = await begin(store, if_exists="resume")
+        assert restored(again) == {(p, ""): State(n=p) for p in range(20)}
+        assert again.prior.tokens == 20
+
+    # ------------------------------------------------------------------ ids and texts
+
+    async def test_any_text_is_an_id(self, store: Any) -> None:
+        """Any text is a run id and a node id, and no two of them meet."""
+        for i, run_id in enumerate(HARD_IDS):
+            session = await begin(store, run_id, State(n=i))
+            await commit(session, 0, State(n=i), HARD_IDS[-1 - i])
+            await finish(session)
+        for i, run_id in enumerate(HARD_IDS):
+            again = await begin(store, run_id, State(n=i), if_exists="resume")
+            assert restored(again) == {(0, ""): State(n=i)}
+            assert again.restored[0, ""].node_id == HARD_IDS[-1 - i]
+            assert store.get_run(run_id).run_id == run_id
+            assert [a.node_id for a in store.attempts(run_id)] == [HARD_IDS[-1 - i]]
+        assert sorted(r.run_id for r in store.list_runs(limit=100)) == sorted(HARD_IDS)
+
+    async def test_pairs_of_ids_do_not_meet(self, store: Any) -> None:
+        """("a", "b:c") and ("a:b", "c") are two places."""
+        pairs = [(run, node) for run in ("a", "a:b", "a:b:c") for node in ("c", "b:c", ":", "b")]
+        for i, (run_id, node_id) in enumerate(pairs):
+            await settled(store.save(run_id, node_id, State(n=i)))
+        for i, pair in enumerate(pairs):
+            assert await settled(store.load_typed(*pair, State)) == State(n=i)
+
+    @pytest.mark.parametrize("wrong", ["", "a\0b", "\ud800"], ids=["empty", "NUL", "surrogate"])
+    async def test_what_is_no_id(self, store: Any, wrong: str) -> None:
+        """The empty text, a NUL and lone surrogates are refused everywhere."""
+        calls: tuple[Callable[[], Any], ...] = (
+            lambda: store.get_run(wrong),
+            lambda: store.attempts(wrong),
+            lambda: store.input_of(wrong),
+            lambda: store.save(wrong, "node", State()),
+            lambda: store.save("run", wrong, State()),
+        )
+        for call in calls:
+            with pytest.raises(ValueError, match=r"run id|node id"):
+                await settled(call())
+
+    async def test_any_text_can_be_said(self, store: Any) -> None:
+        """Messages may hold what no encoding knows; the attempt is kept all the same."""
+        session = await begin(store)
+        await fail(session, 0, message="bad \ud800 \0 é", failure=FailureClass.TERMINAL)
+        await finish(session, "FAILED", "bad \ud800 \0 é")
+        (kept,) = store.attempts("run")
+        assert (kept.failure_class, kept.outcome) == ("TERMINAL", "failure")
+        assert "é" in kept.message
+        assert "é" in store.get_run("run").error
+
+    # ------------------------------------------------------------------ reading
+
+    async def test_runs_are_listed(self, store: Any) -> None:
+        """list_runs gives the runs begun last first, by pipeline and status, and no more than asked for."""
+        for i in range(6):
+            session = await begin(store, f"run-{i}")
+            await asyncio.sleep(0.002)
+            if i % 2:
+                await finish(session, "FAILED", f"error {i}")
+        assert [r.run_id for r in store.list_runs()] == [f"run-{i}" for i in range(5, -1, -1)]
+        assert [r.run_id for r in store.list_runs(limit=2)] == ["run-5", "run-4"]
+        assert [r.run_id for r in store.list_runs(status="FAILED")] == ["run-5", "run-3", "run-1"]
+        assert [r.error for r in store.list_runs(status="FAILED", limit=1)] == ["error 5"]
+        assert store.list_runs(pipeline="another") == []
+        assert len(store.list_runs(pipeline="pipeline")) == 6
+
+    async def test_runs_are_found_by_their_beginning(self, store: Any) -> None:
+        """find_run gives the ids that begin with a text, newest first; a whole id stands alone; "last" is the newest."""
+        for run_id in ("ab", "abc", "abd", "b", "a%", "a_", "A", "é"):
+            await finish(await begin(store, run_id))
+            await asyncio.sleep(0.002)
+        assert store.find_run("ab") == ["ab"]
+        assert store.find_run("abc") == ["abc"]
+        assert store.find_run("a") == ["a_", "a%", "abd", "abc", "ab"]
+        assert store.find_run("a", limit=2) == ["a_", "a%"]
+        assert store.find_run("a%") == ["a%"]
+        assert (store.find_run("zz"), store.find_run("last")) == ([], ["é"])
+
+    async def test_history_is_told_in_order(self, store: Any) -> None:
+        """attempts() tells every attempt with what it used and committed, a group before its children."""
+        session = await begin(store)
+        await fail(session, 0, "a", tokens=4, cost=0.25, ms=7, message="no")
+        await commit(session, 0, State(n=1), "a", attempt=2)
+        group = row(1, "g", output=("", 3, 0.0, b""))  # It began before its children.
+        await commit(session, 1, State(n=2), "b", branch="0")
+        await settled(session.record(group, schema_of(State), State(n=3)))
+        told = store.attempts("run")
+        assert [(a.node_id, a.branch, a.attempt) for a in told] == [
+            ("a", "", 1),
+            ("a", "", 2),
+            ("g", "", 1),
+            ("b", "0", 1),
+        ]
+        first = told[0]
+        assert (first.tokens, first.output_tokens, first.cost_usd, first.duration_ms) == (4, 2, 0.25, 7.0)
+        assert (first.outcome, first.failure_class, first.message, first.model) == (
+            "failure", "RECOVERABLE", "no", "model",
+        )  # fmt: skip
+        outputs = [None if a.output is None else schema_of(State).decode(a.output) for a in told]
+        assert outputs == [None, State(n=1), State(n=3), State(n=2)]
+
+    async def test_the_input_is_kept(self, store: Any) -> None:
+        """input_of gives the input of the last execution; a run that is not there is CheckpointNotFound."""
+        await finish(await begin(store, state=State(n=1)))
+        await finish(await begin(store, state=State(text="é")))
+        assert schema_of(State).decode(store.input_of("run")) == State(text="é")
+        with pytest.raises(CheckpointNotFound, match="no run 'other'"):
+            store.input_of("other")
+
+    # ------------------------------------------------------------------ the simple protocol
+
+    async def test_states_are_saved_and_loaded(self, store: Any) -> None:
+        """save, load, load_typed and delete keep the last state of a node of a run."""
+        assert await settled(store.load("run", "a")) is None
+        await settled(store.save("run", "a", State(n=1)))
+        await settled(store.save("run", "a", State(n=2)))
+        await settled(store.save("run", "b", State(n=3)))
+        assert await settled(store.load("run", "a")) == State(n=2)
+        assert await settled(store.load_typed("run", "b", State)) == State(n=3)
+        assert store.get_run("run") is None
+        await settled(store.delete("run"))
+        assert await settled(store.load("run", "a")) is None
+
+    async def test_committed_outputs_are_loaded_by_node(self, store: Any) -> None:
+        """load() gives the newest of what a node committed in the last execution and what was saved."""
+        session = await begin(store)
+        await commit(session, 0, State(n=1), "a")
+        await commit(session, 1, State(n=2), "a")
+        assert await settled(store.load_typed("run", "a", State)) == State(n=2)
+        await settled(store.save("run", "a", State(n=3)))
+        assert await settled(store.load_typed("run", "a", State)) == State(n=3)
+
+    async def test_a_state_of_another_class_is_corrupt(self, store: Any) -> None:
+        """What does not satisfy the schema it is read with is CorruptCheckpoint."""
+        await settled(store.save("run", "a", State(text="x")))
+
+        class Strict(BaseModel):
+            number: int
+
+        with pytest.raises(CorruptCheckpoint, match=r"'a'.*'run'"):
+            await settled(store.load_typed("run", "a", Strict))
+        with pytest.raises(TypeError, match="schema must be a BaseModel type"):
+            await settled(store.load_typed("run", "a", int))

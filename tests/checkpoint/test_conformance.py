@@ -1,0 +1,29 @@
+"""Every store that needs no server, through the public suite for journal stores."""
+
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
+from stroma.testing import JournalStoreTests
+
+
+class TestInMemoryStore(JournalStoreTests):
+    @pytest.fixture
+    def store(self) -> Any:
+        return InMemoryStore()
+
+
+class TestAsyncInMemoryStore(JournalStoreTests):
+    @pytest.fixture
+    def store(self) -> Any:
+        return AsyncInMemoryStore()
+
+
+class TestSQLiteStore(JournalStoreTests):
+    @pytest.fixture
+    async def store(self, tmp_path: Path) -> AsyncIterator[Any]:
+        async with SQLiteStore(tmp_path / "runs.db") as store:
+            yield store

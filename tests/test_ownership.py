@@ -1,0 +1,403 @@
+"""A run has one owner: between tasks, between processes, and when processes die, stop or block."""
+
+import asyncio
+import contextlib
+import json
+import os
+import signal
+import sys
+import time
+from collections import Counter
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+import stroma
+from stroma import (
+    AsyncInMemoryStore,
+    FailureClass,
+    FailurePolicy,
+    Fenced,
+    NodeContract,
+    RunBusy,
+    RunExists,
+    RunFailed,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    stroma_node,
+)
+from stroma.checkpoint._owner import Owner, is_gone, new_owner
+
+HELPER = Path(__file__).with_name("owner_helper.py")
+NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class Process:
+    """One helper process, told line by line what it prints."""
+
+    def __init__(self, child: asyncio.subprocess.Process) -> None:
+        self.child = child
+
+    async def line(self) -> str:
+        assert self.child.stdout is not None
+        async with asyncio.timeout(30):
+            line = await self.child.stdout.readline()
+        if not line:
+            assert self.child.stderr is not None
+            raise AssertionError((await self.child.stderr.read()).decode()[-2000:])
+        return line.decode().strip()
+
+    async def until(self, what: str) -> str:
+        while not (line := await self.line()).startswith(what):
+            pass
+        return line
+
+    async def outcome(self) -> str:
+        """What the run came to: the last line."""
+        line = ""
+        while not line or line.startswith(("in ", "ready")):
+            line = await self.line()
+        return line
+
+
+class Machine:
+    """A store, and the processes that share it."""
+
+    def __init__(self, url: str, folder: Path) -> None:
+        self.url = url
+        self.side = folder / "calls"
+        self.processes: list[asyncio.subprocess.Process] = []
+
+    async def start(self, **options: Any) -> Process:
+        child = await asyncio.create_subprocess_exec(
+            sys.executable, str(HELPER), self.url, str(self.side), json.dumps(options),
+            stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE,
+            env={"PYTHONPATH": str(Path(stroma.__file__).parent.parent), "PATH": "", "PYTHONDONTWRITEBYTECODE": "1"},
+        )  # fmt: skip
+        self.processes.append(child)
+        process = Process(child)
+        assert await process.line() == "ready"
+        return process
+
+    def calls(self) -> list[str]:
+        """The nodes called, in order."""
+        return [line.split()[1] for line in self.side.read_text().splitlines()] if self.side.exists() else []
+
+
+@pytest.fixture
+async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
+    made = Machine(f"sqlite:///{tmp_path / 'runs.db'}", tmp_path)
+    yield made
+    for child in made.processes:
+        with contextlib.suppress(ProcessLookupError):
+            child.kill()
+        await child.communicate()
+
+
+# ---------------------------------------------------------------------- between processes
+
+
+async def test_a_run_has_one_owner(machine: Machine) -> None:
+    """G10: a second process that picks up a run is told who has it, and calls nothing."""
+    first = await machine.start(waits={"sleep1": 30})
+    await first.until("in n1")
+    second = await machine.start()
+    assert await second.outcome() == f"busy process {first.child.pid} on {os.uname().nodename}"
+    assert machine.calls() == ["n0", "n1"]
+
+
+async def test_eight_processes_at_once(machine: Machine) -> None:
+    """G10: of eight processes that start the same run at the same moment one runs it, the rest are told so."""
+    all_of_them = await asyncio.gather(
+        *(machine.start(waits={"wait": 1, "sleep0": 0.5, "sleep1": 0.5}) for _ in range(8))
+    )
+    for process in all_of_them:
+        assert process.child.stdin is not None
+        process.child.stdin.write(b"go\n")
+    outcomes = await asyncio.gather(*(process.outcome() for process in all_of_them))
+    assert Counter(outcome.split()[0] for outcome in outcomes) == {"COMPLETED": 1, "busy": 7}
+    assert machine.calls() == ["n0", "n1", "n2"]
+
+
+async def test_eight_processes_attach(machine: Machine) -> None:
+    """Processes that attach wait for the one that runs, and all have its result."""
+    all_of_them = await asyncio.gather(
+        *(machine.start(waits={"wait": 1, "sleep1": 0.2}, if_running="attach") for _ in range(8))
+    )
+    for process in all_of_them:
+        assert process.child.stdin is not None
+        process.child.stdin.write(b"go\n")
+    outcomes = await asyncio.gather(*(process.outcome() for process in all_of_them))
+    # Whoever comes after the end begins anew, as ever.
+    assert set(outcomes) == {"COMPLETED - Count(n=3)"}
+    assert len(machine.calls()) % 3 == 0
+
+
+async def test_a_run_whose_process_died_is_free_at_once(machine: Machine) -> None:
+    """After kill -9 another process goes on at once, whatever is left of the lease."""
+    first = await machine.start(waits={"sleep1": 30}, lease_seconds=3600)
+    await first.until("in n1")
+    first.child.kill()
+    await first.child.wait()
+    second = await machine.start(resume=True)
+    assert await second.outcome() == "RESUMED - Count(n=3)"
+    assert machine.calls() == ["n0", "n1", "n1", "n2"]
+
+
+async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
+    """A process that is stopped for longer than its lease is taken over from; what it does later is refused."""
+    first = await machine.start(waits={"sleep1": 0.3}, lease_seconds=0.5)
+    await first.until("in n1")
+    first.child.send_signal(signal.SIGSTOP)
+    second = await machine.start(resume=True)
+    outcome = await second.outcome()
+    while outcome.startswith("busy"):
+        second = await machine.start(resume=True)
+        outcome = await second.outcome()
+    assert outcome == "RESUMED - Count(n=3)"
+    first.child.send_signal(signal.SIGCONT)
+    assert await first.outcome() == "PARTIAL Fenced Count(n=1)"
+    assert machine.calls() == ["n0", "n1", "n1", "n2"]
+    with SQLiteStore(machine.url.removeprefix("sqlite:///")) as store:
+        run = store.get_run("owned")
+        assert run is not None
+        assert (run.status, run.nodes, run.tokens) == ("RESUMED", 3, 30)
+
+
+async def test_a_blocked_loop_keeps_its_run(machine: Machine) -> None:
+    """A lease is kept up while a node blocks the event loop for longer than it lasts."""
+    first = await machine.start(waits={"block1": 1.5}, lease_seconds=0.3)
+    await first.until("in n1")
+    deadline = time.monotonic() + 1.0
+    while time.monotonic() < deadline:
+        second = await machine.start(resume=True)
+        assert (await second.outcome()).startswith("busy")
+    assert await first.outcome() == "COMPLETED - Count(n=3)"
+
+
+async def test_an_attached_process_goes_on_when_the_owner_dies(machine: Machine) -> None:
+    """Whoever waits for a run whose process dies goes on with it."""
+    first = await machine.start(waits={"sleep1": 30})
+    await first.until("in n1")
+    second = await machine.start(if_running="attach")
+    await asyncio.sleep(0.1)
+    first.child.kill()
+    assert await second.outcome() == "RESUMED - Count(n=3)"
+    assert machine.calls() == ["n0", "n1", "n1", "n2"]
+
+
+async def test_a_process_may_be_declared_dead(machine: Machine) -> None:
+    """if_running="take_over" does not wait for the lease, and fences the owner off."""
+    first = await machine.start(waits={"sleep1": 0.5}, lease_seconds=3600)
+    await first.until("in n1")
+    second = await machine.start(resume=True, if_running="take_over")
+    assert await second.outcome() == "RESUMED - Count(n=3)"
+    assert await first.outcome() == "PARTIAL Fenced Count(n=1)"
+
+
+@pytest.mark.parametrize("hours", [-1, 1])
+async def test_moved_clocks_change_nothing(machine: Machine, hours: int) -> None:
+    """A process whose wall clock is an hour wrong takes no run away, and loses none."""
+    first = await machine.start(waits={"sleep1": 30})
+    await first.until("in n1")
+    async with SQLiteStore(machine.url.removeprefix("sqlite:///")) as store:
+        with pytest.MonkeyPatch.context() as patch:
+            real = time.time_ns
+            patch.setattr(time, "time_ns", lambda: real() + hours * 3_600_000_000_000)
+            with pytest.raises(RunBusy):
+                await _runner(store).run(_nodes([]), Num())
+
+
+# ---------------------------------------------------------------------- between tasks
+
+
+def _nodes(calls: list[str], gate: asyncio.Event | None = None, fails: bool = False) -> list[Any]:
+    def make(node_id: str) -> Any:
+        async def func(state: Num) -> Any:
+            calls.append(node_id)
+            if gate is not None and node_id == "b":
+                await gate.wait()
+            if fails and node_id == "b":
+                raise ValueError("b is broken")
+            return {"n": state.n + 1}, 10
+
+        contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=Num, output_schema=Num)
+        return stroma_node(node_id, contract)(func)
+
+    return [make("a"), make("b"), make("c")]
+
+
+def _runner(store: Any, **config: Any) -> StromaRunner:
+    config.setdefault("run_id", "owned")
+    return StromaRunner.quick(store=store, policy_map=NEVER, **config)
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
+    if request.param == "sqlite":
+        async with SQLiteStore(tmp_path / "runs.db") as made:
+            yield made
+    else:
+        yield AsyncInMemoryStore()
+
+
+async def _held(store: Any, calls: list[str], gate: asyncio.Event, **config: Any) -> asyncio.Task[Any]:
+    """A run that is under way, inside node b."""
+    task = asyncio.create_task(_runner(store, **config).run(_nodes(calls, gate), Num()))
+    while "b" not in calls:
+        await asyncio.sleep(0.001)
+    return task
+
+
+async def test_a_task_is_told_too(store: Any) -> None:
+    """Two tasks of one process do not run the same run side by side either."""
+    calls: list[str] = []
+    gate = asyncio.Event()
+    task = await _held(store, calls, gate)
+    with pytest.raises(RunBusy, match='if_running="attach"'):
+        await _runner(store).run(_nodes(calls), Num())
+    gate.set()
+    assert (await task).status is RunStatus.COMPLETED
+    assert calls == ["a", "b", "c"]
+    assert (await _runner(store).run(_nodes(calls), Num())).status is RunStatus.COMPLETED
+
+
+async def test_attaching_gives_the_result(store: Any) -> None:
+    """if_running="attach" waits for the result of the one that runs, and calls nothing."""
+    calls: list[str] = []
+    gate = asyncio.Event()
+    task = await _held(store, calls, gate)
+    waiting = [
+        asyncio.create_task(_runner(store, if_running="attach").run(_nodes(calls), Num())) for _ in range(5)
+    ]
+    await asyncio.sleep(0.05)
+    gate.set()
+    for result in await asyncio.gather(task, *waiting):
+        assert (result.status, result.final_state, result.failure) == (RunStatus.COMPLETED, Num(n=3), None)
+    assert calls == ["a", "b", "c"]
+
+
+async def test_attaching_to_a_failure_gives_the_failure(store: Any) -> None:
+    """Whoever waits for a run that fails is told so, with its reason, and runs nothing again."""
+    calls: list[str] = []
+    gate = asyncio.Event()
+    task = asyncio.create_task(_runner(store).run(_nodes(calls, gate, fails=True), Num()))
+    while "b" not in calls:
+        await asyncio.sleep(0.001)
+    waiting = asyncio.create_task(_runner(store, if_running="attach").run(_nodes(calls), Num()))
+    await asyncio.sleep(0.05)
+    gate.set()
+    assert (await task).status is RunStatus.PARTIAL
+    result = await waiting
+    assert (result.status, result.final_state) == (RunStatus.PARTIAL, Num(n=1))
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, RunFailed)
+    assert result.failure.message == "b is broken"
+    assert calls == ["a", "b"]
+
+
+async def test_another_input_cannot_attach(store: Any) -> None:
+    """Only a request with the same input may attach to a run."""
+    calls: list[str] = []
+    gate = asyncio.Event()
+    task = await _held(store, calls, gate)
+    with pytest.raises(RunBusy, match="with another input"):
+        async with asyncio.timeout(5):
+            await _runner(store, if_running="attach").run(_nodes(calls), Num(n=5))
+    gate.set()
+    await task
+
+
+async def test_whoever_waits_can_be_cancelled(store: Any) -> None:
+    """A task that waits for a run is cancelled like any other; the run goes on."""
+    calls: list[str] = []
+    gate = asyncio.Event()
+    task = await _held(store, calls, gate)
+    waiting = asyncio.create_task(_runner(store, if_running="attach").run(_nodes(calls), Num()))
+    await asyncio.sleep(0.05)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    gate.set()
+    assert (await task).status is RunStatus.COMPLETED
+
+
+async def test_a_finished_run_is_returned(store: Any) -> None:
+    """if_exists="return" gives the result of a finished run, calls nothing and changes nothing; else it goes on."""
+    calls: list[str] = []
+    assert (await _runner(store).run(_nodes(calls, fails=True), Num())).status is RunStatus.PARTIAL
+    returning = _runner(store, if_exists="return")
+    result = await returning.run(_nodes(calls), Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
+    before = store.get_run("owned")
+    result = await returning.run(_nodes(calls), Num())
+    assert (result.status, result.final_state, len(result.trace)) == (RunStatus.RESUMED, Num(n=3), 0)
+    assert store.get_run("owned") == before
+    assert calls == ["a", "b", "b", "c"]
+    with pytest.raises(stroma.PipelineChanged, match="finished without node 'd'"):
+        await returning.run([*_nodes(calls), _more("d")], Num())
+
+
+def _more(node_id: str) -> Any:
+    async def func(state: Num) -> Any:
+        return {"n": 0}
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=Num, output_schema=Num)
+    return stroma_node(node_id, contract)(func)
+
+
+async def test_an_existing_run_can_be_refused(store: Any) -> None:
+    """if_exists="error" runs a new id, and raises RunExists for one that was used."""
+    calls: list[str] = []
+    refusing = _runner(store, if_exists="error")
+    assert (await refusing.run(_nodes(calls), Num())).status is RunStatus.COMPLETED
+    with pytest.raises(RunExists, match="COMPLETED"):
+        await refusing.run(_nodes(calls), Num())
+    assert calls == ["a", "b", "c"]
+
+
+async def test_an_owner_that_is_taken_over_from_stops(store: Any) -> None:
+    """A run that is taken over is stopped at its next commit: PARTIAL, with Fenced."""
+    calls: list[str] = []
+    gate = asyncio.Event()
+    task = await _held(store, calls, gate)
+    result = await _runner(store, if_running="take_over", resume=True).run(_nodes(calls), Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=3))
+    gate.set()
+    stopped = await task
+    assert stopped.status is RunStatus.PARTIAL
+    assert stopped.failure is not None
+    assert isinstance(stopped.failure.exception, Fenced)
+    assert calls == ["a", "b", "b", "c"]
+
+
+# ---------------------------------------------------------------------- who is gone
+
+
+def test_owners_are_read_back() -> None:
+    """An owner is text in the store, and anything else there is nobody."""
+    owner = new_owner(test_owners_are_read_back)
+    assert Owner.read(str(owner)) == owner
+    for text in ("", None, "a|b", "a|b|c|d|e|f", "||||||"):
+        assert Owner.read(text) is None
+
+
+def test_only_what_is_known_to_be_gone_is_gone() -> None:
+    """A process of another machine, another boot or another container may be alive; one of ours is looked at."""
+    alive = new_owner(test_only_what_is_known_to_be_gone_is_gone)
+    if not alive.boot:
+        pytest.skip("this system does not say which of its starts it is in")
+    assert not is_gone(alive)
+    assert is_gone(alive._replace(token="no session of ours"))
+    assert is_gone(alive._replace(pid=2**22 + 1))
+    assert is_gone(alive._replace(pid=os.getppid(), born=1))  # The id is used again.
+    assert not is_gone(alive._replace(pid=2**22 + 1, boot="another"))
+    assert not is_gone(alive._replace(pid=2**22 + 1, space=1))
