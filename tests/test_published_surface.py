@@ -23,6 +23,7 @@ from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from tests.servers import RedisServer, shared_redis
 
 import stroma
 from stroma import (
@@ -1446,25 +1447,21 @@ class TestRedisWithoutAServer:
         assert runner.checkpoint_manager is not before
 
     @pytest.fixture
-    def server(self, monkeypatch: pytest.MonkeyPatch) -> "FakeRedis":
-        import redis
-        import redis.asyncio
-
-        server = FakeRedis()
-        monkeypatch.setattr(redis, "from_url", lambda *_, **__: FakeClient(server))
-        monkeypatch.setattr(redis.asyncio, "from_url", lambda *_, **__: FakeAsyncClient(server))
-        return server
+    def server(self) -> RedisServer:
+        found = shared_redis()
+        found.execute("FLUSHALL")
+        return found
 
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
-    async def test_round_trip(self, make: Any, server: "FakeRedis") -> None:
+    async def test_round_trip(self, make: Any, server: RedisServer) -> None:
         """A Redis store loads what it saved (None if absent), deletes that run only, and sets the ttl on every save."""
-        store = make("redis://fake", ttl_seconds=60)
+        store = make(server.url, ttl_seconds=60)
         assert await settle(store.load("r", "n")) is None
         await settle(store.save("r", "n", Plain(value=5)))
-        assert set(server.ttl.values()) == {60}
+        assert {server.execute("TTL", key) for key in server.execute("KEYS", "*")} <= {59, 60}
         await settle(store.save("r:n", "x", Plain(value=7)))
         await settle(store.save_typed("r", "typed", Plain(value=6), Other))
-        assert set(server.ttl) == set(server.hashes)
+        assert {server.execute("TTL", key) for key in server.execute("KEYS", "*")} <= {59, 60}
         assert await settle(store.load("r", "n")) == Plain(value=5)
         assert await settle(store.load_typed("r", "n", Other)) == Other(value=5)
         assert await settle(store.load_typed("r", "typed", Other)) == Other(value=6)
@@ -1473,27 +1470,13 @@ class TestRedisWithoutAServer:
         assert await settle(store.load("r", "n")) is None
         assert await settle(store.load("r", "typed")) is None
         assert await settle(store.load("r:n", "x")) == Plain(value=7)
+        store.close()
 
-    def test_several_event_loops(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        """One RedisStore is usable from several event loops: a connection is used in the loop it was made in alone."""
+    def test_several_event_loops(self, server: RedisServer) -> None:
+        """One RedisStore is usable from several event loops, one after the other."""
         import asyncio
 
-        import redis.asyncio
-
-        server, made = FakeRedis(), []
-
-        class Bound(FakeAsyncClient):
-            def __init__(self, server: FakeRedis) -> None:
-                super().__init__(server)
-                self.loop = asyncio.get_running_loop()
-                made.append(self)
-
-            async def hget(self, key: str, field: str) -> Any:
-                assert asyncio.get_running_loop() is self.loop
-                return await super().hget(key, field)
-
-        monkeypatch.setattr(redis.asyncio, "from_url", lambda *_, **__: Bound(server))
-        store = RedisStore("redis://fake")
+        store = RedisStore(server.url)
 
         async def use() -> None:
             await store.save("r", "n", Plain(value=5))
@@ -1502,22 +1485,23 @@ class TestRedisWithoutAServer:
 
         for _ in range(2):
             asyncio.run(use())
-        assert len({id(client.loop) for client in made}) == 2
+        store.close()
 
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
     @pytest.mark.parametrize("bad", [b"garbage", b'{"schema": "this:s", "state": "{}"}', b"{}", b"[1]"])
     async def test_what_cannot_be_read_back_is_a_type_error(
-        self, make: Any, bad: bytes, server: "FakeRedis"
+        self, make: Any, bad: bytes, server: RedisServer
     ) -> None:
         """What is not a state of ours comes back as a CorruptCheckpoint, which is a TypeError; nothing is imported."""
-        store = make("redis://fake")
+        store = make(server.url)
         await settle(store.save("r", "n", Plain(value=5)))
-        for fields in server.hashes.values():
-            fields["n"] = bad
+        for key in server.execute("KEYS", "*"):
+            server.execute("HSET", key, "n", bad)
         with pytest.raises(TypeError, match="cannot be read back") as caught:
             await settle(store.load("r", "n"))
         assert isinstance(caught.value, stroma.CorruptCheckpoint)
         assert "this" not in sys.modules
+        store.close()
 
 
 Plain = type(
@@ -1534,60 +1518,6 @@ def _plain_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     import stroma.cost
 
     monkeypatch.setattr(stroma.cost, "Plain", Plain, raising=False)
-
-
-class FakeRedis:
-    def __init__(self) -> None:
-        self.hashes: dict[str, dict[str, bytes]] = {}
-        self.ttl: dict[str, int] = {}
-
-
-class FakeClient:
-    """As much of the redis client as the stores use; commands of a pipeline take effect together."""
-
-    def __init__(self, server: FakeRedis) -> None:
-        self.server = server
-        self.queue: list[Callable[[], Any]] = []
-
-    def pipeline(self, transaction: bool = True) -> "FakeClient":
-        return type(self)(self.server)
-
-    def hset(self, key: str, field: str, value: bytes) -> None:
-        self.queue.append(lambda: self.server.hashes.setdefault(key, {}).__setitem__(field, value))
-
-    def expire(self, key: str, seconds: int) -> None:
-        self.queue.append(lambda: self.server.ttl.__setitem__(key, seconds))
-
-    def execute(self) -> Any:
-        for command in self.queue:
-            command()
-
-    def hget(self, key: str, field: str) -> Any:
-        return self.server.hashes.get(key, {}).get(field)
-
-    def delete(self, key: str) -> Any:
-        self.server.hashes.pop(key, None)
-
-    def __enter__(self) -> "FakeClient":
-        return self
-
-    def __exit__(self, *_: object) -> None: ...
-
-
-class FakeAsyncClient(FakeClient):
-    async def execute(self) -> Any:
-        super().execute()
-
-    async def hget(self, key: str, field: str) -> Any:
-        return super().hget(key, field)
-
-    async def delete(self, key: str) -> Any:
-        super().delete(key)
-
-    async def __aenter__(self) -> "FakeAsyncClient":
-        return self
-
-    async def __aexit__(self, *_: object) -> None: ...
 
 
 # ---------------------------------------------------------------------- runner

@@ -487,6 +487,97 @@ async def test_another_schema_is_a_changed_pipeline(store: Any) -> None:
         await quick(store, resume=True).run(nodes, Num())
 
 
+class Older(BaseModel):
+    n: int
+    old: str = "kept"
+
+
+class Newer(BaseModel):
+    n: int
+    new: str
+
+
+def _versions(store: Any, model: type[BaseModel], upcast: Any = None, grouped: bool = False) -> list[Any]:
+    """Nodes of two releases of a pipeline: the first gives a model that has changed between them."""
+
+    async def first(state: Num) -> Any:
+        return {"n": state.n + 1, "new": "made"}
+
+    async def second(state: Any) -> Any:
+        if model is Older:
+            raise ValueError("not in this release")
+        return {"n": state.n * 10}
+
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id="first", input_schema=Num, output_schema=model, upcast=upcast
+    )
+    made: Any = stroma_node("first", contract)(first)
+    return [parallel(made) if grouped else made, node("second", second, given=model)]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_outputs_of_an_earlier_schema_are_brought_up_to_date(store: Any, grouped: bool) -> None:
+    """A changed schema with an upcast reads what the earlier one recorded; nothing is run again."""
+    assert (
+        await quick(store).run(_versions(store, Older, grouped=grouped), Num())
+    ).status is RunStatus.PARTIAL
+    asked: list[Any] = []
+
+    def upcast(raw: Any) -> Any:
+        asked.append(raw)
+        return {"n": raw["n"], "new": raw["old"] + "!"}
+
+    nodes = _versions(store, Newer, upcast, grouped)
+    seen: list[Any] = []
+
+    async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
+        seen.append((node_id, state))
+
+    result = await quick(store, resume=True, hooks=NodeHooks(on_node_skipped=skipped)).run(nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=10))
+    assert asked == [{"n": 1, "old": "kept"}]
+    assert seen == [("first", {"n": 1, "new": "kept!"})]
+
+
+async def test_a_changed_schema_is_told_field_by_field(store: Any) -> None:
+    """PipelineChanged says which fields are gone and which are new, and what can be done."""
+    await quick(store).run(_versions(store, Older), Num())
+    with pytest.raises(
+        PipelineChanged,
+        match=r"'old', which is gone; it lacks 'new', which is new.*upcast.*allow_changes=True",
+    ):
+        await quick(store, resume=True).run(_versions(store, Newer), Num())
+
+
+async def test_an_upcast_that_fails_leads_back_to_its_node(store: Any) -> None:
+    """What an upcast cannot mend is CorruptCheckpoint, with the node to resume from."""
+    await quick(store).run(_versions(store, Older), Num())
+    with pytest.raises(CorruptCheckpoint, match="resume_from='first'"):
+        await quick(store, resume=True).run(_versions(store, Newer, lambda raw: raw), Num())
+
+
+async def test_changes_may_be_allowed(store: Any) -> None:
+    """allow_changes goes on with what the present schemas accept: renamed nodes, other fields, fewer nodes."""
+    work = Work("a", "b", "c")
+    work.failing = {"c"}
+    await quick(store).run(work.nodes, Num())
+
+    async def later(state: Num) -> Any:
+        return {"n": state.n + 100}
+
+    nodes = [
+        node("A", later, promised=Other),
+        node("B", later, given=Other, promised=Other),
+        node("C", later, given=Other),
+    ]
+    with pytest.raises(PipelineChanged):
+        await quick(store, resume=True).run(nodes, Num())
+    result = await quick(store, resume=True, allow_changes=True).run(nodes, Num())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=102))
+    fewer = await quick(store, resume=True, allow_changes=True).run(nodes[:1], Num())
+    assert fewer.final_state == Other(n=1)
+
+
 async def test_fewer_nodes_are_a_changed_pipeline(store: Any) -> None:
     """A pipeline with fewer nodes than are committed is PipelineChanged."""
     work = await _stopped(store)

@@ -9,7 +9,7 @@ from typing import Final
 from pydantic import BaseModel
 
 from stroma._tasks import uninterrupted
-from stroma.checkpoint import StepCall, StoreError
+from stroma.checkpoint import StepCall, StoreError, Waiting
 from stroma.context import NodeExecution, ReliabilityContext
 from stroma.failures import Failure
 from stroma.schemas import NotSerialisable, Schema, Snapshot
@@ -64,6 +64,7 @@ async def settle(
     output: BaseModel | None,
     call: StepCall | None,
     pending: Awaitable[None] | Exception | None,
+    waiting: Waiting | None = None,
 ) -> tuple[Exception | None, bool]:
     """See a commit through. One that the store refuses is tried again briefly; the node itself is not."""
     cancelled = False
@@ -89,7 +90,10 @@ async def settle(
         )
         cancelled |= await uninterrupted(asyncio.sleep(delay))
         try:
-            pending = ctx.session.record(row, schema, output, call)
+            if waiting is not None:
+                pending = ctx.session.suspend(row, waiting)
+            else:
+                pending = ctx.session.record(row, schema, output, call)
         except Exception as again:
             pending = again
     if isinstance(error, StoreError):

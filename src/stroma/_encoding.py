@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import collections
+import contextlib
 import dataclasses
 import datetime as dt
 import decimal
@@ -19,13 +20,17 @@ import pathlib
 import re
 import uuid
 import zoneinfo
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from typing import Any, Final
 
 import pydantic
 from pydantic import BaseModel, SecretBytes, SecretStr
 
-__all__ = ["NotSerialisable", "tag", "untag"]
+__all__ = ["NotSerialisable", "keeping_secrets", "tag", "untag"]
+
+#: Whether secrets may be written down: what is written goes through a codec.
+_KEEPS_SECRETS: ContextVar[bool] = ContextVar("stroma_keeps_secrets", default=False)
 
 Plain = Callable[[Any], Any]
 
@@ -59,9 +64,14 @@ def tag(value: Any, path: tuple[str, ...], plain: Plain) -> Any:
     if write is not None:
         return write(value, path, plain)
     if isinstance(value, (SecretStr, SecretBytes)):
+        if _KEEPS_SECRETS.get():
+            secret = value.get_secret_value()
+            return (
+                {"$sb": base64.b64encode(secret).decode()} if isinstance(secret, bytes) else {"$ss": secret}
+            )
         raise NotSerialisable(
-            f"{'.'.join(path)} cannot be serialised: it is a secret, and stores keep no secrets; "
-            "keep it in the run's context"
+            f"{'.'.join(path)} cannot be serialised: it is a secret, and stores keep no secrets without a codec; "
+            "keep it in the run's context, or give the store a codec"
         )
     if isinstance(value, enum.Enum):
         return {"$c": tag(value.value, path, plain)}
@@ -136,12 +146,24 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "$dtz": lambda v: dt.datetime.fromisoformat(v[0]).replace(tzinfo=zoneinfo.ZoneInfo(v[1]), fold=v[2]),
     "$da": dt.date.fromisoformat,
     "$ti": lambda v: dt.time.fromisoformat(v[0]).replace(fold=v[1]),
+    "$ss": SecretStr,
+    "$sb": lambda v: SecretBytes(base64.b64decode(v)),
     "$td": lambda v: dt.timedelta(*v),
     "$d": lambda v: {untag(k): untag(x) for k, x in v},
     "$t": lambda v: tuple(untag(x) for x in v),
     "$s": lambda v: {untag(x) for x in v},
     "$fs": lambda v: frozenset(untag(x) for x in v),
 }
+
+
+@contextlib.contextmanager
+def keeping_secrets() -> Iterator[None]:
+    """Inside, tag() writes secrets down."""
+    token = _KEEPS_SECRETS.set(True)
+    try:
+        yield
+    finally:
+        _KEEPS_SECRETS.reset(token)
 
 
 def untag(value: Any) -> Any:

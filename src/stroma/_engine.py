@@ -26,7 +26,7 @@ from stroma._commit import make_row, record, settle
 from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through
 from stroma._usage import count_returned, price
-from stroma.checkpoint import StepCall, StoreError
+from stroma.checkpoint import StepCall, StoreError, Waiting, schema_ref
 from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
@@ -37,9 +37,11 @@ from stroma.failures import (
     NodeContext,
     Retry,
     Stop,
+    Suspend,
     decide,
     diagnose,
     is_a,
+    message_of,
     policy_for,
 )
 from stroma.hooks import HookNotAsync
@@ -63,16 +65,20 @@ class Halt:
         output: what was committed all the same, by an attempt that took the run over its budget.
         partial: trying again later may help, whatever the class says.
         spent: a limit of this run is crossed (and not only one of a run inside the node).
+        suspended: a node waits for a person. That is no failure; ``failure`` only says what for.
     """
 
     failure: Failure
     output: BaseModel | None = None
     partial: bool = False
     spent: bool = False
+    suspended: bool = False
 
     @property
     def status(self) -> RunStatus:
-        """FAILED if trying the same again is pointless, else PARTIAL."""
+        """SUSPENDED if a node waits, FAILED if trying the same again is pointless, else PARTIAL."""
+        if self.suspended:
+            return RunStatus.SUSPENDED
         terminal = self.failure.failure_class is FailureClass.TERMINAL and not self.partial
         return RunStatus.FAILED if terminal else RunStatus.PARTIAL
 
@@ -297,6 +303,8 @@ async def _attempt(
     if not run.branch:  # A group's own wall time counts that of its children.
         ctx.cost_tracker.latency_ns += duration
     if raised is not None:
+        if is_a(raised, Suspend) or (is_a(raised, GroupStopped) and raised.halt.suspended):
+            return await _suspend(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
         return await _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
 
     # ---- the output
@@ -456,6 +464,55 @@ async def _fail(
     if cancelled:
         raise asyncio.CancelledError
     return failure if halt is None else halt
+
+
+async def _suspend(
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    raised: BaseException,
+    begin: int,
+    duration: int,
+    picture: Snapshot,
+    *,
+    cancelled: bool,
+) -> Failure | Halt:
+    """An attempt that waits for a person: kept with what it waits for, shown to the hooks, and no failure."""
+    row = make_row(run, begin, duration, picture, None, None, "suspended")
+    if is_a(raised, Suspend):
+        reason = message_of(raised)
+        ref = "" if raised.schema is None else schema_ref(raised.schema)
+        waiting = Waiting(run.position, run.branch, run.node_id, reason, ref)
+        ctx.suspended.append(reason)
+    else:  # A group; its children have said what for.
+        assert is_a(raised, GroupStopped)
+        reason, waiting = raised.halt.failure.message, None
+    pending: Awaitable[None] | Exception | None
+    try:
+        keep = ctx.session.record(row, None, None) if waiting is None else ctx.session.suspend(row, waiting)
+        pending = keep
+    except Exception as refused:
+        pending = refused
+    if pending is not None:
+        problem, late = await settle(ctx, row, None, None, None, pending, waiting)
+        cancelled |= late
+        if problem is not None:
+            return await _fail(
+                ctx, run, problem, begin, duration, picture, cancelled=cancelled, of_store=True
+            )
+    run.rows.append(row)
+    ctx.run_logger.info("node %r waits: %s", run.node_id, reason)
+    calls = ctx.fire.on_node_suspended
+    if calls is not None:
+        await ctx.fire.fire(
+            "on_node_suspended", calls, run.node_id, lambda: (ctx.run_id, run.node_id, reason)
+        )
+    if cancelled:
+        raise asyncio.CancelledError
+    failure = Failure(
+        raised if isinstance(raised, Exception) else Suspend(reason),
+        FailureClass.RECOVERABLE, run.node_id, run.attempt, reason,
+    )  # fmt: skip
+    return Halt(failure, suspended=True)
 
 
 def _may_repair(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from pydantic import BaseModel
@@ -34,11 +35,13 @@ async def restore(
     if committed is None:
         return None
     schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
-    check_committed(
-        ctx, node, schema, committed, position, branch, None if parent is None else parent.node_id
-    )
+    group = None if parent is None else parent.node_id
+    check_committed(ctx, node, schema, committed, position, branch, group, contract)
+    changed = committed.contract.partition(":")[0] != schema.fingerprint
+    if changed and isinstance(node, Group):
+        return None  # It is put together anew, of children that are restored one by one.
     try:
-        model = schema.trust(schema.restore(committed.output))
+        model = _read(schema, committed, _upcast(ctx, node, contract) if changed else None)
     except Exception as error:
         target = node.node_id
         while parent is not None:  # Children of groups are no targets of a resume.
@@ -66,6 +69,48 @@ async def restore(
     return model
 
 
+def _read(schema: Schema, committed: Committed, upcast: Callable[[Any], Any] | None) -> BaseModel:
+    if upcast is not None:
+        return schema.trust(schema.validate(upcast(_raw(committed))))
+    if committed.schema is not None and committed.schema is not schema:
+        return schema.trust(schema.validate(_raw(committed)))
+    return schema.trust(schema.restore(committed.output))
+
+
+def _raw(committed: Committed) -> Any:
+    """What was kept, as plain data: a dict of the fields, or the value of a root model."""
+    if committed.schema is not None:
+        return committed.schema.raw(committed.schema.restore(committed.output))
+    return Schema.raw_of(committed.output) if isinstance(committed.output, bytes) else committed.output
+
+
+def _upcast(
+    ctx: ReliabilityContext, node: Node | Group, contract: NodeContract[Any, Any] | None
+) -> Callable[[Any], Any] | None:
+    found = contract if contract is not None or isinstance(node, Group) else ctx.contract_of(node)
+    return None if found is None else found.upcast
+
+
+def _tolerated(ctx: ReliabilityContext, node: Node | Group, contract: NodeContract[Any, Any] | None) -> bool:
+    """Whether outputs that were recorded with another schema may be read all the same."""
+    if ctx.config.allow_changes:
+        return True
+    if isinstance(node, Group):
+        return any(_tolerated(ctx, child, None) for child in node.children)
+    return _upcast(ctx, node, contract) is not None
+
+
+def _difference(schema: Schema, committed: Committed) -> str:
+    """What tells the fields of an output from those of the schema that it is to be read with."""
+    raw = _raw(committed)
+    names = set(schema.names)
+    if not isinstance(raw, dict) or schema.root:
+        return "it is another kind of value"
+    parts = [f"it had {name!r}, which is gone" for name in raw if name not in names]
+    parts += [f"it lacks {name!r}, which is new" for name in schema.names if name not in raw]
+    return "; ".join(parts) or "types or constraints of its fields are others"
+
+
 def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel) -> Schema:
     """What a node's output must satisfy, given its input."""
     if isinstance(node, Group):
@@ -82,8 +127,11 @@ def check_committed(
     position: int,
     branch: str,
     group: str | None = None,
+    own: NodeContract[Any, Any] | None = None,
 ) -> None:
     """Raise PipelineChanged if a position holds the output of another node, or of another contract."""
+    if ctx.config.allow_changes:
+        return
     where = f"position {position}" + (f" ({branch})" if branch else "")
     if committed.node_id != node.node_id:
         raise PipelineChanged(
@@ -96,8 +144,9 @@ def check_committed(
             f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was made for "
             f"{recorded!r}, and the pipeline has {group!r} there; restore it, or begin a new run"
         )
-    if schema is not None and contract != schema.fingerprint:
+    if schema is not None and contract != schema.fingerprint and not _tolerated(ctx, node, own):
         raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot go on: the output schema of node {node.node_id!r} at {where} is not the one that "
-            f"its output was recorded with ({schema.model.__name__} has changed); restore it, or begin a new run"
+            f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was recorded with another "
+            f"{schema.model.__name__} ({_difference(schema, committed)}); restore it, give the contract an upcast, "
+            "allow_changes=True, or begin a new run"
         )

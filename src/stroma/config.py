@@ -70,6 +70,8 @@ class RunConfig(BaseModel):
             RunExists. All but "restart" compare the input.
         if_running: what becomes of a run that somebody else is at work on. "error" raises RunBusy; "attach" waits and
             gives the result, if the input is the same; "take_over" fences them off: only for a holder known to be gone.
+        allow_changes: go on with outputs of a pipeline that has changed since, by their positions: what a node's schema
+            accepts is its output, whatever recorded it.
         lease_seconds: for how long the run belongs to a process that is not heard of any more.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
         unknown_model: what a model that nobody has a price for is: "warn" counts it as 0, "error" stops the run.
@@ -95,7 +97,8 @@ class RunConfig(BaseModel):
     resume: bool = False
     if_exists: Literal["restart", "resume", "return", "error"] = "restart"
     if_running: Literal["error", "attach", "take_over"] = "error"
-    lease_seconds: float = Field(default=30.0, gt=0, allow_inf_nan=False)
+    allow_changes: bool = False
+    lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
     unknown_model: Literal["warn", "error"] = "warn"
     hook_errors: Literal["isolate", "raise"] = "isolate"

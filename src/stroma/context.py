@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import perf_counter_ns, time_ns
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
@@ -25,13 +25,15 @@ from stroma.checkpoint import (
     RunRequest,
     Session,
     StepCall,
+    Waiting,
+    resolve_schema,
 )
 from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
-from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a, message_of
+from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, Suspend, is_a, message_of
 from stroma.hooks import NO_HOOKS, AnyHooks, Hooks, flatten
-from stroma.nodes import Node
+from stroma.nodes import Kept, Node
 from stroma.schemas import Schema, schema_of
 from stroma.trace import (
     NO_USAGE,
@@ -54,6 +56,7 @@ __all__ = ["NodeExecution", "ReliabilityContext", "RemainingBudget", "current_no
 logger = logging.getLogger("stroma")
 logger.addHandler(logging.NullHandler())
 
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Kind = Literal["node", "group", "item"]
 _WARN_AT = 0.8
 _ATTACHED_SECONDS = (0.02, 1.0)  # between looks at a run that somebody else is at work on: at first, at most
@@ -206,6 +209,38 @@ class NodeExecution:
             self.reported = []
         self.reported.append((input_tokens, output_tokens, model))
 
+    @property
+    def signal(self) -> Any:
+        """The answer that this node waited for (see Suspend), as the model that was asked for; None without one.
+
+        Plain JSON data where the model's module is not imported; :meth:`wait_for` needs no such luck.
+        """
+        answer = self._answer()
+        if answer is None:
+            return None
+        try:
+            model = resolve_schema(answer[1]) if answer[1] else Kept
+        except (LookupError, TypeError):
+            model = Kept
+        state = schema_of(model).decode(answer[0])
+        return state.root if isinstance(state, Kept) else state
+
+    def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
+        """The answer of a person as a ``schema``; without one, or with one that does not fit, raises Suspend."""
+        answer = self._answer()
+        if answer is None:
+            raise Suspend(reason, schema=schema)
+        try:
+            return cast("AnswerT", schema_of(schema).decode(answer[0]))
+        except ValueError as error:
+            raise Suspend(
+                f"{reason} (the answer does not fit: {error}; give another)", schema=schema
+            ) from error
+
+    def _answer(self) -> tuple[bytes, str] | None:
+        waiting = self.ctx.session.waiting.get((self.position, self.branch))
+        return None if waiting is None or waiting.payload is None else (waiting.payload, waiting.schema_ref)
+
     def take_reported(self) -> list[tuple[int, int, str | None]]:
         """What was reported and not yet counted."""
         reported, self.reported = self.reported or [], None
@@ -228,10 +263,15 @@ class _NoSession:
     finished: Finished | None = None
     restored: Mapping[tuple[int, str], Committed] = {}
     prior = PriorUsage()
+    waiting: Mapping[tuple[int, str], Waiting] = {}
+    on_cancel: Callable[[], None] | None = None
 
     def record(
         self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
+        return None
+
+    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
         return None
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
@@ -286,6 +326,8 @@ class ReliabilityContext:
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
+        #: What nodes of this run wait for.
+        self.suspended: list[str] = []
         #: Whether plain code says when its run ends, and what its last step came to.
         self.ends = False
         self.step_status: RunStatus | None = None
@@ -550,4 +592,5 @@ class ReliabilityContext:
             failure=failure,
             hook_errors=self.hook_failures,
             unpriced_models=self.unpriced,
+            suspended=self.suspended,
         )

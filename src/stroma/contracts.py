@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
@@ -45,17 +46,29 @@ def check_id(value: str, what: str) -> str:
 
 
 class NodeContract(BaseModel, Generic[In, Out]):
-    """What a node promises: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``."""
+    """What a node promises: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
+
+    ``upcast`` makes what an earlier ``output_schema`` recorded (plain data: a dict of its fields) into what the present
+    one accepts; a resume asks it when they differ.
+    """
 
     model_config = ConfigDict(arbitrary_types_allowed=True)
 
     node_id: str
     input_schema: type[In]
     output_schema: type[Out]
+    upcast: Callable[[Any], Any] | None = None
 
     if TYPE_CHECKING:
         # pydantic's mypy plugin would take the classes as Any, and the node's types would go unchecked.
-        def __init__(self, *, node_id: str, input_schema: type[In], output_schema: type[Out]) -> None: ...
+        def __init__(
+            self,
+            *,
+            node_id: str,
+            input_schema: type[In],
+            output_schema: type[Out],
+            upcast: Callable[[Any], Any] | None = None,
+        ) -> None: ...
 
     @field_validator("node_id")
     @classmethod

@@ -28,6 +28,7 @@ __all__ = [
     "RunFailed",
     "StepContext",
     "Stop",
+    "Suspend",
     "classify",
     "decide",
     "default_policy_map",
@@ -132,6 +133,25 @@ E = TypeVar("E", bound=BaseException)
 def is_a(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
     """isinstance without asking the object for its ``__class__``, which a hostile exception answers by raising."""
     return issubclass(type(exc), kind)
+
+
+class Suspend(Exception):
+    """Raised by a node that has to wait for a person: the run stops as SUSPENDED and goes on once it has the answer.
+
+    Attributes:
+        reason: what for, in words.
+        schema: what the answer must satisfy; None if any JSON value will do.
+
+    Where: out of a node's function, never out of ``run()``: it is no failure.
+    Cause: the node needs a decision that nobody has made yet.
+    Mend: ``await runner.signal(run_id, answer)``, then run with ``resume=True``; the node finds the answer at
+        ``current_node().signal``.
+    """
+
+    def __init__(self, reason: str, *, schema: type[BaseModel] | None = None) -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.schema = schema
 
 
 class RunFailed(Exception):

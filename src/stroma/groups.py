@@ -109,6 +109,7 @@ async def _side_by_side(
     """Execute jobs concurrently; raises GroupStopped for the first that stopped for good, its siblings awaited."""
     gate = _gate(limit)
     stopped: list[Halt] = []
+    waiting: list[Halt] = []
     prefix = f"{group.branch}." if group.branch else ""
 
     async def one(index: int, node: Node | Group, value: BaseModel) -> BaseModel | None:
@@ -125,6 +126,9 @@ async def _side_by_side(
                 parent=group,
             )
         if isinstance(outcome, Halt):
+            if outcome.suspended:  # Its siblings need not wait: all that can be done is done.
+                waiting.append(outcome)
+                return None
             stopped.append(outcome)
             # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
             if not stopped[0].spent:
@@ -133,8 +137,8 @@ async def _side_by_side(
         return outcome
 
     outputs = await _gather([one(i, node, value) for i, (node, value) in enumerate(jobs)])
-    if stopped:
-        raise GroupStopped(stopped[0])
+    for halt in (*stopped, *waiting):
+        raise GroupStopped(halt)
     return cast("list[BaseModel]", outputs)
 
 

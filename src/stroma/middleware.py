@@ -59,6 +59,8 @@ async def execute_step(
         ctx, node, input_state, position, contract=contract, step=call, cancelling=cancelling
     )
     ctx.step_status = outcome.status if isinstance(outcome, Halt) else RunStatus.COMPLETED
+    if isinstance(outcome, Halt) and outcome.suspended:
+        return ctx.build_result(RunStatus.SUSPENDED, input_state)
     if isinstance(outcome, Halt):
         state = outcome.output if outcome.output is not None else input_state
         return ctx.build_result(outcome.status, _as_returned(state, input_state), outcome.failure)

@@ -3,42 +3,33 @@
 from __future__ import annotations
 
 import asyncio
-import logging
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from collections.abc import Callable, Coroutine, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
-from stroma._engine import Halt, execute
-from stroma._restore import check_committed, output_schema, restore
+from stroma._run import OneRun
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
     CheckpointManager,
-    CheckpointNotFound,
     CheckpointStore,
-    Committed,
-    Finished,
-    PipelineChanged,
+    RunBusy,
+    StoreError,
+    Waiting,
+    resolve_schema,
 )
 from stroma.config import RunConfig
+from stroma.config import new_run_id as fresh_run_id
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.cost import ExecutionBudget, FallbackPolicy
-from stroma.failures import (
-    Classifier,
-    Failure,
-    FailureClass,
-    NodeContext,
-    PolicyMap,
-    RunFailed,
-    diagnose,
-)
+from stroma.failures import Classifier, PolicyMap
 from stroma.groups import parallel
-from stroma.hooks import HookError, HookNotAsync, NodeHooks, StepHooks
-from stroma.nodes import Group, Node, NodeDecorator, find_node, mark, stroma_node, stroma_step
-from stroma.schemas import NotSerialisable, schema_of
+from stroma.hooks import NodeHooks, StepHooks
+from stroma.nodes import Group, Kept, Node, NodeDecorator, find_node, mark, stroma_node, stroma_step
+from stroma.schemas import Schema, schema_of
 from stroma.trace import ExecutionResult, RunStatus
 
 # The published module paths of what lives lower down.
@@ -88,6 +79,7 @@ class StromaRunner:
         self.registry = registry
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
+        self._live: set[OneRun] = set()
         self.config = config if config is not None else RunConfig()
 
     @classmethod
@@ -182,6 +174,8 @@ class StromaRunner:
         context: dict[str, Any] | None = None,
         resume: bool | None = None,
         resume_from: str | None = None,
+        if_exists: Literal["restart", "resume", "return", "error"] | None = None,
+        if_running: Literal["error", "attach", "take_over"] | None = None,
     ) -> ExecutionResult:
         """Run nodes one after the other, each on the output of the one before.
 
@@ -189,7 +183,14 @@ class StromaRunner:
         with ``result.failure``. Raises TypeError for what is no node or a hook that is not async, ValueError for an
         unknown resume target, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot begin.
         """
-        config = self._config_for(node_sequence, run_id, context, resume, resume_from)
+        given = {
+            "context": context,
+            "resume": resume,
+            "resume_from": resume_from,
+            "if_exists": if_exists,
+            "if_running": if_running,
+        }
+        config = self._config_for(node_sequence, run_id, given)
         nodes = _records(node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence)
         if not isinstance(initial_state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
@@ -197,7 +198,12 @@ class StromaRunner:
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name
-        return await _Run(ctx, nodes, initial_state, start).go()
+        run = OneRun(ctx, nodes, initial_state, start)
+        self._live.add(run)
+        try:
+            return await run.go()
+        finally:
+            self._live.discard(run)
 
     def run_sync(
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
@@ -211,32 +217,251 @@ class StromaRunner:
             "an event loop is running here; use `await runner.run(...)` in place of run_sync(...)"
         )
 
-    def _config_for(
+    async def run_many(
         self,
-        nodes: Any,
-        run_id: str | None,
-        context: dict[str, Any] | None,
-        resume: bool | None,
-        resume_from: str | None,
-    ) -> RunConfig:
+        node_sequence: Pipeline | Iterable[Any],
+        inputs: Iterable[BaseModel],
+        *,
+        max_concurrency: int = 10,
+        run_ids: Callable[[int, BaseModel], str] | None = None,
+        recover: bool = False,
+        on_result: Callable[[int, ExecutionResult | Exception], None] | None = None,
+        **options: Any,
+    ) -> list[ExecutionResult | Exception]:
+        """:meth:`run` for each input, at most ``max_concurrency`` at once; the outcomes in the order of the inputs.
+
+        What ``run()`` would raise stands in the place of its result, and stops no other run. ``inputs`` is read as far
+        as there is room, so it may be endless in all but its results. ``run_ids`` names each run by its number (from 0)
+        and input; ``on_result`` is told each outcome as it comes. ``recover``: first go on with the interrupted runs
+        of this pipeline (see :meth:`recover`); their outcomes are not among those that are returned.
+        """
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        if recover:
+            await self.recover(nodes, max_concurrency=max_concurrency, **options)
+        outcomes: dict[int, ExecutionResult | Exception] = {}
+
+        async def one(number: int, state: BaseModel) -> None:
+            named = options if run_ids is None else {**options, "run_id": run_ids(number, state)}
+            outcomes[number] = await _outcome(self.run(nodes, state, **named))
+            if on_result is not None:
+                on_result(number, outcomes[number])
+
+        await _in_turn((one(number, state) for number, state in enumerate(inputs)), max_concurrency)
+        return [outcomes[number] for number in sorted(outcomes)]
+
+    async def recover(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        *,
+        max_concurrency: int = 10,
+        input_schema: type[BaseModel] | None = None,
+        **options: Any,
+    ) -> dict[str, ExecutionResult | Exception]:
+        """Go on with every run of this pipeline whose process died or was told to stop; the outcomes by run id.
+
+        Runs that are somebody else's are left alone. Runs are found by the pipeline's name, and go on with the input
+        that they were begun with: an ``input_schema``, or else what the first node takes. Raises StoreError if the
+        store keeps no journal, TypeError if the pipeline begins with a group and no ``input_schema`` is given.
+        """
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
+        store = self._journal("list_runs")
+        schema = self._input_schema(_records_of(nodes), input_schema)
+        outcomes: dict[str, ExecutionResult | Exception] = {}
+
+        async def one(run_id: str) -> None:
+            try:
+                state = await self._input_of(run_id, schema)
+            except Exception as error:
+                outcomes[run_id] = error
+                return
+            outcome = await _outcome(self.run(nodes, state, run_id=run_id, resume=True, **options))
+            if not isinstance(outcome, RunBusy):  # Somebody else was faster.
+                outcomes[run_id] = outcome
+
+        found = []
+        for status in ("RUNNING", RunStatus.INTERRUPTED.value):
+            runs = await asyncio.to_thread(store.list_runs, limit=_ALL, pipeline=name, status=status)
+            found += [run.run_id for run in runs if run.holder is None]
+        await _in_turn((one(run_id) for run_id in found), max_concurrency)
+        return outcomes
+
+    async def fork(
+        self,
+        run_id: str,
+        node_sequence: Pipeline | Iterable[Any],
+        *,
+        at: str,
+        state: BaseModel | None = None,
+        new_run_id: str | None = None,
+        input_schema: type[BaseModel] | None = None,
+        **options: Any,
+    ) -> ExecutionResult:
+        """Run on from a node of another run, as a new run that remembers where it came from.
+
+        ``at``: the first position with this id runs next. ``state``: its input, in place of what the run had there.
+        The other run stays as it is. ``input_schema``: what its input is, if the pipeline begins with a group.
+        Raises CheckpointNotFound, RunExists, ValueError for an unknown node.
+        """
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        records = _records_of(nodes)
+        before = _resume_position(records, at)
+        assert before is not None
+        store = self._journal("fork")
+        fork_id = new_run_id or fresh_run_id()
+        wanted = self._input_schema(records, input_schema or (type(state) if state and not before else None))
+        given: dict[str, tuple[Schema, BaseModel]] = {}
+        if state is not None:
+            schema = schema_of(type(state))
+            last = records[before - 1] if before else None
+            if isinstance(last, Node):
+                contract = self.registry.find(last.node_id) or last.contract
+                schema = schema_of(Kept if contract is None else contract.output_schema)
+            kept = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.cross(state)
+            given["edited" if before else "state"] = (schema, kept)
+        await store.fork(run_id, fork_id, before, **given)
+        initial = state
+        if initial is None or before:
+            initial = await self._input_of(fork_id, wanted)
+        return await self.run(nodes, initial, run_id=fork_id, resume_from=at, **options)
+
+    async def signal(
+        self,
+        run_id: str,
+        answer: Any,
+        *,
+        node_id: str | None = None,
+        branch: str | None = None,
+        schema: type[BaseModel] | None = None,
+    ) -> None:
+        """Give a suspended run the answer that it waits for; resuming it is another step.
+
+        ``answer``: a model or JSON data, validated by the schema that the node asked for. ``node_id`` and ``branch``
+        say which node, where several wait. ``schema``: where the node's own is not imported in this process.
+
+        Raises pydantic's ValidationError, StoreError if the run waits for nothing, ValueError if several wait.
+        """
+        store = self._journal("signal")
+        all_of_them: list[Waiting] = await asyncio.to_thread(store.waiting, run_id)
+        found = [
+            waiting
+            for waiting in all_of_them
+            if waiting.payload is None
+            and node_id in (None, waiting.node_id)
+            and branch in (None, waiting.branch)
+        ]
+        if not found:
+            which = "" if node_id is None else f" at node {node_id!r}"
+            raise StoreError(f"run {run_id!r} waits for no answer{which}; see its status and its attempts")
+        if len(found) > 1:
+            where = ", ".join(f"{w.node_id!r} (branch {w.branch!r})" for w in found)
+            raise ValueError(f"run {run_id!r} waits at {where}; say which with node_id= and branch=")
+        model = schema
+        if model is None and found[0].schema_ref:
+            try:
+                model = resolve_schema(found[0].schema_ref)
+            except (LookupError, TypeError) as error:
+                raise StoreError(
+                    f"node {found[0].node_id!r} of run {run_id!r} asks for a {found[0].schema_ref}: {error}; "
+                    "or say which class that is with schema="
+                ) from error
+        wanted = schema_of(model or Kept)
+        checked = wanted.cross(answer) if isinstance(answer, BaseModel) and model else wanted.validate(answer)
+        await store.signal(run_id, found[0]._replace(payload=wanted.encode(checked)))
+
+    async def cancel(self, run_id: str) -> bool:
+        """Ask whoever is at work on a run, in any process, to end it as CANCELLED; within about a second they do.
+
+        A run that nobody is at work on is CANCELLED at once. False if it had ended. Raises CheckpointNotFound.
+        """
+        cancelled: bool = await self._journal("cancel").cancel(run_id)
+        return cancelled
+
+    async def shutdown(self, *, drain_seconds: float = 30.0) -> None:
+        """Let the runs of this runner in the running event loop end after the node they are in, as INTERRUPTED.
+
+        Those that are not there after ``drain_seconds`` are cut short; what they committed is kept. All of them give
+        up their runs, so that another process can :meth:`recover` them.
+        """
+        loop = asyncio.get_running_loop()
+        runs = [run for run in self._live if run.loop is loop and run.task is not asyncio.current_task()]
+        tasks = {run.task for run in runs if run.task is not None}
+        for run in runs:
+            run.draining = True
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=drain_seconds)
+            for run in runs:
+                if run.task in late:
+                    run.cancel(RunStatus.INTERRUPTED)
+            if late:
+                await asyncio.wait(late)
+
+    def _journal(self, needed: str) -> Any:
+        store = self.checkpoint_manager.store
+        if not hasattr(store, needed):
+            raise StoreError(
+                f"{type(store).__name__} keeps no journal of runs; use a journal store such as SQLiteStore"
+            )
+        return store
+
+    def _input_schema(self, nodes: list[Node | Group], given: type[BaseModel] | None) -> Schema:
+        """What the input of a run of these nodes is."""
+        if given is not None:
+            return schema_of(given)
+        first = nodes[0] if nodes else None
+        if isinstance(first, Group):
+            raise TypeError(
+                f"the pipeline begins with {first.node_id!r}; say what its input is with input_schema="
+            )
+        contract = None if first is None else self.registry.find(first.node_id) or first.contract
+        return schema_of(Kept if contract is None else contract.input_schema)
+
+    async def _input_of(self, run_id: str, schema: Schema) -> BaseModel:
+        data: bytes = await asyncio.to_thread(self._journal("input_of").input_of, run_id)
+        return schema.decode(data)
+
+    def _config_for(self, nodes: Any, run_id: str | None, given: dict[str, Any]) -> RunConfig:
         config = self.config
         if isinstance(nodes, Pipeline) and nodes.config is not None and self._own_config is None:
             config = nodes.config
-        changes: dict[str, Any] = {}
+        changes = {name: value for name, value in given.items() if value is not None}
         if run_id is not None:
             changes["run_id"] = run_id
         elif (taken := config.take_run_id()) != config.run_id:
             changes["run_id"] = taken
-        if context is not None:
-            changes["context"] = context
-        if resume is not None:
-            changes["resume"] = resume
-        if resume_from is not None:
-            changes["resume_from"] = resume_from
         if not changes:
             return config
         RunConfig(**changes)  # Validates what was given.
         return config.model_copy(update=changes)
+
+
+_ALL = 1_000_000  # runs: more than anybody recovers at once
+
+
+async def _outcome(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:
+    try:
+        return await run
+    except Exception as error:
+        return error
+
+
+async def _in_turn(work: Iterable[Coroutine[Any, Any, None]], max_concurrency: int) -> None:
+    """Await all, so many at once; they are made as there is room for them."""
+    if max_concurrency < 1:
+        raise ValueError(f"max_concurrency is {max_concurrency!r}; give a whole number from 1 up")
+    waiting = iter(work)
+
+    async def worker() -> None:
+        for item in waiting:
+            await item
+
+    async with asyncio.TaskGroup() as group:
+        for _ in range(max_concurrency):
+            group.create_task(worker())
+
+
+def _records_of(nodes: Pipeline | list[Any]) -> list[Node | Group]:
+    return _records(nodes.nodes if isinstance(nodes, Pipeline) else nodes)
 
 
 def _records(nodes: Any) -> list[Node | Group]:
@@ -254,220 +479,3 @@ def _resume_position(nodes: list[Node | Group], resume_from: str | None) -> int 
             return position
     known = ", ".join(repr(node.node_id) for node in nodes) or "none"
     raise ValueError(f"resume_from={resume_from!r} is not a node of this pipeline; its nodes are {known}")
-
-
-class _Run:
-    """One call of ``run``: the run's hooks and record around the loop over its nodes."""
-
-    def __init__(
-        self, ctx: ReliabilityContext, nodes: list[Node | Group], initial: BaseModel, start: int | None
-    ) -> None:
-        self.ctx = ctx
-        self.nodes = nodes
-        self.initial = initial
-        self.start = start
-        self.continued = False
-
-    @property
-    def state(self) -> BaseModel:
-        """The last committed state, else the initial one."""
-        return self.initial if self.ctx.last_state is None else self.ctx.last_state
-
-    async def go(self) -> ExecutionResult:
-        ctx = self.ctx
-        status = RunStatus.INTERRUPTED
-        failure: Failure | None = None
-        result: ExecutionResult | None = None
-        begun = False
-        try:
-            try:
-                await self._open()
-                begun = True
-                await self._tell_start()
-                if ctx.session.finished is None:
-                    failure, status = await self._loop()
-                else:
-                    failure, status = await self._as_it_was(ctx.session.finished)
-            except NotSerialisable as error:  # The input, in a store that outlives the process.
-                failure = diagnose(error, NodeContext("input", 1, ctx.run_id))
-                status = RunStatus.FAILED
-                if not begun:
-                    begun = True
-                    await self._tell_start()
-        except asyncio.CancelledError:
-            status = RunStatus.CANCELLED
-            raise
-        except GeneratorExit:  # The coroutine is being closed: nothing may be awaited any more.
-            ctx.session.abandon()
-            begun = False
-            raise
-        except HookNotAsync as error:
-            error.result = ctx.build_result(status, self.state)
-            raise
-        finally:
-            if begun or failure is not None:
-                result = await self._end(status, failure)
-        assert result is not None
-        return result
-
-    async def _tell_start(self) -> None:
-        ctx = self.ctx
-        if ctx.fire.on_run_start is not None:
-            await ctx.fire.fire(
-                "on_run_start",
-                ctx.fire.on_run_start,
-                None,
-                lambda: (
-                    ctx.run_id,
-                    ctx.pipeline,
-                    ctx.shown(schema_of(type(self.initial)).state(self.initial)),
-                ),
-            )
-
-    async def _open(self) -> None:
-        ctx = self.ctx
-        try:
-            session = await ctx.open(self.initial, discard_from=self.start, accept=self._check_unchanged)
-        except asyncio.CancelledError:
-            await ctx.end(RunStatus.CANCELLED, None)  # The store may have begun it already.
-            raise
-        self.continued = session.continued or self.start is not None
-
-    def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
-        """Refuse a changed pipeline before anything runs, what stands inside its groups included."""
-        if position >= len(self.nodes):
-            raise PipelineChanged(
-                f"run {self.ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} at position "
-                f"{position}, and the pipeline has only {len(self.nodes)} nodes; restore it, or begin a new run"
-            )
-        node = self.nodes[position]
-        group: str | None = None
-        for index in map(int, branch.split(".") if branch else ()):
-            children = node.children if isinstance(node, Group) else ()
-            place = 0 if isinstance(node, Group) and node.each else index
-            if place >= len(children):
-                raise PipelineChanged(
-                    f"run {self.ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} inside "
-                    f"position {position}, and {node.node_id!r} has no such child; restore it, or begin a new run"
-                )
-            node, group = children[place], node.node_id
-        # What a group gives depends on its input, so its schema is checked when it is restored.
-        schema = output_schema(self.ctx, node, self.initial) if isinstance(node, Node) else None
-        check_committed(self.ctx, node, schema, committed, position, branch, group)
-
-    async def _skip_to(self, start: int) -> None:
-        """The published way of resuming: go on from the checkpoint of the node before, whatever lies further back."""
-        ctx = self.ctx
-        loaded = -1
-        for position in range(start):
-            state = await restore(ctx, self.nodes[position], self.state, position)
-            if state is not None:
-                loaded = position
-        if loaded == start - 1:
-            return
-        before = self.nodes[start - 1]
-        schema = output_schema(ctx, before, self.state).model
-        saved = await ctx.checkpoint_manager.resume(ctx.run_id, before.node_id, schema)
-        if saved is None:
-            raise CheckpointNotFound(
-                f"run {ctx.run_id!r} has no checkpoint of node {before.node_id!r}, which stands before "
-                f"{self.nodes[start].node_id!r}; run the pipeline from its beginning, or resume from an earlier node"
-            )
-        ctx.last_state = saved
-
-    async def _loop(self) -> tuple[Failure | None, RunStatus]:
-        ctx = self.ctx
-        if self.start:
-            await self._skip_to(self.start)
-        state = self.state
-        task = asyncio.current_task()
-        assert task is not None  # A coroutine of asyncio runs in one.
-        cancelling = task.cancelling()
-        for position in range(self.start or 0, len(self.nodes)):
-            if task.cancelling() != cancelling:
-                # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
-                await asyncio.sleep(0)
-                cancelling = task.cancelling()
-            outcome = await execute(ctx, self.nodes[position], state, position, cancelling=cancelling)
-            if isinstance(outcome, Halt):
-                return outcome.failure, outcome.status
-            state = outcome
-        return None, RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
-
-    async def _as_it_was(self, finished: Finished) -> tuple[Failure | None, RunStatus]:
-        """The outcome of an execution that is returned, not run."""
-        ctx = self.ctx
-        status = RunStatus(finished.status)
-        completed = status in (RunStatus.COMPLETED, RunStatus.RESUMED)
-        for position, node in enumerate(self.nodes):
-            if await restore(ctx, node, self.state, position) is None:
-                if not completed:
-                    break
-                raise PipelineChanged(
-                    f"run {ctx.run_id!r} finished without node {node.node_id!r}, which the pipeline has at position "
-                    f'{position}; continue it with if_exists="resume", or begin a new run'
-                )
-        if completed or status in _CUT_SHORT:
-            return None, status
-        error = RunFailed(finished.error or f"run {ctx.run_id!r} ended as {status}")
-        failure = diagnose(error, NodeContext("run", 1, ctx.run_id))
-        kind = FailureClass.TERMINAL if status is RunStatus.FAILED else FailureClass.RECOVERABLE
-        return replace(failure, failure_class=kind), status
-
-    async def _end(self, status: RunStatus, failure: Failure | None) -> ExecutionResult:
-        """Close the record, build the result, tell the hooks: always, whichever way the run ended."""
-        ctx = self.ctx
-        result = ctx.build_result(status, self.state, failure)
-        cancelled = await ctx.end(status, failure.message if failure is not None else None)
-        if ctx.run_logger.isEnabledFor(logging.INFO):
-            ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
-        if ctx.fire.on_run_end is not None:
-            try:
-                await ctx.fire.fire(
-                    "on_run_end", ctx.fire.on_run_end, None, lambda: (ctx.run_id, _own_copy(ctx, result))
-                )
-            except HookNotAsync as error:
-                error.result = result
-                if status is not RunStatus.CANCELLED:
-                    raise
-                # A cancellation is on its way out, and must come out as one.
-                ctx.run_logger.warning("%s", error)
-        if cancelled:
-            raise asyncio.CancelledError
-        if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
-            first = ctx.hook_failures[0]
-            where = "" if first.node_id is None else f" of {first.node_id!r}"
-            raise HookError(
-                f"{len(ctx.hook_failures)} hook calls raised; the first, {first.hook}{where}: {first.exception!r}",
-                result,
-            ) from first.exception
-        return result
-
-
-def _own_copy(ctx: ReliabilityContext, result: ExecutionResult) -> ExecutionResult:
-    """The result as one set of hooks may do with it what it likes; redacted, if the config says how."""
-    state, trace, failure = result.final_state, result.trace.copy(), result.failure
-    if isinstance(state, BaseModel):
-        schema = schema_of(type(state))
-        state = schema.copy(state)
-        if ctx.config.redact is not None:
-            # What is shown need not satisfy the schema.
-            state = type(state).model_construct(**ctx.shown(schema.state(state)))
-    if ctx.config.redact is not None:
-        for event in trace.walk():
-            event.input_state = ctx.shown(event.input_state)
-            if event.output_state is not None:
-                event.output_state = ctx.shown(event.output_state)
-        if failure is not None:
-            failure = replace(failure, exception=ctx.shown_error(failure.exception))
-    return replace(
-        result,
-        final_state=state,
-        trace=trace,
-        failure=failure,
-        hook_errors=list(result.hook_errors),
-        unpriced_models=list(result.unpriced_models),
-    )
-
-
-_CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)

@@ -49,7 +49,7 @@ from stroma._core_schema import (
     restless,
     validator_without,
 )
-from stroma._encoding import NotSerialisable, tag, untag
+from stroma._encoding import NotSerialisable, keeping_secrets, tag, untag
 from stroma._values import classes_in, holds_record, isolate, renew_dataclass, walk, with_records
 
 __all__ = ["NotSerialisable", "Schema", "Snapshot", "schema_of"]
@@ -477,8 +477,14 @@ class Schema:
             vars(model).update(zip(self.names, snapshot, strict=True))  # Validators may have changed them.
         return model
 
-    def encode(self, model: BaseModel) -> bytes:
-        """The stored form: UTF-8 JSON. Raises NotSerialisable, naming the field."""
+    def encode(self, model: BaseModel, *, secrets: bool = False) -> bytes:
+        """The stored form: UTF-8 JSON. Raises NotSerialisable, naming the field.
+
+        ``secrets``: write secrets down too, for a store that encrypts what it keeps.
+        """
+        if secrets:
+            with keeping_secrets():
+                return self.encode(model)
         data = self._write(model)
         # Subclasses are asked for each time: one may be defined at any time.
         if self._ambiguous or b'{"$c":' in data or (self._nested and any(map(_SUBCLASSES, self._nested))):
@@ -577,6 +583,12 @@ class Schema:
             f"{'.'.join(map(str, (self.model.__name__, *where)))} cannot be serialised: it would not be read back "
             f"({error}); declare the field with the class it holds, and keep models out of sets and keys"
         )
+
+    @staticmethod
+    def raw_of(data: bytes) -> Any:
+        """What :meth:`encode` wrote, as plain data that no schema has seen. Raises ValueError for data that is not ours."""
+        raw = json.loads(data)
+        return untag(raw[1]) if data.startswith(_TAGGED) else raw
 
     def decode(self, data: bytes) -> BaseModel:
         """Read back what :meth:`encode` wrote, validated by this class. Nothing stored names a class.

@@ -364,6 +364,7 @@ class RunStatus(StrEnum):
     PARTIAL = "PARTIAL"  # gave up for now: what was finished is kept, a later resume may work
     RESUMED = "RESUMED"  # completed, continuing an earlier run
     CANCELLED = "CANCELLED"  # the run's task was cancelled; resumable
+    SUSPENDED = "SUSPENDED"  # a node waits for a person; resumable
     INTERRUPTED = "INTERRUPTED"  # the process was told to stop, or run() raised; resumable
 
 
@@ -385,6 +386,7 @@ class ExecutionResult:
         total_cost_usd: US dollars, failed attempts included.
         total_tokens: input + output, failed attempts included.
         failure: what stopped the run, or None.
+        suspended: why a SUSPENDED run waits; one line per node.
         hook_errors: exceptions of hooks, which changed nothing.
         unpriced_models: models that nobody knows a price for; they count as 0.
     """
@@ -398,6 +400,7 @@ class ExecutionResult:
     failure: Failure | None = None
     hook_errors: list[HookFailure] = field(default_factory=list)
     unpriced_models: list[str] = field(default_factory=list)
+    suspended: list[str] = field(default_factory=list)
 
     def raise_for_status(self) -> None:
         """Raise the exception that stopped the run, if one did."""

@@ -8,6 +8,8 @@ import sys
 
 import pytest
 
+from stroma.cli import stores
+
 GOOD = '{"start": 1}'
 
 #: Files to load from: name, text.
@@ -303,3 +305,34 @@ def test_a_full_disk_on_the_way(stroma):
     assert resumed.code == 0
     assert len(json.loads(resumed.out)["text"]) == 3_000_000
     assert stroma.calls() == ["first", "swell", "swell"]
+
+
+@pytest.mark.parametrize(
+    ("given", "shown"),
+    [
+        ("postgresql://me:a@b:c/d@host:1/db?x=y", "postgresql://me:***@host:1/db?x=y"),
+        ("redis://:pass@host/0", "redis://:***@host/0"),
+        ("redis://host:6379/0?password=a%40b&db=1", "redis://host:6379/0?password=***&db=1"),
+        ("postgresql://host/db?sslpassword=a&user=b", "postgresql://host/db?sslpassword=***&user=b"),
+        ("postgresql://me@host:5432/db", "postgresql://me@host:5432/db"),
+        ("sqlite:///a:b@c.db", "sqlite:///a:b@c.db"),
+        ("runs.db", "runs.db"),
+        ("host=h password=geheim", "host=h password=***"),
+    ],
+)
+def test_masks(given, shown):
+    """What may be a password is masked, whatever characters it holds; all else is shown as it is."""
+    assert stores.masked(given) == shown
+
+
+def test_a_driver_that_is_not_installed(inside, fails, monkeypatch):
+    """A store whose driver is missing is 3, with the line that installs it."""
+    monkeypatch.setitem(sys.modules, "psycopg", None)
+    monkeypatch.setitem(sys.modules, "redis", None)
+    fails(inside("runs", "--db", "postgresql://host/db"), 3, "pip install 'stroma[postgres]'")
+    fails(
+        inside("runs", "--db", "redis://:geheim@host/0"),
+        3,
+        "redis://:***@host/0",
+        "pip install 'stroma[redis]'",
+    )

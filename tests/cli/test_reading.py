@@ -1,7 +1,9 @@
 """`stroma runs`, `stroma show`, and the command as a whole."""
 
+import contextlib
 import json
 import re
+import sqlite3
 import subprocess
 import sys
 import time
@@ -30,7 +32,10 @@ def filled(stroma, inside):
 def test_runs(filled, inside):
     """The newest run is first; each line has status, nodes, tokens, the cost to the micro-dollar, and the error."""
     done = inside("runs")
-    assert (done.code, done.err) == (0, "")
+    assert (done.code, done.err) == (
+        0,
+        "go on with a run that nobody is at work on: stroma resume RUN FILE.py:NAME\n",
+    )
     lines = [re.split(r"  +", line) for line in done.out.splitlines()]
     assert lines[0] == [
         "RUN",
@@ -49,7 +54,7 @@ def test_runs(filled, inside):
         ["run-a", "sums", "COMPLETED", "3", "135"],
     ]
     assert all(re.fullmatch(r"\$\d\.\d{6}", line[5]) for line in lines[1:])
-    assert lines[1][8].startswith("last record ")
+    assert lines[1][8].startswith("nobody is at work on it any more; last record ")
     assert lines[2][8] == "too slow"
 
     only = json.loads(inside("runs", "--json", "--status", "partial").out)
@@ -57,7 +62,7 @@ def test_runs(filled, inside):
     (run,) = only["runs"]
     assert run["run_id"] == "run-b"
     assert set(run) == {"run_id", "pipeline", "status", "execution", "started", "updated", "seconds", "nodes",
-                        "tokens", "cost_usd", "error"}  # fmt: skip
+                        "tokens", "cost_usd", "error", "holder", "parent"}  # fmt: skip
     assert [r["run_id"] for r in json.loads(inside("runs", "--json", "--limit", "2").out)["runs"]] == [
         "other",
         "run-b",
@@ -87,7 +92,7 @@ def test_show(filled, inside, fails):
     ]  # fmt: skip
 
     assert inside("show", "last").out.startswith("run       other\n")
-    assert "if its process is gone, resume the run" in inside("show", "oth").out
+    assert "holder    nobody is at work on it any more; last record " in inside("show", "oth").out
     fails(inside("show", "run-"), 2, "begins the ids of 2 runs", "run-a", "run-b")
     fails(inside("show", "nope"), 4, "no run whose id begins with 'nope'", "stroma runs")
 
@@ -106,7 +111,7 @@ def test_an_empty_store(stroma, inside, fails):
 def test_a_reader_that_goes_away(filled):
     """`stroma runs | head -1` ends quietly, whenever the reader leaves."""
     for words_ in (
-        ["runs"],
+        ["runs", "--status", "completed"],
         ["show", "run-a"],
         ["--help"],
         ["run", "sums.py:pipeline", GOOD, "-q", "--json"],
@@ -157,7 +162,8 @@ def test_version_and_help(stroma, inside):
     """The version is one line, and the help of all and of each command tells the exit codes and the options."""
     assert re.fullmatch(r"stroma \d+\.\d+\.\S+\n", inside("--version").out)
     assert "5\n  stopped by the budget" in inside("-h").out or "5 stopped by the budget" in inside("-h").out
-    for command in ("run", "resume", "runs", "show"):
+    assert "7 suspended" in " ".join(inside("-h").out.split())
+    for command in ("run", "resume", "approve", "cancel", "runs", "show"):
         assert "STROMA_DB" in inside(command, "--help").out
 
 
@@ -193,3 +199,18 @@ def test_clean_text():
     assert words.clean("x" * 1_000_000, 10) == "xxxxxxxxx…"
     assert words.local(10**18) == "?"
     assert words.local(int(time.time() * 1000)).count(":") == 2
+
+
+def test_a_damaged_output_hides_nothing_else(filled, inside):
+    """What is damaged is named, with 3; the rest of the run is shown all the same."""
+    path = filled.home / ".local/share/stroma/runs.db"
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        db.execute("UPDATE steps SET output = x'00' WHERE node_id = 'first'")
+    done = inside("show", "run-a")
+    assert done.code == 3
+    assert re.search(r"status +COMPLETED\n(.*\n)*spent +135 tok", done.out)
+    assert re.search(r"first +1 +success, damaged", done.out)
+    assert "the output of node 'first' at 0 is damaged; resume from there" in done.err
+    data = json.loads(inside("show", "run-a", "--json").out)
+    assert data["run"]["tokens"] == 135
+    assert [attempt["damaged"] for attempt in data["attempts"]] == [True, False, False]

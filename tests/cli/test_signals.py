@@ -1,10 +1,8 @@
-"""SIGINT and SIGTERM: 130, everything committed kept, and a resume that finishes."""
+"""SIGINT stops at once with 130, SIGTERM after a node with 0; everything committed is kept, and a resume finishes."""
 
 import json
 import signal
 import time
-
-import pytest
 
 GOOD = '{"start": 1}'
 HANG = {"SECOND_AWAITS": "asyncio.sleep(60)"}
@@ -20,19 +18,18 @@ def wait_for(process, text):
     raise AssertionError(f"{text!r} was never said:\n{seen}")
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_in_the_middle_of_a_node(stroma, number):
-    """The run is cancelled, what was finished is kept, and resume calls only what was not."""
+def test_sigint_in_the_middle_of_a_node(stroma):
+    """SIGINT cancels the run, what was finished is kept, and resume calls only what was not."""
     process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--json", env=HANG)
     wait_for(process, "second                          start")
     begun = time.monotonic()
-    process.send_signal(number)
+    process.send_signal(signal.SIGINT)
     out, err = process.communicate(timeout=30)
     assert time.monotonic() - begun < 5
     assert process.returncode == 130
-    assert f"stroma: {number.name}: stopping" in err
+    assert "stroma: SIGINT: stopping" in err
     assert "cancelled" in err
-    assert f"stroma: stopped by {number.name}: run x is CANCELLED" in err
+    assert "stroma: stopped by SIGINT: run x is CANCELLED" in err
     assert "go on with: stroma resume x sums.py:pipeline" in err
     assert "Traceback" not in err
     data = json.loads(out)
@@ -41,6 +38,49 @@ def test_a_signal_in_the_middle_of_a_node(stroma, number):
     resumed = stroma("resume", "x", "sums.py:pipeline", "-q")
     assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
     assert stroma.calls() == ["first", "second", "second", "third"]
+
+
+def test_sigterm_lets_the_node_in_flight_finish(stroma):
+    """SIGTERM begins no further node, keeps the one in flight, gives up the run, and is no failure."""
+    env = {"SECOND_AWAITS": "asyncio.sleep(1.5)"}
+    process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--json", env=env)
+    wait_for(process, "second                          start")
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert "stroma: SIGTERM: stopping after the node in flight, in 10.0 s at most" in err
+    assert "stopped by SIGTERM: run x is INTERRUPTED\n" in err
+    assert "go on with: stroma resume x sums.py:pipeline" in err
+    data = json.loads(out)
+    assert (data["exit_code"], data["status"], data["final_state"]) == (0, "INTERRUPTED", {"n": 4})
+    assert data["resume"] == "stroma resume x sums.py:pipeline"
+    (run,) = json.loads(stroma("runs", "--json").out)["runs"]
+    assert (run["status"], run["holder"], run["nodes"]) == ("INTERRUPTED", None, 2)
+
+    resumed = stroma("resume", "x", "sums.py:pipeline", "-q")
+    assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
+    assert stroma.calls() == ["first", "second", "third"]
+
+
+def test_a_node_that_takes_longer_than_the_drain_is_cut_short(stroma):
+    """Past --drain the node in flight is cancelled: still no failure, and everything before it is kept."""
+    process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--drain", "0.2", env=HANG)
+    wait_for(process, "second                          start")
+    begun = time.monotonic()
+    process.send_signal(signal.SIGTERM)
+    out, err = process.communicate(timeout=30)
+    assert time.monotonic() - begun < 5
+    assert (process.returncode, out) == (0, ""), err
+    assert "second                          cancelled" in err
+    assert "run x is INTERRUPTED" in err
+    assert stroma("resume", "x", "sums.py:pipeline", "-q").code == 0
+    assert stroma.calls() == ["first", "second", "second", "third"]
+
+
+def test_a_drain_of_no_time_at_all(inside, fails):
+    """--drain takes seconds, zero or more."""
+    for text in ("-1", "nan", "x"):
+        fails(inside("run", "sums.py:pipeline", GOOD, "--drain", text), 2, "--drain")
 
 
 def test_a_second_signal_stops_a_node_that_does_not_listen(stroma):
@@ -73,10 +113,22 @@ def test_a_signal_while_the_file_is_imported(stroma):
     assert (process.returncode, err) == (130, "\nstroma: stopped\n")
 
 
-def test_a_signal_that_comes_with_the_last_output(stroma):
-    """An output that was there when the signal came is kept, and nothing is called again for it."""
+def test_a_signal_in_the_last_node(stroma):
+    """A run that SIGTERM finds in its last node is complete, and nothing is called again for it."""
     stroma.file("one.py", "from sums import *\npipeline = Pipeline('one', [first, second])")
     kill = "os.kill(os.getpid(), signal.SIGTERM)"
+    process = stroma.popen("run", "one.py:pipeline", GOOD, "-q", env={"SECOND": kill})
+    out, err = process.communicate(timeout=30)
+    assert (process.returncode, json.loads(out)) == (0, {"n": 4}), err
+    resumed = stroma("resume", "last", "one.py:pipeline", "-q")
+    assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 4})
+    assert stroma.calls() == ["first", "second"]
+
+
+def test_sigint_that_comes_with_the_last_output(stroma):
+    """An output that was there when SIGINT came is kept, and nothing is called again for it."""
+    stroma.file("one.py", "from sums import *\npipeline = Pipeline('one', [first, second])")
+    kill = "os.kill(os.getpid(), signal.SIGINT)"
     process = stroma.popen("run", "one.py:pipeline", GOOD, "-q", env={"SECOND": kill})
     _, err = process.communicate(timeout=30)
     # Whether the signal is seen before or after the run's end is a matter of luck.

@@ -6,6 +6,7 @@ from stroma.checkpoint.journal import (
     AsyncCheckpointStore,
     AttemptRecord,
     CheckpointKey,
+    CheckpointLost,
     CheckpointNotFound,
     CheckpointStore,
     Committed,
@@ -22,6 +23,7 @@ from stroma.checkpoint.journal import (
     Session,
     StepCall,
     StoreError,
+    Waiting,
 )
 from stroma.checkpoint.manager import (
     CheckpointManager,
@@ -34,6 +36,7 @@ from stroma.checkpoint.memory import AsyncInMemoryStore, InMemoryStore
 from stroma.checkpoint.redis import RedisStore, SyncRedisStore
 
 if TYPE_CHECKING:
+    from stroma.checkpoint.postgres import PostgresStore
     from stroma.checkpoint.sqlite import SQLiteStore
     from stroma.checkpoint.urls import open_store
 
@@ -42,6 +45,7 @@ __all__ = [
     "AsyncInMemoryStore",
     "AttemptRecord",
     "CheckpointKey",
+    "CheckpointLost",
     "CheckpointManager",
     "CheckpointNotFound",
     "CheckpointStore",
@@ -52,6 +56,7 @@ __all__ = [
     "InMemoryStore",
     "JournalStore",
     "PipelineChanged",
+    "PostgresStore",
     "PriorUsage",
     "RedisStore",
     "RunBusy",
@@ -63,6 +68,7 @@ __all__ = [
     "StepCall",
     "StoreError",
     "SyncRedisStore",
+    "Waiting",
     "_resolve_schema",
     "_schema_ref",
     "open_store",
@@ -77,6 +83,10 @@ def __getattr__(name: str) -> Any:
         from stroma.checkpoint.sqlite import SQLiteStore
 
         return SQLiteStore
+    if name == "PostgresStore":
+        from stroma.checkpoint.postgres import PostgresStore
+
+        return PostgresStore
     if name == "open_store":
         from stroma.checkpoint.urls import open_store
 

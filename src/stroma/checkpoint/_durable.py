@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
+import time
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
+from datetime import timedelta
 from functools import partial
-from typing import Any, Final, Self, TypeVar
+from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel
 
 from stroma.checkpoint._owner import new_owner
 from stroma.checkpoint._session import (
+    CANCEL,
+    PARENT,
     PICO,
+    SAVED,
+    WAITING,
     Attempt,
     DurableSession,
     Fence,
@@ -24,7 +31,10 @@ from stroma.checkpoint._session import (
     Step,
     StepRow,
     checksum,
+    fork,
     intact,
+    keep_waiting,
+    read_waiting,
     verify,
 )
 from stroma.checkpoint._worker import Connection, Worker, generation
@@ -35,17 +45,30 @@ from stroma.checkpoint.journal import (
     RunRecord,
     RunRequest,
     StoreError,
+    Waiting,
 )
 from stroma.checkpoint.manager import resolve_schema, schema_ref
 from stroma.checkpoint.memory import coerce
+from stroma.checkpoint.payloads import BLOB, Payloads
 from stroma.contracts import check_id
 from stroma.schemas import Schema, schema_of
 
 __all__ = ["DurableStore"]
 
 T = TypeVar("T")
+logger = logging.getLogger("stroma")
 
 _RENEWALS: Final = 3  # in the time of a lease: two may be late or lost
+_LOOK_SECONDS: Final = 1.0  # between looks whether somebody wants a run to end
+_AT_ONCE: Final = 500  # runs that one look for old ones gives
+_IDLE_SECONDS: Final = 10.0  # for which the thread outlives the last run
+
+
+class Collected(NamedTuple):
+    """What a gc() deleted: how many runs, and how many blobs."""
+
+    runs: int
+    blobs: int
 
 
 class DurableStore(ABC):
@@ -58,7 +81,8 @@ class DurableStore(ABC):
 
     _thread_name = "stroma-store"
 
-    def __init__(self) -> None:
+    def __init__(self, payloads: Payloads | None = None) -> None:
+        self._payloads = Payloads() if payloads is None else payloads
         #: By generation: a forked child finds its parent's worker here, whose thread it does not have.
         self._workers: dict[int, Worker] = {}
         self._keepers: dict[int, _Keeper] = {}
@@ -90,6 +114,10 @@ class DurableStore(ABC):
                 fresh.start()
         return worker
 
+    def _post(self, operation: Callable[[Any], None]) -> None:
+        """Have an operation done that nobody waits for. From any thread."""
+        self._worker().post(operation)
+
     def _submit(self, operation: Callable[[Any], T]) -> asyncio.Future[T]:
         return self._worker().submit(operation)
 
@@ -103,28 +131,91 @@ class DurableStore(ABC):
         CorruptCheckpoint, StoreError.
         """
         check_id(request.run_id, "run id")
-        data = request.schema.encode(request.initial_state)
-        return self._open(request, data)
+        return self._open(request, self._encode(request.schema, request.initial_state))
+
+    def _encode(self, schema: Schema, state: BaseModel) -> bytes:
+        return schema.encode(state, secrets=self._payloads.codec is not None)
+
+    async def _step(self, schema: Schema, data: bytes) -> Step:
+        sealed = await self._payloads.seal(data)
+        return Step(schema.fingerprint, schema_ref(schema.model), sealed, checksum(sealed))
 
     async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
-        session = DurableSession(request.run_id, self._submit)
+        session = DurableSession(request.run_id, self._submit, self._payloads)
+        sealed = await self._payloads.seal(data)
         opening = Opening(
             request.run_id,
             request.pipeline,
             str(new_owner(session, ends=request.ends)),
             request.lease_seconds,
             request.schema.fingerprint,
-            data,
-            checksum(data),
+            sealed,
+            checksum(sealed),
             request.discard_from,
         )
-        await self._submit(partial(session.open, request, opening))
+        await self._submit(partial(session.open, request, opening, data))
         if session.finished is None:
             keeper = self._keepers.get(generation())
             if keeper is None:
-                keeper = self._keepers.setdefault(generation(), _Keeper(self._worker()))
+                keeper = self._keepers.setdefault(generation(), _Keeper(self))
             keeper.watch(session)
         return session
+
+    async def cancel(self, run_id: str) -> bool:
+        """Ask whoever is at work on a run to end it; a run that nobody holds is CANCELLED at once.
+
+        False if it had ended already. Raises CheckpointNotFound, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def operation(rows: Rows) -> bool:
+            found = rows.find(run_id, lock=True)
+            if found is None or not found.execution:
+                raise self._no_run(run_id)
+            if found.holder is not None:
+                rows.keep(run_id, CANCEL, "", "cancel", Step("", "", b"", checksum(b"")))
+            elif found.status in ("COMPLETED", "RESUMED", "FAILED", "CANCELLED"):
+                return False
+            else:
+                last = Fence(found.run, found.execution, found.epoch, found.owner or "", 0.0)
+                rows.finish(last, "CANCELLED", None)
+            return True
+
+        return await self._submit(operation)
+
+    async def signal(self, run_id: str, waiting: Waiting) -> None:
+        """Keep the answer that a node waits for; ``waiting`` with its payload. Raises CheckpointNotFound, StoreError."""
+        check_id(run_id, "run id")
+        if waiting.payload is not None:
+            waiting = waiting._replace(payload=await self._payloads.seal(waiting.payload))
+
+        def operation(rows: Rows) -> None:
+            if rows.find(run_id, lock=True) is None:
+                raise self._no_run(run_id)
+            keep_waiting(rows, run_id, waiting)
+
+        await self._submit(operation)
+
+    async def fork(
+        self,
+        run_id: str,
+        new_run_id: str,
+        before: int,
+        *,
+        edited: tuple[Schema, BaseModel] | None = None,
+        state: tuple[Schema, BaseModel] | None = None,
+    ) -> None:
+        """Make a new run of what a run committed before a position: ``edited`` in place of the last of that,
+        ``state`` in place of its input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable."""
+        check_id(run_id, "run id")
+        check_id(new_run_id, "run id")
+        step = None if edited is None else await self._step(edited[0], self._encode(*edited))
+        contract, given, sha = "", b"", b""
+        if state is not None:
+            contract, given = state[0].fingerprint, await self._payloads.seal(self._encode(*state))
+            sha = checksum(given)
+        opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, contract, given, sha, None)
+        await self._submit(lambda rows: fork(rows, run_id, opening, before, step))
 
     # ------------------------------------------------------------------ the simple protocol
 
@@ -133,9 +224,8 @@ class DurableStore(ABC):
         check_id(run_id, "run id")
         check_id(node_id, "node id")
         schema = schema_of(type(state))
-        data = schema.encode(state)
-        step = Step(schema.fingerprint, schema_ref(schema.model), data, checksum(data))
-        await self._submit(lambda rows: rows.save(run_id, node_id, step))
+        step = await self._step(schema, self._encode(schema, state))
+        await self._submit(lambda rows: rows.keep(run_id, SAVED, node_id, node_id, step))
 
     async def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
         """Save as an instance of ``schema``; raises TypeError("schema must be a BaseModel type")."""
@@ -192,7 +282,9 @@ class DurableStore(ABC):
         if found is None:
             return None
         verify(found.step, run_id, found.position, node_id, found.branch)
-        return found.step
+        what = f"the checkpoint of node {node_id!r} in run {run_id!r}"
+        output = await asyncio.to_thread(self._payloads.open, found.step.output, what)
+        return found.step._replace(output=output)
 
     # ------------------------------------------------------------------ reading
 
@@ -204,16 +296,22 @@ class DurableStore(ABC):
         Blocking, like all of this section; none of it makes a store. Raises StoreError.
         """
         wanted = None if status is None else str(status)
-        found = self._read(
-            lambda rows: rows.runs(limit=limit, pipeline=pipeline, status=wanted), list[RunRow]()
-        )
-        return [_run_record(row) for row in found]
+
+        def query(rows: Rows) -> list[RunRecord]:
+            found = rows.runs(limit=limit, pipeline=pipeline, status=wanted)
+            return [_run_record(rows, row) for row in found]
+
+        return self._read(query, [])
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """The last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
         check_id(run_id, "run id")
-        found = self._read(lambda rows: rows.find(run_id), None)
-        return None if found is None or not found.execution else _run_record(found)
+
+        def query(rows: Rows) -> RunRecord | None:
+            found = rows.find(run_id)
+            return None if found is None or not found.execution else _run_record(rows, found)
+
+        return self._read(query, None)
 
     def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
         """The ids that begin with a text, newest first, or the newest id of all for "last". A whole id stands alone.
@@ -229,7 +327,7 @@ class DurableStore(ABC):
     def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
         """Every attempt of an execution (1-based; None is the last), by process, position and time. [] if unknown.
 
-        A group stands before its children. Raises CorruptCheckpoint for a damaged output, StoreError.
+        A group stands before its children. Raises StoreError.
         """
         check_id(run_id, "run id")
 
@@ -238,9 +336,37 @@ class DurableStore(ABC):
             if found is None:
                 return []
             kept = rows.attempts(found.run, found.execution if execution is None else execution)
-            return [_attempt_record(run_id, attempt, step) for attempt, step in kept]
+            return [self._attempt_record(run_id, attempt, step) for attempt, step in kept]
 
         return self._read(query, [])
+
+    def _attempt_record(self, run_id: str, attempt: Attempt, step: Step | None) -> AttemptRecord:
+        output, damaged = None, False
+        if step is not None:
+            what = f"the output of node {attempt.node_id!r} at position {attempt.position} of run {run_id!r}"
+            try:
+                verify(step, run_id, attempt.position, attempt.node_id, attempt.branch)
+                output = self._payloads.open(step.output, what)
+            except CorruptCheckpoint:
+                damaged = True  # The rest of the history can be told all the same.
+        return AttemptRecord(
+            position=attempt.position,
+            branch=attempt.branch,
+            node_id=attempt.node_id,
+            attempt=attempt.attempt,
+            started_ms=attempt.started_ns // 1_000_000,
+            duration_ms=attempt.duration_ns / 1e6,
+            outcome=attempt.outcome,
+            failure_class=attempt.failure_class,
+            message=attempt.message,
+            reason=attempt.reason,
+            tokens=attempt.tokens,
+            output_tokens=attempt.output_tokens,
+            cost_usd=attempt.cost_pico / PICO,
+            model=attempt.model,
+            output=output,
+            damaged=damaged,
+        )
 
     def input_of(self, run_id: str) -> bytes:
         """The initial state of a run in its stored form (see Schema.decode).
@@ -255,14 +381,60 @@ class DurableStore(ABC):
 
         kept = self._read(query, None)
         if kept is None:
-            raise CheckpointNotFound(
-                f"there is no run {run_id!r} in {self._named()}; check the id and the store"
-            )
+            raise self._no_run(run_id)
         if not intact(kept[1], kept[2]):
             raise CorruptCheckpoint(
                 f"the input of run {run_id!r} is damaged; begin a new run with the input it had"
             )
-        return kept[1]
+        return self._payloads.open(kept[1], f"the input of run {run_id!r}")
+
+    def waiting(self, run_id: str) -> list[Waiting]:
+        """What nodes of the last execution of a run wait for, or waited for. [] if unknown. Raises StoreError."""
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> list[Waiting]:
+            found = rows.find(run_id)
+            kept = (
+                []
+                if found is None
+                else [read_waiting(row, self._payloads) for row in rows.kept(found.run, WAITING)]
+            )
+            return [waiting for waiting in kept if waiting is not None]
+
+        return self._read(query, [])
+
+    def _no_run(self, run_id: str) -> CheckpointNotFound:
+        return CheckpointNotFound(
+            f"there is no run {run_id!r} in {self._named()}; check the id and the store"
+        )
+
+    # ------------------------------------------------------------------ retention
+
+    async def gc(self, *, keep_for: timedelta, unfinished: bool = False) -> Collected:
+        """Delete the runs that ended longer ago than ``keep_for``, and then the blobs that nobody names.
+
+        ``unfinished``: also those that could be resumed. A run that somebody is at work on is never touched, nor is a
+        blob younger than an hour. Raises StoreError.
+        """
+        before = time.time_ns() // 1_000_000 - int(keep_for.total_seconds() * 1000)
+        deleted = 0
+        while found := await asyncio.to_thread(
+            self._read,
+            lambda rows: rows.expired(before, unfinished=unfinished, limit=_AT_ONCE),
+            list[str](),
+        ):
+            # One by one: each is looked at again in the transaction that deletes it.
+            gone = [await self._submit(partial(_delete_if_free, run_id, before)) for run_id in found]
+            deleted += sum(gone)
+            if not any(gone):
+                break  # What is left is somebody's.
+        blobs = 0
+        if self._payloads.blobs is not None:
+            start = len(BLOB)
+            named: Callable[[Rows], set[str]] = lambda rows: {kept[start:].hex() for kept in rows.blobs()}  # noqa: E731
+            in_use = await asyncio.to_thread(self._read, named, set[str]())
+            blobs = await asyncio.to_thread(self._payloads.collect, in_use)
+        return Collected(deleted, blobs)
 
     # ------------------------------------------------------------------ the end
 
@@ -295,11 +467,12 @@ class DurableStore(ABC):
 class _Keeper:
     """Keeps up the leases of this process's runs, from a thread: an event loop that is blocked loses none.
 
-    A process that is stopped renews nothing, nor does one whose sessions were all forgotten.
+    It also looks whether somebody wants a run to end. A process that is stopped renews nothing, nor does one whose
+    sessions were all forgotten.
     """
 
-    def __init__(self, worker: Worker) -> None:
-        self._worker = worker
+    def __init__(self, store: DurableStore) -> None:
+        self._store = weakref.ref(store)
         self._sessions: weakref.WeakSet[DurableSession] = weakref.WeakSet()
         self._lock = threading.Lock()
         self._wake = threading.Event()
@@ -308,9 +481,9 @@ class _Keeper:
 
     def watch(self, session: DurableSession) -> None:
         with self._lock:
-            self._sessions.add(session)
-            if session.fence.lease_seconds < self._interval():
+            if session.fence.lease_seconds / _RENEWALS < self._interval():
                 self._wake.set()
+            self._sessions.add(session)
             if not self._running and not self._stopped:
                 self._running = True
                 threading.Thread(target=self._work, name="stroma-leases", daemon=True).start()
@@ -320,24 +493,53 @@ class _Keeper:
         self._wake.set()
 
     def _interval(self) -> float:
-        return min((s.fence.lease_seconds for s in self._sessions), default=30.0) / _RENEWALS
+        leases = [session.fence.lease_seconds for session in self._sessions if not session.ended]
+        return min(leases, default=_IDLE_SECONDS * _RENEWALS) / _RENEWALS
 
     def _work(self) -> None:
+        renewed = time.monotonic()
         while True:
             with self._lock:
                 seconds = self._interval()
-            self._wake.wait(seconds)
+            self._wake.wait(min(seconds, _LOOK_SECONDS))
+            store = self._store()
             with self._lock:
                 self._wake.clear()
-                fences = [session.fence for session in self._sessions if not session.ended]
-                if self._stopped or not fences:
+                sessions = [session for session in self._sessions if not session.ended]
+                if self._stopped or store is None or not sessions:
                     self._running = False
                     return
-            self._worker.post(partial(_renew, fences))
+            if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
+                renewed = time.monotonic()
+                store._post(partial(_renew, [session.fence for session in sessions]))
+            self._look(store, {session.fence.run: session for session in sessions if session.on_cancel})
+            del store, sessions  # A thread that waits keeps nobody's state alive.
+
+    @staticmethod
+    def _look(store: DurableStore, sessions: dict[Any, DurableSession]) -> None:
+        if not sessions:
+            return
+        try:
+            wanted = store._read(lambda rows: rows.wanted(list(sessions)), list[Any]())
+        except StoreError as error:
+            logger.debug("could not look for cancelled runs: %s", error)
+            return
+        for run in wanted:
+            on_cancel = sessions[run].on_cancel
+            if on_cancel is not None:
+                on_cancel()
 
 
 def _renew(fences: list[Fence], rows: Rows) -> None:
     rows.renew(fences)
+
+
+def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
+    found = rows.find(run_id, lock=True)
+    if found is None or found.holder is not None or found.updated_ms >= before_ms:
+        return False
+    rows.delete(run_id)
+    return True
 
 
 def _decode(schema: Schema, data: bytes, where: str) -> BaseModel:
@@ -349,8 +551,9 @@ def _decode(schema: Schema, data: bytes, where: str) -> BaseModel:
         ) from error
 
 
-def _run_record(row: RunRow) -> RunRecord:
+def _run_record(rows: Rows, row: RunRow) -> RunRecord:
     holder = row.holder
+    parent = next(iter(rows.kept(row.run, PARENT)), None)
     return RunRecord(
         row.run_id,
         row.pipeline,
@@ -363,26 +566,5 @@ def _run_record(row: RunRow) -> RunRecord:
         row.nodes,
         row.error,
         None if holder is None else holder.place,
-    )
-
-
-def _attempt_record(run_id: str, attempt: Attempt, step: Step | None) -> AttemptRecord:
-    if step is not None:
-        verify(step, run_id, attempt.position, attempt.node_id, attempt.branch)
-    return AttemptRecord(
-        position=attempt.position,
-        branch=attempt.branch,
-        node_id=attempt.node_id,
-        attempt=attempt.attempt,
-        started_ms=attempt.started_ns // 1_000_000,
-        duration_ms=attempt.duration_ns / 1e6,
-        outcome=attempt.outcome,
-        failure_class=attempt.failure_class,
-        message=attempt.message,
-        reason=attempt.reason,
-        tokens=attempt.tokens,
-        output_tokens=attempt.output_tokens,
-        cost_usd=attempt.cost_pico / PICO,
-        model=attempt.model,
-        output=None if step is None else step.output,
+        None if parent is None else parent.node_id,
     )

@@ -7,7 +7,7 @@ Everything that is decided is decided here, once for all stores. A store only ha
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Awaitable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -15,17 +15,21 @@ from pydantic import BaseModel
 
 from stroma.checkpoint._owner import LIVE, Owner, is_gone
 from stroma.checkpoint.journal import (
+    CheckpointNotFound,
     Committed,
     CorruptCheckpoint,
     Fenced,
     Finished,
     Held,
     PriorUsage,
+    RunExists,
     RunRequest,
     StepCall,
+    Waiting,
     decide,
 )
 from stroma.checkpoint.manager import schema_ref
+from stroma.checkpoint.payloads import Payloads
 from stroma.schemas import Schema
 from stroma.trace import (
     ATTEMPT,
@@ -43,8 +47,11 @@ from stroma.trace import (
 )
 
 __all__ = [
+    "CANCEL",
+    "PARENT",
     "PICO",
     "SAVED",
+    "WAITING",
     "Attempt",
     "Commit",
     "DurableSession",
@@ -54,12 +61,19 @@ __all__ = [
     "RunRow",
     "Step",
     "StepRow",
+    "fork",
     "intact",
+    "keep_waiting",
+    "read_waiting",
     "verify",
 ]
 
 PICO: Final = 10**12  # Costs are kept in whole pico-dollars: sums are exact in any order.
-SAVED: Final = -1  # the position of what save() keeps
+# What is kept of a run beside its commits stands at positions of its own.
+SAVED: Final = -1  # what save() keeps; branch: the node id
+WAITING: Final = -2  # what nodes wait for; branch: "position:branch"
+CANCEL: Final = -3  # somebody wants the run to end
+PARENT: Final = -4  # node id: the run that this one was forked from
 
 
 class Fence(NamedTuple):
@@ -195,15 +209,38 @@ class Rows(Protocol):
     def renew(self, fences: list[Fence]) -> None:
         """Renew leases; those of runs that somebody else has taken over stay as they are."""
 
-    # ---- the simple protocol
-    def save(self, run_id: str, node_id: str, step: Step) -> None:
-        """Keep a state as the last one of a node, at position SAVED, outside of any session."""
+    # ---- beside the commits
+    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+        """Keep something at a position below 0, in place of what was there, outside of any session.
+
+        Makes the run, without an execution, if there is none.
+        """
+
+    def kept(self, run: Any, position: int) -> Iterable[StepRow]:
+        """What is kept at a position below 0."""
+        ...
+
+    def drop(self, run: Any, position: int, branch: str | None = None) -> None:
+        """Forget what is kept at a position below 0; None: in all branches."""
+
+    def wanted(self, runs: list[Any]) -> list[Any]:
+        """Which of these runs somebody wants to end: those with something kept at position CANCEL."""
+        ...
 
     def newest(self, run_id: str, node_id: str) -> StepRow | None:
         """The newest output of a node in the last execution, or what was saved since."""
         ...
 
     def delete(self, run_id: str) -> None: ...
+
+    # ---- retention
+    def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+        """Runs that have ended (with ``unfinished``: any, also what only ``save()`` kept) and were last written before."""
+        ...
+
+    def blobs(self) -> Iterable[bytes]:
+        """All payloads that stand in blobs, of all runs: what begins with BLOB."""
+        ...
 
     # ---- reading
     def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
@@ -246,48 +283,61 @@ class DurableSession:
 
     __slots__ = (
         "__weakref__",
+        "_payloads",
         "_submit",
         "continued",
         "ended",
         "execution",
         "fence",
         "finished",
+        "on_cancel",
         "prior",
         "restored",
         "run_id",
+        "waiting",
     )
 
     fence: Fence
     execution: int
     continued: bool
+    waiting: dict[tuple[int, str], Waiting]
     finished: Finished | None
     prior: PriorUsage
     restored: Mapping[tuple[int, str], Committed]
 
-    def __init__(self, run_id: str, submit: Submit) -> None:
+    def __init__(self, run_id: str, submit: Submit, payloads: Payloads) -> None:
         self.run_id = run_id
+        self._payloads = payloads
+        self.on_cancel: Callable[[], None] | None = None
         #: Whether its lease need not be kept up any more.
         self.ended = False
         self._submit = submit
 
-    def open(self, request: RunRequest, opening: Opening, rows: Rows) -> DurableSession:
-        """One operation: a request that is refused changes nothing and fences nobody off."""
+    def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
+        """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
         run_id = request.run_id
         found = rows.find(run_id, lock=True)
         kept = None
         if found is not None and found.execution > 0:
             kept = rows.input(found.run, found.execution)
         same = kept is not None and kept[2] == opening.sha256
+        if (
+            kept is not None and not same and not self._payloads.is_plain(kept[1])
+        ):  # A codec need not give the same bytes twice.
+            same = (
+                intact(kept[1], kept[2])
+                and self._payloads.open(kept[1], f"the input of run {run_id!r}") == given
+            )
         way = decide(request, None if kept is None or found is None else _held(found), same)
         self.restored, self.prior = {}, PriorUsage()
-        self.continued, self.finished = way == "continue", None
+        self.continued, self.finished, self.waiting = way == "continue", None, {}
         if way == "begin" or found is None:
             self.fence = rows.begin(found, opening)
         else:
             self.prior = PriorUsage(found.tokens, found.cost_pico / PICO, found.latency_ns / 1e6)
             self.restored = request.accepted(
                 {
-                    (position, branch): _committed(run_id, position, branch, node_id, step)
+                    (position, branch): self._committed(position, branch, node_id, step)
                     for position, branch, node_id, step in rows.steps(found.run, found.execution)
                     if request.discard_from is None or position < request.discard_from
                 }
@@ -297,8 +347,27 @@ class DurableSession:
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
             else:
                 self.fence = rows.go_on(found, opening)
+        if found is not None:
+            self._look_beside(rows, found, request)
         self.execution = self.fence.execution
         return self
+
+    def _look_beside(self, rows: Rows, found: RunRow, request: RunRequest) -> None:
+        """What nodes wait for belongs to an execution and its commits; whoever wanted its end has had it."""
+        ours = self.finished is None
+        if ours:
+            rows.drop(found.run, CANCEL)
+        for kept in list(rows.kept(found.run, WAITING)):
+            waiting = read_waiting(kept, self._payloads)
+            first = request.discard_from
+            if (
+                waiting is None
+                or (ours and not self.continued)
+                or (first is not None and waiting.position >= first)
+            ):
+                rows.drop(found.run, WAITING, kept.branch)
+            else:
+                self.waiting[waiting.position, waiting.branch] = waiting
 
     def record(
         self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
@@ -308,35 +377,44 @@ class DurableSession:
         Raises NotSerialisable at once; awaited: Fenced, or another StoreError. Repeating the call after an error is
         safe: an attempt that was kept all the same is not counted twice.
         """
-        step = None
-        if output is not None and schema is not None:
-            data = schema.encode(output)
-            step = Step(
-                contract_of(row, schema),
-                schema_ref(schema.model),
-                data,
-                checksum(data),
-                *(call or (None, None)),
+        if output is None or schema is None:
+            return self._submit(Commit(self.run_id, self.fence, _attempt(row), None))
+        data = schema.encode(output, secrets=self._payloads.codec is not None)
+        if not self._payloads.plain:
+            return self._record_sealed(row, schema, data, call)
+        return self._commit(row, schema, data, call)
+
+    async def _record_sealed(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> None:
+        data = await self._payloads.seal(data)
+        if call is not None and call.given is not None:
+            call = call._replace(given=await self._payloads.seal(call.given))
+        await self._commit(row, schema, data, call)
+
+    def _commit(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
+        contract, ref = contract_of(row, schema), schema_ref(schema.model)
+        step = Step(contract, ref, data, checksum(data), *(call or (None, None)))
+        return self._submit(Commit(self.run_id, self.fence, _attempt(row), step))
+
+    def _committed(self, position: int, branch: str, node_id: str, step: Step) -> Committed:
+        verify(step, self.run_id, position, node_id, branch)
+        what = f"the output of node {node_id!r} at position {position} of run {self.run_id!r}"
+        call = None
+        if step.number is not None:
+            given = (
+                None if step.given is None else self._payloads.open(step.given, f"what was given for {what}")
             )
-        failure, message, reason = row[FAILURE] or (None, None, None)
-        usage = row[USAGE] or NO_USAGE
-        attempt = Attempt(
-            row[POSITION],
-            row[STARTED],
-            row[BRANCH],
-            row[ATTEMPT],
-            row[NODE],
-            row[DURATION],
-            row[OUTCOME],
-            failure and failure.value,
-            text(message),
-            text(reason),
-            usage.tokens,
-            usage.output_tokens,
-            round(usage.cost_usd * PICO),
-            text(usage.model),
-        )
-        return self._submit(Commit(self.run_id, self.fence, attempt, step))
+            call = StepCall(step.number, given)
+        return Committed(node_id, self._payloads.open(step.output, what), step.contract, call)
+
+    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None]:
+        """Keep an attempt that waits, and what for. Awaited: raises Fenced, or another StoreError."""
+        commit = Commit(self.run_id, self.fence, _attempt(row)._replace(message=text(waiting.reason)), None)
+
+        def operation(rows: Rows) -> None:
+            commit(rows)
+            keep_waiting(rows, self.run_id, waiting)
+
+        return self._submit(operation)
 
     def abandon(self) -> None:
         """Nothing more comes from here, and nothing can be awaited: whoever resumes the run need not wait."""
@@ -358,15 +436,83 @@ class DurableSession:
             self.abandon()  # Not before: whoever waits for the run would take it for one whose process died.
 
 
+def _attempt(row: Row) -> Attempt:
+    failure, message, reason = row[FAILURE] or (None, None, None)
+    usage = row[USAGE] or NO_USAGE
+    return Attempt(
+        row[POSITION],
+        row[STARTED],
+        row[BRANCH],
+        row[ATTEMPT],
+        row[NODE],
+        row[DURATION],
+        row[OUTCOME],
+        failure and failure.value,
+        text(message),
+        text(reason),
+        usage.tokens,
+        usage.output_tokens,
+        round(usage.cost_usd * PICO),
+        text(usage.model),
+    )
+
+
+def keep_waiting(rows: Rows, run_id: str, waiting: Waiting) -> None:
+    """Note what a node waits for, or the answer."""
+    data = waiting.payload or b""
+    number = None if waiting.payload is None else 1
+    step = Step(text(waiting.reason) or "", waiting.schema_ref, data, checksum(data), number)
+    rows.keep(run_id, WAITING, f"{waiting.position}:{waiting.branch}", waiting.node_id, step)
+
+
+def read_waiting(kept: StepRow, payloads: Payloads) -> Waiting | None:
+    """What :func:`keep_waiting` noted; None for what it did not."""
+    position, _, branch = kept.branch.partition(":")
+    step = kept.step
+    if not position.isdecimal() or not intact(step.output, step.sha256):
+        return None
+    payload = None
+    if step.number is not None:
+        payload = payloads.open(step.output, f"the answer for node {kept.node_id!r}")
+    return Waiting(int(position), branch, kept.node_id, step.contract, step.schema_ref, payload)
+
+
+def fork(rows: Rows, source: str, opening: Opening, before: int, edited: Step | None) -> None:
+    """Make a new run of what another one committed before a position; ``edited`` stands in for the last of that.
+
+    Raises CheckpointNotFound, RunExists, CorruptCheckpoint.
+    """
+    found = rows.find(source)
+    kept = None if found is None else rows.input(found.run, found.execution)
+    if found is None or kept is None:
+        raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")
+    if before and all(
+        (row.position, row.branch) != (before - 1, "") for row in rows.steps(found.run, found.execution)
+    ):
+        raise CheckpointNotFound(
+            f"run {source!r} has no output at position {before - 1}, before which it is forked; fork at an earlier node"
+        )
+    taken = rows.find(opening.run_id, lock=True)
+    if taken is not None and taken.execution:
+        raise RunExists(f"run {opening.run_id!r} exists already; give the fork another id")
+    if not opening.sha256:
+        opening = opening._replace(contract=kept[0], input=kept[1], sha256=kept[2])
+    steps = [row for row in rows.steps(found.run, found.execution) if row.position < before]
+    fence = rows.begin(taken, opening._replace(pipeline=found.pipeline))
+    for number, (position, branch, node_id, step) in enumerate(steps):
+        verify(step, source, position, node_id, branch)
+        if edited is not None and (position, branch) == (before - 1, ""):
+            step = edited._replace(contract=step.contract)
+        attempt = Attempt(position, number, branch, 1, node_id, 0, "forked", None, None, None, 0, 0, 0, None)
+        rows.commit(fence, attempt, step)
+    parent = Step("", "", b"", checksum(b""), before)
+    rows.keep(opening.run_id, PARENT, "", source, parent)
+    rows.finish(fence, "INTERRUPTED", f"forked from run {source!r} before position {before}")
+
+
 def _held(found: RunRow) -> Held:
     holder = found.holder
     return Held(found.execution, found.status, None if holder is None else holder.place, found.left_seconds)
-
-
-def _committed(run_id: str, position: int, branch: str, node_id: str, step: Step) -> Committed:
-    verify(step, run_id, position, node_id, branch)
-    call = None if step.number is None else StepCall(step.number, step.given)
-    return Committed(node_id, step.output, step.contract, call)
 
 
 def fenced(found: RunRow | None, run_id: str) -> Fenced:

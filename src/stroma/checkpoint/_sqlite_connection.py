@@ -24,17 +24,16 @@ class SqliteConnection:
         self._identity: tuple[int, int] | None = None
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> Callable[[], StoreError] | None:
-        """One transaction, a savepoint for each operation."""
+        """One transaction. Only if an operation fails, which few do, is it done again with a savepoint for each."""
         file = self._file
         failed: Exception
         try:
             db = self._open()
-            file.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
-            rows = SqliteRows(db)
-            done = 0
-            while done < len(batch) or more():
-                self._do(rows, batch[done])
-                done += 1
+            if not self._all_go_well(db, batch, more):
+                file.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+                rows = SqliteRows(db)
+                for job in batch:
+                    self._do(rows, job)
             file.patiently(lambda: db.execute("COMMIT"))
         except (sqlite3.Error, StoreError) as error:
             failed = error
@@ -60,6 +59,23 @@ class SqliteConnection:
                 db.close()
             except sqlite3.Error:
                 pass  # What was acknowledged is in the WAL; the next one to open the file finds it.
+
+    def _all_go_well(self, db: sqlite3.Connection, batch: list[Job], more: Callable[[], bool]) -> bool:
+        """Do all operations in a transaction that is left open; or, if one fails, in none."""
+        self._file.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
+        rows = SqliteRows(db)
+        done = 0
+        while done < len(batch) or more():
+            try:
+                batch[done].value = batch[done].operation(rows)
+            except Exception as error:
+                if is_fatal(error):
+                    raise
+                if db.in_transaction:  # Some errors make SQLite roll back everything.
+                    db.execute("ROLLBACK")
+                return False
+            done += 1
+        return True
 
     def _do(self, rows: SqliteRows, job: Job) -> None:
         db = rows.db

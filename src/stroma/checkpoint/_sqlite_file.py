@@ -31,7 +31,8 @@ _MIN_READER: Final = 2  # the oldest version that can read what this release wri
 # Inputs stand apart from runs: every commit writes the row of its run, and an input can be large.
 # Attempts: what tells an attempt from a repeated call for the same one is its start; a resumed run, and a group that
 # is tried again, count attempts from 1. The order of the key is the order in which history is told.
-# Steps: one committed output per position and branch; what save() keeps stands at position -1, branch = node id.
+# Steps: one committed output per position and branch. What else is kept of a run stands at positions below 0, of
+# execution 0: what save() keeps at -1 (branch = node id), and what _session.py names.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
 # The lease columns: every open_run bumps the epoch and writes its own owner and until when the run is its own.
 _SCHEMA: Final = (
@@ -56,13 +57,18 @@ _SCHEMA: Final = (
         node_id TEXT NOT NULL, duration_ns INTEGER NOT NULL, outcome TEXT NOT NULL, failure_class TEXT, message TEXT,
         reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID""",
+    "CREATE INDEX wanted ON steps (run) WHERE position = -3",
     f"INSERT INTO meta VALUES ('schema_version', '{_SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
     f"PRAGMA application_id = {_APPLICATION_ID}",
 )  # fmt: skip
 
 #: What makes a file of a format into one of the next.
 _MIGRATIONS: Final = {
-    1: ("ALTER TABLE steps ADD COLUMN call INTEGER", "ALTER TABLE steps ADD COLUMN given BLOB"),
+    1: (
+        "ALTER TABLE steps ADD COLUMN call INTEGER",
+        "ALTER TABLE steps ADD COLUMN given BLOB",
+        "CREATE INDEX IF NOT EXISTS wanted ON steps (run) WHERE position = -3",
+    ),
 }
 
 _WAITING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

@@ -8,7 +8,8 @@ from collections.abc import Iterator
 from typing import Any, Final
 
 from stroma.checkpoint._owner import Owner, boot_id
-from stroma.checkpoint._session import SAVED, Attempt, Fence, Opening, RunRow, Step, StepRow
+from stroma.checkpoint._session import Attempt, Fence, Opening, RunRow, Step, StepRow
+from stroma.checkpoint.payloads import BLOB
 
 __all__ = ["SqliteRows"]
 
@@ -26,6 +27,15 @@ _CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms 
 _DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
 _STEPS: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
     WHERE run = ? AND execution = ? AND position >= 0"""
+_KEPT: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
+    WHERE run = ? AND execution = 0 AND position = ? ORDER BY branch"""
+_DROP: Final = """DELETE FROM steps WHERE run = ? AND execution = 0 AND position = ?
+    AND branch = coalesce(?3, branch)"""
+_EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < ?
+    AND (? OR (execution > 0 AND status IN ('COMPLETED', 'RESUMED', 'FAILED', 'CANCELLED'))) ORDER BY updated_ms LIMIT ?"""
+_BLOBS: Final = """SELECT output FROM steps WHERE substr(output, 1, :length) = :blob
+    UNION ALL SELECT given FROM steps WHERE substr(given, 1, :length) = :blob
+    UNION ALL SELECT input FROM inputs WHERE substr(input, 1, :length) = :blob"""
 _NEWEST: Final = """SELECT s.position, s.branch, s.node_id, s.contract, s.schema_ref, s.output, s.sha256, s.call, s.given
     FROM runs r JOIN steps s ON s.run = r.run AND (s.execution = r.execution OR s.position = -1)
     WHERE r.run_id = ? AND s.node_id = ? ORDER BY s.id DESC LIMIT 1"""
@@ -126,12 +136,22 @@ class SqliteRows:
     def renew(self, fences: list[Fence]) -> None:
         self.db.executemany(_RENEW, [(_until(f.lease_seconds), f.run, f.epoch, f.owner) for f in fences])
 
-    # ------------------------------------------------------------------ the simple protocol
+    # ------------------------------------------------------------------ beside the commits
 
-    def save(self, run_id: str, node_id: str, step: Step) -> None:
+    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
         found = self.find(run_id)
-        run, execution = (self._new_run(run_id), 0) if found is None else (found.run, found.execution)
-        self.db.execute(_STEP, (run, execution, SAVED, node_id, node_id, 0, 0, 0, *step))
+        run = self._new_run(run_id) if found is None else found.run
+        self.db.execute(_STEP, (run, 0, position, branch, node_id, 0, 0, 0, *step))
+
+    def kept(self, run: int, position: int) -> list[StepRow]:
+        return [_step_row(row) for row in self.db.execute(_KEPT, (run, position)).fetchall()]
+
+    def drop(self, run: int, position: int, branch: str | None = None) -> None:
+        self.db.execute(_DROP, (run, position, branch))
+
+    def wanted(self, runs: list[int]) -> list[int]:
+        found = {run for (run,) in self.db.execute("SELECT run FROM steps WHERE position = -3").fetchall()}
+        return [run for run in runs if run in found]
 
     def newest(self, run_id: str, node_id: str) -> StepRow | None:
         row = self.db.execute(_NEWEST, (run_id, node_id)).fetchone()
@@ -140,6 +160,16 @@ class SqliteRows:
     def delete(self, run_id: str) -> None:
         for statement in _DELETE:
             self.db.execute(statement, (run_id,))
+
+    # ------------------------------------------------------------------ retention
+
+    def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+        rows = self.db.execute(_EXPIRED, (before_ms, unfinished, limit)).fetchall()
+        return [run_id for (run_id,) in rows]
+
+    def blobs(self) -> Iterator[bytes]:
+        for (payload,) in self.db.execute(_BLOBS, {"blob": BLOB, "length": len(BLOB)}):
+            yield payload
 
     # ------------------------------------------------------------------ reading
 

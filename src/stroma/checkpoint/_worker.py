@@ -78,7 +78,8 @@ class Connection(Protocol):
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> Callable[[], StoreError] | None:
         """Do all operations, together where that is cheaper, and note in each job what became of it.
 
-        ``more()`` takes what has come meanwhile into the batch, and says whether there was any. Returns what makes the
+        The batch is given with one job in it; ``more()`` takes what has come meanwhile into it, and says whether there
+        was any. Returns what makes the
         reason why nothing can be written any more, if that is so.
         """
 

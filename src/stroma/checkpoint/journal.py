@@ -20,6 +20,7 @@ __all__ = [
     "AsyncCheckpointStore",
     "AttemptRecord",
     "CheckpointKey",
+    "CheckpointLost",
     "CheckpointNotFound",
     "CheckpointStore",
     "Committed",
@@ -39,6 +40,7 @@ __all__ = [
     "Session",
     "StepCall",
     "StoreError",
+    "Waiting",
     "decide",
 ]
 
@@ -75,6 +77,18 @@ class CorruptCheckpoint(StoreError, TypeError):
     Cause: a damaged store, data that something else wrote, or a schema that has changed since.
     Mend: ``resume_from=`` the node that is named makes its output anew; else restore the store or the schema.
     """
+
+
+class CheckpointLost(StoreError):
+    """What a store acknowledged of a run is gone.
+
+    Where: ``result.failure`` of a PARTIAL run; out of ``run()`` on resume, before anything is called; reading a run.
+    Cause: the server evicted or expired the run's data, was flushed, or lost its last writes in a crash or failover.
+    Mend: set the server up as the message says, then resume what is left; if a part of the run is missing, delete it and
+        run it from the beginning.
+    """
+
+    transient = False
 
 
 class PipelineChanged(StoreError):
@@ -207,12 +221,14 @@ class Committed:
     Attributes:
         contract: see :func:`stroma.trace.contract_of`.
         step: of a step outside of any pipeline; None for the nodes of one.
+        schema: what ``output`` was made with, in the process that made it; elsewhere ``output`` is in stored form.
     """
 
     node_id: str
     output: Snapshot
     contract: str
     step: StepCall | None = None
+    schema: Schema | None = None
 
 
 class Held(NamedTuple):
@@ -265,6 +281,23 @@ class PriorUsage:
     latency_ms: float = 0.0
 
 
+class Waiting(NamedTuple):
+    """A node that waits for a person.
+
+    Attributes:
+        reason: what for, in words.
+        schema_ref: "module:qualname" of what the answer must satisfy; "" if any JSON value will do.
+        payload: the answer in stored form; None as long as there is none.
+    """
+
+    position: int
+    branch: str
+    node_id: str
+    reason: str
+    schema_ref: str
+    payload: bytes | None = None
+
+
 class Finished(NamedTuple):
     """How an execution ended: its status and, unless it completed, why."""
 
@@ -280,6 +313,8 @@ class Session(Protocol):
         continued: whether it goes on with an execution that an earlier call began.
         restored: the committed outputs by (position, branch).
         finished: how the execution ended that is returned as it is; None for one that goes on.
+        waiting: what nodes of it wait or waited for, by (position, branch).
+        on_cancel: called, from any thread, when somebody asks for the end of this run.
     """
 
     execution: int
@@ -287,6 +322,8 @@ class Session(Protocol):
     finished: Finished | None
     restored: Mapping[tuple[int, str], Committed]
     prior: PriorUsage
+    waiting: Mapping[tuple[int, str], Waiting]
+    on_cancel: Callable[[], None] | None
 
     def record(
         self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
@@ -297,6 +334,9 @@ class Session(Protocol):
         run is cancelled: it must come to an end by itself. Raises NotSerialisable at once for an output that cannot
         be kept.
         """
+
+    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
+        """Keep an attempt that waits for a person, and what for: together or not at all. Raises StoreError."""
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
         """The run has stopped with a status (see RunStatus) and, unless it completed, the reason in words."""
@@ -318,6 +358,7 @@ class RunRecord:
 
     Attributes:
         status: "RUNNING" while it runs (or since its process died), else a RunStatus.
+        parent: the run that it was forked from.
         holder: who is at work on it, in words; None if nobody is, also of a RUNNING one whose process died.
         started_ms, updated_ms: milliseconds since the epoch.
         tokens, cost_usd: of all attempts of the last execution.
@@ -335,11 +376,15 @@ class RunRecord:
     nodes: int
     error: str | None
     holder: str | None = None
+    parent: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
-    """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed."""
+    """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed and can be read.
+
+    ``damaged``: it was committed, and what stands there now is not what was.
+    """
 
     position: int
     branch: str
@@ -356,3 +401,4 @@ class AttemptRecord:
     cost_usd: float
     model: str | None
     output: bytes | None
+    damaged: bool = False

@@ -20,6 +20,7 @@ from stroma.checkpoint.journal import (
     Session,
     StepCall,
     StoreError,
+    Waiting,
 )
 from stroma.schemas import Schema
 from stroma.trace import NODE, Row
@@ -83,14 +84,16 @@ class CheckpointManager:
 class _SimpleSession:
     """A run on a store that only knows the last state of each node."""
 
-    __slots__ = ("_run_id", "_store")
+    __slots__ = ("_run_id", "_store", "on_cancel")
     execution = 1
     continued = False
     finished: Finished | None = None
     restored: Mapping[tuple[int, str], Committed] = {}
     prior = PriorUsage()
+    waiting: Mapping[tuple[int, str], Waiting] = {}
 
     def __init__(self, store: Any, run_id: str) -> None:
+        self.on_cancel: Callable[[], None] | None = None
         self._store = store
         self._run_id = run_id
 
@@ -102,6 +105,12 @@ class _SimpleSession:
         # The store may keep the object that it is given: give it one of its own.
         pending = self._store.save(self._run_id, row[NODE], schema.clone(output))
         return pending if inspect.isawaitable(pending) else None
+
+    def suspend(self, row: Row, waiting: Waiting) -> None:
+        raise StoreError(
+            f"{type(self._store).__name__} keeps no journal, so run {self._run_id!r} cannot wait for a person there; "
+            "use a journal store such as SQLiteStore"
+        )
 
     def end(self, status: str, error: str | None) -> None:
         return None

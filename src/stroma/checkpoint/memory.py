@@ -20,9 +20,11 @@ from stroma.checkpoint.journal import (
     Finished,
     Held,
     PriorUsage,
+    RunExists,
     RunRecord,
     RunRequest,
     StepCall,
+    Waiting,
     decide,
 )
 from stroma.contracts import check_id
@@ -61,6 +63,8 @@ class _Run:
     schemas: dict[str, Schema] = field(default_factory=dict)
     spent: list[Row] = field(default_factory=list)
     calls: dict[_Key, StepCall] = field(default_factory=dict)
+    waiting: dict[tuple[int, str], Waiting] = field(default_factory=dict)
+    parent: str | None = None
     pipeline: str = ""
     schema: Schema | None = None
     started_ms: int = 0
@@ -123,16 +127,19 @@ class _MemorySession:
         "continued",
         "execution",
         "finished",
+        "on_cancel",
         "prior",
         "restored",
+        "waiting",
     )
 
     restored: Mapping[tuple[int, str], Committed]
+    on_cancel: Callable[[], None] | None
 
     def __init__(self, run: _Run, request: RunRequest) -> None:
         given = request.schema.snapshot(request.initial_state)
         way = decide(request, run.held(), run.input == given)
-        self.continued, self.finished = way == "continue", None
+        self.continued, self.finished, self.on_cancel = way == "continue", None, None
         if way != "begin":
             self._continue(run, request)
         if way == "return":
@@ -142,6 +149,7 @@ class _MemorySession:
             # What was saved by hand belongs to no execution.
             run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str)} if run.kept else {}
             run.spent, run.calls, run.input = [], {}, given
+            run.waiting = {}
             run.pipeline, run.schema, run.started_ms = request.pipeline, request.schema, _now_ms()
             self.restored, self.prior = _NOTHING_RESTORED, _NOTHING_SPENT
         if way != "return":
@@ -150,14 +158,14 @@ class _MemorySession:
             run.session = weakref.ref(self) if request.ends else lambda: None
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._kept, self._spent, self._schemas = run, run.kept, run.spent, run.schemas
-        self._calls = run.calls
+        self._calls, self.waiting = run.calls, run.waiting
 
     def _continue(self, run: _Run, request: RunRequest) -> None:
         first = request.discard_from
         restored = request.accepted(
             {
-                _position(key): Committed(node_id, snapshot, contract, run.calls.get(key))
-                for key, (node_id, _, snapshot, contract) in reversed(list(run.entries()))
+                _position(key): Committed(node_id, snapshot, contract, run.calls.get(key), schema)
+                for key, (node_id, schema, snapshot, contract) in reversed(list(run.entries()))
                 if not isinstance(key, str)
             }
         )
@@ -166,6 +174,7 @@ class _MemorySession:
                 entry = run.kept.pop(key)
                 if len(entry) != 4:  # Discarded, but paid for.
                     run.spent.append(entry)
+            run.waiting = {at: waiting for at, waiting in run.waiting.items() if at[0] < first}
         self.restored = restored
         self.prior = PriorUsage(*run.used())
 
@@ -187,6 +196,10 @@ class _MemorySession:
         else:  # The row's picture is for people, or its node id stands for another schema already.
             self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema))
             self._spent.append(row)
+
+    def suspend(self, row: Row, waiting: Waiting) -> None:
+        self.record(row, None, None)
+        self._run.waiting[waiting.position, waiting.branch] = waiting
 
     def end(self, status: str, error: str | None) -> None:
         if self.finished is None:
@@ -227,7 +240,73 @@ class _Memory:
             run = self._runs[request.run_id] = _Run()
         return _MemorySession(run, request)
 
-    # ---- reading: as of every journal store
+    # ---- as of every journal store
+
+    async def cancel(self, run_id: str) -> bool:
+        """Ask whoever is at work on a run to end it; a run that nobody holds is CANCELLED at once.
+
+        False if it had ended already. Raises CheckpointNotFound.
+        """
+        run = self._known(run_id)
+        session = run.session()
+        if session is not None:
+            if session.on_cancel is not None:
+                session.on_cancel()
+        elif run.status in ("COMPLETED", "RESUMED", "FAILED", "CANCELLED"):
+            return False
+        else:
+            run.status = "CANCELLED"
+        return True
+
+    async def signal(self, run_id: str, waiting: Waiting) -> None:
+        """Keep the answer that a node waits for; ``waiting`` with its payload. Raises CheckpointNotFound."""
+        self._known(run_id).waiting[waiting.position, waiting.branch] = waiting
+
+    async def fork(
+        self,
+        run_id: str,
+        new_run_id: str,
+        before: int,
+        *,
+        edited: tuple[Schema, BaseModel] | None = None,
+        state: tuple[Schema, BaseModel] | None = None,
+    ) -> None:
+        """Make a new run of what a run committed before a position: ``edited`` in place of the last of that,
+        ``state`` in place of its input. Raises CheckpointNotFound, RunExists."""
+        source, run = self._known(run_id), _Run()
+        if before and before - 1 not in source.kept:
+            raise CheckpointNotFound(
+                f"run {run_id!r} has no output at position {before - 1}, before which it is forked; fork at an earlier node"
+            )
+        taken = self._runs.get(check_id(new_run_id, "run id"))
+        if taken is not None and taken.execution:
+            raise RunExists(f"run {new_run_id!r} exists already; give the fork another id")
+        for key, (node_id, schema, snapshot, contract) in reversed(list(source.entries())):
+            if not isinstance(key, str) and _position(key)[0] < before:
+                if edited is not None and key == before - 1:
+                    schema, snapshot = edited[0], edited[0].snapshot(edited[1])
+                run.kept[key] = (node_id, schema, snapshot, contract)
+        run.execution, run.parent, run.status = 1, run_id, "INTERRUPTED"
+        run.pipeline, run.schema, run.input, run.started_ms = (
+            source.pipeline,
+            source.schema,
+            source.input,
+            _now_ms(),
+        )
+        if state is not None:
+            run.schema, run.input = state[0], state[0].snapshot(state[1])
+        self._runs[new_run_id] = run
+
+    def waiting(self, run_id: str) -> list[Waiting]:
+        """What nodes of the last execution of a run wait for, or waited for. [] if unknown."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        return [] if run is None else list(run.waiting.values())
+
+    def _known(self, run_id: str) -> _Run:
+        run = self._runs.get(check_id(run_id, "run id"))
+        if run is None or not run.execution:
+            raise CheckpointNotFound(f"there is no run {run_id!r} in this process; check the id")
+        return run
 
     def list_runs(
         self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
@@ -263,9 +342,9 @@ class _Memory:
 
     def input_of(self, run_id: str) -> bytes:
         """The initial state of a run in its stored form. Raises CheckpointNotFound, NotSerialisable."""
-        run = self._runs.get(check_id(run_id, "run id"))
-        if run is None or run.schema is None or run.input is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} in this process; check the id")
+        run = self._known(run_id)
+        assert run.schema is not None
+        assert run.input is not None
         return run.schema.encode(run.schema.restore(run.input))
 
     def _record(self, run_id: str, run: _Run) -> RunRecord:
@@ -276,7 +355,7 @@ class _Memory:
         held = run.held()
         return RunRecord(
             run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
-            held and held.holder,
+            held and held.holder, run.parent,
         )  # fmt: skip
 
     # ---- the simple protocol

@@ -11,6 +11,7 @@ from stroma.checkpoint._session import Rows
 from stroma.checkpoint._sqlite_connection import SqliteConnection
 from stroma.checkpoint._sqlite_file import Connect, DatabaseFile, connect
 from stroma.checkpoint._sqlite_rows import SqliteRows
+from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 
 __all__ = ["SQLiteStore"]
 
@@ -27,7 +28,8 @@ class SQLiteStore(DurableStore):
 
     Async calls write through one thread that commits together what waits together; cancelling a caller does not undo
     what it asked for. Whatever the store cannot do is a StoreError that says how to mend it. A forked child opens the
-    file anew. Close it, or use it as a context manager, to fold the ``-wal`` file beside it into the database.
+    file anew. ``codec`` goes around every payload (see Codec); payloads of ``blob_bytes`` or more go to ``blobs``: a
+    directory, a URL that fsspec knows, or a BlobStore. Close it, or use it as a context manager, to fold the ``-wal`` file beside it into the database.
     """
 
     _thread_name = "stroma-sqlite"
@@ -37,6 +39,9 @@ class SQLiteStore(DurableStore):
         path: str | os.PathLike[str],
         *,
         synchronous: Literal["full", "normal"] = "full",
+        codec: Codec | None = None,
+        blobs: BlobStore | str | os.PathLike[str] | None = None,
+        blob_bytes: int = 1_000_000,
         _connect: Connect = connect,
         _patience_seconds: float = 15.0,
     ) -> None:
@@ -47,7 +52,7 @@ class SQLiteStore(DurableStore):
             raise ValueError(
                 f"{name!r} names no file; give a path, or use AsyncInMemoryStore to keep nothing on disk"
             )
-        super().__init__()
+        super().__init__(Payloads(codec, blobs, blob_bytes))
         self.path = os.path.abspath(name)
         self.synchronous = synchronous
         self._file = DatabaseFile(self.path, synchronous, _connect, _patience_seconds)

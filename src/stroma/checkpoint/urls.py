@@ -3,21 +3,30 @@
 from __future__ import annotations
 
 import os
+from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 from stroma.checkpoint.memory import AsyncInMemoryStore
 from stroma.checkpoint.sqlite import SQLiteStore
 
+if TYPE_CHECKING:
+    from stroma.checkpoint.postgres import PostgresStore
+    from stroma.checkpoint.redis import RedisStore
+
 __all__ = ["open_store"]
 
-_FORMS = "sqlite:///relative.db, sqlite:////absolute.db, a path, or memory://"
+_FORMS = (
+    "sqlite:///relative.db, sqlite:////absolute.db, a path, postgresql://user@host/db, redis://host/0, "
+    "or memory://"
+)
 
 
-def open_store(url: str | os.PathLike[str]) -> SQLiteStore | AsyncInMemoryStore:
+def open_store(url: str | os.PathLike[str]) -> SQLiteStore | PostgresStore | RedisStore | AsyncInMemoryStore:
     """The store that a URL or a path names; a file is opened when it is first used.
 
     ``sqlite:///runs.db`` (relative), ``sqlite:////var/lib/runs.db`` (absolute), either with ``?synchronous=normal``;
-    ``runs.db`` (a bare path); ``memory://``. In a URL, percent signs escape.
+    ``runs.db`` (a bare path); ``postgresql://user@host:5432/db``, see PostgresStore; ``redis://host:6379/0``, see
+    RedisStore; ``memory://``. In a URL, percent signs escape.
 
     Raises ValueError for anything else.
     """
@@ -28,6 +37,14 @@ def open_store(url: str | os.PathLike[str]) -> SQLiteStore | AsyncInMemoryStore:
     scheme = scheme.lower()
     if scheme == "memory" and not rest:
         return AsyncInMemoryStore()
+    if scheme in ("postgresql", "postgres"):
+        from stroma.checkpoint.postgres import PostgresStore
+
+        return PostgresStore(f"{scheme}://{rest}")
+    if scheme in ("redis", "rediss", "unix"):
+        from stroma.checkpoint.redis import RedisStore
+
+        return RedisStore(f"{scheme}://{rest}")
     if scheme not in ("memory", "sqlite"):
         raise ValueError(f"{scheme}:// stores are not available in this release; use {_FORMS}")
     parts = urlsplit(text)

@@ -26,6 +26,8 @@ _COMMANDS: Final = {
         "stroma.cli.run:resume",
         "Go on with a run that stopped; finished nodes are not called again.",
     ),
+    "approve": ("stroma.cli.approve:approve", "Give a suspended run the answer that it waits for."),
+    "cancel": ("stroma.cli.cancel:cancel", "Ask for the end of a run, in whichever process it is."),
     "runs": ("stroma.cli.runs:runs", "List the runs in the store, the newest first."),
     "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
 }
@@ -74,7 +76,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
     cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 0 ok, 1 the run failed, 2 usage, 3 environment, 4 not found, 5 stopped by the budget, "
-    "130 interrupted with everything committed kept.",
+    "7 suspended: a node waits for a person, 130 interrupted with everything committed kept.",
 )
 @click.option(
     "--version",

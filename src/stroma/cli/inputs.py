@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import sys
+from collections.abc import Callable, Collection
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from stroma.nodes import Group, Node, find_node
 from stroma.runner import Pipeline
 from stroma.schemas import schema_of
 
-__all__ = ["input_model", "parse_input", "read_input"]
+__all__ = ["example", "input_model", "parse_as", "parse_input", "parse_json", "read_input"]
 
 
 class Input(BaseModel):
@@ -25,8 +26,8 @@ class Input(BaseModel):
     model_config = ConfigDict(extra="allow")
 
 
-def read_input(given: str | None) -> tuple[bytes, str]:
-    """The JSON text that INPUT stands for, and what to call it. Raises Problem."""
+def read_input(given: str | None, called: str = "INPUT") -> tuple[bytes, str]:
+    """The JSON text that an argument stands for, and what to call it. Raises Problem."""
     if given is None:
         return b"{}", "an empty input, {}"
     if given == "-":
@@ -34,7 +35,7 @@ def read_input(given: str | None) -> tuple[bytes, str]:
             raise Problem("there is no stdin to read the input from: it is closed", code=Code.USAGE)
         return sys.stdin.buffer.read(), "stdin"
     if not given.startswith("@"):
-        return os.fsencode(given), "INPUT"
+        return os.fsencode(given), called
     path = Path(given[1:])
     try:
         return path.read_bytes(), str(path)
@@ -47,16 +48,21 @@ def read_input(given: str | None) -> tuple[bytes, str]:
         raise Problem(f"the input file {path} cannot be read: {reason}", code=Code.USAGE) from error
 
 
-def parse_input(pipeline: Pipeline, given: str | None, target: str) -> BaseModel:
-    """The initial state that INPUT is. Raises Problem: no JSON, or not what the first node's contract asks for."""
-    data, source = read_input(given)
+def parse_json(given: str | None, called: str = "INPUT") -> tuple[Any, str, str]:
+    """What an argument says: as JSON data, as its text, and what to call it. Raises Problem if that is no JSON."""
+    data, source = read_input(given, called)
     text = _decode(data, source)
     try:
-        value = json.loads(text)
+        return json.loads(text), text, source
     except json.JSONDecodeError as error:
-        raise _not_json(error, text, source, given) from None
+        raise _not_json(error, text, source, given, called) from None
     except (ValueError, RecursionError) as error:  # A number of 5,000 digits, or too many brackets.
         raise Problem(f"{source} is not JSON that can be read: {error}", code=Code.USAGE) from None
+
+
+def parse_input(pipeline: Pipeline, given: str | None, target: str) -> BaseModel:
+    """The initial state that INPUT is. Raises Problem: no JSON, or not what the first node's contract asks for."""
+    value, text, source = parse_json(given)
     model = input_model(pipeline)
     checks = _contracts(pipeline) or [("", Input)]
     for node_id, contract in checks:
@@ -65,6 +71,25 @@ def parse_input(pipeline: Pipeline, given: str | None, target: str) -> BaseModel
         except Exception as error:
             raise _misfit(error, contract, node_id, value, source, target) from None
     return _validate(model, text)
+
+
+def parse_as(
+    model: type[BaseModel], given: str, called: str, asked: str, again: Callable[[str], str]
+) -> BaseModel:
+    """What an argument says, as a model. Raises Problem.
+
+    ``asked``: what it must satisfy, in words. ``again``: the command to call, given an argument that fits.
+    """
+    value, text, source = parse_json(given, called)
+    try:
+        return _validate(model, text)
+    except Exception as error:
+        lines, wrong = _errors(error)
+        fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
+        raise Problem(
+            f"{source} does not fit {asked} ({plural(len(lines), 'error')})", *lines, f"give it so: {again(fits)}",
+            code=Code.USAGE,
+        ) from None  # fmt: skip
 
 
 def input_model(pipeline: Pipeline) -> type[BaseModel]:
@@ -127,7 +152,7 @@ def _decode(data: bytes, source: str) -> str:
         ) from None
 
 
-def _not_json(error: json.JSONDecodeError, text: str, source: str, given: str | None) -> Problem:
+def _not_json(error: json.JSONDecodeError, text: str, source: str, given: str | None, called: str) -> Problem:
     line = text.splitlines()[error.lineno - 1] if text.strip() else ""
     start = max(0, error.colno - 1 - 40)
     more = (
@@ -138,11 +163,10 @@ def _not_json(error: json.JSONDecodeError, text: str, source: str, given: str | 
     if given is not None and not given.startswith("@") and Path(given).is_file():
         more = [f"to read the file {given}, put an @ before it: @{given}"]
     elif not text.strip():
-        more = ["give a JSON object, @FILE, or - to read one from stdin; no INPUT at all means {}"]
+        more = ["give JSON, @FILE, or - to read it from stdin"]
+        more[0] += "; no INPUT at all means {}" if called == "INPUT" else ""
     else:
-        more.append(
-            'give a JSON object in quotes for the shell, such as \'{"key": "value"}\', or @FILE, or -'
-        )
+        more.append('give JSON in quotes for the shell, such as \'{"key": "value"}\', or @FILE, or -')
     return Problem(
         f"{source} is not JSON: {error.msg} (line {error.lineno}, column {error.colno})",
         *more,
@@ -153,25 +177,28 @@ def _not_json(error: json.JSONDecodeError, text: str, source: str, given: str | 
 def _misfit(
     error: Exception, model: type[BaseModel], node_id: str, value: Any, source: str, target: str
 ) -> Problem:
-    wrong: set[Any] = set()
-    if isinstance(error, ValidationError):
-        # Not the values: they may be secret, and the user has just typed them.
-        told = error.errors(include_url=False, include_input=False, include_context=False)
-        wrong = {e["loc"][0] for e in told if e["loc"]}
-        lines = [_told(".".join(map(str, e["loc"])), e["msg"]) for e in told[:20]]
-        lines += [f"... and {len(told) - 20} more"] if len(told) > 20 else []
-    else:  # A validator may raise anything at all.
-        lines = [_told("", f"{type(error).__name__}: {error}")]
+    lines, wrong = _errors(error)
     what = (
         f"{source} does not fit the contract of the first node, {node_id!r}"
         if node_id
         else f"{source} is no JSON object"
     )
-    example = clean(json.dumps(_example(model, value, wrong), ensure_ascii=False), 400)
+    fits = clean(json.dumps(example(model, value, wrong), ensure_ascii=False), 400)
     return Problem(
-        f"{what} ({plural(len(lines), 'error')})", *lines, f"give it so: {command('run', target, example)}",
+        f"{what} ({plural(len(lines), 'error')})", *lines, f"give it so: {command('run', target, fits)}",
         code=Code.USAGE,
     )  # fmt: skip
+
+
+def _errors(error: Exception) -> tuple[list[str], set[Any]]:
+    """What a model found wrong, line by line, and the fields that are."""
+    if not isinstance(error, ValidationError):  # A validator may raise anything at all.
+        return [_told("", f"{type(error).__name__}: {error}")], set()
+    # Not the values: they may be secret, and the user has just typed them.
+    told = error.errors(include_url=False, include_input=False, include_context=False)
+    lines = [_told(".".join(map(str, e["loc"])), e["msg"]) for e in told[:20]]
+    lines += [f"... and {len(told) - 20} more"] if len(told) > 20 else []
+    return lines, {e["loc"][0] for e in told if e["loc"]}
 
 
 def _told(path: str, message: str) -> str:
@@ -181,15 +208,15 @@ def _told(path: str, message: str) -> str:
 _PLACEHOLDERS: dict[Any, Any] = {str: "...", int: 0, float: 0.0, bool: False, list: [], dict: {}}
 
 
-def _example(model: type[BaseModel], value: Any, wrong: set[Any]) -> Any:
+def example(model: type[BaseModel], value: Any = None, wrong: Collection[Any] = ()) -> Any:
     """What was given, with a placeholder for each field that is missing or wrong."""
     if model.__pydantic_root_model__:
         return "..."
-    example: dict[str, Any] = dict(value) if isinstance(value, dict) else {}
+    made: dict[str, Any] = dict(value) if isinstance(value, dict) else {}
     for name, info in model.model_fields.items():
         alias = info.validation_alias if isinstance(info.validation_alias, str) else name
-        missing = info.is_required() and alias not in example and name not in example
-        if missing or wrong & {name, alias}:
+        missing = info.is_required() and alias not in made and name not in made
+        if missing or name in wrong or alias in wrong:
             kind = getattr(info.annotation, "__origin__", info.annotation)
-            example[name if name in example else alias] = _PLACEHOLDERS.get(kind, "...")
-    return example
+            made[name if name in made else alias] = _PLACEHOLDERS.get(kind, "...")
+    return made

@@ -6,27 +6,64 @@ import asyncio
 import contextlib
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.journal import CorruptCheckpoint, PipelineChanged, RunRecord, StoreError
+from stroma.checkpoint.journal import (
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    PipelineChanged,
+    RunBusy,
+    RunExists,
+    RunRecord,
+    StoreError,
+    Waiting,
+)
 from stroma.checkpoint.manager import CheckpointManager
-from stroma.checkpoint.sqlite import SQLiteStore
-from stroma.cli.errors import Code, Problem, command
+from stroma.cli.errors import Code, Problem
+from stroma.cli.output import err
 from stroma.cli.progress import Progress, listen
 from stroma.cli.report import Ending
 from stroma.cli.signals import Stop
 from stroma.cli.stores import Database
 from stroma.cli.trouble import last_frame, said
-from stroma.cli.words import id_word
+from stroma.cli.words import clean, id_word, span
 from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry
 from stroma.hooks import HookError, HookNotAsync, flatten
 from stroma.runner import Pipeline, StromaRunner
-from stroma.trace import ExecutionResult
+from stroma.schemas import schema_of
+from stroma.trace import ExecutionResult, RunStatus
 
-__all__ = ["Job"]
+if TYPE_CHECKING:
+    from stroma.cli.run import Running
+
+__all__ = ["Fork", "Job"]
+
+
+@dataclass(frozen=True, slots=True)
+class Fork:
+    """A run that begins with what another one has made.
+
+    Attributes:
+        parent: the other run.
+        position: where the new one begins.
+        edited: in place of what the parent committed before that, or of its input.
+    """
+
+    parent: str
+    position: int
+    edited: BaseModel | None
+
+    async def make(self, db: Database, run_id: str) -> None:
+        """Make it. Raises StoreError."""
+        given = {}
+        if self.edited is not None:
+            name = "edited" if self.position else "state"
+            given[name] = (schema_of(type(self.edited)), self.edited)
+        await db.store.fork(self.parent, run_id, self.position, **given)
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,25 +77,32 @@ class Job:
     db: Database
     known: RunRecord | None
     start_at: str | None
-    as_json: bool
-    quiet: bool
+    options: Running
+    fork: Fork | None = None
 
     def go(self) -> int:
         """Run to the end, tell how it went, and return the exit code. Raises Problem."""
         self.db.prepare()
-        listen(quiet=self.quiet)
-        progress = Progress(quiet=self.quiet)
+        quiet = self.options.quiet
+        listen(quiet=quiet)
+        progress = Progress(quiet=quiet)
+        if self.fork is not None and not quiet:
+            err.line(
+                f"run {clean(self.config.run_id)} begins at {clean(self.start_at or '', 100)!r} of {clean(self.fork.parent)}"
+            )
         hooks = [*flatten(self.config.hooks), progress.hooks()]
         config = self.config.model_copy(update={"hooks": hooks})
         runner = StromaRunner(ContractRegistry(), CheckpointManager(self.db.store), config)
         begun = time.perf_counter()
-        result, stopped_by = self._run(runner, progress)
+        result, waiting, stopped_by = self._run(runner, progress)
         if result is None:
             raise Problem(
                 f"stopped by {stopped_by or 'code of its own'} before the run began; nothing was called",
                 code=Code.INTERRUPTED,
             )
         remembered = self.known if self.start_at is None else None
+        if remembered is not None and config.if_running == "attach":
+            remembered = self._seen_since(result)
         ending = Ending(
             result,
             self.pipeline.name,
@@ -69,11 +113,33 @@ class Job:
             config.budget,
             remembered.tokens if remembered is not None else 0,
             remembered.cost_usd if remembered is not None else 0.0,
+            waiting,
+            self.fork.parent
+            if self.fork is not None
+            else self.known.parent
+            if self.known is not None
+            else None,
         )
-        ending.tell(json=self.as_json, quiet=self.quiet)
+        ending.tell(json=self.options.as_json, quiet=quiet)
         return int(ending.code)
 
-    def _run(self, runner: StromaRunner, progress: Progress) -> tuple[ExecutionResult | None, str | None]:
+    def _seen_since(self, result: ExecutionResult) -> RunRecord | None:
+        """What others used on the run, also while this process waited for them."""
+        try:
+            record = self.db.known(result.run_id)
+        except Problem:  # The run is over all the same.
+            record = None
+        if record is None:
+            return self.known
+        return replace(
+            record,
+            tokens=record.tokens - result.total_tokens,
+            cost_usd=max(0.0, round(record.cost_usd - result.total_cost_usd, 12)),
+        )
+
+    def _run(
+        self, runner: StromaRunner, progress: Progress
+    ) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
         # What nodes print is talk: stdout is for the final state alone.
         with contextlib.redirect_stdout(sys.stderr):
             try:
@@ -89,26 +155,39 @@ class Job:
 
     async def _drive(
         self, runner: StromaRunner, progress: Progress
-    ) -> tuple[ExecutionResult | None, str | None]:
+    ) -> tuple[ExecutionResult | None, list[Waiting], str | None]:
         task = asyncio.current_task()
         assert task is not None
-        stop = Stop(task, self._way_on("go on with"))
+        draining: list[asyncio.Task[None]] = []
+
+        def drain() -> None:
+            if runner.config.if_running == "attach" and not progress.begun:
+                task.cancel()  # It waits for a run that is somebody else's.
+            else:
+                draining.append(asyncio.create_task(runner.shutdown(drain_seconds=self.options.drain)))
+
+        stop = Stop(task, drain, patience=span(self.options.drain), after=self._way_on("go on with"))
         going_on = self.known is not None and self.start_at is None
+        waiting: list[Waiting] = []
         try:
+            if self.fork is not None:
+                await self.fork.make(self.db, self.config.run_id)
             result: ExecutionResult | None = await runner.run(
                 self.pipeline, self.state, resume=going_on or None, resume_from=self.start_at
             )
+            if result is not None and result.status is RunStatus.SUSPENDED:
+                with contextlib.suppress(StoreError):  # The result has the reasons.
+                    waiting = self.db.store.waiting(result.run_id)
         except asyncio.CancelledError:  # By the signal, or by code of the pipeline.
             result = progress.result
         finally:
-            if isinstance(self.db.store, SQLiteStore):
-                await self.db.store.aclose()
-        return result, stop.signal
+            await self.db.close()
+        return result, waiting, stop.signal
 
     # ------------------------------------------------------------------ what leaves run() as an exception
 
     def _resume(self, *options: str) -> str:
-        return command("resume", id_word(self.config.run_id), self.target, options=(*options, *self.db.words))
+        return self.db.hint("resume", id_word(self.config.run_id), self.target, options=options)
 
     def _way_on(self, words: str) -> str:
         if not self.db.keeps:
@@ -119,8 +198,28 @@ class Job:
         if isinstance(error, (PipelineChanged, CorruptCheckpoint)):
             again = f"or make the outputs from a node on anew: {self._resume('--from', 'NODE')}"
             return self.db.problem(error, again)
+        if isinstance(error, RunBusy):
+            return self._busy(error)
+        if isinstance(error, RunExists):
+            return self.db.problem(
+                error, f"go on with it: {self._resume()}", "or take another id: --run-id ID"
+            )
+        if isinstance(error, CheckpointNotFound):
+            return self.db.problem(error)
         more = () if not self.db.is_default else ("or name another store: --db FILE, or STROMA_DB=FILE",)
         return self.db.problem(error, *more)
+
+    def _busy(self, error: RunBusy) -> Problem:
+        name = id_word(self.config.run_id)
+        other = "" if error.same_input else ", with another input"
+        return Problem(
+            f"run {clean(self.config.run_id)} is being run by {error.holder}{other}; it is theirs for another "
+            f"{span(error.left_seconds)}, and longer if they are still at work",
+            f"wait for what they make of it: {self._resume('--attach')}",
+            f"or have them stop: {self.db.hint('cancel', name)}",
+            f"or, if that process is known to be gone: {self._resume('--take-over')}",
+            code=Code.ENVIRONMENT,
+        )
 
     def _broke_off(self, error: BaseException, what: str) -> Problem:
         return Problem(

@@ -20,7 +20,7 @@ from stroma.cli.trouble import last_frame, said
 from stroma.nodes import find_node
 from stroma.runner import Pipeline, StromaRunner
 
-__all__ = ["load_pipeline"]
+__all__ = ["load_pipeline", "load_with_module"]
 
 T = TypeVar("T")
 _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
@@ -28,6 +28,11 @@ _FORM = "name a pipeline as FILE.py:NAME or package.module:NAME"
 
 def load_pipeline(target: str) -> Pipeline:
     """Import a module and take its pipeline. What the module prints goes to stderr. Raises Problem."""
+    return load_with_module(target)[0]
+
+
+def load_with_module(target: str) -> tuple[Pipeline, ModuleType]:
+    """The same, with the module."""
     place, name = _split(target)
     path = Path(place)
     if place.endswith(".py") or path.exists() or "/" in place or "\\" in place:
@@ -46,7 +51,7 @@ def load_pipeline(target: str) -> Pipeline:
             raise Problem(
                 f"there is no {name!r} in {place}", _what_there_is(module, place), code=Code.NOT_FOUND
             ) from None
-    return _as_pipeline(found, place, name)
+    return _as_pipeline(found, place, name), module
 
 
 def _split(target: str) -> tuple[str, str]:

@@ -26,18 +26,20 @@ class Progress:
     """Hooks that print. One line for each start, end, wait and restored output; none when quiet.
 
     Attributes:
+        begun: whether the run is ours: it was opened in the store.
         result: how the run ended, also when ``run()`` raised; None until then.
     """
 
     def __init__(self, *, quiet: bool) -> None:
         self._quiet = quiet
+        self.begun = False
         self.result: ExecutionResult | None = None
         self._started: dict[tuple[int, str], float] = {}
 
     def hooks(self) -> NodeHooks:
         """The set to give to a runner."""
         if self._quiet:
-            return NodeHooks(on_run_end=self._run_end)
+            return NodeHooks(on_run_start=self._run_start, on_run_end=self._run_end)
         return NodeHooks(
             on_node_start=self._node_start,
             on_node_success=self._node_success,
@@ -54,6 +56,9 @@ class Progress:
     # ------------------------------------------------------------------ runs
 
     async def _run_start(self, run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        self.begun = True
+        if self._quiet:
+            return
         _line(
             (clean(pipeline, 60), "bold"),
             f": run {id_word(run_id) if run_id.isprintable() else clean(run_id)}",

@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import time
 import traceback
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from datetime import datetime
 from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.cli.errors import Code, command, debugging
+from stroma.checkpoint.journal import Waiting
+from stroma.cli.errors import Code, debugging
 from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Database
 from stroma.cli.trouble import last_frame
+from stroma.cli.waiting import approve_hint, asked, open_ones, waiting_data, where
 from stroma.cli.words import clean, count, id_word, money, plural, span
 from stroma.cost import BudgetExceeded, ExecutionBudget, limits
 from stroma.failures import Failure, FailureClass, message_of
@@ -38,6 +41,8 @@ class Ending:
         stopped_by: the name of the signal that asked for the end, or None.
         seconds: wall time of the call.
         earlier_tokens, earlier_cost_usd: what earlier processes used on this execution.
+        waiting: what nodes of a SUSPENDED run wait for.
+        parent: the run that this one was forked from.
     """
 
     result: ExecutionResult
@@ -49,6 +54,8 @@ class Ending:
     budget: ExecutionBudget
     earlier_tokens: int = 0
     earlier_cost_usd: float = 0.0
+    waiting: list[Waiting] = field(default_factory=list)
+    parent: str | None = None
 
     @property
     def complete(self) -> bool:
@@ -60,17 +67,28 @@ class Ending:
         failure = self.result.failure
         if self.complete:
             return Code.OK
+        if self.suspended:
+            return Code.SUSPENDED
         if failure is None:
-            return Code.INTERRUPTED
+            return Code.OK if self.drained else Code.INTERRUPTED
         if self.over is not None:
             return Code.BUDGET
         return Code.ENVIRONMENT if failure.reason == "store" else Code.FAILED
 
     @property
+    def suspended(self) -> bool:
+        return self.result.status is RunStatus.SUSPENDED
+
+    @property
+    def drained(self) -> bool:
+        """Whether the run ended as it was asked to, after a node."""
+        return self.result.status is RunStatus.INTERRUPTED and self.stopped_by == "SIGTERM"
+
+    @property
     def over(self) -> BudgetExceeded | None:
         """The limit that stopped the run, or keeps it from being tried again: a bigger one is needed to go on."""
         failure = self.result.failure
-        if failure is None:
+        if failure is None or self.suspended:
             return None
         if isinstance(failure.exception, BudgetExceeded):
             return failure.exception
@@ -108,10 +126,12 @@ class Ending:
                 "attempts": sum(1 for _ in result.trace.walk()),
                 "seconds": round(self.seconds, 3),
             },
-            "failure": None if failure is None else _failure_data(failure),
+            "suspended": [waiting_data(one) for one in self.waiting],
+            "parent": self.parent,
+            "failure": None if failure is None or self.suspended else _failure_data(failure),
             "unpriced_models": result.unpriced_models,
             "hook_errors": len(result.hook_errors),
-            "resume": None if self.complete or not self.db.keeps else self._resume(),
+            "resume": None if self.complete or not self.db.keeps else self._resume(self.db.command),
         }
 
     # ------------------------------------------------------------------ words
@@ -132,12 +152,20 @@ class Ending:
         err.line(("done", "bold green"), f": {result.status} in {span(self.seconds)}; {self._spent()}")
         self._tell_oddities()
         if self.db.keeps:
-            err.line("look further: ", self._command("show", id_word(result.run_id)))
+            err.line("look further: ", self.db.hint("show", id_word(result.run_id)))
 
     def _tell_stop(self) -> None:
         result, failure = self.result, self.result.failure
-        if failure is None:
-            why = f"stopped by {self.stopped_by}" if self.stopped_by else "interrupted"
+        if self.suspended:
+            err.line(("suspended", "yellow"), f": run {clean(result.run_id)} waits for a person")
+            self._tell_waiting()
+        elif self.drained:
+            err.line(
+                ("stopped", "yellow"), f" by {self.stopped_by}: run {clean(result.run_id)} is {result.status}"
+            )
+        elif failure is None:
+            why = "interrupted" if result.status is not RunStatus.CANCELLED else "cancelled from elsewhere"
+            why = f"stopped by {self.stopped_by}" if self.stopped_by else why
             err.line(("stroma: ", "bold red"), f"{why}: run {clean(result.run_id)} is {result.status}")
         else:
             told = f"{failure.failure_class}{f' ({failure.reason})' if failure.reason else ''}"
@@ -157,8 +185,18 @@ class Ending:
         )
         self._tell_oddities()
         err.line(f"  {self._mend()}")
-        if failure is not None and self.db.keeps:
-            err.line(f"  look closer: {self._command('show', id_word(result.run_id))}")
+        if failure is not None and self.db.keeps and not self.suspended:
+            err.line(f"  look closer: {self.db.hint('show', id_word(result.run_id))}")
+
+    def _tell_waiting(self) -> None:
+        result, waiting = self.result, open_ones(self.waiting)
+        for one in waiting:
+            err.line(f"  {where(one)}: {clean(one.reason, 1000)}  (asks for {asked(one)})")
+        for reason in result.suspended if not waiting else ():
+            err.line(f"  {clean(reason, 1000)}")
+        if self.db.keeps:
+            for line in approve_hint(self.db, result.run_id, self.target, waiting):
+                err.line(f"  answer: {line}")
 
     def _tell_oddities(self) -> None:
         result = self.result
@@ -206,7 +244,9 @@ class Ending:
         if not self.db.keeps:
             return f"{self.db.name} keeps nothing to go on with; give a file next time: --db FILE"
         words, over = "it may work later; go on with", self.over
-        if failure is None:
+        if self.suspended:
+            words = "then go on with"
+        elif failure is None:
             words = "go on with"
         elif over is not None:
             words = "go on with more"
@@ -219,9 +259,9 @@ class Ending:
         elif failure.retry_after_seconds is not None:
             when = datetime.fromtimestamp(time.time() + failure.retry_after_seconds).strftime("%H:%M:%S")
             words = f"the server asks to come back at {when}; then go on with"
-        return f"{words}: {self._resume()}"
+        return f"{words}: {self._resume(self.db.hint)}"
 
-    def _resume(self) -> str:
+    def _resume(self, command: Callable[..., str]) -> str:
         """The command that goes on with this run, under a budget that lets it."""
         options: tuple[str, ...] = ()
         over = self.over
@@ -231,10 +271,7 @@ class Ending:
                 options = ("--budget-tokens", f"{room:.0f}")
             elif over.dimension == "cost":
                 options = ("--budget-usd", f"{room:.6g}")
-        return self._command("resume", id_word(self.result.run_id), self.target, options=options)
-
-    def _command(self, name: str, *arguments: str, options: tuple[str, ...] = ()) -> str:
-        return command(name, *arguments, options=(*options, *self.db.words))
+        return command("resume", id_word(self.result.run_id), self.target, options=options)
 
 
 def _wasted(result: ExecutionResult) -> tuple[int, float]:

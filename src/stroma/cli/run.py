@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, Literal, Self, TypeVar
 
 import click
 from pydantic import BaseModel
 
 from stroma.checkpoint.journal import RunRecord
-from stroma.cli.errors import Code, Problem, command
-from stroma.cli.inputs import input_model, parse_input
-from stroma.cli.job import Job
+from stroma.cli.errors import Code, Problem
+from stroma.cli.inputs import input_model, parse_as, parse_input
+from stroma.cli.job import Fork, Job
 from stroma.cli.load import load_pipeline
 from stroma.cli.output import err
 from stroma.cli.stores import Database, db_option
@@ -20,18 +21,47 @@ from stroma.cli.trouble import said
 from stroma.cli.words import clean, id_word
 from stroma.config import RunConfig, new_run_id
 from stroma.contracts import check_id
-from stroma.nodes import find_node
+from stroma.nodes import Group, Kept, find_node
 from stroma.runner import Pipeline
 from stroma.schemas import schema_of
 
-__all__ = ["resume", "run"]
+__all__ = ["Running", "go_on", "resume", "run"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """The options of every command that runs a pipeline.
+
+    Attributes:
+        drain: seconds that the node in flight has left after a SIGTERM.
+    """
+
+    budget_usd: float | None = None
+    budget_tokens: int | None = None
+    as_json: bool = False
+    quiet: bool = False
+    drain: float = 10.0
+    if_running: Literal["attach", "take_over"] | None = None
+
+    @classmethod
+    def of(cls, *, attach: bool, take_over: bool, **options: Any) -> Self:
+        """From what click has read."""
+        if attach and take_over:
+            raise click.UsageError("--attach waits for whoever has the run, --take-over does not; give one")
+        return cls(**options, if_running="attach" if attach else "take_over" if take_over else None)
 
 
 def _dollars(_ctx: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
     if value is not None and not (math.isfinite(value) and value >= 0):
         raise click.BadParameter(f"{value} is no amount of money; give dollars, zero or more")
+    return value
+
+
+def _seconds(_ctx: click.Context, _parameter: click.Parameter, value: float) -> float:
+    if not (math.isfinite(value) and value >= 0):
+        raise click.BadParameter(f"{value} is no time to wait; give seconds, zero or more")
     return value
 
 
@@ -55,6 +85,23 @@ def _running_options(func: F) -> F:
         click.option(
             "--budget-usd", type=float, callback=_dollars, metavar="USD", help="Stop above USD dollars."
         ),
+        click.option(
+            "--drain",
+            type=float,
+            callback=_seconds,
+            default=10.0,
+            show_default=True,
+            metavar="SECONDS",
+            help="What the node in flight has left after a SIGTERM.",
+        ),
+        click.option(
+            "--take-over",
+            is_flag=True,
+            help="Take the run from whoever has it: only if that process is known to be gone.",
+        ),
+        click.option(
+            "--attach", is_flag=True, help="If somebody else is at work on the run, wait for its result."
+        ),
         db_option,
     ):
         func = option(func)
@@ -75,10 +122,7 @@ def run(
     run_id: str | None,
     resume: bool,
     db: str | None,
-    budget_usd: float | None,
-    budget_tokens: int | None,
-    as_json: bool,
-    quiet: bool,
+    **running: Any,
 ) -> int:
     """Run a pipeline and print its final state as JSON on stdout.
 
@@ -87,15 +131,16 @@ def run(
     """
     if resume and run_id is None:
         raise click.UsageError("--resume needs --run-id: it tells which run to go on with")
+    options = Running.of(**running)
     database = Database.choose(db)
     pipeline = load_pipeline(target)
-    config = _configure(pipeline, run_id, budget_usd, budget_tokens)
+    config = _configure(pipeline, run_id, options)
     known = database.known(config.run_id) if resume else None
     if known is not None and given is None:
         state = _stored_input(database, known, pipeline, target)
     else:
         state = parse_input(pipeline, given, target)
-    job = Job(target, pipeline, config, state, database, known, None, as_json, quiet)
+    job = Job(target, pipeline, config, state, database, known, None, options)
     return job.go()
 
 
@@ -105,21 +150,35 @@ def run(
 @click.option(
     "--from", "start_at", metavar="NODE", help="Go on from this node, and forget what it and later ones made."
 )
+@click.option(
+    "--fork", is_flag=True, help="With --from: as a new run, with an id of its own; this one stays as it is."
+)
+@click.option(
+    "--state",
+    metavar="JSON",
+    help="With --fork: the input of that node, in place of what it had; or @FILE, or -.",
+)
 @_running_options
 def resume(
     run_: str,
     target: str | None,
     start_at: str | None,
+    fork: bool,
+    state: str | None,
     db: str | None,
-    budget_usd: float | None,
-    budget_tokens: int | None,
-    as_json: bool,
-    quiet: bool,
+    **running: Any,
 ) -> int:
     """Go on with a run that stopped; its finished nodes are not called again.
 
     RUN is a run id, its beginning, or "last". The input is the one that the run began with.
     """
+    options = Running.of(**running)
+    if fork and start_at is None:
+        raise click.UsageError("--fork needs --from: it tells where the new run begins")
+    if state is not None and not fork:
+        raise click.UsageError("--state needs --fork: what a run has made is not changed, only in a new one")
+    if start_at is not None and options.if_running == "attach":
+        raise click.UsageError("--attach waits for what somebody else makes, --from makes it anew; give one")
     database = Database.choose(db)
     record = database.find(run_)
     if target is None:
@@ -127,7 +186,7 @@ def resume(
         raise Problem(
             f"run {clean(record.run_id)} was a run of the pipeline {clean(record.pipeline, 100)!r}; "
             "say where that pipeline is",
-            command("resume", id_word(record.run_id), "FILE.py:NAME", options=database.words),
+            database.hint("resume", id_word(record.run_id), "FILE.py:NAME"),
             code=Code.USAGE,
         )
     pipeline = load_pipeline(target)
@@ -139,26 +198,97 @@ def resume(
                 f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
                 code=Code.USAGE,
             )
-    if record.pipeline != pipeline.name and not quiet:
+        if fork:
+            return _fork(database, record, pipeline, target, options, ids.index(start_at), state)
+    return go_on(database, record, pipeline, target, options, start_at)
+
+
+def go_on(
+    database: Database,
+    record: RunRecord,
+    pipeline: Pipeline,
+    target: str,
+    options: Running,
+    start_at: str | None = None,
+) -> int:
+    """Resume a run, and return the exit code. Raises Problem."""
+    _note_another(record, pipeline, options)
+    config = _configure(pipeline, record.run_id, options)
+    state = _stored_input(database, record, pipeline, target)
+    return Job(target, pipeline, config, state, database, record, start_at, options).go()
+
+
+def _fork(
+    database: Database,
+    record: RunRecord,
+    pipeline: Pipeline,
+    target: str,
+    options: Running,
+    position: int,
+    given: str | None,
+) -> int:
+    """Run on from a position of a run, as a new one."""
+    start_at = find_node(pipeline.nodes[position]).node_id
+
+    def again(fits: str) -> str:
+        words = ("--from", start_at, "--fork", "--state", fits)
+        return database.hint("resume", id_word(record.run_id), target, options=words)
+
+    _note_another(record, pipeline, options)
+    edited: BaseModel | None = None
+    if given is not None and position:
+        # It takes the place of what the node before has made, and so must be that.
+        before = find_node(pipeline.nodes[position - 1])
+        if isinstance(before, Group):
+            raise Problem(
+                f"--state cannot stand in for what {clean(before.node_id, 200)!r} makes: a group's output is put "
+                "together of its children's",
+                "fork at the group, or at a later node",
+                code=Code.USAGE,
+            )
+        model = Kept if before.contract is None else before.contract.output_schema
+        asked = f"what node {clean(before.node_id, 100)!r} hands to {clean(start_at, 100)!r}"
+        edited = parse_as(model, given, "--state", asked, again)
+    if given is not None and not position:
+        state = edited = parse_input(pipeline, given, target)
+    else:
+        state = _stored_input(database, record, pipeline, target)
+    if position and not _has_output(database, record, position - 1):
+        node_id = find_node(pipeline.nodes[position - 1]).node_id
+        raise Problem(
+            f"run {clean(record.run_id)} has no output of node {clean(node_id, 100)!r}, which stands before "
+            f"{clean(start_at, 100)!r}",
+            "fork at an earlier node",
+            code=Code.NOT_FOUND,
+        )
+    config = _configure(pipeline, new_run_id(), options)
+    fork = Fork(record.run_id, position, edited)
+    return Job(target, pipeline, config, state, database, None, start_at, options, fork).go()
+
+
+def _has_output(database: Database, record: RunRecord, position: int) -> bool:
+    with database.explained():
+        attempts = database.reader.attempts(record.run_id)
+    return any(a.position == position and not a.branch and a.output is not None for a in attempts)
+
+
+def _note_another(record: RunRecord, pipeline: Pipeline, options: Running) -> None:
+    if record.pipeline != pipeline.name and not options.quiet:
         err.line(
             ("note: ", "yellow"),
             f"the run was begun by the pipeline {clean(record.pipeline, 100)!r}; this one is {clean(pipeline.name, 100)!r}",
         )
-    config = _configure(pipeline, record.run_id, budget_usd, budget_tokens)
-    state = _stored_input(database, record, pipeline, target)
-    job = Job(target, pipeline, config, state, database, record, start_at, as_json, quiet)
-    return job.go()
 
 
-def _configure(
-    pipeline: Pipeline, run_id: str | None, budget_usd: float | None, budget_tokens: int | None
-) -> RunConfig:
+def _configure(pipeline: Pipeline, run_id: str | None, options: Running) -> RunConfig:
     """The pipeline's own config with the command's options over it."""
     config = pipeline.config if pipeline.config is not None else RunConfig()
-    limits = {"max_cost_usd": budget_usd, "max_tokens_total": budget_tokens}
+    limits = {"max_cost_usd": options.budget_usd, "max_tokens_total": options.budget_tokens}
     changes: dict[str, Any] = {
         "budget": config.budget.model_copy(update={k: v for k, v in limits.items() if v is not None})
     }
+    if options.if_running is not None:
+        changes["if_running"] = options.if_running
     if run_id is not None:
         changes["run_id"] = run_id
     elif "run_id" not in config.model_fields_set:

@@ -7,7 +7,6 @@ from typing import Any, Final
 import click
 
 from stroma.checkpoint.journal import RunRecord
-from stroma.cli.errors import command
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.stores import Database, db_option
 from stroma.cli.words import ago, clean, iso, local, money, short_id, span
@@ -44,6 +43,8 @@ def run_data(record: RunRecord) -> dict[str, Any]:
         "tokens": record.tokens,
         "cost_usd": record.cost_usd,
         "error": record.error,
+        "holder": record.holder,
+        "parent": record.parent,
     }
 
 
@@ -60,7 +61,8 @@ def run_data(record: RunRecord) -> dict[str, Any]:
 def runs(limit: int, pipeline: str | None, status: str | None, as_json: bool, db: str | None) -> None:
     """List the runs in the store, the newest first.
 
-    NODES counts finished positions. A run whose process died stays RUNNING until somebody resumes it.
+    NODES counts finished positions. A run whose process died stays RUNNING until somebody resumes it; the last column
+    says whether anybody is at work on it.
     """
     database = Database.choose(db)
     store = database.reader
@@ -73,12 +75,14 @@ def runs(limit: int, pipeline: str | None, status: str | None, as_json: bool, db
         return
     if not records:
         what = "no run matches" if pipeline or status else "no runs yet"
-        err.line(
-            f"{what} in {database.name}; begin one: ", command("run", "FILE.py:NAME", options=database.words)
-        )
+        err.line(f"{what} in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
     table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
+    if any(record.status == "RUNNING" and record.holder is None for record in records):
+        err.line(
+            "go on with a run that nobody is at work on: ", database.hint("resume", "RUN", "FILE.py:NAME")
+        )
     if len(records) == limit:
         err.line(("the newest ", "dim"), (f"{limit} runs; more with --limit", "dim"))
 
@@ -86,8 +90,8 @@ def runs(limit: int, pipeline: str | None, status: str | None, as_json: bool, db
 def _row(record: RunRecord) -> list[Part]:
     error = clean(record.error or "", 80)
     if record.status == "RUNNING":
-        # Whether its process lives is not known here; when it was last heard of is.
-        error = f"last record {ago(record.updated_ms)}"
+        who = f"run by {clean(record.holder, 80)}" if record.holder else "nobody is at work on it any more"
+        error = f"{who}; last record {ago(record.updated_ms)}"
     return [
         short_id(record.run_id),
         clean(record.pipeline, 30),

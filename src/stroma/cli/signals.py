@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM end a run at the next await, with everything committed kept."""
+"""SIGINT ends a run at the next await, SIGTERM after the node in flight; everything committed is kept."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import os
 import signal
 import threading
 import time
+from collections.abc import Callable
 from types import FrameType
 from typing import Final
 
@@ -19,7 +20,7 @@ _ECHO: Final = 0.5
 
 
 class Stop:
-    """Cancels a task at the first signal, ends the process at the second.
+    """Asks a task for its end at the first signal, ends the process at the second.
 
     The handlers stay until the process ends: code of the user's that does not stop may hold up the loop's end, too.
 
@@ -27,11 +28,19 @@ class Stop:
         signal: the name of the first signal; None as long as there was none.
     """
 
-    def __init__(self, task: asyncio.Task[object], after: str) -> None:
-        """``after``: what to tell who does not want to wait for the task's end, as one line."""
+    def __init__(
+        self, task: asyncio.Task[object], drain: Callable[[], None], *, patience: str, after: str
+    ) -> None:
+        """``drain``: called in the task's loop for SIGTERM, in place of cancelling the task.
+
+        ``patience``: how long that may take, in words. ``after``: what to tell who does not want to wait for the
+        task's end, as one line.
+        """
         self.signal: str | None = None
         self._task = task
+        self._drain = drain
         self._loop = task.get_loop()
+        self._patience = patience
         self._after = after
         self._at = 0.0
         if threading.current_thread() is threading.main_thread():
@@ -43,14 +52,25 @@ class Stop:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._at = signal.Signals(number).name, now
-            _say(
-                f"\nstroma: {self.signal}: stopping; what is finished is being kept. Again to stop at once\n"
-            )
+            if number == signal.SIGTERM:
+                _say(
+                    f"\nstroma: SIGTERM: stopping after the node in flight, in {self._patience} at most; what is "
+                    "finished is being kept. Again to stop at once\n"
+                )
+                ask = self._drain
+            else:
+                _say(
+                    f"\nstroma: {self.signal}: stopping; what is finished is being kept. Again to stop at once\n"
+                )
+                ask = self._cancel
             if not self._loop.is_closed():
-                self._loop.call_soon_threadsafe(self._task.cancel)
+                self._loop.call_soon_threadsafe(ask)
         elif now - self._at > _ECHO:
             _say(f"stroma: stopped at once; {self._after}\n")
             os._exit(Code.INTERRUPTED)
+
+    def _cancel(self) -> None:
+        self._task.cancel()
 
 
 def _say(text: str) -> None:

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Final, TypeVar
 
 import click
 
-from stroma.checkpoint.journal import CheckpointNotFound, PipelineChanged, RunRecord, StoreError
+from stroma.checkpoint._durable import DurableStore
+from stroma.checkpoint.journal import (
+    CheckpointNotFound,
+    PipelineChanged,
+    RunExists,
+    RunRecord,
+    StoreError,
+    Waiting,
+)
 from stroma.checkpoint.memory import AsyncInMemoryStore
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.checkpoint.urls import open_store
@@ -22,6 +31,9 @@ from stroma.cli.words import ago, clean
 __all__ = ["Database", "db_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
+#: What may be a password: from the first colon of "user:password@host" on, and whatever an option calls one.
+_USER: Final = re.compile(r"(?<=://)([^:@]*):.+@", re.DOTALL)
+_OPTION: Final = re.compile(r"(password[^=&\s]*=)[^&\s]*", re.IGNORECASE)
 
 
 def db_option(func: F) -> F:
@@ -30,8 +42,15 @@ def db_option(func: F) -> F:
         "--db",
         envvar="STROMA_DB",
         metavar="PATH_OR_URL",
-        help="The store: a SQLite file, or a URL.  [env: STROMA_DB; default: runs.db in your data directory]",
+        help="The store: a SQLite file, or a URL (postgresql://, redis://).  [env: STROMA_DB; default: runs.db in your data directory]",
     )(func)
+
+
+def masked(given: str) -> str:
+    """A path or URL without its password."""
+    if given.startswith(("sqlite:", "memory:")):
+        return given
+    return _OPTION.sub(r"\1***", _USER.sub(r"\1:***@", given))
 
 
 def data_directory() -> Path:
@@ -51,15 +70,17 @@ class Database:
     """The store that a command was given.
 
     Attributes:
-        name: as messages show it.
-        words: the option to repeat in a command that shall find the same store.
+        name: as messages show it, without a password.
+        words: the option to repeat in a command that shall find the same store; none if it holds a password.
         is_default: nothing was given.
+        is_secret: the option holds a password, and so is not shown.
     """
 
     name: str
     words: tuple[str, ...]
     is_default: bool
-    store: SQLiteStore | AsyncInMemoryStore
+    store: DurableStore | AsyncInMemoryStore
+    is_secret: bool = False
 
     @classmethod
     def choose(cls, given: str | None) -> Database:
@@ -72,20 +93,42 @@ class Database:
                     f"there is no place for the store: {error}", "name one: --db FILE", code=Code.ENVIRONMENT
                 ) from None
             return cls(str(path), (), True, SQLiteStore(path))
+        shown = masked(given)
+        secret = shown != given
         try:
             store = open_store(given)
         except ValueError as error:
-            raise Problem(f"--db {given}: {error}", code=Code.USAGE) from None
+            why = str(error)
+            if secret:  # The message may quote a part of the password.
+                why = "this is no address of a store; in a password, write @ as %40, / as %2F and : as %3A"
+            raise Problem(f"--db {clean(shown)}: {why}", code=Code.USAGE) from (None if secret else error)
+        except ImportError as error:
+            raise Problem(f"--db {clean(shown)}: {error}", code=Code.ENVIRONMENT) from error
         if isinstance(store, SQLiteStore) and os.path.isdir(store.path):
             raise Problem(f"--db {given} is a directory", "name a file in it", code=Code.ENVIRONMENT)
         source = click.get_current_context().get_parameter_source("db")
-        from_environment = source is click.core.ParameterSource.ENVIRONMENT
-        return cls(given, () if from_environment else ("--db", given), False, store)
+        if source is click.core.ParameterSource.ENVIRONMENT:
+            return cls(shown, (), False, store)
+        return cls(shown, () if secret else ("--db", given), False, store, secret)
+
+    def command(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str:
+        """A command line of ours that finds the same store, but for an option with a password."""
+        return command(name, *arguments, options=(*options, *self.words))
+
+    def hint(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str:
+        """The same for a person, who is told what is missing."""
+        line = self.command(name, *arguments, options=options)
+        return f"{line}  (with the same --db)" if self.is_secret else line
 
     @property
     def keeps(self) -> bool:
         """Whether another process can find what this one stores."""
-        return isinstance(self.store, SQLiteStore)
+        return isinstance(self.store, DurableStore)
+
+    async def close(self) -> None:
+        """Write what is queued, and disconnect."""
+        if isinstance(self.store, DurableStore):
+            await self.store.aclose()
 
     def prepare(self) -> None:
         """Make the directory of the default store, readable by nobody else."""
@@ -115,25 +158,25 @@ class Database:
         code = Code.ENVIRONMENT
         if isinstance(error, CheckpointNotFound):
             code = Code.NOT_FOUND
-        elif isinstance(error, PipelineChanged):
+        elif isinstance(error, (PipelineChanged, RunExists)):
             code = Code.USAGE
         return Problem(clean(str(error), 1000), *more, code=code)
 
     # ------------------------------------------------------------------ reading
 
     @property
-    def reader(self) -> SQLiteStore:
+    def reader(self) -> DurableStore:
         """The store, to read runs from. Raises Problem if there is none."""
-        if not isinstance(self.store, SQLiteStore):
+        if not isinstance(self.store, DurableStore):
             raise Problem(
                 f"{self.name} keeps nothing once its process has ended",
                 "name a store that lasts: --db FILE",
                 code=Code.USAGE,
             )
-        if not os.path.exists(self.store.path) and not self.is_default:
+        if self._is_missing and not self.is_default:
             raise Problem(
                 f"there is no store {self.name}",
-                f"check --db, or begin one: {command('run', 'FILE.py:NAME', options=self.words)}",
+                f"check --db, or begin one: {self.hint('run', 'FILE.py:NAME')}",
                 code=Code.NOT_FOUND,
             )
         return self.store
@@ -141,7 +184,12 @@ class Database:
     @property
     def is_empty(self) -> bool:
         """Whether nothing was ever run with the default store."""
-        return self.is_default and not os.path.exists(self.name)
+        return self.is_default and self._is_missing
+
+    @property
+    def _is_missing(self) -> bool:
+        # A file may not be there; a server is, or cannot be reached.
+        return isinstance(self.store, SQLiteStore) and not os.path.exists(self.store.path)
 
     def find(self, run: str) -> RunRecord:
         """The one run that an id, its beginning, or "last" names. Raises Problem."""
@@ -158,7 +206,7 @@ class Database:
             what = "there is no run yet" if run == "last" else f"there is no run whose id begins with {run!r}"
             raise Problem(
                 f"{what} in {self.name}",
-                f"see which there are: {command('runs', options=self.words)}",
+                f"see which there are: {self.hint('runs')}",
                 code=Code.NOT_FOUND,
             )
         lines = [
@@ -171,7 +219,12 @@ class Database:
 
     def known(self, run_id: str) -> RunRecord | None:
         """The run with exactly this id, if the store has it already."""
-        if not isinstance(self.store, SQLiteStore) or not os.path.exists(self.store.path):
+        if not isinstance(self.store, DurableStore) or self._is_missing:
             return None
         with self.explained():
             return self.store.get_run(run_id)
+
+    def waiting(self, run_id: str) -> list[Waiting]:
+        """What nodes of a run wait for, or waited for. Raises Problem."""
+        with self.explained():
+            return self.store.waiting(run_id)

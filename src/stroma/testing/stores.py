@@ -21,6 +21,7 @@ from stroma.checkpoint import (
     RunExists,
     RunRequest,
     StepCall,
+    Waiting,
 )
 from stroma.failures import FailureClass
 from stroma.schemas import schema_of
@@ -339,6 +340,94 @@ class JournalStoreTests:
         (await begin(store)).abandon()
         attached = await begin(store, if_exists="attach")
         assert (attached.finished, attached.continued) == (None, True)
+
+    # ------------------------------------------------------------------ asked from elsewhere
+
+    async def test_what_nodes_wait_for(self, store: Any) -> None:
+        """A question is kept with its attempt, an answer with its question; both belong to the execution."""
+        session = await begin(store)
+        asked = Waiting(1, "0.2", "ask é", "may I?", "module:Model")
+        await commit(session, 0, State(n=1))
+        await settled(session.suspend(row(1, "ask é", branch="0.2", tokens=3), asked))
+        await finish(session, "SUSPENDED", "may I?")
+        assert store.waiting("run") == [asked]
+        assert [a.tokens for a in store.attempts("run")] == [0, 3]
+        await settled(store.signal("run", asked._replace(payload=b'{"yes":"\xc3\xa9"}')))
+        again = await begin(store, if_exists="resume")
+        assert again.waiting == {(1, "0.2"): asked._replace(payload=b'{"yes":"\xc3\xa9"}')}
+        assert restored(again) == {(0, ""): State(n=1)}
+        await settled(again.suspend(row(1, "ask é", branch="0.2"), asked._replace(reason="and now?")))
+        await finish(again, "SUSPENDED")
+        assert [(w.reason, w.payload) for w in store.waiting("run")] == [("and now?", None)]
+        earlier = await begin(store, if_exists="resume", discard_from=1)
+        assert dict(earlier.waiting) == {}
+        await settled(earlier.suspend(row(1, "ask é"), asked))
+        await finish(earlier, "SUSPENDED")
+        assert dict((await begin(store)).waiting) == {}
+        assert store.waiting("run") == []
+
+    async def test_a_stale_owner_asks_nothing(self, store: Any) -> None:
+        """A question of somebody who was taken over from is refused."""
+        stale = await begin(store)
+        await begin(store, if_running="take_over")
+        with pytest.raises(Fenced):
+            await settled(stale.suspend(row(0), Waiting(0, "", "node", "may I?", "")))
+        assert store.waiting("run") == []
+        with pytest.raises(CheckpointNotFound):
+            await settled(store.signal("unknown", Waiting(0, "", "node", "may I?", "", b"1")))
+
+    async def test_a_held_run_is_asked_to_end(self, store: Any) -> None:
+        """cancel() reaches whoever holds the run, once; the next owner is not told."""
+        session = await begin(store)
+        asked = asyncio.Event()
+        loop = asyncio.get_running_loop()
+        session.on_cancel = lambda: loop.call_soon_threadsafe(asked.set)
+        assert await settled(store.cancel("run")) is True
+        await asyncio.wait_for(asked.wait(), 10)
+        await finish(session, "CANCELLED")
+        again = await begin(store, if_exists="resume")
+        told: list[int] = []
+        again.on_cancel = lambda: told.append(1)
+        await asyncio.sleep(1.5)
+        assert told == []
+
+    async def test_a_run_that_nobody_holds_is_cancelled(self, store: Any) -> None:
+        """cancel() marks a run that was interrupted, leaves one that has ended, and knows no other."""
+        with pytest.raises(CheckpointNotFound):
+            await settled(store.cancel("run"))
+        await finish(await begin(store), "INTERRUPTED")
+        assert await settled(store.cancel("run")) is True
+        assert store.get_run("run").status == "CANCELLED"
+        assert await settled(store.cancel("run")) is False
+        await finish(await begin(store), "COMPLETED")
+        assert await settled(store.cancel("run")) is False
+        assert store.get_run("run").status == "COMPLETED"
+
+    async def test_forks(self, store: Any) -> None:
+        """A fork has what its parent committed before a position, at no cost, and leaves the parent as it is."""
+        session = await begin(store, state=State(n=-1))
+        for position in range(4):
+            await commit(session, position, State(n=position), f"n{position}", tokens=5)
+        await commit(session, 2, State(n=20), "child", branch="0")
+        await finish(session)
+        before = store.get_run("run")
+        schema = schema_of(State)
+        await settled(store.fork("run", "f", 3, edited=(schema, State(n=99))))
+        assert store.get_run("run") == before
+        made = store.get_run("f")
+        assert (made.parent, made.execution, made.status, made.tokens, made.nodes, made.holder) == (
+            "run", 1, "INTERRUPTED", 0, 3, None,
+        )  # fmt: skip
+        session = await begin(store, "f", State(n=-1), if_exists="resume")
+        assert restored(session) == {
+            (0, ""): State(n=0), (1, ""): State(n=1), (2, ""): State(n=99), (2, "0"): State(n=20),
+        }  # fmt: skip
+        await settled(store.fork("run", "g", 0, state=(schema, State(n=5))))
+        assert (await begin(store, "g", State(n=5), if_exists="resume")).continued
+        with pytest.raises(CheckpointNotFound):
+            await settled(store.fork("unknown", "h", 1))
+        with pytest.raises(RunExists):
+            await settled(store.fork("run", "f", 1))
 
     # ------------------------------------------------------------------ side by side
 

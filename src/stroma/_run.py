@@ -1,0 +1,270 @@
+"""One call of ``run``: the run's hooks and record around the loop over its nodes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import replace
+
+from pydantic import BaseModel
+
+from stroma._engine import Halt, execute
+from stroma._restore import check_committed, output_schema, restore
+from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
+from stroma.context import ReliabilityContext
+from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
+from stroma.hooks import HookError, HookNotAsync
+from stroma.nodes import Group, Node
+from stroma.schemas import NotSerialisable, schema_of
+from stroma.trace import ExecutionResult, RunStatus
+
+__all__ = ["OneRun"]
+
+
+class OneRun:
+    """One call of ``run``: the run's hooks and record around the loop over its nodes."""
+
+    def __init__(
+        self, ctx: ReliabilityContext, nodes: list[Node | Group], initial: BaseModel, start: int | None
+    ) -> None:
+        self.ctx = ctx
+        self.nodes = nodes
+        self.initial = initial
+        self.start = start
+        self.continued = False
+        self.task = asyncio.current_task()
+        self.loop = asyncio.get_running_loop()
+        #: Whether no further node shall begin, and how the run ends that somebody else has cancelled.
+        self.draining = False
+        self._cancelled_as: RunStatus | None = None
+        self._over = False
+
+    def cancel(self, status: RunStatus = RunStatus.CANCELLED) -> None:
+        """End the run, from any thread. Its result has the status; nothing is raised."""
+        self.loop.call_soon_threadsafe(self._cancel, status)
+
+    def _cancel(self, status: RunStatus) -> None:
+        if not self._over and self._cancelled_as is None and self.task is not None:
+            self._cancelled_as = status
+            self.task.cancel()
+
+    @property
+    def state(self) -> BaseModel:
+        """The last committed state, else the initial one."""
+        return self.initial if self.ctx.last_state is None else self.ctx.last_state
+
+    async def go(self) -> ExecutionResult:
+        ctx = self.ctx
+        status = RunStatus.INTERRUPTED
+        failure: Failure | None = None
+        result: ExecutionResult | None = None
+        begun = False
+        cancelling = 0 if self.task is None else self.task.cancelling()
+        try:
+            try:
+                await self._open()
+                begun = True
+                ctx.session.on_cancel = self.cancel
+                await self._tell_start()
+                if ctx.session.finished is None:
+                    failure, status = await self._loop()
+                else:
+                    failure, status = await self._as_it_was(ctx.session.finished)
+            except NotSerialisable as error:  # The input, in a store that outlives the process.
+                failure = diagnose(error, NodeContext("input", 1, ctx.run_id))
+                status = RunStatus.FAILED
+                if not begun:
+                    begun = True
+                    await self._tell_start()
+        except asyncio.CancelledError:
+            status = self._cancelled_as or RunStatus.CANCELLED
+            if self._cancelled_as is None or self.task is None or self.task.uncancel() > cancelling:
+                raise
+        except GeneratorExit:  # The coroutine is being closed: nothing may be awaited any more.
+            ctx.session.abandon()
+            begun = False
+            raise
+        except HookNotAsync as error:
+            error.result = ctx.build_result(status, self.state)
+            raise
+        finally:
+            self._over = True
+            if begun or failure is not None:
+                result = await self._end(status, failure)
+        if result is None:  # Ended from elsewhere while it was opened: no hook was told of a start.
+            result = ctx.build_result(status, self.state, failure)
+        return result
+
+    async def _tell_start(self) -> None:
+        ctx = self.ctx
+        if ctx.fire.on_run_start is not None:
+            await ctx.fire.fire(
+                "on_run_start",
+                ctx.fire.on_run_start,
+                None,
+                lambda: (
+                    ctx.run_id,
+                    ctx.pipeline,
+                    ctx.shown(schema_of(type(self.initial)).state(self.initial)),
+                ),
+            )
+
+    async def _open(self) -> None:
+        ctx = self.ctx
+        try:
+            session = await ctx.open(self.initial, discard_from=self.start, accept=self._check_unchanged)
+        except asyncio.CancelledError:
+            await ctx.end(
+                self._cancelled_as or RunStatus.CANCELLED, None
+            )  # The store may have begun it already.
+            raise
+        self.continued = session.continued or self.start is not None
+
+    def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
+        """Refuse a changed pipeline before anything runs, what stands inside its groups included."""
+        if self.ctx.config.allow_changes:
+            return
+        if position >= len(self.nodes):
+            raise PipelineChanged(
+                f"run {self.ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} at position "
+                f"{position}, and the pipeline has only {len(self.nodes)} nodes; restore it, or begin a new run"
+            )
+        node = self.nodes[position]
+        group: str | None = None
+        for index in map(int, branch.split(".") if branch else ()):
+            children = node.children if isinstance(node, Group) else ()
+            place = 0 if isinstance(node, Group) and node.each else index
+            if place >= len(children):
+                raise PipelineChanged(
+                    f"run {self.ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} inside "
+                    f"position {position}, and {node.node_id!r} has no such child; restore it, or begin a new run"
+                )
+            node, group = children[place], node.node_id
+        # What a group gives depends on its input, so its schema is checked when it is restored.
+        schema = output_schema(self.ctx, node, self.initial) if isinstance(node, Node) else None
+        check_committed(self.ctx, node, schema, committed, position, branch, group)
+
+    async def _skip_to(self, start: int) -> None:
+        """The published way of resuming: go on from the checkpoint of the node before, whatever lies further back."""
+        ctx = self.ctx
+        loaded = -1
+        for position in range(start):
+            state = await restore(ctx, self.nodes[position], self.state, position)
+            if state is not None:
+                loaded = position
+        if loaded == start - 1:
+            return
+        before = self.nodes[start - 1]
+        schema = output_schema(ctx, before, self.state).model
+        saved = await ctx.checkpoint_manager.resume(ctx.run_id, before.node_id, schema)
+        if saved is None:
+            raise CheckpointNotFound(
+                f"run {ctx.run_id!r} has no checkpoint of node {before.node_id!r}, which stands before "
+                f"{self.nodes[start].node_id!r}; run the pipeline from its beginning, or resume from an earlier node"
+            )
+        ctx.last_state = saved
+
+    async def _loop(self) -> tuple[Failure | None, RunStatus]:
+        ctx = self.ctx
+        if self.start:
+            await self._skip_to(self.start)
+        state = self.state
+        task = asyncio.current_task()
+        assert task is not None  # A coroutine of asyncio runs in one.
+        cancelling = task.cancelling()
+        for position in range(self.start or 0, len(self.nodes)):
+            if self.draining:
+                return None, RunStatus.INTERRUPTED
+            if task.cancelling() != cancelling:
+                # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
+                await asyncio.sleep(0)
+                cancelling = task.cancelling()
+            outcome = await execute(ctx, self.nodes[position], state, position, cancelling=cancelling)
+            if isinstance(outcome, Halt):
+                return None if outcome.suspended else outcome.failure, outcome.status
+            state = outcome
+        return None, RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
+
+    async def _as_it_was(self, finished: Finished) -> tuple[Failure | None, RunStatus]:
+        """The outcome of an execution that is returned, not run."""
+        ctx = self.ctx
+        status = RunStatus(finished.status)
+        completed = status in (RunStatus.COMPLETED, RunStatus.RESUMED)
+        for position, node in enumerate(self.nodes):
+            if await restore(ctx, node, self.state, position) is None:
+                if not completed:
+                    break
+                raise PipelineChanged(
+                    f"run {ctx.run_id!r} finished without node {node.node_id!r}, which the pipeline has at position "
+                    f'{position}; continue it with if_exists="resume", or begin a new run'
+                )
+        if completed or status in _CUT_SHORT:
+            return None, status
+        if status is RunStatus.SUSPENDED:
+            reasons = [w.reason for w in ctx.session.waiting.values() if w.payload is None]
+            ctx.suspended.extend(reasons or [finished.error or "it waits for an answer"])
+            return None, status
+        error = RunFailed(finished.error or f"run {ctx.run_id!r} ended as {status}")
+        failure = diagnose(error, NodeContext("run", 1, ctx.run_id))
+        kind = FailureClass.TERMINAL if status is RunStatus.FAILED else FailureClass.RECOVERABLE
+        return replace(failure, failure_class=kind), status
+
+    async def _end(self, status: RunStatus, failure: Failure | None) -> ExecutionResult:
+        """Close the record, build the result, tell the hooks: always, whichever way the run ended."""
+        ctx = self.ctx
+        result = ctx.build_result(status, self.state, failure)
+        why = failure.message if failure is not None else "; ".join(ctx.suspended) or None
+        cancelled = await ctx.end(status, why)
+        if ctx.run_logger.isEnabledFor(logging.INFO):
+            ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
+        if ctx.fire.on_run_end is not None:
+            try:
+                await ctx.fire.fire(
+                    "on_run_end", ctx.fire.on_run_end, None, lambda: (ctx.run_id, _own_copy(ctx, result))
+                )
+            except HookNotAsync as error:
+                error.result = result
+                if status is not RunStatus.CANCELLED:
+                    raise
+                # A cancellation is on its way out, and must come out as one.
+                ctx.run_logger.warning("%s", error)
+        if cancelled:
+            raise asyncio.CancelledError
+        if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
+            first = ctx.hook_failures[0]
+            where = "" if first.node_id is None else f" of {first.node_id!r}"
+            raise HookError(
+                f"{len(ctx.hook_failures)} hook calls raised; the first, {first.hook}{where}: {first.exception!r}",
+                result,
+            ) from first.exception
+        return result
+
+
+def _own_copy(ctx: ReliabilityContext, result: ExecutionResult) -> ExecutionResult:
+    """The result as one set of hooks may do with it what it likes; redacted, if the config says how."""
+    state, trace, failure = result.final_state, result.trace.copy(), result.failure
+    if isinstance(state, BaseModel):
+        schema = schema_of(type(state))
+        state = schema.copy(state)
+        if ctx.config.redact is not None:
+            # What is shown need not satisfy the schema.
+            state = type(state).model_construct(**ctx.shown(schema.state(state)))
+    if ctx.config.redact is not None:
+        for event in trace.walk():
+            event.input_state = ctx.shown(event.input_state)
+            if event.output_state is not None:
+                event.output_state = ctx.shown(event.output_state)
+        if failure is not None:
+            failure = replace(failure, exception=ctx.shown_error(failure.exception))
+    return replace(
+        result,
+        final_state=state,
+        trace=trace,
+        failure=failure,
+        hook_errors=list(result.hook_errors),
+        unpriced_models=list(result.unpriced_models),
+        suspended=list(result.suspended),
+    )
+
+
+_CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)

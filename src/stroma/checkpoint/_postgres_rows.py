@@ -1,0 +1,264 @@
+"""The rows of a Postgres store, read and written on one connection."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Any, Final, LiteralString
+
+import psycopg
+
+from stroma.checkpoint._postgres_schema import key
+from stroma.checkpoint._session import CANCEL, SAVED, Attempt, Fence, Opening, RunRow, Step, StepRow
+from stroma.checkpoint.payloads import BLOB
+
+__all__ = ["PostgresRows", "commit_query"]
+
+# Leases and times go by the server's clock: all who use the store see the same one.
+_NOW_MS: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
+_UNTIL: Final = "clock_timestamp() + make_interval(secs => %s)"
+_RUN: Final = """run, run_id, pipeline, execution, status, error, started_ms, updated_ms, tokens, cost_pico,
+    latency_ns, lease_owner, lease_epoch,
+    coalesce(extract(epoch FROM lease_until - clock_timestamp())::float8, -1.0),
+    (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
+    AND s.branch_key = '')"""
+_FIND: Final = f"SELECT {_RUN} FROM runs r WHERE run_key = %s"
+# Two who open a new run meet at its row: the second one waits for the first, then sees what that one made of it.
+_LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
+    cost_pico, latency_ns, lease_epoch) VALUES (%s, %s, '', 0, 'RUNNING', {_NOW_MS}, {_NOW_MS}, 0, 0, 0, 0)
+    ON CONFLICT (run_key) DO UPDATE SET run_key = excluded.run_key RETURNING {_RUN}, r.run = lastval()"""
+_NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (%s, %s, %s, %s, %s)"
+_INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = %s AND execution = %s"
+_CLAIM: Final = f"""status = 'RUNNING', error = NULL, updated_ms = {_NOW_MS}, lease_owner = %s, lease_until = {_UNTIL},
+    lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch"""
+_GO_ON: Final = f"UPDATE runs SET {_CLAIM}"
+_BEGIN: Final = f"""UPDATE runs SET execution = %s, pipeline = %s, started_ms = {_NOW_MS}, tokens = 0, cost_pico = 0,
+    latency_ns = 0, {_CLAIM}"""
+_DISCARD: Final = "DELETE FROM steps WHERE run = %s AND execution = %s AND position >= %s"
+_STEP_ROW: Final = (
+    "s.position, s.branch, s.node_id, s.contract, s.schema_ref, s.output, s.sha256, s.call, s.given"
+)
+_STEPS: Final = f"SELECT {_STEP_ROW} FROM steps s WHERE run = %s AND execution = %s AND position >= 0"
+_NEWEST: Final = f"""SELECT {_STEP_ROW}
+    FROM runs r JOIN steps s ON s.run = r.run AND (s.execution = r.execution OR s.position = %s)
+    WHERE r.run_key = %s AND s.node_id = %s ORDER BY s.id DESC LIMIT 1"""
+_STEP_COLUMNS: Final = """(run, execution, position, branch_key, branch, node_id, epoch, attempt, started_ns, contract,
+    schema_ref, output, sha256, call, given)"""
+_REPLACE: Final = """ON CONFLICT (run, execution, position, branch_key) DO UPDATE SET id = excluded.id,
+    branch = excluded.branch, node_id = excluded.node_id, epoch = excluded.epoch, attempt = excluded.attempt,
+    started_ns = excluded.started_ns, contract = excluded.contract, schema_ref = excluded.schema_ref,
+    output = excluded.output, sha256 = excluded.sha256, call = excluded.call, given = excluded.given"""
+_KEEP: Final = f"""INSERT INTO steps {_STEP_COLUMNS}
+    VALUES (%s, 0, %s, %s, %s, %s, 0, 0, 0, %s, %s, %s, %s, %s, %s) {_REPLACE}"""
+_KEPT: Final = (
+    f"SELECT {_STEP_ROW} FROM steps s WHERE run = %s AND execution = 0 AND position = %s ORDER BY branch"
+)
+_DROP: Final = """DELETE FROM steps WHERE run = %s AND execution = 0 AND position = %s
+    AND (%s::bytea IS NULL OR branch_key = %s)"""
+_WANTED: Final = "SELECT run FROM steps WHERE run = ANY(%s) AND execution = 0 AND position = %s"
+# The fence: rows change only while this session is the last one that opened the run.
+_FENCE: Final = "WHERE run = %(run)s AND lease_epoch = %(epoch)s AND lease_owner = %(owner)s"
+# A commit is one statement: the run is locked and looked at (it may have been taken over while we waited for the
+# lock), then comes the attempt, and only with a new one its usage and its output.
+_ATTEMPT_KEY: Final = (
+    "%(run)s, %(execution)s, %(epoch)s, %(position)s, %(started_ns)s, %(branch_key)s, %(attempt)s"
+)
+_ATTEMPT: Final = f"""WITH held AS (SELECT run FROM runs {_FENCE} FOR UPDATE),
+    kept AS (INSERT INTO attempts (run, execution, epoch, position, started_ns, branch_key, attempt, branch, node_id,
+    duration_ns, outcome, failure_class, message, reason, tokens, output_tokens, cost_pico, model)
+    SELECT {_ATTEMPT_KEY}, %(branch)s, %(node_id)s, %(duration_ns)s, %(outcome)s, %(failure_class)s::text,
+    %(message)s::text, %(reason)s::text, %(tokens)s, %(output_tokens)s, %(cost_pico)s, %(model)s::text FROM held
+    ON CONFLICT DO NOTHING RETURNING run),
+    counted AS (UPDATE runs SET updated_ms = {_NOW_MS},
+    lease_until = clock_timestamp() + make_interval(secs => %(lease_seconds)s), tokens = tokens + %(tokens)s,
+    cost_pico = cost_pico + %(cost_pico)s, latency_ns = latency_ns + %(latency_ns)s
+    WHERE run = (SELECT run FROM kept))"""
+_OUTPUT: Final = f""", output AS (INSERT INTO steps {_STEP_COLUMNS}
+    SELECT run, %(execution)s, %(position)s, %(branch_key)s, %(branch)s, %(node_id)s, %(epoch)s, %(attempt)s,
+    %(started_ns)s, %(contract)s, %(schema_ref)s, %(output)s::bytea, %(sha256)s::bytea, %(number)s::bigint,
+    %(given)s::bytea FROM kept {_REPLACE})"""
+# An attempt that was kept before the run was taken over is kept.
+_HELD: Final = f"""SELECT EXISTS (SELECT FROM held) OR EXISTS (SELECT FROM attempts WHERE
+    (run, execution, epoch, position, started_ns, branch_key, attempt) = ({_ATTEMPT_KEY}))"""
+_COMMIT: Final = f"{_ATTEMPT} {_HELD}"
+_COMMIT_OUTPUT: Final = f"{_ATTEMPT}{_OUTPUT} {_HELD}"
+_END: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s, updated_ms = {_NOW_MS}, lease_until = NULL
+    {_FENCE}"""
+# In the order of their runs, so that nobody waits for us while we wait for them.
+_RENEW: Final = """WITH fences AS (SELECT * FROM
+    unnest(%s::bigint[], %s::bigint[], %s::text[], %s::float8[]) AS f(run, epoch, owner, seconds)),
+    held AS (SELECT r.run, f.seconds FROM runs r JOIN fences f ON r.run = f.run AND r.lease_epoch = f.epoch
+    AND r.lease_owner = f.owner WHERE r.lease_until IS NOT NULL ORDER BY r.run FOR UPDATE OF r)
+    UPDATE runs r SET lease_until = clock_timestamp() + make_interval(secs => held.seconds)
+    FROM held WHERE r.run = held.run"""
+_DELETE: Final = (
+    "DELETE FROM steps WHERE run = %s",
+    "DELETE FROM inputs WHERE run = %s",
+    "DELETE FROM attempts WHERE run = %s",
+    "DELETE FROM runs WHERE run = %s",
+)
+_ATTEMPTS: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.node_id, a.duration_ns, a.outcome,
+    a.failure_class, a.message, a.reason, a.tokens, a.output_tokens, a.cost_pico, a.model,
+    s.contract, s.schema_ref, s.output, s.sha256, s.call, s.given FROM attempts a
+    LEFT JOIN steps s ON s.run = a.run AND s.execution = a.execution AND s.position = a.position
+    AND s.branch_key = a.branch_key AND s.epoch = a.epoch AND s.attempt = a.attempt AND s.started_ns = a.started_ns
+    WHERE a.run = %s AND a.execution = %s ORDER BY a.epoch, a.position, a.started_ns, a.branch, a.attempt"""
+_RUNS: Final = f"""SELECT {_RUN} FROM runs r WHERE execution > 0 AND (%s::text IS NULL OR pipeline = %s)
+    AND (%s::text IS NULL OR status = %s) ORDER BY started_ms DESC, run DESC LIMIT %s"""
+_EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < %s AND (%s OR (execution > 0
+    AND status IN ('COMPLETED', 'RESUMED', 'FAILED', 'CANCELLED'))) ORDER BY updated_ms LIMIT %s"""
+_BLOBS: Final = """SELECT output FROM steps WHERE substr(output, 1, %(length)s::int) = %(blob)s
+    UNION ALL SELECT given FROM steps WHERE substr(given, 1, %(length)s::int) = %(blob)s
+    UNION ALL SELECT input FROM inputs WHERE substr(input, 1, %(length)s::int) = %(blob)s"""
+# Ids that begin with a text: a range of the index, and no LIKE, which knows wildcards.
+_BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0
+    AND left(run_id, 64) COLLATE "C" >= %s AND left(run_id, 64) COLLATE "C" < %s AND starts_with(run_id, %s)
+    ORDER BY run_id = %s DESC, started_ms DESC, run DESC LIMIT %s"""
+_INDEXED: Final = 64
+_LAST_CHARACTERS: Final = "\U0010ffff" * (_INDEXED + 1)
+
+
+class PostgresRows:
+    """See :class:`stroma.checkpoint._session.Rows`; the transaction is the caller's."""
+
+    def __init__(self, db: psycopg.Connection[Any]) -> None:
+        self.db = db
+        #: What find() made in this transaction: without an execution, as if it were not there.
+        self._made: RunRow | None = None
+
+    def _execute(
+        self, query: LiteralString, values: Sequence[Any] | dict[str, Any] = ()
+    ) -> psycopg.Cursor[Any]:
+        return self.db.execute(query, values, binary=True)  # As text, an output is twice as long.
+
+    # ------------------------------------------------------------------ runs
+
+    def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
+        if not lock:
+            row = self._execute(_FIND, (key(run_id),)).fetchone()
+            return None if row is None else RunRow._make(row)
+        found, is_new = self._lock(run_id)
+        if is_new:
+            self._made = found
+        return None if is_new else found
+
+    def _lock(self, run_id: str) -> tuple[RunRow, bool]:
+        """The row of a run, made if need be, and whether it was; nobody else changes it, or makes another one."""
+        row: Any = self._execute(_LOCK, (key(run_id), run_id)).fetchone()
+        return RunRow._make(row[:-1]), row[-1]
+
+    def begin(self, found: RunRow | None, opening: Opening) -> Fence:
+        if found is None:
+            made = self._made
+            found = made if made and made.run_id == opening.run_id else self._lock(opening.run_id)[0]
+        run, execution = found.run, found.execution + 1
+        # Earlier executions stay as history; nothing reads their commits any more.
+        self._execute(_NEW_INPUT, (run, execution, opening.contract, opening.input, opening.sha256))
+        claim = (execution, opening.pipeline, opening.owner, opening.lease_seconds, run)
+        return self._fence(run, execution, opening, self._execute(_BEGIN, claim))
+
+    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+        if opening.discard_from is not None:
+            self._execute(_DISCARD, (found.run, found.execution, max(opening.discard_from, 0)))
+        claim = (opening.owner, opening.lease_seconds, found.run)
+        return self._fence(found.run, found.execution, opening, self._execute(_GO_ON, claim))
+
+    @staticmethod
+    def _fence(run: int, execution: int, opening: Opening, claimed: psycopg.Cursor[Any]) -> Fence:
+        (epoch,) = claimed.fetchone() or (0,)
+        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
+
+    def input(self, run: int, execution: int) -> tuple[str, bytes, bytes] | None:
+        found: tuple[str, bytes, bytes] | None = self._execute(_INPUT, (run, execution)).fetchone()
+        return found
+
+    def steps(self, run: int, execution: int) -> list[StepRow]:
+        return [_step_row(row) for row in self._execute(_STEPS, (run, execution)).fetchall()]
+
+    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
+        row = self._execute(*commit_query(fence, attempt, step)).fetchone()
+        return row is not None and bool(row[0])
+
+    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
+        at = {"run": fence.run, "epoch": fence.epoch, "owner": fence.owner}
+        return self._execute(_END, {"status": status, "error": error, **at}).rowcount == 1
+
+    def renew(self, fences: list[Fence]) -> None:
+        if not fences:
+            return
+        columns = [(f.run, f.epoch, f.owner, float(f.lease_seconds)) for f in fences]
+        self._execute(_RENEW, [list(column) for column in zip(*columns, strict=True)])
+
+    # ------------------------------------------------------------------ beside the commits
+
+    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+        found, _ = self._lock(run_id)
+        self._execute(_KEEP, (found.run, position, key(branch), branch, node_id, *step))
+
+    def kept(self, run: int, position: int) -> list[StepRow]:
+        return [_step_row(row) for row in self._execute(_KEPT, (run, position)).fetchall()]
+
+    def drop(self, run: int, position: int, branch: str | None = None) -> None:
+        branch_key = None if branch is None else key(branch)
+        self._execute(_DROP, (run, position, branch_key, branch_key))
+
+    def wanted(self, runs: list[int]) -> list[int]:
+        found = {run for (run,) in self._execute(_WANTED, (runs, CANCEL)).fetchall()}
+        return [run for run in runs if run in found]
+
+    def newest(self, run_id: str, node_id: str) -> StepRow | None:
+        row = self._execute(_NEWEST, (SAVED, key(run_id), node_id)).fetchone()
+        return None if row is None else _step_row(row)
+
+    def delete(self, run_id: str) -> None:
+        # The lock first: a commit that is under way would leave its rows behind.
+        locked = self._execute("SELECT run FROM runs WHERE run_key = %s FOR UPDATE", (key(run_id),))
+        run = locked.fetchone()
+        if run is not None:
+            for statement in _DELETE:
+                self._execute(statement, run)
+
+    # ------------------------------------------------------------------ retention
+
+    def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+        return [run_id for (run_id,) in self._execute(_EXPIRED, (before_ms, unfinished, limit)).fetchall()]
+
+    def blobs(self) -> list[bytes]:
+        values = {"blob": BLOB, "length": len(BLOB)}
+        return [payload for (payload,) in self._execute(_BLOBS, values).fetchall()]
+
+    # ------------------------------------------------------------------ reading
+
+    def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
+        # Execution 0 has only what save() kept: no run of a pipeline.
+        rows = self._execute(_RUNS, (pipeline, pipeline, status, status, limit)).fetchall()
+        return [RunRow._make(row) for row in rows]
+
+    def ids(self, prefix: str, limit: int) -> list[str]:
+        lowest = prefix[:_INDEXED]
+        values = (lowest, lowest + _LAST_CHARACTERS, prefix, prefix, limit)
+        return [run_id for (run_id,) in self._execute(_BY_PREFIX, values).fetchall()]
+
+    def attempts(self, run: int, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
+        for row in self._execute(_ATTEMPTS, (run, execution)).fetchall():
+            step = row[len(Attempt._fields) :]
+            yield Attempt(*row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
+
+
+def commit_query(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[LiteralString, dict[str, Any]]:
+    """The statement of a commit, and its values. Its answer is whether what it was to keep is kept."""
+    # What a group took is its own wall time; its children's is part of it.
+    latency = 0 if attempt.branch else attempt.duration_ns
+    values = {
+        **fence._asdict(),
+        **attempt._asdict(),
+        "branch_key": key(attempt.branch),
+        "latency_ns": latency,
+    }
+    if step is None:
+        return _COMMIT, values
+    return _COMMIT_OUTPUT, {**values, **step._asdict()}
+
+
+def _step_row(row: Any) -> StepRow:
+    position, branch, node_id, *step = row
+    return StepRow(position, branch, node_id, Step._make(step))

@@ -1,0 +1,154 @@
+"""How a Redis store writes things down."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+from urllib.parse import quote
+
+from stroma.checkpoint._session import RunRow, Step, StepRow
+
+__all__ = [
+    "Run",
+    "from_hex",
+    "node_of",
+    "pack",
+    "pack_step",
+    "pairs",
+    "payloads_of",
+    "prefix_of",
+    "read_step",
+    "run_row",
+    "step_row",
+    "text",
+    "unpack",
+]
+
+
+class Run:
+    """A run as it was found, or as its session knows it.
+
+    Attributes:
+        version: the highest that was acknowledged; a lower one in the server says that it lost writes.
+        parent: whether something may be kept at PARENT.
+    """
+
+    __slots__ = ("epoch", "parent", "prefix", "run_id", "token", "version")
+
+    def __init__(self, run_id: str, token: str, epoch: int, version: int, parent: bool = True) -> None:
+        self.run_id = run_id
+        self.prefix = prefix_of(run_id)
+        self.token = token
+        self.epoch = epoch
+        self.version = version
+        self.parent = parent
+
+
+def prefix_of(run_id: str) -> str:
+    # Percent-encoded: no id can reach into the keys of another run, nor out of the braces.
+    return f"stroma:{{{quote(run_id, safe='')}}}:"
+
+
+def pack(header: list[Any], *parts: bytes) -> bytes:
+    """Facts as a line of JSON, and bytes of any kind behind it."""
+    line = json.dumps([header, [len(part) for part in parts]], separators=(",", ":"))
+    return b"".join((line.encode("ascii"), b"\n", *parts))
+
+
+def unpack(value: bytes) -> tuple[list[Any] | None, list[bytes]]:
+    """What was packed; (None, []) for what was not: it comes out of a store."""
+    line, _, rest = value.partition(b"\n")
+    try:
+        header, lengths = json.loads(line)
+        parts = []
+        for length in lengths:
+            parts.append(rest[:length])
+            rest = rest[length:]
+    except (ValueError, TypeError):
+        return None, []
+    return (header, parts) if isinstance(header, list) and header and not rest else (None, [])
+
+
+def pack_step(step: Step, epoch: int, attempt: int, started_ns: int) -> bytes:
+    contract, schema_ref, output, sha256, number, given = step
+    header = [contract, schema_ref, sha256.hex(), number, given is not None, epoch, attempt, started_ns]
+    return pack(header, output, given or b"")
+
+
+def read_step(value: bytes) -> tuple[Step, list[Any] | None]:
+    """A Step and [epoch, attempt, start] of its attempt; a damaged one has no such, and a checksum that is wrong."""
+    header, parts = unpack(value)
+    if header is None or len(header) != 8 or len(parts) != 2:
+        return Step("", "", value, b""), None
+    contract, schema_ref, sha, number, has_given, *by = header
+    return Step(contract, schema_ref, parts[0], from_hex(sha), number, parts[1] if has_given else None), by
+
+
+def payloads_of(part: bytes, value: bytes) -> list[bytes]:
+    """The payloads in a value of one of a run's hashes."""
+    if part == b"saved":
+        value = value.partition(b"\n")[2]
+    if part in (b"inputs", b"beside"):
+        parts = unpack(value)[1]
+        if part == b"inputs" or not parts:
+            return parts
+        value = parts[0]
+    step = read_step(value)[0]
+    return [step.output] if step.given is None else [step.output, step.given]
+
+
+def step_row(place: str, node_id: str, value: bytes) -> StepRow:
+    position, _, branch = place.partition(":")
+    return StepRow(int(position), branch, node_id, read_step(value)[0])
+
+
+def run_row(reply: list[Any]) -> RunRow:
+    now, fields, parent = reply
+    f = pairs(fields)
+    number = {name: int(f.get(name, b"0")) for name in _NUMBERS}
+    owner, error = f.get("owner"), f.get("error")
+    run_id = text(f["run_id"])
+    left = (int(f["until_ms"]) - now) / 1000 if "until_ms" in f else -1.0
+    return RunRow(
+        Run(run_id, text(f["token"]), number["epoch"], number["version"], bool(parent)),
+        run_id,
+        text(f["pipeline"]),
+        number["execution"],
+        text(f["status"]),
+        None if error is None else text(error),
+        number["started_ms"],
+        number["updated_ms"],
+        number["tokens"],
+        number["cost_pico"],
+        number["latency_ns"],
+        None if owner is None else text(owner),
+        number["epoch"],
+        left,
+        number["nodes"],
+    )
+
+
+_NUMBERS: Final = (
+    "epoch", "version", "execution", "started_ms", "updated_ms", "tokens", "cost_pico", "latency_ns", "nodes",
+)  # fmt: skip
+
+
+def pairs(reply: Any) -> dict[str, bytes]:
+    """A hash, as a server of either protocol gives it."""
+    items = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+    return {text(key): value for key, value in items}
+
+
+def node_of(value: bytes) -> str:
+    return text(value.partition(b" ")[2])
+
+
+def text(value: Any) -> str:
+    return value.decode() if isinstance(value, bytes) else str(value)
+
+
+def from_hex(digits: Any) -> bytes:
+    try:
+        return bytes.fromhex(digits)
+    except (ValueError, TypeError):
+        return b""

@@ -1,0 +1,402 @@
+"""The rows of a Redis store.
+
+Reading is done at once. What an operation writes is gathered, and sent at its end as one transaction: each step of it
+compares what it builds on (the run's token, epoch and version as they were read, or the session's fence) with what is
+there. If another process was faster, nothing is done, and the operation is done again from the start.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from typing import Any, Final, NamedTuple
+
+from stroma.checkpoint._redis_format import (
+    Run,
+    from_hex,
+    node_of,
+    pack,
+    pack_step,
+    pairs,
+    payloads_of,
+    prefix_of,
+    read_step,
+    run_row,
+    step_row,
+    text,
+    unpack,
+)
+from stroma.checkpoint._redis_scripts import IDS, RUNS, TOMBSTONE_SECONDS
+from stroma.checkpoint._redis_server import Link, script
+from stroma.checkpoint._session import (
+    PARENT,
+    SAVED,
+    Attempt,
+    Fence,
+    Opening,
+    RunRow,
+    Step,
+    StepRow,
+    fenced,
+)
+from stroma.checkpoint.journal import CheckpointLost, CorruptCheckpoint
+from stroma.checkpoint.payloads import BLOB
+
+__all__ = ["Changed", "RedisRows", "commit_command", "kept_or_raise", "lost"]
+
+_PAGE: Final = 200
+_ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
+
+
+class Changed(Exception):
+    """Another process changed the run since it was read; nothing was done."""
+
+
+class _Write(NamedTuple):
+    """One step of a transaction, and what to do with its reply."""
+
+    command: tuple[Any, ...]
+    read: Callable[[Any], None]
+
+
+class RedisRows:
+    """See :class:`stroma.checkpoint._session.Rows`; whoever uses it calls :meth:`flush` at the end."""
+
+    def __init__(self, link: Link, ttl_ms: int | None) -> None:
+        self._link = link
+        self._ttl = "" if ttl_ms is None else str(ttl_ms)
+        self._writes: list[_Write] = []
+        #: Runs that must stay as they were found, by id.
+        self._locked: dict[str, RunRow | None] = {}
+        #: Owners that this operation writes as, by run id.
+        self._owners: dict[str, str] = {}
+
+    def flush(self) -> None:
+        """Do what was asked for: all of it, or nothing. Raises Changed, Fenced, CheckpointLost, driver errors."""
+        writes, self._writes = self._writes, []
+        if not writes:
+            return
+        replies = self._link.send([write.command for write in writes], atomic=len(writes) > 1)
+        for write, reply in zip(writes, replies, strict=True):
+            if isinstance(reply, Exception):
+                raise reply
+            write.read(reply)
+
+    # ------------------------------------------------------------------ runs
+
+    def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
+        (reply,) = self._get(script(prefix_of(run_id), "find", run_id))
+        if reply == b"lost":
+            raise lost(run_id, self._link.server.name)
+        found = None if reply is None else run_row(reply)
+        if lock:
+            self._locked[run_id] = found
+        return found
+
+    def begin(self, found: RunRow | None, opening: Opening) -> Fence:
+        token = os.urandom(8).hex() if found is None else found.run.token
+        old = ("", "", "") if found is None else (token, found.run.epoch, found.run.version)
+        execution, epoch = (1, 1) if found is None else (found.execution + 1, found.epoch + 1)
+        lease = int(opening.lease_seconds * 1000)
+        data = pack([opening.contract, opening.sha256.hex()], opening.input)
+        about = (opening.owner, token, execution, epoch, opening.pipeline, lease, data)
+        return self._claim("begin", (*old, *about), found, opening, token, execution, epoch)
+
+    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+        run, epoch = found.run, found.epoch + 1
+        discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
+        lease = int(opening.lease_seconds * 1000)
+        about = (run.token, run.epoch, run.version, opening.owner, found.execution, epoch, lease, discard)
+        return self._claim("go_on", about, found, opening, run.token, found.execution, epoch)
+
+    def _claim(
+        self,
+        operation: str,
+        about: tuple[Any, ...],
+        found: RunRow | None,
+        opening: Opening,
+        token: str,
+        execution: int,
+        epoch: int,
+    ) -> Fence:
+        run = Run(opening.run_id, token, epoch, 1 if found is None else found.run.version + 1)
+        self._owners[opening.run_id] = opening.owner
+        command = script(run.prefix, operation, opening.run_id, *about)
+        self._writes.append(_Write(command, lambda reply: self._settle(run, reply)))
+        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
+
+    def input(self, run: Run, execution: int) -> tuple[str, bytes, bytes] | None:
+        token = ("HGET", f"{run.prefix}run", "token")
+        before, value, after = self._get(token, ("HGET", f"{run.prefix}inputs", execution), token)
+        if {text(before), text(after)} != {run.token}:
+            raise Changed
+        if value is None:
+            raise lost(run.run_id, self._link.server.name)
+        header, parts = unpack(value)
+        return (str(header[0]), parts[0], from_hex(header[1])) if header else ("", value, b"")
+
+    def steps(self, run: Run, execution: int) -> list[StepRow]:
+        state = ("HMGET", f"{run.prefix}run", "token", "epoch", "version", "kept")
+        before, nodes, steps, after = self._get(
+            state,
+            ("HGETALL", f"{run.prefix}nodes:{execution}"),
+            ("HGETALL", f"{run.prefix}steps:{execution}"),
+            state,
+        )
+        if before != after or [*map(text, before[:3])] != [run.token, str(run.epoch), str(run.version)]:
+            raise Changed
+        nodes, steps = pairs(nodes), pairs(steps)
+        if len(steps) != int(before[3]) or nodes.keys() != steps.keys():
+            raise lost(run.run_id, self._link.server.name)
+        # In the order of their commits: a hash has none of its own.
+        told = sorted(steps, key=lambda place: int(nodes[place].partition(b" ")[0]))
+        return [step_row(place, node_of(nodes[place]), steps[place]) for place in told]
+
+    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
+        # False, were it told now, would be Fenced: that is raised when the reply is there.
+        self._owners[fence.run.run_id] = fence.owner
+        command = commit_command(fence, attempt, step)
+        self._writes.append(_Write(command, lambda reply: self._settle(fence.run, reply)))
+        return True
+
+    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
+        run = fence.run
+        ttl = self._ttl if status in ("COMPLETED", "RESUMED") else ""
+        said = "" if error is None else f"={error}"
+        exact = "exact" if run.run_id in self._locked and run.run_id not in self._owners else ""
+        about = (run.token, fence.execution, fence.epoch, fence.owner, run.version, status, said, ttl, exact)
+        command = script(run.prefix, "finish", run.run_id, *about)
+        self._writes.append(_Write(command, lambda reply: self._settle(run, reply)))
+        return True
+
+    def renew(self, fences: list[Fence]) -> None:
+        replies = self._link.send(
+            [
+                script(f.run.prefix, "renew", f.run.token, f.epoch, f.owner, f.run.version, _lease(f))
+                for f in fences
+            ]
+        )
+        for fence, reply in zip(fences, replies, strict=True):
+            if isinstance(reply, int):  # The next commit finds out what else there is to say.
+                fence.run.version = max(fence.run.version, reply)
+
+    def _settle(self, run: Run, reply: Any) -> None:
+        if reply == b"changed" or (reply == b"fenced" and run.run_id in self._locked):
+            raise Changed
+        if not kept_or_raise(run, reply, self._link.server.name):
+            raise fenced(self.find(run.run_id), run.run_id)
+
+    # ------------------------------------------------------------------ beside the commits
+
+    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+        if position == SAVED:
+            value = pack_step(step, 0, 0, 0)
+            self._write(prefix_of(run_id), "save", branch, value, self._ttl)
+            return
+        value = pack([node_id], pack_step(step, 0, 0, 0))
+        self._write(prefix_of(run_id), "keep", *self._guard(run_id), position, branch, value)
+
+    def kept(self, run: Run, position: int) -> list[StepRow]:
+        if position == PARENT and not run.parent:
+            return []
+        (reply,) = self._get(("HGETALL", f"{run.prefix}beside:{position}"))
+        found = []
+        for branch, value in sorted(pairs(reply).items()):
+            header, parts = unpack(value)
+            node_id, data = (str(header[0]), parts[0]) if header else ("?", b"")
+            found.append(StepRow(position, branch, node_id, read_step(data)[0]))
+        return found
+
+    def drop(self, run: Run, position: int, branch: str | None = None) -> None:
+        branches = () if branch is None else (branch,)
+        self._write(run.prefix, "drop", *self._guard(run.run_id), position, *branches)
+
+    def wanted(self, runs: list[Run]) -> list[Run]:
+        replies = self._get(*(("EXISTS", f"{run.prefix}beside:-3") for run in runs)) if runs else []
+        return [run for run, there in zip(runs, replies, strict=True) if there]
+
+    def newest(self, run_id: str, node_id: str) -> StepRow | None:
+        (reply,) = self._get(script(prefix_of(run_id), "newest", node_id))
+        now, saved, order, place, value, _ = [*reply, None][:6]
+        if saved is not None:
+            head, _, data = saved.partition(b"\n")
+            try:
+                number, until = head.split(b" ")
+                if (not until or int(until) > now) and int(number) > order:
+                    step, header = read_step(data)
+                    if header is None:
+                        raise ValueError("it is not in our format")
+                    return StepRow(SAVED, node_id, node_id, step)
+            except ValueError as error:
+                raise CorruptCheckpoint(
+                    f"the checkpoint of node {node_id!r} in run {run_id!r} cannot be read back: {error}; save it again"
+                ) from error
+        if place is None:
+            return None
+        if value is None:
+            raise lost(run_id, self._link.server.name)
+        return step_row(place.decode(), node_id, value)
+
+    def delete(self, run_id: str) -> None:
+        found = self._locked.get(run_id)
+        as_found = ("", "") if found is None else (found.run.token, found.run.version)
+        self._write(prefix_of(run_id), "delete", run_id, TOMBSTONE_SECONDS * 1000, *as_found)
+
+    def _guard(self, run_id: str) -> tuple[str, str]:
+        """(token, owner) that must be the run's for something to be kept beside its commits; "" if any will do."""
+        owner, found = self._owners.get(run_id, ""), self._locked.get(run_id)
+        return ("" if owner or found is None else found.run.token), owner
+
+    def _write(self, prefix: str, operation: str, *values: Any) -> None:
+        def read(reply: Any) -> None:
+            if reply == b"changed":
+                raise Changed
+
+        self._writes.append(_Write(script(prefix, operation, *values), read))
+
+    # ------------------------------------------------------------------ retention
+
+    def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+        # What only save() kept expires by itself, or was meant to stay.
+        found: list[str] = []
+        start = 0
+        while len(found) < limit:
+            page = ("ZRANGEBYSCORE", RUNS, "-inf", f"({before_ms}000", "LIMIT", start, _PAGE)
+            (ids,) = self._get(page)
+            found += (
+                row.run_id
+                for row in self._rows(ids)
+                if row.updated_ms < before_ms and (unfinished or row.status in _ENDED)
+            )
+            start += _PAGE
+            if len(ids) < _PAGE:
+                break
+        return found[:limit]
+
+    def blobs(self) -> Iterator[bytes]:
+        for key in self._link.client.scan_iter(match="stroma:{*", count=1000, _type="HASH"):
+            part = key.rpartition(b"}:")[2].partition(b":")[0]
+            if part not in (b"inputs", b"steps", b"beside", b"saved"):
+                continue
+            for _, value in self._link.client.hscan_iter(key, count=100):
+                for payload in payloads_of(part, value):
+                    if payload.startswith(BLOB):
+                        yield payload
+
+    # ------------------------------------------------------------------ reading
+
+    def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
+        self._link.send([script("stroma:", "sweep")])  # Whoever may only read is refused, and no harm done.
+        found: list[RunRow] = []
+        start = 0
+        while len(found) < limit:
+            (ids,) = self._get(("ZREVRANGE", RUNS, start, start + _PAGE - 1))
+            found += (
+                row
+                for row in self._rows(ids)
+                if (pipeline is None or row.pipeline == pipeline) and (status is None or row.status == status)
+            )
+            start += _PAGE
+            if len(ids) < _PAGE:
+                break
+        return found[:limit]
+
+    def ids(self, prefix: str, limit: int) -> list[str]:
+        beginning = prefix.encode()
+        low, high = b"[" + beginning, b"(" + beginning + b"\xff"  # No byte of UTF-8 is that high.
+        matches: list[tuple[bool, float, bytes]] = []
+        while True:
+            (page,) = self._get(("ZRANGEBYLEX", IDS, low, high, "LIMIT", 0, _PAGE))
+            if page:
+                scores = self._get(*(("ZSCORE", RUNS, run_id) for run_id in page))
+                matches += (
+                    (run_id == beginning, float(score), run_id)
+                    for run_id, score in zip(page, scores, strict=True)
+                    if score is not None
+                )
+                low = b"(" + page[-1]
+            if len(page) < _PAGE:
+                break
+        matches.sort(reverse=True)
+        found: list[str] = []
+        for start in range(0, len(matches), _PAGE):
+            found += (row.run_id for row in self._rows([m[2] for m in matches[start : start + _PAGE]]))
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    def _rows(self, ids: list[bytes]) -> list[RunRow]:
+        if not ids:
+            return []
+        # Those whose keys have expired, or got lost, have no row any more.
+        replies = self._get(*(script(prefix_of(run_id.decode()), "find", run_id) for run_id in ids))
+        return [run_row(reply) for reply in replies if isinstance(reply, list)]
+
+    def attempts(self, run: Run, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
+        attempts, steps = self._get(
+            ("HGETALL", f"{run.prefix}attempts:{execution}"), ("HGETALL", f"{run.prefix}steps:{execution}")
+        )
+        outputs = {place: read_step(value) for place, value in pairs(steps).items()}
+        told = []
+        for at, value in pairs(attempts).items():
+            header, _ = unpack(value)
+            if header is None or len(header) != len(Attempt._fields):
+                raise CorruptCheckpoint(
+                    f"attempt {at} of run {run.run_id!r} cannot be read back; its outputs can: resume the run, or delete it"
+                )
+            attempt = Attempt._make(header)
+            epoch = int(at.partition(":")[0])
+            step, by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
+            if by is not None and by != [epoch, attempt.attempt, attempt.started_ns]:
+                step = None
+            told.append((epoch, attempt, step))
+        told.sort(key=lambda one: (one[0], one[1][:4]))
+        for _, attempt, step in told:
+            yield attempt, step
+
+    def _get(self, *commands: tuple[Any, ...]) -> list[Any]:
+        # Not as a transaction: a server that is out of memory refuses those.
+        replies = self._link.send(commands)
+        for reply in replies:
+            if isinstance(reply, Exception):
+                raise reply
+        return replies
+
+
+# ---------------------------------------------------------------------- commits
+
+
+def commit_command(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
+    """What keeps an attempt, its usage and its output, and renews the lease."""
+    run, execution, epoch, owner, _ = fence
+    position, started_ns, branch, number, node_id, *_ = attempt
+    at = f"{epoch}:{position}:{started_ns}:{number}:{branch}"
+    place, data = "", b""
+    if step is not None:
+        place, data = f"{position}:{branch}", pack_step(step, epoch, number, started_ns)
+    # What a group took is its own wall time; its children's is part of it.
+    sums = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.duration_ns)
+    about = (run.token, execution, epoch, owner, run.version, _lease(fence), at, pack(list(attempt)))
+    return script(run.prefix, "commit", *about, *sums, place, node_id, data)
+
+
+def kept_or_raise(run: Run, reply: Any, server: str) -> bool:
+    """Whether a session's write was done; False if its fence is in the way. Raises CheckpointLost."""
+    if reply == b"lost":
+        raise lost(run.run_id, server)
+    if isinstance(reply, int):
+        run.version = max(run.version, reply)
+        return True
+    return False
+
+
+def lost(run_id: str, server: str) -> CheckpointLost:
+    return CheckpointLost(
+        f"what {server} kept of run {run_id!r} is gone, or older than what it acknowledged: it was evicted, flushed, or "
+        "lost in a crash or failover; set appendonly yes, appendfsync always and maxmemory-policy noeviction, then "
+        f"resume the run; if that says the same, delete({run_id!r}) and run it from the beginning"
+    )
+
+
+def _lease(fence: Fence) -> int:
+    return int(fence.lease_seconds * 1000)

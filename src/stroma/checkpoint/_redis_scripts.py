@@ -1,0 +1,299 @@
+"""What happens inside the Redis server: one Lua script, so that it is there as a whole or not at all.
+
+``EVALSHA sha 1 PREFIX operation arguments...``; every operation is one atomic step. Sent again, each changes nothing:
+a reply that was lost is asked for by sending the same once more. A script that fails is not undone by Redis, so
+whatever can fail (no memory, a read-only replica, a sum that overflows) fails at the first write.
+
+The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
+
+    run           hash: the row of the run. token tells it from another run of the same id; version is raised by every
+                  write of a session; kept and tried are how many commits and attempts there must be
+    inputs        hash: execution -> input
+    steps:E       hash: "position:branch" -> output
+    nodes:E       hash: "position:branch" -> "order node id", which says what is newest without reading outputs
+    attempts:E    hash: "epoch:position:start:attempt:branch" -> attempt
+    beside:P      hash: branch -> what is kept at a position below -1
+    saved         hash: node id -> "order until\\n" and what save() kept
+    gone:TOKEN    says, for a while, that the run was deleted: it did not get lost
+
+and of all runs: stroma:runs (zset: id by start), stroma:ids (zset: id, for prefixes), stroma:ended (zset: id by when its
+keys expire). An id that stands in the first but not in the last one has lost its keys.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Final
+
+__all__ = ["IDS", "RUNS", "SCRIPT", "SHA", "TOMBSTONE_SECONDS"]
+
+RUNS: Final = "stroma:runs"
+IDS: Final = "stroma:ids"
+
+#: How long a session that comes too late is told that its run was deleted; after that it is told that it was lost.
+TOMBSTONE_SECONDS: Final = 24 * 3600
+
+SCRIPT: Final = r"""
+local p, op = KEYS[1], ARGV[1]
+local run = p .. 'run'
+local RUNS, IDS, ENDED = 'stroma:runs', 'stroma:ids', 'stroma:ended'
+
+local function now_us()
+  local t = redis.call('TIME')
+  return t[1] * 1000000 + t[2]
+end
+
+local function now_ms() return math.floor(now_us() / 1000) end
+
+local function keys_of(executions)
+  local keys = {run, p .. 'inputs', p .. 'beside:-2', p .. 'beside:-3', p .. 'beside:-4'}
+  for e = 1, executions do
+    for _, name in ipairs({'steps:', 'nodes:', 'attempts:'}) do keys[#keys + 1] = p .. name .. e end
+  end
+  return keys
+end
+
+local function live(executions)
+  if redis.call('PTTL', run) >= 0 then
+    for _, key in ipairs(keys_of(executions)) do redis.call('PERSIST', key) end
+  end
+end
+
+-- Whether an execution has all the rows that its run counts: eviction takes any key.
+local function whole(e)
+  local f = redis.call('HMGET', run, 'kept', 'tried')
+  local kept, tried = tonumber(f[1]), tonumber(f[2])
+  return redis.call('HLEN', p .. 'steps:' .. e) == kept and redis.call('HLEN', p .. 'nodes:' .. e) == kept
+    and redis.call('HLEN', p .. 'attempts:' .. e) == tried and redis.call('EXISTS', p .. 'inputs') == 1
+end
+
+-- Why a session may not write; nil if it may.
+local function fenced(token, epoch, owner, seen)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'owner', 'version')
+  if not f[1] then return redis.call('EXISTS', p .. 'gone:' .. token) == 1 and 'deleted' or 'lost' end
+  if f[1] ~= token then return 'fenced' end
+  if tonumber(f[2]) < tonumber(epoch) then return 'lost' end
+  if f[2] ~= epoch or f[3] ~= owner then return 'fenced' end
+  if tonumber(f[4]) < tonumber(seen) then return 'lost' end
+  return nil
+end
+
+-- Drop what expired from the lists, a few at a time.
+local function sweep(most)
+  for _, id in ipairs(redis.call('ZRANGEBYSCORE', ENDED, '-inf', '(' .. now_ms(), 'LIMIT', 0, most)) do
+    redis.call('ZREM', RUNS, id)
+    redis.call('ZREM', IDS, id)
+    redis.call('ZREM', ENDED, id)
+  end
+end
+
+local ops = {}
+
+function ops.find(id)
+  local f = redis.call('HGETALL', run)
+  if #f == 0 then
+    -- All keys of a run expire at the same moment: what is left of one, or still listed, says that the rest got lost.
+    if redis.call('EXISTS', p .. 'inputs', p .. 'attempts:1', p .. 'nodes:1', p .. 'steps:1') > 0 then return 'lost' end
+    local listed = redis.call('ZSCORE', RUNS, id) or redis.call('ZSCORE', IDS, id)
+    if listed and not redis.call('ZSCORE', ENDED, id) then return 'lost' end
+    return false
+  end
+  return {now_ms(), f, redis.call('EXISTS', p .. 'beside:-4')}
+end
+
+function ops.begin(id, old_token, old_epoch, old_version, owner, token, execution, epoch, pipeline, lease, input)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner')
+  if f[4] == owner then return tonumber(f[3]) end
+  if (f[1] or '') ~= old_token then return 'changed' end
+  if f[1] and (f[2] ~= old_epoch or f[3] ~= old_version) then return 'changed' end
+  local us = now_us()
+  local ms = math.floor(us / 1000)
+  local version = (f[3] or 0) + 1
+  redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'execution', execution,
+    'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
+    'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'kept', 0, 'tried', 0, 'version', version)
+  redis.call('HDEL', run, 'error')
+  if not f[1] then
+    redis.call('HSET', run, 'order', us)
+    -- What eviction left of an earlier run of this id is none of ours.
+    for _, key in ipairs(keys_of(0)) do if key ~= run then redis.call('DEL', key) end end
+  end
+  for _, name in ipairs({'steps:', 'nodes:', 'attempts:'}) do redis.call('DEL', p .. name .. execution) end
+  redis.call('HSET', p .. 'inputs', execution, input)
+  live(tonumber(execution))
+  redis.call('ZADD', RUNS, us, id)
+  redis.call('ZADD', IDS, 0, id)
+  redis.call('ZREM', ENDED, id)
+  sweep(10)
+  return version
+end
+
+function ops.go_on(id, token, old_epoch, old_version, owner, execution, epoch, lease, discard)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner')
+  if f[4] == owner then return tonumber(f[3]) end
+  if f[1] ~= token or f[2] ~= old_epoch or f[3] ~= old_version then return 'changed' end
+  if not whole(execution) then return 'lost' end
+  local ms = now_ms()
+  local version = f[3] + 1
+  redis.call('HSET', run, 'status', 'RUNNING', 'owner', owner, 'epoch', epoch, 'until_ms', ms + lease,
+    'updated_ms', ms, 'version', version)
+  redis.call('HDEL', run, 'error')
+  if discard ~= '' then
+    local steps, nodes, kept, top = p .. 'steps:' .. execution, p .. 'nodes:' .. execution, 0, 0
+    for _, field in ipairs(redis.call('HKEYS', nodes)) do
+      if tonumber(string.match(field, '^%d+')) >= tonumber(discard) then
+        redis.call('HDEL', steps, field)
+        redis.call('HDEL', nodes, field)
+      else
+        kept = kept + 1
+        if string.match(field, '^%d+:$') then top = top + 1 end
+      end
+    end
+    redis.call('HSET', run, 'kept', kept, 'nodes', top)
+  end
+  live(tonumber(execution))
+  redis.call('ZADD', RUNS, 'NX', now_us(), id)
+  redis.call('ZADD', IDS, 0, id)
+  redis.call('ZREM', ENDED, id)
+  return version
+end
+
+function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, cost, tokens, latency, place, node, step)
+  local attempts = p .. 'attempts:' .. execution
+  if redis.call('HGET', run, 'token') == token and redis.call('HEXISTS', attempts, at) == 1 then
+    return tonumber(redis.call('HGET', run, 'version'))
+  end
+  local why = fenced(token, epoch, owner, seen)
+  if why then return why end
+  if not whole(execution) then return 'lost' end
+  local sums = {{'cost_pico', cost}, {'tokens', tokens}, {'latency_ns', latency}}
+  for i, sum in ipairs(sums) do
+    local reply = sum[2] ~= '0' and redis.pcall('HINCRBY', run, sum[1], sum[2])
+    if type(reply) == 'table' and reply.err then
+      for j = 1, i - 1 do
+        if sums[j][2] ~= '0' then redis.call('HINCRBY', run, sums[j][1], '-' .. sums[j][2]) end
+      end
+      return reply
+    end
+  end
+  redis.call('HSET', attempts, at, attempt)
+  redis.call('HINCRBY', run, 'tried', 1)
+  if place ~= '' then
+    local order = redis.call('HINCRBY', run, 'order', 1)
+    redis.call('HSET', p .. 'nodes:' .. execution, place, string.format('%.0f ', order) .. node)
+    if redis.call('HSET', p .. 'steps:' .. execution, place, step) == 1 then
+      redis.call('HINCRBY', run, 'kept', 1)
+      if string.match(place, '^%d+:$') then redis.call('HINCRBY', run, 'nodes', 1) end
+    end
+  end
+  local ms = now_ms()
+  redis.call('HSET', run, 'updated_ms', ms)
+  if redis.call('HEXISTS', run, 'until_ms') == 1 then redis.call('HSET', run, 'until_ms', ms + lease) end
+  return redis.call('HINCRBY', run, 'version', 1)
+end
+
+function ops.finish(id, token, execution, epoch, owner, seen, status, error, ttl, exact)
+  local why = fenced(token, epoch, owner, seen)
+  if why then return why end
+  if exact ~= '' and redis.call('HGET', run, 'version') ~= seen then return 'changed' end
+  local ms = now_ms()
+  redis.call('HSET', run, 'status', status, 'updated_ms', ms)
+  if error ~= '' then
+    redis.call('HSET', run, 'error', string.sub(error, 2))
+  else
+    redis.call('HDEL', run, 'error')
+  end
+  redis.call('HDEL', run, 'until_ms')
+  local version = redis.call('HINCRBY', run, 'version', 1)
+  if ttl ~= '' then
+    redis.call('ZADD', ENDED, ms + ttl, id)
+    for _, key in ipairs(keys_of(tonumber(execution))) do redis.call('PEXPIREAT', key, ms + ttl) end
+  end
+  return version
+end
+
+function ops.renew(token, epoch, owner, seen, lease)
+  local why = fenced(token, epoch, owner, seen)
+  if why then return why end
+  if redis.call('HEXISTS', run, 'until_ms') == 0 then return tonumber(redis.call('HGET', run, 'version')) end
+  redis.call('HSET', run, 'until_ms', now_ms() + lease)
+  return redis.call('HINCRBY', run, 'version', 1)
+end
+
+-- Whether what is to be kept beside the commits of a run would go to another run, or to another owner's.
+local function astray(token, owner)
+  local f = redis.call('HMGET', run, 'token', 'owner')
+  return (token ~= '' and f[1] ~= token) or (owner ~= '' and f[2] ~= owner)
+end
+
+function ops.keep(token, owner, position, branch, value)
+  if astray(token, owner) then return 'changed' end
+  local left = redis.call('PTTL', run)
+  if left == -2 then return 0 end
+  redis.call('HSET', p .. 'beside:' .. position, branch, value)
+  if left >= 0 then redis.call('PEXPIRE', p .. 'beside:' .. position, left) end
+  return 0
+end
+
+function ops.drop(token, owner, position, branch)
+  if astray(token, owner) then return 'changed' end
+  if branch then redis.call('HDEL', p .. 'beside:' .. position, branch)
+  else redis.call('DEL', p .. 'beside:' .. position) end
+  return 0
+end
+
+function ops.save(node, value, ttl)
+  local saved, us, expires = p .. 'saved', now_us(), ''
+  local left = redis.call('PTTL', saved)
+  local order = us
+  if redis.call('EXISTS', run) == 1 then order = redis.call('HINCRBY', run, 'order', 1) end
+  if ttl ~= '' then expires = string.format('%.0f', math.floor(us / 1000) + ttl) end
+  redis.call('HSET', saved, node, string.format('%.0f ', order) .. expires .. '\n' .. value)
+  if ttl == '' then redis.call('PERSIST', saved)
+  elseif left == -2 or (left >= 0 and left < tonumber(ttl)) then redis.call('PEXPIRE', saved, ttl) end
+  return 0
+end
+
+function ops.newest(node)
+  local saved = redis.call('HGET', p .. 'saved', node)
+  local order, place, step = 0, false, false
+  local execution = redis.call('HGET', run, 'execution')
+  if execution then
+    local rows = redis.call('HGETALL', p .. 'nodes:' .. execution)
+    for i = 1, #rows, 2 do
+      local space = string.find(rows[i + 1], ' ', 1, true)
+      if string.sub(rows[i + 1], space + 1) == node then
+        local number = tonumber(string.sub(rows[i + 1], 1, space - 1))
+        if number > order then order, place = number, rows[i] end
+      end
+    end
+    if place then step = redis.call('HGET', p .. 'steps:' .. execution, place) end
+  end
+  return {now_ms(), saved, order, place, step, execution}
+end
+
+function ops.delete(id, tombstone, token, version)
+  local f = redis.call('HMGET', run, 'token', 'execution', 'version')
+  if token ~= '' and f[1] and (f[1] ~= token or f[3] ~= version) then return 'changed' end
+  local executions = tonumber(f[2] or 0)
+  while redis.call('EXISTS', p .. 'attempts:' .. (executions + 1), p .. 'steps:' .. (executions + 1)) > 0 do
+    executions = executions + 1
+  end
+  for _, key in ipairs(keys_of(executions)) do redis.call('DEL', key) end
+  redis.call('DEL', p .. 'saved')
+  redis.call('ZREM', RUNS, id)
+  redis.call('ZREM', IDS, id)
+  redis.call('ZREM', ENDED, id)
+  if f[1] then redis.call('SET', p .. 'gone:' .. f[1], 1, 'PX', tombstone) end
+  return 0
+end
+
+function ops.sweep()
+  sweep(1000)
+  return 0
+end
+
+return ops[op](unpack(ARGV, 2))
+"""
+
+SHA: Final = hashlib.sha1(SCRIPT.encode(), usedforsecurity=False).hexdigest()

@@ -1,0 +1,233 @@
+"""What a durable store makes of each payload: encrypted or compressed by a codec, and apart from the rows if it is large."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import hashlib
+import os
+import pathlib
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from typing import Any, Final, Protocol, runtime_checkable
+
+from stroma.checkpoint.journal import CorruptCheckpoint, StoreError
+
+__all__ = ["BlobStore", "Codec", "DirectoryBlobs", "FsspecBlobs", "Payloads"]
+
+# What begins a stored payload that is not the JSON itself; JSON begins with neither.
+CODED: Final = b"stroma:c1\0"
+BLOB: Final = b"stroma:b1\0"
+_LARGE: Final = 256 * 1024  # bytes from which work on a payload is done in a thread
+#: A blob that young may belong to a commit that is on its way.
+_YOUNG_SECONDS: Final = 3600.0
+
+
+@runtime_checkable
+class Codec(Protocol):
+    """Goes around every payload of a store: outputs, inputs, what nodes are asked. Ids, messages and numbers stay plain.
+
+    ``decode`` must read whatever an earlier ``encode`` wrote, also under an earlier key: put the key's name into it.
+    It must raise for anything that was changed since.
+    """
+
+    def encode(self, data: bytes) -> bytes: ...
+    def decode(self, data: bytes) -> bytes: ...
+
+
+@runtime_checkable
+class BlobStore(Protocol):
+    """Keeps large payloads by the SHA-256 of their content, as hexadecimal digits."""
+
+    def put(self, name: str, data: bytes) -> None:
+        """Keep a blob for good before returning; one that is there already counts as new."""
+
+    def get(self, name: str) -> bytes | None: ...
+    def delete(self, name: str) -> None: ...
+
+    def names(self) -> Iterable[tuple[str, float]]:
+        """Each blob with the time it was last put, in seconds since the epoch."""
+        ...
+
+
+class DirectoryBlobs:
+    """Blobs as files in a directory, which is made if need be; readable by their owner only."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self.path = pathlib.Path(path).absolute()
+
+    def __repr__(self) -> str:
+        return f"DirectoryBlobs({str(self.path)!r})"
+
+    def _file(self, name: str) -> pathlib.Path:
+        return self.path / name[:2] / name
+
+    def put(self, name: str, data: bytes) -> None:
+        file = self._file(name)
+        try:
+            os.utime(file)
+            return
+        except FileNotFoundError:
+            pass
+        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # (Parents do not get the mode.)
+        file.parent.mkdir(mode=0o700, exist_ok=True)
+        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".")
+        try:
+            with os.fdopen(handle, "wb") as out:
+                out.write(data)
+                out.flush()
+                os.fsync(out.fileno())
+            pathlib.Path(temporary).replace(file)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                os.unlink(temporary)
+            raise
+        # The names, too, must survive a power cut.
+        for directory in (file.parent, self.path):
+            descriptor = os.open(directory, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def get(self, name: str) -> bytes | None:
+        try:
+            return self._file(name).read_bytes()
+        except FileNotFoundError:
+            return None
+
+    def delete(self, name: str) -> None:
+        self._file(name).unlink(missing_ok=True)
+
+    def names(self) -> Iterator[tuple[str, float]]:
+        for file in self.path.glob("??/*"):
+            if not file.name.startswith("."):
+                with contextlib.suppress(FileNotFoundError):
+                    yield file.name, file.stat().st_mtime
+
+
+class FsspecBlobs:
+    """Blobs at any URL that fsspec knows (``s3://bucket/folder`` ...). Raises ImportError without fsspec."""
+
+    def __init__(self, url: str, **options: Any) -> None:
+        try:
+            import fsspec
+        except ImportError as error:
+            raise ImportError(
+                "fsspec is required for FsspecBlobs; install it with: pip install 'stroma[blobs]'"
+            ) from error
+        self._fs, self._root = fsspec.core.url_to_fs(url, **options)
+
+    def _path(self, name: str) -> str:
+        return f"{self._root.rstrip('/')}/{name[:2]}/{name}"
+
+    def put(self, name: str, data: bytes) -> None:
+        # Written anew each time: object stores know no other way to say that it was put just now.
+        path = self._path(name)
+        self._fs.makedirs(path.rpartition("/")[0], exist_ok=True)
+        self._fs.pipe_file(path, data)
+
+    def get(self, name: str) -> bytes | None:
+        try:
+            data: bytes = self._fs.cat_file(self._path(name))
+        except FileNotFoundError:
+            return None
+        return data
+
+    def delete(self, name: str) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            self._fs.rm_file(self._path(name))
+
+    def names(self) -> Iterator[tuple[str, float]]:
+        try:
+            found = self._fs.find(self._root, detail=True)
+        except FileNotFoundError:
+            return
+        for path in found:
+            yield path.rpartition("/")[2], self._fs.modified(path).timestamp()
+
+
+class Payloads:
+    """The way of a payload into a store and back."""
+
+    def __init__(
+        self, codec: Codec | None = None, blobs: BlobStore | str | os.PathLike[str] | None = None,
+        blob_bytes: int = 1_000_000,
+    ) -> None:  # fmt: skip
+        if codec is not None and not isinstance(codec, Codec):
+            raise TypeError(f"{codec!r} is no codec; give an object with encode(bytes) and decode(bytes)")
+        if blob_bytes < 1:
+            raise ValueError(f"blob_bytes is {blob_bytes!r}; give a number of bytes from 1 up")
+        self.codec = codec
+        self.blobs = _blob_store(blobs)
+        self.blob_bytes = blob_bytes
+        #: Whether payloads are stored as they are.
+        self.plain = codec is None and blobs is None
+
+    def is_plain(self, stored: bytes) -> bool:
+        """Whether a stored payload is the payload itself, as this store would write it."""
+        return self.plain and not stored.startswith((CODED, BLOB))
+
+    async def seal(self, data: bytes) -> bytes:
+        """What is written to the rows for a payload. Raises StoreError."""
+        return await asyncio.to_thread(self._seal, data) if len(data) >= _LARGE else self._seal(data)
+
+    def _seal(self, data: bytes) -> bytes:
+        if self.codec is not None:
+            data = CODED + self.codec.encode(data)
+        if self.blobs is None or len(data) < self.blob_bytes:
+            return data
+        digest = hashlib.sha256(data).digest()
+        try:
+            self.blobs.put(digest.hex(), data)
+        except Exception as error:
+            raise StoreError(
+                f"a payload of {len(data)} bytes could not be kept in {self.blobs!r}: {error}; mend that, then resume"
+            ) from error
+        return BLOB + digest
+
+    def open(self, stored: bytes, what: str) -> bytes:
+        """The payload of what was written. Raises CorruptCheckpoint, which calls it ``what``."""
+        if stored.startswith(BLOB):
+            stored = self._fetch(stored[len(BLOB) :], what)
+        if not stored.startswith(CODED):
+            return stored
+        if self.codec is None:
+            raise CorruptCheckpoint(f"{what} was written through a codec; open the store with codec=")
+        try:
+            return self.codec.decode(stored[len(CODED) :])
+        except Exception as error:
+            raise CorruptCheckpoint(
+                f"{what} cannot be decoded ({type(error).__name__}: {error}); open the store with the codec, and the "
+                "keys, that it was written with"
+            ) from error
+
+    def _fetch(self, digest: bytes, what: str) -> bytes:
+        if self.blobs is None:
+            raise CorruptCheckpoint(f"{what} stands in a blob; open the store with blobs=")
+        data = self.blobs.get(digest.hex())
+        if data is None:
+            raise CorruptCheckpoint(
+                f"{what} stands in blob {digest.hex()}, which is not in {self.blobs!r}; restore it"
+            )
+        if hashlib.sha256(data).digest() != digest:
+            raise CorruptCheckpoint(f"{what} stands in blob {digest.hex()}, which is damaged; restore it")
+        return data
+
+    def collect(self, in_use: set[str]) -> int:
+        """Delete the blobs that no row names; how many. Young ones stay: their commit may be on its way."""
+        if self.blobs is None:
+            return 0
+        oldest = time.time() - _YOUNG_SECONDS
+        gone = [name for name, put in self.blobs.names() if name not in in_use and put < oldest]
+        for name in gone:
+            self.blobs.delete(name)
+        return len(gone)
+
+
+def _blob_store(given: BlobStore | str | os.PathLike[str] | None) -> BlobStore | None:
+    if given is None or isinstance(given, BlobStore):
+        return given
+    text = os.fsdecode(given)
+    return FsspecBlobs(text) if "://" in text else DirectoryBlobs(text)

@@ -1,0 +1,168 @@
+"""What stands in a store may come from anybody: it is data, and nothing else (G11)."""
+
+import hashlib
+import json
+import sqlite3
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import (
+    CorruptCheckpoint,
+    NodeContract,
+    RunStatus,
+    SQLiteStore,
+    StoreError,
+    StromaRunner,
+    Suspend,
+    current_node,
+    stroma_node,
+)
+
+
+class Anything(BaseModel):
+    n: int = 0
+    any: Any = None
+
+
+def _nodes(calls: list[str]) -> list[Any]:
+    def make(node_id: str) -> Any:
+        async def func(state: Anything) -> Any:
+            calls.append(node_id)
+            if node_id == "b" and len(calls) < 3:
+                raise ValueError
+            return {"n": state.n + 1}
+
+        contract: NodeContract[Any, Any] = NodeContract(
+            node_id=node_id, input_schema=Anything, output_schema=Anything
+        )
+        return stroma_node(node_id, contract)(func)
+
+    return [make("a"), make("b")]
+
+
+def _runner(store: Any) -> StromaRunner:
+    return StromaRunner.quick(store=store, run_id="r", policy_map={"AMBIGUOUS": {"max_retries": 0}})
+
+
+def _tamper(path: Path, payload: bytes, **columns: Any) -> None:
+    """Put a payload with a right checksum in the place of a's output."""
+    sha = hashlib.sha256(payload).digest()
+    with sqlite3.connect(path) as db:
+        db.execute("UPDATE steps SET output = ?, sha256 = ? WHERE node_id = 'a'", (payload, sha))
+        for name, value in columns.items():
+            db.execute(f"UPDATE steps SET {name} = ? WHERE node_id = 'a'", (value,))
+    db.close()
+
+
+def _tagged(value: Any) -> bytes:
+    return b'["stroma/1",' + json.dumps(value).encode() + b"]"
+
+
+PAYLOADS = {
+    "nothing": b"",
+    "no JSON": b"not json",
+    "no UTF-8": b'{"n": "\xff\xfe"}',
+    "half": b'{"n": 1',
+    "wrong type": b'{"n": "x"}',
+    "a list": b"[1, 2]",
+    "a pickle": b"\x80\x04\x95\x1f\x00\x00\x00\x00\x00\x00\x00\x8c\x05posix\x94\x8c\x06system\x94\x93\x94.",
+    "deep": b'{"any":' + b"[" * 200_000 + b"]" * 200_000 + b"}",
+    "deep and tagged": b'["stroma/1",{"any":' + b'{"$t":[' * 50_000 + b"]}" * 50_000 + b"}]",
+    "a hundred megabytes": b'{"n": "' + b"x" * 100_000_000 + b'"}',
+    "an endless number": b'{"n": 1' + b"0" * 100_000 + b"}",
+    "unknown tag": _tagged({"n": {"$import": "antigravity"}}),
+    "a zone that is a path": _tagged(
+        {"n": 1, "any": {"$dtz": ["2026-01-01T00:00:00", "../../../etc/passwd", 0]}}
+    ),
+    "a zone that is absolute": _tagged({"n": 1, "any": {"$dtz": ["2026-01-01T00:00:00", "/etc/passwd", 0]}}),
+    "an unhashable key": _tagged({"n": 1, "any": {"$d": [[{"$d": []}, 1]]}}),
+    "an unhashable member": _tagged({"n": 1, "any": {"$s": [[1]]}}),
+    "a wrong timedelta": _tagged({"n": 1, "any": {"$td": ["x", None]}}),
+    "a wrong complex": _tagged({"n": 1, "any": {"$j": 5}}),
+    "no base64": _tagged({"n": 1, "any": {"$b": 5}}),
+    "tagged, wrong type": _tagged({"n": {"$f": "nan"}}),
+    "tagged, too short": b'["stroma/1",',
+    "a blob that is not there": b"stroma:b1\0" + b"x" * 32,
+    "a codec that nobody has": b"stroma:c1\0" + b"x" * 32,
+}
+
+
+@pytest.mark.parametrize("name", PAYLOADS)
+async def test_a_hostile_output_is_a_named_error(tmp_path: Path, name: str) -> None:
+    """Whatever stands in an output's place is CorruptCheckpoint with a way out; no module is imported, no node called."""
+    path = tmp_path / "runs.db"
+    calls: list[str] = []
+    async with SQLiteStore(path) as store:
+        await _runner(store).run(_nodes(calls), Anything())
+    _tamper(path, PAYLOADS[name])
+    before = set(sys.modules)
+    async with SQLiteStore(path) as store:
+        with pytest.raises(CorruptCheckpoint, match=r"node 'a'.*run 'r'"):
+            await _runner(store).run(_nodes(calls), Anything(), resume=True)
+        with pytest.raises(CorruptCheckpoint):
+            await store.load_typed("r", "a", Anything)
+        assert calls == ["a", "b"]
+        assert "antigravity" not in sys.modules
+        assert not {
+            m for m in set(sys.modules) - before if not m.startswith(("zoneinfo", "stroma", "importlib"))
+        }
+        result = await _runner(store).run(_nodes(calls), Anything(), resume_from="a")
+        assert result.status is RunStatus.RESUMED
+
+
+@pytest.mark.parametrize("kind", ["text", "integer", "null sha"])
+async def test_columns_of_a_wrong_type(tmp_path: Path, kind: str) -> None:
+    """SQLite promises no types: a column that holds something else is damage like any other."""
+    path = tmp_path / "runs.db"
+    calls: list[str] = []
+    async with SQLiteStore(path) as store:
+        await _runner(store).run(_nodes(calls), Anything())
+    if kind == "null sha":
+        _tamper(path, b'{"n":1,"any":null}', sha256="x")
+    else:
+        _tamper(path, b"{}", output='{"n":1}' if kind == "text" else 5)
+    async with SQLiteStore(path) as store:
+        with pytest.raises(CorruptCheckpoint, match="damaged"):
+            await _runner(store).run(_nodes(calls), Anything(), resume=True)
+
+
+@pytest.mark.parametrize(
+    "ref", ["antigravity:x", "os:system", "builtins:eval", "sys:modules", ":", "", "stroma:__getattr__"]
+)
+async def test_names_of_classes_import_nothing(tmp_path: Path, ref: str) -> None:
+    """The class that a stored state names is looked up among imported modules; anything but a model is refused."""
+    path = tmp_path / "runs.db"
+    async with SQLiteStore(path) as store:
+        await store.save("r", "a", Anything(n=1))
+        _tamper(path, b'{"n":1,"any":null}', schema_ref=ref)
+        with pytest.raises(StoreError, match="load_typed"):
+            await store.load("r", "a")
+        assert await store.load_typed("r", "a", Anything) == Anything(n=1)
+    assert "antigravity" not in sys.modules
+
+
+@pytest.mark.parametrize("answer", [b"not json", b'{"n":"x"}', b"[" * 200_000])
+async def test_a_hostile_answer_asks_again(tmp_path: Path, answer: bytes) -> None:
+    """An answer in the store that is not one makes the node ask again, and nothing else."""
+
+    async def ask(state: Anything) -> Any:
+        here = current_node()
+        assert here is not None
+        return here.wait_for(Anything, reason="well?")
+
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id="ask", input_schema=Anything, output_schema=Anything
+    )
+    nodes = [stroma_node("ask", contract)(ask)]
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        await _runner(store).run(nodes, Anything())
+        (waiting,) = store.waiting("r")
+        await store.signal("r", waiting._replace(payload=answer))
+        result = await _runner(store).run(nodes, Anything(), resume=True)
+    assert result.status is RunStatus.SUSPENDED
+    assert "does not fit" in result.suspended[0]
+    assert issubclass(Suspend, Exception)

@@ -1,0 +1,62 @@
+"""Every store that needs no server, against plain dicts that are told the same."""
+
+import os
+import shutil
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from hypothesis import HealthCheck, settings
+
+from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
+from stroma.testing.machine import JournalStoreMachine
+
+SHARED = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much]
+
+
+class MemoryMachine(JournalStoreMachine):
+    durable = False
+    keeps_history = False
+
+    def make_store(self) -> Any:
+        return InMemoryStore()
+
+
+class AsyncMemoryMachine(MemoryMachine):
+    def make_store(self) -> Any:
+        return AsyncInMemoryStore()
+
+
+class SQLiteMachine(JournalStoreMachine):
+    def __init__(self) -> None:
+        super().__init__()
+        # In memory where there is such a place: a history that fails is made smaller by running it over and over.
+        self.folder = Path(tempfile.mkdtemp(prefix="stroma-machine-", dir=SHARED))
+
+    def make_store(self) -> Any:
+        return SQLiteStore(self.folder / "runs.db")
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        finally:
+            shutil.rmtree(self.folder)
+
+
+def _settings(examples: int) -> settings:
+    return settings(
+        max_examples=examples,
+        stateful_step_count=40,
+        deadline=None,
+        suppress_health_check=QUIET,
+        report_multiple_bugs=False,
+    )
+
+
+TestMemory = MemoryMachine.TestCase
+TestMemory.settings = _settings(150)
+TestAsyncMemory = AsyncMemoryMachine.TestCase
+TestAsyncMemory.settings = _settings(60)
+TestSQLite = SQLiteMachine.TestCase
+TestSQLite.settings = _settings(60)

@@ -1,0 +1,961 @@
+"""RedisStore and SyncRedisStore: what they promise, each promise with the fault that would break it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+import os
+import pathlib
+import random
+import re
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import AsyncIterator, Iterator
+from datetime import timedelta
+from typing import Any
+
+import pytest
+from hypothesis import settings
+from tests.servers import RedisServer, environment, proxied, shared_redis
+
+import stroma
+from stroma.checkpoint import (
+    CheckpointLost,
+    CorruptCheckpoint,
+    Fenced,
+    RunBusy,
+    StoreError,
+    Waiting,
+)
+from stroma.checkpoint.redis import RedisStore, SyncRedisStore
+from stroma.checkpoint.urls import open_store
+from stroma.failures import FailureClass
+from stroma.schemas import schema_of
+from stroma.testing import JournalStoreTests
+from stroma.testing.machine import JournalStoreMachine
+from stroma.testing.stores import State, begin, commit, fail, finish, restored, row, settled
+
+SCHEMA = schema_of(State)
+
+
+@pytest.fixture
+def server() -> RedisServer:
+    """The shared server, empty."""
+    found = shared_redis()
+    found.execute("FLUSHALL")
+    return found
+
+
+@pytest.fixture
+async def store(server: RedisServer) -> AsyncIterator[RedisStore]:
+    async with RedisStore(server.url) as store:
+        yield store
+
+
+class TestJournal(JournalStoreTests):
+    @pytest.fixture
+    async def store(self, server: RedisServer) -> AsyncIterator[RedisStore]:
+        async with RedisStore(server.url) as store:
+            yield store
+
+
+class TestSyncJournal(JournalStoreTests):
+    @pytest.fixture
+    def store(self, server: RedisServer) -> Iterator[SyncRedisStore]:
+        with SyncRedisStore(server.url) as store:
+            yield store
+
+
+class _Model(JournalStoreMachine):
+    kind: Any = RedisStore
+    flushed = False
+
+    def make_store(self) -> Any:
+        server = shared_redis()
+        if not self.flushed:
+            self.flushed = True
+            server.execute("FLUSHALL")
+        return self.kind(server.url)
+
+
+class _SyncModel(_Model):
+    kind = SyncRedisStore
+
+
+TestModel = _Model.TestCase
+TestModel.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestSyncModel = _SyncModel.TestCase
+TestSyncModel.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
+
+
+def later(seconds: float, call: Any) -> threading.Thread:
+    thread = threading.Timer(seconds, call)
+    thread.start()
+    return thread
+
+
+def keys(server: RedisServer) -> set[str]:
+    return {key.decode() for key in server.execute("KEYS", "*")}
+
+
+def child(code: str, *args: object) -> subprocess.Popen[str]:
+    prelude = """
+        import asyncio, os, sys, time
+        from stroma.checkpoint import *
+        from stroma.checkpoint.redis import *
+        from stroma.testing.stores import *
+    """
+    text = textwrap.dedent(prelude) + textwrap.dedent(code)
+    return subprocess.Popen(
+        [sys.executable, "-c", text, *map(str, args)],
+        env=environment(),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+class TestCrash:
+    async def test_nothing_acknowledged_is_lost_with_the_server(self) -> None:
+        """With appendfsync always, SIGKILL of the server between commits loses none; the session goes on."""
+        with RedisServer() as server:
+            async with RedisStore(server.url) as store:
+                session = await begin(store)
+                for position in range(8):
+                    await commit(session, position, State(n=position), tokens=1)
+                    if position % 3 == 0:
+                        server.kill()
+                        started = later(0.1 * (position % 2), server.start)
+                        await commit(session, position, State(n=position), branch="0", tokens=1)
+                        await asyncio.to_thread(started.join)
+                server.kill()
+                server.start()
+                again = await begin(store, if_exists="resume", if_running="take_over")
+                assert restored(again) == {
+                    **{(p, ""): State(n=p) for p in range(8)},
+                    **{(p, "0"): State(n=p) for p in (0, 3, 6)},
+                }
+                assert again.prior.tokens == 11 == len(store.attempts("run"))
+
+    async def test_nothing_is_lost_or_doubled_in_mid_stream(self) -> None:
+        """The server dies at random while eight runs commit: each attempt is there once, nobody gets an error."""
+        with RedisServer() as server:
+
+            async def one(store: RedisStore, i: int) -> None:
+                session = await begin(store, f"run {i}")
+                for position in range(40):
+                    await commit(session, position, State(n=position), tokens=1)
+                    await asyncio.sleep(random.uniform(0, 0.02))
+                await finish(session)
+
+            async def saboteur() -> None:
+                for _ in range(6):
+                    await asyncio.sleep(random.uniform(0.02, 0.15))
+                    server.kill()
+                    await asyncio.to_thread(server.start)
+
+            async with RedisStore(server.url) as store:
+                await asyncio.gather(*(one(store, i) for i in range(8)), saboteur())
+                for run in store.list_runs():
+                    assert (run.status, run.nodes, run.tokens, run.execution) == ("COMPLETED", 40, 40, 1)
+                    assert [a.position for a in store.attempts(run.run_id)] == list(range(40))
+
+    async def test_without_aof_the_loss_is_noticed(self) -> None:
+        """A server that keeps nothing on its disk comes back empty: CheckpointLost, and no silent restart."""
+        with RedisServer(appendonly="no") as server:
+            async with RedisStore(server.url) as store:
+                session = await begin(store)
+                await commit(session, 0, State(n=1))
+                server.kill()
+                server.start()
+                with pytest.raises(CheckpointLost, match=r"set appendonly yes.*delete\('run'\)") as raised:
+                    await commit(session, 1, State(n=2))
+                assert not raised.value.transient
+                with pytest.raises(CheckpointLost):
+                    await finish(session)
+                assert not server.execute("EXISTS", "stroma:{run}:run")
+
+    async def test_a_flush_is_noticed(self, store: RedisStore, server: RedisServer) -> None:
+        """FLUSHALL under a session is CheckpointLost, also if somebody else's run stands there since."""
+        session, other = await begin(store), await begin(store, "other")
+        server.execute("FLUSHALL")
+        with pytest.raises(CheckpointLost):
+            await commit(session, 0, State())
+        with pytest.raises(CheckpointLost):
+            await finish(other)
+        fresh = await begin(store)
+        assert fresh.execution == 1
+        with pytest.raises(Fenced):
+            await commit(session, 0, State())
+        await commit(fresh, 0, State())
+
+    async def test_lost_writes_are_noticed(self, store: RedisStore, server: RedisServer) -> None:
+        """A replica that took over without the last writes is older than what the session was told."""
+        session = await begin(store)
+        await commit(session, 0, State(n=1))
+        before = {key: server.execute("DUMP", key) for key in server.execute("KEYS", "*")}
+        await commit(session, 1, State(n=2))
+        for key in server.execute("KEYS", "*"):
+            server.execute("DEL", key)
+        for key, value in before.items():
+            server.execute("RESTORE", key, 0, value)
+        with pytest.raises(CheckpointLost):
+            await commit(session, 2, State(n=3))
+        again = await begin(store, if_exists="resume", if_running="take_over")
+        assert restored(again) == {(0, ""): State(n=1)}
+        await commit(again, 1, State(n=2))
+
+    async def test_an_epoch_that_was_lost_is_noticed(self, store: RedisStore, server: RedisServer) -> None:
+        """If the server forgot that a session took the run over, that session is not told it was fenced off."""
+        (await begin(store)).abandon()
+        before = {key: server.execute("DUMP", key) for key in server.execute("KEYS", "*")}
+        session = await begin(store, if_exists="resume")
+        for key, value in before.items():
+            server.execute("RESTORE", key, 0, value, "REPLACE")
+        with pytest.raises(CheckpointLost):
+            await commit(session, 0, State())
+
+    @pytest.mark.parametrize("part", ["run", "inputs", "steps:1", "nodes:1", "attempts:1"])
+    async def test_a_part_that_was_evicted_is_noticed(
+        self, store: RedisStore, server: RedisServer, part: str
+    ) -> None:
+        """Whichever key of a run is gone: its session is told, and so is whoever resumes it, until it is deleted."""
+        session = await begin(store)
+        await commit(session, 0, State(n=1))
+        assert server.execute("DEL", f"stroma:{{run}}:{part}") == 1
+        with pytest.raises(CheckpointLost):
+            await commit(session, 1, State(n=2))
+        for _ in range(2):
+            with pytest.raises(CheckpointLost):
+                await begin(store, if_exists="resume", if_running="take_over")
+            store.list_runs()
+        await store.delete("run")
+        fresh = await begin(store, if_exists="resume")
+        assert (fresh.execution, restored(fresh)) == (1, {})
+        await commit(fresh, 0, State())
+
+    async def test_eviction_is_noticed(self) -> None:
+        """With allkeys-lru and little memory, runs are evicted: never does one begin anew without a word."""
+        with RedisServer(**{"maxmemory": "4mb", "maxmemory-policy": "allkeys-lru"}) as server:
+            async with RedisStore(server.url) as store:
+                sessions = [await begin(store, f"run {i}") for i in range(10)]
+                for session in sessions:
+                    await commit(session, 0, State(text="x" * 20_000))
+                outputs = [f"stroma:{{run%20{i}}}:steps:1" for i in range(10)]
+                for i in range(1000):
+                    server.execute("SET", f"filler {i}", "x" * 20_000)
+                    if server.execute("EXISTS", *outputs) < 10:
+                        break
+                gone = known = 0
+                for i in range(10):
+                    prefix = f"stroma:{{run%20{i}}}:"
+                    if server.execute("EXISTS", f"{prefix}steps:1"):
+                        continue
+                    gone += 1
+                    with pytest.raises(CheckpointLost):
+                        await commit(sessions[i], 1, State())
+                    # Nobody can know of what left no trace at all.
+                    parts = [f"{prefix}{part}" for part in ("run", "inputs", "nodes:1", "attempts:1")]
+                    if server.execute("EXISTS", *parts, "stroma:ids"):
+                        known += 1
+                        with pytest.raises(CheckpointLost):
+                            await begin(store, f"run {i}", if_exists="resume", if_running="take_over")
+                assert gone
+                assert known
+
+    async def test_a_full_server_loses_nothing(self) -> None:
+        """Out of memory under noeviction: a transient StoreError that says so, nothing half done; then it goes on."""
+        with RedisServer() as server:
+            async with RedisStore(server.url) as store:
+                session = await begin(store)
+                await commit(session, 0, State(n=1), tokens=1)
+                server.execute("CONFIG", "SET", "maxmemory", "1")
+                attempt = row(1, tokens=1, output=("", 2, 0.0, b""))
+                with pytest.raises(StoreError, match="out of memory; raise maxmemory") as raised:
+                    await session.record(attempt, SCHEMA, State(n=2))
+                assert raised.value.transient
+                assert (store.get_run("run").tokens, len(store.attempts("run"))) == (1, 1)  # type: ignore[union-attr]
+                await store.delete("nobody")
+                server.execute("CONFIG", "SET", "maxmemory", "0")
+                await session.record(attempt, SCHEMA, State(n=2))
+                assert (store.get_run("run").tokens, len(store.attempts("run"))) == (2, 2)  # type: ignore[union-attr]
+
+
+class TestAmbiguous:
+    """The connection breaks, and nobody knows whether what was sent was done."""
+
+    @pytest.mark.parametrize("lose", ["request", "reply"])
+    @pytest.mark.parametrize("together", [1, 5])
+    async def test_a_commit(self, server: RedisServer, lose: str, together: int) -> None:
+        """The commit is sent again, and kept once."""
+        with proxied(server) as proxy:
+            async with RedisStore(proxy.url) as store:
+                session = await begin(store)
+                await commit(session, 0, State(n=0), tokens=1)
+                broken: list[bytes] = []
+
+                def check(data: bytes) -> bool:
+                    if not broken:
+                        broken.append(data)
+                        return False
+                    return True
+
+                setattr(proxy, f"on_{lose}", check)
+                await asyncio.gather(
+                    *(commit(session, p, State(n=p), tokens=1) for p in range(1, 1 + together))
+                )
+                assert broken
+                run = store.get_run("run")
+                assert run is not None
+                assert (run.tokens, run.nodes) == (1 + together, 1 + together)
+                assert [a.position for a in store.attempts("run")] == list(range(1 + together))
+
+    async def test_every_operation(self, server: RedisServer) -> None:
+        """Whatever reply gets lost, of whatever call: each is done once, and the run has one execution."""
+        for lost in range(25):
+            server.execute("FLUSHALL")
+            with proxied(server) as proxy:
+                count = iter(range(1000))
+
+                def check(data: bytes, count: Iterator[int] = count, lost: int = lost) -> bool:
+                    return next(count) != lost
+
+                proxy.on_reply = check
+                async with RedisStore(proxy.url) as store:
+                    session = await begin(store)
+                    await commit(session, 0, State(n=1), tokens=1)
+                    await fail(session, 1, tokens=1)
+                    await finish(session, "PARTIAL")
+                    again = await begin(store, if_exists="resume", discard_from=1)
+                    await commit(again, 1, State(n=2), tokens=1)
+                    await finish(again, "RESUMED")
+                    run = store.get_run("run")
+                    assert run is not None
+                    assert (run.status, run.execution, run.nodes, run.tokens) == ("RESUMED", 1, 2, 3)
+                    assert len(store.attempts("run")) == 3
+                    await store.save("saved", "node", State(n=5))
+                    assert await store.load_typed("saved", "node", State) == State(n=5)
+                    await store.delete("run")
+                    assert store.list_runs() == []
+
+    async def test_a_stopped_server(self, server: RedisServer) -> None:
+        """A server that does not answer holds nobody for ever; once it does, the commit is there once."""
+        async with RedisStore(f"{server.url}?socket_timeout=0.2") as store:
+            session = await begin(store)
+            server.pause()
+            started = later(0.7, server.resume)
+            await commit(session, 0, State(n=1), tokens=1)
+            started.join()
+            assert [a.tokens for a in store.attempts("run")] == [1]
+
+    async def test_a_server_that_is_not_there(self, server: RedisServer) -> None:
+        """After the patience a transient StoreError names host and database, never the password."""
+        store = RedisStore("redis://me:secret@127.0.0.1:1/3", _patience_seconds=0.2)
+        waiting = [store.save(f"r{i}", "n", State()) for i in range(5)]
+        before = time.monotonic()
+        errors = await asyncio.gather(*waiting, begin(store), return_exceptions=True)
+        assert time.monotonic() - before < 2  # Not one after another.
+        assert len(set(map(id, errors))) == 6
+        for error in errors:
+            assert isinstance(error, StoreError)
+            assert error.transient
+            assert "cannot reach redis://127.0.0.1:1/3" in str(error)
+            assert "start the server, or correct the URL" in str(error)
+            assert "secret" not in f"{error} {store!r}"
+        with pytest.raises(StoreError, match="cannot reach"):
+            store.list_runs()
+        sync = SyncRedisStore("redis://127.0.0.1:1", _patience_seconds=0.1)
+        with pytest.raises(StoreError, match="cannot reach"):
+            sync.save("r", "n", State())
+        await store.aclose()
+
+    async def test_a_fork(self, server: RedisServer) -> None:
+        """A fork is one transaction: whichever reply gets lost, there is one new run, whole; or none."""
+        for lost in range(6):
+            server.execute("FLUSHALL")
+            with proxied(server) as proxy:
+                async with RedisStore(proxy.url) as store:
+                    session = await begin(store)
+                    for position in range(4):
+                        await commit(session, position, State(n=position))
+                    await finish(session)
+                    count = iter(range(1000))
+                    proxy.on_reply = lambda data, count=count, lost=lost: next(count) != lost  # type: ignore[misc]
+                    await store.fork("run", "new", 3, edited=(SCHEMA, State(n=20)))
+                    run = store.get_run("new")
+                    assert run is not None
+                    assert (run.status, run.parent, run.nodes, run.execution) == ("INTERRUPTED", "run", 3, 1)
+                    assert await store.load_typed("new", "node", State) == State(n=20)
+                    forked = await begin(store, "new", if_exists="resume")
+                    assert list(restored(forked).values()) == [State(n=0), State(n=1), State(n=20)]
+
+    async def test_what_a_node_waits_for(self, server: RedisServer) -> None:
+        """An attempt that waits and what it waits for are kept together, or neither, if somebody took the run over."""
+        with proxied(server) as proxy:
+            async with RedisStore(proxy.url) as store:
+                stale = await begin(store)
+                lose = iter([False])
+                proxy.on_reply = lambda data: next(lose, True)
+                asked = Waiting(0, "", "node", "may I?", "")
+                await stale.suspend(row(0, tokens=3), asked)
+                assert (len(store.attempts("run")), store.waiting("run")) == (1, [asked])
+                owner = await begin(store, if_exists="resume", if_running="take_over")
+                assert dict(owner.waiting) == {(0, ""): asked}
+                with pytest.raises(Fenced):
+                    await stale.suspend(row(1), Waiting(1, "", "node", "late", ""))
+                assert (len(store.attempts("run")), store.waiting("run")) == (1, [asked])
+
+
+class TestRetention:
+    async def test_gc(self, server: RedisServer, tmp_path: pathlib.Path) -> None:
+        """gc() deletes what ended long ago, nothing that somebody is at work on, and blobs that nobody names."""
+        large = State(text="x" * 3000)
+
+        async def written(run_id: str, status: str | None) -> Any:
+            session = await begin(store, run_id, large)
+            await commit(session, 0, State(text=run_id * 3000))
+            if status is not None:
+                await finish(session, status)
+            return session
+
+        def blobs() -> int:
+            return sum(path.is_file() for path in (tmp_path / "blobs").rglob("*"))
+
+        async with RedisStore(server.url, None, blobs=tmp_path / "blobs", blob_bytes=1000) as store:
+            held = await written("a", None)
+            await written("b", "FAILED")
+            await written("c", "PARTIAL")
+            await store.save("d", "n", State(text="d" * 3000))
+            assert blobs() == 5
+            assert await store.load_typed("d", "n", State) == State(text="d" * 3000)
+            for path in (tmp_path / "blobs").rglob("*"):
+                os.utime(path, (1, 1))
+            assert tuple(await store.gc(keep_for=timedelta(hours=1))) == (0, 0)
+            await asyncio.sleep(0.01)
+            assert tuple(await store.gc(keep_for=timedelta(0))) == (1, 1)
+            assert tuple(await store.gc(keep_for=timedelta(0), unfinished=True)) == (1, 1)
+            assert [run.run_id for run in store.list_runs()] == ["a"]
+            await commit(held, 1, State())
+            assert await store.load_typed("d", "n", State) == State(text="d" * 3000)
+
+    async def test_a_run_that_is_taken_up_is_not_deleted(self, server: RedisServer) -> None:
+        """Between the look and the deletion somebody may have taken the run up: it stays."""
+        async with RedisStore(server.url) as store, RedisStore(server.url) as other:
+            (await begin(store)).abandon()
+            taken: list[Any] = []
+
+            def operation(rows: Any) -> bool:
+                found = rows.find("run", lock=True)
+                if not taken:
+                    taken.append(asyncio.run(begin(other, if_exists="resume")))
+                if found.holder is None:
+                    rows.delete("run")
+                return found.holder is None
+
+            assert await store._submit(operation) is False
+            await commit(taken[0], 0, State())
+
+    async def test_a_codec(self, server: RedisServer) -> None:
+        """What goes through a codec stands nowhere in the server as it was, of either store."""
+
+        class Turned:
+            def encode(self, data: bytes) -> bytes:
+                return data[::-1]
+
+            def decode(self, data: bytes) -> bytes:
+                return data[::-1]
+
+        async with RedisStore(server.url, codec=Turned()) as store:
+            session = await begin(store, state=State(text="secret"))
+            await commit(session, 0, State(text="secret"))
+            with SyncRedisStore(server.url, codec=Turned()) as sync:
+                sync.save("run", "large", State(text="secret" * 100_000))
+                assert sync.load_typed("run", "large", State) == State(text="secret" * 100_000)
+                assert sync.load_typed("run", "node", State) == State(text="secret")
+            for key in server.execute("KEYS", "*"):
+                if server.execute("TYPE", key) == b"hash":
+                    assert b"secret" not in b"".join(server.execute("HVALS", key))
+
+
+class TestOwners:
+    async def test_two_processes_want_one_run(self, server: RedisServer) -> None:
+        """Of two processes with one run id, one executes, the other is told who does."""
+        code = """
+            async def main():
+                async with RedisStore(sys.argv[1]) as store:
+                    print("ready", flush=True)
+                    sys.stdin.readline()
+                    try:
+                        session = await begin(store)
+                    except RunBusy as busy:
+                        return print("busy", busy.holder)
+                    print("mine", os.getpid(), flush=True)
+                    sys.stdin.readline()
+                    await commit(session, 0, State(n=1))
+                    await finish(session)
+            asyncio.run(main())
+        """
+        both = [child(code, server.url) for _ in range(2)]
+        for process in both:
+            assert process.stdout is not None
+            assert process.stdout.readline() == "ready\n"
+        for process in both:
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        said = [process.stdout.readline().split() for process in both]  # type: ignore[union-attr]
+        assert sorted(words[0] for words in said) == ["busy", "mine"]
+        (pid,) = [words[1] for words in said if words[0] == "mine"]
+        assert [words[1:3] for words in said if words[0] == "busy"] == [["process", pid]]
+        for process in both:
+            _, errors = process.communicate("\n", timeout=30)
+            assert process.returncode == 0, errors
+        run = RedisStore(server.url).get_run("run")
+        assert run is not None
+        assert (run.execution, run.nodes, run.status) == (1, 1, "COMPLETED")
+
+    async def test_a_take_over_fences_the_first(self, store: RedisStore, server: RedisServer) -> None:
+        """Another process takes the run over: whoever had it can write nothing, and learns who has it."""
+        code = """
+            async def main():
+                async with RedisStore(sys.argv[1]) as store:
+                    session = await begin(store, if_exists="resume", if_running="take_over")
+                    print(len(session.restored), flush=True)
+                    sys.stdin.readline()
+                    await commit(session, 1, State(n=2))
+                    await finish(session, "RESUMED")
+            asyncio.run(main())
+        """
+        session = await begin(store)
+        await commit(session, 0, State(n=1))
+        other = child(code, server.url)
+        assert other.stdout is not None
+        assert other.stdout.readline() == "1\n"
+        with pytest.raises(Fenced, match=f"taken over meanwhile, by process {other.pid} on "):
+            await commit(session, 1, State(n=666))
+        _, errors = await asyncio.to_thread(other.communicate, "\n", 30)
+        assert other.returncode == 0, errors
+        run = store.get_run("run")
+        assert run is not None
+        assert (run.status, run.nodes) == ("RESUMED", 2)
+
+    async def test_many_stores_want_one_run(self, server: RedisServer) -> None:
+        """Whoever was slower sees what the faster one did, and decides anew: one execution."""
+        stores = [RedisStore(server.url) for _ in range(8)]
+        for execution in range(1, 7):
+            got = await asyncio.gather(*(begin(store) for store in stores), return_exceptions=True)
+            won = [session for session in got if not isinstance(session, BaseException)]
+            assert len(won) == 1
+            assert sum(isinstance(error, RunBusy) for error in got) == 7
+            assert (await asyncio.to_thread(stores[0].get_run, "run")).execution == execution  # type: ignore[union-attr]
+            await commit(won[0], 0, State())
+            await finish(won[0])
+        await asyncio.gather(*(store.aclose() for store in stores))
+
+    async def test_a_run_that_changes_while_it_is_taken_over(self, server: RedisServer) -> None:
+        """Commits go on while somebody else takes over: none of those that were acknowledged is missed."""
+        async with RedisStore(server.url) as here, RedisStore(server.url) as there:
+            for run_id in ("a", "b", "c"):
+                session = await begin(here, run_id)
+                acknowledged: list[int] = []
+
+                async def write(session: Any = session, acknowledged: list[int] = acknowledged) -> None:
+                    for position in range(10_000):
+                        await commit(session, position, State(n=position))
+                        acknowledged.append(position)
+                        await asyncio.sleep(0.002)
+
+                writing = asyncio.ensure_future(write())
+                await asyncio.sleep(0.1)
+                taken = await begin(there, run_id, if_exists="resume", if_running="take_over")
+                with pytest.raises(Fenced):
+                    await writing
+                assert {position for position, _ in taken.restored} >= set(acknowledged)
+
+    async def test_leases_go_by_the_clock_of_the_server(self, store: RedisStore, server: RedisServer) -> None:
+        """A holder that is not heard of loses the run when its lease has ended; while it lives the lease is renewed."""
+        session = await begin(store, lease_seconds=0.6)
+        await asyncio.sleep(1.0)
+        run = store.get_run("run")
+        assert run is not None
+        assert run.holder is not None
+        # Another host that died without a word: nobody renews, and no process id can be looked up.
+        owner = server.execute("HGET", "stroma:{run}:run", "owner").decode()
+        server.execute("HSET", "stroma:{run}:run", "owner", "elsewhere|boot|1|1|1|token")
+        with pytest.raises(RunBusy, match="process 1 on elsewhere"):
+            await begin(store)
+        await asyncio.sleep(0.8)
+        assert (await begin(store)).execution == 2
+        assert owner
+        with pytest.raises(Fenced):
+            await commit(session, 0, State())
+
+    async def test_a_deleted_run_is_not_a_lost_one(self, store: RedisStore, server: RedisServer) -> None:
+        """delete() leaves a mark for the session that comes too late; the mark goes by itself."""
+        session = await begin(store)
+        await store.delete("run")
+        with pytest.raises(Fenced, match="was deleted"):
+            await commit(session, 0, State())
+        with pytest.raises(Fenced, match="was deleted"):
+            await finish(session)
+        (mark,) = keys(server)
+        assert 0 < server.execute("TTL", mark) <= 24 * 3600
+
+    def test_a_forked_child_connects_anew(self, server: RedisServer) -> None:
+        """After a fork both processes write and read, each on connections of its own."""
+        code = """
+            import gc
+
+            async def write(store, run_id):
+                session = await begin(store, run_id)
+                for position in range(20):
+                    await commit(session, position, State())
+                await finish(session)
+                assert len(store.attempts(run_id)) == 20
+
+            store = RedisStore(sys.argv[1])
+            unused = RedisStore(sys.argv[1])
+            asyncio.run(write(store, "before"))
+            asyncio.run(write(unused, "unused"))
+            pid = os.fork()
+            if pid == 0:
+                del unused
+                gc.collect()
+                asyncio.run(write(store, "child"))
+                store.close()
+                sys.exit(0)
+            asyncio.run(write(store, "parent"))
+            assert os.waitpid(pid, 0)[1] == 0
+            asyncio.run(write(store, "after"))
+            asyncio.run(write(unused, "unused after"))
+            store.close()
+        """
+        process = child(code, server.url)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        runs = RedisStore(server.url).list_runs()
+        assert {run.run_id: run.nodes for run in runs} == dict.fromkeys(
+            ("before", "unused", "child", "parent", "after", "unused after"), 20
+        )
+
+    def test_a_program_that_forgets_to_close(self, server: RedisServer) -> None:
+        """It ends all the same, with everything kept, and from several event loops."""
+        code = """
+            async def main(run_id):
+                await commit(await begin(store, run_id), 0, State())
+
+            store = RedisStore(sys.argv[1])
+            asyncio.run(main("a"))
+            asyncio.run(main("b"))
+        """
+        process = child(code, server.url)
+        _, errors = process.communicate(timeout=60)
+        assert process.returncode == 0, errors
+        assert sorted(RedisStore(server.url).find_run("a") + RedisStore(server.url).find_run("b")) == [
+            "a",
+            "b",
+        ]
+
+
+class TestExpiry:
+    async def test_only_finished_runs_expire(self, server: RedisServer) -> None:
+        """No key of a run that goes on, or may be resumed, has an expiry; of a finished one all go at once."""
+        async with RedisStore(server.url, ttl_seconds=60) as store:
+
+            def expiries() -> set[int]:
+                names = {key for key in keys(server) if key.startswith("stroma:{run}")}
+                assert len(names) >= 2
+                return {server.execute("PTTL", key) for key in names}
+
+            session = await begin(store)
+            await commit(session, 0, State())
+            assert expiries() == {-1}
+            for status in ("PARTIAL", "FAILED", "INTERRUPTED", "CANCELLED"):
+                await finish(session, status)
+                assert expiries() == {-1}
+                session = await begin(store, if_exists="resume")
+            await finish(session, "COMPLETED")
+            assert all(55_000 < left <= 60_000 for left in expiries())
+            assert max(left := expiries()) - min(left) < 100  # They are asked for one after another.
+            # Taken up again, it stays again, and so do its earlier executions.
+            session = await begin(store)
+            assert expiries() == {-1}
+            await commit(session, 0, State())
+            await finish(session, "RESUMED")
+            assert all(55_000 < left <= 60_000 for left in expiries())
+            again = await begin(store, if_exists="resume")
+            assert expiries() == {-1}
+            assert restored(again) == {(0, ""): State()}
+
+    async def test_what_expired_is_gone_from_the_lists(self, server: RedisServer) -> None:
+        """A run that has expired is a run that never was; it is dropped from the lists when they are read."""
+        async with RedisStore(server.url, ttl_seconds=1) as store:
+            for run_id in ("a1", "a2"):
+                session = await begin(store, run_id)
+                await commit(session, 0, State())
+                await finish(session)
+            await begin(store, "a3")
+            assert len(store.list_runs()) == 3
+            await asyncio.sleep(1.2)
+            assert store.find_run("a") == ["a3"]
+            assert [run.run_id for run in store.list_runs()] == ["a3"]
+            assert store.get_run("a1") is None
+            assert not keys(server) & {"stroma:ended"}
+            assert server.execute("ZRANGE", "stroma:ids", 0, -1) == [b"a3"]
+            assert (await begin(store, "a1", if_exists="resume")).execution == 1
+
+    async def test_what_is_saved_expires(self, server: RedisServer) -> None:
+        """save() sets the ttl each time, of each node; None keeps it, and what it keeps outlives what others save."""
+        async with RedisStore(server.url, 1) as brief, RedisStore(server.url, None) as lasting:
+            await brief.save("run", "a", State(n=1))
+            await asyncio.sleep(0.7)
+            await brief.save("run", "b", State(n=2))
+            assert await brief.load_typed("run", "a", State) == State(n=1)
+            await asyncio.sleep(0.5)
+            assert await brief.load_typed("run", "a", State) is None
+            assert await brief.load_typed("run", "b", State) == State(n=2)
+            await lasting.save("run", "c", State(n=3))
+            await brief.save("run", "d", State(n=4))
+            await asyncio.sleep(1.2)
+            assert await brief.load_typed("run", "d", State) is None
+            assert await brief.load_typed("run", "c", State) == State(n=3)
+        for wrong in (0, -1):
+            with pytest.raises(ValueError, match="give a number of seconds, or None"):
+                RedisStore(server.url, wrong)
+
+    async def test_what_was_saved_before_a_run(self, store: RedisStore) -> None:
+        """The newest of what was saved and committed is loaded, whichever came first."""
+        await store.save("run", "node", State(n=1))
+        session = await begin(store)
+        assert await store.load_typed("run", "node", State) == State(n=1)
+        await commit(session, 0, State(n=2))
+        assert await store.load_typed("run", "node", State) == State(n=2)
+        await store.save("run", "node", State(n=3))
+        await commit(session, 1, State(n=4))
+        assert await store.load_typed("run", "node", State) == State(n=4)
+        await finish(session)
+        again = await begin(store, if_exists="resume", discard_from=1)
+        assert await store.load_typed("run", "node", State) == State(n=3)
+        await commit(again, 1, State(n=5))
+        assert await store.load_typed("run", "node", State) == State(n=5)
+
+
+class TestServer:
+    @pytest.mark.parametrize(
+        ("settings", "said"),
+        [
+            ({"appendonly": "no"}, ["appendonly is off: everything is lost"]),
+            (
+                {"appendonly": "no", "save": "3600 1"},
+                ["appendonly is off: everything since its last snapshot is lost"],
+            ),
+            ({"appendfsync": "everysec"}, ["appendfsync is everysec: .* last second or two"]),
+            ({"appendfsync": "no"}, ["appendfsync is no: "]),
+            ({"maxmemory-policy": "allkeys-lru"}, ["maxmemory-policy is allkeys-lru: runs may be evicted"]),
+            (
+                {"maxmemory-policy": "volatile-ttl", "appendfsync": "everysec"},
+                ["appendfsync is everysec", r"volatile-ttl: finished runs and saved states may be evicted"],
+            ),
+            ({}, []),
+        ],
+    )
+    async def test_what_may_be_lost_is_said_once(
+        self, settings: dict[str, str], said: list[str], caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """The settings of a server that put runs at risk are named, with those that mend it, once."""
+        caplog.set_level(logging.INFO, logger="stroma")
+        with RedisServer(**settings) as server:
+            for _ in range(2):
+                async with RedisStore(server.url) as store:
+                    await begin(store, if_running="take_over")
+                    store.list_runs()
+            SyncRedisStore(server.url).save("r", "n", State())
+        warnings = [r for r in caplog.records if r.name == "stroma" and r.levelno == logging.WARNING]
+        assert len(warnings) == len(said)
+        for record, text in zip(warnings, said, strict=True):
+            assert server.socket in record.getMessage()
+            assert re.search(text, record.getMessage())
+            assert "; set " in record.getMessage()
+
+    async def test_a_server_that_forbids_the_question(
+        self, server: RedisServer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """Where CONFIG and INFO are forbidden, and all keys but ours, the store works, without a warning."""
+        server.execute("ACL", "SETUSER", "me", "on", ">secret", "~stroma:*", "+@all", "-config", "-info")
+        with proxied(server) as proxy:
+            url = proxy.url.replace("//", "//me:secret@")
+            async with RedisStore(url) as store:
+                session = await begin(store)
+                await commit(session, 0, State(n=1))
+                await finish(session)
+                assert len(store.list_runs()) == 1
+            assert not caplog.records
+            async with RedisStore(url.replace("secret", "wrong")) as store:
+                with pytest.raises(StoreError, match="refused the user of the URL") as raised:
+                    await begin(store)
+                assert not raised.value.transient
+                assert "wrong" not in str(raised.value).replace("WRONGPASS", "").replace("wrong pass", "")
+
+    async def test_what_the_server_cannot_add_up(self, store: RedisStore) -> None:
+        """A sum beyond 64 bits is refused whole: nothing of that attempt is kept, and the next one is."""
+        session = await begin(store)
+        await commit(session, 0, State(), tokens=3, cost=9_000_000.0)
+        with pytest.raises(StoreError, match="cannot add up") as raised:
+            await commit(session, 1, State(), tokens=3, cost=9_000_000.0)
+        assert not raised.value.transient
+        await commit(session, 1, State(), tokens=2, cost=0.5)
+        run = store.get_run("run")
+        assert run is not None
+        assert (run.tokens, run.cost_usd, run.nodes, len(store.attempts("run"))) == (5, 9_000_000.5, 2, 2)
+
+    async def test_a_replica_takes_no_writes(self) -> None:
+        """A server that has become a replica is tried again, since a failover passes; then the error says so."""
+        with RedisServer() as server:
+            async with RedisStore(server.url, _patience_seconds=0.3) as store:
+                session = await begin(store)
+                server.execute("REPLICAOF", "127.0.0.1", "1")
+                with pytest.raises(StoreError, match="is a replica and takes no writes") as raised:
+                    await commit(session, 0, State())
+                assert raised.value.transient
+                for _ in range(2):
+                    later(0.1, lambda: server.execute("REPLICAOF", "NO", "ONE")).join()
+                    await commit(session, 0, State())
+
+    async def test_keys_of_another_program(self, store: RedisStore, server: RedisServer) -> None:
+        """A key of another type in the place of ours is a StoreError that says so."""
+        server.execute("SET", "stroma:{run}:run", "x")
+        with pytest.raises(StoreError, match="another database number"):
+            await begin(store)
+
+    async def test_damage_is_named(self, store: RedisStore, server: RedisServer) -> None:
+        """What is not what was kept is CorruptCheckpoint with the run, the node and the way out."""
+        session = await begin(store)
+        await commit(session, 0, State(n=1), "first")
+        await commit(session, 1, State(n=2), "second")
+        await finish(session, "PARTIAL")
+        good = server.execute("HGET", "stroma:{run}:steps:1", "1:")
+        for bad in (b"", b"garbage", b"[1]\n", good[:-1], good[:-1] + b"x", good.replace(b"[", b"{", 1)):
+            server.execute("HSET", "stroma:{run}:steps:1", "1:", bad)
+            with pytest.raises(CorruptCheckpoint, match=r"'second' at position 1 of run 'run'.*resume_from"):
+                await begin(store, if_exists="resume")
+            assert [(a.damaged, a.output is None) for a in store.attempts("run")] == [
+                (False, False),
+                (True, True),
+            ]
+            with pytest.raises(CorruptCheckpoint):
+                await store.load("run", "second")
+        again = await begin(store, if_exists="resume", discard_from=1)
+        assert restored(again) == {(0, ""): State(n=1)}
+        server.execute("HSET", "stroma:{run}:inputs", "1", "garbage")
+        with pytest.raises(CorruptCheckpoint, match="input of run 'run' is damaged"):
+            store.input_of("run")
+
+    async def test_no_key_stands_outside_of_its_run(self, store: RedisStore, server: RedisServer) -> None:
+        """Ids are encoded: whatever they hold, a run's keys share one hash tag that is its own."""
+        for run_id in ("}:run", "a{b}c", "a:b", "é", "*"):
+            await commit(await begin(store, run_id), 0, State())
+        found = keys(server) - {"stroma:runs", "stroma:ids"}
+        assert len(found) == 5 * 5
+        for key in found:
+            assert key.isascii()
+            assert key.count("{") == key.count("}") == 1
+
+    def test_several_event_loops_and_threads(self, server: RedisServer) -> None:
+        """One store serves any number of event loops in any number of threads."""
+        store = RedisStore(server.url)
+
+        async def use(name: str) -> None:
+            await store.save(name, "n", State(n=5))
+            assert await store.load_typed(name, "n", State) == State(n=5)
+            session = await begin(store, name)
+            await asyncio.gather(*(commit(session, p, State(n=p)) for p in range(20)))
+            await finish(session)
+
+        threads = [threading.Thread(target=lambda i=i: asyncio.run(use(f"run {i}"))) for i in range(6)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {(run.nodes, run.status) for run in store.list_runs()} == {(20, "COMPLETED")}
+        assert len(store.list_runs()) == 6
+        store.close()
+
+    def test_a_url(self, server: RedisServer) -> None:
+        """open_store takes redis:// and rediss:// URLs; what is no URL is a ValueError, and connects nowhere."""
+        assert isinstance(open_store("redis://127.0.0.1:1/0"), RedisStore)
+        assert (
+            repr(open_store("rediss://me:secret@h:7/2")) == "RedisStore('rediss://h:7/2', ttl_seconds=3600.0)"
+        )
+        for wrong in ("http://h", "nonsense"):
+            with pytest.raises(ValueError):
+                RedisStore(wrong)
+
+    async def test_what_waits_together_is_sent_together(
+        self, server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A hundred concurrent commits need few round trips."""
+        async with RedisStore(server.url) as store:
+            sessions = [await begin(store, f"run {i}") for i in range(100)]
+            before = server.execute("INFO", "commandstats")["cmdstat_exec"]["calls"]
+            await asyncio.gather(*(commit(s, 0, State()) for s in sessions))
+            after = server.execute("INFO", "commandstats")["cmdstat_exec"]["calls"]
+            assert after - before <= 5
+
+
+class TestPipelines:
+    @pytest.mark.parametrize("kind", [RedisStore, SyncRedisStore])
+    async def test_a_run_resumes(self, server: RedisServer, kind: Any) -> None:
+        """A pipeline that stopped goes on where it stopped, whichever of the two stores it is on."""
+        calls: list[str] = []
+        broken = True
+
+        @stroma.stroma_node("a", stroma.NodeContract(node_id="a", input_schema=State, output_schema=State))
+        async def a(state: State) -> State:
+            calls.append("a")
+            return State(n=state.n + 1)
+
+        @stroma.stroma_node("b", stroma.NodeContract(node_id="b", input_schema=State, output_schema=State))
+        async def b(state: State) -> State:
+            calls.append("b")
+            if broken:
+                raise ValueError("not yet")
+            return State(n=state.n + 10)
+
+        store = kind(server.url)
+        policy = {kind: stroma.FailurePolicy(max_retries=0) for kind in FailureClass}
+        runner = stroma.StromaRunner.quick(store=store, policy_map=policy, run_id="it", resume=True)
+        result = await runner.run([a, b], State(n=1))
+        assert result.status in ("PARTIAL", "FAILED")
+        broken = False
+        result = await runner.run([a, b], State(n=1))
+        assert (result.status, calls) == ("RESUMED", ["a", "b", "b"])
+        assert result.final_state == State(n=12)
+        assert store.get_run("it").status == "RESUMED"
+        closed = store.aclose()
+        await settled(closed)
+
+    def test_sync_calls_are_sync(self, server: RedisServer) -> None:
+        """Without any event loop, and inside one, SyncRedisStore's calls give values, not awaitables."""
+        with SyncRedisStore(server.url) as store:
+
+            def use() -> None:
+                assert store.save("r", "n", State(n=1)) is None  # type: ignore[func-returns-value]
+                assert store.load_typed("r", "n", State) == State(n=1)
+                assert store.load("r", "n") == State(n=1)
+                store.save_typed("r", "m", State(n=2), State)
+                assert not inspect.isawaitable(store.load("r", "m"))
+                store.delete("r")
+                assert store.load("r", "n") is None
+
+            use()
+
+            async def inside() -> None:
+                use()
+
+            asyncio.run(inside())
+        assert os.getpid()

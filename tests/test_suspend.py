@@ -1,0 +1,363 @@
+"""A node that waits for a person: the run stops, and goes on with the answer, days later and elsewhere."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, ValidationError
+
+from stroma import (
+    AsyncInMemoryStore,
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    NodeHooks,
+    ReliabilityContext,
+    RunStatus,
+    SQLiteStore,
+    StoreError,
+    StromaRunner,
+    Suspend,
+    current_node,
+    execute_step,
+    map_over,
+    parallel,
+    stroma_node,
+)
+
+RETRIES = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class Items(BaseModel):
+    items: list[Num]
+
+
+ITEMS = Items(items=[Num(n=1), Num(n=2), Num(n=3)])
+
+
+class Approval(BaseModel):
+    approved: bool
+    by: str = "nobody"
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
+    if request.param == "sqlite":
+        async with SQLiteStore(tmp_path / "runs.db") as made:
+            yield made
+    else:
+        yield AsyncInMemoryStore()
+
+
+def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=given, output_schema=promised
+    )
+    return stroma_node(node_id, contract)(func)
+
+
+def runner(store: Any, **config: Any) -> StromaRunner:
+    return StromaRunner.quick(store=store, run_id="r", policy_map=RETRIES, **config)
+
+
+class Desk:
+    """Three nodes, the second of which asks somebody; counts its calls, and keeps the answers it was given."""
+
+    def __init__(self, schema: type[BaseModel] | None = Approval) -> None:
+        self.calls: list[str] = []
+        self.answers: list[Any] = []
+        self.schema = schema
+        self.nodes = [node("a", self.a), node("ask", self.ask), node("c", self.c)]
+
+    async def a(self, state: Num) -> Any:
+        self.calls.append("a")
+        return {"n": state.n + 1}, 10
+
+    async def ask(self, state: Num) -> Any:
+        self.calls.append("ask")
+        here = current_node()
+        assert here is not None
+        here.report_usage(input_tokens=1)
+        if here.signal is None:
+            raise Suspend("is this right?", schema=self.schema)
+        self.answers.append(here.signal)
+        return {"n": state.n + 10}
+
+    async def c(self, state: Num) -> Any:
+        self.calls.append("c")
+        return {"n": state.n + 100}
+
+
+async def test_a_run_waits_and_goes_on(store: Any) -> None:
+    """A suspended run is SUSPENDED, no failure; after signal() a resume gives the node its answer, as it was asked for."""
+    desk = Desk()
+    result = await runner(store).run(desk.nodes, Num())
+    assert (result.status, result.failure, result.final_state) == (RunStatus.SUSPENDED, None, Num(n=1))
+    assert result.suspended == ["is this right?"]
+    assert [e.outcome for e in result.trace] == ["success", "suspended"]
+    assert result.total_tokens == 11
+    run = store.get_run("r")
+    assert (run.status, run.error, run.tokens, run.holder) == ("SUSPENDED", "is this right?", 11, None)
+    await runner(store).signal("r", {"approved": True, "by": "ada"})
+    again = await runner(store).run(desk.nodes, Num(), resume=True)
+    assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=111))
+    assert desk.answers == [Approval(approved=True, by="ada")]
+    assert desk.calls == ["a", "ask", "ask", "c"]
+
+
+async def test_without_an_answer_it_waits_again(store: Any) -> None:
+    """A resume without an answer asks again, and nothing else is called."""
+    desk = Desk()
+    for _ in range(3):
+        result = await runner(store, resume=True).run(desk.nodes, Num())
+        assert result.status is RunStatus.SUSPENDED
+    assert desk.calls == ["a", "ask", "ask", "ask"]
+    assert len(store.waiting("r")) == 1
+
+
+async def test_an_answer_is_validated(store: Any) -> None:
+    """An answer that does not satisfy the schema is refused, and the run waits on."""
+    desk = Desk()
+    await runner(store).run(desk.nodes, Num())
+    with pytest.raises(ValidationError):
+        await runner(store).signal("r", {"approved": "perhaps"})
+    with pytest.raises(ValidationError):
+        await runner(store).signal("r", Num())
+    assert store.waiting("r")[0].payload is None
+    await runner(store).signal("r", Approval(approved=False))
+    assert (await runner(store, resume=True).run(desk.nodes, Num())).status is RunStatus.RESUMED
+
+
+async def test_any_json_will_do_where_no_schema_was_asked_for(store: Any) -> None:
+    """Without a schema the answer is JSON data, as it was given."""
+    desk = Desk(schema=None)
+    await runner(store).run(desk.nodes, Num())
+    await runner(store).signal("r", {"any": [1, 2.5, None, "é"]})
+    await runner(store, resume=True).run(desk.nodes, Num())
+    assert desk.answers == [{"any": [1, 2.5, None, "é"]}]
+
+
+async def test_nothing_waits(store: Any) -> None:
+    """An answer to a run that waits for none is an error, also once it has its answer."""
+    desk = Desk()
+    await runner(store).run(desk.nodes, Num())
+    with pytest.raises(StoreError, match="waits for no answer"):
+        await runner(store).signal("unknown", {})
+    await runner(store).signal("r", {"approved": True})
+    with pytest.raises(StoreError, match="waits for no answer"):
+        await runner(store).signal("r", {"approved": True})
+
+
+async def test_hooks_are_told(store: Any) -> None:
+    """G9: on_node_suspended is the end of its start, and on_run_end says SUSPENDED; no failure hook."""
+    seen: list[Any] = []
+
+    def note(name: str) -> Any:
+        async def hook(*args: Any) -> None:
+            seen.append((name, *[getattr(a, "status", a) for a in args[1:2]]))
+
+        return hook
+
+    events = (
+        "on_node_start",
+        "on_node_success",
+        "on_node_failure",
+        "on_node_suspended",
+        "on_run_end",
+        "on_node_retry",
+    )
+    hooks = NodeHooks(**{name: note(name) for name in events})
+    await runner(store, hooks=hooks).run(Desk().nodes, Num())
+    assert seen == [
+        ("on_node_start", "a"),
+        ("on_node_success", "a"),
+        ("on_node_start", "ask"),
+        ("on_node_suspended", "ask"),
+        ("on_run_end", RunStatus.SUSPENDED),
+    ]
+
+
+async def test_a_sync_node_waits_too(store: Any) -> None:
+    """A plain def may raise Suspend, and finds its answer."""
+
+    def ask(state: Num) -> dict[str, Any]:
+        here = current_node()
+        assert here is not None
+        return {"n": int(here.wait_for(Approval, reason="well?").approved)}
+
+    nodes = [node("ask", ask)]
+    result = await runner(store).run(nodes, Num())
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["well?"])
+    await runner(store).signal("r", {"approved": True})
+    assert (await runner(store, resume=True).run(nodes, Num())).final_state == Num(n=1)
+
+
+async def test_children_of_a_group_wait(store: Any) -> None:
+    """While a child waits its siblings finish; each child may be answered by its id, and only it runs again."""
+    calls: list[str] = []
+
+    def child(node_id: str, asks: bool) -> Any:
+        async def func(state: Num) -> Any:
+            calls.append(node_id)
+            await asyncio.sleep(0)
+            here = current_node()
+            assert here is not None
+            if asks:
+                return {f"is_{node_id}": here.wait_for(Approval, reason=f"may {node_id}?").by}
+            return {f"is_{node_id}": "done"}
+
+        class Out(BaseModel):
+            pass
+
+        Made = type("Made", (BaseModel,), {"__annotations__": {f"is_{node_id}": str}})
+        return node(node_id, func, promised=Made)
+
+    nodes = [parallel(child("x", True), child("y", False), child("z", True), max_concurrency=1)]
+    result = await runner(store).run(nodes, Num())
+    assert (result.status, sorted(result.suspended)) == (RunStatus.SUSPENDED, ["may x?", "may z?"])
+    assert calls == ["x", "y", "z"]
+    (group,) = result.trace
+    assert group.outcome == "suspended"
+    assert [(e.node_id, e.outcome) for e in group.children] == [
+        ("x", "suspended"),
+        ("y", "success"),
+        ("z", "suspended"),
+    ]
+    with pytest.raises(ValueError, match="say which"):
+        await runner(store).signal("r", {"approved": True})
+    for node_id in ("x", "z"):
+        await runner(store).signal("r", {"approved": True, "by": f"by {node_id}"}, node_id=node_id)
+    again = await runner(store, resume=True).run(nodes, Num())
+    assert again.status is RunStatus.RESUMED, again.failure
+    assert again.final_state is not None
+    assert again.final_state.model_dump() == {"is_x": "by x", "is_y": "done", "is_z": "by z"}
+    assert calls == ["x", "y", "z", "x", "z"]
+
+
+async def test_items_wait(store: Any) -> None:
+    """Items of map_over wait each on its own; the branch says which."""
+
+    async def item(state: Num) -> Any:
+        here = current_node()
+        assert here is not None
+        if state.n % 2:
+            return {"n": 100 * state.n + int(here.wait_for(Approval, reason=f"{state.n}?").approved)}
+        return {"n": state.n}
+
+    nodes = [map_over("items", node("item", item), into="done")]
+    result = await runner(store).run(nodes, ITEMS)
+    assert result.status is RunStatus.SUSPENDED
+    await runner(store).signal("r", {"approved": True}, branch="0")
+    result = await runner(store, resume=True).run(nodes, ITEMS)
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["3?"])
+    await runner(store).signal("r", {"approved": False})
+    result = await runner(store, resume=True).run(nodes, ITEMS)
+    assert result.final_state is not None
+    assert [made.n for made in result.final_state.done] == [101, 2, 300]  # type: ignore[attr-defined]
+
+
+async def test_a_failure_beats_a_question(store: Any) -> None:
+    """A group in which one child waits and another stops for good fails."""
+
+    async def ask(state: Num) -> Any:
+        raise Suspend("well?")
+
+    async def broken(state: Num) -> Any:
+        await asyncio.sleep(0.01)
+        raise ValueError("broken")
+
+    never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+    result = await StromaRunner.quick(store=store, policy_map=never).run(
+        [parallel(node("ask", ask), node("broken", broken))], Num()
+    )
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.message == "broken"
+
+
+async def test_an_answer_belongs_to_its_execution(store: Any) -> None:
+    """A restart, and a resume from before the question, ask anew."""
+    desk = Desk()
+    await runner(store).run(desk.nodes, Num())
+    await runner(store).signal("r", {"approved": True})
+    assert (await runner(store).run(desk.nodes, Num())).status is RunStatus.SUSPENDED
+    await runner(store).signal("r", {"approved": True})
+    result = await runner(store).run(desk.nodes, Num(), resume_from="ask")
+    assert result.status is RunStatus.SUSPENDED
+
+
+async def test_steps_of_plain_code_wait(store: Any) -> None:
+    """A step of plain code waits and goes on like a node."""
+    desk = Desk()
+    config = runner(store, resume=True).config
+
+    async def plain() -> Any:
+        made = runner(store, resume=True)
+        ctx = ReliabilityContext.for_run(config, made.registry, made.checkpoint_manager)
+        async with ctx:
+            first = await execute_step("a", desk.a, Num(), ctx)
+            return await execute_step("ask", desk.ask, first.final_state, ctx)
+
+    result = await plain()
+    assert result.status is RunStatus.SUSPENDED
+    assert store.get_run("r").status == "SUSPENDED"
+    await runner(store).signal("r", {"approved": True})
+    assert (await plain()).final_state == Num(n=11)
+    assert desk.calls == ["a", "ask", "ask"]
+
+
+async def test_attaching_to_a_run_that_waits(store: Any) -> None:
+    """Whoever attaches to a run that is suspended meanwhile is told what it waits for; that is no failure."""
+    inside, gate = asyncio.Event(), asyncio.Event()
+
+    async def ask(state: Num) -> Any:
+        inside.set()
+        await gate.wait()
+        raise Suspend("may I?")
+
+    nodes = [node("ask", ask)]
+    held = asyncio.create_task(runner(store).run(nodes, Num()))
+    await inside.wait()
+    attached = asyncio.create_task(runner(store, if_running="attach").run(nodes, Num()))
+    await asyncio.sleep(0.05)
+    gate.set()
+    for result in (await held, await attached):
+        assert (result.status, result.failure, result.suspended) == (RunStatus.SUSPENDED, None, ["may I?"])
+
+
+async def test_answered_in_another_process(tmp_path: Path) -> None:
+    """G11: what the answer is validated with is looked up, never imported; days later, from another store object."""
+    desk = Desk()
+    async with SQLiteStore(tmp_path / "runs.db") as first:
+        await runner(first).run(desk.nodes, Num())
+    async with SQLiteStore(tmp_path / "runs.db") as second:
+        (waiting,) = second.waiting("r")
+        assert (waiting.node_id, waiting.reason) == ("ask", "is this right?")
+        assert waiting.schema_ref == f"{__name__}:Approval"
+        await second.signal("r", waiting._replace(schema_ref="antigravity:Approval"))
+        with pytest.raises(StoreError, match="is not imported"):
+            await runner(second).signal("r", {"approved": True})
+        await runner(second).signal("r", {"approved": True}, schema=Approval)
+        result = await runner(second, resume=True).run(desk.nodes, Num())
+    assert result.status is RunStatus.RESUMED
+    assert desk.answers == [{"approved": True, "by": "nobody"}]
+
+
+async def test_a_store_without_a_journal_cannot_wait() -> None:
+    """A store of the simple protocol cannot keep what a node waits for: the run stops as PARTIAL and says so."""
+
+    class Simple:
+        def save(self, run_id: str, node_id: str, state: BaseModel) -> None: ...
+        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+        def delete(self, run_id: str) -> None: ...
+
+    result = await StromaRunner.quick(store=Simple()).run(Desk().nodes, Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert "keeps no journal" in result.failure.message
