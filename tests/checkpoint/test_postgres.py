@@ -16,14 +16,13 @@ import textwrap
 import threading
 import time
 from collections.abc import Iterator
-from functools import partial
 from typing import Any
 
 import pytest
 
 import stroma
 from stroma.checkpoint import Fenced, RunBusy, StoreError, open_store
-from stroma.checkpoint._session import Attempt, Commit, DurableSession, Fence
+from stroma.checkpoint._session import Attempt, Commit, Doing, Fence
 from stroma.checkpoint._worker import Job
 from stroma.testing.stores import (
     JournalStoreTests,
@@ -322,13 +321,11 @@ def test_what_is_done_together() -> None:
     def a_commit(run_id: str) -> Job:
         return Job(Commit(run_id, Fence(1, 1, 1, "", 1.0), Attempt(*[0] * 14), None), None)  # type: ignore[arg-type]
 
-    def opening(run_id: str) -> Job:
-        session = DurableSession.__new__(DurableSession)
-        session.run_id = run_id
-        return Job(partial(session.open, None), None)  # type: ignore[arg-type]
+    def doing(run_id: str | None) -> Job:
+        return Job(Doing(run_id, lambda rows: None), None)
 
     a1, b1, c1, a2, b2 = map(a_commit, "abcab")
-    opened, anything = opening("b"), Job(lambda rows: None, None)
+    opened, anything = doing("b"), doing(None)
     assert stages([a1, b1, opened, c1, a2, b2]) == [[a1, b1, c1, a2], [opened], [b2]]
     assert stages([a1, anything, a2, b2]) == [[a1], [anything], [a2, b2]]
 

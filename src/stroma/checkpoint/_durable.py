@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import threading
 import time
 import weakref
 from abc import ABC, abstractmethod
@@ -15,21 +14,21 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel
 
+from stroma.checkpoint._leases import Keeper
 from stroma.checkpoint._owner import new_owner
 from stroma.checkpoint._session import (
     CANCEL,
     PARENT,
     PICO,
-    SAVED,
     WAITING,
     Attempt,
+    Doing,
     DurableSession,
     Fence,
     Opening,
     Rows,
     RunRow,
     Step,
-    StepRow,
     checksum,
     fork,
     intact,
@@ -37,31 +36,26 @@ from stroma.checkpoint._session import (
     read_waiting,
     verify,
 )
-from stroma.checkpoint._worker import Connection, Worker, generation
+from stroma.checkpoint._worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.journal import (
     AttemptRecord,
     CheckpointNotFound,
     CorruptCheckpoint,
     RunRecord,
     RunRequest,
-    StoreError,
     Waiting,
 )
-from stroma.checkpoint.manager import resolve_schema, schema_ref
-from stroma.checkpoint.memory import coerce
+from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, Payloads
 from stroma.contracts import check_id
-from stroma.schemas import Schema, schema_of
+from stroma.schemas import Schema
 
 __all__ = ["DurableStore"]
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma")
 
-_RENEWALS: Final = 3  # in the time of a lease: two may be late or lost
-_LOOK_SECONDS: Final = 1.0  # between looks whether somebody wants a run to end
 _AT_ONCE: Final = 500  # runs that one look for old ones gives
-_IDLE_SECONDS: Final = 10.0  # for which the thread outlives the last run
 
 
 class Collected(NamedTuple):
@@ -85,14 +79,14 @@ class DurableStore(ABC):
         self._payloads = Payloads() if payloads is None else payloads
         #: By generation: a forked child finds its parent's worker here, whose thread it does not have.
         self._workers: dict[int, Worker] = {}
-        self._keepers: dict[int, _Keeper] = {}
+        self._keepers: dict[int, Keeper] = {}
 
     @abstractmethod
     def _connect(self) -> Connection:
         """What the worker thread does its operations on."""
 
     @abstractmethod
-    def _read(self, query: Callable[[Rows], T], nothing: T) -> T:
+    def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         """Read in the calling thread; ``nothing`` while the store is empty. Raises StoreError."""
 
     def _exists(self) -> bool:
@@ -114,11 +108,11 @@ class DurableStore(ABC):
                 fresh.start()
         return worker
 
-    def _post(self, operation: Callable[[Any], None]) -> None:
+    def post(self, operation: Callable[[Any], None]) -> None:
         """Have an operation done that nobody waits for. From any thread."""
         self._worker().post(operation)
 
-    def _submit(self, operation: Callable[[Any], T]) -> asyncio.Future[T]:
+    def _submit(self, operation: Operation) -> asyncio.Future[Any]:
         return self._worker().submit(operation)
 
     # ------------------------------------------------------------------ the journal
@@ -141,7 +135,8 @@ class DurableStore(ABC):
         return Step(schema.fingerprint, schema_ref(schema.model), sealed, checksum(sealed))
 
     async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
-        session = DurableSession(request.run_id, self._submit, self._payloads)
+        opened = {} if self._payloads.plain else await asyncio.to_thread(self._open_ahead, request.run_id)
+        session = DurableSession(request.run_id, self._submit, self._payloads, opened)
         sealed = await self._payloads.seal(data)
         opening = Opening(
             request.run_id,
@@ -153,13 +148,30 @@ class DurableStore(ABC):
             checksum(sealed),
             request.discard_from,
         )
-        await self._submit(partial(session.open, request, opening, data))
+        open_it = partial(session.open, request, opening, data)
+        await self._submit(Doing(request.run_id, open_it, opening, session))
         if session.finished is None:
             keeper = self._keepers.get(generation())
             if keeper is None:
-                keeper = self._keepers.setdefault(generation(), _Keeper(self))
+                keeper = self._keepers.setdefault(generation(), Keeper(self))
             keeper.watch(session)
         return session
+
+    def _open_ahead(self, run_id: str) -> dict[bytes, bytes]:
+        """What the commits of a run hold, opened outside of the transaction that claims it: that can take long."""
+
+        def query(rows: Rows) -> list[Step]:
+            found = rows.find(run_id)
+            kept = [] if found is None else rows.steps(found.run, found.execution)
+            return [row.step for row in kept if intact(row.step.output, row.step.sha256)]
+
+        opened: dict[bytes, bytes] = {}
+        for step in self.read(query, list[Step]()) if self._exists() else []:
+            try:
+                opened[step.sha256] = self._payloads.open(step.output, "")
+            except CorruptCheckpoint:
+                pass  # It is told in its place, if it is needed at all.
+        return opened
 
     async def cancel(self, run_id: str) -> bool:
         """Ask whoever is at work on a run to end it; a run that nobody holds is CANCELLED at once.
@@ -181,7 +193,8 @@ class DurableStore(ABC):
                 rows.finish(last, "CANCELLED", None)
             return True
 
-        return await self._submit(operation)
+        done: bool = await self._submit(Doing(run_id, operation))
+        return done
 
     async def signal(self, run_id: str, waiting: Waiting) -> None:
         """Keep the answer that a node waits for; ``waiting`` with its payload. Raises CheckpointNotFound, StoreError."""
@@ -194,7 +207,7 @@ class DurableStore(ABC):
                 raise self._no_run(run_id)
             keep_waiting(rows, run_id, waiting)
 
-        await self._submit(operation)
+        await self._submit(Doing(run_id, operation))
 
     async def fork(
         self,
@@ -215,76 +228,7 @@ class DurableStore(ABC):
             contract, given = state[0].fingerprint, await self._payloads.seal(self._encode(*state))
             sha = checksum(given)
         opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, contract, given, sha, None)
-        await self._submit(lambda rows: fork(rows, run_id, opening, before, step))
-
-    # ------------------------------------------------------------------ the simple protocol
-
-    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
-        """Keep a state as the last one of a node. Raises NotSerialisable, ValueError for an id, StoreError."""
-        check_id(run_id, "run id")
-        check_id(node_id, "node id")
-        schema = schema_of(type(state))
-        step = await self._step(schema, self._encode(schema, state))
-        await self._submit(lambda rows: rows.keep(run_id, SAVED, node_id, node_id, step))
-
-    async def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
-        """Save as an instance of ``schema``; raises TypeError("schema must be a BaseModel type")."""
-        await self.save(run_id, node_id, coerce(state, schema))
-
-    async def load(self, run_id: str, node_id: str) -> BaseModel | None:
-        """The newest output or saved state of a node, or None.
-
-        Its class is looked up among the modules that are imported, nothing is imported for it: StoreError if it is
-        not there. :meth:`load_typed` needs no such luck. Raises CorruptCheckpoint for a damaged one.
-        """
-        found = await self._newest(run_id, node_id)
-        if found is None:
-            return None
-        where = f"the checkpoint of node {node_id!r} in run {run_id!r}"
-        try:
-            model = resolve_schema(found.schema_ref)
-        except (LookupError, TypeError) as error:
-            raise StoreError(
-                f"{where} is a {found.schema_ref}: {error}; or read it with load_typed(run_id, node_id, schema)"
-            ) from error
-        return _decode(schema_of(model), found.output, where)
-
-    async def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
-        """The newest output or saved state of a node as an instance of ``schema``, or None.
-
-        Raises CorruptCheckpoint if it is damaged or not one, TypeError("schema must be a BaseModel type").
-        """
-        if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
-            raise TypeError("schema must be a BaseModel type")
-        found = await self._newest(run_id, node_id)
-        if found is None:
-            return None
-        return _decode(
-            schema_of(schema), found.output, f"the checkpoint of node {node_id!r} in run {run_id!r}"
-        )
-
-    async def delete(self, run_id: str) -> None:
-        """Delete everything kept of one run, of all its executions. Whoever is at work on it is fenced off."""
-        check_id(run_id, "run id")
-        await self._submit(lambda rows: rows.delete(run_id))
-
-    async def _newest(self, run_id: str, node_id: str) -> Step | None:
-        check_id(run_id, "run id")
-        check_id(node_id, "node id")
-
-        if not self._exists():
-            return None
-
-        def query(rows: Rows) -> StepRow | None:
-            return rows.newest(run_id, node_id)
-
-        found = await asyncio.to_thread(self._read, query, None)
-        if found is None:
-            return None
-        verify(found.step, run_id, found.position, node_id, found.branch)
-        what = f"the checkpoint of node {node_id!r} in run {run_id!r}"
-        output = await asyncio.to_thread(self._payloads.open, found.step.output, what)
-        return found.step._replace(output=output)
+        await self._submit(Doing(None, lambda rows: fork(rows, run_id, opening, before, step), opening))
 
     # ------------------------------------------------------------------ reading
 
@@ -301,7 +245,7 @@ class DurableStore(ABC):
             found = rows.runs(limit=limit, pipeline=pipeline, status=wanted)
             return [_run_record(rows, row) for row in found]
 
-        return self._read(query, [])
+        return self.read(query, [])
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """The last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
@@ -311,7 +255,7 @@ class DurableStore(ABC):
             found = rows.find(run_id)
             return None if found is None or not found.execution else _run_record(rows, found)
 
-        return self._read(query, None)
+        return self.read(query, None)
 
     def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
         """The ids that begin with a text, newest first, or the newest id of all for "last". A whole id stands alone.
@@ -321,7 +265,7 @@ class DurableStore(ABC):
         if prefix_or_last == "last":
             return [row.run_id for row in self.list_runs(limit=1)]
         prefix = check_id(prefix_or_last, "run id")
-        found = self._read(lambda rows: rows.ids(prefix, limit), list[str]())
+        found = self.read(lambda rows: rows.ids(prefix, limit), list[str]())
         return found[:1] if found[:1] == [prefix] else found
 
     def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
@@ -338,7 +282,7 @@ class DurableStore(ABC):
             kept = rows.attempts(found.run, found.execution if execution is None else execution)
             return [self._attempt_record(run_id, attempt, step) for attempt, step in kept]
 
-        return self._read(query, [])
+        return self.read(query, [])
 
     def _attempt_record(self, run_id: str, attempt: Attempt, step: Step | None) -> AttemptRecord:
         output, damaged = None, False
@@ -379,7 +323,7 @@ class DurableStore(ABC):
             found = rows.find(run_id)
             return None if found is None else rows.input(found.run, found.execution)
 
-        kept = self._read(query, None)
+        kept = self.read(query, None)
         if kept is None:
             raise self._no_run(run_id)
         if not intact(kept[1], kept[2]):
@@ -401,7 +345,7 @@ class DurableStore(ABC):
             )
             return [waiting for waiting in kept if waiting is not None]
 
-        return self._read(query, [])
+        return self.read(query, [])
 
     def _no_run(self, run_id: str) -> CheckpointNotFound:
         return CheckpointNotFound(
@@ -419,12 +363,15 @@ class DurableStore(ABC):
         before = time.time_ns() // 1_000_000 - int(keep_for.total_seconds() * 1000)
         deleted = 0
         while found := await asyncio.to_thread(
-            self._read,
+            self.read,
             lambda rows: rows.expired(before, unfinished=unfinished, limit=_AT_ONCE),
             list[str](),
         ):
             # One by one: each is looked at again in the transaction that deletes it.
-            gone = [await self._submit(partial(_delete_if_free, run_id, before)) for run_id in found]
+            gone = [
+                await self._submit(Doing(run_id, partial(_delete_if_free, run_id, before)))
+                for run_id in found
+            ]
             deleted += sum(gone)
             if not any(gone):
                 break  # What is left is somebody's.
@@ -432,7 +379,7 @@ class DurableStore(ABC):
         if self._payloads.blobs is not None:
             start = len(BLOB)
             named: Callable[[Rows], set[str]] = lambda rows: {kept[start:].hex() for kept in rows.blobs()}  # noqa: E731
-            in_use = await asyncio.to_thread(self._read, named, set[str]())
+            in_use = await asyncio.to_thread(self.read, named, set[str]())
             blobs = await asyncio.to_thread(self._payloads.collect, in_use)
         return Collected(deleted, blobs)
 
@@ -464,91 +411,12 @@ class DurableStore(ABC):
         await self.aclose()
 
 
-class _Keeper:
-    """Keeps up the leases of this process's runs, from a thread: an event loop that is blocked loses none.
-
-    It also looks whether somebody wants a run to end. A process that is stopped renews nothing, nor does one whose
-    sessions were all forgotten.
-    """
-
-    def __init__(self, store: DurableStore) -> None:
-        self._store = weakref.ref(store)
-        self._sessions: weakref.WeakSet[DurableSession] = weakref.WeakSet()
-        self._lock = threading.Lock()
-        self._wake = threading.Event()
-        self._running = False
-        self._stopped = False
-
-    def watch(self, session: DurableSession) -> None:
-        with self._lock:
-            if session.fence.lease_seconds / _RENEWALS < self._interval():
-                self._wake.set()
-            self._sessions.add(session)
-            if not self._running and not self._stopped:
-                self._running = True
-                threading.Thread(target=self._work, name="stroma-leases", daemon=True).start()
-
-    def stop(self) -> None:
-        self._stopped = True
-        self._wake.set()
-
-    def _interval(self) -> float:
-        leases = [session.fence.lease_seconds for session in self._sessions if not session.ended]
-        return min(leases, default=_IDLE_SECONDS * _RENEWALS) / _RENEWALS
-
-    def _work(self) -> None:
-        renewed = time.monotonic()
-        while True:
-            with self._lock:
-                seconds = self._interval()
-            self._wake.wait(min(seconds, _LOOK_SECONDS))
-            store = self._store()
-            with self._lock:
-                self._wake.clear()
-                sessions = [session for session in self._sessions if not session.ended]
-                if self._stopped or store is None or not sessions:
-                    self._running = False
-                    return
-            if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
-                renewed = time.monotonic()
-                store._post(partial(_renew, [session.fence for session in sessions]))
-            self._look(store, {session.fence.run: session for session in sessions if session.on_cancel})
-            del store, sessions  # A thread that waits keeps nobody's state alive.
-
-    @staticmethod
-    def _look(store: DurableStore, sessions: dict[Any, DurableSession]) -> None:
-        if not sessions:
-            return
-        try:
-            wanted = store._read(lambda rows: rows.wanted(list(sessions)), list[Any]())
-        except StoreError as error:
-            logger.debug("could not look for cancelled runs: %s", error)
-            return
-        for run in wanted:
-            on_cancel = sessions[run].on_cancel
-            if on_cancel is not None:
-                on_cancel()
-
-
-def _renew(fences: list[Fence], rows: Rows) -> None:
-    rows.renew(fences)
-
-
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
     found = rows.find(run_id, lock=True)
     if found is None or found.holder is not None or found.updated_ms >= before_ms:
         return False
     rows.delete(run_id)
     return True
-
-
-def _decode(schema: Schema, data: bytes, where: str) -> BaseModel:
-    try:
-        return schema.decode(data)
-    except Exception as error:
-        raise CorruptCheckpoint(
-            f"{where} is not a {schema.model.__name__}: {error}; restore the schema, or run the node again"
-        ) from error
 
 
 def _run_record(rows: Rows, row: RunRow) -> RunRecord:

@@ -11,7 +11,7 @@ import psycopg
 
 from stroma.checkpoint._postgres_rows import PostgresRows, commit_query
 from stroma.checkpoint._postgres_server import Server, is_lost, is_misled, may_pass, pause
-from stroma.checkpoint._session import Commit, DurableSession, Opening
+from stroma.checkpoint._session import Commit, Doing
 from stroma.checkpoint._worker import Job
 from stroma.checkpoint.journal import StoreError
 
@@ -190,10 +190,7 @@ def stages(batch: list[Job]) -> list[list[Job]]:
 
 def _run_of(operation: Any) -> str | None:
     """The run that an operation concerns, if it is known to concern no other."""
-    if isinstance(operation, Commit):
-        return operation.run_id
-    session = getattr(getattr(operation, "func", None), "__self__", None)
-    return session.run_id if isinstance(session, DurableSession) else None
+    return operation.run_id if isinstance(operation, (Commit, Doing)) else None
 
 
 def _send(db: Database, commit: Commit) -> psycopg.Cursor[Any]:
@@ -207,11 +204,11 @@ def _is_kept(cursor: psycopg.Cursor[Any]) -> bool:
 def _transact(db: Database, operation: Any, doubt: bool) -> Any:
     with db.transaction():
         rows = PostgresRows(db)
-        opening = next((a for a in getattr(operation, "args", ()) if isinstance(a, Opening)), None)
+        opening = operation.opening if isinstance(operation, Doing) else None
         if doubt and opening is not None:
             # An owner's name is given once. A run that has it was opened by the try whose answer was lost, and the
             # session knows what that came to; opening again would be refused, or begin one more execution.
             found = rows.find(opening.run_id, lock=True)
             if found is not None and found.owner == opening.owner:
-                return operation.func.__self__
+                return operation.result
         return operation(rows)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol
 
@@ -54,6 +55,7 @@ __all__ = [
     "WAITING",
     "Attempt",
     "Commit",
+    "Doing",
     "DurableSession",
     "Fence",
     "Opening",
@@ -269,6 +271,25 @@ class Commit(NamedTuple):
             raise fenced(rows.find(self.run_id), self.run_id)
 
 
+@dataclass(frozen=True, slots=True)
+class Doing:
+    """Any other operation.
+
+    Attributes:
+        run_id: the only run that it concerns; None if there are others.
+        opening: of one that opens a run, which must not be done twice: its owner's name is given once, so a run that
+            has it was opened by an earlier try whose answer was lost. That has come to ``result``.
+    """
+
+    run_id: str | None
+    do: Callable[[Rows], Any]
+    opening: Opening | None = None
+    result: Any = None
+
+    def __call__(self, rows: Rows) -> Any:
+        return self.do(rows)
+
+
 class Submit(Protocol):
     """Has an operation done in a transaction; what it returns ends when it is kept."""
 
@@ -283,6 +304,7 @@ class DurableSession:
 
     __slots__ = (
         "__weakref__",
+        "_opened",
         "_payloads",
         "_submit",
         "continued",
@@ -305,9 +327,13 @@ class DurableSession:
     prior: PriorUsage
     restored: Mapping[tuple[int, str], Committed]
 
-    def __init__(self, run_id: str, submit: Submit, payloads: Payloads) -> None:
+    def __init__(
+        self, run_id: str, submit: Submit, payloads: Payloads, opened: Mapping[bytes, bytes] | None = None
+    ) -> None:
+        """``opened``: payloads that were opened before, by the checksum of what is stored."""
         self.run_id = run_id
         self._payloads = payloads
+        self._opened = opened or {}
         self.on_cancel: Callable[[], None] | None = None
         #: Whether its lease need not be kept up any more.
         self.ended = False
@@ -350,6 +376,7 @@ class DurableSession:
         if found is not None:
             self._look_beside(rows, found, request)
         self.execution = self.fence.execution
+        self._opened = {}
         return self
 
     def _look_beside(self, rows: Rows, found: RunRow, request: RunRequest) -> None:
@@ -404,7 +431,10 @@ class DurableSession:
                 None if step.given is None else self._payloads.open(step.given, f"what was given for {what}")
             )
             call = StepCall(step.number, given)
-        return Committed(node_id, self._payloads.open(step.output, what), step.contract, call)
+        output = self._opened.get(step.sha256)
+        if output is None:
+            output = self._payloads.open(step.output, what)
+        return Committed(node_id, output, step.contract, call)
 
     def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None]:
         """Keep an attempt that waits, and what for. Awaited: raises Fenced, or another StoreError."""
@@ -414,7 +444,7 @@ class DurableSession:
             commit(rows)
             keep_waiting(rows, self.run_id, waiting)
 
-        return self._submit(operation)
+        return self._submit(Doing(self.run_id, operation))
 
     def abandon(self) -> None:
         """Nothing more comes from here, and nothing can be awaited: whoever resumes the run need not wait."""
@@ -426,7 +456,7 @@ class DurableSession:
         if self.finished is not None:
             return None
         self.ended = True
-        return self._submit(partial(self._finish, str(status), text(error)))
+        return self._submit(Doing(self.run_id, partial(self._finish, str(status), text(error))))
 
     def _finish(self, status: str, error: str | None, rows: Rows) -> None:
         try:

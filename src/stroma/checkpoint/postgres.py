@@ -8,8 +8,8 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from stroma.checkpoint._durable import DurableStore
 from stroma.checkpoint._session import Rows
+from stroma.checkpoint._states import AsyncStates
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 
 if TYPE_CHECKING:
@@ -22,7 +22,7 @@ T = TypeVar("T")
 _SCHEMA: Final = re.compile(r"(?!pg_)[A-Za-z_][A-Za-z0-9_]{0,62}")
 
 
-class PostgresStore(DurableStore):
+class PostgresStore(AsyncStates):
     """A journal store in a schema of its own in a PostgreSQL database (14 or newer, encoding UTF8).
 
     Any number of machines, processes, threads and event loops may use it; leases go by the server's clock. ``dsn`` is
@@ -85,7 +85,7 @@ class PostgresStore(DurableStore):
 
         return PostgresConnection(self._server)
 
-    def _read(self, query: Callable[[Rows], T], nothing: T) -> T:
+    def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         return self._reader.read(query, nothing)
 
     def close(self) -> None:

@@ -15,6 +15,7 @@ from stroma.checkpoint._durable import DurableStore
 from stroma.checkpoint._redis_connection import RedisConnection, perform
 from stroma.checkpoint._redis_server import Link, Server
 from stroma.checkpoint._session import Rows
+from stroma.checkpoint._states import AsyncStates
 from stroma.checkpoint._worker import generation
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 
@@ -59,7 +60,7 @@ class _Journal(DurableStore):
     def _connect(self) -> RedisConnection:
         return RedisConnection(self._server, self._ttl_ms)
 
-    def _read(self, query: Callable[[Rows], T], nothing: T) -> T:
+    def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         link = self._links.get(generation())
         if link is None:
             link = self._links.setdefault(generation(), self._server.link())
@@ -78,7 +79,7 @@ class _Journal(DurableStore):
             link.close()
 
 
-class RedisStore(_Journal):
+class RedisStore(_Journal, AsyncStates):
     """A journal store in a Redis server (6.2 or newer); its calls are async.
 
     Any number of machines, processes, threads and event loops may use it; leases go by the server's clock. Every
@@ -118,23 +119,23 @@ class SyncRedisStore(_Journal):
         #: Where the plain calls are done. By generation: a forked child has its own.
         self._loops: dict[int, asyncio.AbstractEventLoop] = {}
 
-    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
         """Keep a state as the last one of a node. Raises NotSerialisable, ValueError for an id, StoreError."""
         self._wait(self._calls.save(run_id, node_id, state))
 
-    def load(self, run_id: str, node_id: str) -> BaseModel | None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def load(self, run_id: str, node_id: str) -> BaseModel | None:
         """The newest output or saved state of a node, or None; see :meth:`RedisStore.load`."""
         return self._wait(self._calls.load(run_id, node_id))
 
-    def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
         """Save as an instance of ``schema``; raises TypeError("schema must be a BaseModel type")."""
         self._wait(self._calls.save_typed(run_id, node_id, state, schema))
 
-    def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
         """Load as an instance of ``schema``, or None. Raises CorruptCheckpoint if it is damaged or not one."""
         return self._wait(self._calls.load_typed(run_id, node_id, schema))
 
-    def delete(self, run_id: str) -> None:  # type: ignore[override]  # pyright: ignore[reportIncompatibleMethodOverride]
+    def delete(self, run_id: str) -> None:
         """Delete everything kept of one run, of all its executions. Whoever is at work on it is fenced off."""
         self._wait(self._calls.delete(run_id))
 
@@ -158,7 +159,7 @@ class SyncRedisStore(_Journal):
             _stop(loop)
 
 
-class _Calls(_Journal):
+class _Calls(_Journal, AsyncStates):
     """The calls of another store, async, on that one's connections."""
 
     def __init__(self, store: _Journal) -> None:

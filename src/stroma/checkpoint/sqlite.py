@@ -6,11 +6,11 @@ import os
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-from stroma.checkpoint._durable import DurableStore
 from stroma.checkpoint._session import Rows
 from stroma.checkpoint._sqlite_connection import SqliteConnection
 from stroma.checkpoint._sqlite_file import Connect, DatabaseFile, connect
 from stroma.checkpoint._sqlite_rows import SqliteRows
+from stroma.checkpoint._states import AsyncStates
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 
 __all__ = ["SQLiteStore"]
@@ -18,7 +18,7 @@ __all__ = ["SQLiteStore"]
 T = TypeVar("T")
 
 
-class SQLiteStore(DurableStore):
+class SQLiteStore(AsyncStates):
     """A journal store in one SQLite file on a local disk.
 
     Any number of processes, threads and event loops may use the file. What is acknowledged is on the disk: with
@@ -66,7 +66,7 @@ class SQLiteStore(DurableStore):
     def _connect(self) -> SqliteConnection:
         return SqliteConnection(self._file)
 
-    def _read(self, query: Callable[[Rows], T], nothing: T) -> T:
+    def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         with self._file.reading() as db:
             if db is None:
                 return nothing

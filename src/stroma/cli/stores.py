@@ -13,7 +13,7 @@ from typing import Any, Final, TypeVar
 
 import click
 
-from stroma.checkpoint._durable import DurableStore
+from stroma.checkpoint._states import AsyncStates
 from stroma.checkpoint.journal import (
     CheckpointNotFound,
     PipelineChanged,
@@ -79,7 +79,7 @@ class Database:
     name: str
     words: tuple[str, ...]
     is_default: bool
-    store: DurableStore | AsyncInMemoryStore
+    store: AsyncStates | AsyncInMemoryStore
     is_secret: bool = False
 
     @classmethod
@@ -123,11 +123,11 @@ class Database:
     @property
     def keeps(self) -> bool:
         """Whether another process can find what this one stores."""
-        return isinstance(self.store, DurableStore)
+        return isinstance(self.store, AsyncStates)
 
     async def close(self) -> None:
         """Write what is queued, and disconnect."""
-        if isinstance(self.store, DurableStore):
+        if isinstance(self.store, AsyncStates):
             await self.store.aclose()
 
     def prepare(self) -> None:
@@ -165,9 +165,9 @@ class Database:
     # ------------------------------------------------------------------ reading
 
     @property
-    def reader(self) -> DurableStore:
+    def reader(self) -> AsyncStates:
         """The store, to read runs from. Raises Problem if there is none."""
-        if not isinstance(self.store, DurableStore):
+        if not isinstance(self.store, AsyncStates):
             raise Problem(
                 f"{self.name} keeps nothing once its process has ended",
                 "name a store that lasts: --db FILE",
@@ -219,7 +219,7 @@ class Database:
 
     def known(self, run_id: str) -> RunRecord | None:
         """The run with exactly this id, if the store has it already."""
-        if not isinstance(self.store, DurableStore) or self._is_missing:
+        if not isinstance(self.store, AsyncStates) or self._is_missing:
             return None
         with self.explained():
             return self.store.get_run(run_id)

@@ -1,0 +1,70 @@
+"""Strike runs with faults and check that what was promised holds.
+
+usage: ./dev chaos [--fault NAME ...] [--rounds N] [--store URL] [--seed S] [--first N]
+
+Each fault prints one line of figures. Its rounds are drawn from the seed and their number, so that one of them can be
+repeated with --first N --rounds 1; when a signal arrives is up to the machine all the same.
+
+Exit code 0 if every invariant held, 1 if one was broken, 2 for wrong arguments.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+
+from tests.chaos import power, rounds, servers
+from tests.chaos.check import Figures
+
+STRIKES = {"powercut": "cuts", "fsync": "failures"}
+FAULTS = (*rounds.FAULTS, *power.FAULTS)
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="./dev chaos", description=__doc__.split("\n\n")[0])
+    parser.add_argument("--fault", action="append", choices=FAULTS, help="which; all that the store can have")
+    parser.add_argument(
+        "--rounds", type=int, default=20, help="of each fault (20); cuts, for powercut and fsync"
+    )
+    parser.add_argument(
+        "--store",
+        default="sqlite",
+        help="sqlite (new files), postgres, redis (a server of the tests), or the URL of a store to fill",
+    )
+    parser.add_argument("--seed", type=int, default=int(time.time()), help="what chance begins with")
+    parser.add_argument("--first", type=int, default=0, help="the number of the first round")
+    given = parser.parse_args(argv)
+    numbers = range(given.first, given.first + given.rounds)
+    # Only a store of its own file can lose its power without its neighbours.
+    faults = given.fault or [f for f in FAULTS if f in rounds.FAULTS or given.store == "sqlite"]
+    broken = 0
+
+    with servers.served(given.store) as url:
+        for fault in faults:
+
+            def broke(number: int, figures: Figures, fault: str = fault) -> None:
+                for what in figures.broken:
+                    print(f"broken: {what}", file=sys.stderr)
+                print(
+                    f"again: ./dev chaos --store {given.store} --seed {given.seed} --fault {fault} "
+                    f"--first {number} --rounds 1",
+                    file=sys.stderr,
+                    flush=True,
+                )
+
+            if fault in rounds.FAULTS:
+                figures = rounds.rounds(fault, url, given.seed, numbers, broke)
+            elif given.store != "sqlite":
+                parser.error(f"{fault} is for --store sqlite")
+            else:
+                figures = power.rounds(fault, given.seed, numbers, broke)
+            print(figures.line(fault, STRIKES.get(fault, "kills")), flush=True)
+            broken += len(figures.broken)
+    if broken:
+        print(f"{broken} invariants broken; seed {given.seed}", file=sys.stderr)
+    return 1 if broken else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

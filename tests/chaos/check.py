@@ -1,0 +1,167 @@
+"""What the diary says against what the store says: the invariants I1 to I5."""
+
+from __future__ import annotations
+
+import json
+from collections import Counter, defaultdict
+from dataclasses import dataclass, field
+from typing import Any
+
+from tests.chaos.worker import COMMITS, NODES, digest, read_diary
+
+from stroma import RunStatus, open_store
+
+ENDED = (RunStatus.COMPLETED, RunStatus.RESUMED)
+
+
+@dataclass
+class Figures:
+    """What happened in some rounds of one fault."""
+
+    rounds: int = 0
+    kills: int = 0
+    runs: int = 0
+    commits: int = 0
+    lost: int = 0
+    duplicated: int = 0
+    fenced: int = 0
+    repeated: int = 0
+    broken: list[str] = field(default_factory=list)
+    #: What else a fault likes to tell, in words.
+    more: Counter[str] = field(default_factory=Counter)
+
+    def add(self, other: Figures) -> None:
+        for name in ("rounds", "kills", "runs", "commits", "lost", "duplicated", "fenced", "repeated"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.broken += other.broken
+        self.more += other.more
+
+    def line(self, fault: str, strikes: str = "kills") -> str:
+        more = "".join(f", {count} {what}" for what, count in self.more.items())
+        return (
+            f"{fault}: {self.rounds} rounds, {self.kills} {strikes}, {self.runs} runs, {self.commits} commits, "
+            f"{self.lost} lost, {self.duplicated} duplicated, {self.fenced} fenced, "
+            f"{self.repeated} repeated in flight{more}"
+        )
+
+
+def check(url: str, diary: str, runs: list[str], killed: list[int], stopped: list[int]) -> Figures:
+    """Compare. ``killed``, ``stopped`` (for longer than their lease, then woken up): process ids."""
+    figures = Figures(runs=len(runs))
+    lines: dict[str, list[list[str]]] = defaultdict(list)
+    for kind, run_id, *rest in read_diary(diary):
+        lines[run_id].append([kind, *rest])
+        if kind == "end" and rest[1] == "Fenced":
+            figures.fenced += 1
+    store = open_store(url)
+    try:
+        for run_id in runs:
+            _Run(figures, run_id, lines[run_id], set(map(str, killed)), set(map(str, stopped))).check(store)
+    finally:
+        if hasattr(store, "close"):
+            store.close()
+    return figures
+
+
+class _Run:
+    def __init__(
+        self, figures: Figures, run_id: str, lines: list[list[str]], killed: set[str], stopped: set[str]
+    ) -> None:
+        self.figures = figures
+        self.run_id = run_id
+        self.killed = killed
+        self.stopped = stopped
+        self.calls: dict[str, list[tuple[str, str]]] = defaultdict(list)  # place: (token, pid)
+        self.failed = {token for kind, _, token, *_ in lines if kind == "fail"}
+        self.noted: dict[str, list[str]] = defaultdict(list)  # place: pids
+        self.acknowledged = {(place, token): rest[-1] for kind, place, token, *rest in lines if kind == "ack"}
+        self.ends = [rest[-1] for kind, _, outcome, *rest in lines if kind == "end" and outcome in ENDED]
+        for kind, place, token, *rest in lines:
+            if kind == "call":
+                self.calls[place].append((token, rest[0]))
+            elif kind == "noted":
+                self.noted[place].append(rest[0])
+
+    def bad(self, invariant: str, what: str) -> None:
+        self.figures.broken.append(f"{invariant}: run {self.run_id}: {what}")
+
+    def check(self, store: Any) -> None:
+        run, attempts = store.get_run(self.run_id), store.attempts(self.run_id)
+        if run is None:
+            self.bad("I5", "it is not in the store")
+            return
+        if run.status not in ENDED or run.holder is not None or not self.ends:
+            self.bad("I5", f"it is {run.status}, held by {run.holder}, {len(self.ends)} ends were seen")
+        kept: dict[str, list[dict[str, Any]]] = defaultdict(list)
+        where: dict[str, set[tuple[int, str]]] = defaultdict(set)
+        for attempt in attempts:
+            if attempt.output is not None:
+                place = f"{attempt.node_id.replace(' ', '')}@{attempt.branch}"
+                kept[place].append(json.loads(attempt.output))
+                where[place].add((attempt.position, attempt.branch))
+        self._acknowledged_is_kept(kept)
+        self._once(kept)
+        self._repeats(kept)
+        self._books(run, attempts)
+        self.figures.commits += sum(map(len, kept.values()))
+        if sum(map(len, kept.values())) != COMMITS and run.status in ENDED:
+            self.bad("I1", f"{sum(map(len, kept.values()))} commits of {COMMITS}: {sorted(kept)}")
+        final = {digest(output) for output in kept.get("last@", ())}
+        if set(self.ends) - final:
+            self.bad("I1", "run() returned another state than the store has")
+
+    def _acknowledged_is_kept(self, kept: dict[str, list[dict[str, Any]]]) -> None:
+        for (place, token), seen in self.acknowledged.items():
+            if seen not in {digest(output) for output in kept.get(place, ())}:
+                self.figures.lost += 1
+                self.bad("I1", f"{place} was acknowledged with {token}, the store has {kept.get(place)}")
+
+    def _once(self, kept: dict[str, list[dict[str, Any]]]) -> None:
+        for place, outputs in kept.items():
+            if len(outputs) > 1:
+                self.figures.duplicated += len(outputs) - 1
+                self.bad("I2", f"{place} has {len(outputs)} commits")
+
+    def _repeats(self, kept: dict[str, list[dict[str, Any]]]) -> None:
+        vain: dict[str, set[str]] = defaultdict(set)  # pid: the nodes it called to no avail
+        for place, calls in self.calls.items():
+            done = [(token, pid) for token, pid in calls if token not in self.failed]
+            committed = {output["mine"] for output in kept.get(place, ())}
+            if not committed & {token for token, _ in done}:
+                self.bad("I1", f"{place}: no call made what the store has, {committed}")
+            over = False
+            for token, pid in done:
+                if token in committed:
+                    over = True
+                    continue
+                self.figures.repeated += 1
+                vain[pid].add(place.partition("@")[0])
+                if (place, token) in self.acknowledged:
+                    self.bad("I1", f"{place}: {token} was acknowledged, and another call made what is kept")
+                if (
+                    over and pid not in self.stopped
+                ):  # One that wakes up learns at its commit that it is too late.
+                    self.figures.duplicated += 1
+                    self.bad("I3", f"{place} ran again after its commit")
+                if pid not in self.killed | self.stopped:
+                    self.bad("I3", f"{place} ran again, but process {pid} was not struck")
+        for pid, nodes in vain.items():
+            if len(nodes) > 1 and nodes != {"left", "right"}:
+                self.bad("I3", f"process {pid} was at work on {sorted(nodes)} at once")
+
+    def _books(self, run: Any, attempts: list[Any]) -> None:
+        tokens, cost = sum(a.tokens for a in attempts), sum(a.cost_usd for a in attempts)
+        if run.tokens != tokens or abs(run.cost_usd - cost) > 1e-9:
+            self.bad("I4", f"{run.tokens} tokens and {run.cost_usd} USD, its attempts {tokens} and {cost}")
+        for attempt in attempts:
+            expected = 0 if attempt.node_id not in NODES else 15 if attempt.outcome == "success" else 5
+            if attempt.tokens != expected and attempt.outcome != "cancelled":
+                self.bad("I4", f"an attempt of {attempt.node_id} has {attempt.tokens} tokens")
+            if attempt.tokens and not attempt.cost_usd:
+                self.bad("I4", f"an attempt of {attempt.node_id} has no price")
+        failures = Counter(f"{a.node_id}@{a.branch}" for a in attempts if a.outcome == "failure")
+        for place, pids in self.noted.items():
+            # Hooks hear of a failure also where nobody may write it down any more.
+            needed = len(pids) - len(set(pids) & self.stopped)
+            if failures[place] < needed:
+                self.bad("I4", f"{place}: {needed} failures were acknowledged, {failures[place]} are kept")

@@ -1,0 +1,332 @@
+"""The faults that strike processes. One driver without threads forks them, so that a new one is there at once."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+import random
+import shutil
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from tests.chaos import worker
+from tests.chaos.check import Figures, check
+from tests.chaos.worker import POINTS, read_diary
+
+ROUND_SECONDS = 60.0
+RUNS = 3
+MOST_BROKEN = 5
+FILE_ROUNDS = 10  # that share one SQLite file: now and then the making of the file is struck too
+
+
+class Place:
+    """Where the runs of a round are kept, and what the processes write meanwhile."""
+
+    def __init__(self, store: str, folder: Path) -> None:
+        self.store = store
+        self.folder = folder
+
+    def url(self, number: int, *, fresh: bool = False) -> str:
+        if self.store != "sqlite":
+            return self.store
+        name = f"round-{number}" if fresh else f"rounds-{number // FILE_ROUNDS}"
+        return f"sqlite:///{self.folder / name}.db"
+
+    def diary(self, number: int) -> str:
+        return str(self.folder / f"diary-{number}")
+
+    def tidy(self, number: int) -> None:
+        """Forget what a good round left behind."""
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self.diary(number))
+        for path in self.folder.glob("round*.db*"):
+            kind, _, n = path.name.partition(".")[0].partition("-")
+            if int(n) < (number + 1 if kind == "round" else number // FILE_ROUNDS):
+                path.unlink()
+
+
+class Processes:
+    """The processes of one round. Every one of them is dead and fetched at the end."""
+
+    def __init__(self, url: str, diary: str, errors: str) -> None:
+        self.url = url
+        self.diary = diary
+        self.errors = errors
+        self.alive: dict[int, float] = {}
+        self.killed: list[int] = []
+        self.stopped: list[int] = []
+        self.kills = 0
+        self.broken: list[str] = []
+        self.lasted: list[float] = []
+
+    def start(self, runs: list[str], *, gate: int | None = None, **options: Any) -> int:
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            worker.main(self.errors, gate, url=self.url, diary_path=self.diary, runs=runs, **options)
+        self.alive[pid] = time.monotonic()
+        return pid
+
+    def poll(self) -> list[int]:
+        """The processes that have ended since; one that killed itself is a kill."""
+        ended = []
+        for pid in list(self.alive):
+            found, status = os.waitpid(pid, os.WNOHANG)
+            if found:
+                ended.append(pid)
+                self._fetched(pid, status)
+        return ended
+
+    def _fetched(self, pid: int, status: int) -> None:
+        began = self.alive.pop(pid)
+        code = os.waitstatus_to_exitcode(status)
+        if code == -signal.SIGKILL:
+            self.kills += 1
+            self.killed.append(pid)
+        elif code:
+            told = Path(self.errors).read_text()[-2000:] if os.path.exists(self.errors) else ""
+            self.broken.append(f"I5: process {pid} ended with {code}: {told}")
+        else:
+            self.lasted.append(time.monotonic() - began)
+
+    def kill(self, pid: int) -> bool:
+        """Whether it was still there."""
+        if pid not in self.alive:
+            return False
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        self._fetched(pid, status)
+        return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
+
+    def wait(self, seconds: float = ROUND_SECONDS, until: Callable[[], bool] = lambda: False) -> bool:
+        """Until all have ended, or something else is so. False if neither was in time."""
+        deadline = time.monotonic() + seconds
+        while self.alive and not until():
+            if time.monotonic() > deadline:
+                return False
+            if not self.poll():
+                time.sleep(0.002)
+        return True
+
+    def wait_for(self, pid: int) -> None:
+        self.wait(until=lambda: pid not in self.alive)
+
+    def finish(self) -> None:
+        if not self.wait():
+            self.broken.append(f"I5: processes {sorted(self.alive)} did not end in {ROUND_SECONDS:g} s")
+
+    def end(self) -> None:
+        for pid in list(self.alive):
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+            del self.alive[pid]
+
+
+@contextlib.contextmanager
+def processes(place: Place, number: int, *, fresh: bool = False) -> Iterator[Processes]:
+    made = Processes(
+        place.url(number, fresh=fresh), place.diary(number), str(place.folder / f"errors-{number}")
+    )
+    try:
+        yield made
+    finally:
+        made.end()
+
+
+def apart(call: Callable[[], Figures]) -> Figures:
+    """Call in a fork: the driver itself has no threads, no open files and no connections."""
+    reading, writing = os.pipe()
+    sys.stdout.flush()
+    pid = os.fork()
+    if pid == 0:
+        try:
+            try:
+                value = call()
+            except BaseException as error:
+                import traceback
+
+                traceback.print_exc()
+                value = Figures(broken=[f"I5: the check itself failed: {type(error).__name__}: {error}"])
+            with os.fdopen(writing, "wb") as file:
+                pickle.dump(value, file)
+        finally:
+            os._exit(0)
+    os.close(writing)
+    with os.fdopen(reading, "rb") as file:
+        data = file.read()
+    os.waitpid(pid, 0)
+    if not data:
+        return Figures(broken=["I5: the check died"])
+    figures = pickle.loads(data)
+    assert isinstance(figures, Figures)
+    return figures
+
+
+def judged(made: Processes, runs: list[str]) -> Figures:
+    figures = apart(lambda: check(made.url, made.diary, runs, made.killed, made.stopped))
+    figures.rounds, figures.kills = 1, made.kills
+    figures.broken += made.broken
+    return figures
+
+
+# ---------------------------------------------------------------------- the faults
+
+
+class Pace:
+    """How long a process of this fault usually lasts: instants are drawn from that."""
+
+    seconds = 0.25
+
+    def learn(self, made: Processes) -> None:
+        for lasted in made.lasted:
+            self.seconds += 0.1 * (min(lasted, 5.0) - self.seconds)
+
+
+def kill(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
+    """Two processes share some runs and are killed at any instant, again and again, and started anew."""
+    runs = [f"{name}-{i}" for i in range(RUNS)]
+    with processes(place, number) as made:
+        pids = [made.start(runs, seed=f"{name}-{i}") for i in range(2)]
+        for strike in range(draw.randint(1, 4)):
+            # Sometimes very early: while files and connections are made.
+            time.sleep(draw.uniform(0, 0.02 if draw.random() < 0.15 else 0.6 * pace.seconds))
+            made.poll()
+            which = draw.randrange(2)
+            if made.kill(pids[which]):
+                pids[which] = made.start(runs, seed=f"{name}-{which}-{strike}")
+        made.finish()
+        pace.learn(made)
+        return judged(made, runs)
+
+
+def points(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
+    """A process kills itself at one point of the protocol; another one takes its runs over, beside it or after it."""
+    runs = [f"{name}-{i}" for i in range(2)]
+    hit: list[str] = []
+    with processes(place, number) as made:
+        for turn in range(3):
+            point = POINTS[(number + 4 * turn) % len(POINTS)]
+            nth = draw.randint(1, 2 if point in ("opened", "ended", "return") else 6)
+            at_once = draw.choice((1, 2))
+            pid = made.start(runs, seed=f"{name}-{turn}", point=point, nth=nth, pause=0.002, at_once=at_once)
+            if turn == 2:
+                made.start(runs, seed=f"{name}-beside", pause=0.002)
+            made.wait_for(pid)
+            if pid in made.killed:
+                hit.append(point)
+        made.start(runs, seed=f"{name}-last", pause=0.002)
+        made.finish()
+        figures = judged(made, runs)
+    figures.more.update(f"at {point!r}" for point in hit)
+    return figures
+
+
+def group(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
+    """A process is killed between the branches of parallel() and the items of map_over()."""
+    runs = [f"{name}-{i}" for i in range(2)]
+    with processes(place, number) as made:
+        for turn in range(3):
+            point = draw.choice(("branch", "branch end"))
+            pid = made.start(runs, seed=f"{name}-{turn}", point=point, nth=draw.randint(1, 5), pause=0.003)
+            made.wait_for(pid)
+        made.start(runs, seed=f"{name}-last", pause=0.003)
+        made.finish()
+        return judged(made, runs)
+
+
+def stop(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
+    """A process is stopped for longer than its lease, another one takes its run over; then it wakes up."""
+    runs = [f"{name}-0"]
+    lease = 0.3
+    with processes(place, number) as made:
+        options: dict[str, Any] = {"lease_seconds": lease, "pause": 0.02, "patient": True}
+        first = made.start(runs, seed=f"{name}-first", **options)
+        calls = draw.randint(1, 6)
+        made.wait(
+            until=lambda: sum(line[0] == "call" for line in read_diary(made.diary)) >= calls,
+        )
+        time.sleep(draw.uniform(0, 0.01))
+        made.poll()
+        if first in made.alive:
+            os.kill(first, signal.SIGSTOP)
+            made.stopped.append(first)
+        second = made.start(runs, seed=f"{name}-second", **options)
+        # A process that is stopped while it holds the lock of a file holds up everybody else.
+        deadline = time.monotonic() + draw.choice((lease * 1.5, lease * 4))
+        while second in made.alive and time.monotonic() < deadline:
+            made.poll()
+            time.sleep(0.002)
+        if first in made.alive:
+            os.kill(first, signal.SIGCONT)
+        made.finish()
+        figures = judged(made, runs)
+    figures.more["stopped"] += len(made.stopped)
+    return figures
+
+
+def duplicate(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
+    """2 or 8 processes begin one run at the same moment, in a store that is not there yet: one of them executes."""
+    runs = [f"{name}-0"]
+    many = 8 if number % 2 else 2
+    with processes(place, number, fresh=True) as made:
+        reading, writing = os.pipe()
+        attached = 0
+        for i in range(many):
+            attach = draw.random() < 0.5
+            attached += attach
+            if_running = "attach" if attach else "error"
+            made.start(runs, seed=f"{name}-{i}", gate=reading, once=True, if_running=if_running)
+        time.sleep(0.02)
+        os.write(writing, b"." * many)
+        os.close(writing)
+        os.close(reading)
+        made.finish()
+        figures = judged(made, runs)
+    ends = [line[3] for line in read_diary(made.diary) if line[0] == "end"]
+    if len(ends) != many:
+        figures.broken.append(f"I5: run {runs[0]}: {many} processes, {len(ends)} ends")
+    figures.more["processes"] += many
+    figures.more["told that it is busy"] += ends.count("RunBusy")
+    return figures
+
+
+FAULTS: dict[str, Callable[[Place, str, int, random.Random, Pace], Figures]] = {
+    "kill": kill,
+    "points": points,
+    "stop": stop,
+    "duplicate": duplicate,
+    "group": group,
+}
+
+
+def rounds(
+    fault: str, store: str, seed: int, numbers: range, broke: Callable[[int, Figures], None]
+) -> Figures:
+    """Some rounds of one fault. ``broke`` is told at once of each round that broke an invariant."""
+    total, pace, bad = Figures(), Pace(), 0
+    worker.prepare()
+    folder = Path(tempfile.mkdtemp(prefix="stroma-chaos-"))
+    place = Place(store, folder)
+    for number in numbers:
+        draw = random.Random(f"{seed} {fault} {number}")
+        figures = FAULTS[fault](place, f"{fault}-{seed}-{number}", number, draw, pace)
+        total.add(figures)
+        if figures.broken:
+            broke(number, figures)
+            bad += 1
+            if bad == MOST_BROKEN:
+                print(f"{fault}: given up after {bad} broken rounds", file=sys.stderr)
+                break
+        else:
+            place.tidy(number)
+    if not total.broken:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        print(f"what it left behind is in {folder}", file=sys.stderr)
+    return total

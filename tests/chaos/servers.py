@@ -1,0 +1,31 @@
+"""`--store postgres` and `--store redis`: a server from the tests' own helpers, for as long as it is needed."""
+
+from __future__ import annotations
+
+import contextlib
+import socket
+from collections.abc import Iterator
+
+SERVERS = ("postgres", "redis")
+
+
+@contextlib.contextmanager
+def served(store: str) -> Iterator[str]:
+    """The URL of a store."""
+    if store == "postgres":
+        from tests.servers_postgres import PostgresServer
+
+        postgres = PostgresServer()
+        try:
+            yield postgres.dsn
+        finally:
+            postgres.stop()
+    elif store == "redis":
+        from tests.servers import RedisServer
+
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            port = free.getsockname()[1]
+        with RedisServer(port=str(port), bind="127.0.0.1"):
+            yield f"redis://127.0.0.1:{port}/0"
+    else:
+        yield store

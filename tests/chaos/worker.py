@@ -1,0 +1,339 @@
+"""The processes that are struck: a pipeline, a diary of what it did, and places to be killed at.
+
+The diary is a file that many processes append to, a line in one write, so that it survives them:
+
+    call RUN PLACE TOKEN PID          before a node does anything
+    fail RUN PLACE TOKEN PID          the call is about to raise
+    noted RUN PLACE TOKEN PID         the hook heard that it did: the attempt is acknowledged
+    ack RUN PLACE TOKEN PID DIGEST    the hook heard of the success: the commit is acknowledged
+    end RUN - OUTCOME PID DETAIL      what a process made of a run
+
+A place is "node@branch". Every output carries the token of the call that made it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import hashlib
+import json
+import os
+import random
+import signal
+import sys
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    Fenced,
+    NodeContract,
+    NodeHooks,
+    RunBusy,
+    StoreError,
+    StromaRunner,
+    current_node,
+    open_store,
+    stroma_node,
+)
+from stroma.checkpoint._session import Commit, Doing, DurableSession
+from stroma.checkpoint._worker import Worker
+from stroma.cost import find_pricer
+from stroma.groups import map_over, parallel
+
+MODEL = "gpt-4o-mini"
+FIRST, FLAKY, LEFT, RIGHT, ITEM, LAST = "first", "flaky", "left", "right", "item", "last"
+NODES = (FIRST, FLAKY, LEFT, RIGHT, ITEM, LAST)
+IN_GROUPS = (LEFT, RIGHT, ITEM)
+ITEMS = 3
+#: What one run of the pipeline commits: six nodes, of them one over three items, and two groups.
+COMMITS = 6 + ITEMS - 1 + 2
+
+#: Where a process can be told to kill itself, in the order of the protocol.
+POINTS = (
+    "opened",  # the store has begun the run, nobody knows yet
+    "start",  # the hook before a node
+    "node",  # inside a node
+    "record",  # after a node, before its commit
+    "transaction",  # the commit is written, its transaction is open
+    "applied",  # the commit is kept, the acknowledgement is not on its way yet
+    "acknowledged",  # the loop has heard of it, the engine has not
+    "hook",  # the hook after a commit begins
+    "hook end",  # ... and ends
+    "ended",  # the end of the run is kept, nobody knows yet
+    "return",  # run() has returned
+)
+
+
+class State(BaseModel):
+    mine: str = ""
+    items: list[int] = list(range(ITEMS))
+    left: str = ""
+    right: str = ""
+
+
+class Left(BaseModel):
+    mine: str
+    items: list[int]
+    left: str
+
+
+class Right(BaseModel):
+    mine: str
+    right: str
+
+
+class Item(BaseModel):
+    n: int
+
+
+class Made(BaseModel):
+    mine: str
+
+
+class Gathered(BaseModel):
+    mine: str
+    items: list[int]
+    left: str
+    right: str
+    made: list[Made] = []
+
+
+class Flaky(Exception):
+    pass
+
+
+class Diary:
+    def __init__(self, path: str) -> None:
+        self._descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
+
+    def write(self, *words: str) -> None:
+        os.write(self._descriptor, (" ".join(words) + "\n").encode())
+
+
+def digest(state: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(state, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def token_of(state: dict[str, Any]) -> str:
+    """The token in an output; a group of items has only those of its items."""
+    return state["mine"] or "-"
+
+
+def prepare() -> None:
+    """What a process does once and its forks need not: prices take a quarter of a second to read."""
+    assert find_pricer(MODEL) is not None
+
+
+# ---------------------------------------------------------------------- places to be killed at
+
+
+class Fuse:
+    """Kills this process when a point is passed for the nth time."""
+
+    def __init__(self, point: str | None, nth: int) -> None:
+        self.point = point
+        self._left = nth
+
+    def __call__(self, point: str) -> None:
+        if point == self.point:
+            self._left -= 1
+            if self._left <= 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+                time.sleep(60)  # The signal may take a moment; nothing else may happen in it.
+
+    def install(self) -> None:
+        """Put the points into the store's session and thread. Only a process that is about to die does this."""
+        fuse, acknowledge, record, write = self, Worker._acknowledge, DurableSession.record, Commit.__call__
+
+        def acknowledging(worker: Worker) -> None:
+            for job in worker._batch:
+                if job.error is None:
+                    kind: Any = job.operation
+                    if isinstance(kind, Doing):
+                        kind = kind.do
+                    if isinstance(kind, functools.partial):
+                        kind = getattr(kind.func, "__func__", kind.func)
+                    if isinstance(kind, Commit):
+                        fuse("applied")
+                    elif kind is DurableSession.open:
+                        fuse("opened")
+                    elif kind is DurableSession._finish:
+                        fuse("ended")
+            acknowledge(worker)
+
+        def recording(session: DurableSession, *args: Any) -> Any:
+            fuse("record")
+            pending: Any = record(session, *args)
+            pending.add_done_callback(lambda _: fuse("acknowledged"))
+            return pending
+
+        def writing(commit: Commit, rows: Any) -> None:
+            write(commit, rows)
+            fuse("transaction")
+
+        if self.point is not None:
+            Worker._acknowledge = acknowledging  # type: ignore[method-assign, assignment]
+            DurableSession.record = recording  # type: ignore[method-assign, assignment]
+            Commit.__call__ = writing  # type: ignore[method-assign, assignment]
+
+
+# ---------------------------------------------------------------------- the pipeline
+
+
+def pipeline(diary: Diary, fuse: Fuse, draw: random.Random, pause: float) -> list[Any]:
+    def node(node_id: str, given: type[BaseModel], made: type[BaseModel]) -> Callable[[Any], Any]:
+        contract: NodeContract[Any, Any] = NodeContract(
+            node_id=node_id, input_schema=given, output_schema=made
+        )
+
+        @stroma_node(node_id, contract)
+        async def call(state: Any) -> Any:
+            here = current_node()
+            assert here is not None
+            token = os.urandom(6).hex()
+            what = (here.run_id, f"{node_id}@{here.branch}", token, str(os.getpid()))
+            diary.write("call", *what)
+            if node_id in IN_GROUPS:
+                fuse("branch")
+            await asyncio.sleep(draw.uniform(0, pause))
+            fuse("node")
+            if node_id == FLAKY and here.attempt <= 2 and token < "60":
+                diary.write("fail", *what)
+                here.report_usage(input_tokens=3, output_tokens=2, model=MODEL)
+                raise Flaky(token)
+            whole = {**state.model_dump(), "mine": token, node_id: token}
+            return {name: whole[name] for name in made.model_fields}, 10, 5, MODEL
+
+        return call
+
+    return [
+        node(FIRST, State, State),
+        node(FLAKY, State, State),
+        parallel(node(LEFT, State, Left), node(RIGHT, State, Right)),
+        map_over("items", node(ITEM, Item, Made), into="made", max_concurrency=2),
+        node(LAST, Gathered, Gathered),
+    ]
+
+
+def hooks(diary: Diary, fuse: Fuse) -> NodeHooks:
+    def place() -> str:
+        here = current_node()
+        assert here is not None
+        return f"{here.node_id.replace(' ', '')}@{here.branch}"
+
+    async def start(*_: Any) -> None:
+        fuse("start")
+
+    async def success(run_id: str, _node: str, state: dict[str, Any], _tokens: int) -> None:
+        fuse("hook")
+        diary.write("ack", run_id, place(), token_of(state), str(os.getpid()), digest(state))
+        fuse("hook end")
+        if place().split("@")[0] in IN_GROUPS:
+            fuse("branch end")
+
+    async def failure(run_id: str, _node: str, error: Exception, _class: Any) -> None:
+        if isinstance(error, Flaky):
+            diary.write("noted", run_id, place(), str(error), str(os.getpid()))
+
+    return NodeHooks(on_node_start=start, on_node_success=success, on_node_failure=failure)
+
+
+# ---------------------------------------------------------------------- the process
+
+#: What a process may meet and try again: it says so, and nothing is lost by it.
+_AGAIN = (RunBusy, Fenced)
+
+
+async def work(
+    url: str,
+    diary_path: str,
+    runs: list[str],
+    *,
+    seed: str,
+    point: str | None = None,
+    nth: int = 1,
+    pause: float = 0.006,
+    once: bool = False,
+    at_once: int = 2,
+    patient: bool = False,
+    **config: Any,
+) -> None:
+    """Bring all runs to their end, however many processes do the same. ``once``: look at each run only once.
+
+    ``patient``: a store that cannot be reached or is locked is tried again for as long as it takes.
+    """
+    diary, fuse, draw = Diary(diary_path), Fuse(point, nth), random.Random(seed)
+    fuse.install()
+    nodes = pipeline(diary, fuse, draw, pause)
+    pid = str(os.getpid())
+    policies = {kind: FailurePolicy(max_retries=3, backoff_seconds=0) for kind in FailureClass}
+    met: Counter[str] = Counter()
+
+    opened: Any = open_store(url)
+    async with opened as store:
+        runner = StromaRunner.quick(
+            store=store, policy_map=policies, hooks=hooks(diary, fuse), resume=True, **config
+        )
+
+        async def one(run_id: str) -> bool:
+            """Whether the run has ended well."""
+            error: BaseException | None
+            try:
+                result = await runner.run(nodes, State(), run_id=run_id)
+            except StoreError as refused:
+                error, outcome = refused, type(refused).__name__
+            else:
+                error = None if result.failure is None else result.failure.exception
+                outcome = str(result.status) if error is None else type(error).__name__
+                if error is None:
+                    assert result.final_state is not None
+                    state = result.final_state.model_dump()
+                    diary.write("end", run_id, "-", outcome, pid, digest(state))
+                    fuse("return")
+                    return True
+            if isinstance(error, _AGAIN) or (patient and isinstance(error, StoreError) and error.transient):
+                if not isinstance(error, RunBusy) or once:
+                    diary.write("end", run_id, "-", outcome, pid, "-")
+                met[outcome] += 1
+                return False
+            raise error
+
+        left = list(runs)
+        draw.shuffle(left)
+        while left:
+            some = left[:at_once]
+            ended = await asyncio.gather(*map(one, some))
+            back = [run_id for run_id, done in zip(some, ended, strict=True) if not done and not once]
+            left = left[at_once:] + back
+            if not any(ended):
+                await asyncio.sleep(draw.uniform(0.001, 0.01))
+
+
+def main(errors: str, gate: int | None, **options: Any) -> None:
+    """What a fork does; it never returns. ``gate``: a descriptor to read from before anything is done."""
+    code = 3
+    try:
+        if gate is not None:
+            os.read(gate, 1)
+        asyncio.run(work(**options))
+        code = 0
+    except BaseException:
+        with open(errors, "a") as file:
+            traceback.print_exc(file=file)
+    finally:
+        sys.stdout.flush()
+        os._exit(code)
+
+
+def read_diary(path: str) -> Iterator[list[str]]:
+    if os.path.exists(path):
+        with open(path) as file:
+            for line in file:
+                yield line.split()
