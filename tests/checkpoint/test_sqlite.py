@@ -990,6 +990,25 @@ class TestFaults:
         with SQLiteStore(path, _connect=faulty(intercept)) as store:
             await begin(store)
 
+    async def test_a_file_whose_making_was_cut_off_can_be_read(self, tmp_path: pathlib.Path) -> None:
+        """A reader finds no runs, not an error, in a file that a power cut left half made."""
+        making = tmp_path / "making.db"
+        db = sqlite3.connect(making, isolation_level=None)
+        db.execute("PRAGMA cache_size=1")
+        db.execute("BEGIN IMMEDIATE")
+        db.execute("CREATE TABLE runs (run BLOB)")
+        db.executemany("INSERT INTO runs VALUES (zeroblob(4000))", [()] * 50)  # More than the cache holds.
+        left = tmp_path / "runs.db"
+        left.write_bytes(making.read_bytes())
+        journal = (tmp_path / "making.db-journal").read_bytes()
+        (tmp_path / "runs.db-journal").write_bytes(journal)
+        db.close()
+        assert any(journal)
+        with SQLiteStore(left) as store:
+            assert store.list_runs() == []
+            await begin(store)
+            assert len(store.list_runs()) == 1
+
     async def test_a_file_that_is_made_meanwhile_is_ours(self, path: pathlib.Path) -> None:
         """Whoever looks at a file while another process makes it takes it for what it becomes."""
         looks = itertools.count()
