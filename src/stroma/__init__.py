@@ -45,7 +45,7 @@ _HOMES = {
         "open_store",
     ),
     "config": ("RunConfig",),
-    "context": ("NodeExecution", "ReliabilityContext", "current_node"),
+    "context": ("NodeExecution", "ReliabilityContext", "current_node", "current_run"),
     "contracts": (
         "BoundaryValidator",
         "ContractRegistry",

@@ -7,11 +7,15 @@ from pydantic import BaseModel
 from stroma.context import NodeExecution, ReliabilityContext
 from stroma.failures import Failure
 from stroma.schemas import Schema
+from stroma.trace import Row
 
 __all__ = ["fire_success", "tell_failure", "warn_of_budget"]
 
 
-async def fire_success(ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel) -> None:
+async def fire_success(
+    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel, row: Row
+) -> None:
+    run.ended = row
     calls = ctx.fire.on_node_success
     assert calls is not None
     await ctx.fire.fire(
@@ -22,7 +26,8 @@ async def fire_success(ctx: ReliabilityContext, run: NodeExecution, schema: Sche
     )
 
 
-async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure) -> None:
+async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, row: Row) -> None:
+    run.ended = row
     ctx.run_logger.warning(
         "node %r%s failed at attempt %d (%s): %s",
         run.node_id,

@@ -166,10 +166,16 @@ async def execute(
                 await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)  # noqa: B023
             ctx.run_logger.info("node %r: attempt %d follows in %.3f s", node.node_id, attempt + 1, delay)
             await sleep(delay)
+            run.ended = None
             task = asyncio.current_task()
             cancelling = task.cancelling() if task is not None else 0
     finally:
-        CURRENT.reset(token)
+        if run._at_end is not None:
+            run.close()
+        try:
+            CURRENT.reset(token)
+        except ValueError:  # Closed by the garbage collector, say, in a context that is not its task's.
+            pass
 
 
 def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | None:
@@ -369,9 +375,9 @@ async def _attempt(
 
     # ---- who watches
     if failure is not None:
-        await tell_failure(ctx, run, failure)
+        await tell_failure(ctx, run, failure, row)
     elif fire.on_node_success is not None:
-        await fire_success(ctx, run, promised, model)
+        await fire_success(ctx, run, promised, model, row)
     if ctx.limits and fire.on_budget_warning is not None:
         await warn_of_budget(ctx)
     if stopped is not None:
@@ -456,7 +462,7 @@ async def _fail(
                 problem, FailureClass.RECOVERABLE, run.node_id, run.attempt, str(problem), "store"
             )
             halt = Halt(stored, partial=True)
-    await tell_failure(ctx, run, failure)
+    await tell_failure(ctx, run, failure, row)
     if ctx.limits and ctx.fire.on_budget_warning is not None:
         await warn_of_budget(ctx)
     if interrupt is not None:
@@ -501,6 +507,7 @@ async def _suspend(
             )
     run.rows.append(row)
     ctx.run_logger.info("node %r waits: %s", run.node_id, reason)
+    run.ended = row
     calls = ctx.fire.on_node_suspended
     if calls is not None:
         await ctx.fire.fire(
@@ -537,15 +544,25 @@ async def _abandon(
 
     ``reached``: how many sets of hooks saw the start; None for all.
     """
+    calls = ctx.fire.on_node_cancelled
+    if calls is not None and reached is not None:
+        calls = tuple(call for call in calls if call[0] < reached)
     if isinstance(why, GeneratorExit):  # The coroutine is being closed: nothing may be awaited any more.
-        run.rows.append(make_row(run, begin, duration, picture, None, None, "cancelled"))
+        run.ended = row = make_row(run, begin, duration, picture, None, None, "cancelled")
+        run.rows.append(row)
+        if calls is not None:
+            token = CURRENT.set(run)  # Whoever closes it has a context of their own.
+            try:
+                ctx.fire.fire_now("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))
+            finally:
+                CURRENT.reset(token)
         return
     if run.reported is not None:
         await price(ctx, run)
         ctx.cost_tracker.spend(run.counted.tokens, run.counted.cost_usd)
     if not run.branch:
         ctx.cost_tracker.latency_ns += duration
-    row = make_row(run, begin, duration, picture, None, None, "cancelled")
+    run.ended = row = make_row(run, begin, duration, picture, None, None, "cancelled")
     run.rows.append(row)
     stopped: BaseException | None = None
     try:
@@ -554,9 +571,6 @@ async def _abandon(
         raise
     except BaseException as error:  # KeyboardInterrupt in a store.
         stopped = error
-    calls = ctx.fire.on_node_cancelled
-    if calls is not None and reached is not None:
-        calls = tuple(call for call in calls if call[0] < reached)
     if calls is not None:
         try:
             await ctx.fire.fire("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))

@@ -82,6 +82,10 @@ class OneRun:
                 raise
         except GeneratorExit:  # The coroutine is being closed: nothing may be awaited any more.
             ctx.session.abandon()
+            if begun and ctx.fire.on_run_end is not None:
+                closed = ctx.build_result(status, self.state)
+                calls = ctx.fire.on_run_end
+                await ctx.tell("on_run_end", calls, lambda: (ctx.run_id, _own_copy(ctx, closed)), now=True)
             begun = False
             raise
         except HookNotAsync as error:
@@ -98,16 +102,17 @@ class OneRun:
     async def _tell_start(self) -> None:
         ctx = self.ctx
         if ctx.fire.on_run_start is not None:
-            await ctx.fire.fire(
+            await ctx.tell(
                 "on_run_start",
                 ctx.fire.on_run_start,
-                None,
                 lambda: (
                     ctx.run_id,
                     ctx.pipeline,
                     ctx.shown(schema_of(type(self.initial)).state(self.initial)),
                 ),
             )
+        if ctx.traceparent is not None and ctx.session.traceparent is None and ctx.session.finished is None:
+            ctx.session.note_traceparent(ctx.traceparent)
 
     async def _open(self) -> None:
         ctx = self.ctx
@@ -219,8 +224,8 @@ class OneRun:
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
         if ctx.fire.on_run_end is not None:
             try:
-                await ctx.fire.fire(
-                    "on_run_end", ctx.fire.on_run_end, None, lambda: (ctx.run_id, _own_copy(ctx, result))
+                await ctx.tell(
+                    "on_run_end", ctx.fire.on_run_end, lambda: (ctx.run_id, _own_copy(ctx, result))
                 )
             except HookNotAsync as error:
                 error.result = result

@@ -32,15 +32,19 @@ from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
 from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, Suspend, is_a, message_of
-from stroma.hooks import NO_HOOKS, AnyHooks, Hooks, flatten
+from stroma.hooks import NO_HOOKS, AnyHooks, Calls, Hooks, flatten
 from stroma.nodes import Kept, Node
 from stroma.schemas import Schema, schema_of
 from stroma.trace import (
+    DURATION,
+    FAILURE,
     NO_USAGE,
+    OUTCOME,
     AttemptUsage,
     ExecutionResult,
     ExecutionTrace,
     HookFailure,
+    Outcome,
     Row,
     RunStatus,
     TraceEvent,
@@ -51,7 +55,7 @@ if TYPE_CHECKING:
 
     from stroma.cost import Dimension
 
-__all__ = ["NodeExecution", "ReliabilityContext", "RemainingBudget", "current_node"]
+__all__ = ["NodeExecution", "ReliabilityContext", "RemainingBudget", "current_node", "current_run"]
 
 logger = logging.getLogger("stroma")
 logger.addHandler(logging.NullHandler())
@@ -80,6 +84,7 @@ class NodeExecution:
         attempt: 1-based.
         last_failure: why the previous attempt failed, or None on the first.
         usage: what this attempt used so far; complete while its end hooks run.
+        ctx: the run around it, see :func:`current_run`.
         redelivered: this end event was already sent once, by a process that died.
     """
 
@@ -108,6 +113,10 @@ class NodeExecution:
     step: StepCall | None = None
     #: What report_usage() was told and nobody has counted yet.
     reported: list[tuple[int, int, str | None]] | None = None
+    #: The row of the attempt that has just ended, while its hooks run.
+    ended: Row | None = None
+    _notes: dict[Any, Any] | None = None
+    _at_end: list[Callable[[], None]] | None = None
 
     def __init__(
         self,
@@ -161,6 +170,49 @@ class NodeExecution:
     def pipeline(self) -> str:
         """The name that metrics and spans are labelled with."""
         return self.ctx.pipeline
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What became of the attempt whose end hooks run; None before."""
+        return None if self.ended is None else self.ended[OUTCOME]
+
+    @property
+    def duration_ms(self) -> float | None:
+        """How long the function of that attempt ran, hooks, waits and the store apart; None before its end."""
+        return None if self.ended is None else self.ended[DURATION] / 1e6
+
+    @property
+    def reason(self) -> str | None:
+        """A stable word for why that attempt failed, such as "rate_limit"; None if it did not, or nobody knows."""
+        failed = None if self.ended is None else self.ended[FAILURE]
+        return None if failed is None else failed[2]
+
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """Whatever hooks want to find again later in this execution, in all of its attempts; a span, say."""
+        if self._notes is None:
+            self._notes = {}
+        return self._notes
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Have a plain function called once, in this task, when no attempt of this execution will follow.
+
+        That is after the last end hook, or when a wait between two attempts is cut short. The last one added is
+        called first. What it raises is logged and changes nothing.
+        """
+        if self._at_end is None:
+            self._at_end = []
+        self._at_end.append(callback)
+
+    def close(self) -> None:
+        """The execution is over."""
+        callbacks, self._at_end = self._at_end or [], None
+        for callback in reversed(callbacks):
+            try:
+                callback()
+            except Exception as error:
+                self.ctx.run_logger.exception("at_end (%r) raised for node %r", callback, self.node_id)
+                self.ctx.hook_failed("at_end", self.node_id, error)
 
     @property
     def idempotency_key(self) -> str:
@@ -255,6 +307,15 @@ def current_node() -> NodeExecution | None:
     return CURRENT.get()
 
 
+_RUN: ContextVar[ReliabilityContext | None] = ContextVar("stroma_current_run", default=None)
+
+
+def current_run() -> ReliabilityContext | None:
+    """The run around this code: inside a node's function and in all hooks, elsewhere None."""
+    node = CURRENT.get()
+    return _RUN.get() if node is None else node.ctx
+
+
 class _NoSession:
     """Stands in until the run was opened in its store."""
 
@@ -264,7 +325,11 @@ class _NoSession:
     restored: Mapping[tuple[int, str], Committed] = {}
     prior = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
+    traceparent: str | None = None
     on_cancel: Callable[[], None] | None = None
+
+    def note_traceparent(self, traceparent: str) -> None:
+        return None
 
     def record(
         self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
@@ -342,6 +407,9 @@ class ReliabilityContext:
         #: Whether any function runs under a time limit.
         self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
         self._warned: set[str] = set()
+        self._notes: dict[Any, Any] | None = None
+        #: The W3C trace context that this run belongs to: the caller's, until a hook puts that of its own span here.
+        self.traceparent: str | None = None
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
         self.fire = NO_HOOKS
         if sets:
@@ -350,7 +418,7 @@ class ReliabilityContext:
                 tuple(sets),
                 run_id=self.run_id,
                 limit_seconds=None if limit is None else limit / 1000,
-                on_error=self._hook_failed,
+                on_error=self.hook_failed,
             )
 
     @classmethod
@@ -496,6 +564,11 @@ class ReliabilityContext:
         return session
 
     @property
+    def first_traceparent(self) -> str | None:
+        """The trace context of the process that began this execution, for links; None in that process itself."""
+        return self.session.traceparent
+
+    @property
     def execution(self) -> int:
         """1 for the first execution of this run id, 2 after a restart, and so on."""
         return self.session.execution
@@ -551,6 +624,30 @@ class ReliabilityContext:
 
     # ------------------------------------------------------------------ what others see
 
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """Whatever hooks want to find again later in this run."""
+        if self._notes is None:
+            self._notes = {}
+        return self._notes
+
+    async def tell(
+        self, event: str, calls: Calls, arguments: Callable[[], tuple[Any, ...]], *, now: bool = False
+    ) -> None:
+        """Fire a hook of the run itself, which is :func:`current_run` meanwhile, and no node is current.
+
+        ``now``: where nothing can be awaited any more.
+        """
+        run, node = _RUN.set(self), CURRENT.set(None)
+        try:
+            if now:
+                self.fire.fire_now(event, calls, None, arguments)
+            else:
+                await self.fire.fire(event, calls, None, arguments)
+        finally:
+            CURRENT.reset(node)
+            _RUN.reset(run)
+
     def shown(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state as hooks may see it: redacted, if the config says how."""
         redact = self.config.redact
@@ -575,7 +672,7 @@ class ReliabilityContext:
         ]
         return ContractViolation(error.node_id, error.direction, self.shown(error.raw), errors)
 
-    def _hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
+    def hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
         self.hook_failures.append(HookFailure(hook, node_id, error))
 
     def build_result(

@@ -16,7 +16,7 @@ from typing import Any
 from stroma.failures import FailureClass
 from stroma.trace import ExecutionResult
 
-__all__ = ["NO_HOOKS", "AnyHooks", "HookError", "HookSets", "NodeHooks", "StepHooks", "flatten"]
+__all__ = ["NO_HOOKS", "AnyHooks", "Calls", "HookError", "HookSets", "NodeHooks", "StepHooks", "flatten"]
 
 logger = logging.getLogger("stroma")
 
@@ -201,6 +201,25 @@ class Hooks:
                 stopped = stopped or asyncio.CancelledError()
         if stopped is not None:
             raise stopped
+
+    def fire_now(
+        self, event: str, calls: Calls, node_id: str | None, arguments: Callable[[], tuple[Any, ...]]
+    ) -> None:
+        """Call each hook where nothing can be awaited any more: it gets as far as it comes without waiting."""
+        for _, hook in calls:
+            try:
+                step = hook(*arguments()).__await__()
+                try:
+                    next(step)
+                except StopIteration:
+                    continue
+                step.close()
+                logger.warning(
+                    "hook %s (%r) was cut short: run %r was closed, not cancelled, so that nothing can be awaited",
+                    event, hook, self._run_id, extra={"run_id": self._run_id},
+                )  # fmt: skip
+            except Exception as error:
+                self._report(event, hook, node_id, error)
 
     def _report(
         self, event: str, hook: Callable[..., Any], node_id: str | None, error: BaseException

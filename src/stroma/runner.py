@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable, Coroutine, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
@@ -176,10 +177,12 @@ class StromaRunner:
         resume_from: str | None = None,
         if_exists: Literal["restart", "resume", "return", "error"] | None = None,
         if_running: Literal["error", "attach", "take_over"] | None = None,
+        traceparent: str | None = None,
     ) -> ExecutionResult:
         """Run nodes one after the other, each on the output of the one before.
 
-        The keywords override the config's fields. What goes wrong inside the pipeline is a result: FAILED or PARTIAL,
+        The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans shall
+        belong to, in place of the caller's current span; one that is none is ignored. What goes wrong inside the pipeline is a result: FAILED or PARTIAL,
         with ``result.failure``. Raises TypeError for what is no node or a hook that is not async, ValueError for an
         unknown resume target, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot begin.
         """
@@ -198,6 +201,8 @@ class StromaRunner:
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name
+        if traceparent is not None:
+            ctx.traceparent = _checked(ctx, traceparent)
         run = OneRun(ctx, nodes, initial_state, start)
         self._live.add(run)
         try:
@@ -458,6 +463,18 @@ async def _in_turn(work: Iterable[Coroutine[Any, Any, None]], max_concurrency: i
     async with asyncio.TaskGroup() as group:
         for _ in range(max_concurrency):
             group.create_task(worker())
+
+
+# Of any version but ff, with ids that are not all zeros; https://www.w3.org/TR/trace-context/
+_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+
+
+def _checked(ctx: ReliabilityContext, traceparent: str) -> str | None:
+    if _TRACEPARENT.fullmatch(traceparent):
+        return traceparent
+    # It comes from whoever called us, over the network perhaps: no reason not to run.
+    ctx.run_logger.warning("traceparent %r is no W3C trace context; it is ignored", traceparent[:200])
+    return None
 
 
 def _records_of(nodes: Pipeline | list[Any]) -> list[Node | Group]:

@@ -6,6 +6,7 @@ Everything that is decided is decided here, once for all stores. A store only ha
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ __all__ = [
     "PARENT",
     "PICO",
     "SAVED",
+    "TRACE",
     "WAITING",
     "Attempt",
     "Commit",
@@ -76,6 +78,7 @@ SAVED: Final = -1  # what save() keeps; branch: the node id
 WAITING: Final = -2  # what nodes wait for; branch: "position:branch"
 CANCEL: Final = -3  # somebody wants the run to end
 PARENT: Final = -4  # node id: the run that this one was forked from
+TRACE: Final = -5  # node id: the trace context of the process that began the execution
 
 
 class Fence(NamedTuple):
@@ -316,6 +319,7 @@ class DurableSession:
         "prior",
         "restored",
         "run_id",
+        "traceparent",
         "waiting",
     )
 
@@ -326,6 +330,7 @@ class DurableSession:
     finished: Finished | None
     prior: PriorUsage
     restored: Mapping[tuple[int, str], Committed]
+    traceparent: str | None
 
     def __init__(
         self, run_id: str, submit: Submit, payloads: Payloads, opened: Mapping[bytes, bytes] | None = None
@@ -355,7 +360,7 @@ class DurableSession:
                 and self._payloads.open(kept[1], f"the input of run {run_id!r}") == given
             )
         way = decide(request, None if kept is None or found is None else _held(found), same)
-        self.restored, self.prior = {}, PriorUsage()
+        self.restored, self.prior, self.traceparent = {}, PriorUsage(), None
         self.continued, self.finished, self.waiting = way == "continue", None, {}
         if way == "begin" or found is None:
             self.fence = rows.begin(found, opening)
@@ -384,6 +389,10 @@ class DurableSession:
         ours = self.finished is None
         if ours:
             rows.drop(found.run, CANCEL)
+        if ours and not self.continued:
+            rows.drop(found.run, TRACE)
+        else:
+            self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
         for kept in list(rows.kept(found.run, WAITING)):
             waiting = read_waiting(kept, self._payloads)
             first = request.discard_from
@@ -435,6 +444,13 @@ class DurableSession:
         if output is None:
             output = self._payloads.open(step.output, what)
         return Committed(node_id, output, step.contract, call)
+
+    def note_traceparent(self, traceparent: str) -> None:
+        """Keep the trace context of this execution. Nobody waits for it; without it a resumed run is not linked."""
+        step = Step("", "", b"", checksum(b""))
+        keep = Doing(self.run_id, lambda rows: rows.keep(self.run_id, TRACE, "", traceparent, step))
+        pending = asyncio.ensure_future(self._submit(keep))
+        pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None]:
         """Keep an attempt that waits, and what for. Awaited: raises Fenced, or another StoreError."""

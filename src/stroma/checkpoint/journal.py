@@ -314,6 +314,7 @@ class Session(Protocol):
         restored: the committed outputs by (position, branch).
         finished: how the execution ended that is returned as it is; None for one that goes on.
         waiting: what nodes of it wait or waited for, by (position, branch).
+        traceparent: what note_traceparent() was told by the process that began the execution; None before.
         on_cancel: called, from any thread, when somebody asks for the end of this run.
     """
 
@@ -323,7 +324,11 @@ class Session(Protocol):
     restored: Mapping[tuple[int, str], Committed]
     prior: PriorUsage
     waiting: Mapping[tuple[int, str], Waiting]
+    traceparent: str | None
     on_cancel: Callable[[], None] | None
+
+    def note_traceparent(self, traceparent: str) -> None:
+        """Keep the W3C trace context of this execution, for those who go on with it. Nobody waits for that."""
 
     def record(
         self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None

@@ -91,6 +91,7 @@ class _SimpleSession:
     restored: Mapping[tuple[int, str], Committed] = {}
     prior = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
+    traceparent: str | None = None
 
     def __init__(self, store: Any, run_id: str) -> None:
         self.on_cancel: Callable[[], None] | None = None
@@ -111,6 +112,9 @@ class _SimpleSession:
             f"{type(self._store).__name__} keeps no journal, so run {self._run_id!r} cannot wait for a person there; "
             "use a journal store such as SQLiteStore"
         )
+
+    def note_traceparent(self, traceparent: str) -> None:
+        return None
 
     def end(self, status: str, error: str | None) -> None:
         return None

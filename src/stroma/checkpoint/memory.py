@@ -64,6 +64,7 @@ class _Run:
     spent: list[Row] = field(default_factory=list)
     calls: dict[_Key, StepCall] = field(default_factory=dict)
     waiting: dict[tuple[int, str], Waiting] = field(default_factory=dict)
+    traceparent: str | None = None
     parent: str | None = None
     pipeline: str = ""
     schema: Schema | None = None
@@ -130,6 +131,7 @@ class _MemorySession:
         "on_cancel",
         "prior",
         "restored",
+        "traceparent",
         "waiting",
     )
 
@@ -149,7 +151,7 @@ class _MemorySession:
             # What was saved by hand belongs to no execution.
             run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str)} if run.kept else {}
             run.spent, run.calls, run.input = [], {}, given
-            run.waiting = {}
+            run.waiting, run.traceparent = {}, None
             run.pipeline, run.schema, run.started_ms = request.pipeline, request.schema, _now_ms()
             self.restored, self.prior = _NOTHING_RESTORED, _NOTHING_SPENT
         if way != "return":
@@ -158,7 +160,7 @@ class _MemorySession:
             run.session = weakref.ref(self) if request.ends else lambda: None
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._kept, self._spent, self._schemas = run, run.kept, run.spent, run.schemas
-        self._calls, self.waiting = run.calls, run.waiting
+        self._calls, self.waiting, self.traceparent = run.calls, run.waiting, run.traceparent
 
     def _continue(self, run: _Run, request: RunRequest) -> None:
         first = request.discard_from
@@ -196,6 +198,10 @@ class _MemorySession:
         else:  # The row's picture is for people, or its node id stands for another schema already.
             self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema))
             self._spent.append(row)
+
+    def note_traceparent(self, traceparent: str) -> None:
+        if self._run.epoch == self._epoch:
+            self._run.traceparent = traceparent
 
     def suspend(self, row: Row, waiting: Waiting) -> None:
         self.record(row, None, None)

@@ -376,6 +376,19 @@ class JournalStoreTests:
         with pytest.raises(CheckpointNotFound):
             await settled(store.signal("unknown", Waiting(0, "", "node", "may I?", "", b"1")))
 
+    async def test_the_trace_context_belongs_to_the_execution(self, store: Any) -> None:
+        """What the first process noted is told to those who go on, and to no other execution."""
+        first = await begin(store)
+        assert first.traceparent is None
+        first.note_traceparent("00-" + "a" * 32 + "-" + "b" * 16 + "-01")
+        await commit(first, 0, State())
+        await finish(first, "PARTIAL")
+        again = await begin(store, if_exists="resume")
+        assert again.traceparent == "00-" + "a" * 32 + "-" + "b" * 16 + "-01"
+        assert restored(again) == {(0, ""): State()}
+        await finish(again)
+        assert (await begin(store)).traceparent is None
+
     async def test_a_held_run_is_asked_to_end(self, store: Any) -> None:
         """cancel() reaches whoever holds the run, once; the next owner is not told."""
         session = await begin(store)

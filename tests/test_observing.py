@@ -1,0 +1,320 @@
+"""What a hook that observes can rely on: where to keep things, when an execution is over, which run it is in."""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import gc
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    NodeHooks,
+    Pipeline,
+    ReliabilityContext,
+    RunStatus,
+    StromaRunner,
+    Suspend,
+    current_node,
+    current_run,
+    parallel,
+)
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+def quick(**config: Any) -> StromaRunner:
+    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+    return StromaRunner.quick(policy_map=policies, **config)
+
+
+async def test_the_ended_attempt_is_told_by_current_node() -> None:
+    """An end hook finds outcome, duration and reason of its attempt; a start hook does not find those of the last."""
+    seen: list[Any] = []
+
+    async def note(*arguments: Any) -> None:
+        node = current_node()
+        assert node is not None
+        seen.append((node.attempt, node.outcome, node.reason, node.duration_ms is not None))
+
+    runner = quick(hooks=NodeHooks(on_node_start=note, on_node_success=note, on_node_failure=note))
+
+    @runner.node("flaky", input=State, output=State)
+    async def flaky(state: State) -> State:
+        if current_node().attempt == 1:  # type: ignore[union-attr]
+            raise ConnectionError("gone")
+        await asyncio.sleep(0.002)
+        return state
+
+    result = await runner.run([flaky], State())
+    assert result.status is RunStatus.COMPLETED
+    assert seen == [
+        (1, None, None, False),
+        (1, "failure", "connection", True),
+        (2, None, None, False),
+        (2, "success", None, True),
+    ]
+
+
+@pytest.mark.parametrize("ending", ["success", "failure", "suspended", "cancelled", "backoff", "closed"])
+async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str) -> None:
+    """at_end() is called when no attempt follows: not between two, and also when a wait or the coroutine is cut off."""
+    calls: list[str] = []
+    waiting = asyncio.Event()
+
+    async def start(*_: Any) -> None:
+        node = current_node()
+        assert node is not None
+        if "told" not in node.notes:
+            node.notes["told"] = True
+            node.at_end(lambda: calls.append("first added"))
+            node.at_end(lambda: calls.append(f"attempt {node.attempt}"))
+
+    async def retry(*_: Any) -> None:
+        assert calls == []
+        if ending == "backoff":
+            waiting.set()
+
+    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=9, jitter=False) for kind in FailureClass}
+    runner = quick(hooks=NodeHooks(on_node_start=start, on_node_retry=retry))
+
+    @runner.node("node", input=State, output=State)
+    async def node(state: State) -> State:
+        if ending == "suspended":
+            raise Suspend("may I?")
+        if ending in ("cancelled", "closed"):
+            waiting.set()
+            await asyncio.sleep(9)
+        if ending == "failure" or current_node().attempt == 1:  # type: ignore[union-attr]
+            raise ConnectionError("gone")
+        return state
+
+    if ending == "backoff":
+        runner = runner.with_policy_map(policies)
+    if ending in ("cancelled", "backoff"):
+        task = asyncio.create_task(runner.run([node], State()))
+        await waiting.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    elif ending == "closed":
+        run: Any = runner.run([node], State())
+        contextvars.copy_context().run(run.send, None)
+        assert waiting.is_set()
+        run.close()
+    else:
+        await runner.run([node], State())
+    last = 2 if ending in ("success", "failure") else 1
+    assert calls == [f"attempt {last}", "first added"]
+
+
+async def test_what_at_end_raises_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """A callback that raises is logged and listed, the others are called, and the run completes."""
+    calls: list[str] = []
+
+    async def start(*_: Any) -> None:
+        node = current_node()
+        assert node is not None
+        node.at_end(lambda: calls.append("called"))
+        node.at_end(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+
+    runner = quick(hooks=NodeHooks(on_node_start=start))
+
+    @runner.node("node", input=State, output=State)
+    async def node(state: State) -> State:
+        return state
+
+    result = await runner.run([node], State())
+    assert result.status is RunStatus.COMPLETED
+    assert calls == ["called"]
+    assert [(e.hook, e.node_id, type(e.exception)) for e in result.hook_errors] == [
+        ("at_end", "node", ZeroDivisionError)
+    ]
+    assert "at_end" in caplog.text
+
+
+@pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
+async def test_a_closed_run_tells_its_ends() -> None:
+    """G9: also a coroutine that is closed, so that nothing can be awaited, gives every start an end."""
+    seen: list[Any] = []
+
+    def hook(name: str) -> Any:
+        async def tell(*arguments: Any) -> None:
+            node, run = current_node(), current_run()
+            assert run is not None
+            seen.append((name, run.run_id, None if node is None else node.node_id))
+            if name == "cancelled":
+                await asyncio.sleep(1)  # It gets this far.
+                seen.append("never")
+
+        return tell
+
+    hooks = NodeHooks(
+        on_run_start=hook("run start"),
+        on_run_end=hook("run end"),
+        on_node_start=hook("start"),
+        on_node_cancelled=hook("cancelled"),
+    )
+    runner = quick(hooks=hooks)
+
+    @runner.node("node", input=State, output=State)
+    async def node(state: State) -> State:
+        await asyncio.sleep(9)
+        return state
+
+    run: Any = runner.run([node], State(), run_id="r")
+    contextvars.copy_context().run(run.send, None)
+    run.close()
+    assert seen == [
+        ("run start", "r", None),
+        ("start", "r", "node"),
+        ("cancelled", "r", "node"),
+        ("run end", "r", None),
+    ]
+    gc.collect()
+
+
+async def test_current_run_is_the_run_of_every_hook_and_node() -> None:
+    """current_run() is the run's own context in all of its hooks and nodes, of a nested run too; elsewhere None."""
+    seen: list[tuple[str, ReliabilityContext | None, bool]] = []
+
+    def note(what: str) -> None:
+        seen.append((what, current_run(), current_node() is None))
+
+    def hook(name: str) -> Any:
+        async def tell(*_: Any) -> None:
+            note(name)
+
+        return tell
+
+    runner = quick(
+        hooks=NodeHooks(
+            on_run_start=hook("run start"), on_run_end=hook("run end"), on_node_success=hook("success")
+        )
+    )
+
+    @runner.node("inner", input=State, output=State)
+    async def inner(state: State) -> State:
+        note("inner")
+        return state
+
+    @runner.node("outer", input=State, output=State)
+    async def outer(state: State) -> State:
+        note("outer")
+        await runner.run([inner], state, run_id="inner")
+        note("outer again")
+        return state
+
+    await runner.run(Pipeline("p", [outer]), State(), run_id="outer")
+    ids = [(what, run and run.run_id, none) for what, run, none in seen]
+    assert ids == [
+        ("run start", "outer", True),
+        ("outer", "outer", False),
+        ("run start", "inner", True),
+        ("inner", "inner", False),
+        ("success", "inner", False),
+        ("run end", "inner", True),
+        ("outer again", "outer", False),
+        ("success", "outer", False),
+        ("run end", "outer", True),
+    ]
+    assert len({run for _, run, _ in seen}) == 2
+    assert current_run() is None
+
+
+async def test_notes_are_those_of_one_execution_and_of_one_run() -> None:
+    """Notes are kept over the attempts of one execution, apart for each child of a group, and for the run."""
+    runner = quick()
+    found: dict[str, list[Any]] = {"a": [], "b": []}
+
+    def make(name: str) -> Any:
+        @runner.node(name, input=State, output=State)
+        async def node(state: State) -> State:
+            here, run = current_node(), current_run()
+            assert here is not None
+            assert run is not None
+            found[name].append(dict(here.notes))
+            here.notes[here.attempt] = name
+            run.notes[name] = True
+            if here.attempt == 1:
+                raise ConnectionError("gone")
+            return state
+
+        return node
+
+    seen: list[Any] = []
+
+    async def ended(*_: Any) -> None:
+        run = current_run()
+        assert run is not None
+        seen.append(run.notes)
+
+    runner = runner.with_hooks(NodeHooks(on_run_end=ended))
+    await runner.run([parallel(make("a"), make("b"))], State())
+    assert found == {"a": [{}, {1: "a"}], "b": [{}, {1: "b"}]}
+    assert seen == [{"a": True, "b": True}]
+
+
+PARENT = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+
+
+async def test_a_trace_context_is_carried_in_and_told_to_a_resumed_run() -> None:
+    """run(traceparent=) is what hooks find, unless one of them puts its own there; a resumed run finds the first."""
+    seen: list[tuple[str | None, str | None]] = []
+    own: list[str] = []
+
+    async def start(*_: Any) -> None:
+        run = current_run()
+        assert run is not None
+        seen.append((run.traceparent, run.first_traceparent))
+        if own:
+            run.traceparent = own.pop()
+
+    fails = [True]
+    runner = StromaRunner.quick(hooks=NodeHooks(on_run_start=start))
+
+    @runner.node("node", input=State, output=State)
+    async def node(state: State) -> State:
+        if fails:
+            raise ValueError("no")
+        return state
+
+    await runner.run([node], State(), run_id="a", traceparent=PARENT)
+    await runner.run([node], State(), run_id="a", resume=True)
+    own.append(PARENT.replace("b7", "c8"))
+    await runner.run([node], State(), run_id="b", traceparent=PARENT)
+    await runner.run([node], State(), run_id="b", resume=True, traceparent=PARENT)
+    fails.clear()
+    await runner.run([node], State(), run_id="b")  # A restart is another execution.
+    assert seen == [
+        (PARENT, None),
+        (None, PARENT),
+        (PARENT, None),
+        (PARENT, PARENT.replace("b7", "c8")),
+        (None, None),
+    ]
+
+
+@pytest.mark.parametrize(
+    "wrong", ["", "nonsense", PARENT[:-3], "ff" + PARENT[2:], PARENT.upper(), "00-" + "0" * 32 + PARENT[35:]]
+)
+async def test_what_is_no_trace_context_is_ignored(wrong: str, caplog: pytest.LogCaptureFixture) -> None:
+    """A traceparent comes from whoever called us: a broken one is named in the log, and the run goes on."""
+    runner = StromaRunner.quick()
+
+    @runner.node("node", input=State, output=State)
+    async def node(state: State) -> State:
+        run = current_run()
+        assert run is not None
+        assert run.traceparent is None
+        return state
+
+    result = await runner.run([node], State(), traceparent=wrong)
+    assert result.status is RunStatus.COMPLETED
+    assert "no W3C trace context" in caplog.text
