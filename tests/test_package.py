@@ -13,6 +13,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+TELEMETRY = ("otel", "prometheus", "datadog", "sentry")
 
 
 def requirement_name(requirement: str) -> str:
@@ -93,7 +94,28 @@ def test_lock_covers_the_core_and_the_demo() -> None:
     text = (ROOT / "requirements.lock").read_text()
     locked = set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
     assert locked >= {"pydantic", "genai-prices", "click", "rich", "openai", "uv", "hatchling"}
-    assert not locked & {"ddtrace", "sentry-sdk", "stroma", "temporalio"}
+    assert not locked & {"stroma", "temporalio"}
+
+
+def test_lock_covers_telemetry() -> None:
+    """Every system that telemetry goes to is locked, so that each integration is tested against the real one."""
+    text = (ROOT / "requirements.lock").read_text()
+    locked = set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
+    extras = PYPROJECT["project"]["optional-dependencies"]
+    wanted = {requirement_name(line) for name in TELEMETRY for line in extras[name]}
+    assert wanted <= locked
+
+
+def test_telemetry_packages_do_nothing_unasked(request: pytest.FixtureRequest) -> None:
+    """That ddtrace and the like are installed changes no process, nor these tests: no module, hook or thread."""
+    code = (
+        "import sys, threading\n"
+        "print(sorted({name.partition('.')[0] for name in sys.modules} & {'ddtrace', 'datadog', 'sentry_sdk'}),\n"
+        "      [hook for hook in sys.meta_path if type(hook).__module__.startswith('ddtrace')], threading.active_count())"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("[] [] 1", "")
+    assert not request.config.pluginmanager.has_plugin("ddtrace")
 
 
 def test_the_lock_of_uv_is_ignored_by_git() -> None:
