@@ -111,8 +111,9 @@ class OneRun:
                     ctx.shown(schema_of(type(self.initial)).state(self.initial)),
                 ),
             )
-        if ctx.traceparent is not None and ctx.session.traceparent is None and ctx.session.finished is None:
-            ctx.session.note_traceparent(ctx.traceparent)
+        kept = ctx.kept_traceparent or ctx.traceparent
+        if kept is not None and ctx.session.traceparent is None and ctx.session.finished is None:
+            ctx.session.note_traceparent(kept)
 
     async def _open(self) -> None:
         ctx = self.ctx

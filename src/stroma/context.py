@@ -40,6 +40,7 @@ from stroma.trace import (
     FAILURE,
     NO_USAGE,
     OUTCOME,
+    STARTED,
     AttemptUsage,
     ExecutionResult,
     ExecutionTrace,
@@ -180,6 +181,11 @@ class NodeExecution:
     def duration_ms(self) -> float | None:
         """How long the function of that attempt ran, hooks, waits and the store apart; None before its end."""
         return None if self.ended is None else self.ended[DURATION] / 1e6
+
+    @property
+    def started_ns(self) -> int | None:
+        """When that attempt's function was called, in ns since the epoch; None before its end."""
+        return None if self.ended is None else self.ended[STARTED]
 
     @property
     def reason(self) -> str | None:
@@ -408,8 +414,10 @@ class ReliabilityContext:
         self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
         self._warned: set[str] = set()
         self._notes: dict[Any, Any] | None = None
-        #: The W3C trace context that this run belongs to: the caller's, until a hook puts that of its own span here.
+        #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of
+        #: the first hook which puts its own span's here, else the caller's.
         self.traceparent: str | None = None
+        self.kept_traceparent: str | None = None
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
         self.fire = NO_HOOKS
         if sets:

@@ -28,7 +28,7 @@ from stroma.contracts import ContractRegistry, NodeContract
 from stroma.cost import ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap
 from stroma.groups import parallel
-from stroma.hooks import NodeHooks, StepHooks
+from stroma.hooks import NodeHooks, StepHooks, flatten
 from stroma.nodes import Group, Kept, Node, NodeDecorator, find_node, mark, stroma_node, stroma_step
 from stroma.schemas import Schema, schema_of
 from stroma.trace import ExecutionResult, RunStatus
@@ -400,6 +400,19 @@ class StromaRunner:
                     run.cancel(RunStatus.INTERRUPTED)
             if late:
                 await asyncio.wait(late)
+
+    async def flush(self, *, timeout_seconds: float = 5.0) -> bool:
+        """Have the exporters among the hooks send what they hold; whether all did within the limit. Never raises."""
+        return await self._of_exporters("flush", timeout_seconds)
+
+    async def aclose(self, *, timeout_seconds: float = 5.0) -> bool:
+        """The same, and have them give up what they opened by themselves. The store and what you made stay open."""
+        return await self._of_exporters("aclose", timeout_seconds)
+
+    async def _of_exporters(self, method: str, timeout_seconds: float) -> bool:
+        found = [getattr(hooks, method, None) for hooks in flatten(self.config.hooks)]
+        calls = [call(timeout_seconds=timeout_seconds) for call in found if call is not None]
+        return all(await asyncio.gather(*calls))
 
     def _journal(self, needed: str) -> Any:
         store = self.checkpoint_manager.store

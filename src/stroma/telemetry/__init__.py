@@ -1,0 +1,51 @@
+"""Exporters: each factory gives a set of hooks for one system, and imports that system's SDK only when it is called.
+
+They compose with ``|`` among themselves and with hooks of your own::
+
+    runner = StromaRunner.quick(hooks=otel_hooks() | prometheus_hooks())
+
+None of them sets a global, sends what nodes are given or make unless it is told to (``content="redacted"``), or can
+change what becomes of a run. ``await runner.flush()`` sends what is queued.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stroma.telemetry._observer import ExporterHooks
+    from stroma.telemetry.datadog import datadog_hooks
+    from stroma.telemetry.logs import log_hooks
+    from stroma.telemetry.opentelemetry import otel_hooks
+    from stroma.telemetry.prometheus import prometheus_hooks
+    from stroma.telemetry.sentry import sentry_hooks
+
+_HOMES = {
+    "ExporterHooks": "_observer",
+    "datadog_hooks": "datadog",
+    "log_hooks": "logs",
+    "otel_hooks": "opentelemetry",
+    "prometheus_hooks": "prometheus",
+    "sentry_hooks": "sentry",
+}
+
+__all__ = [
+    "ExporterHooks",
+    "datadog_hooks",
+    "log_hooks",
+    "otel_hooks",
+    "prometheus_hooks",
+    "sentry_hooks",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,128 @@
+"""What may leave the process of states and of messages."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from pydantic import SecretBytes, SecretStr
+
+from stroma.context import ReliabilityContext
+from stroma.failures import message_of
+from stroma.trace import jsonable
+
+__all__ = ["DENY_KEYS", "Content", "ContentMode", "type_name"]
+
+ContentMode = Literal["none", "redacted"]
+
+#: Names whose values are never sent, compared without case, hyphens and underscores.
+DENY_KEYS: Final = (
+    "api_key", "apikey", "access_token", "auth_token", "authorization", "client_secret", "cookie", "credentials",
+    "passphrase", "passwd", "password", "private_key", "pwd", "refresh_token", "secret", "set_cookie", "ssn",
+)  # fmt: skip
+_REDACTED: Final = "[redacted]"
+_HIDDEN: Final = "**********"  # as pydantic shows a secret
+_DEEPEST: Final = 50
+_SECRETS: Final = "the secrets in the states of this run"
+
+
+@dataclass(frozen=True, slots=True)
+class Content:
+    """How much of what nodes are given and make is sent.
+
+    Attributes:
+        mode: "none" sends names, types and sizes of fields, and of failures the type, class and reason. "redacted"
+            sends states and messages: what ``RunConfig.redact`` leaves of them, without the values of ``deny_keys``,
+            at most ``max_bytes`` of each.
+    """
+
+    mode: ContentMode
+    deny_keys: frozenset[str]
+    max_bytes: int
+
+    @classmethod
+    def make(cls, mode: ContentMode, deny_keys: Collection[str], max_bytes: int) -> Content:
+        """Raises ValueError for what is no mode or size."""
+        if mode not in ("none", "redacted"):
+            raise ValueError(f'content is {mode!r}; it is "none" or "redacted"')
+        if max_bytes < 1:
+            raise ValueError(f"max_bytes is {max_bytes!r}; give a number of bytes from 1 up")
+        if isinstance(deny_keys, str):
+            raise TypeError(f"deny_keys is {deny_keys!r}; give a collection of names, not one text")
+        return cls(mode, frozenset(map(_plain, deny_keys)), max_bytes)
+
+    def state(self, run: ReliabilityContext, state: Mapping[str, Any]) -> str:
+        """A state of a run as JSON text: its values, or the types and sizes of its fields."""
+        if self.mode == "none":
+            return self.cut(json.dumps({str(name): _shape(value) for name, value in state.items()}))
+        run.notes.setdefault(_SECRETS, set()).update(_secrets(state, 0))
+        text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
+        return self.cut(_without_secrets(run, text))
+
+    def message(self, run: ReliabilityContext, said: BaseException | str) -> str | None:
+        """What an exception says; None in mode "none"."""
+        if self.mode == "none":
+            return None
+        text = _without_secrets(run, said if isinstance(said, str) else message_of(said))
+        shown = run.shown({"message": text}).get("message")
+        return self.cut(shown if isinstance(shown, str) else _REDACTED)
+
+    def cut(self, text: str) -> str:
+        """At most ``max_bytes`` of a text, with a mark that says how long it was."""
+        data = text.encode("utf-8", "backslashreplace")
+        if len(data) <= self.max_bytes:
+            return data.decode()
+        return f"{data[: self.max_bytes].decode('utf-8', 'ignore')}... [truncated, {len(data)} bytes]"
+
+    def _allowed(self, value: Any, depth: int) -> Any:
+        if depth > _DEEPEST:
+            return "[too deep]"
+        if isinstance(value, dict):
+            return {
+                name: _REDACTED if _plain(name) in self.deny_keys else self._allowed(inner, depth + 1)
+                for name, inner in value.items()
+            }
+        if isinstance(value, list):
+            return [self._allowed(inner, depth + 1) for inner in value]
+        return value
+
+
+def type_name(error: BaseException) -> str:
+    """The full name of an exception's class."""
+    kind = type(error)
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _plain(name: str) -> str:
+    return name.replace("-", "").replace("_", "").casefold()
+
+
+def _shape(value: Any) -> str:
+    size = f"[{len(value)}]" if isinstance(value, (str, bytes, list, tuple, set, frozenset, dict)) else ""
+    return f"{type(value).__name__}{size}"
+
+
+def _without_secrets(run: ReliabilityContext, text: str) -> str:
+    """The longest first: one may stand in another."""
+    for secret in sorted(run.notes.get(_SECRETS, ()), key=len, reverse=True):
+        text = text.replace(secret, _HIDDEN).replace(json.dumps(secret, ensure_ascii=False)[1:-1], _HIDDEN)
+    return text
+
+
+def _secrets(value: Any, depth: int) -> Iterator[str]:
+    if isinstance(value, SecretStr):
+        if value.get_secret_value():
+            yield value.get_secret_value()
+    elif isinstance(value, SecretBytes):
+        text = value.get_secret_value().decode("utf-8", "ignore")
+        if text:
+            yield text
+    elif depth <= _DEEPEST:
+        inner = value.values() if isinstance(value, dict) else value
+        if isinstance(value, (dict, list, tuple, set, frozenset)):
+            for item in inner:
+                yield from _secrets(item, depth + 1)
+        elif hasattr(value, "__pydantic_fields__"):
+            yield from _secrets(vars(value), depth + 1)

@@ -1,0 +1,158 @@
+"""One log line per event, through ``logging`` or structlog."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from collections.abc import Callable, Collection
+from time import perf_counter
+from typing import Any
+
+from stroma.context import NodeExecution, ReliabilityContext
+from stroma.failures import FailureClass
+from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry._observer import Ended, ExporterHooks, Observer
+from stroma.trace import ExecutionResult
+
+__all__ = ["log_hooks"]
+
+_LEVELS = {"success": logging.INFO, "failure": logging.WARNING}
+
+
+def log_hooks(
+    logger: Any = None,
+    *,
+    content: ContentMode = "none",
+    deny_keys: Collection[str] = DENY_KEYS,
+    max_bytes: int = 2048,
+) -> ExporterHooks:
+    """Hooks that write one line per event, with run_id, pipeline, node_id, attempt and so on as fields of the record.
+
+    Args:
+        logger: of ``logging`` (the fields are then its ``extra``) or of structlog. If none is given, structlog's where
+            the application has configured that, else "stroma.events".
+        content: see :class:`stroma.telemetry._content.Content`; with "redacted" states and messages are fields.
+        deny_keys: names of fields whose values are never written.
+        max_bytes: of one state or message.
+    """
+    made = Content.make(content, deny_keys, max_bytes)
+    if logger is None:
+        structlog: Any = sys.modules.get("structlog")
+        if structlog is not None and structlog.is_configured():
+            logger = structlog.get_logger("stroma.events")
+        else:
+            logger = logging.getLogger("stroma.events")
+    return _Logs(logger, made).hooks()
+
+
+class _Logs(Observer):
+    name = "the log"
+
+    def __init__(self, logger: Any, content: Content) -> None:
+        super().__init__()
+        self._content = content
+        self._write: Callable[[int, str, dict[str, Any]], None] = (
+            _with_extra(logger)
+            if isinstance(logger, (logging.Logger, logging.LoggerAdapter))
+            else _with_fields(logger)
+        )
+
+    def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        run.notes[self] = perf_counter()
+        resumed = {} if run.first_traceparent is None else {"first_traceparent": run.first_traceparent}
+        fields = {
+            **_of_run(run),
+            "execution": run.execution,
+            **resumed,
+            "input": self._content.state(run, state),
+        }
+        self._write(logging.INFO, "run started", fields)
+
+    def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
+        begun = run.notes.pop(self, None)
+        seconds = {} if begun is None else {"duration_s": round(perf_counter() - begun, 6)}
+        fields = {
+            **_of_run(run),
+            "status": result.status.value,
+            "tokens": result.total_tokens,
+            "cost_usd": result.total_cost_usd,
+            **seconds,
+        }
+        failed = Ended.finally_(result)
+        if failed is not None and result.failure is not None:
+            fields |= self._failure(run, failed) | {"failed_node_id": result.failure.node_id}
+        self._write(logging.INFO if failed is None else logging.ERROR, "run ended", fields)
+
+    def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+        fields = {**_of_node(node), "input": self._content.state(node.ctx, state)}
+        self._write(logging.DEBUG, "node started", fields)
+
+    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+        usage = node.usage
+        fields = {
+            **_of_node(node),
+            "outcome": ended.outcome,
+            "duration_ms": round(node.duration_ms or 0.0, 3),
+        }
+        if usage.tokens:
+            fields |= {"tokens": usage.tokens, "cost_usd": usage.cost_usd, "model": usage.model}
+        if ended.output is not None:
+            fields["output"] = self._content.state(node.ctx, ended.output)
+        if ended.error is not None:
+            fields |= self._failure(node.ctx, ended)
+        if node.redelivered:
+            fields["redelivered"] = True
+        self._write(_LEVELS.get(ended.outcome, logging.INFO), f"node {ended.outcome}", fields)
+
+    def retrying(
+        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+    ) -> None:
+        fields = {**_of_node(node), "attempt": attempt, "delay_s": round(delay_seconds, 3)}
+        self._write(logging.INFO, "node retried", {**fields, "failure_class": failure_class.value})
+
+    def skipped(self, node: NodeExecution) -> None:
+        self._write(logging.INFO, "node restored", _of_node(node))
+
+    def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
+        fields = {**_of_run(run), "dimension": dimension, "used": used, "limit": limit}
+        self._write(logging.WARNING, "budget nearly used up", fields)
+
+    def _failure(self, run: ReliabilityContext, ended: Ended) -> dict[str, Any]:
+        assert ended.error is not None
+        fields = {
+            "failure_class": ended.class_name,
+            "error_type": type_name(ended.error),
+            "reason": ended.reason,
+        }
+        message = self._content.message(run, ended.error)
+        return fields if message is None else {**fields, "error_message": message}
+
+
+def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
+    def write(level: int, event: str, fields: dict[str, Any]) -> None:
+        if logger.isEnabledFor(level):
+            said = " ".join(f"{name}={value}" for name, value in fields.items() if value not in (None, ""))
+            logger.log(level, "%s: %s", event, said, extra=fields)
+
+    return write
+
+
+def _with_fields(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
+    def write(level: int, event: str, fields: dict[str, Any]) -> None:
+        logger.log(level, event, **fields)
+
+    return write
+
+
+def _of_run(run: ReliabilityContext) -> dict[str, Any]:
+    return {"run_id": run.run_id, "pipeline": run.pipeline}
+
+
+def _of_node(node: NodeExecution) -> dict[str, Any]:
+    return {
+        **_of_run(node.ctx),
+        "node_id": node.node_id,
+        "position": node.position,
+        "branch": node.branch,
+        "attempt": node.attempt,
+    }

@@ -1,0 +1,372 @@
+"""OpenTelemetry: a span for each run and node, and metrics. Needs ``opentelemetry-api`` alone.
+
+Names of the generative-AI conventions are constants of ours: they are in development, and the package that had them
+calls them deprecated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from contextvars import Token
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final, Literal
+
+from stroma.context import NodeExecution, ReliabilityContext, current_node
+from stroma.failures import FailureClass
+from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry._observer import NODE_BUCKETS, Ended, ExporterHooks, Observer, exceeded, missing
+from stroma.trace import ExecutionResult
+
+if TYPE_CHECKING:
+    from opentelemetry.context import Context
+    from opentelemetry.metrics import Meter, MeterProvider
+    from opentelemetry.trace import Span, Tracer, TracerProvider
+
+__all__ = ["otel_hooks"]
+
+# In seconds. The first as the conventions advise; https://opentelemetry.io/docs/specs/semconv/gen-ai/
+_RUN_BUCKETS: Final = (1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+
+
+def otel_hooks(
+    *,
+    tracer: Tracer | TracerProvider | None = None,
+    meter: Meter | MeterProvider | None = None,
+    attempts: Literal["events", "spans"] = "events",
+    content: ContentMode = "none",
+    deny_keys: Collection[str] = DENY_KEYS,
+    max_bytes: int = 8192,
+) -> ExporterHooks:
+    """Hooks that make spans and metrics.
+
+    ``invoke_workflow {pipeline}`` is the span of a run, a child of the span that is current where the run is started
+    (or of ``run(traceparent=)``); ``stroma.node {node_id}`` is that of a node with all its attempts, under the run or
+    the group around it. It is current while the node's function runs, in its threads and tasks too. A resumed run
+    links to the span of the first one. Only a failure that is final makes a span an error: an attempt that is tried
+    again, a cancelled and a waiting node do not.
+
+    Args:
+        tracer, meter: what to make them with, or the provider to take it from, which flush() needs; else the global one.
+        attempts: "events" notes attempts on the node's span, "spans" gives each a span of its own under it.
+        content: see :class:`stroma.telemetry._content.Content`; with "redacted" states are attributes.
+        deny_keys: names of fields whose values are never sent.
+        max_bytes: of one state or message.
+
+    Raises ImportError with the line that installs the extra.
+    """
+    try:
+        import opentelemetry.trace  # noqa: F401
+    except ImportError as error:
+        raise missing("opentelemetry-api", "otel_hooks", "otel") from error
+    if attempts not in ("events", "spans"):
+        raise ValueError(f'attempts is {attempts!r}; it is "events" or "spans"')
+    made = Content.make(content, deny_keys, max_bytes)
+    return _OpenTelemetry(tracer, meter, own_spans=attempts == "spans", content=made).hooks()
+
+
+class _RunSpan:
+    """The span of a run, and when it began."""
+
+    __slots__ = ("since", "span")
+
+    def __init__(self) -> None:
+        self.since = perf_counter()
+        self.span: Span | None = None
+
+
+class _NodeSpan:
+    """The span of a node, and what its end needs."""
+
+    __slots__ = ("attempt", "attempt_token", "cost", "ended", "span", "token", "tokens")
+
+    def __init__(self, span: Span) -> None:
+        self.span = span
+        self.token: Token[Context] | None = None
+        self.attempt: Span | None = None
+        self.attempt_token: Token[Context] | None = None
+        self.ended: Ended | None = None
+        self.tokens = 0
+        self.cost = 0.0
+
+
+class _OpenTelemetry(Observer):
+    name = "OpenTelemetry"
+
+    def __init__(
+        self,
+        tracer: Tracer | TracerProvider | None,
+        meter: Meter | MeterProvider | None,
+        *,
+        own_spans: bool,
+        content: Content,
+    ) -> None:
+        super().__init__()
+        from opentelemetry import context, metrics, trace
+        from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
+
+        self._context, self._trace, self._w3c = context, trace, TraceContextTextMapPropagator()
+        # The API's providers cannot flush, the SDK's can.
+        given: tuple[Any, ...] = (tracer, meter)
+        self._flushes: list[Callable[[int], bool]] = [
+            provider.force_flush for provider in given if hasattr(provider, "force_flush")
+        ]
+        if tracer is None:
+            tracer = trace.get_tracer_provider()
+        if meter is None:
+            meter = metrics.get_meter_provider()
+        self._tracer = tracer if isinstance(tracer, trace.Tracer) else tracer.get_tracer("stroma")
+        made = meter if isinstance(meter, metrics.Meter) else meter.get_meter("stroma")
+        self._own_spans = own_spans
+        self._content = content
+        self._run_seconds = made.create_histogram(
+            "gen_ai.invoke_workflow.duration", "s", "Wall time of a run",
+            explicit_bucket_boundaries_advisory=_RUN_BUCKETS,
+        )  # fmt: skip
+        self._node_seconds = made.create_histogram(
+            "stroma.node.duration", "s", "Wall time of an attempt's function",
+            explicit_bucket_boundaries_advisory=NODE_BUCKETS,
+        )  # fmt: skip
+        self._active = made.create_up_down_counter("stroma.runs.active", "{run}", "Runs in progress")
+        self._executions = made.create_counter("stroma.node.executions", "{attempt}", "Attempts that ended")
+        self._retries = made.create_counter(
+            "stroma.node.retries", "{attempt}", "Attempts that follow a failed one"
+        )
+        self._tokens = made.create_counter("stroma.tokens", "{token}", "Tokens that nodes reported")
+        self._cost = made.create_counter("stroma.cost", "USD", "What they cost")
+        self._exceeded = made.create_counter("stroma.budget.exceeded", "{run}", "Runs that a budget stopped")
+        self._hook_errors = made.create_counter(
+            "stroma.hook.errors", "{error}", "Exceptions that hooks raised"
+        )
+
+    # ------------------------------------------------------------------ runs
+
+    def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        run.notes[self] = of_run = _RunSpan()
+        self._active.add(1, {"gen_ai.workflow.name": run.pipeline})
+        parent = None if run.traceparent is None else self._remote(run.traceparent)
+        links = []
+        if run.first_traceparent is not None:
+            first = self._trace.get_current_span(self._remote(run.first_traceparent)).get_span_context()
+            if first.is_valid:
+                links.append(self._trace.Link(first, {"stroma.link": "resumed from"}))
+        of_run.span = span = self._tracer.start_span(
+            f"invoke_workflow {run.pipeline}",
+            context=parent,
+            links=links,
+            attributes={
+                "gen_ai.operation.name": "invoke_workflow",
+                "gen_ai.workflow.name": run.pipeline,
+                "stroma.run.id": run.run_id,
+                "stroma.run.execution": run.execution,
+            },
+        )
+        if span.is_recording():
+            span.set_attribute("stroma.input", self._content.state(run, state))
+        if span.get_span_context().is_valid and run.kept_traceparent is None:
+            carrier: dict[str, str] = {}
+            self._w3c.inject(carrier, self._trace.set_span_in_context(span))
+            run.kept_traceparent = carrier.get("traceparent")
+
+    def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
+        of_run = run.notes.pop(self, None)
+        if of_run is None:
+            return
+        span = of_run.span
+        labels: dict[str, str] = {"gen_ai.workflow.name": run.pipeline}
+        self._active.add(-1, labels)
+        failed = Ended.finally_(result)
+        kind = None if failed is None or failed.error is None else type_name(failed.error)
+        outcome = {**labels, "stroma.status": result.status.value}
+        if kind is not None:
+            outcome["error.type"] = kind
+        self._run_seconds.record(perf_counter() - of_run.since, outcome)
+        for error in result.hook_errors:
+            self._hook_errors.add(1, {**labels, "stroma.hook": error.hook})
+        dimension = exceeded(result)
+        if dimension is not None:
+            self._exceeded.add(1, {**labels, "stroma.budget.dimension": dimension})
+        if span is None:
+            return
+        span.set_attribute("stroma.status", result.status.value)
+        span.set_attribute("stroma.tokens", result.total_tokens)
+        span.set_attribute("stroma.cost_usd", result.total_cost_usd)
+        if failed is not None:
+            self._mark(span, run, failed)
+        span.end()
+
+    def skipped(self, node: NodeExecution) -> None:
+        span = self._run_span(node)
+        if span is not None:
+            span.add_event("stroma.node.skipped", {"stroma.node.id": node.node_id, **_place(node)})
+
+    def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
+        of_run = run.notes.get(self)
+        if of_run is not None and of_run.span is not None:
+            about = {
+                "stroma.budget.dimension": dimension,
+                "stroma.budget.used": used,
+                "stroma.budget.limit": limit,
+            }
+            of_run.span.add_event("stroma.budget.warning", about)
+
+    # ------------------------------------------------------------------ nodes
+
+    def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+        of_node = node.notes.get(self)
+        if of_node is None:
+            of_node = self._begin(node)
+            of_node.token = self._attach(of_node.span)
+            if of_node.span.is_recording():
+                of_node.span.set_attribute("stroma.input", self._content.state(node.ctx, state))
+        if self._own_spans:
+            of_node.attempt = self._tracer.start_span(
+                f"stroma.attempt {node.node_id}",
+                context=self._trace.set_span_in_context(of_node.span),
+                attributes={"stroma.node.id": node.node_id, "stroma.node.attempt": node.attempt},
+            )
+            of_node.attempt_token = self._attach(of_node.attempt)
+
+    def _begin(self, node: NodeExecution, start_ns: int | None = None) -> _NodeSpan:
+        around = self.around(node)
+        above = None if around is None else around.span
+        span = self._tracer.start_span(
+            f"stroma.node {node.node_id}",
+            context=None if above is None else self._trace.set_span_in_context(above),
+            start_time=start_ns,
+            attributes={
+                "stroma.run.id": node.run_id,
+                "stroma.node.id": node.node_id,
+                "stroma.node.kind": node.kind,
+                "gen_ai.workflow.name": node.pipeline,
+                **_place(node),
+            },
+        )
+        node.notes[self] = made = _NodeSpan(span)
+        return made
+
+    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+        usage, pipeline = node.usage, node.pipeline
+        seconds = (node.duration_ms or 0.0) / 1000
+        labels = {"gen_ai.workflow.name": pipeline, "stroma.node.id": node.node_id}
+        outcome = {**labels, "stroma.outcome": ended.outcome, "stroma.failure_class": ended.class_name}
+        self._executions.add(1, outcome)
+        self._node_seconds.record(seconds, labels)
+        if usage.tokens:
+            about = {**labels, "stroma.model": usage.model or ""}
+            self._tokens.add(usage.input_tokens, {**about, "gen_ai.token.type": "input"})
+            self._tokens.add(usage.output_tokens, {**about, "gen_ai.token.type": "output"})
+            self._cost.add(usage.cost_usd, about)
+        of_node = node.notes.get(self)
+        if of_node is None:  # Input that broke its contract, or an end that is told again after a crash.
+            of_node = self._begin(node, node.started_ns)
+        of_node.ended = ended
+        of_node.tokens += usage.tokens
+        of_node.cost += usage.cost_usd
+        span = of_node.span
+        if span.is_recording():
+            about_attempt: dict[str, Any] = {
+                "stroma.node.attempt": node.attempt, "stroma.outcome": ended.outcome,
+                "stroma.duration_s": seconds, "stroma.tokens": usage.tokens,
+            }  # fmt: skip
+            if ended.error is not None:
+                about_attempt |= {
+                    "stroma.failure_class": ended.class_name,
+                    "error.type": type_name(ended.error),
+                }
+                if ended.reason is not None:
+                    about_attempt["stroma.reason"] = ended.reason
+                self._note_exception(of_node.attempt or span, node, ended.error)
+            if of_node.attempt is None:
+                span.add_event("stroma.attempt", about_attempt)
+            else:
+                of_node.attempt.set_attributes(about_attempt)
+            if ended.output is not None:
+                span.set_attribute("stroma.output", self._content.state(node.ctx, ended.output))
+        if of_node.attempt is not None:
+            self._mark(of_node.attempt, node.ctx, ended)
+            self._detach(of_node.attempt_token)
+            of_node.attempt.end()
+            of_node.attempt = of_node.attempt_token = None
+
+    def retrying(
+        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+    ) -> None:
+        labels = {
+            "gen_ai.workflow.name": node.pipeline,
+            "stroma.node.id": node.node_id,
+            "stroma.failure_class": failure_class.value,
+        }
+        self._retries.add(1, labels)
+        of_node = node.notes.get(self)
+        if of_node is not None:
+            about = {"stroma.node.attempt": attempt, "stroma.retry.delay_s": delay_seconds}
+            of_node.span.add_event("stroma.retry", {**about, "stroma.failure_class": failure_class.value})
+
+    def node_ended(self, node: NodeExecution) -> None:
+        of_node = node.notes.pop(self, None)
+        if of_node is None:
+            return
+        span, ended = of_node.span, of_node.ended
+        if current_node() is node:  # A coroutine that is closed from elsewhere has left its context behind.
+            if of_node.attempt is not None:
+                self._detach(of_node.attempt_token)
+            self._detach(of_node.token)
+        if of_node.attempt is not None:
+            of_node.attempt.end()
+        span.set_attribute("stroma.node.attempts", node.attempt)
+        span.set_attribute("stroma.tokens", of_node.tokens)
+        span.set_attribute("stroma.cost_usd", of_node.cost)
+        if ended is not None:
+            span.set_attribute("stroma.outcome", ended.outcome)
+            self._mark(span, node.ctx, ended)
+        if node.redelivered and node.started_ns is not None:
+            span.end(node.started_ns + int((node.duration_ms or 0.0) * 1e6))
+        else:
+            span.end()
+
+    # ------------------------------------------------------------------ small things
+
+    def _run_span(self, node: NodeExecution) -> Span | None:
+        of_run: _RunSpan | None = node.ctx.notes.get(self)
+        return None if of_run is None else of_run.span
+
+    def _remote(self, traceparent: str) -> Context:
+        return self._w3c.extract({"traceparent": traceparent})
+
+    def _attach(self, span: Span) -> Token[Context]:
+        return self._context.attach(self._trace.set_span_in_context(span))
+
+    def _detach(self, token: Token[Context] | None) -> None:
+        if token is not None:
+            self._context.detach(token)
+
+    def _note_exception(self, span: Span, node: NodeExecution, error: BaseException) -> None:
+        about = {"exception.type": type_name(error)}
+        message = self._content.message(node.ctx, error)
+        if message is not None:
+            about["exception.message"] = message
+        span.add_event("exception", about)
+
+    def _mark(self, span: Span, run: ReliabilityContext, ended: Ended) -> None:
+        """Make a span an error, if the end was one."""
+        if ended.error is None:
+            return
+        said = self._content.message(run, ended.error)
+        if said is None:
+            said = " ".join(filter(None, (ended.class_name, ended.reason)))
+        span.set_attribute("error.type", type_name(ended.error))
+        span.set_attribute("stroma.failure_class", ended.class_name)
+        span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, said))
+
+    def flush(self, timeout_seconds: float) -> bool:
+        # One after the other: each is told what is left of the time.
+        end, sent = perf_counter() + timeout_seconds, True
+        for flush in self._flushes:
+            sent = flush(max(1, int((end - perf_counter()) * 1000))) is not False and sent
+        return sent
+
+
+def _place(node: NodeExecution) -> dict[str, Any]:
+    return {"stroma.node.position": node.position} | (
+        {"stroma.node.branch": node.branch} if node.branch else {}
+    )

@@ -1,0 +1,156 @@
+"""Prometheus: counters, histograms and a gauge in a registry of ``prometheus_client``."""
+
+from __future__ import annotations
+
+import weakref
+from time import perf_counter
+from typing import TYPE_CHECKING, Any, Final
+
+from stroma.context import NodeExecution, ReliabilityContext
+from stroma.failures import FailureClass
+from stroma.telemetry._observer import NODE_BUCKETS, Ended, ExporterHooks, Observer, exceeded, missing
+from stroma.trace import ExecutionResult
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+
+__all__ = ["prometheus_hooks"]
+
+# In seconds.
+_RUN_BUCKETS: Final = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 7200)
+
+
+def prometheus_hooks(*, registry: CollectorRegistry | None = None) -> ExporterHooks:
+    """Hooks that count runs and attempts.
+
+    Labels are the names of pipelines, nodes, models and the like, never a run id or a message. Any number of sets may
+    share a ``registry`` (prometheus_client's own if none is given): they feed the same metrics. Serving them is the
+    application's part, as with ``prometheus_client.start_http_server``.
+
+    Raises ImportError with the line that installs the extra.
+    """
+    try:
+        from prometheus_client import REGISTRY
+    except ImportError as error:
+        raise missing("prometheus-client", "prometheus_hooks", "prometheus") from error
+    target = REGISTRY if registry is None else registry
+    metrics = _known.get(target)
+    if metrics is None:  # A second one of the same names would be refused.
+        metrics = _known[target] = _Metrics(target)
+    return _Prometheus(metrics).hooks()
+
+
+class _Metrics:
+    """The metrics of one registry. Children are kept by their labels: looking one up takes microseconds."""
+
+    def __init__(self, registry: CollectorRegistry) -> None:
+        from prometheus_client import Counter, Gauge, Histogram
+
+        def counter(name: str, text: str, *labels: str) -> _Children:
+            return _Children(Counter(name, text, ("pipeline", *labels), registry=registry))
+
+        self.runs = counter("stroma_runs", "Runs that ended, by status.", "status")
+        self.in_progress = _Children(
+            Gauge(
+                "stroma_runs_in_progress",
+                "Runs that have begun and not ended.",
+                ("pipeline",),
+                registry=registry,
+            )
+        )
+        self.run_seconds = _Children(
+            Histogram(
+                "stroma_run_duration_seconds", "Wall time of runs.", ("pipeline", "status"),
+                buckets=_RUN_BUCKETS, registry=registry,
+            )
+        )  # fmt: skip
+        self.node_seconds = _Children(
+            Histogram(
+                "stroma_node_duration_seconds", "Wall time of a node's function, by attempt.",
+                ("pipeline", "node_id"), buckets=NODE_BUCKETS, registry=registry,
+            )
+        )  # fmt: skip
+        self.executions = counter(
+            "stroma_node_executions", "Attempts that ended.", "node_id", "outcome", "failure_class"
+        )
+        self.retries = counter(
+            "stroma_node_retries", "Attempts that followed a failed one.", "node_id", "failure_class"
+        )
+        self.skipped = counter(
+            "stroma_nodes_skipped", "Outputs that were restored from the journal.", "node_id"
+        )
+        self.tokens = counter("stroma_tokens", "Tokens that nodes reported.", "node_id", "model", "direction")
+        self.cost = counter("stroma_cost_usd", "What they cost, in US dollars.", "node_id", "model")
+        self.warnings = counter(
+            "stroma_budget_warnings", "Runs that used 80 % of a limit of their budget.", "dimension"
+        )
+        self.exceeded = counter("stroma_budget_exceeded", "Runs that a budget stopped.", "dimension")
+        self.hook_errors = counter("stroma_hook_errors", "Exceptions that hooks raised.", "hook")
+
+
+class _Children:
+    """A metric's children by label values."""
+
+    __slots__ = ("_metric", "_of")
+
+    def __init__(self, metric: Any) -> None:
+        self._metric = metric
+        self._of: dict[tuple[str, ...], Any] = {}
+
+    def __call__(self, *values: str) -> Any:
+        child = self._of.get(values)
+        if child is None:
+            # Text that UTF-8 cannot say would break every scrape.
+            sound = [value.encode("utf-8", "backslashreplace").decode() for value in values]
+            child = self._of[values] = self._metric.labels(*sound)
+        return child
+
+
+_known: weakref.WeakKeyDictionary[CollectorRegistry, _Metrics] = weakref.WeakKeyDictionary()
+
+
+class _Prometheus(Observer):
+    name = "Prometheus"
+
+    def __init__(self, metrics: _Metrics) -> None:
+        super().__init__()
+        self._metrics = metrics
+
+    def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        run.notes[self] = perf_counter()
+        self._metrics.in_progress(run.pipeline).inc()
+
+    def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
+        begun = run.notes.pop(self, None)
+        if begun is None:
+            return
+        metrics, pipeline, status = self._metrics, run.pipeline, result.status.value
+        metrics.in_progress(pipeline).dec()
+        metrics.runs(pipeline, status).inc()
+        metrics.run_seconds(pipeline, status).observe(perf_counter() - begun)
+        for error in result.hook_errors:
+            metrics.hook_errors(pipeline, error.hook).inc()
+        dimension = exceeded(result)
+        if dimension is not None:
+            metrics.exceeded(pipeline, dimension).inc()
+
+    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+        metrics, pipeline, node_id, usage = self._metrics, node.pipeline, node.node_id, node.usage
+        metrics.executions(pipeline, node_id, ended.outcome, ended.class_name).inc()
+        metrics.node_seconds(pipeline, node_id).observe((node.duration_ms or 0.0) / 1000)
+        if usage.tokens:
+            model = usage.model or ""
+            metrics.tokens(pipeline, node_id, model, "input").inc(usage.input_tokens)
+            metrics.tokens(pipeline, node_id, model, "output").inc(usage.output_tokens)
+            metrics.cost(pipeline, node_id, model).inc(usage.cost_usd)
+
+    def retrying(
+        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+    ) -> None:
+        self._metrics.retries(node.pipeline, node.node_id, failure_class.value).inc()
+
+    def skipped(self, node: NodeExecution) -> None:
+        self._metrics.skipped(node.pipeline, node.node_id).inc()
+
+    def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
+        self._metrics.warnings(run.pipeline, dimension).inc()

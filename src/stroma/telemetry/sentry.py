@@ -1,0 +1,300 @@
+"""Sentry: one issue per final failure, at the span of the node that failed; spans for runs and nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from contextlib import AbstractContextManager, ExitStack
+from contextvars import ContextVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from stroma.context import NodeExecution, ReliabilityContext, current_node
+from stroma.failures import FailureClass
+from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry._observer import Ended, ExporterHooks, Observer, missing
+from stroma.trace import ExecutionResult, RunStatus
+
+if TYPE_CHECKING:
+    from sentry_sdk import Scope
+    from sentry_sdk.client import BaseClient
+    from sentry_sdk.tracing import NoOpSpan, Span, Transaction
+
+__all__ = ["sentry_hooks"]
+
+
+def sentry_hooks(
+    *,
+    client: BaseClient | None = None,
+    content: ContentMode = "none",
+    deny_keys: Collection[str] = DENY_KEYS,
+    max_bytes: int = 4096,
+) -> ExporterHooks:
+    """Hooks that capture the failure that ended a run, once, and that make a span of each run and node.
+
+    An attempt that is tried again is a breadcrumb. Issues are grouped by pipeline, node, failure class and type of
+    the exception; an event points at the span of the failed node. Each run has an isolation scope and each node a
+    scope of its own, so that what one tags is not found in its neighbours.
+
+    Args:
+        client: where to send to; the one of ``sentry_sdk.init()`` if none is given.
+        content: see :class:`stroma.telemetry._content.Content`. In "none" events carry no messages; in no mode do they
+            carry variables of stack frames.
+        deny_keys: names of fields whose values are never sent.
+        max_bytes: of one state or message.
+
+    Raises ImportError with the line that installs the extra.
+    """
+    try:
+        import sentry_sdk  # noqa: F401
+    except ImportError as error:
+        raise missing("sentry-sdk", "sentry_hooks", "sentry") from error
+    return _Sentry(client, Content.make(content, deny_keys, max_bytes)).hooks()
+
+
+class _Run:
+    """What the end of a run needs."""
+
+    __slots__ = ("failed", "scopes", "span")
+
+    def __init__(self) -> None:
+        #: The isolation scope that the run has entered.
+        self.scopes = ExitStack()
+        self.span: Span | Transaction | NoOpSpan | None = None
+        #: Attempts that failed, by the identity of their exceptions; the innermost node of each.
+        self.failed: dict[int, _Failed] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class _Failed:
+    """A failed attempt that may turn out to be final."""
+
+    node_id: str
+    ended: Ended
+    scope: Scope
+
+
+class _Node:
+    """The span and scope of a node, and what its end needs."""
+
+    __slots__ = ("ended", "entered", "scope", "span")
+
+    def __init__(self, span: Span | NoOpSpan, scope: Scope) -> None:
+        self.span, self.scope = span, scope
+        self.entered: AbstractContextManager[Any] | None = None
+        self.ended: Ended | None = None
+
+
+#: The run whose scopes are entered in this context: a coroutine closed from elsewhere has left its context behind.
+_HERE: ContextVar[ReliabilityContext | None] = ContextVar("stroma_sentry_run", default=None)
+
+
+class _Sentry(Observer):
+    name = "Sentry"
+
+    def __init__(self, client: BaseClient | None, content: Content) -> None:
+        super().__init__()
+        import sentry_sdk
+        import sentry_sdk.scope
+        import sentry_sdk.utils
+
+        self._sdk, self._client, self._content = sentry_sdk, client, content
+
+    # ------------------------------------------------------------------ runs
+
+    def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        sdk = self._sdk
+        run.notes[self] = of_run = _Run()
+        outer = sdk.get_current_span()
+        isolation = of_run.scopes.enter_context(sdk.isolation_scope())
+        token = _HERE.set(run)
+        of_run.scopes.callback(lambda: _HERE.reset(token))
+        scope = sdk.get_current_scope()
+        if self._client is not None:
+            scope.set_client(self._client)
+        isolation.add_event_processor(self._sound)
+        isolation.set_tag("stroma.pipeline", run.pipeline)
+        isolation.set_context("stroma", {"run_id": run.run_id, "execution": run.execution})
+        about: dict[str, Any] = {"op": "stroma.run", "name": run.pipeline}
+        if run.traceparent is not None:
+            _, trace_id, span_id, flags, *_ = run.traceparent.split("-")
+            header = f"{trace_id}-{span_id}-{int(flags, 16) & 1}"
+            span: Any = sdk.start_transaction(sdk.continue_trace({"sentry-trace": header}, **about))
+        elif outer is not None:
+            span = outer.start_child(**about)
+        else:
+            span = sdk.start_transaction(**about)
+        of_run.span = scope.span = span
+        span.set_data("stroma.run.id", run.run_id)
+        span.set_data("stroma.input", self._content.state(run, state))
+        if run.first_traceparent is not None:
+            span.set_data("stroma.resumed_from", run.first_traceparent)
+        if run.kept_traceparent is None and getattr(span, "sampled", False):
+            run.kept_traceparent = f"00-{span.trace_id}-{span.span_id}-01"
+
+    def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
+        of_run: _Run | None = run.notes.pop(self, None)
+        if of_run is None:
+            return
+        try:
+            failed = Ended.finally_(result)
+            if failed is not None and result.failure is not None:
+                # A budget that refuses a node stops the run without an attempt that failed.
+                refused = _Failed(result.failure.node_id, failed, self._sdk.get_current_scope())
+                self._capture(run, of_run.failed.get(id(failed.error), refused))
+            span = of_run.span
+            if span is not None:
+                span.set_data("stroma.status", result.status.value)
+                span.set_data("stroma.tokens", result.total_tokens)
+                span.set_data("stroma.cost_usd", result.total_cost_usd)
+                span.set_status(_STATUS.get(result.status, "ok"))
+                span.finish()
+        finally:
+            if _HERE.get() is run:
+                of_run.scopes.close()
+
+    def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
+        self._breadcrumb(f"80 % of the budget's {dimension} are used", {"used": used, "limit": limit})
+
+    def skipped(self, node: NodeExecution) -> None:
+        self._breadcrumb(f"node {node.node_id} was restored from the journal", {}, level="info")
+
+    # ------------------------------------------------------------------ nodes
+
+    def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
+        if self in node.notes:
+            return
+        entered = self._sdk.new_scope()
+        scope = entered.__enter__()
+        of_node = self._begin(node, scope)
+        of_node.entered = entered
+        scope.span = of_node.span
+        of_node.span.set_data("stroma.input", self._content.state(node.ctx, state))
+
+    def _begin(self, node: NodeExecution, scope: Scope) -> _Node:
+        if self._client is not None:
+            scope.set_client(self._client)
+        scope.set_tag("stroma.node", node.node_id)
+        around = self.around(node)
+        above = scope.span if around is None else around.span
+        about: dict[str, Any] = {"op": "stroma.node", "name": node.node_id}
+        span: Any = self._sdk.start_span(**about) if above is None else above.start_child(**about)
+        span.set_data("stroma.node.id", node.node_id)
+        span.set_data("stroma.node.kind", node.kind)
+        node.notes[self] = made = _Node(span, scope)
+        return made
+
+    def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
+        of_node: _Node | None = node.notes.get(self)
+        if of_node is None:  # Input that broke its contract, or an end that is told again after a crash.
+            of_node = self._begin(node, self._sdk.get_current_scope().fork())
+            of_node.scope.span = of_node.span
+        of_node.ended = ended
+        if ended.output is not None:
+            of_node.span.set_data("stroma.output", self._content.state(node.ctx, ended.output))
+        of_run: _Run | None = node.ctx.notes.get(self)
+        if ended.error is not None and of_run is not None:
+            # A group fails with the exception of its child: it is the child that failed.
+            failed = _Failed(node.node_id, ended, of_node.scope)
+            of_run.failed.setdefault(id(ended.error), failed)
+
+    def retrying(
+        self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
+    ) -> None:
+        of_node: _Node | None = node.notes.get(self)
+        error = None if of_node is None or of_node.ended is None else of_node.ended.error
+        about: dict[str, Any] = {
+            "attempt": attempt - 1,
+            "failure_class": failure_class.value,
+            "delay_s": delay_seconds,
+        }
+        if error is not None and of_node is not None:
+            about["type"] = type_name(error)
+            message = self._content.message(node.ctx, error)
+            if message is not None:
+                about["message"] = message
+            of_run: _Run | None = node.ctx.notes.get(self)
+            if of_run is not None:  # It was not final. Another exception may get the same identity later on.
+                of_run.failed.pop(id(error), None)
+        self._breadcrumb(f"node {node.node_id} failed and is tried again", about)
+
+    def node_ended(self, node: NodeExecution) -> None:
+        of_node: _Node | None = node.notes.pop(self, None)
+        if of_node is None:
+            return
+        ended = of_node.ended
+        if ended is not None and ended.error is not None and self not in node.ctx.notes:
+            # A step of plain code: nobody will say how the run ended, and this failure is final here.
+            self._capture(node.ctx, _Failed(node.node_id, ended, of_node.scope))
+        outcome = "cancelled" if ended is None else ended.outcome
+        of_node.span.set_data("stroma.attempts", node.attempt)
+        of_node.span.set_data("stroma.outcome", outcome)
+        of_node.span.set_status({"failure": "internal_error", "cancelled": "cancelled"}.get(outcome, "ok"))
+        of_node.span.finish(of_node.scope)
+        if of_node.entered is not None and current_node() is node:
+            of_node.entered.__exit__(None, None, None)
+
+    # ------------------------------------------------------------------ events
+
+    def _capture(self, run: ReliabilityContext, failed: _Failed) -> None:
+        ended, scope = failed.ended, failed.scope
+        error = ended.error
+        assert error is not None
+        if getattr(error, "_stroma_captured", False):
+            return  # A nested run ended with it already.
+        client = self._client or scope.get_client()
+        event, hint = self._sdk.utils.event_from_exception(
+            error, client_options=client.options, mechanism={"type": "stroma", "handled": True}
+        )
+        for value in event.get("exception", {}).get("values", ()):
+            said = str(value.get("value") or "")
+            if self._content.mode == "none":
+                value["value"] = " ".join(filter(None, (ended.class_name, ended.reason)))
+            elif value.get("value"):
+                value["value"] = self._content.message(run, said)
+            for frame in value.get("stacktrace", {}).get("frames", ()):
+                frame.pop("vars", None)  # They hold what nodes were given.
+                if str(frame.get("module")).startswith("stroma."):
+                    frame["in_app"] = False  # The engine called the node; it is the node that failed.
+        event["fingerprint"] = ["stroma", run.pipeline, failed.node_id, ended.class_name, type_name(error)]
+        event["level"] = "error"
+        event["transaction"] = run.pipeline
+        tags = {
+            "stroma.pipeline": run.pipeline,
+            "stroma.node": failed.node_id,
+            "stroma.failure_class": ended.class_name,
+        }
+        event["tags"] = {**tags, **({} if ended.reason is None else {"stroma.reason": ended.reason})}
+        with self._sdk.scope.use_scope(scope):
+            scope.capture_event(event, hint)
+        try:
+            error.__dict__["_stroma_captured"] = True
+        except AttributeError:
+            pass  # A class with slots; the SDK itself drops the same exception twice in a row.
+
+    def _breadcrumb(self, message: str, data: dict[str, Any], level: str = "warning") -> None:
+        self._sdk.add_breadcrumb(
+            category="stroma.run", type="default", level=level, message=message, data=data
+        )
+
+    def _sound(self, event: Any, _hint: Any) -> Any:
+        """Of an event from inside of a run: None for log lines that only say again what is captured here."""
+        if event.get("logger") == "stroma.events":
+            return None
+        crumbs = event.get("breadcrumbs")
+        if self._content.mode == "none" and isinstance(crumbs, dict):
+            # The engine's own log lines tell what the exceptions said.
+            crumbs["values"] = [c for c in crumbs.get("values", ()) if c.get("category") != "stroma"]
+        return event
+
+    def flush(self, timeout_seconds: float) -> bool:
+        client = self._client or self._sdk.get_client()
+        client.flush(timeout=timeout_seconds)
+        return True
+
+
+_STATUS = {
+    RunStatus.FAILED: "internal_error",
+    RunStatus.PARTIAL: "unavailable",
+    RunStatus.CANCELLED: "cancelled",
+    RunStatus.INTERRUPTED: "aborted",
+}
