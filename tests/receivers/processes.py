@@ -1,0 +1,110 @@
+"""What the receivers share: free ports, children that always end, waiting by polling, HTTP without proxies."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import pathlib
+import shutil
+import socket
+import subprocess
+import tempfile
+import time
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import pytest
+
+T = TypeVar("T")
+
+# A machine's proxy settings are not about loopback.
+_opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+
+def free_port() -> int:
+    """A TCP port that nothing listened on a moment ago. For programs that cannot choose and report one themselves."""
+    with socket.socket() as found:
+        found.bind(("127.0.0.1", 0))
+        port: int = found.getsockname()[1]
+        return port
+
+
+def wait_until(check: Callable[[], T], what: str, *, seconds: float = 20) -> T:
+    """Poll until `check` returns something true, and return that; `what` says in the error what did not happen."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = check()
+        if found:
+            return found
+        assert time.monotonic() < deadline, f"after {seconds} s still not: {what}"
+        time.sleep(0.02)
+
+
+def fetch(url: str, data: bytes | None = None, *, seconds: float = 20, **parameters: str) -> bytes:
+    """The body of an answer; a failed request is an `OSError`, which is what urllib raises."""
+    if parameters:
+        url = f"{url}?{urllib.parse.urlencode(parameters)}"
+    with _opener.open(urllib.request.Request(url, data), timeout=seconds) as answer:
+        body: bytes = answer.read()
+        return body
+
+
+def fetch_json(url: str, data: Any = None, **options: Any) -> Any:
+    return json.loads(fetch(url, None if data is None else json.dumps(data).encode(), **options))
+
+
+def answers(url: str) -> bool:
+    with contextlib.suppress(OSError):
+        fetch(url, seconds=2)
+        return True
+    return False
+
+
+def need(command: str, package: str) -> str:
+    """The path of a command, else the test is skipped with a reason that names the package."""
+    found = shutil.which(command)
+    if found is None:
+        pytest.skip(f"the command {command} is missing; on Debian and Ubuntu: apt-get install {package}")
+    return found
+
+
+class Child:
+    """A program in a directory of its own, which is removed with it; its output is shown when it fails to start."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.home = pathlib.Path(tempfile.mkdtemp(prefix=f"stroma-{name}-"))
+        self.log = self.home / "log"
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(
+        self, command: Sequence[str], ready: Callable[[], bool], env: Mapping[str, str] | None = None
+    ) -> None:
+        with open(self.log, "wb") as log:
+            self.process = subprocess.Popen(
+                list(command),
+                cwd=self.home,
+                env=env,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+            )
+        try:
+            wait_until(lambda: self.process_ended() or ready(), f"{self.name} is ready")
+            assert not self.process_ended(), f"{self.name} ended at once"
+        except BaseException as exc:
+            exc.add_note(self.log.read_text(errors="replace")[-3000:])
+            self.close()
+            raise
+
+    def process_ended(self) -> bool:
+        return self.process is None or self.process.poll() is not None
+
+    def close(self) -> None:
+        if self.process is not None:
+            self.process.kill()
+            self.process.wait()
+        shutil.rmtree(self.home, ignore_errors=True)
