@@ -11,7 +11,6 @@ from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
 from stroma.checkpoint._session import DurableSession, Fence, Rows
-from stroma.checkpoint.journal import StoreError
 
 __all__ = ["Keeper"]
 
@@ -87,7 +86,7 @@ class Keeper:
             return
         try:
             wanted = store.read(lambda rows: rows.wanted(list(sessions)), list[Any]())
-        except StoreError as error:
+        except Exception as error:  # Whatever it is: without this thread no lease is renewed.
             logger.debug("could not look for cancelled runs: %s", error)
             return
         for run in wanted:
