@@ -16,15 +16,23 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from pydantic import BaseModel
+
 from stroma import SQLiteStore
 from stroma.checkpoint import RunRequest
 from stroma.checkpoint import _worker as worker
 from stroma.schemas import schema_of
-from stroma.testing.stores import State, row, settled
+from stroma.testing.stores import row, settled
 
 ROUNDS = 5
 COMMITS = 1000
 RUNS = 64
+
+
+class State(BaseModel):
+    text: str
+    n: int = 0
+
 
 STATE = State(text="x" * 1000)
 SCHEMA = schema_of(STATE.__class__)

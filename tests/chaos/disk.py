@@ -361,9 +361,9 @@ class Adapted:
                 self.disk.unmentioned, rows = False, []
         return _Rows(rows, self.db.changes(), self.db.last_insert_rowid())
 
-    def executemany(self, sql: str, parameters: Sequence[Sequence[Any]]) -> None:
-        for some in parameters:
-            self.execute(sql, some)
+    def executemany(self, sql: str, parameters: Sequence[Sequence[Any]]) -> _Rows:
+        changed = sum(self.execute(sql, some).rowcount for some in parameters)
+        return _Rows([], changed, self.db.last_insert_rowid())
 
     def close(self) -> None:
         with _raising():

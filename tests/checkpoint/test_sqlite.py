@@ -425,6 +425,38 @@ class TestCommit:
         assert [a.position for a in store.attempts("good")] == list(range(0, 20, 2))
         assert store.attempts("stale") == []
 
+    async def test_repeats_and_replacements_among_many_commits(self, path: pathlib.Path) -> None:
+        """In a batch of commits one may be kept already, another replace an output: each counts as it would alone."""
+        gathered = threading.Event()
+
+        def intercept(run: Any, sql: str) -> None:
+            if sql == "BEGIN IMMEDIATE":
+                gathered.wait(5)  # Until all of them are there.
+
+        gathered.set()
+        with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            one, two = await begin(store, "one"), await begin(store, "two")
+            repeated = row(0, tokens=1)
+            await one.record(repeated, SCHEMA, State(n=1))
+            await commit(two, 0, 1, tokens=1)
+            for strange in (
+                (one, repeated, 1),
+                (two, row(0, attempt=2, tokens=10), 2),  # the same position, another attempt
+            ):
+                gathered.clear()
+                pending = [one.record(row(i, tokens=100), SCHEMA, State(n=i)) for i in (10, 11, 12)]
+                pending.append(strange[0].record(strange[1], SCHEMA, State(n=strange[2])))
+                pending += [two.record(row(i, tokens=100), None, None) for i in (20, 21)]
+                gathered.set()
+                await asyncio.gather(*pending)
+            tokens = {run.run_id: run.tokens for run in store.list_runs()}
+            assert tokens == {"one": 1 + 600, "two": 1 + 400 + 10}
+            assert restored(await begin(store, "two", resume=True)) == {(0, ""): ("node", State(n=2))}
+            found = restored(await begin(store, "one", resume=True))
+            assert [(position, state.n) for (position, _), (_, state) in found.items()] == [  # type: ignore[attr-defined]
+                (0, 1), (10, 10), (11, 11), (12, 12),
+            ]  # fmt: skip
+
     async def test_cancelling_a_caller_loses_no_commit(self, store: SQLiteStore) -> None:
         """Whoever awaits a commit may be cancelled at any instant: the output is kept, once."""
         session = await begin(store)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import sqlite3
 from collections.abc import Callable
 
+from stroma.checkpoint._session import Commit
 from stroma.checkpoint._sqlite_file import DatabaseFile, is_fatal
 from stroma.checkpoint._sqlite_rows import SqliteRows
 from stroma.checkpoint._worker import Job, lasting
@@ -67,14 +69,22 @@ class SqliteConnection:
         done = 0
         while done < len(batch) or more():
             try:
-                batch[done].value = batch[done].operation(rows)
+                commits = _commits(batch, done)
+                if len(commits) > 1:
+                    go = rows.commit_all(commits)
+                    done += len(commits)
+                else:
+                    go = True
+                    batch[done].value = batch[done].operation(rows)
+                    done += 1
             except Exception as error:
                 if is_fatal(error):
                     raise
+                go = False
+            if not go:
                 if db.in_transaction:  # Some errors make SQLite roll back everything.
                     db.execute("ROLLBACK")
                 return False
-            done += 1
         return True
 
     def _do(self, rows: SqliteRows, job: Job) -> None:
@@ -115,3 +125,13 @@ class SqliteConnection:
                 db.execute("ROLLBACK")
         except sqlite3.Error:
             self.close()  # The next operation opens the file anew.
+
+
+def _commits(batch: list[Job], first: int) -> list[Commit]:
+    """The commits that follow one another from there on."""
+    found: list[Commit] = []
+    for job in itertools.islice(batch, first, None):
+        if not isinstance(job.operation, Commit):
+            break
+        found.append(job.operation)
+    return found

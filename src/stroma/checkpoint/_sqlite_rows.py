@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import sqlite3
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from stroma.checkpoint._owner import Owner, boot_id
-from stroma.checkpoint._session import Attempt, Fence, Opening, RunRow, Step, StepRow
+from stroma.checkpoint._session import Attempt, Commit, Fence, Opening, RunRow, Step, StepRow
 from stroma.checkpoint.payloads import BLOB
 
 __all__ = ["SqliteRows"]
@@ -44,6 +44,8 @@ _ATTEMPT: Final = """INSERT INTO attempts (run, execution, epoch, position, star
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 _STEP: Final = """INSERT OR REPLACE INTO steps (run, execution, position, branch, node_id, epoch, attempt, started_ns,
     contract, schema_ref, output, sha256, call, given) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
+# Almost always there is nothing to replace, and an INSERT that never replaces takes half the time.
+_NEW_STEP: Final = f"{_STEP.replace(' OR REPLACE', '')} ON CONFLICT DO NOTHING"
 # The fence: rows change only while this session is the last one that opened the run.
 _FENCE: Final = "WHERE run = ? AND lease_epoch = ? AND lease_owner = ?"
 _COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens = tokens + ?, cost_pico = cost_pico + ?,
@@ -115,19 +117,31 @@ class SqliteRows:
 
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         run, execution, epoch, owner, lease_seconds = fence
-        position, started_ns, branch, number, node_id, *facts = attempt
-        key = (run, execution, epoch, position, started_ns, branch, number, node_id)
-        if not self.db.execute(_ATTEMPT, (*key, *facts)).rowcount:
+        if not self.db.execute(_ATTEMPT, (run, execution, epoch, *attempt)).rowcount:
             return True  # Kept by an earlier call whose acknowledgement was lost; so were its output and its totals.
-        # What a group took is its own wall time; its children's is part of it.
-        latency = 0 if branch else attempt.duration_ns
-        count = (_now_ms(), _until(lease_seconds), attempt.tokens, attempt.cost_pico, latency)
-        if self.db.execute(_COUNT, (*count, run, epoch, owner)).rowcount != 1:
+        count = (_now_ms(), _until(lease_seconds), *_counted(attempt), run, epoch, owner)
+        if self.db.execute(_COUNT, count).rowcount != 1:
             return False
         if step is not None:
-            at = (run, execution, position, branch, node_id, epoch, number, started_ns)
-            self.db.execute(_STEP, (*at, *step))
+            values = _step_values(fence, attempt, step)
+            if not self.db.execute(_NEW_STEP, values).rowcount:
+                self.db.execute(_STEP, values)
         return True
+
+    def commit_all(self, commits: Sequence[Commit]) -> bool:
+        """Many commits, in a third of the time. False if one of them wants a closer look; what was done must be undone."""
+        db, now, count = self.db, _now_ms(), len(commits)
+        attempts = [(f.run, f.execution, f.epoch, *attempt) for _, f, attempt, _ in commits]
+        if db.executemany(_ATTEMPT, attempts).rowcount != count:
+            return False
+        counts = [
+            (now, _until(f.lease_seconds), *_counted(attempt), f.run, f.epoch, f.owner)
+            for _, f, attempt, _ in commits
+        ]
+        if db.executemany(_COUNT, counts).rowcount != count:
+            return False
+        steps = [_step_values(f, attempt, step) for _, f, attempt, step in commits if step is not None]
+        return not steps or db.executemany(_NEW_STEP, steps).rowcount == len(steps)
 
     def finish(self, fence: Fence, status: str, error: str | None) -> bool:
         values = (status, error, _now_ms(), fence.run, fence.epoch, fence.owner)
@@ -191,6 +205,16 @@ class SqliteRows:
         for row in self.db.execute(_ATTEMPTS, (run, execution)).fetchall():
             step = row[len(Attempt._fields) :]
             yield Attempt(*row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
+
+
+def _counted(attempt: Attempt) -> tuple[int, int, int]:
+    """What an attempt adds to its run. What a group took is its own wall time; its children's is part of it."""
+    return attempt.tokens, attempt.cost_pico, 0 if attempt.branch else attempt.duration_ns
+
+
+def _step_values(fence: Fence, attempt: Attempt, step: Step) -> tuple[Any, ...]:
+    position, started_ns, branch, number, node_id = attempt[:5]
+    return (fence.run, fence.execution, position, branch, node_id, fence.epoch, number, started_ns, *step)
 
 
 def _run_row(row: Any) -> RunRow:
