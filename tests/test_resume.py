@@ -920,7 +920,9 @@ async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) ->
         with sqlite3.connect(tmp_path / "runs.db") as db:
             db.execute("UPDATE steps SET output = x'7b7d'")
         db.close()
-        with pytest.raises(CorruptCheckpoint, match="the group around it"):
+        with pytest.raises(
+            CorruptCheckpoint, match=re.escape("group around it (resume_from='parallel(a, b)')")
+        ):
             await quick(store).run(sequence, Num(), resume=True)
         work.failing = set()
         result = await quick(store).run(sequence, Num(), resume_from="parallel(a, b)")

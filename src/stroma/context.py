@@ -453,7 +453,8 @@ class ReliabilityContext:
                 opened = self.checkpoint_manager.open_run(request)
                 return await opened if inspect.isawaitable(opened) else opened
             except RunBusy as busy:
-                if not busy.same_input or self._gives_up:
+                # What others make of it is no use to who wants to make it anew.
+                if not busy.same_input or self._gives_up or request.discard_from is not None:
                     raise
             request = request._replace(if_exists="attach")
             self._waits = True

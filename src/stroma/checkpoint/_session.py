@@ -68,6 +68,7 @@ __all__ = [
     "keep_waiting",
     "read_waiting",
     "verify",
+    "waiting_branch",
 ]
 
 PICO: Final = 10**12  # Costs are kept in whole pico-dollars: sums are exact in any order.
@@ -492,7 +493,12 @@ def keep_waiting(rows: Rows, run_id: str, waiting: Waiting) -> None:
     data = waiting.payload or b""
     number = None if waiting.payload is None else 1
     step = Step(text(waiting.reason) or "", waiting.schema_ref, data, checksum(data), number)
-    rows.keep(run_id, WAITING, f"{waiting.position}:{waiting.branch}", waiting.node_id, step)
+    rows.keep(run_id, WAITING, waiting_branch(waiting), waiting.node_id, step)
+
+
+def waiting_branch(waiting: Waiting) -> str:
+    """Where :func:`keep_waiting` keeps it."""
+    return f"{waiting.position}:{waiting.branch}"
 
 
 def read_waiting(kept: StepRow, payloads: Payloads) -> Waiting | None:
@@ -579,8 +585,11 @@ def verify(step: Step, run_id: str, position: int, node_id: str, branch: str = "
         raise CorruptCheckpoint(
             f"the saved state of node {node_id!r} in run {run_id!r} is damaged; save it again"
         )
-    # Children of groups are no targets of a resume.
-    target = f"that node (resume_from={node_id!r})" if not branch else "the group around it (resume_from=)"
+    target = f"that node (resume_from={node_id!r})"
+    if branch:  # Children of groups are no targets of a resume.
+        group = step.contract.partition(":")[2]
+        named = repr(group) if group and "." not in branch else ""
+        target = f"the outermost group around it (resume_from={named})"
     raise CorruptCheckpoint(
         f"the output of node {node_id!r} at position {position} of run {run_id!r} is damaged; resume from {target} "
         "to make it anew"
