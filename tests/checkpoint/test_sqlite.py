@@ -1004,6 +1004,22 @@ class TestFaults:
         with SQLiteStore(path, _connect=faulty(intercept)) as store:
             await begin(store)
 
+    async def test_a_file_whose_maker_died_can_be_read(self, path: pathlib.Path) -> None:
+        """What a process leaves behind that is killed while it makes the file hinders no reader, and no writer."""
+        code = (
+            "import os, sqlite3, sys\n"
+            "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+            "db.execute('PRAGMA cache_size=1')\n"
+            "db.execute('BEGIN')\n"
+            "for i in range(50): db.execute(f'CREATE TABLE t{i} (x)')\n"
+            "os.kill(os.getpid(), 9)\n"
+        )
+        subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+        assert pathlib.Path(f"{path}-journal").stat().st_size > 0
+        with SQLiteStore(path) as store:
+            assert store.list_runs() == []
+            await begin(store)
+
     async def test_without_wal_there_is_no_store(self, path: pathlib.Path) -> None:
         """Where WAL cannot be had (some network file systems), the store refuses instead of losing commits."""
 

@@ -80,6 +80,8 @@ _NO_ROOM: Final = (
     sqlite3.SQLITE_IOERR_SHMMAP,
     sqlite3.SQLITE_IOERR_NOMEM,
 )
+# Whoever made the file, or wrote to it last, died on the way: only a connection that may write can put that right.
+_HALF_DONE: Final = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_READONLY_RECOVERY)
 # fcntl locks of a process go when it closes *any* descriptor of the file: the one that makes the file must be closed
 # before another thread has a connection to it.
 _creating = threading.Lock()
@@ -152,7 +154,13 @@ class DatabaseFile:
                 )
             db = self.connect(self._uri("ro"))
             try:
-                ready = self.patiently(lambda: self._is_ours(db))
+                try:
+                    ready = self.patiently(lambda: self._is_ours(db))
+                except sqlite3.OperationalError as error:
+                    if _code(error) not in _HALF_DONE:
+                        raise
+                    self.open().close()
+                    ready = self.patiently(lambda: self._is_ours(db))
                 if ready and self._version(db) < _SCHEMA_VERSION:
                     self.open().close()
                 yield db if ready else None

@@ -175,7 +175,7 @@ class Payloads:
 
     def _seal(self, data: bytes) -> bytes:
         if self.codec is not None:
-            data = CODED + self.codec.encode(data)
+            data = CODED + self._encoded(self.codec, data)
         if self.blobs is None or len(data) < self.blob_bytes:
             return data
         digest = hashlib.sha256(data).digest()
@@ -187,8 +187,22 @@ class Payloads:
             ) from error
         return BLOB + digest
 
+    @staticmethod
+    def _encoded(codec: Codec, data: bytes) -> bytes:
+        try:
+            encoded = codec.encode(data)
+        except Exception as error:
+            raise StoreError(
+                f"the codec {codec!r} could not encode a payload of {len(data)} bytes ({type(error).__name__}: {error}); "
+                "mend that, then resume"
+            ) from error
+        if not isinstance(encoded, bytes):
+            raise _no_bytes(codec, "encode", encoded)
+        return encoded
+
     def open(self, stored: bytes, what: str) -> bytes:
-        """The payload of what was written. Raises CorruptCheckpoint, which calls it ``what``."""
+        """The payload of what was written. Raises CorruptCheckpoint, which calls it ``what``; StoreError if a blob
+        cannot be reached."""
         if stored.startswith(BLOB):
             stored = self._fetch(stored[len(BLOB) :], what)
         if not stored.startswith(CODED):
@@ -196,23 +210,33 @@ class Payloads:
         if self.codec is None:
             raise CorruptCheckpoint(f"{what} was written through a codec; open the store with codec=")
         try:
-            return self.codec.decode(stored[len(CODED) :])
+            data = self.codec.decode(stored[len(CODED) :])
         except Exception as error:
             raise CorruptCheckpoint(
                 f"{what} cannot be decoded ({type(error).__name__}: {error}); open the store with the codec, and the "
                 "keys, that it was written with"
             ) from error
+        if not isinstance(data, bytes):
+            raise _no_bytes(self.codec, "decode", data)
+        return data
 
     def _fetch(self, digest: bytes, what: str) -> bytes:
         if self.blobs is None:
             raise CorruptCheckpoint(f"{what} stands in a blob; open the store with blobs=")
-        data = self.blobs.get(digest.hex())
+        try:
+            data = self.blobs.get(digest.hex())
+        except Exception as error:  # Nobody knows whether it is there.
+            raise StoreError(
+                f"{what} stands in blob {digest.hex()}, and {self.blobs!r} cannot be read ({type(error).__name__}: "
+                f"{error}); mend that, then try again"
+            ) from error
+        way_out = "restore it, or make it anew: resume from that node (resume_from=), or begin a new run"
         if data is None:
             raise CorruptCheckpoint(
-                f"{what} stands in blob {digest.hex()}, which is not in {self.blobs!r}; restore it"
+                f"{what} stands in blob {digest.hex()}, which is not in {self.blobs!r}; {way_out}"
             )
         if hashlib.sha256(data).digest() != digest:
-            raise CorruptCheckpoint(f"{what} stands in blob {digest.hex()}, which is damaged; restore it")
+            raise CorruptCheckpoint(f"{what} stands in blob {digest.hex()}, which is damaged; {way_out}")
         return data
 
     def collect(self, in_use: set[str]) -> int:
@@ -220,10 +244,19 @@ class Payloads:
         if self.blobs is None:
             return 0
         oldest = time.time() - _YOUNG_SECONDS
-        gone = [name for name, put in self.blobs.names() if name not in in_use and put < oldest]
-        for name in gone:
-            self.blobs.delete(name)
-        return len(gone)
+        gone = 0
+        for name, put in self.blobs.names():
+            # At once: a commit may put it again, and so make it young, while others are deleted.
+            if name not in in_use and put < oldest:
+                self.blobs.delete(name)
+                gone += 1
+        return gone
+
+
+def _no_bytes(codec: Codec, method: str, given: object) -> StoreError:
+    error = StoreError(f"{method}() of {codec!r} returned {type(given).__name__}; let it return bytes")
+    error.transient = False
+    return error
 
 
 def _blob_store(given: BlobStore | str | os.PathLike[str] | None) -> BlobStore | None:
