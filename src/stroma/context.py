@@ -475,11 +475,16 @@ class ReliabilityContext:
                 if self._waits:  # For somebody else's run.
                     self._opening.cancel()
                     return False
-                cancelled = await uninterrupted(self._opening)
+                problem, cancelled = await uninterrupted(self._opening)
+                if problem is not None:
+                    raise problem
                 session = self._opening.result()
             pending = session.end(status.value, error)
             if pending is not None:
-                cancelled |= await uninterrupted(pending)
+                problem, late = await uninterrupted(pending)
+                cancelled |= late
+                if problem is not None:
+                    raise problem
         except RunBusy:
             pass  # It never became ours.
         except Exception:
