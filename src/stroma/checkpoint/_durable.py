@@ -48,7 +48,7 @@ from stroma.checkpoint.journal import (
     waits_no_longer,
 )
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, Payloads
+from stroma.checkpoint.payloads import BLOB, BlobStore, Payloads, collect
 from stroma.contracts import check_id
 from stroma.schemas import Schema
 
@@ -369,11 +369,13 @@ class DurableStore(ABC):
 
     # ------------------------------------------------------------------ retention
 
-    async def gc(self, *, keep_for: timedelta, unfinished: bool = False) -> Collected:
+    async def gc(
+        self, *, keep_for: timedelta, unfinished: bool = False, blobs: BlobStore | None = None
+    ) -> Collected:
         """Delete the runs that ended longer ago than ``keep_for``, and then the blobs that nobody names.
 
-        ``unfinished``: also those that could be resumed. A run that somebody is at work on is never touched, nor is a
-        blob younger than an hour. Raises StoreError.
+        ``unfinished``: also those that could be resumed. ``blobs``: where those are, unless the store was given them.
+        A run that somebody is at work on is never touched, nor is a blob younger than an hour. Raises StoreError.
         """
         before = time.time_ns() // 1_000_000 - int(keep_for.total_seconds() * 1000)
         deleted = 0
@@ -390,13 +392,13 @@ class DurableStore(ABC):
             deleted += sum(gone)
             if not any(gone):
                 break  # What is left is somebody's.
-        blobs = 0
-        if self._payloads.blobs is not None:
+        swept, blobs = 0, blobs or self._payloads.blobs
+        if blobs is not None:
             start = len(BLOB)
             named: Callable[[Rows], set[str]] = lambda rows: {kept[start:].hex() for kept in rows.blobs()}  # noqa: E731
             in_use = await asyncio.to_thread(self.read, named, set[str]())
-            blobs = await asyncio.to_thread(self._payloads.collect, in_use)
-        return Collected(deleted, blobs)
+            swept = await asyncio.to_thread(collect, blobs, in_use)
+        return Collected(deleted, swept)
 
     # ------------------------------------------------------------------ the end
 

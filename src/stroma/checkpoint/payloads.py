@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -14,11 +15,12 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from stroma.checkpoint.journal import CorruptCheckpoint, StoreError
 
-__all__ = ["BlobStore", "Codec", "DirectoryBlobs", "FsspecBlobs", "Payloads"]
+__all__ = ["BlobStore", "Codec", "DirectoryBlobs", "FsspecBlobs", "Payloads", "blob_store", "collect"]
 
 # What begins a stored payload that is not the JSON itself; JSON begins with neither.
 CODED: Final = b"stroma:c1\0"
 BLOB: Final = b"stroma:b1\0"
+_NAME: Final = re.compile(r"[0-9a-f]{64}")
 _LARGE: Final = 256 * 1024  # bytes from which work on a payload is done in a thread
 #: A blob that young may belong to a commit that is on its way.
 _YOUNG_SECONDS: Final = 3600.0
@@ -160,7 +162,7 @@ class Payloads:
         if blob_bytes < 1:
             raise ValueError(f"blob_bytes is {blob_bytes!r}; give a number of bytes from 1 up")
         self.codec = codec
-        self.blobs = _blob_store(blobs)
+        self.blobs = blob_store(blobs)
         self.blob_bytes = blob_bytes
         #: Whether payloads are stored as they are.
         self.plain = codec is None and blobs is None
@@ -239,18 +241,26 @@ class Payloads:
             raise CorruptCheckpoint(f"{what} stands in blob {digest.hex()}, which is damaged; {way_out}")
         return data
 
-    def collect(self, in_use: set[str]) -> int:
-        """Delete the blobs that no row names; how many. Young ones stay: their commit may be on its way."""
-        if self.blobs is None:
-            return 0
-        oldest = time.time() - _YOUNG_SECONDS
-        gone = 0
-        for name, put in self.blobs.names():
-            # At once: a commit may put it again, and so make it young, while others are deleted.
-            if name not in in_use and put < oldest:
-                self.blobs.delete(name)
+
+def collect(blobs: BlobStore, in_use: set[str]) -> int:
+    """Delete the blobs that no row names; how many. Young ones stay: their commit may be on its way.
+
+    Raises StoreError.
+    """
+    oldest = time.time() - _YOUNG_SECONDS
+    gone = 0
+    try:
+        for name, put in blobs.names():
+            # At once: a commit may put it again, and so make it young, while others are deleted. And nothing but
+            # blobs: the directory may have been given by mistake.
+            if name not in in_use and put < oldest and _NAME.fullmatch(name):
+                blobs.delete(name)
                 gone += 1
-        return gone
+    except Exception as error:
+        raise StoreError(
+            f"the blobs in {blobs!r} could not be collected ({type(error).__name__}: {error}); mend that, then try again"
+        ) from error
+    return gone
 
 
 def _no_bytes(codec: Codec, method: str, given: object) -> StoreError:
@@ -259,7 +269,8 @@ def _no_bytes(codec: Codec, method: str, given: object) -> StoreError:
     return error
 
 
-def _blob_store(given: BlobStore | str | os.PathLike[str] | None) -> BlobStore | None:
+def blob_store(given: BlobStore | str | os.PathLike[str] | None) -> BlobStore | None:
+    """What ``blobs=`` may be: a store of them, a directory, or a URL that fsspec knows."""
     if given is None or isinstance(given, BlobStore):
         return given
     text = os.fsdecode(given)
