@@ -245,6 +245,29 @@ async def test_many_runs(store: Any) -> None:
         await quick(store).run_many(nodes, [Num()], max_concurrency=0)
 
 
+@pytest.mark.parametrize("broken", ["inputs", "run_ids", "on_result"])
+async def test_what_breaks_run_many_comes_out_as_itself(store: Any, broken: str) -> None:
+    """What the caller's own code raises ends run_many with that very exception; what is in flight is resumable."""
+    work = Work()
+
+    def breaks(*_: Any) -> Any:
+        raise KeyError(broken)
+
+    def inputs() -> Any:
+        yield Num()
+        yield breaks() if broken == "inputs" else Num(n=1)
+
+    options: dict[str, Any] = {"run_ids": lambda number, _: f"r{number}", "max_concurrency": 2}
+    if broken != "inputs":
+        options[broken] = breaks
+    if broken == "on_result":
+        work.gate.set()
+    with pytest.raises(KeyError, match=broken):
+        await quick(store).run_many(work.nodes, inputs(), **options)
+    if broken != "run_ids":  # Which no run came before.
+        assert all(run.holder is None for run in store.list_runs())
+
+
 async def test_interrupted_runs_are_recovered(store: Any) -> None:
     """recover() goes on with what was interrupted under this pipeline's name, and with nothing else."""
     work = Work()

@@ -554,6 +554,8 @@ async def test_an_upcast_that_fails_leads_back_to_its_node(store: Any) -> None:
     await quick(store).run(_versions(store, Older), Num())
     with pytest.raises(CorruptCheckpoint, match="resume_from='first'"):
         await quick(store, resume=True).run(_versions(store, Newer, lambda raw: raw), Num())
+    with pytest.raises(CorruptCheckpoint, match="its upcast raised KeyError: 'gone'"):
+        await quick(store, resume=True).run(_versions(store, Newer, lambda raw: raw["gone"]), Num())
 
 
 async def test_changes_may_be_allowed(store: Any) -> None:

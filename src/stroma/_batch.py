@@ -20,7 +20,10 @@ class Batch:
         self.draining = False
 
     async def go(self, work: Iterable[Coroutine[Any, Any, None]], max_concurrency: int) -> None:
-        """Await all, so many at once; they are made as there is room for them."""
+        """Await all, so many at once; they are made as there is room for them.
+
+        The first exception, out of making them or out of one, cancels the others and comes out as itself.
+        """
         if max_concurrency < 1:
             raise ValueError(f"max_concurrency is {max_concurrency!r}; give a whole number from 1 up")
         waiting = iter(work)
@@ -29,9 +32,12 @@ class Batch:
             while not self.draining and (item := next(waiting, None)) is not None:
                 await item
 
-        async with asyncio.TaskGroup() as group:
-            for _ in range(max_concurrency):
-                group.create_task(worker())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(max_concurrency):
+                    group.create_task(worker())
+        except ExceptionGroup as errors:
+            raise errors.exceptions[0] from None
 
 
 async def outcome_of(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:

@@ -239,7 +239,8 @@ class StromaRunner:
         as there is room, so it may be endless in all but its results. ``run_ids`` names each run by its number (from 0)
         and input; ``on_result`` is told each outcome as it comes. ``recover``: first go on with the interrupted runs
         of this pipeline (see :meth:`recover`); their outcomes are not among those that are returned. After a
-        :meth:`shutdown` no further run begins, and only the outcomes of those that did are returned.
+        :meth:`shutdown` no further run begins, and only the outcomes of those that did are returned. What ``inputs``,
+        ``run_ids`` or ``on_result`` raises cancels the runs in flight and comes out.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         outcomes: dict[int, ExecutionResult | Exception] = {}

@@ -22,6 +22,7 @@ from stroma import (
     NotSerialisable,
     PipelineChanged,
     ReliabilityContext,
+    RunExists,
     RunStatus,
     SQLiteStore,
     StoreError,
@@ -180,6 +181,22 @@ async def test_a_plain_store_becomes_an_encrypted_one(tmp_path: Path) -> None:
         assert calls == ["second"]
         with pytest.raises(PipelineChanged):
             await runner(store, resume=True).run(_nodes(calls), Text(text="y"))
+
+
+async def test_a_lost_key_does_not_hinder_a_new_beginning(tmp_path: Path) -> None:
+    """A run whose input cannot be opened any more can be begun again; what would go on with it is refused."""
+    path = tmp_path / "runs.db"
+    async with SQLiteStore(path, codec=Zip()) as store:
+        await runner(store).run(_nodes([], fails=True), Text(text="x"))
+    async with SQLiteStore(path) as store:
+        for way in ("resume", "return"):
+            with pytest.raises(CorruptCheckpoint, match="open the store with codec="):
+                await runner(store, if_exists=way).run(_nodes([]), Text(text="x"))
+        with pytest.raises(RunExists):
+            await runner(store, if_exists="error").run(_nodes([]), Text(text="x"))
+        calls: list[str] = []
+        await runner(store).run(_nodes(calls), Text(text="x"))
+        assert calls == ["first", "second"]
 
 
 async def test_secrets_are_kept_only_through_a_codec(tmp_path: Path) -> None:

@@ -979,6 +979,21 @@ class TestFaults:
             assert str(path) in str(raised.value)
             assert isinstance(raised.value.__cause__, sqlite3.OperationalError)
 
+    async def test_an_output_that_is_too_large_for_a_row(self, path: pathlib.Path) -> None:
+        """An output beyond SQLite's limit is refused once, with the way out, and nothing else is harmed."""
+
+        def connect(uri: str) -> sqlite3.Connection:
+            db = sqlite_file.connect(uri)
+            db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
+            return db
+
+        with SQLiteStore(path, _connect=connect) as store:
+            session = await begin(store)
+            with pytest.raises(StoreError, match="give the store blobs=") as raised:
+                await settle(session.record(row(0), SCHEMA, State(text="x" * 60_000)))
+            assert not raised.value.transient
+            await commit(session, 0, 5)
+
     async def test_journal_mode_is_tried_again_when_locked(self, path: pathlib.Path) -> None:
         """Processes that make a file together may find it locked at the first statement: they wait."""
         times = itertools.count()

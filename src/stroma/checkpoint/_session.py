@@ -26,6 +26,7 @@ from stroma.checkpoint.journal import (
     RunExists,
     RunRequest,
     StepCall,
+    StoreError,
     Waiting,
     decide,
 )
@@ -347,14 +348,7 @@ class DurableSession:
         kept = None
         if found is not None and found.execution > 0:
             kept = rows.input(found.run, found.execution)
-        same = kept is not None and kept[2] == opening.sha256
-        if (
-            kept is not None and not same and not self._payloads.is_plain(kept[1])
-        ):  # A codec need not give the same bytes twice.
-            same = (
-                intact(kept[1], kept[2])
-                and self._payloads.open(kept[1], f"the input of run {run_id!r}") == given
-            )
+        same = kept is not None and (kept[2] == opening.sha256 or self._is(given, kept, request))
         way = decide(request, None if kept is None or found is None else _held(found), same)
         self.restored, self.prior = {}, PriorUsage()
         self.continued, self.finished, self.waiting = way == "continue", None, {}
@@ -379,6 +373,17 @@ class DurableSession:
         self.execution = self.fence.execution
         self._opened = {}
         return self
+
+    def _is(self, given: bytes, kept: tuple[str, bytes, bytes], request: RunRequest) -> bool:
+        """Whether an input with another checksum is the same all the same: a codec need not give the same bytes twice."""
+        if self._payloads.is_plain(kept[1]) or not intact(kept[1], kept[2]):
+            return False
+        try:
+            return self._payloads.open(kept[1], f"the input of run {request.run_id!r}") == given
+        except StoreError:
+            if request.if_exists in ("restart", "error") or request.discard_from is not None:
+                return False  # What the run began with is no matter to who does not go on with it.
+            raise
 
     def _look_beside(self, rows: Rows, found: RunRow, request: RunRequest) -> None:
         """What nodes wait for belongs to an execution and its commits; whoever wanted its end has had it."""

@@ -206,6 +206,11 @@ class DatabaseFile:
                 f"the disk refused a write to {path}: it is full, over a quota or a size limit, or failing; "
                 "make room or mend it, then resume"
             )
+        if kind == sqlite3.SQLITE_TOOBIG:
+            return lasting(
+                f"a payload is larger than {path} can hold in a row (a thousand million bytes); give the store blobs=, then "
+                "resume"
+            )
         if kind == sqlite3.SQLITE_NOTADB:
             return lasting(f"{path} is not a SQLite database; give another path, or move that file away")
         if kind == sqlite3.SQLITE_CORRUPT:
