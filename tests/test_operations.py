@@ -23,6 +23,8 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma.checkpoint import RunRequest
+from stroma.schemas import schema_of
 
 NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 
@@ -243,6 +245,29 @@ async def test_many_runs(store: Any) -> None:
         await quick(store).run_many(nodes, [Num()], max_concurrency=0)
 
 
+@pytest.mark.parametrize("broken", ["inputs", "run_ids", "on_result"])
+async def test_what_breaks_run_many_comes_out_as_itself(store: Any, broken: str) -> None:
+    """What the caller's own code raises ends run_many with that very exception; what is in flight is resumable."""
+    work = Work()
+
+    def breaks(*_: Any) -> Any:
+        raise KeyError(broken)
+
+    def inputs() -> Any:
+        yield Num()
+        yield breaks() if broken == "inputs" else Num(n=1)
+
+    options: dict[str, Any] = {"run_ids": lambda number, _: f"r{number}", "max_concurrency": 2}
+    if broken != "inputs":
+        options[broken] = breaks
+    if broken == "on_result":
+        work.gate.set()
+    with pytest.raises(KeyError, match=broken):
+        await quick(store).run_many(work.nodes, inputs(), **options)
+    if broken != "run_ids":  # Which no run came before.
+        assert all(run.holder is None for run in store.list_runs())
+
+
 async def test_interrupted_runs_are_recovered(store: Any) -> None:
     """recover() goes on with what was interrupted under this pipeline's name, and with nothing else."""
     work = Work()
@@ -268,6 +293,23 @@ async def test_interrupted_runs_are_recovered(store: Any) -> None:
     assert (await held).status is RunStatus.COMPLETED
     assert sorted(work.calls) == ["b", "b", "b", "c", "c", "c", "c"]
     assert await quick(store).recover(pipeline) == {}
+
+
+async def test_the_first_start_of_all_recovers_nothing(tmp_path: Path) -> None:
+    """recover=True in a store that is not there yet, and with resume=True beside it, only runs the inputs."""
+    work = Work()
+    work.gate.set()
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        options = {"recover": True, "resume": True, "run_ids": lambda number, _: f"r{number}"}
+        (first,) = await quick(store).run_many(work.nodes, [Num()], **options)
+        assert getattr(first, "status", first) is RunStatus.COMPLETED
+        session = await store.open_run(
+            RunRequest("r1", "pipeline", Num(), schema_of(Num), lease_seconds=0.1, ends=False)
+        )
+        session.abandon()  # Its process died.
+        _, second = await quick(store).run_many(work.nodes, [Num(), Num()], **options)
+        assert getattr(second, "status", second) is RunStatus.RESUMED
+        assert work.calls == ["a", "b", "c"] * 2
 
 
 # ---------------------------------------------------------------------- shutdown
@@ -303,6 +345,52 @@ async def test_a_shutdown_does_not_wait_for_ever(store: Any) -> None:
     assert (result.status, result.final_state) == (RunStatus.INTERRUPTED, Num(n=1))
     assert store.get_run("r").holder is None
     await runner.shutdown()
+
+
+async def test_a_shutdown_waits_for_runs_not_for_what_comes_after_them(store: Any) -> None:
+    """A task that goes on after its run, such as a worker that waits for its next message, holds up no shutdown."""
+    work, runner = Work(), quick(store)
+    over = asyncio.Event()
+
+    async def worker() -> None:
+        await runner.run(work.nodes, Num(), run_id="r")
+        await over.wait()
+
+    task = asyncio.create_task(worker())
+    await work.inside.wait()
+    async with asyncio.timeout(20):
+        closing = asyncio.create_task(runner.shutdown(drain_seconds=30))
+        await asyncio.sleep(0.01)
+        assert not closing.done()
+        work.gate.set()
+        await closing
+    assert store.get_run("r").status == "INTERRUPTED"
+    over.set()
+    await task
+
+
+@pytest.mark.parametrize("drain_seconds", [0, 30])
+async def test_a_shutdown_ends_run_many(store: Any, drain_seconds: float) -> None:
+    """After a shutdown run_many begins no further run, and gives what became of those that it had begun."""
+    work, runner = Work(), quick(store)
+    begun: list[int] = []
+
+    def inputs() -> Any:
+        for n in range(100):
+            begun.append(n)
+            yield Num(n=n)
+
+    task = asyncio.create_task(
+        runner.run_many(work.nodes, inputs(), max_concurrency=3, run_ids=lambda number, _: f"r{number}")
+    )
+    while work.calls.count("b") < 3:
+        await asyncio.sleep(0.001)
+    asyncio.get_running_loop().call_later(0.02, work.gate.set)
+    await runner.shutdown(drain_seconds=drain_seconds)
+    outcomes = await task
+    assert [getattr(outcome, "status", outcome) for outcome in outcomes] == [RunStatus.INTERRUPTED] * 3
+    assert begun == [0, 1, 2]
+    assert "c" not in work.calls
 
 
 async def test_a_shutdown_ends_what_waits_or_opens(tmp_path: Path) -> None:

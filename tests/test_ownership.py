@@ -316,6 +316,18 @@ async def test_another_input_cannot_attach(store: Any) -> None:
     await task
 
 
+async def test_who_makes_it_anew_does_not_wait(store: Any) -> None:
+    """resume_from= wants its own outputs, not those of whoever runs it now: with "attach" too it is told RunBusy."""
+    calls: list[str] = []
+    gate = asyncio.Event()
+    task = await _held(store, calls, gate)
+    with pytest.raises(RunBusy):
+        async with asyncio.timeout(5):
+            await _runner(store, if_running="attach").run(_nodes(calls), Num(), resume_from="b")
+    gate.set()
+    await task
+
+
 async def test_whoever_waits_can_be_cancelled(store: Any) -> None:
     """A task that waits for a run is cancelled like any other; the run goes on."""
     calls: list[str] = []

@@ -554,6 +554,8 @@ async def test_an_upcast_that_fails_leads_back_to_its_node(store: Any) -> None:
     await quick(store).run(_versions(store, Older), Num())
     with pytest.raises(CorruptCheckpoint, match="resume_from='first'"):
         await quick(store, resume=True).run(_versions(store, Newer, lambda raw: raw), Num())
+    with pytest.raises(CorruptCheckpoint, match="its upcast raised KeyError: 'gone'"):
+        await quick(store, resume=True).run(_versions(store, Newer, lambda raw: raw["gone"]), Num())
 
 
 async def test_changes_may_be_allowed(store: Any) -> None:
@@ -920,7 +922,9 @@ async def test_a_damaged_child_names_the_group_to_resume_from(tmp_path: Path) ->
         with sqlite3.connect(tmp_path / "runs.db") as db:
             db.execute("UPDATE steps SET output = x'7b7d'")
         db.close()
-        with pytest.raises(CorruptCheckpoint, match="the group around it"):
+        with pytest.raises(
+            CorruptCheckpoint, match=re.escape("group around it (resume_from='parallel(a, b)')")
+        ):
             await quick(store).run(sequence, Num(), resume=True)
         work.failing = set()
         result = await quick(store).run(sequence, Num(), resume_from="parallel(a, b)")

@@ -66,6 +66,7 @@ class Journal:
         self.inner = AsyncInMemoryStore()
         self.save, self.load, self.delete = self.inner.save, self.inner.load, self.inner.delete
         self.error = error
+        self.late: list[Exception] = []  # with which the next commits are refused once the gate is open
         self.tries = 0
         self.waiting = asyncio.Event()
         self.gate = asyncio.Event()
@@ -91,6 +92,8 @@ class Journal:
                 if store.error is not None:
                     raise store.error
                 await store.gate.wait()
+                if store.late:
+                    raise store.late.pop()
                 session.record(row, schema, output, None)
 
             def end(self, status: str, error: str | None) -> Awaitable[None] | None:
@@ -115,6 +118,59 @@ async def test_a_cancellation_during_the_commit_comes_out_after_it() -> None:
     with pytest.raises(asyncio.CancelledError):
         await run
     assert await store.load("r", "a") == Num(n=7)
+
+
+@pytest.mark.parametrize("transient", [True, False])
+async def test_a_cancellation_during_a_commit_that_is_refused_comes_out(transient: bool) -> None:
+    """A run that is cancelled while the store is about to refuse its output is cancelled all the same, and goes no further."""
+    store = Journal()
+    refusal = StoreError("not now")
+    refusal.transient = transient
+    store.late.append(refusal)
+    calls: list[str] = []
+
+    def func(name: str) -> Any:
+        async def call(state: Num) -> Any:
+            calls.append(name)
+            return {"n": 7}
+
+        return node(name, call)
+
+    run = asyncio.create_task(quick(store=store, run_id="r").run([func("a"), func("b")], Num()))
+    await store.waiting.wait()
+    run.cancel()
+    await asyncio.sleep(0)
+    store.gate.set()
+    with pytest.raises(asyncio.CancelledError):
+        await run
+    assert calls == ["a"]
+    assert await store.load("r", "a") == (Num(n=7) if transient else None)
+    assert store.inner.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+
+
+async def test_a_store_that_never_answers_does_not_hold_a_cancelled_run_for_ever(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A cancelled run waits for the commit in flight, but not for ever: then it is cancelled, and can be resumed."""
+    monkeypatch.setattr("stroma._tasks.LAST_SECONDS", 0.05)
+    store = Journal()
+    calls = []
+
+    async def func(state: Num) -> Any:
+        calls.append(1)
+        return {"n": 7}
+
+    run = asyncio.create_task(quick(store=store, run_id="r").run([node("a", func)], Num()))
+    await store.waiting.wait()
+    run.cancel()
+    async with asyncio.timeout(10):
+        with pytest.raises(asyncio.CancelledError):
+            await run
+    assert store.tries == 1
+    assert store.inner.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+    store.gate.set()
+    result = await quick(store=store, run_id="r", resume=True).run([node("a", func)], Num())
+    assert (result.status, len(calls)) == (RunStatus.RESUMED, 2)
 
 
 async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:

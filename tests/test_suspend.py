@@ -154,6 +154,17 @@ async def test_nothing_waits(store: Any) -> None:
         await runner(store).signal("r", {"approved": True})
 
 
+async def test_of_two_answers_one_counts(store: Any) -> None:
+    """Of two people who answer at the same moment one is told that the other was faster; nothing is written over."""
+    desk = Desk()
+    await runner(store).run(desk.nodes, Num())
+    answers = [runner(store).signal("r", Approval(approved=yes)) for yes in (True, False)]
+    told = await asyncio.gather(*answers, return_exceptions=True)
+    assert [type(error) for error in told if error is not None] == [StoreError]
+    await runner(store, resume=True).run(desk.nodes, Num())
+    assert [answer.approved for answer in desk.answers] == [told[0] is None]
+
+
 async def test_hooks_are_told(store: Any) -> None:
     """G9: on_node_suspended is the end of its start, and on_run_end says SUSPENDED; no failure hook."""
     seen: list[Any] = []

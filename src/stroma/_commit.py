@@ -70,25 +70,19 @@ async def settle(
     cancelled = False
     delays = iter(_STORE_DELAYS)
     while True:
-        error: Exception
-        try:
-            if isinstance(pending, Exception):
-                raise pending
-            if pending is not None:
-                cancelled |= await uninterrupted(pending)
-        except NotSerialisable as unkept:
-            return unkept, cancelled
-        except Exception as refused:
-            error = refused
-        else:
-            return None, cancelled
+        error, late = pending if isinstance(pending, Exception) else None, False
+        if isinstance(pending, Awaitable):
+            error, late = await uninterrupted(pending)
+        cancelled |= late
+        if error is None or isinstance(error, NotSerialisable):
+            return error, cancelled
         delay = None if isinstance(error, StoreError) and not error.transient else next(delays, None)
         if delay is None:
             break
         ctx.run_logger.warning(
             "the store refused attempt %d of node %r: %s; trying again", row[1], row[0], error
         )
-        cancelled |= await uninterrupted(asyncio.sleep(delay))
+        cancelled |= (await uninterrupted(asyncio.sleep(delay)))[1]
         try:
             if waiting is not None:
                 pending = ctx.session.suspend(row, waiting)

@@ -71,7 +71,12 @@ async def restore(
 
 def _read(schema: Schema, committed: Committed, upcast: Callable[[Any], Any] | None) -> BaseModel:
     if upcast is not None:
-        return schema.trust(schema.validate(upcast(_raw(committed))))
+        raw = _raw(committed)
+        try:
+            upcasted = upcast(raw)
+        except Exception as error:
+            raise ValueError(f"its upcast raised {type(error).__name__}: {error}") from error
+        return schema.trust(schema.validate(upcasted))
     if committed.schema is not None and committed.schema is not schema:
         return schema.trust(schema.validate(_raw(committed)))
     return schema.trust(schema.restore(committed.output))

@@ -36,12 +36,21 @@ class OneRun:
         self.loop = asyncio.get_running_loop()
         #: Whether no further node shall begin, and how the run ends that somebody else has cancelled.
         self.draining = False
+        #: Ends with the run, for whoever waits for that.
+        self.ended: asyncio.Future[None] | None = None
         self._cancelled_as: RunStatus | None = None
         self._over = False
 
     def cancel(self, status: RunStatus = RunStatus.CANCELLED) -> None:
         """End the run, from any thread. Its result has the status; nothing is raised."""
         self.loop.call_soon_threadsafe(self._cancel, status)
+
+    def drain(self) -> asyncio.Future[None]:
+        """Let no further node begin. What is returned ends with the run."""
+        self.draining = True
+        if self.ended is None:
+            self.ended = self.loop.create_future()
+        return self.ended
 
     def _cancel(self, status: RunStatus) -> None:
         if not self._over and self._cancelled_as is None and self.task is not None:

@@ -12,7 +12,10 @@ from typing import Any
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
 from stroma.hooks import HookNotAsync, was_raised
 
-__all__ = ["in_thread", "passes_through", "uninterrupted"]
+__all__ = ["LAST_SECONDS", "in_thread", "passes_through", "uninterrupted"]
+
+#: For how long a cancelled task waits for what must not be lost: longer than our own stores try.
+LAST_SECONDS = 60.0
 
 
 async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -62,25 +65,51 @@ def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> 
     return issubclass(kind, (KeyboardInterrupt, SystemExit))
 
 
-async def uninterrupted(work: Awaitable[Any]) -> bool:
-    """Await to the very end; True if the running task was cancelled meanwhile: the caller raises that afterwards."""
+async def uninterrupted(work: Awaitable[Any]) -> tuple[Exception | None, bool]:
+    """Await to the very end. Returns what it raised, and whether the running task was cancelled meanwhile: the caller
+    raises that afterwards.
+
+    A task that is cancelled does not wait for ever: what has not ended after LAST_SECONDS is given up as a StoreError.
+    """
     future = asyncio.ensure_future(work)
-    cancelled = False
+    loop = asyncio.get_running_loop()
+    deadline: float | None = None
     while not future.done():
+        left = None if deadline is None else deadline - loop.time()
+        if left is not None and left <= 0:
+            future.cancel()
+            return _given_up(), True
         # What asyncio.wait() does, in a third of its time: a cancellation ends the waiting, not the work.
-        waiter: asyncio.Future[None] = future.get_loop().create_future()
+        waiter: asyncio.Future[None] = loop.create_future()
         wake = functools.partial(_wake, waiter)
         future.add_done_callback(wake)
+        timer = None if left is None else loop.call_later(left, _wake, waiter, future)
         try:
             await waiter
         except asyncio.CancelledError:
-            cancelled = True
+            deadline = deadline or loop.time() + LAST_SECONDS
         finally:
             future.remove_done_callback(wake)
+            if timer is not None:
+                timer.cancel()
+    cancelled = deadline is not None
     if future.cancelled():
-        raise StoreError("the store gave up the operation by itself; resume the run once the store is well")
-    future.result()
-    return cancelled
+        return StoreError(
+            "the store gave up the operation by itself; resume the run once the store is well"
+        ), cancelled
+    error = future.exception()
+    if error is not None and not isinstance(error, Exception):
+        raise error
+    return error, cancelled
+
+
+def _given_up() -> StoreError:
+    error = StoreError(
+        f"the store has not answered for {LAST_SECONDS:g} s since the run was cancelled; look after the store, then "
+        "resume the run: that shows whether its last output is kept"
+    )
+    error.transient = False
+    return error
 
 
 def _wake(waiter: asyncio.Future[None], _: asyncio.Future[Any]) -> None:

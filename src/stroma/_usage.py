@@ -54,7 +54,7 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
             pricer = cached_pricer(model)
             if pricer == "unread":
                 # The price data takes a quarter of a second to import: not on the event loop.
-                cancelled |= await uninterrupted(in_thread(find_pricer, (model,)))
+                cancelled |= (await uninterrupted(in_thread(find_pricer, (model,))))[1]
                 pricer = find_pricer(model)
             asked = 0.0 if pricer is None else pricer(given, made)
             if not (math.isfinite(asked) and asked >= 0):

@@ -69,7 +69,8 @@ class RunConfig(BaseModel):
             the last one, "return" gives the result of one that has finished (and continues any other), "error" raises
             RunExists. All but "restart" compare the input.
         if_running: what becomes of a run that somebody else is at work on. "error" raises RunBusy; "attach" waits and
-            gives the result, if the input is the same; "take_over" fences them off: only for a holder known to be gone.
+            gives the result, if the input is the same and there is no ``resume_from``; "take_over" fences them off:
+            only for a holder known to be gone.
         allow_changes: go on with outputs of a pipeline that has changed since, by their positions: what a node's schema
             accepts is its output, whatever recorded it.
         lease_seconds: for how long the run belongs to a process that is not heard of any more.

@@ -529,7 +529,8 @@ class ReliabilityContext:
                 opened = self.checkpoint_manager.open_run(request)
                 return await opened if inspect.isawaitable(opened) else opened
             except RunBusy as busy:
-                if not busy.same_input or self._gives_up:
+                # What others make of it is no use to who wants to make it anew.
+                if not busy.same_input or self._gives_up or request.discard_from is not None:
                     raise
             request = request._replace(if_exists="attach")
             self._waits = True
@@ -550,11 +551,16 @@ class ReliabilityContext:
                 if self._waits:  # For somebody else's run.
                     self._opening.cancel()
                     return False
-                cancelled = await uninterrupted(self._opening)
+                problem, cancelled = await uninterrupted(self._opening)
+                if problem is not None:
+                    raise problem
                 session = self._opening.result()
             pending = session.end(status.value, error)
             if pending is not None:
-                cancelled |= await uninterrupted(pending)
+                problem, late = await uninterrupted(pending)
+                cancelled |= late
+                if problem is not None:
+                    raise problem
         except RunBusy:
             pass  # It never became ours.
         except Exception:

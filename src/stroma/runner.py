@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Callable, Coroutine, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
+from stroma._batch import Batch, outcome_of
 from stroma._run import OneRun
 from stroma.checkpoint import (
     AsyncCheckpointStore,
@@ -81,6 +83,7 @@ class StromaRunner:
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
         self._live: set[OneRun] = set()
+        self._batches: set[Batch] = set()
         self.config = config if config is not None else RunConfig()
 
     @classmethod
@@ -209,6 +212,8 @@ class StromaRunner:
             return await run.go()
         finally:
             self._live.discard(run)
+            if run.ended is not None and not run.ended.done():
+                run.ended.set_result(None)
 
     def run_sync(
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
@@ -238,20 +243,23 @@ class StromaRunner:
         What ``run()`` would raise stands in the place of its result, and stops no other run. ``inputs`` is read as far
         as there is room, so it may be endless in all but its results. ``run_ids`` names each run by its number (from 0)
         and input; ``on_result`` is told each outcome as it comes. ``recover``: first go on with the interrupted runs
-        of this pipeline (see :meth:`recover`); their outcomes are not among those that are returned.
+        of this pipeline (see :meth:`recover`); their outcomes are not among those that are returned. After a
+        :meth:`shutdown` no further run begins, and only the outcomes of those that did are returned. What ``inputs``,
+        ``run_ids`` or ``on_result`` raises cancels the runs in flight and comes out.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        if recover:
-            await self.recover(nodes, max_concurrency=max_concurrency, **options)
         outcomes: dict[int, ExecutionResult | Exception] = {}
 
         async def one(number: int, state: BaseModel) -> None:
             named = options if run_ids is None else {**options, "run_id": run_ids(number, state)}
-            outcomes[number] = await _outcome(self.run(nodes, state, **named))
+            outcomes[number] = await outcome_of(self.run(nodes, state, **named))
             if on_result is not None:
                 on_result(number, outcomes[number])
 
-        await _in_turn((one(number, state) for number, state in enumerate(inputs)), max_concurrency)
+        with self._batch() as batch:
+            if recover:
+                await self._recover(nodes, batch, max_concurrency, None, options)
+            await batch.go((one(number, state) for number, state in enumerate(inputs)), max_concurrency)
         return [outcomes[number] for number in sorted(outcomes)]
 
     async def recover(
@@ -269,9 +277,21 @@ class StromaRunner:
         store keeps no journal, TypeError if the pipeline begins with a group and no ``input_schema`` is given.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        with self._batch() as batch:
+            return await self._recover(nodes, batch, max_concurrency, input_schema, options)
+
+    async def _recover(
+        self,
+        nodes: Pipeline | list[Any],
+        batch: Batch,
+        max_concurrency: int,
+        input_schema: type[BaseModel] | None,
+        options: dict[str, Any],
+    ) -> dict[str, ExecutionResult | Exception]:
         name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
         store = self._journal("list_runs")
         schema = self._input_schema(_records_of(nodes), input_schema)
+        options = {**options, "resume": True}
         outcomes: dict[str, ExecutionResult | Exception] = {}
 
         async def one(run_id: str) -> None:
@@ -280,16 +300,27 @@ class StromaRunner:
             except Exception as error:
                 outcomes[run_id] = error
                 return
-            outcome = await _outcome(self.run(nodes, state, run_id=run_id, resume=True, **options))
+            outcome = await outcome_of(self.run(nodes, state, run_id=run_id, **options))
             if not isinstance(outcome, RunBusy):  # Somebody else was faster.
                 outcomes[run_id] = outcome
 
         found = []
+        if not getattr(store, "exists", lambda: True)():  # The first run of all makes it.
+            return outcomes
         for status in ("RUNNING", RunStatus.INTERRUPTED.value):
             runs = await asyncio.to_thread(store.list_runs, limit=_ALL, pipeline=name, status=status)
             found += [run.run_id for run in runs if run.holder is None]
-        await _in_turn((one(run_id) for run_id in found), max_concurrency)
+        await batch.go((one(run_id) for run_id in found), max_concurrency)
         return outcomes
+
+    @contextmanager
+    def _batch(self) -> Iterator[Batch]:
+        batch = Batch()
+        self._batches.add(batch)
+        try:
+            yield batch
+        finally:
+            self._batches.discard(batch)
 
     async def fork(
         self,
@@ -310,7 +341,7 @@ class StromaRunner:
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         records = _records_of(nodes)
-        before = _resume_position(records, at)
+        before = _resume_position(records, at, "at")
         assert before is not None
         store = self._journal("fork")
         fork_id = new_run_id or fresh_run_id()
@@ -389,14 +420,17 @@ class StromaRunner:
         up their runs, so that another process can :meth:`recover` them.
         """
         loop = asyncio.get_running_loop()
-        runs = [run for run in self._live if run.loop is loop and run.task is not asyncio.current_task()]
-        tasks = {run.task for run in runs if run.task is not None}
-        for run in runs:
-            run.draining = True
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=drain_seconds)
-            for run in runs:
-                if run.task in late:
+        for batch in list(self._batches):
+            batch.draining = batch.draining or batch.loop is loop
+        runs = [
+            run for run in list(self._live) if run.loop is loop and run.task is not asyncio.current_task()
+        ]
+        # Of the runs, not of their tasks: those may have other things to do afterwards.
+        ends = {run: run.drain() for run in runs}
+        if ends:
+            _, late = await asyncio.wait(ends.values(), timeout=drain_seconds)
+            for run, end in ends.items():
+                if end in late:
                     run.cancel(RunStatus.INTERRUPTED)
             if late:
                 await asyncio.wait(late)
@@ -456,28 +490,6 @@ class StromaRunner:
 _ALL = 1_000_000  # runs: more than anybody recovers at once
 
 
-async def _outcome(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:
-    try:
-        return await run
-    except Exception as error:
-        return error
-
-
-async def _in_turn(work: Iterable[Coroutine[Any, Any, None]], max_concurrency: int) -> None:
-    """Await all, so many at once; they are made as there is room for them."""
-    if max_concurrency < 1:
-        raise ValueError(f"max_concurrency is {max_concurrency!r}; give a whole number from 1 up")
-    waiting = iter(work)
-
-    async def worker() -> None:
-        for item in waiting:
-            await item
-
-    async with asyncio.TaskGroup() as group:
-        for _ in range(max_concurrency):
-            group.create_task(worker())
-
-
 # Of any version but ff, with ids that are not all zeros; https://www.w3.org/TR/trace-context/
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
 
@@ -501,11 +513,13 @@ def _records(nodes: Any) -> list[Node | Group]:
     return [find_node(node) for node in nodes]
 
 
-def _resume_position(nodes: list[Node | Group], resume_from: str | None) -> int | None:
+def _resume_position(
+    nodes: list[Node | Group], resume_from: str | None, given_as: str = "resume_from"
+) -> int | None:
     if resume_from is None:
         return None
     for position, node in enumerate(nodes):
         if node.node_id == resume_from:
             return position
     known = ", ".join(repr(node.node_id) for node in nodes) or "none"
-    raise ValueError(f"resume_from={resume_from!r} is not a node of this pipeline; its nodes are {known}")
+    raise ValueError(f"{given_as}={resume_from!r} is not a node of this pipeline; its nodes are {known}")

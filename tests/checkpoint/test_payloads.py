@@ -22,6 +22,7 @@ from stroma import (
     NotSerialisable,
     PipelineChanged,
     ReliabilityContext,
+    RunExists,
     RunStatus,
     SQLiteStore,
     StoreError,
@@ -182,6 +183,22 @@ async def test_a_plain_store_becomes_an_encrypted_one(tmp_path: Path) -> None:
             await runner(store, resume=True).run(_nodes(calls), Text(text="y"))
 
 
+async def test_a_lost_key_does_not_hinder_a_new_beginning(tmp_path: Path) -> None:
+    """A run whose input cannot be opened any more can be begun again; what would go on with it is refused."""
+    path = tmp_path / "runs.db"
+    async with SQLiteStore(path, codec=Zip()) as store:
+        await runner(store).run(_nodes([], fails=True), Text(text="x"))
+    async with SQLiteStore(path) as store:
+        for way in ("resume", "return"):
+            with pytest.raises(CorruptCheckpoint, match="open the store with codec="):
+                await runner(store, if_exists=way).run(_nodes([]), Text(text="x"))
+        with pytest.raises(RunExists):
+            await runner(store, if_exists="error").run(_nodes([]), Text(text="x"))
+        calls: list[str] = []
+        await runner(store).run(_nodes(calls), Text(text="x"))
+        assert calls == ["first", "second"]
+
+
 async def test_secrets_are_kept_only_through_a_codec(tmp_path: Path) -> None:
     """SecretStr and SecretBytes are refused by name without a codec, and come back with one."""
     given = Login(user="ada", password=SecretStr("pässword"), token=SecretBytes(b"\x00\xff"))
@@ -291,6 +308,60 @@ async def test_a_blob_that_cannot_be_written_loses_nothing(tmp_path: Path) -> No
         assert len(store.attempts("r")) == 2
 
 
+async def test_blobs_that_cannot_be_read_are_a_named_error(tmp_path: Path) -> None:
+    """Where nobody can tell whether a blob is there, a resume is refused with the reason, and works later."""
+    calls: list[str] = []
+    folder = tmp_path / "blobs"
+    async with SQLiteStore(tmp_path / "runs.db", blobs=folder, blob_bytes=1000) as store:
+        await runner(store).run(_big(calls), Text(text="y"))
+    folder.rename(tmp_path / "away")
+    folder.write_text("no directory")
+    async with SQLiteStore(tmp_path / "runs.db", blobs=folder, blob_bytes=1000) as store:
+        with pytest.raises(StoreError, match=r"cannot be read .*mend that") as raised:
+            await runner(store, resume=True).run(_big(calls), Text(text="y"))
+        assert not isinstance(raised.value, CorruptCheckpoint)
+        with pytest.raises(StoreError, match="cannot be read"):
+            store.attempts("r")
+        folder.unlink()
+        (tmp_path / "away").rename(folder)
+        result = await runner(store, resume=True).run(_big(calls), Text(text="y"))
+        assert result.status is RunStatus.RESUMED
+
+
+class Moody:
+    """A codec that does what its turn says: "raises", "text", or well."""
+
+    def __init__(self, *turns: str) -> None:
+        self.turns = list(turns)
+
+    def _take(self, data: bytes) -> Any:
+        turn = self.turns.pop(0) if self.turns else "well"
+        if turn == "raises":
+            raise KeyError("the key server is down")
+        return data.decode() if turn == "text" else data
+
+    encode = decode = _take
+
+
+@pytest.mark.parametrize("turn", ["raises", "text"])
+async def test_a_codec_that_fails_is_a_named_error(tmp_path: Path, turn: str) -> None:
+    """What a codec raises, or returns that is no bytes, is a StoreError that says so, whenever it happens."""
+    said = "the key server is down.*mend that" if turn == "raises" else "returned str; let it return bytes"
+    calls: list[str] = []
+    moody = Moody(turn)
+    async with SQLiteStore(tmp_path / "runs.db", codec=moody) as store:
+        with pytest.raises(StoreError, match=said):
+            await runner(store).run(_big(calls), Text())
+        assert calls == []
+        moody.turns = ["well", turn]  # The input, and then the output: that is tried again if it may help.
+        await runner(store).run(_big(calls), Text())
+        assert calls == (["first", "second"] if turn == "raises" else ["first"])
+        await runner(store).run(_big(calls), Text())
+        moody.turns = [turn]
+        with pytest.raises(StoreError, match="cannot be decoded" if turn == "raises" else said):
+            store.input_of("r")
+
+
 async def test_blobs_are_private(tmp_path: Path) -> None:
     """Only their owner can read the blobs of a directory."""
     blobs = DirectoryBlobs(tmp_path / "blobs")
@@ -367,6 +438,27 @@ async def test_blobs_that_nobody_names_are_collected(tmp_path: Path) -> None:
             _big(calls, 6000), Text(text="z" * 2000), run_id="two"
         )
         assert again.final_state == Text(text="6000")
+
+
+async def test_a_blob_that_is_put_while_others_are_collected_stays(tmp_path: Path) -> None:
+    """Each blob is looked at just before it is deleted: a commit may have put it again since gc() began."""
+
+    class Busy(DirectoryBlobs):
+        def delete(self, name: str) -> None:
+            for other in ("ab" * 32, "cd" * 32):
+                if other != name:
+                    self.put(other, b"data")
+            super().delete(name)
+
+    blobs = Busy(tmp_path / "blobs")
+    for name in ("ab" * 32, "cd" * 32):
+        blobs.put(name, b"data")
+    for file in blobs.path.glob("??/*"):
+        os.utime(file, (0, 0))
+    async with SQLiteStore(tmp_path / "runs.db", blobs=blobs) as store:
+        await store.save("r", "a", Text())
+        assert await store.gc(keep_for=timedelta(days=1)) == (0, 1)
+    assert len(list(blobs.names())) == 1
 
 
 async def test_a_blob_that_is_put_again_counts_as_new(tmp_path: Path) -> None:

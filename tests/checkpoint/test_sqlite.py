@@ -1011,6 +1011,21 @@ class TestFaults:
             assert str(path) in str(raised.value)
             assert isinstance(raised.value.__cause__, sqlite3.OperationalError)
 
+    async def test_an_output_that_is_too_large_for_a_row(self, path: pathlib.Path) -> None:
+        """An output beyond SQLite's limit is refused once, with the way out, and nothing else is harmed."""
+
+        def connect(uri: str) -> sqlite3.Connection:
+            db = sqlite_file.connect(uri)
+            db.setlimit(sqlite3.SQLITE_LIMIT_LENGTH, 50_000)
+            return db
+
+        with SQLiteStore(path, _connect=connect) as store:
+            session = await begin(store)
+            with pytest.raises(StoreError, match="give the store blobs=") as raised:
+                await settle(session.record(row(0), SCHEMA, State(text="x" * 60_000)))
+            assert not raised.value.transient
+            await commit(session, 0, 5)
+
     async def test_journal_mode_is_tried_again_when_locked(self, path: pathlib.Path) -> None:
         """Processes that make a file together may find it locked at the first statement: they wait."""
         times = itertools.count()
@@ -1053,6 +1068,22 @@ class TestFaults:
             return sqlite3.connect(":memory:").execute("SELECT ?", seen)
 
         with SQLiteStore(path, _connect=faulty(intercept)) as store:
+            await begin(store)
+
+    async def test_a_file_whose_maker_died_can_be_read(self, path: pathlib.Path) -> None:
+        """What a process leaves behind that is killed while it makes the file hinders no reader, and no writer."""
+        code = (
+            "import os, sqlite3, sys\n"
+            "db = sqlite3.connect(sys.argv[1], isolation_level=None)\n"
+            "db.execute('PRAGMA cache_size=1')\n"
+            "db.execute('BEGIN')\n"
+            "for i in range(50): db.execute(f'CREATE TABLE t{i} (x)')\n"
+            "os.kill(os.getpid(), 9)\n"
+        )
+        subprocess.run([sys.executable, "-c", code, str(path)], check=False)
+        assert pathlib.Path(f"{path}-journal").stat().st_size > 0
+        with SQLiteStore(path) as store:
+            assert store.list_runs() == []
             await begin(store)
 
     async def test_without_wal_there_is_no_store(self, path: pathlib.Path) -> None:

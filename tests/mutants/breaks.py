@@ -771,7 +771,7 @@ COMMIT = (
         "commit-can-be-cancelled",
         "A cancellation while the store works does not undo the commit.",
         "_commit.py",
-        "cancelled |= await uninterrupted(pending)",
+        "error, late = await uninterrupted(pending)",
         "await pending",
         guarantees("test_g4_g5_g9_cancelled_at_every_await"),
     ),

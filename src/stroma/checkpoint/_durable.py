@@ -35,6 +35,7 @@ from stroma.checkpoint._session import (
     keep_waiting,
     read_waiting,
     verify,
+    waiting_branch,
 )
 from stroma.checkpoint._worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.journal import (
@@ -44,9 +45,10 @@ from stroma.checkpoint.journal import (
     RunRecord,
     RunRequest,
     Waiting,
+    waits_no_longer,
 )
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, Payloads
+from stroma.checkpoint.payloads import BLOB, BlobStore, Payloads, collect
 from stroma.contracts import check_id
 from stroma.schemas import Schema
 
@@ -89,8 +91,8 @@ class DurableStore(ABC):
     def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         """Read in the calling thread; ``nothing`` while the store is empty. Raises StoreError."""
 
-    def _exists(self) -> bool:
-        """Whether there is anything to read from."""
+    def exists(self) -> bool:
+        """Whether there is anything to read from: a file is made by the first run."""
         return True
 
     @abstractmethod
@@ -166,7 +168,7 @@ class DurableStore(ABC):
             return [row.step for row in kept if intact(row.step.output, row.step.sha256)]
 
         opened: dict[bytes, bytes] = {}
-        for step in self.read(query, list[Step]()) if self._exists() else []:
+        for step in self.read(query, list[Step]()) if self.exists() else []:
             try:
                 opened[step.sha256] = self._payloads.open(step.output, "")
             except CorruptCheckpoint:
@@ -197,17 +199,30 @@ class DurableStore(ABC):
         return done
 
     async def signal(self, run_id: str, waiting: Waiting) -> None:
-        """Keep the answer that a node waits for; ``waiting`` with its payload. Raises CheckpointNotFound, StoreError."""
+        """Keep the answer that a node waits for; ``waiting`` with its payload.
+
+        Raises CheckpointNotFound, StoreError, also if the node has an answer or waits no longer.
+        """
         check_id(run_id, "run id")
-        if waiting.payload is not None:
-            waiting = waiting._replace(payload=await self._payloads.seal(waiting.payload))
+        answer = waiting.payload
+        if answer is not None:
+            waiting = waiting._replace(payload=await self._payloads.seal(answer))
+        await self._submit(Doing(run_id, partial(self._answer, run_id, waiting, answer)))
 
-        def operation(rows: Rows) -> None:
-            if rows.find(run_id, lock=True) is None:
-                raise self._no_run(run_id)
+    def _answer(self, run_id: str, waiting: Waiting, answer: bytes | None, rows: Rows) -> None:
+        found = rows.find(run_id, lock=True)
+        if found is None:
+            raise self._no_run(run_id)
+        branch = waiting_branch(waiting)
+        asked = next((row for row in rows.kept(found.run, WAITING) if row.branch == branch), None)
+        if asked is None or asked.node_id != waiting.node_id:
+            raise waits_no_longer(run_id, waiting)
+        if asked.step.number is None:
             keep_waiting(rows, run_id, waiting)
-
-        await self._submit(Doing(run_id, operation))
+        elif (
+            self._payloads.open(asked.step.output, "the answer it has") != answer
+        ):  # Else it was sent once more.
+            raise waits_no_longer(run_id, waiting)
 
     async def fork(
         self,
@@ -354,11 +369,13 @@ class DurableStore(ABC):
 
     # ------------------------------------------------------------------ retention
 
-    async def gc(self, *, keep_for: timedelta, unfinished: bool = False) -> Collected:
+    async def gc(
+        self, *, keep_for: timedelta, unfinished: bool = False, blobs: BlobStore | None = None
+    ) -> Collected:
         """Delete the runs that ended longer ago than ``keep_for``, and then the blobs that nobody names.
 
-        ``unfinished``: also those that could be resumed. A run that somebody is at work on is never touched, nor is a
-        blob younger than an hour. Raises StoreError.
+        ``unfinished``: also those that could be resumed. ``blobs``: where those are, unless the store was given them.
+        A run that somebody is at work on is never touched, nor is a blob younger than an hour. Raises StoreError.
         """
         before = time.time_ns() // 1_000_000 - int(keep_for.total_seconds() * 1000)
         deleted = 0
@@ -375,13 +392,13 @@ class DurableStore(ABC):
             deleted += sum(gone)
             if not any(gone):
                 break  # What is left is somebody's.
-        blobs = 0
-        if self._payloads.blobs is not None:
+        swept, blobs = 0, blobs or self._payloads.blobs
+        if blobs is not None:
             start = len(BLOB)
             named: Callable[[Rows], set[str]] = lambda rows: {kept[start:].hex() for kept in rows.blobs()}  # noqa: E731
             in_use = await asyncio.to_thread(self.read, named, set[str]())
-            blobs = await asyncio.to_thread(self._payloads.collect, in_use)
-        return Collected(deleted, blobs)
+            swept = await asyncio.to_thread(collect, blobs, in_use)
+        return Collected(deleted, swept)
 
     # ------------------------------------------------------------------ the end
 

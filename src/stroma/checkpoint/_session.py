@@ -27,6 +27,7 @@ from stroma.checkpoint.journal import (
     RunExists,
     RunRequest,
     StepCall,
+    StoreError,
     Waiting,
     decide,
 )
@@ -70,6 +71,7 @@ __all__ = [
     "keep_waiting",
     "read_waiting",
     "verify",
+    "waiting_branch",
 ]
 
 PICO: Final = 10**12  # Costs are kept in whole pico-dollars: sums are exact in any order.
@@ -351,14 +353,7 @@ class DurableSession:
         kept = None
         if found is not None and found.execution > 0:
             kept = rows.input(found.run, found.execution)
-        same = kept is not None and kept[2] == opening.sha256
-        if (
-            kept is not None and not same and not self._payloads.is_plain(kept[1])
-        ):  # A codec need not give the same bytes twice.
-            same = (
-                intact(kept[1], kept[2])
-                and self._payloads.open(kept[1], f"the input of run {run_id!r}") == given
-            )
+        same = kept is not None and (kept[2] == opening.sha256 or self._is(given, kept, request))
         way = decide(request, None if kept is None or found is None else _held(found), same)
         self.restored, self.prior, self.traceparent = {}, PriorUsage(), None
         self.continued, self.finished, self.waiting = way == "continue", None, {}
@@ -383,6 +378,17 @@ class DurableSession:
         self.execution = self.fence.execution
         self._opened = {}
         return self
+
+    def _is(self, given: bytes, kept: tuple[str, bytes, bytes], request: RunRequest) -> bool:
+        """Whether an input with another checksum is the same all the same: a codec need not give the same bytes twice."""
+        if self._payloads.is_plain(kept[1]) or not intact(kept[1], kept[2]):
+            return False
+        try:
+            return self._payloads.open(kept[1], f"the input of run {request.run_id!r}") == given
+        except StoreError:
+            if request.if_exists in ("restart", "error") or request.discard_from is not None:
+                return False  # What the run began with is no matter to who does not go on with it.
+            raise
 
     def _look_beside(self, rows: Rows, found: RunRow, request: RunRequest) -> None:
         """What nodes wait for belongs to an execution and its commits; whoever wanted its end has had it."""
@@ -508,7 +514,12 @@ def keep_waiting(rows: Rows, run_id: str, waiting: Waiting) -> None:
     data = waiting.payload or b""
     number = None if waiting.payload is None else 1
     step = Step(text(waiting.reason) or "", waiting.schema_ref, data, checksum(data), number)
-    rows.keep(run_id, WAITING, f"{waiting.position}:{waiting.branch}", waiting.node_id, step)
+    rows.keep(run_id, WAITING, waiting_branch(waiting), waiting.node_id, step)
+
+
+def waiting_branch(waiting: Waiting) -> str:
+    """Where :func:`keep_waiting` keeps it."""
+    return f"{waiting.position}:{waiting.branch}"
 
 
 def read_waiting(kept: StepRow, payloads: Payloads) -> Waiting | None:
@@ -595,8 +606,11 @@ def verify(step: Step, run_id: str, position: int, node_id: str, branch: str = "
         raise CorruptCheckpoint(
             f"the saved state of node {node_id!r} in run {run_id!r} is damaged; save it again"
         )
-    # Children of groups are no targets of a resume.
-    target = f"that node (resume_from={node_id!r})" if not branch else "the group around it (resume_from=)"
+    target = f"that node (resume_from={node_id!r})"
+    if branch:  # Children of groups are no targets of a resume.
+        group = step.contract.partition(":")[2]
+        named = repr(group) if group and "." not in branch else ""
+        target = f"the outermost group around it (resume_from={named})"
     raise CorruptCheckpoint(
         f"the output of node {node_id!r} at position {position} of run {run_id!r} is damaged; resume from {target} "
         "to make it anew"

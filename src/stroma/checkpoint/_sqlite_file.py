@@ -80,8 +80,8 @@ _NO_ROOM: Final = (
     sqlite3.SQLITE_IOERR_SHMMAP,
     sqlite3.SQLITE_IOERR_NOMEM,
 )
-# What a power cut left half done can only be undone by a connection that may write.
-_UNFINISHED: Final = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_READONLY_RECOVERY)
+# Whoever made the file, or wrote to it last, died on the way: only a connection that may write can put that right.
+_HALF_DONE: Final = (sqlite3.SQLITE_READONLY_ROLLBACK, sqlite3.SQLITE_READONLY_RECOVERY)
 # fcntl locks of a process go when it closes *any* descriptor of the file: the one that makes the file must be closed
 # before another thread has a connection to it.
 _creating = threading.Lock()
@@ -157,7 +157,7 @@ class DatabaseFile:
                 try:
                     ready = self.patiently(lambda: self._is_ours(db))
                 except sqlite3.OperationalError as error:
-                    if _code(error) not in _UNFINISHED:
+                    if _code(error) not in _HALF_DONE:
                         raise
                     self.open().close()
                     ready = self.patiently(lambda: self._is_ours(db))
@@ -205,6 +205,11 @@ class DatabaseFile:
             return StoreError(
                 f"the disk refused a write to {path}: it is full, over a quota or a size limit, or failing; "
                 "make room or mend it, then resume"
+            )
+        if kind == sqlite3.SQLITE_TOOBIG:
+            return lasting(
+                f"a payload is larger than {path} can hold in a row (a thousand million bytes); give the store blobs=, then "
+                "resume"
             )
         if kind == sqlite3.SQLITE_NOTADB:
             return lasting(f"{path} is not a SQLite database; give another path, or move that file away")

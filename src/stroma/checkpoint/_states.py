@@ -73,7 +73,7 @@ class AsyncStates(DurableStore):
         check_id(run_id, "run id")
         check_id(node_id, "node id")
 
-        if not self._exists():
+        if not self.exists():
             return None
 
         def query(rows: Rows) -> StepRow | None:

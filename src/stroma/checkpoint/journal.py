@@ -42,6 +42,7 @@ __all__ = [
     "StoreError",
     "Waiting",
     "decide",
+    "waits_no_longer",
 ]
 
 IfExists = Literal["restart", "resume", "return", "error", "attach"]
@@ -296,6 +297,16 @@ class Waiting(NamedTuple):
     reason: str
     schema_ref: str
     payload: bytes | None = None
+
+
+def waits_no_longer(run_id: str, waiting: Waiting) -> StoreError:
+    """Why an answer is refused: somebody else was faster, or the run has gone another way."""
+    error = StoreError(
+        f"node {waiting.node_id!r} of run {run_id!r} waits for no answer any more: it has one, or the run was begun again; "
+        "see its status, then resume it"
+    )
+    error.transient = False
+    return error
 
 
 class Finished(NamedTuple):

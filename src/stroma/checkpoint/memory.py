@@ -26,6 +26,7 @@ from stroma.checkpoint.journal import (
     StepCall,
     Waiting,
     decide,
+    waits_no_longer,
 )
 from stroma.contracts import check_id
 from stroma.schemas import NotSerialisable, Schema, Snapshot, schema_of
@@ -265,8 +266,15 @@ class _Memory:
         return True
 
     async def signal(self, run_id: str, waiting: Waiting) -> None:
-        """Keep the answer that a node waits for; ``waiting`` with its payload. Raises CheckpointNotFound."""
-        self._known(run_id).waiting[waiting.position, waiting.branch] = waiting
+        """Keep the answer that a node waits for; ``waiting`` with its payload.
+
+        Raises CheckpointNotFound, StoreError if the node has an answer or waits no longer.
+        """
+        run, at = self._known(run_id), (waiting.position, waiting.branch)
+        asked = run.waiting.get(at)
+        if asked is None or asked.node_id != waiting.node_id or asked.payload not in (None, waiting.payload):
+            raise waits_no_longer(run_id, waiting)
+        run.waiting[at] = waiting
 
     async def fork(
         self,

@@ -7,6 +7,7 @@ import contextlib
 import hashlib
 import os
 import pathlib
+import re
 import tempfile
 import time
 from collections.abc import Iterable, Iterator
@@ -14,11 +15,12 @@ from typing import Any, Final, Protocol, runtime_checkable
 
 from stroma.checkpoint.journal import CorruptCheckpoint, StoreError
 
-__all__ = ["BlobStore", "Codec", "DirectoryBlobs", "FsspecBlobs", "Payloads"]
+__all__ = ["BlobStore", "Codec", "DirectoryBlobs", "FsspecBlobs", "Payloads", "blob_store", "collect"]
 
 # What begins a stored payload that is not the JSON itself; JSON begins with neither.
 CODED: Final = b"stroma:c1\0"
 BLOB: Final = b"stroma:b1\0"
+_NAME: Final = re.compile(r"[0-9a-f]{64}")
 _LARGE: Final = 256 * 1024  # bytes from which work on a payload is done in a thread
 #: A blob that young may belong to a commit that is on its way.
 _YOUNG_SECONDS: Final = 3600.0
@@ -160,7 +162,7 @@ class Payloads:
         if blob_bytes < 1:
             raise ValueError(f"blob_bytes is {blob_bytes!r}; give a number of bytes from 1 up")
         self.codec = codec
-        self.blobs = _blob_store(blobs)
+        self.blobs = blob_store(blobs)
         self.blob_bytes = blob_bytes
         #: Whether payloads are stored as they are.
         self.plain = codec is None and blobs is None
@@ -175,7 +177,7 @@ class Payloads:
 
     def _seal(self, data: bytes) -> bytes:
         if self.codec is not None:
-            data = CODED + self.codec.encode(data)
+            data = CODED + self._encoded(self.codec, data)
         if self.blobs is None or len(data) < self.blob_bytes:
             return data
         digest = hashlib.sha256(data).digest()
@@ -187,8 +189,22 @@ class Payloads:
             ) from error
         return BLOB + digest
 
+    @staticmethod
+    def _encoded(codec: Codec, data: bytes) -> bytes:
+        try:
+            encoded = codec.encode(data)
+        except Exception as error:
+            raise StoreError(
+                f"the codec {codec!r} could not encode a payload of {len(data)} bytes ({type(error).__name__}: {error}); "
+                "mend that, then resume"
+            ) from error
+        if not isinstance(encoded, bytes):
+            raise _no_bytes(codec, "encode", encoded)
+        return encoded
+
     def open(self, stored: bytes, what: str) -> bytes:
-        """The payload of what was written. Raises CorruptCheckpoint, which calls it ``what``."""
+        """The payload of what was written. Raises CorruptCheckpoint, which calls it ``what``; StoreError if a blob
+        cannot be reached."""
         if stored.startswith(BLOB):
             stored = self._fetch(stored[len(BLOB) :], what)
         if not stored.startswith(CODED):
@@ -196,37 +212,65 @@ class Payloads:
         if self.codec is None:
             raise CorruptCheckpoint(f"{what} was written through a codec; open the store with codec=")
         try:
-            return self.codec.decode(stored[len(CODED) :])
+            data = self.codec.decode(stored[len(CODED) :])
         except Exception as error:
             raise CorruptCheckpoint(
                 f"{what} cannot be decoded ({type(error).__name__}: {error}); open the store with the codec, and the "
                 "keys, that it was written with"
             ) from error
+        if not isinstance(data, bytes):
+            raise _no_bytes(self.codec, "decode", data)
+        return data
 
     def _fetch(self, digest: bytes, what: str) -> bytes:
         if self.blobs is None:
             raise CorruptCheckpoint(f"{what} stands in a blob; open the store with blobs=")
-        data = self.blobs.get(digest.hex())
+        try:
+            data = self.blobs.get(digest.hex())
+        except Exception as error:  # Nobody knows whether it is there.
+            raise StoreError(
+                f"{what} stands in blob {digest.hex()}, and {self.blobs!r} cannot be read ({type(error).__name__}: "
+                f"{error}); mend that, then try again"
+            ) from error
+        way_out = "restore it, or make it anew: resume from that node (resume_from=), or begin a new run"
         if data is None:
             raise CorruptCheckpoint(
-                f"{what} stands in blob {digest.hex()}, which is not in {self.blobs!r}; restore it"
+                f"{what} stands in blob {digest.hex()}, which is not in {self.blobs!r}; {way_out}"
             )
         if hashlib.sha256(data).digest() != digest:
-            raise CorruptCheckpoint(f"{what} stands in blob {digest.hex()}, which is damaged; restore it")
+            raise CorruptCheckpoint(f"{what} stands in blob {digest.hex()}, which is damaged; {way_out}")
         return data
 
-    def collect(self, in_use: set[str]) -> int:
-        """Delete the blobs that no row names; how many. Young ones stay: their commit may be on its way."""
-        if self.blobs is None:
-            return 0
-        oldest = time.time() - _YOUNG_SECONDS
-        gone = [name for name, put in self.blobs.names() if name not in in_use and put < oldest]
-        for name in gone:
-            self.blobs.delete(name)
-        return len(gone)
+
+def collect(blobs: BlobStore, in_use: set[str]) -> int:
+    """Delete the blobs that no row names; how many. Young ones stay: their commit may be on its way.
+
+    Raises StoreError.
+    """
+    oldest = time.time() - _YOUNG_SECONDS
+    gone = 0
+    try:
+        for name, put in blobs.names():
+            # At once: a commit may put it again, and so make it young, while others are deleted. And nothing but
+            # blobs: the directory may have been given by mistake.
+            if name not in in_use and put < oldest and _NAME.fullmatch(name):
+                blobs.delete(name)
+                gone += 1
+    except Exception as error:
+        raise StoreError(
+            f"the blobs in {blobs!r} could not be collected ({type(error).__name__}: {error}); mend that, then try again"
+        ) from error
+    return gone
 
 
-def _blob_store(given: BlobStore | str | os.PathLike[str] | None) -> BlobStore | None:
+def _no_bytes(codec: Codec, method: str, given: object) -> StoreError:
+    error = StoreError(f"{method}() of {codec!r} returned {type(given).__name__}; let it return bytes")
+    error.transient = False
+    return error
+
+
+def blob_store(given: BlobStore | str | os.PathLike[str] | None) -> BlobStore | None:
+    """What ``blobs=`` may be: a store of them, a directory, or a URL that fsspec knows."""
     if given is None or isinstance(given, BlobStore):
         return given
     text = os.fsdecode(given)

@@ -80,5 +80,5 @@ class SQLiteStore(AsyncStates):
 
             return self._file.patiently(once)
 
-    def _exists(self) -> bool:
+    def exists(self) -> bool:
         return self._file.identity() is not None

@@ -21,6 +21,7 @@ from stroma.checkpoint import (
     RunExists,
     RunRequest,
     StepCall,
+    StoreError,
     Waiting,
 )
 from stroma.failures import FailureClass
@@ -352,7 +353,12 @@ class JournalStoreTests:
         await finish(session, "SUSPENDED", "may I?")
         assert store.waiting("run") == [asked]
         assert [a.tokens for a in store.attempts("run")] == [0, 3]
-        await settled(store.signal("run", asked._replace(payload=b'{"yes":"\xc3\xa9"}')))
+        with pytest.raises(StoreError, match="waits for no answer"):
+            await settled(store.signal("run", asked._replace(position=0, payload=b"1")))
+        for _ in range(2):  # The same answer once more is no other one.
+            await settled(store.signal("run", asked._replace(payload=b'{"yes":"\xc3\xa9"}')))
+        with pytest.raises(StoreError, match="waits for no answer"):
+            await settled(store.signal("run", asked._replace(payload=b'{"yes":"no"}')))
         again = await begin(store, if_exists="resume")
         assert again.waiting == {(1, "0.2"): asked._replace(payload=b'{"yes":"\xc3\xa9"}')}
         assert restored(again) == {(0, ""): State(n=1)}
@@ -364,6 +370,9 @@ class JournalStoreTests:
         await settled(earlier.suspend(row(1, "ask é"), asked))
         await finish(earlier, "SUSPENDED")
         assert dict((await begin(store)).waiting) == {}
+        assert store.waiting("run") == []
+        with pytest.raises(StoreError, match="waits for no answer"):
+            await settled(store.signal("run", asked._replace(payload=b"1")))
         assert store.waiting("run") == []
 
     async def test_a_stale_owner_asks_nothing(self, store: Any) -> None:
