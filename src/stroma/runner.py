@@ -26,7 +26,7 @@ from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.cost import ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap
-from stroma.groups import parallel
+from stroma.groups import gather, parallel
 from stroma.hooks import NodeHooks, StepHooks
 from stroma.nodes import Group, Kept, Node, NodeDecorator, find_node, mark, stroma_node, stroma_step
 from stroma.schemas import Schema, schema_of
@@ -384,7 +384,10 @@ class StromaRunner:
         up their runs, so that another process can :meth:`recover` them.
         """
         loop = asyncio.get_running_loop()
-        runs = [run for run in self._live if run.loop is loop and run.task is not asyncio.current_task()]
+        # A copy: other threads begin and end runs meanwhile.
+        runs = [
+            run for run in list(self._live) if run.loop is loop and run.task is not asyncio.current_task()
+        ]
         tasks = {run.task for run in runs if run.task is not None}
         for run in runs:
             run.draining = True
@@ -455,9 +458,7 @@ async def _in_turn(work: Iterable[Coroutine[Any, Any, None]], max_concurrency: i
         for item in waiting:
             await item
 
-    async with asyncio.TaskGroup() as group:
-        for _ in range(max_concurrency):
-            group.create_task(worker())
+    await gather([worker() for _ in range(max_concurrency)])
 
 
 def _records_of(nodes: Pipeline | list[Any]) -> list[Node | Group]:
