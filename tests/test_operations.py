@@ -188,7 +188,7 @@ async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -
 
 
 async def test_what_cannot_be_forked(store: Any) -> None:
-    """An unknown run, an unknown node, a node before which nothing is kept, and a taken id are refused."""
+    """An unknown run or node, a node before which nothing is kept, a taken id and a state that is no model are refused."""
     work = Work()
     work.gate.set()
     with pytest.raises(CheckpointNotFound):
@@ -201,6 +201,9 @@ async def test_what_cannot_be_forked(store: Any) -> None:
     assert store.get_run("stray") is None
     with pytest.raises(RunExists):
         await quick(store).fork("r", work.nodes, at="b", new_run_id="r")
+    with pytest.raises(TypeError, match="must be a pydantic model"):
+        await quick(store).fork("r", work.nodes, at="b", state={"n": 1}, new_run_id="stray")  # type: ignore[arg-type]
+    assert store.get_run("stray") is None
 
 
 # ---------------------------------------------------------------------- many

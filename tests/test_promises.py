@@ -22,10 +22,13 @@ from stroma import (
     HookError,
     NodeContract,
     NodeHooks,
+    ReliabilityContext,
+    RunConfig,
     RunStatus,
     SQLiteStore,
     StromaRunner,
     current_node,
+    execute_step,
     parallel,
     stroma_node,
 )
@@ -406,6 +409,22 @@ async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseExc
     assert result.failure is not None
     assert result.failure.failure_class is FailureClass.AMBIGUOUS
     assert result.failure.message == ("Hostile" if where == "__str__" else "words")
+
+
+async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
+    """In plain code, too, the TypeError of a hook that is not async comes after the trace, with ``result`` on it."""
+
+    async def same(state: Num) -> Any:
+        return state, 5
+
+    runner = quick()
+    config = RunConfig(hooks=NodeHooks(on_node_success=lambda *_: None))  # type: ignore[arg-type,return-value]
+    ctx = ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager)
+    with pytest.raises(TypeError, match="on_node_success") as caught:
+        await execute_step("a", same, Num(), ctx)
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert (result.status, result.total_tokens) == (RunStatus.INTERRUPTED, 5)
+    assert [event.outcome for event in result.trace] == ["success"]
 
 
 async def test_hooks_that_can_be_read_once_are_read_once() -> None:
