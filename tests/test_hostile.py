@@ -1250,3 +1250,17 @@ async def test_results_of_hostile_runs_can_be_pickled_or_say_why() -> None:
     result = await quick().run([node("bad", hostile)], Num())
     events = list(result.trace)
     assert pickle.loads(pickle.dumps(events)) == events
+
+
+async def test_results_can_be_pickled_and_copied() -> None:
+    """A result goes to another process whole: its trace, those of its groups too, reads there as it does here."""
+
+    async def plus(state: Num) -> Any:
+        return {"n": state.n + 1}, 5
+
+    nodes = [node("a", plus), parallel(node("b", plus), node("c", plus)), node("d", plus)]
+    result = await quick().run(nodes, Num())
+    for twin in (pickle.loads(pickle.dumps(result)), copy.deepcopy(result)):
+        assert (twin.status, twin.final_state, twin.total_tokens) == (RunStatus.COMPLETED, Num(n=3), 20)
+        assert twin.trace.diff(result.trace) == []
+        assert list(twin.trace.walk()) == list(result.trace.walk())

@@ -190,7 +190,7 @@ async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -
 
 
 async def test_what_cannot_be_forked(store: Any) -> None:
-    """An unknown run, an unknown node, a node before which nothing is kept, and a taken id are refused."""
+    """An unknown run or node, a node before which nothing is kept, a taken id and a state that is no model are refused."""
     work = Work()
     work.gate.set()
     with pytest.raises(CheckpointNotFound):
@@ -203,6 +203,9 @@ async def test_what_cannot_be_forked(store: Any) -> None:
     assert store.get_run("stray") is None
     with pytest.raises(RunExists):
         await quick(store).fork("r", work.nodes, at="b", new_run_id="r")
+    with pytest.raises(TypeError, match="must be a pydantic model"):
+        await quick(store).fork("r", work.nodes, at="b", state={"n": 1}, new_run_id="stray")  # type: ignore[arg-type]
+    assert store.get_run("stray") is None
 
 
 # ---------------------------------------------------------------------- many
@@ -408,3 +411,61 @@ async def test_a_shutdown_ends_what_waits_or_opens(tmp_path: Path) -> None:
         assert (await opening).status is RunStatus.INTERRUPTED
         work.gate.set()
         assert (await held).status is RunStatus.COMPLETED
+
+
+async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
+    """A node that swallows its cancellation is kept; the run ends behind it all the same, and its task is as it was."""
+    calls: list[str] = []
+    inside = asyncio.Event()
+
+    async def stubborn(state: Num) -> Any:
+        calls.append("stubborn")
+        inside.set()
+        try:
+            await asyncio.sleep(30)
+        except asyncio.CancelledError:
+            pass
+        return {"n": 1}
+
+    async def after(state: Num) -> Any:
+        calls.append("after")
+        return {"n": 2}
+
+    contracts = [NodeContract(node_id=name, input_schema=Num, output_schema=Num) for name in ("a", "b")]
+    first, last = stroma_node("a", contracts[0])(stubborn), stroma_node("b", contracts[1])(after)
+    runner = quick(store)
+
+    async def run(nodes: list[Any]) -> tuple[Any, int]:
+        result = await runner.run(nodes, Num())
+        task = asyncio.current_task()
+        assert task is not None
+        return result, task.cancelling()
+
+    for nodes, status in (([first, last], RunStatus.INTERRUPTED), ([first], RunStatus.COMPLETED)):
+        inside.clear()
+        task = asyncio.create_task(run(nodes))
+        await inside.wait()
+        await runner.shutdown(drain_seconds=0)
+        result, cancelling = await task
+        assert (result.status, result.final_state, cancelling) == (status, Num(n=1), 0)
+    assert calls == ["stubborn", "stubborn"]
+
+
+async def test_what_run_many_is_given_may_raise(store: Any) -> None:
+    """What the inputs or ``on_result`` raise comes out of run_many as itself, and no run is left behind."""
+    work, runner = Work(), quick(store)
+
+    def inputs() -> Any:
+        yield Num()
+        raise LookupError("no more")
+
+    with pytest.raises(LookupError, match="no more"):
+        await runner.run_many(work.nodes, inputs())
+
+    def told(number: int, outcome: Any) -> None:
+        raise LookupError("not so")
+
+    work.gate.set()
+    with pytest.raises(LookupError, match="not so"):
+        await runner.run_many(work.nodes, [Num(), Num()], on_result=told)
+    assert len(asyncio.all_tasks()) == 1

@@ -1,12 +1,15 @@
 """Promises where two rules meet: a price, an interrupt, a hook or a nested run in the wrong moment."""
 
 import asyncio
+import contextvars
+import gc
+import sys
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, RootModel
 
 from stroma import (
     KNOWN_MODELS,
@@ -16,12 +19,16 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    HookError,
     NodeContract,
     NodeHooks,
+    ReliabilityContext,
+    RunConfig,
     RunStatus,
     SQLiteStore,
     StromaRunner,
     current_node,
+    execute_step,
     parallel,
     stroma_node,
 )
@@ -294,3 +301,194 @@ async def test_a_run_whose_input_cannot_be_stored_starts_and_ends(tmp_path: Path
     runner = quick(store=store, hooks=NodeHooks(on_run_start=start, on_run_end=end))
     result = await runner.run([node("a", lambda state: {"n": 1})], Loose(anything=threading.Lock()))
     assert (result.status, seen) == (RunStatus.FAILED, ["start", "end"])
+
+
+# ---------------------------------------------------------------------- what is shown, what is said
+
+
+class Pair(RootModel[list[int]]):
+    pass
+
+
+def cancelling(state: dict[str, Any]) -> Any:
+    raise asyncio.CancelledError
+
+
+def raising(state: dict[str, Any]) -> Any:
+    raise ValueError("cannot")
+
+
+@pytest.mark.parametrize(
+    "redact",
+    [
+        lambda state: {1: 2},
+        lambda state: {"cls": 1, "self": 2, "_fields_set": 3},
+        lambda state: {},
+        lambda state: None,
+        raising,
+        cancelling,
+    ],
+    ids=["odd keys", "odd names", "nothing", "None", "raises", "cancels"],
+)
+@pytest.mark.parametrize("root", [False, True], ids=["model", "root model"])
+async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: bool) -> None:
+    """If redact raises, whatever that is, or gives what is no state of the class, each hook is called all the same."""
+    seen: list[str] = []
+    shown: list[Any] = []
+
+    async def start(*_: Any) -> None:
+        seen.append("run start")
+
+    async def end(run_id: str, result: Any) -> None:
+        seen.append("run end")
+        shown.append(result.final_state)
+
+    async def same(state: Any) -> Any:
+        return state
+
+    kind: type[BaseModel] = Pair if root else Num
+    state = Pair([7]) if root else Num(n=7)
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=kind, output_schema=kind)
+    hooks = watch(seen, on_run_start=start, on_run_end=end)
+    result = await quick(hooks=hooks, redact=redact).run([stroma_node("a", contract)(same)], state)
+    assert (result.status, result.final_state, result.hook_errors) == (RunStatus.COMPLETED, state, [])
+    assert seen == ["run start", "start", "success", "run end"]
+    assert type(shown[0]) is kind
+    assert "7" not in repr(shown[0])
+
+
+async def test_a_violation_of_the_nodes_own_making_is_shown() -> None:
+    """A ContractViolation that a node made, without what belongs to it, is a failure like any other, redacted too."""
+
+    class Own(ContractViolation):
+        def __init__(self) -> None:
+            pass
+
+    async def func(state: Num) -> Any:
+        raise Own
+
+    seen: list[str] = []
+    runner = quick(hooks=watch(seen), redact=lambda state: state, contract_retries={"a": 1})
+    result = await runner.run([node("a", func)], Num())
+    assert (result.status, seen) == (RunStatus.FAILED, ["start", "failure"])
+
+
+async def test_a_hook_error_without_a_repr_is_raised_as_one() -> None:
+    """hook_errors="raise" gives HookError, whatever the repr of what the hook raised does."""
+
+    class Mute(Exception):
+        def __repr__(self) -> str:
+            raise RuntimeError("no words")
+
+    async def start(*_: Any) -> None:
+        raise Mute
+
+    async def same(state: Num) -> Any:
+        return state
+
+    with pytest.raises(HookError, match="a Mute"):
+        await quick(hooks=NodeHooks(on_node_start=start), hook_errors="raise").run([node("a", same)], Num())
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException, ValueError])
+@pytest.mark.parametrize("where", ["__str__", "status_code", "__cause__"])
+async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseException], where: str) -> None:
+    """G2: whatever str() or an attribute of an exception raises, be it no Exception, the node has failed with it."""
+
+    def misbehave(self: object) -> Any:
+        raise kind("no")
+
+    members = {where: misbehave if where == "__str__" else property(misbehave)}
+    hostile = type("Hostile", (Exception,), members)
+
+    async def func(state: Num) -> Any:
+        raise hostile("words")
+
+    result = await quick(policy_map=NONE).run([node("a", func)], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.failure_class is FailureClass.AMBIGUOUS
+    assert result.failure.message == ("Hostile" if where == "__str__" else "words")
+
+
+async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
+    """In plain code, too, the TypeError of a hook that is not async comes after the trace, with ``result`` on it."""
+
+    async def same(state: Num) -> Any:
+        return state, 5
+
+    runner = quick()
+    config = RunConfig(hooks=NodeHooks(on_node_success=lambda *_: None))  # type: ignore[arg-type,return-value]
+    ctx = ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager)
+    with pytest.raises(TypeError, match="on_node_success") as caught:
+        await execute_step("a", same, Num(), ctx)
+    result = caught.value.result  # type: ignore[attr-defined]
+    assert (result.status, result.total_tokens) == (RunStatus.INTERRUPTED, 5)
+    assert [event.outcome for event in result.trace] == ["success"]
+
+
+async def test_hooks_that_can_be_read_once_are_read_once() -> None:
+    """Sets of hooks that come out of a generator are called in every run."""
+    seen: list[str] = []
+
+    async def same(state: Num) -> Any:
+        return state
+
+    runner = quick(hooks=(hooks for hooks in [watch(seen)]))
+    for _ in range(2):
+        await runner.run([node("a", same)], Num())
+    assert seen == ["start", "success"] * 2
+
+
+async def test_limits_of_any_size() -> None:
+    """A limit that is too large to be counted with is refused when it is made; the largest one is no limit."""
+    largest = 10**30
+    for field in ("max_tokens_total", "max_latency_ms"):
+        with pytest.raises(ValueError, match=field):
+            ExecutionBudget(**{field: 10**400})
+    with pytest.raises(ValueError, match="node_timeouts"):
+        quick(node_timeouts={"a": 10**5000})
+    with pytest.raises(ValueError, match="hook_timeout_ms"):
+        quick(hook_timeout_ms=10**400)
+    budget = ExecutionBudget(max_tokens_total=largest, max_cost_usd=1.7e308, max_latency_ms=largest)
+
+    async def wait(*_: Any) -> None:
+        await asyncio.sleep(0)
+
+    async def func(state: Num) -> Any:
+        left = current_node().remaining_budget  # type: ignore[union-attr]
+        await asyncio.sleep(0)
+        assert left.tokens == largest
+        return state, 5, 5, "gpt-4o"
+
+    hooks = NodeHooks(on_node_start=wait, on_budget_warning=wait)
+    runner = quick(budget=budget, hooks=hooks, hook_timeout_ms=largest, node_timeouts={"a": largest})
+    result = await runner.run([parallel(node("a", func))], Num())
+    result.raise_for_status()
+
+
+def test_a_run_that_is_thrown_away_leaves_no_noise() -> None:
+    """A coroutine of run() that is collected long after its loop was closed ends without a complaint."""
+    complaints: list[Any] = []
+
+    async def wait(state: Num) -> Any:
+        await asyncio.sleep(30)
+
+    async def begin() -> Any:
+        task = asyncio.create_task(quick().run([node("a", wait)], Num()))
+        await asyncio.sleep(0.01)
+        return task
+
+    def abandon() -> None:
+        loop = asyncio.new_event_loop()
+        task = loop.run_until_complete(begin())
+        loop.close()
+        task._log_destroy_pending = False
+
+    before, sys.unraisablehook = sys.unraisablehook, complaints.append
+    try:
+        contextvars.Context().run(abandon)
+        gc.collect()
+    finally:
+        sys.unraisablehook = before
+    assert complaints == []

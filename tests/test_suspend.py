@@ -372,3 +372,23 @@ async def test_a_store_without_a_journal_cannot_wait() -> None:
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
     assert "keeps no journal" in result.failure.message
+
+
+async def test_what_a_suspension_may_ask_for() -> None:
+    """What is no pydantic model cannot be asked for: the error says what can; a subclass of Suspend may leave it out."""
+
+    class Quiet(Suspend):
+        def __init__(self) -> None:
+            pass
+
+    async def wrong(state: Num) -> Any:
+        raise Suspend("which?", schema=int)  # type: ignore[arg-type]
+
+    async def quiet(state: Num) -> Any:
+        raise Quiet
+
+    result = await runner(AsyncInMemoryStore()).run([node("wrong", wrong)], Num())
+    assert result.failure is not None
+    assert "give a pydantic model" in result.failure.message
+    result = await runner(AsyncInMemoryStore()).run([node("quiet", quiet)], Num())
+    assert (result.status, result.suspended) == (RunStatus.SUSPENDED, ["Quiet"])

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Coroutine, Iterable
 from typing import Any
 
+from stroma.groups import gather
 from stroma.trace import ExecutionResult
 
 __all__ = ["Batch", "outcome_of"]
@@ -32,12 +33,7 @@ class Batch:
             while not self.draining and (item := next(waiting, None)) is not None:
                 await item
 
-        try:
-            async with asyncio.TaskGroup() as group:
-                for _ in range(max_concurrency):
-                    group.create_task(worker())
-        except ExceptionGroup as errors:
-            raise errors.exceptions[0] from None
+        await gather([worker() for _ in range(max_concurrency)])
 
 
 async def outcome_of(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:

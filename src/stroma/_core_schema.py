@@ -14,11 +14,13 @@ __all__ = [
     "JSON_LEAVES",
     "MODELS",
     "ambiguous",
+    "chooses",
     "core_schema_of",
     "decodes",
     "field_nodes",
     "foreign",
     "is_strict",
+    "never_a_dict",
     "nodes_of",
     "plain_json",
     "reachable",
@@ -145,6 +147,13 @@ def ambiguous(node: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> bool:
     return sum(not k <= FLAT_LEAVES | {"nullable"} for k in kinds) > 1 and any(k & MODELS for k in kinds)
 
 
+def never_a_dict(core: Any) -> bool:
+    """Whether the value of a root model is a list, say, or text: nothing that could be taken for fields."""
+    while core["type"] in ("definitions", "model"):
+        core = core["schema"]
+    return core["type"] in FLAT_LEAVES | {"list", "tuple", "set", "frozenset"}
+
+
 def is_strict(node: dict[str, Any]) -> bool:
     return bool(node.get("strict") or (node.get("config") or {}).get("strict"))
 
@@ -158,6 +167,11 @@ def decodes(node: dict[str, Any]) -> bool:
         return True
     owner = getattr(_function(node), "__self__", None)
     return isinstance(owner, (EncodedBytes, EncodedStr))
+
+
+def chooses(node: dict[str, Any]) -> bool:
+    """Whether a function of the user's picks the class of a union: it may know instances, and not what is stored of one."""
+    return node["type"] == "tagged-union" and callable(node["discriminator"])
 
 
 def foreign(node: dict[str, Any]) -> bool:

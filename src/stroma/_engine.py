@@ -27,7 +27,7 @@ from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through
 from stroma._usage import count_returned, price
 from stroma.checkpoint import StepCall, StoreError, Waiting, schema_ref
-from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext
+from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
 from stroma.failures import (
@@ -129,11 +129,14 @@ async def execute(
             if ctx.step_policies and branch:
                 ctx.done[position, branch] = committed
             return committed
-    plan = _plan(ctx, node, value, contract)
     if isinstance(node, Group):
         kind = "group"
     rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
     run = NodeExecution(ctx, node.node_id, kind, position, branch, rows)
+    try:
+        plan = _plan(ctx, node, value, contract)
+    except Exception as broken:
+        return await _without_plan(ctx, run, value, broken)
     # Rows hold encoded snapshots where the trace knows the schemas that read them.
     run.compact = ctx.trace.adopt(node.node_id, plan)
     if parent is not None:
@@ -172,10 +175,7 @@ async def execute(
     finally:
         if run._at_end is not None:
             run.close()
-        try:
-            CURRENT.reset(token)
-        except ValueError:  # Closed by the garbage collector, say, in a context that is not its task's.
-            pass
+        leave(token)
 
 
 def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | None:
@@ -218,6 +218,21 @@ def _plan(
     ):
         plan = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
     return plan
+
+
+async def _without_plan(
+    ctx: ReliabilityContext, run: NodeExecution, value: BaseModel, broken: Exception
+) -> Halt:
+    """The end of a node whose contract cannot be read: a class that is not fully defined, say."""
+    token = CURRENT.set(run)
+    try:
+        run.attempt = 1
+        raw = _raw_picture(value)
+        violation = as_violation(run.node_id, "input", raw, broken)
+        outcome = await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
+        return outcome if isinstance(outcome, Halt) else Halt(outcome)
+    finally:
+        leave(token)
 
 
 def _decide(
@@ -315,7 +330,10 @@ async def _attempt(
 
     # ---- the output
     try:
-        model, kept = promised.give(output, run.compact)
+        if type(node) is Node:
+            model, kept = promised.give(output, run.compact)
+        else:
+            model, kept = promised.assemble(output, run.compact)
     except Exception as broken:
         violation = as_violation(run.node_id, "output", output, broken)
         return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)

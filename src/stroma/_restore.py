@@ -8,7 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
-from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext
+from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
 from stroma.contracts import NodeContract
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import Schema, schema_of
@@ -65,7 +65,7 @@ async def restore(
                 lambda: (ctx.run_id, node.node_id, ctx.shown(schema.state(model))),
             )
         finally:
-            CURRENT.reset(token)
+            leave(token)
     return model
 
 

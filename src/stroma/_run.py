@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from dataclasses import replace
 
@@ -12,6 +13,7 @@ from stroma._engine import Halt, execute
 from stroma._restore import check_committed, output_schema, restore
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
 from stroma.context import ReliabilityContext
+from stroma.cost import shown
 from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
 from stroma.hooks import HookError, HookNotAsync
 from stroma.nodes import Group, Node
@@ -85,6 +87,12 @@ class OneRun:
                 if not begun:
                     begun = True
                     await self._tell_start()
+            if self._cancelled_as is not None and self.task is not None:
+                # A node has swallowed the cancellation, or ended without meeting it: the caller's task is left as it was.
+                with contextlib.suppress(asyncio.CancelledError):
+                    await asyncio.sleep(0)
+                if self.task.uncancel() > cancelling:
+                    raise asyncio.CancelledError
         except asyncio.CancelledError:
             status = self._cancelled_as or RunStatus.CANCELLED
             if self._cancelled_as is None or self.task is None or self.task.uncancel() > cancelling:
@@ -188,6 +196,8 @@ class OneRun:
         assert task is not None  # A coroutine of asyncio runs in one.
         cancelling = task.cancelling()
         for position in range(self.start or 0, len(self.nodes)):
+            if self._cancelled_as is not None:  # The node before has swallowed it.
+                return None, self._cancelled_as
             if self.draining:
                 return None, RunStatus.INTERRUPTED
             if task.cancelling() != cancelling:
@@ -249,7 +259,7 @@ class OneRun:
             first = ctx.hook_failures[0]
             where = "" if first.node_id is None else f" of {first.node_id!r}"
             raise HookError(
-                f"{len(ctx.hook_failures)} hook calls raised; the first, {first.hook}{where}: {first.exception!r}",
+                f"{len(ctx.hook_failures)} hook calls raised; the first, {first.hook}{where}: {shown(first.exception)}",
                 result,
             ) from first.exception
         return result
@@ -263,7 +273,8 @@ def _own_copy(ctx: ReliabilityContext, result: ExecutionResult) -> ExecutionResu
         state = schema.copy(state)
         if ctx.config.redact is not None:
             # What is shown need not satisfy the schema.
-            state = type(state).model_construct(**ctx.shown(schema.state(state)))
+            seen = ctx.shown(schema.state(state))
+            state = schema.made_of({"root": seen.get("root", seen)} if schema.root else seen)
     if ctx.config.redact is not None:
         for event in trace.walk():
             event.input_state = ctx.shown(event.input_state)

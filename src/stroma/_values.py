@@ -151,4 +151,5 @@ def _adapter(kind: Any) -> TypeAdapter[Any] | None:
     except Exception:  # Not every class has a schema.
         return None
     own = any(map(restless, nodes)) or any("validation_alias" in node or node.get("strict") for node in nodes)
-    return None if own else adapter
+    # One whose names cannot be looked up from here says nothing of its fields.
+    return None if own or not adapter.pydantic_complete else adapter

@@ -172,7 +172,9 @@ def read_provider_error(exc: BaseException) -> Verdict | None:
             continue
         try:
             verdict = _read(candidate)
-        except Exception:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
             verdict = None
         if verdict is not None:
             return verdict
@@ -220,7 +222,9 @@ def _get(owner: Any, name: str) -> Any:
     """A key of a mapping or an attribute of anything else; None if there is none, or none that can be read."""
     try:
         return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
-    except Exception:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
         return None
 
 

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, field_validator
 
 from stroma.contracts import check_id
-from stroma.cost import ExecutionBudget, FallbackPolicy
+from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy, shown
 from stroma.failures import Classifier, PolicyMap, default_policy_map
 from stroma.hooks import AnyHooks, NodeHooks, flatten
 
@@ -103,7 +103,7 @@ class RunConfig(BaseModel):
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
     unknown_model: Literal["warn", "error"] = "warn"
     hook_errors: Literal["isolate", "raise"] = "isolate"
-    hook_timeout_ms: int | None = Field(default=5000, gt=0)
+    hook_timeout_ms: int | None = Field(default=5000, gt=0, le=LARGEST)
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
 
     def take_run_id(self) -> str:
@@ -121,15 +121,15 @@ class RunConfig(BaseModel):
     @field_validator("hooks")
     @classmethod
     def _are_hooks(cls, value: Any) -> Any:
-        flatten(value)
-        return value
+        sets = flatten(value)
+        return value if isinstance(value, (NodeHooks, Sequence)) else sets  # What can be read once has been.
 
     @field_validator("node_timeouts")
     @classmethod
     def _positive(cls, value: dict[str, int]) -> dict[str, int]:
         for node_id, limit in value.items():
-            if limit <= 0:
+            if not 0 < limit <= LARGEST:
                 raise ValueError(
-                    f"node_timeouts[{node_id!r}] is {limit} ms; give a positive number of milliseconds"
+                    f"node_timeouts[{node_id!r}] is {shown(limit)} ms; give a positive number of milliseconds, up to 10**30"
                 )
         return value

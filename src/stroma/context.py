@@ -7,7 +7,7 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
-from contextvars import ContextVar
+from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from time import perf_counter_ns, time_ns
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -320,6 +320,14 @@ def current_run() -> ReliabilityContext | None:
     """The run around this code: inside a node's function and in all hooks, elsewhere None."""
     node = CURRENT.get()
     return _RUN.get() if node is None else node.ctx
+
+
+def leave(token: Token[NodeExecution | None]) -> None:
+    """The end of a node's execution: :func:`current_node` is what it was before."""
+    try:
+        CURRENT.reset(token)
+    except ValueError:
+        pass  # A coroutine that was thrown away is closed in somebody else's context.
 
 
 class _NoSession:
@@ -669,7 +677,9 @@ class ReliabilityContext:
             return state
         try:
             shown = redact(state)
-        except Exception as error:
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:
             return {"redacted": f"redact raised {type(error).__name__}"}
         return (
             shown
@@ -681,10 +691,14 @@ class ReliabilityContext:
         """A failure as hooks may see it: a violation carries the state that broke the contract."""
         if self.config.redact is None or not is_a(error, ContractViolation):
             return error
-        errors = [
-            {k: v for k, v in e.items() if k != "input"} if isinstance(e, dict) else e for e in error.errors
-        ]
-        return ContractViolation(error.node_id, error.direction, self.shown(error.raw), errors)
+        try:
+            errors = [
+                {k: v for k, v in e.items() if k != "input"} if isinstance(e, dict) else e
+                for e in error.errors
+            ]
+            return ContractViolation(error.node_id, error.direction, self.shown(error.raw), errors)
+        except Exception:  # A node made it, and left out what belongs to it.
+            return ContractViolation("", "output", {"redacted": f"a {type(error).__name__}"}, [])
 
     def hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
         self.hook_failures.append(HookFailure(hook, node_id, error))
@@ -693,6 +707,8 @@ class ReliabilityContext:
         self, status: RunStatus, final_state: Any, failure: Failure | None = None
     ) -> ExecutionResult:
         """The result as things stand: totals and trace of the whole context so far."""
+        if isinstance(final_state, BaseModel):
+            schema_of(type(final_state)).release(final_state)
         return ExecutionResult(
             run_id=self.run_id,
             status=status,

@@ -83,12 +83,16 @@ _UNITS: Final[dict[str, tuple[str, str]]] = {
 }
 
 
+#: Of limits in whole numbers: what floats can be compared with, and every clock takes.
+LARGEST: Final = 10**30
+
+
 class ExecutionBudget(BaseModel):
     """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing."""
 
-    max_tokens_total: int | None = Field(default=None, ge=0)
+    max_tokens_total: int | None = Field(default=None, ge=0, le=LARGEST)
     max_cost_usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)
-    max_latency_ms: int | None = Field(default=None, ge=0)
+    max_latency_ms: int | None = Field(default=None, ge=0, le=LARGEST)
 
     @classmethod
     def unlimited(cls) -> ExecutionBudget:

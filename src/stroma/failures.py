@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 
 from stroma.classifiers import read_provider_error
 from stroma.contracts import ContractViolation
-from stroma.cost import BudgetExceeded, UsageError
+from stroma.cost import BudgetExceeded, UsageError, shown
 from stroma.schemas import NotSerialisable
 
 __all__ = [
@@ -148,8 +148,14 @@ class Suspend(Exception):
         ``current_node().signal``.
     """
 
+    schema: type[BaseModel] | None = None  # Of a subclass that does not say, too.
+
     def __init__(self, reason: str, *, schema: type[BaseModel] | None = None) -> None:
         super().__init__(reason)
+        if schema is not None and not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+            raise TypeError(
+                f"Suspend asks for {shown(schema)}; give a pydantic model, a RootModel for plain values"
+            )
         self.reason = reason
         self.schema = schema
 
@@ -167,7 +173,9 @@ def message_of(exc: BaseException) -> str:
     """``str(exc)``, or the type's name where that is empty or raises. Lone surrogates become escapes: it is stored."""
     try:
         return str(exc).encode("utf-8", "backslashreplace").decode() or type(exc).__name__
-    except Exception:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
         return type(exc).__name__
 
 

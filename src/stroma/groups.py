@@ -4,19 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import warnings
 from collections.abc import Callable, Coroutine, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict, create_model
 
+from stroma._core_schema import core_schema_of, never_a_dict
 from stroma._engine import GroupStopped, Halt, execute
 from stroma._restore import output_schema
 from stroma.context import Kind, NodeExecution, ReliabilityContext
 from stroma.nodes import Group, Kept, Node, find_node
 from stroma.schemas import schema_of
 
-__all__ = ["map_over", "parallel"]
+__all__ = ["gather", "map_over", "parallel"]
 
 
 def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
@@ -49,7 +51,7 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
                 return await _call_by_hand(child, schema_of(type(state)).copy(state))
 
         merged: dict[str, Any] = {}
-        for out in await _gather([one(child) for child in children]):
+        for out in await gather([one(child) for child in children]):
             merged.update(out)
         return merged
 
@@ -89,7 +91,7 @@ def map_over(field: str, node: Any, *, into: str, max_concurrency: int | None = 
             async with gate():
                 return await _call_by_hand(child, _item_state(None, child, item))
 
-        outputs = await _gather([one(item) for item in _items(state, field)])
+        outputs = await gather([one(item) for item in _items(state, field)])
         return {**schema_of(type(state)).fields(state), into: outputs}
 
     group = Group(f"map_over({field}, {child.node_id})", (child,), run, output, by_hand, each=True)
@@ -136,13 +138,13 @@ async def _side_by_side(
             return None
         return outcome
 
-    outputs = await _gather([one(i, node, value) for i, (node, value) in enumerate(jobs)])
+    outputs = await gather([one(i, node, value) for i, (node, value) in enumerate(jobs)])
     for halt in (*stopped, *waiting):
         raise GroupStopped(halt)
     return cast("list[BaseModel]", outputs)
 
 
-async def _gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
+async def gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     """Results in order. The first exception cancels and awaits the rest, and comes out as itself.
 
     Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a cancellation
@@ -239,14 +241,25 @@ def _merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseM
     if found is None:
         fields: dict[str, Any] = {}
         for cls in classes:
-            if cls is Kept or cls.model_config.get("extra") == "allow":
+            if _is_open(cls):
                 # It may give any field any value, and later outputs win over earlier ones.
                 fields = dict.fromkeys(fields, (Any, ...))
-            if cls is not Kept:
-                fields.update({n: (info.annotation, info) for n, info in cls.model_fields.items()})
-        opened = any(cls is Kept or cls.model_config.get("extra") == "allow" for cls in classes)
-        found = _models[key] = _make_model(name, fields, opened)
+            if not (cls.__pydantic_root_model__ and _is_open(cls)):
+                fields.update(_fields_of(cls))
+        found = _models[key] = _make_model(name, fields, classes)
     return found
+
+
+def _is_open(cls: type[BaseModel]) -> bool:
+    """Whether it may hold any fields: extra ones, or those of the dict that a root model is."""
+    if cls.__pydantic_root_model__:
+        return not never_a_dict(core_schema_of(cls))
+    return cls.model_config.get("extra") == "allow"
+
+
+def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
+    """Its fields, as a model is made of them; those that are excluded cross no boundary."""
+    return {n: (info.annotation, info) for n, info in cls.model_fields.items() if not info.exclude}
 
 
 def _with_list(name: str, base: type[BaseModel], into: str, item: type[BaseModel]) -> type[BaseModel]:
@@ -254,15 +267,28 @@ def _with_list(name: str, base: type[BaseModel], into: str, item: type[BaseModel
     key = ("list", name, base, into, item)
     found = _models.get(key)
     if found is None:
-        fields: dict[str, Any] = {n: (info.annotation, info) for n, info in base.model_fields.items()}
+        fields = _fields_of(base)
         fields[into] = (list[Any] if item is Kept else list[item], ...)  # type: ignore[valid-type]
-        found = _models[key] = _make_model(name, fields, base.model_config.get("extra") == "allow")
+        found = _models[key] = _make_model(name, fields, (base,))
     return found
 
 
-def _make_model(name: str, fields: dict[str, Any], opened: bool) -> type[BaseModel]:
-    config = ConfigDict(arbitrary_types_allowed=True, extra="allow" if opened else "ignore")
-    return create_model(name, __config__=config, **fields)
+def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseModel]]) -> type[BaseModel]:
+    config = ConfigDict(
+        arbitrary_types_allowed=True,
+        extra="allow" if any(map(_is_open, bases)) else "ignore",
+        # What was taken as an enum's value is read back from a store as one.
+        use_enum_values=any(cls.model_config.get("use_enum_values", False) for cls in bases),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Whoever wrote the classes has been told of odd names.
+        try:
+            made: type[BaseModel] = create_model(name, __config__=config, **fields)
+            core_schema_of(made)
+            return made
+        except Exception:  # An annotation means something in its own module only.
+            undescribed: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
+            return create_model(name, __config__=config, **undescribed)
 
 
 def _items(value: BaseModel, field: str) -> list[Any]:
@@ -280,15 +306,19 @@ def _item_state(ctx: ReliabilityContext | None, node: Node | Group, item: Any) -
     if isinstance(item, BaseModel):
         return item
     if isinstance(item, dict):
-        return _Item.model_construct(None, **item) if all(isinstance(k, str) for k in item) else Kept(item)
+        return _item(item) if all(isinstance(k, str) for k in item) else Kept(item)
     contract = (
         None if isinstance(node, Group) else ((ctx and ctx.registry.find(node.node_id)) or node.contract)
     )
     if contract is not None and not contract.input_schema.__pydantic_root_model__:
         required = [n for n, info in contract.input_schema.model_fields.items() if info.is_required()]
         if len(required) == 1:
-            return _Item.model_construct(None, **{required[0]: item})
+            return _item({required[0]: item})
     return Kept(item)
+
+
+def _item(fields: dict[str, Any]) -> BaseModel:
+    return schema_of(_Item).made_of(fields)
 
 
 class _Item(BaseModel):

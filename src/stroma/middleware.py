@@ -14,6 +14,7 @@ from stroma._engine import Halt, execute
 from stroma.checkpoint import PipelineChanged, StepCall
 from stroma.context import ReliabilityContext
 from stroma.contracts import NodeContract
+from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, find_node, make_node
 from stroma.schemas import NotSerialisable, schema_of
 from stroma.trace import ExecutionResult, RunStatus
@@ -55,9 +56,13 @@ async def execute_step(
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
-    outcome = await execute(
-        ctx, node, input_state, position, contract=contract, step=call, cancelling=cancelling
-    )
+    try:
+        outcome = await execute(
+            ctx, node, input_state, position, contract=contract, step=call, cancelling=cancelling
+        )
+    except HookNotAsync as error:
+        error.result = ctx.build_result(RunStatus.INTERRUPTED, input_state)
+        raise
     ctx.step_status = outcome.status if isinstance(outcome, Halt) else RunStatus.COMPLETED
     if isinstance(outcome, Halt) and outcome.suspended:
         return ctx.build_result(RunStatus.SUSPENDED, input_state)

@@ -337,8 +337,10 @@ class StromaRunner:
 
         ``at``: the first position with this id runs next. ``state``: its input, in place of what the run had there.
         The other run stays as it is. ``input_schema``: what its input is, if the pipeline begins with a group.
-        Raises CheckpointNotFound, RunExists, ValueError for an unknown node.
+        Raises CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is no model.
         """
+        if state is not None and not isinstance(state, BaseModel):
+            raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         records = _records_of(nodes)
         before = _resume_position(records, at, "at")

@@ -38,6 +38,7 @@ from stroma._core_schema import (
     JSON_LEAVES,
     MODELS,
     ambiguous,
+    chooses,
     core_schema_of,
     decodes,
     field_nodes,
@@ -72,6 +73,7 @@ class Schema:
     __slots__ = (
         "__dict__",  # for the fingerprint, which few need
         "_accepts",
+        "_again",
         "_ambiguous",
         "_anew",
         "_bare",
@@ -79,6 +81,7 @@ class Schema:
         "_careful",
         "_changing",
         "_computed",
+        "_decoding",
         "_deep",
         "_excluded",
         "_extra",
@@ -175,9 +178,15 @@ class Schema:
         self._revalidates = model.model_config.get("revalidate_instances") == "always"
         defs = {node["ref"]: node for node in nodes if "ref" in node}
         #: Why a stored form must be read back to know that it says the same.
-        self._changing = any(map(restless, nodes)) or _overrides_validation(model)
+        self._changing = any(restless(node) or chooses(node) for node in nodes) or _overrides_validation(
+            model
+        )
         self._ambiguous = any(ambiguous(node, defs) for node in nodes)
         self._strict = any(map(is_strict, nodes))
+        #: The fields that hold decoded text.
+        self._decoding = frozenset(
+            name for name in self.names if any(map(decodes, nodes_of([*field_nodes(core, model, name)])))
+        )
         #: What this class validated and nobody else has, by id: it needs no validation to cross. None: not noted.
         self._given: WeakValueDictionary[int, BaseModel] | None = None
         if (self._changing or self._nested) and model.__weakrefoffset__:
@@ -186,7 +195,7 @@ class Schema:
         #: Whether a boundary has nothing to do but to validate, and to take the tuple of the values.
         self._careful = self._shares or bool(self._nested)
         self._fast = self.flat and self._given is None
-        self.validate: Final = self._make_validate(core, any(map(decodes, nodes)))
+        self.validate: Final = self._make_validate(core)
 
     def _sort_fields(self, core: Any) -> None:
         """Which fields need a recursive copy, and which hold values that no schema describes."""
@@ -216,19 +225,25 @@ class Schema:
             self._accepts[name] = classes
         self._deep = tuple(deep)
 
-    def _make_validate(self, core: Any, decoding: bool) -> Callable[[Any], BaseModel]:
-        """How a value is validated; and, as ``_rebuild``, the values of the fields of this very class."""
+    def _make_validate(self, core: Any) -> Callable[[Any], BaseModel]:
+        """How a value is validated.
+
+        As ``_again``, values that were decoded before; as ``_rebuild``, the values of the fields of this very class.
+        """
         model = self.model
-        self._rebuild: Callable[[Any], BaseModel] = lambda raw: self.validate(raw)
+        self._again: Callable[[Any], BaseModel] = lambda raw: self.validate(raw)
+        self._rebuild = self._again
         if _overrides_validation(model):
             return model.model_validate
         run = self.validator.validate_python
+        decoding = any(map(decodes, nodes_of(core)))
         again = validator_without(core, decodes).validate_python if decoding else run
         if self._by_name:
+            self._again = lambda raw: cast("BaseModel", again(raw, by_alias=True, by_name=True))
             self._rebuild = lambda raw: cast("BaseModel", again(raw, by_alias=False, by_name=True))
             return lambda raw: cast("BaseModel", run(raw, by_alias=True, by_name=True))
         if decoding:
-            self._rebuild = again
+            self._again = self._rebuild = lambda raw: cast("BaseModel", again(raw))
         return run
 
     @functools.cached_property
@@ -342,6 +357,11 @@ class Schema:
             self._given[id(model)] = model
         return model
 
+    def release(self, model: BaseModel) -> None:
+        """Note that somebody else holds the model from now on, and may change it."""
+        if self._given is not None:
+            self._given.pop(id(model), None)
+
     def _trusts(self, model: BaseModel) -> bool:
         return self._given is not None and self._given.get(id(model)) is model
 
@@ -378,7 +398,10 @@ class Schema:
             for name in source._computed & frozenset(self.names):
                 raw.setdefault(name, getattr(value, name))
         # A class's own values have its field names: another field's alias may be one of them.
-        return self._rebuild(raw) if source is self else self.validate(raw)
+        if source is self:
+            return self._rebuild(raw)
+        decoded = self._decoding and self._decoding <= source._decoding
+        return self._again(raw) if decoded else self.validate(raw)
 
     def take(self, value: BaseModel, compact: bool) -> tuple[BaseModel, Snapshot]:
         """A node's input from the state before it, and its picture: a snapshot if ``compact``, else a plain dict."""
@@ -407,6 +430,27 @@ class Schema:
             return model, self._values(model.__dict__)
         self.trust(model)
         return model, self.snapshot(model) if compact else self.state(model)
+
+    def assemble(self, values: dict[str, Any], compact: bool) -> tuple[BaseModel, Snapshot]:
+        """A model of values that other classes have validated, by field name, and its picture.
+
+        Not validated again: a validator would change them twice, and a decoder refuse what it has decoded.
+        """
+        model = self.trust(self.made_of(values))
+        return model, self.snapshot(model) if compact else self.state(model)
+
+    def made_of(self, values: dict[str, Any]) -> BaseModel:
+        """A model that holds values as they are, whatever they are; a field that they do not name is None."""
+        model = self.model.__new__(self.model)
+        extra = {k: v for k, v in values.items() if k not in self.names} if self._extra else None
+        for name, value in {
+            "__dict__": {name: values.get(name) for name in self.names},
+            "__pydantic_fields_set__": values.keys() & set(self.names),
+            "__pydantic_extra__": extra,
+            "__pydantic_private__": None,
+        }.items():
+            object.__setattr__(model, name, value)
+        return model
 
     def _admit(self, output: Any) -> BaseModel:
         """Validate what a node returned: pydantic takes the instances in it as they are, unvalidated and shared."""
@@ -496,11 +540,11 @@ class Schema:
     def _write(self, model: BaseModel) -> bytes:
         if self._json or (self._floats and all(map(_finite, model.__dict__.values()))):
             try:
-                data = self._to_json(model, by_alias=False)
+                data = self._to_json(model, by_alias=False, warnings="error")
                 if len(data) < _LONG_INT or not _TOO_LONG.search(data):
                     return data
             except pydantic_core.PydanticSerializationError:
-                pass  # A lone surrogate, say: the tagged encoding knows it.
+                pass  # A lone surrogate, say, or a value of another type: the tagged encoding knows them.
         return self._tagged(model) + b"]"
 
     def _tagged(self, model: BaseModel) -> bytes:

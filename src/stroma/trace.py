@@ -139,6 +139,14 @@ class ExecutionTrace:
         # Which schemas the snapshots of a node's rows are read with.
         self._schemas: dict[str, tuple[Schema | None, Schema, object]] = {}
 
+    def __getstate__(self) -> tuple[str, list[TraceEvent]]:
+        # Events are plain data; rows need schemas, and those cannot leave the process.
+        return self.run_id, self._events
+
+    def __setstate__(self, state: tuple[str, list[TraceEvent]]) -> None:
+        self.run_id, events = state
+        self.rows, self._schemas = list(events), {}
+
     def append(self, event: TraceEvent) -> None:
         """Add an event; the very object is kept."""
         self.rows.append(event)

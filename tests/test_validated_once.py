@@ -1,0 +1,331 @@
+"""Values that were validated once: what groups make of them, who is trusted with them, what other classes take."""
+
+import enum
+import warnings
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import pytest
+from pydantic import (
+    AfterValidator,
+    Base64Str,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    Json,
+    RootModel,
+    Tag,
+    create_model,
+    field_validator,
+)
+
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    NodeHooks,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    execute_step,
+    map_over,
+    parallel,
+    stroma_node,
+)
+from stroma.schemas import NotSerialisable, schema_of
+
+NONE = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class Value(BaseModel):
+    value: int
+
+
+class Text(BaseModel):
+    """Its validators refuse or change what they have returned."""
+
+    data: Json[list[int]]
+    text: Base64Str
+    loud: Annotated[str, AfterValidator(lambda value: f"{value}!")]
+
+
+SENT = {"data": "[1]", "text": "aGk=", "loud": "hi"}
+TAKEN = {"data": [1], "text": "hi", "loud": "hi!"}
+
+
+def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=given, output_schema=promised
+    )
+    return stroma_node(node_id, contract)(func)
+
+
+def gives(node_id: str, output: Any, promised: type[BaseModel], given: type[BaseModel] = Num) -> Any:
+    async def func(state: BaseModel) -> Any:
+        return output
+
+    return node(node_id, func, given, promised)
+
+
+def quick(tmp_path: Path | None = None, **config: Any) -> StromaRunner:
+    store = None if tmp_path is None else SQLiteStore(tmp_path / "x.db")
+    return StromaRunner.quick(policy_map=NONE, store=store, **config)
+
+
+def held(state: Any) -> Any:
+    """The values of its fields; a dump would encode them again."""
+    return schema_of(type(state)).fields(state)
+
+
+async def resumed(runner: StromaRunner, nodes: list[Any], state: BaseModel | None = None) -> tuple[Any, Any]:
+    """What a state was when it was made, and what it is when it is restored."""
+    state = Num() if state is None else state
+    first = await runner.run(nodes, state, run_id="r")
+    first.raise_for_status()
+    return first.final_state, (await runner.run(nodes, state, run_id="r", resume=True)).final_state
+
+
+# ---------------------------------------------------------------------- groups
+
+
+@pytest.mark.parametrize("durable", [False, True], ids=["memory", "sqlite"])
+async def test_outputs_merge_without_another_validation(durable: bool, tmp_path: Path) -> None:
+    """Outputs that a child's contract has validated merge as they are: no validator sees them again, no decoder."""
+    runner = quick(tmp_path if durable else None)
+    group = parallel(gives("a", SENT, Text), gives("b", {"value": 1}, Value))
+    made, restored = await resumed(runner, [group])
+    assert held(made) == held(restored) == {**TAKEN, "value": 1}
+
+
+@pytest.mark.parametrize("durable", [False, True], ids=["memory", "sqlite"])
+async def test_items_are_collected_without_another_validation(durable: bool, tmp_path: Path) -> None:
+    """What is around a map_over, and the outputs of its items, are kept as they were validated."""
+    runner = quick(tmp_path if durable else None)
+    wide = create_model("Wide", __base__=Text, values=(list[int], ...))
+    first = gives("first", {**SENT, "values": [1, 2]}, wide)
+    made, restored = await resumed(
+        runner, [first, map_over("values", gives("a", SENT, Text, Value), into="out")]
+    )
+    assert held(made) == held(restored) == {**TAKEN, "values": [1, 2], "out": [TAKEN, TAKEN]}
+
+
+async def test_decoded_values_reach_another_class() -> None:
+    """What a node's class has decoded is not decoded again by the next node's, if that would decode the same fields."""
+    both = create_model("Both", data=(Json[list[int]], ...), text=(Base64Str, ...), value=(int, 0))
+    seen = []
+
+    async def last(state: Any) -> Any:
+        seen.append({"data": state.data, "text": state.text})
+        return state
+
+    decoded = {"data": [1], "text": "hi"}
+    plain = create_model("Plain", data=(Json[list[int]], ...), text=(Base64Str, ...))
+    result = await quick().run([gives("a", SENT, plain), node("last", last, both, both)], Num())
+    result.raise_for_status()
+    group = parallel(gives("a", SENT, plain), gives("b", {"value": 1}, Value))
+    result = await quick().run([group, node("last", last, both, both)], Num())
+    result.raise_for_status()
+    assert seen == [decoded, decoded]
+
+
+async def test_text_of_another_class_is_decoded() -> None:
+    """A field that is plain text in one class and decoded in the next is decoded there."""
+    sender = create_model("Sender", data=(str, ...), text=(str, ...))
+    taker = create_model("Taker", data=(Json[list[int]], ...), text=(Base64Str, ...))
+
+    async def last(state: Any) -> Any:
+        return state
+
+    sent = {"data": "[1]", "text": "aGk="}
+    result = await quick().run([gives("a", sent, sender), node("last", last, taker, taker)], Num())
+    assert result.final_state is not None
+    assert held(result.final_state) == {"data": [1], "text": "hi"}
+
+
+async def test_a_dict_that_is_a_root_model_merges() -> None:
+    """A child whose output is a root model of a dict gives the keys of that dict; one of a list gives "root"."""
+    group = parallel(
+        gives("a", {"x": 1, "n": 5}, RootModel[dict[str, int]]),
+        gives("b", [1], RootModel[list[int]]),
+        gives("c", {"n": 2}, Num),
+    )
+    made, restored = await resumed(quick(), [group])
+    assert held(made) == held(restored) == {"x": 1, "root": [1], "n": 2}
+
+
+async def test_excluded_fields_of_children_do_not_cross() -> None:
+    """A field with exclude=True is no part of a merged state, and keeps nothing from being merged."""
+
+    class Half(BaseModel):
+        kept: int
+        hidden: int = Field(exclude=True)
+
+    group = parallel(gives("a", {"kept": 1, "hidden": 2}, Half), gives("b", {"n": 2}, Num))
+    made, restored = await resumed(quick(), [group])
+    assert held(made) == held(restored) == {"kept": 1, "n": 2}
+    wide = create_model("Wide", __base__=Half, values=(list[int], []))
+    result = await quick().run(
+        [map_over("values", gives("a", {"n": 1}, Num), into="out")], wide(kept=1, hidden=2)
+    )
+    assert result.final_state is not None
+    assert held(result.final_state) == {"kept": 1, "values": [], "out": []}
+
+
+async def test_values_of_enums_merge_as_they_are(tmp_path: Path) -> None:
+    """A child that keeps an enum's value gives that value, also back from a store."""
+
+    class Colour(enum.Enum):
+        RED = "red"
+
+    class Paint(BaseModel):
+        model_config = ConfigDict(use_enum_values=True)
+        colour: Colour
+
+    group = parallel(gives("a", {"colour": "red"}, Paint), gives("b", {"n": 2}, Num))
+    made, restored = await resumed(quick(tmp_path), [group])
+    assert made.colour == restored.colour == "red"
+
+
+async def test_items_may_have_any_keys() -> None:
+    """An item that is a dict may have any keys, also those that a model's making has parameters for."""
+
+    class Odd(BaseModel):
+        cls: int
+        self: int
+
+    class Odds(BaseModel):
+        items: list[dict[str, int]]
+
+    async def same(state: Odd) -> Any:
+        return state
+
+    odds = Odds(items=[{"cls": 1, "self": 2}])
+    result = await quick().run([map_over("items", node("same", same, Odd, Odd), into="out")], odds)
+    assert result.final_state is not None
+    assert result.final_state.out == [Odd(cls=1, self=2)]  # type: ignore[attr-defined]
+
+
+async def test_odd_names_in_a_group_warn_of_nothing() -> None:
+    """A group whose children have fields of odd names runs under warnings that are errors."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        odd = create_model("Odd", json=(int, 1))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = await quick().run([parallel(gives("a", {"json": 2}, odd))], Num())
+    assert result.status is RunStatus.COMPLETED
+
+
+async def test_annotations_that_mean_something_elsewhere() -> None:
+    """A group of children whose annotations cannot be resolved outside of their modules merges all the same."""
+    from pydantic.dataclasses import dataclass
+
+    class Inner(BaseModel):
+        n: int
+
+    @dataclass
+    class Record:
+        inner: "Inner"
+
+    class Holder(BaseModel):
+        record: Record
+
+    async def same(state: Holder) -> Any:
+        return state
+
+    first = gives("a", {"record": {"inner": {"n": 1}}}, Holder)
+    for nodes in (
+        [first, node("b", same, Holder, Holder)],
+        [parallel(first), node("b", same, Holder, Holder)],
+    ):
+        result = await quick().run(nodes, Num())
+        result.raise_for_status()  # Making a Record here would have pydantic look its names up.
+
+
+async def test_a_class_that_is_not_fully_defined_is_a_result() -> None:
+    """A contract that cannot be read, for a class that is not fully defined, is FAILED at its node, with an event."""
+    told = []
+
+    async def failed(run_id: str, node_id: str, *_: Any) -> None:
+        told.append(node_id)
+
+    unmade = create_model("Unmade", x=("NotThere", ...))  # type: ignore[call-overload]
+    first, second = gives("a", {"n": 1}, Num), gives("b", {"n": 2}, Num, unmade)
+    result = await quick(hooks=NodeHooks(on_node_failure=failed)).run([first, second], Num())
+    assert (result.status, result.final_state, told) == (RunStatus.FAILED, Num(n=1), ["b"])
+    assert [event.outcome for event in result.trace] == ["success", "failure"]
+    assert result.failure is not None
+    assert "NotThere" in result.failure.message
+    result = await quick().run([parallel(first, second)], Num())
+    assert result.status is RunStatus.FAILED
+
+
+# ---------------------------------------------------------------------- trust
+
+
+class Positive(BaseModel):
+    n: int
+
+    @field_validator("n")
+    @classmethod
+    def positive(cls, value: int) -> int:
+        if value < 0:
+            raise ValueError("negative")
+        return value
+
+
+async def test_a_final_state_is_not_trusted_any_more() -> None:
+    """G1: a final state is its caller's; what becomes of it is validated when it is the input of another run."""
+    runner = quick()
+    same = gives("a", {"n": 1}, Positive, Positive)
+    first = await runner.run([same], Positive(n=1))
+    assert isinstance(first.final_state, Positive)
+    first.final_state.n = -5
+    assert (await runner.run([same], first.final_state)).status is RunStatus.FAILED
+    ctx = ReliabilityContext.for_run(RunConfig(policy_map=NONE), runner.registry, runner.checkpoint_manager)
+    step = await execute_step("a", same, Positive(n=1), ctx)
+    assert isinstance(step.final_state, Positive)
+    step.final_state.n = -5
+    assert (await execute_step("b", same, step.final_state, ctx)).status is RunStatus.FAILED
+
+
+class Cat(BaseModel):
+    kind: Literal["cat"] = "cat"
+
+
+class Dog(BaseModel):
+    kind: Literal["dog"] = "dog"
+
+
+PETS = Annotated[Cat, Tag("cat")] | Annotated[Dog, Tag("dog")]
+
+
+async def test_a_union_whose_class_a_function_picks(tmp_path: Path) -> None:
+    """A union by a function comes back from a store if the function knows dicts; else it is refused by name there."""
+    both = create_model(
+        "Both",
+        pet=(Annotated[PETS, Discriminator(lambda v: v["kind"] if isinstance(v, dict) else v.kind)], ...),
+    )
+    made, restored = await resumed(quick(tmp_path), [gives("a", {"pet": Dog()}, both)])
+    assert made.pet == restored.pet == Dog()
+    instances = create_model("Instances", pet=(Annotated[PETS, Discriminator(lambda v: v.kind)], ...))
+    made, restored = await resumed(quick(), [gives("a", {"pet": Dog()}, instances)])
+    assert made.pet == restored.pet == Dog()
+    with pytest.raises(NotSerialisable, match="Instances"):
+        schema_of(instances).encode(made)
+
+
+async def test_a_step_whose_input_is_of_another_type_warns_of_nothing() -> None:
+    """A step's input that does not satisfy its own class is a FAILED result, also under warnings that are errors."""
+    ctx = ReliabilityContext.for_run(RunConfig(policy_map=NONE), quick().registry, quick().checkpoint_manager)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        result = await execute_step("a", gives("a", {"n": 1}, Num), Num.model_construct(n="x"), ctx)  # type: ignore[arg-type]
+    assert result.status is RunStatus.FAILED
