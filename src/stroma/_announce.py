@@ -24,6 +24,8 @@ async def fire_success(
         run.node_id,
         lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(model)), run.counted.tokens),
     )
+    if ctx.delivers:
+        ctx.session.delivered(row)
 
 
 async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, row: Row) -> None:
@@ -40,6 +42,8 @@ async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Fai
     if calls is not None:
         arguments = (ctx.run_id, run.node_id, ctx.shown_error(failure.exception), failure.failure_class)
         await ctx.fire.fire("on_node_failure", calls, run.node_id, lambda: arguments)
+        if ctx.delivers:
+            ctx.session.delivered(row)
 
 
 async def warn_of_budget(ctx: ReliabilityContext) -> None:

@@ -531,6 +531,8 @@ async def _suspend(
         await ctx.fire.fire(
             "on_node_suspended", calls, run.node_id, lambda: (ctx.run_id, run.node_id, reason)
         )
+        if ctx.delivers:
+            ctx.session.delivered(row)
     if cancelled:
         raise asyncio.CancelledError
     failure = Failure(
@@ -592,6 +594,8 @@ async def _abandon(
     if calls is not None:
         try:
             await ctx.fire.fire("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))
+            if ctx.delivers:
+                ctx.session.delivered(row)
         except HookNotAsync as error:
             # What ended the attempt is on its way out, and must come out as itself.
             ctx.run_logger.warning("%s", error)

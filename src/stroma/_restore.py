@@ -13,7 +13,7 @@ from stroma.contracts import NodeContract
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import Schema, schema_of
 
-__all__ = ["check_committed", "output_schema", "restore"]
+__all__ = ["check_committed", "output_schema", "raw_output", "read_output", "restore"]
 
 
 async def restore(
@@ -41,7 +41,7 @@ async def restore(
     if changed and isinstance(node, Group):
         return None  # It is put together anew, of children that are restored one by one.
     try:
-        model = _read(schema, committed, _upcast(ctx, node, contract) if changed else None)
+        model = read_output(schema, committed, _upcast(ctx, node, contract) if changed else None)
     except Exception as error:
         target = node.node_id
         while parent is not None:  # Children of groups are no targets of a resume.
@@ -69,20 +69,20 @@ async def restore(
     return model
 
 
-def _read(schema: Schema, committed: Committed, upcast: Callable[[Any], Any] | None) -> BaseModel:
+def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], Any] | None) -> BaseModel:
     if upcast is not None:
-        raw = _raw(committed)
+        raw = raw_output(committed)
         try:
             upcasted = upcast(raw)
         except Exception as error:
             raise ValueError(f"its upcast raised {type(error).__name__}: {error}") from error
         return schema.trust(schema.validate(upcasted))
     if committed.schema is not None and committed.schema is not schema:
-        return schema.trust(schema.validate(_raw(committed)))
+        return schema.trust(schema.validate(raw_output(committed)))
     return schema.trust(schema.restore(committed.output))
 
 
-def _raw(committed: Committed) -> Any:
+def raw_output(committed: Committed) -> Any:
     """What was kept, as plain data: a dict of the fields, or the value of a root model."""
     if committed.schema is not None:
         return committed.schema.raw(committed.schema.restore(committed.output))
@@ -107,7 +107,7 @@ def _tolerated(ctx: ReliabilityContext, node: Node | Group, contract: NodeContra
 
 def _difference(schema: Schema, committed: Committed) -> str:
     """What tells the fields of an output from those of the schema that it is to be read with."""
-    raw = _raw(committed)
+    raw = raw_output(committed)
     names = set(schema.names)
     if not isinstance(raw, dict) or schema.root:
         return "it is another kind of value"
@@ -116,9 +116,10 @@ def _difference(schema: Schema, committed: Committed) -> str:
     return "; ".join(parts) or "types or constraints of its fields are others"
 
 
-def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel) -> Schema:
-    """What a node's output must satisfy, given its input."""
+def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel | None) -> Schema:
+    """What a node's output must satisfy, given its input, which only that of a group depends on."""
     if isinstance(node, Group):
+        assert value is not None
         return schema_of(node.output(ctx, value))
     contract = ctx.contract_of(node)
     return schema_of(Kept if contract is None else contract.output_schema)

@@ -10,6 +10,7 @@ from dataclasses import replace
 from pydantic import BaseModel
 
 from stroma._engine import Halt, execute
+from stroma._redeliver import redeliver
 from stroma._restore import check_committed, output_schema, restore
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
 from stroma.context import ReliabilityContext
@@ -77,6 +78,8 @@ class OneRun:
                 begun = True
                 ctx.session.on_cancel = self.cancel
                 await self._tell_start()
+                if ctx.delivers:
+                    await redeliver(ctx, self.nodes)
                 if ctx.session.finished is None:
                     failure, status = await self._loop()
                 else:

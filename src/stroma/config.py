@@ -77,6 +77,9 @@ class RunConfig(BaseModel):
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
         unknown_model: what a model that nobody has a price for is: "warn" counts it as 0, "error" stops the run.
         hook_errors: "isolate" logs what hooks raise; "raise" raises HookError once the run is complete (for tests).
+        hook_delivery: "at_least_once" keeps with each attempt that its end hooks are due, and tells them on resume if
+            the process died before they were told; ``current_node().redelivered`` says so then, and the exception is a
+            RunFailed with the old message. Needs a journal store, and costs a second write per attempt.
         hook_timeout_ms: how long one call of a hook may take; None for ever.
         redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. A
             hook that asks ``current_node().last_failure`` gets the exception as the node will.
@@ -103,6 +106,7 @@ class RunConfig(BaseModel):
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
     unknown_model: Literal["warn", "error"] = "warn"
     hook_errors: Literal["isolate", "raise"] = "isolate"
+    hook_delivery: Literal["at_most_once", "at_least_once"] = "at_most_once"
     hook_timeout_ms: int | None = Field(default=5000, gt=0, le=LARGEST)
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
 

@@ -6,7 +6,7 @@ import asyncio
 import inspect
 import logging
 from collections import Counter
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from time import perf_counter_ns, time_ns
@@ -340,7 +340,11 @@ class _NoSession:
     prior = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
     traceparent: str | None = None
+    undelivered: Sequence[Row] = ()
     on_cancel: Callable[[], None] | None = None
+
+    def delivered(self, row: Row) -> None:
+        return None
 
     def note_traceparent(self, traceparent: str) -> None:
         return None
@@ -428,6 +432,8 @@ class ReliabilityContext:
         self.kept_traceparent: str | None = None
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
         self.fire = NO_HOOKS
+        #: Whether the store is to know which end hooks are due.
+        self.delivers = bool(sets) and self.config.hook_delivery == "at_least_once"
         if sets:
             limit = self.config.hook_timeout_ms
             self.fire = Hooks(
@@ -435,6 +441,7 @@ class ReliabilityContext:
                 run_id=self.run_id,
                 limit_seconds=None if limit is None else limit / 1000,
                 on_error=self.hook_failed,
+                all_ends=self.delivers,
             )
 
     @classmethod
@@ -510,6 +517,7 @@ class ReliabilityContext:
                     config.if_running,
                     config.lease_seconds,
                     ends,
+                    self.delivers,
                 )
                 opened: Session | Awaitable[Session]
                 if config.if_running == "attach":

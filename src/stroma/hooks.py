@@ -140,7 +140,9 @@ class Hooks:
         run_id: str,
         limit_seconds: float | None,
         on_error: Callable[[str, str | None, BaseException], None],
+        all_ends: bool = False,
     ) -> None:
+        """``all_ends``: fire the ends of attempts also where no set wants to know."""
         self._run_id = run_id
         self._limit = limit_seconds
         self._on_error = on_error
@@ -151,6 +153,9 @@ class Hooks:
                     before = getattr(self, event) or ()
                     call = ((index, hook),)
                     setattr(self, event, call + before if event in _ENDS else before + call)
+        if all_ends:
+            for event in _ENDS:
+                setattr(self, event, getattr(self, event) or ())
 
     async def fire(
         self, event: str, calls: Calls, node_id: str | None, arguments: Callable[[], tuple[Any, ...]]

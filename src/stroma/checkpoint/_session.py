@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 from collections.abc import Awaitable, Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, cast
 
 from pydantic import BaseModel
 
@@ -33,6 +34,7 @@ from stroma.checkpoint.journal import (
 )
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import Payloads
+from stroma.failures import FailureClass
 from stroma.schemas import Schema
 from stroma.trace import (
     ATTEMPT,
@@ -45,6 +47,8 @@ from stroma.trace import (
     POSITION,
     STARTED,
     USAGE,
+    AttemptUsage,
+    Outcome,
     Row,
     contract_of,
 )
@@ -81,6 +85,9 @@ WAITING: Final = -2  # what nodes wait for; branch: "position:branch"
 CANCEL: Final = -3  # somebody wants the run to end
 PARENT: Final = -4  # node id: the run that this one was forked from
 TRACE: Final = -5  # node id: the trace context of the process that began the execution
+DUE: Final = (
+    -6
+)  # attempts whose end hooks may not have been told yet; branch: what tells an attempt from others
 
 
 class Fence(NamedTuple):
@@ -309,6 +316,7 @@ class DurableSession:
 
     __slots__ = (
         "__weakref__",
+        "_deliver",
         "_opened",
         "_payloads",
         "_submit",
@@ -322,6 +330,7 @@ class DurableSession:
         "restored",
         "run_id",
         "traceparent",
+        "undelivered",
         "waiting",
     )
 
@@ -333,6 +342,7 @@ class DurableSession:
     prior: PriorUsage
     restored: Mapping[tuple[int, str], Committed]
     traceparent: str | None
+    undelivered: list[Row]
 
     def __init__(
         self, run_id: str, submit: Submit, payloads: Payloads, opened: Mapping[bytes, bytes] | None = None
@@ -356,6 +366,7 @@ class DurableSession:
         same = kept is not None and (kept[2] == opening.sha256 or self._is(given, kept, request))
         way = decide(request, None if kept is None or found is None else _held(found), same)
         self.restored, self.prior, self.traceparent = {}, PriorUsage(), None
+        self.undelivered, self._deliver = [], request.deliver
         self.continued, self.finished, self.waiting = way == "continue", None, {}
         if way == "begin" or found is None:
             self.fence = rows.begin(found, opening)
@@ -397,8 +408,12 @@ class DurableSession:
             rows.drop(found.run, CANCEL)
         if ours and not self.continued:
             rows.drop(found.run, TRACE)
+            rows.drop(found.run, DUE)
         else:
             self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
+        if ours and self.continued and self._deliver:
+            due = [row for kept in rows.kept(found.run, DUE) if (row := _read_due(kept)) is not None]
+            self.undelivered = sorted(due, key=lambda row: row[STARTED])
         for kept in list(rows.kept(found.run, WAITING)):
             waiting = read_waiting(kept, self._payloads)
             first = request.discard_from
@@ -420,7 +435,7 @@ class DurableSession:
         safe: an attempt that was kept all the same is not counted twice.
         """
         if output is None or schema is None:
-            return self._submit(Commit(self.run_id, self.fence, _attempt(row), None))
+            return self._keep(Commit(self.run_id, self.fence, _attempt(row), None))
         data = schema.encode(output, secrets=self._payloads.codec is not None)
         if not self._payloads.plain:
             return self._record_sealed(row, schema, data, call)
@@ -435,7 +450,22 @@ class DurableSession:
     def _commit(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
         step = Step(contract, ref, data, checksum(data), *(call or (None, None)))
-        return self._submit(Commit(self.run_id, self.fence, _attempt(row), step))
+        return self._keep(Commit(self.run_id, self.fence, _attempt(row), step))
+
+    def _keep(self, commit: Commit) -> Awaitable[None]:
+        if not self._deliver:
+            return self._submit(commit)
+
+        def operation(rows: Rows) -> None:
+            commit(rows)
+            _keep_due(rows, self.run_id, commit.attempt)
+
+        return self._submit(Doing(self.run_id, operation))
+
+    def delivered(self, row: Row) -> None:
+        """The end hooks of an attempt were told. Nobody waits for it: what is not kept is told once more."""
+        run, key = self.fence.run, _due_key(_attempt(row))
+        self._post(lambda rows: rows.drop(run, DUE, key))
 
     def _committed(self, position: int, branch: str, node_id: str, step: Step) -> Committed:
         verify(step, self.run_id, position, node_id, branch)
@@ -454,8 +484,10 @@ class DurableSession:
     def note_traceparent(self, traceparent: str) -> None:
         """Keep the trace context of this execution. Nobody waits for it; without it a resumed run is not linked."""
         step = Step("", "", b"", checksum(b""))
-        keep = Doing(self.run_id, lambda rows: rows.keep(self.run_id, TRACE, "", traceparent, step))
-        pending = asyncio.ensure_future(self._submit(keep))
+        self._post(lambda rows: rows.keep(self.run_id, TRACE, "", traceparent, step))
+
+    def _post(self, do: Callable[[Rows], Any]) -> None:
+        pending = asyncio.ensure_future(self._submit(Doing(self.run_id, do)))
         pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None]:
@@ -464,6 +496,8 @@ class DurableSession:
 
         def operation(rows: Rows) -> None:
             commit(rows)
+            if self._deliver:
+                _keep_due(rows, self.run_id, commit.attempt)
             keep_waiting(rows, self.run_id, waiting)
 
         return self._submit(Doing(self.run_id, operation))
@@ -507,6 +541,36 @@ def _attempt(row: Row) -> Attempt:
         round(usage.cost_usd * PICO),
         text(usage.model),
     )
+
+
+def _due_key(attempt: Attempt) -> str:
+    return f"{attempt.position}:{attempt.started_ns}:{attempt.attempt}:{attempt.branch}"
+
+
+def _keep_due(rows: Rows, run_id: str, attempt: Attempt) -> None:
+    # All that its hooks are to be told, but for its output: that stands with its commit.
+    data = json.dumps(attempt._asdict()).encode()
+    rows.keep(run_id, DUE, _due_key(attempt), attempt.node_id, Step("", "", data, checksum(data)))
+
+
+def _read_due(kept: StepRow) -> Row | None:
+    """What :func:`_keep_due` noted, as the row that it was made of; None for what is damaged."""
+    if not intact(kept.step.output, kept.step.sha256):
+        return None
+    try:
+        found = Attempt(**json.loads(kept.step.output))
+        usage = AttemptUsage(found.tokens, found.output_tokens, found.cost_pico / PICO, found.model)
+        failed = None
+        if found.failure_class is not None:
+            failed = (FailureClass(found.failure_class), found.message or "", found.reason)
+        elif found.message is not None:
+            failed = (FailureClass.RECOVERABLE, found.message, found.reason)  # Why it waits.
+    except (TypeError, ValueError):
+        return None
+    return (
+        found.node_id, found.attempt, found.started_ns, found.duration_ns, {}, None,
+        cast("Outcome", found.outcome), failed, usage, found.position, found.branch, None, None,
+    )  # fmt: skip
 
 
 def keep_waiting(rows: Rows, run_id: str, waiting: Waiting) -> None:

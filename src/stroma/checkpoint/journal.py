@@ -7,7 +7,7 @@ the command line.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -177,6 +177,7 @@ class RunRequest(NamedTuple):
         lease_seconds: how long a holder that is not heard of keeps the run.
         ends: whether the caller will say that the run has ended. From plain code that does not, another request of the
             same process takes the run over at once.
+        deliver: keep with each attempt that its end hooks are due, until delivered() is called.
         discard_from: forget the commits from this position on (of the execution that is continued).
         accept: asked, before anything is changed, about each commit that would be restored; what it raises refuses
             the request.
@@ -192,6 +193,7 @@ class RunRequest(NamedTuple):
     if_running: IfRunning = "error"
     lease_seconds: float = 30.0
     ends: bool = True
+    deliver: bool = False
 
     def accepted(self, commits: Mapping[tuple[int, str], Committed]) -> Mapping[tuple[int, str], Committed]:
         """The commits that stay; raises what ``accept`` raises."""
@@ -326,6 +328,8 @@ class Session(Protocol):
         finished: how the execution ended that is returned as it is; None for one that goes on.
         waiting: what nodes of it wait or waited for, by (position, branch).
         traceparent: what note_traceparent() was told by the process that began the execution; None before.
+        undelivered: attempts of earlier processes whose end hooks may not have been told, the oldest first; without
+            states. Always empty where the process that made them is this one.
         on_cancel: called, from any thread, when somebody asks for the end of this run.
     """
 
@@ -336,7 +340,11 @@ class Session(Protocol):
     prior: PriorUsage
     waiting: Mapping[tuple[int, str], Waiting]
     traceparent: str | None
+    undelivered: Sequence[Row]
     on_cancel: Callable[[], None] | None
+
+    def delivered(self, row: Row) -> None:
+        """The end hooks of an attempt were told. Only called if the request asked for it; nobody waits for it."""
 
     def note_traceparent(self, traceparent: str) -> None:
         """Keep the W3C trace context of this execution, for those who go on with it. Nobody waits for that."""

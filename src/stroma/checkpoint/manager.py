@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 import sys
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -73,6 +73,11 @@ class CheckpointManager:
         )
         if open_run is not None:
             return open_run(request)
+        if request.deliver:
+            raise StoreError(
+                f"{type(self.store).__name__} keeps no journal, so it cannot tell which hooks are due; use a journal store "
+                'such as SQLiteStore, or hook_delivery="at_most_once"'
+            )
         if request.if_exists in ("resume", "return") and request.discard_from is None:
             raise StoreError(
                 f"{type(self.store).__name__} keeps no journal, so it cannot tell where run {request.run_id!r} stopped; "
@@ -92,6 +97,7 @@ class _SimpleSession:
     prior = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
     traceparent: str | None = None
+    undelivered: Sequence[Row] = ()
 
     def __init__(self, store: Any, run_id: str) -> None:
         self.on_cancel: Callable[[], None] | None = None
@@ -112,6 +118,9 @@ class _SimpleSession:
             f"{type(self._store).__name__} keeps no journal, so run {self._run_id!r} cannot wait for a person there; "
             "use a journal store such as SQLiteStore"
         )
+
+    def delivered(self, row: Row) -> None:
+        return None
 
     def note_traceparent(self, traceparent: str) -> None:
         return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 import weakref
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import cast
 
@@ -138,6 +138,7 @@ class _MemorySession:
 
     restored: Mapping[tuple[int, str], Committed]
     on_cancel: Callable[[], None] | None
+    undelivered: Sequence[Row] = ()  # A process that lives tells its hooks.
 
     def __init__(self, run: _Run, request: RunRequest) -> None:
         given = request.schema.snapshot(request.initial_state)
@@ -199,6 +200,9 @@ class _MemorySession:
         else:  # The row's picture is for people, or its node id stands for another schema already.
             self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema))
             self._spent.append(row)
+
+    def delivered(self, row: Row) -> None:
+        return None
 
     def note_traceparent(self, traceparent: str) -> None:
         if self._run.epoch == self._epoch:

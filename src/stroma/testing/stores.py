@@ -12,10 +12,12 @@ import pytest
 from pydantic import BaseModel
 
 from stroma.checkpoint import (
+    AsyncInMemoryStore,
     CheckpointNotFound,
     Committed,
     CorruptCheckpoint,
     Fenced,
+    InMemoryStore,
     PipelineChanged,
     RunBusy,
     RunExists,
@@ -26,7 +28,7 @@ from stroma.checkpoint import (
 )
 from stroma.failures import FailureClass
 from stroma.schemas import schema_of
-from stroma.trace import AttemptUsage, Row
+from stroma.trace import BRANCH, NODE, POSITION, USAGE, AttemptUsage, Row
 
 __all__ = ["JournalStoreTests", "State", "begin", "commit", "fail", "finish", "restored", "row"]
 
@@ -397,6 +399,36 @@ class JournalStoreTests:
         assert restored(again) == {(0, ""): State()}
         await finish(again)
         assert (await begin(store)).traceparent is None
+
+    async def test_end_hooks_are_due_until_they_are_delivered(self, store: Any) -> None:
+        """Attempts whose hooks may not have been told are handed to those who go on, and to nobody once they were."""
+        first = await begin(store, deliver=True)
+        assert list(first.undelivered) == []
+        await commit(first, 0, State(n=1), tokens=3)
+        await settled(first.record(row(1, "b é", branch="0.2", tokens=5, cost=0.25), None, None))
+        await settled(first.suspend(row(2, "c"), Waiting(2, "", "c", "may I?", "")))
+        first.abandon()
+        if not isinstance(store, (InMemoryStore, AsyncInMemoryStore)):
+            again = await begin(store, if_exists="resume", deliver=True)
+            due = list(again.undelivered)
+            usages = [AttemptUsage() if r[USAGE] is None else r[USAGE] for r in due]
+            assert [(r[POSITION], r[BRANCH], r[NODE]) for r in due] == [
+                (0, "", "node"),
+                (1, "0.2", "b é"),
+                (2, "", "c"),
+            ]
+            assert [(usage.tokens, usage.cost_usd) for usage in usages] == [(3, 0.0), (5, 0.25), (0, 0.0)]
+            again.delivered(due[1])
+            await commit(again, 3, State())  # What is posted before is done before.
+            again.abandon()
+            third = await begin(store, if_exists="resume", deliver=True)
+            assert [r[POSITION] for r in third.undelivered] == [0, 2, 3]
+            third.abandon()
+        assert list((await begin(store, deliver=True)).undelivered) == []
+        assert (
+            list((await begin(store, if_exists="resume", if_running="take_over", deliver=True)).undelivered)
+            == []
+        )
 
     async def test_a_held_run_is_asked_to_end(self, store: Any) -> None:
         """cancel() reaches whoever holds the run, once; the next owner is not told."""

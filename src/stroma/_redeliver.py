@@ -1,0 +1,79 @@
+"""End hooks that a process did not live to tell, told by the one that goes on with its run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from stroma._restore import output_schema, raw_output, read_output
+from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
+from stroma.failures import RunFailed
+from stroma.nodes import Group, Node
+from stroma.trace import ATTEMPT, BRANCH, FAILURE, NO_USAGE, NODE, OUTCOME, POSITION, USAGE, Row
+
+__all__ = ["redeliver"]
+
+
+async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> None:
+    """Fire what is due of earlier processes, the oldest first. None of it is in the trace or in the totals."""
+    for row in ctx.session.undelivered:
+        node, kind = _node_at(nodes, row[POSITION], row[BRANCH])
+        run = NodeExecution(ctx, row[NODE], kind, row[POSITION], row[BRANCH], [])
+        run.attempt, run.counted, run.ended, run.redelivered = row[ATTEMPT], row[USAGE] or NO_USAGE, row, True
+        token = CURRENT.set(run)
+        try:
+            await _tell(ctx, run, row, node)
+        finally:
+            run.close()
+            leave(token)
+        ctx.session.delivered(row)
+
+
+async def _tell(ctx: ReliabilityContext, run: NodeExecution, row: Row, node: Node | Group | None) -> None:
+    event = f"on_node_{row[OUTCOME]}"
+    calls = getattr(ctx.fire, event, None)
+    if not calls:
+        return
+    said: tuple[Any, ...] = ()
+    failed = row[FAILURE]
+    if failed is not None:
+        failure_class, message, _ = failed
+        said = (message,) if row[OUTCOME] == "suspended" else (RunFailed(message), failure_class)
+
+    def arguments() -> tuple[Any, ...]:
+        if row[OUTCOME] == "success":
+            return (ctx.run_id, run.node_id, ctx.shown(_output(ctx, row, node)), run.counted.tokens)
+        return (ctx.run_id, run.node_id, *said)
+
+    await ctx.fire.fire(event, calls, run.node_id, arguments)
+
+
+def _output(ctx: ReliabilityContext, row: Row, node: Node | Group | None) -> dict[str, Any]:
+    """The output that was committed with an attempt, as its hook would have seen it."""
+    committed = ctx.restored.get((row[POSITION], row[BRANCH]))
+    if committed is None:
+        return {}  # It was discarded since.
+    if isinstance(node, Node) and node.node_id == row[NODE]:
+        schema = output_schema(ctx, node, None)
+        try:
+            return dict(schema.state(read_output(schema, committed, None)))
+        except ValueError:
+            pass  # The schema has changed: the run is about to be refused, or to upcast.
+    raw = raw_output(committed)
+    return raw if isinstance(raw, dict) else {"value": raw}
+
+
+def _node_at(nodes: Sequence[Node | Group], position: int, branch: str) -> tuple[Node | Group | None, Kind]:
+    """The node at a place, or None if the pipeline has none there any more."""
+    children: Sequence[Node | Group] = nodes
+    node: Node | Group | None = None
+    kind: Kind = "node"
+    for index in (position, *map(int, branch.split(".") if branch else ())):
+        each = isinstance(node, Group) and node.each
+        place = 0 if each else index
+        if place >= len(children):
+            return None, kind
+        node = children[place]
+        children = node.children if isinstance(node, Group) else ()
+        kind = "group" if isinstance(node, Group) else "item" if each else "node"
+    return node, kind
