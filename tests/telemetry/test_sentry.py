@@ -1,0 +1,299 @@
+"""sentry_hooks, with the real SDK and a transport that records: one issue per final failure, at its node's span."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Any
+
+import pytest
+import sentry_sdk
+from pydantic import BaseModel, SecretStr
+from tests.receivers.sentry import RecordedSentry
+
+from stroma import (
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    Pipeline,
+    ReliabilityContext,
+    RunStatus,
+    StromaRunner,
+    Suspend,
+    current_node,
+    execute_step,
+    parallel,
+)
+from stroma.telemetry import log_hooks, sentry_hooks
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+
+class State(BaseModel):
+    n: int = 0
+    key: SecretStr = SecretStr("sk-hunter2")
+
+
+class QuotaError(Exception):
+    pass
+
+
+def quick(sentry: RecordedSentry, *, retries: int = 1, extra: Any = (), **options: Any) -> StromaRunner:
+    content = {name: options.pop(name) for name in ("content", "deny_keys", "max_bytes") if name in options}
+    policies = {kind: FailurePolicy(max_retries=retries, backoff_seconds=0) for kind in FailureClass}
+    hooks = [sentry_hooks(client=sentry.client, **content), *extra]
+    return StromaRunner.quick(hooks=hooks, policy_map=policies, **options)
+
+
+def node(runner: StromaRunner, name: str, error: type[Exception] | None = None, *, failures: int = 99) -> Any:
+    @runner.node(name, input=State, output=State)
+    async def call(state: State) -> State:
+        secret = state.key.get_secret_value()
+        if error is not None and current_node().attempt <= failures:  # type: ignore[union-attr]
+            raise error(f"{name} said no to {secret}")
+        await asyncio.sleep(0)
+        return state
+
+    return call
+
+
+async def test_a_final_failure_is_one_issue_at_the_nodes_span(sentry: RecordedSentry) -> None:
+    """One event per run that failed: grouped by what failed, pointing at the span of the node that did."""
+    runner = quick(sentry)
+    result = await runner.run(
+        Pipeline("letters", [node(runner, "good"), node(runner, "bad", QuotaError)]), State()
+    )
+    assert result.status is RunStatus.PARTIAL
+    (event,) = sentry.transport.events
+    span = sentry.transport.span("bad")
+    assert event["fingerprint"] == [
+        "stroma", "letters", "bad", "AMBIGUOUS", "tests.telemetry.test_sentry.QuotaError",
+    ]  # fmt: skip
+    assert event["contexts"]["trace"]["span_id"] == span["span_id"]
+    assert event["contexts"]["trace"]["trace_id"] == span["trace_id"]
+    assert event["contexts"]["stroma"]["run_id"] == result.run_id
+    assert event["tags"]["stroma.node"] == "bad"
+    run = sentry.transport.span("letters")
+    assert span["parent_span_id"] == run["span_id"]
+    assert [s["status"] for s in (run, span, sentry.transport.span("good"))] == [
+        "unavailable", "internal_error", "ok",
+    ]  # fmt: skip
+    # The frames are those of the node, the engine's are not the application's.
+    frames = event["exception"]["values"][-1]["stacktrace"]["frames"]
+    assert [frame["function"] for frame in frames if frame["in_app"]][-1] == "call"
+    assert not [frame for frame in frames if frame["module"].startswith("stroma.") and frame["in_app"]]
+
+
+async def test_a_retried_failure_is_a_breadcrumb(sentry: RecordedSentry) -> None:
+    """What succeeds in the end makes no issue; what fails later has the earlier failures as breadcrumbs."""
+    runner = quick(sentry)
+    await runner.run([node(runner, "flaky", ConnectionError, failures=1)], State())
+    assert sentry.transport.events == []
+    await runner.run(
+        [node(runner, "flaky 2", ConnectionError, failures=1), node(runner, "bad", ValueError)], State()
+    )
+    (event,) = sentry.transport.events
+    crumbs = [crumb for crumb in event["breadcrumbs"]["values"] if crumb["category"] == "stroma.run"]
+    assert [(crumb["message"], crumb["data"]["type"]) for crumb in crumbs] == [
+        ("node flaky 2 failed and is tried again", "ConnectionError"),
+        ("node bad failed and is tried again", "ValueError"),
+    ]
+
+
+async def test_siblings_stand_side_by_side(sentry: RecordedSentry) -> None:
+    """Children of a group are under the group, never under each other; the child that failed has the issue."""
+    runner = quick(sentry)
+    inner: list[tuple[str, Any]] = []
+
+    def child(name: str) -> Any:
+        @runner.node(name, input=State, output=State)
+        async def call(state: State) -> State:
+            with sentry_sdk.start_span(op="user", name=f"in {name}"):
+                await asyncio.sleep(0.001)
+            inner.append((name, sentry_sdk.get_current_scope()._tags.get("stroma.node")))
+            return state
+
+        return call
+
+    group = parallel(child("a"), child("b"), parallel(child("c"), node(runner, "bad", ValueError)))
+    await runner.run([group], State())
+    spans = {span["span_id"]: span for span in sentry.transport.spans}
+    parents = {
+        span["name"]: spans[span["parent_span_id"]]["name"]
+        for span in spans.values()
+        if span["parent_span_id"]
+    }
+    assert parents == {
+        group.node_id: "pipeline",
+        "a": group.node_id,
+        "b": group.node_id,
+        "parallel(c, bad)": group.node_id,
+        "c": "parallel(c, bad)",
+        "bad": "parallel(c, bad)",
+        "in a": "a",
+        "in b": "b",
+        "in c": "c",
+    }
+    assert all(name == tag for name, tag in inner)
+    (event,) = sentry.transport.events
+    assert event["fingerprint"][2] == "bad"
+    assert event["contexts"]["trace"]["span_id"] == sentry.transport.span("bad")["span_id"]
+
+
+async def test_concurrent_runs_do_not_mix(sentry: RecordedSentry) -> None:
+    """Breadcrumbs and tags of a run are in its own events alone, however many run at once."""
+    runner = quick(sentry)
+
+    async def one(n: int) -> None:
+        pipeline = Pipeline(
+            f"p{n}",
+            [node(runner, f"flaky {n}", ConnectionError, failures=1), node(runner, f"bad {n}", ValueError)],
+        )
+        await runner.run(pipeline, State())
+
+    await asyncio.gather(*map(one, range(30)))
+    events = sentry.transport.events
+    assert sorted(event["fingerprint"][1] for event in events) == sorted(f"p{n}" for n in range(30))
+    for event in events:
+        n = event["fingerprint"][1][1:]
+        crumbs = [crumb["message"] for crumb in event["breadcrumbs"]["values"]]
+        assert len(crumbs) == 2
+        assert all(f" {n} failed" in crumb for crumb in crumbs)
+    assert (
+        sentry_sdk.get_isolation_scope()._breadcrumbs == type(sentry_sdk.get_isolation_scope()._breadcrumbs)()
+    )
+
+
+async def test_a_nested_run_that_fails_is_one_issue(sentry: RecordedSentry) -> None:
+    """The exception of an inner run that ends the outer one too is captured once, where it arose."""
+    runner = quick(sentry, retries=0)
+
+    @runner.node("outer", input=State, output=State)
+    async def outer(state: State) -> State:
+        result = await runner.run(Pipeline("inner", [node(runner, "bad", ValueError)]), state)
+        result.raise_for_status()
+        return state
+
+    await runner.run([outer], State())
+    (event,) = sentry.transport.events
+    assert event["fingerprint"][1:3] == ["inner", "bad"]
+
+
+@pytest.mark.parametrize("ending", ["cancelled", "suspended", "success"])
+async def test_what_is_no_failure_is_no_issue(sentry: RecordedSentry, ending: str) -> None:
+    """A cancelled run, a run that waits and one that completes make no issue."""
+    runner = quick(sentry)
+    started = asyncio.Event()
+
+    @runner.node("node", input=State, output=State)
+    async def call(state: State) -> State:
+        started.set()
+        if ending == "cancelled":
+            await asyncio.sleep(60)
+        if ending == "suspended":
+            raise Suspend("may I?")
+        return state
+
+    task = asyncio.create_task(runner.run([call], State()))
+    await started.wait()
+    if ending == "cancelled":
+        task.cancel()
+    await asyncio.wait([task])
+    assert sentry.transport.events == []
+    status = sentry.transport.span("node")["status"]
+    assert status == {"cancelled": "cancelled", "suspended": "ok", "success": "ok"}[ending]
+
+
+async def test_a_budget_that_refuses_a_node_is_an_issue(sentry: RecordedSentry) -> None:
+    """A run that stops before a node, with no attempt that failed, has its issue at the run's span."""
+    runner = quick(sentry, budget=ExecutionBudget(max_tokens_total=0))
+
+    @runner.node("spender", input=State, output=State)
+    async def spender(state: State) -> Any:
+        return state, 5
+
+    await runner.run([spender], State())
+    (event,) = sentry.transport.events
+    assert event["fingerprint"][-1] == "stroma.cost.BudgetExceeded"
+
+
+async def test_steps_of_plain_code(sentry: RecordedSentry) -> None:
+    """A step without a run around it is captured when no attempt follows."""
+    runner = quick(sentry, retries=1)
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+    async def step(_: State) -> State:
+        raise ValueError("no")
+
+    await execute_step("step", step, State(), ctx)
+    (event,) = sentry.transport.events
+    assert event["fingerprint"][2] == "step"
+
+
+async def test_no_content_by_default(sentry: RecordedSentry) -> None:
+    """An event says class and reason, not the message; and no frame has its variables, in no mode."""
+    await run_bad(quick(sentry, retries=0))
+    (event,) = sentry.transport.events
+    assert event["exception"]["values"][-1]["value"] == "RECOVERABLE connection"
+    assert "bad said no" not in str(sentry.transport.events + sentry.transport.transactions)
+
+
+async def test_redacted_content(sentry: RecordedSentry) -> None:
+    """With content="redacted" the message is sent, but for secrets."""
+    await run_bad(quick(sentry, retries=0, content="redacted"))
+    (event,) = sentry.transport.events
+    assert event["exception"]["values"][-1]["value"] == "bad said no to **********"
+    assert "hunter2" not in str(sentry.transport.events + sentry.transport.transactions)
+    assert "vars" not in str(event["exception"])
+
+
+async def run_bad(runner: StromaRunner) -> None:
+    assert (await runner.run([node(runner, "bad", ConnectionError)], State())).failure is not None
+
+
+async def test_beside_log_hooks_there_is_one_issue() -> None:
+    """Sentry's own logging integration makes no second issue of the line that log_hooks writes about a failed run."""
+    from sentry_sdk.integrations.logging import LoggingIntegration
+
+    integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
+    with RecordedSentry(integrations=integrations) as sentry:
+        runner = quick(sentry, retries=1, extra=[log_hooks()])
+        await runner.run([node(runner, "bad", ConnectionError)], State())
+        (event,) = sentry.transport.events
+        assert event["fingerprint"][0] == "stroma"
+        assert "bad said no" not in str(event), "the engine's own log lines are no breadcrumbs"
+
+
+async def test_under_the_callers_transaction(sentry: RecordedSentry) -> None:
+    """Inside of a transaction of the application the run is a span of it; the caller's scope is left as it was."""
+    runner = quick(sentry)
+    with sentry_sdk.new_scope() as scope:
+        scope.set_client(sentry.client)
+        with sentry_sdk.start_transaction(op="http.server", name="GET /") as transaction:
+            await runner.run([node(runner, "good")], State())
+            assert sentry_sdk.get_current_scope() is scope
+            assert sentry_sdk.get_current_span() is transaction
+    (sent,) = sentry.transport.transactions
+    run = sentry.transport.span("pipeline")
+    assert run["parent_span_id"] == sent["contexts"]["trace"]["span_id"]
+    assert sentry.transport.span("good")["parent_span_id"] == run["span_id"]
+
+
+async def test_a_trace_context_is_carried_in(sentry: RecordedSentry) -> None:
+    """run(traceparent=) makes the run part of that trace."""
+    runner = quick(sentry)
+    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    await runner.run([node(runner, "good")], State(), traceparent=given)
+    run = sentry.transport.span("pipeline")
+    assert (run["trace_id"], run["parent_span_id"]) == (
+        "0af7651916cd43dd8448eb211c80319c",
+        "b7ad6b7169203331",
+    )
+
+
+async def test_the_global_client_is_the_default() -> None:
+    """Without a client the one of sentry_sdk.init() is used; without that, nothing happens."""
+    runner = StromaRunner.quick(hooks=sentry_hooks())
+    result = await runner.run([node(runner, "bad", ValueError)], State())
+    assert result.hook_errors == []
+    assert sum(runner.config.hooks.errors.values()) == 0  # type: ignore[union-attr]
