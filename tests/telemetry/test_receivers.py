@@ -137,6 +137,7 @@ class TestOtlp:
             ("/v1/traces", b"{}", {"Content-Type": "application/json"}, 415),
             ("/v2/traces", b"", {}, 404),
         ],
+        ids=["no protobuf", "no gzip", "no protobuf in gzip", "json", "other path"],
     )
     def test_what_it_cannot_read(
         self, otlp: OtlpReceiver, path: str, body: bytes, headers: dict[str, str], status: int
