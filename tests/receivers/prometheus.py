@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import math
 import pathlib
-import shutil
 import subprocess
 import threading
 import time
@@ -170,7 +169,3 @@ def check_metrics(registry: Any) -> None:
     from prometheus_client import generate_latest
 
     promtool("check", "metrics", text=generate_latest(registry).decode())
-
-
-def promtool_is_here() -> bool:
-    return shutil.which("promtool") is not None

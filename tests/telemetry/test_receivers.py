@@ -17,8 +17,11 @@ import sentry_sdk
 from datadog.dogstatsd import DogStatsd
 from opentelemetry import trace
 from opentelemetry.exporter.otlp.proto.http import Compression
+from opentelemetry.exporter.otlp.proto.http._log_exporter import OTLPLogExporter
 from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
 from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk._logs.export import SimpleLogRecordProcessor
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
 from opentelemetry.sdk.resources import Resource
@@ -95,6 +98,22 @@ class TestOtlp:
         assert (histogram["count"], histogram["sum"], histogram["unit"]) == (2, 2.5, "s")
         assert (histogram["bounds"], histogram["buckets"]) == ([1, 5], [1, 1, 0])
 
+    def test_logs(self, otlp: OtlpReceiver) -> None:
+        """A log record arrives with the span that it belongs to."""
+        provider = LoggerProvider()
+        provider.add_log_record_processor(
+            SimpleLogRecordProcessor(OTLPLogExporter(endpoint=f"{otlp.url}/v1/logs"))
+        )
+        with TracerProvider().get_tracer("stroma").start_as_current_span("node") as span:
+            provider.get_logger("stroma").emit(
+                body="retry", severity_text="INFO", attributes={"stroma.node.attempt": 1}
+            )
+        provider.shutdown()
+        (record,) = otlp.logs(at_least=1)
+        assert (record["body"], record["severity"], record["scope"]) == ("retry", "INFO", "stroma")
+        assert record["attributes"] == {"stroma.node.attempt": 1}
+        assert record["span_id"] == f"{span.get_span_context().span_id:016x}"
+
     def test_failed_posts_are_retried(self, otlp: OtlpReceiver) -> None:
         """A span that met a 503 arrives at the next try, once, and not before the time that the answer named."""
         otlp.fail(1, retry_after=1)
@@ -137,6 +156,7 @@ class TestOtlp:
             ("/v1/traces", b"{}", {"Content-Type": "application/json"}, 415),
             ("/v2/traces", b"", {}, 404),
         ],
+        ids=["no protobuf", "no gzip", "no protobuf in gzip", "json", "other path"],
     )
     def test_what_it_cannot_read(
         self, otlp: OtlpReceiver, path: str, body: bytes, headers: dict[str, str], status: int
