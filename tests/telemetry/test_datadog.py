@@ -1,0 +1,137 @@
+"""datadog_hooks, without the agent: what they do to tracers, sockets and wrong addresses. See also test_agreement."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+import subprocess
+import sys
+from typing import Any
+
+import pytest
+from tests.receivers.datadog import DatadogAgent, StatsdSocket
+
+from stroma.telemetry import datadog_hooks
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+PROGRAM = """
+import asyncio, json, sys
+from typing import Any
+from ddtrace.trace import tracer
+from pydantic import BaseModel, SecretStr
+from stroma import *
+from stroma.telemetry import datadog_hooks
+
+class State(BaseModel):
+    n: int = 0
+    key: SecretStr = SecretStr("sk-hunter2")
+
+async def main() -> None:
+    content, statsd = sys.argv[1], sys.argv[2]
+    hooks = datadog_hooks(service="letters", statsd=statsd, content=content)
+    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+    runner = StromaRunner.quick(hooks=hooks, policy_map=policies, pipeline="letters")
+
+    @runner.node("flaky", input=State, output=State)
+    async def flaky(state: State) -> Any:
+        with tracer.trace("inner"):
+            if current_node().attempt == 1:
+                raise ConnectionError("no")
+        return state, 10, 5, "gpt-4o-mini"
+
+    def in_thread(state: State) -> Any:
+        with tracer.trace("in thread"):
+            return state
+
+    thread = runner.node("thread", input=State, output=State)(in_thread)
+
+    @runner.node("bad", input=State, output=State)
+    async def bad(state: State) -> Any:
+        raise ValueError(f"no for {state.key.get_secret_value()}")
+
+    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    await runner.run([flaky, parallel(thread, bad)], State(), run_id="r", traceparent=given)
+    with tracer.trace("request"):
+        await runner.run([flaky], State(), run_id="s")
+    await runner.run([flaky, parallel(thread, bad)], State(), run_id="r", resume=True)
+    assert tracer.current_span() is None
+    assert await runner.aclose(timeout_seconds=20)
+    print(json.dumps(dict(hooks.errors)))
+
+asyncio.run(main())
+"""
+
+
+def spans(agent: DatadogAgent, content: str, statsd: StatsdSocket) -> list[dict[str, Any]]:
+    done = subprocess.run(
+        [sys.executable, "-c", PROGRAM, content, f"{statsd.host}:{statsd.port}"],
+        env=agent.environment(),
+        cwd=pathlib.Path(__file__).parents[2],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == {}
+    return [span for trace in agent.traces(at_least=3) for span in trace]
+
+
+def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
+    """Runs and nodes arrive with resource, parents, links and errors, and with no content."""
+    found = spans(datadog_agent, "none", statsd)
+    ids = {span["span_id"]: span for span in found}
+
+    def above(span: dict[str, Any]) -> Any:
+        parent = ids.get(span["parent_id"])
+        return None if parent is None else (parent["name"], parent["resource"])
+
+    first, under_request, resumed = sorted(
+        (span for span in found if span["name"] == "stroma.run"), key=lambda span: span["start"]
+    )
+    assert {span["service"] for span in (first, under_request, resumed)} == {"letters"}
+    assert first["parent_id"] == 0xB7AD6B7169203331
+    assert above(under_request) == ("request", "request")
+    link = (
+        json.loads(resumed["meta"]["_dd.span_links"])[0]
+        if "_dd.span_links" in resumed["meta"]
+        else resumed["span_links"][0]
+    )
+    assert int(str(link["span_id"]), 16 if isinstance(link["span_id"], str) else 10) == first["span_id"]
+    places = {(span["name"], span["resource"]): above(span) for span in found if span["name"] != "stroma.run"}
+    run = ("stroma.run", "letters")
+    assert places["stroma.node", "parallel(thread, bad)"] == run
+    assert places["stroma.node", "thread"] == ("stroma.node", "parallel(thread, bad)")
+    assert places["in thread", "in thread"] == ("stroma.node", "thread")
+    assert places["inner", "inner"] == ("stroma.node", "flaky")
+    errors = {span["resource"] for span in found if span["error"] and span["name"].startswith("stroma")}
+    assert errors == {"letters", "bad", "parallel(thread, bad)"}
+    assert under_request["error"] == 0
+    bad = next(span for span in found if span["resource"] == "bad")
+    assert bad["meta"]["error.type"] == "ValueError"
+    assert "no for" not in json.dumps([span for span in found if span["name"].startswith("stroma")])
+    names = {line.name for line in statsd.statistics()}
+    assert {
+        "stroma.runs",
+        "stroma.run.duration",
+        "stroma.node.executions",
+        "stroma.node.retries",
+        "stroma.tokens",
+    } <= names
+
+
+def test_redacted_content(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
+    """With content="redacted" states and messages are tags, but for secrets."""
+    found = [span for span in spans(datadog_agent, "redacted", statsd) if span["name"].startswith("stroma")]
+    bad = next(span for span in found if span["resource"] == "bad")
+    assert bad["meta"]["error.message"] == "no for **********"
+    assert json.loads(bad["meta"]["stroma.input"]) == {"n": 0, "key": "**********"}
+    assert "hunter2" not in json.dumps(found)
+
+
+@pytest.mark.parametrize("wrong", ["localhost", "8125", ":8125", "localhost:", "localhost:http"])
+def test_an_address_that_is_none(wrong: str) -> None:
+    """An address without host and port is refused at once, with how it should look."""
+    with pytest.raises(ValueError, match="host:port"):
+        datadog_hooks(statsd=wrong)

@@ -1,0 +1,106 @@
+"""log_hooks: one line per event, with what it is about as fields."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+import pytest
+import structlog
+from pydantic import BaseModel, SecretStr
+
+from stroma import FailureClass, FailurePolicy, RunStatus, StromaRunner, current_node
+from stroma.telemetry import log_hooks
+
+
+class State(BaseModel):
+    n: int = 0
+    password: str = "letmein"
+    key: SecretStr = SecretStr("sk-hunter2")
+
+
+def quick(hooks: Any) -> StromaRunner:
+    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+    return StromaRunner.quick(hooks=hooks, policy_map=policies, pipeline="letters")
+
+
+def flaky(runner: StromaRunner, failures: int = 1) -> Any:
+    @runner.node("flaky", input=State, output=State)
+    async def node(state: State) -> Any:
+        if current_node().attempt <= failures:  # type: ignore[union-attr]
+            raise ConnectionError(f"no for {state.key.get_secret_value()}")
+        return state, 10, 5, "gpt-4o-mini"
+
+    return node
+
+
+def events(caplog: pytest.LogCaptureFixture) -> list[Any]:
+    return [record for record in caplog.records if record.name == "stroma.events"]
+
+
+async def test_one_line_per_event(caplog: pytest.LogCaptureFixture) -> None:
+    """Each event is a line of its own level, whose record has run_id, node_id, attempt and the rest."""
+    caplog.set_level(logging.DEBUG)
+    runner = quick(log_hooks())
+    result = await runner.run([flaky(runner)], State())
+    lines = events(caplog)
+    assert [(line.levelname, line.getMessage().partition(":")[0]) for line in lines] == [
+        ("INFO", "run started"),
+        ("DEBUG", "node started"),
+        ("WARNING", "node failure"),
+        ("INFO", "node retried"),
+        ("DEBUG", "node started"),
+        ("INFO", "node success"),
+        ("INFO", "run ended"),
+    ]
+    assert {line.run_id for line in lines} == {result.run_id}
+    failed, succeeded, ended = lines[2], lines[5], lines[6]
+    assert (failed.node_id, failed.attempt, failed.failure_class, failed.reason) == (
+        "flaky",
+        1,
+        "RECOVERABLE",
+        "connection",
+    )
+    assert (succeeded.attempt, succeeded.tokens, succeeded.model) == (2, 15, "gpt-4o-mini")
+    assert (ended.status, ended.tokens) == ("COMPLETED", 15)
+
+
+async def test_a_failed_run_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
+    """Only the end of a run that failed is at ERROR: an alert on it is one per run."""
+    runner = quick(log_hooks())
+    result = await runner.run([flaky(runner, 9)], State())
+    assert result.status is RunStatus.PARTIAL
+    (line,) = [line for line in events(caplog) if line.levelno >= logging.ERROR]
+    assert (line.error_type, line.failed_node_id) == ("ConnectionError", "flaky")
+
+
+async def test_content(caplog: pytest.LogCaptureFixture) -> None:
+    """No values and messages by default; with "redacted" what is not secret, by type or by name."""
+    caplog.set_level(logging.DEBUG, logger="stroma.events")
+    runner = quick(log_hooks())
+    await runner.run([flaky(runner, 9)], State())
+    assert "letmein" not in "".join(str(vars(line)) for line in events(caplog))
+    assert "no for" not in "".join(str(vars(line)) for line in events(caplog))
+    caplog.clear()
+    runner = quick(log_hooks(content="redacted"))
+    await runner.run([flaky(runner, 9)], State(n=7))
+    text = "".join(str(vars(line)) for line in events(caplog))
+    assert '"n": 7' in text
+    assert "no for **********" in text
+    assert "letmein" not in text
+    assert "hunter2" not in text
+
+
+async def test_structlog() -> None:
+    """A logger of structlog gets the event and its fields as they are; without any logger its configuration is found."""
+    try:
+        with structlog.testing.capture_logs() as lines:
+            structlog.configure(processors=structlog.get_config()["processors"])
+            for hooks in (log_hooks(structlog.get_logger()), log_hooks()):
+                runner = quick(hooks)
+                await runner.run([flaky(runner, 0)], State(), run_id="r")
+        names = [line["event"] for line in lines if line["log_level"] != "debug"]
+        assert names == ["run started", "node success", "run ended"] * 2
+        assert {line["run_id"] for line in lines} == {"r"}
+    finally:
+        structlog.reset_defaults()

@@ -1,0 +1,180 @@
+"""prometheus_hooks: the numbers that a real Prometheus server answers with."""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+import pytest
+from prometheus_client import CollectorRegistry, generate_latest
+from pydantic import BaseModel
+from tests.receivers.prometheus import SharedPrometheus, check_metrics
+
+from stroma import (
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    NodeHooks,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    parallel,
+)
+from stroma.telemetry import prometheus_hooks
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+def quick(registry: CollectorRegistry, **config: Any) -> StromaRunner:
+    policies = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
+    config.setdefault("hooks", prometheus_hooks(registry=registry))
+    return StromaRunner.quick(policy_map=policies, **config)
+
+
+def node(runner: StromaRunner, name: str, *, failures: int = 0, tokens: int = 100) -> Any:
+    @runner.node(name, input=State, output=State)
+    async def call(state: State) -> Any:
+        if current_node().attempt <= failures:  # type: ignore[union-attr]
+            current_node().report_usage(input_tokens=tokens, model="gpt-4o-mini")  # type: ignore[union-attr]
+            raise ConnectionError("no")
+        await asyncio.sleep(0.015)
+        return state, tokens, tokens, "gpt-4o-mini"
+
+    return call
+
+
+async def test_a_server_answers_with_the_right_numbers(prometheus: SharedPrometheus) -> None:
+    """PromQL over a scraped run: counts, quantiles, tokens and cost are those of the results."""
+    registry, pipeline = CollectorRegistry(), f"letters-{uuid.uuid4().hex[:8]}"
+    runner = quick(registry, pipeline=pipeline)
+    nodes = [node(runner, "draft", failures=1), parallel(node(runner, "a"), node(runner, "b"))]
+    results = [await runner.run(nodes, State()) for _ in range(3)]
+    failing = quick(registry, pipeline=pipeline)
+    results.append(await failing.run([node(failing, "bad", failures=9)], State()))
+
+    def of(text: str) -> str:
+        return text.replace("$P", f'pipeline="{pipeline}"')
+
+    with prometheus.exposing(registry):
+        await asyncio.to_thread(prometheus.scraped)
+        value = prometheus.value
+        assert value(of('stroma_runs_total{$P,status="COMPLETED"}')) == 3
+        assert value(of('stroma_runs_total{$P,status="PARTIAL"}')) == 1
+        assert value(of("stroma_runs_in_progress{$P}")) == 0
+        executions = value(of("sum(stroma_node_executions_total{$P})"))
+        assert executions == sum(len(list(result.trace.walk())) for result in results) == 3 * 5 + 3
+        failed = of('sum(stroma_node_executions_total{$P,outcome="failure",failure_class="RECOVERABLE"})')
+        assert value(failed) == 3 + 3
+        assert value(of("sum(stroma_node_retries_total{$P})")) == 3 + 2
+        tokens = of('sum(stroma_tokens_total{$P,model="gpt-4o-mini"})')
+        assert value(tokens) == sum(result.total_tokens for result in results)
+        cost = value(of("sum(stroma_cost_usd_total{$P})"))
+        assert cost == pytest.approx(sum(result.total_cost_usd for result in results))
+        # The nodes sleep for 15 ms: the half of them is in the bucket that ends at 20 or, on a busy machine, above.
+        median = of(
+            'histogram_quantile(0.5, sum by (le) (stroma_node_duration_seconds_bucket{$P,node_id="a"}))'
+        )
+        assert 0.01 < value(median) < 0.64
+        assert value(of("sum(stroma_run_duration_seconds_count{$P})")) == 4
+
+
+async def test_the_names_are_good_names() -> None:
+    """`promtool check metrics` finds nothing to say about a page with every metric on it."""
+    registry = CollectorRegistry()
+
+    async def bad(*_: Any) -> None:
+        raise RuntimeError
+
+    hooks = prometheus_hooks(registry=registry) | NodeHooks(on_node_start=bad)
+    runner = quick(registry, budget=ExecutionBudget(max_tokens_total=150), hooks=hooks)
+    nodes = [node(runner, "a"), node(runner, "b")]
+    await runner.run(nodes, State(), run_id="r")
+    resumed = quick(registry, store=runner.checkpoint_manager.store, hooks=hooks)
+    await resumed.run(nodes, State(), run_id="r", resume=True)
+    page = generate_latest(registry).decode()
+    for name in (
+        "runs_total",
+        "budget_exceeded_total",
+        "budget_warnings_total",
+        "hook_errors_total",
+        "nodes_skipped_total",
+    ):
+        assert f"\nstroma_{name}{{" in page
+    check_metrics(registry)
+
+
+async def test_no_run_id_is_a_label() -> None:
+    """Neither a run id nor a message is ever a label, so that no series is made per run."""
+    registry = CollectorRegistry()
+    runner = quick(registry)
+    for n in range(3):
+        await runner.run([node(runner, "bad", failures=9)], State(), run_id=f"run-{n}-of-many")
+    page = generate_latest(registry).decode()
+    assert "of-many" not in page
+    assert '"no"' not in page
+    series = {line.rpartition(" ")[0] for line in page.splitlines() if not line.startswith("#")}
+    await runner.run([node(runner, "bad", failures=9)], State())
+    assert {
+        line.rpartition(" ")[0]
+        for line in generate_latest(registry).decode().splitlines()
+        if not line.startswith("#")
+    } == series
+
+
+async def test_sets_share_a_registry() -> None:
+    """Two factories on one registry feed the same metrics; two registries do not mix."""
+    one, other = CollectorRegistry(), CollectorRegistry()
+    for registry, runs in ((one, 2), (other, 1), (one, 1)):
+        runner = quick(registry)
+        for _ in range(runs):
+            await runner.run([node(runner, "a")], State())
+    labels = {"pipeline": "pipeline", "status": "COMPLETED"}
+    assert one.get_sample_value("stroma_runs_total", labels) == 3
+    assert other.get_sample_value("stroma_runs_total", labels) == 1
+
+
+async def test_the_gauge_comes_down_whichever_way_a_run_ends() -> None:
+    """Runs that fail, are cancelled, or whose coroutine is closed leave the gauge at what it was."""
+    registry = CollectorRegistry()
+    runner = quick(registry)
+
+    @runner.node("slow", input=State, output=State)
+    async def slow(state: State) -> State:
+        await asyncio.sleep(60)
+        return state
+
+    def gauge() -> float | None:
+        return registry.get_sample_value("stroma_runs_in_progress", {"pipeline": "pipeline"})
+
+    task = asyncio.create_task(runner.run([slow], State()))
+    closed: Any = runner.run([slow], State())
+    closed.send(None)
+    await asyncio.sleep(0.01)
+    assert gauge() == 2
+    task.cancel()
+    await asyncio.wait([task])
+    closed.close()
+    assert gauge() == 0
+    assert (
+        registry.get_sample_value("stroma_runs_total", {"pipeline": "pipeline", "status": "CANCELLED"}) == 1
+    )
+
+
+async def test_any_text_can_be_a_label() -> None:
+    """Ids with quotes, newlines or lone surrogates in models break no scrape."""
+    registry = CollectorRegistry()
+    runner = quick(registry)
+
+    @runner.node('a"b\n\\ é', input=State, output=State)
+    async def odd(state: State) -> Any:
+        return state, 1, "model \udcff"
+
+    result = await runner.run([odd], State())
+    assert result.status is RunStatus.COMPLETED
+    assert runner.config.hooks.errors == {}  # type: ignore[union-attr]
+    generate_latest(registry).decode()
