@@ -30,6 +30,10 @@ _COMMANDS: Final = {
     "cancel": ("stroma.cli.cancel:cancel", "Ask for the end of a run, in whichever process it is."),
     "runs": ("stroma.cli.runs:runs", "List the runs in the store, the newest first."),
     "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
+    "telemetry": (
+        "stroma.cli.telemetry:telemetry",
+        "Dashboards and alerts for the runs that are exported.",
+    ),
     "gc": ("stroma.cli.gc:gc", "Delete old runs from the store."),
 }
 

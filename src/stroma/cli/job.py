@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ from stroma.checkpoint.journal import (
 )
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.cli.errors import Code, Problem
+from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.output import err
 from stroma.cli.progress import Progress, listen
 from stroma.cli.report import Ending
@@ -90,7 +92,8 @@ class Job:
             err.line(
                 f"run {clean(self.config.run_id)} begins at {clean(self.start_at or '', 100)!r} of {clean(self.fork.parent)}"
             )
-        hooks = [*flatten(self.config.hooks), progress.hooks()]
+        exporters = self.options.exporters.hooks(quiet=quiet)
+        hooks = [*exporters, *flatten(self.config.hooks), progress.hooks()]
         config = self.config.model_copy(update={"hooks": hooks})
         runner = StromaRunner(ContractRegistry(), CheckpointManager(self.db.store), config)
         begun = time.perf_counter()
@@ -173,7 +176,11 @@ class Job:
             if self.fork is not None:
                 await self.fork.make(self.db, self.config.run_id)
             result: ExecutionResult | None = await runner.run(
-                self.pipeline, self.state, resume=going_on or None, resume_from=self.start_at
+                self.pipeline,
+                self.state,
+                resume=going_on or None,
+                resume_from=self.start_at,
+                traceparent=os.environ.get("TRACEPARENT"),
             )
             if result is not None and result.status is RunStatus.SUSPENDED:
                 with contextlib.suppress(StoreError):  # The result has the reasons.
@@ -181,6 +188,9 @@ class Job:
         except asyncio.CancelledError:  # By the signal, or by code of the pipeline.
             result = progress.result
         finally:
+            # A signal that comes again ends the process; until then what is queued has its time.
+            await runner.aclose(timeout_seconds=FLUSH_SECONDS)
+            self.options.exporters.close()
             await self.db.close()
         return result, waiting, stop.signal
 

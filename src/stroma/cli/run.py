@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
 import click
@@ -12,6 +12,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.journal import RunRecord
 from stroma.cli.errors import Code, Problem
+from stroma.cli.exporters import Exporters, exporter_options
 from stroma.cli.inputs import input_model, parse_as, parse_input
 from stroma.cli.job import Fork, Job
 from stroma.cli.load import load_pipeline
@@ -36,6 +37,7 @@ class Running:
 
     Attributes:
         drain: seconds that the node in flight has left after a SIGTERM.
+        exporters: where telemetry goes.
     """
 
     budget_usd: float | None = None
@@ -44,13 +46,16 @@ class Running:
     quiet: bool = False
     drain: float = 10.0
     if_running: Literal["attach", "take_over"] | None = None
+    exporters: Exporters = field(default_factory=Exporters)
 
     @classmethod
     def of(cls, *, attach: bool, take_over: bool, **options: Any) -> Self:
         """From what click has read."""
         if attach and take_over:
             raise click.UsageError("--attach waits for whoever has the run, --take-over does not; give one")
-        return cls(**options, if_running="attach" if attach else "take_over" if take_over else None)
+        exporters = Exporters.take(options)
+        if_running: Literal["attach", "take_over"] | None = "attach" if attach else None
+        return cls(**options, if_running="take_over" if take_over else if_running, exporters=exporters)
 
 
 def _dollars(_ctx: click.Context, _parameter: click.Parameter, value: float | None) -> float | None:
@@ -102,6 +107,7 @@ def _running_options(func: F) -> F:
         click.option(
             "--attach", is_flag=True, help="If somebody else is at work on the run, wait for its result."
         ),
+        exporter_options,
         db_option,
     ):
         func = option(func)

@@ -1,0 +1,190 @@
+"""Where `stroma run` sends telemetry: its options, and the environment variables that each system is known by."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+import click
+
+from stroma.cli.errors import Code, Problem
+from stroma.cli.output import err
+from stroma.cli.words import clean
+from stroma.hooks import NodeHooks
+
+__all__ = ["FLUSH_SECONDS", "Exporters", "exporter_options"]
+
+F = TypeVar("F", bound=Callable[..., Any])
+FLUSH_SECONDS: Final = 5.0
+#: What switches an exporter on without an option.
+_VARIABLES: Final = {
+    "otel": ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_TRACES_ENDPOINT"),
+    "sentry": ("SENTRY_DSN",),
+    "datadog": ("DD_TRACE_AGENT_URL", "DD_AGENT_HOST"),
+}
+
+
+def _endpoint(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        parts = urlsplit(value)
+        if parts.scheme not in ("http", "https") or not parts.hostname:
+            raise click.BadParameter(
+                f"{value!r} is no OTLP/HTTP endpoint; give its URL: http://localhost:4318"
+            )
+    return value
+
+
+def _host_port(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
+    if value is not None:
+        host, _, port = value.rpartition(":")
+        if not host or not port.isdecimal() or not 0 < int(port) < 65536:
+            raise click.BadParameter(f"{value!r} is no address of an agent; give HOST:PORT: localhost:8126")
+    return value
+
+
+def exporter_options(func: F) -> F:
+    """The options of every command that runs a pipeline and can be watched."""
+    for option in (
+        click.option("--datadog", callback=_host_port, metavar="HOST:PORT", help="Send spans to a Datadog agent, and metrics to its port 8125."),
+        click.option("--sentry", metavar="DSN", help="Capture the final failure in Sentry."),
+        click.option("--prometheus", type=click.IntRange(0, 65535), metavar="PORT", help="Serve metrics on 127.0.0.1:PORT while it runs; 0 for any port."),
+        click.option("--otel", callback=_endpoint, metavar="ENDPOINT", help="Send spans and metrics to an OTLP/HTTP endpoint: http://localhost:4318."),
+    ):  # fmt: skip
+        func = option(func)
+    return func
+
+
+@dataclass
+class Exporters:
+    """What a command was told to send telemetry to."""
+
+    otel: str | None = None
+    prometheus: int | None = None
+    sentry: str | None = None
+    datadog: str | None = None
+    #: What is to be done when all is sent.
+    _closing: list[Callable[[], object]] = field(default_factory=list)
+
+    @classmethod
+    def take(cls, options: dict[str, Any]) -> Exporters:
+        """From what click has read; takes its part out of that."""
+        return cls(**{name: options.pop(name, None) for name in ("otel", "prometheus", "sentry", "datadog")})
+
+    def hooks(self, *, quiet: bool, environ: Mapping[str, str] = os.environ) -> list[NodeHooks]:
+        """The sets of hooks for what was asked for. Raises Problem if one of them cannot be."""
+        sets: list[NodeHooks] = []
+        for name, make in (
+            ("otel", self._otel),
+            ("prometheus", self._prometheus),
+            ("sentry", self._sentry),
+            ("datadog", self._datadog),
+        ):
+            given = getattr(self, name)
+            variable = next((v for v in _VARIABLES.get(name, ()) if environ.get(v)), None)
+            if given is None and (
+                variable is None
+                or (environ.get("OTEL_SDK_DISABLED", "").lower() == "true" and name == "otel")
+            ):
+                continue
+            try:
+                sets.append(make(quiet))
+            except ImportError as error:
+                if given is None:  # The variable may be about other programs.
+                    err.line(("note: ", "yellow"), f"{variable} is set, but {clean(str(error), 300)}")
+                    continue
+                raise Problem(f"--{name}: {clean(str(error), 300)}", code=Code.ENVIRONMENT) from error
+            except Problem:
+                raise
+            except Exception as error:
+                where = f"--{name}" if given is not None else str(variable)
+                raise Problem(
+                    f"{where}: {clean(str(error), 300)}", "correct it, or leave it out", code=Code.USAGE
+                ) from error
+        return sets
+
+    def close(self) -> None:
+        """Let go of what was opened, in threads that nobody waits for: everything was flushed."""
+        for close in self._closing:
+            threading.Thread(target=close, daemon=True).start()
+
+    def _otel(self, quiet: bool) -> NodeHooks:
+        from stroma.telemetry import otel_hooks
+
+        try:
+            from opentelemetry import trace
+            from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
+            from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
+            from opentelemetry.sdk.metrics import MeterProvider
+            from opentelemetry.sdk.metrics.export import PeriodicExportingMetricReader
+            from opentelemetry.sdk.resources import Resource
+            from opentelemetry.sdk.trace import TracerProvider
+            from opentelemetry.sdk.trace.export import BatchSpanProcessor
+        except ImportError as error:
+            raise ImportError(
+                "the SDK and its OTLP exporter are required; install them with: pip install 'stroma[otel]'"
+            ) from error
+        # Without an option the exporters find their endpoints in the environment by themselves.
+        base = None if self.otel is None else self.otel.rstrip("/")
+        spans = OTLPSpanExporter(endpoint=base and f"{base}/v1/traces")
+        metrics = OTLPMetricExporter(endpoint=base and f"{base}/v1/metrics")
+        resource = Resource.create({} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "stroma"})
+        tracer = TracerProvider(resource=resource, shutdown_on_exit=False)
+        tracer.add_span_processor(BatchSpanProcessor(spans))
+        reader = PeriodicExportingMetricReader(metrics)
+        meter = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
+        self._closing += [tracer.shutdown, meter.shutdown]
+        # This process is ours: spans that nodes open themselves go the same way, unless the pipeline has chosen another.
+        if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
+            trace.set_tracer_provider(tracer)
+        return otel_hooks(tracer=tracer, meter=meter)
+
+    def _prometheus(self, quiet: bool) -> NodeHooks:
+        from stroma.telemetry import prometheus_hooks
+
+        hooks = prometheus_hooks()
+        from prometheus_client import start_http_server
+
+        assert self.prometheus is not None
+        try:
+            server, _ = start_http_server(self.prometheus, addr="127.0.0.1")
+        except OSError as error:
+            raise Problem(
+                f"--prometheus: port {self.prometheus} cannot be listened on: {error}",
+                "give another port, or 0 for any that is free",
+                code=Code.ENVIRONMENT,
+            ) from error
+        self._closing.append(server.shutdown)
+        if not quiet:
+            err.line(f"metrics are at http://127.0.0.1:{server.server_port}/metrics while it runs")
+        return hooks
+
+    def _sentry(self, quiet: bool) -> NodeHooks:
+        from stroma.telemetry import sentry_hooks
+
+        try:
+            import sentry_sdk
+        except ImportError:
+            return sentry_hooks()  # It says what to install.
+        rate = os.environ.get("SENTRY_TRACES_SAMPLE_RATE")
+        client = sentry_sdk.Client(
+            dsn=self.sentry,
+            traces_sample_rate=None if rate is None else float(rate),
+            default_integrations=False,
+        )
+        return sentry_hooks(client=client)
+
+    def _datadog(self, quiet: bool) -> NodeHooks:
+        from stroma.telemetry import datadog_hooks
+
+        statsd = os.environ.get("DD_AGENT_HOST", "localhost")
+        if self.datadog is not None:
+            # The tracer is configured when it is imported.
+            os.environ["DD_TRACE_AGENT_URL"] = f"http://{self.datadog}"
+            statsd = self.datadog.rpartition(":")[0]
+        os.environ.setdefault("DD_INSTRUMENTATION_TELEMETRY_ENABLED", "false")
+        port = os.environ.get("DD_DOGSTATSD_PORT", "8125")
+        return datadog_hooks(service=os.environ.get("DD_SERVICE", "stroma"), statsd=f"{statsd}:{port}")

@@ -1,0 +1,58 @@
+"""`stroma telemetry`."""
+
+from __future__ import annotations
+
+from importlib.resources import files
+from pathlib import Path
+
+import click
+
+from stroma.cli.errors import Code, Problem
+from stroma.cli.output import emit, err, out
+
+__all__ = ["telemetry"]
+
+
+@click.group()
+def telemetry() -> None:
+    """What goes with the hooks for OpenTelemetry, Prometheus, Datadog and Sentry."""
+
+
+@telemetry.command()
+@click.argument("directory", metavar="DIR", type=click.Path(file_okay=False, path_type=Path))
+@click.option("--force", is_flag=True, help="Also over files that are there and differ.")
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.assets/1".')
+def assets(directory: Path, force: bool, as_json: bool) -> None:
+    """Write dashboards and alert rules into DIR, and print their paths.
+
+    A Grafana dashboard, Prometheus alert rules with their unit tests (promtool test rules), a Datadog dashboard.
+    """
+    found = {
+        asset.name: asset.read_bytes()
+        for asset in files("stroma.telemetry").joinpath("assets").iterdir()
+        if asset.is_file()
+    }
+    paths = {name: directory / name for name in sorted(found)}
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        changed = [path for name, path in paths.items() if path.exists() and path.read_bytes() != found[name]]
+        if changed and not force:
+            raise Problem(
+                f"{', '.join(map(str, changed))} {'is' if len(changed) == 1 else 'are'} there and not what would be written",
+                "look at the difference, then write over it with --force, or give another directory",
+                code=Code.USAGE,
+            )
+        for name, path in paths.items():
+            path.write_bytes(found[name])
+    except OSError as error:
+        raise Problem(
+            f"cannot write into {directory}: {error.strerror or error}",
+            "give a directory that you may write to",
+            code=Code.ENVIRONMENT,
+        ) from error
+    if as_json:
+        emit({"schema": "stroma.assets/1", "paths": [str(path) for path in paths.values()]})
+        return
+    for path in paths.values():
+        out.line(str(path))
+    err.line("import the dashboards; add the rules to rule_files in prometheus.yml")
