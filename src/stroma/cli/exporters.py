@@ -85,10 +85,9 @@ class Exporters:
         ):
             given = getattr(self, name)
             variable = next((v for v in _VARIABLES.get(name, ()) if environ.get(v)), None)
-            if given is None and (
-                variable is None
-                or (environ.get("OTEL_SDK_DISABLED", "").lower() == "true" and name == "otel")
-            ):
+            if name == "otel" and environ.get("OTEL_SDK_DISABLED", "").lower() == "true":
+                variable = None
+            if given is None and variable is None:
                 continue
             try:
                 sets.append(make(quiet))

@@ -1,0 +1,189 @@
+"""`stroma run` sends telemetry where it is told to, and all of it has left when the command ends."""
+
+from __future__ import annotations
+
+import gzip
+import http.server
+import json
+import signal
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.receivers.datadog import DatadogAgent, StatsdSocket
+from tests.receivers.otlp import OtlpReceiver
+from tests.receivers.processes import fetch, free_port
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+GOOD = '{"start": 1}'
+FAIL = {"SECOND": "raise ValueError('no')"}
+TARGET = ("run", "sums.py:pipeline", GOOD)
+
+
+class SentryServer(http.server.ThreadingHTTPServer):
+    """Takes envelopes."""
+
+    def __init__(self) -> None:
+        super().__init__(("127.0.0.1", 0), _Envelopes)
+        self.items: list[dict[str, Any]] = []
+        self.dsn = f"http://key@127.0.0.1:{self.server_address[1]}/7"
+
+
+class _Envelopes(http.server.BaseHTTPRequestHandler):
+    server: SentryServer
+
+    def do_POST(self) -> None:
+        data = self.rfile.read(int(self.headers["Content-Length"]))
+        if self.headers.get("Content-Encoding") == "gzip":
+            data = gzip.decompress(data)
+        self.server.items += [json.loads(line) for line in data.splitlines() if line.startswith(b"{")]
+        self.send_response(200)
+        self.send_header("Content-Length", "2")
+        self.end_headers()
+        self.wfile.write(b"{}")
+
+    def log_message(self, format: str, *args: object) -> None: ...
+
+
+@pytest.fixture
+def sentry_server() -> Iterator[SentryServer]:
+    with SentryServer() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
+
+
+def test_otlp(stroma: Any, otlp: OtlpReceiver) -> None:
+    """--otel ENDPOINT: spans and metrics are there when the command ends, part of the trace in TRACEPARENT."""
+    given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
+    done = stroma(*TARGET, "--otel", otlp.url, env={"TRACEPARENT": given})
+    assert done.code == 0, done
+    run = otlp.span("invoke_workflow sums")
+    assert (run["trace_id"], run["parent_span_id"]) == (given[3:35], given[36:52])
+    assert otlp.span("stroma.node second")["parent_span_id"] == run["span_id"]
+    assert sum(point["value"] for point in otlp.points("stroma.node.executions")) == 3
+
+
+def test_otlp_by_the_environment(stroma: Any, otlp: OtlpReceiver) -> None:
+    """OTEL_EXPORTER_OTLP_ENDPOINT and OTEL_SERVICE_NAME are enough; OTEL_SDK_DISABLED switches it off."""
+    env = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.url, "OTEL_SERVICE_NAME": "letters"}
+    assert stroma(*TARGET, env={**env, "OTEL_SDK_DISABLED": "true"}).code == 0
+    assert otlp.spans() == []
+    assert stroma(*TARGET, env=env).code == 0
+    assert otlp.span("invoke_workflow sums")["resource"]["service.name"] == "letters"
+
+
+def test_sigterm_flushes(stroma: Any, otlp: OtlpReceiver) -> None:
+    """SIGTERM lets the node in flight finish, and what it made is sent before the process ends."""
+    env = {"SECOND_AWAITS": "asyncio.sleep(1)"}
+    process = stroma.popen(*TARGET, "--otel", otlp.url, env=env)
+    for line in process.stderr:
+        if "second" in line and "start" in line:
+            break
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=30)
+    assert process.returncode == 0, err
+    assert otlp.span("stroma.node second")["attributes"]["stroma.outcome"] == "success"
+    assert otlp.span("invoke_workflow sums")["attributes"]["stroma.status"] == "INTERRUPTED"
+
+
+def test_prometheus(stroma: Any) -> None:
+    """--prometheus PORT serves the metrics while the run goes on."""
+    port = free_port()
+    env = {"SECOND_AWAITS": "asyncio.sleep(60)"}
+    process = stroma.popen(*TARGET, "--prometheus", str(port), env=env)
+    seen = ""
+    for line in process.stderr:
+        seen += line
+        if "second" in line and "start" in line:
+            break
+    assert f"http://127.0.0.1:{port}/metrics" in seen
+    page = fetch(f"http://127.0.0.1:{port}/metrics").decode()
+    assert 'stroma_runs_in_progress{pipeline="sums"} 1.0' in page
+    assert (
+        'stroma_node_executions_total{failure_class="",node_id="first",outcome="success",pipeline="sums"} 1.0'
+        in page
+    )
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=30)
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize("by", ["option", "variable"])
+def test_sentry(stroma: Any, sentry_server: SentryServer, by: str) -> None:
+    """--sentry DSN, or SENTRY_DSN: a failed run is one issue, which has arrived when the command ends."""
+    options = ("--sentry", sentry_server.dsn) if by == "option" else ()
+    env = {**FAIL, **({} if options else {"SENTRY_DSN": sentry_server.dsn})}
+    assert stroma(*TARGET, *options, env=env).code == 1
+    (event,) = [item for item in sentry_server.items if "fingerprint" in item]
+    assert event["fingerprint"] == ["stroma", "sums", "second", "AMBIGUOUS", "ValueError"]
+
+
+def test_datadog(stroma: Any, datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
+    """--datadog HOST:PORT: spans reach the agent, metrics its DogStatsD port."""
+    env = {"DD_DOGSTATSD_PORT": str(statsd.port), "DD_REMOTE_CONFIGURATION_ENABLED": "false"}
+    done = stroma(*TARGET, "--datadog", f"127.0.0.1:{datadog_agent.port}", env=env)
+    assert done.code == 0, done
+    (trace,) = datadog_agent.traces(at_least=1)
+    assert sorted((span["name"], span["resource"]) for span in trace) == [
+        ("stroma.node", "first"), ("stroma.node", "second"), ("stroma.node", "third"), ("stroma.run", "sums"),
+    ]  # fmt: skip
+    runs = [line for line in statsd.statistics() if line.name == "stroma.runs"]
+    assert [(line.value, line.tags["status"]) for line in runs] == [("1", "COMPLETED")]
+
+
+def test_a_backend_that_is_down(stroma: Any) -> None:
+    """A run is what it is, whoever is not there to hear of it."""
+    port = free_port()
+    done = stroma(*TARGET, "--otel", f"http://127.0.0.1:{port}", "--sentry", f"http://k@127.0.0.1:{port}/1")
+    assert (done.code, json.loads(done.out)) == (0, {"n": 4})
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        (("--otel", "localhost:4318"), "give its URL"),
+        (("--datadog", "localhost"), "give HOST:PORT"),
+        (("--prometheus", "many"), "not a valid integer"),
+        (("--sentry", "no dsn"), "correct it"),
+    ],
+)
+def test_wrong_addresses(inside: Any, option: tuple[str, str], said: str) -> None:
+    """What is no address is refused before anything runs, with exit code 2."""
+    done = inside(*TARGET, *option)
+    assert done.code == 2, done
+    assert said in done.err
+    assert done.out == ""
+
+
+def test_a_port_that_is_taken(stroma: Any) -> None:
+    """--prometheus on a port that somebody listens on is an error of the environment, and nothing was called."""
+    with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as taken:
+        done = stroma(*TARGET, "--prometheus", str(taken.server_address[1]))
+    assert done.code == 3
+    assert "give another port" in done.err
+    assert stroma.calls() == []
+
+
+def test_assets(inside: Any, tmp_path: Path) -> None:
+    """`stroma telemetry assets DIR` writes the dashboards and rules, and over nothing that was changed."""
+    done = inside("telemetry", "assets", "out", "--json")
+    assert done.code == 0, done
+    paths = [Path(path) for path in json.loads(done.out)["paths"]]
+    assert [path.name for path in paths] == [
+        "datadog-dashboard.json", "grafana-dashboard.json", "prometheus-alerts.test.yml", "prometheus-alerts.yml",
+    ]  # fmt: skip
+    assert inside("telemetry", "assets", "out").code == 0
+    changed = tmp_path / paths[1]
+    kept = changed.read_bytes()
+    changed.write_text("mine")
+    done = inside("telemetry", "assets", "out")
+    assert (done.code, changed.read_text()) == (2, "mine")
+    assert "--force" in done.err
+    assert inside("telemetry", "assets", "out", "--force").code == 0
+    assert changed.read_bytes() == kept
+    (tmp_path / "file").write_text("")
+    assert inside("telemetry", "assets", "file/below").code == 3
