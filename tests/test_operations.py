@@ -245,6 +245,18 @@ async def test_many_runs(store: Any) -> None:
         await quick(store).run_many(nodes, [Num()], max_concurrency=0)
 
 
+async def test_recovering_runs_without_a_name_is_warned_of(
+    store: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Runs are found by the name of their pipeline: who gives none is told that it may find those of others."""
+    work = Work()
+    await quick(store).recover(Pipeline("p", work.nodes))
+    await quick(store, pipeline="q").recover(work.nodes)
+    assert not caplog.records
+    await quick(store).recover(work.nodes)
+    assert "give it a name" in caplog.text
+
+
 @pytest.mark.parametrize("broken", ["inputs", "run_ids", "on_result"])
 async def test_what_breaks_run_many_comes_out_as_itself(store: Any, broken: str) -> None:
     """What the caller's own code raises ends run_many with that very exception; what is in flight is resumable."""
