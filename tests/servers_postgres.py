@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
+import functools
 import os
 import pathlib
 import shutil
@@ -65,6 +67,14 @@ class PostgresServer:
         with contextlib.suppress(Exception):
             self._server.stop()
         shutil.rmtree(self.home, ignore_errors=True)
+
+
+@functools.cache
+def shared_postgres() -> PostgresServer:
+    """The one server of this process for its tests; each has a schema of its own."""
+    server = PostgresServer()
+    atexit.register(server.stop)
+    return server
 
 
 def _children(pid: int) -> list[int]:

@@ -104,6 +104,62 @@ async def test_children_are_cancelled_from_elsewhere(store: Any) -> None:
     assert (await asyncio.wait_for(task, 10)).status is RunStatus.CANCELLED
 
 
+async def test_a_node_that_swallows_its_cancellation_ends_the_run_all_the_same(store: Any) -> None:
+    """A run that is cancelled from elsewhere begins no further node, whatever the present one makes of it."""
+    work = Work()
+
+    async def stubborn(state: Num) -> Any:
+        work.inside.set()
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            return {"n": 5}
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="s", input_schema=Num, output_schema=Num)
+    nodes = [stroma_node("s", contract)(stubborn), work.nodes[0]]
+    left: list[int] = []
+
+    async def run() -> Any:
+        result = await quick(store).run(nodes, Num(), run_id="r")
+        left.append(asyncio.current_task().cancelling())  # type: ignore[union-attr]
+        return result
+
+    task = asyncio.create_task(run())
+    await work.inside.wait()
+    assert await quick(store).cancel("r")
+    result = await asyncio.wait_for(task, 20)
+    assert (result.status, result.final_state, work.calls, left) == (RunStatus.CANCELLED, Num(n=5), [], [0])
+    assert store.get_run("r").status == "CANCELLED"
+    assert (await quick(store).run(nodes, Num(), run_id="r", resume=True)).final_state == Num(n=6)
+
+
+async def test_a_run_whose_loop_was_closed_can_be_cancelled(tmp_path: Path) -> None:
+    """A run that was left behind in a closed event loop is nobody's once somebody asks for its end."""
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        work, kept = Work(), []
+
+        def leave() -> None:
+            loop = asyncio.new_event_loop()
+
+            async def begin() -> None:
+                work.gate, work.inside = asyncio.Event(), asyncio.Event()
+                kept.append(asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r")))
+                await work.inside.wait()
+
+            loop.run_until_complete(begin())
+            loop.close()
+
+        await asyncio.to_thread(leave)
+        assert store.get_run("r").holder is not None  # type: ignore[union-attr]
+        assert await quick(store).cancel("r")
+        async with asyncio.timeout(20):
+            while store.get_run("r").holder is not None:  # type: ignore[union-attr]
+                await asyncio.sleep(0.05)
+        assert await quick(store).cancel("r")
+        assert store.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
+        kept[0]._log_destroy_pending = False
+
+
 async def test_a_run_that_nobody_holds_is_cancelled_at_once(store: Any) -> None:
     """Cancelling a run that waits or was interrupted marks it; one that has ended stays as it is."""
     work = Work()
@@ -246,6 +302,18 @@ async def test_many_runs(store: Any) -> None:
             assert outcome.final_state == Num(n=3 if i == 3 else i * 10)
     with pytest.raises(ValueError, match="max_concurrency"):
         await quick(store).run_many(nodes, [Num()], max_concurrency=0)
+
+
+async def test_recovering_runs_without_a_name_is_warned_of(
+    store: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Runs are found by the name of their pipeline: who gives none is told that it may find those of others."""
+    work = Work()
+    await quick(store).recover(Pipeline("p", work.nodes))
+    await quick(store, pipeline="q").recover(work.nodes)
+    assert not caplog.records
+    await quick(store).recover(work.nodes)
+    assert "give it a name" in caplog.text
 
 
 @pytest.mark.parametrize("broken", ["inputs", "run_ids", "on_result"])

@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator
@@ -174,7 +175,7 @@ async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
 
 async def test_a_blocked_loop_keeps_its_run(machine: Machine) -> None:
     """A lease is kept up while a node blocks the event loop for longer than it lasts."""
-    first = await machine.start(waits={"block1": 1.5}, lease_seconds=0.3)
+    first = await machine.start(waits={"block1": 4}, lease_seconds=0.3)
     await first.until("in n1")
     deadline = time.monotonic() + 1.0
     while time.monotonic() < deadline:
@@ -196,7 +197,7 @@ async def test_an_attached_process_goes_on_when_the_owner_dies(machine: Machine)
 
 async def test_a_process_may_be_declared_dead(machine: Machine) -> None:
     """if_running="take_over" does not wait for the lease, and fences the owner off."""
-    first = await machine.start(waits={"sleep1": 0.5}, lease_seconds=3600)
+    first = await machine.start(waits={"sleep1": 3}, lease_seconds=3600)
     await first.until("in n1")
     second = await machine.start(resume=True, if_running="take_over")
     assert await second.outcome() == "RESUMED - Count(n=3)"
@@ -314,6 +315,32 @@ async def test_another_input_cannot_attach(store: Any) -> None:
             await _runner(store, if_running="attach").run(_nodes(calls), Num(n=5))
     gate.set()
     await task
+
+
+async def test_what_goes_wrong_beside_the_leases_loses_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever is raised in the thread that keeps leases up (by a driver, or for a loop that is closed), it goes on."""
+    async with SQLiteStore(tmp_path / "runs.db") as store, SQLiteStore(tmp_path / "runs.db") as other:
+        read, surprises = store.read, ["one", "two"]
+
+        def surprising(query: Any, nothing: Any) -> Any:
+            if surprises and threading.current_thread().name == "stroma-leases":
+                raise RuntimeError(surprises.pop())
+            return read(query, nothing)
+
+        monkeypatch.setattr(store, "read", surprising)
+        calls: list[str] = []
+        gate = asyncio.Event()
+        task = await _held(store, calls, gate, lease_seconds=1.0)
+        until = time.monotonic() + 3.5
+        while time.monotonic() < until:
+            await asyncio.sleep(0.05)
+        with pytest.raises(RunBusy):
+            await _runner(other).run(_nodes(calls), Num())
+        assert not surprises
+        gate.set()
+        assert (await task).status is RunStatus.COMPLETED
 
 
 async def test_who_makes_it_anew_does_not_wait(store: Any) -> None:

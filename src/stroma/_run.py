@@ -46,7 +46,10 @@ class OneRun:
 
     def cancel(self, status: RunStatus = RunStatus.CANCELLED) -> None:
         """End the run, from any thread. Its result has the status; nothing is raised."""
-        self.loop.call_soon_threadsafe(self._cancel, status)
+        try:
+            self.loop.call_soon_threadsafe(self._cancel, status)
+        except RuntimeError:  # The loop was closed under the run: nobody is at work on it any more.
+            self.ctx.session.abandon()
 
     def drain(self) -> asyncio.Future[None]:
         """Let no further node begin. What is returned ends with the run."""
@@ -84,6 +87,8 @@ class OneRun:
                     failure, status = await self._loop()
                 else:
                     failure, status = await self._as_it_was(ctx.session.finished)
+                if self._cancelled_as is not None and self.task is not None:
+                    self.task.uncancel()  # A node has swallowed it; what the task does next is not cancelled.
             except NotSerialisable as error:  # The input, in a store that outlives the process.
                 failure = diagnose(error, NodeContext("input", 1, ctx.run_id))
                 status = RunStatus.FAILED

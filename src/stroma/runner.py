@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -46,6 +47,8 @@ __all__ = [
     "stroma_node",
     "stroma_step",
 ]
+
+logger = logging.getLogger("stroma")
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
@@ -289,6 +292,11 @@ class StromaRunner:
         options: dict[str, Any],
     ) -> dict[str, ExecutionResult | Exception]:
         name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
+        if name == RunConfig.model_fields["pipeline"].default:
+            logger.warning(
+                "recover() finds runs by the name of their pipeline, and this one has none of its own: runs of other "
+                "unnamed ones are taken for its own; give it a name with Pipeline(name, nodes) or RunConfig(pipeline=...)"
+            )
         store = self._journal("list_runs")
         schema = self._input_schema(_records_of(nodes), input_schema)
         options = {**options, "resume": True}

@@ -14,11 +14,12 @@ import argparse
 import sys
 import time
 
-from tests.chaos import power, rounds, servers
+from tests.chaos import power, rounds, servers, unrest
 from tests.chaos.check import Figures
 
-STRIKES = {"powercut": "cuts", "fsync": "failures"}
-FAULTS = (*rounds.FAULTS, *power.FAULTS)
+STRIKES = {"powercut": "cuts", "fsync": "failures", **unrest.STRIKES}
+PROCESSES = {**rounds.FAULTS, **unrest.FAULTS}
+FAULTS = (*PROCESSES, *power.FAULTS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -36,12 +37,21 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--first", type=int, default=0, help="the number of the first round")
     given = parser.parse_args(argv)
     numbers = range(given.first, given.first + given.rounds)
-    # Only a store of its own file can lose its power without its neighbours.
-    faults = given.fault or [f for f in FAULTS if f in rounds.FAULTS or given.store == "sqlite"]
     broken = 0
 
-    with servers.served(given.store) as url:
-        for fault in faults:
+    with servers.served(given.store) as (url, server):
+
+        def can_have(fault: str) -> bool:
+            # Only a store of its own file can lose its power without its neighbours.
+            return (
+                given.store == "sqlite"
+                if fault in power.FAULTS
+                else unrest.can_have(given.store, fault, server)
+            )
+
+        for fault in given.fault or filter(can_have, FAULTS):
+            if not can_have(fault):
+                parser.error(f"--store {given.store} cannot have the fault {fault}")
 
             def broke(number: int, figures: Figures, fault: str = fault) -> None:
                 for what in figures.broken:
@@ -53,10 +63,9 @@ def main(argv: list[str] | None = None) -> int:
                     flush=True,
                 )
 
-            if fault in rounds.FAULTS:
-                figures = rounds.rounds(fault, url, given.seed, numbers, broke)
-            elif given.store != "sqlite":
-                parser.error(f"{fault} is for --store sqlite")
+            if fault in PROCESSES:
+                strike = PROCESSES[fault]
+                figures = rounds.rounds(fault, strike, url, server, given.seed, numbers, broke)
             else:
                 figures = power.rounds(fault, given.seed, numbers, broke)
             print(figures.line(fault, STRIKES.get(fault, "kills")), flush=True)

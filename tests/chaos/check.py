@@ -45,8 +45,11 @@ class Figures:
         )
 
 
-def check(url: str, diary: str, runs: list[str], killed: list[int], stopped: list[int]) -> Figures:
-    """Compare. ``killed``, ``stopped`` (for longer than their lease, then woken up): process ids."""
+def check(
+    url: str, diary: str, runs: list[str], killed: list[int], stopped: list[int], restless: list[int]
+) -> Figures:
+    """Compare. ``killed`` (or struck otherwise), ``stopped`` (for longer than their lease, then woken up), ``restless``
+    (struck more than once): process ids."""
     figures = Figures(runs=len(runs))
     lines: dict[str, list[list[str]]] = defaultdict(list)
     for kind, run_id, *rest in read_diary(diary):
@@ -56,7 +59,8 @@ def check(url: str, diary: str, runs: list[str], killed: list[int], stopped: lis
     store = open_store(url)
     try:
         for run_id in runs:
-            _Run(figures, run_id, lines[run_id], set(map(str, killed)), set(map(str, stopped))).check(store)
+            struck = [set(map(str, pids)) for pids in (killed, stopped, restless)]
+            _Run(figures, run_id, lines[run_id], *struck).check(store)
     finally:
         if hasattr(store, "close"):
             store.close()
@@ -65,12 +69,19 @@ def check(url: str, diary: str, runs: list[str], killed: list[int], stopped: lis
 
 class _Run:
     def __init__(
-        self, figures: Figures, run_id: str, lines: list[list[str]], killed: set[str], stopped: set[str]
+        self,
+        figures: Figures,
+        run_id: str,
+        lines: list[list[str]],
+        killed: set[str],
+        stopped: set[str],
+        restless: set[str],
     ) -> None:
         self.figures = figures
         self.run_id = run_id
         self.killed = killed
         self.stopped = stopped
+        self.restless = restless
         self.calls: dict[str, list[tuple[str, str]]] = defaultdict(list)  # place: (token, pid)
         self.failed = {token for kind, _, token, *_ in lines if kind == "fail"}
         self.noted: dict[str, list[str]] = defaultdict(list)  # place: pids
@@ -146,7 +157,7 @@ class _Run:
                 if pid not in self.killed | self.stopped:
                     self.bad("I3", f"{place} ran again, but process {pid} was not struck")
         for pid, nodes in vain.items():
-            if len(nodes) > 1 and nodes != {"left", "right"}:
+            if len(nodes) > 1 and nodes != {"left", "right"} and pid not in self.restless:
                 self.bad("I3", f"process {pid} was at work on {sorted(nodes)} at once")
 
     def _books(self, run: Any, attempts: list[Any]) -> None:

@@ -28,9 +28,10 @@ FILE_ROUNDS = 10  # that share one SQLite file: now and then the making of the f
 class Place:
     """Where the runs of a round are kept, and what the processes write meanwhile."""
 
-    def __init__(self, store: str, folder: Path) -> None:
+    def __init__(self, store: str, folder: Path, server: Any = None) -> None:
         self.store = store
         self.folder = folder
+        self.server = server
 
     def url(self, number: int, *, fresh: bool = False) -> str:
         if self.store != "sqlite":
@@ -61,6 +62,8 @@ class Processes:
         self.alive: dict[int, float] = {}
         self.killed: list[int] = []
         self.stopped: list[int] = []
+        #: Processes that were struck more than once, and lived.
+        self.restless: list[int] = []
         self.kills = 0
         self.broken: list[str] = []
         self.lasted: list[float] = []
@@ -72,6 +75,14 @@ class Processes:
             worker.main(self.errors, gate, url=self.url, diary_path=self.diary, runs=runs, **options)
         self.alive[pid] = time.monotonic()
         return pid
+
+    def call(self, do: Callable[[], None]) -> None:
+        """Do something else in a process of its own."""
+        sys.stdout.flush()
+        pid = os.fork()
+        if pid == 0:
+            worker.guarded(self.errors, do)
+        self.alive[pid] = time.monotonic()
 
     def poll(self) -> list[int]:
         """The processes that have ended since; one that killed itself is a kill."""
@@ -169,7 +180,7 @@ def apart(call: Callable[[], Figures]) -> Figures:
 
 
 def judged(made: Processes, runs: list[str]) -> Figures:
-    figures = apart(lambda: check(made.url, made.diary, runs, made.killed, made.stopped))
+    figures = apart(lambda: check(made.url, made.diary, runs, made.killed, made.stopped, made.restless))
     figures.rounds, figures.kills = 1, made.kills
     figures.broken += made.broken
     return figures
@@ -188,18 +199,18 @@ class Pace:
             self.seconds += 0.1 * (min(lasted, 5.0) - self.seconds)
 
 
-def kill(place: Place, name: str, number: int, draw: random.Random, pace: Pace) -> Figures:
+def kill(place: Place, name: str, number: int, draw: random.Random, pace: Pace, **options: Any) -> Figures:
     """Two processes share some runs and are killed at any instant, again and again, and started anew."""
     runs = [f"{name}-{i}" for i in range(RUNS)]
     with processes(place, number) as made:
-        pids = [made.start(runs, seed=f"{name}-{i}") for i in range(2)]
+        pids = [made.start(runs, seed=f"{name}-{i}", **options) for i in range(2)]
         for strike in range(draw.randint(1, 4)):
             # Sometimes very early: while files and connections are made.
             time.sleep(draw.uniform(0, 0.02 if draw.random() < 0.15 else 0.6 * pace.seconds))
             made.poll()
             which = draw.randrange(2)
             if made.kill(pids[which]):
-                pids[which] = made.start(runs, seed=f"{name}-{which}-{strike}")
+                pids[which] = made.start(runs, seed=f"{name}-{which}-{strike}", **options)
         made.finish()
         pace.learn(made)
         return judged(made, runs)
@@ -306,16 +317,22 @@ FAULTS: dict[str, Callable[[Place, str, int, random.Random, Pace], Figures]] = {
 
 
 def rounds(
-    fault: str, store: str, seed: int, numbers: range, broke: Callable[[int, Figures], None]
+    fault: str,
+    strike: Callable[[Place, str, int, random.Random, Pace], Figures],
+    store: str,
+    server: Any,
+    seed: int,
+    numbers: range,
+    broke: Callable[[int, Figures], None],
 ) -> Figures:
     """Some rounds of one fault. ``broke`` is told at once of each round that broke an invariant."""
     total, pace, bad = Figures(), Pace(), 0
     worker.prepare()
     folder = Path(tempfile.mkdtemp(prefix="stroma-chaos-"))
-    place = Place(store, folder)
+    place = Place(store, folder, server)
     for number in numbers:
         draw = random.Random(f"{seed} {fault} {number}")
-        figures = FAULTS[fault](place, f"{fault}-{seed}-{number}", number, draw, pace)
+        figures = strike(place, f"{fault}-{seed}-{number}", number, draw, pace)
         total.add(figures)
         if figures.broken:
             broke(number, figures)

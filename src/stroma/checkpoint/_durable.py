@@ -58,6 +58,7 @@ T = TypeVar("T")
 logger = logging.getLogger("stroma")
 
 _AT_ONCE: Final = 500  # runs that one look for old ones gives
+_TOGETHER: Final = 50  # runs that one transaction deletes: others wait for it
 
 
 class Collected(NamedTuple):
@@ -384,11 +385,15 @@ class DurableStore(ABC):
             lambda rows: rows.expired(before, unfinished=unfinished, limit=_AT_ONCE),
             list[str](),
         ):
-            # One by one: each is looked at again in the transaction that deletes it.
-            gone = [
-                await self._submit(Doing(run_id, partial(_delete_if_free, run_id, before)))
-                for run_id in found
-            ]
+            gone: list[bool] = []
+            for first in range(0, len(found), _TOGETHER):
+                # Each is looked at again in the transaction that deletes it.
+                gone += await asyncio.gather(
+                    *(
+                        self._submit(Doing(run_id, partial(_delete_if_free, run_id, before)))
+                        for run_id in found[first : first + _TOGETHER]
+                    )
+                )
             deleted += sum(gone)
             if not any(gone):
                 break  # What is left is somebody's.

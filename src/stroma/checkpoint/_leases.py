@@ -74,10 +74,13 @@ class Keeper:
                 if self._stopped or store is None or not sessions:
                     self._running = False
                     return
-            if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
-                renewed = time.monotonic()
-                store.post(partial(_renew, [session.fence for session in sessions]))
-            self._look(store, {session.fence.run: session for session in sessions if session.on_cancel})
+            try:
+                if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
+                    renewed = time.monotonic()
+                    store.post(partial(_renew, [session.fence for session in sessions]))
+                self._look(store, {session.fence.run: session for session in sessions if session.on_cancel})
+            except Exception:  # All runs of this process would lose their leases with the thread.
+                logger.exception("leases could not be looked after; trying again")
             del store, sessions  # A thread that waits keeps nobody's state alive.
 
     @staticmethod

@@ -99,14 +99,23 @@ class RedisConnection:
         return self._link
 
     def _commit(self, link: Link, jobs: list[Job]) -> None:
-        commits = [job.operation for job in jobs if isinstance(job.operation, Commit)]
+        sent: list[tuple[Job, Commit]] = []
+        commands = []
+        for job in jobs:
+            assert isinstance(job.operation, Commit)
+            commit: Commit = job.operation
+            command = commit_command(commit.fence, commit.attempt, commit.step)
+            job.error = link.refused(command)
+            if job.error is None:
+                sent.append((job, commit))
+                commands.append(command)
+            else:
+                self._done.add(id(job))
         try:
-            replies = link.send(
-                [commit_command(c.fence, c.attempt, c.step) for c in commits], atomic=len(commits) > 1
-            )
+            replies = link.send(commands, atomic=len(commands) > 1) if commands else []
         except Exception as error:
             raise _Unreachable(error) from error
-        for job, commit, reply in zip(jobs, commits, replies, strict=True):
+        for (job, commit), reply in zip(sent, replies, strict=True):
             try:
                 if isinstance(reply, Exception):
                     raise reply

@@ -28,6 +28,8 @@ _PASSING: Final = (
     "READONLY", "ReadOnlyError", "LOADING", "MASTERDOWN", "MasterDownError", "TRYAGAIN", "TryAgainError", "BUSY Redis",
 )  # fmt: skip
 _warned: Final[set[str]] = set()
+#: Bytes that one value may have, unless the server says otherwise.
+_LARGEST: Final = 512 * 1024 * 1024
 
 
 class Server:
@@ -36,6 +38,7 @@ class Server:
     Attributes:
         name: its address without the password.
         patience_seconds: how long to try again while it cannot be reached.
+        largest: bytes that one value may have; it breaks the connection over a larger one.
     """
 
     def __init__(self, driver: Any, url: str, patience_seconds: float) -> None:
@@ -47,6 +50,7 @@ class Server:
         else:
             self.name = f"{scheme}://{where.get('host', 'localhost')}:{where.get('port', 6379)}/{database}"
         self.patience_seconds = patience_seconds
+        self.largest = _LARGEST
         self.no_script: type[Exception] = driver.exceptions.NoScriptError
         self._driver = driver
         self._url = url
@@ -149,6 +153,8 @@ class Server:
         if self._looked:
             return
         settings = self._settings(client)
+        largest = settings.get("proto-max-bulk-len", "")
+        self.largest = int(largest) if largest.isdecimal() else _LARGEST
         for problem in _problems(settings):
             text = f"{self.name}: {problem}"
             if text not in _warned:
@@ -168,7 +174,7 @@ class Server:
                 settings["appendonly"] = "yes" if facts["aof_enabled"] else "no"
             if "maxmemory_policy" in facts:
                 settings["maxmemory-policy"] = str(facts["maxmemory_policy"])
-        for setting in ("appendonly", "appendfsync", "maxmemory-policy", "save"):
+        for setting in ("appendonly", "appendfsync", "maxmemory-policy", "save", "proto-max-bulk-len"):
             try:
                 for key, value in client.config_get(setting).items():
                     settings[_text(key)] = _text(value)
@@ -231,8 +237,21 @@ class Link:
         """
         return self.server.patiently(lambda: self._send(commands, atomic), self._renew)
 
+    def refused(self, command: tuple[Any, ...]) -> StoreError | None:
+        """Why a command cannot be sent, if that is so."""
+        size = max((len(value) for value in command if isinstance(value, bytes)), default=0)
+        if size <= self.server.largest:
+            return None
+        return lasting(
+            f"a payload of {size} bytes is larger than {self.server.name} takes (proto-max-bulk-len is "
+            f"{self.server.largest}); give the store blobs=, or raise that, then resume"
+        )
+
     def _send(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
         self.server.look(self.client)
+        for command in commands:
+            if (problem := self.refused(command)) is not None:
+                raise problem
         replies = self._once(commands, atomic)
         if any(isinstance(reply, self.server.no_script) for reply in replies):
             # A server that was started anew. What was done already is done by that.

@@ -6,6 +6,7 @@ import asyncio
 import inspect
 import itertools
 from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -499,6 +500,28 @@ class JournalStoreTests:
             again = await begin(store, f"run {i}", State(n=i), if_exists="resume")
             assert restored(again) == {(p, ""): State(n=100 * i + p) for p in range(5)}
             assert again.prior.tokens == 5 * i
+
+    async def test_a_run_that_is_taken_up_is_not_collected(self, store: Any) -> None:
+        """Of a gc() and a resume at one moment: the run is gone before it is taken up, or it is whole and stays."""
+        if not hasattr(store, "gc"):
+            pytest.skip("a store whose runs end with the process collects none")
+
+        async def collect() -> None:
+            await settled(store.gc(keep_for=timedelta(0), unfinished=True))
+
+        for i in range(20):
+            session = await begin(store, "run", State(n=i))
+            await commit(session, 0, State(n=i))
+            await finish(session, "INTERRUPTED")
+            await asyncio.sleep(0.002)  # By its clock, that was before now.
+            taking = begin(store, "run", State(n=i), if_exists="resume")
+            work = (taking, collect()) if i % 2 else (collect(), taking)
+            again = (await asyncio.gather(*work))[0 if i % 2 else 1]
+            assert restored(again) in ({}, {(0, ""): State(n=i)})
+            await collect()
+            await commit(again, 1, State(n=i))
+            assert store.get_run("run").holder is not None
+            await finish(again)
 
     async def test_branches_side_by_side(self, store: Any) -> None:
         """The children of a group may commit at the same moment."""
