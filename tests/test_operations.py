@@ -348,16 +348,16 @@ async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
     runner = quick(store)
 
     async def run(nodes: list[Any]) -> tuple[Any, int]:
-        result = await runner.run(nodes, Num())
+        result = await runner.run(nodes, Num(), run_id="r")
         task = asyncio.current_task()
         assert task is not None
         return result, task.cancelling()
 
-    for nodes, status in (([first, last], RunStatus.INTERRUPTED), ([first], RunStatus.COMPLETED)):
+    for nodes, status in (([first, last], RunStatus.CANCELLED), ([first], RunStatus.COMPLETED)):
         inside.clear()
         task = asyncio.create_task(run(nodes))
         await inside.wait()
-        await runner.shutdown(drain_seconds=0)
+        await runner.cancel("r")
         result, cancelling = await task
         assert (result.status, result.final_state, cancelling) == (status, Num(n=1), 0)
     assert calls == ["stubborn", "stubborn"]

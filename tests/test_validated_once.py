@@ -137,7 +137,7 @@ async def test_decoded_values_reach_another_class() -> None:
 
 async def test_text_of_another_class_is_decoded() -> None:
     """A field that is plain text in one class and decoded in the next is decoded there."""
-    sender = create_model("Sender", data=(str, ...), text=(str, ...))
+    sender = create_model("Sender", data=(str, ...), text=(str, ...), more=(list[int], []))
     taker = create_model("Taker", data=(Json[list[int]], ...), text=(Base64Str, ...))
 
     async def last(state: Any) -> Any:
@@ -256,13 +256,16 @@ async def test_a_class_that_is_not_fully_defined_is_a_result() -> None:
     async def failed(run_id: str, node_id: str, *_: Any) -> None:
         told.append(node_id)
 
-    unmade = create_model("Unmade", x=("NotThere", ...))  # type: ignore[call-overload]
+    class Thing:
+        """Nothing that pydantic knows."""
+
+    unmade = create_model("Unmade", __config__=ConfigDict(defer_build=True), x=(Thing, ...))
     first, second = gives("a", {"n": 1}, Num), gives("b", {"n": 2}, Num, unmade)
     result = await quick(hooks=NodeHooks(on_node_failure=failed)).run([first, second], Num())
     assert (result.status, result.final_state, told) == (RunStatus.FAILED, Num(n=1), ["b"])
     assert [event.outcome for event in result.trace] == ["success", "failure"]
     assert result.failure is not None
-    assert "NotThere" in result.failure.message
+    assert "Thing" in result.failure.message
     result = await quick().run([parallel(first, second)], Num())
     assert result.status is RunStatus.FAILED
 
