@@ -363,6 +363,30 @@ async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
     assert calls == ["stubborn", "stubborn"]
 
 
+async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_again(store: Any) -> None:
+    """A run that is cancelled from elsewhere makes no further attempt, whatever its node makes of the cancellation."""
+    calls, inside = [], asyncio.Event()
+
+    async def wrapping(state: Num) -> Any:
+        calls.append(1)
+        inside.set()
+        try:
+            await asyncio.sleep(30)
+        except BaseException as error:
+            raise ConnectionError("lost") from error
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
+    retries = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
+    runner = StromaRunner.quick(store=store, policy_map=retries)
+    task = asyncio.create_task(runner.run([stroma_node("a", contract)(wrapping)], Num(), run_id="r"))
+    await inside.wait()
+    await runner.cancel("r")
+    result = await task
+    assert (result.status, len(calls)) == (RunStatus.CANCELLED, 1)
+    assert result.failure is not None
+    assert result.failure.message == "lost"
+
+
 async def test_what_run_many_is_given_may_raise(store: Any) -> None:
     """What the inputs or ``on_result`` raise comes out of run_many as itself, and no run is left behind."""
     work, runner = Work(), quick(store)

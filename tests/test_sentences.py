@@ -461,6 +461,15 @@ async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) 
     assert told == []
 
 
+@pytest.mark.parametrize("name", ["", "a\0b", "\ud800", 5])
+def test_a_pipeline_has_a_name_that_stores_can_keep(name: Any) -> None:
+    """What no store can keep is refused as the name of a pipeline, where it is given."""
+    with pytest.raises(ValueError, match="pipeline name"):
+        Pipeline(name, [])
+    with pytest.raises(ValueError, match="pipeline"):
+        RunConfig(pipeline=name)
+
+
 async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
     """A list of nodes is called what RunConfig(pipeline=...) says, a Pipeline by its own name, in hooks and nodes."""
     names: list[str] = []

@@ -299,6 +299,31 @@ async def test_a_final_state_is_not_trusted_any_more() -> None:
     assert (await execute_step("b", same, step.final_state, ctx)).status is RunStatus.FAILED
 
 
+async def test_a_class_that_copies_itself_in_its_own_way_crosses_as_it_is() -> None:
+    """What a class makes of model_copy, copy or deepcopy has no say in what the next node gets."""
+
+    class Stamped(BaseModel):
+        n: int = 0
+        inner: Num = Num()
+        stamp: int = 0
+
+        def model_copy(self, **_: Any) -> Any:
+            return Stamped(stamp=self.stamp + 1)
+
+        def __copy__(self) -> Any:
+            return self.model_copy()
+
+        def __deepcopy__(self, memo: Any = None) -> Any:
+            return self.model_copy()
+
+    async def same(state: Stamped) -> Any:
+        return state
+
+    first, then = gives("a", {"n": 1, "inner": {"n": 2}}, Stamped), node("b", same, Stamped, Stamped)
+    result = await quick().run([first, then, parallel(node("c", same, Stamped, Stamped))], Num())
+    assert held(result.final_state) == {"n": 1, "inner": {"n": 2}, "stamp": 0}
+
+
 class Cat(BaseModel):
     kind: Literal["cat"] = "cat"
 

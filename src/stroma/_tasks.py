@@ -11,7 +11,7 @@ from typing import Any
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
 from stroma.hooks import HookNotAsync, was_raised
 
-__all__ = ["in_thread", "passes_through", "uninterrupted"]
+__all__ = ["in_thread", "passes_through", "refusal", "uninterrupted"]
 
 
 async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
@@ -71,6 +71,22 @@ async def uninterrupted(work: Awaitable[Any]) -> bool:
         except asyncio.CancelledError:
             cancelled = True
     if future.cancelled():
-        raise StoreError("the store gave up the operation by itself; resume the run once the store is well")
-    future.result()
+        raise refusal(asyncio.CancelledError())
+    error = future.exception()
+    if error is not None:
+        raise refusal(error)
     return cancelled
+
+
+def refusal(error: BaseException) -> Exception:
+    """What a store raised, as its refusal: a CancelledError or GeneratorExit of its own is nobody else's.
+
+    Raises what tells the process to stop.
+    """
+    if isinstance(error, Exception):
+        return error
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+    return StoreError(
+        f"the store gave up the operation by itself ({type(error).__name__}); resume the run once the store is well"
+    )
