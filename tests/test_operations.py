@@ -504,19 +504,43 @@ async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
     runner = quick(store)
 
     async def run(nodes: list[Any]) -> tuple[Any, int]:
-        result = await runner.run(nodes, Num())
+        result = await runner.run(nodes, Num(), run_id="r")
         task = asyncio.current_task()
         assert task is not None
         return result, task.cancelling()
 
-    for nodes, status in (([first, last], RunStatus.INTERRUPTED), ([first], RunStatus.COMPLETED)):
+    for nodes, status in (([first, last], RunStatus.CANCELLED), ([first], RunStatus.COMPLETED)):
         inside.clear()
         task = asyncio.create_task(run(nodes))
         await inside.wait()
-        await runner.shutdown(drain_seconds=0)
+        await runner.cancel("r")
         result, cancelling = await task
         assert (result.status, result.final_state, cancelling) == (status, Num(n=1), 0)
     assert calls == ["stubborn", "stubborn"]
+
+
+async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_again(store: Any) -> None:
+    """A run that is cancelled from elsewhere makes no further attempt, whatever its node makes of the cancellation."""
+    calls, inside = [], asyncio.Event()
+
+    async def wrapping(state: Num) -> Any:
+        calls.append(1)
+        inside.set()
+        try:
+            await asyncio.sleep(30)
+        except BaseException as error:
+            raise ConnectionError("lost") from error
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
+    retries = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
+    runner = StromaRunner.quick(store=store, policy_map=retries)
+    task = asyncio.create_task(runner.run([stroma_node("a", contract)(wrapping)], Num(), run_id="r"))
+    await inside.wait()
+    await runner.cancel("r")
+    result = await task
+    assert (result.status, len(calls)) == (RunStatus.CANCELLED, 1)
+    assert result.failure is not None
+    assert result.failure.message == "lost"
 
 
 async def test_what_run_many_is_given_may_raise(store: Any) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel, RootModel, field_validator
 
 from stroma import (
     KNOWN_MODELS,
@@ -357,6 +357,34 @@ async def test_whatever_redact_makes_every_hook_is_called(redact: Any, root: boo
     assert "7" not in repr(shown[0])
 
 
+async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
+    """G7, G8: neither redact nor on_run_end changes an event, also if a hook has looked at the trace during the run."""
+
+    async def look(*_: Any) -> None:
+        current = current_node()
+        assert current is not None
+        list(current.ctx.trace.walk())
+
+    async def spoil(run_id: str, result: Any) -> None:
+        for event in result.trace.walk():
+            assert event.input_state == {"n": "hidden"}
+            event.input_state["n"] = event.node_id = "spoiled"
+
+    async def plus(state: Num) -> Any:
+        return {"n": state.n + 1}
+
+    nodes = [node("a", plus), parallel(node("b", plus)), node("c", plus)]
+    hooks = NodeHooks(on_node_success=look, on_run_end=spoil)
+    result = await quick(hooks=[hooks, hooks], redact=lambda state: {"n": "hidden"}).run(nodes, Num())
+    assert result.hook_errors == []
+    assert [(event.node_id, event.input_state) for event in result.trace.walk()] == [
+        ("a", {"n": 0}),
+        ("parallel(b)", {"n": 1}),
+        ("b", {"n": 1}),
+        ("c", {"n": 2}),
+    ]
+
+
 async def test_a_violation_of_the_nodes_own_making_is_shown() -> None:
     """A ContractViolation that a node made, without what belongs to it, is a failure like any other, redacted too."""
 
@@ -409,6 +437,75 @@ async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseExc
     assert result.failure is not None
     assert result.failure.failure_class is FailureClass.AMBIGUOUS
     assert result.failure.message == ("Hostile" if where == "__str__" else "words")
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException])
+@pytest.mark.parametrize("at", ["input", "output"])
+async def test_a_validator_that_raises_no_exception_is_a_violation(
+    kind: type[BaseException], at: str
+) -> None:
+    """A validator that raises a CancelledError, say, has refused a value: FAILED, each start ended, the run's end told."""
+
+    class Refusing(BaseModel):
+        n: int = 0
+
+        @field_validator("n")
+        @classmethod
+        def refuse(cls, value: int) -> int:
+            if value == 5:
+                raise kind("no")
+            return value
+
+    async def func(state: Any) -> Any:
+        return {"n": 5}
+
+    given, promised = (Refusing, Num) if at == "input" else (Num, Refusing)
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=given, output_schema=promised)
+    seen: list[str] = []
+
+    async def end(*_: Any) -> None:
+        seen.append("run end")
+
+    runner = quick(hooks=watch(seen, on_run_end=end))
+    result = await runner.run([stroma_node("a", contract)(func)], Num(n=5))
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert result.failure.message.startswith(f"Contract violation for 'a' ({at})")
+    assert seen == [*(["start"] if at == "output" else []), "failure", "run end"]
+
+
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException, ValueError])
+@pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
+async def test_a_store_that_raises_no_exception_has_refused(
+    kind: type[BaseException], is_async: bool
+) -> None:
+    """Whatever a store raises at a commit, but for KeyboardInterrupt and SystemExit, it has failed: PARTIAL, hooks pair."""
+
+    class Refusing:
+        def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+            raise kind("no")
+
+        def load(self, run_id: str, node_id: str) -> BaseModel | None: ...
+        def delete(self, run_id: str) -> None: ...
+
+    class Later(Refusing):
+        async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:  # type: ignore[override]
+            raise kind("no")
+
+    async def same(state: Num) -> Any:
+        return state
+
+    seen: list[str] = []
+
+    async def end(*_: Any) -> None:
+        seen.append("run end")
+
+    runner = quick(store=Later() if is_async else Refusing(), hooks=watch(seen, on_run_end=end))
+    result = await runner.run([node("a", same)], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.reason == "store"
+    assert seen == ["start", "failure", "run end"]
 
 
 async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:

@@ -9,6 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
@@ -23,9 +24,11 @@ from stroma import (
     FailurePolicy,
     NodeContract,
     NodeHooks,
+    Pipeline,
     RunConfig,
     RunStatus,
     SQLiteStore,
+    StoreError,
     StromaRunner,
     cost,
     current_node,
@@ -405,3 +408,82 @@ async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
     assert result.final_state == Secretive(name="secret too")
     assert result.trace.events_for("first")[0].input_state == {"name": "secret"}
     assert "secret" in str(result.failure.exception.raw)  # type: ignore[union-attr, attr-defined]
+
+
+# ---------------------------------------------------------------------- found without a test
+
+
+async def test_the_time_of_an_event_is_the_start_of_its_attempt() -> None:
+    """``timestamp_utc`` is when the attempt's function was called, in UTC, whatever was waited for before and after."""
+    called: list[datetime] = []
+
+    async def func(state: Num) -> Any:
+        called.append(datetime.now(UTC))
+        await asyncio.sleep(0.02)
+        if len(called) == 1:
+            raise ConnectionError("again")
+        return {"n": 1}
+
+    async def slow(*_: Any) -> None:
+        await asyncio.sleep(0.02)
+
+    policies = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=0.02, jitter=False)}
+    hooks = NodeHooks(on_node_start=slow, on_node_success=slow)
+    result = await quick(policy_map=policies, hooks=hooks).run([node("a", func)], Num())
+    assert [event.timestamp_utc.tzinfo for event in result.trace] == [UTC, UTC]
+    for event, began in zip(result.trace, called, strict=True):
+        assert abs(event.timestamp_utc - began) < timedelta(milliseconds=15)
+
+
+def test_what_a_policy_is_unless_it_says_otherwise() -> None:
+    """A policy's delays do not grow, are drawn, end at 60 s, and a server may ask for up to 120 s."""
+    policy = FailurePolicy()
+    assert (policy.max_retries, policy.backoff_seconds) == (3, 1.0)
+    assert (policy.multiplier, policy.max_backoff_seconds, policy.jitter) == (1.0, 60.0, True)
+    assert policy.max_retry_after_seconds == 120.0
+
+
+async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) -> None:
+    """A store that cannot be opened comes out of run() as a StoreError: no node is called, no hook is told."""
+    told: list[str] = []
+
+    async def tell(*_: Any) -> None:
+        told.append("hook")
+
+    async def func(state: Num) -> Any:
+        told.append("node")
+        return state
+
+    store = SQLiteStore(tmp_path)  # A directory.
+    hooks = NodeHooks(on_run_start=tell, on_run_end=tell, on_node_start=tell)
+    with pytest.raises(StoreError):
+        await quick(store=store, hooks=hooks).run([node("a", func)], Num())
+    assert told == []
+
+
+@pytest.mark.parametrize("name", ["", "a\0b", "\ud800", 5])
+def test_a_pipeline_has_a_name_that_stores_can_keep(name: Any) -> None:
+    """What no store can keep is refused as the name of a pipeline, where it is given."""
+    with pytest.raises(ValueError, match="pipeline name"):
+        Pipeline(name, [])
+    with pytest.raises(ValueError, match="pipeline"):
+        RunConfig(pipeline=name)
+
+
+async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
+    """A list of nodes is called what RunConfig(pipeline=...) says, a Pipeline by its own name, in hooks and nodes."""
+    names: list[str] = []
+
+    async def start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        names.append(pipeline)
+
+    async def func(state: Num) -> Any:
+        current = current_node()
+        assert current is not None
+        names.append(current.pipeline)
+        return state
+
+    runner = quick(pipeline="orders", hooks=NodeHooks(on_run_start=start))
+    await runner.run([node("a", func)], Num())
+    await runner.run(Pipeline("returns", [node("a", func)]), Num())
+    assert names == ["orders", "orders", "returns", "returns"]

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from stroma import (
     AsyncInMemoryStore,
+    ExecutionBudget,
     FailureClass,
     FailurePolicy,
     NodeContract,
@@ -290,6 +291,23 @@ async def test_a_failure_beats_a_question(store: Any) -> None:
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
     assert result.failure.message == "broken"
+
+
+async def test_a_crossed_limit_beats_a_question(store: Any) -> None:
+    """A group in which one child waits and another takes the run over its budget stops as PARTIAL for that."""
+
+    async def ask(state: Num) -> Any:
+        raise Suspend("well?")
+
+    async def spend(state: Num) -> Any:
+        await asyncio.sleep(0.01)
+        return {"n": 1}, 11
+
+    runner = StromaRunner.quick(store=store, budget=ExecutionBudget(max_tokens_total=10))
+    result = await runner.run([parallel(node("ask", ask), node("spend", spend))], Num())
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert result.failure.reason == "budget"
 
 
 async def test_an_answer_belongs_to_its_execution(store: Any) -> None:

@@ -137,7 +137,7 @@ async def test_decoded_values_reach_another_class() -> None:
 
 async def test_text_of_another_class_is_decoded() -> None:
     """A field that is plain text in one class and decoded in the next is decoded there."""
-    sender = create_model("Sender", data=(str, ...), text=(str, ...))
+    sender = create_model("Sender", data=(str, ...), text=(str, ...), more=(list[int], []))
     taker = create_model("Taker", data=(Json[list[int]], ...), text=(Base64Str, ...))
 
     async def last(state: Any) -> Any:
@@ -256,13 +256,16 @@ async def test_a_class_that_is_not_fully_defined_is_a_result() -> None:
     async def failed(run_id: str, node_id: str, *_: Any) -> None:
         told.append(node_id)
 
-    unmade = create_model("Unmade", x=("NotThere", ...))  # type: ignore[call-overload]
+    class Thing:
+        """Nothing that pydantic knows."""
+
+    unmade = create_model("Unmade", __config__=ConfigDict(defer_build=True), x=(Thing, ...))
     first, second = gives("a", {"n": 1}, Num), gives("b", {"n": 2}, Num, unmade)
     result = await quick(hooks=NodeHooks(on_node_failure=failed)).run([first, second], Num())
     assert (result.status, result.final_state, told) == (RunStatus.FAILED, Num(n=1), ["b"])
     assert [event.outcome for event in result.trace] == ["success", "failure"]
     assert result.failure is not None
-    assert "NotThere" in result.failure.message
+    assert "Thing" in result.failure.message
     result = await quick().run([parallel(first, second)], Num())
     assert result.status is RunStatus.FAILED
 
@@ -294,6 +297,31 @@ async def test_a_final_state_is_not_trusted_any_more() -> None:
     assert isinstance(step.final_state, Positive)
     step.final_state.n = -5
     assert (await execute_step("b", same, step.final_state, ctx)).status is RunStatus.FAILED
+
+
+async def test_a_class_that_copies_itself_in_its_own_way_crosses_as_it_is() -> None:
+    """What a class makes of model_copy, copy or deepcopy has no say in what the next node gets."""
+
+    class Stamped(BaseModel):
+        n: int = 0
+        inner: Num = Num()
+        stamp: int = 0
+
+        def model_copy(self, **_: Any) -> Any:
+            return Stamped(stamp=self.stamp + 1)
+
+        def __copy__(self) -> Any:
+            return self.model_copy()
+
+        def __deepcopy__(self, memo: Any = None) -> Any:
+            return self.model_copy()
+
+    async def same(state: Stamped) -> Any:
+        return state
+
+    first, then = gives("a", {"n": 1, "inner": {"n": 2}}, Stamped), node("b", same, Stamped, Stamped)
+    result = await quick().run([first, then, parallel(node("c", same, Stamped, Stamped))], Num())
+    assert held(result.final_state) == {"n": 1, "inner": {"n": 2}, "stamp": 0}
 
 
 class Cat(BaseModel):

@@ -8,7 +8,7 @@ from typing import Final
 
 from pydantic import BaseModel
 
-from stroma._tasks import uninterrupted
+from stroma._tasks import refusal, uninterrupted
 from stroma.checkpoint import StepCall, StoreError, Waiting
 from stroma.context import NodeExecution, ReliabilityContext
 from stroma.failures import Failure
@@ -52,8 +52,8 @@ async def record(ctx: ReliabilityContext, row: Row) -> tuple[Exception | None, b
     pending: Awaitable[None] | Exception | None
     try:
         pending = ctx.session.record(row, None, None, None)
-    except Exception as refused:
-        pending = refused
+    except BaseException as refused:
+        pending = refusal(refused)
     return (None, False) if pending is None else await settle(ctx, row, None, None, None, pending)
 
 
@@ -88,8 +88,8 @@ async def settle(
                 pending = ctx.session.suspend(row, waiting)
             else:
                 pending = ctx.session.record(row, schema, output, call)
-        except Exception as again:
-            pending = again
+        except BaseException as again:
+            pending = refusal(again)
     if isinstance(error, StoreError):
         return error, cancelled
     wrapped = StoreError(f"the store could not keep node {row[0]!r} of run {ctx.run_id!r}: {error}")

@@ -24,7 +24,7 @@ from pydantic import BaseModel
 from stroma._announce import fire_success, tell_failure, warn_of_budget
 from stroma._commit import make_row, record, settle
 from stroma._restore import restore
-from stroma._tasks import in_thread, passes_through
+from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
 from stroma.checkpoint import StepCall, StoreError, Waiting, schema_ref
 from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
@@ -240,6 +240,8 @@ def _decide(
 ) -> Retry | Stop:
     if ctx.limits and ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) is not None:
         return _SPENT
+    if ctx.cancelled:  # The node made an error of its own of it.
+        return Stop("the run was cancelled")
     own = ctx.step_policies.get(node.node_id) if ctx.step_policies else None
     if own is None and isinstance(node, Group):
         # Its children had their retries; a group has its own only if asked.
@@ -279,7 +281,10 @@ async def _attempt(
             state, picture = given.take(value, run.compact)
         else:
             state, picture = _take_unvalidated(node, value)
-    except Exception as broken:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as broken:
+        # Whatever a validator raises: nothing was awaited, so nobody cancels or closes us.
         raw = _raw_picture(value)
         violation = as_violation(run.node_id, "input", raw, broken)
         return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
@@ -334,12 +339,12 @@ async def _attempt(
             model, kept = promised.give(output, run.compact)
         else:
             model, kept = promised.assemble(output, run.compact)
-    except Exception as broken:
-        violation = as_violation(run.node_id, "output", output, broken)
-        return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
-    except BaseException as interrupt:  # KeyboardInterrupt in a validator, say.
+    except (KeyboardInterrupt, SystemExit) as interrupt:
         await _abandon(ctx, run, begin, 0, picture, interrupt)
         raise
+    except BaseException as broken:
+        violation = as_violation(run.node_id, "output", output, broken)
+        return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
@@ -369,8 +374,8 @@ async def _attempt(
     try:
         try:
             pending = ctx.session.record(row, promised, model, run.step)
-        except Exception as refused:
-            pending = refused
+        except BaseException as refused:
+            pending = refusal(refused)
         problem, late = (
             (None, False) if pending is None else await settle(ctx, row, promised, model, run.step, pending)
         )
@@ -514,8 +519,8 @@ async def _suspend(
     try:
         keep = ctx.session.record(row, None, None) if waiting is None else ctx.session.suspend(row, waiting)
         pending = keep
-    except Exception as refused:
-        pending = refused
+    except BaseException as refused:
+        pending = refusal(refused)
     if pending is not None:
         problem, late = await settle(ctx, row, None, None, None, pending, waiting)
         cancelled |= late

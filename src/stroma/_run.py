@@ -61,6 +61,7 @@ class OneRun:
     def _cancel(self, status: RunStatus) -> None:
         if not self._over and self._cancelled_as is None and self.task is not None:
             self._cancelled_as = status
+            self.ctx.cancelled = True
             self.task.cancel()
 
     @property
@@ -214,7 +215,8 @@ class OneRun:
                 cancelling = task.cancelling()
             outcome = await execute(ctx, self.nodes[position], state, position, cancelling=cancelling)
             if isinstance(outcome, Halt):
-                return None if outcome.suspended else outcome.failure, outcome.status
+                failure = None if outcome.suspended else outcome.failure
+                return failure, self._cancelled_as or outcome.status
             state = outcome
         return None, RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
 

@@ -12,7 +12,7 @@ from typing import Any
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
 from stroma.hooks import HookNotAsync, was_raised
 
-__all__ = ["LAST_SECONDS", "in_thread", "passes_through", "uninterrupted"]
+__all__ = ["LAST_SECONDS", "in_thread", "passes_through", "refusal", "uninterrupted"]
 
 #: For how long a cancelled task waits for what must not be lost: longer than our own stores try.
 LAST_SECONDS = 60.0
@@ -94,13 +94,9 @@ async def uninterrupted(work: Awaitable[Any]) -> tuple[Exception | None, bool]:
                 timer.cancel()
     cancelled = deadline is not None
     if future.cancelled():
-        return StoreError(
-            "the store gave up the operation by itself; resume the run once the store is well"
-        ), cancelled
+        return refusal(asyncio.CancelledError()), cancelled
     error = future.exception()
-    if error is not None and not isinstance(error, Exception):
-        raise error
-    return error, cancelled
+    return None if error is None else refusal(error), cancelled
 
 
 def _given_up() -> StoreError:
@@ -115,3 +111,17 @@ def _given_up() -> StoreError:
 def _wake(waiter: asyncio.Future[None], _: asyncio.Future[Any]) -> None:
     if not waiter.done():
         waiter.set_result(None)
+
+
+def refusal(error: BaseException) -> Exception:
+    """What a store raised, as its refusal: a CancelledError or GeneratorExit of its own is nobody else's.
+
+    Raises what tells the process to stop.
+    """
+    if isinstance(error, Exception):
+        return error
+    if isinstance(error, (KeyboardInterrupt, SystemExit)):
+        raise error
+    return StoreError(
+        f"the store gave up the operation by itself ({type(error).__name__}); resume the run once the store is well"
+    )

@@ -6,7 +6,7 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, field_validator
+from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
 from stroma.contracts import check_id
 from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy, shown
@@ -119,8 +119,8 @@ class RunConfig(BaseModel):
 
     @field_validator("run_id", "pipeline")
     @classmethod
-    def _legal_id(cls, value: str) -> str:
-        return check_id(value, "run id")
+    def _legal_id(cls, value: str, info: ValidationInfo) -> str:
+        return check_id(value, "run id" if info.field_name == "run_id" else "pipeline name")
 
     @field_validator("hooks")
     @classmethod

@@ -409,6 +409,8 @@ class ReliabilityContext:
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
+        #: Somebody elsewhere has cancelled the run: nothing is tried again.
+        self.cancelled = False
         #: What nodes of this run wait for.
         self.suspended: list[str] = []
         #: Whether plain code says when its run ends, and what its last step came to.

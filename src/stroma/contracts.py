@@ -112,7 +112,7 @@ def _describe(error: Any) -> str:
     return f"{path}: {message}" if path else message
 
 
-def as_violation(node_id: str, direction: Direction, raw: Any, error: Exception) -> ContractViolation:
+def as_violation(node_id: str, direction: Direction, raw: Any, error: BaseException) -> ContractViolation:
     """The ContractViolation for what a validator raised."""
     if isinstance(error, ValidationError):
         errors: list[Any] = list(error.errors(include_url=False))

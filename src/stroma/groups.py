@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import inspect
 import warnings
 from collections.abc import Callable, Coroutine, Sequence
@@ -231,23 +232,17 @@ def _output_class(ctx: ReliabilityContext, node: Node | Group, value: BaseModel)
     return output_schema(ctx, node, value).model
 
 
-_models: dict[Any, type[BaseModel]] = {}
-
-
+@functools.lru_cache(maxsize=1024)
 def _merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseModel]:
-    """One model with the fields of all, later ones winning; open where a child has no contract. Cached."""
-    key = ("merge", name, classes)
-    found = _models.get(key)
-    if found is None:
-        fields: dict[str, Any] = {}
-        for cls in classes:
-            if _is_open(cls):
-                # It may give any field any value, and later outputs win over earlier ones.
-                fields = dict.fromkeys(fields, (Any, ...))
-            if not (cls.__pydantic_root_model__ and _is_open(cls)):
-                fields.update(_fields_of(cls))
-        found = _models[key] = _make_model(name, fields, classes)
-    return found
+    """One model with the fields of all, later ones winning; open where a child has no contract."""
+    fields: dict[str, Any] = {}
+    for cls in classes:
+        if _is_open(cls):
+            # It may give any field any value, and later outputs win over earlier ones.
+            fields = dict.fromkeys(fields, (Any, ...))
+        if not (cls.__pydantic_root_model__ and _is_open(cls)):
+            fields.update(_fields_of(cls))
+    return _make_model(name, fields, classes)
 
 
 def _is_open(cls: type[BaseModel]) -> bool:
@@ -262,15 +257,12 @@ def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
     return {n: (info.annotation, info) for n, info in cls.model_fields.items() if not info.exclude}
 
 
+@functools.lru_cache(maxsize=1024)
 def _with_list(name: str, base: type[BaseModel], into: str, item: type[BaseModel]) -> type[BaseModel]:
-    """The model ``base`` with a field ``into: list[item]``. Cached."""
-    key = ("list", name, base, into, item)
-    found = _models.get(key)
-    if found is None:
-        fields = _fields_of(base)
-        fields[into] = (list[Any] if item is Kept else list[item], ...)  # type: ignore[valid-type]
-        found = _models[key] = _make_model(name, fields, (base,))
-    return found
+    """The model ``base`` with a field ``into: list[item]``."""
+    fields = _fields_of(base)
+    fields[into] = (list[Any] if item is Kept else list[item], ...)  # type: ignore[valid-type]
+    return _make_model(name, fields, (base,))
 
 
 def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseModel]]) -> type[BaseModel]:

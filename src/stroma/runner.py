@@ -27,7 +27,7 @@ from stroma.checkpoint import (
 from stroma.config import RunConfig
 from stroma.config import new_run_id as fresh_run_id
 from stroma.context import ReliabilityContext
-from stroma.contracts import ContractRegistry, NodeContract
+from stroma.contracts import ContractRegistry, NodeContract, check_id
 from stroma.cost import ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap
 from stroma.groups import parallel
@@ -58,7 +58,8 @@ Out = TypeVar("Out", bound=BaseModel)
 class Pipeline:
     """A named sequence of nodes, with the configuration it likes to run under.
 
-    The name is what metrics and spans are labelled with. Raises TypeError for what is no node.
+    The name is what metrics and spans are labelled with. Raises TypeError for what is no node, ValueError for a name that
+    no store can keep.
     """
 
     name: str
@@ -66,7 +67,7 @@ class Pipeline:
     config: RunConfig | None
 
     def __init__(self, name: str, nodes: Iterable[Any], *, config: RunConfig | None = None) -> None:
-        object.__setattr__(self, "name", name)
+        object.__setattr__(self, "name", check_id(name, "pipeline name"))
         object.__setattr__(self, "nodes", tuple(nodes))
         object.__setattr__(self, "config", config)
         for node in self.nodes:

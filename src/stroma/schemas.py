@@ -17,6 +17,7 @@ what is stored is read back before it is promised, and marked if only the schema
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import functools
 import hashlib
@@ -184,9 +185,11 @@ class Schema:
         self._ambiguous = any(ambiguous(node, defs) for node in nodes)
         self._strict = any(map(is_strict, nodes))
         #: The fields that hold decoded text.
-        self._decoding = frozenset(
-            name for name in self.names if any(map(decodes, nodes_of([*field_nodes(core, model, name)])))
-        )
+        self._decoding: frozenset[str] = frozenset()
+        if any(map(decodes, nodes)):
+            self._decoding = frozenset(
+                name for name in self.names if any(map(decodes, nodes_of([*field_nodes(core, model, name)])))
+            )
         #: What this class validated and nobody else has, by id: it needs no validation to cross. None: not noted.
         self._given: WeakValueDictionary[int, BaseModel] | None = None
         if (self._changing or self._nested) and model.__weakrefoffset__:
@@ -329,7 +332,7 @@ class Schema:
         values = model.__dict__
         update = {name: isolate(values[name]) for name in self._deep if name in values}
         update.update({k: isolate(v) for k, v in (model.__pydantic_extra__ or {}).items()})
-        return model.model_copy(update=update)
+        return _copied(model, update)
 
     def clone(self, model: BaseModel) -> BaseModel:
         """An exact copy of a validated model that shares nothing mutable with it.
@@ -349,7 +352,7 @@ class Schema:
             if n in values
         }
         update.update({k: isolate(v) for k, v in (model.__pydantic_extra__ or {}).items()})
-        return model.model_copy(update=update)
+        return _copied(model, update)
 
     def trust(self, model: BaseModel) -> BaseModel:
         """Note that this class made the model and that nobody else holds it: it crosses unchanged."""
@@ -368,9 +371,9 @@ class Schema:
     def copy(self, model: BaseModel) -> BaseModel:
         """A copy without validation, for nodes without a contract."""
         try:
-            return model.model_copy(deep=True)
+            return BaseModel.model_copy(model, deep=True)
         except Exception:  # Something inside cannot be copied.
-            return model.model_copy(update=self.fields(model))
+            return _copied(model, self.fields(model))
 
     def cross(self, value: BaseModel) -> BaseModel:
         """Validate a model of any class as one of this class; the result shares nothing mutable with it.
@@ -705,6 +708,20 @@ def _apart(value: Any) -> Any:
     if isinstance(value, BaseModel):
         return schema_of(type(value)).raw(value)
     return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value) if f.init}
+
+
+def _copied(model: BaseModel, update: Mapping[str, Any]) -> BaseModel:
+    """A copy with some values changed. Not by model_copy: a class may have one of its own, which changes more."""
+    twin = model.__class__.__new__(model.__class__)
+    extra = model.__pydantic_extra__
+    for name, value in {
+        "__dict__": model.__dict__ | {k: v for k, v in update.items() if extra is None or k not in extra},
+        "__pydantic_fields_set__": set(model.__pydantic_fields_set__),
+        "__pydantic_extra__": None if extra is None else {k: update.get(k, v) for k, v in extra.items()},
+        "__pydantic_private__": copy.copy(model.__pydantic_private__),
+    }.items():
+        object.__setattr__(twin, name, value)
+    return twin
 
 
 def _twin(value: Any) -> Any:

@@ -10,7 +10,7 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from typing import Any, Final, Literal, cast
@@ -264,16 +264,25 @@ def contract_of(row: Row, schema: Schema) -> str:
 
 
 def _copy_rows(rows: list[Row | TraceEvent]) -> list[Row | TraceEvent]:
-    # A row is immutable but for the list of its children. Events that somebody appended stay those objects.
+    # A row is immutable but for the list of its children.
     copies: list[Row | TraceEvent] = []
     for row in rows:
-        children = None if isinstance(row, TraceEvent) else row[CHILDREN]
-        copies.append(
-            row
-            if isinstance(row, TraceEvent) or children is None
-            else (*row[:CHILDREN], _copy_rows(children))
-        )
+        if isinstance(row, TraceEvent):
+            copies.append(_copy_event(row))
+        else:
+            children = row[CHILDREN]
+            copies.append(row if children is None else (*row[:CHILDREN], _copy_rows(children)))
     return copies
+
+
+def _copy_event(event: TraceEvent) -> TraceEvent:
+    given, made = event.input_state, event.output_state
+    return replace(
+        event,
+        input_state=Schema.thaw_dict(given),
+        output_state=None if made is None else Schema.thaw_dict(made),
+        children=[_copy_event(child) for child in event.children],
+    )
 
 
 def _thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | None:
