@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import perf_counter_ns, time_ns
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
@@ -292,8 +293,30 @@ class _RunLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
 
+class _Untouched:
+    """What most runs never change. It stands here once: what is not written for each run costs none of them anything,
+    and up to 30 attributes share the table of their names with those of the other runs."""
+
+    session: Session = _NO_SESSION
+    restored: Mapping[tuple[int, str], Committed] = MappingProxyType({})
+    #: The last output that was committed at the top level.
+    last_state: BaseModel | None = None
+    _opening: asyncio.Future[Session] | None = None
+    #: While it attaches to somebody else's run: whether it waits between two looks, and whether it need not go on.
+    _waits: bool = False
+    _gives_up: bool = False
+    #: Whether plain code says when its run ends, and what its last step came to.
+    ends: bool = False
+    step_status: RunStatus | None = None
+    _next_position: int = 0
+    #: How often each step id was called by plain code, and where the journal has those calls.
+    _calls: Counter[str] | None = None
+    _recorded: dict[tuple[str, int], int] | None = None
+    fire: Hooks = NO_HOOKS
+
+
 @dataclass(eq=False)
-class ReliabilityContext:
+class ReliabilityContext(_Untouched):
     """All that one run owns. Make it with :meth:`for_run`."""
 
     run_id: str
@@ -315,26 +338,12 @@ class ReliabilityContext:
     pipeline: str = "pipeline"
 
     def __post_init__(self) -> None:
-        self.session: Session = _NO_SESSION
-        self.restored: Mapping[tuple[int, str], Committed] = {}
-        #: The last output that was committed at the top level.
-        self.last_state: BaseModel | None = None
-        self._opening: asyncio.Future[Session] | None = None
-        #: While it attaches to somebody else's run: whether it waits between two looks, and whether it need not go on.
-        self._waits = self._gives_up = False
         #: What the children of a group committed in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
         #: What nodes of this run wait for.
         self.suspended: list[str] = []
-        #: Whether plain code says when its run ends, and what its last step came to.
-        self.ends = False
-        self.step_status: RunStatus | None = None
-        self._next_position = 0
-        #: How often each step id was called by plain code, and where the journal has those calls.
-        self._calls: Counter[str] = Counter()
-        self._recorded: dict[tuple[str, int], int] | None = None
         self.limits: list[tuple[Dimension, float]] = limits(self.budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
@@ -343,7 +352,6 @@ class ReliabilityContext:
         self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
         self._warned: set[str] = set()
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
-        self.fire = NO_HOOKS
         if sets:
             limit = self.config.hook_timeout_ms
             self.fire = Hooks(
@@ -511,6 +519,8 @@ class ReliabilityContext:
                 for (position, branch), kept in self.restored.items()
                 if kept.step is not None and not branch
             }
+        if self._calls is None:
+            self._calls = Counter()
         number = self._calls[step_id]
         self._calls[step_id] += 1
         position = self._recorded.get((step_id, number))

@@ -253,10 +253,18 @@ class CostTracker:
 
     def exceeded(self, budget: ExecutionBudget, node_id: str) -> BudgetExceeded | None:
         """The BudgetExceeded for the first limit that is crossed, or None."""
-        for dimension, limit in limits(budget):
-            used = self.used(dimension)
-            if used > limit:
-                return BudgetExceeded(dimension, limit, used, node_id)
+        # Asked twice for each node. Rounding adds less than the billionth that is looked at here, and is not always needed.
+        tokens, cost, latency = budget.max_tokens_total, budget.max_cost_usd, budget.max_latency_ms
+        if tokens is not None and self._tokens + self.prior_tokens > tokens:
+            return BudgetExceeded("tokens", tokens, self.used("tokens"), node_id)
+        if (
+            cost is not None
+            and self._cost + self._cost_carry + self.prior_cost_usd + 1e-9 > cost
+            and (spent := self.used("cost")) > cost
+        ):
+            return BudgetExceeded("cost", cost, spent, node_id)
+        if latency is not None and self.latency_ns / 1e6 + self.prior_latency_ms > latency:
+            return BudgetExceeded("latency", latency, self.latency_ms, node_id)
         return None
 
     def summary(self) -> dict[str, NodeUsage]:
