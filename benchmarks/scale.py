@@ -50,11 +50,15 @@ def run_name(number: int) -> str:
 # ---------------------------------------------------------------------- filling
 
 
-def fill(url: str, runs: int, attempts: int) -> None:
-    """A thousand pipelines take turns; one run in a thousand has failed. The last one is RUNNING, its owner gone."""
-    {"sqlite": fill_sqlite, "postgresql": fill_postgres, "unix": fill_redis}[url.partition(":")[0]](
-        url, runs, attempts
-    )
+def fill(url: str, runs: int, attempts: int, *, vacuum: bool = True) -> None:
+    """A thousand pipelines take turns; one run in a thousand has failed. ``vacuum``: PostgreSQL has its statistics."""
+    kind = url.partition(":")[0]
+    {"sqlite": fill_sqlite, "postgresql": fill_postgres, "unix": fill_redis}[kind](url, runs, attempts)
+    if kind == "postgresql" and vacuum:
+        import psycopg
+
+        with psycopg.connect(url, autocommit=True) as db:
+            db.execute("VACUUM ANALYZE")
 
 
 # The columns of a generated run i (from 0) and of its attempt j, in SQL that SQLite and PostgreSQL share.
@@ -114,8 +118,6 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
             FROM {numbers}, {both}""".encode(),
             given,
         )
-    with psycopg.connect(url, autocommit=True) as db:
-        db.execute("VACUUM ANALYZE")
 
 
 def fill_redis(url: str, runs: int, attempts: int) -> None:

@@ -17,6 +17,7 @@ from tests.servers_postgres import PostgresServer
 
 from stroma import RunStatus, SQLiteStore, StromaRunner
 from stroma.checkpoint import open_store
+from stroma.checkpoint.postgres import PostgresStore
 from stroma.cli import main as stroma_command
 
 T = TypeVar("T")
@@ -87,6 +88,22 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
             begun = time.perf_counter()
             assert await scale.OPERATIONS[operation](store, runs) == found
             assert time.perf_counter() - begun < SECONDS
+
+
+def test_a_long_run_in_new_tables() -> None:
+    """A PostgreSQL server that has no statistics yet, as soon after the tables were made, tells a long run's attempts."""
+    server = PostgresServer()
+    try:
+        scale.fill(server.dsn, 1, 5000, vacuum=False)
+        store = PostgresStore(server.dsn)
+        begun = time.perf_counter()
+        told = store.attempts(run_name(0))
+        assert time.perf_counter() - begun < SECONDS
+        assert [a.node_id for a in told] == [f"n{i}" for i in range(5000)]
+        assert {a.output for a in told} == {scale.OUTPUT}
+        store.close()
+    finally:
+        server.stop()
 
 
 def test_commands_on_a_store_of_many_attempts(filled: str, capsys: pytest.CaptureFixture[str]) -> None:
