@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from benchmarks import scale
-from benchmarks.scale import Num, run_name
+from tests import large_stores
+from tests.large_stores import Num, run_name
 from tests.servers import RedisServer
 from tests.servers_postgres import PostgresServer
 
@@ -33,16 +33,16 @@ def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFact
     """The address of a store with many attempts."""
     if request.param == "sqlite":
         url = f"sqlite:///{tmp_path_factory.mktemp('scale') / 'runs.db'}"
-        scale.fill(url, *SHAPES["sqlite"])
+        large_stores.fill(url, *SHAPES["sqlite"])
         yield url
     elif request.param == "postgres":
         server = PostgresServer()
-        scale.fill(server.dsn, *SHAPES["postgres"])
+        large_stores.fill(server.dsn, *SHAPES["postgres"])
         yield server.dsn
         server.stop()
     else:
         with RedisServer(appendonly="no") as redis:
-            scale.fill(redis.url, *SHAPES["redis"])
+            large_stores.fill(redis.url, *SHAPES["redis"])
             yield redis.url
 
 
@@ -86,7 +86,7 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
             ("gc that finds nothing", 0),
         ):
             begun = time.perf_counter()
-            assert await scale.OPERATIONS[operation](store, runs) == found
+            assert await large_stores.OPERATIONS[operation](store, runs) == found
             assert time.perf_counter() - begun < SECONDS
 
 
@@ -94,13 +94,13 @@ def test_a_long_run_in_new_tables() -> None:
     """A PostgreSQL server that has no statistics yet, as soon after the tables were made, tells a long run's attempts."""
     server = PostgresServer()
     try:
-        scale.fill(server.dsn, 1, 5000, vacuum=False)
+        large_stores.fill(server.dsn, 1, 5000, vacuum=False)
         store = PostgresStore(server.dsn)
         begun = time.perf_counter()
         told = store.attempts(run_name(0))
         assert time.perf_counter() - begun < SECONDS
         assert [a.node_id for a in told] == [f"n{i}" for i in range(5000)]
-        assert {a.output for a in told} == {scale.OUTPUT}
+        assert {a.output for a in told} == {large_stores.OUTPUT}
         store.close()
     finally:
         server.stop()
@@ -117,7 +117,7 @@ def test_commands_on_a_store_of_many_attempts(filled: str, capsys: pytest.Captur
 async def test_a_run_of_ten_thousand_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of 10,000 nodes that stopped at the last one goes on in seconds, and calls only that."""
     calls: list[int] = []
-    nodes: list[Any] = scale.long_nodes(10_000, calls)
+    nodes: list[Any] = large_stores.long_nodes(10_000, calls)
     async with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as store:
         runner = StromaRunner.quick(store=store, run_id="long", policy_map={"AMBIGUOUS": {"max_retries": 0}})
         monkeypatch.setenv("STOPS", "1")
