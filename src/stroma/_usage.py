@@ -35,7 +35,8 @@ def count_returned(run: NodeExecution, returned: Any) -> tuple[Any, UsageError |
         check_usage(run.node_id, used, produced)
     except UsageError as error:
         return output, error
-    run.report_usage(input_tokens=used, output_tokens=produced, model=model)
+    reported = (used, produced, model)  # What report_usage() would note, which would check it once more.
+    run.reported = [reported] if run.reported is None else [*run.reported, reported]
     return output, None
 
 

@@ -10,6 +10,7 @@ from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
 from dataclasses import dataclass, field
 from time import perf_counter_ns, time_ns
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
@@ -375,8 +376,39 @@ class _RunLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
 
+class _Untouched:
+    """What most runs never change. It stands here once: what is not written for each run costs none of them anything,
+    and up to 30 attributes share the table of their names with those of the other runs."""
+
+    session: Session = _NO_SESSION
+    restored: Mapping[tuple[int, str], Committed] = MappingProxyType({})
+    #: The last output that was committed at the top level.
+    last_state: BaseModel | None = None
+    _opening: asyncio.Future[Session] | None = None
+    #: While it attaches to somebody else's run: whether it waits between two looks, and whether it need not go on.
+    _waits: bool = False
+    _gives_up: bool = False
+    #: Whether plain code says when its run ends, and what its last step came to.
+    ends: bool = False
+    step_status: RunStatus | None = None
+    _next_position: int = 0
+    #: How often each step id was called by plain code, and where the journal has those calls.
+    _calls: Counter[str] | None = None
+    _recorded: dict[tuple[str, int], int] | None = None
+    fire: Hooks = NO_HOOKS
+    #: Whether the store is to know which end hooks are due.
+    delivers: bool = False
+    #: Somebody elsewhere has cancelled the run: nothing is tried again.
+    cancelled: bool = False
+    #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of the
+    #: first hook which puts its own span's here, else the caller's.
+    traceparent: str | None = None
+    kept_traceparent: str | None = None
+    _notes: dict[Any, Any] | None = None
+
+
 @dataclass(eq=False)
-class ReliabilityContext:
+class ReliabilityContext(_Untouched):
     """All that one run owns. Make it with :meth:`for_run`."""
 
     run_id: str
@@ -398,28 +430,12 @@ class ReliabilityContext:
     pipeline: str = "pipeline"
 
     def __post_init__(self) -> None:
-        self.session: Session = _NO_SESSION
-        self.restored: Mapping[tuple[int, str], Committed] = {}
-        #: The last output that was committed at the top level.
-        self.last_state: BaseModel | None = None
-        self._opening: asyncio.Future[Session] | None = None
-        #: While it attaches to somebody else's run: whether it waits between two looks, and whether it need not go on.
-        self._waits = self._gives_up = False
         #: What the children of a group committed in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
-        #: Somebody elsewhere has cancelled the run: nothing is tried again.
-        self.cancelled = False
         #: What nodes of this run wait for.
         self.suspended: list[str] = []
-        #: Whether plain code says when its run ends, and what its last step came to.
-        self.ends = False
-        self.step_status: RunStatus | None = None
-        self._next_position = 0
-        #: How often each step id was called by plain code, and where the journal has those calls.
-        self._calls: Counter[str] = Counter()
-        self._recorded: dict[tuple[str, int], int] | None = None
         self.limits: list[tuple[Dimension, float]] = limits(self.budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
@@ -427,16 +443,10 @@ class ReliabilityContext:
         #: Whether any function runs under a time limit.
         self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
         self._warned: set[str] = set()
-        self._notes: dict[Any, Any] | None = None
-        #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of
-        #: the first hook which puts its own span's here, else the caller's.
-        self.traceparent: str | None = None
-        self.kept_traceparent: str | None = None
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
-        self.fire = NO_HOOKS
-        #: Whether the store is to know which end hooks are due.
-        self.delivers = bool(sets) and self.config.hook_delivery == "at_least_once"
         if sets:
+            if self.config.hook_delivery == "at_least_once":
+                self.delivers = True
             limit = self.config.hook_timeout_ms
             self.fire = Hooks(
                 tuple(sets),
@@ -616,6 +626,8 @@ class ReliabilityContext:
                 for (position, branch), kept in self.restored.items()
                 if kept.step is not None and not branch
             }
+        if self._calls is None:
+            self._calls = Counter()
         number = self._calls[step_id]
         self._calls[step_id] += 1
         position = self._recorded.get((step_id, number))

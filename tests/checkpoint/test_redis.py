@@ -31,6 +31,7 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
+from stroma.checkpoint import _redis_rows as redis_rows
 from stroma.checkpoint.redis import RedisStore, SyncRedisStore
 from stroma.checkpoint.urls import open_store
 from stroma.failures import FailureClass
@@ -691,6 +692,40 @@ class TestExpiry:
             again = await begin(store, if_exists="resume")
             assert expiries() == {-1}
             assert restored(again) == {(0, ""): State()}
+
+    async def test_many_runs_are_looked_at_a_part_at_a_time(
+        self, server: RedisServer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Lists and beginnings say the same where there are too many runs to look at at once."""
+        ids = [f"{'ab'[i % 2]}{i}" for i in range(9)] + ["a", "a:%", "é", "ab*"]
+        async with RedisStore(server.url) as store:
+            for number, run_id in enumerate(ids):
+                session = await begin(store, run_id)
+                if number % 3 == 0:
+                    await finish(session, "FAILED")
+                await asyncio.sleep(0.001)  # Their order is that of their starts.
+
+            def said() -> list[Any]:
+                runs = [
+                    [run.run_id for run in store.list_runs(limit=limit, status=status)]
+                    for limit in (1, 2, 50)
+                    for status in ("FAILED", "RUNNING", "COMPLETED", None)
+                ]
+                beginnings = [
+                    store.find_run(beginning, limit=limit)
+                    for limit in (1, 2, 50)
+                    for beginning in ("a", "b", "a:", "é", "c", "a1")
+                ]
+                return runs + beginnings
+
+            known = said()
+            for page, looked_at in ((200, 1), (2, 4), (1, 3)):
+                monkeypatch.setattr(redis_rows, "_PAGE", page)
+                monkeypatch.setattr(redis_rows, "_LOOKED_AT", looked_at)
+                assert said() == known
+            assert known[2] == []
+            assert known[8] == ids[::-3]
+            assert known[-6] == ["a"]
 
     async def test_what_expired_is_gone_from_the_lists(self, server: RedisServer) -> None:
         """A run that has expired is a run that never was; it is dropped from the lists when they are read."""

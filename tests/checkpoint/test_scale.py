@@ -1,50 +1,53 @@
-"""Large runs and large stores: what opens, resumes and lists them takes bounded time and memory."""
+"""Large runs and large stores: what opens, resumes and lists them takes bounded time and memory.
 
-import sqlite3
+``python -m benchmarks.scale`` has the figures, of larger stores too.
+"""
+
 import time
 import tracemalloc
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, TypeVar
 
 import pytest
-from pydantic import BaseModel
+from tests import large_stores
+from tests.large_stores import Num, run_name
+from tests.servers import RedisServer
+from tests.servers_postgres import PostgresServer
 
-from stroma import NodeContract, RunStatus, SQLiteStore, StromaRunner, stroma_node
-from stroma.testing.stores import begin, finish
+from stroma import RunStatus, SQLiteStore, StromaRunner
+from stroma.checkpoint import open_store
+from stroma.checkpoint.postgres import PostgresStore
+from stroma.cli import main as stroma_command
 
 T = TypeVar("T")
-RUNS, ATTEMPTS = 1000, 1000
-# Far above what any of it takes (a few ms), far below what reading all rows would.
-SECONDS = 1.0
+#: (runs, attempts and commits of each): a million in all where filling is fast.
+SHAPES = {"sqlite": (1000, 1000), "postgres": (1000, 100), "redis": (5000, 10)}
+# Far above what any of it takes (some ms), far below what reading all rows would.
+SECONDS = 2.0
 BYTES = 20_000_000
 
 
-class Num(BaseModel):
-    n: int = 0
+@pytest.fixture(scope="module", params=list(SHAPES))
+def filled(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
+    """The address of a store with many attempts."""
+    if request.param == "sqlite":
+        url = f"sqlite:///{tmp_path_factory.mktemp('scale') / 'runs.db'}"
+        large_stores.fill(url, *SHAPES["sqlite"])
+        yield url
+    elif request.param == "postgres":
+        server = PostgresServer()
+        large_stores.fill(server.dsn, *SHAPES["postgres"])
+        yield server.dsn
+        server.stop()
+    else:
+        with RedisServer(appendonly="no") as redis:
+            large_stores.fill(redis.url, *SHAPES["redis"])
+            yield redis.url
 
 
-@pytest.fixture(scope="module")
-def million(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A store of a thousand runs with a thousand attempts and commits each."""
-    path = tmp_path_factory.mktemp("scale") / "runs.db"
-    SQLiteStore(path)._file.open().close()
-    db = sqlite3.connect(path, isolation_level=None)
-    db.execute("PRAGMA synchronous=OFF")
-    db.execute("BEGIN")
-    numbers = f"WITH RECURSIVE r(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM r WHERE i < {RUNS - 1})"
-    steps = f", a(j) AS (SELECT 0 UNION ALL SELECT j + 1 FROM a WHERE j < {ATTEMPTS - 1})"
-    db.execute(f"""{numbers} INSERT INTO runs (run, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
-        cost_pico, latency_ns, lease_epoch) SELECT i + 1, printf('run-%04d', i), 'p', 1, 'COMPLETED', i, i, 1, 1, 1, 1 FROM r""")
-    db.execute(f"""{numbers} INSERT INTO inputs SELECT i + 1, 1, '', x'7b7d', x'' FROM r""")
-    db.execute(f"""{numbers}{steps} INSERT INTO attempts SELECT i + 1, 1, 1, j, j, '', 1, 'node', 1, 'success', NULL, NULL,
-        NULL, 1, 0, 1, NULL FROM r, a""")
-    db.execute(f"""{numbers}{steps} INSERT INTO steps (run, execution, position, branch, node_id, epoch, attempt, started_ns,
-        contract, schema_ref, output, sha256) SELECT i + 1, 1, j, '', 'node', 1, 1, j, '', '', x'7b7d',
-        x'44136fa355b3678a1146ad16f7e8649e94fb4fc21fe77e8310c060f61caaff8a' FROM r, a""")
-    db.execute("COMMIT")
-    db.close()
-    return path
+def shape(url: str) -> tuple[int, int]:
+    return SHAPES[{"postgresql": "postgres", "unix": "redis"}.get(url.partition(":")[0], "sqlite")]
 
 
 def measured(call: Callable[[], T]) -> T:
@@ -60,46 +63,70 @@ def measured(call: Callable[[], T]) -> T:
     return value
 
 
-async def test_a_store_of_a_million_attempts(million: Path) -> None:
-    """Listing, finding and reading one run, and beginning another, do not read the whole store."""
-    async with SQLiteStore(million) as store:
+async def test_a_store_of_many_attempts(filled: str) -> None:
+    """Listing, finding, reading and resuming a run, and beginning another, do not read the whole store."""
+    runs, attempts = shape(filled)
+    some = runs // 2
+    async with open_store(filled) as store:  # type: ignore[union-attr]
         assert len(measured(store.list_runs)) == 50
-        assert measured(lambda: store.find_run("run-05")) == [f"run-{i:04d}" for i in range(599, 579, -1)]
-        assert measured(lambda: store.find_run("last")) == ["run-0999"]
-        run = measured(lambda: store.get_run("run-0500"))
+        assert [r.run_id for r in measured(lambda: store.list_runs(status="FAILED"))][-1] == run_name(999)
+        assert measured(lambda: store.list_runs(status="RUNNING")) == []
+        assert len(measured(lambda: store.list_runs(pipeline="p7"))) == runs // 1000
+        newest = [run_name(i) for i in range(runs - 1, runs - 21, -1)]
+        assert measured(lambda: store.find_run("run-")) == newest
+        assert measured(lambda: store.find_run(run_name(some)[:-1]))[-1] == run_name(some)
+        assert measured(lambda: store.find_run("last")) == newest[:1]
+        run = measured(lambda: store.get_run(run_name(some)))
         assert run is not None
-        assert run.nodes == ATTEMPTS
-        assert len(measured(lambda: store.attempts("run-0500"))) == ATTEMPTS
+        assert run.nodes == attempts
+        assert len(measured(lambda: store.attempts(run_name(some)))) == attempts
+        for operation, found in (
+            ("resume one", attempts),
+            ("begin one, with a commit", None),
+            ("gc that finds nothing", 0),
+        ):
+            begun = time.perf_counter()
+            assert await large_stores.OPERATIONS[operation](store, runs) == found
+            assert time.perf_counter() - begun < SECONDS
+
+
+def test_a_long_run_in_new_tables() -> None:
+    """A PostgreSQL server that has no statistics yet, as soon after the tables were made, tells a long run's attempts."""
+    server = PostgresServer()
+    try:
+        large_stores.fill(server.dsn, 1, 5000, vacuum=False)
+        store = PostgresStore(server.dsn)
         begun = time.perf_counter()
-        await finish(await begin(store, "a new one"))
+        told = store.attempts(run_name(0))
         assert time.perf_counter() - begun < SECONDS
+        assert [a.node_id for a in told] == [f"n{i}" for i in range(5000)]
+        assert {a.output for a in told} == {large_stores.OUTPUT}
+        store.close()
+    finally:
+        server.stop()
 
 
-async def test_a_run_of_ten_thousand_nodes(tmp_path: Path) -> None:
+def test_commands_on_a_store_of_many_attempts(filled: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """`stroma runs` and `stroma show` do not read the whole store either."""
+    runs, attempts = shape(filled)
+    for arguments, lines in ((["runs"], 21), (["show", run_name(runs // 2)], attempts + 8)):
+        assert not measured(lambda: stroma_command([*arguments, "--db", filled]))  # noqa: B023
+        assert len(capsys.readouterr().out.splitlines()) >= lines
+
+
+async def test_a_run_of_ten_thousand_nodes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run of 10,000 nodes that stopped at the last one goes on in seconds, and calls only that."""
     calls: list[int] = []
-    stops = [True]
-
-    def make(number: int) -> Any:
-        async def func(state: Num) -> Any:
-            calls.append(number)
-            if number == 9_999 and stops[0]:
-                raise ValueError("the last one")
-            return {"n": state.n + 1}
-
-        contract: NodeContract[Any, Any] = NodeContract(
-            node_id=f"n{number}", input_schema=Num, output_schema=Num
-        )
-        return stroma_node(f"n{number}", contract)(func)
-
-    nodes = [make(number) for number in range(10_000)]
+    nodes: list[Any] = large_stores.long_nodes(10_000, calls)
     async with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as store:
         runner = StromaRunner.quick(store=store, run_id="long", policy_map={"AMBIGUOUS": {"max_retries": 0}})
+        monkeypatch.setenv("STOPS", "1")
         assert (await runner.run(nodes, Num())).status is RunStatus.PARTIAL
         calls.clear()
-        stops[0] = False
+        monkeypatch.delenv("STOPS")
         begun = time.perf_counter()
         result = await runner.run(nodes, Num(), resume=True)
         assert time.perf_counter() - begun < 10
         assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=10_000))
         assert calls == [9_999]
+        assert store.attempts("long")[-1].node_id == "n9999"

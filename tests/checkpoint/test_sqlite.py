@@ -436,26 +436,27 @@ class TestCommit:
         gathered.set()
         with SQLiteStore(path, _connect=faulty(intercept)) as store:
             one, two = await begin(store, "one"), await begin(store, "two")
-            repeated = row(0, tokens=1)
+            repeated, failed = row(0, tokens=1), row(1, tokens=2, failure=FailureClass.RECOVERABLE)
             await one.record(repeated, SCHEMA, State(n=1))
+            await one.record(failed, None, None)
             await commit(two, 0, 1, tokens=1)
-            for strange in (
-                (one, repeated, 1),
-                (two, row(0, attempt=2, tokens=10), 2),  # the same position, another attempt
+            again = row(0, attempt=2, tokens=10)  # the same position, another attempt
+            for first, strange in (
+                (10, lambda: one.record(repeated, SCHEMA, State(n=1))),
+                (20, lambda: one.record(failed, None, None)),
+                (30, lambda: two.record(again, SCHEMA, State(n=2))),
             ):
                 gathered.clear()
-                pending = [one.record(row(i, tokens=100), SCHEMA, State(n=i)) for i in (10, 11, 12)]
-                pending.append(strange[0].record(strange[1], SCHEMA, State(n=strange[2])))
-                pending += [two.record(row(i, tokens=100), None, None) for i in (20, 21)]
+                pending = [one.record(row(first + i, tokens=100), SCHEMA, State(n=i)) for i in range(3)]
+                pending.append(strange())
+                pending += [two.record(row(first + i, tokens=100), None, None) for i in range(2)]
                 gathered.set()
                 await asyncio.gather(*pending)
             tokens = {run.run_id: run.tokens for run in store.list_runs()}
-            assert tokens == {"one": 1 + 600, "two": 1 + 400 + 10}
+            assert tokens == {"one": 3 + 900, "two": 1 + 600 + 10}
             assert restored(await begin(store, "two", resume=True)) == {(0, ""): ("node", State(n=2))}
             found = restored(await begin(store, "one", resume=True))
-            assert [(position, state.n) for (position, _), (_, state) in found.items()] == [  # type: ignore[attr-defined]
-                (0, 1), (10, 10), (11, 11), (12, 12),
-            ]  # fmt: skip
+            assert sorted(position for position, _ in found) == [0, 10, 11, 12, 20, 21, 22, 30, 31, 32]
 
     async def test_cancelling_a_caller_loses_no_commit(self, store: SQLiteStore) -> None:
         """Whoever awaits a commit may be cancelled at any instant: the output is kept, once."""

@@ -96,12 +96,13 @@ _DELETE: Final = (
     "DELETE FROM attempts WHERE run = %s",
     "DELETE FROM runs WHERE run = %s",
 )
-_ATTEMPTS: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.node_id, a.duration_ns, a.outcome,
-    a.failure_class, a.message, a.reason, a.tokens, a.output_tokens, a.cost_pico, a.model,
-    s.contract, s.schema_ref, s.output, s.sha256, s.call, s.given FROM attempts a
-    LEFT JOIN steps s ON s.run = a.run AND s.execution = a.execution AND s.position = a.position
-    AND s.branch_key = a.branch_key AND s.epoch = a.epoch AND s.attempt = a.attempt AND s.started_ns = a.started_ns
-    WHERE a.run = %s AND a.execution = %s ORDER BY a.epoch, a.position, a.started_ns, a.branch, a.attempt"""
+_ATTEMPTS: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
+    reason, tokens, output_tokens, cost_pico, model, epoch FROM attempts WHERE run = %s AND execution = %s
+    ORDER BY epoch, position, started_ns, branch, attempt"""
+# What each attempt committed is looked up here: as a join, a server without statistics of a new table compares all of a
+# run's attempts with all of its outputs.
+_OUTPUTS: Final = """SELECT epoch, position, started_ns, branch, attempt, contract, schema_ref, output, sha256, call, given
+    FROM steps WHERE run = %s AND execution = %s AND position >= 0"""
 _RUNS: Final = f"""SELECT {_RUN} FROM runs r WHERE execution > 0 AND (%s::text IS NULL OR pipeline = %s)
     AND (%s::text IS NULL OR status = %s) ORDER BY started_ms DESC, run DESC LIMIT %s"""
 _EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < %s AND (%s OR (execution > 0
@@ -239,9 +240,13 @@ class PostgresRows:
         return [run_id for (run_id,) in self._execute(_BY_PREFIX, values).fetchall()]
 
     def attempts(self, run: int, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
-        for row in self._execute(_ATTEMPTS, (run, execution)).fetchall():
-            step = row[len(Attempt._fields) :]
-            yield Attempt(*row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
+        outputs = {
+            tuple(row[:5]): Step._make(row[5:])
+            for row in self._execute(_OUTPUTS, (run, execution)).fetchall()
+        }
+        for *row, epoch in self._execute(_ATTEMPTS, (run, execution)).fetchall():
+            attempt = Attempt._make(row)
+            yield attempt, outputs.get((epoch, *attempt[:4]))
 
 
 def commit_query(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[LiteralString, dict[str, Any]]:

@@ -45,6 +45,7 @@ from stroma.checkpoint.payloads import BLOB
 __all__ = ["Changed", "RedisRows", "commit_command", "kept_or_raise", "lost"]
 
 _PAGE: Final = 200
+_LOOKED_AT: Final = 2000  # runs that the server goes through at once
 _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
 
 
@@ -288,22 +289,35 @@ class RedisRows:
     def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
         self._link.send([script("stroma:", "sweep")])  # Whoever may only read is refused, and no harm done.
         found: list[RunRow] = []
-        start = 0
-        while len(found) < limit:
-            (ids,) = self._get(("ZREVRANGE", RUNS, start, start + _PAGE - 1))
+        for ids in self._matching(b"", pipeline, status):
             found += (
                 row
                 for row in self._rows(ids)
                 if (pipeline is None or row.pipeline == pipeline) and (status is None or row.status == status)
             )
-            start += _PAGE
-            if len(ids) < _PAGE:
+            if len(found) >= limit:
                 break
         return found[:limit]
+
+    def _matching(self, beginning: bytes, pipeline: str | None, status: str | None) -> Iterator[list[bytes]]:
+        """Ids of runs, the one begun last first. The server looks at them: there may be a million that do not match."""
+        wanted = ["" if value is None else f"={value}" for value in (pipeline, status)]
+        # Without a condition all of them match, and few are enough.
+        most = _PAGE if not beginning and wanted == ["", ""] else _LOOKED_AT
+        start, looked_at = 0, most
+        while looked_at == most:
+            ((looked_at, *ids),) = self._get(script("stroma:", "matching", start, most, beginning, *wanted))
+            for first in range(0, len(ids), _PAGE):
+                yield ids[first : first + _PAGE]
+            start += most
 
     def ids(self, prefix: str, limit: int) -> list[str]:
         beginning = prefix.encode()
         low, high = b"[" + beginning, b"(" + beginning + b"\xff"  # No byte of UTF-8 is that high.
+        (count,) = self._get(("ZLEXCOUNT", IDS, low, high))
+        if count > _LOOKED_AT:
+            # So many that the newest of them are found sooner among all runs than by sorting them.
+            return self._newest_of_many(beginning, limit)
         matches: list[tuple[bool, float, bytes]] = []
         while True:
             (page,) = self._get(("ZRANGEBYLEX", IDS, low, high, "LIMIT", 0, _PAGE))
@@ -321,6 +335,14 @@ class RedisRows:
         found: list[str] = []
         for start in range(0, len(matches), _PAGE):
             found += (row.run_id for row in self._rows([m[2] for m in matches[start : start + _PAGE]]))
+            if len(found) >= limit:
+                break
+        return found[:limit]
+
+    def _newest_of_many(self, beginning: bytes, limit: int) -> list[str]:
+        found = [row.run_id for row in self._rows([beginning])]  # That very one first, if there is one.
+        for ids in self._matching(beginning, None, None):
+            found += (row.run_id for row in self._rows([run_id for run_id in ids if run_id != beginning]))
             if len(found) >= limit:
                 break
         return found[:limit]

@@ -288,6 +288,25 @@ function ops.delete(id, tombstone, token, version)
   return 0
 end
 
+-- Of some of all runs, the one begun last first: how many were looked at, and the ids that begin with a text and, where
+-- these are given, have a pipeline and a status ("=..."). A few thousand at once hold up nobody for long.
+function ops.matching(first, most, beginning, pipeline, status)
+  local ids = redis.call('ZREVRANGE', RUNS, first, first + most - 1)
+  local found = {#ids}
+  for _, id in ipairs(ids) do
+    if string.sub(id, 1, #beginning) == beginning then
+      local fits = true
+      if pipeline ~= '' or status ~= '' then
+        local name = string.gsub(id, '[^%w_.~-]', function(c) return string.format('%%%02X', string.byte(c)) end)
+        local f = redis.call('HMGET', 'stroma:{' .. name .. '}:run', 'pipeline', 'status')
+        fits = f[1] and (pipeline == '' or '=' .. f[1] == pipeline) and (status == '' or '=' .. f[2] == status)
+      end
+      if fits then found[#found + 1] = id end
+    end
+  end
+  return found
+end
+
 function ops.sweep()
   sweep(1000)
   return 0

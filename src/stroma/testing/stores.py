@@ -565,6 +565,7 @@ class JournalStoreTests:
             assert store.get_run(run_id).run_id == run_id
             assert [a.node_id for a in store.attempts(run_id)] == [HARD_IDS[-1 - i]]
         assert sorted(r.run_id for r in store.list_runs(limit=100)) == sorted(HARD_IDS)
+        assert sorted(r.run_id for r in store.list_runs(limit=100, pipeline="pipeline")) == sorted(HARD_IDS)
 
     async def test_pairs_of_ids_do_not_meet(self, store: Any) -> None:
         """("a", "b:c") and ("a:b", "c") are two places."""

@@ -1,0 +1,213 @@
+"""Generated stores of a million attempts, and what one does with them. See test_scale.py and benchmarks.scale."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from datetime import timedelta
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma import NodeContract, RunStatus, SQLiteStore, StromaRunner, stroma_node
+from stroma.checkpoint import RunRequest, open_store
+from stroma.schemas import schema_of
+from stroma.testing.stores import row, settled
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+SCHEMA = schema_of(Num)
+OUTPUT = SCHEMA.encode(Num())
+
+
+def run_name(number: int) -> str:
+    return f"run-{number:06d}"
+
+
+# ---------------------------------------------------------------------- filling
+
+
+def fill(url: str, runs: int, attempts: int, *, vacuum: bool = True) -> None:
+    """A thousand pipelines take turns; one run in a thousand has failed. ``vacuum``: PostgreSQL has its statistics."""
+    kind = url.partition(":")[0]
+    {"sqlite": fill_sqlite, "postgresql": fill_postgres, "unix": fill_redis}[kind](url, runs, attempts)
+    if kind == "postgresql" and vacuum:
+        import psycopg
+
+        with psycopg.connect(url, autocommit=True) as db:
+            db.execute("VACUUM ANALYZE")
+
+
+# The columns of a generated run i (from 0) and of its attempt j, in SQL that SQLite and PostgreSQL share.
+_RUN = "'p' || (i % 1000), 1, CASE i % 1000 WHEN 999 THEN 'FAILED' ELSE 'COMPLETED' END, 1000 + i, 1000 + i, 1, 1, 1, 1"
+
+
+def fill_sqlite(url: str, runs: int, attempts: int) -> None:
+    path = url.removeprefix("sqlite:///")
+    SQLiteStore(path)._file.open().close()
+    db = sqlite3.connect(path, isolation_level=None)
+    db.execute("PRAGMA synchronous=OFF")
+    db.execute("BEGIN")
+    numbers = f"WITH RECURSIVE r(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM r WHERE i < {runs - 1})"
+    both = f"{numbers}, a(j) AS (SELECT 0 UNION ALL SELECT j + 1 FROM a WHERE j < {attempts - 1})"
+    db.execute(f"""{numbers} INSERT INTO runs (run, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
+        cost_pico, latency_ns, lease_epoch) SELECT i + 1, printf('run-%06d', i), {_RUN} FROM r""")
+    given = (SCHEMA.fingerprint, OUTPUT, _sha())
+    db.execute(f"{numbers} INSERT INTO inputs SELECT i + 1, 1, ?, ?, ? FROM r", given)
+    db.execute(f"""{both} INSERT INTO attempts SELECT i + 1, 1, 1, j, j, '', 1, 'n' || j, 1, 'success', NULL, NULL,
+        NULL, 1, 0, 1, NULL FROM r, a""")
+    db.execute(
+        f"""{both} INSERT INTO steps (run, execution, position, branch, node_id, epoch, attempt, started_ns,
+        contract, schema_ref, output, sha256) SELECT i + 1, 1, j, '', 'n' || j, 1, 1, j, ?, '', ?, ? FROM r, a""",
+        given,
+    )
+    db.execute("COMMIT")
+    db.close()
+
+
+def fill_postgres(url: str, runs: int, attempts: int) -> None:
+    import psycopg
+
+    store: Any = open_store(url)
+    store._server.connect().close()
+    with psycopg.connect(url) as db:
+        db.execute(f'SET search_path = "{store._server.schema}"'.encode())
+        numbers, both = (
+            f"generate_series(0, {runs - 1}) AS r(i)",
+            f"generate_series(0, {attempts - 1}) AS a(j)",
+        )
+        name = "'run-' || lpad(i::text, 6, '0')"
+        db.execute(
+            f"""INSERT INTO runs (run, run_key, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
+            cost_pico, latency_ns, lease_epoch) OVERRIDING SYSTEM VALUE
+            SELECT i + 1, ({name})::bytea, {name}, {_RUN} FROM {numbers}""".encode()
+        )
+        db.execute(f"SELECT setval(pg_get_serial_sequence('runs', 'run'), {runs})".encode())
+        given = (SCHEMA.fingerprint, OUTPUT, _sha())
+        db.execute(f"INSERT INTO inputs SELECT i + 1, 1, %s, %s, %s FROM {numbers}".encode(), given)
+        db.execute(
+            f"""INSERT INTO attempts SELECT i + 1, 1, 1, j, j, '', 1, '', 'n' || j, 1, 'success', NULL, NULL, NULL,
+            1, 0, 1, NULL FROM {numbers}, {both}""".encode()
+        )
+        db.execute(
+            f"""INSERT INTO steps (run, execution, position, branch_key, branch, node_id, epoch, attempt, started_ns,
+            contract, schema_ref, output, sha256) SELECT i + 1, 1, j, '', '', 'n' || j, 1, 1, j, %s, '', %s, %s
+            FROM {numbers}, {both}""".encode(),
+            given,
+        )
+
+
+def fill_redis(url: str, runs: int, attempts: int) -> None:
+    import redis
+
+    from stroma.checkpoint._redis_format import pack, pack_step, prefix_of
+    from stroma.checkpoint._session import Step
+
+    client = redis.Redis.from_url(url)
+    step = pack_step(Step(SCHEMA.fingerprint, "", OUTPUT, _sha()), 1, 1, 0)
+    steps = {f"{j}:": step.replace(b",1,1,0]", b",1,1,%d]" % j) for j in range(attempts)}
+    nodes = {f"{j}:": f"{j + 1} n{j}" for j in range(attempts)}
+    tried = {
+        f"1:{j}:{j}:1:": pack([j, j, "", 1, f"n{j}", 1, "success", None, None, None, 1, 0, 1, None])
+        for j in range(attempts)
+    }
+    given = pack([SCHEMA.fingerprint, _sha().hex()], OUTPUT)
+    pipe = client.pipeline(transaction=False)
+    for i in range(runs):
+        name, prefix = run_name(i), prefix_of(run_name(i))
+        status = "FAILED" if i % 1000 == 999 else "COMPLETED"
+        facts = {
+            "token": f"t{i}", "run_id": name, "pipeline": f"p{i % 1000}", "execution": 1, "status": status,
+            "started_ms": 1000 + i, "updated_ms": 1000 + i, "tokens": 1, "cost_pico": 1, "latency_ns": 1, "owner": "x",
+            "epoch": 1, "nodes": attempts, "kept": attempts, "tried": attempts, "version": attempts + 2, "order": attempts,
+        }  # fmt: skip
+        pipe.hset(f"{prefix}run", mapping=facts)
+        pipe.hset(f"{prefix}inputs", "1", given)
+        for part, values in (("steps", steps), ("nodes", nodes), ("attempts", tried)):
+            pipe.hset(f"{prefix}{part}:1", mapping=values)
+        pipe.zadd("stroma:runs", {name: (1000 + i) * 1000})
+        pipe.zadd("stroma:ids", {name: 0})
+        if i % max(1, 10_000 // attempts) == 0:
+            pipe.execute()
+    pipe.execute()
+
+
+def _sha() -> bytes:
+    import hashlib
+
+    return hashlib.sha256(OUTPUT).digest()
+
+
+# ---------------------------------------------------------------------- what is measured
+
+
+async def nothing_expired(store: Any, runs: int) -> Any:
+    # Everything generated is of 1970: what is kept for longer than that is all of it.
+    return (await store.gc(keep_for=timedelta(days=365 * 80)))[0]
+
+
+async def resume(store: Any, runs: int) -> Any:
+    request = RunRequest(run_name(runs // 2), f"p{runs // 2 % 1000}", Num(), SCHEMA, "resume")
+    session = await settled(store.open_run(request))
+    found = len(session.restored)
+    await settled(session.end("COMPLETED", None))
+    return found
+
+
+async def begin(store: Any, runs: int) -> Any:
+    session = await settled(store.open_run(RunRequest("a new one", "p", Num(), SCHEMA)))
+    await session.record(row(0), SCHEMA, Num())
+    await settled(session.end("COMPLETED", None))
+
+
+def blocking(call: Any) -> Any:
+    async def operation(store: Any, runs: int) -> Any:
+        found = call(store, runs)
+        return found if isinstance(found, str) else len(found) if hasattr(found, "__len__") else None
+
+    return operation
+
+
+OPERATIONS: dict[str, Any] = {
+    "list the newest 50": blocking(lambda s, n: s.list_runs()),
+    "list 50 of one pipeline": blocking(lambda s, n: s.list_runs(pipeline="p7")),
+    "list 50 that failed": blocking(lambda s, n: s.list_runs(status="FAILED")),
+    "list those that run (none)": blocking(lambda s, n: s.list_runs(status="RUNNING")),
+    'find "last"': blocking(lambda s, n: s.find_run("last")),
+    "find by a prefix of 20": blocking(lambda s, n: s.find_run("run-00001")),
+    "find by a prefix of all": blocking(lambda s, n: s.find_run("run-")),
+    "get one": blocking(lambda s, n: [s.get_run(run_name(n // 2))]),
+    "its attempts": blocking(lambda s, n: s.attempts(run_name(n // 2))),
+    "resume one": resume,
+    "begin one, with a commit": begin,
+    "gc that finds nothing": nothing_expired,
+}
+
+
+def long_nodes(nodes: int, calls: list[int]) -> list[Any]:
+    def make(number: int) -> Any:
+        async def func(state: Num) -> Any:
+            calls.append(number)
+            if number == nodes - 1 and os.environ.get("STOPS"):
+                raise ValueError("the last one")
+            return {"n": state.n + 1}
+
+        contract: NodeContract[Any, Any] = NodeContract(
+            node_id=f"n{number}", input_schema=Num, output_schema=Num
+        )
+        return stroma_node(f"n{number}", contract)(func)
+
+    return [make(number) for number in range(nodes)]
+
+
+async def long_run(store: Any, nodes: int) -> Any:
+    """A run that stops at its last node; called again, it goes on."""
+    calls: list[int] = []
+    policy = {"AMBIGUOUS": {"max_retries": 0}}
+    runner = StromaRunner.quick(store=store, run_id="long", policy_map=policy, if_exists="resume")
+    result = await runner.run(long_nodes(nodes, calls), Num())
+    assert result.status in (RunStatus.PARTIAL, RunStatus.RESUMED), result.failure
+    return len(calls)
