@@ -98,8 +98,6 @@ def _upcast(
 
 def _tolerated(ctx: ReliabilityContext, node: Node | Group, contract: NodeContract[Any, Any] | None) -> bool:
     """Whether outputs that were recorded with another schema may be read all the same."""
-    if ctx.config.allow_changes:
-        return True
     if isinstance(node, Group):
         return any(_tolerated(ctx, child, None) for child in node.children)
     return _upcast(ctx, node, contract) is not None

@@ -15,10 +15,8 @@ __all__ = ["count_returned", "price"]
 _SHAPES: Final = "return the output, (output, tokens), (output, input_tokens, model) or (output, input_tokens, output_tokens, model)"
 
 
-def count_returned(run: NodeExecution, returned: Any) -> tuple[Any, UsageError | None]:
-    """The output without its usage; the usage is noted on the execution."""
-    if type(returned) is not tuple:
-        return returned, None
+def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
+    """The output of a tuple, without its usage; the usage is noted on the execution."""
     model: Any = None
     produced: Any = 0
     if len(returned) == 2:

@@ -70,6 +70,10 @@ def promises(names: str) -> tuple[str, ...]:
     return _tests("test_promises.py", names)
 
 
+def seldom(names: str) -> tuple[str, ...]:
+    return _tests("test_seldom.py", names)
+
+
 def once(names: str) -> tuple[str, ...]:
     return _tests("test_validated_once.py", names)
 
@@ -355,8 +359,8 @@ CLASSES = (
         "interrupts-are-failures",
         "KeyboardInterrupt and SystemExit are not failures: they pass through.",
         "_tasks.py",
-        "(KeyboardInterrupt, SystemExit)",
-        "()",
+        "return issubclass(kind, (KeyboardInterrupt, SystemExit))",
+        "return False",
         engine("test_interrupts_pass_through"),
     ),
     Break(
@@ -946,8 +950,8 @@ HOOKS = (
         "start-for-refused-input",
         "Input that broke its contract has no start.",
         "_engine.py",
-        "broken:\n        raw = _raw_picture(value)\n",
-        "broken:\n        raw = _raw_picture(value)\n        if fire.on_node_start is not None:\n"
+        "closes us.\n        raw = _raw_picture(value)\n",
+        "closes us.\n        raw = _raw_picture(value)\n        if fire.on_node_start is not None:\n"
         "            await _fire_start(ctx, run, value, raw)\n",
         hooks("test_bad_input_has_no_start"),
     ),
@@ -2344,8 +2348,91 @@ HOSTILE = (
     ),
 )
 
+SELDOM = (
+    Break(
+        "sums-forget-the-trace",
+        "summary() has the sums per node id over all attempts of the context.",
+        "cost.py",
+        "sums.add(*figures)",
+        "pass",
+        seldom("test_what_each_node_used_is_told_by_the_tracker"),
+    ),
+    Break(
+        "nan-is-recorded",
+        "CostTracker.record refuses figures that cannot be counted.",
+        "cost.py",
+        "not math.isfinite(usage.cost_usd)\n            or usage.cost_usd < 0\n            or",
+        "",
+        seldom("test_figures_that_cannot_be_counted_are_not_recorded"),
+    ),
+    Break(
+        "latency-of-siblings-is-free",
+        "A child whose wait ends past the latency limit is not called again.",
+        "_engine.py",
+        "        if used > limit:\n            return BudgetExceeded",
+        "        if False:\n            return BudgetExceeded",
+        seldom("test_a_child_is_not_tried_again_once_the_latency_is_spent"),
+    ),
+    Break(
+        "unkept-failures-are-retried",
+        "A failed attempt that the store refuses to keep ends the run.",
+        "_engine.py",
+        "halt = Halt(stored, partial=True)",
+        "pass",
+        seldom("test_a_failed_attempt_that_cannot_be_kept_ends_the_run"),
+    ),
+    Break(
+        "interrupts-in-stores-are-swallowed",
+        "KeyboardInterrupt while a failed attempt is kept comes out.",
+        "_engine.py",
+        "    if interrupt is not None:\n        raise interrupt",
+        "    if False:\n        raise AssertionError",
+        seldom("test_an_interrupt_while_an_attempt_without_output_is_kept"),
+    ),
+    Break(
+        "questions-swallow-cancellations",
+        "A run that is cancelled while its question is kept is cancelled.",
+        "_engine.py",
+        "    if cancelled:\n        raise asyncio.CancelledError\n    failure = Failure(\n        raised",
+        "    failure = Failure(\n        raised",
+        seldom("test_a_question_that_is_kept_while_the_run_is_cancelled"),
+    ),
+    Break(
+        "restored-twice",
+        "A group that is tried again does not restore again what it has restored.",
+        "_engine.py",
+        "if ctx.step_policies and branch:",
+        "if False:",
+        seldom("test_a_child_that_was_restored_is_restored_once"),
+    ),
+    Break(
+        "views-keep-what-is-cleared",
+        "clear() on a context that names a fallback clears the user's dict.",
+        "_signal.py",
+        "self._base.clear()",
+        "pass",
+        seldom("test_every_way_to_change_the_context_while_a_fallback_is_due"),
+    ),
+    Break(
+        "recovery-is-forgotten",
+        "run_many(recover=True) goes on with what was interrupted first.",
+        "runner.py",
+        "        if recover:\n",
+        "        if False:\n",
+        seldom("test_run_many_recovers_first"),
+    ),
+    Break(
+        "plain-code-is-not-cancelled",
+        "Plain code that is cancelled while its end is noted is cancelled.",
+        "context.py",
+        "and error is None:\n            raise asyncio.CancelledError",
+        "and error is None:\n            pass",
+        seldom("test_plain_code_that_is_cancelled_while_its_end_is_kept"),
+    ),
+)
+
 BREAKS: tuple[Break, ...] = (
     *RETRIES, *CLASSES, *REPAIR, *CONTRACTS, *TIMEOUTS, *BUDGETS, *COMMIT, *HOOKS, *GROUPS, *CONTEXTS, *RESUME, *TRACE,
     *SCHEMAS, *PROMISES, *OWNERSHIP, *LASTING, *STORES, *COST, *IDS,
-    *ONCE, *HOSTILE,
+    *ONCE, *HOSTILE, *SELDOM,
 )  # fmt: skip
