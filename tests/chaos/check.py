@@ -46,10 +46,16 @@ class Figures:
 
 
 def check(
-    url: str, diary: str, runs: list[str], killed: list[int], stopped: list[int], restless: list[int]
+    url: str,
+    diary: str,
+    runs: list[str],
+    killed: list[int],
+    stopped: list[int],
+    restless: list[int],
+    refused: list[int],
 ) -> Figures:
     """Compare. ``killed`` (or struck otherwise), ``stopped`` (for longer than their lease, then woken up), ``restless``
-    (struck more than once): process ids."""
+    (struck more than once), ``refused`` (by a store that has no room): process ids."""
     figures = Figures(runs=len(runs))
     lines: dict[str, list[list[str]]] = defaultdict(list)
     for kind, run_id, *rest in read_diary(diary):
@@ -59,7 +65,7 @@ def check(
     store = open_store(url)
     try:
         for run_id in runs:
-            struck = [set(map(str, pids)) for pids in (killed, stopped, restless)]
+            struck = [set(map(str, pids)) for pids in (killed, stopped, restless, refused)]
             _Run(figures, run_id, lines[run_id], *struck).check(store)
     finally:
         if hasattr(store, "close"):
@@ -76,12 +82,15 @@ class _Run:
         killed: set[str],
         stopped: set[str],
         restless: set[str],
+        refused: set[str],
     ) -> None:
         self.figures = figures
         self.run_id = run_id
         self.killed = killed
         self.stopped = stopped
         self.restless = restless
+        #: Hooks hear of a failure also where it cannot be written down any more, or nobody may.
+        self.unwritten = stopped | refused
         self.calls: dict[str, list[tuple[str, str]]] = defaultdict(list)  # place: (token, pid)
         self.failed = {token for kind, _, token, *_ in lines if kind == "fail"}
         self.noted: dict[str, list[str]] = defaultdict(list)  # place: pids
@@ -172,7 +181,6 @@ class _Run:
                 self.bad("I4", f"an attempt of {attempt.node_id} has no price")
         failures = Counter(f"{a.node_id}@{a.branch}" for a in attempts if a.outcome == "failure")
         for place, pids in self.noted.items():
-            # Hooks hear of a failure also where nobody may write it down any more.
-            needed = len(pids) - len(set(pids) & self.stopped)
+            needed = len(pids) - len(set(pids) & self.unwritten)
             if failures[place] < needed:
                 self.bad("I4", f"{place}: {needed} failures were acknowledged, {failures[place]} are kept")

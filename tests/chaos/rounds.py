@@ -64,6 +64,8 @@ class Processes:
         self.stopped: list[int] = []
         #: Processes that were struck more than once, and lived.
         self.restless: list[int] = []
+        #: Processes whose store had no room.
+        self.refused: list[int] = []
         self.kills = 0
         self.broken: list[str] = []
         self.lasted: list[float] = []
@@ -180,7 +182,8 @@ def apart(call: Callable[[], Figures]) -> Figures:
 
 
 def judged(made: Processes, runs: list[str]) -> Figures:
-    figures = apart(lambda: check(made.url, made.diary, runs, made.killed, made.stopped, made.restless))
+    struck = (made.killed, made.stopped, made.restless, made.refused)
+    figures = apart(lambda: check(made.url, made.diary, runs, *struck))
     figures.rounds, figures.kills = 1, made.kills
     figures.broken += made.broken
     return figures
