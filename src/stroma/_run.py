@@ -88,8 +88,6 @@ class OneRun:
                     failure, status = await self._loop()
                 else:
                     failure, status = await self._as_it_was(ctx.session.finished)
-                if self._cancelled_as is not None and self.task is not None:
-                    self.task.uncancel()  # A node has swallowed it; what the task does next is not cancelled.
             except NotSerialisable as error:  # The input, in a store that outlives the process.
                 failure = diagnose(error, NodeContext("input", 1, ctx.run_id))
                 status = RunStatus.FAILED

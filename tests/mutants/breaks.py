@@ -710,8 +710,8 @@ BUDGETS = (
         "hooks-are-latency",
         "Hook time is in no latency budget.",
         "_engine.py",
-        "await fire_success(ctx, run, promised, model)",
-        "await fire_success(ctx, run, promised, model)\n"
+        "await fire_success(ctx, run, promised, model, row)",
+        "await fire_success(ctx, run, promised, model, row)\n"
         "        ctx.cost_tracker.latency_ns += perf_counter_ns() - begin - duration",
         rules("test_the_time_of_hooks_counts_for_no_later_node"),
     ),
@@ -771,8 +771,8 @@ COMMIT = (
         "hooks-before-the-trace",
         "The attempt is in the trace when its success hook is called.",
         "_engine.py",
-        "await fire_success(ctx, run, promised, model)",
-        "run.rows.remove(row)\n        await fire_success(ctx, run, promised, model)\n        run.rows.append(row)",
+        "await fire_success(ctx, run, promised, model, row)",
+        "run.rows.remove(row)\n        await fire_success(ctx, run, promised, model, row)\n        run.rows.append(row)",
         guarantees("test_g7_the_trace_is_complete_when_a_hook_looks"),
     ),
     Break(
@@ -1468,8 +1468,8 @@ TRACE = (
         "cancelled-is-a-failure",
         'The outcome of a cancelled attempt is "cancelled".',
         "_engine.py",
-        'row = make_row(run, begin, duration, picture, None, None, "cancelled")',
-        'row = make_row(run, begin, duration, picture, None, None, "failure")',
+        'row = make_row(run, begin, duration, picture, None, None, "cancelled")\n    run.rows.append(row)',
+        'row = make_row(run, begin, duration, picture, None, None, "failure")\n    run.rows.append(row)',
         rules("test_a_cancelled_attempt_is_no_failure"),
     ),
     Break(
@@ -1877,7 +1877,7 @@ LASTING = (
         "swallowed-cancellation-goes-on",
         "A run that is cancelled from elsewhere begins no further node.",
         "_run.py",
-        "            if self._cancelled_as is not None:  # The last node has swallowed it.",
+        "            if self._cancelled_as is not None:  # The node before has swallowed it.",
         "            if False:",
         _operations("test_a_node_that_swallows_its_cancellation_ends_the_run_all_the_same"),
     ),
