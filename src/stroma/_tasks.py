@@ -67,7 +67,7 @@ async def uninterrupted(work: Awaitable[Any]) -> bool:
     future = asyncio.ensure_future(work)
     cancelled = False
     while not future.done():
-        # What asyncio.wait() does, in a third of its time: a cancellation ends the waiting, not the work.
+        # What asyncio.wait() does, with less around it: a cancellation ends the waiting, not the work.
         waiter: asyncio.Future[None] = future.get_loop().create_future()
         wake = functools.partial(_wake, waiter)
         future.add_done_callback(wake)
