@@ -79,7 +79,7 @@ async def uninterrupted(work: Awaitable[Any]) -> tuple[Exception | None, bool]:
         if left is not None and left <= 0:
             future.cancel()
             return _given_up(), True
-        # What asyncio.wait() does, in a third of its time: a cancellation ends the waiting, not the work.
+        # What asyncio.wait() does, with less around it: a cancellation ends the waiting, not the work.
         waiter: asyncio.Future[None] = loop.create_future()
         wake = functools.partial(_wake, waiter)
         future.add_done_callback(wake)

@@ -311,7 +311,7 @@ def check_usage(node_id: str, *counts: object) -> None:
     """Raise UsageError unless every count is a whole number of tokens, from zero to MOST_TOKENS."""
     for count in counts:
         if type(count) is int and 0 <= count <= MOST_TOKENS:
-            continue  # What almost all are, asked in a fifth of the time.
+            continue  # What almost all are.
         if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_TOKENS:
             raise UsageError(
                 f"node {node_id!r} reported {shown(count)} tokens; report whole numbers of tokens, 0 to {MOST_TOKENS:,}"

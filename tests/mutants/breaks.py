@@ -1957,14 +1957,6 @@ STORES = (
         sqlite("TestCommit::test_one_refused_operation_does_not_harm_its_neighbours"),
     ),
     Break(
-        "replacement-lost-among-many",
-        "What is committed anew replaces what was there, in a batch of commits either.",
-        "checkpoint/_sqlite_rows.py",
-        "return not steps or db.executemany(_NEW_STEP, steps).rowcount == len(steps)",
-        "return not steps or db.executemany(_NEW_STEP, steps).rowcount >= 0",
-        sqlite("TestCommit::test_repeats_and_replacements_among_many_commits"),
-    ),
-    Break(
         "oldest-output-loaded",
         "The newest output of a node is loaded.",
         "checkpoint/_sqlite_rows.py",
