@@ -1,6 +1,6 @@
 """Durable runs next to peers: the same nodes on our stores, on raw sqlite3, on LangGraph and on DBOS.
 
-    ./dev run python -m benchmarks.durable [--only REGEX] [--rounds 5]
+    ./dev run python -m benchmarks.durable [--only REGEX] [--rounds 5] [--disk-ms 1]
 
 One run of 100 nodes alone, and 64 runs of 20 nodes at once; a node validates, changes and validates a state of 1 KB.
 Each engine has a process of its own, and each peer a virtual environment of its own, made on the first call under
@@ -232,7 +232,13 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="a regular expression; engines whose name it finds")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument(
+        "--disk-ms", type=float, default=0.0, help="what a commit takes longer, on SQLite without peers"
+    )
     options = parser.parse_args()
+    if options.disk_ms:
+        os.environ["STROMA_BENCH_DISK_MS"] = str(options.disk_ms)
+        options.only = options.only or "sqlite3|SQLiteStore"
     names = [name for name in ENGINES if re.search(options.only, name)]
     alone, versions = measure(names, ALONE, options.rounds)
     many, _ = measure(names, MANY, options.rounds)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import importlib.metadata
+import sqlite3
 from typing import Any
 
+from benchmarks.peers.disk import SLOWER, Connection
 from benchmarks.peers.work import START, Close, In, Out, Run, node
-from stroma import NodeContract, StromaRunner, stroma_node
+from stroma import NodeContract, SQLiteStore, StromaRunner, stroma_node
 from stroma.checkpoint import _worker as worker
 from stroma.checkpoint import open_store
 
@@ -15,11 +17,19 @@ def versions() -> str:
     return f"stroma {importlib.metadata.version('stroma')}"
 
 
+def _connect(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Connection)
+
+
 async def opened(address: str, nodes: int) -> tuple[Run, Close]:
     if address.startswith("alone+"):
         address = address.removeprefix("alone+")
         worker._MOST = 1  # type: ignore[misc]
-    store: Any = open_store(address)
+    store: Any
+    if SLOWER and address.startswith("sqlite:///"):
+        store = SQLiteStore(address.removeprefix("sqlite:///"), _connect=_connect)
+    else:
+        store = open_store(address)
     runner = StromaRunner.quick(store=store)
     sequence = []
     for number in range(nodes):

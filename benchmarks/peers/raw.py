@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
+from benchmarks.peers.disk import Connection
 from benchmarks.peers.work import START, Close, In, Out, Run, node
 
 
@@ -12,7 +13,7 @@ def versions() -> str:
 
 
 async def opened(address: str, nodes: int) -> tuple[Run, Close]:
-    db = sqlite3.connect(address, isolation_level=None)
+    db = sqlite3.connect(address, isolation_level=None, factory=Connection)
     db.execute("PRAGMA journal_mode=WAL")
     db.execute("PRAGMA synchronous=FULL")
     db.execute("CREATE TABLE runs (id TEXT PRIMARY KEY, node INTEGER, tokens INTEGER)")
