@@ -60,6 +60,11 @@ __all__ = ["NotSerialisable", "Schema", "Snapshot", "schema_of"]
 #: encoding exists, a private copy of it. See :meth:`Schema.snapshot`.
 Snapshot = tuple[Any, ...] | bytes | dict[str, Any] | BaseModel
 
+_MISSING: Final = object()
+#: The type of the values that a node of a schema stands for, if JSON can say all of them.
+_JSON_TYPES: Final[dict[str, type]] = {
+    "str": str, "int": int, "bool": bool, "float": float, "none": type(None), "nullable": type(None),
+}  # fmt: skip
 _LONG_INT: Final = 4300
 _TOO_LONG: Final = re.compile(rb"\d{%d}" % _LONG_INT)
 #: Starts a stored value in our tagged encoding; a plain JSON object never does.
@@ -84,6 +89,7 @@ class Schema:
         "_computed",
         "_decoding",
         "_deep",
+        "_exact",
         "_excluded",
         "_extra",
         "_fast",
@@ -167,6 +173,7 @@ class Schema:
         self._json = simple and not custom and kinds <= structural
         self._floats = simple and self.flat and not custom and kinds <= structural | {"float"}
         self._to_json = model.__pydantic_serializer__.to_json
+        self._exact = self._exact_types(core) if self.flat and (self._json or self._floats) else None
         self._opaque: dict[str, bool] = {}
         self._deep: tuple[str, ...] = ()
         #: Per field, the classes that its schema names: a value of one of them crosses as an instance.
@@ -227,6 +234,25 @@ class Schema:
             self._opaque[name] = bool(kinds - CLOSED) and not kinds & MODELS
             self._accepts[name] = classes
         self._deep = tuple(deep)
+
+    def _exact_types(self, core: Any) -> tuple[tuple[str, frozenset[type]], ...] | None:
+        """Per field, the types of values that JSON can say; None where more is to be known of a value than its type."""
+        found: list[tuple[str, frozenset[type]]] = []
+        for name in self.names:
+            field = next(iter(field_nodes(core, self.model, name)), None)
+            kinds = reachable(field, {})[0] if field is not None else {"any"}
+            types = frozenset(_JSON_TYPES[kind] for kind in kinds & _JSON_TYPES.keys())
+            if not types or kinds - _JSON_TYPES.keys() - {"model-field", "default", "union"}:
+                return None
+            found.append((name, types))
+        return tuple(found)
+
+    def _is_exact(self, values: Mapping[str, Any]) -> bool:
+        assert self._exact is not None
+        for name, types in self._exact:  # noqa: SIM110 a generator would take twice as long
+            if type(values.get(name, _MISSING)) not in types:
+                return False
+        return True
 
     def _make_validate(self, core: Any) -> Callable[[Any], BaseModel]:
         """How a value is validated.
@@ -543,7 +569,10 @@ class Schema:
     def _write(self, model: BaseModel) -> bytes:
         if self._json or (self._floats and all(map(_finite, model.__dict__.values()))):
             try:
-                data = self._to_json(model, by_alias=False, warnings="error")
+                if self._exact is not None and self._is_exact(model.__dict__):
+                    data = self._to_json(model, by_alias=False)
+                else:  # Asking for errors takes ten times as long, so only where there may be one.
+                    data = self._to_json(model, by_alias=False, warnings="error")
                 if len(data) < _LONG_INT or not _TOO_LONG.search(data):
                     return data
             except pydantic_core.PydanticSerializationError:

@@ -503,11 +503,10 @@ class JournalStoreTests:
 
     async def test_a_run_that_is_taken_up_is_not_collected(self, store: Any) -> None:
         """Of a gc() and a resume at one moment: the run is gone before it is taken up, or it is whole and stays."""
-        if not hasattr(store, "gc"):
-            pytest.skip("a store whose runs end with the process collects none")
 
         async def collect() -> None:
-            await settled(store.gc(keep_for=timedelta(0), unfinished=True))
+            if hasattr(store, "gc"):  # A store whose runs end with the process collects none.
+                await settled(store.gc(keep_for=timedelta(0), unfinished=True))
 
         for i in range(20):
             session = await begin(store, "run", State(n=i))
