@@ -16,11 +16,13 @@ from stroma import (
     FailurePolicy,
     InMemoryStore,
     NodeHooks,
+    ReliabilityContext,
     RunStatus,
     SQLiteStore,
     StoreError,
     StromaRunner,
     current_node,
+    execute_step,
     map_over,
     open_store,
     parallel,
@@ -226,3 +228,39 @@ async def test_a_store_without_a_journal_cannot_promise_it() -> None:
                 await runner.run([node], State())
         else:
             assert (await runner.run([node], State())).status is RunStatus.COMPLETED
+
+
+async def test_steps_of_plain_code_are_owed_too(tmp_path: pathlib.Path) -> None:
+    """In plain code the first step of a resumed run tells what is due, before it gives what was recorded."""
+    told: list[Any] = []
+    mute = True
+
+    async def success(_run_id: str, node_id: str, output: dict[str, Any], tokens: int) -> None:
+        if mute:
+            raise KeyboardInterrupt  # As good as a death: the hook has not ended.
+        told.append((node_id, output["n"], tokens, current_node().redelivered))  # type: ignore[union-attr]
+
+    async def step(state: State) -> Any:
+        return {"n": state.n + 1}, 3, 4, "gpt-4o-mini"
+
+    async def run(store: SQLiteStore, **config: Any) -> None:
+        runner = StromaRunner.quick(
+            store=store,
+            hooks=NodeHooks(on_node_success=success),
+            hook_delivery="at_least_once",
+            run_id="r",
+            **config,
+        )
+        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        async with ctx:
+            result = await execute_step("step", step, State(), ctx)
+            assert result.final_state is not None
+            told.append("step is done")
+
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        with pytest.raises(KeyboardInterrupt):
+            await run(store)
+        mute = False
+        await run(store, resume=True)
+        await run(store, resume=True)
+    assert told == [("step", 1, 7, True), "step is done", "step is done"]

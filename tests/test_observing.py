@@ -21,6 +21,7 @@ from stroma import (
     Suspend,
     current_node,
     current_run,
+    execute_step,
     parallel,
 )
 
@@ -318,3 +319,52 @@ async def test_what_is_no_trace_context_is_ignored(wrong: str, caplog: pytest.Lo
     result = await runner.run([node], State(), traceparent=wrong)
     assert result.status is RunStatus.COMPLETED
     assert "no W3C trace context" in caplog.text
+
+
+async def test_plain_code_is_a_run_to_its_hooks() -> None:
+    """`async with ctx:` around steps tells the start of the run, at the first step, and its end, whatever it came to."""
+    seen: list[Any] = []
+
+    async def start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
+        await asyncio.sleep(0)
+        seen.append(("start", run_id, pipeline, state))
+
+    async def end(run_id: str, result: Any) -> None:
+        failure = result.failure and type(result.failure.exception).__name__
+        seen.append(("end", run_id, str(result.status), failure, len(result.trace)))
+
+    async def node(_run_id: str, node_id: str, _: Any) -> None:
+        seen.append(node_id)
+
+    hooks = NodeHooks(on_run_start=start, on_run_end=end, on_node_start=node)
+    runner = StromaRunner.quick(hooks=hooks, run_id="r", pipeline="loop")
+
+    def context() -> ReliabilityContext:
+        return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+    async def good(state: State) -> State:
+        return state
+
+    async def bad(state: State) -> State:
+        raise ValueError("no")
+
+    async with context() as ctx:
+        await asyncio.gather(
+            execute_step("a", good, State(n=1), ctx), execute_step("b", good, State(n=2), ctx)
+        )
+    began = ("start", "r", "loop", {"n": 1})
+    assert seen == [began, "a", "b", ("end", "r", "COMPLETED", None, 2)]
+    seen.clear()
+    async with context() as ctx:
+        await execute_step("bad", bad, State(n=1), ctx)
+    assert seen == [began, "bad", "bad", ("end", "r", "PARTIAL", "ValueError", 2)]
+    seen.clear()
+    with pytest.raises(KeyError):
+        async with context() as ctx:
+            await execute_step("a", good, State(n=1), ctx)
+            raise KeyError
+    assert seen == [began, "a", ("end", "r", "INTERRUPTED", None, 1)]
+    seen.clear()
+    async with context():
+        pass  # Nothing was begun.
+    assert seen == []

@@ -18,7 +18,7 @@ from stroma.cost import shown
 from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
 from stroma.hooks import HookError, HookNotAsync
 from stroma.nodes import Group, Node
-from stroma.schemas import NotSerialisable, schema_of
+from stroma.schemas import NotSerialisable
 from stroma.trace import ExecutionResult, RunStatus
 
 __all__ = ["OneRun"]
@@ -81,7 +81,7 @@ class OneRun:
                 await self._open()
                 begun = True
                 ctx.session.on_cancel = self.cancel
-                await self._tell_start()
+                await ctx.tell_start(self.initial)
                 if ctx.delivers:
                     await redeliver(ctx, self.nodes)
                 if ctx.session.finished is None:
@@ -93,7 +93,7 @@ class OneRun:
                 status = RunStatus.FAILED
                 if not begun:
                     begun = True
-                    await self._tell_start()
+                    await ctx.tell_start(self.initial)
             if self._cancelled_as is not None and self.task is not None:
                 # A node has swallowed the cancellation, or ended without meeting it: the caller's task is left as it was.
                 with contextlib.suppress(asyncio.CancelledError):
@@ -109,7 +109,7 @@ class OneRun:
             if begun and ctx.fire.on_run_end is not None:
                 closed = ctx.build_result(status, self.state)
                 calls = ctx.fire.on_run_end
-                await ctx.tell("on_run_end", calls, lambda: (ctx.run_id, _own_copy(ctx, closed)), now=True)
+                await ctx.tell("on_run_end", calls, lambda: (ctx.run_id, ctx.shown_result(closed)), now=True)
             begun = False
             raise
         except HookNotAsync as error:
@@ -122,22 +122,6 @@ class OneRun:
         if result is None:  # Ended from elsewhere while it was opened: no hook was told of a start.
             result = ctx.build_result(status, self.state, failure)
         return result
-
-    async def _tell_start(self) -> None:
-        ctx = self.ctx
-        if ctx.fire.on_run_start is not None:
-            await ctx.tell(
-                "on_run_start",
-                ctx.fire.on_run_start,
-                lambda: (
-                    ctx.run_id,
-                    ctx.pipeline,
-                    ctx.shown(schema_of(type(self.initial)).state(self.initial)),
-                ),
-            )
-        kept = ctx.kept_traceparent or ctx.traceparent
-        if kept is not None and ctx.session.traceparent is None and ctx.session.finished is None:
-            ctx.session.note_traceparent(kept)
 
     async def _open(self) -> None:
         ctx = self.ctx
@@ -250,17 +234,7 @@ class OneRun:
         cancelled = await ctx.end(status, why)
         if ctx.run_logger.isEnabledFor(logging.INFO):
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
-        if ctx.fire.on_run_end is not None:
-            try:
-                await ctx.tell(
-                    "on_run_end", ctx.fire.on_run_end, lambda: (ctx.run_id, _own_copy(ctx, result))
-                )
-            except HookNotAsync as error:
-                error.result = result
-                if status is not RunStatus.CANCELLED:
-                    raise
-                # A cancellation is on its way out, and must come out as one.
-                ctx.run_logger.warning("%s", error)
+        await ctx.tell_end(result)
         if cancelled:
             raise asyncio.CancelledError
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
@@ -271,34 +245,6 @@ class OneRun:
                 result,
             ) from first.exception
         return result
-
-
-def _own_copy(ctx: ReliabilityContext, result: ExecutionResult) -> ExecutionResult:
-    """The result as one set of hooks may do with it what it likes; redacted, if the config says how."""
-    state, trace, failure = result.final_state, result.trace.copy(), result.failure
-    if isinstance(state, BaseModel):
-        schema = schema_of(type(state))
-        state = schema.copy(state)
-        if ctx.config.redact is not None:
-            # What is shown need not satisfy the schema.
-            seen = ctx.shown(schema.state(state))
-            state = schema.made_of({"root": seen.get("root", seen)} if schema.root else seen)
-    if ctx.config.redact is not None:
-        for event in trace.walk():
-            event.input_state = ctx.shown(event.input_state)
-            if event.output_state is not None:
-                event.output_state = ctx.shown(event.output_state)
-        if failure is not None:
-            failure = replace(failure, exception=ctx.shown_error(failure.exception))
-    return replace(
-        result,
-        final_state=state,
-        trace=trace,
-        failure=failure,
-        hook_errors=list(result.hook_errors),
-        unpriced_models=list(result.unpriced_models),
-        suspended=list(result.suspended),
-    )
 
 
 _CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)

@@ -8,7 +8,7 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from time import perf_counter_ns, time_ns
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
@@ -33,7 +33,7 @@ from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
 from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, Suspend, is_a, message_of
-from stroma.hooks import NO_HOOKS, AnyHooks, Calls, Hooks, flatten
+from stroma.hooks import NO_HOOKS, AnyHooks, Calls, HookNotAsync, Hooks, flatten
 from stroma.nodes import Kept, Node
 from stroma.schemas import Schema, schema_of
 from stroma.trace import (
@@ -391,6 +391,9 @@ class _Untouched:
     #: Whether plain code says when its run ends, and what its last step came to.
     ends: bool = False
     step_status: RunStatus | None = None
+    step_failure: Failure | None = None
+    #: The telling of the hooks that the run of plain code begins.
+    _beginning: asyncio.Future[None] | None = None
     _next_position: int = 0
     #: How often each step id was called by plain code, and where the journal has those calls.
     _calls: Counter[str] | None = None
@@ -485,7 +488,10 @@ class ReliabilityContext(_Untouched):
     # ------------------------------------------------------------------ the journal
 
     async def __aenter__(self) -> ReliabilityContext:
-        """Around plain code with ``execute_step``: the run is nobody else's until it ends, and the journal says how."""
+        """Around plain code with ``execute_step``: the run is nobody else's until it ends, and the journal says how.
+
+        The hooks of the run are told of its start, at the first step, and of its end.
+        """
         self.ends = True
         return self
 
@@ -493,14 +499,29 @@ class ReliabilityContext(_Untouched):
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
         status = self.step_status or RunStatus.COMPLETED
+        failure = self.step_failure
         if kind is not None and status is RunStatus.COMPLETED:
             status = (
                 RunStatus.CANCELLED if issubclass(kind, asyncio.CancelledError) else RunStatus.INTERRUPTED
             )
         if kind is GeneratorExit:  # The code around is being closed: nothing may be awaited any more.
             return
-        if await self.end(status, None if error is None else message_of(error)) and error is None:
+        cancelled = await self.end(status, None if error is None else message_of(error))
+        if self._beginning is not None:
+            await self.tell_end(self.build_result(status, self.last_state, failure))
+        if cancelled and error is None:
             raise asyncio.CancelledError
+
+    async def begin(self, tell: Callable[[], Awaitable[None]]) -> None:
+        """Await what the first step of plain code has to tell; steps beside it wait for that."""
+        if self._beginning is None:
+            self._beginning = asyncio.get_running_loop().create_future()
+            try:
+                await tell()
+            finally:
+                self._beginning.set_result(None)
+        elif not self._beginning.done():
+            await asyncio.shield(self._beginning)
 
     async def open(
         self,
@@ -675,6 +696,32 @@ class ReliabilityContext(_Untouched):
             self._notes = {}
         return self._notes
 
+    async def tell_start(self, initial: BaseModel) -> None:
+        """Tell the hooks that the run begins, and note in the store which trace it belongs to."""
+        if self.fire.on_run_start is not None:
+            await self.tell(
+                "on_run_start",
+                self.fire.on_run_start,
+                lambda: (self.run_id, self.pipeline, self.shown(schema_of(type(initial)).state(initial))),
+            )
+        kept = self.kept_traceparent or self.traceparent
+        if kept is not None and self.session.traceparent is None and self.session.finished is None:
+            self.session.note_traceparent(kept)
+
+    async def tell_end(self, result: ExecutionResult) -> None:
+        """Tell the hooks what the run came to. Raises HookNotAsync, unless a cancellation is on its way out."""
+        if self.fire.on_run_end is None:
+            return
+        try:
+            await self.tell(
+                "on_run_end", self.fire.on_run_end, lambda: (self.run_id, self.shown_result(result))
+            )
+        except HookNotAsync as error:
+            error.result = result
+            if result.status is not RunStatus.CANCELLED:
+                raise
+            self.run_logger.warning("%s", error)
+
     async def tell(
         self, event: str, calls: Calls, arguments: Callable[[], tuple[Any, ...]], *, now: bool = False
     ) -> None:
@@ -721,6 +768,33 @@ class ReliabilityContext(_Untouched):
             return ContractViolation(error.node_id, error.direction, self.shown(error.raw), errors)
         except Exception:  # A node made it, and left out what belongs to it.
             return ContractViolation("", "output", {"redacted": f"a {type(error).__name__}"}, [])
+
+    def shown_result(self, result: ExecutionResult) -> ExecutionResult:
+        """A result as one set of hooks may do with it what it likes; redacted, if the config says how."""
+        state, trace, failure = result.final_state, result.trace.copy(), result.failure
+        if isinstance(state, BaseModel):
+            schema = schema_of(type(state))
+            state = schema.copy(state)
+            if self.config.redact is not None:
+                # What is shown need not satisfy the schema.
+                seen = self.shown(schema.state(state))
+                state = schema.made_of({"root": seen.get("root", seen)} if schema.root else seen)
+        if self.config.redact is not None:
+            for event in trace.walk():
+                event.input_state = self.shown(event.input_state)
+                if event.output_state is not None:
+                    event.output_state = self.shown(event.output_state)
+            if failure is not None:
+                failure = replace(failure, exception=self.shown_error(failure.exception))
+        return replace(
+            result,
+            final_state=state,
+            trace=trace,
+            failure=failure,
+            hook_errors=list(result.hook_errors),
+            unpriced_models=list(result.unpriced_models),
+            suspended=list(result.suspended),
+        )
 
     def hook_failed(self, hook: str, node_id: str | None, error: BaseException) -> None:
         self.hook_failures.append(HookFailure(hook, node_id, error))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from functools import update_wrapper
+from functools import partial, update_wrapper
 from textwrap import shorten
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from stroma._engine import Halt, execute
+from stroma._redeliver import redeliver
 from stroma.checkpoint import PipelineChanged, StepCall
 from stroma.context import ReliabilityContext
 from stroma.contracts import NodeContract
@@ -35,7 +36,8 @@ async def execute_step(
     ``contract`` wins over the registry's, that over the marker's. Without any, nothing is refused: output that fits
     the input's class becomes it, other output is kept as it was returned. Each call is a position of its own. Under
     ``resume=True`` the n-th call of a step id gives the output that is recorded for it, without calling the function.
-    ``async with ctx:`` around the steps holds the run against others, and notes in the journal how it ended.
+    ``async with ctx:`` around the steps holds the run against others, notes in the journal how it ended, and makes the
+    hooks hear of its start and end.
 
     Raises PipelineChanged if that was recorded for another input; inputs that have no stored form are not compared.
     """
@@ -44,6 +46,8 @@ async def execute_step(
             f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
         )
     await ctx.open(input_state, ends=ctx.ends)
+    if ctx.ends or ctx.delivers:
+        await ctx.begin(partial(_begin, ctx, input_state))
     position, number = ctx.next_step(step_id)
     call = StepCall(number, _encoded(input_state))
     kept = ctx.restored.get((position, ""))
@@ -63,13 +67,22 @@ async def execute_step(
     except HookNotAsync as error:
         error.result = ctx.build_result(RunStatus.INTERRUPTED, input_state)
         raise
-    ctx.step_status = outcome.status if isinstance(outcome, Halt) else RunStatus.COMPLETED
+    ctx.step_status, ctx.step_failure = RunStatus.COMPLETED, None
+    if isinstance(outcome, Halt):
+        ctx.step_status, ctx.step_failure = outcome.status, None if outcome.suspended else outcome.failure
     if isinstance(outcome, Halt) and outcome.suspended:
         return ctx.build_result(RunStatus.SUSPENDED, input_state)
     if isinstance(outcome, Halt):
         state = outcome.output if outcome.output is not None else input_state
         return ctx.build_result(outcome.status, _as_returned(state, input_state), outcome.failure)
     return ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
+
+
+async def _begin(ctx: ReliabilityContext, initial: BaseModel) -> None:
+    if ctx.ends:
+        await ctx.tell_start(initial)
+    if ctx.delivers:
+        await redeliver(ctx, ())
 
 
 def _encoded(state: BaseModel) -> bytes | None:

@@ -1015,9 +1015,9 @@ HOOKS = (
     Break(
         "run-end-may-rewrite",
         "on_run_end cannot change the result.",
-        "_run.py",
-        "lambda: (ctx.run_id, _own_copy(ctx, result))",
-        "lambda: (ctx.run_id, result)",
+        "context.py",
+        "lambda: (self.run_id, self.shown_result(result))",
+        "lambda: (self.run_id, result)",
         hooks("test_run_end_cannot_change_the_result"),
     ),
     Break(
@@ -1401,8 +1401,8 @@ RESUME = (
         "plain-code-never-ends",
         "``async with ctx:`` notes in the journal how the run ended.",
         "context.py",
-        "if await self.end(status, None if error is None else message_of(error)) and error is None:",
-        "if False:",
+        "cancelled = await self.end(status, None if error is None else message_of(error))",
+        "cancelled = False",
         resume("test_the_end_of_plain_code_is_recorded"),
     ),
     Break(
@@ -1665,8 +1665,8 @@ PROMISES = (
     Break(
         "run-end-not-redacted",
         "redact runs before any hook sees a state, on_run_end included.",
-        "_run.py",
-        "seen = ctx.shown(schema.state(state))",
+        "context.py",
+        "seen = self.shown(schema.state(state))",
         "seen = schema.state(state)",
         ("tests/test_sentences.py::test_what_the_end_of_a_run_shows_is_redacted",),
     ),
