@@ -1242,7 +1242,10 @@ async def test_g9_no_start_for_input_that_was_refused() -> None:
 def test_g11_no_module_of_ours_can_execute_data() -> None:
     """G11: nothing in the package unpickles, evaluates or imports by a name that could come from a store."""
     forbidden = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "jsonpickle", "runpy"}
-    users_target = {SOURCE / "__init__.py", SOURCE / "telemetry" / "__init__.py"}  # Lazy loading of our own names.
+    users_target = {
+        SOURCE / "__init__.py",
+        SOURCE / "telemetry" / "__init__.py",
+    }  # Lazy loading of our own names.
     for path in SOURCE.rglob("*.py"):
         inside = path.relative_to(SOURCE).parts
         for item in ast.walk(ast.parse(path.read_text())):

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final, TypeVar
@@ -17,10 +18,13 @@ from stroma.failures import FailureClass
 from stroma.hooks import NodeHooks
 from stroma.trace import ExecutionResult, Outcome, RunStatus
 
-__all__ = ["NODE_BUCKETS", "Ended", "ExporterHooks", "Observer", "exceeded", "missing"]
+__all__ = ["NODE_BUCKETS", "WRITING", "Ended", "ExporterHooks", "Observer", "exceeded", "missing"]
 
 #: Seconds: from a quick function to a model that thinks for minutes.
 NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
+
+#: True while log_hooks writes: an exporter that listens to logs has been told of that event by its own hooks.
+WRITING: Final[ContextVar[bool]] = ContextVar("stroma_writing", default=False)
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma.telemetry")

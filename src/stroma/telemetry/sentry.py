@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stroma.context import NodeExecution, ReliabilityContext, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import Ended, ExporterHooks, Observer, missing
+from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer, missing
 from stroma.trace import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
@@ -105,6 +105,10 @@ class _Sentry(Observer):
         sdk = self._sdk
         run.notes[self] = of_run = _Run()
         outer = sdk.get_current_span()
+        # Where log_hooks stand before these they write about the end of the run when its own scope is left already.
+        around = sdk.get_isolation_scope()
+        if _not_of_log_hooks not in getattr(around, "_event_processors", ()):
+            around.add_event_processor(_not_of_log_hooks)
         isolation = of_run.scopes.enter_context(sdk.isolation_scope())
         token = _HERE.set(run)
         of_run.scopes.callback(lambda: _HERE.reset(token))
@@ -277,9 +281,7 @@ class _Sentry(Observer):
         )
 
     def _sound(self, event: Any, _hint: Any) -> Any:
-        """Of an event from inside of a run: None for log lines that only say again what is captured here."""
-        if event.get("logger") == "stroma.events":
-            return None
+        """An event from inside of a run, without what it may not say."""
         crumbs = event.get("breadcrumbs")
         if self._content.mode == "none" and isinstance(crumbs, dict):
             # The engine's own log lines tell what the exceptions said.
@@ -290,6 +292,11 @@ class _Sentry(Observer):
         client = self._client or self._sdk.get_client()
         client.flush(timeout=timeout_seconds)
         return True
+
+
+def _not_of_log_hooks(event: Any, _hint: Any) -> Any:
+    """None for what Sentry's logging integration makes of a line that says again what is captured here."""
+    return None if WRITING.get() else event
 
 
 _STATUS = {
