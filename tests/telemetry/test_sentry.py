@@ -15,6 +15,7 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    NodeHooks,
     Pipeline,
     ReliabilityContext,
     RunStatus,
@@ -245,6 +246,25 @@ async def test_redacted_content(sentry: RecordedSentry) -> None:
     assert event["exception"]["values"][-1]["value"] == "bad said no to **********"
     assert "hunter2" not in str(sentry.transport.events + sentry.transport.transactions)
     assert "vars" not in str(event["exception"])
+
+
+@pytest.mark.parametrize("content", ["none", "redacted"])
+async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
+    """Sentry's logging integration has lines of the engine with what exceptions said, and its errors about hooks with
+    what these were called with; neither leaves."""
+    from sentry_sdk.integrations.logging import LoggingIntegration
+
+    async def broken(_run_id: str, _node_id: str, state: dict[str, Any]) -> None:
+        raise LookupError("no dashboard")
+
+    integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
+    with RecordedSentry(integrations=integrations) as sentry:
+        runner = quick(sentry, content=content, extra=[NodeHooks(on_node_start=broken)])
+        await runner.run([node(runner, "bad", ValueError)], State(n=77_777))
+        of_hook, *_, of_run = sentry.transport.events
+    assert (of_hook["logger"], of_run["fingerprint"][0]) == ("stroma", "stroma")
+    assert "hunter2" not in str(sentry.transport.events)
+    assert "77777" not in str(sentry.transport.events)
 
 
 async def run_bad(runner: StromaRunner) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -255,10 +255,10 @@ class _Sentry(Observer):
                 value["value"] = " ".join(filter(None, (ended.class_name, ended.reason)))
             elif value.get("value"):
                 value["value"] = self._content.message(run, said)
-            for frame in value.get("stacktrace", {}).get("frames", ()):
-                frame.pop("vars", None)  # They hold what nodes were given.
-                if str(frame.get("module")).startswith("stroma."):
-                    frame["in_app"] = False  # The engine called the node; it is the node that failed.
+        for frame in _frames(event):
+            frame.pop("vars", None)  # They hold what nodes were given.
+            if str(frame.get("module")).startswith("stroma."):
+                frame["in_app"] = False  # The engine called the node; it is the node that failed.
         event["fingerprint"] = ["stroma", run.pipeline, failed.node_id, ended.class_name, type_name(error)]
         event["level"] = "error"
         event["transaction"] = run.pipeline
@@ -280,18 +280,27 @@ class _Sentry(Observer):
             category="stroma.run", type="default", level=level, message=message, data=data
         )
 
-    def _sound(self, event: Any, _hint: Any) -> Any:
+    @staticmethod
+    def _sound(event: Any, _hint: Any) -> Any:
         """An event from inside of a run, without what it may not say."""
         crumbs = event.get("breadcrumbs")
-        if self._content.mode == "none" and isinstance(crumbs, dict):
-            # The engine's own log lines tell what the exceptions said.
+        if isinstance(crumbs, dict):
+            # The engine's own log lines tell what the exceptions said, secrets and all, and are no news beside ours.
             crumbs["values"] = [c for c in crumbs.get("values", ()) if c.get("category") != "stroma"]
+        if str(event.get("logger")) == "stroma":  # A hook that raised had the state among its arguments.
+            for frame in _frames(event):
+                frame.pop("vars", None)
         return event
 
     def flush(self, timeout_seconds: float) -> bool:
         client = self._client or self._sdk.get_client()
         client.flush(timeout=timeout_seconds)
         return True
+
+
+def _frames(event: Any) -> Iterator[dict[str, Any]]:
+    for value in (event.get("exception") or {}).get("values") or ():
+        yield from (value.get("stacktrace") or {}).get("frames") or ()
 
 
 def _not_of_log_hooks(event: Any, _hint: Any) -> Any:
