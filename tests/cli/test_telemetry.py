@@ -41,6 +41,18 @@ def test_otlp_by_the_environment(stroma: Any, otlp: OtlpReceiver) -> None:
     assert otlp.span("invoke_workflow sums")["resource"]["service.name"] == "letters"
 
 
+@pytest.mark.parametrize(
+    ("attributes", "name"), [("service.name=mail,team=a", "mail"), ("team=a", "stroma"), (None, "stroma")]
+)
+def test_the_name_of_the_service(stroma: Any, otlp: OtlpReceiver, attributes: str | None, name: str) -> None:
+    """It is stroma, unless OTEL_RESOURCE_ATTRIBUTES says another."""
+    env = {} if attributes is None else {"OTEL_RESOURCE_ATTRIBUTES": attributes}
+    assert stroma(*TARGET, "--otel", otlp.url, env=env).code == 0
+    resource = otlp.span("invoke_workflow sums")["resource"]
+    assert resource["service.name"] == name
+    assert resource.get("team") == (None if attributes is None else "a")
+
+
 def test_sigterm_flushes(stroma: Any, otlp: OtlpReceiver) -> None:
     """SIGTERM lets the node in flight finish, and what it made is sent before the process ends."""
     env = {"SECOND_AWAITS": "asyncio.sleep(1)"}

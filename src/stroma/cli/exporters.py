@@ -130,7 +130,9 @@ class Exporters:
         base = None if self.otel is None else self.otel.rstrip("/")
         spans = OTLPSpanExporter(endpoint=base and f"{base}/v1/traces")
         metrics = OTLPMetricExporter(endpoint=base and f"{base}/v1/metrics")
-        resource = Resource.create({} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "stroma"})
+        resource = Resource.create()  # It reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES.
+        if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):
+            resource = resource.merge(Resource({"service.name": "stroma"}))
         tracer = TracerProvider(resource=resource, shutdown_on_exit=False)
         tracer.add_span_processor(BatchSpanProcessor(spans))
         reader = PeriodicExportingMetricReader(metrics)
