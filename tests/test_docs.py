@@ -242,9 +242,24 @@ def labels_on(page: str, column: int) -> dict[str, set[str]]:
 
 
 def test_metrics_on_the_pages_are_those_that_there_are() -> None:
-    """The tables of the Prometheus and Datadog pages have every metric with its labels, and no other."""
+    """The tables of the pages have every metric with its labels, and no other."""
     assert labels_on("prometheus", 2) == {name: set(labels) for name, (_, labels) in names.PROMETHEUS.items()}
     assert labels_on("datadog", 2) == {name: set(labels) for name, (_, labels) in names.DATADOG.items()}
+    source = (ROOT / "src" / "stroma" / "telemetry" / "opentelemetry.py").read_text("utf-8")
+    made = set(re.findall(r'create_\w+\(\s*"([\w.]+)"', source))
+    assert set(labels_on("opentelemetry", 2)) == made
+    overview = (ROOT / "docs" / "telemetry.md").read_text("utf-8")
+    assert [name for name in made | {*names.PROMETHEUS, *names.DATADOG} if f"`{name}`" not in overview] == []
+
+
+def test_lines_on_the_page_about_logs_are_those_that_there_are() -> None:
+    """Each line that log_hooks writes is in the table."""
+    source = (ROOT / "src" / "stroma" / "telemetry" / "logs.py").read_text("utf-8")
+    written = set(re.findall(r'"((?:run|node|budget) [\w ]+)"', source))
+    written |= {f"node {outcome}" for outcome in names.VALUES["outcome"]}
+    page = (ROOT / "docs" / "telemetry" / "logs.md").read_text("utf-8")
+    assert len(written) > 8
+    assert [name for name in written if f"`{name}`" not in page] == []
 
 
 def test_the_links_of_the_pages_lead_somewhere() -> None:
