@@ -41,6 +41,17 @@ def test_otlp_by_the_environment(stroma: Any, otlp: OtlpReceiver) -> None:
     assert otlp.span("invoke_workflow sums")["resource"]["service.name"] == "letters"
 
 
+def test_an_address_of_traces_alone(stroma: Any, otlp: OtlpReceiver) -> None:
+    """Where only traces have an address, or metrics are switched off, no metrics are sent to anywhere."""
+    only = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{otlp.url}/v1/traces"}
+    off = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.url, "OTEL_METRICS_EXPORTER": "none"}
+    for number, env in enumerate((only, off), 1):
+        done = stroma(*TARGET, "-q", env=env)
+        assert (done.code, done.err) == (0, "printed by a node\n")
+        assert len(otlp.spans()) == 4 * number
+    assert otlp.points("stroma.node.executions") == []
+
+
 @pytest.mark.parametrize(
     ("attributes", "name"), [("service.name=mail,team=a", "mail"), ("team=a", "stroma"), (None, "stroma")]
 )
