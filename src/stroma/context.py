@@ -50,6 +50,7 @@ from stroma.trace import (
     Row,
     RunStatus,
     TraceEvent,
+    secrets_in,
 )
 
 if TYPE_CHECKING:
@@ -408,6 +409,8 @@ class _Untouched:
     traceparent: str | None = None
     kept_traceparent: str | None = None
     _notes: dict[Any, Any] | None = None
+    #: The texts of secrets in states that somebody outside may be shown.
+    secrets: set[str] | None = None
 
 
 @dataclass(eq=False)
@@ -744,6 +747,8 @@ class ReliabilityContext(_Untouched):
         redact = self.config.redact
         if redact is None:
             return state
+        # What redact takes out of a state may stand in a message all the same.
+        self.note_secrets(state)
         try:
             shown = redact(state)
         except (KeyboardInterrupt, SystemExit):
@@ -755,6 +760,15 @@ class ReliabilityContext(_Untouched):
             if isinstance(shown, dict)
             else {"redacted": f"redact returned {type(shown).__name__}, not a dict"}
         )
+
+    def note_secrets(self, state: Mapping[str, Any]) -> None:
+        """Remember the secrets in a state, for those who keep them out of messages."""
+        try:
+            found = set(secrets_in(state))
+        except Exception:
+            return  # A class of the user's that cannot be looked into; it is shown as such, too.
+        if found:
+            self.secrets = found if self.secrets is None else self.secrets | found
 
     def shown_error(self, error: BaseException) -> BaseException:
         """A failure as hooks may see it: a violation carries the state that broke the contract."""

@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from typing import Any, Final, Literal, cast
 
-from pydantic import BaseModel
+from pydantic import BaseModel, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
 from stroma.failures import Failure, FailureClass
@@ -371,6 +371,26 @@ def jsonable(value: Any, depth: int = 0) -> Any:
             return repr(value)
         except Exception:
             return f"<{type(value).__name__}>"
+
+
+def secrets_in(value: Any, depth: int = 0) -> Iterator[str]:
+    """The texts that pydantic's secret types hide in any state, as deep as jsonable() goes."""
+    if isinstance(value, (SecretStr, SecretBytes)):
+        secret = value.get_secret_value()
+        text = secret if isinstance(secret, str) else secret.decode("utf-8", "ignore")
+        if text:
+            yield text
+    elif depth > _DEEPEST:
+        return
+    elif isinstance(value, Mapping):
+        for inner in value.values():
+            yield from secrets_in(inner, depth + 1)
+    elif isinstance(value, (list, tuple, set, frozenset)):
+        for inner in value:
+            yield from secrets_in(inner, depth + 1)
+    elif isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
+        for inner in getattr(value, "__dict__", {}).values():
+            yield from secrets_in(inner, depth + 1)
 
 
 class RunStatus(StrEnum):

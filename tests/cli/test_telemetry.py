@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import gzip
 import http.server
 import json
 import signal
-import threading
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,45 +12,13 @@ import pytest
 from tests.receivers.datadog import DatadogAgent, StatsdSocket
 from tests.receivers.otlp import OtlpReceiver
 from tests.receivers.processes import fetch, free_port
+from tests.receivers.sentry import SentryServer
 
 pytest_plugins = ["tests.receivers.fixtures"]
 
 GOOD = '{"start": 1}'
 FAIL = {"SECOND": "raise ValueError('no')"}
 TARGET = ("run", "sums.py:pipeline", GOOD)
-
-
-class SentryServer(http.server.ThreadingHTTPServer):
-    """Takes envelopes."""
-
-    def __init__(self) -> None:
-        super().__init__(("127.0.0.1", 0), _Envelopes)
-        self.items: list[dict[str, Any]] = []
-        self.dsn = f"http://key@127.0.0.1:{self.server_address[1]}/7"
-
-
-class _Envelopes(http.server.BaseHTTPRequestHandler):
-    server: SentryServer
-
-    def do_POST(self) -> None:
-        data = self.rfile.read(int(self.headers["Content-Length"]))
-        if self.headers.get("Content-Encoding") == "gzip":
-            data = gzip.decompress(data)
-        self.server.items += [json.loads(line) for line in data.splitlines() if line.startswith(b"{")]
-        self.send_response(200)
-        self.send_header("Content-Length", "2")
-        self.end_headers()
-        self.wfile.write(b"{}")
-
-    def log_message(self, format: str, *args: object) -> None: ...
-
-
-@pytest.fixture
-def sentry_server() -> Iterator[SentryServer]:
-    with SentryServer() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        yield server
-        server.shutdown()
 
 
 def test_otlp(stroma: Any, otlp: OtlpReceiver) -> None:
@@ -74,6 +39,29 @@ def test_otlp_by_the_environment(stroma: Any, otlp: OtlpReceiver) -> None:
     assert otlp.spans() == []
     assert stroma(*TARGET, env=env).code == 0
     assert otlp.span("invoke_workflow sums")["resource"]["service.name"] == "letters"
+
+
+def test_an_address_of_traces_alone(stroma: Any, otlp: OtlpReceiver) -> None:
+    """Where only traces have an address, or metrics are switched off, no metrics are sent to anywhere."""
+    only = {"OTEL_EXPORTER_OTLP_TRACES_ENDPOINT": f"{otlp.url}/v1/traces"}
+    off = {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.url, "OTEL_METRICS_EXPORTER": "none"}
+    for number, env in enumerate((only, off), 1):
+        done = stroma(*TARGET, "-q", env=env)
+        assert (done.code, done.err) == (0, "printed by a node\n")
+        assert len(otlp.spans()) == 4 * number
+    assert otlp.points("stroma.node.executions") == []
+
+
+@pytest.mark.parametrize(
+    ("attributes", "name"), [("service.name=mail,team=a", "mail"), ("team=a", "stroma"), (None, "stroma")]
+)
+def test_the_name_of_the_service(stroma: Any, otlp: OtlpReceiver, attributes: str | None, name: str) -> None:
+    """It is stroma, unless OTEL_RESOURCE_ATTRIBUTES says another."""
+    env = {} if attributes is None else {"OTEL_RESOURCE_ATTRIBUTES": attributes}
+    assert stroma(*TARGET, "--otel", otlp.url, env=env).code == 0
+    resource = otlp.span("invoke_workflow sums")["resource"]
+    assert resource["service.name"] == name
+    assert resource.get("team") == (None if attributes is None else "a")
 
 
 def test_sigterm_flushes(stroma: Any, otlp: OtlpReceiver) -> None:
@@ -118,7 +106,7 @@ def test_sentry(stroma: Any, sentry_server: SentryServer, by: str) -> None:
     options = ("--sentry", sentry_server.dsn) if by == "option" else ()
     env = {**FAIL, **({} if options else {"SENTRY_DSN": sentry_server.dsn})}
     assert stroma(*TARGET, *options, env=env).code == 1
-    (event,) = [item for item in sentry_server.items if "fingerprint" in item]
+    (event,) = sentry_server.events
     assert event["fingerprint"] == ["stroma", "sums", "second", "AMBIGUOUS", "ValueError"]
 
 

@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from tests.receivers.datadog import DatadogAgent, StatsdSocket
     from tests.receivers.otlp import OtlpReceiver
     from tests.receivers.prometheus import SharedPrometheus
-    from tests.receivers.sentry import RecordedSentry
+    from tests.receivers.sentry import RecordedSentry, SentryServer
 
 
 @pytest.fixture(scope="session")
@@ -74,3 +74,12 @@ def sentry() -> Iterator[RecordedSentry]:
 
     with RecordedSentry() as recorded:
         yield recorded
+
+
+@pytest.fixture
+def sentry_server() -> Iterator[SentryServer]:
+    """A Sentry server, for the SDK in a child process."""
+    from tests.receivers.sentry import SentryServer
+
+    with SentryServer() as server:
+        yield server

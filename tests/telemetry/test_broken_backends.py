@@ -155,6 +155,9 @@ async def test_flush_keeps_its_limit_whatever_an_exporter_does(caplog: pytest.Lo
         def flush(self, timeout_seconds: float) -> bool:
             return ended.wait(60)
 
+        def close(self) -> None:
+            flushed.append("closed")
+
     class Quick(Observer):
         def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None: ...
 
@@ -165,8 +168,12 @@ async def test_flush_keeps_its_limit_whatever_an_exporter_does(caplog: pytest.Lo
     runner = quick([Hangs().hooks(), Quick().hooks()])
     with caplog.at_level(logging.WARNING):
         assert await runner.flush(timeout_seconds=0.05) is False
-    assert flushed == ["flushed"]
-    assert "a slow one" in caplog.text
+        assert flushed == ["flushed"]
+        assert await runner.aclose(timeout_seconds=0.05) is False
+    assert flushed == ["flushed", "flushed", "closed"], "what was opened is closed all the same"
+    assert [record.getMessage() for record in caplog.records] == [
+        "a slow one: not everything was sent within 0.05 s"
+    ] * 2
     ended.set()
     assert await quick([Quick().hooks()]).aclose() is True
     assert await StromaRunner.quick().flush() is True

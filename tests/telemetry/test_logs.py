@@ -10,7 +10,8 @@ import structlog
 from pydantic import BaseModel, SecretStr
 
 from stroma import FailureClass, FailurePolicy, RunStatus, StromaRunner, current_node
-from stroma.telemetry import log_hooks
+from stroma.telemetry import DENY_KEYS, log_hooks
+from stroma.telemetry._content import Content
 
 
 class State(BaseModel):
@@ -19,9 +20,9 @@ class State(BaseModel):
     key: SecretStr = SecretStr("sk-hunter2")
 
 
-def quick(hooks: Any) -> StromaRunner:
+def quick(hooks: Any, **options: Any) -> StromaRunner:
     policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-    return StromaRunner.quick(hooks=hooks, policy_map=policies, pipeline="letters")
+    return StromaRunner.quick(hooks=hooks, policy_map=policies, pipeline="letters", **options)
 
 
 def flaky(runner: StromaRunner, failures: int = 1) -> Any:
@@ -89,6 +90,32 @@ async def test_content(caplog: pytest.LogCaptureFixture) -> None:
     assert "no for **********" in text
     assert "letmein" not in text
     assert "hunter2" not in text
+
+
+async def test_a_secret_that_redact_takes_out_is_in_no_message(caplog: pytest.LogCaptureFixture) -> None:
+    """redact may remove a secret from states; what exceptions say of it is hidden all the same."""
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in state.items() if name != "key"}
+
+    runner = quick(log_hooks(content="redacted"), redact=redact)
+    await runner.run([flaky(runner, 9)], State())
+    text = "".join(str(vars(line)) for line in events(caplog))
+    assert "no for **********" in text
+    assert "hunter2" not in text
+
+
+@pytest.mark.parametrize(
+    ("name", "denied"),
+    [
+        ("api_key", True), ("API-Key", True), ("apiKey", True), ("openai_api_key", True), ("openaiApiKey", True),
+        ("OPENAI_API_KEY", True), ("HTTPPassword", True), ("db_password", True), ("x-api-key", True),
+        ("api_key_count", False), ("lapikey", False), ("tokens", False), ("", False),
+    ],
+)  # fmt: skip
+def test_denied_names(name: str, denied: bool) -> None:
+    """A name is denied if its last words are, however it is written; a part of a word is none."""
+    assert Content.make("redacted", DENY_KEYS, 10)._denied(name) is denied
 
 
 async def test_structlog() -> None:

@@ -584,6 +584,23 @@ class TestDelivery:
         assert [event["name"] for event in node["events"]] == RETRIED
         provider.shutdown()
 
+    async def test_the_global_provider_is_flushed(
+        self, seen: Seen, otlp: OtlpReceiver, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Hooks that were given nothing flush what they use: the global provider, also one that is set after them."""
+        runner = quick(otel_hooks())
+        provider = TracerProvider()
+        exporter = OTLPSpanExporter(endpoint=f"{otlp.url}/v1/traces")
+        provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=60_000))
+        monkeypatch.setattr(trace, "_TRACER_PROVIDER", provider)
+        await runner.run([flaky(runner)], State())
+        assert await runner.flush(timeout_seconds=20)
+        assert (
+            otlp.span("stroma.node flaky")["parent_span_id"]
+            == otlp.span("invoke_workflow pipeline")["span_id"]
+        )
+        provider.shutdown()
+
     async def test_no_global_is_set(self, seen: Seen) -> None:
         """The factory neither sets nor needs a global provider."""
         before = trace.get_tracer_provider()

@@ -15,6 +15,7 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    NodeHooks,
     Pipeline,
     ReliabilityContext,
     RunStatus,
@@ -247,21 +248,52 @@ async def test_redacted_content(sentry: RecordedSentry) -> None:
     assert "vars" not in str(event["exception"])
 
 
+@pytest.mark.parametrize("content", ["none", "redacted"])
+async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
+    """Sentry's logging integration has lines of the engine with what exceptions said, and its errors about hooks with
+    what these were called with; neither leaves."""
+    from sentry_sdk.integrations.logging import LoggingIntegration
+
+    async def broken(_run_id: str, _node_id: str, state: dict[str, Any]) -> None:
+        raise LookupError("no dashboard")
+
+    integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
+    with RecordedSentry(integrations=integrations) as sentry:
+        runner = quick(sentry, content=content, extra=[NodeHooks(on_node_start=broken)])
+        await runner.run([node(runner, "bad", ValueError)], State(n=77_777))
+        of_hook, *_, of_run = sentry.transport.events
+    assert (of_hook["logger"], of_run["fingerprint"][0]) == ("stroma", "stroma")
+    assert "hunter2" not in str(sentry.transport.events)
+    assert "77777" not in str(sentry.transport.events)
+
+
 async def run_bad(runner: StromaRunner) -> None:
     assert (await runner.run([node(runner, "bad", ConnectionError)], State())).failure is not None
 
 
-async def test_beside_log_hooks_there_is_one_issue() -> None:
-    """Sentry's own logging integration makes no second issue of the line that log_hooks writes about a failed run."""
+@pytest.mark.parametrize("name", ["stroma.events", "letters.log"])
+@pytest.mark.parametrize("logs_first", [False, True])
+async def test_beside_log_hooks_there_is_one_issue(name: str, logs_first: bool) -> None:
+    """Sentry's own logging integration makes no second issue of the line that log_hooks writes about a failed run,
+    whichever logger it goes to and whichever of the two ends first; the application's own lines are its business."""
     from sentry_sdk.integrations.logging import LoggingIntegration
 
     integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
-    with RecordedSentry(integrations=integrations) as sentry:
-        runner = quick(sentry, retries=1, extra=[log_hooks()])
-        await runner.run([node(runner, "bad", ConnectionError)], State())
-        (event,) = sentry.transport.events
-        assert event["fingerprint"][0] == "stroma"
-        assert "bad said no" not in str(event), "the engine's own log lines are no breadcrumbs"
+    with RecordedSentry(integrations=integrations) as sentry, sentry_sdk.new_scope() as scope:
+        scope.set_client(sentry.client)
+        sets = [sentry_hooks(client=sentry.client), log_hooks(logging.getLogger(name))]
+        policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+        runner = StromaRunner.quick(hooks=reversed(sets) if logs_first else sets, policy_map=policies)
+        for _ in range(3):
+            await runner.run([node(runner, "bad", ValueError)], State())
+        assert [event["fingerprint"][0] for event in sentry.transport.events] == ["stroma"] * 3
+        assert "bad said no" not in str(sentry.transport.events), (
+            "the engine's own log lines are no breadcrumbs"
+        )
+        logging.getLogger(name).error("the application's own")
+        assert len(sentry.transport.events) == 4
+        added = sentry_sdk.get_isolation_scope()._event_processors
+        assert len(added) == len(set(added)), "once for all runs"
 
 
 async def test_under_the_callers_transaction(sentry: RecordedSentry) -> None:

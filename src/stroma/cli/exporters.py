@@ -26,6 +26,7 @@ _VARIABLES: Final = {
     "sentry": ("SENTRY_DSN",),
     "datadog": ("DD_TRACE_AGENT_URL", "DD_AGENT_HOST"),
 }
+_METRICS_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
 
 
 def _endpoint(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -129,12 +130,18 @@ class Exporters:
         # Without an option the exporters find their endpoints in the environment by themselves.
         base = None if self.otel is None else self.otel.rstrip("/")
         spans = OTLPSpanExporter(endpoint=base and f"{base}/v1/traces")
-        metrics = OTLPMetricExporter(endpoint=base and f"{base}/v1/metrics")
-        resource = Resource.create({} if "OTEL_SERVICE_NAME" in os.environ else {"service.name": "stroma"})
+        resource = Resource.create()  # It reads OTEL_SERVICE_NAME and OTEL_RESOURCE_ATTRIBUTES.
+        if str(resource.attributes.get("service.name", "")).startswith("unknown_service"):
+            resource = resource.merge(Resource({"service.name": "stroma"}))
         tracer = TracerProvider(resource=resource, shutdown_on_exit=False)
         tracer.add_span_processor(BatchSpanProcessor(spans))
-        reader = PeriodicExportingMetricReader(metrics)
-        meter = MeterProvider([reader], resource=resource, shutdown_on_exit=False)
+        # An address of traces alone is no place for metrics; many systems take only the former.
+        metrics = base is not None or any(os.environ.get(name) for name in _METRICS_ENDPOINTS)
+        readers = []
+        if metrics and os.environ.get("OTEL_METRICS_EXPORTER", "").lower() != "none":
+            exporter = OTLPMetricExporter(endpoint=base and f"{base}/v1/metrics")
+            readers.append(PeriodicExportingMetricReader(exporter))
+        meter = MeterProvider(readers, resource=resource, shutdown_on_exit=False)
         self._closing += [tracer.shutdown, meter.shutdown]
         # This process is ours: spans that nodes open themselves go the same way, unless the pipeline has chosen another.
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):

@@ -14,6 +14,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stroma.telemetry._content import DENY_KEYS
     from stroma.telemetry._observer import ExporterHooks
     from stroma.telemetry.datadog import datadog_hooks
     from stroma.telemetry.logs import log_hooks
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from stroma.telemetry.sentry import sentry_hooks
 
 _HOMES = {
+    "DENY_KEYS": "_content",
     "ExporterHooks": "_observer",
     "datadog_hooks": "datadog",
     "log_hooks": "logs",
@@ -31,6 +33,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "DENY_KEYS",
     "ExporterHooks",
     "datadog_hooks",
     "log_hooks",

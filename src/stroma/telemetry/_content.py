@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+import re
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
-
-from pydantic import SecretBytes, SecretStr
 
 from stroma.context import ReliabilityContext
 from stroma.failures import message_of
@@ -17,7 +16,7 @@ __all__ = ["DENY_KEYS", "Content", "ContentMode", "type_name"]
 
 ContentMode = Literal["none", "redacted"]
 
-#: Names whose values are never sent, compared without case, hyphens and underscores.
+#: Names whose values are never sent: those that end with the words of one of these (`openai_api_key`, `dbPassword`).
 DENY_KEYS: Final = (
     "api_key", "apikey", "access_token", "auth_token", "authorization", "client_secret", "cookie", "credentials",
     "passphrase", "passwd", "password", "private_key", "pwd", "refresh_token", "secret", "set_cookie", "ssn",
@@ -25,7 +24,8 @@ DENY_KEYS: Final = (
 _REDACTED: Final = "[redacted]"
 _HIDDEN: Final = "**********"  # as pydantic shows a secret
 _DEEPEST: Final = 50
-_SECRETS: Final = "the secrets in the states of this run"
+#: Between the words of a name in camel case.
+_WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +57,7 @@ class Content:
         """A state of a run as JSON text: its values, or the types and sizes of its fields."""
         if self.mode == "none":
             return self.cut(json.dumps({str(name): _shape(value) for name, value in state.items()}))
-        run.notes.setdefault(_SECRETS, set()).update(_secrets(state, 0))
+        run.note_secrets(state)
         text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
         return self.cut(_without_secrets(run, text))
 
@@ -76,12 +76,17 @@ class Content:
             return data.decode()
         return f"{data[: self.max_bytes].decode('utf-8', 'ignore')}... [truncated, {len(data)} bytes]"
 
+    def _denied(self, name: str) -> bool:
+        """Whether the last words of a name, or all of them, are a denied one; "context" does not end with "text"."""
+        words = _WORD_ENDS.sub("_", name).casefold().replace("-", "_").split("_")
+        return any("".join(words[start:]) in self.deny_keys for start in range(len(words)))
+
     def _allowed(self, value: Any, depth: int) -> Any:
         if depth > _DEEPEST:
             return "[too deep]"
         if isinstance(value, dict):
             return {
-                name: _REDACTED if _plain(name) in self.deny_keys else self._allowed(inner, depth + 1)
+                name: _REDACTED if self._denied(name) else self._allowed(inner, depth + 1)
                 for name, inner in value.items()
             }
         if isinstance(value, list):
@@ -106,23 +111,6 @@ def _shape(value: Any) -> str:
 
 def _without_secrets(run: ReliabilityContext, text: str) -> str:
     """The longest first: one may stand in another."""
-    for secret in sorted(run.notes.get(_SECRETS, ()), key=len, reverse=True):
+    for secret in sorted(run.secrets or (), key=len, reverse=True):
         text = text.replace(secret, _HIDDEN).replace(json.dumps(secret, ensure_ascii=False)[1:-1], _HIDDEN)
     return text
-
-
-def _secrets(value: Any, depth: int) -> Iterator[str]:
-    if isinstance(value, SecretStr):
-        if value.get_secret_value():
-            yield value.get_secret_value()
-    elif isinstance(value, SecretBytes):
-        text = value.get_secret_value().decode("utf-8", "ignore")
-        if text:
-            yield text
-    elif depth <= _DEEPEST:
-        inner = value.values() if isinstance(value, dict) else value
-        if isinstance(value, (dict, list, tuple, set, frozenset)):
-            for item in inner:
-                yield from _secrets(item, depth + 1)
-        elif hasattr(value, "__pydantic_fields__"):
-            yield from _secrets(vars(value), depth + 1)

@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from time import monotonic
 from typing import Any, Final, TypeVar
@@ -17,10 +18,15 @@ from stroma.failures import FailureClass
 from stroma.hooks import NodeHooks
 from stroma.trace import ExecutionResult, Outcome, RunStatus
 
-__all__ = ["NODE_BUCKETS", "Ended", "ExporterHooks", "Observer", "exceeded", "missing"]
+__all__ = ["NODE_BUCKETS", "WRITING", "Ended", "ExporterHooks", "Observer", "exceeded", "missing"]
 
 #: Seconds: from a quick function to a model that thinks for minutes.
 NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
+
+#: At least, whatever sending took.
+_CLOSING_SECONDS: Final = 0.1
+#: True while log_hooks writes: an exporter that listens to logs has been told of that event by its own hooks.
+WRITING: Final[ContextVar[bool]] = ContextVar("stroma_writing", default=False)
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma.telemetry")
@@ -222,20 +228,26 @@ class ExporterHooks(NodeHooks):
 
     async def flush(self, *, timeout_seconds: float = 5.0) -> bool:
         """Send what is queued; whether all of it was sent within the limit. Never raises."""
-        return await self._within(timeout_seconds, lambda: self.exporter.flush(timeout_seconds))
+        sent = await self._within(timeout_seconds, lambda: self.exporter.flush(timeout_seconds))
+        if sent is None:
+            logger.warning("%s: not everything was sent within %g s", self.exporter.name, timeout_seconds)
+        return bool(sent)
 
     async def aclose(self, *, timeout_seconds: float = 5.0) -> bool:
         """The same, and give up what the exporter has opened by itself (not what it was handed)."""
         deadline = monotonic() + timeout_seconds
         sent = await self.flush(timeout_seconds=timeout_seconds)
-        closed = await self._within(max(0.0, deadline - monotonic()), self._close)
-        return sent and closed
+        # Also if the time is used up: closing takes none, but where something is wrong.
+        closed = await self._within(max(_CLOSING_SECONDS, deadline - monotonic()), self._close)
+        return sent and bool(closed)
 
     def _close(self) -> bool:
         self.exporter.close()
         return True
 
-    async def _within(self, seconds: float, work: Callable[[], bool]) -> bool:
+    async def _within(self, seconds: float, work: Callable[[], bool]) -> bool | None:
+        """What work came to; None if it took longer."""
+
         def safely() -> bool:
             done = [False]
             self.exporter._safely("flush", lambda _: done.append(work()), self)
@@ -246,8 +258,7 @@ class ExporterHooks(NodeHooks):
         try:
             return bool(await asyncio.wait_for(pending, seconds))
         except TimeoutError:
-            logger.warning("%s: not everything was sent within %g s", self.exporter.name, seconds)
-            return False
+            return None
 
 
 def missing(needed: str, factory: str, extra: str) -> ImportError:

@@ -11,7 +11,7 @@ from typing import Any
 from stroma.context import NodeExecution, ReliabilityContext
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import Ended, ExporterHooks, Observer
+from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer
 from stroma.trace import ExecutionResult
 
 __all__ = ["log_hooks"]
@@ -51,11 +51,18 @@ class _Logs(Observer):
     def __init__(self, logger: Any, content: Content) -> None:
         super().__init__()
         self._content = content
-        self._write: Callable[[int, str, dict[str, Any]], None] = (
+        self._write_line: Callable[[int, str, dict[str, Any]], None] = (
             _with_extra(logger)
             if isinstance(logger, (logging.Logger, logging.LoggerAdapter))
             else _with_fields(logger)
         )
+
+    def _write(self, level: int, event: str, fields: dict[str, Any]) -> None:
+        token = WRITING.set(True)
+        try:
+            self._write_line(level, event, fields)
+        finally:
+            WRITING.reset(token)
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         run.notes[self] = perf_counter()
@@ -132,7 +139,8 @@ def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
         if logger.isEnabledFor(level):
             said = " ".join(f"{name}={value}" for name, value in fields.items() if value not in (None, ""))
-            logger.log(level, "%s: %s", event, said, extra=fields)
+            # Systems that group lines do so by the text before its arguments are filled in.
+            logger.log(level, f"{event}: %s", said, extra=fields)
 
     return write
 

@@ -46,7 +46,8 @@ def otel_hooks(
     again, a cancelled and a waiting node do not.
 
     Args:
-        tracer, meter: what to make them with, or the provider to take it from, which flush() needs; else the global one.
+        tracer, meter: what to make them with, or the provider to take it from, which flush() needs; else the global
+            provider.
         attempts: "events" notes attempts on the node's span, "spans" gives each a span of its own under it.
         content: see :class:`stroma.telemetry._content.Content`; with "redacted" states are attributes.
         deny_keys: names of fields whose values are never sent.
@@ -105,17 +106,15 @@ class _OpenTelemetry(Observer):
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
         self._context, self._trace, self._w3c = context, trace, TraceContextTextMapPropagator()
-        # The API's providers cannot flush, the SDK's can.
-        given: tuple[Any, ...] = (tracer, meter)
-        self._flushes: list[Callable[[int], bool]] = [
-            provider.force_flush for provider in given if hasattr(provider, "force_flush")
+        self._providers: list[Callable[[], Any]] = [
+            # The global one may be set later than these hooks are made.
+            trace.get_tracer_provider if tracer is None else lambda: tracer,
+            metrics.get_meter_provider if meter is None else lambda: meter,
         ]
-        if tracer is None:
-            tracer = trace.get_tracer_provider()
-        if meter is None:
-            meter = metrics.get_meter_provider()
-        self._tracer = tracer if isinstance(tracer, trace.Tracer) else tracer.get_tracer("stroma")
-        made = meter if isinstance(meter, metrics.Meter) else meter.get_meter("stroma")
+        traces: Any = trace.get_tracer_provider() if tracer is None else tracer
+        measures: Any = metrics.get_meter_provider() if meter is None else meter
+        self._tracer: Tracer = traces if isinstance(traces, trace.Tracer) else traces.get_tracer("stroma")
+        made: Meter = measures if isinstance(measures, metrics.Meter) else measures.get_meter("stroma")
         self._own_spans = own_spans
         self._content = content
         self._run_seconds = made.create_histogram(
@@ -361,8 +360,11 @@ class _OpenTelemetry(Observer):
     def flush(self, timeout_seconds: float) -> bool:
         # One after the other: each is told what is left of the time.
         end, sent = perf_counter() + timeout_seconds, True
-        for flush in self._flushes:
-            sent = flush(max(1, int((end - perf_counter()) * 1000))) is not False and sent
+        for provider in self._providers:
+            # The SDK's providers have it; those of the API alone, and tracers, do not.
+            flush = getattr(provider(), "force_flush", None)
+            if flush is not None:
+                sent = flush(max(1, int((end - perf_counter()) * 1000))) is not False and sent
         return sent
 
 

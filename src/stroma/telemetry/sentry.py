@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stroma.context import NodeExecution, ReliabilityContext, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import Ended, ExporterHooks, Observer, missing
+from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer, missing
 from stroma.trace import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
@@ -105,6 +105,10 @@ class _Sentry(Observer):
         sdk = self._sdk
         run.notes[self] = of_run = _Run()
         outer = sdk.get_current_span()
+        # Where log_hooks stand before these they write about the end of the run when its own scope is left already.
+        around = sdk.get_isolation_scope()
+        if _not_of_log_hooks not in getattr(around, "_event_processors", ()):
+            around.add_event_processor(_not_of_log_hooks)
         isolation = of_run.scopes.enter_context(sdk.isolation_scope())
         token = _HERE.set(run)
         of_run.scopes.callback(lambda: _HERE.reset(token))
@@ -251,10 +255,10 @@ class _Sentry(Observer):
                 value["value"] = " ".join(filter(None, (ended.class_name, ended.reason)))
             elif value.get("value"):
                 value["value"] = self._content.message(run, said)
-            for frame in value.get("stacktrace", {}).get("frames", ()):
-                frame.pop("vars", None)  # They hold what nodes were given.
-                if str(frame.get("module")).startswith("stroma."):
-                    frame["in_app"] = False  # The engine called the node; it is the node that failed.
+        for frame in _frames(event):
+            frame.pop("vars", None)  # They hold what nodes were given.
+            if str(frame.get("module")).startswith("stroma."):
+                frame["in_app"] = False  # The engine called the node; it is the node that failed.
         event["fingerprint"] = ["stroma", run.pipeline, failed.node_id, ended.class_name, type_name(error)]
         event["level"] = "error"
         event["transaction"] = run.pipeline
@@ -276,20 +280,32 @@ class _Sentry(Observer):
             category="stroma.run", type="default", level=level, message=message, data=data
         )
 
-    def _sound(self, event: Any, _hint: Any) -> Any:
-        """Of an event from inside of a run: None for log lines that only say again what is captured here."""
-        if event.get("logger") == "stroma.events":
-            return None
+    @staticmethod
+    def _sound(event: Any, _hint: Any) -> Any:
+        """An event from inside of a run, without what it may not say."""
         crumbs = event.get("breadcrumbs")
-        if self._content.mode == "none" and isinstance(crumbs, dict):
-            # The engine's own log lines tell what the exceptions said.
+        if isinstance(crumbs, dict):
+            # The engine's own log lines tell what the exceptions said, secrets and all, and are no news beside ours.
             crumbs["values"] = [c for c in crumbs.get("values", ()) if c.get("category") != "stroma"]
+        if str(event.get("logger")) == "stroma":  # A hook that raised had the state among its arguments.
+            for frame in _frames(event):
+                frame.pop("vars", None)
         return event
 
     def flush(self, timeout_seconds: float) -> bool:
         client = self._client or self._sdk.get_client()
         client.flush(timeout=timeout_seconds)
         return True
+
+
+def _frames(event: Any) -> Iterator[dict[str, Any]]:
+    for value in (event.get("exception") or {}).get("values") or ():
+        yield from (value.get("stacktrace") or {}).get("frames") or ()
+
+
+def _not_of_log_hooks(event: Any, _hint: Any) -> Any:
+    """None for what Sentry's logging integration makes of a line that says again what is captured here."""
+    return None if WRITING.get() else event
 
 
 _STATUS = {

@@ -1,0 +1,37 @@
+"""The example runs as it is, and shows what it says."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+
+from tests.servers import environment
+
+EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "telemetry.py"
+TREE = """\
+invoke_workflow invoices, ERROR, TERMINAL auth
+  stroma.node parallel(classify, extract)
+    stroma.node extract
+    stroma.node classify, 2 attempts
+      chat gpt-4o-mini, ERROR, ConnectionError: overloaded, try again
+      chat gpt-4o-mini
+  stroma.node post, ERROR, TERMINAL auth
+invoke_workflow invoices, linked to the first run
+  stroma.node post
+"""
+
+
+def test_the_example() -> None:
+    """A retry, a group, a failure and a resume, told by spans, metrics and log lines, without content."""
+    done = subprocess.run(
+        [sys.executable, EXAMPLE], env=environment(), capture_output=True, text=True, check=False, timeout=60
+    )
+    assert done.returncode == 0, done.stderr
+    assert TREE in done.stdout
+    assert 'stroma_runs_total{pipeline="invoices",status="RESUMED"} 1.0' in done.stdout
+    assert (
+        'stroma_cost_usd_total{model="gpt-4o",node_id="extract",pipeline="invoices"} 0.002885' in done.stdout
+    )
+    assert [line.split()[0] for line in done.stderr.splitlines()].count("ERROR") == 1
+    assert "Acme" not in done.stdout + done.stderr
