@@ -232,6 +232,7 @@ async def _without_plan(
         outcome = await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
         return outcome if isinstance(outcome, Halt) else Halt(outcome)
     finally:
+        run.close()
         leave(token)
 
 

@@ -608,3 +608,29 @@ class TestDelivery:
         runner = quick(otel_hooks())  # The API's own provider does nothing.
         assert (await runner.run([flaky(runner)], State())).status is RunStatus.COMPLETED
         assert trace.get_tracer_provider() is before
+
+
+async def test_an_end_that_is_told_again_has_a_span(seen: Seen, tmp_path: pathlib.Path) -> None:
+    """A success that a process did not live to tell becomes a span of its own on resume, with the times it had."""
+
+    async def die(*_: Any) -> None:
+        raise KeyboardInterrupt  # As good as a death: the hooks have not ended.
+
+    async def go(hooks: Any, **config: Any) -> Any:
+        async with SQLiteStore(tmp_path / "runs.db") as store:
+            runner = quick(hooks, store=store, hook_delivery="at_least_once", **config)
+
+            @runner.node("node", input=Item, output=Item)
+            async def node(state: Item) -> Any:
+                return state, 10, 5, "gpt-4o-mini"
+
+            return await runner.run([node], Item(n=1), run_id="r")
+
+    with pytest.raises(KeyboardInterrupt):
+        await go(NodeHooks(on_node_success=die))
+    assert seen.spans == []
+    await go(seen.hooks(), resume=True)
+    span = seen.span("stroma.node node")
+    assert span.attributes["stroma.outcome"] == "success"
+    assert span.end_time < seen.span("invoke_workflow pipeline").start_time
+    assert seen.total("stroma.tokens") == 15

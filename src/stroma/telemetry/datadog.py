@@ -6,7 +6,7 @@ from collections.abc import Collection
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import NodeExecution, ReliabilityContext, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
 from stroma.telemetry._observer import Ended, ExporterHooks, Observer, exceeded, missing
@@ -80,10 +80,13 @@ class _RunSpan:
 class _NodeSpan:
     """The span of a node, and what its end needs."""
 
-    __slots__ = ("cost", "ended", "span", "tokens")
+    __slots__ = ("active", "before", "cost", "ended", "span", "tokens")
 
     def __init__(self, span: Span) -> None:
         self.span = span
+        #: Whether the span was made active, and what was before.
+        self.active = False
+        self.before: Span | Context | None = None
         self.ended: Ended | None = None
         self.tokens = 0
         self.cost = 0.0
@@ -153,7 +156,9 @@ class _Datadog(Observer):
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
         if self not in node.notes:
+            before = self._tracer.context_provider.active()
             of_node = self._begin(node, activate=True)
+            of_node.active, of_node.before = True, before
             of_node.span.set_tag("stroma.input", self._content.state(node.ctx, state))
 
     def _begin(self, node: NodeExecution, *, activate: bool) -> _NodeSpan:
@@ -222,6 +227,9 @@ class _Datadog(Observer):
             span.finish((node.started_ns + (node.duration_ms or 0.0) * 1e6) / 1e9)
         else:
             span.finish()
+        if of_node.active and current_node() is node:
+            # By itself the tracer makes the run's span active, or nothing, and not what was so for the caller.
+            self._tracer.context_provider.activate(of_node.before)
 
     # ------------------------------------------------------------------ small things
 
