@@ -301,8 +301,23 @@ async def test_a_trace_context_is_carried_in_and_told_to_a_resumed_run() -> None
     ]
 
 
+async def test_a_later_version_of_the_trace_context() -> None:
+    """Of a version that is not known yet, the fields that are known count."""
+    runner = StromaRunner.quick()
+
+    @runner.node("node", input=State, output=State)
+    async def node(state: State) -> State:
+        run = current_run()
+        assert run is not None
+        assert run.traceparent == f"01{PARENT[2:]}-x"
+        return state
+
+    result = await runner.run([node], State(), traceparent=f"01{PARENT[2:]}-x")
+    assert result.status is RunStatus.COMPLETED
+
+
 @pytest.mark.parametrize(
-    "wrong", ["", "nonsense", PARENT[:-3], "ff" + PARENT[2:], PARENT.upper(), "00-" + "0" * 32 + PARENT[35:]]
+    "wrong", ["", "nonsense", PARENT[:-3], "ff" + PARENT[2:], PARENT.upper(), "00-" + "0" * 32 + PARENT[35:], PARENT + "-x"]
 )
 async def test_what_is_no_trace_context_is_ignored(wrong: str, caplog: pytest.LogCaptureFixture) -> None:
     """A traceparent comes from whoever called us: a broken one is named in the log, and the run goes on."""
@@ -318,3 +333,33 @@ async def test_what_is_no_trace_context_is_ignored(wrong: str, caplog: pytest.Lo
     result = await runner.run([node], State(), traceparent=wrong)
     assert result.status is RunStatus.COMPLETED
     assert "no W3C trace context" in caplog.text
+
+
+async def test_at_end_of_a_run_comes_after_all_of_its_hooks() -> None:
+    """What hooks leave with current_run().at_end() is called once, after every set's end, however the run ended."""
+    seen: list[str] = []
+
+    async def start(*_: Any) -> None:
+        run = current_run()
+        assert run is not None
+        run.at_end(lambda: seen.append("first added"))
+        run.at_end(lambda: 1 // 0)  # type: ignore[arg-type, return-value]
+        run.at_end(lambda: seen.append("last added"))
+
+    async def end(*_: Any) -> None:
+        seen.append("end")
+
+    runner = quick(hooks=[NodeHooks(on_run_end=end), NodeHooks(on_run_start=start, on_run_end=end)])
+
+    @runner.node("node", input=State, output=State)
+    async def node(state: State) -> State:
+        await asyncio.sleep(state.n)
+        return state
+
+    result = await runner.run([node], State())
+    assert result.status is RunStatus.COMPLETED
+    assert [error.hook for error in result.hook_errors] == ["at_end"]
+    run: Any = runner.run([node], State(n=9))
+    contextvars.copy_context().run(run.send, None)
+    run.close()
+    assert seen == ["end", "end", "last added", "first added"] * 2

@@ -65,6 +65,7 @@ async def restore(
                 lambda: (ctx.run_id, node.node_id, ctx.shown(schema.state(model))),
             )
         finally:
+            run.close()
             leave(token)
     return model
 

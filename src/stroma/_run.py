@@ -119,8 +119,11 @@ class OneRun:
             raise
         finally:
             self._over = True
-            if begun or failure is not None:
-                result = await self._end(status, failure)
+            try:
+                if begun or failure is not None:
+                    result = await self._end(status, failure)
+            finally:
+                ctx.close()
         if result is None:  # Ended from elsewhere while it was opened: no hook was told of a start.
             result = ctx.build_result(status, self.state, failure)
         return result

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
+from stroma._secrets import secrets_in
 from stroma._signal import SignalView
 from stroma._tasks import uninterrupted
 from stroma.checkpoint import (
@@ -214,12 +215,7 @@ class NodeExecution:
     def close(self) -> None:
         """The execution is over."""
         callbacks, self._at_end = self._at_end or [], None
-        for callback in reversed(callbacks):
-            try:
-                callback()
-            except Exception as error:
-                self.ctx.run_logger.exception("at_end (%r) raised for node %r", callback, self.node_id)
-                self.ctx.hook_failed("at_end", self.node_id, error)
+        self.ctx.call_back(callbacks, self.node_id)
 
     @property
     def idempotency_key(self) -> str:
@@ -405,6 +401,8 @@ class _Untouched:
     traceparent: str | None = None
     kept_traceparent: str | None = None
     _notes: dict[Any, Any] | None = None
+    _secrets: set[str] | None = None
+    _at_end: list[Callable[[], None]] | None = None
 
 
 @dataclass(eq=False)
@@ -675,6 +673,33 @@ class ReliabilityContext(_Untouched):
             self._notes = {}
         return self._notes
 
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Have a plain function called once, when every set of hooks was told of the run's end."""
+        if self._at_end is None:
+            self._at_end = []
+        self._at_end.append(callback)
+
+    def close(self) -> None:
+        """The run is over, and its hooks know."""
+        callbacks, self._at_end = self._at_end or [], None
+        self.call_back(callbacks, None)
+
+    def call_back(self, callbacks: list[Callable[[], None]], node_id: str | None) -> None:
+        """Call what hooks have left with at_end(), the last one first. None of it can do harm."""
+        for callback in reversed(callbacks):
+            try:
+                callback()
+            except Exception as error:
+                self.run_logger.exception("at_end (%r) raised for node %r", callback, node_id)
+                self.hook_failed("at_end", node_id, error)
+
+    @property
+    def secrets(self) -> set[str]:
+        """The values of secrets in the states that hooks were shown so far: what no message may say."""
+        if self._secrets is None:
+            self._secrets = set()
+        return self._secrets
+
     async def tell(
         self, event: str, calls: Calls, arguments: Callable[[], tuple[Any, ...]], *, now: bool = False
     ) -> None:
@@ -688,9 +713,16 @@ class ReliabilityContext(_Untouched):
                 self.fire.fire_now(event, calls, None, arguments)
             else:
                 await self.fire.fire(event, calls, None, arguments)
+        except GeneratorExit:
+            if not now and event == "on_run_end":  # Closed half-way: the sets that are left are told all the same.
+                await self.tell(event, self.fire.untold, arguments, now=True)
+            raise
         finally:
-            CURRENT.reset(node)
-            _RUN.reset(run)
+            leave(node)
+            try:
+                _RUN.reset(run)
+            except ValueError:
+                pass  # As in leave().
 
     def shown(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state as hooks may see it: redacted, if the config says how."""
@@ -698,6 +730,8 @@ class ReliabilityContext(_Untouched):
         if redact is None:
             return state
         try:
+            # It may take them out of states; messages, which hooks see as they are, may name them all the same.
+            self.secrets.update(secrets_in(state))
             shown = redact(state)
         except (KeyboardInterrupt, SystemExit):
             raise
@@ -718,7 +752,10 @@ class ReliabilityContext(_Untouched):
                 {k: v for k, v in e.items() if k != "input"} if isinstance(e, dict) else e
                 for e in error.errors
             ]
-            return ContractViolation(error.node_id, error.direction, self.shown(error.raw), errors)
+            shown = ContractViolation(error.node_id, error.direction, self.shown(error.raw), errors)
+            # Who sees both of them, in one hook and another, can tell that they are one.
+            shown.__dict__["_stroma_identity"] = error.__dict__.setdefault("_stroma_identity", object())
+            return shown
         except Exception:  # A node made it, and left out what belongs to it.
             return ContractViolation("", "output", {"redacted": f"a {type(error).__name__}"}, [])
 

@@ -9,12 +9,14 @@ from typing import Any
 import pytest
 import sentry_sdk
 from pydantic import BaseModel, SecretStr
+from sentry_sdk.integrations.logging import LoggingIntegration
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    NodeHooks,
     Pipeline,
     ReliabilityContext,
     RunStatus,
@@ -253,8 +255,6 @@ async def run_bad(runner: StromaRunner) -> None:
 
 async def test_beside_log_hooks_there_is_one_issue() -> None:
     """Sentry's own logging integration makes no second issue of the line that log_hooks writes about a failed run."""
-    from sentry_sdk.integrations.logging import LoggingIntegration
-
     integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
     with RecordedSentry(integrations=integrations) as sentry:
         runner = quick(sentry, retries=1, extra=[log_hooks()])
@@ -297,3 +297,149 @@ async def test_the_global_client_is_the_default() -> None:
     result = await runner.run([node(runner, "bad", ValueError)], State())
     assert result.hook_errors == []
     assert sum(runner.config.hooks.errors.values()) == 0  # type: ignore[union-attr]
+
+
+async def test_no_secret_is_in_a_breadcrumb() -> None:
+    """The engine's own log lines say what exceptions said, secrets and all: in no mode are they breadcrumbs."""
+    integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
+    with RecordedSentry(integrations=integrations) as sentry:
+        runner = quick(sentry, retries=1, content="redacted")
+        await run_bad(runner)
+        (event,) = sentry.transport.events
+        assert "hunter2" not in str(event)
+        assert len(event["breadcrumbs"]["values"]) == 1
+
+
+async def test_a_hook_that_raises_is_shown_without_what_it_was_given() -> None:
+    """The SDK's own issue of a neighbour's hook that raised has no variables of its frames: these are states."""
+
+    async def bad(_run_id: str, _node_id: str, state: dict[str, Any]) -> None:
+        raise RuntimeError(len(state))
+
+    integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
+    with RecordedSentry(integrations=integrations) as sentry:
+        runner = quick(sentry, extra=[NodeHooks(on_node_start=bad)])
+        await runner.run([node(runner, "good")], State(n=123456789))
+        (event,) = sentry.transport.events
+        assert event["exception"]["values"][-1]["type"] == "RuntimeError"
+        assert "123456789" not in str(event)
+
+
+@pytest.mark.parametrize("first", [True, False])
+async def test_the_order_beside_log_hooks_does_not_matter(first: bool) -> None:
+    """One issue, whichever set of hooks comes first, also where the client is everybody's."""
+    sentry = RecordedSentry(integrations=[LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)])
+    sdk_scope = sentry_sdk.get_global_scope()
+    before = sdk_scope.client
+    sdk_scope.set_client(sentry.client)
+    try:
+        sets = [sentry_hooks(), log_hooks()]
+        runner = StromaRunner.quick(hooks=sets if first else sets[::-1])
+        await run_bad(runner)
+        (event,) = sentry.transport.events
+        assert event["fingerprint"][0] == "stroma"
+    finally:
+        sdk_scope.set_client(before)
+
+
+class Out(BaseModel):
+    n: int
+
+
+def violating(runner: StromaRunner) -> Any:
+    @runner.node("bad", input=State, output=Out)
+    async def call(_: State) -> Any:
+        return {"n": "no number"}
+
+    return call
+
+
+async def test_a_violation_that_is_redacted_is_the_same_failure(sentry: RecordedSentry) -> None:
+    """Hooks see a copy of a violation where states are redacted: its issue is at the child that failed all the same, and
+    is one where a run in a run ends with it."""
+    runner = quick(sentry, retries=0, redact=lambda state: state)
+    await runner.run([parallel(violating(runner))], State())
+    (event,) = sentry.transport.events
+    assert event["fingerprint"][2] == "bad"
+    assert event["contexts"]["trace"]["span_id"] == sentry.transport.span("bad")["span_id"]
+
+    @runner.node("outer", input=State, output=State)
+    async def outer(state: State) -> State:
+        (await runner.run([violating(runner)], state)).raise_for_status()
+        return state
+
+    await runner.run([outer], State())
+    assert len(sentry.transport.events) == 2
+
+
+async def test_an_exception_that_is_raised_again_and_again(sentry: RecordedSentry) -> None:
+    """Each run that fails has its issue, also if all of them fail with one and the same object; which is left alone."""
+    runner, error = quick(sentry, retries=0), QuotaError("closed")
+
+    @runner.node("bad", input=State, output=State)
+    async def bad(_: State) -> State:
+        raise error
+
+    for _ in range(2):
+        await runner.run([bad], State())
+        await runner.run([node(runner, "another", ValueError)], State())
+    assert [event["fingerprint"][2] for event in sentry.transport.events] == ["bad", "another"] * 2
+    assert vars(error) == {}
+
+
+async def test_a_run_that_is_only_waited_for_makes_no_issue_of_its_own(
+    sentry: RecordedSentry, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Who attaches to a run gets its failure; the issue, and the line at ERROR, are of the one who ran it."""
+    runner = quick(sentry, retries=0, extra=[log_hooks()], if_running="attach")
+
+    @runner.node("bad", input=State, output=State)
+    async def bad(_: State) -> State:
+        await asyncio.sleep(0.02)
+        raise NotImplementedError("no")
+
+    runner = runner.with_classifiers([lambda _error, _node: FailureClass.TERMINAL])
+    results = await asyncio.gather(*(runner.run([bad], State(), run_id="r") for _ in range(3)))
+    assert {result.status for result in results} == {RunStatus.FAILED}
+    assert len(sentry.transport.events) == 1
+    assert len([record for record in caplog.records if record.levelno >= logging.ERROR]) == 1
+
+
+class TestSteps:
+    async def test_breadcrumbs_do_not_mix(self, sentry: RecordedSentry) -> None:
+        """A step of plain code keeps its breadcrumbs to itself, and leaves none behind."""
+        runner = quick(sentry)
+        before = len(sentry_sdk.get_isolation_scope()._breadcrumbs)
+
+        async def one(n: int) -> None:
+            config = runner.config.model_copy(update={"run_id": f"r{n}"})
+            ctx = ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager)
+
+            async def step(_: State) -> State:
+                await asyncio.sleep(0)
+                raise ValueError("no")
+
+            await execute_step(f"step {n}", step, State(), ctx)
+
+        await asyncio.gather(*map(one, range(5)))
+        for event in sentry.transport.events:
+            (crumb,) = event["breadcrumbs"]["values"]
+            assert f"node {event['fingerprint'][2]} failed" in crumb["message"]
+        assert len(sentry.transport.events) == 5
+        assert len(sentry_sdk.get_isolation_scope()._breadcrumbs) == before
+        assert sentry_sdk.get_current_span() is None
+
+    async def test_one_issue_of_a_group_and_of_a_run_in_a_step(self, sentry: RecordedSentry) -> None:
+        """A group as a step, and a run inside of a step, are one issue each: where the failure arose."""
+        runner = quick(sentry, retries=0)
+        config = runner.config.model_copy(update={"run_id": "steps"})
+        ctx = ReliabilityContext.for_run(config, runner.registry, runner.checkpoint_manager)
+        group = parallel(node(runner, "a"), parallel(node(runner, "b", ValueError)))
+        await execute_step("group", group, State(), ctx)
+
+        async def step(state: State) -> State:
+            (await runner.run([node(runner, "inner", QuotaError)], state, run_id="r")).raise_for_status()
+            return state
+
+        await execute_step("step", step, State(), ctx)
+        assert [event["fingerprint"][2] for event in sentry.transport.events] == ["b", "inner"]

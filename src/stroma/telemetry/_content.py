@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from pydantic import SecretBytes, SecretStr
-
+from stroma._secrets import secrets_in
 from stroma.context import ReliabilityContext
+from stroma.contracts import ContractViolation
 from stroma.failures import message_of
 from stroma.trace import jsonable
 
@@ -25,7 +25,6 @@ DENY_KEYS: Final = (
 _REDACTED: Final = "[redacted]"
 _HIDDEN: Final = "**********"  # as pydantic shows a secret
 _DEEPEST: Final = 50
-_SECRETS: Final = "the secrets in the states of this run"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,16 +54,21 @@ class Content:
 
     def state(self, run: ReliabilityContext, state: Mapping[str, Any]) -> str:
         """A state of a run as JSON text: its values, or the types and sizes of its fields."""
-        if self.mode == "none":
-            return self.cut(json.dumps({str(name): _shape(value) for name, value in state.items()}))
-        run.notes.setdefault(_SECRETS, set()).update(_secrets(state, 0))
-        text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
-        return self.cut(_without_secrets(run, text))
+        try:
+            if self.mode == "none":
+                return self.cut(json.dumps({str(name): _shape(value) for name, value in state.items()}))
+            run.secrets.update(secrets_in(state))
+            text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
+            return self.cut(_without_secrets(run, text))
+        except Exception as error:  # A number of ten thousand digits, say. The span is worth more than its input.
+            return f"[unreadable: {type(error).__name__}]"
 
     def message(self, run: ReliabilityContext, said: BaseException | str) -> str | None:
         """What an exception says; None in mode "none"."""
         if self.mode == "none":
             return None
+        if isinstance(said, ContractViolation):
+            run.secrets.update(secrets_in(said.raw))
         text = _without_secrets(run, said if isinstance(said, str) else message_of(said))
         shown = run.shown({"message": text}).get("message")
         return self.cut(shown if isinstance(shown, str) else _REDACTED)
@@ -106,23 +110,6 @@ def _shape(value: Any) -> str:
 
 def _without_secrets(run: ReliabilityContext, text: str) -> str:
     """The longest first: one may stand in another."""
-    for secret in sorted(run.notes.get(_SECRETS, ()), key=len, reverse=True):
+    for secret in sorted(run.secrets, key=len, reverse=True):
         text = text.replace(secret, _HIDDEN).replace(json.dumps(secret, ensure_ascii=False)[1:-1], _HIDDEN)
     return text
-
-
-def _secrets(value: Any, depth: int) -> Iterator[str]:
-    if isinstance(value, SecretStr):
-        if value.get_secret_value():
-            yield value.get_secret_value()
-    elif isinstance(value, SecretBytes):
-        text = value.get_secret_value().decode("utf-8", "ignore")
-        if text:
-            yield text
-    elif depth <= _DEEPEST:
-        inner = value.values() if isinstance(value, dict) else value
-        if isinstance(value, (dict, list, tuple, set, frozenset)):
-            for item in inner:
-                yield from _secrets(item, depth + 1)
-        elif hasattr(value, "__pydantic_fields__"):
-            yield from _secrets(vars(value), depth + 1)

@@ -17,7 +17,7 @@ from stroma.failures import FailureClass
 from stroma.hooks import NodeHooks
 from stroma.trace import ExecutionResult, Outcome, RunStatus
 
-__all__ = ["NODE_BUCKETS", "Ended", "ExporterHooks", "Observer", "exceeded", "missing"]
+__all__ = ["NODE_BUCKETS", "Ended", "ExporterHooks", "Observer", "exceeded", "missing", "sound"]
 
 #: Seconds: from a quick function to a model that thinks for minutes.
 NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
@@ -140,7 +140,6 @@ class Observer:
             _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
         ) -> None:
             node = current_node()
-            self._watch_end(node)  # Input that broke its contract had no start.
             reason = None if node is None else node.reason
             self._ended("on_node_failure", Ended("failure", exc, failure_class, reason=reason))
 
@@ -167,20 +166,22 @@ class Observer:
 
         return ExporterHooks(
             on_node_start=wanted(on_node_start, "attempt_started", "node_ended"),
-            on_node_success=wanted(on_node_success, "attempt_ended"),
+            on_node_success=wanted(on_node_success, "attempt_ended", "node_ended"),
             on_node_failure=wanted(on_node_failure, "attempt_ended", "node_ended"),
             on_run_start=wanted(on_run_start, "run_started"),
             on_run_end=wanted(on_run_end, "run_ended"),
             on_node_retry=wanted(on_node_retry, "retrying"),
             on_node_skipped=wanted(on_node_skipped, "skipped"),
-            on_node_cancelled=wanted(on_node_cancelled, "attempt_ended"),
-            on_node_suspended=wanted(on_node_suspended, "attempt_ended"),
+            on_node_cancelled=wanted(on_node_cancelled, "attempt_ended", "node_ended"),
+            on_node_suspended=wanted(on_node_suspended, "attempt_ended", "node_ended"),
             on_budget_warning=wanted(on_budget_warning, "budget_warning"),
             exporter=self,
         )
 
     def _ended(self, event: str, ended: Ended) -> None:
-        self._safely(event, self.attempt_ended, current_node(), ended)
+        node = current_node()
+        self._watch_end(node)  # Not every end had a start here: a contract that broke, an end that is told again.
+        self._safely(event, self.attempt_ended, node, ended)
 
     def _watch_end(self, node: NodeExecution | None) -> None:
         if node is not None and (self, "watched") not in node.notes:
@@ -248,6 +249,11 @@ class ExporterHooks(NodeHooks):
         except TimeoutError:
             logger.warning("%s: not everything was sent within %g s", self.exporter.name, seconds)
             return False
+
+
+def sound(text: str) -> str:
+    """A text that UTF-8 can say: one lone surrogate in a label costs an exporter the label, or the whole page."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def missing(needed: str, factory: str, extra: str) -> ImportError:

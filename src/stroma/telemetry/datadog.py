@@ -6,10 +6,10 @@ from collections.abc import Collection
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import NodeExecution, ReliabilityContext, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import Ended, ExporterHooks, Observer, exceeded, missing
+from stroma.telemetry._observer import Ended, ExporterHooks, Observer, exceeded, missing, sound
 from stroma.trace import ExecutionResult
 
 if TYPE_CHECKING:
@@ -80,10 +80,13 @@ class _RunSpan:
 class _NodeSpan:
     """The span of a node, and what its end needs."""
 
-    __slots__ = ("cost", "ended", "span", "tokens")
+    __slots__ = ("active", "before", "cost", "ended", "span", "tokens")
 
     def __init__(self, span: Span) -> None:
         self.span = span
+        #: Whether the span was made active, and what was before.
+        self.active = False
+        self.before: Span | Context | None = None
         self.ended: Ended | None = None
         self.tokens = 0
         self.cost = 0.0
@@ -119,13 +122,13 @@ class _Datadog(Observer):
         run.notes[self] = _RunSpan(span)
         span.set_tag("stroma.run.id", run.run_id)
         span.set_tag("stroma.pipeline", run.pipeline)
-        span.set_tag("stroma.input", self._content.state(run, state))
         if run.first_traceparent is not None:
             first = _remote(run.first_traceparent)
             if first is not None:
                 span.link_span(first, {"stroma.link": "resumed from"})
         if run.kept_traceparent is None:
             run.kept_traceparent = f"00-{span.trace_id:032x}-{span.span_id:016x}-01"
+        span.set_tag("stroma.input", self._content.state(run, state))
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run: _RunSpan | None = run.notes.pop(self, None)
@@ -153,7 +156,9 @@ class _Datadog(Observer):
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
         if self not in node.notes:
+            before = self._tracer.context_provider.active()
             of_node = self._begin(node, activate=True)
+            of_node.active, of_node.before = True, before
             of_node.span.set_tag("stroma.input", self._content.state(node.ctx, state))
 
     def _begin(self, node: NodeExecution, *, activate: bool) -> _NodeSpan:
@@ -171,6 +176,8 @@ class _Datadog(Observer):
         span.set_tag("stroma.node.kind", node.kind)
         if node.branch:
             span.set_tag("stroma.node.branch", node.branch)
+        if node.redelivered:
+            span.set_tag("stroma.redelivered", "true")
         node.notes[self] = made = _NodeSpan(span)
         return made
 
@@ -191,7 +198,7 @@ class _Datadog(Observer):
         self._count("node.executions", 1, outcome)
         self._distribution("node.duration", seconds, tags)
         if usage.tokens:
-            tags.append(f"model:{usage.model or ''}")
+            tags.append(f"model:{sound(usage.model or '')}")
             self._count("tokens", usage.input_tokens, [*tags, "direction:input"])
             self._count("tokens", usage.output_tokens, [*tags, "direction:output"])
             self._count("cost_usd", usage.cost_usd, tags)
@@ -222,6 +229,9 @@ class _Datadog(Observer):
             span.finish((node.started_ns + (node.duration_ms or 0.0) * 1e6) / 1e9)
         else:
             span.finish()
+        if of_node.active and current_node() is node:
+            # By itself the tracer makes the run's span active, or nothing, and not what was so for the caller.
+            self._tracer.context_provider.activate(of_node.before)
 
     # ------------------------------------------------------------------ small things
 

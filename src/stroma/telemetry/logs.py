@@ -81,7 +81,9 @@ class _Logs(Observer):
         failed = Ended.finally_(result)
         if failed is not None and result.failure is not None:
             fields |= self._failure(run, failed) | {"failed_node_id": result.failure.node_id}
-        self._write(logging.INFO if failed is None else logging.ERROR, "run ended", fields)
+        # The outcome of an earlier run that is only returned was an error when it came about.
+        told = failed is None or run.session.finished is not None
+        self._write(logging.INFO if told else logging.ERROR, "run ended", fields)
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
         fields = {**_of_node(node), "input": self._content.state(node.ctx, state)}
@@ -131,15 +133,33 @@ class _Logs(Observer):
 def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
         if logger.isEnabledFor(level):
-            said = " ".join(f"{name}={value}" for name, value in fields.items() if value not in (None, ""))
-            logger.log(level, "%s: %s", event, said, extra=fields)
+            said = " ".join(
+                f"{name}={_in_line(value)}" for name, value in fields.items() if value not in (None, "")
+            )
+            _log(logger, level, event, said, fields)
 
     return write
 
 
+def _log(logger: Any, level: int, event: str, said: str, fields: dict[str, Any]) -> None:
+    if isinstance(logger, logging.LoggerAdapter):
+        # By themselves, most adapters would put their own fields in the place of ours.
+        text, options = logger.process("%s: %s", {"extra": fields})
+        both = {**(options.pop("extra", None) or {}), **fields}
+        logger.logger.log(level, text, event, said, extra=both, **options)
+    else:
+        logger.log(level, "%s: %s", event, said, extra=fields)
+
+
+def _in_line(value: Any) -> Any:
+    """A value as a part of one line: ids and messages may be any text."""
+    return value if not isinstance(value, str) or value.isprintable() else repr(value)[1:-1]
+
+
 def _with_fields(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
-        logger.log(level, event, **fields)
+        # By the name of the level, which all of its loggers have; those that wrap others know no log().
+        getattr(logger, logging.getLevelName(level).lower())(event, **fields)
 
     return write
 
