@@ -69,10 +69,10 @@ def term(place: Place, name: str, number: int, draw: random.Random, pace: Pace) 
     with processes(place, number) as made:
         for turn in range(draw.randint(1, 3)):
             drain = draw.choice((0.0, 10.0))
-            pid = made.start(runs, seed=f"{name}-{turn}", drain=drain, pause=0.01)
+            pid = made.start(runs, seed=f"{name}-{turn}", drain=drain, pause=0.03)
             calls = _counted(made, "call") + 1
             made.wait(until=lambda calls=calls: _counted(made, "call") >= calls)  # type: ignore[misc]
-            time.sleep(draw.uniform(0, pace.seconds))
+            time.sleep(draw.uniform(0, 0.4 * pace.seconds))  # Less than it lasts, on a quick machine too.
             made.poll()
             if pid in made.alive:
                 os.kill(pid, signal.SIGTERM)
