@@ -6,6 +6,8 @@ import asyncio
 import os
 import pathlib
 import signal
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -127,12 +129,14 @@ def test_what_a_killed_process_did_not_tell_is_told(
 ) -> None:
     """A process is killed between a commit and its hook: the resumed run tells that event, marked as redelivered."""
     url = f"sqlite:///{tmp_path / 'runs.db'}"
-    child = os.fork()
-    if child == 0:
-        runner, nodes = make(url, die_at, [])
-        asyncio.run(runner.run(nodes, State(), run_id="r"))
-        os._exit(0)
-    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == (0 if die_at is None else -signal.SIGKILL)
+    program = (
+        "import asyncio; from tests.test_delivery import State, make;"
+        f"runner, nodes = make({url!r}, {die_at!r}, []);"
+        "asyncio.run(runner.run(nodes, State(), run_id='r'))"
+    )
+    root = pathlib.Path(__file__).parents[1]
+    child = subprocess.run([sys.executable, "-c", program], cwd=root, check=False, timeout=60)
+    assert child.returncode == (0 if die_at is None else -signal.SIGKILL)
 
     told: list[Told] = []
 
