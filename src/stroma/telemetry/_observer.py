@@ -146,7 +146,6 @@ class Observer:
             _run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass
         ) -> None:
             node = current_node()
-            self._watch_end(node)  # Input that broke its contract had no start.
             reason = None if node is None else node.reason
             self._ended("on_node_failure", Ended("failure", exc, failure_class, reason=reason))
 
@@ -173,20 +172,23 @@ class Observer:
 
         return ExporterHooks(
             on_node_start=wanted(on_node_start, "attempt_started", "node_ended"),
-            on_node_success=wanted(on_node_success, "attempt_ended"),
+            on_node_success=wanted(on_node_success, "attempt_ended", "node_ended"),
             on_node_failure=wanted(on_node_failure, "attempt_ended", "node_ended"),
             on_run_start=wanted(on_run_start, "run_started"),
             on_run_end=wanted(on_run_end, "run_ended"),
             on_node_retry=wanted(on_node_retry, "retrying"),
             on_node_skipped=wanted(on_node_skipped, "skipped"),
-            on_node_cancelled=wanted(on_node_cancelled, "attempt_ended"),
-            on_node_suspended=wanted(on_node_suspended, "attempt_ended"),
+            on_node_cancelled=wanted(on_node_cancelled, "attempt_ended", "node_ended"),
+            on_node_suspended=wanted(on_node_suspended, "attempt_ended", "node_ended"),
             on_budget_warning=wanted(on_budget_warning, "budget_warning"),
             exporter=self,
         )
 
     def _ended(self, event: str, ended: Ended) -> None:
-        self._safely(event, self.attempt_ended, current_node(), ended)
+        node = current_node()
+        # Input that broke its contract had no start, and an end that is told again after a crash had it elsewhere.
+        self._watch_end(node)
+        self._safely(event, self.attempt_ended, node, ended)
 
     def _watch_end(self, node: NodeExecution | None) -> None:
         if node is not None and (self, "watched") not in node.notes:
