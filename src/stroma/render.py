@@ -75,6 +75,7 @@ _FRAME: Final = 34  # the title of a frame
 _LANE: Final = 11
 _MARGIN: Final = 24
 _LONGEST: Final = 34  # characters of a line; the rest is in its tooltip
+_LONGEST_TITLE: Final = 52
 
 _STYLE: Final = """
 svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
@@ -145,10 +146,12 @@ def _size(box: Box, children: Mapping[str, list[Box]]) -> tuple[float, float]:
     inside = children.get(box.id)
     if inside:
         sizes = [_size(child, children) for child in inside]
-        width = max(max(w for w, _ in sizes) + 2 * _PAD, len(_cut(box.title)) * _TITLE_CHAR + 2 * _PAD)
+        width = max(
+            max(w for w, _ in sizes) + 2 * _PAD, len(_cut(box.title, _LONGEST_TITLE)) * _TITLE_CHAR + 2 * _PAD
+        )
         return width, _FRAME + sum(h for _, h in sizes) + _STACK * (len(sizes) - 1) + _PAD
     left, right = _columns(box)
-    head = len(_cut(box.title)) * _TITLE_CHAR + 2 * _PAD + 30
+    head = len(_cut(box.title, _LONGEST_TITLE)) * _TITLE_CHAR + 2 * _PAD + 30
     lines = max(len(box.left), len(box.right))
     titled = _SECTION if box.left_title or box.right_title else 0
     return max(left + right + 3 * _PAD, head, 150), _HEAD + titled + lines * _LINE + (8 if lines else 0)
@@ -166,9 +169,9 @@ def _said(line: Line) -> str:
     return f"{line.name}: {line.note}" if line.note else line.name
 
 
-def _cut(text: str) -> str:
+def _cut(text: str, longest: int = _LONGEST) -> str:
     text = " ".join(text.split())
-    return text if len(text) <= _LONGEST else text[: _LONGEST - 1] + "…"
+    return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def _put(
@@ -197,7 +200,8 @@ def _links(links: Iterable[Link], places: Mapping[str, _Place], bottom: float) -
     """The paths, and how much room they take below the boxes."""
     drawn: list[str] = []
     lanes = 0
-    for number, link in enumerate(links):
+    edges = {p.column: (p.x, p.x + p.width) for p in places.values() if not p.box.parent}
+    for link in links:
         source, target = places.get(link.source), places.get(link.target)
         if source is None or target is None:
             continue
@@ -210,7 +214,9 @@ def _links(links: Iterable[Link], places: Mapping[str, _Place], bottom: float) -
             # Around the boxes between: below all of them, in a lane of its own.
             lanes += 1
             y = bottom + 6 + lanes * _LANE
-            out, back = 14 + (number * 5) % 24, 14 + (lanes * 5) % 24
+            # Between the columns, whatever frames the two boxes are in.
+            out = edges[source.column][1] - x1 + 12 + (lanes * 5) % 30
+            back = x2 - edges[target.column][0] + 12 + (lanes * 5) % 30
             path = (
                 f"M{x1:.1f} {y1:.1f}h{out - 6}q6 0 6 6V{y - 6:.1f}q0 6 6 6H{x2 - back - 6:.1f}q6 0 6 -6V{y2 + 6:.1f}q0 -6 6 -6"
                 f"H{x2:.1f}"
@@ -225,7 +231,7 @@ def _links(links: Iterable[Link], places: Mapping[str, _Place], bottom: float) -
 
 def _box(place: _Place, is_frame: bool) -> str:
     box, x, y, width, height = place.box, place.x, place.y, place.width, place.height
-    title = f'<text class="title" x="{x + _PAD:.1f}" y="{y + 20:.1f}">{as_xml(_cut(box.title))}<title>{as_xml(box.title)}</title></text>'
+    title = f'<text class="title" x="{x + _PAD:.1f}" y="{y + 20:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
     if is_frame:
         return (
             f'<g class="group"><rect class="frame" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="10"/>'
@@ -238,10 +244,10 @@ def _box(place: _Place, is_frame: bool) -> str:
         f'<path class="head" d="M{x + 0.5:.1f} {y + _HEAD - 8:.1f}v-{_HEAD - 16}q0 -7.5 7.5 -7.5h{width - 16:.1f}q7.5 0 7.5 7.5v{_HEAD - 16}z"/>',
         title,
         f'<text class="at" x="{x + width - _PAD:.1f}" y="{y + 20:.1f}">{as_xml(box.id)}</text>',
-        f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 33:.1f}">{as_xml(box.kind)}</text>',
+        f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 34:.1f}">{as_xml(box.kind)}</text>',
     ]
     start = y + _HEAD + (_SECTION if box.left_title or box.right_title else 0)
-    middle = x + _PAD + _columns(box)[0] + _PAD / 2
+    middle = x + _PAD + _columns(box)[0] + _PAD / 2 if box.left else x + _PAD / 2
     for lines, head, at in (
         (box.left, box.left_title, x + _PAD),
         (box.right, box.right_title, middle + _PAD / 2),

@@ -106,9 +106,7 @@ def _changes(database: Database, record: RunRecord, pipeline: Pipeline, target: 
     return [*changes, *damaged, *found]
 
 
-def _commits(
-    database: Database, record: RunRecord
-) -> tuple[dict[tuple[int, str], Committed], list[Change]]:
+def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str], Committed], list[Change]]:
     """The outputs that a run committed, and those of them that cannot be read."""
     store = database.reader
 

@@ -107,7 +107,9 @@ def _location(node: Node | None) -> dict[str, Any] | None:
         func = inspect.unwrap(func)
     except (TypeError, ValueError):
         return None
-    code = getattr(func, "__code__", None) or getattr(getattr(type(func), "__call__", None), "__code__", None)
+    if not hasattr(func, "__code__"):  # An object that can be called.
+        func = getattr(type(func), "__call__", None)  # noqa: B004
+    code = getattr(func, "__code__", None)
     if code is None or not Path(code.co_filename).is_file():
         return None
     return {
