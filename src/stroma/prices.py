@@ -183,12 +183,19 @@ def _listing(model: str) -> _Listing | None:
     kept = _looked_up.get(model)
     if kept is not None and kept[0] is data:
         return kept[1]
-    try:
-        found: _Listing | None = _Listing(*data.find_provider_model(model, None, None, None))
-    except LookupError:
-        found = None
+    found: _Listing | None = None
+    for provider in (None, *_MAKERS):
+        try:
+            found = _Listing(*data.find_provider_model(model, None, provider, None))
+            break
+        except LookupError:
+            continue
     _looked_up[model] = (data, found)
     return found
+
+
+#: Who is asked for a name that does not tell whose it is (text-embedding-3-small): who makes models, not who resells them.
+_MAKERS: Final = ("openai", "anthropic", "google", "mistral", "cohere")
 
 
 # ---------------------------------------------------------------------- the price of a call
@@ -319,6 +326,13 @@ def prices_of(model: str) -> ModelPrices | None:
         fetched_at,
         rates,
     )
+
+
+def model_ids() -> list[str]:
+    """The models of those who make them, and what KNOWN_MODELS has."""
+    data = _load().get_snapshot()
+    listed = {model.id for provider in data.providers if provider.id in _MAKERS for model in provider.models}
+    return sorted(listed | set(KNOWN_MODELS))
 
 
 def data_state() -> tuple[str, datetime | None]:
