@@ -270,9 +270,10 @@ class DatabaseFile:
         for version in range(self._version(db), _SCHEMA_VERSION):  # Another process may have been faster.
             for statement in _MIGRATIONS[version]:
                 db.execute(statement)
-        values = [(str(_SCHEMA_VERSION), "schema_version"), (str(_MIN_READER), "min_reader")]
+        numbers = (("schema_version", str(_SCHEMA_VERSION)), ("min_reader", str(_MIN_READER)))
+        values = [(number, key, number) for key, number in numbers]
         db.executemany(
-            "UPDATE meta SET v = ? WHERE k = ? AND CAST(v AS INTEGER) < CAST(?1 AS INTEGER)", values
+            "UPDATE meta SET v = ? WHERE k = ? AND CAST(v AS INTEGER) < CAST(? AS INTEGER)", values
         )
         self.patiently(lambda: db.execute("COMMIT"))
 

@@ -30,7 +30,7 @@ _STEPS: Final = """SELECT position, branch, node_id, contract, schema_ref, outpu
 _KEPT: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
     WHERE run = ? AND execution = 0 AND position = ? ORDER BY branch"""
 _DROP: Final = """DELETE FROM steps WHERE run = ? AND execution = 0 AND position = ?
-    AND branch = coalesce(?3, branch)"""
+    AND branch = coalesce(?, branch)"""
 _EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < ?
     AND (? OR (execution > 0 AND status IN ('COMPLETED', 'RESUMED', 'FAILED', 'CANCELLED'))) ORDER BY updated_ms LIMIT ?"""
 _BLOBS: Final = """SELECT output FROM steps WHERE substr(output, 1, :length) = :blob
