@@ -347,10 +347,11 @@ async def test_interrupted_runs_are_recovered(store: Any) -> None:
     stopped = [asyncio.create_task(first.run(pipeline, Num(n=i), run_id=f"i{i}")) for i in range(3)]
     while work.calls.count("b") < 3:
         await asyncio.sleep(0.001)
-    held = asyncio.create_task(quick(store).run(pipeline, Num(), run_id="held"))
+    theirs = Work()  # It is at work for as long as this looks for others.
+    held = asyncio.create_task(quick(store).run(Pipeline("p", theirs.nodes), Num(), run_id="held"))
     other = quick(store)
     another = asyncio.create_task(other.run(Pipeline("q", work.nodes), Num(), run_id="q"))
-    while work.calls.count("b") < 5:
+    while work.calls.count("b") < 4 or "b" not in theirs.calls:
         await asyncio.sleep(0.001)
     await asyncio.gather(first.shutdown(drain_seconds=0), other.shutdown(drain_seconds=0))
     assert {(await task).status for task in (*stopped, another)} == {RunStatus.INTERRUPTED}
@@ -361,8 +362,10 @@ async def test_interrupted_runs_are_recovered(store: Any) -> None:
     assert [getattr(outcomes[f"i{i}"], "final_state", None) for i in range(3)] == [
         Num(n=i + 3) for i in range(3)
     ]
+    theirs.gate.set()
     assert (await held).status is RunStatus.COMPLETED
-    assert sorted(work.calls) == ["b", "b", "b", "c", "c", "c", "c"]
+    assert theirs.calls == ["a", "b", "c"]
+    assert sorted(work.calls) == ["b", "b", "b", "c", "c", "c"]
     assert await quick(store).recover(pipeline) == {}
 
 
