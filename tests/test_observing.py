@@ -302,8 +302,32 @@ async def test_a_trace_context_is_carried_in_and_told_to_a_resumed_run() -> None
     ]
 
 
+async def test_a_later_version_of_the_trace_context() -> None:
+    """Of a version that is not known yet, the fields that are known count."""
+    runner = StromaRunner.quick()
+
+    @runner.node("node", input=State, output=State)
+    async def node(state: State) -> State:
+        run = current_run()
+        assert run is not None
+        assert run.traceparent == f"01{PARENT[2:]}-x"
+        return state
+
+    result = await runner.run([node], State(), traceparent=f"01{PARENT[2:]}-x")
+    assert result.status is RunStatus.COMPLETED
+
+
 @pytest.mark.parametrize(
-    "wrong", ["", "nonsense", PARENT[:-3], "ff" + PARENT[2:], PARENT.upper(), "00-" + "0" * 32 + PARENT[35:]]
+    "wrong",
+    [
+        "",
+        "nonsense",
+        PARENT[:-3],
+        "ff" + PARENT[2:],
+        PARENT.upper(),
+        "00-" + "0" * 32 + PARENT[35:],
+        PARENT + "-x",
+    ],
 )
 async def test_what_is_no_trace_context_is_ignored(wrong: str, caplog: pytest.LogCaptureFixture) -> None:
     """A traceparent comes from whoever called us: a broken one is named in the log, and the run goes on."""
@@ -368,3 +392,31 @@ async def test_plain_code_is_a_run_to_its_hooks() -> None:
     async with context():
         pass  # Nothing was begun.
     assert seen == []
+
+
+async def test_plain_code_that_is_closed_tells_its_end() -> None:
+    """Code with `async with ctx:` around its steps that is closed, and can await nothing, tells its hooks that it ended."""
+    seen: list[Any] = []
+
+    async def start(*_: Any) -> None:
+        seen.append("start")
+
+    async def end(_run_id: str, result: Any) -> None:
+        seen.append(result.status)
+
+    runner = StromaRunner.quick(hooks=NodeHooks(on_run_start=start, on_run_end=end))
+
+    async def step(state: State) -> State:
+        return state
+
+    async def code() -> None:
+        async with ReliabilityContext.for_run(
+            runner.config, runner.registry, runner.checkpoint_manager
+        ) as ctx:
+            await execute_step("a", step, State(), ctx)
+            await asyncio.sleep(9)
+
+    closed: Any = code()
+    contextvars.copy_context().run(closed.send, None)
+    closed.close()
+    assert seen == ["start", RunStatus.INTERRUPTED]

@@ -2,14 +2,45 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
 from pydantic import BaseModel
 
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import CURRENT, NodeExecution, ReliabilityContext
 from stroma.failures import Failure
+from stroma.hooks import Calls, HookNotAsync
 from stroma.schemas import Schema
-from stroma.trace import Row
+from stroma.trace import OUTCOME, Row
 
-__all__ = ["fire_success", "tell_failure", "warn_of_budget"]
+__all__ = ["fire_success", "tell_end", "tell_failure", "warn_of_budget"]
+
+
+async def tell_end(
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    calls: Calls,
+    row: Row,
+    arguments: Callable[[], tuple[Any, ...]],
+) -> None:
+    """Fire the hooks of an attempt's end, and note that they were."""
+    try:
+        await ctx.fire.fire(f"on_node_{row[OUTCOME]}", calls, run.node_id, arguments)
+    except GeneratorExit:  # The coroutine is being closed: the sets that are left see this end as well.
+        token = CURRENT.set(run)  # Whoever closes it has a context of their own.
+        try:
+            ctx.fire.fire_now(f"on_node_{row[OUTCOME]}", ctx.fire.untold, run.node_id, arguments)
+        finally:
+            CURRENT.reset(token)
+        raise
+    except (asyncio.CancelledError, HookNotAsync):
+        # They come out once every set was told: what was counted once must not be told again.
+        if ctx.delivers:
+            ctx.session.delivered(row)
+        raise
+    if ctx.delivers:
+        ctx.session.delivered(row)
 
 
 async def fire_success(
@@ -18,14 +49,13 @@ async def fire_success(
     run.ended = row
     calls = ctx.fire.on_node_success
     assert calls is not None
-    await ctx.fire.fire(
-        "on_node_success",
+    await tell_end(
+        ctx,
+        run,
         calls,
-        run.node_id,
+        row,
         lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(model)), run.counted.tokens),
     )
-    if ctx.delivers:
-        ctx.session.delivered(row)
 
 
 async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, row: Row) -> None:
@@ -41,9 +71,7 @@ async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Fai
     calls = ctx.fire.on_node_failure
     if calls is not None:
         arguments = (ctx.run_id, run.node_id, ctx.shown_error(failure.exception), failure.failure_class)
-        await ctx.fire.fire("on_node_failure", calls, run.node_id, lambda: arguments)
-        if ctx.delivers:
-            ctx.session.delivered(row)
+        await tell_end(ctx, run, calls, row, lambda: arguments)
 
 
 async def warn_of_budget(ctx: ReliabilityContext) -> None:

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from stroma._announce import fire_success, tell_failure, warn_of_budget
+from stroma._announce import fire_success, tell_end, tell_failure, warn_of_budget
 from stroma._commit import make_row, record, settle
 from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
@@ -133,14 +133,14 @@ async def execute(
         kind = "group"
     rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
     run = NodeExecution(ctx, node.node_id, kind, position, branch, rows)
+    if parent is not None:
+        run.parent, run.group = parent, parent.node_id
     try:
         plan = _plan(ctx, node, value, contract)
     except Exception as broken:
         return await _without_plan(ctx, run, value, broken)
     # Rows hold encoded snapshots where the trace knows the schemas that read them.
     run.compact = ctx.trace.adopt(node.node_id, plan)
-    if parent is not None:
-        run.parent, run.group = parent, parent.node_id
     if step is not None:
         run.step = step
     token = CURRENT.set(run)
@@ -534,11 +534,7 @@ async def _suspend(
     run.ended = row
     calls = ctx.fire.on_node_suspended
     if calls is not None:
-        await ctx.fire.fire(
-            "on_node_suspended", calls, run.node_id, lambda: (ctx.run_id, run.node_id, reason)
-        )
-        if ctx.delivers:
-            ctx.session.delivered(row)
+        await tell_end(ctx, run, calls, row, lambda: (ctx.run_id, run.node_id, reason))
     if cancelled:
         raise asyncio.CancelledError
     failure = Failure(
@@ -599,9 +595,7 @@ async def _abandon(
         stopped = error
     if calls is not None:
         try:
-            await ctx.fire.fire("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))
-            if ctx.delivers:
-                ctx.session.delivered(row)
+            await tell_end(ctx, run, calls, row, lambda: (ctx.run_id, run.node_id))
         except HookNotAsync as error:
             # What ended the attempt is on its way out, and must come out as itself.
             ctx.run_logger.warning("%s", error)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from stroma._announce import tell_end
 from stroma._restore import output_schema, raw_output, read_output
 from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
 from stroma.failures import RunFailed
@@ -26,13 +27,13 @@ async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> N
         finally:
             run.close()
             leave(token)
-        ctx.session.delivered(row)
 
 
 async def _tell(ctx: ReliabilityContext, run: NodeExecution, row: Row, node: Node | Group | None) -> None:
     event = f"on_node_{row[OUTCOME]}"
     calls = getattr(ctx.fire, event, None)
     if not calls:
+        ctx.session.delivered(row)
         return
     said: tuple[Any, ...] = ()
     failed = row[FAILURE]
@@ -45,7 +46,7 @@ async def _tell(ctx: ReliabilityContext, run: NodeExecution, row: Row, node: Nod
             return (ctx.run_id, run.node_id, ctx.shown(_output(ctx, row, node)), run.counted.tokens)
         return (ctx.run_id, run.node_id, *said)
 
-    await ctx.fire.fire(event, calls, run.node_id, arguments)
+    await tell_end(ctx, run, calls, row, arguments)
 
 
 def _output(ctx: ReliabilityContext, row: Row, node: Node | Group | None) -> dict[str, Any]:

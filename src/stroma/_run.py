@@ -106,10 +106,8 @@ class OneRun:
                 raise
         except GeneratorExit:  # The coroutine is being closed: nothing may be awaited any more.
             ctx.session.abandon()
-            if begun and ctx.fire.on_run_end is not None:
-                closed = ctx.build_result(status, self.state)
-                calls = ctx.fire.on_run_end
-                await ctx.tell("on_run_end", calls, lambda: (ctx.run_id, ctx.shown_result(closed)), now=True)
+            if begun:
+                await ctx.tell_end(ctx.build_result(status, self.state), now=True)
             begun = False
             raise
         except HookNotAsync as error:

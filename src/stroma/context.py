@@ -508,6 +508,9 @@ class ReliabilityContext(_Untouched):
                 RunStatus.CANCELLED if issubclass(kind, asyncio.CancelledError) else RunStatus.INTERRUPTED
             )
         if kind is GeneratorExit:  # The code around is being closed: nothing may be awaited any more.
+            self.session.abandon()
+            if self._beginning is not None:
+                await self.tell_end(self.build_result(status, self.last_state, failure), now=True)
             return
         cancelled = await self.end(status, None if error is None else message_of(error))
         if self._beginning is not None:
@@ -711,14 +714,16 @@ class ReliabilityContext(_Untouched):
         if kept is not None and self.session.traceparent is None and self.session.finished is None:
             self.session.note_traceparent(kept)
 
-    async def tell_end(self, result: ExecutionResult) -> None:
-        """Tell the hooks what the run came to. Raises HookNotAsync, unless a cancellation is on its way out."""
-        if self.fire.on_run_end is None:
+    async def tell_end(self, result: ExecutionResult, *, now: bool = False) -> None:
+        """Tell the hooks what the run came to. Raises HookNotAsync, unless a cancellation is on its way out.
+
+        ``now``: where nothing can be awaited any more.
+        """
+        calls = self.fire.on_run_end
+        if calls is None:
             return
         try:
-            await self.tell(
-                "on_run_end", self.fire.on_run_end, lambda: (self.run_id, self.shown_result(result))
-            )
+            await self.tell("on_run_end", calls, lambda: (self.run_id, self.shown_result(result)), now=now)
         except HookNotAsync as error:
             error.result = result
             if result.status is not RunStatus.CANCELLED:
@@ -738,9 +743,17 @@ class ReliabilityContext(_Untouched):
                 self.fire.fire_now(event, calls, None, arguments)
             else:
                 await self.fire.fire(event, calls, None, arguments)
+        except GeneratorExit:
+            # Closed half-way: the sets that are left are told all the same.
+            if not now and event == "on_run_end":
+                await self.tell(event, self.fire.untold, arguments, now=True)
+            raise
         finally:
-            CURRENT.reset(node)
-            _RUN.reset(run)
+            leave(node)
+            try:
+                _RUN.reset(run)
+            except ValueError:
+                pass  # As in leave().
 
     def shown(self, state: dict[str, Any]) -> dict[str, Any]:
         """A state as hooks may see it: redacted, if the config says how."""

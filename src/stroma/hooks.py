@@ -146,6 +146,8 @@ class Hooks:
         self._run_id = run_id
         self._limit = limit_seconds
         self._on_error = on_error
+        #: Of an end whose telling was closed half-way, the calls that are left; for who gets that GeneratorExit.
+        self.untold: Calls = ()
         for index, hooks in enumerate(sets):
             for event in EVENTS:
                 hook = getattr(hooks, event)
@@ -168,7 +170,7 @@ class Hooks:
         """
         task = asyncio.current_task()
         stopped: BaseException | None = None
-        for index, hook in calls:
+        for number, (index, hook) in enumerate(calls):
             before = task.cancelling() if task else 0
             begin = perf_counter()
             try:
@@ -197,6 +199,8 @@ class Hooks:
                     stopped = error
             except GeneratorExit as error:
                 if not was_raised(error):
+                    if event in _ENDS:
+                        self.untold = calls[number + 1 :]
                     raise
                 self._report(event, hook, node_id, error)
             except BaseException as error:

@@ -501,8 +501,10 @@ class StromaRunner:
 _ALL = 1_000_000  # runs: more than anybody recovers at once
 
 
-# Of any version but ff, with ids that are not all zeros; https://www.w3.org/TR/trace-context/
-_TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?")
+# Of any version but ff, with ids that are not all zeros; 00 has no more fields; https://www.w3.org/TR/trace-context/
+_TRACEPARENT = re.compile(
+    r"(?!ff|00.{53}-)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
+)
 
 
 def _checked(ctx: ReliabilityContext, traceparent: str) -> str | None:

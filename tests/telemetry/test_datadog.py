@@ -52,8 +52,13 @@ async def main() -> None:
 
     given = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
     await runner.run([flaky, parallel(thread, bad)], State(), run_id="r", traceparent=given)
-    with tracer.trace("request"):
+    with tracer.trace("request") as request:
         await runner.run([flaky], State(), run_id="s")
+        assert tracer.current_span() is request
+        with tracer.trace("afterwards"):
+            pass
+        await runner.run([flaky], State(), run_id="t", traceparent=given)
+        assert tracer.current_span() is request, "of another trace, and what is current here stays so"
     await runner.run([flaky, parallel(thread, bad)], State(), run_id="r", resume=True)
     assert tracer.current_span() is None
     assert await runner.aclose(timeout_seconds=20)
@@ -87,12 +92,13 @@ def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -
         parent = ids.get(span["parent_id"])
         return None if parent is None else (parent["name"], parent["resource"])
 
-    first, under_request, resumed = sorted(
+    first, under_request, _, resumed = sorted(
         (span for span in found if span["name"] == "stroma.run"), key=lambda span: span["start"]
     )
     assert {span["service"] for span in (first, under_request, resumed)} == {"letters"}
     assert first["parent_id"] == 0xB7AD6B7169203331
     assert above(under_request) == ("request", "request")
+    assert above(next(span for span in found if span["name"] == "afterwards")) == ("request", "request")
     link = (
         json.loads(resumed["meta"]["_dd.span_links"])[0]
         if "_dd.span_links" in resumed["meta"]

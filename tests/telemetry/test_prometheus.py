@@ -3,6 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import pathlib
+import subprocess
+import sys
 import uuid
 from typing import Any
 
@@ -178,3 +182,51 @@ async def test_any_text_can_be_a_label() -> None:
     assert result.status is RunStatus.COMPLETED
     assert runner.config.hooks.errors == {}  # type: ignore[union-attr]
     generate_latest(registry).decode()
+
+
+def test_a_killed_process_leaves_no_gauge_raised(tmp_path: pathlib.Path) -> None:
+    """Where processes share their metrics, runs in progress are those of the living: one that is killed takes its own."""
+    program = """
+import asyncio, os, sys
+from prometheus_client import CollectorRegistry, generate_latest, multiprocess
+from pydantic import BaseModel
+from stroma import StromaRunner
+from stroma.telemetry import prometheus_hooks
+
+class State(BaseModel):
+    n: int = 0
+
+def go(ending):
+    runner = StromaRunner.quick(hooks=prometheus_hooks())
+
+    @runner.node("node", input=State, output=State)
+    async def node(state: State) -> State:
+        ending()
+        return state
+
+    asyncio.run(runner.run([node], State()))
+
+def page():
+    registry = CollectorRegistry()
+    multiprocess.MultiProcessCollector(registry)
+    return [line for line in generate_latest(registry).decode().splitlines() if "runs_in_progress{" in line]
+
+child = os.fork()
+if child == 0:
+    go(lambda: os.kill(os.getpid(), 9))
+os.waitpid(child, 0)
+multiprocess.mark_process_dead(child)
+go(lambda: print(page()))
+print(page())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program],
+        env={**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(tmp_path)},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+    )
+    assert done.returncode == 0, done.stderr
+    line = 'stroma_runs_in_progress{pipeline="pipeline"}'
+    assert done.stdout.splitlines() == [f"['{line} 1.0']", f"['{line} 0.0']"]

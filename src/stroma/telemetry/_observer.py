@@ -18,7 +18,7 @@ from stroma.failures import FailureClass
 from stroma.hooks import NodeHooks
 from stroma.trace import ExecutionResult, Outcome, RunStatus
 
-__all__ = ["NODE_BUCKETS", "WRITING", "Ended", "ExporterHooks", "Observer", "exceeded", "missing"]
+__all__ = ["NODE_BUCKETS", "WRITING", "Ended", "ExporterHooks", "Observer", "exceeded", "missing", "sound"]
 
 #: Seconds: from a quick function to a model that thinks for minutes.
 NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
@@ -186,9 +186,8 @@ class Observer:
 
     def _ended(self, event: str, ended: Ended) -> None:
         node = current_node()
-        self._watch_end(
-            node
-        )  # Not every end had a start here: a contract that broke, an end that is told again.
+        # Not every end had a start here: a contract that broke, an end that is told again.
+        self._watch_end(node)
         self._safely(event, self.attempt_ended, node, ended)
 
     def _watch_end(self, node: NodeExecution | None) -> None:
@@ -262,6 +261,11 @@ class ExporterHooks(NodeHooks):
             return bool(await asyncio.wait_for(pending, seconds))
         except TimeoutError:
             return None
+
+
+def sound(text: str) -> str:
+    """A text that UTF-8 can say: one lone surrogate in a label costs an exporter the label, or the whole page."""
+    return text.encode("utf-8", "backslashreplace").decode()
 
 
 def missing(needed: str, factory: str, extra: str) -> ImportError:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stroma.context import NodeExecution, ReliabilityContext, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import Ended, ExporterHooks, Observer, exceeded, missing
+from stroma.telemetry._observer import Ended, ExporterHooks, Observer, exceeded, missing, sound
 from stroma.trace import ExecutionResult
 
 if TYPE_CHECKING:
@@ -176,6 +176,8 @@ class _Datadog(Observer):
         span.set_tag("stroma.node.kind", node.kind)
         if node.branch:
             span.set_tag("stroma.node.branch", node.branch)
+        if node.redelivered:
+            span.set_tag("stroma.redelivered", "true")
         node.notes[self] = made = _NodeSpan(span)
         return made
 
@@ -196,7 +198,7 @@ class _Datadog(Observer):
         self._count("node.executions", 1, outcome)
         self._distribution("node.duration", seconds, tags)
         if usage.tokens:
-            tags.append(f"model:{usage.model or ''}")
+            tags.append(f"model:{sound(usage.model or '')}")
             self._count("tokens", usage.input_tokens, [*tags, "direction:input"])
             self._count("tokens", usage.output_tokens, [*tags, "direction:output"])
             self._count("cost_usd", usage.cost_usd, tags)

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from stroma.context import NodeExecution, ReliabilityContext, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import NODE_BUCKETS, Ended, ExporterHooks, Observer, exceeded, missing
+from stroma.telemetry._observer import NODE_BUCKETS, Ended, ExporterHooks, Observer, exceeded, missing, sound
 from stroma.trace import ExecutionResult
 
 if TYPE_CHECKING:
@@ -159,12 +159,12 @@ class _OpenTelemetry(Observer):
                 "stroma.run.execution": run.execution,
             },
         )
-        if span.is_recording():
-            span.set_attribute("stroma.input", self._content.state(run, state))
         if span.get_span_context().is_valid and run.kept_traceparent is None:
             carrier: dict[str, str] = {}
             self._w3c.inject(carrier, self._trace.set_span_in_context(span))
             run.kept_traceparent = carrier.get("traceparent")
+        if span.is_recording():
+            span.set_attribute("stroma.input", self._content.state(run, state))
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run = run.notes.pop(self, None)
@@ -218,6 +218,7 @@ class _OpenTelemetry(Observer):
             if of_node.span.is_recording():
                 of_node.span.set_attribute("stroma.input", self._content.state(node.ctx, state))
         if self._own_spans:
+            self._detach(of_node.attempt_token)  # of the attempt before
             of_node.attempt = self._tracer.start_span(
                 f"stroma.attempt {node.node_id}",
                 context=self._trace.set_span_in_context(of_node.span),
@@ -238,6 +239,7 @@ class _OpenTelemetry(Observer):
                 "stroma.node.kind": node.kind,
                 "gen_ai.workflow.name": node.pipeline,
                 **_place(node),
+                **({"stroma.redelivered": True} if node.redelivered else {}),
             },
         )
         node.notes[self] = made = _NodeSpan(span)
@@ -251,7 +253,7 @@ class _OpenTelemetry(Observer):
         self._executions.add(1, outcome)
         self._node_seconds.record(seconds, labels)
         if usage.tokens:
-            about = {**labels, "stroma.model": usage.model or ""}
+            about = {**labels, "stroma.model": sound(usage.model or "")}
             self._tokens.add(usage.input_tokens, {**about, "gen_ai.token.type": "input"})
             self._tokens.add(usage.output_tokens, {**about, "gen_ai.token.type": "output"})
             self._cost.add(usage.cost_usd, about)
@@ -283,9 +285,8 @@ class _OpenTelemetry(Observer):
                 span.set_attribute("stroma.output", self._content.state(node.ctx, ended.output))
         if of_node.attempt is not None:
             self._mark(of_node.attempt, node.ctx, ended)
-            self._detach(of_node.attempt_token)
             of_node.attempt.end()
-            of_node.attempt = of_node.attempt_token = None
+            of_node.attempt = None  # Detached later: this may be told where the coroutine is closed from.
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
@@ -307,8 +308,7 @@ class _OpenTelemetry(Observer):
             return
         span, ended = of_node.span, of_node.ended
         if current_node() is node:  # A coroutine that is closed from elsewhere has left its context behind.
-            if of_node.attempt is not None:
-                self._detach(of_node.attempt_token)
+            self._detach(of_node.attempt_token)
             self._detach(of_node.token)
         if of_node.attempt is not None:
             of_node.attempt.end()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stroma.context import NodeExecution, ReliabilityContext
 from stroma.failures import FailureClass
-from stroma.telemetry._observer import NODE_BUCKETS, Ended, ExporterHooks, Observer, exceeded, missing
+from stroma.telemetry._observer import NODE_BUCKETS, Ended, ExporterHooks, Observer, exceeded, missing, sound
 from stroma.trace import ExecutionResult
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ class _Metrics:
                 "Runs that have begun and not ended.",
                 ("pipeline",),
                 registry=registry,
+                # Where processes share their metrics: the sum, without those of processes that were killed.
+                multiprocess_mode="livesum",
             )
         )
         self.run_seconds = _Children(
@@ -100,9 +102,7 @@ class _Children:
     def __call__(self, *values: str) -> Any:
         child = self._of.get(values)
         if child is None:
-            # Text that UTF-8 cannot say would break every scrape.
-            sound = [value.encode("utf-8", "backslashreplace").decode() for value in values]
-            child = self._of[values] = self._metric.labels(*sound)
+            child = self._of[values] = self._metric.labels(*map(sound, values))
         return child
 
 
