@@ -792,7 +792,10 @@ class ReliabilityContext(_Untouched):
                 {k: v for k, v in e.items() if k != "input"} if isinstance(e, dict) else e
                 for e in error.errors
             ]
-            return ContractViolation(error.node_id, error.direction, self.shown(error.raw), errors)
+            shown = ContractViolation(error.node_id, error.direction, self.shown(error.raw), errors)
+            # Who sees both of them, in one hook and another, can tell that they are one.
+            shown.__dict__["_stroma_identity"] = error.__dict__.setdefault("_stroma_identity", object())
+            return shown
         except Exception:  # A node made it, and left out what belongs to it.
             return ContractViolation("", "output", {"redacted": f"a {type(error).__name__}"}, [])
 

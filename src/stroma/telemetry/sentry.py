@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -54,9 +54,12 @@ def sentry_hooks(
 class _Run:
     """What the end of a run needs."""
 
-    __slots__ = ("failed", "scopes", "span")
+    __slots__ = ("captured", "failed", "outer", "scopes", "span")
 
-    def __init__(self) -> None:
+    def __init__(self, outer: _Run | None) -> None:
+        #: The run around this one, and what was captured of the runs inside of it, by identity.
+        self.outer = outer
+        self.captured: dict[int, BaseException] = {}
         #: The isolation scope that the run has entered.
         self.scopes = ExitStack()
         self.span: Span | Transaction | NoOpSpan | None = None
@@ -80,12 +83,12 @@ class _Node:
 
     def __init__(self, span: Span | NoOpSpan, scope: Scope) -> None:
         self.span, self.scope = span, scope
-        self.entered: AbstractContextManager[Any] | None = None
+        self.entered: ExitStack | None = None
         self.ended: Ended | None = None
 
 
 #: The run whose scopes are entered in this context: a coroutine closed from elsewhere has left its context behind.
-_HERE: ContextVar[ReliabilityContext | None] = ContextVar("stroma_sentry_run", default=None)
+_HERE: ContextVar[_Run | None] = ContextVar("stroma_sentry_run", default=None)
 
 
 class _Sentry(Observer):
@@ -103,19 +106,16 @@ class _Sentry(Observer):
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         sdk = self._sdk
-        run.notes[self] = of_run = _Run()
+        run.notes[self] = of_run = _Run(_HERE.get())
         outer = sdk.get_current_span()
         # Where log_hooks stand before these they write about the end of the run when its own scope is left already.
         around = sdk.get_isolation_scope()
         if _not_of_log_hooks not in getattr(around, "_event_processors", ()):
             around.add_event_processor(_not_of_log_hooks)
-        isolation = of_run.scopes.enter_context(sdk.isolation_scope())
-        token = _HERE.set(run)
-        of_run.scopes.callback(lambda: _HERE.reset(token))
+        isolation = self._isolate(of_run, of_run.scopes)
         scope = sdk.get_current_scope()
         if self._client is not None:
             scope.set_client(self._client)
-        isolation.add_event_processor(self._sound)
         isolation.set_tag("stroma.pipeline", run.pipeline)
         isolation.set_context("stroma", {"run_id": run.run_id, "execution": run.execution})
         about: dict[str, Any] = {"op": "stroma.run", "name": run.pipeline}
@@ -129,11 +129,11 @@ class _Sentry(Observer):
             span = sdk.start_transaction(**about)
         of_run.span = scope.span = span
         span.set_data("stroma.run.id", run.run_id)
-        span.set_data("stroma.input", self._content.state(run, state))
         if run.first_traceparent is not None:
             span.set_data("stroma.resumed_from", run.first_traceparent)
         if run.kept_traceparent is None and getattr(span, "sampled", False):
             run.kept_traceparent = f"00-{span.trace_id}-{span.span_id}-01"
+        span.set_data("stroma.input", self._content.state(run, state))
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run: _Run | None = run.notes.pop(self, None)
@@ -141,10 +141,11 @@ class _Sentry(Observer):
             return
         try:
             failed = Ended.finally_(result)
-            if failed is not None and result.failure is not None:
+            # The outcome of an earlier run that is only returned was captured when it came about.
+            if failed is not None and result.failure is not None and run.session.finished is None:
                 # A budget that refuses a node stops the run without an attempt that failed.
                 refused = _Failed(result.failure.node_id, failed, self._sdk.get_current_scope())
-                self._capture(run, of_run.failed.get(id(failed.error), refused))
+                self._capture(run, of_run, of_run.failed.get(_identity(failed.error), refused))
             span = of_run.span
             if span is not None:
                 span.set_data("stroma.status", result.status.value)
@@ -153,8 +154,28 @@ class _Sentry(Observer):
                 span.set_status(_STATUS.get(result.status, "ok"))
                 span.finish()
         finally:
-            if _HERE.get() is run:
+            if _HERE.get() is of_run:
                 of_run.scopes.close()
+
+    def _isolate(self, of_run: _Run, scopes: ExitStack) -> Scope:
+        """Until ``scopes`` are closed, breadcrumbs and tags are those of this run alone."""
+        isolation = scopes.enter_context(self._sdk.isolation_scope())
+        token = _HERE.set(of_run)
+        scopes.callback(lambda: _HERE.reset(token))
+        isolation.add_event_processor(self._sound)
+        return isolation
+
+    def _of_run(self, node: NodeExecution) -> _Run:
+        """What is noted of a node's run, or of the step of plain code that it is or is in."""
+        of_run: _Run | None = node.ctx.notes.get(self)
+        if of_run is not None:
+            return of_run
+        while node.parent is not None:
+            node = node.parent
+        if (self, "step") not in node.notes:
+            node.notes[self, "step"] = _Run(_HERE.get())
+        of_step: _Run = node.notes[self, "step"]
+        return of_step
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
         self._breadcrumb(f"80 % of the budget's {dimension} are used", {"used": used, "limit": limit})
@@ -167,12 +188,20 @@ class _Sentry(Observer):
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
         if self in node.notes:
             return
-        entered = self._sdk.new_scope()
-        scope = entered.__enter__()
+        entered = ExitStack()
+        if self._alone(node):
+            self._isolate(self._of_run(node), entered)
+        else:
+            entered.enter_context(self._sdk.new_scope())
+        scope = self._sdk.get_current_scope()
         of_node = self._begin(node, scope)
         of_node.entered = entered
         scope.span = of_node.span
         of_node.span.set_data("stroma.input", self._content.state(node.ctx, state))
+
+    def _alone(self, node: NodeExecution) -> bool:
+        """Whether it is a step of plain code, which stands for a run."""
+        return node.parent is None and self not in node.ctx.notes
 
     def _begin(self, node: NodeExecution, scope: Scope) -> _Node:
         if self._client is not None:
@@ -184,6 +213,8 @@ class _Sentry(Observer):
         span: Any = self._sdk.start_span(**about) if above is None else above.start_child(**about)
         span.set_data("stroma.node.id", node.node_id)
         span.set_data("stroma.node.kind", node.kind)
+        if node.redelivered:
+            span.set_data("stroma.redelivered", True)
         node.notes[self] = made = _Node(span, scope)
         return made
 
@@ -195,11 +226,10 @@ class _Sentry(Observer):
         of_node.ended = ended
         if ended.output is not None:
             of_node.span.set_data("stroma.output", self._content.state(node.ctx, ended.output))
-        of_run: _Run | None = node.ctx.notes.get(self)
-        if ended.error is not None and of_run is not None:
+        if ended.error is not None:
             # A group fails with the exception of its child: it is the child that failed.
             failed = _Failed(node.node_id, ended, of_node.scope)
-            of_run.failed.setdefault(id(ended.error), failed)
+            self._of_run(node).failed.setdefault(_identity(ended.error), failed)
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
@@ -216,9 +246,8 @@ class _Sentry(Observer):
             message = self._content.message(node.ctx, error)
             if message is not None:
                 about["message"] = message
-            of_run: _Run | None = node.ctx.notes.get(self)
-            if of_run is not None:  # It was not final. Another exception may get the same identity later on.
-                of_run.failed.pop(id(error), None)
+            # It was not final. Another exception may get the same identity later on.
+            self._of_run(node).failed.pop(_identity(error), None)
         self._breadcrumb(f"node {node.node_id} failed and is tried again", about)
 
     def node_ended(self, node: NodeExecution) -> None:
@@ -226,28 +255,36 @@ class _Sentry(Observer):
         if of_node is None:
             return
         ended = of_node.ended
-        if ended is not None and ended.error is not None and self not in node.ctx.notes:
-            # A step of plain code: nobody will say how the run ended, and this failure is final here.
-            self._capture(node.ctx, _Failed(node.node_id, ended, of_node.scope))
+        if ended is not None and ended.error is not None and self._alone(node) and not node.redelivered:
+            # Nobody will say how the run ended: a failure is final here, unless it was to be tried again.
+            of_step = self._of_run(node)
+            final = of_step.failed.get(_identity(ended.error))
+            if final is not None:
+                self._capture(node.ctx, of_step, final)
         outcome = "cancelled" if ended is None else ended.outcome
         of_node.span.set_data("stroma.attempts", node.attempt)
         of_node.span.set_data("stroma.outcome", outcome)
         of_node.span.set_status({"failure": "internal_error", "cancelled": "cancelled"}.get(outcome, "ok"))
         of_node.span.finish(of_node.scope)
         if of_node.entered is not None and current_node() is node:
-            of_node.entered.__exit__(None, None, None)
+            of_node.entered.close()
 
     # ------------------------------------------------------------------ events
 
-    def _capture(self, run: ReliabilityContext, failed: _Failed) -> None:
+    def _capture(self, run: ReliabilityContext, of_run: _Run, failed: _Failed) -> None:
         ended, scope = failed.ended, failed.scope
         error = ended.error
         assert error is not None
-        if getattr(error, "_stroma_captured", False):
+        if of_run.outer is not None:
+            of_run.outer.captured[_identity(error)] = error
+        if _identity(error) in of_run.captured:
             return  # A nested run ended with it already.
         client = self._client or scope.get_client()
         event, hint = self._sdk.utils.event_from_exception(
-            error, client_options=client.options, mechanism={"type": "stroma", "handled": True}
+            error,
+            # Variables of frames hold what nodes were given.
+            client_options={**client.options, "include_local_variables": False},
+            mechanism={"type": "stroma", "handled": True},
         )
         for value in event.get("exception", {}).get("values", ()):
             said = str(value.get("value") or "")
@@ -256,7 +293,6 @@ class _Sentry(Observer):
             elif value.get("value"):
                 value["value"] = self._content.message(run, said)
         for frame in _frames(event):
-            frame.pop("vars", None)  # They hold what nodes were given.
             if str(frame.get("module")).startswith("stroma."):
                 frame["in_app"] = False  # The engine called the node; it is the node that failed.
         event["fingerprint"] = ["stroma", run.pipeline, failed.node_id, ended.class_name, type_name(error)]
@@ -270,10 +306,6 @@ class _Sentry(Observer):
         event["tags"] = {**tags, **({} if ended.reason is None else {"stroma.reason": ended.reason})}
         with self._sdk.scope.use_scope(scope):
             scope.capture_event(event, hint)
-        try:
-            error.__dict__["_stroma_captured"] = True
-        except AttributeError:
-            pass  # A class with slots; the SDK itself drops the same exception twice in a row.
 
     def _breadcrumb(self, message: str, data: dict[str, Any], level: str = "warning") -> None:
         self._sdk.add_breadcrumb(
@@ -306,6 +338,11 @@ def _frames(event: Any) -> Iterator[dict[str, Any]]:
 def _not_of_log_hooks(event: Any, _hint: Any) -> Any:
     """None for what Sentry's logging integration makes of a line that says again what is captured here."""
     return None if WRITING.get() else event
+
+
+def _identity(error: BaseException | None) -> int:
+    """The same for an exception and for what hooks see of it in its place where states are redacted."""
+    return id(getattr(error, "_stroma_identity", error))
 
 
 _STATUS = {
