@@ -131,3 +131,58 @@ async def test_structlog() -> None:
         assert {line["run_id"] for line in lines} == {"r"}
     finally:
         structlog.reset_defaults()
+
+
+async def test_adapters_keep_the_fields(caplog: pytest.LogCaptureFixture) -> None:
+    """Through a LoggerAdapter a record has its fields and the adapter's own, through two of them as well."""
+    inner = logging.LoggerAdapter(logging.getLogger("stroma.events"), {"app": "letters"})
+    runner = quick(log_hooks(logging.LoggerAdapter(inner, {"zone": "a"})))
+    caplog.set_level(logging.INFO)
+    await runner.run([flaky(runner, 0)], State(), run_id="r")
+    assert {(line.run_id, line.app, line.zone) for line in events(caplog)} == {("r", "letters", "a")}
+
+
+async def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
+    """Ids and messages are any text, and none of them begins a line of its own; the fields have them as they are."""
+    caplog.set_level(logging.DEBUG)
+    runner = quick(log_hooks(content="redacted"))
+
+    @runner.node("node\r\u2028x", input=State, output=State)
+    async def node(_: State) -> State:
+        raise ValueError("one\ntwo")
+
+    await runner.run([node], State(), run_id="a\nERROR b")
+    lines = events(caplog)
+    assert all(len(line.getMessage().splitlines()) == 1 for line in lines)
+    assert {line.run_id for line in lines} == {"a\nERROR b"}
+    assert "one\ntwo" in {getattr(line, "error_message", None) for line in lines}
+
+
+@pytest.mark.parametrize(
+    "wrapper",
+    [
+        structlog.BoundLogger,
+        structlog.stdlib.BoundLogger,
+        structlog.make_filtering_bound_logger(logging.INFO),
+    ],
+)
+async def test_each_kind_of_logger_of_structlog(wrapper: Any) -> None:
+    """A generic, a stdlib and a filtering logger of structlog, each with values bound, write the same lines."""
+    lines: list[Any] = []
+
+    def keep(_logger: Any, level: str, fields: Any) -> Any:
+        lines.append((level, fields["event"], fields["bound"]))
+        raise structlog.DropEvent
+
+    logger = structlog.wrap_logger(structlog.PrintLogger(), wrapper_class=wrapper, processors=[keep])
+    hooks = log_hooks(logger.bind(bound=1))
+    runner = quick(hooks)
+    await runner.run([flaky(runner)], State())
+    assert hooks.errors == {}
+    assert [line for line in lines if line[0] != "debug"] == [
+        ("info", "run started", 1),
+        ("warning", "node failure", 1),
+        ("info", "node retried", 1),
+        ("info", "node success", 1),
+        ("info", "run ended", 1),
+    ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import sys
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, MutableMapping
 from time import perf_counter
 from typing import Any
 
@@ -88,7 +88,9 @@ class _Logs(Observer):
         failed = Ended.finally_(result)
         if failed is not None and result.failure is not None:
             fields |= self._failure(run, failed) | {"failed_node_id": result.failure.node_id}
-        self._write(logging.INFO if failed is None else logging.ERROR, "run ended", fields)
+        # The outcome of an earlier run that is only returned was an error when it came about.
+        told = failed is None or run.session.finished is not None
+        self._write(logging.INFO if told else logging.ERROR, "run ended", fields)
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
         fields = {**_of_node(node), "input": self._content.state(node.ctx, state)}
@@ -138,16 +140,35 @@ class _Logs(Observer):
 def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
         if logger.isEnabledFor(level):
-            said = " ".join(f"{name}={value}" for name, value in fields.items() if value not in (None, ""))
+            said = " ".join(
+                f"{name}={_in_line(value)}" for name, value in fields.items() if value not in (None, "")
+            )
             # Systems that group lines do so by the text before its arguments are filled in.
-            logger.log(level, f"{event}: %s", said, extra=fields)
+            _log(logger, level, f"{event}: %s", said, fields)
 
     return write
 
 
+def _log(logger: Any, level: int, text: str, said: str, fields: dict[str, Any]) -> None:
+    options: MutableMapping[str, Any] = {"extra": fields}
+    while isinstance(logger, logging.LoggerAdapter):
+        # By themselves, most adapters put their own fields in the place of those that are given.
+        given = options["extra"]
+        text, options = logger.process(text, options)
+        options["extra"] = {**given, **(options.get("extra") or {}), **fields}
+        logger = logger.logger
+    logger.log(level, text, said, **options)
+
+
+def _in_line(value: Any) -> Any:
+    """A value as a part of one line: ids and messages may be any text."""
+    return value if not isinstance(value, str) or value.isprintable() else repr(value)[1:-1]
+
+
 def _with_fields(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
-        logger.log(level, event, **fields)
+        # By the name of the level, which all of its loggers have; those that wrap others know no log().
+        getattr(logger, logging.getLevelName(level).lower())(event, **fields)
 
     return write
 
