@@ -15,7 +15,7 @@ from datetime import UTC, datetime
 from enum import Enum, StrEnum
 from typing import Any, Final, Literal, cast
 
-from pydantic import BaseModel, SecretBytes, SecretStr
+from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
 from stroma.failures import Failure, FailureClass
@@ -375,11 +375,8 @@ def jsonable(value: Any, depth: int = 0) -> Any:
 
 def secrets_in(value: Any, depth: int = 0) -> Iterator[str]:
     """The texts that pydantic's secret types hide in any state, as deep as jsonable() goes."""
-    if isinstance(value, (SecretStr, SecretBytes)):
-        secret = value.get_secret_value()
-        text = secret if isinstance(secret, str) else secret.decode("utf-8", "ignore")
-        if text:
-            yield text
+    if isinstance(value, (SecretStr, SecretBytes, Secret)):
+        yield from _texts(value.get_secret_value(), depth)
     elif depth > _DEEPEST:
         return
     elif isinstance(value, Mapping):
@@ -389,8 +386,19 @@ def secrets_in(value: Any, depth: int = 0) -> Iterator[str]:
         for inner in value:
             yield from secrets_in(inner, depth + 1)
     elif isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        for inner in getattr(value, "__dict__", {}).values():
+        for inner in (getattr(value, "__dict__", {}), getattr(value, "__pydantic_extra__", None) or {}):
             yield from secrets_in(inner, depth + 1)
+
+
+def _texts(secret: Any, depth: int) -> Iterator[str]:
+    """What a Secret hides may be a structure: every text in it."""
+    if isinstance(secret, bytes):  # As a message has it after decode(), and after repr().
+        yield from filter(None, (secret.decode("utf-8", "ignore"), repr(secret)[2:-1]))
+    elif isinstance(secret, (Mapping, list, tuple)) and depth <= _DEEPEST:
+        for inner in secret.values() if isinstance(secret, Mapping) else secret:
+            yield from _texts(inner, depth + 1)
+    elif secret is not None and not isinstance(secret, bool) and str(secret):
+        yield str(secret)
 
 
 class RunStatus(StrEnum):

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from stroma.context import ReliabilityContext
+from stroma.contracts import ContractViolation
 from stroma.failures import message_of
 from stroma.trace import jsonable
 
@@ -58,13 +59,20 @@ class Content:
         if self.mode == "none":
             return self.cut(json.dumps({str(name): _shape(value) for name, value in state.items()}))
         run.note_secrets(state)
-        text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
+        try:
+            text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
+        except (
+            Exception
+        ) as error:  # A number of ten thousand digits, say. The span is worth more than its input.
+            return f"[unreadable: {type(error).__name__}]"
         return self.cut(_without_secrets(run, text))
 
     def message(self, run: ReliabilityContext, said: BaseException | str) -> str | None:
         """What an exception says; None in mode "none"."""
         if self.mode == "none":
             return None
+        if isinstance(said, ContractViolation) and isinstance(said.raw, dict):
+            run.note_secrets(said.raw)  # Of an input that nobody was shown.
         text = _without_secrets(run, said if isinstance(said, str) else message_of(said))
         shown = run.shown({"message": text}).get("message")
         return self.cut(shown if isinstance(shown, str) else _REDACTED)
