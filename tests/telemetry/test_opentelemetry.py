@@ -213,8 +213,9 @@ class TestNesting:
             await runner.run(Pipeline("nested", [inner]), state)
             return state
 
-        with seen.user.start_as_current_span("request"):
+        with seen.user.start_as_current_span("request") as request:
             await runner.run([outer, inner], State())
+            assert trace.get_current_span() is request
         run = "invoke_workflow pipeline"
         assert seen.tree() == [
             ("invoke_workflow nested", "stroma.node outer"),
@@ -295,6 +296,7 @@ class TestEndings:
             return state
 
         await runner.run([node], State())
+        assert trace.get_current_span() is trace.INVALID_SPAN
         assert seen.tree() == [
             ("call 1", "stroma.attempt node"),
             ("call 2", "stroma.attempt node"),
@@ -389,8 +391,11 @@ class TestEndings:
         run = seen.span("invoke_workflow pipeline")
         assert run.status.status_code is StatusCode.UNSET
         assert run.attributes["stroma.status"] == "CANCELLED"
-        if when != "backoff":  # There the attempt did fail.
-            assert seen.span("stroma.node node").status.status_code is StatusCode.UNSET
+        node_span = seen.span("stroma.node node")
+        assert node_span.status.status_code is StatusCode.UNSET, (
+            "a failure that is to be tried again is not final"
+        )
+        assert node_span.attributes["stroma.outcome"] == "cancelled"
 
     async def test_closed(self, seen: Seen) -> None:
         """A run whose coroutine is closed from elsewhere ends its spans and gauges, and detaches nobody else's context."""

@@ -61,9 +61,8 @@ class Content:
         run.note_secrets(state)
         try:
             text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
-        except (
-            Exception
-        ) as error:  # A number of ten thousand digits, say. The span is worth more than its input.
+        except Exception as error:
+            # A number of ten thousand digits, say. The span is worth more than its input.
             return f"[unreadable: {type(error).__name__}]"
         return self.cut(_without_secrets(run, text))
 

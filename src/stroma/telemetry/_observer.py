@@ -18,7 +18,17 @@ from stroma.failures import FailureClass
 from stroma.hooks import NodeHooks
 from stroma.trace import ExecutionResult, Outcome, RunStatus
 
-__all__ = ["NODE_BUCKETS", "WRITING", "Ended", "ExporterHooks", "Observer", "exceeded", "missing", "sound"]
+__all__ = [
+    "CUT_SHORT",
+    "NODE_BUCKETS",
+    "WRITING",
+    "Ended",
+    "ExporterHooks",
+    "Observer",
+    "exceeded",
+    "missing",
+    "sound",
+]
 
 #: Seconds: from a quick function to a model that thinks for minutes.
 NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
@@ -53,6 +63,10 @@ class Ended:
         if failed is None or result.status not in (RunStatus.FAILED, RunStatus.PARTIAL):
             return None
         return cls("failure", failed.exception, failed.failure_class, reason=failed.reason)
+
+
+#: What has become of a node that is about to be tried again, if nothing follows: no failure is final then.
+CUT_SHORT: Final = Ended("cancelled")
 
 
 def exceeded(result: ExecutionResult) -> str | None:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from stroma.context import NodeExecution, ReliabilityContext, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import Ended, ExporterHooks, Observer, exceeded, missing, sound
+from stroma.telemetry._observer import CUT_SHORT, Ended, ExporterHooks, Observer, exceeded, missing, sound
 from stroma.trace import ExecutionResult
 
 if TYPE_CHECKING:
@@ -212,6 +212,9 @@ class _Datadog(Observer):
             f"failure_class:{failure_class.value}",
         ]
         self._count("node.retries", 1, tags)
+        of_node: _NodeSpan | None = node.notes.get(self)
+        if of_node is not None:
+            of_node.ended = CUT_SHORT
 
     def node_ended(self, node: NodeExecution) -> None:
         of_node: _NodeSpan | None = node.notes.pop(self, None)

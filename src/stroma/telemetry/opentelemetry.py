@@ -14,7 +14,16 @@ from typing import TYPE_CHECKING, Any, Final, Literal
 from stroma.context import NodeExecution, ReliabilityContext, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import NODE_BUCKETS, Ended, ExporterHooks, Observer, exceeded, missing, sound
+from stroma.telemetry._observer import (
+    CUT_SHORT,
+    NODE_BUCKETS,
+    Ended,
+    ExporterHooks,
+    Observer,
+    exceeded,
+    missing,
+    sound,
+)
 from stroma.trace import ExecutionResult
 
 if TYPE_CHECKING:
@@ -299,6 +308,7 @@ class _OpenTelemetry(Observer):
         self._retries.add(1, labels)
         of_node = node.notes.get(self)
         if of_node is not None:
+            of_node.ended = CUT_SHORT
             about = {"stroma.node.attempt": attempt, "stroma.retry.delay_s": delay_seconds}
             of_node.span.add_event("stroma.retry", {**about, "stroma.failure_class": failure_class.value})
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stroma.context import NodeExecution, ReliabilityContext, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer, missing
+from stroma.telemetry._observer import CUT_SHORT, WRITING, Ended, ExporterHooks, Observer, missing
 from stroma.trace import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
@@ -248,6 +248,7 @@ class _Sentry(Observer):
                 about["message"] = message
             # It was not final. Another exception may get the same identity later on.
             self._of_run(node).failed.pop(_identity(error), None)
+            of_node.ended = CUT_SHORT
         self._breadcrumb(f"node {node.node_id} failed and is tried again", about)
 
     def node_ended(self, node: NodeExecution) -> None:
