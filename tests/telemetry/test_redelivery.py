@@ -1,0 +1,93 @@
+"""What a killed process did not tell, and the one that resumes its run does, is a whole span and counts once."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import pathlib
+import signal
+from typing import Any
+
+import pytest
+from opentelemetry.sdk.trace import TracerProvider
+from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+from prometheus_client import CollectorRegistry
+from pydantic import BaseModel
+from tests.receivers.sentry import RecordedSentry
+
+from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, SQLiteStore, StromaRunner, current_node
+from stroma.telemetry import otel_hooks, prometheus_hooks, sentry_hooks
+
+pytest_plugins = ["tests.receivers.fixtures"]
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+async def die(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def run(path: pathlib.Path, hooks: Any) -> Any:
+    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+    store = SQLiteStore(path / "runs.db")
+    runner = StromaRunner.quick(
+        store=store, hooks=hooks, policy_map=policies, hook_delivery="at_least_once", resume=True
+    )
+
+    @runner.node("flaky", input=State, output=State)
+    async def flaky(state: State) -> Any:
+        await asyncio.sleep(0.02)
+        if current_node().attempt == 1 and state.n:  # type: ignore[union-attr]
+            raise ConnectionError("no")
+        return state, 10, 5, "gpt-4o-mini"
+
+    async def go() -> Any:
+        async with store:
+            return await runner.run([flaky], State(n=1 if (path / "fails").exists() else 0), run_id="r")
+
+    return asyncio.run(go())
+
+
+@pytest.mark.parametrize("event", ["success", "failure"])
+def test_a_redelivered_end_is_a_whole_span(
+    event: str, tmp_path: pathlib.Path, sentry: RecordedSentry
+) -> None:
+    """It ends, with the times and tokens that the attempt had, under the run that tells it."""
+    if event == "failure":
+        (tmp_path / "fails").touch()
+    child = os.fork()
+    if child == 0:
+        run(tmp_path, NodeHooks(**{f"on_node_{event}": die}))
+        os._exit(0)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
+
+    kept, registry = InMemorySpanExporter(), CollectorRegistry()
+    tracer = TracerProvider()
+    tracer.add_span_processor(SimpleSpanProcessor(kept))
+    sets = [
+        otel_hooks(tracer=tracer),
+        prometheus_hooks(registry=registry),
+        sentry_hooks(client=sentry.client),
+    ]
+    result = run(tmp_path, sets)
+    assert result.status is RunStatus.RESUMED
+    assert [dict(hooks.errors) for hooks in sets] == [{}, {}, {}]
+    nodes = sorted(
+        (span for span in kept.get_finished_spans() if span.name == "stroma.node flaky"),
+        key=lambda span: span.start_time or 0,
+    )
+    (root,) = [span for span in kept.get_finished_spans() if span.name == "invoke_workflow pipeline"]
+    assert {span.parent.span_id for span in nodes if span.parent} == {root.context.span_id}
+    told = nodes[0]
+    start, end = told.start_time or 0, told.end_time or 0
+    assert end < (root.start_time or 0)
+    assert end - start >= 20_000_000
+    assert dict(told.attributes or {})["stroma.outcome"] == event
+    assert dict(told.attributes or {})["stroma.tokens"] == (15 if event == "success" else 0)
+    labels = {"pipeline": "pipeline", "node_id": "flaky", "outcome": "success", "failure_class": ""}
+    assert registry.get_sample_value("stroma_node_executions_total", labels) == 1
+    assert len(nodes) == len([span for span in sentry.transport.spans if span["op"] == "stroma.node"])
+    assert sentry.transport.events == []
