@@ -115,6 +115,7 @@ class OneRun:
             raise
         finally:
             self._over = True
+            ctx.session.on_cancel = None  # Without a circle between them, nothing of the run waits for the collector.
             if begun or failure is not None:
                 result = await self._end(status, failure)
         if result is None:  # Ended from elsewhere while it was opened: no hook was told of a start.
