@@ -289,10 +289,16 @@ def errors_page() -> str:
 
 def examples() -> dict[str, list[str]]:
     """Texts of the errors that make their own."""
-    from stroma import BudgetExceeded, ContractViolation
+    from stroma import BudgetExceeded, CheckFailed, ContractViolation, Finding
 
+    finding = Finding(
+        "error", "missing", "search", "answer", "0", "1", "sources", "", "list[str]",
+        "'answer' needs sources (list[str]), and Found has no such field",
+        "add it to the output of 'search', or give it a default in Question",
+    )  # fmt: skip
     wrong = [{"loc": ("urls",), "msg": "Input should be a valid list"}]
     return {
+        "CheckFailed": [str(CheckFailed([finding])).replace("\n", " ")],
         "ContractViolation": [str(ContractViolation("search", "output", {}, wrong))],
         "BudgetExceeded": [
             str(BudgetExceeded("tokens", 1000, 1200, "search")),

@@ -32,6 +32,7 @@ import stroma
 from stroma import (
     AsyncInMemoryStore,
     BudgetExceeded,
+    CheckFailed,
     CheckpointNotFound,
     ContractRegistry,
     ContractViolation,
@@ -578,6 +579,16 @@ async def no_contract(path: Path) -> Any:
     ContractRegistry().get("read")
 
 
+async def cannot_work(path: Path) -> Any:
+    needs = stroma_node("needs", NodeContract(node_id="needs", input_schema=Strict, output_schema=Text))(
+        a_function
+    )
+    await run([a_node("read", {}), needs], check=True)
+
+
+async def a_function(state: Any) -> Any: ...
+
+
 async def over_by_hand(path: Path) -> Any:
     tracker = CostTracker()
     tracker.record(NodeUsage("read", 11, 0.0, 0))
@@ -604,6 +615,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (violation, ContractViolation, ["'shorten'", "output", "text: Input should be a valid string"], ""),
     (budget, BudgetExceeded, ["'shorten'", "10 tokens", "11 tokens"], "raise max_tokens_total"),
     (over_by_hand, BudgetExceeded, ["'read'"], "raise max_tokens_total"),
+    (cannot_work, CheckFailed, ["'read'", "'needs'", "number (int)"], "add it to the output of 'read'"),
     (usage, UsageError, ["'shorten'", "-1"], "report whole numbers of tokens"),
     (unpriced, UsageError, ["'shorten'", "'no-such-model'"], "add it to KNOWN_MODELS"),
     (unserialisable, NotSerialisable, ["Secret.key"], ""),
@@ -674,7 +686,12 @@ async def settled(value: Any) -> Any:
 
 @pytest.mark.parametrize(
     "error",
-    [ContractViolation("a", "output", {}, []), BudgetExceeded("tokens", 1, 2, "a"), Fenced("x")],
+    [
+        ContractViolation("a", "output", {}, []),
+        BudgetExceeded("tokens", 1, 2, "a"),
+        Fenced("x"),
+        CheckFailed([]),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_errors_survive_pickling(error: Exception) -> None:

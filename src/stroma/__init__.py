@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stroma.checkpoint import *
+    from stroma.checks import *
     from stroma.config import *
     from stroma.context import *
     from stroma.contracts import *
@@ -44,6 +45,7 @@ _HOMES = {
         "SyncRedisStore",
         "open_store",
     ),
+    "checks": ("CheckFailed", "Finding"),
     "config": ("RunConfig",),
     "context": ("NodeExecution", "ReliabilityContext", "current_node", "current_run"),
     "contracts": (
@@ -97,6 +99,7 @@ __all__ = [
     "AttemptUsage",
     "BoundaryValidator",
     "BudgetExceeded",
+    "CheckFailed",
     "CheckpointLost",
     "CheckpointManager",
     "CheckpointNotFound",
@@ -114,6 +117,7 @@ __all__ = [
     "FailurePolicy",
     "FallbackPolicy",
     "Fenced",
+    "Finding",
     "HookError",
     "InMemoryStore",
     "ModelHint",

@@ -1343,9 +1343,9 @@ RESUME = (
     Break(
         "missing-nodes-unseen",
         "A pipeline that lost nodes is PipelineChanged.",
-        "_run.py",
-        "if position >= len(self.nodes):",
-        "if position >= len(self.nodes):\n            return\n        if False:",
+        "_restore.py",
+        "if position >= len(nodes):",
+        "if position >= len(nodes):\n        return\n    if False:",
         resume("test_fewer_nodes_are_a_changed_pipeline"),
     ),
     Break(
