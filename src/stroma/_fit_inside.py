@@ -217,6 +217,8 @@ class Inside(ABC):
                     Fit(Verdict.MAYBE, (Reason(Verdict.MAYBE, "missing", at, str(found.side), shown, what),))
                 )
         fits += self._extras(record, wanted, used, path)
+        if wanted.code:
+            fits.append(undecided(path, record.name, wanted.name, f"{wanted.code} decides"))
         return all_of(fits)
 
     def _extras(self, record: Record, wanted: Wanted, used: set[str], path: tuple[str, ...]) -> Iterable[Fit]:

@@ -46,12 +46,13 @@ class WantedField:
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """What the target makes of the fields that come."""
+    """What the target makes of the fields that come. ``code``: a function of the user's that has the last word, or ""."""
 
     name: str
     fields: tuple[WantedField, ...]
     extra: str
     extras: Side | None
+    code: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,9 +121,22 @@ def wanted_of(side: Side) -> Wanted:
         )
     extra = node.get("extra_behavior") or config.get("extra_fields_behavior") or "ignore"
     schema = node.get("extras_schema")
-    return Wanted(
-        str(side), tuple(fields), extra, None if schema is None else _side(inner, {"schema": schema}, config)
-    )
+    extras = None if schema is None else _side(inner, {"schema": schema}, config)
+    return Wanted(str(side), tuple(fields), extra, extras, _last_word(side))
+
+
+def _last_word(side: Side) -> str:
+    """What of the user's runs once all fields are there."""
+    if not side.node.get("post_init"):
+        return ""
+    cls = side.node["cls"]
+    for name in ("model_post_init", "__post_init__"):
+        for parent in cls.__mro__:
+            function = parent.__dict__.get(name)
+            # pydantic's own fills in private attributes, and calls the user's if there is one.
+            if function is not None and not str(getattr(function, "__module__", "")).startswith("pydantic."):
+                return f"{cls.__name__}.{name}"
+    return ""
 
 
 def _fields(node: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:

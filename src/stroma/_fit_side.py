@@ -91,7 +91,7 @@ class Side:
                 return side
 
 
-def verdict_on(found: Mismatch | None, source: Side | str, target: Side, path: tuple[str, ...]) -> Fit:
+def verdict_on(found: Mismatch | None, source: Side | str, target: Side | str, path: tuple[str, ...]) -> Fit:
     """What a mismatch of two types comes to."""
     if found is None:
         return FITS
@@ -99,7 +99,7 @@ def verdict_on(found: Mismatch | None, source: Side | str, target: Side, path: t
     return Fit(found.verdict, (reason,))
 
 
-def undecided(path: tuple[str, ...], source: Side | str, target: Side, what: str) -> Fit:
+def undecided(path: tuple[str, ...], source: Side | str, target: Side | str, what: str) -> Fit:
     return verdict_on(Mismatch(Verdict.MAYBE, "undecidable", what), source, target, path)
 
 

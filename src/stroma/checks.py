@@ -120,10 +120,10 @@ def _of_crossing(crossing: Crossing) -> Iterator[Finding]:
         )  # fmt: skip
         return
     reasons = [r for r in fit.reasons if not (state.loose and _is_guess(r))]
-    yield from _undecided(crossing, wanted, [r for r in reasons if r.kind == "undecidable"])
     for reason in reasons:
         if reason.kind != "undecidable":
             yield _of_reason(crossing, wanted, reason)
+    yield from _undecided(crossing, [reason for reason in reasons if reason.kind == "undecidable"])
 
 
 def _fit(state: State, wanted: type[BaseModel]) -> Fit:
@@ -144,12 +144,12 @@ def _giver_of(state: State, path: tuple[str, ...]) -> Giver:
 
 def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> Finding:
     state, to = crossing.state, crossing.to
-    by = _giver_of(state, reason.path)
+    # What nobody gives is missing in what was made last.
+    absent = reason.kind == "missing" and not reason.source and len(reason.path) == 1
+    by = state.giver if absent else _giver_of(state, reason.path)
     path = _shown(reason.path, state)
     message, mend = _told(crossing, wanted, reason, by, path)
     severity: Literal["error", "warning"] = "error" if reason.verdict is Verdict.NEVER else "warning"
-    if reason.kind == "missing" and not reason.source:
-        by = state.giver
     return Finding(
         severity, _KINDS[reason.kind], by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
         message, mend,
@@ -172,7 +172,7 @@ def _told(
     what = path or "its output"
     pair = f"{source} gives {what} as {reason.source}, {target} takes {reason.target}: {reason.what}"
     if reason.kind == "missing":
-        return _missing(crossing, wanted, reason, path)
+        return _missing(crossing, wanted, reason, by, path)
     if reason.kind == "extra":
         return (
             f"{source} gives {what or 'more'} ({reason.source}): {reason.what}",
@@ -190,9 +190,11 @@ def _told(
     }[reason.kind]
 
 
-def _missing(crossing: Crossing, wanted: type[BaseModel], reason: Reason, path: str) -> tuple[str, str]:
+def _missing(
+    crossing: Crossing, wanted: type[BaseModel], reason: Reason, by: Giver, path: str
+) -> tuple[str, str]:
     state, target = crossing.state, repr(crossing.to.node_id)
-    giver, name = repr(state.giver.node_id), reason.path[-1]
+    giver, name = repr(by.node_id), reason.path[-1]
     holder = state.model.__name__ if state.model is not None else "its output"
     message = f"{target} needs {path} ({reason.target}), and {reason.what}"
     mend = f"add it to the output of {giver}, or give it a default in {wanted.__name__}"
@@ -212,7 +214,7 @@ def _missing(crossing: Crossing, wanted: type[BaseModel], reason: Reason, path: 
     return message, mend
 
 
-def _undecided(crossing: Crossing, wanted: type[BaseModel], reasons: list[Reason]) -> Iterator[Finding]:
+def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
     """One finding for all that cannot be told: it names what to look at, and drowns nothing."""
     if not reasons:
         return
