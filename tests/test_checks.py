@@ -472,19 +472,30 @@ class House(Street):
     model_config = ConfigDict(extra="forbid")
 
 
+class Villa(House):
+    pool: bool
+
+
+class Closed(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    name: str
+    number: int | None = None
+
+
 def test_an_instance_crosses_where_its_class_is_named() -> None:
     """A subclass crosses as the instance that it is where its parent is wanted, and as a dict of fields elsewhere."""
+    fits(Villa, House, {"name": "a", "pool": True})
+    never("extra", Villa, Closed, {"name": "a", "pool": True})
     fits(House, Street, {"name": "a"})
     fits(Street, House, {"name": "a"})
     fits(Street, dict[str, Any], {"name": "a"})
     never("type", Street, str, {"name": "a"})
 
 
-def test_an_instance_is_no_other_class_of_the_union() -> None:
-    """A class that the target names crosses as an instance, which no other class of the union takes."""
-    given, taken = made(Street), made(Annotated[Street, Field()] | dict[str, int])
-    assert kinds(given, taken) == []
-    assert crosses(given, taken, x={"name": "a"})
+def test_an_instance_is_no_dict_where_its_class_is_named() -> None:
+    """A class that the target names anywhere in a field crosses as an instance there, which is no dict any more."""
+    fits(Street, Street | dict[str, Any], {"name": "a"})
+    never("type", Street, list[Street] | dict[str, Any], {"name": "a"})
 
 
 def test_recursive_models_come_to_an_end() -> None:
@@ -660,6 +671,8 @@ def test_a_collision_tells_who_wins() -> None:
     ]
     assert (found[0].source_type, found[0].target_type) == ("str", "int")
     assert "that of 'c' wins" in found[0].message
+    (_, wrong) = check(node("a"), parallel(node("b", given=Text), node("c", given=other)), node("d", Text))
+    assert (wrong.kind, wrong.source, wrong.source_type) == ("type", "c", "int")
 
 
 def test_map_over_needs_a_list() -> None:

@@ -78,6 +78,10 @@ def once(names: str) -> tuple[str, ...]:
     return _tests("test_validated_once.py", names)
 
 
+def checks(names: str) -> tuple[str, ...]:
+    return _tests("test_checks.py", names)
+
+
 def classifiers(names: str) -> tuple[str, ...]:
     return _tests("test_classifiers.py", names)
 
@@ -2874,8 +2878,171 @@ TELEMETRY: tuple[Break, ...] = (
     ),
 )
 
+CHECKS = (
+    Break(
+        "missing-fields-pass",
+        "A required field that is not given is an error.",
+        "_fit_inside.py",
+        'fits.append(Fit(Verdict.NEVER, (Reason(Verdict.NEVER, "missing", at, "", shown, what),)))',
+        "pass",
+        checks("test_a_field_that_is_not_given_is_an_error"),
+    ),
+    Break(
+        "excluded-fields-count-as-given",
+        "A field with exclude=True crosses no boundary.",
+        "_fit_records.py",
+        'if item.get("serialization_exclude") or item.get("init_only")',
+        'if item.get("init_only")',
+        checks("test_an_excluded_field_is_not_handed_on"),
+    ),
+    Break(
+        "names-win-over-aliases",
+        "A value is looked up by alias first, then by name.",
+        "_fit_records.py",
+        "(*wanted.keys, (wanted.name,)) if",
+        "((wanted.name,), *wanted.keys) if",
+        checks("test_an_alias_wins_over_the_name"),
+    ),
+    Break(
+        "extra-fields-pass",
+        "Who forbids extra fields never takes what gives more.",
+        "_fit_inside.py",
+        'if wanted.extra == "forbid":',
+        "if False:",
+        checks("test_forbidden_fields_are_an_error"),
+    ),
+    Break(
+        "none-passes",
+        "What may be None is told where None is not taken.",
+        "_fit_source.py",
+        'return [source.to(node["schema"]), source.to({"type": "none"})]',
+        'return [source.to(node["schema"])]',
+        checks("test_optional_to_required_is_a_warning"),
+    ),
+    Break(
+        "defaults-are-taken-for-validated",
+        "A default that its own type does not have is told.",
+        "_fit_source.py",
+        "and not _holds(inner, default)",
+        "and False",
+        checks("test_optional_to_required_is_a_warning"),
+    ),
+    Break(
+        "one-refused-type-is-an-error",
+        "A union is an error only if none of its types is taken.",
+        "_fit.py",
+        "if verdicts == {Verdict.NEVER}:",
+        "if Verdict.NEVER in verdicts:",
+        checks("test_a_union_is_taken_apart"),
+    ),
+    Break(
+        "strict-mode-converts",
+        "In strict mode what would be converted is an error.",
+        "_fit_leaves.py",
+        'strict = bool(target.get("strict", target_config.get("strict", False)))',
+        "strict = False",
+        checks("test_strict_mode_converts_nothing"),
+    ),
+    Break(
+        "bounds-pass",
+        "A bound that is not promised may be broken.",
+        "_fit_leaves.py",
+        "if bound is None or not _within(bound, wanted, upper):",
+        "if False:",
+        checks("test_narrowed_constraints_are_warnings"),
+    ),
+    Break(
+        "bounds-never-exclude",
+        "Constraints that exclude each other are an error.",
+        "_fit_leaves.py",
+        "if other is not None and _outside(other, wanted, upper):",
+        "if False:",
+        checks("test_constraints_that_exclude_each_other_are_errors"),
+    ),
+    Break(
+        "instances-are-no-instances",
+        "A model crosses as the instance that it is where its class is named.",
+        "_fit_inside.py",
+        'return source.kind in ("model", "dataclass") and not self._accepted.isdisjoint(cls.__mro__)',
+        "return False",
+        checks("test_an_instance_crosses_where_its_class_is_named"),
+    ),
+    Break(
+        "validators-always-accept",
+        "Where a validator of the target decides, that is said.",
+        "_fit.py",
+        'own = undecided(path, source, target, f"the validator {name} decides")',
+        "own = FITS",
+        checks("test_validators_of_the_target_are_one_warning"),
+    ),
+    Break(
+        "the-first-child-wins",
+        "A merged state is checked by what the last child gives.",
+        "_flow.py",
+        "origins[name], sides[name] = by, side",
+        "origins.setdefault(name, by), sides.setdefault(name, side)",
+        checks("test_the_merged_state_is_checked_by_who_gave_each_field test_a_collision_tells_who_wins"),
+    ),
+    Break(
+        "items-through-groups-are-wrapped",
+        "An item that is no record never reaches the nodes of a group as a field.",
+        "_flow.py",
+        "bare = isinstance(child, Group)",
+        "bare = False",
+        checks("test_the_items_of_map_over_are_checked_against_the_node"),
+    ),
+    Break(
+        "free-nodes-are-suspected",
+        "Nothing is claimed about nodes without contract.",
+        "checks.py",
+        "if not (state.loose and _is_guess(r))",
+        "if True",
+        checks("test_nothing_is_claimed_about_nodes_without_contract"),
+    ),
+    Break(
+        "check-is-ignored",
+        "RunConfig(check=True) refuses what cannot work before the store is opened.",
+        "runner.py",
+        "if config.check:",
+        "if False:",
+        checks("test_a_run_that_cannot_work_is_refused_before_the_store_is_opened"),
+    ),
+    Break(
+        "warnings-refuse-runs",
+        "Warnings refuse no run.",
+        "runner.py",
+        'if found.severity == "error"]',
+        "]",
+        checks("test_warnings_refuse_no_run"),
+    ),
+    Break(
+        "only-the-first-change",
+        "Every change since a run is told.",
+        "resumable.py",
+        "found.append(Change(at, committed.node_id, str(error)))",
+        "return [Change(at, committed.node_id, str(error))]",
+        _tests("test_resumable.py", "test_every_change_is_told"),
+    ),
+    Break(
+        "markup-in-pictures",
+        "Text of the user's is text in a picture, and nothing else.",
+        "render.py",
+        'return escape(_NO_XML.sub("\\ufffd", text), quote=True)',
+        'return _NO_XML.sub("\\ufffd", text)',
+        _tests("test_render.py", "test_no_text_is_ever_markup"),
+    ),
+    Break(
+        "errors-exit-with-0",
+        "stroma check ends with 1 if there are errors.",
+        "cli/check.py",
+        "code = Code.FAILED if errors or changes else Code.OK",
+        "code = Code.OK",
+        _tests("cli/test_check.py", "test_check_lists_errors_and_warnings"),
+    ),
+)
+
 BREAKS: tuple[Break, ...] = (
     *RETRIES, *CLASSES, *REPAIR, *CONTRACTS, *TIMEOUTS, *BUDGETS, *COMMIT, *HOOKS, *GROUPS, *CONTEXTS, *RESUME, *TRACE,
     *SCHEMAS, *PROMISES, *OWNERSHIP, *LASTING, *STORES, *COST, *IDS,
-    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY,
+    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS,
 )  # fmt: skip
