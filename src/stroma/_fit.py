@@ -148,11 +148,11 @@ class Fitter(Inside):
             self._open.discard(key)
 
     def _match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        if target.kind == "any" or alike(source, target):
+            return FITS
         alternatives = alternatives_of(source, self._kept)
         if alternatives is not None:
             return self._each(source, alternatives, target, path)
-        if target.kind == "any" or alike(source, target):
-            return FITS
         unwrapped = self._unwrap_target(source, target, path)
         if unwrapped is not None:
             return unwrapped
@@ -242,7 +242,10 @@ class Fitter(Inside):
             schema: Any = {"type": "definitions", "schema": target.node, "definitions": []}
             schema["definitions"] = [n for n in target.defs.values() if n is not target.node]
             refers = any(n["type"] == "definition-ref" for n in nodes_of(target.node))
-            if any(foreign(n) or (n["type"] == "enum" and "missing" in n) for n in nodes_of(target.node)):
+            if any(
+                (foreign(n) and not is_harmless(n)) or (n["type"] == "enum" and "missing" in n)
+                for n in nodes_of(target.node)
+            ):
                 return undecided(path, source, target, "a validator decides")
             validator = SchemaValidator(
                 cast("Any", schema if refers else target.node), cast("Any", target.config)

@@ -86,12 +86,14 @@ class Inside(ABC):
         given: Any = _CLASSES.get(source.kind)
         if source.kind == "is-instance":
             given = source.node["cls"]
+        wanted = getattr(wanted, "__origin__", wanted)  # typing.Sequence is no class, and stands for one.
         try:
             if issubclass(given, wanted):
                 return FITS
+            related = source.kind == "is-instance" or issubclass(wanted, given)
         except TypeError:
             return undecided(path, source, target, "it cannot be told before it runs")
-        if source.kind != "is-instance" and not issubclass(wanted, given):
+        if not related:
             found = Mismatch(Verdict.NEVER, "type", f"it is no {target}")
             return verdict_on(found, source, target, path)
         return undecided(path, source, target, "it cannot be told before it runs")
@@ -123,7 +125,9 @@ class Inside(ABC):
                 return undecided(path, source, target, "it is read by its attributes")
             what = f"a {cls.__name__} comes as the instance that it is, and is no {target}"
             return verdict_on(Mismatch(Verdict.NEVER, "type", what), source, target, path)
-        if target.kind in LEAVES | LISTS | {"dict", "typed-dict"}:
+        iterable = hasattr(cls, "__iter__") and target.kind in LISTS and not self._is_strict(target)
+        # A model can be iterated over, which gives pairs of names and values: those pydantic takes for a list.
+        if target.kind in LEAVES | LISTS | {"dict", "typed-dict"} and not iterable:
             what = f"a {cls.__name__} comes as the instance that it is"
             return verdict_on(Mismatch(Verdict.NEVER, "type", what), source, target, path)
         return undecided(path, source, target, "it cannot be told before it runs")

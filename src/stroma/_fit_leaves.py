@@ -211,7 +211,7 @@ def _constraints(
         found
         or _digits(source, target)
         or _finite(source, source_config, target, target_config)
-        or (_times(source, target) if kind == wanted else None)
+        or (_times(source, target) if kind == wanted or kind == "date" else None)
     )
 
 
@@ -293,7 +293,9 @@ def _finite(
 
 
 def _times(source: Node, target: Node) -> Mismatch | None:
-    zone, wanted = source.get("tz_constraint"), target.get("tz_constraint")
+    # A date comes as a time without a zone.
+    zone = "naive" if source["type"] == "date" else source.get("tz_constraint")
+    wanted = target.get("tz_constraint")
     if wanted is not None and zone != wanted:
         if {zone, wanted} == {"aware", "naive"}:
             return Mismatch(Verdict.NEVER, "constraint", f"it is {zone}, and must be {wanted}")

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import operator
 import typing
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, Final, cast
 
 from pydantic import TypeAdapter
 from pydantic_core import PydanticUndefined
@@ -63,12 +64,16 @@ def _holds(inner: Side, default: Any) -> bool:
     return default is not None or kind in ("nullable", "any")
 
 
+#: Records cross in ways of their own, and a default was never validated.
+_LOOKED_INTO: Final = frozenset({"model", "dataclass", "definition-ref", "default"})
+
+
 def alike(source: Side, target: Side) -> bool:
     """Whether both are the very same type: what was validated by it once is taken by it."""
-    if source.kind in ("any", "model", "dataclass", "definition-ref"):
+    if source.kind != target.kind or source.kind == "any":
         return False
     if source.node is target.node:
-        same = not any(foreign(n) or decodes(n) or n["type"] == "model" for n in nodes_of(source.node))
+        same = not any(foreign(n) or decodes(n) or n["type"] in _LOOKED_INTO for n in nodes_of(source.node))
     else:
         same = source.kind not in LEAVES and _same(source.node, target.node)
     return same and {**source.config, "title": 0} == {**target.config, "title": 0}
@@ -99,9 +104,13 @@ def _made_by(node: dict[str, Any]) -> dict[str, Any]:
         return inner
     if isinstance(function, type):
         return {"type": "is-instance", "cls": function}
+    if _takes_value(node):
+        return {"type": "literal", "expected": [getattr(v, "value", v) for v in choices_of(inner) or ()]}
     if not foreign(node):
-        if inner["type"] == "enum" and kind == "function-after":  # use_enum_values
-            return {"type": "literal", "expected": [member.value for member in inner["members"]]}
+        if inner["type"] == "list" and kind == "function-wrap":  # A Sequence stays what it was.
+            items = [inner.get("items_schema", UNKNOWN)]
+            many = {"type": "tuple", "items_schema": items, "variadic_item_index": 0}
+            return {"type": "union", "choices": [inner, many]}
         if is_harmless(node) or inner["type"] in ("url", "multi-host-url", "str", *LISTS):
             return inner
         return UNKNOWN
@@ -115,7 +124,17 @@ def _made_by(node: dict[str, Any]) -> dict[str, Any]:
 
 def is_harmless(node: dict[str, Any]) -> bool:
     """Whether a function of pydantic's own refuses nothing that came so far."""
-    return "path_validator" in str(getattr(node["function"].get("function"), "__qualname__", ""))
+    function = node["function"].get("function")
+    return "path_validator" in str(getattr(function, "__qualname__", "")) or _takes_value(node)
+
+
+def _takes_value(node: dict[str, Any]) -> bool:
+    """Whether it makes values of an enum's members: ``use_enum_values``."""
+    function = node["function"].get("function") if node["type"] == "function-after" else None
+    kind = node.get("schema", UNKNOWN)["type"]
+    return (kind == "enum" and isinstance(function, operator.attrgetter)) or (
+        kind == "literal" and function is not None and not foreign(node)
+    )
 
 
 def name_of(node: dict[str, Any]) -> str:
@@ -126,13 +145,13 @@ def name_of(node: dict[str, Any]) -> str:
 def _same(one: Any, other: Any) -> bool:
     """Whether two schemas are the same but for functions of pydantic's own, which it makes anew for each class."""
     if isinstance(one, dict) and isinstance(other, dict):
-        if (
-            one.get("type") != other.get("type") or foreign(one)
-            if isinstance(one.get("type"), str)
-            else False
-        ):
+        if isinstance(one.get("type"), str) and (one["type"] != other.get("type") or foreign(one)):
             return False
-        if isinstance(one.get("type"), str) and (decodes(one) or one["type"] in ("definition-ref", "model")):
+        if isinstance(one.get("type"), str) and (
+            decodes(one)
+            or one["type"] in _LOOKED_INTO
+            or (one["type"] == "function-after" and _takes_value(one))
+        ):
             return False
         skipped = {"metadata", "serialization", "ref"}
         keys = (one.keys() | other.keys()) - skipped
