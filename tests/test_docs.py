@@ -374,6 +374,7 @@ WITHOUT_MEND = {
     "the store could not keep node": "the store's own error says it",
     "{path}: {error}": "what SQLite says that nobody has met yet",
     "cannot keep this: ": "what a driver says that nobody has met yet",
+    "node {node_id}: {error}": "what is wrong with a response, said for a node",
     "hook calls raised; the first": "the hook's own exception says it",
 }
 

@@ -20,9 +20,11 @@ if TYPE_CHECKING:
     from stroma.hooks import *
     from stroma.middleware import *
     from stroma.nodes import *
+    from stroma.prices import *
     from stroma.runner import *
     from stroma.schemas import *
     from stroma.trace import *
+    from stroma.usage import *
 
 _HOMES = {
     "checkpoint": (
@@ -65,7 +67,6 @@ _HOMES = {
         "ModelHint",
         "NodeUsage",
         "StepUsage",
-        "UsageError",
         "estimate_cost_usd",
         "resolve_model",
     ),
@@ -86,9 +87,11 @@ _HOMES = {
     "hooks": ("HookError", "NodeHooks", "StepHooks"),
     "middleware": ("StromaStep", "execute_step"),
     "nodes": ("stroma_node", "stroma_step"),
+    "prices": ("update_prices",),
     "runner": ("Pipeline", "StromaRunner"),
     "schemas": ("NotSerialisable",),
     "trace": ("AttemptUsage", "ExecutionResult", "ExecutionTrace", "RunStatus", "TraceEvent"),
+    "usage": ("Usage", "UsageError", "usage_from"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -150,6 +153,7 @@ __all__ = [
     "Suspend",
     "SyncRedisStore",
     "TraceEvent",
+    "Usage",
     "UsageError",
     "classify",
     "current_node",
@@ -162,6 +166,8 @@ __all__ = [
     "resolve_model",
     "stroma_node",
     "stroma_step",
+    "update_prices",
+    "usage_from",
 ]
 
 

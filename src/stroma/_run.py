@@ -14,12 +14,12 @@ from stroma._redeliver import redeliver
 from stroma._restore import check_place, output_schema, restore
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
 from stroma.context import ReliabilityContext
-from stroma.cost import shown
 from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
 from stroma.hooks import HookError, HookNotAsync
 from stroma.nodes import Group, Node
 from stroma.schemas import NotSerialisable
 from stroma.trace import ExecutionResult, RunStatus
+from stroma.usage import shown
 
 __all__ = ["OneRun"]
 

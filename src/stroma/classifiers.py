@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import Any, Final, Literal
 
+from stroma._shape import get as _get
+
 __all__ = ["Verdict", "read_provider_error", "retry_after_seconds"]
 
 ClassName = Literal["RECOVERABLE", "TERMINAL"]
@@ -269,16 +271,6 @@ def _read_transport(exc: BaseException) -> Verdict | None:
 
 def _package(cls: type) -> str:
     return cls.__module__.partition(".")[0]
-
-
-def _get(owner: Any, name: str) -> Any:
-    """A key of a mapping or an attribute of anything else; None if there is none, or none that can be read."""
-    try:
-        return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
-        return None
 
 
 def _status(exc: BaseException, packages: set[str]) -> int | None:

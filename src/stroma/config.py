@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
 from stroma.contracts import check_id
-from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy, shown
+from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap, default_policy_map
 from stroma.hooks import AnyHooks, NodeHooks, flatten
+from stroma.usage import shown
 
 __all__ = ["RunConfig", "new_run_id"]
 

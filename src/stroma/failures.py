@@ -13,8 +13,9 @@ from pydantic import BaseModel, Field
 
 from stroma.classifiers import read_provider_error
 from stroma.contracts import ContractViolation
-from stroma.cost import BudgetExceeded, UsageError, shown
+from stroma.cost import BudgetExceeded
 from stroma.schemas import NotSerialisable
+from stroma.usage import UsageError, shown
 
 __all__ = [
     "Classifier",

@@ -213,7 +213,8 @@ def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[
     """Mark a function as a node with a contract.
 
     The function takes ``(state)`` or ``(state, ctx)`` and returns the output as a dict or a model, or a tuple
-    ``(output, tokens)``, ``(output, input_tokens, model)`` or ``(output, input_tokens, output_tokens, model)``.
+    ``(output, response)`` with the provider's response (see :func:`stroma.usage_from`), ``(output, tokens)``,
+    ``(output, input_tokens, model)`` or ``(output, input_tokens, output_tokens, model)``.
     A plain ``def`` runs in a daemon thread of its own; a timeout abandons that thread, it cannot stop it.
     """
 

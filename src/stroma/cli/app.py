@@ -32,6 +32,7 @@ _COMMANDS: Final = {
     "graph": ("stroma.cli.graph:graph", "Print which field of which node feeds which."),
     "runs": ("stroma.cli.runs:runs", "List the runs in the store, the newest first."),
     "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
+    "prices": ("stroma.cli.prices:prices", "Show what tokens of a model cost, and where that price is from."),
     "telemetry": (
         "stroma.cli.telemetry:telemetry",
         "Dashboards and alerts for the runs that are exported.",
