@@ -682,6 +682,9 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
     (shaped(status_code=400, body={"message": "over the context window"}), Verdict("TERMINAL", "context_length")),
     (shaped(status_code=400, body={"message": "over Azure's Content Management Policy"}), Verdict("TERMINAL", "content_policy")),
     (shaped(status_code=400, body={"message": "against our content policy"}), Verdict("TERMINAL", "content_policy")),
+    (shaped(status_code=429, body='{"error": {"code": "insufficient_quota"}}'), Verdict("TERMINAL", "quota")),
+    (shaped(status_code=429, body='[{"error": {"code": "insufficient_quota"}}]'), Verdict("TERMINAL", "quota")),
+    (shaped(status_code=429, body="insufficient_quota"), Verdict("RECOVERABLE", "rate_limit")),
     (shaped(status_code=429, code=["insufficient_quota"]), Verdict("RECOVERABLE", "rate_limit")),
     (shaped(response=SimpleNamespace(status=503)), Verdict("RECOVERABLE", "overloaded")),
     # only a bad request's prose is read

@@ -9,7 +9,7 @@ from stroma._tasks import in_thread, uninterrupted
 from stroma.context import NodeExecution, ReliabilityContext
 from stroma.prices import cached_pricer, find_pricer
 from stroma.trace import AttemptUsage
-from stroma.usage import Report, UsageError, check_usage, report_of, shown
+from stroma.usage import UsageError, check_usage, report_of, shown
 
 __all__ = ["count_returned", "price"]
 
@@ -28,7 +28,7 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
             except UsageError as error:
                 return output, error
             if report is not None:
-                _note(run, report)
+                run.reported = [report] if run.reported is None else [*run.reported, report]
                 return output, None
     elif len(returned) == 3:
         output, used, model = returned
@@ -42,14 +42,10 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
         check_usage(run.node_id, used, produced)
     except UsageError as error:
         return output, error
-    _note(
-        run, (used, produced, model, None)
-    )  # What report_usage() would note, which would check it once more.
+    # What report_usage() would note, which would check it once more.
+    reported = (used, produced, model, None)
+    run.reported = [reported] if run.reported is None else [*run.reported, reported]
     return output, None
-
-
-def _note(run: NodeExecution, report: Report) -> None:
-    run.reported = [report] if run.reported is None else [*run.reported, report]
 
 
 async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:

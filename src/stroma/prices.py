@@ -93,12 +93,15 @@ class _Listing:
     def __init__(self, provider: Provider, info: ModelInfo) -> None:
         self.provider = provider
         self.info = info
+        self.id = info.id
         self._rates: dict[Any, tuple[Rates, Pricer]] = {}
         #: Prices that depend on the date or the time of day are looked up for each call.
         self._timed = isinstance(info.prices, list)
         self._timed_tiers = self._timed or any(
             variant.constraint is not None for variant in info.price_variants or ()
         )
+        #: The price function of calls of which no more is known than input and output; None if it is not always one.
+        self.always = None if self._timed else self.plain()
 
     @property
     def tiers(self) -> list[str]:
@@ -210,18 +213,26 @@ def cached_pricer(model: str, detail: Usage | None = None) -> Pricer | Literal["
     if known is not None and detail is None:
         return _flat_price(*known)
     kept = _looked_up.get(model)
-    # Whoever has genai-prices refresh itself gets the new prices at once.
-    if kept is None or kept[0] is not _data.get_snapshot():
+    if kept is None:
         return "unread"
-    return _pricer(known, kept[1], detail)
+    data, listing = kept
+    # Whoever has genai-prices refresh itself gets the new prices at once.
+    if data is not _data.get_snapshot():
+        return "unread"
+    if (
+        detail is None
+        and listing is not None
+        and listing.always is not None
+        and listing.id not in KNOWN_MODELS
+    ):
+        return listing.always  # What almost all are.
+    return _pricer(known, listing, detail)
 
 
 def find_pricer(model: str, detail: Usage | None = None) -> Pricer | None:
     """The price function of a model, or None if nobody knows it. Slow the first time: call it off the event loop."""
     known = KNOWN_MODELS.get(model)
-    if known is not None and detail is None:
-        return _flat_price(*known)
-    return _pricer(known, _listing(model), detail)
+    return _pricer(known, None if known is not None and detail is None else _listing(model), detail)
 
 
 def _pricer(
@@ -229,7 +240,7 @@ def _pricer(
 ) -> Pricer | None:
     if known is None and listing is not None:
         # An entry is for all names of its model: gpt-4o-2024-11-20 is gpt-4o.
-        known = KNOWN_MODELS.get(listing.info.id)
+        known = KNOWN_MODELS.get(listing.id)
     if detail is None:
         if known is not None:
             return _flat_price(*known)
@@ -311,7 +322,7 @@ def prices_of(model: str) -> ModelPrices | None:
     listing = _listing(model)
     known = KNOWN_MODELS.get(model)
     if known is None and listing is not None:
-        known = KNOWN_MODELS.get(listing.info.id)
+        known = KNOWN_MODELS.get(listing.id)
     if known is None and listing is None:
         return None
     rates = {"standard": _overlaid(known, listing, None)}
@@ -321,7 +332,7 @@ def prices_of(model: str) -> ModelPrices | None:
     return ModelPrices(
         model,
         "genai-prices" if known is None else "KNOWN_MODELS",
-        None if listing is None else (listing.provider.id, listing.info.id),
+        None if listing is None else (listing.provider.id, listing.id),
         version,
         fetched_at,
         rates,
