@@ -128,7 +128,7 @@ def test_the_code_on_a_page_runs(
     """Every Python block of the README and the docs runs, and prints what its comments say."""
     monkeypatch.chdir(tmp_path)
     ran = run_page(page.read_text("utf-8"), page.stem, capsys)
-    assert ran >= {"README": 2, "migration": 9, "providers": 1}.get(page.stem, 0)
+    assert ran >= {"README": 2, "migration": 9, "providers": 1, "prices": 7}.get(page.stem, 0)
 
 
 @pytest.mark.parametrize(
