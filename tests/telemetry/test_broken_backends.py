@@ -171,7 +171,9 @@ async def test_flush_keeps_its_limit_whatever_an_exporter_does(caplog: pytest.Lo
         assert flushed == ["flushed"]
         assert await runner.aclose(timeout_seconds=0.05) is False
     assert flushed == ["flushed", "flushed", "closed"], "what was opened is closed all the same"
-    assert [record.getMessage() for record in caplog.records] == [
+    # An exporter of another test may still be giving up on its backend.
+    ours = [record for record in caplog.records if record.name.startswith("stroma")]
+    assert [record.getMessage() for record in ours] == [
         "a slow one: not everything was sent within 0.05 s"
     ] * 2
     ended.set()
