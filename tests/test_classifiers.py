@@ -304,31 +304,32 @@ async def test_a_huge_wish_stops_the_run(seconds: str, server: Server, delays: l
 # ---------------------------------------------------------------------- x-should-retry
 
 
-@pytest.mark.parametrize("sdk", ASK)
+_WISHES = [
+    (500, "", "false", ("TERMINAL", "server_error")),
+    (429, "", "false", ("TERMINAL", "rate_limit")),
+    (400, "", "false", ("TERMINAL", "bad_request")),
+    (418, "", "false", ("TERMINAL", "bad_request")),
+    (400, "", "true", ("RECOVERABLE", "bad_request")),
+    (404, "", "true", ("RECOVERABLE", "not_found")),
+    (418, "", "true", ("RECOVERABLE", "server_error")),
+    (500, "", "true", ("RECOVERABLE", "server_error")),
+    (400, "", "perhaps", ("TERMINAL", "bad_request")),
+    (500, "", "perhaps", ("RECOVERABLE", "server_error")),
+    # No number of tries mends these, whatever the server's frame says.
+    (401, "", "true", ("TERMINAL", "auth")),
+    (429, "insufficient_quota", "true", ("TERMINAL", "quota")),
+]
+
+
 @pytest.mark.parametrize(
-    ("status", "code", "wish", "expected"),
-    [
-        (500, "", "false", ("TERMINAL", "server_error")),
-        (429, "", "false", ("TERMINAL", "rate_limit")),
-        (400, "", "false", ("TERMINAL", "bad_request")),
-        (418, "", "false", ("TERMINAL", "bad_request")),
-        (400, "", "true", ("RECOVERABLE", "bad_request")),
-        (404, "", "true", ("RECOVERABLE", "not_found")),
-        (418, "", "true", ("RECOVERABLE", "server_error")),
-        (500, "", "true", ("RECOVERABLE", "server_error")),
-        (400, "", "perhaps", ("TERMINAL", "bad_request")),
-        (500, "", "perhaps", ("RECOVERABLE", "server_error")),
-        # No number of tries mends these, whatever the server's frame says.
-        (401, "", "true", ("TERMINAL", "auth")),
-        (429, "insufficient_quota", "true", ("TERMINAL", "quota")),
-    ],
+    ("sdk", "status", "code", "wish", "expected"),
+    # aiohttp and botocore keep no body of that shape, and so no code of it.
+    [(sdk, *row) for row in _WISHES for sdk in ASK if not (row[1] and sdk in ("aiohttp", "botocore"))],
 )
 def test_x_should_retry_is_obeyed(
     sdk: str, status: int, code: str, wish: str, expected: tuple[str, str], server: Server
 ) -> None:
     """x-should-retry overrules the status both ways, but not an exhausted quota or a wrong key."""
-    if code and sdk in ("aiohttp", "botocore"):
-        pytest.skip("it keeps no body of that shape")
     headers = {"X-Should-Retry": wish, "retry-after": "3"}
     error = error_of(lambda: ASK[sdk](server.url(Answer(status, {"error": {"type": code}}, headers))))
     assert read_provider_error(error) == Verdict(*expected, 3)  # type: ignore[arg-type]
