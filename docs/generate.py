@@ -3,7 +3,7 @@
 usage: ./dev run python docs/generate.py [--check]
 
 errors.md is made of the docstrings of the exception classes (their lines Where, Cause and Mend) and of every message
-in the source; providers.md of the cases in tests/test_classifiers.py. With --check nothing is written, and the exit
+in the source; providers.md of the cases in tests/providers. With --check nothing is written, and the exit
 code is 1 if a file is not up to date.
 """
 
@@ -11,12 +11,12 @@ from __future__ import annotations
 
 import ast
 import importlib
-import importlib.util
+import importlib.metadata
 import inspect
 import re
 import sys
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
@@ -289,10 +289,16 @@ def errors_page() -> str:
 
 def examples() -> dict[str, list[str]]:
     """Texts of the errors that make their own."""
-    from stroma import BudgetExceeded, ContractViolation
+    from stroma import BudgetExceeded, CheckFailed, ContractViolation, Finding
 
+    finding = Finding(
+        "error", "missing", "search", "answer", "0", "1", "sources", "", "list[str]",
+        "'answer' needs sources (list[str]), and Found has no such field",
+        "add it to the output of 'search', or give it a default in Question",
+    )  # fmt: skip
     wrong = [{"loc": ("urls",), "msg": "Input should be a valid list"}]
     return {
+        "CheckFailed": [str(CheckFailed([finding])).replace("\n", " ")],
         "ContractViolation": [str(ContractViolation("search", "output", {}, wrong))],
         "BudgetExceeded": [
             str(BudgetExceeded("tokens", 1000, 1200, "search")),
@@ -306,21 +312,23 @@ def upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def cases() -> ModuleType:
-    """The tests of classifiers, as a module."""
-    spec = importlib.util.spec_from_file_location(
-        "stroma_provider_cases", ROOT / "tests" / "test_classifiers.py"
-    )
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # Dataclasses look their module up.
-    spec.loader.exec_module(module)
-    return module
+def tests_module(name: str) -> ModuleType:
+    """A module of the tests, by its name."""
+    sys.path.insert(0, str(ROOT))
+    try:
+        return importlib.import_module(f"tests.{name}")
+    finally:
+        sys.path.remove(str(ROOT))
+
+
+def versions(packages: Iterable[str]) -> str:
+    """The releases of packages that the tests were run with."""
+    return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
 
 
 def providers_page() -> str:
-    tests = cases()
+    providers = tests_module("providers.cases"), tests_module("providers.cases_more")
+    sdks = tests_module("providers.clients").SDKS
     lines = [
         "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py` after a change. -->",
         "",
@@ -328,32 +336,38 @@ def providers_page() -> str:
         "",
         "Stroma reads a provider's exception by what it carries: a status, headers, codes in the body, the name of its class.",
         "It imports no SDK, and reads the exception it was raised `from` too, one level down. RECOVERABLE is tried again",
-        "(three times by default), TERMINAL is not. [Reasons](errors.md#reasons) says what to do about each.",
+        "(three times by default), AMBIGUOUS once, TERMINAL is not. [Reasons](errors.md#reasons) says what to do about each.",
         "",
-        "Give the client `max_retries=0`: Stroma counts, shows and paces the retries, and two who retry multiply.",
+        "Give the client no retries of its own (`max_retries=0` for OpenAI and Anthropic): Stroma counts, shows and paces the",
+        "retries, and two who retry multiply.",
         "",
-        "Every row was raised by the SDK itself, from a server's answer, in the tests.",
+        "Every row was raised by the SDK itself, from a server's answer, in the tests: with "
+        f"{versions(('httpx2', *sdks, 'grpcio'))}.",
     ]
-    for sdk, title in (("openai", "OpenAI"), ("anthropic", "Anthropic")):
+    for name, sdk in sdks.items():
         lines += [
             "",
-            f"## {title}",
+            f"## {sdk.title}",
             "",
             "| the server's answer | raised as | class | reason |",
             "| --- | --- | --- | --- |",
         ]
         lines += [
-            f"| {case.what} | `{case.raised}` | {case.failure_class} | {case.reason} |"
-            for case in tests.PROVIDER_CASES
-            if case.sdk == sdk
+            f"| {case.what} | `{case.raised}` | {case.failure_class} | {case.reason or ''} |"
+            for case in [*providers[0].PROVIDER_CASES, *providers[1].MORE_CASES]
+            if case.sdk == name
         ]
+    lines += ["", "## gRPC", "", "| the server's answer | class | reason |", "| --- | --- | --- |"]
+    lines += [f"| {what} | {means} | {reason or ''} |" for what, means, reason in providers[1].GRPC_CASES]
     lines += [
+        "",
+        "`grpc-retry-pushback-ms` in the trailing metadata is the wait; a negative one means TERMINAL.",
         "",
         "## Any other client",
         "",
-        "`httpx`, `httpx2`, `requests`, `aiohttp`, `botocore`, `grpc` and Google's clients are read alike, and so is any",
-        "exception with a `status_code` or a `response`. Codes that say more than the status (`insufficient_quota`,",
-        "`overloaded_error`, `context_length_exceeded` ...) win over it.",
+        "`httpx` and `httpx2` are read alike, and so is any exception with a `status_code` or a `response`. Codes that say more",
+        "than the status (`insufficient_quota`, `overloaded_error`, `context_length_exceeded` ...) win over it, where the",
+        "exception keeps the body; aiohttp's does not.",
         "",
         "| status | class | reason |",
         "| --- | --- | --- |",
@@ -370,12 +384,12 @@ def providers_page() -> str:
         "",
         "The delay before the next attempt is at least what the server asks for. If that is more than",
         "`FailurePolicy.max_retry_after_seconds` (120), the run stops as PARTIAL, and `result.failure.retry_after_seconds` says",
-        "when to come back. At Fri, 15 Jan 2027 08:00:00 GMT:",
+        "when to come back. Google says it in the body (`retryDelay`), the others in headers. At Fri, 15 Jan 2027 08:00:00 GMT:",
         "",
         "| headers | wait |",
         "| --- | --- |",
     ]
-    for headers, seconds in tests.RETRY_AFTER:
+    for headers, seconds in tests_module("providers.waits").RETRY_AFTER:
         if headers and len(str(headers)) < 100:
             text = ", ".join(f"`{key}: {value.strip()}`" for key, value in headers.items())
             lines.append(f"| {text} | {'none' if seconds is None else f'{seconds:g} s'} |")

@@ -32,6 +32,7 @@ import stroma
 from stroma import (
     AsyncInMemoryStore,
     BudgetExceeded,
+    CheckFailed,
     CheckpointNotFound,
     ContractRegistry,
     ContractViolation,
@@ -127,7 +128,7 @@ def test_the_code_on_a_page_runs(
     """Every Python block of the README and the docs runs, and prints what its comments say."""
     monkeypatch.chdir(tmp_path)
     ran = run_page(page.read_text("utf-8"), page.stem, capsys)
-    assert ran >= {"README": 2, "migration": 9, "providers": 1}.get(page.stem, 0)
+    assert ran >= {"README": 2, "migration": 9, "providers": 1, "prices": 7}.get(page.stem, 0)
 
 
 @pytest.mark.parametrize(
@@ -373,6 +374,7 @@ WITHOUT_MEND = {
     "the store could not keep node": "the store's own error says it",
     "{path}: {error}": "what SQLite says that nobody has met yet",
     "cannot keep this: ": "what a driver says that nobody has met yet",
+    "node {node_id}: {error}": "what is wrong with a response, said for a node",
     "hook calls raised; the first": "the hook's own exception says it",
 }
 
@@ -578,6 +580,16 @@ async def no_contract(path: Path) -> Any:
     ContractRegistry().get("read")
 
 
+async def cannot_work(path: Path) -> Any:
+    needs = stroma_node("needs", NodeContract(node_id="needs", input_schema=Strict, output_schema=Text))(
+        a_function
+    )
+    await run([a_node("read", {}), needs], check=True)
+
+
+async def a_function(state: Any) -> Any: ...
+
+
 async def over_by_hand(path: Path) -> Any:
     tracker = CostTracker()
     tracker.record(NodeUsage("read", 11, 0.0, 0))
@@ -604,6 +616,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (violation, ContractViolation, ["'shorten'", "output", "text: Input should be a valid string"], ""),
     (budget, BudgetExceeded, ["'shorten'", "10 tokens", "11 tokens"], "raise max_tokens_total"),
     (over_by_hand, BudgetExceeded, ["'read'"], "raise max_tokens_total"),
+    (cannot_work, CheckFailed, ["'read'", "'needs'", "number (int)"], "add it to the output of 'read'"),
     (usage, UsageError, ["'shorten'", "-1"], "report whole numbers of tokens"),
     (unpriced, UsageError, ["'shorten'", "'no-such-model'"], "add it to KNOWN_MODELS"),
     (unserialisable, NotSerialisable, ["Secret.key"], ""),
@@ -674,7 +687,12 @@ async def settled(value: Any) -> Any:
 
 @pytest.mark.parametrize(
     "error",
-    [ContractViolation("a", "output", {}, []), BudgetExceeded("tokens", 1, 2, "a"), Fenced("x")],
+    [
+        ContractViolation("a", "output", {}, []),
+        BudgetExceeded("tokens", 1, 2, "a"),
+        Fenced("x"),
+        CheckFailed([]),
+    ],
     ids=lambda error: type(error).__name__,
 )
 def test_errors_survive_pickling(error: Exception) -> None:

@@ -8,12 +8,12 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
+from genai_prices import data_snapshot
 from pydantic import BaseModel
 
 from stroma import (
@@ -30,10 +30,10 @@ from stroma import (
     SQLiteStore,
     StoreError,
     StromaRunner,
-    cost,
     current_node,
     map_over,
     parallel,
+    prices,
     stroma_node,
 )
 
@@ -132,20 +132,21 @@ def test_new_records_are_frozen() -> None:
 async def test_prices_are_read_once_and_off_the_event_loop(monkeypatch: pytest.MonkeyPatch) -> None:
     """The price data is imported off the event loop, and asked once for each model."""
     asked: list[tuple[str, bool]] = []
+    find = data_snapshot.DataSnapshot.find_provider_model
 
-    def read(model: str) -> Callable[[int, int], float]:
+    def read(self: Any, model: str, *more: Any) -> Any:
         asked.append((model, threading.current_thread() is threading.main_thread()))
-        return lambda given, made: given * 0.5
+        return find(self, model, *more)
 
     async def func(state: Num) -> Any:
-        return {"n": 1}, 3, "read once"
+        return {"n": 1}, 4_000_000, "gpt-5"
 
-    monkeypatch.setattr(cost, "_priced", {})
-    monkeypatch.setattr(cost, "_from_genai_prices", read)
+    monkeypatch.setattr(prices, "_looked_up", {})
+    monkeypatch.setattr(data_snapshot.DataSnapshot, "find_provider_model", read)
     for _ in range(2):
         result = await quick().run([node("a", func), node("b", func)], Num())
-        assert result.total_cost_usd == 3.0
-    assert asked == [("read once", False)]
+        assert result.total_cost_usd == 10.0
+    assert asked == [("gpt-5", False)]
 
 
 # ---------------------------------------------------------------------- what is logged and recorded

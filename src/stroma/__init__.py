@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from stroma.checkpoint import *
+    from stroma.checks import *
     from stroma.config import *
     from stroma.context import *
     from stroma.contracts import *
@@ -19,9 +20,11 @@ if TYPE_CHECKING:
     from stroma.hooks import *
     from stroma.middleware import *
     from stroma.nodes import *
+    from stroma.prices import *
     from stroma.runner import *
     from stroma.schemas import *
     from stroma.trace import *
+    from stroma.usage import *
 
 _HOMES = {
     "checkpoint": (
@@ -44,6 +47,7 @@ _HOMES = {
         "SyncRedisStore",
         "open_store",
     ),
+    "checks": ("CheckFailed", "Finding"),
     "config": ("RunConfig",),
     "context": ("NodeExecution", "ReliabilityContext", "current_node", "current_run"),
     "contracts": (
@@ -63,7 +67,6 @@ _HOMES = {
         "ModelHint",
         "NodeUsage",
         "StepUsage",
-        "UsageError",
         "estimate_cost_usd",
         "resolve_model",
     ),
@@ -84,9 +87,11 @@ _HOMES = {
     "hooks": ("HookError", "NodeHooks", "StepHooks"),
     "middleware": ("StromaStep", "execute_step"),
     "nodes": ("stroma_node", "stroma_step"),
+    "prices": ("update_prices",),
     "runner": ("Pipeline", "StromaRunner"),
     "schemas": ("NotSerialisable",),
     "trace": ("AttemptUsage", "ExecutionResult", "ExecutionTrace", "RunStatus", "TraceEvent"),
+    "usage": ("Usage", "UsageError", "usage_from"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 
@@ -97,6 +102,7 @@ __all__ = [
     "AttemptUsage",
     "BoundaryValidator",
     "BudgetExceeded",
+    "CheckFailed",
     "CheckpointLost",
     "CheckpointManager",
     "CheckpointNotFound",
@@ -114,6 +120,7 @@ __all__ = [
     "FailurePolicy",
     "FallbackPolicy",
     "Fenced",
+    "Finding",
     "HookError",
     "InMemoryStore",
     "ModelHint",
@@ -146,6 +153,7 @@ __all__ = [
     "Suspend",
     "SyncRedisStore",
     "TraceEvent",
+    "Usage",
     "UsageError",
     "classify",
     "current_node",
@@ -158,6 +166,8 @@ __all__ = [
     "resolve_model",
     "stroma_node",
     "stroma_step",
+    "update_prices",
+    "usage_from",
 ]
 
 

@@ -287,7 +287,7 @@ async def _attempt(
     except BaseException as broken:
         # Whatever a validator raises: nothing was awaited, so nobody cancels or closes us.
         raw = _raw_picture(value)
-        violation = as_violation(run.node_id, "input", raw, broken)
+        violation = as_violation(run.node_id, "input", raw, broken, None if given is None else given.model)
         return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
     if fire.on_node_start is not None:
         await _fire_start(ctx, run, state, picture)
@@ -344,7 +344,7 @@ async def _attempt(
         await _abandon(ctx, run, begin, 0, picture, interrupt)
         raise
     except BaseException as broken:
-        violation = as_violation(run.node_id, "output", output, broken)
+        violation = as_violation(run.node_id, "output", output, broken, promised.model)
         return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
 
     # ---- the verdict, before the commit and part of it

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from pydantic import BaseModel
@@ -13,7 +13,7 @@ from stroma.contracts import NodeContract
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import Schema, schema_of
 
-__all__ = ["check_committed", "output_schema", "raw_output", "read_output", "restore"]
+__all__ = ["check_committed", "check_place", "output_schema", "raw_output", "read_output", "restore"]
 
 
 async def restore(
@@ -155,3 +155,30 @@ def check_committed(
             f"{schema.model.__name__} ({_difference(schema, committed)}); restore it, give the contract an upcast, "
             "allow_changes=True, or begin a new run"
         )
+
+
+def check_place(
+    ctx: ReliabilityContext, nodes: Sequence[Node | Group], committed: Committed, position: int, branch: str
+) -> None:
+    """Raise PipelineChanged unless the pipeline has the node of a committed output at its place, with its contract."""
+    if ctx.config.allow_changes:
+        return
+    if position >= len(nodes):
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} at position "
+            f"{position}, and the pipeline has only {len(nodes)} nodes; restore it, or begin a new run"
+        )
+    node = nodes[position]
+    group: str | None = None
+    for index in map(int, branch.split(".") if branch else ()):
+        children = node.children if isinstance(node, Group) else ()
+        place = 0 if isinstance(node, Group) and node.each else index
+        if place >= len(children):
+            raise PipelineChanged(
+                f"run {ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} inside "
+                f"position {position}, and {node.node_id!r} has no such child; restore it, or begin a new run"
+            )
+        node, group = children[place], node.node_id
+    # What a group gives depends on its input, so its schema is checked when it is restored.
+    schema = output_schema(ctx, node, None) if isinstance(node, Node) else None
+    check_committed(ctx, node, schema, committed, position, branch, group)

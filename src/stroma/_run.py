@@ -11,15 +11,15 @@ from pydantic import BaseModel
 
 from stroma._engine import Halt, execute
 from stroma._redeliver import redeliver
-from stroma._restore import check_committed, output_schema, restore
+from stroma._restore import check_place, output_schema, restore
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
 from stroma.context import ReliabilityContext
-from stroma.cost import shown
 from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
 from stroma.hooks import HookError, HookNotAsync
 from stroma.nodes import Group, Node
 from stroma.schemas import NotSerialisable
 from stroma.trace import ExecutionResult, RunStatus
+from stroma.usage import shown
 
 __all__ = ["OneRun"]
 
@@ -135,27 +135,7 @@ class OneRun:
 
     def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
         """Refuse a changed pipeline before anything runs, what stands inside its groups included."""
-        if self.ctx.config.allow_changes:
-            return
-        if position >= len(self.nodes):
-            raise PipelineChanged(
-                f"run {self.ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} at position "
-                f"{position}, and the pipeline has only {len(self.nodes)} nodes; restore it, or begin a new run"
-            )
-        node = self.nodes[position]
-        group: str | None = None
-        for index in map(int, branch.split(".") if branch else ()):
-            children = node.children if isinstance(node, Group) else ()
-            place = 0 if isinstance(node, Group) and node.each else index
-            if place >= len(children):
-                raise PipelineChanged(
-                    f"run {self.ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} inside "
-                    f"position {position}, and {node.node_id!r} has no such child; restore it, or begin a new run"
-                )
-            node, group = children[place], node.node_id
-        # What a group gives depends on its input, so its schema is checked when it is restored.
-        schema = output_schema(self.ctx, node, self.initial) if isinstance(node, Node) else None
-        check_committed(self.ctx, node, schema, committed, position, branch, group)
+        check_place(self.ctx, self.nodes, committed, position, branch)
 
     async def _skip_to(self, start: int) -> None:
         """The published way of resuming: go on from the checkpoint of the node before, whatever lies further back."""

@@ -7,12 +7,13 @@ from typing import Any, Final
 
 from stroma._tasks import in_thread, uninterrupted
 from stroma.context import NodeExecution, ReliabilityContext
-from stroma.cost import UsageError, cached_pricer, check_usage, find_pricer, shown
+from stroma.prices import cached_pricer, find_pricer
 from stroma.trace import AttemptUsage
+from stroma.usage import UsageError, check_usage, report_of, shown
 
 __all__ = ["count_returned", "price"]
 
-_SHAPES: Final = "return the output, (output, tokens), (output, input_tokens, model) or (output, input_tokens, output_tokens, model)"
+_SHAPES: Final = "return the output, (output, response), (output, tokens), (output, input_tokens, model) or (output, input_tokens, output_tokens, model)"
 
 
 def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
@@ -21,6 +22,14 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
     produced: Any = 0
     if len(returned) == 2:
         output, used = returned
+        if type(used) is not int:
+            try:
+                report = report_of(run.node_id, used)
+            except UsageError as error:
+                return output, error
+            if report is not None:
+                run.reported = [report] if run.reported is None else [*run.reported, report]
+                return output, None
     elif len(returned) == 3:
         output, used, model = returned
     elif len(returned) == 4:
@@ -33,7 +42,8 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
         check_usage(run.node_id, used, produced)
     except UsageError as error:
         return output, error
-    reported = (used, produced, model)  # What report_usage() would note, which would check it once more.
+    # What report_usage() would note, which would check it once more.
+    reported = (used, produced, model, None)
     run.reported = [reported] if run.reported is None else [*run.reported, reported]
     return output, None
 
@@ -43,18 +53,18 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
     cancelled = False
     problem: UsageError | None = None
     tokens, produced, cost, named = 0, 0, 0.0, None
-    for given, made, model in run.take_reported():
+    for given, made, model, detail in run.take_reported():
         tokens += given + made
         produced += made
         if model is None:
             continue
         named = model
         try:
-            pricer = cached_pricer(model)
+            pricer = cached_pricer(model, detail)
             if pricer == "unread":
                 # The price data takes a quarter of a second to import: not on the event loop.
-                cancelled |= (await uninterrupted(in_thread(find_pricer, (model,))))[1]
-                pricer = find_pricer(model)
+                cancelled |= (await uninterrupted(in_thread(find_pricer, (model, detail))))[1]
+                pricer = find_pricer(model, detail)
             asked = 0.0 if pricer is None else pricer(given, made)
             if not (math.isfinite(asked) and asked >= 0):
                 raise ValueError(f"it comes to {asked!r} USD")

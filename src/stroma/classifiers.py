@@ -15,6 +15,8 @@ from dataclasses import dataclass, replace
 from datetime import UTC
 from typing import Any, Final, Literal
 
+from stroma._shape import get as _get
+
 __all__ = ["Verdict", "read_provider_error", "retry_after_seconds"]
 
 ClassName = Literal["RECOVERABLE", "TERMINAL"]
@@ -75,6 +77,16 @@ _CODES: Final[dict[str, Verdict]] = {
     "content_policy_violation": _CONTENT,
     "moderation_blocked": _CONTENT,
     "overloaded_error": _OVERLOADED,
+    # Google's ErrorInfo, beside a 400 or 403.
+    "API_KEY_INVALID": _AUTH,
+    "BILLING_DISABLED": _QUOTA,
+    "PerDay": _QUOTA,  # A quota of the day that is used up: see _codes.
+    # AWS: a key that is wrong or out of date has 400 or 403, a model that failed 424.
+    "ExpiredTokenException": _AUTH,
+    "InvalidSignatureException": _AUTH,
+    "UnrecognizedClientException": _AUTH,
+    "ModelErrorException": _SERVER,
+    "ModelNotReadyException": _OVERLOADED,
     # Some of AWS's services say these with status 400.
     "Throttling": _RATE_LIMIT,
     "ThrottlingException": _RATE_LIMIT,
@@ -94,7 +106,16 @@ _STREAMED: Final[dict[str, Verdict]] = {
     "not_found_error": _NOT_FOUND,
     "request_too_large": _TOO_LARGE,
     "invalid_request_error": _BAD_REQUEST,
+    # AWS
+    "throttlingException": _RATE_LIMIT,
+    "serviceUnavailableException": _OVERLOADED,
+    "internalServerException": _SERVER,
+    "modelStreamErrorException": _SERVER,
+    "modelTimeoutException": _TIMEOUT,
+    "validationException": _BAD_REQUEST,
 }
+#: Statuses that mean something of their own at one provider.
+_OWN: Final[dict[tuple[str, int], Verdict]] = {("cohere", 498): _CONTENT}  # a token of its deny-list
 #: What a bad request is about where only its prose tells. It is TERMINAL either way: new words cost a good reason,
 #: never the class.
 _PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
@@ -103,11 +124,23 @@ _PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
     ("context length", _CONTEXT),
     ("context limit", _CONTEXT),
     ("context window", _CONTEXT),
+    ("too many tokens", _CONTEXT),
     ("maximum number of tokens", _CONTEXT),
     ("content filtering policy", _CONTENT),
     ("content management policy", _CONTENT),
     ("content policy", _CONTENT),
     ("credit balance is too low", _QUOTA),
+)
+#: The same for a rate limit that no wait of ours outlasts.
+_LASTING: Final[tuple[tuple[str, Verdict], ...]] = (("api calls / month", _QUOTA),)
+#: And for what gRPC's client says of its own under a status that a server gives too.
+_GRPC_PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
+    ("message larger than max", _TOO_LARGE),
+    ("failed to connect", _CONNECTION),
+    ("errors resolving", _CONNECTION),
+    ("dns resolution failed", _CONNECTION),
+    ("connection reset", _CONNECTION),
+    ("socket closed", _CONNECTION),
 )
 #: The statuses of gRPC, as Google's HTTP interfaces translate them.
 _GRPC: Final = {
@@ -128,18 +161,22 @@ _GRPC: Final = {
 #: Without a status: the names of an exception's bases that come from a client's package. The first match counts.
 _CLIENTS: Final = frozenset(
     {
-        "aiohttp", "anthropic", "botocore", "httpcore", "httpcore2", "httpx", "httpx2", "openai", "requests",
-        "urllib3",
+        "aiohttp", "anthropic", "botocore", "google", "httpcore", "httpcore2", "httpx", "httpx2", "mistralai",
+        "openai", "requests", "urllib3",
     }
 )  # fmt: skip
 _NAMES: Final[tuple[tuple[frozenset[str], Verdict], ...]] = (
     # Subclasses of transport errors that no second try mends.
     (
         frozenset(
-            {"UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "MissingSchema", "InvalidSchema"}
+            {
+                "UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "MissingSchema", "InvalidSchema",
+                "NoRegionError", "ParamValidationError",
+            }
         ),
         _BAD_REQUEST,
     ),
+    (frozenset({"DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError"}), _AUTH),
     (frozenset({"ContentFilterFinishReasonError"}), _CONTENT),
     (
         frozenset(
@@ -155,6 +192,7 @@ _NAMES: Final[tuple[tuple[frozenset[str], Verdict], ...]] = (
             {
                 "APIConnectionError", "TransportError", "NetworkError", "RemoteProtocolError", "ConnectionError",
                 "ClientConnectionError", "ClientPayloadError", "ChunkedEncodingError", "ConnectionClosedError",
+                "IncompleteReadError", "NoResponseError", "ResponseStreamingError",
             }
         ),
         _CONNECTION,
@@ -182,28 +220,45 @@ def read_provider_error(exc: BaseException) -> Verdict | None:
 
 
 def _read(exc: BaseException) -> Verdict | None:
-    levels = _levels(exc)
+    packages = {_package(cls) for cls in type(exc).__mro__}
+    levels = _levels(exc, packages)
     codes = list(_codes(exc, levels))
     found = next((_CODES[code] for code in codes if code in _CODES), None)
-    status = _status(exc)
+    status = _status(exc, packages)
     if found is None and status is not None:
-        found = _STATUS.get(status) or (_SERVER if status >= 500 else None)
+        own = (_OWN.get((package, status)) for package in packages)
+        found = next(filter(None, own), None) or _STATUS.get(status) or (_SERVER if status >= 500 else None)
     if found is None and (status is None or status < 400):
         found = next((_STREAMED[code] for code in codes if code in _STREAMED), None)
+    if found is not None:
+        found = _read_prose(found, levels, packages)
     if status is None:
         return found or _read_transport(exc)
-    if found is _BAD_REQUEST:
-        prose = " ".join(
-            str(_get(level, name)) for level in levels for name in ("message", "Message")
-        ).lower()
-        found = next((verdict for phrase, verdict in _PHRASES if phrase in prose), found)
-    headers = _headers(exc)
+    headers = _headers(exc, packages)
     wish = headers.get("x-should-retry")
     if wish == "false" and status >= 400:
         found = replace(found or _BAD_REQUEST, failure_class="TERMINAL")
     elif wish == "true" and status >= 400 and found is not _QUOTA and found is not _AUTH:
         found = replace(found or _SERVER, failure_class="RECOVERABLE")
-    return found and replace(found, retry_after=retry_after_seconds(headers))
+    if found is None:
+        return None
+    asked = retry_after_seconds(headers)
+    return replace(found, retry_after=_retry_delay(levels) if asked is None else asked)
+
+
+def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdict:
+    """The same verdict, or a better one where the message says more than the status and the codes."""
+    phrases: tuple[tuple[str, Verdict], ...] = ()
+    if found is _BAD_REQUEST:
+        phrases = _PHRASES
+    elif found is _RATE_LIMIT:
+        phrases = _LASTING
+    if "grpc" in packages:
+        phrases += _GRPC_PHRASES
+    if not phrases:
+        return found
+    prose = " ".join(str(_get(level, name)) for level in levels for name in ("message", "Message")).lower()
+    return next((verdict for phrase, verdict in phrases if phrase in prose), found)
 
 
 def _read_transport(exc: BaseException) -> Verdict | None:
@@ -218,33 +273,36 @@ def _package(cls: type) -> str:
     return cls.__module__.partition(".")[0]
 
 
-def _get(owner: Any, name: str) -> Any:
-    """A key of a mapping or an attribute of anything else; None if there is none, or none that can be read."""
-    try:
-        return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException:
-        return None
-
-
-def _status(exc: BaseException) -> int | None:
+def _status(exc: BaseException, packages: set[str]) -> int | None:
     response = _get(exc, "response")
     places = [(exc, "status_code"), (exc, "status"), (response, "status_code"), (response, "status")]
     places.append((_get(response, "ResponseMetadata"), "HTTPStatusCode"))  # botocore
-    packages = {_package(cls) for cls in type(exc).__mro__}
     if "google" in packages:
-        places.append((exc, "code"))
+        # Before the response, whose status is 200 where an error came in the middle of a stream.
+        places.insert(0, (exc, "code"))
     for owner, name in places:
         value = _get(owner, name)
         if isinstance(value, int) and 100 <= value <= 599:
             return int(value)
-    if "grpc" in packages and callable(code := _get(exc, "code")):
-        return _GRPC.get(str(_get(code(), "name")))
+    if "grpc" in packages:
+        return _GRPC.get(str(_get(_call(exc, "code"), "name")))
     return None
 
 
-def _headers(exc: BaseException) -> dict[str, str]:
+def _call(exc: BaseException, name: str) -> Any:
+    """What a method without arguments gives, as gRPC's exceptions have; None if there is none."""
+    method = _get(exc, name)
+    return method() if callable(method) else None
+
+
+def _headers(exc: BaseException, packages: set[str]) -> dict[str, str]:
+    if "grpc" in packages:
+        found = {str(key).lower(): str(value) for key, value in _call(exc, "trailing_metadata") or ()}
+        if (pushback := found.get("grpc-retry-pushback-ms")) is not None:
+            found["retry-after-ms"] = pushback
+            if pushback.strip().startswith("-"):  # gRPC's way to say: do not try again.
+                found["x-should-retry"] = "false"
+        return found
     response = _get(exc, "response")
     places = (
         (response, "headers"),
@@ -262,19 +320,28 @@ def _headers(exc: BaseException) -> dict[str, str]:
     return {}
 
 
-def _levels(exc: BaseException) -> list[Any]:
+def _levels(exc: BaseException, packages: set[str]) -> list[Any]:
     """Where codes and messages stand: the exception, and its body from the outside in."""
+    if "grpc" in packages:
+        return [exc, {"message": _call(exc, "details")}]
+    if "aiohttp" in packages:
+        return []  # It keeps no body, and warns whoever asks for its code.
     response = _get(exc, "response")
     body = _get(exc, "body")
     if body is None and isinstance(response, Mapping):
         return [exc, _get(response, "Error")]
+    if body is None and isinstance(_get(exc, "details"), Mapping):
+        body = _get(exc, "details")  # google
     if body is None:
         # httpx has the body on the response; a body that was never read must not be fetched here.
-        content = _get(response, "_content")
+        body = _get(response, "_content")
+    if isinstance(body, (bytes, str)):
         try:
-            body = json.loads(content) if isinstance(content, bytes) and len(content) < 65_536 else None
+            body = json.loads(body) if len(body) < 65_536 else None
         except (ValueError, RecursionError):
             body = None
+    if isinstance(body, list) and len(body) == 1:
+        body = body[0]  # google, from some of its addresses
     return [exc, body, _get(body, "error")]
 
 
@@ -284,6 +351,31 @@ def _codes(exc: BaseException, levels: list[Any]) -> Iterator[str]:
             value = _get(level, name)
             if isinstance(value, str):
                 yield value
+    for detail in _details(levels):
+        reason = _get(detail, "reason")
+        if isinstance(reason, str):
+            yield reason
+        violations = _get(detail, "violations")
+        for violation in violations if isinstance(violations, list) else ():
+            # The wait that is asked for beside it is of seconds, for a quota that is filled again at midnight.
+            if "PerDay" in str(_get(violation, "quotaId")):
+                yield "PerDay"
+
+
+def _details(levels: list[Any]) -> Iterator[Any]:
+    """What Google's errors say in a list: ErrorInfo, QuotaFailure, RetryInfo."""
+    for level in levels[1:]:
+        details = _get(level, "details")
+        if isinstance(details, list):
+            yield from details
+
+
+def _retry_delay(levels: list[Any]) -> float | None:
+    for detail in _details(levels):
+        delay = _get(detail, "retryDelay")
+        if isinstance(delay, str):
+            return retry_after_seconds({"retry-after": delay.removesuffix("s")})
+    return None
 
 
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:

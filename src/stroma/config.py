@@ -9,9 +9,10 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
 from stroma.contracts import check_id
-from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy, shown
+from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap, default_policy_map
 from stroma.hooks import AnyHooks, NodeHooks, flatten
+from stroma.usage import shown
 
 __all__ = ["RunConfig", "new_run_id"]
 
@@ -73,6 +74,8 @@ class RunConfig(BaseModel):
             only for a holder known to be gone.
         allow_changes: go on with outputs of a pipeline that has changed since, by their positions: what a node's schema
             accepts is its output, whatever recorded it.
+        check: prove before each run that every node's output can satisfy the next node's input, and raise CheckFailed where
+            it never can.
         lease_seconds: for how long the run belongs to a process that is not heard of any more.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
         unknown_model: what a model that nobody has a price for is: "warn" counts it as 0, "error" stops the run.
@@ -102,6 +105,7 @@ class RunConfig(BaseModel):
     if_exists: Literal["restart", "resume", "return", "error"] = "restart"
     if_running: Literal["error", "attach", "take_over"] = "error"
     allow_changes: bool = False
+    check: bool = False
     lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
     unknown_model: Literal["warn", "error"] = "warn"

@@ -31,7 +31,7 @@ from stroma.checkpoint import (
 )
 from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
-from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, check_usage, fallback_due, limits
+from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, fallback_due, limits
 from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, Suspend, is_a, message_of
 from stroma.hooks import NO_HOOKS, AnyHooks, Calls, HookNotAsync, Hooks, flatten
 from stroma.nodes import Kept, Node
@@ -52,6 +52,7 @@ from stroma.trace import (
     TraceEvent,
     secrets_in,
 )
+from stroma.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -115,7 +116,7 @@ class NodeExecution:
     #: Which call of its step id this is, outside of any pipeline.
     step: StepCall | None = None
     #: What report_usage() was told and nobody has counted yet.
-    reported: list[tuple[int, int, str | None]] | None = None
+    reported: list[Report] | None = None
     #: The row of the attempt that has just ended, while its hooks run.
     ended: Row | None = None
     _notes: dict[Any, Any] | None = None
@@ -234,11 +235,11 @@ class NodeExecution:
         """What this attempt used so far: what was counted, and what was reported since. Its price comes when it ends."""
         if self.reported is None:
             return self.counted
-        tokens = sum(given + made for given, made, _ in self.reported)
-        named = [model for *_, model in self.reported if model is not None]
+        tokens = sum(given + made for given, made, *_ in self.reported)
+        named = [model for _, _, model, _ in self.reported if model is not None]
         return AttemptUsage(
             self.counted.tokens + tokens,
-            self.counted.output_tokens + sum(made for _, made, _ in self.reported),
+            self.counted.output_tokens + sum(made for _, made, *_ in self.reported),
             self.counted.cost_usd,
             named[-1] if named else self.counted.model,
         )
@@ -258,16 +259,49 @@ class NodeExecution:
         return RemainingBudget(None if tokens is None else int(tokens), left.get("cost"), left.get("latency"))
 
     def report_usage(
-        self, *, input_tokens: int = 0, output_tokens: int = 0, model: str | None = None
+        self,
+        response: object = None,
+        /,
+        *,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+        model: str | None = None,
+        cached_input_tokens: int = 0,
+        cache_write_tokens: int = 0,
+        tier: str | None = None,
     ) -> None:
         """Count tokens of this attempt at once, so that they count even if it fails half-way; calls add up.
 
-        What the node returns as usage comes on top. Raises UsageError for anything but whole numbers, zero or more.
+        Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or figures, of
+        which the tokens of a cache are parts of the input. What the node returns as usage comes on top. Raises
+        UsageError for what cannot be counted.
         """
-        check_usage(self.node_id, input_tokens, output_tokens)
+        if response is not None:
+            if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
+                raise UsageError(f"node {self.node_id!r} reported a response and figures; report one of them")
+            report = report_of(self.node_id, response, model=model, tier=tier)
+            if report is None:
+                raise UsageError(
+                    f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or input_tokens="
+                )
+        elif cached_input_tokens or cache_write_tokens or tier is not None:
+            report = report_of_figures(
+                self.node_id,
+                {
+                    "input_tokens": input_tokens,
+                    "output_tokens": output_tokens,
+                    "cached_input_tokens": cached_input_tokens,
+                    "cache_write_tokens": cache_write_tokens,
+                    "model": model,
+                    "tier": tier,
+                },
+            )
+        else:
+            check_usage(self.node_id, input_tokens, output_tokens)
+            report = (input_tokens, output_tokens, model, None)
         if self.reported is None:
             self.reported = []
-        self.reported.append((input_tokens, output_tokens, model))
+        self.reported.append(report)
 
     @property
     def signal(self) -> Any:
@@ -301,7 +335,7 @@ class NodeExecution:
         waiting = self.ctx.session.waiting.get((self.position, self.branch))
         return None if waiting is None or waiting.payload is None else (waiting.payload, waiting.schema_ref)
 
-    def take_reported(self) -> list[tuple[int, int, str | None]]:
+    def take_reported(self) -> list[Report]:
         """What was reported and not yet counted."""
         reported, self.reported = self.reported or [], None
         return reported

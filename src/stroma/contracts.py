@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from stroma._prompt import repair_prompt
 from stroma.schemas import schema_of
 
 __all__ = [
@@ -84,11 +85,15 @@ class ContractViolation(Exception):
         direction: "input" or "output".
         raw: the offending value as a dict.
         errors: pydantic's error dicts (``type``, ``loc``, ``msg``, ``input``).
+        schema: the model that it should have been; None if that is not known.
 
     Where: ``result.failure`` of a FAILED run; out of ``BoundaryValidator`` and ``ContractRegistry.validate_*``.
     Cause: the input of a node, or what it returned, is not what its schema says.
-    Mend: correct the node or the schema at the fields that are named; ``contract_retries`` grants further attempts.
+    Mend: correct the node or the schema at the fields that are named. ``contract_retries`` grants further attempts, and
+        ``current_node().last_failure.as_prompt()`` is what to tell the model in them.
     """
+
+    schema: type[BaseModel] | None = None
 
     def __init__(self, node_id: str, direction: Direction, raw: dict[str, Any], errors: list[Any]) -> None:
         super().__init__(node_id, direction, raw, errors)
@@ -103,6 +108,19 @@ class ContractViolation(Exception):
         text = "; ".join(shown) + (f"; ... and {rest} more" if rest > 0 else "")
         return f"Contract violation for {self.node_id!r} ({self.direction}): {text}"
 
+    def __reduce__(self) -> Any:
+        # Without the class: one that was made in a function cannot be pickled, nor what refers to it.
+        kept = {name: value for name, value in self.__dict__.items() if name != "schema"}
+        return type(self), self.args, kept
+
+    def as_prompt(self, *, max_chars: int = 2000) -> str:
+        """What is wrong, as a text for the model whose answer it was, of at most ``max_chars`` characters.
+
+        It says of each field what is wrong, what came, and what is expected, in a compact form of the schema. What the
+        schema declares as a secret (``SecretStr``) is masked.
+        """
+        return repair_prompt(self.direction, self.errors, self.raw, self.schema, max_chars)
+
 
 def _describe(error: Any) -> str:
     if not isinstance(error, dict):
@@ -112,7 +130,13 @@ def _describe(error: Any) -> str:
     return f"{path}: {message}" if path else message
 
 
-def as_violation(node_id: str, direction: Direction, raw: Any, error: BaseException) -> ContractViolation:
+def as_violation(
+    node_id: str,
+    direction: Direction,
+    raw: Any,
+    error: BaseException,
+    schema: type[BaseModel] | None = None,
+) -> ContractViolation:
     """The ContractViolation for what a validator raised."""
     if isinstance(error, ValidationError):
         errors: list[Any] = list(error.errors(include_url=False))
@@ -123,6 +147,7 @@ def as_violation(node_id: str, direction: Direction, raw: Any, error: BaseExcept
     shown = raw if isinstance(raw, dict) else {"value": raw}
     violation = ContractViolation(node_id, direction, shown, errors)
     violation.__cause__ = error
+    violation.schema = schema
     return violation
 
 
@@ -137,7 +162,7 @@ class BoundaryValidator:
         try:
             return schema_of(schema).validate(raw)
         except Exception as error:
-            raise as_violation(contract.node_id, direction, raw, error) from error
+            raise as_violation(contract.node_id, direction, raw, error, schema) from error
 
 
 class ContractRegistry:

@@ -1,15 +1,16 @@
-"""Usage, prices, budgets and model fallback. Money is in US dollars, prices per million tokens."""
+"""What a run spent, its budget, and model fallback. Money is in US dollars."""
 
 from __future__ import annotations
 
-import decimal
-import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
 from pydantic import BaseModel, Field
+
+from stroma.prices import KNOWN_MODELS, estimate_cost_usd
+from stroma.usage import UsageError, check_usage
 
 __all__ = [
     "KNOWN_MODELS",
@@ -26,26 +27,6 @@ __all__ = [
 ]
 
 Dimension = Literal["tokens", "cost", "latency"]
-
-#: USD per million (input, output) tokens. What stands here wins over the data of ``genai-prices``; add your
-#: own models, or correct a price. List prices of the vendors' pages, November 2026 data of genai-prices.
-KNOWN_MODELS: dict[str, tuple[float, float]] = {
-    "gpt-4o": (2.50, 10.00),
-    "gpt-4o-mini": (0.15, 0.60),
-    "gpt-4.1": (2.00, 8.00),
-    "gpt-4.1-mini": (0.40, 1.60),
-    "claude-sonnet-4-5": (3.00, 15.00),
-    "claude-haiku-4-5": (1.00, 5.00),
-}
-
-
-class UsageError(ValueError):
-    """A node reported usage that cannot be counted: negative, not finite, not a number, or of an unpriced model.
-
-    Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record`` and ``report_usage``.
-    Cause: the figures a node returned beside its output, or a model without a price under ``unknown_model="error"``.
-    Mend: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
-    """
 
 
 class BudgetExceeded(Exception):
@@ -294,30 +275,6 @@ def limits(budget: ExecutionBudget) -> list[tuple[Dimension, float]]:
     return [(dimension, limit) for dimension, limit in pairs if limit is not None]
 
 
-#: Tokens of one report. Beyond it neither floats nor the integers of a store can count the costs.
-MOST_TOKENS: Final = 10**9
-
-
-def shown(value: object) -> str:
-    """A value in a message: never longer than a line, whatever its repr does."""
-    try:
-        text = repr(value)
-    except Exception:  # Among others an integer with more digits than Python prints.
-        return f"a {type(value).__name__}"
-    return text if len(text) <= 100 else f"{text[:100]}..."
-
-
-def check_usage(node_id: str, *counts: object) -> None:
-    """Raise UsageError unless every count is a whole number of tokens, from zero to MOST_TOKENS."""
-    for count in counts:
-        if type(count) is int and 0 <= count <= MOST_TOKENS:
-            continue  # What almost all are.
-        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_TOKENS:
-            raise UsageError(
-                f"node {node_id!r} reported {shown(count)} tokens; report whole numbers of tokens, 0 to {MOST_TOKENS:,}"
-            )
-
-
 def resolve_model(
     declared_model: str | None, tracker: CostTracker, budget: ExecutionBudget, fallbacks: list[FallbackPolicy]
 ) -> str | None:
@@ -343,64 +300,3 @@ def fallback_due(
         return None
     due = [rule for rule in fallbacks if reached(rule, tracker, budget.max_cost_usd)]
     return max(due, key=lambda rule: rule.at_budget_pct).fallback_model if due else None
-
-
-# ---------------------------------------------------------------------- prices
-
-Pricer = Callable[[int, int], float]
-
-
-def _flat_price(input_price: float, output_price: float) -> Pricer:
-    def price(input_tokens: int, output_tokens: int) -> float:
-        return (input_tokens * input_price + output_tokens * output_price) / 1_000_000
-
-    return price
-
-
-_priced: dict[str, Pricer | None] = {}
-
-
-def cached_pricer(model: str) -> Pricer | Literal["unread"] | None:
-    """The price function of a model without any import; "unread" if :func:`find_pricer` was never asked for it."""
-    known = KNOWN_MODELS.get(model)
-    if known is not None:
-        return _flat_price(*known)
-    return _priced.get(model, "unread")
-
-
-def find_pricer(model: str) -> Pricer | None:
-    """The price function of a model, or None if nobody knows it. Slow the first time: call it off the event loop."""
-    found = cached_pricer(model)
-    if found != "unread":
-        return found
-    try:
-        _priced[model] = _from_genai_prices(model)
-    except LookupError:
-        _priced[model] = None
-    return _priced[model]
-
-
-def _from_genai_prices(model: str) -> Pricer:
-    import genai_prices
-
-    def calculate(input_tokens: int, output_tokens: int) -> genai_prices.types.PriceCalculation:
-        usage = genai_prices.Usage(input_tokens=input_tokens, output_tokens=output_tokens)
-        return genai_prices.calc_price(usage, model_ref=model)
-
-    prices = calculate(1, 1).model_price
-    given = prices.input_mtok or decimal.Decimal(0)
-    made = prices.output_mtok or decimal.Decimal(0)
-    if (
-        isinstance(given, decimal.Decimal)
-        and isinstance(made, decimal.Decimal)
-        and not prices.requests_kcount
-    ):
-        return _flat_price(float(given), float(made))
-    # Prices in tiers, or per request, depend on the size of each call.
-    return functools.lru_cache(maxsize=1024)(lambda i, o: float(calculate(i, o).total_price))
-
-
-def estimate_cost_usd(model: str, input_tokens: int, output_tokens: int = 0) -> float:
-    """The price of a call in US dollars; 0.0 for an unknown model."""
-    price = find_pricer(model)
-    return price(input_tokens, output_tokens) if price else 0.0

@@ -13,8 +13,9 @@ from pydantic import BaseModel, Field
 
 from stroma.classifiers import read_provider_error
 from stroma.contracts import ContractViolation
-from stroma.cost import BudgetExceeded, UsageError, shown
+from stroma.cost import BudgetExceeded
 from stroma.schemas import NotSerialisable
+from stroma.usage import UsageError, shown
 
 __all__ = [
     "Classifier",
@@ -123,6 +124,15 @@ class Failure:
     message: str
     reason: str | None = None
     retry_after_seconds: float | None = None
+
+    def as_prompt(self, *, max_chars: int = 2000) -> str | None:
+        """What a model has to correct in its answer, as a text for it; None for a failure that it cannot mend.
+
+        See :meth:`stroma.ContractViolation.as_prompt`.
+        """
+        if is_a(self.exception, ContractViolation):
+            return self.exception.as_prompt(max_chars=max_chars)
+        return None
 
 
 E = TypeVar("E", bound=BaseException)

@@ -56,8 +56,11 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
             merged.update(out)
         return merged
 
+    def joined(given: type[BaseModel], outputs: Sequence[type[BaseModel]]) -> type[BaseModel]:
+        return _merged_model(group.node_id, tuple(outputs))
+
     group = Group(
-        f"parallel({', '.join(child.node_id for child in children)})", children, run, output, by_hand
+        f"parallel({', '.join(child.node_id for child in children)})", children, run, output, by_hand, joined
     )
     return group
 
@@ -95,7 +98,10 @@ def map_over(field: str, node: Any, *, into: str, max_concurrency: int | None = 
         outputs = await gather([one(item) for item in _items(state, field)])
         return {**schema_of(type(state)).fields(state), into: outputs}
 
-    group = Group(f"map_over({field}, {child.node_id})", (child,), run, output, by_hand, each=True)
+    def joined(given: type[BaseModel], outputs: Sequence[type[BaseModel]]) -> type[BaseModel]:
+        return _with_list(group.node_id, given, into, outputs[0])
+
+    group = Group(f"map_over({field}, {child.node_id})", (child,), run, output, by_hand, joined, field, into)
     return group
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Awaitable, Callable, Coroutine, Mapping
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar, overload
 
@@ -110,8 +110,10 @@ class Group:
         children: the nodes and groups inside.
         run: enters the engine for each child and gives the group's output as a dict; the engine calls it.
         output: the class of that output, for an input.
-        each: the one child runs for every item of a list, and not each child once.
         by_hand: what calling the group outside a run does.
+        joined: the class of its output, given that of its input and those of its children's outputs.
+        over, into: the one child runs for every item of the list in the one field, and its outputs become the other one;
+            "" for a group that runs each child once.
     """
 
     node_id: str
@@ -119,7 +121,13 @@ class Group:
     run: Callable[[ReliabilityContext, NodeExecution, BaseModel], Awaitable[dict[str, Any]]]
     output: Callable[[ReliabilityContext, BaseModel], type[BaseModel]]
     by_hand: Callable[[BaseModel], Awaitable[dict[str, Any]]]
-    each: bool = False
+    joined: Callable[[type[BaseModel], Sequence[type[BaseModel]]], type[BaseModel]]
+    over: str = ""
+    into: str = ""
+
+    @property
+    def each(self) -> bool:
+        return bool(self.over)
 
     @property
     def _stroma_node_id(self) -> str:
@@ -205,7 +213,8 @@ def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[
     """Mark a function as a node with a contract.
 
     The function takes ``(state)`` or ``(state, ctx)`` and returns the output as a dict or a model, or a tuple
-    ``(output, tokens)``, ``(output, input_tokens, model)`` or ``(output, input_tokens, output_tokens, model)``.
+    ``(output, response)`` with the provider's response (see :func:`stroma.usage_from`), ``(output, tokens)``,
+    ``(output, input_tokens, model)`` or ``(output, input_tokens, output_tokens, model)``.
     A plain ``def`` runs in a daemon thread of its own; a timeout abandons that thread, it cannot stop it.
     """
 

@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel
 
@@ -35,6 +35,9 @@ from stroma.hooks import NodeHooks, StepHooks, flatten
 from stroma.nodes import Group, Kept, Node, NodeDecorator, find_node, mark, stroma_node, stroma_step
 from stroma.schemas import Schema, schema_of
 from stroma.trace import ExecutionResult, RunStatus
+
+if TYPE_CHECKING:
+    from stroma.checks import Finding
 
 # The published module paths of what lives lower down.
 __all__ = [
@@ -171,6 +174,28 @@ class StromaRunner:
 
         return decorate
 
+    # ------------------------------------------------------------------ checking
+
+    def check(
+        self, node_sequence: Pipeline | Iterable[Any], *, input_schema: type[BaseModel] | None = None
+    ) -> list[Finding]:
+        """Prove, field by field, that each node's output can satisfy the next node's input. Nothing is called.
+
+        Errors can never work; warnings may fail, or cannot be told. Nodes without a contract take and give anything.
+        ``input_schema``: what runs begin with, to be looked at, too. Raises TypeError for what is no node.
+        """
+        from stroma.checks import check_nodes  # Only who asks pays for it.
+
+        nodes = node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence
+        return check_nodes(_records(nodes), self.registry, input_schema)
+
+    def _refuse_what_cannot_work(self, nodes: list[Node | Group]) -> None:
+        from stroma.checks import CheckFailed, check_nodes
+
+        errors = [found for found in check_nodes(nodes, self.registry) if found.severity == "error"]
+        if errors:
+            raise CheckFailed(errors)
+
     # ------------------------------------------------------------------ running
 
     async def run(
@@ -191,7 +216,8 @@ class StromaRunner:
         The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans shall
         belong to, in place of the caller's current span; one that is none is ignored. What goes wrong inside the pipeline is a result: FAILED or PARTIAL,
         with ``result.failure``. Raises TypeError for what is no node or a hook that is not async, ValueError for an
-        unknown resume target, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot begin.
+        unknown resume target, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot begin, CheckFailed
+        with ``RunConfig(check=True)``.
         """
         given = {
             "context": context,
@@ -205,6 +231,8 @@ class StromaRunner:
         if not isinstance(initial_state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
         start = _resume_position(nodes, config.resume_from)
+        if config.check:
+            self._refuse_what_cannot_work(nodes)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name

@@ -46,8 +46,8 @@ from stroma import (
 )
 from stroma.checkpoint._session import Commit, Doing, DurableSession
 from stroma.checkpoint._worker import Worker
-from stroma.cost import find_pricer
 from stroma.groups import map_over, parallel
+from stroma.prices import find_pricer
 
 MODEL = "gpt-4o-mini"
 FIRST, FLAKY, LEFT, RIGHT, ITEM, LAST = "first", "flaky", "left", "right", "item", "last"

@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+import pathlib
 import re
 import signal
 import time
@@ -96,12 +97,18 @@ def test_a_run_that_exists(stroma, inside, fails):
     fails(done, 2, "run 'x' exists already", "go on with it: stroma resume x once.py:pipeline", "--run-id ID")
 
 
+def _catches(pid: int, number: int) -> bool:
+    caught = re.search(r"^SigCgt:\s*([0-9a-f]+)", pathlib.Path(f"/proc/{pid}/status").read_text(), re.M)
+    return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
+
+
 def test_sigterm_while_it_waits_for_somebody_else(stroma):
     """A process that only waits ends at once; the run is not touched."""
     with at_work(stroma, HANG) as holder:
         process = stroma.popen("resume", "x", "sums.py:pipeline", "--attach")
-        with contextlib.suppress(Exception):
-            process.communicate(timeout=1.5)
+        while not _catches(process.pid, signal.SIGTERM):
+            assert process.poll() is None
+            time.sleep(0.02)
         process.send_signal(signal.SIGTERM)
         _, err = process.communicate(timeout=10)
         assert process.returncode == 130

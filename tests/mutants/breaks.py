@@ -78,8 +78,24 @@ def once(names: str) -> tuple[str, ...]:
     return _tests("test_validated_once.py", names)
 
 
+def checks(names: str) -> tuple[str, ...]:
+    return _tests("test_checks.py", names)
+
+
 def classifiers(names: str) -> tuple[str, ...]:
     return _tests("test_classifiers.py", names)
+
+
+def _usage(names: str) -> tuple[str, ...]:
+    return _tests("test_usage.py", names)
+
+
+def _prices(names: str) -> tuple[str, ...]:
+    return _tests("test_prices.py", names)
+
+
+def _repair(names: str) -> tuple[str, ...]:
+    return _tests("test_repair.py", names)
 
 
 def sqlite(names: str) -> tuple[str, ...]:
@@ -462,7 +478,7 @@ CONTRACTS = (
         "broken-output-handed-on",
         "Output that failed its contract is never handed on.",
         "_engine.py",
-        'violation = as_violation(run.node_id, "output", output, broken)',
+        'violation = as_violation(run.node_id, "output", output, broken, promised.model)',
         "model = promised.model.model_construct()\n        return model",
         guarantees("test_g1_broken_output_stops_at_its_boundary"),
     ),
@@ -644,9 +660,9 @@ BUDGETS = (
         "broken-output-is-free",
         "Usage is recorded before the output is validated.",
         "_engine.py",
-        'violation = as_violation(run.node_id, "output", output, broken)',
+        'violation = as_violation(run.node_id, "output", output, broken, promised.model)',
         "ctx.cost_tracker.spend(-run.counted.tokens, -run.counted.cost_usd)\n"
-        '        violation = as_violation(run.node_id, "output", output, broken)',
+        '        violation = as_violation(run.node_id, "output", output, broken, promised.model)',
         engine("test_usage_of_a_broken_output_counts"),
     ),
     Break(
@@ -660,9 +676,9 @@ BUDGETS = (
     Break(
         "negative-usage-counts",
         "Negative usage is refused.",
-        "cost.py",
-        "not 0 <= count <= MOST_TOKENS",
-        "count > MOST_TOKENS",
+        "usage.py",
+        'not 0 <= count <= MOST_TOKENS:\n            raise UsageError(\n                f"node',
+        'count > MOST_TOKENS:\n            raise UsageError(\n                f"node',
         engine("test_bad_usage_is_terminal_and_the_output_kept"),
     ),
     Break(
@@ -1343,9 +1359,9 @@ RESUME = (
     Break(
         "missing-nodes-unseen",
         "A pipeline that lost nodes is PipelineChanged.",
-        "_run.py",
-        "if position >= len(self.nodes):",
-        "if position >= len(self.nodes):\n            return\n        if False:",
+        "_restore.py",
+        "if position >= len(nodes):",
+        "if position >= len(nodes):\n        return\n    if False:",
         resume("test_fewer_nodes_are_a_changed_pipeline"),
     ),
     Break(
@@ -2033,7 +2049,7 @@ COST = (
     Break(
         "output-at-the-input-price",
         "Output tokens cost the output price.",
-        "cost.py",
+        "prices.py",
         "output_tokens * output_price) / 1_000_000",
         "output_tokens * input_price) / 1_000_000",
         rules("test_output_tokens_cost_the_output_price"),
@@ -2049,9 +2065,9 @@ COST = (
     Break(
         "known-models-lose",
         "KNOWN_MODELS wins over the price data.",
-        "cost.py",
-        "known = KNOWN_MODELS.get(model)",
-        "known = None",
+        "prices.py",
+        "return _flat_price(*known)\n    kept = ",
+        "return _flat_price(0.0, 0.0)\n    kept = ",
         engine("test_known_models_win_over_the_price_data"),
     ),
     Break(
@@ -2874,8 +2890,372 @@ TELEMETRY: tuple[Break, ...] = (
     ),
 )
 
+CHECKS = (
+    Break(
+        "missing-fields-pass",
+        "A required field that is not given is an error.",
+        "_fit_inside.py",
+        'fits.append(Fit(Verdict.NEVER, (Reason(Verdict.NEVER, "missing", at, "", shown, what),)))',
+        "pass",
+        checks("test_a_field_that_is_not_given_is_an_error"),
+    ),
+    Break(
+        "excluded-fields-count-as-given",
+        "A field with exclude=True crosses no boundary.",
+        "_fit_records.py",
+        'if item.get("serialization_exclude") or item.get("init_only")',
+        'if item.get("init_only")',
+        checks("test_an_excluded_field_is_not_handed_on"),
+    ),
+    Break(
+        "names-win-over-aliases",
+        "A value is looked up by alias first, then by name.",
+        "_fit_records.py",
+        "(*wanted.keys, (wanted.name,)) if",
+        "((wanted.name,), *wanted.keys) if",
+        checks("test_an_alias_wins_over_the_name"),
+    ),
+    Break(
+        "extra-fields-pass",
+        "Who forbids extra fields never takes what gives more.",
+        "_fit_inside.py",
+        'if wanted.extra == "forbid":',
+        "if False:",
+        checks("test_forbidden_fields_are_an_error"),
+    ),
+    Break(
+        "none-passes",
+        "What may be None is told where None is not taken.",
+        "_fit_source.py",
+        'return [source.to(node["schema"]), source.to({"type": "none"})]',
+        'return [source.to(node["schema"])]',
+        checks("test_optional_to_required_is_a_warning"),
+    ),
+    Break(
+        "defaults-are-taken-for-validated",
+        "A default that its own type does not have is told.",
+        "_fit_source.py",
+        "and not _holds(inner, default)",
+        "and False",
+        checks("test_optional_to_required_is_a_warning"),
+    ),
+    Break(
+        "one-refused-type-is-an-error",
+        "A union is an error only if none of its types is taken.",
+        "_fit.py",
+        "if verdicts == {Verdict.NEVER}:",
+        "if Verdict.NEVER in verdicts:",
+        checks("test_a_union_is_taken_apart"),
+    ),
+    Break(
+        "strict-mode-converts",
+        "In strict mode what would be converted is an error.",
+        "_fit_leaves.py",
+        'strict = bool(target.get("strict", target_config.get("strict", False)))',
+        "strict = False",
+        checks("test_strict_mode_converts_nothing"),
+    ),
+    Break(
+        "bounds-pass",
+        "A bound that is not promised may be broken.",
+        "_fit_leaves.py",
+        "if bound is None or not _within(bound, wanted, upper):",
+        "if False:",
+        checks("test_narrowed_constraints_are_warnings"),
+    ),
+    Break(
+        "bounds-never-exclude",
+        "Constraints that exclude each other are an error.",
+        "_fit_leaves.py",
+        "if other is not None and _outside(other, wanted, upper):",
+        "if False:",
+        checks("test_constraints_that_exclude_each_other_are_errors"),
+    ),
+    Break(
+        "instances-are-no-instances",
+        "A model crosses as the instance that it is where its class is named.",
+        "_fit_inside.py",
+        'return source.kind in ("model", "dataclass") and not self._accepted.isdisjoint(cls.__mro__)',
+        "return False",
+        checks("test_an_instance_crosses_where_its_class_is_named"),
+    ),
+    Break(
+        "validators-always-accept",
+        "Where a validator of the target decides, that is said.",
+        "_fit.py",
+        'own = undecided(path, source, target, f"the validator {name} decides")',
+        "own = FITS",
+        checks("test_validators_of_the_target_are_one_warning"),
+    ),
+    Break(
+        "the-first-child-wins",
+        "A merged state is checked by what the last child gives.",
+        "_flow.py",
+        "origins[name], sides[name] = by, side",
+        "origins.setdefault(name, by), sides.setdefault(name, side)",
+        checks("test_the_merged_state_is_checked_by_who_gave_each_field test_a_collision_tells_who_wins"),
+    ),
+    Break(
+        "items-through-groups-are-wrapped",
+        "An item that is no record never reaches the nodes of a group as a field.",
+        "_flow.py",
+        "bare = isinstance(child, Group)",
+        "bare = False",
+        checks("test_the_items_of_map_over_are_checked_against_the_node"),
+    ),
+    Break(
+        "free-nodes-are-suspected",
+        "Nothing is claimed about nodes without contract.",
+        "checks.py",
+        "if not (state.loose and _is_guess(r))",
+        "if True",
+        checks("test_nothing_is_claimed_about_nodes_without_contract"),
+    ),
+    Break(
+        "check-is-ignored",
+        "RunConfig(check=True) refuses what cannot work before the store is opened.",
+        "runner.py",
+        "if config.check:",
+        "if False:",
+        checks("test_a_run_that_cannot_work_is_refused_before_the_store_is_opened"),
+    ),
+    Break(
+        "warnings-refuse-runs",
+        "Warnings refuse no run.",
+        "runner.py",
+        'if found.severity == "error"]',
+        "]",
+        checks("test_warnings_refuse_no_run"),
+    ),
+    Break(
+        "only-the-first-change",
+        "Every change since a run is told.",
+        "resumable.py",
+        "found.append(Change(at, committed.node_id, str(error)))",
+        "return [Change(at, committed.node_id, str(error))]",
+        _tests("test_resumable.py", "test_every_change_is_told"),
+    ),
+    Break(
+        "markup-in-pictures",
+        "Text of the user's is text in a picture, and nothing else.",
+        "render.py",
+        'return escape(_NO_XML.sub("\\ufffd", text), quote=True)',
+        'return _NO_XML.sub("\\ufffd", text)',
+        _tests("test_render.py", "test_no_text_is_ever_markup"),
+    ),
+    Break(
+        "errors-exit-with-0",
+        "stroma check ends with 1 if there are errors.",
+        "cli/check.py",
+        "code = Code.FAILED if errors or changes else Code.OK",
+        "code = Code.OK",
+        _tests("cli/test_check.py", "test_check_lists_errors_and_warnings"),
+    ),
+)
+
+PROVIDERS = (
+    Break(
+        "errors-in-streams-are-200",
+        "An error inside a stream of Google's has its own status, not that of the stream.",
+        "classifiers.py",
+        'places.insert(0, (exc, "code"))',
+        'places.append((exc, "code"))',
+        classifiers("test_what_a_providers_error_means"),
+    ),
+    Break(
+        "retry-delay-unread",
+        "The wait that Google asks for in the body is waited for.",
+        "classifiers.py",
+        "retry_after=_retry_delay(levels) if asked is None else asked",
+        "retry_after=asked",
+        classifiers("test_what_a_providers_error_means"),
+    ),
+    Break(
+        "days-are-seconds",
+        "A quota of the day that is used up is TERMINAL.",
+        "classifiers.py",
+        '"PerDay": _QUOTA,',
+        '"PerDay": _RATE_LIMIT,',
+        classifiers("test_what_a_providers_error_means"),
+    ),
+    Break(
+        "pushback-unread",
+        "A gRPC server's pushback is waited for.",
+        "classifiers.py",
+        'found["retry-after-ms"] = pushback',
+        "pass",
+        classifiers("test_the_wait_that_a_grpc_server_asks_for"),
+    ),
+    Break(
+        "too-large-is-a-rate-limit",
+        "A gRPC message that is too large is not tried again.",
+        "classifiers.py",
+        '("message larger than max", _TOO_LARGE)',
+        '("message larger than max", _RATE_LIMIT)',
+        classifiers("test_what_a_grpc_error_means"),
+    ),
+    Break(
+        "bodies-as-text-unread",
+        "A body that an exception has as text is read.",
+        "classifiers.py",
+        "if isinstance(body, (bytes, str)):",
+        "if isinstance(body, bytes):",
+        classifiers("test_what_a_shape_means"),
+    ),
+)
+
+USAGE = (
+    Break(
+        "cached-tokens-are-none",
+        "What Anthropic read from a cache is part of the input.",
+        "usage.py",
+        "return given + cached + written, made or 0, cached, written, hour",
+        "return given, made or 0, cached, written, hour",
+        _usage("test_the_usage_of_an_sdks_response"),
+    ),
+    Break(
+        "thoughts-are-free",
+        "What a model of Google's thought is output.",
+        "usage.py",
+        "_sum(usage, made, thoughts)",
+        "_sum(usage, made)",
+        _usage("test_the_usage_of_an_sdks_response"),
+    ),
+    Break(
+        "no-usage-is-nothing",
+        "A response without usage is an error, not zero.",
+        "usage.py",
+        "found = _read_figures(response, None)  # The usage itself.",
+        "found = _read_figures(response, None) or Usage()",
+        _usage("test_what_cannot_be_counted_is_said"),
+    ),
+    Break(
+        "half-a-usage-counts",
+        "An event that has output but no input is an error.",
+        "usage.py",
+        "    if given is None:\n        raise UsageError(",
+        "    if given is None:\n        return 0, made, 0, 0, 0\n        raise UsageError(",
+        _usage("test_what_cannot_be_counted_is_said"),
+    ),
+    Break(
+        "responses-are-tokens",
+        "A node may return its output and the response.",
+        "_usage.py",
+        "if type(used) is not int:",
+        "if False:",
+        _usage("test_a_node_returns_its_output_and_the_response"),
+    ),
+    Break(
+        "one-tier-for-all",
+        "A large call has the price of its size.",
+        "prices.py",
+        "if size > above:",
+        "if above < 0:",
+        _prices("test_tiers_hold_for_the_whole_call"),
+    ),
+    Break(
+        "cached-at-the-full-price",
+        "Cached input has a price of its own.",
+        "prices.py",
+        "_at(self.cached_input or self.input, size)",
+        "_at(self.input, size)",
+        _prices("test_each_kind_of_token_has_its_price"),
+    ),
+    Break(
+        "hours-are-minutes",
+        "What a cache keeps for an hour has a price of its own.",
+        "prices.py",
+        "_at(self.cache_write_1h or write, size)",
+        "_at(write, size)",
+        _prices("test_each_kind_of_token_has_its_price"),
+    ),
+    Break(
+        "batches-at-the-full-price",
+        "A batch has a price of its own.",
+        "prices.py",
+        'context = {"processing": tier, ',
+        "context = {",
+        _prices("test_a_batch_costs_half"),
+    ),
+    Break(
+        "proportions-unkept",
+        "What KNOWN_MODELS leaves out keeps its proportion to what it says.",
+        "prices.py",
+        "_flat(own * (steps[-1][1] / base) if base else own)",
+        "_flat(steps[-1][1])",
+        _prices("test_known_models_win_and_the_rest_keeps_its_proportion"),
+    ),
+    Break(
+        "entries-for-one-name",
+        "An entry of KNOWN_MODELS is for all names of its model.",
+        "prices.py",
+        "        known = KNOWN_MODELS.get(listing.id)\n    if detail",
+        "        pass\n    if detail",
+        _prices("test_an_entry_is_for_all_names_of_its_model"),
+    ),
+    Break(
+        "refreshed-in-vain",
+        "Refreshed prices are used at once.",
+        "prices.py",
+        "if data is not _data.get_snapshot():",
+        "if False:",
+        _prices("test_prices_can_be_refreshed"),
+    ),
+    Break(
+        "prices-of-the-first-day",
+        "A price that depends on the date is looked up for each call.",
+        "prices.py",
+        "self._timed = isinstance(info.prices, list)",
+        "self._timed = False",
+        _prices("test_a_price_of_the_day_is_looked_up_for_each_call"),
+    ),
+)
+
+MENDING = (
+    Break(
+        "secrets-are-said",
+        "No secret is in the text for the model, wherever it came.",
+        "_prompt.py",
+        "text = text.replace(secret, _MASK)",
+        "pass",
+        _repair("test_no_secret_is_said"),
+    ),
+    Break(
+        "secret-fields-unknown",
+        "A field that is declared as a secret is masked.",
+        "_prompt.py",
+        "self.names.update(names)",
+        "pass",
+        _repair("test_no_secret_is_said"),
+    ),
+    Break(
+        "cut-before-masked",
+        "A secret is masked before a value is cut.",
+        "_prompt.py",
+        "_cut(secrets.written(error['input']), _VALUE)",
+        "secrets.scrub(_cut(json.dumps(error['input']), _VALUE))",
+        _repair("test_a_secret_is_masked_before_a_value_is_cut"),
+    ),
+    Break(
+        "texts-without-end",
+        "The text for the model is no longer than asked.",
+        "_prompt.py",
+        "return _cut(text, max_chars)",
+        "return text",
+        _repair("test_it_is_never_longer_than_asked"),
+    ),
+    Break(
+        "nothing-is-expected",
+        "The text says what was expected.",
+        "_engine.py",
+        '"output", output, broken, promised.model)',
+        '"output", output, broken, None)',
+        _repair("test_the_next_attempt_finds_it"),
+    ),
+)
+
 BREAKS: tuple[Break, ...] = (
     *RETRIES, *CLASSES, *REPAIR, *CONTRACTS, *TIMEOUTS, *BUDGETS, *COMMIT, *HOOKS, *GROUPS, *CONTEXTS, *RESUME, *TRACE,
     *SCHEMAS, *PROMISES, *OWNERSHIP, *LASTING, *STORES, *COST, *IDS,
-    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY,
+    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS, *PROVIDERS, *USAGE, *MENDING,
 )  # fmt: skip

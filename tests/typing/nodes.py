@@ -1,11 +1,13 @@
 """Nodes that keep their contract, in every shape that a node may have; the decorator changes no type."""
 
 from collections.abc import Callable, Coroutine, Mapping
-from typing import Any, TypedDict, assert_type
+from typing import Any, Protocol, TypedDict, assert_type
 
+import openai
+import openai.types.chat
 from pydantic import BaseModel
 
-from stroma import NodeContract, StromaRunner, stroma_node
+from stroma import NodeContract, StromaRunner, Usage, current_node, stroma_node, usage_from
 
 
 class Query(BaseModel):
@@ -83,6 +85,39 @@ async def gives_tokens_of_model(state: Query) -> tuple[Hits, int, str]:
 @runner.node("usage", input=Query, output=Hits)
 async def gives_usage(state: Query) -> tuple[Hits, int, int, str]:
     return Hits(urls=[]), 10, 5, "gpt-4o"
+
+
+class Reply(Protocol):
+    """A provider's response, whichever SDK it is of."""
+
+
+def ask() -> Reply: ...
+
+
+@runner.node("response", input=Query, output=Hits)
+async def gives_response(state: Query) -> tuple[Hits, Reply]:
+    return Hits(urls=[]), ask()
+
+
+@runner.node("dict and response", input=Query, output=Hits)
+async def gives_dict_and_response(state: Query) -> tuple[dict[str, Any], openai.types.chat.ChatCompletion]:
+    client = openai.AsyncOpenAI()
+    answer = await client.chat.completions.create(model="gpt-4o", messages=[])
+    node = current_node()
+    assert node is not None
+    node.report_usage(answer)
+    node.report_usage(answer, model="ours", tier="batch")
+    node.report_usage(input_tokens=9, cached_input_tokens=3, cache_write_tokens=2, model="gpt-4o")
+    return {"urls": []}, answer
+
+
+@runner.node("a usage", input=Query, output=Hits)
+def gives_usage_record(state: Query) -> tuple[Hits, Usage]:
+    usage = usage_from(ask(), model="ours")
+    assert_type(usage, Usage)
+    assert_type(usage.cached_input_tokens, int)
+    assert_type(usage.model, str | None)
+    return Hits(urls=[]), usage
 
 
 @runner.node("anything", input=Query, output=Hits)

@@ -28,8 +28,11 @@ _COMMANDS: Final = {
     ),
     "approve": ("stroma.cli.approve:approve", "Give a suspended run the answer that it waits for."),
     "cancel": ("stroma.cli.cancel:cancel", "Ask for the end of a run, in whichever process it is."),
+    "check": ("stroma.cli.check:check", "Prove that each node's output can satisfy the next node's input."),
+    "graph": ("stroma.cli.graph:graph", "Print which field of which node feeds which."),
     "runs": ("stroma.cli.runs:runs", "List the runs in the store, the newest first."),
     "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
+    "prices": ("stroma.cli.prices:prices", "Show what tokens of a model cost, and where that price is from."),
     "telemetry": (
         "stroma.cli.telemetry:telemetry",
         "Dashboards and alerts for the runs that are exported.",

@@ -26,7 +26,7 @@ from stroma.nodes import Group, Kept, find_node
 from stroma.runner import Pipeline
 from stroma.schemas import schema_of
 
-__all__ = ["Running", "go_on", "resume", "run"]
+__all__ = ["Running", "go_on", "resume", "run", "stored_input"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -143,7 +143,7 @@ def run(
     config = _configure(pipeline, run_id, options)
     known = database.known(config.run_id) if resume else None
     if known is not None and given is None:
-        state = _stored_input(database, known, pipeline, target)
+        state = stored_input(database, known, pipeline, target)
     else:
         state = parse_input(pipeline, given, target)
     job = Job(target, pipeline, config, state, database, known, None, options)
@@ -220,7 +220,7 @@ def go_on(
     """Resume a run, and return the exit code. Raises Problem."""
     _note_another(record, pipeline, options)
     config = _configure(pipeline, record.run_id, options)
-    state = _stored_input(database, record, pipeline, target)
+    state = stored_input(database, record, pipeline, target)
     return Job(target, pipeline, config, state, database, record, start_at, options).go()
 
 
@@ -258,7 +258,7 @@ def _fork(
     if given is not None and not position:
         state = edited = parse_input(pipeline, given, target)
     else:
-        state = _stored_input(database, record, pipeline, target)
+        state = stored_input(database, record, pipeline, target)
     if position and not _has_output(database, record, position - 1):
         node_id = find_node(pipeline.nodes[position - 1]).node_id
         raise Problem(
@@ -302,7 +302,7 @@ def _configure(pipeline: Pipeline, run_id: str | None, options: Running) -> RunC
     return config.model_copy(update=changes)
 
 
-def _stored_input(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> BaseModel:
+def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> BaseModel:
     """The state that a run began with, as the first node of the pipeline takes it. Raises Problem."""
     schema = schema_of(input_model(pipeline))
     with database.explained():

@@ -27,7 +27,6 @@ import openai
 from pydantic import BaseModel, Field
 
 from stroma import (
-    ContractViolation,
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
@@ -186,21 +185,16 @@ async def _ask(task: str, instructions: str, text: str) -> Any:
         {"role": "system", "content": f"TASK: {task}\n{instructions}"},
         {"role": "user", "content": text},
     ]
-    failed = node.last_failure.exception if node.last_failure is not None else None
-    if isinstance(failed, ContractViolation):
-        # Show the model its own mistake.
-        messages.append({"role": "user", "content": f"Your last answer was refused: {failed}. Answer again."})
+    mistake = node.last_failure.as_prompt() if node.last_failure is not None else None
+    if mistake is not None:
+        messages.append({"role": "user", "content": mistake})
     model = node.model or os.environ.get("STROMA_DEMO_MODEL", "gpt-4o-mini")
     answer = await _client().chat.completions.create(
         model=model, messages=messages, response_format={"type": "json_object"}
     )
     if answer.usage is not None:
         # At once: the tokens are paid for whatever the answer turns out to be worth.
-        node.report_usage(
-            input_tokens=answer.usage.prompt_tokens,
-            output_tokens=answer.usage.completion_tokens,
-            model=model.removesuffix("-no-quota"),
-        )
+        node.report_usage(answer, model=model.removesuffix("-no-quota"))
     content = answer.choices[0].message.content or ""
     try:
         return json.loads(content)

@@ -1,0 +1,79 @@
+"""A model is shown its own mistake, and mends it.
+
+    python examples/repair.py
+
+Needs `pip install "stroma[demo]"`, and neither a key nor a network: the real OpenAI client asks the demo's provider,
+which gives its first answer with a field of the wrong type. Against OpenAI itself, drop the provider and the header.
+"""
+
+import asyncio
+import json
+from decimal import Decimal
+from typing import Any, Literal
+
+import openai
+from pydantic import BaseModel
+
+from stroma import ExecutionResult, NodeContract, StromaRunner, current_node, stroma_node
+from stroma.demo.provider import start_provider
+
+INSTRUCTIONS = "TASK: extract\nRead the business document and answer with one JSON object."
+DOCUMENT = """INVOICE No. 2026-118
+Harrow & Kestrel Ltd
+Date: 3 November 2026
+Consulting, October 2026
+Total due: £1,440.00
+"""
+
+
+class Document(BaseModel):
+    text: str
+
+
+class Invoice(BaseModel):
+    kind: Literal["invoice", "credit_note", "other"]
+    reference: str | None
+    date: str | None
+    total: Decimal | None
+    flags: list[str]
+
+
+async def main() -> ExecutionResult:
+    with start_provider(calm=True) as provider:
+        client = openai.AsyncOpenAI(api_key="demo", base_url=provider.base_url, max_retries=0)
+
+        @stroma_node("extract", NodeContract(node_id="extract", input_schema=Document, output_schema=Invoice))
+        async def extract(state: Document) -> tuple[dict[str, Any], openai.types.chat.ChatCompletion]:
+            node = current_node()
+            assert node is not None
+            messages: list[Any] = [
+                {"role": "system", "content": INSTRUCTIONS},
+                {"role": "user", "content": state.text},
+            ]
+            mistake = node.last_failure.as_prompt() if node.last_failure else None
+            if mistake:
+                print(f"--- attempt {node.attempt} says to the model:\n{mistake}\n---")
+                messages.append({"role": "user", "content": mistake})
+            answer = await client.chat.completions.create(
+                model="gpt-4o-mini",
+                messages=messages,
+                response_format={"type": "json_object"},
+                extra_headers={} if mistake else {"X-Demo-Fault": "wrong_type"},
+            )
+            # The response beside the output: its tokens are counted and priced, in a failed attempt too.
+            return json.loads(answer.choices[0].message.content or ""), answer
+
+        runner = StromaRunner.quick(contract_retries={"extract": 2})
+        result = await runner.run([extract], Document(text=DOCUMENT))
+        await client.close()
+    result.raise_for_status()
+    for event in result.trace:
+        print(
+            f"attempt {event.attempt}: {event.outcome}, {event.usage.tokens} tokens, {event.reason or 'no fault'}"
+        )
+    print(f"{result.final_state!r} for ${result.total_cost_usd:.6f}")
+    return result
+
+
+if __name__ == "__main__":
+    asyncio.run(main())

@@ -1,0 +1,391 @@
+"""Whether every value that one class holds crosses the boundary to another one, as :meth:`Schema.cross` has it.
+
+Both sides are pydantic's core schemas. What is read off them is which values the source can hold *after* validation, and
+which the target's validator takes. Nothing of the user's is called. A reason is told for each place that may refuse;
+where functions decide, that is all that is said.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, cast
+
+from pydantic import BaseModel
+from pydantic_core import SchemaValidator
+
+from stroma._core_schema import decodes, foreign, nodes_of
+from stroma._fit_inside import Inside
+from stroma._fit_leaves import LEAVES, Mismatch, Verdict, choices_of, fit_leaf
+from stroma._fit_records import Record, is_record, record_of, wanted_of
+from stroma._fit_side import (
+    EMPTY,
+    FITS,
+    LISTS,
+    UNKNOWN,
+    Fit,
+    Reason,
+    Side,
+    all_of,
+    one_of,
+    undecided,
+    verdict_on,
+)
+from stroma._fit_source import alike, alternatives_of, is_harmless, name_of, tags_of
+from stroma.schemas import schema_of
+
+__all__ = ["Fitter", "fit_classes"]
+
+
+def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool = False) -> Fit:
+    """Whether each model of the one class crosses to the other. ``apart``: models inside come as dicts."""
+    if source is target and not apart:
+        return FITS  # What a class has validated crosses to itself unchanged.
+    return Fitter(source, target, apart=apart).fit()
+
+
+class Fitter(Inside):
+    """One pair of classes."""
+
+    def __init__(
+        self, source: type[BaseModel] | None, target: type[BaseModel], *, apart: bool = False
+    ) -> None:
+        self.target_class = target
+        self.target_schema = schema_of(target)
+        self.target = Side.of(target)
+        self.apart = apart
+        self.source_class = source
+        self.source = Side(UNKNOWN, EMPTY, {}) if source is None else Side.of(source)
+        #: Classes that cross as instances, in the field that is looked at.
+        self._accepted: frozenset[type] = frozenset()
+        given = frozenset[str]() if source is None else schema_of(source)._decoding
+        wanted = self.target_schema._decoding
+        #: Text that the source has decoded is not decoded again.
+        self._decoded = bool(wanted) and wanted <= given
+        self._open: set[tuple[int, int]] = set()
+
+    def fit(self) -> Fit:
+        """The verdict on the two classes."""
+        assert self.source_class is not None
+        own = getattr(BaseModel.model_validate, "__func__", None)
+        if getattr(self.target_class.model_validate, "__func__", None) is not own:
+            return undecided(
+                (), self.source, self.target, f"{self.target_class.__name__}.model_validate decides"
+            )
+        side = self.source
+        while side.kind != "model":  # What wraps it are validators that have had their say.
+            side = side.to(side.node.get("schema", UNKNOWN)).resolved()
+        if schema_of(self.source_class).root:
+            config = side.node.get("config") or EMPTY
+            self._accepted = self._accepts("root")
+            return self.match(Side(side.node["schema"], config, side.defs), self.target, ())
+        return self._whole(record_of(side))
+
+    def _accepts(self, name: str) -> frozenset[type]:
+        return frozenset() if self.apart else self.target_schema._accepts.get(name, frozenset())
+
+    def fit_item(self, item: Side, *, bare: bool = False) -> Fit:
+        """The verdict on the items of a list, each of which ``map_over`` hands to the target as its input.
+
+        ``bare``: through a group, whose nodes are given an item that is no record as it is.
+        """
+        item = item.resolved()
+        alternatives = alternatives_of(item, self._kept)
+        if alternatives is not None:
+            return self._each(
+                item, alternatives, self.target, (), lambda one, *_: self.fit_item(one, bare=bare)
+            )
+        if item.kind == "any":
+            return self.match(item, self.target, ())
+        if is_record(item) or item.kind == "dict":
+            return self._whole(replace(record_of(item), computed={}))
+        if self.target_schema.root:
+            return self.match(item, self.target, ())
+        required = [n for n, info in self.target_class.model_fields.items() if info.is_required()]
+        if len(required) == 1 and not bare:
+            return self._whole(Record(str(item), {required[0]: item}))
+        if bare:
+            what = f"an item that is no record reaches the nodes of a group as it is, and {self.target_class.__name__} is no RootModel"
+            return verdict_on(Mismatch(Verdict.NEVER, "items", what), item, self.target, ())
+        what = (
+            f"an item that is no record becomes the value of the only required field, and {self.target_class.__name__} "
+            f"has {len(required) or 'none'}{' of them' if required else ''}"
+        )
+        return verdict_on(Mismatch(Verdict.NEVER, "items", what), item, self.target, ())
+
+    def _whole(self, record: Record) -> Fit:
+        """A record that was taken apart, as the input of the target itself."""
+        wanted = set(self.target_schema.names)
+        more = {k: v for k, v in record.computed.items() if k in wanted and k not in record.fields}
+        return self._through(replace(record, fields={**record.fields, **more}), self.target)
+
+    def _through(self, record: Record, target: Side) -> Fit:
+        target = target.resolved()
+        kind = target.kind
+        if kind.startswith("function-"):
+            return self._past_function(target, (), record.name, lambda inner: self._through(record, inner))
+        if kind != "model":
+            return self._record_to(record, target, ())
+        if target.node.get("custom_init"):
+            return undecided((), record.name, target, f"{target}.__init__ decides")
+        if target.node.get("root_model"):
+            config = target.node.get("config") or EMPTY
+            return self._through(record, replace(target.to(target.node["schema"]), config=config))
+        return self._fields(record, wanted_of(target), (), outermost=True)
+
+    # ------------------------------------------------------------------ any two types
+
+    def match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        """Whether all values of one type satisfy another."""
+        source, target = source.resolved(), target.resolved()
+        key = id(source.node), id(target.node)
+        if key in self._open:  # A type inside itself: it fits if all the rest of it does.
+            return FITS
+        self._open.add(key)
+        try:
+            return self._match(source, target, path)
+        finally:
+            self._open.discard(key)
+
+    def _match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        if target.kind == "any" or alike(source, target):
+            return FITS
+        alternatives = alternatives_of(source, self._kept)
+        if alternatives is not None:
+            return self._each(source, alternatives, target, path)
+        unwrapped = self._unwrap_target(source, target, path)
+        if unwrapped is not None:
+            return unwrapped
+        return self._match_plain(source, target, path)
+
+    def _match_plain(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        kind, wanted = source.kind, target.kind
+        if kind == "any":
+            what = "nothing is known of what it holds"
+            return Fit(
+                Verdict.MAYBE, (Reason(Verdict.MAYBE, "unknown", path, str(source), str(target), what),)
+            )
+        values = choices_of(source.node)
+        if values is not None:
+            return self._choices(source, values, target, path)
+        if kind in LEAVES and wanted in LEAVES:
+            return verdict_on(
+                fit_leaf(source.node, source.config, target.node, target.config), source, target, path
+            )
+        if is_record(source) or kind == "model":
+            return self._record(source, target, path)
+        if wanted == "is-instance":
+            return self._instance(source, target, path)
+        if kind in LISTS and wanted in LISTS:
+            return self._items(source, target, path)
+        if kind == "dict":
+            if wanted == "dict":
+                return self._dict(source, target, path)
+            if is_record(target) and (wanted != "dataclass" or not self._is_strict(target)):
+                return self._fields(record_of(source), wanted_of(target), path)
+        known = LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}
+        if kind in known and wanted in known:
+            return verdict_on(
+                Mismatch(Verdict.NEVER, "type", "no value of the one is a value of the other"),
+                source,
+                target,
+                path,
+            )
+        if kind == "is-instance" and wanted == "str" and isinstance(source.node["cls"], type):
+            cls = source.node["cls"]
+            if (
+                cls is not object
+                and not issubclass(cls, str | bytes | bytearray)
+                and not hasattr(cls, "__members__")
+            ):
+                return verdict_on(
+                    Mismatch(Verdict.NEVER, "type", f"a {source} is no text"), source, target, path
+                )
+        return undecided(path, source, target, "it cannot be told before it runs")
+
+    # ------------------------------------------------------------------ what the source can hold
+
+    def _each(
+        self,
+        source: Side,
+        alternatives: list[Side],
+        target: Side,
+        path: tuple[str, ...],
+        match: Callable[[Side, Side, tuple[str, ...]], Fit] | None = None,
+    ) -> Fit:
+        match = match or self.match
+        if len(alternatives) == 1:
+            return match(alternatives[0], target, path)
+        fits = [match(alternative, target, path) for alternative in alternatives]
+        verdicts = {fit.verdict for fit in fits}
+        if verdicts == {Verdict.ALWAYS}:
+            return FITS
+        if verdicts == {Verdict.NEVER}:
+            return verdict_on(
+                Mismatch(Verdict.NEVER, "type", "none of its types is taken"), source, target, path
+            )
+        reasons: list[Reason] = []
+        for alternative, fit in zip(alternatives, fits, strict=True):
+            for reason in fit.reasons:
+                kind, what, given = reason.kind, reason.what, reason.source
+                if alternative.resolved().kind == "none":
+                    kind, what, given = "optional", "it may be None", str(source)
+                elif fit.verdict is Verdict.NEVER and reason.path == path:
+                    kind, given = "union", str(source)
+                    what = f"it may be {_article(alternative)}, which is not taken"
+                reasons.append(replace(reason, verdict=Verdict.MAYBE, kind=kind, what=what, source=given))
+        return Fit(Verdict.MAYBE, tuple(dict.fromkeys(reasons)))
+
+    def _choices(self, source: Side, values: list[Any], target: Side, path: tuple[str, ...]) -> Fit:
+        """A type of a few values: each is tried."""
+        try:
+            schema: Any = {"type": "definitions", "schema": target.node, "definitions": []}
+            schema["definitions"] = [n for n in target.defs.values() if n is not target.node]
+            refers = any(n["type"] == "definition-ref" for n in nodes_of(target.node))
+            if any(
+                (foreign(n) and not is_harmless(n)) or (n["type"] == "enum" and "missing" in n)
+                for n in nodes_of(target.node)
+            ):
+                return undecided(path, source, target, "a validator decides")
+            validator = SchemaValidator(
+                cast("Any", schema if refers else target.node), cast("Any", target.config)
+            )
+        except Exception:  # Half of a schema is not always one.
+            return undecided(path, source, target, "it cannot be told before it runs")
+        refused = []
+        for value in values:
+            try:
+                validator.validate_python(value)
+            except Exception:
+                refused.append(value)
+        if not refused:
+            return FITS
+        if len(refused) == len(values):
+            found = Mismatch(Verdict.NEVER, "type", "none of its values is taken")
+            if source.kind == "none":
+                found = Mismatch(Verdict.NEVER, "type", "None is not taken")
+        else:
+            shown = ", ".join(repr(value) for value in refused[:3]) + (", ..." if len(refused) > 3 else "")
+            found = Mismatch(Verdict.MAYBE, "choices", f"of its values {shown} is not taken")
+        return verdict_on(found, source, target, path)
+
+    # ------------------------------------------------------------------ what the target takes
+
+    def _unwrap_target(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit | None:
+        """The verdict, if the target is made of other types; None if it is one by itself."""
+        node, kind = target.node, target.kind
+        if kind == "default":
+            if node.get("on_error", "raise") == "default":
+                return FITS
+            return self.match(source, target.to(node["schema"]), path)
+        if kind == "nullable":
+            return FITS if source.kind == "none" else self.match(source, target.to(node["schema"]), path)
+        if kind == "union":
+            return self._any_of(
+                source,
+                target,
+                [target.to(c[0] if isinstance(c, tuple) else c) for c in node["choices"]],
+                path,
+            )
+        if kind == "tagged-union":
+            return self._tagged(source, target, path)
+        if kind == "lax-or-strict":
+            strict = self._is_strict(target)
+            return self.match(source, target.to(node["strict_schema" if strict else "lax_schema"]), path)
+        if kind == "chain":
+            steps = [self.match(source, target.to(step), path) for step in node["steps"]]
+            if steps[0].verdict is Verdict.NEVER:
+                return steps[0]
+            if all(step["type"] == "is-instance" for step in node["steps"][:-1]):
+                return all_of(steps)
+            return undecided(path, source, target, "it is validated in several steps")
+        if kind == "json":
+            inner = node.get("schema", UNKNOWN)
+            if self._decoded:
+                return self.match(source, target.to(inner), path)
+            if source.kind in ("any", "str", "bytes"):
+                found = Mismatch(Verdict.MAYBE, "conversion", "only text that is JSON is taken")
+            elif source.kind in LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}:
+                found = Mismatch(Verdict.NEVER, "type", "only JSON text is taken")
+            else:
+                return undecided(path, source, target, "it cannot be told before it runs")
+            return verdict_on(found, source, target, path)
+        if kind == "model" and node.get("root_model") and not self._is_one(source, node["cls"]):
+            inner = replace(target.to(node["schema"]), config=node.get("config") or EMPTY)
+            if node.get("custom_init"):
+                return undecided(path, source, target, f"{target}.__init__ decides")
+            return self.match(source, inner, path)
+        if kind.startswith("function-"):
+            return self._past_function(target, path, source, lambda inner: self.match(source, inner, path))
+        return None
+
+    def _past_function(self, target: Side, path: tuple[str, ...], source: Side | str, go_on: Any) -> Fit:
+        node = target.node
+        inner: Fit = go_on(target.to(node["schema"])) if "schema" in node else Fit(Verdict.MAYBE)
+        if decodes(node):
+            if self._decoded or inner.verdict is Verdict.NEVER:
+                return inner
+            what = "only text that is encoded so is taken"
+            return Fit(
+                Verdict.MAYBE, (Reason(Verdict.MAYBE, "conversion", path, str(source), str(target), what),)
+            )
+        if node["type"] == "function-after":
+            if inner.verdict is Verdict.NEVER:
+                return inner
+            if isinstance(node["function"].get("function"), type) or is_harmless(node):
+                return inner
+            name = name_of(node)
+            if not foreign(node):
+                what = f"not every {source} is a {target}"
+                own = verdict_on(Mismatch(Verdict.MAYBE, "conversion", what), source, target, path)
+            else:
+                own = undecided(path, source, target, f"the validator {name} decides")
+            return all_of([inner, own])
+        if node["type"] == "function-wrap" and not foreign(node) and "schema" in node:
+            inside = target.to(node["schema"]).resolved().kind
+            if inside in ("url", "multi-host-url", *LISTS):
+                return inner
+        return undecided(path, source, target, f"the validator {name_of(node)} decides")
+
+    def _any_of(self, source: Side, target: Side, choices: list[Side], path: tuple[str, ...]) -> Fit:
+        fits = [self.match(source, choice, path) for choice in choices]
+        best = min((fit.verdict for fit in fits), default=Verdict.NEVER)
+        if best is Verdict.ALWAYS:
+            return FITS
+        if best is Verdict.NEVER:
+            return verdict_on(
+                Mismatch(Verdict.NEVER, "type", "none of the types takes it"), source, target, path
+            )
+        likely = [fit for fit in fits if fit.verdict is Verdict.MAYBE]
+        if len(likely) == 1:
+            return likely[0]
+        kinds = {reason.kind for fit in likely for reason in fit.reasons}
+        kind = "undecidable" if "undecidable" in kinds else "union"
+        what = "some of its values may be taken by none of the types"
+        return Fit(Verdict.MAYBE, (Reason(Verdict.MAYBE, kind, path, str(source), str(target), what),))
+
+    def _tagged(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        choices = {tag: target.to(choice) for tag, choice in target.node["choices"].items()}
+        tags = tags_of(source, target.node["discriminator"]) if is_record(source) else None
+        if tags is None:
+            found = self._any_of(source, target, list(choices.values()), path)
+            if found.verdict is Verdict.NEVER:
+                return found
+            return undecided(path, source, target, "its tag is not known before it runs")
+        fits = [self.match(source, choices[tag], path) for tag in tags if tag in choices]
+        strange = [tag for tag in tags if tag not in choices]
+        if not strange:
+            return all_of(fits) if len(fits) <= 1 or all(f == fits[0] for f in fits) else one_of(fits)
+        shown = ", ".join(map(repr, strange[:3]))
+        verdict = Verdict.MAYBE if fits else Verdict.NEVER
+        return verdict_on(
+            Mismatch(verdict, "choices", f"its tag may be {shown}, which none of the types has"),
+            source,
+            target,
+            path,
+        )
+
+
+def _article(side: Side) -> str:
+    text = str(side)
+    return f"{'an' if text[:1].lower() in 'aeiou' else 'a'} {text}"

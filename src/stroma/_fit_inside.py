@@ -1,0 +1,254 @@
+"""Types that hold others, across a boundary: lists, dicts, and records, which cross as instances or as dicts."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, Final
+
+from stroma._fit_leaves import LEAVES, Mismatch, Verdict, length_mismatch
+from stroma._fit_records import Record, Wanted, is_record, look_up, record_of, wanted_of
+from stroma._fit_side import (
+    EMPTY,
+    FITS,
+    LISTS,
+    UNKNOWN,
+    Fit,
+    Reason,
+    Side,
+    all_of,
+    at_most_maybe,
+    part_of,
+    parts_of,
+    span_of,
+    undecided,
+    verdict_on,
+)
+from stroma.schemas import Schema
+
+__all__ = ["Inside"]
+
+
+class Inside(ABC):
+    """The part of :class:`stroma._fit.Fitter` that looks into what holds other types.
+
+    ``_accepted``: the classes that cross as instances, in the field that is looked at.
+    """
+
+    target_schema: Schema
+    _accepted: frozenset[type]
+
+    @abstractmethod
+    def match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        """Whether all values of one type satisfy another."""
+
+    @abstractmethod
+    def _accepts(self, name: str) -> frozenset[type]: ...
+
+    @staticmethod
+    def _is_strict(side: Side) -> bool:
+        return bool(side.node.get("strict", side.config.get("strict")))
+
+    # ------------------------------------------------------------------ lists and dicts
+
+    def _items(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        if self._is_strict(target) and source.kind != target.kind:
+            return verdict_on(
+                Mismatch(Verdict.NEVER, "type", "strict mode converts nothing"), source, target, path
+            )
+        given, wanted = parts_of(source), parts_of(target)
+        sets = ("set", "frozenset")
+        merges = target.kind in sets and source.kind not in sets  # What is equal becomes one.
+        found = length_mismatch(span_of(source), span_of(target), shrinks=merges)
+        lengths = verdict_on(found, source, target, path)
+        if lengths.verdict is Verdict.NEVER:
+            return lengths
+        if target.kind in ("set", "frozenset") and _is_unhashable(wanted[0]):
+            return undecided(path, source, target, "only what can be hashed is taken")
+        if source.kind == "tuple" and target.kind == "tuple" and len(given) == len(wanted):
+            fits = [
+                self.match(a, b, (*path, f"[{i}]" if len(given) > 1 else "[]"))
+                for i, (a, b) in enumerate(zip(given, wanted, strict=True))
+            ]
+        else:
+            fits = [self.match(a, b, (*path, "[]")) for a in given for b in wanted]
+        return all_of([lengths, *fits])
+
+    def _dict(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        keys = self.match(part_of(source, "keys_schema"), part_of(target, "keys_schema"), (*path, "[key]"))
+        values = self.match(part_of(source, "values_schema"), part_of(target, "values_schema"), (*path, "[]"))
+        lengths = verdict_on(length_mismatch(source.node, target.node), source, target, path)
+        return all_of([lengths, keys, values])
+
+    def _instance(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        wanted = target.node["cls"]
+        given: Any = _CLASSES.get(source.kind)
+        if source.kind == "is-instance":
+            given = source.node["cls"]
+        wanted = getattr(wanted, "__origin__", wanted)  # typing.Sequence is no class, and stands for one.
+        try:
+            if issubclass(given, wanted):
+                return FITS
+            related = source.kind == "is-instance" or issubclass(wanted, given)
+        except TypeError:
+            return undecided(path, source, target, "it cannot be told before it runs")
+        if not related:
+            found = Mismatch(Verdict.NEVER, "type", f"it is no {target}")
+            return verdict_on(found, source, target, path)
+        return undecided(path, source, target, "it cannot be told before it runs")
+
+    # ------------------------------------------------------------------ records: what has fields
+
+    def _kept(self, source: Side) -> bool:
+        """Whether an instance crosses as the instance that it is."""
+        cls: Any = source.node.get("cls")
+        return source.kind in ("model", "dataclass") and not self._accepted.isdisjoint(cls.__mro__)
+
+    def _is_one(self, source: Side, cls: type) -> bool:
+        return self._kept(source) and issubclass(source.node["cls"], cls)
+
+    def _record(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        if self._kept(source):
+            return self._kept_to(source, target, path)
+        return self._record_to(record_of(source), target, path)
+
+    def _kept_to(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
+        cls = source.node["cls"]
+        if target.kind in ("model", "dataclass", "is-instance"):
+            if issubclass(cls, target.node["cls"]):
+                renewed = (target.node.get("config") or EMPTY).get("revalidate_instances") == "always"
+                if renewed and cls is not target.node["cls"] and is_record(target):
+                    return self._fields(record_of(source), wanted_of(target), path)
+                return FITS
+            if target.kind == "model" and (target.node.get("config") or EMPTY).get("from_attributes"):
+                return undecided(path, source, target, "it is read by its attributes")
+            what = f"a {cls.__name__} comes as the instance that it is, and is no {target}"
+            return verdict_on(Mismatch(Verdict.NEVER, "type", what), source, target, path)
+        iterable = hasattr(cls, "__iter__") and target.kind in LISTS and not self._is_strict(target)
+        # A model can be iterated over, which gives pairs of names and values: those pydantic takes for a list.
+        if target.kind in LEAVES | LISTS | {"dict", "typed-dict"} and not iterable:
+            what = f"a {cls.__name__} comes as the instance that it is"
+            return verdict_on(Mismatch(Verdict.NEVER, "type", what), source, target, path)
+        return undecided(path, source, target, "it cannot be told before it runs")
+
+    def _record_to(self, record: Record, target: Side, path: tuple[str, ...]) -> Fit:
+        """A record that was taken apart: a dict of its fields."""
+        target = target.resolved()
+        kind = target.kind
+        if kind == "any":
+            return FITS
+        if is_record(target):
+            if target.node.get("custom_init"):
+                return undecided(path, record.name, target, f"{target}.__init__ decides")
+            if target.node.get("strict") or (kind == "dataclass" and self._is_strict(target)):
+                return undecided(path, record.name, target, "strict mode takes instances alone")
+            return self._fields(record, wanted_of(target), path)
+        if kind == "dict":
+            return self._record_to_dict(record, target, path)
+        if kind in LEAVES | LISTS:
+            reason = Reason(
+                Verdict.NEVER, "type", path, record.name, str(target), "it comes as a dict of its fields"
+            )
+            return Fit(Verdict.NEVER, (reason,))
+        if kind in ("default", "nullable"):
+            return self._record_to(record, target.to(target.node["schema"]), path)
+        if kind == "union":
+            fits = [
+                self._record_to(record, target.to(c[0] if isinstance(c, tuple) else c), path)
+                for c in target.node["choices"]
+            ]
+            best = min(fits, key=lambda fit: fit.verdict)
+            if best.verdict is Verdict.NEVER:
+                what = "none of the types takes it"
+                return Fit(
+                    Verdict.NEVER, (Reason(Verdict.NEVER, "type", path, record.name, str(target), what),)
+                )
+            return best
+        return undecided(path, record.name, target, "it cannot be told before it runs")
+
+    def _record_to_dict(self, record: Record, target: Side, path: tuple[str, ...]) -> Fit:
+        keys, values = part_of(target, "keys_schema"), part_of(target, "values_schema")
+        names = Side({"type": "literal", "expected": list(record.fields)}, EMPTY, {})
+        fits = [self.match(names, keys, (*path, "[key]"))] if record.fields else []
+        for name, field in record.fields.items():
+            fits.append(self.match(field, values, (*path, name)))
+        if len(fits) and fits[0].verdict is Verdict.MAYBE and fits[0].reasons[0].kind == "choices":
+            fits[0] = Fit(Verdict.NEVER, tuple(replace(r, verdict=Verdict.NEVER) for r in fits[0].reasons))
+        count = {
+            "min_length": len(record.fields),
+            "max_length": None if record.is_open else len(record.fields),
+        }
+        fits.append(verdict_on(length_mismatch(count, target.node), Side(_DICT, EMPTY, {}), target, path))
+        if record.is_open:
+            any_ = Side(UNKNOWN, EMPTY, {})
+            fits.append(self.match(any_, values, (*path, "[]")))
+        return all_of(fits)
+
+    def _fields(
+        self, record: Record, wanted: Wanted, path: tuple[str, ...], *, outermost: bool = False
+    ) -> Fit:
+        fits: list[Fit] = []
+        used: set[str] = set()
+        for field in wanted.fields:
+            found = look_up(field, record, by_name=self.target_schema._by_name)
+            at = (*path, field.name)
+            shown = str(field.side)
+            if found is None:
+                if not field.required:
+                    if record.others is not None:
+                        fits.append(at_most_maybe(self.match(record.others, field.side, at)))
+                    continue
+                if record.is_open:
+                    what = "it may be among what the other holds beside its fields, or may not"
+                    fits.append(Fit(Verdict.MAYBE, (Reason(Verdict.MAYBE, "missing", at, "", shown, what),)))
+                else:
+                    what = f"{record.name} has no such field"
+                    fits.append(Fit(Verdict.NEVER, (Reason(Verdict.NEVER, "missing", at, "", shown, what),)))
+                continue
+            used.add(found.name)
+            if found.deeper:
+                fits.append(
+                    undecided(at, found.side, field.side, "its alias looks inside of the other field")
+                )
+                continue
+            if outermost:
+                self._accepted = self._accepts(found.name)
+            fits.append(self.match(found.side, field.side, at))
+            if found.name in record.optional and field.required:
+                what = "it may be missing"
+                fits.append(
+                    Fit(Verdict.MAYBE, (Reason(Verdict.MAYBE, "missing", at, str(found.side), shown, what),))
+                )
+        fits += self._extras(record, wanted, used, path)
+        if wanted.code:
+            fits.append(undecided(path, record.name, wanted.name, f"{wanted.code} decides"))
+        return all_of(fits)
+
+    def _extras(self, record: Record, wanted: Wanted, used: set[str], path: tuple[str, ...]) -> Iterable[Fit]:
+        more = [name for name in record.fields if name not in used]
+        if wanted.extra == "forbid":
+            for name in more:
+                verdict = Verdict.MAYBE if name in record.optional else Verdict.NEVER
+                what = f"{wanted.name} forbids fields that it does not know"
+                given = str(record.fields[name])
+                yield Fit(verdict, (Reason(verdict, "extra", (*path, name), given, "", what),))
+            if record.is_open:
+                what = f"{wanted.name} forbids fields that it does not know, and {record.name} may hold more"
+                yield Fit(
+                    Verdict.MAYBE, (Reason(Verdict.MAYBE, "extra", path, record.name, wanted.name, what),)
+                )
+        elif wanted.extra == "allow" and wanted.extras is not None:
+            for name in more:
+                yield self.match(record.fields[name], wanted.extras, (*path, name))
+
+
+_DICT: Final[dict[str, Any]] = {"type": "dict"}
+_CLASSES: Final[dict[str, type]] = {
+    "str": str, "int": int, "float": float, "bool": bool, "bytes": bytes, "complex": complex, "list": list,
+    "set": set, "frozenset": frozenset, "tuple": tuple, "dict": dict, "none": type(None),
+}  # fmt: skip
+
+
+def _is_unhashable(side: Side) -> bool:
+    return side.resolved().kind in ("list", "set", "dict", "model", "dataclass", "typed-dict")

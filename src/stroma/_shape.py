@@ -1,0 +1,18 @@
+"""Looking at objects of classes that are not imported: a provider's exception, its response."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+__all__ = ["get"]
+
+
+def get(owner: Any, name: str) -> Any:
+    """A key of a mapping or an attribute of anything else; None if there is none, or none that can be read."""
+    try:
+        return owner.get(name) if isinstance(owner, Mapping) else getattr(owner, name, None)
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        return None

@@ -1,0 +1,150 @@
+"""`stroma check`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stroma.checkpoint.journal import Committed, RunRecord
+from stroma.checks import Finding, check_nodes
+from stroma.cli.errors import Code, Problem
+from stroma.cli.load import load_pipeline
+from stroma.cli.output import emit, err, out
+from stroma.cli.run import stored_input
+from stroma.cli.sarif import sarif_of, write_json
+from stroma.cli.stores import Database, db_option
+from stroma.cli.words import clean, id_word, plural
+from stroma.contracts import ContractRegistry
+from stroma.nodes import find_node
+from stroma.resumable import Change, changes_since
+from stroma.runner import Pipeline
+
+__all__ = ["check"]
+
+
+@click.command()
+@click.argument("target", metavar="FILE_OR_MODULE:NAME")
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.check/1".')
+@click.option(
+    "--sarif",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, allow_dash=False, path_type=Path),
+    help="Write the findings into FILE too, in SARIF 2.1.0 for code review.",
+)
+@click.option(
+    "--against", metavar="RUN", help="Say whether this recorded run can still be resumed, and what changed."
+)
+@db_option
+def check(target: str, as_json: bool, sarif: Path | None, against: str | None, db: str | None) -> int:
+    """Prove that each node's output can satisfy the next node's input. Nothing runs, and nothing is bought.
+
+    Findings go to stdout. An error can never work, and ends the command with 1; a warning may fail, or cannot be told.
+    RUN is a run id, its beginning, or "last"; nothing is written to its store.
+    """
+    pipeline = load_pipeline(target)
+    nodes = [find_node(node) for node in pipeline.nodes]
+    registry = ContractRegistry()
+    findings = check_nodes(nodes, registry)
+    errors = sum(finding.severity == "error" for finding in findings)
+    record, changes = None, list[Change]()
+    if against is not None:
+        database = Database.choose(db)
+        record = database.find(against)
+        changes = _changes(database, record, pipeline, target)
+    if sarif is not None:
+        write_json(sarif, sarif_of(findings, nodes))
+    code = Code.FAILED if errors or changes else Code.OK
+    if as_json:
+        emit(
+            {
+                "schema": "stroma.check/1",
+                "pipeline": pipeline.name,
+                "exit_code": int(code),
+                "errors": errors,
+                "warnings": len(findings) - errors,
+                "findings": [asdict(finding) for finding in findings],
+                "against": None if record is None else _against_data(record, changes),
+            }
+        )
+        return code
+    for finding in findings:
+        _tell(finding)
+    count = f"{plural(errors, 'error')}, {plural(len(findings) - errors, 'warning')}"
+    err.line(f"{clean(pipeline.name, 100)}: {plural(len(nodes), 'node')}, {count}")
+    if record is not None:
+        _tell_changes(record, changes)
+    return code
+
+
+def _tell(finding: Finding) -> None:
+    style = "bold red" if finding.severity == "error" else "yellow"
+    where = f"{clean(finding.source, 60)} -> {clean(finding.target, 60)}"
+    path = f"  {clean(finding.path, 100)}" if finding.path else ""
+    out.line((f"{finding.severity:<8}", style), f" {where}{path}  ({finding.kind})")
+    out.line(f"         {clean(finding.message, 1000)}")
+    out.line(f"         mend: {clean(finding.mend, 1000)}")
+
+
+# ---------------------------------------------------------------------- against a run
+
+
+def _changes(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> list[Change]:
+    """What stands in the way of a resume of a run. Reads the store only. Raises Problem."""
+    nodes = [find_node(node) for node in pipeline.nodes]
+    changes = []
+    try:
+        stored_input(database, record, pipeline, target)
+    except Problem as problem:
+        if problem.code is not Code.USAGE:
+            raise
+        changes.append(Change("input", "input", f"{problem.message}; {problem.more[0]}"))
+    commits, damaged = _commits(database, record)
+    found = changes_since(record.run_id, commits, nodes, ContractRegistry(), pipeline.config)
+    return [*changes, *damaged, *found]
+
+
+def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str], Committed], list[Change]]:
+    """The outputs that a run committed, and those of them that cannot be read."""
+    store = database.reader
+
+    def query(rows: Any) -> dict[tuple[int, str], str]:
+        found = rows.find(record.run_id)
+        steps = [] if found is None else rows.steps(found.run, found.execution)
+        return {(row.position, row.branch): row.step.contract for row in steps if row.step.number is None}
+
+    with database.explained():
+        attempts = store.attempts(record.run_id)
+        contracts = store.read(query, dict[tuple[int, str], str]())
+    commits: dict[tuple[int, str], Committed] = {}
+    damaged = []
+    for attempt in attempts:
+        place = attempt.position, attempt.branch
+        at = f"{attempt.position}.{attempt.branch}" if attempt.branch else str(attempt.position)
+        if attempt.damaged:
+            what = "its output is damaged; resume from there to make it anew"
+            damaged.append(Change(at, attempt.node_id, what))
+        elif attempt.output is not None and place in contracts:
+            commits[place] = Committed(attempt.node_id, attempt.output, contracts[place])
+    return commits, damaged
+
+
+def _against_data(record: RunRecord, changes: list[Change]) -> dict[str, Any]:
+    return {
+        "run_id": record.run_id,
+        "status": record.status,
+        "resumable": not changes,
+        "changes": [asdict(change) for change in changes],
+    }
+
+
+def _tell_changes(record: RunRecord, changes: list[Change]) -> None:
+    name = f"run {clean(id_word(record.run_id), 100)} ({record.status})"
+    if not changes:
+        out.line(("ok      ", "green"), f" {name} can be resumed: all it has committed fits")
+        return
+    out.line(("changed ", "bold red"), f" {name} cannot be resumed as it is")
+    for change in changes:
+        out.line(f"         {change.at}  {clean(change.node_id, 60)}: {clean(change.message, 1000)}")

@@ -1,0 +1,251 @@
+"""`stroma check` and `stroma graph`."""
+
+import json
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+from tests.sarif import problems_of
+
+FLOW = """
+    from pydantic import BaseModel, Field
+    from stroma import *
+
+    class Text(BaseModel):
+        text: str
+
+    class Parts(BaseModel):
+        parts: list[str]
+        kept: str | None
+
+    class Result(BaseModel):
+        parts: list[str]
+        kept: str
+        total: int = Field(alias="sum")
+
+    def node(node_id, taken, given):
+        async def func(state):
+            raise RuntimeError("called")
+        return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=taken, output_schema=given))(func)
+
+    @stroma_node("split", NodeContract(node_id="split", input_schema=Text, output_schema=Parts))
+    async def split(state):
+        raise RuntimeError("called")
+
+    wrong = Pipeline("wrong", [split, node("result", Result, Text)])
+    fine = Pipeline("fine", [split, map_over("parts", node("shout", Text, Text), into="shouted"), node("end", Parts, Parts)])
+    odd = Pipeline('<b> "odd" & \\u202e', [node('a"]<script>\\n&', Text, Text), parallel(split, node("b", Text, Text))])
+
+    async def free(state): ...
+    unknown = Pipeline("unknown", [node("a", Text, Text), stroma_node("free", None)(free), node("c", Text, Text)])
+"""
+
+
+@pytest.fixture
+def flows(stroma):
+    stroma.file("flows.py", FLOW)
+    return stroma
+
+
+def test_check_lists_errors_and_warnings(flows, inside):
+    """Findings are on stdout with both nodes, the field and the mend; with an error the exit code is 1."""
+    done = inside("check", "flows.py:wrong")
+    assert done.code == 1
+    assert done.out.splitlines() == [
+        "warning  split -> result  kept  (optional)",
+        "         'split' gives kept as str | None, 'result' takes str: it may be None",
+        "         mend: take None in the input of 'result', or promise a value in the output of 'split'",
+        "error    split -> result  total  (missing)",
+        "         'result' needs total (int), and Parts has no such field",
+        "         mend: add it to the output of 'split', or give it a default in Result",
+    ]
+    assert done.err == "wrong: 2 nodes, 1 error, 1 warning\n"
+
+
+def test_check_says_nothing_about_what_is_fine(flows, inside):
+    """Without findings stdout is empty and the exit code 0; no node is called, no store is made."""
+    done = inside("check", "flows.py:fine")
+    assert (done.code, done.out, done.err) == (0, "", "fine: 3 nodes, 0 errors, 0 warnings\n")
+    assert [path.name for path in flows.home.iterdir() if not path.name.startswith("__")] == [
+        "sums.py",
+        "flows.py",
+    ] or {path.name for path in flows.home.iterdir() if not path.name.startswith("__")} == {
+        "sums.py",
+        "flows.py",
+    }
+
+
+def test_check_as_json(flows, inside):
+    """--json prints one object with a schema, the counts and each finding with all that it has."""
+    done = inside("check", "flows.py:wrong", "--json")
+    data = json.loads(done.out)
+    assert (done.code, done.err) == (1, "")
+    assert (data["schema"], data["pipeline"], data["exit_code"], data["errors"], data["warnings"], data["against"]) == (
+        "stroma.check/1", "wrong", 1, 1, 1, None,
+    )  # fmt: skip
+    assert data["findings"][1] == {
+        "severity": "error", "kind": "missing", "source": "split", "target": "result", "source_at": "0",
+        "target_at": "1", "path": "total", "source_type": "", "target_type": "int",
+        "message": "'result' needs total (int), and Parts has no such field",
+        "mend": "add it to the output of 'split', or give it a default in Result",
+    }  # fmt: skip
+
+
+def test_check_writes_sarif(flows, inside):
+    """--sarif writes a valid SARIF 2.1.0 log that leads to the file and line of the node's function."""
+    assert inside("check", "flows.py:wrong", "--sarif", "out.sarif").code == 1
+    log = json.loads((flows.home / "out.sarif").read_text())
+    assert problems_of(log) == []
+    (run,) = log["runs"]
+    assert [(r["level"], r["ruleId"]) for r in run["results"]] == [
+        ("warning", "stroma/optional"), ("error", "stroma/missing"),
+    ]  # fmt: skip
+    place = run["results"][1]["relatedLocations"][0]["physicalLocation"]
+    line = (flows.home / "flows.py").read_text().splitlines()[place["region"]["startLine"] - 1]
+    assert (place["artifactLocation"], line) == ({"uri": "flows.py"}, '@stroma_node("split", NodeContract(node_id="split", input_schema=Text, output_schema=Parts))')  # fmt: skip
+    assert inside("check", "flows.py:fine", "--sarif", "out.sarif").code == 0
+    assert json.loads((flows.home / "out.sarif").read_text())["runs"][0]["results"] == []
+
+
+def test_bad_calls_of_check(flows, inside, fails):
+    """What is not there, or cannot be written, is one message with the mend."""
+    fails(inside("check", "flows.py:nothing"), 4, "nothing", "flows.py:wrong")
+    fails(inside("check", "nowhere.py:x"), 4, "nowhere.py")
+    fails(
+        inside("check", "flows.py:wrong", "--sarif", "no/such/dir.sarif"),
+        3,
+        "cannot write",
+        "give the path of a file",
+    )
+    fails(inside("check", "flows.py:wrong", "--against", "last", "--db", "none.db"), 4, "none.db")
+    fails(inside("graph", "flows.py:split"), 2, "a single node")
+    fails(inside("graph", "flows.py:fine", "--format", "png"), 2, "png")
+
+
+# ---------------------------------------------------------------------- against a run
+
+
+def test_against_a_run_that_can_be_resumed(stroma, inside):
+    """--against says that a run with today's nodes and schemas can be resumed."""
+    inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "r1", env={"SECOND": "raise ValueError"})
+    before = {path: path.read_bytes() for path in stroma.home.rglob("*.db*")}
+    done = inside("check", "sums.py:pipeline", "--against", "last")
+    assert done.code == 0
+    assert done.out.splitlines()[-1] == "ok       run r1 (PARTIAL) can be resumed: all it has committed fits"
+    data = json.loads(inside("check", "sums.py:pipeline", "--against", "r", "--json").out)
+    assert data["against"] == {"run_id": "r1", "status": "PARTIAL", "resumable": True, "changes": []}
+    assert {path: path.read_bytes() for path in before} == before
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "words"),
+    [
+        ("class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: int\n    m: int = 0", "it lacks 'm', which is new"),
+        ("class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: float", "types or constraints of its fields are others"),
+        ('node("first", add_one, Count)', 'node("begin", add_one, Count)', "the pipeline has 'begin' there"),
+        ('Field(alias="start")', "Field(gt=0, alias='begin')", "could be"),
+    ],
+)  # fmt: skip
+def test_against_a_run_of_other_schemas(stroma, inside, old, new, words):
+    """What changed since the run is told for each output, as a resume would refuse it; the exit code is 1."""
+    inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "r1", env={"SECOND": "raise ValueError"})
+    text = (stroma.home / "sums.py").read_text()
+    assert old in text
+    # Longer in any case: Python takes a file of the same second and size for the one that it has compiled.
+    (stroma.home / "sums.py").write_text(text.replace(old, new) + "\n# changed\n")
+    done = inside("check", "sums.py:pipeline", "--against", "r1")
+    resumed = inside("resume", "r1", "sums.py:pipeline")
+    if words == "could be":  # A constraint that the input keeps, and another alias, change no run.
+        assert (done.code, resumed.code) == (0, 0)
+        return
+    assert (done.code, resumed.code) == (1, 2)
+    assert "changed  run r1 (PARTIAL) cannot be resumed as it is" in done.out
+    assert words in done.out
+    assert words in resumed.err
+
+
+def test_against_a_run_with_another_input(stroma, inside):
+    """An input that today's first node does not take is a change, too."""
+    inside("run", "sums.py:pipeline", '{"start": 1}', "--run-id", "r1", env={"SECOND": "raise ValueError"})
+    text = (stroma.home / "sums.py").read_text()
+    (stroma.home / "sums.py").write_text(
+        text.replace("n: int = Field(alias=", "n: str = Field(alias=") + "\n#\n"
+    )
+    done = inside("check", "sums.py:pipeline", "--against", "r1", "--json")
+    (change, *_) = json.loads(done.out)["against"]["changes"]
+    assert (done.code, change["at"]) == (1, "input")
+    assert "did not begin with a Count" in change["message"]
+
+
+# ---------------------------------------------------------------------- graph
+
+
+def test_graph_as_json(flows, inside):
+    """--format json has every node with its fields, and which field of which node feeds which."""
+    done = inside("graph", "flows.py:fine", "--format", "json")
+    data = json.loads(done.out)
+    assert (done.code, data["schema"], data["pipeline"]) == (0, "stroma.graph/1", "fine")
+    assert [(n["at"], n["node_id"], n["kind"], n["group"]) for n in data["nodes"]] == [
+        ("input", "input", "input", None), ("0", "split", "node", None),
+        ("1", "map_over(parts, shout) into shouted", "map_over", None), ("1.0", "shout", "node", "1"),
+        ("2", "end", "node", None),
+    ]  # fmt: skip
+    assert data["nodes"][1]["gives"] == [
+        {"name": "parts", "type": "list[str]", "verdict": "fits"}, {"name": "kept", "type": "str | None", "verdict": "fits"},
+    ]  # fmt: skip
+    assert [(e["from"], e["field"], e["to"], e["feeds"]) for e in data["edges"]] == [
+        ("input", "text", "0", "text"), ("0", "parts", "1.0", "text"), ("0", "parts", "2", "parts"), ("0", "kept", "2", "kept"),
+    ]  # fmt: skip
+
+
+def test_graph_marks_what_check_finds(flows, inside):
+    """What can never work and what may fail is marked on fields and edges."""
+    data = json.loads(inside("graph", "flows.py:wrong", "--format", "json").out)
+    assert {line["name"]: line["verdict"] for line in data["nodes"][2]["takes"]} == {
+        "parts": "fits", "kept": "warning", "total": "error",
+    }  # fmt: skip
+    assert [e["verdict"] for e in data["edges"]] == ["fits", "fits", "warning"]
+    unknown = json.loads(inside("graph", "flows.py:unknown", "--format", "json").out)
+    assert [(e["from"], e["to"], e["verdict"]) for e in unknown["edges"]] == [
+        ("input", "0", "fits"), ("0", "1", "unknown"), ("1", "2", "unknown"),
+    ]  # fmt: skip
+
+
+def test_graph_as_mermaid(flows, inside):
+    """Mermaid is the default: groups are subgraphs, edges are labelled with their fields, and ids stay text."""
+    assert inside("graph", "flows.py:fine").out.splitlines() == [
+        "flowchart LR",
+        '    ninput["input<br/>Text"]',
+        '    n0["split<br/>Text → Parts"]',
+        '    subgraph n1["map_over(parts, shout) into shouted"]',
+        '        n1_0["shout<br/>Text → Text"]',
+        "    end",
+        '    n2["end<br/>Parts → Parts"]',
+        '    ninput -->|"text"| n0',
+        '    n0 -->|"parts → text"| n1_0',
+        '    n0 -->|"parts, kept"| n2',
+    ]
+    odd = inside("graph", "flows.py:odd").out
+    assert '    n0["a#34;]#60;script#62; #38;<br/>Text → Text"]' in odd
+
+
+def test_graph_as_svg(flows, inside):
+    """The SVG is XML that stands by itself, in which text of the user's is text and nothing else."""
+    for name in ("fine", "wrong", "odd", "unknown"):
+        text = inside("graph", f"flows.py:{name}", "--format", "svg").out
+        root = ET.fromstring(text)
+        assert root.tag == "{http://www.w3.org/2000/svg}svg"
+        tags = {element.tag.rpartition("}")[2] for element in root.iter()}
+        assert tags <= {"svg", "g", "rect", "path", "text", "tspan", "title", "style", "circle"}
+        for word in ("http://", "https://", "url(", "@import", "href"):
+            assert word not in text.replace("http://www.w3.org/2000/svg", "")
+    root = ET.fromstring(inside("graph", "flows.py:odd", "--format", "svg").out)
+    texts = ["".join(element.itertext()) for element in root.iter()]
+    assert any('a"]<script>' in text for text in texts)
+
+
+def test_nothing_is_left_behind(flows, inside):
+    """Neither command makes the default store, or its directory."""
+    inside("check", "flows.py:fine")
+    inside("graph", "flows.py:fine")
+    assert not Path(flows.home, ".local").exists()

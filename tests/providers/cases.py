@@ -1,0 +1,143 @@
+"""What providers do, and what it means: the cases of the tests, and the tables of `docs/providers.md`.
+
+After a change here run `./dev run python docs/generate.py`.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from tests.providers.server import Answer
+
+from stroma import FailureClass
+
+R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
+
+
+@dataclass(frozen=True)
+class Case:
+    """One thing that a provider does, and what it means."""
+
+    sdk: str
+    what: str
+    answer: Answer
+    raised: str  # the name of the SDK's exception
+    failure_class: FailureClass
+    reason: str | None
+    delay: float | None = None  # seconds that the server asks to wait
+
+    def __str__(self) -> str:
+        return f"{self.sdk}: {self.what}"
+
+
+def by_openai(
+    status: int, code: str | None = None, message: str = "no", kind: str = "invalid_request_error"
+) -> Answer:
+    return Answer(status, {"error": {"message": message, "type": kind, "param": None, "code": code}})
+
+
+def by_anthropic(status: int, kind: str, message: str = "no", error_code: str | None = None) -> Answer:
+    error = {"type": kind, "message": message}
+    details = {"details": {"error_code": error_code}} if error_code else {}
+    return Answer(status, {"type": "error", "error": error | details, "request_id": "req_1"})
+
+
+def streamed_by_openai(kind: str, code: str | None = None) -> Answer:
+    error = {"error": {"message": "no", "type": kind, "param": None, "code": code}}
+    return Answer(body=f"data: {json.dumps(error)}\n\n")
+
+
+def streamed_by_anthropic(kind: str) -> Answer:
+    error = {"type": "error", "error": {"type": kind, "message": "no"}}
+    return Answer(body=f"event: error\ndata: {json.dumps(error)}\n\n")
+
+
+def _openai(what: str, answer: Answer, raised: str, failure_class: FailureClass, reason: str) -> Case:
+    return Case("openai", what, answer, raised, failure_class, reason)
+
+
+def _anthropic(what: str, answer: Answer, raised: str, failure_class: FailureClass, reason: str) -> Case:
+    return Case("anthropic", what, answer, raised, failure_class, reason)
+
+
+TOO_LONG = "prompt is too long: 208310 tokens > 200000 maximum"
+OVER_LIMIT = "input length and `max_tokens` exceed context limit: 199000 + 4096 > 200000"
+BLOCKED = "Output blocked by content filtering policy"
+CREDIT = "Your credit balance is too low to access the Anthropic API."
+VLLM = "This model's maximum context length is 4096 tokens. However, you requested 5000 tokens."
+
+PROVIDER_CASES = [
+    _openai("400", by_openai(400), "BadRequestError", T, "bad_request"),
+    _openai("400 `context_length_exceeded`", by_openai(400, "context_length_exceeded"), "BadRequestError", T, "context_length"),
+    _openai("400 `string_above_max_length`", by_openai(400, "string_above_max_length"), "BadRequestError", T, "context_length"),
+    _openai("400 “maximum context length”", by_openai(400, message=VLLM), "BadRequestError", T, "context_length"),
+    _openai("400 `content_policy_violation`", by_openai(400, "content_policy_violation"), "BadRequestError", T, "content_policy"),
+    _openai("400 `content_filter`", by_openai(400, "content_filter"), "BadRequestError", T, "content_policy"),
+    _openai("400 `moderation_blocked`", by_openai(400, "moderation_blocked"), "BadRequestError", T, "content_policy"),
+    _openai("400 `billing_hard_limit_reached`", by_openai(400, "billing_hard_limit_reached"), "BadRequestError", T, "quota"),
+    _openai("401 `invalid_api_key`", by_openai(401, "invalid_api_key"), "AuthenticationError", T, "auth"),
+    _openai("403", by_openai(403, "unsupported_country_region_territory"), "PermissionDeniedError", T, "permission"),
+    _openai("404 `model_not_found`", by_openai(404, "model_not_found"), "NotFoundError", T, "not_found"),
+    _openai("408", by_openai(408), "APIStatusError", R, "timeout"),
+    _openai("409", by_openai(409), "ConflictError", R, "conflict"),
+    _openai("413", by_openai(413), "APIStatusError", T, "too_large"),
+    _openai("413 `rate_limit_exceeded`", by_openai(413, "rate_limit_exceeded"), "APIStatusError", T, "too_large"),
+    _openai("422", by_openai(422), "UnprocessableEntityError", T, "bad_request"),
+    _openai("425", by_openai(425), "APIStatusError", R, "too_early"),
+    _openai("429 `rate_limit_exceeded`", by_openai(429, "rate_limit_exceeded", kind="tokens"), "RateLimitError", R, "rate_limit"),
+    _openai("429 `insufficient_quota`", by_openai(429, "insufficient_quota", kind="insufficient_quota"), "RateLimitError", T, "quota"),
+    _openai("500", by_openai(500, kind="server_error"), "InternalServerError", R, "server_error"),
+    _openai("502", by_openai(502), "InternalServerError", R, "server_error"),
+    _openai("503", by_openai(503, message="The engine is currently overloaded"), "InternalServerError", R, "overloaded"),
+    _openai("504", by_openai(504), "InternalServerError", R, "timeout"),
+    _openai("529", by_openai(529), "InternalServerError", R, "overloaded"),
+    _openai("stream with `server_error`", streamed_by_openai("server_error"), "APIError", R, "server_error"),
+    _openai("stream with `rate_limit_exceeded`", streamed_by_openai("requests", "rate_limit_exceeded"), "APIError", R, "rate_limit"),
+    _openai("stream with `insufficient_quota`", streamed_by_openai("x", "insufficient_quota"), "APIError", T, "quota"),
+    _openai("stream with `invalid_api_key`", streamed_by_openai("invalid_request_error", "invalid_api_key"), "APIError", T, "auth"),
+    _openai("stream with `invalid_request_error`", streamed_by_openai("invalid_request_error"), "APIError", T, "bad_request"),
+    _openai("connection refused", Answer(fault="refuse"), "APIConnectionError", R, "connection"),
+    _openai("connection dropped", Answer(fault="drop"), "APIConnectionError", R, "connection"),
+    _openai("answer cut short", Answer(body={}, fault="cut"), "APIConnectionError", R, "connection"),
+    _openai("no answer in time", Answer(fault="hang"), "APITimeoutError", R, "timeout"),
+    _anthropic("400 `invalid_request_error`", by_anthropic(400, "invalid_request_error"), "BadRequestError", T, "bad_request"),
+    _anthropic("400 “prompt is too long”", by_anthropic(400, "invalid_request_error", TOO_LONG), "BadRequestError", T, "context_length"),
+    _anthropic("400 “exceed context limit”", by_anthropic(400, "invalid_request_error", OVER_LIMIT), "BadRequestError", T, "context_length"),
+    _anthropic("400 “content filtering policy”", by_anthropic(400, "invalid_request_error", BLOCKED), "BadRequestError", T, "content_policy"),
+    _anthropic("400 “credit balance is too low”", by_anthropic(400, "invalid_request_error", CREDIT), "BadRequestError", T, "quota"),
+    _anthropic("400 `overloaded_error`", by_anthropic(400, "overloaded_error"), "BadRequestError", R, "overloaded"),
+    _anthropic("401 `authentication_error`", by_anthropic(401, "authentication_error"), "AuthenticationError", T, "auth"),
+    _anthropic("402 `billing_error`", by_anthropic(402, "billing_error"), "PaymentRequiredError", T, "quota"),
+    _anthropic("403 `permission_error`", by_anthropic(403, "permission_error"), "PermissionDeniedError", T, "permission"),
+    _anthropic("403 `billing_error`", by_anthropic(403, "billing_error"), "PermissionDeniedError", T, "quota"),
+    _anthropic("404 `not_found_error`", by_anthropic(404, "not_found_error"), "NotFoundError", T, "not_found"),
+    _anthropic("408 `timeout_error`", by_anthropic(408, "timeout_error"), "RequestTimeoutError", R, "timeout"),
+    _anthropic("409 `conflict_error`", by_anthropic(409, "conflict_error"), "ConflictError", R, "conflict"),
+    _anthropic("413 `request_too_large`", by_anthropic(413, "request_too_large"), "ContentTooLargeError", T, "too_large"),
+    _anthropic("422 `invalid_request_error`", by_anthropic(422, "invalid_request_error"), "UnprocessableEntityError", T, "bad_request"),
+    _anthropic("429 `rate_limit_error`", by_anthropic(429, "rate_limit_error"), "RateLimitError", R, "rate_limit"),
+    _anthropic("429 `rate_limit_error`, `enforced_spend_limit_reached`", by_anthropic(429, "rate_limit_error", error_code="enforced_spend_limit_reached"), "EnforcedSpendLimitReachedError", T, "quota"),
+    _anthropic("429 `rate_limit_error`, `contract_spend_limit_reached`", by_anthropic(429, "rate_limit_error", error_code="contract_spend_limit_reached"), "ContractSpendLimitReachedError", T, "quota"),
+    _anthropic("429 `rate_limit_error`, `ramp_limit_exceeded`", by_anthropic(429, "rate_limit_error", error_code="ramp_limit_exceeded"), "RampLimitExceededError", R, "rate_limit"),
+    _anthropic("500 `api_error`", by_anthropic(500, "api_error"), "InternalServerError", R, "server_error"),
+    _anthropic("500 `overloaded_error`", by_anthropic(500, "overloaded_error"), "InternalServerError", R, "overloaded"),
+    _anthropic("502", by_anthropic(502, "api_error"), "InternalServerError", R, "server_error"),
+    _anthropic("503", by_anthropic(503, "api_error"), "ServiceUnavailableError", R, "overloaded"),
+    _anthropic("504 `timeout_error`", by_anthropic(504, "timeout_error"), "GatewayTimeoutError", R, "timeout"),
+    _anthropic("529 `overloaded_error`", by_anthropic(529, "overloaded_error"), "OverloadedError", R, "overloaded"),
+    _anthropic("stream with `overloaded_error`", streamed_by_anthropic("overloaded_error"), "APIStatusError", R, "overloaded"),
+    _anthropic("stream with `api_error`", streamed_by_anthropic("api_error"), "APIStatusError", R, "server_error"),
+    _anthropic("stream with `rate_limit_error`", streamed_by_anthropic("rate_limit_error"), "APIStatusError", R, "rate_limit"),
+    _anthropic("stream with `timeout_error`", streamed_by_anthropic("timeout_error"), "APIStatusError", R, "timeout"),
+    _anthropic("stream with `conflict_error`", streamed_by_anthropic("conflict_error"), "APIStatusError", R, "conflict"),
+    _anthropic("stream with `authentication_error`", streamed_by_anthropic("authentication_error"), "APIStatusError", T, "auth"),
+    _anthropic("stream with `permission_error`", streamed_by_anthropic("permission_error"), "APIStatusError", T, "permission"),
+    _anthropic("stream with `not_found_error`", streamed_by_anthropic("not_found_error"), "APIStatusError", T, "not_found"),
+    _anthropic("stream with `request_too_large`", streamed_by_anthropic("request_too_large"), "APIStatusError", T, "too_large"),
+    _anthropic("stream with `invalid_request_error`", streamed_by_anthropic("invalid_request_error"), "APIStatusError", T, "bad_request"),
+    _anthropic("connection refused", Answer(fault="refuse"), "APIConnectionError", R, "connection"),
+    _anthropic("connection dropped", Answer(fault="drop"), "APIConnectionError", R, "connection"),
+    _anthropic("answer cut short", Answer(body={}, fault="cut"), "APIConnectionError", R, "connection"),
+    _anthropic("no answer in time", Answer(fault="hang"), "APITimeoutError", R, "timeout"),
+]  # fmt: skip

@@ -1,0 +1,346 @@
+"""What a provider's response says it used: read from the real SDKs' responses of a real server, and from plain data."""
+
+from __future__ import annotations
+
+import asyncio
+import types
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from genai_prices import extract_usage
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import BaseModel
+from tests.providers.clients import _openai
+from tests.providers.replies import _CHAT, _CHAT_CHUNKS, _CONTENT, _MESSAGE_EVENTS, REPLIES, Reply, sse
+from tests.providers.server import Server, serving
+
+from stroma import (
+    KNOWN_MODELS,
+    ExecutionBudget,
+    RunStatus,
+    StromaRunner,
+    Usage,
+    UsageError,
+    current_node,
+    usage_from,
+)
+
+
+@pytest.fixture(scope="module")
+def server() -> Iterator[Server]:
+    with serving() as running:
+        yield running
+
+
+def last(reply: Reply, server: Server) -> Any:
+    """What the SDK makes of the answer; of a stream its last chunk."""
+    response = reply.ask(server.url(reply.answer), reply.answer)
+    return response[-1] if isinstance(response, list) else response
+
+
+# ---------------------------------------------------------------------- responses
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=str)
+def test_the_usage_of_an_sdks_response(reply: Reply, server: Server) -> None:
+    """The response of each SDK, or the last chunk of its stream, gives the tokens by kind and the model."""
+    assert usage_from(last(reply, server)) == reply.usage
+
+
+@pytest.mark.parametrize(
+    "reply", [r for r in REPLIES if not r.answer.stream and r.extractor is not None], ids=str
+)
+def test_the_usage_of_plain_data(reply: Reply) -> None:
+    """The same as plain data gives the same, and what genai-prices' own extractor of that provider reads."""
+    assert usage_from(reply.answer.body) == reply.usage
+    assert reply.extractor is not None
+    provider, flavour = reply.extractor
+    theirs = extract_usage(reply.answer.body, provider_id=provider, api_flavor=flavour).usage
+    ours = reply.usage
+    assert (theirs.input_tokens, ours.output_tokens) == (
+        ours.input_tokens,
+        theirs.reported_value("output_tokens"),
+    )
+    assert theirs.reported_value("cache_read_tokens") == ours.cached_input_tokens
+    assert theirs.reported_value("cache_write_tokens") == ours.cache_write_tokens
+    assert theirs.reported_value("cache_write_1h_tokens") == ours.cache_write_1h_tokens
+
+
+@pytest.mark.parametrize(
+    ("response", "expected"),
+    [
+        # xAI counts reasoning beside completion, DeepSeek has another name for what was cached.
+        ({"usage": {"prompt_tokens": 10, "completion_tokens": 5, "total_tokens": 40}}, Usage(10, 30)),
+        ({"usage": {"prompt_tokens": 10, "completion_tokens": 5, "prompt_cache_hit_tokens": 8}}, Usage(10, 5, 8)),
+        # A gateway that counts what was cached beside the input.
+        ({"usage": {"prompt_tokens": 10, "prompt_tokens_details": {"cached_tokens": 90}}}, Usage(90, 0, 90)),
+        ({"usage": {"tokens": {"input_tokens": 9.0, "output_tokens": 2.0}, "cached_tokens": 4.0}}, Usage(9, 2, 4)),
+        ({"meta": {"billed_units": {"input_tokens": 3}}}, Usage(3)),
+        ({"usage": {"input_tokens": 5, "output_tokens": 1, "service_tier": "batch"}, "model": "m"}, Usage(5, 1, model="m", tier="batch")),
+        ({"usage": {"input_tokens": 5, "speed": "fast", "service_tier": "standard"}}, Usage(5, tier="fast")),
+        # A line of OpenAI's batch results, a usage by itself, and one of ours.
+        ({"custom_id": "1", "response": {"status_code": 200, "body": _CHAT}}, Usage(1200, 30, 1024, 0, "gpt-4o-mini-2024-07-18", "flex")),
+        ({"prompt_tokens": 7, "completion_tokens": 2}, Usage(7, 2)),
+        (Usage(1, 2, model="m"), Usage(1, 2, model="m")),
+        (types.SimpleNamespace(usage=types.SimpleNamespace(prompt_tokens=4, completion_tokens=None)), Usage(4)),
+    ],
+    ids=lambda value: str(value)[:60],
+)  # fmt: skip
+def test_other_shapes(response: Any, expected: Usage) -> None:
+    """Whatever answers alike is read alike."""
+    assert usage_from(response) == expected
+
+
+def test_what_the_response_does_not_say_can_be_said() -> None:
+    """model= and tier= are for responses that name none (Cohere, AWS), and win over those that do."""
+    cohere = next(reply for reply in REPLIES if reply.what == "cohere").answer.body
+    assert usage_from(cohere, model="command-a-03-2025") == Usage(60, 9, model="command-a-03-2025")
+    assert usage_from(_CHAT, model="my-deployment", tier="batch").model == "my-deployment"
+    assert usage_from(_CHAT, tier="batch").tier == "batch"
+
+
+class Hostile:
+    def __getattr__(self, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+@pytest.mark.parametrize(
+    ("response", "says"),
+    [
+        ({"choices": []}, "carries no usage"),
+        (_CHAT_CHUNKS[0], "include_usage"),
+        (_MESSAGE_EVENTS[-2], "give the final message"),
+        (Hostile(), "carries no usage"),
+        (object(), "carries no usage"),
+        ({"usage": {"prompt_tokens": -1}}, "prompt_tokens=-1"),
+        ({"usage": {"prompt_tokens": 1.5}}, "prompt_tokens=1.5"),
+        ({"usage": {"prompt_tokens": float("nan")}}, "prompt_tokens=nan"),
+        ({"usage": {"prompt_tokens": True}}, "carries no usage"),
+        ({"usage": {"prompt_tokens": 10**12}}, "0 to 1,000,000,000"),
+        (None, "no response of a provider"),
+        ("text", "no response of a provider"),
+        (7, "no response of a provider"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_what_cannot_be_counted_is_said(response: Any, says: str) -> None:
+    """No usage, half of one, or one that makes no sense is a UsageError that says what to do, never a zero."""
+    with pytest.raises(UsageError, match=says):
+        usage_from(response)
+
+
+@pytest.mark.parametrize(
+    ("figures", "says"),
+    [
+        ({"input_tokens": -1}, "whole number"),
+        ({"input_tokens": True}, "whole number"),
+        ({"input_tokens": 5, "cached_input_tokens": 6}, "give the whole input"),
+        ({"input_tokens": 5, "cached_input_tokens": 3, "cache_write_tokens": 3}, "give the whole input"),
+        ({"input_tokens": 5, "cache_write_tokens": 3, "cache_write_1h_tokens": 4}, "a part of them"),
+        ({"model": 5}, "strings or None"),
+    ],
+    ids=str,
+)
+def test_a_usage_makes_sense(figures: dict[str, Any], says: str) -> None:
+    """The parts of the input are parts of it, and counts are counts."""
+    with pytest.raises(UsageError, match=says):
+        Usage(**figures)
+
+
+COUNT = st.one_of(st.none(), st.integers(-2, 10**7), st.floats(), st.booleans(), st.text(max_size=3))
+NAMES = st.sampled_from(
+    [
+        "prompt_tokens", "completion_tokens", "total_tokens", "prompt_tokens_details", "input_tokens",
+        "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "promptTokenCount",
+        "candidatesTokenCount", "inputTokens", "billed_units", "cached_tokens", "service_tier", "model", "usage",
+        "response", "delta", "data",
+    ]
+)  # fmt: skip
+SHAPE = st.recursive(COUNT, lambda inner: st.dictionaries(NAMES, inner, max_size=5), max_leaves=12)
+
+
+@given(SHAPE)
+def test_any_data_is_a_usage_or_a_usage_error(response: Any) -> None:
+    """Whatever a server sends: a usage that makes sense, or a UsageError."""
+    try:
+        usage = usage_from(response)
+    except UsageError:
+        return
+    assert usage.cached_input_tokens + usage.cache_write_tokens <= usage.input_tokens
+
+
+# ---------------------------------------------------------------------- in a node
+
+
+class Text(BaseModel):
+    text: str = ""
+
+
+def node_of(returned: Any, **config: Any) -> tuple[StromaRunner, Any]:
+    runner = StromaRunner.quick(**config)
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        return returned() if callable(returned) else returned
+
+    return runner, ask
+
+
+@pytest.mark.parametrize("reply", REPLIES, ids=str)
+async def test_a_node_returns_its_output_and_the_response(reply: Reply, server: Server) -> None:
+    """(output, response) counts what the response says, at its price, like the figures by hand."""
+    response = await asyncio.to_thread(last, reply, server)
+    runner, ask = node_of(({"text": "hi"}, response))
+    result = await runner.run([ask], Text())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    (event,) = result.trace
+    assert (event.usage.tokens, event.usage.output_tokens, event.usage.model) == (
+        reply.usage.input_tokens + reply.usage.output_tokens,
+        reply.usage.output_tokens,
+        reply.usage.model,
+    )
+    runner, ask = node_of(({"text": "hi"}, reply.usage))
+    assert (await runner.run([ask], Text())).total_cost_usd == result.total_cost_usd
+    assert (result.total_cost_usd > 0) == (reply.usage.model is not None)
+
+
+async def test_a_stream_is_reported_by_its_last_chunk(server: Server) -> None:
+    """report_usage takes the last chunk of a stream, while the node still runs; calls add up."""
+    url = server.url(sse(*_CHAT_CHUNKS))
+    runner = StromaRunner.quick()
+
+    @runner.node("ask", input=Text, output=Text)
+    def ask(state: Text) -> dict[str, Any]:
+        node = current_node()
+        assert node is not None
+        text = ""
+        chunks = (
+            _openai()
+            .with_options(base_url=url)
+            .chat.completions.create(
+                model="gpt-4o-mini",
+                messages=[{"role": "user", "content": "hello"}],
+                stream=True,
+                stream_options={"include_usage": True},
+            )
+        )
+        for chunk in chunks:
+            text += "".join(choice.delta.content or "" for choice in chunk.choices)
+            if chunk.usage is not None:
+                node.report_usage(chunk)
+        assert (node.usage.tokens, node.usage.model) == (1230, "gpt-4o-mini-2024-07-18")
+        node.report_usage(_CONTENT)
+        node.report_usage(input_tokens=10, cached_input_tokens=10, model="gpt-4o-mini")
+        return {"text": text}
+
+    result = await runner.run([ask], Text())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert result.total_tokens == 1230 + 782 + 10
+    expected = (176 * 0.15 + 1024 * 0.075 + 30 * 0.6) + (228 * 0.3 + 512 * 0.03 + 42 * 2.5) + 10 * 0.075
+    assert result.total_cost_usd == pytest.approx(expected / 1e6, rel=1e-12)
+
+
+async def test_a_node_that_fails_after_its_call_has_paid_for_it() -> None:
+    """G6: a response that was reported counts, whatever becomes of the attempt, and against the budget."""
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_tokens_total=2000))
+    calls = []
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> dict[str, Any]:
+        calls.append(1)
+        node = current_node()
+        assert node is not None
+        node.report_usage(_CHAT)
+        raise TimeoutError("late")
+
+    result = await runner.run([ask], Text())
+    assert (result.status, len(calls), result.total_tokens) == (RunStatus.PARTIAL, 2, 2460)
+
+
+async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a node reports is what it is priced at: a deployment's own name, with a price of its own."""
+    monkeypatch.setitem(KNOWN_MODELS, "our-deployment", (1.0, 2.0))
+    runner, ask = node_of(({"text": "hi"}, usage_from(_CHAT, model="our-deployment")))
+    result = await runner.run([ask], Text())
+    # Nobody knows what its cached input costs, so it costs what other input does.
+    assert result.total_cost_usd == pytest.approx((1200 * 1.0 + 30 * 2.0) / 1e6)
+
+
+@pytest.mark.parametrize(
+    ("used", "says"),
+    [
+        ({"choices": []}, "node 'ask': a dict carries no usage"),
+        ({"usage": {"prompt_tokens": -1}}, "node 'ask': the response has prompt_tokens=-1"),
+        (object(), "node 'ask': a object carries no usage"),
+        ("10", "node 'ask' reported '10' tokens"),
+        (None, "node 'ask' reported None tokens"),
+        (1.5, "node 'ask' reported 1.5 tokens"),
+        (True, "node 'ask' reported True tokens"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+async def test_a_response_that_says_nothing_is_bad_usage(used: Any, says: str) -> None:
+    """Usage that cannot be counted is TERMINAL, names the node, and keeps the output; nothing is bought again."""
+    runner, ask = node_of(({"text": "kept"}, used))
+    result = await runner.run([ask], Text())
+    assert result.status is RunStatus.FAILED
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, UsageError)
+    assert result.failure.message.startswith(says)
+    (event,) = result.trace
+    assert event.output_state == {"text": "kept"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "figures", "says"),
+    [
+        ((_CHAT,), {"input_tokens": 1}, "a response and figures"),
+        (("text",), {}, "report a provider's response"),
+        ((), {"input_tokens": 1, "cached_input_tokens": 2}, "node 'ask': 2 tokens from a cache"),
+        ((), {"input_tokens": -1}, "node 'ask' reported -1 tokens"),
+        ((), {"tier": 5}, "node 'ask': a usage has"),
+    ],
+)
+async def test_report_usage_refuses_what_makes_no_sense(
+    arguments: tuple[Any, ...], figures: dict[str, Any], says: str
+) -> None:
+    """A wrong argument of report_usage is an error where it is made, and counts nothing."""
+
+    def report() -> dict[str, Any]:
+        node = current_node()
+        assert node is not None
+        with pytest.raises(UsageError, match=says):
+            node.report_usage(*arguments, **figures)
+        return {"text": "done"}
+
+    runner, ask = node_of(report)
+    result = await runner.run([ask], Text())
+    assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 0)
+
+
+async def test_a_tuple_that_is_no_pair_is_what_it_was(server: Server) -> None:
+    """The published tuple forms keep their meaning."""
+    for returned, tokens, model in [
+        (({"text": ""}, 10), 10, None),
+        (({"text": ""}, 10, "gpt-4o"), 10, "gpt-4o"),
+        (({"text": ""}, 10, 5, "gpt-4o"), 15, "gpt-4o"),
+    ]:
+        runner, ask = node_of(returned)
+        (event,) = (await runner.run([ask], Text())).trace
+        assert (event.usage.tokens, event.usage.model) == (tokens, model)
+
+
+def test_no_sdk_is_imported_to_read_a_response() -> None:
+    """Reading plain data imports neither an SDK nor genai-prices."""
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from stroma import usage_from\n"
+        "print(usage_from({'usage': {'prompt_tokens': 1}}).input_tokens)\n"
+        "print(sorted({'openai', 'anthropic', 'google', 'mistralai', 'cohere', 'genai_prices'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.split("\n")[:2], done.stderr) == (["1", "[]"], "")
