@@ -27,7 +27,7 @@ from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
 from stroma.checkpoint import StepCall, StoreError, Waiting, schema_ref
-from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
+from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
 from stroma.failures import (
@@ -108,7 +108,8 @@ async def execute(
 
     ``contract`` wins over the registry, the registry over the marker. ``cancelling``: the running task's count of
     cancellations when the driver began (0 in a task of its own), to tell a new one from a node's stray
-    CancelledError. The output is committed when this returns it.
+    CancelledError. The output is committed when this returns it. The node stays the current one: what that was before
+    is for the driver to put back, once for all its nodes, unless the task ends with the node.
     Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync come out as exceptions, StoreError if what the
     journal holds of this position does not fit; all else is a Halt.
     """
@@ -129,12 +130,10 @@ async def execute(
             if ctx.step_policies and branch:
                 ctx.done[position, branch] = committed
             return committed
-    if isinstance(node, Group):
+    if type(node) is Group:
         kind = "group"
     rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
-    run = NodeExecution(ctx, node.node_id, kind, position, branch, rows)
-    if parent is not None:
-        run.parent, run.group = parent, parent.node_id
+    run = NodeExecution(ctx, node.node_id, kind, position, branch, rows, parent)
     try:
         plan = _plan(ctx, node, value, contract)
     except Exception as broken:
@@ -143,7 +142,7 @@ async def execute(
     run.compact = ctx.trace.adopt(node.node_id, plan)
     if step is not None:
         run.step = step
-    token = CURRENT.set(run)
+    CURRENT.set(run)
     attempt = 0  # Kept here: what hooks can reach decides nothing.
     try:
         while True:
@@ -175,7 +174,6 @@ async def execute(
     finally:
         if run._at_end is not None:
             run.close()
-        leave(token)
 
 
 def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | None:
@@ -213,8 +211,8 @@ def _plan(
         plan is None
         or plan[2] is not found
         # model_rebuild() gives a class another validator. (Asked here, not in a method: it is asked for every node.)
-        or plan[0].validator is not plan[0].model.__pydantic_validator__
-        or plan[1].validator is not plan[1].model.__pydantic_validator__
+        or plan[0].namespace["__pydantic_validator__"] is not plan[0].validator
+        or plan[1].namespace["__pydantic_validator__"] is not plan[1].validator
     ):
         plan = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
     return plan
@@ -224,7 +222,7 @@ async def _without_plan(
     ctx: ReliabilityContext, run: NodeExecution, value: BaseModel, broken: Exception
 ) -> Halt:
     """The end of a node whose contract cannot be read: a class that is not fully defined, say."""
-    token = CURRENT.set(run)
+    CURRENT.set(run)
     try:
         run.attempt = 1
         raw = _raw_picture(value)
@@ -233,7 +231,6 @@ async def _without_plan(
         return outcome if isinstance(outcome, Halt) else Halt(outcome)
     finally:
         run.close()
-        leave(token)
 
 
 def _decide(

@@ -13,7 +13,7 @@ from stroma._engine import Halt, execute
 from stroma._redeliver import redeliver
 from stroma._restore import check_place, output_schema, restore
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
-from stroma.context import ReliabilityContext
+from stroma.context import CURRENT, ReliabilityContext, leave
 from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
 from stroma.hooks import HookError, HookNotAsync
 from stroma.nodes import Group, Node
@@ -85,7 +85,11 @@ class OneRun:
                 if ctx.delivers:
                     await redeliver(ctx, self.nodes)
                 if ctx.session.finished is None:
-                    failure, status = await self._loop()
+                    token = CURRENT.set(CURRENT.get())
+                    try:
+                        failure, status = await self._loop()
+                    finally:
+                        leave(token)
                 else:
                     failure, status = await self._as_it_was(ctx.session.finished)
             except NotSerialisable as error:  # The input, in a store that outlives the process.

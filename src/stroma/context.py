@@ -8,9 +8,8 @@ import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextvars import ContextVar, Token
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from time import perf_counter_ns, time_ns
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
@@ -92,35 +91,12 @@ class NodeExecution:
         redelivered: this end event was already sent once, by a process that died.
     """
 
-    # Defaults stand on the class: what an execution never touches is not written either.
-    kind: Kind = "node"
-    branch: str = ""
-    attempt: int = 0
-    last_failure: Failure | None = None
-    counted: AttemptUsage = NO_USAGE
-    redelivered: bool = False
-    #: Where the children of a group put their events.
-    children: list[Row | TraceEvent] | None = None
-    #: The group around it, and its id.
-    parent: NodeExecution | None = None
-    group: str | None = None
-    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before that.
-    running: int = 0
-    running_since: int = 0
-    busy_ns: int = 0
-    #: Attempts that were granted to mend an output contract, and whether the next one is.
-    repairs: int = 0
-    repairing: bool = False
-    #: Whether rows hold encoded snapshots, which the trace knows how to read.
-    compact: bool = False
-    #: Which call of its step id this is, outside of any pipeline.
-    step: StepCall | None = None
-    #: What report_usage() was told and nobody has counted yet.
-    reported: list[Report] | None = None
-    #: The row of the attempt that has just ended, while its hooks run.
-    ended: Row | None = None
-    _notes: dict[Any, Any] | None = None
-    _at_end: list[Callable[[], None]] | None = None
+    # Slots, and all of them set: what stands on the class instead takes several times as long to look up.
+    __slots__ = (
+        "_at_end", "_notes", "attempt", "branch", "busy_ns", "children", "compact", "counted", "ctx", "ended", "group",
+        "kind", "last_failure", "node_id", "parent", "position", "redelivered", "repairing", "repairs", "reported",
+        "rows", "running", "running_since", "step",
+    )  # fmt: skip
 
     def __init__(
         self,
@@ -130,15 +106,39 @@ class NodeExecution:
         position: int,
         branch: str,
         rows: list[Row | TraceEvent],
+        parent: NodeExecution | None = None,
     ) -> None:
         self.ctx = ctx
         self.node_id = node_id
+        self.kind = kind
         self.position = position
-        if branch or kind != "node":
-            self.branch = branch
-            self.kind = kind
+        self.branch = branch
         #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
         self.rows = rows
+        #: The group around it, and its id.
+        self.parent = parent
+        self.group: str | None = None if parent is None else parent.node_id
+        self.attempt = 0
+        self.last_failure: Failure | None = None
+        self.counted = NO_USAGE
+        self.redelivered = False
+        #: Where the children of a group put their events.
+        self.children: list[Row | TraceEvent] | None = None
+        #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before.
+        self.running = self.running_since = self.busy_ns = 0
+        #: Attempts that were granted to mend an output contract, and whether the next one is.
+        self.repairs = 0
+        self.repairing = False
+        #: Whether rows hold encoded snapshots, which the trace knows how to read.
+        self.compact = False
+        #: Which call of its step id this is, outside of any pipeline.
+        self.step: StepCall | None = None
+        #: What report_usage() was told and nobody has counted yet.
+        self.reported: list[Report] | None = None
+        #: The row of the attempt that has just ended, while its hooks run.
+        self.ended: Row | None = None
+        self._notes: dict[Any, Any] | None = None
+        self._at_end: list[Callable[[], None]] | None = None
 
     def enter(self, now: int) -> None:
         """A function inside this group begins."""
@@ -411,86 +411,105 @@ class _RunLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
 
-class _Untouched:
-    """What most runs never change. It stands here once: what is not written for each run costs none of them anything,
-    and up to 30 attributes share the table of their names with those of the other runs."""
-
-    session: Session = _NO_SESSION
-    restored: Mapping[tuple[int, str], Committed] = MappingProxyType({})
-    #: The last output that was committed at the top level.
-    last_state: BaseModel | None = None
-    _opening: asyncio.Future[Session] | None = None
-    #: While it attaches to somebody else's run: whether it waits between two looks, and whether it need not go on.
-    _waits: bool = False
-    _gives_up: bool = False
-    #: Whether plain code says when its run ends, and what its last step came to.
-    ends: bool = False
-    step_status: RunStatus | None = None
-    step_failure: Failure | None = None
-    #: The telling of the hooks that the run of plain code begins.
-    _beginning: asyncio.Future[None] | None = None
-    _next_position: int = 0
-    #: How often each step id was called by plain code, and where the journal has those calls.
-    _calls: Counter[str] | None = None
-    _recorded: dict[tuple[str, int], int] | None = None
-    fire: Hooks = NO_HOOKS
-    #: Whether the store is to know which end hooks are due.
-    delivers: bool = False
-    #: Somebody elsewhere has cancelled the run: nothing is tried again.
-    cancelled: bool = False
-    #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of the
-    #: first hook which puts its own span's here, else the caller's.
-    traceparent: str | None = None
-    kept_traceparent: str | None = None
-    _notes: dict[Any, Any] | None = None
-    #: The texts of secrets in states that somebody outside may be shown.
-    secrets: set[str] | None = None
-
-
-@dataclass(eq=False)
-class ReliabilityContext(_Untouched):
+class ReliabilityContext:
     """All that one run owns. Make it with :meth:`for_run`."""
 
-    run_id: str
-    registry: ContractRegistry
-    checkpoint_manager: CheckpointManager
-    cost_tracker: CostTracker
-    retry_budget: RetryBudget
-    trace: ExecutionTrace
-    budget: ExecutionBudget
-    policy_map: PolicyMap
-    step_policies: dict[str, PolicyMap]
-    classifiers: list[Classifier]
-    step_timeouts: dict[str, int]
-    model_fallbacks: list[FallbackPolicy]
-    hooks: AnyHooks
-    context: dict[str, Any]
-    run_logger: logging.LoggerAdapter[logging.Logger]
-    config: RunConfig = field(default_factory=RunConfig)
-    pipeline: str = "pipeline"
+    # Slots, since several of them are asked for each node.
+    __slots__ = (
+        "__weakref__", "_beginning", "_calls", "_gives_up", "_next_position", "_notes", "_opening", "_recorded", "_waits",
+        "_warned", "budget", "cancelled", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
+        "delivers", "done", "ends", "epoch_ns", "fire", "hook_failures", "hooks", "kept_traceparent", "last_state",
+        "limits", "model_fallbacks", "pipeline", "policy_map", "registry", "restored", "retry_budget", "run_id",
+        "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status", "step_timeouts", "suspended",
+        "timed", "trace", "traceparent", "unpriced",
+    )  # fmt: skip
 
-    def __post_init__(self) -> None:
+    def __init__(
+        self,
+        run_id: str,
+        registry: ContractRegistry,
+        checkpoint_manager: CheckpointManager,
+        cost_tracker: CostTracker,
+        retry_budget: RetryBudget,
+        trace: ExecutionTrace,
+        budget: ExecutionBudget,
+        policy_map: PolicyMap,
+        step_policies: dict[str, PolicyMap],
+        classifiers: list[Classifier],
+        step_timeouts: dict[str, int],
+        model_fallbacks: list[FallbackPolicy],
+        hooks: AnyHooks,
+        context: dict[str, Any],
+        run_logger: logging.LoggerAdapter[logging.Logger],
+        config: RunConfig | None = None,
+        pipeline: str = "pipeline",
+    ) -> None:
+        self.run_id = run_id
+        self.registry = registry
+        self.checkpoint_manager = checkpoint_manager
+        self.cost_tracker = cost_tracker
+        self.retry_budget = retry_budget
+        self.trace = trace
+        self.budget = budget
+        self.policy_map = policy_map
+        self.step_policies = step_policies
+        self.classifiers = classifiers
+        self.step_timeouts = step_timeouts
+        self.model_fallbacks = model_fallbacks
+        self.hooks = hooks
+        self.context = context
+        self.run_logger = run_logger
+        self.config = RunConfig() if config is None else config
+        self.pipeline = pipeline
+        self.session: Session = _NO_SESSION
+        self.restored: Mapping[tuple[int, str], Committed] = _NO_SESSION.restored
+        #: The last output that was committed at the top level.
+        self.last_state: BaseModel | None = None
+        self._opening: asyncio.Future[Session] | None = None
+        #: While it attaches to somebody else's run: whether it waits between two looks, and whether it need not go on.
+        self._waits = self._gives_up = False
+        #: Whether plain code says when its run ends, and what its last step came to.
+        self.ends = False
+        self.step_status: RunStatus | None = None
+        self.step_failure: Failure | None = None
+        #: The telling of the hooks that the run of plain code begins.
+        self._beginning: asyncio.Future[None] | None = None
+        self._next_position = 0
+        #: How often each step id was called by plain code, and where the journal has those calls.
+        self._calls: Counter[str] | None = None
+        self._recorded: dict[tuple[str, int], int] | None = None
+        #: Somebody elsewhere has cancelled the run: nothing is tried again.
+        self.cancelled = False
+        #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of
+        #: the first hook which puts its own span's here, else the caller's.
+        self.traceparent: str | None = None
+        self.kept_traceparent: str | None = None
+        self._notes: dict[Any, Any] | None = None
+        #: The texts of secrets in states that somebody outside may be shown.
+        self.secrets: set[str] | None = None
         #: What the children of a group committed in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
         self.unpriced: list[str] = []
         #: What nodes of this run wait for.
         self.suspended: list[str] = []
-        self.limits: list[tuple[Dimension, float]] = limits(self.budget)
+        self.limits: list[tuple[Dimension, float]] = limits(budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
-        self.cost_tracker.per_node = self.trace.figures
+        cost_tracker.per_node = trace.figures
         #: Whether any function runs under a time limit.
-        self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
+        self.timed = bool(step_timeouts) or budget.max_latency_ms is not None
         self._warned: set[str] = set()
-        sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
+        #: Whether the store is to know which end hooks are due.
+        self.delivers = False
+        self.fire: Hooks = NO_HOOKS
+        sets = [hooks for hooks in flatten(hooks) if any(vars(hooks).values())]
         if sets:
-            if self.config.hook_delivery == "at_least_once":
-                self.delivers = True
+            self.delivers = self.config.hook_delivery == "at_least_once"
             limit = self.config.hook_timeout_ms
             self.fire = Hooks(
                 tuple(sets),
-                run_id=self.run_id,
+                run_id=run_id,
                 limit_seconds=None if limit is None else limit / 1000,
                 on_error=self.hook_failed,
                 all_ends=self.delivers,

@@ -112,6 +112,7 @@ class Schema:
         "flat",
         "model",
         "names",
+        "namespace",
         "root",
         "validate",
         "validator",
@@ -125,6 +126,8 @@ class Schema:
         serializers = model.__pydantic_decorators__
         self.model: Final = model
         self.validator: Final = model.__pydantic_validator__
+        #: What the class itself has. Its metaclass makes an attribute take four times as long to look up.
+        self.namespace: Final[Mapping[str, Any]] = model.__dict__
         self.root: Final = bool(model.__pydantic_root_model__)
         self._excluded = frozenset(n for n, f in fields.items() if f.exclude)
         self._extra = model.model_config.get("extra") == "allow"
