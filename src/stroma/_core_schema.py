@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
 from pydantic import BaseModel, EncodedBytes, EncodedStr
-from pydantic_core import SchemaValidator
+from pydantic_core import SchemaSerializer, SchemaValidator
 
 __all__ = [
     "CLOSED",
@@ -24,8 +24,11 @@ __all__ = [
     "nodes_of",
     "plain_json",
     "reachable",
+    "renewable",
     "restless",
+    "validator_that_renews",
     "validator_without",
+    "writer_of_constants",
 ]
 
 JSON_LEAVES: Final = frozenset({"str", "int", "bool", "none", "literal"})
@@ -199,6 +202,54 @@ def validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> 
         return SchemaValidator(schema, _use_prebuilt=False)
     except TypeError:  # pydantic before 2.12: nested classes keep them.
         return SchemaValidator(schema)
+
+
+def validator_that_renews(core: Any) -> SchemaValidator | None:
+    """A validator of the same schema that takes no instance as it is, but validates its values and makes it anew.
+
+    None if this version of pydantic cannot make one.
+    """
+    try:
+        return SchemaValidator(_with_models(core, _RENEWED), _use_prebuilt=False)
+    except TypeError:  # pydantic before 2.12
+        return None
+
+
+def writer_of_constants(core: Any) -> Callable[..., bytes] | None:
+    """Writes JSON as the schema says, but NaN and Infinity for what they are: pydantic writes null.
+
+    None if this version of pydantic cannot.
+    """
+    try:
+        return SchemaSerializer(_with_models(core, _CONSTANTS), _use_prebuilt=False).to_json
+    except TypeError:
+        return None
+
+
+_RENEWED: Final = {"revalidate_instances": "always"}
+_CONSTANTS: Final = {"config": {"ser_json_inf_nan": "constants"}}
+
+
+def _with_models(item: Any, more: Mapping[str, Any]) -> Any:
+    """A copy in which the node of each model has more to it."""
+    if type(item) is list or type(item) is tuple:
+        return type(item)(_with_models(part, more) for part in item)
+    if not isinstance(item, dict):
+        return item
+    copied = {k: v if k in _NO_SCHEMAS else _with_models(v, more) for k, v in item.items()}
+    if item.get("type") == "model" and "cls" in item:
+        for name, value in more.items():
+            copied[name] = {**copied.get(name, {}), **value} if isinstance(value, dict) else value
+    return copied
+
+
+def renewable(node: dict[str, Any]) -> bool:
+    """Whether pydantic can make an instance anew from its values, and loses nothing of it."""
+    if node["type"] == "model":
+        cls = node["cls"]
+        open_to_more = cls.model_config.get("extra") == "allow"
+        return not (cls.__private_attributes__ or node.get("root_model") or open_to_more)
+    return bool(node["type"] != "dataclass")
 
 
 def _without(item: Any, left_out: Callable[[dict[str, Any]], bool]) -> Any:

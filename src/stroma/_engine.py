@@ -46,7 +46,7 @@ from stroma.failures import (
 )
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node, Plan
-from stroma.schemas import Snapshot, schema_of
+from stroma.schemas import Packed, Snapshot, schema_of
 from stroma.trace import NO_USAGE, Row, RunStatus
 
 __all__ = ["GroupStopped", "Halt", "execute"]
@@ -275,15 +275,19 @@ async def _attempt(
     given, promised, _ = plan
     fire = ctx.fire
     try:
-        if given is not None:
-            state, picture = given.take(value, run.compact)
-        else:
+        if given is None:
+            value = ctx.settled(value)
             state, picture = _take_unvalidated(node, value)
+        elif ctx.pictured is None or value is not ctx.newest or not run.compact:
+            state, picture = given.take(value if not ctx.lent else ctx.settled(value), run.compact)
+        else:
+            state, picture, used = given.take_pictured(value, ctx.pictured, not ctx.lent)
+            ctx.lent = ctx.lent or used
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as broken:
         # Whatever a validator raises: nothing was awaited, so nobody cancels or closes us.
-        raw = _raw_picture(value)
+        raw = _raw_picture(ctx.settled(value))
         violation = as_violation(run.node_id, "input", raw, broken, None if given is None else given.model)
         return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
     if fire.on_node_start is not None:
@@ -334,7 +338,7 @@ async def _attempt(
     # ---- the output
     try:
         if type(node) is Node:
-            model, kept = promised.give(output, run.compact)
+            model, kept = promised.give(output, run.compact, ctx.lends and run.step is None)
         else:
             model, kept = promised.assemble(output, run.compact)
     except (KeyboardInterrupt, SystemExit) as interrupt:
@@ -343,6 +347,13 @@ async def _attempt(
     except BaseException as broken:
         violation = as_violation(run.node_id, "output", output, broken, promised.model)
         return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
+
+    pictured: Packed | bytes | None = None
+    lent = False
+    if (type(kept) is Packed or type(kept) is bytes) and run.step is None:
+        pictured, lent = kept, ctx.lends and type(kept) is Packed and type(node) is Node
+        if lent and run.branch:  # Others than the next node will read it.
+            model, lent = promised.restore(kept), False
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
@@ -392,7 +403,7 @@ async def _attempt(
     ):  # With the commit: a cancellation that comes after it must not have the node called again.
         _remember(ctx, run, model)
     if not run.branch:
-        ctx.last_state = model
+        ctx.newest, ctx.pictured, ctx.lent = model, pictured, lent
 
     # ---- who watches
     if failure is not None:

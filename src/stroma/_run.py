@@ -67,7 +67,8 @@ class OneRun:
     @property
     def state(self) -> BaseModel:
         """The last committed state, else the initial one."""
-        return self.initial if self.ctx.last_state is None else self.ctx.last_state
+        last = self.ctx.last_state
+        return self.initial if last is None else last
 
     async def go(self) -> ExecutionResult:
         ctx = self.ctx
@@ -119,7 +120,9 @@ class OneRun:
             raise
         finally:
             self._over = True
-            ctx.session.on_cancel = None  # Without a circle between them, nothing of the run waits for the collector.
+            ctx.session.on_cancel = (
+                None  # Without a circle between them, nothing of the run waits for the collector.
+            )
             if begun or failure is not None:
                 result = await self._end(status, failure)
         if result is None:  # Ended from elsewhere while it was opened: no hook was told of a start.

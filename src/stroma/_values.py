@@ -9,7 +9,9 @@ import datetime as dt
 import decimal
 import enum
 import functools
+import io
 import pathlib
+import pickle
 import re
 import uuid
 from collections.abc import Callable, Iterator
@@ -19,7 +21,17 @@ from pydantic import BaseModel, SecretBytes, SecretStr, TypeAdapter
 
 from stroma._core_schema import nodes_of, restless
 
-__all__ = ["classes_in", "holds_record", "is_record", "isolate", "renew_dataclass", "walk", "with_records"]
+__all__ = [
+    "Packed",
+    "classes_in",
+    "holds_record",
+    "is_record",
+    "isolate",
+    "pack",
+    "renew_dataclass",
+    "walk",
+    "with_records",
+]
 
 _ATOMS: Final = frozenset(
     {
@@ -36,6 +48,7 @@ _ATOMS: Final = frozenset(
         dt.time,
         dt.datetime,
         dt.timedelta,
+        dt.timezone,
         SecretStr,
         SecretBytes,
         re.Pattern,
@@ -99,12 +112,63 @@ def with_records(value: Any, record: Callable[[Any], Any]) -> Any:
 
 def isolate(value: Any) -> Any:
     """A deep copy where one can be made; what cannot be copied (a lock, a client) is shared."""
-    if type(value) in _ATOMS or isinstance(value, enum.Enum):
+    kind = type(value)
+    if kind in _ATOMS or isinstance(value, enum.Enum):
         return value
+    if kind in _CONTAINERS:
+        packed = pack(value)
+        if packed is not None:
+            return packed.open()
     try:
         return copy.deepcopy(value)
     except Exception:
         return value
+
+
+_CONTAINERS: Final = frozenset({dict, list, tuple, set, frozenset})
+
+
+class Packed:
+    """A value of plain data in a form that nothing can change; several times faster than a copy in Python."""
+
+    __slots__ = ("_data",)
+
+    def __init__(self, data: bytes) -> None:
+        self._data = data
+
+    def open(self) -> Any:
+        """The value, made anew on each call."""
+        return pickle.loads(self._data)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Packed):
+            return NotImplemented
+        return self._data == other._data or bool(self.open() == other.open())
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+class _Packer(pickle.Pickler):
+    """Knows plain data only: what a class of the user's says of copies must be asked of the class."""
+
+    def reducer_override(self, value: Any) -> Any:
+        # Asked for all but the containers and atoms that pickle knows itself; an atom's class makes it again.
+        if type(value) in _ATOMS or (isinstance(value, type) and value in _ATOMS):
+            return NotImplemented
+        raise pickle.PicklingError
+
+
+def pack(value: Any) -> Packed | None:
+    """A value as plain data, packed; None if there is anything else in it, or it contains itself."""
+    buffer = io.BytesIO()
+    packer = _Packer(buffer, 5)
+    # Without the memory of what it has met. It takes half the time, and plain data is a tree.
+    packer.fast = True
+    try:
+        packer.dump(value)
+    except Exception:
+        return None
+    return Packed(buffer.getvalue())
 
 
 def classes_in(value: Any) -> Iterator[type]:

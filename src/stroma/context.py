@@ -34,7 +34,7 @@ from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, fallback_d
 from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, Suspend, is_a, message_of
 from stroma.hooks import NO_HOOKS, AnyHooks, Calls, HookNotAsync, Hooks, flatten
 from stroma.nodes import Kept, Node
-from stroma.schemas import Schema, schema_of
+from stroma.schemas import Packed, Schema, schema_of
 from stroma.trace import (
     DURATION,
     FAILURE,
@@ -418,8 +418,8 @@ class ReliabilityContext:
     __slots__ = (
         "__weakref__", "_beginning", "_calls", "_gives_up", "_next_position", "_notes", "_opening", "_recorded", "_waits",
         "_warned", "budget", "cancelled", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
-        "delivers", "done", "ends", "epoch_ns", "fire", "hook_failures", "hooks", "kept_traceparent", "last_state",
-        "limits", "model_fallbacks", "pipeline", "policy_map", "registry", "restored", "retry_budget", "run_id",
+        "delivers", "done", "ends", "epoch_ns", "fire", "hook_failures", "hooks", "kept_traceparent", "lends", "lent",
+        "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "registry", "restored", "retry_budget", "run_id",
         "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status", "step_timeouts", "suspended",
         "timed", "trace", "traceparent", "unpriced",
     )  # fmt: skip
@@ -463,8 +463,13 @@ class ReliabilityContext:
         self.pipeline = pipeline
         self.session: Session = _NO_SESSION
         self.restored: Mapping[tuple[int, str], Committed] = _NO_SESSION.restored
-        #: The last output that was committed at the top level.
-        self.last_state: BaseModel | None = None
+        #: The last output that was committed at the top level, and the picture of it that is as good. Whether others have
+        #: a part in the values of the model itself: the node that returned them, or the next one. See last_state.
+        self.newest: BaseModel | None = None
+        self.pictured: Packed | bytes | None = None
+        self.lent = False
+        #: Whether a node's output may be, before the next node takes it.
+        self.lends = False
         self._opening: asyncio.Future[Session] | None = None
         #: While it attaches to somebody else's run: whether it waits between two looks, and whether it need not go on.
         self._waits = self._gives_up = False
@@ -675,9 +680,29 @@ class ReliabilityContext:
             self.run_logger.exception("the end of the run could not be recorded")
         return cancelled
 
+    @property
+    def last_state(self) -> BaseModel | None:
+        """The last output that was committed at the top level. Nobody else can change it."""
+        if self.lent:
+            assert self.newest is not None
+            assert self.pictured is not None
+            self.newest = schema_of(type(self.newest)).restore(self.pictured)
+        self.pictured, self.lent = None, False  # Whoever reads it may change it.
+        return self.newest
+
+    @last_state.setter
+    def last_state(self, state: BaseModel) -> None:
+        self.newest, self.pictured, self.lent = state, None, False
+
+    def settled(self, state: BaseModel) -> BaseModel:
+        """A state that a driver has: what is to read in place of an output that is lent."""
+        return cast("BaseModel", self.last_state) if state is self.newest else state
+
     def _begin(self, session: Session, *, carry: bool) -> Session:
         self.session = session
         self.restored = session.restored
+        # Nobody but the next node reads an output then.
+        self.lends = getattr(session, "reads_rows", False) and self.fire.on_node_success is None
         if carry and session.continued:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
             self.cost_tracker.prior_tokens = session.prior.tokens

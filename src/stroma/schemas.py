@@ -24,7 +24,6 @@ import hashlib
 import json
 import math
 import operator
-import re
 import warnings
 from collections.abc import Callable, Mapping
 from typing import Any, Final, cast
@@ -48,25 +47,48 @@ from stroma._core_schema import (
     nodes_of,
     plain_json,
     reachable,
+    renewable,
     restless,
+    validator_that_renews,
     validator_without,
+    writer_of_constants,
 )
 from stroma._encoding import NotSerialisable, keeping_secrets, tag, untag
-from stroma._values import classes_in, holds_record, isolate, renew_dataclass, walk, with_records
+from stroma._values import (
+    Packed,
+    classes_in,
+    holds_record,
+    isolate,
+    pack,
+    renew_dataclass,
+    walk,
+    with_records,
+)
 
-__all__ = ["NotSerialisable", "Schema", "Snapshot", "schema_of"]
+__all__ = ["Given", "NotSerialisable", "Packed", "Schema", "Snapshot", "schema_of"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Given:
+    """The picture of an input: that of the output before it. What the node's schema makes of it is found when it is read."""
+
+    source: Packed | bytes
+
+    def open(self) -> Any:
+        return self.source.open() if isinstance(self.source, Packed) else json.loads(self.source)
+
 
 #: What a trace or a store keeps of a state: the values of a flat one, the bytes of any other, or, where no
 #: encoding exists, a private copy of it. See :meth:`Schema.snapshot`.
-Snapshot = tuple[Any, ...] | bytes | dict[str, Any] | BaseModel
+Snapshot = tuple[Any, ...] | Packed | Given | bytes | dict[str, Any] | BaseModel
 
 _MISSING: Final = object()
 #: The type of the values that a node of a schema stands for, if JSON can say all of them.
 _JSON_TYPES: Final[dict[str, type]] = {
     "str": str, "int": int, "bool": bool, "float": float, "none": type(None), "nullable": type(None),
 }  # fmt: skip
+#: Python reads no integer of more digits.
 _LONG_INT: Final = 4300
-_TOO_LONG: Final = re.compile(rb"\d{%d}" % _LONG_INT)
 #: Starts a stored value in our tagged encoding; a plain JSON object never does.
 _TAGGED: Final = b'["stroma/1",'
 #: Ends one that is read back without functions and strictness; see Schema._settle.
@@ -89,6 +111,7 @@ class Schema:
         "_computed",
         "_decoding",
         "_deep",
+        "_derives",
         "_exact",
         "_excluded",
         "_extra",
@@ -97,9 +120,12 @@ class Schema:
         "_given",
         "_json",
         "_nested",
+        "_nested_floats",
         "_opaque",
+        "_packs",
         "_quiet",
         "_rebuild",
+        "_renewable",
         "_revalidates",
         "_shares",
         "_size",
@@ -175,6 +201,10 @@ class Schema:
         custom = custom or not all(map(plain_json, nodes))
         self._json = simple and not custom and kinds <= structural
         self._floats = simple and self.flat and not custom and kinds <= structural | {"float"}
+        #: The same, where a float that JSON cannot say may be anywhere: it is looked for in what is written.
+        self._nested_floats = (
+            simple and not (self.flat or custom) and "float" in kinds and kinds <= structural | {"float"}
+        )
         self._to_json = model.__pydantic_serializer__.to_json
         self._exact = self._exact_types(core) if self.flat and (self._json or self._floats) else None
         self._opaque: dict[str, bool] = {}
@@ -182,6 +212,9 @@ class Schema:
         #: Per field, the classes that its schema names: a value of one of them crosses as an instance.
         self._accepts: dict[str, frozenset[type]] = {}
         self._shares = self._extra or not kinds <= CLOSED
+        #: Whether what it holds may be plain data that no schema describes, which is kept packed then.
+        self._packs = self._shares and (simple or self.any) and not (self._computed or self._anew)
+        self._packs &= not model.__private_attributes__
         if not self.flat:
             self._sort_fields(core)
         #: The classes of the values inside: one of a subclass would be stored as its parent.
@@ -200,11 +233,28 @@ class Schema:
             self._decoding = frozenset(
                 name for name in self.names if any(map(decodes, nodes_of([*field_nodes(core, model, name)])))
             )
+        #: Whether it makes the same of the same values each time.
+        self._derives = self._quiet and not (self.root or self._by_name or self._decoding)
+        self._derives &= not any("default_factory" in node for node in nodes)
         #: What this class validated and nobody else has, by id: it needs no validation to cross. None: not noted.
         self._given: WeakValueDictionary[int, BaseModel] | None = None
         if (self._changing or self._nested) and model.__weakrefoffset__:
             self._given = WeakValueDictionary()
             self._bare = False
+        #: Whether pydantic itself makes all anew that is inside.
+        self._renewable = (
+            bool(self._nested)
+            and self._quiet
+            and not (
+                self._shares
+                or self._by_name
+                or self._decoding
+                or self._ambiguous
+                or self._changing
+                or self._anew
+            )
+        )
+        self._renewable &= all(map(renewable, nodes))
         #: Whether a boundary has nothing to do but to validate, and to take the tuple of the values.
         self._careful = self._shares or bool(self._nested)
         self._fast = self.flat and self._given is None
@@ -289,6 +339,17 @@ class Schema:
         if self._by_name:
             return lambda raw: cast("BaseModel", run(raw, strict=False, by_alias=False, by_name=True))
         return lambda raw: cast("BaseModel", run(raw, strict=False))
+
+    @functools.cached_property
+    def _renew(self) -> Callable[[Any], BaseModel] | None:
+        """Makes a model of field values, and all models in them anew, in one call."""
+        found = validator_that_renews(core_schema_of(self.model)) if self._renewable else None
+        return None if found is None else found.validate_python
+
+    @functools.cached_property
+    def _constants(self) -> Callable[..., bytes] | None:
+        """Like ``_to_json``, but that it writes NaN and Infinity for what they are."""
+        return writer_of_constants(core_schema_of(self.model)) if self._nested_floats else None
 
     @functools.cached_property
     def fingerprint(self) -> str:
@@ -410,6 +471,8 @@ class Schema:
         Raises pydantic's ValidationError.
         """
         source = schema_of(type(value))
+        if source._renewable and self._renewable and self._renew is not None and self._takes_from(source):
+            return self._renew(source._shallow(value))
         renew = _renewed
         if source._trusts(value):
             if source is self:
@@ -422,6 +485,16 @@ class Schema:
             self._receive(value, source, source.fields(value))
             raise
         return self._receive(value, source, fields)
+
+    def _takes_from(self, source: Schema) -> bool:
+        """Whether the models inside another class's values are what the fields of this one want."""
+        if source is not self and (
+            source._computed
+            or any(not source._accepts[name] <= self._accepts.get(name, _NONE) for name in source._deep)
+        ):
+            return False
+        # One of a subclass stays one. (They are asked for each time: one may be defined at any time.)
+        return not any(map(_SUBCLASSES, self._nested))
 
     def _receive(self, value: BaseModel, source: Schema, fields: dict[str, Any]) -> BaseModel:
         raw = fields["root"] if source.root else fields
@@ -450,16 +523,45 @@ class Schema:
             return state, self._values(state.__dict__)
         return state, self.snapshot(state) if compact else self.state(state)
 
-    def give(self, output: Any, compact: bool) -> tuple[BaseModel, Snapshot]:
-        """A node's validated output from what it returned, and its picture. Raises what validators raise."""
-        # A model is taken apart first: it may have been made without validation, or changed since. (Most outputs are
-        # dicts, and pydantic takes its time over isinstance.)
-        if type(output) is not dict and isinstance(output, BaseModel) and not self.any:
+    def take_pictured(
+        self, value: BaseModel, picture: Packed | bytes, ours: bool
+    ) -> tuple[BaseModel, Snapshot, bool]:
+        """The same for a state of which there is a picture already: its values can be had of that for less.
+
+        ``ours``: nobody else has the values of the model itself, so that the input may have them, instead of copies.
+        Returns whether it has.
+        """
+        source = schema_of(type(value))
+        if isinstance(picture, Packed):
+            state, used = self._receive(value, source, picture.open()), False
+        else:
+            used = ours and self._renewable and source._renewable and self._takes_from(source)
+            state = self.validate(source._shallow(value)) if used else self.cross(source.restore(picture))
+        derives = self._derives and not self.flat and not source.root and not source._computed
+        if isinstance(picture, bytes):
+            derives &= picture.startswith(b"{") and (self._json or self._nested_floats)
+        return state, Given(picture) if derives else self.snapshot(state), used
+
+    def give(self, output: Any, compact: bool, lent: bool = False) -> tuple[BaseModel, Snapshot]:
+        """A node's validated output from what it returned, and its picture. Raises what validators raise.
+
+        ``lent``: if the picture is Packed, the model may share its values with what the node returned: whoever reads
+        them takes them from the picture.
+        """
+        if self._fast and compact and type(output) is dict:  # What most nodes do.
+            model = self.validate(output)
+            return model, self._values(model.__dict__)
+        if self._packs and compact and type(output) is dict and not self._nested:
+            model = self.validate(output)
+            picture = self.snapshot(model)
+            if type(picture) is Packed:
+                return model if lent else self.restore(picture), picture
+            model = self.own(model)
+        # A model is taken apart first: it may have been made without validation, or changed since.
+        elif isinstance(output, BaseModel) and not self.any:
             model = self.cross(output)
         else:
             model = self._admit(output) if self._careful else self.validate(output)
-        if self._fast and compact:
-            return model, self._values(model.__dict__)
         self.trust(model)
         return model, self.snapshot(model) if compact else self.state(model)
 
@@ -486,6 +588,8 @@ class Schema:
 
     def _admit(self, output: Any) -> BaseModel:
         """Validate what a node returned: pydantic takes the instances in it as they are, unvalidated and shared."""
+        if self._renewable and self._renew is not None and self._takes_from(self):
+            return self._renew(output)
         if not self._nested or type(output) is not dict or not holds_record(output):
             return self.own(self.validate(output))
 
@@ -512,6 +616,10 @@ class Schema:
                 return self._values(model.__dict__)
             except KeyError:  # Made without validation, and without some fields.
                 return self.state(model)
+        if self._packs and len(model.__dict__) == self._size:
+            packed = pack(model.__dict__)
+            if packed is not None:
+                return packed
         try:
             return self.encode(model)
         except NotSerialisable:
@@ -525,6 +633,12 @@ class Schema:
         """The state dict of a snapshot, fresh on each call."""
         if isinstance(snapshot, tuple):
             return dict(zip(self.names, snapshot, strict=True))
+        if isinstance(snapshot, Given):
+            return self.state(self.validate(snapshot.open()))
+        if isinstance(snapshot, Packed):
+            fields: dict[str, Any] = snapshot.open()
+            raw = fields["root"] if self.root else fields
+            return raw if isinstance(raw, dict) else {"root": raw}
         if isinstance(snapshot, bytes):
             raw = json.loads(snapshot)
             if snapshot.startswith(_TAGGED):
@@ -548,6 +662,8 @@ class Schema:
             return self.decode(snapshot)
         if isinstance(snapshot, BaseModel):
             return self.clone(snapshot)
+        if isinstance(snapshot, Packed):
+            return self.made_of(snapshot.open())
         model = self._rebuild(self.thaw(snapshot))
         if isinstance(snapshot, tuple) and not self._quiet:
             vars(model).update(zip(self.names, snapshot, strict=True))  # Validators may have changed them.
@@ -570,17 +686,24 @@ class Schema:
         return data
 
     def _write(self, model: BaseModel) -> bytes:
-        if self._json or (self._floats and all(map(_finite, model.__dict__.values()))):
+        if self._json or self._nested_floats or (self._floats and all(map(_finite, model.__dict__.values()))):
             try:
                 if self._exact is not None and self._is_exact(model.__dict__):
                     data = self._to_json(model, by_alias=False)
                 else:  # Asking for errors takes ten times as long, so only where there may be one.
                     data = self._to_json(model, by_alias=False, warnings="error")
-                if len(data) < _LONG_INT or not _TOO_LONG.search(data):
+                if _is_readable(data) and not (self._nested_floats and self._lost_floats(model, data)):
                     return data
             except pydantic_core.PydanticSerializationError:
                 pass  # A lone surrogate, say, or a value of another type: the tagged encoding knows them.
         return self._tagged(model) + b"]"
+
+    def _lost_floats(self, model: BaseModel, data: bytes) -> bool:
+        """Whether a null in what was written was NaN or an infinite number."""
+        if b"null" not in data:
+            return False
+        told = b"NaN" if self._constants is None else self._constants(model, by_alias=False)
+        return b"NaN" in told or b"Infinity" in told
 
     def _tagged(self, model: BaseModel) -> bytes:
         raw = self.raw(model)
@@ -729,6 +852,23 @@ def schema_of(model: type[BaseModel]) -> Schema:
 
 def _finite(value: Any) -> bool:
     return type(value) is not float or math.isfinite(value)
+
+
+def _is_readable(data: bytes) -> bool:
+    """Whether no number in it has too many digits: such a one covers a place that is a multiple of as many."""
+    for place, byte in zip(range(0, len(data), _LONG_INT), data[::_LONG_INT], strict=True):
+        if byte in b"0123456789":
+            before = data[max(0, place - _LONG_INT) : place]
+            after = data[place : place + _LONG_INT]
+            if (
+                len(before)
+                - len(before.rstrip(b"0123456789"))
+                + len(after)
+                - len(after.lstrip(b"0123456789"))
+                >= _LONG_INT
+            ):
+                return False
+    return True
 
 
 def _plain(value: Any) -> Any:

@@ -29,7 +29,7 @@ from stroma.checkpoint.journal import (
     waits_no_longer,
 )
 from stroma.contracts import check_id
-from stroma.schemas import NotSerialisable, Schema, Snapshot, schema_of
+from stroma.schemas import NotSerialisable, Packed, Schema, Snapshot, schema_of
 from stroma.trace import (
     ATTEMPT,
     BRANCH,
@@ -139,6 +139,7 @@ class _MemorySession:
     restored: Mapping[tuple[int, str], Committed]
     on_cancel: Callable[[], None] | None
     undelivered: Sequence[Row] = ()  # A process that lives tells its hooks.
+    reads_rows = True  # And never an output whose picture is in its row.
 
     def __init__(self, run: _Run, request: RunRequest) -> None:
         given = request.schema.snapshot(request.initial_state)
@@ -195,7 +196,9 @@ class _MemorySession:
         if call is not None:
             self._calls[key] = call
         kind = type(row[OUTPUT])
-        if (kind is tuple or kind is bytes) and self._schemas.setdefault(row[NODE], schema) is schema:
+        if (kind is tuple or kind is Packed or kind is bytes) and self._schemas.setdefault(
+            row[NODE], schema
+        ) is schema:
             self._kept[key] = row
         else:  # The row's picture is for people, or its node id stands for another schema already.
             self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema))
