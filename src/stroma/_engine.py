@@ -17,7 +17,7 @@ import math
 from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from time import perf_counter_ns
-from typing import Any, Final
+from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
@@ -278,11 +278,13 @@ async def _attempt(
         if given is None:
             value = ctx.settled(value)
             state, picture = _take_unvalidated(node, value)
-        elif ctx.pictured is None or value is not ctx.newest or not run.compact:
-            state, picture = given.take(value if not ctx.lent else ctx.settled(value), run.compact)
+        elif ctx.pictured is None or value is not ctx.newest:
+            state, picture = given.take(value, run.compact)
+        elif not run.compact:
+            state, picture = given.take(ctx.settled(value), False)
         else:
             state, picture, used = given.take_pictured(value, ctx.pictured, not ctx.lent)
-            ctx.lent = ctx.lent or used
+            ctx.lent |= used
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as broken:
@@ -338,7 +340,7 @@ async def _attempt(
     # ---- the output
     try:
         if type(node) is Node:
-            model, kept = promised.give(output, run.compact, ctx.lends and run.step is None)
+            model, kept = promised.give(output, run.compact, ctx.lends)
         else:
             model, kept = promised.assemble(output, run.compact)
     except (KeyboardInterrupt, SystemExit) as interrupt:
@@ -350,8 +352,11 @@ async def _attempt(
 
     pictured: Packed | bytes | None = None
     lent = False
-    if (type(kept) is Packed or type(kept) is bytes) and run.step is None:
-        pictured, lent = kept, ctx.lends and type(kept) is Packed and type(node) is Node
+    if type(kept) is not tuple and run.step is None and promised.is_picture(kept):
+        pictured, lent = (
+            cast("Packed | bytes", kept),
+            ctx.lends and type(kept) is Packed and type(node) is Node,
+        )
         if lent and run.branch:  # Others than the next node will read it.
             model, lent = promised.restore(kept), False
 

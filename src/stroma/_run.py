@@ -81,6 +81,7 @@ class OneRun:
             try:
                 await self._open()
                 begun = True
+                ctx.chain()
                 ctx.session.on_cancel = self.cancel
                 await ctx.tell_start(self.initial)
                 if ctx.delivers:

@@ -411,18 +411,35 @@ class _RunLogger(logging.LoggerAdapter[logging.Logger]):
         return msg, kwargs
 
 
+@dataclass(eq=False, init=False)
 class ReliabilityContext:
     """All that one run owns. Make it with :meth:`for_run`."""
 
     # Slots, since several of them are asked for each node.
     __slots__ = (
         "__weakref__", "_beginning", "_calls", "_gives_up", "_next_position", "_notes", "_opening", "_recorded", "_waits",
-        "_warned", "budget", "cancelled", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
+        "_warned", "budget", "cancelled", "chained", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
         "delivers", "done", "ends", "epoch_ns", "fire", "hook_failures", "hooks", "kept_traceparent", "lends", "lent",
-        "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "registry", "restored", "retry_budget", "run_id",
-        "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status", "step_timeouts", "suspended",
-        "timed", "trace", "traceparent", "unpriced",
+        "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "registry", "restored",
+        "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
+        "step_timeouts", "suspended", "timed", "trace", "traceparent", "unpriced",
     )  # fmt: skip
+
+    run_id: str
+    registry: ContractRegistry
+    checkpoint_manager: CheckpointManager
+    cost_tracker: CostTracker
+    retry_budget: RetryBudget
+    trace: ExecutionTrace
+    budget: ExecutionBudget
+    policy_map: PolicyMap
+    step_policies: dict[str, PolicyMap]
+    classifiers: list[Classifier]
+    step_timeouts: dict[str, int]
+    model_fallbacks: list[FallbackPolicy]
+    hooks: AnyHooks
+    context: dict[str, Any]
+    run_logger: logging.LoggerAdapter[logging.Logger]
 
     def __init__(
         self,
@@ -468,8 +485,9 @@ class ReliabilityContext:
         self.newest: BaseModel | None = None
         self.pictured: Packed | bytes | None = None
         self.lent = False
-        #: Whether a node's output may be, before the next node takes it.
-        self.lends = False
+        #: Whether outputs go from node to node, and to no plain code between them; and may be lent before the next node
+        #: takes them.
+        self.chained = self.lends = False
         self._opening: asyncio.Future[Session] | None = None
         #: While it attaches to somebody else's run: whether it waits between two looks, and whether it need not go on.
         self._waits = self._gives_up = False
@@ -498,23 +516,23 @@ class ReliabilityContext:
         self.unpriced: list[str] = []
         #: What nodes of this run wait for.
         self.suspended: list[str] = []
-        self.limits: list[tuple[Dimension, float]] = limits(budget)
+        self.limits: list[tuple[Dimension, float]] = limits(self.budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
-        cost_tracker.per_node = trace.figures
+        self.cost_tracker.per_node = self.trace.figures
         #: Whether any function runs under a time limit.
-        self.timed = bool(step_timeouts) or budget.max_latency_ms is not None
+        self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
         self._warned: set[str] = set()
         #: Whether the store is to know which end hooks are due.
         self.delivers = False
         self.fire: Hooks = NO_HOOKS
-        sets = [hooks for hooks in flatten(hooks) if any(vars(hooks).values())]
+        sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
         if sets:
             self.delivers = self.config.hook_delivery == "at_least_once"
             limit = self.config.hook_timeout_ms
             self.fire = Hooks(
                 tuple(sets),
-                run_id=run_id,
+                run_id=self.run_id,
                 limit_seconds=None if limit is None else limit / 1000,
                 on_error=self.hook_failed,
                 all_ends=self.delivers,
@@ -698,11 +716,15 @@ class ReliabilityContext:
         """A state that a driver has: what is to read in place of an output that is lent."""
         return cast("BaseModel", self.last_state) if state is self.newest else state
 
+    def chain(self) -> None:
+        """Note that outputs go from node to node."""
+        self.chained = True
+        # A store that keeps the picture of an output does not read the output; the hooks of its end do.
+        self.lends = getattr(self.session, "reads_rows", False) and self.fire.on_node_success is None
+
     def _begin(self, session: Session, *, carry: bool) -> Session:
         self.session = session
         self.restored = session.restored
-        # Nobody but the next node reads an output then.
-        self.lends = getattr(session, "reads_rows", False) and self.fire.on_node_success is None
         if carry and session.continued:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
             self.cost_tracker.prior_tokens = session.prior.tokens

@@ -213,7 +213,8 @@ class Schema:
         self._accepts: dict[str, frozenset[type]] = {}
         self._shares = self._extra or not kinds <= CLOSED
         #: Whether what it holds may be plain data that no schema describes, which is kept packed then.
-        self._packs = self._shares and (simple or self.any) and not (self._computed or self._anew)
+        self._packs = self._shares and self._quiet and (simple or self.any)
+        self._packs &= not (self._computed or self._anew)
         self._packs &= not model.__private_attributes__
         if not self.flat:
             self._sort_fields(core)
@@ -523,23 +524,29 @@ class Schema:
             return state, self._values(state.__dict__)
         return state, self.snapshot(state) if compact else self.state(state)
 
+    def is_picture(self, snapshot: Snapshot) -> bool:
+        """Whether a snapshot is as good as the model for who goes on with it; see :meth:`take_pictured`."""
+        return isinstance(snapshot, Packed) or (
+            self._renewable and isinstance(snapshot, bytes) and snapshot.startswith(b"{")
+        )
+
     def take_pictured(
         self, value: BaseModel, picture: Packed | bytes, ours: bool
     ) -> tuple[BaseModel, Snapshot, bool]:
-        """The same for a state of which there is a picture already: its values can be had of that for less.
+        """Like :meth:`take`, for a state of which there is a picture already: its values can be had of that for less.
 
         ``ours``: nobody else has the values of the model itself, so that the input may have them, instead of copies.
         Returns whether it has.
         """
-        source = schema_of(type(value))
+        source, used = schema_of(type(value)), False
+        derives = self._derives and not self.flat and not source.root
         if isinstance(picture, Packed):
-            state, used = self._receive(value, source, picture.open()), False
+            state = self._receive(value, source, picture.open())
+        elif ours and self._renewable and self._takes_from(source):
+            state, used = self.validate(source._shallow(value)), True
+            derives &= self._json or self._nested_floats
         else:
-            used = ours and self._renewable and source._renewable and self._takes_from(source)
-            state = self.validate(source._shallow(value)) if used else self.cross(source.restore(picture))
-        derives = self._derives and not self.flat and not source.root and not source._computed
-        if isinstance(picture, bytes):
-            derives &= picture.startswith(b"{") and (self._json or self._nested_floats)
+            state, derives = self.cross(value if ours else source.restore(picture)), False
         return state, Given(picture) if derives else self.snapshot(state), used
 
     def give(self, output: Any, compact: bool, lent: bool = False) -> tuple[BaseModel, Snapshot]:
@@ -583,7 +590,8 @@ class Schema:
             "__pydantic_extra__": extra,
             "__pydantic_private__": None,
         }.items():
-            object.__setattr__(model, name, value)
+            if not (self.root and name in ("__pydantic_extra__", "__pydantic_private__")):  # It has none.
+                object.__setattr__(model, name, value)
         return model
 
     def _admit(self, output: Any) -> BaseModel:
