@@ -6,6 +6,7 @@ import asyncio
 import types
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from genai_prices import extract_usage
@@ -36,7 +37,7 @@ def server() -> Iterator[Server]:
 
 def last(reply: Reply, server: Server) -> Any:
     """What the SDK makes of the answer; of a stream its last chunk."""
-    response = reply.ask(server.url(reply.answer), reply.answer)
+    response: Any = reply.ask(server.url(reply.answer), reply.answer)
     return response[-1] if isinstance(response, list) else response
 
 
@@ -84,6 +85,14 @@ def test_the_usage_of_plain_data(reply: Reply) -> None:
         ({"custom_id": "1", "response": {"status_code": 200, "body": _CHAT}}, Usage(1200, 30, 1024, 0, "gpt-4o-mini-2024-07-18", "flex")),
         ({"prompt_tokens": 7, "completion_tokens": 2}, Usage(7, 2)),
         (Usage(1, 2, model="m"), Usage(1, 2, model="m")),
+        # A line of Anthropic's batch results.
+        ({"custom_id": "1", "result": {"type": "succeeded", "message": {"model": "m", "usage": {"input_tokens": 5, "output_tokens": 2, "service_tier": "batch"}}}}, Usage(5, 2, model="m", tier="batch")),
+        # Google's total has what nothing else counts, the others are never less than it.
+        ({"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "totalTokenCount": 40}}, Usage(10, 30)),
+        ({"usageMetadata": {"totalTokenCount": 12}}, Usage(0, 12)),
+        ({"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "totalTokenCount": 11}}, Usage(10, 2)),
+        # A stream that broke off has used what it said so far.
+        (_MESSAGE_EVENTS[:2], Usage(950, 1, 900, model="claude-haiku-4-5-20251001")),
         (types.SimpleNamespace(usage=types.SimpleNamespace(prompt_tokens=4, completion_tokens=None)), Usage(4)),
     ],
     ids=lambda value: str(value)[:60],
@@ -101,6 +110,21 @@ def test_what_the_response_does_not_say_can_be_said() -> None:
     assert usage_from(_CHAT, tier="batch").tier == "batch"
 
 
+class Classless:
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("no class")
+
+
+class Refusing(type):
+    def __getattribute__(cls, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class Nameless(metaclass=Refusing):
+    pass
+
+
 class Hostile:
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(name)
@@ -112,6 +136,12 @@ class Hostile:
         ({"choices": []}, "carries no usage"),
         (_CHAT_CHUNKS[0], "include_usage"),
         (_MESSAGE_EVENTS[-2], "give the final message"),
+        (_MESSAGE_EVENTS[0], "a list of all events"),
+        (_MESSAGE_EVENTS[1:], "a list is no response"),
+        (_MESSAGE_EVENTS * 2, "one stream of Anthropic"),
+        ([_CHAT, _CHAT], "report each response by itself"),
+        ([], "a list is no response"),
+        (MagicMock(), "carries no usage"),
         (Hostile(), "carries no usage"),
         (object(), "carries no usage"),
         ({"usage": {"prompt_tokens": -1}}, "prompt_tokens=-1"),
@@ -169,6 +199,18 @@ def test_any_data_is_a_usage_or_a_usage_error(response: Any) -> None:
     except UsageError:
         return
     assert usage.cached_input_tokens + usage.cache_write_tokens <= usage.input_tokens
+
+
+@pytest.mark.parametrize("kind", ["Classless", "Nameless"])
+async def test_a_response_that_will_not_be_looked_at_is_bad_usage(kind: str) -> None:
+    """An object that raises whatever it is asked: its class, or its class's name. The output is kept."""
+    made = {"Classless": Classless, "Nameless": Nameless}[kind]
+    with pytest.raises(UsageError, match="carries no usage"):
+        usage_from(made())
+    runner, ask = node_of(lambda: ({"text": "kept"}, made()))
+    result = await runner.run([ask], Text())
+    assert (result.status, result.failure and result.failure.reason) == (RunStatus.FAILED, "usage")
+    assert next(iter(result.trace)).output_state == {"text": "kept"}
 
 
 # ---------------------------------------------------------------------- in a node
@@ -278,6 +320,7 @@ async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: p
         (None, "node 'ask' reported None tokens"),
         (1.5, "node 'ask' reported 1.5 tokens"),
         (True, "node 'ask' reported True tokens"),
+        (MagicMock(), "node 'ask': a MagicMock carries no usage"),
     ],
     ids=lambda value: type(value).__name__,
 )
