@@ -13,7 +13,7 @@ from genai_prices import extract_usage
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from tests.providers.clients import _openai
+from tests.providers.clients import _openai, ask_openai
 from tests.providers.replies import _CHAT, _CHAT_CHUNKS, _CONTENT, _MESSAGE_EVENTS, REPLIES, Reply, sse
 from tests.providers.server import Server, serving
 
@@ -313,7 +313,8 @@ async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: p
 @pytest.mark.parametrize(
     ("used", "says"),
     [
-        ({"choices": []}, "node 'ask': a dict carries no usage"),
+        ({"answer": "42"}, "node 'ask': a dict carries no usage"),
+        (Text(text="no response"), "node 'ask': a Text carries no usage"),
         ({"usage": {"prompt_tokens": -1}}, "node 'ask': the response has prompt_tokens=-1"),
         (object(), "node 'ask': a object carries no usage"),
         ("10", "node 'ask' reported '10' tokens"),
@@ -334,6 +335,92 @@ async def test_a_response_that_says_nothing_is_bad_usage(used: Any, says: str) -
     assert result.failure.message.startswith(says)
     (event,) = result.trace
     assert event.output_state == {"text": "kept"}
+
+
+SILENT: list[Any] = [
+    {"choices": []},
+    {"candidates": []},
+    {**_CHAT, "usage": None},
+    types.SimpleNamespace(usage=None, model="m"),
+    types.SimpleNamespace(usage_metadata=None),
+]
+
+
+def by_returning(response: Any, runner: StromaRunner) -> Any:
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        return {"text": "kept"}, response
+
+    return ask
+
+
+def by_reporting(response: Any, runner: StromaRunner) -> Any:
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        node = current_node()
+        assert node is not None
+        node.report_usage(response)
+        return {"text": "kept"}
+
+    return ask
+
+
+@pytest.mark.parametrize("how", [by_returning, by_reporting])
+@pytest.mark.parametrize("response", SILENT, ids=lambda r: str(r)[:30])
+async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
+    how: Any, response: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a response does not say counts as 0, with one warning for the node, where no limit depends on it."""
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=600_000))
+    ask = how(response, runner)
+    result = await runner.run([ask, ask], Text())
+    assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 0), result.failure
+    (said,) = [r.getMessage() for r in caplog.records if "counts as 0" in r.getMessage()]
+    assert said.startswith("node 'ask': a ")
+
+
+@pytest.mark.parametrize("how", [by_returning, by_reporting])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"budget": ExecutionBudget(max_tokens_total=10**9)},
+        {"budget": ExecutionBudget(max_cost_usd=1000.0)},
+        {"unknown_model": "error"},
+    ],
+    ids=str,
+)
+async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: dict[str, Any]) -> None:
+    """G6: under a limit of tokens or cost, usage that is not said is bad usage: the next call is not made."""
+    runner = StromaRunner.quick(**config)
+    ask = how({**_CHAT, "usage": None}, runner)
+    result = await runner.run([ask, ask], Text())
+    assert result.failure is not None
+    assert (result.status, result.failure.reason, len(result.trace)) == (RunStatus.FAILED, "usage", 1)
+    if how is by_returning:
+        assert next(iter(result.trace)).output_state == {"text": "kept"}
+
+
+async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real client's chunks without include_usage: the warning says what to ask for."""
+    answer = sse(_CHAT_CHUNKS[0])
+    chunks = await asyncio.to_thread(ask_openai, server.url(answer), answer)
+    runner, ask = node_of(({"text": "kept"}, chunks[-1]))
+    assert (await runner.run([ask], Text())).status is RunStatus.COMPLETED
+    assert "include_usage" in caplog.text
+
+
+@pytest.mark.parametrize(("limit", "warnings"), [(5.0, 1), (None, 0)])
+async def test_usage_without_a_model_is_said_where_cost_is_limited(
+    limit: float | None, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tokens of no model have no price: one warning for the node where max_cost_usd was to bound them."""
+    cohere = next(reply for reply in REPLIES if reply.what == "cohere").answer.body
+    runner, ask = node_of(({"text": ""}, cohere), budget=ExecutionBudget(max_cost_usd=limit))
+    result = await runner.run([ask, ask], Text())
+    assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 138)
+    assert caplog.text.count("names no model") == warnings
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
             try:
                 report = report_of(run.node_id, used)
             except UsageError as error:
-                return output, error
+                return output, None if run.counts_as_zero(error) else error
             if report is not None:
                 run.reported = [report] if run.reported is None else [*run.reported, report]
                 return output, None
@@ -57,6 +57,13 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
         tokens += given + made
         produced += made
         if model is None:
+            if ctx.budget.max_cost_usd is not None and given + made:
+                ctx.warn_once(
+                    run.node_id,
+                    "modelless",
+                    f"node {run.node_id!r} names no model for its tokens: they cost 0, whatever max_cost_usd is; "
+                    "report usage_from(response, model=...) or (output, input_tokens, output_tokens, model)",
+                )
             continue
         named = model
         try:

@@ -52,7 +52,7 @@ from stroma.trace import (
     TraceEvent,
     secrets_in,
 )
-from stroma.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
+from stroma.usage import NoUsage, Report, UsageError, check_usage, report_of, report_of_figures, shown
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -279,7 +279,12 @@ class NodeExecution:
         if response is not None:
             if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
                 raise UsageError(f"node {self.node_id!r} reported a response and figures; report one of them")
-            report = report_of(self.node_id, response, model=model, tier=tier)
+            try:
+                report = report_of(self.node_id, response, model=model, tier=tier)
+            except UsageError as error:
+                if self.counts_as_zero(error):
+                    return
+                raise
             if report is None:
                 raise UsageError(
                     f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or input_tokens="
@@ -302,6 +307,15 @@ class NodeExecution:
         if self.reported is None:
             self.reported = []
         self.reported.append(report)
+
+    def counts_as_zero(self, error: UsageError) -> bool:
+        """Whether usage that a response does not say is 0, with a warning: it is where no limit depends on it."""
+        ctx = self.ctx
+        limited = ctx.budget.max_tokens_total is not None or ctx.budget.max_cost_usd is not None
+        if not isinstance(error, NoUsage) or limited or ctx.config.unknown_model == "error":
+            return False
+        ctx.warn_once(self.node_id, "silent", f"{error}. It counts as 0 tokens")
+        return True
 
     @property
     def signal(self) -> Any:
@@ -482,7 +496,8 @@ class ReliabilityContext(_Untouched):
         self.cost_tracker.per_node = self.trace.figures
         #: Whether any function runs under a time limit.
         self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
-        self._warned: set[str] = set()
+        #: Warnings that were given: dimensions of the budget, and what is wrong with a node.
+        self._warned: set[str | tuple[str, str]] = set()
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
         if sets:
             if self.config.hook_delivery == "at_least_once":
@@ -521,6 +536,12 @@ class ReliabilityContext(_Untouched):
             config=config,
             pipeline=config.pipeline,
         )
+
+    def warn_once(self, node_id: str, what: str, text: str) -> None:
+        """Log a warning that a node would give for each of its attempts and items."""
+        if (node_id, what) not in self._warned:
+            self._warned.add((node_id, what))
+            self.run_logger.warning("%s", text)
 
     # ------------------------------------------------------------------ the journal
 

@@ -364,6 +364,10 @@ def update_prices() -> None:
 
     try:
         snapshot = genai_prices.UpdatePrices().fetch()
+        fetched, present = _count(snapshot), _count(_load().get_snapshot())
+        # A model that is not there would cost nothing from now on.
+        if fetched * 2 < present:
+            raise ValueError(f"the data has {fetched} models, where {present} are known")
     except Exception as error:  # A proxy may answer with anything at all.
         version, fetched_at = data_state()
         of = (
@@ -375,6 +379,10 @@ def update_prices() -> None:
             f"the prices could not be fetched ({type(error).__name__}: {error}); {of} stay in use"
         ) from error
     _load().set_custom_snapshot(snapshot)
+
+
+def _count(snapshot: DataSnapshot | None) -> int:
+    return 0 if snapshot is None else sum(len(provider.models) for provider in snapshot.providers)
 
 
 def kinds(rates: Rates) -> Iterator[tuple[str, Steps]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, cast
 
@@ -23,6 +23,10 @@ class UsageError(ValueError):
         ``unknown_model="error"``.
     Mend: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
     """
+
+
+class NoUsage(UsageError):
+    """A provider's response in which the place of the usage is empty."""
 
 
 def shown(value: object) -> str:
@@ -148,12 +152,24 @@ def _read(response: object) -> Usage:
     found = _read_figures(response, None)  # The usage itself.
     if found is not None:
         return found
-    raise UsageError(
+    raise (NoUsage if _is_silent(response) else UsageError)(
         f"a {_kind(response)} carries no usage; give figures instead, or for a stream of OpenAI its last chunk, "
         'which has it if it was asked for with stream_options={"include_usage": True}'
     )
 
 
+def _is_silent(response: object) -> bool:
+    """Whether it is a response all the same: a field for the usage without any, or the answers of one that was left out."""
+    try:
+        if isinstance(response, Mapping):
+            empty = any(name in response and response[name] is None for name in _PLACES)
+            return empty or "choices" in response or "candidates" in response
+        return any(getattr(response, name, ...) is None for name in _PLACES)
+    except Exception:
+        return False
+
+
+_PLACES: Final = ("usage", "usage_metadata", "usageMetadata")
 _NO_RESPONSES: Final = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -325,7 +341,7 @@ def report_of(node_id: str, response: object, **said: Any) -> Report | None:
     try:
         return as_report(usage_from(response, **said))
     except UsageError as error:
-        raise UsageError(f"node {node_id!r}: {error}") from error
+        raise type(error)(f"node {node_id!r}: {error}") from error
 
 
 def report_of_figures(node_id: str, figures: dict[str, Any]) -> Report:
