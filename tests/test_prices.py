@@ -322,7 +322,7 @@ class Handler(BaseHTTPRequestHandler):
 #: Data with less than half as many models would be refused.
 OTHERS = [
     {"id": f"old-{number}", "match": {"equals": f"old-{number}"}, "prices": {"input_mtok": 1}}
-    for number in range(len(MODELS))
+    for number in range(sum(len(provider.models) for provider in data_snapshot.get_snapshot().providers))
 ]
 DATA: list[dict[str, Any]] = [
     {

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from stroma._shape import get as _get
 
@@ -216,7 +216,7 @@ def _verdict(exc: BaseException, seen: set[int]) -> Verdict | None:
     for candidate in (exc, _get(exc, "__cause__")):
         try:
             if issubclass(type(candidate), BaseExceptionGroup):
-                verdict = _worst(candidate, seen)
+                verdict = _worst(cast("BaseExceptionGroup[Any]", candidate), seen)
             else:
                 verdict = _read(candidate) if issubclass(type(candidate), BaseException) else None
         except (KeyboardInterrupt, SystemExit):

@@ -52,7 +52,7 @@ from stroma.trace import (
     TraceEvent,
     secrets_in,
 )
-from stroma.usage import NoUsage, Report, UsageError, check_usage, report_of, report_of_figures, shown
+from stroma.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
@@ -312,7 +312,7 @@ class NodeExecution:
         """Whether usage that a response does not say is 0, with a warning: it is where no limit depends on it."""
         ctx = self.ctx
         limited = ctx.budget.max_tokens_total is not None or ctx.budget.max_cost_usd is not None
-        if not isinstance(error, NoUsage) or limited or ctx.config.unknown_model == "error":
+        if not error.silent or limited or ctx.config.unknown_model == "error":
             return False
         ctx.warn_once(self.node_id, "silent", f"{error}. It counts as 0 tokens")
         return True

@@ -24,9 +24,8 @@ class UsageError(ValueError):
     Mend: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
     """
 
-
-class NoUsage(UsageError):
-    """A provider's response in which the place of the usage is empty."""
+    #: Whether it is a provider's response all the same, which only leaves its usage out.
+    silent = False
 
 
 def shown(value: object) -> str:
@@ -152,10 +151,12 @@ def _read(response: object) -> Usage:
     found = _read_figures(response, None)  # The usage itself.
     if found is not None:
         return found
-    raise (NoUsage if _is_silent(response) else UsageError)(
+    error = UsageError(
         f"a {_kind(response)} carries no usage; give figures instead, or for a stream of OpenAI its last chunk, "
         'which has it if it was asked for with stream_options={"include_usage": True}'
     )
+    error.silent = _is_silent(response)
+    raise error
 
 
 def _is_silent(response: object) -> bool:
@@ -341,7 +342,9 @@ def report_of(node_id: str, response: object, **said: Any) -> Report | None:
     try:
         return as_report(usage_from(response, **said))
     except UsageError as error:
-        raise type(error)(f"node {node_id!r}: {error}") from error
+        named = UsageError(f"node {node_id!r}: {error}")
+        named.silent = error.silent
+        raise named from error
 
 
 def report_of_figures(node_id: str, figures: dict[str, Any]) -> Report:
