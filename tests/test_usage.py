@@ -248,6 +248,25 @@ async def test_a_node_returns_its_output_and_the_response(reply: Reply, server: 
     assert (result.total_cost_usd > 0) == (reply.usage.model is not None)
 
 
+async def test_the_split_of_the_input_is_in_the_trace() -> None:
+    """What a cache was read and written for, summed over the calls of an attempt, in the trace and while it runs."""
+    runner = StromaRunner.quick()
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        node = current_node()
+        assert node is not None
+        node.report_usage(_CHAT)
+        node.report_usage(input_tokens=10, cached_input_tokens=4, cache_write_tokens=5, model="gpt-4o-mini")
+        node.report_usage(input_tokens=10)
+        assert (node.usage.cached_input_tokens, node.usage.cache_write_tokens) == (1028, 5)
+        return {"text": "hi"}, Usage(20, 0, 1, 2)
+
+    (event,) = (await runner.run([ask], Text())).trace
+    used = event.usage
+    assert (used.input_tokens, used.cached_input_tokens, used.cache_write_tokens) == (1240, 1029, 7)
+
+
 async def test_a_stream_is_reported_by_its_last_chunk(server: Server) -> None:
     """report_usage takes the last chunk of a stream, while the node still runs; calls add up."""
     url = server.url(sse(*_CHAT_CHUNKS))

@@ -53,9 +53,13 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
     cancelled = False
     problem: UsageError | None = None
     tokens, produced, cost, named = 0, 0, 0.0, None
+    cached, written = 0, 0
     for given, made, model, detail in run.take_reported():
         tokens += given + made
         produced += made
+        if detail is not None:
+            cached += detail.cached_input_tokens
+            written += detail.cache_write_tokens
         if model is None:
             if ctx.budget.max_cost_usd is not None and given + made:
                 ctx.warn_once(
@@ -94,5 +98,5 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
                 ctx.unpriced.append(model)
         else:
             cost += asked
-    run.counted = AttemptUsage(tokens, produced, cost, named)
+    run.counted = AttemptUsage(tokens, produced, cost, named, cached, written)
     return cancelled, problem

@@ -242,6 +242,8 @@ class NodeExecution:
             self.counted.output_tokens + sum(made for _, made, *_ in self.reported),
             self.counted.cost_usd,
             named[-1] if named else self.counted.model,
+            self.counted.cached_input_tokens + sum(d.cached_input_tokens for *_, d in self.reported if d),
+            self.counted.cache_write_tokens + sum(d.cache_write_tokens for *_, d in self.reported if d),
         )
 
     @property
