@@ -102,7 +102,7 @@ def test_it_says_what_is_wrong_what_came_and_what_is_expected() -> None:
 @pytest.mark.parametrize(
     ("raw", "wrong", "expected"),
     [
-        ("no json", 'the whole: Input should be a JSON object, not text. This came: "no json"', '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at least 1 items'),
+        ("no json", 'the whole: Input should be a JSON object; this is text, and no JSON: Expecting value at character 0. This came: "no json"', '"lines": list of {"what": string, at most 20 characters, "amount": number, at least 0}, at least 1 items'),
         ([1], "the whole: Input should be a JSON object. This came: [1]", "and no other field"),
         ({**GOOD, "more": "x"}, 'more: There should be no such field. This came: "x"', None),
         ({**GOOD, "tags": {"a": "x"}}, 'tags.a: Input should be a valid integer', "tags.a: integer"),
@@ -551,7 +551,17 @@ def test_a_violation_of_a_local_schema_can_be_pickled() -> None:
     assert "- n: Input should be a valid integer" in copy.as_prompt()
 
 
-async def test_the_example_mends_an_answer(capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    ("fault", "said"),
+    [
+        ("wrong_type", "- total: Input should be"),
+        (
+            "malformed",
+            "- the whole: Input should be a JSON object; this is text, and no JSON: Unterminated string",
+        ),
+    ],
+)
+async def test_the_example_mends_an_answer(fault: str, said: str, capsys: pytest.CaptureFixture[str]) -> None:
     """examples/repair.py: the real OpenAI client, a wrong answer, and one that is right after the model was told."""
     spec = importlib.util.spec_from_file_location("repair_example", EXAMPLE)
     assert spec is not None
@@ -559,11 +569,12 @@ async def test_the_example_mends_an_answer(capsys: pytest.CaptureFixture[str]) -
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
-    result = await module.main()
+    result = await module.main(fault)
     assert result.status is RunStatus.COMPLETED
     assert [(e.outcome, e.reason) for e in result.trace] == [("failure", "contract"), ("success", None)]
     assert all(e.usage.tokens > 0 and e.usage.cost_usd > 0 for e in result.trace)
     assert result.total_cost_usd == pytest.approx(sum(e.usage.cost_usd for e in result.trace))
     printed = capsys.readouterr().out
     assert "attempt 2 says to the model:\nYour last answer was not accepted" in printed
-    assert "- total: number | string | null" in printed
+    assert said in printed
+    assert ("- total: number | string | null" in printed) == (fault == "wrong_type")

@@ -96,12 +96,23 @@ def _line(text: str) -> str:
 def _complaint(error: Mapping[str, Any], secrets: _Secrets) -> str:
     message = _WORDS.get(error.get("type", ""), str(error.get("msg", "invalid")))
     if message == _AN_OBJECT and isinstance(error.get("input"), (str, bytes)):
-        message += ", not text"  # Such as JSON in a fence of Markdown, which nobody has parsed.
+        message += _why_text(error["input"])
     if secrets.names.intersection(map(str, error.get("loc", ()))) and error.get("type") in _SPOKEN:
         message = "is not valid"  # What a validator of the user's says may quote the value.
     if secrets.told_in(message):
         message = "is not valid"
     return _cut(_line(secrets.scrub(message)), _MESSAGE).rstrip(".")
+
+
+def _why_text(text: str | bytes) -> str:
+    """Why what came is a text: mostly an answer that the node could not parse, cut short or in a fence of Markdown."""
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return f"; this is text, and no JSON: {error.msg} at character {error.pos}"
+    except (ValueError, RecursionError):
+        return "; this is text, and no JSON"
+    return "; this is text"
 
 
 _AN_OBJECT: Final = "Input should be a JSON object"

@@ -18,6 +18,7 @@ __all__ = ["KNOWN_MODELS", "ModelPrices", "Rates", "estimate_cost_usd", "prices_
 
 #: USD per million (input, output) tokens. What stands here wins over the data of ``genai-prices``; add your
 #: own models, or correct a price. List prices of the vendors' pages, November 2026 data of genai-prices.
+#: What ships here is flat in the data too: a model that costs more for large calls (claude-sonnet-4-5) would lose that.
 KNOWN_MODELS: dict[str, tuple[float, float]] = {
     "gpt-4o": (2.50, 10.00),
     "gpt-4o-mini": (0.15, 0.60),
