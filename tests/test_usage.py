@@ -20,7 +20,10 @@ from tests.providers.server import Server, serving
 from stroma import (
     KNOWN_MODELS,
     ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
     RunStatus,
+    SQLiteStore,
     StromaRunner,
     Usage,
     UsageError,
@@ -415,8 +418,47 @@ async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: di
     result = await runner.run([ask, ask], Text())
     assert result.failure is not None
     assert (result.status, result.failure.reason, len(result.trace)) == (RunStatus.FAILED, "usage", 1)
-    if how is by_returning:
-        assert next(iter(result.trace)).output_state == {"text": "kept"}
+    assert next(iter(result.trace)).output_state == {"text": "kept"}
+
+
+@pytest.mark.parametrize("how", [by_returning, by_reporting])
+async def test_a_resume_goes_on_behind_a_response_without_usage(how: Any, tmp_path: Any) -> None:
+    """G5: what was bought is not bought again because its server did not say what it cost."""
+    store = SQLiteStore(tmp_path / "runs.db")
+    runner = StromaRunner.quick(store=store, budget=ExecutionBudget(max_cost_usd=5.0))
+    ask = how({"choices": []}, runner)
+    called: list[str] = []
+
+    @runner.node("next", input=Text, output=Text)
+    async def after(state: Text) -> Any:
+        called.append(state.text)
+        return {"text": "done"}
+
+    first = await runner.run([ask, after], Text(), run_id="r")
+    assert (first.status, called) == (RunStatus.FAILED, [])
+    second = await runner.run([ask, after], Text(), run_id="r", resume=True)
+    assert (second.status, called, len(second.trace)) == (RunStatus.RESUMED, ["kept"], 1)
+
+
+async def test_a_node_that_fails_beside_a_silent_response_fails_of_its_own() -> None:
+    """The failure is what the node raised, and the next attempt starts without what the last one reported."""
+    policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=0)}
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_cost_usd=5.0), policy_map=policy)
+    attempts: list[int] = []
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        node = current_node()
+        assert node is not None
+        attempts.append(node.attempt)
+        if node.attempt == 1:
+            node.report_usage({"choices": []})
+            raise ConnectionError("gone")
+        return {"text": "done"}
+
+    result = await runner.run([ask], Text())
+    assert (result.status, attempts) == (RunStatus.COMPLETED, [1, 2])
+    assert [event.reason for event in result.trace] == ["connection", None]
 
 
 async def test_a_real_stream_that_was_not_asked_for_usage_is_said(

@@ -117,6 +117,8 @@ class NodeExecution:
     step: StepCall | None = None
     #: What report_usage() was told and nobody has counted yet.
     reported: list[Report] | None = None
+    #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
+    misreported: UsageError | None = None
     #: The row of the attempt that has just ended, while its hooks run.
     ended: Row | None = None
     _notes: dict[Any, Any] | None = None
@@ -276,7 +278,8 @@ class NodeExecution:
 
         Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or figures, of
         which the tokens of a cache are parts of the input. What the node returns as usage comes on top. Raises
-        UsageError for what cannot be counted.
+        UsageError for what cannot be counted; a response that leaves its usage out counts as 0 with a warning, or
+        under a limit fails the attempt once its output is kept.
         """
         if response is not None:
             if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
@@ -284,9 +287,12 @@ class NodeExecution:
             try:
                 report = report_of(self.node_id, response, model=model, tier=tier)
             except UsageError as error:
-                if self.counts_as_zero(error):
-                    return
-                raise
+                if not error.silent:
+                    raise
+                # The answer is there and paid for: the node has to be able to return it.
+                if not self.counts_as_zero(error):
+                    self.misreported = error
+                report = (0, 0, model, None)
             if report is None:
                 raise UsageError(
                     f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or input_tokens="

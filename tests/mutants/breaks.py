@@ -3266,6 +3266,14 @@ USAGE = (
         _usage("test_a_limit_that_cannot_be_counted_stops_the_run"),
     ),
     Break(
+        "silence-loses-the-output",
+        "A response without usage that was reported loses no output.",
+        "context.py",
+        "if not error.silent:",
+        "if True:",
+        _usage("test_a_resume_goes_on_behind_a_response_without_usage"),
+    ),
+    Break(
         "modelless-unsaid",
         "Tokens without a model are said where cost is limited.",
         "_usage.py",
