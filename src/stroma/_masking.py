@@ -13,9 +13,7 @@ from pydantic import AliasChoices, AliasPath, BaseModel, Secret, SecretBytes, Se
 __all__ = ["MASK", "Secrets", "one_line"]
 
 MASK: Final = "**********"
-_LONG: Final = (
-    4000  # characters of what came that are searched for secrets; less than a tenth of them is shown
-)
+_LONG: Final = 4000  # characters of what came that are searched for secrets
 _SHOWN: Final = 400  # characters of a value that are given back, at most
 _SHORTEST_SECRET: Final = 4  # characters; shorter ones would be found in half of all words
 
@@ -33,8 +31,7 @@ class Secrets:
         self._seen: set[Any] = set()
         self._texts: set[str] = set()
         self._looked_at: set[int] = set()  # Many errors can have the same value.
-        self._whole = schema is not None and self._collect(schema)
-        if self._whole:
+        if schema is not None and self._collect(schema):
             self._note(values)  # The model is nothing but a secret.
         self._find(values, 0)
         self._sorted = sorted(self._texts, key=len, reverse=True)
