@@ -258,6 +258,12 @@ def test_a_price_is_the_sum_of_its_parts(rates: Rates, usage: Usage) -> None:
     assert rates.cost(usage) == pytest.approx(sum(parts) / 1e6 + rates.request_usd, rel=1e-9)
 
 
+@given(RATES, st.integers(0, 3_000_000), st.integers(0, 200_000))
+def test_a_plain_call_costs_the_same_the_short_way(rates: Rates, size: int, made: int) -> None:
+    """A call without a cache costs what a Usage of it does."""
+    assert rates.plain_cost(size, made) == rates.cost(Usage(size, made))
+
+
 @given(RATE, RATE, st.lists(usages(), max_size=5))
 def test_calls_at_one_rate_cost_what_their_sum_does(
     given_price: float, made_price: float, calls: list[Usage]

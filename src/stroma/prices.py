@@ -66,6 +66,11 @@ class Rates:
         )
         return total / 1_000_000 + self.request_usd
 
+    def plain_cost(self, input_tokens: int, output_tokens: int) -> float:
+        """The same for a call without a cache, and without the making of a Usage."""
+        total = input_tokens * _at(self.input, input_tokens) + output_tokens * _at(self.output, input_tokens)
+        return total / 1_000_000 + self.request_usd
+
 
 def _at(steps: Steps, size: int) -> float:
     for above, price in steps:
@@ -150,7 +155,7 @@ def _read_rates(prices: ModelPrice) -> tuple[Rates, Pricer]:
     )
     if len(rates.input) == len(rates.output) == 1 and not rates.request_usd:
         return rates, _flat_price(rates.input[0][1], rates.output[0][1])
-    return rates, lambda given, made: rates.cost(Usage(given, made))
+    return rates, rates.plain_cost
 
 
 def _steps(price: Any) -> Steps | None:
