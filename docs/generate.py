@@ -337,6 +337,7 @@ def providers_page() -> str:
         "Stroma reads a provider's exception by what it carries: a status, headers, codes in the body, the name of its class.",
         "It imports no SDK, and reads the exception it was raised `from` too, one level down. RECOVERABLE is tried again",
         "(three times by default), AMBIGUOUS once, TERMINAL is not. [Reasons](errors.md#reasons) says what to do about each.",
+        "An exception group, of a node's own TaskGroup, is what its worst member is; the longest wait of its members counts.",
         "",
         "Give the client no retries of its own (`max_retries=0` for OpenAI and Anthropic): Stroma counts, shows and paces the",
         "retries, and two who retry multiply.",

@@ -3,11 +3,13 @@
     python examples/repair.py
 
 Needs `pip install "stroma[demo]"`, and neither a key nor a network: the real OpenAI client asks the demo's provider,
-which gives its first answer with a field of the wrong type. Against OpenAI itself, drop the provider and the header.
+which gives its first answer with a field of the wrong type (or, with `malformed` as an argument, cuts it short). Against
+OpenAI itself, drop the provider and the header.
 """
 
 import asyncio
 import json
+import sys
 from decimal import Decimal
 from typing import Any, Literal
 
@@ -38,12 +40,19 @@ class Invoice(BaseModel):
     flags: list[str]
 
 
-async def main() -> ExecutionResult:
+def read(answer: str) -> Any:
+    try:
+        return json.loads(answer)
+    except ValueError:
+        return answer  # What is no JSON breaks the contract as well, and the model is shown it.
+
+
+async def main(fault: str = "wrong_type") -> ExecutionResult:
     with start_provider(calm=True) as provider:
         client = openai.AsyncOpenAI(api_key="demo", base_url=provider.base_url, max_retries=0)
 
         @stroma_node("extract", NodeContract(node_id="extract", input_schema=Document, output_schema=Invoice))
-        async def extract(state: Document) -> tuple[dict[str, Any], openai.types.chat.ChatCompletion]:
+        async def extract(state: Document) -> tuple[Any, openai.types.chat.ChatCompletion]:
             node = current_node()
             assert node is not None
             messages: list[Any] = [
@@ -58,10 +67,10 @@ async def main() -> ExecutionResult:
                 model="gpt-4o-mini",
                 messages=messages,
                 response_format={"type": "json_object"},
-                extra_headers={} if mistake else {"X-Demo-Fault": "wrong_type"},
+                extra_headers={} if mistake else {"X-Demo-Fault": fault},
             )
             # The response beside the output: its tokens are counted and priced, in a failed attempt too.
-            return json.loads(answer.choices[0].message.content or ""), answer
+            return read(answer.choices[0].message.content or ""), answer
 
         runner = StromaRunner.quick(contract_retries={"extract": 2})
         result = await runner.run([extract], Document(text=DOCUMENT))
@@ -76,4 +85,4 @@ async def main() -> ExecutionResult:
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    asyncio.run(main(*sys.argv[1:2]))

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import http.client
 import json
 import logging
@@ -581,6 +582,72 @@ def test_our_own_errors_keep_their_class_over_a_cause(server: Server) -> None:
     assert classify(violation, HERE) is T
 
 
+# ---------------------------------------------------------------------- exception groups
+
+
+def limited(seconds: str) -> Exception:
+    return shaped(status_code=429, headers={"retry-after": seconds})
+
+
+def group(*errors: Exception) -> ExceptionGroup[Exception]:
+    return ExceptionGroup("several", errors)
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (lambda: group(limited("8")), Verdict("RECOVERABLE", "rate_limit", 8)),
+        (lambda: group(limited("2"), limited("8"), shaped(status_code=503)), Verdict("RECOVERABLE", "rate_limit", 8)),
+        (lambda: group(limited("8"), shaped(status_code=401)), Verdict("TERMINAL", "auth")),
+        (lambda: group(ValueError("?"), shaped(status_code=401)), Verdict("TERMINAL", "auth")),
+        (lambda: group(limited("8"), ValueError("?")), None),
+        (lambda: group(TimeoutError("late"), ConnectionResetError("gone")), Verdict("RECOVERABLE", "timeout")),
+        (lambda: group(group(limited("8")), group(group(limited("9")))), Verdict("RECOVERABLE", "rate_limit", 9)),
+        (lambda: caused(ValueError("?"), group(limited("8"))), Verdict("RECOVERABLE", "rate_limit", 8)),
+        (lambda: group(caused(ValueError("?"), limited("8"))), Verdict("RECOVERABLE", "rate_limit", 8)),
+    ],
+    ids=range(9),
+)  # fmt: skip
+def test_a_group_is_what_its_worst_member_is(
+    error: Callable[[], Exception], expected: Verdict | None
+) -> None:
+    """Calls in a node's own TaskGroup fail together: the worst decides, and the longest wait is waited."""
+    assert read_provider_error(error()) == expected
+
+
+def caused(error: Exception, cause: Exception) -> Exception:
+    error.__cause__ = cause
+    return error
+
+
+def test_chains_that_bite_their_tail_come_to_an_end() -> None:
+    """G2: an exception that is its own cause, or is raised from the group it is in, is looked at once."""
+    lonely = ValueError("?")
+    assert read_provider_error(caused(lonely, lonely)) is None
+    members = [ValueError(str(number)) for number in range(40)]
+    ring = group(*members)
+    for member in members:
+        member.__cause__ = ring
+    assert read_provider_error(ring) is None
+    assert classify(ring, HERE) is A
+
+
+async def test_a_taskgroup_in_a_node_waits_as_the_server_says(server: Server, delays: list[float]) -> None:
+    """G3: Retry-After is obeyed where the real SDK's error comes in the group of a node's own TaskGroup."""
+    runner, node = runner_of()
+    urls = [server.url(Answer(429, {}, {"retry-after": "7"}))]
+
+    @node
+    async def ask(state: Text) -> dict[str, Any]:
+        async with asyncio.TaskGroup() as tasks:
+            if urls:
+                tasks.create_task(ask_openai_async(urls.pop()))
+        return {"text": "done"}
+
+    result = await runner.run([ask], Text())
+    assert (result.status, delays) == (RunStatus.COMPLETED, [7])
+
+
 # ---------------------------------------------------------------------- shapes
 
 
@@ -607,6 +674,10 @@ def aws(status: int, code: str, message: str = "no", **headers: str) -> dict[str
     }
 
 
+TOO_LARGE_FOR_A_MINUTE = (
+    "Request too large for gpt-4o on tokens per min (TPM): Limit 30000, Requested 41000. "
+    "The input or output tokens must be reduced in order to run successfully."
+)
 MAIL = Message()
 MAIL["Retry-After"] = "8"
 
@@ -688,6 +759,8 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
     (shaped(status_code=429, body="insufficient_quota"), Verdict("RECOVERABLE", "rate_limit")),
     (shaped(status_code=429, code=["insufficient_quota"]), Verdict("RECOVERABLE", "rate_limit")),
     (shaped(response=SimpleNamespace(status=503)), Verdict("RECOVERABLE", "overloaded")),
+    # OpenAI's limit of a minute that one request is more than
+    (shaped(status_code=429, body={"error": {"code": "rate_limit_exceeded", "message": TOO_LARGE_FOR_A_MINUTE}}), Verdict("TERMINAL", "too_large")),
     # only a bad request's prose is read
     (shaped(status_code=429, body={"message": "tokens beyond your context window per minute"}), Verdict("RECOVERABLE", "rate_limit")),
     # what is no status hides nothing
@@ -779,6 +852,67 @@ def test_headers_that_raise_are_no_headers() -> None:
 
     error = shaped(status_code=429, response=SimpleNamespace(headers=Broken()), headers={"retry-after": "2"})
     assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit", 2)
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        [("Retry-After", "8")],
+        (("retry-after", b"8"),),
+        [(b"Retry-After", b"8")],
+        {b"Retry-After": b"8"},
+        {"RETRY-AFTER": 8},
+        {"retry-after": ["8"]},
+        # Said more than once, by a server and a proxy before it: no earlier than the last of them wants.
+        [("retry-after", "8"), ("retry-after", "5")],
+        {"retry-after": ["8", b"5"]},
+        {"retry-after": "5, 8"},
+        {"retry-after": "soon, 8"},
+        httpx.Headers([("retry-after", "5"), ("Retry-After", "8")]),
+        httpx2.Headers([("retry-after", "8"), ("Retry-After", "5")]),
+    ],
+    ids=str,
+)
+def test_headers_of_any_shape_are_read(headers: Any) -> None:
+    """Pairs, bytes, lists, another case, a header twice: the server's wish is obeyed all the same."""
+    error = shaped(response=SimpleNamespace(status_code=429, headers=headers))
+    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit", 8)
+
+
+@pytest.mark.parametrize(
+    "headers", [["retry-after"], [1, 2], "retry-after: 8", 8, [("a", "b", "c")], b"x"], ids=str
+)
+def test_what_is_no_headers_is_passed_over(headers: Any) -> None:
+    """What cannot be headers costs the wait, not the class."""
+    error = shaped(response=SimpleNamespace(status_code=429, headers=headers))
+    assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
+
+
+class Unsaid:
+    def __str__(self) -> str:
+        raise RuntimeError("no text")
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (shaped(status_code=400, message=Unsaid()), Verdict("TERMINAL", "bad_request")),
+        (shaped(status_code=429, headers={"retry-after": Unsaid()}), Verdict("RECOVERABLE", "rate_limit")),
+        (
+            shaped(
+                package="grpc",
+                code=coded("UNAVAILABLE"),
+                details=lambda: 1 / 0,
+                trailing_metadata=lambda: 1 / 0,
+            ),
+            Verdict("RECOVERABLE", "overloaded"),
+        ),
+    ],
+    ids=lambda v: "",
+)
+def test_what_cannot_be_said_hides_no_status(error: Exception, expected: Verdict) -> None:
+    """A message, a header or a method that raises costs what it would have said, not the class."""
+    assert read_provider_error(error) == expected
 
 
 @pytest.mark.parametrize(

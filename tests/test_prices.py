@@ -7,6 +7,7 @@ import threading
 from collections.abc import Iterator
 from datetime import UTC, datetime
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from typing import Any
 
 import genai_prices
@@ -257,6 +258,12 @@ def test_a_price_is_the_sum_of_its_parts(rates: Rates, usage: Usage) -> None:
     assert rates.cost(usage) == pytest.approx(sum(parts) / 1e6 + rates.request_usd, rel=1e-9)
 
 
+@given(RATES, st.integers(0, 3_000_000), st.integers(0, 200_000))
+def test_a_plain_call_costs_the_same_the_short_way(rates: Rates, size: int, made: int) -> None:
+    """A call without a cache costs what a Usage of it does."""
+    assert rates.plain_cost(size, made) == rates.cost(Usage(size, made))
+
+
 @given(RATE, RATE, st.lists(usages(), max_size=5))
 def test_calls_at_one_rate_cost_what_their_sum_does(
     given_price: float, made_price: float, calls: list[Usage]
@@ -306,9 +313,11 @@ def test_a_price_of_the_day_is_looked_up_for_each_call(monkeypatch: pytest.Monke
 
 class Handler(BaseHTTPRequestHandler):
     body = b"[]"
+    short = 0  # bytes that are promised and do not come
 
     def do_GET(self) -> None:
         self.send_response(200)
+        self.send_header("content-length", str(len(self.body) + self.short))
         self.end_headers()
         self.wfile.write(self.body)
 
@@ -316,7 +325,12 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-DATA = [
+#: Data with less than half as many models would be refused.
+OTHERS = [
+    {"id": f"old-{number}", "match": {"equals": f"old-{number}"}, "prices": {"input_mtok": 1}}
+    for number in range(sum(len(provider.models) for provider in data_snapshot.get_snapshot().providers))
+]
+DATA: list[dict[str, Any]] = [
     {
         "id": "here",
         "name": "Here",
@@ -327,7 +341,8 @@ DATA = [
                 "id": "new-model",
                 "match": {"equals": "new-model"},
                 "prices": {"input_mtok": 7, "output_mtok": 9},
-            }
+            },
+            *OTHERS,
         ],
     }
 ]
@@ -372,7 +387,20 @@ def test_prices_can_be_refreshed(prices_server: type[Handler]) -> None:
     )
 
 
-@pytest.mark.parametrize("body", [b"<html>", b"{}", b'[{"id": 1}]', b""], ids=str)
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"<html>",
+        b"{}",
+        b'[{"id": 1}]',
+        b"",
+        # Cut short, empty, or of a few models alone: all others would cost nothing.
+        json.dumps(DATA).encode()[:-5],
+        b"[]",
+        json.dumps([{**DATA[0], "models": DATA[0]["models"][:3]}]).encode(),
+    ],
+    ids=lambda body: f"{body[:12]!r} {len(body)}",
+)
 def test_what_cannot_be_fetched_changes_nothing(body: bytes, prices_server: type[Handler]) -> None:
     """A proxy's page, or data of another shape, is an error that says which prices stay in use."""
     prices_server.body = body
@@ -380,6 +408,35 @@ def test_what_cannot_be_fetched_changes_nothing(body: bytes, prices_server: type
         update_prices()
     assert data_state()[1] is None
     assert estimate_cost_usd("gpt-4o-2024-05-13", 1_000_000) == 5.0
+
+
+def test_an_answer_that_breaks_off_changes_nothing(prices_server: type[Handler]) -> None:
+    """A connection that is lost in the middle of the data."""
+    prices_server.short = 1
+    with pytest.raises(RuntimeError, match=r"RemoteProtocolError.*stay in use"):
+        update_prices()
+    assert estimate_cost_usd("gpt-4o-2024-05-13", 1_000_000) == 5.0
+
+
+def test_fetched_prices_are_kept_in_memory_alone(
+    prices_server: type[Handler], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """No file is written, so no disk has to be writable; another process does not see them."""
+    for name in ("HOME", "XDG_CACHE_HOME", "XDG_DATA_HOME", "TMPDIR"):
+        monkeypatch.setenv(name, str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    update_prices()
+    assert estimate_cost_usd("new-model", 1_000_000) == 7.0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_fetch_that_failed_keeps_what_was_fetched_before(prices_server: type[Handler]) -> None:
+    """The prices in use stay, and are said to be those of then."""
+    update_prices()
+    prices_server.body = b"[]"
+    with pytest.raises(RuntimeError, match=r"the data has 0 models.*; those of 20.* stay in use"):
+        update_prices()
+    assert estimate_cost_usd("new-model", 1_000_000) == 7.0
 
 
 def test_without_a_network_it_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

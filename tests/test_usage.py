@@ -6,20 +6,24 @@ import asyncio
 import types
 from collections.abc import Iterator
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 from genai_prices import extract_usage
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel
-from tests.providers.clients import _openai
+from tests.providers.clients import _openai, ask_openai
 from tests.providers.replies import _CHAT, _CHAT_CHUNKS, _CONTENT, _MESSAGE_EVENTS, REPLIES, Reply, sse
 from tests.providers.server import Server, serving
 
 from stroma import (
     KNOWN_MODELS,
     ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
     RunStatus,
+    SQLiteStore,
     StromaRunner,
     Usage,
     UsageError,
@@ -36,7 +40,7 @@ def server() -> Iterator[Server]:
 
 def last(reply: Reply, server: Server) -> Any:
     """What the SDK makes of the answer; of a stream its last chunk."""
-    response = reply.ask(server.url(reply.answer), reply.answer)
+    response: Any = reply.ask(server.url(reply.answer), reply.answer)
     return response[-1] if isinstance(response, list) else response
 
 
@@ -84,6 +88,14 @@ def test_the_usage_of_plain_data(reply: Reply) -> None:
         ({"custom_id": "1", "response": {"status_code": 200, "body": _CHAT}}, Usage(1200, 30, 1024, 0, "gpt-4o-mini-2024-07-18", "flex")),
         ({"prompt_tokens": 7, "completion_tokens": 2}, Usage(7, 2)),
         (Usage(1, 2, model="m"), Usage(1, 2, model="m")),
+        # A line of Anthropic's batch results.
+        ({"custom_id": "1", "result": {"type": "succeeded", "message": {"model": "m", "usage": {"input_tokens": 5, "output_tokens": 2, "service_tier": "batch"}}}}, Usage(5, 2, model="m", tier="batch")),
+        # Google's total has what nothing else counts, the others are never less than it.
+        ({"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "totalTokenCount": 40}}, Usage(10, 30)),
+        ({"usageMetadata": {"totalTokenCount": 12}}, Usage(0, 12)),
+        ({"usageMetadata": {"promptTokenCount": 10, "candidatesTokenCount": 2, "totalTokenCount": 11}}, Usage(10, 2)),
+        # A stream that broke off has used what it said so far.
+        (_MESSAGE_EVENTS[:2], Usage(950, 1, 900, model="claude-haiku-4-5-20251001")),
         (types.SimpleNamespace(usage=types.SimpleNamespace(prompt_tokens=4, completion_tokens=None)), Usage(4)),
     ],
     ids=lambda value: str(value)[:60],
@@ -101,6 +113,21 @@ def test_what_the_response_does_not_say_can_be_said() -> None:
     assert usage_from(_CHAT, tier="batch").tier == "batch"
 
 
+class Classless:
+    @property
+    def __class__(self) -> Any:
+        raise RuntimeError("no class")
+
+
+class Refusing(type):
+    def __getattribute__(cls, name: str) -> Any:
+        raise RuntimeError(name)
+
+
+class Nameless(metaclass=Refusing):
+    pass
+
+
 class Hostile:
     def __getattr__(self, name: str) -> Any:
         raise RuntimeError(name)
@@ -112,6 +139,12 @@ class Hostile:
         ({"choices": []}, "carries no usage"),
         (_CHAT_CHUNKS[0], "include_usage"),
         (_MESSAGE_EVENTS[-2], "give the final message"),
+        (_MESSAGE_EVENTS[0], "a list of all events"),
+        (_MESSAGE_EVENTS[1:], "a list is no response"),
+        (_MESSAGE_EVENTS * 2, "one stream of Anthropic"),
+        ([_CHAT, _CHAT], "report each response by itself"),
+        ([], "a list is no response"),
+        (MagicMock(), "carries no usage"),
         (Hostile(), "carries no usage"),
         (object(), "carries no usage"),
         ({"usage": {"prompt_tokens": -1}}, "prompt_tokens=-1"),
@@ -171,6 +204,18 @@ def test_any_data_is_a_usage_or_a_usage_error(response: Any) -> None:
     assert usage.cached_input_tokens + usage.cache_write_tokens <= usage.input_tokens
 
 
+@pytest.mark.parametrize("kind", ["Classless", "Nameless"])
+async def test_a_response_that_will_not_be_looked_at_is_bad_usage(kind: str) -> None:
+    """An object that raises whatever it is asked: its class, or its class's name. The output is kept."""
+    made = {"Classless": Classless, "Nameless": Nameless}[kind]
+    with pytest.raises(UsageError, match="carries no usage"):
+        usage_from(made())
+    runner, ask = node_of(lambda: ({"text": "kept"}, made()))
+    result = await runner.run([ask], Text())
+    assert (result.status, result.failure and result.failure.reason) == (RunStatus.FAILED, "usage")
+    assert next(iter(result.trace)).output_state == {"text": "kept"}
+
+
 # ---------------------------------------------------------------------- in a node
 
 
@@ -204,6 +249,25 @@ async def test_a_node_returns_its_output_and_the_response(reply: Reply, server: 
     runner, ask = node_of(({"text": "hi"}, reply.usage))
     assert (await runner.run([ask], Text())).total_cost_usd == result.total_cost_usd
     assert (result.total_cost_usd > 0) == (reply.usage.model is not None)
+
+
+async def test_the_split_of_the_input_is_in_the_trace() -> None:
+    """What a cache was read and written for, summed over the calls of an attempt, in the trace and while it runs."""
+    runner = StromaRunner.quick()
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        node = current_node()
+        assert node is not None
+        node.report_usage(_CHAT)
+        node.report_usage(input_tokens=10, cached_input_tokens=4, cache_write_tokens=5, model="gpt-4o-mini")
+        node.report_usage(input_tokens=10)
+        assert (node.usage.cached_input_tokens, node.usage.cache_write_tokens) == (1028, 5)
+        return {"text": "hi"}, Usage(20, 0, 1, 2)
+
+    (event,) = (await runner.run([ask], Text())).trace
+    used = event.usage
+    assert (used.input_tokens, used.cached_input_tokens, used.cache_write_tokens) == (1240, 1029, 7)
 
 
 async def test_a_stream_is_reported_by_its_last_chunk(server: Server) -> None:
@@ -271,13 +335,15 @@ async def test_a_model_said_beside_the_response_is_what_is_priced(monkeypatch: p
 @pytest.mark.parametrize(
     ("used", "says"),
     [
-        ({"choices": []}, "node 'ask': a dict carries no usage"),
+        ({"answer": "42"}, "node 'ask': a dict carries no usage"),
+        (Text(text="no response"), "node 'ask': a Text carries no usage"),
         ({"usage": {"prompt_tokens": -1}}, "node 'ask': the response has prompt_tokens=-1"),
         (object(), "node 'ask': a object carries no usage"),
         ("10", "node 'ask' reported '10' tokens"),
         (None, "node 'ask' reported None tokens"),
         (1.5, "node 'ask' reported 1.5 tokens"),
         (True, "node 'ask' reported True tokens"),
+        (MagicMock(), "node 'ask': a MagicMock carries no usage"),
     ],
     ids=lambda value: type(value).__name__,
 )
@@ -291,6 +357,131 @@ async def test_a_response_that_says_nothing_is_bad_usage(used: Any, says: str) -
     assert result.failure.message.startswith(says)
     (event,) = result.trace
     assert event.output_state == {"text": "kept"}
+
+
+SILENT: list[Any] = [
+    {"choices": []},
+    {"candidates": []},
+    {**_CHAT, "usage": None},
+    types.SimpleNamespace(usage=None, model="m"),
+    types.SimpleNamespace(usage_metadata=None),
+]
+
+
+def by_returning(response: Any, runner: StromaRunner) -> Any:
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        return {"text": "kept"}, response
+
+    return ask
+
+
+def by_reporting(response: Any, runner: StromaRunner) -> Any:
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        node = current_node()
+        assert node is not None
+        node.report_usage(response)
+        return {"text": "kept"}
+
+    return ask
+
+
+@pytest.mark.parametrize("how", [by_returning, by_reporting])
+@pytest.mark.parametrize("response", SILENT, ids=lambda r: str(r)[:30])
+async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
+    how: Any, response: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What a response does not say counts as 0, with one warning for the node, where no limit depends on it."""
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=600_000))
+    ask = how(response, runner)
+    result = await runner.run([ask, ask], Text())
+    assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 0), result.failure
+    (said,) = [r.getMessage() for r in caplog.records if "counts as 0" in r.getMessage()]
+    assert said.startswith("node 'ask': a ")
+
+
+@pytest.mark.parametrize("how", [by_returning, by_reporting])
+@pytest.mark.parametrize(
+    "config",
+    [
+        {"budget": ExecutionBudget(max_tokens_total=10**9)},
+        {"budget": ExecutionBudget(max_cost_usd=1000.0)},
+        {"unknown_model": "error"},
+    ],
+    ids=str,
+)
+async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: dict[str, Any]) -> None:
+    """G6: under a limit of tokens or cost, usage that is not said is bad usage: the next call is not made."""
+    runner = StromaRunner.quick(**config)
+    ask = how({**_CHAT, "usage": None}, runner)
+    result = await runner.run([ask, ask], Text())
+    assert result.failure is not None
+    assert (result.status, result.failure.reason, len(result.trace)) == (RunStatus.FAILED, "usage", 1)
+    assert next(iter(result.trace)).output_state == {"text": "kept"}
+
+
+@pytest.mark.parametrize("how", [by_returning, by_reporting])
+async def test_a_resume_goes_on_behind_a_response_without_usage(how: Any, tmp_path: Any) -> None:
+    """G5: what was bought is not bought again because its server did not say what it cost."""
+    store = SQLiteStore(tmp_path / "runs.db")
+    runner = StromaRunner.quick(store=store, budget=ExecutionBudget(max_cost_usd=5.0))
+    ask = how({"choices": []}, runner)
+    called: list[str] = []
+
+    @runner.node("next", input=Text, output=Text)
+    async def after(state: Text) -> Any:
+        called.append(state.text)
+        return {"text": "done"}
+
+    first = await runner.run([ask, after], Text(), run_id="r")
+    assert (first.status, called) == (RunStatus.FAILED, [])
+    second = await runner.run([ask, after], Text(), run_id="r", resume=True)
+    assert (second.status, called, len(second.trace)) == (RunStatus.RESUMED, ["kept"], 1)
+
+
+async def test_a_node_that_fails_beside_a_silent_response_fails_of_its_own() -> None:
+    """The failure is what the node raised, and the next attempt starts without what the last one reported."""
+    policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=1, backoff_seconds=0)}
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_cost_usd=5.0), policy_map=policy)
+    attempts: list[int] = []
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        node = current_node()
+        assert node is not None
+        attempts.append(node.attempt)
+        if node.attempt == 1:
+            node.report_usage({"choices": []})
+            raise ConnectionError("gone")
+        return {"text": "done"}
+
+    result = await runner.run([ask], Text())
+    assert (result.status, attempts) == (RunStatus.COMPLETED, [1, 2])
+    assert [event.reason for event in result.trace] == ["connection", None]
+
+
+async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
+    server: Server, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The real client's chunks without include_usage: the warning says what to ask for."""
+    answer = sse(_CHAT_CHUNKS[0])
+    chunks = await asyncio.to_thread(ask_openai, server.url(answer), answer)
+    runner, ask = node_of(({"text": "kept"}, chunks[-1]))
+    assert (await runner.run([ask], Text())).status is RunStatus.COMPLETED
+    assert "include_usage" in caplog.text
+
+
+@pytest.mark.parametrize(("limit", "warnings"), [(5.0, 1), (None, 0)])
+async def test_usage_without_a_model_is_said_where_cost_is_limited(
+    limit: float | None, warnings: int, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Tokens of no model have no price: one warning for the node where max_cost_usd was to bound them."""
+    cohere = next(reply for reply in REPLIES if reply.what == "cohere").answer.body
+    runner, ask = node_of(({"text": ""}, cohere), budget=ExecutionBudget(max_cost_usd=limit))
+    result = await runner.run([ask, ask], Text())
+    assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 138)
+    assert caplog.text.count("names no model") == warnings
 
 
 @pytest.mark.parametrize(

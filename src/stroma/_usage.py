@@ -26,7 +26,7 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
             try:
                 report = report_of(run.node_id, used)
             except UsageError as error:
-                return output, error
+                return output, None if run.counts_as_zero(error) else error
             if report is not None:
                 run.reported = [report] if run.reported is None else [*run.reported, report]
                 return output, None
@@ -51,12 +51,23 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
 async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:
     """Put a price on what the attempt reported. Returns whether the task was cancelled meanwhile, and what is wrong."""
     cancelled = False
-    problem: UsageError | None = None
+    problem, run.misreported = run.misreported, None
     tokens, produced, cost, named = 0, 0, 0.0, None
+    cached, written = 0, 0
     for given, made, model, detail in run.take_reported():
         tokens += given + made
         produced += made
+        if detail is not None:
+            cached += detail.cached_input_tokens
+            written += detail.cache_write_tokens
         if model is None:
+            if ctx.budget.max_cost_usd is not None and given + made:
+                ctx.warn_once(
+                    run.node_id,
+                    "modelless",
+                    f"node {run.node_id!r} names no model for its tokens: they cost 0, whatever max_cost_usd is; "
+                    "report usage_from(response, model=...) or (output, input_tokens, output_tokens, model)",
+                )
             continue
         named = model
         try:
@@ -87,5 +98,5 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
                 ctx.unpriced.append(model)
         else:
             cost += asked
-    run.counted = AttemptUsage(tokens, produced, cost, named)
+    run.counted = AttemptUsage(tokens, produced, cost, named, cached, written)
     return cancelled, problem

@@ -10,10 +10,10 @@ import email.utils
 import json
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, cast
 
 from stroma._shape import get as _get
 
@@ -132,7 +132,10 @@ _PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
     ("credit balance is too low", _QUOTA),
 )
 #: The same for a rate limit that no wait of ours outlasts.
-_LASTING: Final[tuple[tuple[str, Verdict], ...]] = (("api calls / month", _QUOTA),)
+_LASTING: Final[tuple[tuple[str, Verdict], ...]] = (
+    ("api calls / month", _QUOTA),
+    ("tokens must be reduced", _TOO_LARGE),  # OpenAI: one request is more than the limit of a minute.
+)
 #: And for what gRPC's client says of its own under a status that a server gives too.
 _GRPC_PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
     ("message larger than max", _TOO_LARGE),
@@ -203,13 +206,19 @@ _NAMES: Final[tuple[tuple[frozenset[str], Verdict], ...]] = (
 def read_provider_error(exc: BaseException) -> Verdict | None:
     """The verdict on an exception, or on what it was raised from; None if its shape says nothing.
 
-    Never raises: an attribute that misbehaves is one that says nothing.
+    An exception group is what its worst member is: TERMINAL if one of them is, else nothing if one says nothing, else
+    the one with the longest wait. Never raises: an attribute that misbehaves is one that says nothing.
     """
+    return _verdict(exc, set())
+
+
+def _verdict(exc: BaseException, seen: set[int]) -> Verdict | None:
     for candidate in (exc, _get(exc, "__cause__")):
-        if not isinstance(candidate, BaseException):
-            continue
         try:
-            verdict = _read(candidate)
+            if issubclass(type(candidate), BaseExceptionGroup):
+                verdict = _worst(cast("BaseExceptionGroup[Any]", candidate), seen)
+            else:
+                verdict = _read(candidate) if issubclass(type(candidate), BaseException) else None
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException:
@@ -217,6 +226,24 @@ def read_provider_error(exc: BaseException) -> Verdict | None:
         if verdict is not None:
             return verdict
     return None
+
+
+def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
+    if id(group) in seen:  # A member can be raised from the group that it is in.
+        return None
+    seen.add(id(group))
+    found: list[Verdict] = []
+    silent = False
+    for member in group.exceptions:
+        late = _TIMEOUT if issubclass(type(member), TimeoutError) else None
+        verdict = _verdict(member, seen) or late
+        if verdict is None:
+            silent = True
+        elif verdict.failure_class == "TERMINAL":
+            return verdict
+        else:
+            found.append(verdict)
+    return None if silent else max(found, key=lambda verdict: verdict.retry_after or 0.0)
 
 
 def _read(exc: BaseException) -> Verdict | None:
@@ -257,7 +284,8 @@ def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdic
         phrases += _GRPC_PHRASES
     if not phrases:
         return found
-    prose = " ".join(str(_get(level, name)) for level in levels for name in ("message", "Message")).lower()
+    said = [_get(level, name) for level in levels for name in ("message", "Message")]
+    prose = " ".join(text for text in said if isinstance(text, str)).lower()
     return next((verdict for phrase, verdict in phrases if phrase in prose), found)
 
 
@@ -290,14 +318,17 @@ def _status(exc: BaseException, packages: set[str]) -> int | None:
 
 
 def _call(exc: BaseException, name: str) -> Any:
-    """What a method without arguments gives, as gRPC's exceptions have; None if there is none."""
+    """What a method without arguments gives, as gRPC's exceptions have; None if there is none, or it raises."""
     method = _get(exc, name)
-    return method() if callable(method) else None
+    try:
+        return method() if callable(method) else None
+    except Exception:
+        return None
 
 
 def _headers(exc: BaseException, packages: set[str]) -> dict[str, str]:
     if "grpc" in packages:
-        found = {str(key).lower(): str(value) for key, value in _call(exc, "trailing_metadata") or ()}
+        found = _pairs(_call(exc, "trailing_metadata"))
         if (pushback := found.get("grpc-retry-pushback-ms")) is not None:
             found["retry-after-ms"] = pushback
             if pushback.strip().startswith("-"):  # gRPC's way to say: do not try again.
@@ -310,14 +341,31 @@ def _headers(exc: BaseException, packages: set[str]) -> dict[str, str]:
         (_get(response, "ResponseMetadata"), "HTTPHeaders"),
     )
     for owner, name in places:
-        headers = _get(owner, name)
-        # Not only mappings: the standard library's are a message.
-        if hasattr(headers, "items"):
-            try:
-                return {str(key).lower(): str(value) for key, value in headers.items()}
-            except Exception:
-                continue
+        found = _pairs(_get(owner, name))
+        if found:
+            return found
     return {}
+
+
+def _pairs(headers: Any) -> dict[str, str]:
+    """Headers by their lower-case names, from a mapping, pairs, or a message of the standard library; {} from all else.
+
+    A header that came several times is joined by commas, as HTTP has it.
+    """
+    found: dict[str, str] = {}
+    try:
+        items = headers.items() if hasattr(headers, "items") else headers
+        for key, value in items if isinstance(items, Iterable) else ():
+            name = _decoded(key).lower()
+            text = ", ".join(map(_decoded, value)) if isinstance(value, (list, tuple)) else _decoded(value)
+            found[name] = f"{found[name]}, {text}" if name in found else text
+    except Exception:
+        return {}
+    return found
+
+
+def _decoded(text: Any) -> str:
+    return text.decode("latin-1") if isinstance(text, bytes) else str(text)
 
 
 def _levels(exc: BaseException, packages: set[str]) -> list[Any]:
@@ -381,23 +429,33 @@ def _retry_delay(levels: list[Any]) -> float | None:
 def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """The wait a server asks for: ``retry-after-ms``, or ``retry-after`` in seconds or as an HTTP date.
 
-    ``headers`` has lower-case names. A date that has passed is no wait. None if there is no wish, or one that makes
-    no sense.
+    ``headers`` has lower-case names. A date that has passed is no wait. Of several wishes in one header, as a server
+    and a proxy before it may have, the longest counts. None if there is no wish, or one that makes no sense.
     """
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         text = headers.get(name, "").strip()
-        if not text:
-            continue
-        try:
-            seconds = float(text) / scale
-        except ValueError:
-            try:
-                moment = email.utils.parsedate_to_datetime(text)
-                # HTTP dates are in GMT, also where they do not say so.
-                moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
-                seconds = max(0.0, moment.timestamp() - time.time())
-            except (TypeError, ValueError, OverflowError):
-                continue
-        if math.isfinite(seconds) and seconds >= 0:
-            return seconds
+        found = [_number(part) for part in text.split(",")]
+        waits = [wait / scale for wait in found if math.isfinite(wait) and wait >= 0]
+        if not waits and scale == 1.0:
+            waits = _moment(text)
+        if waits:
+            return max(waits)
     return None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _moment(text: str) -> list[float]:
+    """Seconds from now until an HTTP date; none for anything else."""
+    try:
+        moment = email.utils.parsedate_to_datetime(text)
+        # HTTP dates are in GMT, also where they do not say so.
+        moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+        return [max(0.0, moment.timestamp() - time.time())]
+    except (TypeError, ValueError, OverflowError):
+        return []

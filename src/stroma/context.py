@@ -94,7 +94,7 @@ class NodeExecution:
     # Slots, and all of them set: what stands on the class instead takes several times as long to look up.
     __slots__ = (
         "_at_end", "_notes", "attempt", "branch", "busy_ns", "children", "compact", "counted", "ctx", "ended", "group",
-        "kind", "last_failure", "node_id", "parent", "position", "redelivered", "repairing", "repairs", "reported",
+        "kind", "last_failure", "misreported", "node_id", "parent", "position", "redelivered", "repairing", "repairs", "reported",
         "rows", "running", "running_since", "step",
     )  # fmt: skip
 
@@ -135,6 +135,8 @@ class NodeExecution:
         self.step: StepCall | None = None
         #: What report_usage() was told and nobody has counted yet.
         self.reported: list[Report] | None = None
+        #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
+        self.misreported: UsageError | None = None
         #: The row of the attempt that has just ended, while its hooks run.
         self.ended: Row | None = None
         self._notes: dict[Any, Any] | None = None
@@ -242,6 +244,8 @@ class NodeExecution:
             self.counted.output_tokens + sum(made for _, made, *_ in self.reported),
             self.counted.cost_usd,
             named[-1] if named else self.counted.model,
+            self.counted.cached_input_tokens + sum(d.cached_input_tokens for *_, d in self.reported if d),
+            self.counted.cache_write_tokens + sum(d.cache_write_tokens for *_, d in self.reported if d),
         )
 
     @property
@@ -274,12 +278,21 @@ class NodeExecution:
 
         Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or figures, of
         which the tokens of a cache are parts of the input. What the node returns as usage comes on top. Raises
-        UsageError for what cannot be counted.
+        UsageError for what cannot be counted; a response that leaves its usage out counts as 0 with a warning, or
+        under a limit fails the attempt once its output is kept.
         """
         if response is not None:
             if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
                 raise UsageError(f"node {self.node_id!r} reported a response and figures; report one of them")
-            report = report_of(self.node_id, response, model=model, tier=tier)
+            try:
+                report = report_of(self.node_id, response, model=model, tier=tier)
+            except UsageError as error:
+                if not error.silent:
+                    raise
+                # The answer is there and paid for: the node has to be able to return it.
+                if not self.counts_as_zero(error):
+                    self.misreported = error
+                report = (0, 0, model, None)
             if report is None:
                 raise UsageError(
                     f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or input_tokens="
@@ -302,6 +315,15 @@ class NodeExecution:
         if self.reported is None:
             self.reported = []
         self.reported.append(report)
+
+    def counts_as_zero(self, error: UsageError) -> bool:
+        """Whether usage that a response does not say is 0, with a warning: it is where no limit depends on it."""
+        ctx = self.ctx
+        limited = ctx.budget.max_tokens_total is not None or ctx.budget.max_cost_usd is not None
+        if not error.silent or limited or ctx.config.unknown_model == "error":
+            return False
+        ctx.warn_once(self.node_id, "silent", f"{error}. It counts as 0 tokens")
+        return True
 
     @property
     def signal(self) -> Any:
@@ -522,7 +544,8 @@ class ReliabilityContext:
         self.cost_tracker.per_node = self.trace.figures
         #: Whether any function runs under a time limit.
         self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
-        self._warned: set[str] = set()
+        #: Warnings that were given: dimensions of the budget, and what is wrong with a node.
+        self._warned: set[str | tuple[str, str]] = set()
         #: Whether the store is to know which end hooks are due.
         self.delivers = False
         self.fire: Hooks = NO_HOOKS
@@ -563,6 +586,12 @@ class ReliabilityContext:
             config=config,
             pipeline=config.pipeline,
         )
+
+    def warn_once(self, node_id: str, what: str, text: str) -> None:
+        """Log a warning that a node would give for each of its attempts and items."""
+        if (node_id, what) not in self._warned:
+            self._warned.add((node_id, what))
+            self.run_logger.warning("%s", text)
 
     # ------------------------------------------------------------------ the journal
 

@@ -18,6 +18,7 @@ __all__ = ["KNOWN_MODELS", "ModelPrices", "Rates", "estimate_cost_usd", "prices_
 
 #: USD per million (input, output) tokens. What stands here wins over the data of ``genai-prices``; add your
 #: own models, or correct a price. List prices of the vendors' pages, November 2026 data of genai-prices.
+#: What ships here is flat in the data too: a model that costs more for large calls (claude-sonnet-4-5) would lose that.
 KNOWN_MODELS: dict[str, tuple[float, float]] = {
     "gpt-4o": (2.50, 10.00),
     "gpt-4o-mini": (0.15, 0.60),
@@ -63,6 +64,11 @@ class Rates:
             + hour * _at(self.cache_write_1h or write, size)
             + usage.output_tokens * _at(self.output, size)
         )
+        return total / 1_000_000 + self.request_usd
+
+    def plain_cost(self, input_tokens: int, output_tokens: int) -> float:
+        """The same for a call without a cache, and without the making of a Usage."""
+        total = input_tokens * _at(self.input, input_tokens) + output_tokens * _at(self.output, input_tokens)
         return total / 1_000_000 + self.request_usd
 
 
@@ -149,7 +155,7 @@ def _read_rates(prices: ModelPrice) -> tuple[Rates, Pricer]:
     )
     if len(rates.input) == len(rates.output) == 1 and not rates.request_usd:
         return rates, _flat_price(rates.input[0][1], rates.output[0][1])
-    return rates, lambda given, made: rates.cost(Usage(given, made))
+    return rates, rates.plain_cost
 
 
 def _steps(price: Any) -> Steps | None:
@@ -364,6 +370,10 @@ def update_prices() -> None:
 
     try:
         snapshot = genai_prices.UpdatePrices().fetch()
+        fetched, present = _count(snapshot), _count(_load().get_snapshot())
+        # A model that is not there would cost nothing from now on.
+        if fetched * 2 < present:
+            raise ValueError(f"the data has {fetched} models, where {present} are known")
     except Exception as error:  # A proxy may answer with anything at all.
         version, fetched_at = data_state()
         of = (
@@ -375,6 +385,10 @@ def update_prices() -> None:
             f"the prices could not be fetched ({type(error).__name__}: {error}); {of} stay in use"
         ) from error
     _load().set_custom_snapshot(snapshot)
+
+
+def _count(snapshot: DataSnapshot | None) -> int:
+    return 0 if snapshot is None else sum(len(provider.models) for provider in snapshot.providers)
 
 
 def kinds(rates: Rates) -> Iterator[tuple[str, Steps]]:

@@ -68,12 +68,19 @@ CHILDREN: Final = 12
 
 @dataclass(frozen=True, slots=True)
 class AttemptUsage:
-    """What one attempt used: tokens, US dollars, and the model that the node reported."""
+    """What one attempt used: tokens, US dollars, and the model that the node reported.
+
+    Attributes:
+        cached_input_tokens: the part of the input that was read from the provider's cache.
+        cache_write_tokens: the part of the input that was written to it. Stores keep neither of the two, but the price.
+    """
 
     tokens: int = 0
     output_tokens: int = 0
     cost_usd: float = 0.0
     model: str | None = None
+    cached_input_tokens: int = 0
+    cache_write_tokens: int = 0
 
     @property
     def input_tokens(self) -> int:

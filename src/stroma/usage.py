@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeAlias
+from typing import Any, Final, TypeAlias, cast
 
 from stroma._shape import get
 
@@ -24,14 +24,24 @@ class UsageError(ValueError):
     Mend: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
     """
 
+    #: Whether it is a provider's response all the same, which only leaves its usage out.
+    silent = False
+
 
 def shown(value: object) -> str:
     """A value in a message: never longer than a line, whatever its repr does."""
     try:
         text = repr(value)
     except Exception:  # Among others an integer with more digits than Python prints.
-        return f"a {type(value).__name__}"
+        return f"a {_kind(value)}"
     return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _kind(value: object) -> str:
+    try:
+        return type(value).__name__
+    except Exception:  # A metaclass may refuse.
+        return "object"
 
 
 def check_usage(node_id: str, *counts: object) -> None:
@@ -106,8 +116,9 @@ def usage_from(response: object, *, model: str | None = None, tier: str | None =
     """What a provider's response says it used.
 
     The response of OpenAI (chat, responses, embeddings), Anthropic, Google, Mistral, Cohere, AWS (Converse) or of
-    anything that answers alike, as the SDK gives it or as plain data; the last chunk or event of a stream; or a
-    Usage. ``model`` and ``tier`` are what the response does not say, and win over what it says.
+    anything that answers alike, as the SDK gives it or as plain data; the last chunk or event of a stream, of
+    Anthropic's raw streams a list of all events; or a Usage. ``model`` and ``tier`` are what the response does not
+    say, and win over what it says.
 
     Raises UsageError where there is no usage, or none that can be counted.
     """
@@ -120,10 +131,18 @@ def usage_from(response: object, *, model: str | None = None, tier: str | None =
 
 
 def _read(response: object) -> Usage:
-    if isinstance(response, Usage):
-        return response
-    if isinstance(response, _NO_RESPONSES):
+    # By type: isinstance asks an object for its __class__, which may raise.
+    kind = type(response)
+    if issubclass(kind, Usage):
+        return cast("Usage", response)
+    if issubclass(kind, _NO_RESPONSES):
         raise UsageError(f"{shown(response)} is no response of a provider; give the response as it came")
+    if issubclass(kind, (list, tuple)):
+        return _read_events(cast("Sequence[Any]", response))
+    if get(response, "type") == "message_start":
+        raise UsageError(
+            "message_start says what went in but not what came out; give the final message, or a list of all events"
+        )
     for level in _levels(response):
         for name in ("usage", "usage_metadata", "usageMetadata", "meta"):
             found = _read_figures(get(level, name), level)
@@ -132,12 +151,26 @@ def _read(response: object) -> Usage:
     found = _read_figures(response, None)  # The usage itself.
     if found is not None:
         return found
-    raise UsageError(
-        f"a {type(response).__name__} carries no usage; give figures instead, or for a stream of OpenAI its last chunk, "
+    error = UsageError(
+        f"a {_kind(response)} carries no usage; give figures instead, or for a stream of OpenAI its last chunk, "
         'which has it if it was asked for with stream_options={"include_usage": True}'
     )
+    error.silent = _is_silent(response)
+    raise error
 
 
+def _is_silent(response: object) -> bool:
+    """Whether it is a response all the same: a field for the usage without any, or the answers of one that was left out."""
+    try:
+        if isinstance(response, Mapping):
+            empty = any(name in response and response[name] is None for name in _PLACES)
+            return empty or "choices" in response or "candidates" in response
+        return any(getattr(response, name, ...) is None for name in _PLACES)
+    except Exception:
+        return False
+
+
+_PLACES: Final = ("usage", "usage_metadata", "usageMetadata")
 _NO_RESPONSES: Final = (type(None), bool, int, float, complex, str, bytes)
 
 
@@ -149,6 +182,29 @@ def _levels(response: object) -> Iterator[Any]:
     yield get(inner, "body")  # OpenAI: a line of a batch
     yield get(response, "data")  # Mistral: an event
     yield get(response, "delta")  # Cohere: message-end
+    yield get(response, "metadata")  # AWS: the last event of a stream
+    yield get(get(response, "result"), "message")  # Anthropic: a line of a batch
+    yield get(response, "message")  # Anthropic: message_stop, where the SDK has put the message together
+
+
+def _read_events(events: Sequence[Any]) -> Usage:
+    """The events of one raw stream of Anthropic: what is said later is said of the whole stream, not on top."""
+    first = get(events[0], "message") if events and get(events[0], "type") == "message_start" else None
+    if first is None or any(get(event, "type") == "message_start" for event in events[1:]):
+        raise UsageError(
+            f"a {_kind(events)} is no response; report each response by itself with report_usage(), of a stream the "
+            "last chunk; a list can only be the events of one stream of Anthropic, from message_start on"
+        )
+    usages = [get(first, "usage")]
+    usages += [get(event, "usage") for event in events[1:] if get(event, "type") == "message_delta"]
+    said = {name: value for usage in usages for name in _SAID if (value := get(usage, name)) is not None}
+    return _read({"usage": said, "model": get(first, "model")})
+
+
+_SAID: Final = (
+    "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation",
+    "service_tier", "speed",
+)  # fmt: skip
 
 
 def _read_figures(usage: Any, level: Any) -> Usage | None:
@@ -208,17 +264,20 @@ def _google(usage: Any) -> _Figures | None:
         names = _GOOGLE_JSON
         if _count(usage, names[0]) is None and _count(usage, "totalTokenCount") is None:
             return None
-    given, tools, made, thoughts, cached = names
-    return _sum(usage, given, tools), _sum(usage, made, thoughts), _sum(usage, cached), 0, 0
+    prompt, tools, answer, thoughts, cached, total = names
+    given = _sum(usage, prompt, tools)
+    # What only the total has came out: some models do not count their thoughts apart.
+    made = max(_sum(usage, answer, thoughts), _sum(usage, total) - given)
+    return given, made, _sum(usage, cached), 0, 0
 
 
 _GOOGLE: Final = (
     "prompt_token_count", "tool_use_prompt_token_count", "candidates_token_count", "thoughts_token_count",
-    "cached_content_token_count",
+    "cached_content_token_count", "total_token_count",
 )  # fmt: skip
 _GOOGLE_JSON: Final = (
     "promptTokenCount", "toolUsePromptTokenCount", "candidatesTokenCount", "thoughtsTokenCount",
-    "cachedContentTokenCount",
+    "cachedContentTokenCount", "totalTokenCount",
 )  # fmt: skip
 
 
@@ -253,7 +312,7 @@ def _input_output(usage: Any) -> _Figures | None:
         return None
     if given is None:
         raise UsageError(
-            "the event says what came out but not what went in; give the final message, which has both"
+            "the event says what came out but not what went in; give the final message, or a list of all events"
         )
     cached, written = _count(usage, "cache_read_input_tokens"), _count(usage, "cache_creation_input_tokens")
     if cached is None and written is None:
@@ -278,12 +337,14 @@ def as_report(usage: Usage) -> Report:
 
 def report_of(node_id: str, response: object, **said: Any) -> Report | None:
     """What a response reports; None for what is a plain value, and no response at all. Errors name the node."""
-    if isinstance(response, _NO_RESPONSES):
+    if issubclass(type(response), _NO_RESPONSES):
         return None
     try:
         return as_report(usage_from(response, **said))
     except UsageError as error:
-        raise UsageError(f"node {node_id!r}: {error}") from error
+        named = UsageError(f"node {node_id!r}: {error}")
+        named.silent = error.silent
+        raise named from error
 
 
 def report_of_figures(node_id: str, figures: dict[str, Any]) -> Report:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import functools
+import json
 import struct
 import zlib
 from collections.abc import Awaitable, Callable
@@ -212,11 +213,12 @@ def ask_aws(url: str, answer: Answer = PLAIN) -> Any:
     return client.converse(**call)
 
 
-def aws_event(kind: str) -> bytes:
-    """One exception in the middle of a stream, in AWS's binary frame."""
-    payload = b'{"message": "no"}'
+def aws_event(kind: str, data: dict[str, Any] | None = None) -> bytes:
+    """An event of a stream, or an exception in the middle of it, in AWS's binary frame."""
+    payload = json.dumps({"message": "no"} if data is None else data).encode()
+    what = "exception" if data is None else "event"
     headers = b""
-    for name, value in ((":message-type", "exception"), (":exception-type", kind)):
+    for name, value in ((":message-type", what), (f":{what}-type", kind)):
         headers += bytes([len(name)]) + name.encode() + b"\7" + struct.pack("!H", len(value)) + value.encode()
     prelude = struct.pack("!II", 16 + len(headers) + len(payload), len(headers))
     message = prelude + struct.pack("!I", zlib.crc32(prelude)) + headers + payload

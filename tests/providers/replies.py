@@ -59,6 +59,11 @@ def _stream_final(url: str, answer: Answer) -> Any:
         return [stream.get_final_message()]
 
 
+def _stream_events(url: str, answer: Answer) -> Any:
+    """All events of a raw stream of Anthropic, which are read together."""
+    return [clients.ask_anthropic(url, answer)]
+
+
 _CHAT_USAGE = {
     "prompt_tokens": 1200,
     "completion_tokens": 30,
@@ -156,6 +161,34 @@ _MESSAGE_EVENTS = [
     },
     {"type": "message_stop"},
 ]
+#: A server's tool makes another turn: message_delta says the sums of the whole stream, and not how long the cache is.
+_TOOL_EVENTS = [
+    {
+        "type": "message_start",
+        "message": {
+            **_MESSAGE,
+            "content": [],
+            "stop_reason": None,
+            "usage": {**_MESSAGE["usage"], "output_tokens": 3, "service_tier": "priority"},  # type: ignore[dict-item]
+        },
+    },
+    {
+        "type": "message_delta",
+        "delta": {"stop_reason": None, "stop_sequence": None},
+        "usage": {"input_tokens": 200, "cache_read_input_tokens": 1000, "output_tokens": 40},
+    },
+    {
+        "type": "message_delta",
+        "delta": {"stop_reason": "end_turn", "stop_sequence": None},
+        "usage": {
+            "input_tokens": 250,
+            "cache_read_input_tokens": 1900,
+            "cache_creation_input_tokens": 300,
+            "output_tokens": 90,
+        },
+    },
+    {"type": "message_stop"},
+]
 _CONTENT = {
     "modelVersion": "gemini-2.5-flash",
     "candidates": [{"content": {"role": "model", "parts": [{"text": "hi"}]}, "finishReason": "STOP"}],
@@ -210,6 +243,15 @@ _CONVERSE = {
         "cacheWriteInputTokens": 200,
     },
 }
+_CONVERSE_EVENTS = b"".join(
+    clients.aws_event(kind, data)
+    for kind, data in [
+        ("messageStart", {"role": "assistant"}),
+        ("contentBlockDelta", {"contentBlockIndex": 0, "delta": {"text": "hi"}}),
+        ("messageStop", {"stopReason": "end_turn"}),
+        ("metadata", {"usage": _CONVERSE["usage"], "metrics": {"latencyMs": 5}}),
+    ]
+)
 
 _GPT = Usage(1200, 30, 1024, 0, "gpt-4o-mini-2024-07-18")
 _CLAUDE = "claude-haiku-4-5-20251001"
@@ -220,6 +262,9 @@ REPLIES = [
     Reply("openai responses, a stream", _ask_responses, sse({"type": "response.completed", "sequence_number": 1, "response": _RESPONSE}, named=True), Usage(1300, 40, 1024, 100, "gpt-4.1-mini-2025-04-14")),
     Reply("openai embeddings", _ask_embeddings, Answer(200, _EMBEDDING), Usage(8, 0, model="text-embedding-3-small"), ("openai", "embeddings")),
     Reply("anthropic", clients.ask_anthropic, Answer(200, _MESSAGE), Usage(1250, 20, 900, 300, _CLAUDE, "standard", 100), ("anthropic", "default")),
+    Reply("anthropic, a raw stream", _stream_events, sse(*_MESSAGE_EVENTS, named=True), Usage(950, 20, 900, 0, _CLAUDE)),
+    Reply("anthropic, a raw stream with tools", _stream_events, sse(*_TOOL_EVENTS, named=True), Usage(2450, 90, 1900, 300, _CLAUDE, "priority", 100)),
+    Reply("anthropic, a stream with tools", _stream_final, sse(*_TOOL_EVENTS, named=True), Usage(2450, 90, 1900, 300, _CLAUDE, "priority", 100)),
     Reply("anthropic, a stream", _stream_final, sse(*_MESSAGE_EVENTS, named=True), Usage(950, 20, 900, 0, _CLAUDE)),
     Reply("google", clients.ask_google, Answer(200, _CONTENT), Usage(740, 42, 512, 0, "gemini-2.5-flash"), ("google", "default")),
     Reply("google, a stream", clients.ask_google, sse(_CONTENT), Usage(740, 42, 512, 0, "gemini-2.5-flash")),
@@ -228,4 +273,5 @@ REPLIES = [
     Reply("cohere", clients.ask_cohere, Answer(200, _COHERE), Usage(60, 9), ("cohere", "default")),
     Reply("cohere, a stream", clients.ask_cohere, sse(_COHERE_END), Usage(60, 9)),
     Reply("aws converse", clients.ask_aws, Answer(200, _CONVERSE), Usage(870, 13, 600, 200), ("aws", "default")),
+    Reply("aws converse, a stream", clients.ask_aws, Answer(200, _CONVERSE_EVENTS), Usage(870, 13, 600, 200)),
 ]  # fmt: skip

@@ -9,6 +9,7 @@ RETRY_AFTER: list[tuple[dict[str, str], float | None]] = [
     ({"RETRY-AFTER": " 20 "}, 20),
     ({"retry-after": "0"}, 0),
     ({"retry-after": "1.5"}, 1.5),
+    ({"retry-after": "5, 8"}, 8),
     ({"retry-after-ms": "1500"}, 1.5),
     ({"retry-after-ms": "250.5"}, 0.2505),
     ({"retry-after-ms": "1500", "retry-after": "9"}, 1.5),

@@ -34,6 +34,7 @@ from stroma import (
     SQLiteStore,
     StromaRunner,
     Suspend,
+    Usage,
     current_node,
     execute_step,
     map_over,
@@ -613,6 +614,23 @@ class TestDelivery:
         runner = quick(otel_hooks())  # The API's own provider does nothing.
         assert (await runner.run([flaky(runner)], State())).status is RunStatus.COMPLETED
         assert trace.get_tracer_provider() is before
+
+
+@pytest.mark.parametrize(("cached", "written"), [(70, 20), (70, 0), (0, 0)])
+async def test_an_attempt_says_what_a_cache_was_used_for(seen: Seen, cached: int, written: int) -> None:
+    """The split of the input is on the attempt, where there is one."""
+    runner = quick(seen.hooks())
+
+    @runner.node("ask", input=State, output=State)
+    async def ask(state: State) -> Any:
+        return state, Usage(100, 10, cached, written, "gpt-4o-mini")
+
+    await runner.run([ask], State())
+    (span,) = [span for span in seen.spans if span.name == "stroma.node ask"]
+    (event,) = [event for event in span.events if event.name == "stroma.attempt"]
+    said = {name: value for name, value in (event.attributes or {}).items() if "cache" in name}
+    expected = {"stroma.cached_input_tokens": cached, "stroma.cache_write_tokens": written}
+    assert said == (expected if cached else {})
 
 
 async def test_an_end_that_is_told_again_has_a_span(seen: Seen, tmp_path: pathlib.Path) -> None:

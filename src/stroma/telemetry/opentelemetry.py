@@ -278,6 +278,9 @@ class _OpenTelemetry(Observer):
                 "stroma.node.attempt": node.attempt, "stroma.outcome": ended.outcome,
                 "stroma.duration_s": seconds, "stroma.tokens": usage.tokens,
             }  # fmt: skip
+            if usage.cached_input_tokens or usage.cache_write_tokens:
+                about_attempt["stroma.cached_input_tokens"] = usage.cached_input_tokens
+                about_attempt["stroma.cache_write_tokens"] = usage.cache_write_tokens
             if ended.error is not None:
                 about_attempt |= {
                     "stroma.failure_class": ended.class_name,
