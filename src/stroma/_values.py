@@ -145,8 +145,6 @@ class Packed:
             return NotImplemented
         return self._data == other._data or bool(self.open() == other.open())
 
-    __hash__ = None  # type: ignore[assignment]
-
 
 class _Packer(pickle.Pickler):
     """Knows plain data only: what a class of the user's says of copies must be asked of the class."""
