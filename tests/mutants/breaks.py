@@ -2894,7 +2894,7 @@ CHECKS = (
     Break(
         "missing-fields-pass",
         "A required field that is not given is an error.",
-        "_fit_inside.py",
+        "checks/_inside.py",
         'fits.append(Fit(Verdict.NEVER, (Reason(Verdict.NEVER, "missing", at, "", shown, what),)))',
         "pass",
         checks("test_a_field_that_is_not_given_is_an_error"),
@@ -2902,7 +2902,7 @@ CHECKS = (
     Break(
         "excluded-fields-count-as-given",
         "A field with exclude=True crosses no boundary.",
-        "_fit_records.py",
+        "checks/_records.py",
         'if item.get("serialization_exclude") or item.get("init_only")',
         'if item.get("init_only")',
         checks("test_an_excluded_field_is_not_handed_on"),
@@ -2910,7 +2910,7 @@ CHECKS = (
     Break(
         "names-win-over-aliases",
         "A value is looked up by alias first, then by name.",
-        "_fit_records.py",
+        "checks/_records.py",
         "(*wanted.keys, (wanted.name,)) if",
         "((wanted.name,), *wanted.keys) if",
         checks("test_an_alias_wins_over_the_name"),
@@ -2918,7 +2918,7 @@ CHECKS = (
     Break(
         "extra-fields-pass",
         "Who forbids extra fields never takes what gives more.",
-        "_fit_inside.py",
+        "checks/_inside.py",
         'if wanted.extra == "forbid":',
         "if False:",
         checks("test_forbidden_fields_are_an_error"),
@@ -2926,7 +2926,7 @@ CHECKS = (
     Break(
         "none-passes",
         "What may be None is told where None is not taken.",
-        "_fit_source.py",
+        "checks/_source.py",
         'return [source.to(node["schema"]), source.to({"type": "none"})]',
         'return [source.to(node["schema"])]',
         checks("test_optional_to_required_is_a_warning"),
@@ -2934,7 +2934,7 @@ CHECKS = (
     Break(
         "defaults-are-taken-for-validated",
         "A default that its own type does not have is told.",
-        "_fit_source.py",
+        "checks/_source.py",
         "and not _holds(inner, default)",
         "and False",
         checks("test_optional_to_required_is_a_warning"),
@@ -2942,7 +2942,7 @@ CHECKS = (
     Break(
         "one-refused-type-is-an-error",
         "A union is an error only if none of its types is taken.",
-        "_fit.py",
+        "checks/_fit.py",
         "if verdicts == {Verdict.NEVER}:",
         "if Verdict.NEVER in verdicts:",
         checks("test_a_union_is_taken_apart"),
@@ -2950,7 +2950,7 @@ CHECKS = (
     Break(
         "strict-mode-converts",
         "In strict mode what would be converted is an error.",
-        "_fit_leaves.py",
+        "checks/_leaves.py",
         'strict = bool(target.get("strict", target_config.get("strict", False)))',
         "strict = False",
         checks("test_strict_mode_converts_nothing"),
@@ -2958,7 +2958,7 @@ CHECKS = (
     Break(
         "bounds-pass",
         "A bound that is not promised may be broken.",
-        "_fit_leaves.py",
+        "checks/_leaves.py",
         "if bound is None or not _within(bound, wanted, upper):",
         "if False:",
         checks("test_narrowed_constraints_are_warnings"),
@@ -2966,7 +2966,7 @@ CHECKS = (
     Break(
         "bounds-never-exclude",
         "Constraints that exclude each other are an error.",
-        "_fit_leaves.py",
+        "checks/_leaves.py",
         "if other is not None and _outside(other, wanted, upper):",
         "if False:",
         checks("test_constraints_that_exclude_each_other_are_errors"),
@@ -2974,7 +2974,7 @@ CHECKS = (
     Break(
         "instances-are-no-instances",
         "A model crosses as the instance that it is where its class is named.",
-        "_fit_inside.py",
+        "checks/_inside.py",
         'return source.kind in ("model", "dataclass") and not self._accepted.isdisjoint(cls.__mro__)',
         "return False",
         checks("test_an_instance_crosses_where_its_class_is_named"),
@@ -2982,7 +2982,7 @@ CHECKS = (
     Break(
         "validators-always-accept",
         "Where a validator of the target decides, that is said.",
-        "_fit.py",
+        "checks/_fit.py",
         'own = undecided(path, source, target, f"the validator {name} decides")',
         "own = FITS",
         checks("test_validators_of_the_target_are_one_warning"),
@@ -2990,7 +2990,7 @@ CHECKS = (
     Break(
         "the-first-child-wins",
         "A merged state is checked by what the last child gives.",
-        "_flow.py",
+        "checks/_flow.py",
         "origins[name], sides[name] = by, side",
         "origins.setdefault(name, by), sides.setdefault(name, side)",
         checks("test_the_merged_state_is_checked_by_who_gave_each_field test_a_collision_tells_who_wins"),
@@ -2998,7 +2998,7 @@ CHECKS = (
     Break(
         "items-through-groups-are-wrapped",
         "An item that is no record never reaches the nodes of a group as a field.",
-        "_flow.py",
+        "checks/_flow.py",
         "bare = isinstance(child, Group)",
         "bare = False",
         checks("test_the_items_of_map_over_are_checked_against_the_node"),
@@ -3006,7 +3006,7 @@ CHECKS = (
     Break(
         "free-nodes-are-suspected",
         "Nothing is claimed about nodes without contract.",
-        "checks.py",
+        "checks/_check.py",
         "if not (state.loose and _is_guess(r))",
         "if True",
         checks("test_nothing_is_claimed_about_nodes_without_contract"),
@@ -3030,7 +3030,7 @@ CHECKS = (
     Break(
         "only-the-first-change",
         "Every change since a run is told.",
-        "resumable.py",
+        "checks/resumable.py",
         "found.append(Change(at, committed.node_id, str(error)))",
         "return [Change(at, committed.node_id, str(error))]",
         _tests("test_resumable.py", "test_every_change_is_told"),

@@ -10,6 +10,7 @@ import click
 
 from stroma.checkpoint.journal import Committed, RunRecord
 from stroma.checks import Finding, check_nodes
+from stroma.checks.resumable import Change, changes_since
 from stroma.cli.errors import Code, Problem
 from stroma.cli.load import load_pipeline
 from stroma.cli.output import emit, err, out
@@ -19,7 +20,6 @@ from stroma.cli.stores import Database, db_option
 from stroma.cli.words import clean, id_word, plural
 from stroma.contracts import ContractRegistry
 from stroma.nodes import find_node
-from stroma.resumable import Change, changes_since
 from stroma.runner import Pipeline
 
 __all__ = ["check"]

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final
 
 if TYPE_CHECKING:
-    from stroma._fit_side import Side
+    from stroma.checks._side import Side
 
 __all__ = ["Record", "Wanted", "WantedField", "is_record", "look_up", "record_of", "wanted_of"]
 

@@ -9,8 +9,8 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from stroma._core_schema import core_schema_of, nodes_of
-from stroma._fit_leaves import Mismatch, Verdict, worst
-from stroma._fit_text import told
+from stroma.checks._leaves import Kind, Mismatch, Verdict, worst
+from stroma.checks._text import told
 
 __all__ = [
     "EMPTY", "FITS", "LISTS", "UNKNOWN", "Fit", "Reason", "Side", "all_of", "at_most_maybe", "one_of", "part_of", "parts_of",
@@ -32,7 +32,7 @@ class Reason:
     """
 
     verdict: Verdict
-    kind: str
+    kind: Kind
     path: tuple[str, ...]
     source: str
     target: str

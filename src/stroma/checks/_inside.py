@@ -7,9 +7,9 @@ from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any, Final
 
-from stroma._fit_leaves import LEAVES, Mismatch, Verdict, length_mismatch
-from stroma._fit_records import Record, Wanted, is_record, look_up, record_of, wanted_of
-from stroma._fit_side import (
+from stroma.checks._leaves import LEAVES, Mismatch, Verdict, length_mismatch
+from stroma.checks._records import Record, Wanted, is_record, look_up, record_of, wanted_of
+from stroma.checks._side import (
     EMPTY,
     FITS,
     LISTS,
@@ -31,7 +31,7 @@ __all__ = ["Inside"]
 
 
 class Inside(ABC):
-    """The part of :class:`stroma._fit.Fitter` that looks into what holds other types.
+    """The part of :class:`stroma.checks._fit.Fitter` that looks into what holds other types.
 
     ``_accepted``: the classes that cross as instances, in the field that is looked at.
     """

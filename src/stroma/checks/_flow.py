@@ -8,8 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma._fit_records import Record, record_of
-from stroma._fit_side import Side
+from stroma.checks._records import Record, record_of
+from stroma.checks._side import Side
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import schema_of

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from stroma._core_schema import foreign
-from stroma._fit_leaves import limits_of
+from stroma.checks._leaves import limits_of
 
 __all__ = ["told"]
 

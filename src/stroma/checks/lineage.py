@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma import render
-from stroma._fit_records import Record, Wanted, is_record, look_up, record_of, wanted_of
-from stroma._fit_side import EMPTY, UNKNOWN, Side
-from stroma._flow import Crossing, flow_of, record_of_class
-from stroma.checks import Finding, check_nodes
+from stroma.checks._check import check_nodes
+from stroma.checks._finding import Finding
+from stroma.checks._flow import Crossing, flow_of, record_of_class
+from stroma.checks._records import Record, Wanted, is_record, look_up, record_of, wanted_of
+from stroma.checks._side import EMPTY, UNKNOWN, Side
 from stroma.contracts import ContractRegistry
 from stroma.nodes import Group, Node
 from stroma.render import Box, Line, Link, Tone

@@ -10,13 +10,28 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from stroma._core_schema import FLAT_LEAVES
 
-__all__ = ["LEAVES", "Mismatch", "Verdict", "choices_of", "fit_leaf", "length_mismatch", "limits_of", "worst"]
+__all__ = [
+    "LEAVES",
+    "Kind",
+    "Mismatch",
+    "Verdict",
+    "choices_of",
+    "fit_leaf",
+    "length_mismatch",
+    "limits_of",
+    "worst",
+]
 
 Node = dict[str, Any]
+#: What may be wrong, in a word; docs/checks.md says what each of them means.
+Kind = Literal[
+    "missing", "type", "conversion", "constraint", "choices", "optional", "union", "extra", "unknown", "undecidable",
+    "items", "collision", "broken",
+]  # fmt: skip
 LEAVES: Final = FLAT_LEAVES | {"multi-host-url"}
 
 
@@ -30,10 +45,10 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Why a plain value may be refused. ``kind``: see :class:`stroma.checks.Finding`."""
+    """Why a plain value may be refused."""
 
     verdict: Verdict
-    kind: str
+    kind: Kind
     what: str
 
 
@@ -130,10 +145,6 @@ def limits_of(node: Node, config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def is_constrained(node: Node, config: dict[str, Any]) -> bool:
-    return bool(limits_of(node, config))
-
-
 def fit_leaf(
     source: Node, source_config: dict[str, Any], target: Node, target_config: dict[str, Any]
 ) -> Mismatch | None:
@@ -147,8 +158,9 @@ def fit_leaf(
         return _to_choices(kind, target, strict)
     coerced = target.get("coerce_numbers_to_str", target_config.get("coerce_numbers_to_str"))
     if wanted == "str" and kind in ("int", "float", "decimal") and coerced and not strict:
-        found = "constraint" if is_constrained(target, target_config) else None
-        return None if found is None else _maybe(found, "what the number reads like is not known before")
+        if not limits_of(target, target_config):
+            return None
+        return _maybe("constraint", "what the number reads like is not known before")
     if strict:
         if wanted != kind and wanted not in _STRICT.get(kind, ()):
             return Mismatch(Verdict.NEVER, "type", "strict mode converts nothing")
@@ -164,7 +176,7 @@ def fit_leaf(
     return _constraints(source, source_config, target, target_config)
 
 
-def _maybe(kind: str, what: str) -> Mismatch:
+def _maybe(kind: Kind, what: str) -> Mismatch:
     return Mismatch(Verdict.MAYBE, kind, what)
 
 

@@ -15,10 +15,10 @@ from pydantic import BaseModel
 from pydantic_core import SchemaValidator
 
 from stroma._core_schema import decodes, foreign, nodes_of
-from stroma._fit_inside import Inside
-from stroma._fit_leaves import LEAVES, Mismatch, Verdict, choices_of, fit_leaf
-from stroma._fit_records import Record, is_record, record_of, wanted_of
-from stroma._fit_side import (
+from stroma.checks._inside import Inside
+from stroma.checks._leaves import LEAVES, Kind, Mismatch, Verdict, choices_of, fit_leaf
+from stroma.checks._records import Record, is_record, record_of, wanted_of
+from stroma.checks._side import (
     EMPTY,
     FITS,
     LISTS,
@@ -31,7 +31,7 @@ from stroma._fit_side import (
     undecided,
     verdict_on,
 )
-from stroma._fit_source import alike, alternatives_of, is_harmless, name_of, tags_of
+from stroma.checks._source import alike, alternatives_of, is_harmless, name_of, tags_of
 from stroma.schemas import schema_of
 
 __all__ = ["Fitter", "fit_classes"]
@@ -360,7 +360,7 @@ class Fitter(Inside):
         if len(likely) == 1:
             return likely[0]
         kinds = {reason.kind for fit in likely for reason in fit.reasons}
-        kind = "undecidable" if "undecidable" in kinds else "union"
+        kind: Kind = "undecidable" if "undecidable" in kinds else "union"
         what = "some of its values may be taken by none of the types"
         return Fit(Verdict.MAYBE, (Reason(Verdict.MAYBE, kind, path, str(source), str(target), what),))
 

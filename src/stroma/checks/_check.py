@@ -4,84 +4,19 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
-from stroma._fit import Fitter, fit_classes
-from stroma._fit_leaves import Verdict
-from stroma._fit_side import Fit, Reason
-from stroma._flow import Collision, Crossing, Giver, State, flow_of, items_of, record_of_class
+from stroma.checks._finding import Finding
+from stroma.checks._fit import Fitter, fit_classes
+from stroma.checks._flow import Collision, Crossing, Giver, State, flow_of, items_of, record_of_class
+from stroma.checks._leaves import Kind, Verdict
+from stroma.checks._side import Fit, Reason
 from stroma.contracts import ContractRegistry
 from stroma.nodes import Group, Node
 
-__all__ = ["CheckFailed", "Finding", "check_nodes"]
-
-Kind = Literal[
-    "missing", "type", "conversion", "constraint", "choices", "optional", "union", "extra", "unknown", "undecidable",
-    "items", "collision", "broken",
-]  # fmt: skip
-_KINDS: Final[dict[str, Kind]] = {
-    kind: kind
-    for kind in (
-        "missing", "type", "conversion", "constraint", "choices", "optional", "union", "extra", "unknown", "undecidable",
-        "items", "collision", "broken",
-    )
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One place where what a node gives does not, or not always, satisfy what the next one takes.
-
-    Attributes:
-        severity: "error": it can never work. "warning": it may fail, or may not be what was meant.
-        kind: a word for what is wrong; docs/checks.md has all of them.
-        source, target: the ids of the node that gives and of the one that takes; "input" is what the run begins with.
-        source_at, target_at: where they stand: the position, and the place in groups ("2", "2.0").
-        path: the field, as the target calls it: "address.street", "items[].price"; "" for the whole.
-        source_type, target_type: both types in words; "" where there is none.
-        message: what is wrong.
-        mend: what to do about it.
-    """
-
-    severity: Literal["error", "warning"]
-    kind: Kind
-    source: str
-    target: str
-    source_at: str
-    target_at: str
-    path: str
-    source_type: str
-    target_type: str
-    message: str
-    mend: str
-
-    def __str__(self) -> str:
-        where = f"{self.source!r} -> {self.target!r}" + (f", {self.path}" if self.path else "")
-        return f"{self.severity} ({self.kind}): {where}: {self.message}; {self.mend}"
-
-
-class CheckFailed(ValueError):
-    """The nodes of a pipeline cannot work one after the other, by their contracts.
-
-    Attributes:
-        findings: all errors, each a Finding with its mend.
-
-    Where: out of ``run()`` with ``RunConfig(check=True)``, before the store is opened and anything is called.
-    Cause: a node's output lacks a field that the next node needs, or gives it as a type that it never takes.
-    Mend: do what each finding says; ``runner.check(nodes)`` and ``stroma check`` give the same list, with the warnings.
-    """
-
-    def __init__(self, findings: Sequence[Finding]) -> None:
-        super().__init__(tuple(findings))
-        self.findings = tuple(findings)
-
-    def __str__(self) -> str:
-        count = len(self.findings)
-        head = "1 thing in this pipeline" if count == 1 else f"{count} things in this pipeline"
-        return "\n".join([f"{head} can never work:", *(f"  {finding}" for finding in self.findings)])
+__all__ = ["check_nodes"]
 
 
 def check_nodes(
@@ -151,7 +86,7 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
     message, mend = _told(crossing, wanted, reason, by, path)
     severity: Literal["error", "warning"] = "error" if reason.verdict is Verdict.NEVER else "warning"
     return Finding(
-        severity, _KINDS[reason.kind], by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
+        severity, reason.kind, by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
         message, mend,
     )  # fmt: skip
 

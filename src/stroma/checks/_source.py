@@ -11,9 +11,9 @@ from pydantic import TypeAdapter
 from pydantic_core import PydanticUndefined
 
 from stroma._core_schema import decodes, foreign, nodes_of
-from stroma._fit_leaves import LEAVES, choices_of
-from stroma._fit_records import record_of
-from stroma._fit_side import EMPTY, LISTS, UNKNOWN, Side
+from stroma.checks._leaves import LEAVES, choices_of
+from stroma.checks._records import record_of
+from stroma.checks._side import EMPTY, LISTS, UNKNOWN, Side
 
 __all__ = ["alike", "alternatives_of", "is_harmless", "name_of", "tags_of"]
 
