@@ -172,7 +172,8 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
     """Whether the field that ``map_over`` goes over is a list."""
     state, to = crossing.state, crossing.to
     by = state.origins.get(node.over, state.giver)
-    side = record_of_class(model).fields.get(node.over)
+    record = record_of_class(model)
+    side = record.fields.get(node.over)
     target = repr(to.node_id)
 
     def finding(
@@ -183,11 +184,18 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
             f"{target} goes over {node.over}, and {what}", mend,
         )  # fmt: skip
 
-    if side is None:
-        if not state.loose and not record_of_class(model).is_open:
-            mend = f"add a list {node.over!r} to the output of {by.node_id!r}, or name another field"
-            yield finding("error", "missing", "", f"{model.__name__} has no such field", mend)
+    if side is None and not record.is_open:
+        mend = f"add a list {node.over!r} to the output of {by.node_id!r}, or name another field"
+        yield finding("error", "missing", "", f"{model.__name__} has no such field", mend)
         return
+    if side is None:
+        if not state.loose:
+            mend = f"declare a list {node.over!r} in the output of {by.node_id!r}"
+            what = f"it may be among what {model.__name__} holds beside its fields, or may not"
+            yield finding("warning", "missing", "", what, mend)
+        if record.others is None:
+            return
+        side = record.others
     kind, given = side.resolved(), str(side)
     while kind.kind == "default":
         kind = kind.to(kind.node["schema"]).resolved()

@@ -16,8 +16,18 @@ from pydantic_core import SchemaValidator
 
 from stroma._core_schema import decodes, foreign, nodes_of
 from stroma.checks._inside import Inside
-from stroma.checks._leaves import LEAVES, Kind, Mismatch, Verdict, choices_of, fit_leaf
-from stroma.checks._records import Record, is_record, record_of, wanted_of
+from stroma.checks._leaves import (
+    LEAVES,
+    Kind,
+    Mismatch,
+    Verdict,
+    choices_of,
+    converts_itself,
+    fit_leaf,
+    holds_other,
+    is_flag,
+)
+from stroma.checks._records import Record, first_word, is_record, name_of, record_of, wanted_of
 from stroma.checks._side import (
     EMPTY,
     FITS,
@@ -27,11 +37,12 @@ from stroma.checks._side import (
     Reason,
     Side,
     all_of,
+    at_most_maybe,
     one_of,
     undecided,
     verdict_on,
 )
-from stroma.checks._source import alike, alternatives_of, is_harmless, name_of, tags_of
+from stroma.checks._source import alike, alternatives_of, chosen, is_harmless, tags_of
 from stroma.schemas import schema_of
 
 __all__ = ["Fitter", "fit_classes"]
@@ -39,8 +50,8 @@ __all__ = ["Fitter", "fit_classes"]
 
 def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool = False) -> Fit:
     """Whether each model of the one class crosses to the other. ``apart``: models inside come as dicts."""
-    if source is target and not apart:
-        return FITS  # What a class has validated crosses to itself unchanged.
+    if source is target and not apart and schema_of(source)._given is not None:
+        return FITS  # The engine notes what such a class has validated, which crosses to itself unchanged.
     return Fitter(source, target, apart=apart).fit()
 
 
@@ -72,14 +83,11 @@ class Fitter(Inside):
             return undecided(
                 (), self.source, self.target, f"{self.target_class.__name__}.model_validate decides"
             )
-        side = self.source
-        while side.kind != "model":  # What wraps it are validators that have had their say.
-            side = side.to(side.node.get("schema", UNKNOWN)).resolved()
+        # What wraps the class are validators that have had their say.
         if schema_of(self.source_class).root:
-            config = side.node.get("config") or EMPTY
             self._accepted = self._accepts("root")
-            return self.match(Side(side.node["schema"], config, side.defs), self.target, ())
-        return self._whole(record_of(side))
+            return self.match(Side.of_root(self.source_class), self.target, ())
+        return self._whole(record_of(Side.of_model(self.source_class)))
 
     def _accepts(self, name: str) -> frozenset[type]:
         return frozenset() if self.apart else self.target_schema._accepts.get(name, frozenset())
@@ -128,10 +136,18 @@ class Fitter(Inside):
             return self._record_to(record, target, ())
         if target.node.get("custom_init"):
             return undecided((), record.name, target, f"{target}.__init__ decides")
+        first = first_word(target)
+        if first:
+            return undecided((), record.name, target, f"the validator {first} decides")
         if target.node.get("root_model"):
             config = target.node.get("config") or EMPTY
             return self._through(record, replace(target.to(target.node["schema"]), config=config))
-        return self._fields(record, wanted_of(target), (), outermost=True)
+        wanted = wanted_of(target)
+        if (
+            self.source_class is self.target_class
+        ):  # By name alone: an alias may be the name of another field.
+            wanted = replace(wanted, fields=tuple(replace(field, keys=()) for field in wanted.fields))
+        return self._fields(record, wanted, (), outermost=True)
 
     # ------------------------------------------------------------------ any two types
 
@@ -168,6 +184,11 @@ class Fitter(Inside):
         values = choices_of(source.node)
         if values is not None:
             return self._choices(source, values, target, path)
+        if is_flag(source.node):
+            return undecided(path, source, target, "combinations of its members have values of their own")
+        if holds_other(target.node):
+            found = Mismatch(Verdict.MAYBE, "choices", "only the values of its members are taken")
+            return verdict_on(found, source, target, path)
         if kind in LEAVES and wanted in LEAVES:
             return verdict_on(
                 fit_leaf(source.node, source.config, target.node, target.config), source, target, path
@@ -181,8 +202,8 @@ class Fitter(Inside):
         if kind == "dict":
             if wanted == "dict":
                 return self._dict(source, target, path)
-            if is_record(target) and (wanted != "dataclass" or not self._is_strict(target)):
-                return self._fields(record_of(source), wanted_of(target), path)
+            if is_record(target):
+                return self._record_to(record_of(source), target, path)
         known = LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}
         if kind in known and wanted in known:
             return verdict_on(
@@ -193,10 +214,10 @@ class Fitter(Inside):
             )
         if kind == "is-instance" and wanted == "str" and isinstance(source.node["cls"], type):
             cls = source.node["cls"]
-            if (
-                cls is not object
-                and not issubclass(cls, str | bytes | bytearray)
-                and not hasattr(cls, "__members__")
+            if not (
+                issubclass(str, cls)
+                or issubclass(cls, str | bytes | bytearray)
+                or hasattr(cls, "__members__")
             ):
                 return verdict_on(
                     Mismatch(Verdict.NEVER, "type", f"a {source} is no text"), source, target, path
@@ -242,10 +263,7 @@ class Fitter(Inside):
             schema: Any = {"type": "definitions", "schema": target.node, "definitions": []}
             schema["definitions"] = [n for n in target.defs.values() if n is not target.node]
             refers = any(n["type"] == "definition-ref" for n in nodes_of(target.node))
-            if any(
-                (foreign(n) and not is_harmless(n)) or (n["type"] == "enum" and "missing" in n)
-                for n in nodes_of(target.node)
-            ):
+            if any((foreign(n) and not is_harmless(n)) or converts_itself(n) for n in nodes_of(target.node)):
                 return undecided(path, source, target, "a validator decides")
             validator = SchemaValidator(
                 cast("Any", schema if refers else target.node), cast("Any", target.config)
@@ -279,7 +297,14 @@ class Fitter(Inside):
                 return FITS
             return self.match(source, target.to(node["schema"]), path)
         if kind == "nullable":
-            return FITS if source.kind == "none" else self.match(source, target.to(node["schema"]), path)
+            values = choices_of(source.node)
+            if values is not None and None in values:
+                rest = [value for value in values if value is not None]
+                if not rest:
+                    return FITS
+                others = source.to({"type": "literal", "expected": rest})
+                return at_most_maybe(self.match(others, target.to(node["schema"]), path))
+            return self.match(source, target.to(node["schema"]), path)
         if kind == "union":
             return self._any_of(
                 source,
@@ -303,6 +328,9 @@ class Fitter(Inside):
             inner = node.get("schema", UNKNOWN)
             if self._decoded:
                 return self.match(source, target.to(inner), path)
+            values = choices_of(source.node)
+            if values is not None:
+                return self._choices(source, values, target, path)
             if source.kind in ("any", "str", "bytes"):
                 found = Mismatch(Verdict.MAYBE, "conversion", "only text that is JSON is taken")
             elif source.kind in LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}:
@@ -317,6 +345,11 @@ class Fitter(Inside):
             return self.match(source, inner, path)
         if kind.startswith("function-"):
             return self._past_function(target, path, source, lambda inner: self.match(source, inner, path))
+        if converts_itself(node) and not self._is_strict(target):
+            return undecided(path, source, target, f"{target}._missing_ decides")
+        if kind in ("model", "dataclass") and not self._is_one(source, node["cls"]):
+            first = first_word(target)
+            return undecided(path, source, target, f"the validator {first} decides") if first else None
         return None
 
     def _past_function(self, target: Side, path: tuple[str, ...], source: Side | str, go_on: Any) -> Fit:
@@ -342,8 +375,10 @@ class Fitter(Inside):
                 own = undecided(path, source, target, f"the validator {name} decides")
             return all_of([inner, own])
         if node["type"] == "function-wrap" and not foreign(node) and "schema" in node:
-            inside = target.to(node["schema"]).resolved().kind
-            if inside in ("url", "multi-host-url", *LISTS):
+            inside = target.to(node["schema"]).resolved()
+            if inside.kind in LISTS and self._is_strict(inside):  # A Sequence: strict in its items alone.
+                return cast("Fit", go_on(inside.to({**inside.node, "strict": False})))
+            if inside.kind in ("url", "multi-host-url", *LISTS):
                 return inner
         return undecided(path, source, target, f"the validator {name_of(node)} decides")
 
@@ -372,8 +407,12 @@ class Fitter(Inside):
             if found.verdict is Verdict.NEVER:
                 return found
             return undecided(path, source, target, "its tag is not known before it runs")
-        fits = [self.match(source, choices[tag], path) for tag in tags if tag in choices]
-        strange = [tag for tag in tags if tag not in choices]
+        # As pydantic itself finds one: a member of an enum may be its value, or may not.
+        found_tags = {tag: chosen(list(choices), tag) for tag in tags}
+        fits = [
+            self.match(source, choices[found], path) for found in found_tags.values() if found is not None
+        ]
+        strange = [tag for tag, found in found_tags.items() if found is None]
         if not strange:
             return all_of(fits) if len(fits) <= 1 or all(f == fits[0] for f in fits) else one_of(fits)
         shown = ", ".join(map(repr, strange[:3]))

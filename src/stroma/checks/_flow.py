@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
+from stroma._core_schema import never_a_dict
 from stroma.checks._records import Record, record_of
 from stroma.checks._side import Side
 from stroma.contracts import ContractRegistry, NodeContract
@@ -95,14 +96,15 @@ def flow_of(
 
 
 def record_of_class(model: type[BaseModel]) -> Record:
-    """What of a model crosses, by name; of a root model nothing has a name."""
-    schema = schema_of(model)
-    if schema.root:
-        return Record(model.__name__, {}, is_open=True)
-    side = Side.of(model).resolved()
-    while side.kind != "model":
-        side = side.to(side.node["schema"]).resolved()
-    return record_of(side)
+    """What of a model crosses into a group, by name; of a root model the keys of its dict, or all of it as "root"."""
+    if not schema_of(model).root:
+        return record_of(Side.of_model(model))
+    root = Side.of_root(model).resolved()
+    if never_a_dict(root.node):
+        return Record(model.__name__, {"root": root})
+    if root.kind == "dict":
+        return replace(record_of(root), name=model.__name__)
+    return Record(model.__name__, {}, is_open=True)
 
 
 def _origins(model: type[BaseModel] | None, giver: Giver) -> dict[str, Giver]:
@@ -152,9 +154,11 @@ class _Walk:
 
     def _each(self, node: Group, state: State, giver: Giver) -> Generator[Crossing | Collision, None, State]:
         yield Crossing(node, giver, state, None, None)
-        fields = {} if state.model is None else record_of_class(state.model).fields
+        record = Record("", {}) if state.model is None else record_of_class(state.model)
+        fields = record.fields
         origin = state.origins.get(node.over, state.giver)
-        item = items_of(fields[node.over]) if node.over in fields else None
+        over = fields.get(node.over, record.others)
+        item = None if over is None else items_of(over)
         model = None
         if item is not None:
             inner = item.resolved()

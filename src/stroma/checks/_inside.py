@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
-from stroma.checks._leaves import LEAVES, Mismatch, Verdict, length_mismatch
+from stroma.checks._leaves import LEAVES, Mismatch, Verdict, converts_itself, length_mismatch
 from stroma.checks._records import Record, Wanted, is_record, look_up, record_of, wanted_of
 from stroma.checks._side import (
     EMPTY,
     FITS,
     LISTS,
+    SETS,
     UNKNOWN,
     Fit,
     Reason,
@@ -33,11 +36,12 @@ __all__ = ["Inside"]
 class Inside(ABC):
     """The part of :class:`stroma.checks._fit.Fitter` that looks into what holds other types.
 
-    ``_accepted``: the classes that cross as instances, in the field that is looked at.
+    ``_accepted``: the classes that cross as instances, in the field that is looked at; ``_as_is``: all do.
     """
 
     target_schema: Schema
     _accepted: frozenset[type]
+    _as_is = False
 
     @abstractmethod
     def match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
@@ -58,25 +62,45 @@ class Inside(ABC):
                 Mismatch(Verdict.NEVER, "type", "strict mode converts nothing"), source, target, path
             )
         given, wanted = parts_of(source), parts_of(target)
-        sets = ("set", "frozenset")
-        merges = target.kind in sets and source.kind not in sets  # What is equal becomes one.
+        merges = target.kind in SETS and source.kind not in SETS  # What is equal becomes one.
         found = length_mismatch(span_of(source), span_of(target), shrinks=merges)
         lengths = verdict_on(found, source, target, path)
-        if lengths.verdict is Verdict.NEVER:
+        if lengths.verdict is Verdict.NEVER or 0 in (
+            span_of(source)["max_length"],
+            span_of(target)["max_length"],
+        ):
             return lengths
-        if target.kind in ("set", "frozenset") and _is_unhashable(wanted[0]):
+        if target.kind in SETS and _is_unhashable(wanted[0]):
             return undecided(path, source, target, "only what can be hashed is taken")
+        with self._whole_if(source.kind in SETS):
+            return all_of([lengths, *self._parts(source, target, path)])
+
+    def _parts(self, source: Side, target: Side, path: tuple[str, ...]) -> list[Fit]:
+        given, wanted = parts_of(source), parts_of(target)
         if source.kind == "tuple" and target.kind == "tuple" and len(given) == len(wanted):
-            fits = [
+            return [
                 self.match(a, b, (*path, f"[{i}]" if len(given) > 1 else "[]"))
                 for i, (a, b) in enumerate(zip(given, wanted, strict=True))
             ]
-        else:
-            fits = [self.match(a, b, (*path, "[]")) for a in given for b in wanted]
-        return all_of([lengths, *fits])
+        return [self.match(a, b, (*path, "[]")) for a in given for b in wanted]
+
+    @contextmanager
+    def _whole_if(self, condition: bool) -> Iterator[None]:
+        """What is in a set, or is a key, cannot be a dict of its fields: a record crosses as it is."""
+        was = self._as_is
+        self._as_is = was or condition
+        try:
+            yield
+        finally:
+            self._as_is = was
 
     def _dict(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        keys = self.match(part_of(source, "keys_schema"), part_of(target, "keys_schema"), (*path, "[key]"))
+        if 0 in (source.node.get("max_length"), target.node.get("max_length")):
+            return verdict_on(length_mismatch(source.node, target.node), source, target, path)
+        with self._whole_if(True):
+            keys = self.match(
+                part_of(source, "keys_schema"), part_of(target, "keys_schema"), (*path, "[key]")
+            )
         values = self.match(part_of(source, "values_schema"), part_of(target, "values_schema"), (*path, "[]"))
         lengths = verdict_on(length_mismatch(source.node, target.node), source, target, path)
         return all_of([lengths, keys, values])
@@ -88,7 +112,8 @@ class Inside(ABC):
             given = source.node["cls"]
         wanted = getattr(wanted, "__origin__", wanted)  # typing.Sequence is no class, and stands for one.
         try:
-            if issubclass(given, wanted):
+            # What an abstract class says of hashing, say, its classes need not keep to.
+            if wanted in given.__mro__ or (not inspect.isabstract(given) and issubclass(given, wanted)):
                 return FITS
             related = source.kind == "is-instance" or issubclass(wanted, given)
         except TypeError:
@@ -103,7 +128,9 @@ class Inside(ABC):
     def _kept(self, source: Side) -> bool:
         """Whether an instance crosses as the instance that it is."""
         cls: Any = source.node.get("cls")
-        return source.kind in ("model", "dataclass") and not self._accepted.isdisjoint(cls.__mro__)
+        return source.kind in ("model", "dataclass") and (
+            self._as_is or not self._accepted.isdisjoint(cls.__mro__)
+        )
 
     def _is_one(self, source: Side, cls: type) -> bool:
         return self._kept(source) and issubclass(source.node["cls"], cls)
@@ -141,11 +168,14 @@ class Inside(ABC):
         if is_record(target):
             if target.node.get("custom_init"):
                 return undecided(path, record.name, target, f"{target}.__init__ decides")
-            if target.node.get("strict") or (kind == "dataclass" and self._is_strict(target)):
-                return undecided(path, record.name, target, "strict mode takes instances alone")
+            if self._wants_instance(target):
+                what = "strict mode takes instances alone, and it comes as a dict of its fields"
+                return verdict_on(Mismatch(Verdict.NEVER, "type", what), record.name, target, path)
             return self._fields(record, wanted_of(target), path)
         if kind == "dict":
             return self._record_to_dict(record, target, path)
+        if converts_itself(target.node):
+            return undecided(path, record.name, target, f"{target}._missing_ decides")
         if kind in LEAVES | LISTS:
             reason = Reason(
                 Verdict.NEVER, "type", path, record.name, str(target), "it comes as a dict of its fields"
@@ -167,22 +197,39 @@ class Inside(ABC):
             return best
         return undecided(path, record.name, target, "it cannot be told before it runs")
 
+    @staticmethod
+    def _wants_instance(target: Side) -> bool:
+        """Whether a record of the target is never made of a dict."""
+        own = target.node.get("strict")
+        if target.kind == "dataclass" and own is None:
+            own = (target.node.get("config") or target.config).get("strict")
+        return bool(own) and target.kind in ("model", "dataclass")
+
     def _record_to_dict(self, record: Record, target: Side, path: tuple[str, ...]) -> Fit:
         keys, values = part_of(target, "keys_schema"), part_of(target, "values_schema")
         names = Side({"type": "literal", "expected": list(record.fields)}, EMPTY, {})
         fits = [self.match(names, keys, (*path, "[key]"))] if record.fields else []
+        sure = [name for name in record.fields if name not in record.optional]
         for name, field in record.fields.items():
-            fits.append(self.match(field, values, (*path, name)))
-        if len(fits) and fits[0].verdict is Verdict.MAYBE and fits[0].reasons[0].kind == "choices":
+            fits.append(_if_there(self.match(field, values, (*path, name)), name, record))
+        if len(fits) and not sure:
+            fits[0] = at_most_maybe(fits[0])
+        elif (
+            len(fits)
+            and not record.optional
+            and fits[0].verdict is Verdict.MAYBE
+            and fits[0].reasons[0].kind == "choices"
+        ):
             fits[0] = Fit(Verdict.NEVER, tuple(replace(r, verdict=Verdict.NEVER) for r in fits[0].reasons))
         count = {
-            "min_length": len(record.fields),
+            "min_length": len(sure),
             "max_length": None if record.is_open else len(record.fields),
         }
         fits.append(verdict_on(length_mismatch(count, target.node), Side(_DICT, EMPTY, {}), target, path))
         if record.is_open:
-            any_ = Side(UNKNOWN, EMPTY, {})
-            fits.append(self.match(any_, values, (*path, "[]")))
+            others = record.others or Side(UNKNOWN, EMPTY, {})
+            fits.append(at_most_maybe(self.match(others, values, (*path, "[]"))))
+            fits.append(at_most_maybe(self.match(Side(_STR, EMPTY, {}), keys, (*path, "[key]"))))
         return all_of(fits)
 
     def _fields(
@@ -196,8 +243,9 @@ class Inside(ABC):
             shown = str(field.side)
             if found is None:
                 if not field.required:
-                    if record.others is not None:
-                        fits.append(at_most_maybe(self.match(record.others, field.side, at)))
+                    if record.is_open:
+                        others = record.others or Side(UNKNOWN, EMPTY, {})
+                        fits.append(at_most_maybe(self.match(others, field.side, at)))
                     continue
                 if record.is_open:
                     what = "it may be among what the other holds beside its fields, or may not"
@@ -214,7 +262,7 @@ class Inside(ABC):
                 continue
             if outermost:
                 self._accepted = self._accepts(found.name)
-            fits.append(self.match(found.side, field.side, at))
+            fits.append(_if_there(self.match(found.side, field.side, at), found.name, record, field.required))
             if found.name in record.optional and field.required:
                 what = "it may be missing"
                 fits.append(
@@ -240,10 +288,19 @@ class Inside(ABC):
                 )
         elif wanted.extra == "allow" and wanted.extras is not None:
             for name in more:
-                yield self.match(record.fields[name], wanted.extras, (*path, name))
+                yield _if_there(self.match(record.fields[name], wanted.extras, (*path, name)), name, record)
+            if record.is_open:
+                others = record.others or Side(UNKNOWN, EMPTY, {})
+                yield at_most_maybe(self.match(others, wanted.extras, (*path, "[]")))
+
+
+def _if_there(fit: Fit, name: str, record: Record, required: bool = False) -> Fit:
+    """The verdict on a field that need not be there, unless it is required then."""
+    return fit if name not in record.optional or required else at_most_maybe(fit)
 
 
 _DICT: Final[dict[str, Any]] = {"type": "dict"}
+_STR: Final[dict[str, Any]] = {"type": "str"}
 _CLASSES: Final[dict[str, type]] = {
     "str": str, "int": int, "float": float, "bool": bool, "bytes": bytes, "complex": complex, "list": list,
     "set": set, "frozenset": frozenset, "tuple": tuple, "dict": dict, "none": type(None),

@@ -15,16 +15,9 @@ from typing import Any, Final, Literal, cast
 from stroma._core_schema import FLAT_LEAVES
 
 __all__ = [
-    "LEAVES",
-    "Kind",
-    "Mismatch",
-    "Verdict",
-    "choices_of",
-    "fit_leaf",
-    "length_mismatch",
-    "limits_of",
-    "worst",
-]
+    "LEAVES", "Kind", "Mismatch", "Verdict", "choices_of", "converts_itself", "fit_leaf", "holds_other", "is_flag",
+    "length_mismatch", "limits_of", "worst",
+]  # fmt: skip
 
 Node = dict[str, Any]
 #: What may be wrong, in a word; docs/checks.md says what each of them means.
@@ -110,6 +103,7 @@ _SHOWN: Final = (
     "allow_inf_nan",
     "now_op",
     "tz_constraint",
+    "version",
 )
 
 
@@ -127,9 +121,26 @@ def choices_of(node: Node) -> list[Any] | None:
         return [False, True]
     if kind == "literal":
         return list(node["expected"])
-    if kind == "enum":
+    if kind == "enum" and not is_flag(node):
         return list(node["members"])
     return None
+
+
+def is_flag(node: Node) -> bool:
+    """Whether it is an enum that holds more values than its members."""
+    return node["type"] == "enum" and issubclass(node["cls"], enum.Flag)
+
+
+def converts_itself(node: Node) -> bool:
+    """Whether it is an enum that makes members of other values by code of the user's."""
+    missing = getattr(node["cls"], "_missing_", None) if node["type"] == "enum" else None
+    return missing is not None and getattr(missing, "__module__", "enum") != "enum"
+
+
+def holds_other(node: Node) -> bool:
+    """Whether it is an enum of which some member's value is neither text nor a number."""
+    plain = (str, bytes, int, float, complex, type(None))
+    return node["type"] == "enum" and not all(isinstance(member.value, plain) for member in node["members"])
 
 
 def limits_of(node: Node, config: dict[str, Any]) -> dict[str, Any]:
@@ -161,7 +172,7 @@ def fit_leaf(
         if not limits_of(target, target_config):
             return None
         return _maybe("constraint", "what the number reads like is not known before")
-    if strict:
+    if strict and not (kind == "str" and wanted in ("url", "multi-host-url")):
         if wanted != kind and wanted not in _STRICT.get(kind, ()):
             return Mismatch(Verdict.NEVER, "type", "strict mode converts nothing")
     elif wanted not in _ALL.get(kind, ()):
@@ -194,8 +205,8 @@ def _to_choices(kind: str, target: Node, strict: bool) -> Mismatch | None:
     else:
         if strict:
             return Mismatch(Verdict.NEVER, "type", "strict mode takes members of the enum alone")
-        if "missing" in target:
-            return _maybe("undecidable", "the enum's own _missing_ decides")
+        if is_flag(target):
+            return _maybe("choices", "only combinations of its members are taken")
         values = [member.value for member in target["members"]]
     values += [v.value for v in values if isinstance(v, enum.Enum)]
     numbers = any(isinstance(v, (int, float, complex)) for v in values)
@@ -216,6 +227,8 @@ def _constraints(
         return _lengths(limits_of(source, source_config), limits_of(target, target_config))
     if wanted in ("url", "multi-host-url"):
         return _addresses(source, target)
+    if wanted == "uuid":
+        return _version(source.get("version"), target.get("version"))
     found = _bounds(source, target)
     if found is not None and found.verdict is Verdict.NEVER:
         return found
@@ -225,6 +238,14 @@ def _constraints(
         or _finite(source, source_config, target, target_config)
         or (_times(source, target) if kind == wanted or kind == "date" else None)
     )
+
+
+def _version(given: int | None, wanted: int | None) -> Mismatch | None:
+    if wanted is None or given == wanted:
+        return None
+    if given is None:
+        return _maybe("constraint", f"it may be no UUID of version {wanted}")
+    return Mismatch(Verdict.NEVER, "constraint", f"it is of version {given}, and must be of version {wanted}")
 
 
 def _bounds(source: Node, target: Node) -> Mismatch | None:

@@ -9,7 +9,17 @@ from typing import TYPE_CHECKING, Any, Final
 if TYPE_CHECKING:
     from stroma.checks._side import Side
 
-__all__ = ["Record", "Wanted", "WantedField", "is_record", "look_up", "record_of", "wanted_of"]
+__all__ = [
+    "Record",
+    "Wanted",
+    "WantedField",
+    "first_word",
+    "is_record",
+    "look_up",
+    "name_of",
+    "record_of",
+    "wanted_of",
+]
 
 _EMPTY: Final[dict[str, Any]] = {}
 
@@ -102,7 +112,7 @@ def record_of(side: Side) -> Record:
         for item in node.get("computed_fields", ())
     }
     extra = node.get("extra_behavior") or config.get("extra_fields_behavior")
-    return Record(str(side), fields, frozenset(optional), extra == "allow", None, computed)
+    return Record(str(side), fields, frozenset(optional), extra == "allow", _extras(inner, config), computed)
 
 
 def wanted_of(side: Side) -> Wanted:
@@ -120,9 +130,31 @@ def wanted_of(side: Side) -> Wanted:
             WantedField(name, _side(inner, item, config), required, _keys(item.get("validation_alias")))
         )
     extra = node.get("extra_behavior") or config.get("extra_fields_behavior") or "ignore"
-    schema = node.get("extras_schema")
-    extras = None if schema is None else _side(inner, {"schema": schema}, config)
-    return Wanted(str(side), tuple(fields), extra, extras, _last_word(side))
+    return Wanted(str(side), tuple(fields), extra, _extras(inner, config), _last_word(side))
+
+
+def _extras(inner: Side, config: dict[str, Any]) -> Side | None:
+    """The type of extra fields, if the class says one."""
+    schema = inner.node.get("extras_schema")
+    return None if schema is None else _side(inner, {"schema": schema}, config)
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """What a validator function is called."""
+    function = node["function"].get("function")
+    return str(getattr(function, "__qualname__", None) or type(function).__name__)
+
+
+def first_word(side: Side) -> str:
+    """The validator of the user's that sees what comes before it is asked for fields, and may change it; or ""."""
+    if side.kind not in ("model", "dataclass") or side.node.get("root_model"):
+        return ""
+    inner = side.to(side.node["schema"]).resolved()
+    while inner.kind not in ("model-fields", "dataclass-args"):
+        if inner.kind != "function-after":
+            return name_of(inner.node)
+        inner = inner.to(inner.node["schema"]).resolved()
+    return ""
 
 
 def _last_word(side: Side) -> str:

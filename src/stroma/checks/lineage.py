@@ -13,7 +13,7 @@ from stroma.checks._check import check_nodes
 from stroma.checks._finding import Finding
 from stroma.checks._flow import Crossing, flow_of, record_of_class
 from stroma.checks._records import Record, Wanted, is_record, look_up, record_of, wanted_of
-from stroma.checks._side import EMPTY, UNKNOWN, Side
+from stroma.checks._side import Side
 from stroma.contracts import ContractRegistry
 from stroma.nodes import Group, Node
 from stroma.render import Box, Line, Link, Tone
@@ -249,16 +249,10 @@ def _wanted(model: type[BaseModel]) -> Wanted | None:
     """The fields that a class takes; None for a root model."""
     if schema_of(model).root:
         return None
-    side = Side.of(model).resolved()
-    while side.kind != "model":
-        side = side.to(side.node["schema"]).resolved()
-    return wanted_of(side)
+    return wanted_of(Side.of_model(model))
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Side]:
     if not schema_of(model).root:
         return dict(record_of_class(model).fields)
-    side = Side.of(model).resolved()
-    while side.kind != "model":
-        side = side.to(side.node.get("schema", UNKNOWN)).resolved()
-    return {"root": Side(side.node["schema"], side.node.get("config") or EMPTY, side.defs)}
+    return {"root": Side.of_root(model)}
