@@ -10,13 +10,25 @@ from pydantic import BaseModel
 
 from stroma.checks._finding import Finding
 from stroma.checks._fit import Fitter, fit_classes
-from stroma.checks._flow import Collision, Crossing, Giver, State, flow_of, items_of, record_of_class
-from stroma.checks._leaves import Kind, Verdict
-from stroma.checks._side import Fit, Reason
+from stroma.checks._flow import (
+    Collision,
+    Crossing,
+    Giver,
+    State,
+    Unreadable,
+    flow_of,
+    items_of,
+    record_of_class,
+)
+from stroma.checks._leaves import Kind, Verdict, in_words
+from stroma.checks._side import Fit, Reason, undecided
 from stroma.contracts import ContractRegistry
 from stroma.nodes import Group, Node
 
 __all__ = ["check_nodes"]
+
+#: The verdicts on pairs of classes, which pipelines repeat.
+Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]
 
 
 def check_nodes(
@@ -24,18 +36,27 @@ def check_nodes(
 ) -> list[Finding]:
     """Every finding, in the order of the nodes. A node without contract takes and gives anything: nothing is claimed.
 
-    ``initial``: the class of what the run begins with; without it, that is not looked at.
+    ``initial``: the class of what the run begins with; without it, that is not looked at. Raises TypeError for what is
+    no such class.
     """
+    if initial is not None and not (isinstance(initial, type) and issubclass(initial, BaseModel)):
+        raise TypeError(
+            f"input_schema is {in_words(initial)}; give the pydantic model class of what runs begin with"
+        )
     found: list[Finding] = []
+    known: Known = {}
     for one in flow_of(nodes, registry, initial):
-        found += [_of_collision(one)] if isinstance(one, Collision) else _of_crossing(one)
+        if isinstance(one, Crossing):
+            found += _of_crossing(one, known)
+        else:
+            found.append(_of_collision(one) if isinstance(one, Collision) else _of_unreadable(one))
     return list(dict.fromkeys(found))
 
 
 # ---------------------------------------------------------------------- crossings
 
 
-def _of_crossing(crossing: Crossing) -> Iterator[Finding]:
+def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     state, node = crossing.state, crossing.node
     if isinstance(node, Group):
         if node.each and state.model is not None:
@@ -45,15 +66,10 @@ def _of_crossing(crossing: Crossing) -> Iterator[Finding]:
         return
     wanted = crossing.contract.input_schema
     try:
-        fit = _fit(state, wanted)
-    except Exception as error:  # A class that is not fully defined, say.
-        what = f"the contract cannot be read: {type(error).__name__}: {error}"
-        yield Finding(
-            "warning", "broken", state.giver.node_id, crossing.to.node_id, state.giver.at, crossing.to.at, "",
-            "" if state.model is None else state.model.__name__, wanted.__name__, what,
-            "define what its annotations name, and call model_rebuild()",
-        )  # fmt: skip
-        return
+        fit = _fit(state, wanted, known)
+    except Exception as error:  # Classes of the user's take part, in comparisons and the like.
+        given = "" if state.model is None else state.model.__name__
+        fit = undecided((), given, wanted.__name__, f"comparing them raised {type(error).__name__}")
     reasons = [r for r in fit.reasons if not (state.loose and _is_guess(r))]
     for reason in reasons:
         if reason.kind != "undecidable":
@@ -61,11 +77,14 @@ def _of_crossing(crossing: Crossing) -> Iterator[Finding]:
     yield from _undecided(crossing, [reason for reason in reasons if reason.kind == "undecidable"])
 
 
-def _fit(state: State, wanted: type[BaseModel]) -> Fit:
+def _fit(state: State, wanted: type[BaseModel], known: Known) -> Fit:
     if state.item is not None:
         return Fitter(None, wanted, apart=True).fit_item(state.item, bare=state.bare)
     assert state.model is not None
-    return fit_classes(state.model, wanted, apart=state.apart)
+    pair = state.model, wanted, state.apart
+    if pair not in known:
+        known[pair] = fit_classes(state.model, wanted, apart=state.apart)
+    return known[pair]
 
 
 def _is_guess(reason: Reason) -> bool:
@@ -215,6 +234,17 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
         mend = f"declare it as a list in the output of {by.node_id!r}"
         what = f"{by.node_id!r} gives it as {given}: only a list or a tuple will do"
         yield finding("error" if plain else "warning", "type" if plain else "union", given, what, mend)
+
+
+def _of_unreadable(found: Unreadable) -> Finding:
+    is_output = found.source == found.to
+    name = str(getattr(found.model, "__name__", found.model))
+    return Finding(
+        "warning", "broken", found.source.node_id, found.to.node_id, found.source.at, found.to.at, "",
+        name if is_output else "", "" if is_output else name,
+        f"the {'output' if is_output else 'input'} of {found.to.node_id!r} cannot be read: {found.error}",
+        "correct its class; if that names classes which come later, call model_rebuild() once they are there",
+    )  # fmt: skip
 
 
 def _of_collision(found: Collision) -> Finding:

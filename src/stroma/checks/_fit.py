@@ -8,8 +8,8 @@ where functions decide, that is all that is said.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Final, cast
 
 from pydantic import BaseModel
 from pydantic_core import SchemaValidator
@@ -25,6 +25,7 @@ from stroma.checks._leaves import (
     converts_itself,
     fit_leaf,
     holds_other,
+    in_words,
     is_flag,
 )
 from stroma.checks._records import Record, first_word, is_record, name_of, record_of, wanted_of
@@ -55,6 +56,19 @@ def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool
     return Fitter(source, target, apart=apart).fit()
 
 
+_OFTEN: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The verdict on two types, and where it was made. They are held, so that no others can have their ids."""
+
+    fit: Fit
+    path: tuple[str, ...]
+    source: Side
+    target: Side
+
+
 class Fitter(Inside):
     """One pair of classes."""
 
@@ -74,6 +88,9 @@ class Fitter(Inside):
         #: Text that the source has decoded is not decoded again.
         self._decoded = bool(wanted) and wanted <= given
         self._open: set[tuple[int, int]] = set()
+        #: What was found of types that hold others, in the order in which that was done.
+        self._known: dict[Any, _Known] = {}
+        self._told = 0
 
     def fit(self) -> Fit:
         """The verdict on the two classes."""
@@ -83,6 +100,9 @@ class Fitter(Inside):
             return undecided(
                 (), self.source, self.target, f"{self.target_class.__name__}.model_validate decides"
             )
+        if not schema_of(self.source_class)._computed:  # Inside of itself it has nothing to add then.
+            own, its = Side.of_model(self.source_class), Side.of_model(self.target_class)
+            self._open.add((id(own.node), id(its.node)))
         # What wraps the class are validators that have had their say.
         if schema_of(self.source_class).root:
             self._accepted = self._accepts("root")
@@ -157,11 +177,34 @@ class Fitter(Inside):
         key = id(source.node), id(target.node)
         if key in self._open:  # A type inside itself: it fits if all the rest of it does.
             return FITS
+        if source.kind in LEAVES or target.kind in LEAVES:
+            return self._match(source, target, path)
+        full = (*key, id(source.config), id(target.config), self._accepted, self._as_is)
+        if full in self._known:
+            return self._again(self._known[full], path)
+        before = len(self._known)
         self._open.add(key)
         try:
-            return self._match(source, target, path)
+            fit = self._match(source, target, path)
         finally:
             self._open.discard(key)
+        if fit.verdict is not Verdict.ALWAYS:
+            # What fits inside of it may do so only if all of it did.
+            for other in list(self._known)[before:]:
+                if self._known[other].fit.verdict is Verdict.ALWAYS:
+                    del self._known[other]
+        self._known[full] = _Known(fit, path, source, target)
+        return fit
+
+    def _again(self, known: _Known, path: tuple[str, ...]) -> Fit:
+        """What was found of two types before, told of another place: once that was done often enough, the first of it."""
+        reasons = known.fit.reasons
+        self._told += len(reasons)
+        if self._told > _OFTEN:
+            reasons = reasons[:1]
+        start = len(known.path)
+        moved = tuple(replace(reason, path=(*path, *reason.path[start:])) for reason in reasons)
+        return Fit(known.fit.verdict, moved)
 
     def _match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
         if target.kind == "any" or alike(source, target):
@@ -283,7 +326,7 @@ class Fitter(Inside):
             if source.kind == "none":
                 found = Mismatch(Verdict.NEVER, "type", "None is not taken")
         else:
-            shown = ", ".join(repr(value) for value in refused[:3]) + (", ..." if len(refused) > 3 else "")
+            shown = ", ".join(map(in_words, refused[:3])) + (", ..." if len(refused) > 3 else "")
             found = Mismatch(Verdict.MAYBE, "choices", f"of its values {shown} is not taken")
         return verdict_on(found, source, target, path)
 
@@ -415,7 +458,7 @@ class Fitter(Inside):
         strange = [tag for tag, found in found_tags.items() if found is None]
         if not strange:
             return all_of(fits) if len(fits) <= 1 or all(f == fits[0] for f in fits) else one_of(fits)
-        shown = ", ".join(map(repr, strange[:3]))
+        shown = ", ".join(map(in_words, strange[:3]))
         verdict = Verdict.MAYBE if fits else Verdict.NEVER
         return verdict_on(
             Mismatch(verdict, "choices", f"its tag may be {shown}, which none of the types has"),

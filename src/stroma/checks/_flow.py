@@ -15,7 +15,17 @@ from stroma.contracts import ContractRegistry, NodeContract
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import schema_of
 
-__all__ = ["Collision", "Crossing", "Giver", "State", "flow_of", "items_of", "record_of_class"]
+__all__ = [
+    "Collision",
+    "Crossing",
+    "Giver",
+    "State",
+    "Step",
+    "Unreadable",
+    "flow_of",
+    "items_of",
+    "record_of_class",
+]
 
 Contract = NodeContract[Any, Any]
 
@@ -82,11 +92,32 @@ class Collision:
     types: tuple[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A class of a contract that cannot be read, as its annotations are not defined, say. Nothing is claimed of it.
+
+    Attributes:
+        source, to: who gives what the class is of, and who takes it; both are the node itself for its output.
+        error: why it cannot be read.
+    """
+
+    source: Giver
+    to: Giver
+    model: Any
+    error: str
+
+
+Step = Crossing | Collision | Unreadable
+
+
 def flow_of(
     nodes: Sequence[Node | Group], registry: ContractRegistry, initial: type[BaseModel] | None = None
-) -> Iterator[Crossing | Collision]:
+) -> Iterator[Step]:
     """Every crossing and collision, in the order of the nodes; a group before its children."""
     start = Giver("input", "input")
+    if initial is not None and (error := _unreadable(initial)):
+        yield Unreadable(start, start, initial, error)
+        initial = None
     state = State(initial, start, _origins(initial, start))
     walk = _Walk(registry)
     for position, node in enumerate(nodes):
@@ -107,6 +138,15 @@ def record_of_class(model: type[BaseModel]) -> Record:
     return Record(model.__name__, {}, is_open=True)
 
 
+def _unreadable(model: Any) -> str:
+    """Why a class cannot be read; "" if it can."""
+    try:
+        schema_of(model)
+    except Exception as error:  # Whatever pydantic, or code of the user's, raises.
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""
+
+
 def _origins(model: type[BaseModel] | None, giver: Giver) -> dict[str, Giver]:
     return {} if model is None else dict.fromkeys(record_of_class(model).fields, giver)
 
@@ -117,22 +157,25 @@ class _Walk:
     def __init__(self, registry: ContractRegistry) -> None:
         self._registry = registry
 
-    def through(
-        self, node: Node | Group, state: State, at: str
-    ) -> Generator[Crossing | Collision, None, State]:
+    def through(self, node: Node | Group, state: State, at: str) -> Generator[Step, None, State]:
         giver = Giver(node.node_id, at)
         if isinstance(node, Node):
             contract = self._registry.find(node.node_id) or node.contract
+            if contract is not None and (error := _unreadable(contract.input_schema)):
+                yield Unreadable(state.giver, giver, contract.input_schema, error)
             output = None if contract is None else contract.output_schema
+            if output is not None and (wrong := _unreadable(output)):
+                yield Unreadable(giver, giver, output, wrong)
+                output = None
+            if contract is not None and error:
+                contract = None
             yield Crossing(node, giver, state, contract, output)
             return State(output, giver, _origins(output, giver), loose=output is None)
         if node.each:
             return (yield from self._each(node, state, giver))
         return (yield from self._side_by_side(node, state, giver))
 
-    def _side_by_side(
-        self, node: Group, state: State, giver: Giver
-    ) -> Generator[Crossing | Collision, None, State]:
+    def _side_by_side(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
         yield Crossing(node, giver, state, None, None)
         made: list[State] = []
         for index, child in enumerate(node.children):
@@ -152,7 +195,7 @@ class _Walk:
         model = node.joined(_Anything, [one.model or Kept for one in made])
         return State(model, giver, origins, loose=any(one.loose for one in made))
 
-    def _each(self, node: Group, state: State, giver: Giver) -> Generator[Crossing | Collision, None, State]:
+    def _each(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
         yield Crossing(node, giver, state, None, None)
         record = Record("", {}) if state.model is None else record_of_class(state.model)
         fields = record.fields

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import datetime as dt
+import decimal
 import inspect
+import uuid
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -107,16 +110,18 @@ class Inside(ABC):
 
     def _instance(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
         wanted = target.node["cls"]
-        given: Any = _CLASSES.get(source.kind)
-        if source.kind == "is-instance":
+        given = _CLASSES.get(source.kind)
+        if source.kind in ("is-instance", "enum"):
             given = source.node["cls"]
         wanted = getattr(wanted, "__origin__", wanted)  # typing.Sequence is no class, and stands for one.
+        if not (isinstance(given, type) and isinstance(wanted, type)):
+            return undecided(path, source, target, "it cannot be told before it runs")
         try:
             # What an abstract class says of hashing, say, its classes need not keep to.
             if wanted in given.__mro__ or (not inspect.isabstract(given) and issubclass(given, wanted)):
                 return FITS
             related = source.kind == "is-instance" or issubclass(wanted, given)
-        except TypeError:
+        except TypeError:  # A protocol that cannot be asked.
             return undecided(path, source, target, "it cannot be told before it runs")
         if not related:
             found = Mismatch(Verdict.NEVER, "type", f"it is no {target}")
@@ -303,7 +308,8 @@ _DICT: Final[dict[str, Any]] = {"type": "dict"}
 _STR: Final[dict[str, Any]] = {"type": "str"}
 _CLASSES: Final[dict[str, type]] = {
     "str": str, "int": int, "float": float, "bool": bool, "bytes": bytes, "complex": complex, "list": list,
-    "set": set, "frozenset": frozenset, "tuple": tuple, "dict": dict, "none": type(None),
+    "set": set, "frozenset": frozenset, "tuple": tuple, "dict": dict, "none": type(None), "decimal": decimal.Decimal,
+    "date": dt.date, "datetime": dt.datetime, "time": dt.time, "timedelta": dt.timedelta, "uuid": uuid.UUID,
 }  # fmt: skip
 
 

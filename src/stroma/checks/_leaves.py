@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from typing import Any, Final, Literal, cast
@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, cast
 from stroma._core_schema import FLAT_LEAVES
 
 __all__ = [
-    "LEAVES", "Kind", "Mismatch", "Verdict", "choices_of", "converts_itself", "fit_leaf", "holds_other", "is_flag",
+    "LEAVES", "Kind", "Mismatch", "Verdict", "choices_of", "converts_itself", "fit_leaf", "holds_other", "in_words", "is_flag",
     "length_mismatch", "limits_of", "worst",
 ]  # fmt: skip
 
@@ -269,7 +269,18 @@ def _bounds(source: Node, target: Node) -> Mismatch | None:
 
 
 def _shown(target: Node, names: tuple[str, ...]) -> str:
-    return ", ".join(f"{name}={target[name]}" for name in names if target.get(name) is not None)
+    return ", ".join(
+        f"{name}={in_words(target[name], str)}" for name in names if target.get(name) is not None
+    )
+
+
+def in_words(value: Any, said: Callable[[Any], str] = repr) -> str:
+    """A value of the user's, cut short; the name of its class if it cannot be told."""
+    try:
+        text = said(value)
+    except Exception:  # A class of the user's.
+        return type(value).__name__
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _end(node: Node, closed: str, open_: str, step: int) -> tuple[Any, bool] | None:
@@ -303,7 +314,7 @@ def _digits(source: Node, target: Node) -> Mismatch | None:
             isinstance(step, int) or (step is None and source["type"] == "int")
         )
         if not (whole and cast("int", step or 1) % wanted == 0):
-            return _maybe("constraint", f"it may be no multiple of {wanted}")
+            return _maybe("constraint", f"it may be no multiple of {in_words(wanted, str)}")
     for name in ("max_digits", "decimal_places"):
         if target.get(name) is not None and any(source.get(n) != target.get(n) for n in _DIGITS[1:]):
             return _maybe("constraint", f"it may not keep to {name}={target[name]}")
