@@ -17,6 +17,7 @@ from stroma.checks._flow import (
     State,
     Unreadable,
     flow_of,
+    holds_no_fields,
     items_of,
     record_of_class,
 )
@@ -61,6 +62,13 @@ def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     if isinstance(node, Group):
         if node.each and state.model is not None:
             yield from _of_list(crossing, node, state.model)
+        elif node.each and state.item is not None and holds_no_fields(state.item):
+            by, to, given = state.giver, crossing.to, str(state.item)
+            yield Finding(
+                "error", "items", by.node_id, to.node_id, by.at, to.at, f"{state.list_at}[].{node.over}", given, "list",
+                f"{to.node_id!r} goes over {node.over} of each item of {state.list_at}, and those are {given}",
+                f"let the items be models with a list {node.over!r}",
+            )  # fmt: skip
         return
     if crossing.contract is None or (state.model is None and state.item is None):
         return

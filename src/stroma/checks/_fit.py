@@ -28,7 +28,16 @@ from stroma.checks._leaves import (
     in_words,
     is_flag,
 )
-from stroma.checks._records import Record, first_word, is_record, name_of, record_of, wanted_of
+from stroma.checks._records import (
+    Record,
+    by_name,
+    first_word,
+    is_record,
+    loses_fields,
+    name_of,
+    record_of,
+    wanted_of,
+)
 from stroma.checks._side import (
     EMPTY,
     FITS,
@@ -51,7 +60,8 @@ __all__ = ["Fitter", "fit_classes"]
 
 def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool = False) -> Fit:
     """Whether each model of the one class crosses to the other. ``apart``: models inside come as dicts."""
-    if source is target and not apart and schema_of(source)._given is not None:
+    noted = source is target and not apart and schema_of(source)._given is not None
+    if noted and not loses_fields(Side.of_model(source)):
         return FITS  # The engine notes what such a class has validated, which crosses to itself unchanged.
     return Fitter(source, target, apart=apart).fit()
 
@@ -163,10 +173,8 @@ class Fitter(Inside):
             config = target.node.get("config") or EMPTY
             return self._through(record, replace(target.to(target.node["schema"]), config=config))
         wanted = wanted_of(target)
-        if (
-            self.source_class is self.target_class
-        ):  # By name alone: an alias may be the name of another field.
-            wanted = replace(wanted, fields=tuple(replace(field, keys=()) for field in wanted.fields))
+        if self.source_class is self.target_class:
+            wanted = by_name(wanted)
         return self._fields(record, wanted, (), outermost=True)
 
     # ------------------------------------------------------------------ any two types

@@ -9,8 +9,9 @@ from typing import Any
 from pydantic import BaseModel, ConfigDict
 
 from stroma._core_schema import never_a_dict
+from stroma.checks._leaves import LEAVES
 from stroma.checks._records import Record, record_of
-from stroma.checks._side import Side
+from stroma.checks._side import LISTS, Side
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import schema_of
@@ -23,6 +24,7 @@ __all__ = [
     "Step",
     "Unreadable",
     "flow_of",
+    "holds_no_fields",
     "items_of",
     "record_of_class",
 ]
@@ -218,6 +220,14 @@ class _Walk:
         origins = {**state.origins, node.into: made.giver}
         # What the items are made by is no concern of the other fields.
         return State(joined, giver, origins, loose=state.loose or state.model is None)
+
+
+def holds_no_fields(side: Side) -> bool:
+    """Whether no value of it can have fields, or keys."""
+    side = side.resolved()
+    while side.kind in ("default", "nullable"):
+        side = side.to(side.node["schema"]).resolved()
+    return side.kind in LEAVES | LISTS
 
 
 def items_of(side: Side) -> Side | None:

@@ -13,7 +13,17 @@ from dataclasses import replace
 from typing import Any, Final
 
 from stroma.checks._leaves import LEAVES, Mismatch, Verdict, converts_itself, length_mismatch
-from stroma.checks._records import Record, Wanted, is_record, look_up, record_of, wanted_of
+from stroma.checks._records import (
+    Record,
+    Wanted,
+    by_name,
+    classes_of,
+    is_record,
+    look_up,
+    loses_fields,
+    record_of,
+    wanted_of,
+)
 from stroma.checks._side import (
     EMPTY,
     FITS,
@@ -64,7 +74,7 @@ class Inside(ABC):
             return verdict_on(
                 Mismatch(Verdict.NEVER, "type", "strict mode converts nothing"), source, target, path
             )
-        given, wanted = parts_of(source), parts_of(target)
+        wanted = parts_of(target)
         merges = target.kind in SETS and source.kind not in SETS  # What is equal becomes one.
         found = length_mismatch(span_of(source), span_of(target), shrinks=merges)
         lengths = verdict_on(found, source, target, path)
@@ -152,7 +162,7 @@ class Inside(ABC):
                 renewed = (target.node.get("config") or EMPTY).get("revalidate_instances") == "always"
                 if renewed and cls is not target.node["cls"] and is_record(target):
                     return self._fields(record_of(source), wanted_of(target), path)
-                return FITS
+                return self._copied(source, path)
             if target.kind == "model" and (target.node.get("config") or EMPTY).get("from_attributes"):
                 return undecided(path, source, target, "it is read by its attributes")
             what = f"a {cls.__name__} comes as the instance that it is, and is no {target}"
@@ -163,6 +173,16 @@ class Inside(ABC):
             what = f"a {cls.__name__} comes as the instance that it is"
             return verdict_on(Mismatch(Verdict.NEVER, "type", what), source, target, path)
         return undecided(path, source, target, "it cannot be told before it runs")
+
+    def _copied(self, source: Side, path: tuple[str, ...]) -> Fit:
+        """An instance is copied on its way, by its fields if some are excluded."""
+        if self._as_is or not is_record(source) or not loses_fields(source):
+            return FITS
+        was, self._accepted = self._accepted, self._accepted | classes_of(source)
+        try:
+            return self._fields(record_of(source), by_name(wanted_of(source)), path)
+        finally:
+            self._accepted = was
 
     def _record_to(self, record: Record, target: Side, path: tuple[str, ...]) -> Fit:
         """A record that was taken apart: a dict of its fields."""

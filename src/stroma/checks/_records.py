@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
+
+from stroma._core_schema import nodes_of, reachable
 
 if TYPE_CHECKING:
     from stroma.checks._side import Side
@@ -13,9 +15,12 @@ __all__ = [
     "Record",
     "Wanted",
     "WantedField",
+    "by_name",
+    "classes_of",
     "first_word",
     "is_record",
     "look_up",
+    "loses_fields",
     "name_of",
     "record_of",
     "wanted_of",
@@ -155,6 +160,31 @@ def first_word(side: Side) -> str:
             return name_of(inner.node)
         inner = inner.to(inner.node["schema"]).resolved()
     return ""
+
+
+def loses_fields(side: Side) -> bool:
+    """Whether a required field of a class, or of one inside of it, is excluded: no copy of it can be made then."""
+    seen: set[str] = set()
+    todo = [side.node]
+    while todo:
+        for node in nodes_of(todo.pop()):
+            if node.get("serialization_exclude") and node["schema"]["type"] != "default":
+                return True
+            ref = node.get("schema_ref")
+            if isinstance(ref, str) and ref not in seen:
+                seen.add(ref)
+                todo += [side.defs[ref]] if ref in side.defs else []
+    return False
+
+
+def classes_of(side: Side) -> frozenset[type]:
+    """The classes that a value of it holds, its own included."""
+    return reachable(side.node, side.defs)[1]
+
+
+def by_name(wanted: Wanted) -> Wanted:
+    """The same where the fields come by name alone: an alias may be the name of another field."""
+    return replace(wanted, fields=tuple(replace(field, keys=()) for field in wanted.fields))
 
 
 def _last_word(side: Side) -> str:

@@ -10,7 +10,7 @@ from typing import Any, Final, cast
 from pydantic import TypeAdapter
 from pydantic_core import PydanticUndefined, SchemaValidator, ValidationError
 
-from stroma._core_schema import decodes, foreign, nodes_of
+from stroma._core_schema import decodes, foreign, makes_instances, nodes_of
 from stroma.checks._leaves import LEAVES, choices_of
 from stroma.checks._records import record_of
 from stroma.checks._side import EMPTY, LISTS, UNKNOWN, Side
@@ -72,11 +72,8 @@ def alike(source: Side, target: Side) -> bool:
     """Whether both are the very same type: what was validated by it once is taken by it."""
     if source.kind != target.kind or source.kind == "any":
         return False
-    if any(
-        n["type"] == "function-after" and isinstance(n["function"].get("function"), type)
-        for n in nodes_of(source.node)
-    ):
-        return False  # What a class has made of a value need not be a value that it takes.
+    if any(map(makes_instances, nodes_of(source.node))):
+        return False
     if source.node is target.node:
         same = not any(foreign(n) or decodes(n) or n["type"] in _LOOKED_INTO for n in nodes_of(source.node))
     else:
@@ -99,8 +96,7 @@ def tags_of(source: Side, discriminator: Any) -> list[Any] | None:
     while True:
         field = field.resolved()
         if field.kind not in ("default", "nullable"):
-            values = choices_of(field.node)
-            return values
+            return choices_of(field.node)
         if field.kind == "nullable":
             return None
         field = field.to(field.node["schema"])
