@@ -236,6 +236,8 @@ class Fitter(Inside):
         if values is not None:
             return self._choices(source, values, target, path)
         if is_flag(source.node):
+            if wanted == "enum" and source.node["cls"] is target.node["cls"]:
+                return FITS
             return undecided(path, source, target, "combinations of its members have values of their own")
         if holds_other(target.node):
             found = Mismatch(Verdict.MAYBE, "choices", "only the values of its members are taken")
