@@ -193,7 +193,13 @@ class Inside(ABC):
         if is_record(target):
             if target.node.get("custom_init"):
                 return undecided(path, record.name, target, f"{target}.__init__ decides")
-            if self._wants_instance(target):
+            if kind == "model" and target.node.get(
+                "strict"
+            ):  # Some versions of pydantic take it all the same.
+                return undecided(path, record.name, target, "strict mode takes instances alone")
+            if kind == "dataclass" and self._is_strict(
+                replace(target, config=target.node.get("config") or target.config)
+            ):
                 what = "strict mode takes instances alone, and it comes as a dict of its fields"
                 return verdict_on(Mismatch(Verdict.NEVER, "type", what), record.name, target, path)
             return self._fields(record, wanted_of(target), path)
@@ -221,14 +227,6 @@ class Inside(ABC):
                 )
             return best
         return undecided(path, record.name, target, "it cannot be told before it runs")
-
-    @staticmethod
-    def _wants_instance(target: Side) -> bool:
-        """Whether a record of the target is never made of a dict."""
-        own = target.node.get("strict")
-        if target.kind == "dataclass" and own is None:
-            own = (target.node.get("config") or target.config).get("strict")
-        return bool(own) and target.kind in ("model", "dataclass")
 
     def _record_to_dict(self, record: Record, target: Side, path: tuple[str, ...]) -> Fit:
         keys, values = part_of(target, "keys_schema"), part_of(target, "values_schema")
