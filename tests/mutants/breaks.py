@@ -82,6 +82,10 @@ def checks(names: str) -> tuple[str, ...]:
     return _tests("test_checks.py", names)
 
 
+def corners(names: str) -> tuple[str, ...]:
+    return _tests("test_checks_corners.py", names)
+
+
 def classifiers(names: str) -> tuple[str, ...]:
     return _tests("test_classifiers.py", names)
 
@@ -3050,6 +3054,134 @@ CHECKS = (
         "code = Code.FAILED if errors or changes else Code.OK",
         "code = Code.OK",
         _tests("cli/test_check.py", "test_check_lists_errors_and_warnings"),
+    ),
+    Break(
+        "what-comes-first-is-not-asked",
+        "A validator that runs before all else may make anything of anything.",
+        "checks/_records.py",
+        "            return name_of(inner.node)\n",
+        '            return ""\n',
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "flags-are-their-members",
+        "A flag has more values than members.",
+        "checks/_leaves.py",
+        'if kind == "enum" and not is_flag(node):',
+        'if kind == "enum":',
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "enums-convert-nothing-themselves",
+        "The _missing_ of an enum decides what it takes.",
+        "checks/_leaves.py",
+        'return missing is not None and getattr(missing, "__module__", "enum") != "enum"',
+        "return False",
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "sets-hold-dicts",
+        "What is in a set stays the instance that it is.",
+        "checks/_inside.py",
+        "with self._whole_if(source.kind in SETS):",
+        "with self._whole_if(False):",
+        corners("test_what_never_works_is_an_error"),
+    ),
+    Break(
+        "keys-are-always-there",
+        "A key that need not be there is no error, whatever its type.",
+        "checks/_inside.py",
+        "return fit if name not in record.optional or required else at_most_maybe(fit)",
+        "return fit",
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "open-classes-hold-nothing-more",
+        "What a class may hold beside its fields is told.",
+        "checks/_inside.py",
+        "                    if record.is_open:\n",
+        "                    if False:\n",
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "excluded-fields-are-copied",
+        "A required field that is excluded is missed by its own class.",
+        "checks/_records.py",
+        'if node.get("serialization_exclude") and node["schema"]["type"] != "default":',
+        "if False:",
+        corners("test_an_excluded_field_that_is_required_is_missed_by_its_own_class"),
+    ),
+    Break(
+        "its-own-defaults-fit",
+        "A default that its own class refuses is told.",
+        "checks/_fit.py",
+        "schema_of(source)._given is not None",
+        "True",
+        corners("test_a_default_that_its_own_class_refuses_is_told"),
+    ),
+    Break(
+        "all-ways-are-gone",
+        "What was compared is not compared again.",
+        "checks/_fit.py",
+        "if full in self._known:",
+        "if False:",
+        corners("test_classes_that_hold_each_other_come_to_an_end"),
+    ),
+    Break(
+        "broken-outputs-break-the-check",
+        "An output that cannot be read is a warning.",
+        "checks/_flow.py",
+        "if output is not None and (wrong := _unreadable(output)):",
+        "if False:",
+        corners("test_a_class_that_cannot_be_read_is_one_warning_wherever_it_stands"),
+    ),
+    Break(
+        "items-of-items-pass",
+        "An item without fields has no list that map_over could go over.",
+        "checks/_flow.py",
+        "return side.kind in LEAVES | LISTS\n",
+        "return False\n",
+        corners("test_groups_over_what_has_no_named_fields"),
+    ),
+    Break(
+        "made-of-themselves",
+        "What a class of the user's made is not made again of its own instance.",
+        "_core_schema.py",
+        'made.__module__.partition(".")[0] not in _PLAIN',
+        "False",
+        corners("test_what_a_class_of_ones_own_made_crosses_to_the_same_class"),
+    ),
+    Break(
+        "extra-fields-win",
+        "An extra key never takes the place of a field with an alias.",
+        "schemas.py",
+        "for k, v in model.__pydantic_extra__.items() if k not in out})",
+        "for k, v in model.__pydantic_extra__.items()})",
+        corners("test_an_extra_field_never_takes_the_place_of_a_field"),
+    ),
+    Break(
+        "kept-outputs-have-no-fields",
+        "map_over finds its list in what a node without a contract returned.",
+        "groups.py",
+        "if isinstance(state, Kept) and isinstance(state.root, (BaseModel, dict)):",
+        "if False:",
+        groups("test_map_over_what_no_class_names_the_fields_of"),
+    ),
+    Break(
+        "any-key-is-a-name",
+        "A dict with other keys than text is not merged.",
+        "groups.py",
+        "if odd is not None:",
+        "if False:",
+        groups("test_keys_that_are_no_names_are_refused"),
+    ),
+    Break(
+        "links-run-through-boxes",
+        "A link over a column runs below what stands there.",
+        "render.py",
+        "y = max(between) + 16",
+        "y = min(y1, y2) + 16",
+        _tests("test_render.py", "test_links_go_around_the_boxes_between"),
     ),
 )
 
