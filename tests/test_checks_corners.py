@@ -6,6 +6,7 @@ import asyncio
 import enum
 import time
 import uuid
+import xml.etree.ElementTree as ElementTree
 from collections import deque
 from collections.abc import Collection, Hashable
 from typing import Annotated, Any, ClassVar, Literal, Optional
@@ -30,6 +31,7 @@ from pydantic_core import core_schema
 from typing_extensions import TypedDict
 
 from stroma import (
+    ContractRegistry,
     FailureClass,
     FailurePolicy,
     Finding,
@@ -40,6 +42,8 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma.checks.lineage import lineage_of
+from stroma.nodes import find_node
 
 ONCE = {cls: FailurePolicy(max_retries=0) for cls in FailureClass}
 
@@ -363,6 +367,15 @@ def test_a_class_that_cannot_be_read_is_one_warning_wherever_it_stands(nodes: An
     (finding,) = check(*nodes())
     assert (finding.severity, finding.kind) == ("warning", "broken")
     assert "cannot be read" in finding.message
+
+
+@pytest.mark.parametrize("nodes", BROKEN)
+def test_a_class_that_cannot_be_read_is_a_box_without_lines(nodes: Any) -> None:
+    """What flows where is shown of a pipeline with a class that cannot be read, in every form."""
+    lineage = lineage_of("p", [find_node(node) for node in nodes()], ContractRegistry())
+    assert ElementTree.fromstring(lineage.svg()).tag.endswith("svg")
+    assert {box["node_id"] for box in lineage.data()["nodes"]} >= {"input"}
+    assert lineage.mermaid().startswith("flowchart LR")
 
 
 def test_the_class_of_the_input_must_be_one() -> None:

@@ -172,10 +172,11 @@ class _Maker:
             self.boxes.append(Box(at, node.node_id, "no contract", parent))
             self.links.append(Link(crossing.state.giver.at, "", at, "", "unknown"))
             return
-        taken, given = crossing.contract.input_schema, crossing.contract.output_schema
+        taken, given = crossing.contract.input_schema, crossing.output  # None: it cannot be read.
         left = self._takes(crossing, taken)
-        right = tuple(Line(name, str(side)) for name, side in _fields(given).items())
-        self.boxes.append(Box(at, node.node_id, "node", parent, left, right, taken.__name__, given.__name__))
+        right = () if given is None else tuple(Line(name, str(side)) for name, side in _fields(given).items())
+        promised = "" if given is None else given.__name__
+        self.boxes.append(Box(at, node.node_id, "node", parent, left, right, taken.__name__, promised))
 
     def _over(self, crossing: Crossing, group: Group) -> None:
         if crossing.state.giver.at == "input" and crossing.state.model is None:
