@@ -3131,7 +3131,7 @@ CHECKS = (
         "broken-outputs-break-the-check",
         "An output that cannot be read is a warning.",
         "checks/_flow.py",
-        "yield Unreadable(giver, giver, output, wrong)",
+        "yield Unreadable(giver, giver, output, error)",
         "pass",
         corners("test_a_class_that_cannot_be_read_is_one_warning_wherever_it_stands"),
     ),

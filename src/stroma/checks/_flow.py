@@ -163,14 +163,15 @@ class _Walk:
         giver = Giver(node.node_id, at)
         if isinstance(node, Node):
             contract = self._registry.find(node.node_id) or node.contract
-            if contract is not None and (error := _unreadable(contract.input_schema)):
-                yield Unreadable(state.giver, giver, contract.input_schema, error)
-            output = None if contract is None else contract.output_schema
-            if output is not None and (wrong := _unreadable(output)):
-                yield Unreadable(giver, giver, output, wrong)
-                output = None
-            if contract is not None and error:
-                contract = None
+            output = None
+            if contract is not None:
+                output = contract.output_schema
+                if error := _unreadable(output):
+                    yield Unreadable(giver, giver, output, error)
+                    output = None
+                if error := _unreadable(contract.input_schema):
+                    yield Unreadable(state.giver, giver, contract.input_schema, error)
+                    contract = None
             yield Crossing(node, giver, state, contract, output)
             return State(output, giver, _origins(output, giver), loose=output is None)
         if node.each:

@@ -78,7 +78,7 @@ class Lineage:
                     write(box.id, indent + "    ")
                     lines.append(f"{indent}end")
                 else:
-                    types = f"{box.left_title} → {box.right_title}" if box.left_title else box.right_title
+                    types = " → ".join(filter(None, (box.left_title, box.right_title)))
                     label = _mermaid(box.title) + (f"<br/>{_mermaid(types)}" if types else "")
                     lines.append(f'{indent}{name}["{label}"]')
 
