@@ -2986,7 +2986,7 @@ CHECKS = (
     Break(
         "validators-always-accept",
         "Where a validator of the target decides, that is said.",
-        "checks/_fit.py",
+        "checks/_target.py",
         'own = undecided(path, source, target, f"the validator {name} decides")',
         "own = FITS",
         checks("test_validators_of_the_target_are_one_warning"),
