@@ -1091,6 +1091,80 @@ async def test_a_field_that_is_no_list(state: BaseModel) -> None:
     assert calls == []
 
 
+class DictRoot(RootModel[dict[str, Any]]):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("contract", "returned"),
+    [
+        (None, {"items": ["a", "b"], "other": Num(n=1)}),
+        (None, Items(items=["a", "b"])),
+        (DictRoot, {"items": ["a", "b"], "other": [1]}),
+    ],
+    ids=["dict", "model", "root-model"],
+)
+async def test_map_over_what_no_class_names_the_fields_of(contract: Any, returned: Any) -> None:
+    """map_over finds its list in what a node without a contract returned, and in a root model of a dict; the rest is kept."""
+    given = []
+
+    async def shout(state: Word) -> Any:
+        return {"word": state.word.upper()}
+
+    async def free(state: Any) -> Any:
+        return returned
+
+    async def end(state: Any) -> Any:
+        given.append(state)
+        return {"n": 1}
+
+    marked = (
+        None if contract is None else NodeContract(node_id="free", input_schema=Num, output_schema=contract)
+    )
+    first = stroma_node("free", marked)(free)  # type: ignore[arg-type]
+    last = stroma_node("end", None)(end)  # type: ignore[arg-type]
+    group = map_over("items", node("shout", shout, Word, Word), into="out")
+    result = await quick().run([first, group, last], Num())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    (state,) = given
+    kept = returned if isinstance(returned, dict) else {"items": ["a", "b"], "other": "kept"}
+    assert {name: getattr(state, name) for name in kept} == kept
+    assert state.out == [Word(word="A"), Word(word="B")]
+    assert set(await group(Items(items=["a"]))) == {"items", "other", "out"}
+
+
+async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
+    """Of a state without a class the message names the keys that it has."""
+
+    async def free(state: Any) -> Any:
+        return {"things": [], "more": 1}
+
+    first = stroma_node("free", None)(free)  # type: ignore[arg-type]
+    result = await quick().run([first, map_over("items", node("a", giving({})), into="out")], Num())
+    assert result.failure is not None
+    assert result.failure.message == (
+        "map_over needs a list in field 'items', and there is NoneType; fields: things, more"
+    )
+
+
+@pytest.mark.parametrize("how", ["map_over", "parallel"])
+async def test_keys_that_are_no_names_are_refused(how: str) -> None:
+    """A dict with other keys than text cannot be merged, and says so before it is kept where nobody could read it."""
+
+    async def free(state: Any) -> Any:
+        return {"items": [1], 7: "seven"}
+
+    first = stroma_node("free", None)(free)  # type: ignore[arg-type]
+    nodes = (
+        [parallel(first)]
+        if how == "parallel"
+        else [first, map_over("items", node("a", giving({})), into="out")]
+    )
+    result = await quick().run(nodes, Num())
+    assert result.failure is not None
+    assert "there is the key 7; use text for all keys" in result.failure.message
+
+
 async def test_map_over_a_group() -> None:
     """map_over takes a group: each item goes through all its children."""
     both = parallel(node("l", giving({"left": 1}), Num, Left), node("r", giving({"right": 2}), Num, Right))

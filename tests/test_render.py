@@ -68,6 +68,38 @@ def test_boxes_do_not_overlap_and_frames_hold_their_children() -> None:
     assert all(inside(box, (0, 0, width, height)) for box in found)
 
 
+def test_links_go_around_the_boxes_between() -> None:
+    """A link over a column runs below what stands there, and what one line feeds in one column goes together."""
+    lines = tuple(Line(f"field{i}", "str") for i in range(3))
+    boxes = [
+        Box("0", "a", "node", "", (), lines), Box("1", "b", "node", "", lines * 3, lines), Box("2", "outer", "parallel"),
+        Box("2.0", "c", "node", "2", lines), Box("2.1", "d", "node", "2", lines),
+    ]  # fmt: skip
+    links = [
+        Link("0", "field0", "2.0", "field1"),
+        Link("0", "field0", "2.1", "field2"),
+        Link("0", "field1", "2.1", "field0"),
+    ]
+    root = ET.fromstring(svg(boxes, links, title="t"))
+    middle = next(
+        r
+        for r in list(root.iter(f"{SVG}rect"))[1:]
+        if r.get("class") == "box" and float(r.get("height", "")) > 200
+    )
+    bottom = float(middle.get("y", "")) + float(middle.get("height", ""))
+    right = float(middle.get("x", "")) + float(middle.get("width", ""))
+    lanes = []
+    for path in root.iter(f"{SVG}path"):
+        if path.get("class", "").strip() != "link" or "H" not in path.get("d", ""):
+            continue
+        _, across, down, along, *_ = re.findall(r"[HV]([\d.]+)", "H0" + path.get("d", ""))
+        assert float(across) < float(middle.get("x", "")) < right < float(along)
+        lanes.append(float(down))
+    assert len(lanes) == 3
+    assert lanes[0] == lanes[1] != lanes[2]
+    assert bottom < min(lanes) < max(lanes) < float(root.get("height", ""))
+
+
 def test_nothing_at_all_is_a_picture_too() -> None:
     """No boxes, and links that lead nowhere, are drawn as nothing."""
     assert ET.fromstring(svg([], [Link("0", "a", "1", "b")], title="")).tag == f"{SVG}svg"

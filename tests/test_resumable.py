@@ -8,8 +8,8 @@ from pydantic import BaseModel, create_model
 
 from stroma import ContractRegistry, NodeContract, RunConfig, map_over, parallel, stroma_node
 from stroma.checkpoint import Committed
+from stroma.checks.resumable import Change, changes_since
 from stroma.nodes import find_node
-from stroma.resumable import Change, changes_since
 from stroma.schemas import schema_of
 
 

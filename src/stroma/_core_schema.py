@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final
 
@@ -20,6 +21,7 @@ __all__ = [
     "field_nodes",
     "foreign",
     "is_strict",
+    "makes_instances",
     "never_a_dict",
     "nodes_of",
     "plain_json",
@@ -191,7 +193,18 @@ def _function(node: dict[str, Any]) -> Any:
 
 def restless(node: dict[str, Any]) -> bool:
     """Whether a value that it has validated may be changed or refused by it the next time."""
-    return bool(decodes(node) or foreign(node) or node.get("custom_init") or node.get("post_init"))
+    own_code = node.get("custom_init") or node.get("post_init")
+    return bool(decodes(node) or foreign(node) or own_code or makes_instances(node))
+
+
+def makes_instances(node: dict[str, Any]) -> bool:
+    """Whether it calls a class of the user's with what it is given: its instances need not be that again."""
+    made = node["function"].get("function") if node["type"] == "function-after" else None
+    return isinstance(made, type) and made.__module__.partition(".")[0] not in _PLAIN
+
+
+#: Where the classes come from whose schemas take their own instances.
+_PLAIN: Final = frozenset({"pydantic", "pydantic_core", *sys.stdlib_module_names}) - {"__main__"}
 
 
 def validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> SchemaValidator:

@@ -15,9 +15,10 @@ from pydantic import BaseModel, ConfigDict, create_model
 from stroma._core_schema import core_schema_of, never_a_dict
 from stroma._engine import GroupStopped, Halt, execute
 from stroma._restore import output_schema
+from stroma._values import isolate
 from stroma.context import Kind, NodeExecution, ReliabilityContext
 from stroma.nodes import Group, Kept, Node, find_node
-from stroma.schemas import schema_of
+from stroma.schemas import Schema, schema_of
 
 __all__ = ["gather", "map_over", "parallel"]
 
@@ -83,8 +84,8 @@ def map_over(field: str, node: Any, *, into: str, max_concurrency: int | None = 
         return _with_list(group.node_id, type(value), into, item)
 
     async def run(ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
-        state = schema_of(type(value)).values(value)
-        jobs = [(child, _item_state(ctx, child, item)) for item in _items(value, field)]
+        state, items = _by_name(value, Schema.values), _items(value, field)
+        jobs = [(child, _item_state(ctx, child, item)) for item in items]
         outputs = await _side_by_side(ctx, execution, jobs, limit, "item")
         return {**state, into: [_item_value(out) for out in outputs]}
 
@@ -96,7 +97,7 @@ def map_over(field: str, node: Any, *, into: str, max_concurrency: int | None = 
                 return await _call_by_hand(child, _item_state(None, child, item))
 
         outputs = await gather([one(item) for item in _items(state, field)])
-        return {**schema_of(type(state)).fields(state), into: outputs}
+        return {**_by_name(state, Schema.fields), into: outputs}
 
     def joined(given: type[BaseModel], outputs: Sequence[type[BaseModel]]) -> type[BaseModel]:
         return _with_list(group.node_id, given, into, outputs[0])
@@ -217,17 +218,35 @@ async def _call_by_hand(node: Node | Group, state: BaseModel) -> dict[str, Any]:
 
 def _contents(output: Any) -> dict[str, Any]:
     """What a child adds to the merged state."""
-    if isinstance(output, Kept):
-        output = output.root
-    if isinstance(output, BaseModel):
-        schema = schema_of(type(output))
-        values = schema.values(output)
-        return values["root"] if schema.root and isinstance(values["root"], dict) else values
-    if isinstance(output, dict):
-        return output
+    held = output.root if isinstance(output, Kept) else output
+    if isinstance(held, dict):
+        return _named(held)
+    if isinstance(held, BaseModel):
+        return _by_name(held, Schema.values)
     raise TypeError(
-        f"a child of parallel() returned {type(output).__name__}; only dicts and models can be merged"
+        f"a child of parallel() returned {type(held).__name__}; only dicts and models can be merged"
     )
+
+
+def _by_name(state: Any, values: Callable[[Schema, BaseModel], dict[str, Any]]) -> dict[str, Any]:
+    """The fields of a state, as ``values`` takes them; of a root model those of the dict or model that it holds."""
+    if isinstance(state, Kept) and isinstance(state.root, (BaseModel, dict)):
+        state = state.root
+    if isinstance(state, dict):
+        return _named(cast("dict[Any, Any]", isolate(state)))
+    schema = schema_of(type(state))
+    found = values(schema, state)
+    return _named(found["root"]) if schema.root and isinstance(found["root"], dict) else found
+
+
+def _named(fields: dict[Any, Any]) -> dict[str, Any]:
+    """A dict whose keys are names of fields; anything else would not be read back."""
+    odd = next((key for key in fields if not isinstance(key, str)), None)
+    if odd is not None:
+        raise TypeError(
+            f"a group needs fields with names, and there is the key {odd!r}; use text for all keys"
+        )
+    return fields
 
 
 def _item_value(output: BaseModel) -> Any:
@@ -266,7 +285,7 @@ def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
 @functools.lru_cache(maxsize=1024)
 def _with_list(name: str, base: type[BaseModel], into: str, item: type[BaseModel]) -> type[BaseModel]:
     """The model ``base`` with a field ``into: list[item]``."""
-    fields = _fields_of(base)
+    fields = {} if base.__pydantic_root_model__ and _is_open(base) else _fields_of(base)
     fields[into] = (list[Any] if item is Kept else list[item], ...)  # type: ignore[valid-type]
     return _make_model(name, fields, (base,))
 
@@ -290,9 +309,10 @@ def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseMode
 
 
 def _items(value: BaseModel, field: str) -> list[Any]:
-    items = schema_of(type(value)).fields(value).get(field)
+    fields = _by_name(value, Schema.fields)
+    items = fields.get(field)
     if not isinstance(items, (list, tuple)):
-        have = ", ".join(type(value).model_fields)
+        have = ", ".join(map(str, fields)) or "none"
         raise TypeError(
             f"map_over needs a list in field {field!r}, and there is {type(items).__name__}; fields: {have}"
         )

@@ -123,9 +123,9 @@ def svg(boxes: Sequence[Box], links: Iterable[Link], *, title: str) -> str:
         _put(box, children, places, x, top, width, column)
         x += width + _GAP
     bottom = max((p.y + p.height for p in places.values()), default=top)
-    drawn, depth = _links(links, places, bottom)
+    drawn, lowest = _links(links, places)
     width = max(x - _GAP + _MARGIN, 420)
-    height = bottom + depth + _MARGIN + 26
+    height = max(bottom, lowest) + _MARGIN + 26
     body = [_box(place, bool(children.get(place.box.id))) for place in places.values()]
     return "\n".join([
         f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
@@ -196,42 +196,56 @@ def _line_at(place: _Place, name: str, *, right: bool) -> float:
     return place.y + _HEAD / 2
 
 
-def _links(links: Iterable[Link], places: Mapping[str, _Place], bottom: float) -> tuple[list[str], float]:
-    """The paths, and how much room they take below the boxes."""
+def _links(links: Iterable[Link], places: Mapping[str, _Place]) -> tuple[list[str], float]:
+    """The paths, and the height of the lowest."""
     drawn: list[str] = []
-    lanes = 0
+    lowest = 0.0
     edges = {p.column: (p.x, p.x + p.width) for p in places.values() if not p.box.parent}
+    ends = {p.column: p.y + p.height for p in places.values() if not p.box.parent}
+    #: What one line feeds in one column goes there together.
+    lanes: dict[tuple[str, str, int], int] = {}
     for link in links:
         source, target = places.get(link.source), places.get(link.target)
         if source is None or target is None:
             continue
         x1, y1 = source.x + source.width, _line_at(source, link.source_line, right=True)
         x2, y2 = target.x, _line_at(target, link.target_line, right=False)
-        if target.column - source.column <= 1:
+        between = [ends[column] for column in range(source.column + 1, target.column)]
+        if not between:
             bend = max((x2 - x1) / 2, 24)
             path = f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
         else:
-            # Around the boxes between: below all of them, in a lane of its own.
-            lanes += 1
-            y = bottom + 6 + lanes * _LANE
+            # Around the boxes between: below the lowest of them, in a lane of its own.
+            lane = lanes.setdefault((link.source, link.source_line, target.column), len(lanes))
+            y = max(between) + 16 + lane * _LANE
+            lowest = max(lowest, y)
             # Between the columns, whatever frames the two boxes are in.
-            out = edges[source.column][1] - x1 + 12 + (lanes * 5) % 30
-            back = x2 - edges[target.column][0] + 12 + (lanes * 5) % 30
-            path = (
-                f"M{x1:.1f} {y1:.1f}h{out - 6}q6 0 6 6V{y - 6:.1f}q0 6 6 6H{x2 - back - 6:.1f}q6 0 6 -6V{y2 + 6:.1f}q0 -6 6 -6"
-                f"H{x2:.1f}"
-            )
+            out = edges[source.column][1] + 14 + (lane * 7) % 56
+            back = edges[target.column][0] - 14 - (lane * 7) % 56
+            path = _around(x1, y1, out, y, back, x2, y2)
         words = f"{link.source_line or source.box.title} → {link.target_line or target.box.title}"
         drawn.append(
             f'<path class="link {as_xml(link.tone)}" d="{path}"><title>{as_xml(words)}</title></path>'
         )
-        drawn += [f'<circle class="dot" cx="{x}" cy="{y}" r="3"/>' for x, y in ((x1, y1), (x2, y2))]
-    return drawn, lanes * _LANE + (12 if lanes else 0)
+        drawn += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in ((x1, y1), (x2, y2))]
+    return drawn, lowest
+
+
+def _around(x1: float, y1: float, out: float, y: float, back: float, x2: float, y2: float) -> str:
+    """A path that leaves a column, goes along a lane and comes to another column, its corners round."""
+    down, up = (
+        r if abs(y - end) >= 2 * abs(r) else 0
+        for r, end in ((6 if y > y1 else -6, y1), (6 if y2 > y else -6, y2))
+    )
+    return (
+        f"M{x1:.1f} {y1:.1f}H{out - 6:.1f}q6 0 6 {down}V{y - down:.1f}q0 {down} 6 {down}H{back - 6:.1f}"
+        f"q6 0 6 {up}V{y2 - up:.1f}q0 {up} 6 {up}H{x2:.1f}"
+    )
 
 
 def _box(place: _Place, is_frame: bool) -> str:
     box, x, y, width, height = place.box, place.x, place.y, place.width, place.height
-    title = f'<text class="title" x="{x + _PAD:.1f}" y="{y + 20:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
+    title = f'<text class="title" x="{x + _PAD:.1f}" y="{y + 19:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
     if is_frame:
         return (
             f'<g class="group"><rect class="frame" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="10"/>'
@@ -244,7 +258,7 @@ def _box(place: _Place, is_frame: bool) -> str:
         f'<path class="head" d="M{x + 0.5:.1f} {y + _HEAD - 8:.1f}v-{_HEAD - 16}q0 -7.5 7.5 -7.5h{width - 16:.1f}q7.5 0 7.5 7.5v{_HEAD - 16}z"/>',
         title,
         f'<text class="at" x="{x + width - _PAD:.1f}" y="{y + 20:.1f}">{as_xml(box.id)}</text>',
-        f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 34:.1f}">{as_xml(box.kind)}</text>',
+        f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 31:.1f}">{as_xml(box.kind)}</text>',
     ]
     start = y + _HEAD + (_SECTION if box.left_title or box.right_title else 0)
     middle = x + _PAD + _columns(box)[0] + _PAD / 2 if box.left else x + _PAD / 2

@@ -383,7 +383,8 @@ class Schema:
         names = model.__class__.model_fields
         out = {k: v for k, v in model.__dict__.items() if k in names and k not in self._excluded}
         if self._extra and model.__pydantic_extra__:
-            out.update({k: isolate(v) for k, v in model.__pydantic_extra__.items()})
+            # One may have the name of a field that has an alias: a field counts more.
+            out.update({k: isolate(v) for k, v in model.__pydantic_extra__.items() if k not in out})
         return out
 
     def values(self, model: BaseModel) -> dict[str, Any]:

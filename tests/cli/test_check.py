@@ -107,6 +107,23 @@ def test_check_writes_sarif(flows, inside):
     assert json.loads((flows.home / "out.sarif").read_text())["runs"][0]["results"] == []
 
 
+def test_sarif_of_all_that_can_be_found(flows, inside):
+    """A log of errors and warnings in groups, with ids and a file that are no plain text, is valid SARIF, too."""
+    (flows.home / "öd d.py").write_text((flows.home / "flows.py").read_text())
+    for name in ("odd", "unknown", "wrong"):
+        inside("check", f"öd d.py:{name}", "--sarif", "out.sarif")
+        log = json.loads((flows.home / "out.sarif").read_text())
+        assert problems_of(log) == []
+    uris = {
+        p["physicalLocation"]["artifactLocation"]["uri"]
+        for r in log["runs"][0]["results"]
+        for p in r["locations"]
+    }
+    assert uris == {"%C3%B6d%20d.py"}
+    log["runs"][0]["results"][0]["level"] = "fatal"
+    assert len(problems_of(log)) == 1
+
+
 def test_bad_calls_of_check(flows, inside, fails):
     """What is not there, or cannot be written, is one message with the mend."""
     fails(inside("check", "flows.py:nothing"), 4, "nothing", "flows.py:wrong")
@@ -133,7 +150,13 @@ def test_against_a_run_that_can_be_resumed(stroma, inside):
     assert done.code == 0
     assert done.out.splitlines()[-1] == "ok       run r1 (PARTIAL) can be resumed: all it has committed fits"
     data = json.loads(inside("check", "sums.py:pipeline", "--against", "r", "--json").out)
-    assert data["against"] == {"run_id": "r1", "status": "PARTIAL", "resumable": True, "changes": []}
+    assert data["against"] == {
+        "run_id": "r1",
+        "pipeline": "sums",
+        "status": "PARTIAL",
+        "resumable": True,
+        "changes": [],
+    }
     assert {path: path.read_bytes() for path in before} == before
 
 

@@ -82,6 +82,10 @@ def checks(names: str) -> tuple[str, ...]:
     return _tests("test_checks.py", names)
 
 
+def corners(names: str) -> tuple[str, ...]:
+    return _tests("test_checks_corners.py", names)
+
+
 def classifiers(names: str) -> tuple[str, ...]:
     return _tests("test_classifiers.py", names)
 
@@ -2894,7 +2898,7 @@ CHECKS = (
     Break(
         "missing-fields-pass",
         "A required field that is not given is an error.",
-        "_fit_inside.py",
+        "checks/_inside.py",
         'fits.append(Fit(Verdict.NEVER, (Reason(Verdict.NEVER, "missing", at, "", shown, what),)))',
         "pass",
         checks("test_a_field_that_is_not_given_is_an_error"),
@@ -2902,7 +2906,7 @@ CHECKS = (
     Break(
         "excluded-fields-count-as-given",
         "A field with exclude=True crosses no boundary.",
-        "_fit_records.py",
+        "checks/_records.py",
         'if item.get("serialization_exclude") or item.get("init_only")',
         'if item.get("init_only")',
         checks("test_an_excluded_field_is_not_handed_on"),
@@ -2910,7 +2914,7 @@ CHECKS = (
     Break(
         "names-win-over-aliases",
         "A value is looked up by alias first, then by name.",
-        "_fit_records.py",
+        "checks/_records.py",
         "(*wanted.keys, (wanted.name,)) if",
         "((wanted.name,), *wanted.keys) if",
         checks("test_an_alias_wins_over_the_name"),
@@ -2918,7 +2922,7 @@ CHECKS = (
     Break(
         "extra-fields-pass",
         "Who forbids extra fields never takes what gives more.",
-        "_fit_inside.py",
+        "checks/_inside.py",
         'if wanted.extra == "forbid":',
         "if False:",
         checks("test_forbidden_fields_are_an_error"),
@@ -2926,7 +2930,7 @@ CHECKS = (
     Break(
         "none-passes",
         "What may be None is told where None is not taken.",
-        "_fit_source.py",
+        "checks/_source.py",
         'return [source.to(node["schema"]), source.to({"type": "none"})]',
         'return [source.to(node["schema"])]',
         checks("test_optional_to_required_is_a_warning"),
@@ -2934,7 +2938,7 @@ CHECKS = (
     Break(
         "defaults-are-taken-for-validated",
         "A default that its own type does not have is told.",
-        "_fit_source.py",
+        "checks/_source.py",
         "and not _holds(inner, default)",
         "and False",
         checks("test_optional_to_required_is_a_warning"),
@@ -2942,7 +2946,7 @@ CHECKS = (
     Break(
         "one-refused-type-is-an-error",
         "A union is an error only if none of its types is taken.",
-        "_fit.py",
+        "checks/_fit.py",
         "if verdicts == {Verdict.NEVER}:",
         "if Verdict.NEVER in verdicts:",
         checks("test_a_union_is_taken_apart"),
@@ -2950,7 +2954,7 @@ CHECKS = (
     Break(
         "strict-mode-converts",
         "In strict mode what would be converted is an error.",
-        "_fit_leaves.py",
+        "checks/_leaves.py",
         'strict = bool(target.get("strict", target_config.get("strict", False)))',
         "strict = False",
         checks("test_strict_mode_converts_nothing"),
@@ -2958,7 +2962,7 @@ CHECKS = (
     Break(
         "bounds-pass",
         "A bound that is not promised may be broken.",
-        "_fit_leaves.py",
+        "checks/_leaves.py",
         "if bound is None or not _within(bound, wanted, upper):",
         "if False:",
         checks("test_narrowed_constraints_are_warnings"),
@@ -2966,7 +2970,7 @@ CHECKS = (
     Break(
         "bounds-never-exclude",
         "Constraints that exclude each other are an error.",
-        "_fit_leaves.py",
+        "checks/_leaves.py",
         "if other is not None and _outside(other, wanted, upper):",
         "if False:",
         checks("test_constraints_that_exclude_each_other_are_errors"),
@@ -2974,15 +2978,15 @@ CHECKS = (
     Break(
         "instances-are-no-instances",
         "A model crosses as the instance that it is where its class is named.",
-        "_fit_inside.py",
-        'return source.kind in ("model", "dataclass") and not self._accepted.isdisjoint(cls.__mro__)',
-        "return False",
+        "checks/_inside.py",
+        "self._as_is or not self._accepted.isdisjoint(cls.__mro__)",
+        "self._as_is",
         checks("test_an_instance_crosses_where_its_class_is_named"),
     ),
     Break(
         "validators-always-accept",
         "Where a validator of the target decides, that is said.",
-        "_fit.py",
+        "checks/_target.py",
         'own = undecided(path, source, target, f"the validator {name} decides")',
         "own = FITS",
         checks("test_validators_of_the_target_are_one_warning"),
@@ -2990,7 +2994,7 @@ CHECKS = (
     Break(
         "the-first-child-wins",
         "A merged state is checked by what the last child gives.",
-        "_flow.py",
+        "checks/_flow.py",
         "origins[name], sides[name] = by, side",
         "origins.setdefault(name, by), sides.setdefault(name, side)",
         checks("test_the_merged_state_is_checked_by_who_gave_each_field test_a_collision_tells_who_wins"),
@@ -2998,7 +3002,7 @@ CHECKS = (
     Break(
         "items-through-groups-are-wrapped",
         "An item that is no record never reaches the nodes of a group as a field.",
-        "_flow.py",
+        "checks/_flow.py",
         "bare = isinstance(child, Group)",
         "bare = False",
         checks("test_the_items_of_map_over_are_checked_against_the_node"),
@@ -3006,7 +3010,7 @@ CHECKS = (
     Break(
         "free-nodes-are-suspected",
         "Nothing is claimed about nodes without contract.",
-        "checks.py",
+        "checks/_check.py",
         "if not (state.loose and _is_guess(r))",
         "if True",
         checks("test_nothing_is_claimed_about_nodes_without_contract"),
@@ -3030,7 +3034,7 @@ CHECKS = (
     Break(
         "only-the-first-change",
         "Every change since a run is told.",
-        "resumable.py",
+        "checks/resumable.py",
         "found.append(Change(at, committed.node_id, str(error)))",
         "return [Change(at, committed.node_id, str(error))]",
         _tests("test_resumable.py", "test_every_change_is_told"),
@@ -3050,6 +3054,134 @@ CHECKS = (
         "code = Code.FAILED if errors or changes else Code.OK",
         "code = Code.OK",
         _tests("cli/test_check.py", "test_check_lists_errors_and_warnings"),
+    ),
+    Break(
+        "what-comes-first-is-not-asked",
+        "A validator that runs before all else may make anything of anything.",
+        "checks/_records.py",
+        "            return name_of(inner.node)\n",
+        '            return ""\n',
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "flags-are-their-members",
+        "A flag has more values than members.",
+        "checks/_leaves.py",
+        'if kind == "enum" and not is_flag(node):',
+        'if kind == "enum":',
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "enums-convert-nothing-themselves",
+        "The _missing_ of an enum decides what it takes.",
+        "checks/_leaves.py",
+        'return missing is not None and getattr(missing, "__module__", "enum") != "enum"',
+        "return False",
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "sets-hold-dicts",
+        "What is in a set stays the instance that it is.",
+        "checks/_inside.py",
+        "with self._whole_if(source.kind in SETS):",
+        "with self._whole_if(False):",
+        corners("test_what_never_works_is_an_error"),
+    ),
+    Break(
+        "keys-are-always-there",
+        "A key that need not be there is no error, whatever its type.",
+        "checks/_inside.py",
+        "return fit if name not in record.optional or required else at_most_maybe(fit)",
+        "return fit",
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "open-classes-hold-nothing-more",
+        "What a class may hold beside its fields is told.",
+        "checks/_inside.py",
+        "                    if record.is_open:\n",
+        "                    if False:\n",
+        corners("test_what_may_work_is_no_error_and_what_may_fail_is_told"),
+    ),
+    Break(
+        "excluded-fields-are-copied",
+        "A required field that is excluded is missed by its own class.",
+        "checks/_records.py",
+        'if node.get("serialization_exclude") and node["schema"]["type"] != "default":',
+        "if False:",
+        corners("test_an_excluded_field_that_is_required_is_missed_by_its_own_class"),
+    ),
+    Break(
+        "its-own-defaults-fit",
+        "A default that its own class refuses is told.",
+        "checks/_fit.py",
+        "schema_of(source)._given is not None",
+        "True",
+        corners("test_a_default_that_its_own_class_refuses_is_told"),
+    ),
+    Break(
+        "all-ways-are-gone",
+        "What was compared is not compared again.",
+        "checks/_fit.py",
+        "if full in self._known:",
+        "if False:",
+        corners("test_classes_that_hold_each_other_come_to_an_end"),
+    ),
+    Break(
+        "broken-outputs-break-the-check",
+        "An output that cannot be read is a warning.",
+        "checks/_flow.py",
+        "yield Unreadable(giver, giver, output, error)",
+        "pass",
+        corners("test_a_class_that_cannot_be_read_is_one_warning_wherever_it_stands"),
+    ),
+    Break(
+        "items-of-items-pass",
+        "An item without fields has no list that map_over could go over.",
+        "checks/_flow.py",
+        "return side.kind in LEAVES | LISTS\n",
+        "return False\n",
+        corners("test_groups_over_what_has_no_named_fields"),
+    ),
+    Break(
+        "made-of-themselves",
+        "What a class of the user's made is not made again of its own instance.",
+        "_core_schema.py",
+        'made.__module__.partition(".")[0] not in _PLAIN',
+        "False",
+        corners("test_what_a_class_of_ones_own_made_crosses_to_the_same_class"),
+    ),
+    Break(
+        "extra-fields-win",
+        "An extra key never takes the place of a field with an alias.",
+        "schemas.py",
+        "for k, v in model.__pydantic_extra__.items() if k not in out})",
+        "for k, v in model.__pydantic_extra__.items()})",
+        corners("test_an_extra_field_never_takes_the_place_of_a_field"),
+    ),
+    Break(
+        "kept-outputs-have-no-fields",
+        "map_over finds its list in what a node without a contract returned.",
+        "groups.py",
+        "if isinstance(state, Kept) and isinstance(state.root, (BaseModel, dict)):",
+        "if False:",
+        groups("test_map_over_what_no_class_names_the_fields_of"),
+    ),
+    Break(
+        "any-key-is-a-name",
+        "A dict with other keys than text is not merged.",
+        "groups.py",
+        "if odd is not None:",
+        "if False:",
+        groups("test_keys_that_are_no_names_are_refused"),
+    ),
+    Break(
+        "links-run-through-boxes",
+        "A link over a column runs below what stands there.",
+        "render.py",
+        "y = max(between) + 16",
+        "y = min(y1, y2) + 16",
+        _tests("test_render.py", "test_links_go_around_the_boxes_between"),
     ),
 )
 

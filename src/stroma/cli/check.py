@@ -10,6 +10,7 @@ import click
 
 from stroma.checkpoint.journal import Committed, RunRecord
 from stroma.checks import Finding, check_nodes
+from stroma.checks.resumable import Change, changes_since
 from stroma.cli.errors import Code, Problem
 from stroma.cli.load import load_pipeline
 from stroma.cli.output import emit, err, out
@@ -19,7 +20,6 @@ from stroma.cli.stores import Database, db_option
 from stroma.cli.words import clean, id_word, plural
 from stroma.contracts import ContractRegistry
 from stroma.nodes import find_node
-from stroma.resumable import Change, changes_since
 from stroma.runner import Pipeline
 
 __all__ = ["check"]
@@ -75,7 +75,7 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
     count = f"{plural(errors, 'error')}, {plural(len(findings) - errors, 'warning')}"
     err.line(f"{clean(pipeline.name, 100)}: {plural(len(nodes), 'node')}, {count}")
     if record is not None:
-        _tell_changes(record, changes)
+        _tell_changes(record, changes, pipeline)
     return code
 
 
@@ -134,17 +134,19 @@ def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str
 def _against_data(record: RunRecord, changes: list[Change]) -> dict[str, Any]:
     return {
         "run_id": record.run_id,
+        "pipeline": record.pipeline,
         "status": record.status,
         "resumable": not changes,
         "changes": [asdict(change) for change in changes],
     }
 
 
-def _tell_changes(record: RunRecord, changes: list[Change]) -> None:
+def _tell_changes(record: RunRecord, changes: list[Change], pipeline: Pipeline) -> None:
     name = f"run {clean(id_word(record.run_id), 100)} ({record.status})"
     if not changes:
         out.line(("ok      ", "green"), f" {name} can be resumed: all it has committed fits")
         return
-    out.line(("changed ", "bold red"), f" {name} cannot be resumed as it is")
+    other = "" if record.pipeline == pipeline.name else f"; it is a run of {clean(record.pipeline, 100)!r}"
+    out.line(("changed ", "bold red"), f" {name} cannot be resumed as it is{other}")
     for change in changes:
         out.line(f"         {change.at}  {clean(change.node_id, 60)}: {clean(change.message, 1000)}")

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import click
 
+from stroma.checks.lineage import lineage_of
 from stroma.cli.load import load_pipeline
 from stroma.cli.output import emit, out
 from stroma.contracts import ContractRegistry
-from stroma.lineage import lineage_of
 from stroma.nodes import find_node
 
 __all__ = ["graph"]

@@ -7,16 +7,24 @@ from __future__ import annotations
 
 import enum
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, Final, cast
+from typing import Any, Final, Literal, cast
 
 from stroma._core_schema import FLAT_LEAVES
 
-__all__ = ["LEAVES", "Mismatch", "Verdict", "choices_of", "fit_leaf", "length_mismatch", "limits_of", "worst"]
+__all__ = [
+    "LEAVES", "Kind", "Mismatch", "Verdict", "choices_of", "converts_itself", "fit_leaf", "holds_other", "in_words", "is_flag",
+    "length_mismatch", "limits_of", "worst",
+]  # fmt: skip
 
 Node = dict[str, Any]
+#: What may be wrong, in a word; docs/checks.md says what each of them means.
+Kind = Literal[
+    "missing", "type", "conversion", "constraint", "choices", "optional", "union", "extra", "unknown", "undecidable",
+    "items", "collision", "broken",
+]  # fmt: skip
 LEAVES: Final = FLAT_LEAVES | {"multi-host-url"}
 
 
@@ -30,10 +38,10 @@ class Verdict(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Mismatch:
-    """Why a plain value may be refused. ``kind``: see :class:`stroma.checks.Finding`."""
+    """Why a plain value may be refused."""
 
     verdict: Verdict
-    kind: str
+    kind: Kind
     what: str
 
 
@@ -95,6 +103,7 @@ _SHOWN: Final = (
     "allow_inf_nan",
     "now_op",
     "tz_constraint",
+    "version",
 )
 
 
@@ -112,9 +121,26 @@ def choices_of(node: Node) -> list[Any] | None:
         return [False, True]
     if kind == "literal":
         return list(node["expected"])
-    if kind == "enum":
+    if kind == "enum" and not is_flag(node):
         return list(node["members"])
     return None
+
+
+def is_flag(node: Node) -> bool:
+    """Whether it is an enum that holds more values than its members."""
+    return node["type"] == "enum" and issubclass(node["cls"], enum.Flag)
+
+
+def converts_itself(node: Node) -> bool:
+    """Whether it is an enum that makes members of other values by code of the user's."""
+    missing = getattr(node["cls"], "_missing_", None) if node["type"] == "enum" else None
+    return missing is not None and getattr(missing, "__module__", "enum") != "enum"
+
+
+def holds_other(node: Node) -> bool:
+    """Whether it is an enum of which some member's value is neither text nor a number."""
+    plain = (str, bytes, int, float, complex, type(None))
+    return node["type"] == "enum" and not all(isinstance(member.value, plain) for member in node["members"])
 
 
 def limits_of(node: Node, config: dict[str, Any]) -> dict[str, Any]:
@@ -130,10 +156,6 @@ def limits_of(node: Node, config: dict[str, Any]) -> dict[str, Any]:
     return found
 
 
-def is_constrained(node: Node, config: dict[str, Any]) -> bool:
-    return bool(limits_of(node, config))
-
-
 def fit_leaf(
     source: Node, source_config: dict[str, Any], target: Node, target_config: dict[str, Any]
 ) -> Mismatch | None:
@@ -147,9 +169,10 @@ def fit_leaf(
         return _to_choices(kind, target, strict)
     coerced = target.get("coerce_numbers_to_str", target_config.get("coerce_numbers_to_str"))
     if wanted == "str" and kind in ("int", "float", "decimal") and coerced and not strict:
-        found = "constraint" if is_constrained(target, target_config) else None
-        return None if found is None else _maybe(found, "what the number reads like is not known before")
-    if strict:
+        if not limits_of(target, target_config):
+            return None
+        return _maybe("constraint", "what the number reads like is not known before")
+    if strict and not (kind == "str" and wanted in ("url", "multi-host-url")):
         if wanted != kind and wanted not in _STRICT.get(kind, ()):
             return Mismatch(Verdict.NEVER, "type", "strict mode converts nothing")
     elif wanted not in _ALL.get(kind, ()):
@@ -164,7 +187,7 @@ def fit_leaf(
     return _constraints(source, source_config, target, target_config)
 
 
-def _maybe(kind: str, what: str) -> Mismatch:
+def _maybe(kind: Kind, what: str) -> Mismatch:
     return Mismatch(Verdict.MAYBE, kind, what)
 
 
@@ -182,8 +205,8 @@ def _to_choices(kind: str, target: Node, strict: bool) -> Mismatch | None:
     else:
         if strict:
             return Mismatch(Verdict.NEVER, "type", "strict mode takes members of the enum alone")
-        if "missing" in target:
-            return _maybe("undecidable", "the enum's own _missing_ decides")
+        if is_flag(target):
+            return _maybe("choices", "only combinations of its members are taken")
         values = [member.value for member in target["members"]]
     values += [v.value for v in values if isinstance(v, enum.Enum)]
     numbers = any(isinstance(v, (int, float, complex)) for v in values)
@@ -204,6 +227,8 @@ def _constraints(
         return _lengths(limits_of(source, source_config), limits_of(target, target_config))
     if wanted in ("url", "multi-host-url"):
         return _addresses(source, target)
+    if wanted == "uuid":
+        return _version(source.get("version"), target.get("version"))
     found = _bounds(source, target)
     if found is not None and found.verdict is Verdict.NEVER:
         return found
@@ -213,6 +238,14 @@ def _constraints(
         or _finite(source, source_config, target, target_config)
         or (_times(source, target) if kind == wanted or kind == "date" else None)
     )
+
+
+def _version(given: int | None, wanted: int | None) -> Mismatch | None:
+    if wanted is None or given == wanted:
+        return None
+    if given is None:
+        return _maybe("constraint", f"it may be no UUID of version {wanted}")
+    return Mismatch(Verdict.NEVER, "constraint", f"it is of version {given}, and must be of version {wanted}")
 
 
 def _bounds(source: Node, target: Node) -> Mismatch | None:
@@ -236,7 +269,18 @@ def _bounds(source: Node, target: Node) -> Mismatch | None:
 
 
 def _shown(target: Node, names: tuple[str, ...]) -> str:
-    return ", ".join(f"{name}={target[name]}" for name in names if target.get(name) is not None)
+    return ", ".join(
+        f"{name}={in_words(target[name], str)}" for name in names if target.get(name) is not None
+    )
+
+
+def in_words(value: Any, said: Callable[[Any], str] = repr) -> str:
+    """A value of the user's, cut short; the name of its class if it cannot be told."""
+    try:
+        text = said(value)
+    except Exception:  # A class of the user's.
+        return type(value).__name__
+    return text if len(text) <= 40 else text[:39] + "…"
 
 
 def _end(node: Node, closed: str, open_: str, step: int) -> tuple[Any, bool] | None:
@@ -270,7 +314,7 @@ def _digits(source: Node, target: Node) -> Mismatch | None:
             isinstance(step, int) or (step is None and source["type"] == "int")
         )
         if not (whole and cast("int", step or 1) % wanted == 0):
-            return _maybe("constraint", f"it may be no multiple of {wanted}")
+            return _maybe("constraint", f"it may be no multiple of {in_words(wanted, str)}")
     for name in ("max_digits", "decimal_places"):
         if target.get(name) is not None and any(source.get(n) != target.get(n) for n in _DIGITS[1:]):
             return _maybe("constraint", f"it may not keep to {name}={target[name]}")

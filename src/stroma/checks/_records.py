@@ -3,13 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Final
 
-if TYPE_CHECKING:
-    from stroma._fit_side import Side
+from stroma._core_schema import nodes_of, reachable
 
-__all__ = ["Record", "Wanted", "WantedField", "is_record", "look_up", "record_of", "wanted_of"]
+if TYPE_CHECKING:
+    from stroma.checks._side import Side
+
+__all__ = [
+    "Record",
+    "Wanted",
+    "WantedField",
+    "by_name",
+    "classes_of",
+    "first_word",
+    "is_record",
+    "look_up",
+    "loses_fields",
+    "name_of",
+    "record_of",
+    "wanted_of",
+]
 
 _EMPTY: Final[dict[str, Any]] = {}
 
@@ -102,7 +117,7 @@ def record_of(side: Side) -> Record:
         for item in node.get("computed_fields", ())
     }
     extra = node.get("extra_behavior") or config.get("extra_fields_behavior")
-    return Record(str(side), fields, frozenset(optional), extra == "allow", None, computed)
+    return Record(str(side), fields, frozenset(optional), extra == "allow", _extras(inner, config), computed)
 
 
 def wanted_of(side: Side) -> Wanted:
@@ -120,9 +135,56 @@ def wanted_of(side: Side) -> Wanted:
             WantedField(name, _side(inner, item, config), required, _keys(item.get("validation_alias")))
         )
     extra = node.get("extra_behavior") or config.get("extra_fields_behavior") or "ignore"
-    schema = node.get("extras_schema")
-    extras = None if schema is None else _side(inner, {"schema": schema}, config)
-    return Wanted(str(side), tuple(fields), extra, extras, _last_word(side))
+    return Wanted(str(side), tuple(fields), extra, _extras(inner, config), _last_word(side))
+
+
+def _extras(inner: Side, config: dict[str, Any]) -> Side | None:
+    """The type of extra fields, if the class says one."""
+    schema = inner.node.get("extras_schema")
+    return None if schema is None else _side(inner, {"schema": schema}, config)
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """What a validator function is called."""
+    function = node["function"].get("function")
+    return str(getattr(function, "__qualname__", None) or type(function).__name__)
+
+
+def first_word(side: Side) -> str:
+    """The validator of the user's that sees what comes before it is asked for fields, and may change it; or ""."""
+    if side.kind not in ("model", "dataclass") or side.node.get("root_model"):
+        return ""
+    inner = side.to(side.node["schema"]).resolved()
+    while inner.kind not in ("model-fields", "dataclass-args"):
+        if inner.kind != "function-after":
+            return name_of(inner.node)
+        inner = inner.to(inner.node["schema"]).resolved()
+    return ""
+
+
+def loses_fields(side: Side) -> bool:
+    """Whether a required field of a class, or of one inside of it, is excluded: no copy of it can be made then."""
+    seen: set[str] = set()
+    todo = [side.node]
+    while todo:
+        for node in nodes_of(todo.pop()):
+            if node.get("serialization_exclude") and node["schema"]["type"] != "default":
+                return True
+            ref = node.get("schema_ref")
+            if isinstance(ref, str) and ref not in seen:
+                seen.add(ref)
+                todo += [side.defs[ref]] if ref in side.defs else []
+    return False
+
+
+def classes_of(side: Side) -> frozenset[type]:
+    """The classes that a value of it holds, its own included."""
+    return reachable(side.node, side.defs)[1]
+
+
+def by_name(wanted: Wanted) -> Wanted:
+    """The same where the fields come by name alone: an alias may be the name of another field."""
+    return replace(wanted, fields=tuple(replace(field, keys=()) for field in wanted.fields))
 
 
 def _last_word(side: Side) -> str:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from stroma._core_schema import foreign
-from stroma._fit_leaves import limits_of
+from stroma.checks._leaves import in_words, limits_of
 
 __all__ = ["told"]
 
@@ -41,7 +41,7 @@ def told(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0
     if kind == "enum":
         return str(node["cls"].__name__)
     if kind == "literal":
-        return f"Literal[{', '.join(map(_value, node['expected']))}]"
+        return f"Literal[{', '.join(map(in_words, node['expected']))}]"
     if kind in ("is-instance", "is-subclass"):
         return str(node.get("cls_repr") or getattr(node["cls"], "__name__", node["cls"]))
     if kind == "nullable":
@@ -94,15 +94,7 @@ def _limits(node: dict[str, Any], config: dict[str, Any]) -> str:
     limits = limits_of(node, config)
     strict = ["strict"] if node.get("strict", config.get("strict")) else []
     parts = [
-        f"{name}={value!r}" if isinstance(value, str) else f"{name}={value}" for name, value in limits.items()
+        f"{name}={in_words(value, repr if isinstance(value, str) else str)}" for name, value in limits.items()
     ]
     parts = [*parts, *strict]
     return f" ({', '.join(parts)})" if parts else ""
-
-
-def _value(value: Any) -> str:
-    try:
-        text = repr(value)
-    except Exception:  # A class of the user's.
-        return type(value).__name__
-    return text if len(text) <= 40 else text[:39] + "…"

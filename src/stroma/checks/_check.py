@@ -4,84 +4,32 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Literal
 
 from pydantic import BaseModel
 
-from stroma._fit import Fitter, fit_classes
-from stroma._fit_leaves import Verdict
-from stroma._fit_side import Fit, Reason
-from stroma._flow import Collision, Crossing, Giver, State, flow_of, items_of, record_of_class
+from stroma.checks._finding import Finding
+from stroma.checks._fit import Fitter, fit_classes
+from stroma.checks._flow import (
+    Collision,
+    Crossing,
+    Giver,
+    State,
+    Unreadable,
+    flow_of,
+    holds_no_fields,
+    items_of,
+    record_of_class,
+)
+from stroma.checks._leaves import Kind, Verdict, in_words
+from stroma.checks._side import Fit, Reason, undecided
 from stroma.contracts import ContractRegistry
 from stroma.nodes import Group, Node
 
-__all__ = ["CheckFailed", "Finding", "check_nodes"]
+__all__ = ["check_nodes"]
 
-Kind = Literal[
-    "missing", "type", "conversion", "constraint", "choices", "optional", "union", "extra", "unknown", "undecidable",
-    "items", "collision", "broken",
-]  # fmt: skip
-_KINDS: Final[dict[str, Kind]] = {
-    kind: kind
-    for kind in (
-        "missing", "type", "conversion", "constraint", "choices", "optional", "union", "extra", "unknown", "undecidable",
-        "items", "collision", "broken",
-    )
-}  # fmt: skip
-
-
-@dataclass(frozen=True, slots=True)
-class Finding:
-    """One place where what a node gives does not, or not always, satisfy what the next one takes.
-
-    Attributes:
-        severity: "error": it can never work. "warning": it may fail, or may not be what was meant.
-        kind: a word for what is wrong; docs/checks.md has all of them.
-        source, target: the ids of the node that gives and of the one that takes; "input" is what the run begins with.
-        source_at, target_at: where they stand: the position, and the place in groups ("2", "2.0").
-        path: the field, as the target calls it: "address.street", "items[].price"; "" for the whole.
-        source_type, target_type: both types in words; "" where there is none.
-        message: what is wrong.
-        mend: what to do about it.
-    """
-
-    severity: Literal["error", "warning"]
-    kind: Kind
-    source: str
-    target: str
-    source_at: str
-    target_at: str
-    path: str
-    source_type: str
-    target_type: str
-    message: str
-    mend: str
-
-    def __str__(self) -> str:
-        where = f"{self.source!r} -> {self.target!r}" + (f", {self.path}" if self.path else "")
-        return f"{self.severity} ({self.kind}): {where}: {self.message}; {self.mend}"
-
-
-class CheckFailed(ValueError):
-    """The nodes of a pipeline cannot work one after the other, by their contracts.
-
-    Attributes:
-        findings: all errors, each a Finding with its mend.
-
-    Where: out of ``run()`` with ``RunConfig(check=True)``, before the store is opened and anything is called.
-    Cause: a node's output lacks a field that the next node needs, or gives it as a type that it never takes.
-    Mend: do what each finding says; ``runner.check(nodes)`` and ``stroma check`` give the same list, with the warnings.
-    """
-
-    def __init__(self, findings: Sequence[Finding]) -> None:
-        super().__init__(tuple(findings))
-        self.findings = tuple(findings)
-
-    def __str__(self) -> str:
-        count = len(self.findings)
-        head = "1 thing in this pipeline" if count == 1 else f"{count} things in this pipeline"
-        return "\n".join([f"{head} can never work:", *(f"  {finding}" for finding in self.findings)])
+#: The verdicts on pairs of classes, which pipelines repeat.
+Known = dict[tuple[type[BaseModel], type[BaseModel], bool], Fit]
 
 
 def check_nodes(
@@ -89,36 +37,47 @@ def check_nodes(
 ) -> list[Finding]:
     """Every finding, in the order of the nodes. A node without contract takes and gives anything: nothing is claimed.
 
-    ``initial``: the class of what the run begins with; without it, that is not looked at.
+    ``initial``: the class of what the run begins with; without it, that is not looked at. Raises TypeError for what is
+    no such class.
     """
+    if initial is not None and not (isinstance(initial, type) and issubclass(initial, BaseModel)):
+        raise TypeError(
+            f"input_schema is {in_words(initial)}; give the pydantic model class of what runs begin with"
+        )
     found: list[Finding] = []
+    known: Known = {}
     for one in flow_of(nodes, registry, initial):
-        found += [_of_collision(one)] if isinstance(one, Collision) else _of_crossing(one)
+        if isinstance(one, Crossing):
+            found += _of_crossing(one, known)
+        else:
+            found.append(_of_collision(one) if isinstance(one, Collision) else _of_unreadable(one))
     return list(dict.fromkeys(found))
 
 
 # ---------------------------------------------------------------------- crossings
 
 
-def _of_crossing(crossing: Crossing) -> Iterator[Finding]:
+def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     state, node = crossing.state, crossing.node
     if isinstance(node, Group):
         if node.each and state.model is not None:
             yield from _of_list(crossing, node, state.model)
+        elif node.each and state.item is not None and holds_no_fields(state.item):
+            by, to, given = state.giver, crossing.to, str(state.item)
+            yield Finding(
+                "error", "items", by.node_id, to.node_id, by.at, to.at, f"{state.list_at}[].{node.over}", given, "list",
+                f"{to.node_id!r} goes over {node.over} of each item of {state.list_at}, and those are {given}",
+                f"let the items be models with a list {node.over!r}",
+            )  # fmt: skip
         return
     if crossing.contract is None or (state.model is None and state.item is None):
         return
     wanted = crossing.contract.input_schema
     try:
-        fit = _fit(state, wanted)
-    except Exception as error:  # A class that is not fully defined, say.
-        what = f"the contract cannot be read: {type(error).__name__}: {error}"
-        yield Finding(
-            "warning", "broken", state.giver.node_id, crossing.to.node_id, state.giver.at, crossing.to.at, "",
-            "" if state.model is None else state.model.__name__, wanted.__name__, what,
-            "define what its annotations name, and call model_rebuild()",
-        )  # fmt: skip
-        return
+        fit = _fit(state, wanted, known)
+    except Exception as error:  # Classes of the user's take part, in comparisons and the like.
+        given = "" if state.model is None else state.model.__name__
+        fit = undecided((), given, wanted.__name__, f"comparing them raised {type(error).__name__}")
     reasons = [r for r in fit.reasons if not (state.loose and _is_guess(r))]
     for reason in reasons:
         if reason.kind != "undecidable":
@@ -126,11 +85,14 @@ def _of_crossing(crossing: Crossing) -> Iterator[Finding]:
     yield from _undecided(crossing, [reason for reason in reasons if reason.kind == "undecidable"])
 
 
-def _fit(state: State, wanted: type[BaseModel]) -> Fit:
+def _fit(state: State, wanted: type[BaseModel], known: Known) -> Fit:
     if state.item is not None:
         return Fitter(None, wanted, apart=True).fit_item(state.item, bare=state.bare)
     assert state.model is not None
-    return fit_classes(state.model, wanted, apart=state.apart)
+    pair = state.model, wanted, state.apart
+    if pair not in known:
+        known[pair] = fit_classes(state.model, wanted, apart=state.apart)
+    return known[pair]
 
 
 def _is_guess(reason: Reason) -> bool:
@@ -151,7 +113,7 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
     message, mend = _told(crossing, wanted, reason, by, path)
     severity: Literal["error", "warning"] = "error" if reason.verdict is Verdict.NEVER else "warning"
     return Finding(
-        severity, _KINDS[reason.kind], by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
+        severity, reason.kind, by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
         message, mend,
     )  # fmt: skip
 
@@ -237,7 +199,8 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
     """Whether the field that ``map_over`` goes over is a list."""
     state, to = crossing.state, crossing.to
     by = state.origins.get(node.over, state.giver)
-    side = record_of_class(model).fields.get(node.over)
+    record = record_of_class(model)
+    side = record.fields.get(node.over)
     target = repr(to.node_id)
 
     def finding(
@@ -248,11 +211,18 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
             f"{target} goes over {node.over}, and {what}", mend,
         )  # fmt: skip
 
-    if side is None:
-        if not state.loose and not record_of_class(model).is_open:
-            mend = f"add a list {node.over!r} to the output of {by.node_id!r}, or name another field"
-            yield finding("error", "missing", "", f"{model.__name__} has no such field", mend)
+    if side is None and not record.is_open:
+        mend = f"add a list {node.over!r} to the output of {by.node_id!r}, or name another field"
+        yield finding("error", "missing", "", f"{model.__name__} has no such field", mend)
         return
+    if side is None:
+        if not state.loose:
+            mend = f"declare a list {node.over!r} in the output of {by.node_id!r}"
+            what = f"it may be among what {model.__name__} holds beside its fields, or may not"
+            yield finding("warning", "missing", "", what, mend)
+        if record.others is None:
+            return
+        side = record.others
     kind, given = side.resolved(), str(side)
     while kind.kind == "default":
         kind = kind.to(kind.node["schema"]).resolved()
@@ -272,6 +242,17 @@ def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterato
         mend = f"declare it as a list in the output of {by.node_id!r}"
         what = f"{by.node_id!r} gives it as {given}: only a list or a tuple will do"
         yield finding("error" if plain else "warning", "type" if plain else "union", given, what, mend)
+
+
+def _of_unreadable(found: Unreadable) -> Finding:
+    is_output = found.source == found.to
+    name = str(getattr(found.model, "__name__", found.model))
+    return Finding(
+        "warning", "broken", found.source.node_id, found.to.node_id, found.source.at, found.to.at, "",
+        name if is_output else "", "" if is_output else name,
+        f"the {'output' if is_output else 'input'} of {found.to.node_id!r} cannot be read: {found.error}",
+        "correct its class; if that names classes which come later, call model_rebuild() once they are there",
+    )  # fmt: skip
 
 
 def _of_collision(found: Collision) -> Finding:

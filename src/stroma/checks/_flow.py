@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma._fit_records import Record, record_of
-from stroma._fit_side import Side
+from stroma._core_schema import never_a_dict
+from stroma.checks._leaves import LEAVES
+from stroma.checks._records import Record, record_of
+from stroma.checks._side import LISTS, Side
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import schema_of
 
-__all__ = ["Collision", "Crossing", "Giver", "State", "flow_of", "items_of", "record_of_class"]
+__all__ = [
+    "Collision",
+    "Crossing",
+    "Giver",
+    "State",
+    "Step",
+    "Unreadable",
+    "flow_of",
+    "holds_no_fields",
+    "items_of",
+    "record_of_class",
+]
 
 Contract = NodeContract[Any, Any]
 
@@ -81,11 +94,32 @@ class Collision:
     types: tuple[str, str]
 
 
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A class of a contract that cannot be read, as its annotations are not defined, say. Nothing is claimed of it.
+
+    Attributes:
+        source, to: who gives what the class is of, and who takes it; both are the node itself for its output.
+        error: why it cannot be read.
+    """
+
+    source: Giver
+    to: Giver
+    model: Any
+    error: str
+
+
+Step = Crossing | Collision | Unreadable
+
+
 def flow_of(
     nodes: Sequence[Node | Group], registry: ContractRegistry, initial: type[BaseModel] | None = None
-) -> Iterator[Crossing | Collision]:
+) -> Iterator[Step]:
     """Every crossing and collision, in the order of the nodes; a group before its children."""
     start = Giver("input", "input")
+    if initial is not None and (error := _unreadable(initial)):
+        yield Unreadable(start, start, initial, error)
+        initial = None
     state = State(initial, start, _origins(initial, start))
     walk = _Walk(registry)
     for position, node in enumerate(nodes):
@@ -95,14 +129,24 @@ def flow_of(
 
 
 def record_of_class(model: type[BaseModel]) -> Record:
-    """What of a model crosses, by name; of a root model nothing has a name."""
-    schema = schema_of(model)
-    if schema.root:
-        return Record(model.__name__, {}, is_open=True)
-    side = Side.of(model).resolved()
-    while side.kind != "model":
-        side = side.to(side.node["schema"]).resolved()
-    return record_of(side)
+    """What of a model crosses into a group, by name; of a root model the keys of its dict, or all of it as "root"."""
+    if not schema_of(model).root:
+        return record_of(Side.of_model(model))
+    root = Side.of_root(model).resolved()
+    if never_a_dict(root.node):
+        return Record(model.__name__, {"root": root})
+    if root.kind == "dict":
+        return replace(record_of(root), name=model.__name__)
+    return Record(model.__name__, {}, is_open=True)
+
+
+def _unreadable(model: Any) -> str:
+    """Why a class cannot be read; "" if it can."""
+    try:
+        schema_of(model)
+    except Exception as error:  # Whatever pydantic, or code of the user's, raises.
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""
 
 
 def _origins(model: type[BaseModel] | None, giver: Giver) -> dict[str, Giver]:
@@ -115,22 +159,26 @@ class _Walk:
     def __init__(self, registry: ContractRegistry) -> None:
         self._registry = registry
 
-    def through(
-        self, node: Node | Group, state: State, at: str
-    ) -> Generator[Crossing | Collision, None, State]:
+    def through(self, node: Node | Group, state: State, at: str) -> Generator[Step, None, State]:
         giver = Giver(node.node_id, at)
         if isinstance(node, Node):
             contract = self._registry.find(node.node_id) or node.contract
-            output = None if contract is None else contract.output_schema
+            output = None
+            if contract is not None:
+                output = contract.output_schema
+                if error := _unreadable(output):
+                    yield Unreadable(giver, giver, output, error)
+                    output = None
+                if error := _unreadable(contract.input_schema):
+                    yield Unreadable(state.giver, giver, contract.input_schema, error)
+                    contract = None
             yield Crossing(node, giver, state, contract, output)
             return State(output, giver, _origins(output, giver), loose=output is None)
         if node.each:
             return (yield from self._each(node, state, giver))
         return (yield from self._side_by_side(node, state, giver))
 
-    def _side_by_side(
-        self, node: Group, state: State, giver: Giver
-    ) -> Generator[Crossing | Collision, None, State]:
+    def _side_by_side(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
         yield Crossing(node, giver, state, None, None)
         made: list[State] = []
         for index, child in enumerate(node.children):
@@ -150,11 +198,13 @@ class _Walk:
         model = node.joined(_Anything, [one.model or Kept for one in made])
         return State(model, giver, origins, loose=any(one.loose for one in made))
 
-    def _each(self, node: Group, state: State, giver: Giver) -> Generator[Crossing | Collision, None, State]:
+    def _each(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
         yield Crossing(node, giver, state, None, None)
-        fields = {} if state.model is None else record_of_class(state.model).fields
+        record = Record("", {}) if state.model is None else record_of_class(state.model)
+        fields = record.fields
         origin = state.origins.get(node.over, state.giver)
-        item = items_of(fields[node.over]) if node.over in fields else None
+        over = fields.get(node.over, record.others)
+        item = None if over is None else items_of(over)
         model = None
         if item is not None:
             inner = item.resolved()
@@ -171,6 +221,14 @@ class _Walk:
         origins = {**state.origins, node.into: made.giver}
         # What the items are made by is no concern of the other fields.
         return State(joined, giver, origins, loose=state.loose or state.model is None)
+
+
+def holds_no_fields(side: Side) -> bool:
+    """Whether no value of it can have fields, or keys."""
+    side = side.resolved()
+    while side.kind in ("default", "nullable"):
+        side = side.to(side.node["schema"]).resolved()
+    return side.kind in LEAVES | LISTS
 
 
 def items_of(side: Side) -> Side | None:

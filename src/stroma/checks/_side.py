@@ -9,17 +9,18 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from stroma._core_schema import core_schema_of, nodes_of
-from stroma._fit_leaves import Mismatch, Verdict, worst
-from stroma._fit_text import told
+from stroma.checks._leaves import Kind, Mismatch, Verdict, worst
+from stroma.checks._text import told
 
 __all__ = [
-    "EMPTY", "FITS", "LISTS", "UNKNOWN", "Fit", "Reason", "Side", "all_of", "at_most_maybe", "one_of", "part_of", "parts_of",
+    "EMPTY", "FITS", "LISTS", "SETS", "UNKNOWN", "Fit", "Reason", "Side", "all_of", "at_most_maybe", "one_of", "part_of", "parts_of",
     "span_of", "undecided", "verdict_on",
 ]  # fmt: skip
 
 EMPTY: Final[dict[str, Any]] = {}
 UNKNOWN: Final[dict[str, Any]] = {"type": "any"}
-LISTS: Final = frozenset({"list", "set", "frozenset", "tuple"})
+SETS: Final = frozenset({"set", "frozenset"})
+LISTS: Final = SETS | {"list", "tuple"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,7 +33,7 @@ class Reason:
     """
 
     verdict: Verdict
-    kind: str
+    kind: Kind
     path: tuple[str, ...]
     source: str
     target: str
@@ -62,6 +63,20 @@ class Side:
     def of(cls, model: type[BaseModel]) -> Side:
         core = core_schema_of(model)
         return cls(core, EMPTY, {n["ref"]: n for n in nodes_of(core) if "ref" in n})
+
+    @classmethod
+    def of_model(cls, model: type[BaseModel]) -> Side:
+        """The class itself, past the validators around it."""
+        side = cls.of(model).resolved()
+        while side.kind != "model":
+            side = side.to(side.node.get("schema", UNKNOWN)).resolved()
+        return side
+
+    @classmethod
+    def of_root(cls, model: type[BaseModel]) -> Side:
+        """What a root model holds."""
+        side = cls.of_model(model)
+        return cls(side.node["schema"], side.node.get("config") or EMPTY, side.defs)
 
     def to(self, node: dict[str, Any]) -> Side:
         return replace(self, node=node)

@@ -9,10 +9,11 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma import render
-from stroma._fit_records import Record, Wanted, is_record, look_up, record_of, wanted_of
-from stroma._fit_side import EMPTY, UNKNOWN, Side
-from stroma._flow import Crossing, flow_of, record_of_class
-from stroma.checks import Finding, check_nodes
+from stroma.checks._check import check_nodes
+from stroma.checks._finding import Finding
+from stroma.checks._flow import Crossing, flow_of, record_of_class
+from stroma.checks._records import Record, Wanted, is_record, look_up, record_of, wanted_of
+from stroma.checks._side import Side
 from stroma.contracts import ContractRegistry
 from stroma.nodes import Group, Node
 from stroma.render import Box, Line, Link, Tone
@@ -77,7 +78,7 @@ class Lineage:
                     write(box.id, indent + "    ")
                     lines.append(f"{indent}end")
                 else:
-                    types = f"{box.left_title} → {box.right_title}" if box.left_title else box.right_title
+                    types = " → ".join(filter(None, (box.left_title, box.right_title)))
                     label = _mermaid(box.title) + (f"<br/>{_mermaid(types)}" if types else "")
                     lines.append(f'{indent}{name}["{label}"]')
 
@@ -171,10 +172,11 @@ class _Maker:
             self.boxes.append(Box(at, node.node_id, "no contract", parent))
             self.links.append(Link(crossing.state.giver.at, "", at, "", "unknown"))
             return
-        taken, given = crossing.contract.input_schema, crossing.contract.output_schema
+        taken, given = crossing.contract.input_schema, crossing.output  # None: it cannot be read.
         left = self._takes(crossing, taken)
-        right = tuple(Line(name, str(side)) for name, side in _fields(given).items())
-        self.boxes.append(Box(at, node.node_id, "node", parent, left, right, taken.__name__, given.__name__))
+        right = () if given is None else tuple(Line(name, str(side)) for name, side in _fields(given).items())
+        promised = "" if given is None else given.__name__
+        self.boxes.append(Box(at, node.node_id, "node", parent, left, right, taken.__name__, promised))
 
     def _over(self, crossing: Crossing, group: Group) -> None:
         if crossing.state.giver.at == "input" and crossing.state.model is None:
@@ -248,16 +250,10 @@ def _wanted(model: type[BaseModel]) -> Wanted | None:
     """The fields that a class takes; None for a root model."""
     if schema_of(model).root:
         return None
-    side = Side.of(model).resolved()
-    while side.kind != "model":
-        side = side.to(side.node["schema"]).resolved()
-    return wanted_of(side)
+    return wanted_of(Side.of_model(model))
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Side]:
     if not schema_of(model).root:
         return dict(record_of_class(model).fields)
-    side = Side.of(model).resolved()
-    while side.kind != "model":
-        side = side.to(side.node.get("schema", UNKNOWN)).resolved()
-    return {"root": Side(side.node["schema"], side.node.get("config") or EMPTY, side.defs)}
+    return {"root": Side.of_root(model)}

@@ -8,14 +8,14 @@ from collections.abc import Callable
 from typing import Any, Final, cast
 
 from pydantic import TypeAdapter
-from pydantic_core import PydanticUndefined
+from pydantic_core import PydanticUndefined, SchemaValidator, ValidationError
 
-from stroma._core_schema import decodes, foreign, nodes_of
-from stroma._fit_leaves import LEAVES, choices_of
-from stroma._fit_records import record_of
-from stroma._fit_side import EMPTY, LISTS, UNKNOWN, Side
+from stroma._core_schema import decodes, foreign, makes_instances, nodes_of
+from stroma.checks._leaves import LEAVES, choices_of
+from stroma.checks._records import record_of
+from stroma.checks._side import EMPTY, LISTS, UNKNOWN, Side
 
-__all__ = ["alike", "alternatives_of", "is_harmless", "name_of", "tags_of"]
+__all__ = ["alike", "alternatives_of", "chosen", "is_harmless", "tags_of"]
 
 
 def alternatives_of(source: Side, kept: Callable[[Side], bool]) -> list[Side] | None:
@@ -72,6 +72,8 @@ def alike(source: Side, target: Side) -> bool:
     """Whether both are the very same type: what was validated by it once is taken by it."""
     if source.kind != target.kind or source.kind == "any":
         return False
+    if any(map(makes_instances, nodes_of(source.node))):
+        return False
     if source.node is target.node:
         same = not any(foreign(n) or decodes(n) or n["type"] in _LOOKED_INTO for n in nodes_of(source.node))
     else:
@@ -81,19 +83,31 @@ def alike(source: Side, target: Side) -> bool:
 
 def tags_of(source: Side, discriminator: Any) -> list[Any] | None:
     """The values that a record's discriminator can have; None if they are not known."""
-    if not isinstance(discriminator, str):
+    record = record_of(source)
+    ways = [discriminator] if isinstance(discriminator, str) else discriminator
+    if not isinstance(ways, list):
         return None
-    field = record_of(source).fields.get(discriminator)
-    if field is None:
+    # One name, or a list of ways: each the keys that lead to it.
+    names = [way if isinstance(way, str) else way[0] for way in ways if isinstance(way, str) or len(way) == 1]
+    name = next((name for name in names if name in record.fields), None)
+    if name is None or name in record.optional or len(names) < len(ways):
         return None
+    field = record.fields[name]
     while True:
         field = field.resolved()
         if field.kind not in ("default", "nullable"):
-            values = choices_of(field.node)
-            return None if values is None else [getattr(v, "value", v) for v in values]
+            return choices_of(field.node)
         if field.kind == "nullable":
             return None
         field = field.to(field.node["schema"])
+
+
+def chosen(tags: list[Any], value: Any) -> Any:
+    """The tag of a union that a value stands for, as pydantic finds it; None if there is none."""
+    try:
+        return SchemaValidator({"type": "literal", "expected": tags}).validate_python(value)
+    except ValidationError:
+        return None
 
 
 def _made_by(node: dict[str, Any]) -> dict[str, Any]:
@@ -135,11 +149,6 @@ def _takes_value(node: dict[str, Any]) -> bool:
     return (kind == "enum" and isinstance(function, operator.attrgetter)) or (
         kind == "literal" and function is not None and not foreign(node)
     )
-
-
-def name_of(node: dict[str, Any]) -> str:
-    function = node["function"].get("function")
-    return str(getattr(function, "__qualname__", None) or type(function).__name__)
 
 
 def _same(one: Any, other: Any) -> bool:

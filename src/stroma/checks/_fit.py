@@ -8,17 +8,30 @@ where functions decide, that is all that is said.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
-from typing import Any, cast
+from dataclasses import dataclass, replace
+from typing import Any, Final
 
 from pydantic import BaseModel
-from pydantic_core import SchemaValidator
 
-from stroma._core_schema import decodes, foreign, nodes_of
-from stroma._fit_inside import Inside
-from stroma._fit_leaves import LEAVES, Mismatch, Verdict, choices_of, fit_leaf
-from stroma._fit_records import Record, is_record, record_of, wanted_of
-from stroma._fit_side import (
+from stroma.checks._leaves import (
+    LEAVES,
+    Mismatch,
+    Verdict,
+    choices_of,
+    fit_leaf,
+    holds_other,
+    is_flag,
+)
+from stroma.checks._records import (
+    Record,
+    by_name,
+    first_word,
+    is_record,
+    loses_fields,
+    record_of,
+    wanted_of,
+)
+from stroma.checks._side import (
     EMPTY,
     FITS,
     LISTS,
@@ -26,12 +39,11 @@ from stroma._fit_side import (
     Fit,
     Reason,
     Side,
-    all_of,
-    one_of,
     undecided,
     verdict_on,
 )
-from stroma._fit_source import alike, alternatives_of, is_harmless, name_of, tags_of
+from stroma.checks._source import alike, alternatives_of
+from stroma.checks._target import Taking
 from stroma.schemas import schema_of
 
 __all__ = ["Fitter", "fit_classes"]
@@ -39,12 +51,26 @@ __all__ = ["Fitter", "fit_classes"]
 
 def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool = False) -> Fit:
     """Whether each model of the one class crosses to the other. ``apart``: models inside come as dicts."""
-    if source is target and not apart:
-        return FITS  # What a class has validated crosses to itself unchanged.
+    noted = source is target and not apart and schema_of(source)._given is not None
+    if noted and not loses_fields(Side.of_model(source)):
+        return FITS  # The engine notes what such a class has validated, which crosses to itself unchanged.
     return Fitter(source, target, apart=apart).fit()
 
 
-class Fitter(Inside):
+_OFTEN: Final = 100
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """The verdict on two types, and where it was made. They are held, so that no others can have their ids."""
+
+    fit: Fit
+    path: tuple[str, ...]
+    source: Side
+    target: Side
+
+
+class Fitter(Taking):
     """One pair of classes."""
 
     def __init__(
@@ -63,6 +89,9 @@ class Fitter(Inside):
         #: Text that the source has decoded is not decoded again.
         self._decoded = bool(wanted) and wanted <= given
         self._open: set[tuple[int, int]] = set()
+        #: What was found of types that hold others, in the order in which that was done.
+        self._known: dict[Any, _Known] = {}
+        self._told = 0
 
     def fit(self) -> Fit:
         """The verdict on the two classes."""
@@ -72,14 +101,14 @@ class Fitter(Inside):
             return undecided(
                 (), self.source, self.target, f"{self.target_class.__name__}.model_validate decides"
             )
-        side = self.source
-        while side.kind != "model":  # What wraps it are validators that have had their say.
-            side = side.to(side.node.get("schema", UNKNOWN)).resolved()
+        if not schema_of(self.source_class)._computed:  # Inside of itself it has nothing to add then.
+            own, its = Side.of_model(self.source_class), Side.of_model(self.target_class)
+            self._open.add((id(own.node), id(its.node)))
+        # What wraps the class are validators that have had their say.
         if schema_of(self.source_class).root:
-            config = side.node.get("config") or EMPTY
             self._accepted = self._accepts("root")
-            return self.match(Side(side.node["schema"], config, side.defs), self.target, ())
-        return self._whole(record_of(side))
+            return self.match(Side.of_root(self.source_class), self.target, ())
+        return self._whole(record_of(Side.of_model(self.source_class)))
 
     def _accepts(self, name: str) -> frozenset[type]:
         return frozenset() if self.apart else self.target_schema._accepts.get(name, frozenset())
@@ -128,10 +157,16 @@ class Fitter(Inside):
             return self._record_to(record, target, ())
         if target.node.get("custom_init"):
             return undecided((), record.name, target, f"{target}.__init__ decides")
+        first = first_word(target)
+        if first:
+            return undecided((), record.name, target, f"the validator {first} decides")
         if target.node.get("root_model"):
             config = target.node.get("config") or EMPTY
             return self._through(record, replace(target.to(target.node["schema"]), config=config))
-        return self._fields(record, wanted_of(target), (), outermost=True)
+        wanted = wanted_of(target)
+        if self.source_class is self.target_class:
+            wanted = by_name(wanted)
+        return self._fields(record, wanted, (), outermost=True)
 
     # ------------------------------------------------------------------ any two types
 
@@ -141,11 +176,34 @@ class Fitter(Inside):
         key = id(source.node), id(target.node)
         if key in self._open:  # A type inside itself: it fits if all the rest of it does.
             return FITS
+        if source.kind in LEAVES or target.kind in LEAVES:
+            return self._match(source, target, path)
+        full = (*key, id(source.config), id(target.config), self._accepted, self._as_is)
+        if full in self._known:
+            return self._again(self._known[full], path)
+        before = len(self._known)
         self._open.add(key)
         try:
-            return self._match(source, target, path)
+            fit = self._match(source, target, path)
         finally:
             self._open.discard(key)
+        if fit.verdict is not Verdict.ALWAYS:
+            # What fits inside of it may do so only if all of it did.
+            for other in list(self._known)[before:]:
+                if self._known[other].fit.verdict is Verdict.ALWAYS:
+                    del self._known[other]
+        self._known[full] = _Known(fit, path, source, target)
+        return fit
+
+    def _again(self, known: _Known, path: tuple[str, ...]) -> Fit:
+        """What was found of two types before, told of another place: once that was done often enough, the first of it."""
+        reasons = known.fit.reasons
+        self._told += len(reasons)
+        if self._told > _OFTEN:
+            reasons = reasons[:1]
+        start = len(known.path)
+        moved = tuple(replace(reason, path=(*path, *reason.path[start:])) for reason in reasons)
+        return Fit(known.fit.verdict, moved)
 
     def _match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
         if target.kind == "any" or alike(source, target):
@@ -168,6 +226,13 @@ class Fitter(Inside):
         values = choices_of(source.node)
         if values is not None:
             return self._choices(source, values, target, path)
+        if is_flag(source.node):
+            if wanted == "enum" and source.node["cls"] is target.node["cls"]:
+                return FITS
+            return undecided(path, source, target, "combinations of its members have values of their own")
+        if holds_other(target.node):
+            found = Mismatch(Verdict.MAYBE, "choices", "only the values of its members are taken")
+            return verdict_on(found, source, target, path)
         if kind in LEAVES and wanted in LEAVES:
             return verdict_on(
                 fit_leaf(source.node, source.config, target.node, target.config), source, target, path
@@ -181,8 +246,8 @@ class Fitter(Inside):
         if kind == "dict":
             if wanted == "dict":
                 return self._dict(source, target, path)
-            if is_record(target) and (wanted != "dataclass" or not self._is_strict(target)):
-                return self._fields(record_of(source), wanted_of(target), path)
+            if is_record(target):
+                return self._record_to(record_of(source), target, path)
         known = LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}
         if kind in known and wanted in known:
             return verdict_on(
@@ -193,10 +258,10 @@ class Fitter(Inside):
             )
         if kind == "is-instance" and wanted == "str" and isinstance(source.node["cls"], type):
             cls = source.node["cls"]
-            if (
-                cls is not object
-                and not issubclass(cls, str | bytes | bytearray)
-                and not hasattr(cls, "__members__")
+            if not (
+                issubclass(str, cls)
+                or issubclass(cls, str | bytes | bytearray)
+                or hasattr(cls, "__members__")
             ):
                 return verdict_on(
                     Mismatch(Verdict.NEVER, "type", f"a {source} is no text"), source, target, path
@@ -235,155 +300,6 @@ class Fitter(Inside):
                     what = f"it may be {_article(alternative)}, which is not taken"
                 reasons.append(replace(reason, verdict=Verdict.MAYBE, kind=kind, what=what, source=given))
         return Fit(Verdict.MAYBE, tuple(dict.fromkeys(reasons)))
-
-    def _choices(self, source: Side, values: list[Any], target: Side, path: tuple[str, ...]) -> Fit:
-        """A type of a few values: each is tried."""
-        try:
-            schema: Any = {"type": "definitions", "schema": target.node, "definitions": []}
-            schema["definitions"] = [n for n in target.defs.values() if n is not target.node]
-            refers = any(n["type"] == "definition-ref" for n in nodes_of(target.node))
-            if any(
-                (foreign(n) and not is_harmless(n)) or (n["type"] == "enum" and "missing" in n)
-                for n in nodes_of(target.node)
-            ):
-                return undecided(path, source, target, "a validator decides")
-            validator = SchemaValidator(
-                cast("Any", schema if refers else target.node), cast("Any", target.config)
-            )
-        except Exception:  # Half of a schema is not always one.
-            return undecided(path, source, target, "it cannot be told before it runs")
-        refused = []
-        for value in values:
-            try:
-                validator.validate_python(value)
-            except Exception:
-                refused.append(value)
-        if not refused:
-            return FITS
-        if len(refused) == len(values):
-            found = Mismatch(Verdict.NEVER, "type", "none of its values is taken")
-            if source.kind == "none":
-                found = Mismatch(Verdict.NEVER, "type", "None is not taken")
-        else:
-            shown = ", ".join(repr(value) for value in refused[:3]) + (", ..." if len(refused) > 3 else "")
-            found = Mismatch(Verdict.MAYBE, "choices", f"of its values {shown} is not taken")
-        return verdict_on(found, source, target, path)
-
-    # ------------------------------------------------------------------ what the target takes
-
-    def _unwrap_target(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit | None:
-        """The verdict, if the target is made of other types; None if it is one by itself."""
-        node, kind = target.node, target.kind
-        if kind == "default":
-            if node.get("on_error", "raise") == "default":
-                return FITS
-            return self.match(source, target.to(node["schema"]), path)
-        if kind == "nullable":
-            return FITS if source.kind == "none" else self.match(source, target.to(node["schema"]), path)
-        if kind == "union":
-            return self._any_of(
-                source,
-                target,
-                [target.to(c[0] if isinstance(c, tuple) else c) for c in node["choices"]],
-                path,
-            )
-        if kind == "tagged-union":
-            return self._tagged(source, target, path)
-        if kind == "lax-or-strict":
-            strict = self._is_strict(target)
-            return self.match(source, target.to(node["strict_schema" if strict else "lax_schema"]), path)
-        if kind == "chain":
-            steps = [self.match(source, target.to(step), path) for step in node["steps"]]
-            if steps[0].verdict is Verdict.NEVER:
-                return steps[0]
-            if all(step["type"] == "is-instance" for step in node["steps"][:-1]):
-                return all_of(steps)
-            return undecided(path, source, target, "it is validated in several steps")
-        if kind == "json":
-            inner = node.get("schema", UNKNOWN)
-            if self._decoded:
-                return self.match(source, target.to(inner), path)
-            if source.kind in ("any", "str", "bytes"):
-                found = Mismatch(Verdict.MAYBE, "conversion", "only text that is JSON is taken")
-            elif source.kind in LEAVES | LISTS | {"dict", "model", "dataclass", "typed-dict"}:
-                found = Mismatch(Verdict.NEVER, "type", "only JSON text is taken")
-            else:
-                return undecided(path, source, target, "it cannot be told before it runs")
-            return verdict_on(found, source, target, path)
-        if kind == "model" and node.get("root_model") and not self._is_one(source, node["cls"]):
-            inner = replace(target.to(node["schema"]), config=node.get("config") or EMPTY)
-            if node.get("custom_init"):
-                return undecided(path, source, target, f"{target}.__init__ decides")
-            return self.match(source, inner, path)
-        if kind.startswith("function-"):
-            return self._past_function(target, path, source, lambda inner: self.match(source, inner, path))
-        return None
-
-    def _past_function(self, target: Side, path: tuple[str, ...], source: Side | str, go_on: Any) -> Fit:
-        node = target.node
-        inner: Fit = go_on(target.to(node["schema"])) if "schema" in node else Fit(Verdict.MAYBE)
-        if decodes(node):
-            if self._decoded or inner.verdict is Verdict.NEVER:
-                return inner
-            what = "only text that is encoded so is taken"
-            return Fit(
-                Verdict.MAYBE, (Reason(Verdict.MAYBE, "conversion", path, str(source), str(target), what),)
-            )
-        if node["type"] == "function-after":
-            if inner.verdict is Verdict.NEVER:
-                return inner
-            if isinstance(node["function"].get("function"), type) or is_harmless(node):
-                return inner
-            name = name_of(node)
-            if not foreign(node):
-                what = f"not every {source} is a {target}"
-                own = verdict_on(Mismatch(Verdict.MAYBE, "conversion", what), source, target, path)
-            else:
-                own = undecided(path, source, target, f"the validator {name} decides")
-            return all_of([inner, own])
-        if node["type"] == "function-wrap" and not foreign(node) and "schema" in node:
-            inside = target.to(node["schema"]).resolved().kind
-            if inside in ("url", "multi-host-url", *LISTS):
-                return inner
-        return undecided(path, source, target, f"the validator {name_of(node)} decides")
-
-    def _any_of(self, source: Side, target: Side, choices: list[Side], path: tuple[str, ...]) -> Fit:
-        fits = [self.match(source, choice, path) for choice in choices]
-        best = min((fit.verdict for fit in fits), default=Verdict.NEVER)
-        if best is Verdict.ALWAYS:
-            return FITS
-        if best is Verdict.NEVER:
-            return verdict_on(
-                Mismatch(Verdict.NEVER, "type", "none of the types takes it"), source, target, path
-            )
-        likely = [fit for fit in fits if fit.verdict is Verdict.MAYBE]
-        if len(likely) == 1:
-            return likely[0]
-        kinds = {reason.kind for fit in likely for reason in fit.reasons}
-        kind = "undecidable" if "undecidable" in kinds else "union"
-        what = "some of its values may be taken by none of the types"
-        return Fit(Verdict.MAYBE, (Reason(Verdict.MAYBE, kind, path, str(source), str(target), what),))
-
-    def _tagged(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        choices = {tag: target.to(choice) for tag, choice in target.node["choices"].items()}
-        tags = tags_of(source, target.node["discriminator"]) if is_record(source) else None
-        if tags is None:
-            found = self._any_of(source, target, list(choices.values()), path)
-            if found.verdict is Verdict.NEVER:
-                return found
-            return undecided(path, source, target, "its tag is not known before it runs")
-        fits = [self.match(source, choices[tag], path) for tag in tags if tag in choices]
-        strange = [tag for tag in tags if tag not in choices]
-        if not strange:
-            return all_of(fits) if len(fits) <= 1 or all(f == fits[0] for f in fits) else one_of(fits)
-        shown = ", ".join(map(repr, strange[:3]))
-        verdict = Verdict.MAYBE if fits else Verdict.NEVER
-        return verdict_on(
-            Mismatch(verdict, "choices", f"its tag may be {shown}, which none of the types has"),
-            source,
-            target,
-            path,
-        )
 
 
 def _article(side: Side) -> str:

@@ -1,0 +1,474 @@
+"""The static checker where types are odd: each verdict is held against what the engine does with real outputs."""
+
+from __future__ import annotations
+
+import asyncio
+import enum
+import time
+import uuid
+import xml.etree.ElementTree as ElementTree
+from collections import deque
+from collections.abc import Collection, Hashable
+from typing import Annotated, Any, ClassVar, Literal, Optional
+
+import pytest
+from pydantic import (
+    UUID1,
+    UUID4,
+    AnyUrl,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    InstanceOf,
+    RootModel,
+    computed_field,
+    create_model,
+    model_validator,
+)
+from pydantic.dataclasses import dataclass
+from pydantic_core import core_schema
+from typing_extensions import TypedDict
+
+from stroma import (
+    ContractRegistry,
+    FailureClass,
+    FailurePolicy,
+    Finding,
+    NodeContract,
+    RunStatus,
+    StromaRunner,
+    map_over,
+    parallel,
+    stroma_node,
+)
+from stroma.checks.lineage import lineage_of
+from stroma.nodes import find_node
+
+ONCE = {cls: FailurePolicy(max_retries=0) for cls in FailureClass}
+
+
+class Text(BaseModel):
+    text: str
+
+
+class Anything(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def node(
+    node_id: str, taken: type[BaseModel] = Anything, given: type[BaseModel] = Anything, returned: Any = None
+) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=taken, output_schema=given)
+
+    async def func(state: Any) -> Any:
+        return returned
+
+    return stroma_node(node_id, contract)(func)
+
+
+def made(annotation: Any, **options: Any) -> type[BaseModel]:
+    """A class with one field, x."""
+    config = ConfigDict(arbitrary_types_allowed=True, **options)
+    return create_model("Made", __config__=config, x=(annotation, ...))
+
+
+def check(*nodes: Any) -> list[Finding]:
+    return StromaRunner.quick().check(nodes)
+
+
+async def works(given: type[BaseModel], taken: type[BaseModel], output: Any) -> bool:
+    """Whether a run of two nodes gets from the one class to the other."""
+    nodes = [node("a", given=given, returned=output), node("b", taken, returned={})]
+    result = await StromaRunner.quick(policy_map=ONCE).run(nodes, Anything())
+    assert any(event.node_id == "a" and event.failure is None for event in result.trace), result.failure
+    return result.status is RunStatus.COMPLETED
+
+
+def severities(given: type[BaseModel], taken: type[BaseModel]) -> set[str]:
+    found = check(node("a", given=given), node("b", taken))
+    assert not [finding for finding in found if "raised" in finding.message]
+    return {finding.severity for finding in found}
+
+
+class Level(enum.Enum):
+    LOW = "low"
+
+    @classmethod
+    def _missing_(cls, value: object) -> Level:
+        return cls.LOW
+
+
+class Rights(enum.IntFlag):
+    READ = 1
+    WRITE = 2
+
+
+class Low(enum.IntEnum):
+    ONE = 1
+    TWO = 2
+
+
+class Pairs(enum.Enum):
+    ONE = (1, 2)
+
+
+class Colour(enum.Enum):
+    RED = "red"
+    BLUE = "blue"
+
+
+class Red(BaseModel):
+    kind: Literal[Colour.RED] = Colour.RED
+
+
+class Blue(BaseModel):
+    kind: Literal[Colour.BLUE] = Colour.BLUE
+
+
+class Word(BaseModel):
+    kind: Literal["red"] = "red"
+
+
+Coloured = Annotated[Red | Blue, Field(discriminator="kind")]
+
+
+class Number(BaseModel):
+    n: int
+
+
+class Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True)
+    n: int
+
+
+class Filled(BaseModel):
+    n: int
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill(cls, raw: Any) -> Any:
+        return {"n": 1}
+
+
+@dataclass(config=ConfigDict(strict=True))
+class StrictPoint:
+    n: int
+
+
+class Optionally(TypedDict, total=False):
+    n: int
+
+
+class Open(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    n: int
+
+
+class Typed(BaseModel):
+    model_config = ConfigDict(extra="allow")
+    __pydantic_extra__: dict[str, int]
+    n: int
+
+
+class WithTags(BaseModel):
+    n: int
+    tags: list[str] = []
+
+
+class WithText(BaseModel):
+    n: str = ""
+
+
+class Secretive(BaseModel):
+    n: int
+    hidden: int = Field(exclude=True)
+
+
+class Own:
+    """A class of a user's, that pydantic makes of text."""
+
+    def __init__(self, text: str) -> None:
+        self.text = text
+
+    @classmethod
+    def __get_pydantic_core_schema__(cls, source: Any, handler: Any) -> Any:
+        return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
+
+
+NEVER: list[tuple[Any, Any, Any]] = [
+    (Number, StrictPoint, {"n": 1}),
+    (set[Frozen], list[Number], [{"n": 1}]),
+    (Red, Annotated[Word | Blue, Field(discriminator="kind")], {}),
+]
+MAYBE: list[tuple[Any, Any, Any, bool]] = [
+    (int, Level, 1, True), (list[int], Level, [1], True), (Number, Level, {"n": 1}, True),
+    (Rights, Low, 3, False), (Rights, Annotated[int, Field(multiple_of=3)], 3, True),
+    (tuple[int, ...], Pairs, (1, 2), True),
+    (Hashable, str, "a", True), (Collection[int], Hashable, [1], False),
+    (Literal[1, "1", None], Number | None, None, True), (Literal["1", "2"], Annotated[int, BeforeValidator(int)], "1", True),
+    (int, Filled, 1, True), (Text, Filled, {"text": "a"}, True),
+    (Optionally, dict[str, list[int]], {}, True), (Optionally, WithText, {}, True), (Optionally, WithText, {"n": 1}, False),
+    (Optionally, Annotated[dict[str, int], Field(min_length=1)], {}, False),
+    (Annotated[dict[str, int], Field(max_length=0)], dict[str, Number], {}, True),
+    (Open, WithTags, {"n": 1, "tags": 5}, False), (Open, Typed, {"n": 1, "m": "a"}, False),
+    (Typed, WithTags, {"n": 1, "tags": 5}, False), (Typed, dict[Literal["n"], int], {"n": 1, "m": 2}, False),
+]  # fmt: skip
+FITS: list[tuple[Any, Any, Any]] = [
+    (Red, Coloured, {}), (set[Frozen], list[Frozen], [{"n": 1}]), (Annotated[list[int], Field(max_length=0)], list[Number], []),
+    (deque[int], deque[int], [1]), (Rights, Rights, 3),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("given", "taken", "output"), NEVER, ids=str)
+async def test_what_never_works_is_an_error(given: Any, taken: Any, output: Any) -> None:
+    """What the engine refuses whatever the output is told as an error."""
+    assert severities(made(given), made(taken)) == {"error"}
+    assert not await works(made(given), made(taken), {"x": output})
+
+
+@pytest.mark.parametrize(("given", "taken", "output", "passes"), MAYBE, ids=str)
+async def test_what_may_work_is_no_error_and_what_may_fail_is_told(
+    given: Any, taken: Any, output: Any, passes: bool
+) -> None:
+    """Where one output passes it is no error; where one fails there is a finding."""
+    found = severities(made(given), made(taken))
+    assert await works(made(given), made(taken), {"x": output}) is passes
+    assert "error" not in found if passes else found
+
+
+@pytest.mark.parametrize(("given", "taken", "output"), FITS, ids=str)
+async def test_what_always_works_is_not_told(given: Any, taken: Any, output: Any) -> None:
+    """What passes whatever the output has no finding."""
+    assert severities(made(given), made(taken)) == set()
+    assert await works(made(given), made(taken), {"x": output})
+
+
+async def test_strict_mode_takes_text_for_an_address() -> None:
+    """A URL is made of text in strict mode, too."""
+    assert severities(made(str), made(AnyUrl, strict=True)) == {"warning"}
+    assert await works(made(str), made(AnyUrl, strict=True), {"x": "http://a.b/"})
+
+
+async def test_uuids_have_versions() -> None:
+    """A UUID of another version is never taken, and one of any version may not be."""
+    assert [(f.severity, f.kind) for f in check(node("a", given=made(UUID4)), node("b", made(UUID1)))] == [
+        ("error", "constraint")
+    ]
+    assert severities(made(uuid.UUID), made(UUID1)) == {"warning"}
+    assert not await works(made(UUID4), made(UUID1), {"x": uuid.uuid4()})
+
+
+# ---------------------------------------------------------------------- the same class on both sides
+
+
+async def test_a_default_that_its_own_class_refuses_is_told() -> None:
+    """A default is not validated, so the same class on both sides may refuse it."""
+    defaulted = create_model("Defaulted", n=(int, None))
+    assert [(f.severity, f.kind) for f in check(node("a", given=defaulted), node("b", defaulted))] == [
+        ("warning", "optional")
+    ]
+    assert not await works(defaulted, defaulted, {})
+    assert await works(defaulted, defaulted, {"n": 1})
+
+
+async def test_an_excluded_field_that_is_required_is_missed_by_its_own_class() -> None:
+    """An excluded field crosses no boundary, not to the same class and not inside of another field either."""
+    holder = made(Secretive)
+    for cls, output in ((Secretive, {"n": 1, "hidden": 2}), (holder, {"x": {"n": 1, "hidden": 2}})):
+        found = check(node("a", given=cls), node("b", cls))
+        assert [(f.severity, f.kind, f.path.rpartition(".")[2]) for f in found] == [
+            ("error", "missing", "hidden")
+        ]
+        assert not await works(cls, cls, output)
+
+
+async def test_a_class_with_an_alias_fits_itself() -> None:
+    """Between the same class on both sides values go by name, though an alias may be the name of another field."""
+    crossed = create_model("Crossed", a=(int, Field(alias="b")), b=(str, Field(alias="c")))
+    assert severities(crossed, crossed) == set()
+    assert await works(crossed, crossed, {"b": 1, "c": "x"})
+
+
+async def test_what_a_class_of_ones_own_made_crosses_to_the_same_class() -> None:
+    """A class that pydantic makes of text is not made again of its own instance; another class refuses it."""
+    one, two = made(Own), made(Own, title="two")
+    assert severities(one, one) == set()
+    assert await works(one, one, {"x": "a"})
+    assert severities(one, two) == {"error"}
+    assert not await works(one, two, {"x": "a"})
+
+
+async def test_an_extra_field_never_takes_the_place_of_a_field() -> None:
+    """An extra key that has the name of a field with an alias is not handed on as that field."""
+    open_ = create_model("Open", __config__=ConfigDict(extra="allow"), n=(int, Field(alias="number")))
+    assert severities(open_, open_) == set()
+    assert await works(open_, open_, {"number": 1, "n": "other"})
+
+
+# ---------------------------------------------------------------------- groups
+
+
+def bare(node_id: str, returned: Any) -> Any:
+    async def func(state: Any) -> Any:
+        return returned
+
+    return stroma_node(node_id, None)(func)  # type: ignore[arg-type]
+
+
+Words = RootModel[dict[str, list[str]]]
+WORK: Any = map_over("x", node("work", Text, Text, {"text": "b"}), into="y")
+END: Any = node("end", create_model("End", y=(list[Text], ...)), Text, {"text": ""})
+GROUPED: list[tuple[list[Any], set[str], bool]] = [
+    ([node("a", given=Words, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
+    ([node("a", given=Words, returned={"z": ["a"]}), WORK, END], {"warning"}, False),
+    ([node("a", given=RootModel[dict[str, int]], returned={"x": 1}), WORK], {"error", "warning"}, False),
+    ([node("a", given=RootModel[list[str]], returned=["a"]), WORK], {"error"}, False),
+    ([node("a", given=RootModel[list[str]], returned=["a"]), map_over("root", node("w", Text, Text, {"text": ""}), into="y"), END],
+     set(), True),
+    ([node("a", given=Anything, returned={"x": ["a"]}), WORK, END], {"warning"}, True),
+    ([bare("a", {"x": ["a"]}), WORK, END], set(), True),
+    ([node("a", given=made(list[str]), returned={"x": ["a"]}), map_over("x", WORK, into="y")], {"error"}, False),
+    ([node("a", given=made(list[made(list[str])]), returned={"x": [{"x": ["a"]}]}), map_over("x", WORK, into="y")], set(), True),
+    ([parallel(node("a", given=RootModel[list[str]], returned=["a"])), node("b", create_model("R", root=(list[str], ...)), Text, {"text": ""})],
+     set(), True),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("nodes", "found", "passes"), GROUPED)
+async def test_groups_over_what_has_no_named_fields(nodes: list[Any], found: set[str], passes: bool) -> None:
+    """map_over and parallel() are judged by what they do with root models, open classes and nodes without a contract."""
+    findings = check(*nodes)
+    assert {finding.severity for finding in findings} == found, findings
+    result = await StromaRunner.quick(policy_map=ONCE).run(nodes, Anything())
+    assert (result.status is RunStatus.COMPLETED) is passes, result.failure
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+def broken() -> type[BaseModel]:
+    return create_model("Broken", x=("NotThere", ...))
+
+
+BROKEN: list[Any] = [
+    lambda: [node("a", Text, broken()), node("b", Text)],
+    lambda: [node("a", broken(), Text)],
+    lambda: [parallel(node("a", Text, broken()), node("b", Text, Text)), node("c", Text)],
+    lambda: [node("a", Text, broken()), map_over("x", node("b", Text, Text), into="y")],
+    lambda: [map_over("x", node("b", Text, broken()), into="y"), node("c", Anything)],
+    lambda: [node("a", Text, BaseModel)],
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("nodes", BROKEN)
+def test_a_class_that_cannot_be_read_is_one_warning_wherever_it_stands(nodes: Any) -> None:
+    """A class that names what is not defined breaks no check, be it an input or an output, in a group or not."""
+    (finding,) = check(*nodes())
+    assert (finding.severity, finding.kind) == ("warning", "broken")
+    assert "cannot be read" in finding.message
+
+
+@pytest.mark.parametrize("nodes", BROKEN)
+def test_a_class_that_cannot_be_read_is_a_box_without_lines(nodes: Any) -> None:
+    """What flows where is shown of a pipeline with a class that cannot be read, in every form."""
+    lineage = lineage_of("p", [find_node(node) for node in nodes()], ContractRegistry())
+    assert ElementTree.fromstring(lineage.svg()).tag.endswith("svg")
+    assert {box["node_id"] for box in lineage.data()["nodes"]} >= {"input"}
+    assert lineage.mermaid().startswith("flowchart LR")
+
+
+def test_the_class_of_the_input_must_be_one() -> None:
+    """What is no model class is refused as the class of what runs begin with, in words."""
+    with pytest.raises(TypeError, match="give the pydantic model class of what runs begin with"):
+        StromaRunner.quick().check([node("a")], input_schema="Text")  # type: ignore[arg-type]
+
+
+def test_values_that_cannot_be_told_break_no_check() -> None:
+    """Defaults, limits and members whose repr and comparisons raise end in verdicts all the same."""
+
+    class Hostile:
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+        __str__ = __repr__
+        __hash__: ClassVar[Any] = object.__hash__
+
+        def __eq__(self, other: object) -> bool:
+            raise RuntimeError("no")
+
+    class Mood(enum.Enum):
+        GOOD = "good"
+
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+        __str__ = __repr__
+
+    classes = [
+        made(Mood), made(Literal["a"]), made(InstanceOf[Hostile]), create_model("D", x=(int, Hostile())),
+        create_model("E", x=(Mood, Mood.GOOD)), made(Annotated[int, Field(ge=5)]),
+    ]  # fmt: skip
+    for given in classes:
+        for taken in classes:
+            assert all(str(finding) for finding in check(node("a", given=given), node("b", taken)))
+
+
+def tangle(name: str, annotation: Any, size: int = 10) -> type[BaseModel]:
+    """A class of which every class inside holds every other one."""
+    namespace: dict[str, Any] = {}
+    names = [f"{name}{i}" for i in range(size)]
+    for own in names:
+        fields: dict[str, Any] = {f"to_{other[len(name) :]}": (Optional[other], None) for other in names}  # noqa: UP045
+        namespace[own] = create_model(own, x=(annotation, ...), **fields)
+    for model in namespace.values():
+        model.model_rebuild(_types_namespace=namespace)
+    first: type[BaseModel] = namespace[names[0]]
+    return first
+
+
+@pytest.mark.parametrize(("annotation", "severity"), [(float, set()), (list[int], {"error", "warning"})])
+def test_classes_that_hold_each_other_come_to_an_end(annotation: Any, severity: set[str]) -> None:
+    """Ten classes that all hold each other have more ways through them than can be gone, and are judged at once."""
+    one, two = tangle("One", int), tangle("Two", annotation)
+    begun = time.process_time()
+    found = check(node("a", given=one), node("b", two))
+    assert {finding.severity for finding in found} == severity
+    assert len(found) < 2000
+    assert time.process_time() - begun < 60  # Going all ways would take hours.
+
+
+def test_a_computed_field_counts_for_the_outermost_alone() -> None:
+    """Inside of itself a class hands on its fields alone, so what it computes is missing there."""
+
+    class Computing(BaseModel):
+        kids: list[Computing] = []
+
+        @computed_field  # type: ignore[prop-decorator]
+        @property
+        def n(self) -> int:
+            return 1
+
+    class Counted(BaseModel):
+        n: int
+        kids: list[Counted] = []
+
+    found = check(node("a", given=Computing), node("b", Counted))
+    assert [(f.severity, f.kind, f.path) for f in found] == [("error", "missing", "kids[].n")]
+    assert asyncio.run(works(Computing, Counted, {}))
+    assert not asyncio.run(works(Computing, Counted, {"kids": [{}]}))
+
+
+def test_a_long_pipeline_is_checked_once_for_each_pair_of_classes() -> None:
+    """A thousand nodes of two classes compare these once, and tell of every place."""
+    wide = create_model("Wide", **{f"f{i}": (list[int] | None, ...) for i in range(5)})  # type: ignore[call-overload]
+    narrow = create_model("Narrow", **{f"f{i}": (list[int], ...) for i in range(5)})  # type: ignore[call-overload]
+    assert len(check(*(node(f"n{i}", narrow, wide) for i in range(1000)))) == 999 * 5
+
+
+async def test_the_same_node_twice_and_no_node_at_all() -> None:
+    """A node may stand anywhere, several times; nothing is found in nothing."""
+    again = node("again", Text, Text, {"text": ""})
+    assert check(again, again, again) == check() == []
+    one = node("one", given=create_model("N", n=(int, ...)), returned={"n": 1})
+    assert [(f.source_at, f.target_at) for f in check(one, again, one, again)] == [("0", "1"), ("2", "3")]
