@@ -2149,3 +2149,44 @@ async def test_reported_usage_must_be_countable() -> None:
 
     result = await quick().run([node("a", func)], Num())
     assert (result.status, len(refused), result.total_tokens) == (RunStatus.COMPLETED, 5, 0)
+
+
+async def test_a_decorator_on_top_of_a_node_is_called() -> None:
+    """What a user's decorator puts around a node runs, also around one that was wrapped to carry its marks."""
+    order: list[str] = []
+
+    def logged(func: Any) -> Any:
+        @functools.wraps(func)
+        async def wrapper(*given: Any) -> Any:
+            order.append("before")
+            return await func(*given)
+
+        return wrapper
+
+    async def body(state: Num) -> dict[str, Any]:
+        order.append("body")
+        return {"n": state.n + 1}
+
+    contract: NodeContract[Num, Num] = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
+    other: NodeContract[Num, Num] = NodeContract(node_id="b", input_schema=Num, output_schema=Num)
+    first = logged(stroma_node("a", contract)(body))
+    second = logged(stroma_node("b", other)(body))  # Serves as "a" already, so it is wrapped.
+    result = await StromaRunner.quick().run([first, second, first], Num(n=0))
+    assert result.final_state == Num(n=3), result.failure
+    assert order == ["before", "body"] * 3
+
+
+async def test_a_method_that_was_marked_in_its_class() -> None:
+    """A node decorated in a class is, as a bound method, called with its object and the state."""
+    contract: NodeContract[Num, Num] = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
+
+    class Steps:
+        def __init__(self, by: int) -> None:
+            self.by = by
+
+        @stroma_node("a", contract)
+        async def add(self, state: Num) -> dict[str, Any]:
+            return {"n": state.n + self.by}
+
+    result = await StromaRunner.quick().run([Steps(2).add, Steps(3).add], Num(n=0))
+    assert result.final_state == Num(n=5), result.failure

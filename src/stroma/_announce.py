@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 from pydantic import BaseModel
@@ -43,13 +43,13 @@ async def tell_end(
         ctx.session.delivered(row)
 
 
-async def fire_success(
+def fire_success(
     ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel, row: Row
-) -> None:
+) -> Coroutine[Any, Any, None]:
     run.ended = row
     calls = ctx.fire.on_node_success
     assert calls is not None
-    await tell_end(
+    return tell_end(
         ctx,
         run,
         calls,

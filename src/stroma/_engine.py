@@ -139,7 +139,7 @@ async def execute(
     except Exception as broken:
         return await _without_plan(ctx, run, value, broken)
     # Rows hold encoded snapshots where the trace knows the schemas that read them.
-    run.compact = ctx.trace.adopt(node.node_id, plan)
+    run.compact = ctx.trace.adopt(node.node_id, plan if plan[0] is not None else _as_seen(plan, value))
     if step is not None:
         run.step = step
     CURRENT.set(run)
@@ -276,8 +276,7 @@ async def _attempt(
     fire = ctx.fire
     try:
         if given is None:
-            value = ctx.settled(value)
-            state, picture = _take_unvalidated(node, value)
+            state, picture = _take_unvalidated(ctx, run, node, value)
         elif ctx.pictured is None or value is not ctx.newest:
             state, picture = given.take(value, run.compact)
         elif not run.compact:
@@ -434,11 +433,21 @@ def _ended(run: NodeExecution, node: Node | Group, begin: int) -> int:
     return now - begin
 
 
-def _take_unvalidated(node: Node | Group, value: BaseModel) -> tuple[BaseModel, Snapshot]:
+def _as_seen(plan: Plan, value: BaseModel) -> Plan:
+    """How to read the rows of an execution whose input is not validated."""
+    return schema_of(type(value)), plan[1], None
+
+
+def _take_unvalidated(
+    ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, value: BaseModel
+) -> tuple[BaseModel, Snapshot]:
     """The input of a node without a contract, or of a group, each child of which takes its own copy."""
-    schema = schema_of(type(value))
-    picture = schema.state(value)
-    return value if isinstance(node, Group) else schema.copy(value), picture
+    schema, pictured = schema_of(type(value)), ctx.pictured
+    if run.compact and type(node) is Node and value is ctx.newest and type(pictured) is Packed:
+        return schema.restore(pictured), pictured
+    value = ctx.settled(value)
+    picture = schema.snapshot(value) if run.compact else schema.state(value)
+    return value if type(node) is not Node else schema.copy(value), picture
 
 
 def _raw_picture(value: Any) -> dict[str, Any]:

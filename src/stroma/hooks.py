@@ -175,9 +175,18 @@ class Hooks:
             begin = perf_counter()
             try:
                 awaitable = hook(*arguments())
-                if not inspect.isawaitable(awaitable):
+                if type(awaitable) is types.CoroutineType:
+                    # Most hooks never wait: they are over with their first step, and need no timer and nobody to await.
+                    try:
+                        waiting_for = awaitable.send(None)
+                    except StopIteration:
+                        pass
+                    else:
+                        await _bounded(awaitable.__await__(), waiting_for, self._limit)
+                elif inspect.isawaitable(awaitable):
+                    await _awaited(awaitable, self._limit)
+                else:
                     raise _not_async(event, hook, node_id, awaitable, index)
-                await _bounded(awaitable, self._limit)
                 if self._limit is not None and perf_counter() - begin > self._limit:
                     # It was not interrupted, so it never gave the event loop a chance to.
                     logger.warning(
@@ -267,14 +276,22 @@ def _not_async(event: str, hook: object, node_id: str | None, returned: object, 
 
 
 @types.coroutine
-def _bounded(awaitable: Any, limit: float | None) -> Generator[Any, Any, None]:
-    """Await in the current task; a timer is armed only if the awaitable suspends at all."""
+def _awaited(awaitable: Any, limit: float | None) -> Generator[Any, Any, None]:
+    """Await any awaitable in the current task; a timer is armed only if it suspends at all."""
     # A generator-based coroutine is awaitable without having __await__.
     iterator = awaitable if inspect.isgenerator(awaitable) else awaitable.__await__()
     try:
         waiting_for = next(iterator)
     except StopIteration:
         return
+    yield from _bounded(iterator, waiting_for, limit)
+
+
+@types.coroutine
+def _bounded(
+    iterator: Generator[Any, Any, Any], waiting_for: Any, limit: float | None
+) -> Generator[Any, Any, None]:
+    """Go on with what has suspended, for as long as the limit says."""
     if limit is None:
         yield from _rest(iterator, waiting_for)
         return

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import inspect
+import types
 from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeAlias, TypeVar, overload
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar, overload
 
 from pydantic import BaseModel, RootModel
 
@@ -194,19 +195,32 @@ def _forward(func: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+_FORWARDING: Final = _forward(_forward).__code__
+
+
 def find_node(obj: Any) -> Node | Group:
     """The record of a node or group. Raises TypeError, saying how to make one, for anything else."""
     node: Node | None = getattr(obj, "_stroma_node", None)
-    if node is not None and obj._stroma_node_id == node.node_id and obj._stroma_contract is node.contract:
+    node_id = getattr(obj, "_stroma_node_id", None)
+    contract = getattr(obj, "_stroma_contract", None)
+    # A decorator on top has the attributes of what it wraps, and a bound method those of its function: each is a node of
+    # its own.
+    if (
+        node is not None
+        and (node.func is obj or getattr(obj, "__code__", None) is _FORWARDING)
+        and node_id == node.node_id
+        and contract is node.contract
+    ):
         return node
     if isinstance(obj, (Node, Group)):
         return obj
-    node_id = getattr(obj, "_stroma_node_id", None)
     if node_id is None:
         raise TypeError(f"{obj!r} is not a stroma node; decorate it with @stroma_node or @runner.node")
-    contract = getattr(obj, "_stroma_contract", None)
     # Marked by hand, through the two published attributes.
-    return make_node(node_id, obj, contract)
+    node = make_node(node_id, obj, contract)
+    if type(obj) is types.FunctionType:
+        obj._stroma_node = node  # type: ignore[attr-defined]  # Looking at its signature takes 10 us.
+    return node
 
 
 def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]:

@@ -109,6 +109,7 @@ class Schema:
         "_careful",
         "_changing",
         "_computed",
+        "_copies",
         "_decoding",
         "_deep",
         "_derives",
@@ -212,6 +213,9 @@ class Schema:
         #: Per field, the classes that its schema names: a value of one of them crosses as an instance.
         self._accepts: dict[str, frozenset[type]] = {}
         self._shares = self._extra or not kinds <= CLOSED
+        #: Whether the values in its __dict__ are all that there is to copy.
+        self._copies = not (self._extra or own_code or model.__private_attributes__)
+        self._copies &= model.model_copy is BaseModel.model_copy
         #: Whether what it holds may be plain data that no schema describes, which is kept packed then.
         self._packs = self._shares and self._quiet and (simple or self.any)
         self._packs &= not (self._computed or self._anew)
@@ -462,6 +466,10 @@ class Schema:
 
     def copy(self, model: BaseModel) -> BaseModel:
         """A copy without validation, for nodes without a contract."""
+        if self._copies:
+            packed = pack(model.__dict__)
+            if packed is not None:
+                return _copied(model, packed.open())
         try:
             return BaseModel.model_copy(model, deep=True)
         except Exception:  # Something inside cannot be copied.
@@ -591,7 +599,7 @@ class Schema:
             "__pydantic_extra__": extra,
             "__pydantic_private__": None,
         }.items():
-            if not (self.root and name in ("__pydantic_extra__", "__pydantic_private__")):  # It has none.
+            if not (self.root and name in _NOT_OF_ROOTS):
                 object.__setattr__(model, name, value)
         return model
 
@@ -818,6 +826,8 @@ class Schema:
 
 
 _NONE: Final[frozenset[type]] = frozenset()
+#: Slots that a root model has not: what is written to them would be among its values.
+_NOT_OF_ROOTS: Final = frozenset({"__pydantic_extra__", "__pydantic_private__"})
 _SUBCLASSES: Final = operator.methodcaller("__subclasses__")
 
 
@@ -901,7 +911,8 @@ def _copied(model: BaseModel, update: Mapping[str, Any]) -> BaseModel:
         "__pydantic_extra__": None if extra is None else {k: update.get(k, v) for k, v in extra.items()},
         "__pydantic_private__": copy.copy(model.__pydantic_private__),
     }.items():
-        object.__setattr__(twin, name, value)
+        if name not in _NOT_OF_ROOTS or not model.__pydantic_root_model__:
+            object.__setattr__(twin, name, value)
     return twin
 
 
