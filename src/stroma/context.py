@@ -746,7 +746,9 @@ class ReliabilityContext:
         if self.lent:
             assert self.newest is not None
             assert self.pictured is not None
-            self.newest = schema_of(type(self.newest)).restore(self.pictured)
+            # The same object, since drivers know the state by it.
+            restored = schema_of(type(self.newest)).restore(self.pictured)
+            object.__setattr__(self.newest, "__dict__", restored.__dict__)
         self.pictured, self.lent = None, False  # Whoever reads it may change it.
         return self.newest
 
@@ -755,7 +757,7 @@ class ReliabilityContext:
         self.newest, self.pictured, self.lent = state, None, False
 
     def settled(self, state: BaseModel) -> BaseModel:
-        """A state that a driver has: what is to read in place of an output that is lent."""
+        """A state that a driver has, with values that nobody else has a part in."""
         return cast("BaseModel", self.last_state) if state is self.newest else state
 
     def chain(self) -> None:

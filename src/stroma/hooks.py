@@ -275,8 +275,7 @@ def _not_async(event: str, hook: object, node_id: str | None, returned: object, 
     return error
 
 
-@types.coroutine
-def _awaited(awaitable: Any, limit: float | None) -> Generator[Any, Any, None]:
+async def _awaited(awaitable: Any, limit: float | None) -> None:
     """Await any awaitable in the current task; a timer is armed only if it suspends at all."""
     # A generator-based coroutine is awaitable without having __await__.
     iterator = awaitable if inspect.isgenerator(awaitable) else awaitable.__await__()
@@ -284,7 +283,7 @@ def _awaited(awaitable: Any, limit: float | None) -> Generator[Any, Any, None]:
         waiting_for = next(iterator)
     except StopIteration:
         return
-    yield from _bounded(iterator, waiting_for, limit)
+    await _bounded(iterator, waiting_for, limit)
 
 
 @types.coroutine

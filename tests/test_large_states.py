@@ -1,0 +1,272 @@
+"""States of many values: what makes them quick to copy changes nothing of what is promised of a state."""
+
+from __future__ import annotations
+
+import json
+import math
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field
+
+from stroma import FailureClass, FailurePolicy, NodeContract, NodeHooks, StromaRunner, parallel, stroma_node
+from stroma.schemas import NotSerialisable, schema_of
+from stroma.trace import RunStatus
+
+
+class Row(BaseModel):
+    id: int = Field(ge=0)
+    score: float
+    tags: list[str]
+
+
+class Rows(BaseModel):
+    n: int
+    rows: list[Row]
+
+
+class RowsToo(BaseModel):
+    n: int
+    rows: list[Row]
+
+
+class Dicts(BaseModel):
+    n: int
+    rows: list[dict[str, Any]]
+
+
+class DictsToo(BaseModel):
+    n: int
+    rows: list[dict[str, Any]]
+
+
+KINDS = [pytest.param(Rows, RowsToo, id="models"), pytest.param(Dicts, DictsToo, id="dicts")]
+PAIRS = pytest.mark.parametrize(("one", "two"), KINDS)
+LENIENT = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
+
+
+def start(one: Any) -> Any:
+    return one(n=0, rows=[{"id": k, "score": k / 7, "tags": ["a"]} for k in range(3)])
+
+
+def node(node_id: str, func: Any, given: Any, promised: Any) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=given, output_schema=promised
+    )
+    return stroma_node(node_id, contract)(func)
+
+
+def plain(state: BaseModel) -> Any:
+    return json.loads(state.model_dump_json())
+
+
+def spoil(state: Any) -> None:
+    for row in state.rows if not isinstance(state, dict) else state["rows"]:
+        if isinstance(row, dict):
+            row["id"], row["tags"] = -1, None
+        else:
+            row.id, row.tags = -1, None
+
+
+@PAIRS
+async def test_what_a_node_keeps_of_its_output_is_not_the_states(one: Any, two: Any) -> None:
+    """G7: a node that changes later what it has returned changes no input, no trace and no final state."""
+    kept: list[Any] = []
+    seen: list[Any] = []
+
+    async def first(state: Any) -> Any:
+        kept.append({"n": 1, "rows": state.rows})
+        return kept[-1]
+
+    async def second(state: Any) -> Any:
+        spoil(kept[0])
+        seen.append(plain(state))
+        kept.append({"n": 2, "rows": state.rows})
+        return kept[-1]
+
+    async def last(state: Any) -> Any:
+        spoil(kept[1])
+        seen.append(plain(state))
+        kept.append({"n": 3, "rows": state.rows})
+        return kept[-1]
+
+    nodes = [node("a", first, one, one), node("b", second, one, two), node("c", last, two, one)]
+    whole = plain(start(one))["rows"]
+    result = await StromaRunner.quick().run(nodes, start(one))
+    assert result.status is RunStatus.COMPLETED, result.failure
+    spoil(kept[2])
+    assert [state["rows"] for state in seen] == [whole, whole]
+    assert plain(result.final_state) == {"n": 3, "rows": whole}
+    for event in result.trace:
+        assert [state["rows"] for state in (event.input_state, event.output_state) if state] == [whole, whole]
+
+
+@PAIRS
+async def test_every_attempt_gets_a_pristine_input(one: Any, two: Any) -> None:
+    """A node that changes its input and fails is given the input again as it was."""
+    seen: list[Any] = []
+
+    async def first(state: Any) -> Any:
+        return {"n": 1, "rows": state.rows}
+
+    async def second(state: Any) -> Any:
+        seen.append(plain(state))
+        spoil(state)
+        if len(seen) < 3:
+            raise ValueError(str(len(seen)))
+        return {"n": 2, "rows": []}
+
+    result = await StromaRunner.quick(policy_map=LENIENT).run(
+        [node("a", first, one, one), node("b", second, one, two)], start(one)
+    )
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert seen == [{"n": 1, "rows": plain(start(one))["rows"]}] * 3
+
+
+@PAIRS
+async def test_a_run_that_stops_ends_with_the_last_output(one: Any, two: Any) -> None:
+    """The final state is the last committed output, whatever the node after it did with its input."""
+
+    async def first(state: Any) -> Any:
+        return {"n": 1, "rows": state.rows}
+
+    async def second(state: Any) -> Any:
+        spoil(state)
+        raise ValueError("no")
+
+    async def ask(state: Any) -> Any:
+        return [state]
+
+    for then in (second, ask):
+        result = await StromaRunner.quick().run(
+            [node("a", first, one, one), node("b", then, one, two)], start(one)
+        )
+        assert result.failure is not None
+        assert plain(result.final_state) == {"n": 1, "rows": plain(start(one))["rows"]}
+
+
+@PAIRS
+async def test_groups_and_plain_functions_after_a_large_output(one: Any, two: Any) -> None:
+    """Children of a group, and nodes without a contract, get copies of the output before them."""
+    kept: list[Any] = []
+
+    async def first(state: Any) -> Any:
+        kept.append({"n": 1, "rows": state.rows})
+        return kept[-1]
+
+    async def child(state: Any) -> Any:
+        spoil(kept[0])
+        seen = plain(state)["rows"]
+        spoil(state)
+        return {"left": seen}
+
+    async def other(state: Any) -> Any:
+        seen = plain(state)["rows"]
+        spoil(state)
+        return {"right": seen}
+
+    child._stroma_node_id, other._stroma_node_id = "child", "other"  # type: ignore[attr-defined]
+    whole = plain(start(one))["rows"]
+    result = await StromaRunner.quick().run([node("a", first, one, one), parallel(child, other)], start(one))
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert (result.final_state.left, result.final_state.right) == (whole, whole)
+
+
+@PAIRS
+async def test_hooks_see_what_was_committed(one: Any, two: Any) -> None:
+    """on_node_success shows the output as it was committed, and what it does to that changes nothing."""
+    kept: list[Any] = []
+    shown: list[Any] = []
+
+    async def on_node_success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
+        shown.append(json.loads(json.dumps(state)))
+        spoil(state)
+
+    async def first(state: Any) -> Any:
+        kept.append({"n": 1, "rows": state.rows})
+        return kept[-1]
+
+    async def second(state: Any) -> Any:
+        spoil(kept[0])
+        return {"n": 2, "rows": state.rows}
+
+    result = await StromaRunner.quick(hooks=NodeHooks(on_node_success=on_node_success)).run(
+        [node("a", first, one, one), node("b", second, one, two)], start(one)
+    )
+    whole = plain(start(one))["rows"]
+    assert [state["rows"] for state in shown] == [whole, whole]
+    assert plain(result.final_state)["rows"] == whole
+
+
+async def test_a_model_inside_that_was_changed_is_validated_again() -> None:
+    """G1: an instance that a node has made invalid does not pass its output contract."""
+
+    async def first(state: Rows) -> Any:
+        state.rows[1].id = -5
+        return {"n": 1, "rows": state.rows}
+
+    result = await StromaRunner.quick().run([node("a", first, Rows, Rows)], start(Rows))
+    assert result.status is RunStatus.FAILED
+    assert "rows.1.id" in str(result.failure.exception) if result.failure else False
+
+
+async def test_a_subclass_inside_stays_one() -> None:
+    """An instance of a subclass crosses as what it is, with all its fields."""
+
+    class Base(BaseModel):
+        a: int
+
+    class Holder(BaseModel):
+        held: list[Base]
+
+    class HolderToo(BaseModel):
+        held: list[Base]
+
+    seen: list[Any] = []
+
+    class More(Base):
+        b: int
+
+    async def first(state: Holder) -> Any:
+        return {"held": [More(a=1, b=2), Base(a=3)]}
+
+    async def second(state: HolderToo) -> Any:
+        seen.extend(state.held)
+        return {"held": state.held}
+
+    nodes = [node("a", first, Holder, Holder), node("b", second, HolderToo, Holder)]
+    result = await StromaRunner.quick().run(nodes, Holder(held=[]))
+    assert seen == [More(a=1, b=2), Base(a=3)], result.failure
+    assert [type(one) for one in seen] == [More, Base]
+
+
+@pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, 1e308, 0.1, -0.0])
+def test_floats_deep_inside_have_a_stored_form(score: float) -> None:
+    """What is written of a float inside a model is read back as the same, also where JSON has no word for it."""
+    schema = schema_of(Rows)
+    state = Rows(n=1, rows=[Row(id=1, score=score, tags=["null", "NaN"])])
+    data = schema.encode(state)
+    json.loads(data, parse_constant=lambda word: pytest.fail(f"not strict JSON: {word}"))
+    back = schema.decode(data).rows[0].score  # type: ignore[attr-defined]
+    assert math.copysign(1, back) == math.copysign(1, score)
+    assert back == score or (math.isnan(back) and math.isnan(score))
+
+
+@pytest.mark.parametrize("before", [0, 1, 4299, 4300, 9000])
+@pytest.mark.parametrize("digits", [4299, 4300, 4301, 9000])
+def test_numbers_that_python_does_not_read_have_a_stored_form(before: int, digits: int) -> None:
+    """An integer of 4,300 digits and more is found wherever it stands in what is written."""
+
+    class Long(BaseModel):
+        text: str
+        number: int
+
+    state = Long(text="x" * before, number=10 ** (digits - 1))
+    schema = schema_of(Long)
+    try:
+        data = schema.encode(state)
+    except NotSerialisable as error:
+        assert digits > 4300
+        assert "keep it smaller" in str(error)
+    else:
+        assert schema.decode(data) == state
