@@ -263,10 +263,8 @@ def test_numbers_that_python_does_not_read_have_a_stored_form(before: int, digit
 
     state = Long(text="x" * before, number=10 ** (digits - 1))
     schema = schema_of(Long)
-    try:
-        data = schema.encode(state)
-    except NotSerialisable as error:
-        assert digits > 4300
-        assert "keep it smaller" in str(error)
+    if digits > 4300:
+        with pytest.raises(NotSerialisable, match="keep it smaller"):
+            schema.encode(state)
     else:
-        assert schema.decode(data) == state
+        assert schema.decode(schema.encode(state)) == state
