@@ -61,11 +61,14 @@ def plain(state: BaseModel) -> Any:
 
 
 def spoil(state: Any) -> None:
-    for row in state.rows if not isinstance(state, dict) else state["rows"]:
+    """Change rows, and what is in them."""
+    for row in state["rows"] if isinstance(state, dict) else state.rows:
+        tags = row["tags"] if isinstance(row, dict) else row.tags
+        tags.append("spoilt")
         if isinstance(row, dict):
-            row["id"], row["tags"] = -1, None
+            row["id"] = -1
         else:
-            row.id, row.tags = -1, None
+            row.id = -1
 
 
 @PAIRS
