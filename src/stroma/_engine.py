@@ -192,7 +192,8 @@ def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | N
 def _remember(ctx: ReliabilityContext, run: NodeExecution, output: BaseModel) -> None:
     """Only node_policies can try a whole group again; what its children committed is not run again then."""
     if run.branch:
-        ctx.done[run.position, run.branch] = output
+        if run.parent is None or run.parent.remembers:
+            ctx.done[run.position, run.branch] = output
     elif ctx.done:
         for key in [key for key in ctx.done if key[0] == run.position]:
             del ctx.done[key]

@@ -103,7 +103,7 @@ def check_nodes(
 def _of_crossing(crossing: Crossing) -> Iterator[Finding]:
     state, node = crossing.state, crossing.node
     if isinstance(node, Group):
-        if node.each and state.model is not None:
+        if node.each and not node.outside and state.model is not None:
             yield from _of_list(crossing, node, state.model)
         return
     if crossing.contract is None or (state.model is None and state.item is None):

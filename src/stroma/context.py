@@ -108,6 +108,8 @@ class NodeExecution:
     running: int = 0
     running_since: int = 0
     busy_ns: int = 0
+    #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
+    remembers: bool = True
     #: Attempts that were granted to mend an output contract, and whether the next one is.
     repairs: int = 0
     repairing: bool = False
@@ -438,6 +440,10 @@ class _Untouched:
     delivers: bool = False
     #: Somebody elsewhere has cancelled the run: nothing is tried again.
     cancelled: bool = False
+    #: How many items of maps failed while the others went on.
+    failed_items: int = 0
+    #: Ends the run once a shutdown has asked that nothing new is begun; None before.
+    interrupt: Callable[[], None] | None = None
     #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of the
     #: first hook which puts its own span's here, else the caller's.
     traceparent: str | None = None
@@ -570,10 +576,11 @@ class ReliabilityContext(_Untouched):
         discard_from: int | None = None,
         accept: Callable[[int, str, Committed], None] | None = None,
         ends: bool = True,
+        apart: tuple[tuple[int, str], ...] = (),
     ) -> Session:
         """Begin the run in the store, once, as the config says; with ``discard_from``, continue up to there.
 
-        ``ends``: whether :meth:`end` will be called. Raises StoreError (RunBusy, PipelineChanged ...).
+        ``ends``: whether :meth:`end` will be called. ``apart``: see RunRequest. Raises StoreError (RunBusy, PipelineChanged ...).
         """
         if self.session is _NO_SESSION:
             if self._opening is None:
@@ -591,6 +598,8 @@ class ReliabilityContext(_Untouched):
                     config.lease_seconds,
                     ends,
                     self.delivers,
+                    apart,
+                    config.retry_failed_items,
                 )
                 opened: Session | Awaitable[Session]
                 if config.if_running == "attach":
@@ -880,4 +889,5 @@ class ReliabilityContext(_Untouched):
             hook_errors=self.hook_failures,
             unpriced_models=self.unpriced,
             suspended=self.suspended,
+            failed_items=self.failed_items,
         )

@@ -16,9 +16,44 @@ from typing import Any
 from stroma.failures import FailureClass
 from stroma.trace import ExecutionResult
 
-__all__ = ["NO_HOOKS", "AnyHooks", "Calls", "HookError", "HookSets", "NodeHooks", "StepHooks", "flatten"]
+__all__ = [
+    "NO_HOOKS",
+    "AnyHooks",
+    "Calls",
+    "HookError",
+    "HookSets",
+    "MapProgress",
+    "NodeHooks",
+    "StepHooks",
+    "flatten",
+]
 
 logger = logging.getLogger("stroma")
+
+
+@dataclass(frozen=True, slots=True)
+class MapProgress:
+    """How far a map is.
+
+    Attributes:
+        done: items that have ended, the failed and the restored ones among them.
+        total: how many there are; None as long as nobody knows.
+        failed: those that failed while the others go on (``on_item_failure="collect"``).
+        restored: those that an earlier process did.
+        rate: items per second that this process does, over the last seconds.
+        seconds_left: None if it cannot be told.
+        elapsed_seconds: since this process began with the map.
+        ended: whether this is the last word of this map.
+    """
+
+    done: int
+    total: int | None
+    failed: int
+    restored: int
+    rate: float
+    seconds_left: float | None
+    elapsed_seconds: float
+    ended: bool
 
 
 @dataclass
@@ -27,7 +62,8 @@ class NodeHooks:
 
     ``on_node_success`` gets the tokens of this attempt, input + output, 0 if the node reported none. Everything
     else about a node (position, attempt, model, cost ...) is at :func:`stroma.current_node` while a hook runs.
-    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first.
+    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. ``on_map_progress`` is told
+    how far a map is: at its begin, at its end, and in between at most five times a second.
     """
 
     on_node_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
@@ -40,6 +76,7 @@ class NodeHooks:
     on_node_cancelled: Callable[[str, str], Awaitable[None]] | None = None
     on_node_suspended: Callable[[str, str, str], Awaitable[None]] | None = None
     on_budget_warning: Callable[[str, str, float, float], Awaitable[None]] | None = None
+    on_map_progress: Callable[[str, str, MapProgress], Awaitable[None]] | None = None
 
     def __or__(self, other: NodeHooks | Sequence[NodeHooks]) -> HookSets:
         return HookSets((self, *flatten(other)))
@@ -132,6 +169,7 @@ class Hooks:
     on_node_cancelled: Calls | None = None
     on_node_suspended: Calls | None = None
     on_budget_warning: Calls | None = None
+    on_map_progress: Calls | None = None
 
     def __init__(
         self,

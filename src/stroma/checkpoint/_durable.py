@@ -138,7 +138,7 @@ class DurableStore(ABC):
         return Step(schema.fingerprint, schema_ref(schema.model), sealed, checksum(sealed))
 
     async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
-        opened = {} if self._payloads.plain else await asyncio.to_thread(self._open_ahead, request.run_id)
+        opened = {} if self._payloads.plain else await asyncio.to_thread(self._open_ahead, request)
         session = DurableSession(request.run_id, self._submit, self._payloads, opened)
         sealed = await self._payloads.seal(data)
         opening = Opening(
@@ -160,12 +160,12 @@ class DurableStore(ABC):
             keeper.watch(session)
         return session
 
-    def _open_ahead(self, run_id: str) -> dict[bytes, bytes]:
+    def _open_ahead(self, request: RunRequest) -> dict[bytes, bytes]:
         """What the commits of a run hold, opened outside of the transaction that claims it: that can take long."""
 
         def query(rows: Rows) -> list[Step]:
-            found = rows.find(run_id)
-            kept = [] if found is None else rows.steps(found.run, found.execution)
+            found = rows.find(request.run_id)
+            kept = [] if found is None else rows.steps(found.run, found.execution, request.apart)
             return [row.step for row in kept if intact(row.step.output, row.step.sha256)]
 
         opened: dict[bytes, bytes] = {}

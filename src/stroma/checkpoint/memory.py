@@ -106,11 +106,14 @@ class _Run:
     def entries(self) -> Iterator[tuple[_Key, _Kept]]:
         """What is kept, the newest first."""
         for key, entry in reversed(self.kept.items()):
-            if len(entry) == 4:
-                yield key, entry
-            else:
-                schema = self.schemas[entry[NODE]]
-                yield key, (entry[NODE], schema, cast("Snapshot", entry[OUTPUT]), contract_of(entry, schema))
+            yield key, self.entry(entry)
+
+    def entry(self, entry: Row | _Kept) -> _Kept:
+        """One of what is kept."""
+        if len(entry) == 4:
+            return entry
+        schema = self.schemas[entry[NODE]]
+        return entry[NODE], schema, cast("Snapshot", entry[OUTPUT]), contract_of(entry, schema)
 
 
 _NOTHING_RESTORED: Mapping[tuple[int, str], Committed] = {}
@@ -165,14 +168,14 @@ class _MemorySession:
         self._calls, self.waiting, self.traceparent = run.calls, run.waiting, run.traceparent
 
     def _continue(self, run: _Run, request: RunRequest) -> None:
+        commits = {
+            _position(key): Committed(node_id, snapshot, contract, run.calls.get(key), schema)
+            for key, (node_id, schema, snapshot, contract) in reversed(list(run.entries()))
+            if not isinstance(key, str) and not (request.apart and request.is_apart(*_position(key)))
+        }
+        request = request.going_on(commits)
         first = request.discard_from
-        restored = request.accepted(
-            {
-                _position(key): Committed(node_id, snapshot, contract, run.calls.get(key), schema)
-                for key, (node_id, schema, snapshot, contract) in reversed(list(run.entries()))
-                if not isinstance(key, str)
-            }
-        )
+        restored = request.accepted(commits)
         if first is not None:
             for key in [k for k in run.kept if not isinstance(k, str) and _position(k)[0] >= first]:
                 entry = run.kept.pop(key)
@@ -200,6 +203,16 @@ class _MemorySession:
         else:  # The row's picture is for people, or its node id stands for another schema already.
             self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema))
             self._spent.append(row)
+
+    def committed(self, position: int, branches: Sequence[str]) -> dict[str, Committed]:
+        found: dict[str, Committed] = {}
+        for branch in branches:
+            key = (position, branch)
+            entry = self._kept.get(key)
+            if entry is not None:
+                node_id, schema, snapshot, contract = self._run.entry(entry)
+                found[branch] = Committed(node_id, snapshot, contract, self._calls.get(key), schema)
+        return found
 
     def delivered(self, row: Row) -> None:
         return None
