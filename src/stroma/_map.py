@@ -114,8 +114,7 @@ class MapRun:
         return self._stopped is not None or self._ctx.interrupt is not None
 
     async def _feed(self) -> None:
-        pages = cast("Any", self._source.pages())
-        async with contextlib.aclosing(pages):
+        async with contextlib.aclosing(self._source.pages()) as pages:
             async for page in pages:
                 found = await self._committed(page) if self._again else {}
                 for item in page:
@@ -312,9 +311,8 @@ class MapRun:
         total = self._source.total
         if total is None or self.outputs is not None:
             return
-        pages = self._source.pages()
-        first = await anext(aiter(cast("Any", pages)), [])
-        await cast("Any", pages).aclose()
+        async with contextlib.aclosing(self._source.pages()) as pages:
+            first: Sequence[Item] = await anext(pages, ())
         wanted = first[0].made_of if first else None
         if wanted is None or not wanted.startswith(b"item of "):
             return
@@ -367,7 +365,7 @@ class MapRun:
                     f"item {index} of {self._group.node_id!r} in run {self._ctx.run_id!r} is not in the journal any more; "
                     "begin a new run"
                 )
-            yield index, value_of(self._ctx, self._child, committed)
+            yield index, value_of(self._ctx.registry, self._child, committed)
 
 
 def _branches_of(node: Node | Group) -> list[str]:

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
 from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
-from stroma.contracts import NodeContract
+from stroma.contracts import ContractRegistry, NodeContract
 from stroma.failures import ItemFailure
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import Schema, schema_of
@@ -92,7 +92,7 @@ def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], An
     return schema.trust(schema.restore(committed.output))
 
 
-def value_of(ctx: ReliabilityContext, node: Node | Group, committed: Committed) -> Any:
+def value_of(registry: ContractRegistry, node: Node | Group, committed: Committed) -> Any:
     """An output that is read without the input of its node: a model, or plain data of a group; or an ItemFailure.
 
     Raises CorruptCheckpoint.
@@ -102,14 +102,14 @@ def value_of(ctx: ReliabilityContext, node: Node | Group, committed: Committed) 
             return read_output(schema_of(ItemFailure), committed, None)
         if isinstance(node, Group):
             return raw_output(committed)
-        schema = output_schema(ctx, node, None)
+        contract = registry.find(node.node_id) or node.contract
+        schema = schema_of(Kept if contract is None else contract.output_schema)
         changed = committed.contract.partition(":")[0] != schema.fingerprint
-        model = read_output(schema, committed, _upcast(ctx, node, None) if changed else None)
+        model = read_output(schema, committed, contract.upcast if changed and contract is not None else None)
         return model.root if isinstance(model, Kept) else model
     except ValueError as error:
         raise CorruptCheckpoint(
-            f"an output of node {node.node_id!r} of run {ctx.run_id!r} cannot be read back: {error}; restore its schema, or "
-            "begin a new run"
+            f"an output of node {node.node_id!r} cannot be read back: {error}; restore its schema, or begin a new run"
         ) from error
 
 

@@ -392,6 +392,9 @@ class _NoSession:
     ) -> Awaitable[None] | None:
         return None
 
+    def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
+        return {}
+
     def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
         return None
 

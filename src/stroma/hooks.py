@@ -11,7 +11,7 @@ import types
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, fields
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 from stroma.failures import FailureClass
 from stroma.trace import ExecutionResult
@@ -77,6 +77,9 @@ class NodeHooks:
     on_node_suspended: Callable[[str, str, str], Awaitable[None]] | None = None
     on_budget_warning: Callable[[str, str, float, float], Awaitable[None]] | None = None
     on_map_progress: Callable[[str, str, MapProgress], Awaitable[None]] | None = None
+
+    #: Of hooks that make a run wait for who reads what they tell: they are under no time limit.
+    _patient: ClassVar[bool] = False
 
     def __or__(self, other: NodeHooks | Sequence[NodeHooks]) -> HookSets:
         return HookSets((self, *flatten(other)))
@@ -184,6 +187,7 @@ class Hooks:
         self._run_id = run_id
         self._limit = limit_seconds
         self._on_error = on_error
+        self._patient = frozenset(index for index, hooks in enumerate(sets) if hooks._patient)
         #: Of an end whose telling was closed half-way, the calls that are left; for who gets that GeneratorExit.
         self.untold: Calls = ()
         for index, hooks in enumerate(sets):
@@ -215,8 +219,9 @@ class Hooks:
                 awaitable = hook(*arguments())
                 if not inspect.isawaitable(awaitable):
                     raise _not_async(event, hook, node_id, awaitable, index)
-                await _bounded(awaitable, self._limit)
-                if self._limit is not None and perf_counter() - begin > self._limit:
+                patient = self._patient and index in self._patient
+                await _bounded(awaitable, None if patient else self._limit)
+                if not patient and self._limit is not None and perf_counter() - begin > self._limit:
                     # It was not interrupted, so it never gave the event loop a chance to.
                     logger.warning(
                         "hook %s (%r) of node %r blocked the event loop for %.0f ms; await in it, or use a thread",

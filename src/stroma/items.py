@@ -9,8 +9,8 @@ import os
 import pathlib
 from asyncio import to_thread
 from collections.abc import (
+    AsyncGenerator,
     AsyncIterable,
-    AsyncIterator,
     Callable,
     Iterable,
     Iterator,
@@ -129,7 +129,7 @@ class Source(Protocol):
     async def prepare(self) -> None:
         """Look at the items before the first of them is read. Raises OSError, TypeError."""
 
-    def pages(self) -> AsyncIterator[Sequence[Item]]:
+    def pages(self) -> AsyncGenerator[Sequence[Item], None]:
         """The items in order, a few at a time."""
         ...
 
@@ -161,7 +161,7 @@ class ListSource:
     async def prepare(self) -> None:
         return None
 
-    async def pages(self) -> AsyncIterator[Sequence[Item]]:
+    async def pages(self) -> AsyncGenerator[Sequence[Item], None]:
         first = 0
         while first < len(self._items):
             values = self._items[first : first + self.page]
@@ -188,7 +188,7 @@ class IterableSource:
     async def prepare(self) -> None:
         return None
 
-    async def pages(self) -> AsyncIterator[Sequence[Item]]:
+    async def pages(self) -> AsyncGenerator[Sequence[Item], None]:
         page: list[Item] = []
         index = 0
         values = self._values()
@@ -202,7 +202,7 @@ class IterableSource:
         if page:
             yield page
 
-    async def _values(self) -> AsyncIterator[Any]:
+    async def _values(self) -> AsyncGenerator[Any, None]:
         if isinstance(self._items, AsyncIterable):
             iterator = aiter(self._items)
             try:
@@ -259,7 +259,7 @@ class FileSource:
                 str(self._path),
             ) from error
 
-    async def pages(self) -> AsyncIterator[Sequence[Item]]:
+    async def pages(self) -> AsyncGenerator[Sequence[Item], None]:
         digest = hashlib.sha256()
         file = await to_thread(self._open)
         try:
@@ -339,7 +339,7 @@ class LinesFile:
             raise PermissionError(f"{folder} may not be written; give another path for the outputs of a map")
 
     def begin(self) -> None:
-        self._file = open(self._beside, "wb")
+        self._file = self._beside.open("wb")
 
     def write(self, values: Sequence[Any]) -> None:
         assert self._file is not None

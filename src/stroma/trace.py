@@ -119,11 +119,10 @@ class FewRows(list["Row | TraceEvent"]):
         self._sums: dict[tuple[str, str | None], tuple[int, int, float, int]] = {}
 
     def append(self, row: Row | TraceEvent, /) -> None:
-        if len(self) < self._most:
-            return super().append(row)
         failed = not isinstance(row, TraceEvent) and row[FAILURE] is not None
-        if failed and len(self) < 2 * self._most:
-            return super().append(row)
+        if len(self) < (2 * self._most if failed else self._most):
+            super().append(row)
+            return
         self._failures += failed
         for node_id, tokens, made, cost, ns, model in figures_of([row]):
             before = self._sums.get((node_id, model), (0, 0, 0.0, 0))
@@ -285,6 +284,10 @@ class ExecutionTrace:
             if not isinstance(row, TraceEvent):
                 rows[i] = self._event(row)
         return cast("list[TraceEvent]", rows)
+
+    def event_of(self, row: Row) -> TraceEvent:
+        """The event of one row, without those inside it."""
+        return self._event((*row[:CHILDREN], None))
 
     @property
     def _events(self) -> list[TraceEvent]:

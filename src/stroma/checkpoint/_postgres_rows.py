@@ -175,7 +175,7 @@ class PostgresRows:
         return found
 
     def steps(self, run: int, execution: int, apart: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
-        query, values = _STEPS, [run, execution]
+        query, values = _STEPS, list[Any]([run, execution])
         for place in apart:
             query += _NOT_APART
             values += place

@@ -112,7 +112,7 @@ class SqliteRows:
 
     def steps(self, run: int, execution: int, apart: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
         # All at once: a statement that is left half read would hold its snapshot past the transaction.
-        sql, values = _STEPS, [run, execution]
+        sql, values = _STEPS, list[Any]([run, execution])
         for position, beginning in apart:
             sql += _NOT_APART
             values += [position, len(beginning), beginning]

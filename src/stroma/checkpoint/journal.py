@@ -43,6 +43,8 @@ __all__ = [
     "StoreError",
     "Waiting",
     "decide",
+    "items_in",
+    "no_map",
     "waits_no_longer",
 ]
 
@@ -281,6 +283,19 @@ class Committed:
 
 #: What stands in ``StepCall.given`` of a map that is committed, before the number of its items.
 OF_MAP: Final = b"items "
+
+
+def items_in(given: bytes) -> int:
+    """How many items a map had, by what stands in its ``StepCall.given``; 0 for anything else."""
+    number = given.removeprefix(OF_MAP)
+    return int(number) if given.startswith(OF_MAP) and number.isdigit() else 0
+
+
+def no_map(run_id: str, node_id: str) -> CheckpointNotFound:
+    return CheckpointNotFound(
+        f"run {run_id!r} has no {node_id!r} that is done and whose outputs are in the journal; give it into=Journal() or "
+        "JsonLines(path), and let it end"
+    )
 
 
 class Held(NamedTuple):

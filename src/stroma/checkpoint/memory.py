@@ -26,6 +26,8 @@ from stroma.checkpoint.journal import (
     StepCall,
     Waiting,
     decide,
+    items_in,
+    no_map,
     waits_no_longer,
 )
 from stroma.contracts import check_id
@@ -377,6 +379,26 @@ class _Memory:
         assert run.schema is not None
         assert run.input is not None
         return run.schema.encode(run.schema.restore(run.input))
+
+    def map_items(self, run_id: str, node_id: str, first: int, count: int) -> list[tuple[int, Committed]]:
+        """What a map committed of its items, from one on, of the last execution of a run; [] behind the last one.
+
+        Raises CheckpointNotFound if there is no such map that is done.
+        """
+        run = self._known(run_id)
+        for key, kept in run.entries():
+            call = run.calls.get(key)
+            if kept[0] == node_id and call is not None and call.given is not None:
+                position, branch = _position(key)
+                prefix = f"{branch}." if branch else ""
+                found: list[tuple[int, Committed]] = []
+                for index in range(first, min(items_in(call.given), first + count)):
+                    entry = run.kept.get((position, f"{prefix}{index}"))
+                    if entry is not None:
+                        node, schema, snapshot, contract = run.entry(entry)
+                        found.append((index, Committed(node, snapshot, contract, None, schema)))
+                return found
+        raise no_map(run_id, node_id)
 
     def _record(self, run_id: str, run: _Run) -> RunRecord:
         tokens, cost, _ = run.used()
