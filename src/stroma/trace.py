@@ -95,11 +95,14 @@ class LeftOut:
     Attributes:
         events: how many attempts, those inside groups too.
         failures: how many of them failed.
-        figures: their sums, for each node id and model.
+        lost_tokens, lost_cost_usd: of those that committed nothing.
+        figures: the sums of all, for each node id and model.
     """
 
     events: int
     failures: int
+    lost_tokens: int
+    lost_cost_usd: float
     figures: tuple[Figures, ...]
 
 
@@ -109,12 +112,13 @@ class FewRows(list["Row | TraceEvent"]):
     The others are summed up.
     """
 
-    __slots__ = ("_events", "_failures", "_most", "_sums")
+    __slots__ = ("_events", "_failures", "_lost_cost_usd", "_lost_tokens", "_most", "_sums")
 
     def __init__(self, most: int) -> None:
         super().__init__()
         self._most = most
-        self._events = self._failures = 0
+        self._events = self._failures = self._lost_tokens = 0
+        self._lost_cost_usd = 0.0
         # By node id and model: tokens, output tokens, USD, ns.
         self._sums: dict[tuple[str, str | None], tuple[int, int, float, int]] = {}
 
@@ -123,12 +127,21 @@ class FewRows(list["Row | TraceEvent"]):
         if len(self) < (2 * self._most if failed else self._most):
             super().append(row)
             return
-        self._failures += failed
-        for node_id, tokens, made, cost, ns, model in figures_of([row]):
-            before = self._sums.get((node_id, model), (0, 0, 0.0, 0))
-            sums = (before[0] + tokens, before[1] + made, before[2] + cost, before[3] + ns)
-            self._sums[node_id, model] = sums
+        stack = [row]
+        while stack:
+            one = stack.pop()
+            assert not isinstance(one, TraceEvent)  # The engine's own: nobody has looked at them.
+            used = one[USAGE] or NO_USAGE
+            tokens, made, cost, ns = self._sums.get((one[NODE], used.model), (0, 0, 0.0, 0))
+            self._sums[one[NODE], used.model] = (
+                tokens + used.tokens, made + used.output_tokens, cost + used.cost_usd, ns + one[DURATION],
+            )  # fmt: skip
             self._events += 1
+            self._failures += one[FAILURE] is not None
+            if one[OUTPUT] is None:
+                self._lost_tokens += used.tokens
+                self._lost_cost_usd += used.cost_usd
+            stack.extend(one[CHILDREN] or ())
 
     @property
     def left_out(self) -> LeftOut | None:
@@ -136,13 +149,14 @@ class FewRows(list["Row | TraceEvent"]):
         if not self._events:
             return None
         figures = tuple((node, *sums, model) for (node, model), sums in self._sums.items())
-        return LeftOut(self._events, self._failures, figures)
+        return LeftOut(self._events, self._failures, self._lost_tokens, self._lost_cost_usd, figures)
 
     def like(self, rows: list[Row | TraceEvent]) -> FewRows:
         """The same with other rows in it: copies of these."""
         twin = FewRows(self._most)
         twin.extend(rows)
         twin._events, twin._failures, twin._sums = self._events, self._failures, dict(self._sums)
+        twin._lost_tokens, twin._lost_cost_usd = self._lost_tokens, self._lost_cost_usd
         return twin
 
 

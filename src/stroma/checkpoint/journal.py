@@ -45,6 +45,7 @@ __all__ = [
     "decide",
     "items_in",
     "no_map",
+    "of_pipeline",
     "waits_no_longer",
 ]
 
@@ -283,6 +284,11 @@ class Committed:
 
 #: What stands in ``StepCall.given`` of a map that is committed, before the number of its items.
 OF_MAP: Final = b"items "
+
+
+def of_pipeline(given: bytes | None, number: int | None) -> bool:
+    """Whether what is kept as a StepCall is of a pipeline: of nothing at all, or of a map and its items."""
+    return number is None or (given is not None and given.startswith((b"item ", OF_MAP)))
 
 
 def items_in(given: bytes) -> int:
