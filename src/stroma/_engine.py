@@ -126,7 +126,7 @@ async def execute(
             parent=parent,
         )
         if committed is not None:
-            if ctx.step_policies and branch:
+            if ctx.step_policies and branch and (parent is None or parent.remembers):
                 ctx.done[position, branch] = committed
             return committed
     if isinstance(node, Group):

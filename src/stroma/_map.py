@@ -15,7 +15,7 @@ from stroma._commit import settle
 from stroma._engine import GroupStopped, Halt, execute
 from stroma._restore import read_output, value_of
 from stroma._tasks import refusal
-from stroma.checkpoint import Committed, PipelineChanged, StepCall
+from stroma.checkpoint import Committed, PipelineChanged, StepCall, StoreError
 from stroma.checkpoint.journal import OF_MAP
 from stroma.context import NodeExecution, ReliabilityContext
 from stroma.contracts import ContractViolation
@@ -83,6 +83,8 @@ class MapRun:
 
     async def go(self) -> None:
         """Run all items. Raises GroupStopped for the first that stopped for good, its siblings awaited."""
+        if self.outputs is None:
+            await self._read([])  # A store that cannot do that says so before anything is called.
         await self._source.prepare()
         if self._again:
             await self._look_at_first()
@@ -296,7 +298,13 @@ class MapRun:
         return {branches[branch]: committed for branch, committed in found.items()}
 
     async def _read(self, branches: Sequence[str]) -> Mapping[str, Committed]:
-        kept: Any = self._ctx.session.committed(self._group.position, branches)
+        read: Any = getattr(self._ctx.session, "committed", None)
+        if read is None:  # Of a store that was written for an earlier release.
+            store = type(self._ctx.checkpoint_manager.store).__name__
+            raise StoreError(
+                f"{store} cannot read the items of a map back; give a field of the state as into="
+            )
+        kept: Any = read(self._group.position, branches)
         found: Mapping[str, Committed] = kept if isinstance(kept, Mapping) else await kept
         return found
 

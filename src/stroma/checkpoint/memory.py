@@ -199,6 +199,8 @@ class _MemorySession:
         key = (row[POSITION], branch) if branch else row[POSITION]
         if call is not None:
             self._calls[key] = call
+        elif self._calls:
+            self._calls.pop(key, None)
         kind = type(row[OUTPUT])
         if (kind is tuple or kind is bytes) and self._schemas.setdefault(row[NODE], schema) is schema:
             self._kept[key] = row
