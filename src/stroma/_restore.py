@@ -61,6 +61,8 @@ async def restore(
         ) from error
     if not branch:
         ctx.last_state = model
+    if isinstance(node, Group):
+        ctx.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
         run = NodeExecution(
             ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, []
@@ -77,6 +79,16 @@ async def restore(
             run.close()
             leave(token)
     return model
+
+
+def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
+    """How many items failed of a group that is restored, those of maps inside it too."""
+    inside = f"{branch}." if branch else ""
+    return sum(
+        kept.failed_items
+        for (at, of), kept in ctx.restored.items()
+        if kept.step is not None and at == position and (of == branch or of.startswith(inside))
+    )
 
 
 def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], Any] | None) -> BaseModel:

@@ -14,12 +14,12 @@ import argparse
 import sys
 import time
 
-from tests.chaos import power, rounds, servers, unrest
+from tests.chaos import items, power, rounds, servers, unrest
 from tests.chaos.check import Figures
 
 STRIKES = {"powercut": "cuts", "fsync": "failures", **unrest.STRIKES}
 PROCESSES = {**rounds.FAULTS, **unrest.FAULTS}
-FAULTS = (*PROCESSES, *power.FAULTS)
+FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -42,7 +42,10 @@ def main(argv: list[str] | None = None) -> int:
     with servers.served(given.store) as (url, server):
 
         def can_have(fault: str) -> bool:
-            # Only a store of its own file can lose its power without its neighbours.
+            # Only a store of its own file can lose its power without its neighbours. A map of 100,000 items takes a
+            # minute for each round: it is struck where somebody asks for it.
+            if fault in items.FAULTS:
+                return bool(given.fault)
             return (
                 given.store == "sqlite"
                 if fault in power.FAULTS
@@ -66,6 +69,8 @@ def main(argv: list[str] | None = None) -> int:
             if fault in PROCESSES:
                 strike = PROCESSES[fault]
                 figures = rounds.rounds(fault, strike, url, server, given.seed, numbers, broke)
+            elif fault in items.FAULTS:
+                figures = items.rounds(fault, url, given.seed, numbers, broke)
             else:
                 figures = power.rounds(fault, given.seed, numbers, broke)
             print(figures.line(fault, STRIKES.get(fault, "kills")), flush=True)
