@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 from stroma._commit import settle
 from stroma._engine import GroupStopped, Halt, execute
-from stroma._restore import read_output, value_of
+from stroma._restore import check_committed, output_schema, read_output, value_of
 from stroma._tasks import refusal
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, StoreError
 from stroma.checkpoint.journal import OF_MAP
@@ -253,6 +253,11 @@ class MapRun:
         if committed.is_failed_item:
             kept = read_output(schema_of(ItemFailure), committed, None)
             await self._note_failure(cast("ItemFailure", kept), restored=True)
+        elif self.outputs is None and isinstance(self._child, Node) and ctx.fire.on_node_skipped is None:
+            # Nobody wants to see it, and it is read when the outputs are: that it is the right one is all that matters.
+            schema = output_schema(ctx, self._child, None)
+            check_committed(ctx, self._child, schema, committed, *at, self._group.node_id)
+            await self._progress.one(restored=True)
         elif item.broken is None:
             cast("dict[Any, Any]", ctx.restored)[at] = committed
             outcome = await self._execute(item, self._state_of(item.value))
