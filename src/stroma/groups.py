@@ -139,7 +139,7 @@ def map_over(
         state = schema_of(type(value)).values(value)
         files = _files_of(into, state, ctx.run_id, collect=collect)
         for file in files:
-            file.check()
+            file.check(items.find(state) if isinstance(items, JsonLines) else None)
         work = MapRun(
             ctx,
             execution,

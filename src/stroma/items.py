@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import pathlib
+import stat
 from asyncio import to_thread
 from collections.abc import (
     AsyncGenerator,
@@ -251,6 +252,11 @@ class FileSource:
 
     def _open(self) -> IO[bytes]:
         try:
+            if not stat.S_ISREG(os.stat(self._path).st_mode):
+                raise ValueError(
+                    f"cannot read the items of a map from {self._path}: it is no regular file, and could not be read again by a "
+                    "process that goes on with the run; save it to a file"
+                )
             return open(self._path, "rb")
         except OSError as error:
             raise type(error)(
@@ -318,15 +324,17 @@ class LinesFile:
     """A file that is written beside its place, and put there as a whole."""
 
     def __init__(self, path: pathlib.Path, run_id: str) -> None:
-        self._path = path
+        self._path = pathlib.Path(os.path.realpath(path))  # A link stays one.
         # The same name for every process that goes on with the run: what a killed one leaves behind is written over.
-        mark = hashlib.sha256(run_id.encode("utf-8", "surrogatepass")).hexdigest()[:12]
-        self._beside = path.with_name(f".{path.name[:200]}.{mark}.part")
+        mark = hashlib.sha256(f"{run_id}\0{path.name}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        self._beside = self._path.with_name(f".{mark}.part")
         self._file: IO[bytes] | None = None
 
-    def check(self) -> None:
-        """Raise OSError, before anything is paid for, if the file could not be written."""
+    def check(self, source: pathlib.Path | None) -> None:
+        """Raise OSError or ValueError, before anything is paid for, if the file could not or must not be written."""
         folder = self._path.parent
+        if source is not None and os.path.realpath(source) == str(self._path):
+            raise ValueError(f"{self._path} holds the items of the map; give another path for its outputs")
         if not folder.is_dir():
             raise FileNotFoundError(
                 f"there is no directory {folder} for the outputs of a map; create it, or give another path"
@@ -335,6 +343,8 @@ class LinesFile:
             raise IsADirectoryError(
                 f"{self._path} is a directory; give the path of a file for the outputs of a map"
             )
+        if self._path.exists() and not self._path.is_file():
+            raise ValueError(f"{self._path} is no regular file; give another path for the outputs of a map")
         if not os.access(folder, os.W_OK):
             raise PermissionError(f"{folder} may not be written; give another path for the outputs of a map")
 
