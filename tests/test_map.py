@@ -24,6 +24,7 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    Fenced,
     ItemFailure,
     Journal,
     JsonLines,
@@ -574,6 +575,61 @@ async def test_a_person_is_asked_once(store: Any, tmp_path: Path) -> None:
     assert (read(out), calls[3], calls.total()) == (doubled(range(10)), 2, 11)
 
 
+@pytest.mark.parametrize("into", ["field", "file"])
+async def test_a_timeout_bounds_the_whole_map(tmp_path: Path, into: str) -> None:
+    """node_timeouts under the id of a map ends all of its items; what was committed is not run again."""
+    calls: Counter[int] = Counter()
+    hangs = [True]
+    contract: NodeContract[Any, Any] = NodeContract(node_id="hang", input_schema=Num, output_schema=Made)
+
+    @stroma_node("hang", contract)
+    async def hang(state: Num) -> Any:
+        calls[state.n] += 1
+        if state.n == 20 and hangs:
+            await asyncio.Event().wait()
+        return {"twice": 2 * state.n}
+
+    target: Any = "made" if into == "field" else JsonLines(tmp_path / "out")
+    source = JsonLines(write(tmp_path / "in", range(40)))
+    work = map_over(source, hang, into=target, max_concurrency=2, on_item_failure="collect")
+    store = AsyncInMemoryStore()
+    first = await quick(store, node_timeouts={work.node_id: 500}).run([work], State())
+    assert first.failure is not None
+    assert (type(first.failure.exception), first.failed_items) == (TimeoutError, 0)
+    hangs.clear()
+    result = await quick(store).run([work], State(), resume=True)
+    assert (result.status, result.failed_items) == (RunStatus.RESUMED, 0), result.failure
+    assert {n for n, times in calls.items() if times > 1} == {20}
+
+
+async def test_taken_over_in_the_middle(tmp_path: Path, doubler: Doubler) -> None:
+    """A map whose run is taken over stops with Fenced: nothing is collected, and the new owner makes it complete."""
+    source, out = write(tmp_path / "in", range(200)), tmp_path / "out"
+    work = map_over(
+        JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=4, on_item_failure="collect"
+    )
+    reached, go = asyncio.Event(), asyncio.Event()
+
+    async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        if sum(doubler.calls.values()) > 50 and not reached.is_set():
+            reached.set()
+            await go.wait()
+
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        stale = asyncio.create_task(quick(store, hooks=NodeHooks(on_node_success=told)).run([work], State()))
+        await reached.wait()
+        owner = await quick(store).run([work], State(), resume=True, if_running="take_over")
+        go.set()
+        late = await stale
+        assert owner.status is RunStatus.RESUMED, owner.failure
+        assert isinstance(late.failure and late.failure.exception, Fenced)
+        record = store.get_run("run")
+        assert record is not None
+        committed = [a.branch for a in store.attempts("run") if a.branch and a.output is not None]
+    assert (owner.failed_items, late.failed_items, read(out)) == (0, 0, doubled(range(200)))
+    assert (record.tokens, len(committed), len(set(committed))) == (600, 200, 200)
+
+
 # ---------------------------------------------------------------------- collecting failures
 
 
@@ -634,6 +690,8 @@ async def test_failed_items_are_run_again_if_asked(
     kept = await runner.run(work, State(), resume=True)
     assert (kept.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 10, 1)
     assert kept.failed_items == 2  # Of maps that are restored, too.
+    returned = await runner.run(work, State(), if_exists="return")
+    assert (returned.status, returned.failed_items) == (RunStatus.RESUMED, 2)
     again = await runner.run(work, State(), resume=True, retry_failed_items=True)
     assert (again.status, again.failed_items) == (RunStatus.RESUMED, 1), again.failure
     assert (doubler.calls[3], doubler.calls[7], doubler.calls.total(), len(after)) == (2, 2, 12, 2)

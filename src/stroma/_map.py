@@ -236,7 +236,7 @@ class MapRun:
                 raise asyncio.CancelledError
         if ctx.delivers:
             ctx.session.delivered(row)
-        ctx.run_logger.warning("item %d of %r is left out: %s", item.index, group.node_id, failure.message)
+        ctx.run_logger.info("item %d of %r is left out: %s", item.index, group.node_id, failure.message)
         await self._note_failure(kept)
 
     async def _note_failure(self, kept: ItemFailure, *, restored: bool = False) -> None:

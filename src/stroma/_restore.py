@@ -85,9 +85,9 @@ def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
     """How many items failed of a group that is restored, those of maps inside it too."""
     inside = f"{branch}." if branch else ""
     return sum(
-        kept.failed_items
-        for (at, of), kept in ctx.restored.items()
-        if kept.step is not None and at == position and (of == branch or of.startswith(inside))
+        failed
+        for (at, of), failed in ctx.failed_maps.items()
+        if at == position and (of == branch or of.startswith(inside))
     )
 
 

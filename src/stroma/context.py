@@ -443,8 +443,9 @@ class _Untouched:
     delivers: bool = False
     #: Somebody elsewhere has cancelled the run: nothing is tried again.
     cancelled: bool = False
-    #: How many items of maps failed while the others went on.
+    #: How many items of maps failed while the others went on; and of which committed maps how many did.
     failed_items: int = 0
+    failed_maps: Mapping[tuple[int, str], int] = MappingProxyType({})
     #: Ends the run once a shutdown has asked that nothing new is begun; None before.
     interrupt: Callable[[], None] | None = None
     #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of the
@@ -671,6 +672,12 @@ class ReliabilityContext(_Untouched):
     def _begin(self, session: Session, *, carry: bool) -> Session:
         self.session = session
         self.restored = session.restored
+        if self.restored:
+            self.failed_maps = {
+                at: kept.failed_items
+                for at, kept in self.restored.items()
+                if kept.step is not None and kept.failed_items
+            }
         if carry and session.continued:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
             self.cost_tracker.prior_tokens = session.prior.tokens
