@@ -630,6 +630,34 @@ async def test_taken_over_in_the_middle(tmp_path: Path, doubler: Doubler) -> Non
     assert (record.tokens, len(committed), len(set(committed))) == (600, 200, 200)
 
 
+async def test_ends_of_items_are_told_again(
+    tmp_path: Path, doubler: Doubler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With at-least-once delivery the end of an item is told by the process that goes on, with the item's output."""
+    doubler.failing = {3}
+    work = map_over(
+        JsonLines(write(tmp_path / "in", range(6))), doubler.node, into=Journal(), max_concurrency=1
+    )
+    told: list[tuple[str, Any]] = []
+
+    async def success(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        here = current_node()
+        assert here is not None
+        if here.redelivered:
+            told.append((here.branch, state))
+
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        runner = quick(store, hooks=NodeHooks(on_node_success=success), hook_delivery="at_least_once")
+        with monkeypatch.context() as patched:
+            # As if the process had died each time before it could note that the hook was told.
+            patched.setattr("stroma.checkpoint._session.DurableSession.delivered", lambda *_: None)
+            await runner.run([work], State())
+        doubler.failing = set()
+        result = await runner.run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert told == [(str(n), {"twice": 2 * n}) for n in range(3)]
+
+
 # ---------------------------------------------------------------------- collecting failures
 
 
