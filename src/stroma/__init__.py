@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from stroma.failures import *
     from stroma.groups import *
     from stroma.hooks import *
+    from stroma.items import *
     from stroma.middleware import *
     from stroma.nodes import *
     from stroma.prices import *
@@ -75,6 +76,7 @@ _HOMES = {
         "Failure",
         "FailureClass",
         "FailurePolicy",
+        "ItemFailure",
         "NodeContext",
         "RetryBudget",
         "RunFailed",
@@ -84,11 +86,12 @@ _HOMES = {
         "default_policy_map",
     ),
     "groups": ("map_over", "parallel"),
-    "hooks": ("HookError", "NodeHooks", "StepHooks"),
+    "hooks": ("HookError", "MapProgress", "NodeHooks", "StepHooks"),
+    "items": ("Journal", "JsonLines"),
     "middleware": ("StromaStep", "execute_step"),
     "nodes": ("stroma_node", "stroma_step"),
     "prices": ("update_prices",),
-    "runner": ("Pipeline", "StromaRunner"),
+    "runner": ("Pipeline", "RunStream", "StreamEvent", "StromaRunner"),
     "schemas": ("NotSerialisable",),
     "trace": ("AttemptUsage", "ExecutionResult", "ExecutionTrace", "RunStatus", "TraceEvent"),
     "usage": ("Usage", "UsageError", "usage_from"),
@@ -123,6 +126,10 @@ __all__ = [
     "Finding",
     "HookError",
     "InMemoryStore",
+    "ItemFailure",
+    "Journal",
+    "JsonLines",
+    "MapProgress",
     "ModelHint",
     "NodeContext",
     "NodeContract",
@@ -141,6 +148,7 @@ __all__ = [
     "RunExists",
     "RunFailed",
     "RunStatus",
+    "RunStream",
     "SQLiteStore",
     "StepContext",
     "StepContract",
@@ -148,6 +156,7 @@ __all__ = [
     "StepUsage",
     "StepViolation",
     "StoreError",
+    "StreamEvent",
     "StromaRunner",
     "StromaStep",
     "Suspend",

@@ -127,7 +127,7 @@ async def execute(
             parent=parent,
         )
         if committed is not None:
-            if ctx.step_policies and branch:
+            if ctx.step_policies and branch and (parent is None or parent.remembers):
                 ctx.done[position, branch] = committed
             return committed
     if type(node) is Group:
@@ -190,7 +190,8 @@ def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | N
 def _remember(ctx: ReliabilityContext, run: NodeExecution, output: BaseModel) -> None:
     """Only node_policies can try a whole group again; what its children committed is not run again then."""
     if run.branch:
-        ctx.done[run.position, run.branch] = output
+        if run.parent is None or run.parent.remembers:
+            ctx.done[run.position, run.branch] = output
     elif ctx.done:
         for key in [key for key in ctx.done if key[0] == run.position]:
             del ctx.done[key]

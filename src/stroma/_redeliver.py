@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Sequence
 from typing import Any
 
 from stroma._announce import tell_end
 from stroma._restore import output_schema, raw_output, read_output
+from stroma.checkpoint import Committed
 from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
 from stroma.failures import RunFailed
 from stroma.nodes import Group, Node
@@ -41,18 +43,34 @@ async def _tell(ctx: ReliabilityContext, run: NodeExecution, row: Row, node: Nod
         failure_class, message, _ = failed
         said = (message,) if row[OUTCOME] == "suspended" else (RunFailed(message), failure_class)
 
+    committed = await _committed(ctx, row)
+
     def arguments() -> tuple[Any, ...]:
         if row[OUTCOME] == "success":
-            return (ctx.run_id, run.node_id, ctx.shown(_output(ctx, row, node)), run.counted.tokens)
+            return (
+                ctx.run_id,
+                run.node_id,
+                ctx.shown(_output(ctx, row, node, committed)),
+                run.counted.tokens,
+            )
         return (ctx.run_id, run.node_id, *said)
 
     await tell_end(ctx, run, calls, row, arguments)
 
 
-def _output(ctx: ReliabilityContext, row: Row, node: Node | Group | None) -> dict[str, Any]:
+async def _committed(ctx: ReliabilityContext, row: Row) -> Committed | None:
+    found = ctx.restored.get((row[POSITION], row[BRANCH]))
+    if found is None and row[BRANCH] and row[OUTCOME] == "success":  # Of a map, it may stand apart.
+        kept: Any = ctx.session.committed(row[POSITION], [row[BRANCH]])
+        found = (await kept if inspect.isawaitable(kept) else kept).get(row[BRANCH])
+    return found
+
+
+def _output(
+    ctx: ReliabilityContext, row: Row, node: Node | Group | None, committed: Committed | None
+) -> dict[str, Any]:
     """The output that was committed with an attempt, as its hook would have seen it."""
-    committed = ctx.restored.get((row[POSITION], row[BRANCH]))
-    if committed is None:
+    if committed is None or committed.is_failed_item:
         return {}  # It was discarded since.
     if isinstance(node, Node) and node.node_id == row[NODE]:
         schema = output_schema(ctx, node, None)

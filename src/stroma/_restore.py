@@ -9,11 +9,20 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
 from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
-from stroma.contracts import NodeContract
+from stroma.contracts import ContractRegistry, NodeContract
+from stroma.failures import ItemFailure
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import Schema, schema_of
 
-__all__ = ["check_committed", "check_place", "output_schema", "raw_output", "read_output", "restore"]
+__all__ = [
+    "check_committed",
+    "check_place",
+    "output_schema",
+    "raw_output",
+    "read_output",
+    "restore",
+    "value_of",
+]
 
 
 async def restore(
@@ -32,7 +41,7 @@ async def restore(
     Raises PipelineChanged, or CorruptCheckpoint if what was kept cannot be read back.
     """
     committed = ctx.restored.get((position, branch))
-    if committed is None:
+    if committed is None or committed.is_failed_item:
         return None
     schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
     group = None if parent is None else parent.node_id
@@ -52,6 +61,8 @@ async def restore(
         ) from error
     if not branch:
         ctx.last_state = model
+    if isinstance(node, Group):
+        ctx.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
         run = NodeExecution(
             ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, []
@@ -70,6 +81,16 @@ async def restore(
     return model
 
 
+def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
+    """How many items failed of a group that is restored, those of maps inside it too."""
+    inside = f"{branch}." if branch else ""
+    return sum(
+        failed
+        for (at, of), failed in ctx.failed_maps.items()
+        if at == position and (of == branch or of.startswith(inside))
+    )
+
+
 def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], Any] | None) -> BaseModel:
     if upcast is not None:
         raw = raw_output(committed)
@@ -81,6 +102,27 @@ def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], An
     if committed.schema is not None and committed.schema is not schema:
         return schema.trust(schema.validate(raw_output(committed)))
     return schema.trust(schema.restore(committed.output))
+
+
+def value_of(registry: ContractRegistry, node: Node | Group, committed: Committed) -> Any:
+    """An output that is read without the input of its node: a model, or plain data of a group; or an ItemFailure.
+
+    Raises CorruptCheckpoint.
+    """
+    try:
+        if committed.is_failed_item:
+            return read_output(schema_of(ItemFailure), committed, None)
+        if isinstance(node, Group):
+            return raw_output(committed)
+        contract = registry.find(node.node_id) or node.contract
+        schema = schema_of(Kept if contract is None else contract.output_schema)
+        changed = committed.contract.partition(":")[0] != schema.fingerprint
+        model = read_output(schema, committed, contract.upcast if changed and contract is not None else None)
+        return model.root if isinstance(model, Kept) else model
+    except ValueError as error:
+        raise CorruptCheckpoint(
+            f"an output of node {node.node_id!r} cannot be read back: {error}; restore its schema, or begin a new run"
+        ) from error
 
 
 def raw_output(committed: Committed) -> Any:
@@ -149,6 +191,8 @@ def check_committed(
             f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was made for "
             f"{recorded!r}, and the pipeline has {group!r} there; restore it, or begin a new run"
         )
+    if committed.is_failed_item:
+        return
     if schema is not None and contract != schema.fingerprint and not _tolerated(ctx, node, own):
         raise PipelineChanged(
             f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was recorded with another "

@@ -15,6 +15,7 @@ from stroma._restore import check_place, output_schema, restore
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
 from stroma.context import CURRENT, ReliabilityContext, leave
 from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
+from stroma.groups import apart_in
 from stroma.hooks import HookError, HookNotAsync
 from stroma.nodes import Group, Node
 from stroma.schemas import NotSerialisable
@@ -54,6 +55,7 @@ class OneRun:
     def drain(self) -> asyncio.Future[None]:
         """Let no further node begin. What is returned ends with the run."""
         self.draining = True
+        self.ctx.interrupt = lambda: self._cancel(RunStatus.INTERRUPTED)
         if self.ended is None:
             self.ended = self.loop.create_future()
         return self.ended
@@ -133,7 +135,12 @@ class OneRun:
     async def _open(self) -> None:
         ctx = self.ctx
         try:
-            session = await ctx.open(self.initial, discard_from=self.start, accept=self._check_unchanged)
+            session = await ctx.open(
+                self.initial,
+                discard_from=self.start,
+                accept=self._check_unchanged,
+                apart=apart_in(self.nodes),
+            )
         except asyncio.CancelledError:
             await ctx.end(
                 self._cancelled_as or RunStatus.CANCELLED, None

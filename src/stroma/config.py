@@ -66,6 +66,8 @@ class RunConfig(BaseModel):
         resume_from: start at this node, on the checkpoint of the one before it.
         resume: continue the last execution of this run id at its first position without a commit; short for
             ``if_exists="resume"``.
+        retry_failed_items: on a resume, run the items of maps again that failed while the others went on, and what comes
+            after those maps.
         if_exists: what becomes of a run id that was used before. "restart" begins a new execution, "resume" continues
             the last one, "return" gives the result of one that has finished (and continues any other), "error" raises
             RunExists. All but "restart" compare the input.
@@ -102,6 +104,7 @@ class RunConfig(BaseModel):
     contract_retries: dict[str, int] = Field(default_factory=dict)
     resume_from: str | None = None
     resume: bool = False
+    retry_failed_items: bool = False
     if_exists: Literal["restart", "resume", "return", "error"] = "restart"
     if_running: Literal["error", "attach", "take_over"] = "error"
     allow_changes: bool = False

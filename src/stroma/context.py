@@ -94,7 +94,7 @@ class NodeExecution:
     # Slots, and all of them set: what stands on the class instead takes several times as long to look up.
     __slots__ = (
         "_at_end", "_notes", "attempt", "branch", "busy_ns", "children", "compact", "counted", "ctx", "ended", "group",
-        "kind", "last_failure", "misreported", "node_id", "parent", "position", "redelivered", "repairing", "repairs", "reported",
+        "kind", "last_failure", "misreported", "node_id", "parent", "position", "redelivered", "remembers", "repairing", "repairs", "reported",
         "rows", "running", "running_since", "step",
     )  # fmt: skip
 
@@ -126,6 +126,8 @@ class NodeExecution:
         self.children: list[Row | TraceEvent] | None = None
         #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before.
         self.running = self.running_since = self.busy_ns = 0
+        #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
+        self.remembers = True
         #: Attempts that were granted to mend an output contract, and whether the next one is.
         self.repairs = 0
         self.repairing = False
@@ -412,6 +414,9 @@ class _NoSession:
     ) -> Awaitable[None] | None:
         return None
 
+    def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
+        return {}
+
     def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
         return None
 
@@ -423,6 +428,7 @@ class _NoSession:
 
 
 _NO_SESSION = _NoSession()
+_NO_FAILED_MAPS: Mapping[tuple[int, str], int] = {}
 
 
 def _is_heard(logger: logging.Logger) -> bool:
@@ -454,7 +460,7 @@ class ReliabilityContext:
     __slots__ = (
         "__weakref__", "_beginning", "_calls", "_gives_up", "_next_position", "_notes", "_opening", "_recorded", "_waits",
         "_warned", "budget", "cancelled", "chained", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
-        "delivers", "done", "ends", "epoch_ns", "fire", "hook_failures", "hooks", "kept_traceparent", "lends", "lent",
+        "delivers", "done", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "hook_failures", "hooks", "interrupt", "kept_traceparent", "lends", "lent",
         "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
         "step_timeouts", "suspended", "timed", "trace", "traceparent", "unpriced",
@@ -538,6 +544,11 @@ class ReliabilityContext:
         self._recorded: dict[tuple[str, int], int] | None = None
         #: Somebody elsewhere has cancelled the run: nothing is tried again.
         self.cancelled = False
+        #: How many items of maps failed while the others went on; and of which committed maps how many did.
+        self.failed_items = 0
+        self.failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
+        #: Ends the run once a shutdown has asked that nothing new is begun; None before.
+        self.interrupt: Callable[[], None] | None = None
         #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of
         #: the first hook which puts its own span's here, else the caller's.
         self.traceparent: str | None = None
@@ -654,10 +665,11 @@ class ReliabilityContext:
         discard_from: int | None = None,
         accept: Callable[[int, str, Committed], None] | None = None,
         ends: bool = True,
+        apart: tuple[tuple[int, str], ...] = (),
     ) -> Session:
         """Begin the run in the store, once, as the config says; with ``discard_from``, continue up to there.
 
-        ``ends``: whether :meth:`end` will be called. Raises StoreError (RunBusy, PipelineChanged ...).
+        ``ends``: whether :meth:`end` will be called. ``apart``: see RunRequest. Raises StoreError (RunBusy, PipelineChanged ...).
         """
         if self.session is _NO_SESSION:
             if self._opening is None:
@@ -675,6 +687,8 @@ class ReliabilityContext:
                     config.lease_seconds,
                     ends,
                     self.delivers,
+                    apart,
+                    config.retry_failed_items,
                 )
                 opened: Session | Awaitable[Session]
                 if config.if_running == "attach":
@@ -769,6 +783,12 @@ class ReliabilityContext:
     def _begin(self, session: Session, *, carry: bool) -> Session:
         self.session = session
         self.restored = session.restored
+        if self.restored:
+            self.failed_maps = {
+                at: kept.failed_items
+                for at, kept in self.restored.items()
+                if kept.step is not None and kept.failed_items
+            }
         if carry and session.continued:
             # Only a resume that goes on by itself remembers the bill; resume_from starts a new one.
             self.cost_tracker.prior_tokens = session.prior.tokens
@@ -990,4 +1010,5 @@ class ReliabilityContext:
             hook_errors=self.hook_failures,
             unpriced_models=self.unpriced,
             suspended=self.suspended,
+            failed_items=self.failed_items,
         )

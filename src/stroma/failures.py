@@ -22,6 +22,7 @@ __all__ = [
     "Failure",
     "FailureClass",
     "FailurePolicy",
+    "ItemFailure",
     "NodeContext",
     "PolicyMap",
     "Retry",
@@ -46,6 +47,25 @@ class FailureClass(StrEnum):
     RECOVERABLE = "RECOVERABLE"
     TERMINAL = "TERMINAL"
     AMBIGUOUS = "AMBIGUOUS"
+
+
+class ItemFailure(BaseModel):
+    """An item of a map that failed for good while the others went on.
+
+    Attributes:
+        index: which item, 0-based.
+        node_id: the node that failed.
+        message: of its last attempt, as in the trace.
+        reason: a stable word for it, such as "rate_limit"; None if unknown.
+        attempts: how many were made; 0 for an item that could not be read.
+    """
+
+    index: int
+    node_id: str
+    failure_class: FailureClass
+    message: str
+    reason: str | None = None
+    attempts: int = 1
 
 
 class FailurePolicy(BaseModel):

@@ -1,4 +1,4 @@
-"""Groups: several nodes side by side, or one node over the items of a list."""
+"""Groups: several nodes side by side, or one node over many items."""
 
 from __future__ import annotations
 
@@ -6,21 +6,35 @@ import asyncio
 import functools
 import inspect
 import warnings
-from collections.abc import Callable, Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
-from typing import Any, cast
+from operator import attrgetter, itemgetter
+from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict, create_model
 
 from stroma._core_schema import core_schema_of, never_a_dict
 from stroma._engine import GroupStopped, Halt, execute
+from stroma._map import DEFAULT_CONCURRENCY, MapRun
 from stroma._restore import output_schema
 from stroma._values import isolate
 from stroma.context import Kind, NodeExecution, ReliabilityContext
+from stroma.failures import ItemFailure
+from stroma.items import (
+    FileSource,
+    ItemsFunction,
+    IterableSource,
+    Journal,
+    JsonLines,
+    LinesFile,
+    ListSource,
+    Source,
+    values_of,
+)
 from stroma.nodes import Group, Kept, Node, find_node
 from stroma.schemas import Schema, schema_of
 
-__all__ = ["gather", "map_over", "parallel"]
+__all__ = ["apart_in", "gather", "map_over", "parallel"]
 
 
 def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
@@ -66,44 +80,169 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
     return group
 
 
-def map_over(field: str, node: Any, *, into: str, max_concurrency: int | None = None) -> Group:
-    """Run one node for each item of the list ``field`` of the state; its outputs become the list ``into``, in order.
+def map_over(
+    items: str | JsonLines | ItemsFunction,
+    node: Any,
+    *,
+    into: str | JsonLines | Journal,
+    max_concurrency: int | None = None,
+    on_item_failure: Literal["stop", "collect"] = "stop",
+) -> Group:
+    """Run one node for each of many items; each is retried, recorded and resumed on its own.
 
-    The other fields of the state are kept. Each item is retried, recorded and resumed on its own. An item is the
-    node's input: a model or dict as it is, anything else as the value of a root model, or of the node's only
-    required field. Raises TypeError for what is no node.
+    ``items``: the name of a list field of the state; a file of :class:`JsonLines`; or a function of the state that gives
+    an iterable or an async iterable, which every process that goes on with the run asks anew: it must give the same. An
+    item is the node's input: a model or dict as it is, anything else as the value of a root model, or of the node's only
+    required field.
+
+    ``into``: the name of a field that gets the list of outputs, in the order of the items, beside the other fields of the
+    state; or a file of :class:`JsonLines`, or the :class:`Journal`: then the state stays as it is, and any number of
+    items takes no more memory than a few.
+
+    ``max_concurrency``: how many run at once; None is all of a list of the state, and else 64.
+
+    ``on_item_failure``: "stop" ends the group with the first item that fails for good. "collect" goes on with the others;
+    each that failed becomes an ItemFailure, in the field ``<into>_failures`` or the file ``<into>.failures.jsonl``, and
+    the run counts them in ``result.failed_items``. A resume runs them again if ``retry_failed_items`` says so.
+
+    Raises TypeError for what is no node, ValueError for what is no field.
     """
     limit = _check_limit(max_concurrency)
     child = find_node(node)
-    for name in (field, into):
-        if not name.isidentifier():
-            raise ValueError(f"{name!r} is not the name of a field")
+    name = _name_of_items(items)
+    for field in (items, into):
+        if isinstance(field, str) and not field.isidentifier():
+            raise ValueError(f"{field!r} is not the name of a field")
+    if on_item_failure not in ("stop", "collect"):
+        raise ValueError(f'on_item_failure is {on_item_failure!r}; give "stop" or "collect"')
+    if not isinstance(into, (str, JsonLines, Journal)):
+        raise TypeError(f"into is {into!r}; give the name of a field, JsonLines(path) or Journal()")
+    _check_inside(child, apart=not isinstance(into, str))
+    target = into if isinstance(into, str) else ""
+    collect = on_item_failure == "collect"
+    failed = f"{target}_failures" if target and collect else ""
+    if limit is None and not (isinstance(items, str) and target):
+        limit = DEFAULT_CONCURRENCY
 
     def output(ctx: ReliabilityContext, value: BaseModel) -> type[BaseModel]:
-        item = _output_class(ctx, child, value)
-        return _with_list(group.node_id, type(value), into, item)
+        if not target:
+            return type(value)
+        return _with_list(group.node_id, type(value), target, _output_class(ctx, child, value), failed)
+
+    def source_of(state: BaseModel) -> Source:
+        if isinstance(items, str):
+            return ListSource(_items(state, items))
+        if isinstance(items, JsonLines):
+            return FileSource(items.find(schema_of(type(state)).fields(state)))
+        return IterableSource(items(schema_of(type(state)).copy(state)), name)
 
     async def run(ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
-        state, items = _by_name(value, Schema.values), _items(value, field)
-        jobs = [(child, _item_state(ctx, child, item)) for item in items]
-        outputs = await _side_by_side(ctx, execution, jobs, limit, "item")
-        return {**state, into: [_item_value(out) for out in outputs]}
+        state = _by_name(value, Schema.values)
+        files = _files_of(into, state, ctx.run_id, collect=collect)
+        for file in files:
+            file.check(items.find(state) if isinstance(items, JsonLines) else None)
+        work = MapRun(
+            ctx,
+            execution,
+            child,
+            source_of(value),
+            lambda item: _item_state(ctx, child, item),
+            limit=limit,
+            collect=collect,
+            keep=bool(target),
+        )
+        await work.go()
+        if files:
+            await work.write(*files)
+        if work.outputs is None:
+            return state
+        made = {target: [_item_value(out) for _, out in sorted(work.outputs.items(), key=itemgetter(0))]}
+        if failed:
+            made[failed] = sorted(work.failures, key=attrgetter("index"))
+        return {**state, **made}
 
     async def by_hand(state: BaseModel) -> dict[str, Any]:
+        if not target or collect:
+            raise TypeError(
+                f"{group.node_id} keeps its items in the journal of a run: run it with a runner, not by hand"
+            )
         gate = _gate(limit)
 
         async def one(item: Any) -> dict[str, Any]:
             async with gate():
                 return await _call_by_hand(child, _item_state(None, child, item))
 
-        outputs = await gather([one(item) for item in _items(state, field)])
-        return {**_by_name(state, Schema.fields), into: outputs}
+        outputs = await gather([one(item) for item in await values_of(source_of(state))])
+        return {**_by_name(state, Schema.fields), target: outputs}
 
     def joined(given: type[BaseModel], outputs: Sequence[type[BaseModel]]) -> type[BaseModel]:
-        return _with_list(group.node_id, given, into, outputs[0])
+        return _with_list(group.node_id, given, target, outputs[0], failed) if target else given
 
-    group = Group(f"map_over({field}, {child.node_id})", (child,), run, output, by_hand, joined, field, into)
+    group = Group(
+        f"map_over({name}, {child.node_id})",
+        (child,),
+        run,
+        output,
+        by_hand,
+        joined,
+        name,
+        target,
+        not isinstance(items, str),
+    )
     return group
+
+
+def _name_of_items(items: Any) -> str:
+    if isinstance(items, str):
+        return items
+    if isinstance(items, JsonLines):
+        return items.name
+    if not callable(items):
+        raise TypeError(
+            f"map_over cannot take its items from {items!r}; give the name of a list field, JsonLines(path), or a function "
+            "of the state that gives them"
+        )
+    return str(getattr(items, "__name__", type(items).__name__))
+
+
+def _check_inside(node: Node | Group, *, apart: bool) -> None:
+    """Refuse maps inside of a map that could not be told apart from one another."""
+    if not isinstance(node, Group):
+        return
+    if node.each and (apart or not node.into):
+        raise ValueError(
+            f"{node.node_id} cannot stand inside of a map: the outputs of only one of them can be kept out of the state, "
+            "and of none that runs many times; give it a field as into=, or call it in a node"
+        )
+    for child in node.children:
+        _check_inside(child, apart=apart)
+
+
+def _files_of(into: Any, state: Mapping[str, Any], run_id: str, *, collect: bool) -> list[LinesFile]:
+    """The file of the outputs and that of the failures."""
+    if not isinstance(into, JsonLines):
+        return []
+    path = into.find(state)
+    paths = [path, path.with_name(f"{path.stem}.failures.jsonl")] if collect else [path]
+    return [LinesFile(path, run_id) for path in paths]
+
+
+def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
+    """Where the items of maps stand whose outputs do not go into the state: (position, beginning of branches)."""
+    found: list[tuple[int, str]] = []
+
+    def walk(node: Node | Group, position: int, beginning: str) -> None:
+        if isinstance(node, Group):
+            if node.each and not node.into:
+                found.append((position, beginning))
+            elif not node.each:
+                for index, child in enumerate(node.children):
+                    walk(child, position, f"{beginning}{index}.")
+
+    for position, node in enumerate(nodes):
+        if isinstance(node, Group):
+            walk(node, position, "")
+    return tuple(found)
 
 
 # ---------------------------------------------------------------------- running
@@ -283,10 +422,14 @@ def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
 
 
 @functools.lru_cache(maxsize=1024)
-def _with_list(name: str, base: type[BaseModel], into: str, item: type[BaseModel]) -> type[BaseModel]:
-    """The model ``base`` with a field ``into: list[item]``."""
+def _with_list(
+    name: str, base: type[BaseModel], into: str, item: type[BaseModel], failed: str = ""
+) -> type[BaseModel]:
+    """The model ``base`` with a field ``into: list[item]``, and one for the items that failed."""
     fields = {} if base.__pydantic_root_model__ and _is_open(base) else _fields_of(base)
     fields[into] = (list[Any] if item is Kept else list[item], ...)  # type: ignore[valid-type]
+    if failed:
+        fields[failed] = (list[ItemFailure], ...)
     return _make_model(name, fields, (base,))
 
 

@@ -11,14 +11,49 @@ import types
 from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
 from dataclasses import dataclass, fields
 from time import perf_counter
-from typing import Any
+from typing import Any, ClassVar
 
 from stroma.failures import FailureClass
 from stroma.trace import ExecutionResult
 
-__all__ = ["NO_HOOKS", "AnyHooks", "Calls", "HookError", "HookSets", "NodeHooks", "StepHooks", "flatten"]
+__all__ = [
+    "NO_HOOKS",
+    "AnyHooks",
+    "Calls",
+    "HookError",
+    "HookSets",
+    "MapProgress",
+    "NodeHooks",
+    "StepHooks",
+    "flatten",
+]
 
 logger = logging.getLogger("stroma")
+
+
+@dataclass(frozen=True, slots=True)
+class MapProgress:
+    """How far a map is.
+
+    Attributes:
+        done: items that have ended, the failed and the restored ones among them.
+        total: how many there are; None as long as nobody knows.
+        failed: those that failed while the others go on (``on_item_failure="collect"``).
+        restored: those that an earlier process did.
+        rate: items per second that this process does, over the last seconds.
+        seconds_left: None if it cannot be told.
+        elapsed_seconds: since this process began with the map.
+        ended: whether this is the last word of this map.
+    """
+
+    done: int
+    total: int | None
+    failed: int
+    restored: int
+    rate: float
+    seconds_left: float | None
+    elapsed_seconds: float
+    ended: bool
 
 
 @dataclass
@@ -27,7 +62,8 @@ class NodeHooks:
 
     ``on_node_success`` gets the tokens of this attempt, input + output, 0 if the node reported none. Everything
     else about a node (position, attempt, model, cost ...) is at :func:`stroma.current_node` while a hook runs.
-    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first.
+    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. ``on_map_progress`` is told
+    how far a map is: at its begin, at its end, and in between at most five times a second.
     """
 
     on_node_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
@@ -40,6 +76,10 @@ class NodeHooks:
     on_node_cancelled: Callable[[str, str], Awaitable[None]] | None = None
     on_node_suspended: Callable[[str, str, str], Awaitable[None]] | None = None
     on_budget_warning: Callable[[str, str, float, float], Awaitable[None]] | None = None
+    on_map_progress: Callable[[str, str, MapProgress], Awaitable[None]] | None = None
+
+    #: Of hooks that make a run wait for who reads what they tell: they are under no time limit.
+    _patient: ClassVar[bool] = False
 
     def __or__(self, other: NodeHooks | Sequence[NodeHooks]) -> HookSets:
         return HookSets((self, *flatten(other)))
@@ -132,6 +172,7 @@ class Hooks:
     on_node_cancelled: Calls | None = None
     on_node_suspended: Calls | None = None
     on_budget_warning: Calls | None = None
+    on_map_progress: Calls | None = None
 
     def __init__(
         self,
@@ -146,6 +187,7 @@ class Hooks:
         self._run_id = run_id
         self._limit = limit_seconds
         self._on_error = on_error
+        self._patient = frozenset(index for index, hooks in enumerate(sets) if hooks._patient)
         #: Of an end whose telling was closed half-way, the calls that are left; for who gets that GeneratorExit.
         self.untold: Calls = ()
         for index, hooks in enumerate(sets):
@@ -173,6 +215,7 @@ class Hooks:
         for number, (index, hook) in enumerate(calls):
             before = task.cancelling() if task else 0
             begin = perf_counter()
+            patient = self._patient and index in self._patient
             try:
                 awaitable = hook(*arguments())
                 if type(awaitable) is types.CoroutineType:
@@ -182,12 +225,12 @@ class Hooks:
                     except StopIteration:
                         pass
                     else:
-                        await _bounded(awaitable.__await__(), waiting_for, self._limit)
+                        await _bounded(awaitable.__await__(), waiting_for, None if patient else self._limit)
                 elif inspect.isawaitable(awaitable):
-                    await _awaited(awaitable, self._limit)
+                    await _awaited(awaitable, None if patient else self._limit)
                 else:
                     raise _not_async(event, hook, node_id, awaitable, index)
-                if self._limit is not None and perf_counter() - begin > self._limit:
+                if not patient and self._limit is not None and perf_counter() - begin > self._limit:
                     # It was not interrupted, so it never gave the event loop a chance to.
                     logger.warning(
                         "hook %s (%r) of node %r blocked the event loop for %.0f ms; await in it, or use a thread",

@@ -114,7 +114,8 @@ class Group:
         by_hand: what calling the group outside a run does.
         joined: the class of its output, given that of its input and those of its children's outputs.
         over, into: the one child runs for every item of the list in the one field, and its outputs become the other one;
-            "" for a group that runs each child once.
+            "" for a group that runs each child once, and as ``into`` for outputs that do not go into the state.
+        outside: the items do not come out of the state; ``over`` is what they are called.
     """
 
     node_id: str
@@ -125,6 +126,7 @@ class Group:
     joined: Callable[[type[BaseModel], Sequence[type[BaseModel]]], type[BaseModel]]
     over: str = ""
     into: str = ""
+    outside: bool = False
 
     @property
     def each(self) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
@@ -13,7 +13,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import BaseModel
 
 from stroma._batch import Batch, outcome_of
+from stroma._restore import value_of
 from stroma._run import OneRun
+from stroma._stream import RunStream, StreamEvent
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
@@ -44,7 +46,9 @@ __all__ = [
     "NodeHooks",
     "Pipeline",
     "RunConfig",
+    "RunStream",
     "StepHooks",
+    "StreamEvent",
     "StromaRunner",
     "parallel",
     "stroma_node",
@@ -207,6 +211,7 @@ class StromaRunner:
         context: dict[str, Any] | None = None,
         resume: bool | None = None,
         resume_from: str | None = None,
+        retry_failed_items: bool | None = None,
         if_exists: Literal["restart", "resume", "return", "error"] | None = None,
         if_running: Literal["error", "attach", "take_over"] | None = None,
         traceparent: str | None = None,
@@ -223,6 +228,7 @@ class StromaRunner:
             "context": context,
             "resume": resume,
             "resume_from": resume_from,
+            "retry_failed_items": retry_failed_items,
             "if_exists": if_exists,
             "if_running": if_running,
         }
@@ -246,6 +252,54 @@ class StromaRunner:
             self._live.discard(run)
             if run.ended is not None and not run.ended.done():
                 run.ended.set_result(None)
+
+    def stream(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        initial_state: BaseModel,
+        *,
+        on_leave: Literal["cancel", "detach"] = "cancel",
+        buffer: int = 1000,
+        **options: Any,
+    ) -> RunStream:
+        """:meth:`run` as an async iterator of what happens, as it happens; see :class:`RunStream`.
+
+        The run begins when the first event is asked for, or with ``async with``. ``on_leave``: what becomes of a run
+        whose reader leaves before its end: "cancel" ends it as CANCELLED, "detach" lets it go on in the background.
+        ``buffer``: events that may wait for the reader; with more of them the run waits. ``options`` are those of
+        :meth:`run`. What ``run()`` would raise comes out of the iterator. Raises ValueError for what is no option here.
+        """
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        config = self._config_of(nodes)
+
+        def begin(watch: NodeHooks) -> Coroutine[Any, Any, ExecutionResult]:
+            watched = config.model_copy(update={"hooks": [*flatten(config.hooks), watch]})
+            watched.__pydantic_fields_set__ = config.model_fields_set | {"hooks"}
+            twin = StromaRunner(self.registry, self.checkpoint_manager, watched)
+            twin._live = self._live  # A shutdown of this runner is one of its streams, too.
+            return twin.run(nodes, initial_state, **options)
+
+        return RunStream(begin, on_leave, buffer)
+
+    async def map_outputs(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
+        """(index, output) of each item of a map that is done, in order, a few in memory at a time.
+
+        ``node``: the ``map_over(...)`` itself, with ``into=Journal()`` or a file. An output is a model, or plain data of a
+        node without a contract; an item that failed is an ItemFailure. Raises CheckpointNotFound, CorruptCheckpoint,
+        StoreError, TypeError for what is no map.
+        """
+        group = find_node(node)
+        if not isinstance(group, Group) or not group.each or group.into:
+            raise TypeError(
+                f"{group.node_id!r} is no map whose outputs are in the journal; give the map_over() with into=Journal() or "
+                "JsonLines(path)"
+            )
+        store = self._journal("map_items")
+        first = 0
+        while page := await asyncio.to_thread(store.map_items, run_id, group.node_id, first, _PAGE):
+            for index, committed in page:
+                yield index, value_of(self.registry, group.children[0], committed)
+            first += _PAGE
 
     def run_sync(
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
@@ -511,10 +565,13 @@ class StromaRunner:
         data: bytes = await asyncio.to_thread(self._journal("input_of").input_of, run_id)
         return schema.decode(data)
 
-    def _config_for(self, nodes: Any, run_id: str | None, given: dict[str, Any]) -> RunConfig:
-        config = self.config
+    def _config_of(self, nodes: Any) -> RunConfig:
         if isinstance(nodes, Pipeline) and nodes.config is not None and self._own_config is None:
-            config = nodes.config
+            return nodes.config
+        return self.config
+
+    def _config_for(self, nodes: Any, run_id: str | None, given: dict[str, Any]) -> RunConfig:
+        config = self._config_of(nodes)
         changes = {name: value for name, value in given.items() if value is not None}
         if run_id is not None:
             changes["run_id"] = run_id
@@ -527,6 +584,7 @@ class StromaRunner:
 
 
 _ALL = 1_000_000  # runs: more than anybody recovers at once
+_PAGE = 200  # outputs of a map that are read at once
 
 
 # Of any version but ff, with ids that are not all zeros; 00 has no more fields; https://www.w3.org/TR/trace-context/

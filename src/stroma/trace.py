@@ -18,7 +18,7 @@ from typing import Any, Final, Literal, cast
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
-from stroma.failures import Failure, FailureClass
+from stroma.failures import Failure, FailureClass, ItemFailure
 from stroma.schemas import Schema, Snapshot
 
 __all__ = [
@@ -64,6 +64,8 @@ POSITION: Final = 9
 BRANCH: Final = 10
 GROUP: Final = 11
 CHILDREN: Final = 12
+#: What an item that failed for good is filed under, in place of its output, where the other items go on.
+FAILED_ITEM: Final = "failed item"
 
 
 @dataclass(frozen=True, slots=True)
@@ -89,6 +91,100 @@ class AttemptUsage:
 
 NO_USAGE: Final = AttemptUsage()
 
+#: (node id, tokens, output tokens, USD, ns, model) of an attempt, or of several.
+Figures = tuple[str, int, int, float, int, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """The events inside a group that were too many to be kept: they are counted.
+
+    Attributes:
+        events: how many attempts, those inside groups too.
+        failures: how many of them failed.
+        lost_tokens, lost_cost_usd: of those that committed nothing.
+        figures: the sums of all, for each node id and model.
+    """
+
+    events: int
+    failures: int
+    lost_tokens: int
+    lost_cost_usd: float
+    figures: tuple[Figures, ...]
+
+
+class FewRows(list["Row | TraceEvent"]):
+    """The rows of the items of a map that are too many to be kept: the first ones, and the first failures after those.
+
+    The others are summed up.
+    """
+
+    __slots__ = ("_events", "_failures", "_lost_cost_usd", "_lost_tokens", "_most", "_sums")
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        self._events = self._failures = self._lost_tokens = 0
+        self._lost_cost_usd = 0.0
+        # By node id and model: tokens, output tokens, USD, ns.
+        self._sums: dict[tuple[str, str | None], tuple[int, int, float, int]] = {}
+
+    def append(self, row: Row | TraceEvent, /) -> None:
+        failed = not isinstance(row, TraceEvent) and row[FAILURE] is not None
+        if len(self) < (2 * self._most if failed else self._most):
+            super().append(row)
+            return
+        stack = [row]
+        while stack:
+            one = stack.pop()
+            assert not isinstance(one, TraceEvent)  # The engine's own: nobody has looked at them.
+            used = one[USAGE] or NO_USAGE
+            tokens, made, cost, ns = self._sums.get((one[NODE], used.model), (0, 0, 0.0, 0))
+            self._sums[one[NODE], used.model] = (
+                tokens + used.tokens, made + used.output_tokens, cost + used.cost_usd, ns + one[DURATION],
+            )  # fmt: skip
+            self._events += 1
+            self._failures += one[FAILURE] is not None
+            if one[OUTPUT] is None:
+                self._lost_tokens += used.tokens
+                self._lost_cost_usd += used.cost_usd
+            stack.extend(one[CHILDREN] or ())
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What is not kept; None if all is."""
+        if not self._events:
+            return None
+        figures = tuple((node, *sums, model) for (node, model), sums in self._sums.items())
+        return LeftOut(self._events, self._failures, self._lost_tokens, self._lost_cost_usd, figures)
+
+    def like(self, rows: list[Row | TraceEvent]) -> FewRows:
+        """The same with other rows in it: copies of these."""
+        twin = FewRows(self._most)
+        twin.extend(rows)
+        twin._events, twin._failures, twin._sums = self._events, self._failures, dict(self._sums)
+        twin._lost_tokens, twin._lost_cost_usd = self._lost_tokens, self._lost_cost_usd
+        return twin
+
+
+def figures_of(rows: list[Row | TraceEvent]) -> Iterator[Figures]:
+    """The figures of every attempt in these rows, in groups too; those of what was left out are sums."""
+    stack: list[Row | TraceEvent] = list(reversed(rows))
+    while stack:
+        row = stack.pop()
+        if isinstance(row, TraceEvent):
+            node_id, used, ns = row.node_id, row.usage, row.duration_ms * 1_000_000
+            inside: list[Any] = list(row.children)
+            left_out = row.left_out
+        else:
+            node_id, used, ns = row[NODE], row[USAGE] or NO_USAGE, row[DURATION]
+            inside = row[CHILDREN] or []
+            left_out = inside.left_out if isinstance(inside, FewRows) else None
+        stack.extend(reversed(inside))
+        yield node_id, used.tokens, used.output_tokens, used.cost_usd, ns, used.model
+        if left_out is not None:
+            yield from left_out.figures
+
 
 @dataclass
 class TraceEvent:
@@ -106,6 +202,7 @@ class TraceEvent:
         usage: what the attempt used.
         position: where in the run the node stands, 0-based.
         branch: "" at the top level; "0", "1", "0.1" for children of groups and items of a map.
+        left_out: of a map whose items or outputs are not in the state, the events that are counted, not kept.
     """
 
     node_id: str
@@ -123,6 +220,7 @@ class TraceEvent:
     usage: AttemptUsage = NO_USAGE
     position: int = 0
     branch: str = ""
+    left_out: LeftOut | None = None
 
     def __post_init__(self) -> None:
         if self.failure is not None and self.outcome == "success":
@@ -173,23 +271,15 @@ class ExecutionTrace:
         twin._schemas = self._schemas.copy()
         return twin
 
-    def figures(self) -> Iterator[tuple[str, int, int, float, int, str | None]]:
-        """(node id, tokens, output tokens, USD, ns, model) of every attempt that the engine recorded, in groups too."""
-        stack: list[Row | TraceEvent] = list(reversed(self.rows))
-        while stack:
-            row = stack.pop()
-            if isinstance(row, TraceEvent):
-                node_id, used, ns = row.node_id, row.usage, row.duration_ms * 1_000_000
-                stack.extend(reversed(row.children))
-            else:
-                node_id, used, ns = row[NODE], row[USAGE] or NO_USAGE, row[DURATION]
-                stack.extend(reversed(row[CHILDREN] or ()))
-            yield node_id, used.tokens, used.output_tokens, used.cost_usd, ns, used.model
+    def figures(self) -> Iterator[Figures]:
+        """The figures of every attempt that the engine recorded, in groups too; sums of those that were left out."""
+        return figures_of(self.rows)
 
     def _event(self, row: Row) -> TraceEvent:
         schemas = self._schemas.get(row[NODE])
         seconds, ns = divmod(row[STARTED], 1_000_000_000)
         failure, message, reason = row[FAILURE] or (None, None, None)
+        children = row[CHILDREN]
         return TraceEvent(
             node_id=row[NODE],
             run_id=self.run_id,
@@ -202,10 +292,11 @@ class ExecutionTrace:
             failure_message=message,
             outcome=row[OUTCOME],
             reason=reason,
-            children=self._build(row[CHILDREN] or []),
+            children=self._build(children or []),
             usage=row[USAGE] or NO_USAGE,
             position=row[POSITION],
             branch=row[BRANCH],
+            left_out=children.left_out if isinstance(children, FewRows) else None,
         )
 
     def _build(self, rows: list[Row | TraceEvent]) -> list[TraceEvent]:
@@ -214,6 +305,10 @@ class ExecutionTrace:
             if not isinstance(row, TraceEvent):
                 rows[i] = self._event(row)
         return cast("list[TraceEvent]", rows)
+
+    def event_of(self, row: Row) -> TraceEvent:
+        """The event of one row, without those inside it."""
+        return self._event((*row[:CHILDREN], None))
 
     @property
     def _events(self) -> list[TraceEvent]:
@@ -267,7 +362,8 @@ class ExecutionTrace:
 
 def contract_of(row: Row, schema: Schema) -> str:
     """What an output is filed under: the fingerprint of its schema, and the group that asked for it."""
-    return schema.fingerprint if row[GROUP] is None else f"{schema.fingerprint}:{row[GROUP]}"
+    kind = FAILED_ITEM if schema.model is ItemFailure else schema.fingerprint
+    return kind if row[GROUP] is None else f"{kind}:{row[GROUP]}"
 
 
 def _copy_rows(rows: list[Row | TraceEvent]) -> list[Row | TraceEvent]:
@@ -279,7 +375,7 @@ def _copy_rows(rows: list[Row | TraceEvent]) -> list[Row | TraceEvent]:
         else:
             children = row[CHILDREN]
             copies.append(row if children is None else (*row[:CHILDREN], _copy_rows(children)))
-    return copies
+    return rows.like(copies) if isinstance(rows, FewRows) else copies
 
 
 def _copy_event(event: TraceEvent) -> TraceEvent:
@@ -439,6 +535,7 @@ class ExecutionResult:
         total_tokens: input + output, failed attempts included.
         failure: what stopped the run, or None.
         suspended: why a SUSPENDED run waits; one line per node.
+        failed_items: how many items of its maps failed while the others went on, see ``on_item_failure``.
         hook_errors: exceptions of hooks, which changed nothing.
         unpriced_models: models that nobody knows a price for; they count as 0.
     """
@@ -453,6 +550,7 @@ class ExecutionResult:
     hook_errors: list[HookFailure] = field(default_factory=list)
     unpriced_models: list[str] = field(default_factory=list)
     suspended: list[str] = field(default_factory=list)
+    failed_items: int = 0
 
     def raise_for_status(self) -> None:
         """Raise the exception that stopped the run, if one did."""

@@ -69,7 +69,7 @@ def test_json(stroma, inside):
         "schema": "stroma.run/1", "run_id": "mine", "pipeline": "sums", "status": "COMPLETED", "exit_code": 0,
         "final_state": {"n": 4}, "failure": None, "resume": None, "unpriced_models": [], "hook_errors": 0,
         "suspended": [], "parent": None,
-        "totals": {"tokens": 135, "wasted_tokens": 0, "wasted_cost_usd": 0, "earlier_tokens": 0,
+        "totals": {"tokens": 135, "wasted_tokens": 0, "wasted_cost_usd": 0, "failed_items": 0, "earlier_tokens": 0,
                    "earlier_cost_usd": 0, "attempts": 3},
     }  # fmt: skip
 

@@ -16,6 +16,9 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     InMemoryStore,
+    Journal,
+    JsonLines,
+    MapProgress,
     NodeContext,
     NodeContract,
     NodeExecution,
@@ -24,6 +27,8 @@ from stroma import (
     ReliabilityContext,
     RunConfig,
     RunStatus,
+    RunStream,
+    StreamEvent,
     StromaRunner,
     StromaStep,
     TraceEvent,
@@ -82,6 +87,10 @@ def report(state: Report) -> Report:
 both = parallel(summarise, risk)
 bounded = parallel(summarise, parallel(risk, report), max_concurrency=2)
 each = map_over("documents", summarise, into="summaries", max_concurrency=8)
+of_file = map_over(JsonLines("in.jsonl"), summarise, into=JsonLines(field="out"), on_item_failure="collect")
+of_function = map_over(lambda state: [state], summarise, into=Journal())
+map_over("documents", summarise, into="x", on_item_failure="skip")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+map_over(3, summarise, into="x")  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
 pipeline = Pipeline("reports", [both, report])
 configured = Pipeline("reports", (both, report), config=RunConfig(budget=ExecutionBudget(max_cost_usd=1.0)))
 assert_type(pipeline, Pipeline)
@@ -95,6 +104,16 @@ parallel(summarise, max_concurrency="2")  # type: ignore[arg-type]  # pyright: i
 async def run_them() -> None:
     """A run takes a list, a tuple or a Pipeline, and gives an ExecutionResult."""
     document = Document(text="x")
+    async with runner.stream([both, report], document, on_leave="detach") as stream:
+        async for told in stream:
+            assert_type(told, StreamEvent)
+            assert_type(told.event, TraceEvent | None)
+            assert_type(told.progress, MapProgress | None)
+    assert_type(stream, RunStream)
+    assert_type(stream.result, ExecutionResult)
+    assert_type(runner.run_sync([both], document), ExecutionResult)
+    async for index, _ in runner.map_outputs("run", of_file):
+        assert_type(index, int)
     result = await runner.run([both, report], document)
     assert_type(result, ExecutionResult)
     assert_type(result.status, RunStatus)

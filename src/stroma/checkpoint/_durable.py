@@ -10,6 +10,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
+from operator import itemgetter
 from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel
@@ -29,6 +30,7 @@ from stroma.checkpoint._session import (
     Rows,
     RunRow,
     Step,
+    StepRow,
     checksum,
     fork,
     intact,
@@ -41,10 +43,13 @@ from stroma.checkpoint._worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.journal import (
     AttemptRecord,
     CheckpointNotFound,
+    Committed,
     CorruptCheckpoint,
     RunRecord,
     RunRequest,
     Waiting,
+    items_in,
+    no_map,
     waits_no_longer,
 )
 from stroma.checkpoint.manager import schema_ref
@@ -138,7 +143,7 @@ class DurableStore(ABC):
         return Step(schema.fingerprint, schema_ref(schema.model), sealed, checksum(sealed))
 
     async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
-        opened = {} if self._payloads.plain else await asyncio.to_thread(self._open_ahead, request.run_id)
+        opened = {} if self._payloads.plain else await asyncio.to_thread(self._open_ahead, request)
         session = DurableSession(request.run_id, self._submit, self._payloads, opened)
         sealed = await self._payloads.seal(data)
         opening = Opening(
@@ -160,12 +165,12 @@ class DurableStore(ABC):
             keeper.watch(session)
         return session
 
-    def _open_ahead(self, run_id: str) -> dict[bytes, bytes]:
+    def _open_ahead(self, request: RunRequest) -> dict[bytes, bytes]:
         """What the commits of a run hold, opened outside of the transaction that claims it: that can take long."""
 
         def query(rows: Rows) -> list[Step]:
-            found = rows.find(run_id)
-            kept = [] if found is None else rows.steps(found.run, found.execution)
+            found = rows.find(request.run_id)
+            kept = [] if found is None else rows.steps(found.run, found.execution, request.apart)
             return [row.step for row in kept if intact(row.step.output, row.step.sha256)]
 
         opened: dict[bytes, bytes] = {}
@@ -362,6 +367,35 @@ class DurableStore(ABC):
             return [waiting for waiting in kept if waiting is not None]
 
         return self.read(query, [])
+
+    def map_items(self, run_id: str, node_id: str, first: int, count: int) -> list[tuple[int, Committed]]:
+        """What a map committed of its items, from one on, of the last execution of a run; [] behind the last one.
+
+        Raises CheckpointNotFound if there is no such map that is done, CorruptCheckpoint, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> tuple[StepRow | None, list[StepRow]]:
+            found, kept = rows.find(run_id), rows.newest(run_id, node_id)
+            if found is None or kept is None or kept.step.given is None:
+                return None, []
+            total = items_in(self._payloads.open(kept.step.given, "the number of items"))
+            prefix = f"{kept.branch}." if kept.branch else ""
+            branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
+            return kept, list(rows.some(found.run, found.execution, kept.position, branches))
+
+        nothing: tuple[StepRow | None, list[StepRow]] = (None, [])
+        kept, steps = self.read(query, nothing)
+        if kept is None:
+            raise no_map(run_id, node_id)
+        items: list[tuple[int, Committed]] = []
+        for row in steps:
+            verify(row.step, run_id, row.position, row.node_id, row.branch)
+            output = self._payloads.open(row.step.output, f"the output of node {row.node_id!r}")
+            items.append(
+                (int(row.branch.rpartition(".")[2]), Committed(row.node_id, output, row.step.contract))
+            )
+        return sorted(items, key=itemgetter(0))
 
     def _no_run(self, run_id: str) -> CheckpointNotFound:
         return CheckpointNotFound(

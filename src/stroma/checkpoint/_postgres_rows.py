@@ -38,6 +38,8 @@ _STEP_ROW: Final = (
     "s.position, s.branch, s.node_id, s.contract, s.schema_ref, s.output, s.sha256, s.call, s.given"
 )
 _STEPS: Final = f"SELECT {_STEP_ROW} FROM steps s WHERE run = %s AND execution = %s AND position >= 0"
+_NOT_APART: Final = " AND NOT (position = %s AND branch <> '' AND starts_with(branch, %s))"
+_SOME: Final = f"{_STEPS} AND position = %s AND branch_key = ANY(%s)"
 _NEWEST: Final = f"""SELECT {_STEP_ROW}
     FROM runs r JOIN steps s ON s.run = r.run AND (s.execution = r.execution OR s.position = %s)
     WHERE r.run_key = %s AND s.node_id = %s ORDER BY s.id DESC LIMIT 1"""
@@ -172,8 +174,16 @@ class PostgresRows:
         found: tuple[str, bytes, bytes] | None = self._execute(_INPUT, (run, execution)).fetchone()
         return found
 
-    def steps(self, run: int, execution: int) -> list[StepRow]:
-        return [_step_row(row) for row in self._execute(_STEPS, (run, execution)).fetchall()]
+    def steps(self, run: int, execution: int, apart: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
+        query, values = _STEPS, list[Any]([run, execution])
+        for place in apart:
+            query += _NOT_APART
+            values += place
+        return [_step_row(row) for row in self._execute(query, values).fetchall()]
+
+    def some(self, run: int, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
+        values = (run, execution, position, [key(branch) for branch in branches])
+        return [_step_row(row) for row in self._execute(_SOME, values).fetchall()]
 
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         row = self._execute(*commit_query(fence, attempt, step)).fetchone()

@@ -8,7 +8,7 @@ there. If another process was faster, nothing is done, and the operation is done
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
 from stroma.checkpoint._redis_format import (
@@ -136,7 +136,9 @@ class RedisRows:
         header, parts = unpack(value)
         return (str(header[0]), parts[0], from_hex(header[1])) if header else ("", value, b"")
 
-    def steps(self, run: Run, execution: int) -> list[StepRow]:
+    def steps(self, run: Run, execution: int, apart: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
+        if apart:
+            return self._steps_but(run, execution, apart)
         state = ("HMGET", f"{run.prefix}run", "token", "epoch", "version", "kept")
         before, nodes, steps, after = self._get(
             state,
@@ -152,6 +154,48 @@ class RedisRows:
         # In the order of their commits: a hash has none of its own.
         told = sorted(steps, key=lambda place: int(nodes[place].partition(b" ")[0]))
         return [step_row(place, node_of(nodes[place]), steps[place]) for place in told]
+
+    def _steps_but(self, run: Run, execution: int, apart: Sequence[tuple[int, str]]) -> list[StepRow]:
+        """Only some of the outputs: which there are stands in a hash of its own."""
+        state = ("HMGET", f"{run.prefix}run", "token", "epoch", "version", "kept")
+        before, nodes, count, after = self._get(
+            state,
+            ("HGETALL", f"{run.prefix}nodes:{execution}"),
+            ("HLEN", f"{run.prefix}steps:{execution}"),
+            state,
+        )
+        if before != after or [*map(text, before[:3])] != [run.token, str(run.epoch), str(run.version)]:
+            raise Changed
+        nodes = pairs(nodes)
+        if len(nodes) != int(before[3]) or count != len(nodes):
+            raise lost(run.run_id, self._link.server.name)
+        beginnings = tuple(f"{position}:{beginning}" for position, beginning in apart)
+        wanted = [place for place in nodes if place.endswith(":") or not place.startswith(beginnings)]
+        wanted.sort(key=lambda place: int(nodes[place].partition(b" ")[0]))
+        return self._steps_at(run, execution, wanted, nodes)
+
+    def some(self, run: Run, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
+        places = [f"{position}:{branch}" for branch in branches]
+        if not places:
+            return []
+        (found,) = self._get(("HMGET", f"{run.prefix}nodes:{execution}", *places))
+        nodes = {place: value for place, value in zip(places, found, strict=True) if value is not None}
+        return self._steps_at(run, execution, list(nodes), nodes)
+
+    def _steps_at(
+        self, run: Run, execution: int, places: list[str], nodes: Mapping[str, bytes]
+    ) -> list[StepRow]:
+        told: list[StepRow] = []
+        for first in range(0, len(places), _PAGE):
+            part = places[first : first + _PAGE]
+            (values,) = self._get(("HMGET", f"{run.prefix}steps:{execution}", *part))
+            if None in values:
+                raise lost(run.run_id, self._link.server.name)
+            told += (
+                step_row(place, node_of(nodes[place]), value)
+                for place, value in zip(part, values, strict=True)
+            )
+        return told
 
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         # False, were it told now, would be Fenced: that is raised when the reply is there.

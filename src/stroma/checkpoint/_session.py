@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-from collections.abc import Awaitable, Callable, Iterable, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Final, NamedTuple, Protocol, cast
@@ -205,8 +205,12 @@ class Rows(Protocol):
         """(contract, input, sha256) of an execution."""
         ...
 
-    def steps(self, run: Any, execution: int) -> Iterable[StepRow]:
-        """The commits of an execution; not what ``save()`` kept."""
+    def steps(self, run: Any, execution: int, apart: Sequence[tuple[int, str]] = ()) -> Iterable[StepRow]:
+        """The commits of an execution; not what ``save()`` kept, nor what is ``apart`` (see RunRequest)."""
+        ...
+
+    def some(self, run: Any, execution: int, position: int, branches: Sequence[str]) -> Iterable[StepRow]:
+        """The commits in these branches of a position."""
         ...
 
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
@@ -372,13 +376,15 @@ class DurableSession:
             self.fence = rows.begin(found, opening)
         else:
             self.prior = PriorUsage(found.tokens, found.cost_pico / PICO, found.latency_ns / 1e6)
-            self.restored = request.accepted(
-                {
-                    (position, branch): self._committed(position, branch, node_id, step)
-                    for position, branch, node_id, step in rows.steps(found.run, found.execution)
-                    if request.discard_from is None or position < request.discard_from
-                }
-            )
+            commits = {
+                (position, branch): self._committed(position, branch, node_id, step)
+                for position, branch, node_id, step in rows.steps(found.run, found.execution, request.apart)
+                if request.discard_from is None or position < request.discard_from
+            }
+            if request.retry_failed:
+                request = request.going_on(commits)
+                opening = opening._replace(discard_from=request.discard_from)
+            self.restored = request.accepted(commits)
             if way == "return":
                 self.finished = Finished(found.status, found.error)
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
@@ -461,6 +467,21 @@ class DurableSession:
             _keep_due(rows, self.run_id, commit.attempt)
 
         return self._submit(Doing(self.run_id, operation))
+
+    async def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
+        """What is committed in some branches of a position. Raises StoreError (CorruptCheckpoint ...)."""
+        fence = self.fence
+
+        def read(rows: Rows) -> list[StepRow]:
+            return list(rows.some(fence.run, fence.execution, position, branches))
+
+        found: list[StepRow] = await self._submit(Doing(self.run_id, read))
+        if self._payloads.plain:
+            return self._opened_rows(found)
+        return await asyncio.to_thread(self._opened_rows, found)
+
+    def _opened_rows(self, found: Iterable[StepRow]) -> dict[str, Committed]:
+        return {row.branch: self._committed(row.position, row.branch, row.node_id, row.step) for row in found}
 
     def delivered(self, row: Row) -> None:
         """The end hooks of an attempt were told. Nobody waits for it: what is not kept is told once more."""

@@ -27,6 +27,8 @@ _CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms 
 _DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
 _STEPS: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
     WHERE run = ? AND execution = ? AND position >= 0"""
+_NOT_APART: Final = " AND NOT (position = ? AND branch <> '' AND substr(branch, 1, ?) = ?)"
+_VALUES: Final = 500  # in one statement: old builds of SQLite take 999
 _KEPT: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
     WHERE run = ? AND execution = 0 AND position = ? ORDER BY branch"""
 _DROP: Final = """DELETE FROM steps WHERE run = ? AND execution = 0 AND position = ?
@@ -108,10 +110,21 @@ class SqliteRows:
         found: tuple[str, bytes, bytes] | None = self.db.execute(_INPUT, (run, execution)).fetchone()
         return found
 
-    def steps(self, run: int, execution: int) -> list[StepRow]:
+    def steps(self, run: int, execution: int, apart: Sequence[tuple[int, str]] = ()) -> list[StepRow]:
         # All at once: a statement that is left half read would hold its snapshot past the transaction.
-        rows = self.db.execute(_STEPS, (run, execution)).fetchall()
-        return [_step_row(row) for row in rows]
+        sql, values = _STEPS, list[Any]([run, execution])
+        for position, beginning in apart:
+            sql += _NOT_APART
+            values += [position, len(beginning), beginning]
+        return [_step_row(row) for row in self.db.execute(sql, values).fetchall()]
+
+    def some(self, run: int, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
+        found: list[StepRow] = []
+        for first in range(0, len(branches), _VALUES):
+            part = branches[first : first + _VALUES]
+            sql = f"{_STEPS} AND position = ? AND branch IN ({', '.join('?' * len(part))})"
+            found += map(_step_row, self.db.execute(sql, (run, execution, position, *part)).fetchall())
+        return found
 
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         run, execution, epoch, owner, lease_seconds = fence

@@ -9,14 +9,15 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
 from stroma.schemas import Schema, Snapshot
-from stroma.trace import Row
+from stroma.trace import FAILED_ITEM, Row
 
 __all__ = [
+    "OF_MAP",
     "AsyncCheckpointStore",
     "AttemptRecord",
     "CheckpointKey",
@@ -42,6 +43,9 @@ __all__ = [
     "StoreError",
     "Waiting",
     "decide",
+    "items_in",
+    "no_map",
+    "of_pipeline",
     "waits_no_longer",
 ]
 
@@ -181,6 +185,9 @@ class RunRequest(NamedTuple):
         discard_from: forget the commits from this position on (of the execution that is continued).
         accept: asked, before anything is changed, about each commit that would be restored; what it raises refuses
             the request.
+        apart: (position, beginning of branches) of commits that are not restored at once: there may be very many, and
+            committed() gives them a few at a time.
+        retry_failed: forget what was made of the items of a map while some of them had failed, see ItemFailure.
     """
 
     run_id: str
@@ -194,19 +201,49 @@ class RunRequest(NamedTuple):
     lease_seconds: float = 30.0
     ends: bool = True
     deliver: bool = False
+    apart: tuple[tuple[int, str], ...] = ()
+    retry_failed: bool = False
+
+    def is_apart(self, position: int, branch: str) -> bool:
+        """Whether a commit is not restored at once."""
+        return bool(branch) and any(
+            position == at and branch.startswith(beginning) for at, beginning in self.apart
+        )
+
+    def going_on(self, commits: Mapping[tuple[int, str], Committed]) -> RunRequest:
+        """The request as it stands once the commits are known: ``retry_failed`` discards what came after the items."""
+        if not self.retry_failed or self.discard_from is not None:
+            return self
+        failed = [at for (at, _), commit in commits.items() if commit.failed_items]
+        return self._replace(discard_from=min(failed) + 1) if failed else self
 
     def accepted(self, commits: Mapping[tuple[int, str], Committed]) -> Mapping[tuple[int, str], Committed]:
         """The commits that stay; raises what ``accept`` raises."""
         first = self.discard_from
         kept = {at: commit for at, commit in commits.items() if first is None or at[0] < first}
+        if self.retry_failed:
+            kept = _without_failed(kept)
         if self.accept is not None:
             for (position, branch), commit in kept.items():
                 self.accept(position, branch, commit)
         return kept
 
 
+def _without_failed(commits: Mapping[tuple[int, str], Committed]) -> dict[tuple[int, str], Committed]:
+    """The commits but for items that failed, and for the groups around them."""
+    anew = [at for at, commit in commits.items() if commit.failed_items]
+
+    def stays(position: int, branch: str, commit: Committed) -> bool:
+        if commit.is_failed_item:
+            return False
+        around = f"{branch}." if branch else ""
+        return not any(at == position and (of == branch or of.startswith(around)) for at, of in anew)
+
+    return {at: commit for at, commit in commits.items() if stays(*at, commit)}
+
+
 class StepCall(NamedTuple):
-    """What a resumed run knows a step of plain code by.
+    """What a resumed run knows a step of plain code by; and of a map, how many items failed, and what each was made of.
 
     Attributes:
         number: which call of its step id it is, 0-based.
@@ -223,7 +260,7 @@ class Committed:
 
     Attributes:
         contract: see :func:`stroma.trace.contract_of`.
-        step: of a step outside of any pipeline; None for the nodes of one.
+        step: of a step outside of any pipeline, and of maps and their items; None for other nodes.
         schema: what ``output`` was made with, in the process that made it; elsewhere ``output`` is in stored form.
     """
 
@@ -232,6 +269,39 @@ class Committed:
     contract: str
     step: StepCall | None = None
     schema: Schema | None = None
+
+    @property
+    def is_failed_item(self) -> bool:
+        """Whether it is an item that failed for good, and not an output."""
+        return self.contract.partition(":")[0] == FAILED_ITEM
+
+    @property
+    def failed_items(self) -> int:
+        """Of a group that goes over items: how many of them failed."""
+        of_map = self.step is not None and self.step.given is not None and self.step.given.startswith(OF_MAP)
+        return self.step.number if of_map and self.step is not None else 0
+
+
+#: What stands in ``StepCall.given`` of a map that is committed, before the number of its items.
+OF_MAP: Final = b"items "
+
+
+def of_pipeline(given: bytes | None, number: int | None) -> bool:
+    """Whether what is kept as a StepCall is of a pipeline: of nothing at all, or of a map and its items."""
+    return number is None or (given is not None and given.startswith((b"item ", OF_MAP)))
+
+
+def items_in(given: bytes) -> int:
+    """How many items a map had, by what stands in its ``StepCall.given``; 0 for anything else."""
+    number = given.removeprefix(OF_MAP)
+    return int(number) if given.startswith(OF_MAP) and number.isdigit() else 0
+
+
+def no_map(run_id: str, node_id: str) -> CheckpointNotFound:
+    return CheckpointNotFound(
+        f"run {run_id!r} has no {node_id!r} that is done and whose outputs are in the journal; give it into=Journal() or "
+        "JsonLines(path), and let it end"
+    )
 
 
 class Held(NamedTuple):
@@ -342,6 +412,12 @@ class Session(Protocol):
     traceparent: str | None
     undelivered: Sequence[Row]
     on_cancel: Callable[[], None] | None
+
+    def committed(
+        self, position: int, branches: Sequence[str]
+    ) -> Mapping[str, Committed] | Awaitable[Mapping[str, Committed]]:
+        """What is committed in some branches of a position, this process's own commits too. Raises StoreError."""
+        ...
 
     def delivered(self, row: Row) -> None:
         """The end hooks of an attempt were told. Only called if the request asked for it; nobody waits for it."""

@@ -113,6 +113,12 @@ class _SimpleSession:
         pending = self._store.save(self._run_id, row[NODE], schema.clone(output))
         return pending if inspect.isawaitable(pending) else None
 
+    def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
+        raise StoreError(
+            f"{type(self._store).__name__} keeps no journal, so the items of a map cannot be read back from there; use a "
+            "journal store such as SQLiteStore, or a field of the state as into="
+        )
+
     def suspend(self, row: Row, waiting: Waiting) -> None:
         raise StoreError(
             f"{type(self._store).__name__} keeps no journal, so run {self._run_id!r} cannot wait for a person there; "

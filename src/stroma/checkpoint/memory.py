@@ -26,6 +26,8 @@ from stroma.checkpoint.journal import (
     StepCall,
     Waiting,
     decide,
+    items_in,
+    no_map,
     waits_no_longer,
 )
 from stroma.contracts import check_id
@@ -106,11 +108,14 @@ class _Run:
     def entries(self) -> Iterator[tuple[_Key, _Kept]]:
         """What is kept, the newest first."""
         for key, entry in reversed(self.kept.items()):
-            if len(entry) == 4:
-                yield key, entry
-            else:
-                schema = self.schemas[entry[NODE]]
-                yield key, (entry[NODE], schema, cast("Snapshot", entry[OUTPUT]), contract_of(entry, schema))
+            yield key, self.entry(entry)
+
+    def entry(self, entry: Row | _Kept) -> _Kept:
+        """One of what is kept."""
+        if len(entry) == 4:
+            return entry
+        schema = self.schemas[entry[NODE]]
+        return entry[NODE], schema, cast("Snapshot", entry[OUTPUT]), contract_of(entry, schema)
 
 
 _NOTHING_RESTORED: Mapping[tuple[int, str], Committed] = {}
@@ -166,14 +171,14 @@ class _MemorySession:
         self._calls, self.waiting, self.traceparent = run.calls, run.waiting, run.traceparent
 
     def _continue(self, run: _Run, request: RunRequest) -> None:
+        commits = {
+            _position(key): Committed(node_id, snapshot, contract, run.calls.get(key), schema)
+            for key, (node_id, schema, snapshot, contract) in reversed(list(run.entries()))
+            if not isinstance(key, str) and not (request.apart and request.is_apart(*_position(key)))
+        }
+        request = request.going_on(commits)
         first = request.discard_from
-        restored = request.accepted(
-            {
-                _position(key): Committed(node_id, snapshot, contract, run.calls.get(key), schema)
-                for key, (node_id, schema, snapshot, contract) in reversed(list(run.entries()))
-                if not isinstance(key, str)
-            }
-        )
+        restored = request.accepted(commits)
         if first is not None:
             for key in [k for k in run.kept if not isinstance(k, str) and _position(k)[0] >= first]:
                 entry = run.kept.pop(key)
@@ -195,6 +200,8 @@ class _MemorySession:
         key = (row[POSITION], branch) if branch else row[POSITION]
         if call is not None:
             self._calls[key] = call
+        elif self._calls:
+            self._calls.pop(key, None)
         kind = type(row[OUTPUT])
         if (kind is tuple or kind is Packed or kind is bytes) and self._schemas.setdefault(
             row[NODE], schema
@@ -203,6 +210,16 @@ class _MemorySession:
         else:  # The row's picture is for people, or its node id stands for another schema already.
             self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema))
             self._spent.append(row)
+
+    def committed(self, position: int, branches: Sequence[str]) -> dict[str, Committed]:
+        found: dict[str, Committed] = {}
+        for branch in branches:
+            key = (position, branch)
+            entry = self._kept.get(key)
+            if entry is not None:
+                node_id, schema, snapshot, contract = self._run.entry(entry)
+                found[branch] = Committed(node_id, snapshot, contract, self._calls.get(key), schema)
+        return found
 
     def delivered(self, row: Row) -> None:
         return None
@@ -367,6 +384,26 @@ class _Memory:
         assert run.schema is not None
         assert run.input is not None
         return run.schema.encode(run.schema.restore(run.input))
+
+    def map_items(self, run_id: str, node_id: str, first: int, count: int) -> list[tuple[int, Committed]]:
+        """What a map committed of its items, from one on, of the last execution of a run; [] behind the last one.
+
+        Raises CheckpointNotFound if there is no such map that is done.
+        """
+        run = self._known(run_id)
+        for key, kept in run.entries():
+            call = run.calls.get(key)
+            if kept[0] == node_id and call is not None and call.given is not None:
+                position, branch = _position(key)
+                prefix = f"{branch}." if branch else ""
+                found: list[tuple[int, Committed]] = []
+                for index in range(first, min(items_in(call.given), first + count)):
+                    entry = run.kept.get((position, f"{prefix}{index}"))
+                    if entry is not None:
+                        node, schema, snapshot, contract = run.entry(entry)
+                        found.append((index, Committed(node, snapshot, contract, None, schema)))
+                return found
+        raise no_map(run_id, node_id)
 
     def _record(self, run_id: str, run: _Run) -> RunRecord:
         tokens, cost, _ = run.used()

@@ -60,7 +60,7 @@ def check_nodes(
 def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     state, node = crossing.state, crossing.node
     if isinstance(node, Group):
-        if node.each and state.model is not None:
+        if node.each and not node.outside and state.model is not None:
             yield from _of_list(crossing, node, state.model)
         elif node.each and state.item is not None and holds_no_fields(state.item):
             by, to, given = state.giver, crossing.to, str(state.item)

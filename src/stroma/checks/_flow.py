@@ -202,8 +202,8 @@ class _Walk:
         yield Crossing(node, giver, state, None, None)
         record = Record("", {}) if state.model is None else record_of_class(state.model)
         fields = record.fields
-        origin = state.origins.get(node.over, state.giver)
-        over = fields.get(node.over, record.others)
+        origin = giver if node.outside else state.origins.get(node.over, state.giver)
+        over = None if node.outside else fields.get(node.over, record.others)
         item = None if over is None else items_of(over)
         model = None
         if item is not None:
@@ -212,11 +212,14 @@ class _Walk:
         # Into a node: an item of any type. Into a group: what its own children are given, if that is a record.
         child = node.children[0]
         bare = isinstance(child, Group)
-        given = State(model, origin, _origins(model, origin), True, state.loose, item, bare, node.over)
+        loose = state.loose or node.outside
+        given = State(model, origin, _origins(model, origin), True, loose, item, bare, node.over)
         made = yield from self.through(child, given, f"{giver.at}.0")
         if node.into in fields and node.into != node.over:
             types = (str(fields[node.into]), f"list[{'Any' if made.model is None else made.model.__name__}]")
             yield Collision(state.origins.get(node.into, state.giver), made.giver, node.into, types)
+        if not node.into:  # What was given goes on as it is.
+            return State(state.model, giver, state.origins, loose=state.loose)
         joined = node.joined(state.model or _Anything, [made.model or Kept])
         origins = {**state.origins, node.into: made.giver}
         # What the items are made by is no concern of the other fields.

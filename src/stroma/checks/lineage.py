@@ -163,9 +163,9 @@ class _Maker:
         parent = at.rpartition(".")[0]
         if isinstance(node, Group):
             kind = "map_over" if node.each else "parallel"
-            title = f"{node.node_id} into {node.into}" if node.each else node.node_id
+            title = f"{node.node_id} into {node.into}" if node.into else node.node_id
             self.boxes.append(Box(at, title, kind, parent))
-            if node.each:
+            if node.each and not node.outside:
                 self._over(crossing, node)
             return
         if crossing.contract is None:

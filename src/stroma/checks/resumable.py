@@ -68,7 +68,7 @@ def _read(
         if not isinstance(node, Group) or (not node.each and index >= len(node.children)):
             return
         node = node.children[0 if node.each else index]
-    if isinstance(node, Group):
+    if isinstance(node, Group) or committed.is_failed_item:
         return
     contract = ctx.contract_of(node)
     schema = schema_of(Kept if contract is None else contract.output_schema)

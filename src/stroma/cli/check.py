@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from stroma.checkpoint.journal import Committed, RunRecord
+from stroma.checkpoint.journal import Committed, RunRecord, of_pipeline
 from stroma.checks import Finding, check_nodes
 from stroma.checks.resumable import Change, changes_since
 from stroma.cli.errors import Code, Problem
@@ -113,7 +113,12 @@ def _commits(database: Database, record: RunRecord) -> tuple[dict[tuple[int, str
     def query(rows: Any) -> dict[tuple[int, str], str]:
         found = rows.find(record.run_id)
         steps = [] if found is None else rows.steps(found.run, found.execution)
-        return {(row.position, row.branch): row.step.contract for row in steps if row.step.number is None}
+        # Not of steps of plain code, which no pipeline has.
+        return {
+            (row.position, row.branch): row.step.contract
+            for row in steps
+            if of_pipeline(row.step.given, row.step.number)
+        }
 
     with database.explained():
         attempts = store.attempts(record.run_id)

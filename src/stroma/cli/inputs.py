@@ -111,6 +111,8 @@ def _contracts(pipeline: Pipeline) -> list[tuple[str, type[BaseModel]]]:
 def _asked(node: Node | Group) -> list[tuple[str, type[BaseModel]]]:
     if isinstance(node, Node):
         return [(node.node_id, node.contract.input_schema)] if node.contract is not None else []
+    if node.outside:
+        return []
     field = _mapped_field(node)
     if field is not None:
         fields: dict[str, Any] = {field: (list[Any], ...)}
@@ -122,14 +124,12 @@ def _all_declared(node: Node | Group) -> bool:
     """Whether every node that is given the input has a contract, so that nothing outside of it is asked for."""
     if isinstance(node, Node):
         return node.contract is not None
-    return _mapped_field(node) is None and all(map(_all_declared, node.children))
+    return not node.each and all(map(_all_declared, node.children))
 
 
 def _mapped_field(group: Group) -> str | None:
     """The list field that a ``map_over`` takes its items from; None for ``parallel``."""
-    # A group is known by its id alone: "map_over(field, child)" or "parallel(...)".
-    name, _, rest = group.node_id.partition("(")
-    return rest.partition(",")[0] if name == "map_over" else None
+    return group.over if group.each and not group.outside else None
 
 
 def _validate(model: type[BaseModel], text: str) -> BaseModel:

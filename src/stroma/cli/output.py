@@ -10,7 +10,7 @@ import shutil
 import sys
 import unicodedata
 from collections.abc import Sequence
-from typing import IO, Any
+from typing import IO, Any, Final
 
 __all__ = ["Part", "Stream", "emit", "err", "out", "table"]
 
@@ -25,6 +25,7 @@ class Stream:
         self._name = name
         self._console: Any = None
         self._silent: IO[str] | None = None
+        self._has_status = False
 
     @property
     def _file(self) -> IO[str] | None:
@@ -56,11 +57,26 @@ class Stream:
         else:
             self.write(_plain(parts))
 
+    @property
+    def is_live(self) -> bool:
+        """Whether a line can be written over."""
+        return self.is_terminal and os.environ.get("TERM") != "dumb"
+
+    def status(self, *parts: Part) -> None:
+        """Show a line until the next one is written. Only where a line can be written over."""
+        text = _plain(parts).rstrip("\n")
+        room = (self.width or 80) - 1
+        self.write(f"{_OVER}{text if len(text) <= room else text[: room - 1] + '…'}")
+        self._has_status = True
+
     def write(self, text: str) -> None:
         """Write text as it is. Raises Problem if stdout cannot take it (a full disk, say)."""
         file = self._file
         if file is None or file is self._silent:
             return
+        if self._has_status:
+            self._has_status = False
+            text = text if text.startswith(_OVER) else _OVER + text
         try:
             file.write(text)
             file.flush()
@@ -98,6 +114,9 @@ class Stream:
         text: str = capture.get()
         return text
 
+
+#: To the beginning of the line, and nothing of what stands there stays.
+_OVER: Final = "\r\x1b[K"
 
 out = Stream("stdout")
 err = Stream("stderr")

@@ -13,17 +13,22 @@ from stroma.cli.words import clean, count, id_word, money, span
 from stroma.context import NodeExecution, current_node
 from stroma.cost import BudgetExceeded
 from stroma.failures import FailureClass, NodeContext, diagnose
-from stroma.hooks import NodeHooks
+from stroma.hooks import MapProgress, NodeHooks
 from stroma.trace import ExecutionResult
 
 __all__ = ["Progress", "listen"]
 
 _NAME_WIDTH = 30
+_FEW_ITEMS = 20  # of a map that are told one by one
+_SHOWN_FAILURES = 20  # of a map with more
+_LINE_SECONDS = 10.0  # between two lines about such a map, where none can be written over
 _UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
 
 
 class Progress:
     """Hooks that print. One line for each start, end, wait and restored output; none when quiet.
+
+    Of a map with many items, one line that tells how far it is, and the first failures.
 
     Attributes:
         begun: whether the run is ours: it was opened in the store.
@@ -35,6 +40,9 @@ class Progress:
         self.begun = False
         self.result: ExecutionResult | None = None
         self._started: dict[tuple[int, str], float] = {}
+        #: Maps with many items by position and branch: how many lines of failures are left for each.
+        self._many: dict[tuple[int, str], int] = {}
+        self._shown_at = 0.0
 
     def hooks(self) -> NodeHooks:
         """The set to give to a runner."""
@@ -51,6 +59,7 @@ class Progress:
             on_node_cancelled=self._node_cancelled,
             on_node_suspended=self._node_suspended,
             on_budget_warning=self._budget_warning,
+            on_map_progress=self._map_progress,
         )
 
     # ------------------------------------------------------------------ runs
@@ -71,22 +80,56 @@ class Progress:
         unit = _UNITS.get(dimension, "")
         _line(("budget: ", "yellow"), f"{used:.6g} of {limit:.6g} {unit} used ({dimension})")
 
+    async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
+        node, total = current_node(), progress.total
+        if node is None or (total is not None and total <= _FEW_ITEMS):
+            return
+        self._many.setdefault((node.position, node.branch), _SHOWN_FAILURES)
+        now = time.monotonic()
+        of = f"{progress.done:,}" if total is None else f"{progress.done:,} of {total:,}"
+        told = [f"{of} items"]
+        if progress.failed:
+            told.append(f"{progress.failed:,} failed")
+        if progress.rate:
+            told.append(f"{progress.rate:,.1f}/s")
+        if progress.seconds_left is not None and not progress.ended:
+            told.append(f"{span(progress.seconds_left)} left")
+        if err.is_live and not progress.ended:
+            err.status(f"{clean(node_id, 80)}  {', '.join(told)}")
+        elif progress.ended or now - self._shown_at >= _LINE_SECONDS:
+            self._shown_at = now
+            self._event(node, node_id, ("items", "cyan"), *told)
+
+    def _is_one_of_many(self, node: NodeExecution | None, *, failed: bool = False) -> bool:
+        """Whether a node runs for an item of a map with many, whose lines nobody could read."""
+        around = None if node is None or not self._many else node.parent
+        while around is not None:
+            at = (around.position, around.branch)
+            if at in self._many:
+                self._many[at] -= failed
+                return not failed or self._many[at] < 0
+            around = around.parent
+        return False
+
     # ------------------------------------------------------------------ nodes
 
     async def _node_start(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
         node = current_node()
-        if node is not None:
+        if node is not None and not self._is_one_of_many(node):
             self._started[node.position, node.branch] = time.perf_counter()
             again = f"attempt {node.attempt}" if node.attempt > 1 else ""
             self._event(node, node_id, ("start", "cyan"), again)
 
     async def _node_success(self, run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        self._event(current_node(), node_id, ("ok", "green"), *self._used(), totals=True)
+        if not self._is_one_of_many(current_node()):
+            self._event(current_node(), node_id, ("ok", "green"), *self._used(), totals=True)
 
     async def _node_failure(
         self, run_id: str, node_id: str, exc: Exception, failure_class: FailureClass
     ) -> None:
         node = current_node()
+        if self._is_one_of_many(node, failed=True):
+            return
         attempt = node.attempt if node is not None else 1
         failure = diagnose(exc, NodeContext(node_id, attempt, run_id))
         verb = ("BUDGET", "bold red") if isinstance(exc, BudgetExceeded) else ("FAILED", "bold red")
@@ -96,13 +139,16 @@ class Progress:
     async def _node_retry(
         self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass
     ) -> None:
-        self._event(current_node(), node_id, ("wait", "yellow"), f"{span(delay)}, then attempt {attempt}")
+        if not self._is_one_of_many(current_node()):
+            self._event(current_node(), node_id, ("wait", "yellow"), f"{span(delay)}, then attempt {attempt}")
 
     async def _node_skipped(self, run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        self._event(current_node(), node_id, ("kept", "blue"), "finished earlier, not called again")
+        if not self._is_one_of_many(current_node()):
+            self._event(current_node(), node_id, ("kept", "blue"), "finished earlier, not called again")
 
     async def _node_cancelled(self, run_id: str, node_id: str) -> None:
-        self._event(current_node(), node_id, ("cancelled", "yellow"), *self._used(), totals=True)
+        if not self._is_one_of_many(current_node()):
+            self._event(current_node(), node_id, ("cancelled", "yellow"), *self._used(), totals=True)
 
     async def _node_suspended(self, run_id: str, node_id: str, reason: str) -> None:
         self._event(current_node(), node_id, ("suspended", "yellow"), clean(reason))

@@ -21,7 +21,7 @@ from stroma.cli.words import clean, count, id_word, money, plural, span
 from stroma.cost import BudgetExceeded, ExecutionBudget, limits
 from stroma.failures import Failure, FailureClass, message_of
 from stroma.schemas import schema_of
-from stroma.trace import ExecutionResult, RunStatus, TraceEvent, jsonable
+from stroma.trace import ExecutionResult, RunStatus, jsonable
 
 __all__ = ["Ending", "plain_state"]
 
@@ -123,7 +123,8 @@ class Ending:
                 "wasted_cost_usd": wasted_cost,
                 "earlier_tokens": self.earlier_tokens,
                 "earlier_cost_usd": self.earlier_cost_usd,
-                "attempts": sum(1 for _ in result.trace.walk()),
+                "attempts": _attempts(result),
+                "failed_items": result.failed_items,
                 "seconds": round(self.seconds, 3),
             },
             "suspended": [waiting_data(one) for one in self.waiting],
@@ -206,11 +207,26 @@ class Ending:
                 ("  note: ", "yellow"),
                 f"no price is known for {models}: counted as $0; add it to KNOWN_MODELS",
             )
+        if result.failed_items:
+            err.line(
+                ("  note: ", "yellow"),
+                f"{plural(result.failed_items, 'item')} failed, the others went on",
+                *self._again(),
+            )
         if result.hook_errors:
             err.line(
                 ("  note: ", "yellow"),
                 f"{plural(len(result.hook_errors), 'hook call')} raised; nothing of the run changed",
             )
+
+    def _again(self) -> list[str]:
+        """How the items that failed are run again."""
+        if not self.db.keeps:
+            return []
+        command = self.db.hint(
+            "resume", id_word(self.result.run_id), self.target, options=("--retry-failed",)
+        )
+        return [f"; run them again: {command}"]
 
     def _spent(self) -> str:
         result = self.result
@@ -276,8 +292,19 @@ class Ending:
 
 def _wasted(result: ExecutionResult) -> tuple[int, float]:
     """Tokens and dollars of attempts that committed nothing. A group uses none of its own."""
-    lost: list[TraceEvent] = [event for event in result.trace.walk() if event.output_state is None]
-    return sum(event.usage.tokens for event in lost), sum(event.usage.cost_usd for event in lost)
+    tokens, cost = 0, 0.0
+    for event in result.trace.walk():
+        if event.output_state is None:
+            tokens, cost = tokens + event.usage.tokens, cost + event.usage.cost_usd
+        if event.left_out is not None:
+            tokens, cost = tokens + event.left_out.lost_tokens, cost + event.left_out.lost_cost_usd
+    return tokens, cost
+
+
+def _attempts(result: ExecutionResult) -> int:
+    """How many there were, those that were too many to be kept among them."""
+    events = result.trace.walk()
+    return sum(1 + (0 if event.left_out is None else event.left_out.events) for event in events)
 
 
 def _failure_data(failure: Failure) -> dict[str, Any]:

@@ -160,6 +160,11 @@ def run(
     "--fork", is_flag=True, help="With --from: as a new run, with an id of its own; this one stays as it is."
 )
 @click.option(
+    "--retry-failed",
+    is_flag=True,
+    help="Run the items of maps again that failed while the others went on, and what comes after those maps.",
+)
+@click.option(
     "--state",
     metavar="JSON",
     help="With --fork: the input of that node, in place of what it had; or @FILE, or -.",
@@ -170,6 +175,7 @@ def resume(
     target: str | None,
     start_at: str | None,
     fork: bool,
+    retry_failed: bool,
     state: str | None,
     db: str | None,
     **running: Any,
@@ -181,6 +187,10 @@ def resume(
     options = Running.of(**running)
     if fork and start_at is None:
         raise click.UsageError("--fork needs --from: it tells where the new run begins")
+    if retry_failed and start_at is not None:
+        raise click.UsageError(
+            "--retry-failed says by itself where to go on, --from makes all items anew; give one"
+        )
     if state is not None and not fork:
         raise click.UsageError("--state needs --fork: what a run has made is not changed, only in a new one")
     if start_at is not None and options.if_running == "attach":
@@ -206,7 +216,7 @@ def resume(
             )
         if fork:
             return _fork(database, record, pipeline, target, options, ids.index(start_at), state)
-    return go_on(database, record, pipeline, target, options, start_at)
+    return go_on(database, record, pipeline, target, options, start_at, retry_failed=retry_failed)
 
 
 def go_on(
@@ -216,10 +226,14 @@ def go_on(
     target: str,
     options: Running,
     start_at: str | None = None,
+    *,
+    retry_failed: bool = False,
 ) -> int:
     """Resume a run, and return the exit code. Raises Problem."""
     _note_another(record, pipeline, options)
     config = _configure(pipeline, record.run_id, options)
+    if retry_failed:
+        config = config.model_copy(update={"retry_failed_items": True})
     state = stored_input(database, record, pipeline, target)
     return Job(target, pipeline, config, state, database, record, start_at, options).go()
 

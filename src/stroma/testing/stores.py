@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
+from stroma._restore import read_output
 from stroma.checkpoint import (
     AsyncInMemoryStore,
     CheckpointNotFound,
@@ -27,7 +28,8 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
-from stroma.failures import FailureClass
+from stroma.checkpoint.journal import OF_MAP
+from stroma.failures import FailureClass, ItemFailure
 from stroma.schemas import schema_of
 from stroma.trace import BRANCH, NODE, POSITION, USAGE, AttemptUsage, Row
 
@@ -72,6 +74,14 @@ def row(
         None if failure is None else (failure, message, None),
         AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None, None,
     )  # fmt: skip
+
+
+async def _texts(session: Any, position: int, branches: list[str]) -> dict[str, str]:
+    """The texts of the states that are committed in some branches."""
+    kept = session.committed(position, branches)
+    found = await kept if inspect.isawaitable(kept) else kept
+    read = {branch: read_output(schema_of(State), commit, None) for branch, commit in found.items()}
+    return {branch: state.text for branch, state in read.items() if isinstance(state, State)}
 
 
 async def begin(store: Any, run_id: str = "run", state: BaseModel | None = None, **request: Any) -> Any:
@@ -245,6 +255,69 @@ class JournalStoreTests:
         await finish(session)
         again = await begin(store, if_exists="resume")
         assert [again.restored[i, ""].step for i in range(3)] == [StepCall(0, b"{}"), StepCall(1, None), None]
+
+    # ------------------------------------------------------------------ many items
+
+    async def test_items_are_read_a_few_at_a_time(self, store: Any) -> None:
+        """What is apart is not restored at once; committed() gives it, also what was committed since."""
+        session = await begin(store)
+        await commit(session, 0, State(n=7))
+        for branch in ("0", "1", "10", "1.0", "2.1"):
+            await commit(session, 1, State(text=branch), branch=branch)
+        await commit(session, 2, State(n=9), branch="1")
+        assert await _texts(session, 1, ["10", "0", "3", ""]) == {"10": "10", "0": "0"}
+        assert await _texts(session, 1, []) == {}
+        await finish(session, "PARTIAL")
+        for apart, there in (
+            (((1, ""),), {(0, ""), (2, "1")}),
+            (((1, "1."), (2, "")), {(0, ""), (1, "0"), (1, "1"), (1, "10"), (1, "2.1"), (1, "3")}),
+        ):
+            again = await begin(store, if_exists="resume", apart=apart)
+            assert again.restored.keys() == there
+            assert await _texts(again, 1, ["1", "1.0", "2.1"]) == {"1": "1", "1.0": "1.0", "2.1": "2.1"}
+            await commit(again, 1, State(text="since"), branch="3")
+            assert await _texts(again, 1, ["3"]) == {"3": "since"}
+            await finish(again, "PARTIAL")
+        anew = await begin(store)
+        assert await _texts(anew, 1, ["0", "1"]) == {}
+
+    async def test_failed_items_and_what_follows_them_are_forgotten_if_asked(self, store: Any) -> None:
+        """retry_failed discards what comes after a map whose items failed, and restores neither it nor those."""
+        session = await begin(store)
+        failed = ItemFailure(index=1, node_id="node", failure_class=FailureClass.TERMINAL, message="no")
+        await commit(session, 0, State(n=1))
+        await commit(session, 1, State(n=2), branch="0")
+        late = row(1, branch="1")
+        await settled(session.record(late, schema_of(ItemFailure), failed, StepCall(0, b"item x")))
+        await settled(session.record(row(1), schema_of(State), State(), StepCall(1, OF_MAP + b"2")))
+        await commit(session, 2, State(n=3))
+        await finish(session)
+        kept = await begin(store, if_exists="resume")
+        assert kept.restored.keys() == {(0, ""), (1, "0"), (1, "1"), (1, ""), (2, "")}
+        assert (kept.restored[1, "1"].is_failed_item, kept.restored[1, "0"].is_failed_item) == (True, False)
+        assert [kept.restored[at].failed_items for at in ((1, ""), (1, "1"), (0, ""))] == [1, 0, 0]
+        await finish(kept)
+        again = await begin(store, if_exists="resume", retry_failed=True)
+        assert again.restored.keys() == {(0, ""), (1, "0")}
+        await finish(again, "PARTIAL")
+        last = await begin(store, if_exists="resume")
+        assert last.restored.keys() == {(0, ""), (1, "0"), (1, "1"), (1, "")}
+
+    async def test_the_items_of_a_map_are_read(self, store: Any) -> None:
+        """map_items() gives what a map committed of its items, in order, once it is committed itself."""
+        session = await begin(store)
+        for index in (2, 0, 1, 10):
+            await commit(session, 0, State(n=index), branch=f"1.{index}")
+        with pytest.raises(CheckpointNotFound, match="has no 'map' that is done"):
+            await asyncio.to_thread(store.map_items, "run", "map", 0, 10)
+        made = row(0, "map", branch="1")
+        await settled(session.record(made, schema_of(State), State(), StepCall(0, OF_MAP + b"3")))
+        for first, count, there in ((0, 9, [0, 1, 2]), (1, 1, [1]), (3, 5, [])):
+            found = await asyncio.to_thread(store.map_items, "run", "map", first, count)
+            assert [index for index, _ in found] == there
+            assert [read_output(schema_of(State), kept, None) for _, kept in found] == [
+                State(n=index) for index in there
+            ]
 
     # ------------------------------------------------------------------ one owner
 

@@ -1,0 +1,132 @@
+"""Maps with many items on the command line: progress, failures that are collected, and running those again."""
+
+import json
+import os
+import pty
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+MANY = """
+    from sums import *
+    import json
+    with open("in.jsonl", "w") as file:
+        for n in range(int(os.environ.get("ITEMS", "300"))):
+            file.write(json.dumps({"n": n}) + "\\n")
+
+    class Nothing(BaseModel):
+        pass
+
+    async def half(state):
+        called(f"half-{state.n}")
+        await asyncio.sleep(float(os.environ.get("PAUSE", "0")))
+        if state.n % 10 == 7 and "WELL" not in os.environ:
+            raise ContractViolation("half", "output", {}, ["never"])
+        return {"n": state.n // 2}, 10
+
+    async def after(state):
+        called("after")
+        return {}
+
+    pipeline = Pipeline("many", [
+        map_over(JsonLines("in.jsonl"), node("half", half), into=JsonLines("out.jsonl"), on_item_failure="collect"),
+        node("after", after, Nothing, Nothing),
+    ])
+    """
+
+
+def test_many_items_are_one_line(stroma):
+    """Of a map with many items there is a line that tells how far it is, and the first failures; not one per item."""
+    stroma.file("many.py", MANY)
+    done = stroma("run", "many.py:pipeline", "{}", "--run-id", "m")
+    assert done.code == 0, done.err
+    assert "half[0]" not in done.err
+    assert re.search(r"map_over\(in\.jsonl, half\) +items +0 of 300 items\n", done.err)
+    assert re.search(r"items +300 of 300 items, 30 failed, [\d,.]+/s\n", done.err)
+    failures = re.findall(r"half\[\d*7\] +FAILED +TERMINAL", done.err)
+    assert len(failures) == 20
+    assert "\r" not in done.err + done.out
+    assert (
+        "30 items failed, the others went on; run them again: stroma resume m many.py:pipeline --retry-failed"
+        in done.err
+    )
+    assert len((stroma.home / "out.jsonl").read_text().splitlines()) == 270
+
+
+def test_failed_items_are_run_again(stroma, fails):
+    """resume leaves items that failed as they are; --retry-failed runs just those, and what comes after the map."""
+    stroma.file("many.py", MANY)
+    done = stroma("run", "many.py:pipeline", "{}", "--run-id", "m", "--json", "-q")
+    assert json.loads(done.out)["totals"]["failed_items"] == 30
+    assert json.loads(done.out)["totals"]["attempts"] == 302
+    kept = stroma("resume", "m", "many.py:pipeline", "--json", "-q", env={"WELL": "1"})
+    assert (kept.code, json.loads(kept.out)["totals"]["failed_items"]) == (0, 30), kept.err
+    assert len(stroma.calls()) == 301
+    again = stroma("resume", "m", "many.py:pipeline", "--retry-failed", "--json", env={"WELL": "1"})
+    assert (again.code, json.loads(again.out)["totals"]["failed_items"]) == (0, 0), again.err
+    assert re.search(r"items +300 of 300 items", again.err)
+    assert sorted(stroma.calls()[301:]) == sorted(["after", *(f"half-{n}" for n in range(7, 300, 10))])
+    assert len((stroma.home / "out.jsonl").read_text().splitlines()) == 300
+    fails(
+        stroma("resume", "m", "many.py:pipeline", "--retry-failed", "--from", "after"),
+        2,
+        "--retry-failed says by itself where to go on",
+    )
+
+
+def test_few_items_are_told_one_by_one(stroma):
+    """A map with few items is told item by item."""
+    stroma.file("many.py", MANY)
+    done = stroma("run", "many.py:pipeline", "{}", env={"ITEMS": "5"})
+    assert done.code == 0, done.err
+    assert re.search(r"    half\[4\] +ok ", done.err)
+    assert " items " not in done.err
+
+
+def test_a_resume_can_be_checked(stroma):
+    """`check --against` takes a run whose items stand apart, and whose failures were collected, for one that can go on."""
+    stroma.file("many.py", MANY)
+    assert stroma("run", "many.py:pipeline", "{}", "--run-id", "m", "-q").code == 0
+    checked = stroma("check", "many.py:pipeline", "--against", "m", "--json")
+    assert checked.code == 0, checked.out
+    assert json.loads(checked.out)["against"]["resumable"] is True
+
+
+def test_on_a_terminal_one_line_is_written_over(stroma, tmp_path: Path):
+    """On a terminal the progress is one line that is written over, and gone when the next line comes."""
+    if not hasattr(pty, "openpty"):  # pragma: no cover
+        pytest.skip("no terminals here")
+    stroma.file("many.py", MANY)
+    master, slave = pty.openpty()
+    command = ["stroma", "run", "many.py:pipeline", "{}"]
+    env = {**stroma.env, "TERM": "xterm", "WELL": "1", "PAUSE": "0.1", "COLUMNS": "100"}
+    process = subprocess.Popen(
+        command, cwd=stroma.home, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=slave
+    )
+    os.close(slave)
+    shown = b""
+    try:
+        while True:
+            try:
+                part = os.read(master, 65536)
+            except OSError:  # The other end is closed.
+                break
+            if not part:
+                break
+            shown += part
+        process.communicate(timeout=60)
+    finally:
+        os.close(master)
+        if process.poll() is None:
+            process.kill()
+            process.wait()
+    assert process.returncode == 0, shown
+    text = shown.decode()
+    live = re.findall(r"\r\x1b\[Kmap_over\(in\.jsonl, half\)  ([\d,]+) of 300 items[^\r\n]*", text)
+    assert len(live) >= 2, text
+    # What is written over is never followed by anything but its own removal.
+    for line in re.findall(r"\r\x1b\[Kmap_over\([^\r\n]*(.{0,4})", text, re.DOTALL):
+        assert line.startswith(("\r\x1b[K", "")), text
+    assert re.search(r"\r\x1b\[K[^\r\n]*300 of 300 items", text), text

@@ -1,0 +1,1146 @@
+"""Maps over many items: where items come from and outputs go, failures that are collected, progress, resuming."""
+
+import asyncio
+import gc
+import json
+import os
+import re
+import tracemalloc
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, RootModel
+
+from stroma import (
+    AsyncInMemoryStore,
+    BudgetExceeded,
+    CheckpointManager,
+    CheckpointNotFound,
+    ContractRegistry,
+    ContractViolation,
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    Fenced,
+    ItemFailure,
+    Journal,
+    JsonLines,
+    MapProgress,
+    NodeContract,
+    NodeHooks,
+    PipelineChanged,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    SQLiteStore,
+    StoreError,
+    StromaRunner,
+    Suspend,
+    current_node,
+    execute_step,
+    map_over,
+    parallel,
+    stroma_node,
+)
+
+NEVER = {kind: FailurePolicy(max_retries=0) for kind in FailureClass}
+
+
+class Num(BaseModel):
+    n: int
+
+
+class Made(BaseModel):
+    twice: int
+
+
+class State(BaseModel):
+    nums: list[int] = []
+    source: str = ""
+    other: str = "kept"
+
+
+class Doubler:
+    """A node that doubles, counts its calls, and fails where it is told to."""
+
+    def __init__(self) -> None:
+        self.calls: Counter[int] = Counter()
+        self.failing: set[int] = set()
+        self.error: Callable[[], Exception] = lambda: ValueError("no")
+        self.running = self.most = 0
+        contract: NodeContract[Any, Any] = NodeContract(
+            node_id="double", input_schema=Num, output_schema=Made
+        )
+
+        @stroma_node("double", contract)
+        async def double(state: Num) -> Any:
+            self.calls[state.n] += 1
+            self.running += 1
+            self.most = max(self.most, self.running)
+            await asyncio.sleep(0)
+            self.running -= 1
+            if state.n in self.failing:
+                raise self.error()
+            return {"twice": 2 * state.n}, 3
+
+        self.node = double
+
+
+@pytest.fixture
+def doubler() -> Doubler:
+    return Doubler()
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
+    if request.param == "memory":
+        yield AsyncInMemoryStore()
+    else:
+        async with SQLiteStore(tmp_path / "runs.db") as opened:
+            yield opened
+
+
+def quick(store: Any, **config: Any) -> StromaRunner:
+    config.setdefault("policy_map", NEVER)
+    config.setdefault("run_id", "run")
+    return StromaRunner.quick(store=store, **config)
+
+
+def write(path: Path, numbers: Any) -> Path:
+    path.write_text("".join(json.dumps({"n": n}) + "\n" for n in numbers))
+    return path
+
+
+def read(path: Path) -> list[Any]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def doubled(numbers: Any) -> list[Any]:
+    return [{"twice": 2 * n} for n in numbers]
+
+
+# ---------------------------------------------------------------------- sources and outputs
+
+
+async def test_from_a_file_into_a_file(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """Items are lines of one file, outputs lines of another one, in order; the state goes on as it is."""
+    source, out = write(tmp_path / "in.jsonl", range(500)), tmp_path / "out.jsonl"
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
+    result = await quick(store).run([work], State())
+    assert (result.status, result.failure) == (RunStatus.COMPLETED, None)
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == State().model_dump()
+    assert read(out) == doubled(range(500))
+    assert result.total_tokens == 1500
+    assert work.node_id == "map_over(in.jsonl, double)"
+    assert sorted(os.listdir(tmp_path)) == sorted({"in.jsonl", "out.jsonl", *os.listdir(tmp_path)} - {".out"})
+    assert not list(tmp_path.glob(".*.part"))
+
+
+async def test_the_state_names_the_files(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """JsonLines(field=...) is the file whose path stands in that field of the state."""
+
+    class Paths(BaseModel):
+        given: str
+        wanted: Path
+
+    write(tmp_path / "in.jsonl", range(3))
+    work = map_over(JsonLines(field="given"), doubler.node, into=JsonLines(field="wanted"))
+    paths = Paths(given=str(tmp_path / "in.jsonl"), wanted=tmp_path / "out.jsonl")
+    result = await quick(store).run([work], paths)
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert read(tmp_path / "out.jsonl") == doubled(range(3))
+
+
+async def test_from_a_file_into_a_field(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """Items of a file can become a list in the state."""
+    work = map_over(JsonLines(write(tmp_path / "in", range(9))), doubler.node, into="made")
+    result = await quick(store).run([work], State())
+    assert result.final_state is not None, result.failure
+    assert result.final_state.model_dump()["made"] == doubled(range(9))
+
+
+@pytest.mark.parametrize("kind", ["list", "generator", "async"])
+async def test_from_a_function_into_the_journal(store: Any, doubler: Doubler, kind: str) -> None:
+    """A function of the state gives any iterable; outputs in the journal are read a page at a time, in order."""
+    closed = []
+
+    async def later(state: State) -> AsyncIterator[Any]:
+        try:
+            for n in state.nums:
+                await asyncio.sleep(0)
+                yield {"n": n}
+        finally:
+            closed.append(True)
+
+    def now(state: State) -> Iterator[Any]:
+        for n in state.nums:
+            yield Num(n=n)
+
+    gives: Any = {"list": lambda state: state.nums, "generator": now, "async": later}[kind]
+    work = map_over(gives, doubler.node, into=Journal())
+    runner = quick(store)
+    result = await runner.run([work], State(nums=list(range(450))))
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert closed == ([True] if kind == "async" else [])
+    found = [pair async for pair in runner.map_outputs("run", work)]
+    assert found == [(n, Made(twice=2 * n)) for n in range(450)]
+
+
+async def test_outputs_without_a_contract(store: Any, tmp_path: Path) -> None:
+    """Outputs of a node without a contract are written and read as they were returned."""
+
+    async def echo(state: Any) -> Any:
+        return {"got": state.model_dump(), "nan": float("nan")}
+
+    echo._stroma_node_id = "echo"  # type: ignore[attr-defined]
+    echo._stroma_contract = None  # type: ignore[attr-defined]
+    work = map_over(JsonLines(write(tmp_path / "in", range(2))), echo, into=JsonLines(tmp_path / "out"))
+    runner = quick(store)
+    result = await runner.run([work], State())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert read(tmp_path / "out") == [{"got": {"n": n}, "nan": "NaN"} for n in range(2)]
+    assert [value["got"] async for _, value in runner.map_outputs("run", work)] == [{"n": 0}, {"n": 1}]
+
+
+async def test_groups_as_items(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """The node of a map may be a group; what its children committed is not run again."""
+    left = [1]
+
+    async def fragile(state: Num) -> Any:
+        if state.n == 3 and left:
+            left.pop()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.05)  # Until its sibling is committed.
+            raise ValueError("once")
+        return {"seen": state.n}
+
+    class Seen(BaseModel):
+        seen: int
+
+    other = stroma_node("other", NodeContract(node_id="other", input_schema=Num, output_schema=Seen))(fragile)
+    source, out = write(tmp_path / "in", range(6)), tmp_path / "out"
+    work = map_over(JsonLines(source), parallel(doubler.node, other), into=JsonLines(out), max_concurrency=1)
+    runner = quick(store)
+    first = await runner.run([work], State())
+    assert first.status is RunStatus.PARTIAL
+    again = await runner.run([work], State(), resume=True)
+    assert again.status is RunStatus.RESUMED, again.failure
+    assert read(out) == [{"twice": 2 * n, "seen": n} for n in range(6)]
+    assert set(doubler.calls.values()) == {1}
+
+
+async def test_a_map_beside_a_node(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """A map into a file may stand in parallel(): what stands beside it is restored as ever."""
+    calls = []
+
+    async def beside(state: State) -> Any:
+        calls.append(1)
+        return {"other": "done"}
+
+    class Other(BaseModel):
+        other: str
+
+    node = stroma_node("beside", NodeContract(node_id="beside", input_schema=State, output_schema=Other))(
+        beside
+    )
+    doubler.failing = {7}
+    source, out = write(tmp_path / "in", range(10)), tmp_path / "out"
+    work = parallel(map_over(JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=1), node)
+    runner = quick(store)
+    assert (await runner.run([work], State())).status is RunStatus.PARTIAL
+    doubler.failing = set()
+    result = await runner.run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert (len(calls), read(out)) == (1, doubled(range(10)))
+    assert [doubler.calls[n] for n in range(10)] == [1] * 7 + [2, 1, 1]
+
+
+async def test_nothing_to_do(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """No items give an empty file, and blank lines are no items."""
+    (tmp_path / "in").write_text("\n  \n\r\n")
+    work = map_over(JsonLines(tmp_path / "in"), doubler.node, into=JsonLines(tmp_path / "out"))
+    result = await quick(store).run([work], State())
+    assert (result.status, read(tmp_path / "out")) == (RunStatus.COMPLETED, []), result.failure
+
+
+async def test_lines_of_all_kinds(tmp_path: Path) -> None:
+    """A byte order mark, CRLF, a last line without an end and values of any kind are read."""
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id="same", input_schema=RootModel[Any], output_schema=RootModel[Any]
+    )
+
+    @stroma_node("same", contract)
+    async def same(state: Any) -> Any:
+        return state
+
+    (tmp_path / "in").write_bytes(b'\xef\xbb\xbf1\r\n"\xc3\xa9"\r\n\r\n[1, {"a": null}]\n{"a": 1e3}')
+    work = map_over(JsonLines(tmp_path / "in"), same, into="out")
+    result = await quick(AsyncInMemoryStore()).run([work], State())
+    assert result.final_state is not None, result.failure
+    assert [one.root for one in result.final_state.out] == [1, "é", [1, {"a": None}], {"a": 1000.0}]  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("limit", [1, 3, None])
+async def test_so_many_at_once(store: Any, tmp_path: Path, doubler: Doubler, limit: int | None) -> None:
+    """max_concurrency bounds the items in flight; where nobody says, 64 of a file run at once."""
+    source = write(tmp_path / "in", range(200))
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(tmp_path / "out"), max_concurrency=limit)
+    result = await quick(store).run([work], State())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert doubler.most == (limit or 64)
+
+
+async def test_an_endless_source_is_read_as_far_as_needed(doubler: Doubler) -> None:
+    """Items are taken as there is room for them: a source without an end can be stopped by a budget."""
+    taken = []
+
+    def endless(state: State) -> Iterator[Any]:
+        n = 0
+        while True:
+            taken.append(n)
+            yield {"n": n}
+            n += 1
+
+    work = map_over(endless, doubler.node, into=Journal(), max_concurrency=2)
+    result = await quick(AsyncInMemoryStore(), budget=ExecutionBudget(max_tokens_total=30)).run(
+        [work], State()
+    )
+    assert isinstance(result.failure and result.failure.exception, BudgetExceeded)
+    assert len(taken) < 20
+
+
+# ---------------------------------------------------------------------- stopping and resuming
+
+
+async def test_a_resume_runs_only_what_is_left(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """A map that stopped half-way goes on with the items that are not committed; no file before all are."""
+    source, out = write(tmp_path / "in", range(700)), tmp_path / "out"
+    doubler.failing = {400}
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
+    runner = quick(store)
+    first = await runner.run([work], State())
+    assert (first.status, out.exists()) == (RunStatus.PARTIAL, False)
+    doubler.failing = set()
+    result = await runner.run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert read(out) == doubled(range(700))
+    again = {n for n, times in doubler.calls.items() if times > 1}
+    assert 400 in again
+    assert len(again) <= 64  # Those that were in flight.
+    assert first.total_tokens + result.total_tokens == 3 * 700
+
+
+async def test_a_budget_stops_in_the_middle(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """Once a limit is crossed nothing more is called, those in flight commit, and nothing is bought twice."""
+    source, out = write(tmp_path / "in", range(100)), tmp_path / "out"
+    work = map_over(
+        JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=4, on_item_failure="collect"
+    )
+    first = await quick(store, budget=ExecutionBudget(max_tokens_total=60)).run([work], State())
+    assert first.status is RunStatus.PARTIAL
+    assert isinstance(first.failure and first.failure.exception, BudgetExceeded)
+    assert 20 < sum(doubler.calls.values()) <= 25
+    result = await quick(store).run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert (result.failed_items, read(out)) == (0, doubled(range(100)))
+    assert set(doubler.calls.values()) == {1}
+
+
+async def test_cancelled_in_the_middle(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """A cancelled map leaves no task behind, and is resumed without loss."""
+    source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=8)
+    reached = asyncio.Event()
+
+    async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        if sum(doubler.calls.values()) > 100:
+            reached.set()
+
+    runner = quick(store, hooks=NodeHooks(on_node_success=told))
+    before = asyncio.all_tasks()
+    task = asyncio.create_task(runner.run([work], State()))
+    await reached.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert asyncio.all_tasks() - before - {task} == set()
+    result = await runner.run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert read(out) == doubled(range(300))
+
+
+async def test_a_shutdown_lets_the_items_in_flight_end(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """A shutdown begins no further item; those in flight commit, and the run is INTERRUPTED."""
+    source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=4)
+    reached = asyncio.Event()
+
+    async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        if sum(doubler.calls.values()) > 50:
+            reached.set()
+
+    runner = quick(store, hooks=NodeHooks(on_node_success=told))
+    task = asyncio.create_task(runner.run([work], State()))
+    await reached.wait()
+    await runner.shutdown(drain_seconds=60)
+    first = await task
+    assert first.status is RunStatus.INTERRUPTED
+    assert 50 < sum(doubler.calls.values()) < 120
+    assert first.total_tokens == 3 * sum(doubler.calls.values())
+    result = await runner.run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert (set(doubler.calls.values()), read(out)) == ({1}, doubled(range(300)))
+
+
+async def test_a_changed_file_is_refused(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """A resume with a file that has changed is PipelineChanged before anything is called, and nothing is lost."""
+    source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
+    doubler.failing = {250}
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
+    runner = quick(store)
+    await runner.run([work], State())
+    doubler.failing = set()
+    calls = sum(doubler.calls.values())
+    for other in (range(301), range(299), [*range(299), 7], []):
+        write(source, other)
+        if not list(other):
+            continue  # Nothing to compare.
+        with pytest.raises(PipelineChanged, match=r"in has changed since item .* was made; restore it"):
+            await runner.run([work], State(), resume=True)
+    assert sum(doubler.calls.values()) == calls
+    write(source, range(300))
+    assert (await runner.run([work], State(), resume=True)).status is RunStatus.RESUMED
+    assert read(out) == doubled(range(300))
+
+
+async def test_a_file_that_changes_while_it_is_read(tmp_path: Path, doubler: Doubler) -> None:
+    """A file that is changed under the map fails it with the file's name; what was made is kept."""
+    source = write(tmp_path / "in", range(1000))
+    reached = []
+
+    async def told(run_id: str, node_id: str, state: Any) -> None:
+        if node_id == "double" and not reached:
+            reached.append(1)
+            with source.open("a") as file:
+                file.write('{"n": 5}\n')
+
+    work = map_over(JsonLines(source), doubler.node, into=Journal())
+    result = await quick(AsyncInMemoryStore(), hooks=NodeHooks(on_node_start=told)).run([work], State())
+    assert result.failure is not None
+    assert "in was changed while its items were read; what was made of them is kept" in result.failure.message
+
+
+async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler: Doubler) -> None:
+    """A function that gives another item, or fewer of them, than those that are done is PipelineChanged."""
+    given = [{"n": n} for n in range(20)]
+
+    def gives(state: State) -> Any:
+        return iter(given)
+
+    doubler.failing = {15}
+    work = map_over(gives, doubler.node, into=Journal(), max_concurrency=1)
+    runner = quick(store)
+    await runner.run([work], State())
+    doubler.failing = set()
+    given[3] = {"n": 77}
+    with pytest.raises(PipelineChanged, match="item 3 that gives gives is another one than it was"):
+        await runner.run([work], State(), resume=True)
+    given[3:] = []
+    given += [{"n": 3}]
+    with pytest.raises(PipelineChanged, match="there are only 4 items where there were more"):
+        await runner.run([work], State(), resume=True)
+    given[:] = [{"n": n} for n in range(25)]
+    result = await runner.run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert len([1 async for _ in runner.map_outputs("run", work)]) == 25
+
+
+async def test_restored_items_are_told(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """Items that an earlier process did fire on_node_skipped, with their place."""
+    doubler.failing = {5}
+    work = map_over(
+        JsonLines(write(tmp_path / "in", range(10))), doubler.node, into=Journal(), max_concurrency=1
+    )
+    await quick(store).run([work], State())
+    doubler.failing = set()
+    seen = []
+
+    async def skipped(run_id: str, node_id: str, state: Any) -> None:
+        here = current_node()
+        assert here is not None
+        seen.append((node_id, here.kind, here.branch, state))
+
+    result = await quick(store, hooks=NodeHooks(on_node_skipped=skipped)).run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED
+    assert seen == [("double", "item", str(n), {"twice": 2 * n}) for n in range(5)]
+
+
+async def test_a_finished_map_is_not_run_again(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """Once the map itself is committed neither its source nor its file is looked at again."""
+
+    async def fails(state: State) -> Any:
+        raise ValueError("later")
+
+    last = stroma_node("last", NodeContract(node_id="last", input_schema=State, output_schema=State))(fails)
+    source, out = write(tmp_path / "in", range(10)), tmp_path / "out"
+    nodes = [map_over(JsonLines(source), doubler.node, into=JsonLines(out)), last]
+    runner = quick(store)
+    assert (await runner.run(nodes, State())).status is RunStatus.PARTIAL
+    source.unlink()
+    out.unlink()
+    again = await runner.run(nodes, State(), resume=True)
+    assert again.failure is not None
+    assert (again.failure.message, out.exists()) == ("later", False)
+    assert set(doubler.calls.values()) == {1}
+
+
+async def test_a_restart_begins_anew(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """Without a resume every item is run again, and the file may be another one."""
+    source, out = write(tmp_path / "in", range(10)), tmp_path / "out"
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
+    await quick(store).run([work], State())
+    write(source, range(5))
+    result = await quick(store).run([work], State())
+    assert (result.status, read(out)) == (RunStatus.COMPLETED, doubled(range(5)))
+    assert [doubler.calls[n] for n in range(10)] == [2] * 5 + [1] * 5
+
+
+async def test_resume_from_the_map_makes_all_anew(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """resume_from= the map runs all of its items again."""
+    source, out = write(tmp_path / "in", range(5)), tmp_path / "out"
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
+    runner = quick(store)
+    await runner.run([work], State())
+    result = await runner.run([work], State(), resume_from=work.node_id)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert set(doubler.calls.values()) == {2}
+
+
+async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: Doubler) -> None:
+    """node_policies may try a map again: only the items that are not committed are called, and none is remembered."""
+    source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out))
+    doubler.failing = {150}
+
+    def heal() -> Exception:
+        doubler.failing = set()
+        return ValueError("once")
+
+    doubler.error = heal
+    remembered: list[int] = []
+
+    async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        here = current_node()
+        assert here is not None
+        remembered.append(len(here.ctx.done))
+
+    again = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+    runner = quick(store, node_policies={work.node_id: again}, hooks=NodeHooks(on_node_success=told))
+    result = await runner.run([work], State())
+    assert result.status is RunStatus.COMPLETED, result.failure
+    assert read(out) == doubled(range(300))
+    assert max(remembered) == 0
+    assert {n for n, times in doubler.calls.items() if times > 1} <= set(range(86, 215))
+
+
+async def test_a_person_is_asked_once(store: Any, tmp_path: Path) -> None:
+    """An item that waits for a person suspends the run; the others are done meanwhile."""
+    calls: Counter[int] = Counter()
+    contract: NodeContract[Any, Any] = NodeContract(node_id="ask", input_schema=Num, output_schema=Made)
+
+    @stroma_node("ask", contract)
+    async def ask(state: Num) -> Any:
+        calls[state.n] += 1
+        here = current_node()
+        assert here is not None
+        if state.n == 3 and here.signal is None:
+            raise Suspend("may I?")
+        return {"twice": 2 * state.n}
+
+    out = tmp_path / "out"
+    work = map_over(
+        JsonLines(write(tmp_path / "in", range(10))), ask, into=JsonLines(out), on_item_failure="collect"
+    )
+    runner = quick(store)
+    first = await runner.run([work], State())
+    assert (first.status, first.suspended, out.exists()) == (RunStatus.SUSPENDED, ["may I?"], False)
+    await runner.signal("run", True)
+    result = await runner.run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert (read(out), calls[3], calls.total()) == (doubled(range(10)), 2, 11)
+
+
+@pytest.mark.parametrize("into", ["field", "file"])
+async def test_a_timeout_bounds_the_whole_map(tmp_path: Path, into: str) -> None:
+    """node_timeouts under the id of a map ends all of its items; what was committed is not run again."""
+    calls: Counter[int] = Counter()
+    hangs = [True]
+    contract: NodeContract[Any, Any] = NodeContract(node_id="hang", input_schema=Num, output_schema=Made)
+
+    @stroma_node("hang", contract)
+    async def hang(state: Num) -> Any:
+        calls[state.n] += 1
+        if state.n == 20 and hangs:
+            await asyncio.Event().wait()
+        return {"twice": 2 * state.n}
+
+    target: Any = "made" if into == "field" else JsonLines(tmp_path / "out")
+    source = JsonLines(write(tmp_path / "in", range(40)))
+    work = map_over(source, hang, into=target, max_concurrency=2, on_item_failure="collect")
+    store = AsyncInMemoryStore()
+    first = await quick(store, node_timeouts={work.node_id: 500}).run([work], State())
+    assert first.failure is not None
+    assert (type(first.failure.exception), first.failed_items) == (TimeoutError, 0)
+    hangs.clear()
+    result = await quick(store).run([work], State(), resume=True)
+    assert (result.status, result.failed_items) == (RunStatus.RESUMED, 0), result.failure
+    assert {n for n, times in calls.items() if times > 1} == {20}
+
+
+async def test_taken_over_in_the_middle(tmp_path: Path, doubler: Doubler) -> None:
+    """A map whose run is taken over stops with Fenced: nothing is collected, and the new owner makes it complete."""
+    source, out = write(tmp_path / "in", range(200)), tmp_path / "out"
+    work = map_over(
+        JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=4, on_item_failure="collect"
+    )
+    reached, go = asyncio.Event(), asyncio.Event()
+
+    async def told(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        if sum(doubler.calls.values()) > 50 and not reached.is_set():
+            reached.set()
+            await go.wait()
+
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        stale = asyncio.create_task(quick(store, hooks=NodeHooks(on_node_success=told)).run([work], State()))
+        await reached.wait()
+        owner = await quick(store).run([work], State(), resume=True, if_running="take_over")
+        go.set()
+        late = await stale
+        assert owner.status is RunStatus.RESUMED, owner.failure
+        assert isinstance(late.failure and late.failure.exception, Fenced)
+        record = store.get_run("run")
+        assert record is not None
+        committed = [a.branch for a in store.attempts("run") if a.branch and a.output is not None]
+    assert (owner.failed_items, late.failed_items, read(out)) == (0, 0, doubled(range(200)))
+    assert (record.tokens, len(committed), len(set(committed))) == (600, 200, 200)
+
+
+async def test_ends_of_items_are_told_again(
+    tmp_path: Path, doubler: Doubler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With at-least-once delivery the end of an item is told by the process that goes on, with the item's output."""
+    doubler.failing = {3}
+    work = map_over(
+        JsonLines(write(tmp_path / "in", range(6))), doubler.node, into=Journal(), max_concurrency=1
+    )
+    told: list[tuple[str, Any]] = []
+
+    async def success(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        here = current_node()
+        assert here is not None
+        if here.redelivered:
+            told.append((here.branch, state))
+
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        runner = quick(store, hooks=NodeHooks(on_node_success=success), hook_delivery="at_least_once")
+        with monkeypatch.context() as patched:
+            # As if the process had died each time before it could note that the hook was told.
+            patched.setattr("stroma.checkpoint._session.DurableSession.delivered", lambda *_: None)
+            await runner.run([work], State())
+        doubler.failing = set()
+        result = await runner.run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert told == [(str(n), {"twice": 2 * n}) for n in range(3)]
+
+
+# ---------------------------------------------------------------------- collecting failures
+
+
+@pytest.mark.parametrize("into", ["field", "file", "journal"])
+async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubler, into: str) -> None:
+    """With "collect" the others go on; each that failed is a record with its index, class and message."""
+    doubler.failing = {3, 7}
+    out = tmp_path / "out.jsonl"
+    target: Any = {"field": "made", "file": JsonLines(out), "journal": Journal()}[into]
+    source = JsonLines(write(tmp_path / "in", range(10)))
+    work = map_over(source, doubler.node, into=target, on_item_failure="collect")
+    runner = quick(store)
+    result = await runner.run([work], State())
+    assert (result.status, result.failed_items, result.failure) == (RunStatus.COMPLETED, 2, None)
+    assert result.final_state is not None
+    state = result.final_state.model_dump()
+    well = [n for n in range(10) if n not in (3, 7)]
+    wanted = [
+        {
+            "index": n, "node_id": "double", "failure_class": "AMBIGUOUS", "message": "no", "reason": None,
+            "attempts": 1,
+        }
+        for n in (3, 7)
+    ]  # fmt: skip
+    if into == "field":
+        assert (state["made"], state["made_failures"]) == (doubled(well), wanted)
+    elif into == "file":
+        assert (read(out), read(tmp_path / "out.failures.jsonl")) == (doubled(well), wanted)
+    else:
+        found = [pair async for pair in runner.map_outputs("run", work)]
+        assert [index for index, _ in found] == list(range(10))
+        assert [v.model_dump() for _, v in found if isinstance(v, ItemFailure)] == wanted
+        assert [v.model_dump() for _, v in found if not isinstance(v, ItemFailure)] == doubled(well)
+    assert result.total_tokens == 3 * 8
+
+
+@pytest.mark.parametrize("into", ["field", "file"])
+async def test_failed_items_are_run_again_if_asked(
+    store: Any, tmp_path: Path, doubler: Doubler, into: str
+) -> None:
+    """A resume leaves failed items as they are; with retry_failed_items it runs just those, and what follows the map."""
+    doubler.failing = {3, 7}
+    out = tmp_path / "out.jsonl"
+    after: list[int] = []
+
+    async def count(state: Any) -> Any:
+        after.append(1)
+        return state.model_dump(mode="json")
+
+    count._stroma_node_id = "count"  # type: ignore[attr-defined]
+    count._stroma_contract = None  # type: ignore[attr-defined]
+    target: Any = "made" if into == "field" else JsonLines(out)
+    source = JsonLines(write(tmp_path / "in", range(10)))
+    work = [map_over(source, doubler.node, into=target, on_item_failure="collect"), count]
+    runner = quick(store)
+    await runner.run(work, State())
+    doubler.failing = {7}
+    kept = await runner.run(work, State(), resume=True)
+    assert (kept.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 10, 1)
+    assert kept.failed_items == 2  # Of maps that are restored, too.
+    returned = await runner.run(work, State(), if_exists="return")
+    assert (returned.status, returned.failed_items) == (RunStatus.RESUMED, 2)
+    again = await runner.run(work, State(), resume=True, retry_failed_items=True)
+    assert (again.status, again.failed_items) == (RunStatus.RESUMED, 1), again.failure
+    assert (doubler.calls[3], doubler.calls[7], doubler.calls.total(), len(after)) == (2, 2, 12, 2)
+    doubler.failing = set()
+    last = await runner.run(work, State(), resume=True, retry_failed_items=True)
+    assert (last.status, last.failed_items, doubler.calls.total(), len(after)) == (
+        RunStatus.RESUMED, 0, 13, 3,
+    )  # fmt: skip
+    if into == "file":
+        assert (read(out), read(tmp_path / "out.failures.jsonl")) == (doubled(range(10)), [])
+    else:
+        assert last.final_state is not None
+        state = last.final_state.root  # type: ignore[attr-defined]
+        assert (state["made"], state["made_failures"]) == (doubled(range(10)), [])
+    none_left = await runner.run(work, State(), resume=True, retry_failed_items=True)
+    assert (none_left.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 13, 3)
+
+
+@pytest.mark.parametrize("into", ["field", "file"])
+async def test_collected_failures_outlive_the_process(
+    store: Any, tmp_path: Path, doubler: Doubler, into: str
+) -> None:
+    """A failure that was collected before the run stopped is neither lost nor run again; "stop" runs it again."""
+    doubler.failing = {3}
+    target: Any = "made" if into == "field" else JsonLines(tmp_path / "out")
+    source = JsonLines(write(tmp_path / "in", range(30)))
+    work = map_over(source, doubler.node, into=target, on_item_failure="collect", max_concurrency=1)
+    first = await quick(store, budget=ExecutionBudget(max_tokens_total=30)).run([work], State())
+    assert first.status is RunStatus.PARTIAL
+    doubler.failing = set()
+    result = await quick(store).run([work], State(), resume=True)
+    assert (result.status, result.failed_items, doubler.calls[3]) == (RunStatus.RESUMED, 1, 1), result.failure
+    assert set(doubler.calls.values()) == {1}
+
+    doubler.failing = {4}
+    other = quick(store, run_id="other")
+    await quick(store, run_id="other", budget=ExecutionBudget(max_tokens_total=30)).run([work], State())
+    doubler.failing = set()
+    stops = map_over(source, doubler.node, into=target, max_concurrency=1)
+    result = await other.run([stops], State(), resume=True)
+    assert (result.status, result.failed_items) == (RunStatus.RESUMED, 0), result.failure
+    assert doubler.calls[4] == 3
+
+
+async def test_retries_come_before_collecting(store: Any, doubler: Doubler) -> None:
+    """An item is collected once its own retries are used up, with how many attempts were made."""
+    doubler.failing = {1}
+    policies = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
+    work = map_over("nums", doubler.node, into="made", on_item_failure="collect")
+    result = await quick(store, policy_map=policies).run([work], State(nums=[0, 1, 2]))
+    assert result.final_state is not None, result.failure
+    (failed,) = result.final_state.made_failures  # type: ignore[attr-defined]
+    assert (failed.index, failed.attempts, doubler.calls[1]) == (1, 3, 3)
+
+
+async def test_a_store_that_fails_is_not_collected(tmp_path: Path, doubler: Doubler) -> None:
+    """What the store cannot keep stops the run, whatever is collected: an item would be lost."""
+
+    class Broken(AsyncInMemoryStore):
+        def open_run(self, request: Any) -> Any:
+            session = super().open_run(request)
+            refused: list[int] = []  # Once: whoever tries to keep something else in its place could.
+            record = session.record
+
+            class Session:
+                def __getattr__(self, name: str) -> Any:
+                    return getattr(session, name)
+
+                def record(self, row: Any, *about: Any) -> Any:
+                    if row[10] == "3" and not refused:
+                        refused.append(1)
+                        error = StoreError("it is full")
+                        error.transient = False
+                        raise error
+                    return record(row, *about)
+
+            return Session()
+
+    work = map_over("nums", doubler.node, into="made", on_item_failure="collect")
+    result = await quick(Broken()).run([work], State(nums=list(range(6))))
+    assert result.failure is not None
+    assert (result.status, result.failure.message) == (RunStatus.PARTIAL, "it is full")
+
+
+# ---------------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("line", "why"),
+    [
+        (b"{broken", "line 3 of .*in is not JSON: "),
+        (b'"\xff"', "line 3 of .*in is not JSON: "),
+        (b'{"n": "many"}', "n: Input should be a valid integer"),
+        (b"7 8", "line 3 of .*in is not JSON: "),
+    ],
+)
+@pytest.mark.parametrize("collect", [False, True])
+async def test_a_bad_line(
+    store: Any, tmp_path: Path, doubler: Doubler, line: bytes, why: str, collect: bool
+) -> None:
+    """A line that is no JSON, or no input of the node, is named; it ends a run as FAILED, or is collected."""
+    source, out = tmp_path / "in", tmp_path / "out"
+    source.write_bytes(b'{"n": 0}\n{"n": 1}\n' + line + b'\n{"n": 3}\n')
+    work = map_over(
+        JsonLines(source),
+        doubler.node,
+        into=JsonLines(out),
+        on_item_failure="collect" if collect else "stop",
+        max_concurrency=1,
+    )
+    runner = quick(store)
+    result = await runner.run([work], State())
+    if collect:
+        assert (result.status, result.failed_items) == (RunStatus.COMPLETED, 1)
+        (failed,) = read(tmp_path / "out.failures.jsonl")
+        assert failed["index"] == 2
+        assert failed["failure_class"] == "TERMINAL"
+        assert re.search(why, failed["message"])
+        assert read(out) == doubled([0, 1, 3])
+    else:
+        assert result.status is RunStatus.FAILED
+        assert result.failure is not None
+        assert isinstance(result.failure.exception, ContractViolation)
+        assert re.search(why, result.failure.message)
+        assert doubler.calls == {0: 1, 1: 1}
+    resumed = await runner.run([work], State(), resume=True)
+    assert resumed.failed_items == result.failed_items or resumed.status is RunStatus.RESUMED
+
+
+async def test_files_that_are_not_there(tmp_path: Path, doubler: Doubler) -> None:
+    """A file that cannot be read, or a place that cannot be written, is told before anything is called."""
+    good = write(tmp_path / "in", range(3))
+    (tmp_path / "link").symlink_to(good)
+    for source, into, message in (
+        (tmp_path / "none", tmp_path / "out", "cannot read the items of a map"),
+        (tmp_path, tmp_path / "out", "cannot read the items of a map"),
+        (good, tmp_path / "no" / "out", "there is no directory .*no for the outputs of a map; create it"),
+        (good, tmp_path, "is a directory; give the path of a file"),
+        (good, tmp_path / "link", "in holds the items of the map; give another path"),
+        (good, Path("/dev/null"), "is no regular file"),
+        (Path("/dev/null"), tmp_path / "out", "it is no regular file, and could not be read again"),
+    ):
+        work = map_over(JsonLines(source), doubler.node, into=JsonLines(into))
+        result = await quick(AsyncInMemoryStore()).run([work], State())
+        assert result.failure is not None
+        assert re.search(message, result.failure.message), result.failure.message
+    work = map_over(JsonLines(field="source"), doubler.node, into=Journal())
+    result = await quick(AsyncInMemoryStore()).run([work], State())
+    assert result.failure is not None
+    assert (
+        "needs the path of a file in field 'source' of the state, and it holds str" in result.failure.message
+    )
+    assert doubler.calls == {}
+
+
+async def test_a_line_that_is_too_long(tmp_path: Path, doubler: Doubler, monkeypatch: Any) -> None:
+    """A line beyond the limit is refused by its number before anything is called."""
+    monkeypatch.setattr("stroma.items._LONGEST", 20)
+    source = tmp_path / "in"
+    source.write_text('{"n": 1}\n{"n": 1}' + " " * 30 + "\n")
+    work = map_over(JsonLines(source), doubler.node, into=Journal())
+    result = await quick(AsyncInMemoryStore()).run([work], State())
+    assert result.failure is not None
+    assert "line 2 of" in result.failure.message
+    assert doubler.calls == {}
+
+
+async def test_a_source_that_raises(store: Any, doubler: Doubler) -> None:
+    """What a source raises fails the map as it is; what was made is kept, and a resume goes on."""
+    broken = [True]
+
+    def gives(state: State) -> Iterator[Any]:
+        for n in range(10):
+            if n == 7 and broken:
+                raise OSError("the shelf is empty")
+            yield {"n": n}
+
+    work = map_over(gives, doubler.node, into=Journal(), max_concurrency=1)
+    runner = quick(store)
+    first = await runner.run([work], State())
+    assert first.failure is not None
+    assert first.failure.message == "the shelf is empty"
+    broken.clear()
+    result = await runner.run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    assert doubler.calls.total() in (10, 11)  # One may have been in flight.
+
+
+async def test_a_source_that_blocks_does_not_hold_up_a_failure(doubler: Doubler) -> None:
+    """An item that fails ends the map even while its source gives nothing more."""
+    closed = []
+
+    async def gives(state: State) -> AsyncIterator[Any]:
+        try:
+            yield {"n": 1}
+            await asyncio.Event().wait()
+        finally:
+            closed.append(1)
+
+    doubler.failing = {1}
+    work = map_over(gives, doubler.node, into=Journal())
+    result = await asyncio.wait_for(quick(AsyncInMemoryStore()).run([work], State()), 60)
+    assert result.failure is not None
+    assert (result.failure.message, closed) == ("no", [1])
+
+
+def test_what_is_refused_when_a_map_is_made(doubler: Doubler) -> None:
+    """Nonsense is refused where it is written, with what to give in its place."""
+    inner = map_over("nums", doubler.node, into="made")
+    apart = map_over("nums", doubler.node, into=Journal())
+    for error, message, make in (
+        (TypeError, "give the name of a list field, JsonLines", lambda: map_over(3, doubler.node, into="a")),  # type: ignore[arg-type]
+        (TypeError, r"give the name of a field, JsonLines\(path\) or Journal", lambda: map_over("a", doubler.node, into=3)),  # type: ignore[arg-type]
+        (ValueError, "is not the name of a field", lambda: map_over("a b", doubler.node, into="a")),
+        (ValueError, "is not the name of a field", lambda: map_over("a", doubler.node, into="a b")),
+        (ValueError, 'give "stop" or "collect"', lambda: map_over("a", doubler.node, into="b", on_item_failure="go")),  # type: ignore[arg-type]
+        (ValueError, "cannot stand inside of a map", lambda: map_over("a", inner, into=Journal())),
+        (ValueError, "cannot stand inside of a map", lambda: map_over("a", parallel(apart, doubler.node), into="b")),
+        (ValueError, "give one of them", lambda: JsonLines()),
+        (ValueError, "give one of them", lambda: JsonLines("a", field="b")),
+        (ValueError, "is not the name of a field", lambda: JsonLines(field="a b")),
+    ):  # fmt: skip
+        with pytest.raises(error, match=message):
+            make()
+
+
+async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -> None:
+    """Outputs that cannot be read back are told before anything is called; so are maps that are not in the journal."""
+
+    class Simple:
+        def save(self, *_: Any) -> None: ...
+        def load(self, *_: Any) -> None: ...
+        def delete(self, *_: Any) -> None: ...
+
+    out = JsonLines(tmp_path / "out")
+    result = await quick(Simple()).run([map_over("nums", doubler.node, into=out)], State(nums=[1]))
+    assert result.failure is not None
+    assert "Simple keeps no journal, so the items of a map cannot be read back" in result.failure.message
+    assert doubler.calls == {}
+    runner = quick(AsyncInMemoryStore())
+    kept = map_over("nums", doubler.node, into=Journal())
+    doubler.failing = {1}
+    await runner.run([kept], State(nums=[1]))
+    with pytest.raises(CheckpointNotFound, match=r"has no .* that is done"):
+        _ = [1 async for _ in runner.map_outputs("run", kept)]
+    with pytest.raises(TypeError, match="is no map whose outputs are in the journal"):
+        _ = [1 async for _ in runner.map_outputs("run", map_over("nums", doubler.node, into="made"))]
+    with pytest.raises(TypeError, match="is no map whose outputs are in the journal"):
+        _ = [1 async for _ in runner.map_outputs("run", doubler.node)]
+
+
+async def test_by_hand(tmp_path: Path, doubler: Doubler) -> None:
+    """Called by hand a map gathers any source into a field; what needs a journal says so."""
+    work = map_over(JsonLines(write(tmp_path / "in", range(3))), doubler.node, into="made")
+    made = await work(State())
+    assert [one[0] if isinstance(one, tuple) else one for one in made["made"]] == doubled(range(3))
+    with pytest.raises(TypeError, match="run it with a runner, not by hand"):
+        await map_over("nums", doubler.node, into=Journal())(State())
+
+
+# ---------------------------------------------------------------------- progress, trace, memory
+
+
+@pytest.mark.parametrize("into", ["field", "file"])
+async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str) -> None:
+    """on_map_progress tells n of m at the begin, at the end and now and then in between, restored items among them."""
+    source = JsonLines(write(tmp_path / "in", range(50)))
+    target: Any = "made" if into == "field" else JsonLines(tmp_path / "out")
+    work = map_over(source, doubler.node, into=target, on_item_failure="collect", max_concurrency=1)
+    await quick(store, budget=ExecutionBudget(max_tokens_total=60)).run([work], State())
+    doubler.failing = {40}
+    told: list[MapProgress] = []
+
+    async def progress(run_id: str, node_id: str, said: MapProgress) -> None:
+        here = current_node()
+        assert here is not None
+        assert (run_id, node_id, here.node_id) == ("run", work.node_id, work.node_id)
+        told.append(said)
+        raise ValueError("hooks change nothing")
+
+    result = await quick(store, hooks=NodeHooks(on_map_progress=progress)).run([work], State(), resume=True)
+    assert result.status is RunStatus.RESUMED, result.failure
+    first, last = told[0], told[-1]
+    assert (first.done, first.total, first.ended) == (0, 50, False)
+    assert (last.done, last.total, last.failed, last.restored, last.ended) == (50, 50, 1, 21, True)
+    assert [one.done for one in told] == sorted(one.done for one in told)
+    assert last.rate > 0
+    assert len(told) <= 3 + last.elapsed_seconds / 0.2
+
+
+async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doubler) -> None:
+    """Of a map into the journal the first events and failures are kept, the rest is counted: totals stay exact."""
+    doubler.failing = set(range(0, 5000, 2))
+    work = map_over("nums", doubler.node, into=Journal(), on_item_failure="collect")
+    result = await quick(AsyncInMemoryStore()).run([work], State(nums=list(range(5000))))
+    assert (result.failed_items, result.total_tokens) == (2500, 7500)
+    (event,) = result.trace
+    assert event.left_out is not None
+    assert len(event.children) + event.left_out.events == 5000
+    assert len(event.children) <= 2000
+    failed = sum(child.failure is not None for child in event.children)
+    assert failed + event.left_out.failures == 2500
+    figures = list(result.trace.figures())
+    assert sum(tokens for _, tokens, *_ in figures) == 7500
+    twin = result.trace.copy()
+    assert next(iter(twin)).left_out == event.left_out
+
+
+def test_rows_that_are_left_out_are_summed() -> None:
+    """What a copy of the rows and a trace that was looked at say of sums is what the rows said."""
+    from stroma.trace import AttemptUsage, ExecutionTrace, FewRows
+
+    rows = FewRows(1)
+    for n in range(4):
+        usage = AttemptUsage(10, 4, 0.5, "m")
+        failed = (FailureClass.TERMINAL, "no", None) if n == 3 else None
+        outcome: Any = "failure" if failed else "success"
+        rows.append(("a", 1, 0, 7, {}, None if failed else {}, outcome, failed, usage, 0, str(n), "g", None))
+    assert (len(rows), rows.left_out is not None) == (2, True)
+    trace = ExecutionTrace("run")
+    trace.rows.append(("g", 1, 0, 9, {}, {}, "success", None, None, 0, "", None, rows))
+    before = sorted(trace.figures(), key=str)
+    assert sum(tokens for _, tokens, *_ in before) == 40
+    assert sum(cost for _, _, _, cost, *_ in before) == 2.0
+    assert rows.left_out is not None
+    assert (rows.left_out.events, rows.left_out.lost_tokens) == (2, 0)
+    copied = trace.copy()
+    assert sorted(copied.figures(), key=str) == before
+    list(trace.walk())
+    after = sorted(trace.figures(), key=str)
+    assert [one[:4] for one in after] == [one[:4] for one in before]
+
+
+async def test_memory_is_flat(tmp_path: Path) -> None:
+    """Ten times the items take no more memory, on a durable store with a file for outputs: also resumed."""
+    contract: NodeContract[Any, Any] = NodeContract(node_id="same", input_schema=Num, output_schema=Num)
+
+    @stroma_node("same", contract)
+    async def same(state: Num) -> Any:
+        return {"n": state.n}
+
+    async def peak(items: int, *, resumed: bool) -> int:
+        source, out = tmp_path / f"in{items}", tmp_path / f"out{items}"
+        if not resumed:
+            write(source, range(items))
+        work = map_over(JsonLines(source), same, into=JsonLines(out), max_concurrency=8)
+        async with SQLiteStore(tmp_path / f"{items}.db", synchronous="normal") as store:
+            runner = quick(store, run_id="run", resume=True)
+            gc.collect()
+            tracemalloc.start()
+            try:
+                result = await runner.run([work], State())
+                _, most = tracemalloc.get_traced_memory()
+            finally:
+                tracemalloc.stop()
+        assert result.failure is None, result.failure
+        return most
+
+    def undo(items: int) -> None:
+        import sqlite3
+
+        with sqlite3.connect(tmp_path / f"{items}.db") as db:
+            db.execute("DELETE FROM steps WHERE branch = '' AND position >= 0")
+            db.execute(f"DELETE FROM steps WHERE branch = '{items - 1}'")
+
+    await peak(1000, resumed=False)  # What is made once.
+    small = await peak(3000, resumed=False)
+    large = await peak(12_000, resumed=False)
+    assert large < 1.5 * small
+    undo(3000)
+    undo(12_000)
+    small, large = await peak(3000, resumed=True), await peak(12_000, resumed=True)
+    assert large < 1.5 * small
+
+
+async def test_a_map_as_a_step_of_plain_code(tmp_path: Path, doubler: Doubler) -> None:
+    """A map into a file may be a step of somebody's own loop, and resumes there."""
+    source, out = write(tmp_path / "in", range(20)), tmp_path / "out"
+    work = map_over(JsonLines(source), doubler.node, into=JsonLines(out), max_concurrency=1)
+    doubler.failing = {12}
+
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+
+        def context(**config: Any) -> ReliabilityContext:
+            made = RunConfig(run_id="run", policy_map=NEVER, **config)
+            return ReliabilityContext.for_run(made, ContractRegistry(), CheckpointManager(store))
+
+        async with context() as ctx:
+            first = await execute_step(work.node_id, work, State(), ctx)
+        assert (first.status, out.exists()) == (RunStatus.PARTIAL, False)
+        doubler.failing = set()
+        async with context(resume=True) as ctx:
+            result = await execute_step(work.node_id, work, State(), ctx)
+        assert result.failure is None
+    assert read(out) == doubled(range(20))
+    assert [doubler.calls[n] for n in range(20)] == [1] * 12 + [2] + [1] * 7
+
+
+def test_what_the_checker_says(doubler: Doubler) -> None:
+    """Items from outside are not looked for in the state, and a state that goes on as it is still fits what follows."""
+    after = stroma_node("after", NodeContract(node_id="after", input_schema=State, output_schema=State))(
+        doubler.node
+    )
+    first = stroma_node("first", NodeContract(node_id="first", input_schema=State, output_schema=State))(
+        doubler.node
+    )
+    runner = StromaRunner.quick()
+    for work in (
+        map_over(JsonLines("in"), doubler.node, into=JsonLines("out")),
+        map_over(lambda state: [], doubler.node, into=Journal()),
+    ):
+        assert runner.check([first, work, after]) == []
+    kinds = [found.kind for found in runner.check([first, map_over("none", doubler.node, into=Journal())])]
+    assert kinds == ["missing"]
+    collected = map_over("nums", doubler.node, into="made", on_item_failure="collect")
+
+    class Wants(BaseModel):
+        made: list[Made]
+        made_failures: list[ItemFailure]
+
+    wants = stroma_node("wants", NodeContract(node_id="wants", input_schema=Wants, output_schema=State))(
+        doubler.node
+    )
+    assert runner.check([first, collected, wants]) == []

@@ -1,0 +1,580 @@
+"""stream(): a run as an async iterator, for who watches it from outside; and run_sync()."""
+
+import asyncio
+import gc
+import json
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+import stroma
+from stroma import (
+    AsyncInMemoryStore,
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    NodeHooks,
+    Pipeline,
+    RunBusy,
+    RunConfig,
+    RunStatus,
+    SQLiteStore,
+    StreamEvent,
+    StromaRunner,
+    Suspend,
+    map_over,
+    parallel,
+    stroma_node,
+)
+
+FAST = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class State(BaseModel):
+    nums: list[int] = []
+
+
+def node(name: str, func: Any = None, *, gives: Any = None) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(node_id=name, input_schema=Num, output_schema=Num)
+
+    async def plain(state: Num) -> Any:
+        return {"n": state.n + 1}, 5
+
+    return stroma_node(name, contract)(func or plain)
+
+
+def quick(**config: Any) -> StromaRunner:
+    config.setdefault("policy_map", FAST)
+    return StromaRunner.quick(**config)
+
+
+def told(events: list[StreamEvent]) -> list[tuple[str, str | None]]:
+    return [(event.kind, event.node_id) for event in events]
+
+
+async def until(condition: Any) -> None:
+    """Let others go on until something is so."""
+    async with asyncio.timeout(60):
+        while not condition():
+            await asyncio.sleep(0.001)
+
+
+# ---------------------------------------------------------------------- events
+
+
+async def test_events_in_order_and_the_result_at_the_end() -> None:
+    """Every start, end, retry and skip is an event, in order and numbered; ends carry the trace's event; the result is last."""
+    left = [TimeoutError("again")]
+
+    async def flaky(state: Num) -> Any:
+        if left:
+            raise left.pop()
+        return {"n": state.n * 10}, 7
+
+    runner = quick(run_id="run")
+    stream = runner.stream([node("a"), node("b", flaky)], Num(n=1))
+    events = [event async for event in stream]
+    assert told(events) == [
+        ("run_start", None), ("node_start", "a"), ("node_success", "a"), ("node_start", "b"), ("node_failure", "b"),
+        ("node_retry", "b"), ("node_start", "b"), ("node_success", "b"), ("run_end", None),
+    ]  # fmt: skip
+    assert [event.number for event in events] == list(range(1, 10))
+    assert {event.run_id for event in events} == {"run"}
+    result = events[-1].result
+    assert result is not None
+    assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=20))
+    assert stream.result is result
+    ends = [event.event for event in events if event.event is not None]
+    assert ends == list(result.trace)
+    assert (events[1].state, events[1].position, events[1].attempt) == ({"n": 1}, 0, 1)
+    assert events[5].details["delay_seconds"] == 0
+    assert events[5].attempt == 2
+    assert events[-1].details["final_state"] == {"n": 20}
+
+
+async def test_a_stream_is_as_quick_as_the_run() -> None:
+    """Events come as things happen: a node that waits for its reader to have seen its start goes on."""
+    seen = asyncio.Event()
+
+    async def waits(state: Num) -> Any:
+        await seen.wait()
+        return {"n": 1}
+
+    async with asyncio.timeout(60), quick().stream([node("a", waits)], Num()) as stream:
+        async for event in stream:
+            if event.kind == "node_start":
+                seen.set()
+    assert stream.result.status is RunStatus.COMPLETED
+
+
+async def test_groups_and_maps_are_told() -> None:
+    """Children of groups have their place; a map tells how far it is; a group's own event holds none of its children's."""
+    pipeline = [
+        parallel(node("a"), node("b")),
+        map_over(lambda s: [{"n": 1}, {"n": 2}], node("c"), into="made"),
+    ]
+    events = [event async for event in quick().stream(pipeline, Num())]
+    places = [(e.node_id, e.position, e.branch) for e in events if e.kind == "node_success"]
+    assert sorted(places[:3], key=str) == [("a", 0, "0"), ("b", 0, "1"), ("parallel(a, b)", 0, "")]
+    assert sorted(places[3:], key=str) == [
+        ("c", 1, "0"), ("c", 1, "1"), ("map_over(<lambda>, c)", 1, ""),
+    ]  # fmt: skip
+    progress = [e.progress for e in events if e.progress is not None]
+    assert (progress[-1].done, progress[-1].total, progress[-1].ended) == (2, 2, True)
+    assert all(e.event.children == [] for e in events if e.event is not None)
+
+
+async def test_suspended_skipped_cancelled_and_budgets_are_told(tmp_path: Path) -> None:
+    """A wait for a person, a restored output and a budget warning are events."""
+
+    async def asks(state: Num) -> Any:
+        raise Suspend("may I?")
+
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        runner = quick(store=store, run_id="run", budget=ExecutionBudget(max_tokens_total=6))
+        nodes = [node("a"), node("b", asks)]
+        first = [event async for event in runner.stream(nodes, Num())]
+        assert ("node_suspended", "b") in told(first)
+        assert next(e for e in first if e.kind == "node_suspended").details == {"reason": "may I?"}
+        assert next(e for e in first if e.kind == "budget_warning").details == {
+            "dimension": "tokens", "used": 5, "limit": 6,
+        }  # fmt: skip
+        again = [event async for event in runner.stream(nodes, Num(), resume=True)]
+        assert told(again)[1] == ("node_skipped", "a")
+        assert again[1].state == {"n": 1}
+        assert again[-1].result is not None
+        assert again[-1].result.status is RunStatus.SUSPENDED
+
+
+async def test_own_hooks_and_configs_stay() -> None:
+    """The runner's hooks are told too, a pipeline's own config holds, and redact holds for events."""
+    seen = []
+
+    async def start(run_id: str, node_id: str, state: Any) -> None:
+        seen.append(node_id)
+
+    config = RunConfig(
+        run_id="mine", hooks=NodeHooks(on_node_start=start), redact=lambda state: {"hidden": 1}
+    )
+    pipeline = Pipeline("named", [node("a")], config=config)
+    events = [event async for event in quick_bare().stream(pipeline, Num(n=77))]
+    assert (seen, events[0].run_id, events[0].details) == (["a"], "mine", {"pipeline": "named"})
+    assert "77" not in json.dumps([event.to_dict() for event in events])
+    assert config.hooks == NodeHooks(on_node_start=start)
+
+
+def quick_bare() -> StromaRunner:
+    return StromaRunner.quick()
+
+
+async def test_events_as_json() -> None:
+    """Every event is plain JSON data, and a message of an event stream."""
+    async for event in quick().stream([node("a")], Num()):
+        data = json.loads(json.dumps(event.to_dict(), allow_nan=False))
+        assert data["kind"] == event.kind
+        lines = event.to_sse().split("\n")
+        assert lines[:2] == [f"id: {event.number}", f"event: {event.kind}"]
+        assert json.loads(lines[2].removeprefix("data: ")) == data
+        assert lines[3:] == ["", ""]
+
+
+# ---------------------------------------------------------------------- slow readers
+
+
+async def test_the_run_waits_for_a_slow_reader() -> None:
+    """With more than ``buffer`` events before the reader the run waits, longer than hooks may; no event is lost."""
+    calls = []
+
+    async def count(state: Num) -> Any:
+        calls.append(1)
+        return {"n": 1}
+
+    nodes = [node(f"n{i}", count) for i in range(30)]
+    runner = quick(hook_timeout_ms=1)
+    async with runner.stream(nodes, Num(), buffer=4) as stream:
+        await until(lambda: len(calls) >= 1)
+        for _ in range(50):
+            await asyncio.sleep(0.001)
+        assert len(calls) <= 3
+        events = [event async for event in stream]
+    assert len(calls) == 30
+    assert [e.kind for e in events].count("node_success") == 30
+    assert stream.result.hook_errors == []
+
+
+async def test_only_the_newest_progress_is_kept() -> None:
+    """Progress of a map that nobody has read is replaced by newer one, and does not fill the buffer."""
+    from stroma._stream import _Queue
+    from stroma.hooks import MapProgress
+
+    def event(number: int, kind: Any = "map_progress", position: int = 0) -> StreamEvent:
+        progress = MapProgress(number, 9, 0, 0, 0.0, None, 0.0, False)
+        return StreamEvent(number, kind, "run", "m", position, progress=progress)
+
+    queue = _Queue()
+    for one in (event(1), event(2), event(3, position=1), event(4, "node_start"), event(5), event(6)):
+        queue.put(one)
+    assert [one.number for one in queue.events] == [2, 3, 4, 6]
+
+
+async def test_a_cancellation_while_the_run_waits_loses_no_end() -> None:
+    """A run that is cancelled from elsewhere while its reader is slow tells every end that has happened."""
+    runner = quick(run_id="run")
+    stream = runner.stream([node(f"n{i}") for i in range(9)], Num(), buffer=1)
+    async with stream:
+        await anext(stream)
+        await until(lambda: len(stream._queue.events) > 1)
+        assert await runner.cancel("run")
+        events = [event async for event in stream]
+    assert stream.result.status is RunStatus.CANCELLED
+    kinds = [event.kind for event in events]
+    assert kinds[-1] == "run_end"
+    starts = kinds.count("node_start")
+    assert starts == sum(kinds.count(kind) for kind in ("node_success", "node_cancelled"))
+
+
+async def test_reading_may_time_out_and_go_on() -> None:
+    """A timeout around anext() loses nothing and does not end the run."""
+    go = asyncio.Event()
+
+    async def waits(state: Num) -> Any:
+        await go.wait()
+        return {"n": 1}
+
+    events = []
+    async with quick().stream([node("a", waits)], Num()) as stream:
+        while True:
+            try:
+                events.append(await asyncio.wait_for(anext(stream), 0.01))
+            except TimeoutError:
+                go.set()
+            except StopAsyncIteration:
+                break
+    assert told(events) == [
+        ("run_start", None), ("node_start", "a"), ("node_success", "a"), ("run_end", None),
+    ]  # fmt: skip
+
+
+# ---------------------------------------------------------------------- leaving
+
+
+class Slow:
+    """A node that is in flight until it is told to go on."""
+
+    def __init__(self) -> None:
+        self.go = asyncio.Event()
+        self.ends: list[str] = []
+
+        async def waits(state: Num) -> Any:
+            try:
+                await self.go.wait()
+            except asyncio.CancelledError:
+                self.ends.append("cancelled")
+                raise
+            self.ends.append("done")
+            return {"n": 5}
+
+        self.node = node("slow", waits)
+
+
+@pytest.mark.parametrize("way", ["aclose", "with", "error", "cancelled", "dropped", "broken off"])
+async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> None:
+    """Whichever way the reader leaves, the run is CANCELLED in its store, its node ended, and a resume goes on."""
+    slow = Slow()
+    nodes = [node("a"), slow.node]
+    before = asyncio.all_tasks()
+    async with SQLiteStore(tmp_path / "runs.db") as store:
+        runner = quick(store=store, run_id="run")
+        if way == "aclose":
+            stream = runner.stream(nodes, Num())
+            await read_until_slow(stream)
+            await stream.aclose()
+            await stream.aclose()
+            assert [event async for event in stream] == []
+        elif way == "with":
+            async with runner.stream(nodes, Num()) as stream:
+                await read_until_slow(stream)
+        elif way == "error":
+            with pytest.raises(KeyError):
+                async with runner.stream(nodes, Num()) as stream:
+                    await read_until_slow(stream)
+                    raise KeyError
+        elif way == "cancelled":
+            task = asyncio.create_task(consume(runner, nodes))
+            await until(lambda: runner._live and slow_started(runner))
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        elif way == "dropped":
+            stream = runner.stream(nodes, Num())
+            await read_until_slow(stream)
+            del stream
+            gc.collect()
+        else:
+            async for event in runner.stream(nodes, Num()):
+                if event.node_id == "slow":
+                    break
+            gc.collect()
+        await until(lambda: not runner._live)
+        assert slow.ends == ["cancelled"]
+        record = store.get_run("run")
+        assert record is not None
+        assert (record.status, record.holder) == ("CANCELLED", None)
+        assert asyncio.all_tasks() - before == set()
+        slow.go.set()
+        result = await runner.run(nodes, Num(), resume=True)
+        assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=5))
+        assert [event.node_id for event in result.trace] == ["slow"]
+
+
+async def read_until_slow(stream: AsyncIterator[StreamEvent]) -> None:
+    async for event in stream:
+        if event.node_id == "slow":
+            return
+
+
+async def consume(runner: StromaRunner, nodes: Any) -> None:
+    async with runner.stream(nodes, Num()) as stream:
+        async for _ in stream:
+            pass
+
+
+def slow_started(runner: StromaRunner) -> bool:
+    (run,) = runner._live
+    return len(run.ctx.trace) == 1
+
+
+@pytest.mark.parametrize("way", ["aclose", "dropped"])
+async def test_a_detached_run_goes_on(way: str) -> None:
+    """With on_leave="detach" the run goes on without its reader, to its own end; a shutdown still reaches it."""
+    slow = Slow()
+    store = AsyncInMemoryStore()
+    runner = quick(store=store, run_id="run")
+    stream = runner.stream([slow.node], Num(), on_leave="detach", buffer=1)
+    await read_until_slow(stream)
+    if way == "aclose":
+        await stream.aclose()
+    del stream
+    gc.collect()
+    await asyncio.sleep(0)
+    slow.go.set()
+    await until(lambda: not runner._live)
+    record = store.get_run("run")
+    assert record is not None
+    assert (record.status, slow.ends) == ("COMPLETED", ["done"])
+    other = Slow()
+    stream = runner.stream([other.node], Num(), on_leave="detach", run_id="other")
+    await read_until_slow(stream)
+    await stream.aclose()
+    await runner.shutdown(drain_seconds=0)
+    assert other.ends == ["cancelled"]
+    record = store.get_run("other")
+    assert record is not None
+    assert record.status == "INTERRUPTED"
+
+
+async def test_leaving_before_the_beginning() -> None:
+    """A stream that nobody reads begins no run, and is left without a trace."""
+    runner = quick()
+    stream = runner.stream([node("a")], Num())
+    await stream.aclose()
+    del stream
+    dropped = runner.stream([node("a")], Num())
+    del dropped
+    gc.collect()
+    assert not runner._live
+    async with runner.stream([node("a")], Num()):
+        pass  # Left at once: it may or may not have begun.
+    assert not runner._live
+
+
+def test_a_stream_outlives_its_loop(tmp_path: Path) -> None:
+    """A stream that is thrown away after its event loop was closed does no harm, and the run is free."""
+    slow: Any = None
+    kept = []
+
+    async def main() -> None:
+        nonlocal slow
+        slow = Slow()
+        stream = quick(store=store, run_id="run").stream([slow.node], Num())
+        await read_until_slow(stream)
+        kept.append(stream)
+
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        asyncio.run(main())
+        kept.clear()
+        gc.collect()
+        record = store.get_run("run")
+        assert record is not None
+        assert (record.status, record.holder, slow.ends) == ("CANCELLED", None, ["cancelled"])
+
+
+# ---------------------------------------------------------------------- what goes wrong
+
+
+async def test_what_run_raises_comes_out() -> None:
+    """What run() would raise comes out of the iterator, once everything before it was read."""
+    runner = quick(run_id="run")
+    with pytest.raises(TypeError, match="is not a stroma node"):
+        _ = [event async for event in runner.stream([lambda s: s], Num())]
+    with pytest.raises(TypeError, match="unexpected keyword argument"):
+        _ = [event async for event in runner.stream([node("a")], Num(), nonsense=1)]
+    slow = Slow()
+    async with runner.stream([slow.node], Num()) as stream:
+        await read_until_slow(stream)
+        busy = runner.stream([slow.node], Num())
+        with pytest.raises(RunBusy):
+            await anext(busy)
+        with pytest.raises(RunBusy):
+            _ = busy.result
+        with pytest.raises(RuntimeError, match="the run has not ended"):
+            _ = stream.result
+
+    def no_hook(*_: Any) -> None:
+        return None
+
+    wrong = quick(hooks=NodeHooks(on_node_success=no_hook))  # type: ignore[arg-type]
+    events = []
+    with pytest.raises(TypeError, match="is not async"):
+        async for event in wrong.stream([node("a")], Num()):
+            events.append(event)
+    assert told(events)[-1] == ("run_end", None)
+
+
+async def test_a_failed_run_is_an_event() -> None:
+    """What goes wrong inside the run is a result, and told in the last event."""
+
+    async def fails(state: Num) -> Any:
+        return {"n": "x"}
+
+    events = [event async for event in quick().stream([node("a", fails)], Num())]
+    assert events[-1].result is not None
+    assert events[-1].result.status is RunStatus.FAILED
+    assert events[-1].details["failure"]["class"] == "TERMINAL"
+    assert "Contract violation" in events[-1].details["failure"]["message"]
+
+
+async def test_what_is_refused() -> None:
+    """Options that mean nothing are refused where they are written."""
+    for options in ({"on_leave": "stay"}, {"buffer": 0}, {"buffer": True}, {"buffer": 1.5}):
+        with pytest.raises(ValueError, match=r"on_leave|buffer"):
+            quick().stream([node("a")], Num(), **options)  # type: ignore[arg-type]
+
+
+# ---------------------------------------------------------------------- several readers
+
+
+async def test_two_readers() -> None:
+    """Each reader has a stream of its own by tee(), with all events; the run ends when the last of them leaves."""
+    slow = Slow()
+    runner = quick(run_id="run")
+    one = runner.stream([node("a"), slow.node], Num())
+    two = one.tee()
+    await read_until_slow(one)
+    await one.aclose()
+    assert runner._live
+    late = two.tee()
+    slow.go.set()
+    all_of_them = [event async for event in two]
+    assert told(all_of_them)[0] == ("run_start", None)
+    assert told(all_of_them)[-1] == ("run_end", None)
+    rest = [event async for event in late]
+    assert [event.number for event in rest] == [event.number for event in all_of_them][-len(rest) :]
+    assert two.result.status is RunStatus.COMPLETED
+
+
+async def test_two_that_read_one_stream() -> None:
+    """Two that read the same stream at once are told to use tee(); the first one goes on."""
+    slow = Slow()
+    async with quick().stream([slow.node], Num()) as stream:
+        await read_until_slow(stream)
+        first = asyncio.create_task(anext(stream))
+        await asyncio.sleep(0)
+        with pytest.raises(RuntimeError, match=r"stream\.tee\(\)"):
+            await anext(stream)
+        slow.go.set()
+        assert (await first).kind == "node_success"
+
+
+# ---------------------------------------------------------------------- run_sync
+
+
+def test_run_sync_gives_the_same_result() -> None:
+    """run_sync() is run() without an event loop, also in several threads at once."""
+    runner = quick()
+    results: list[Any] = []
+    threads = [
+        threading.Thread(target=lambda n=n: results.append(runner.run_sync([node("a")], Num(n=n))))
+        for n in range(8)
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(result.final_state.n for result in results) == list(range(1, 9))
+    assert {result.status for result in results} == {RunStatus.COMPLETED}
+
+
+async def test_run_sync_inside_a_loop() -> None:
+    """Where an event loop runs, run_sync() says to await run(), and nothing is left behind."""
+    with pytest.raises(RuntimeError, match=r"use `await runner\.run\(\.\.\.\)`"):
+        quick().run_sync([node("a")], Num())
+    result = await asyncio.to_thread(lambda: quick().run_sync([node("a")], Num()))
+    assert result.status is RunStatus.COMPLETED
+
+
+_INTERRUPTED = """
+import asyncio, sys
+from pydantic import BaseModel
+from stroma import NodeContract, SQLiteStore, StromaRunner, stroma_node
+
+class Num(BaseModel):
+    n: int = 0
+
+contract = NodeContract(node_id="slow", input_schema=Num, output_schema=Num)
+
+@stroma_node("slow", contract)
+async def slow(state):
+    print("in it", flush=True)
+    await asyncio.sleep(3600)
+
+with SQLiteStore(sys.argv[1]) as store:
+    try:
+        StromaRunner.quick(store=store, run_id="run").run_sync([slow], Num())
+    except KeyboardInterrupt:
+        print("interrupted", store.get_run("run").status, store.get_run("run").holder, flush=True)
+"""
+
+
+def test_run_sync_is_interrupted(tmp_path: Path) -> None:
+    """Ctrl-C ends the run, commits that, and comes out of run_sync() as KeyboardInterrupt."""
+    source = str(Path(stroma.__file__).parent.parent)
+    child = subprocess.Popen(
+        [sys.executable, "-c", _INTERRUPTED, str(tmp_path / "runs.db")],
+        stdout=subprocess.PIPE,
+        text=True,
+        env={"PYTHONPATH": source, "PATH": ""},
+    )
+    try:
+        assert child.stdout is not None
+        assert child.stdout.readline() == "in it\n"
+        child.send_signal(signal.SIGINT)
+        out, _ = child.communicate(timeout=60)
+        assert out == "interrupted CANCELLED None\n"
+        assert child.returncode == 0
+    finally:
+        if child.poll() is None:
+            child.kill()
+            child.wait()
