@@ -31,7 +31,8 @@ from stroma import (
     StromaRunner,
     stroma_node,
 )
-from stroma.checkpoint._owner import Owner, is_gone, new_owner
+from stroma.checkpoint._owner import LIVE, Owner, is_gone, new_owner
+from stroma.checkpoint._session import DurableSession, Fence
 
 HELPER = Path(__file__).with_name("owner_helper.py")
 NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
@@ -440,3 +441,18 @@ def test_only_what_is_known_to_be_gone_is_gone() -> None:
     assert is_gone(alive._replace(pid=os.getppid(), born=1))  # The id is used again.
     assert not is_gone(alive._replace(pid=2**22 + 1, boot="another"))
     assert not is_gone(alive._replace(pid=2**22 + 1, space=1))
+
+
+async def test_a_run_has_its_owner_until_its_end_is_kept() -> None:
+    """Who looks while the end of a run is being written finds a run at work, and none whose process died."""
+    kept: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
+    session = DurableSession("x", lambda _: kept, None)  # type: ignore[arg-type]
+    owner = new_owner(session)
+    session.fence, session.finished = Fence(1, 1, 1, str(owner), 30.0), None
+    pending = session.end("COMPLETED", None)
+    assert pending is not None
+    await asyncio.sleep(0)
+    assert owner.token in LIVE
+    asyncio.get_running_loop().call_soon(kept.set_result, None)
+    await pending
+    assert owner.token not in LIVE

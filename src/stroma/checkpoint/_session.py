@@ -309,7 +309,7 @@ class Doing:
 class Submit(Protocol):
     """Has an operation done in a transaction; what it returns ends when it is kept."""
 
-    def __call__(self, operation: Any, /) -> Awaitable[Any]: ...
+    def __call__(self, operation: Any, /) -> asyncio.Future[Any]: ...
 
 
 class DurableSession:
@@ -533,14 +533,14 @@ class DurableSession:
         if self.finished is not None:
             return None
         self.ended = True
-        return self._submit(Doing(self.run_id, partial(self._finish, str(status), text(error))))
+        pending = self._submit(Doing(self.run_id, partial(self._finish, str(status), text(error))))
+        # Not before it is kept: who looks meanwhile would take the run for one whose process died.
+        pending.add_done_callback(lambda _: self.abandon())
+        return pending
 
     def _finish(self, status: str, error: str | None, rows: Rows) -> None:
-        try:
-            if not rows.finish(self.fence, status, error):
-                raise fenced(rows.find(self.run_id), self.run_id)
-        finally:
-            self.abandon()  # Not before: whoever waits for the run would take it for one whose process died.
+        if not rows.finish(self.fence, status, error):
+            raise fenced(rows.find(self.run_id), self.run_id)
 
 
 def _attempt(row: Row) -> Attempt:
