@@ -436,6 +436,8 @@ class _Untouched:
     fire: Hooks = NO_HOOKS
     #: Whether the store is to know which end hooks are due.
     delivers: bool = False
+    #: Whether attempts wait for their turn at a shared budget, a limit or a breaker.
+    gated: bool = False
     #: Somebody elsewhere has cancelled the run: nothing is tried again.
     cancelled: bool = False
     #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of the
@@ -482,6 +484,8 @@ class ReliabilityContext(_Untouched):
         self.cost_tracker.per_node = self.trace.figures
         #: Whether any function runs under a time limit.
         self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
+        if self.config.gated:
+            self.gated = True
         self._warned: set[str] = set()
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
         if sets:

@@ -247,6 +247,15 @@ class Rows(Protocol):
 
     def delete(self, run_id: str) -> None: ...
 
+    # ---- beside all runs
+    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+        """A cell's data, None if there is none, and the clock in ms since the epoch; with ``lock`` nobody else changes
+        the cell before the transaction ends."""
+        ...
+
+    def put_cell(self, name: str, data: bytes) -> None:
+        """Put data into a cell that this transaction has locked."""
+
     # ---- retention
     def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         """Runs that have ended (with ``unfinished``: any, also what only ``save()`` kept) and were last written before."""

@@ -1,0 +1,66 @@
+"""What cells of budgets and of rate limits have in common: holds under a lease, and what calls took lately."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from typing import Any, Final
+
+from stroma.checkpoint.journal import StoreError
+
+__all__ = ["LATELY", "estimate", "is_live", "learn", "load", "prune"]
+
+#: How many calls of a node are remembered.
+LATELY: Final = 16
+#: For how long a hold is kept that nobody renewed: whoever was stopped that long may still say what its call cost.
+_KEPT_MS: Final = 24 * 3600 * 1000
+
+
+def load(data: bytes | None, what: str, form: int) -> dict[str, Any] | None:
+    """The state in a cell, None for a new one. Raises StoreError for what this release cannot read."""
+    if data is None:
+        return None
+    try:
+        state = json.loads(data)
+        newest = int(state["format"])
+    except (ValueError, TypeError, KeyError):
+        raise _refused(
+            f"what the store keeps of {what} is damaged; restore the store, or use another name"
+        ) from None
+    if newest > form:
+        raise _refused(f"{what} was written by a newer stroma; upgrade stroma, or use another name")
+    found: dict[str, Any] = state
+    return found
+
+
+def _refused(message: str) -> StoreError:
+    error = StoreError(message)
+    error.transient = False
+    return error
+
+
+def is_live(hold: list[Any], now: int) -> bool:
+    """Whether a hold counts: its holder is heard of, or lives in this process (no lease)."""
+    until = hold[0]
+    return until is None or until > now
+
+
+def prune(holds: dict[str, list[Any]], now: int) -> None:
+    """Forget the holds of those who will not come back."""
+    for token in [
+        token for token, hold in holds.items() if hold[0] is not None and hold[0] + _KEPT_MS <= now
+    ]:
+        del holds[token]
+
+
+def estimate(seen: Mapping[str, list[int]], node: str, declared: int | None) -> int | None:
+    """What a call of a node may take: the most of what was declared and what its calls took lately; None if unknown."""
+    lately = seen.get(node)
+    if not lately:
+        return declared
+    return max(lately) if declared is None else max(declared, *lately)
+
+
+def learn(seen: dict[str, list[int]], node: str, took: int) -> None:
+    """Remember what a call took."""
+    seen[node] = [*seen.get(node, ())[-LATELY + 1 :], took]
