@@ -32,6 +32,11 @@ _POLL_SECONDS: Final = (
     0.02,
     0.5,
 )  # between looks, where nobody can tell when there is room: at first, at most
+_MARKS: Final[dict[CircuitState, MarkKind]] = {
+    "open": "circuit_open",
+    "half_open": "circuit_half_open",
+    "closed": "circuit_closed",
+}
 _LOOK_SECONDS: Final = 1.0  # between looks where somebody can: room may come sooner
 
 
@@ -139,19 +144,19 @@ async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Excepti
 async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gate: Gate) -> Exception | None:
     line, token = gate.line, permit.token
     permit.gates.append(gate)
-    answer: Wait | Exception | None = Wait("in line", None)
+    wait = Wait("in line", None)
     if not line.waiting:  # Nobody overtakes those who wait.
-        answer = await gate.ask(run.node_id, token)
-        if not isinstance(answer, Wait):
-            return answer
-    wait = answer
-    reason = f"{gate.label}: {answer.reason}"
+        first = await gate.ask(run.node_id, token)
+        if not isinstance(first, Wait):
+            return first
+        wait = first
+    reason = f"{gate.label}: {wait.reason}"
+    line.waiting += 1
     with _waiting(ctx, run, reason):
-        await _tell_wait(ctx, run, reason, answer.ms)
-        scope = asyncio.timeout(_seconds(ctx, run, gate.max_wait_seconds))
-        line.waiting += 1
-        begin = perf_counter()
         try:
+            await _tell_wait(ctx, run, reason, wait.ms)
+            scope = asyncio.timeout(_seconds(ctx, run, gate.max_wait_seconds))
+            begin = perf_counter()
             async with scope, line.turn:
                 pause = _POLL_SECONDS[0]
                 while True:
@@ -244,8 +249,9 @@ def _late(
 
 async def _nap(moved: asyncio.Event, seconds: float) -> None:
     """Wait, at the most until somebody has left."""
+    scope = asyncio.timeout(seconds)
     try:
-        async with asyncio.timeout(seconds) as scope:
+        async with scope:
             await moved.wait()
     except TimeoutError:
         if not scope.expired():
@@ -280,7 +286,7 @@ async def _tell_wait(ctx: ReliabilityContext, run: NodeExecution, reason: str, m
 
 
 async def _tell_circuit(ctx: ReliabilityContext, run: NodeExecution, key: str, state: CircuitState) -> None:
-    mark(ctx, run, f"circuit_{state}", key, 0.0)  # type: ignore[arg-type]
+    mark(ctx, run, _MARKS[state], key, 0.0)
     ctx.run_logger.warning("the circuit of %s is %s", key, state.replace("_", "-"))
     calls = ctx.fire.on_circuit_change
     if calls is not None:

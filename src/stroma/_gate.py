@@ -53,7 +53,7 @@ class Gate(ABC):
     def __init__(
         self,
         name: str,
-        store: CellStore | str | None,
+        store: CellStore | str | os.PathLike[str] | None,
         terms: tuple[Any, ...],
         lease_seconds: float,
         on_store_error: OnStoreError,
@@ -111,7 +111,10 @@ class Gate(ABC):
 
     def drop(self, token: str) -> None:
         RENEWALS.drop(token)
-        line = self._lines.get(asyncio.get_running_loop()) if self._lines else None
+        try:
+            line = self._lines.get(asyncio.get_running_loop())
+        except RuntimeError:  # A coroutine that was thrown away is closed where no loop runs.
+            return
         if line is not None:
             line.moved.set()
 

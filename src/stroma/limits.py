@@ -99,7 +99,7 @@ class RateGate(Gate):
         self._declared = limit.reserve_tokens
         self.max_wait_seconds = limit.max_wait_seconds
         terms = tuple(zip(names, figures, strict=True))
-        super().__init__(name, limit.store, terms, limit.lease_seconds, limit.on_store_error)  # type: ignore[arg-type]
+        super().__init__(name, limit.store, terms, limit.lease_seconds, limit.on_store_error)
         self._rates = Rates(name, *figures)
         #: Whether the end of a call is of any interest.
         self._follows = limit.tokens_per_minute is not None or limit.concurrent is not None

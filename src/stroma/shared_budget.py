@@ -135,7 +135,7 @@ class SharedBudget(Gate):
         if an_amount("lease_seconds", lease_seconds, "seconds") < _LEAST_LEASE_SECONDS:
             raise ValueError(f"lease_seconds is {lease_seconds!r}; give {_LEAST_LEASE_SECONDS} or more")
         self._declared = (
-            {node: _pico(usd) for node, usd in _by_node("reserve_usd", reserve_usd, cost, an_usd).items()},
+            {node: _pico(usd) for node, usd in _by_node("reserve_usd", reserve_usd, cost, _an_usd).items()},
             _by_node("reserve_tokens", reserve_tokens, tokens, a_count),
         )
         #: What calls took that the store could not be told of.
@@ -148,7 +148,7 @@ class SharedBudget(Gate):
             ("per", per),
             ("max_cost_usd_by_node", caps),
         )
-        super().__init__(name, store, terms, lease_seconds, on_store_error)  # type: ignore[arg-type]
+        super().__init__(name, store, terms, lease_seconds, on_store_error)
         limits = (None if cost is None else _pico(cost), tokens)
         self._ledger = Terms(name, per, limits, {node: _pico(cap) for node, cap in caps.items()})
 
@@ -193,7 +193,12 @@ class SharedBudget(Gate):
             self._owed.append(spend)
             raise
         return [
-            (f"{self.name}:{what}", *((_usd(a), _usd(b)) if what == "cost" else (a, b))) for what, a, b in due
+            (
+                f"{self.name}:{what}",
+                _usd(used) if what == "cost" else used,
+                _usd(limit) if what == "cost" else limit,
+            )
+            for what, used, limit in due
         ]
 
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
@@ -260,7 +265,7 @@ def read_budget(store: Any, name: str) -> BudgetState | None:
     )
 
 
-def an_usd(name: str, value: object) -> float:
+def _an_usd(name: str, value: object) -> float:
     return an_amount(name, value, "US dollars")
 
 

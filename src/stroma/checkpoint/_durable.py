@@ -382,7 +382,8 @@ class DurableStore(ABC):
     def read_cell(self, name: str) -> tuple[bytes | None, int]:
         """A cell's data, None if there is none, and the store's clock in milliseconds. Blocking. Raises StoreError."""
         check_id(name, "cell name")
-        return self.read(lambda rows: rows.cell(name), (None, time.time_ns() // 1_000_000))
+        nothing: tuple[bytes | None, int] = (None, time.time_ns() // 1_000_000)
+        return self.read(lambda rows: rows.cell(name), nothing)
 
     # ------------------------------------------------------------------ retention
 
