@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import logging
 import math
 import os
@@ -172,6 +173,9 @@ _DECLARED: Final[weakref.WeakValueDictionary[tuple[str, str], Gate]] = weakref.W
 def _declare(gate: Gate) -> None:
     """Note what a name stands for. Raises ValueError if something else in use here has the same one."""
     at = (gate.cell, f"{id(gate.store)}" if isinstance(gate.store, MemoryCells) else repr(gate.store))
+    if (found := _DECLARED.get(at)) is not None and found._terms != gate._terms:
+        del found
+        gc.collect()  # What only a cycle of references keeps is in use no more.
     other = _DECLARED.get(at)
     if other is not None and other._terms != gate._terms:
         raise ValueError(

@@ -55,31 +55,32 @@ class Renewals:
 
     def _work(self) -> None:
         while True:
-            now = time.monotonic()
-            with self._lock:
-                self._wake.clear()
-                due: dict[Renew, list[str]] = {}
-                for token, hold in self._held.items():
-                    if hold.due <= now:
-                        hold.due = now + hold.seconds
-                        due.setdefault(hold.renew, []).append(token)
-                self._sleeps_until = min(
-                    (hold.due for hold in self._held.values()), default=now + _IDLE_SECONDS
-                )
-                idle = not self._held
-            for renew, tokens in due.items():
-                try:
-                    renew(tokens)
-                except (
-                    Exception
-                ) as error:  # All calls of this process would lose their holds with the thread.
-                    logger.warning("leases of calls in flight could not be kept up: %s", error)
+            idle = self._look()  # In a call: a thread that waits keeps nobody's state alive.
             woken = self._wake.wait(max(0.0, self._sleeps_until - time.monotonic()))
             if idle and not woken:
                 with self._lock:
                     if not self._held:
                         self._running = False
                         return
+
+    def _look(self) -> bool:
+        """Renew what is due, and note when to look again. Returns whether there is nothing to look after."""
+        now = time.monotonic()
+        due: dict[Renew, list[str]] = {}
+        with self._lock:
+            self._wake.clear()
+            for token, hold in self._held.items():
+                if hold.due <= now:
+                    hold.due = now + hold.seconds
+                    due.setdefault(hold.renew, []).append(token)
+            self._sleeps_until = min((hold.due for hold in self._held.values()), default=now + _IDLE_SECONDS)
+            idle = not self._held
+        for renew, tokens in due.items():
+            try:
+                renew(tokens)
+            except Exception as error:  # All calls of this process would lose their holds with the thread.
+                logger.warning("leases of calls in flight could not be kept up: %s", error)
+        return idle
 
 
 RENEWALS = Renewals()

@@ -11,12 +11,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from hypothesis import HealthCheck, settings
+from tests.budget_machine import BudgetMachine, RateMachine
 from tests.servers import environment, proxied, shared_redis
 from tests.servers_postgres import Proxy as PostgresProxy
 from tests.servers_postgres import shared_postgres
 from tests.shared_stores import DURABLE, STORES, opened, place, store_of
 
-from stroma.checkpoint import CellStore, PostgresStore, RedisStore, SQLiteStore, StoreError
+from stroma.checkpoint import CellStore, PostgresStore, RedisStore, SQLiteStore
 from stroma.testing import CellStoreTests
 from stroma.testing.cells import count
 
@@ -33,8 +35,8 @@ class TestCells(CellStoreTests):
 
 def test_reading_makes_nothing(tmp_path: Any) -> None:
     """Asking for a cell of a store that is not there makes none."""
-    with SQLiteStore(tmp_path / "runs.db") as store, pytest.raises(StoreError, match="no such database"):
-        store.read_cell("a")
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        assert store.read_cell("a")[0] is None
     assert list(tmp_path.iterdir()) == []
     with store_of("postgres") as store:
         assert store.read_cell("a")[0] is None
@@ -125,3 +127,34 @@ async def test_a_cell_outlives_its_store(kind: str) -> None:
             await asyncio.wait_for(store.change_cell("a", lambda data, now: (b"kept", None)), 30)
         with opened(kind, where) as store:
             assert store.read_cell("a")[0] == b"kept"
+
+
+# ---------------------------------------------------------------------- any history
+
+
+def _machine(base: type[Any], kind: str, examples: int) -> Any:
+    class Machine(base):  # type: ignore[misc]
+        def make_store(self) -> Any:
+            self.place = None if kind == "memory" else place(kind)
+            return opened(kind, "" if self.place is None else self.place.__enter__())
+
+        def teardown(self) -> None:
+            super().teardown()
+            if self.place is not None:
+                self.place.__exit__(None, None, None)
+
+    case = Machine.TestCase
+    case.settings = settings(
+        max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+    )
+    return case
+
+
+TestBudgetInMemory = _machine(BudgetMachine, "memory", 200)
+TestBudgetInSqlite = _machine(BudgetMachine, "sqlite", 15)
+TestBudgetInRedis = _machine(BudgetMachine, "redis", 15)
+TestBudgetInPostgres = _machine(BudgetMachine, "postgres", 8)
+TestRatesInMemory = _machine(RateMachine, "memory", 200)
+TestRatesInSqlite = _machine(RateMachine, "sqlite", 10)
+TestRatesInRedis = _machine(RateMachine, "redis", 10)
+TestRatesInPostgres = _machine(RateMachine, "postgres", 5)

@@ -383,7 +383,7 @@ class DurableStore(ABC):
         """A cell's data, None if there is none, and the store's clock in milliseconds. Blocking. Raises StoreError."""
         check_id(name, "cell name")
         nothing: tuple[bytes | None, int] = (None, time.time_ns() // 1_000_000)
-        return self.read(lambda rows: rows.cell(name), nothing)
+        return self.read(lambda rows: rows.cell(name), nothing) if self.exists() else nothing
 
     # ------------------------------------------------------------------ retention
 

@@ -40,7 +40,8 @@ class CellStore(Protocol):
         """The same where nobody waits for it; from any thread, after what the same caller asked for before."""
 
     def read_cell(self, name: str) -> tuple[bytes | None, int]:
-        """A cell's data, None if there is none, and the store's clock in milliseconds. Blocking. Raises StoreError."""
+        """A cell's data, None if there is none, and the store's clock in milliseconds. Blocking; makes no
+        store. Raises ValueError for an illegal name, StoreError."""
         ...
 
 
