@@ -7,6 +7,7 @@ to the hooks when it begins, kept as a mark of the trace when it ends, and ends 
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,7 +49,8 @@ class Permit:
     def __init__(self, ctx: ReliabilityContext, run: NodeExecution) -> None:
         self.ctx = ctx
         self.run = run
-        self.token = f"{random.getrandbits(64):016x}"
+        # Not from random: programs that seed it alike, in several processes, would share their holds.
+        self.token = os.urandom(8).hex()
         #: Those that have been asked.
         self.gates: list[Gate] = []
         self.breaker: Breaker | None = ctx.config.breaker
