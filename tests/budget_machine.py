@@ -101,6 +101,9 @@ class BudgetMachine(_Machine):
             if i == 0 and node in TERMS.caps:
                 bounds.append((TERMS.caps[node], self.spent(i, node), self.reserved(i, node)))
             known = [took[i] for took in self.seen[node][-16:]]
+            lowest = min(limit for limit, *_ in bounds)
+            if known and min(known) <= lowest:
+                known = [min(amount, lowest) for amount in known]
             if declared[i] is not None:
                 known.append(declared[i])
             ask = max(known) if known else max(1, min(limit - s - r for limit, s, r in bounds))
@@ -186,59 +189,62 @@ class RateMachine(_Machine):
         super().__init__()
         self.calls: list[Call] = []
         self.begun: list[int] = []
-        self.counted: list[list[int]] = []  # when, tokens: what counts of each that began
-        self.at: dict[str, list[int]] = {}
+        self.counted: dict[str, list[int]] = {}  # by token: when it began, and the tokens that count of it
+        self.seen: dict[str, list[int]] = {node: [] for node in NODES}
+        #: What calls took beyond what was reserved for them.
+        self.beyond = 0
+
+    def expected(self, node: str, declared: int) -> int:
+        lately = self.seen[node][-16:]
+        if lately and min(lately) <= 100:
+            lately = [min(took, 100) for took in lately]
+        return max([declared, *lately])
 
     @rule(node=nodes, declared=st.integers(1, 60))
     def acquire(self, node: str, declared: int) -> None:
-        token = self.token()
+        token, wanted = self.token(), self.expected(node, declared)
         told = self.change(rates.acquire(RATES, token, node, declared, LEASE_MS))
         live = [call for call in self.calls if call.until > self.now]
         if told is None:
             assert len(live) < 3
-            held = [declared, *(took for took in self.took(node))]
-            call = Call(token, node, (0, max(held)), self.now + LEASE_MS, self.now)
-            self.calls.append(call)
+            assert wanted <= 100
+            self.calls.append(Call(token, node, (0, wanted), self.now + LEASE_MS, self.now))
             self.begun.append(self.now)
-            entry = [self.now, max(held)]
-            self.counted.append(entry)
-            self.at[token] = entry
-            # Any 60 seconds: the one that ends now is the fullest of those that hold this one.
+            self.counted[token] = [self.now, wanted]
+            # Any 60 seconds: those that end now are the fullest that hold this call.
             assert sum(at > self.now - 60_000 for at in self.begun) <= 5
-            assert sum(tokens for at, tokens in self.counted if at > self.now - 60_000) <= 100 + self.beyond()
-        elif isinstance(told, rates.Wait) and told.ms is not None:
+            tokens = sum(tokens for at, tokens in self.counted.values() if at > self.now - 60_000)
+            assert tokens <= 100 + self.beyond
+        elif isinstance(told, rates.Never):
+            assert wanted == told.asked > 100
+            assert min(self.seen[node][-16:]) > 100
+            self.seen[node] = []
+        elif told.ms is not None:
             assert 0 < told.ms <= 61_000
             # Nobody is sent away for nothing: seen over 62 seconds, there is no room.
-            recent = [at for at in self.begun if at > self.now - 62_000]
-            tokens = sum(t for at, t in self.counted if at > self.now - 62_000)
-            assert len(recent) >= 5 or tokens + max([declared, *self.took(node)]) > 100
-        elif isinstance(told, rates.Wait):
-            assert len(live) >= 3
+            requests = sum(at > self.now - 62_000 for at in self.begun)
+            tokens = sum(tokens for at, tokens in self.counted.values() if at > self.now - 62_000)
+            assert requests >= 5 or tokens + wanted > 100
         else:
-            assert max(self.took(node), default=0) > 100
+            assert len(live) >= 3
 
-    def beyond(self) -> int:
-        return sum(max(0, t - 100) for _, t in self.counted) + self.over
-
-    over = 0
-
-    def took(self, node: str) -> list[int]:
-        return [t for n, t in self.learned if n == node][-16:]
-
-    @property
-    def learned(self) -> list[tuple[str, int]]:
-        return self.__dict__.setdefault("_learned", [])
-
-    @rule(i=which, took=st.integers(0, 60))
+    @rule(i=which, took=st.integers(0, 150))
     def leave(self, i: int, took: int) -> None:
         if self.calls:
             call = self.calls.pop(i % len(self.calls))
             self.change(rates.give_back("llm", call.token, took, learns=True))
             if call.until + 24 * 3_600_000 > self.now:
-                self.learned.append((call.node, took))
-                entry = self.at[call.token]
-                self.over += max(0, took - entry[1])
-                entry[1] = took
+                self.seen[call.node].append(took)
+                self.beyond += max(0, took - self.counted[call.token][1])
+                self.counted[call.token][1] = took
+
+    @rule(i=which)
+    def renew(self, i: int) -> None:
+        if self.calls:
+            call = self.calls[i % len(self.calls)]
+            if call.until > self.now:
+                self.change(rates.keep_up("llm", [call.token], LEASE_MS))
+                call.until = self.now + LEASE_MS
 
     @rule(i=which)
     def die(self, i: int) -> None:

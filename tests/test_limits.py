@@ -376,6 +376,29 @@ async def test_a_limit_that_can_never_be_met() -> None:
     assert "one call of node 'call' takes 500 tokens, more than tokens_per_minute=100" in result.failure.message
 
 
+def test_one_call_that_was_too_large() -> None:
+    """It does not keep the others from being made: they take the whole minute, until smaller ones are known again."""
+    limit = Clocked(tokens=100)
+    for number, took in ((1, 20), (2, 500)):
+        assert limit.ask() is None
+        limit.leave(number, took)
+        limit.now += 61_000
+    assert limit.ask() is None
+    assert json.loads(limit.data or b"")["holds"]["3"][3] == 100
+    limit.leave(3, 20)
+    assert limit.ask(1, node="b") is None
+
+
+def test_calls_that_are_made_smaller() -> None:
+    """After the error the next call is made as if nobody knew anything of the node."""
+    limit = Clocked(tokens=100)
+    assert limit.ask() is None
+    limit.leave(1, 500)
+    limit.now += 61_000
+    assert limit.ask() == rates.Never(500)
+    assert limit.ask() is None
+
+
 async def test_a_limit_and_a_budget_do_not_wait_for_each_other() -> None:
     """Runs under both all come through."""
     store = AsyncInMemoryStore()

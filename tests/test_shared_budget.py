@@ -599,6 +599,20 @@ def test_a_call_in_flight_holds_its_share_of_the_next_window() -> None:
     assert (told.reserved, told.waits, told.ends_ms) == (80, True, NOON + 2 * HOUR)
 
 
+def test_one_call_that_took_more_than_the_limit() -> None:
+    """It keeps others from being made in its window alone; if every call of the node does, none is made."""
+    data = None
+    for took in (20, 500):
+        data = settle(TERMS, [Spend("", "a", (took, 0), known=False)])(data, NOON)[0]
+    ask = Ask("x", "a", (None, None), None)
+    assert isinstance(reserve(TERMS, ask)(data, NOON)[1], Refusal)
+    assert reserve(TERMS, ask)(data, NOON + HOUR)[1] == (100, 0)
+    dear = settle(TERMS, [Spend("", "a", (500, 0), known=False)])(None, NOON)[0]
+    told = reserve(TERMS, ask)(dear, NOON + HOUR)[1]
+    assert isinstance(told, Refusal)
+    assert (told.asked, told.waits) == (500, False)
+
+
 def test_a_clock_that_is_set_back() -> None:
     """Nothing spent is forgotten for that: not by a small step over the hour and back, nor by a big one."""
     data = after(after(None, 70, NOON + 5), 10, NOON - 1000)

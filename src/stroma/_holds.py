@@ -53,12 +53,19 @@ def prune(holds: dict[str, list[Any]], now: int) -> None:
         del holds[token]
 
 
-def estimate(seen: Mapping[str, list[int]], node: str, declared: int | None) -> int | None:
-    """What a call of a node may take: the most of what was declared and what its calls took lately; None if unknown."""
+def estimate(seen: Mapping[str, list[int]], node: str, declared: int | None, limit: int) -> int | None:
+    """What a call of a node may take: the most of what was declared and what its calls took lately; None if unknown.
+
+    One call that took more than the limit allows does not keep all that follow from being made: of those the limit is
+    reserved, unless every one took more.
+    """
     lately = seen.get(node)
     if not lately:
         return declared
-    return max(lately) if declared is None else max(declared, *lately)
+    most = max(lately)
+    if most > limit >= min(lately) and limit:
+        most = limit
+    return most if declared is None else max(declared, most)
 
 
 def learn(seen: dict[str, list[int]], node: str, took: int) -> None:

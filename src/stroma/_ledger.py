@@ -198,7 +198,8 @@ def reserve(
             bounds = _bounds(state, terms, ask.node, i, now)
             if not bounds:
                 continue
-            amount = estimate(state.seen[i], ask.node, ask.declared[i])
+            lowest = min(limit for limit, *_ in bounds)
+            amount = estimate(state.seen[i], ask.node, ask.declared[i], lowest)
             if (
                 amount is None
             ):  # Of what nobody knows anything of, all that is left: the first call goes alone.

@@ -39,7 +39,7 @@ class Wait(NamedTuple):
 
 
 class Never(NamedTuple):
-    """A call would take more tokens than a minute ever has."""
+    """The calls of a node take more tokens than a minute ever has."""
 
     asked: int
 
@@ -93,9 +93,11 @@ def acquire(
             state.slots = []  # The clock was far ahead: nobody waits for that.
         state.slots = [slot for slot in state.slots if (slot[0] + _SECONDS) * 1000 > now]
         prune(state.holds, now)
-        known = estimate(state.seen, node, declared) if rates.tokens is not None else 0
+        known = 0 if rates.tokens is None else estimate(state.seen, node, declared, rates.tokens)
         if rates.tokens is not None and known is not None and known > rates.tokens:
-            return None, Never(known)
+            # Told once: whoever makes the calls smaller is not held up by what they were.
+            state.seen.pop(node, None)
+            return state.pack(), Never(known)
         waits: list[tuple[int, str]] = []
         if rates.requests is not None:
             ms = state.until_fits(1, rates.requests, 1, now)
