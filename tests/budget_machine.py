@@ -87,9 +87,7 @@ class BudgetMachine(_Machine):
         return self.now // 3_600_000
 
     def spent(self, i: int, node: str | None = None) -> int:
-        return sum(
-            took[i] for hour, who, took in self.spends if hour == self.hour() and node in (None, who)
-        )
+        return sum(took[i] for hour, who, took in self.spends if hour == self.hour() and node in (None, who))
 
     def reserved(self, i: int, node: str | None = None) -> int:
         return sum(c.amounts[i] for c in self.calls if c.until > self.now and node in (None, c.node))

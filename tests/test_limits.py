@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from tests.budget_helper import State
-from tests.shared_stores import DURABLE, STORES, opened, place, store_of
+from tests.shared_stores import DURABLE, STORES, place, store_of
 from tests.test_shared_budget import start
 
 from stroma import (
@@ -321,8 +321,11 @@ async def test_a_wait_is_told_and_kept() -> None:
     assert result.failure is not None
     assert (result.failure.failure_class, result.failure.reason) == (FailureClass.RECOVERABLE, "limit")
     assert isinstance(result.failure.exception, WaitedTooLong)
-    assert f"node 'call' waited 0.05 s at limit '{name}' for its turn (requests_per_minute=1)" in result.failure.message
-    assert [(mark.kind, mark.reason) for mark in result.trace.marks][0] == ("wait", reason)
+    assert (
+        f"node 'call' waited 0.05 s at limit '{name}' for its turn (requests_per_minute=1)"
+        in result.failure.message
+    )
+    assert result.trace.marks[0].reason == reason
     assert [mark.kind for mark in result.trace.marks] == ["wait", "refused"]
     assert result.trace.marks[0].waited_ms >= 50
 
@@ -373,7 +376,9 @@ async def test_a_limit_that_can_never_be_met() -> None:
     assert result.failure is not None
     assert isinstance(result.failure.exception, LimitError)
     assert (result.failure.failure_class, result.failure.reason) == (FailureClass.TERMINAL, "limit")
-    assert "one call of node 'call' takes 500 tokens, more than tokens_per_minute=100" in result.failure.message
+    assert (
+        "one call of node 'call' takes 500 tokens, more than tokens_per_minute=100" in result.failure.message
+    )
 
 
 def test_one_call_that_was_too_large() -> None:
@@ -476,7 +481,10 @@ async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
         ),
         ({"concurrent": 1, "reserve_tokens": 5}, "of no use without tokens_per_minute"),
         ({"tokens_per_minute": 100, "reserve_tokens": 0}, "reserve_tokens is 0; give a whole number"),
-        ({"tokens_per_minute": 100, "reserve_tokens": 101}, "more than tokens_per_minute=100: no call could ever be made"),
+        (
+            {"tokens_per_minute": 100, "reserve_tokens": 101},
+            "more than tokens_per_minute=100: no call could ever be made",
+        ),
         ({"concurrent": 1, "max_wait_seconds": math.nan}, "max_wait_seconds is nan; give seconds"),
         ({"concurrent": 1, "lease_seconds": 0.01}, "lease_seconds is 0.01; give 0.1 or more"),
     ],
@@ -510,7 +518,10 @@ def test_two_limits_of_one_name() -> None:
     name = next(NAMES)
     first = RunConfig(limits={name: Limit(concurrent=1)})
     RunConfig(limits={name: Limit(concurrent=1)})
-    with pytest.raises(ValueError, match=r"already in use in this process with other limits \(concurrent=1; here: concurrent=2\)"):
+    with pytest.raises(
+        ValueError,
+        match=r"already in use in this process with other limits \(concurrent=1; here: concurrent=2\)",
+    ):
         RunConfig(limits={name: Limit(concurrent=2)})
     del first
     RunConfig(limits={name: Limit(concurrent=2)})

@@ -247,7 +247,10 @@ async def test_a_run_that_is_refused_goes_on_later(tmp_path: Path) -> None:
         assert result.failure is not None
         assert (result.failure.failure_class, result.failure.reason) == (FailureClass.RECOVERABLE, "budget")
         said = str(result.failure.exception)
-        assert "shared budget 'team' has no room for a call of node 'second': max_cost_usd is 1 USD, 0.6 spent" in said
+        assert (
+            "shared budget 'team' has no room for a call of node 'second': max_cost_usd is 1 USD, 0.6 spent"
+            in said
+        )
         assert "UTC, when it begins anew, or raise max_cost_usd" in said
         assert len(result.trace) == 1
         again = pickle.loads(pickle.dumps(result.failure.exception))
@@ -352,7 +355,11 @@ async def test_what_waits_for_a_person_is_settled() -> None:
 async def test_limits_of_single_nodes() -> None:
     """A node's own limit refuses it alone; the message names it."""
     shared = SharedBudget(
-        "team", max_cost_usd=10, store=AsyncInMemoryStore(), reserve_usd=0.1, max_cost_usd_by_node={"dear": 0.25}
+        "team",
+        max_cost_usd=10,
+        store=AsyncInMemoryStore(),
+        reserve_usd=0.1,
+        max_cost_usd_by_node={"dear": 0.25},
     )
     dear, calls = node("dear")
     cheap, others = node("cheap")
@@ -367,7 +374,9 @@ async def test_limits_of_single_nodes() -> None:
 
 async def test_only_the_nodes_that_are_named() -> None:
     """With nodes=, all others neither reserve nor spend."""
-    shared = SharedBudget("team", max_cost_usd=0.1, store=AsyncInMemoryStore(), reserve_usd=0.1, nodes=["dear"])
+    shared = SharedBudget(
+        "team", max_cost_usd=0.1, store=AsyncInMemoryStore(), reserve_usd=0.1, nodes=["dear"]
+    )
     dear, calls = node("dear")
     cheap, others = node("cheap")
     runner = StromaRunner.quick(shared_budgets=shared)
@@ -632,16 +641,22 @@ def test_a_clock_that_is_set_back() -> None:
             ({"max_cost_usd": bad}, "give US dollars, 0 or more and finite")
             for bad in (-1, math.nan, math.inf, True, "5", 1e300)
         ),
-        *(({"max_tokens": bad}, "give a whole number, 0 or more") for bad in (-1, 1.5, True, math.nan, 10**40)),
+        *(
+            ({"max_tokens": bad}, "give a whole number, 0 or more")
+            for bad in (-1, 1.5, True, math.nan, 10**40)
+        ),
         *(
             ({"max_cost_usd": 1, "reserve_usd": bad}, "reserve_usd is .*; give US dollars, more than 0")
             for bad in (0, -1, math.nan, True)
         ),
-        ({"max_cost_usd": 1, "reserve_usd": {"a": 0}}, r"reserve_usd\['a'\] is 0; give US dollars, more than 0"),
+        (
+            {"max_cost_usd": 1, "reserve_usd": {"a": 0}},
+            r"reserve_usd\['a'\] is 0; give US dollars, more than 0",
+        ),
         ({"max_cost_usd": 1, "reserve_usd": 2}, "more than the whole budget of 1; no call could be made"),
         ({"max_cost_usd": 1, "reserve_tokens": 2}, "of no use without a limit on the same"),
         ({"max_tokens": 5, "reserve_tokens": 0}, "reserve_tokens is 0; give a whole number, 1 or more"),
-        *(({"max_cost_usd": 1, "per": bad}, "per is .*; give \"minute\"") for bad in ("week", "", "DAY")),
+        *(({"max_cost_usd": 1, "per": bad}, 'per is .*; give "minute"') for bad in ("week", "", "DAY")),
         ({"max_cost_usd": 1, "lease_seconds": 0}, "lease_seconds is 0; give"),
         ({"max_cost_usd": 1, "lease_seconds": 0.01}, "lease_seconds is 0.01; give 0.1 or more"),
         ({"max_cost_usd": 1, "max_wait_seconds": -1}, "max_wait_seconds is -1; give seconds, 0 or more"),
@@ -710,7 +725,9 @@ async def test_two_processes_that_do_not_agree_on_the_window(tmp_path: Path) -> 
     call, calls = node()
     await StromaRunner.quick(shared_budgets=first).run([call], State())
     del first
-    other = SharedBudget("team", max_cost_usd=1, per="hour", store=store, reserve_usd=0.1, on_store_error="allow")
+    other = SharedBudget(
+        "team", max_cost_usd=1, per="hour", store=store, reserve_usd=0.1, on_store_error="allow"
+    )
     result = await StromaRunner.quick(shared_budgets=other).run([call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
     assert result.failure is not None

@@ -154,31 +154,38 @@ async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gat
         wait = first
     reason = f"{gate.label}: {wait.reason}"
     line.waiting += 1
-    with _waiting(ctx, run, reason):
-        try:
+    try:
+        with _waiting(ctx, run, reason):
             await _tell_wait(ctx, run, reason, wait.ms)
-            scope = asyncio.timeout(_seconds(ctx, run, gate.max_wait_seconds))
-            begin = perf_counter()
-            async with scope, line.turn:
-                pause = _POLL_SECONDS[0]
-                while True:
-                    line.moved.clear()
-                    answer = await gate.ask(run.node_id, token)
-                    if not isinstance(answer, Wait):
-                        return answer
-                    wait = answer
-                    if answer.ms is None:
-                        seconds, pause = random.uniform(0.5, 1) * pause, min(pause * 1.5, _POLL_SECONDS[1])
-                    else:
-                        seconds = min(answer.ms / 1000, _LOOK_SECONDS)
-                    await _nap(line.moved, seconds)
-        except TimeoutError:
-            if not scope.expired():
-                raise
-            waited = perf_counter() - begin
-            return _late(ctx, run, waited, gate.max_wait_seconds) or await _too_long(gate, wait, run, token)
-        finally:
-            line.waiting -= 1
+            return await _in_line(ctx, run, gate, wait, token)
+    finally:
+        line.waiting -= 1
+
+
+async def _in_line(
+    ctx: ReliabilityContext, run: NodeExecution, gate: Gate, wait: Wait, token: str
+) -> Exception | None:
+    """Ask, once those who came before have passed, until the gate lets the call pass or refuses it."""
+    line, pause, begin = gate.line, _POLL_SECONDS[0], perf_counter()
+    scope = asyncio.timeout(_seconds(ctx, run, gate.max_wait_seconds))
+    try:
+        async with scope, line.turn:
+            while True:
+                line.moved.clear()
+                answer = await gate.ask(run.node_id, token)
+                if not isinstance(answer, Wait):
+                    return answer
+                wait = answer
+                if wait.ms is None:
+                    seconds, pause = random.uniform(0.5, 1) * pause, min(pause * 1.5, _POLL_SECONDS[1])
+                else:
+                    seconds = min(wait.ms / 1000, _LOOK_SECONDS)
+                await _nap(line.moved, seconds)
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        waited = perf_counter() - begin
+        return _late(ctx, run, waited, gate.max_wait_seconds) or await _too_long(gate, wait, run, token)
 
 
 async def _too_long(gate: Gate, wait: Wait, run: NodeExecution, token: str) -> Exception | None:

@@ -88,7 +88,9 @@ async def test_a_change_whose_answer_is_lost_on_redis() -> None:
     with proxied(server) as proxy:
 
         def answers(data: bytes) -> bool:
-            return len(lost) != 1 or bool(lost.append(data))  # The reply to what was just sent is thrown away, once.
+            return len(lost) != 1 or bool(
+                lost.append(data)
+            )  # The reply to what was just sent is thrown away, once.
 
         def asks(data: bytes) -> bool:
             if b"put_cell" in data and not lost:

@@ -22,6 +22,7 @@ from stroma.checkpoint._session import (
     PICO,
     WAITING,
     Attempt,
+    CellChange,
     Doing,
     DurableSession,
     Fence,
@@ -450,17 +451,8 @@ class DurableStore(ABC):
         await self.aclose()
 
 
-def _changing(name: str, change: Change[T]) -> Doing:
-    check_id(name, "cell name")
-
-    def operation(rows: Rows) -> T:
-        data, told = change(*rows.cell(name, lock=True))
-        if data is not None:
-            rows.put_cell(name, data)
-        return told
-
-    # NUL is in no run id: it keeps its order among the changes of this cell, and no run waits for it.
-    return Doing(f"\0{name}", operation)
+def _changing(name: str, change: Change[Any]) -> CellChange:
+    return CellChange(check_id(name, "cell name"), change)
 
 
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:

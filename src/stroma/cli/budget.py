@@ -55,7 +55,9 @@ def budget(name: str, as_json: bool, store: str | None, db: str | None) -> None:
         rows.append([words(spent), words(reserved), left, "no limit" if limit is None else words(limit)])
     table(out, ("SPENT", "RESERVED", "LEFT", "LIMIT"), rows, right=frozenset({0, 1, 2, 3}))
     if found.by_node:
-        nodes = [[clean(node, 60), money(usd), count(tokens)] for node, (usd, tokens) in found.by_node.items()]
+        nodes = [
+            [clean(node, 60), money(usd), count(tokens)] for node, (usd, tokens) in found.by_node.items()
+        ]
         table(out, ("NODE", "COST", "TOKENS"), nodes, right=frozenset({1, 2}))
     if found.window_end is not None:
         out.line(f"it begins anew at {local(int(found.window_end.timestamp() * 1000))}")
@@ -72,9 +74,7 @@ def _data(found: BudgetState) -> dict[str, Any]:
         "spent": {"cost_usd": found.spent_usd, "tokens": found.spent_tokens},
         "reserved": {"cost_usd": found.reserved_usd, "tokens": found.reserved_tokens},
         "calls": found.calls,
-        "nodes": {
-            node: {"cost_usd": usd, "tokens": tokens} for node, (usd, tokens) in found.by_node.items()
-        },
+        "nodes": {node: {"cost_usd": usd, "tokens": tokens} for node, (usd, tokens) in found.by_node.items()},
     }
 
 

@@ -268,7 +268,9 @@ class Ending:
         """The command that goes on with this run, under a budget that lets it."""
         options: tuple[str, ...] = ()
         over = self.over
-        if over is not None and not isinstance(over, SharedBudgetExceeded):  # The run's own limits are others.
+        if over is not None and not isinstance(
+            over, SharedBudgetExceeded
+        ):  # The run's own limits are others.
             room = max(2 * over.limit, 1.5 * over.actual) or 1.0
             if over.dimension == "tokens":
                 options = ("--budget-tokens", f"{room:.0f}")

@@ -71,13 +71,13 @@ class CellStoreTests:
             await store.change_cell(name, put(name.encode()))
         for name in HARD_IDS:
             assert store.read_cell(name)[0] == name.encode()
-        for name in ("", "\0", "a\0", "\ud800", None, 1):
+        for wrong in ("", "\0", "a\0", "\ud800", None, 1):
             with pytest.raises(ValueError):
-                await store.change_cell(name, put(b"1"))
+                await store.change_cell(wrong, put(b"1"))
             with pytest.raises(ValueError):
-                store.post_cell(name, put(b"1"))
+                store.post_cell(wrong, put(b"1"))
             with pytest.raises(ValueError):
-                store.read_cell(name)
+                store.read_cell(wrong)
 
     async def test_nothing_comes_between_reading_and_writing(self, store: Any) -> None:
         """Each of many changes at once, of tasks and threads, builds on the one before."""
