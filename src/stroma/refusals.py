@@ -57,15 +57,15 @@ class SharedBudgetExceeded(BudgetExceeded):
         unit = _UNITS[self.dimension]
         name = "max_cost_usd_by_node" if self.capped else _NAMES[self.dimension]
         whose = f" of node {self.node_id!r}" if self.capped else ""
-        anew = (
-            ""
-            if self.resets_at is None
-            else f" after {self.resets_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC, when it begins anew,"
-        )
+        if self.resets_at is None:
+            way = f"raise {name}, then resume the run"
+        else:
+            anew = f"{self.resets_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+            way = f"resume the run after {anew}, when it begins anew, or raise {name}"
         return (
             f"shared budget {self.budget!r} has no room for a call of node {self.node_id!r}: {name}{whose} is "
             f"{self.limit:.12g}{unit}, {self.actual:.12g} spent, {self.reserved:.12g} reserved by calls in flight, and this "
-            f"one may take {self.asked:.12g}; resume the run{anew} or raise {name}"
+            f"one may take {self.asked:.12g}; {way}"
         )
 
 
