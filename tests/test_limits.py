@@ -7,6 +7,7 @@ import copy
 import itertools
 import json
 import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ from typing import Any
 import pytest
 from tests.budget_helper import State
 from tests.shared_stores import DURABLE, STORES, place, store_of
-from tests.test_shared_budget import start
+from tests.test_shared_budget import start, together
 
 from stroma import (
     AsyncInMemoryStore,
@@ -366,6 +367,62 @@ async def test_a_wait_can_be_cancelled(store: Any) -> None:
     assert calls == [0, 2]
 
 
+async def test_a_limit_and_a_budget_are_given_back() -> None:
+    """Cancelled while it waits at a limit, a call gives back what a budget had reserved for it."""
+    store = AsyncInMemoryStore()
+    shared = SharedBudget("team", max_tokens=10, store=store, reserve_tokens=4)
+    free, told = asyncio.Event(), asyncio.Event()
+
+    async def wait(*_: Any) -> None:
+        told.set()
+
+    call, _ = node(during=free.wait)
+    runner = runner_of(
+        Limit(concurrent=1, store=store), shared_budgets=shared, hooks=NodeHooks(on_node_wait=wait)
+    )
+    first = asyncio.create_task(runner.run([call], State()))
+    second = asyncio.create_task(runner.run([call], State()))
+    await told.wait()
+    state = await shared.state()
+    assert state is not None
+    assert state.reserved_tokens == 8
+    second.cancel()
+    await asyncio.gather(second, return_exceptions=True)
+    state = await shared.state()
+    assert state is not None
+    assert state.reserved_tokens == 4
+    free.set()
+    assert (await first).status is RunStatus.COMPLETED
+
+
+async def test_nobody_overtakes_those_who_wait() -> None:
+    """A call for which there would be room waits behind one that came before and needs more."""
+    free = asyncio.Event()
+    told: asyncio.Queue[str] = asyncio.Queue()
+
+    async def wait(run_id: str, *_: Any) -> None:
+        told.put_nowait(run_id)
+
+    store, name = AsyncInMemoryStore(), next(NAMES)
+    first, _ = node("first", during=free.wait)
+    large, larges = node("large")
+    small, smalls = node("small")
+    sizes = {"first": 50, "large": 60, "small": 10}
+    shared = SharedBudget("team", max_tokens=100, store=store, reserve_tokens=sizes)
+    runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_wait=wait), pipeline=name)
+    running = [asyncio.create_task(runner.run([first], State(), run_id="first"))]
+    await asyncio.sleep(0)
+    while (state := await shared.state()) is None or not state.calls:
+        await asyncio.sleep(0)
+    running.append(asyncio.create_task(runner.run([large], State(), run_id="large")))
+    assert await told.get() == "large"
+    running.append(asyncio.create_task(runner.run([small], State(), run_id="small")))
+    assert await told.get() == "small"
+    assert larges == smalls == []
+    free.set()
+    assert {(await run).status for run in running} == {RunStatus.COMPLETED}
+
+
 async def test_a_limit_that_can_never_be_met() -> None:
     """A call that takes more tokens than a minute has is a terminal error that names both, once that is known."""
     call, calls = node(tokens=500)
@@ -440,12 +497,7 @@ def test_processes_share_the_requests(kind: str) -> None:
 
 def _processes(kind: str, where: str, options: dict[str, Any], processes: int, runs: int) -> list[Any]:
     command = [sys.executable, "-m", "tests.budget_helper", kind, where, "limited", json.dumps(options)]
-    running = [start(*command, str(runs)) for _ in range(processes)]
-    for process in running:  # All at once.
-        assert process.stdin is not None
-        process.stdin.write("\n")
-        process.stdin.flush()
-    return [json.loads(process.communicate(timeout=100)[0]) for process in running]
+    return together([start(*command, str(runs)) for _ in range(processes)])
 
 
 async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -525,3 +577,42 @@ def test_two_limits_of_one_name() -> None:
         RunConfig(limits={name: Limit(concurrent=2)})
     del first
     RunConfig(limits={name: Limit(concurrent=2)})
+
+
+def test_event_loops_that_are_over() -> None:
+    """A limit keeps nothing of them, however many there were."""
+    limit = Limit(concurrent=1, store=AsyncInMemoryStore())
+    call, calls = node(during=lambda: asyncio.sleep(0))
+    runner = runner_of(limit)
+
+    async def two() -> None:
+        await asyncio.gather(runner.run([call], State()), runner.run([call], State()))
+
+    for _ in range(5):
+        asyncio.run(two())
+    (name,) = runner.config.limits
+    assert (len(calls), len(limit.named(name)._lines)) == (10, 1)
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
+async def test_a_child_of_fork_begins_anew() -> None:
+    """What calls of its parent hold in memory counts for the parent alone."""
+    name = next(NAMES)
+
+    async def fork() -> None:
+        child = os.fork()
+        if child == 0:
+            state, _ = _process_cells().read_cell(f"limit:{name}")
+            os._exit(0 if state is None else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+
+    call, _ = node(during=fork)
+    runner = StromaRunner.quick(limits={name: Limit(concurrent=1)}, node_limits={"call": name})
+    assert (await runner.run([call], State())).status is RunStatus.COMPLETED
+    assert _process_cells().read_cell(f"limit:{name}")[0] is not None
+
+
+def _process_cells() -> Any:
+    from stroma import _gate
+
+    return _gate._PROCESS

@@ -98,7 +98,7 @@ def test_four_processes(kind: str) -> None:
     with place(kind) as where:
         command = [sys.executable, "-m", "tests.budget_helper", kind, where, "spend"]
         running = [start(*command, str(seed), "50") for seed in range(4)]
-        results = [json.loads(process.communicate("\n", timeout=100)[0]) for process in running]
+        results = together(running)
         with opened(kind, where) as store:
             found = asyncio.run(budget(store).state())
         assert found is not None
@@ -108,7 +108,8 @@ def test_four_processes(kind: str) -> None:
         assert (found.calls, found.reserved_usd) == (0, 0)
         statuses = [status for result in results for status in result["statuses"]]
         assert len(statuses) == 200
-        assert set(statuses) == {"COMPLETED", "PARTIAL"}
+        assert "PARTIAL" in statuses
+        assert set(statuses) <= {"COMPLETED", "PARTIAL"}
 
 
 @pytest.mark.parametrize("kind", DURABLE)
@@ -136,6 +137,15 @@ def test_a_process_that_is_killed(kind: str) -> None:
                 time.sleep(0.1)
             assert (_state(store).reserved_usd, _state(store).spent_usd) == (0, 0)
         process.communicate()
+
+
+def together(running: list[subprocess.Popen[str]]) -> list[Any]:
+    """What processes come to that begin at the same moment."""
+    for process in running:
+        assert process.stdin is not None
+        process.stdin.write("\n")
+        process.stdin.flush()
+    return [json.loads(process.communicate(timeout=100)[0]) for process in running]
 
 
 def start(*command: str) -> subprocess.Popen[str]:

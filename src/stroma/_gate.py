@@ -32,6 +32,8 @@ OnStoreError = Literal["refuse", "allow"]
 
 #: What gates without a store share: by name, as those with one do.
 _PROCESS: Final = MemoryCells()
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_PROCESS.forget)  # What is in flight is the parent's.
 
 
 class Line:
@@ -67,7 +69,7 @@ class Gate(ABC):
             raise ValueError(f'on_store_error is {shown(on_store_error)}; give "refuse" or "allow"')
         self.on_store_error = on_store_error
         self._terms = terms
-        self._lines: weakref.WeakKeyDictionary[asyncio.AbstractEventLoop, Line] = weakref.WeakKeyDictionary()
+        self._lines: dict[asyncio.AbstractEventLoop, Line] = {}
         _declare(self)
 
     def __copy__(self) -> Any:
@@ -92,6 +94,9 @@ class Gate(ABC):
         loop = asyncio.get_running_loop()
         found = self._lines.get(loop)
         if found is None:
+            # A line that was waited in keeps its loop: those of loops that are over go here.
+            for over in [known for known in list(self._lines) if known.is_closed()]:
+                self._lines.pop(over, None)
             found = self._lines[loop] = Line()
         return found
 

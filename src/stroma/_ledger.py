@@ -200,9 +200,8 @@ def reserve(
                 continue
             lowest = min(limit for limit, *_ in bounds)
             amount = estimate(state.seen[i], ask.node, ask.declared[i], lowest)
-            if (
-                amount is None
-            ):  # Of what nobody knows anything of, all that is left: the first call goes alone.
+            if amount is None:
+                # Of what nobody knows anything of, all that is left: no other call begins beside the first one.
                 amount = max(1, min(limit - spent - reserved for limit, spent, reserved, _ in bounds))
             for limit, spent, reserved, capped in bounds:
                 # What takes nothing need not wait for those who do.

@@ -83,7 +83,7 @@ class SharedBudget(Gate):
         store: what keeps it, or its URL; None: this process. Not a store of the simple protocol.
         reserve_usd, reserve_tokens: what one call takes at the least; by node id, if that differs. What calls of the node
             took lately is reserved where it is more. Of a node that nobody knows anything of, the first call reserves
-            all that is left, and so goes alone.
+            all that is left, so that no other one begins beside it.
         max_cost_usd_by_node: limits of single nodes, in the same window.
         nodes: ids of the nodes that spend from it; None: all.
         max_wait_seconds: for how long a call waits while what stands in its way is only reserved; None: without end.

@@ -76,7 +76,11 @@ def test_processes_change_one_cell(kind: str) -> None:
         for process in running:
             assert process.stdout is not None
             assert process.stdout.readline() == "ready\n"
-        told = [n for process in running for n in map(int, process.communicate("\n", timeout=90)[0].split())]
+        for process in running:  # All at once.
+            assert process.stdin is not None
+            process.stdin.write("\n")
+            process.stdin.flush()
+        told = [n for process in running for n in map(int, process.communicate(timeout=90)[0].split())]
         assert sorted(told) == list(range(1, 201))
 
 

@@ -38,7 +38,7 @@ def perform(link: Link, ttl_ms: int | None, operation: Callable[[Rows], T]) -> T
         except Changed as error:
             if time.monotonic() > deadline:
                 raise StoreError(
-                    f"other processes keep changing the run in {link.server.name}; see that one alone is at work on it, "
+                    f"other processes keep changing the same in {link.server.name}; see that one alone is at work on a run, "
                     "then try again"
                 ) from error
         time.sleep(random.uniform(0, pause))

@@ -76,6 +76,10 @@ class MemoryCells:
         """See CellStore."""
         return self._cells.get(check_id(name, "cell name")), time.time_ns() // 1_000_000
 
+    def forget(self) -> None:
+        """Begin anew, without any cell."""
+        self._cells = {}
+
     def _change(self, name: str, change: Change[T]) -> T:
         check_id(name, "cell name")
         with _lock:
