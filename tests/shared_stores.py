@@ -24,6 +24,8 @@ _NUMBERS = itertools.count()
 LOCAL = ("memory", "async-memory")
 DURABLE = ("sqlite", "redis", "sync-redis", "postgres")
 STORES = (*LOCAL, *DURABLE)
+#: Those that processes can share; the plain calls of SyncRedisStore are no other store.
+SHARED = ("sqlite", "redis", "postgres")
 
 
 @contextmanager

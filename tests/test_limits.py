@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from tests.budget_helper import State
-from tests.shared_stores import DURABLE, STORES, place, store_of
+from tests.shared_stores import SHARED, STORES, place, store_of
 from tests.test_shared_budget import start, together
 
 from stroma import (
@@ -475,7 +475,7 @@ async def test_a_limit_and_a_budget_do_not_wait_for_each_other() -> None:
 # ---------------------------------------------------------------------- between processes
 
 
-@pytest.mark.parametrize("kind", DURABLE)
+@pytest.mark.parametrize("kind", SHARED)
 def test_processes_share_the_places(kind: str) -> None:
     """With a store, no more calls are in flight in all processes together than may be."""
     with place(kind) as where:
@@ -486,7 +486,7 @@ def test_processes_share_the_places(kind: str) -> None:
         assert sum(other <= begin < end for other, end in calls) <= 2
 
 
-@pytest.mark.parametrize("kind", DURABLE)
+@pytest.mark.parametrize("kind", SHARED)
 def test_processes_share_the_requests(kind: str) -> None:
     """With a store, all processes together begin no more calls in a minute than the limit."""
     with place(kind) as where:

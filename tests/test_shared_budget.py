@@ -19,7 +19,7 @@ import pytest
 from pydantic import BaseModel
 from tests.budget_helper import CONTRACT, RESERVE_CENTS, State, budget, spend
 from tests.servers import RedisServer, environment
-from tests.shared_stores import DURABLE, STORES, opened, place, store_of
+from tests.shared_stores import SHARED, STORES, opened, place, store_of
 
 from stroma import (
     AsyncInMemoryStore,
@@ -92,7 +92,7 @@ async def test_a_hundred_runs_at_once(store: Any) -> None:
     assert (found.calls, found.reserved_usd) == (0, 0)
 
 
-@pytest.mark.parametrize("kind", DURABLE)
+@pytest.mark.parametrize("kind", SHARED)
 def test_four_processes(kind: str) -> None:
     """4 processes of 50 runs each never spend more than the limit, and what they spent is what the store says."""
     with place(kind) as where:
@@ -112,7 +112,7 @@ def test_four_processes(kind: str) -> None:
         assert set(statuses) <= {"COMPLETED", "PARTIAL"}
 
 
-@pytest.mark.parametrize("kind", DURABLE)
+@pytest.mark.parametrize("kind", SHARED)
 def test_a_process_that_is_killed(kind: str) -> None:
     """kill -9 leaves a reservation that counts until its lease ends, and not after that."""
     with place(kind) as where:

@@ -16,7 +16,7 @@ from tests.budget_machine import BudgetMachine, RateMachine
 from tests.servers import environment, proxied, shared_redis
 from tests.servers_postgres import Proxy as PostgresProxy
 from tests.servers_postgres import shared_postgres
-from tests.shared_stores import DURABLE, STORES, opened, place, store_of
+from tests.shared_stores import DURABLE, SHARED, STORES, opened, place, store_of
 
 from stroma.checkpoint import CellStore, PostgresStore, RedisStore, SQLiteStore
 from stroma.testing import CellStoreTests
@@ -62,7 +62,7 @@ _COUNTER = textwrap.dedent(
 )
 
 
-@pytest.mark.parametrize("kind", DURABLE)
+@pytest.mark.parametrize("kind", SHARED)
 def test_processes_change_one_cell(kind: str) -> None:
     """Of 4 processes that change a cell 50 times each, every change builds on the one before."""
     with place(kind) as where:
