@@ -200,11 +200,15 @@ def test_a_clock_that_is_set_back(back: int) -> None:
 async def test_no_more_at_once_than_may(store: Any) -> None:
     """concurrent= bounds the calls in flight of all runs; all of them get their turn, in the order they came."""
     at_once, most = 0, 0
+    full = asyncio.Event()
 
     async def during() -> None:
         nonlocal at_once, most
         at_once += 1
         most = max(most, at_once)
+        if at_once == 3:
+            full.set()
+        await full.wait()  # The first ones; those that follow may have the place to themselves.
         await asyncio.sleep(0.002)
         at_once -= 1
 
