@@ -569,6 +569,18 @@ def test_a_config_refuses_what_cannot_be() -> None:
     assert copy.deepcopy(config).limits["a:b*é"] is limit
 
 
+async def test_limits_that_no_node_goes_by(caplog: pytest.LogCaptureFixture) -> None:
+    """A run whose nodes go by none of the limits says so in the log, children of groups counted; others do not."""
+    call, _ = node("call")
+    limits = {"llm": Limit(concurrent=1, store=AsyncInMemoryStore())}
+    await StromaRunner.quick(limits=limits, node_limits={"cal": "llm"}).run([call], State())
+    (record,) = [found for found in caplog.records if "goes by any of the limits" in found.message]
+    assert "('llm'); say which does with node_limits={node id: name}" in record.message
+    caplog.clear()
+    await StromaRunner.quick(limits=limits, node_limits={"call": "llm"}).run([parallel(call)], State())
+    assert "goes by any" not in caplog.text
+
+
 def test_two_limits_of_one_name() -> None:
     """With the same figures they are one; with others the second is refused while the first is in use."""
     name = next(NAMES)

@@ -120,17 +120,17 @@ async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Excepti
     Cancelled, or closed, it holds nothing.
     """
     config, permit = ctx.config, Permit(ctx, run)
-    name = config.node_limits.get(run.node_id, run.node_id)
-    limit = config.limits.get(name)
+    name = config.limit_of(run.node_id)
+    limit = None if name is None else config.limits[name].named(name)
     refused: Exception | None = None
     try:
         if permit.breaker is not None:
-            permit.key = permit.breaker.key_of(run.node_id, None if limit is None else f"limit {name!r}")
+            permit.key = permit.breaker.key_of(run.node_id, None if limit is None else limit.label)
         for budget in config.budgets:
             if refused is None and (budget.nodes is None or run.node_id in budget.nodes):
                 refused = await _pass(ctx, run, permit, budget)
         if refused is None and limit is not None:
-            refused = await _pass(ctx, run, permit, limit.named(name))
+            refused = await _pass(ctx, run, permit, limit)
         if refused is None and permit.breaker is not None and permit.key is not None:
             refused = await _pass_circuit(ctx, run, permit, permit.breaker, permit.key)
     except BaseException:

@@ -131,6 +131,11 @@ class RunConfig(BaseModel):
         given = self.shared_budgets
         return (given,) if isinstance(given, SharedBudget) else given
 
+    def limit_of(self, node_id: str) -> str | None:
+        """The name of the limit that a node goes by: the one that it is given, else that of its own id."""
+        name = self.node_limits.get(node_id, node_id)
+        return name if name in self.limits else None
+
     @property
     def gated(self) -> bool:
         """Whether attempts wait for their turn anywhere."""
