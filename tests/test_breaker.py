@@ -424,6 +424,24 @@ async def test_a_probe_that_is_cancelled(server: Server, client: httpx.AsyncClie
     assert broken.states() == {"127.0.0.1": "closed"}
 
 
+async def test_who_may_not_wait_does_not_wait_for_a_probe_either(
+    server: Server, client: httpx.AsyncClient
+) -> None:
+    """With max_wait_seconds=0 an attempt beside the one that finds out is refused at once."""
+    waits: list[Any] = []
+    broken, clock = breaker(max_wait_seconds=0)
+    runner = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES, hooks=watching([], waits))
+    server.status = 500
+    for _ in range(4):
+        await runner.run([asking(server, client)], State())
+    clock.now += 30
+    assert broken.enter("127.0.0.1").probe
+    result = await runner.run([asking(server, client)], State())
+    assert result.failure is not None
+    assert result.failure.reason == "circuit_open"
+    assert (waits, server.seen) == ([], 4)
+
+
 # ---------------------------------------------------------------------- bad input
 
 

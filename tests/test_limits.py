@@ -592,7 +592,7 @@ def test_two_limits_of_one_name() -> None:
     ):
         RunConfig(limits={name: Limit(concurrent=2)})
     del first
-    RunConfig(limits={name: Limit(concurrent=2)})
+    RunConfig(limits={name: Limit(concurrent=2)})  # No run ever used it: nothing else holds it.
 
 
 def test_event_loops_that_are_over() -> None:

@@ -206,7 +206,7 @@ async def _pass_circuit(
         begin = perf_counter()
         reason = f"circuit {key}"
         limit = breaker.max_wait_seconds
-        if limit is not None and entry.wait_seconds > limit:
+        if limit is not None and (entry.wait_seconds > limit or limit == 0):
             return CircuitOpen(key, entry.wait_seconds)
         with _waiting(ctx, run, reason):
             await _tell_wait(ctx, run, reason, int(entry.wait_seconds * 1000))
