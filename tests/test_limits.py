@@ -523,6 +523,24 @@ async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.status, calls) == (RunStatus.COMPLETED, [0])
 
 
+@pytest.mark.parametrize(
+    "data",
+    [b"\xff", b"{}", b"[]", b'{"format": 99}', b'{"format": 1, "slots": 5}', b'{"format": 1, "slots": [["x", 1, 1]]}',
+     b'{"format": 1, "holds": {"a": []}}', b'{"format": 1, "slots": [], "x": 1}'],
+)  # fmt: skip
+async def test_a_damaged_limit(data: bytes) -> None:
+    """Nothing is called under a limit that cannot be read, and the failure says so."""
+    store, name = AsyncInMemoryStore(), next(NAMES)
+    await store.change_cell(f"limit:{name}", lambda old, now: (data, None))
+    call, calls = node()
+    limit = Limit(requests_per_minute=5, concurrent=5, store=store, on_store_error="allow")
+    result = await StromaRunner.quick(limits={name: limit}, node_limits={"call": name}).run([call], State())
+    assert (result.status, calls) == (RunStatus.PARTIAL, [])
+    assert result.failure is not None
+    assert result.failure.reason == "store"
+    assert f"limit '{name}'" in result.failure.message
+
+
 # ---------------------------------------------------------------------- bad input
 
 

@@ -32,6 +32,7 @@ from stroma import (
     SharedBudget,
     SharedBudgetExceeded,
     SQLiteStore,
+    StoreError,
     StromaRunner,
     Suspend,
     current_node,
@@ -563,8 +564,6 @@ async def test_a_store_that_fails_after_the_call(monkeypatch: pytest.MonkeyPatch
 
     async def change(name: str, change: Any) -> Any:
         if failing and failing.pop(0):
-            from stroma import StoreError
-
             raise StoreError("down for a moment")
         return await original(name, change)
 
@@ -772,18 +771,42 @@ async def test_two_processes_that_do_not_agree_on_the_window(tmp_path: Path) -> 
     await store.aclose()
 
 
-@pytest.mark.parametrize("data", [b"\xff", b"{}", b"[]", b'{"format": "x"}', b'{"format": 99}'])
-async def test_a_damaged_account(data: bytes) -> None:
-    """Nothing is called under an account that cannot be read, and the error says so."""
+ACCOUNT = {"format": 1, "per": None, "limits": [1, None], "start": 0, "spent": [0, 0], "by": {}}
+DAMAGED = [
+    b"\xff", b"{}", b"[]", b"5", b'{"format": "x"}', b'{"format": 99}', b'{"format": 1}',
+    *(
+        json.dumps({**ACCOUNT, **wrong}).encode()
+        for wrong in (
+            {"spent": "x"}, {"spent": []}, {"spent": [None, 0]}, {"holds": {"a": []}}, {"holds": [1]}, {"other": 1},
+            {"seen": [{"call": ["x"]}, {}]}, {"start": "x"}, {"by": {"call": 5}},
+        )
+    ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["memory", "sqlite"])
+@pytest.mark.parametrize("data", DAMAGED)
+async def test_a_damaged_account(data: bytes, kind: str) -> None:
+    """Nothing is called under an account that cannot be read, whatever stands there, and the failure says so."""
+    with store_of(kind) as store:
+        await store.change_cell("budget:team", lambda old, now: (data, None))
+        shared = SharedBudget(
+            "team", max_cost_usd=1, store=store, max_cost_usd_by_node={"call": 1}, on_store_error="allow"
+        )
+        call, calls = node()
+        result = await StromaRunner.quick(shared_budgets=shared).run([call], State())
+        assert (result.status, calls) == (RunStatus.PARTIAL, [])
+        assert result.failure is not None
+        assert result.failure.reason == "store"
+        assert "budget 'team'" in result.failure.message
+
+
+async def test_the_state_of_a_damaged_account() -> None:
+    """Looking at it is a StoreError too."""
     store = AsyncInMemoryStore()
-    await store.change_cell("budget:team", lambda old, now: (data, None))
-    shared = SharedBudget("team", max_cost_usd=1, store=store)
-    call, calls = node()
-    result = await StromaRunner.quick(shared_budgets=shared).run([call], State())
-    assert (result.status, calls) == (RunStatus.PARTIAL, [])
-    assert result.failure is not None
-    assert result.failure.reason == "store"
-    assert "shared budget 'team'" in result.failure.message
+    await store.change_cell("budget:team", lambda old, now: (b"5", None))
+    with pytest.raises(StoreError, match="what the store keeps of budget 'team' is damaged"):
+        await SharedBudget("team", max_cost_usd=1, store=store).state()
 
 
 def test_a_config_takes_one_or_several() -> None:

@@ -12,6 +12,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
+from stroma._holds import readable
 from stroma._rates import Wait
 from stroma._renewals import RENEWALS
 from stroma.checkpoint.cells import CellStore, Change, MemoryCells
@@ -101,12 +102,12 @@ class Gate(ABC):
         return found
 
     def change(self, change: Change[T]) -> Awaitable[T]:
-        return self.store.change_cell(self.cell, change)
+        return self.store.change_cell(self.cell, readable(self.label, change))
 
     def post(self, change: Change[Any]) -> None:
         """Have it done where nothing can be awaited."""
         try:
-            self.store.post_cell(self.cell, change)
+            self.store.post_cell(self.cell, readable(self.label, change))
         except Exception as error:
             logger.warning("%s could not be told of the end of a call: %s", self.label, error)
 

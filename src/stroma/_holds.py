@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
-from typing import Any, Final
+from collections.abc import Callable, Mapping
+from typing import Any, Final, TypeVar
 
 from stroma.checkpoint.journal import StoreError
 
-__all__ = ["LATELY", "estimate", "is_live", "learn", "load", "prune"]
+__all__ = ["LATELY", "estimate", "is_live", "learn", "load", "prune", "readable"]
+
+T = TypeVar("T")
 
 #: How many calls of a node are remembered.
 LATELY: Final = 16
@@ -17,26 +19,33 @@ _KEPT_MS: Final = 24 * 3600 * 1000
 
 
 def load(data: bytes | None, what: str, form: int) -> dict[str, Any] | None:
-    """The state in a cell, None for a new one. Raises StoreError for what this release cannot read."""
+    """The state in a cell, None for a new one. Raises StoreError for one of a later format, anything for damage."""
     if data is None:
         return None
-    try:
-        state = json.loads(data)
-        newest = int(state["format"])
-    except (ValueError, TypeError, KeyError):
-        raise _refused(
-            f"what the store keeps of {what} is damaged; restore the store, or use another name"
-        ) from None
-    if newest > form:
-        raise _refused(f"{what} was written by a newer stroma; upgrade stroma, or use another name")
-    found: dict[str, Any] = state
-    return found
+    state: dict[str, Any] = json.loads(data)
+    if int(state.pop("format")) > form:
+        error = StoreError(f"{what} was written by a newer stroma; upgrade stroma, or use another name")
+        error.transient = False
+        raise error
+    return state
 
 
-def _refused(message: str) -> StoreError:
-    error = StoreError(message)
-    error.transient = False
-    return error
+def readable(what: str, change: Callable[[bytes | None, int], T]) -> Callable[[bytes | None, int], T]:
+    """A change that says of data that makes no sense to it, whatever that is, that it is damaged: StoreError."""
+
+    def careful(data: bytes | None, now: int) -> T:
+        try:
+            return change(data, now)
+        except StoreError:
+            raise
+        except Exception as error:
+            told = StoreError(
+                f"what the store keeps of {what} is damaged; restore the store, or use another name"
+            )
+            told.transient = False
+            raise told from error
+
+    return careful
 
 
 def is_live(hold: list[Any], now: int) -> bool:

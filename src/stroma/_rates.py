@@ -74,10 +74,7 @@ class _State:
 
 def _read(data: bytes | None, name: str) -> _State | None:
     found = load(data, f"limit {name!r}", _FORMAT)
-    if found is None:
-        return None
-    del found["format"]
-    return _State(**found)
+    return None if found is None else _State(**found)
 
 
 def acquire(

@@ -139,7 +139,7 @@ class RateGate(Gate):
         )
 
     def _renew(self, tokens: list[str]) -> None:
-        self.store.post_cell(self.cell, keep_up(self.name, tokens, int(self.lease_seconds * 1000)))
+        self.post(keep_up(self.name, tokens, int(self.lease_seconds * 1000)))
 
 
 def check_limits(limits: Mapping[str, Limit], node_limits: Mapping[str, str]) -> None:

@@ -10,6 +10,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
 from stroma._gate import Gate, OnStoreError, a_count, an_amount, logger, seconds_or_none
+from stroma._holds import readable
 from stroma._ledger import (
     PERIODS,
     PICO,
@@ -214,7 +215,7 @@ class SharedBudget(Gate):
         return wait.refusal
 
     def _renew(self, tokens: list[str]) -> None:
-        self.store.post_cell(self.cell, renew(self.name, tokens, int(self.lease_seconds * 1000)))
+        self.post(renew(self.name, tokens, int(self.lease_seconds * 1000)))
 
     def _spend(self, node_id: str, token: str, used: AttemptUsage, learns: bool) -> Spend:
         took = (_pico(used.cost_usd), used.tokens)
@@ -241,7 +242,8 @@ class SharedBudget(Gate):
 def read_budget(store: Any, name: str) -> BudgetState | None:
     """A shared budget as a store has it; None if there is none. Blocking. Raises ValueError for a name, StoreError."""
     data, now = store.read_cell(f"{SharedBudget.kind}:{check_id(name, 'name of a budget')}")
-    found: Account | None = view(name, data, now)
+    look = readable(f"budget {name!r}", lambda data, now: view(name, data, now))
+    found: Account | None = look(data, now)
     if found is None:
         return None
     cost, tokens = found.limits
