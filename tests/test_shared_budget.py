@@ -7,6 +7,7 @@ import copy
 import json
 import math
 import pickle
+import queue
 import subprocess
 import sys
 import time
@@ -43,6 +44,7 @@ from stroma import (
     stroma_node,
 )
 from stroma._ledger import Ask, Refusal, Spend, Terms, reserve, settle, view, window
+from stroma._renewals import RENEWALS
 from stroma.failures import FailurePolicy
 
 AT_ONCE = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
@@ -174,6 +176,28 @@ def _state(store: Any) -> Any:
     found = asyncio.run(budget(store).state())
     assert found is not None
     return found
+
+
+def test_leases_are_kept_up() -> None:
+    """What calls hold is renewed until they end, whatever goes wrong with one of them, and all of a gate at once."""
+    told: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
+
+    def fails(tokens: list[str]) -> None:
+        raise RuntimeError("no")
+
+    RENEWALS.add("bad", 0.05, fails)
+    for token in ("a", "b"):
+        RENEWALS.add(token, 0.05, told.put)
+    try:
+        renewed = [told.get(timeout=30) for _ in range(6)]
+        assert {token for tokens in renewed for token in tokens} == {"a", "b"}
+        RENEWALS.drop("a")
+        while "a" in told.get(timeout=30):
+            pass
+        assert {tuple(told.get(timeout=30)) for _ in range(3)} == {("b",)}
+    finally:
+        for token in ("bad", "a", "b"):
+            RENEWALS.drop(token)
 
 
 async def test_what_is_only_reserved_is_waited_for(store: Any) -> None:
