@@ -18,6 +18,7 @@ import sys
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -62,6 +63,14 @@ REASONS = {
         "nothing; if it lasts, check the address, the proxy and the network",
     ),
     "conflict": ("the provider was busy with the same thing", "nothing"),
+    "limit": (
+        "the node's limit had no room for the call in time, or never can have",
+        "resume later, raise the limit or its `max_wait_seconds`",
+    ),
+    "circuit_open": (
+        "the provider failed too often and is left alone for a while",
+        "see what the provider says of itself, then resume",
+    ),
     "too_early": ("the provider is not ready to take the request", "nothing"),
     "bad_request": ("the request is wrong", "correct the node: the message says what is wrong"),
     "context_length": (
@@ -289,8 +298,16 @@ def errors_page() -> str:
 
 def examples() -> dict[str, list[str]]:
     """Texts of the errors that make their own."""
-    from stroma import BudgetExceeded, CheckFailed, ContractViolation, Finding
+    from stroma import (
+        BudgetExceeded,
+        CheckFailed,
+        CircuitOpen,
+        ContractViolation,
+        Finding,
+        SharedBudgetExceeded,
+    )
 
+    midnight = datetime(2027, 1, 16, tzinfo=UTC)
     finding = Finding(
         "error", "missing", "search", "answer", "0", "1", "sources", "", "list[str]",
         "'answer' needs sources (list[str]), and Found has no such field",
@@ -300,6 +317,12 @@ def examples() -> dict[str, list[str]]:
     return {
         "CheckFailed": [str(CheckFailed([finding])).replace("\n", " ")],
         "ContractViolation": [str(ContractViolation("search", "output", {}, wrong))],
+        "CircuitOpen": [str(CircuitOpen("api.example.com", 12.0))],
+        "SharedBudgetExceeded": [
+            str(SharedBudgetExceeded("team-a", "cost", 50, 49.9, 0.05, 0.1, "search", midnight)),
+            str(SharedBudgetExceeded("team-a", "cost", 5, 4.9, 0, 0.2, "search", midnight, capped=True)),
+            str(SharedBudgetExceeded("team-a", "tokens", 1000, 900, 0, 200, "search", None)),
+        ],
         "BudgetExceeded": [
             str(BudgetExceeded("tokens", 1000, 1200, "search")),
             str(BudgetExceeded("cost", 0.1, 0.12, "search")),

@@ -31,9 +31,11 @@ from tests.telemetry import names
 import stroma
 from stroma import (
     AsyncInMemoryStore,
+    Breaker,
     BudgetExceeded,
     CheckFailed,
     CheckpointNotFound,
+    CircuitOpen,
     ContractRegistry,
     ContractViolation,
     CorruptCheckpoint,
@@ -42,6 +44,8 @@ from stroma import (
     Fenced,
     HookError,
     InMemoryStore,
+    Limit,
+    LimitError,
     NodeContract,
     NodeHooks,
     NodeUsage,
@@ -50,10 +54,13 @@ from stroma import (
     RunBusy,
     RunExists,
     RunFailed,
+    SharedBudget,
+    SharedBudgetExceeded,
     SQLiteStore,
     StoreError,
     StromaRunner,
     UsageError,
+    WaitedTooLong,
     map_over,
     open_store,
     parallel,
@@ -256,7 +263,7 @@ def test_metrics_on_the_pages_are_those_that_there_are() -> None:
 def test_lines_on_the_page_about_logs_are_those_that_there_are() -> None:
     """Each line that log_hooks writes is in the table."""
     source = (ROOT / "src" / "stroma" / "telemetry" / "logs.py").read_text("utf-8")
-    written = set(re.findall(r'"((?:run|node|budget) [\w ]+)"', source))
+    written = set(re.findall(r'"((?:run|node|budget|circuit) [\w ]+)"', source))
     written |= {f"node {outcome}" for outcome in names.VALUES["outcome"]}
     page = (ROOT / "docs" / "telemetry" / "logs.md").read_text("utf-8")
     assert len(written) > 8
@@ -606,6 +613,29 @@ async def no_store(path: Path) -> Any:
     open_store("mongodb://somewhere")
 
 
+async def shared_budget(path: Path) -> Any:
+    team = SharedBudget("team-a", max_tokens=10, store=AsyncInMemoryStore(), reserve_tokens=8)
+    await run([a_node("read", ({}, 8)), a_node("shorten", {})], shared_budgets=team)
+
+
+async def never_met(path: Path) -> Any:
+    name = "docs-tokens"
+    options = {"limits": {name: Limit(tokens_per_minute=5)}, "node_limits": {"read": name}}
+    await run([a_node("read", ({}, 8)), a_node("read", ({}, 8))], **options)
+
+
+async def waited_too_long(path: Path) -> Any:
+    name = "docs-requests"
+    limit = Limit(requests_per_minute=1, max_wait_seconds=0.01)
+    await run([a_node("read", {}), a_node("read", {})], limits={name: limit}, node_limits={"read": name})
+
+
+async def circuit_open(path: Path) -> Any:
+    breaker = Breaker(min_calls=1, max_wait_seconds=0)
+    breaker.leave("limit 'read'", False, probe=False)
+    await run([a_node("read", {})], breaker=breaker, limits={"read": Limit(concurrent=1)})
+
+
 async def zero_timeout(path: Path) -> Any:
     StromaRunner.quick(node_timeouts={"read": 0})
 
@@ -615,6 +645,10 @@ Provoke = Callable[[Path], Awaitable[Any]]
 MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (violation, ContractViolation, ["'shorten'", "output", "text: Input should be a valid string"], ""),
     (budget, BudgetExceeded, ["'shorten'", "10 tokens", "11 tokens"], "raise max_tokens_total"),
+    (shared_budget, SharedBudgetExceeded, ["'team-a'", "'shorten'", "10 tokens", "8 spent"], "raise max_tokens, then resume the run"),
+    (never_met, LimitError, ["'read'", "8 tokens", "tokens_per_minute=5", "limit 'docs-tokens'"], "raise that"),
+    (waited_too_long, WaitedTooLong, ["'read'", "limit 'docs-requests'"], "raise the limit, or max_wait_seconds"),
+    (circuit_open, CircuitOpen, ["limit 'read'"], "raise max_wait_seconds of the breaker"),
     (over_by_hand, BudgetExceeded, ["'read'"], "raise max_tokens_total"),
     (cannot_work, CheckFailed, ["'read'", "'needs'", "number (int)"], "add it to the output of 'read'"),
     (usage, UsageError, ["'shorten'", "-1"], "report whole numbers of tokens"),

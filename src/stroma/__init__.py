@@ -9,6 +9,7 @@ import importlib
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from stroma.breaker import *
     from stroma.checkpoint import *
     from stroma.checks import *
     from stroma.config import *
@@ -19,15 +20,19 @@ if TYPE_CHECKING:
     from stroma.groups import *
     from stroma.hooks import *
     from stroma.items import *
+    from stroma.limits import *
     from stroma.middleware import *
     from stroma.nodes import *
     from stroma.prices import *
+    from stroma.refusals import *
     from stroma.runner import *
     from stroma.schemas import *
+    from stroma.shared_budget import *
     from stroma.trace import *
     from stroma.usage import *
 
 _HOMES = {
+    "breaker": ("Breaker",),
     "checkpoint": (
         "AsyncCheckpointStore",
         "AsyncInMemoryStore",
@@ -88,12 +93,15 @@ _HOMES = {
     "groups": ("map_over", "parallel"),
     "hooks": ("HookError", "MapProgress", "NodeHooks", "StepHooks"),
     "items": ("Journal", "JsonLines"),
+    "limits": ("Limit",),
     "middleware": ("StromaStep", "execute_step"),
     "nodes": ("stroma_node", "stroma_step"),
     "prices": ("update_prices",),
+    "refusals": ("CircuitOpen", "LimitError", "SharedBudgetExceeded", "WaitedTooLong"),
     "runner": ("Pipeline", "RunStream", "StreamEvent", "StromaRunner"),
     "schemas": ("NotSerialisable",),
-    "trace": ("AttemptUsage", "ExecutionResult", "ExecutionTrace", "RunStatus", "TraceEvent"),
+    "shared_budget": ("BudgetState", "SharedBudget"),
+    "trace": ("AttemptUsage", "ExecutionResult", "ExecutionTrace", "RunStatus", "TraceEvent", "TraceMark"),
     "usage": ("Usage", "UsageError", "usage_from"),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
@@ -104,12 +112,15 @@ __all__ = [
     "AsyncInMemoryStore",
     "AttemptUsage",
     "BoundaryValidator",
+    "Breaker",
     "BudgetExceeded",
+    "BudgetState",
     "CheckFailed",
     "CheckpointLost",
     "CheckpointManager",
     "CheckpointNotFound",
     "CheckpointStore",
+    "CircuitOpen",
     "Classifier",
     "ContractRegistry",
     "ContractViolation",
@@ -129,6 +140,8 @@ __all__ = [
     "ItemFailure",
     "Journal",
     "JsonLines",
+    "Limit",
+    "LimitError",
     "MapProgress",
     "ModelHint",
     "NodeContext",
@@ -150,6 +163,8 @@ __all__ = [
     "RunStatus",
     "RunStream",
     "SQLiteStore",
+    "SharedBudget",
+    "SharedBudgetExceeded",
     "StepContext",
     "StepContract",
     "StepHooks",
@@ -162,8 +177,10 @@ __all__ = [
     "Suspend",
     "SyncRedisStore",
     "TraceEvent",
+    "TraceMark",
     "Usage",
     "UsageError",
+    "WaitedTooLong",
     "classify",
     "current_node",
     "default_policy_map",

@@ -21,6 +21,7 @@ from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
+from stroma._admission import admit
 from stroma._announce import fire_success, tell_end, tell_failure, warn_of_budget
 from stroma._commit import make_row, record, settle
 from stroma._restore import restore
@@ -153,7 +154,10 @@ async def execute(
                 if exceeded is not None:
                     # Earlier attempts, siblings or processes have spent it: the next call is never made.
                     return _refused(run, exceeded)
-            outcome = await _attempt(ctx, run, node, plan, value, cancelling)
+            if ctx.gated and type(node) is Node:
+                outcome = await _attempt_in_turn(ctx, run, node, plan, value, cancelling)
+            else:
+                outcome = await _attempt(ctx, run, node, plan, value, cancelling)
             if not isinstance(outcome, Failure):
                 return outcome
             decision = _decide(ctx, run, node, outcome, attempt)
@@ -253,12 +257,40 @@ def _decide(
     return decide(failure, policy, attempt=attempt - run.repairs)
 
 
-def _refused(run: NodeExecution, exceeded: BudgetExceeded) -> Halt:
-    if run.last_failure is not None:
-        exceeded.__cause__ = run.last_failure.exception
-    failure = diagnose(exceeded, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
+def _refused(run: NodeExecution, why: Exception) -> Halt:
+    if run.last_failure is not None and why.__cause__ is None:
+        why.__cause__ = run.last_failure.exception
+    failure = diagnose(why, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
     run.ctx.run_logger.info("node %r is not called: %s", run.node_id, failure.message)
-    return Halt(failure, spent=True)
+    if is_a(why, StoreError):
+        failure = replace(failure, failure_class=FailureClass.RECOVERABLE, reason="store")
+        return Halt(failure, partial=True)
+    return Halt(failure, spent=is_a(why, BudgetExceeded))
+
+
+async def _attempt_in_turn(
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    node: Node | Group,
+    plan: Plan,
+    value: BaseModel,
+    cancelling: int,
+) -> BaseModel | Failure | Halt:
+    """An attempt between its admission and the settlement of what it took."""
+    permit = await admit(ctx, run)
+    if isinstance(permit, Exception):
+        return _refused(run, permit)
+    try:
+        outcome = await _attempt(ctx, run, node, plan, value, cancelling)
+    except GeneratorExit:  # The coroutine is being closed: nothing may be awaited any more.
+        permit.drop(run.counted)
+        raise
+    except BaseException:
+        await permit.leave(None)
+        raise
+    if await permit.leave(outcome):
+        raise asyncio.CancelledError
+    return outcome
 
 
 # ---------------------------------------------------------------------- one attempt

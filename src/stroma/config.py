@@ -8,10 +8,13 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
+from stroma.breaker import Breaker
 from stroma.contracts import check_id
 from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap, default_policy_map
 from stroma.hooks import AnyHooks, NodeHooks, flatten
+from stroma.limits import Limit, check_limits
+from stroma.shared_budget import SharedBudget
 from stroma.usage import shown
 
 __all__ = ["RunConfig", "new_run_id"]
@@ -55,6 +58,10 @@ class RunConfig(BaseModel):
         run_id: any text; generated when not given, and then fresh for each run.
         pipeline: what metrics and spans call a bare list of nodes; keep it of low cardinality.
         budget: limits of one run.
+        shared_budgets: one or several that this run spends from together with others, beside its own.
+        limits: by name, what attempts of the nodes under that name may do together, in all runs that have it.
+        node_limits: the limit's name by node id. A node that is not in it goes by the limit of its own id, if there is one.
+        breaker: leaves a provider alone for a while that fails too often.
         policy_map: retries by failure class.
         node_policies: retries of single nodes, by node id; the only way to retry a whole group.
         hooks: one set of hooks or several.
@@ -95,6 +102,10 @@ class RunConfig(BaseModel):
     run_id: str = Field(default_factory=_generate_id)
     pipeline: str = "pipeline"
     budget: ExecutionBudget = Field(default_factory=ExecutionBudget.unlimited)
+    shared_budgets: Annotated[SharedBudget | Sequence[SharedBudget], SkipValidation] = ()
+    limits: Annotated[dict[str, Limit], SkipValidation] = Field(default_factory=dict)
+    node_limits: dict[str, str] = Field(default_factory=dict)
+    breaker: InstanceOf[Breaker] | None = None
     policy_map: PolicyMap = Field(default_factory=default_policy_map)
     node_policies: dict[str, PolicyMap] = Field(default_factory=dict)
     hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=NodeHooks)
@@ -117,6 +128,22 @@ class RunConfig(BaseModel):
     hook_timeout_ms: int | None = Field(default=5000, gt=0, le=LARGEST)
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
 
+    @property
+    def budgets(self) -> Sequence[SharedBudget]:
+        """The shared budgets, in an order that is the same for everybody: nobody waits for who waits for them."""
+        given = self.shared_budgets
+        return (given,) if isinstance(given, SharedBudget) else given
+
+    def limit_of(self, node_id: str) -> str | None:
+        """The name of the limit that a node goes by: the one that it is given, else that of its own id."""
+        name = self.node_limits.get(node_id, node_id)
+        return name if name in self.limits else None
+
+    @property
+    def gated(self) -> bool:
+        """Whether attempts wait for their turn anywhere."""
+        return bool(self.shared_budgets or self.limits or self.breaker is not None)
+
     def take_run_id(self) -> str:
         """The id of the next run: the one that was given; or the generated one, once, and then fresh ones."""
         run_id = self.run_id
@@ -134,6 +161,30 @@ class RunConfig(BaseModel):
     def _are_hooks(cls, value: Any) -> Any:
         sets = flatten(value)
         return value if isinstance(value, (NodeHooks, Sequence)) else sets  # What can be read once has been.
+
+    @field_validator("shared_budgets")
+    @classmethod
+    def _are_budgets(cls, value: Any) -> Any:
+        given = (value,) if isinstance(value, SharedBudget) else value
+        if not isinstance(given, Sequence) or not all(isinstance(one, SharedBudget) for one in given):
+            raise ValueError(f"shared_budgets is {shown(value)}; give a SharedBudget(...), or a list of them")
+        if len({one.name for one in given}) < len(given):
+            raise ValueError("shared_budgets has two of one name; give each a name of its own")
+        return tuple(sorted(given, key=lambda one: one.name))
+
+    @field_validator("node_limits")
+    @classmethod
+    def _have_limits(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        check_limits(info.data.get("limits", {}), value)
+        return value
+
+    @field_validator("limits")
+    @classmethod
+    def _are_limits(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f'limits is {shown(value)}; give {{"name": Limit(...)}}')
+        check_limits(value, {})
+        return value
 
     @field_validator("node_timeouts")
     @classmethod

@@ -460,7 +460,7 @@ class ReliabilityContext:
     __slots__ = (
         "__weakref__", "_beginning", "_calls", "_gives_up", "_next_position", "_notes", "_opening", "_recorded", "_waits",
         "_warned", "budget", "cancelled", "chained", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
-        "delivers", "done", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "hook_failures", "hooks", "interrupt", "kept_traceparent", "lends", "lent",
+        "delivers", "done", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "hooks", "interrupt", "kept_traceparent", "lends", "lent",
         "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
         "step_timeouts", "suspended", "timed", "trace", "traceparent", "unpriced",
@@ -573,6 +573,8 @@ class ReliabilityContext:
         #: Whether the store is to know which end hooks are due.
         self.delivers = False
         self.fire: Hooks = NO_HOOKS
+        #: Whether attempts wait for their turn at a shared budget, a limit or a breaker.
+        self.gated = self.config.gated
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
         if sets:
             self.delivers = self.config.hook_delivery == "at_least_once"

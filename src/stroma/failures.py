@@ -14,6 +14,7 @@ from pydantic import BaseModel, Field
 from stroma.classifiers import read_provider_error
 from stroma.contracts import ContractViolation
 from stroma.cost import BudgetExceeded
+from stroma.refusals import CircuitOpen, LimitError, WaitedTooLong
 from stroma.schemas import NotSerialisable
 from stroma.usage import UsageError, shown
 
@@ -253,6 +254,12 @@ def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
         return FailureClass.TERMINAL, "not_serialisable"
     if issubclass(kind, TimeoutError):
         return FailureClass.RECOVERABLE, "timeout"
+    if issubclass(kind, LimitError):
+        return FailureClass.TERMINAL, "limit"
+    if issubclass(kind, WaitedTooLong):
+        return FailureClass.RECOVERABLE, "limit"
+    if issubclass(kind, CircuitOpen):
+        return FailureClass.RECOVERABLE, "circuit_open"
     return None, None
 
 

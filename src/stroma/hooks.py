@@ -62,6 +62,10 @@ class NodeHooks:
 
     ``on_node_success`` gets the tokens of this attempt, input + output, 0 if the node reported none. Everything
     else about a node (position, attempt, model, cost ...) is at :func:`stroma.current_node` while a hook runs.
+    ``on_node_wait`` gets (run id, node id, reason, seconds) when an attempt begins to wait for its turn: at a limit, a
+    shared budget or an open circuit; 0 seconds where nobody can tell how long. ``on_circuit_change`` gets (run id, host or
+    limit, "open", "half_open" or "closed") in the run that changed it. ``on_budget_warning`` names the limit of a shared
+    budget "budget:cost" or "budget:tokens".
     Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. ``on_map_progress`` is told
     how far a map is: at its begin, at its end, and in between at most five times a second.
     """
@@ -77,6 +81,8 @@ class NodeHooks:
     on_node_suspended: Callable[[str, str, str], Awaitable[None]] | None = None
     on_budget_warning: Callable[[str, str, float, float], Awaitable[None]] | None = None
     on_map_progress: Callable[[str, str, MapProgress], Awaitable[None]] | None = None
+    on_node_wait: Callable[[str, str, str, float], Awaitable[None]] | None = None
+    on_circuit_change: Callable[[str, str, str], Awaitable[None]] | None = None
 
     #: Of hooks that make a run wait for who reads what they tell: they are under no time limit.
     _patient: ClassVar[bool] = False
@@ -173,6 +179,8 @@ class Hooks:
     on_node_suspended: Calls | None = None
     on_budget_warning: Calls | None = None
     on_map_progress: Calls | None = None
+    on_node_wait: Calls | None = None
+    on_circuit_change: Calls | None = None
 
     def __init__(
         self,

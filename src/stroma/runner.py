@@ -244,6 +244,11 @@ class StromaRunner:
             ctx.pipeline = node_sequence.name
         if traceparent is not None:
             ctx.traceparent = _checked(ctx, traceparent)
+        if config.limits and not any(config.limit_of(node_id) for node_id in _node_ids(nodes)):
+            ctx.run_logger.warning(
+                "no node of pipeline %r goes by any of the limits (%s); say which does with node_limits={node id: name}",
+                ctx.pipeline, ", ".join(map(repr, config.limits)),
+            )  # fmt: skip
         run = OneRun(ctx, nodes, initial_state, start)
         self._live.add(run)
         try:
@@ -599,6 +604,15 @@ def _checked(ctx: ReliabilityContext, traceparent: str) -> str | None:
     # It comes from whoever called us, over the network perhaps: no reason not to run.
     ctx.run_logger.warning("traceparent %r is no W3C trace context; it is ignored", traceparent[:200])
     return None
+
+
+def _node_ids(nodes: Iterable[Node | Group]) -> Iterator[str]:
+    """The ids of all nodes, those in groups too."""
+    for node in nodes:
+        if isinstance(node, Group):
+            yield from _node_ids(node.children)
+        else:
+            yield node.node_id
 
 
 def _records_of(nodes: Pipeline | list[Any]) -> list[Node | Group]:

@@ -26,9 +26,11 @@ __all__ = [
     "ExecutionResult",
     "ExecutionTrace",
     "HookFailure",
+    "MarkKind",
     "Outcome",
     "RunStatus",
     "TraceEvent",
+    "TraceMark",
 ]
 
 Outcome = Literal["success", "failure", "cancelled", "suspended"]
@@ -232,24 +234,52 @@ class TraceEvent:
         return self.node_id
 
 
-class ExecutionTrace:
-    """The events of one run, in the order in which attempts ended. ``len`` and iteration see the top level."""
+MarkKind = Literal["wait", "refused", "circuit_open", "circuit_half_open", "circuit_closed"]
 
-    __slots__ = ("_schemas", "rows", "run_id")
+
+@dataclass(frozen=True, slots=True)
+class TraceMark:
+    """What happened to an attempt before or after its call.
+
+    Attributes:
+        kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, or what a circuit came to.
+        reason: what for, in words; of a circuit the host or limit.
+        waited_ms: how long it waited; 0 for all else.
+        at_utc: when it was noted: a wait at its end.
+    """
+
+    node_id: str
+    attempt: int
+    position: int
+    branch: str
+    kind: MarkKind
+    reason: str
+    waited_ms: float
+    at_utc: datetime
+
+
+class ExecutionTrace:
+    """The events of one run, in the order in which attempts ended. ``len`` and iteration see the top level.
+
+    ``marks``: what is no attempt: waits, refusals, changes of circuits.
+    """
+
+    __slots__ = ("_schemas", "marks", "rows", "run_id")
 
     def __init__(self, run_id: str = "") -> None:
         self.run_id = run_id
         #: The rows as the engine keeps them, and events in place of those that somebody has looked at.
         self.rows: list[Row | TraceEvent] = []
+        self.marks: list[TraceMark] = []
         # Which schemas the snapshots of a node's rows are read with.
         self._schemas: dict[str, tuple[Schema | None, Schema, object]] = {}
 
-    def __getstate__(self) -> tuple[str, list[TraceEvent]]:
+    def __getstate__(self) -> tuple[str, list[TraceEvent], list[TraceMark]]:
         # Events are plain data; rows need schemas, and those cannot leave the process.
-        return self.run_id, self._events
+        return self.run_id, self._events, self.marks
 
-    def __setstate__(self, state: tuple[str, list[TraceEvent]]) -> None:
-        self.run_id, events = state
+    def __setstate__(self, state: tuple[str, list[TraceEvent], list[TraceMark]]) -> None:
+        self.run_id, events, self.marks = state
         self.rows, self._schemas = list(events), {}
 
     def append(self, event: TraceEvent) -> None:
@@ -267,7 +297,7 @@ class ExecutionTrace:
     def copy(self) -> ExecutionTrace:
         """A trace of its own with the same events: what is appended to or built in one is not seen in the other."""
         twin = ExecutionTrace(self.run_id)
-        twin.rows = _copy_rows(self.rows)
+        twin.rows, twin.marks = _copy_rows(self.rows), list(self.marks)
         twin._schemas = self._schemas.copy()
         return twin
 

@@ -216,10 +216,17 @@ async def test_an_older_format_is_brought_up_to_date(
     session = await begin(store)
     await commit(session, 0, State(n=1))
     await finish(session)
-    monkeypatch.setattr(_postgres_schema, "_SCHEMA_VERSION", 2)
-    monkeypatch.setattr(_postgres_schema, "_MIGRATIONS", {1: ("ALTER TABLE runs ADD COLUMN fresh int",)})
+    server.execute(f"DROP TABLE {schema}.cells")
+    server.execute(f"UPDATE {schema}.meta SET v = '1'")
+    migrations = {**_postgres_schema._MIGRATIONS, 2: ("ALTER TABLE runs ADD COLUMN fresh int",)}
+    monkeypatch.setattr(_postgres_schema, "_SCHEMA_VERSION", 3)
+    monkeypatch.setattr(_postgres_schema, "_MIGRATIONS", migrations)
     assert store.get_run("run").nodes == 1
-    assert server.execute(f"SELECT v FROM {schema}.meta WHERE k = 'schema_version'") == [("2",)]
+    assert server.execute(f"SELECT k, v FROM {schema}.meta ORDER BY k") == [
+        ("min_reader", "1"),
+        ("schema_version", "3"),
+    ]
+    assert server.execute(f"SELECT count(*) FROM {schema}.cells") == [(0,)]
     assert server.execute(f"SELECT fresh FROM {schema}.runs") == [(None,)]
     assert len((await begin(store, if_exists="resume")).restored) == 1
 

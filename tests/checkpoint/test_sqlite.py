@@ -942,6 +942,7 @@ class TestFaults:
         with raw(path) as db:  # What the first format lacked.
             db.execute("ALTER TABLE steps DROP COLUMN call")
             db.execute("ALTER TABLE steps DROP COLUMN given")
+            db.execute("DROP TABLE cells")
             db.execute("UPDATE meta SET v = '1'")
         with SQLiteStore(path) as store:
             if first == "reader":
@@ -951,6 +952,8 @@ class TestFaults:
             await settle(session.record(row(1), SCHEMA, State(n=6), StepCall(3, b"x")))
             await settle(session.end("PARTIAL", "why"))
             assert (await begin(store, resume=True)).restored[1, ""].step == StepCall(3, b"x")
+            await store.change_cell("cell", lambda data, now: (b"1", None))
+            assert store.read_cell("cell")[0] == b"1"
 
     async def test_a_newer_file_is_refused(self, path: pathlib.Path) -> None:
         """A file whose min_reader is beyond this release is not touched; one that is only newer is used."""

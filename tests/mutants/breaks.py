@@ -98,6 +98,18 @@ def _prices(names: str) -> tuple[str, ...]:
     return _tests("test_prices.py", names)
 
 
+def budgets(names: str) -> tuple[str, ...]:
+    return _tests("test_shared_budget.py", names)
+
+
+def limits(names: str) -> tuple[str, ...]:
+    return _tests("test_limits.py", names)
+
+
+def breakers(names: str) -> tuple[str, ...]:
+    return _tests("test_breaker.py", names)
+
+
 def _repair(names: str) -> tuple[str, ...]:
     return _tests("test_repair.py", names)
 
@@ -3826,8 +3838,295 @@ STREAMS = (
     ),
 )
 
+SHARED: tuple[Break, ...] = (
+    Break(
+        "reserved-is-free",
+        "A call is made only if there is room beside what others have reserved.",
+        "_ledger.py",
+        "spent + (reserved if amount else 0) + amount > limit",
+        "spent + amount > limit",
+        budgets(
+            "test_a_call_in_flight_holds_its_share_of_the_next_window test_a_hundred_runs_at_once[memory]"
+        ),
+    ),
+    Break(
+        "a-call-too-many",
+        "A call that would take the budget over its limit is not made.",
+        "_ledger.py",
+        "spent + (reserved if amount else 0) + amount > limit",
+        "spent + (reserved if amount else 0) > limit",
+        budgets("test_a_hundred_runs_at_once[memory] test_tokens"),
+    ),
+    Break(
+        "settled-twice",
+        "A call whose end is told twice is counted once.",
+        "_ledger.py",
+        "if state.holds.pop(token, None) is None and known:",
+        "if state.holds.pop(token, None) is None and not known:",
+        _tests("checkpoint/test_cells.py", "TestBudgetInMemory"),
+    ),
+    Break(
+        "reserved-twice",
+        "A reservation whose answer was lost is made once.",
+        "_ledger.py",
+        "if ask.token in state.holds:",
+        "if ask.token in state.spent:",
+        _tests("checkpoint/test_cells.py", "TestBudgetInMemory"),
+    ),
+    Break(
+        "dead-hold-for-ever",
+        "What a dead process held counts until its lease ends.",
+        "_holds.py",
+        "return until is None or until > now",
+        "return True",
+        limits("test_places_of_the_dead"),
+    ),
+    Break(
+        "lease-runs-out",
+        "What a call holds is kept up until it ends.",
+        "_renewals.py",
+        "                    due.setdefault(hold.renew, []).append(token)",
+        "                    pass",
+        budgets("test_leases_are_kept_up"),
+    ),
+    Break(
+        "one-outlier-shuts-out",
+        "One call that took more than the limit does not keep all others from being made.",
+        "_holds.py",
+        "    if most > limit >= min(lately) and limit:",
+        "    if False:",
+        budgets("test_one_call_that_took_more_than_the_limit"),
+    ),
+    Break(
+        "damage-gets-out",
+        "A cell that makes no sense is a failure of the run, not an exception out of it.",
+        "_holds.py",
+        "            raise told from error",
+        "            raise",
+        limits("test_a_damaged_limit"),
+    ),
+    Break(
+        "window-set-back",
+        "What was spent is not forgotten when a clock is set back.",
+        "_ledger.py",
+        "    if start > state.start:",
+        "    if start != state.start:",
+        budgets("test_a_clock_that_is_set_back"),
+    ),
+    Break(
+        "window-for-ever",
+        "A new window begins with nothing spent.",
+        "_ledger.py",
+        "state.start, state.spent, state.by, state.warned = start, [0, 0], {}, []",
+        "state.start = start",
+        budgets("test_a_new_window_begins_anew"),
+    ),
+    Break(
+        "other-windows",
+        "Processes that do not agree on the window are told.",
+        "_ledger.py",
+        "if state.per != terms.per:",
+        "if not terms.name:",
+        budgets("test_two_processes_that_do_not_agree_on_the_window"),
+    ),
+    Break(
+        "no-limit-of-its-own",
+        "A node's own limit in a shared budget holds.",
+        "_ledger.py",
+        "    if cap is not None:",
+        "    if False:",
+        budgets("test_limits_of_single_nodes"),
+    ),
+    Break(
+        "unknown-is-free",
+        "The first call of an unknown node reserves what is left.",
+        "_ledger.py",
+        "amount = max(1, min(limit - spent - reserved for limit, spent, reserved, _ in bounds))",
+        "amount = 1",
+        budgets("test_the_first_call_of_an_unknown_node_goes_alone[memory]"),
+    ),
+    Break(
+        "warned-for-each-call",
+        "The warning of a shared budget is told once in a window.",
+        "_ledger.py",
+        "                state.warned.append(name)\n",
+        "",
+        budgets("test_the_warning_at_80_percent[memory]"),
+    ),
+    Break(
+        "shared-names",
+        "Two shared budgets of one name in a process have the same limits.",
+        "_gate.py",
+        "if other is not None and other._terms != gate._terms:",
+        "if other is not None and not gate._terms:",
+        budgets("test_two_of_one_name"),
+    ),
+    Break(
+        "open-without-a-store",
+        "While the store is down no call is made, unless it is asked for.",
+        "_gate.py",
+        'if self.on_store_error == "allow" and error.transient:',
+        "if error.transient:",
+        limits("test_a_store_that_is_down"),
+    ),
+    Break(
+        "owed-and-forgotten",
+        "What the store could not be told of is counted with the next call.",
+        "shared_budget.py",
+        "            self._owed.append(spend)\n",
+        "",
+        budgets("test_a_store_that_fails_after_the_call"),
+    ),
+    Break(
+        "cancelled-keeps-its-share",
+        "A call that is cancelled gives back what it reserved.",
+        "_engine.py",
+        "        await permit.leave(None)\n",
+        "",
+        budgets("test_a_cancelled_call_counts_and_holds_nothing[memory]"),
+    ),
+    Break(
+        "closed-keeps-its-share",
+        "A run that is closed gives back what it reserved.",
+        "_engine.py",
+        "        permit.drop(run.counted)\n",
+        "",
+        budgets("test_a_run_that_is_closed_holds_nothing"),
+    ),
+    Break(
+        "waiting-keeps-its-share",
+        "A call that is cancelled while it waits holds nothing.",
+        "_admission.py",
+        "    except BaseException:\n        permit.drop()\n",
+        "    except BaseException:\n",
+        limits("test_a_limit_and_a_budget_are_given_back"),
+    ),
+    Break(
+        "overtaken",
+        "Those who wait are not overtaken.",
+        "_admission.py",
+        "    if not line.waiting:",
+        "    if line is not None:",
+        limits("test_nobody_overtakes_those_who_wait"),
+    ),
+    Break(
+        "sixty-seconds",
+        "No 60 seconds see more requests than the limit.",
+        "_rates.py",
+        "_SECONDS: Final = 61",
+        "_SECONDS: Final = 60",
+        limits("test_requests_of_any_minute"),
+    ),
+    Break(
+        "tokens-as-reserved",
+        "Tokens count as used once the call has ended.",
+        "_rates.py",
+        "slot[2] = max(0, slot[2] - hold[3]) + (took or 0)",
+        "pass",
+        limits("test_tokens_count_as_reserved_and_then_as_used"),
+    ),
+    Break(
+        "more-at-once",
+        "No more calls are in flight than may be.",
+        "_rates.py",
+        "in_flight >= rates.concurrent",
+        "in_flight > rates.concurrent",
+        limits("test_no_more_at_once_than_may[memory]"),
+    ),
+    Break(
+        "waits-for-ever",
+        "A wait ends with the latency budget.",
+        "_admission.py",
+        "bounds = [bound for bound in (_left(ctx, run), at_most) if bound is not None]",
+        "bounds = [bound for bound in (at_most,) if bound is not None]",
+        limits("test_a_wait_ends_with_the_latency_budget"),
+    ),
+    Break(
+        "never-met-in-silence",
+        "A call that takes more tokens than a minute has is an error.",
+        "_rates.py",
+        "known > rates.tokens:",
+        "known < 0:",
+        limits("test_a_limit_that_can_never_be_met"),
+    ),
+    Break(
+        "refusals-open-it",
+        "A request that the provider refuses is no failure of the provider.",
+        "breaker.py",
+        'frozenset({"connection", "timeout", "server_error", "overloaded"})',
+        'frozenset({"connection", "timeout", "server_error", "overloaded", "bad_request", "rate_limit"})',
+        breakers("test_what_counts_as_a_failure[429-True] test_requests_that_are_refused_open_nothing"),
+    ),
+    Break(
+        "all-probe",
+        "One call finds out whether a provider is well again; the others wait.",
+        "breaker.py",
+        "            if circuit.probing:\n",
+        "            if False:\n",
+        breakers("test_an_open_circuit_lets_nobody_pass"),
+    ),
+    Break(
+        "probe-for-ever",
+        "A call that finds out nothing leaves that to the next one.",
+        "breaker.py",
+        "                circuit.probing = False\n",
+        "                circuit.probing = went_well is None\n",
+        breakers("test_a_probe_that_says_nothing"),
+    ),
+    Break(
+        "opens-too-soon",
+        "A circuit opens after min_calls calls at the least.",
+        "breaker.py",
+        "or len(circuit.calls) < self.min_calls",
+        "or not circuit.calls",
+        breakers("test_it_opens_at_the_rate"),
+    ),
+    Break(
+        "failures-for-ever",
+        "Failures that are older than the window are forgotten.",
+        "breaker.py",
+        "while circuit.calls[0][0] <= now - self.window_seconds:",
+        "while circuit.calls[0][0] <= now - 10 * self.window_seconds:",
+        breakers("test_only_the_window_counts"),
+    ),
+    Break(
+        "cells-that-race",
+        "Nobody changes a cell between what is read and what is written.",
+        "checkpoint/cells.py",
+        "        with _lock:\n            data, told = change(self._cells.get(name), time.time_ns() // 1_000_000)",
+        "        if True:\n            old = self._cells.get(name)\n            time.sleep(0.0005)\n            data, told = change(old, time.time_ns() // 1_000_000)",
+        _tests(
+            "checkpoint/test_cells.py", "TestCells::test_nothing_comes_between_reading_and_writing[memory]"
+        ),
+    ),
+    Break(
+        "redis-cells-that-race",
+        "Redis changes a cell only if nobody else has.",
+        "checkpoint/_redis_scripts.py",
+        "  if (f[1] or '') ~= number then return 'changed' end\n",
+        "",
+        _tests("checkpoint/test_cells.py", "test_processes_change_one_cell[redis]"),
+    ),
+    Break(
+        "postgres-cells-that-race",
+        "Postgres locks a cell before it is read.",
+        "checkpoint/_postgres_rows.py",
+        '_LOCK_CELL: Final = f"{_CELL} FOR UPDATE"',
+        '_LOCK_CELL: Final = f"{_CELL} AND true"',
+        _tests("checkpoint/test_cells.py", "test_processes_change_one_cell[postgres]"),
+    ),
+    Break(
+        "one-spoils-all",
+        "A change that raises spoils no other that waits with it.",
+        "checkpoint/_redis_connection.py",
+        "            return  # One of them is at fault: alone, it spoils no other.\n",
+        "            for job in jobs:\n                job.error = self._explain(error)\n                self._done.add(id(job))\n            return\n",
+        _tests("checkpoint/test_cells.py", "TestCells::test_a_change_that_raises[redis]"),
+    ),
+)
+
 BREAKS: tuple[Break, ...] = (
     *RETRIES, *CLASSES, *REPAIR, *CONTRACTS, *TIMEOUTS, *BUDGETS, *COMMIT, *HOOKS, *GROUPS, *CONTEXTS, *RESUME, *TRACE,
     *SCHEMAS, *PROMISES, *OWNERSHIP, *LASTING, *STORES, *COST, *IDS,
-    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS, *PROVIDERS, *USAGE, *MENDING, *MAPS, *STREAMS,
+    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS, *PROVIDERS, *USAGE, *MENDING, *MAPS, *STREAMS, *SHARED,
 )  # fmt: skip

@@ -26,6 +26,8 @@ PROMETHEUS: dict[str, tuple[str, frozenset[str]]] = {
     "stroma_cost_usd_total": ("counter", NODE | {"model"}),
     "stroma_budget_warnings_total": ("counter", frozenset({"pipeline", "dimension"})),
     "stroma_budget_exceeded_total": ("counter", frozenset({"pipeline", "dimension"})),
+    "stroma_node_waits_total": ("counter", NODE),
+    "stroma_circuit_changes_total": ("counter", frozenset({"pipeline", "circuit", "state"})),
     "stroma_hook_errors_total": ("counter", frozenset({"pipeline", "hook"})),
 }
 

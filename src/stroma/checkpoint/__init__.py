@@ -2,6 +2,7 @@
 
 from typing import TYPE_CHECKING, Any
 
+from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.journal import (
     AsyncCheckpointStore,
     AttemptRecord,
@@ -44,6 +45,7 @@ __all__ = [
     "AsyncCheckpointStore",
     "AsyncInMemoryStore",
     "AttemptRecord",
+    "CellStore",
     "CheckpointKey",
     "CheckpointLost",
     "CheckpointManager",

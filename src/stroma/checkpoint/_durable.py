@@ -23,6 +23,7 @@ from stroma.checkpoint._session import (
     PICO,
     WAITING,
     Attempt,
+    CellChange,
     Doing,
     DurableSession,
     Fence,
@@ -40,6 +41,7 @@ from stroma.checkpoint._session import (
     waiting_branch,
 )
 from stroma.checkpoint._worker import Connection, Operation, Worker, generation
+from stroma.checkpoint.cells import Change
 from stroma.checkpoint.journal import (
     AttemptRecord,
     CheckpointNotFound,
@@ -402,6 +404,22 @@ class DurableStore(ABC):
             f"there is no run {run_id!r} in {self._named()}; check the id and the store"
         )
 
+    # ------------------------------------------------------------------ cells
+
+    def change_cell(self, name: str, change: Change[T]) -> Awaitable[T]:
+        """Change a cell as one transaction; see CellStore. Raises ValueError for a name; awaited: StoreError."""
+        return self._submit(_changing(name, change))
+
+    def post_cell(self, name: str, change: Change[Any]) -> None:
+        """The same where nobody waits for it. From any thread."""
+        self.post(_changing(name, change))
+
+    def read_cell(self, name: str) -> tuple[bytes | None, int]:
+        """A cell's data, None if there is none, and the store's clock in milliseconds. Blocking. Raises StoreError."""
+        check_id(name, "cell name")
+        nothing: tuple[bytes | None, int] = (None, time.time_ns() // 1_000_000)
+        return self.read(lambda rows: rows.cell(name), nothing) if self.exists() else nothing
+
     # ------------------------------------------------------------------ retention
 
     async def gc(
@@ -465,6 +483,10 @@ class DurableStore(ABC):
 
     async def __aexit__(self, *_: object) -> None:
         await self.aclose()
+
+
+def _changing(name: str, change: Change[Any]) -> CellChange:
+    return CellChange(check_id(name, "cell name"), change)
 
 
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:

@@ -1,4 +1,5 @@
-"""The connection that a Postgres store writes with: one round trip and one transaction for all commits that wait."""
+"""The connection that a Postgres store writes with: one round trip and one transaction for all commits that wait, and one
+transaction for all changes of a cell."""
 
 from __future__ import annotations
 
@@ -11,7 +12,7 @@ import psycopg
 
 from stroma.checkpoint._postgres_rows import PostgresRows, commit_query
 from stroma.checkpoint._postgres_server import Server, is_lost, is_misled, may_pass, pause
-from stroma.checkpoint._session import Commit, Doing
+from stroma.checkpoint._session import CellChange, Commit, Doing, change_together
 from stroma.checkpoint._worker import Job
 from stroma.checkpoint.journal import StoreError
 
@@ -46,13 +47,15 @@ class PostgresConnection:
         self._left: dict[int, Job] = {}
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> None:
-        """Commits together, everything else in a transaction of its own."""
+        """Commits together, changes of a cell too, everything else in a transaction of its own."""
         more()
         self._left = {id(job): job for job in batch}
         known = len(batch)
         try:
             for stage in stages(batch):
-                if len(stage) > 1:
+                if len(stage) > 1 and isinstance(stage[0].operation, CellChange):
+                    self._one_cell(stage)
+                elif len(stage) > 1:
                     self._together(stage)
                 for job in stage:
                     if id(job) in self._left:
@@ -93,6 +96,23 @@ class PostgresConnection:
         for (job, _), is_kept in zip(commits, kept, strict=True):
             if is_kept:
                 self._settle(job)
+
+    def _one_cell(self, jobs: list[Job]) -> None:
+        """Changes of one cell, all or none of them; those that are not done by this are left."""
+        changes = [job.operation for job in jobs if isinstance(job.operation, CellChange)]
+
+        def change(db: Database, _: bool) -> list[Any]:
+            with db.transaction():
+                return change_together(PostgresRows(db), changes)
+
+        try:
+            told = self._try(change)
+        except _Unreachable:
+            raise
+        except Exception:
+            return  # One of them is at fault: alone, it spoils no other.
+        for job, value in zip(jobs, told, strict=True):
+            self._settle(job, value)
 
     def _alone(self, job: Job) -> None:
         operation = job.operation
@@ -166,8 +186,9 @@ class PostgresConnection:
 def stages(batch: list[Job]) -> list[list[Job]]:
     """Operations that may be done together, in an order that keeps that of each run.
 
-    A commit may pass what is known to concern other runs only.
+    A commit may pass what is known to concern other runs only, and a change of a cell all but the others of that cell.
     """
+    cells: dict[str, list[Job]] = {}
     found: list[list[Job]] = []
     together: list[Job] | None = None
     passed: set[str] = set()
@@ -179,6 +200,12 @@ def stages(batch: list[Job]) -> list[list[Job]]:
                 found.append(together)
                 passed.clear()
             together.append(job)
+        elif isinstance(job.operation, CellChange):
+            changes = cells.get(job.operation.name)
+            if changes is None:
+                changes = cells[job.operation.name] = []
+                found.append(changes)
+            changes.append(job)
         else:
             found.append([job])
             if run_id is None:

@@ -112,6 +112,13 @@ _EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < %s AND (%s OR (e
 _BLOBS: Final = """SELECT output FROM steps WHERE substr(output, 1, %(length)s::int) = %(blob)s
     UNION ALL SELECT given FROM steps WHERE substr(given, 1, %(length)s::int) = %(blob)s
     UNION ALL SELECT input FROM inputs WHERE substr(input, 1, %(length)s::int) = %(blob)s"""
+_CELL: Final = f"SELECT data, {_NOW_MS} FROM cells WHERE cell_key = %s"
+_LOCK_CELL: Final = f"{_CELL} FOR UPDATE"
+# Two who make a new cell meet at its row.
+_NEW_CELL: Final = f"""INSERT INTO cells AS c (cell_key, name, data) VALUES (%s, %s, '')
+    ON CONFLICT (cell_key) DO UPDATE SET name = excluded.name RETURNING c.data, {_NOW_MS}"""
+_CLOCK: Final = f"SELECT ''::bytea, {_NOW_MS}"
+_PUT_CELL: Final = "UPDATE cells SET data = %s WHERE cell_key = %s"
 # Ids that begin with a text: a range of the index, and no LIKE, which knows wildcards.
 _BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0
     AND left(run_id, 64) COLLATE "C" >= %s AND left(run_id, 64) COLLATE "C" < %s AND starts_with(run_id, %s)
@@ -227,6 +234,18 @@ class PostgresRows:
         if run is not None:
             for statement in _DELETE:
                 self._execute(statement, run)
+
+    # ------------------------------------------------------------------ cells
+
+    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+        row: Any = self._execute(_LOCK_CELL if lock else _CELL, (key(name),)).fetchone()
+        if row is None:
+            row = self._execute(_NEW_CELL if lock else _CLOCK, (key(name), name) if lock else ()).fetchone()
+        # An empty one is there only for the lock.
+        return bytes(row[0]) or None, row[1]
+
+    def put_cell(self, name: str, data: bytes) -> None:
+        self._execute(_PUT_CELL, (data, key(name)))
 
     # ------------------------------------------------------------------ retention
 

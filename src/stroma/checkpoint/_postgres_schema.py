@@ -12,9 +12,12 @@ from stroma.checkpoint._worker import lasting
 
 __all__ = ["is_current", "is_ours", "key", "prepare"]
 
-_SCHEMA_VERSION: Final = 1  # what this release writes
+_SCHEMA_VERSION: Final = 2  # what this release writes
 _MIN_READER: Final = 1  # the oldest version that can read what this release writes
 
+# What is shared beside all runs. A cell is written again and again: there is room for that on its page.
+_CELLS: Final = """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COLLATE "C" NOT NULL, data bytea NOT NULL)
+    WITH (fillfactor = 50)"""
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
 # An index takes no more than 2.7 kB, and ids are of any length: columns named *_key hold key() of an id.
 # Text sorts and compares by its bytes, whatever the database's collation is, and whatever becomes of it.
@@ -50,11 +53,12 @@ _TABLES: Final = (
         outcome text NOT NULL, failure_class text, message text, reason text, tokens bigint NOT NULL,
         output_tokens bigint NOT NULL, cost_pico bigint NOT NULL, model text,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch_key, attempt))""",
+    _CELLS,
 )  # fmt: skip
 _FORMAT: Final = "INSERT INTO meta VALUES ('schema_version', %s), ('min_reader', %s)"
 
 #: What makes a schema of a format into one of the next.
-_MIGRATIONS: Final[dict[int, tuple[LiteralString, ...]]] = {}
+_MIGRATIONS: Final[dict[int, tuple[LiteralString, ...]]] = {1: (_CELLS,)}
 
 _RAISE: Final = "UPDATE meta SET v = %s WHERE k = %s AND v::int < %s"
 # Read from a table: to_regclass() and its like may not know yet what others made while we waited for them.

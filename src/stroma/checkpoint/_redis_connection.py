@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from stroma.checkpoint._redis_rows import Changed, RedisRows, commit_command, kept_or_raise
 from stroma.checkpoint._redis_server import Link, Server
-from stroma.checkpoint._session import Commit, Rows, fenced
+from stroma.checkpoint._session import CellChange, Commit, Rows, change_together, fenced
 from stroma.checkpoint._worker import Job
 from stroma.checkpoint.journal import StoreError
 
@@ -38,7 +38,7 @@ def perform(link: Link, ttl_ms: int | None, operation: Callable[[Rows], T]) -> T
         except Changed as error:
             if time.monotonic() > deadline:
                 raise StoreError(
-                    f"other processes keep changing the run in {link.server.name}; see that one alone is at work on it, "
+                    f"other processes keep changing the same in {link.server.name}; see that one alone is at work on a run, "
                     "then try again"
                 ) from error
         time.sleep(random.uniform(0, pause))
@@ -65,7 +65,8 @@ class RedisConnection:
         self._done: set[int] = set()
 
     def apply(self, batch: list[Job], more: Callable[[], bool]) -> None:
-        """Commits together in one round trip, each a transaction of its own; everything else one by one.
+        """Commits together in one round trip, each a transaction of its own; changes of one cell as one transaction;
+        everything else one by one.
 
         They all wait at the same time: nobody can tell in which order they were done.
         """
@@ -76,6 +77,13 @@ class RedisConnection:
             commits = [job for job in batch if isinstance(job.operation, Commit)]
             for some in _portions(commits):
                 self._commit(link, some)
+            cells: dict[str, list[Job]] = {}
+            for job in batch:
+                if isinstance(job.operation, CellChange):
+                    cells.setdefault(job.operation.name, []).append(job)
+            for changes in cells.values():
+                if len(changes) > 1:
+                    self._one_cell(link, changes)
             for job in batch:
                 if id(job) not in self._done:
                     self._do(link, job)
@@ -123,6 +131,19 @@ class RedisConnection:
                     raise fenced(RedisRows(link, None).find(commit.run_id), commit.run_id)
             except Exception as error:
                 job.error = self._explain(error)
+            self._done.add(id(job))
+
+    def _one_cell(self, link: Link, jobs: list[Job]) -> None:
+        """Changes of one cell, all or none of them; those that are not done by this are left."""
+        changes = [job.operation for job in jobs if isinstance(job.operation, CellChange)]
+        try:
+            told = perform(link, self._ttl_ms, lambda rows: change_together(rows, changes))
+        except Exception as error:
+            if self._server.passes(error):
+                raise _Unreachable(error) from error
+            return  # One of them is at fault: alone, it spoils no other.
+        for job, value in zip(jobs, told, strict=True):
+            job.value = value
             self._done.add(id(job))
 
     def _do(self, link: Link, job: Job) -> None:

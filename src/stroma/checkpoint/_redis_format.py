@@ -10,6 +10,7 @@ from stroma.checkpoint._session import RunRow, Step, StepRow
 
 __all__ = [
     "Run",
+    "cell_prefix",
     "from_hex",
     "node_of",
     "pack",
@@ -47,6 +48,11 @@ class Run:
 def prefix_of(run_id: str) -> str:
     # Percent-encoded: no id can reach into the keys of another run, nor out of the braces.
     return f"stroma:{{{quote(run_id, safe='')}}}:"
+
+
+def cell_prefix(name: str) -> str:
+    """The key of a cell."""
+    return f"stroma:cell:{quote(name, safe='')}"
 
 
 def pack(header: list[Any], *parts: bytes) -> bytes:

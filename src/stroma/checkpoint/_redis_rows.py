@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 
 from stroma.checkpoint._redis_format import (
     Run,
+    cell_prefix,
     from_hex,
     node_of,
     pack,
@@ -71,6 +72,8 @@ class RedisRows:
         self._locked: dict[str, RunRow | None] = {}
         #: Owners that this operation writes as, by run id.
         self._owners: dict[str, str] = {}
+        #: Changes that cells had when they were read, by name.
+        self._numbers: dict[str, bytes] = {}
 
     def flush(self) -> None:
         """Do what was asked for: all of it, or nothing. Raises Changed, Fenced, CheckpointLost, driver errors."""
@@ -298,6 +301,15 @@ class RedisRows:
                 raise Changed
 
         self._writes.append(_Write(script(prefix, operation, *values), read))
+
+    # ------------------------------------------------------------------ cells
+
+    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+        ((now, self._numbers[name], data),) = self._get(script(cell_prefix(name), "cell"))
+        return data, now
+
+    def put_cell(self, name: str, data: bytes) -> None:
+        self._write(cell_prefix(name), "put_cell", self._numbers[name], os.urandom(8).hex(), data)
 
     # ------------------------------------------------------------------ retention
 

@@ -17,7 +17,8 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
     gone:TOKEN    says, for a while, that the run was deleted: it did not get lost
 
 and of all runs: stroma:runs (zset: id by start), stroma:ids (zset: id, for prefixes), stroma:ended (zset: id by when its
-keys expire). An id that stands in the first but not in the last one has lost its keys.
+keys expire). An id that stands in the first but not in the last one has lost its keys. Beside all runs: a hash
+stroma:cell:<name, percent-encoded> for each cell, with its data, and the number and the maker of its last change.
 """
 
 from __future__ import annotations
@@ -285,6 +286,19 @@ function ops.delete(id, tombstone, token, version)
   redis.call('ZREM', IDS, id)
   redis.call('ZREM', ENDED, id)
   if f[1] then redis.call('SET', p .. 'gone:' .. f[1], 1, 'PX', tombstone) end
+  return 0
+end
+
+function ops.cell()
+  local f = redis.call('HMGET', p, 'number', 'data')
+  return {now_ms(), f[1] or '', f[2]}
+end
+
+function ops.put_cell(number, maker, data)
+  local f = redis.call('HMGET', p, 'number', 'maker')
+  if f[2] == maker then return 0 end
+  if (f[1] or '') ~= number then return 'changed' end
+  redis.call('HSET', p, 'data', data, 'maker', maker, 'number', (f[1] or 0) + 1)
   return 0
 end
 

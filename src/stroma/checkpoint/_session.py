@@ -17,6 +17,7 @@ from typing import Any, Final, NamedTuple, Protocol, cast
 from pydantic import BaseModel
 
 from stroma.checkpoint._owner import LIVE, Owner, is_gone
+from stroma.checkpoint.cells import Change
 from stroma.checkpoint.journal import (
     CheckpointNotFound,
     Committed,
@@ -61,6 +62,7 @@ __all__ = [
     "TRACE",
     "WAITING",
     "Attempt",
+    "CellChange",
     "Commit",
     "Doing",
     "DurableSession",
@@ -70,6 +72,7 @@ __all__ = [
     "RunRow",
     "Step",
     "StepRow",
+    "change_together",
     "fork",
     "intact",
     "keep_waiting",
@@ -251,6 +254,15 @@ class Rows(Protocol):
 
     def delete(self, run_id: str) -> None: ...
 
+    # ---- beside all runs
+    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+        """A cell's data, None if there is none, and the clock in ms since the epoch; with ``lock`` nobody else changes
+        the cell before the transaction ends."""
+        ...
+
+    def put_cell(self, name: str, data: bytes) -> None:
+        """Put data into a cell that this transaction has locked."""
+
     # ---- retention
     def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         """Runs that have ended (with ``unfinished``: any, also what only ``save()`` kept) and were last written before."""
@@ -285,6 +297,36 @@ class Commit(NamedTuple):
     def __call__(self, rows: Rows) -> None:
         if not rows.commit(self.fence, self.attempt, self.step):
             raise fenced(rows.find(self.run_id), self.run_id)
+
+
+@dataclass(frozen=True, slots=True)
+class CellChange:
+    """A change of a cell. A store may do many of one cell together, see :func:`change_together`."""
+
+    name: str
+    change: Change[Any]
+
+    @property
+    def run_id(self) -> str:
+        """What keeps its order among the changes of this cell; NUL is in no run id, so that no run waits for it."""
+        return f"\0{self.name}"
+
+    def __call__(self, rows: Rows) -> Any:
+        return change_together(rows, [self])[0]
+
+
+def change_together(rows: Rows, changes: Sequence[CellChange]) -> list[Any]:
+    """Changes of one cell, each on what the one before made: read once, written once. If one raises, none is done."""
+    data, now = rows.cell(changes[0].name, lock=True)
+    made: bytes | None = None
+    told: list[Any] = []
+    for asked in changes:
+        fresh, said = asked.change(data if made is None else made, now)
+        made = made if fresh is None else fresh
+        told.append(said)
+    if made is not None:
+        rows.put_cell(changes[0].name, made)
+    return told
 
 
 @dataclass(frozen=True, slots=True)

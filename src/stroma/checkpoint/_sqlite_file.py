@@ -24,7 +24,7 @@ T = TypeVar("T")
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
-_SCHEMA_VERSION: Final = 2  # what this release writes
+_SCHEMA_VERSION: Final = 3  # what this release writes
 _MIN_READER: Final = 2  # the oldest version that can read what this release writes
 
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
@@ -34,6 +34,7 @@ _MIN_READER: Final = 2  # the oldest version that can read what this release wri
 # Steps: one committed output per position and branch. What else is kept of a run stands at positions below 0, of
 # execution 0: what save() keeps at -1 (branch = node id), and what _session.py names.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
+# Cells: what is shared beside all runs.
 # The lease columns: every open_run bumps the epoch and writes its own owner and until when the run is its own.
 _SCHEMA: Final = (
     "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID",
@@ -58,6 +59,7 @@ _SCHEMA: Final = (
         reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID""",
     "CREATE INDEX wanted ON steps (run) WHERE position = -3",
+    "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL)",
     f"INSERT INTO meta VALUES ('schema_version', '{_SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
     f"PRAGMA application_id = {_APPLICATION_ID}",
 )  # fmt: skip
@@ -69,6 +71,7 @@ _MIGRATIONS: Final = {
         "ALTER TABLE steps ADD COLUMN given BLOB",
         "CREATE INDEX IF NOT EXISTS wanted ON steps (run) WHERE position = -3",
     ),
+    2: ("CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL)",),
 }
 
 _WAITING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)

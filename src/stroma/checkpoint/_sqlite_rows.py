@@ -185,6 +185,15 @@ class SqliteRows:
         for statement in _DELETE:
             self.db.execute(statement, (run_id,))
 
+    # ------------------------------------------------------------------ cells
+
+    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+        row = self.db.execute("SELECT data FROM cells WHERE name = ?", (name,)).fetchone()
+        return None if row is None else row[0], _now_ms()
+
+    def put_cell(self, name: str, data: bytes) -> None:
+        self.db.execute("INSERT OR REPLACE INTO cells (name, data) VALUES (?, ?)", (name, data))
+
     # ------------------------------------------------------------------ retention
 
     def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:

@@ -11,6 +11,7 @@ from typing import cast
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.journal import (
     AttemptRecord,
     CheckpointNotFound,
@@ -259,10 +260,11 @@ def _position(key: _Key) -> tuple[int, str]:
     return cast("tuple[int, str]", key if isinstance(key, tuple) else (key, ""))
 
 
-class _Memory:
+class _Memory(MemoryCells):
     """What the sync and the async store share. All calls are atomic: nothing here awaits."""
 
     def __init__(self) -> None:
+        super().__init__()
         self._runs: dict[str, _Run] = {}
 
     def open_run(self, request: RunRequest) -> _MemorySession:

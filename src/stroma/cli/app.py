@@ -33,6 +33,7 @@ _COMMANDS: Final = {
     "runs": ("stroma.cli.runs:runs", "List the runs in the store, the newest first."),
     "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
     "prices": ("stroma.cli.prices:prices", "Show what tokens of a model cost, and where that price is from."),
+    "budget": ("stroma.cli.budget:budget", "Show a budget that runs share: spent, reserved, and until when."),
     "telemetry": (
         "stroma.cli.telemetry:telemetry",
         "Dashboards and alerts for the runs that are exported.",

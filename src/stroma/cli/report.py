@@ -20,6 +20,7 @@ from stroma.cli.waiting import approve_hint, asked, open_ones, waiting_data, whe
 from stroma.cli.words import clean, count, id_word, money, plural, span
 from stroma.cost import BudgetExceeded, ExecutionBudget, limits
 from stroma.failures import Failure, FailureClass, message_of
+from stroma.refusals import SharedBudgetExceeded
 from stroma.schemas import schema_of
 from stroma.trace import ExecutionResult, RunStatus, jsonable
 
@@ -264,6 +265,8 @@ class Ending:
             words = "then go on with"
         elif failure is None:
             words = "go on with"
+        elif isinstance(over, SharedBudgetExceeded):
+            words = "once the shared budget has room, go on with"
         elif over is not None:
             words = "go on with more"
             if over.dimension == "latency":
@@ -281,7 +284,9 @@ class Ending:
         """The command that goes on with this run, under a budget that lets it."""
         options: tuple[str, ...] = ()
         over = self.over
-        if over is not None:
+        if over is not None and not isinstance(
+            over, SharedBudgetExceeded
+        ):  # The run's own limits are others.
             room = max(2 * over.limit, 1.5 * over.actual) or 1.0
             if over.dimension == "tokens":
                 options = ("--budget-tokens", f"{room:.0f}")

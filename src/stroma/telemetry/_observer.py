@@ -117,6 +117,12 @@ class Observer:
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
         """80 % of a limit are used."""
 
+    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+        """An attempt begins to wait for its turn; 0 seconds where nobody can tell how long."""
+
+    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        """The circuit of a provider's host, or of a limit, has become "open", "half_open" or "closed"."""
+
     def flush(self, timeout_seconds: float) -> bool:
         """Send what is queued, blocking; whether all of it was sent. Called in a thread."""
         return True
@@ -180,6 +186,12 @@ class Observer:
         async def on_budget_warning(_run_id: str, dimension: str, used: float, limit: float) -> None:
             self._safely("on_budget_warning", self.budget_warning, current_run(), dimension, used, limit)
 
+        async def on_node_wait(_run_id: str, _node_id: str, reason: str, seconds: float) -> None:
+            self._safely("on_node_wait", self.waiting, current_node(), reason, seconds)
+
+        async def on_circuit_change(_run_id: str, key: str, state: str) -> None:
+            self._safely("on_circuit_change", self.circuit_changed, current_run(), key, state)
+
         def wanted(hook: T, *methods: str) -> T | None:
             # What is not overridden costs nothing.
             return hook if any(getattr(type(self), m) is not getattr(Observer, m) for m in methods) else None
@@ -195,6 +207,8 @@ class Observer:
             on_node_cancelled=wanted(on_node_cancelled, "attempt_ended", "node_ended"),
             on_node_suspended=wanted(on_node_suspended, "attempt_ended", "node_ended"),
             on_budget_warning=wanted(on_budget_warning, "budget_warning"),
+            on_node_wait=wanted(on_node_wait, "waiting"),
+            on_circuit_change=wanted(on_circuit_change, "circuit_changed"),
             exporter=self,
         )
 

@@ -126,6 +126,13 @@ class _Logs(Observer):
         fields = {**_of_run(run), "dimension": dimension, "used": used, "limit": limit}
         self._write(logging.WARNING, "budget nearly used up", fields)
 
+    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+        fields = {**_of_node(node), "reason": reason, "delay_s": round(seconds, 3)}
+        self._write(logging.INFO, "node waits", fields)
+
+    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        self._write(logging.WARNING, "circuit changed", {**_of_run(run), "circuit": key, "state": state})
+
     def _failure(self, run: ReliabilityContext, ended: Ended) -> dict[str, Any]:
         assert ended.error is not None
         fields = {

@@ -87,6 +87,8 @@ class _Metrics:
             "stroma_budget_warnings", "Runs that used 80 % of a limit of their budget.", "dimension"
         )
         self.exceeded = counter("stroma_budget_exceeded", "Runs that a budget stopped.", "dimension")
+        self.waits = counter("stroma_node_waits", "Attempts that waited for their turn.", "node_id")
+        self.circuits = counter("stroma_circuit_changes", "What circuits came to.", "circuit", "state")
         self.hook_errors = counter("stroma_hook_errors", "Exceptions that hooks raised.", "hook")
 
 
@@ -154,3 +156,9 @@ class _Prometheus(Observer):
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
         self._metrics.warnings(run.pipeline, dimension).inc()
+
+    def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
+        self._metrics.waits(node.pipeline, node.node_id).inc()
+
+    def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
+        self._metrics.circuits(run.pipeline, key, state).inc()

@@ -1,0 +1,111 @@
+"""Why an attempt is not begun: a budget that others have spent, a limit, a provider that fails."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final
+
+from stroma.cost import BudgetExceeded, Dimension
+
+__all__ = ["CircuitOpen", "LimitError", "SharedBudgetExceeded", "WaitedTooLong"]
+
+_UNITS: Final = {"cost": " USD", "tokens": " tokens", "latency": " ms"}
+_NAMES: Final = {"cost": "max_cost_usd", "tokens": "max_tokens", "latency": "max_latency_ms"}
+
+
+class SharedBudgetExceeded(BudgetExceeded):
+    """A budget that several runs share has no room for another call.
+
+    Attributes:
+        budget: its name.
+        dimension: "cost" (USD) or "tokens".
+        limit, actual: what may be and was spent in this window, of the node alone where it has a limit of its own.
+        reserved: what calls in flight may spend besides, in all processes.
+        asked: what the call that was refused may take.
+        resets_at: when the window ends, in UTC; None for a budget without ``per=``.
+
+    Where: ``result.failure`` of a PARTIAL run; the node was not called.
+    Cause: runs that share the budget, in any process, have spent it, or their calls in flight may.
+    Mend: run with ``resume=True`` once the next window has begun, or raise the limit that the message names.
+    """
+
+    def __init__(
+        self,
+        budget: str,
+        dimension: Dimension,
+        limit: float,
+        actual: float,
+        reserved: float,
+        asked: float,
+        node_id: str,
+        resets_at: datetime | None,
+        capped: bool = False,
+    ) -> None:
+        super().__init__(dimension, limit, actual, node_id)
+        self.budget = budget
+        self.reserved = reserved
+        self.asked = asked
+        self.resets_at = resets_at
+        self.capped = capped
+
+    def __reduce__(self) -> Any:
+        figures = (self.limit, self.actual, self.reserved, self.asked)
+        where = (self.node_id, self.resets_at, self.capped)
+        return type(self), (self.budget, self.dimension, *figures, *where)
+
+    def __str__(self) -> str:
+        unit = _UNITS[self.dimension]
+        name = "max_cost_usd_by_node" if self.capped else _NAMES[self.dimension]
+        whose = f" of node {self.node_id!r}" if self.capped else ""
+        if self.resets_at is None:
+            way = f"raise {name}, then resume the run"
+        else:
+            anew = f"{self.resets_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+            way = f"resume the run after {anew}, when it begins anew, or raise {name}"
+        return (
+            f"shared budget {self.budget!r} has no room for a call of node {self.node_id!r}: {name}{whose} is "
+            f"{self.limit:.12g}{unit}, {self.actual:.12g} spent, {self.reserved:.12g} reserved by calls in flight, and this "
+            f"one may take {self.asked:.12g}; {way}"
+        )
+
+
+class LimitError(Exception):
+    """A limit that a call can never meet.
+
+    Where: ``result.failure`` of a FAILED run; the node was not called.
+    Cause: one call takes more tokens than ``tokens_per_minute`` of its limit.
+    Mend: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is too high, or make the calls smaller; then resume.
+    """
+
+
+class WaitedTooLong(Exception):
+    """An attempt waited for its turn longer than it may.
+
+    Where: ``result.failure`` of a PARTIAL run; the node was not called.
+    Cause: a limit had no room for ``max_wait_seconds``.
+    Mend: run with ``resume=True`` later, raise the limit, or ``max_wait_seconds``.
+    """
+
+
+class CircuitOpen(Exception):
+    """A provider fails so often that it is not called for a while.
+
+    Attributes:
+        key: the provider's host, or the limit of the node.
+        retry_after: seconds until it is tried again.
+
+    Where: ``result.failure`` of a PARTIAL run; the node was not called.
+    Cause: too many of the last calls failed, and ``Breaker.max_wait_seconds`` is shorter than what is left.
+    Mend: see what the provider says of itself, then run with ``resume=True``.
+    """
+
+    def __init__(self, key: str, retry_after: float) -> None:
+        super().__init__(key, retry_after)
+        self.key = key
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return (
+            f"{self.key} failed too often and is not called for another {self.retry_after:.1f} s; resume the run later, or "
+            "raise max_wait_seconds of the breaker"
+        )

@@ -1,0 +1,74 @@
+"""Every store that can be shared, each empty: for tests of what runs share through one."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tests.servers import shared_redis
+from tests.servers_postgres import shared_postgres
+
+from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
+from stroma.checkpoint import PostgresStore, RedisStore, SyncRedisStore
+
+#: In memory where there is such a place.
+FAST = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+_NUMBERS = itertools.count()
+
+LOCAL = ("memory", "async-memory")
+DURABLE = ("sqlite", "redis", "sync-redis", "postgres")
+STORES = (*LOCAL, *DURABLE)
+#: Those that processes can share; the plain calls of SyncRedisStore are no other store.
+SHARED = ("sqlite", "redis", "postgres")
+
+
+@contextmanager
+def place(kind: str) -> Iterator[str]:
+    """Where a store of a durable kind may be; for opening it once or more, in any process."""
+    if kind == "sqlite":
+        folder = Path(tempfile.mkdtemp(prefix="stroma-cells-", dir=FAST))
+        try:
+            yield str(folder / "runs.db")
+        finally:
+            shutil.rmtree(folder)
+    elif kind in ("redis", "sync-redis"):
+        server = shared_redis()
+        server.execute("FLUSHALL")
+        yield server.url
+    else:
+        server = shared_postgres()
+        schema = f"cells_{os.getpid()}_{next(_NUMBERS)}"
+        yield f"{server.dsn}|{schema}"
+        server.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
+
+
+def opened(kind: str, where: str = "") -> Any:
+    """The store of a kind at a place."""
+    if kind == "memory":
+        return InMemoryStore()
+    if kind == "async-memory":
+        return AsyncInMemoryStore()
+    if kind == "sqlite":
+        return SQLiteStore(where)
+    if kind == "redis":
+        return RedisStore(where)
+    if kind == "sync-redis":
+        return SyncRedisStore(where)
+    dsn, _, schema = where.partition("|")
+    return PostgresStore(dsn, schema=schema)
+
+
+@contextmanager
+def store_of(kind: str) -> Iterator[Any]:
+    """A new store of a kind, empty."""
+    if kind in LOCAL:
+        yield opened(kind)
+        return
+    with place(kind) as where, opened(kind, where) as store:
+        yield store
