@@ -4034,7 +4034,7 @@ SHARED: tuple[Break, ...] = (
         limits("test_no_more_at_once_than_may[memory]"),
     ),
     Break(
-        "waits-for-ever",
+        "turns-waited-for-for-ever",
         "A wait ends with the latency budget.",
         "_admission.py",
         "bounds = [bound for bound in (_left(ctx, run), at_most) if bound is not None]",
