@@ -591,6 +591,7 @@ class ReliabilityContext(_Untouched):
                     config.lease_seconds,
                     ends,
                     self.delivers,
+                    config.tags,
                 )
                 opened: Session | Awaitable[Session]
                 if config.if_running == "attach":

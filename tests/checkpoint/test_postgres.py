@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import stroma
-from stroma.checkpoint import Fenced, RunBusy, StoreError, open_store
+from stroma.checkpoint import Fenced, RunBusy, RunQuery, StoreError, open_store
 from stroma.checkpoint._session import Attempt, Commit, Doing, Fence
 from stroma.checkpoint._worker import Job
 from stroma.testing.machine import JournalStoreMachine
@@ -31,6 +31,7 @@ from stroma.testing.stores import (
     State,
     begin,
     commit,
+    fail,
     finish,
     restored,
     settled,
@@ -216,12 +217,30 @@ async def test_an_older_format_is_brought_up_to_date(
     session = await begin(store)
     await commit(session, 0, State(n=1))
     await finish(session)
-    monkeypatch.setattr(_postgres_schema, "_SCHEMA_VERSION", 2)
-    monkeypatch.setattr(_postgres_schema, "_MIGRATIONS", {1: ("ALTER TABLE runs ADD COLUMN fresh int",)})
+    newest = _postgres_schema._SCHEMA_VERSION
+    monkeypatch.setattr(_postgres_schema, "_SCHEMA_VERSION", newest + 1)
+    monkeypatch.setattr(_postgres_schema, "_MIGRATIONS", {newest: ("ALTER TABLE runs ADD COLUMN fresh int",)})
     assert store.get_run("run").nodes == 1
-    assert server.execute(f"SELECT v FROM {schema}.meta WHERE k = 'schema_version'") == [("2",)]
+    assert server.execute(f"SELECT v FROM {schema}.meta WHERE k = 'schema_version'") == [(str(newest + 1),)]
     assert server.execute(f"SELECT fresh FROM {schema}.runs") == [(None,)]
     assert len((await begin(store, if_exists="resume")).restored) == 1
+
+
+async def test_the_first_format_is_brought_up_to_date(
+    server: PostgresServer, store: PostgresStore, schema: str
+) -> None:
+    """What the first release made can be asked for by tags and failures, too, once it was opened."""
+    session = await begin(store)
+    await fail(session, 0, "n")
+    await finish(session, "FAILED")
+    server.execute(f"DROP TABLE {schema}.tags")
+    for index in ("runs_by_pipeline", "runs_by_status", "failed"):
+        server.execute(f"DROP INDEX {schema}.{index}")
+    server.execute(f"UPDATE {schema}.meta SET v = '1'")
+    with PostgresStore(server.dsn, schema=schema) as fresh:
+        assert [run.run_id for run in fresh.run_page(RunQuery(node="n")).runs] == ["run"]
+        await begin(fresh, tags=("new",))
+        assert [run.run_id for run in fresh.run_page(RunQuery(tag="new")).runs] == ["run"]
 
 
 async def test_a_database_without_every_character(server: PostgresServer) -> None:

@@ -4,7 +4,9 @@ from typing import TYPE_CHECKING, Any
 
 from stroma.checkpoint.journal import (
     AsyncCheckpointStore,
+    AttemptPage,
     AttemptRecord,
+    Cause,
     CheckpointKey,
     CheckpointLost,
     CheckpointNotFound,
@@ -18,6 +20,8 @@ from stroma.checkpoint.journal import (
     PriorUsage,
     RunBusy,
     RunExists,
+    RunPage,
+    RunQuery,
     RunRecord,
     RunRequest,
     Session,
@@ -43,7 +47,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncCheckpointStore",
     "AsyncInMemoryStore",
+    "AttemptPage",
     "AttemptRecord",
+    "Cause",
     "CheckpointKey",
     "CheckpointLost",
     "CheckpointManager",
@@ -61,6 +67,8 @@ __all__ = [
     "RedisStore",
     "RunBusy",
     "RunExists",
+    "RunPage",
+    "RunQuery",
     "RunRecord",
     "RunRequest",
     "SQLiteStore",

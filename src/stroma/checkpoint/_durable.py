@@ -18,10 +18,10 @@ from stroma.checkpoint._leases import Keeper
 from stroma.checkpoint._owner import new_owner
 from stroma.checkpoint._session import (
     CANCEL,
-    PARENT,
     PICO,
     WAITING,
     Attempt,
+    Beside,
     Doing,
     DurableSession,
     Fence,
@@ -29,6 +29,7 @@ from stroma.checkpoint._session import (
     Rows,
     RunRow,
     Step,
+    StepRow,
     checksum,
     fork,
     intact,
@@ -39,9 +40,13 @@ from stroma.checkpoint._session import (
 )
 from stroma.checkpoint._worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.journal import (
+    AttemptPage,
     AttemptRecord,
+    Cause,
     CheckpointNotFound,
     CorruptCheckpoint,
+    RunPage,
+    RunQuery,
     RunRecord,
     RunRequest,
     Waiting,
@@ -59,6 +64,9 @@ logger = logging.getLogger("stroma")
 
 _AT_ONCE: Final = 500  # runs that one look for old ones gives
 _TOGETHER: Final = 50  # runs that one transaction deletes: others wait for it
+_LOOK_AT: Final = 20_000  # runs that one page looks at one by one
+_FAILED: Final = 20  # failed attempts in which the cause is looked for
+_ALL_RUNS: Final = RunQuery()
 
 
 class Collected(NamedTuple):
@@ -150,6 +158,7 @@ class DurableStore(ABC):
             sealed,
             checksum(sealed),
             request.discard_from,
+            tuple(dict.fromkeys(request.tags)),
         )
         open_it = partial(session.open, request, opening, data)
         await self._submit(Doing(request.run_id, open_it, opening, session))
@@ -258,10 +267,23 @@ class DurableStore(ABC):
         wanted = None if status is None else str(status)
 
         def query(rows: Rows) -> list[RunRecord]:
-            found = rows.runs(limit=limit, pipeline=pipeline, status=wanted)
-            return [_run_record(rows, row) for row in found]
+            asked = RunQuery(pipeline=pipeline, statuses=() if wanted is None else (wanted,))
+            found, _ = rows.runs(asked, limit=limit, after=None, look_at=None)
+            return _run_records(rows, found, failed=0)
 
         return self.read(query, [])
+
+    def run_page(self, query: RunQuery = _ALL_RUNS, *, limit: int = 50, after: str | None = None) -> RunPage:
+        """The last executions of the runs that are asked for, the one begun last first, with the cause of failures.
+
+        ``after``: the ``next`` of the page before. Raises ValueError for one that is none, StoreError.
+        """
+
+        def read(rows: Rows) -> RunPage:
+            found, following = rows.runs(query, limit=limit, after=after, look_at=_LOOK_AT)
+            return RunPage(_run_records(rows, found, failed=_FAILED), following)
+
+        return self.read(read, RunPage([], None))
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """The last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
@@ -269,7 +291,9 @@ class DurableStore(ABC):
 
         def query(rows: Rows) -> RunRecord | None:
             found = rows.find(run_id)
-            return None if found is None or not found.execution else _run_record(rows, found)
+            if found is None or not found.execution:
+                return None
+            return _run_records(rows, [found], failed=_FAILED)[0]
 
         return self.read(query, None)
 
@@ -300,6 +324,45 @@ class DurableStore(ABC):
 
         return self.read(query, [])
 
+    def attempt_page(
+        self, run_id: str, *, execution: int | None = None, limit: int = 1000, after: str | None = None
+    ) -> AttemptPage:
+        """The same, page by page, without outputs. Raises ValueError for an ``after`` that is none, StoreError."""
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> AttemptPage:
+            found = rows.find(run_id)
+            if found is None:
+                return AttemptPage([], None)
+            number = found.execution if execution is None else execution
+            kept, following = rows.attempt_page(found.run, number, limit=limit, after=after)
+            return AttemptPage([_record_of(attempt, size=size) for attempt, size in kept], following)
+
+        return self.read(query, AttemptPage([], None))
+
+    def output_of(
+        self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
+    ) -> bytes | None:
+        """What is committed at a place, in its stored form (see Schema.decode); None if nothing is.
+
+        Raises CorruptCheckpoint, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> StepRow | None:
+            found = rows.find(run_id)
+            if found is None:
+                return None
+            number = found.execution if execution is None else execution
+            return rows.step_at(found.run, number, position, branch)
+
+        kept = self.read(query, None)
+        if kept is None:
+            return None
+        verify(kept.step, run_id, position, kept.node_id, branch)
+        what = f"the output of node {kept.node_id!r} at position {position} of run {run_id!r}"
+        return self._payloads.open(kept.step.output, what)
+
     def _attempt_record(self, run_id: str, attempt: Attempt, step: Step | None) -> AttemptRecord:
         output, damaged = None, False
         if step is not None:
@@ -309,24 +372,8 @@ class DurableStore(ABC):
                 output = self._payloads.open(step.output, what)
             except CorruptCheckpoint:
                 damaged = True  # The rest of the history can be told all the same.
-        return AttemptRecord(
-            position=attempt.position,
-            branch=attempt.branch,
-            node_id=attempt.node_id,
-            attempt=attempt.attempt,
-            started_ms=attempt.started_ns // 1_000_000,
-            duration_ms=attempt.duration_ns / 1e6,
-            outcome=attempt.outcome,
-            failure_class=attempt.failure_class,
-            message=attempt.message,
-            reason=attempt.reason,
-            tokens=attempt.tokens,
-            output_tokens=attempt.output_tokens,
-            cost_usd=attempt.cost_pico / PICO,
-            model=attempt.model,
-            output=output,
-            damaged=damaged,
-        )
+        size = None if step is None else len(step.output)
+        return _record_of(attempt, output=output, damaged=damaged, size=size)
 
     def input_of(self, run_id: str) -> bytes:
         """The initial state of a run in its stored form (see Schema.decode).
@@ -441,9 +488,13 @@ def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
     return True
 
 
-def _run_record(rows: Rows, row: RunRow) -> RunRecord:
+def _run_records(rows: Rows, found: list[RunRow], *, failed: int) -> list[RunRecord]:
+    beside = rows.beside(found, failed=failed)
+    return [_run_record(row, about) for row, about in zip(found, beside, strict=True)]
+
+
+def _run_record(row: RunRow, beside: Beside) -> RunRecord:
     holder = row.holder
-    parent = next(iter(rows.kept(row.run, PARENT)), None)
     return RunRecord(
         row.run_id,
         row.pipeline,
@@ -456,5 +507,50 @@ def _run_record(rows: Rows, row: RunRow) -> RunRecord:
         row.nodes,
         row.error,
         None if holder is None else holder.place,
-        None if parent is None else parent.node_id,
+        beside.parent,
+        row.latency_ns / 1e6,
+        tuple(sorted(beside.tags)),
+        _cause(beside.failed),
+    )
+
+
+def _cause(failed: list[Attempt]) -> Cause | None:
+    """Of a group that failed, the child whose failure became its own: the group ends after it, with its message."""
+    if not failed:
+        return None
+    said = (failed[0].position, failed[0].failure_class, failed[0].message)
+    inside = [a for a in failed if (a.position, a.failure_class, a.message) == said]
+    deepest = max(inside, key=lambda a: a.branch.count(".") + 1 if a.branch else 0)
+    return Cause(
+        deepest.node_id,
+        deepest.position,
+        deepest.branch,
+        deepest.attempt,
+        deepest.failure_class or "",
+        deepest.reason,
+        deepest.message,
+    )
+
+
+def _record_of(
+    attempt: Attempt, *, output: bytes | None = None, damaged: bool = False, size: int | None = None
+) -> AttemptRecord:
+    return AttemptRecord(
+        position=attempt.position,
+        branch=attempt.branch,
+        node_id=attempt.node_id,
+        attempt=attempt.attempt,
+        started_ms=attempt.started_ns // 1_000_000,
+        duration_ms=attempt.duration_ns / 1e6,
+        outcome=attempt.outcome,
+        failure_class=attempt.failure_class,
+        message=attempt.message,
+        reason=attempt.reason,
+        tokens=attempt.tokens,
+        output_tokens=attempt.output_tokens,
+        cost_usd=attempt.cost_pico / PICO,
+        model=attempt.model,
+        output=output,
+        damaged=damaged,
+        output_bytes=size,
     )

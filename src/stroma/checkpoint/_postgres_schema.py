@@ -12,7 +12,7 @@ from stroma.checkpoint._worker import lasting
 
 __all__ = ["is_current", "is_ours", "key", "prepare"]
 
-_SCHEMA_VERSION: Final = 1  # what this release writes
+_SCHEMA_VERSION: Final = 2  # what this release writes
 _MIN_READER: Final = 1  # the oldest version that can read what this release writes
 
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
@@ -24,7 +24,15 @@ _MIN_READER: Final = 1  # the oldest version that can read what this release wri
 # Steps: one committed output per position and branch. What else is kept of a run stands at positions below 0, of
 # execution 0: what save() keeps at -1 (branch = node id), and what _session.py names.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
-_TABLES: Final = (
+# The indexes of runs go by columns that no commit changes, and `failed` by rows that few commits make.
+_READING: Final[tuple[LiteralString, ...]] = (
+    """CREATE TABLE tags (run bigint, tag text COLLATE "C", started_ms bigint NOT NULL, PRIMARY KEY (run, tag))""",
+    "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
+    "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
+    "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
+    "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
+)
+_TABLES: Final[tuple[LiteralString, ...]] = (
     'CREATE TABLE meta (k text COLLATE "C" PRIMARY KEY, v text NOT NULL)',
     """CREATE TABLE runs (
         run bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, run_key bytea NOT NULL UNIQUE,
@@ -50,16 +58,17 @@ _TABLES: Final = (
         outcome text NOT NULL, failure_class text, message text, reason text, tokens bigint NOT NULL,
         output_tokens bigint NOT NULL, cost_pico bigint NOT NULL, model text,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch_key, attempt))""",
+    *_READING,
 )  # fmt: skip
 _FORMAT: Final = "INSERT INTO meta VALUES ('schema_version', %s), ('min_reader', %s)"
 
 #: What makes a schema of a format into one of the next.
-_MIGRATIONS: Final[dict[int, tuple[LiteralString, ...]]] = {}
+_MIGRATIONS: Final[dict[int, tuple[LiteralString, ...]]] = {1: _READING}
 
 _RAISE: Final = "UPDATE meta SET v = %s WHERE k = %s AND v::int < %s"
 # Read from a table: to_regclass() and its like may not know yet what others made while we waited for them.
 _LOOK: Final = """SELECT coalesce(bool_or(c.relname = 'meta'), false),
-    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts')), false)
+    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts', 'tags')), false)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s"""
 _PLACE: Final = (
     """SELECT current_setting('server_encoding'), NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)"""

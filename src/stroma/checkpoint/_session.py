@@ -26,6 +26,7 @@ from stroma.checkpoint.journal import (
     Held,
     PriorUsage,
     RunExists,
+    RunQuery,
     RunRequest,
     StepCall,
     StoreError,
@@ -61,6 +62,7 @@ __all__ = [
     "TRACE",
     "WAITING",
     "Attempt",
+    "Beside",
     "Commit",
     "Doing",
     "DurableSession",
@@ -183,6 +185,15 @@ class Opening(NamedTuple):
     input: bytes
     sha256: bytes
     discard_from: int | None
+    tags: tuple[str, ...] = ()
+
+
+class Beside(NamedTuple):
+    """What is told of a run beside its row. ``failed``: its last failed attempts, the one that ended last first."""
+
+    parent: str | None
+    tags: tuple[str, ...]
+    failed: list[Attempt]
 
 
 class Rows(Protocol):
@@ -257,8 +268,18 @@ class Rows(Protocol):
         ...
 
     # ---- reading
-    def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
-        """The runs that have an execution, the one begun last first."""
+    def runs(
+        self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
+    ) -> tuple[list[RunRow], str | None]:
+        """The runs that have an execution, the one begun last first, and what ``after`` is of those that follow.
+
+        ``look_at``: how many may be looked at one by one, at least about; None for all. Raises ValueError for an ``after`` that is
+        none.
+        """
+        ...
+
+    def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
+        """What is kept beside each of these runs, with so many failed attempts at the most."""
         ...
 
     def ids(self, prefix: str, limit: int) -> list[str]:
@@ -267,6 +288,16 @@ class Rows(Protocol):
 
     def attempts(self, run: Any, execution: int) -> Iterable[tuple[Attempt, Step | None]]:
         """By process, position and time; a group before its children. With what each one committed."""
+        ...
+
+    def attempt_page(
+        self, run: Any, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[tuple[Attempt, int | None]], str | None]:
+        """The same page by page, with the stored size of what each one committed, which is not read."""
+        ...
+
+    def step_at(self, run: Any, execution: int, position: int, branch: str) -> StepRow | None:
+        """The commit at one place."""
         ...
 
 

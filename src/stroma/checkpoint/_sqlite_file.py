@@ -24,7 +24,7 @@ T = TypeVar("T")
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
-_SCHEMA_VERSION: Final = 2  # what this release writes
+_SCHEMA_VERSION: Final = 3  # what this release writes
 _MIN_READER: Final = 2  # the oldest version that can read what this release writes
 
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
@@ -35,6 +35,16 @@ _MIN_READER: Final = 2  # the oldest version that can read what this release wri
 # execution 0: what save() keeps at -1 (branch = node id), and what _session.py names.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
 # The lease columns: every open_run bumps the epoch and writes its own owner and until when the run is its own.
+# The indexes of runs go by columns that no commit changes, and `failed` by rows that few commits make.
+_READING: Final = (
+    """CREATE TABLE tags (run INTEGER NOT NULL, tag TEXT NOT NULL, started_ms INTEGER NOT NULL,
+        PRIMARY KEY (run, tag)) WITHOUT ROWID""",
+    "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
+    "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
+    "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
+    """CREATE INDEX failed ON attempts (run, execution, started_ns + duration_ns)
+        WHERE failure_class IS NOT NULL""",
+)
 _SCHEMA: Final = (
     "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE runs (
@@ -58,6 +68,7 @@ _SCHEMA: Final = (
         reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID""",
     "CREATE INDEX wanted ON steps (run) WHERE position = -3",
+    *_READING,
     f"INSERT INTO meta VALUES ('schema_version', '{_SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
     f"PRAGMA application_id = {_APPLICATION_ID}",
 )  # fmt: skip
@@ -69,6 +80,7 @@ _MIGRATIONS: Final = {
         "ALTER TABLE steps ADD COLUMN given BLOB",
         "CREATE INDEX IF NOT EXISTS wanted ON steps (run) WHERE position = -3",
     ),
+    2: _READING,
 }
 
 _WAITING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
