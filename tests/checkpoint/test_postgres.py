@@ -217,8 +217,8 @@ async def test_an_older_format_is_brought_up_to_date(
     session = await begin(store)
     await commit(session, 0, State(n=1))
     await finish(session)
-    newest = _postgres_schema._SCHEMA_VERSION
-    monkeypatch.setattr(_postgres_schema, "_SCHEMA_VERSION", newest + 1)
+    newest = _postgres_schema.SCHEMA_VERSION
+    monkeypatch.setattr(_postgres_schema, "SCHEMA_VERSION", newest + 1)
     monkeypatch.setattr(_postgres_schema, "_MIGRATIONS", {newest: ("ALTER TABLE runs ADD COLUMN fresh int",)})
     assert store.get_run("run").nodes == 1
     assert server.execute(f"SELECT v FROM {schema}.meta WHERE k = 'schema_version'") == [(str(newest + 1),)]

@@ -62,7 +62,7 @@ def test_runs(filled, inside):
     (run,) = only["runs"]
     assert run["run_id"] == "run-b"
     assert set(run) == {"run_id", "pipeline", "status", "execution", "started", "updated", "seconds", "nodes",
-                        "tokens", "cost_usd", "error", "holder", "parent"}  # fmt: skip
+                        "tokens", "cost_usd", "error", "holder", "parent", "tags", "cause"}  # fmt: skip
     assert [r["run_id"] for r in json.loads(inside("runs", "--json", "--limit", "2").out)["runs"]] == [
         "other",
         "run-b",

@@ -49,6 +49,7 @@ from stroma.checkpoint.journal import (
     RunQuery,
     RunRecord,
     RunRequest,
+    StoreFacts,
     Waiting,
     waits_no_longer,
 )
@@ -410,6 +411,10 @@ class DurableStore(ABC):
 
         return self.read(query, [])
 
+    def facts(self) -> StoreFacts | None:
+        """What the store says of itself; None while it is empty. Raises StoreError."""
+        return self.read(lambda rows: rows.facts(), None)
+
     def _no_run(self, run_id: str) -> CheckpointNotFound:
         return CheckpointNotFound(
             f"there is no run {run_id!r} in {self._named()}; check the id and the store"
@@ -553,4 +558,5 @@ def _record_of(
         output=output,
         damaged=damaged,
         output_bytes=size,
+        started_ns=attempt.started_ns,
     )

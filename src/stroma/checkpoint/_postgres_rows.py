@@ -7,10 +7,10 @@ from typing import Any, Final, LiteralString
 
 import psycopg
 
-from stroma.checkpoint._postgres_schema import key
+from stroma.checkpoint._postgres_schema import SCHEMA_VERSION, key
 from stroma.checkpoint._session import CANCEL, SAVED, Attempt, Beside, Fence, Opening, RunRow, Step, StepRow
 from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs
-from stroma.checkpoint.journal import RunQuery
+from stroma.checkpoint.journal import RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
 
 __all__ = ["PostgresRows", "commit_query"]
@@ -134,6 +134,8 @@ _EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < %s AND (%s OR (e
 _BLOBS: Final = """SELECT output FROM steps WHERE substr(output, 1, %(length)s::int) = %(blob)s
     UNION ALL SELECT given FROM steps WHERE substr(given, 1, %(length)s::int) = %(blob)s
     UNION ALL SELECT input FROM inputs WHERE substr(input, 1, %(length)s::int) = %(blob)s"""
+_FACTS: Final = f"""SELECT current_setting('server_version'), (SELECT v FROM meta WHERE k = 'schema_version'), {_NOW_MS},
+    current_setting('fsync'), current_setting('full_page_writes')"""
 # Ids that begin with a text: a range of the index, and no LIKE, which knows wildcards.
 _BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0
     AND left(run_id, 64) COLLATE "C" >= %s AND left(run_id, 64) COLLATE "C" < %s AND starts_with(run_id, %s)
@@ -303,6 +305,15 @@ class PostgresRows:
         epoch, position, started, number, branch = (-1, 0, 0, 0, "") if after is None else attempt_mark(after)
         place = (run, execution, epoch, position, started, key(branch), number, limit + 1)
         return attempt_page(self._execute(_ATTEMPT_PAGE, place).fetchall(), limit)
+
+    def facts(self) -> StoreFacts:
+        row: Any = self._execute(_FACTS).fetchone()
+        version, written, clock_ms, fsync, pages = row
+        off = [name for name, value in (("fsync", fsync), ("full_page_writes", pages)) if value == "off"]
+        risky = tuple(
+            f"{name} is off: a crash of its machine may take what was committed; turn it on" for name in off
+        )
+        return StoreFacts(f"PostgreSQL {version}", int(written), SCHEMA_VERSION, clock_ms, risky)
 
     def step_at(self, run: int, execution: int, position: int, branch: str) -> StepRow | None:
         row = self._execute(_STEP_AT, (run, execution, position, key(branch))).fetchone()

@@ -10,9 +10,9 @@ from psycopg import sql
 
 from stroma.checkpoint._worker import lasting
 
-__all__ = ["is_current", "is_ours", "key", "prepare"]
+__all__ = ["SCHEMA_VERSION", "is_current", "is_ours", "key", "prepare"]
 
-_SCHEMA_VERSION: Final = 2  # what this release writes
+SCHEMA_VERSION: Final = 2  # what this release writes
 _MIN_READER: Final = 1  # the oldest version that can read what this release writes
 
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
@@ -93,10 +93,10 @@ def prepare(db: psycopg.Connection[Any], schema: str, where: str) -> None:
         if not is_ours(db, schema, where):
             _create(db, schema, where)
             return
-        for older in range(_version(db, schema), _SCHEMA_VERSION):
+        for older in range(_version(db, schema), SCHEMA_VERSION):
             for statement in _MIGRATIONS[older]:
                 db.execute(statement)
-        for name, value in (("schema_version", _SCHEMA_VERSION), ("min_reader", _MIN_READER)):
+        for name, value in (("schema_version", SCHEMA_VERSION), ("min_reader", _MIN_READER)):
             db.execute(_RAISE, (str(value), name, value))
 
 
@@ -112,7 +112,7 @@ def _create(db: psycopg.Connection[Any], schema: str, where: str) -> None:
         db.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
     for statement in _TABLES:
         db.execute(statement)
-    db.execute(_FORMAT, (str(_SCHEMA_VERSION), str(_MIN_READER)))
+    db.execute(_FORMAT, (str(SCHEMA_VERSION), str(_MIN_READER)))
 
 
 def is_ours(db: psycopg.Connection[Any], schema: str, where: str) -> bool:
@@ -126,17 +126,17 @@ def is_ours(db: psycopg.Connection[Any], schema: str, where: str) -> bool:
         raise lasting(
             f'schema "{schema}" of {where} has tables of another program, or is damaged; give another schema='
         )
-    if needed > _SCHEMA_VERSION:
+    if needed > SCHEMA_VERSION:
         raise lasting(
             f'schema "{schema}" of {where} was written by a newer stroma (its format is {needed}, this one reads up '
-            f"to {_SCHEMA_VERSION}); upgrade stroma, or give another schema="
+            f"to {SCHEMA_VERSION}); upgrade stroma, or give another schema="
         )
     return True
 
 
 def is_current(db: psycopg.Connection[Any], schema: str) -> bool:
     """Whether this release can read the tables as they are."""
-    return _version(db, schema) >= _SCHEMA_VERSION
+    return _version(db, schema) >= SCHEMA_VERSION
 
 
 def _version(db: psycopg.Connection[Any], schema: str) -> int:

@@ -43,7 +43,7 @@ from stroma.checkpoint._session import (
     fenced,
 )
 from stroma.checkpoint._sql_reading import attempt_mark, attempt_page
-from stroma.checkpoint.journal import CheckpointLost, CorruptCheckpoint, RunQuery
+from stroma.checkpoint.journal import CheckpointLost, CorruptCheckpoint, RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
 
 __all__ = ["Changed", "RedisRows", "commit_command", "kept_or_raise", "lost"]
@@ -441,6 +441,22 @@ class RedisRows:
         told.sort(key=lambda one: (one[0], one[1][:4]))
         return told
 
+    def facts(self) -> StoreFacts:
+        (seconds, micros), *found = self._get(
+            ("TIME",), ("INFO", "server"), ("INFO", "persistence"), ("INFO", "memory")
+        )
+        info = dict(line.split(":", 1) for part in found for line in _lines(part) if ":" in line)
+        risky = []
+        if info.get("aof_enabled") == "0":
+            risky.append(
+                "appendonly is off: a crash takes what was not saved yet; set appendonly yes, appendfsync always"
+            )
+        if info.get("maxmemory_policy", "noeviction") != "noeviction":
+            policy = info["maxmemory_policy"]
+            risky.append(f"maxmemory-policy is {policy}: runs may be evicted; set it to noeviction")
+        clock_ms = int(seconds) * 1000 + int(micros) // 1000
+        return StoreFacts(f"Redis {info.get('redis_version', '?')}", 1, 1, clock_ms, tuple(risky))
+
     def step_at(self, run: Run, execution: int, position: int, branch: str) -> StepRow | None:
         place = f"{position}:{branch}"
         node, step = self._get(
@@ -544,6 +560,13 @@ def _asked(query: RunQuery) -> str:
     }
     given = {name: value for name, value in want.items() if value is not None}
     return json.dumps(given) if given else ""
+
+
+def _lines(info: Any) -> list[str]:
+    """The lines of a reply to INFO, which some drivers have read already."""
+    if isinstance(info, dict):
+        return [f"{name}:{value}" for name, value in info.items()]
+    return text(info).splitlines()
 
 
 def _lease(fence: Fence) -> int:

@@ -30,6 +30,7 @@ from stroma.checkpoint.journal import (
     RunRequest,
     StepCall,
     StoreError,
+    StoreFacts,
     Waiting,
     decide,
 )
@@ -294,6 +295,10 @@ class Rows(Protocol):
         self, run: Any, execution: int, *, limit: int, after: str | None
     ) -> tuple[list[tuple[Attempt, int | None]], str | None]:
         """The same page by page, with the stored size of what each one committed, which is not read."""
+        ...
+
+    def facts(self) -> StoreFacts:
+        """What the store says of itself."""
         ...
 
     def step_at(self, run: Any, execution: int, position: int, branch: str) -> StepRow | None:

@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeVar
 from stroma.checkpoint._worker import lasting
 from stroma.checkpoint.journal import StoreError
 
-__all__ = ["Connect", "DatabaseFile", "connect", "is_fatal"]
+__all__ = ["SCHEMA_VERSION", "Connect", "DatabaseFile", "connect", "is_fatal"]
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
-_SCHEMA_VERSION: Final = 3  # what this release writes
+SCHEMA_VERSION: Final = 3  # what this release writes
 _MIN_READER: Final = 2  # the oldest version that can read what this release writes
 
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
@@ -69,7 +69,7 @@ _SCHEMA: Final = (
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID""",
     "CREATE INDEX wanted ON steps (run) WHERE position = -3",
     *_READING,
-    f"INSERT INTO meta VALUES ('schema_version', '{_SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
+    f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
     f"PRAGMA application_id = {_APPLICATION_ID}",
 )  # fmt: skip
 
@@ -173,7 +173,7 @@ class DatabaseFile:
                         raise
                     self.open().close()
                     ready = self.patiently(lambda: self._is_ours(db))
-                if ready and self._version(db) < _SCHEMA_VERSION:
+                if ready and self._version(db) < SCHEMA_VERSION:
                     self.open().close()
                 yield db if ready else None
             finally:
@@ -273,16 +273,16 @@ class DatabaseFile:
                 for statement in _SCHEMA:
                     db.execute(statement)
             self.patiently(lambda: db.execute("COMMIT"))
-        elif self._version(db) < _SCHEMA_VERSION:
+        elif self._version(db) < SCHEMA_VERSION:
             self._migrate(db)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         """Bring an older file up to date, in one transaction; what is in it stays."""
         self.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
-        for version in range(self._version(db), _SCHEMA_VERSION):  # Another process may have been faster.
+        for version in range(self._version(db), SCHEMA_VERSION):  # Another process may have been faster.
             for statement in _MIGRATIONS[version]:
                 db.execute(statement)
-        numbers = (("schema_version", str(_SCHEMA_VERSION)), ("min_reader", str(_MIN_READER)))
+        numbers = (("schema_version", str(SCHEMA_VERSION)), ("min_reader", str(_MIN_READER)))
         values = [(number, key, number) for key, number in numbers]
         db.executemany(
             "UPDATE meta SET v = ? WHERE k = ? AND CAST(v AS INTEGER) < CAST(? AS INTEGER)", values
@@ -304,10 +304,10 @@ class DatabaseFile:
             if not rows or not str(rows[0][0]).isdecimal():
                 raise lasting(f"{self.path} is damaged: it does not say its format; restore it from a backup")
             needed = int(rows[0][0])
-            if needed > _SCHEMA_VERSION:
+            if needed > SCHEMA_VERSION:
                 raise lasting(
                     f"{self.path} was written by a newer stroma (its format is {needed}, this one reads up to "
-                    f"{_SCHEMA_VERSION}); upgrade stroma, or give another path"
+                    f"{SCHEMA_VERSION}); upgrade stroma, or give another path"
                 )
             return True
         if application or tables:

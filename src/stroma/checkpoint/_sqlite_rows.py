@@ -10,7 +10,8 @@ from typing import Any, Final
 from stroma.checkpoint._owner import Owner, boot_id
 from stroma.checkpoint._session import Attempt, Beside, Commit, Fence, Opening, RunRow, Step, StepRow
 from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs
-from stroma.checkpoint.journal import RunQuery
+from stroma.checkpoint._sqlite_file import SCHEMA_VERSION
+from stroma.checkpoint.journal import RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
 
 __all__ = ["SqliteRows"]
@@ -248,6 +249,10 @@ class SqliteRows:
         place = (run, execution, epoch, position, started, branch, number, limit + 1)
         found = self.db.execute(_ATTEMPT_PAGE, place).fetchall()
         return attempt_page(found, limit)
+
+    def facts(self) -> StoreFacts:
+        (version,) = self.db.execute("SELECT v FROM meta WHERE k = 'schema_version'").fetchone()
+        return StoreFacts(f"SQLite {sqlite3.sqlite_version}", int(version), SCHEMA_VERSION)
 
     def step_at(self, run: int, execution: int, position: int, branch: str) -> StepRow | None:
         row = self.db.execute(_STEP_AT, (run, execution, position, branch)).fetchone()

@@ -44,6 +44,7 @@ __all__ = [
     "Session",
     "StepCall",
     "StoreError",
+    "StoreFacts",
     "Waiting",
     "decide",
     "waits_no_longer",
@@ -470,7 +471,7 @@ class AttemptRecord:
     """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed and can be read.
 
     ``damaged``: it was committed, and what stands there now is not what was. ``output_bytes``: how large what was
-    committed is as it is stored; None if nothing was.
+    committed is as it is stored; None if nothing was. ``started_ns``: since the epoch.
     """
 
     position: int
@@ -490,6 +491,24 @@ class AttemptRecord:
     output: bytes | None
     damaged: bool = False
     output_bytes: int | None = field(default=None, compare=False)
+    started_ns: int = field(default=0, compare=False)
+
+
+class StoreFacts(NamedTuple):
+    """What a store says of itself.
+
+    Attributes:
+        system: what keeps it, with its version.
+        format: of what is kept; this release writes ``writes``.
+        clock_ms: the time by the clock that leases go by, where that is another machine's; else None.
+        warnings: what of its settings puts runs at risk, with the mend.
+    """
+
+    system: str
+    format: int
+    writes: int
+    clock_ms: int | None = None
+    warnings: tuple[str, ...] = ()
 
 
 class AttemptPage(NamedTuple):

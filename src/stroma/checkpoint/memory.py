@@ -426,7 +426,7 @@ def _attempt(row: Row, run: _Run) -> AttemptRecord:
     return AttemptRecord(
         row[POSITION], branch, row[NODE], row[ATTEMPT], row[STARTED] // 1_000_000, row[DURATION] / 1e6, row[OUTCOME],
         failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
-        output,
+        output, output_bytes=None if output is None else len(output), started_ns=row[STARTED],
     )  # fmt: skip
 
 

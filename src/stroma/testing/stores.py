@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
@@ -739,6 +740,16 @@ class JournalStoreTests:
         for wrong in ("", "x", "1:2:3", "a:0:0:0:"):
             with pytest.raises(ValueError, match="not where a page ended"):
                 store.attempt_page("run", after=wrong)
+
+    async def test_what_it_says_of_itself(self, store: Any) -> None:
+        """facts() names the system and the formats, and by whose clock leases go."""
+        if not hasattr(store, "facts"):
+            pytest.skip("this store says nothing of itself")
+        await begin(store)
+        facts = store.facts()
+        assert facts.system
+        assert facts.format == facts.writes >= 1
+        assert facts.clock_ms is None or abs(facts.clock_ms - time.time() * 1000) < 3_600_000
 
     async def test_runs_are_found_by_their_beginning(self, store: Any) -> None:
         """find_run gives the ids that begin with a text, newest first; a whole id stands alone; "last" is the newest."""
