@@ -50,9 +50,9 @@ def otlp(record: RunRecord, attempts: Sequence[AttemptRecord]) -> dict[str, Any]
     extents = {place: (tried[0].started_ns, max(map(_ended_ns, tried))) for place, tried in places.items()}
     for (position, branch), (began, ended) in sorted(extents.items(), reverse=True):
         # A group is over when its children are, by whichever of the clocks that is later.
-        above = (position, branch.rpartition(".")[0])
-        if branch and above in extents:
-            extents[above] = min(began, extents[above][0]), max(ended, extents[above][1])
+        group = (position, branch.rpartition(".")[0])
+        if branch and group in extents:
+            extents[group] = min(began, extents[group][0]), max(ended, extents[group][1])
     for (position, branch), tried in places.items():
         node_span = _digest(f"{seed}\0{position}\0{branch}", 8)
         parent, above = run_span, branch

@@ -154,7 +154,7 @@ font:14px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,sans-serif;text-align:le
 .stroma .status{font-weight:600}.stroma .facts{display:flex;flex-wrap:wrap;gap:.2em 1.6em;margin:.4em 0}
 .stroma .facts b{font-weight:600}.stroma .cause{border:1px solid var(--bad);border-left-width:6px;border-radius:6px;
 background:var(--badbg);padding:.6em .9em;margin:.8em 0;overflow-wrap:anywhere}.stroma .cause p{margin:.2em 0}
-.stroma .row{display:grid;grid-template-columns:minmax(9em,26%) 1fr minmax(13em,auto);gap:.8em;align-items:center;
+.stroma .row{display:grid;grid-template-columns:minmax(9em,24%) 1fr 23em;gap:.8em;align-items:center;
 padding:2px 0;border-top:1px solid var(--rule)}
 .stroma .row svg{width:100%;height:22px;display:block;background:var(--soft)}
 .stroma .row .name{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}.stroma .row .fig{text-align:right;color:var(--dim);
@@ -164,13 +164,13 @@ font-variant-numeric:tabular-nums;white-space:nowrap}
 .stroma .fold::before{content:'\\25b8 '}.stroma summary:focus-visible,.stroma a:focus-visible{outline:2px solid var(--note);outline-offset:1px}
 .stroma .b-success{fill:var(--good)}.stroma .b-failure{fill:var(--bad)}.stroma .b-cancelled,.stroma .b-suspended{fill:var(--warn)}
 .stroma .b-forked{fill:var(--dim)}.stroma .b-wait{fill:url(#stroma-hatch)}.stroma .hatch{stroke:var(--dim)}
-.stroma .b-on{stroke:var(--ink);stroke-width:2;vector-effect:non-scaling-stroke}
-.stroma .defs{position:absolute;width:0;height:0}
+.stroma .b-on{stroke:var(--ink);stroke-width:1.5;vector-effect:non-scaling-stroke}
+body.stroma{margin:0 auto;padding:1em;max-width:110em}.stroma .defs{position:absolute;width:0;height:0}
 .stroma .attempt{border-top:1px solid var(--rule);padding:.4em 0}.stroma .attempt:target{background:var(--sel)}
 .stroma .two{display:grid;grid-template-columns:1fr 1fr;gap:1em}.stroma .two>div{min-width:0}
 .stroma ul.tree{list-style:none;margin:0;padding-left:1.1em}.stroma .tree>li{overflow-wrap:anywhere}
 .stroma .key{color:var(--note)}.stroma .broke{background:var(--badbg);outline:1px solid var(--bad);border-radius:3px}
-@media(max-width:760px){.stroma .row{grid-template-columns:1fr}.stroma .row .fig{text-align:left;white-space:normal}.stroma .two{grid-template-columns:1fr}}
+@media(max-width:760px){.stroma .row{grid-template-columns:1fr;gap:.1em}.stroma .row .fig{text-align:left;white-space:normal}.stroma .two{grid-template-columns:1fr}}
 """
 
 _HATCH: Final = (
@@ -254,9 +254,9 @@ def _row(
     ]
     for bar in bars:
         on = " b-on" if bar.key == selected else ""
-        x = min(bar.began_ms * scale, _WIDE - 4)
+        x = min(bar.began_ms * scale, _WIDE - 7)
         rect = (
-            f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(bar.took_ms * scale, 4):.1f}" height="18">'
+            f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(bar.took_ms * scale, 6):.1f}" height="18">'
             f"<title>{as_xml(_said(bar))}</title></rect>"
         )
         drawn.append(
@@ -300,24 +300,27 @@ def _branch(key: str, value: Any, path: str, marks: set[str], room: list[int], d
     name = f'<span class="key">{as_xml(clean(key, 200))}</span>: ' if key else ""
     broke = ' class="broke"' if path and path in marks else ""
     if isinstance(value, (dict, list)) and value and depth < _DEEPEST:
-        items = list(value.items()) if isinstance(value, dict) else [(str(i), v) for i, v in enumerate(value)]
+        items = value.items() if isinstance(value, dict) else enumerate(value)
         parts: list[str] = []
         for inner, held in items:
             if room[0] <= 0:
-                parts.append(f'<li class="dim">… {plural(len(items) - len(parts), "item")} more</li>')
+                parts.append(f'<li class="dim">… {plural(len(value) - len(parts), "item")} more</li>')
                 break
             at = f"{path}.{inner}" if path else str(inner)
             parts.append(_branch(str(inner), held, at, marks, room, depth + 1))
-        what = plural(len(items), "field" if isinstance(value, dict) else "item")
+        what = plural(len(value), "field" if isinstance(value, dict) else "item")
         holds = any(mark.startswith(f"{path}.") for mark in marks) if path else True
         is_open = " open" if depth < 2 or holds else ""
         return (
             f'<li{broke}><details{is_open}><summary>{name}<span class="dim">{what}</span></summary>'
             f'<ul class="tree">{"".join(parts)}</ul></details></li>'
         )
+    left_out = 0
+    if isinstance(value, str) and len(value) > _TEXT:
+        value, left_out = value[:_TEXT], len(value) - _TEXT
     text = json.dumps(value, ensure_ascii=False, default=str) if depth < _DEEPEST else "…"
-    cut = f'<span class="dim">… {len(text) - _TEXT:,} more characters</span>' if len(text) > _TEXT else ""
-    return f"<li{broke}>{name}{as_xml(text[:_TEXT])}{cut}</li>"
+    cut = f'<span class="dim">… {left_out:,} more characters</span>' if left_out else ""
+    return f"<li{broke}>{name}{as_xml(text)}{cut}</li>"
 
 
 # ---------------------------------------------------------------------- the page
@@ -362,7 +365,7 @@ def head(story: Story) -> str:
         else "warn"
     )
     return (
-        f'<h1>{as_xml(clean(story.pipeline, 200))} <span class="status {tone}">{as_xml(story.status)}</span></h1>'
+        f'<h1>{as_xml(clean(story.pipeline or "run", 200))} <span class="status {tone}">{as_xml(story.status)}</span></h1>'
         f'<div class="facts"><span><b>run</b> <code>{as_xml(clean(story.run_id, 400))}</code></span>{began}'
         f"<span><b>duration</b> {span(story.seconds)}</span><span><b>spent</b> {count(story.tokens)}, {money(story.cost_usd)}{wasted}</span>"
         f"<span><b>attempts</b> {len(story.bars) + story.left_out:,}</span>{more}</div>"

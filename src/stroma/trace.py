@@ -9,7 +9,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+import os
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
@@ -19,6 +20,7 @@ from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
 from stroma.failures import Failure, FailureClass
+from stroma.page import Bar, Box, Story, document, fragment
 from stroma.schemas import Schema, Snapshot
 
 __all__ = [
@@ -242,6 +244,49 @@ class ExecutionTrace:
         """Strict JSON (NaN and infinities as strings): a list of events with everything that they hold."""
         return json.dumps([jsonable(event) for event in self._events], allow_nan=False)
 
+    def to_html(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        redact: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> str:
+        """One HTML file that stands by itself, to attach to a bug report: it loads nothing and runs nothing.
+
+        ``path``: also written there, readable by its owner only. ``redact``: applied to each state; give the one of your
+        RunConfig. Secrets of pydantic's types are masked all the same.
+        """
+        return _write_html(self._story(redact), path)
+
+    def _repr_html_(self) -> str:
+        return fragment(self._story())
+
+    def __rich__(self) -> Any:
+        from stroma._rich import renderable
+
+        return renderable(self._story())
+
+    def _story(self, redact: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Story:
+        """All of it as plain data. What stands in rows is timed to the nanosecond."""
+        found: list[tuple[int, int, TraceEvent]] = []
+        stack: list[Row | TraceEvent] = list(self.rows)
+        while stack:
+            row = stack.pop()
+            if isinstance(row, TraceEvent):
+                ms = int(row.timestamp_utc.timestamp() * 1_000_000) * 1000
+                found.append((ms, row.duration_ms * 1_000_000, row))
+                stack.extend(row.children)
+            else:
+                found.append((row[STARTED], row[DURATION], self._event((*row[:CHILDREN], None))))
+                stack.extend(row[CHILDREN] or ())
+        found.sort(key=lambda one: one[0])
+        first = found[0][0] if found else 0
+        bars = [_bar(event, (began - first) / 1e6, took / 1e6, redact) for began, took, event in found]
+        failed = [bar for bar in bars if bar.failure_class is not None]
+        end = max((began + took for began, took, _ in found), default=first)
+        tokens, cost = sum(bar.tokens for bar in bars), math.fsum(bar.cost_usd for bar in bars)
+        status = "FAILED" if failed and failed[-1] is bars[-1] else "trace"
+        return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, (end - first) / 1e9)
+
     def diff(self, other: ExecutionTrace) -> list[str]:
         """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
         mine, theirs = _occurrences(self._events), _occurrences(other._events)
@@ -256,6 +301,41 @@ class ExecutionTrace:
             here, there = next((a, b) for a, b in zip(order, other_order, strict=True) if a != b)
             lines.append(f"Difference for order: {_name(here)} here, {_name(there)} in other trace")
         return lines
+
+
+def _bar(
+    event: TraceEvent,
+    began_ms: float,
+    took_ms: float,
+    redact: Callable[[dict[str, Any]], dict[str, Any]] | None,
+) -> Bar:
+    def shown(state: dict[str, Any] | None) -> Any:
+        if state is None or redact is None:
+            return jsonable(state)
+        try:
+            return jsonable(redact(state))
+        except Exception as error:
+            return {"redacted": f"redact raised {type(error).__name__}"}
+
+    at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
+    kind = None if event.failure is None else event.failure.value
+    message = (
+        event.failure_message if redact is None or event.reason != "contract" else "a contract was broken"
+    )
+    used = event.usage
+    return Bar(
+        event.node_id, at, event.attempt, began_ms, took_ms, event.outcome, kind, event.reason, message, used.tokens,
+        used.output_tokens, used.cost_usd, used.model, event.output_state is not None, shown(event.input_state),
+        shown(event.output_state),
+    )  # fmt: skip
+
+
+def _write_html(story: Story, path: str | os.PathLike[str] | None) -> str:
+    text = document(story)
+    if path is not None:
+        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
+            file.write(text)
+    return text
 
 
 def contract_of(row: Row, schema: Schema) -> str:
@@ -446,6 +526,40 @@ class ExecutionResult:
     hook_errors: list[HookFailure] = field(default_factory=list)
     unpriced_models: list[str] = field(default_factory=list)
     suspended: list[str] = field(default_factory=list)
+
+    def _repr_html_(self) -> str:
+        return fragment(self._story())
+
+    def __rich__(self) -> Any:
+        from stroma._rich import renderable
+
+        return renderable(self._story())
+
+    def to_html(
+        self,
+        path: str | os.PathLike[str] | None = None,
+        *,
+        redact: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
+    ) -> str:
+        """The same as :meth:`ExecutionTrace.to_html`, with what the run came to and what stopped it."""
+        return _write_html(self._story(redact), path)
+
+    def _story(self, redact: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Story:
+        story, failure, box = self.trace._story(redact), self.failure, None
+        if failure is not None:
+            # Of a group, the child whose failure became its own is the one that stands deepest.
+            said = [bar for bar in story.bars if bar.message == failure.message and bar.outcome == "failure"]
+            at = max(said, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
+            box = Box(
+                failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
+                failure.failure_class.value, failure.message, failure.reason,
+            )  # fmt: skip
+        facts = [("unpriced", ", ".join(self.unpriced_models))] if self.unpriced_models else []
+        facts += [("waits for", reason) for reason in self.suspended]
+        return dataclasses.replace(
+            story, run_id=self.run_id, status=self.status.value, tokens=self.total_tokens, cost_usd=self.total_cost_usd,
+            box=box, facts=tuple(facts),
+        )  # fmt: skip
 
     def raise_for_status(self) -> None:
         """Raise the exception that stopped the run, if one did."""

@@ -2,13 +2,12 @@
 
 import base64
 import hashlib
-import html.parser
 import itertools
 import json
-import re
 import urllib.request
 
 import pytest
+from tests.pages import check_page
 from tests.receivers.otlp import OtlpReceiver
 
 GOOD = '{"start": 1}'
@@ -117,50 +116,6 @@ def test_chrome_trace(failed, inside):
         (1, "failure", "RECOVERABLE"),
         (2, "success", None),
     ]
-
-
-class Page(html.parser.HTMLParser):
-    """What a page loads, runs and refers to."""
-
-    def __init__(self, text):
-        super().__init__()
-        self.tags, self.attributes, self.style = [], [], ""
-        self.feed(text)
-        self.close()
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-
-    def handle_data(self, data):
-        if self.tags and self.tags[-1] == "style":
-            self.style += data
-
-
-def check_page(text):
-    """A page that loads nothing and runs nothing, whatever it says."""
-    page = Page(text)
-    assert not {
-        "script",
-        "link",
-        "img",
-        "iframe",
-        "object",
-        "embed",
-        "base",
-        "form",
-        "foreignobject",
-        "use",
-        "image",
-    } & set(page.tags)
-    for name, value in page.attributes:
-        assert not name.startswith("on"), name
-        assert name not in ("style", "src", "srcdoc", "action", "xlink:href"), name
-        if name == "href":
-            assert value.startswith("#"), value
-    assert "@import" not in page.style
-    assert not re.search(r"url\((?!#)", page.style)
-    return page
 
 
 def test_html(failed, inside, stroma):
