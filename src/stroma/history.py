@@ -116,23 +116,27 @@ class History:
                 break
         return in_order(found), after is not None
 
-    def output(self, run_id: str, position: int, branch: str = "") -> Payload:
-        """What is committed at a place."""
+    def output(
+        self, run_id: str, position: int, branch: str = "", *, most_bytes: int | None = None
+    ) -> Payload:
+        """What is committed at a place. Above ``most_bytes`` it is not looked into."""
         try:
             data = self.store.output_of(run_id, position, branch)
         except CorruptCheckpoint as error:
             return Payload(None, str(error))
-        return Payload(None, "nothing is committed here") if data is None else self._shown(data)
+        if data is None:
+            return Payload(None, "nothing is committed here")
+        return self._shown(data, most_bytes)
 
-    def given(self, run_id: str, position: int, branch: str = "") -> Payload:
+    def given(self, run_id: str, position: int, *, most_bytes: int | None = None) -> Payload:
         """What a node was given: the output before it, or what the run began with. A child gets what its group got."""
         if position:
-            found = self.output(run_id, position - 1)
+            found = self.output(run_id, position - 1, most_bytes=most_bytes)
             if found.problem == "nothing is committed here":
                 return Payload(None, "the output before it is not in the store any more")
         else:
             try:
-                found = self._shown(self.store.input_of(run_id))
+                found = self._shown(self.store.input_of(run_id), most_bytes)
             except (CorruptCheckpoint, CheckpointNotFound) as error:
                 return Payload(None, str(error))
         return found
@@ -145,7 +149,9 @@ class History:
             Payload(None, "it committed nothing") if attempt.output is None else self._shown(attempt.output)
         )
 
-    def _shown(self, data: bytes) -> Payload:
+    def _shown(self, data: bytes, most_bytes: int | None = None) -> Payload:
+        if most_bytes is not None and len(data) > most_bytes:
+            return Payload(None, f"it has {len(data):,} bytes: too much to show here")
         try:
             value = jsonable(Schema.raw_of(data))
         except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:

@@ -341,6 +341,17 @@ class DurableStore(ABC):
 
         return self.read(query, AttemptPage([], None))
 
+    def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
+        """Every attempt of the last execution at one place, without outputs. [] if unknown. Raises StoreError."""
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> list[AttemptRecord]:
+            found = rows.find(run_id)
+            kept = [] if found is None else rows.attempts_at(found.run, found.execution, position, branch)
+            return [_record_of(attempt, size=size) for attempt, size in kept]
+
+        return self.read(query, [])
+
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
     ) -> bytes | None:
@@ -516,6 +527,7 @@ def _run_record(row: RunRow, beside: Beside) -> RunRecord:
         row.latency_ns / 1e6,
         tuple(sorted(beside.tags)),
         _cause(beside.failed),
+        len(beside.failed),
     )
 
 

@@ -119,14 +119,15 @@ _FAILED: Final = """SELECT w.run, f.* FROM unnest(%s::bigint[], %s::bigint[]) AS
 _TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT r.run, t.tag, r.started_ms FROM runs r,
     unnest(%s::text[]) AS t(tag) WHERE r.run = %s ON CONFLICT DO NOTHING"""
 _UNTAG: Final = "DELETE FROM tags WHERE run = %s"
-_ATTEMPT_PAGE: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class,
+_SIZED: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class,
     message, reason, tokens, output_tokens, cost_pico, model, epoch,
     (SELECT octet_length(s.output)::bigint FROM steps s WHERE (s.run, s.execution, s.position, s.branch_key)
     = (a.run, a.execution, a.position, a.branch_key) AND (s.epoch, s.attempt, s.started_ns)
-    = (a.epoch, a.attempt, a.started_ns))
-    FROM attempts a WHERE run = %s AND execution = %s AND (epoch, position, started_ns, branch_key, attempt)
-    > (%s::bigint, %s::bigint, %s::bigint, %s::bytea, %s::bigint)
-    ORDER BY epoch, position, started_ns, branch_key, attempt LIMIT %s"""
+    = (a.epoch, a.attempt, a.started_ns)) FROM attempts a WHERE run = %s AND execution = %s"""
+_IN_ORDER: Final = "ORDER BY epoch, position, started_ns, branch_key, attempt"
+_ATTEMPT_PAGE: Final = f"""{_SIZED} AND (epoch, position, started_ns, branch_key, attempt)
+    > (%s::bigint, %s::bigint, %s::bigint, %s::bytea, %s::bigint) {_IN_ORDER} LIMIT %s"""
+_ATTEMPTS_AT: Final = f"{_SIZED} AND position = %s AND branch_key = %s {_IN_ORDER}"
 _STEP_AT: Final = f"""SELECT {_STEP_ROW} FROM steps s WHERE run = %s AND execution = %s AND position = %s
     AND branch_key = %s"""
 _EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < %s AND (%s OR (execution > 0
@@ -305,6 +306,12 @@ class PostgresRows:
         epoch, position, started, number, branch = (-1, 0, 0, 0, "") if after is None else attempt_mark(after)
         place = (run, execution, epoch, position, started, key(branch), number, limit + 1)
         return attempt_page(self._execute(_ATTEMPT_PAGE, place).fetchall(), limit)
+
+    def attempts_at(
+        self, run: int, execution: int, position: int, branch: str
+    ) -> list[tuple[Attempt, int | None]]:
+        found = self._execute(_ATTEMPTS_AT, (run, execution, position, key(branch))).fetchall()
+        return attempt_page(found, len(found))[0]
 
     def facts(self) -> StoreFacts:
         row: Any = self._execute(_FACTS).fetchone()

@@ -441,6 +441,15 @@ class RedisRows:
         told.sort(key=lambda one: (one[0], one[1][:4]))
         return told
 
+    def attempts_at(
+        self, run: Run, execution: int, position: int, branch: str
+    ) -> list[tuple[Attempt, int | None]]:
+        return [
+            (attempt, None if step is None else len(step.output))
+            for _, attempt, step in self._told(run, execution)
+            if (attempt.position, attempt.branch) == (position, branch)
+        ]
+
     def facts(self) -> StoreFacts:
         (seconds, micros), *found = self._get(
             ("TIME",), ("INFO", "server"), ("INFO", "persistence"), ("INFO", "memory")

@@ -297,6 +297,12 @@ class Rows(Protocol):
         """The same page by page, with the stored size of what each one committed, which is not read."""
         ...
 
+    def attempts_at(
+        self, run: Any, execution: int, position: int, branch: str
+    ) -> list[tuple[Attempt, int | None]]:
+        """The same of one place."""
+        ...
+
     def facts(self) -> StoreFacts:
         """What the store says of itself."""
         ...

@@ -75,12 +75,15 @@ _ATTEMPTS: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.no
     AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt AND s.started_ns = a.started_ns
     WHERE a.run = ? AND a.execution = ? ORDER BY a.epoch, a.position, a.started_ns, a.branch, a.attempt"""
 # By the start and the rest of the key; a page begins behind the place where the one before ended.
-_ATTEMPT_PAGE: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.node_id, a.duration_ns, a.outcome,
+_SIZED: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.node_id, a.duration_ns, a.outcome,
     a.failure_class, a.message, a.reason, a.tokens, a.output_tokens, a.cost_pico, a.model, a.epoch,
     (SELECT length(s.output) FROM steps s WHERE s.run = a.run AND s.execution = a.execution AND s.position = a.position
     AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt AND s.started_ns = a.started_ns)
-    FROM attempts a WHERE a.run = ? AND a.execution = ? AND (a.epoch, a.position, a.started_ns, a.branch, a.attempt)
-    > (?, ?, ?, ?, ?) ORDER BY a.epoch, a.position, a.started_ns, a.branch, a.attempt LIMIT ?"""
+    FROM attempts a WHERE a.run = ? AND a.execution = ?"""
+_IN_ORDER: Final = "ORDER BY a.epoch, a.position, a.started_ns, a.branch, a.attempt"
+_ATTEMPT_PAGE: Final = f"""{_SIZED} AND (a.epoch, a.position, a.started_ns, a.branch, a.attempt) > (?, ?, ?, ?, ?)
+    {_IN_ORDER} LIMIT ?"""
+_ATTEMPTS_AT: Final = f"{_SIZED} AND a.position = ? AND a.branch = ? {_IN_ORDER}"
 _STEP_AT: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
     WHERE run = ? AND execution = ? AND position = ? AND branch = ?"""
 # In the order of the index `failed`.
@@ -249,6 +252,12 @@ class SqliteRows:
         place = (run, execution, epoch, position, started, branch, number, limit + 1)
         found = self.db.execute(_ATTEMPT_PAGE, place).fetchall()
         return attempt_page(found, limit)
+
+    def attempts_at(
+        self, run: int, execution: int, position: int, branch: str
+    ) -> list[tuple[Attempt, int | None]]:
+        found = self.db.execute(_ATTEMPTS_AT, (run, execution, position, branch)).fetchall()
+        return attempt_page(found, len(found))[0]
 
     def facts(self) -> StoreFacts:
         (version,) = self.db.execute("SELECT v FROM meta WHERE k = 'schema_version'").fetchone()

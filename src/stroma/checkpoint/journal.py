@@ -435,6 +435,7 @@ class RunRecord:
         latency_ms: wall time of its attempts, those inside groups not counted.
         tags: in the order of their text.
         cause: None if no attempt of the last execution failed. Not told by list_runs().
+        failures: how many attempts failed, counted up to 20. Not told by list_runs().
     """
 
     run_id: str
@@ -452,6 +453,7 @@ class RunRecord:
     latency_ms: float = field(default=0.0, compare=False)
     tags: tuple[str, ...] = field(default=(), compare=False)
     cause: Cause | None = field(default=None, compare=False)
+    failures: int = field(default=0, compare=False)
 
 
 class RunPage(NamedTuple):

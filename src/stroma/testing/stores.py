@@ -662,6 +662,7 @@ class JournalStoreTests:
         assert found(since_ms=third.started_ms) == [8, 7, 6, 5, 4, 3]
         assert found(since_ms=third.started_ms, statuses=("FAILED",), failure_class="TERMINAL") == [6, 3]
         assert third.tags == ("all", "odd", "é 1")
+        assert (third.failures, store.get_run("run-1").failures) == (2, 0)
         assert third.cause[:5] == ("n3", 0, "", 1, "TERMINAL")
         assert store.get_run("run-1").cause is None
         for wrong in ("", "x", "1", "1.", ".1", "-1.1", "1e3.x", "9" * 99 + ".1", "²."):
@@ -728,6 +729,9 @@ class JournalStoreTests:
             assert [
                 replace(a, output=b.output) for a, b in zip(told, all_of_them, strict=True)
             ] == all_of_them
+        assert [a.attempt for a in store.attempts_at("run", 3)] == [1, 2]
+        assert [a.node_id for a in store.attempts_at("run", 3, "3:é")] == ["child"]
+        assert store.attempts_at("run", 3, "3:") == store.attempts_at("nobody", 0) == []
         assert schema_of(State).decode(store.output_of("run", 3)) == State(n=3)
         assert schema_of(State).decode(store.output_of("run", 3, "3:é")) == State(text="xxx")
         assert (
