@@ -23,11 +23,14 @@ __all__ = [
     "Bar",
     "Box",
     "Story",
+    "cause",
     "document",
     "fields_named",
     "fragment",
     "gantt",
+    "head",
     "tree",
+    "utc",
     "waits",
 ]
 
@@ -344,17 +347,21 @@ def document(story: Story) -> str:
     )
 
 
+def utc(ms: int) -> str:
+    """A time for everybody; ``ms`` since the epoch. "?" for what is no time."""
+    try:
+        return datetime.fromtimestamp(ms / 1000, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+    except (ValueError, OverflowError, OSError):
+        return "?"
+
+
 def head(story: Story) -> str:
     """What a run is, and what it came to."""
     tokens, cost = story.wasted
     wasted = f" (wasted {count(tokens)}, {money(cost)})" if tokens or cost else ""
     began = ""
     if story.began_ms:
-        when = (
-            datetime.fromtimestamp(story.began_ms / 1000, UTC)
-            .isoformat(" ", "seconds")
-            .replace("+00:00", " UTC")
-        )
+        when = utc(story.began_ms)
         began = f"<span><b>began</b> {as_xml(when)}</span>"
     more = "".join(f"<span><b>{as_xml(name)}</b> {as_xml(clean(text))}</span>" for name, text in story.facts)
     tone = (

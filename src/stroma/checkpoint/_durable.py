@@ -515,20 +515,25 @@ def _run_record(row: RunRow, beside: Beside) -> RunRecord:
         row.run_id,
         row.pipeline,
         row.status,
-        row.execution,
-        row.started_ms,
-        row.updated_ms,
-        row.tokens,
-        row.cost_pico / PICO,
-        row.nodes,
+        _number(row.execution),
+        _number(row.started_ms),
+        _number(row.updated_ms),
+        _number(row.tokens),
+        _number(row.cost_pico) / PICO,
+        _number(row.nodes),
         row.error,
         None if holder is None else holder.place,
         beside.parent,
-        row.latency_ns / 1e6,
+        _number(row.latency_ns) / 1e6,
         tuple(sorted(beside.tags)),
         _cause(beside.failed),
         len(beside.failed),
     )
+
+
+def _number(value: object) -> int:
+    """A number of a row; 0 for what is none: a damaged row harms no list that it stands in."""
+    return value if isinstance(value, int) else 0
 
 
 def _cause(failed: list[Attempt]) -> Cause | None:

@@ -85,7 +85,8 @@ def attempt_page(found: list[Any], limit: int) -> tuple[list[tuple[Attempt, int 
 
 
 def _place(found: RunRow) -> tuple[int, int]:
-    return found.started_ms, found.run
+    # A damaged row may hold anything.
+    return (found.started_ms if isinstance(found.started_ms, int) else 0), found.run
 
 
 def _mark(started_ms: int, run: int) -> str:

@@ -34,6 +34,7 @@ _COMMANDS: Final = {
     "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
     "diff": ("stroma.cli.diff:diff", "Tell two runs apart, field by field."),
     "tail": ("stroma.cli.tail:tail", "Print what runs come to, as it is recorded."),
+    "ui": ("stroma.cli.ui:ui", "Show the runs of a store in a browser on this machine (extra `ui`)."),
     "export": ("stroma.cli.export:export", "Write a run as JSON, OTLP, a Chrome trace or one HTML file."),
     "prices": ("stroma.cli.prices:prices", "Show what tokens of a model cost, and where that price is from."),
     "telemetry": (
