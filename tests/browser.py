@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import itertools
 import json
 import os
@@ -32,6 +33,7 @@ class Browser:
     """One page. ``problems``: what its console said, and what it was refused by its policy."""
 
     def __init__(self, program: str) -> None:
+        self._open = contextlib.ExitStack()
         self._home = tempfile.mkdtemp(prefix="stroma-chromium-")
         command = [
             program, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--no-first-run",
@@ -60,11 +62,17 @@ class Browser:
             assert time.monotonic() < deadline, "the browser does not start"
             time.sleep(0.02)
         port, path = port_file.read_text().splitlines()[:2]
-        whole = connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None)
+        with connect(f"ws://127.0.0.1:{port}{path}", max_size=None, proxy=None) as whole:
+            target = self._new_page(whole)
+        return self._open.enter_context(
+            connect(f"ws://127.0.0.1:{port}/devtools/page/{target}", max_size=None, proxy=None)
+        )
+
+    @staticmethod
+    def _new_page(whole: ClientConnection) -> str:
         whole.send(json.dumps({"id": 1, "method": "Target.createTarget", "params": {"url": "about:blank"}}))
-        target = json.loads(whole.recv(timeout=_SECONDS))["result"]["targetId"]
-        whole.close()
-        return connect(f"ws://127.0.0.1:{port}/devtools/page/{target}", max_size=None, proxy=None)
+        target: str = json.loads(whole.recv(timeout=_SECONDS))["result"]["targetId"]
+        return target
 
     def __enter__(self) -> Self:
         return self
@@ -75,8 +83,7 @@ class Browser:
         self.close()
 
     def close(self) -> None:
-        if hasattr(self, "_socket"):
-            self._socket.close()
+        self._open.close()
         self._process.kill()
         self._process.wait()
         self._log.close()

@@ -65,10 +65,11 @@
         return;
       }
       // What was open stays open, and the focus where it was.
-      const open = [...old.querySelectorAll("details")].map((one) => one.open);
-      fresh.querySelectorAll("details").forEach((one, i) => {
-        if (i < open.length) one.open = open[i];
-      });
+      const name = (one) => one.querySelector("summary .name")?.textContent ?? one.querySelector("summary")?.textContent;
+      const open = new Map([...old.querySelectorAll("details")].map((one) => [name(one), one.open]));
+      for (const one of fresh.querySelectorAll("details")) {
+        if (open.has(name(one))) one.open = open.get(name(one));
+      }
       const focused = old.contains(document.activeElement) ? document.activeElement.getAttribute("href") : null;
       old.replaceWith(document.adoptNode(fresh));
       localize(fresh);
