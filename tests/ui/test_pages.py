@@ -141,6 +141,10 @@ def test_attempts(site: Site) -> None:
     total = by_title["total, attempt 1"]
     assert "<code>lines.0.price</code>" in total
     assert "it committed nothing" in total
+    first = by_title["flaky, attempt 1"]
+    frames = first[first.index("Where it failed") :].partition("</ol>")[0]
+    assert re.search(r"conftest\.py:\d+</span> in <b>flaky</b><pre>raise TimeoutError", frames)
+    assert "Where it failed" not in second
     child = by_title["left, attempt 1"]
     assert "What its group was given." in child
 

@@ -14,11 +14,13 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel
 
+from stroma._frames import Trouble, read_trouble
 from stroma.checkpoint._leases import Keeper
 from stroma.checkpoint._owner import new_owner
 from stroma.checkpoint._session import (
     CANCEL,
     PICO,
+    TROUBLE,
     WAITING,
     Attempt,
     Beside,
@@ -351,6 +353,24 @@ class DurableStore(ABC):
             return [_record_of(attempt, size=size) for attempt, size in kept]
 
         return self.read(query, [])
+
+    def trouble_of(self, run_id: str, position: int, branch: str = "") -> Trouble | None:
+        """Where the last failed attempt at a place failed; None if nothing is known. Raises StoreError."""
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> StepRow | None:
+            found = rows.find(run_id)
+            kept = [] if found is None else rows.kept(found.run, TROUBLE, f"{position}:{branch}")
+            return next(iter(kept), None)
+
+        kept = self.read(query, None)
+        if (
+            kept is None
+            or not intact(kept.step.output, kept.step.sha256)
+            or not kept.step.contract.isdecimal()
+        ):
+            return None
+        return read_trouble(kept.step.output, kept.step.number or 0, int(kept.step.contract))
 
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None

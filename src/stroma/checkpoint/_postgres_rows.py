@@ -55,7 +55,8 @@ _REPLACE: Final = """ON CONFLICT (run, execution, position, branch_key) DO UPDAT
 _KEEP: Final = f"""INSERT INTO steps {_STEP_COLUMNS}
     VALUES (%s, 0, %s, %s, %s, %s, 0, 0, 0, %s, %s, %s, %s, %s, %s) {_REPLACE}"""
 _KEPT: Final = (
-    f"SELECT {_STEP_ROW} FROM steps s WHERE run = %s AND execution = 0 AND position = %s ORDER BY branch"
+    f"SELECT {_STEP_ROW} FROM steps s WHERE run = %s AND execution = 0 AND position = %s "
+    "AND (%s::bytea IS NULL OR branch_key = %s) ORDER BY branch"
 )
 _DROP: Final = """DELETE FROM steps WHERE run = %s AND execution = 0 AND position = %s
     AND (%s::bytea IS NULL OR branch_key = %s)"""
@@ -231,8 +232,10 @@ class PostgresRows:
         found, _ = self._lock(run_id)
         self._execute(_KEEP, (found.run, position, key(branch), branch, node_id, *step))
 
-    def kept(self, run: int, position: int) -> list[StepRow]:
-        return [_step_row(row) for row in self._execute(_KEPT, (run, position)).fetchall()]
+    def kept(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
+        branch_key = None if branch is None else key(branch)
+        found = self._execute(_KEPT, (run, position, branch_key, branch_key)).fetchall()
+        return [_step_row(row) for row in found]
 
     def drop(self, run: int, position: int, branch: str | None = None) -> None:
         branch_key = None if branch is None else key(branch)

@@ -202,12 +202,17 @@ class RedisRows:
         value = pack([node_id], pack_step(step, 0, 0, 0))
         self._write(prefix_of(run_id), "keep", *self._guard(run_id), position, branch, value)
 
-    def kept(self, run: Run, position: int) -> list[StepRow]:
+    def kept(self, run: Run, position: int, branch: str | None = None) -> list[StepRow]:
         if position == PARENT and not run.parent:
             return []
-        (reply,) = self._get(("HGETALL", f"{run.prefix}beside:{position}"))
+        if branch is None:
+            (reply,) = self._get(("HGETALL", f"{run.prefix}beside:{position}"))
+            values = sorted(pairs(reply).items())
+        else:
+            (reply,) = self._get(("HGET", f"{run.prefix}beside:{position}", branch))
+            values = [] if reply is None else [(branch, reply)]
         found = []
-        for branch, value in sorted(pairs(reply).items()):
+        for branch, value in values:
             header, parts = unpack(value)
             node_id, data = (str(header[0]), parts[0]) if header else ("?", b"")
             found.append(StepRow(position, branch, node_id, read_step(data)[0]))

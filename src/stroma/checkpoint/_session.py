@@ -61,6 +61,7 @@ __all__ = [
     "PICO",
     "SAVED",
     "TRACE",
+    "TROUBLE",
     "WAITING",
     "Attempt",
     "Beside",
@@ -88,6 +89,7 @@ WAITING: Final = -2  # what nodes wait for; branch: "position:branch"
 CANCEL: Final = -3  # somebody wants the run to end
 PARENT: Final = -4  # node id: the run that this one was forked from
 TRACE: Final = -5  # node id: the trace context of the process that began the execution
+TROUBLE: Final = -7  # where the last failed attempt at a place failed; branch: "position:branch"
 DUE: Final = (
     -6
 )  # attempts whose end hooks may not have been told yet; branch: what tells an attempt from others
@@ -242,8 +244,8 @@ class Rows(Protocol):
         Makes the run, without an execution, if there is none.
         """
 
-    def kept(self, run: Any, position: int) -> Iterable[StepRow]:
-        """What is kept at a position below 0."""
+    def kept(self, run: Any, position: int, branch: str | None = None) -> Iterable[StepRow]:
+        """What is kept at a position below 0; None: in all branches."""
         ...
 
     def drop(self, run: Any, position: int, branch: str | None = None) -> None:
@@ -362,6 +364,7 @@ class DurableSession:
         "_opened",
         "_payloads",
         "_submit",
+        "_troubles",
         "continued",
         "ended",
         "execution",
@@ -397,6 +400,7 @@ class DurableSession:
         #: Whether its lease need not be kept up any more.
         self.ended = False
         self._submit = submit
+        self._troubles: dict[tuple[int, str], tuple[int, int, bytes]] = {}
 
     def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
         """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
@@ -451,6 +455,7 @@ class DurableSession:
         if ours and not self.continued:
             rows.drop(found.run, TRACE)
             rows.drop(found.run, DUE)
+            rows.drop(found.run, TROUBLE)
         else:
             self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
         if ours and self.continued and self._deliver:
@@ -494,13 +499,27 @@ class DurableSession:
         step = Step(contract, ref, data, checksum(data), *(call or (None, None)))
         return self._keep(Commit(self.run_id, self.fence, _attempt(row), step))
 
+    def note_trouble(self, position: int, branch: str, attempt: int, started_ns: int, data: bytes) -> None:
+        """Keep where an attempt failed together with it, when it is recorded; in place of what failed there before."""
+        if data:
+            self._troubles[position, branch] = (attempt, started_ns, data)
+
     def _keep(self, commit: Commit) -> Awaitable[None]:
-        if not self._deliver:
+        attempt = commit.attempt
+        trouble = self._troubles.pop((attempt.position, attempt.branch), None)
+        if trouble is not None and trouble[1] != attempt.started_ns:
+            trouble = None
+        if not self._deliver and trouble is None:
             return self._submit(commit)
 
         def operation(rows: Rows) -> None:
             commit(rows)
-            _keep_due(rows, self.run_id, commit.attempt)
+            if self._deliver:
+                _keep_due(rows, self.run_id, attempt)
+            if trouble is not None:
+                number, started_ns, data = trouble
+                step = Step(str(started_ns), "", data, checksum(data), number)
+                rows.keep(self.run_id, TROUBLE, f"{attempt.position}:{attempt.branch}", attempt.node_id, step)
 
         return self._submit(Doing(self.run_id, operation))
 

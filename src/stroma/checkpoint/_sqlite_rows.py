@@ -36,7 +36,7 @@ _DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND positio
 _STEPS: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
     WHERE run = ? AND execution = ? AND position >= 0"""
 _KEPT: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
-    WHERE run = ? AND execution = 0 AND position = ? ORDER BY branch"""
+    WHERE run = ? AND execution = 0 AND position = ? AND branch = coalesce(?, branch) ORDER BY branch"""
 _DROP: Final = """DELETE FROM steps WHERE run = ? AND execution = 0 AND position = ?
     AND branch = coalesce(?, branch)"""
 _EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < ?
@@ -187,8 +187,8 @@ class SqliteRows:
         run = self._new_run(run_id) if found is None else found.run
         self.db.execute(_STEP, (run, 0, position, branch, node_id, 0, 0, 0, *step))
 
-    def kept(self, run: int, position: int) -> list[StepRow]:
-        return [_step_row(row) for row in self.db.execute(_KEPT, (run, position)).fetchall()]
+    def kept(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
+        return [_step_row(row) for row in self.db.execute(_KEPT, (run, position, branch)).fetchall()]
 
     def drop(self, run: int, position: int, branch: str | None = None) -> None:
         self.db.execute(_DROP, (run, position, branch))

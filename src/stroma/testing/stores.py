@@ -32,7 +32,7 @@ from stroma.checkpoint import (
 )
 from stroma.failures import FailureClass
 from stroma.schemas import schema_of
-from stroma.trace import BRANCH, NODE, POSITION, USAGE, AttemptUsage, Row
+from stroma.trace import BRANCH, NODE, POSITION, STARTED, USAGE, AttemptUsage, Row
 
 __all__ = ["JournalStoreTests", "State", "begin", "commit", "fail", "finish", "restored", "row"]
 
@@ -744,6 +744,25 @@ class JournalStoreTests:
         for wrong in ("", "x", "1:2:3", "a:0:0:0:"):
             with pytest.raises(ValueError, match="not where a page ended"):
                 store.attempt_page("run", after=wrong)
+
+    async def test_where_attempts_failed(self, store: Any) -> None:
+        """trouble_of tells where the last failed attempt at a place failed, and forgets it with the execution."""
+        if not hasattr(store, "trouble_of"):
+            pytest.skip("this store keeps no tracebacks")
+        session = await begin(store)
+        for number in (1, 2):
+            failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
+            data = b'[[["flow.py", %d, "work", "raise it"]], [["lib.py", 1, "call", ""]]]' % number
+            session.note_trouble(3, "1", number, failed[STARTED], data)
+            await settled(session.record(failed, None, None))
+        found = store.trouble_of("run", 3, "1")
+        assert (found.attempt, found.started_ns) == (2, failed[STARTED])
+        assert found.own == (("flow.py", 2, "work", "raise it"),)
+        assert found.others == (("lib.py", 1, "call", ""),)
+        assert store.trouble_of("run", 3) is store.trouble_of("nobody", 3, "1") is None
+        await finish(session, "FAILED")
+        await begin(store)
+        assert store.trouble_of("run", 3, "1") is None
 
     async def test_what_it_says_of_itself(self, store: Any) -> None:
         """facts() names the system and the formats, and by whose clock leases go."""

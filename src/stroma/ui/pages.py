@@ -13,6 +13,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
+from stroma._frames import Trouble
 from stroma._words import clean, count, money, span
 from stroma.checkpoint.journal import AttemptRecord, RunQuery, RunRecord
 from stroma.exports import chrome_trace, otlp
@@ -216,8 +217,15 @@ class Pages:
             given=_tree(given, broke if side == "input" else []), made=_tree(made, broke if side == "output" else []),
             broke=broke, before=None if before is None else _facts(before, this), key=f"{record.run_id}:{record.execution}:{this.position}:{this.branch}",
             in_group=bool(this.branch), kept=this.output_bytes is not None,
-            payload=_payload_address(record, this),
+            payload=_payload_address(record, this), trouble=self._trouble(record, this),
         )  # fmt: skip
+
+    def _trouble(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
+        """Where this attempt failed, if it is the last one that did at its place."""
+        if this.failure_class is None:
+            return None
+        found = self._store.trouble_of(record.run_id, this.position, this.branch)
+        return found if found is not None and found.started_ns == this.started_ns else None
 
     def _tried(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:
         """All attempts at a place, and the one that is asked for."""
