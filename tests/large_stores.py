@@ -191,6 +191,7 @@ OPERATIONS: dict[str, Any] = {
     "a page with a text (none)": blocking(lambda s, n: s.run_page(RunQuery(text="nowhere")).runs),
     "a page with a tag (none)": blocking(lambda s, n: s.run_page(RunQuery(tag="none")).runs),
     "a page far down": blocking(lambda s, n: s.run_page(after=_middle(s, n)).runs),
+    "an overview": blocking(lambda s, n: s.tally(0, 10**9)),
     'find "last"': blocking(lambda s, n: s.find_run("last")),
     "find by a prefix of 20": blocking(lambda s, n: s.find_run("run-00001")),
     "find by a prefix of all": blocking(lambda s, n: s.find_run("run-")),

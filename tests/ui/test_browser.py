@@ -41,6 +41,7 @@ def addresses(site: Site) -> list[str]:
         "/run?id=good",
         *attempts_of(site),
         "/compare?a=good&b=bad",
+        "/overview",
         "/pipeline",
         "/run?id=nope",
     ]

@@ -15,7 +15,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.ui.conftest import GOOD, Site, State, make_runs
+from tests.ui.conftest import GOOD, Site, State, make_runs, node
 from tests.ui.test_security import attempts_of
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, stroma_node
@@ -228,8 +228,45 @@ def test_forks(store: SQLiteStore, serve: Any) -> None:
     site = serve(store)
     text = site.get("/run", id="child").text
     assert 'forked from <a class="mono" href="/run?id=parent">' in text
-    assert rows(text)[0][3] == "restored"
+    assert rows(text)[0][3] == "forked restored"
     assert '<rect class="b-forked' in text
+
+
+def test_overview(site: Site) -> None:
+    """Failures by class over time, cost by pipeline, node and model, what was wasted, and the slowest nodes."""
+    text = site.get("/overview").text
+    assert "<b>attempts</b> 13" in text
+    assert "<b>failed</b> 3" in text
+    assert re.search(r"<b>wasted</b> \$0\.00001\d", text)
+    assert re.findall(r'<rect class="c-(\w+)"[^>]*><title>[^<]*: (\w+), (\d) attempts?<', text) == [
+        ("terminal", "TERMINAL", "1"), ("recoverable", "RECOVERABLE", "2"),
+    ]  # fmt: skip
+    told = rows(text)
+    assert told[0][:3] == ["flows", "13", "3"]
+    assert ["gpt-4o-mini", "9", "1"] in [row[:3] for row in told]
+    assert "Slowest nodes" in text
+    assert site.get("/overview", days=30).status == 200
+    assert "No attempt in that time" not in text
+
+
+def test_restored_nodes(store: SQLiteStore, serve: Any) -> None:
+    """What a resumed run did not make again is marked as restored; what it made since is not."""
+    calls: list[int] = []
+
+    async def stops(state: Any) -> Any:
+        calls.append(1)
+        if len(calls) < 3:
+            raise ValueError("not yet")
+        return {"n": 3}
+
+    pipeline = Pipeline("p", [GOOD.nodes[0], node("stops", stops)])
+    make_runs(store, ("x", pipeline))
+    site = serve(store)
+    assert [row[3] for row in rows(site.get("/run", id="x").text)] == ["success", "failure", "failure"]
+    make_runs(store, ("x", pipeline), resume=True)
+    assert [row[3] for row in rows(site.get("/run", id="x").text)] == [
+        "success restored", "failure", "failure", "success",
+    ]  # fmt: skip
 
 
 def test_live(site: Site) -> None:

@@ -18,7 +18,7 @@ from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, make_runs
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, stroma_node
 
-PAGES = ("/", "/run?id=bad", "/compare?a=good&b=bad", "/pipeline")
+PAGES = ("/", "/overview", "/run?id=bad", "/compare?a=good&b=bad", "/pipeline")
 
 
 def attempts_of(site: Site, run_id: str = "bad") -> list[str]:
@@ -308,7 +308,7 @@ def test_what_is_asked_wrongly(site: Site) -> None:
         "/run", "/run?id=", "/run?id=%00", "/run?id=%ff", "/run?id=last", "/attempt?id=bad", "/attempt?id=bad&at=-1&began=1",
         "/attempt?id=bad&at=99999999999999&began=1", "/attempt?id=bad&at=0&began=x", "/payload?id=bad&at=0&began=1&side=x",
         "/export?id=bad&format=x", "/?after=x", "/?after=9.9.9", "/run?id=bad&after=x", "/?status=x", "/compare?a=bad&b=nope",
-        "/static/../app.py", "/static/%2e%2e/app.py", "/static/", "/nope", "/lineage.svg", "/?class=x",
+        "/static/../app.py", "/static/%2e%2e/app.py", "/static/", "/nope", "/lineage.svg", "/?class=x", "/overview?days=x",
     )  # fmt: skip
     for path in wrong:
         answer = site.ask("GET", path)

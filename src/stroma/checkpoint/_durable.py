@@ -32,6 +32,7 @@ from stroma.checkpoint._session import (
     RunRow,
     Step,
     StepRow,
+    Tally,
     checksum,
     fork,
     intact,
@@ -339,7 +340,7 @@ class DurableStore(ABC):
                 return AttemptPage([], None)
             number = found.execution if execution is None else execution
             kept, following = rows.attempt_page(found.run, number, limit=limit, after=after)
-            return AttemptPage([_record_of(attempt, size=size) for attempt, size in kept], following)
+            return AttemptPage([_record_of(*told) for told in kept], following)
 
         return self.read(query, AttemptPage([], None))
 
@@ -350,7 +351,7 @@ class DurableStore(ABC):
         def query(rows: Rows) -> list[AttemptRecord]:
             found = rows.find(run_id)
             kept = [] if found is None else rows.attempts_at(found.run, found.execution, position, branch)
-            return [_record_of(attempt, size=size) for attempt, size in kept]
+            return [_record_of(*told) for told in kept]
 
         return self.read(query, [])
 
@@ -405,7 +406,7 @@ class DurableStore(ABC):
             except CorruptCheckpoint:
                 damaged = True  # The rest of the history can be told all the same.
         size = None if step is None else len(step.output)
-        return _record_of(attempt, output=output, damaged=damaged, size=size)
+        return _record_of(attempt, size, 0, output=output, damaged=damaged)
 
     def input_of(self, run_id: str) -> bytes:
         """The initial state of a run in its stored form (see Schema.decode).
@@ -441,6 +442,17 @@ class DurableStore(ABC):
             return [waiting for waiting in kept if waiting is not None]
 
         return self.read(query, [])
+
+    def tally(
+        self, since_ms: int, bucket_ms: int, *, runs: int = 2000, attempts: int = 200_000
+    ) -> list[Tally]:
+        """The attempts of the runs begun since, summed up by span of time, pipeline, node, model and class.
+
+        Of so many runs and attempts at the most, the newest runs first. Raises StoreError.
+        """
+        return self.read(
+            lambda rows: rows.tally(since_ms, bucket_ms, runs=runs, attempts=attempts), list[Tally]()
+        )
 
     def facts(self) -> StoreFacts | None:
         """What the store says of itself; None while it is empty. Raises StoreError."""
@@ -548,6 +560,7 @@ def _run_record(row: RunRow, beside: Beside) -> RunRecord:
         tuple(sorted(beside.tags)),
         _cause(beside.failed),
         len(beside.failed),
+        _number(row.epoch),
     )
 
 
@@ -575,7 +588,7 @@ def _cause(failed: list[Attempt]) -> Cause | None:
 
 
 def _record_of(
-    attempt: Attempt, *, output: bytes | None = None, damaged: bool = False, size: int | None = None
+    attempt: Attempt, size: int | None, epoch: int, *, output: bytes | None = None, damaged: bool = False
 ) -> AttemptRecord:
     return AttemptRecord(
         position=attempt.position,
@@ -596,4 +609,5 @@ def _record_of(
         damaged=damaged,
         output_bytes=size,
         started_ns=attempt.started_ns,
+        epoch=epoch,
     )

@@ -8,8 +8,20 @@ from typing import Any, Final, LiteralString
 import psycopg
 
 from stroma.checkpoint._postgres_schema import SCHEMA_VERSION, key
-from stroma.checkpoint._session import CANCEL, SAVED, Attempt, Beside, Fence, Opening, RunRow, Step, StepRow
-from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs
+from stroma.checkpoint._session import (
+    CANCEL,
+    SAVED,
+    Attempt,
+    Beside,
+    Fence,
+    Opening,
+    RunRow,
+    Step,
+    StepRow,
+    Tally,
+    Told,
+)
+from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs, tally
 from stroma.checkpoint.journal import RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
 
@@ -305,16 +317,20 @@ class PostgresRows:
 
     def attempt_page(
         self, run: int, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[tuple[Attempt, int | None]], str | None]:
+    ) -> tuple[list[Told], str | None]:
         epoch, position, started, number, branch = (-1, 0, 0, 0, "") if after is None else attempt_mark(after)
         place = (run, execution, epoch, position, started, key(branch), number, limit + 1)
         return attempt_page(self._execute(_ATTEMPT_PAGE, place).fetchall(), limit)
 
-    def attempts_at(
-        self, run: int, execution: int, position: int, branch: str
-    ) -> list[tuple[Attempt, int | None]]:
+    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[Told]:
         found = self._execute(_ATTEMPTS_AT, (run, execution, position, key(branch))).fetchall()
         return attempt_page(found, len(found))[0]
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        def execute(statement: str, values: list[Any]) -> list[Any]:
+            return self.db.execute(statement.encode(), values, binary=True).fetchall()
+
+        return tally(execute, "%s", since_ms, bucket_ms, runs, attempts)
 
     def facts(self) -> StoreFacts:
         row: Any = self._execute(_FACTS).fetchone()

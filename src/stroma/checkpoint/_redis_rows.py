@@ -40,6 +40,8 @@ from stroma.checkpoint._session import (
     RunRow,
     Step,
     StepRow,
+    Tally,
+    Told,
     fenced,
 )
 from stroma.checkpoint._sql_reading import attempt_mark, attempt_page
@@ -49,6 +51,7 @@ from stroma.checkpoint.payloads import BLOB
 __all__ = ["Changed", "RedisRows", "commit_command", "kept_or_raise", "lost"]
 
 _PAGE: Final = 200
+_TALLIED: Final = 200  # runs whose attempts are summed up
 _LOOKED_AT: Final = 2000  # runs that the server goes through at once
 _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
 
@@ -411,7 +414,7 @@ class RedisRows:
 
     def attempt_page(
         self, run: Run, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[tuple[Attempt, int | None]], str | None]:
+    ) -> tuple[list[Told], str | None]:
         # A hash has no order: the server gives all of it for each page.
         first = None
         if after is not None:
@@ -446,14 +449,30 @@ class RedisRows:
         told.sort(key=lambda one: (one[0], one[1][:4]))
         return told
 
-    def attempts_at(
-        self, run: Run, execution: int, position: int, branch: str
-    ) -> list[tuple[Attempt, int | None]]:
+    def attempts_at(self, run: Run, execution: int, position: int, branch: str) -> list[Told]:
         return [
-            (attempt, None if step is None else len(step.output))
-            for _, attempt, step in self._told(run, execution)
+            Told(attempt, None if step is None else len(step.output), epoch)
+            for epoch, attempt, step in self._told(run, execution)
             if (attempt.position, attempt.branch) == (position, branch)
         ]
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        # The server has no sums of attempts: they are read, and so these are fewer.
+        found, _ = self.runs(RunQuery(since_ms=since_ms), limit=min(runs, _TALLIED), after=None, look_at=None)
+        sums: dict[tuple[int, str, str, str | None, str | None], list[int]] = {}
+        seen = 0
+        for run in found:
+            for _, one, step in self._told(run.run, run.execution):
+                key = (run.started_ms // bucket_ms, run.pipeline, one.node_id, one.model, one.failure_class)
+                wasted = one.cost_pico if one.outcome != "success" and step is None else 0
+                of = sums.setdefault(key, [0] * 6)
+                for i, number in enumerate((1, one.tokens, one.cost_pico, wasted, one.duration_ns)):
+                    of[i] += number
+                of[5] = max(of[5], one.duration_ns)
+                seen += 1
+            if seen >= attempts:
+                break
+        return [Tally(*key, *of) for key, of in sums.items()]
 
     def facts(self) -> StoreFacts:
         (seconds, micros), *found = self._get(

@@ -74,6 +74,8 @@ __all__ = [
     "RunRow",
     "Step",
     "StepRow",
+    "Tally",
+    "Told",
     "fork",
     "intact",
     "keep_waiting",
@@ -191,6 +193,35 @@ class Opening(NamedTuple):
     tags: tuple[str, ...] = ()
 
 
+class Told(NamedTuple):
+    """An attempt without its output. ``size``: of that as it is stored; None if nothing was committed. ``epoch``: see Fence."""
+
+    attempt: Attempt
+    size: int | None
+    epoch: int
+
+
+class Tally(NamedTuple):
+    """Attempts of some runs, summed up.
+
+    Attributes:
+        bucket: which span of time the runs began in, counted from the epoch.
+        wasted_pico: the cost of those that committed nothing.
+    """
+
+    bucket: int
+    pipeline: str
+    node_id: str
+    model: str | None
+    failure_class: str | None
+    attempts: int
+    tokens: int
+    cost_pico: int
+    wasted_pico: int
+    duration_ns: int
+    longest_ns: int
+
+
 class Beside(NamedTuple):
     """What is told of a run beside its row. ``failed``: its last failed attempts, the one that ended last first."""
 
@@ -295,14 +326,16 @@ class Rows(Protocol):
 
     def attempt_page(
         self, run: Any, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[tuple[Attempt, int | None]], str | None]:
+    ) -> tuple[list[Told], str | None]:
         """The same page by page, with the stored size of what each one committed, which is not read."""
         ...
 
-    def attempts_at(
-        self, run: Any, execution: int, position: int, branch: str
-    ) -> list[tuple[Attempt, int | None]]:
+    def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[Told]:
         """The same of one place."""
+        ...
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        """The attempts of the runs begun since, of so many runs and attempts at the most, the newest runs first."""
         ...
 
     def facts(self) -> StoreFacts:

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from stroma.checkpoint._session import Attempt, RunRow
+from stroma.checkpoint._session import Attempt, RunRow, Tally, Told
 from stroma.checkpoint.journal import RunQuery
 
-__all__ = ["Dialect", "attempt_mark", "attempt_page", "find_runs", "marked"]
+__all__ = ["Dialect", "attempt_mark", "attempt_page", "find_runs", "marked", "tally"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,13 +75,35 @@ def attempt_mark(mark: str) -> tuple[int, int, int, int, str]:
     return int(epoch), int(position), int(started), int(attempt), branch
 
 
-def attempt_page(found: list[Any], limit: int) -> tuple[list[tuple[Attempt, int | None]], str | None]:
+def tally(
+    execute: Callable[[str, list[Any]], list[Any]],
+    value: str,
+    since_ms: int,
+    bucket_ms: int,
+    runs: int,
+    attempts: int,
+) -> list[Tally]:
+    """See :meth:`stroma.checkpoint._session.Rows.tally`."""
+    statement = f"""SELECT bucket, pipeline, node_id, model, failure_class, count(*), sum(tokens), sum(cost_pico), sum(wasted),
+        sum(duration_ns), max(duration_ns) FROM (
+        SELECT r.started_ms / {value} AS bucket, r.pipeline, a.node_id, a.model, a.failure_class, a.tokens, a.cost_pico, a.duration_ns,
+        CASE WHEN a.outcome = 'success' OR EXISTS (SELECT 1 FROM steps s WHERE s.run = a.run AND s.execution = a.execution
+        AND s.position = a.position AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt
+        AND s.started_ns = a.started_ns) THEN 0 ELSE a.cost_pico END AS wasted
+        FROM (SELECT run, execution, pipeline, started_ms FROM runs WHERE execution > 0 AND started_ms >= {value}
+        ORDER BY started_ms DESC, run DESC LIMIT {value}) r JOIN attempts a ON a.run = r.run AND a.execution = r.execution
+        LIMIT {value}) t GROUP BY bucket, pipeline, node_id, model, failure_class"""
+    found = execute(statement, [bucket_ms, since_ms, runs, attempts])
+    return [Tally(row[0], row[1], row[2], row[3], row[4], *map(int, row[5:])) for row in found]
+
+
+def attempt_page(found: list[Any], limit: int) -> tuple[list[Told], str | None]:
     """A page of what was found, one more than the page has if there is another one. Rows: Attempt, epoch, size."""
-    told = [(Attempt._make(row[:-2]), row[-1]) for row in found[:limit]]
+    told = [Told(Attempt._make(row[:-2]), row[-1], row[-2]) for row in found[:limit]]
     if len(found) <= limit:
         return told, None
-    last, epoch = told[-1][0], found[limit - 1][-2]
-    return told, f"{epoch}:{last.position}:{last.started_ns}:{last.attempt}:{last.branch}"
+    last = told[-1].attempt
+    return told, f"{told[-1].epoch}:{last.position}:{last.started_ns}:{last.attempt}:{last.branch}"
 
 
 def _place(found: RunRow) -> tuple[int, int]:

@@ -8,8 +8,19 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from stroma.checkpoint._owner import Owner, boot_id
-from stroma.checkpoint._session import Attempt, Beside, Commit, Fence, Opening, RunRow, Step, StepRow
-from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs
+from stroma.checkpoint._session import (
+    Attempt,
+    Beside,
+    Commit,
+    Fence,
+    Opening,
+    RunRow,
+    Step,
+    StepRow,
+    Tally,
+    Told,
+)
+from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs, tally
 from stroma.checkpoint._sqlite_file import SCHEMA_VERSION
 from stroma.checkpoint.journal import RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
@@ -247,17 +258,21 @@ class SqliteRows:
 
     def attempt_page(
         self, run: int, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[tuple[Attempt, int | None]], str | None]:
+    ) -> tuple[list[Told], str | None]:
         epoch, position, started, number, branch = (-1, 0, 0, 0, "") if after is None else attempt_mark(after)
         place = (run, execution, epoch, position, started, branch, number, limit + 1)
         found = self.db.execute(_ATTEMPT_PAGE, place).fetchall()
         return attempt_page(found, limit)
 
-    def attempts_at(
-        self, run: int, execution: int, position: int, branch: str
-    ) -> list[tuple[Attempt, int | None]]:
+    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[Told]:
         found = self.db.execute(_ATTEMPTS_AT, (run, execution, position, branch)).fetchall()
         return attempt_page(found, len(found))[0]
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        def execute(sql: str, values: list[Any]) -> list[Any]:
+            return self.db.execute(sql, values).fetchall()
+
+        return tally(execute, "?", since_ms, bucket_ms, runs, attempts)
 
     def facts(self) -> StoreFacts:
         (version,) = self.db.execute("SELECT v FROM meta WHERE k = 'schema_version'").fetchone()

@@ -436,6 +436,7 @@ class RunRecord:
         tags: in the order of their text.
         cause: None if no attempt of the last execution failed. Not told by list_runs().
         failures: how many attempts failed, counted up to 20. Not told by list_runs().
+        epoch: raised by every process that opens the run.
     """
 
     run_id: str
@@ -454,6 +455,7 @@ class RunRecord:
     tags: tuple[str, ...] = field(default=(), compare=False)
     cause: Cause | None = field(default=None, compare=False)
     failures: int = field(default=0, compare=False)
+    epoch: int = field(default=0, compare=False)
 
 
 class RunPage(NamedTuple):
@@ -473,7 +475,8 @@ class AttemptRecord:
     """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed and can be read.
 
     ``damaged``: it was committed, and what stands there now is not what was. ``output_bytes``: how large what was
-    committed is as it is stored; None if nothing was. ``started_ns``: since the epoch.
+    committed is as it is stored; None if nothing was. ``started_ns``: since 1970. ``epoch``: of the
+    process that made it, as in RunRecord; 0 where it is not told.
     """
 
     position: int
@@ -494,6 +497,7 @@ class AttemptRecord:
     damaged: bool = False
     output_bytes: int | None = field(default=None, compare=False)
     started_ns: int = field(default=0, compare=False)
+    epoch: int = field(default=0, compare=False)
 
 
 class StoreFacts(NamedTuple):

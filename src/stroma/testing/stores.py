@@ -745,6 +745,25 @@ class JournalStoreTests:
             with pytest.raises(ValueError, match="not where a page ended"):
                 store.attempt_page("run", after=wrong)
 
+    async def test_attempts_are_summed_up(self, store: Any) -> None:
+        """tally() sums the attempts of the runs begun since, by pipeline, node, model and class, and what they wasted."""
+        if not hasattr(store, "tally"):
+            pytest.skip("this store sums nothing up")
+        for name in ("one", "two"):
+            session = await begin(store, name)
+            await fail(session, 0, "n", tokens=4, cost=0.25, ms=7, failure=FailureClass.TERMINAL)
+            await commit(session, 0, State(n=1), "n", attempt=2, tokens=4, cost=0.5, ms=9)
+            await finish(session)
+        found = sorted(store.tally(0, 10**15), key=lambda one: one.failure_class or "")
+        assert [(t.bucket, t.pipeline, t.node_id, t.model, t.failure_class, t.attempts) for t in found] == [
+            (0, "pipeline", "n", "model", None, 2), (0, "pipeline", "n", "model", "TERMINAL", 2),
+        ]  # fmt: skip
+        assert [(t.tokens, t.cost_pico, t.wasted_pico, t.duration_ns, t.longest_ns) for t in found] == [
+            (8, 10**12, 0, 18_000_000, 9_000_000), (8, 5 * 10**11, 5 * 10**11, 14_000_000, 7_000_000),
+        ]  # fmt: skip
+        assert sum(t.attempts for t in store.tally(0, 10**15, runs=1)) == 2
+        assert store.tally(store.get_run("two").started_ms + 1, 1000) == []
+
     async def test_where_attempts_failed(self, store: Any) -> None:
         """trouble_of tells where the last failed attempt at a place failed, and forgets it with the execution."""
         if not hasattr(store, "trouble_of"):

@@ -75,6 +75,7 @@ def make_app(settings: Settings) -> ASGIApp:
         Route("/attempt", pages.attempt),
         Route("/payload", pages.payload),
         Route("/compare", pages.compare),
+        Route("/overview", pages.overview),
         Route("/pipeline", pages.pipeline),
         Route("/lineage.svg", pages.lineage),
         Route("/export", pages.export),

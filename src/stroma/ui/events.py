@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import math
+import time
 from collections.abc import AsyncIterator
 from typing import TYPE_CHECKING, Final
 
@@ -31,6 +33,9 @@ class Events:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._open = 0
+        #: What was seen last, and when, for each thing that is watched: one look serves all pages.
+        self._seen: dict[str | None, tuple[float, str]] = {}
+        self._looking: dict[str | None, asyncio.Lock] = {}
 
     async def stream(self, request: Request) -> Response:
         if self._open >= _MOST:
@@ -44,11 +49,11 @@ class Events:
     async def _changes(self, request: Request, run_id: str | None) -> AsyncIterator[str]:
         self._open += 1
         try:
-            seen, still = await to_thread.run_sync(self._state, run_id), 0
+            seen, still = await self._look(run_id), 0
             yield "retry: 2000\n\n"
             while not await request.is_disconnected():
                 await asyncio.sleep(self._settings.poll_seconds)
-                state = await to_thread.run_sync(self._state, run_id)
+                state = await self._look(run_id)
                 if state != seen:
                     seen, still = state, 0
                     yield "event: changed\ndata: {}\n\n"
@@ -58,6 +63,17 @@ class Events:
                         yield ": still here\n\n"
         finally:
             self._open -= 1
+            if not self._open:
+                self._seen.clear()
+                self._looking.clear()
+
+    async def _look(self, run_id: str | None) -> str:
+        async with self._looking.setdefault(run_id, asyncio.Lock()):
+            when, state = self._seen.get(run_id, (-math.inf, ""))
+            if time.monotonic() - when >= self._settings.poll_seconds / 2:
+                state = await to_thread.run_sync(self._state, run_id)
+                self._seen[run_id] = time.monotonic(), state
+            return state
 
     def _state(self, run_id: str | None) -> str:
         """A fingerprint of what the page shows."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import urlencode
@@ -33,6 +34,7 @@ from stroma.history import (
 from stroma.page import Bar, Box, Story, cause, document, fields_named, gantt, head, tree, utc
 from stroma.trace import RunStatus
 from stroma.ui.actions import can_resume
+from stroma.ui.overview import BUCKETS, Overview
 from stroma.ui.security import PICTURE_POLICY
 
 if TYPE_CHECKING:
@@ -47,6 +49,8 @@ _DRAWN: Final = 500
 #: A payload above this is not looked into, only handed out.
 _MOST_BYTES: Final = 1_000_000
 _EXPORTED: Final = 100_000
+_SPANS: Final = (1, 7, 30)  # days
+_SUMMED: Final = 200_000  # attempts
 _STATUSES: Final = ["RUNNING", *RunStatus]
 _LONGEST: Final = 4000  # characters of what is asked for
 
@@ -172,7 +176,7 @@ class Pages:
             cause=Markup(cause(story)), gantt=Markup(gantt(story.bars, link=link, selected=selected)),
             attempts=[(attempt, _attempt_address(record, attempt), place_of(attempt)) for attempt in attempts],
             waiting=[one for one in self._store.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
-            restored=_restored(attempts), can_resume=can_resume(self._settings, record),
+            restored=_restored(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
             command=self._mend(record),
         )  # fmt: skip
@@ -301,6 +305,21 @@ class Pages:
             nodes=[{"it": one, "node": (one.a or one.b or [])[0], "place": place_of((one.a or one.b or [])[0])} for one in nodes],
         )  # fmt: skip
 
+    def overview(self, request: Request) -> Response:
+        asked = request.query_params.get("days", "7")
+        if asked not in map(str, _SPANS):
+            raise HTTPException(400, "there is no such span of time")
+        days = int(asked)
+        bucket_ms = days * 86_400_000 // BUCKETS
+        now_ms = time.time_ns() // 1_000_000
+        first = now_ms // bucket_ms - BUCKETS
+        found = self._store.tally(first * bucket_ms, bucket_ms) if self._store.exists() else []
+        it = Overview.of(found)
+        capped = it.total.attempts >= _SUMMED
+        return self._page(
+            "overview.html", it=it, days=days, spans=_SPANS, chart=it.chart(first, bucket_ms), capped=capped
+        )
+
     def pipeline(self, request: Request) -> Response:
         return self._page("pipeline.html", has_picture=self._settings.lineage is not None)
 
@@ -358,9 +377,13 @@ def _names(attempt: AttemptRecord) -> tuple[int, str, int, int]:
     return attempt.position, attempt.branch, attempt.attempt, attempt.started_ns
 
 
-def _restored(attempts: list[AttemptRecord]) -> set[str]:
-    """Places whose outputs a fork took over from its parent."""
-    return {place_of(attempt) for attempt in attempts if attempt.outcome == "forked"}
+def _restored(record: RunRecord, attempts: list[AttemptRecord]) -> set[int]:
+    """Which attempts committed what a later process did not make again: it was restored; by their starts."""
+    return {
+        one.started_ns
+        for one in attempts
+        if one.output_bytes is not None and (one.epoch < record.epoch or one.outcome == "forked")
+    }
 
 
 def _address(path: str, **query: Any) -> str:
