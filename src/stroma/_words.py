@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["clean", "count", "money", "plural", "span"]
+__all__ = ["clean", "count", "money", "plural", "short_id", "span"]
+
+_HEX = frozenset("0123456789abcdef")
 
 
 def clean(text: str, limit: int = 300) -> str:
@@ -40,3 +42,10 @@ def span(seconds: float) -> str:
     if hours < 48:
         return f"{hours} h {minutes:02d} m"
     return f"{hours // 24} d {hours % 24} h"
+
+
+def short_id(run_id: str) -> str:
+    """A run id as tables show it; the beginning is enough to name a run."""
+    if len(run_id) == 32 and _HEX.issuperset(run_id):
+        return run_id[:12]
+    return clean(run_id, 40)

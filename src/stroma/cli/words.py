@@ -5,18 +5,9 @@ from __future__ import annotations
 import time
 from datetime import UTC, datetime
 
-from stroma._words import clean, count, money, plural, span
+from stroma._words import clean, count, money, plural, short_id, span
 
 __all__ = ["ago", "clean", "count", "id_word", "iso", "local", "money", "plural", "short_id", "span"]
-
-_HEX = frozenset("0123456789abcdef")
-
-
-def short_id(run_id: str) -> str:
-    """A run id as tables show it; the beginning is enough to name a run."""
-    if len(run_id) == 32 and _HEX.issuperset(run_id):
-        return run_id[:12]
-    return clean(run_id, 40)
 
 
 def id_word(run_id: str) -> str:

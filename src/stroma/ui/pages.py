@@ -15,7 +15,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from stroma._frames import Trouble
-from stroma._words import clean, count, money, span
+from stroma._words import clean, count, money, short_id, span
 from stroma.checkpoint.journal import AttemptRecord, RunQuery, RunRecord
 from stroma.exports import chrome_trace, otlp
 from stroma.failures import FailureClass
@@ -71,7 +71,7 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.filters |= {
-            "clean": clean, "money": money, "count": count, "span": span, "tone": _tone, "json": _shown, "when": utc,
+            "clean": clean, "money": money, "count": count, "span": span, "tone": _tone, "json": _shown, "short": short_id, "when": utc,
         }  # fmt: skip
         self._templates.globals |= {
             "to": _address,
@@ -246,7 +246,10 @@ class Pages:
 
     def _made(self, record: RunRecord, this: AttemptRecord) -> Payload:
         if this.output_bytes is None:
-            return Payload(None, "it committed nothing")
+            broke = this.reason == "contract" and "(output)" in (this.message or "")[:_LONGEST]
+            return Payload(
+                None, "it committed nothing" + (": what breaks its contract is not kept" if broke else "")
+            )
         if this.output_bytes > _MOST_BYTES:
             return Payload(None, f"it has {this.output_bytes:,} bytes: too much to show here")
         return self._history.output(record.run_id, this.position, this.branch)
