@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pydantic import BaseModel, SecretStr
+from pydantic import BaseModel, SecretStr, field_validator
 from rich.console import Console
 from tests.pages import check_page
 
@@ -102,6 +102,24 @@ async def test_secrets_and_redaction() -> None:
     assert "Ada Lovelace" in result.to_html()
     assert "hunter2" not in result.to_html()
     assert "Ada" not in result.to_html(redact=lambda state: {**state, "name": "***"})
+
+    async def quotes(state: Any) -> Any:
+        return {"name": "Ada Lovelace"}
+
+    class Quoting(BaseModel):
+        name: str
+
+        @field_validator("name")
+        @classmethod
+        def _no_names(cls, value: str) -> str:
+            raise ValueError(f"{value} is a person")
+
+    broken: Any = NodeContract(node_id="quotes", input_schema=Private, output_schema=Quoting)
+    failed = await StromaRunner.quick().run([stroma_node("quotes", broken)(quotes)], Private(name="x"))
+    assert "Ada" in failed.to_html()
+    hidden = failed.to_html(redact=lambda state: {})
+    assert "Ada" not in hidden
+    assert "<code>name</code>" in hidden
     assert "Ada" not in result.trace.to_html(redact=lambda state: 1 / 0)  # type: ignore[arg-type, return-value]
 
 

@@ -46,6 +46,9 @@ FINISHED: Final = ("COMPLETED", "RESUMED")
 Redact = Callable[[dict[str, Any]], dict[str, Any]]
 
 _MOST_CHANGES: Final = 1000
+#: Bytes of a state that is drawn, and of all that are drawn of one run.
+_ONE_STATE: Final = 1_000_000
+_ALL_STATES: Final = 20_000_000
 
 
 class Payload(NamedTuple):
@@ -177,19 +180,27 @@ class History:
         mend: str = "",
         facts: Sequence[tuple[str, str]] = (),
     ) -> Story:
-        """A run as it is drawn. ``states``: with the input and output of each attempt."""
+        """A run as it is drawn. ``states``: with the input and output of each attempt, as far as they are not too large."""
         attempts, more = self.attempts(record.run_id, most)
         inputs: dict[int, Payload] = {}
         first = min((attempt.started_ns for attempt in attempts), default=0)
         bars = []
+        room = _ALL_STATES
         for attempt in attempts:
             given = made = None
             if states:
                 if attempt.position not in inputs:
-                    inputs[attempt.position] = self.given(record.run_id, attempt.position)
-                given = inputs[attempt.position].value
-                if attempt.output_bytes is not None:
+                    inputs[attempt.position] = self.given(
+                        record.run_id, attempt.position, most_bytes=_ONE_STATE
+                    )
+                held = inputs[attempt.position]
+                given = held.value if held.problem is None else {"left out": held.problem}
+                size = attempt.output_bytes
+                if size is not None and size <= min(_ONE_STATE, room):
+                    room -= size
                     made = self.output(record.run_id, attempt.position, attempt.branch).value
+                elif size is not None:
+                    made = {"left out": f"{size:,} bytes"}
             bars.append(bar_of(attempt, first, given, made))
         box = None
         if record.cause is not None and record.status not in FINISHED:

@@ -32,6 +32,7 @@ __all__ = [
     "tree",
     "utc",
     "waits",
+    "without_values",
 ]
 
 #: Rows and attempts that are drawn; of a run with more, the failed ones go first.
@@ -126,6 +127,14 @@ def fields_named(message: str) -> list[str]:
     found = _VIOLATION.match(message)
     parts = found[1].split("; ") if found else []
     return [at[1] for part in parts if (at := _FIELD.match(part))]
+
+
+def without_values(message: str) -> str:
+    """The message of a broken contract with its paths alone: what is wrong with a value may quote it."""
+    found = _VIOLATION.match(message)
+    if found is None:
+        return message
+    return message[: found.start(1)] + "; ".join(f"{path}: hidden" for path in fields_named(message))
 
 
 def waits(bars: Iterable[Bar]) -> Iterator[tuple[Bar, float, float]]:

@@ -20,7 +20,7 @@ from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
 from stroma.failures import Failure, FailureClass
-from stroma.page import Bar, Box, Story, document, fragment
+from stroma.page import Bar, Box, Story, document, fragment, without_values
 from stroma.schemas import Schema, Snapshot
 
 __all__ = [
@@ -319,9 +319,9 @@ def _bar(
 
     at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
     kind = None if event.failure is None else event.failure.value
-    message = (
-        event.failure_message if redact is None or event.reason != "contract" else "a contract was broken"
-    )
+    message = event.failure_message
+    if redact is not None and message is not None:
+        message = without_values(message)
     used = event.usage
     return Bar(
         event.node_id, at, event.attempt, began_ms, took_ms, event.outcome, kind, event.reason, message, used.tokens,
@@ -547,12 +547,13 @@ class ExecutionResult:
     def _story(self, redact: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Story:
         story, failure, box = self.trace._story(redact), self.failure, None
         if failure is not None:
+            message = failure.message if redact is None else without_values(failure.message)
             # Of a group, the child whose failure became its own is the one that stands deepest.
-            said = [bar for bar in story.bars if bar.message == failure.message and bar.outcome == "failure"]
+            said = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
             at = max(said, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
             box = Box(
                 failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
-                failure.failure_class.value, failure.message, failure.reason,
+                failure.failure_class.value, message, failure.reason,
             )  # fmt: skip
         facts = [("unpriced", ", ".join(self.unpriced_models))] if self.unpriced_models else []
         facts += [("waits for", reason) for reason in self.suspended]

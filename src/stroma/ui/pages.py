@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -63,6 +64,8 @@ class Pages:
         self._history = history
         self._store = settings.store
         self._keys = keys
+        #: What may take much memory is made for one at a time.
+        self._large = threading.Lock()
         self._templates = Environment(
             loader=FileSystemLoader(Path(__file__).parent / "templates"),
             autoescape=select_autoescape(default=True, default_for_string=True),
@@ -261,18 +264,22 @@ class Pages:
         side = request.query_params.get("side")
         if side not in ("input", "output"):
             raise HTTPException(404, "an attempt has an input and an output")
-        if side == "input":
-            held = self._history.given(record.run_id, this.position)
-        else:
-            held = self._history.output(record.run_id, this.position, this.branch)
-        if held.problem is not None:
-            raise HTTPException(404, held.problem)
-        return _file(held.value, f"{side}-{this.position}.json")
+        with self._large:
+            if side == "input":
+                held = self._history.given(record.run_id, this.position)
+            else:
+                held = self._history.output(record.run_id, this.position, this.branch)
+            if held.problem is not None:
+                raise HTTPException(404, held.problem)
+            return _file(held.value, f"{side}-{this.position}.json")
 
     def export(self, request: Request) -> Response:
         """The run as a file in the format of another tool."""
         record = self._record(request)
-        form = request.query_params.get("format", "")
+        with self._large:
+            return self._export(record, request.query_params.get("format", ""))
+
+    def _export(self, record: RunRecord, form: str) -> Response:
         if form == "html":
             story = self._history.story(record, most=_DRAWN, mend=self._mend(record))
             text = document(story).encode("utf-8", "replace")
