@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from difflib import SequenceMatcher
 from typing import Any, Final, Literal, NamedTuple
 
+from stroma._showing import Redact
 from stroma.checkpoint._states import AsyncStates
 from stroma.checkpoint.journal import (
     AttemptRecord,
@@ -42,8 +43,6 @@ __all__ = [
 #: Statuses of runs that failed, and of those that came to their end.
 FAILED: Final = ("FAILED", "PARTIAL")
 FINISHED: Final = ("COMPLETED", "RESUMED")
-
-Redact = Callable[[dict[str, Any]], dict[str, Any]]
 
 _MOST_CHANGES: Final = 1000
 #: Bytes of a state that is drawn, and of all that are drawn of one run.

@@ -9,8 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
@@ -19,8 +18,9 @@ from typing import Any, Final, Literal, cast
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
+from stroma._showing import Redact, Shown
 from stroma.failures import Failure, FailureClass
-from stroma.page import Bar, Box, Story, document, fragment, without_values
+from stroma.page import Bar, Box, Story, without_values
 from stroma.schemas import Schema, Snapshot
 
 __all__ = [
@@ -129,7 +129,7 @@ class TraceEvent:
         return self.node_id
 
 
-class ExecutionTrace:
+class ExecutionTrace(Shown):
     """The events of one run, in the order in which attempts ended. ``len`` and iteration see the top level."""
 
     __slots__ = ("_schemas", "rows", "run_id")
@@ -244,28 +244,7 @@ class ExecutionTrace:
         """Strict JSON (NaN and infinities as strings): a list of events with everything that they hold."""
         return json.dumps([jsonable(event) for event in self._events], allow_nan=False)
 
-    def to_html(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        redact: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    ) -> str:
-        """One HTML file that stands by itself, to attach to a bug report: it loads nothing and runs nothing.
-
-        ``path``: also written there, readable by its owner only. ``redact``: applied to each state; give the one of your
-        RunConfig. Secrets of pydantic's types are masked all the same.
-        """
-        return _write_html(self._story(redact), path)
-
-    def _repr_html_(self) -> str:
-        return fragment(self._story())
-
-    def __rich__(self) -> Any:
-        from stroma._rich import renderable
-
-        return renderable(self._story())
-
-    def _story(self, redact: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Story:
+    def _story(self, redact: Redact | None = None) -> Story:
         """All of it as plain data. What stands in rows is timed to the nanosecond."""
         found: list[tuple[int, int, TraceEvent]] = []
         stack: list[Row | TraceEvent] = list(self.rows)
@@ -307,7 +286,7 @@ def _bar(
     event: TraceEvent,
     began_ms: float,
     took_ms: float,
-    redact: Callable[[dict[str, Any]], dict[str, Any]] | None,
+    redact: Redact | None,
 ) -> Bar:
     def shown(state: dict[str, Any] | None) -> Any:
         if state is None or redact is None:
@@ -328,14 +307,6 @@ def _bar(
         used.output_tokens, used.cost_usd, used.model, event.output_state is not None, shown(event.input_state),
         shown(event.output_state),
     )  # fmt: skip
-
-
-def _write_html(story: Story, path: str | os.PathLike[str] | None) -> str:
-    text = document(story)
-    if path is not None:
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
-    return text
 
 
 def contract_of(row: Row, schema: Schema) -> str:
@@ -503,7 +474,7 @@ class HookFailure:
 
 
 @dataclass
-class ExecutionResult:
+class ExecutionResult(Shown):
     """What a run came to.
 
     Attributes:
@@ -527,24 +498,7 @@ class ExecutionResult:
     unpriced_models: list[str] = field(default_factory=list)
     suspended: list[str] = field(default_factory=list)
 
-    def _repr_html_(self) -> str:
-        return fragment(self._story())
-
-    def __rich__(self) -> Any:
-        from stroma._rich import renderable
-
-        return renderable(self._story())
-
-    def to_html(
-        self,
-        path: str | os.PathLike[str] | None = None,
-        *,
-        redact: Callable[[dict[str, Any]], dict[str, Any]] | None = None,
-    ) -> str:
-        """The same as :meth:`ExecutionTrace.to_html`, with what the run came to and what stopped it."""
-        return _write_html(self._story(redact), path)
-
-    def _story(self, redact: Callable[[dict[str, Any]], dict[str, Any]] | None = None) -> Story:
+    def _story(self, redact: Redact | None = None) -> Story:
         story, failure, box = self.trace._story(redact), self.failure, None
         if failure is not None:
             message = failure.message if redact is None else without_values(failure.message)

@@ -3272,9 +3272,17 @@ SHOWING = (
         _tests("checkpoint/test_conformance.py", "TestSQLiteStore::test_runs_are_asked_for"),
     ),
     Break(
+        "pages-end-too-soon",
+        "A page that looked at a part of the runs says where to go on.",
+        "checkpoint/_sql_reading.py",
+        "return found, (ends[0][0], ends[0][1]) if len(ends) == 2 else None",
+        "return found, None",
+        _tests("checkpoint/test_conformance.py", "TestSQLiteStore::test_runs_are_looked_at_some_at_a_time"),
+    ),
+    Break(
         "groups-are-the-cause",
         "The cause of a failure is the child whose failure became the group's.",
-        "checkpoint/_durable.py",
+        "checkpoint/_reading.py",
         "deepest = max(inside,",
         "deepest = min(inside,",
         _tests("checkpoint/test_conformance.py", "TestSQLiteStore::test_the_cause_of_a_group_is_its_child"),

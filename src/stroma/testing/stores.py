@@ -669,6 +669,39 @@ class JournalStoreTests:
             with pytest.raises(ValueError, match="not where a page ended"):
                 store.run_page(after=wrong)
 
+    async def test_runs_are_looked_at_some_at_a_time(
+        self, store: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A page that looked at a part of the runs may be short or empty, and says where to go on; none is left out."""
+        if not hasattr(store, "run_page"):
+            pytest.skip("this store lists runs without pages")
+        for i in range(11):
+            session = await begin(store, f"run-{i}", tags=("odd",) if i % 2 else ())
+            if i % 5 == 0:
+                await fail(session, 0, "a", failure=FailureClass.TERMINAL)
+            await finish(session, "FAILED" if i % 3 == 0 else "COMPLETED", "x" if i % 5 == 0 else None)
+            await asyncio.sleep(0.002)
+        asked = (
+            RunQuery(failure_class="TERMINAL"), RunQuery(text="run-1"), RunQuery(text="nowhere"), RunQuery(node="a", tag="odd"),
+            RunQuery(statuses=("FAILED", "COMPLETED"), failure_class="TERMINAL"), RunQuery(statuses=("FAILED",), text="x"),
+        )  # fmt: skip
+
+        def found(query: RunQuery, limit: int) -> list[str]:
+            told: list[str] = []
+            page = store.run_page(query, limit=limit)
+            while True:
+                told += [run.run_id for run in page.runs]
+                if page.next is None:
+                    return told
+                page = store.run_page(query, limit=limit, after=page.next)
+
+        known = [found(query, 50) for query in asked]
+        assert known[0] == ["run-10", "run-5", "run-0"]
+        for look_at in (1, 2, 3, 11):
+            monkeypatch.setattr("stroma.checkpoint._reading._LOOK_AT", look_at)
+            for limit in (1, 2, 50):
+                assert [found(query, limit) for query in asked] == known, (look_at, limit)
+
     async def test_tags_belong_to_an_execution(self, store: Any) -> None:
         """A run that is begun again has the tags it is given then; one that goes on has them beside those it had."""
         if not hasattr(store, "run_page"):
