@@ -9,6 +9,8 @@ import re
 import signal
 import subprocess
 import sys
+import time
+import urllib.error
 import urllib.request
 from pathlib import Path
 from typing import Any
@@ -283,6 +285,26 @@ def test_live(site: Site) -> None:
         make_runs(site.store, ("good", GOOD))
         lines = iter(events.readline, b"")
         assert next(line for line in lines if line.startswith(b"event:")) == b"event: changed\n"
+
+
+def test_many_open_pages(site: Site) -> None:
+    """No more than fifty pages are told of changes at once; one that is closed makes room for another."""
+
+    def is_told() -> Any:
+        try:
+            return urllib.request.urlopen(f"{site.url}/events", timeout=60)
+        except urllib.error.HTTPError as refused:
+            return None if refused.code == 503 else refused
+
+    opened = [is_told() for _ in range(50)]
+    assert all(one.readline() == b"retry: 2000\n" for one in opened)
+    assert is_told() is None
+    for one in opened:
+        one.close()
+    deadline = time.monotonic() + 60
+    while (again := is_told()) is None:
+        assert time.monotonic() < deadline
+    again.close()
 
 
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])

@@ -533,8 +533,11 @@ class DurableSession:
         return self._keep(Commit(self.run_id, self.fence, _attempt(row), step))
 
     def note_trouble(self, position: int, branch: str, attempt: int, started_ns: int, data: bytes) -> None:
-        """Keep where an attempt failed together with it, when it is recorded; in place of what failed there before."""
-        if data:
+        """Keep where an attempt failed together with it, when it is recorded; in place of what failed there before.
+
+        Not under a codec: lines of source would stand beside what it hides.
+        """
+        if data and self._payloads.codec is None:
             self._troubles[position, branch] = (attempt, started_ns, data)
 
     def _keep(self, commit: Commit) -> Awaitable[None]:
