@@ -83,9 +83,9 @@ class Browser:
         self.close()
 
     def close(self) -> None:
-        self._open.close()
         self._process.kill()
         self._process.wait()
+        self._open.close()  # Now: a browser that is there takes seconds to say goodbye.
         self._log.close()
         shutil.rmtree(self._home, ignore_errors=True)
 
