@@ -10,7 +10,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma import NodeContract, RunStatus, SQLiteStore, StromaRunner, stroma_node
-from stroma.checkpoint import RunRequest, open_store
+from stroma.checkpoint import RunQuery, RunRequest, open_store
 from stroma.schemas import schema_of
 from stroma.testing.stores import row, settled
 
@@ -163,6 +163,16 @@ async def begin(store: Any, runs: int) -> Any:
     await settled(session.end("COMPLETED", None))
 
 
+def _middle(store: Any, runs: int) -> str:
+    """Where a page ends whose last run is the one in the middle."""
+    started = store.get_run(run_name(runs // 2)).started_ms
+    return (
+        f"{started}.{runs // 2 + 1}"
+        if hasattr(store, "path") or hasattr(store, "schema")
+        else f"{started * 1000}.{run_name(runs // 2)}"
+    )
+
+
 def blocking(call: Any) -> Any:
     async def operation(store: Any, runs: int) -> Any:
         found = call(store, runs)
@@ -176,6 +186,12 @@ OPERATIONS: dict[str, Any] = {
     "list 50 of one pipeline": blocking(lambda s, n: s.list_runs(pipeline="p7")),
     "list 50 that failed": blocking(lambda s, n: s.list_runs(status="FAILED")),
     "list those that run (none)": blocking(lambda s, n: s.list_runs(status="RUNNING")),
+    "a page that failed": blocking(lambda s, n: s.run_page(RunQuery(statuses=("FAILED", "PARTIAL"))).runs),
+    "a page of a class (none)": blocking(lambda s, n: s.run_page(RunQuery(failure_class="TERMINAL")).runs),
+    "a page with a text (none)": blocking(lambda s, n: s.run_page(RunQuery(text="nowhere")).runs),
+    "a page with a tag (none)": blocking(lambda s, n: s.run_page(RunQuery(tag="none")).runs),
+    "a page far down": blocking(lambda s, n: s.run_page(after=_middle(s, n)).runs),
+    "an overview": blocking(lambda s, n: s.tally(0, 10**9)),
     'find "last"': blocking(lambda s, n: s.find_run("last")),
     "find by a prefix of 20": blocking(lambda s, n: s.find_run("run-00001")),
     "find by a prefix of all": blocking(lambda s, n: s.find_run("run-")),

@@ -8,6 +8,7 @@ from typing import Final
 
 from pydantic import BaseModel
 
+from stroma._frames import write_trouble
 from stroma._tasks import refusal, uninterrupted
 from stroma.checkpoint import StepCall, StoreError, Waiting
 from stroma.context import NodeExecution, ReliabilityContext
@@ -21,6 +22,22 @@ __all__ = ["make_row", "record", "settle"]
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
 
 
+def _note_trouble(run: NodeExecution, begin: int, failure: Failure) -> None:
+    """Have the session keep where it failed, beside the attempt; in memory it is on the exception itself."""
+    note = getattr(run.ctx.session, "note_trouble", None)
+    if note is not None and run.children is None and failure.exception.__traceback__ is not None:
+        try:
+            note(
+                run.position,
+                run.branch,
+                run.attempt,
+                begin + run.ctx.epoch_ns,
+                write_trouble(failure.exception),
+            )
+        except Exception as error:  # Its source, its file name: anything can be odd.
+            run.ctx.run_logger.debug("the traceback of node %r is not kept: %r", run.node_id, error)
+
+
 def make_row(
     run: NodeExecution,
     begin: int,
@@ -30,6 +47,8 @@ def make_row(
     failure: Failure | None,
     outcome: Outcome,
 ) -> Row:
+    if failure is not None:
+        _note_trouble(run, begin, failure)
     return (
         run.node_id,
         run.attempt,

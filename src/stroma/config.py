@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Final, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
@@ -18,6 +18,9 @@ from stroma.shared_budget import SharedBudget
 from stroma.usage import shown
 
 __all__ = ["RunConfig", "new_run_id"]
+
+
+_LONGEST_TAG: Final = 200  # An index holds them.
 
 
 def new_run_id() -> str:
@@ -93,6 +96,8 @@ class RunConfig(BaseModel):
             the process died before they were told; ``current_node().redelivered`` says so then, and the exception is a
             RunFailed with the old message. Needs a journal store, and costs a second write per attempt.
         hook_timeout_ms: how long one call of a hook may take; None for ever.
+        tags: words to find the run by, such as "nightly" or "customer=42", at most 200 characters each; a journal store keeps
+            them, ``stroma runs --tag`` and the web interface ask for them.
         redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. A
             hook that asks ``current_node().last_failure`` gets the exception as the node will.
     """
@@ -126,6 +131,7 @@ class RunConfig(BaseModel):
     hook_errors: Literal["isolate", "raise"] = "isolate"
     hook_delivery: Literal["at_most_once", "at_least_once"] = "at_most_once"
     hook_timeout_ms: int | None = Field(default=5000, gt=0, le=LARGEST)
+    tags: tuple[str, ...] = ()
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
 
     @property
@@ -184,6 +190,16 @@ class RunConfig(BaseModel):
         if not isinstance(value, dict):
             raise ValueError(f'limits is {shown(value)}; give {{"name": Limit(...)}}')
         check_limits(value, {})
+        return value
+
+    @field_validator("tags")
+    @classmethod
+    def _legal_tags(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for tag in value:
+            if len(check_id(tag, "tag")) > _LONGEST_TAG:
+                raise ValueError(
+                    f"the tag {tag[:40]!r}... has {len(tag)} characters; give at most {_LONGEST_TAG}"
+                )
         return value
 
     @field_validator("node_timeouts")

@@ -691,6 +691,7 @@ class ReliabilityContext:
                     self.delivers,
                     apart,
                     config.retry_failed_items,
+                    config.tags,
                 )
                 opened: Session | Awaitable[Session]
                 if config.if_running == "attach":

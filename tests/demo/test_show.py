@@ -64,7 +64,7 @@ def test_nothing_finished_is_done_twice(shown: tuple[subprocess.CompletedProcess
     with sqlite3.connect(work / "runs.db") as db:
         rows = db.execute(
             "SELECT s.position, s.branch, count(*) FROM steps s JOIN runs USING (run) WHERE run_id = 'inbox'"
-            " GROUP BY s.position, s.branch"
+            " AND s.position >= 0 GROUP BY s.position, s.branch"
         ).fetchall()
         succeeded = db.execute(
             "SELECT count(*) FROM attempts JOIN runs USING (run) WHERE run_id = 'inbox' AND outcome = 'success'"

@@ -6,6 +6,7 @@ input does, so it cannot outlive the test process.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import gzip
 import json
@@ -20,6 +21,7 @@ from collections.abc import Callable, Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
+from google.protobuf.json_format import Parse, ParseError
 from google.protobuf.message import DecodeError
 from opentelemetry.proto.collector.logs.v1.logs_service_pb2 import (
     ExportLogsServiceRequest,
@@ -145,18 +147,43 @@ class Intake(Handler):
     def take(self, body: bytes) -> tuple[int, bytes]:
         if self.path not in SIGNALS:
             return 404, b""
-        if self.headers.get("Content-Type") != "application/x-protobuf":
+        kind = self.headers.get("Content-Type")
+        if kind not in ("application/x-protobuf", "application/json"):
             return 415, b""
         signal, request, response, decode = SIGNALS[self.path]
         try:
             encoding = self.headers.get("Content-Encoding", "identity")
             body = {"identity": bytes, "gzip": gzip.decompress, "deflate": zlib.decompress}[encoding](body)
-            found = list(decode(request.FromString(body)))
-        except (DecodeError, KeyError, OSError, EOFError, zlib.error):
+            message = from_json(request, body) if kind == "application/json" else request.FromString(body)
+            found = list(decode(message))
+        except (DecodeError, ParseError, KeyError, ValueError, OSError, EOFError, zlib.error):
             return 400, b""
         with self.server.state.changed:
             self.server.state.keep(signal, found)
         return 200, response().SerializeToString()
+
+
+def from_json(request: Any, body: bytes) -> Any:
+    """OTLP's JSON is protobuf's, but for ids, which are hex, and enumerations, which are numbers. Unknown fields are errors."""
+
+    def ids(value: Any) -> Any:
+        if isinstance(value, list):
+            return [ids(item) for item in value]
+        if not isinstance(value, dict):
+            return value
+        told = {name: ids(item) for name, item in value.items()}
+        for name, size in (("traceId", 16), ("spanId", 8), ("parentSpanId", 8)):
+            if name in told:
+                given = bytes.fromhex(told[name])
+                if len(given) != size or not any(given):
+                    raise ValueError(f"{name} {told[name]!r}")
+                told[name] = base64.b64encode(given).decode()
+        for name in ("kind", "code"):
+            if name in told and type(told[name]) is not int:
+                raise ValueError(f"{name} {told[name]!r}")
+        return told
+
+    return Parse(json.dumps(ids(json.loads(body))), request())
 
 
 class Control(Handler):

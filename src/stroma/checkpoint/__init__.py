@@ -5,7 +5,9 @@ from typing import TYPE_CHECKING, Any
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.journal import (
     AsyncCheckpointStore,
+    AttemptPage,
     AttemptRecord,
+    Cause,
     CheckpointKey,
     CheckpointLost,
     CheckpointNotFound,
@@ -19,6 +21,8 @@ from stroma.checkpoint.journal import (
     PriorUsage,
     RunBusy,
     RunExists,
+    RunPage,
+    RunQuery,
     RunRecord,
     RunRequest,
     Session,
@@ -44,7 +48,9 @@ if TYPE_CHECKING:
 __all__ = [
     "AsyncCheckpointStore",
     "AsyncInMemoryStore",
+    "AttemptPage",
     "AttemptRecord",
+    "Cause",
     "CellStore",
     "CheckpointKey",
     "CheckpointLost",
@@ -63,6 +69,8 @@ __all__ = [
     "RedisStore",
     "RunBusy",
     "RunExists",
+    "RunPage",
+    "RunQuery",
     "RunRecord",
     "RunRequest",
     "SQLiteStore",

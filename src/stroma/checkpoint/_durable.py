@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 import weakref
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from functools import partial
@@ -17,37 +17,30 @@ from pydantic import BaseModel
 
 from stroma.checkpoint._leases import Keeper
 from stroma.checkpoint._owner import new_owner
+from stroma.checkpoint._reading import ReadableStore
 from stroma.checkpoint._session import (
     CANCEL,
-    PARENT,
-    PICO,
     WAITING,
-    Attempt,
     CellChange,
     Doing,
     DurableSession,
     Fence,
     Opening,
     Rows,
-    RunRow,
     Step,
     StepRow,
     checksum,
     fork,
     intact,
     keep_waiting,
-    read_waiting,
     verify,
     waiting_branch,
 )
 from stroma.checkpoint._worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.journal import (
-    AttemptRecord,
-    CheckpointNotFound,
     Committed,
     CorruptCheckpoint,
-    RunRecord,
     RunRequest,
     Waiting,
     items_in,
@@ -75,7 +68,7 @@ class Collected(NamedTuple):
     blobs: int
 
 
-class DurableStore(ABC):
+class DurableStore(ReadableStore):
     """A journal store whose data outlives the process. Safe to share between tasks, threads and event loops.
 
     Async calls are done by a thread of ours, which does together what waits together; cancelling a caller does not
@@ -94,18 +87,6 @@ class DurableStore(ABC):
     @abstractmethod
     def _connect(self) -> Connection:
         """What the worker thread does its operations on."""
-
-    @abstractmethod
-    def read(self, query: Callable[[Rows], T], nothing: T) -> T:
-        """Read in the calling thread; ``nothing`` while the store is empty. Raises StoreError."""
-
-    def exists(self) -> bool:
-        """Whether there is anything to read from: a file is made by the first run."""
-        return True
-
-    @abstractmethod
-    def _named(self) -> str:
-        """What messages call the store."""
 
     def _worker(self) -> Worker:
         worker = self._workers.get(generation())
@@ -157,6 +138,7 @@ class DurableStore(ABC):
             sealed,
             checksum(sealed),
             request.discard_from,
+            tuple(dict.fromkeys(request.tags)),
         )
         open_it = partial(session.open, request, opening, data)
         await self._submit(Doing(request.run_id, open_it, opening, session))
@@ -253,122 +235,7 @@ class DurableStore(ABC):
         opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, contract, given, sha, None)
         await self._submit(Doing(None, lambda rows: fork(rows, run_id, opening, before, step), opening))
 
-    # ------------------------------------------------------------------ reading
-
-    def list_runs(
-        self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
-    ) -> list[RunRecord]:
-        """The last execution of each run, the one begun last first.
-
-        Blocking, like all of this section; none of it makes a store. Raises StoreError.
-        """
-        wanted = None if status is None else str(status)
-
-        def query(rows: Rows) -> list[RunRecord]:
-            found = rows.runs(limit=limit, pipeline=pipeline, status=wanted)
-            return [_run_record(rows, row) for row in found]
-
-        return self.read(query, [])
-
-    def get_run(self, run_id: str) -> RunRecord | None:
-        """The last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
-        check_id(run_id, "run id")
-
-        def query(rows: Rows) -> RunRecord | None:
-            found = rows.find(run_id)
-            return None if found is None or not found.execution else _run_record(rows, found)
-
-        return self.read(query, None)
-
-    def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
-        """The ids that begin with a text, newest first, or the newest id of all for "last". A whole id stands alone.
-
-        Raises StoreError.
-        """
-        if prefix_or_last == "last":
-            return [row.run_id for row in self.list_runs(limit=1)]
-        prefix = check_id(prefix_or_last, "run id")
-        found = self.read(lambda rows: rows.ids(prefix, limit), list[str]())
-        return found[:1] if found[:1] == [prefix] else found
-
-    def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
-        """Every attempt of an execution (1-based; None is the last), by process, position and time. [] if unknown.
-
-        A group stands before its children. Raises StoreError.
-        """
-        check_id(run_id, "run id")
-
-        def query(rows: Rows) -> list[AttemptRecord]:
-            found = rows.find(run_id)
-            if found is None:
-                return []
-            kept = rows.attempts(found.run, found.execution if execution is None else execution)
-            return [self._attempt_record(run_id, attempt, step) for attempt, step in kept]
-
-        return self.read(query, [])
-
-    def _attempt_record(self, run_id: str, attempt: Attempt, step: Step | None) -> AttemptRecord:
-        output, damaged = None, False
-        if step is not None:
-            what = f"the output of node {attempt.node_id!r} at position {attempt.position} of run {run_id!r}"
-            try:
-                verify(step, run_id, attempt.position, attempt.node_id, attempt.branch)
-                output = self._payloads.open(step.output, what)
-            except CorruptCheckpoint:
-                damaged = True  # The rest of the history can be told all the same.
-        return AttemptRecord(
-            position=attempt.position,
-            branch=attempt.branch,
-            node_id=attempt.node_id,
-            attempt=attempt.attempt,
-            started_ms=attempt.started_ns // 1_000_000,
-            duration_ms=attempt.duration_ns / 1e6,
-            outcome=attempt.outcome,
-            failure_class=attempt.failure_class,
-            message=attempt.message,
-            reason=attempt.reason,
-            tokens=attempt.tokens,
-            output_tokens=attempt.output_tokens,
-            cost_usd=attempt.cost_pico / PICO,
-            model=attempt.model,
-            output=output,
-            damaged=damaged,
-        )
-
-    def input_of(self, run_id: str) -> bytes:
-        """The initial state of a run in its stored form (see Schema.decode).
-
-        Raises CheckpointNotFound if there is no such run, CorruptCheckpoint, StoreError.
-        """
-        check_id(run_id, "run id")
-
-        def query(rows: Rows) -> tuple[str, bytes, bytes] | None:
-            found = rows.find(run_id)
-            return None if found is None else rows.input(found.run, found.execution)
-
-        kept = self.read(query, None)
-        if kept is None:
-            raise self._no_run(run_id)
-        if not intact(kept[1], kept[2]):
-            raise CorruptCheckpoint(
-                f"the input of run {run_id!r} is damaged; begin a new run with the input it had"
-            )
-        return self._payloads.open(kept[1], f"the input of run {run_id!r}")
-
-    def waiting(self, run_id: str) -> list[Waiting]:
-        """What nodes of the last execution of a run wait for, or waited for. [] if unknown. Raises StoreError."""
-        check_id(run_id, "run id")
-
-        def query(rows: Rows) -> list[Waiting]:
-            found = rows.find(run_id)
-            kept = (
-                []
-                if found is None
-                else [read_waiting(row, self._payloads) for row in rows.kept(found.run, WAITING)]
-            )
-            return [waiting for waiting in kept if waiting is not None]
-
-        return self.read(query, [])
+    # ------------------------------------------------------------------ items
 
     def map_items(self, run_id: str, node_id: str, first: int, count: int) -> list[tuple[int, Committed]]:
         """What a map committed of its items, from one on, of the last execution of a run; [] behind the last one.
@@ -398,11 +265,6 @@ class DurableStore(ABC):
                 (int(row.branch.rpartition(".")[2]), Committed(row.node_id, output, row.step.contract))
             )
         return sorted(items, key=itemgetter(0))
-
-    def _no_run(self, run_id: str) -> CheckpointNotFound:
-        return CheckpointNotFound(
-            f"there is no run {run_id!r} in {self._named()}; check the id and the store"
-        )
 
     # ------------------------------------------------------------------ cells
 
@@ -495,22 +357,3 @@ def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
         return False
     rows.delete(run_id)
     return True
-
-
-def _run_record(rows: Rows, row: RunRow) -> RunRecord:
-    holder = row.holder
-    parent = next(iter(rows.kept(row.run, PARENT)), None)
-    return RunRecord(
-        row.run_id,
-        row.pipeline,
-        row.status,
-        row.execution,
-        row.started_ms,
-        row.updated_ms,
-        row.tokens,
-        row.cost_pico / PICO,
-        row.nodes,
-        row.error,
-        None if holder is None else holder.place,
-        None if parent is None else parent.node_id,
-    )

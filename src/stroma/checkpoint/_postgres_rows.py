@@ -7,8 +7,22 @@ from typing import Any, Final, LiteralString
 
 import psycopg
 
-from stroma.checkpoint._postgres_schema import key
-from stroma.checkpoint._session import CANCEL, SAVED, Attempt, Fence, Opening, RunRow, Step, StepRow
+from stroma.checkpoint._postgres_schema import SCHEMA_VERSION, key
+from stroma.checkpoint._session import (
+    CANCEL,
+    SAVED,
+    Attempt,
+    Beside,
+    Fence,
+    Opening,
+    RunRow,
+    Step,
+    StepRow,
+    Tally,
+    Told,
+)
+from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs, tally
+from stroma.checkpoint.journal import RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
 
 __all__ = ["PostgresRows", "commit_query"]
@@ -16,11 +30,14 @@ __all__ = ["PostgresRows", "commit_query"]
 # Leases and times go by the server's clock: all who use the store see the same one.
 _NOW_MS: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
 _UNTIL: Final = "clock_timestamp() + make_interval(secs => %s)"
-_RUN: Final = """run, run_id, pipeline, execution, status, error, started_ms, updated_ms, tokens, cost_pico,
-    latency_ns, lease_owner, lease_epoch,
-    coalesce(extract(epoch FROM lease_until - clock_timestamp())::float8, -1.0),
+_RUN: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms, r.updated_ms, r.tokens,
+    r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch,
+    coalesce(extract(epoch FROM r.lease_until - clock_timestamp())::float8, -1.0),
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
     AND s.branch_key = '')"""
+_DIALECT: Final = Dialect(
+    _RUN, "%s", 'strpos(lower({} COLLATE "C"), %s) > 0', "tags t JOIN runs r ON r.run = t.run"
+)
 _FIND: Final = f"SELECT {_RUN} FROM runs r WHERE run_key = %s"
 # Two who open a new run meet at its row: the second one waits for the first, then sees what that one made of it.
 _LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
@@ -52,7 +69,8 @@ _REPLACE: Final = """ON CONFLICT (run, execution, position, branch_key) DO UPDAT
 _KEEP: Final = f"""INSERT INTO steps {_STEP_COLUMNS}
     VALUES (%s, 0, %s, %s, %s, %s, 0, 0, 0, %s, %s, %s, %s, %s, %s) {_REPLACE}"""
 _KEPT: Final = (
-    f"SELECT {_STEP_ROW} FROM steps s WHERE run = %s AND execution = 0 AND position = %s ORDER BY branch"
+    f"SELECT {_STEP_ROW} FROM steps s WHERE run = %s AND execution = 0 AND position = %s "
+    "AND (%s::bytea IS NULL OR branch_key = %s) ORDER BY branch"
 )
 _DROP: Final = """DELETE FROM steps WHERE run = %s AND execution = 0 AND position = %s
     AND (%s::bytea IS NULL OR branch_key = %s)"""
@@ -93,6 +111,7 @@ _RENEW: Final = """WITH fences AS (SELECT * FROM
     UPDATE runs r SET lease_until = clock_timestamp() + make_interval(secs => held.seconds)
     FROM held WHERE r.run = held.run"""
 _DELETE: Final = (
+    "DELETE FROM tags WHERE run = %s",
     "DELETE FROM steps WHERE run = %s",
     "DELETE FROM inputs WHERE run = %s",
     "DELETE FROM attempts WHERE run = %s",
@@ -105,8 +124,27 @@ _ATTEMPTS: Final = """SELECT position, started_ns, branch, attempt, node_id, dur
 # run's attempts with all of its outputs.
 _OUTPUTS: Final = """SELECT epoch, position, started_ns, branch, attempt, contract, schema_ref, output, sha256, call, given
     FROM steps WHERE run = %s AND execution = %s AND position >= 0"""
-_RUNS: Final = f"""SELECT {_RUN} FROM runs r WHERE execution > 0 AND (%s::text IS NULL OR pipeline = %s)
-    AND (%s::text IS NULL OR status = %s) ORDER BY started_ms DESC, run DESC LIMIT %s"""
+# Of many runs at once: a query for each would be a way to the server and back for each.
+_BESIDE: Final = """SELECT r.run, (SELECT node_id FROM steps p WHERE p.run = r.run AND p.execution = 0 AND p.position = -4),
+    ARRAY(SELECT tag FROM tags g WHERE g.run = r.run) FROM runs r WHERE r.run = ANY(%s)"""
+_FAILED: Final = """SELECT w.run, f.* FROM unnest(%s::bigint[], %s::bigint[]) AS w(run, execution), LATERAL
+    (SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message, reason, tokens,
+    output_tokens, cost_pico, model FROM attempts a WHERE a.run = w.run AND a.execution = w.execution
+    AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT %s) f"""
+_TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT r.run, t.tag, r.started_ms FROM runs r,
+    unnest(%s::text[]) AS t(tag) WHERE r.run = %s ON CONFLICT DO NOTHING"""
+_UNTAG: Final = "DELETE FROM tags WHERE run = %s"
+_SIZED: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class,
+    message, reason, tokens, output_tokens, cost_pico, model, epoch,
+    (SELECT octet_length(s.output)::bigint FROM steps s WHERE (s.run, s.execution, s.position, s.branch_key)
+    = (a.run, a.execution, a.position, a.branch_key) AND (s.epoch, s.attempt, s.started_ns)
+    = (a.epoch, a.attempt, a.started_ns)) FROM attempts a WHERE run = %s AND execution = %s"""
+_IN_ORDER: Final = "ORDER BY epoch, position, started_ns, branch_key, attempt"
+_ATTEMPT_PAGE: Final = f"""{_SIZED} AND (epoch, position, started_ns, branch_key, attempt)
+    > (%s::bigint, %s::bigint, %s::bigint, %s::bytea, %s::bigint) {_IN_ORDER} LIMIT %s"""
+_ATTEMPTS_AT: Final = f"{_SIZED} AND position = %s AND branch_key = %s {_IN_ORDER}"
+_STEP_AT: Final = f"""SELECT {_STEP_ROW} FROM steps s WHERE run = %s AND execution = %s AND position = %s
+    AND branch_key = %s"""
 _EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < %s AND (%s OR (execution > 0
     AND status IN ('COMPLETED', 'RESUMED', 'FAILED', 'CANCELLED'))) ORDER BY updated_ms LIMIT %s"""
 _BLOBS: Final = """SELECT output FROM steps WHERE substr(output, 1, %(length)s::int) = %(blob)s
@@ -119,6 +157,8 @@ _NEW_CELL: Final = f"""INSERT INTO cells AS c (cell_key, name, data) VALUES (%s,
     ON CONFLICT (cell_key) DO UPDATE SET name = excluded.name RETURNING c.data, {_NOW_MS}"""
 _CLOCK: Final = f"SELECT ''::bytea, {_NOW_MS}"
 _PUT_CELL: Final = "UPDATE cells SET data = %s WHERE cell_key = %s"
+_FACTS: Final = f"""SELECT current_setting('server_version'), (SELECT v FROM meta WHERE k = 'schema_version'), {_NOW_MS},
+    current_setting('fsync'), current_setting('full_page_writes')"""
 # Ids that begin with a text: a range of the index, and no LIKE, which knows wildcards.
 _BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0
     AND left(run_id, 64) COLLATE "C" >= %s AND left(run_id, 64) COLLATE "C" < %s AND starts_with(run_id, %s)
@@ -164,13 +204,22 @@ class PostgresRows:
         # Earlier executions stay as history; nothing reads their commits any more.
         self._execute(_NEW_INPUT, (run, execution, opening.contract, opening.input, opening.sha256))
         claim = (execution, opening.pipeline, opening.owner, opening.lease_seconds, run)
-        return self._fence(run, execution, opening, self._execute(_BEGIN, claim))
+        fence = self._fence(run, execution, opening, self._execute(_BEGIN, claim))
+        if execution > 1:
+            self._execute(_UNTAG, (run,))
+        self._tag(opening, run)
+        return fence
 
     def go_on(self, found: RunRow, opening: Opening) -> Fence:
         if opening.discard_from is not None:
             self._execute(_DISCARD, (found.run, found.execution, max(opening.discard_from, 0)))
+        self._tag(opening, found.run)
         claim = (opening.owner, opening.lease_seconds, found.run)
         return self._fence(found.run, found.execution, opening, self._execute(_GO_ON, claim))
+
+    def _tag(self, opening: Opening, run: int) -> None:
+        if opening.tags:
+            self._execute(_TAG, (list(opening.tags), run))
 
     @staticmethod
     def _fence(run: int, execution: int, opening: Opening, claimed: psycopg.Cursor[Any]) -> Fence:
@@ -212,8 +261,10 @@ class PostgresRows:
         found, _ = self._lock(run_id)
         self._execute(_KEEP, (found.run, position, key(branch), branch, node_id, *step))
 
-    def kept(self, run: int, position: int) -> list[StepRow]:
-        return [_step_row(row) for row in self._execute(_KEPT, (run, position)).fetchall()]
+    def kept(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
+        branch_key = None if branch is None else key(branch)
+        found = self._execute(_KEPT, (run, position, branch_key, branch_key)).fetchall()
+        return [_step_row(row) for row in found]
 
     def drop(self, run: int, position: int, branch: str | None = None) -> None:
         branch_key = None if branch is None else key(branch)
@@ -258,10 +309,26 @@ class PostgresRows:
 
     # ------------------------------------------------------------------ reading
 
-    def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
-        # Execution 0 has only what save() kept: no run of a pipeline.
-        rows = self._execute(_RUNS, (pipeline, pipeline, status, status, limit)).fetchall()
-        return [RunRow._make(row) for row in rows]
+    def runs(
+        self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
+    ) -> tuple[list[RunRow], str | None]:
+        def execute(statement: str, values: list[Any]) -> list[Any]:
+            # Made of our own words alone: what is asked for goes as parameters.
+            return self.db.execute(statement.encode(), values, binary=True).fetchall()
+
+        return find_runs(execute, RunRow._make, _DIALECT, query, limit=limit, after=after, look_at=look_at)
+
+    def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
+        if not runs:
+            return []
+        ids = [found.run for found in runs]
+        about = {run: (parent, tags) for run, parent, tags in self._execute(_BESIDE, (ids,)).fetchall()}
+        failures: dict[int, list[Attempt]] = {}
+        if failed:
+            wanted = (ids, [found.execution for found in runs], failed)
+            for run, *attempt in self._execute(_FAILED, wanted).fetchall():
+                failures.setdefault(run, []).append(Attempt._make(attempt))
+        return [Beside(about[run][0], tuple(about[run][1]), failures.get(run, [])) for run in ids]
 
     def ids(self, prefix: str, limit: int) -> list[str]:
         lowest = prefix[:_INDEXED]
@@ -276,6 +343,36 @@ class PostgresRows:
         for *row, epoch in self._execute(_ATTEMPTS, (run, execution)).fetchall():
             attempt = Attempt._make(row)
             yield attempt, outputs.get((epoch, *attempt[:4]))
+
+    def attempt_page(
+        self, run: int, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[Told], str | None]:
+        epoch, position, started, number, branch = (-1, 0, 0, 0, "") if after is None else attempt_mark(after)
+        place = (run, execution, epoch, position, started, key(branch), number, limit + 1)
+        return attempt_page(self._execute(_ATTEMPT_PAGE, place).fetchall(), limit)
+
+    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[Told]:
+        found = self._execute(_ATTEMPTS_AT, (run, execution, position, key(branch))).fetchall()
+        return attempt_page(found, len(found))[0]
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        def execute(statement: str, values: list[Any]) -> list[Any]:
+            return self.db.execute(statement.encode(), values, binary=True).fetchall()
+
+        return tally(execute, "%s", since_ms, bucket_ms, runs, attempts)
+
+    def facts(self) -> StoreFacts:
+        row: Any = self._execute(_FACTS).fetchone()
+        version, written, clock_ms, fsync, pages = row
+        off = [name for name, value in (("fsync", fsync), ("full_page_writes", pages)) if value == "off"]
+        risky = tuple(
+            f"{name} is off: a crash of its machine may take what was committed; turn it on" for name in off
+        )
+        return StoreFacts(f"PostgreSQL {version}", int(written), SCHEMA_VERSION, clock_ms, risky)
+
+    def step_at(self, run: int, execution: int, position: int, branch: str) -> StepRow | None:
+        row = self._execute(_STEP_AT, (run, execution, position, key(branch))).fetchone()
+        return None if row is None else _step_row(row)
 
 
 def commit_query(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[LiteralString, dict[str, Any]]:

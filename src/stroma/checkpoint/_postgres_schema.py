@@ -10,9 +10,9 @@ from psycopg import sql
 
 from stroma.checkpoint._worker import lasting
 
-__all__ = ["is_current", "is_ours", "key", "prepare"]
+__all__ = ["SCHEMA_VERSION", "is_current", "is_ours", "key", "prepare"]
 
-_SCHEMA_VERSION: Final = 2  # what this release writes
+SCHEMA_VERSION: Final = 2  # what this release writes
 _MIN_READER: Final = 1  # the oldest version that can read what this release writes
 
 # What is shared beside all runs. A cell is written again and again: there is room for that on its page.
@@ -27,7 +27,15 @@ _CELLS: Final = """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COL
 # Steps: one committed output per position and branch. What else is kept of a run stands at positions below 0, of
 # execution 0: what save() keeps at -1 (branch = node id), and what _session.py names.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
-_TABLES: Final = (
+# The indexes of runs go by columns that no commit changes, and `failed` by rows that few commits make.
+_READING: Final[tuple[LiteralString, ...]] = (
+    """CREATE TABLE tags (run bigint, tag text COLLATE "C", started_ms bigint NOT NULL, PRIMARY KEY (run, tag))""",
+    "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
+    "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
+    "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
+    "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
+)
+_TABLES: Final[tuple[LiteralString, ...]] = (
     'CREATE TABLE meta (k text COLLATE "C" PRIMARY KEY, v text NOT NULL)',
     """CREATE TABLE runs (
         run bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, run_key bytea NOT NULL UNIQUE,
@@ -54,16 +62,17 @@ _TABLES: Final = (
         output_tokens bigint NOT NULL, cost_pico bigint NOT NULL, model text,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch_key, attempt))""",
     _CELLS,
+    *_READING,
 )  # fmt: skip
 _FORMAT: Final = "INSERT INTO meta VALUES ('schema_version', %s), ('min_reader', %s)"
 
 #: What makes a schema of a format into one of the next.
-_MIGRATIONS: Final[dict[int, tuple[LiteralString, ...]]] = {1: (_CELLS,)}
+_MIGRATIONS: Final[dict[int, tuple[LiteralString, ...]]] = {1: (_CELLS, *_READING)}
 
 _RAISE: Final = "UPDATE meta SET v = %s WHERE k = %s AND v::int < %s"
 # Read from a table: to_regclass() and its like may not know yet what others made while we waited for them.
 _LOOK: Final = """SELECT coalesce(bool_or(c.relname = 'meta'), false),
-    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts')), false)
+    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts', 'tags')), false)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s"""
 _PLACE: Final = (
     """SELECT current_setting('server_encoding'), NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)"""
@@ -88,10 +97,10 @@ def prepare(db: psycopg.Connection[Any], schema: str, where: str) -> None:
         if not is_ours(db, schema, where):
             _create(db, schema, where)
             return
-        for older in range(_version(db, schema), _SCHEMA_VERSION):
+        for older in range(_version(db, schema), SCHEMA_VERSION):
             for statement in _MIGRATIONS[older]:
                 db.execute(statement)
-        for name, value in (("schema_version", _SCHEMA_VERSION), ("min_reader", _MIN_READER)):
+        for name, value in (("schema_version", SCHEMA_VERSION), ("min_reader", _MIN_READER)):
             db.execute(_RAISE, (str(value), name, value))
 
 
@@ -107,7 +116,7 @@ def _create(db: psycopg.Connection[Any], schema: str, where: str) -> None:
         db.execute(sql.SQL("CREATE SCHEMA {}").format(sql.Identifier(schema)))
     for statement in _TABLES:
         db.execute(statement)
-    db.execute(_FORMAT, (str(_SCHEMA_VERSION), str(_MIN_READER)))
+    db.execute(_FORMAT, (str(SCHEMA_VERSION), str(_MIN_READER)))
 
 
 def is_ours(db: psycopg.Connection[Any], schema: str, where: str) -> bool:
@@ -121,17 +130,17 @@ def is_ours(db: psycopg.Connection[Any], schema: str, where: str) -> bool:
         raise lasting(
             f'schema "{schema}" of {where} has tables of another program, or is damaged; give another schema='
         )
-    if needed > _SCHEMA_VERSION:
+    if needed > SCHEMA_VERSION:
         raise lasting(
             f'schema "{schema}" of {where} was written by a newer stroma (its format is {needed}, this one reads up '
-            f"to {_SCHEMA_VERSION}); upgrade stroma, or give another schema="
+            f"to {SCHEMA_VERSION}); upgrade stroma, or give another schema="
         )
     return True
 
 
 def is_current(db: psycopg.Connection[Any], schema: str) -> bool:
     """Whether this release can read the tables as they are."""
-    return _version(db, schema) >= _SCHEMA_VERSION
+    return _version(db, schema) >= SCHEMA_VERSION
 
 
 def _version(db: psycopg.Connection[Any], schema: str) -> int:

@@ -7,9 +7,11 @@ there. If another process was faster, nothing is done, and the operation is done
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
+from urllib.parse import quote, unquote
 
 from stroma.checkpoint._redis_format import (
     Run,
@@ -33,19 +35,24 @@ from stroma.checkpoint._session import (
     PARENT,
     SAVED,
     Attempt,
+    Beside,
     Fence,
     Opening,
     RunRow,
     Step,
     StepRow,
+    Tally,
+    Told,
     fenced,
 )
-from stroma.checkpoint.journal import CheckpointLost, CorruptCheckpoint
+from stroma.checkpoint._sql_reading import attempt_mark, attempt_page
+from stroma.checkpoint.journal import CheckpointLost, CorruptCheckpoint, RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
 
 __all__ = ["Changed", "RedisRows", "commit_command", "kept_or_raise", "lost"]
 
 _PAGE: Final = 200
+_TALLIED: Final = 200  # runs whose attempts are summed up
 _LOOKED_AT: Final = 2000  # runs that the server goes through at once
 _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
 
@@ -103,14 +110,15 @@ class RedisRows:
         execution, epoch = (1, 1) if found is None else (found.execution + 1, found.epoch + 1)
         lease = int(opening.lease_seconds * 1000)
         data = pack([opening.contract, opening.sha256.hex()], opening.input)
-        about = (opening.owner, token, execution, epoch, opening.pipeline, lease, data)
+        about = (opening.owner, token, execution, epoch, opening.pipeline, lease, data, _tags(opening))
         return self._claim("begin", (*old, *about), found, opening, token, execution, epoch)
 
     def go_on(self, found: RunRow, opening: Opening) -> Fence:
         run, epoch = found.run, found.epoch + 1
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
         lease = int(opening.lease_seconds * 1000)
-        about = (run.token, run.epoch, run.version, opening.owner, found.execution, epoch, lease, discard)
+        told = (run.token, run.epoch, run.version, opening.owner, found.execution, epoch, lease, discard)
+        about = (*told, _tags(opening))
         return self._claim("go_on", about, found, opening, run.token, found.execution, epoch)
 
     def _claim(
@@ -244,12 +252,17 @@ class RedisRows:
         value = pack([node_id], pack_step(step, 0, 0, 0))
         self._write(prefix_of(run_id), "keep", *self._guard(run_id), position, branch, value)
 
-    def kept(self, run: Run, position: int) -> list[StepRow]:
+    def kept(self, run: Run, position: int, branch: str | None = None) -> list[StepRow]:
         if position == PARENT and not run.parent:
             return []
-        (reply,) = self._get(("HGETALL", f"{run.prefix}beside:{position}"))
+        if branch is None:
+            (reply,) = self._get(("HGETALL", f"{run.prefix}beside:{position}"))
+            values = sorted(pairs(reply).items())
+        else:
+            (reply,) = self._get(("HGET", f"{run.prefix}beside:{position}", branch))
+            values = [] if reply is None else [(branch, reply)]
         found = []
-        for branch, value in sorted(pairs(reply).items()):
+        for branch, value in values:
             header, parts = unpack(value)
             node_id, data = (str(header[0]), parts[0]) if header else ("?", b"")
             found.append(StepRow(position, branch, node_id, read_step(data)[0]))
@@ -342,30 +355,70 @@ class RedisRows:
 
     # ------------------------------------------------------------------ reading
 
-    def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
+    def runs(
+        self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
+    ) -> tuple[list[RunRow], str | None]:
         self._link.send([script("stroma:", "sweep")])  # Whoever may only read is refused, and no harm done.
         found: list[RunRow] = []
-        for ids in self._matching(b"", pipeline, status):
-            found += (
-                row
-                for row in self._rows(ids)
-                if (pipeline is None or row.pipeline == pipeline) and (status is None or row.status == status)
-            )
-            if len(found) >= limit:
-                break
-        return found[:limit]
+        seen_to: tuple[bytes, bytes] | None = None
+        start_at = None if after is None else _marked(after)
+        for told, seen_to in self._matching(b"", query, start_at, look_at):  # noqa: B007
+            rows = {row.run_id: row for row in self._rows([run_id for run_id, _ in told])}
+            for run_id, start in told:
+                # It is read after it was found, and may have become another one.
+                row = rows.get(run_id.decode())
+                if row is None or not _still(row, query):
+                    continue
+                found.append(row)
+                if len(found) == limit:
+                    return found, self._more(start, run_id)
+        return found, None if seen_to is None else _mark(*seen_to)
 
-    def _matching(self, beginning: bytes, pipeline: str | None, status: str | None) -> Iterator[list[bytes]]:
-        """Ids of runs, the one begun last first. The server looks at them: there may be a million that do not match."""
-        wanted = ["" if value is None else f"={value}" for value in (pipeline, status)]
+    def _more(self, start: bytes, run_id: bytes) -> str | None:
+        """Where the next page begins, if any run is older: whether it is asked for, the next page tells."""
+        ((looked_at, *_),) = self._get(script("stroma:", "matching", start, run_id, "-inf", 1, b"", ""))
+        return _mark(start, run_id) if looked_at else None
+
+    def _matching(
+        self, beginning: bytes, query: RunQuery, place: tuple[bytes, bytes] | None, look_at: int | None
+    ) -> Iterator[tuple[list[tuple[bytes, bytes]], tuple[bytes, bytes] | None]]:
+        """(id, start) of runs, the one begun last first, and up to where it was looked; None at the end.
+
+        The server looks at them: there may be a million that do not match.
+        """
+        asked = _asked(query)
+        lowest = "-inf" if query.since_ms is None else query.since_ms * 1000
         # Without a condition all of them match, and few are enough.
-        most = _PAGE if not beginning and wanted == ["", ""] else _LOOKED_AT
-        start, looked_at = 0, most
-        while looked_at == most:
-            ((looked_at, *ids),) = self._get(script("stroma:", "matching", start, most, beginning, *wanted))
+        most = _PAGE if not beginning and not asked else _LOOKED_AT
+        looked_at, seen = most, 0
+        while looked_at >= most and (look_at is None or seen < look_at):
+            start, before = place or (b"+inf", b"")
+            about = (start, before, lowest, most, beginning, asked)
+            (looked_at, *end), ids = self._found(script("stroma:", "matching", *about))
+            seen += looked_at
+            if looked_at < most or tuple(end) == place:
+                place = None
+            else:
+                place = (end[0], end[1])
             for first in range(0, len(ids), _PAGE):
-                yield ids[first : first + _PAGE]
-            start += most
+                rest = first + _PAGE < len(ids)
+                # In the midst of what was looked at, a page ends at the last one that was told.
+                yield ids[first : first + _PAGE], (_place_of(ids[first + _PAGE - 1]) if rest else place)
+            if not ids:
+                yield [], place
+            if place is None:
+                return
+
+    def _found(self, command: tuple[Any, ...]) -> tuple[list[Any], list[tuple[bytes, bytes]]]:
+        (reply,) = self._get(command)
+        ids = reply[3:]
+        return reply[:3], list(zip(ids[::2], ids[1::2], strict=True))
+
+    def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
+        if not runs:
+            return []
+        replies = self._get(*(script(row.run.prefix, "beside", row.execution, failed) for row in runs))
+        return [_beside(reply) for reply in replies]
 
     def ids(self, prefix: str, limit: int) -> list[str]:
         beginning = prefix.encode()
@@ -397,8 +450,9 @@ class RedisRows:
 
     def _newest_of_many(self, beginning: bytes, limit: int) -> list[str]:
         found = [row.run_id for row in self._rows([beginning])]  # That very one first, if there is one.
-        for ids in self._matching(beginning, None, None):
-            found += (row.run_id for row in self._rows([run_id for run_id in ids if run_id != beginning]))
+        for told, _ in self._matching(beginning, RunQuery(), None, None):
+            ids = [run_id for run_id, _ in told if run_id != beginning]
+            found += (row.run_id for row in self._rows(ids))
             if len(found) >= limit:
                 break
         return found[:limit]
@@ -411,11 +465,31 @@ class RedisRows:
         return [run_row(reply) for reply in replies if isinstance(reply, list)]
 
     def attempts(self, run: Run, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
+        for _, attempt, step in self._told(run, execution):
+            yield attempt, step
+
+    def attempt_page(
+        self, run: Run, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[Told], str | None]:
+        # A hash has no order: the server gives all of it for each page.
+        first = None
+        if after is not None:
+            epoch, position, started, number, branch = attempt_mark(after)
+            first = (epoch, (position, started, branch, number))
+        rest = [one for one in self._told(run, execution) if first is None or (one[0], one[1][:4]) > first]
+        found = [
+            (*attempt, epoch, None if step is None else len(step.output))
+            for epoch, attempt, step in rest[: limit + 1]
+        ]
+        return attempt_page(found, limit)
+
+    def _told(self, run: Run, execution: int) -> list[tuple[int, Attempt, Step | None]]:
+        """(epoch, attempt, what it committed), in the order in which history is told."""
         attempts, steps = self._get(
             ("HGETALL", f"{run.prefix}attempts:{execution}"), ("HGETALL", f"{run.prefix}steps:{execution}")
         )
         outputs = {place: read_step(value) for place, value in pairs(steps).items()}
-        told = []
+        told: list[tuple[int, Attempt, Step | None]] = []
         for at, value in pairs(attempts).items():
             header, _ = unpack(value)
             if header is None or len(header) != len(Attempt._fields):
@@ -429,8 +503,56 @@ class RedisRows:
                 step = None
             told.append((epoch, attempt, step))
         told.sort(key=lambda one: (one[0], one[1][:4]))
-        for _, attempt, step in told:
-            yield attempt, step
+        return told
+
+    def attempts_at(self, run: Run, execution: int, position: int, branch: str) -> list[Told]:
+        return [
+            Told(attempt, None if step is None else len(step.output), epoch)
+            for epoch, attempt, step in self._told(run, execution)
+            if (attempt.position, attempt.branch) == (position, branch)
+        ]
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        # The server has no sums of attempts: they are read, and so these are fewer.
+        found, _ = self.runs(RunQuery(since_ms=since_ms), limit=min(runs, _TALLIED), after=None, look_at=None)
+        sums: dict[tuple[int, str, str, str | None, str | None], list[int]] = {}
+        seen = 0
+        for run in found:
+            for _, one, step in self._told(run.run, run.execution):
+                key = (run.started_ms // bucket_ms, run.pipeline, one.node_id, one.model, one.failure_class)
+                wasted = one.cost_pico if one.outcome != "success" and step is None else 0
+                of = sums.setdefault(key, [0] * 6)
+                for i, number in enumerate((1, one.tokens, one.cost_pico, wasted, one.duration_ns)):
+                    of[i] += number
+                of[5] = max(of[5], one.duration_ns)
+                seen += 1
+            if seen >= attempts:
+                break
+        return [Tally(*key, *of) for key, of in sums.items()]
+
+    def facts(self) -> StoreFacts:
+        (seconds, micros), *found = self._get(
+            ("TIME",), ("INFO", "server"), ("INFO", "persistence"), ("INFO", "memory")
+        )
+        info = dict(line.split(":", 1) for part in found for line in _lines(part) if ":" in line)
+        risky = []
+        if info.get("aof_enabled") == "0":
+            risky.append(
+                "appendonly is off: a crash takes what was not saved yet; set appendonly yes, appendfsync always"
+            )
+        if info.get("maxmemory_policy", "noeviction") != "noeviction":
+            policy = info["maxmemory_policy"]
+            risky.append(f"maxmemory-policy is {policy}: runs may be evicted; set it to noeviction")
+        clock_ms = int(seconds) * 1000 + int(micros) // 1000
+        return StoreFacts(f"Redis {info.get('redis_version', '?')}", 1, 1, clock_ms, tuple(risky))
+
+    def step_at(self, run: Run, execution: int, position: int, branch: str) -> StepRow | None:
+        place = f"{position}:{branch}"
+        node, step = self._get(
+            ("HGET", f"{run.prefix}nodes:{execution}", place),
+            ("HGET", f"{run.prefix}steps:{execution}", place),
+        )
+        return None if node is None or step is None else step_row(place, node_of(node), step)
 
     def _get(self, *commands: tuple[Any, ...]) -> list[Any]:
         # Not as a transaction: a server that is out of memory refuses those.
@@ -455,7 +577,8 @@ def commit_command(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[A
     # What a group took is its own wall time; its children's is part of it.
     sums = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.duration_ns)
     about = (run.token, execution, epoch, owner, run.version, _lease(fence), at, pack(list(attempt)))
-    return script(run.prefix, "commit", *about, *sums, place, node_id, data)
+    failed = "" if attempt.failure_class is None else 1
+    return script(run.prefix, "commit", *about, *sums, failed, place, node_id, data)
 
 
 def kept_or_raise(run: Run, reply: Any, server: str) -> bool:
@@ -474,6 +597,65 @@ def lost(run_id: str, server: str) -> CheckpointLost:
         "lost in a crash or failover; set appendonly yes, appendfsync always and maxmemory-policy noeviction, then "
         f"resume the run; if that says the same, delete({run_id!r}) and run it from the beginning"
     )
+
+
+def _tags(opening: Opening) -> str:
+    return json.dumps(opening.tags) if opening.tags else ""
+
+
+def _mark(start: bytes, run_id: bytes) -> str:
+    return f"{text(start)}.{quote(run_id.decode(), safe='')}"
+
+
+def _place_of(told: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
+    run_id, start = told
+    return start, run_id
+
+
+def _marked(mark: str) -> tuple[bytes, bytes]:
+    """(start, id) of where a page ended. Raises ValueError for what no page gave."""
+    start, _, run_id = mark.partition(".")
+    if not (start.isdecimal() and start.isascii() and len(start) < 20 and run_id):
+        raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
+    return start.encode(), unquote(run_id, errors="strict").encode()
+
+
+def _still(row: RunRow, query: RunQuery) -> bool:
+    return query.pipeline in (None, row.pipeline) and (not query.statuses or row.status in query.statuses)
+
+
+def _beside(reply: list[Any]) -> Beside:
+    beside, tags, attempts = reply
+    parent = next(iter(pairs(beside).values()), None)
+    header = None if parent is None else unpack(parent)[0]
+    failed = [
+        Attempt._make(facts)
+        for attempt in attempts
+        if len(facts := unpack(attempt)[0] or []) == len(Attempt._fields)
+    ]
+    return Beside(None if header is None else str(header[0]), tuple(json.loads(tags)) if tags else (), failed)
+
+
+def _asked(query: RunQuery) -> str:
+    """What a run must be, as the script reads it; "" for any."""
+    text = query.text
+    want = {
+        "pipeline": query.pipeline,
+        "statuses": dict.fromkeys(query.statuses, True) or None,
+        "tag": query.tag,
+        "class": query.failure_class,
+        "node": query.node,
+        "text": None if text is None else "".join(ch.lower() if ch.isascii() else ch for ch in text),
+    }
+    given = {name: value for name, value in want.items() if value is not None}
+    return json.dumps(given) if given else ""
+
+
+def _lines(info: Any) -> list[str]:
+    """The lines of a reply to INFO, which some drivers have read already."""
+    if isinstance(info, dict):
+        return [f"{name}:{value}" for name, value in info.items()]
+    return text(info).splitlines()
 
 
 def _lease(fence: Fence) -> int:

@@ -12,6 +12,7 @@ The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
     steps:E       hash: "position:branch" -> output
     nodes:E       hash: "position:branch" -> "order node id", which says what is newest without reading outputs
     attempts:E    hash: "epoch:position:start:attempt:branch" -> attempt
+    failed:E      list: the fields in attempts:E of the last of them that failed, the last one first
     beside:P      hash: branch -> what is kept at a position below -1
     saved         hash: node id -> "order until\\n" and what save() kept
     gone:TOKEN    says, for a while, that the run was deleted: it did not get lost
@@ -47,9 +48,10 @@ end
 local function now_ms() return math.floor(now_us() / 1000) end
 
 local function keys_of(executions)
-  local keys = {run, p .. 'inputs', p .. 'beside:-2', p .. 'beside:-3', p .. 'beside:-4'}
+  local keys = {run, p .. 'inputs'}
+  for place = 2, 7 do keys[#keys + 1] = p .. 'beside:-' .. place end
   for e = 1, executions do
-    for _, name in ipairs({'steps:', 'nodes:', 'attempts:'}) do keys[#keys + 1] = p .. name .. e end
+    for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:'}) do keys[#keys + 1] = p .. name .. e end
   end
   return keys
 end
@@ -102,7 +104,17 @@ function ops.find(id)
   return {now_ms(), f, redis.call('EXISTS', p .. 'beside:-4')}
 end
 
-function ops.begin(id, old_token, old_epoch, old_version, owner, token, execution, epoch, pipeline, lease, input)
+-- A JSON list of texts, and those of another one that it lacks.
+local function together(kept, more)
+  local list, has = cjson.decode(kept), {}
+  for _, tag in ipairs(list) do has[tag] = true end
+  for _, tag in ipairs(cjson.decode(more)) do
+    if not has[tag] then list[#list + 1] = tag end
+  end
+  return cjson.encode(list)
+end
+
+function ops.begin(id, old_token, old_epoch, old_version, owner, token, execution, epoch, pipeline, lease, input, tags)
   local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner')
   if f[4] == owner then return tonumber(f[3]) end
   if (f[1] or '') ~= old_token then return 'changed' end
@@ -113,13 +125,14 @@ function ops.begin(id, old_token, old_epoch, old_version, owner, token, executio
   redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'execution', execution,
     'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
     'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'kept', 0, 'tried', 0, 'version', version)
-  redis.call('HDEL', run, 'error')
+  redis.call('HDEL', run, 'error', 'tags')
+  if tags ~= '' then redis.call('HSET', run, 'tags', tags) end
   if not f[1] then
     redis.call('HSET', run, 'order', us)
     -- What eviction left of an earlier run of this id is none of ours.
     for _, key in ipairs(keys_of(0)) do if key ~= run then redis.call('DEL', key) end end
   end
-  for _, name in ipairs({'steps:', 'nodes:', 'attempts:'}) do redis.call('DEL', p .. name .. execution) end
+  for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:'}) do redis.call('DEL', p .. name .. execution) end
   redis.call('HSET', p .. 'inputs', execution, input)
   live(tonumber(execution))
   redis.call('ZADD', RUNS, us, id)
@@ -129,7 +142,7 @@ function ops.begin(id, old_token, old_epoch, old_version, owner, token, executio
   return version
 end
 
-function ops.go_on(id, token, old_epoch, old_version, owner, execution, epoch, lease, discard)
+function ops.go_on(id, token, old_epoch, old_version, owner, execution, epoch, lease, discard, tags)
   local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner')
   if f[4] == owner then return tonumber(f[3]) end
   if f[1] ~= token or f[2] ~= old_epoch or f[3] ~= old_version then return 'changed' end
@@ -139,6 +152,7 @@ function ops.go_on(id, token, old_epoch, old_version, owner, execution, epoch, l
   redis.call('HSET', run, 'status', 'RUNNING', 'owner', owner, 'epoch', epoch, 'until_ms', ms + lease,
     'updated_ms', ms, 'version', version)
   redis.call('HDEL', run, 'error')
+  if tags ~= '' then redis.call('HSET', run, 'tags', together(redis.call('HGET', run, 'tags') or '[]', tags)) end
   if discard ~= '' then
     local steps, nodes, kept, top = p .. 'steps:' .. execution, p .. 'nodes:' .. execution, 0, 0
     for _, field in ipairs(redis.call('HKEYS', nodes)) do
@@ -159,7 +173,7 @@ function ops.go_on(id, token, old_epoch, old_version, owner, execution, epoch, l
   return version
 end
 
-function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, cost, tokens, latency, place, node, step)
+function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, cost, tokens, latency, failed, place, node, step)
   local attempts = p .. 'attempts:' .. execution
   if redis.call('HGET', run, 'token') == token and redis.call('HEXISTS', attempts, at) == 1 then
     return tonumber(redis.call('HGET', run, 'version'))
@@ -179,6 +193,10 @@ function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, co
   end
   redis.call('HSET', attempts, at, attempt)
   redis.call('HINCRBY', run, 'tried', 1)
+  if failed ~= '' then
+    redis.call('LPUSH', p .. 'failed:' .. execution, at)
+    redis.call('LTRIM', p .. 'failed:' .. execution, 0, 19)
+  end
   if place ~= '' then
     local order = redis.call('HINCRBY', run, 'order', 1)
     redis.call('HSET', p .. 'nodes:' .. execution, place, string.format('%.0f ', order) .. node)
@@ -302,20 +320,65 @@ function ops.put_cell(number, maker, data)
   return 0
 end
 
--- Of some of all runs, the one begun last first: how many were looked at, and the ids that begin with a text and, where
--- these are given, have a pipeline and a status ("=..."). A few thousand at once hold up nobody for long.
-function ops.matching(first, most, beginning, pipeline, status)
-  local ids = redis.call('ZREVRANGE', RUNS, first, first + most - 1)
-  local found = {#ids}
-  for _, id in ipairs(ids) do
-    if string.sub(id, 1, #beginning) == beginning then
-      local fits = true
-      if pipeline ~= '' or status ~= '' then
-        local name = string.gsub(id, '[^%w_.~-]', function(c) return string.format('%%%02X', string.byte(c)) end)
-        local f = redis.call('HMGET', 'stroma:{' .. name .. '}:run', 'pipeline', 'status')
-        fits = f[1] and (pipeline == '' or '=' .. f[1] == pipeline) and (status == '' or '=' .. f[2] == status)
-      end
-      if fits then found[#found + 1] = id end
+-- The last attempts that failed, the last one first; as many of them as are wanted.
+local function failures(prefix, execution, most)
+  local found = {}
+  for _, at in ipairs(redis.call('LRANGE', prefix .. 'failed:' .. execution, 0, most - 1)) do
+    local attempt = redis.call('HGET', prefix .. 'attempts:' .. execution, at)
+    if attempt then found[#found + 1] = attempt end
+  end
+  return found
+end
+
+function ops.beside(execution, most)
+  return {redis.call('HGETALL', p .. 'beside:-4'), redis.call('HGET', run, 'tags'),
+    tonumber(most) > 0 and failures(p, execution, tonumber(most)) or {}}
+end
+
+-- Whether a run is one of those that are asked for.
+local function fits(want, id)
+  local name = string.gsub(id, '[^%w_.~-]', function(c) return string.format('%%%02X', string.byte(c)) end)
+  local prefix = 'stroma:{' .. name .. '}:'
+  local f = redis.call('HMGET', prefix .. 'run', 'pipeline', 'status', 'tags', 'error', 'execution')
+  if not f[1] or (want.pipeline and f[1] ~= want.pipeline) then return false end
+  if want.statuses and not want.statuses[f[2]] then return false end
+  if want.tag then
+    local tagged = false
+    for _, tag in ipairs(f[3] and cjson.decode(f[3]) or {}) do tagged = tagged or tag == want.tag end
+    if not tagged then return false end
+  end
+  if want.text then
+    local there = false
+    for _, part in ipairs({id, f[1], f[4] or ''}) do
+      there = there or string.find(string.lower(part), want.text, 1, true) ~= nil
+    end
+    if not there then return false end
+  end
+  if want.class or want.node then
+    local failed = false
+    for _, attempt in ipairs(failures(prefix, f[5], 20)) do
+      local header = cjson.decode(string.match(attempt, '^[^\n]*'))[1]
+      failed = failed or ((not want.node or header[5] == want.node) and (not want.class or header[8] == want.class))
+    end
+    if not failed then return false end
+  end
+  return true
+end
+
+-- Of some of all runs, the one begun last first, from a place on: how many were looked at and where that ended; then the
+-- ids that begin with a text and are asked for, with their starts. A few thousand at once hold up nobody for long.
+function ops.matching(from, before, lowest, most, beginning, asked)
+  -- The run that it goes on behind is among them.
+  local room = before ~= '' and most + 1 or most
+  local ids = redis.call('ZREVRANGEBYSCORE', RUNS, from, lowest, 'WITHSCORES', 'LIMIT', 0, room)
+  local found, want = {#ids / 2, ids[#ids] or '', ids[#ids - 1] or ''}, asked ~= '' and cjson.decode(asked)
+  for i = 1, #ids, 2 do
+    local id, start = ids[i], ids[i + 1]
+    local told = before ~= '' and start == from and id >= before
+    if told then found[1] = found[1] - 1
+    elseif string.sub(id, 1, #beginning) == beginning and (not want or fits(want, id)) then
+      found[#found + 1] = id
+      found[#found + 1] = start
     end
   end
   return found

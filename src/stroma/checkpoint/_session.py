@@ -27,9 +27,11 @@ from stroma.checkpoint.journal import (
     Held,
     PriorUsage,
     RunExists,
+    RunQuery,
     RunRequest,
     StepCall,
     StoreError,
+    StoreFacts,
     Waiting,
     decide,
 )
@@ -60,8 +62,10 @@ __all__ = [
     "PICO",
     "SAVED",
     "TRACE",
+    "TROUBLE",
     "WAITING",
     "Attempt",
+    "Beside",
     "CellChange",
     "Commit",
     "Doing",
@@ -72,6 +76,8 @@ __all__ = [
     "RunRow",
     "Step",
     "StepRow",
+    "Tally",
+    "Told",
     "change_together",
     "fork",
     "intact",
@@ -88,6 +94,7 @@ WAITING: Final = -2  # what nodes wait for; branch: "position:branch"
 CANCEL: Final = -3  # somebody wants the run to end
 PARENT: Final = -4  # node id: the run that this one was forked from
 TRACE: Final = -5  # node id: the trace context of the process that began the execution
+TROUBLE: Final = -7  # where the last failed attempt at a place failed; branch: "position:branch"
 DUE: Final = (
     -6
 )  # attempts whose end hooks may not have been told yet; branch: what tells an attempt from others
@@ -186,6 +193,44 @@ class Opening(NamedTuple):
     input: bytes
     sha256: bytes
     discard_from: int | None
+    tags: tuple[str, ...] = ()
+
+
+class Told(NamedTuple):
+    """An attempt without its output. ``size``: of that as it is stored; None if nothing was committed. ``epoch``: see Fence."""
+
+    attempt: Attempt
+    size: int | None
+    epoch: int
+
+
+class Tally(NamedTuple):
+    """Attempts of some runs, summed up.
+
+    Attributes:
+        bucket: which span of time the runs began in, counted from the epoch.
+        wasted_pico: the cost of those that committed nothing.
+    """
+
+    bucket: int
+    pipeline: str
+    node_id: str
+    model: str | None
+    failure_class: str | None
+    attempts: int
+    tokens: int
+    cost_pico: int
+    wasted_pico: int
+    duration_ns: int
+    longest_ns: int
+
+
+class Beside(NamedTuple):
+    """What is told of a run beside its row. ``failed``: its last failed attempts, the one that ended last first."""
+
+    parent: str | None
+    tags: tuple[str, ...]
+    failed: list[Attempt]
 
 
 class Rows(Protocol):
@@ -237,8 +282,8 @@ class Rows(Protocol):
         Makes the run, without an execution, if there is none.
         """
 
-    def kept(self, run: Any, position: int) -> Iterable[StepRow]:
-        """What is kept at a position below 0."""
+    def kept(self, run: Any, position: int, branch: str | None = None) -> Iterable[StepRow]:
+        """What is kept at a position below 0; None: in all branches."""
         ...
 
     def drop(self, run: Any, position: int, branch: str | None = None) -> None:
@@ -273,8 +318,18 @@ class Rows(Protocol):
         ...
 
     # ---- reading
-    def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
-        """The runs that have an execution, the one begun last first."""
+    def runs(
+        self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
+    ) -> tuple[list[RunRow], str | None]:
+        """The runs that have an execution, the one begun last first, and what ``after`` is of those that follow.
+
+        ``look_at``: how many may be looked at one by one, at least about; None for all. Raises ValueError for an ``after`` that is
+        none.
+        """
+        ...
+
+    def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
+        """What is kept beside each of these runs, with so many failed attempts at the most."""
         ...
 
     def ids(self, prefix: str, limit: int) -> list[str]:
@@ -283,6 +338,28 @@ class Rows(Protocol):
 
     def attempts(self, run: Any, execution: int) -> Iterable[tuple[Attempt, Step | None]]:
         """By process, position and time; a group before its children. With what each one committed."""
+        ...
+
+    def attempt_page(
+        self, run: Any, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[Told], str | None]:
+        """The same page by page, with the stored size of what each one committed, which is not read."""
+        ...
+
+    def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[Told]:
+        """The same of one place."""
+        ...
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        """The attempts of the runs begun since, of so many runs and attempts at the most, the newest runs first."""
+        ...
+
+    def facts(self) -> StoreFacts:
+        """What the store says of itself."""
+        ...
+
+    def step_at(self, run: Any, execution: int, position: int, branch: str) -> StepRow | None:
+        """The commit at one place."""
         ...
 
 
@@ -366,6 +443,7 @@ class DurableSession:
         "_opened",
         "_payloads",
         "_submit",
+        "_troubles",
         "continued",
         "ended",
         "execution",
@@ -401,6 +479,7 @@ class DurableSession:
         #: Whether its lease need not be kept up any more.
         self.ended = False
         self._submit = submit
+        self._troubles: dict[tuple[int, str], tuple[int, int, bytes]] = {}
 
     def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
         """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
@@ -457,6 +536,7 @@ class DurableSession:
         if ours and not self.continued:
             rows.drop(found.run, TRACE)
             rows.drop(found.run, DUE)
+            rows.drop(found.run, TROUBLE)
         else:
             self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
         if ours and self.continued and self._deliver:
@@ -500,13 +580,30 @@ class DurableSession:
         step = Step(contract, ref, data, checksum(data), *(call or (None, None)))
         return self._keep(Commit(self.run_id, self.fence, _attempt(row), step))
 
+    def note_trouble(self, position: int, branch: str, attempt: int, started_ns: int, data: bytes) -> None:
+        """Keep where an attempt failed together with it, when it is recorded; in place of what failed there before.
+
+        Not under a codec: lines of source would stand beside what it hides.
+        """
+        if data and self._payloads.codec is None:
+            self._troubles[position, branch] = (attempt, started_ns, data)
+
     def _keep(self, commit: Commit) -> Awaitable[None]:
-        if not self._deliver:
+        attempt = commit.attempt
+        trouble = self._troubles.pop((attempt.position, attempt.branch), None)
+        if trouble is not None and trouble[1] != attempt.started_ns:
+            trouble = None
+        if not self._deliver and trouble is None:
             return self._submit(commit)
 
         def operation(rows: Rows) -> None:
             commit(rows)
-            _keep_due(rows, self.run_id, commit.attempt)
+            if self._deliver:
+                _keep_due(rows, self.run_id, attempt)
+            if trouble is not None:
+                number, started_ns, data = trouble
+                step = Step(str(started_ns), "", data, checksum(data), number)
+                rows.keep(self.run_id, TROUBLE, f"{attempt.position}:{attempt.branch}", attempt.node_id, step)
 
         return self._submit(Doing(self.run_id, operation))
 

@@ -16,7 +16,7 @@ from typing import Final, Literal, TypeVar
 from stroma.checkpoint._worker import lasting
 from stroma.checkpoint.journal import StoreError
 
-__all__ = ["Connect", "DatabaseFile", "connect", "is_fatal"]
+__all__ = ["SCHEMA_VERSION", "Connect", "DatabaseFile", "connect", "is_fatal"]
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ T = TypeVar("T")
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
-_SCHEMA_VERSION: Final = 3  # what this release writes
+SCHEMA_VERSION: Final = 3  # what this release writes
 _MIN_READER: Final = 2  # the oldest version that can read what this release writes
 
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
@@ -36,6 +36,17 @@ _MIN_READER: Final = 2  # the oldest version that can read what this release wri
 # Ids grow with each commit: the newest output of a node is the one with the highest.
 # Cells: what is shared beside all runs.
 # The lease columns: every open_run bumps the epoch and writes its own owner and until when the run is its own.
+# The indexes of runs go by columns that no commit changes, and `failed` by rows that few commits make.
+_CELLS: Final = "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL)"
+_READING: Final = (
+    """CREATE TABLE tags (run INTEGER NOT NULL, tag TEXT NOT NULL, started_ms INTEGER NOT NULL,
+        PRIMARY KEY (run, tag)) WITHOUT ROWID""",
+    "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
+    "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
+    "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
+    """CREATE INDEX failed ON attempts (run, execution, started_ns + duration_ns)
+        WHERE failure_class IS NOT NULL""",
+)
 _SCHEMA: Final = (
     "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID",
     """CREATE TABLE runs (
@@ -59,8 +70,9 @@ _SCHEMA: Final = (
         reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID""",
     "CREATE INDEX wanted ON steps (run) WHERE position = -3",
-    "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL)",
-    f"INSERT INTO meta VALUES ('schema_version', '{_SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
+    _CELLS,
+    *_READING,
+    f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
     f"PRAGMA application_id = {_APPLICATION_ID}",
 )  # fmt: skip
 
@@ -71,7 +83,7 @@ _MIGRATIONS: Final = {
         "ALTER TABLE steps ADD COLUMN given BLOB",
         "CREATE INDEX IF NOT EXISTS wanted ON steps (run) WHERE position = -3",
     ),
-    2: ("CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL)",),
+    2: (_CELLS, *_READING),
 }
 
 _WAITING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
@@ -164,7 +176,7 @@ class DatabaseFile:
                         raise
                     self.open().close()
                     ready = self.patiently(lambda: self._is_ours(db))
-                if ready and self._version(db) < _SCHEMA_VERSION:
+                if ready and self._version(db) < SCHEMA_VERSION:
                     self.open().close()
                 yield db if ready else None
             finally:
@@ -264,16 +276,16 @@ class DatabaseFile:
                 for statement in _SCHEMA:
                     db.execute(statement)
             self.patiently(lambda: db.execute("COMMIT"))
-        elif self._version(db) < _SCHEMA_VERSION:
+        elif self._version(db) < SCHEMA_VERSION:
             self._migrate(db)
 
     def _migrate(self, db: sqlite3.Connection) -> None:
         """Bring an older file up to date, in one transaction; what is in it stays."""
         self.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
-        for version in range(self._version(db), _SCHEMA_VERSION):  # Another process may have been faster.
+        for version in range(self._version(db), SCHEMA_VERSION):  # Another process may have been faster.
             for statement in _MIGRATIONS[version]:
                 db.execute(statement)
-        numbers = (("schema_version", str(_SCHEMA_VERSION)), ("min_reader", str(_MIN_READER)))
+        numbers = (("schema_version", str(SCHEMA_VERSION)), ("min_reader", str(_MIN_READER)))
         values = [(number, key, number) for key, number in numbers]
         db.executemany(
             "UPDATE meta SET v = ? WHERE k = ? AND CAST(v AS INTEGER) < CAST(? AS INTEGER)", values
@@ -295,10 +307,10 @@ class DatabaseFile:
             if not rows or not str(rows[0][0]).isdecimal():
                 raise lasting(f"{self.path} is damaged: it does not say its format; restore it from a backup")
             needed = int(rows[0][0])
-            if needed > _SCHEMA_VERSION:
+            if needed > SCHEMA_VERSION:
                 raise lasting(
                     f"{self.path} was written by a newer stroma (its format is {needed}, this one reads up to "
-                    f"{_SCHEMA_VERSION}); upgrade stroma, or give another path"
+                    f"{SCHEMA_VERSION}); upgrade stroma, or give another path"
                 )
             return True
         if application or tables:

@@ -8,14 +8,33 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from stroma.checkpoint._owner import Owner, boot_id
-from stroma.checkpoint._session import Attempt, Commit, Fence, Opening, RunRow, Step, StepRow
+from stroma.checkpoint._session import (
+    Attempt,
+    Beside,
+    Commit,
+    Fence,
+    Opening,
+    RunRow,
+    Step,
+    StepRow,
+    Tally,
+    Told,
+)
+from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs, tally
+from stroma.checkpoint._sqlite_file import SCHEMA_VERSION
+from stroma.checkpoint.journal import RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
 
 __all__ = ["SqliteRows"]
 
-_RUN: Final = """SELECT run, run_id, pipeline, execution, status, error, started_ms, updated_ms, tokens, cost_pico,
-    latency_ns, lease_owner, lease_epoch, lease_until_ms, (SELECT count(*) FROM steps s WHERE s.run = r.run
-    AND s.execution = r.execution AND s.position >= 0 AND s.branch = '') FROM runs r"""
+_COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms, r.updated_ms, r.tokens,
+    r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch, r.lease_until_ms, (SELECT count(*) FROM steps s
+    WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0 AND s.branch = '')"""
+_RUN: Final = f"SELECT {_COLUMNS} FROM runs r"
+# CROSS JOIN: the tags first, in the order of their index.
+_DIALECT: Final = Dialect(
+    _COLUMNS, "?", "instr(lower({}), ?) > 0", "tags t CROSS JOIN runs r ON r.run = t.run"
+)
 _NEW_RUN: Final = """INSERT INTO runs (run_id, pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico,
     latency_ns, lease_epoch) VALUES (?, '', 0, 'RUNNING', ?, ?, 0, 0, 0, 0)"""
 _RESTART: Final = """UPDATE runs SET execution = ?, pipeline = ?, started_ms = ?, tokens = 0, cost_pico = 0,
@@ -30,7 +49,7 @@ _STEPS: Final = """SELECT position, branch, node_id, contract, schema_ref, outpu
 _NOT_APART: Final = " AND NOT (position = ? AND branch <> '' AND substr(branch, 1, ?) = ?)"
 _VALUES: Final = 500  # in one statement: old builds of SQLite take 999
 _KEPT: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
-    WHERE run = ? AND execution = 0 AND position = ? ORDER BY branch"""
+    WHERE run = ? AND execution = 0 AND position = ? AND branch = coalesce(?, branch) ORDER BY branch"""
 _DROP: Final = """DELETE FROM steps WHERE run = ? AND execution = 0 AND position = ?
     AND branch = coalesce(?, branch)"""
 _EXPIRED: Final = """SELECT run_id FROM runs WHERE updated_ms < ?
@@ -52,7 +71,11 @@ _COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens =
     latency_ns = latency_ns + ? {_FENCE}"""
 _END: Final = f"UPDATE runs SET status = ?, error = ?, updated_ms = ?, lease_until_ms = NULL {_FENCE}"
 _RENEW: Final = f"UPDATE runs SET lease_until_ms = ? {_FENCE} AND lease_until_ms IS NOT NULL"
+_TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT run, ?, started_ms FROM runs WHERE run = ?
+    ON CONFLICT DO NOTHING"""
+_UNTAG: Final = "DELETE FROM tags WHERE run = ?"
 _DELETE: Final = (
+    "DELETE FROM tags WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
     "DELETE FROM steps WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
     "DELETE FROM inputs WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
     "DELETE FROM attempts WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
@@ -64,6 +87,23 @@ _ATTEMPTS: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.no
     LEFT JOIN steps s ON s.run = a.run AND s.execution = a.execution AND s.position = a.position
     AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt AND s.started_ns = a.started_ns
     WHERE a.run = ? AND a.execution = ? ORDER BY a.epoch, a.position, a.started_ns, a.branch, a.attempt"""
+# By the start and the rest of the key; a page begins behind the place where the one before ended.
+_SIZED: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.node_id, a.duration_ns, a.outcome,
+    a.failure_class, a.message, a.reason, a.tokens, a.output_tokens, a.cost_pico, a.model, a.epoch,
+    (SELECT length(s.output) FROM steps s WHERE s.run = a.run AND s.execution = a.execution AND s.position = a.position
+    AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt AND s.started_ns = a.started_ns)
+    FROM attempts a WHERE a.run = ? AND a.execution = ?"""
+_IN_ORDER: Final = "ORDER BY a.epoch, a.position, a.started_ns, a.branch, a.attempt"
+_ATTEMPT_PAGE: Final = f"""{_SIZED} AND (a.epoch, a.position, a.started_ns, a.branch, a.attempt) > (?, ?, ?, ?, ?)
+    {_IN_ORDER} LIMIT ?"""
+_ATTEMPTS_AT: Final = f"{_SIZED} AND a.position = ? AND a.branch = ? {_IN_ORDER}"
+_STEP_AT: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
+    WHERE run = ? AND execution = ? AND position = ? AND branch = ?"""
+# In the order of the index `failed`.
+_FAILED: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
+    reason, tokens, output_tokens, cost_pico, model FROM attempts WHERE run = ? AND execution = ?
+    AND failure_class IS NOT NULL ORDER BY started_ns + duration_ns DESC LIMIT ?"""
+_PARENTS: Final = "SELECT node_id FROM steps WHERE run = ? AND execution = 0 AND position = -4"
 # Ids that begin with a text: a range of the index, and no LIKE, which knows wildcards and ignores case.
 _BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0 AND run_id >= ? AND run_id < ?
     AND substr(run_id, 1, ?) = ? ORDER BY run_id = ? DESC, started_ms DESC, run DESC LIMIT ?"""
@@ -88,6 +128,8 @@ class SqliteRows:
         # Earlier executions stay as history; nothing reads their commits any more.
         self.db.execute(_RESTART, (execution, opening.pipeline, _now_ms(), run))
         self.db.execute(_NEW_INPUT, (run, execution, opening.contract, opening.input, opening.sha256))
+        if found is not None:
+            self.db.execute(_UNTAG, (run,))
         return self._claim(run, execution, opening)
 
     def go_on(self, found: RunRow, opening: Opening) -> Fence:
@@ -103,6 +145,8 @@ class SqliteRows:
 
     def _claim(self, run: int, execution: int, opening: Opening) -> Fence:
         until = _until(opening.lease_seconds)
+        if opening.tags:
+            self.db.executemany(_TAG, [(tag, run) for tag in opening.tags])
         (epoch,) = self.db.execute(_CLAIM, (_now_ms(), opening.owner, until, run)).fetchone()
         return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
 
@@ -167,8 +211,8 @@ class SqliteRows:
         run = self._new_run(run_id) if found is None else found.run
         self.db.execute(_STEP, (run, 0, position, branch, node_id, 0, 0, 0, *step))
 
-    def kept(self, run: int, position: int) -> list[StepRow]:
-        return [_step_row(row) for row in self.db.execute(_KEPT, (run, position)).fetchall()]
+    def kept(self, run: int, position: int, branch: str | None = None) -> list[StepRow]:
+        return [_step_row(row) for row in self.db.execute(_KEPT, (run, position, branch)).fetchall()]
 
     def drop(self, run: int, position: int, branch: str | None = None) -> None:
         self.db.execute(_DROP, (run, position, branch))
@@ -206,15 +250,24 @@ class SqliteRows:
 
     # ------------------------------------------------------------------ reading
 
-    def runs(self, *, limit: int, pipeline: str | None, status: str | None) -> list[RunRow]:
-        # Execution 0 has only what save() kept: no run of a pipeline.
-        sql, parameters = f"{_RUN} WHERE execution > 0", []
-        for column, value in (("pipeline", pipeline), ("status", status)):
-            if value is not None:
-                sql += f" AND {column} = ?"
-                parameters.append(value)
-        sql += " ORDER BY started_ms DESC, run DESC LIMIT ?"
-        return [_run_row(row) for row in self.db.execute(sql, (*parameters, limit)).fetchall()]
+    def runs(
+        self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
+    ) -> tuple[list[RunRow], str | None]:
+        def execute(sql: str, values: list[Any]) -> list[Any]:
+            return self.db.execute(sql, values).fetchall()
+
+        return find_runs(execute, _run_row, _DIALECT, query, limit=limit, after=after, look_at=look_at)
+
+    def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
+        return [self._beside(found, failed) for found in runs]
+
+    def _beside(self, found: RunRow, failed: int) -> Beside:
+        parent = self.db.execute(_PARENTS, (found.run,)).fetchone()
+        tags = self.db.execute("SELECT tag FROM tags WHERE run = ?", (found.run,)).fetchall()
+        rows = self.db.execute(_FAILED, (found.run, found.execution, failed)).fetchall() if failed else []
+        return Beside(
+            parent and parent[0], tuple(tag for (tag,) in tags), [Attempt._make(row) for row in rows]
+        )
 
     def ids(self, prefix: str, limit: int) -> list[str]:
         bounds = (prefix, prefix + _LAST_CHARACTERS, len(prefix), prefix, prefix, limit)
@@ -224,6 +277,32 @@ class SqliteRows:
         for row in self.db.execute(_ATTEMPTS, (run, execution)).fetchall():
             step = row[len(Attempt._fields) :]
             yield Attempt(*row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
+
+    def attempt_page(
+        self, run: int, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[Told], str | None]:
+        epoch, position, started, number, branch = (-1, 0, 0, 0, "") if after is None else attempt_mark(after)
+        place = (run, execution, epoch, position, started, branch, number, limit + 1)
+        found = self.db.execute(_ATTEMPT_PAGE, place).fetchall()
+        return attempt_page(found, limit)
+
+    def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[Told]:
+        found = self.db.execute(_ATTEMPTS_AT, (run, execution, position, branch)).fetchall()
+        return attempt_page(found, len(found))[0]
+
+    def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
+        def execute(sql: str, values: list[Any]) -> list[Any]:
+            return self.db.execute(sql, values).fetchall()
+
+        return tally(execute, "?", since_ms, bucket_ms, runs, attempts)
+
+    def facts(self) -> StoreFacts:
+        (version,) = self.db.execute("SELECT v FROM meta WHERE k = 'schema_version'").fetchone()
+        return StoreFacts(f"SQLite {sqlite3.sqlite_version}", int(version), SCHEMA_VERSION)
+
+    def step_at(self, run: int, execution: int, position: int, branch: str) -> StepRow | None:
+        row = self.db.execute(_STEP_AT, (run, execution, position, branch)).fetchone()
+        return None if row is None else _step_row(row)
 
 
 def _counted(attempt: Attempt) -> tuple[int, int, int]:

@@ -8,7 +8,7 @@ the command line.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
@@ -19,7 +19,9 @@ from stroma.trace import FAILED_ITEM, Row
 __all__ = [
     "OF_MAP",
     "AsyncCheckpointStore",
+    "AttemptPage",
     "AttemptRecord",
+    "Cause",
     "CheckpointKey",
     "CheckpointLost",
     "CheckpointNotFound",
@@ -36,11 +38,14 @@ __all__ = [
     "PriorUsage",
     "RunBusy",
     "RunExists",
+    "RunPage",
+    "RunQuery",
     "RunRecord",
     "RunRequest",
     "Session",
     "StepCall",
     "StoreError",
+    "StoreFacts",
     "Waiting",
     "decide",
     "items_in",
@@ -182,6 +187,7 @@ class RunRequest(NamedTuple):
         ends: whether the caller will say that the run has ended. From plain code that does not, another request of the
             same process takes the run over at once.
         deliver: keep with each attempt that its end hooks are due, until delivered() is called.
+        tags: kept with the execution; of one that goes on, added to those it has.
         discard_from: forget the commits from this position on (of the execution that is continued).
         accept: asked, before anything is changed, about each commit that would be restored; what it raises refuses
             the request.
@@ -216,6 +222,8 @@ class RunRequest(NamedTuple):
             return self
         failed = [at for (at, _), commit in commits.items() if commit.failed_items]
         return self._replace(discard_from=min(failed) + 1) if failed else self
+
+    tags: tuple[str, ...] = ()
 
     def accepted(self, commits: Mapping[tuple[int, str], Committed]) -> Mapping[tuple[int, str], Committed]:
         """The commits that stay; raises what ``accept`` raises."""
@@ -453,6 +461,44 @@ class JournalStore(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class RunQuery:
+    """Which runs are wanted: those of which all that is given holds.
+
+    Attributes:
+        statuses: any of them; none given is all.
+        tag: one that the run was given, as it was given.
+        since_ms: begun then or later; milliseconds since the epoch.
+        failure_class, node: an attempt failed so, at that node; both of one attempt.
+        text: a part of the run id, the pipeline's name or the error; the case of ASCII letters does not matter.
+    """
+
+    pipeline: str | None = None
+    statuses: tuple[str, ...] = ()
+    tag: str | None = None
+    since_ms: int | None = None
+    failure_class: str | None = None
+    node: str | None = None
+    text: str | None = None
+
+    @property
+    def looks_closer(self) -> bool:
+        """Whether no index leads to what is asked for, so that runs must be looked at one by one."""
+        return (self.failure_class, self.node, self.text) != (None, None, None)
+
+
+class Cause(NamedTuple):
+    """The failed attempt that stopped a run, or the last one that failed on the way; of a group, its child's."""
+
+    node_id: str
+    position: int
+    branch: str
+    attempt: int
+    failure_class: str
+    reason: str | None
+    message: str | None
+
+
+@dataclass(frozen=True, slots=True)
 class RunRecord:
     """A run as a store lists it.
 
@@ -463,6 +509,11 @@ class RunRecord:
         started_ms, updated_ms: milliseconds since the epoch.
         tokens, cost_usd: of all attempts of the last execution.
         nodes: how many positions of it are committed, those inside groups not counted.
+        latency_ms: wall time of its attempts, those inside groups not counted.
+        tags: in the order of their text.
+        cause: None if no attempt of the last execution failed. Not told by list_runs().
+        failures: how many attempts failed, counted up to 20. Not told by list_runs().
+        epoch: raised by every process that opens the run.
     """
 
     run_id: str
@@ -477,13 +528,32 @@ class RunRecord:
     error: str | None
     holder: str | None = None
     parent: str | None = None
+    latency_ms: float = field(default=0.0, compare=False)
+    tags: tuple[str, ...] = field(default=(), compare=False)
+    cause: Cause | None = field(default=None, compare=False)
+    failures: int = field(default=0, compare=False)
+    epoch: int = field(default=0, compare=False)
+
+
+class RunPage(NamedTuple):
+    """Some of the runs that were asked for, the one begun last first.
+
+    Attributes:
+        next: where the following page begins; None if there is none. A page may be short, or empty, and have a next one:
+            no call looks at more than some thousand runs one by one.
+    """
+
+    runs: list[RunRecord]
+    next: str | None
 
 
 @dataclass(frozen=True, slots=True)
 class AttemptRecord:
     """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed and can be read.
 
-    ``damaged``: it was committed, and what stands there now is not what was.
+    ``damaged``: it was committed, and what stands there now is not what was. ``output_bytes``: how large what was
+    committed is as it is stored; None if nothing was. ``started_ns``: since 1970. ``epoch``: of the
+    process that made it, as in RunRecord; 0 where it is not told.
     """
 
     position: int
@@ -502,3 +572,30 @@ class AttemptRecord:
     model: str | None
     output: bytes | None
     damaged: bool = False
+    output_bytes: int | None = field(default=None, compare=False)
+    started_ns: int = field(default=0, compare=False)
+    epoch: int = field(default=0, compare=False)
+
+
+class StoreFacts(NamedTuple):
+    """What a store says of itself.
+
+    Attributes:
+        system: what keeps it, with its version.
+        format: of what is kept; this release writes ``writes``.
+        clock_ms: the time by the clock that leases go by, where that is another machine's; else None.
+        warnings: what of its settings puts runs at risk, with the mend.
+    """
+
+    system: str
+    format: int
+    writes: int
+    clock_ms: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class AttemptPage(NamedTuple):
+    """Some attempts of an execution without their outputs, and where the following page begins, if there is one."""
+
+    attempts: list[AttemptRecord]
+    next: str | None

@@ -71,6 +71,7 @@ class _Run:
     traceparent: str | None = None
     parent: str | None = None
     pipeline: str = ""
+    tags: tuple[str, ...] = ()
     schema: Schema | None = None
     started_ms: int = 0
     status: str = "RUNNING"
@@ -160,11 +161,12 @@ class _MemorySession:
             # What was saved by hand belongs to no execution.
             run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str)} if run.kept else {}
             run.spent, run.calls, run.input = [], {}, given
-            run.waiting, run.traceparent = {}, None
+            run.waiting, run.traceparent, run.tags = {}, None, ()
             run.pipeline, run.schema, run.started_ms = request.pipeline, request.schema, _now_ms()
             self.restored, self.prior = _NOTHING_RESTORED, _NOTHING_SPENT
         if way != "return":
             run.status, run.error = "RUNNING", None
+            run.tags = tuple(dict.fromkeys((*run.tags, *request.tags)))
             run.epoch += 1
             run.session = weakref.ref(self) if request.ends else lambda: None
         self.execution, self._epoch = run.execution, run.epoch
@@ -415,7 +417,8 @@ class _Memory(MemoryCells):
         held = run.held()
         return RunRecord(
             run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
-            held and held.holder, run.parent,
+            held and held.holder, run.parent, sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
+            tuple(sorted(run.tags)),
         )  # fmt: skip
 
     # ---- the simple protocol
@@ -465,7 +468,7 @@ def _attempt(row: Row, run: _Run) -> AttemptRecord:
     return AttemptRecord(
         row[POSITION], branch, row[NODE], row[ATTEMPT], row[STARTED] // 1_000_000, row[DURATION] / 1e6, row[OUTCOME],
         failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
-        output,
+        output, output_bytes=None if output is None else len(output), started_ns=row[STARTED],
     )  # fmt: skip
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sqlite3
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
@@ -78,7 +79,14 @@ class SQLiteStore(AsyncStates):
                 finally:
                     db.execute("ROLLBACK")
 
-            return self._file.patiently(once)
+            try:
+                return self._file.patiently(once)
+            except sqlite3.OperationalError as error:
+                if "decode to UTF-8" not in str(error):
+                    raise
+                # A damaged text harms no other row. Not from the start: it takes three times as long.
+                db.text_factory = lambda data: data.decode("utf-8", "replace")
+                return self._file.patiently(once)
 
     def exists(self) -> bool:
         return self._file.identity() is not None

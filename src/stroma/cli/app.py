@@ -32,6 +32,10 @@ _COMMANDS: Final = {
     "graph": ("stroma.cli.graph:graph", "Print which field of which node feeds which."),
     "runs": ("stroma.cli.runs:runs", "List the runs in the store, the newest first."),
     "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
+    "diff": ("stroma.cli.diff:diff", "Tell two runs apart, field by field."),
+    "tail": ("stroma.cli.tail:tail", "Print what runs come to, as it is recorded."),
+    "ui": ("stroma.cli.ui:ui", "Show the runs of a store in a browser on this machine (extra `ui`)."),
+    "export": ("stroma.cli.export:export", "Write a run as JSON, OTLP, a Chrome trace or one HTML file."),
     "prices": ("stroma.cli.prices:prices", "Show what tokens of a model cost, and where that price is from."),
     "budget": ("stroma.cli.budget:budget", "Show a budget that runs share: spent, reserved, and until when."),
     "telemetry": (
@@ -39,6 +43,11 @@ _COMMANDS: Final = {
         "Dashboards and alerts for the runs that are exported.",
     ),
     "gc": ("stroma.cli.gc:gc", "Delete old runs from the store."),
+    "doctor": ("stroma.cli.doctor:doctor", "Check the store, the packages, the clock and the disk."),
+    "completion": (
+        "stroma.cli.completion:completion",
+        "Print the script by which a shell completes commands.",
+    ),
 }
 
 
@@ -85,7 +94,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
     cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 0 ok, 1 the run failed, 2 usage, 3 environment, 4 not found, 5 stopped by the budget, "
-    "7 suspended: a node waits for a person, 130 interrupted with everything committed kept.",
+    "6 diff found differences, 7 suspended: a node waits for a person, 130 interrupted with everything committed kept.",
 )
 @click.option(
     "--version",

@@ -9,6 +9,7 @@ import click
 
 from stroma.checkpoint.journal import RunRecord, Waiting
 from stroma.checkpoint.manager import CheckpointManager
+from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.inputs import parse_as, parse_json
 from stroma.cli.load import load_with_module
@@ -26,7 +27,7 @@ _COMPLETE = ("COMPLETED", "RESUMED")
 
 
 @click.command()
-@click.argument("run_", metavar="RUN")
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.argument("target", metavar="FILE_OR_MODULE:NAME")
 @click.argument("given", metavar="ANSWER")
 @click.option("--node", metavar="NODE", help="Which node is answered, where several wait.")

@@ -12,9 +12,9 @@ from stroma.checkpoint.journal import Committed, RunRecord, of_pipeline
 from stroma.checks import Finding, check_nodes
 from stroma.checks.resumable import Change, changes_since
 from stroma.cli.errors import Code, Problem
+from stroma.cli.inputs import stored_input
 from stroma.cli.load import load_pipeline
 from stroma.cli.output import emit, err, out
-from stroma.cli.run import stored_input
 from stroma.cli.sarif import sarif_of, write_json
 from stroma.cli.stores import Database, db_option
 from stroma.cli.words import clean, id_word, plural
@@ -22,7 +22,7 @@ from stroma.contracts import ContractRegistry
 from stroma.nodes import find_node
 from stroma.runner import Pipeline
 
-__all__ = ["check"]
+__all__ = ["changes_of", "check"]
 
 
 @click.command()
@@ -53,7 +53,7 @@ def check(target: str, as_json: bool, sarif: Path | None, against: str | None, d
     if against is not None:
         database = Database.choose(db)
         record = database.find(against)
-        changes = _changes(database, record, pipeline, target)
+        changes = changes_of(database, record, pipeline, target)
     if sarif is not None:
         write_json(sarif, sarif_of(findings, nodes))
     code = Code.FAILED if errors or changes else Code.OK
@@ -91,7 +91,7 @@ def _tell(finding: Finding) -> None:
 # ---------------------------------------------------------------------- against a run
 
 
-def _changes(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> list[Change]:
+def changes_of(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> list[Change]:
     """What stands in the way of a resume of a run. Reads the store only. Raises Problem."""
     nodes = [find_node(node) for node in pipeline.nodes]
     changes = []

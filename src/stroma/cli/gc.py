@@ -3,39 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any
 
 import click
 
 from stroma.checkpoint.payloads import blob_store
 from stroma.cli.errors import Code, Problem
 from stroma.cli.output import emit, err
+from stroma.cli.spans import SPAN
 from stroma.cli.stores import Database, db_option
 from stroma.cli.words import plural
 
 __all__ = ["gc"]
 
-_SECONDS: Final = {"s": 1, "m": 60, "h": 3600, "d": 86_400, "w": 604_800}
-_LONGEST: Final = 86_400 * 365 * 1000
-
-
-def _keep_for(_ctx: click.Context, _parameter: click.Parameter, value: str) -> timedelta:
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smhdw])", value.strip())
-    seconds = float(found[1]) * _SECONDS[found[2]] if found else _LONGEST + 1
-    if seconds > _LONGEST:
-        raise click.BadParameter(
-            f"{value!r} is no span of time; give a number and one of s, m, h, d and w: 30d, 12h"
-        )
-    return timedelta(seconds=seconds)
-
 
 @click.command()
 @click.option(
+    "--older-than",
     "--keep-for",
+    "keep_for",
     required=True,
-    callback=_keep_for,
+    type=SPAN,
     metavar="SPAN",
     help="Delete what ended longer ago: a number and s, m, h, d or w (30d).",
 )

@@ -11,13 +11,16 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from stroma.checkpoint.journal import RunRecord
 from stroma.cli.errors import Code, Problem, command
+from stroma.cli.stores import Database
+from stroma.cli.trouble import said
 from stroma.cli.words import clean, plural
 from stroma.nodes import Group, Node, find_node
 from stroma.runner import Pipeline
 from stroma.schemas import schema_of
 
-__all__ = ["example", "input_model", "parse_as", "parse_input", "parse_json", "read_input"]
+__all__ = ["example", "input_model", "parse_as", "parse_input", "parse_json", "read_input", "stored_input"]
 
 
 class Input(BaseModel):
@@ -220,3 +223,24 @@ def example(model: type[BaseModel], value: Any = None, wrong: Collection[Any] = 
             kind = getattr(info.annotation, "__origin__", info.annotation)
             made[name if name in made else alias] = _PLACEHOLDERS.get(kind, "...")
     return made
+
+
+def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> BaseModel:
+    """The state that a run began with, as the first node of the pipeline takes it. Raises Problem."""
+    schema = schema_of(input_model(pipeline))
+    with database.explained():
+        data = database.reader.input_of(record.run_id)
+    why = "it is of another class"
+    try:
+        state = schema.decode(data)
+        if schema.encode(state) == data:
+            return state
+    except Exception as error:
+        why = said(error)
+    raise Problem(
+        f"run {clean(record.run_id)} did not begin with a {schema.model.__name__}, which is what the first node of "
+        f"{target} takes: {why}",
+        "give the pipeline that began the run, or resume it from the program that began it: "
+        "runner.run(nodes, state, run_id=..., resume=True)",
+        code=Code.USAGE,
+    )

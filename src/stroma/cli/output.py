@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 import os
+import re
 import shutil
 import sys
 import unicodedata
@@ -122,11 +123,16 @@ out = Stream("stdout")
 err = Stream("stderr")
 
 
+# JSON escapes what is below a space. These move the cursor of a terminal, too, or hide what stands beside them.
+_UNSEEN: Final = re.compile("[\x7f-\x9f\u200b-\u200f\u2028-\u202e\u2060-\u2069\ufeff]")
+
+
 def emit(data: Any) -> None:
     """Print one JSON value on stdout."""
     file = sys.stdout
     encoding = file.encoding if isinstance(file, io.TextIOWrapper) else "utf-8"
     text = json.dumps(data, ensure_ascii=False, indent=2, allow_nan=False)
+    text = _UNSEEN.sub(lambda found: f"\\u{ord(found[0]):04x}", text)
     try:
         text.encode(encoding)
     except UnicodeEncodeError:  # JSON has escapes of its own for what the stream cannot say.

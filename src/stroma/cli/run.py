@@ -8,15 +8,17 @@ from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
 import click
-from pydantic import BaseModel
+from pydantic import BaseModel, ValidationError
 
 from stroma.checkpoint.journal import RunRecord
+from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import Exporters, exporter_options
-from stroma.cli.inputs import input_model, parse_as, parse_input
+from stroma.cli.inputs import parse_as, parse_input, stored_input
 from stroma.cli.job import Fork, Job
 from stroma.cli.load import load_pipeline
 from stroma.cli.output import err
+from stroma.cli.plan import tell_plan
 from stroma.cli.stores import Database, db_option
 from stroma.cli.trouble import said
 from stroma.cli.words import clean, id_word
@@ -24,9 +26,8 @@ from stroma.config import RunConfig, new_run_id
 from stroma.contracts import check_id
 from stroma.nodes import Group, Kept, find_node
 from stroma.runner import Pipeline
-from stroma.schemas import schema_of
 
-__all__ = ["Running", "go_on", "resume", "run", "stored_input"]
+__all__ = ["Running", "go_on", "resume", "run"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -121,12 +122,20 @@ def _running_options(func: F) -> F:
 @click.option(
     "--resume", is_flag=True, help="Go on with the run of this --run-id if it is known, else begin it."
 )
+@click.option(
+    "--tag",
+    "tags",
+    multiple=True,
+    metavar="TAG",
+    help="A word to find the run by: stroma runs --tag TAG; may be repeated.",
+)
 @_running_options
 def run(
     target: str,
     given: str | None,
     run_id: str | None,
     resume: bool,
+    tags: tuple[str, ...],
     db: str | None,
     **running: Any,
 ) -> int:
@@ -140,7 +149,7 @@ def run(
     options = Running.of(**running)
     database = Database.choose(db)
     pipeline = load_pipeline(target)
-    config = _configure(pipeline, run_id, options)
+    config = _tagged(_configure(pipeline, run_id, options), tags)
     known = database.known(config.run_id) if resume else None
     if known is not None and given is None:
         state = stored_input(database, known, pipeline, target)
@@ -151,7 +160,7 @@ def run(
 
 
 @click.command()
-@click.argument("run_", metavar="RUN")
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
 @click.argument("target", metavar="FILE_OR_MODULE:NAME", required=False)
 @click.option(
     "--from", "start_at", metavar="NODE", help="Go on from this node, and forget what it and later ones made."
@@ -169,6 +178,9 @@ def run(
     metavar="JSON",
     help="With --fork: the input of that node, in place of what it had; or @FILE, or -.",
 )
+@click.option(
+    "--dry-run", is_flag=True, help="Only say what would be kept, what that saves, and what would be called."
+)
 @_running_options
 def resume(
     run_: str,
@@ -177,6 +189,7 @@ def resume(
     fork: bool,
     retry_failed: bool,
     state: str | None,
+    dry_run: bool,
     db: str | None,
     **running: Any,
 ) -> int:
@@ -197,6 +210,10 @@ def resume(
         raise click.UsageError("--attach waits for what somebody else makes, --from makes it anew; give one")
     database = Database.choose(db)
     record = database.find(run_)
+    if dry_run and target is None:
+        if start_at is not None:
+            raise click.UsageError("--dry-run with --from needs the pipeline: it tells where that node is")
+        return tell_plan(database, record, None, None, None, options.as_json)
     if target is None:
         # The store knows a name, never code: what to import is for the user to say.
         raise Problem(
@@ -214,8 +231,10 @@ def resume(
                 f"its nodes are: {', '.join(clean(node_id, 100) for node_id in ids)}",
                 code=Code.USAGE,
             )
-        if fork:
+        if fork and not dry_run:
             return _fork(database, record, pipeline, target, options, ids.index(start_at), state)
+    if dry_run:
+        return tell_plan(database, record, pipeline, target, start_at, options.as_json)
     return go_on(database, record, pipeline, target, options, start_at, retry_failed=retry_failed)
 
 
@@ -292,6 +311,14 @@ def _has_output(database: Database, record: RunRecord, position: int) -> bool:
     return any(a.position == position and not a.branch and a.output is not None for a in attempts)
 
 
+def _tagged(config: RunConfig, tags: tuple[str, ...]) -> RunConfig:
+    try:
+        together = RunConfig(tags=(*config.tags, *tags)).tags
+    except ValidationError as error:
+        raise click.UsageError(f"--tag: {said(error)}") from None
+    return config.model_copy(update={"tags": together})
+
+
 def _note_another(record: RunRecord, pipeline: Pipeline, options: Running) -> None:
     if record.pipeline != pipeline.name and not options.quiet:
         err.line(
@@ -314,24 +341,3 @@ def _configure(pipeline: Pipeline, run_id: str | None, options: Running) -> RunC
     elif "run_id" not in config.model_fields_set:
         changes["run_id"] = new_run_id()  # Not the one the config was made with: that names another run.
     return config.model_copy(update=changes)
-
-
-def stored_input(database: Database, record: RunRecord, pipeline: Pipeline, target: str) -> BaseModel:
-    """The state that a run began with, as the first node of the pipeline takes it. Raises Problem."""
-    schema = schema_of(input_model(pipeline))
-    with database.explained():
-        data = database.reader.input_of(record.run_id)
-    why = "it is of another class"
-    try:
-        state = schema.decode(data)
-        if schema.encode(state) == data:
-            return state
-    except Exception as error:
-        why = said(error)
-    raise Problem(
-        f"run {clean(record.run_id)} did not begin with a {schema.model.__name__}, which is what the first node of "
-        f"{target} takes: {why}",
-        "give the pipeline that began the run, or resume it from the program that began it: "
-        "runner.run(nodes, state, run_id=..., resume=True)",
-        code=Code.USAGE,
-    )

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import time
+from datetime import timedelta
 from typing import Any, Final
 
 import click
 
-from stroma.checkpoint.journal import RunRecord
+from stroma.checkpoint.journal import Cause, RunQuery, RunRecord
 from stroma.cli.output import Part, emit, err, out, table
+from stroma.cli.spans import SPAN
 from stroma.cli.stores import Database, db_option
 from stroma.cli.words import ago, clean, iso, local, money, short_id, span
+from stroma.failures import FailureClass
+from stroma.history import FAILED, History, is_gone
 from stroma.trace import RunStatus
 
 __all__ = ["run_data", "runs", "styled"]
@@ -45,6 +50,21 @@ def run_data(record: RunRecord) -> dict[str, Any]:
         "error": record.error,
         "holder": record.holder,
         "parent": record.parent,
+        "tags": list(record.tags),
+        "cause": None if record.cause is None else cause_data(record.cause),
+    }
+
+
+def cause_data(cause: Cause) -> dict[str, Any]:
+    """The failed attempt that stopped a run, as the JSON schemas show it."""
+    return {
+        "node_id": cause.node_id,
+        "position": cause.position,
+        "branch": cause.branch,
+        "attempt": cause.attempt,
+        "class": cause.failure_class,
+        "reason": cause.reason,
+        "message": cause.message,
     }
 
 
@@ -52,34 +72,64 @@ def run_data(record: RunRecord) -> dict[str, Any]:
 @click.option(
     "--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="At most N runs."
 )
-@click.option("--pipeline", metavar="NAME", help="Only runs of this pipeline.")
+@click.option("--failed", is_flag=True, help="Only runs that are FAILED or PARTIAL.")
 @click.option(
-    "--status", type=click.Choice(_STATUSES, case_sensitive=False), help="Only runs with this status."
+    "--status",
+    "statuses",
+    type=click.Choice(_STATUSES, case_sensitive=False),
+    multiple=True,
+    help="Only runs with this status; may be repeated.",
 )
+@click.option(
+    "--since", type=SPAN, metavar="SPAN", help="Only runs begun since: a number and s, m, h, d or w (1h)."
+)
+@click.option("--pipeline", metavar="NAME", help="Only runs of this pipeline.")
+@click.option("--tag", metavar="TAG", help="Only runs that were given this tag.")
+@click.option(
+    "--class",
+    "failure_class",
+    type=click.Choice(list(FailureClass), case_sensitive=False),
+    help="Only runs with an attempt that failed so.",
+)
+@click.option("--node", metavar="NODE", help="Only runs with an attempt of this node that failed.")
+@click.option("--search", "text", metavar="TEXT", help="Only runs with TEXT in their id, pipeline or error.")
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.runs/1".')
 @db_option
-def runs(limit: int, pipeline: str | None, status: str | None, as_json: bool, db: str | None) -> None:
+def runs(
+    limit: int,
+    failed: bool,
+    statuses: tuple[str, ...],
+    since: timedelta | None,
+    as_json: bool,
+    db: str | None,
+    **asked: str | None,
+) -> None:
     """List the runs in the store, the newest first.
 
     NODES counts finished positions. A run whose process died stays RUNNING until somebody resumes it; the last column
     says whether anybody is at work on it.
     """
+    if failed and statuses:
+        raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; give one of both")
+    wanted = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
+    since_ms = None if since is None else int((time.time() - since.total_seconds()) * 1000)
+    query = RunQuery(statuses=wanted, since_ms=since_ms, **asked)
     database = Database.choose(db)
     store = database.reader
     records: list[RunRecord] = []
     if not database.is_empty:
         with database.explained():
-            records = store.list_runs(limit=limit, pipeline=pipeline, status=status)
+            records = History(store).runs(query, limit)
     if as_json:
         emit({"schema": "stroma.runs/1", "runs": [run_data(record) for record in records]})
         return
     if not records:
-        what = "no run matches" if pipeline or status else "no runs yet"
+        what = "no runs yet" if query == RunQuery() else "no run matches"
         err.line(f"{what} in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))
         return
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
     table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
-    if any(record.status == "RUNNING" and record.holder is None for record in records):
+    if any(map(is_gone, records)):
         err.line(
             "go on with a run that nobody is at work on: ", database.hint("resume", "RUN", "FILE.py:NAME")
         )

@@ -8,14 +8,18 @@ from typing import Any, Final
 import click
 
 from stroma.checkpoint.journal import AttemptRecord, RunRecord, Waiting
-from stroma.cli.errors import Code
+from stroma.cli.completion import complete_run
+from stroma.cli.errors import Code, Problem
 from stroma.cli.output import Part, emit, err, out, table
+from stroma.cli.redaction import redact_of, redact_option
 from stroma.cli.runs import run_data, styled
 from stroma.cli.stores import Database, db_option
 from stroma.cli.waiting import approve_hint, asked, open_ones, waiting_data, where
 from stroma.cli.words import ago, clean, count, id_word, iso, local, money, plural, span
+from stroma.history import History, Payload, bar_of, in_order, place_of, waste
+from stroma.page import waits
 
-__all__ = ["show"]
+__all__ = ["attempt_data", "show"]
 
 _HEADER: Final = (
     "AT",
@@ -35,24 +39,49 @@ _COMPLETE: Final = ("COMPLETED", "RESUMED")
 
 
 @click.command()
-@click.argument("run_", metavar="RUN")
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
+@click.option("--node", metavar="NODE", help="Only the attempts of this node.")
+@click.option("--attempt", type=click.IntRange(min=1), metavar="N", help="Only the Nth attempts.")
+@click.option("--input", "wants_input", is_flag=True, help="Print what the attempts were given, as JSON.")
+@click.option("--output", "wants_output", is_flag=True, help="Print what they committed, as JSON.")
+@click.option("--tree", "as_tree", is_flag=True, help="Draw groups and attempts as a tree.")
+@click.option("--timing", is_flag=True, help="Show when each attempt began, and what it waited for.")
+@redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.show/1".')
 @db_option
-def show(run_: str, as_json: bool, db: str | None) -> int:
+def show(
+    run_: str,
+    node: str | None,
+    attempt: int | None,
+    wants_input: bool,
+    wants_output: bool,
+    as_tree: bool,
+    timing: bool,
+    redact: str | None,
+    as_json: bool,
+    db: str | None,
+) -> int:
     """Show one run, attempt by attempt.
 
     RUN is a run id, its beginning, or "last". AT is the position in the run; children of groups stand indented below
     their group, with their place in it.
+
+    With --input or --output, stdout has one JSON value for each attempt; of several, a line above each says whose it is.
     """
     database = Database.choose(db)
     record = database.find(run_)
+    history = History(database.reader, redact_of(redact))
     with database.explained():
-        attempts = sorted(database.reader.attempts(record.run_id), key=_place)
-    damaged = [attempt for attempt in attempts if attempt.damaged]
+        attempts = in_order(database.reader.attempts(record.run_id))
+    damaged = [one for one in attempts if one.damaged]
     waiting = database.waiting(record.run_id)
-    wasted = [attempt for attempt in attempts if attempt.output is None and not attempt.damaged]
-    tokens, cost = sum(a.tokens for a in wasted), sum(a.cost_usd for a in wasted)
+    tokens, cost = waste(attempts)
     code = Code.ENVIRONMENT if damaged else Code.OK
+    shown = [one for one in attempts if node in (None, one.node_id) and attempt in (None, one.attempt)]
+    if not shown and (node is not None or attempt is not None):
+        raise _no_such(attempts, record, node, attempt)
+    with database.explained():
+        states = _states(history, record, shown, wants_input, wants_output)
     if as_json:
         emit(
             {
@@ -61,21 +90,81 @@ def show(run_: str, as_json: bool, db: str | None) -> int:
                 "suspended": [waiting_data(one) for one in waiting],
                 "wasted_tokens": tokens,
                 "wasted_cost_usd": cost,
-                "attempts": [_attempt_data(attempt) for attempt in attempts],
+                "attempts": [
+                    attempt_data(record, one) | {what: held.value for what, held in found}
+                    for one, found in zip(shown, states, strict=True)
+                ],
             }
         )
         return code
+    if wants_input or wants_output:
+        return _print_states(shown, states, code)
     _head(record, waiting, len(attempts), tokens, cost)
-    if attempts:
+    if shown:
         out.line()
-        table(out, _HEADER, list(_rows(attempts)), right=frozenset({2, 6, 7, 8}))
-    for attempt in damaged:
-        where = (
-            f"the output of node {clean(attempt.node_id, 100)!r} at {_at(attempt.position, attempt.branch)}"
-        )
+        rows = list(_rows(shown, as_tree))
+        header: list[str] = list(_HEADER)
+        right = {2, 6, 7, 8}
+        if timing:
+            header[6:7] = ["BEGAN", "WAITED", "TIME"]
+            right = {2, 6, 7, 8, 9, 10}
+            _add_timing(rows, shown)
+        table(out, header, [row for _, row in rows], right=frozenset(right))
+    for one in damaged:
+        where = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
         err.line(("stroma: ", "bold red"), f"{where} is damaged; resume from there to make it anew")
     if record.status not in _COMPLETE:
         _tell_way_on(database, record, open_ones(waiting))
+    return code
+
+
+def _no_such(
+    attempts: list[AttemptRecord], record: RunRecord, node: str | None, attempt: int | None
+) -> Problem:
+    of_node = f" of node {node!r}" if node is not None else ""
+    which = f"no attempt {attempt}" if attempt is not None else "no attempt"
+    nodes = ", ".join(dict.fromkeys(clean(one.node_id, 60) for one in attempts[:1000])) or "none"
+    return Problem(
+        f"run {clean(record.run_id)} has {which}{of_node}", f"its nodes are: {nodes}", code=Code.NOT_FOUND
+    )
+
+
+_State = tuple[str, Payload]
+
+
+def _states(
+    history: History, record: RunRecord, shown: list[AttemptRecord], wants_input: bool, wants_output: bool
+) -> list[list[_State]]:
+    """For each attempt what is asked for of it."""
+    given: dict[int, Payload] = {}
+    found: list[list[_State]] = []
+    for one in shown:
+        states: list[_State] = []
+        if wants_input:
+            if one.position not in given:
+                given[one.position] = history.given(record.run_id, one.position)
+            states.append(("input", given[one.position]))
+        if wants_output:
+            states.append(("output", history.made(one)))
+        found.append(states)
+    return found
+
+
+def _print_states(shown: list[AttemptRecord], states: list[list[_State]], code: int) -> int:
+    several = sum(map(len, states)) > 1
+    for one, found in zip(shown, states, strict=True):
+        for what, held in found:
+            if several:
+                out.line(f"# {place_of(one)} {clean(one.node_id, 100)}, attempt {one.attempt}: {what}")
+            if held.problem is None:
+                emit(held.value)
+                continue
+            err.line(
+                ("stroma: ", "bold red"),
+                f"{what} of {clean(one.node_id, 100)!r}, attempt {one.attempt}: {clean(held.problem)}",
+            )
+            if not several:
+                return code or Code.NOT_FOUND
     return code
 
 
@@ -91,12 +180,6 @@ def _tell_way_on(database: Database, record: RunRecord, waiting: list[Waiting]) 
     for line in approve_hint(database, record.run_id, target, waiting):
         err.line(f"answer: {line}")
     err.line(f"{'then ' if waiting else ''}go on with: {database.hint('resume', name, target)}{place}")
-
-
-def _place(attempt: AttemptRecord) -> tuple[int, tuple[int, ...], int, int]:
-    """Sorts a group before its children, and these by their place in it, not as text: item 10 after item 9."""
-    branch = tuple(int(part) if part.isdecimal() else -1 for part in attempt.branch.split(".") if part)
-    return attempt.position, branch, attempt.started_ms, attempt.attempt
 
 
 def _head(
@@ -134,24 +217,23 @@ def _head(
         out.line((f"{name:<9} ", "dim"), *parts)
 
 
-def _rows(attempts: list[AttemptRecord]) -> Iterator[list[Part]]:
+def _rows(attempts: list[AttemptRecord], as_tree: bool) -> Iterator[tuple[AttemptRecord | None, list[Part]]]:
+    """A line for each attempt; and for a group that has not ended, which has none."""
     groups = {(a.position, a.branch) for a in attempts}
+    lines: list[tuple[int, AttemptRecord | None, list[Part]]] = []
     for a in attempts:
         depth = a.branch.count(".") + 1 if a.branch else 0
         parent = (a.position, a.branch.rpartition(".")[0])
         if depth and parent not in groups:
             # Its process died, or it runs: a group is recorded when it ends.
             groups.add(parent)
-            yield [
-                _at(*parent),
-                "  " * (depth - 1) + "(a group that has not ended)",
-                *[""] * (len(_HEADER) - 2),
-            ]
+            name = "(a group that has not ended)"
+            lines.append((depth - 1, None, [_at(*parent), name, *[""] * (len(_HEADER) - 2)]))
         style = _STYLES.get(a.outcome, "yellow")
         kept = a.output is not None and a.outcome != "success"
-        yield [
-            _at(a.position, a.branch),
-            "  " * depth + clean(a.node_id, 40),
+        row: list[Part] = [
+            place_of(a),
+            clean(a.node_id, 40),
             str(a.attempt),
             (f"{a.outcome}, damaged" if a.damaged else f"{a.outcome}, kept" if kept else a.outcome, style),
             a.failure_class or "",
@@ -162,13 +244,47 @@ def _rows(attempts: list[AttemptRecord]) -> Iterator[list[Part]]:
             clean(a.model or "", 30),
             clean(a.message or "", 120),
         ]
+        lines.append((depth, a, row))
+    for number, (depth, attempt, row) in enumerate(lines):
+        said = row[1]
+        assert isinstance(said, str)
+        row[1] = (_branches(lines, number) if as_tree else "  " * depth) + said
+        yield attempt, row
+
+
+def _branches(lines: list[tuple[int, AttemptRecord | None, list[Part]]], number: int) -> str:
+    """The lines of a tree in front of a name: which of its parents have more below."""
+    depth = lines[number][0]
+    drawn = []
+    for level in range(1, depth + 1):
+        following = next((d for d, *_ in lines[number + 1 :] if d <= level), 0)
+        more = following == level
+        drawn.append(("├─ " if more else "└─ ") if level == depth else ("│  " if more else "   "))
+    return "".join(drawn)
+
+
+def _add_timing(rows: list[tuple[AttemptRecord | None, list[Part]]], attempts: list[AttemptRecord]) -> None:
+    first = min(a.started_ns for a in attempts)
+    bars = {id(a): bar_of(a, first) for a in attempts}
+    waited = {bar.key: took for bar, _, took in waits(bars.values())}
+    for attempt, row in rows:
+        if attempt is None:
+            row[6:7] = ["", "", ""]
+            continue
+        wait = waited.get(bars[id(attempt)].key)
+        row[6:7] = [
+            f"+{bars[id(attempt)].began_ms / 1000:.3f} s",
+            "" if wait is None else span(wait / 1000),
+            row[6],
+        ]
 
 
 def _at(position: int, branch: str) -> str:
     return f"{position}.{branch}" if branch else str(position)
 
 
-def _attempt_data(a: AttemptRecord) -> dict[str, Any]:
+def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:
+    """An attempt as the JSON schemas show it."""
     return {
         "position": a.position,
         "branch": a.branch,
@@ -178,7 +294,7 @@ def _attempt_data(a: AttemptRecord) -> dict[str, Any]:
         "seconds": a.duration_ms / 1000,
         "outcome": a.outcome,
         "damaged": a.damaged,
-        "committed": a.output is not None,
+        "committed": a.output_bytes is not None and not a.damaged,
         "class": a.failure_class,
         "reason": a.reason,
         "message": a.message,
@@ -186,4 +302,5 @@ def _attempt_data(a: AttemptRecord) -> dict[str, Any]:
         "output_tokens": a.output_tokens,
         "cost_usd": a.cost_usd,
         "model": a.model,
+        "idempotency_key": f"{record.run_id}:{record.execution}:{a.position}:{a.branch}",
     }

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-import os
-import sysconfig
-import traceback
-
-import stroma
+from stroma._frames import frames_of
 from stroma.cli.words import clean
 
 __all__ = ["last_frame", "said"]
-
-_OURS = os.path.dirname(os.path.abspath(stroma.__file__))
-_LIBRARIES = tuple(
-    {os.path.realpath(path) + os.sep for path in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))}
-)
 
 
 def said(error: BaseException) -> str:
@@ -35,13 +26,8 @@ def last_frame(error: BaseException, *, of_any: bool = True) -> list[str]:
     if isinstance(error, SyntaxError) and error.filename:
         lines = [f'File "{error.filename}", line {error.lineno}']
         return [*lines, *([f"  {clean(error.text)}"] if error.text else [])]
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_OURS + os.sep, "<frozen"))
-    ]
-    own = [f for f in frames if not os.path.realpath(f.filename).startswith(_LIBRARIES)]
-    for frame in (own or (frames if of_any else []))[-1:]:
+    own, others = frames_of(error)
+    for frame in (own or (others if of_any else []))[-1:]:
         place = f'File "{frame.filename}", line {frame.lineno}, in {frame.name}'
         return [place, *([f"  {clean(frame.line)}"] if frame.line else [])]
     return []

@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import inspect
 import itertools
+import time
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -23,6 +25,7 @@ from stroma.checkpoint import (
     PipelineChanged,
     RunBusy,
     RunExists,
+    RunQuery,
     RunRequest,
     StepCall,
     StoreError,
@@ -31,7 +34,7 @@ from stroma.checkpoint import (
 from stroma.checkpoint.journal import OF_MAP
 from stroma.failures import FailureClass, ItemFailure
 from stroma.schemas import schema_of
-from stroma.trace import BRANCH, NODE, POSITION, USAGE, AttemptUsage, Row
+from stroma.trace import BRANCH, NODE, POSITION, STARTED, USAGE, AttemptUsage, Row
 
 __all__ = ["JournalStoreTests", "State", "begin", "commit", "fail", "finish", "restored", "row"]
 
@@ -686,6 +689,221 @@ class JournalStoreTests:
         assert [r.error for r in store.list_runs(status="FAILED", limit=1)] == ["error 5"]
         assert store.list_runs(pipeline="another") == []
         assert len(store.list_runs(pipeline="pipeline")) == 6
+
+    async def test_runs_are_asked_for(self, store: Any) -> None:
+        """run_page gives the runs of which all that is asked holds, the one begun last first, and the same page by page."""
+        if not hasattr(store, "run_page"):
+            pytest.skip("this store lists runs without pages")
+        for i in range(9):
+            session = await begin(store, f"run-{i}", tags=("all", "é 1", *(["odd"] if i % 2 else [])))
+            if i % 3 == 0:
+                await fail(session, 0, "a", message="Too BUSY", failure=FailureClass.RECOVERABLE)
+                await fail(session, 0, f"n{i}", message="no", failure=FailureClass.TERMINAL)
+                await finish(session, "FAILED" if i else "PARTIAL", f"Error {i}")
+            elif i % 3 == 1:
+                await finish(session)
+            await asyncio.sleep(0.002)
+
+        def found(limit: int = 2, **asked: Any) -> list[int]:
+            told: list[int] = []
+            after = None
+            while True:
+                page = store.run_page(RunQuery(**asked), limit=limit, after=after)
+                assert len(page.runs) <= limit
+                told += [int(run.run_id[4:]) for run in page.runs]
+                if page.next is None:
+                    return told
+                assert page.next != after
+                after = page.next
+
+        for limit in (1, 2, 3, 50):
+            assert found(limit) == [8, 7, 6, 5, 4, 3, 2, 1, 0]
+            assert found(limit, statuses=("FAILED", "PARTIAL")) == [6, 3, 0]
+            assert found(limit, statuses=("FAILED", "RUNNING")) == [8, 6, 5, 3, 2]
+            assert found(limit, tag="odd") == [7, 5, 3, 1]
+            assert found(limit, tag="odd", statuses=("FAILED",)) == [3]
+            assert found(limit, failure_class="TERMINAL", tag="all") == [6, 3, 0]
+            assert found(limit, failure_class="TERMINAL", node="n3") == [3]
+            assert found(limit, failure_class="RECOVERABLE", node="n3") == []
+            assert found(limit, text="ERROR 3") == [3]
+            assert found(limit, text="RUN-", statuses=("COMPLETED",)) == [7, 4, 1]
+            assert found(limit, pipeline="pipeline", tag="é 1", text="pipe") == list(range(8, -1, -1))
+        assert (
+            found(pipeline="another") == found(tag="od") == found(text="%") == found(failure_class="x") == []
+        )
+        third = store.get_run("run-3")
+        assert found(since_ms=third.started_ms) == [8, 7, 6, 5, 4, 3]
+        assert found(since_ms=third.started_ms, statuses=("FAILED",), failure_class="TERMINAL") == [6, 3]
+        assert third.tags == ("all", "odd", "é 1")
+        assert (third.failures, store.get_run("run-1").failures) == (2, 0)
+        assert third.cause[:5] == ("n3", 0, "", 1, "TERMINAL")
+        assert store.get_run("run-1").cause is None
+        for wrong in ("", "x", "1", "1.", ".1", "-1.1", "1e3.x", "9" * 99 + ".1", "²."):
+            with pytest.raises(ValueError, match="not where a page ended"):
+                store.run_page(after=wrong)
+
+    async def test_runs_are_looked_at_some_at_a_time(
+        self, store: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A page that looked at a part of the runs may be short or empty, and says where to go on; none is left out."""
+        if not hasattr(store, "run_page"):
+            pytest.skip("this store lists runs without pages")
+        for i in range(11):
+            session = await begin(store, f"run-{i}", tags=("odd",) if i % 2 else ())
+            if i % 5 == 0:
+                await fail(session, 0, "a", failure=FailureClass.TERMINAL)
+            await finish(session, "FAILED" if i % 3 == 0 else "COMPLETED", "x" if i % 5 == 0 else None)
+            await asyncio.sleep(0.002)
+        asked = (
+            RunQuery(failure_class="TERMINAL"), RunQuery(text="run-1"), RunQuery(text="nowhere"), RunQuery(node="a", tag="odd"),
+            RunQuery(statuses=("FAILED", "COMPLETED"), failure_class="TERMINAL"), RunQuery(statuses=("FAILED",), text="x"),
+        )  # fmt: skip
+
+        def found(query: RunQuery, limit: int) -> list[str]:
+            told: list[str] = []
+            page = store.run_page(query, limit=limit)
+            while True:
+                told += [run.run_id for run in page.runs]
+                if page.next is None:
+                    return told
+                page = store.run_page(query, limit=limit, after=page.next)
+
+        known = [found(query, 50) for query in asked]
+        assert known[0] == ["run-10", "run-5", "run-0"]
+        for look_at in (1, 2, 3, 11):
+            monkeypatch.setattr("stroma.checkpoint._reading._LOOK_AT", look_at)
+            for limit in (1, 2, 50):
+                assert [found(query, limit) for query in asked] == known, (look_at, limit)
+
+    async def test_tags_belong_to_an_execution(self, store: Any) -> None:
+        """A run that is begun again has the tags it is given then; one that goes on has them beside those it had."""
+        if not hasattr(store, "run_page"):
+            pytest.skip("this store lists runs without pages")
+        await finish(await begin(store, tags=("a", "b", "a")), "PARTIAL")
+        await finish(await begin(store, if_exists="resume", tags=("c", "b")), "PARTIAL")
+        assert store.get_run("run").tags == ("a", "b", "c")
+        await finish(await begin(store, tags=("d",)))
+        assert store.get_run("run").tags == ("d",)
+        assert store.run_page(RunQuery(tag="a")).runs == []
+        assert len(store.run_page(RunQuery(tag="d")).runs) == 1
+        await settled(store.delete("run"))
+        assert store.run_page(RunQuery(tag="d")).runs == []
+        await finish(await begin(store))
+        assert store.get_run("run").tags == ()
+
+    async def test_the_cause_of_a_group_is_its_child(self, store: Any) -> None:
+        """The cause of a failure is the child whose failure became the group's, at any depth; not a sibling's."""
+        if not hasattr(store, "run_page"):
+            pytest.skip("this store lists runs without pages")
+        session = await begin(store)
+        outer, inner = (
+            row(1, "outer", ms=90, failure=FailureClass.TERMINAL, message="why"),
+            row(1, "inner", branch="1", ms=50, failure=FailureClass.TERMINAL, message="why"),
+        )
+        await fail(session, 1, "sibling", branch="0", ms=20, message="other")
+        await fail(session, 1, "child", branch="1.0", ms=20, failure=FailureClass.TERMINAL, message="why")
+        for ended in (inner, outer):
+            await settled(session.record(ended, None, None))
+        await finish(session, "FAILED", "why")
+        cause = store.get_run("run").cause
+        assert (cause.node_id, cause.position, cause.branch, cause.message) == ("child", 1, "1.0", "why")
+
+    async def test_history_page_by_page(self, store: Any) -> None:
+        """attempt_page tells what attempts() does, some at a time and without outputs; output_of gives one of these."""
+        if not hasattr(store, "attempt_page"):
+            pytest.skip("this store tells history as a whole")
+        session = await begin(store)
+        for i in range(5):
+            await fail(session, i, f"n{i}")
+            await commit(session, i, State(n=i), f"n{i}", attempt=2)
+            await commit(session, i, State(text="x" * i), "child", branch=f"{i}:é")
+        all_of_them = store.attempts("run")
+        for limit in (1, 4, 15, 100):
+            told: list[Any] = []
+            after = None
+            while True:
+                page = store.attempt_page("run", limit=limit, after=after)
+                told += page.attempts
+                after = page.next
+                if after is None:
+                    break
+                assert len(page.attempts) == limit
+            assert [a.output for a in told] == [None] * 15
+            # As they are stored: a codec may make them larger.
+            sizes = [a.output_bytes for a in all_of_them]
+            assert [a.output_bytes for a in told] == sizes
+            assert [size is None for size in sizes] == [a.output is None for a in all_of_them]
+            assert [
+                replace(a, output=b.output) for a, b in zip(told, all_of_them, strict=True)
+            ] == all_of_them
+        assert [a.attempt for a in store.attempts_at("run", 3)] == [1, 2]
+        assert [a.node_id for a in store.attempts_at("run", 3, "3:é")] == ["child"]
+        assert store.attempts_at("run", 3, "3:") == store.attempts_at("nobody", 0) == []
+        assert schema_of(State).decode(store.output_of("run", 3)) == State(n=3)
+        assert schema_of(State).decode(store.output_of("run", 3, "3:é")) == State(text="xxx")
+        assert (
+            store.output_of("run", 9)
+            is store.output_of("run", 3, "x")
+            is store.output_of("nobody", 0)
+            is None
+        )
+        assert store.attempt_page("nobody") == ([], None)
+        for wrong in ("", "x", "1:2:3", "a:0:0:0:"):
+            with pytest.raises(ValueError, match="not where a page ended"):
+                store.attempt_page("run", after=wrong)
+
+    async def test_attempts_are_summed_up(self, store: Any) -> None:
+        """tally() sums the attempts of the runs begun since, by pipeline, node, model and class, and what they wasted."""
+        if not hasattr(store, "tally"):
+            pytest.skip("this store sums nothing up")
+        for name in ("one", "two"):
+            session = await begin(store, name)
+            await fail(session, 0, "n", tokens=4, cost=0.25, ms=7, failure=FailureClass.TERMINAL)
+            await commit(session, 0, State(n=1), "n", attempt=2, tokens=4, cost=0.5, ms=9)
+            await finish(session)
+        found = sorted(store.tally(0, 10**15), key=lambda one: one.failure_class or "")
+        assert [(t.bucket, t.pipeline, t.node_id, t.model, t.failure_class, t.attempts) for t in found] == [
+            (0, "pipeline", "n", "model", None, 2), (0, "pipeline", "n", "model", "TERMINAL", 2),
+        ]  # fmt: skip
+        assert [(t.tokens, t.cost_pico, t.wasted_pico, t.duration_ns, t.longest_ns) for t in found] == [
+            (8, 10**12, 0, 18_000_000, 9_000_000), (8, 5 * 10**11, 5 * 10**11, 14_000_000, 7_000_000),
+        ]  # fmt: skip
+        assert sum(t.attempts for t in store.tally(0, 10**15, runs=1)) == 2
+        assert store.tally(store.get_run("two").started_ms + 1, 1000) == []
+
+    async def test_where_attempts_failed(self, store: Any) -> None:
+        """trouble_of tells where the last failed attempt at a place failed, and forgets it with the execution."""
+        if not hasattr(store, "trouble_of"):
+            pytest.skip("this store keeps no tracebacks")
+        session = await begin(store)
+        for number in (1, 2):
+            failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
+            data = b'[[["flow.py", %d, "work", "raise it"]], [["lib.py", 1, "call", ""]]]' % number
+            session.note_trouble(3, "1", number, failed[STARTED], data)
+            await settled(session.record(failed, None, None))
+        found = store.trouble_of("run", 3, "1")
+        codec = getattr(getattr(store, "_payloads", None), "codec", None)
+        if codec is not None:
+            assert found is None, "lines of source are not kept beside what a codec hides"
+            return
+        assert found is not None
+        assert (found.attempt, found.started_ns) == (2, failed[STARTED])
+        assert found.own == (("flow.py", 2, "work", "raise it"),)
+        assert found.others == (("lib.py", 1, "call", ""),)
+        assert store.trouble_of("run", 3) is store.trouble_of("nobody", 3, "1") is None
+        await finish(session, "FAILED")
+        await begin(store)
+        assert store.trouble_of("run", 3, "1") is None
+
+    async def test_what_it_says_of_itself(self, store: Any) -> None:
+        """facts() names the system and the formats, and by whose clock leases go."""
+        if not hasattr(store, "facts"):
+            pytest.skip("this store says nothing of itself")
+        await begin(store)
+        facts = store.facts()
+        assert facts.system
+        assert facts.format == facts.writes >= 1
+        assert facts.clock_ms is None or abs(facts.clock_ms - time.time() * 1000) < 3_600_000
 
     async def test_runs_are_found_by_their_beginning(self, store: Any) -> None:
         """find_run gives the ids that begin with a text, newest first; a whole id stands alone; "last" is the newest."""

@@ -1,0 +1,343 @@
+"""What durable stores know of runs, as callers read it. Nothing here makes a store, or changes one."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Final, TypeVar
+
+from stroma._frames import Trouble, read_trouble
+from stroma.checkpoint._session import (
+    PICO,
+    TROUBLE,
+    WAITING,
+    Attempt,
+    Beside,
+    Rows,
+    RunRow,
+    Step,
+    StepRow,
+    Tally,
+    intact,
+    read_waiting,
+    verify,
+)
+from stroma.checkpoint.journal import (
+    AttemptPage,
+    AttemptRecord,
+    Cause,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    RunPage,
+    RunQuery,
+    RunRecord,
+    StoreFacts,
+    Waiting,
+)
+from stroma.checkpoint.payloads import Payloads
+from stroma.contracts import check_id
+
+__all__ = ["ReadableStore"]
+
+T = TypeVar("T")
+
+_LOOK_AT: Final = 20_000  # runs that one page looks at one by one
+_FAILED: Final = 20  # failed attempts in which the cause is looked for
+_ALL_RUNS: Final = RunQuery()
+
+
+class ReadableStore(ABC):
+    """A store whose runs can be read. All of it blocks, from any thread, and raises StoreError."""
+
+    _payloads: Payloads
+
+    @abstractmethod
+    def read(self, query: Callable[[Rows], T], nothing: T) -> T:
+        """Read in the calling thread; ``nothing`` while the store is empty. Raises StoreError."""
+
+    def exists(self) -> bool:
+        """Whether there is anything to read from: a file is made by the first run."""
+        return True
+
+    @abstractmethod
+    def _named(self) -> str:
+        """What messages call the store."""
+
+    def list_runs(
+        self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
+    ) -> list[RunRecord]:
+        """The last execution of each run, the one begun last first.
+
+        Blocking, like all of this section; none of it makes a store. Raises StoreError.
+        """
+        wanted = None if status is None else str(status)
+
+        def query(rows: Rows) -> list[RunRecord]:
+            asked = RunQuery(pipeline=pipeline, statuses=() if wanted is None else (wanted,))
+            found, _ = rows.runs(asked, limit=limit, after=None, look_at=None)
+            return _run_records(rows, found, failed=0)
+
+        return self.read(query, [])
+
+    def run_page(self, query: RunQuery = _ALL_RUNS, *, limit: int = 50, after: str | None = None) -> RunPage:
+        """The last executions of the runs that are asked for, the one begun last first, with the cause of failures.
+
+        ``after``: the ``next`` of the page before. Raises ValueError for one that is none, StoreError.
+        """
+
+        def read(rows: Rows) -> RunPage:
+            found, following = rows.runs(query, limit=limit, after=after, look_at=_LOOK_AT)
+            return RunPage(_run_records(rows, found, failed=_FAILED), following)
+
+        return self.read(read, RunPage([], None))
+
+    def get_run(self, run_id: str) -> RunRecord | None:
+        """The last execution of a run, or None. Raises ValueError for an illegal id, StoreError."""
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> RunRecord | None:
+            found = rows.find(run_id)
+            if found is None or not found.execution:
+                return None
+            return _run_records(rows, [found], failed=_FAILED)[0]
+
+        return self.read(query, None)
+
+    def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
+        """The ids that begin with a text, newest first, or the newest id of all for "last". A whole id stands alone.
+
+        Raises StoreError.
+        """
+        if prefix_or_last == "last":
+            return [row.run_id for row in self.list_runs(limit=1)]
+        prefix = check_id(prefix_or_last, "run id")
+        found = self.read(lambda rows: rows.ids(prefix, limit), list[str]())
+        return found[:1] if found[:1] == [prefix] else found
+
+    def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
+        """Every attempt of an execution (1-based; None is the last), by process, position and time. [] if unknown.
+
+        A group stands before its children. Raises StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> list[AttemptRecord]:
+            found = rows.find(run_id)
+            if found is None:
+                return []
+            kept = rows.attempts(found.run, found.execution if execution is None else execution)
+            return [self._attempt_record(run_id, attempt, step) for attempt, step in kept]
+
+        return self.read(query, [])
+
+    def attempt_page(
+        self, run_id: str, *, execution: int | None = None, limit: int = 1000, after: str | None = None
+    ) -> AttemptPage:
+        """The same, page by page, without outputs. Raises ValueError for an ``after`` that is none, StoreError."""
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> AttemptPage:
+            found = rows.find(run_id)
+            if found is None:
+                return AttemptPage([], None)
+            number = found.execution if execution is None else execution
+            kept, following = rows.attempt_page(found.run, number, limit=limit, after=after)
+            return AttemptPage([_record_of(*told) for told in kept], following)
+
+        return self.read(query, AttemptPage([], None))
+
+    def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
+        """Every attempt of the last execution at one place, without outputs. [] if unknown. Raises StoreError."""
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> list[AttemptRecord]:
+            found = rows.find(run_id)
+            kept = [] if found is None else rows.attempts_at(found.run, found.execution, position, branch)
+            return [_record_of(*told) for told in kept]
+
+        return self.read(query, [])
+
+    def trouble_of(self, run_id: str, position: int, branch: str = "") -> Trouble | None:
+        """Where the last failed attempt at a place failed; None if nothing is known. Raises StoreError."""
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> StepRow | None:
+            found = rows.find(run_id)
+            kept = [] if found is None else rows.kept(found.run, TROUBLE, f"{position}:{branch}")
+            return next(iter(kept), None)
+
+        kept = self.read(query, None)
+        if (
+            kept is None
+            or not intact(kept.step.output, kept.step.sha256)
+            or not kept.step.contract.isdecimal()
+        ):
+            return None
+        return read_trouble(kept.step.output, kept.step.number or 0, int(kept.step.contract))
+
+    def output_of(
+        self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
+    ) -> bytes | None:
+        """What is committed at a place, in its stored form (see Schema.decode); None if nothing is.
+
+        Raises CorruptCheckpoint, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> StepRow | None:
+            found = rows.find(run_id)
+            if found is None:
+                return None
+            number = found.execution if execution is None else execution
+            return rows.step_at(found.run, number, position, branch)
+
+        kept = self.read(query, None)
+        if kept is None:
+            return None
+        verify(kept.step, run_id, position, kept.node_id, branch)
+        what = f"the output of node {kept.node_id!r} at position {position} of run {run_id!r}"
+        return self._payloads.open(kept.step.output, what)
+
+    def _attempt_record(self, run_id: str, attempt: Attempt, step: Step | None) -> AttemptRecord:
+        output, damaged = None, False
+        if step is not None:
+            what = f"the output of node {attempt.node_id!r} at position {attempt.position} of run {run_id!r}"
+            try:
+                verify(step, run_id, attempt.position, attempt.node_id, attempt.branch)
+                output = self._payloads.open(step.output, what)
+            except CorruptCheckpoint:
+                damaged = True  # The rest of the history can be told all the same.
+        size = None if step is None else len(step.output)
+        return _record_of(attempt, size, 0, output=output, damaged=damaged)
+
+    def input_of(self, run_id: str) -> bytes:
+        """The initial state of a run in its stored form (see Schema.decode).
+
+        Raises CheckpointNotFound if there is no such run, CorruptCheckpoint, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> tuple[str, bytes, bytes] | None:
+            found = rows.find(run_id)
+            return None if found is None else rows.input(found.run, found.execution)
+
+        kept = self.read(query, None)
+        if kept is None:
+            raise self._no_run(run_id)
+        if not intact(kept[1], kept[2]):
+            raise CorruptCheckpoint(
+                f"the input of run {run_id!r} is damaged; begin a new run with the input it had"
+            )
+        return self._payloads.open(kept[1], f"the input of run {run_id!r}")
+
+    def waiting(self, run_id: str) -> list[Waiting]:
+        """What nodes of the last execution of a run wait for, or waited for. [] if unknown. Raises StoreError."""
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> list[Waiting]:
+            found = rows.find(run_id)
+            kept = (
+                []
+                if found is None
+                else [read_waiting(row, self._payloads) for row in rows.kept(found.run, WAITING)]
+            )
+            return [waiting for waiting in kept if waiting is not None]
+
+        return self.read(query, [])
+
+    def tally(
+        self, since_ms: int, bucket_ms: int, *, runs: int = 2000, attempts: int = 200_000
+    ) -> list[Tally]:
+        """The attempts of the runs begun since, summed up by span of time, pipeline, node, model and class.
+
+        Of so many runs and attempts at the most, the newest runs first. Raises StoreError.
+        """
+        return self.read(
+            lambda rows: rows.tally(since_ms, bucket_ms, runs=runs, attempts=attempts), list[Tally]()
+        )
+
+    def facts(self) -> StoreFacts | None:
+        """What the store says of itself; None while it is empty. Raises StoreError."""
+        return self.read(lambda rows: rows.facts(), None)
+
+    def _no_run(self, run_id: str) -> CheckpointNotFound:
+        return CheckpointNotFound(
+            f"there is no run {run_id!r} in {self._named()}; check the id and the store"
+        )
+
+
+def _run_records(rows: Rows, found: list[RunRow], *, failed: int) -> list[RunRecord]:
+    beside = rows.beside(found, failed=failed)
+    return [_run_record(row, about) for row, about in zip(found, beside, strict=True)]
+
+
+def _run_record(row: RunRow, beside: Beside) -> RunRecord:
+    holder = row.holder
+    return RunRecord(
+        row.run_id,
+        row.pipeline,
+        row.status,
+        _number(row.execution),
+        _number(row.started_ms),
+        _number(row.updated_ms),
+        _number(row.tokens),
+        _number(row.cost_pico) / PICO,
+        _number(row.nodes),
+        row.error,
+        None if holder is None else holder.place,
+        beside.parent,
+        _number(row.latency_ns) / 1e6,
+        tuple(sorted(beside.tags)),
+        _cause(beside.failed),
+        len(beside.failed),
+        _number(row.epoch),
+    )
+
+
+def _number(value: object) -> int:
+    """A number of a row; 0 for what is none: a damaged row harms no list that it stands in."""
+    return value if isinstance(value, int) else 0
+
+
+def _cause(failed: list[Attempt]) -> Cause | None:
+    """Of a group that failed, the child whose failure became its own: the group ends after it, with its message."""
+    if not failed:
+        return None
+    said = (failed[0].position, failed[0].failure_class, failed[0].message)
+    inside = [a for a in failed if (a.position, a.failure_class, a.message) == said]
+    deepest = max(inside, key=lambda a: a.branch.count(".") + 1 if a.branch else 0)
+    return Cause(
+        deepest.node_id,
+        deepest.position,
+        deepest.branch,
+        deepest.attempt,
+        deepest.failure_class or "",
+        deepest.reason,
+        deepest.message,
+    )
+
+
+def _record_of(
+    attempt: Attempt, size: int | None, epoch: int, *, output: bytes | None = None, damaged: bool = False
+) -> AttemptRecord:
+    return AttemptRecord(
+        position=attempt.position,
+        branch=attempt.branch,
+        node_id=attempt.node_id,
+        attempt=attempt.attempt,
+        started_ms=attempt.started_ns // 1_000_000,
+        duration_ms=attempt.duration_ns / 1e6,
+        outcome=attempt.outcome,
+        failure_class=attempt.failure_class,
+        message=attempt.message,
+        reason=attempt.reason,
+        tokens=attempt.tokens,
+        output_tokens=attempt.output_tokens,
+        cost_usd=attempt.cost_pico / PICO,
+        model=attempt.model,
+        output=output,
+        damaged=damaged,
+        output_bytes=size,
+        started_ns=attempt.started_ns,
+        epoch=epoch,
+    )

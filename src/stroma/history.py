@@ -1,0 +1,338 @@
+"""What stores know of runs, as the command line and the web interface tell it: one layer for both.
+
+Everything is read through the public reading functions of a journal store; nothing is imported or run for it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any, Final, Literal, NamedTuple
+
+from stroma._showing import Redact
+from stroma.checkpoint._states import AsyncStates
+from stroma.checkpoint.journal import (
+    AttemptRecord,
+    CheckpointNotFound,
+    CorruptCheckpoint,
+    RunQuery,
+    RunRecord,
+)
+from stroma.page import Bar, Box, Story
+from stroma.schemas import Schema
+from stroma.trace import jsonable
+
+__all__ = [
+    "FAILED",
+    "FINISHED",
+    "Change",
+    "History",
+    "NodeDiff",
+    "Payload",
+    "Redact",
+    "changes",
+    "compare",
+    "in_order",
+    "is_gone",
+    "place_of",
+    "waste",
+]
+
+#: Statuses of runs that failed, and of those that came to their end.
+FAILED: Final = ("FAILED", "PARTIAL")
+FINISHED: Final = ("COMPLETED", "RESUMED")
+
+_MOST_CHANGES: Final = 1000
+#: Bytes of a state that is drawn, and of all that are drawn of one run.
+_ONE_STATE: Final = 1_000_000
+_ALL_STATES: Final = 20_000_000
+
+
+class Payload(NamedTuple):
+    """A state as it is shown: plain JSON data, or why there is none."""
+
+    value: Any
+    problem: str | None = None
+
+
+def place_of(attempt: AttemptRecord) -> str:
+    """Where an attempt stands in its run: "2", "2.0" for a child of a group."""
+    return f"{attempt.position}.{attempt.branch}" if attempt.branch else str(attempt.position)
+
+
+def in_order(attempts: Iterable[AttemptRecord]) -> list[AttemptRecord]:
+    """A group before its children, and these by their place in it, not as text: item 10 after item 9."""
+
+    def key(attempt: AttemptRecord) -> tuple[int, tuple[int, ...], int, int]:
+        branch = tuple(int(part) if part.isdecimal() else -1 for part in attempt.branch.split(".") if part)
+        return attempt.position, branch, attempt.started_ms, attempt.attempt
+
+    return sorted(attempts, key=key)
+
+
+def waste(attempts: Iterable[AttemptRecord]) -> tuple[int, float]:
+    """Tokens and US dollars of the attempts that committed nothing."""
+    lost = [attempt for attempt in attempts if attempt.output_bytes is None]
+    return sum(attempt.tokens for attempt in lost), sum(attempt.cost_usd for attempt in lost)
+
+
+def is_gone(record: RunRecord) -> bool:
+    """Whether a run stands as one that runs, and nobody is at work on it any more."""
+    return record.status == "RUNNING" and record.holder is None
+
+
+@dataclass(frozen=True, slots=True)
+class History:
+    """Reads one store. Every method raises StoreError.
+
+    Attributes:
+        redact: see RunConfig; applied to every state before anybody sees it.
+    """
+
+    store: AsyncStates
+    redact: Redact | None = None
+
+    def runs(self, query: RunQuery, limit: int) -> list[RunRecord]:
+        """As many of the runs that are asked for as there are, the one begun last first."""
+        found: list[RunRecord] = []
+        after = None
+        while len(found) < limit:
+            page = self.store.run_page(query, limit=limit - len(found), after=after)
+            found += page.runs
+            after = page.next
+            if after is None:
+                break
+        return found
+
+    def attempts(self, run_id: str, most: int) -> tuple[list[AttemptRecord], bool]:
+        """The first attempts of the last execution without their outputs, and whether there are more."""
+        found: list[AttemptRecord] = []
+        after = None
+        while len(found) < most:
+            page = self.store.attempt_page(run_id, limit=min(most - len(found), 5000), after=after)
+            found += page.attempts
+            after = page.next
+            if after is None:
+                break
+        return in_order(found), after is not None
+
+    def output(
+        self, run_id: str, position: int, branch: str = "", *, most_bytes: int | None = None
+    ) -> Payload:
+        """What is committed at a place. Above ``most_bytes`` it is not looked into."""
+        try:
+            data = self.store.output_of(run_id, position, branch)
+        except CorruptCheckpoint as error:
+            return Payload(None, str(error))
+        if data is None:
+            return Payload(None, "nothing is committed here")
+        return self._shown(data, most_bytes)
+
+    def given(self, run_id: str, position: int, *, most_bytes: int | None = None) -> Payload:
+        """What a node was given: the output before it, or what the run began with. A child gets what its group got."""
+        if position:
+            found = self.output(run_id, position - 1, most_bytes=most_bytes)
+            if found.problem == "nothing is committed here":
+                return Payload(None, "the output before it is not in the store any more")
+        else:
+            try:
+                found = self._shown(self.store.input_of(run_id), most_bytes)
+            except (CorruptCheckpoint, CheckpointNotFound) as error:
+                return Payload(None, str(error))
+        return found
+
+    def made(self, attempt: AttemptRecord) -> Payload:
+        """The output that an attempt was read with."""
+        if attempt.damaged:
+            return Payload(None, "the output is damaged")
+        return (
+            Payload(None, "it committed nothing") if attempt.output is None else self._shown(attempt.output)
+        )
+
+    def _shown(self, data: bytes, most_bytes: int | None = None) -> Payload:
+        if most_bytes is not None and len(data) > most_bytes:
+            return Payload(None, f"it has {len(data):,} bytes: too much to show here")
+        try:
+            value = jsonable(Schema.raw_of(data))
+        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+            return Payload(None, f"it cannot be read back: {type(error).__name__}: {error}")
+        return Payload(self.hide(value))
+
+    def hide(self, value: Any) -> Any:
+        """A state as ``redact`` lets it be seen; where that raises, a word in its place."""
+        if self.redact is None:
+            return value
+        try:
+            shown = self.redact(value if isinstance(value, dict) else {"value": value})
+            return jsonable(shown if isinstance(value, dict) else shown["value"])
+        except Exception as error:
+            return {"redacted": f"redact raised {type(error).__name__}"}
+
+    def story(
+        self,
+        record: RunRecord,
+        *,
+        most: int = 5000,
+        states: bool = True,
+        mend: str = "",
+        facts: Sequence[tuple[str, str]] = (),
+    ) -> Story:
+        """A run as it is drawn. ``states``: with the input and output of each attempt, as far as they are not too large."""
+        attempts, more = self.attempts(record.run_id, most)
+        inputs: dict[int, Payload] = {}
+        first = min((attempt.started_ns for attempt in attempts), default=0)
+        bars = []
+        room = _ALL_STATES
+        for attempt in attempts:
+            given = made = None
+            if states:
+                if attempt.position not in inputs:
+                    inputs[attempt.position] = self.given(
+                        record.run_id, attempt.position, most_bytes=_ONE_STATE
+                    )
+                held = inputs[attempt.position]
+                given = held.value if held.problem is None else {"left out": held.problem}
+                size = attempt.output_bytes
+                if size is not None and size <= min(_ONE_STATE, room):
+                    room -= size
+                    made = self.output(record.run_id, attempt.position, attempt.branch).value
+                elif size is not None:
+                    made = {"left out": f"{size:,} bytes"}
+            bars.append(bar_of(attempt, first, given, made))
+        box = None
+        if record.cause is not None and record.status not in FINISHED:
+            cause = record.cause
+            at = f"{cause.position}.{cause.branch}" if cause.branch else str(cause.position)
+            message = cause.message or record.error or ""
+            box = Box(cause.node_id, at, cause.attempt, cause.failure_class, message, cause.reason, mend)
+        status = "INTERRUPTED" if is_gone(record) else record.status
+        seconds = max(0, record.updated_ms - record.started_ms) / 1000
+        return Story(
+            record.run_id, record.pipeline, status, bars, record.tokens, record.cost_usd, record.started_ms, seconds, box,
+            facts, 1 if more else 0,
+        )  # fmt: skip
+
+
+def bar_of(attempt: AttemptRecord, first_ns: int, given: Any = None, made: Any = None) -> Bar:
+    """An attempt as it is drawn; ``first_ns``: when the first one began."""
+    return Bar(
+        attempt.node_id, place_of(attempt), attempt.attempt, (attempt.started_ns - first_ns) / 1e6, attempt.duration_ms,
+        attempt.outcome, attempt.failure_class, attempt.reason, attempt.message, attempt.tokens, attempt.output_tokens,
+        attempt.cost_usd, attempt.model, attempt.output_bytes is not None, given, made,
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------------- differences
+
+
+class Change(NamedTuple):
+    """One difference between two states. ``path``: "lines.0.price", "" for the whole. ``a``, ``b``: None where it is not there."""
+
+    path: str
+    kind: Literal["added", "removed", "changed"]
+    a: Any
+    b: Any
+
+
+def changes(a: Any, b: Any, path: str = "") -> list[Change]:
+    """What tells two states of plain JSON data apart, field by field; at most a thousand differences."""
+    found: list[Change] = []
+    for change in _changes(a, b, path):
+        found.append(change)
+        if len(found) >= _MOST_CHANGES:
+            break
+    return found
+
+
+def _changes(a: Any, b: Any, path: str) -> Iterator[Change]:
+    if isinstance(a, dict) and isinstance(b, dict):
+        for key in [*a, *(key for key in b if key not in a)]:
+            at = f"{path}.{key}" if path else str(key)
+            if key not in b:
+                yield Change(at, "removed", a[key], None)
+            elif key not in a:
+                yield Change(at, "added", None, b[key])
+            else:
+                yield from _changes(a[key], b[key], at)
+    elif isinstance(a, list) and isinstance(b, list):
+        for index in range(max(len(a), len(b))):
+            at = f"{path}.{index}" if path else str(index)
+            if index >= len(b):
+                yield Change(at, "removed", a[index], None)
+            elif index >= len(a):
+                yield Change(at, "added", None, b[index])
+            else:
+                yield from _changes(a[index], b[index], at)
+    elif json.dumps(a) != json.dumps(b):  # As text: 1, 1.0 and True are equal to Python alone.
+        yield Change(path, "changed", a, b)
+
+
+class NodeDiff(NamedTuple):
+    """A node of two runs; ``a`` or ``b`` is None where only the other one has it.
+
+    Attributes:
+        a, b: the attempts at its place, the first one first.
+        output: how what is committed differs.
+        facts: what else does: outcome, class, attempts, model.
+    """
+
+    a: list[AttemptRecord] | None
+    b: list[AttemptRecord] | None
+    output: list[Change]
+    facts: list[Change]
+
+    @property
+    def same(self) -> bool:
+        return self.a is not None and self.b is not None and not self.output and not self.facts
+
+
+def compare(
+    a: Sequence[AttemptRecord], b: Sequence[AttemptRecord], read: Callable[[AttemptRecord], Payload]
+) -> list[NodeDiff]:
+    """Two runs node by node, in the order of the first; a node that was put in or left out moves none of the others.
+
+    ``read``: the output of an attempt.
+    """
+    left, right = _by_place(a), _by_place(b)
+    names = [[(found[0].node_id, found[0].branch) for found in side] for side in (left, right)]
+    told: list[NodeDiff] = []
+    for kind, a0, a1, b0, b1 in SequenceMatcher(None, names[0], names[1], autojunk=False).get_opcodes():
+        if kind == "equal":
+            told += [_node(x, y, read) for x, y in zip(left[a0:a1], right[b0:b1], strict=True)]
+        else:
+            told += [NodeDiff(found, None, [], []) for found in left[a0:a1]]
+            told += [NodeDiff(None, found, [], []) for found in right[b0:b1]]
+    return told
+
+
+def _by_place(attempts: Sequence[AttemptRecord]) -> list[list[AttemptRecord]]:
+    places: dict[tuple[int, str], list[AttemptRecord]] = {}
+    for attempt in in_order(attempts):
+        places.setdefault((attempt.position, attempt.branch), []).append(attempt)
+    return list(places.values())
+
+
+def _node(
+    a: list[AttemptRecord], b: list[AttemptRecord], read: Callable[[AttemptRecord], Payload]
+) -> NodeDiff:
+    kept = [next((x for x in reversed(side) if x.output_bytes is not None), None) for side in (a, b)]
+    output: list[Change] = []
+    if kept[0] is not None and kept[1] is not None:
+        x, y = read(kept[0]), read(kept[1])
+        output = changes(
+            x.value if x.problem is None else x.problem, y.value if y.problem is None else y.problem
+        )
+    said = [
+        {
+            "outcome": side[-1].outcome,
+            "committed": one is not None,
+            "class": side[-1].failure_class,
+            "reason": side[-1].reason,
+            "attempts": len(side),
+            "model": side[-1].model,
+        }
+        for side, one in zip((a, b), kept, strict=True)
+    ]
+    return NodeDiff(a, b, output, changes(said[0], said[1]))

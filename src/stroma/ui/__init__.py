@@ -1,0 +1,36 @@
+"""The web interface: the runs of one store, in a browser on this machine. Needs the extra ``ui``; see ``stroma ui``."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from stroma.ui.app import Settings, make_app
+    from stroma.ui.server import serve
+
+__all__ = ["Settings", "make_app", "serve"]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        if name in ("Settings", "make_app"):
+            from stroma.ui import app
+
+            return getattr(app, name)
+        if name == "serve":
+            from stroma.ui.server import serve
+
+            return serve
+    except ModuleNotFoundError as error:
+        if (error.name or "").partition(".")[0] not in (
+            "jinja2",
+            "starlette",
+            "uvicorn",
+            "anyio",
+            "markupsafe",
+        ):
+            raise
+        raise ImportError(
+            f"{error.name} is required for stroma.ui; install it with: pip install 'stroma[ui]'"
+        ) from error
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

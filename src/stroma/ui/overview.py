@@ -1,0 +1,115 @@
+"""What went wrong, what it cost and what was slow, over all runs of some days."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from markupsafe import Markup
+
+from stroma._words import plural
+from stroma.checkpoint._session import PICO, Tally
+from stroma.page import utc
+from stroma.render import as_xml
+
+__all__ = ["BUCKETS", "Overview", "Row"]
+
+#: Spans that the time is cut into.
+BUCKETS: Final = 24
+_MOST: Final = 10
+_CLASSES: Final = ("TERMINAL", "RECOVERABLE", "AMBIGUOUS")
+_WIDE: Final = 40
+_HIGH: Final = 120
+
+
+@dataclass(slots=True)
+class Row:
+    """The sums of one pipeline, node or model."""
+
+    name: str
+    attempts: int = 0
+    failed: int = 0
+    tokens: int = 0
+    cost_usd: float = 0.0
+    wasted_usd: float = 0.0
+    seconds: float = 0.0
+    longest: float = 0.0
+
+    def add(self, one: Tally) -> None:
+        self.attempts += one.attempts
+        self.failed += one.attempts if one.failure_class is not None else 0
+        self.tokens += one.tokens
+        self.cost_usd += one.cost_pico / PICO
+        self.wasted_usd += one.wasted_pico / PICO
+        self.seconds += one.duration_ns / 1e9
+        self.longest = max(self.longest, one.longest_ns / 1e9)
+
+    @property
+    def mean(self) -> float:
+        """Seconds of one attempt."""
+        return self.seconds / self.attempts if self.attempts else 0.0
+
+
+@dataclass(slots=True)
+class Overview:
+    """The sums of some days."""
+
+    total: Row
+    pipelines: list[Row]
+    nodes: list[Row]
+    models: list[Row]
+    slowest: list[Row]
+    failures: dict[int, dict[str, int]] = field(default_factory=dict)
+
+    @classmethod
+    def of(cls, found: Sequence[Tally]) -> Overview:
+        total = Row("all")
+        failures: dict[int, dict[str, int]] = {}
+        for one in found:
+            total.add(one)
+            if one.failure_class is not None:
+                at = failures.setdefault(one.bucket, {})
+                at[one.failure_class] = at.get(one.failure_class, 0) + one.attempts
+        nodes = _by(found, lambda one: one.node_id)
+        return cls(
+            total,
+            _dearest(_by(found, lambda one: one.pipeline)),
+            _dearest(nodes),
+            _dearest(_by((one for one in found if one.model is not None), lambda one: one.model or "")),
+            sorted(nodes, key=lambda row: -row.mean)[:_MOST],
+            failures,
+        )
+
+    def chart(self, first: int, bucket_ms: int) -> Markup:
+        """Failed attempts by class over time, a column for each span from ``first`` on."""
+        highest = max([1, *(sum(at.values()) for at in self.failures.values())])
+        drawn = []
+        for place in range(BUCKETS + 1):
+            at, y = self.failures.get(first + place, {}), float(_HIGH)
+            when = utc((first + place) * bucket_ms)
+            for kind in sorted(at, key=lambda kind: _CLASSES.index(kind) if kind in _CLASSES else 9):
+                height = at[kind] / highest * (_HIGH - 10)
+                y -= height
+                said = f"{when}: {kind}, {plural(at[kind], 'attempt')}"
+                tone = kind.lower() if kind in _CLASSES else "other"
+                drawn.append(
+                    f'<rect class="c-{tone}" x="{place * _WIDE + 3}" y="{y:.1f}" width="{_WIDE - 6}" '
+                    f'height="{max(height, 1):.1f}"><title>{as_xml(said)}</title></rect>'
+                )
+        label = f"failed attempts by class over time, {highest:,} at the most in one span"
+        return Markup(
+            f'<svg class="chart" viewBox="0 0 {(BUCKETS + 1) * _WIDE} {_HIGH}" preserveAspectRatio="none" role="img" '
+            f'aria-label="{as_xml(label)}">{"".join(drawn)}</svg>'
+        )
+
+
+def _by(found: Iterable[Tally], name: Callable[[Tally], str]) -> list[Row]:
+    rows: dict[str, Row] = {}
+    for one in found:
+        rows.setdefault(name(one), Row(name(one))).add(one)
+    return list(rows.values())
+
+
+def _dearest(rows: list[Row]) -> list[Row]:
+    return sorted(rows, key=lambda row: (-row.cost_usd, -row.attempts))[:_MOST]

@@ -1,0 +1,440 @@
+"""The pages: what is read for each, and the template that says it."""
+
+from __future__ import annotations
+
+import json
+import threading
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import urlencode
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
+from markupsafe import Markup
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+
+from stroma._frames import Trouble
+from stroma._words import clean, count, money, short_id, span
+from stroma.checkpoint.journal import AttemptRecord, RunQuery, RunRecord
+from stroma.exports import chrome_trace, otlp
+from stroma.failures import FailureClass
+from stroma.history import (
+    FAILED,
+    FINISHED,
+    History,
+    Payload,
+    bar_of,
+    changes,
+    compare,
+    in_order,
+    is_gone,
+    place_of,
+)
+from stroma.page import Bar, Box, Story, cause, document, fields_named, gantt, head, tree, utc
+from stroma.trace import RunStatus
+from stroma.ui.actions import can_resume
+from stroma.ui.overview import BUCKETS, Overview
+from stroma.ui.security import PICTURE_POLICY
+
+if TYPE_CHECKING:
+    from stroma.ui.app import Settings
+    from stroma.ui.security import Keys
+
+__all__ = ["Pages"]
+
+_PAGE: Final = 50
+#: Attempts that one page of a run draws.
+_DRAWN: Final = 500
+#: A payload above this is not looked into, only handed out.
+_MOST_BYTES: Final = 1_000_000
+_EXPORTED: Final = 100_000
+_SPANS: Final = (1, 7, 30)  # days
+_SUMMED: Final = 200_000  # attempts
+_STATUSES: Final = ["RUNNING", *RunStatus]
+_LONGEST: Final = 4000  # characters of what is asked for
+
+
+class Pages:
+    """Every answer is made anew from the store."""
+
+    def __init__(self, settings: Settings, history: History, keys: Keys) -> None:
+        self._settings = settings
+        self._history = history
+        self._store = settings.store
+        self._keys = keys
+        #: What may take much memory is made for one at a time.
+        self._large = threading.Lock()
+        self._templates = Environment(
+            loader=FileSystemLoader(Path(__file__).parent / "templates"),
+            autoescape=select_autoescape(default=True, default_for_string=True),
+            undefined=StrictUndefined,
+            trim_blocks=True,
+            lstrip_blocks=True,
+        )
+        self._templates.filters |= {
+            "clean": clean, "money": money, "count": count, "span": span, "tone": _tone, "json": _shown, "short": short_id, "when": utc,
+        }  # fmt: skip
+        self._templates.globals |= {
+            "to": _address,
+            "store_name": settings.name,
+            "pipeline_name": settings.pipeline,
+        }
+
+    def _page(self, template: str, code: int = 200, /, **values: Any) -> Response:
+        text = self._templates.get_template(template).render(**values)
+        # What a store holds may be no text that can be sent.
+        return HTMLResponse(text.encode("utf-8", "replace"), code)
+
+    def problem(self, status: int, what: str, more: str) -> Response:
+        return self._page("problem.html", status, what=what, more=more)
+
+    # ------------------------------------------------------------------ runs
+
+    def runs(self, request: Request) -> Response:
+        asked = request.query_params
+        text = asked.get("q", "")[:_LONGEST].strip()
+        status, kind, after = asked.get("status", ""), asked.get("class", ""), asked.get("after")
+        if status not in ("", "failed", *_STATUSES) or kind not in ("", *FailureClass):
+            raise HTTPException(400, "there is no such status or class")
+        if not self._store.exists():
+            return self._empty()
+        query = _query(text, status, kind)
+        try:
+            page = self._store.run_page(query, limit=_PAGE, after=after)
+        except ValueError as error:
+            raise HTTPException(400, "there is no such page") from error
+        found = page.runs
+        if text and after is None and query.text is not None:
+            # By their beginning ids are found however old their runs are.
+            known = {record.run_id for record in found}
+            found = [record for record in self._by_id(text) if record.run_id not in known] + found
+        if not found and query == RunQuery() and after is None:
+            return self._empty()
+        return self._page(
+            "runs.html", runs=[self._row(record) for record in found], q=text, status=status, kind=kind,
+            statuses=_STATUSES, classes=list(FailureClass), next=page.next, first=after is None, looked=not found and page.next,
+        )  # fmt: skip
+
+    def _empty(self) -> Response:
+        return self._page("empty.html", command=self._settings.command("run", "FILE.py:NAME"))
+
+    def _by_id(self, text: str) -> list[RunRecord]:
+        try:
+            ids = [] if text == "last" else self._store.find_run(text, limit=10)
+        except ValueError:  # No text that an id can be.
+            return []
+        return [record for run_id in ids if (record := self._store.get_run(run_id)) is not None]
+
+    def _row(self, record: RunRecord) -> dict[str, Any]:
+        return {
+            "record": record,
+            "status": _status(record),
+            "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
+            "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
+            "why": _why(record),
+        }
+
+    # ------------------------------------------------------------------ one run
+
+    def _record(self, request: Request, name: str = "id") -> RunRecord:
+        run_id = request.query_params.get(name, "")
+        try:
+            record = self._store.get_run(run_id) if self._store.exists() else None
+        except ValueError:
+            record = None
+        if record is None:
+            raise HTTPException(404, "there is no such run in this store")
+        return record
+
+    def run(self, request: Request) -> Response:
+        record = self._record(request)
+        after = request.query_params.get("after")
+        try:
+            page = self._store.attempt_page(record.run_id, limit=_DRAWN, after=after)
+        except ValueError as error:
+            raise HTTPException(400, "there is no such page") from error
+        attempts = in_order(page.attempts)
+        known = {_names(attempt) for attempt in attempts}
+        found = None
+        if record.cause is not None:
+            # What stopped it is shown, however far down it is.
+            place = self._store.attempts_at(record.run_id, record.cause.position, record.cause.branch)
+            found = next(
+                (a for a in reversed(place) if a.attempt == record.cause.attempt and a.failure_class), None
+            )
+            if found is not None and _names(found) not in known:
+                attempts = in_order([*attempts, found])
+        first = min((attempt.started_ns for attempt in attempts), default=0)
+        bars = {bar_of(attempt, first).key: attempt for attempt in attempts}
+        story = self._story(record, [bar_of(attempt, first) for attempt in attempts])
+        selected = None if found is None or record.status in FINISHED else bar_of(found, first).key
+
+        def link(bar: Bar) -> str:
+            return _attempt_address(record, bars[bar.key])
+
+        return self._page(
+            "run.html", record=record, status=_status(record), gone=is_gone(record), head=Markup(head(story)),
+            cause=Markup(cause(story)), gantt=Markup(gantt(story.bars, link=link, selected=selected)),
+            attempts=[(attempt, _attempt_address(record, attempt), place_of(attempt)) for attempt in attempts],
+            waiting=[one for one in self._store.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
+            restored=_restored(record, attempts), can_resume=can_resume(self._settings, record),
+            resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
+            command=self._mend(record),
+        )  # fmt: skip
+
+    def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
+        box, why = None, record.cause
+        if why is not None and record.status not in FINISHED:
+            at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
+            message = why.message or record.error or ""
+            box = Box(
+                why.node_id, at, why.attempt, why.failure_class, message, why.reason, self._mend(record)
+            )
+        facts = [("tags", ", ".join(record.tags))] if record.tags else []
+        if record.execution > 1:
+            facts.append(("execution", str(record.execution)))
+        if record.holder is not None:
+            facts.append(("at work", record.holder))
+        seconds = max(0, record.updated_ms - record.started_ms) / 1000
+        return Story(
+            record.run_id, record.pipeline, _status(record), bars, record.tokens, record.cost_usd, record.started_ms, seconds, box,
+            tuple(facts),
+        )  # fmt: skip
+
+    def _mend(self, record: RunRecord) -> str:
+        if record.status in FINISHED:
+            return ""
+        return self._settings.command("resume", record.run_id, "FILE.py:NAME")
+
+    # ------------------------------------------------------------------ one attempt
+
+    def attempt(self, request: Request) -> Response:
+        record = self._record(request)
+        tried, this = self._tried(request, record)
+        at = tried.index(this)
+        before = tried[at - 1] if at else None
+        given = self._history.given(record.run_id, this.position, most_bytes=_MOST_BYTES)
+        made = self._made(record, this)
+        side = "input" if "(input)" in (this.message or "")[:_LONGEST] else "output"
+        broke = fields_named(this.message or "")
+        return self._page(
+            "attempt.html", record=record, this=this, place=place_of(this), tried=[(one, _attempt_address(record, one)) for one in tried],
+            given=_tree(given, broke if side == "input" else []), made=_tree(made, broke if side == "output" else []),
+            broke=broke, before=None if before is None else _facts(before, this), key=f"{record.run_id}:{record.execution}:{this.position}:{this.branch}",
+            in_group=bool(this.branch), kept=this.output_bytes is not None,
+            payload=_payload_address(record, this), trouble=self._trouble(record, this),
+        )  # fmt: skip
+
+    def _trouble(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
+        """Where this attempt failed, if it is the last one that did at its place."""
+        if this.failure_class is None:
+            return None
+        found = self._store.trouble_of(record.run_id, this.position, this.branch)
+        return found if found is not None and found.started_ns == this.started_ns else None
+
+    def _tried(self, request: Request, record: RunRecord) -> tuple[list[AttemptRecord], AttemptRecord]:
+        """All attempts at a place, and the one that is asked for."""
+        asked = request.query_params
+        position, _, branch = asked.get("at", "").partition(".")
+        if not (position.isdecimal() and position.isascii() and len(position) < 10):
+            raise HTTPException(404, "there is no such attempt in this run")
+        tried = self._store.attempts_at(record.run_id, int(position), branch)
+        tried.sort(key=lambda one: one.started_ns)
+        this = next((one for one in tried if str(one.started_ns) == asked.get("began")), None)
+        if this is None:
+            raise HTTPException(404, "there is no such attempt in this run")
+        return tried, this
+
+    def _made(self, record: RunRecord, this: AttemptRecord) -> Payload:
+        if this.output_bytes is None:
+            broke = this.reason == "contract" and "(output)" in (this.message or "")[:_LONGEST]
+            return Payload(
+                None, "it committed nothing" + (": what breaks its contract is not kept" if broke else "")
+            )
+        if this.output_bytes > _MOST_BYTES:
+            return Payload(None, f"it has {this.output_bytes:,} bytes: too much to show here")
+        return self._history.output(record.run_id, this.position, this.branch)
+
+    def payload(self, request: Request) -> Response:
+        """A state as a file."""
+        record = self._record(request)
+        _, this = self._tried(request, record)
+        side = request.query_params.get("side")
+        if side not in ("input", "output"):
+            raise HTTPException(404, "an attempt has an input and an output")
+        with self._large:
+            if side == "input":
+                held = self._history.given(record.run_id, this.position)
+            else:
+                held = self._history.output(record.run_id, this.position, this.branch)
+            if held.problem is not None:
+                raise HTTPException(404, held.problem)
+            return _file(held.value, f"{side}-{this.position}.json")
+
+    def export(self, request: Request) -> Response:
+        """The run as a file in the format of another tool."""
+        record = self._record(request)
+        with self._large:
+            return self._export(record, request.query_params.get("format", ""))
+
+    def _export(self, record: RunRecord, form: str) -> Response:
+        if form == "html":
+            story = self._history.story(record, most=_DRAWN, mend=self._mend(record))
+            text = document(story).encode("utf-8", "replace")
+            return Response(text, media_type="text/html", headers=_as_file("run.html"))
+        formats = {"otlp": otlp, "chrome-trace": chrome_trace}
+        if form not in formats:
+            raise HTTPException(404, "there is no such format")
+        attempts, _ = self._history.attempts(record.run_id, _EXPORTED)
+        return _file(formats[form](record, attempts), f"run-{form}.json")
+
+    # ------------------------------------------------------------------ two runs, and the pipeline
+
+    def compare(self, request: Request) -> Response:
+        asked = request.query_params
+        if not asked.get("b"):
+            return self._page("compare.html", a=self._record(request, "a"), b=None)
+        a, b = self._record(request, "a"), self._record(request, "b")
+        sides = [self._history.attempts(record.run_id, _DRAWN) for record in (a, b)]
+        owners = {
+            id(attempt): record
+            for (attempts, _), record in zip(sides, (a, b), strict=True)
+            for attempt in attempts
+        }
+
+        def read(attempt: AttemptRecord) -> Payload:
+            return self._made(owners[id(attempt)], attempt)
+
+        nodes = compare(sides[0][0], sides[1][0], read)
+        given = [self._history.given(record.run_id, 0, most_bytes=_MOST_BYTES) for record in (a, b)]
+        started = changes(*(held.value if held.problem is None else held.problem for held in given))
+        return self._page(
+            "compare.html", a=a, b=b, input=started, more=sides[0][1] or sides[1][1],
+            nodes=[{"it": one, "node": (one.a or one.b or [])[0], "place": place_of((one.a or one.b or [])[0])} for one in nodes],
+        )  # fmt: skip
+
+    def overview(self, request: Request) -> Response:
+        asked = request.query_params.get("days", "7")
+        if asked not in map(str, _SPANS):
+            raise HTTPException(400, "there is no such span of time")
+        days = int(asked)
+        bucket_ms = days * 86_400_000 // BUCKETS
+        now_ms = time.time_ns() // 1_000_000
+        first = now_ms // bucket_ms - BUCKETS
+        found = self._store.tally(first * bucket_ms, bucket_ms) if self._store.exists() else []
+        it = Overview.of(found)
+        capped = it.total.attempts >= _SUMMED
+        return self._page(
+            "overview.html", it=it, days=days, spans=_SPANS, chart=it.chart(first, bucket_ms), capped=capped
+        )
+
+    def pipeline(self, request: Request) -> Response:
+        return self._page("pipeline.html", has_picture=self._settings.lineage is not None)
+
+    def lineage(self, request: Request) -> Response:
+        if self._settings.lineage is None:
+            raise HTTPException(404, "no pipeline was given")
+        text = self._settings.lineage.encode("utf-8", "replace")
+        return Response(text, media_type="image/svg+xml", headers={"content-security-policy": PICTURE_POLICY})
+
+
+# ---------------------------------------------------------------------- words and addresses
+
+_WORDS: Final = ("tag", "node", "class", "pipeline")
+
+
+def _query(text: str, status: str, kind: str) -> RunQuery:
+    """What was asked for: "tag:nightly node:extract", or any other words for ids, pipelines and errors."""
+    asked: dict[str, Any] = {"failure_class": kind or None}
+    rest = []
+    for word in text.split():
+        name, colon, value = word.partition(":")
+        if colon and value and name in _WORDS:
+            asked["failure_class" if name == "class" else name] = value.upper() if name == "class" else value
+        else:
+            rest.append(word)
+    statuses = FAILED if status == "failed" else (status,) if status else ()
+    return RunQuery(statuses=statuses, text=" ".join(rest) or None, **asked)
+
+
+def _status(record: RunRecord) -> str:
+    """A run whose owner is gone is shown as interrupted: its lease tells."""
+    return "INTERRUPTED" if is_gone(record) else record.status
+
+
+def _tone(status: str) -> str:
+    if status in (*FINISHED, "success"):
+        return "good"
+    return "bad" if status in (*FAILED, "failure") else "warn"
+
+
+def _why(record: RunRecord) -> str:
+    """The cause in words."""
+    if is_gone(record):
+        return "nobody is at work on it any more"
+    if record.status in FINISHED:
+        return ""
+    if record.cause is None:
+        return record.error or ""
+    said = record.cause
+    why = f"{said.failure_class}{f' ({said.reason})' if said.reason else ''}"
+    return f"{said.node_id}: {why}: {said.message or record.error or ''}"
+
+
+def _names(attempt: AttemptRecord) -> tuple[int, str, int, int]:
+    return attempt.position, attempt.branch, attempt.attempt, attempt.started_ns
+
+
+def _restored(record: RunRecord, attempts: list[AttemptRecord]) -> set[int]:
+    """Which attempts committed what a later process did not make again: it was restored; by their starts."""
+    return {
+        one.started_ns
+        for one in attempts
+        if one.output_bytes is not None and (one.epoch < record.epoch or one.outcome == "forked")
+    }
+
+
+def _address(path: str, **query: Any) -> str:
+    given = {name: value for name, value in query.items() if value not in (None, "")}
+    return f"{path}?{urlencode(given, errors='replace')}" if given else path
+
+
+def _attempt_address(record: RunRecord, attempt: AttemptRecord) -> str:
+    return _address("/attempt", id=record.run_id, at=place_of(attempt), began=attempt.started_ns)
+
+
+def _payload_address(record: RunRecord, attempt: AttemptRecord) -> str:
+    return _address("/payload", id=record.run_id, at=place_of(attempt), began=attempt.started_ns)
+
+
+def _facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
+    """How an attempt differs from the one before it at the same place."""
+    said = [
+        {
+            "outcome": one.outcome, "class": one.failure_class, "reason": one.reason, "message": one.message, "model": one.model,
+            "seconds": round(one.duration_ms / 1000, 3), "tokens": one.tokens, "cost_usd": one.cost_usd,
+        }
+        for one in (before, this)
+    ]  # fmt: skip
+    return changes(said[0], said[1])
+
+
+def _tree(held: Payload, broke: list[str]) -> dict[str, Any]:
+    if held.problem is not None:
+        return {"problem": held.problem, "tree": None}
+    return {"problem": None, "tree": Markup(tree(held.value, broke))}  # page.py escapes every word
+
+
+def _shown(value: Any) -> str:
+    return clean(json.dumps(value, ensure_ascii=False), 300)
+
+
+def _as_file(name: str) -> dict[str, str]:
+    return {"content-disposition": f'attachment; filename="{name}"'}
+
+
+def _file(value: Any, name: str) -> Response:
+    text = json.dumps(value, allow_nan=False, default=str)
+    return Response(text.encode(), media_type="application/json", headers=_as_file(name))

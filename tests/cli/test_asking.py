@@ -1,0 +1,212 @@
+"""Asking for runs and comparing them: `runs` with filters, `show` with states, `diff`, `resume --dry-run`."""
+
+import json
+import re
+
+import pytest
+
+GOOD = '{"start": 1}'
+FAILING = {
+    "SECOND": "current_node().report_usage(input_tokens=7, model='gpt-4o-mini'); raise TimeoutError('too slow')"
+}
+#: What a terminal would obey, in every place where a store can hold text.
+EVIL = "\x1b[2J\x1b]0;title\x07\r\x9b31m"
+
+
+@pytest.fixture
+def filled(any_url, inside, monkeypatch):
+    """A store of every kind with two runs that completed and one that failed, each with tags."""
+    monkeypatch.setenv("STROMA_DB", any_url)
+    assert (
+        inside(
+            "run", "sums.py:pipeline", GOOD, "--run-id", "a", "--tag", "nightly", "--tag", "customer=1", "-q"
+        ).code
+        == 0
+    )
+    assert (
+        inside("run", "sums.py:pipeline", GOOD, "--run-id", "b", "--tag", "nightly", "-q", env=FAILING).code
+        == 1
+    )
+    assert inside("run", "sums.py:pipeline", '{"start": 5}', "--run-id", "c", "-q").code == 0
+    return any_url
+
+
+def ids(done):
+    assert done.code == 0, done
+    return [run["run_id"] for run in json.loads(done.out)["runs"]]
+
+
+def test_runs_are_asked_for(filled, inside, fails):
+    """`runs` gives those of which all that is asked holds, on every store; the cause of a failure is told with it."""
+    for words, found in (
+        ([], ["c", "b", "a"]),
+        (["--failed"], ["b"]),
+        (["--tag", "nightly"], ["b", "a"]),
+        (["--tag", "nightly", "--status", "completed"], ["a"]),
+        (["--status", "completed", "--status", "PARTIAL", "--limit", "2"], ["c", "b"]),
+        (["--since", "1h"], ["c", "b", "a"]),
+        (["--since", "0s"], []),
+        (["--class", "recoverable"], ["b"]),
+        (["--class", "TERMINAL"], []),
+        (["--node", "second"], ["b"]),
+        (["--search", "TOO SLOW"], ["b"]),
+        (["--search", "sums", "--tag", "customer=1"], ["a"]),
+        (["--pipeline", "other"], []),
+    ):
+        assert ids(inside("runs", "--json", *words)) == found, words
+    (run,) = json.loads(inside("runs", "--json", "--failed").out)["runs"]
+    assert run["tags"] == ["nightly"]
+    assert run["cause"] == {
+        "node_id": "second", "position": 1, "branch": "", "attempt": 2, "class": "RECOVERABLE", "reason": "timeout",
+        "message": "too slow",
+    }  # fmt: skip
+    assert "no run matches" in inside("runs", "--tag", "none").err
+    fails(inside("runs", "--failed", "--status", "failed"), 2, "give one of both")
+    fails(inside("runs", "--since", "yesterday"), 2, "is no span of time")
+    fails(inside("run", "sums.py:pipeline", GOOD, "--tag", "x" * 201), 2, "--tag", "at most 200")
+
+
+def test_show_has_states(filled, inside, fails):
+    """--input and --output print one JSON value for one attempt, and of several whose each is; filters choose attempts."""
+    assert json.loads(inside("show", "a", "--node", "second", "--input").out) == {"n": 2}
+    assert json.loads(inside("show", "a", "--node", "first", "--input").out) == {"n": 1}
+    assert json.loads(inside("show", "a", "--node", "second", "--output").out) == {"n": 4}
+    done = inside("show", "b", "--node", "second", "--attempt", "2", "--output")
+    assert (done.code, done.out) == (4, "")
+    assert "it committed nothing" in done.err
+    several = inside("show", "a", "--input", "--output").out
+    assert re.findall(r"^# (.*)$", several, re.MULTILINE) == [
+        f"{at} {name}, attempt 1: {what}"
+        for at, name in enumerate(("first", "second", "third"))
+        for what in ("input", "output")
+    ]
+    data = json.loads(inside("show", "b", "--json", "--attempt", "1", "--input", "--output").out)["attempts"]
+    assert [(one["node_id"], one["input"], one["output"]) for one in data] == [
+        ("first", {"n": 1}, {"n": 2}),
+        ("second", {"n": 2}, None),
+    ]
+    assert data[1]["idempotency_key"] == "b:1:1:"
+    fails(
+        inside("show", "a", "--node", "nope"),
+        4,
+        "has no attempt of node 'nope'",
+        "its nodes are: first, second, third",
+    )
+    fails(inside("show", "a", "--attempt", "7"), 4, "has no attempt 7")
+
+
+def test_show_as_a_tree(stroma, inside):
+    """--tree draws groups and their children, --timing says when each began, and how long a retry waited."""
+    stroma.file("groups.py", """
+        from sums import *
+        async def slow(state):
+            await asyncio.sleep(0.02)
+            return {"n": 1}
+        async def flaky(state):
+            if current_node().attempt == 1:
+                raise TimeoutError("again")
+            return {"n": 2}
+        leaf = lambda name: node(name, slow)
+        inner = parallel(leaf("x"), leaf("y"))
+        pipeline = Pipeline("tree", [node("begin", add_one, Count), parallel(inner, leaf("z")), node("flaky", flaky)],
+                            config=RunConfig(policy_map=quick))
+    """)  # fmt: skip
+    assert inside("run", "groups.py:pipeline", GOOD, "--run-id", "t", "-q").code == 0
+    lines = inside("show", "t", "--tree", "--timing").out.splitlines()
+    table = lines[lines.index("") + 1 :]
+    assert [line[: line.index("  1  ")].rstrip() for line in table[1:7]] == [
+        "0      begin",
+        "1      parallel(parallel(x, y), z)",
+        "1.0    ├─ parallel(x, y)",
+        "1.0.0  │  ├─ x",
+        "1.0.1  │  └─ y",
+        "1.1    └─ z",
+    ]
+    assert re.search(r"BEGAN +WAITED +TIME", table[0])
+    assert re.search(r"^2 +flaky +2 +success +\+\d\.\d{3} s +\d\.\d\d s +\d\.\d\d s", table[8])
+
+
+def test_diff(filled, inside, fails):
+    """diff tells two runs apart node by node and field by field, and ends with 6 if they differ."""
+    done = inside("diff", "a", "b")
+    assert done.code == 6
+    assert re.search(r"\n1  second  .*\n  ~ outcome: \"success\" -> \"failure\"\n", done.out)
+    assert re.search(r"\n2  third  only in A\n", done.out)
+    assert "\n0  first  the same" in done.out
+    assert "the same" not in inside("diff", "a", "b", "--only-changed").out
+
+    data = json.loads(inside("diff", "a", "c", "--json", "--only-changed").out)
+    assert (data["schema"], data["same"]) == ("stroma.diff/1", False)
+    assert data["input"] == [{"path": "n", "kind": "changed", "a": 1, "b": 5}]
+    assert [(n["node_id"], n["output"]) for n in data["nodes"]] == [
+        ("first", [{"path": "n", "kind": "changed", "a": 2, "b": 6}]),
+        ("second", [{"path": "n", "kind": "changed", "a": 4, "b": 12}]),
+        ("third", [{"path": "n", "kind": "changed", "a": 4, "b": 12}]),
+    ]
+    same = inside("diff", "a", "a")
+    assert (same.code, same.err) == (0, "the same, but for what they took and cost\n")
+    assert inside("diff", "a", "b", "--node", "first").code == 0
+    fails(inside("diff", "a", "b", "--node", "nope"), 4, "neither run has a node 'nope'")
+    fails(inside("diff", "a", "nope"), 4, "no run whose id begins with 'nope'")
+
+
+def test_a_dry_run(filled, stroma, inside, fails):
+    """--dry-run says what is kept, what that saves and what would be called, and calls nothing."""
+    before = stroma.calls()
+    done = inside("resume", "b", "sums.py:pipeline", "--dry-run")
+    assert (done.code, stroma.calls()) == (0, before)
+    assert re.search(
+        r"kept +1 node, in groups 0\n +0 +first +\d\.\d\d s  120 tok, \$0\.000\d+\nsaves .* 120 tok", done.out
+    )
+    assert done.out.endswith("calls   second, third\n")
+    assert "nothing was done; go on with: stroma resume b sums.py:pipeline\n" in done.err
+    data = json.loads(inside("resume", "a", "sums.py:pipeline", "--from", "third", "--dry-run", "--json").out)
+    assert (data["schema"], data["saves"]["tokens"], data["calls"], data["resumable"]) == (
+        "stroma.plan/1", 135, ["third"], True,
+    )  # fmt: skip
+    assert [one["node_id"] for one in data["kept"]] == ["first", "second"]
+    assert inside("resume", "b", "--dry-run").out.endswith("calls   second, and what follows\n")
+    stroma.file(
+        "changed.py",
+        "from sums import *\npipeline = Pipeline('sums', [node('other', double), second, third])",
+    )
+    changed = inside("resume", "b", "changed.py:pipeline", "--dry-run")
+    assert changed.code == 2
+    assert "changed 0  first: " in changed.out
+    assert "it cannot be resumed as it is" in changed.err
+    assert stroma.calls() == before
+    assert inside("resume", "b", "sums.py:pipeline", "-q").code == 0
+
+
+def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
+    """Control characters in ids, tags, messages, models and states reach no terminal: they are shown escaped."""
+    monkeypatch.setenv("STROMA_DB", any_url)
+    stroma.file("evil.py", f"""
+        from sums import *
+        EVIL = {EVIL!r}
+        class Text(BaseModel):
+            text: str = EVIL
+            more: dict[str, str] = {{}}
+        async def talks(state):
+            return {{"text": EVIL, "more": {{EVIL: EVIL}}}}, 3, EVIL
+        async def fails(state):
+            raise ValueError(EVIL)
+        pipeline = Pipeline(EVIL + "p", [node(EVIL + "talks", talks, Text, Text), node("fails", fails, Text, Text)],
+                            config=RunConfig(policy_map=quick, tags=(EVIL,)))
+    """)  # fmt: skip
+    run_id = "r" + EVIL
+    assert inside("run", "evil.py:pipeline", "--run-id", run_id, "-q").code == 1
+    assert inside("run", "evil.py:pipeline", '{"text": "x"}', "--run-id", "other", "-q").code == 1
+    for words in (
+        ["runs"], ["runs", "--json"], ["show", "r"], ["show", "r", "--tree", "--timing"], ["show", "r", "--json"],
+        ["show", "r", "--input", "--output"], ["diff", "r", "other"], ["diff", "r", "other", "--json"], ["tail", "r"], ["tail"],
+        ["tail", "r", "--json"], ["resume", "r", "--dry-run"], ["resume", "r", "evil.py:pipeline", "--dry-run"],
+        ["export", "r"], ["export", "r", "--format", "otlp"], ["export", "r", "--format", "chrome-trace"],
+        ["export", "r", "--format", "html"], ["runs", "--search", EVIL], ["runs", "--tag", EVIL], ["show", EVIL],
+        ["run", "evil.py:pipeline", "--run-id", "third" + EVIL], ["resume", "r", "evil.py:pipeline"], ["cancel", "other"],
+        ["runs", "--tag", EVIL + "none"], ["diff", "r", "other", "--node", EVIL], ["show", "r", "--node", EVIL],
+    ):  # fmt: skip
+        done = inside(*words)
+        assert done.code in (0, 1, 2, 4, 6), (words, done)
+        for text in (done.out, done.err):
+            assert not re.search(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]", text), (words, text)

@@ -1,0 +1,106 @@
+"""`stroma doctor` and `stroma completion`."""
+
+import json
+import re
+import shutil
+import sqlite3
+import subprocess
+from types import SimpleNamespace
+
+import pytest
+
+GOOD = '{"start": 1}'
+
+
+def checks(done):
+    data = json.loads(done.out)
+    assert data["schema"] == "stroma.doctor/1"
+    assert data["ok"] == (done.code == 0)
+    return {one["check"]: one for one in data["checks"]}
+
+
+def test_a_store_that_is_well(any_url, stroma, inside):
+    """Every line is ok or a note with its mend: the store answers, its format, the clock, the extras."""
+    assert checks(inside("doctor", "--json", "--db", any_url))["store"]["verdict"] == "ok"
+    assert inside("run", "sums.py:pipeline", GOOD, "-q", "--db", any_url).code == 0
+    done = inside("doctor", "--json", "--db", any_url)
+    found = checks(done)
+    assert done.code == 0
+    system = {"sqlite": "SQLite 3", "postgresql": "PostgreSQL 1", "redis": "Redis "}[
+        any_url.partition(":")[0]
+    ]
+    assert f"{system}" in found["store"]["message"]
+    assert "has runs, answers in" in found["store"]["message"]
+    assert {"store", "format", "clock", "[redis]", "[otel]"} <= set(found)
+    assert found["format"]["message"].endswith("which this release writes")
+    words = inside("doctor", "--db", any_url).out.splitlines()
+    assert [line for line in words if not re.match(r"(ok|note) +\S+ +\S|  +mend: \S", line)] == []
+
+
+def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
+    """A store that is none, a newer one, a full disk, a directory that is not there: 3, with how to mend it."""
+    stroma.file("text.db", "this is no database, but long enough to be looked at as one")
+    done = inside("doctor", "--json", "--db", "text.db")
+    assert done.code == 3
+    assert "is not a SQLite database; give another path" in checks(done)["store"]["message"]
+    done = inside("doctor", "--json", "--db", "no/such/x.db")
+    assert done.code == 3
+    assert "--db FILE" in checks(done)["store"]["mend"]
+    done = inside("doctor", "--json", "--db", "mysql://x/y")
+    assert done.code == 3
+    assert checks(done)["store"]["verdict"] == "wrong"
+
+    assert inside("run", "sums.py:pipeline", GOOD, "-q", "--db", "x.db").code == 0
+    with sqlite3.connect(tmp_path / "x.db") as db:
+        db.execute("UPDATE meta SET v = '99' WHERE k = 'schema_version'")
+    db.close()
+    newer = checks(inside("doctor", "--json", "--db", "x.db"))["format"]
+    assert (newer["verdict"], "upgrade stroma" in newer["mend"]) == ("note", True)
+
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=1000))
+    done = inside("doctor", "--json", "--db", "x.db")
+    assert done.code == 3
+    assert "stroma gc --older-than 30d --db x.db" in checks(done)["disk"]["mend"]
+
+
+def test_a_package_that_cannot_be_imported(stroma, inside, monkeypatch):
+    """An extra that is not there is told with its install line; one that is broken is wrong."""
+    broken = stroma.file("broken/fsspec/__init__.py", "raise RuntimeError('half installed')").parent.parent
+    done = stroma("doctor", "--json", env={"PYTHONPATH": str(broken)})
+    found = checks(done)
+    assert done.code == 3
+    assert "half installed" in found["[blobs]"]["message"]
+    assert found["[blobs]"]["mend"] == "pip install 'stroma[blobs]'"
+
+
+@pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
+def test_completion_scripts(inside, shell):
+    """The script of each shell calls this command back; bash takes it without an error."""
+    done = inside("completion", shell)
+    assert done.code == 0
+    assert f"_STROMA_COMPLETE={shell}_complete" in done.out
+    if shell == "bash" and (bash := shutil.which("bash")):
+        checked = subprocess.run([bash, "-n"], input=done.out, text=True, capture_output=True, check=False)
+        assert (checked.returncode, checked.stderr) == (0, "")
+
+
+def test_what_is_completed(stroma):
+    """Commands, options and ids of runs are completed; a store that cannot be read completes nothing, and says nothing."""
+
+    def complete(*words, **env):
+        line = {
+            "COMP_WORDS": " ".join(words),
+            "COMP_CWORD": str(len(words) - 1),
+            "_STROMA_COMPLETE": "bash_complete",
+        }
+        done = stroma(env=line | env)
+        assert done.err == ""
+        return [item.partition(",")[2] for item in done.out.split()]
+
+    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "alpha", "-q").code == 0
+    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "beta;rm", "-q").code == 0
+    assert complete("stroma", "sho") == ["show"]
+    assert complete("stroma", "runs", "--fai") == ["--failed"]
+    assert complete("stroma", "show", "") == ["alpha"]
+    assert complete("stroma", "diff", "alpha", "al") == ["alpha"]
+    assert complete("stroma", "show", "", STROMA_DB="sums.py") == []

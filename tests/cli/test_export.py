@@ -1,0 +1,187 @@
+"""`stroma export`: in the formats of other tools, and as one HTML file."""
+
+import base64
+import hashlib
+import itertools
+import json
+import urllib.request
+
+import pytest
+from tests.pages import check_page
+from tests.receivers.otlp import OtlpReceiver
+
+GOOD = '{"start": 1}'
+FLOWS = """
+    from sums import *
+    class Total(BaseModel):
+        lines: list[dict[str, int]]
+    async def flaky(state):
+        if current_node().attempt == 1:
+            current_node().report_usage(input_tokens=50, model="gpt-4o-mini")
+            raise TimeoutError("<script>alert(1)</script> & ]]> \\x1b[31m 'quoted\\"")
+        return {"n": 2}, 10, 5, "gpt-4o-mini"
+    async def left(state):
+        await asyncio.sleep(0.02)
+        return {"n": 5}
+    async def breaks(state):
+        return {"lines": [{"price": "many"}]}, 20, 20, "gpt-4o-mini"
+    pipeline = Pipeline("flows", [
+        node("<first>", add_one, Count), node("flaky", flaky), parallel(node("left", left), node("right", left)),
+        node("total", breaks, Sum, Total)], config=RunConfig(policy_map=quick))
+"""
+
+
+@pytest.fixture
+def failed(any_url, stroma, inside, monkeypatch):
+    """A run with a retry, a group and a broken contract, in a store of every kind."""
+    monkeypatch.setenv("STROMA_DB", any_url)
+    stroma.file("flows.py", FLOWS)
+    assert inside("run", "flows.py:pipeline", GOOD, "--run-id", "x", "--tag", "t", "-q").code == 1
+
+
+def test_json(failed, inside):
+    """json has the run, its input and every attempt with its output; --no-states leaves states out."""
+    data = json.loads(inside("export", "x").out)
+    assert (data["schema"], data["run"]["run_id"], data["input"]) == ("stroma.export/1", "x", {"n": 1})
+    told = [(a["node_id"], a["branch"], a["attempt"], a["output"]) for a in data["attempts"]]
+    assert told == [
+        ("<first>", "", 1, {"n": 2}), ("flaky", "", 1, None), ("flaky", "", 2, {"n": 2}),
+        ("parallel(left, right)", "", 1, {"n": 5}), ("left", "0", 1, {"n": 5}), ("right", "1", 1, {"n": 5}),
+        ("total", "", 1, None),
+    ]  # fmt: skip
+    bare = json.loads(inside("export", "x", "--no-states").out)
+    assert bare["input"] is None
+    assert "output" not in bare["attempts"][0]
+
+
+def test_otlp(failed, inside):
+    """A receiver of OTLP over HTTP takes it: the run's span, under it nodes, their attempts and the children of groups."""
+    body = inside("export", "x", "--format", "otlp").out.encode()
+    with OtlpReceiver() as receiver:
+        post = urllib.request.Request(f"{receiver.url}/v1/traces", body, {"Content-Type": "application/json"})
+        with urllib.request.urlopen(post, timeout=20) as answer:
+            assert answer.status == 200
+        spans = receiver.spans(at_least=14)
+    assert len(spans) == 14
+    assert len({span["trace_id"] for span in spans}) == 1
+    by_id = {span["span_id"]: span for span in spans}
+    assert len(by_id) == 14
+    run = next(span for span in spans if not span["parent_span_id"])
+    assert run["name"] == "invoke_workflow flows"
+    assert run["status"] == "ERROR"
+    assert run["attributes"]["stroma.run.id"] == "x"
+    assert run["attributes"]["stroma.tags"] == ["t"]
+    parents = {
+        span["name"]: by_id[span["parent_span_id"]]["name"] for span in spans if span["parent_span_id"]
+    }
+    assert parents["stroma.node left"] == "stroma.node parallel(left, right)"
+    assert parents["stroma.node flaky"] == "invoke_workflow flows"
+    assert parents["stroma.attempt flaky"] == "stroma.node flaky"
+    attempts = [span for span in spans if span["name"] == "stroma.attempt flaky"]
+    assert sorted((s["attributes"]["stroma.node.attempt"], s["status"]) for s in attempts) == [
+        (1, "ERROR"),
+        (2, "UNSET"),
+    ]
+    assert {s["attributes"].get("stroma.failure_class") for s in attempts} == {"RECOVERABLE", None}
+    for span in spans:
+        around = by_id.get(span["parent_span_id"])
+        assert span["start"] <= span["end"]
+        if around is not None and around is not run:
+            assert around["start"] <= span["start"]
+            assert span["end"] <= around["end"]
+    assert inside("export", "x", "--format", "otlp").out.encode() == body
+
+
+def test_chrome_trace(failed, inside):
+    """Trace events as Perfetto and Chrome take them: each complete, on its thread nested or apart, waits among them."""
+    data = json.loads(inside("export", "x", "--format", "chrome-trace").out)
+    assert set(data) == {"traceEvents", "displayTimeUnit", "otherData"}
+    slices = [event for event in data["traceEvents"] if event["ph"] == "X"]
+    names = [event for event in data["traceEvents"] if event["ph"] == "M"]
+    assert len(slices) + len(names) == len(data["traceEvents"])
+    assert sorted(event["name"] for event in slices) == [
+        "<first>", "flaky", "flaky", "left", "parallel(left, right)", "right", "total", "wait for attempt 2",
+    ]  # fmt: skip
+    for event in slices:
+        assert {type(event[key]) for key in ("ts", "dur", "pid", "tid")} == {int}
+        assert event["ts"] >= 0
+        assert event["dur"] >= 1
+    assert {event["tid"] for event in slices} == {e["tid"] for e in names if e["name"] == "thread_name"}
+    for thread in {event["tid"] for event in slices}:
+        on_it = sorted((e for e in slices if e["tid"] == thread), key=lambda e: e["ts"])
+        for one, following in itertools.pairwise(on_it):
+            assert one["ts"] + one["dur"] <= following["ts"] + 1, (one, following)
+    flaky = [e["args"] for e in slices if e["name"] == "flaky"]
+    assert [(a["attempt"], a["outcome"], a.get("class")) for a in flaky] == [
+        (1, "failure", "RECOVERABLE"),
+        (2, "success", None),
+    ]
+
+
+def test_html(failed, inside, stroma):
+    """html is one file that loads and runs nothing: the cause with the field that broke, a bar for each attempt, the states."""
+    done = inside("export", "x", "--format", "html", "-o", "x.html")
+    assert (done.code, done.out) == (0, "")
+    path = stroma.home / "x.html"
+    assert path.stat().st_mode & 0o777 == 0o600
+    text = path.read_text()
+    page = check_page(text)
+    policy = (
+        dict(page.attributes)["content"]
+        if False
+        else next(v for k, v in page.attributes if k == "content" and "default-src" in v)
+    )
+    digest = base64.b64encode(hashlib.sha256(page.style.encode()).digest()).decode()
+    assert policy == f"default-src 'none'; style-src 'sha256-{digest}'; base-uri 'none'; form-action 'none'"
+    assert text.count('<rect class="b-failure') == 2
+    assert text.count('<rect class="b-success') == 5
+    assert text.count('<rect class="b-wait') == 1
+    assert "<b>field</b> <code>lines.0.price</code>" in text
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in text
+    assert "<code>stroma resume x FILE.py:NAME" in text
+    bare = inside("export", "x", "--format", "html", "--no-states").out
+    check_page(bare)
+    assert "<h2>Attempts</h2>" in bare
+    assert '<span class="key">n</span>' in text
+    assert '<span class="key">n</span>' not in bare
+
+
+def test_what_a_pipeline_redacts(stroma, inside):
+    """--redact hides in states what the pipeline's config hides; a redact that raises hides all."""
+    stroma.file("private.py", """
+        from sums import *
+        async def secret(state):
+            return {"n": 4711}
+        def hide(state):
+            return {**state, "n": "hidden"}
+        def broken(state):
+            raise ValueError
+        nodes = [node("first", add_one, Count), node("secret", secret)]
+        pipeline = Pipeline("private", nodes, config=RunConfig(redact=hide))
+        other = Pipeline("private", nodes, config=RunConfig(redact=broken))
+    """)  # fmt: skip
+    assert inside("run", "private.py:pipeline", GOOD, "--run-id", "x", "-q").code == 0
+    assert "4711" in inside("show", "x", "--output").out
+    for target in ("private.py:pipeline", "private.py:other"):
+        for words in (
+            ["show", "x", "--input", "--output"], ["show", "x", "--output", "--json"], ["export", "x"],
+            ["export", "x", "--format", "html"], ["diff", "x", "x", "--json"],
+        ):  # fmt: skip
+            done = inside(*words, "--redact", target)
+            assert done.code == 0, done
+            assert "4711" not in done.out
+    assert "hidden" in inside("export", "x", "--format", "html", "--redact", "private.py:pipeline").out
+
+
+def test_a_file_that_cannot_be_written(stroma, inside, fails):
+    """An output that cannot be written is 3 and names the file; one that is there is replaced."""
+    assert inside("run", "sums.py:pipeline", GOOD, "-q").code == 0
+    fails(
+        inside("export", "last", "-o", "no/such/x.json"),
+        3,
+        "no/such/x.json cannot be written",
+        "name another file",
+    )
+    stroma.file("x.json", "something much longer than what comes" * 1000)
+    assert inside("export", "last", "-o", "x.json").code == 0
+    assert json.loads((stroma.home / "x.json").read_text())["schema"] == "stroma.export/1"

@@ -1,0 +1,89 @@
+"""`stroma tail`: what runs come to, as it is recorded."""
+
+import json
+import re
+import subprocess
+
+import pytest
+
+GOOD = '{"start": 1}'
+
+
+@pytest.fixture
+def db(any_url, monkeypatch):
+    monkeypatch.setenv("STROMA_DB", any_url)
+    return any_url
+
+
+def test_a_run_that_ended(db, stroma, inside, fails):
+    """Each attempt has a line, in the order in which they ended; the last one is how the run ended."""
+    failing = {"SECOND": "raise TimeoutError('too slow')"}
+    assert inside("run", "sums.py:pipeline", GOOD, "--run-id", "x", "-q", env=failing).code == 1
+    lines = inside("tail", "x").out.splitlines()
+    assert [re.split(r"  +", line)[1:4] for line in lines[:-1]] == [
+        ["0", "first", "#1"], ["1", "second", "#1"], ["1", "second", "#2"],
+    ]  # fmt: skip
+    assert re.search(r"#2  failure  RECOVERABLE timeout  \d\.\d\d s  too slow$", lines[2])
+    assert re.match(r"PARTIAL  120 tok, \$0\.000\d+, .*  too slow$", lines[3])
+    short = inside("tail", "x", "--lines", "1")
+    assert len(short.out.splitlines()) == 2
+    assert "2 earlier attempts; see them with: stroma show x" in short.err
+    told = [json.loads(line) for line in inside("tail", "x", "--json").out.splitlines()]
+    assert {one["schema"] for one in told} == {"stroma.tail/1"}
+    assert [one["event"] for one in told] == ["attempt", "attempt", "attempt", "end"]
+    assert [one["attempt"]["node_id"] for one in told[:-1]] == ["first", "second", "second"]
+    assert told[-1]["run"]["status"] == "PARTIAL"
+    assert inside("tail").out.splitlines()[-1].startswith("x  PARTIAL")
+    fails(inside("tail", "nope"), 4, "no run whose id begins with 'nope'")
+
+
+def test_following(db, stroma, inside):
+    """--follow tells attempts while the run is at work, each once, and ends when the run does."""
+    waits = {
+        "SECOND_AWAITS": "asyncio.to_thread(lambda: [time.sleep(0.02) for _ in iter(lambda: pathlib.Path('go').exists(), True)])"
+    }
+    work = stroma.popen(
+        "run", "sums.py:pipeline", GOOD, "--run-id", "x", "-q", env={**waits, "STROMA_DB": db}
+    )
+    while stroma.calls()[-1:] != ["second"]:
+        assert work.poll() is None
+    watch = stroma.popen("tail", "x", "--follow", "--interval", "0.05", env={"STROMA_DB": db})
+    assert " first  #1  success" in watch.stdout.readline()
+    assert watch.poll() is None
+    stroma.file("go", "")
+    out, err = watch.communicate(timeout=60)
+    assert work.wait(timeout=60) == 0
+    work.communicate()
+    assert (watch.returncode, err) == (0, "")
+    assert [re.split(r"  +", line)[2] for line in out.splitlines()[:-1]] == ["second", "third"]
+    assert out.splitlines()[-1].startswith("COMPLETED")
+
+
+def test_a_run_whose_process_died(stroma, inside):
+    """Nobody is waited for who is gone: --follow ends, and says how to go on."""
+    killed = stroma(
+        "run",
+        "sums.py:pipeline",
+        GOOD,
+        "--run-id",
+        "x",
+        env={"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"},
+    )
+    assert killed.code == -9
+    done = inside("tail", "x", "--follow")
+    assert done.code == 0
+    assert done.out.splitlines()[-1] == "RUNNING  nobody is at work on it any more"
+    assert "go on with it: stroma resume x FILE.py:NAME" in done.err
+
+
+def test_all_runs(stroma):
+    """Without a RUN, --follow tells every run that begins, with its id, until it is stopped."""
+    watch = stroma.popen("tail", "--follow", "--interval", "0.05")
+    for name in ("one", "two"):
+        assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", name, "-q").code == 0
+        lines = [watch.stdout.readline() for _ in range(4)]
+        assert [line.split()[0] for line in lines] == [name] * 4
+        assert " COMPLETED " in lines[-1]
+    watch.send_signal(subprocess.signal.SIGINT)
+    _, err = watch.communicate(timeout=60)
+    assert (watch.returncode, err) == (130, "\nstroma: stopped\n")

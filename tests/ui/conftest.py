@@ -1,0 +1,177 @@
+"""The web interface behind a real server, asked over real HTTP."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import http.client
+import socket
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlencode
+
+import pytest
+import uvicorn
+from pydantic import BaseModel
+
+from stroma import (
+    FailurePolicy,
+    NodeContract,
+    Pipeline,
+    SQLiteStore,
+    StromaRunner,
+    current_node,
+    parallel,
+    stroma_node,
+)
+from stroma.ui import Settings, make_app
+
+#: What a page must never take for its own.
+SCRIPT = "<script>window.pwned=1</script><img src=x onerror='window.pwned=1'>\"'&amp;]]>"
+
+
+@dataclass
+class Answer:
+    status: int
+    headers: dict[str, str]
+    body: bytes
+
+    @property
+    def text(self) -> str:
+        return self.body.decode()
+
+
+@dataclass
+class Site:
+    """A server, and how it is asked. ``resumed``: the runs that it was told to resume."""
+
+    port: int
+    store: SQLiteStore
+    resumed: list[str] = field(default_factory=list)
+
+    @property
+    def host(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def url(self) -> str:
+        return f"http://{self.host}"
+
+    def ask(self, method: str, path: str, body: bytes | None = None, /, **headers: str) -> Answer:
+        connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=60)
+        with contextlib.closing(connection):
+            connection.putrequest(method, path, skip_host=True, skip_accept_encoding=True)
+            given = {"host": self.host} | {name.replace("_", "-"): value for name, value in headers.items()}
+            if body is not None:
+                given["content-length"] = str(len(body))
+            for name, value in given.items():
+                if value:
+                    connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            told = {name.lower(): value for name, value in answer.getheaders()}
+            return Answer(answer.status, told, answer.read())
+
+    def get(self, path: str, /, **query: Any) -> Answer:
+        return self.ask("GET", f"{path}?{urlencode(query)}" if query else path)
+
+    def post(self, path: str, form: dict[str, str], **headers: str) -> Answer:
+        about = {"content_type": "application/x-www-form-urlencoded", "origin": self.url} | headers
+        return self.ask("POST", path, urlencode(form).encode(), **about)
+
+
+@pytest.fixture
+def serve() -> Iterator[Callable[..., Site]]:
+    """Starts a site for a store; the keywords are settings."""
+    servers: list[tuple[uvicorn.Server, threading.Thread, socket.socket]] = []
+
+    def start(store: SQLiteStore, **settings: Any) -> Site:
+        listening = socket.socket()
+        listening.bind(("127.0.0.1", 0))
+        listening.listen(128)
+        site = Site(listening.getsockname()[1], store)
+        given = {
+            "hosts": [site.host, f"localhost:{site.port}"],
+            "resume": site.resumed.append,
+            "poll_seconds": 0.05,
+        } | settings
+        app = make_app(Settings(store=store, name="runs.db", **given))
+        config = uvicorn.Config(
+            app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1
+        )
+        server = uvicorn.Server(config)
+        thread = threading.Thread(target=server.run, kwargs={"sockets": [listening]}, daemon=True)
+        thread.start()
+        servers.append((server, thread, listening))
+        return site
+
+    yield start
+    for server, thread, listening in servers:
+        server.should_exit = True
+        thread.join(30)
+        listening.close()
+
+
+class State(BaseModel):
+    n: int = 0
+    text: str = SCRIPT
+
+
+class Total(BaseModel):
+    lines: list[dict[str, int]]
+
+
+def node(node_id: str, func: Any, output: type[BaseModel] = State) -> Any:
+    contract: Any = NodeContract(node_id=node_id, input_schema=State, output_schema=output)
+    return stroma_node(node_id, contract)(func)
+
+
+async def first(state: Any) -> Any:
+    return {"n": state.n + 1, "text": SCRIPT}, 120, 20, "gpt-4o-mini"
+
+
+async def flaky(state: Any) -> Any:
+    if current_node().attempt == 1:  # type: ignore[union-attr]
+        raise TimeoutError(SCRIPT)
+    return {"n": 2}, 10, 5, "gpt-4o-mini"
+
+
+async def breaks(state: Any) -> Any:
+    return {"lines": [{"price": SCRIPT}]}, 20, 20, "gpt-4o-mini"
+
+
+QUICK = {
+    kind: FailurePolicy(max_retries=1, backoff_seconds=0.01, jitter=False)
+    for kind in ("RECOVERABLE", "AMBIGUOUS")
+}
+CONFIG: Any = {"policy_map": QUICK}
+GOOD = Pipeline(
+    "flows", [node("first", first), node("flaky", flaky), parallel(node("left", first), node("right", first))]
+)
+BAD = Pipeline("flows", [*GOOD.nodes, node("total", breaks, Total)])
+
+
+def make_runs(store: SQLiteStore, *runs: tuple[str, Pipeline], **config: Any) -> None:
+    async def go() -> None:
+        for run_id, pipeline in runs:
+            runner = StromaRunner.quick(store=store, **CONFIG, **config)
+            await runner.run(pipeline, State(), run_id=run_id)
+            await asyncio.sleep(0.002)  # Their order is that of their starts.
+
+    asyncio.run(go())
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Iterator[SQLiteStore]:
+    with SQLiteStore(tmp_path / "runs.db") as made:
+        yield made
+
+
+@pytest.fixture
+def site(store: SQLiteStore, serve: Callable[..., Site]) -> Site:
+    """A site with a run that completed and one that failed."""
+    make_runs(store, ("good", GOOD), ("bad", BAD), tags=("nightly", SCRIPT[:40]))
+    return serve(store, pipeline="flows")

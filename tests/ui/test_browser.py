@@ -1,0 +1,198 @@
+"""The web interface in a real browser."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.browser import Browser, find_chromium
+from tests.ui.conftest import GOOD, SCRIPT, Site, make_runs
+from tests.ui.test_security import attempts_of
+
+from stroma import Pipeline, SQLiteStore
+
+SIZES = [(400, 800), (1280, 900), (2560, 1440)]
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        pytest.skip("there is no Chromium here; name it with CHROMIUM=")
+    with Browser(program) as browser:
+        yield browser
+
+
+@pytest.fixture
+def browser(chromium: Browser) -> Browser:
+    chromium.without_scripts(False)
+    chromium.size(1280, 900)
+    chromium.problems.clear()
+    return chromium
+
+
+def addresses(site: Site) -> list[str]:
+    return [
+        "/",
+        "/?q=nowhere",
+        "/run?id=bad",
+        "/run?id=good",
+        *attempts_of(site),
+        "/compare?a=good&b=bad",
+        "/overview",
+        "/pipeline",
+        "/run?id=nope",
+    ]
+
+
+def test_nothing_is_refused_and_nothing_runs(site: Site, browser: Browser) -> None:
+    """No page breaks its own policy, says anything on the console, or runs what a run holds."""
+    make_runs(site.store, (SCRIPT, Pipeline(SCRIPT, GOOD.nodes)))
+    for path in [*addresses(site), "/?q=" + "%3Cscript%3E"]:
+        browser.goto(site.url + path)
+        assert browser.eval("window.pwned") is None
+        assert browser.eval("document.querySelectorAll('main script, main img:not(.lineage)').length") == 0
+    assert [problem for problem in browser.problems if "404" not in problem] == []
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_sizes(site: Site, browser: Browser, dark: bool) -> None:
+    """From 400 to 2,560 pixels no page is wider than its window, and no text stands on another."""
+    for width, height in SIZES:
+        browser.size(width, height, dark=dark)
+        for path in addresses(site):
+            browser.goto(site.url + path)
+            assert browser.eval("document.documentElement.scrollWidth") <= width, (path, width)
+
+
+_CONTRAST = """(() => {
+  const parts = (css) => css.match(/[\\d.]+/g).map(Number);
+  const light = ([r, g, b]) => {
+    const [x, y, z] = [r, g, b].map((v) => { v /= 255; return v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4; });
+    return 0.2126 * x + 0.7152 * y + 0.0722 * z;
+  };
+  const behind = (at) => {
+    for (; at; at = at.parentElement) {
+      const found = parts(getComputedStyle(at).backgroundColor);
+      if (found.length < 4 || found[3] > 0.99) return found;
+    }
+    return [255, 255, 255];
+  };
+  const low = [];
+  const walk = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
+  while (walk.nextNode()) {
+    const at = walk.currentNode.parentElement;
+    if (!walk.currentNode.data.trim() || !at.checkVisibility() || at.closest("svg, option, .skip")) continue;
+    const [a, b] = [light(parts(getComputedStyle(at).color)), light(behind(at))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 4.5) low.push(`${ratio.toFixed(2)} ${at.className}: ${walk.currentNode.data.trim().slice(0, 40)}`);
+  }
+  for (const bar of document.querySelectorAll("svg rect")) {
+    const [a, b] = [light(parts(getComputedStyle(bar).fill.startsWith("url") ? getComputedStyle(bar.closest("svg")).color : getComputedStyle(bar).fill)), light(behind(bar.closest("svg")))];
+    const ratio = (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+    if (ratio < 3) low.push(`${ratio.toFixed(2)} bar ${bar.getAttribute("class")}`);
+  }
+  return low;
+})()"""
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_contrast(site: Site, browser: Browser, dark: bool) -> None:
+    """Every text has the contrast that WCAG AA asks for (4.5), and every bar that of a graphic (3), light and dark."""
+    browser.size(1280, 900, dark=dark)
+    for path in addresses(site):
+        browser.goto(site.url + path)
+        assert browser.eval(_CONTRAST) == [], path
+
+
+def test_names_for_readers(site: Site, browser: Browser) -> None:
+    """Every control has a name, every page a heading or a search, a language and one main part."""
+    for path in addresses(site):
+        browser.goto(site.url + path)
+        assert browser.eval("document.documentElement.lang") == "en"
+        assert browser.eval("document.querySelectorAll('main').length") == 1
+        unnamed = browser.eval(
+            "[...document.querySelectorAll('input:not([type=hidden]), select, button, a')].filter((one) => "
+            "!(one.labels?.length || one.textContent.trim() || one.getAttribute('aria-label'))).map((one) => one.outerHTML)"
+        )
+        assert unnamed == [], path
+        assert browser.eval("document.querySelector('h1, [role=search]') !== null"), path
+
+
+def test_the_keyboard(site: Site, browser: Browser) -> None:
+    """ "/" searches, "j" and "k" go through the rows, enter opens; while one writes they are letters."""
+    browser.goto(f"{site.url}/")
+    focused = "document.activeElement.textContent.trim()"
+    browser.press("j")
+    assert browser.eval(focused) == "bad"
+    browser.press("j")
+    assert browser.eval(focused) == "good"
+    browser.press("j")
+    assert browser.eval(focused) == "good"
+    browser.press("k")
+    assert browser.eval(focused) == "bad"
+    browser.press("/")
+    assert browser.eval("document.activeElement.id") == "search"
+    browser.press("j")
+    browser.press("/")
+    assert browser.eval("document.getElementById('search').value") == "j/"
+    browser.press("Escape")
+    browser.press("j")
+    browser.press("Enter")
+    browser.until("location.pathname + location.search", lambda at: at == "/run?id=bad")
+
+
+def test_live(site: Site, browser: Browser) -> None:
+    """A page that is open shows new runs by itself; what had the focus keeps it, and what was open stays open."""
+    browser.goto(f"{site.url}/")
+    browser.until("document.getElementById('liveness').textContent", lambda text: text == "live")
+    browser.press("j")
+    make_runs(site.store, ("fresh", GOOD))
+    browser.until(
+        "[...document.querySelectorAll('[data-open]')].map((link) => link.textContent.trim()).join()",
+        lambda ids: ids.startswith("fresh,bad,good"),
+    )
+    assert browser.eval("document.activeElement.textContent.trim()") == "bad"
+
+    browser.goto(f"{site.url}/run?id=good")
+    browser.until("document.getElementById('liveness').textContent", lambda text: text == "live")
+    browser.eval("document.querySelector('.gantt details').open = true")
+    browser.eval("window.before = document.getElementById('live')")
+    make_runs(site.store, ("good", GOOD), resume=True)
+    browser.until("document.querySelector('h1').textContent.includes('RESUMED')")
+    assert browser.eval("document.getElementById('live') !== window.before")
+    assert browser.eval("document.querySelector('.gantt details').open")
+
+
+def test_without_scripts(site: Site, browser: Browser) -> None:
+    """All but the live updates works without JavaScript: searching, opening, folding, comparing, deleting."""
+    browser.without_scripts()
+    try:
+        browser.goto(f"{site.url}/?q=tag:nightly&status=failed")
+        assert browser.eval("document.querySelectorAll('[data-row]').length") == 1
+        browser.goto(f"{site.url}/run?id=bad")
+        assert browser.eval("document.querySelectorAll('.gantt .row').length") == 6
+        assert not browser.eval("document.querySelector('.gantt .kids').checkVisibility()")
+        browser.eval("document.querySelector('.gantt summary').click()")
+        assert browser.eval("document.querySelector('.gantt details').open")
+        browser.eval("[...document.forms].find((one) => one.action.endsWith('/delete')).submit()")
+        browser.until("location.pathname", lambda path: path == "/")
+    finally:
+        browser.without_scripts(False)
+    assert site.store.get_run("bad") is None
+
+
+def test_another_site(site: Site, browser: Browser, store: SQLiteStore, serve: Any) -> None:
+    """A page of another origin in the same browser can neither read ours nor post to it."""
+    other = serve(store)
+    key = re.findall(r'name="key" value="(\w+)"', site.get("/run", id="bad").text)[-1]
+    browser.goto(f"{other.url}/static/icon.svg")
+    told = browser.eval(
+        f"Promise.all([fetch('{site.url}/').then((a) => a.text(), () => 'refused'), "
+        f"fetch('{site.url}/delete', {{method: 'POST', mode: 'no-cors', headers: {{'content-type': 'application/x-www-form-urlencoded'}}, "
+        f"body: 'id=bad&key={key}'}}).then(() => 'sent', () => 'refused')])"
+    )
+    assert told[0] == "refused"
+    assert site.store.get_run("bad") is not None

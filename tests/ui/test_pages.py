@@ -1,0 +1,384 @@
+"""What the pages of the web interface say."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.ui.conftest import GOOD, Site, State, make_runs, node
+from tests.ui.test_security import attempts_of
+
+from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, stroma_node
+from stroma.testing.stores import State as Kept
+from stroma.testing.stores import begin, commit
+
+
+def rows(text: str) -> list[list[str]]:
+    """The cells of a page's table as plain text."""
+    found = re.findall(r"<tr data-row>(.*?)</tr>", text, re.DOTALL)
+    return [
+        [
+            " ".join(re.sub(r"<[^>]*>", " ", cell).split())
+            for cell in re.findall(r"<td.*?>(.*?)</td>", row, re.DOTALL)
+        ]
+        for row in found
+    ]
+
+
+def test_runs(site: Site) -> None:
+    """Each run has its status, pipeline, cause in words, duration, failed attempts, cost and start; the newest is first."""
+    bad, good = rows(site.get("/").text)
+    assert bad[0] == "FAILED"
+    assert bad[1].startswith("bad ")
+    assert "nightly" in bad[1]
+    assert bad[2] == "flows"
+    assert bad[3].startswith(
+        "total: TERMINAL (contract): Contract violation for &#39;total&#39; (output): lines.0.price"
+    )
+    assert re.fullmatch(r"\d\.\d\d s", bad[4])
+    assert bad[5] == "2"
+    assert re.fullmatch(r"\$0\.000\d{3}", bad[6])
+    assert (good[0], good[3], good[5]) == ("COMPLETED", "", "1")
+
+
+def test_searching(site: Site) -> None:
+    """Runs are found by id, text of the error, node, tag, class and status; what matches nothing says so."""
+
+    def found(**asked: str) -> list[str]:
+        return [row[1].split()[0] for row in rows(site.get("/", **asked).text)]
+
+    assert found() == ["bad", "good"]
+    assert found(q="goo") == ["good"]
+    assert found(q="VALID integer") == ["bad"]
+    assert found(q="tag:nightly") == ["bad", "good"]
+    assert found(q="tag:other") == []
+    assert found(q="node:flaky") == ["bad", "good"]
+    assert found(q="node:total class:terminal") == ["bad"]
+    assert found(status="failed") == ["bad"]
+    assert found(status="COMPLETED") == ["good"]
+    assert found(**{"class": "TERMINAL"}) == ["bad"]
+    assert found(q="pipeline:flows", status="FAILED") == ["bad"]
+    assert "No run matches" in site.get("/", q="nowhere").text
+
+
+def test_pages_of_runs(store: SQLiteStore, serve: Any) -> None:
+    """Older runs follow page by page, each once, though new ones come meanwhile."""
+    make_runs(store, *((f"run-{i:03}", Pipeline("p", GOOD.nodes[:1])) for i in range(120)))
+    site = serve(store)
+    told: list[str] = []
+    path = "/"
+    while path:
+        text = site.ask("GET", path).text
+        told += [row[1] for row in rows(text)]
+        make_runs(store, (f"new-{len(told)}", Pipeline("p", GOOD.nodes[:1])))
+        following = re.search(r'rel="next" href="([^"]*)"', text)
+        path = following[1].replace("&amp;", "&") if following else ""
+    assert told == [f"run-{i:03}" for i in range(119, -1, -1)]
+
+
+def test_an_empty_store(tmp_path: Path, serve: Any) -> None:
+    """Before the first run the page shows the one command to begin with, and makes no file."""
+    path = tmp_path / "none.db"
+    with SQLiteStore(path) as store:
+        site = serve(store, command=lambda *words: f"stroma {' '.join(words)} --db none.db")
+        answer = site.get("/")
+        assert answer.status == 200
+        assert re.findall(r'<pre class="command">(.*)</pre>', answer.text) == [
+            "stroma run FILE.py:NAME --db none.db"
+        ]
+        assert not path.exists()
+        make_runs(store, ("one", GOOD))
+        assert len(rows(site.get("/").text)) == 1
+
+
+def test_a_failed_run(site: Site) -> None:
+    """The page of a failed run opens on its cause: class, node, field, what was spent, the command; its bar is marked."""
+    text = site.get("/run", id="bad").text
+    box = text[text.index('<section class="cause"') :].partition("</section>")[0]
+    assert "TERMINAL (contract)" in box
+    assert "<b>total</b>" in box
+    assert "<code>lines.0.price</code>" in box
+    assert re.search(r"spent</b> \d+ tok, \$0\.000\d+; of it on attempts that came to nothing 40 tok", box)
+    assert "<code>stroma resume bad FILE.py:NAME</code>" in box
+    assert text.count('<rect class="b-') == text.count('<rect class="b-success') + 2 + 1
+    (marked,) = re.findall(r'<a href="([^"]*)" aria-label="[^"]*"><rect class="b-failure b-on"', text)
+    assert "at=3" in marked
+    # Children of groups are folded away.
+    assert re.search(r'<details><summary class="row">.*?parallel\(left, right\)', text, re.DOTALL)
+    assert len(rows(text)) == 7
+
+
+def test_a_run_that_went_well(site: Site) -> None:
+    """A run that completed has no cause box, though an attempt of it failed on the way."""
+    text = site.get("/run", id="good").text
+    assert '<section class="cause"' not in text
+    assert text.count('<rect class="b-failure') == 1
+    assert text.count('<rect class="b-wait') == 1
+
+
+def test_attempts(site: Site) -> None:
+    """An attempt has its input and output, the field that broke, what differs from the one before, usage, key and siblings."""
+    pages = [site.ask("GET", address).text for address in attempts_of(site)]
+    by_title = {re.findall(r"<title>(.*?) ·", page)[0]: page for page in pages}
+    second = by_title["flaky, attempt 2"]
+    assert "attempt 1: failure" in second
+    assert 'aria-current="page" class="good">attempt 2: success' in second
+    changes = second[second.index('<ul class="changes">') :].partition("</ul>")[0]
+    assert re.search(r"outcome</span>: (&#34;|&quot;)failure.* → .*success", changes)
+    assert "10 (5 out)" in second or "15 (5 out)" in second
+    assert "<code>bad:1:1:</code>" in second
+    assert '<span class="key">n</span>: 2' in second
+    total = by_title["total, attempt 1"]
+    assert "<code>lines.0.price</code>" in total
+    assert "it committed nothing" in total
+    first = by_title["flaky, attempt 1"]
+    frames = first[first.index("Where it failed") :].partition("</ol>")[0]
+    assert re.search(r"conftest\.py:\d+</span> in <b>flaky</b><pre>raise TimeoutError", frames)
+    assert "Where it failed" not in second
+    child = by_title["left, attempt 1"]
+    assert "What its group was given." in child
+
+
+def test_the_field_that_broke_is_marked(store: SQLiteStore, serve: Any) -> None:
+    """Input that broke a contract is shown with the field marked that did."""
+
+    class Loose(BaseModel):
+        lines: list[dict[str, Any]] = []
+
+    class Strict(BaseModel):
+        lines: list[dict[str, int]]
+
+    async def loose(state: Any) -> Any:
+        return {"lines": [{"price": 1}, {"price": "many"}]}
+
+    async def strict(state: Any) -> Any:
+        return state
+
+    one: Any = NodeContract(node_id="loose", input_schema=Loose, output_schema=Loose)
+    two: Any = NodeContract(node_id="strict", input_schema=Strict, output_schema=Strict)
+    pipeline = Pipeline("p", [stroma_node("loose", one)(loose), stroma_node("strict", two)(strict)])
+    asyncio.run(StromaRunner.quick(store=store).run(pipeline, Loose(), run_id="x"))
+    site = serve(store)
+    page = site.ask("GET", attempts_of(site, "x")[-1]).text
+    assert re.findall(r'<li class="broke">(.*?)</li>', page) == [
+        '<span class="key">price</span>: &quot;many&quot;'
+    ]
+
+
+def test_downloads(site: Site) -> None:
+    """States and the run itself are handed out as files."""
+    address = attempts_of(site)[0].replace("/attempt", "/payload")
+    answer = site.ask("GET", f"{address}&side=output")
+    assert json.loads(answer.body)["n"] == 1
+    assert answer.headers["content-disposition"] == 'attachment; filename="output-0.json"'
+    for form in ("html", "otlp", "chrome-trace"):
+        answer = site.get("/export", id="bad", format=form)
+        assert answer.status == 200
+        assert answer.headers["content-disposition"].startswith("attachment")
+
+
+def test_two_runs(site: Site) -> None:
+    """Two runs are told apart node by node."""
+    text = site.get("/compare", a="good", b="bad").text
+    assert "only in B" in text
+    assert text.count("the same") == 5
+    assert site.get("/compare", a="good").status == 200
+
+
+def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
+    """A run whose lease has expired is shown as interrupted; one that is at work with who that is."""
+
+    async def leave(run_id: str, seconds: float) -> Any:
+        session = await begin(store, run_id, lease_seconds=seconds)
+        await commit(session, 0, Kept(n=1))
+        return session
+
+    here = asyncio.run(leave("here", 60.0))
+    gone = asyncio.run(leave("gone", 60.0))
+    gone.abandon()
+    site = serve(store)
+    told = {row[1]: row for row in rows(site.get("/").text)}
+    assert (told["here"][0], told["gone"][0]) == ("RUNNING", "INTERRUPTED")
+    assert told["gone"][3] == "nobody is at work on it any more"
+    assert "its lease has expired" in site.get("/run", id="gone").text
+    assert "<b>at work</b>" in site.get("/run", id="here").text
+    assert "/delete" not in site.get("/run", id="here").text
+    assert here is not None
+
+
+def test_forks(store: SQLiteStore, serve: Any) -> None:
+    """What a fork took over from its parent is marked, and the parent is linked."""
+
+    async def go() -> None:
+        runner = StromaRunner.quick(store=store)
+        await runner.run(GOOD, State(), run_id="parent")
+        await runner.fork("parent", GOOD, at="flaky", new_run_id="child")
+
+    asyncio.run(go())
+    site = serve(store)
+    text = site.get("/run", id="child").text
+    assert 'forked from <a class="mono" href="/run?id=parent">' in text
+    assert rows(text)[0][3] == "forked restored"
+    assert '<rect class="b-forked' in text
+
+
+def test_overview(site: Site) -> None:
+    """Failures by class over time, cost by pipeline, node and model, what was wasted, and the slowest nodes."""
+    text = site.get("/overview").text
+    assert "<b>attempts</b> 13" in text
+    assert "<b>failed</b> 3" in text
+    assert re.search(r"<b>wasted</b> \$0\.00001\d", text)
+    assert re.findall(r'<rect class="c-(\w+)"[^>]*><title>[^<]*: (\w+), (\d) attempts?<', text) == [
+        ("terminal", "TERMINAL", "1"), ("recoverable", "RECOVERABLE", "2"),
+    ]  # fmt: skip
+    told = rows(text)
+    assert told[0][:3] == ["flows", "13", "3"]
+    assert ["gpt-4o-mini", "9", "1"] in [row[:3] for row in told]
+    assert "Slowest nodes" in text
+    assert site.get("/overview", days=30).status == 200
+    assert "No attempt in that time" not in text
+
+
+def test_restored_nodes(store: SQLiteStore, serve: Any) -> None:
+    """What a resumed run did not make again is marked as restored; what it made since is not."""
+    calls: list[int] = []
+
+    async def stops(state: Any) -> Any:
+        calls.append(1)
+        if len(calls) < 3:
+            raise ValueError("not yet")
+        return {"n": 3}
+
+    pipeline = Pipeline("p", [GOOD.nodes[0], node("stops", stops)])
+    make_runs(store, ("x", pipeline))
+    site = serve(store)
+    assert [row[3] for row in rows(site.get("/run", id="x").text)] == ["success", "failure", "failure"]
+    make_runs(store, ("x", pipeline), resume=True)
+    assert [row[3] for row in rows(site.get("/run", id="x").text)] == [
+        "success restored", "failure", "failure", "success",
+    ]  # fmt: skip
+
+
+def test_live(site: Site) -> None:
+    """A page that is open is told when a run begins or goes on, and of nothing else."""
+    with urllib.request.urlopen(f"{site.url}/events", timeout=60) as events:
+        assert events.headers["content-type"].startswith("text/event-stream")
+        assert events.readline() == b"retry: 2000\n"
+        make_runs(site.store, ("another", GOOD))
+        lines = iter(events.readline, b"")
+        assert next(line for line in lines if line.startswith(b"event:")) == b"event: changed\n"
+    with urllib.request.urlopen(f"{site.url}/events?id=good", timeout=60) as events:
+        assert events.readline() == b"retry: 2000\n"
+        make_runs(site.store, ("more", GOOD))
+        make_runs(site.store, ("good", GOOD))
+        lines = iter(events.readline, b"")
+        assert next(line for line in lines if line.startswith(b"event:")) == b"event: changed\n"
+
+
+def test_many_open_pages(site: Site) -> None:
+    """No more than fifty pages are told of changes at once; one that is closed makes room for another."""
+
+    def is_told() -> Any:
+        try:
+            return urllib.request.urlopen(f"{site.url}/events", timeout=60)
+        except urllib.error.HTTPError as refused:
+            return None if refused.code == 503 else refused
+
+    opened = [is_told() for _ in range(50)]
+    assert all(one.readline() == b"retry: 2000\n" for one in opened)
+    assert is_told() is None
+    for one in opened:
+        one.close()
+    deadline = time.monotonic() + 60
+    while (again := is_told()) is None:
+        assert time.monotonic() < deadline
+    again.close()
+
+
+@pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
+def test_the_command(stop: signal.Signals, tmp_path: Path) -> None:
+    """`stroma ui` prints its address once it answers there, and ends at a signal, also with a page open."""
+    (tmp_path / "flow.py").write_text("from tests.ui.conftest import GOOD as pipeline\n")
+    root = str(Path(__file__).parents[2])
+    command = [
+        str(Path(sys.executable).with_name("stroma")),
+        "ui",
+        "flow.py:pipeline",
+        "--port",
+        "0",
+        "--db",
+        "x.db",
+    ]
+    env = dict(os.environ, PYTHONPATH=root)
+    process = subprocess.Popen(
+        command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        assert process.stdout is not None
+        address = process.stdout.readline().strip()
+        assert re.fullmatch(r"http://127\.0\.0\.1:\d+/", address), process.communicate()
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            assert b"stroma run flow.py:pipeline --db x.db" in answer.read()
+            assert answer.headers["server"] is None
+        with urllib.request.urlopen(f"{address}lineage.svg", timeout=60) as answer:
+            assert answer.read().startswith(b"<svg")
+        with urllib.request.urlopen(f"{address}events", timeout=60) as events:
+            assert events.readline()
+            process.send_signal(stop)
+            assert process.wait(timeout=60) in (0, -stop)
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_resuming(tmp_path: Path) -> None:
+    """The button begins a process of its own that goes on with the run, in the store of the interface."""
+    (tmp_path / "flow.py").write_text(
+        "import os\nfrom tests.ui.conftest import GOOD, State, node\nfrom stroma import Pipeline\n"
+        "async def stops(state):\n    if not os.path.exists('mended'):\n        raise ValueError('not yet')\n    return {'n': 9}\n"
+        "pipeline = Pipeline('p', [GOOD.nodes[0], node('stops', stops)])\n"
+    )
+    env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
+    program = str(Path(sys.executable).with_name("stroma"))
+    done = subprocess.run(
+        [program, "run", "flow.py:pipeline", "--run-id=-x", "--db", "x.db", "-q"],
+        cwd=tmp_path,
+        env=env,
+        check=False,
+        capture_output=True,
+    )
+    assert done.returncode == 1, done
+    (tmp_path / "mended").touch()
+    command = [program, "ui", "flow.py:pipeline", "--port", "0", "--db", "x.db"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        port = int(process.stdout.readline().strip().rpartition(":")[2].rstrip("/"))
+        with SQLiteStore(tmp_path / "x.db") as store:
+            site = Site(port, store)
+            page = site.get("/run", id="-x").text
+            key = re.findall(
+                r'action="/resume"><input type="hidden" name="id" value="-x"><input type="hidden" name="key" value="(\w+)"',
+                page,
+            )[0]
+            with urllib.request.urlopen(f"{site.url}/events?id=-x", timeout=60) as events:
+                assert site.post("/resume", {"id": "-x", "key": key}).status == 303
+                lines = iter(events.readline, b"")
+                while store.get_run("-x").status != "RESUMED":  # type: ignore[union-attr]
+                    assert next(line for line in lines if line.startswith(b"event:"))
+            assert store.get_run("-x").nodes == 2  # type: ignore[union-attr]
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)

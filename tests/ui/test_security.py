@@ -1,0 +1,333 @@
+"""What the web interface refuses, and what a hostile store cannot do to it."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import sqlite3
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests import large_stores
+from tests.pages import Page
+from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, make_runs
+
+from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, stroma_node
+
+PAGES = ("/", "/overview", "/run?id=bad", "/compare?a=good&b=bad", "/pipeline")
+
+
+def attempts_of(site: Site, run_id: str = "bad") -> list[str]:
+    """The addresses of a run's attempts."""
+    found = re.findall(r'href="(/attempt\?[^"]*)"', site.get("/run", id=run_id).text)
+    return list(dict.fromkeys(address.replace("&amp;", "&") for address in found))
+
+
+def keys(site: Site, run_id: str = "bad") -> dict[str, str]:
+    """The keys of the forms on a run's page."""
+    text = site.get("/run", id=run_id).text
+    return dict(
+        re.findall(
+            r'action="/(\w+)"><input type="hidden" name="id" value="[^"]*"><input type="hidden" name="key" value="(\w+)"',
+            text,
+        )
+    )
+
+
+# ---------------------------------------------------------------------- who may ask
+
+
+def test_other_names_are_refused(site: Site) -> None:
+    """A Host that is not ours is refused, whatever is asked: a name elsewhere may lead here (DNS rebinding)."""
+    for host in (
+        "evil.example",
+        f"evil.example:{site.port}",
+        "127.0.0.1",
+        f"127.0.0.1.evil.example:{site.port}",
+        "",
+    ):
+        for path in (*PAGES, "/events", "/static/ui.js", "/payload"):
+            answer = site.ask("GET", path, host=host)
+            assert answer.status in (400, 421), (host, path)
+            assert b"flows" not in answer.body
+    assert site.ask("GET", "/", host=f"LOCALHOST:{site.port}").status == 200
+
+
+def test_pages_of_other_sites_are_refused(site: Site) -> None:
+    """A request that a page of another site makes is refused: by its Origin, or by what the browser says of it."""
+    for headers in (
+        {"origin": "https://evil.example"}, {"origin": "null"}, {"origin": f"http://localhost:{site.port + 1}"},
+        {"sec_fetch_site": "cross-site", "sec_fetch_mode": "no-cors"}, {"sec_fetch_site": "same-site", "sec_fetch_mode": "cors"},
+    ):  # fmt: skip
+        assert site.ask("GET", "/", **headers).status == 403, headers
+        assert site.ask("GET", "/events", **headers).status == 403, headers
+    key = keys(site)["delete"]
+    for headers in (
+        {"origin": "https://evil.example"},
+        {"origin": "", "sec_fetch_site": "cross-site"},
+        {"origin": "null"},
+    ):
+        assert site.post("/delete", {"id": "bad", "key": key}, **headers).status == 403
+    # A link elsewhere may lead here: nothing is changed by looking.
+    assert site.ask("GET", "/", sec_fetch_site="cross-site", sec_fetch_mode="navigate").status == 200
+    assert site.store.get_run("bad") is not None
+
+
+def test_every_answer_has_its_policy(site: Site) -> None:
+    """No answer may load from elsewhere, run what stands in the page, be framed, guessed at or kept."""
+    asked = [
+        *PAGES,
+        "/static/ui.js",
+        "/static/ui.css",
+        "/static/page.css",
+        "/nope",
+        "/run?id=nope",
+        "/attempt",
+        *attempts_of(site),
+    ]
+    answers = [site.ask("GET", path) for path in asked]
+    answers += [site.ask("GET", "/", host="evil.example"), site.post("/delete", {}), site.ask("PUT", "/")]
+    for answer in answers:
+        policy = answer.headers["content-security-policy"]
+        assert policy.startswith("default-src 'none'; ")
+        assert "unsafe" not in policy
+        assert "frame-ancestors 'none'" in policy
+        assert answer.headers["x-content-type-options"] == "nosniff"
+        assert answer.headers["cache-control"] == "no-store"
+        assert answer.headers["referrer-policy"] == "same-origin"
+        assert "server" not in answer.headers or "uvicorn" in answer.headers["server"]
+
+
+def test_pages_keep_to_the_policy(site: Site) -> None:
+    """Pages have no script, style or handler in them, and name no other site."""
+    for path in (*PAGES, *attempts_of(site), "/run?id=nope"):
+        page = Page(site.ask("GET", path).text)
+        assert page.style == ""
+        assert page.tags.count("script") == 1
+        for name, value in page.attributes:
+            assert not name.startswith("on")
+            assert name != "style"
+            if name in ("href", "src", "action"):
+                assert str(value).startswith(("/", "#")), value
+                assert not str(value).startswith("//"), value
+
+
+# ---------------------------------------------------------------------- the token
+
+
+def test_the_token(store: SQLiteStore, serve: Any) -> None:
+    """With a token nothing is told without it; shown once, it becomes a cookie and leaves the address."""
+    make_runs(store, ("good", GOOD))
+    site = serve(store, token="a secret of 20 chars")
+    for path in (*PAGES, "/events", "/static/ui.js", "/?token=wrong", "/?token=", "/run?id=good&token=a"):
+        answer = site.ask("GET", path)
+        assert answer.status == 401, path
+        assert b"flows" not in answer.body
+    assert site.ask("GET", "/", authorization="Bearer a secret of 20 chars").status == 200
+    assert site.ask("GET", "/", authorization="Bearer wrong").status == 401
+    assert site.ask("GET", "/", authorization="Basic a secret of 20 chars").status == 401
+    shown = site.get("/run", id="good", token="a secret of 20 chars")
+    assert shown.status == 303
+    assert shown.headers["location"] == "/run?id=good"
+    cookie = shown.headers["set-cookie"]
+    assert "HttpOnly" in cookie
+    assert "SameSite=Strict" in cookie
+    assert "secret" not in cookie
+    kept = cookie.partition(";")[0]
+    assert site.ask("GET", "/run?id=good", cookie=kept).status == 200
+    for wrong in (f"{kept}x", kept.replace("=", "=0"), "stroma_ui=", "stroma_ui", "\x00"):
+        assert site.ask("GET", "/", cookie=wrong).status in (400, 401), wrong
+    # Nobody is sent to another host with it.
+    away = site.ask("GET", "//evil.example/?token=a%20secret%20of%2020%20chars")
+    assert away.headers["location"] == "/evil.example/"
+
+
+def run_ui(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name("stroma")), "ui", *words]
+    return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
+def test_other_addresses_need_a_token(host: str, tmp_path: Path) -> None:
+    """Listening where others can connect is refused without a token, and with one that could be guessed."""
+    done = run_ui("--host", host, "--port", "0", cwd=tmp_path)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "can be reached from elsewhere" in done.stderr
+    assert "token" in done.stderr
+    done = run_ui("--host", host, "--token", "short", cwd=tmp_path)
+    assert done.returncode == 2
+    assert "shorter than 16 characters" in done.stderr
+
+
+# ---------------------------------------------------------------------- what pages can do
+
+
+def test_forms_carry_a_key(site: Site) -> None:
+    """Deleting and resuming need the key that stands on the run's own page, for that very action and run."""
+    found = keys(site)
+    assert set(found) == {"resume", "delete"}
+    for action in ("resume", "delete"):
+        other = found["delete" if action == "resume" else "resume"]
+        for key in ("", "x", other, keys(site, "good")["delete"], found[action][:-1], "é"):
+            assert site.post(f"/{action}", {"id": "bad", "key": key}).status == 403, (action, key)
+        assert site.get(f"/{action}", id="bad", key=found[action]).status == 405
+        json_form = site.post(f"/{action}", {"id": "bad", "key": found[action]}, content_type="text/plain")
+        assert json_form.status == 415
+    assert site.post("/delete", {"id": "bad", "key": "x" * 200_000}).status == 413
+    assert site.resumed == []
+    assert site.store.get_run("bad") is not None
+
+    answer = site.post("/resume", {"id": "bad", "key": found["resume"]})
+    assert (answer.status, answer.headers["location"], site.resumed) == (303, "/run?id=bad", ["bad"])
+    answer = site.post("/delete", {"id": "bad", "key": found["delete"]})
+    assert (answer.status, answer.headers["location"]) == (303, "/")
+    assert site.store.get_run("bad") is None
+    assert site.post("/delete", {"id": "bad", "key": found["delete"]}).status == 404
+
+
+def test_only_what_can_be_resumed(store: SQLiteStore, serve: Any) -> None:
+    """Without a pipeline nothing is resumed; with one only its own runs that have not ended well."""
+    make_runs(store, ("good", GOOD), ("bad", BAD), ("last", BAD), ("other", Pipeline("other", BAD.nodes)))
+    site = serve(store, pipeline="flows")
+    assert "resume" not in keys(site, "good")
+    assert "resume" not in keys(site, "last")
+    assert "resume" not in keys(site, "other")
+    assert "resume" in keys(site, "bad")
+    without = serve(store, resume=None)
+    assert "resume" not in keys(without, "bad")
+    # Whoever has the key all the same is told so.
+    from stroma.ui.security import Keys
+
+    assert Keys(secret=b"1").form("resume", "x") != Keys(secret=b"2").form("resume", "x")
+
+
+# ---------------------------------------------------------------------- hostile stores
+
+
+def test_scripts_are_words(site: Site) -> None:
+    """Markup in ids, tags, messages, states and queries is text in every page."""
+    run_id = f"{SCRIPT}/../?#%00&x=1\n\u202e"
+    make_runs(site.store, (run_id, Pipeline(SCRIPT, BAD.nodes)))
+    pages = [
+        site.get("/"), site.get("/", q=SCRIPT), site.get("/", q=f"tag:{SCRIPT} node:{SCRIPT}"), site.get("/run", id=run_id),
+        site.get("/run", id=SCRIPT), site.get("/compare", a=run_id, b="bad"), site.get("/", status=SCRIPT), site.get("/", after=SCRIPT),
+        *(site.ask("GET", address) for address in attempts_of(site, run_id)),
+    ]  # fmt: skip
+    assert [page.status for page in pages].count(200) >= 10
+    for page in pages:
+        text = page.text
+        assert "<script>window" not in text
+        assert "<img" not in text
+        assert Page(text).tags.count("script") == 1
+    assert site.get("/run", id=run_id).status == 200
+
+
+def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
+    """A payload of 50 MB makes no page large; it can be downloaded whole."""
+
+    class Big(BaseModel):
+        text: str = ""
+
+    async def grow(state: Any) -> Any:
+        return {"text": "x" * 50_000_000}
+
+    contract: Any = NodeContract(node_id="grow", input_schema=Big, output_schema=Big)
+    pipeline = Pipeline(
+        "big",
+        [
+            stroma_node("grow", contract)(grow),
+            stroma_node("again", NodeContract(node_id="again", input_schema=Big, output_schema=Big))(
+                lambda state: state
+            ),
+        ],
+    )
+    asyncio.run(StromaRunner.quick(store=store).run(pipeline, Big(), run_id="big"))
+    site = serve(store)
+    for path in ("/", "/run?id=big", "/compare?a=big&b=big", *attempts_of(site, "big")):
+        answer = site.ask("GET", path)
+        assert answer.status == 200
+        assert len(answer.body) < 100_000
+    page = site.ask("GET", attempts_of(site, "big")[0]).text
+    assert "too much to show here" in page
+    address = re.findall(r'href="(/payload[^"]*output)"', page)[0].replace("&amp;", "&")
+    answer = site.ask("GET", address)
+    assert len(answer.body) > 50_000_000
+    assert answer.headers["content-disposition"].startswith("attachment")
+    assert answer.headers["content-type"] == "application/json"
+
+
+def test_a_run_of_many_attempts(tmp_path: Path, serve: Any) -> None:
+    """A run of 200,000 attempts is shown a page at a time, and each attempt can be opened."""
+    path = tmp_path / "large.db"
+    large_stores.fill(f"sqlite:///{path}", 3, 200_000)
+    with SQLiteStore(path) as store:
+        site = serve(store)
+        first = site.get("/run", id="run-000001")
+        assert first.status == 200
+        assert len(first.body) < 2_000_000
+        further = re.findall(r'rel="next" href="([^"]*)"', first.text)[0].replace("&amp;", "&")
+        second = site.ask("GET", further)
+        assert ">n500<" in second.text
+        assert site.ask("GET", attempts_of(site, "run-000001")[3]).status == 200
+        assert site.get("/").status == 200
+
+
+def test_damaged_rows(site: Site, tmp_path: Path) -> None:
+    """Rows that hold anything at all harm no other page: what cannot be read is said to be so."""
+    with sqlite3.connect(tmp_path / "runs.db") as db:
+        db.execute(
+            "UPDATE steps SET output = x'ff00', sha256 = x'00' WHERE run = (SELECT run FROM runs WHERE run_id = 'bad')"
+        )
+        db.execute(
+            "UPDATE runs SET started_ms = 9223372036854775807, pipeline = char(27, 8238, 0xd800) WHERE run_id = 'bad'"
+        )
+        db.execute("UPDATE attempts SET message = char(0xfffe), model = '' WHERE node_id = 'flaky'")
+    db.close()
+    assert site.get("/").status == 200
+    assert site.get("/run", id="bad").status == 200
+    addresses = attempts_of(site)
+    assert len(addresses) >= 6
+    for address in addresses:
+        assert site.ask("GET", address).status == 200
+    assert "is damaged" in site.ask("GET", addresses[0]).text
+    assert site.get("/run", id="good").status == 200
+    with sqlite3.connect(tmp_path / "runs.db") as db:
+        db.execute("UPDATE runs SET tokens = 'many', started_ms = 'then' WHERE run_id = 'bad'")
+    db.close()
+    for path in ("/", "/run?id=good", "/run?id=bad", "/?status=failed", "/?q=total"):
+        assert site.ask("GET", path).status == 200, path
+
+
+def test_what_is_asked_wrongly(site: Site) -> None:
+    """Whatever is asked is answered with a page of its own, never with a traceback."""
+    wrong = (
+        "/run", "/run?id=", "/run?id=%00", "/run?id=%ff", "/run?id=last", "/attempt?id=bad", "/attempt?id=bad&at=-1&began=1",
+        "/attempt?id=bad&at=99999999999999&began=1", "/attempt?id=bad&at=0&began=x", "/payload?id=bad&at=0&began=1&side=x",
+        "/export?id=bad&format=x", "/?after=x", "/?after=9.9.9", "/run?id=bad&after=x", "/?status=x", "/compare?a=bad&b=nope",
+        "/static/../app.py", "/static/%2e%2e/app.py", "/static/", "/nope", "/lineage.svg", "/?class=x", "/overview?days=x",
+    )  # fmt: skip
+    for path in wrong:
+        answer = site.ask("GET", path)
+        assert 400 <= answer.status < 500, (path, answer.status)
+        assert "Traceback" not in answer.text
+    assert site.ask("GET", "/" + "?q=" + "x" * 20_000).status == 200
+
+
+def test_redaction(store: SQLiteStore, serve: Any) -> None:
+    """What the pipeline's redact takes out is in no page and no download."""
+    make_runs(store, ("bad", BAD))
+    site = serve(store, redact=lambda state: {**state, "text": "***", "n": "***"})
+    bare = serve(store)
+    for address in attempts_of(site)[:2]:
+        page, plain = site.ask("GET", address).text, bare.ask("GET", address).text
+        assert "onerror" in plain.partition("<h2>Input</h2>")[2]
+        assert "onerror" not in page.partition("<h2>Input</h2>")[2]
+        for side in ("input", "output"):
+            answer = site.ask("GET", address.replace("/attempt", "/payload") + f"&side={side}")
+            assert b"onerror" not in answer.body
+    exported = site.get("/export", id="bad", format="html").text
+    assert exported.count("***") >= 4
