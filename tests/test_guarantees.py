@@ -1525,6 +1525,7 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
         ("groups.py", "_call_by_hand"),
         ("nodes.py", "call"),
         ("nodes.py", "gives_coroutine"),  # It unwraps partials.
+        ("nodes.py", "find_node"),  # It asks whose function it is.
     }
 
 

@@ -198,7 +198,7 @@ async def test_an_attached_process_goes_on_when_the_owner_dies(machine: Machine)
 
 async def test_a_process_may_be_declared_dead(machine: Machine) -> None:
     """if_running="take_over" does not wait for the lease, and fences the owner off."""
-    first = await machine.start(waits={"sleep1": 3}, lease_seconds=3600)
+    first = await machine.start(waits={"sleep1": 8}, lease_seconds=3600)
     await first.until("in n1")
     second = await machine.start(resume=True, if_running="take_over")
     assert await second.outcome() == "RESUMED - Count(n=3)"
