@@ -415,10 +415,12 @@ class RedisRows:
         return reply[:3], list(zip(ids[::2], ids[1::2], strict=True))
 
     def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
-        if not runs:
-            return []
-        replies = self._get(*(script(row.run.prefix, "beside", row.execution, failed) for row in runs))
-        return [_beside(reply) for reply in replies]
+        told: list[Beside] = []
+        for first in range(0, len(runs), _PAGE):
+            some = runs[first : first + _PAGE]
+            replies = self._get(*(script(row.run.prefix, "beside", row.execution, failed) for row in some))
+            told += map(_beside, replies)
+        return told
 
     def ids(self, prefix: str, limit: int) -> list[str]:
         beginning = prefix.encode()
