@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, Self
@@ -157,11 +157,66 @@ class GuardedRun:
         finally:
             _reset(token)
 
-    def _enter(self) -> None:
-        if self.ended or self._token is not None:
+    def over(self, start: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+        """The parts that ``start()`` gives, each made inside this run, which ends with them. Use it in place of ``with``."""
+        run_in_background(self.open())
+        self._begin()
+        raised: BaseException | None = None
+        source: Any = None
+        try:
+            with self.here():
+                source = iter(start())
+            while True:
+                with self.here():
+                    try:
+                        part = next(source)
+                    except StopIteration as end:
+                        return end.value
+                yield part
+        except BaseException as error:
+            raised = error
+            if isinstance(error, GeneratorExit) and hasattr(source, "close"):
+                with self.here():
+                    source.close()
+            raise
+        finally:
+            self._leave()
+            run_in_background(self.close(raised))
+
+    async def aover(self, start: Callable[[], AsyncIterable[Any]]) -> AsyncIterator[Any]:
+        """The same for an async iterator."""
+        await self.open()
+        self._begin()
+        raised: BaseException | None = None
+        source: Any = None
+        try:
+            with self.here():
+                source = aiter(start())
+            while True:
+                with self.here():
+                    try:
+                        part = await anext(source)
+                    except StopAsyncIteration:
+                        return
+                yield part
+        except BaseException as error:
+            raised = error
+            if isinstance(error, GeneratorExit) and hasattr(source, "aclose"):
+                with self.here():
+                    await source.aclose()
+            raise
+        finally:
+            self._leave()
+            await self.close(raised)
+
+    def _begin(self) -> None:
+        if self.ended or self in self.guard.open_runs:
             raise RuntimeError("a run can be used once; make another one with guard.run()")
-        self._token = ACTIVE.set((*ACTIVE.get(), self))
         self.guard.open_runs.append(self)
+
+    def _enter(self) -> None:
+        self._begin()
+        self._token = ACTIVE.set((*ACTIVE.get(), self))
 
     def _leave(self) -> None:
         if self in self.guard.open_runs:

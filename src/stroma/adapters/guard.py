@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel
@@ -96,6 +96,14 @@ class Guard:
         )
         return GuardedRun(self, ctx, input, ends=True)
 
+    def over(self, start: Callable[[], Iterable[Any]], input: Any = None) -> Iterator[Any]:
+        """What a framework gives in parts, as a run of its own; inside a run of this guard, as part of that."""
+        return iter(start()) if self.inside else self.run(input).over(start)
+
+    def aover(self, start: Callable[[], AsyncIterable[Any]], input: Any = None) -> AsyncIterator[Any]:
+        """The same for an async framework."""
+        return aiter(start()) if self.inside else self.run(input).aover(start)
+
     @property
     def current(self) -> GuardedRun:
         """The run that a step would belong to here and now."""
@@ -115,7 +123,7 @@ class Guard:
     @property
     def inside(self) -> bool:
         """Whether a run of this guard is under way here, so that a framework's call belongs to it and begins none."""
-        return any(run.guard is self and not run.ended for run in ACTIVE.get())
+        return self.runner is None or any(run.guard is self and not run.ended for run in ACTIVE.get())
 
     @property
     def stopped(self) -> Failure | None:
