@@ -617,6 +617,7 @@ def test_retries_do_not_multiply_with_depth() -> None:
     assert flaky.calls == 3
     assert run.stopped is not None
     assert isinstance(run.stopped.exception, TimeoutError)
+    assert run.stopped.node_id == "inner"
     assert run.result is not None
     assert run.result.status is RunStatus.PARTIAL
 
@@ -1229,6 +1230,39 @@ def test_sync_steps_in_threads_of_an_async_step_are_its_children() -> None:
     (event,) = run.result.trace
     assert len(event.children) == 100
     assert len({child.branch for child in event.children}) == 100
+
+
+@pytest.mark.parametrize("kind", ["sync", "async", "stream", "astream"])
+@pytest.mark.parametrize("after", [0, 1])
+def test_a_cancellation_that_nobody_asked_for_is_a_failure(kind: str, after: int) -> None:
+    """What a step raises of its own while its task lives on is retried like others, and not after a first chunk."""
+    if after and "stream" not in kind:
+        return
+    calls: list[int] = []
+
+    def stray(_: Any) -> Any:
+        calls.append(1)
+        raise asyncio.CancelledError("stray")
+
+    def stream(_: Any) -> Any:
+        if after:
+            yield 1
+        stray(_)
+        yield 2
+
+    async def astream(_: Any) -> Any:
+        for chunk in stream(_):
+            yield chunk
+
+    made = {"stream": stream, "astream": astream}.get(kind) or _made(kind, stray)
+    step = guard_of().wrap("it", made)
+
+    async def main() -> None:
+        with pytest.raises(asyncio.CancelledError, match="stray"):
+            await run_it(None, step, "x")  # type: ignore[arg-type]
+
+    asyncio.run(main())
+    assert len(calls) == (1 if after else 2)
 
 
 @pytest.mark.parametrize("kind", ["async", "astream"])

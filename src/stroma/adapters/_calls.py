@@ -16,7 +16,7 @@ from pydantic import BaseModel
 
 from stroma._engine import GroupStopped, Halt, execute
 from stroma.adapters._background import Turn, hand_back, start_in_background
-from stroma.adapters._views import View, given_to, made_by
+from stroma.adapters._views import View, as_it_is, first_argument, given_to, made_by
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged
 from stroma.context import CURRENT, NodeExecution, current_node
 from stroma.contracts import NodeContract
@@ -62,9 +62,9 @@ class Step:
     """
 
     step_id: str
-    contract: NodeContract[Any, Any] | None
-    given: View
-    made: Callable[[Any], Any]
+    contract: NodeContract[Any, Any] | None = None
+    given: View = first_argument
+    made: Callable[[Any], Any] = as_it_is
     usage: Callable[[Any], Any] | None = None
     control: Callable[[BaseException], Control | None] | None = None
     collect: Callable[[list[Any]], Any] | None = None
@@ -93,6 +93,8 @@ def causes(error: BaseException | None) -> Iterator[BaseException]:
 
 #: Makes the call: what it returned, or what it raised.
 Invoke: TypeAlias = Callable[[], Awaitable[tuple[Any, BaseException | None]]]
+#: The task in which something was begun, and its count of cancellations then.
+Begun: TypeAlias = tuple[asyncio.Task[Any] | None, int]
 Halts: TypeAlias = list[tuple[BaseException, Halt]]
 
 
@@ -222,13 +224,12 @@ class Call:
             self._execute(hand_back(base, inbox.put_nowait)), context=base.copy()
         )
         engine.add_done_callback(lambda _: inbox.put_nowait(None))
+        begun = _begun()
         try:
             while (turn := await inbox.get()) is not None:
                 source: Any = None
                 advance: Callable[[], Awaitable[Any]] | None = None
                 while True:
-                    task = asyncio.current_task()
-                    cancelling = 0 if task is None else task.cancelling()
                     try:
                         with turn.here():
                             if source is None:
@@ -238,8 +239,7 @@ class Call:
                         turn.settle(None, None)
                         break
                     except BaseException as raised:
-                        cancelled = task is not None and task.cancelling() > cancelling
-                        if cancelled or (_ends_all(raised)):
+                        if _ends_all(raised) or _is_cancelled(begun):
                             raise
                         turn.settle(None, raised)
                         break
@@ -298,7 +298,7 @@ class Call:
             position, branch = parent.position, f"{next(inside.numbers)}"
             if parent.branch:
                 branch = f"{parent.branch}.{branch}"
-        contract = self._contract()
+        contract, begun = self._contract(), _begun()
 
         async def perform(_: BaseModel) -> Any:
             self.error, self.stopped = None, False
@@ -313,13 +313,12 @@ class Call:
             finally:
                 execution.leave(perf_counter_ns())
             if error is not None:
-                return self._failed(execution, inside, error, contract)
+                return self._failed(execution, inside, error, contract, begun)
             self.value = value
             if self.count:
                 value = self._streamed(value)
             return self._returned(execution, value, contract)
 
-        task = asyncio.current_task()
         outcome = await execute(
             ctx,
             Node(step.step_id, perform, None, False, True, step.plan),
@@ -328,7 +327,7 @@ class Call:
             branch=branch,
             parent=parent,
             contract=contract,
-            cancelling=0 if task is None else task.cancelling(),
+            cancelling=begun[1],
         )
         if isinstance(outcome, Halt):
             halts.append((self._raised(outcome), outcome))
@@ -363,6 +362,7 @@ class Call:
         inside: _Inside,
         error: BaseException,
         contract: NodeContract[Any, Any] | None,
+        begun: Begun,
     ) -> Any:
         """What the engine is told of an exception: raises it, or what it means."""
         self.error = error
@@ -384,7 +384,8 @@ class Call:
             raise GroupStopped(
                 Halt(_failure(error, FailureClass.TERMINAL, where, message_of(error)))
             ) from error
-        if isinstance(error, Exception) or is_a(error, asyncio.CancelledError):
+        # A cancellation that nobody has asked for is a failure like any other.
+        if isinstance(error, Exception) or (is_a(error, asyncio.CancelledError) and not _is_cancelled(begun)):
             halt = halt_behind(error, inside.halts)
             # It was tried again where it happened: not once more at each level above, unless the config asks for that.
             if halt is not None and step.step_id not in ctx.step_policies:
@@ -393,7 +394,7 @@ class Call:
                 raise GroupStopped(
                     Halt(halt.failure, partial=halt.partial or not terminal, spent=halt.spent)
                 ) from error
-            if isinstance(error, Exception) and (self.count or not step.again):
+            if self.count or not step.again:
                 # What was handed on cannot be taken back.
                 self.stopped = True
                 failure = diagnose(error, where, ctx.classifiers)
@@ -449,6 +450,17 @@ def _counted(rows: Sequence[Row | TraceEvent]) -> tuple[int, int]:
 def _ends_all(error: BaseException) -> bool:
     """Whether the caller itself is told to stop."""
     return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+
+
+def _begun() -> Begun:
+    task = asyncio.current_task()
+    return task, 0 if task is None else task.cancelling()
+
+
+def _is_cancelled(begun: Begun) -> bool:
+    """Whether the running task is being cancelled; if something was begun in it, since then."""
+    task = asyncio.current_task()
+    return task is not None and task.cancelling() > (begun[1] if task is begun[0] else 0)
 
 
 def _not_awaitable(step: Step, value: Any) -> Any:

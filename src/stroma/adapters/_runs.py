@@ -64,7 +64,11 @@ class GuardedRun:
 
     def note(self, halt: Halt) -> None:
         """A step has stopped. The first crossed limit is what all that follows comes from."""
-        if not halt.suspended and not (self._stopping is not None and self._stopping.spent):
+        known = self._stopping
+        if halt.suspended or (known is not None and known.spent):
+            return
+        # The step in which it happened has been told already; those around it fail with the same.
+        if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
 
     def free_position(self) -> int:
@@ -140,8 +144,12 @@ class GuardedRun:
             stopped = isinstance(error, (asyncio.CancelledError, GeneratorExit))
             return RunStatus.CANCELLED if stopped else RunStatus.INTERRUPTED, None
         halt = self._stopping if spent else halt_behind(error, self.halts)
+        if halt is not None and halt.suspended:
+            return halt.status, None
         if halt is not None:
-            return halt.status, None if halt.suspended else halt.failure
+            known = self._stopping
+            same = known is not None and known.failure.exception is halt.failure.exception
+            return halt.status, known.failure if same and known is not None else halt.failure
         failure = diagnose(error, NodeContext("run", 1, self.ctx.run_id), self.ctx.classifiers)
         terminal = failure.failure_class is FailureClass.TERMINAL
         return RunStatus.FAILED if terminal else RunStatus.PARTIAL, failure

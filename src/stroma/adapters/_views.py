@@ -14,7 +14,7 @@ from stroma.nodes import Kept
 from stroma.schemas import schema_of
 from stroma.trace import jsonable
 
-__all__ = ["View", "arguments_of", "first_argument", "given_to", "made_by", "violation"]
+__all__ = ["View", "arguments_of", "as_it_is", "first_argument", "given_to", "made_by", "violation"]
 
 _DEEPEST: Final = 20
 #: What is to be seen of a call's positional and keyword arguments.
@@ -53,6 +53,10 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if args:
         return args[0]
     return kwargs.get("state", next(iter(kwargs.values()), None))
+
+
+def as_it_is(value: Any) -> Any:
+    return value
 
 
 def given_to(view: Any, contract: NodeContract[Any, Any] | None) -> BaseModel:

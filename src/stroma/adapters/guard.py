@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Mapping
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
 from typing import Any, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel
@@ -147,32 +147,18 @@ class Guard:
         step_id: str,
         func: Callable[P, R],
         *,
-        contract: NodeContract[Any, Any] | None = None,
-        given: View | None = None,
-        made: Callable[[Any], Any] | None = None,
-        usage: Callable[[Any], Any] | None = None,
-        control: Callable[[BaseException], Control | None] | None = None,
-        collect: Callable[[list[Any]], Any] | None = None,
-        again: bool = True,
         kind: Kind | None = None,
+        given: View | None = None,
+        **options: Any,
     ) -> Callable[P, R]:
-        """The callable as a step. What the guard has to know of it: see :class:`Step`.
+        """The callable as a step; options are the fields of :class:`Step`, each of which has a default here.
 
         Input is by default the arguments, by the names of the parameters. ``kind`` says how it is called where that cannot
         be seen from outside. Raises TypeError for what cannot be called, ValueError for a bad id.
         """
         if not callable(func):
             raise TypeError(f"{func!r} cannot be a step: it is not callable")
-        step = Step(
-            check_id(step_id, "step id"),
-            contract,
-            arguments_of(func) if given is None else given,
-            _as_it_is if made is None else made,
-            usage,
-            control,
-            collect,
-            again,
-        )
+        step = Step(check_id(step_id, "step id"), given=given or arguments_of(func), **options)
         wrapped = _WAYS[kind or _kind_of(func)](self, step, func)
         try:
             functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
@@ -184,6 +170,14 @@ class Guard:
             pass
         wrapped.__dict__[GUARDED] = step_id
         return cast("Callable[P, R]", wrapped)
+
+    def call(self, step: Step, func: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """One call of a function as a step, for code that makes its steps as it goes."""
+        return cast("R", Call(self.current, step, func, args, kwargs).call())
+
+    async def acall(self, step: Step, func: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
+        """The same of a coroutine function."""
+        return cast("R", await Call(self.current, step, func, args, kwargs).acall())
 
     def step(
         self,
@@ -269,10 +263,6 @@ def contract_for(
 
 
 # ---------------------------------------------------------------------- the four ways to be called
-
-
-def _as_it_is(value: Any) -> Any:
-    return value
 
 
 def _kind_of(func: Callable[..., Any]) -> Kind:

@@ -1,0 +1,136 @@
+"""Pydantic AI: a capability that makes steps of an agent, its model requests and its tools.
+
+::
+
+    agent = Agent("openai:gpt-4o", capabilities=[StromaCapability(Guard(runner), tools={"search": (Query, Hits)})])
+    await agent.run("...")  # a run: the agent's step, with its model requests and tools inside
+"""
+
+from __future__ import annotations
+
+import contextlib
+from typing import Any
+
+try:
+    from pydantic_ai import Agent, ModelRetry, exceptions
+    from pydantic_ai.capabilities import AbstractCapability
+    from pydantic_ai.models.wrapper import WrapperModel
+except ImportError as error:
+    raise ImportError("pydantic-ai is required for its adapter; pip install 'stroma[pydantic-ai]'") from error
+
+from pydantic import BaseModel
+
+from stroma.adapters._views import violation
+from stroma.adapters.guard import Contracts, Control, Guard, Step, UnknownNode, contract_for
+from stroma.usage import Usage
+
+__all__ = ["StromaCapability"]
+
+
+class StromaCapability(AbstractCapability[Any]):
+    """Guards an agent: ``Agent(..., capabilities=[StromaCapability(guard)])``.
+
+    ``tools``: contracts by the names of tools; input is the arguments, output the result. ``output``: what the agent's
+    answer must satisfy: one that does not is told to the model, as often as the agent's output retries allow, and then
+    fails the agent. A contract of no tool raises UnknownNode at the first model request.
+    """
+
+    def __init__(
+        self, guard: Guard, *, tools: Contracts | None = None, output: type[BaseModel] | None = None
+    ) -> None:
+        self.guard = guard
+        self._tools = {name: contract_for(name, given) for name, given in (tools or {}).items()}
+        self._output = None if output is None else contract_for("output", (None, output))
+        self._checked = not self._tools
+
+    async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
+        name = getattr(ctx.agent, "name", None) or "agent"
+        # Its models and tools had their retries.
+        step = Step(name, self._output, made=lambda result: result.output, control=_control, again=False)
+
+        async def run(_: Any) -> Any:
+            return await handler()
+
+        if self.guard.inside:
+            return await self.guard.acall(step, run, {"prompt": ctx.prompt})
+        async with self.guard.run({"prompt": ctx.prompt}):
+            return await self.guard.acall(step, run, {"prompt": ctx.prompt})
+
+    async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
+        if not self._checked:
+            self._check(ctx.agent, request_context.model_request_parameters)
+        request_context.model = _GuardedModel(request_context.model, self.guard)
+        return request_context
+
+    async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
+        step = Step(call.tool_name, self._tools.get(call.tool_name), control=_control)
+        return await self.guard.acall(step, handler, args)
+
+    async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:
+        if self._output is not None and not ctx.partial_output:
+            broken = violation("output", self._output, "output", output)
+            if broken is not None:
+                raise ModelRetry(broken.as_prompt())
+        return output
+
+    def _check(self, agent: Any, parameters: Any) -> None:
+        """Raise UnknownNode for a contract of no tool, of those that are offered and those that are only defined."""
+        names = {tool.name for tool in (*parameters.function_tools, *parameters.output_tools)}
+        for toolset in agent.toolsets if isinstance(agent, Agent) else ():
+            names |= set(getattr(toolset, "tools", ()))
+        for name in self._tools:
+            if name not in names:
+                have = ", ".join(map(repr, sorted(names))) or "none"
+                raise UnknownNode(f"there is no tool {name!r} to put a contract on; there is {have}")
+        self._checked = True
+
+
+class _GuardedModel(WrapperModel):
+    """A model whose requests are steps: they may be made again, which the handlers around a request may not be."""
+
+    def __init__(self, wrapped: Any, guard: Guard) -> None:
+        super().__init__(wrapped)
+        about: dict[str, Any] = {"given": _asked, "made": _answer, "usage": _used, "control": _control}
+        self._request = guard.wrap("model", wrapped.request, **about)
+        last: Any = {"collect": lambda opened: opened[-1].get(), **about}
+        self._stream = guard.wrap("model", self._open, **last)
+
+    async def _open(self, *args: Any, **kwargs: Any) -> Any:
+        async with self.wrapped.request_stream(*args, **kwargs) as response:
+            yield response
+
+    async def request(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._request(*args, **kwargs)
+
+    def request_stream(self, *args: Any, **kwargs: Any) -> Any:
+        return contextlib.asynccontextmanager(self._stream)(*args, **kwargs)
+
+
+def _control(error: BaseException) -> Control | None:
+    if isinstance(error, (exceptions.CallDeferred, exceptions.ApprovalRequired)):
+        return Control("suspended", type(error).__name__)
+    if isinstance(error, (exceptions.SkipToolExecution, exceptions.SkipModelRequest)):
+        return Control("returned", getattr(error, "result", None) or getattr(error, "response", None))
+    return Control("passed") if isinstance(error, _TOLD_TO_THE_MODEL) else None
+
+
+_TOLD_TO_THE_MODEL = tuple(
+    getattr(exceptions, name)
+    for name in ("ModelRetry", "ToolRetryError", "ToolFailed", "ToolFailedError")
+    if hasattr(exceptions, name)
+)
+
+
+def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"messages": args[0] if args else kwargs.get("messages")}
+
+
+def _answer(response: Any) -> dict[str, Any]:
+    return {"model": response.model_name, "parts": response.parts}
+
+
+def _used(response: Any) -> Usage:
+    used = response.usage
+    cached = min(used.cache_read_tokens, used.input_tokens)
+    written = min(used.cache_write_tokens, used.input_tokens - cached)
+    return Usage(used.input_tokens, used.output_tokens, cached, written, response.model_name)
