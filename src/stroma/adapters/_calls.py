@@ -29,7 +29,7 @@ from stroma.usage import Usage, usage_from
 if TYPE_CHECKING:
     from stroma.adapters.guard import GuardedRun
 
-__all__ = ["Call", "Control", "Step", "causes"]
+__all__ = ["Call", "Control", "Step", "causes", "handed_on"]
 
 
 class Control(NamedTuple):
@@ -101,10 +101,11 @@ Halts: TypeAlias = list[tuple[BaseException, Halt]]
 class _Inside:
     """What is known of the guarded calls inside a node's execution."""
 
-    __slots__ = ("attempt", "halts", "numbers")
+    __slots__ = ("attempt", "halts", "handed_on", "numbers")
 
     def __init__(self) -> None:
         self.attempt = 0
+        self.handed_on = False
         self.numbers = itertools.count()
         self.halts: Halts = []
 
@@ -113,9 +114,17 @@ class _Inside:
         found: _Inside = execution.notes.setdefault(cls, cls())
         if found.attempt != execution.attempt:
             # Each attempt has children and a clock of its own.
-            found.attempt, found.halts = execution.attempt, []
+            found.attempt, found.halts, found.handed_on = execution.attempt, [], False
             execution.children, execution.busy_ns, execution.running = [], 0, 0
         return found
+
+
+def handed_on() -> None:
+    """Part of what the steps here will return has reached somebody already: this attempt of theirs is the last."""
+    execution = current_node()
+    while execution is not None:
+        _Inside.of(execution).handed_on = True
+        execution = execution.parent
 
 
 class Call:
@@ -394,7 +403,7 @@ class Call:
                 raise GroupStopped(
                     Halt(halt.failure, partial=halt.partial or not terminal, spent=halt.spent)
                 ) from error
-            if self.count or not step.again:
+            if self.count or inside.handed_on or not step.again:
                 # What was handed on cannot be taken back.
                 self.stopped = True
                 failure = diagnose(error, where, ctx.classifiers)

@@ -11,6 +11,7 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
+from stroma.adapters._calls import handed_on
 from stroma.context import NodeExecution, current_node
 from stroma.cost import BudgetExceeded, estimate_cost_usd
 from stroma.usage import Usage
@@ -37,6 +38,9 @@ class _Counter(BaseCallbackHandler):
             self._asked_by[run_id] = node
 
     on_llm_start = on_chat_model_start
+
+    def on_llm_new_token(self, *_: Any, **__: Any) -> None:
+        handed_on()  # Models stream only where somebody listens.
 
     def on_llm_end(self, response: Any, *, run_id: UUID, **_: Any) -> None:
         node = self._asked_by.pop(run_id, None)

@@ -16,7 +16,7 @@ from stroma.adapters.guard import GUARDED, Control, Guard
 from stroma.context import current_node
 from stroma.contracts import NodeContract
 
-__all__ = ["guarded"]
+__all__ = ["control", "guarded", "update"]
 
 
 def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, Any] | None) -> Any:
@@ -33,8 +33,8 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
     options: Any = {
         "contract": contract,
         "given": lambda args, _: args[2],
-        "made": _update,
-        "control": _control,
+        "made": update,
+        "control": control,
     }
     step, astep = guard.wrap(step_id, call, **options), guard.wrap(step_id, acall, **options)
 
@@ -57,16 +57,17 @@ def _given(state: Any, first: Any) -> Any:
     return state if node is None or node.attempt == 1 else with_records(first, copy.copy)
 
 
-def _update(result: Any) -> Any:
+def update(result: Any) -> Any:
     """What a node does to the state."""
     if isinstance(result, Command):
         return dict(result._update_as_tuples())
     if isinstance(result, (list, tuple)):
-        return {key: value for part in result for key, value in dict(_update(part)).items()}
+        return {key: value for part in result for key, value in dict(update(part)).items()}
     return {} if result is None else result
 
 
-def _control(error: BaseException) -> Control | None:
+def control(error: BaseException) -> Control | None:
+    """What an exception of LangGraph means."""
     if isinstance(error, GraphInterrupt):
         return Control(
             "suspended", "; ".join(str(asked.value) for asked in error.args[0]) if error.args else None

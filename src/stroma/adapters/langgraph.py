@@ -38,10 +38,13 @@ def attach(graph: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
     """
     names = [name for name in graph.nodes if not name.startswith("__")]
     found = guard.contracts(contracts, names, "node")
-    return _attach(graph, guard, {name: (name, found.get(name)) for name in names})
+    return attach_steps(graph, guard, {name: (name, found.get(name)) for name in names})
 
 
-def _attach(graph: Any, guard: Guard, steps: dict[str, tuple[str, NodeContract[Any, Any] | None]]) -> Any:
+def attach_steps(
+    graph: Any, guard: Guard, steps: dict[str, tuple[str, NodeContract[Any, Any] | None]]
+) -> Any:
+    """Make steps of some nodes, with these ids and contracts."""
     for name, (step_id, contract) in steps.items():
         node = graph.nodes[name]
         inner = node.bound if isinstance(graph, Pregel) else node.runnable
@@ -99,7 +102,7 @@ class LangGraphAdapter:
             raise ValueError(
                 "no node of the graph is marked; decorate their functions with @stroma_langgraph_node"
             )
-        return _attach(graph, self.guard, steps)
+        return attach_steps(graph, self.guard, steps)
 
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
         """The same as :func:`stroma_langgraph_node`."""
