@@ -1,4 +1,4 @@
-"""What LangGraph, LangChain and Deep Agents have in common: who counts the tokens of a model call, and what a message says."""
+"""Who counts the tokens of a model call, for LangGraph, LangChain and Deep Agents."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from uuid import UUID
 from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
-from stroma.adapters._calls import handed_on
+from stroma.adapters._langchain_messages import usage_of
+from stroma.adapters._steps import handed_on
 from stroma.context import NodeExecution, current_node
 from stroma.cost import BudgetExceeded, estimate_cost_usd
-from stroma.usage import Usage
 
-__all__ = ["counting", "usage_of"]
+__all__ = ["counting"]
 
 
 class _Counter(BaseCallbackHandler):
@@ -73,11 +73,11 @@ def _refuse_beyond_budget(node: NodeExecution) -> None:
         if inner.parent is None:
             break
         inner = inner.parent
-    for dimension, more in (("tokens", tokens), ("cost", cost)):
-        limit = dict(ctx.limits).get(dimension)  # type: ignore[call-overload]
-        used = ctx.cost_tracker.used(dimension) + more  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
-        if limit is not None and used > limit:
-            raise BudgetExceeded(dimension, limit, used, node.node_id)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+    more = {"tokens": tokens, "cost": cost}
+    for dimension, limit in ctx.limits:
+        used = ctx.cost_tracker.used(dimension) + more.get(dimension, 0)
+        if used > limit:
+            raise BudgetExceeded(dimension, limit, used, node.node_id)
 
 
 _COUNTER = _Counter()
@@ -93,43 +93,3 @@ def counting() -> Iterator[None]:
         yield
     finally:
         _HERE.reset(token)
-
-
-def usage_of(result: Any) -> Usage | None:
-    """What the messages of an ``LLMResult`` say that they used."""
-    used = [
-        _of_message(choice.message)
-        for prompt in result.generations
-        for choice in prompt
-        if hasattr(choice, "message")
-    ]
-    found = [usage for usage in used if usage is not None]
-    if not found:
-        return None
-    return found[0] if len(found) == 1 else _sum(found)
-
-
-def _of_message(message: Any) -> Usage | None:
-    said = getattr(message, "usage_metadata", None)
-    if not said:
-        return None
-    given, details = said.get("input_tokens", 0), said.get("input_token_details") or {}
-    cached = min(details.get("cache_read") or 0, given)
-    about = getattr(message, "response_metadata", None) or {}
-    return Usage(
-        given,
-        said.get("output_tokens", 0),
-        cached_input_tokens=cached,
-        cache_write_tokens=min(details.get("cache_creation") or 0, given - cached),
-        model=about.get("model_name") or about.get("model"),
-    )
-
-
-def _sum(parts: list[Usage]) -> Usage:
-    return Usage(
-        sum(part.input_tokens for part in parts),
-        sum(part.output_tokens for part in parts),
-        sum(part.cached_input_tokens for part in parts),
-        sum(part.cache_write_tokens for part in parts),
-        parts[0].model,
-    )

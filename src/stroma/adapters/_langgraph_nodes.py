@@ -8,15 +8,15 @@ from typing import Any
 from langchain_core.runnables import RunnableConfig
 from langgraph._internal._runnable import RunnableCallable
 from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
-from langgraph.types import Command
 
 from stroma._values import with_records
 from stroma.adapters._langchain import counting
+from stroma.adapters._langchain_messages import update
 from stroma.adapters.guard import GUARDED, Control, Guard
 from stroma.context import current_node
 from stroma.contracts import NodeContract
 
-__all__ = ["control", "guarded", "update"]
+__all__ = ["control", "guarded"]
 
 
 def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, Any] | None) -> Any:
@@ -55,15 +55,6 @@ def _given(state: Any, first: Any) -> Any:
     """The state itself; for another attempt, as it was before the first, which may have changed it."""
     node = current_node()
     return state if node is None or node.attempt == 1 else with_records(first, copy.copy)
-
-
-def update(result: Any) -> Any:
-    """What a node does to the state."""
-    if isinstance(result, Command):
-        return dict(result._update_as_tuples())
-    if isinstance(result, (list, tuple)):
-        return {key: value for part in result for key, value in dict(update(part)).items()}
-    return {} if result is None else result
 
 
 def control(error: BaseException) -> Control | None:

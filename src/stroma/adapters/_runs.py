@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import concurrent.futures
 import threading
-from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar, Token
 from typing import TYPE_CHECKING, Any, Self
@@ -14,7 +14,8 @@ from pydantic import BaseModel
 
 from stroma._engine import Halt
 from stroma.adapters._background import run_in_background
-from stroma.adapters._calls import Call, Halts, halt_behind
+from stroma.adapters._calls import Call
+from stroma.adapters._steps import Halts, halt_behind
 from stroma.adapters._views import given_to
 from stroma.context import ReliabilityContext
 from stroma.failures import Failure, FailureClass, NodeContext, diagnose
@@ -165,7 +166,7 @@ class GuardedRun:
         finally:
             _reset(token)
 
-    def over(self, start: Callable[[], Iterable[Any]]) -> Iterator[Any]:
+    def over(self, start: Callable[[], Iterable[Any]]) -> Generator[Any, None, Any]:
         """The parts that ``start()`` gives, each made inside this run, which ends with them. Use it in place of ``with``."""
         run_in_background(self.open())
         self._begin()

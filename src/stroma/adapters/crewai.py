@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import copy
-import functools
 import inspect
 from collections.abc import Callable
 from typing import Any
@@ -75,27 +74,13 @@ def _with_runs(target: Any, guard: Guard, *names: str) -> Any:
     """Make each call of some methods of an object a run."""
     for name in names:
         kickoff = getattr(target, name, None)
-        if kickoff is None or hasattr(kickoff, GUARDED):
-            continue
-        if inspect.iscoroutinefunction(kickoff):
-
-            async def run(*args: Any, _kickoff: Any = kickoff, **kwargs: Any) -> Any:
-                if guard.inside:
-                    return await _kickoff(*args, **kwargs)
-                async with guard.run({"inputs": kwargs.get("inputs", args[0] if args else None)}):
-                    return await _kickoff(*args, **kwargs)
-        else:
-
-            def run(*args: Any, _kickoff: Any = kickoff, **kwargs: Any) -> Any:
-                if guard.inside:
-                    return _kickoff(*args, **kwargs)
-                with guard.run({"inputs": kwargs.get("inputs", args[0] if args else None)}):
-                    return _kickoff(*args, **kwargs)
-
-        functools.update_wrapper(run, kickoff)
-        run.__dict__[GUARDED] = name
-        object.__setattr__(target, name, run)
+        if kickoff is not None and not hasattr(kickoff, GUARDED):
+            object.__setattr__(target, name, guard.each_call(kickoff, _inputs))
     return target
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"inputs": kwargs.get("inputs", args[0] if args else None)}
 
 
 class CrewAIAdapter:

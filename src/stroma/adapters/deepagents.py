@@ -54,10 +54,11 @@ class DeepAgentsAdapter:
         steps = {}
         found = False
         for name, node in agent.nodes.items():
-            bound = getattr(node, "bound", None) or getattr(node, "runnable", None)
+            bound: Any = getattr(node, "bound", None) or getattr(node, "runnable", None)
             func = marked(bound, getattr(bound, "func", None), getattr(bound, "afunc", None))
             if isinstance(bound, ToolNode):
-                found |= any([self._guard_tool(tool) for tool in bound.tools_by_name.values()])
+                for tool in bound.tools_by_name.values():
+                    found |= self._guard_tool(tool)
             if not name.startswith("__"):
                 steps[name] = (name, None) if func is None else marks_of(func, self.registry)
             found |= func is not None
@@ -71,7 +72,7 @@ class DeepAgentsAdapter:
         """Make a step of a tool's function, if it is marked."""
         hit = False
         for name in ("func", "coroutine"):
-            func = getattr(tool, name, None)
+            func: Any = getattr(tool, name, None)
             mark = marked(func)
             if mark is None:
                 continue

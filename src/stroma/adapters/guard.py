@@ -24,8 +24,9 @@ from typing import Any, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel
 
-from stroma.adapters._calls import Call, Control, Step, causes
+from stroma.adapters._calls import Call
 from stroma.adapters._runs import ACTIVE, GuardedRun
+from stroma.adapters._steps import Control, Step, causes
 from stroma.adapters._views import View, arguments_of, first_argument, violation
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract, check_id
@@ -103,6 +104,26 @@ class Guard:
     def aover(self, start: Callable[[], AsyncIterable[Any]], input: Any = None) -> AsyncIterator[Any]:
         """The same for an async framework."""
         return aiter(start()) if self.inside else self.run(input).aover(start)
+
+    def each_call(self, func: Callable[P, R], input: View) -> Callable[P, R]:
+        """A function or coroutine function, each call of which is a run, or part of the one of this guard around it."""
+        called: Callable[..., Any] = func
+
+        async def arun(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return await called(*args, **kwargs)
+            async with self.run(input(args, kwargs)):
+                return await called(*args, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return called(*args, **kwargs)
+            with self.run(input(args, kwargs)):
+                return called(*args, **kwargs)
+
+        made = functools.update_wrapper(arun if gives_coroutine(func) else run, func)
+        made.__dict__[GUARDED] = ""
+        return cast("Callable[P, R]", made)
 
     @property
     def current(self) -> GuardedRun:

@@ -9,7 +9,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 try:
@@ -17,7 +16,8 @@ try:
     from langchain_core.messages import ToolMessage
 
     from stroma.adapters._langchain import counting
-    from stroma.adapters._langgraph_nodes import control, update
+    from stroma.adapters._langchain_messages import answer_of, asked_of, result_of
+    from stroma.adapters._langgraph_nodes import control
     from stroma.adapters.langgraph import attach_steps
 except ImportError as error:
     raise ImportError("langchain is required for its adapter; pip install 'stroma[langchain]'") from error
@@ -39,7 +39,7 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
         self.guard = guard
         self._contracts = {name: contract_for(name, given) for name, given in (tools or {}).items()}
         self._checked = not self._contracts
-        self._model = Step("model", given=_asked, made=_answer, control=control)
+        self._model = Step("model", given=asked_of, made=answer_of, control=control)
 
     def attach(self, agent: Any) -> Any:
         """Make each call of the agent a run, and a step of what other middleware does around its model; returns it."""
@@ -70,7 +70,7 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
     def _tool(self, request: Any) -> Step:
         name = request.tool_call["name"]
         given = lambda args, _: args[0].tool_call["args"]  # noqa: E731
-        return Step(name, self._contracts.get(name), given=given, made=_result, control=_control)
+        return Step(name, self._contracts.get(name), given=given, made=result_of, control=_control)
 
     def _check(self, tools: Any) -> None:
         if not self._checked:
@@ -114,24 +114,3 @@ def _acounted(handler: Any) -> Any:
             return _judged(await handler(request))
 
     return acall
-
-
-def _asked(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": args[0].messages}
-
-
-def _answer(made: Any) -> Any:
-    made = getattr(made, "model_response", made)
-    return {
-        "messages": getattr(made, "result", [made]),
-        "structured_response": getattr(made, "structured_response", None),
-    }
-
-
-def _result(made: Any) -> Any:
-    if not isinstance(made, ToolMessage):
-        return update(made)
-    try:
-        return json.loads(made.content) if isinstance(made.content, str) else made.content
-    except ValueError:
-        return made.content

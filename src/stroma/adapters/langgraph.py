@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 try:
@@ -55,20 +55,22 @@ def attach_steps(
             graph.nodes[name] = node.copy({"bound": step})
         else:
             graph.nodes[name] = dataclasses.replace(node, runnable=step)
-    graph.__class__ = _graph_class(type(graph), guard)
+    kind: Any = type(graph)
+    graph.__class__ = _graph_class(kind, guard)
     return graph
 
 
 @functools.lru_cache(maxsize=256)
-def _graph_class(kind: Any, guard: Guard) -> Any:
+def _graph_class(kind: Any, guard: Any) -> Any:
     """The same class, whose calls are runs. A class, since LangGraph copies its graphs by their attributes."""
 
     def compile(self: Any, *args: Any, **kwargs: Any) -> Any:
         graph = kind.compile(self, *args, **kwargs)
-        graph.__class__ = _graph_class(type(graph), guard)
+        compiled: Any = type(graph)
+        graph.__class__ = _graph_class(compiled, guard)
         return graph
 
-    def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Iterator[Any]:
+    def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
         return guard.over(lambda: kind.stream(self, input, config, **kwargs), input)
 
     def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:

@@ -8,21 +8,20 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 try:
-    from pydantic_ai import Agent, ModelRetry, exceptions
+    from pydantic_ai import Agent, ModelRetry
     from pydantic_ai.capabilities import AbstractCapability
-    from pydantic_ai.models.wrapper import WrapperModel
+
+    from stroma.adapters._pydantic_ai_model import GuardedModel, control
 except ImportError as error:
     raise ImportError("pydantic-ai is required for its adapter; pip install 'stroma[pydantic-ai]'") from error
 
 from pydantic import BaseModel
 
 from stroma.adapters._views import violation
-from stroma.adapters.guard import Contracts, Control, Guard, Step, UnknownNode, contract_for
-from stroma.usage import Usage
+from stroma.adapters.guard import Contracts, Guard, Step, UnknownNode, contract_for
 
 __all__ = ["StromaCapability"]
 
@@ -46,7 +45,7 @@ class StromaCapability(AbstractCapability[Any]):
     async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
         name = getattr(ctx.agent, "name", None) or "agent"
         # Its models and tools had their retries.
-        step = Step(name, self._output, made=lambda result: result.output, control=_control, again=False)
+        step = Step(name, self._output, made=lambda result: result.output, control=control, again=False)
 
         async def run(_: Any) -> Any:
             return await handler()
@@ -59,11 +58,11 @@ class StromaCapability(AbstractCapability[Any]):
     async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
         if not self._checked:
             self._check(ctx.agent, request_context.model_request_parameters)
-        request_context.model = _GuardedModel(request_context.model, self.guard)
+        request_context.model = GuardedModel(request_context.model, self.guard)
         return request_context
 
     async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
-        step = Step(call.tool_name, self._tools.get(call.tool_name), control=_control)
+        step = Step(call.tool_name, self._tools.get(call.tool_name), control=control)
         return await self.guard.acall(step, handler, args)
 
     async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:
@@ -83,54 +82,3 @@ class StromaCapability(AbstractCapability[Any]):
                 have = ", ".join(map(repr, sorted(names))) or "none"
                 raise UnknownNode(f"there is no tool {name!r} to put a contract on; there is {have}")
         self._checked = True
-
-
-class _GuardedModel(WrapperModel):
-    """A model whose requests are steps: they may be made again, which the handlers around a request may not be."""
-
-    def __init__(self, wrapped: Any, guard: Guard) -> None:
-        super().__init__(wrapped)
-        about: dict[str, Any] = {"given": _asked, "made": _answer, "usage": _used, "control": _control}
-        self._request = guard.wrap("model", wrapped.request, **about)
-        last: Any = {"collect": lambda opened: opened[-1].get(), **about}
-        self._stream = guard.wrap("model", self._open, **last)
-
-    async def _open(self, *args: Any, **kwargs: Any) -> Any:
-        async with self.wrapped.request_stream(*args, **kwargs) as response:
-            yield response
-
-    async def request(self, *args: Any, **kwargs: Any) -> Any:
-        return await self._request(*args, **kwargs)
-
-    def request_stream(self, *args: Any, **kwargs: Any) -> Any:
-        return contextlib.asynccontextmanager(self._stream)(*args, **kwargs)
-
-
-def _control(error: BaseException) -> Control | None:
-    if isinstance(error, (exceptions.CallDeferred, exceptions.ApprovalRequired)):
-        return Control("suspended", type(error).__name__)
-    if isinstance(error, (exceptions.SkipToolExecution, exceptions.SkipModelRequest)):
-        return Control("returned", getattr(error, "result", None) or getattr(error, "response", None))
-    return Control("passed") if isinstance(error, _TOLD_TO_THE_MODEL) else None
-
-
-_TOLD_TO_THE_MODEL = tuple(
-    getattr(exceptions, name)
-    for name in ("ModelRetry", "ToolRetryError", "ToolFailed", "ToolFailedError")
-    if hasattr(exceptions, name)
-)
-
-
-def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": args[0] if args else kwargs.get("messages")}
-
-
-def _answer(response: Any) -> dict[str, Any]:
-    return {"model": response.model_name, "parts": response.parts}
-
-
-def _used(response: Any) -> Usage:
-    used = response.usage
-    cached = min(used.cache_read_tokens, used.input_tokens)
-    written = min(used.cache_write_tokens, used.input_tokens - cached)
-    return Usage(used.input_tokens, used.output_tokens, cached, written, response.model_name)
