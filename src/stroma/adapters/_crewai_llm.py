@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from stroma.adapters._views import newest_of
 from stroma.adapters.guard import GUARDED, Guard
 from stroma.context import NodeExecution, current_node
 from stroma.usage import Usage
@@ -85,4 +86,4 @@ class _Ledger:
 
 
 def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": args[0] if args else kwargs.get("messages")}
+    return newest_of(args[0] if args else kwargs.get("messages"))

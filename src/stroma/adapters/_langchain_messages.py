@@ -8,6 +8,7 @@ from typing import Any
 from langchain_core.messages import ToolMessage
 from langgraph.types import Command
 
+from stroma.adapters._views import newest_of
 from stroma.usage import Usage
 
 __all__ = ["answer_of", "asked_of", "result_of", "update", "usage_of"]
@@ -24,7 +25,7 @@ def update(result: Any) -> Any:
 
 def asked_of(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
     """What a model is asked."""
-    return {"messages": args[0].messages}
+    return newest_of(args[0].messages)
 
 
 def answer_of(made: Any) -> Any:

@@ -12,6 +12,7 @@ from agents.exceptions import (
     ToolOutputGuardrailTripwireTriggered,
 )
 
+from stroma.adapters._views import newest_of
 from stroma.adapters.guard import Control, Guard
 from stroma.usage import Usage, usage_from
 
@@ -74,7 +75,7 @@ _TRIPWIRES = (
 
 
 def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"input": args[1] if len(args) > 1 else kwargs.get("input")}
+    return newest_of(args[1] if len(args) > 1 else kwargs.get("input"))
 
 
 def _answer(response: Any) -> dict[str, Any]:

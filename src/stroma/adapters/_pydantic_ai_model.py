@@ -8,6 +8,7 @@ from typing import Any
 from pydantic_ai import exceptions
 from pydantic_ai.models.wrapper import WrapperModel
 
+from stroma.adapters._views import newest_of
 from stroma.adapters.guard import Control, Guard
 from stroma.usage import Usage
 
@@ -53,7 +54,7 @@ _TOLD_TO_THE_MODEL = tuple(
 
 
 def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
-    return {"messages": args[0] if args else kwargs.get("messages")}
+    return newest_of(args[0] if args else kwargs.get("messages"))
 
 
 def _answer(response: Any) -> dict[str, Any]:

@@ -14,7 +14,16 @@ from stroma.nodes import Kept
 from stroma.schemas import schema_of
 from stroma.trace import jsonable
 
-__all__ = ["View", "arguments_of", "as_it_is", "first_argument", "given_to", "made_by", "violation"]
+__all__ = [
+    "View",
+    "arguments_of",
+    "as_it_is",
+    "first_argument",
+    "given_to",
+    "made_by",
+    "newest_of",
+    "violation",
+]
 
 _DEEPEST: Final = 20
 #: What is to be seen of a call's positional and keyword arguments.
@@ -53,6 +62,13 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     if args:
         return args[0]
     return kwargs.get("state", next(iter(kwargs.values()), None))
+
+
+def newest_of(messages: Any) -> dict[str, Any]:
+    """What a model is asked: the newest message, and how many there are. Kept whole, a conversation would grow as its square."""
+    if isinstance(messages, (list, tuple)):
+        return {"messages": len(messages), "newest": messages[-1] if messages else None}
+    return {"messages": 1, "newest": messages}
 
 
 def as_it_is(value: Any) -> Any:
