@@ -8,7 +8,9 @@ import contextvars
 import dataclasses
 import functools
 import gc
+import importlib
 import inspect
+import subprocess
 import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
@@ -1394,3 +1396,36 @@ def test_a_run_config_is_not_changed() -> None:
         pass
     assert (run.ctx.run_id, run.ctx.pipeline) == ("other", "named")
     assert (config.run_id, config.pipeline) == ("mine", "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("name", "extra"),
+    [
+        ("LangGraphAdapter", "langgraph"),
+        ("stroma_langgraph_node", "langgraph"),
+        ("CrewAIAdapter", "crewai"),
+        ("stroma_crewai_step", "crewai"),
+        ("DeepAgentsAdapter", "deepagents"),
+        ("stroma_deepagents_node", "deepagents"),
+    ],
+)
+def test_a_framework_that_is_missing_says_how_to_install_it(name: str, extra: str) -> None:
+    """The published names of frameworks are there with their framework; without it, the error ends with the mend."""
+    with pytest.raises(ImportError, match=rf"is required for its adapter.*pip install 'stroma\[{extra}\]'"):
+        importlib.import_module("stroma.adapters").__getattr__(name)
+
+
+@pytest.mark.parametrize(
+    ("module", "extra"),
+    [("langchain", "langchain"), ("pydantic_ai", "pydantic-ai"), ("openai_agents", "openai-agents")],
+)
+def test_an_adapter_module_without_its_framework_says_how_to_install_it(module: str, extra: str) -> None:
+    with pytest.raises(ImportError, match=rf"is required for its adapter.*pip install 'stroma\[{extra}\]'"):
+        importlib.import_module(f"stroma.adapters.{module}")
+
+
+def test_importing_the_guard_imports_no_framework() -> None:
+    """Nothing of a framework is loaded before its adapter is asked for."""
+    code = "import stroma.adapters.guard, sys; print(sorted({'langgraph', 'langchain_core', 'agents'} & set(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -17,31 +17,46 @@ if TYPE_CHECKING:
         TurnAdapter,
         extract_state_dict,
     )
+    from stroma.adapters.crewai import CrewAIAdapter, stroma_crewai_step
+    from stroma.adapters.deepagents import DeepAgentsAdapter, stroma_deepagents_node
     from stroma.adapters.guard import Control, Guard, GuardedRun, UnknownNode, what_stopped
+    from stroma.adapters.langgraph import LangGraphAdapter, stroma_langgraph_node
 
 _HOMES = {
     "Control": "guard",
+    "CrewAIAdapter": "crewai",
+    "DeepAgentsAdapter": "deepagents",
     "FrameworkAdapter": "base",
     "Guard": "guard",
     "GuardedRun": "guard",
+    "LangGraphAdapter": "langgraph",
     "LoopAdapter": "base",
     "StepInterceptor": "base",
     "TurnAdapter": "base",
     "UnknownNode": "guard",
     "extract_state_dict": "base",
+    "stroma_crewai_step": "crewai",
+    "stroma_deepagents_node": "deepagents",
+    "stroma_langgraph_node": "langgraph",
     "what_stopped": "guard",
 }
 
 __all__ = [
     "Control",
+    "CrewAIAdapter",
+    "DeepAgentsAdapter",
     "FrameworkAdapter",
     "Guard",
     "GuardedRun",
+    "LangGraphAdapter",
     "LoopAdapter",
     "StepInterceptor",
     "TurnAdapter",
     "UnknownNode",
     "extract_state_dict",
+    "stroma_crewai_step",
+    "stroma_deepagents_node",
+    "stroma_langgraph_node",
     "what_stopped",
 ]
 

@@ -20,7 +20,7 @@ try:
     from stroma.adapters._crewai_llm import guard_llm
 except ImportError as error:
     raise ImportError(
-        "crewai is required for its adapter (on Python before 3.14); pip install 'stroma[crewai]'"
+        "crewai is required for its adapter (on Python before 3.14); install it with: pip install 'stroma[crewai]'"
     ) from error
 
 from stroma.adapters._marks import marked, marks_of

@@ -13,7 +13,9 @@ try:
 
     from stroma.adapters.langgraph import attach_steps
 except ImportError as error:
-    raise ImportError("deepagents is required for its adapter; pip install 'stroma[deepagents]'") from error
+    raise ImportError(
+        "deepagents is required for its adapter; install it with: pip install 'stroma[deepagents]'"
+    ) from error
 
 from stroma.adapters._marks import marked, marks_of
 from stroma.adapters.guard import GUARDED, Guard

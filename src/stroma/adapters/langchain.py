@@ -20,7 +20,9 @@ try:
     from stroma.adapters._langgraph_nodes import control
     from stroma.adapters.langgraph import attach_steps
 except ImportError as error:
-    raise ImportError("langchain is required for its adapter; pip install 'stroma[langchain]'") from error
+    raise ImportError(
+        "langchain is required for its adapter; install it with: pip install 'stroma[langchain]'"
+    ) from error
 
 from stroma.adapters.guard import Contracts, Control, Guard, Step, contract_for
 

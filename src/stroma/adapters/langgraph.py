@@ -19,7 +19,9 @@ try:
 
     from stroma.adapters._langgraph_nodes import guarded
 except ImportError as error:
-    raise ImportError("langgraph is required for its adapter; pip install 'stroma[langgraph]'") from error
+    raise ImportError(
+        "langgraph is required for its adapter; install it with: pip install 'stroma[langgraph]'"
+    ) from error
 
 from stroma.adapters._marks import marked, marks_of
 from stroma.adapters.guard import GUARDED, Contracts, Guard

@@ -18,7 +18,7 @@ try:
     from stroma.adapters._openai_agents_tools import guarded
 except ImportError as error:
     raise ImportError(
-        "openai-agents is required for its adapter; pip install 'stroma[openai-agents]'"
+        "openai-agents is required for its adapter; install it with: pip install 'stroma[openai-agents]'"
     ) from error
 
 from stroma.adapters.guard import Contracts, Guard, Step

@@ -16,12 +16,14 @@ try:
 
     from stroma.adapters._pydantic_ai_model import GuardedModel, control
 except ImportError as error:
-    raise ImportError("pydantic-ai is required for its adapter; pip install 'stroma[pydantic-ai]'") from error
+    raise ImportError(
+        "pydantic-ai is required for its adapter; install it with: pip install 'stroma[pydantic-ai]'"
+    ) from error
 
 from pydantic import BaseModel
 
 from stroma.adapters._views import violation
-from stroma.adapters.guard import Contracts, Guard, Step, UnknownNode, contract_for
+from stroma.adapters.guard import Contracts, Guard, Step, contract_for
 
 __all__ = ["StromaCapability"]
 
@@ -73,12 +75,9 @@ class StromaCapability(AbstractCapability[Any]):
         return output
 
     def _check(self, agent: Any, parameters: Any) -> None:
-        """Raise UnknownNode for a contract of no tool, of those that are offered and those that are only defined."""
+        """Refuse a contract of no tool, of those that are offered and those that are only defined."""
         names = {tool.name for tool in (*parameters.function_tools, *parameters.output_tools)}
         for toolset in agent.toolsets if isinstance(agent, Agent) else ():
             names |= set(getattr(toolset, "tools", ()))
-        for name in self._tools:
-            if name not in names:
-                have = ", ".join(map(repr, sorted(names))) or "none"
-                raise UnknownNode(f"there is no tool {name!r} to put a contract on; there is {have}")
+        self.guard.contracts(self._tools, names, "tool")
         self._checked = True

@@ -23,8 +23,15 @@ from stroma import (
     SQLiteStore,
     StromaRunner,
 )
-from stroma.adapters import FrameworkAdapter, Guard, UnknownNode, what_stopped
-from stroma.adapters.crewai import CrewAIAdapter, attach, guard_llm, stroma_crewai_step
+from stroma.adapters import (
+    CrewAIAdapter,
+    FrameworkAdapter,
+    Guard,
+    UnknownNode,
+    stroma_crewai_step,
+    what_stopped,
+)
+from stroma.adapters.crewai import attach, guard_llm
 
 KINDS = ["kickoff", "kickoff_async"]
 

@@ -21,8 +21,7 @@ from stroma import (
     RunStatus,
     StromaRunner,
 )
-from stroma.adapters import FrameworkAdapter, Guard
-from stroma.adapters.deepagents import DeepAgentsAdapter, stroma_deepagents_node
+from stroma.adapters import DeepAgentsAdapter, FrameworkAdapter, Guard, stroma_deepagents_node
 from stroma.adapters.langchain import StromaMiddleware
 
 TASK = ("task", {"description": "look", "subagent_type": "general-purpose"})

@@ -30,8 +30,8 @@ from stroma import (
     SQLiteStore,
     StromaRunner,
 )
-from stroma.adapters import FrameworkAdapter, UnknownNode
-from stroma.adapters.langgraph import LangGraphAdapter, attach, stroma_langgraph_node
+from stroma.adapters import FrameworkAdapter, LangGraphAdapter, UnknownNode, stroma_langgraph_node
+from stroma.adapters.langgraph import attach
 
 KINDS = ["invoke", "ainvoke", "stream", "astream"]
 
