@@ -450,6 +450,19 @@ class PassengerObject:
         self.name = name
 
 
+class SlottedPassenger:
+    """Nothing of it is in a ``__dict__``."""
+
+    __slots__ = ("_name",)
+
+    def __init__(self, name: Any) -> None:
+        self._name = name
+
+    @property
+    def name(self) -> Any:
+        return self._name
+
+
 class Trip(BaseModel):
     passenger: Passenger
 
@@ -475,8 +488,9 @@ def test_states_of_any_kind_are_validated_by_their_attributes(state: Any) -> Non
 def test_objects_deep_inside_are_validated_by_their_attributes() -> None:
     contract = NodeContract(node_id="it", input_schema=Trip, output_schema=Trip)
     step = guard_of().wrap_step("it", lambda state: state, contract)
-    trip = {"passenger": PassengerObject("Ada")}
-    assert step(trip) is trip
+    for passenger in (PassengerObject("Ada"), SlottedPassenger("Ada")):
+        trip = {"passenger": passenger}
+        assert step(trip) is trip
     with pytest.raises(ContractViolation, match=r"passenger\.name"):
         step({"passenger": PassengerObject(7)})
 
@@ -814,11 +828,13 @@ def test_what_stopped_it_is_found_behind_what_the_framework_made_of_it() -> None
     model = guard.wrap("model", lambda: "x", usage=lambda _: Usage(8, 2))
 
     def framework() -> None:
+        failed: list[Exception] = [KeyError(1)]
         try:
-            try:
-                model()
-            except Exception as error:
-                raise RuntimeError("pipeline failed") from ExceptionGroup("tasks", [KeyError(1), error])
+            model()
+        except Exception as error:
+            failed.append(error)
+        try:
+            raise RuntimeError("pipeline failed") from ExceptionGroup("tasks", failed)
         except RuntimeError:
             raise OSError("agent failed")  # noqa: B904
 
@@ -1429,3 +1445,49 @@ def test_importing_the_guard_imports_no_framework() -> None:
     code = "import stroma.adapters.guard, sys; print(sorted({'langgraph', 'langchain_core', 'agents'} & set(sys.modules)))"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+@pytest.mark.parametrize("kind", ["sync", "async"])
+def test_spans_of_steps_nest(kind: str) -> None:
+    """OpenTelemetry sees steps as it sees nodes: under the run, under the step around, and current inside the function."""
+    from opentelemetry import trace
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from stroma.telemetry import otel_hooks
+
+    exporter, provider = InMemorySpanExporter(), TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    guard = guard_of(hooks=otel_hooks(tracer=provider))
+    current: list[int] = []
+
+    def look(_: Any) -> None:
+        current.append(trace.get_current_span().get_span_context().span_id)
+
+    tool = guard.wrap("tool", _made(kind, look), usage=lambda _: Usage(3, 4))
+
+    def agent() -> Any:
+        look(None)
+        return tool("x")
+
+    async def aagent() -> Any:
+        look(None)
+        return await tool("x")
+
+    step = guard.wrap("agent", agent if kind == "sync" else aagent)
+    with guard.run(pipeline="trip"):
+        _drive(lambda: step())
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    assert set(spans) == {"invoke_workflow trip", "stroma.node agent", "stroma.node tool"}
+    ids = {name: span.context.span_id for name, span in spans.items() if span.context is not None}
+    outer, inner = spans["stroma.node agent"], spans["stroma.node tool"]
+    assert outer.parent is not None
+    assert outer.parent.span_id == ids["invoke_workflow trip"]
+    assert inner.parent is not None
+    assert inner.parent.span_id == ids["stroma.node agent"]
+    assert current == [ids["stroma.node agent"], ids["stroma.node tool"]]
+    assert inner.attributes is not None
+    assert inner.attributes["stroma.tokens"] == 7
+    assert outer.attributes is not None
+    assert outer.attributes.get("stroma.tokens", 0) == 0
