@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import functools
+import inspect
 import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
+from stroma.adapters._own import guard_methods
 from stroma.adapters._views import newest_of
-from stroma.adapters.guard import GUARDED, Guard
-from stroma.context import NodeExecution, current_node
+from stroma.adapters.guard import Guard
+from stroma.context import current_node
 from stroma.usage import Usage
 
 __all__ = ["guard_llm"]
@@ -18,34 +17,25 @@ __all__ = ["guard_llm"]
 
 def guard_llm(llm: Any, guard: Guard) -> Any:
     """Make steps of the calls of an LLM; changes it and returns it."""
-    if hasattr(llm.call, GUARDED):
-        return llm
-    call, acall, ledger = llm.call, llm.acall, _Ledger(llm)
+    ledger = _Ledger(llm)
 
-    def counted(*args: Any, **kwargs: Any) -> Any:
-        with ledger.open():
-            return call(*args, **kwargs)
+    def around(bare: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return bare(*args, **kwargs)
+            finally:
+                ledger.book()
 
-    async def acounted(*args: Any, **kwargs: Any) -> Any:
-        with ledger.open():
-            return await acall(*args, **kwargs)
+        async def acall(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return await bare(*args, **kwargs)
+            finally:
+                ledger.book()
 
-    about: Any = {"given": _asked, "made": lambda answer: {"answer": answer}}
-    step, astep = guard.wrap("llm", counted, **about), guard.wrap("llm", acounted, **about)
+        return acall if inspect.iscoroutinefunction(bare) else call
 
-    @functools.wraps(call)
-    def guarded(*args: Any, **kwargs: Any) -> Any:
-        # An LLM may make one of its calls by another.
-        return call(*args, **kwargs) if ledger.is_open() else step(*args, **kwargs)
-
-    @functools.wraps(acall)
-    async def aguarded(*args: Any, **kwargs: Any) -> Any:
-        return await (acall(*args, **kwargs) if ledger.is_open() else astep(*args, **kwargs))
-
-    guarded.__dict__[GUARDED] = "llm"
-    object.__setattr__(llm, "call", guarded)
-    object.__setattr__(llm, "acall", aguarded)
-    return llm
+    answer = lambda made: {"answer": made}  # noqa: E731
+    return guard_methods(llm, ("call", "acall"), guard, "llm", around, given=_asked, made=answer)
 
 
 class _Ledger:
@@ -60,23 +50,10 @@ class _Ledger:
         kept = self._llm._token_usage
         return kept["prompt_tokens"], kept["completion_tokens"], kept.get("cached_prompt_tokens", 0)
 
-    def is_open(self) -> bool:
-        """Whether a call of this LLM is the step that is under way."""
-        node = current_node()
-        return node is not None and self in node.notes
-
-    @contextmanager
-    def open(self) -> Iterator[None]:
-        """Around a call: what it used is counted on its step, of a failed one too."""
+    def book(self) -> None:
+        """Count what is new on the step that is under way; of a failed call, too."""
         node = current_node()
         assert node is not None
-        node.notes[self] = True
-        try:
-            yield
-        finally:
-            self._book(node)
-
-    def _book(self, node: NodeExecution) -> None:
         with self._lock:
             now, before = self._counted(), self._booked
             self._booked = now

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import copy
 from typing import Any
 
 from langchain_core.runnables import RunnableConfig
 from langgraph._internal._runnable import RunnableCallable
 from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
 
-from stroma._values import with_records
 from stroma.adapters._langchain import counting
 from stroma.adapters._langchain_messages import update
+from stroma.adapters._steps import as_at_first, kept_for_retries
 from stroma.adapters.guard import GUARDED, Control, Guard
-from stroma.context import current_node
 from stroma.contracts import NodeContract
 
 __all__ = ["control", "guarded"]
@@ -24,11 +22,11 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
 
     def call(state: Any, config: Any, first: Any) -> Any:
         with counting():
-            return inner.invoke(_given(state, first), config)
+            return inner.invoke(as_at_first(state, first), config)
 
     async def acall(state: Any, config: Any, first: Any) -> Any:
         with counting():
-            return await inner.ainvoke(_given(state, first), config)
+            return await inner.ainvoke(as_at_first(state, first), config)
 
     options: Any = {
         "contract": contract,
@@ -40,21 +38,15 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
 
     def func(state: Any, config: RunnableConfig) -> Any:
         _ = inner  # LangGraph looks for subgraphs in the variables of this function.
-        return step(state, config, with_records(state, copy.copy))
+        return step(state, config, kept_for_retries(state))
 
     async def afunc(state: Any, config: RunnableConfig) -> Any:
-        return await astep(state, config, with_records(state, copy.copy))
+        return await astep(state, config, kept_for_retries(state))
 
     func.__dict__[GUARDED] = step_id
     return RunnableCallable(
         func, afunc, name=getattr(inner, "name", None) or step_id, trace=False, recurse=False
     )
-
-
-def _given(state: Any, first: Any) -> Any:
-    """The state itself; for another attempt, as it was before the first, which may have changed it."""
-    node = current_node()
-    return state if node is None or node.attempt == 1 else with_records(first, copy.copy)
 
 
 def control(error: BaseException) -> Control | None:

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import copy
 import itertools
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from stroma._engine import Halt
+from stroma._values import with_records
 from stroma.adapters._views import View, as_it_is, first_argument
 from stroma.context import NodeExecution, current_node
 from stroma.contracts import NodeContract
 from stroma.trace import CHILDREN, USAGE, Row, TraceEvent
 
 __all__ = [
-    "Begun", "Control", "Halts", "Inside", "Invoke", "Step", "causes", "counted", "halt_behind", "handed_on",
+    "Begun", "Control", "Halts", "Inside", "Invoke", "Step", "as_at_first", "causes", "counted", "halt_behind",
+    "handed_on", "kept_for_retries",
 ]  # fmt: skip
 
 
@@ -100,6 +103,17 @@ class Inside:
             found.attempt, found.halts, found.handed_on = execution.attempt, [], False
             execution.children, execution.busy_ns, execution.running = [], 0, 0
         return found
+
+
+def kept_for_retries(state: Any) -> Any:
+    """A state as it is now: in containers of its own, which hold the very objects."""
+    return with_records(state, copy.copy)
+
+
+def as_at_first(state: Any, kept: Any) -> Any:
+    """A state itself; for another attempt of the step here, as it was kept before the first, which may have changed it."""
+    node = current_node()
+    return state if node is None or node.attempt == 1 else kept_for_retries(kept)
 
 
 def handed_on() -> None:
