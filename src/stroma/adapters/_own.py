@@ -10,7 +10,7 @@ from typing import Any
 from stroma.adapters.guard import GUARDED, Guard
 from stroma.context import current_node
 
-__all__ = ["guard_methods"]
+__all__ = ["guard_methods", "own_method"]
 
 
 def guard_methods(
@@ -21,12 +21,20 @@ def guard_methods(
     ``around(bare)``: what is called in the place of a method, sync or async like it.
     """
     for name in names:
-        bare = getattr(owner, name, None)
+        bare = own_method(owner, name)
         if bare is not None and not hasattr(bare, GUARDED):
             object.__setattr__(
                 owner, name, _guarded(owner, bare, guard.wrap(step_id, _noted(owner, around(bare)), **about))
             )
     return owner
+
+
+def own_method(owner: Any, name: str) -> Any:
+    """A method of an object, or None; not by getattr(), which DSPy takes for a call."""
+    try:
+        return object.__getattribute__(owner, name)
+    except AttributeError:
+        return None
 
 
 def _noted(owner: Any, call: Any) -> Any:
