@@ -961,6 +961,38 @@ async def test_a_stream_that_nobody_reads_to_its_end_is_cancelled(kind: str) -> 
     assert seen.events == [("node_start", "it"), ("node_cancelled", "it")]
 
 
+@pytest.mark.parametrize("kind", ["stream", "astream"])
+def test_what_an_abandoned_stream_has_used_so_far_counts(kind: str) -> None:
+    """G6: a reader that goes away half-way has paid for what came; a stream that cannot say so yet ends all the same."""
+
+    def source() -> Any:
+        yield from range(9)
+
+    async def asource() -> Any:
+        for n in range(9):
+            yield n
+
+    async def read(step: Any) -> None:
+        if kind == "stream":
+            stream = step()
+            next(stream)
+            next(stream)
+            stream.close()
+        else:
+            astream = step()
+            await anext(astream)
+            await anext(astream)
+            await astream.aclose()
+
+    guard = guard_of()
+    func = source if kind == "stream" else asource
+    asyncio.run(read(guard.wrap("it", func, usage=lambda chunks: Usage(len(chunks)))))
+    asyncio.run(read(guard.wrap("it", func, usage=lambda chunks: 1 // 0)))
+    events = list(guard.current.ctx.trace)
+    assert [(event.outcome, event.usage.tokens) for event in events] == [("cancelled", 2), ("cancelled", 0)]
+    assert guard.current.ctx.cost_tracker.total_tokens == 2
+
+
 def test_steps_between_the_chunks_of_a_stream_are_not_inside_it() -> None:
     """What the reader of a stream does between two chunks has the reader's place; what its source does has the stream's."""
     guard = guard_of()

@@ -31,4 +31,4 @@ def no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 
 if _WANTED is not None:
     # Before anything is collected: without its framework, its tests fail and do not vanish.
-    importlib.import_module({"pydantic_ai": "pydantic_ai", "openai_agents": "agents"}.get(_WANTED, _WANTED))
+    importlib.import_module({"openai_agents": "agents", "google_adk": "google.adk"}.get(_WANTED, _WANTED))

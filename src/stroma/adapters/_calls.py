@@ -37,7 +37,19 @@ class Undeclared(TypeError):
 class Call:
     """One call of a guarded callable. Make it, drive it in one of the four ways, once."""
 
-    __slots__ = ("args", "chunks", "count", "error", "func", "kwargs", "run", "step", "stopped", "value")
+    __slots__ = (
+        "args",
+        "chunks",
+        "count",
+        "error",
+        "execution",
+        "func",
+        "kwargs",
+        "run",
+        "step",
+        "stopped",
+        "value",
+    )
 
     def __init__(
         self,
@@ -55,6 +67,7 @@ class Call:
         self.stopped = False
         self.chunks: list[Any] | None = None
         self.count = 0
+        self.execution: NodeExecution | None = None
 
     # ------------------------------------------------------------------ four ways to be called
 
@@ -127,6 +140,7 @@ class Call:
                     else:
                         advance = None if sent is None else partial(source.send, sent)
         except BaseException:
+            self._abandoned()
             cancel()
             while isinstance(inbox.get(), Turn):
                 pass
@@ -173,6 +187,7 @@ class Call:
                     else:
                         advance = None if sent is None else partial(source.asend, sent)
         except BaseException:
+            self._abandoned()
             engine.cancel()
             await asyncio.wait([engine])
             if not engine.cancelled():
@@ -186,6 +201,18 @@ class Call:
             if self.chunks is None:
                 self.chunks = []
             self.chunks.append(chunk)
+
+    def _abandoned(self) -> None:
+        """Nobody reads the stream any further: what its parts say that it used is paid for all the same."""
+        if self.count and self.step.usage is not None and self.execution is not None:
+            try:
+                response = self.step.usage(self._streamed(None))
+                if response is not None:
+                    self.execution.report_usage(response)
+            except Exception:  # The part that has the usage did not come.
+                self.run.ctx.run_logger.debug(
+                    "step %r was abandoned before it said what it used", self.step.step_id
+                )
 
     @property
     def _collects(self) -> bool:
@@ -220,6 +247,7 @@ class Call:
             self.error, self.stopped = None, False
             execution = CURRENT.get()
             assert execution is not None
+            self.execution = execution
             inside = Inside.of(execution)
             execution.enter(perf_counter_ns())
             try:
