@@ -72,7 +72,7 @@ class _Tracker(UsageTracker):
         super().__init__()
         outer = dspy.settings.usage_tracker
         #: The one of the user's, around all steps.
-        self.users = outer.users if isinstance(outer, _Tracker) else outer
+        self.users: Any = outer.users if isinstance(outer, _Tracker) else outer
 
     def add_usage(self, lm: str, usage_entry: Any) -> None:
         super().add_usage(lm, usage_entry)

@@ -62,7 +62,8 @@ def each_run(runner: Any, guard: Guard) -> Any:
 
 def _inside(agent: Any) -> list[Any]:
     """The agents with a model that are reached from an agent, each once."""
-    waiting, found = [agent], []
+    waiting: list[Any] = [agent]
+    found: list[Any] = []
     for each in waiting:
         if isinstance(each, LlmAgent) and not any(each is known for known in found):
             found.append(each)

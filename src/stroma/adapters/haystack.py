@@ -59,17 +59,17 @@ def _guard_component(
     generator = getattr(component, "chat_generator", None)
     if generator is not None:  # An agent's.
         _guard_component(generator, guard, f"{name}.chat_generator", None)
-    about: Any = {"given": lambda _, kwargs: kwargs, "usage": _used, "control": _control}
+    passes = lambda error: Control("passed") if isinstance(error, BreakpointException) else None  # noqa: E731
+    about: Any = {"given": lambda _, kwargs: kwargs, "usage": _used, "control": passes}
     guard_methods(component, ("run", "run_async"), guard, name, _around, contract=contract, **about)
     if getattr(component, "streaming_callback", None) is not None:
         component.streaming_callback = _told(component.streaming_callback)
 
 
 def _around(bare: Any) -> Any:
-    """A component's method, for each attempt with copies of its inputs, and with a stream that is told of."""
+    """A component's method, with copies of its inputs for each attempt, and with a stream that is told of."""
 
     def inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
-        # The pipeline has made these for this call: what changes them may have a copy, for a retry to find them unchanged.
         made: dict[str, Any] = kept_for_retries(kwargs)
         if made.get("streaming_callback") is not None:
             made["streaming_callback"] = _told(made["streaming_callback"])
@@ -102,7 +102,7 @@ def _told(callback: Any) -> Any:
 
 
 def _used(result: Any) -> Usage | None:
-    """What the replies say that they used. All choices of one answer say the same, which was used once."""
+    """What the replies say. All choices of one answer say the same, which was used once."""
     metas = [getattr(reply, "meta", None) for reply in result.get("replies") or ()]
     beside = result.get("meta")  # Of generators of plain text, and of embedders.
     metas += beside if isinstance(beside, list) else [beside]
@@ -113,10 +113,6 @@ def _used(result: Any) -> Usage | None:
             except UsageError:
                 continue
     return None
-
-
-def _control(error: BaseException) -> Control | None:
-    return Control("passed") if isinstance(error, BreakpointException) else None
 
 
 def _data(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
