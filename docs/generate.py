@@ -134,7 +134,12 @@ def error_classes() -> list[ErrorClass]:
             home = "stroma" if node.name in stroma.__all__ else module
             if any(part.startswith("_") for part in home.split(".")):
                 continue
-            cls = getattr(importlib.import_module(module), node.name, None)
+            try:
+                cls = getattr(importlib.import_module(module), node.name, None)
+            except (
+                ImportError
+            ):  # The adapter of a framework, which is not in the lock; it raises the errors of others.
+                continue
             if isinstance(cls, type) and issubclass(cls, BaseException) and cls.__module__ == module:
                 summary, parts = read_docstring(inspect.getdoc(cls) or "")
                 bases = tuple(base.__name__ for base in cls.__bases__)

@@ -85,7 +85,10 @@ class Halt:
 
 
 class GroupStopped(Exception):
-    """A child of a group stopped for good; the group fails with the child's own exception."""
+    """What is inside stopped for good: a child of a group, or a step that the guard of an adapter knows of.
+
+    The execution around it fails with the inner one's own exception and class.
+    """
 
     def __init__(self, halt: Halt) -> None:
         super().__init__(halt)

@@ -825,12 +825,14 @@ class ReliabilityContext:
         number = self._calls[step_id]
         self._calls[step_id] += 1
         position = self._recorded.get((step_id, number))
-        if position is None:
-            while (self._next_position, "") in self.restored:
-                self._next_position += 1
-            position = self._next_position
+        return self.free_position() if position is None else position, number
+
+    def free_position(self) -> int:
+        """The next position of plain code that nothing has, and nothing is recorded at."""
+        while (self._next_position, "") in self.restored:
             self._next_position += 1
-        return position, number
+        self._next_position += 1
+        return self._next_position - 1
 
     def contract_of(self, node: Node) -> NodeContract[Any, Any] | None:
         """The contract a node runs under: the registry's, else its marker's."""

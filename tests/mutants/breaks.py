@@ -4280,8 +4280,179 @@ SHOWING = (
     ),
 )
 
+
+# ---------------------------------------------------------------------- adapters
+
+
+def _guard(names: str) -> tuple[str, ...]:
+    return _tests("adapters/test_guard.py", names)
+
+
+ADAPTERS = (
+    Break(
+        "stream-again",
+        "A stream is not tried again after its first part.",
+        "adapters/_calls.py",
+        "if self.count or inside.handed_on or not step.again:",
+        "if inside.handed_on or not step.again:",
+        _guard("test_a_stream_is_retried_until_its_first_chunk_and_never_after"),
+    ),
+    Break(
+        "again-all-the-same",
+        "A step that must not be called again is not.",
+        "adapters/_calls.py",
+        "if self.count or inside.handed_on or not step.again:",
+        "if self.count or inside.handed_on:",
+        _guard("test_a_step_that_must_not_be_called_again_is_not"),
+    ),
+    Break(
+        "retries-multiply",
+        "What an inner step gave up is not tried again around it.",
+        "adapters/_calls.py",
+        "halt.partial or not terminal, spent=halt.spent",
+        "halt.partial, spent=halt.spent",
+        _guard("test_retries_do_not_multiply_with_depth"),
+    ),
+    Break(
+        "policy-not-asked",
+        "A step that node_policies names is tried again.",
+        "adapters/_calls.py",
+        "halt is not None and step.step_id not in ctx.step_policies",
+        "halt is not None",
+        _guard("test_a_level_that_is_given_a_policy_does_try_again"),
+    ),
+    Break(
+        "causes-alone",
+        "What stopped a run is found in groups of exceptions, too.",
+        "adapters/_steps.py",
+        "waiting += found.exceptions",
+        "pass",
+        _guard("test_what_stopped_it_is_found_behind_what_the_framework_made_of_it"),
+    ),
+    Break(
+        "no-contexts",
+        "What stopped a run is found where it was only being handled.",
+        "adapters/_steps.py",
+        "waiting += [found.__cause__, found.__context__]",
+        "waiting += [found.__cause__]",
+        _guard("test_retries_do_not_multiply_with_depth"),
+    ),
+    Break(
+        "booked-twice",
+        "Tokens are booked by the innermost step alone.",
+        "adapters/_calls.py",
+        "if not (counted_in or counted_out):",
+        "if True:",
+        _guard("test_only_the_innermost_step_books_what_was_used"),
+    ),
+    Break(
+        "children-of-all-attempts",
+        "An attempt shows its own children.",
+        "adapters/_steps.py",
+        "execution.children, execution.busy_ns, execution.running = [], 0, 0",
+        "execution.children = execution.children or []",
+        _guard("test_a_failed_attempt_has_its_own_children"),
+    ),
+    Break(
+        "steering-is-failure",
+        "An exception that steers is no failure to retry.",
+        "adapters/_calls.py",
+        "control = None if step.control is None else step.control(error)",
+        "control = None",
+        _guard("test_exceptions_that_steer_pass_untouched_and_are_not_retried"),
+    ),
+    Break(
+        "returned-is-lost",
+        "An exception that is a way to return comes out as itself.",
+        "adapters/_calls.py",
+        "if self.error is not None:  # Its way to return.",
+        "if False:",
+        _guard("test_exceptions_that_steer_pass_untouched_and_are_not_retried"),
+    ),
+    Break(
+        "no-attributes",
+        "Objects are judged by their attributes.",
+        "adapters/_views.py",
+        "from_attributes=True",
+        "from_attributes=False",
+        _guard("test_objects_deep_inside_are_validated_by_their_attributes"),
+    ),
+    Break(
+        "spans-left-behind",
+        "What a start hook sets is current inside a sync step.",
+        "adapters/_background.py",
+        "if base.get(var, _MISSING) is not value",
+        "if False",
+        _guard("test_context_variables_are_kept test_spans_of_steps_nest"),
+    ),
+    Break(
+        "waits-for-itself",
+        "A sync step that a hook calls does not wait for the loop that it blocks.",
+        "adapters/_background.py",
+        'return _Loop().loop if here.name == "stroma-guard" else _shared.loop',
+        "return _shared.loop",
+        _guard("test_a_hook_may_call_a_sync_step"),
+    ),
+    Break(
+        "budget-swallowed",
+        "A run whose budget was crossed says so, whoever swallowed the error.",
+        "adapters/_runs.py",
+        "if spent and self._stopping is not None:",
+        "if False:",
+        _guard("test_a_budget_that_everybody_swallows_is_told_all_the_same"),
+    ),
+    Break(
+        "outermost-is-blamed",
+        "The step that failed is named, not those around it.",
+        "adapters/_runs.py",
+        "if known is None or known.failure.exception is not halt.failure.exception:",
+        "if True:",
+        _guard("test_retries_do_not_multiply_with_depth"),
+    ),
+    Break(
+        "thread-without-run",
+        "A thread without context belongs to the only open run.",
+        "adapters/guard.py",
+        "if len(open_runs) == 1:",
+        "if False:",
+        _guard("test_a_thread_without_context_belongs_to_the_only_open_run"),
+    ),
+    Break(
+        "ended-run-goes-on",
+        "A step after its run is no step of it.",
+        "adapters/guard.py",
+        "if run.guard is self and not run.ended:",
+        "if run.guard is self:",
+        _guard("test_a_step_after_its_run_is_no_step_of_it"),
+    ),
+    Break(
+        "unknown-is-taken",
+        "A contract of no node is an error.",
+        "adapters/guard.py",
+        "if name not in names:",
+        "if False:",
+        _tests("test_docs.py", "test_what_an_error_says"),
+    ),
+    Break(
+        "awaitable-is-taken",
+        "A plain function that returns a coroutine is named.",
+        "adapters/_calls.py",
+        "if isinstance(value, Awaitable):",
+        "if False:",
+        _guard("test_a_plain_function_that_returns_a_coroutine_is_named"),
+    ),
+    Break(
+        "stray-cancellation-is-heeded",
+        "A cancellation that nobody asked for is a failure like others.",
+        "adapters/_calls.py",
+        "if _ends_all(raised) or _is_cancelled(begun):",
+        "if _ends_all(raised) or isinstance(raised, asyncio.CancelledError):",
+        _guard("test_a_cancellation_that_nobody_asked_for_is_a_failure"),
+    ),
+)
+
 BREAKS: tuple[Break, ...] = (
     *RETRIES, *CLASSES, *REPAIR, *CONTRACTS, *TIMEOUTS, *BUDGETS, *COMMIT, *HOOKS, *GROUPS, *CONTEXTS, *RESUME, *TRACE,
     *SCHEMAS, *PROMISES, *OWNERSHIP, *LASTING, *STORES, *COST, *IDS,
-    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS, *PROVIDERS, *USAGE, *MENDING, *MAPS, *STREAMS, *SHARED, *SHOWING,
+    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS, *PROVIDERS, *USAGE, *MENDING, *MAPS, *STREAMS, *SHARED, *SHOWING, *ADAPTERS,
 )  # fmt: skip

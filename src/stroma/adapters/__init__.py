@@ -1,0 +1,72 @@
+"""Agent frameworks: the guard, and one thin module for each framework, present when its framework is.
+
+Nothing here is imported before it is asked for; a framework that is missing gives an ImportError with the line that
+installs it.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stroma.adapters.base import (
+        FrameworkAdapter,
+        LoopAdapter,
+        StepInterceptor,
+        TurnAdapter,
+        extract_state_dict,
+    )
+    from stroma.adapters.crewai import CrewAIAdapter, stroma_crewai_step
+    from stroma.adapters.deepagents import DeepAgentsAdapter, stroma_deepagents_node
+    from stroma.adapters.guard import Control, Guard, GuardedRun, UnknownNode, what_stopped
+    from stroma.adapters.langgraph import LangGraphAdapter, stroma_langgraph_node
+
+_HOMES = {
+    "Control": "guard",
+    "CrewAIAdapter": "crewai",
+    "DeepAgentsAdapter": "deepagents",
+    "FrameworkAdapter": "base",
+    "Guard": "guard",
+    "GuardedRun": "guard",
+    "LangGraphAdapter": "langgraph",
+    "LoopAdapter": "base",
+    "StepInterceptor": "base",
+    "TurnAdapter": "base",
+    "UnknownNode": "guard",
+    "extract_state_dict": "base",
+    "stroma_crewai_step": "crewai",
+    "stroma_deepagents_node": "deepagents",
+    "stroma_langgraph_node": "langgraph",
+    "what_stopped": "guard",
+}
+
+__all__ = [
+    "Control",
+    "CrewAIAdapter",
+    "DeepAgentsAdapter",
+    "FrameworkAdapter",
+    "Guard",
+    "GuardedRun",
+    "LangGraphAdapter",
+    "LoopAdapter",
+    "StepInterceptor",
+    "TurnAdapter",
+    "UnknownNode",
+    "extract_state_dict",
+    "stroma_crewai_step",
+    "stroma_deepagents_node",
+    "stroma_langgraph_node",
+    "what_stopped",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,140 @@
+"""Steps of sync code: the engine runs on a background event loop, the function in the thread that called it.
+
+So a function meets the thread, the thread-locals and the absence of a running loop that it would meet without a guard, and
+async hooks work all the same. Streams use the same way of handing calls back, on whatever loop the engine runs.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import os
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+__all__ = ["Turn", "hand_back", "run_in_background", "start_in_background"]
+
+T = TypeVar("T")
+_MISSING = object()
+
+
+class _Loop:
+    """An event loop in a daemon thread."""
+
+    def __init__(self) -> None:
+        self.loop = asyncio.new_event_loop()
+        self.thread = threading.Thread(target=self.loop.run_forever, name="stroma-guard", daemon=True)
+        self.thread.start()
+
+
+_shared: _Loop | None = None
+_pid = 0
+_lock = threading.Lock()
+
+
+def _loop() -> asyncio.AbstractEventLoop:
+    """The loop of this process; one of its own for who calls from that loop's thread, which must not wait for itself."""
+    global _shared, _pid, _lock
+    if (
+        _pid != os.getpid()
+    ):  # First use, or in a forked child, where nobody runs the parent's loop or frees its lock.
+        _lock = threading.Lock()
+        _shared, _pid = None, os.getpid()
+    with _lock:
+        if _shared is None or not _shared.thread.is_alive():
+            _shared = _Loop()
+    here = threading.current_thread()
+    return _Loop().loop if here.name == "stroma-guard" else _shared.loop
+
+
+class Turn:
+    """One call that the engine asks for. Whoever makes it answers with :meth:`settle`."""
+
+    __slots__ = ("_changes", "_future", "_loop")
+
+    def __init__(self, base: contextvars.Context) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._future: asyncio.Future[tuple[Any, BaseException | None]] = self._loop.create_future()
+        # Spans and the current node, set by the engine and by hooks in a task of their own.
+        now = contextvars.copy_context()
+        self._changes = [(var, value) for var, value in now.items() if base.get(var, _MISSING) is not value]
+
+    @contextmanager
+    def here(self) -> Iterator[None]:
+        """The context of the engine's task, around the call."""
+        tokens = [(var, value, var.set(value)) for var, value in self._changes]
+        try:
+            yield
+        finally:
+            for var, value, token in reversed(tokens):
+                if var.get() is value:  # Else the function has set it, and its caller shall see that.
+                    var.reset(token)
+
+    def settle(self, value: Any, error: BaseException | None) -> None:
+        """What became of the call. From any thread."""
+        try:
+            self._loop.call_soon_threadsafe(self._settle, value, error)
+        except RuntimeError:
+            pass  # The loop was closed; nobody waits any more.
+
+    def _settle(self, value: Any, error: BaseException | None) -> None:
+        if not self._future.done():
+            self._future.set_result((value, error))  # Not as its exception: StopIteration cannot be one.
+
+    async def outcome(self) -> tuple[Any, BaseException | None]:
+        return await self._future
+
+
+def hand_back(
+    base: contextvars.Context, post: Callable[[Turn], None]
+) -> Callable[[], Coroutine[Any, Any, tuple[Any, BaseException | None]]]:
+    """A function for the engine to call, that has somebody else make the call."""
+
+    async def call() -> tuple[Any, BaseException | None]:
+        turn = Turn(base)
+        post(turn)
+        return await turn.outcome()
+
+    return call
+
+
+def start_in_background(
+    work: Coroutine[Any, Any, Any], context: contextvars.Context, done: Callable[[asyncio.Task[Any]], None]
+) -> Callable[[], None]:
+    """Run a coroutine as a task of the background loop; returns what cancels it. ``done`` is called in that thread."""
+    loop = _loop()
+    tasks: list[asyncio.Task[Any]] = []
+    shared = loop is (_shared and _shared.loop)
+
+    def ended(task: asyncio.Task[Any]) -> None:
+        if not shared:
+            loop.call_soon(loop.stop)
+        done(task)
+
+    def start() -> None:
+        task = loop.create_task(work, context=context.copy())
+        tasks.append(task)
+        task.add_done_callback(ended)
+
+    loop.call_soon_threadsafe(start)
+
+    def cancel() -> None:
+        loop.call_soon_threadsafe(lambda: tasks[0].cancel())
+
+    return cancel
+
+
+def run_in_background(work: Coroutine[Any, Any, T]) -> T:
+    """The result of a coroutine that a sync caller waits for."""
+    over = threading.Event()
+    ended: list[asyncio.Task[T]] = []
+
+    def done(task: asyncio.Task[T]) -> None:
+        ended.append(task)
+        over.set()
+
+    start_in_background(work, contextvars.copy_context(), done)
+    over.wait()
+    return ended[0].result()

@@ -1,0 +1,90 @@
+"""What adapters have in common with code written against them: four protocols, and the state as a dict."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, runtime_checkable
+
+from pydantic import BaseModel
+
+from stroma.context import ReliabilityContext
+from stroma.contracts import NodeContract
+from stroma.schemas import schema_of
+
+__all__ = ["FrameworkAdapter", "LoopAdapter", "StepInterceptor", "TurnAdapter", "extract_state_dict"]
+
+
+@runtime_checkable
+class FrameworkAdapter(Protocol):
+    """Guards a whole graph, flow or agent of a framework."""
+
+    def wrap(self, graph: Any) -> Any:
+        """Guard what the framework runs, and return it."""
+        ...
+
+    def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
+        """What marks a function of the framework as a node with a contract."""
+        ...
+
+
+@runtime_checkable
+class StepInterceptor(Protocol):
+    """Makes a step of one function."""
+
+    def wrap_step(
+        self, step_id: str, func: Callable[..., Any], contract: NodeContract[Any, Any] | None = None
+    ) -> Callable[..., Any]:
+        """The function as a step: called like it, and with its results."""
+        ...
+
+
+@runtime_checkable
+class LoopAdapter(Protocol):
+    """For an agent's own loop, which calls tools itself and says so before and after."""
+
+    def on_tool_call(self, tool_name: str, args: dict[str, Any], ctx: ReliabilityContext) -> dict[str, Any]:
+        """The arguments to call the tool with; raises what forbids the call."""
+        ...
+
+    def on_tool_result(self, tool_name: str, result: Any, ctx: ReliabilityContext) -> Any:
+        """The result to go on with; raises what forbids that."""
+        ...
+
+
+@runtime_checkable
+class TurnAdapter(Protocol):
+    """For a conversation, whose turns somebody else runs."""
+
+    def on_turn_start(self, turn_id: str, message: Any, ctx: ReliabilityContext) -> Any:
+        """The message to answer; raises what forbids the turn."""
+        ...
+
+    def on_turn_end(self, turn_id: str, result: Any, ctx: ReliabilityContext) -> Any:
+        """The answer to give; raises what forbids that."""
+        ...
+
+
+def extract_state_dict(state: Any) -> dict[str, Any]:
+    """A state as a dict of its own: of a mapping, a model, a dataclass, or an object with ``dict()`` or attributes.
+
+    Raises TypeError for what has none of them.
+    """
+    if isinstance(state, Mapping):
+        return dict(state)
+    if isinstance(state, BaseModel):
+        # Not taken apart: what is validated next wants the instances inside.
+        names = {*schema_of(type(state)).names, *(state.__pydantic_extra__ or {})}
+        return {name: getattr(state, name) for name in names if hasattr(state, name)}
+    if dataclasses.is_dataclass(state) and not isinstance(state, type):
+        return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
+    as_dict = getattr(state, "dict", None)
+    if callable(as_dict) and not isinstance(state, type):
+        made = as_dict()
+        if isinstance(made, Mapping):
+            return dict(made)
+    if hasattr(state, "__dict__") and not isinstance(state, type) and not callable(state):
+        return {name: value for name, value in vars(state).items() if not name.startswith("_")}
+    raise TypeError(
+        f"{type(state).__name__} is no state: give a dict, a pydantic model, a dataclass or an object with attributes"
+    )

@@ -1,0 +1,108 @@
+"""CrewAI: the methods of flows, the calls of LLMs and the tools of crews as steps.
+
+::
+
+    flow = attach(TripFlow(), Guard(runner), {"book": (Trip, Booking)})
+    flow.kickoff()  # a run
+"""
+
+from __future__ import annotations
+
+import copy
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+try:
+    from crewai import BaseLLM, Crew
+    from crewai.flow.flow import Flow
+
+    from stroma.adapters._crewai_llm import guard_llm
+except ImportError as error:
+    raise ImportError(
+        "crewai is required for its adapter (on Python before 3.14); install it with: pip install 'stroma[crewai]'"
+    ) from error
+
+from stroma.adapters._marks import marked, marks_of
+from stroma.adapters.guard import GUARDED, Contracts, Guard
+from stroma.contracts import ContractRegistry, NodeContract
+from stroma.nodes import stroma_node as stroma_crewai_step
+from stroma.runner import StromaRunner
+
+__all__ = ["CrewAIAdapter", "attach", "guard_llm", "stroma_crewai_step"]
+
+
+def attach(target: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
+    """Make steps of the methods of a flow, or of the LLMs and tools of a crew's agents; changes it and returns it.
+
+    ``contracts``: by the names of methods or tools. A method's input is what it is passed, or else the flow's state; its
+    output is what it returns, or else that state. Each kickoff is a run. Raises UnknownNode for a contract of none.
+    """
+    if isinstance(target, Crew):
+        tools = [tool for agent in target.agents for tool in agent.tools or ()]
+        found = guard.contracts(contracts, [tool.name for tool in tools], "tool")
+        for agent in target.agents:
+            for llm in (agent.llm, agent.function_calling_llm):
+                if isinstance(llm, BaseLLM):
+                    guard_llm(llm, guard)
+        for tool in tools:
+            if not hasattr(tool._run, GUARDED):
+                step = guard.wrap(tool.name, tool._run, contract=found.get(tool.name))
+                object.__setattr__(tool, "_run", step)
+        return _with_runs(target, guard, "kickoff", "akickoff", "kickoff_async")
+    found = guard.contracts(contracts, map(str, target._methods), "method")
+    return _attach(target, guard, {name: (str(name), found.get(str(name))) for name in target._methods})
+
+
+def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[Any, Any] | None]]) -> Any:
+    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        passed = (*args[1:], *kwargs.values())  # The first one is the flow itself.
+        return passed[0] if passed else flow._state
+
+    for name, (step_id, contract) in steps.items():
+        method = flow._methods[name]
+        if hasattr(method._meth, GUARDED):
+            continue
+        # What the flow runs is this table, which it made when it was made; the class's methods it never looks at again.
+        flow._methods[name] = guarded = copy.copy(method)
+        made = lambda result: flow._state if result is None else result  # noqa: E731
+        guarded._meth = guard.wrap(step_id, method._meth, contract=contract, given=given, made=made)
+    return _with_runs(flow, guard, "kickoff_async")
+
+
+def _with_runs(target: Any, guard: Guard, *names: str) -> Any:
+    """Make each call of some methods of an object a run."""
+    for name in names:
+        kickoff = getattr(target, name, None)
+        if kickoff is not None and not hasattr(kickoff, GUARDED):
+            object.__setattr__(target, name, guard.each_call(kickoff, _inputs))
+    return target
+
+
+def _inputs(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return {"inputs": kwargs.get("inputs", args[0] if args else None)}
+
+
+class CrewAIAdapter:
+    """Guards the marked methods of a flow, by the registry's contracts, else their own."""
+
+    def __init__(self, registry: ContractRegistry, runner: StromaRunner | None = None) -> None:
+        self.registry, self.guard = registry, Guard(runner)
+
+    def wrap(self, flow: Any) -> Any:
+        """Make steps of the marked methods of a flow, whatever it calls them; returns it. ValueError if there is none."""
+        if not isinstance(flow, Flow):
+            raise TypeError(f"{flow!r} is no flow; give an instance: adapter.wrap(MyFlow())")
+        steps = {}
+        for name, method in flow._methods.items():
+            # The mark stands on the function, or on what @start and the like have made of it.
+            func = marked(method, method._meth, inspect.getattr_static(type(flow), str(name), None))
+            if func is not None:
+                steps[name] = marks_of(func, self.registry)
+        if not steps:
+            raise ValueError("no method of the flow is marked; decorate them with @stroma_crewai_step")
+        return _attach(flow, self.guard, steps)
+
+    def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
+        """The same as :func:`stroma_crewai_step`."""
+        return stroma_crewai_step(node_id, contract)

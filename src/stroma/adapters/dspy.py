@@ -1,0 +1,99 @@
+"""DSPy: a program and its predictors as steps.
+
+::
+
+    program = attach(MyProgram(), Guard(runner), {"answer.predict": (Question, Answer)})
+    program(question="...")  # a run
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+try:
+    import dspy
+    from dspy.utils.usage_tracker import UsageTracker
+except ImportError as error:
+    raise ImportError(
+        "dspy is required for its adapter; install it with: pip install 'stroma[dspy]'"
+    ) from error
+
+from stroma.adapters._own import guard_methods, own_method
+from stroma.adapters.guard import GUARDED, Contracts, Guard
+from stroma.context import current_node
+from stroma.usage import usage_from
+
+__all__ = ["attach"]
+
+
+def attach(program: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
+    """Make a step of a program, by the name of its class, and of each predictor in it; changes it and returns it.
+
+    ``contracts``: by the names that ``program.named_predictors()`` gives, or that of the class; input is the keyword
+    arguments, output the prediction's fields. Each call of the program is a run. Raises UnknownNode for a contract of none.
+    """
+    own = type(program).__name__
+    steps = {
+        own: program,
+        **{name: predictor for name, predictor in program.named_predictors() if predictor is not program},
+    }
+    found = guard.contracts(contracts, steps, "predictor")
+    for name, module in steps.items():
+        about: Any = {"contract": found.get(name), "given": lambda _, kwargs: kwargs, "made": _fields}
+        guard_methods(module, ("forward", "aforward"), guard, name, _counted, **about)
+    for name in ("forward", "aforward"):
+        method = own_method(program, name)
+        if method is not None and getattr(method, GUARDED) != "run":
+            run = guard.each_call(method, lambda _, kwargs: kwargs)
+            run.__dict__[GUARDED] = "run"
+            object.__setattr__(program, name, run)
+    return program
+
+
+def _counted(bare: Any) -> Any:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _booking():
+            return bare(*args, **kwargs)
+
+    async def acall(*args: Any, **kwargs: Any) -> Any:
+        with _booking():
+            return await bare(*args, **kwargs)
+
+    return acall if inspect.iscoroutinefunction(bare) else call
+
+
+class _Tracker(UsageTracker):
+    """Counts what is used inside one step. What is used in a step further inside is counted there."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        outer = dspy.settings.usage_tracker
+        #: The one of the user's, around all steps.
+        self.users: Any = outer.users if isinstance(outer, _Tracker) else outer
+
+    def add_usage(self, lm: str, usage_entry: Any) -> None:
+        super().add_usage(lm, usage_entry)
+        if self.users is not None:
+            self.users.add_usage(lm, usage_entry)
+
+
+@contextmanager
+def _booking() -> Iterator[None]:
+    """Book what the models inside use on the step here, when it fails, too."""
+    node, tracker = current_node(), _Tracker()
+    assert node is not None
+    try:
+        with dspy.settings.context(usage_tracker=tracker):
+            yield
+    finally:
+        for model, entries in tracker.usage_data.items():
+            for entry in entries:
+                if entry:
+                    node.report_usage(usage_from(entry, model=model.partition("/")[2] or model))
+
+
+def _fields(made: Any) -> Any:
+    return made.toDict() if isinstance(made, dspy.Prediction) else made

@@ -1,0 +1,93 @@
+"""Google ADK: the models and tools of agents as steps.
+
+::
+
+    attach(agent, guard, {"weather": (City, Weather)})
+    runner = each_run(InMemoryRunner(agent), guard)  # what run_async() gives is a run
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from google.adk.agents import LlmAgent
+    from google.adk.models import LLMRegistry
+    from google.adk.tools.agent_tool import AgentTool
+    from google.adk.tools.function_tool import FunctionTool
+
+    from stroma.adapters._google_adk_model import guard_model
+except ImportError as error:
+    raise ImportError(
+        "google-adk is required for its adapter; install it with: pip install 'stroma[google-adk]'"
+    ) from error
+
+from stroma.adapters._views import arguments_of
+from stroma.adapters.guard import GUARDED, Contracts, Guard
+from stroma.contracts import NodeContract
+
+__all__ = ["attach", "each_run"]
+
+
+def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
+    """Make steps of the models and function tools of an agent and of all agents inside it; changes them, returns it.
+
+    ``contracts``: by the names of tools; input is the arguments, output the result. Raises UnknownNode for a contract of no
+    tool.
+    """
+    agents = _inside(agent)
+    names = {_name_of(tool) for each in agents for tool in each.tools}
+    found = guard.contracts(contracts, [name for name in names if name], "tool")
+    for each in agents:
+        if isinstance(each.model, str) and each.model:
+            each.model = LLMRegistry.new_llm(each.model)
+        if each.model and not hasattr(each.model.generate_content_async, GUARDED):
+            guard_model(each.model, guard)
+        each.tools = [_guarded(tool, guard, found.get(_name_of(tool) or "")) for tool in each.tools]
+    return agent
+
+
+def each_run(runner: Any, guard: Guard) -> Any:
+    """Make a run of what each ``run_async()`` (and so each ``run()``) of a runner gives; changes it and returns it."""
+    parts = runner.run_async
+    if not hasattr(parts, GUARDED):
+
+        def run_async(*args: Any, **kwargs: Any) -> Any:
+            return guard.aover(lambda: parts(*args, **kwargs), {"message": kwargs.get("new_message")})
+
+        run_async.__dict__[GUARDED] = ""
+        runner.run_async = run_async
+    return runner
+
+
+def _inside(agent: Any) -> list[Any]:
+    """The agents with a model that are reached from an agent, each once."""
+    waiting: list[Any] = [agent]
+    found: list[Any] = []
+    for each in waiting:
+        if isinstance(each, LlmAgent) and not any(each is known for known in found):
+            found.append(each)
+            waiting += [tool.agent for tool in each.tools if isinstance(tool, AgentTool)]
+        waiting += getattr(each, "sub_agents", ())
+    return found
+
+
+def _name_of(tool: Any) -> str | None:
+    return getattr(tool, "name", None) or getattr(tool, "__name__", None)
+
+
+def _guarded(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
+    """A tool that is a function, or holds one, as a step; any other as it is."""
+    func = tool.func if isinstance(tool, FunctionTool) else tool
+    if not callable(func) or hasattr(func, GUARDED) or (func is tool and hasattr(tool, "run_async")):
+        return tool
+    seen = arguments_of(func)
+
+    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return {name: value for name, value in seen(args, kwargs).items() if name != "tool_context"}
+
+    step = guard.wrap(_name_of(tool) or "tool", func, contract=contract, given=given)
+    if func is tool:
+        return step
+    tool.func = step
+    return tool

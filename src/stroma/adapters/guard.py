@@ -1,0 +1,347 @@
+"""The guard: any callable of any framework as a step of a run, through the same engine as everything else.
+
+::
+
+    guard = Guard(StromaRunner.quick(budget=ExecutionBudget(max_tokens_total=50_000)))
+
+    @guard.step("search", output=Hits)
+    def search(query: str) -> dict: ...
+
+    with guard.run() as run:
+        search("...")                      # called as before, in the same thread, with the same result
+    run.stopped                            # the Failure that stopped it, or None
+
+A guarded callable has the signature, the return value and the sync-ness of what it wraps: a function, a coroutine
+function, a generator function or an async one. Calls inside other guarded calls are their children.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import AsyncIterable, AsyncIterator, Awaitable, Callable, Iterable, Iterator, Mapping
+from typing import Any, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
+
+from pydantic import BaseModel
+
+from stroma.adapters._calls import Call
+from stroma.adapters._runs import ACTIVE, GuardedRun
+from stroma.adapters._steps import Control, Step, causes
+from stroma.adapters._views import View, arguments_of, first_argument, violation
+from stroma.context import ReliabilityContext
+from stroma.contracts import ContractRegistry, NodeContract, check_id
+from stroma.failures import Failure
+from stroma.nodes import Kept, gives_coroutine
+from stroma.runner import StromaRunner
+
+__all__ = ["Contracts", "Control", "Guard", "GuardedRun", "Step", "UnknownNode", "what_stopped"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+#: What a guarded callable is known by.
+GUARDED: Final = "_stroma_guarded"
+#: How a callable is called: as a function, a coroutine function, a generator function or an async one.
+Kind: TypeAlias = Literal["call", "acall", "stream", "astream"]
+#: Contracts by the name that a framework has for a node or tool; a pair is the schemas of its input and output.
+Contracts: TypeAlias = Mapping[str, NodeContract[Any, Any] | tuple[type[BaseModel], type[BaseModel]]]
+
+
+class UnknownNode(ValueError):
+    """A contract names a node or tool that the framework does not have.
+
+    Where: out of what attaches a guard to a graph, flow or agent.
+    Cause: a name is misspelt, or belongs to another graph; its contract would never be looked at.
+    Mend: use one of the names in the message.
+    """
+
+
+class Guard:
+    """Makes steps of callables. Safe to share between tasks, threads and event loops.
+
+    ``target``: the runner whose registry, store and config its runs have, or the context of a run of one's own, of which
+    its steps become steps. Outside of :meth:`run` all steps belong to one run, which lasts as long as the guard: its
+    budget is never forgotten.
+    """
+
+    def __init__(self, target: StromaRunner | ReliabilityContext | None = None) -> None:
+        if isinstance(target, ReliabilityContext):
+            self.registry: ContractRegistry = target.registry
+            self._own: GuardedRun | None = GuardedRun(self, target, ends=False)
+            self.runner: StromaRunner | None = None
+        else:
+            self.runner = StromaRunner.quick() if target is None else target
+            self.registry, self._own = self.runner.registry, None
+        self.open_runs: list[GuardedRun] = []
+        self._last: GuardedRun | None = None
+
+    # ------------------------------------------------------------------ runs
+
+    def run(self, input: Any = None, *, run_id: str | None = None, pipeline: str | None = None) -> GuardedRun:
+        """A run of its own for what is called inside ``with guard.run():`` or ``async with guard.run():``.
+
+        ``input`` is what the journal and the hooks see as its initial state; any value will do.
+        """
+        if self.runner is None:
+            raise RuntimeError(
+                "this guard belongs to one run, whose context it was made with; make one with Guard(runner) for others"
+            )
+        config = self.runner.config
+        update: dict[str, Any] = {
+            "run_id": config.take_run_id() if run_id is None else check_id(run_id, "run id")
+        }
+        if pipeline is not None:
+            update["pipeline"] = check_id(pipeline, "pipeline name")
+        ctx = ReliabilityContext.for_run(
+            config.model_copy(update=update), self.registry, self.runner.checkpoint_manager
+        )
+        return GuardedRun(self, ctx, input, ends=True)
+
+    def over(self, start: Callable[[], Iterable[Any]], input: Any = None) -> Iterator[Any]:
+        """What a framework gives in parts, as a run of its own; inside a run of this guard, as part of that."""
+        return iter(start()) if self.inside else self.run(input).over(start)
+
+    def aover(self, start: Callable[[], AsyncIterable[Any]], input: Any = None) -> AsyncIterator[Any]:
+        """The same for an async framework."""
+        return aiter(start()) if self.inside else self.run(input).aover(start)
+
+    def each_call(self, func: Callable[P, R], input: View) -> Callable[P, R]:
+        """A function or coroutine function, each call of which is a run, or part of the one of this guard around it."""
+        called: Callable[..., Any] = func
+
+        async def arun(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return await called(*args, **kwargs)
+            async with self.run(input(args, kwargs)):
+                return await called(*args, **kwargs)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            if self.inside:
+                return called(*args, **kwargs)
+            with self.run(input(args, kwargs)):
+                return called(*args, **kwargs)
+
+        made = functools.update_wrapper(arun if gives_coroutine(func) else run, func)
+        made.__dict__[GUARDED] = ""
+        return cast("Callable[P, R]", made)
+
+    @property
+    def current(self) -> GuardedRun:
+        """The run that a step would belong to here and now."""
+        for run in reversed(ACTIVE.get()):
+            if run.guard is self and not run.ended:
+                return run
+        # Frameworks call from threads that know nothing of their caller. Where only one run is open, it is that one.
+        open_runs = [run for run in self.open_runs if not run.ended]
+        if len(open_runs) == 1:
+            return open_runs[0]
+        if self._own is None:
+            own = self.run()
+            own.ends = False
+            self._own = self._own or own
+        return self._own
+
+    @property
+    def inside(self) -> bool:
+        """Whether a run of this guard is under way here, so that a framework's call belongs to it and begins none."""
+        return self.runner is None or any(run.guard is self and not run.ended for run in ACTIVE.get())
+
+    @property
+    def stopped(self) -> Failure | None:
+        """What stopped the run that is under way here, else the last one that ended; None if nothing did."""
+        if self.inside or self._last is None:
+            return self.current.stopped
+        return self._last.stopped
+
+    @property
+    def last(self) -> GuardedRun | None:
+        """The run that ended last."""
+        return self._last
+
+    def ended(self, run: GuardedRun) -> None:
+        self._last = run
+
+    # ------------------------------------------------------------------ steps
+
+    def wrap(
+        self,
+        step_id: str,
+        func: Callable[P, R],
+        *,
+        kind: Kind | None = None,
+        given: View | None = None,
+        **options: Any,
+    ) -> Callable[P, R]:
+        """The callable as a step; options are the fields of :class:`Step`, each of which has a default here.
+
+        Input is by default the arguments, by the names of the parameters. ``kind`` says how it is called where that cannot
+        be seen from outside. Raises TypeError for what cannot be called, ValueError for a bad id.
+        """
+        if not callable(func):
+            raise TypeError(f"{func!r} cannot be a step: it is not callable")
+        step = Step(check_id(step_id, "step id"), given=given or arguments_of(func), **options)
+        wrapped = _WAYS[kind or _kind_of(func)](self, step, func)
+        try:
+            functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
+        except AttributeError:
+            pass  # A partial has no name; it has a signature all the same.
+        try:
+            wrapped.__signature__ = inspect.signature(func)  # type: ignore[attr-defined]
+        except (TypeError, ValueError):
+            pass
+        wrapped.__dict__[GUARDED] = step_id
+        return cast("Callable[P, R]", wrapped)
+
+    def call(self, step: Step, func: Callable[..., R], *args: Any, **kwargs: Any) -> R:
+        """One call of a function as a step, for code that makes its steps as it goes."""
+        return cast("R", Call(self.current, step, func, args, kwargs).call())
+
+    async def acall(self, step: Step, func: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
+        """The same of a coroutine function."""
+        return cast("R", await Call(self.current, step, func, args, kwargs).acall())
+
+    def step(
+        self,
+        step_id: str,
+        *,
+        input: type[BaseModel] | None = None,
+        output: type[BaseModel] | None = None,
+        **options: Any,
+    ) -> Callable[[Callable[P, R]], Callable[P, R]]:
+        """:meth:`wrap` as a decorator; a contract needs only the side that it is about."""
+        contract = None if input is None and output is None else contract_for(step_id, (input, output))
+
+        def decorate(func: Callable[P, R]) -> Callable[P, R]:
+            return self.wrap(step_id, func, contract=contract, **options)
+
+        return decorate
+
+    def wrap_step(
+        self, step_id: str, func: Callable[..., Any], contract: NodeContract[Any, Any] | None = None
+    ) -> Callable[..., Any]:
+        """A function of ``(state, ...)`` as a step: its input is its first argument."""
+        return self.wrap(step_id, func, contract=contract, given=first_argument)
+
+    def contracts(
+        self, contracts: Contracts | None, known: Iterable[str], what: str
+    ) -> dict[str, NodeContract[Any, Any]]:
+        """Contracts by name. Raises UnknownNode if one is of no ``known`` node or tool."""
+        names = list(known)
+        for name in contracts or {}:
+            if name not in names:
+                have = ", ".join(map(repr, sorted(names))) or "none"
+                raise UnknownNode(f"there is no {what} {name!r} to put a contract on; there is {have}")
+        return {name: contract_for(name, given) for name, given in (contracts or {}).items()}
+
+    # ------------------------------------------------------------------ for loops and turns that somebody else runs
+
+    def on_tool_call(self, tool_name: str, args: dict[str, Any], ctx: ReliabilityContext) -> dict[str, Any]:
+        """The arguments, if the budget allows the call and they satisfy the tool's contract, if it has one.
+
+        Raises BudgetExceeded, ContractViolation.
+        """
+        ctx.cost_tracker.check_budget(ctx.budget, tool_name)
+        _check(ctx, tool_name, "input", args)
+        return args
+
+    def on_tool_result(self, tool_name: str, result: Any, ctx: ReliabilityContext) -> Any:
+        """The result, if it satisfies the tool's contract. Raises ContractViolation."""
+        _check(ctx, tool_name, "output", result)
+        return result
+
+    def on_turn_start(self, turn_id: str, message: Any, ctx: ReliabilityContext) -> Any:
+        """The message, if the budget allows the turn and it satisfies the turn's contract, if it has one."""
+        ctx.cost_tracker.check_budget(ctx.budget, turn_id)
+        _check(ctx, turn_id, "input", message)
+        return message
+
+    def on_turn_end(self, turn_id: str, result: Any, ctx: ReliabilityContext) -> Any:
+        """The answer, if it satisfies the turn's contract. Raises ContractViolation."""
+        _check(ctx, turn_id, "output", result)
+        return result
+
+
+def _check(ctx: ReliabilityContext, name: str, direction: Literal["input", "output"], value: Any) -> None:
+    contract = ctx.registry.find(name)
+    broken = None if contract is None else violation(name, contract, direction, value)
+    if broken is not None:
+        raise broken
+
+
+def what_stopped(error: BaseException | None) -> BaseException | None:
+    """The error of Stroma (a broken contract, a crossed limit ...) behind what a framework raised; None if none is."""
+    return next((found for found in causes(error) if type(found).__module__.startswith("stroma.")), None)
+
+
+def contract_for(
+    name: str, given: NodeContract[Any, Any] | tuple[type[BaseModel] | None, type[BaseModel] | None]
+) -> NodeContract[Any, Any]:
+    """A contract from what stands for one; None for a side that may be anything."""
+    if isinstance(given, NodeContract):
+        return given
+    taken, made = given
+    return NodeContract(node_id=name, input_schema=taken or Kept, output_schema=made or Kept)
+
+
+# ---------------------------------------------------------------------- the four ways to be called
+
+
+def _kind_of(func: Callable[..., Any]) -> Kind:
+    while isinstance(func, functools.partial):
+        func = func.func
+    for candidate in (func, getattr(func, "__call__", None)):  # noqa: B004
+        if inspect.isasyncgenfunction(candidate):
+            return "astream"
+        if inspect.isgeneratorfunction(candidate):
+            return "stream"
+    return "acall" if gives_coroutine(func) else "call"
+
+
+def _call(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[..., Any]:
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return Call(guard.current, step, func, args, kwargs).call()
+
+    return call
+
+
+def _acall(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[..., Any]:
+    async def acall(*args: Any, **kwargs: Any) -> Any:
+        return await Call(guard.current, step, func, args, kwargs).acall()
+
+    return acall
+
+
+def _stream(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[..., Any]:
+    def stream(*args: Any, **kwargs: Any) -> Any:
+        return (yield from Call(guard.current, step, func, args, kwargs).stream())
+
+    return stream
+
+
+def _astream(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[..., Any]:
+    async def astream(*args: Any, **kwargs: Any) -> Any:
+        # What `yield from` does for the others.
+        stream = Call(guard.current, step, func, args, kwargs).astream()
+        advance: Callable[[], Any] = stream.__anext__
+        while True:
+            try:
+                chunk = await advance()
+            except StopAsyncIteration:
+                return
+            try:
+                advance = functools.partial(stream.asend, (yield chunk))
+            except GeneratorExit:
+                await stream.aclose()
+                raise
+            except BaseException as thrown:
+                advance = functools.partial(stream.athrow, thrown)
+
+    return astream
+
+
+_WAYS: dict[Kind, Callable[[Guard, Step, Callable[..., Any]], Callable[..., Any]]] = {
+    "call": _call,
+    "acall": _acall,
+    "stream": _stream,
+    "astream": _astream,
+}

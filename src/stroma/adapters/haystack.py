@@ -1,0 +1,119 @@
+"""Haystack: the components of a pipeline as steps.
+
+::
+
+    pipeline = attach(pipeline, Guard(runner), {"llm": (Prompt, Replies)})
+    pipeline.run({...})  # a run
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+try:
+    from haystack.core.errors import BreakpointException
+    from haystack.core.pipeline.base import PipelineBase
+except ImportError as error:
+    raise ImportError(
+        "haystack-ai is required for its adapter; install it with: pip install 'stroma[haystack]'"
+    ) from error
+
+from stroma.adapters._own import guard_methods
+from stroma.adapters._steps import handed_on, kept_for_retries
+from stroma.adapters.guard import GUARDED, Contracts, Control, Guard
+from stroma.contracts import NodeContract
+from stroma.usage import Usage, UsageError, usage_from
+
+__all__ = ["attach"]
+
+
+def attach(pipeline: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
+    """Make steps of the components of a pipeline, of pipelines inside it too; changes it and returns it.
+
+    ``contracts``: by the names that the pipeline has for its components; input is what goes into one, output what comes
+    out. Each run of the pipeline is a run of the guard. Raises UnknownNode for a contract of no component.
+    """
+    nodes = pipeline.graph.nodes(data="instance")
+    found = guard.contracts(contracts, [name for name, _ in nodes], "component")
+    for name, component in nodes:
+        _guard_component(component, guard, name, found.get(name))
+    for name in ("run", "run_async"):
+        method = getattr(pipeline, name, None)
+        if method is not None and not hasattr(method, GUARDED):
+            setattr(pipeline, name, guard.each_call(method, _data))
+    parts = getattr(pipeline, "run_async_generator", None)
+    if parts is not None and not hasattr(parts, GUARDED):
+        over = lambda *args, **kwargs: guard.aover(lambda: parts(*args, **kwargs), _data(args, kwargs))  # noqa: E731
+        over.__dict__[GUARDED] = ""
+        pipeline.run_async_generator = over
+    return pipeline
+
+
+def _guard_component(
+    component: Any, guard: Guard, name: str, contract: NodeContract[Any, Any] | None
+) -> None:
+    inner = getattr(component, "pipeline", None)
+    if isinstance(inner, PipelineBase):
+        attach(inner, guard)
+    generator = getattr(component, "chat_generator", None)
+    if generator is not None:  # An agent's.
+        _guard_component(generator, guard, f"{name}.chat_generator", None)
+    passes = lambda error: Control("passed") if isinstance(error, BreakpointException) else None  # noqa: E731
+    about: Any = {"given": lambda _, kwargs: kwargs, "usage": _used, "control": passes}
+    guard_methods(component, ("run", "run_async"), guard, name, _around, contract=contract, **about)
+    if getattr(component, "streaming_callback", None) is not None:
+        component.streaming_callback = _told(component.streaming_callback)
+
+
+def _around(bare: Any) -> Any:
+    """A component's method, with copies of its inputs for each attempt, and with a stream that is told of."""
+
+    def inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
+        made: dict[str, Any] = kept_for_retries(kwargs)
+        if made.get("streaming_callback") is not None:
+            made["streaming_callback"] = _told(made["streaming_callback"])
+        return made
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        return bare(*args, **inputs(kwargs))
+
+    async def acall(*args: Any, **kwargs: Any) -> Any:
+        return await bare(*args, **inputs(kwargs))
+
+    return acall if inspect.iscoroutinefunction(bare) else call
+
+
+def _told(callback: Any) -> Any:
+    if hasattr(callback, GUARDED):
+        return callback
+
+    def told(chunk: Any) -> Any:
+        handed_on()
+        return callback(chunk)
+
+    async def atold(chunk: Any) -> Any:
+        handed_on()
+        return await callback(chunk)
+
+    made = atold if inspect.iscoroutinefunction(callback) else told
+    made.__dict__[GUARDED] = ""
+    return made
+
+
+def _used(result: Any) -> Usage | None:
+    """What the replies say. All choices of one answer say the same, which was used once."""
+    metas = [getattr(reply, "meta", None) for reply in result.get("replies") or ()]
+    beside = result.get("meta")  # Of generators of plain text, and of embedders.
+    metas += beside if isinstance(beside, list) else [beside]
+    for meta in metas:
+        if isinstance(meta, dict) and meta.get("usage"):
+            try:
+                return usage_from(meta["usage"], model=meta.get("model"))
+            except UsageError:
+                continue
+    return None
+
+
+def _data(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return {"data": kwargs.get("data", args[0] if args else None)}

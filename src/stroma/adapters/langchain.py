@@ -1,0 +1,118 @@
+"""LangChain 1.x agents and Deep Agents: one middleware that makes steps of model calls and tools.
+
+::
+
+    guarded = StromaMiddleware(Guard(runner), tools={"search": (Query, Hits)})
+    agent = guarded.attach(create_agent(model, tools, middleware=[guarded]))
+    agent.invoke({"messages": [...]})  # each call is a run, its sub-agents included
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from langchain.agents.middleware import AgentMiddleware
+    from langchain_core.messages import ToolMessage
+
+    from stroma.adapters._langchain import counting
+    from stroma.adapters._langchain_messages import answer_of, asked_of, result_of
+    from stroma.adapters._langgraph_nodes import control
+    from stroma.adapters.langgraph import attach_steps
+except ImportError as error:
+    raise ImportError(
+        "langchain is required for its adapter; install it with: pip install 'stroma[langchain]'"
+    ) from error
+
+from stroma.adapters.guard import Contracts, Control, Guard, Step, contract_for
+
+__all__ = ["StromaMiddleware"]
+
+
+class StromaMiddleware(AgentMiddleware[Any, Any]):
+    """Guards an agent: ``create_agent(..., middleware=[StromaMiddleware(guard)])``, the same for ``create_deep_agent``.
+
+    ``tools``: contracts by the names of tools; input is the arguments, output the result (of text that is JSON, what it
+    says). A contract of no tool raises UnknownNode at the first model call.
+    """
+
+    def __init__(self, guard: Guard, *, tools: Contracts | None = None) -> None:
+        super().__init__()
+        self.guard = guard
+        self._contracts = {name: contract_for(name, given) for name, given in (tools or {}).items()}
+        self._checked = not self._contracts
+        self._model = Step("model", given=asked_of, made=answer_of, control=control)
+
+    def attach(self, agent: Any) -> Any:
+        """Make each call of the agent a run, and a step of what other middleware does around its model; returns it."""
+        inside = ("model", "tools")  # What is made steps of in here.
+        others = [name for name in agent.nodes if not name.startswith("__") and name not in inside]
+        return attach_steps(agent, self.guard, {name: (name, None) for name in others})
+
+    def wrap_model_call(self, request: Any, handler: Any) -> Any:
+        self._check(request.tools)
+        return self.guard.call(self._model, _counted(handler), request)
+
+    async def awrap_model_call(self, request: Any, handler: Any) -> Any:
+        self._check(request.tools)
+        return await self.guard.acall(self._model, _acounted(handler), request)
+
+    def wrap_tool_call(self, request: Any, handler: Any) -> Any:
+        try:
+            return self.guard.call(self._tool(request), _counted(handler), request)
+        except _ToldToTheModel as told:
+            return told.message
+
+    async def awrap_tool_call(self, request: Any, handler: Any) -> Any:
+        try:
+            return await self.guard.acall(self._tool(request), _acounted(handler), request)
+        except _ToldToTheModel as told:
+            return told.message
+
+    def _tool(self, request: Any) -> Step:
+        name = request.tool_call["name"]
+        given = lambda args, _: args[0].tool_call["args"]  # noqa: E731
+        return Step(name, self._contracts.get(name), given=given, made=result_of, control=_control)
+
+    def _check(self, tools: Any) -> None:
+        if not self._checked:
+            named = [
+                getattr(tool, "name", None) or (tool.get("name") if isinstance(tool, dict) else None)
+                for tool in tools
+            ]
+            self.guard.contracts(self._contracts, [name for name in named if name], "tool")
+            self._checked = True
+
+
+class _ToldToTheModel(Exception):
+    """A tool's failure that the framework has made a message of: no result, and no second call."""
+
+    def __init__(self, message: Any) -> None:
+        super().__init__(str(message.content))
+        self.message = message
+
+
+def _control(error: BaseException) -> Control | None:
+    return Control("passed") if isinstance(error, _ToldToTheModel) else control(error)
+
+
+def _judged(made: Any) -> Any:
+    if isinstance(made, ToolMessage) and made.status == "error":
+        raise _ToldToTheModel(made)
+    return made
+
+
+def _counted(handler: Any) -> Any:
+    def call(request: Any) -> Any:
+        with counting():
+            return _judged(handler(request))
+
+    return call
+
+
+def _acounted(handler: Any) -> Any:
+    async def acall(request: Any) -> Any:
+        with counting():
+            return _judged(await handler(request))
+
+    return acall

@@ -1,0 +1,113 @@
+"""LangGraph: the nodes of a graph as steps, before it is compiled or after.
+
+::
+
+    graph = attach(builder, Guard(runner), {"search": (Query, Hits)}).compile()
+    graph.invoke({"text": "..."})  # each call is a run
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+try:
+    from langgraph.graph.state import StateGraph
+    from langgraph.pregel import Pregel
+
+    from stroma.adapters._langgraph_nodes import guarded
+except ImportError as error:
+    raise ImportError(
+        "langgraph is required for its adapter; install it with: pip install 'stroma[langgraph]'"
+    ) from error
+
+from stroma.adapters._marks import marked, marks_of
+from stroma.adapters.guard import GUARDED, Contracts, Guard
+from stroma.contracts import ContractRegistry, NodeContract
+from stroma.nodes import stroma_node as stroma_langgraph_node
+from stroma.runner import StromaRunner
+
+__all__ = ["LangGraphAdapter", "attach", "stroma_langgraph_node"]
+
+
+def attach(graph: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
+    """Make every node of a StateGraph, or of a compiled graph, a step of ``guard``; returns the graph.
+
+    ``contracts``: by the names that the graph has for its nodes; input is the state that a node gets, output its update.
+    A call of the graph is a run, unless one of the guard is under way. Raises UnknownNode for a contract of no node.
+    """
+    names = [name for name in graph.nodes if not name.startswith("__")]
+    found = guard.contracts(contracts, names, "node")
+    return attach_steps(graph, guard, {name: (name, found.get(name)) for name in names})
+
+
+def attach_steps(
+    graph: Any, guard: Guard, steps: dict[str, tuple[str, NodeContract[Any, Any] | None]]
+) -> Any:
+    """Make steps of some nodes, with these ids and contracts."""
+    for name, (step_id, contract) in steps.items():
+        node = graph.nodes[name]
+        inner = node.bound if isinstance(graph, Pregel) else node.runnable
+        if hasattr(getattr(inner, "func", None), GUARDED):
+            continue  # It was attached before it was compiled.
+        step = guarded(inner, guard, step_id, contract)
+        if isinstance(graph, Pregel):
+            graph.nodes[name] = node.copy({"bound": step})
+        else:
+            graph.nodes[name] = dataclasses.replace(node, runnable=step)
+    kind: Any = type(graph)
+    graph.__class__ = _graph_class(kind, guard)
+    return graph
+
+
+@functools.lru_cache(maxsize=256)
+def _graph_class(kind: Any, guard: Any) -> Any:
+    """The same class, whose calls are runs. A class, since LangGraph copies its graphs by their attributes."""
+
+    def compile(self: Any, *args: Any, **kwargs: Any) -> Any:
+        graph = kind.compile(self, *args, **kwargs)
+        compiled: Any = type(graph)
+        graph.__class__ = _graph_class(compiled, guard)
+        return graph
+
+    def stream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        return guard.over(lambda: kind.stream(self, input, config, **kwargs), input)
+
+    def astream(self: Any, input: Any, config: Any = None, **kwargs: Any) -> Any:
+        return guard.aover(lambda: kind.astream(self, input, config, **kwargs), input)
+
+    calls = {"stream": stream, "astream": astream}
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    return type(
+        kind.__name__, (kind,), names | ({"compile": compile} if issubclass(kind, StateGraph) else calls)
+    )
+
+
+class LangGraphAdapter:
+    """Guards the marked nodes of a graph, by the registry's contracts, else their own."""
+
+    def __init__(self, registry: ContractRegistry, runner: StromaRunner | None = None) -> None:
+        self.registry, self.guard = registry, Guard(runner)
+
+    def wrap(self, graph: Any) -> Any:
+        """Make the marked nodes steps, whatever the graph calls them; returns it. ValueError if there is none."""
+        runnables = {
+            name: getattr(node, "bound", None) or getattr(node, "runnable", None)
+            for name, node in graph.nodes.items()
+        }
+        found = {
+            name: marked(r, getattr(r, "func", None), getattr(r, "afunc", None))
+            for name, r in runnables.items()
+        }
+        steps = {name: marks_of(func, self.registry) for name, func in found.items() if func is not None}
+        if not steps:
+            raise ValueError(
+                "no node of the graph is marked; decorate their functions with @stroma_langgraph_node"
+            )
+        return attach_steps(graph, self.guard, steps)
+
+    def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
+        """The same as :func:`stroma_langgraph_node`."""
+        return stroma_langgraph_node(node_id, contract)

@@ -1,0 +1,83 @@
+"""Pydantic AI: a capability that makes steps of an agent, its model requests and its tools.
+
+::
+
+    agent = Agent("openai:gpt-4o", capabilities=[StromaCapability(Guard(runner), tools={"search": (Query, Hits)})])
+    await agent.run("...")  # a run: the agent's step, with its model requests and tools inside
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+try:
+    from pydantic_ai import Agent, ModelRetry
+    from pydantic_ai.capabilities import AbstractCapability
+
+    from stroma.adapters._pydantic_ai_model import GuardedModel, control
+except ImportError as error:
+    raise ImportError(
+        "pydantic-ai is required for its adapter; install it with: pip install 'stroma[pydantic-ai]'"
+    ) from error
+
+from pydantic import BaseModel
+
+from stroma.adapters._views import violation
+from stroma.adapters.guard import Contracts, Guard, Step, contract_for
+
+__all__ = ["StromaCapability"]
+
+
+class StromaCapability(AbstractCapability[Any]):
+    """Guards an agent: ``Agent(..., capabilities=[StromaCapability(guard)])``.
+
+    ``tools``: contracts by the names of tools; input is the arguments, output the result. ``output``: what the agent's
+    answer must satisfy: one that does not is told to the model, as often as the agent's output retries allow, and then
+    fails the agent. A contract of no tool raises UnknownNode at the first model request.
+    """
+
+    def __init__(
+        self, guard: Guard, *, tools: Contracts | None = None, output: type[BaseModel] | None = None
+    ) -> None:
+        self.guard = guard
+        self._tools = {name: contract_for(name, given) for name, given in (tools or {}).items()}
+        self._output = None if output is None else contract_for("output", (None, output))
+        self._checked = not self._tools
+
+    async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
+        name = getattr(ctx.agent, "name", None) or "agent"
+        # Its models and tools had their retries.
+        step = Step(name, self._output, made=lambda result: result.output, control=control, again=False)
+
+        async def run(_: Any) -> Any:
+            return await handler()
+
+        if self.guard.inside:
+            return await self.guard.acall(step, run, {"prompt": ctx.prompt})
+        async with self.guard.run({"prompt": ctx.prompt}):
+            return await self.guard.acall(step, run, {"prompt": ctx.prompt})
+
+    async def before_model_request(self, ctx: Any, request_context: Any) -> Any:
+        if not self._checked:
+            self._check(ctx.agent, request_context.model_request_parameters)
+        request_context.model = GuardedModel(request_context.model, self.guard)
+        return request_context
+
+    async def wrap_tool_execute(self, ctx: Any, *, call: Any, tool_def: Any, args: Any, handler: Any) -> Any:
+        step = Step(call.tool_name, self._tools.get(call.tool_name), control=control)
+        return await self.guard.acall(step, handler, args)
+
+    async def after_output_process(self, ctx: Any, *, output_context: Any, output: Any) -> Any:
+        if self._output is not None and not ctx.partial_output:
+            broken = violation("output", self._output, "output", output)
+            if broken is not None:
+                raise ModelRetry(broken.as_prompt())
+        return output
+
+    def _check(self, agent: Any, parameters: Any) -> None:
+        """Refuse a contract of no tool, of those that are offered and those that are only defined."""
+        names = {tool.name for tool in (*parameters.function_tools, *parameters.output_tools)}
+        for toolset in agent.toolsets if isinstance(agent, Agent) else ():
+            names |= set(getattr(toolset, "tools", ()))
+        self.guard.contracts(self._tools, names, "tool")
+        self._checked = True

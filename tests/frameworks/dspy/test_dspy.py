@@ -1,0 +1,240 @@
+"""DSPy: real programs with and without the guard, sync and async, with a fake model and no network."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import dspy
+import pytest
+from dspy.adapters.base import Adapter
+from openai.types import CompletionUsage
+from openai.types.chat import ChatCompletion, ChatCompletionMessage
+from openai.types.chat.chat_completion import Choice
+from pydantic import BaseModel
+from tests.frameworks.kit import Seen, guard_of, tree
+
+from stroma import (
+    BudgetExceeded,
+    ContractViolation,
+    ExecutionBudget,
+    FailureClass,
+    RunStatus,
+    SQLiteStore,
+)
+from stroma.adapters import Guard, UnknownNode
+from stroma.adapters.dspy import attach
+
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+KINDS = ["call", "acall"]
+
+
+class Question(BaseModel):
+    question: str
+
+
+class Draft(BaseModel):
+    draft: str
+
+
+class Narrow(BaseModel):
+    draft: int
+
+
+class Script(dspy.BaseLM):
+    """Answers what it is told to, by field; what is an exception, it raises."""
+
+    def __init__(self, *answers: Any, tokens: int = 10) -> None:
+        super().__init__("openai/gpt-4o", cache=False, num_retries=0)
+        self.answers, self.tokens = list(answers), tokens
+        self.asked = 0
+
+    def forward(self, prompt: Any = None, messages: Any = None, **_: Any) -> Any:
+        self.asked += 1
+        answer = self.answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        text = "\n\n".join(f"[[ ## {name} ## ]]\n{value}" for name, value in answer.items())
+        message = ChatCompletionMessage(content=text + "\n\n[[ ## completed ## ]]", role="assistant")
+        usage = CompletionUsage(prompt_tokens=self.tokens - 1, completion_tokens=1, total_tokens=self.tokens)
+        if not hasattr(dspy.BaseLM, "_record_response") and dspy.settings.usage_tracker:
+            # What dspy.LM does in the releases whose base class does not.
+            dspy.settings.usage_tracker.add_usage(self.model, dict(usage))
+        return ChatCompletion(
+            id="1", choices=[Choice(finish_reason="stop", index=0, message=message)], created=0,
+            model="gpt-4o", object="chat.completion", usage=usage,
+        )  # fmt: skip
+
+    async def aforward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        return self.forward(prompt, messages, **kwargs)
+
+
+class Plain(dspy.ChatAdapter):
+    """Without the second call, in another format, that DSPy makes by itself after any failure."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return Adapter.__call__(self, *args, **kwargs)
+
+    async def acall(self, *args: Any, **kwargs: Any) -> Any:
+        return await Adapter.acall(self, *args, **kwargs)
+
+
+class Writing(dspy.Module):
+    """Two predictors, one behind the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.write = dspy.Predict("question -> draft")
+        self.polish = dspy.Predict("draft -> text")
+
+    def forward(self, question: str) -> Any:
+        return self.polish(draft=self.write(question=question).draft)
+
+    async def aforward(self, question: str) -> Any:
+        return await self.polish.acall(draft=(await self.write.acall(question=question)).draft)
+
+
+def run(program: Any, script: Script, kind: str) -> Any:
+    with dspy.context(lm=script, adapter=Plain()):
+        if kind == "call":
+            return program(question="why?")
+        return asyncio.run(program.acall(question="why?"))
+
+
+GOOD = ({"draft": "rough"}, {"text": "fine"})
+
+
+def lines_of(guard: Guard) -> list[str]:
+    assert guard.last is not None
+    assert guard.last.result is not None
+    return tree(guard.last.result)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_program_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
+    guard = guard_of()
+    program = attach(Writing(), guard, {"write": (Question, Draft), "Writing": (Question, BaseModelOfText)})
+    assert run(program, Script(*GOOD), kind).text == run(Writing(), Script(*GOOD), kind).text == "fine"
+    assert lines_of(guard) == ["Writing success", "  write success 10", "  polish success 10"]
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert guard.last.result.status is RunStatus.COMPLETED
+    assert guard.last.result.total_cost_usd > 0
+
+
+class BaseModelOfText(BaseModel):
+    text: str
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_violations_are_caught_at_their_predictor(kind: str) -> None:
+    """G1."""
+    for contract, direction in (((Narrow, Draft), "input"), ((Question, Narrow), "output")):
+        guard = guard_of()
+        script = Script(*GOOD)
+        with pytest.raises(ContractViolation) as caught:
+            run(attach(Writing(), guard, {"write": contract}), script, kind)
+        assert (caught.value.node_id, caught.value.direction) == ("write", direction)
+        assert script.asked == (0 if direction == "input" else 1)
+        assert guard.stopped is not None
+        assert guard.stopped.exception is caught.value
+        assert guard.stopped.node_id == "write"
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
+    script = Script(TimeoutError("slow"), GOOD[0], ConnectionError("gone"), GOOD[1])
+    assert run(attach(Writing(), guard_of()), script, kind).text == "fine"
+    assert script.asked == 4
+    script = Script(PermissionError("no"), *GOOD)
+    guard = guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL])
+    with pytest.raises(PermissionError):
+        run(attach(Writing(), guard), script, kind)
+    assert script.asked == 1
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert guard.last.result.status is RunStatus.FAILED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_budget_stops_the_program_to_the_token(kind: str) -> None:
+    """An answer that does not parse is paid for and asked for again; the limit counts it."""
+    guard = guard_of(budget=ExecutionBudget(max_tokens_total=15))
+    script = Script({"nothing": "x"}, GOOD[0], GOOD[1])
+    with pytest.raises(BudgetExceeded) as caught:
+        run(attach(Writing(), guard), script, kind)
+    assert (caught.value.actual, caught.value.limit, script.asked) == (20, 15, 2)
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert (guard.last.result.total_tokens, guard.last.result.status) == (20, RunStatus.PARTIAL)
+    assert lines_of(guard) == ["Writing failure", "  write failure 10", "  write failure 10"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
+    seen = Seen()
+    run(attach(Writing(), guard_of(seen)), Script(TimeoutError(), *GOOD), kind)
+    assert seen.lines == [
+        "run start",
+        "start Writing",
+        "start write < Writing",
+        "failure write < Writing",
+        "retry write < Writing",
+        "start write < Writing",
+        "success write < Writing",
+        "start polish < Writing",
+        "success polish < Writing",
+        "success Writing",
+        "run end COMPLETED",
+    ]
+
+
+def test_a_model_that_the_program_calls_itself_is_counted_on_the_program() -> None:
+    """And a tracker of the user's around it all sees what it saw without the guard."""
+
+    class Direct(Writing):
+        def forward(self, question: str) -> Any:
+            dspy.settings.lm("x")
+            return super().forward(question)
+
+    seen = []
+    for guard in (None, guard_of()):
+        program = Direct() if guard is None else attach(Direct(), guard)
+        with dspy.track_usage() as tracker:
+            run(program, Script({"a": "b"}, *GOOD), "call")
+        seen.append(tracker.get_total_tokens()["openai/gpt-4o"]["total_tokens"])
+        if guard is not None:
+            assert lines_of(guard) == ["Direct success 10", "  write success 10", "  polish success 10"]
+    assert seen == [30, 30]
+
+
+def test_predictors_inside_modules_have_the_names_that_dspy_gives_them() -> None:
+    class Thinking(dspy.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.think = dspy.ChainOfThought("question -> answer")
+
+        def forward(self, question: str) -> Any:
+            return self.think(question=question)
+
+    guard = guard_of()
+    program = attach(Thinking(), guard, {"think.predict": (Question, Answered)})
+    assert run(program, Script({"reasoning": "so", "answer": "42"}), "call").answer == "42"
+    assert lines_of(guard) == ["Thinking success", "  think.predict success 10"]
+
+
+class Answered(BaseModel):
+    answer: str
+
+
+def test_a_contract_for_an_unknown_predictor_is_an_error() -> None:
+    with pytest.raises(UnknownNode, match=r"no predictor 'wirte' .* 'Writing', 'polish', 'write'"):
+        attach(Writing(), guard_of(), {"wirte": (Question, Draft)})
+
+
+def test_a_call_of_a_program_is_a_run_in_the_journal(tmp_path: Any) -> None:
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        run(attach(Writing(), guard_of(store=store)), Script(*GOOD), "call")
+        (record,) = store.list_runs()
+        assert (record.status, record.tokens) == ("COMPLETED", 20)
+        assert [a.node_id for a in store.attempts(record.run_id)] == ["Writing", "write", "polish"]

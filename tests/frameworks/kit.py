@@ -1,0 +1,72 @@
+"""What the tests of all frameworks share: a guard that retries at once, and hooks that write down what they see."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from stroma import FailureClass, FailurePolicy, NodeHooks, StromaRunner, current_node
+from stroma.adapters import Guard
+from stroma.trace import ExecutionResult
+
+AT_ONCE = {
+    FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0),
+    FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0),
+}
+
+
+class Seen:
+    """Every hook that fired, as "event node < parent"; a run's as "event STATUS"."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.results: list[ExecutionResult] = []
+        self.hooks = NodeHooks(
+            on_run_start=self._run("run start"),
+            on_run_end=self._run("run end"),
+            on_node_start=self._node("start"),
+            on_node_success=self._node("success"),
+            on_node_failure=self._node("failure"),
+            on_node_retry=self._node("retry"),
+            on_node_suspended=self._node("suspended"),
+            on_node_cancelled=self._node("cancelled"),
+        )
+
+    def _run(self, event: str) -> Any:
+        async def hook(_run_id: str, what: Any, *_: Any) -> None:
+            if isinstance(what, ExecutionResult):
+                self.results.append(what)
+            self.lines.append(f"{event} {what.status}" if isinstance(what, ExecutionResult) else event)
+
+        return hook
+
+    def _node(self, event: str) -> Any:
+        async def hook(*_: Any) -> None:
+            node = current_node()
+            assert node is not None
+            names, outer = [node.node_id], node.parent
+            while outer is not None:
+                names.append(outer.node_id)
+                outer = outer.parent
+            self.lines.append(f"{event} {' < '.join(names)}")
+
+        return hook
+
+
+def guard_of(seen: Seen | None = None, **config: Any) -> Guard:
+    if seen is not None:
+        config["hooks"] = seen.hooks
+    return Guard(StromaRunner.quick(**{"policy_map": AT_ONCE, **config}))
+
+
+def tree(result: ExecutionResult) -> list[str]:
+    """The trace as lines, children indented: "node outcome tokens"."""
+
+    def lines(events: Any, depth: int) -> list[str]:
+        found = []
+        for event in events:
+            tokens = f" {event.usage.tokens}" if event.usage.tokens else ""
+            found.append("  " * depth + f"{event.node_id} {event.outcome}{tokens}")
+            found += lines(event.children, depth + 1)
+        return found
+
+    return lines(result.trace, 0)

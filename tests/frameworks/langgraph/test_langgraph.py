@@ -1,0 +1,639 @@
+"""LangGraph: real graphs with and without the guard, sync and async, with fake models and no network."""
+
+from __future__ import annotations
+
+import asyncio
+import operator
+from typing import Annotated, Any, TypedDict
+
+import pytest
+from langchain_core.language_models.fake_chat_models import GenericFakeChatModel
+from langchain_core.messages import AIMessage, AIMessageChunk
+from langchain_core.outputs import ChatGenerationChunk
+from langchain_core.runnables import RunnableConfig
+from langgraph.checkpoint.memory import InMemorySaver
+from langgraph.errors import GraphRecursionError
+from langgraph.graph import END, START, StateGraph
+from langgraph.runtime import Runtime
+from langgraph.types import Command, RetryPolicy, Send, StreamWriter, interrupt
+from pydantic import BaseModel
+from tests.frameworks.kit import AT_ONCE, Seen, guard_of, tree
+
+from stroma import (
+    BudgetExceeded,
+    ContractRegistry,
+    ContractViolation,
+    ExecutionBudget,
+    FailureClass,
+    NodeContract,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+)
+from stroma.adapters import FrameworkAdapter, LangGraphAdapter, UnknownNode, stroma_langgraph_node
+from stroma.adapters.langgraph import attach
+
+KINDS = ["invoke", "ainvoke", "stream", "astream"]
+
+
+class State(TypedDict, total=False):
+    text: str
+    words: Annotated[list[str], operator.add]
+    total: int
+
+
+class Text(BaseModel):
+    text: str
+
+
+class Words(BaseModel):
+    words: list[str]
+
+
+class Total(BaseModel):
+    total: int
+
+
+def call(graph: Any, kind: str, given: Any, config: Any = None) -> Any:
+    """Call a graph in one of its ways; streams give their last state."""
+
+    async def acall() -> Any:
+        if kind == "ainvoke":
+            return await graph.ainvoke(given, config)
+        return [part async for part in graph.astream(given, config, stream_mode="values")][-1]
+
+    if kind == "invoke":
+        return graph.invoke(given, config)
+    if kind == "stream":
+        return list(graph.stream(given, config, stream_mode="values"))[-1]
+    return asyncio.run(acall())
+
+
+class Model(GenericFakeChatModel):
+    """Its streams say what they used, as those of real models do."""
+
+    def _stream(self, *args: Any, **kwargs: Any) -> Any:
+        message = self._generate(*args, **kwargs).generations[0].message
+        assert isinstance(message, AIMessage)
+        for part in str(message.content).split():
+            yield ChatGenerationChunk(
+                message=AIMessageChunk(part, response_metadata=message.response_metadata)
+            )
+        yield ChatGenerationChunk(message=AIMessageChunk("", usage_metadata=message.usage_metadata))
+
+
+def model(*tokens: int, name: str = "gpt-4o") -> Model:
+    """A chat model whose answers say that they used some tokens."""
+    answers = [
+        AIMessage(
+            f"answer {n}",
+            usage_metadata={"input_tokens": count - 1, "output_tokens": 1, "total_tokens": count},
+            response_metadata={"model_name": name},
+        )
+        for n, count in enumerate(tokens)
+    ]
+    return Model(messages=iter(answers))
+
+
+def split(state: State) -> Any:
+    return {"words": state["text"].split()}
+
+
+async def asplit(state: State) -> Any:
+    return {"words": state["text"].split()}
+
+
+def count(state: State) -> Any:
+    return {"total": len(state["words"])}
+
+
+def line(first: Any = split, second: Any = count) -> Any:
+    builder = StateGraph(State)
+    builder.add_node("split", first)
+    builder.add_node("count", second)
+    builder.add_edge(START, "split")
+    builder.add_edge("split", "count")
+    builder.add_edge("count", END)
+    return builder
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_graph_gives_the_same_answer_with_and_without_the_guard(kind: str, when: str) -> None:
+    """Attached before or after it is compiled, and called in any way, a graph answers as it did."""
+    plain = call(line().compile(), kind, {"text": "a b c"})
+    guard = guard_of()
+    contracts = {"split": (Text, Words), "count": (Words, Total)}
+    if when == "before":
+        graph = attach(line(), guard, contracts).compile()
+    else:
+        graph = attach(line().compile(), guard, contracts)
+    assert (
+        call(graph, kind, {"text": "a b c"})
+        == plain
+        == {"text": "a b c", "words": ["a", "b", "c"], "total": 3}
+    )
+    assert type(graph).__name__ == "CompiledStateGraph"
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert guard.last.result.status is RunStatus.COMPLETED
+    assert tree(guard.last.result) == ["split success", "count success"]
+    # A copy with another config is guarded too.
+    again = graph.with_config({"tags": ["copy"]})
+    call(again, kind, {"text": "d"})
+    assert tree(guard.last.result) == ["split success", "count success"]
+    assert len(guard.runner.checkpoint_manager.store.list_runs()) == 2  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_violations_are_caught_at_their_node(kind: str) -> None:
+    """G1, in a real graph: what breaks a contract on input or on output stops at its node."""
+    guard = guard_of()
+    called: list[str] = []
+    graph = attach(
+        line(second=lambda state: called.append("count")), guard, {"count": (Total, Total)}
+    ).compile()
+    with pytest.raises(ContractViolation) as caught:
+        call(graph, kind, {"text": "a"})
+    assert (caught.value.node_id, caught.value.direction, called) == ("count", "input", [])
+    assert guard.stopped is not None
+    assert guard.stopped.exception is caught.value
+    graph = attach(line(first=lambda state: {"words": 7}), guard, {"split": (Text, Words)}).compile()
+    with pytest.raises(ContractViolation) as caught:
+        call(graph, kind, {"text": "a"})
+    assert (caught.value.node_id, caught.value.direction) == ("split", "output")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_transient_failure_is_retried_and_a_terminal_one_is_not(kind: str) -> None:
+    """G3, in a real graph."""
+    calls: list[int] = []
+
+    def flaky(state: State) -> Any:
+        calls.append(1)
+        if len(calls) < 3:
+            raise TimeoutError("slow")
+        return split(state)
+
+    guard = guard_of()
+    assert call(attach(line(flaky), guard).compile(), kind, {"text": "a b"})["total"] == 2
+    assert len(calls) == 3
+
+    def broken(state: State) -> Any:
+        calls.append(1)
+        raise PermissionError("no")
+
+    calls.clear()
+    guard = guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL])
+    with pytest.raises(PermissionError):
+        call(attach(line(broken), guard).compile(), kind, {"text": "a"})
+    assert len(calls) == 1
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert guard.last.result.status is RunStatus.FAILED
+
+
+def test_a_retry_gets_what_the_first_attempt_got() -> None:
+    """A node that changes its state before it fails finds it as it was, when it is called again."""
+    seen: list[Any] = []
+
+    def eats(state: State) -> Any:
+        seen.append(list(state["words"]))
+        state["words"].clear()
+        if len(seen) == 1:
+            raise TimeoutError
+        return {"total": len(seen[-1])}
+
+    builder = StateGraph(State)
+    builder.add_node("eats", eats)
+    builder.add_edge(START, "eats")
+    graph = attach(builder, guard_of()).compile()
+    assert graph.invoke({"words": ["a", "b"]})["total"] == 2
+    assert seen == [["a", "b"], ["a", "b"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tokens_of_models_are_counted_once_at_the_innermost_node(kind: str) -> None:
+    """Model calls in nodes, in nodes of subgraphs, and in attempts that failed: each token once."""
+    llm = model(10, 20, 30, 40, 50)
+    failed: list[int] = []
+
+    def inner(state: State) -> Any:
+        return {"words": [llm.invoke("x").content]}
+
+    async def ainner(state: State) -> Any:
+        return {"words": [(await llm.ainvoke("x")).content]}
+
+    asynchronous = kind.startswith("a")
+    subgraph = StateGraph(State)
+    subgraph.add_node("inner", ainner if asynchronous else inner)
+    subgraph.add_edge(START, "inner")
+    guard = guard_of()
+    sub = attach(subgraph, guard).compile()
+
+    def outer(state: State) -> Any:
+        llm.invoke("y")
+        made = sub.invoke({"text": "x"})
+        if not failed:
+            failed.append(1)
+            raise TimeoutError
+        return {"words": made["words"]}
+
+    async def aouter(state: State) -> Any:
+        await llm.ainvoke("y")
+        made = await sub.ainvoke({"text": "x"})
+        if not failed:
+            failed.append(1)
+            raise TimeoutError
+        return {"words": made["words"]}
+
+    graph = attach(line(aouter if asynchronous else outer), guard).compile()
+    call(graph, kind, {"text": "a"})
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert tree(guard.last.result) == [
+        "split failure 10",
+        "  inner success 20",
+        "split success 30",
+        "  inner success 40",
+        "count success",
+    ]
+    assert guard.last.result.total_tokens == 100
+    assert guard.last.result.total_cost_usd > 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_subgraph_that_is_a_node_is_a_step_with_steps(kind: str) -> None:
+    """A compiled graph as a node: its nodes are children, it is found by LangGraph, and its updates stream."""
+    guard = guard_of()
+    sub = attach(line(), guard).compile()
+    builder = StateGraph(State)
+    builder.add_node("sub", sub)
+    builder.add_edge(START, "sub")
+    graph = attach(builder, guard).compile()
+    assert call(graph, kind, {"text": "a b"})["total"] == 2
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert tree(guard.last.result) == ["sub success", "  split success", "  count success"]
+    assert [name for name, _ in graph.get_subgraphs()] == ["sub"]
+    parts = list(graph.stream({"text": "a"}, stream_mode="updates", subgraphs=True))
+    assert [list(update) for _, update in parts] == [["split"], ["count"], ["sub"]]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_budget_stops_the_graph_to_the_token(kind: str) -> None:
+    """The node that crosses the limit is the last one that is called; failed attempts count."""
+    llm = model(30, 40, 50)
+    called: list[str] = []
+
+    def ask(state: State) -> Any:
+        called.append("split")
+        llm.invoke("x")
+        if len(called) == 1:
+            raise TimeoutError
+        return {"words": ["a"]}
+
+    def never(state: State) -> Any:
+        called.append("count")
+
+    guard = guard_of(budget=ExecutionBudget(max_tokens_total=60))
+    graph = attach(line(ask, never), guard).compile()
+    with pytest.raises(BudgetExceeded) as caught:
+        call(graph, kind, {"text": "a"})
+    assert (caught.value.actual, caught.value.limit) == (70, 60)
+    assert called == ["split", "split"]
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert guard.last.result.status is RunStatus.PARTIAL
+    assert guard.last.result.total_tokens == 70
+    assert guard.stopped is not None
+    assert isinstance(guard.stopped.exception, BudgetExceeded)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_node_that_calls_its_model_for_ever_is_stopped_inside(kind: str) -> None:
+    """The limit is looked at before each call of a model, and not only between nodes."""
+    llm = model(*[10] * 100)
+    calls: list[int] = []
+
+    def loop(state: State) -> Any:
+        while True:
+            llm.invoke("x")
+            calls.append(1)
+
+    guard = guard_of(budget=ExecutionBudget(max_tokens_total=35))
+    with pytest.raises(BudgetExceeded):
+        call(attach(line(loop), guard).compile(), kind, {"text": "a"})
+    assert len(calls) == 4
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert guard.last.result.total_tokens == 40
+
+
+@pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
+def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
+    seen = Seen()
+    guard = guard_of(seen)
+    sub = attach(line(), guard).compile()
+    failed: list[int] = []
+
+    async def outer(state: State) -> Any:
+        if not failed:
+            failed.append(1)
+            raise TimeoutError
+        return await sub.ainvoke({"text": "a"})
+
+    def outer_sync(state: State) -> Any:
+        if not failed:
+            failed.append(1)
+            raise TimeoutError
+        return sub.invoke({"text": "a"})
+
+    builder = StateGraph(State)
+    builder.add_node("outer", outer if kind == "ainvoke" else outer_sync)
+    builder.add_edge(START, "outer")
+    call(attach(builder, guard).compile(), kind, {"text": "a"})
+    assert seen.lines == [
+        "run start",
+        "start outer",
+        "failure outer",
+        "retry outer",
+        "start outer",
+        "start split < outer",
+        "success split < outer",
+        "start count < outer",
+        "success count < outer",
+        "success outer",
+        "run end COMPLETED",
+    ]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_interrupt_waits_and_goes_on_under_the_checkpointer_of_the_graph(kind: str) -> None:
+    """interrupt() and Command(resume=...) pass untouched; the run is SUSPENDED, nothing is retried."""
+
+    def ask(state: State) -> Any:
+        calls.append(1)
+        return {"words": [interrupt("which word?")]}
+
+    def build(guarded: Any) -> Any:
+        return guarded(line(ask)).compile(checkpointer=InMemorySaver())
+
+    guard, seen = guard_of(), []
+    answers = []
+    for guarded in (lambda b: b, lambda b: attach(b, guard, {"split": (Text, Words)})):
+        calls: list[int] = []
+        graph, config = build(guarded), {"configurable": {"thread_id": "1"}}
+        call(graph, kind, {"text": "a"}, config)
+        seen.append([i.value for i in graph.get_state(config).tasks[0].interrupts])
+        if guarded.__code__.co_names:
+            assert guard.last is not None
+            assert guard.last.result is not None
+            assert guard.last.result.status is RunStatus.SUSPENDED
+            assert guard.last.result.suspended == ["which word?"]
+            assert guard.stopped is None
+        answers.append(call(graph, kind, Command(resume="this one"), config))
+        assert len(calls) == 2
+    assert seen == [["which word?"], ["which word?"]]
+    assert answers[0] == answers[1]
+    assert answers[0]["words"] == ["this one"]
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert guard.last.result.status is RunStatus.COMPLETED
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_commands_and_sends_steer_as_they_did(kind: str) -> None:
+    """Command(goto, update), Send with an input of its own, and Command to a parent graph; contracts see the updates."""
+
+    def start(state: State) -> Any:
+        return Command(
+            update={"words": ["start"]}, goto=[Send("count", {"words": ["x"] * n}) for n in (1, 2)]
+        )
+
+    def fork(state: State) -> Any:
+        return {"words": [str(len(state["words"]))]}
+
+    def build(guarded: Any) -> Any:
+        builder = StateGraph(State)
+        builder.add_node("split", start, destinations=("count",))
+        builder.add_node("count", fork)
+        builder.add_edge(START, "split")
+        return guarded(builder).compile()
+
+    guard = guard_of()
+    plain = call(build(lambda b: b), kind, {"text": "a"})
+    contracts = {"split": (Text, Words), "count": (Words, Words)}
+    guarded = call(build(lambda b: attach(b, guard, contracts)), kind, {"text": "a"})
+    assert plain == guarded
+    assert sorted(guarded["words"]) == ["1", "2", "start"]
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert sorted(tree(guard.last.result)) == ["count success", "count success", "split success"]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_handoff_to_the_parent_graph_is_a_success_of_both(kind: str) -> None:
+    """Command(graph=PARENT) is an exception inside LangGraph: it passes as itself, once, and counts as returned."""
+    calls: list[int] = []
+
+    def leave(state: State) -> Any:
+        calls.append(1)
+        return Command(graph=Command.PARENT, goto="count", update={"words": ["from below"]})
+
+    def build(guarded: Any) -> Any:
+        sub = StateGraph(State)
+        sub.add_node("leave", leave)
+        sub.add_edge(START, "leave")
+        builder = StateGraph(State)
+        builder.add_node("sub", guarded(sub).compile(), destinations=("count",))
+        builder.add_node("count", count)
+        builder.add_edge(START, "sub")
+        return guarded(builder).compile()
+
+    guard = guard_of()
+    plain = call(build(lambda b: b), kind, {"text": "a"})
+    assert call(build(lambda b: attach(b, guard)), kind, {"text": "a"}) == plain
+    assert plain["total"] == 1
+    assert len(calls) == 2
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert tree(guard.last.result) == ["sub success", "  leave success", "count success"]
+
+
+def test_the_recursion_limit_is_not_retried() -> None:
+    """A graph that goes round for ever stops once, inside another one too."""
+    rounds: list[int] = []
+
+    def around(state: State) -> Any:
+        rounds.append(1)
+
+    sub = StateGraph(State)
+    sub.add_node("around", around)
+    sub.add_edge(START, "around")
+    sub.add_edge("around", "around")
+    guard = guard_of()
+    graph = sub.compile()
+    builder = StateGraph(State)
+    builder.add_node("sub", lambda state: graph.invoke(state, {"recursion_limit": 3}))
+    builder.add_edge(START, "sub")
+    with pytest.raises(GraphRecursionError):
+        attach(builder, guard).compile().invoke({"text": "a"})
+    assert len(rounds) == 3
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_a_node_is_given_by_the_framework_reaches_it(kind: str) -> None:
+    """Config, runtime context, the store's place and the stream writer are injected as without the guard."""
+    got: list[Any] = []
+
+    def node(
+        state: State, config: RunnableConfig, runtime: Runtime[dict[str, str]], writer: StreamWriter
+    ) -> Any:
+        got.append((config["configurable"]["user"], runtime.context["who"], callable(writer)))
+        return {"total": 1}
+
+    builder = StateGraph(State, context_schema=dict)
+    builder.add_node("node", node)
+    builder.add_edge(START, "node")
+    graph = attach(builder, guard_of()).compile()
+    config = {"configurable": {"user": "u"}}
+
+    async def main() -> Any:
+        return await graph.ainvoke({"text": "a"}, config, context={"who": "me"})
+
+    if kind.startswith("a"):
+        asyncio.run(main())
+    else:
+        graph.invoke({"text": "a"}, config, context={"who": "me"})
+    assert got == [("u", "me", True)]
+
+
+def test_streams_stream() -> None:
+    """Tokens of a model, custom parts and updates come as they are made, in every mode, sync and async."""
+
+    def node(state: State, writer: StreamWriter) -> Any:
+        writer({"custom": 1})
+        return {"words": [model(10).invoke("x").content]}
+
+    def parts(graph: Any) -> Any:
+        return [
+            (mode, part if mode != "messages" else part[0].content)
+            for mode, part in graph.stream({"text": "a"}, stream_mode=["custom", "messages", "updates"])
+        ]
+
+    def build() -> Any:
+        builder = StateGraph(State)
+        builder.add_node("node", node)
+        builder.add_edge(START, "node")
+        return builder
+
+    guard = guard_of()
+    graph = attach(build(), guard).compile()
+    assert parts(graph) == parts(build().compile())
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert guard.last.result.total_tokens == 10
+    stream = graph.stream({"text": "a"}, stream_mode="updates")
+    next(stream)
+    stream.close()
+    assert guard.last.result.status is RunStatus.CANCELLED
+
+
+def test_a_contract_for_an_unknown_node_is_an_error() -> None:
+    """Rule 8: its contract would never be looked at."""
+    with pytest.raises(UnknownNode, match=r"no node 'spilt' .* 'count', 'split'"):
+        attach(line(), guard_of(), {"spilt": (Text, Words)})
+
+
+def test_parallel_nodes_and_their_retry_policies() -> None:
+    """Nodes side by side are steps side by side; LangGraph's own retry calls a step again."""
+    calls: list[int] = []
+
+    def flaky(state: State) -> Any:
+        calls.append(1)
+        if len(calls) < 4:
+            raise ConnectionError
+        return {"words": ["flaky"]}
+
+    builder = StateGraph(State)
+    builder.add_node(
+        "flaky", flaky, retry_policy=RetryPolicy(max_attempts=2, initial_interval=0.001, jitter=False)
+    )
+    builder.add_node("other", lambda state: {"words": ["other"]})
+    builder.add_edge(START, "flaky")
+    builder.add_edge(START, "other")
+    guard = guard_of()
+    assert sorted(attach(builder, guard).compile().invoke({"text": "a"})["words"]) == ["flaky", "other"]
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert sorted(tree(guard.last.result)) == sorted(
+        ["flaky failure"] * 3 + ["flaky success", "other success"]
+    )
+
+
+@pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
+def test_a_call_of_a_graph_is_a_run_in_the_journal(tmp_path: Any, kind: str) -> None:
+    """Requirement 3: what was called, what it came to and what it cost is on disk."""
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        guard = guard_of(store=store, pipeline="words")
+        llm = model(10)
+        graph = attach(line(lambda state: {"words": [llm.invoke("x").content]}), guard).compile()
+        call(graph, kind, {"text": "a"})
+        (run,) = store.list_runs()
+        assert (run.status, run.pipeline, run.tokens, run.nodes) == ("COMPLETED", "words", 10, 2)
+        assert [a.node_id for a in store.attempts(run.run_id)] == ["split", "count"]
+
+
+# ---------------------------------------------------------------------- the published names
+
+
+def fresh() -> Any:
+    """A function that no other test has marked."""
+    return lambda state: split(state)
+
+
+SPLIT = NodeContract(node_id="splitter", input_schema=Text, output_schema=Words)
+
+
+@pytest.mark.parametrize(
+    ("kind", "asynchronous"), [(kind, False) for kind in KINDS] + [("ainvoke", True), ("astream", True)]
+)
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_code_against_the_published_names_works(kind: str, when: str, asynchronous: bool) -> None:
+    """LangGraphAdapter(registry).wrap(graph) and the decorator: on real graphs, whatever key a node has."""
+    bad: list[bool] = []
+
+    @stroma_langgraph_node("splitter", SPLIT)
+    async def anode(state: State) -> Any:
+        return {"words": 7} if bad else {"words": state["text"].split()}
+
+    @stroma_langgraph_node("splitter", SPLIT)
+    def node(state: State) -> Any:
+        return {"words": 7} if bad else {"words": state["text"].split()}
+
+    adapter = LangGraphAdapter(ContractRegistry(), StromaRunner.quick(policy_map=AT_ONCE))
+    assert isinstance(adapter, FrameworkAdapter)
+    builder = line(anode if asynchronous else node)
+    graph = adapter.wrap(builder).compile() if when == "before" else adapter.wrap(builder.compile())
+    assert call(graph, kind, {"text": "a b"})["total"] == 2
+    bad.append(True)
+    with pytest.raises(ContractViolation) as caught:
+        call(graph, kind, {"text": "a b"})
+    assert caught.value.node_id == "splitter"
+    assert tree(adapter.guard.last.result) == ["splitter failure"]  # type: ignore[union-attr,arg-type]
+
+
+def test_the_registry_of_the_adapter_wins_over_the_marker() -> None:
+    registry = ContractRegistry()
+    registry.register(NodeContract(node_id="splitter", input_schema=Total, output_schema=Words))
+    graph = LangGraphAdapter(registry).wrap(line(stroma_langgraph_node("splitter", SPLIT)(fresh()))).compile()
+    with pytest.raises(ContractViolation, match="total"):
+        graph.invoke({"text": "a"})
+
+
+def test_a_graph_without_marked_nodes_is_an_error() -> None:
+    adapter = LangGraphAdapter(ContractRegistry())
+    with pytest.raises(ValueError, match="stroma_langgraph_node"):
+        adapter.wrap(line().compile())
+    assert adapter.node_decorator("splitter", SPLIT)(fresh())._stroma_node_id == "splitter"
