@@ -1392,8 +1392,8 @@ RESUME = (
         "steps-share-a-position",
         "Each call of execute_step is a position of its own.",
         "context.py",
-        "            position = self._next_position\n            self._next_position += 1",
-        "            position = self._next_position",
+        "        self._next_position += 1\n        return self._next_position - 1",
+        "        return self._next_position",
         resume("test_steps_return_what_they_recorded"),
     ),
     Break(
