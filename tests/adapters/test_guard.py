@@ -366,6 +366,11 @@ def test_a_hook_may_call_a_sync_step() -> None:
     inner = guard.wrap("inner", lambda: calls.append("inner"))
     guard.wrap("outer", lambda: calls.append("outer"))()
     assert calls == ["inner", "outer"]
+    # The loop that was made for that call alone is gone with it.
+    alive = [thread for thread in threading.enumerate() if thread.name == "stroma-guard"]
+    for thread in alive[1:]:
+        thread.join(10)
+    assert sum(thread.is_alive() for thread in alive) == 1
 
 
 def test_steps_inside_steps_to_any_depth() -> None:
