@@ -1,6 +1,6 @@
 """What the guard costs a node, in microseconds of CPU: `PYTHON -m benchmarks.adapters NAME`, in the environment of a framework.
 
-NAME: guard, langgraph, langchain, pydantic_ai, openai_agents or crewai. `./dev test --framework NAME` makes the environment,
+NAME: guard, langgraph, langchain, pydantic_ai, openai_agents, crewai, agent_framework, google_adk, dspy or haystack. `./dev test --framework NAME` makes the environment,
 whose Python is .venv-NAME-newest/bin/python. What is measured does nothing: what is left is the framework, and the guard.
 """
 
@@ -190,6 +190,58 @@ def crewai() -> dict[str, tuple[float, float]]:
         return flow.kickoff
 
     return {"method": (best(work(False), 2), best(work(True), 2))}
+
+
+def haystack() -> dict[str, tuple[float, float]]:
+    from tests.frameworks.haystack.test_haystack import Script, pipeline_of
+
+    from stroma.adapters.haystack import attach
+
+    def work(guarded: bool) -> Any:
+        scripts = [Script() for _ in range(20)]
+        pipeline = pipeline_of(scripts[0], "run", *scripts[1:])
+        if guarded:
+            attach(pipeline, Guard(StromaRunner.quick()))
+
+        def run() -> None:
+            for script in scripts:
+                script.answers = ["x"]
+            pipeline.run({"ask": {"text": "x"}})
+
+        return run
+
+    return {"component": (best(work(False), 21), best(work(True), 21))}
+
+
+def dspy() -> dict[str, tuple[float, float]]:
+    from tests.frameworks.dspy.test_dspy import GOOD, Script, Writing, run
+
+    from stroma.adapters.dspy import attach
+
+    def work(guarded: bool) -> Any:
+        program = attach(Writing(), Guard(StromaRunner.quick())) if guarded else Writing()
+        return lambda: run(program, Script(*GOOD), "call")
+
+    return {"predictor": (best(work(False), 3), best(work(True), 3))}
+
+
+def google_adk() -> dict[str, tuple[float, float]]:
+    from tests.frameworks.google_adk.test_google_adk import CALL, Script, agent_of, ask
+
+    def work(guarded: bool) -> None:
+        guard = Guard(StromaRunner.quick()) if guarded else None
+        ask(agent_of(Script.of(*[CALL] * 9, "x"), guard), "run_async", guard)
+
+    return {"model or tool": (best(lambda: work(False), 19), best(lambda: work(True), 19))}
+
+
+def agent_framework() -> dict[str, tuple[float, float]]:
+    from tests.frameworks.agent_framework.test_agent_framework import CALL, Script, agent_of, ask
+
+    def work(guarded: bool) -> None:
+        ask(agent_of(Script(*[CALL] * 9, "x"), Guard(StromaRunner.quick()) if guarded else None))
+
+    return {"model or tool": (best(lambda: work(False), 19), best(lambda: work(True), 19))}
 
 
 if __name__ == "__main__":

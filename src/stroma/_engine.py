@@ -1,7 +1,7 @@
 """The loop: attempt, commit, decide, wait. The only place that calls a node's function.
 
-Every driver (the local runner, ``execute_step``, groups, adapters) enters at :func:`execute`, once per node and
-position. What it does for one attempt, in this order:
+Every driver (the local runner, ``execute_step``, groups, adapters) enters at :func:`execute` or, if it has many nodes in
+turn, at :func:`execute_in_turn`, once per node and position. What it does for one attempt, in this order:
 
 1. validate the input, fire start;
 2. call the function, under its timeout;
@@ -17,7 +17,7 @@ import math
 from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from time import perf_counter_ns
-from typing import Any, Final, cast
+from typing import Any, Final, TypedDict, Unpack, cast
 
 from pydantic import BaseModel
 
@@ -28,7 +28,7 @@ from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
 from stroma.checkpoint import StepCall, StoreError, Waiting, schema_ref
-from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext
+from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
 from stroma.failures import (
@@ -50,7 +50,7 @@ from stroma.nodes import Group, Kept, Node, Plan
 from stroma.schemas import Packed, Snapshot, schema_of
 from stroma.trace import NO_USAGE, Row, RunStatus
 
-__all__ = ["GroupStopped", "Halt", "execute"]
+__all__ = ["GroupStopped", "Halt", "execute", "execute_in_turn"]
 
 _NO_RETRIES: Final = FailurePolicy(max_retries=0, backoff_seconds=0.0)
 _SPENT: Final = Stop("the budget is spent")
@@ -96,6 +96,38 @@ class GroupStopped(Exception):
 
 
 async def execute(
+    ctx: ReliabilityContext, node: Node | Group, value: BaseModel, position: int, **place: Unpack[Place]
+) -> BaseModel | Halt:
+    """Run a node at one position until it is committed or has stopped for good.
+
+    The output is committed when this returns it. Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync come out
+    as exceptions, StoreError if what the journal holds of this position does not fit; all else is a Halt.
+    """
+    token = CURRENT.set(CURRENT.get())
+    try:
+        return await execute_in_turn(ctx, node, value, position, **place)
+    finally:
+        leave(token)
+
+
+class Place(TypedDict, total=False):
+    """Where an execution stands, and under what.
+
+    Attributes:
+        contract: wins over the registry, which wins over the marker.
+        cancelling: the running task's count of cancellations when the driver began (0 in a task of its own), to tell a
+            new one from a node's stray CancelledError.
+    """
+
+    branch: str
+    kind: Kind
+    parent: NodeExecution | None
+    contract: NodeContract[Any, Any] | None
+    step: StepCall | None
+    cancelling: int
+
+
+async def execute_in_turn(
     ctx: ReliabilityContext,
     node: Node | Group,
     value: BaseModel,
@@ -108,14 +140,9 @@ async def execute(
     step: StepCall | None = None,
     cancelling: int = 0,
 ) -> BaseModel | Halt:
-    """Run a node at one position until it is committed or has stopped for good.
+    """:func:`execute` for a driver of many nodes, who puts back once what the current node was before.
 
-    ``contract`` wins over the registry, the registry over the marker. ``cancelling``: the running task's count of
-    cancellations when the driver began (0 in a task of its own), to tell a new one from a node's stray
-    CancelledError. The output is committed when this returns it. The node stays the current one: what that was before
-    is for the driver to put back, once for all its nodes, unless the task ends with the node.
-    Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync come out as exceptions, StoreError if what the
-    journal holds of this position does not fit; all else is a Halt.
+    The node stays the current one. So it is for a task that ends with the node, too.
     """
     if branch and (position, branch) in ctx.done:
         return ctx.done[position, branch]

@@ -9,7 +9,7 @@ from dataclasses import replace
 
 from pydantic import BaseModel
 
-from stroma._engine import Halt, execute
+from stroma._engine import Halt, execute_in_turn
 from stroma._redeliver import redeliver
 from stroma._restore import check_place, output_schema, restore
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
@@ -189,7 +189,7 @@ class OneRun:
                 # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
                 await asyncio.sleep(0)
                 cancelling = task.cancelling()
-            outcome = await execute(ctx, self.nodes[position], state, position, cancelling=cancelling)
+            outcome = await execute_in_turn(ctx, self.nodes[position], state, position, cancelling=cancelling)
             if isinstance(outcome, Halt):
                 failure = None if outcome.suspended else outcome.failure
                 return failure, self._cancelled_as or outcome.status

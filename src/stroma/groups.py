@@ -14,7 +14,7 @@ from typing import Any, Literal, cast
 from pydantic import BaseModel, ConfigDict, create_model
 
 from stroma._core_schema import core_schema_of, never_a_dict
-from stroma._engine import GroupStopped, Halt, execute
+from stroma._engine import GroupStopped, Halt, execute_in_turn
 from stroma._map import DEFAULT_CONCURRENCY, MapRun
 from stroma._restore import output_schema
 from stroma._values import isolate
@@ -265,7 +265,7 @@ async def _side_by_side(
         async with gate():
             if stopped:
                 return None
-            outcome = await execute(
+            outcome = await execute_in_turn(
                 ctx,
                 node,
                 value,

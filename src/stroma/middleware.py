@@ -13,7 +13,7 @@ from pydantic import BaseModel, ValidationError
 from stroma._engine import Halt, execute
 from stroma._redeliver import redeliver
 from stroma.checkpoint import PipelineChanged, StepCall
-from stroma.context import CURRENT, ReliabilityContext, leave
+from stroma.context import ReliabilityContext
 from stroma.contracts import NodeContract
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, find_node, make_node
@@ -60,7 +60,6 @@ async def execute_step(
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
-    token = CURRENT.set(CURRENT.get())
     try:
         outcome = await execute(
             ctx, node, input_state, position, contract=contract, step=call, cancelling=cancelling
@@ -68,8 +67,6 @@ async def execute_step(
     except HookNotAsync as error:
         error.result = ctx.build_result(RunStatus.INTERRUPTED, input_state)
         raise
-    finally:
-        leave(token)
     ctx.step_status, ctx.step_failure = RunStatus.COMPLETED, None
     if isinstance(outcome, Halt):
         ctx.step_status, ctx.step_failure = outcome.status, None if outcome.suspended else outcome.failure

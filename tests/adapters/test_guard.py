@@ -25,6 +25,7 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    HookError,
     NodeContract,
     NodeHooks,
     RunConfig,
@@ -365,6 +366,11 @@ def test_a_hook_may_call_a_sync_step() -> None:
     inner = guard.wrap("inner", lambda: calls.append("inner"))
     guard.wrap("outer", lambda: calls.append("outer"))()
     assert calls == ["inner", "outer"]
+    # The loop that was made for that call alone is gone with it.
+    alive = [thread for thread in threading.enumerate() if thread.name == "stroma-guard"]
+    for thread in alive[1:]:
+        thread.join(10)
+    assert sum(thread.is_alive() for thread in alive) == 1
 
 
 def test_steps_inside_steps_to_any_depth() -> None:
@@ -1179,6 +1185,15 @@ def test_two_guards_do_not_mix() -> None:
     assert [e.node_id for e in second.result.trace.walk()] == ["inner"]
 
 
+def test_one_function_has_one_guard() -> None:
+    """What is attached twice is guarded once; a second guard, whose budget would never count, is refused."""
+    one, two = guard_of(), guard_of()
+    step = one.wrap("it", plain)
+    assert (one.has(step), one.has(plain), two.has(plain)) == (True, False, False)
+    with pytest.raises(ValueError, match="belongs to another guard already"):
+        two.has(step)
+
+
 async def test_a_guard_over_a_context_adds_steps_to_it() -> None:
     """Inside a node of a pipeline, steps of the same context are the node's children."""
     runner = StromaRunner.quick(run_id="mine")
@@ -1433,6 +1448,22 @@ def test_extract_state_dict() -> None:
     for nothing in (3, "text", None, [1], Slots()):
         with pytest.raises(TypeError, match="is no state"):
             extract_state_dict(nothing)
+
+
+def test_errors_of_hooks_are_raised_where_tests_ask_for_it() -> None:
+    """``hook_errors="raise"``: once the run is complete, with its result; what came out of the code comes first."""
+
+    async def broken(*_: Any) -> None:
+        raise LookupError("no dashboard")
+
+    guard = guard_of(hooks=NodeHooks(on_node_success=broken), hook_errors="raise")
+    step = guard.wrap("it", lambda: 1)
+    with pytest.raises(HookError, match="on_node_success") as caught, guard.run() as run:
+        step()
+    assert caught.value.result is run.result
+    with pytest.raises(KeyError), guard.run():
+        step()
+        raise KeyError
 
 
 def test_a_run_config_is_not_changed() -> None:

@@ -25,8 +25,14 @@ class _Loop:
 
     def __init__(self) -> None:
         self.loop = asyncio.new_event_loop()
-        self.thread = threading.Thread(target=self.loop.run_forever, name="stroma-guard", daemon=True)
+        self.thread = threading.Thread(target=self._run, name="stroma-guard", daemon=True)
         self.thread.start()
+
+    def _run(self) -> None:
+        try:
+            self.loop.run_forever()
+        finally:
+            self.loop.close()
 
 
 _shared: _Loop | None = None

@@ -6,7 +6,7 @@ import contextlib
 from typing import Any
 
 from stroma.adapters._views import newest_of
-from stroma.adapters.guard import GUARDED, Guard
+from stroma.adapters.guard import Guard
 from stroma.usage import Usage
 
 __all__ = ["guard_model"]
@@ -37,8 +37,7 @@ def guard_model(model: Any, guard: Guard) -> None:
         if whole is not None:
             yield whole
 
-    held.__dict__[GUARDED] = "model"
-    object.__setattr__(model, "generate_content_async", held)  # It is a pydantic model.
+    object.__setattr__(model, "generate_content_async", guard.mark(held))  # It is a pydantic model.
 
 
 def _whole(responses: list[Any]) -> Any:

@@ -11,7 +11,7 @@ from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError,
 from stroma.adapters._langchain import counting
 from stroma.adapters._langchain_messages import update
 from stroma.adapters._steps import as_at_first, kept_for_retries
-from stroma.adapters.guard import GUARDED, Control, Guard
+from stroma.adapters.guard import Control, Guard
 from stroma.contracts import NodeContract
 
 __all__ = ["control", "guarded"]
@@ -43,7 +43,7 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
     async def afunc(state: Any, config: RunnableConfig) -> Any:
         return await astep(state, config, kept_for_retries(state))
 
-    func.__dict__[GUARDED] = step_id
+    guard.mark(func)
     return RunnableCallable(
         func, afunc, name=getattr(inner, "name", None) or step_id, trace=False, recurse=False
     )

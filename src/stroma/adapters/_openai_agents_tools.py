@@ -17,7 +17,7 @@ __all__ = ["guarded"]
 
 def guarded(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
     """A tool whose calls are steps."""
-    if isinstance(tool.on_invoke_tool, _Invoker):
+    if guard.has(tool.on_invoke_tool):
         return tool
     # A copy that does not make a message of its errors: what the model is told of them is decided after the step.
     bare = copy.copy(tool)
@@ -32,6 +32,7 @@ class _Invoker:
 
     def __init__(self, tool: Any, bare: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> None:
         self._tool, self._bare, self._guard = tool, bare, guard
+        guard.mark(self)
         self._step = Step(tool.name, contract, given=_arguments, control=control)
 
     async def __call__(self, context: Any, arguments: str) -> Any:

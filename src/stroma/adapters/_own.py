@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from stroma.adapters.guard import GUARDED, Guard
+from stroma.adapters.guard import Guard
 from stroma.context import current_node
 
 __all__ = ["guard_methods", "own_method"]
@@ -22,10 +22,9 @@ def guard_methods(
     """
     for name in names:
         bare = own_method(owner, name)
-        if bare is not None and not hasattr(bare, GUARDED):
-            object.__setattr__(
-                owner, name, _guarded(owner, bare, guard.wrap(step_id, _noted(owner, around(bare)), **about))
-            )
+        if bare is not None and not guard.has(bare):
+            step = guard.wrap(step_id, _noted(owner, around(bare)), **about)
+            object.__setattr__(owner, name, guard.mark(_guarded(owner, bare, step)))
     return owner
 
 
@@ -71,6 +70,4 @@ def _guarded(owner: Any, bare: Any, step: Any) -> Any:
     async def aguarded(*args: Any, **kwargs: Any) -> Any:
         return await (bare(*args, **kwargs) if inside() else step(*args, **kwargs))
 
-    made = aguarded if inspect.iscoroutinefunction(bare) else guarded
-    made.__dict__[GUARDED] = ""
-    return made
+    return aguarded if inspect.iscoroutinefunction(bare) else guarded

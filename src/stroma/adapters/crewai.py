@@ -24,7 +24,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._marks import marked, marks_of
-from stroma.adapters.guard import GUARDED, Contracts, Guard
+from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.nodes import stroma_node as stroma_crewai_step
 from stroma.runner import StromaRunner
@@ -46,7 +46,7 @@ def attach(target: Any, guard: Guard, contracts: Contracts | None = None) -> Any
                 if isinstance(llm, BaseLLM):
                     guard_llm(llm, guard)
         for tool in tools:
-            if not hasattr(tool._run, GUARDED):
+            if not guard.has(tool._run):
                 step = guard.wrap(tool.name, tool._run, contract=found.get(tool.name))
                 object.__setattr__(tool, "_run", step)
         return _with_runs(target, guard, "kickoff", "akickoff", "kickoff_async")
@@ -61,7 +61,7 @@ def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[An
 
     for name, (step_id, contract) in steps.items():
         method = flow._methods[name]
-        if hasattr(method._meth, GUARDED):
+        if guard.has(method._meth):
             continue
         # What the flow runs is this table, which it made when it was made; the class's methods it never looks at again.
         flow._methods[name] = guarded = copy.copy(method)
@@ -74,7 +74,7 @@ def _with_runs(target: Any, guard: Guard, *names: str) -> Any:
     """Make each call of some methods of an object a run."""
     for name in names:
         kickoff = getattr(target, name, None)
-        if kickoff is not None and not hasattr(kickoff, GUARDED):
+        if kickoff is not None and not guard.has(kickoff):
             object.__setattr__(target, name, guard.each_call(kickoff, _inputs))
     return target
 

@@ -18,7 +18,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._marks import marked, marks_of
-from stroma.adapters.guard import GUARDED, Guard
+from stroma.adapters.guard import Guard
 from stroma.checkpoint import AsyncCheckpointStore, CheckpointManager, CheckpointStore
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.cost import CostTracker
@@ -79,7 +79,7 @@ class DeepAgentsAdapter:
             if mark is None:
                 continue
             hit = True
-            if not hasattr(func, GUARDED):
+            if not self.guard.has(func):
                 step_id, contract = marks_of(mark, self.registry)
                 setattr(tool, name, self.guard.wrap(step_id, func, contract=contract))
         return hit

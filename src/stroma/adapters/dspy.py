@@ -22,7 +22,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._own import guard_methods, own_method
-from stroma.adapters.guard import GUARDED, Contracts, Guard
+from stroma.adapters.guard import Contracts, Guard
 from stroma.context import current_node
 from stroma.usage import usage_from
 
@@ -46,9 +46,9 @@ def attach(program: Any, guard: Guard, contracts: Contracts | None = None) -> An
         guard_methods(module, ("forward", "aforward"), guard, name, _counted, **about)
     for name in ("forward", "aforward"):
         method = own_method(program, name)
-        if method is not None and getattr(method, GUARDED) != "run":
+        if method is not None and not hasattr(method, "_stroma_run"):
             run = guard.each_call(method, lambda _, kwargs: kwargs)
-            run.__dict__[GUARDED] = "run"
+            run.__dict__["_stroma_run"] = True
             object.__setattr__(program, name, run)
     return program
 

@@ -23,7 +23,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._views import arguments_of
-from stroma.adapters.guard import GUARDED, Contracts, Guard
+from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts import NodeContract
 
 __all__ = ["attach", "each_run"]
@@ -41,7 +41,7 @@ def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
     for each in agents:
         if isinstance(each.model, str) and each.model:
             each.model = LLMRegistry.new_llm(each.model)
-        if each.model and not hasattr(each.model.generate_content_async, GUARDED):
+        if each.model and not guard.has(each.model.generate_content_async):
             guard_model(each.model, guard)
         each.tools = [_guarded(tool, guard, found.get(_name_of(tool) or "")) for tool in each.tools]
     return agent
@@ -50,13 +50,12 @@ def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
 def each_run(runner: Any, guard: Guard) -> Any:
     """Make a run of what each ``run_async()`` (and so each ``run()``) of a runner gives; changes it and returns it."""
     parts = runner.run_async
-    if not hasattr(parts, GUARDED):
+    if not guard.has(parts):
 
         def run_async(*args: Any, **kwargs: Any) -> Any:
             return guard.aover(lambda: parts(*args, **kwargs), {"message": kwargs.get("new_message")})
 
-        run_async.__dict__[GUARDED] = ""
-        runner.run_async = run_async
+        runner.run_async = guard.mark(run_async)
     return runner
 
 
@@ -79,7 +78,7 @@ def _name_of(tool: Any) -> str | None:
 def _guarded(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
     """A tool that is a function, or holds one, as a step; any other as it is."""
     func = tool.func if isinstance(tool, FunctionTool) else tool
-    if not callable(func) or hasattr(func, GUARDED) or (func is tool and hasattr(tool, "run_async")):
+    if not callable(func) or guard.has(func) or (func is tool and hasattr(tool, "run_async")):
         return tool
     seen = arguments_of(func)
 

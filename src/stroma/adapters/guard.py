@@ -39,8 +39,8 @@ __all__ = ["Contracts", "Control", "Guard", "GuardedRun", "Step", "UnknownNode",
 P = ParamSpec("P")
 R = TypeVar("R")
 
-#: What a guarded callable is known by.
-GUARDED: Final = "_stroma_guarded"
+#: Where a guarded callable keeps its guard.
+_GUARD: Final = "_stroma_guarded"
 #: How a callable is called: as a function, a coroutine function, a generator function or an async one.
 Kind: TypeAlias = Literal["call", "acall", "stream", "astream"]
 #: Contracts by the name that a framework has for a node or tool; a pair is the schemas of its input and output.
@@ -122,8 +122,7 @@ class Guard:
                 return called(*args, **kwargs)
 
         made = functools.update_wrapper(arun if gives_coroutine(func) else run, func)
-        made.__dict__[GUARDED] = ""
-        return cast("Callable[P, R]", made)
+        return cast("Callable[P, R]", self.mark(made))
 
     @property
     def current(self) -> GuardedRun:
@@ -189,8 +188,7 @@ class Guard:
             wrapped.__signature__ = inspect.signature(func)  # type: ignore[attr-defined]
         except (TypeError, ValueError):
             pass
-        wrapped.__dict__[GUARDED] = step_id
-        return cast("Callable[P, R]", wrapped)
+        return cast("Callable[P, R]", self.mark(wrapped))
 
     def call(self, step: Step, func: Callable[..., R], *args: Any, **kwargs: Any) -> R:
         """One call of a function as a step, for code that makes its steps as it goes."""
@@ -221,6 +219,20 @@ class Guard:
     ) -> Callable[..., Any]:
         """A function of ``(state, ...)`` as a step: its input is its first argument."""
         return self.wrap(step_id, func, contract=contract, given=first_argument)
+
+    def mark(self, func: Any) -> Any:
+        """Note on a function that it is guarded by this guard."""
+        func.__dict__[_GUARD] = self
+        return func
+
+    def has(self, func: Any) -> bool:
+        """Whether a function is guarded by this guard already. Raises ValueError if it is by another: whose budget counts?"""
+        guard = getattr(func, _GUARD, None)
+        if guard is not None and guard is not self:
+            raise ValueError(
+                f"{func!r} belongs to another guard already; attach one guard to it, or make what it belongs to anew"
+            )
+        return guard is self
 
     def contracts(
         self, contracts: Contracts | None, known: Iterable[str], what: str

@@ -21,7 +21,7 @@ except ImportError as error:
 
 from stroma.adapters._own import guard_methods
 from stroma.adapters._steps import handed_on, kept_for_retries
-from stroma.adapters.guard import GUARDED, Contracts, Control, Guard
+from stroma.adapters.guard import Contracts, Control, Guard
 from stroma.contracts import NodeContract
 from stroma.usage import Usage, UsageError, usage_from
 
@@ -40,13 +40,12 @@ def attach(pipeline: Any, guard: Guard, contracts: Contracts | None = None) -> A
         _guard_component(component, guard, name, found.get(name))
     for name in ("run", "run_async"):
         method = getattr(pipeline, name, None)
-        if method is not None and not hasattr(method, GUARDED):
+        if method is not None and not guard.has(method):
             setattr(pipeline, name, guard.each_call(method, _data))
     parts = getattr(pipeline, "run_async_generator", None)
-    if parts is not None and not hasattr(parts, GUARDED):
+    if parts is not None and not guard.has(parts):
         over = lambda *args, **kwargs: guard.aover(lambda: parts(*args, **kwargs), _data(args, kwargs))  # noqa: E731
-        over.__dict__[GUARDED] = ""
-        pipeline.run_async_generator = over
+        pipeline.run_async_generator = guard.mark(over)
     return pipeline
 
 
@@ -85,7 +84,7 @@ def _around(bare: Any) -> Any:
 
 
 def _told(callback: Any) -> Any:
-    if hasattr(callback, GUARDED):
+    if hasattr(callback, "_stroma_told"):
         return callback
 
     def told(chunk: Any) -> Any:
@@ -97,7 +96,7 @@ def _told(callback: Any) -> Any:
         return await callback(chunk)
 
     made = atold if inspect.iscoroutinefunction(callback) else told
-    made.__dict__[GUARDED] = ""
+    made.__dict__["_stroma_told"] = True
     return made
 
 

@@ -24,7 +24,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._marks import marked, marks_of
-from stroma.adapters.guard import GUARDED, Contracts, Guard
+from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.nodes import stroma_node as stroma_langgraph_node
 from stroma.runner import StromaRunner
@@ -50,7 +50,7 @@ def attach_steps(
     for name, (step_id, contract) in steps.items():
         node = graph.nodes[name]
         inner = node.bound if isinstance(graph, Pregel) else node.runnable
-        if hasattr(getattr(inner, "func", None), GUARDED):
+        if guard.has(getattr(inner, "func", None)):
             continue  # It was attached before it was compiled.
         step = guarded(inner, guard, step_id, contract)
         if isinstance(graph, Pregel):

@@ -546,6 +546,18 @@ def test_a_contract_for_an_unknown_node_is_an_error() -> None:
         attach(line(), guard_of(), {"spilt": (Text, Words)})
 
 
+def test_a_graph_has_one_guard() -> None:
+    """Attached twice to one guard it is guarded once; another one is refused, since its budget would never count."""
+    guard = guard_of()
+    graph = attach(attach(line(), guard).compile(), guard)
+    graph.invoke({"text": "a"})
+    assert guard.last is not None
+    assert guard.last.result is not None
+    assert tree(guard.last.result) == ["split success", "count success"]
+    with pytest.raises(ValueError, match="another guard"):
+        attach(graph, guard_of())
+
+
 def test_parallel_nodes_and_their_retry_policies() -> None:
     """Nodes side by side are steps side by side; LangGraph's own retry calls a step again."""
     calls: list[int] = []
