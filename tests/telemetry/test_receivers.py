@@ -153,15 +153,16 @@ class TestOtlp:
             ("/v1/traces", b"\xff\xff", {}, 400),
             ("/v1/traces", b"not gzip", {"Content-Encoding": "gzip"}, 400),
             ("/v1/metrics", gzip.compress(b"\xff"), {"Content-Encoding": "gzip"}, 400),
-            ("/v1/traces", b"{}", {"Content-Type": "application/json"}, 415),
+            ("/v1/traces", b"{", {"Content-Type": "application/json"}, 400),
+            ("/v1/traces", b"", {"Content-Type": "text/plain"}, 415),
             ("/v2/traces", b"", {}, 404),
         ],
-        ids=["no protobuf", "no gzip", "no protobuf in gzip", "json", "other path"],
+        ids=["no protobuf", "no gzip", "no protobuf in gzip", "no json", "plain text", "other path"],
     )
     def test_what_it_cannot_read(
         self, otlp: OtlpReceiver, path: str, body: bytes, headers: dict[str, str], status: int
     ) -> None:
-        """What is no OTLP in protobuf is an error to its sender, and is not kept."""
+        """What is no OTLP is an error to its sender, and is not kept."""
         with pytest.raises(urllib.error.HTTPError) as caught:
             fetch_post(otlp.url + path, body, **headers)
         assert caught.value.code == status

@@ -260,11 +260,11 @@ async def test_the_engines_own_log_lines_tell_nothing(content: str) -> None:
     integrations = [LoggingIntegration(level=logging.INFO, event_level=logging.ERROR)]
     with RecordedSentry(integrations=integrations) as sentry:
         runner = quick(sentry, content=content, extra=[NodeHooks(on_node_start=broken)])
-        await runner.run([node(runner, "bad", ValueError)], State(n=77_777))
+        await runner.run([node(runner, "bad", ValueError)], State(n=777_777_777_777_777))
         of_hook, *_, of_run = sentry.transport.events
     assert (of_hook["logger"], of_run["fingerprint"][0]) == ("stroma", "stroma")
     assert "hunter2" not in str(sentry.transport.events)
-    assert "77777" not in str(sentry.transport.events)
+    assert "777777777777777" not in str(sentry.transport.events)
 
 
 async def run_bad(runner: StromaRunner) -> None:
