@@ -36,7 +36,7 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
 
     What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are known at its end.
     """
-    step = guard.wrap("query", _messages, given=_asked, made=_answer, usage=_used, collect=_whole)
+    step: Any = guard.wrap("query", _messages, given=_asked, made=_answer, usage=_used, collect=_whole)
 
     def run(**options: Any) -> AsyncIterator[Any]:
         return guard.aover(lambda: step(**options), _asked((), options))
@@ -45,10 +45,7 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
 
 
 def guarded_tools(guard: Guard, tools: Sequence[Any], contracts: Contracts | None = None) -> list[Any]:
-    """The tools for ``create_sdk_mcp_server``, as steps. Input of a contract is the arguments, output what the text says.
-
-    Raises UnknownNode for a contract of none of them.
-    """
+    """The tools for ``create_sdk_mcp_server``, as steps; input is the arguments, output what the text says."""
     found = guard.contracts(contracts, [tool.name for tool in tools], "tool")
     made = []
     for tool in tools:
