@@ -1,0 +1,117 @@
+"""Claude Agent SDK: a query and the tools of one's own as steps.
+
+::
+
+    tools = guarded_tools(guard, [weather], {"weather": (City, Weather)})
+    async for message in guarded_query(guard)(prompt="...", options=options):  # a run
+        ...
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import AsyncIterator, Callable, Sequence
+from typing import Any
+
+try:
+    from claude_agent_sdk import ClaudeAgentOptions, ResultMessage, query
+except ImportError as error:
+    raise ImportError(
+        "claude-agent-sdk is required for its adapter; install it with: pip install 'stroma[claude-agent-sdk]'"
+    ) from error
+
+from stroma.adapters.guard import Contracts, Guard, what_stopped
+from stroma.context import current_run
+from stroma.usage import usage_from
+
+__all__ = ["guarded_query", "guarded_tools"]
+
+#: What stopped a run inside a tool, by the run: the SDK tells the model of it, and would go on.
+_FATAL: dict[str, BaseException] = {}
+
+
+def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
+    """``query`` of the SDK, each call of which is a run with a step ``query``.
+
+    What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are known at its end.
+    """
+    step: Any = guard.wrap("query", _messages, given=_asked, made=_answer, usage=_used, collect=_whole)
+
+    def run(**options: Any) -> AsyncIterator[Any]:
+        return guard.aover(lambda: step(**options), _asked((), options))
+
+    return run
+
+
+def guarded_tools(guard: Guard, tools: Sequence[Any], contracts: Contracts | None = None) -> list[Any]:
+    """The tools for ``create_sdk_mcp_server``, as steps; input is the arguments, output what the text says."""
+    found = guard.contracts(contracts, [tool.name for tool in tools], "tool")
+    made = []
+    for tool in tools:
+        step = guard.wrap(
+            tool.name, tool.handler, contract=found.get(tool.name), given=lambda a, _: a[0], made=_result
+        )
+        made.append(dataclasses.replace(tool, handler=_noting(step)))
+    return made
+
+
+def _noting(step: Any) -> Any:
+    async def handler(arguments: Any) -> Any:
+        try:
+            return await step(arguments)
+        except Exception as error:
+            run = current_run()
+            if run is not None and what_stopped(error) is not None:
+                _FATAL[run.run_id] = error
+            raise
+
+    return handler
+
+
+async def _messages(*, options: Any = None, **kwargs: Any) -> Any:
+    run = current_run()
+    assert run is not None
+    limit = run.budget.max_cost_usd
+    if limit is not None and "max_budget_usd" in {
+        field.name for field in dataclasses.fields(ClaudeAgentOptions)
+    }:
+        options = options or ClaudeAgentOptions()
+        left = max(0.0, limit - run.cost_tracker.used("cost"))
+        given = options.max_budget_usd
+        options = dataclasses.replace(options, max_budget_usd=left if given is None else min(left, given))
+    async for message in query(options=options, **kwargs):
+        fatal = _FATAL.pop(run.run_id, None)
+        if fatal is not None:
+            raise fatal
+        yield message
+
+
+def _whole(messages: list[Any]) -> dict[str, Any]:
+    """How a query ended, and the model that answered."""
+    models = [message.model for message in messages if getattr(message, "model", None)]
+    ends = [message for message in messages if isinstance(message, ResultMessage)]
+    return {"end": ends[-1] if ends else None, "model": models[-1] if models else None}
+
+
+def _used(whole: dict[str, Any]) -> Any:
+    end = whole["end"]
+    return None if end is None or not end.usage else usage_from(end.usage, model=whole["model"])
+
+
+def _answer(whole: dict[str, Any]) -> dict[str, Any]:
+    return {"result": getattr(whole["end"], "result", None)}
+
+
+def _asked(_: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    prompt = kwargs.get("prompt")
+    return {"prompt": prompt if isinstance(prompt, str) else type(prompt).__name__}
+
+
+def _result(made: Any) -> Any:
+    parts = made.get("content", ()) if isinstance(made, dict) else ()
+    text = "".join(part.get("text", "") for part in parts)
+    try:
+        return json.loads(text)
+    except ValueError:
+        return text
