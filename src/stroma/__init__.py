@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from stroma.context import *
     from stroma.contracts import *
     from stroma.cost import *
+    from stroma.execution import *
     from stroma.failures import *
     from stroma.groups import *
     from stroma.hooks import *
@@ -55,7 +56,7 @@ _HOMES = {
     ),
     "checks": ("CheckFailed", "Finding"),
     "config": ("RunConfig",),
-    "context": ("NodeExecution", "ReliabilityContext", "current_node", "current_run"),
+    "context": ("ReliabilityContext",),
     "contracts": (
         "BoundaryValidator",
         "ContractRegistry",
@@ -76,6 +77,7 @@ _HOMES = {
         "estimate_cost_usd",
         "resolve_model",
     ),
+    "execution": ("NodeExecution", "current_node", "current_run"),
     "failures": (
         "Classifier",
         "Failure",

@@ -21,8 +21,9 @@ from stroma._gate import Gate
 from stroma._rates import Wait
 from stroma._tasks import uninterrupted
 from stroma.breaker import Breaker, CircuitState, verdict
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import ReliabilityContext
 from stroma.cost import BudgetExceeded
+from stroma.execution import NodeExecution
 from stroma.failures import Failure
 from stroma.refusals import CircuitOpen
 from stroma.trace import AttemptUsage, MarkKind, TraceMark

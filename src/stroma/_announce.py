@@ -8,7 +8,8 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.context import CURRENT, NodeExecution, ReliabilityContext
+from stroma.context import ReliabilityContext
+from stroma.execution import CURRENT, NodeExecution
 from stroma.failures import Failure
 from stroma.hooks import Calls, HookNotAsync
 from stroma.schemas import Schema

@@ -11,7 +11,8 @@ from pydantic import BaseModel
 from stroma._frames import write_trouble
 from stroma._tasks import refusal, uninterrupted
 from stroma.checkpoint import StepCall, StoreError, Waiting
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import ReliabilityContext
+from stroma.execution import NodeExecution
 from stroma.failures import Failure
 from stroma.schemas import NotSerialisable, Schema, Snapshot
 from stroma.trace import NO_USAGE, Outcome, Row

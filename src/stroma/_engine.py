@@ -28,9 +28,10 @@ from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
 from stroma.checkpoint import StepCall, StoreError, Waiting, schema_ref
-from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
+from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
+from stroma.execution import CURRENT, Kind, NodeExecution, leave
 from stroma.failures import (
     Failure,
     FailureClass,

@@ -17,8 +17,9 @@ from stroma._restore import check_committed, output_schema, read_output, value_o
 from stroma._tasks import refusal
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, StoreError
 from stroma.checkpoint.journal import OF_MAP
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation
+from stroma.execution import NodeExecution
 from stroma.failures import Failure, FailureClass, ItemFailure
 from stroma.hooks import MapProgress
 from stroma.items import Item, LinesFile, Source

@@ -9,7 +9,8 @@ from typing import Any
 from stroma._announce import tell_end
 from stroma._restore import output_schema, raw_output, read_output
 from stroma.checkpoint import Committed
-from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
+from stroma.context import ReliabilityContext
+from stroma.execution import CURRENT, Kind, NodeExecution, leave
 from stroma.failures import RunFailed
 from stroma.nodes import Group, Node
 from stroma.trace import ATTEMPT, BRANCH, FAILURE, NO_USAGE, NODE, OUTCOME, POSITION, USAGE, Row

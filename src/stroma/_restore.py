@@ -8,8 +8,9 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
-from stroma.context import CURRENT, Kind, NodeExecution, ReliabilityContext, leave
+from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
+from stroma.execution import CURRENT, Kind, NodeExecution, leave
 from stroma.failures import ItemFailure
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import Schema, schema_of

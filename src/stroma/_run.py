@@ -13,7 +13,8 @@ from stroma._engine import Halt, execute_in_turn
 from stroma._redeliver import redeliver
 from stroma._restore import check_place, output_schema, restore
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
-from stroma.context import CURRENT, ReliabilityContext, leave
+from stroma.context import ReliabilityContext
+from stroma.execution import CURRENT, leave
 from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
 from stroma.groups import apart_in
 from stroma.hooks import HookError, HookNotAsync

@@ -10,7 +10,7 @@ from collections.abc import Callable, Coroutine
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, Self
 
-from stroma.context import NodeExecution, current_node
+from stroma.execution import NodeExecution, current_node
 from stroma.failures import FailureClass
 from stroma.hooks import MapProgress, NodeHooks
 from stroma.trace import ExecutionResult, TraceEvent, jsonable

@@ -6,7 +6,8 @@ import math
 from typing import Any, Final
 
 from stroma._tasks import in_thread, uninterrupted
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import ReliabilityContext
+from stroma.execution import NodeExecution
 from stroma.prices import cached_pricer, find_pricer
 from stroma.trace import AttemptUsage
 from stroma.usage import UsageError, check_usage, report_of, shown

@@ -1,4 +1,4 @@
-"""What one run owns, and what a node can know about the place where it runs."""
+"""What one run owns."""
 
 from __future__ import annotations
 
@@ -7,10 +7,9 @@ import inspect
 import logging
 from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from contextvars import ContextVar, Token
 from dataclasses import dataclass, replace
 from time import perf_counter_ns, time_ns
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel
 
@@ -26,368 +25,36 @@ from stroma.checkpoint import (
     Session,
     StepCall,
     Waiting,
-    resolve_schema,
 )
 from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, fallback_due, limits
-from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, Suspend, is_a, message_of
+from stroma.execution import CURRENT, RUN, leave
+from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a, message_of
 from stroma.hooks import NO_HOOKS, AnyHooks, Calls, HookNotAsync, Hooks, flatten
-from stroma.nodes import Kept, Node
+from stroma.nodes import Node
 from stroma.schemas import Packed, Schema, schema_of
 from stroma.trace import (
-    DURATION,
-    FAILURE,
-    NO_USAGE,
-    OUTCOME,
-    STARTED,
-    AttemptUsage,
     ExecutionResult,
     ExecutionTrace,
     HookFailure,
-    Outcome,
     Row,
     RunStatus,
-    TraceEvent,
     secrets_in,
 )
-from stroma.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
 
 if TYPE_CHECKING:
     from collections.abc import MutableMapping
 
     from stroma.cost import Dimension
 
-__all__ = ["NodeExecution", "ReliabilityContext", "RemainingBudget", "current_node", "current_run"]
+__all__ = ["ReliabilityContext"]
 
 logger = logging.getLogger("stroma")
 logger.addHandler(logging.NullHandler())
 
-AnswerT = TypeVar("AnswerT", bound=BaseModel)
-Kind = Literal["node", "group", "item"]
 _WARN_AT = 0.8
 _ATTACHED_SECONDS = (0.02, 1.0)  # between looks at a run that somebody else is at work on: at first, at most
-
-
-@dataclass(frozen=True, slots=True)
-class RemainingBudget:
-    """What is left under each limit, in its unit; None where there is no limit. Never below 0."""
-
-    tokens: int | None
-    cost_usd: float | None
-    latency_ms: float | None
-
-
-class NodeExecution:
-    """The execution of one node at one position; what :func:`current_node` returns.
-
-    Attributes:
-        kind: "node", "group", or "item" (one element of ``map_over``).
-        position: where in the run the node stands, 0-based; ``branch`` tells children of groups apart.
-        attempt: 1-based.
-        last_failure: why the previous attempt failed, or None on the first.
-        usage: what this attempt used so far; complete while its end hooks run.
-        ctx: the run around it, see :func:`current_run`.
-        redelivered: this end event was already sent once, by a process that died.
-    """
-
-    # Slots, and all of them set: what stands on the class instead takes several times as long to look up.
-    __slots__ = (
-        "_at_end", "_notes", "attempt", "branch", "busy_ns", "children", "compact", "counted", "ctx", "ended", "group",
-        "kind", "last_failure", "misreported", "node_id", "parent", "position", "redelivered", "remembers", "repairing", "repairs", "reported",
-        "rows", "running", "running_since", "step",
-    )  # fmt: skip
-
-    def __init__(
-        self,
-        ctx: ReliabilityContext,
-        node_id: str,
-        kind: Kind,
-        position: int,
-        branch: str,
-        rows: list[Row | TraceEvent],
-        parent: NodeExecution | None = None,
-    ) -> None:
-        self.ctx = ctx
-        self.node_id = node_id
-        self.kind = kind
-        self.position = position
-        self.branch = branch
-        #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
-        self.rows = rows
-        #: The group around it, and its id.
-        self.parent = parent
-        self.group: str | None = None if parent is None else parent.node_id
-        self.attempt = 0
-        self.last_failure: Failure | None = None
-        self.counted = NO_USAGE
-        self.redelivered = False
-        #: Where the children of a group put their events.
-        self.children: list[Row | TraceEvent] | None = None
-        #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before.
-        self.running = self.running_since = self.busy_ns = 0
-        #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
-        self.remembers = True
-        #: Attempts that were granted to mend an output contract, and whether the next one is.
-        self.repairs = 0
-        self.repairing = False
-        #: Whether rows hold encoded snapshots, which the trace knows how to read.
-        self.compact = False
-        #: Which call of its step id this is, outside of any pipeline.
-        self.step: StepCall | None = None
-        #: What report_usage() was told and nobody has counted yet.
-        self.reported: list[Report] | None = None
-        #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
-        self.misreported: UsageError | None = None
-        #: The row of the attempt that has just ended, while its hooks run.
-        self.ended: Row | None = None
-        self._notes: dict[Any, Any] | None = None
-        self._at_end: list[Callable[[], None]] | None = None
-
-    def enter(self, now: int) -> None:
-        """A function inside this group begins."""
-        if self.running == 0:
-            self.running_since = now
-        self.running += 1
-        if self.parent is not None:
-            self.parent.enter(now)
-
-    def leave(self, now: int) -> None:
-        """A function inside this group has ended."""
-        self.running -= 1
-        if self.running == 0:
-            self.busy_ns += now - self.running_since
-        if self.parent is not None:
-            self.parent.leave(now)
-
-    def busy(self, now: int) -> int:
-        """Nanoseconds for which functions of the outermost group around this execution ran in its present attempt."""
-        outer = self
-        while outer.parent is not None:
-            outer = outer.parent
-        return outer.busy_ns + (now - outer.running_since if outer.running else 0)
-
-    def __repr__(self) -> str:
-        return f"<{self.kind} {self.node_id!r} of run {self.run_id!r}, position {self.position}, attempt {self.attempt}>"
-
-    @property
-    def run_id(self) -> str:
-        return self.ctx.run_id
-
-    @property
-    def pipeline(self) -> str:
-        """The name that metrics and spans are labelled with."""
-        return self.ctx.pipeline
-
-    @property
-    def outcome(self) -> Outcome | None:
-        """What became of the attempt whose end hooks run; None before."""
-        return None if self.ended is None else self.ended[OUTCOME]
-
-    @property
-    def duration_ms(self) -> float | None:
-        """How long the function of that attempt ran, hooks, waits and the store apart; None before its end."""
-        return None if self.ended is None else self.ended[DURATION] / 1e6
-
-    @property
-    def started_ns(self) -> int | None:
-        """When that attempt's function was called, in ns since the epoch; None before its end."""
-        return None if self.ended is None else self.ended[STARTED]
-
-    @property
-    def reason(self) -> str | None:
-        """A stable word for why that attempt failed, such as "rate_limit"; None if it did not, or nobody knows."""
-        failed = None if self.ended is None else self.ended[FAILURE]
-        return None if failed is None else failed[2]
-
-    @property
-    def notes(self) -> dict[Any, Any]:
-        """Whatever hooks want to find again later in this execution, in all of its attempts; a span, say."""
-        if self._notes is None:
-            self._notes = {}
-        return self._notes
-
-    def at_end(self, callback: Callable[[], None]) -> None:
-        """Have a plain function called once, in this task, when no attempt of this execution will follow.
-
-        That is after the last end hook, or when a wait between two attempts is cut short. The last one added is
-        called first. What it raises is logged and changes nothing.
-        """
-        if self._at_end is None:
-            self._at_end = []
-        self._at_end.append(callback)
-
-    def close(self) -> None:
-        """The execution is over."""
-        callbacks, self._at_end = self._at_end or [], None
-        for callback in reversed(callbacks):
-            try:
-                callback()
-            except Exception as error:
-                self.ctx.run_logger.exception("at_end (%r) raised for node %r", callback, self.node_id)
-                self.ctx.hook_failed("at_end", self.node_id, error)
-
-    @property
-    def idempotency_key(self) -> str:
-        """The same for all attempts at this position of this execution of the run, in every process."""
-        ctx = self.ctx
-        # Read from its end, it has one meaning whatever the run id holds.
-        return f"{ctx.run_id}:{ctx.execution}:{self.position}:{self.branch}"
-
-    @property
-    def usage(self) -> AttemptUsage:
-        """What this attempt used so far: what was counted, and what was reported since. Its price comes when it ends."""
-        if self.reported is None:
-            return self.counted
-        tokens = sum(given + made for given, made, *_ in self.reported)
-        named = [model for _, _, model, _ in self.reported if model is not None]
-        return AttemptUsage(
-            self.counted.tokens + tokens,
-            self.counted.output_tokens + sum(made for _, made, *_ in self.reported),
-            self.counted.cost_usd,
-            named[-1] if named else self.counted.model,
-            self.counted.cached_input_tokens + sum(d.cached_input_tokens for *_, d in self.reported if d),
-            self.counted.cache_write_tokens + sum(d.cache_write_tokens for *_, d in self.reported if d),
-        )
-
-    @property
-    def model(self) -> str | None:
-        """The model this attempt reported, else the fallback that is due, else None."""
-        return self.usage.model or self.ctx.fallback_model()
-
-    @property
-    def remaining_budget(self) -> RemainingBudget:
-        """What is left of the run's budget, this attempt's reported usage not yet deducted."""
-        left: dict[str, float] = {}
-        for dimension, limit in limits(self.ctx.budget):
-            left[dimension] = max(0.0, limit - self.ctx.cost_tracker.used(dimension))
-        tokens = left.get("tokens")
-        return RemainingBudget(None if tokens is None else int(tokens), left.get("cost"), left.get("latency"))
-
-    def report_usage(
-        self,
-        response: object = None,
-        /,
-        *,
-        input_tokens: int = 0,
-        output_tokens: int = 0,
-        model: str | None = None,
-        cached_input_tokens: int = 0,
-        cache_write_tokens: int = 0,
-        tier: str | None = None,
-    ) -> None:
-        """Count tokens of this attempt at once, so that they count even if it fails half-way; calls add up.
-
-        Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or figures, of
-        which the tokens of a cache are parts of the input. What the node returns as usage comes on top. Raises
-        UsageError for what cannot be counted; a response that leaves its usage out counts as 0 with a warning, or
-        under a limit fails the attempt once its output is kept.
-        """
-        if response is not None:
-            if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
-                raise UsageError(f"node {self.node_id!r} reported a response and figures; report one of them")
-            try:
-                report = report_of(self.node_id, response, model=model, tier=tier)
-            except UsageError as error:
-                if not error.silent:
-                    raise
-                # The answer is there and paid for: the node has to be able to return it.
-                if not self.counts_as_zero(error):
-                    self.misreported = error
-                report = (0, 0, model, None)
-            if report is None:
-                raise UsageError(
-                    f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or input_tokens="
-                )
-        elif cached_input_tokens or cache_write_tokens or tier is not None:
-            report = report_of_figures(
-                self.node_id,
-                {
-                    "input_tokens": input_tokens,
-                    "output_tokens": output_tokens,
-                    "cached_input_tokens": cached_input_tokens,
-                    "cache_write_tokens": cache_write_tokens,
-                    "model": model,
-                    "tier": tier,
-                },
-            )
-        else:
-            check_usage(self.node_id, input_tokens, output_tokens)
-            report = (input_tokens, output_tokens, model, None)
-        if self.reported is None:
-            self.reported = []
-        self.reported.append(report)
-
-    def counts_as_zero(self, error: UsageError) -> bool:
-        """Whether usage that a response does not say is 0, with a warning: it is where no limit depends on it."""
-        ctx = self.ctx
-        limited = ctx.budget.max_tokens_total is not None or ctx.budget.max_cost_usd is not None
-        if not error.silent or limited or ctx.config.unknown_model == "error":
-            return False
-        ctx.warn_once(self.node_id, "silent", f"{error}. It counts as 0 tokens")
-        return True
-
-    @property
-    def signal(self) -> Any:
-        """The answer that this node waited for (see Suspend), as the model that was asked for; None without one.
-
-        Plain JSON data where the model's module is not imported; :meth:`wait_for` needs no such luck.
-        """
-        answer = self._answer()
-        if answer is None:
-            return None
-        try:
-            model = resolve_schema(answer[1]) if answer[1] else Kept
-        except (LookupError, TypeError):
-            model = Kept
-        state = schema_of(model).decode(answer[0])
-        return state.root if isinstance(state, Kept) else state
-
-    def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
-        """The answer of a person as a ``schema``; without one, or with one that does not fit, raises Suspend."""
-        answer = self._answer()
-        if answer is None:
-            raise Suspend(reason, schema=schema)
-        try:
-            return cast("AnswerT", schema_of(schema).decode(answer[0]))
-        except ValueError as error:
-            raise Suspend(
-                f"{reason} (the answer does not fit: {error}; give another)", schema=schema
-            ) from error
-
-    def _answer(self) -> tuple[bytes, str] | None:
-        waiting = self.ctx.session.waiting.get((self.position, self.branch))
-        return None if waiting is None or waiting.payload is None else (waiting.payload, waiting.schema_ref)
-
-    def take_reported(self) -> list[Report]:
-        """What was reported and not yet counted."""
-        reported, self.reported = self.reported or [], None
-        return reported
-
-
-CURRENT: ContextVar[NodeExecution | None] = ContextVar("stroma_current_node", default=None)
-
-
-def current_node() -> NodeExecution | None:
-    """The node execution around this code: inside a node's function and its hooks, elsewhere None."""
-    return CURRENT.get()
-
-
-_RUN: ContextVar[ReliabilityContext | None] = ContextVar("stroma_current_run", default=None)
-
-
-def current_run() -> ReliabilityContext | None:
-    """The run around this code: inside a node's function and in all hooks, elsewhere None."""
-    node = CURRENT.get()
-    return _RUN.get() if node is None else node.ctx
-
-
-def leave(token: Token[NodeExecution | None]) -> None:
-    """The end of a node's execution: :func:`current_node` is what it was before."""
-    try:
-        CURRENT.reset(token)
-    except ValueError:
-        pass  # A coroutine that was thrown away is closed in somebody else's context.
 
 
 class _NoSession:
@@ -906,7 +573,7 @@ class ReliabilityContext:
 
         ``now``: where nothing can be awaited any more.
         """
-        run, node = _RUN.set(self), CURRENT.set(None)
+        run, node = RUN.set(self), CURRENT.set(None)
         try:
             if now:
                 self.fire.fire_now(event, calls, None, arguments)
@@ -920,7 +587,7 @@ class ReliabilityContext:
         finally:
             leave(node)
             try:
-                _RUN.reset(run)
+                RUN.reset(run)
             except ValueError:
                 pass  # As in leave().
 

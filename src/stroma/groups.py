@@ -18,7 +18,8 @@ from stroma._engine import GroupStopped, Halt, execute_in_turn
 from stroma._map import DEFAULT_CONCURRENCY, MapRun
 from stroma._restore import output_schema
 from stroma._values import isolate
-from stroma.context import Kind, NodeExecution, ReliabilityContext
+from stroma.context import ReliabilityContext
+from stroma.execution import Kind, NodeExecution
 from stroma.failures import ItemFailure
 from stroma.items import (
     FileSource,

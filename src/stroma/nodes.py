@@ -14,7 +14,8 @@ from pydantic import BaseModel, RootModel
 from stroma.contracts import NodeContract, check_id
 
 if TYPE_CHECKING:
-    from stroma.context import NodeExecution, ReliabilityContext
+    from stroma.context import ReliabilityContext
+    from stroma.execution import NodeExecution
     from stroma.schemas import Schema
 
 __all__ = [

@@ -1317,7 +1317,7 @@ CONTEXTS = (
     Break(
         "key-changes-with-the-attempt",
         "The idempotency key is the same for all attempts at one position.",
-        "context.py",
+        "execution.py",
         'return f"{ctx.run_id}:{ctx.execution}:{self.position}:{self.branch}"',
         'return f"{ctx.run_id}:{ctx.execution}:{self.position}:{self.branch}:{self.attempt}"',
         hooks("test_idempotency_key"),
@@ -1325,7 +1325,7 @@ CONTEXTS = (
     Break(
         "key-survives-a-restart",
         "Another execution of a run has other idempotency keys.",
-        "context.py",
+        "execution.py",
         'return f"{ctx.run_id}:{ctx.execution}:{self.position}:{self.branch}"',
         'return f"{ctx.run_id}:{self.position}:{self.branch}"',
         resume("test_the_idempotency_key_is_that_of_the_execution"),
@@ -2333,7 +2333,7 @@ HOSTILE = (
     Break(
         "thrown-away-runs-complain",
         "A run that is thrown away ends without a complaint.",
-        "context.py",
+        "execution.py",
         "except ValueError:\n        pass  # A coroutine",
         "except KeyError:\n        pass  # A coroutine",
         promises("test_a_run_that_is_thrown_away_leaves_no_noise"),
@@ -2413,7 +2413,7 @@ HOSTILE = (
     Break(
         "answers-not-found",
         "After signal() a resume gives the node its answer.",
-        "context.py",
+        "execution.py",
         "return None if waiting is None or waiting.payload is None else",
         "return None if True else",
         _suspend("test_a_run_waits_and_goes_on"),
@@ -3445,7 +3445,7 @@ USAGE = (
     Break(
         "silence-never-stops",
         "Under a limit, usage that is not said is bad usage.",
-        "context.py",
+        "execution.py",
         "if not error.silent or limited or",
         "if not error.silent or",
         _usage("test_a_limit_that_cannot_be_counted_stops_the_run"),
@@ -3453,7 +3453,7 @@ USAGE = (
     Break(
         "silence-loses-the-output",
         "A response without usage that was reported loses no output.",
-        "context.py",
+        "execution.py",
         "if not error.silent:",
         "if True:",
         _usage("test_a_resume_goes_on_behind_a_response_without_usage"),

@@ -18,7 +18,8 @@ from pydantic import BaseModel
 from tests.receivers.broken import BrokenBackend
 
 from stroma import FailureClass, FailurePolicy, RunStatus, StromaRunner, current_node
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import ReliabilityContext
+from stroma.execution import NodeExecution
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
 from stroma.telemetry._observer import Ended, Observer
 

@@ -17,8 +17,8 @@ from stroma.adapters._background import Turn, hand_back, start_in_background
 from stroma.adapters._steps import Begun, Inside, Invoke, Step, counted, halt_behind
 from stroma.adapters._views import given_to, made_by
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged
-from stroma.context import CURRENT, NodeExecution, current_node
 from stroma.contracts import NodeContract
+from stroma.execution import CURRENT, NodeExecution, current_node
 from stroma.failures import Failure, FailureClass, NodeContext, diagnose, is_a, message_of
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Node

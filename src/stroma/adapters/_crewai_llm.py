@@ -9,7 +9,7 @@ from typing import Any
 from stroma.adapters._own import guard_methods
 from stroma.adapters._views import newest_of
 from stroma.adapters.guard import Guard
-from stroma.context import current_node
+from stroma.execution import current_node
 from stroma.usage import Usage
 
 __all__ = ["guard_llm"]

@@ -13,8 +13,8 @@ from langchain_core.tracers.context import register_configure_hook
 
 from stroma.adapters._langchain_messages import usage_of
 from stroma.adapters._steps import handed_on
-from stroma.context import NodeExecution, current_node
 from stroma.cost import BudgetExceeded, estimate_cost_usd
+from stroma.execution import NodeExecution, current_node
 
 __all__ = ["counting"]
 

@@ -8,7 +8,7 @@ from collections.abc import Callable
 from typing import Any
 
 from stroma.adapters.guard import Guard
-from stroma.context import current_node
+from stroma.execution import current_node
 
 __all__ = ["guard_methods", "own_method"]
 

@@ -12,8 +12,8 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from stroma._engine import Halt
 from stroma._values import with_records
 from stroma.adapters._views import View, as_it_is, first_argument
-from stroma.context import NodeExecution, current_node
 from stroma.contracts import NodeContract
+from stroma.execution import NodeExecution, current_node
 from stroma.trace import CHILDREN, USAGE, Row, TraceEvent
 
 __all__ = [

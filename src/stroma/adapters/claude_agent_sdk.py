@@ -22,7 +22,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters.guard import Contracts, Guard, what_stopped
-from stroma.context import current_run
+from stroma.execution import current_run
 from stroma.usage import usage_from
 
 __all__ = ["guarded_query", "guarded_tools"]

@@ -23,7 +23,7 @@ except ImportError as error:
 
 from stroma.adapters._own import guard_methods, own_method
 from stroma.adapters.guard import Contracts, Guard
-from stroma.context import current_node
+from stroma.execution import current_node
 from stroma.usage import usage_from
 
 __all__ = ["attach"]

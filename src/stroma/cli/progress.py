@@ -10,8 +10,8 @@ from typing import Any
 from stroma.cli.errors import debugging
 from stroma.cli.output import Part, err
 from stroma.cli.words import clean, count, id_word, money, span
-from stroma.context import NodeExecution, current_node
 from stroma.cost import BudgetExceeded
+from stroma.execution import NodeExecution, current_node
 from stroma.failures import FailureClass, NodeContext, diagnose
 from stroma.hooks import MapProgress, NodeHooks
 from stroma.trace import ExecutionResult

@@ -12,8 +12,9 @@ from time import monotonic
 from typing import Any, Final, TypeVar
 
 from stroma._tasks import in_thread
-from stroma.context import NodeExecution, ReliabilityContext, current_node, current_run
+from stroma.context import ReliabilityContext
 from stroma.cost import BudgetExceeded
+from stroma.execution import NodeExecution, current_node, current_run
 from stroma.failures import FailureClass
 from stroma.hooks import NodeHooks
 from stroma.trace import ExecutionResult, Outcome, RunStatus

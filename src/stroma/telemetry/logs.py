@@ -8,7 +8,8 @@ from collections.abc import Callable, Collection, MutableMapping
 from time import perf_counter
 from typing import Any
 
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import ReliabilityContext
+from stroma.execution import NodeExecution
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
 from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer

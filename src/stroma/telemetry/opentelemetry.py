@@ -11,7 +11,8 @@ from contextvars import Token
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from stroma.context import NodeExecution, ReliabilityContext, current_node
+from stroma.context import ReliabilityContext
+from stroma.execution import NodeExecution, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
 from stroma.telemetry._observer import (

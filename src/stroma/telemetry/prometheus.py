@@ -6,7 +6,8 @@ import weakref
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from stroma.context import NodeExecution, ReliabilityContext
+from stroma.context import ReliabilityContext
+from stroma.execution import NodeExecution
 from stroma.failures import FailureClass
 from stroma.telemetry._observer import NODE_BUCKETS, Ended, ExporterHooks, Observer, exceeded, missing, sound
 from stroma.trace import ExecutionResult

@@ -8,7 +8,8 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stroma.context import NodeExecution, ReliabilityContext, current_node
+from stroma.context import ReliabilityContext
+from stroma.execution import NodeExecution, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
 from stroma.telemetry._observer import CUT_SHORT, WRITING, Ended, ExporterHooks, Observer, missing
