@@ -169,9 +169,9 @@ async def test_own_hooks_and_configs_stay() -> None:
         run_id="mine", hooks=NodeHooks(on_node_start=start), redact=lambda state: {"hidden": 1}
     )
     pipeline = Pipeline("named", [node("a")], config=config)
-    events = [event async for event in quick_bare().stream(pipeline, Num(n=77))]
+    events = [event async for event in quick_bare().stream(pipeline, Num(n=777_777_777_777))]
     assert (seen, events[0].run_id, events[0].details) == (["a"], "mine", {"pipeline": "named"})
-    assert "77" not in json.dumps([event.to_dict() for event in events])
+    assert "777777777777" not in json.dumps([event.to_dict() for event in events])
     assert config.hooks == NodeHooks(on_node_start=start)
 
 

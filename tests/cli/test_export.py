@@ -151,7 +151,7 @@ def test_what_a_pipeline_redacts(stroma, inside):
     stroma.file("private.py", """
         from sums import *
         async def secret(state):
-            return {"n": 4711}
+            return {"n": 471147114711}
         def hide(state):
             return {**state, "n": "hidden"}
         def broken(state):
@@ -161,7 +161,7 @@ def test_what_a_pipeline_redacts(stroma, inside):
         other = Pipeline("private", nodes, config=RunConfig(redact=broken))
     """)  # fmt: skip
     assert inside("run", "private.py:pipeline", GOOD, "--run-id", "x", "-q").code == 0
-    assert "4711" in inside("show", "x", "--output").out
+    assert "471147114711" in inside("show", "x", "--output").out
     for target in ("private.py:pipeline", "private.py:other"):
         for words in (
             ["show", "x", "--input", "--output"], ["show", "x", "--output", "--json"], ["export", "x"],
@@ -169,7 +169,7 @@ def test_what_a_pipeline_redacts(stroma, inside):
         ):  # fmt: skip
             done = inside(*words, "--redact", target)
             assert done.code == 0, done
-            assert "4711" not in done.out
+            assert "471147114711" not in done.out
     assert "hidden" in inside("export", "x", "--format", "html", "--redact", "private.py:pipeline").out
 
 
