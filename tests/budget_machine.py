@@ -241,7 +241,7 @@ class RateMachine(_Machine):
         if self.calls:
             call = self.calls[i % len(self.calls)]
             if call.until > self.now:
-                self.change(rates.keep_up("llm", [call.token], LEASE_MS))
+                self.change(rates.renew("llm", [call.token], LEASE_MS))
                 call.until = self.now + LEASE_MS
 
     @rule(i=which)

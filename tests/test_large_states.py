@@ -9,7 +9,17 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, Field
 
-from stroma import FailureClass, FailurePolicy, NodeContract, NodeHooks, StromaRunner, parallel, stroma_node
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    NodeHooks,
+    ReliabilityContext,
+    StromaRunner,
+    execute_step,
+    parallel,
+    stroma_node,
+)
 from stroma.schemas import NotSerialisable, schema_of
 from stroma.trace import RunStatus
 
@@ -124,6 +134,23 @@ async def test_every_attempt_gets_a_pristine_input(one: Any, two: Any) -> None:
     )
     assert result.status is RunStatus.COMPLETED, result.failure
     assert seen == [{"n": 1, "rows": plain(start(one))["rows"]}] * 3
+
+
+@PAIRS
+async def test_plain_code_between_steps_may_change_the_state(one: Any, two: Any) -> None:
+    """What plain code does to the state that a step gave is what the next step gets."""
+    runner = StromaRunner.quick()
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+    async def keep(state: Any) -> Any:
+        return {"n": 1, "rows": state.rows}
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=one, output_schema=one)
+    result = await execute_step("a", keep, start(one), ctx, contract=contract)
+    state = result.final_state
+    state.rows.pop()
+    again = await execute_step("a", keep, state, ctx, contract=contract)
+    assert plain(again.final_state)["rows"] == plain(start(one))["rows"][:2]
 
 
 @PAIRS

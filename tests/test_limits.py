@@ -172,7 +172,7 @@ def test_places_of_the_dead() -> None:
     assert limit.ask() is None
     limit.now += 29_999
     assert limit.ask() == rates.Wait("concurrent", None)
-    limit.change(rates.keep_up("llm", ["1"], 30_000))
+    limit.change(rates.renew("llm", ["1"], 30_000))
     limit.now += 29_999
     assert limit.ask() == rates.Wait("concurrent", None)
     limit.now += 1

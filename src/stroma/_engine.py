@@ -415,11 +415,9 @@ async def _attempt(
 
     pictured: Packed | bytes | None = None
     lent = False
-    if type(kept) is not tuple and run.step is None and promised.is_picture(kept):
-        pictured, lent = (
-            cast("Packed | bytes", kept),
-            ctx.lends and type(kept) is Packed and type(node) is Node,
-        )
+    if type(kept) is not tuple and ctx.chained and promised.is_picture(kept):
+        pictured = cast("Packed | bytes", kept)
+        lent = ctx.lends and type(kept) is Packed and type(node) is Node
         if lent and run.branch:  # Others than the next node will read it.
             model, lent = promised.restore(kept), False
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
 from stroma.checkpoint.journal import StoreError
 
-__all__ = ["LATELY", "estimate", "is_live", "learn", "load", "prune", "readable"]
+__all__ = ["LATELY", "estimate", "is_live", "keep_up", "learn", "load", "pack", "prune", "readable"]
 
 T = TypeVar("T")
 
@@ -28,6 +28,29 @@ def load(data: bytes | None, what: str, form: int) -> dict[str, Any] | None:
         error.transient = False
         raise error
     return state
+
+
+def pack(state: Mapping[str, Any], form: int) -> bytes:
+    """A state as :func:`load` reads it."""
+    return json.dumps({"format": form, **state}, separators=(",", ":")).encode()
+
+
+def keep_up(
+    what: str, form: int, tokens: Iterable[str], lease_ms: int
+) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
+    """A change that keeps up the leases of calls in flight."""
+    tokens = list(tokens)
+
+    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
+        state = load(data, what, form)
+        if state is None:
+            return None, None
+        for token in tokens:
+            if token in state["holds"]:
+                state["holds"][token][0] = now + lease_ms
+        return pack(state, form), None
+
+    return change
 
 
 def readable(what: str, change: Callable[[bytes | None, int], T]) -> Callable[[bytes | None, int], T]:

@@ -6,13 +6,12 @@ clock. Money is in whole pico-dollars, so that sums are exact in any order.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, get_args
 
-from stroma._holds import estimate, is_live, learn, load, prune
+from stroma._holds import estimate, is_live, keep_up, learn, load, pack, prune
 from stroma.checkpoint.journal import StoreError
 
 __all__ = [
@@ -135,7 +134,7 @@ class _State:
     warned: list[str] = field(default_factory=list)
 
     def pack(self) -> bytes:
-        return json.dumps({"format": _FORMAT, **vars(self)}, separators=(",", ":")).encode()
+        return pack(vars(self), _FORMAT)
 
     def reserved(self, dimension: int, now: int, node: str | None = None) -> int:
         return sum(
@@ -148,8 +147,12 @@ class _State:
         return window(self.per, self.start)[1]
 
 
+def _called(name: str) -> str:
+    return f"shared budget {name!r}"
+
+
 def _read(data: bytes | None, name: str) -> _State | None:
-    found = load(data, f"shared budget {name!r}", _FORMAT)
+    found = load(data, _called(name), _FORMAT)
     return None if found is None else _State(**found)
 
 
@@ -276,18 +279,7 @@ def renew(
     name: str, tokens: Iterable[str], lease_ms: int
 ) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
     """A change that keeps up the leases of calls in flight."""
-    tokens = list(tokens)
-
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
-        state = _read(data, name)
-        if state is None:
-            return None, None
-        for token in tokens:
-            if token in state.holds:
-                state.holds[token][0] = now + lease_ms
-        return state.pack(), None
-
-    return change
+    return keep_up(_called(name), _FORMAT, tokens, lease_ms)
 
 
 def view(name: str, data: bytes | None, now: int) -> Account | None:

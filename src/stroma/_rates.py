@@ -6,14 +6,13 @@ no 60 seconds, wherever they begin, ever hold more than the limit.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
-from stroma._holds import estimate, is_live, learn, load, prune
+from stroma._holds import estimate, is_live, keep_up, learn, load, pack, prune
 
-__all__ = ["Never", "Rates", "Wait", "acquire", "give_back", "keep_up"]
+__all__ = ["Never", "Rates", "Wait", "acquire", "give_back", "renew"]
 
 _FORMAT: Final = 1
 _SECONDS: Final = 61
@@ -53,7 +52,7 @@ class _State:
     seen: dict[str, list[int]] = field(default_factory=dict)
 
     def pack(self) -> bytes:
-        return json.dumps({"format": _FORMAT, **vars(self)}, separators=(",", ":")).encode()
+        return pack(vars(self), _FORMAT)
 
     def slot(self, second: int) -> list[int]:
         if not self.slots or self.slots[-1][0] < second:
@@ -72,8 +71,12 @@ class _State:
         return 1000
 
 
+def _called(name: str) -> str:
+    return f"limit {name!r}"
+
+
 def _read(data: bytes | None, name: str) -> _State | None:
-    found = load(data, f"limit {name!r}", _FORMAT)
+    found = load(data, _called(name), _FORMAT)
     return None if found is None else _State(**found)
 
 
@@ -145,19 +148,8 @@ def give_back(
     return change
 
 
-def keep_up(
+def renew(
     name: str, tokens: Iterable[str], lease_ms: int
 ) -> Callable[[bytes | None, int], tuple[bytes | None, None]]:
     """A change that keeps up the leases of calls in flight."""
-    tokens = list(tokens)
-
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, None]:
-        state = _read(data, name)
-        if state is None:
-            return None, None
-        for token in tokens:
-            if token in state.holds:
-                state.holds[token][0] = now + lease_ms
-        return state.pack(), None
-
-    return change
+    return keep_up(_called(name), _FORMAT, tokens, lease_ms)

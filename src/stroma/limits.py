@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stroma._gate import Gate, OnStoreError, a_count, an_amount, seconds_or_none
-from stroma._rates import Never, Rates, Wait, acquire, give_back, keep_up
+from stroma._rates import Never, Rates, Wait, acquire, give_back, renew
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.journal import StoreError
 from stroma.refusals import LimitError, WaitedTooLong
@@ -139,7 +139,7 @@ class RateGate(Gate):
         )
 
     def _renew(self, tokens: list[str]) -> None:
-        self.post(keep_up(self.name, tokens, int(self.lease_seconds * 1000)))
+        self.post(renew(self.name, tokens, int(self.lease_seconds * 1000)))
 
 
 def check_limits(limits: Mapping[str, Limit], node_limits: Mapping[str, str]) -> None:

@@ -955,6 +955,14 @@ HOOKS = (
         _tests("test_large_states.py", "test_what_a_node_keeps_of_its_output_is_not_the_states"),
     ),
     Break(
+        "plain-code-changes-nothing",
+        "What plain code does to a state between steps is what the next step gets.",
+        "_engine.py",
+        "if type(kept) is not tuple and ctx.chained and promised",
+        "if type(kept) is not tuple and promised",
+        _tests("test_large_states.py", "test_plain_code_between_steps_may_change_the_state"),
+    ),
+    Break(
         "inputs-are-used-up",
         "Every attempt gets a pristine input, also where the first had the values of the output before.",
         "_engine.py",
