@@ -139,6 +139,7 @@ class Proxy:
     """Stands between a client and a server's socket.
 
     Attributes:
+        target: the socket of the server that new connections go to.
         on_request: called with what a client sends, before it goes on; False: the server never sees it, and the
             connection breaks.
         on_reply: the same for what the server sends.
@@ -147,7 +148,7 @@ class Proxy:
     def __init__(self, target: str) -> None:
         self.on_request: Callable[[bytes], bool] = lambda data: True
         self.on_reply: Callable[[bytes], bool] = lambda data: True
-        self._target = target
+        self.target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
         self.url = f"redis://127.0.0.1:{self.port}/0"
@@ -161,7 +162,7 @@ class Proxy:
                 return
             server = socket.socket(socket.AF_UNIX)
             try:
-                server.connect(self._target)
+                server.connect(self.target)
             except OSError:
                 client.close()
                 continue

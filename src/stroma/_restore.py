@@ -13,7 +13,7 @@ from stroma.contracts import ContractRegistry, NodeContract
 from stroma.execution import CURRENT, Kind, NodeExecution, leave
 from stroma.failures import ItemFailure
 from stroma.nodes import Group, Kept, Node
-from stroma.schemas import Schema, schema_of
+from stroma.schemas import Schema, schema_of, told_of
 
 __all__ = [
     "check_committed",
@@ -56,10 +56,11 @@ async def restore(
         target = node.node_id
         while parent is not None:  # Children of groups are no targets of a resume.
             target, parent = parent.node_id, parent.parent
+        why, cause = told_of(error)
         raise CorruptCheckpoint(
             f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
-            f"{error}; resume from there (resume_from={target!r}) to make it anew"
-        ) from error
+            f"{why}; resume from there (resume_from={target!r}) to make it anew"
+        ) from cause
     if not branch:
         ctx.last_state = model
     if isinstance(node, Group):
@@ -121,9 +122,10 @@ def value_of(registry: ContractRegistry, node: Node | Group, committed: Committe
         model = read_output(schema, committed, contract.upcast if changed and contract is not None else None)
         return model.root if isinstance(model, Kept) else model
     except ValueError as error:
+        why, cause = told_of(error)
         raise CorruptCheckpoint(
-            f"an output of node {node.node_id!r} cannot be read back: {error}; restore its schema, or begin a new run"
-        ) from error
+            f"an output of node {node.node_id!r} cannot be read back: {why}; restore its schema, or begin a new run"
+        ) from cause
 
 
 def raw_output(committed: Committed) -> Any:

@@ -65,7 +65,7 @@ from stroma._values import (
     with_records,
 )
 
-__all__ = ["Given", "NotSerialisable", "Packed", "Schema", "Snapshot", "schema_of"]
+__all__ = ["Given", "NotSerialisable", "Packed", "Schema", "Snapshot", "schema_of", "told_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -825,6 +825,20 @@ class Schema:
         return model
 
 
+def told_of(error: Exception) -> tuple[str, Exception | None]:
+    """What is wrong with stored data, in a line, and what to name as its cause.
+
+    Without the data. Where pydantic raised, its own text is not asked for, nor handed on to whoever prints causes: it
+    makes a picture of all the data first, which takes up to four bytes for each byte of it.
+    """
+    if not isinstance(error, ValidationError):
+        return str(error), error
+    errors = error.errors(include_url=False, include_input=False, include_context=False)
+    told = [": ".join(filter(None, (".".join(map(str, one["loc"])), one["msg"]))) for one in errors[:_TOLD]]
+    return "; ".join(told) + (f"; and {len(errors) - _TOLD} more" if len(errors) > _TOLD else ""), None
+
+
+_TOLD: Final = 5
 _NONE: Final[frozenset[type]] = frozenset()
 #: Slots that a root model has not: what is written to them would be among its values.
 _NOT_OF_ROOTS: Final = frozenset({"__pydantic_extra__", "__pydantic_private__"})

@@ -1,9 +1,12 @@
 """What stands in a store may come from anybody: it is data, and nothing else (G11)."""
 
+import contextlib
 import hashlib
 import json
+import os
 import sqlite3
 import sys
+import traceback
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +115,48 @@ async def test_a_hostile_output_is_a_named_error(tmp_path: Path, name: str) -> N
         }
         result = await _runner(store).run(_nodes(calls), Anything(), resume_from="a")
         assert result.status is RunStatus.RESUMED
+
+
+async def test_an_error_does_not_show_what_is_stored(tmp_path: Path) -> None:
+    """Neither the message nor the causes of CorruptCheckpoint hold the data that could not be read."""
+    path = tmp_path / "runs.db"
+    async with SQLiteStore(path) as store:
+        await _runner(store).run(_nodes([]), Anything())
+    _tamper(path, json.dumps({"n": "hunter2", **{f"m{i}": "hunter2" for i in range(9)}}).encode())
+    async with SQLiteStore(path) as store:
+        with pytest.raises(CorruptCheckpoint, match="n: Input should be a valid integer") as raised:
+            await _runner(store).run(_nodes([]), Anything(), resume=True)
+    assert "hunter2" not in "".join(traceback.format_exception(raised.value))
+
+
+@pytest.mark.parametrize("place", ["row", "blob"])
+async def test_a_gigabyte_is_a_named_error(tmp_path: Path, place: str) -> None:
+    """A gigabyte in an output's place, with a right checksum, is CorruptCheckpoint with a short message."""
+    path, size = tmp_path / "runs.db", 999_000_000  # SQLite takes no more than 1,000,000,000 bytes in a row.
+    calls: list[str] = []
+    async with SQLiteStore(path, blobs=tmp_path / "blobs") as store:
+        await _runner(store).run(_nodes(calls), Anything())
+    digest = hashlib.sha256()
+    for _ in range(999):
+        digest.update(bytes(1_000_000))
+    if place == "blob":
+        file = tmp_path / "blobs" / digest.hexdigest()[:2] / digest.hexdigest()
+        file.parent.mkdir(parents=True)
+        file.touch()
+        os.truncate(file, size)
+        _tamper(path, b"stroma:b1\0" + digest.digest())
+    else:
+        with contextlib.closing(sqlite3.connect(path)) as db, db:
+            db.execute(
+                "UPDATE steps SET output = zeroblob(?), sha256 = ? WHERE node_id = 'a'",
+                (size, digest.digest()),
+            )
+    async with SQLiteStore(path, blobs=tmp_path / "blobs") as store:
+        with pytest.raises(CorruptCheckpoint, match=r"node 'a'.*run 'r'") as raised:
+            await _runner(store).run(_nodes(calls), Anything(), resume=True)
+        assert len(str(raised.value)) < 2_000
+        result = await _runner(store).run(_nodes(calls), Anything(), resume_from="a")
+        assert (result.status, calls) == (RunStatus.RESUMED, ["a", "b", "a", "b"])
 
 
 @pytest.mark.parametrize("kind", ["text", "integer", "null sha"])

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import inspect
 import logging
 import os
 import pathlib
 import random
 import re
+import socket
 import subprocess
 import sys
 import textwrap
@@ -97,6 +99,20 @@ def later(seconds: float, call: Any) -> threading.Thread:
     thread = threading.Timer(seconds, call)
     thread.start()
     return thread
+
+
+@contextlib.contextmanager
+def replicated() -> Iterator[tuple[RedisServer, RedisServer]]:
+    """A primary, and a replica that is up to date."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with RedisServer(port=str(port)) as primary, RedisServer() as replica:
+        replica.execute("REPLICAOF", "127.0.0.1", port)
+        deadline = time.monotonic() + 60
+        while replica.execute("INFO", "replication")["master_link_status"] != "up":
+            assert time.monotonic() < deadline, "the replica does not come up"
+            time.sleep(0.02)
+        yield primary, replica
 
 
 def keys(server: RedisServer) -> set[str]:
@@ -210,6 +226,40 @@ class TestCrash:
         again = await begin(store, if_exists="resume", if_running="take_over")
         assert restored(again) == {(0, ""): State(n=1)}
         await commit(again, 1, State(n=2))
+
+    async def test_a_failover_is_survived(self) -> None:
+        """A real replica that has everything takes over: the session goes on there, nothing lost, nothing twice."""
+        with replicated() as (primary, replica), proxied(primary) as proxy:
+            async with RedisStore(proxy.url) as store:
+                session = await begin(store)
+                await commit(session, 0, State(n=1))
+                assert primary.execute("WAIT", 1, 20_000) == 1
+                replica.execute("REPLICAOF", "NO", "ONE")
+                proxy.target = replica.socket
+                primary.kill()
+                await commit(session, 1, State(n=2))
+                await finish(session)
+                assert [a.position for a in store.attempts("run")] == [0, 1]
+
+    async def test_a_failover_that_loses_writes_is_noticed(self) -> None:
+        """A real replica takes over without what was acknowledged last: CheckpointLost; the rest is resumed there."""
+        with replicated() as (primary, replica), proxied(primary) as proxy:
+            async with RedisStore(proxy.url) as store:
+                session = await begin(store)
+                await commit(session, 0, State(n=1))
+                assert primary.execute("WAIT", 1, 20_000) == 1
+                replica.execute("REPLICAOF", "NO", "ONE")
+                await commit(session, 1, State(n=2))  # Of this one the replica never hears.
+                proxy.target = replica.socket
+                primary.kill()
+                with pytest.raises(CheckpointLost, match="lost in a crash or failover"):
+                    await commit(session, 2, State(n=3))
+                with pytest.raises(CheckpointLost):
+                    await finish(session)
+                again = await begin(store, if_exists="resume", if_running="take_over")
+                assert restored(again) == {(0, ""): State(n=1)}
+                await commit(again, 1, State(n=2))
+                await finish(again)
 
     async def test_an_epoch_that_was_lost_is_noticed(self, store: RedisStore, server: RedisServer) -> None:
         """If the server forgot that a session took the run over, that session is not told it was fenced off."""

@@ -1358,6 +1358,14 @@ RESUME = (
         resume("test_resume_goes_on_where_the_run_stopped"),
     ),
     Break(
+        "unreadable-shown",
+        "An error about stored data does not show the data.",
+        "schemas.py",
+        'f"; and {len(errors) - _TOLD} more" if len(errors) > _TOLD else ""), None',
+        'f"; and {len(errors) - _TOLD} more" if len(errors) > _TOLD else ""), error',
+        _tests("checkpoint/test_hostile_payloads.py", "test_an_error_does_not_show_what_is_stored"),
+    ),
+    Break(
         "skipped-untold",
         "A node that is restored fires on_node_skipped.",
         "_restore.py",

@@ -12,7 +12,7 @@ from stroma.checkpoint.journal import CorruptCheckpoint, StoreError
 from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.memory import coerce
 from stroma.contracts import check_id
-from stroma.schemas import Schema, schema_of
+from stroma.schemas import Schema, schema_of, told_of
 
 __all__ = ["AsyncStates"]
 
@@ -92,6 +92,7 @@ def _decode(schema: Schema, data: bytes, where: str) -> BaseModel:
     try:
         return schema.decode(data)
     except Exception as error:
+        why, cause = told_of(error)
         raise CorruptCheckpoint(
-            f"{where} is not a {schema.model.__name__}: {error}; restore the schema, or run the node again"
-        ) from error
+            f"{where} is not a {schema.model.__name__}: {why}; restore the schema, or run the node again"
+        ) from cause

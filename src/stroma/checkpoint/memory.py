@@ -32,7 +32,7 @@ from stroma.checkpoint.journal import (
     waits_no_longer,
 )
 from stroma.contracts import check_id
-from stroma.schemas import NotSerialisable, Packed, Schema, Snapshot, schema_of
+from stroma.schemas import NotSerialisable, Packed, Schema, Snapshot, schema_of, told_of
 from stroma.trace import (
     ATTEMPT,
     BRANCH,
@@ -486,10 +486,11 @@ def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: s
     except TypeError:
         raise
     except Exception as error:
+        why, cause = told_of(error)
         raise CorruptCheckpoint(
-            f"the checkpoint of node {node_id!r} in run {run_id!r} is not a {schema.__name__}: {error}; "
+            f"the checkpoint of node {node_id!r} in run {run_id!r} is not a {schema.__name__}: {why}; "
             "restore the schema, or run the node again"
-        ) from error
+        ) from cause
 
 
 class InMemoryStore(_Memory):
