@@ -104,7 +104,7 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
     import redis
 
     from stroma.checkpoint._redis_format import pack, pack_step, prefix_of
-    from stroma.checkpoint._session import Step
+    from stroma.checkpoint._rows import Step
 
     client = redis.Redis.from_url(url)
     step = pack_step(Step(SCHEMA.fingerprint, "", OUTPUT, _sha()), 1, 1, 0)

@@ -32,7 +32,8 @@ from stroma import (
     stroma_node,
 )
 from stroma.checkpoint._owner import LIVE, Owner, is_gone, new_owner
-from stroma.checkpoint._session import DurableSession, Fence
+from stroma.checkpoint._rows import Fence
+from stroma.checkpoint._session import DurableSession
 
 HELPER = Path(__file__).with_name("owner_helper.py")
 NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}

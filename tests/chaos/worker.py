@@ -44,7 +44,8 @@ from stroma import (
     open_store,
     stroma_node,
 )
-from stroma.checkpoint._session import Commit, Doing, DurableSession
+from stroma.checkpoint._rows import Commit, Doing
+from stroma.checkpoint._session import DurableSession
 from stroma.checkpoint._worker import Worker
 from stroma.groups import map_over, parallel
 from stroma.prices import find_pricer

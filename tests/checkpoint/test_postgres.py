@@ -23,7 +23,7 @@ from hypothesis import HealthCheck, settings
 
 import stroma
 from stroma.checkpoint import Fenced, RunBusy, RunQuery, StoreError, open_store
-from stroma.checkpoint._session import Attempt, Commit, Doing, Fence
+from stroma.checkpoint._rows import Attempt, Commit, Doing, Fence
 from stroma.checkpoint._worker import Job
 from stroma.testing.machine import JournalStoreMachine
 from stroma.testing.stores import (

@@ -1780,7 +1780,7 @@ OWNERSHIP = (
     Break(
         "leases-never-expire",
         "An owner that is not heard of loses the run when its lease has expired.",
-        "checkpoint/_session.py",
+        "checkpoint/_rows.py",
         "owner is None or self.left_seconds < 0 or is_gone(owner)",
         "owner is None or is_gone(owner)",
         ownership("test_a_stopped_process_loses_its_run"),
@@ -1999,7 +1999,7 @@ STORES = (
     Break(
         "no-fence",
         "A stale owner's writes are refused.",
-        "checkpoint/_session.py",
+        "checkpoint/_rows.py",
         "if not rows.commit(self.fence, self.attempt, self.step):",
         "if rows.commit(self.fence, self.attempt, self.step) is None:",
         sqlite("TestFence::test_a_stale_session_can_write_nothing"),
@@ -2007,7 +2007,7 @@ STORES = (
     Break(
         "no-checksum",
         "A damaged output is never handed out.",
-        "checkpoint/_session.py",
+        "checkpoint/_rows.py",
         "return isinstance(data, bytes) and checksum(data) == sha",
         "return isinstance(data, bytes)",
         rules("test_bytes_that_changed_are_never_handed_out"),

@@ -15,27 +15,25 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel
 
+from stroma.checkpoint._beside import keep_waiting, waiting_branch
 from stroma.checkpoint._leases import Keeper
 from stroma.checkpoint._owner import new_owner
 from stroma.checkpoint._reading import ReadableStore
-from stroma.checkpoint._session import (
+from stroma.checkpoint._rows import (
     CANCEL,
     WAITING,
     CellChange,
     Doing,
-    DurableSession,
     Fence,
     Opening,
     Rows,
     Step,
     StepRow,
     checksum,
-    fork,
     intact,
-    keep_waiting,
     verify,
-    waiting_branch,
 )
+from stroma.checkpoint._session import DurableSession, fork
 from stroma.checkpoint._worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.journal import (

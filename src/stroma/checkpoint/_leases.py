@@ -10,7 +10,8 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any, Final, Protocol, TypeVar
 
-from stroma.checkpoint._session import DurableSession, Fence, Rows
+from stroma.checkpoint._rows import Fence, Rows
+from stroma.checkpoint._session import DurableSession
 
 __all__ = ["Keeper"]
 

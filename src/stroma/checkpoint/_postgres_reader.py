@@ -10,7 +10,7 @@ import psycopg
 
 from stroma.checkpoint._postgres_rows import PostgresRows
 from stroma.checkpoint._postgres_server import Server, may_pass, pause
-from stroma.checkpoint._session import Rows
+from stroma.checkpoint._rows import Rows
 from stroma.checkpoint._worker import generation
 
 __all__ = ["PostgresReader"]

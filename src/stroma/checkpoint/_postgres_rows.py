@@ -8,7 +8,7 @@ from typing import Any, Final, LiteralString
 import psycopg
 
 from stroma.checkpoint._postgres_schema import SCHEMA_VERSION, key
-from stroma.checkpoint._session import (
+from stroma.checkpoint._rows import (
     CANCEL,
     SAVED,
     Attempt,
@@ -168,7 +168,7 @@ _LAST_CHARACTERS: Final = "\U0010ffff" * (_INDEXED + 1)
 
 
 class PostgresRows:
-    """See :class:`stroma.checkpoint._session.Rows`; the transaction is the caller's."""
+    """See :class:`stroma.checkpoint._rows.Rows`; the transaction is the caller's."""
 
     def __init__(self, db: psycopg.Connection[Any]) -> None:
         self.db = db

@@ -25,7 +25,7 @@ _CELLS: Final = """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COL
 # on the pages of runs, and no index on what commits change, so that a commit touches no index of it.
 # Attempts: what tells an attempt from a repeated call for the same one is its start; see the table of SQLiteStore.
 # Steps: one committed output per position and branch. What else is kept of a run stands at positions below 0, of
-# execution 0: what save() keeps at -1 (branch = node id), and what _session.py names.
+# execution 0: what save() keeps at -1 (branch = node id), and what _rows.py names.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
 # The indexes of runs go by columns that no commit changes, and `failed` by rows that few commits make.
 _READING: Final[tuple[LiteralString, ...]] = (

@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from stroma._frames import Trouble, read_trouble
-from stroma.checkpoint._session import (
+from stroma.checkpoint._beside import read_waiting
+from stroma.checkpoint._rows import (
     PICO,
     TROUBLE,
     WAITING,
@@ -19,7 +20,6 @@ from stroma.checkpoint._session import (
     StepRow,
     Tally,
     intact,
-    read_waiting,
     verify,
 )
 from stroma.checkpoint.journal import (

@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from stroma.checkpoint._redis_rows import Changed, RedisRows, commit_command, kept_or_raise
 from stroma.checkpoint._redis_server import Link, Server
-from stroma.checkpoint._session import CellChange, Commit, Rows, change_together, fenced
+from stroma.checkpoint._rows import CellChange, Commit, Rows, change_together, fenced
 from stroma.checkpoint._worker import Job
 from stroma.checkpoint.journal import StoreError
 

@@ -6,7 +6,7 @@ import json
 from typing import Any, Final
 from urllib.parse import quote
 
-from stroma.checkpoint._session import RunRow, Step, StepRow
+from stroma.checkpoint._rows import RunRow, Step, StepRow
 
 __all__ = [
     "Run",

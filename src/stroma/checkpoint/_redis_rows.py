@@ -31,7 +31,7 @@ from stroma.checkpoint._redis_format import (
 )
 from stroma.checkpoint._redis_scripts import IDS, RUNS, TOMBSTONE_SECONDS
 from stroma.checkpoint._redis_server import Link, script
-from stroma.checkpoint._session import (
+from stroma.checkpoint._rows import (
     PARENT,
     SAVED,
     Attempt,
@@ -69,7 +69,7 @@ class _Write(NamedTuple):
 
 
 class RedisRows:
-    """See :class:`stroma.checkpoint._session.Rows`; whoever uses it calls :meth:`flush` at the end."""
+    """See :class:`stroma.checkpoint._rows.Rows`; whoever uses it calls :meth:`flush` at the end."""
 
     def __init__(self, link: Link, ttl_ms: int | None) -> None:
         self._link = link

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from stroma.checkpoint._session import Attempt, RunRow, Tally, Told
+from stroma.checkpoint._rows import Attempt, RunRow, Tally, Told
 from stroma.checkpoint.journal import RunQuery
 
 __all__ = ["Dialect", "attempt_mark", "attempt_page", "find_runs", "marked", "tally"]
@@ -47,7 +47,7 @@ def find_runs(
     after: str | None,
     look_at: int | None,
 ) -> tuple[list[RunRow], str | None]:
-    """See :meth:`stroma.checkpoint._session.Rows.runs`.
+    """See :meth:`stroma.checkpoint._rows.Rows.runs`.
 
     Of several statuses each is asked for by itself: only so does an index give them in order.
     """
@@ -83,7 +83,7 @@ def tally(
     runs: int,
     attempts: int,
 ) -> list[Tally]:
-    """See :meth:`stroma.checkpoint._session.Rows.tally`."""
+    """See :meth:`stroma.checkpoint._rows.Rows.tally`."""
     statement = f"""SELECT bucket, pipeline, node_id, model, failure_class, count(*), sum(tokens), sum(cost_pico), sum(wasted),
         sum(duration_ns), max(duration_ns) FROM (
         SELECT r.started_ms / {value} AS bucket, r.pipeline, a.node_id, a.model, a.failure_class, a.tokens, a.cost_pico, a.duration_ns,

@@ -7,7 +7,7 @@ import itertools
 import sqlite3
 from collections.abc import Callable
 
-from stroma.checkpoint._session import Commit
+from stroma.checkpoint._rows import Commit
 from stroma.checkpoint._sqlite_file import DatabaseFile, is_fatal
 from stroma.checkpoint._sqlite_rows import SqliteRows
 from stroma.checkpoint._worker import Job, lasting

@@ -32,7 +32,7 @@ _MIN_READER: Final = 2  # the oldest version that can read what this release wri
 # Attempts: what tells an attempt from a repeated call for the same one is its start; a resumed run, and a group that
 # is tried again, count attempts from 1. The order of the key is the order in which history is told.
 # Steps: one committed output per position and branch. What else is kept of a run stands at positions below 0, of
-# execution 0: what save() keeps at -1 (branch = node id), and what _session.py names.
+# execution 0: what save() keeps at -1 (branch = node id), and what _rows.py names.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
 # Cells: what is shared beside all runs.
 # The lease columns: every open_run bumps the epoch and writes its own owner and until when the run is its own.

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
 from stroma.checkpoint._owner import Owner, boot_id
-from stroma.checkpoint._session import (
+from stroma.checkpoint._rows import (
     Attempt,
     Beside,
     Commit,
@@ -111,7 +111,7 @@ _LAST_CHARACTERS: Final = "\U0010ffff" * 16
 
 
 class SqliteRows:
-    """See :class:`stroma.checkpoint._session.Rows`; the transaction is the caller's."""
+    """See :class:`stroma.checkpoint._rows.Rows`; the transaction is the caller's."""
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db

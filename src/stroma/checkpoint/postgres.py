@@ -8,7 +8,7 @@ import weakref
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Final, TypeVar
 
-from stroma.checkpoint._session import Rows
+from stroma.checkpoint._rows import Rows
 from stroma.checkpoint._states import AsyncStates
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 

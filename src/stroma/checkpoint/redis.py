@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from stroma.checkpoint._durable import DurableStore
 from stroma.checkpoint._redis_connection import RedisConnection, perform
 from stroma.checkpoint._redis_server import Link, Server
-from stroma.checkpoint._session import Rows
+from stroma.checkpoint._rows import Rows
 from stroma.checkpoint._states import AsyncStates
 from stroma.checkpoint._worker import generation
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads

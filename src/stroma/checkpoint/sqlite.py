@@ -7,7 +7,7 @@ import sqlite3
 from collections.abc import Callable
 from typing import Literal, TypeVar
 
-from stroma.checkpoint._session import Rows
+from stroma.checkpoint._rows import Rows
 from stroma.checkpoint._sqlite_connection import SqliteConnection
 from stroma.checkpoint._sqlite_file import Connect, DatabaseFile, connect
 from stroma.checkpoint._sqlite_rows import SqliteRows
