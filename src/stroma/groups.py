@@ -32,10 +32,10 @@ from stroma.items import (
     Source,
     values_of,
 )
-from stroma.nodes import Group, Kept, Node, find_node
+from stroma.nodes import Group, Kept, Node, find_node, make_node
 from stroma.schemas import Schema, schema_of
 
-__all__ = ["apart_in", "gather", "map_over", "parallel"]
+__all__ = ["apart_in", "as_state", "gather", "map_over", "parallel"]
 
 
 def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
@@ -511,6 +511,11 @@ def _item_state(ctx: ReliabilityContext | None, node: Node | Group, item: Any) -
     return Kept(item)
 
 
+def as_state(raw: Any) -> BaseModel:
+    """Plain data as a state that a node's input contract can be asked about."""
+    return _item_state(None, _ANY, raw)
+
+
 def _item(fields: dict[str, Any]) -> BaseModel:
     return schema_of(_Item).made_of(fields)
 
@@ -519,3 +524,7 @@ class _Item(BaseModel):
     """A dict on its way to a node: open to any field, validated by the node's own contract."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)
+
+
+#: A node that asks for nothing.
+_ANY = make_node("any", _item, None)
