@@ -177,10 +177,11 @@ class _Work:
         self.request = request
         self.redelivered = redelivered
         self.room = request["room"]
-        self.before = {**config.context, **request["context"]}
+        own = {key: value for key, value in config.context.items() if key not in request["gone"]}
+        self.before = {**own, **request["context"]}
         settings = RunConfig.model_validate(request["settings"])
         frozen: dict[str, Any] = {name: getattr(settings, name) for name in request["settings"]}
-        frozen["context"] = {**config.context, **copy.deepcopy(request["context"])}
+        frozen["context"] = {**own, **copy.deepcopy(request["context"])}
         frozen["run_id"] = request["run_id"]
         # The driver delivers again what a dead process has not ended.
         frozen["hook_delivery"] = "at_most_once"

@@ -102,6 +102,7 @@ class State(TypedDict):
     done: dict[str, Value]
     maps: dict[str, _MapState]
     context: dict[str, Any]
+    gone: list[str]
     warned: list[str]
     unpriced: list[str]
     hook_errors: list[list[Any]]
@@ -133,6 +134,7 @@ def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None 
         "done": {},
         "maps": {},
         "context": context,
+        "gone": [],
         "warned": [],
         "unpriced": [],
         "hook_errors": [],
@@ -357,6 +359,7 @@ class Interpreter:
             "settings": self.plan["settings"],
             "traceparent": state["traceparent"],
             "context": state["context"],
+            "gone": state["gone"],
             "spent": {
                 "tokens": spent["tokens"] + prior["tokens"],
                 "cost_usd": spent["cost_usd"] + prior["cost_usd"],
@@ -387,6 +390,7 @@ class Interpreter:
         state = self.state
         made, gone = reply.get("context") or ({}, [])
         state["context"] = {k: v for k, v in {**state["context"], **made}.items() if k not in gone}
+        state["gone"] = [key for key in state["gone"] if key not in made] + list(gone)
         state["hook_errors"] += reply.get("hook_errors") or []
         state["warned"] += [one for one in reply.get("warned", []) if one not in state["warned"]]
         state["unpriced"] += [one for one in reply.get("unpriced", []) if one not in state["unpriced"]]

@@ -158,6 +158,7 @@ class Request(TypedDict):
         spent: by the run so far, earlier segments included; ``busy_ms``: by the group around it.
         room: bytes of states that may still come back in the reply itself.
         after: seconds that were waited since the last attempt.
+        gone: what nodes have taken out of the context dict; a worker's own config may have it, too.
     """
 
     op: Operation
@@ -167,6 +168,7 @@ class Request(TypedDict):
     settings: dict[str, Any]
     traceparent: str | None
     context: dict[str, Any]
+    gone: list[str]
     spent: Spent
     warned: list[str]
     room: int

@@ -161,7 +161,7 @@ class TemporalRunner:
             parked = await self._parked_now(handle)
             if parked is None or wanted == "error":
                 if (if_running or config.if_running) == "attach" and wanted != "error":
-                    return _Begun(self, handle, known, config, 0)
+                    return _Begun(self, run_id, handle, known, config, 0)
                 raise _busy(run_id)
             if wanted == "resume":
                 return await self._go_on(handle, known, config, parked)
@@ -202,7 +202,7 @@ class TemporalRunner:
                 status = await self._query(handle, names.ROWS, 0)
                 if not status["segment"]:
                     raise _busy(run_id)
-                begun = _Begun(self, handle, known, config, int(status["segment"]))
+                begun = _Begun(self, run_id, handle, known, config, int(status["segment"]))
         else:
             plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
             begun = await self._continue(handle, plan, known, config, None)
@@ -368,7 +368,7 @@ class TemporalRunner:
             )
         except WorkflowAlreadyStartedError:
             raise _busy(run_id) from None
-        return _Begun(self, handle, known, config, state["segment"])
+        return _Begun(self, run_id, handle, known, config, state["segment"])
 
     async def _has_search_attributes(self) -> bool:
         """Whether runs can have them. A server that does not say so goes without."""
@@ -407,7 +407,7 @@ class TemporalRunner:
     ) -> _Begun:
         """Wake a run that waits for a person."""
         await handle.signal(names.RESUME, parked["segment"])
-        return _Begun(self, handle, known, config, parked["segment"] + 1)
+        return _Begun(self, parked["run_id"], handle, known, config, parked["segment"] + 1)
 
     # ------------------------------------------------------------------ asking the server
 
@@ -490,20 +490,18 @@ class _Begun:
     def __init__(
         self,
         runner: TemporalRunner,
+        run_id: str,
         handle: WorkflowHandle[Any, Any],
         known: Known,
         config: RunConfig,
         segment: int,
     ) -> None:
         self._runner = runner
+        self.run_id = run_id
         self._handle = handle
         self._known = known
         self._config = config
         self._segment = segment
-
-    @property
-    def run_id(self) -> str:
-        return self._handle.id
 
     async def result(self) -> ExecutionResult:
         report = await self._runner._outcome(self._handle, self._segment)
