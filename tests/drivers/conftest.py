@@ -17,6 +17,7 @@ from temporalio.service import RPCError
 from stroma import AsyncInMemoryStore, CheckpointManager, ContractRegistry, Pipeline, RunConfig, StromaRunner
 from stroma.temporal import TemporalRunner, stroma_worker
 from stroma.trace import ExecutionResult
+from tests.drivers.seam import SeamDriver
 from tests.servers_temporal import TemporalServer
 
 
@@ -100,11 +101,23 @@ async def temporal(temporal_server: TemporalServer) -> TemporalDriver:
 
 @pytest.fixture(params=["local", "temporal", "temporal-uncached"])
 async def driver(request: pytest.FixtureRequest) -> Any:
+    return await made(request)
+
+
+@pytest.fixture(params=["local", "seam", "temporal", "temporal-uncached"])
+async def any_driver(request: pytest.FixtureRequest) -> Any:
+    """Those that can only run, too."""
+    return await made(request)
+
+
+async def made(request: pytest.FixtureRequest) -> Any:
     if request.param == "local":
         return LocalDriver()
+    if request.param == "seam":
+        return SeamDriver()
     server: TemporalServer = request.getfixturevalue("temporal_server")
-    made = TemporalDriver(await connect(server))
+    driver = TemporalDriver(await connect(server))
     if request.param == "temporal-uncached":
         # Every workflow task replays the whole history: what is not the same in a replay is found.
-        made.worker_options["max_cached_workflows"] = 0
-    return made
+        driver.worker_options["max_cached_workflows"] = 0
+    return driver

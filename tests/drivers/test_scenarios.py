@@ -13,12 +13,12 @@ from tests.drivers.scenarios import SCENARIOS, result_told
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
-async def test_a_run_comes_to_the_same_under_every_driver(name: str, driver: Any) -> None:
+async def test_a_run_comes_to_the_same_under_every_driver(name: str, any_driver: Any) -> None:
     """Status, calls, state, totals and failure are as the scenario says; the trace is that of a local run, event for event."""
     scenario = SCENARIOS[name]
     calls: list[str] = []
     config = copy.deepcopy(scenario.config)
-    async with driver.bind(scenario.make(calls), **config) as bound:
+    async with any_driver.bind(scenario.make(calls), **config) as bound:
         result = await bound.run(scenario.state)
     assert result.status is scenario.status
     assert sorted(calls) == sorted(scenario.calls)

@@ -471,6 +471,8 @@ class Interpreter:
             }
             place.rows.append(row)
         if "broken" in reply:
+            if output is not None:
+                self._keep(place, output)
             raise _Broken
         if reply.get("cancelled"):
             if output is not None:
@@ -549,12 +551,20 @@ class Interpreter:
                 opened, cancelled = progress["opened_ns"], False
             going = False
             children = _Children(self, place, value, attempt, opened)
+            broken = False
             if not cancelled:
                 try:
                     await children.run()
                 except asyncio.CancelledError:
                     cancelled = True
-            outcome, failed = await self._close(place, value, attempt, opened, children, cancelled)
+                except _Broken:
+                    cancelled = broken = True
+            try:
+                outcome, failed = await self._close(place, value, attempt, opened, children, cancelled)
+            except asyncio.CancelledError:
+                if broken:
+                    raise _Broken from None
+                raise
             if outcome is not None:
                 return outcome
             last = failed
