@@ -13,12 +13,12 @@ import pytest
 from pydantic import BaseModel
 from temporalio.client import Client
 from temporalio.service import RPCError
+from tests.drivers.seam import SeamDriver
+from tests.servers_temporal import TemporalServer
 
 from stroma import AsyncInMemoryStore, CheckpointManager, ContractRegistry, Pipeline, RunConfig, StromaRunner
 from stroma.temporal import TemporalRunner, stroma_worker
 from stroma.trace import ExecutionResult
-from tests.drivers.seam import SeamDriver
-from tests.servers_temporal import TemporalServer
 
 
 @dataclass

@@ -62,10 +62,10 @@ class Lengths(BaseModel):
     lengths: list[Length]
 
 
-def node(
-    node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num
-) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=given, output_schema=promised)
+def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=given, output_schema=promised
+    )
     return stroma_node(node_id, contract)(func)
 
 
@@ -178,7 +178,9 @@ def failing_beside(calls: list[str], node_id: str, other: str) -> Any:
     return node(node_id, func, Num, Left)
 
 
-KNOWN_MODELS.setdefault("a-dear-one", (1.0, 2.0))  # USD for each token would be a lot: these are for 1,000 tokens
+KNOWN_MODELS.setdefault(
+    "a-dear-one", (1.0, 2.0)
+)  # USD for each token would be a lot: these are for 1,000 tokens
 
 
 SCENARIOS: dict[str, Scenario] = {

@@ -55,7 +55,11 @@ class SeamRunner:
         plan = freeze(pipeline.name, known.nodes, self._config, known.registry, run_id=run_id)
         kind = type(state)
         text = schema_of(kind).encode(state).decode()
-        value: Any = {"text": text, "size": len(text), "cls": ["class", f"{kind.__module__}:{kind.__qualname__}"]}
+        value: Any = {
+            "text": text,
+            "size": len(text),
+            "cls": ["class", f"{kind.__module__}:{kind.__qualname__}"],
+        }
         at = new_state(value, context=dict(self._config.context))
         while True:
             try:

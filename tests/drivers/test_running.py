@@ -8,6 +8,22 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.drivers.conftest import LocalDriver
+from tests.drivers.scenarios import (
+    AT_ONCE,
+    NEVER,
+    Left,
+    Num,
+    Right,
+    Texts,
+    counted,
+    failing,
+    half,
+    joined,
+    node,
+    result_told,
+    spending,
+)
 
 from stroma import (
     ContractViolation,
@@ -25,23 +41,6 @@ from stroma import (
 )
 from stroma.hooks import HookNotAsync
 from stroma.trace import ExecutionResult
-from tests.drivers.conftest import LocalDriver
-from tests.drivers.scenarios import (
-    AT_ONCE,
-    NEVER,
-    Left,
-    Num,
-    Right,
-    Texts,
-    counted,
-    failing,
-    half,
-    joined,
-    lengths,
-    node,
-    result_told,
-    spending,
-)
 
 
 class Approval(BaseModel):
@@ -135,7 +134,8 @@ async def test_a_hook_that_raises_changes_nothing(driver: Any) -> None:
 async def test_a_hook_that_is_not_async_is_a_type_error(driver: Any) -> None:
     """It comes out of run() with what was committed; nothing further is called."""
     calls: list[str] = []
-    hooks: Any = NodeHooks(on_node_success=lambda *_: None)  # type: ignore[arg-type,return-value]  # pyright: ignore
+    plain: Any = lambda *_: None  # noqa: E731
+    hooks = NodeHooks(on_node_success=plain)
     async with driver.bind([counted(calls, "a"), counted(calls, "b")], hooks=hooks) as bound:
         with pytest.raises(HookNotAsync) as caught:
             await bound.run(Num())
@@ -197,7 +197,14 @@ async def test_cancelling_reaches_the_node(driver: Any, run_id: str) -> None:
         assert [(e.node_id, e.outcome) for e in result.trace] == [("a", "success"), ("w", "cancelled")]
         assert result.final_state == Num(n=1)
         assert (calls, ended) == (["a", "w"], ["w"])
-        assert [event[0] for event in told] == ["run_start", "start", "success", "start", "cancelled", "run_end"]
+        assert [event[0] for event in told] == [
+            "run_start",
+            "start",
+            "success",
+            "start",
+            "cancelled",
+            "run_end",
+        ]
         again.set()
         resumed = await bound.go_on(Num(), run_id)
     assert resumed.status is RunStatus.RESUMED
@@ -225,9 +232,9 @@ async def test_cancelling_a_group_cancels_what_is_inside(driver: Any, run_id: st
         await begun.wait()
         if driver.name == "temporal":
             trace = await bound.runner.trace(bound.pipeline, run_id)
-            while len(trace.trace) == 0 and not _has_child(await bound.runner.client.get_workflow_handle(run_id).query(
-                "stroma.state", result_type=dict
-            )):
+            while len(trace.trace) == 0 and not _has_child(
+                await bound.runner.client.get_workflow_handle(run_id).query("stroma.state", result_type=dict)
+            ):
                 await asyncio.sleep(0.02)
             await bound.runner.cancel(run_id)
         else:
@@ -295,7 +302,11 @@ async def test_what_waits_beside_others_does_not_hold_them_up(driver: Any, run_i
     """In a group the others finish; two that wait are told apart; what had finished is not called again."""
     calls: list[str] = []
     nodes = [
-        parallel(half(calls, "l", "left", Left), asking(calls, "q", Right, "right"), asking(calls, "p", Left, "left")),
+        parallel(
+            half(calls, "l", "left", Left),
+            asking(calls, "q", Right, "right"),
+            asking(calls, "p", Left, "left"),
+        ),
         joined(calls),
     ]
     async with driver.bind(nodes) as bound:
@@ -442,5 +453,3 @@ async def test_a_stream_ends_with_the_result(driver: Any) -> None:
     assert events[-1].result is not None
     assert events[-1].result.status is RunStatus.COMPLETED
     assert [e.number for e in events] == list(range(1, len(events) + 1))
-
-

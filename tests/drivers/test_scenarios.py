@@ -6,10 +6,10 @@ import copy
 from typing import Any
 
 import pytest
-
-from stroma.temporal import RemoteFailure
 from tests.drivers.conftest import LocalDriver
 from tests.drivers.scenarios import SCENARIOS, result_told
+
+from stroma.temporal import RemoteFailure
 
 
 @pytest.mark.parametrize("name", SCENARIOS)

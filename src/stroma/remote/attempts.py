@@ -33,7 +33,7 @@ from stroma.execution import CURRENT, NodeExecution, leave
 from stroma.failures import Failure, ItemFailure, NodeContext, Suspend, diagnose
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node
-from stroma.remote.plans import Known, MissingNode, context_of
+from stroma.remote.plans import FROZEN, Known, MissingNode, context_of
 from stroma.remote.results import fetch, result_of, unpack
 from stroma.remote.wire import (
     LARGE,
@@ -180,7 +180,7 @@ class _Work:
         own = {key: value for key, value in config.context.items() if key not in request["gone"]}
         self.before = {**own, **request["context"]}
         settings = RunConfig.model_validate(request["settings"])
-        frozen: dict[str, Any] = {name: getattr(settings, name) for name in request["settings"]}
+        frozen: dict[str, Any] = {name: getattr(settings, name) for name in FROZEN}
         frozen["context"] = {**own, **copy.deepcopy(request["context"])}
         frozen["run_id"] = request["run_id"]
         # The driver delivers again what a dead process has not ended.
@@ -441,7 +441,7 @@ class _Work:
         if not request["packs"]:
             return found
         # Of a map: in the order of the items, whichever pack they are in.
-        numbered: dict[int, Value] = {}
+        numbered = dict(zip(request["indexes"], found, strict=True))
         for pack in request["packs"]:
             for index, value in unpack(await self.text_of(pack))["outputs"].items():
                 numbered[int(index)] = value
@@ -449,10 +449,7 @@ class _Work:
 
     async def pack(self) -> Reply:
         request = self.request
-        outputs = {
-            str(row_index): value
-            for row_index, value in zip(request["path"], request["outputs"], strict=True)
-        }
+        outputs = {str(i): value for i, value in zip(request["indexes"], request["outputs"], strict=True)}
         text = json.dumps({"outputs": outputs, "rows": request["rows"]})
         return {"packed": await self.value(text, ["raw"])}
 

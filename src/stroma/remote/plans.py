@@ -23,7 +23,7 @@ __all__ = ["Known", "MissingNode", "freeze", "policies_of", "settings_of", "spec
 
 #: Fields of RunConfig that are frozen with a run. What is no data (hooks, classifiers, redact, shared budgets, limits and
 #: breakers) is the worker's own.
-_FROZEN = ("budget", "node_timeouts", "contract_retries", "model_fallbacks", "unknown_model", "tags")
+FROZEN = ("budget", "node_timeouts", "contract_retries", "model_fallbacks", "unknown_model", "tags")
 
 
 class MissingNode(LookupError):
@@ -62,7 +62,7 @@ def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
     """What of a config goes with the run."""
-    settings: dict[str, Any] = config.model_dump(mode="json", include=set(_FROZEN))
+    settings: dict[str, Any] = config.model_dump(mode="json", include=set(FROZEN), exclude_defaults=True)
     return settings
 
 

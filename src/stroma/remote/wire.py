@@ -188,6 +188,7 @@ class Request(TypedDict):
     count: NotRequired[int]
     #: Of "close": how the group's children ended.
     outputs: NotRequired[list[Value]]
+    indexes: NotRequired[list[int]]
     packs: NotRequired[list[Value]]
     failures: NotRequired[list[dict[str, Any]]]
     stopped: NotRequired[dict[str, Any] | None]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from datetime import timedelta
 from typing import Any
 
@@ -54,15 +54,21 @@ class StromaPlugin(SimplePlugin):
             if not isinstance(pipeline, Pipeline):
                 raise TypeError(f"{pipeline!r} is no pipeline; give Pipeline(name, nodes)")
         self.attempts = Attempts(given, config=config, registry=registry, payloads=blob_store(payloads))
-        activities = Activities(self.attempts)
+        self.worker_activities = activities = Activities(self.attempts)
         super().__init__(
             "stroma",
             activities=[activities.node, activities.run] if given else None,
-            workflows=[StromaRun],
+            workflows=_with_run,
             workflow_runner=_let_through,
             # A plain exception in a workflow is tried again for ever.
             workflow_failure_exception_types=[Exception],
         )
+
+
+def _with_run(workflows: Sequence[type] | None) -> Sequence[type]:
+    """A client's plugin is its workers', too: it may be asked twice."""
+    given = list(workflows or ())
+    return given if StromaRun in given else [*given, StromaRun]
 
 
 def _let_through(runner: WorkflowRunner | None) -> WorkflowRunner:
@@ -89,6 +95,13 @@ def stroma_worker(
     :class:`StromaPlugin` for the others.
     """
     plugin = StromaPlugin(pipelines, config=config, registry=registry, payloads=payloads)
+    plugins = [*options.pop("plugins", ())]
+    if any(isinstance(known, StromaPlugin) for known in client.config(active_config=True)["plugins"]):
+        # The client's plugin does the rest for its workers; two of one kind are a warning.
+        own = plugin.worker_activities
+        options["activities"] = [*options.get("activities", ()), own.node, own.run]
+    else:
+        plugins.insert(0, plugin)
     if max_concurrent is not None:
         options["max_concurrent_activities"] = max_concurrent
     # A cancellation comes with the answer to a beat, and beats are held back for as long.
@@ -96,7 +109,7 @@ def stroma_worker(
     options.setdefault("default_heartbeat_throttle_interval", _CANCELLED_WITHIN)
     # After the loss of a worker its workflows are taken over that much sooner; the default is 10 s.
     options.setdefault("sticky_queue_schedule_to_start_timeout", timedelta(seconds=1))
-    return Worker(client, task_queue=task_queue, plugins=[plugin, *options.pop("plugins", ())], **options)
+    return Worker(client, task_queue=task_queue, plugins=plugins, **options)
 
 
 async def register_search_attributes(client: Client) -> None:
