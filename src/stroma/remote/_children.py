@@ -1,5 +1,8 @@
 """What runs inside a group: the children of parallel(), or the items of a map, so many at once."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio

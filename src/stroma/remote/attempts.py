@@ -1,5 +1,8 @@
 """What an interpreter asks for, done on a worker by the engine's own code: exactly one attempt, one end of a run."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio
@@ -28,7 +31,7 @@ from stroma.checkpoint import (
 from stroma.checkpoint.payloads import BlobStore
 from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
-from stroma.contracts import ContractRegistry
+from stroma.contracts import ContractRegistry, ContractViolation
 from stroma.execution import CURRENT, NodeExecution, leave
 from stroma.failures import Failure, ItemFailure, NodeContext, Suspend, diagnose
 from stroma.hooks import HookNotAsync
@@ -255,8 +258,9 @@ class _Work:
         if last is not None:
             run.last_failure = failure_of(last)
             contract = self.known.contract(node) if isinstance(node, Node) else None
-            if contract is not None and hasattr(run.last_failure.exception, "schema"):
-                run.last_failure.exception.schema = contract.output_schema
+            violation = run.last_failure.exception
+            if contract is not None and isinstance(violation, ContractViolation):
+                violation.schema = contract.output_schema
         answer = request.get("answer")
         if answer is not None and answer["payload"] is not None:
             told = Waiting(

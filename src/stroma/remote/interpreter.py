@@ -3,6 +3,9 @@
 So it may run where code is replayed (a Temporal workflow), and it can be given its state back at any of its safe points.
 """
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio

@@ -1,5 +1,8 @@
 """A pipeline as a frozen plan, and a plan's nodes as those that a process has."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import json
@@ -56,7 +59,7 @@ def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
         "limit": node.limit,
     }
     if node.each:
-        made |= {"over": node.over, "into": node.into, "collect": node.collect}
+        made["over"], made["into"], made["collect"] = node.over, node.into, node.collect
     return made
 
 

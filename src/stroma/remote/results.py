@@ -1,5 +1,8 @@
 """A report as the result that a local run gives."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio

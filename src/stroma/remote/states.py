@@ -1,5 +1,8 @@
 """Where a run stands, as plain JSON data; and what its interpreter knows of the world."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass

@@ -317,7 +317,7 @@ class TemporalRunner:
             raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
         report = cast("Report", await self._query(self._handle(run_id), names.REPORT))
         if report["status"] == "RUNNING":
-            report = {**report, "status": RunStatus.INTERRUPTED.value}
+            report["status"] = RunStatus.INTERRUPTED.value
         return await result_of(report, self._known(node_sequence, config), self.payloads)
 
     # ------------------------------------------------------------------ beginning
