@@ -6,6 +6,7 @@ import asyncio
 import json
 import pathlib
 import uuid
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,10 +17,34 @@ from temporalio.client import WorkflowHistory
 from temporalio.converter import DataConverter, PayloadCodec
 from temporalio.worker import Replayer
 from tests.drivers.conftest import TemporalDriver, connect
-from tests.drivers.scenarios import AT_ONCE, NEVER, Num, Texts, counted, failing, lengths, node
+from tests.drivers.scenarios import (
+    AT_ONCE,
+    NEVER,
+    Left,
+    Num,
+    Right,
+    Texts,
+    counted,
+    failing,
+    half,
+    joined,
+    lengths,
+    node,
+)
+from tests.drivers.test_running import asking
 from tests.servers_temporal import TemporalServer
 
-from stroma import FailureClass, Pipeline, RunBusy, RunConfig, RunStatus, map_over, parallel
+from stroma import (
+    FailureClass,
+    Pipeline,
+    RunBusy,
+    RunConfig,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    map_over,
+    parallel,
+)
 from stroma.checkpoint.payloads import DirectoryBlobs
 from stroma.temporal import RemoteFailure, StromaPlugin, register_search_attributes, stroma_worker
 
@@ -427,3 +452,45 @@ async def test_siblings_that_spend_more_together(temporal: TemporalDriver) -> No
     assert result.failure is not None
     assert result.failure.failure_class is FailureClass.RECOVERABLE
     assert "max_tokens_total" in result.failure.message
+
+
+# ---------------------------------------------------------------------- the store that shows runs
+
+
+async def test_a_store_shows_runs_as_those_of_the_local_runner(
+    temporal: TemporalDriver, tmp_path: pathlib.Path
+) -> None:
+    """Runs, attempts and outputs are in the journal as a local run leaves them there; one that waits, with what for."""
+
+    def nodes(calls: list[str]) -> list[Any]:
+        return [
+            failing(calls, "a", TimeoutError("slow"), tokens=7),
+            parallel(half(calls, "l", "left", Left), half(calls, "r", "right", Right), max_concurrency=1),
+            joined(calls), asking(calls, "ask"),
+        ]  # fmt: skip
+
+    def shown(store: SQLiteStore, run_id: str) -> Any:
+        run = store.get_run(run_id)
+        assert run is not None
+        attempts = [
+            replace(attempt, started_ms=0, duration_ms=0.0, started_ns=0, epoch=0)
+            for attempt in store.attempts(run_id)
+        ]
+        return (run.status, run.pipeline, run.tokens, run.nodes, run.error), attempts
+
+    run_id = uuid.uuid4().hex
+    async with SQLiteStore(tmp_path / "mirror.db") as store, SQLiteStore(tmp_path / "local.db") as journal:
+        temporal.worker_options["store"] = store
+        async with temporal.bind(nodes([]), policy_map=AT_ONCE) as bound:
+            await bound.run(Num(), run_id=run_id)
+            runner = StromaRunner.quick(store=journal, policy_map=AT_ONCE)
+            local = Pipeline("pipe", nodes([]))
+            await runner.run(local, Num(), run_id=run_id)
+            assert shown(store, run_id) == shown(journal, run_id)
+            assert [w.reason for w in store.waiting(run_id)] == ["may ask go on?"]
+            await bound.runner.signal(run_id, {"approved": True})
+            resumed = await bound.go_on(Num(), run_id)
+            await runner.signal(run_id, {"approved": True})
+            await runner.run(local, Num(), run_id=run_id, resume=True)
+            assert resumed.status is RunStatus.RESUMED
+            assert shown(store, run_id) == shown(journal, run_id)

@@ -36,14 +36,16 @@ from stroma.execution import CURRENT, NodeExecution, leave
 from stroma.failures import Failure, ItemFailure, NodeContext, Suspend, diagnose
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node
+from stroma.remote.mirror import is_mirrored, mirror
 from stroma.remote.plans import FROZEN, Known, MissingNode, context_of
-from stroma.remote.results import fetch, result_of, unpack
+from stroma.remote.results import Reader, fetch, result_of, unpack
 from stroma.remote.wire import (
     LARGE,
     ClassName,
     Event,
     NodeSpec,
     Reply,
+    Report,
     Request,
     Value,
     failure_of,
@@ -81,9 +83,11 @@ class Attempts:
         config: RunConfig | None = None,
         registry: ContractRegistry | None = None,
         payloads: BlobStore | None = None,
+        store: Any = None,
     ) -> None:
         self.registry = ContractRegistry() if registry is None else registry
         self.payloads = payloads
+        self.store = store
         self._manager = CheckpointManager(InMemoryStore())  # Nothing is kept in it: the driver keeps runs.
         self._known: dict[str, tuple[Known, RunConfig]] = {}
         for pipeline in pipelines:
@@ -459,6 +463,8 @@ class _Work:
 
     async def end(self) -> Reply:
         ctx, report = self.ctx, self.request["report"]
+        if self.owner.store is not None and is_mirrored(report["status"]):
+            await self._mirror(report)
         if ctx.fire.on_run_end is None:
             return {}
         result = await result_of(report, self.known, self.owner.payloads)
@@ -468,6 +474,14 @@ class _Work:
         except HookNotAsync as error:
             reply["broken"] = ["HookNotAsync", str(error)]
         return self._noted(reply)
+
+    async def _mirror(self, report: Report) -> None:
+        reader = Reader(self.known, self.owner.payloads, report["run_id"], report["values"])
+        try:
+            initial = await self.model_of(self.request["value"])
+            await mirror(self.owner.store, report, reader, initial, self.ctx.config.tags)
+        except Exception:  # What it came to is safe where it was run.
+            self.ctx.run_logger.exception("the run could not be written to %r", self.owner.store)
 
     # ------------------------------------------------------------------ what goes back
 

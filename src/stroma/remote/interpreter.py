@@ -84,7 +84,9 @@ class Interpreter:
             status = RunStatus.INTERRUPTED
         self.status = status
         try:
-            reply, late = await self.driver.call(self._request("end", report=self.report()))
+            reply, late = await self.driver.call(
+                self._request("end", value=state["initial"], report=self.report())
+            )
             self._note(reply)
             cancelled |= late
         except asyncio.CancelledError:
