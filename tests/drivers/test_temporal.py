@@ -494,3 +494,70 @@ async def test_a_store_shows_runs_as_those_of_the_local_runner(
             await runner.run(local, Num(), run_id=run_id, resume=True)
             assert resumed.status is RunStatus.RESUMED
             assert shown(store, run_id) == shown(journal, run_id)
+
+
+async def test_spans_of_a_run_stand_under_one_trace(temporal: TemporalDriver) -> None:
+    """What begins, attempts and ends a run are requests of their own: they nest by its trace context."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from stroma.telemetry.opentelemetry import otel_hooks
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    nodes = [counted([], "a"), parallel(half([], "l", "left", Left), half([], "r", "right", Right))]
+    async with temporal.bind(nodes, hooks=otel_hooks(tracer=provider)) as bound:
+        result = await bound.run(Num(), traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    assert result.hook_errors == []
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    names = {span.context.span_id: span.name for span in spans.values()}
+    parents = {
+        name: None if span.parent is None else names.get(span.parent.span_id) for name, span in spans.items()
+    }
+    group = "stroma.node parallel(l, r)"
+    assert parents == {
+        "invoke_workflow pipe": None,  # Under the caller's own.
+        "stroma.node a": "invoke_workflow pipe",
+        group: "invoke_workflow pipe",
+        "stroma.node l": group,
+        "stroma.node r": group,
+        "stroma.node_end parallel(l, r)": group,
+        "stroma.run_end pipe": "invoke_workflow pipe",
+    }
+    assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {
+        "0af7651916cd43dd8448eb211c80319c"
+    }
+    assert spans["stroma.run_end pipe"].attributes["stroma.status"] == "COMPLETED"
+
+
+async def test_limits_of_all_runs_hold_in_every_attempt(
+    temporal: TemporalDriver, tmp_path: pathlib.Path
+) -> None:
+    """A shared budget in a store stops the second run, whichever worker it is on; a limit bounds how many run at once."""
+    from stroma import Limit, SharedBudget
+
+    running = [0, 0]
+
+    async def spends(state: Num) -> Any:
+        running[0] += 1
+        running[1] = max(running)
+        await asyncio.sleep(0.02)
+        running[0] -= 1
+        return {"n": state.n + 1}, 60
+
+    async with SQLiteStore(tmp_path / "shared.db") as store:
+        budget = SharedBudget("team", store=store, max_tokens=100)
+        nodes = [parallel(node("a", spends), node("b", spends))]
+        limits = {"calls": Limit(concurrent=1, store=store)}
+        async with temporal.bind(
+            nodes, shared_budgets=budget, limits=limits, node_limits={"a": "calls", "b": "calls"}
+        ) as bound:
+            first = await bound.run(Num())
+            second = await bound.run(Num())
+    assert running[1] == 1
+    assert first.total_tokens == 120
+    assert (second.status, second.total_tokens) == (RunStatus.PARTIAL, 0)
+    assert second.failure is not None
+    assert "team" in second.failure.message

@@ -198,6 +198,7 @@ class _Work:
         )
         ctx.pipeline = request["pipeline"]
         ctx.traceparent = request["traceparent"]
+        ctx.elsewhere = True
         spent = request["spent"]
         ctx.cost_tracker.prior_tokens = spent["tokens"]
         ctx.cost_tracker.prior_cost_usd = spent["cost_usd"]
@@ -381,6 +382,8 @@ class _Work:
             reply["halt"] = {"partial": halt.partial, "spent": halt.spent, "suspended": False}
             if self.record.row is not None:
                 reply["row"] = await self._event(self.record.row, group)
+        if self.ctx.kept_traceparent is not None:
+            reply["traceparent"] = self.ctx.kept_traceparent
         return self._noted(reply)
 
     async def items(self) -> Reply:
@@ -407,10 +410,9 @@ class _Work:
         assert isinstance(group, Group)
         value = await self.model_of(request["value"])
         self.ctx.fire.on_node_start = None  # It was told when the group was opened.
-        reply = await self._attempt(replace(group, run=self._ended), value, begun=True)
-        if "row" in reply:
-            reply["row"]["started_ns"] = request["opened_ns"]
-        return reply
+        # Its row, and whoever watches, are to have the time at which it was opened.
+        self.ctx.epoch_ns -= max(0, time_ns() - request["opened_ns"])
+        return await self._attempt(replace(group, run=self._ended), value, begun=True)
 
     async def _ended(
         self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
