@@ -110,6 +110,70 @@ async def test_a_large_initial_state(temporal: TemporalDriver, tmp_path: pathlib
     assert result.final_state == Num(n=3_000_000)
 
 
+@pytest.mark.parametrize("char", ["x", "\u0436", '"'])
+async def test_many_states_of_some_size_fit_or_are_refused_once(temporal: TemporalDriver, char: str) -> None:
+    """Without a payload store a run holds a mebibyte; what goes beyond stops it as PARTIAL, with each node called once."""
+    calls: list[str] = []
+
+    def grows(node_id: str) -> Any:
+        async def func(state: Blob) -> dict[str, str]:
+            calls.append(node_id)
+            return {"text": state.text + char * 9_000}
+
+        return node(node_id, func, Blob, Blob)
+
+    nodes = [grows(f"n{number}") for number in range(30)]
+    async with temporal.bind(nodes, policy_map=AT_ONCE) as bound:
+        result = await bound.run(Blob(text=""))
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert "payloads=" in result.failure.message
+    assert len(calls) == len(set(calls)) == len(result.trace) > 3
+
+
+async def test_a_large_output_that_breaks_its_contract_executes_its_node_once(
+    temporal: TemporalDriver,
+) -> None:
+    """Neither the violation nor an enormous message is too large to be told."""
+    calls: list[str] = []
+
+    async def odd(state: Num) -> dict[str, Any]:
+        calls.append("odd")
+        return {"n": "z" * 3_000_000}
+
+    async def wordy(state: Num) -> dict[str, Any]:
+        calls.append("wordy")
+        raise ValueError("z" * 3_000_000)
+
+    for one, kind in (
+        (node("odd", odd), FailureClass.TERMINAL),
+        (node("wordy", wordy), FailureClass.AMBIGUOUS),
+    ):
+        async with temporal.bind([one], policy_map=NEVER) as bound:
+            result = await bound.run(Num())
+        assert result.failure is not None
+        assert result.failure.failure_class is kind
+    assert calls == ["odd", "wordy"]
+
+
+async def test_a_large_value_in_the_context_stays_where_it_is(temporal: TemporalDriver) -> None:
+    """It is told in the log, the node is called once, and small ones reach the next node."""
+    calls: list[str] = []
+
+    async def puts(state: Num, ctx: dict[str, Any]) -> dict[str, int]:
+        calls.append("puts")
+        ctx["large"], ctx["small"] = "x" * 3_000_000, 1
+        return {"n": 1}
+
+    async def gets(state: Num, ctx: dict[str, Any]) -> dict[str, int]:
+        calls.append("gets")
+        return {"n": ctx["small"] + ("large" in ctx)}
+
+    async with temporal.bind([node("puts", puts), node("gets", gets)]) as bound:
+        result = await bound.run(Num())
+    assert (calls, result.final_state) == (["puts", "gets"], Num(n=1))
+
+
 # ---------------------------------------------------------------------- code that changes
 
 

@@ -33,7 +33,7 @@ from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, ContractViolation
 from stroma.execution import CURRENT, NodeExecution, leave
-from stroma.failures import Failure, ItemFailure, NodeContext, Suspend, diagnose
+from stroma.failures import Failure, ItemFailure, NodeContext, Suspend, diagnose, message_of
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node
 from stroma.remote.mirror import is_mirrored, mirror
@@ -48,8 +48,10 @@ from stroma.remote.wire import (
     Report,
     Request,
     Value,
+    clip,
     failure_of,
     said_of,
+    weight,
 )
 from stroma.runner import Pipeline
 from stroma.schemas import Schema, schema_of
@@ -211,7 +213,7 @@ class _Work:
 
     async def value(self, text: str, cls: ClassName) -> Value:
         """A text on its way to the driver; a large one goes to the payload store. Raises StoreError."""
-        size = len(text.encode())
+        size = weight(text)
         store = self.owner.payloads
         if size < LARGE and size <= self.room:
             self.room -= size
@@ -494,13 +496,19 @@ class _Work:
             reply["context"] = changes
         for key in unsaid:
             ctx.run_logger.warning(
-                "context[%r] is no JSON value; it stays in this process, and no other node sees it", key
+                "context[%r] is no JSON value, or a large one; it stays in this process, and no other node sees it",
+                key,
             )
         if ctx.unpriced:
             reply["unpriced"] = ctx.unpriced
         if ctx.hook_failures:
             reply["hook_errors"] = [
-                [failed.hook, failed.node_id, type(failed.exception).__name__, str(failed.exception)]
+                [
+                    failed.hook,
+                    failed.node_id,
+                    type(failed.exception).__name__,
+                    clip(message_of(failed.exception)),
+                ]
                 for failed in ctx.hook_failures
             ]
         warned = [w for w in ctx._warned if isinstance(w, str) and w not in self.request["warned"]]
@@ -516,7 +524,7 @@ class _Work:
             "started_ns": row[STARTED],
             "duration_ns": row[DURATION],
             "outcome": row[OUTCOME],
-            "failure": None if failure is None else [failure[0].value, failure[1], failure[2]],
+            "failure": None if failure is None else [failure[0].value, clip(failure[1]), failure[2]],
             "usage": None if used is None else [
                 used.tokens, used.output_tokens, used.cost_usd, used.model, used.cached_input_tokens,
                 used.cache_write_tokens,
@@ -557,5 +565,5 @@ class _Work:
             return None
         try:
             return await self.value(text, cls)
-        except StoreError:  # The output is more important than the picture of an input.
+        except Exception:  # The output is more important than the picture of an input.
             return {"text": "{}", "size": 2, "cls": ["raw"]}

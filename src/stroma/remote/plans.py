@@ -18,7 +18,7 @@ from stroma.contracts import ContractRegistry, NodeContract
 from stroma.failures import FailureClass, FailurePolicy, PolicyMap
 from stroma.groups import map_over, parallel
 from stroma.nodes import Group, Kept, Node
-from stroma.remote.wire import ClassName, NodeSpec, Plan
+from stroma.remote.wire import CONTEXT, ClassName, NodeSpec, Plan
 from stroma.runner import Pipeline
 from stroma.schemas import schema_of
 
@@ -237,16 +237,17 @@ def plain_context(context: dict[str, Any]) -> dict[str, Any]:
     for key, value in context.items():
         if not isinstance(key, str) or not is_json(value):
             raise TypeError(
-                f"context[{key!r}] is {type(value).__name__}, which cannot be sent to a worker; give JSON values, and let the "
-                "worker's own config hold clients and other objects"
+                f"context[{key!r}] is {type(value).__name__}, which cannot be sent to a worker; give JSON values of at most "
+                f"{CONTEXT} bytes, and let the worker's own config hold clients and other objects"
             )
     return dict(context)
 
 
 def is_json(value: Any) -> bool:
-    """Whether JSON has a value exactly as it is."""
+    """Whether JSON has a value exactly as it is, and it is small enough to go with every request."""
     try:
-        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+        text = json.dumps(value, allow_nan=False)
+        return len(text) <= CONTEXT and bool(json.loads(text) == value)
     except (TypeError, ValueError, RecursionError):
         return False
 
