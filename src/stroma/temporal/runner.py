@@ -192,7 +192,7 @@ class TemporalRunner:
         known = self._known(node_sequence, config)
         found = await self._describe(run_id)
         if found is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+            raise _not_found(run_id)
         handle = self._handle(run_id)
         if found.status in _OPEN:
             parked = await self._parked_now(handle)
@@ -263,7 +263,7 @@ class TemporalRunner:
         """
         found = await self._describe(run_id)
         if found is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+            raise _not_found(run_id)
         if found.status not in _OPEN:
             return False
         try:
@@ -289,7 +289,7 @@ class TemporalRunner:
         """
         found = await self._describe(run_id)
         if found is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+            raise _not_found(run_id)
         handle = self._handle(run_id)
         given = await self._query(handle, names.STATE)
         state = cast("State", unfold(given["state"]))
@@ -314,7 +314,7 @@ class TemporalRunner:
         """What a run has come to so far, live; its status is INTERRUPTED while it runs. Raises CheckpointNotFound."""
         config = self._config_of(node_sequence)
         if await self._describe(run_id) is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+            raise _not_found(run_id)
         report = cast("Report", await self._query(self._handle(run_id), names.REPORT))
         if report["status"] == "RUNNING":
             report["status"] = RunStatus.INTERRUPTED.value
@@ -513,6 +513,12 @@ def _workflow_id(run_id: str) -> str:
     if len(run_id.encode()) <= _LONGEST_ID:
         return run_id
     return f"{run_id[:200]}-{hashlib.sha256(run_id.encode()).hexdigest()}"
+
+
+def _not_found(run_id: str) -> CheckpointNotFound:
+    return CheckpointNotFound(
+        f"there is no run {run_id!r} in this namespace; look after its id, or begin it with run()"
+    )
 
 
 def _busy(run_id: str) -> RunBusy:
