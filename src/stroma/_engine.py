@@ -35,25 +35,22 @@ from stroma.execution import CURRENT, Kind, NodeExecution, leave
 from stroma.failures import (
     Failure,
     FailureClass,
-    FailurePolicy,
     NodeContext,
     Retry,
     Stop,
     Suspend,
-    decide,
     diagnose,
+    follow_up,
     is_a,
     message_of,
-    policy_for,
 )
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node, Plan
 from stroma.schemas import Packed, Snapshot, schema_of
 from stroma.trace import NO_USAGE, Row, RunStatus
 
-__all__ = ["GroupStopped", "Halt", "execute", "execute_in_turn"]
+__all__ = ["GroupStopped", "Halt", "attempt_once", "begin_group", "execute", "execute_in_turn"]
 
-_NO_RETRIES: Final = FailurePolicy(max_retries=0, backoff_seconds=0.0)
 _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
 
@@ -211,6 +208,74 @@ async def execute_in_turn(
             run.close()
 
 
+async def attempt_once(
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    node: Node | Group,
+    value: BaseModel,
+    *,
+    after_seconds: float | None = None,
+    begun: bool = False,
+) -> BaseModel | Failure | Halt:
+    """Exactly one attempt, for a driver that keeps the counts itself and decides what follows (see ``stroma.remote``).
+
+    ``run`` says which one it is: its attempt, last failure and repairs. ``after_seconds``: how long the driver has waited
+    before it, for the hooks; None for a first one. ``begun``: :func:`begin_group` was its beginning. A Failure is what
+    :func:`stroma.failures.follow_up` is to be asked about; all else is as in :func:`execute`.
+    """
+    token = CURRENT.set(run)
+    try:
+        try:
+            plan = _plan(ctx, node, value, None)
+        except Exception as broken:
+            return await _without_plan(ctx, run, value, broken)
+        run.compact = ctx.trace.adopt(node.node_id, plan if plan[0] is not None else _as_seen(plan, value))
+        task = asyncio.current_task()
+        cancelling = task.cancelling() if task is not None else 0
+        if after_seconds is not None and run.last_failure is not None and ctx.fire.on_node_retry is not None:
+            arguments = (ctx.run_id, node.node_id, run.attempt, after_seconds, run.last_failure.failure_class)
+            run.attempt -= 1  # As hooks find it where nobody but the engine waits.
+            await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)
+            run.attempt += 1
+        if ctx.limits and not begun:
+            exceeded = _exceeded(ctx, run)
+            if exceeded is not None:
+                return _refused(run, exceeded)
+        if ctx.gated and type(node) is Node:
+            return await _attempt_in_turn(ctx, run, node, plan, value, cancelling)
+        return await _attempt(ctx, run, node, plan, value, cancelling)
+    finally:
+        run.close()
+        leave(token)
+
+
+async def begin_group(
+    ctx: ReliabilityContext, run: NodeExecution, group: Group, value: BaseModel
+) -> Halt | None:
+    """What :func:`attempt_once` does for a group before its children run, if those run elsewhere; its end comes with it.
+
+    A Halt is a group that is not begun.
+    """
+    token = CURRENT.set(run)
+    try:
+        try:
+            plan = _plan(ctx, group, value, None)
+        except Exception as broken:
+            return await _without_plan(ctx, run, value, broken)
+        run.compact = ctx.trace.adopt(group.node_id, _as_seen(plan, value))
+        if ctx.limits:
+            exceeded = _exceeded(ctx, run)
+            if exceeded is not None:
+                return _refused(run, exceeded)
+        state, picture = _take_unvalidated(ctx, run, group, value)
+        if ctx.fire.on_node_start is not None:
+            await _fire_start(ctx, run, state, picture)
+        return None
+    finally:
+        run.close()
+        leave(token)
+
+
 def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | None:
     """The limit that is crossed, the time that the group around the node has run for so far included."""
     exceeded = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
@@ -276,16 +341,18 @@ def _decide(
         return _SPENT
     if ctx.cancelled:  # The node made an error of its own of it.
         return Stop("the run was cancelled")
-    own = ctx.step_policies.get(node.node_id) if ctx.step_policies else None
-    if own is None and isinstance(node, Group):
-        # Its children had their retries; a group has its own only if asked.
-        return decide(failure, _NO_RETRIES, attempt=attempt)
-    policy = policy_for(failure.failure_class, own, ctx.policy_map)
+    decision = follow_up(
+        failure,
+        ctx.step_policies.get(node.node_id) if ctx.step_policies else None,
+        ctx.policy_map,
+        attempt=attempt,
+        group=isinstance(node, Group),
+        repairing=run.repairing,
+        repairs=run.repairs,
+    )
     if run.repairing:
-        # The attempt was granted, whatever the policy says; it only lends its delay.
         run.repairing, run.repairs = False, run.repairs + 1
-        return decide(failure, policy.model_copy(update={"max_retries": 1}), attempt=1)
-    return decide(failure, policy, attempt=attempt - run.repairs)
+    return decision
 
 
 def _refused(run: NodeExecution, why: Exception) -> Halt:

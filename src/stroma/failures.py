@@ -349,3 +349,32 @@ def decide(
             return Stop(f"the server asks to come back in {asked:.6g} s")
         delay = max(delay, asked)
     return Retry(delay)
+
+
+_NO_RETRIES: Final = FailurePolicy(max_retries=0, backoff_seconds=0.0)
+
+
+def follow_up(
+    failure: Failure,
+    own: Mapping[FailureClass, FailurePolicy] | None,
+    policy_map: PolicyMap,
+    *,
+    attempt: int,
+    group: bool,
+    repairing: bool,
+    repairs: int,
+    draw: Callable[[], float] = random.random,
+) -> Retry | Stop:
+    """:func:`decide` under the policy that holds for a node or group; what every driver asks. Pure, but for ``draw``.
+
+    ``own``: what ``node_policies`` says of it. ``repairs``: attempts that were granted so far to mend a broken output
+    contract; ``repairing``: another one is.
+    """
+    if own is None and group:
+        # Its children had their retries; a group has its own only if asked.
+        return decide(failure, _NO_RETRIES, attempt=attempt, draw=draw)
+    policy = policy_for(failure.failure_class, own, policy_map)
+    if repairing:
+        # The attempt was granted, whatever the policy says; it only lends its delay.
+        return decide(failure, policy.model_copy(update={"max_retries": 1}), attempt=1, draw=draw)
+    return decide(failure, policy, attempt=attempt - repairs, draw=draw)

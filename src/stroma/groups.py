@@ -32,10 +32,10 @@ from stroma.items import (
     Source,
     values_of,
 )
-from stroma.nodes import Group, Kept, Node, find_node
+from stroma.nodes import Group, Kept, Node, find_node, make_node
 from stroma.schemas import Schema, schema_of
 
-__all__ = ["apart_in", "gather", "map_over", "parallel"]
+__all__ = ["apart_in", "as_state", "gather", "map_over", "parallel"]
 
 
 def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
@@ -55,6 +55,11 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
 
     async def run(ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
         outputs = await _side_by_side(ctx, execution, [(child, value) for child in children], limit, "node")
+        return merge(value, outputs, ())
+
+    def merge(
+        value: BaseModel, outputs: Sequence[BaseModel], failures: Sequence[ItemFailure]
+    ) -> dict[str, Any]:
         merged: dict[str, Any] = {}
         for out in outputs:
             merged.update(_contents(out))
@@ -76,7 +81,14 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
         return _merged_model(group.node_id, tuple(outputs))
 
     group = Group(
-        f"parallel({', '.join(child.node_id for child in children)})", children, run, output, by_hand, joined
+        f"parallel({', '.join(child.node_id for child in children)})",
+        children,
+        run,
+        output,
+        by_hand,
+        joined,
+        merge=merge,
+        limit=limit,
     )
     return group
 
@@ -157,10 +169,26 @@ def map_over(
             await work.write(*files)
         if work.outputs is None:
             return state
-        made = {target: [_item_value(out) for _, out in sorted(work.outputs.items(), key=itemgetter(0))]}
+        return with_outputs(
+            state, [out for _, out in sorted(work.outputs.items(), key=itemgetter(0))], work.failures
+        )
+
+    def with_outputs(
+        state: dict[str, Any], outputs: Sequence[BaseModel], failures: Sequence[ItemFailure]
+    ) -> dict[str, Any]:
+        made: dict[str, Any] = {target: [_item_value(out) for out in outputs]}
         if failed:
-            made[failed] = sorted(work.failures, key=attrgetter("index"))
+            made[failed] = sorted(failures, key=attrgetter("index"))
         return {**state, **made}
+
+    def merge(
+        value: BaseModel, outputs: Sequence[BaseModel], failures: Sequence[ItemFailure]
+    ) -> dict[str, Any]:
+        return with_outputs(_by_name(value, Schema.values), outputs, failures)
+
+    def some_items(ctx: ReliabilityContext, value: BaseModel, wanted: slice) -> tuple[int, list[BaseModel]]:
+        found = _items(value, cast("str", items))
+        return len(found), [_item_state(ctx, child, item) for item in found[wanted]]
 
     async def by_hand(state: BaseModel) -> dict[str, Any]:
         if not target or collect:
@@ -189,6 +217,10 @@ def map_over(
         name,
         target,
         not isinstance(items, str),
+        merge if target else None,
+        some_items if isinstance(items, str) else None,
+        limit,
+        collect,
     )
     return group
 
@@ -479,6 +511,11 @@ def _item_state(ctx: ReliabilityContext | None, node: Node | Group, item: Any) -
     return Kept(item)
 
 
+def as_state(raw: Any) -> BaseModel:
+    """Plain data as a state that a node's input contract can be asked about."""
+    return _item_state(None, _ANY, raw)
+
+
 def _item(fields: dict[str, Any]) -> BaseModel:
     return schema_of(_Item).made_of(fields)
 
@@ -487,3 +524,7 @@ class _Item(BaseModel):
     """A dict on its way to a node: open to any field, validated by the node's own contract."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)
+
+
+#: A node that asks for nothing.
+_ANY = make_node("any", _item, None)

@@ -16,6 +16,7 @@ from stroma.contracts import NodeContract, check_id
 if TYPE_CHECKING:
     from stroma.context import ReliabilityContext
     from stroma.execution import NodeExecution
+    from stroma.failures import ItemFailure
     from stroma.schemas import Schema
 
 __all__ = [
@@ -117,6 +118,10 @@ class Group:
         over, into: the one child runs for every item of the list in the one field, and its outputs become the other one;
             "" for a group that runs each child once, and as ``into`` for outputs that do not go into the state.
         outside: the items do not come out of the state; ``over`` is what they are called.
+        merge: what ``run`` gives, of the input, the children's outputs in order, and the items that failed.
+        items: the items of the list in ``over``, as states; only of a map over one.
+        limit: how many children run at once; None is all.
+        collect: a map goes on when an item fails for good.
     """
 
     node_id: str
@@ -128,6 +133,10 @@ class Group:
     over: str = ""
     into: str = ""
     outside: bool = False
+    merge: Callable[[BaseModel, Sequence[BaseModel], Sequence[ItemFailure]], dict[str, Any]] | None = None
+    items: Callable[[ReliabilityContext, BaseModel, slice], tuple[int, list[BaseModel]]] | None = None
+    limit: int | None = None
+    collect: bool = False
 
     @property
     def each(self) -> bool:

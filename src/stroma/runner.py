@@ -386,7 +386,7 @@ class StromaRunner:
                 "unnamed ones are taken for its own; give it a name with Pipeline(name, nodes) or RunConfig(pipeline=...)"
             )
         store = self._journal("list_runs")
-        schema = self._input_schema(_records_of(nodes), input_schema)
+        schema = self._input_schema(records_of(nodes), input_schema)
         options = {**options, "resume": True}
         outcomes: dict[str, ExecutionResult | Exception] = {}
 
@@ -438,7 +438,7 @@ class StromaRunner:
         if state is not None and not isinstance(state, BaseModel):
             raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        records = _records_of(nodes)
+        records = records_of(nodes)
         before = _resume_position(records, at, "at")
         assert before is not None
         store = self._journal("fork")
@@ -477,31 +477,8 @@ class StromaRunner:
         """
         store = self._journal("signal")
         all_of_them: list[Waiting] = await asyncio.to_thread(store.waiting, run_id)
-        found = [
-            waiting
-            for waiting in all_of_them
-            if waiting.payload is None
-            and node_id in (None, waiting.node_id)
-            and branch in (None, waiting.branch)
-        ]
-        if not found:
-            which = "" if node_id is None else f" at node {node_id!r}"
-            raise StoreError(f"run {run_id!r} waits for no answer{which}; see its status and its attempts")
-        if len(found) > 1:
-            where = ", ".join(f"{w.node_id!r} (branch {w.branch!r})" for w in found)
-            raise ValueError(f"run {run_id!r} waits at {where}; say which with node_id= and branch=")
-        model = schema
-        if model is None and found[0].schema_ref:
-            try:
-                model = resolve_schema(found[0].schema_ref)
-            except (LookupError, TypeError) as error:
-                raise StoreError(
-                    f"node {found[0].node_id!r} of run {run_id!r} asks for a {found[0].schema_ref}: {error}; "
-                    "or say which class that is with schema="
-                ) from error
-        wanted = schema_of(model or Kept)
-        checked = wanted.cross(answer) if isinstance(answer, BaseModel) and model else wanted.validate(answer)
-        await store.signal(run_id, found[0]._replace(payload=wanted.encode(checked)))
+        answered = answer_to(all_of_them, run_id, answer, node_id=node_id, branch=branch, schema=schema)
+        await store.signal(run_id, answered)
 
     async def cancel(self, run_id: str) -> bool:
         """Ask whoever is at work on a run, in any process, to end it as CANCELLED; within about a second they do.
@@ -588,6 +565,41 @@ class StromaRunner:
         return config.model_copy(update=changes)
 
 
+def answer_to(
+    all_of_them: Sequence[Waiting],
+    run_id: str,
+    answer: Any,
+    *,
+    node_id: str | None,
+    branch: str | None,
+    schema: type[BaseModel] | None,
+) -> Waiting:
+    """The one of the nodes that wait which an answer is for, with the answer as it asks for it."""
+    found = [
+        waiting
+        for waiting in all_of_them
+        if waiting.payload is None and node_id in (None, waiting.node_id) and branch in (None, waiting.branch)
+    ]
+    if not found:
+        which = "" if node_id is None else f" at node {node_id!r}"
+        raise StoreError(f"run {run_id!r} waits for no answer{which}; see its status and its attempts")
+    if len(found) > 1:
+        where = ", ".join(f"{w.node_id!r} (branch {w.branch!r})" for w in found)
+        raise ValueError(f"run {run_id!r} waits at {where}; say which with node_id= and branch=")
+    model = schema
+    if model is None and found[0].schema_ref:
+        try:
+            model = resolve_schema(found[0].schema_ref)
+        except (LookupError, TypeError) as error:
+            raise StoreError(
+                f"node {found[0].node_id!r} of run {run_id!r} asks for a {found[0].schema_ref}: {error}; "
+                "or say which class that is with schema="
+            ) from error
+    wanted = schema_of(model or Kept)
+    checked = wanted.cross(answer) if isinstance(answer, BaseModel) and model else wanted.validate(answer)
+    return found[0]._replace(payload=wanted.encode(checked))
+
+
 _ALL = 1_000_000  # runs: more than anybody recovers at once
 _PAGE = 200  # outputs of a map that are read at once
 
@@ -615,7 +627,7 @@ def _node_ids(nodes: Iterable[Node | Group]) -> Iterator[str]:
             yield node.node_id
 
 
-def _records_of(nodes: Pipeline | list[Any]) -> list[Node | Group]:
+def records_of(nodes: Pipeline | list[Any]) -> list[Node | Group]:
     return _records(nodes.nodes if isinstance(nodes, Pipeline) else nodes)
 
 

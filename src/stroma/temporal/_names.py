@@ -1,0 +1,23 @@
+"""What client, workflow and worker call things: a recorded history holds these names for as long as it is kept."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from temporalio.common import SearchAttributeKey
+
+WORKFLOW: Final = "stroma.run"
+#: An attempt of a node, and the two ends of a group; the two ends of a run.
+NODE: Final = "stroma.node"
+RUN: Final = "stroma.hooks"
+ANSWER: Final = "stroma.answer"
+RESUME: Final = "stroma.resume"
+REPORT: Final = "stroma.report"
+ROWS: Final = "stroma.rows"
+STATE: Final = "stroma.state"
+SUSPENDED: Final = "stroma.suspended"
+#: Of a failure that a worker reports, and of a workflow that failed: before the class, or the status.
+FAILURE: Final = "stroma."
+
+PIPELINE_KEY: Final = SearchAttributeKey.for_keyword("StromaPipeline")
+STATUS_KEY: Final = SearchAttributeKey.for_keyword("StromaStatus")

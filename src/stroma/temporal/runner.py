@@ -1,0 +1,554 @@
+"""TemporalRunner: begins runs on a Temporal cluster, and waits for them."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, Final, Literal, cast
+
+from pydantic import BaseModel
+from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
+from temporalio.client import (
+    Client,
+    WorkflowExecutionDescription,
+    WorkflowExecutionStatus,
+    WorkflowFailureError,
+    WorkflowHandle,
+    WorkflowQueryRejectedError,
+    WorkflowUpdateFailedError,
+    WorkflowUpdateRPCTimeoutOrCancelledError,
+)
+from temporalio.common import SearchAttributePair, TypedSearchAttributes, WorkflowIDConflictPolicy
+from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
+from temporalio.service import RPCError, RPCStatusCode
+
+from stroma._batch import Batch, outcome_of
+from stroma.checkpoint import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError, Waiting
+from stroma.checkpoint.payloads import BlobStore, blob_store
+from stroma.config import RunConfig
+from stroma.contracts import ContractRegistry, check_id
+from stroma.failures import NodeContext, diagnose
+from stroma.hooks import HookError
+from stroma.remote.interpreter import State, new_state, next_segment
+from stroma.remote.plans import Known, freeze, plain_context
+from stroma.remote.results import Reader, broken_of, result_of
+from stroma.remote.wire import LARGE, Answer, NodeSpec, Plan, Report, Value, fold, unfold, weight
+from stroma.runner import Pipeline, answer_to, records_of
+from stroma.schemas import NotSerialisable, schema_of
+from stroma.temporal import _names as names
+from stroma.temporal._stream import TemporalStream
+from stroma.trace import ExecutionResult, ExecutionTrace, RunStatus, TraceEvent
+
+__all__ = ["TemporalRunner"]
+
+#: After that many seconds somebody asks the run to say when it waits for a person: most runs have ended by then.
+_PATIENCE: Final = 0.2
+_LONGEST_ID: Final = 900  # characters; a server takes 1000 bytes
+_OPEN: Final = (WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.CONTINUED_AS_NEW)
+
+
+class TemporalRunner:
+    """Begins runs on a Temporal cluster. What StromaRunner takes and gives, this does; workers run the nodes.
+
+    ``config``: policies, timeouts, budgets, fallbacks and contract retries go with each run. Hooks, classifiers, limits,
+    shared budgets and redact are the workers' own: give those to :func:`stroma_worker`.
+
+    ``payloads``: where states of 256 KiB and more go, the same as the workers'. ``heartbeat_seconds``: a worker that is
+    silent for so long is lost, and its attempts are begun again elsewhere; it beats at half of it. ``attempt_seconds``: no
+    attempt may take longer, whatever its own timeout. ``deliveries``: how many workers are tried that are lost, or lack
+    the node, before the run stops as PARTIAL; the second after ``redelivery_seconds``, the others after ever longer waits.
+    ``history_events``: a run with a longer history goes on with a fresh one.
+    """
+
+    def __init__(
+        self,
+        client: Client,
+        task_queue: str,
+        *,
+        config: RunConfig | None = None,
+        registry: ContractRegistry | None = None,
+        payloads: BlobStore | str | None = None,
+        heartbeat_seconds: float = 10.0,
+        attempt_seconds: float = 86_400.0,
+        deliveries: int = 10,
+        redelivery_seconds: float = 1.0,
+        history_events: int = 10_000,
+    ) -> None:
+        self.client = client
+        self.task_queue = task_queue
+        self.config = RunConfig() if config is None else config
+        self.registry = ContractRegistry() if registry is None else registry
+        self.payloads = blob_store(payloads)
+        self._own_config = config
+        self._options: dict[str, Any] = {
+            "heartbeat_seconds": heartbeat_seconds,
+            "attempt_seconds": attempt_seconds,
+            "deliveries": deliveries,
+            "redelivery_seconds": redelivery_seconds,
+            "history_events": history_events,
+        }
+        self._search: bool | None = None
+
+    # ------------------------------------------------------------------ running
+
+    async def run(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        initial_state: BaseModel,
+        *,
+        run_id: str | None = None,
+        context: dict[str, Any] | None = None,
+        resume: bool | None = None,
+        if_exists: Literal["restart", "resume", "return", "error"] | None = None,
+        if_running: Literal["error", "attach"] | None = None,
+        traceparent: str | None = None,
+    ) -> ExecutionResult:
+        """Run nodes one after the other on the workers of the task queue, and wait for the end.
+
+        As :meth:`stroma.StromaRunner.run`. Whoever stops waiting leaves the run as it is: it goes on without, ``cancel``
+        ends it, and ``if_running="attach"`` waits for it again. A node that waits for a person ends the waiting with a
+        SUSPENDED result; the run goes on by itself once :meth:`signal` has answered, and :meth:`resume` waits for it.
+
+        Raises TypeError for what is no node or cannot be sent, RunBusy, RunExists, PipelineChanged, StoreError for a state
+        that is too large without ``payloads``.
+        """
+        begun = await self._begin(
+            node_sequence, initial_state, run_id=run_id, context=context, resume=resume, if_exists=if_exists,
+            if_running=if_running, traceparent=traceparent,
+        )  # fmt: skip
+        return begun if isinstance(begun, ExecutionResult) else await begun.result()
+
+    async def _begin(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        initial: BaseModel,
+        *,
+        run_id: str | None = None,
+        context: dict[str, Any] | None = None,
+        resume: bool | None = None,
+        if_exists: str | None = None,
+        if_running: str | None = None,
+        traceparent: str | None = None,
+    ) -> _Begun | ExecutionResult:
+        config = self._config_of(node_sequence)
+        known = self._known(node_sequence, config)
+        if not isinstance(initial, BaseModel):
+            raise TypeError(f"the initial state must be a pydantic model, not {type(initial).__name__}")
+        run_id = config.take_run_id() if run_id is None else check_id(run_id, "run id")
+        given = plain_context(config.context if context is None else context)
+        plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
+        schema = schema_of(type(initial))
+        try:
+            text = schema.encode(initial).decode()
+        except NotSerialisable as error:
+            failure = diagnose(error, NodeContext("input", 1, run_id))
+            return ExecutionResult(
+                run_id, RunStatus.FAILED, initial, ExecutionTrace(run_id), 0.0, 0, failure=failure
+            )
+        kind = type(initial)
+        value = await self._value(text, f"{kind.__module__}:{kind.__qualname__}")
+        wanted = (
+            "resume" if (config.resume if resume is None else resume) else (if_exists or config.if_exists)
+        )
+        found = await self._describe(run_id)
+        if found is None:
+            return await self._start(
+                plan, new_state(value, context=given, traceparent=traceparent), known, config
+            )
+        handle = self._handle(run_id)
+        if found.status in _OPEN:
+            parked = await self._parked_now(handle)
+            if parked is None or wanted == "error":
+                if (if_running or config.if_running) == "attach" and wanted != "error":
+                    return _Begun(self, run_id, handle, known, config, 0)
+                raise _busy(run_id)
+            if wanted == "resume":
+                return await self._go_on(handle, known, config, parked)
+        elif wanted == "return":
+            report = await self._report(handle)
+            if report["status"] in (RunStatus.COMPLETED, RunStatus.RESUMED):
+                return await self._result(report, known, config)
+            wanted = "resume"
+        if wanted == "error":
+            raise RunExists(
+                f"run {run_id!r} exists already; use another run id, or say what is to become of it: "
+                'if_exists="resume", "return" or "restart"'
+            )
+        if wanted == "resume":
+            return await self._continue(handle, plan, known, config, value)
+        memo = await found.memo()
+        plan["execution"] = int(memo.get("stroma_execution", 1)) + 1
+        state = new_state(value, context=given, traceparent=traceparent)
+        return await self._start(plan, state, known, config, over_another=found.status in _OPEN)
+
+    async def resume(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> ExecutionResult:
+        """Go on with a run that stopped, or wait for one that goes on after an answer; from any process.
+
+        One that failed, gave up or was cancelled goes on at its first position without a commit, under the policies and
+        budgets of this runner. Raises CheckpointNotFound, PipelineChanged, RunBusy while it runs.
+        """
+        config = self._config_of(node_sequence)
+        known = self._known(node_sequence, config)
+        found = await self._describe(run_id)
+        if found is None:
+            raise _not_found(run_id)
+        handle = self._handle(run_id)
+        if found.status in _OPEN:
+            parked = await self._parked_now(handle)
+            if parked is not None:
+                begun = await self._go_on(handle, known, config, parked)
+            else:
+                status = await self._query(handle, names.ROWS, 0)
+                if not status["segment"]:
+                    raise _busy(run_id)
+                begun = _Begun(self, run_id, handle, known, config, int(status["segment"]))
+        else:
+            plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
+            begun = await self._continue(handle, plan, known, config, None)
+        return await begun.result()
+
+    async def run_many(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        inputs: Iterable[BaseModel],
+        *,
+        max_concurrency: int = 100,
+        run_ids: Callable[[int, BaseModel], str] | None = None,
+        on_result: Callable[[int, ExecutionResult | Exception], None] | None = None,
+        **options: Any,
+    ) -> list[ExecutionResult | Exception]:
+        """:meth:`run` for each input, at most ``max_concurrency`` at once; see :meth:`stroma.StromaRunner.run_many`."""
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        outcomes: dict[int, ExecutionResult | Exception] = {}
+
+        async def one(number: int, state: BaseModel) -> None:
+            named = options if run_ids is None else {**options, "run_id": run_ids(number, state)}
+            outcomes[number] = await outcome_of(self.run(nodes, state, **named))
+            if on_result is not None:
+                on_result(number, outcomes[number])
+
+        await Batch().go((one(number, state) for number, state in enumerate(inputs)), max_concurrency)
+        return [outcomes[number] for number in sorted(outcomes)]
+
+    def stream(
+        self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
+    ) -> TemporalStream:
+        """:meth:`run` as an async iterator of what happens; see :class:`TemporalStream`. ``options`` are those of run()."""
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        known = self._known(nodes, self._config_of(nodes))
+
+        async def begin() -> tuple[str, Any]:
+            begun = await self._begin(nodes, initial_state, **options)
+            if isinstance(begun, ExecutionResult):
+                return begun.run_id, asyncio.sleep(0, begun)
+            return begun.run_id, begun.result()
+
+        async def look(run_id: str, since: int) -> list[TraceEvent]:
+            try:
+                found = await self._query(self._handle(run_id), names.ROWS, since)
+            except (RPCError, WorkflowQueryRejectedError):
+                return []  # No worker, say: the next look tells.
+            reader = Reader(known, self.payloads, run_id, [])
+            return [await reader.event(row) for row in found["rows"]]
+
+        return TemporalStream(begin, look)
+
+    # ------------------------------------------------------------------ from any process
+
+    async def cancel(self, run_id: str) -> bool:
+        """Ask for the end of a run, as CANCELLED; nodes hear of it within a heartbeat. False if it had ended.
+
+        Raises CheckpointNotFound.
+        """
+        found = await self._describe(run_id)
+        if found is None:
+            raise _not_found(run_id)
+        if found.status not in _OPEN:
+            return False
+        try:
+            await self._handle(run_id).cancel()
+        except RPCError as error:
+            if error.status != RPCStatusCode.NOT_FOUND:
+                raise
+            return False
+        return True
+
+    async def signal(
+        self,
+        run_id: str,
+        answer: Any,
+        *,
+        node_id: str | None = None,
+        branch: str | None = None,
+        schema: type[BaseModel] | None = None,
+    ) -> None:
+        """Give a suspended run the answer that it waits for; it goes on once nothing waits for another.
+
+        As :meth:`stroma.StromaRunner.signal`.
+        """
+        found = await self._describe(run_id)
+        if found is None:
+            raise _not_found(run_id)
+        handle = self._handle(run_id)
+        given = await self._query(handle, names.STATE)
+        state = cast("State", unfold(given["state"]))
+        waiting = [
+            Waiting(w["position"], w["branch"], w["node_id"], w["reason"], w["schema_ref"])
+            for key, w in state["waiting"].items()
+            if key not in state["answers"] and found.status in _OPEN
+        ]
+        answered = answer_to(waiting, run_id, answer, node_id=node_id, branch=branch, schema=schema)
+        assert answered.payload is not None
+        told: Answer = {
+            "position": answered.position,
+            "branch": answered.branch,
+            "node_id": answered.node_id,
+            "reason": answered.reason,
+            "schema_ref": answered.schema_ref,
+            "payload": answered.payload.decode(),
+        }
+        await handle.signal(names.ANSWER, told)
+
+    async def trace(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> ExecutionResult:
+        """What a run has come to so far, live; its status is INTERRUPTED while it runs. Raises CheckpointNotFound."""
+        config = self._config_of(node_sequence)
+        if await self._describe(run_id) is None:
+            raise _not_found(run_id)
+        report = cast("Report", await self._query(self._handle(run_id), names.REPORT))
+        if report["status"] == "RUNNING":
+            report["status"] = RunStatus.INTERRUPTED.value
+        return await result_of(report, self._known(node_sequence, config), self.payloads)
+
+    # ------------------------------------------------------------------ beginning
+
+    def _config_of(self, nodes: Any) -> RunConfig:
+        if isinstance(nodes, Pipeline) and nodes.config is not None and self._own_config is None:
+            return nodes.config
+        return self.config
+
+    def _known(self, nodes: Any, config: RunConfig) -> Known:
+        name = nodes.name if isinstance(nodes, Pipeline) else config.pipeline
+        return Known(name, records_of(nodes), self.registry)
+
+    async def _value(self, text: str, ref: str) -> Value:
+        size = weight(text)
+        if size < LARGE:
+            return {"text": text, "size": size, "cls": ["class", ref]}
+        data = text.encode()
+        if self.payloads is None:
+            raise StoreError(
+                f"the initial state has {size} bytes; from {LARGE} on, give this runner and the workers a payload "
+                "store: payloads="
+            )
+        name = hashlib.sha256(data).hexdigest()
+        await asyncio.to_thread(self.payloads.put, name, data)
+        return {"blob": name, "size": size, "cls": ["class", ref]}
+
+    async def _start(
+        self, plan: Plan, state: State, known: Known, config: RunConfig, *, over_another: bool = False
+    ) -> _Begun:
+        run_id = plan["run_id"]
+        search = await self._has_search_attributes()
+        plan["options"] = {**self._options, "search": search}
+        attributes = [
+            SearchAttributePair(names.PIPELINE_KEY, plan["pipeline"]),
+            SearchAttributePair(names.STATUS_KEY, "RUNNING"),
+        ]
+        conflict = WorkflowIDConflictPolicy
+        try:
+            handle = await self.client.start_workflow(
+                names.WORKFLOW,
+                cast("Any", {"plan": plan, "state": fold(state)}),
+                id=_workflow_id(run_id),
+                task_queue=self.task_queue,
+                result_type=dict,
+                id_conflict_policy=conflict.TERMINATE_EXISTING if over_another else conflict.FAIL,
+                memo={"stroma_execution": plan["execution"], "stroma_pipeline": plan["pipeline"]},
+                search_attributes=TypedSearchAttributes(attributes) if search else None,
+            )
+        except WorkflowAlreadyStartedError:
+            raise _busy(run_id) from None
+        return _Begun(self, run_id, handle, known, config, state["segment"])
+
+    async def _has_search_attributes(self) -> bool:
+        """Whether runs can have them. A server that does not say so goes without."""
+        if self._search is None:
+            try:
+                known = await self.client.operator_service.list_search_attributes(
+                    ListSearchAttributesRequest(namespace=self.client.namespace)
+                )
+                wanted = {names.PIPELINE_KEY.name, names.STATUS_KEY.name}
+                self._search = wanted <= set(known.custom_attributes)
+            except RPCError:
+                self._search = False
+        return self._search
+
+    async def _continue(
+        self,
+        handle: WorkflowHandle[Any, Any],
+        plan: Plan,
+        known: Known,
+        config: RunConfig,
+        initial: Value | None,
+    ) -> _Begun:
+        """Begin a run anew that goes on where the last one of its id has stopped."""
+        given = await self._query(handle, names.STATE)
+        before, state = cast("Plan", given["plan"]), cast("State", unfold(given["state"]))
+        if initial is not None and not _same(initial, state["initial"]):
+            raise PipelineChanged(
+                f"run {plan['run_id']!r} was started with another input; give it the same one, or another run id"
+            )
+        _check_unchanged(plan["run_id"], before["nodes"], plan["nodes"], state)
+        plan["execution"] = before["execution"]
+        return await self._start(plan, next_segment(state), known, config)
+
+    async def _go_on(
+        self, handle: WorkflowHandle[Any, Any], known: Known, config: RunConfig, parked: Report
+    ) -> _Begun:
+        """Wake a run that waits for a person."""
+        await handle.signal(names.RESUME, parked["segment"])
+        return _Begun(self, parked["run_id"], handle, known, config, parked["segment"] + 1)
+
+    # ------------------------------------------------------------------ asking the server
+
+    def _handle(self, run_id: str) -> WorkflowHandle[Any, Any]:
+        return self.client.get_workflow_handle(_workflow_id(run_id), result_type=dict)
+
+    async def _describe(self, run_id: str) -> WorkflowExecutionDescription | None:
+        try:
+            return await self._handle(run_id).describe()
+        except RPCError as error:
+            if error.status == RPCStatusCode.NOT_FOUND:
+                return None
+            raise
+
+    async def _query(self, handle: WorkflowHandle[Any, Any], name: str, *arguments: Any) -> dict[str, Any]:
+        found: dict[str, Any] = await handle.query(name, args=arguments, result_type=dict)
+        return found
+
+    async def _parked_now(self, handle: WorkflowHandle[Any, Any]) -> Report | None:
+        """What a run came to that waits for a person; None for one that does not."""
+        report = cast("Report", await self._query(handle, names.REPORT))
+        return report if report["status"] == RunStatus.SUSPENDED else None
+
+    async def _report(self, handle: WorkflowHandle[Any, Any]) -> Report:
+        """What a workflow came to that has ended, or will have. Raises WorkflowFailureError for one that is not ours."""
+        try:
+            return cast("Report", await handle.result())
+        except WorkflowFailureError as error:
+            cause = error.cause
+            if isinstance(cause, ApplicationError) and (cause.type or "").startswith(names.FAILURE):
+                return cast("Report", cause.details[0])
+            # Terminated, or timed out: what it had done is in its history.
+            report = cast("Report", await self._query(handle, names.REPORT))
+            return {**report, "status": RunStatus.INTERRUPTED.value}
+
+    async def _outcome(self, handle: WorkflowHandle[Any, Any], segment: int) -> Report:
+        """What a run comes to, or what it waits for from this segment on."""
+        ended = asyncio.ensure_future(self._report(handle))
+        watch: asyncio.Future[Report | None] | None = None
+        try:
+            await asyncio.wait([ended], timeout=_PATIENCE)
+            while not ended.done():
+                watch = asyncio.ensure_future(self._suspended(handle, segment))
+                await asyncio.wait([ended, watch], return_when=asyncio.FIRST_COMPLETED)
+                if watch.done() and not ended.done():
+                    parked = watch.result()
+                    if parked is not None:
+                        return parked
+                    await asyncio.wait([ended], timeout=_PATIENCE)
+            return ended.result()
+        finally:
+            for task in (ended, watch):
+                if task is not None:
+                    task.cancel()
+
+    async def _suspended(self, handle: WorkflowHandle[Any, Any], segment: int) -> Report | None:
+        latest = self.client.get_workflow_handle(handle.id)
+        try:
+            return cast("Report", await latest.execute_update(names.SUSPENDED, segment, result_type=dict))
+        except (RPCError, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError):
+            return None  # It has ended, or has begun a fresh history.
+
+    async def _result(self, report: Report, known: Known, config: RunConfig) -> ExecutionResult:
+        result = await result_of(report, known, self.payloads)
+        broken = broken_of(report, result)
+        if broken is not None:
+            raise broken
+        if result.hook_errors and config.hook_errors == "raise":
+            first = result.hook_errors[0]
+            raise HookError(
+                f"{len(result.hook_errors)} hook calls raised; the first, {first.hook}: {first.exception}",
+                result,
+            ) from first.exception
+        return result
+
+
+class _Begun:
+    """A run that is under way."""
+
+    def __init__(
+        self,
+        runner: TemporalRunner,
+        run_id: str,
+        handle: WorkflowHandle[Any, Any],
+        known: Known,
+        config: RunConfig,
+        segment: int,
+    ) -> None:
+        self._runner = runner
+        self.run_id = run_id
+        self._handle = handle
+        self._known = known
+        self._config = config
+        self._segment = segment
+
+    async def result(self) -> ExecutionResult:
+        report = await self._runner._outcome(self._handle, self._segment)
+        return await self._runner._result(report, self._known, self._config)
+
+
+def _workflow_id(run_id: str) -> str:
+    if len(run_id.encode()) <= _LONGEST_ID:
+        return run_id
+    return f"{run_id[:200]}-{hashlib.sha256(run_id.encode()).hexdigest()}"
+
+
+def _not_found(run_id: str) -> CheckpointNotFound:
+    return CheckpointNotFound(
+        f"there is no run {run_id!r} in this namespace; look after its id, or begin it with run()"
+    )
+
+
+def _busy(run_id: str) -> RunBusy:
+    error = RunBusy(
+        f'run {run_id!r} is being run on the cluster; wait for its result with if_running="attach", or use another run id'
+    )
+    error.holder = "a workflow of the cluster"
+    return error
+
+
+def _same(a: Value, b: Value) -> bool:
+    return (a.get("text"), a.get("blob")) == (b.get("text"), b.get("blob"))
+
+
+def _check_unchanged(run_id: str, before: Sequence[NodeSpec], now: Sequence[NodeSpec], state: State) -> None:
+    """Raise PipelineChanged if what is committed is not what the pipeline has there."""
+    for position in range(state["position"]):
+        then = before[position]
+        if position >= len(now):
+            raise PipelineChanged(
+                f"run {run_id!r} cannot go on: it has the output of node {then['id']!r} at position {position}, and the "
+                f"pipeline has only {len(now)} nodes; restore it, or begin a new run"
+            )
+        if then["id"] != now[position]["id"]:
+            raise PipelineChanged(
+                f"run {run_id!r} cannot go on: at position {position} it has the output of node {then['id']!r}, but the "
+                f"pipeline has {now[position]['id']!r} there; restore the order of nodes, or begin a new run"
+            )
+        if then.get("output") != now[position].get("output"):
+            raise PipelineChanged(
+                f"run {run_id!r} cannot go on: the output of node {then['id']!r} at position {position} was recorded with "
+                "another schema; restore it, or begin a new run"
+            )

@@ -1,0 +1,479 @@
+"""Pipelines that every driver must do the same with."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from stroma import (
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    FallbackPolicy,
+    NodeContract,
+    RunStatus,
+    current_node,
+    map_over,
+    parallel,
+    stroma_node,
+)
+from stroma.prices import KNOWN_MODELS
+from stroma.trace import ExecutionResult, TraceEvent
+
+AT_ONCE = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
+NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+
+
+class Num(BaseModel):
+    n: int = 0
+
+
+class Positive(BaseModel):
+    n: int = Field(gt=0)
+
+
+class Left(BaseModel):
+    left: int
+
+
+class Right(BaseModel):
+    right: int
+
+
+class Both(BaseModel):
+    left: int
+    right: int
+
+
+class Texts(BaseModel):
+    texts: list[str]
+
+
+class Length(BaseModel):
+    length: int
+
+
+class Lengths(BaseModel):
+    texts: list[str]
+    lengths: list[Length]
+
+
+def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
+    contract: NodeContract[Any, Any] = NodeContract(
+        node_id=node_id, input_schema=given, output_schema=promised
+    )
+    return stroma_node(node_id, contract)(func)
+
+
+@dataclass
+class Scenario:
+    """What is run, and what becomes of it. ``make`` is called for each run, so that calls are counted anew."""
+
+    make: Callable[[list[str]], list[Any]]
+    status: RunStatus
+    calls: list[str]
+    final: dict[str, Any]
+    state: BaseModel = field(default_factory=Num)
+    config: dict[str, Any] = field(default_factory=dict)
+    tokens: int = 0
+    failure: tuple[FailureClass, str] | None = None
+
+
+def counted(calls: list[str], node_id: str, by: int = 1, **schemas: Any) -> Any:
+    async def func(state: Any) -> dict[str, int]:
+        calls.append(node_id)
+        return {"n": state.n + by}
+
+    return node(node_id, func, **schemas)
+
+
+def failing(calls: list[str], node_id: str, *errors: Any, tokens: int = 0) -> Any:
+    """Raises these, one in each attempt, and then works."""
+
+    async def func(state: Num) -> Any:
+        calls.append(node_id)
+        number = calls.count(node_id)
+        if tokens:
+            execution = current_node()
+            assert execution is not None
+            execution.report_usage(input_tokens=tokens)
+        if number <= len(errors):
+            raise errors[number - 1]
+        return {"n": state.n + 1}
+
+    return node(node_id, func)
+
+
+def spending(calls: list[str], node_id: str, tokens: int, model: str | None = None) -> Any:
+    async def func(state: Num) -> Any:
+        calls.append(node_id)
+        return {"n": state.n + 1}, tokens, 0, model
+
+    return node(node_id, func)
+
+
+def giving(calls: list[str], node_id: str, *outputs: Any) -> Any:
+    """Gives these, one in each attempt."""
+
+    async def func(state: Num) -> Any:
+        calls.append(node_id)
+        return outputs[calls.count(node_id) - 1]
+
+    return node(node_id, func)
+
+
+def half(calls: list[str], node_id: str, name: str, promised: type[BaseModel], *, fails: bool = False) -> Any:
+    async def func(state: Num) -> dict[str, int]:
+        calls.append(node_id)
+        if fails:
+            raise ValueError("no half")
+        return {name: state.n + 1}
+
+    return node(node_id, func, Num, promised)
+
+
+def joined(calls: list[str]) -> Any:
+    async def func(state: Both) -> dict[str, int]:
+        calls.append("join")
+        return {"n": state.left + state.right}
+
+    return node("join", func, Both, Num)
+
+
+def lengths(calls: list[str], *, failing_at: str | None = None) -> Any:
+    class Text(BaseModel):
+        text: str
+
+    async def func(state: Text) -> dict[str, int]:
+        calls.append("length")
+        if state.text == failing_at:
+            raise ValueError(f"{state.text} has no length")
+        return {"length": len(state.text)}
+
+    return node("length", func, Text, Length)
+
+
+def waiting_sibling(calls: list[str], node_id: str) -> Any:
+    async def func(state: Num) -> dict[str, int]:
+        calls.append(node_id)
+        await asyncio.Event().wait()
+        return {"right": 0}
+
+    return node(node_id, func, Num, Right)
+
+
+def failing_beside(calls: list[str], node_id: str, other: str) -> Any:
+    """Fails once the other one has begun."""
+
+    async def func(state: Num) -> dict[str, int]:
+        calls.append(node_id)
+        while other not in calls:
+            await asyncio.sleep(0.01)
+        raise ValueError("no half")
+
+    return node(node_id, func, Num, Left)
+
+
+KNOWN_MODELS.setdefault(
+    "a-dear-one", (1.0, 2.0)
+)  # USD for each token would be a lot: these are for 1,000 tokens
+
+
+SCENARIOS: dict[str, Scenario] = {
+    "a chain": Scenario(
+        lambda calls: [counted(calls, "a"), counted(calls, "b", 10)], RunStatus.COMPLETED, ["a", "b"], {"n": 11}
+    ),
+    "one node at two positions": Scenario(
+        lambda calls: [counted(calls, "a")] * 2, RunStatus.COMPLETED, ["a", "a"], {"n": 2}
+    ),
+    "no nodes": Scenario(lambda calls: [], RunStatus.COMPLETED, [], {"n": 0}),
+    "bad input": Scenario(
+        lambda calls: [counted(calls, "a", given=Positive)],
+        RunStatus.FAILED, [], {"n": 0},
+        failure=(FailureClass.TERMINAL, "ContractViolation"),
+    ),
+    "bad input half-way": Scenario(
+        lambda calls: [counted(calls, "a", -1), counted(calls, "b", given=Positive)],
+        RunStatus.FAILED, ["a"], {"n": -1},
+        failure=(FailureClass.TERMINAL, "ContractViolation"),
+    ),
+    "bad output": Scenario(
+        lambda calls: [giving(calls, "a", {"n": "many"})],
+        RunStatus.FAILED, ["a"], {"n": 0},
+        failure=(FailureClass.TERMINAL, "ContractViolation"),
+    ),
+    "a repaired output": Scenario(
+        lambda calls: [giving(calls, "a", {"n": "many"}, {"n": "some"}, {"n": 7})],
+        RunStatus.COMPLETED, ["a", "a", "a"], {"n": 7},
+        config={"contract_retries": {"a": 2}, "policy_map": AT_ONCE},
+    ),
+    "an output that is not mended": Scenario(
+        lambda calls: [giving(calls, "a", {"n": "many"}, {"n": "some"}, {"n": 7})],
+        RunStatus.FAILED, ["a", "a"], {"n": 0},
+        config={"contract_retries": {"a": 1}, "policy_map": AT_ONCE},
+        failure=(FailureClass.TERMINAL, "ContractViolation"),
+    ),
+    "a retry": Scenario(
+        lambda calls: [failing(calls, "a", TimeoutError("slow"), ValueError("odd"))],
+        RunStatus.COMPLETED, ["a", "a", "a"], {"n": 1}, config={"policy_map": AT_ONCE},
+    ),
+    "retries used up": Scenario(
+        lambda calls: [failing(calls, "a", *[ValueError("odd")] * 9), counted(calls, "b")],
+        RunStatus.PARTIAL, ["a"] * 4, {"n": 0}, config={"policy_map": AT_ONCE},
+        failure=(FailureClass.AMBIGUOUS, "ValueError"),
+    ),
+    "one count for all classes": Scenario(
+        lambda calls: [failing(calls, "a", TimeoutError("slow"), TimeoutError("slow"), ValueError("odd"))],
+        RunStatus.PARTIAL, ["a"] * 3, {"n": 0},
+        config={"policy_map": {
+            FailureClass.RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=0),
+            FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0),
+        }},
+        failure=(FailureClass.AMBIGUOUS, "ValueError"),
+    ),
+    "a policy of its own": Scenario(
+        lambda calls: [failing(calls, "a", *[ValueError("odd")] * 9)],
+        RunStatus.PARTIAL, ["a"] * 2, {"n": 0},
+        config={"policy_map": AT_ONCE, "node_policies": {
+            "a": {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}
+        }},
+        failure=(FailureClass.AMBIGUOUS, "ValueError"),
+    ),
+    "a custom class": Scenario(
+        lambda calls: [failing(calls, "a", ValueError("odd"))],
+        RunStatus.FAILED, ["a"], {"n": 0},
+        config={"policy_map": AT_ONCE, "classifiers": [lambda error, context: FailureClass.TERMINAL]},
+        failure=(FailureClass.TERMINAL, "ValueError"),
+    ),
+    "tokens and their price": Scenario(
+        lambda calls: [spending(calls, "a", 100, "a-dear-one"), spending(calls, "b", 50, "a-dear-one")],
+        RunStatus.COMPLETED, ["a", "b"], {"n": 2}, tokens=150,
+    ),
+    "a model that nobody knows": Scenario(
+        lambda calls: [spending(calls, "a", 100, "nobody-knows-it")],
+        RunStatus.COMPLETED, ["a"], {"n": 1}, tokens=100,
+    ),
+    "exactly at the limit": Scenario(
+        lambda calls: [spending(calls, "a", 60), spending(calls, "b", 40)],
+        RunStatus.COMPLETED, ["a", "b"], {"n": 2}, tokens=100,
+        config={"budget": ExecutionBudget(max_tokens_total=100)},
+    ),
+    "over the limit in an attempt": Scenario(
+        lambda calls: [spending(calls, "a", 60), spending(calls, "b", 41), counted(calls, "c")],
+        RunStatus.PARTIAL, ["a", "b"], {"n": 2}, tokens=101,
+        config={"budget": ExecutionBudget(max_tokens_total=100), "policy_map": AT_ONCE},
+        failure=(FailureClass.RECOVERABLE, "BudgetExceeded"),
+    ),
+    "what failed attempts spend": Scenario(
+        lambda calls: [failing(calls, "a", TimeoutError("slow"), TimeoutError("slow"), tokens=60)],
+        RunStatus.PARTIAL, ["a", "a"], {"n": 0}, tokens=120,
+        config={"budget": ExecutionBudget(max_tokens_total=100), "policy_map": AT_ONCE},
+        failure=(FailureClass.RECOVERABLE, "TimeoutError"),
+    ),
+    "a fallback model": Scenario(
+        lambda calls: [spending(calls, "a", 800, "a-dear-one"), telling_model(calls)],
+        RunStatus.COMPLETED, ["a", "a-cheap-one"], {"n": 1}, tokens=800,
+        config={
+            "budget": ExecutionBudget(max_cost_usd=1000.0),
+            "model_fallbacks": [FallbackPolicy("a-dear-one", "a-cheap-one", 0.0)],
+        },
+    ),
+    "bad usage": Scenario(
+        lambda calls: [spending(calls, "a", -1), counted(calls, "b")],
+        RunStatus.FAILED, ["a"], {"n": 1},
+        failure=(FailureClass.TERMINAL, "UsageError"),
+    ),
+    "a timeout": Scenario(
+        lambda calls: [sleeping(calls, "a")],
+        RunStatus.PARTIAL, ["a"], {"n": 0}, config={"node_timeouts": {"a": 50}, "policy_map": NEVER},
+        failure=(FailureClass.RECOVERABLE, "TimeoutError"),
+    ),
+    "side by side": Scenario(
+        lambda calls: [parallel(half(calls, "l", "left", Left), half(calls, "r", "right", Right)), joined(calls)],
+        RunStatus.COMPLETED, ["join", "l", "r"], {"n": 2},
+    ),
+    "the later one wins": Scenario(
+        lambda calls: [parallel(counted(calls, "a", 1), counted(calls, "b", 2))],
+        RunStatus.COMPLETED, ["a", "b"], {"n": 2},
+    ),
+    "groups in groups": Scenario(
+        lambda calls: [
+            parallel(
+                half(calls, "l", "left", Left),
+                parallel(half(calls, "r", "right", Right), half(calls, "x", "left", Left)),
+            ),
+            joined(calls),
+        ],
+        RunStatus.COMPLETED, ["join", "l", "r", "x"], {"n": 2},
+    ),
+    "a child that fails": Scenario(
+        lambda calls: [
+            parallel(failing_beside(calls, "l", "r"), waiting_sibling(calls, "r")), counted(calls, "b"),
+        ],
+        RunStatus.PARTIAL, ["l", "r"], {"n": 0}, config={"policy_map": NEVER},
+        failure=(FailureClass.AMBIGUOUS, "ValueError"),
+    ),
+    "a group that is tried again": Scenario(
+        lambda calls: [
+            parallel(half(calls, "l", "left", Left), flaky_half(calls, "r"), max_concurrency=1), joined(calls),
+        ],
+        RunStatus.COMPLETED, ["join", "l", "r", "r"], {"n": 2},
+        config={"policy_map": NEVER, "node_policies": {"parallel(l, r)": AT_ONCE}},
+    ),
+    "a child over the limit": Scenario(
+        lambda calls: [
+            parallel(spending(calls, "a", 60), spending(calls, "b", 60), spending(calls, "c", 60), max_concurrency=1),
+            counted(calls, "d"),
+        ],
+        RunStatus.PARTIAL, ["a", "b"], {"n": 0}, tokens=120,
+        config={"budget": ExecutionBudget(max_tokens_total=100)},
+        failure=(FailureClass.RECOVERABLE, "BudgetExceeded"),
+    ),
+    "items": Scenario(
+        lambda calls: [map_over("texts", lengths(calls), into="lengths", max_concurrency=2)],
+        RunStatus.COMPLETED, ["length"] * 3,
+        {"texts": ["a", "bc", "def"], "lengths": [{"length": 1}, {"length": 2}, {"length": 3}]},
+        state=Texts(texts=["a", "bc", "def"]),
+    ),
+    "no items": Scenario(
+        lambda calls: [map_over("texts", lengths(calls), into="lengths")],
+        RunStatus.COMPLETED, [], {"texts": [], "lengths": []}, state=Texts(texts=[]),
+    ),
+    "an item that fails": Scenario(
+        lambda calls: [map_over("texts", lengths(calls, failing_at="bc"), into="lengths", max_concurrency=1)],
+        RunStatus.PARTIAL, ["length"] * 2, {"texts": ["a", "bc", "def"]},
+        state=Texts(texts=["a", "bc", "def"]), config={"policy_map": NEVER},
+        failure=(FailureClass.AMBIGUOUS, "ValueError"),
+    ),
+    "items that fail while others go on": Scenario(
+        lambda calls: [
+            map_over(
+                "texts", lengths(calls, failing_at="bc"), into="lengths", max_concurrency=1,
+                on_item_failure="collect",
+            )
+        ],
+        RunStatus.COMPLETED, ["length"] * 3,
+        {"texts": ["a", "bc", "def"], "lengths": [{"length": 1}, {"length": 3}], "lengths_failures": [{
+            "index": 1, "node_id": "length", "failure_class": FailureClass.AMBIGUOUS,
+            "message": "bc has no length", "reason": None, "attempts": 1,
+        }]},
+        state=Texts(texts=["a", "bc", "def"]), config={"policy_map": NEVER},
+    ),
+    "items that are none": Scenario(
+        lambda calls: [map_over("nothing", lengths(calls), into="lengths")],
+        RunStatus.PARTIAL, [], {"texts": ["a"]}, state=Texts(texts=["a"]), config={"policy_map": NEVER},
+        failure=(FailureClass.AMBIGUOUS, "TypeError"),
+    ),
+    "no contract": Scenario(
+        lambda calls: [bare(calls), counted(calls, "b")], RunStatus.COMPLETED, ["a", "b"], {"n": 6}
+    ),
+    "a sync node": Scenario(
+        lambda calls: [in_a_thread(calls)], RunStatus.COMPLETED, ["a"], {"n": 1}
+    ),
+    "what one node tells the next": Scenario(
+        lambda calls: [telling(calls), told(calls)], RunStatus.COMPLETED, ["a", "b"], {"n": 41},
+        config={"context": {"before": 1}},
+    ),
+}  # fmt: skip
+
+
+def telling_model(calls: list[str]) -> Any:
+    async def func(state: Num, ctx: dict[str, Any]) -> dict[str, int]:
+        calls.append(ctx["_stroma_model"])
+        return {"n": state.n}
+
+    return node("b", func)
+
+
+def sleeping(calls: list[str], node_id: str) -> Any:
+    async def func(state: Num) -> dict[str, int]:
+        calls.append(node_id)
+        await asyncio.Event().wait()
+        return {}
+
+    return node(node_id, func)
+
+
+def flaky_half(calls: list[str], node_id: str) -> Any:
+    async def func(state: Num) -> dict[str, int]:
+        calls.append(node_id)
+        if calls.count(node_id) == 1:
+            raise ValueError("no half yet")
+        return {"right": state.n + 1}
+
+    return node(node_id, func, Num, Right)
+
+
+def bare(calls: list[str]) -> Any:
+    async def func(state: Any) -> dict[str, int]:
+        calls.append("a")
+        return {"n": state.n + 5}
+
+    func._stroma_node_id = "a"  # type: ignore[attr-defined]
+    func._stroma_contract = None  # type: ignore[attr-defined]
+    return func
+
+
+def in_a_thread(calls: list[str]) -> Any:
+    def func(state: Num) -> dict[str, int]:
+        calls.append("a")
+        return {"n": state.n + 1}
+
+    return node("a", func)
+
+
+def telling(calls: list[str]) -> Any:
+    async def func(state: Num, ctx: dict[str, Any]) -> dict[str, int]:
+        calls.append("a")
+        ctx["found"] = 40
+        return {"n": ctx.pop("before")}
+
+    return node("a", func)
+
+
+def told(calls: list[str]) -> Any:
+    async def func(state: Num, ctx: dict[str, Any]) -> dict[str, int]:
+        calls.append("b")
+        assert "before" not in ctx
+        return {"n": state.n + ctx["found"]}
+
+    return node("b", func)
+
+
+# ---------------------------------------------------------------------- what a result says, but for ids and times
+
+
+def event_told(event: TraceEvent) -> Any:
+    inside = sorted((event_told(child) for child in event.children), key=repr)
+    return {
+        "at": (event.node_id, event.position, event.branch, event.attempt),
+        "input": event.input_state,
+        "output": event.output_state,
+        "outcome": event.outcome,
+        "failure": (event.failure, event.failure_message, event.reason),
+        "usage": event.usage,
+        "children": inside,
+    }
+
+
+def result_told(result: ExecutionResult) -> Any:
+    failed = result.failure
+    state = result.final_state
+    return {
+        "status": result.status,
+        "final": None if state is None else (type(state).__name__, state.model_dump()),
+        "trace": [event_told(event) for event in result.trace],
+        "tokens": result.total_tokens,
+        "cost": result.total_cost_usd,
+        "failure": None if failed is None else (
+            failed.failure_class, failed.message, failed.reason, failed.node_id, failed.attempt
+        ),
+        "unpriced": result.unpriced_models,
+        "suspended": result.suspended,
+        "failed items": result.failed_items,
+        "hooks": [(error.hook, error.node_id, str(error.exception)) for error in result.hook_errors],
+    }  # fmt: skip

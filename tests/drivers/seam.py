@@ -1,0 +1,86 @@
+"""A driver without any machinery: each request is done at once, in this process. What crosses it is JSON all the same."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import random
+from collections.abc import AsyncIterator
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma import ContractRegistry, Pipeline, RunConfig
+from stroma.remote.attempts import Attempts
+from stroma.remote.interpreter import Continue, Interpreter, new_state
+from stroma.remote.plans import Known, freeze
+from stroma.remote.results import broken_of, result_of
+from stroma.remote.wire import fold, unfold
+from stroma.schemas import schema_of
+from stroma.trace import ExecutionResult
+
+
+class Seam:
+    """A run by the interpreter alone, with a fresh one from its own state after every position."""
+
+    def __init__(self, attempts: Attempts) -> None:
+        self._attempts = attempts
+        self.requests: list[dict[str, Any]] = []
+        self.replies: list[dict[str, Any]] = []
+
+    async def ask(self, request: Any) -> tuple[Any, bool]:
+        request = json.loads(json.dumps(request))
+        self.requests.append(request)
+        reply = json.loads(json.dumps(await self._attempts.perform(request)))
+        self.replies.append(reply)
+        return reply, False
+
+    async def sleep(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+
+    def draw(self) -> float:
+        return random.random()
+
+    def full(self) -> bool:
+        return True
+
+
+class SeamRunner:
+    def __init__(self, attempts: Attempts, config: RunConfig) -> None:
+        self.seam = Seam(attempts)
+        self._config = config
+
+    async def run(self, pipeline: Pipeline, state: BaseModel, *, run_id: str = "run") -> ExecutionResult:
+        known = Known.of(pipeline, ContractRegistry())
+        plan = freeze(pipeline.name, known.nodes, self._config, known.registry, run_id=run_id)
+        kind = type(state)
+        text = schema_of(kind).encode(state).decode()
+        value: Any = {
+            "text": text,
+            "size": len(text),
+            "cls": ["class", f"{kind.__module__}:{kind.__qualname__}"],
+        }
+        at = new_state(value, context=dict(self._config.context))
+        while True:
+            try:
+                report = await Interpreter(plan, at, self.seam).go()
+                break
+            except Continue:
+                at = unfold(json.loads(json.dumps(fold(at))))
+        result = await result_of(json.loads(json.dumps(report)), known, None)
+        broken = broken_of(report, result)
+        if broken is not None:
+            raise broken
+        return result
+
+
+class SeamDriver:
+    name = "seam"
+
+    @contextlib.asynccontextmanager
+    async def bind(self, nodes: list[Any], **config: Any) -> AsyncIterator[Any]:
+        from tests.drivers.conftest import Bound
+
+        pipeline, settings = Pipeline("pipe", nodes), RunConfig(**config)
+        yield Bound(SeamRunner(Attempts([pipeline], config=settings), settings), pipeline, self.name)
