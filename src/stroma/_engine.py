@@ -545,6 +545,8 @@ async def _fail(
         except BaseException as stopped:  # KeyboardInterrupt in a classifier, say.
             await _abandon(ctx, run, begin, 0, picture, stopped)
             raise
+        for probe in ctx.probes:
+            failure = probe.diagnosed(run, failure)
         if is_a(exc, ContractViolation) and _may_repair(ctx, run, failure):
             run.repairing = True
             failure = replace(failure, failure_class=FailureClass.RECOVERABLE)

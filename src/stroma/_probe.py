@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from stroma.checkpoint import Session
     from stroma.context import ReliabilityContext
     from stroma.execution import NodeExecution
+    from stroma.failures import Failure
     from stroma.hooks import NodeHooks
     from stroma.nodes import Group, Node
     from stroma.trace import ExecutionResult
@@ -34,6 +35,10 @@ class Probe:
     async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
         """Called in place of a node's function, which ``call`` calls; within its timeout."""
         return await call(state)
+
+    def diagnosed(self, run: NodeExecution, failure: Failure) -> Failure:
+        """An attempt has failed, and was classified."""
+        return failure
 
     def ended(self, ctx: ReliabilityContext, result: ExecutionResult) -> None:
         """A run has come to its end, or a step of plain code has failed, and this is about to be returned.

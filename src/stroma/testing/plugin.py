@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from stroma.checkpoint import AsyncInMemoryStore
     from stroma.testing.clock import FakeClock
     from stroma.testing.faults import FaultPlan
-    from stroma.testing.recorded import Recorded
+    from stroma.testing.recorded import Mode, Recorded
 
 _FAILED = pytest.StashKey[bool]()
 
@@ -115,7 +115,7 @@ def stroma_recorded(request: pytest.FixtureRequest) -> Iterator[Callable[..., Re
 
         def answers(upstream: str, name: str | None = None, **options: Any) -> Recorded:
             path = _beside(request, "recordings", name, ".json")
-            mode = "record" if request.config.option.stroma_record else "replay"
+            mode: Mode = "record" if request.config.option.stroma_record else "replay"
             return stack.enter_context(recorded(path, upstream=upstream, mode=mode, **options))
 
         yield answers

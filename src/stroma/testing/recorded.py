@@ -321,7 +321,7 @@ def _clean(value: Any, secrets: list[str]) -> Any:
         text: str = value
         for secret in secrets:
             text = text.replace(secret, _HIDDEN)
-        return _SECRET_TEXTS.sub(_HIDDEN, text)
+        return str(_SECRET_TEXTS.sub(_HIDDEN, text))
     return value
 
 
