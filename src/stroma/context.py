@@ -247,7 +247,7 @@ class ReliabilityContext:
         self.gated = self.config.gated
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
         if self.probes:
-            sets = [hooks for probe in self.probes if (hooks := probe.begins(self)) is not None] + sets
+            sets = [own for probe in self.probes if (own := probe.begins(self)) is not None] + sets
         if sets:
             self.delivers = self.config.hook_delivery == "at_least_once"
             limit = self.config.hook_timeout_ms

@@ -16,8 +16,10 @@ if TYPE_CHECKING:
     from stroma.testing.contracts import assert_contract_holds
     from stroma.testing.crash import POINTS, Boundary, Crashed, crash_at
     from stroma.testing.faults import FaultPlan, Injected, Transient
+    from stroma.testing.loading import pipeline_in
     from stroma.testing.recorded import Recorded, recorded
-    from stroma.testing.replaying import Difference, RecordedRun, Replay, replay, replay_sync
+    from stroma.testing.recording import RecordedRun
+    from stroma.testing.replaying import Difference, Replay, replay, replay_sync
     from stroma.testing.resumable import Resumability, assert_resumable, assert_resumable_sync
     from stroma.testing.snapshots import trace_snapshot
     from stroma.testing.stores import JournalStoreTests
@@ -29,8 +31,10 @@ _HOMES = {
     "contracts": ("assert_contract_holds",),
     "crash": ("POINTS", "Boundary", "Crashed", "crash_at"),
     "faults": ("FaultPlan", "Injected", "Transient"),
+    "loading": ("pipeline_in",),
     "recorded": ("Recorded", "recorded"),
-    "replaying": ("Difference", "RecordedRun", "Replay", "replay", "replay_sync"),
+    "recording": ("RecordedRun",),
+    "replaying": ("Difference", "Replay", "replay", "replay_sync"),
     "resumable": ("Resumability", "assert_resumable", "assert_resumable_sync"),
     "snapshots": ("trace_snapshot",),
     "stores": ("JournalStoreTests",),
@@ -57,6 +61,7 @@ __all__ = [
     "assert_resumable",
     "assert_resumable_sync",
     "crash_at",
+    "pipeline_in",
     "recorded",
     "replay",
     "replay_sync",

@@ -34,7 +34,9 @@ def instances(model: type[BaseModel], fields: Mapping[str, Strategy]) -> st.Sear
     """Instances of a model. Raises TypeError that names the field whose values cannot be made up."""
     unknown = [name for name in fields if name not in model.model_fields]
     if unknown:
-        raise TypeError(f"{model.__name__} has no field {unknown[0]!r}; it has {', '.join(model.model_fields)}")
+        raise TypeError(
+            f"{model.__name__} has no field {unknown[0]!r}; it has {', '.join(model.model_fields)}"
+        )
     return _Maker(dict(fields), model).of(core_schema_of(model), model.__name__)
 
 
@@ -131,12 +133,16 @@ class _Maker:
         by_name = _by_name(schema)
         if schema.get("root_model"):
             inner = schema["schema"]
-            while inner["type"] != "model-fields" and "schema" in inner and inner["type"].startswith("function"):
+            while (
+                inner["type"] != "model-fields" and "schema" in inner and inner["type"].startswith("function")
+            ):
                 inner = inner["schema"]
             return _instances(cls, self.of(inner, path), cls.model_validate)
         given = self._given if cls is self._outermost else {}
         classes = {name: field.annotation for name, field in cls.model_fields.items()}
-        return _instances(cls, self._record(schema["schema"], path, by_name, given, classes), cls.model_validate)
+        return _instances(
+            cls, self._record(schema["schema"], path, by_name, given, classes), cls.model_validate
+        )
 
     def _dataclass(self, schema: Mapping[str, Any], path: str) -> Strategy:
         cls = schema["cls"]
@@ -193,7 +199,10 @@ class _Maker:
     def _list(self, schema: Mapping[str, Any], path: str) -> Strategy:
         loops = self._loops
         inner = self.of(schema["items_schema"], f"{path}[]") if "items_schema" in schema else _json
-        least, some = schema.get("min_length", 0), _SOME if self._loops == loops else 1  # A tree shall stay small.
+        least, some = (
+            schema.get("min_length", 0),
+            _SOME if self._loops == loops else 1,
+        )  # A tree shall stay small.
         return st.lists(inner, min_size=least, max_size=schema.get("max_length", least + some))
 
     _generator = _list
@@ -219,7 +228,9 @@ class _Maker:
         return st.tuples(before, rest, after).map(lambda parts: (*parts[0], *parts[1], *parts[2]))
 
     def _dict(self, schema: Mapping[str, Any], path: str) -> Strategy:
-        keys = self.of(schema["keys_schema"], f"{path}[]") if "keys_schema" in schema else st.text(max_size=10)
+        keys = (
+            self.of(schema["keys_schema"], f"{path}[]") if "keys_schema" in schema else st.text(max_size=10)
+        )
         values = self.of(schema["values_schema"], f"{path}[]") if "values_schema" in schema else _json
         least = schema.get("min_length", 0)
         return st.dictionaries(keys, values, min_size=least, max_size=schema.get("max_length", least + _SOME))
@@ -264,7 +275,9 @@ class _Maker:
             largest = Decimal(10) ** (digits - places) - Decimal(1).scaleb(-places)
             low = -largest if low is None else max(Decimal(low), -largest)
             high = largest if high is None else min(Decimal(high), largest)
-        made = st.decimals(low, high, allow_nan=False, allow_infinity=False, places=2 if places is None else places)
+        made = st.decimals(
+            low, high, allow_nan=False, allow_infinity=False, places=2 if places is None else places
+        )
         return made.filter(_within(schema))
 
     def _str(self, schema: Mapping[str, Any], path: str) -> Strategy:
@@ -294,7 +307,9 @@ class _Maker:
         schemes = schema.get("allowed_schemes") or ["https"]
         hosts = st.sampled_from(["example.com", "localhost", "a.example.org", "192.0.2.1"])
         paths = st.lists(st.from_regex(r"[a-z0-9]{1,6}", fullmatch=True), max_size=3).map("/".join)
-        return st.builds(lambda scheme, host, rest: f"{scheme}://{host}/{rest}", st.sampled_from(schemes), hosts, paths)
+        return st.builds(
+            lambda scheme, host, rest: f"{scheme}://{host}/{rest}", st.sampled_from(schemes), hosts, paths
+        )
 
     _multi_host_url = _url
 
@@ -326,7 +341,9 @@ class _Maker:
     def _time(self, schema: Mapping[str, Any], path: str) -> Strategy:
         low, high = schema.get("ge", dt.time.min), schema.get("le", dt.time.max)
         zones = st.just(dt.UTC) if schema.get("tz_constraint") == "aware" else st.none()
-        return st.times(low.replace(tzinfo=None), high.replace(tzinfo=None), timezones=zones).filter(_within(schema))
+        return st.times(low.replace(tzinfo=None), high.replace(tzinfo=None), timezones=zones).filter(
+            _within(schema)
+        )
 
     def _timedelta(self, schema: Mapping[str, Any], path: str) -> Strategy:
         step = dt.timedelta(microseconds=1)
@@ -377,7 +394,9 @@ def _alias(field: Mapping[str, Any], name: str, path: str) -> tuple[str, ...]:
 
 
 def _key(value: Any) -> Any:
-    return json.dumps(value, default=repr) if isinstance(value, (dict, list)) else (type(value).__name__, value)
+    return (
+        json.dumps(value, default=repr) if isinstance(value, (dict, list)) else (type(value).__name__, value)
+    )
 
 
 def _as_set(values: list[Any]) -> Any:

@@ -131,7 +131,11 @@ class Chaos:
             item.ihook.pytest_runtest_logreport(report=report)
 
     def _what(self, at: _Place, kind: str, number: int) -> str:
-        done = "was called twice, as after a death before its commit" if kind == "again" else "was slower than others"
+        done = (
+            "was called twice, as after a death before its commit"
+            if kind == "again"
+            else "was slower than others"
+        )
         return f"run {number + 1}: call {at.number + 1} of node {at.node_id!r} {done} (--stroma-chaos-seed={self.seed})"
 
     def pytest_terminal_summary(self, terminalreporter: Any) -> None:

@@ -139,7 +139,9 @@ class CheckpointStoreTests:
 
     async def test_a_run_goes_on_from_a_checkpoint(self, store: Any) -> None:
         """A run saves the output of each node, and ``resume_from`` goes on with the one before it."""
-        contract: NodeContract[State, State] = NodeContract(node_id="n", input_schema=State, output_schema=State)
+        contract: NodeContract[State, State] = NodeContract(
+            node_id="n", input_schema=State, output_schema=State
+        )
         calls: list[str] = []
 
         def make(node_id: str) -> Any:

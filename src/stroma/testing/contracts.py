@@ -91,7 +91,9 @@ def assert_contract_holds(
         with clock, asyncio.Runner() as loop:
 
             def holds(state: Any) -> None:
-                given_ = state if isinstance(state, BaseModel) else contract.input_schema.model_validate(state)
+                given_ = (
+                    state if isinstance(state, BaseModel) else contract.input_schema.model_validate(state)
+                )
                 result = loop.run(twin.run([node], given_, run_id=f"example-{next(count)}"))
                 failure = result.failure
                 if failure is None or isinstance(failure.exception, allow):
@@ -103,7 +105,9 @@ def assert_contract_holds(
                 wrapped = seeded(seed)(wrapped)
             settings(
                 max_examples=examples, deadline=None, database=None, derandomize=seed is None, print_blob=False,
-                report_multiple_bugs=False, suppress_health_check=list(HealthCheck),
+                report_multiple_bugs=False, suppress_health_check=[
+                    HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large, HealthCheck.large_base_example,
+                ],
                 phases=(Phase.explicit, Phase.generate, Phase.target, Phase.shrink),
             )(wrapped)()  # fmt: skip
 

@@ -231,7 +231,7 @@ class _MortalSession:
         return None
 
 
-class crash_at:  # noqa: N801
+class crash_at:
     """Inside of it, the process dies once a run comes to a point: everything it has not kept is lost.
 
     ::

@@ -23,7 +23,12 @@ _NONSENSE: Final = "I'm sorry, but I can't help with that."
 
 
 class Transient(ConnectionError):
-    """The provider could not be reached, says a test. RECOVERABLE, like other errors of connections."""
+    """The provider could not be reached, says a test. RECOVERABLE, like other errors of connections.
+
+    Where: out of a node, inside of a FaultPlan; ``result.failure`` of a run that gave up.
+    Cause: the plan says so.
+    Mend: nothing; see that the run does what it should then.
+    """
 
 
 class Injected(NamedTuple):
@@ -53,7 +58,11 @@ class _Fault:
         return self.node_id == run.node_id and (self.attempts is None or run.attempt in self.attempts)
 
     def __str__(self) -> str:
-        which = "every attempt" if self.attempts is None else f"attempt {', '.join(map(str, sorted(self.attempts)))}"
+        which = (
+            "every attempt"
+            if self.attempts is None
+            else f"attempt {', '.join(map(str, sorted(self.attempts)))}"
+        )
         return f"{self.kind} {self.node_id!r} on {which}"
 
 

@@ -31,10 +31,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         "safe to retry.",
     )
     group.addoption(
-        "--stroma-chaos-seed", type=int, default=None, metavar="SEED", help="Make the faults of an earlier session again."
+        "--stroma-chaos-seed",
+        type=int,
+        default=None,
+        metavar="SEED",
+        help="Make the faults of an earlier session again.",
     )
     group.addoption(
-        "--stroma-record", action="store_true", help="Ask the providers, and write the recordings of stroma_recorded anew."
+        "--stroma-record",
+        action="store_true",
+        help="Ask the providers, and write the recordings of stroma_recorded anew.",
     )
     group.addoption(
         "--stroma-update-snapshots", action="store_true", help="Write the snapshots of stroma_snapshot anew."

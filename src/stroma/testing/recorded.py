@@ -22,7 +22,14 @@ __all__ = ["Recorded", "Request", "recorded"]
 
 _SCHEMA: Final = "stroma.recorded-responses/1"
 #: Headers of requests that are a secret, whose text is hidden wherever else it stands, too.
-_SECRET_HEADERS: Final = ("authorization", "x-api-key", "api-key", "x-goog-api-key", "cookie", "proxy-authorization")
+_SECRET_HEADERS: Final = (
+    "authorization",
+    "x-api-key",
+    "api-key",
+    "x-goog-api-key",
+    "cookie",
+    "proxy-authorization",
+)
 _SECRET_NAMES: Final = re.compile(
     r"(?i)(x-)?api[-_]?key|authorization|proxy-authorization|password|passwd|secret|client[-_]secret|"
     r"(access|refresh|id|auth|session|bearer)[-_]?token|private[-_]?key|cookie|signature|x-goog-api-key"
@@ -125,7 +132,9 @@ class Recorded:
         if self.mode == "replay":
             base = self._load() or base
         self._server = _Server(("127.0.0.1", 0), _handler(self))
-        threading.Thread(target=self._server.serve_forever, args=(0.05,), name="stroma-recorded", daemon=True).start()
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="stroma-recorded", daemon=True
+        ).start()
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}{urllib.parse.urlsplit(base).path}"
         return self
 
@@ -178,8 +187,13 @@ class Recorded:
             answers = self._answers.get(key)
             if not answers:
                 self._unknown.append(request)
-                error = {"message": f"{method} {request.path} is not in {self.path.name}", "type": "not_recorded"}
-                return _Answer(404, {"content-type": "application/json"}, json.dumps({"error": error}).encode())
+                error = {
+                    "message": f"{method} {request.path} is not in {self.path.name}",
+                    "type": "not_recorded",
+                }
+                return _Answer(
+                    404, {"content-type": "application/json"}, json.dumps({"error": error}).encode()
+                )
             number = min(self._given[key], len(answers) - 1)
             self._given[key] += 1
         return _Answer.of(answers[number])
@@ -195,7 +209,9 @@ class Recorded:
         )
         try:
             with urllib.request.urlopen(asked, timeout=600) as response:
-                answer = _Answer(response.status, _kept_headers(dict(response.headers.items())), response.read())
+                answer = _Answer(
+                    response.status, _kept_headers(dict(response.headers.items())), response.read()
+                )
         except urllib.error.HTTPError as error:
             answer = _Answer(error.code, _kept_headers(dict(error.headers.items())), error.read())
         except (OSError, http.client.HTTPException) as error:
@@ -239,7 +255,9 @@ class _Answer(NamedTuple):
         if "base64" in written:
             data = base64.b64decode(written["base64"])
         else:
-            data = b"" if body is None else body.encode() if isinstance(body, str) else json.dumps(body).encode()
+            data = (
+                b"" if body is None else body.encode() if isinstance(body, str) else json.dumps(body).encode()
+            )
         return cls(written["status"], written["headers"], data)
 
 
@@ -264,7 +282,7 @@ def _handler(owner: Recorded) -> type[BaseHTTPRequestHandler]:
             if self.command != "HEAD":
                 self.wfile.write(answer.body)
 
-        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = handle_one  # noqa: N815
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = handle_one
 
         def _read_body(self) -> bytes:
             if "chunked" in self.headers.get("transfer-encoding", "").lower():
@@ -274,7 +292,8 @@ def _handler(owner: Recorded) -> type[BaseHTTPRequestHandler]:
                     self.rfile.readline()
                 self.rfile.readline()
                 return b"".join(parts)
-            return self.rfile.read(int(self.headers.get("content-length") or 0))
+            body: bytes = self.rfile.read(int(self.headers.get("content-length") or 0))
+            return body
 
         def log_message(self, format: str, *args: Any) -> None:
             return None
@@ -312,7 +331,9 @@ def _secrets_of(headers: Mapping[str, str]) -> list[str]:
 def _clean(value: Any, secrets: list[str]) -> Any:
     if isinstance(value, dict):
         return {
-            name: _HIDDEN if isinstance(inner, str) and _SECRET_NAMES.fullmatch(name) else _clean(inner, secrets)
+            name: _HIDDEN
+            if isinstance(inner, str) and _SECRET_NAMES.fullmatch(name)
+            else _clean(inner, secrets)
             for name, inner in value.items()
         }
     if isinstance(value, list):
@@ -329,7 +350,8 @@ def _clean_path(path: str) -> str:
     parts = urllib.parse.urlsplit(path)
     query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
     cleaned = [(name, _HIDDEN if _SECRET_PARAMETERS.fullmatch(name) else value) for name, value in query]
-    return urllib.parse.urlunsplit(("", "", _clean(parts.path, []), urllib.parse.urlencode(cleaned, safe="*"), ""))
+    asked = urllib.parse.urlencode(cleaned, safe="*")
+    return f"{_clean(parts.path, [])}?{asked}" if asked else str(_clean(parts.path, []))
 
 
 def _kept_headers(headers: Mapping[str, str]) -> dict[str, str]:

@@ -104,9 +104,7 @@ class RecordedRun:
             return None if message is None else without_values(message)
 
         attempts = [
-            replace(
-                one, output=None if one.output is None else hidden(one.output), message=told(one.message)
-            )
+            replace(one, output=None if one.output is None else hidden(one.output), message=told(one.message))
             for one in self.attempts
         ]
         return replace(self, input=hidden(self.input), error=told(self.error), attempts=tuple(attempts))
@@ -135,17 +133,28 @@ class RecordedRun:
     def from_json(cls, data: Any) -> RecordedRun:
         """Raises ValueError for what is no recorded run."""
         if not isinstance(data, Mapping) or data.get("schema") != _SCHEMA:
-            raise ValueError(f"this is no recorded run of this release ({_SCHEMA}); record it anew with: stroma record")
+            raise ValueError(
+                f"this is no recorded run of this release ({_SCHEMA}); record it anew with: stroma record"
+            )
         try:
             attempts = [
-                RecordedAttempt(**{"branch": "", **one, "output": _stored(one["output"]) if "output" in one else None})
+                RecordedAttempt(
+                    **{"branch": "", **one, "output": _stored(one["output"]) if "output" in one else None}
+                )
                 for one in data["attempts"]
             ]
             return cls(
-                data["run_id"], data["pipeline"], data["status"], data["error"], _stored(data["input"]), tuple(attempts)
+                data["run_id"],
+                data["pipeline"],
+                data["status"],
+                data["error"],
+                _stored(data["input"]),
+                tuple(attempts),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"this recorded run is damaged: {error}; record it anew with: stroma record") from error
+            raise ValueError(
+                f"this recorded run is damaged: {error}; record it anew with: stroma record"
+            ) from error
 
     @classmethod
     def load(cls, path: str | PathLike[str]) -> RecordedRun:

@@ -23,22 +23,25 @@ from stroma.contracts import ContractRegistry, ContractViolation, as_violation
 from stroma.cost import BudgetExceeded, UsageError
 from stroma.execution import NodeExecution
 from stroma.failures import Failure, FailureClass, NodeContext, Suspend, diagnose
-from stroma.history import NodeDiff, Payload, compare
+from stroma.history import Change, History, NodeDiff, Payload, Redact, compare
 from stroma.hooks import NodeHooks
 from stroma.nodes import Group, Kept, Node, find_node
+from stroma.page import without_values
 from stroma.runner import Pipeline, StromaRunner
 from stroma.schemas import Schema, schema_of
 from stroma.testing.clock import FakeClock
 from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
 from stroma.trace import AttemptUsage, ExecutionResult, RunStatus, jsonable
 
-__all__ = ["Difference", "RecordedRun", "Replay", "replay", "replay_sync"]
+__all__ = ["Difference", "Replay", "replay", "replay_sync"]
 
 Kind = Literal["input", "missing", "new", "contract", "schema", "decision", "output", "status"]
 #: Longer than anything waits that has something to wait for.
 _FOR_EVER: Final = 1e9
 #: What an answer of a server may say of when to come back, which no journal keeps.
 _MAY_SAY_WHEN: Final = ("rate_limit", "overloaded", "server_error", "timeout", "connection")
+#: Fields of one output that are told.
+_MOST: Final = 5
 _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "PARTIAL", "SUSPENDED")
 
 
@@ -140,12 +143,17 @@ async def replay(
         tape.edit(first - 1, state)
     initial = state if state is not None and (start_at is None or first == 0) else None
     given, wrong = _input(records, runner.registry, recorded, initial)
+    redact = runner._config_of(pipeline).redact
+    if wrong is not None and redact is not None:
+        wrong = without_values(wrong)
     found = [] if wrong is None else [Difference("input", "", "", wrong)]
     name = pipeline.name if isinstance(pipeline, Pipeline) else recorded.pipeline
-    result, store = await _run(Pipeline(name, nodes), runner, pipeline, tape, given, calls=start_at is not None)
+    result, store = await _run(
+        Pipeline(name, nodes), runner, pipeline, tape, given, calls=start_at is not None
+    )
     made = [one for one in store.attempts(result.run_id) if (one.position, one.branch) not in tape.unanswered]
     found += tape.changed()
-    found += _compared(tape, made, edited=state is not None)
+    found += _compared(tape, made, edited=state is not None, redact=redact)
     found += tape.found
     if tape.stopped is None and recorded.status in _ENDED and _ends(recorded.status) != _ends(result.status):
         found.append(Difference("status", "", "", f"{recorded.status} -> {result.status}"))
@@ -306,18 +314,24 @@ class _Tape(Probe):
         if run.attempt > len(attempts):
             if attempts:
                 self._stop(
-                    run, "decision", f"it is tried again (attempt {run.attempt}), where the run stopped trying"
+                    run,
+                    "decision",
+                    f"it is tried again (attempt {run.attempt}), where the run stopped trying",
                 )
             elif self.recorded.status in _ENDED:
                 if _reached(self.recorded, self.then[run.position]):
                     self._stop(run, "decision", "it is called, where the run had not called it")
                 why = f": {self.recorded.error}" if self.recorded.error else ""
-                self._stop(run, "decision", f"it is called, where the run had stopped as {self.recorded.status}{why}")
+                self._stop(
+                    run, "decision", f"it is called, where the run had stopped as {self.recorded.status}{why}"
+                )
             self._stop(run, None, "the run came no further")
         one = attempts[run.attempt - 1]
         if one.outcome == "cancelled":
             with contextlib.suppress(TimeoutError):
-                await asyncio.sleep(_FOR_EVER)  # Whatever cancelled it then does so now, or there is no answer.
+                await asyncio.sleep(
+                    _FOR_EVER
+                )  # Whatever cancelled it then does so now, or there is no answer.
             self._stop(run, "decision", "nothing cancels it now, and the run has no answer of it")
         if one.reason == "contract" and one.output is None and "(input)" in (one.message or ""):
             self._stop(run, "contract", "its input broke its contract, and is taken now")
@@ -348,7 +362,9 @@ class _Tape(Probe):
             model = read_output(schema, one.committed(), upcast)
         except Exception as error:
             assert one.output is not None
-            raise as_violation(run.node_id, "output", Schema.raw_of(one.output), error, schema.model) from error
+            raise as_violation(
+                run.node_id, "output", Schema.raw_of(one.output), error, schema.model
+            ) from error
         return model.root if isinstance(model, Kept) else model
 
     def diagnosed(self, run: NodeExecution, failure: Failure) -> Failure:
@@ -364,7 +380,11 @@ class _Tape(Probe):
         if failure.failure_class is not plain.failure_class:
             return failure
         asked = None
-        if run.attempt == len(attempts) and one.reason in _MAY_SAY_WHEN and self.recorded.status == RunStatus.PARTIAL:
+        if (
+            run.attempt == len(attempts)
+            and one.reason in _MAY_SAY_WHEN
+            and self.recorded.status == RunStatus.PARTIAL
+        ):
             asked = math.inf
         kind = FailureClass(one.failure_class) if one.failure_class else failure.failure_class
         return replace(failure, failure_class=kind, reason=one.reason, retry_after_seconds=asked)
@@ -392,7 +412,9 @@ class _Tape(Probe):
                 schema = schema_of(Kept if contract is None else contract.output_schema)
                 if schema.fingerprint != one_.contract:
                     at = f"{position}.{branch}" if branch else str(position)
-                    found.append(Difference("schema", at, inner.node_id, f"{schema.model.__name__} is another one now"))
+                    found.append(
+                        Difference("schema", at, inner.node_id, f"{schema.model.__name__} is another one now")
+                    )
         return found
 
 
@@ -425,8 +447,21 @@ def _failure_of(one: RecordedAttempt) -> Exception:
 # ---------------------------------------------------------------------- differences
 
 
-def _compared(tape: _Tape, made: list[AttemptRecord], *, edited: bool) -> list[Difference]:
+def _compared(
+    tape: _Tape, made: list[AttemptRecord], *, edited: bool, redact: Redact | None
+) -> list[Difference]:
     """What is different at the places that both have."""
+    shown = History(None, redact)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+
+    def payload(one: AttemptRecord) -> Payload:
+        return Payload(shown.hide(_payload(one).value))
+
+    def said(pair: NodeDiff) -> str:
+        if redact is None:
+            return _said(pair)
+        seen = compare(pair.a or (), pair.b or (), payload)[0]
+        return _said(seen) if not seen.same else "it differs in what is redacted"
+
     now = {then: position for position, then in tape.then.items() if then is not None}
     places = {(one.position, one.branch) for one in made}
     then = [
@@ -442,7 +477,7 @@ def _compared(tape: _Tape, made: list[AttemptRecord], *, edited: bool) -> list[D
         at = f"{last.position}.{last.branch}" if last.branch else str(last.position)
         if edited and last.position in tape.edited:
             continue
-        found.append(_difference(pair, at))
+        found.append(_difference(pair, at, said(pair), hidden=redact is not None))
     return found
 
 
@@ -450,19 +485,27 @@ def _payload(one: AttemptRecord) -> Payload:
     return Payload(None if one.output is None else jsonable(Schema.raw_of(one.output)))
 
 
-def _difference(pair: NodeDiff, at: str) -> Difference:
+def _said(pair: NodeDiff) -> str:
+    """What is different, in words."""
+    found = [change._replace(path=f"output.{change.path}".rstrip(".")) for change in pair.output]
+    said = [_change(change) for change in [*pair.facts, *found[:_MOST]]]
+    return "; ".join(said) + (f"; and {len(found) - _MOST} more" if len(found) > _MOST else "")
+
+
+def _change(change: Change) -> str:
+    a, b = (json.dumps(value, ensure_ascii=False) for value in (change.a, change.b))
+    if change.kind == "added":
+        return f"{change.path} is new: {b}"
+    return f"{change.path} is gone: {a}" if change.kind == "removed" else f"{change.path}: {a} -> {b}"
+
+
+def _difference(pair: NodeDiff, at: str, said: str, *, hidden: bool) -> Difference:
     assert pair.a is not None
     assert pair.b is not None
     then, last = pair.a[-1], pair.b[-1]
-    said = "; ".join(
-        f"{path}: {json.dumps(a, ensure_ascii=False)} -> {json.dumps(b, ensure_ascii=False)}"
-        for path, kind, a, b in [
-            *((c.path, c.kind, c.a, c.b) for c in pair.facts),
-            *((f"output.{c.path}" if c.path else "output", c.kind, c.a, c.b) for c in pair.output[:5]),
-        ]
-    )
     kind: Kind = "decision" if pair.facts else "output"
     if "contract" in (then.reason, last.reason) and then.reason != last.reason:
         kind = "contract"
-        said = f"{last.message}" if last.reason == "contract" else f"it breaks its contract no more; {said}"
+        broken = without_values(last.message or "") if hidden else last.message
+        said = f"{broken}" if last.reason == "contract" else f"it breaks its contract no more; {said}"
     return Difference(kind, at, last.node_id, said)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import copy
+import inspect
 import json
 import os
 import select
@@ -25,7 +26,6 @@ from stroma.checkpoint import CheckpointManager
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.context import ReliabilityContext
 from stroma.history import Change, changes, place_of
-from stroma.nodes import Group
 from stroma.runner import Pipeline, StromaRunner
 from stroma.schemas import Schema, schema_of
 from stroma.testing.clock import FakeClock
@@ -120,11 +120,12 @@ class _Trial:
         config = config.model_copy(update=changed)
         manager = CheckpointManager(store)
         state = schema_of(type(self.state)).copy(self.state)
-        if callable(self.proven) and not isinstance(self.proven, (Group, Iterable)):
+        proven = self.proven
+        if inspect.iscoroutinefunction(proven):
             ctx = ReliabilityContext.for_run(config, self.runner.registry, manager)
             try:
                 async with ctx:
-                    final = await self.proven(ctx, state)
+                    final = await proven(ctx, state)
                 life.status = RunStatus.COMPLETED
                 life.state = _plain(final)
             except Exception as error:
@@ -132,7 +133,7 @@ class _Trial:
             return
         twin = StromaRunner(self.runner.registry, manager, config)
         try:
-            result = await twin.run(self.proven, state)
+            result = await twin.run(proven, state)
         except Exception as error:  # StoreError, when it is opened: PipelineChanged, say.
             life.status, life.failure = RunStatus.FAILED, f"{type(error).__name__}: {error}"
             return
@@ -264,7 +265,11 @@ async def assert_resumable(
 
     Raises AssertionError that names the node and the boundary.
     """
-    if not callable(pipeline) and not isinstance(pipeline, Pipeline):
+    if not isinstance(pipeline, Pipeline) and not inspect.iscoroutinefunction(pipeline):
+        if not isinstance(pipeline, Iterable):
+            raise TypeError(
+                f"{pipeline!r} cannot be run; give a Pipeline, a list of nodes, or an async function of (ctx, state)"
+            )
         pipeline = list(pipeline)
     if processes is None:
         processes = hasattr(os, "fork") and effects is None
@@ -310,7 +315,9 @@ async def _undisturbed(trial: _Trial, run_id: str) -> _Life:
     return life
 
 
-async def _try(trial: _Trial, run_id: str, boundary: Boundary, undisturbed: _Life, ignore: tuple[str, ...]) -> None:
+async def _try(
+    trial: _Trial, run_id: str, boundary: Boundary, undisturbed: _Life, ignore: tuple[str, ...]
+) -> None:
     trial.fresh()
     died = await trial.live(run_id, resume=False, die_at=boundary)
     what = f"not resumable: the process dies {boundary}"
@@ -360,7 +367,9 @@ def _differences(a: _Life, b: _Life, ignore: tuple[str, ...]) -> str:
 
 def _told(found: list[Change], ignore: tuple[str, ...]) -> str:
     """The first differences in words; "" if there are none that count."""
-    counted = [c for c in found if not any(c.path == path or c.path.startswith(f"{path}.") for path in ignore)]
+    counted = [
+        c for c in found if not any(c.path == path or c.path.startswith(f"{path}.") for path in ignore)
+    ]
     said = [
         f"{change.path or 'the value'} {_short(change.a)} -> {_short(change.b)}" if change.kind == "changed"
         else f"{change.path} {change.kind}"
@@ -378,7 +387,8 @@ def _first_difference(trial: _Trial, a: str, b: str, ignore: tuple[str, ...]) ->
     """At which node two runs part, in words."""
     with SQLiteStore(trial.path) as store:
         outputs = [
-            {(x.position, x.branch): x for x in store.attempts(run_id) if x.output is not None} for run_id in (a, b)
+            {(x.position, x.branch): x for x in store.attempts(run_id) if x.output is not None}
+            for run_id in (a, b)
         ]
     for place in sorted(outputs[0].keys() & outputs[1].keys()):
         one, other = outputs[0][place], outputs[1][place]

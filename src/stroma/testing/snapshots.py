@@ -85,4 +85,6 @@ def compare_with_file(text: str, path: Path, *, update: bool) -> None:
     kept = path.read_text("utf-8")
     if kept != text:
         lines = difflib.unified_diff(kept.splitlines(), text.splitlines(), str(path), "this run", lineterm="")
-        raise AssertionError("\n".join([f"the trace is not the one in {path}; if it should be, {mend}", *lines]))
+        raise AssertionError(
+            "\n".join([f"the trace is not the one in {path}; if it should be, {mend}", *lines])
+        )
