@@ -97,7 +97,9 @@ async def test_faults_reach_nodes_in_groups_and_every_item_of_a_map():
     calls = []
     with FaultPlan().fail("inner").fail("item") as plan:
         both = await patient().run([parallel(counted("inner", calls), counted("other", calls))], Number())
-        many = await patient().run([map_over("items", item, into="out")], Many(items=[Number(n=i) for i in range(3)]))
+        many = await patient().run(
+            [map_over("items", item, into="out")], Many(items=[Number(n=i) for i in range(3)])
+        )
     assert (both.status, many.status) == (RunStatus.COMPLETED, RunStatus.COMPLETED)
     assert [(fault.node_id, fault.branch) for fault in plan.injected if fault.node_id == "inner"] == [
         ("inner", "0")

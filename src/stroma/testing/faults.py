@@ -143,6 +143,15 @@ class FaultPlan(Probe):
         for fault in self._faults:
             fault.met = True
 
+    def met_faults(self) -> list[int]:
+        """Which of the planned faults were met, by their numbers."""
+        return [number for number, fault in enumerate(self._faults) if fault.met]
+
+    def note_met(self, numbers: Collection[int]) -> None:
+        """Another process has met some of them."""
+        for number in numbers:
+            self._faults[number].met = True
+
     # ------------------------------------------------------------------ around runs
 
     def __enter__(self) -> Self:

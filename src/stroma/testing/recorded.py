@@ -144,14 +144,20 @@ class Recorded:
         assert self._server is not None
         self._server.shutdown()
         self._server.server_close()
-        if self.mode == "record" and kind is None:
-            self._save()
-        if kind is None and self._unknown:
-            first = self._unknown[0]
+        if kind is not None:
+            return
+        first = self._unknown[0] if self._unknown else None
+        if first is not None and self.mode == "record":
             raise AssertionError(
-                f"{len(self._unknown)} requests are not in {self.path}; the first is {first.method} {first.path} "
+                f"{self._upstream} cannot be reached: {first.method} {first.path}; nothing was written, {self.path} is as it was"
+            )
+        if first is not None:
+            raise AssertionError(
+                f"{self.path} lacks {len(self._unknown)} of the requests; the first is {first.method} {first.path} "
                 f'{_short(first.body)}; record them with mode="record" and upstream=, in pytest with --stroma-record'
             )
+        if self.mode == "record":
+            self._save()
 
     def _load(self) -> str:
         try:

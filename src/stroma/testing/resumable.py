@@ -30,6 +30,7 @@ from stroma.runner import Pipeline, StromaRunner
 from stroma.schemas import Schema, schema_of
 from stroma.testing.clock import FakeClock
 from stroma.testing.crash import Boundary, Crashed, Deaths
+from stroma.testing.faults import FaultPlan
 from stroma.trace import RunStatus, jsonable
 
 __all__ = ["Resumability", "assert_resumable", "assert_resumable_sync"]
@@ -163,6 +164,9 @@ class _Trial:
                 life.seen.append(Boundary(*of))
             elif what == "committed":
                 life.committed.append((of[0], of[1]))
+            elif what == "met":
+                for plan, met in zip(_plans(), of, strict=True):
+                    plan.note_met(met)
             else:
                 life.status, life.failure, life.state, life.effects = of
         if code is None:
@@ -193,12 +197,18 @@ class _Trial:
             life = _Life()
             deaths = Deaths(lambda boundary: boundary == die_at, kill=True, tell=tell)
             asyncio.run(self._run(run_id, resume, deaths, life))
+            tell("met", [plan.met_faults() for plan in _plans()])
             tell("end", [life.status, life.failure, life.state, life.effects])
             code = 0
         except BaseException:
             traceback.print_exc()
         finally:
             os._exit(code)
+
+
+def _plans() -> list[FaultPlan]:
+    """The plans around the proof: what a process meets of them is met."""
+    return [probe for probe in PROBES if isinstance(probe, FaultPlan)]
 
 
 def _listen(child: int, reading: int, timeout_seconds: float) -> tuple[str, int | None]:
