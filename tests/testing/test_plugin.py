@@ -1,9 +1,11 @@
 """The plugin, in sessions of pytest of their own."""
 
 import json
+import re
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
 
 import pytest
 from tests.servers import environment
@@ -83,6 +85,15 @@ def test_the_fixtures(session):
     """)
     result.assert_outcomes(passed=2, failed=1, errors=1)
     result.stdout.fnmatch_lines(["*planned and never met: fail 'nobody'*"])
+
+
+def test_the_fixtures_as_the_page_shows_them(session):
+    """The test on docs/testing.md passes, with the pipeline that the page begins with."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "testing.md").read_text("utf-8")
+    codes = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (test,) = [code for code in codes if "stroma_clock" in code]
+    session(f"\n{codes[0]}\n{test}", "--stroma-update-snapshots").assert_outcomes(passed=1)
+    session(f"\n{codes[0]}\n{test}").assert_outcomes(passed=1)
 
 
 def test_snapshots_are_written_when_asked_for(session):
@@ -243,8 +254,3 @@ def test_a_race_is_found(session):
     result.stdout.fnmatch_lines(
         ["node 'first' is in a race: test_it.py::test_it fails if its call 1 is slower than others"]
     )
-
-
-def test_a_wrong_number_is_a_usage_error(session):
-    """Less than no runs cannot be asked for."""
-    assert "from 0 up" in session("def test_it(): pass", "--stroma-chaos=-1").stderr.str()

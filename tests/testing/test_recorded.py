@@ -37,6 +37,7 @@ class Provider(ThreadingHTTPServer):
     """What a provider would say; it counts what it is asked."""
 
     daemon_threads = True
+    request_queue_size = 1024
 
     def __init__(self):
         self.asked = []

@@ -129,7 +129,7 @@ def _tell(found: Replay, start_at: str | None) -> None:
         where = f"{difference.at} {clean(difference.node_id, 60)}  " if difference.at else ""
         out.line((f"{difference.kind:<9}", "yellow"), f" {where}{clean(difference.message, 1000)}")
     result, run_id = found.result, clean(found.recorded.run_id)
-    spent = f"{count(result.total_tokens)} tokens, {money(result.total_cost_usd)}"
+    spent = f"{count(result.total_tokens)}, {money(result.total_cost_usd)}"
     err.line(
         f"run {run_id}: {found.recorded.status} then, "
         + (f"{found.status} now" if found.stopped is None else f"followed up to {clean(found.stopped, 300)}")

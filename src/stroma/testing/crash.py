@@ -56,7 +56,7 @@ class Crashed(BaseException):
 
     Where: out of ``run()`` and ``execute_step()`` inside of ``crash_at``, which ends it.
     Cause: the run came to the boundary that was named.
-    Mend: nothing; then resume the run, as the process would that comes after.
+    Mend: nothing; after the block resume the run, as the process would that comes after.
     """
 
     def __init__(self, boundary: Boundary) -> None:

@@ -26,8 +26,8 @@ class Transient(ConnectionError):
     """The provider could not be reached, says a test. RECOVERABLE, like other errors of connections.
 
     Where: out of a node, inside of a FaultPlan; ``result.failure`` of a run that gave up.
-    Cause: the plan says so.
-    Mend: nothing; see that the run does what it should then.
+    Cause: the plan says that this attempt fails, and does not say of what.
+    Mend: nothing; see that the run does what it should then, or give the plan another exception.
     """
 
 

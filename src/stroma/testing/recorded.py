@@ -269,6 +269,7 @@ class _Answer(NamedTuple):
 
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
+    request_queue_size = 1024  # Clients that come all at once are not turned away.
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         return None  # A client that has gone away.

@@ -279,9 +279,16 @@ class _Tape(Probe):
         """The attempts at a place; None if the run had no such node there."""
         then = self.then[run.position]
         if then is None:
-            return None
+            return None if self._is_new(run.position) else []
         found = self.places.get((then, run.branch), [])
         return None if found and found[0].node_id != run.node_id else found
+
+    def _is_new(self, position: int) -> bool:
+        """Whether a node that the run had not come to was not in its pipeline, as far as can be told."""
+        matched = {then for then in self.then.values() if then is not None}
+        came_to = {at for at, branch in self.places if not branch}
+        later = any(then is not None for at, then in self.then.items() if at > position)
+        return later or came_to != matched or _ends(self.recorded.status) == "COMPLETED"
 
     # ------------------------------------------------------------------ as a probe
 
