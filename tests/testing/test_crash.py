@@ -55,6 +55,10 @@ async def test_a_death_loses_what_was_not_kept(point, store):
         raise AssertionError("the run came to its end")
     assert crash.boundary.point == point
     assert calls == CALLED[point][0]
+    kept = {"before_node": "a", "after_node": "a", "before_end": "abc", "after_end": "abc"}.get(point, "ab")
+    assert [(attempt.node_id, attempt.outcome) for attempt in store.attempts("r")] == [
+        (n, "success") for n in kept
+    ]
     status = store.get_run("r").status
     assert status == ("COMPLETED" if point == "after_end" else "RUNNING")
     calls.clear()

@@ -242,7 +242,7 @@ def test_a_request_that_was_not_recorded(provider, tmp_path):
         AssertionError,
         match=r"answers.json lacks 1 of the requests; the first is POST /v1/chat/completions .*other",
     ):
-        with recorded(path) as answers, pytest.raises(openai.NotFoundError, match="is not in answers.json"):
+        with recorded(path) as answers, pytest.raises(openai.NotFoundError, match=r"is not in answers\.json"):
             ask_openai(answers.url, "other")
     with pytest.raises(ZeroDivisionError):
         with recorded(path) as answers:

@@ -134,7 +134,7 @@ async def test_a_router_that_goes_by_something_else_is_found():
         step = "left" if next(turns) % 2 else "right"
         return (await execute_step(step, add_one, first, ctx)).final_state
 
-    with pytest.raises(AssertionError, match="attempt 1 of node '(left|right)' is in one of them only"):
+    with pytest.raises(AssertionError, match=r"attempt 1 of node '(left|right)' is in one of them only"):
         await assert_resumable(routed, Number(), processes=False)
 
     async def straight(ctx, state):
@@ -154,7 +154,7 @@ async def test_a_step_that_gets_something_else_after_a_death_is_found():
         await execute_step("note", add_one, told, ctx)
         return first
 
-    with pytest.raises(AssertionError, match="two undisturbed runs differ|recorded with the input"):
+    with pytest.raises(AssertionError, match=r"two undisturbed runs differ|recorded with the input"):
         await assert_resumable(work, Number(), processes=False)
 
 

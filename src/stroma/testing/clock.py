@@ -97,7 +97,9 @@ class FakeClock:
         return self._monotonic()
 
     def _time_ns(self) -> int:
-        return self._start_ns + int(self._passed * 1e9)
+        return (
+            self._start_ns + int(self._passed * 1e9) + self._ticks
+        )  # A run takes both, and tells them apart.
 
     # ------------------------------------------------------------------ putting it in place
 
