@@ -16,6 +16,7 @@ import asyncio
 import math
 from collections.abc import Awaitable
 from dataclasses import dataclass, replace
+from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final, TypedDict, Unpack, cast
 
@@ -24,6 +25,7 @@ from pydantic import BaseModel
 from stroma._admission import admit
 from stroma._announce import fire_success, tell_end, tell_failure, warn_of_budget
 from stroma._commit import make_row, record, settle
+from stroma._probe import Call
 from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
@@ -610,6 +612,8 @@ async def _fail(
         except BaseException as stopped:  # KeyboardInterrupt in a classifier, say.
             await _abandon(ctx, run, begin, 0, picture, stopped)
             raise
+        for probe in ctx.probes:
+            failure = probe.diagnosed(run, failure)
         if is_a(exc, ContractViolation) and _may_repair(ctx, run, failure):
             run.repairing = True
             failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
@@ -789,6 +793,15 @@ async def _call(ctx: ReliabilityContext, run: NodeExecution, node: Node | Group,
     return await returned if isinstance(returned, Awaitable) else returned
 
 
+async def _call_probed(
+    ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, state: BaseModel
+) -> Any:
+    call: Call = partial(_call, ctx, run, node)
+    for probe in reversed(ctx.probes):
+        call = partial(probe.call, run, node, call)
+    return await call(state)
+
+
 class _Deadline(BudgetExceeded):
     """The latency budget ran out under the function in flight."""
 
@@ -814,6 +827,8 @@ async def _call_in_time(
     scope = asyncio.timeout(None if math.isinf(seconds) else max(0.0, seconds))
     try:
         async with scope:
+            if ctx.probes:
+                return await _call_probed(ctx, run, node, state)
             return await _call(ctx, run, node, state)
     except TimeoutError:
         if not scope.expired():

@@ -131,6 +131,8 @@ class OneRun:
                 result = await self._end(status, failure)
         if result is None:  # Ended from elsewhere while it was opened: no hook was told of a start.
             result = ctx.build_result(status, self.state, failure)
+        for probe in ctx.probes:
+            probe.ended(ctx, result)
         return result
 
     async def _open(self) -> None:

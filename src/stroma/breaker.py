@@ -63,6 +63,10 @@ class _Circuit:
     failed: int = 0
 
 
+def _now() -> float:
+    return time.monotonic()
+
+
 class Breaker:
     """A circuit breaker for each provider, shared by all runs of this process that are given this object.
 
@@ -90,7 +94,7 @@ class Breaker:
         window_seconds: float = 60.0,
         open_seconds: float = 30.0,
         max_wait_seconds: float | None = 60.0,
-        _clock: Callable[[], float] = time.monotonic,
+        _clock: Callable[[], float] | None = None,
     ) -> None:
         self.failure_rate = an_amount("failure_rate", failure_rate, "a share")
         if self.failure_rate > 1:
@@ -99,7 +103,7 @@ class Breaker:
         self.window_seconds = an_amount("window_seconds", window_seconds, "seconds")
         self.open_seconds = an_amount("open_seconds", open_seconds, "seconds")
         self.max_wait_seconds = seconds_or_none("max_wait_seconds", max_wait_seconds)
-        self._clock = _clock
+        self._clock = _clock or _now
         self._circuits: dict[str, _Circuit] = {}
         #: The host that a node's calls last failed at.
         self._hosts: dict[str, str] = {}

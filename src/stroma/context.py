@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel
 
+from stroma._probe import PROBES, Probe
 from stroma._signal import SignalView
 from stroma._tasks import uninterrupted
 from stroma.checkpoint import (
@@ -128,7 +129,7 @@ class ReliabilityContext:
         "__weakref__", "_beginning", "_calls", "_gives_up", "_next_position", "_notes", "_opening", "_recorded", "_waits",
         "_warned", "budget", "cancelled", "chained", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
         "delivers", "done", "elsewhere", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "hooks", "interrupt", "kept_traceparent", "lends", "lent",
-        "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "registry", "restored",
+        "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "probes", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
         "step_timeouts", "suspended", "timed", "trace", "traceparent", "unpriced",
     )  # fmt: skip
@@ -235,8 +236,10 @@ class ReliabilityContext:
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
         self.cost_tracker.per_node = self.trace.figures
-        #: Whether any function runs under a time limit.
-        self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None
+        #: What tests have put around runs.
+        self.probes: tuple[Probe, ...] = tuple(PROBES) if PROBES else ()
+        #: Whether any function runs under a time limit, or with a probe around it.
+        self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.probes)
         #: Warnings that were given: dimensions of the budget, and what is wrong with a node.
         self._warned: set[str | tuple[str, str]] = set()
         #: Whether the store is to know which end hooks are due.
@@ -245,6 +248,8 @@ class ReliabilityContext:
         #: Whether attempts wait for their turn at a shared budget, a limit or a breaker.
         self.gated = self.config.gated
         sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
+        if self.probes:
+            sets = [own for probe in self.probes if (own := probe.begins(self)) is not None] + sets
         if sets:
             self.delivers = self.config.hook_delivery == "at_least_once"
             limit = self.config.hook_timeout_ms
@@ -453,6 +458,8 @@ class ReliabilityContext:
         self.lends = getattr(self.session, "reads_rows", False) and self.fire.on_node_success is None
 
     def _begin(self, session: Session, *, carry: bool) -> Session:
+        for probe in self.probes:
+            session = probe.opened(self, session)
         self.session = session
         self.restored = session.restored
         if self.restored:

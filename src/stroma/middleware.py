@@ -74,7 +74,10 @@ async def execute_step(
         return ctx.build_result(RunStatus.SUSPENDED, input_state)
     if isinstance(outcome, Halt):
         state = outcome.output if outcome.output is not None else input_state
-        return ctx.build_result(outcome.status, _as_returned(state, input_state), outcome.failure)
+        result = ctx.build_result(outcome.status, _as_returned(state, input_state), outcome.failure)
+        for probe in ctx.probes:
+            probe.ended(ctx, result)
+        return result
     return ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
 
 

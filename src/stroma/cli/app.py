@@ -33,6 +33,11 @@ _COMMANDS: Final = {
     "runs": ("stroma.cli.runs:runs", "List the runs in the store, the newest first."),
     "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
     "diff": ("stroma.cli.diff:diff", "Tell two runs apart, field by field."),
+    "replay": (
+        "stroma.cli.replay:replay",
+        "Run a recorded run again without calls, and say where the code behaves differently now.",
+    ),
+    "record": ("stroma.cli.record:record", "Write a recorded run as a regression test, or as JSON."),
     "tail": ("stroma.cli.tail:tail", "Print what runs come to, as it is recorded."),
     "ui": ("stroma.cli.ui:ui", "Show the runs of a store in a browser on this machine (extra `ui`)."),
     "export": ("stroma.cli.export:export", "Write a run as JSON, OTLP, a Chrome trace or one HTML file."),
@@ -94,7 +99,7 @@ def _print_version(ctx: click.Context, _parameter: click.Parameter, wanted: bool
     cls=_Lazy,
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 110},
     epilog="Exit codes: 0 ok, 1 the run failed, 2 usage, 3 environment, 4 not found, 5 stopped by the budget, "
-    "6 diff found differences, 7 suspended: a node waits for a person, 130 interrupted with everything committed kept.",
+    "6 diff or replay found differences, 7 suspended: a node waits for a person, 130 interrupted with everything committed kept.",
 )
 @click.option(
     "--version",

@@ -24,7 +24,7 @@ class Code(IntEnum):
     ENVIRONMENT = 3  # the store, the disk, a package that is missing
     NOT_FOUND = 4
     BUDGET = 5  # the budget stopped the run
-    DIFFERENT = 6  # `diff` found differences
+    DIFFERENT = 6  # `diff` or `replay` found differences
     SUSPENDED = 7  # a node waits for a person
     INTERRUPTED = 130  # everything committed is kept
 

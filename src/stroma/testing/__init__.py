@@ -1,6 +1,82 @@
-"""For tests of what builds on Stroma. Needs pytest and pytest-asyncio."""
+"""For tests of pipelines, and of what builds on Stroma.
 
-from stroma.testing.cells import CellStoreTests
-from stroma.testing.stores import JournalStoreTests
+Each name is loaded when it is first asked for. The suites of stores need pytest and pytest-asyncio, and
+``assert_contract_holds`` needs hypothesis: ``pip install "stroma[testing]"``.
+"""
 
-__all__ = ["CellStoreTests", "JournalStoreTests"]
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from stroma.testing.cells import CellStoreTests
+    from stroma.testing.checkpoints import CheckpointStoreTests
+    from stroma.testing.clock import FakeClock
+    from stroma.testing.contracts import assert_contract_holds
+    from stroma.testing.crash import POINTS, Boundary, Crashed, crash_at
+    from stroma.testing.faults import FaultPlan, Injected, Transient
+    from stroma.testing.loading import pipeline_in
+    from stroma.testing.recorded import Recorded, recorded
+    from stroma.testing.recording import RecordedRun
+    from stroma.testing.replaying import Difference, Replay, replay, replay_sync
+    from stroma.testing.resumable import Resumability, assert_resumable, assert_resumable_sync
+    from stroma.testing.snapshots import trace_snapshot
+    from stroma.testing.stores import JournalStoreTests
+
+_HOMES = {
+    "cells": ("CellStoreTests",),
+    "checkpoints": ("CheckpointStoreTests",),
+    "clock": ("FakeClock",),
+    "contracts": ("assert_contract_holds",),
+    "crash": ("POINTS", "Boundary", "Crashed", "crash_at"),
+    "faults": ("FaultPlan", "Injected", "Transient"),
+    "loading": ("pipeline_in",),
+    "recorded": ("Recorded", "recorded"),
+    "recording": ("RecordedRun",),
+    "replaying": ("Difference", "Replay", "replay", "replay_sync"),
+    "resumable": ("Resumability", "assert_resumable", "assert_resumable_sync"),
+    "snapshots": ("trace_snapshot",),
+    "stores": ("JournalStoreTests",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "POINTS",
+    "Boundary",
+    "CellStoreTests",
+    "CheckpointStoreTests",
+    "Crashed",
+    "Difference",
+    "FakeClock",
+    "FaultPlan",
+    "Injected",
+    "JournalStoreTests",
+    "Recorded",
+    "RecordedRun",
+    "Replay",
+    "Resumability",
+    "Transient",
+    "assert_contract_holds",
+    "assert_resumable",
+    "assert_resumable_sync",
+    "crash_at",
+    "pipeline_in",
+    "recorded",
+    "replay",
+    "replay_sync",
+    "trace_snapshot",
+]
+
+
+def __getattr__(name: str) -> object:
+    home = _HOME_OF.get(name)
+    if home is None:
+        raise AttributeError(f"module 'stroma.testing' has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"stroma.testing.{home}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_HOME_OF})

@@ -1,0 +1,164 @@
+"""What a store of the simple protocol (save, load, delete) must do, as tests to inherit."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma.checkpoint import CheckpointManager, CheckpointNotFound
+from stroma.contracts import ContractRegistry, NodeContract
+from stroma.nodes import stroma_node
+from stroma.runner import StromaRunner
+from stroma.testing.stores import HARD_IDS, State, settled
+from stroma.trace import RunStatus
+
+__all__ = ["CheckpointStoreTests"]
+
+
+class Document(BaseModel):
+    """Another class than State."""
+
+    title: str
+    parts: list[State] = []
+    sizes: dict[str, int] = {}
+
+
+class CheckpointStoreTests:
+    """Inherit, and give a fixture ``store`` that makes a new store of yours, empty, for each test. Sync or async.
+
+    Override :meth:`reopened` if what you keep outlives the object. pytest-asyncio must be in auto mode, or your class be
+    marked ``asyncio``.
+    """
+
+    @pytest.fixture
+    def store(self) -> Any:
+        raise NotImplementedError("give a fixture `store` that makes an empty store")
+
+    async def reopened(self, store: Any) -> Any:
+        """Another object on the same data, as another process would make it; None if there is no such thing."""
+        return None
+
+    async def test_what_was_saved_is_loaded(self, store: Any) -> None:
+        """A state comes back equal to what was saved, as an instance of its class."""
+        state = State(text="é\n\0🦜", n=-(2**60), value=0.1, data=b"\x00\xff")
+        await settled(store.save("run", "node", state))
+        loaded = await settled(store.load("run", "node"))
+        assert type(loaded) is State
+        assert loaded == state
+
+    async def test_a_state_of_any_class(self, store: Any) -> None:
+        """Lists, dicts and models inside of a model come back as such."""
+        state = Document(title="t", parts=[State(n=1), State(n=2)], sizes={"a:b": 1, "": 2})
+        await settled(store.save("run", "node", state))
+        assert await settled(store.load("run", "node")) == state
+
+    async def test_what_was_never_saved(self, store: Any) -> None:
+        """A run or a node that is unknown gives None, and no error."""
+        assert await settled(store.load("run", "node")) is None
+        await settled(store.save("run", "node", State(n=1)))
+        assert await settled(store.load("run", "other")) is None
+        assert await settled(store.load("other", "node")) is None
+
+    async def test_the_last_state_counts(self, store: Any) -> None:
+        """Saving again replaces, also by a state of another class."""
+        for n in range(3):
+            await settled(store.save("run", "node", State(n=n)))
+        assert await settled(store.load("run", "node")) == State(n=2)
+        await settled(store.save("run", "node", Document(title="t")))
+        assert await settled(store.load("run", "node")) == Document(title="t")
+
+    async def test_nodes_and_runs_are_apart(self, store: Any) -> None:
+        """Each node of each run has a state of its own."""
+        for number, place in enumerate([("r1", "a"), ("r1", "b"), ("r2", "a")]):
+            await settled(store.save(*place, State(n=number)))
+        found = [await settled(store.load(*place)) for place in [("r1", "a"), ("r1", "b"), ("r2", "a")]]
+        assert [state.n for state in found] == [0, 1, 2]
+
+    async def test_ids_are_any_text(self, store: Any) -> None:
+        """Ids with separators, wildcards, quotes, newlines, emoji and 3,000 characters are told apart from one another."""
+        places = [(run, "node") for run in HARD_IDS] + [("run", node) for node in HARD_IDS]
+        places += [("a:b", "c"), ("a", "b:c"), ("a/b", "c"), ("a", "b/c")]
+        for number, place in enumerate(places):
+            await settled(store.save(*place, State(n=number)))
+        for number, place in enumerate(places):
+            assert (await settled(store.load(*place))).n == number, place
+
+    async def test_delete_forgets_one_run(self, store: Any) -> None:
+        """All nodes of the run are gone, those of others are not; deleting what is not there is no error."""
+        for run, node in [("a", "x"), ("a", "y"), ("a:b", "x"), ("ab", "x"), ("*", "x")]:
+            await settled(store.save(run, node, State(text=run)))
+        await settled(store.delete("*"))
+        await settled(store.delete("a"))
+        await settled(store.delete("a"))
+        await settled(store.delete("never"))
+        assert await settled(store.load("a", "x")) is None
+        assert await settled(store.load("a", "y")) is None
+        assert await settled(store.load("*", "x")) is None
+        for run in ("a:b", "ab"):
+            assert await settled(store.load(run, "x")) == State(text=run)
+
+    async def test_a_deleted_run_begins_anew(self, store: Any) -> None:
+        """After a delete the same ids can be saved again."""
+        await settled(store.save("run", "node", State(n=1)))
+        await settled(store.delete("run"))
+        await settled(store.save("run", "node", State(n=2)))
+        assert await settled(store.load("run", "node")) == State(n=2)
+
+    async def test_later_changes_of_an_object_are_not_in_the_store(self, store: Any) -> None:
+        """What is done to an object after it was saved, or to one that was loaded, changes nothing that is kept."""
+        state = Document(title="t", sizes={"a": 1})
+        await settled(store.save("run", "node", state))
+        state.sizes["a"] = 2
+        loaded = await settled(store.load("run", "node"))
+        assert loaded.sizes == {"a": 1}
+        loaded.sizes["a"] = 3
+        assert (await settled(store.load("run", "node"))).sizes == {"a": 1}
+
+    async def test_many_at_once(self, store: Any) -> None:
+        """States that are saved side by side are all there."""
+
+        async def save(number: int) -> None:
+            await settled(store.save(f"run {number % 3}", f"node {number}", State(n=number)))
+
+        await asyncio.gather(*(save(number) for number in range(60)))
+        for number in range(60):
+            assert (await settled(store.load(f"run {number % 3}", f"node {number}"))).n == number
+
+    async def test_another_object_finds_what_was_saved(self, store: Any) -> None:
+        """What was saved is found by whoever opens the same data."""
+        await settled(store.save("run", "node", State(n=7)))
+        other = await self.reopened(store)
+        if other is None:
+            pytest.skip("what this store keeps does not outlive it")
+        assert await settled(other.load("run", "node")) == State(n=7)
+        await settled(other.delete("run"))
+        assert await settled(other.load("run", "node")) is None
+
+    async def test_a_run_goes_on_from_a_checkpoint(self, store: Any) -> None:
+        """A run saves the output of each node, and ``resume_from`` goes on with the one before it."""
+        contract: NodeContract[State, State] = NodeContract(
+            node_id="n", input_schema=State, output_schema=State
+        )
+        calls: list[str] = []
+
+        def make(node_id: str) -> Any:
+            async def step(state: State) -> State:
+                calls.append(node_id)
+                return State(n=state.n + 1)
+
+            return stroma_node(node_id, contract)(step)
+
+        runner = StromaRunner(ContractRegistry(), CheckpointManager(store))
+        nodes = [make("a"), make("b"), make("c")]
+        result = await runner.run(nodes, State(), run_id="run")
+        assert result.status is RunStatus.COMPLETED
+        assert await settled(store.load("run", "b")) == State(n=2)
+        calls.clear()
+        again = await runner.run(nodes, State(), run_id="run", resume_from="c")
+        assert (again.status, again.final_state, calls) == (RunStatus.RESUMED, State(n=3), ["c"])
+        await settled(store.delete("run"))
+        with pytest.raises(CheckpointNotFound):
+            await runner.run(nodes, State(), run_id="run", resume_from="c")

@@ -1,0 +1,271 @@
+"""FakeClock: time that passes at once."""
+
+from __future__ import annotations
+
+import asyncio
+import functools
+import sys
+import threading
+import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from types import TracebackType
+from typing import Any, ClassVar, Final, Self
+
+from stroma import _admission, _engine, _map, _usage, breaker, classifiers, context, hooks
+from stroma.checkpoint import _sqlite_rows, _worker, cells, memory
+
+__all__ = ["FakeClock"]
+
+#: What two sums of the same seconds may differ by.
+_ROUNDING: Final = 1e-6
+
+
+class FakeClock:
+    """Time that does not pass while code runs, and jumps over every wait as soon as nothing else is to be done.
+
+    A context manager, for code with and without an event loop; :attr:`fake_clock` is the fixture. Inside of it, all
+    event loops of the process and Stroma itself go by it: ``asyncio.sleep`` and ``asyncio.timeout`` of any code, waits
+    between attempts, Retry-After (dates, too), time limits of nodes and hooks, latency budgets, durations in the trace,
+    limits, breakers, and budgets that runs share in memory or SQLite. Waits end in the order in which they are due, whatever
+    runs they are of.
+
+    What happens outside of the event loop takes the time it takes. While a thread of Stroma or of ``asyncio.to_thread`` is
+    at work, or a store, the clock goes as a real one does. While sockets are open it jumps over waits between attempts
+    only. Leases go by the clock of their store, and code that asks ``time.time()`` by the real one.
+
+    Attributes:
+        waits: seconds of each wait between two attempts, in the order in which they began.
+
+    Raises RuntimeError if one is in use already, or the event loop is not one of asyncio's own.
+    """
+
+    _active: ClassVar[FakeClock | None] = None
+
+    def __init__(self, *, start: datetime | None = None) -> None:
+        self._start_ns = time.time_ns() if start is None else int(start.timestamp() * 1_000_000) * 1000
+        self._base = time.monotonic()
+        self._passed = 0.0
+        self._ticks = 0
+        self._lock = threading.RLock()
+        self._loops: dict[asyncio.AbstractEventLoop, _Idle] = {}
+        self._patched: list[tuple[Any, str, Any]] = []
+        #: When waits between attempts end.
+        self._due: list[float] = []
+        #: How much is being done outside of event loops.
+        self._outside = 0
+        self.waits: list[float] = []
+
+    # ------------------------------------------------------------------ what tests ask
+
+    @property
+    def elapsed(self) -> float:
+        """Seconds that have passed since the clock was made."""
+        return self._passed
+
+    def now(self) -> datetime:
+        """What the clock shows, in UTC."""
+        return datetime.fromtimestamp(self._start_ns / 1e9, UTC) + timedelta(seconds=self._passed)
+
+    def advance(self, seconds: float) -> None:
+        """Let time pass, without a wait. Raises ValueError for less than none."""
+        if not seconds >= 0:
+            raise ValueError(f"time cannot pass by {seconds!r} s; give zero or more")
+        self._pass(seconds)
+        for loop in list(self._loops):
+            try:
+                loop.call_soon_threadsafe(_nothing)  # It may be waiting for something else.
+            except RuntimeError:
+                pass  # It is closed.
+
+    # ------------------------------------------------------------------ what the clock says
+
+    def _pass(self, seconds: float) -> None:
+        with self._lock:
+            self._passed += seconds
+
+    def _monotonic(self) -> float:
+        return self._base + self._passed
+
+    def _ns(self) -> int:
+        # No two readings are the same: stores tell attempts apart by when they began.
+        with self._lock:
+            self._ticks += 1
+            return int(self._monotonic() * 1e9) + self._ticks
+
+    def _perf_counter(self) -> float:
+        return self._monotonic()
+
+    def _time_ns(self) -> int:
+        return (
+            self._start_ns + int(self._passed * 1e9) + self._ticks
+        )  # A run takes both, and tells them apart.
+
+    # ------------------------------------------------------------------ putting it in place
+
+    def __enter__(self) -> Self:
+        if FakeClock._active is not None:
+            raise RuntimeError("a FakeClock is in use already; use that one, there is only one time")
+        FakeClock._active = self
+        try:
+            self._put_in_place()
+            try:
+                running = asyncio.get_running_loop()
+            except RuntimeError:
+                pass
+            else:
+                self._take(running)
+        except BaseException:
+            self.__exit__(None, None, None)
+            raise
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for owner, name, value in reversed(self._patched):
+            setattr(owner, name, value)
+        self._patched.clear()
+        for loop in list(self._loops):
+            self._give_back(loop)
+        FakeClock._active = None
+
+    def _put_in_place(self) -> None:
+        shim = _Time(self)
+        for module in (cells, memory, classifiers, breaker):
+            self._patch(module, "time", shim)
+        self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
+        for module in (_engine, _admission, _map, context):
+            self._patch(module, "perf_counter_ns", self._ns)
+        for module in (_admission, hooks):
+            self._patch(module, "perf_counter", self._perf_counter)
+        self._patch(_map, "monotonic", self._monotonic)
+        self._patch(context, "time_ns", self._time_ns)
+        self._patch(_engine, "sleep", self._sleep)
+        for module in (_engine, _usage):
+            self._patch(module, "in_thread", self._watched(module.in_thread))
+        submit = _worker.Worker.submit
+        self._patch(_worker.Worker, "submit", lambda worker, work: self._watch(submit(worker, work)))
+        run_forever = asyncio.BaseEventLoop.run_forever
+
+        @functools.wraps(run_forever)
+        def run(loop: asyncio.BaseEventLoop) -> None:
+            self._take(loop)
+            run_forever(loop)
+
+        self._patch(asyncio.BaseEventLoop, "run_forever", run)
+
+    def _patch(self, owner: Any, name: str, value: Any) -> None:
+        self._patched.append((owner, name, getattr(owner, name)))
+        setattr(owner, name, value)
+
+    def _take(self, loop: asyncio.AbstractEventLoop) -> None:
+        if loop in self._loops:
+            return
+        for known in [known for known in self._loops if known.is_closed()]:
+            del self._loops[known]
+        selector = getattr(loop, "_selector", None)
+        if selector is None or not hasattr(loop, "_run_once"):
+            raise RuntimeError(
+                f"FakeClock works with asyncio's own event loops, not with {type(loop).__module__}.{type(loop).__name__}; "
+                "run this test on asyncio.SelectorEventLoop"
+            )
+        idle = _Idle(self, selector, loop.run_in_executor)
+        self._loops[loop] = idle
+        attributes = loop.__dict__
+        attributes["_selector"] = idle
+        attributes["time"] = self._monotonic
+        attributes["run_in_executor"] = lambda *work: self._watch(idle.run_in_executor(*work))
+
+    def _give_back(self, loop: asyncio.AbstractEventLoop) -> None:
+        idle = self._loops.pop(loop)
+        attributes = loop.__dict__
+        if attributes.get("_selector") is idle:
+            attributes["_selector"] = idle.selector
+        attributes.pop("time", None)
+        attributes.pop("run_in_executor", None)
+        for timer in getattr(loop, "_scheduled", ()):
+            # What is still to come shall not come later by what has passed here alone.
+            timer._when -= self._monotonic() - time.monotonic()
+
+    # ------------------------------------------------------------------ waiting
+
+    async def _sleep(self, seconds: float) -> None:
+        self.waits.append(seconds)
+        due = self._monotonic() + seconds
+        self._due.append(due)
+        try:
+            await asyncio.sleep(seconds)
+        finally:
+            self._due.remove(due)
+
+    def _watched(self, call: Callable[..., Awaitable[Any]]) -> Callable[..., Awaitable[Any]]:
+        async def watched(*args: Any) -> Any:
+            self._busy(1)
+            try:
+                return await call(*args)
+            finally:
+                self._busy(-1)
+
+        return watched
+
+    def _watch(self, future: asyncio.Future[Any]) -> asyncio.Future[Any]:
+        self._busy(1)
+        future.add_done_callback(lambda _: self._busy(-1))
+        return future
+
+    def _busy(self, change: int) -> None:
+        with self._lock:
+            self._outside += change
+
+
+class _Idle:
+    """What a loop waits on when it has nothing to do: its selector, and in place of time the clock."""
+
+    def __init__(self, clock: FakeClock, selector: Any, run_in_executor: Callable[..., Any]) -> None:
+        self.clock = clock
+        self.selector = selector
+        self.run_in_executor = run_in_executor
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.selector, name)
+
+    def select(self, timeout: float | None = None) -> Any:
+        found = self.selector.select(0)
+        if found or (timeout is not None and timeout <= 0):
+            return found
+        if timeout is None:
+            return self.selector.select(None)
+        clock = self.clock
+        if not clock._outside and (not self._has_sockets() or self._waits_for_an_attempt(timeout)):
+            clock._pass(timeout)
+            return found
+        begin = time.monotonic()
+        found = self.selector.select(timeout)
+        clock._pass(time.monotonic() - begin)
+        return found
+
+    def _has_sockets(self) -> bool:
+        """Whether anything can come from outside, beside what wakes the loop."""
+        known: Any = getattr(self.selector, "get_map", dict)()
+        return known is not None and len(known) > 1
+
+    def _waits_for_an_attempt(self, timeout: float) -> bool:
+        due = min(self.clock._due, default=None)
+        return due is not None and due <= self.clock._monotonic() + timeout + _ROUNDING
+
+
+class _Time:
+    """The module ``time`` as the clock has it."""
+
+    def __init__(self, clock: FakeClock) -> None:
+        self.monotonic = clock._monotonic
+        self.time_ns = clock._time_ns
+        self.time: Callable[[], float] = lambda: clock._time_ns() / 1e9
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(sys.modules["time"], name)
+
+
+def _nothing() -> None:
+    return None

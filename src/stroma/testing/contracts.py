@@ -1,0 +1,144 @@
+"""assert_contract_holds: a node's function and what hypothesis makes of its input schema."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import contextvars
+import json
+import threading
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import AsyncInMemoryStore, CheckpointManager
+from stroma.contracts import ContractViolation
+from stroma.failures import FailureClass, FailurePolicy
+from stroma.nodes import Node, find_node
+from stroma.runner import StromaRunner
+from stroma.schemas import schema_of
+from stroma.testing.clock import FakeClock
+from stroma.trace import jsonable
+
+if TYPE_CHECKING:
+    from hypothesis.strategies import SearchStrategy
+
+__all__ = ["assert_contract_holds", "inputs_of"]
+
+
+def inputs_of(
+    model: type[BaseModel], fields: Mapping[str, SearchStrategy[Any]] | None = None
+) -> SearchStrategy[BaseModel]:
+    """A strategy of hypothesis for instances of a model, by what its schema says of every field, nested models included.
+
+    ``fields``: strategies for single fields of it. Raises ImportError without hypothesis, TypeError that names the field for
+    one whose values cannot be made up.
+    """
+    try:
+        from stroma.testing._strategies import instances
+    except ModuleNotFoundError as error:
+        if error.name != "hypothesis":
+            raise
+        raise ImportError(
+            'hypothesis is required for assert_contract_holds; install it with: pip install "stroma[testing]"'
+        ) from error
+    return instances(model, fields or {})
+
+
+def assert_contract_holds(
+    node: Any,
+    examples: int = 100,
+    *,
+    fields: Mapping[str, SearchStrategy[Any]] | None = None,
+    inputs: SearchStrategy[Any] | None = None,
+    runner: StromaRunner | None = None,
+    allow: tuple[type[BaseException], ...] = (),
+    seed: int | None = None,
+) -> None:
+    """Call a node with inputs that its input schema admits, and see that each output satisfies its output schema.
+
+    Each example is a run of this one node, without retries and without waits. Nodes that would call a provider need a
+    recording of it, or a fake. The same examples are made each time, unless a ``seed`` says otherwise.
+
+    ``fields``: strategies of hypothesis for single fields of the input; ``inputs``: one for the whole of it. ``runner``: whose
+    contracts, context and limits count. ``allow``: exceptions that the node may raise.
+
+    Raises AssertionError with the smallest input that breaks the contract, or that the node raises for; ImportError
+    without hypothesis; TypeError for a group, a node without a contract, or an input that cannot be made up.
+    """
+    found = find_node(node)
+    runner = runner or StromaRunner.quick()
+    contract = None if not isinstance(found, Node) else runner.registry.find(found.node_id) or found.contract
+    if contract is None:
+        raise TypeError(f"{found.node_id!r} has no contract that could hold; give a node with one")
+    strategy = inputs if inputs is not None else inputs_of(contract.input_schema, fields)
+    from hypothesis import HealthCheck, Phase, given, settings
+    from hypothesis import seed as seeded
+
+    never = FailurePolicy(max_retries=0, backoff_seconds=0.0)
+    config = runner.config.model_copy(
+        update={
+            "policy_map": dict.fromkeys(FailureClass, never), "node_policies": {}, "contract_retries": {},
+            "shared_budgets": (), "limits": {}, "node_limits": {}, "breaker": None,
+        }
+    )  # fmt: skip
+    twin = StromaRunner(runner.registry, CheckpointManager(AsyncInMemoryStore()), config)
+    count = iter(range(10**9))
+
+    def prove() -> None:
+        clock = contextlib.nullcontext() if FakeClock._active is not None else FakeClock()
+        with clock, asyncio.Runner() as loop:
+
+            def holds(state: Any) -> None:
+                given_ = (
+                    state if isinstance(state, BaseModel) else contract.input_schema.model_validate(state)
+                )
+                result = loop.run(twin.run([node], given_, run_id=f"example-{next(count)}"))
+                failure = result.failure
+                if failure is None or isinstance(failure.exception, allow):
+                    return
+                raise AssertionError(_what(found.node_id, given_, failure.exception, failure.message))
+
+            wrapped = given(strategy)(holds)
+            if seed is not None:
+                wrapped = seeded(seed)(wrapped)
+            settings(
+                max_examples=examples, deadline=None, database=None, derandomize=seed is None, print_blob=False,
+                report_multiple_bugs=False, suppress_health_check=[
+                    HealthCheck.too_slow, HealthCheck.filter_too_much, HealthCheck.data_too_large, HealthCheck.large_base_example,
+                ],
+                phases=(Phase.explicit, Phase.generate, Phase.target, Phase.shrink),
+            )(wrapped)()  # fmt: skip
+
+    _without_loop(prove)
+
+
+def _what(node_id: str, given: BaseModel, error: BaseException, message: str) -> str:
+    shown = json.dumps(jsonable(schema_of(type(given)).raw(given)), ensure_ascii=False)
+    if isinstance(error, ContractViolation) and error.direction == "output":
+        return f"node {node_id!r} breaks its output contract: {message}; its input was {shown}"
+    return f"node {node_id!r} raises {type(error).__name__} for an input that its contract admits: {message}; it was {shown}"
+
+
+def _without_loop(work: Callable[[], None]) -> None:
+    """Do it here, or in a thread of its own where an event loop is running."""
+    try:
+        asyncio.get_running_loop()
+    except RuntimeError:
+        work()
+        return
+    raised: list[BaseException] = []
+    context = contextvars.copy_context()
+
+    def caught() -> None:
+        try:
+            context.run(work)
+        except BaseException as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=caught, name="stroma-contracts")
+    thread.start()
+    thread.join()
+    if raised:
+        raise raised[0]

@@ -1,0 +1,294 @@
+"""crash_at: the death of a process at a boundary of a commit."""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+from types import TracebackType
+from typing import Any, Final, Literal, NamedTuple, Self, cast, get_args
+
+from pydantic import BaseModel
+
+from stroma._probe import PROBES, Call, Probe
+from stroma.checkpoint import Fenced, Session, StepCall, Waiting
+from stroma.context import ReliabilityContext
+from stroma.execution import NodeExecution, current_node
+from stroma.hooks import NO_HOOKS, NodeHooks
+from stroma.nodes import Group, Node
+from stroma.schemas import Schema
+from stroma.trace import ATTEMPT, BRANCH, NODE, POSITION, ExecutionResult, Row
+
+__all__ = ["POINTS", "Boundary", "Crashed", "Deaths", "Point", "crash_at"]
+
+Point = Literal["before_node", "after_node", "after_commit", "after_hooks", "before_end", "after_end"]
+POINTS: Final[tuple[Point, ...]] = get_args(Point)
+_WORDS: Final = {
+    "before_node": "before {} was called",
+    "after_node": "after {} had run, before anything of that was kept",
+    "after_commit": "after {} was kept, before anybody was told",
+    "after_hooks": "after the hooks of {} were told",
+    "before_end": "before the end of the run was kept",
+    "after_end": "after the end of the run was kept",
+}
+
+
+class Boundary(NamedTuple):
+    """A moment at which a process may die. ``node_id`` is "" and ``position`` -1 at the end of a run.
+
+    ``attempt``: 1-based, 0 at the end of a run.
+    """
+
+    point: Point
+    node_id: str = ""
+    position: int = -1
+    branch: str = ""
+    attempt: int = 0
+
+    def __str__(self) -> str:
+        at = f"{self.position}.{self.branch}" if self.branch else str(self.position)
+        return _WORDS[self.point].format(f"node {self.node_id!r} (position {at}, attempt {self.attempt})")
+
+
+class Crashed(BaseException):
+    """A process has died, says a test; where that was is at ``boundary``.
+
+    Where: out of ``run()`` and ``execute_step()`` inside of ``crash_at``, which ends it.
+    Cause: the run came to the boundary that was named.
+    Mend: nothing; after the block resume the run, as the process would that comes after.
+    """
+
+    def __init__(self, boundary: Boundary) -> None:
+        super().__init__(f"the process died {boundary}")
+        self.boundary = boundary
+
+
+class _Died(Fenced):
+    """What the engine is told in a process that has died: nothing more of it is kept."""
+
+
+@dataclass(slots=True)
+class Life:
+    """What a process did with a run before it died, or came to its end."""
+
+    seen: list[Boundary] = field(default_factory=list)
+    #: (position, branch) of what was committed.
+    committed: list[tuple[int, str]] = field(default_factory=list)
+    died: Boundary | None = None
+
+
+class Deaths(Probe):
+    """Looks at every boundary, and lets the process die at the first one that ``at`` says yes to.
+
+    In this process that means: no node is called any more, nothing is kept, nobody is told, and whoever resumes the run
+    need not wait for its lease. ``kill``: SIGKILL to this very process. ``tell``: told of each boundary and commit at once.
+    """
+
+    def __init__(
+        self,
+        at: Callable[[Boundary], bool],
+        *,
+        kill: bool = False,
+        tell: Callable[[str, Any], None] = lambda what, of: None,
+    ) -> None:
+        self._at = at
+        self._kill = kill
+        self._tell = tell
+        self.life = Life()
+        self._dead: set[ReliabilityContext] = set()
+
+    def reach(self, ctx: ReliabilityContext, boundary: Boundary) -> bool:
+        """Whether the process is dead behind a boundary."""
+        if ctx in self._dead:
+            return True
+        self.life.seen.append(boundary)
+        self._tell("seen", boundary)
+        if self.life.died is None and self._at(boundary):
+            self.life.died = boundary
+            if self._kill:
+                os.kill(os.getpid(), signal.SIGKILL)
+            self._dead.add(ctx)
+            ctx.fire = NO_HOOKS
+            ctx.session.abandon()
+            return True
+        return False
+
+    def refuse(self) -> _Died:
+        return _Died(f"the process died {self.life.died}")
+
+    def commits(self, row: Row) -> None:
+        self.life.committed.append((row[POSITION], row[BRANCH]))
+        self._tell("committed", self.life.committed[-1])
+
+    # ------------------------------------------------------------------ as a probe
+
+    def begins(self, ctx: ReliabilityContext) -> NodeHooks | None:
+        async def told(run_id: str, node_id: str, *_: Any) -> None:
+            run = current_node()
+            if run is not None:
+                self.reach(ctx, _at("after_hooks", run))
+
+        return NodeHooks(on_node_success=told, on_node_failure=told, on_node_suspended=told)
+
+    def opened(self, ctx: ReliabilityContext, session: Session) -> Session:
+        return cast("Session", _MortalSession(self, ctx, session))
+
+    async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
+        if self.reach(run.ctx, _at("before_node", run)):
+            raise self.refuse()
+        try:
+            output = await call(state)
+        except Exception:
+            if self.reach(run.ctx, _at("after_node", run)):
+                raise self.refuse() from None
+            raise
+        if self.reach(run.ctx, _at("after_node", run)):
+            raise self.refuse()
+        return output
+
+    def ended(self, ctx: ReliabilityContext, result: ExecutionResult) -> None:
+        if ctx in self._dead:
+            assert self.life.died is not None
+            raise Crashed(self.life.died)
+
+
+def _at(point: Point, run: NodeExecution) -> Boundary:
+    return Boundary(point, run.node_id, run.position, run.branch, run.attempt)
+
+
+class _MortalSession:
+    """A session of a process that may die: then nothing of it comes to the store any more."""
+
+    def __init__(self, deaths: Deaths, ctx: ReliabilityContext, session: Session) -> None:
+        self._deaths, self._ctx, self._session = deaths, ctx, session
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._session, name)
+
+    @property
+    def on_cancel(self) -> Callable[[], None] | None:
+        return self._session.on_cancel
+
+    @on_cancel.setter
+    def on_cancel(self, call: Callable[[], None] | None) -> None:
+        self._session.on_cancel = call
+
+    @property
+    def _is_dead(self) -> bool:
+        return self._ctx in self._deaths._dead
+
+    def record(
+        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> Awaitable[None] | None:
+        if self._is_dead:
+            raise self._deaths.refuse()
+        pending = self._session.record(row, schema, output, call)
+        return self._then(pending, row, committed=output is not None)
+
+    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
+        if self._is_dead:
+            raise self._deaths.refuse()
+        return self._then(self._session.suspend(row, waiting), row, committed=False)
+
+    def _then(self, pending: Awaitable[None] | None, row: Row, *, committed: bool) -> Awaitable[None] | None:
+        def kept() -> None:
+            if committed:
+                self._deaths.commits(row)
+            boundary = Boundary("after_commit", row[NODE], row[POSITION], row[BRANCH], row[ATTEMPT])
+            if self._deaths.reach(self._ctx, boundary):
+                raise self._deaths.refuse()
+
+        async def later(pending: Awaitable[None]) -> None:
+            await pending
+            kept()
+
+        if pending is not None:
+            return later(pending)
+        kept()
+        return None
+
+    def delivered(self, row: Row) -> None:
+        if not self._is_dead:
+            self._session.delivered(row)
+
+    def note_traceparent(self, traceparent: str) -> None:
+        if not self._is_dead:
+            self._session.note_traceparent(traceparent)
+
+    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+        if self._is_dead or self._deaths.reach(self._ctx, Boundary("before_end")):
+            return None
+
+        async def later(pending: Awaitable[None]) -> None:
+            await pending
+            self._deaths.reach(self._ctx, Boundary("after_end"))
+
+        pending = self._session.end(status, error)
+        if pending is not None:
+            return later(pending)
+        self._deaths.reach(self._ctx, Boundary("after_end"))
+        return None
+
+
+class crash_at:
+    """Inside of it, the process dies once a run comes to a point: everything it has not kept is lost.
+
+    ::
+
+        with crash_at("after_node", "draft"):
+            await runner.run(pipeline, state, run_id="r")
+        result = await runner.run(pipeline, state, run_id="r", resume=True)
+
+    ``point`` is one of :data:`POINTS`: "before_node" (its function is about to be called), "after_node" (that has returned
+    or raised, and nothing of it is kept), "after_commit" (the store has the attempt, and nobody was told), "after_hooks",
+    "before_end" and "after_end" (of the run). ``node``, ``attempt`` and ``branch`` say which; the first one by default.
+
+    The death is a simulated one: the run raises Crashed, which ends here, and what was running beside the node is cancelled,
+    so that its ``finally`` blocks run; memory stays as it is. With ``kill=True`` it is a SIGKILL to the process that this
+    runs in: for a child process of yours.
+
+    Raises AssertionError if no run comes to the point, ValueError for what is no point.
+    """
+
+    def __init__(
+        self,
+        point: Point,
+        node: str | None = None,
+        *,
+        attempt: int | None = None,
+        branch: str | None = None,
+        kill: bool = False,
+    ) -> None:
+        if point not in POINTS:
+            raise ValueError(f"{point!r} is no point of a run; give one of {', '.join(map(repr, POINTS))}")
+        if node is not None and point.endswith("_end"):
+            raise ValueError(f"{point!r} is the end of the run, not of node {node!r}; leave the node out")
+        wanted = (node, attempt, branch)
+
+        def is_it(boundary: Boundary) -> bool:
+            found = (boundary.node_id, boundary.attempt, boundary.branch)
+            return boundary.point == point and all(w in (None, f) for w, f in zip(wanted, found, strict=True))
+
+        self._what = f"{point!r}" + ("" if node is None else f" of node {node!r}")
+        self._deaths = Deaths(is_it, kill=kill)
+
+    @property
+    def boundary(self) -> Boundary | None:
+        """Where the process died; None before."""
+        return self._deaths.life.died
+
+    def __enter__(self) -> Self:
+        PROBES.insert(0, self._deaths)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool:
+        PROBES.remove(self._deaths)
+        if kind is not None:
+            return issubclass(kind, Crashed)
+        if self.boundary is None:
+            seen = ", ".join(dict.fromkeys(repr(b.node_id) for b in self._deaths.life.seen if b.node_id))
+            raise AssertionError(f"no run came to {self._what}; the nodes that ran are {seen or 'none'}")
+        return False

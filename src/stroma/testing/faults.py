@@ -1,0 +1,224 @@
+"""FaultPlan: what shall go wrong, and where."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, Final, Literal, NamedTuple, Self
+
+from pydantic import BaseModel
+
+from stroma._probe import PROBES, Call, Probe
+from stroma.execution import NodeExecution
+from stroma.nodes import Group, Node
+
+__all__ = ["FaultPlan", "Injected", "Transient"]
+
+Kind = Literal["fail", "lose", "delay", "malform"]
+#: What a model says that does not do what it was asked for.
+_NONSENSE: Final = "I'm sorry, but I can't help with that."
+
+
+class Transient(ConnectionError):
+    """The provider could not be reached, says a test. RECOVERABLE, like other errors of connections.
+
+    Where: out of a node, inside of a FaultPlan; ``result.failure`` of a run that gave up.
+    Cause: the plan says that this attempt fails, and does not say of what.
+    Mend: nothing; see that the run does what it should then, or give the plan another exception.
+    """
+
+
+class Injected(NamedTuple):
+    """A fault that was put into a run. ``attempt``: 1-based."""
+
+    kind: Kind
+    node_id: str
+    position: int
+    branch: str
+    attempt: int
+
+
+Raised = BaseException | type[BaseException] | Callable[[], BaseException]
+
+
+@dataclass(slots=True)
+class _Fault:
+    kind: Kind
+    node_id: str
+    attempts: frozenset[int] | None
+    error: Raised = Transient
+    seconds: float = 0.0
+    output: Any = _NONSENSE
+    met: bool = False
+
+    def is_due(self, run: NodeExecution) -> bool:
+        return self.node_id == run.node_id and (self.attempts is None or run.attempt in self.attempts)
+
+    def __str__(self) -> str:
+        which = (
+            "every attempt"
+            if self.attempts is None
+            else f"attempt {', '.join(map(str, sorted(self.attempts)))}"
+        )
+        return f"{self.kind} {self.node_id!r} on {which}"
+
+
+class FaultPlan(Probe):
+    """What shall go wrong in the runs, and steps of plain code, that begin inside of it. Nothing of them is changed for it.
+
+    ::
+
+        with FaultPlan().fail("draft", TimeoutError("too slow")).malform("check", attempt=2):
+            result = await runner.run(pipeline, state)
+
+    Faults take the place of a node's function or stand around it; everything else is what it always is: contracts, limits,
+    retries, records, hooks. They reach nodes in groups and maps by their ids, and every item of a map. ``attempt`` is
+    1-based: a number, several, or None for all. Plans can stand inside of one another.
+
+    At its end the plan raises AssertionError if one of its faults was never met: an id may be misspelt.
+
+    Attributes:
+        seed: what chance goes by, see :meth:`at_random`; the same seed does the same to the same run, whatever runs beside it.
+        injected: the faults that were met, in their order.
+    """
+
+    def __init__(self, *, seed: int = 0) -> None:
+        self.seed = seed
+        self.injected: list[Injected] = []
+        self._faults: list[_Fault] = []
+        self._chances: list[tuple[float, Sequence[Raised], Collection[str] | None, int]] = []
+
+    # ------------------------------------------------------------------ what goes wrong
+
+    def fail(
+        self, node_id: str, error: Raised = Transient, *, attempt: int | Collection[int] | None = 1
+    ) -> Self:
+        """Raise in place of calling the node. ``error``: an exception, its class, or a function that gives one."""
+        return self._add(_Fault("fail", node_id, _attempts(attempt), error))
+
+    def lose(
+        self, node_id: str, error: Raised = Transient, *, attempt: int | Collection[int] | None = 1
+    ) -> Self:
+        """Call the node, and raise in place of what it returns: the answer is lost on its way, what it did is done."""
+        return self._add(_Fault("lose", node_id, _attempts(attempt), error))
+
+    def delay(self, node_id: str, seconds: float, *, attempt: int | Collection[int] | None = 1) -> Self:
+        """Let time pass before the node is called; within its timeout. No test waits for it under a FakeClock."""
+        return self._add(_Fault("delay", node_id, _attempts(attempt), seconds=seconds))
+
+    def malform(
+        self, node_id: str, output: Any = _NONSENSE, *, attempt: int | Collection[int] | None = 1
+    ) -> Self:
+        """Call the node and put something else in place of its output, by default a text; its usage stays.
+
+        ``output``: what stands in its place, or a function that is given the output.
+        """
+        return self._add(_Fault("malform", node_id, _attempts(attempt), output=output))
+
+    def at_random(
+        self,
+        probability: float,
+        errors: Sequence[Raised] = (Transient,),
+        *,
+        nodes: Collection[str] | None = None,
+        attempts: int = 1,
+    ) -> Self:
+        """Fail each of the first ``attempts`` of every node, or of some, with a probability from 0 to 1."""
+        if not 0 <= probability <= 1:
+            raise ValueError(f"probability is {probability!r}; give a share, from 0 to 1")
+        if not errors:
+            raise ValueError("errors is empty; give at least one exception")
+        self._chances.append((probability, tuple(errors), nodes, attempts))
+        return self
+
+    def _add(self, fault: _Fault) -> Self:
+        self._faults.append(fault)
+        return self
+
+    def forgive(self) -> None:
+        """Do not complain at the end of what was never met."""
+        for fault in self._faults:
+            fault.met = True
+
+    def met_faults(self) -> list[int]:
+        """Which of the planned faults were met, by their numbers."""
+        return [number for number, fault in enumerate(self._faults) if fault.met]
+
+    def note_met(self, numbers: Collection[int]) -> None:
+        """Another process has met some of them."""
+        for number in numbers:
+            self._faults[number].met = True
+
+    # ------------------------------------------------------------------ around runs
+
+    def __enter__(self) -> Self:
+        PROBES.append(self)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        PROBES.remove(self)
+        missed = [str(fault) for fault in self._faults if not fault.met]
+        if kind is None and missed:
+            raise AssertionError(
+                f"planned and never met: {'; '.join(missed)}; see that the ids are those of nodes, and that they come so far"
+            )
+
+    async def call(self, run: NodeExecution, node: Node | Group, call: Call, state: BaseModel) -> Any:
+        """Called by the engine in place of a node's function."""
+        due = [fault for fault in self._faults if fault.is_due(run)]
+        for fault in due:
+            self._note(fault, run)
+            if fault.kind == "delay":
+                await asyncio.sleep(fault.seconds)
+            elif fault.kind == "fail":
+                raise _made(fault.error)
+        if type(node) is Node:
+            self._leave_to_chance(run)
+        output = await call(state)
+        for fault in due:
+            if fault.kind == "lose":
+                raise _made(fault.error)
+            if fault.kind == "malform":
+                output = _malformed(output, fault.output)
+        return output
+
+    def _note(self, fault: _Fault, run: NodeExecution) -> None:
+        fault.met = True
+        self.injected.append(Injected(fault.kind, run.node_id, run.position, run.branch, run.attempt))
+
+    def _leave_to_chance(self, run: NodeExecution) -> None:
+        for number, (probability, errors, nodes, attempts) in enumerate(self._chances):
+            if run.attempt > attempts or (nodes is not None and run.node_id not in nodes):
+                continue
+            # By the place alone: what runs beside it, and in which order, makes no difference.
+            place = (self.seed, number, run.node_id, run.position, run.branch, run.attempt)
+            dice = random.Random(repr(place))
+            if dice.random() < probability:
+                self.injected.append(Injected("fail", run.node_id, run.position, run.branch, run.attempt))
+                raise _made(dice.choice(errors))
+
+
+def _attempts(given: int | Collection[int] | None) -> frozenset[int] | None:
+    if given is None:
+        return None
+    found = frozenset((given,) if isinstance(given, int) else given)
+    if not found or min(found) < 1:
+        raise ValueError(f"attempt is {given!r}; attempts are counted from 1")
+    return found
+
+
+def _made(error: Raised) -> BaseException:
+    made = error if isinstance(error, BaseException) else error()
+    return made.with_traceback(None)
+
+
+def _malformed(returned: Any, output: Any) -> Any:
+    """What a node returned, usage included, with another output."""
+    whole = returned if isinstance(returned, tuple) else (returned,)
+    made = output(whole[0]) if callable(output) else output
+    return (made, *whole[1:]) if isinstance(returned, tuple) else made

@@ -1,0 +1,150 @@
+"""The plugin of pytest, which every pytest session loads where Stroma is installed: so it imports nothing before it is used."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from stroma.checkpoint import AsyncInMemoryStore
+    from stroma.testing.clock import FakeClock
+    from stroma.testing.faults import FaultPlan
+    from stroma.testing.recorded import Mode, Recorded
+
+_FAILED = pytest.StashKey[bool]()
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    group = parser.getgroup("stroma", "pipelines of Stroma")
+    group.addoption(
+        "--stroma-chaos",
+        type=int,
+        default=0,
+        metavar="N",
+        help="Run every test that runs a pipeline N times more, each time with another fault, and say which node is not "
+        "safe to retry.",
+    )
+    group.addoption(
+        "--stroma-chaos-seed",
+        type=int,
+        default=None,
+        metavar="SEED",
+        help="Make the faults of an earlier session again.",
+    )
+    group.addoption(
+        "--stroma-record",
+        action="store_true",
+        help="Ask the providers, and write the recordings of stroma_recorded anew.",
+    )
+    group.addoption(
+        "--stroma-update-snapshots", action="store_true", help="Write the snapshots of stroma_snapshot anew."
+    )
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line(
+        "markers", "stroma_no_chaos: the faults of --stroma-chaos stay away from this test of a pipeline."
+    )
+    if config.option.stroma_chaos > 0:
+        given = getattr(config, "workerinput", {}).get("stroma_chaos_seed", config.option.stroma_chaos_seed)
+        config.option.stroma_chaos_seed = random.randrange(1_000_000) if given is None else given
+        from stroma.testing.chaos import Chaos
+
+        config.pluginmanager.register(Chaos(config), "stroma-chaos")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_configure_node(node: Any) -> None:
+    """Of pytest-xdist: the workers go by the same seed."""
+    node.workerinput["stroma_chaos_seed"] = node.config.option.stroma_chaos_seed
+
+
+# Not the newer kind of wrapper: whoever has an old pytest shall lose nothing by having Stroma installed.
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: Any) -> Any:
+    outcome = yield
+    if outcome.get_result().failed:
+        item.stash[_FAILED] = True
+
+
+# ---------------------------------------------------------------------- fixtures
+
+
+@pytest.fixture
+def stroma_clock() -> Iterator[FakeClock]:
+    """A FakeClock: no wait of the test takes any time."""
+    from stroma.testing.clock import FakeClock
+
+    with FakeClock() as clock:
+        yield clock
+
+
+@pytest.fixture
+def stroma_store() -> AsyncInMemoryStore:
+    """An empty store in memory, which keeps a journal."""
+    from stroma.checkpoint import AsyncInMemoryStore
+
+    return AsyncInMemoryStore()
+
+
+@pytest.fixture
+def stroma_faults(request: pytest.FixtureRequest) -> Iterator[FaultPlan]:
+    """A FaultPlan that is in place for the whole test: ``stroma_faults.fail("draft", attempt=1)``."""
+    from stroma.testing.faults import FaultPlan
+
+    with FaultPlan() as plan:
+        yield plan
+        if request.node.stash.get(_FAILED, False):
+            plan.forgive()  # What the test says is more than that it did not come so far.
+
+
+@pytest.fixture
+def stroma_recorded(request: pytest.FixtureRequest) -> Iterator[Callable[..., Recorded]]:
+    """A function of ``(upstream, name=None, **options)`` that gives the answers of a provider again, see recorded().
+
+    They are kept in ``recordings/`` beside the test, under the name of its module and its own, and are recorded with
+    ``pytest --stroma-record``.
+    """
+    from contextlib import ExitStack
+
+    from stroma.testing.recorded import recorded
+
+    with ExitStack() as stack:
+
+        def answers(upstream: str, name: str | None = None, **options: Any) -> Recorded:
+            path = _beside(request, "recordings", name, ".json")
+            mode: Mode = "record" if request.config.option.stroma_record else "replay"
+            return stack.enter_context(recorded(path, upstream=upstream, mode=mode, **options))
+
+        yield answers
+        if request.node.stash.get(_FAILED, False):
+            stack.__exit__(AssertionError, AssertionError("the test has failed"), None)
+
+
+@pytest.fixture
+def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
+    """A function of ``(trace, name=None, **options)`` that compares a trace, or a result, with a file; see trace_snapshot().
+
+    The file is kept in ``snapshots/`` beside the test, and is written with ``pytest --stroma-update-snapshots``.
+    """
+    from stroma.testing.snapshots import compare_with_file, trace_snapshot
+
+    def compare(trace: Any, name: str | None = None, **options: Any) -> None:
+        path = _beside(request, "snapshots", name, ".txt")
+        text = trace_snapshot(trace, **options)
+        compare_with_file(text, path, update=request.config.option.stroma_update_snapshots)
+
+    return compare
+
+
+def _beside(request: pytest.FixtureRequest, directory: str, name: str | None, suffix: str) -> Path:
+    """A file of a test's own."""
+    test = Path(os.fspath(request.node.path))
+    own = re.sub(r"[^\w.-]+", "-", request.node.name).strip("-")
+    return test.parent / directory / test.stem / f"{own if name is None else f'{own}.{name}'}{suffix}"

@@ -1,0 +1,370 @@
+"""recorded: answers of a provider, kept in a file and given again by a server on this machine."""
+
+from __future__ import annotations
+
+import base64
+import http.client
+import json
+import re
+import threading
+import urllib.error
+import urllib.parse
+import urllib.request
+from collections import defaultdict
+from collections.abc import Callable, Collection, Mapping
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from os import PathLike
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Final, Literal, NamedTuple, Self
+
+__all__ = ["Recorded", "Request", "recorded"]
+
+_SCHEMA: Final = "stroma.recorded-responses/1"
+#: Headers of requests that are a secret, whose text is hidden wherever else it stands, too.
+_SECRET_HEADERS: Final = (
+    "authorization",
+    "x-api-key",
+    "api-key",
+    "x-goog-api-key",
+    "cookie",
+    "proxy-authorization",
+)
+_SECRET_NAMES: Final = re.compile(
+    r"(?i)(x-)?api[-_]?key|authorization|proxy-authorization|password|passwd|secret|client[-_]secret|"
+    r"(access|refresh|id|auth|session|bearer)[-_]?token|private[-_]?key|cookie|signature|x-goog-api-key"
+)
+#: In addresses these are, too.
+_SECRET_PARAMETERS: Final = re.compile(rf"{_SECRET_NAMES.pattern}|key|token|sig")
+_SECRET_TEXTS: Final = re.compile(
+    r"sk-[\w-]{16,}|\bBearer\s+[\w.~+/-]{16,}=*|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|"
+    r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"
+)
+_HIDDEN: Final = "***"
+#: What of an answer's headers means something to a client.
+_KEPT_HEADERS: Final = re.compile(
+    r"(?i)content-type|retry-after(-ms)?|x-should-retry|(x-)?request-id|.*ratelimit-.*|openai-model|x-amzn-errortype"
+)
+_NOT_FORWARDED: Final = ("host", "connection", "accept-encoding", "content-length", "transfer-encoding")
+
+Mode = Literal["replay", "record"]
+
+
+class Request(NamedTuple):
+    """A request that was made. ``body``: JSON data, a text, or None; without its secrets."""
+
+    method: str
+    path: str
+    body: Any
+
+
+def recorded(
+    path: str | PathLike[str],
+    *,
+    upstream: str | None = None,
+    mode: Mode = "replay",
+    ignore: Collection[str] = (),
+    scrub: Callable[[Any], Any] | None = None,
+) -> Recorded:
+    """A server on this machine that gives the answers in a file again. A context manager; its ``url`` is for the client.
+
+    ::
+
+        with recorded("tests/recordings/draft.json") as provider:
+            client = AsyncOpenAI(base_url=provider.url, api_key="any", max_retries=0)
+
+    A request is answered by what was recorded for the same method, path and body: several answers in their order, the last
+    one for ever. Nothing leaves this machine. A request that was not recorded is answered with status 404, and is an
+    AssertionError at the end.
+
+    ``mode="record"`` asks ``upstream`` (the base URL of the provider) and writes the file anew. No header of a request is
+    kept; keys, tokens and passwords in addresses and bodies are replaced by ``***``, by the names they stand under, by what
+    they look like, and by the secrets of the request's headers. ``scrub`` is given each body (JSON data, or a text) and
+    returns it as it is kept; for requests before they are compared, too. ``ignore``: names in the outermost object of a body
+    that make no difference, such as ``"user"``.
+
+    Raises FileNotFoundError without a recording, ValueError for a file that is none.
+    """
+    return Recorded(Path(path), upstream, mode, frozenset(ignore), scrub)
+
+
+class Recorded:
+    """What :func:`recorded` gives.
+
+    Attributes:
+        url: the base URL for the client, with the path of ``upstream``.
+        requests: what was asked since it was started.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        upstream: str | None,
+        mode: Mode,
+        ignore: frozenset[str],
+        scrub: Callable[[Any], Any] | None,
+    ) -> None:
+        if mode not in ("replay", "record"):
+            raise ValueError(f'mode is {mode!r}; give "replay" or "record"')
+        if mode == "record" and upstream is None:
+            raise ValueError('mode="record" needs upstream=, the base URL of the provider')
+        self.path, self.mode = path, mode
+        self.requests: list[Request] = []
+        self._ignore, self._scrub = ignore, scrub
+        self._upstream = None if upstream is None else upstream.rstrip("/")
+        self._lock = threading.Lock()
+        self._entries: list[dict[str, Any]] = []
+        self._answers: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
+        self._given: defaultdict[str, int] = defaultdict(int)
+        self._unknown: list[Request] = []
+        self._server: ThreadingHTTPServer | None = None
+        self.url = ""
+
+    def rewind(self) -> None:
+        """Begin with the first answers again; for the ``reset=`` of assert_resumable."""
+        with self._lock:
+            self._given.clear()
+
+    # ------------------------------------------------------------------ from beginning to end
+
+    def __enter__(self) -> Self:
+        base = self._upstream or ""
+        if self.mode == "replay":
+            base = self._load() or base
+        self._server = _Server(("127.0.0.1", 0), _handler(self))
+        threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="stroma-recorded", daemon=True
+        ).start()
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}{urllib.parse.urlsplit(base).path}"
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        assert self._server is not None
+        self._server.shutdown()
+        self._server.server_close()
+        if kind is not None:
+            return
+        first = self._unknown[0] if self._unknown else None
+        if first is not None and self.mode == "record":
+            raise AssertionError(
+                f"{self._upstream} cannot be reached: {first.method} {first.path}; nothing was written, {self.path} is as it was"
+            )
+        if first is not None:
+            raise AssertionError(
+                f"{self.path} lacks {len(self._unknown)} of the requests; the first is {first.method} {first.path} "
+                f'{_short(first.body)}; record them with mode="record" and upstream=, in pytest with --stroma-record'
+            )
+        if self.mode == "record":
+            self._save()
+
+    def _load(self) -> str:
+        try:
+            data = json.loads(self.path.read_text("utf-8"))
+        except FileNotFoundError:
+            raise FileNotFoundError(
+                f'there is no recording {self.path}; make it with mode="record" and upstream=, in pytest with --stroma-record'
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{self.path} is no recording: {error}; record it anew") from error
+        if not isinstance(data, dict) or data.get("schema") != _SCHEMA:
+            raise ValueError(f"{self.path} is no recording of this release ({_SCHEMA}); record it anew")
+        for entry in data["responses"]:
+            self._answers[self._key(Request(**entry["request"]))].append(entry["response"])
+        return str(data["upstream"])
+
+    def _save(self) -> None:
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        data = {"schema": _SCHEMA, "upstream": self._upstream, "responses": self._entries}
+        self.path.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+    # ------------------------------------------------------------------ one request
+
+    def answer(self, method: str, path: str, headers: Mapping[str, str], body: bytes) -> _Answer:
+        """What a request is answered with. Called by the threads of the server."""
+        secrets = _secrets_of(headers)
+        request = Request(method, _clean_path(path), self._cleaned(_read(body), secrets))
+        if self.mode == "record":
+            return self._ask(request, path, headers, body, secrets)
+        key = self._key(request)
+        with self._lock:
+            self.requests.append(request)
+            answers = self._answers.get(key)
+            if not answers:
+                self._unknown.append(request)
+                error = {
+                    "message": f"{method} {request.path} is not in {self.path.name}",
+                    "type": "not_recorded",
+                }
+                return _Answer(
+                    404, {"content-type": "application/json"}, json.dumps({"error": error}).encode()
+                )
+            number = min(self._given[key], len(answers) - 1)
+            self._given[key] += 1
+        return _Answer.of(answers[number])
+
+    def _ask(
+        self, request: Request, path: str, headers: Mapping[str, str], body: bytes, secrets: list[str]
+    ) -> _Answer:
+        assert self._upstream is not None
+        base = urllib.parse.urlsplit(self._upstream)
+        kept = {name: value for name, value in headers.items() if name.lower() not in _NOT_FORWARDED}
+        asked = urllib.request.Request(
+            f"{base.scheme}://{base.netloc}{path}", data=body or None, headers=kept, method=request.method
+        )
+        try:
+            with urllib.request.urlopen(asked, timeout=600) as response:
+                answer = _Answer(
+                    response.status, _kept_headers(dict(response.headers.items())), response.read()
+                )
+        except urllib.error.HTTPError as error:
+            answer = _Answer(error.code, _kept_headers(dict(error.headers.items())), error.read())
+        except (OSError, http.client.HTTPException) as error:
+            with self._lock:
+                self._unknown.append(request)
+            told = json.dumps({"error": {"message": f"{self._upstream} cannot be reached: {error}"}})
+            return _Answer(502, {"content-type": "application/json"}, told.encode())
+        with self._lock:
+            self.requests.append(request)
+            self._entries.append({"request": request._asdict(), "response": self._written(answer, secrets)})
+        return answer
+
+    def _written(self, answer: _Answer, secrets: list[str]) -> dict[str, Any]:
+        told: dict[str, Any] = {"status": answer.status, "headers": answer.headers}
+        read = _read(answer.body)
+        if isinstance(read, bytes):
+            return {**told, "base64": base64.b64encode(read).decode()}
+        return {**told, "body": self._cleaned(read, secrets)}
+
+    def _cleaned(self, value: Any, secrets: list[str]) -> Any:
+        if isinstance(value, bytes):
+            value = base64.b64encode(value).decode()
+        cleaned = _clean(value, secrets)
+        return cleaned if self._scrub is None or value is None else self._scrub(cleaned)
+
+    def _key(self, request: Request) -> str:
+        body = request.body
+        if isinstance(body, dict):
+            body = {name: value for name, value in body.items() if name not in self._ignore}
+        return json.dumps([request.method, request.path, body], sort_keys=True)
+
+
+class _Answer(NamedTuple):
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+    @classmethod
+    def of(cls, written: Mapping[str, Any]) -> _Answer:
+        body = written.get("body")
+        if "base64" in written:
+            data = base64.b64decode(written["base64"])
+        else:
+            data = (
+                b"" if body is None else body.encode() if isinstance(body, str) else json.dumps(body).encode()
+            )
+        return cls(written["status"], written["headers"], data)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    request_queue_size = 1024  # Clients that come all at once are not turned away.
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        return None  # A client that has gone away.
+
+
+def _handler(owner: Recorded) -> type[BaseHTTPRequestHandler]:
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def handle_one(self) -> None:
+            answer = owner.answer(self.command, self.path, dict(self.headers.items()), self._read_body())
+            self.send_response(answer.status)
+            for name, value in answer.headers.items():
+                self.send_header(name, value)
+            self.send_header("content-length", str(len(answer.body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(answer.body)
+
+        do_GET = do_POST = do_PUT = do_PATCH = do_DELETE = do_HEAD = handle_one
+
+        def _read_body(self) -> bytes:
+            if "chunked" in self.headers.get("transfer-encoding", "").lower():
+                parts = []
+                while size := int(self.rfile.readline().split(b";")[0], 16):
+                    parts.append(self.rfile.read(size))
+                    self.rfile.readline()
+                self.rfile.readline()
+                return b"".join(parts)
+            body: bytes = self.rfile.read(int(self.headers.get("content-length") or 0))
+            return body
+
+        def log_message(self, format: str, *args: Any) -> None:
+            return None
+
+    return Handler
+
+
+# ---------------------------------------------------------------------- secrets
+
+
+def _read(body: bytes) -> Any:
+    """A body as JSON data, else as text, else as it is; None for none."""
+    if not body:
+        return None
+    try:
+        text = body.decode()
+    except UnicodeDecodeError:
+        return body
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return text
+    # A text stays one: it must come out as it went in.
+    return text if isinstance(value, str) else value
+
+
+def _secrets_of(headers: Mapping[str, str]) -> list[str]:
+    found = []
+    for name, value in headers.items():
+        if name.lower() in _SECRET_HEADERS:
+            found += [value, value.rpartition(" ")[2]]
+    return sorted({text for text in found if len(text) >= 6}, key=len, reverse=True)
+
+
+def _clean(value: Any, secrets: list[str]) -> Any:
+    if isinstance(value, dict):
+        return {
+            name: _HIDDEN
+            if isinstance(inner, str) and _SECRET_NAMES.fullmatch(name)
+            else _clean(inner, secrets)
+            for name, inner in value.items()
+        }
+    if isinstance(value, list):
+        return [_clean(inner, secrets) for inner in value]
+    if isinstance(value, str):
+        text: str = value
+        for secret in secrets:
+            text = text.replace(secret, _HIDDEN)
+        return str(_SECRET_TEXTS.sub(_HIDDEN, text))
+    return value
+
+
+def _clean_path(path: str) -> str:
+    parts = urllib.parse.urlsplit(path)
+    query = urllib.parse.parse_qsl(parts.query, keep_blank_values=True)
+    cleaned = [(name, _HIDDEN if _SECRET_PARAMETERS.fullmatch(name) else value) for name, value in query]
+    asked = urllib.parse.urlencode(cleaned, safe="*")
+    return f"{_clean(parts.path, [])}?{asked}" if asked else str(_clean(parts.path, []))
+
+
+def _kept_headers(headers: Mapping[str, str]) -> dict[str, str]:
+    return {name.lower(): value for name, value in headers.items() if _KEPT_HEADERS.fullmatch(name)}
+
+
+def _short(body: Any) -> str:
+    text = json.dumps(body, ensure_ascii=False)
+    return text if len(text) <= 200 else f"{text[:197]}..."

@@ -1,0 +1,184 @@
+"""`stroma replay` and `stroma record`."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+from tests.servers import environment
+
+GOOD = '{"start": 1}'
+
+
+@pytest.fixture
+def recorded(stroma, inside):
+    """A store with a run that completed after a retry, and no call noted."""
+    flaky = (
+        "fail = not os.path.exists('failed'); open('failed', 'w').close()\nif fail: raise TimeoutError('x')"
+    )
+    done = inside("run", "sums.py:pipeline", GOOD, "--run-id", "run-a", env={"SECOND": flaky})
+    assert done.code == 0, done
+    (stroma.home / "calls").unlink()
+    return stroma
+
+
+def change(stroma, old, new, name="changed.py"):
+    """The pipeline with one thing changed."""
+    text = (stroma.home / "sums.py").read_text()
+    assert text.count(old) == 1
+    (stroma.home / name).write_text(text.replace(old, new))
+
+
+def test_unchanged_code_goes_the_same_way(recorded, inside):
+    """No node is called, nothing is printed on stdout, and the exit code is 0."""
+    done = inside("replay", "run-a", "sums.py:pipeline")
+    assert (done.code, done.out) == (0, ""), done
+    assert "run run-a: COMPLETED then, COMPLETED now (135 tok," in done.err
+    assert "the code behaves as it did" in done.err
+    assert recorded.calls() == []
+
+
+def test_code_that_behaves_differently_ends_with_6(recorded, inside):
+    """Each difference is a line on stdout: its kind, its place and what it is."""
+    change(recorded, "class Sum(BaseModel):\n    n: int", "class Sum(BaseModel):\n    n: int = Field(lt=4)")
+    done = inside("replay", "run-a", "changed.py:pipeline")
+    assert done.code == 6, done
+    lines = [line.split(None, 3) for line in done.out.splitlines()]
+    assert ["contract", "1", "second"] in [line[:3] for line in lines]
+    assert "n: Input should be less than 4" in done.out
+    assert recorded.calls() == []
+    change(recorded, "max_retries=1", "max_retries=0", "fewer.py")
+    done = inside("replay", "run-a", "fewer.py:pipeline")
+    assert done.code == 6
+    assert "decision  1 second  " in done.out
+    assert "attempts: 2 -> 1" in done.out
+    assert "status    COMPLETED -> PARTIAL" in done.out
+    assert "2 differences" in done.err
+
+
+def test_json(recorded, inside):
+    """One object with a schema, and the exit code all the same."""
+    done = inside("replay", "run-a", "sums.py:pipeline", "--json")
+    data = json.loads(done.out)
+    assert (done.code, data["schema"], data["same"], data["differences"]) == (0, "stroma.replay/1", True, [])
+    assert (data["run_id"], data["then"], data["now"], data["called"]) == (
+        "run-a",
+        "COMPLETED",
+        "COMPLETED",
+        [],
+    )
+    assert (data["final_state"], data["tokens"]) == ({"n": 4}, 135)
+    change(recorded, "max_retries=1", "max_retries=0")
+    done = inside("replay", "run-a", "changed.py:pipeline", "--json")
+    assert done.code == 6
+    assert [one["kind"] for one in json.loads(done.out)["differences"]] == ["decision", "status"]
+
+
+def test_from_a_node_on_nodes_are_called(recorded, inside):
+    """--from calls that node and those after it, on the output of then or on --input; the store stays as it is."""
+    done = inside("replay", "run-a", "sums.py:pipeline", "--from", "second")
+    assert done.code == 6, done  # It took two attempts then.
+    assert "attempts: 2 -> 1" in done.out
+    assert recorded.calls() == ["second", "third"]
+    assert "called: second, third" in done.err
+    done = inside("replay", "run-a", "sums.py:pipeline", "--from", "third", "--input", '{"n": 10}', "--json")
+    assert json.loads(done.out)["final_state"] == {"n": 10}
+    done = inside(
+        "replay", "run-a", "sums.py:pipeline", "--from", "first", "--input", '{"start": 5}', "--json"
+    )
+    assert json.loads(done.out)["final_state"] == {"n": 12}
+    assert [line.split()[0] for line in inside("runs").out.splitlines()] == ["RUN", "run-a"]
+
+
+def test_what_is_wrong_with_the_arguments(recorded, inside, fails):
+    """An unknown node, an input that does not fit and a run that is not there are each one message."""
+    fails(
+        inside("replay", "run-a", "sums.py:pipeline", "--from", "x"), 2, "no node of", "first, second, third"
+    )
+    wrong = ("--from", "third", "--input", '{"n": "many"}')
+    fails(
+        inside("replay", "run-a", "sums.py:pipeline", *wrong),
+        2,
+        "does not fit what node 'second' hands to 'third'",
+    )
+    fails(inside("replay", "none", "sums.py:pipeline"), 4, "no run whose id begins with 'none'")
+    fails(inside("record", "run-a", "--as-test", "test_x.py"), 2, "needs FILE_OR_MODULE:NAME")
+
+
+def run_test(stroma, path):
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:ddtrace", "-p", "no:cacheprovider", path]
+    return subprocess.run(
+        command, cwd=stroma.home, env=environment(), check=False, capture_output=True, text=True
+    )
+
+
+@pytest.mark.parametrize("target", ["sums.py:pipeline", "sums:pipeline"])
+def test_a_run_becomes_a_regression_test(recorded, inside, target):
+    """The test that is written passes without a call, and fails once the code behaves differently."""
+    done = inside("record", "run-a", target, "--as-test", "tests/test_run.py")
+    assert done.code == 0, done
+    assert done.out.split() == ["tests/test_run.py", "tests/test_run.run.json"]
+    text = (recorded.home / "tests" / "test_run.py").read_text()
+    assert "It is COMPLETED: first, second (2 attempts), third." in text
+    assert "assert replay.result.total_tokens == 135" in text
+    passed = run_test(recorded, "tests/test_run.py")
+    assert (passed.returncode, recorded.calls()) == (0, []), passed.stdout
+    change(recorded, "max_retries=1", "max_retries=0", "sums.py")
+    failed = run_test(recorded, "tests/test_run.py")
+    assert failed.returncode == 1
+    assert "decision: 1 second" in failed.stdout
+
+
+def test_files_that_are_there_are_left_alone(recorded, inside, fails):
+    """Only --force writes over a test."""
+    assert inside("record", "run-a", "sums.py:pipeline", "--as-test", "test_run.py").code == 0
+    (recorded.home / "test_run.py").write_text("mine")
+    fails_there = inside("record", "run-a", "sums.py:pipeline", "--as-test", "test_run.py")
+    fails(fails_there, 2, "is there already", "--force")
+    assert (recorded.home / "test_run.py").read_text() == "mine"
+    assert inside("record", "run-a", "sums.py:pipeline", "--as-test", "test_run.py", "--force").code == 0
+
+
+def test_a_test_that_would_fail_is_not_written(recorded, inside):
+    """If the code behaves differently already, the differences are told in place of a test."""
+    change(recorded, "max_retries=1", "max_retries=0")
+    done = inside("record", "run-a", "changed.py:pipeline", "--as-test", "test_run.py")
+    assert done.code == 6
+    assert "behaves differently from run run-a already" in done.err
+    assert "stroma replay run-a changed.py:pipeline" in done.err
+    assert not (recorded.home / "test_run.py").exists()
+
+
+def test_what_is_redacted_is_not_written(recorded, inside):
+    """The redact of the pipeline's config applies; where it breaks a contract nothing is written, and that is said."""
+    change(
+        recorded,
+        "policy_map=quick",
+        "policy_map=quick, redact=lambda state: {name: 77 for name in state}",
+        "hides.py",
+    )
+    done = inside("record", "run-a", "hides.py:pipeline", "--as-test", "test_run.py")
+    assert done.code == 0, done
+    data = json.loads((recorded.home / "test_run.run.json").read_text())
+    assert [one.get("output") for one in data["attempts"] if "output" in one] == [{"n": 77}] * 3
+    assert run_test(recorded, "test_run.py").returncode == 0
+    change(
+        recorded,
+        "policy_map=quick",
+        "policy_map=quick, redact=lambda state: {name: '*' for name in state}",
+        "breaks.py",
+    )
+    done = inside("record", "run-a", "breaks.py:pipeline", "--as-test", "test_other.py")
+    assert done.code == 6
+    assert "have it give other values of the same type" in done.err
+    shown = inside("record", "run-a", "--redact", "breaks.py:pipeline")
+    assert {str(one.get("output", {}).get("n", "*")) for one in json.loads(shown.out)["attempts"]} == {"*"}
+
+
+def test_without_a_test_it_is_json(recorded, inside):
+    """The recording is printed, in a schema that RecordedRun reads."""
+    from stroma.testing import RecordedRun
+
+    done = inside("record", "run-a")
+    run = RecordedRun.from_json(json.loads(done.out))
+    assert (run.run_id, run.status, len(run.attempts)) == ("run-a", "COMPLETED", 4)

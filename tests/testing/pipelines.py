@@ -1,0 +1,49 @@
+"""Nodes for the tests of the test kit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma import FailurePolicy, NodeContract, StromaRunner, stroma_node
+
+
+class Number(BaseModel):
+    n: int = 0
+
+
+def make(node_id: str, func: Callable[..., Any], given: type = Number, made: type = Number) -> Any:
+    """A node of any function; the function itself stays unmarked."""
+
+    async def step(state: Any) -> Any:
+        return await func(state)
+
+    return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=given, output_schema=made))(step)
+
+
+async def add_one(state: Number) -> dict[str, int]:
+    return {"n": state.n + 1}
+
+
+async def double(state: Number) -> dict[str, int]:
+    return {"n": state.n * 2}
+
+
+def counted(node_id: str, calls: list[str]) -> Any:
+    """A node that adds one, and notes that it was called."""
+
+    async def step(state: Number) -> dict[str, int]:
+        calls.append(node_id)
+        return {"n": state.n + 1}
+
+    return make(node_id, step)
+
+
+def patient(seconds: float = 60.0, retries: int = 2, **config: Any) -> StromaRunner:
+    """A runner that waits between attempts, always for as long."""
+    policy = FailurePolicy(
+        max_retries=retries, backoff_seconds=seconds, max_backoff_seconds=1e9, jitter=False
+    )
+    return StromaRunner.quick(policy_map={"RECOVERABLE": policy, "AMBIGUOUS": policy}, **config)

@@ -1,0 +1,183 @@
+"""crash_at: everything that a process has not kept is lost, and nothing that it has kept."""
+
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from tests.servers import environment
+from tests.testing.pipelines import Number, counted, patient
+
+from stroma import (
+    AsyncInMemoryStore,
+    CheckpointManager,
+    ContractRegistry,
+    NodeHooks,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    execute_step,
+    parallel,
+)
+from stroma.testing import POINTS, Crashed, FaultPlan, crash_at
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request, tmp_path):
+    if request.param == "memory":
+        yield AsyncInMemoryStore()
+    else:
+        async with SQLiteStore(tmp_path / "x.db") as store:
+            yield store
+
+
+#: What is called before and after a death at each point of the second of three nodes.
+CALLED = {
+    "before_node": (["a"], ["b", "c"]),
+    "after_node": (["a", "b"], ["b", "c"]),
+    "after_commit": (["a", "b"], ["c"]),
+    "after_hooks": (["a", "b"], ["c"]),
+    "before_end": (["a", "b", "c"], []),
+    "after_end": (["a", "b", "c"], []),
+}
+
+
+@pytest.mark.parametrize("point", POINTS)
+async def test_a_death_loses_what_was_not_kept(point, store):
+    """Another process goes on at once, and calls again what was not committed, and nothing else."""
+    calls = []
+    nodes = [counted(node_id, calls) for node_id in "abc"]
+    runner = StromaRunner.quick(store=store)
+    with crash_at(point, None if point.endswith("_end") else "b") as crash:
+        await runner.run(nodes, Number(), run_id="r")
+        raise AssertionError("the run came to its end")
+    assert crash.boundary.point == point
+    assert calls == CALLED[point][0]
+    kept = {"before_node": "a", "after_node": "a", "before_end": "abc", "after_end": "abc"}.get(point, "ab")
+    assert [(attempt.node_id, attempt.outcome) for attempt in store.attempts("r")] == [
+        (n, "success") for n in kept
+    ]
+    status = store.get_run("r").status
+    assert status == ("COMPLETED" if point == "after_end" else "RUNNING")
+    calls.clear()
+    result = await runner.run(nodes, Number(), run_id="r", resume=True)
+    assert (result.status, result.final_state, calls) == (RunStatus.RESUMED, Number(n=3), CALLED[point][1])
+
+
+async def test_a_process_that_has_died_says_nothing_more(store):
+    """No hook is told after the death: neither of the node, nor of its siblings, nor of the end of the run."""
+    told, calls = [], []
+
+    def note(name):
+        async def hook(run_id, node_id="", *_):
+            told.append((name, node_id))
+
+        return hook
+
+    events = ("on_node_start", "on_node_success", "on_node_failure", "on_node_cancelled", "on_run_end")
+    hooks = NodeHooks(**{event: note(event) for event in events})
+    with crash_at("after_node", "a"):
+        await StromaRunner.quick(store=store, hooks=hooks).run(
+            [parallel(counted("a", calls), counted("b", calls)), counted("c", calls)], Number(), run_id="r"
+        )
+    assert {name for name, _ in told} == {"on_node_start"}
+    assert "c" not in calls
+    assert [a.node_id for a in store.attempts("r") if a.output is not None] in ([], ["b"])
+
+
+async def test_the_attempt_and_the_branch_say_which(store):
+    """A death on the second attempt leaves the first in the journal."""
+    calls = []
+    with FaultPlan().fail("a"), crash_at("before_node", "a", attempt=2) as crash:
+        await patient(0, store=store).run([counted("a", calls)], Number(), run_id="r")
+    assert (crash.boundary.attempt, calls) == (2, [])
+    assert [(a.attempt, a.outcome) for a in store.attempts("r")] == [(1, "failure")]
+
+    with crash_at("after_commit", branch="1") as crash:
+        await StromaRunner.quick(store=store).run(
+            [parallel(counted("a", calls), counted("b", calls))], Number()
+        )
+    assert crash.boundary.node_id == "b"
+
+
+async def test_a_step_of_plain_code_dies(store):
+    """execute_step raises, and the next process has what was committed."""
+    calls = []
+
+    async def work(run_id, resume):
+        config = RunConfig(run_id=run_id, resume=resume)
+        ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(store))
+        async with ctx:
+            state = Number()
+            for node_id in "ab":
+                state = (await execute_step(node_id, counted(node_id, calls), state, ctx)).final_state
+        return state
+
+    with crash_at("after_node", "b"):
+        await work("r", False)
+        raise AssertionError("the code came to its end")
+    assert calls == ["a", "b"]
+    assert await work("r", True) == Number(n=2)
+    assert calls == ["a", "b", "b"]
+
+
+async def test_no_except_exception_catches_a_death():
+    """What handles errors of a run does not take a death for one."""
+    with crash_at("before_node", "a"):
+        try:
+            await StromaRunner.quick().run([counted("a", [])], Number())
+        except Exception:
+            raise AssertionError("a process that has died handles nothing") from None
+    assert not issubclass(Crashed, Exception)
+
+
+async def test_a_point_that_no_run_comes_to_is_an_error():
+    """A death that never happens proves nothing; the nodes that ran are named."""
+    with pytest.raises(
+        AssertionError, match=r"no run came to 'after_node' of node 'x'; the nodes that ran are 'a'"
+    ):
+        with crash_at("after_node", "x"):
+            await StromaRunner.quick().run([counted("a", [])], Number())
+    with pytest.raises(ValueError, match="is no point of a run; give one of 'before_node'"):
+        crash_at("somewhere")
+    with pytest.raises(ValueError, match="leave the node out"):
+        crash_at("after_end", "a")
+
+
+async def test_an_error_of_the_test_is_not_swallowed():
+    """Only the death ends at the end of the block."""
+    with pytest.raises(ZeroDivisionError):
+        with crash_at("after_end"):
+            raise ZeroDivisionError
+
+
+def test_a_real_kill(tmp_path):
+    """With kill=True the process is gone, by SIGKILL; the next one finds what was committed."""
+    script = tmp_path / "script.py"
+    script.write_text(
+        textwrap.dedent("""
+        import sys
+        from tests.testing.pipelines import Number, counted
+        from stroma import SQLiteStore, StromaRunner
+        from stroma.testing import crash_at
+
+        calls = []
+        nodes = [counted(node_id, calls) for node_id in "abc"]
+        with SQLiteStore("x.db") as store:
+            runner = StromaRunner.quick(store=store)
+            if "die" in sys.argv:
+                with crash_at("after_commit", "b", kill=True):
+                    runner.run_sync(nodes, Number(), run_id="r")
+            else:
+                print(runner.run_sync(nodes, Number(), run_id="r", resume=True).status, *calls)
+        """)
+    )
+    env = {**environment(), "PYTHONPATH": ":".join(p for p in sys.path if p)}
+    died = subprocess.run(
+        [sys.executable, script, "die"], cwd=tmp_path, env=env, check=False, capture_output=True
+    )
+    assert died.returncode == -9, died.stderr.decode()
+    after = subprocess.run([sys.executable, script], cwd=tmp_path, env=env, check=False, capture_output=True)
+    assert after.stdout.decode().split() == ["RESUMED", "c"], after.stderr.decode()

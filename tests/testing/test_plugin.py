@@ -1,0 +1,256 @@
+"""The plugin, in sessions of pytest of their own."""
+
+import json
+import re
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import pytest
+from tests.servers import environment
+
+pytest_plugins = ["pytester"]
+
+HEAD = """
+    import pytest
+    from pydantic import BaseModel
+    from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, stroma_node
+
+    class Number(BaseModel):
+        n: int = 0
+
+    def make(node_id, func):
+        return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=Number, output_schema=Number))(func)
+
+    async def add_one(state):
+        return {"n": state.n + 1}
+
+    patient = StromaRunner.quick(policy_map={"RECOVERABLE": FailurePolicy(max_retries=2, backoff_seconds=60, jitter=False)})
+"""
+
+
+@pytest.fixture
+def session(pytester, monkeypatch):
+    """Runs a file of tests, and gives what it came to."""
+    for name in ("COV_CORE_SOURCE", "PYTEST_ADDOPTS"):
+        monkeypatch.delenv(name, raising=False)
+
+    def run(body, *options):
+        pytester.makepyfile(test_it=textwrap.dedent(HEAD) + textwrap.dedent(body))
+        plain = ["-p", "no:ddtrace", "-p", "no:cacheprovider", "-o", "asyncio_mode=auto"]
+        return pytester.runpytest_subprocess(
+            *plain, "-o", "asyncio_default_fixture_loop_scope=function", *options
+        )
+
+    run.path = pytester.path
+    return run
+
+
+def test_the_plugin_is_light():
+    """A session that uses nothing of it imports nothing of Stroma but the plugin, and no pydantic."""
+    code = "import stroma.testing.plugin, sys; print([m for m in sys.modules if m.split('.')[0] in ('stroma', 'pydantic', 'hypothesis')])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    )
+    assert done.stdout.strip() == "['stroma', 'stroma.testing', 'stroma.testing.plugin']"
+
+
+def test_the_core_does_not_import_the_test_kit():
+    """Running a pipeline loads nothing of stroma.testing, nor pytest."""
+    code = "import sys, stroma, stroma.runner; print([m for m in sys.modules if 'testing' in m or 'pytest' in m])"
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
+    )
+    assert done.stdout.strip() == "[]"
+
+
+def test_the_fixtures(session):
+    """Each fixture does what it says, without an import in the test."""
+    result = session("""
+        async def test_the_clock(stroma_clock, stroma_faults, stroma_store):
+            stroma_faults.fail("a", TimeoutError("x"))
+            runner = StromaRunner.quick(store=stroma_store, policy_map=patient.config.policy_map)
+            result = await runner.run([make("a", add_one)], Number(), run_id="r")
+            assert result.final_state.n == 1
+            assert stroma_clock.waits == [60]
+            assert stroma_store.get_run("r").status == "COMPLETED"
+
+        async def test_a_fault_that_is_never_met(stroma_faults):
+            stroma_faults.fail("nobody")
+
+        async def test_that_fails_by_itself(stroma_faults):
+            stroma_faults.fail("nobody")
+            assert 1 == 2
+    """)
+    result.assert_outcomes(passed=2, failed=1, errors=1)
+    result.stdout.fnmatch_lines(["*planned and never met: fail 'nobody'*"])
+
+
+def test_the_fixtures_as_the_page_shows_them(session):
+    """The test on docs/testing.md passes, with the pipeline that the page begins with."""
+    page = (Path(__file__).parent.parent.parent / "docs" / "testing.md").read_text("utf-8")
+    codes = re.findall(r"^```python\n(.*?)^```$", page, re.MULTILINE | re.DOTALL)
+    (test,) = [code for code in codes if "stroma_clock" in code]
+    session(f"\n{codes[0]}\n{test}", "--stroma-update-snapshots").assert_outcomes(passed=1)
+    session(f"\n{codes[0]}\n{test}").assert_outcomes(passed=1)
+
+
+def test_snapshots_are_written_when_asked_for(session):
+    """The first run without the option fails; with it the file is written, and afterwards it is compared."""
+    body = """
+        async def test_it(stroma_snapshot):
+            result = await patient.run([make("a", add_one)], Number())
+            stroma_snapshot(result)
+            stroma_snapshot(result.trace, name="trace", states=False)
+    """
+    first = session(body)
+    first.assert_outcomes(failed=1)
+    first.stdout.fnmatch_lines(["*there is no snapshot*--stroma-update-snapshots*"])
+    session(body, "--stroma-update-snapshots").assert_outcomes(passed=1)
+    assert sorted(path.name for path in (session.path / "snapshots" / "test_it").iterdir()) == [
+        "test_it.trace.txt",
+        "test_it.txt",
+    ]
+    session(body).assert_outcomes(passed=1)
+    changed = session(body.replace("add_one)", "lambda state: add_one(Number(n=4)))"))
+    changed.assert_outcomes(failed=1)
+    changed.stdout.fnmatch_lines(['*-    > {"n": 1}*', '*+    > {"n": 5}*'])
+
+
+def test_answers_are_recorded_when_asked_for(session):
+    """Without a recording the test fails and says how to make one; then it runs without the provider."""
+    body = """
+        import http.server, threading, urllib.request
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def do_GET(self):
+                self.send_response(200)
+                self.end_headers()
+                self.wfile.write(b"forty-two")
+
+            def log_message(self, *_):
+                pass
+
+        def test_it(stroma_recorded, request):
+            upstream = "http://127.0.0.1:1/v1"
+            if request.config.option.stroma_record:
+                server = http.server.HTTPServer(("127.0.0.1", 0), Handler)
+                threading.Thread(target=server.serve_forever, daemon=True).start()
+                upstream = f"http://127.0.0.1:{server.server_address[1]}/v1"
+            provider = stroma_recorded(upstream)
+            assert urllib.request.urlopen(f"{provider.url}/answer").read() == b"forty-two"
+    """
+    missing = session(body)
+    missing.assert_outcomes(failed=1)
+    missing.stdout.fnmatch_lines(["*there is no recording*--stroma-record*"])
+    session(body, "--stroma-record").assert_outcomes(passed=1)
+    data = json.loads((session.path / "recordings" / "test_it" / "test_it.json").read_text())
+    assert [entry["response"]["body"] for entry in data["responses"]] == ["forty-two"]
+    session(body).assert_outcomes(passed=1)
+
+
+CHAOS = """
+    sent, keys, built = [], {}, []
+
+    @pytest.fixture(autouse=True)
+    def mailbox():
+        sent.clear()
+        built.append(1)
+
+    async def send(state):
+        sent.append("mail")
+        return state
+
+    async def send_once(state):
+        keys[current_node().idempotency_key] = "mail"
+        return state
+
+    async def test_unsafe():
+        result = await patient.run([make("count", add_one), make("send", send)], Number())
+        assert sent == ["mail"]
+
+    async def test_safe():
+        keys.clear()
+        await patient.run([make("count", add_one), make("send_once", send_once)], Number())
+        assert len(keys) == 1
+
+    def test_that_runs_nothing():
+        assert len(built) == 1 or True
+
+    @pytest.mark.stroma_no_chaos
+    async def test_that_is_left_alone():
+        await patient.run([make("send", send)], Number())
+        assert sent == ["mail"]
+
+    async def test_that_fails_anyway():
+        await patient.run([make("send", send)], Number())
+        assert sent == []
+"""
+
+
+@pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
+def test_chaos_names_the_node_that_is_not_safe_to_retry(session, workers):
+    """Every test of a pipeline runs again with faults: the node whose second call breaks a test is named, no other is."""
+    result = session(CHAOS, "--stroma-chaos=20", "--stroma-chaos-seed=7", *workers)
+    result.assert_outcomes(passed=4, failed=2)
+    text = result.stdout.str()
+    assert "--stroma-chaos-seed=7" in text
+    named = [line for line in text.splitlines() if line.startswith("node ")]
+    (line,) = named
+    assert line.startswith(
+        "node 'send' is not safe to retry: test_it.py::test_unsafe fails if its call 1 is made twice"
+    )
+
+
+def test_chaos_is_the_same_with_the_same_seed(session):
+    """The seed makes the same faults again; without one it is made up, and told."""
+    body = CHAOS.replace("async def test_safe", "async def test_noted")
+    first, again = (
+        session(body, "--stroma-chaos=6", "--stroma-chaos-seed=11").stdout.str() for _ in range(2)
+    )
+    told = [[line for line in text.splitlines() if line.startswith("run ")] for text in (first, again)]
+    assert told[0] == told[1]
+    made_up = session(body, "--stroma-chaos=1").stdout.str()
+    assert "--stroma-chaos-seed=" in made_up
+
+
+def test_without_the_option_nothing_runs_twice(session):
+    """A session without chaos calls each test once."""
+    result = session("""
+        calls = []
+
+        async def test_it():
+            await patient.run([make("a", add_one)], Number())
+            calls.append(1)
+            assert calls == [1]
+    """)
+    result.assert_outcomes(passed=1)
+    assert "chaos" not in result.stdout.str()
+
+
+def test_a_race_is_found(session):
+    """A node that is slower than others breaks a test that goes by the order in which siblings end."""
+    result = session(
+        """
+        from stroma import parallel
+
+        async def test_it():
+            order = []
+
+            def noting(name):
+                async def step(state):
+                    order.append(name)
+                    return state
+                return make(name, step)
+
+            await patient.run([parallel(noting("first"), noting("second"))], Number())
+            assert dict.fromkeys(order) == {"first": None, "second": None}
+            assert order[0] == "first"
+        """,
+        "--stroma-chaos=40",
+        "--stroma-chaos-seed=1",
+    )
+    result.stdout.fnmatch_lines(
+        ["node 'first' is in a race: test_it.py::test_it fails if its call 1 is slower than others"]
+    )

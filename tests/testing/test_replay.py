@@ -1,0 +1,404 @@
+"""replay(): what the code of today makes of a recorded run, without a call."""
+
+import json
+
+import pytest
+from pydantic import BaseModel, Field
+from tests.testing.pipelines import Number, add_one, double, make, patient
+
+from stroma import (
+    AsyncInMemoryStore,
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    Pipeline,
+    RunConfig,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    Suspend,
+    map_over,
+    parallel,
+    stroma_node,
+)
+from stroma.testing import FakeClock, FaultPlan, RecordedRun, replay, replay_sync
+
+
+class Item(BaseModel):
+    n: int
+
+
+class Order(BaseModel):
+    n: int = 0
+    items: list[Item] = []
+
+
+class Renamed(BaseModel):
+    n: int = 0
+    items: list[Item] = []
+    note: str = ""
+
+
+class Small(BaseModel):
+    n: int = Field(default=0, lt=1)
+    items: list[Item] = []
+
+
+class Calls:
+    """Nodes that note that they are called."""
+
+    def __init__(self):
+        self.calls = []
+
+    def node(self, node_id, func, given=Order, made=Order):
+        async def step(state):
+            self.calls.append(node_id)
+            return await func(state)
+
+        return make(node_id, step, given, made)
+
+
+async def paid(state):
+    return {"n": state.n + 1, "items": state.items}, 10, 5, "gpt-4o-mini"
+
+
+async def grow(state):
+    return {"n": state.n + 1, "items": state.items}
+
+
+@pytest.fixture
+def calls():
+    return Calls()
+
+
+@pytest.fixture
+def nodes(calls):
+    return [
+        calls.node("read", paid),
+        calls.node("check", grow),
+        parallel(calls.node("left", grow), calls.node("right", paid)),
+        map_over("items", calls.node("item", double, Item, Item), into="out"),
+    ]
+
+
+ORDER = Order(items=[Item(n=1), Item(n=2)])
+
+
+@pytest.fixture(params=["memory", "sqlite"])
+async def store(request, tmp_path):
+    if request.param == "memory":
+        yield AsyncInMemoryStore()
+    else:
+        async with SQLiteStore(tmp_path / "x.db") as store:
+            yield store
+
+
+async def record(store, nodes, state=ORDER, *, faults=None, **config):
+    """Run and record; the calls are forgotten."""
+    with FakeClock(), faults or FaultPlan():
+        await patient(store=store, **config).run(nodes, state, run_id="r")
+    return RecordedRun.read(store, "r")
+
+
+async def differences(recorded, nodes, runner=None, **options):
+    found = await replay(recorded, nodes, runner=runner or patient(), **options)
+    return found, [(difference.kind, difference.node_id) for difference in found.differences]
+
+
+async def test_unchanged_code_goes_the_same_way_without_a_call(store, nodes, calls):
+    """Contracts, retries, groups, maps and totals come out as they were, and no node is called."""
+    recorded = await record(
+        store, nodes, faults=FaultPlan().fail("check", TimeoutError("x")).fail("item", attempt=1)
+    )
+    calls.calls.clear()
+    found, said = await differences(recorded, nodes)
+    found.assert_same()
+    assert (said, calls.calls, found.called, found.stopped) == ([], [], (), None)
+    assert found.status is RunStatus.COMPLETED
+    assert (found.result.total_tokens, found.result.total_cost_usd) == (30, pytest.approx(9e-06))
+    assert [len(found.result.trace.events_for(name)) for name in ("read", "check")] == [1, 2]
+
+
+async def test_a_file_holds_all_of_it(store, nodes, tmp_path):
+    """What is saved is loaded, and replays the same."""
+    recorded = await record(store, nodes, faults=FaultPlan().fail("check"))
+    recorded.save(tmp_path / "r.json")
+    assert RecordedRun.load(tmp_path / "r.json") == recorded
+    assert json.loads((tmp_path / "r.json").read_text())["schema"] == "stroma.recorded-run/1"
+    (tmp_path / "r.json").write_text("{}")
+    with pytest.raises(ValueError, match=r"r.json: .*record it anew"):
+        RecordedRun.load(tmp_path / "r.json")
+
+
+async def test_a_contract_that_fails_now(store, nodes, calls):
+    """An output that its contract does not take any more is found at its node, and the run ends there as it would."""
+    recorded = await record(store, nodes)
+    found, said = await differences(recorded, [calls.node("read", paid, made=Small), *nodes[1:]])
+    assert said == [("schema", "read"), ("contract", "read"), ("status", "")]
+    assert "n: Input should be less than 1" in str(found.differences[1])
+    assert found.status is RunStatus.FAILED
+    with pytest.raises(AssertionError, match="would go another way now:\n  schema: 0 read"):
+        found.assert_same()
+
+
+async def test_an_input_contract_that_fails_now(store, nodes, calls):
+    """So is an input; and the input of the run itself."""
+    recorded = await record(store, nodes)
+    _, said = await differences(recorded, [nodes[0], calls.node("check", grow, given=Small), *nodes[2:]])
+    assert said == [("contract", "check"), ("status", "")]
+
+    class Needs(BaseModel):
+        missing: int
+
+    found, said = await differences(recorded, [calls.node("read", paid, given=Needs), *nodes[1:]])
+    assert said == [("input", ""), ("contract", "read"), ("status", "")]
+    assert "missing" in found.differences[0].message
+
+
+async def test_a_schema_that_has_changed(store, nodes, calls):
+    """A field that is new is told, though the recorded output fits; an upcast makes it one that is known."""
+    recorded = await record(store, nodes)
+    _, said = await differences(recorded, [calls.node("read", paid, made=Renamed), *nodes[1:]])
+    assert said == [("schema", "read"), ("output", "read")]
+
+    async def step(state):
+        raise AssertionError("it is not called")
+
+    contract = NodeContract(
+        node_id="read", input_schema=Order, output_schema=Renamed, upcast=lambda raw: {**raw, "note": "new"}
+    )
+    found, said = await differences(recorded, [stroma_node("read", contract)(step), *nodes[1:]])
+    assert said == [("output", "read")]
+    assert 'output.note is new: "new"' in found.differences[0].message
+
+
+async def test_nodes_that_are_gone_or_new(store, nodes, calls):
+    """A node that is gone is told and the rest is followed; at one that is new there is nothing to hand on."""
+    recorded = await record(store, nodes)
+    found, said = await differences(recorded, nodes[1:])
+    assert (said, found.stopped) == ([("missing", "read")], None)
+    found, said = await differences(recorded, [nodes[0], calls.node("new", grow), *nodes[1:]])
+    assert said == [("new", "new")]
+    assert found.stopped.startswith("at 1 new: the run had no such node")
+    _, said = await differences(recorded, [calls.node("renamed", paid), *nodes[1:]])
+    assert said == [("missing", "read"), ("new", "renamed")]
+
+
+async def test_another_decision_to_retry(store, nodes):
+    """Fewer retries than the run needed stop it; more than it had lead to where nothing is recorded."""
+    recorded = await record(store, nodes, faults=FaultPlan().fail("check", attempt=(1, 2)))
+    found, said = await differences(recorded, nodes, patient(retries=1))
+    assert said == [("decision", "check"), ("status", "")]
+    assert "attempts: 3 -> 2" in str(found.differences[0])
+    assert found.status is RunStatus.PARTIAL
+
+    gave_up = await record(store, nodes, faults=FaultPlan().fail("check", ZeroDivisionError, attempt=None))
+    assert gave_up.status == "PARTIAL"
+    assert (await differences(gave_up, nodes))[1] == []
+    found, said = await differences(gave_up, nodes, patient(retries=3))
+    assert said == [("decision", "check")]
+    assert "it is tried again (attempt 4), where the run stopped trying" in found.differences[0].message
+
+
+async def test_another_class_of_a_failure(store, nodes):
+    """A classifier of today is asked about a failure with the message of then."""
+    recorded = await record(store, nodes, faults=FaultPlan().fail("check", ValueError("quota"), attempt=1))
+    assert (await differences(recorded, nodes))[1] == []
+
+    def terminal(error, context):
+        return FailureClass.TERMINAL if "quota" in str(error) else None
+
+    found, said = await differences(recorded, nodes, patient(classifiers=[terminal]))
+    assert said == [("decision", "check"), ("status", "")]
+    assert found.status is RunStatus.FAILED
+
+
+async def test_a_wait_that_no_journal_keeps_is_no_difference(store, nodes):
+    """A run that stopped at a server which asked for too long a wait stops there, whatever the policy would allow."""
+
+    class Response:
+        status_code = 429
+        headers = {"retry-after": "100000"}  # noqa: RUF012
+
+    class TooMany(Exception):
+        response = Response()
+
+    recorded = await record(store, nodes, faults=FaultPlan().fail("check", TooMany("later")))
+    assert (recorded.status, recorded.attempts[-1].reason) == ("PARTIAL", "rate_limit")
+    found, said = await differences(recorded, nodes)
+    assert (said, found.status) == ([], RunStatus.PARTIAL)
+
+
+async def test_another_budget(store, nodes):
+    """The arithmetic of today is done with the usage of then: a smaller limit stops the run where it is crossed."""
+    recorded = await record(store, nodes)
+    small = ExecutionBudget(max_tokens_total=20, max_cost_usd=None, max_latency_ms=None)
+    found, said = await differences(recorded, nodes, patient(budget=small))
+    assert ("decision", "right") in said
+    assert said[-1] == ("status", "")
+    assert (found.status, found.result.total_tokens) == (RunStatus.PARTIAL, 30)
+
+    stopped = await record(store, nodes, budget=small)
+    assert (await differences(stopped, nodes, patient(budget=small)))[1] == []
+    found, said = await differences(stopped, nodes)
+    assert ("decision", "right") in said
+    assert found.stopped is not None
+
+
+async def test_what_a_group_makes_of_the_same_outputs(store, nodes, calls):
+    """A group is put together by the code of today: another order of its children gives another state."""
+    other = parallel(nodes[2].children[1], nodes[2].children[0])
+    recorded = await record(store, [nodes[0], parallel(make("l", add_one, Order), make("r", double, Order))])
+    _, said = await differences(
+        recorded, [nodes[0], parallel(make("r", double, Order), make("l", add_one, Order))]
+    )
+    assert ("missing", "parallel(l, r)") in said
+    assert other.node_id == "parallel(right, left)"
+
+
+async def test_runs_that_failed_are_followed(store, calls):
+    """A broken contract, a repaired one, a failed child beside a cancelled one: each goes the same way again."""
+    import asyncio
+
+    async def wrong(state):
+        return {"n": "many"}
+
+    async def hang(state):
+        await asyncio.sleep(1e6)
+
+    async def broken(state):
+        raise PermissionError("no")
+
+    for nodes, config in [
+        ([calls.node("wrong", wrong)], {}),
+        ([calls.node("read", paid), calls.node("wrong", wrong)], {"contract_retries": {"wrong": 2}}),
+        ([parallel(calls.node("broken", broken), calls.node("hang", hang)), calls.node("read", paid)], {}),
+        ([calls.node("hang", hang)], {"node_timeouts": {"hang": 50}}),
+    ]:
+        recorded = await record(store, nodes, **config)
+        assert recorded.status in ("FAILED", "PARTIAL")
+        found, said = await differences(recorded, nodes, patient(**config))
+        assert said == [], found.differences
+        assert found.status == recorded.status
+
+
+async def test_a_run_that_waits_for_a_person(store, calls):
+    """A suspended run is one again."""
+
+    async def ask(state):
+        raise Suspend("yes or no?")
+
+    recorded = await record(store, [calls.node("read", paid), calls.node("ask", ask)])
+    found, said = await differences(recorded, [calls.node("read", paid), calls.node("ask", ask)])
+    assert (said, found.status) == ([], RunStatus.SUSPENDED)
+
+
+async def test_a_run_that_never_ended_is_followed_as_far_as_it_came(store, nodes):
+    """A run whose process died is no different, up to where it is recorded."""
+    from stroma.testing import crash_at
+
+    with crash_at("after_node", "check"):
+        await patient(store=store).run(nodes, ORDER, run_id="r")
+    found, said = await differences(RecordedRun.read(store, "r"), nodes)
+    assert said == []
+    assert found.stopped == "at 1 check: the run came no further"
+
+
+async def test_a_run_that_several_processes_made(store, nodes):
+    """Attempts of processes that came before at the same place are not handed on: the last one's are."""
+    runner = patient(0, retries=0, store=store)
+    with FaultPlan().fail("check", ZeroDivisionError):
+        await runner.run(nodes, ORDER, run_id="r")
+    await runner.run(nodes, ORDER, run_id="r", resume=True)
+    recorded = RecordedRun.read(store, "r")
+    assert recorded.status == "RESUMED"
+    assert (await differences(recorded, nodes, patient(retries=0)))[1] == []
+
+
+async def test_calls_from_a_node_on(store, nodes, calls):
+    """With start_at, what comes before is handed on, and the rest is called; a changed input is what it is given."""
+    recorded = await record(store, nodes)
+    calls.calls.clear()
+    found, said = await differences(recorded, nodes, start_at="check")
+    assert (said, found.called) == ([], ("check", "left", "right", "item", "item"))
+    assert calls.calls == list(found.called)
+    found, said = await differences(recorded, nodes, start_at="check", state={"n": 40, "items": []})
+    assert found.result.final_state.n == 42
+    assert ("output", "check") in said
+    assert all(name != "read" for _, name in said)
+    found, _ = await differences(recorded, nodes, start_at="read", state=Order(n=5))
+    assert found.called == ("read", "check", "left", "right")
+    with pytest.raises(ValueError, match="its nodes are 'read', 'check'"):
+        await replay(recorded, nodes, start_at="chek")
+    with pytest.raises(TypeError, match="put together of its children"):
+        await replay(recorded, nodes, start_at=nodes[3].node_id, state={})
+
+
+async def test_redaction(store, nodes, calls, tmp_path):
+    """What redact hides is in no file and in no difference; that something differs there is told."""
+
+    def redact(state):
+        return {**state, "n": 0} if "n" in state else state
+
+    recorded = await record(store, nodes)
+    assert recorded.redacted(redact).to_json()["attempts"][0]["output"]["n"] == 0
+    found, _ = await differences(
+        recorded, nodes, patient(redact=redact), start_at="read", state=Order(n=77, items=ORDER.items)
+    )
+    assert "78" not in str(found.differences)
+    assert "it differs in what is redacted" in str(found.differences)
+    broken, _ = await differences(
+        recorded, [calls.node("read", paid, made=Small), *nodes[1:]], patient(redact=redact)
+    )
+    assert "less than" not in str(broken.differences)
+
+
+async def test_the_config_of_the_pipeline_counts(store, nodes):
+    """A Pipeline brings its own config; no hook of it is told, and nothing is kept."""
+    told = []
+
+    async def hook(*arguments):
+        told.append(arguments)
+
+    from stroma import NodeHooks
+
+    policy = {FailureClass.RECOVERABLE: FailurePolicy(max_retries=0, backoff_seconds=0)}
+    config = RunConfig(
+        policy_map=policy, hooks=NodeHooks(on_node_success=hook, on_run_end=hook), run_id="own"
+    )
+    recorded = await record(store, nodes, faults=FaultPlan().fail("check"))
+    before = len(store.list_runs())
+    found = await replay(recorded, Pipeline("orders", nodes, config=config))
+    assert [difference.kind for difference in found.differences] == ["decision", "status"]
+    assert told == []
+    assert len(store.list_runs()) == before
+
+
+def test_replay_without_an_event_loop(nodes):
+    """replay_sync does the same; a run that is not there is an error."""
+    store = AsyncInMemoryStore()
+    StromaRunner.quick(store=store).run_sync(nodes, ORDER, run_id="r")
+    replay_sync(RecordedRun.read(store, "r"), nodes).assert_same()
+    with pytest.raises(LookupError, match="there is no run 'x'"):
+        RecordedRun.read(store, "x")
+
+
+async def test_states_that_plain_json_does_not_hold(store):
+    """NaN, bytes and decimals come back as they were."""
+    from decimal import Decimal
+
+    class Odd(BaseModel):
+        value: float = 0.0
+        data: bytes = b""
+        price: Decimal = Decimal(0)
+        n: int = 0
+
+    async def odd(state):
+        return {"value": float("nan"), "data": b"\x00\xff", "price": Decimal("1.10")}
+
+    nodes = [make("odd", odd, Number, Odd), make("next", add_one, Odd, Number)]
+    recorded = await record(store, nodes, Number())
+    again = RecordedRun.from_json(json.loads(json.dumps(recorded.to_json())))
+    assert again == recorded
+    assert (await differences(again, nodes))[1] == []

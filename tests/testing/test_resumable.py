@@ -1,0 +1,280 @@
+"""assert_resumable: it finds what is unsafe, and passes what is safe."""
+
+import os
+import random
+import threading
+from collections import Counter
+
+import pytest
+from pydantic import BaseModel
+from tests.testing.pipelines import Number, add_one, double, make, patient
+
+from stroma import Pipeline, current_node, execute_step, map_over, parallel
+from stroma.testing import POINTS, FaultPlan, assert_resumable, assert_resumable_sync
+
+forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system")
+HOW = [pytest.param(True, marks=forks, id="killed"), pytest.param(False, id="simulated")]
+
+
+class Many(BaseModel):
+    items: list[Number]
+
+
+@pytest.mark.parametrize("processes", HOW)
+async def test_a_safe_pipeline_passes(processes):
+    """Nodes, groups and maps that go by their inputs alone survive a death at every boundary."""
+    nodes = [
+        make("a", add_one),
+        parallel(make("b", add_one), make("c", double)),
+        make("d", add_one),
+    ]
+    proven = await assert_resumable(Pipeline("safe", nodes), Number(), processes=processes)
+    assert proven.killed is processes
+    assert {boundary.point for boundary in proven.boundaries} == set(POINTS)
+    attempts = Counter(boundary.node_id for boundary in proven.boundaries if boundary.point == "before_node")
+    assert attempts == {"a": 1, "b": 1, "c": 1, "d": 1, "parallel(b, c)": 1}
+    many = Many(items=[Number(n=1), Number(n=2)])
+    await assert_resumable([map_over("items", make("item", double), into="out")], many, processes=processes)
+
+
+def test_a_test_without_an_event_loop():
+    """assert_resumable_sync does the same."""
+    assert assert_resumable_sync([make("a", add_one)], Number()).boundaries
+
+
+async def test_the_sync_one_says_so_where_a_loop_is_running():
+    with pytest.raises(RuntimeError, match="await assert_resumable"):
+        assert_resumable_sync([make("a", add_one)], Number())
+
+
+@forks
+async def test_a_node_that_keeps_state_in_a_global_is_found():
+    """What one node leaves in the memory of the process for another one is gone after a death; both nodes are named."""
+    memory = {}
+
+    async def put(state):
+        memory["n"] = state.n + 5
+        return state
+
+    async def get(state):
+        return {"n": memory["n"]}
+
+    with pytest.raises(AssertionError) as found:
+        await assert_resumable([make("put", put), make("get", get)], Number())
+    assert "dies after node 'put' (position 0, attempt 1) was kept" in str(found.value)
+    assert "node 'get': 'n'" in str(found.value)
+
+    async def get_or_not(state):
+        return {"n": memory.get("n", 0)}
+
+    with pytest.raises(AssertionError) as found:
+        await assert_resumable([make("put", put), make("get", get_or_not)], Number())
+    assert "the final state is another one, from the output of node 'get' (position 1) on: n 5 -> 0" in str(
+        found.value
+    )
+    assert memory == {}  # It was never in this process.
+
+
+async def test_state_in_the_context_is_found():
+    """The run's context is that of the process, too."""
+
+    async def unsafe():
+        from stroma import NodeContract, stroma_node
+
+        contract = NodeContract(node_id="x", input_schema=Number, output_schema=Number)
+
+        @stroma_node("put", contract)
+        async def put(state, ctx):
+            ctx["n"] = 7
+            return state
+
+        @stroma_node("get", contract)
+        async def get(state, ctx):
+            return {"n": ctx.get("n", 0)}
+
+        await assert_resumable([put, get], Number(), processes=False)
+
+    with pytest.raises(AssertionError, match="the final state is another one, from the output of node 'get'"):
+        await unsafe()
+
+
+@pytest.mark.parametrize("processes", HOW)
+async def test_chance_is_found(processes):
+    """A node that answers by chance differs by itself; nothing is said about a death then."""
+
+    async def guess(state):
+        return {"n": random.SystemRandom().randrange(10**12)}
+
+    with pytest.raises(AssertionError, match="two undisturbed runs differ, from the output of node 'guess'"):
+        await assert_resumable([make("a", add_one), make("guess", guess)], Number(), processes=processes)
+
+
+async def test_fields_that_may_differ():
+    """What is named with ignore= is not looked at."""
+
+    class Stamped(BaseModel):
+        n: int = 0
+        stamp: int = 0
+
+    async def stamp(state):
+        return {"n": 1, "stamp": random.SystemRandom().randrange(10**12)}
+
+    node = make("stamp", stamp, Stamped, Stamped)
+    await assert_resumable([node], Stamped(), ignore=["stamp"], processes=False)
+    with pytest.raises(AssertionError):
+        await assert_resumable([node], Stamped(), ignore=["sta"], processes=False)
+
+
+async def test_a_router_that_goes_by_something_else_is_found():
+    """Plain code that takes another way in each run is found, and code that goes by its input passes."""
+    turns = iter(range(10**6))
+
+    async def routed(ctx, state):
+        first = (await execute_step("first", add_one, state, ctx)).final_state
+        step = "left" if next(turns) % 2 else "right"
+        return (await execute_step(step, add_one, first, ctx)).final_state
+
+    with pytest.raises(AssertionError, match=r"attempt 1 of node '(left|right)' is in one of them only"):
+        await assert_resumable(routed, Number(), processes=False)
+
+    async def straight(ctx, state):
+        first = (await execute_step("first", add_one, state, ctx)).final_state
+        return (await execute_step("right" if first.n else "left", add_one, first, ctx)).final_state
+
+    assert (await assert_resumable(straight, Number())).boundaries
+
+
+async def test_a_step_that_gets_something_else_after_a_death_is_found():
+    """The journal refuses a step whose input is another one: the message says which."""
+    clock = iter(range(10**6))
+
+    async def work(ctx, state):
+        first = (await execute_step("first", add_one, state, ctx)).final_state
+        told = Number(n=next(clock))
+        await execute_step("note", add_one, told, ctx)
+        return first
+
+    with pytest.raises(AssertionError, match=r"two undisturbed runs differ|recorded with the input"):
+        await assert_resumable(work, Number(), processes=False)
+
+
+async def test_output_that_cannot_be_stored_is_found():
+    """An object that no store can keep fails the undisturbed run, and is named."""
+
+    class Holds(BaseModel):
+        what: object = None
+
+    async def hold(state):
+        return {"what": object()}
+
+    with pytest.raises(
+        AssertionError,
+        match=r"the undisturbed run does not complete: it ends as FAILED, node 'hold'.*serialised",
+    ):
+        await assert_resumable([make("hold", hold, Number, Holds)], Number())
+
+
+async def test_an_effect_that_is_made_twice_is_found():
+    """A mail that is sent before its node is committed is sent again; with the key of the node it is sent once."""
+    sent, keys = [], {}
+
+    async def send(state):
+        sent.append("mail")
+        return state
+
+    async def send_once(state):
+        keys[current_node().idempotency_key] = "mail"
+        return state
+
+    with pytest.raises(AssertionError) as found:
+        await assert_resumable([make("send", send)], Number(), effects=lambda: sent, reset=sent.clear)
+    assert "node 'send' did its work, and was called again" in str(found.value)
+    assert "idempotency_key" in str(found.value)
+    proven = await assert_resumable(
+        [make("send", send_once)], Number(), effects=lambda: list(keys.values()), reset=keys.clear
+    )
+    assert not proven.killed
+
+
+@forks
+async def test_effects_on_files_are_seen_across_processes(tmp_path):
+    """What processes share can be looked at, too."""
+    log = tmp_path / "log"
+
+    async def send(state):
+        with log.open("a") as file:
+            file.write("mail\n")
+        return state
+
+    with pytest.raises(AssertionError, match="its effects are others"):
+        await assert_resumable(
+            [make("send", send)], Number(), processes=True,
+            effects=lambda: log.read_text() if log.exists() else "", reset=lambda: log.unlink(missing_ok=True),
+        )  # fmt: skip
+
+
+@pytest.mark.parametrize("processes", HOW)
+async def test_retries_are_boundaries_and_wait_for_nothing(processes):
+    """A death between two attempts is tried, and no wait takes any time."""
+    with FaultPlan().fail("a"):
+        proven = await assert_resumable(
+            [make("a", add_one)], Number(), runner=patient(3600), processes=processes
+        )
+    assert {b.attempt for b in proven.boundaries if b.point == "after_commit"} == {1, 2}
+
+
+async def test_most_spreads_the_boundaries():
+    """Of many boundaries as many are tried as were asked for, from the first on."""
+    proven = await assert_resumable(
+        [make(str(i), add_one) for i in range(10)], Number(), most=5, processes=False
+    )
+    assert len(proven.boundaries) == 5
+    assert proven.boundaries[0].node_id == "0"
+    with pytest.raises(ValueError, match="from 1 up"):
+        await assert_resumable([make("a", add_one)], Number(), most=0, processes=False)
+
+
+async def test_a_pipeline_that_fails_is_not_proven():
+    """The undisturbed run has to complete."""
+
+    async def broken(state):
+        raise PermissionError("no")
+
+    with pytest.raises(AssertionError, match="ends as PARTIAL, node 'broken': no"):
+        await assert_resumable([make("broken", broken)], Number(), runner=patient(0, 0), processes=False)
+    with pytest.raises(TypeError, match="async function of"):
+        await assert_resumable(broken_sync, Number())
+
+
+def broken_sync(ctx, state):
+    return state
+
+
+@forks
+async def test_a_process_that_hangs_is_ended():
+    """A node that never ends is not waited for: the last boundary that was seen is named, and no process is left."""
+
+    async def hang(state):
+        threading.Event().wait()
+
+    with pytest.raises(
+        AssertionError, match="did not end within 1 s; the last it told is: before node 'hang'"
+    ):
+        await assert_resumable([make("hang", hang)], Number(), timeout_seconds=1)
+
+
+@forks
+async def test_each_life_is_a_process_of_its_own(tmp_path):
+    """No run of the proof is in this process, and those that die and those that go on are different ones."""
+    log = tmp_path / "log"
+
+    async def note(state):
+        with log.open("a") as file:
+            file.write(f"{os.getpid()}\n")
+        return state
+
+    proven = await assert_resumable([make("note", note)], Number())
+    pids = log.read_text().split()
+    assert str(os.getpid()) not in pids
+    # Two undisturbed runs; all but the first and the last three points have called it before the death or after it.
+    assert len(set(pids)) == len(pids) >= len(proven.boundaries) + 1
