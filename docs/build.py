@@ -9,7 +9,6 @@ come in order. The site works from any web server and, but for the search, from 
 from __future__ import annotations
 
 import ast
-import html.parser
 import json
 import os
 import posixpath
@@ -17,7 +16,6 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from urllib.parse import unquote, urldefrag
 
@@ -71,7 +69,11 @@ def navigation(names: set[str]) -> dict[str, list[str]]:
     for section, entries in NAV.items():
         found: list[str] = []
         for entry in entries:
-            inside = sorted(n for n in names - named if posixpath.dirname(n) == entry[:-1]) if entry.endswith("/") else [entry]
+            inside = (
+                sorted(n for n in names - named if posixpath.dirname(n) == entry[:-1])
+                if entry.endswith("/")
+                else [entry]
+            )
             found += [name for name in inside if name in names and name not in found]
         nav[section] = found
     more = sorted(names - {name for found in nav.values() for name in found})
@@ -134,7 +136,8 @@ def relinked(text: str, name: str, path: Path, known: dict[str, Path], sources: 
 
     parts = re.split(r"(^ *```.*?^ *```$)", text, flags=re.MULTILINE | re.DOTALL)
     return "".join(
-        part if number % 2 else LINK.sub(lambda m: m[1] + target_of(m[2]) + m[3], part) for number, part in enumerate(parts)
+        part if number % 2 else LINK.sub(lambda m: m[1] + target_of(m[2]) + m[3], part)
+        for number, part in enumerate(parts)
     )
 
 
@@ -142,7 +145,9 @@ def lay_out(folder: Path) -> dict[str, list[str]]:
     """Write all pages into a folder, and give the navigation."""
     shutil.rmtree(folder, ignore_errors=True)
     known, sources, titles = pages(), Sources(), dict[str, str]()
-    adrs = {name: title_of(path.read_text("utf-8")) for name, path in known.items() if name.startswith("adr/")}
+    adrs = {
+        name: title_of(path.read_text("utf-8")) for name, path in known.items() if name.startswith("adr/")
+    }
     texts = {name: path.read_text("utf-8") for name, path in known.items()}
     decisions = "\n".join(f"- [{title}]({posixpath.basename(name)})" for name, title in adrs.items())
     known["adr/index.md"] = DOCS / "adr" / "index.md"
@@ -157,7 +162,9 @@ def lay_out(folder: Path) -> dict[str, list[str]]:
         target.parent.mkdir(parents=True, exist_ok=True)
         language = "python" if linked.endswith(".py") else "text"
         code = (ROOT / linked).read_text("utf-8")
-        target.write_text(f"---\nsearch:\n  exclude: true\n---\n\n# {linked}\n\n````` {language}\n{code}`````\n", "utf-8")
+        target.write_text(
+            f"---\nsearch:\n  exclude: true\n---\n\n# {linked}\n\n````` {language}\n{code}`````\n", "utf-8"
+        )
     for picture in DOCS.rglob("*"):
         if picture.suffix in (".svg", ".png"):
             target = folder / picture.relative_to(DOCS)

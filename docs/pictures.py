@@ -59,9 +59,13 @@ class Picture:
             self.text(x + w // 2, int(top + 17 * number), line, "head" if not number else "small", "middle")
 
     def text(self, x: int, y: int, line: str, kind: str = "small", anchor: str = "start") -> None:
-        self.parts.append(f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(line)}</text>')
+        self.parts.append(
+            f'<text class="{kind}" x="{x}" y="{y}" text-anchor="{anchor}">{escape(line)}</text>'
+        )
 
-    def arrow(self, points: Sequence[tuple[int, int]], words: str = "", at: tuple[int, int] | None = None) -> None:
+    def arrow(
+        self, points: Sequence[tuple[int, int]], words: str = "", at: tuple[int, int] | None = None
+    ) -> None:
         path = " ".join(f"{x},{y}" for x, y in points)
         self.parts.append(f'<polyline class="line" points="{path}" marker-end="url(#tip)"/>')
         if words:
@@ -77,10 +81,14 @@ class Picture:
             '<marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="8" markerHeight="8" orient="auto">'
             '<path class="tip" d="M0 0L8 4L0 8z"/></marker>'
         )
-        ground = f'<rect class="ground" x="1" y="1" width="{self.width - 2}" height="{self.height - 2}" rx="10"/>'
+        ground = (
+            f'<rect class="ground" x="1" y="1" width="{self.width - 2}" height="{self.height - 2}" rx="10"/>'
+        )
         head = f'<svg xmlns="http://www.w3.org/2000/svg" {size} role="img" aria-labelledby="t d">'
         named = f'<title id="t">{escape(self.title)}</title>\n<desc id="d">{escape(self.words)}</desc>'
-        return "\n".join([head, named, f"<style>{STYLE}</style>", f"<defs>{tip}</defs>", ground, *self.parts, "</svg>", ""])
+        return "\n".join(
+            [head, named, f"<style>{STYLE}</style>", f"<defs>{tip}</defs>", ground, *self.parts, "</svg>", ""]
+        )
 
 
 def attempt() -> Picture:
@@ -90,7 +98,15 @@ def attempt() -> Picture:
         "the output is committed, the success hook is told. An exception or an output that is refused is classified and "
         "recorded, the failure hook is told, and then it is decided: try again after a wait, or stop.", 860, 300,
     )  # fmt: skip
-    steps = ["input\nvalidated", "start\nhook", "function\nits timeout", "usage\ncounted", "output\nvalidated", "commit\nkept", "success\nhook"]
+    steps = [
+        "input\nvalidated",
+        "start\nhook",
+        "function\nits timeout",
+        "usage\ncounted",
+        "output\nvalidated",
+        "commit\nkept",
+        "success\nhook",
+    ]
     kinds = ["plain", "plain", "plain", "plain", "plain", "kept", "good"]
     for number, (step, kind) in enumerate(zip(steps, kinds, strict=True)):
         x = 20 + number * 119
@@ -106,7 +122,9 @@ def attempt() -> Picture:
     p.arrow([(548, 96), (548, 124), (340, 124), (340, 178)], "refused", (556, 120))
     for x in (363, 506, 649):
         p.arrow([(x, 208), (x + 36, 208)])
-    p.arrow([(762, 236), (762, 272), (72, 272), (72, 98)], "again, after a wait, with the same input", (200, 264))
+    p.arrow(
+        [(762, 236), (762, 272), (72, 272), (72, 98)], "again, after a wait, with the same input", (200, 264)
+    )
     p.arrow([(837, 208), (852, 208)], "", None)
     p.text(762, 170, "or stop", "small")
     return p
@@ -152,7 +170,14 @@ def retry() -> Picture:
     p.arrow([(280, 171), (280, 218)], "yes", (288, 198))
     p.arrow([(475, 171), (475, 244), (483, 244)], "no", (448, 198))
     p.arrow([(690, 171), (690, 218)], "yes", (698, 198))
-    p.box(225, 22, 325, 48, "the next attempt, with the same input\nafter max(backoff, what the server said)", "good")
+    p.box(
+        225,
+        22,
+        325,
+        48,
+        "the next attempt, with the same input\nafter max(backoff, what the server said)",
+        "good",
+    )
     p.arrow([(690, 115), (690, 46), (552, 46)], "no", (698, 92))
     return p
 
@@ -241,13 +266,23 @@ def hooks() -> Picture:
     p.box(20, 30, 122, 190, "on_run_start\na, then b")
     p.box(162, 60, 130, 130, "on_node_start\na, then b")
     p.box(312, 90, 90, 70, "function", "good")
-    p.box(422, 60, 160, 130, "on_node_success\nor on_node_failure\nor on_node_cancelled\nor on_node_suspended\nb, then a")
+    p.box(
+        422,
+        60,
+        160,
+        130,
+        "on_node_success\nor on_node_failure\nor on_node_cancelled\nor on_node_suspended\nb, then a",
+    )
     p.box(602, 60, 130, 130, "on_node_retry\nbefore the next\nattempt")
     p.box(752, 30, 122, 190, "on_run_end\nb, then a")
     for x in (142, 292, 402, 582, 732):
         p.arrow([(x, 125), (x + 18, 125)])
     p.arrow([(667, 190), (667, 206), (227, 206), (227, 192)])
-    p.text(20, 250, "A set of hooks opens around those after it and closes in the opposite order, like brackets: a( b( function )b )a.")
+    p.text(
+        20,
+        250,
+        "A set of hooks opens around those after it and closes in the opposite order, like brackets: a( b( function )b )a.",
+    )
     p.text(20, 272, "What a hook raises is logged and listed in result.hook_errors. It changes nothing.")
     return p
 

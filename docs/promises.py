@@ -27,7 +27,7 @@ MEANS = {
     7: "An event is a snapshot. It holds what went in and what came out at that time, with usage, class and duration.",
     8: "Hooks are awaited under a time limit (`hook_timeout_ms`), outside of the node's error handling. One that blocks the event "
     "loop cannot be interrupted; it is named in a warning. The one exception is a hook that is not async: TypeError.",
-    9: "Within a living process: success, failure, cancelled or suspended. After a crash, `hook_delivery=\"at_least_once\"` has the "
+    9: 'Within a living process: success, failure, cancelled or suspended. After a crash, `hook_delivery="at_least_once"` has the '
     "next process tell what was not told.",
     10: "On a journal store. A lease says who owns the run, an epoch makes late writes of an earlier owner fail: Fenced.",
     11: "JSON with a checksum, and a tagged encoding of ours for what JSON cannot say. Class names in a store are compared, never "
@@ -47,9 +47,11 @@ class Held:
 
 
 def sentences() -> dict[int, str]:
-    """The guarantees by number, as the README has them."""
-    readme = (ROOT / "README.md").read_text("utf-8")
-    return {int(number): said for number, said in re.findall(r"^\| G(\d+) \| (.+?) \|$", readme, re.MULTILINE)}
+    """The guarantees by number, as the README has them, with links that hold on the page."""
+    readme = (ROOT / "README.md").read_text("utf-8").replace("](docs/", "](")
+    return {
+        int(number): said for number, said in re.findall(r"^\| G(\d+) \| (.+?) \|$", readme, re.MULTILINE)
+    }
 
 
 def held() -> dict[int, list[Held]]:
@@ -57,12 +59,18 @@ def held() -> dict[int, list[Held]]:
     found: dict[int, list[Held]] = defaultdict(list)
     for path in sorted((ROOT / "tests").rglob("*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not node.name.startswith("test"):
+            if not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) or not node.name.startswith(
+                "test"
+            ):
                 continue
             says = " ".join((ast.get_docstring(node) or "").split("\n\n")[0].split())
             for number in re.findall(r"\bG(\d+)\b", says):
                 words = re.sub(r"^(?:G\d+(?:, )?)+[.:,;]? *", "", says)
-                words = words[:1].upper() + words[1:] if words else node.name.removeprefix("test_").replace("_", " ")
+                words = (
+                    words[:1].upper() + words[1:]
+                    if words
+                    else node.name.removeprefix("test_").replace("_", " ")
+                )
                 found[int(number)].append(Held(path.relative_to(ROOT).as_posix(), node.name, words))
     return found
 

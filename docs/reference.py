@@ -55,7 +55,9 @@ def adapters() -> Iterator[Name]:
     for path in sorted(Path(package.__path__[0]).glob("[a-z]*.py")):
         tree = ast.parse(path.read_text("utf-8"))
         found = {node.name: node for node in tree.body if isinstance(node, ast.ClassDef | ast.FunctionDef)}
-        listed = next(n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__")
+        listed = next(
+            n.value for n in tree.body if isinstance(n, ast.Assign) and ast.unparse(n.targets[0]) == "__all__"
+        )
         for name in ast.literal_eval(listed):
             home = f"stroma.adapters.{path.stem}"
             public = "stroma.adapters" if package._HOMES.get(name) == path.stem else home
@@ -137,7 +139,16 @@ def commands_page() -> str:
         context = click.Context(command, info_name=info, parent=parent)
         if parent is not None:
             usage = command.get_usage(context).removeprefix("Usage: ")
-            lines.extend(["", f"## {context.command_path}", "", f"`{' '.join(usage.split())}`", "", *prose(command.help or "")])
+            lines.extend(
+                [
+                    "",
+                    f"## {context.command_path}",
+                    "",
+                    f"`{' '.join(usage.split())}`",
+                    "",
+                    *prose(command.help or ""),
+                ]
+            )
             rows = [row for param in command.get_params(context) if (row := option_row(param, context))]
             if rows:
                 lines.extend(["", "| option | |", "| --- | --- |", *rows])

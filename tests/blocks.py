@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import io
+import itertools
 import os
 import re
 import select
@@ -51,7 +52,9 @@ class Wrong(AssertionError):
 def of_page(text: str) -> list[Block]:
     """All fenced blocks of a page, nested ones (in lists, tabs, notes) too."""
     found = []
-    for match in re.finditer(r"^( *)```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL):
+    for match in re.finditer(
+        r"^( *)```(\w*)(?: title=\"([^\"]+)\")?\n(.*?)^\1```$", text, re.MULTILINE | re.DOTALL
+    ):
         indent, language, title, code = match[1], match[2], match[3] or "", match[4]
         code = re.sub(rf"^{indent}", "", code, flags=re.MULTILINE)
         line = text[: match.start(4)].count("\n") + 1
@@ -72,7 +75,7 @@ def promised(code: str) -> list[str]:
 def _below(text: str) -> dict[int, Block]:
     """The block of output right below each executed block, by the line of the latter."""
     found, all_of_them = {}, of_page(text)
-    for block, after in zip(all_of_them, all_of_them[1:], strict=False):
+    for block, after in itertools.pairwise(all_of_them):
         between = text[block.end : after.start]
         if block.language == "python" and not (block.title or after.language) and between == "```\n\n```\n":
             found[block.line] = after

@@ -43,7 +43,9 @@ def test_the_tutorial_has_ten_chapters_that_lead_to_each_other() -> None:
         if number < 9:
             assert f"]({CHAPTERS[number + 1].name})" in text
         # Nothing on a page is beyond the newcomer: each block is a file, or lines for the shell.
-        assert [block.line for block in of_page(text) if not block.title and block.language != "console"] == []
+        assert [
+            block.line for block in of_page(text) if not block.title and block.language != "console"
+        ] == []
 
 
 @pytest.mark.parametrize(
@@ -64,7 +66,10 @@ def test_a_page_that_does_not_do_what_it_says_is_found(page: str, error: str, tm
 
 def test_what_differs_from_run_to_run_is_no_difference() -> None:
     """Times, moments, fresh ids and the width of columns are passed over; everything else counts."""
-    assert same(["took 0.02 s at 12:03:04.123, run 0123456789abcdef0123456789abcdef"], ["took 1.5 s at 09:00:00, run " + "f" * 32])
+    assert same(
+        ["took 0.02 s at 12:03:04.123, run 0123456789abcdef0123456789abcdef"],
+        ["took 1.5 s at 09:00:00, run " + "f" * 32],
+    )
     assert same(["2026-11-25 17:32:49,   2.77 s ago"], ["2027-01-01 00:00:00, 1 m 2 s ago"])
     assert same(["a", "b", "c"], ["a", "...", "c"])
     assert not same(["COMPLETED 3"], ["COMPLETED 4"])
