@@ -180,7 +180,22 @@ def lay_out(folder: Path) -> dict[str, list[str]]:
 STYLE = """\
 .md-typeset a:not(.headerlink):not(.md-button) { text-decoration: underline; text-underline-offset: 0.15em }
 .md-typeset img[src$=".svg"] { max-width: 100%; height: auto }
+.md-nav .md-nav__link--active, .md-nav .md-nav__link--active .md-ellipsis { color: #2b3aa8 }
+[data-md-color-scheme="slate"] .md-nav .md-nav__link--active,
+[data-md-color-scheme="slate"] .md-nav .md-nav__link--active .md-ellipsis { color: #c3cbff }
+.md-typeset .doc-labels code { color: var(--md-default-fg-color); opacity: 1 }
 """
+
+#: What the generator writes that a reader who does not see the page would stumble over, and what to write in its place.
+MENDED = (
+    (re.compile(r"<th(?: [^>]*)?></th>"), "<td></td>"),
+    # What scrolls must be in reach of the keyboard.
+    (re.compile(r"(<pre\b[^>]*>(?:<span></span>)?<code)\b"), r'\1 tabindex="0"'),
+    # Anchors of lines, which nobody can see or press.
+    (re.compile(r'<a (?=(?:id|name)="__codelineno)'), '<a aria-hidden="true" tabindex="-1" '),
+    # Roles of another markup, in docstrings.
+    (re.compile(r":(?:attr|class|data|exc|func|meth|mod):(?=<code>)"), ""),
+)
 
 
 # ---------------------------------------------------------------------- the generator
@@ -268,14 +283,29 @@ def build(site: Path) -> None:
     config = WORK / "zensical.toml"
     config.write_text(configuration(nav, WORK / "pages", site), "utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", str(config)]
-    if subprocess.run(command, cwd=WORK, check=False).returncode:
-        raise SystemExit("the site was not built; what is above says why")
+    done = subprocess.run(command, cwd=WORK, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    # What is wrong with a docstring is said, and no error to the generator.
+    if done.returncode or re.search(r"^griffe: ", said, re.MULTILINE):
+        raise SystemExit(f"{said}\nthe site was not built; what is above says why")
+    for page in site.rglob("*.html"):
+        text = page.read_text("utf-8")
+        for pattern, instead in MENDED:
+            text = pattern.sub(instead, text)
+        page.write_text(text, "utf-8")
 
 
-def main(argv: list[str]) -> None:
+def main(argv: list[str]) -> int:
     site = Path(argv[0]).absolute() if argv else WORK / "site"
     build(site)
+    # Beside this file, whoever runs it.
+    import look
+
+    wrong = look.look(site, Path(argv[1]) if len(argv) > 1 else None)
+    print(*wrong, sep="\n")
+    print(f"{len(wrong)} things are wrong with it" if wrong else f"open {site / 'index.html'}")
+    return 1 if wrong else 0
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    sys.exit(main(sys.argv[1:]))

@@ -388,7 +388,9 @@ def test_figures_of_the_comparison_are_those_that_were_measured() -> None:
     text = (DOCS / "comparison.md").read_text("utf-8").partition("## What was measured")[2]
     measured = (DOCS / "performance.md").read_text("utf-8") + (DOCS / "durability.md").read_text("utf-8")
     figures = set(
-        re.findall(r"\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"^\| \*{0,2}[A-Za-z].*?\|", "|", text, flags=re.MULTILINE))
+        re.findall(
+            r"\d+(?:,\d{3})*(?:\.\d+)?", re.sub(r"^\| \*{0,2}[A-Za-z].*?\|", "|", text, flags=re.MULTILINE)
+        )
     )
     figures -= {"100", "1.0", "64", "38", "110"}
     assert len(figures) > 15
