@@ -183,14 +183,16 @@ STYLE = """\
 .md-nav .md-nav__link--active, .md-nav .md-nav__link--active .md-ellipsis { color: #2b3aa8 }
 [data-md-color-scheme="slate"] .md-nav .md-nav__link--active,
 [data-md-color-scheme="slate"] .md-nav .md-nav__link--active .md-ellipsis { color: #c3cbff }
+.md-typeset pre { overflow-x: auto }
+.md-typeset pre > code { overflow: visible; width: max-content; min-width: 100% }
 .md-typeset .doc-labels code { color: var(--md-default-fg-color); opacity: 1 }
 """
 
 #: What the generator writes that a reader who does not see the page would stumble over, and what to write in its place.
 MENDED = (
     (re.compile(r"<th(?: [^>]*)?></th>"), "<td></td>"),
-    # What scrolls must be in reach of the keyboard.
-    (re.compile(r"(<pre\b[^>]*>(?:<span></span>)?<code)\b"), r'\1 tabindex="0"'),
+    # What scrolls must be in reach of the keyboard; see the style of `pre`.
+    (re.compile(r"<pre\b"), '<pre tabindex="0"'),
     # Anchors of lines, which nobody can see or press.
     (re.compile(r'<a (?=(?:id|name)="__codelineno)'), '<a aria-hidden="true" tabindex="-1" '),
     # Roles of another markup, in docstrings.
@@ -302,7 +304,8 @@ def main(argv: list[str]) -> int:
     import look
 
     wrong = look.look(site, Path(argv[1]) if len(argv) > 1 else None)
-    print(*wrong, sep="\n")
+    for problem in wrong:
+        print(problem)
     print(f"{len(wrong)} things are wrong with it" if wrong else f"open {site / 'index.html'}")
     return 1 if wrong else 0
 
