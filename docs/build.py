@@ -285,7 +285,9 @@ def build(site: Path) -> None:
     config = WORK / "zensical.toml"
     config.write_text(configuration(nav, WORK / "pages", site), "utf-8")
     command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", str(config)]
-    done = subprocess.run(command, cwd=WORK, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    done = subprocess.run(
+        command, cwd=WORK, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
     said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
     # What is wrong with a docstring is said, and no error to the generator.
     if done.returncode or re.search(r"^griffe: ", said, re.MULTILINE):

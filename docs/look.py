@@ -79,7 +79,11 @@ class Page(html.parser.HTMLParser):
 
 def read(site: Path) -> list[str]:
     """What is wrong with the pages as they are written."""
-    pages = {path: Page(path.read_text("utf-8")) for path in sorted(site.rglob("*.html")) if path.name != "404.html"}
+    pages = {
+        path: Page(path.read_text("utf-8"))
+        for path in sorted(site.rglob("*.html"))
+        if path.name != "404.html"
+    }
     wrong = []
     for path, page in pages.items():
         found = list(page.problems())
@@ -108,7 +112,9 @@ def served(site: Path) -> Iterator[str]:
         def log_message(self, *_: Any) -> None:
             """Nothing is said."""
 
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))) as server:
+    with http.server.ThreadingHTTPServer(
+        ("127.0.0.1", 0), functools.partial(Quiet, directory=str(site))
+    ) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         yield f"http://127.0.0.1:{server.server_address[1]}"
         server.shutdown()
@@ -158,7 +164,9 @@ def browse(site: Path, pictures: Path | None) -> list[str]:
                     if pictures is not None:
                         pictures.mkdir(parents=True, exist_ok=True)
                         browser.screenshot(pictures / f"{name.replace('/', '-')}-{scheme}.png")
-                ground = browser.eval("Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])")
+                ground = browser.eval(
+                    "Number(getComputedStyle(document.body).backgroundColor.match(/\\d+/)[0])"
+                )
                 if (ground < 128) != (scheme == "dark"):
                     wrong.append(f"the page is not {scheme}")
                 wrong += found_by_searching(browser, f"{url}/index.html")
@@ -171,10 +179,14 @@ def browse(site: Path, pictures: Path | None) -> list[str]:
 def opened(browser: Any) -> list[str]:
     """What is wrong with the page that is open."""
     # Colours change gradually when the page takes its scheme.
-    browser.eval("document.head.insertAdjacentHTML('beforeend', '<style>*{transition:none!important}</style>')")
+    browser.eval(
+        "document.head.insertAdjacentHTML('beforeend', '<style>*{transition:none!important}</style>')"
+    )
     found = [f"asks for {other}" for other in browser.eval(ELSEWHERE)]
     browser.eval(f"{axe()};0")
-    found += [problem for problem in json.loads(browser.eval(AXE)) if problem.partition(" ")[0] not in ACCEPTED]
+    found += [
+        problem for problem in json.loads(browser.eval(AXE)) if problem.partition(" ")[0] not in ACCEPTED
+    ]
     found += [f"the console says {problem}" for problem in browser.problems]
     browser.problems.clear()
     return found
@@ -188,7 +200,9 @@ def found_by_searching(browser: Any, page: str) -> list[str]:
     browser.until("document.activeElement.shadowRoot !== null")
     browser.write("idempotency key")
     try:
-        browser.until("document.activeElement.shadowRoot.textContent.includes('An email must not be sent twice')")
+        browser.until(
+            "document.activeElement.shadowRoot.textContent.includes('An email must not be sent twice')"
+        )
     except AssertionError:
         return ["the search does not find what stands on a page"]
     return []

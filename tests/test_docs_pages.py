@@ -126,7 +126,7 @@ def run_alone(page: Path, tmp_path: Path, env: Mapping[str, str], *replaced: tup
     given.write_text(functools.reduce(lambda code, pair: code.replace(*pair), replaced, text))
     done = subprocess.run(
         [sys.executable, "-c", ALONE, given, made, str(ROOT)],
-        env={**environment(), **env, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
+        env={**environment(), **env, "PYTHONPATH": str(ROOT)}, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=110,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
     assert "Traceback" not in done.stderr
