@@ -76,8 +76,7 @@ def test_every_page_whose_code_shows_anything_is_run() -> None:
                 f"{page.name}, line {block.line}: write it with ./dev run python -m tests.blocks {page}"
             )
             typed = re.search(r"^\$ ", block.text, re.MULTILINE)
-            known = page.parent.name in ("telemetry", "adapters") or page.name in ("prices.md",)
-            assert not typed or block.language == "console" or known, (
+            assert not typed or block.language == "console", (
                 f"{page.name}, line {block.line}: nobody types this"
             )
         # In Python an unclosed block would swallow the rest of the page.
@@ -235,15 +234,25 @@ def test_the_code_about_redis(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- links and places
 
 
-@pytest.fixture(scope="module")
-def build() -> Any:
-    spec = importlib.util.spec_from_file_location("stroma_docs_build", DOCS / "build.py")
+def loaded(name: str) -> Any:
+    """A script of docs/, which is no package."""
+    spec = importlib.util.spec_from_file_location(f"stroma_docs_{name}", DOCS / f"{name}.py")
     assert spec is not None
     assert spec.loader is not None
     module = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture(scope="module")
+def build() -> Any:
+    return loaded("build")
+
+
+@pytest.fixture(scope="module")
+def look() -> Any:
+    return loaded("look")
 
 
 def slug(heading: str) -> str:
@@ -399,11 +408,7 @@ def test_figures_of_the_comparison_are_those_that_were_measured() -> None:
 
 def test_pictures_say_in_words_what_they_show() -> None:
     """Every picture of a concept is drawn by the script, has a title and a description, and its page an alternative text."""
-    spec = importlib.util.spec_from_file_location("stroma_docs_pictures", DOCS / "pictures.py")
-    assert spec is not None
-    assert spec.loader is not None
-    pictures = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(pictures)
+    pictures = loaded("pictures")
     drawn = {f"{picture.name}.svg": picture.svg() for picture in (draw() for draw in pictures.PICTURES)}
     folder = DOCS / "images" / "concepts"
     assert {path.name: path.read_text("utf-8") for path in folder.iterdir()} == drawn, (
@@ -420,3 +425,24 @@ def test_pictures_say_in_words_what_they_show() -> None:
     for page in ALL:
         for alternative, target in re.findall(r"!\[([^\]]*)\]\(([^)]+)\)", page.read_text("utf-8")):
             assert len(alternative) > 10, (page.name, target)
+
+
+BROKEN = """<html lang="en"><head><link rel="stylesheet" href="https://elsewhere.example/a.css"></head><body><main>
+<h1 id="top">A page</h1><h3>Too deep</h3><img src="a.png"><a href="gone.html">a</a><a href="#gone">b</a><a href="#top">c</a>
+<script src="//elsewhere.example/a.js"></script></main></body></html>"""
+
+
+def test_the_look_at_the_site_finds_what_is_wrong(look: Any, tmp_path: Path) -> None:
+    """A link or an anchor that leads nowhere, what is loaded from elsewhere, a picture without a text, a level left out."""
+    (tmp_path / "page.html").write_text(BROKEN)
+    found = look.read(tmp_path)
+    assert found == [
+        "page.html: a picture without a text: a.png",
+        "page.html: a heading of level 3 follows one of level 1",
+        "page.html: it loads https://elsewhere.example/a.css",
+        "page.html: it loads //elsewhere.example/a.js",
+        "page.html: a link that leads nowhere: gone.html",
+        "page.html: a link to an anchor that is not there: #gone",
+    ]
+    (tmp_path / "page.html").write_text('<html lang="en"><main><h1>A page</h1><h2>More</h2></main></html>')
+    assert look.read(tmp_path) == []
