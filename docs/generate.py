@@ -1,9 +1,10 @@
-"""Write docs/errors.md and docs/providers.md from the code and the tests.
+"""Write those pages under docs/ that follow from the code and the tests.
 
 usage: ./dev run python docs/generate.py [--check]
 
 errors.md is made of the docstrings of the exception classes (their lines Where, Cause and Mend) and of every message
-in the source; providers.md of the cases in tests/providers. With --check nothing is written, and the exit
+in the source; providers.md of the cases in tests/providers; guarantees.md of the tests that name one (promises.py);
+reference/ of the public names and the commands (reference.py). With --check nothing is written, and the exit
 code is 1 if a file is not up to date.
 """
 
@@ -340,11 +341,11 @@ def upper(text: str) -> str:
     return text[:1].upper() + text[1:]
 
 
-def tests_module(name: str) -> ModuleType:
-    """A module of the tests, by its name."""
+def own_module(name: str) -> ModuleType:
+    """A module of the repository, by its name."""
     sys.path.insert(0, str(ROOT))
     try:
-        return importlib.import_module(f"tests.{name}")
+        return importlib.import_module(name)
     finally:
         sys.path.remove(str(ROOT))
 
@@ -355,8 +356,8 @@ def versions(packages: Iterable[str]) -> str:
 
 
 def providers_page() -> str:
-    providers = tests_module("providers.cases"), tests_module("providers.cases_more")
-    sdks = tests_module("providers.clients").SDKS
+    providers = own_module("tests.providers.cases"), own_module("tests.providers.cases_more")
+    sdks = own_module("tests.providers.clients").SDKS
     lines = [
         "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py` after a change. -->",
         "",
@@ -418,7 +419,7 @@ def providers_page() -> str:
         "| headers | wait |",
         "| --- | --- |",
     ]
-    for headers, seconds in tests_module("providers.waits").RETRY_AFTER:
+    for headers, seconds in own_module("tests.providers.waits").RETRY_AFTER:
         if headers and len(str(headers)) < 100:
             text = ", ".join(f"`{key}: {value.strip()}`" for key, value in headers.items())
             lines.append(f"| {text} | {'none' if seconds is None else f'{seconds:g} s'} |")
@@ -447,7 +448,12 @@ def providers_page() -> str:
     return "\n".join(lines) + "\n"
 
 
-PAGES = {"errors.md": errors_page, "providers.md": providers_page}
+PAGES = {
+    "errors.md": errors_page,
+    "providers.md": providers_page,
+    "guarantees.md": own_module("docs.promises").guarantees_page,
+    **own_module("docs.reference").PAGES,
+}
 
 
 def main(argv: list[str]) -> Any:
@@ -457,6 +463,7 @@ def main(argv: list[str]) -> Any:
         if not path.exists() or path.read_text("utf-8") != text:
             stale.append(name)
             if "--check" not in argv:
+                path.parent.mkdir(exist_ok=True)
                 path.write_text(text, "utf-8")
     print(f"{'not up to date' if '--check' in argv else 'written'}: {', '.join(stale) or 'none'}")
     return 1 if stale and "--check" in argv else 0

@@ -1,32 +1,22 @@
-"""The pages under docs/ and the README: their code runs, and what is generated is up to date."""
+"""What is generated of the docs is up to date, and errors say on their page and in their text how to go on."""
 
 from __future__ import annotations
 
 import ast
 import asyncio
-import functools
 import importlib
 import importlib.util
 import inspect
-import json
 import pickle
 import pkgutil
 import re
-import subprocess
 import sys
-import types
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretStr
-from tests.receivers.datadog import DatadogAgent, StatsdSocket
-from tests.receivers.otlp import OtlpReceiver
-from tests.receivers.processes import free_port
-from tests.receivers.sentry import SentryServer
-from tests.servers import environment
-from tests.telemetry import names
 
 import stroma
 from stroma import (
@@ -71,11 +61,7 @@ from stroma.adapters import Guard, UnknownNode
 from stroma.hooks import HookNotAsync, HookTimeout
 from stroma.remote.plans import Known, MissingNode
 
-pytest_plugins = ["tests.receivers.fixtures"]
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-#: Their code sets up what a process has once, so it runs in one of its own, beside a receiver of the system.
-SYSTEMS = sorted((ROOT / "docs" / "telemetry").glob("*.md"))
 ANEW = "write it anew with: ./dev run python docs/generate.py"
 
 
@@ -90,214 +76,15 @@ def generate() -> Any:
     return module
 
 
-# ---------------------------------------------------------------------- code on the pages
-
-
-def blocks(text: str) -> list[tuple[int, str]]:
-    """The ```python blocks of a page, with the number of their first line."""
-    found = re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    return [(text[: match.start(1)].count("\n") + 1, match[1]) for match in found]
-
-
-def promised(code: str) -> list[str]:
-    """What the prints of a block say that they print: ``print(...)  # this``."""
-    return re.findall(r"^\s*print\(.*\)  # (.+)$", code, re.MULTILINE)
-
-
-def shown(text: str) -> dict[int, list[str]]:
-    """What stands in a block of its own right below a ```python block is what that prints, by the line of the latter."""
-    printed = {}
-    for match in re.finditer(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL):
-        below = re.compile(r"\n\n```\n(.*?)^```$", re.MULTILINE | re.DOTALL).match(text, match.end())
-        if below:
-            printed[text[: match.start(1)].count("\n") + 1] = below[1].splitlines()
-    return printed
-
-
-def run_page(text: str, name: str, capsys: pytest.CaptureFixture[str]) -> int:
-    """Run the blocks of a page one after the other in one module, and compare what they print."""
-    module = types.ModuleType(f"page_{name}")
-    sys.modules[module.__name__] = module  # Annotations are looked up there.
-    below = shown(text)
-    try:
-        for line, code in blocks(text):
-            compiled = compile("\n" * (line - 1) + code, f"{name}.md", "exec")
-            exec(compiled, module.__dict__)
-            printed = capsys.readouterr().out.splitlines()
-            expected = promised(code) or below.get(line)
-            assert not expected or printed == expected, f"{name}.md, the block at line {line}"
-    finally:
-        del sys.modules[module.__name__]
-    return len(blocks(text))
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda path: path.name)
-def test_the_code_on_a_page_runs(
-    page: Path, capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Every Python block of the README and the docs runs, and prints what its comments say."""
-    monkeypatch.chdir(tmp_path)
-    ran = run_page(page.read_text("utf-8"), page.stem, capsys)
-    assert ran >= {"README": 2, "migration": 9, "providers": 1, "prices": 7}.get(page.stem, 0)
-
-
-@pytest.mark.parametrize(
-    ("code", "error"),
-    [("print(1)  # 2\n", AssertionError), ("1 / 0\n", ZeroDivisionError), ("import nothing\n", ImportError)],
-)
-def test_code_that_does_not_do_what_it_says_is_found(
-    code: str, error: type[Exception], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The test above fails for a block that raises or prints something else."""
-    with pytest.raises(error):
-        run_page(f"text\n\n```python\n{code}```\n", "wrong", capsys)
-
-
-#: Runs the blocks in argv[1] like run_page, and says in argv[2] what each has printed.
-ALONE = """
-import contextlib, io, json, sys, types
-module = types.ModuleType("page")
-sys.modules["page"] = module
-printed = []
-with open(sys.argv[1]) as file:
-    found = json.load(file)
-for line, code in found:
-    with contextlib.redirect_stdout(io.StringIO()) as out:
-        exec(compile("\\n" * (line - 1) + code, sys.argv[3], "exec"), module.__dict__)
-    printed.append(out.getvalue().splitlines())
-with open(sys.argv[2], "w") as file:
-    json.dump(printed, file)
-"""
-
-
-def run_alone(page: Path, tmp_path: Path, env: Mapping[str, str], *replaced: tuple[str, str]) -> int:
-    """Run the blocks of a page in a process of its own, and compare what they print."""
-    text = page.read_text("utf-8")
-    found = blocks(text)
-    codes = [
-        (line, functools.reduce(lambda code, pair: code.replace(*pair), replaced, code))
-        for line, code in found
-    ]
-    given, made = tmp_path / "blocks.json", tmp_path / "printed.json"
-    given.write_text(json.dumps(codes))
-    done = subprocess.run(
-        [sys.executable, "-c", ALONE, given, made, page.name],
-        env={**environment(), **env}, cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert "Traceback" not in done.stderr
-    below = shown(text)
-    for (line, code), printed in zip(found, json.loads(made.read_text()), strict=True):
-        expected = promised(code) or below.get(line)
-        assert not expected or printed == expected, f"{page.name}, the block at line {line}"
-    return len(found)
-
-
-def test_the_code_about_opentelemetry(tmp_path: Path, otlp: OtlpReceiver) -> None:
-    """docs/telemetry/opentelemetry.md runs, and its spans reach a receiver."""
-    page = ROOT / "docs" / "telemetry" / "opentelemetry.md"
-    assert run_alone(page, tmp_path, {"OTEL_EXPORTER_OTLP_ENDPOINT": otlp.url}) == 2
-    assert otlp.span("stroma.node tone")["attributes"]["stroma.outcome"] == "success"
-
-
-def test_the_code_about_prometheus(tmp_path: Path) -> None:
-    """docs/telemetry/prometheus.md runs, on another port than it says."""
-    page = ROOT / "docs" / "telemetry" / "prometheus.md"
-    assert run_alone(page, tmp_path, {}, ("9464", str(free_port()))) == 2
-
-
-def test_the_code_about_datadog(tmp_path: Path, datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
-    """docs/telemetry/datadog.md runs, and its spans and metrics reach the agent."""
-    page = ROOT / "docs" / "telemetry" / "datadog.md"
-    replaced = ("localhost:8125", f"{statsd.host}:{statsd.port}")
-    assert run_alone(page, tmp_path, datadog_agent.environment(), replaced) == 2
-    (trace,) = datadog_agent.traces(at_least=1)
-    assert sorted(span["resource"] for span in trace) == ["draft", "letters", "read.template"]
-    assert {"stroma.runs", "stroma.cost_usd"} <= {line.name for line in statsd.statistics()}
-
-
-def test_the_code_about_sentry(tmp_path: Path, sentry_server: SentryServer) -> None:
-    """docs/telemetry/sentry.md runs, and makes the one issue that it speaks of."""
-    page = ROOT / "docs" / "telemetry" / "sentry.md"
-    assert run_alone(page, tmp_path, {"SENTRY_DSN": sentry_server.dsn}) == 2
-    (event,) = sentry_server.events
-    assert event["fingerprint"] == ["stroma", "letters", "draft", "AMBIGUOUS", "PermissionError"]
-    assert event["tags"]["language"] == "en"
-
-
-def test_the_code_about_logs(tmp_path: Path) -> None:
-    """docs/telemetry/logs.md runs, and prints what it shows."""
-    assert run_alone(ROOT / "docs" / "telemetry" / "logs.md", tmp_path, {}) == 3
-
-
-def test_every_system_has_a_page() -> None:
-    """Each exporter has a page, whose code is run above, with a picture or lines of what one sees."""
-    assert [page.stem for page in SYSTEMS] == ["datadog", "logs", "opentelemetry", "prometheus", "sentry"]
-    for page in SYSTEMS:
-        text = page.read_text("utf-8")
-        assert f"test_the_code_about_{page.stem}" in globals()
-        assert "## Questions" in text
-        assert "How do I alert on final failures only?" in text
-        seen = text.partition("## What one sees")[2]
-        assert "![" in seen or page.stem == "logs"
-    for picture in (ROOT / "docs" / "images").iterdir():
-        assert picture.stat().st_size < 150_000
-
-
-def labels_on(page: str, column: int) -> dict[str, set[str]]:
-    """The labels of each metric of a page's table."""
-    text = (ROOT / "docs" / "telemetry" / f"{page}.md").read_text("utf-8")
-    (table,) = re.findall(r"^\| metric .*\n\|[- |]+\n((?:\|.*\n)+)", text, re.MULTILINE)
-    rows = [line.split(" | ") for line in table.splitlines()]
-    return {row[0].strip("| `"): set(re.findall(r"`([^`]+)`", row[column])) for row in rows}
-
-
-def test_metrics_on_the_pages_are_those_that_there_are() -> None:
-    """The tables of the pages have every metric with its labels, and no other."""
-    assert labels_on("prometheus", 2) == {name: set(labels) for name, (_, labels) in names.PROMETHEUS.items()}
-    assert labels_on("datadog", 2) == {name: set(labels) for name, (_, labels) in names.DATADOG.items()}
-    source = (ROOT / "src" / "stroma" / "telemetry" / "opentelemetry.py").read_text("utf-8")
-    made = set(re.findall(r'create_\w+\(\s*"([\w.]+)"', source))
-    assert set(labels_on("opentelemetry", 2)) == made
-    overview = (ROOT / "docs" / "telemetry.md").read_text("utf-8")
-    assert [name for name in made | {*names.PROMETHEUS, *names.DATADOG} if f"`{name}`" not in overview] == []
-
-
-def test_lines_on_the_page_about_logs_are_those_that_there_are() -> None:
-    """Each line that log_hooks writes is in the table."""
-    source = (ROOT / "src" / "stroma" / "telemetry" / "logs.py").read_text("utf-8")
-    written = set(re.findall(r'"((?:run|node|budget|circuit) [\w ]+)"', source))
-    written |= {f"node {outcome}" for outcome in names.VALUES["outcome"]}
-    page = (ROOT / "docs" / "telemetry" / "logs.md").read_text("utf-8")
-    assert len(written) > 8
-    assert [name for name in written if f"`{name}`" not in page] == []
-
-
-def test_the_links_of_the_pages_lead_somewhere() -> None:
-    """Every relative link of the README and the docs leads to a file, and to a heading in it."""
-    links = 0
-    for page in PAGES + SYSTEMS:
-        for target in re.findall(r"\]\((?!https?:)([^)\s]+)\)", page.read_text("utf-8")):
-            path, _, anchor = target.partition("#")
-            there = (page.parent / path) if path else page
-            assert there.exists(), f"{page.name}: {target}"
-            if anchor:
-                headings = re.findall(r"^#+ (.+)$", there.read_text("utf-8"), re.MULTILINE)
-                assert anchor in {re.sub(r"[^\w-]", "", h.lower().replace(" ", "-")) for h in headings}, (
-                    target
-                )
-            links += 1
-    assert links > 20
-
-
 # ---------------------------------------------------------------------- what is generated
 
 
-@pytest.mark.parametrize("page", ["errors.md", "providers.md"])
-def test_a_generated_page_is_up_to_date(page: str, generate: Any) -> None:
-    """What docs/generate.py writes is what is there."""
-    written = (ROOT / "docs" / page).read_text("utf-8")
-    assert written == generate.PAGES[page](), f"docs/{page} is not up to date; {ANEW}"
+def test_generated_pages_are_up_to_date(generate: Any) -> None:
+    """What docs/generate.py writes is what is there, and nothing else is under docs/reference."""
+    for page in generate.PAGES:
+        assert (ROOT / "docs" / page).read_text("utf-8") == generate.PAGES[page](), f"docs/{page}: {ANEW}"
+    found = {path.relative_to(ROOT / "docs").as_posix() for path in (ROOT / "docs" / "reference").iterdir()}
+    assert found <= set(generate.PAGES)
 
 
 def is_error(value: object) -> bool:
@@ -718,7 +505,15 @@ def test_every_public_error_is_met() -> None:
     """Each public exception class is provoked above, but for those that no store of this release raises by itself."""
     met = {kind.__name__ for _, kind, _, _ in MET}
     # Raised by nodes, never out of run(); by Redis alone; made of what another machine says; by tests that ask for it.
-    unmet = {"CorruptCheckpoint", "Problem", "Suspend", "CheckpointLost", "RemoteFailure", "Crashed", "Transient"}
+    unmet = {
+        "CorruptCheckpoint",
+        "Problem",
+        "Suspend",
+        "CheckpointLost",
+        "RemoteFailure",
+        "Crashed",
+        "Transient",
+    }
     assert set(public_errors()) - met == unmet
 
 

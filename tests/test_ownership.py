@@ -156,7 +156,7 @@ async def test_a_run_whose_process_died_is_free_at_once(machine: Machine) -> Non
 
 
 async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
-    """A process that is stopped for longer than its lease is taken over from; what it does later is refused."""
+    """G10: a process that is stopped for longer than its lease is taken over from; what it does later is refused."""
     first = await machine.start(waits={"sleep1": 0.3}, lease_seconds=0.5)
     await first.until("in n1")
     first.child.send_signal(signal.SIGSTOP)
@@ -406,7 +406,7 @@ async def test_an_existing_run_can_be_refused(store: Any) -> None:
 
 
 async def test_an_owner_that_is_taken_over_from_stops(store: Any) -> None:
-    """A run that is taken over is stopped at its next commit: PARTIAL, with Fenced."""
+    """G10: a run that is taken over is stopped at its next commit: PARTIAL, with Fenced."""
     calls: list[str] = []
     gate = asyncio.Event()
     task = await _held(store, calls, gate)

@@ -77,14 +77,16 @@ class SharedBudget(Gate):
 
     Args:
         name: any legal id.
-        max_cost_usd, max_tokens: the limits of a window; one at least. Exactly at a limit is within it; 0 means spend
-            nothing.
+        max_cost_usd: the limit of a window in US dollars; this or ``max_tokens``, or both. Exactly at it is within it; 0
+            means spend nothing.
+        max_tokens: the same in tokens.
         per: "minute", "hour", "day" or "month": the window is that unit of the calendar in UTC, by the store's clock.
             None: it never begins anew.
         store: what keeps it, or its URL; None: this process. Not a store of the simple protocol.
-        reserve_usd, reserve_tokens: what one call takes at the least; by node id, if that differs. What calls of the node
-            took lately is reserved where it is more. Of a node that nobody knows anything of, the first call reserves
-            all that is left, so that no other one begins beside it.
+        reserve_usd: what one call takes at the least; by node id, if that differs. What calls of the node took lately is
+            reserved where it is more. Of a node that nobody knows anything of, the first call reserves all that is left,
+            so that no other one begins beside it.
+        reserve_tokens: the same in tokens.
         max_cost_usd_by_node: limits of single nodes, in the same window.
         nodes: ids of the nodes that spend from it; None: all.
         max_wait_seconds: for how long a call waits while what stands in its way is only reserved; None: without end.

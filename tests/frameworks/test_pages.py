@@ -6,29 +6,31 @@ import os
 import re
 import subprocess
 import sys
-import types
 from pathlib import Path
 
 import pytest
+from tests.blocks import ROOT, promised, run_python
 
-ROOT = Path(__file__).parents[2]
+DOCS = ROOT / "docs"
 #: What CrewAI prints by itself.
 _DECORATION = re.compile(r"\s*$|[╭│╰]|Flow |.*[🌊✅🔄]")
 NAME = os.environ["STROMA_TEST_FRAMEWORK"]
 
 
-def test_the_code_on_the_page_runs(capsys: pytest.CaptureFixture[str]) -> None:
+#: Its page, and the pages about coming from it.
+PAGES = [
+    DOCS / "adapters" / f"{NAME}.md",
+    *(path for path in [DOCS / "migration" / f"from-{NAME}.md"] if path.exists()),
+]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(DOCS).as_posix())
+def test_the_code_on_the_page_runs(page: Path) -> None:
     """Every Python block runs, one after the other, and prints what its comments say."""
-    text = (ROOT / "docs" / "adapters" / f"{NAME}.md").read_text("utf-8")
-    module = types.ModuleType(f"page_{NAME}")
-    sys.modules[module.__name__] = module  # Annotations are looked up there.
-    blocks = re.findall(r"^```python\n(.*?)^```$", text, re.MULTILINE | re.DOTALL)
-    assert blocks
-    for code in blocks:
-        capsys.readouterr()
-        exec(compile(code, f"{NAME}.md", "exec"), module.__dict__)
-        printed = [line for line in capsys.readouterr().out.splitlines() if not _DECORATION.match(line)]
-        assert printed == re.findall(r"^[ ]*print\(.*\)  # (.+)$", code, re.MULTILINE)
+    ran = list(run_python(page.read_text("utf-8"), NAME))
+    assert ran
+    for _, code, printed in ran:
+        assert [line for line in printed if not _DECORATION.match(line)] == promised(code)
 
 
 def test_the_example_runs() -> None:

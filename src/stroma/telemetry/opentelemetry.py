@@ -56,8 +56,8 @@ def otel_hooks(
     again, a cancelled and a waiting node do not.
 
     Args:
-        tracer, meter: what to make them with, or the provider to take it from, which flush() needs; else the global
-            provider.
+        tracer: what to make spans with, or the provider to take it from, which flush() needs; else the global provider.
+        meter: the same for metrics.
         attempts: "events" notes attempts on the node's span, "spans" gives each a span of its own under it.
         content: see :class:`stroma.telemetry._content.Content`; with "redacted" states are attributes.
         deny_keys: names of fields whose values are never sent.

@@ -1,0 +1,316 @@
+"""Build the site: `./dev docs [FOLDER]` (build/site, if no folder is given).
+
+It is made of the pages under docs/, of the changelog and the like beside them, and of the sources that pages link to. They are
+laid out in a folder of their own, with links that hold there, and the generator is strict: a warning is an error. Afterwards
+the site is looked at: every link and anchor leads somewhere, nothing is loaded from elsewhere, pictures have a text, headings
+come in order. The site works from any web server and, but for the search, from the disk.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import os
+import posixpath
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from urllib.parse import unquote, urldefrag
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCS = ROOT / "docs"
+WORK = ROOT / "build"
+
+#: Files beside docs/ that are pages of the site.
+BESIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+#: The first page here is the one of the repository there.
+SAME = {"README.md": "index.md"}
+
+#: The order of the pages. A name is a page, or all pages of a folder that are not named here; a page that is not there (yet) is
+#: passed over, and a page that no line has stands under "More".
+NAV: dict[str, list[str]] = {
+    "Start": ["index.md", "install.md"],
+    "Tutorial": ["tutorial/"],
+    "How to": ["howto/index.md", "howto/"],
+    "Concepts": ["concepts/index.md", "concepts/attempts.md", "concepts/contracts.md", "concepts/failures.md", "concepts/"],
+    "Guides": [
+        "repair.md", "checks.md", "prices.md", "limits.md", "map.md", "streaming.md", "durability.md", "testing.md", "replay.md",
+        "temporal.md", "ui.md", "examples.md",
+    ],
+    "Stores": ["stores/index.md", "stores/sqlite.md", "stores/postgres.md", "stores/redis.md", "stores/memory.md", "stores/"],
+    "Telemetry": ["telemetry.md", "telemetry/"],
+    "Adapters": ["adapters.md", "adapters/"],
+    "Migration": ["migration/index.md", "migration.md", "migration/"],
+    "Reference": [
+        "guarantees.md", "cli.md", "reference/commands.md", "errors.md", "providers.md", "reference/index.md", "reference/",
+    ],
+    "Comparison": ["comparison.md", "performance.md", "scale.md"],
+    "Project": ["changelog.md", "contributing.md", "security.md", "release.md", "architecture.md"],
+    "Decisions": ["adr/index.md", "adr/"],
+}  # fmt: skip
+
+
+# ---------------------------------------------------------------------- what the site is made of
+
+
+def pages() -> dict[str, Path]:
+    """The Markdown pages by where they stand in the site."""
+    found = {path.relative_to(DOCS).as_posix(): path for path in sorted(DOCS.rglob("*.md"))}
+    found |= {name: ROOT / beside for beside, name in BESIDE.items() if (ROOT / beside).exists()}
+    return found
+
+
+def navigation(names: set[str]) -> dict[str, list[str]]:
+    """Which pages stand where, in order; each page once."""
+    named = {name for entries in NAV.values() for name in entries}
+    nav: dict[str, list[str]] = {}
+    for section, entries in NAV.items():
+        found: list[str] = []
+        for entry in entries:
+            inside = (
+                sorted(n for n in names - named if posixpath.dirname(n) == entry[:-1])
+                if entry.endswith("/")
+                else [entry]
+            )
+            found += [name for name in inside if name in names and name not in found]
+        nav[section] = found
+    more = sorted(names - {name for found in nav.values() for name in found})
+    return {section: found for section, found in {**nav, "More": more}.items() if found}
+
+
+def title_of(text: str) -> str:
+    """The first heading of a page."""
+    match = re.search(r"^# (.+)$", text, re.MULTILINE)
+    return re.sub(r"[`*]", "", match[1]) if match else "?"
+
+
+class Sources:
+    """Files of the repository that pages link to; each becomes a page with its text."""
+
+    def __init__(self) -> None:
+        self.linked: set[str] = set()
+
+    def page(self, path: str) -> str:
+        self.linked.add(path)
+        return f"source/{path}.md"
+
+    @staticmethod
+    def line_of(path: str, name: str) -> int | None:
+        """The line of a function or class, which a link to a Python file may name."""
+        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name:
+                return node.lineno
+        return None
+
+
+LINK = re.compile(r"(\]\()([^)\s]+)(\))")
+
+
+def relinked(text: str, name: str, path: Path, known: dict[str, Path], sources: Sources) -> str:
+    """The text of a page with links that hold in the site."""
+    where = {source: target for target, source in known.items()}
+    where |= {ROOT / beside: target for beside, target in SAME.items()}
+
+    def target_of(link: str) -> str:
+        link, anchor = urldefrag(link)
+        if not link or ":" in link.split("/")[0]:
+            return f"{link}#{anchor}" if anchor else link
+        there = Path(os.path.normpath(path.parent / unquote(link)))
+        if there in where:
+            target = where[there]
+            if there == ROOT / "README.md":
+                anchor = ""  # It is told in other words here.
+        elif there.is_dir():
+            target = f"{there.relative_to(DOCS).as_posix()}/index.md"
+        elif there.is_relative_to(DOCS):
+            target = there.relative_to(DOCS).as_posix()
+        else:
+            file = there.relative_to(ROOT).as_posix()
+            target = sources.page(file)
+            line = Sources.line_of(file, anchor) if anchor and file.endswith(".py") else None
+            anchor = f"__codelineno-0-{line}" if line else ""
+        relative = posixpath.relpath(target, posixpath.dirname(name) or ".")
+        return f"{relative}#{anchor}" if anchor else relative
+
+    parts = re.split(r"(^ *```.*?^ *```$)", text, flags=re.MULTILINE | re.DOTALL)
+    return "".join(
+        part if number % 2 else LINK.sub(lambda m: m[1] + target_of(m[2]) + m[3], part)
+        for number, part in enumerate(parts)
+    )
+
+
+def lay_out(folder: Path) -> dict[str, list[str]]:
+    """Write all pages into a folder, and give the navigation."""
+    shutil.rmtree(folder, ignore_errors=True)
+    known, sources, titles = pages(), Sources(), dict[str, str]()
+    adrs = {
+        name: title_of(path.read_text("utf-8")) for name, path in known.items() if name.startswith("adr/")
+    }
+    texts = {name: path.read_text("utf-8") for name, path in known.items()}
+    decisions = "\n".join(f"- [{title}]({posixpath.basename(name)})" for name, title in adrs.items())
+    known["adr/index.md"] = DOCS / "adr" / "index.md"
+    texts["adr/index.md"] = f"# Decisions\n\nWhat was decided, and why, one short page each.\n\n{decisions}\n"
+    for name, text in texts.items():
+        titles[name] = title_of(text)
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        target.write_text(relinked(text, name, known[name], known, sources), "utf-8")
+    for linked in sorted(sources.linked):
+        target = folder / sources.page(linked)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        language = "python" if linked.endswith(".py") else "text"
+        code = (ROOT / linked).read_text("utf-8")
+        target.write_text(
+            f"---\nsearch:\n  exclude: true\n---\n\n# {linked}\n\n````` {language}\n{code}`````\n", "utf-8"
+        )
+    for picture in DOCS.rglob("*"):
+        if picture.suffix in (".svg", ".png"):
+            target = folder / picture.relative_to(DOCS)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(picture, target)
+    style = folder / "assets" / "own.css"
+    style.parent.mkdir(exist_ok=True)
+    style.write_text(STYLE, "utf-8")
+    return navigation(set(texts))
+
+
+#: Contrast of small text, and links that colour alone does not tell from text.
+STYLE = """\
+.md-typeset a:not(.headerlink):not(.md-button) { text-decoration: underline; text-underline-offset: 0.15em }
+.md-typeset img[src$=".svg"] { max-width: 100%; height: auto }
+.md-nav .md-nav__link--active, .md-nav .md-nav__link--active .md-ellipsis { color: #2b3aa8 }
+[data-md-color-scheme="slate"] .md-nav .md-nav__link--active,
+[data-md-color-scheme="slate"] .md-nav .md-nav__link--active .md-ellipsis { color: #c3cbff }
+.md-typeset pre { overflow-x: auto }
+.md-typeset pre > code { overflow: visible; width: max-content; min-width: 100% }
+.md-typeset .doc-labels code { color: var(--md-default-fg-color); opacity: 1 }
+"""
+
+#: What the generator writes that a reader who does not see the page would stumble over, and what to write in its place.
+MENDED = (
+    (re.compile(r"<th(?: [^>]*)?></th>"), "<td></td>"),
+    # What scrolls must be in reach of the keyboard; see the style of `pre`.
+    (re.compile(r"<pre\b"), '<pre tabindex="0"'),
+    # Anchors of lines, which nobody can see or press.
+    (re.compile(r'<a (?=(?:id|name)="__codelineno)'), '<a aria-hidden="true" tabindex="-1" '),
+    # Roles of another markup, in docstrings.
+    (re.compile(r":(?:attr|class|data|exc|func|meth|mod):(?=<code>)"), ""),
+)
+
+
+# ---------------------------------------------------------------------- the generator
+
+
+def configuration(nav: dict[str, list[str]], folder: Path, site: Path) -> str:
+    """zensical.toml: a nav from the table above, nothing from elsewhere."""
+    sections = []
+    for section, names in nav.items():
+        entries = ", ".join(json.dumps(name) for name in names)
+        sections.append(f"  {{ {json.dumps(section)} = [{entries}] }},")
+    return "\n".join(
+        [
+            "[project]",
+            'site_name = "Stroma"',
+            'site_description = "Guarantees around the steps of an LLM or agent pipeline, and every step visible."',
+            f"docs_dir = {json.dumps(os.path.relpath(folder, WORK))}",
+            f"site_dir = {json.dumps(os.path.relpath(site, WORK))}",
+            "use_directory_urls = false",  # Links then work from the disk, too.
+            'extra_css = ["assets/own.css"]',
+            "nav = [",
+            *sections,
+            "]",
+            CONFIGURATION.format(src=json.dumps(os.path.relpath(ROOT / "src", WORK))),
+        ]
+    )
+
+
+CONFIGURATION = """
+[project.theme]
+language = "en"
+font = false
+features = ["content.code.copy", "navigation.footer", "navigation.indexes", "navigation.sections", "navigation.top", "search.highlight"]
+
+[[project.theme.palette]]
+media = "(prefers-color-scheme: light)"
+scheme = "default"
+toggle.icon = "lucide/sun"
+toggle.name = "Switch to dark mode"
+
+[[project.theme.palette]]
+media = "(prefers-color-scheme: dark)"
+scheme = "slate"
+toggle.icon = "lucide/moon"
+toggle.name = "Switch to light mode"
+
+[project.extra]
+generator = false
+
+[project.markdown_extensions]
+attr_list = {{}}
+tables = {{}}
+toc.permalink = true
+toc.slugify = {{ object = "pymdownx.slugs.slugify", kwds = {{ case = "lower" }} }}
+pymdownx.highlight.anchor_linenums = true
+pymdownx.highlight.line_spans = "__span"
+pymdownx.superfences = {{}}
+
+[project.plugins.search]
+
+[project.plugins.mkdocstrings.handlers.python]
+paths = [{src}]
+
+[project.plugins.mkdocstrings.handlers.python.options]
+docstring_style = "google"
+heading_level = 2
+members_order = "source"
+filters = ["!^_"]
+merge_init_into_class = true
+separate_signature = true
+show_root_heading = true
+show_root_full_path = false
+show_symbol_type_heading = true
+show_source = true
+show_signature_annotations = true
+signature_crossrefs = true
+line_length = 100
+"""
+
+
+def build(site: Path) -> None:
+    WORK.mkdir(exist_ok=True)
+    shutil.rmtree(site, ignore_errors=True)
+    nav = lay_out(WORK / "pages")
+    config = WORK / "zensical.toml"
+    config.write_text(configuration(nav, WORK / "pages", site), "utf-8")
+    command = [sys.executable, "-m", "zensical", "build", "--strict", "--clean", "-f", str(config)]
+    done = subprocess.run(
+        command, cwd=WORK, check=False, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    said = re.sub(r"\x1b\[[0-9;]*m", "", done.stdout)
+    # What is wrong with a docstring is said, and no error to the generator.
+    if done.returncode or re.search(r"^griffe: ", said, re.MULTILINE):
+        raise SystemExit(f"{said}\nthe site was not built; what is above says why")
+    for page in site.rglob("*.html"):
+        text = page.read_text("utf-8")
+        for pattern, instead in MENDED:
+            text = pattern.sub(instead, text)
+        page.write_text(text, "utf-8")
+
+
+def main(argv: list[str]) -> int:
+    site = Path(argv[0]).absolute() if argv else WORK / "site"
+    build(site)
+    # Beside this file, whoever runs it.
+    import look
+
+    wrong = look.look(site, Path(argv[1]) if len(argv) > 1 else None)
+    for problem in wrong:
+        print(problem)
+    print(f"{len(wrong)} things are wrong with it" if wrong else f"open {site / 'index.html'}")
+    return 1 if wrong else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
