@@ -401,9 +401,10 @@ async def _attempt(
         return await _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
 
     # ---- the output
+    lends = ctx.lends and not run.branch  # That of a child is read by others than the next node.
     try:
         if type(node) is Node:
-            model, kept = promised.give(output, run.compact, ctx.lends)
+            model, kept = promised.give(output, run.compact, lends)
         else:
             model, kept = promised.assemble(output, run.compact)
     except (KeyboardInterrupt, SystemExit) as interrupt:
@@ -417,9 +418,7 @@ async def _attempt(
     lent = False
     if type(kept) is not tuple and ctx.chained and promised.is_picture(kept):
         pictured = cast("Packed | bytes", kept)
-        lent = ctx.lends and type(kept) is Packed and type(node) is Node
-        if lent and run.branch:  # Others than the next node will read it.
-            model, lent = promised.restore(kept), False
+        lent = lends and type(kept) is Packed and type(node) is Node
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
