@@ -39,7 +39,7 @@ def main() -> int:
         return where.main()
     from benchmarks import compare
 
-    return compare.main([int(n) for n in given.nodes.split(",")], given.rounds)
+    return compare.main([int(n) for n in given.nodes.split(",")], given.rounds, write=given.write)
 
 
 if __name__ == "__main__":

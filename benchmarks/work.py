@@ -9,8 +9,8 @@ import asyncio
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from pydantic import BaseModel
-
+from benchmarks.peers.in_memory.floor import build as floor
+from benchmarks.peers.in_memory.work import START, In, Out, Run, add_one
 from stroma import (
     ExecutionBudget,
     FailureClass,
@@ -22,25 +22,8 @@ from stroma import (
     stroma_node,
 )
 
-Run = Callable[[], Awaitable[int]]
-START: dict[str, Any] = {"i": 0, "s": "hello"}
+__all__ = ["Run", "floor", "gathered", "limited", "ours", "retried", "side_by_side", "watched"]
 
-
-class In(BaseModel):
-    i: int
-    s: str
-
-
-class Out(BaseModel):
-    i: int
-    s: str
-
-
-def add_one() -> Callable[[Any], Awaitable[Any]]:
-    async def node(state: Any) -> dict[str, Any]:
-        return {"i": state.i + 1, "s": state.s}
-
-    return node
 
 
 def fails_once() -> Callable[[Any], Awaitable[Any]]:
@@ -62,18 +45,6 @@ def reports_usage() -> Callable[[Any], Awaitable[Any]]:
         return {"i": state.i + 1, "s": state.s}, 10, 5, "gpt-4o"
 
     return node
-
-
-def floor(nodes: int) -> Run:
-    functions = [add_one() for _ in range(nodes)]
-
-    async def run() -> int:
-        state = START
-        for function in functions:
-            state = Out.model_validate(await function(In.model_validate(state))).__dict__
-        return int(state["i"])
-
-    return run
 
 
 def ours(nodes: int, make: Callable[[], Callable[[Any], Awaitable[Any]]] = add_one, **config: Any) -> Run:
