@@ -1,9 +1,9 @@
 """What Stroma costs beside its peers and the bare work. See the modules that are named here.
 
-    ./dev bench [--nodes 1,10,100,1000] [--rounds N]    # benchmarks.compare: a table and a chart
-    ./dev bench --growth                                 # benchmarks.growth: plots
-    ./dev bench --where                                  # benchmarks.where: the time of a node, in one picture
-    ./dev bench --gate [--write] [--slower PERCENT]      # benchmarks.gate: nothing got slower
+./dev bench [--nodes 1,10,100,1000] [--rounds N]    # benchmarks.compare: a table and a chart
+./dev bench --growth                                 # benchmarks.growth: plots
+./dev bench --where                                  # benchmarks.where: the time of a node, in one picture
+./dev bench --gate [--write] [--slower PERCENT]      # benchmarks.gate: nothing got slower
 """
 
 from __future__ import annotations

@@ -64,7 +64,9 @@ def bars(title: str, rows: Sequence[tuple[str, float, float]], ours: str, theme:
     return _svg(width, height, title, theme, parts)
 
 
-def panels(title: str, given: Sequence[tuple[str, str, Mapping[str, Mapping[float, float]]]], theme: Theme) -> str:
+def panels(
+    title: str, given: Sequence[tuple[str, str, Mapping[str, Mapping[float, float]]]], theme: Theme
+) -> str:
     """Plots in a row of two: (what is on the x axis, what on the y axis, by label the points). Both axes are logarithmic."""
     wide, high = 390, 270
     rows = math.ceil(len(given) / 2)
@@ -76,7 +78,14 @@ def panels(title: str, given: Sequence[tuple[str, str, Mapping[str, Mapping[floa
 
 
 def _panel(
-    x0: int, y0: int, width: int, height: int, across: str, up: str, series: Mapping[str, Mapping[float, float]], theme: Theme
+    x0: int,
+    y0: int,
+    width: int,
+    height: int,
+    across: str,
+    up: str,
+    series: Mapping[str, Mapping[float, float]],
+    theme: Theme,
 ) -> list[str]:
     xs = sorted({x for points in series.values() for x in points})
     ys = [y for points in series.values() for y in points.values()]
@@ -90,7 +99,9 @@ def _panel(
     for power in range(low, high + 1):
         y = at(xs[0], 10**power)[1]
         parts.append(f"<line x1='{x0}' x2='{x0 + width}' y1='{y:.1f}' y2='{y:.1f}' stroke='{theme.faint}'/>")
-        parts.append(f"<text x='{x0 - 6}' y='{y + 4:.1f}' font-size='11' text-anchor='end'>{10**power:,g}</text>")
+        parts.append(
+            f"<text x='{x0 - 6}' y='{y + 4:.1f}' font-size='11' text-anchor='end'>{10**power:,g}</text>"
+        )
     for x in xs:
         parts.append(
             f"<text x='{at(x, 10**low)[0]:.1f}' y='{y0 + height + 16}' font-size='11' text-anchor='middle'>{_short(x)}</text>"
@@ -132,5 +143,7 @@ def stack(title: str, parts_of: Sequence[tuple[str, float]], unit: str, theme: T
         ]
         begin += amount
     height = 42 + len(parts_of) * step + 30
-    parts.append(f"<text x='{left}' y='{height - 10}' font-size='12'>{whole:.1f} {escape(unit)} in all</text>")
+    parts.append(
+        f"<text x='{left}' y='{height - 10}' font-size='12'>{whole:.1f} {escape(unit)} in all</text>"
+    )
     return _svg(width, height, title, theme, parts)

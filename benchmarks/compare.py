@@ -116,7 +116,9 @@ def table(results: dict[str, Any]) -> str:
         cells = []
         for n in counts:
             ratio = results["to_the_floor"][label][n]
-            cells.append(f"{costs[n]:.3g} ({ratio:.2g}x)" if ratio < 99.5 else f"{costs[n]:,.0f} ({ratio:.0f}x)")
+            cells.append(
+                f"{costs[n]:.3g} ({ratio:.2g}x)" if ratio < 99.5 else f"{costs[n]:,.0f} ({ratio:.0f}x)"
+            )
         name = f"**{label}**" if label == "Stroma" else label
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines.append("")

@@ -25,7 +25,6 @@ from stroma import (
 __all__ = ["Run", "floor", "gathered", "limited", "ours", "retried", "side_by_side", "watched"]
 
 
-
 def fails_once() -> Callable[[Any], Awaitable[Any]]:
     """Raises at every other call."""
     failed = False

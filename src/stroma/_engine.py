@@ -709,7 +709,11 @@ def _fire_start(
 
 
 async def _started(
-    ctx: ReliabilityContext, run: NodeExecution, picture: Snapshot, begin: int, left: Coroutine[Any, Any, None]
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    picture: Snapshot,
+    begin: int,
+    left: Coroutine[Any, Any, None],
 ) -> None:
     try:
         await left

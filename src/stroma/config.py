@@ -155,7 +155,7 @@ class RunConfig(BaseModel):
         if type(self) is not RunConfig:
             return self.model_copy(update={"run_id": check_id(run_id, "run id")})
         twin = stamped(self)
-        twin.__dict__["run_id"] = check_id(run_id, "run id")
+        vars(twin)["run_id"] = check_id(run_id, "run id")
         twin.__pydantic_fields_set__.add("run_id")
         return twin
 

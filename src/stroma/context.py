@@ -354,7 +354,7 @@ class ReliabilityContext:
                 else:
                     opened = self.checkpoint_manager.open_run(request)
                 if not hasattr(opened, "__await__"):
-                    return self._begin(cast("Session", opened), carry=discard_from is None)
+                    return self._begin(opened, carry=discard_from is None)
                 self._opening = asyncio.ensure_future(cast("Awaitable[Session]", opened))
             try:
                 # Steps that begin side by side wait for the same opening, and one that is cancelled spoils it for none.

@@ -6,7 +6,15 @@ from importlib.metadata import version
 from typing import Any
 
 from benchmarks.peers.in_memory.work import START, In, Out, Run, add_one
-from stroma import AsyncInMemoryStore, CheckpointManager, ContractRegistry, NodeContract, RunConfig, StromaRunner, stroma_node
+from stroma import (
+    AsyncInMemoryStore,
+    CheckpointManager,
+    ContractRegistry,
+    NodeContract,
+    RunConfig,
+    StromaRunner,
+    stroma_node,
+)
 
 
 def versions() -> str:
@@ -21,7 +29,9 @@ def build(nodes: int) -> Run:
         registry.register(contract)
         sequence.append(stroma_node(f"n{k}", contract)(add_one()))
 
-    async def run() -> int:  # As a service would do for each request: a store, a configuration and a runner of its own.
+    async def run() -> (
+        int
+    ):  # As a service would do for each request: a store, a configuration and a runner of its own.
         runner = StromaRunner(registry, CheckpointManager(AsyncInMemoryStore()), RunConfig())
         result = await runner.run(sequence, In(**START))
         assert isinstance(result.final_state, Out), result

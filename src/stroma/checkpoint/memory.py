@@ -57,7 +57,7 @@ _Kept = tuple[str, Schema, Snapshot, str]  # of a node id: with what it is filed
 
 def _nobody() -> None:
     """The session of a run that nobody is at work on."""
-    return None
+    return
 
 
 @dataclass(slots=True)
