@@ -4,7 +4,7 @@
 
 Each library is a process of its own (benchmarks/peers/in_memory), asked in turn, round after round. A sample is CPU time
 between two samples of the floor in the same process; a ratio is the median over the rounds. ``--write`` keeps the figures
-in benchmarks/results.json and draws docs/images/bench-light.svg and bench-dark.svg.
+in benchmarks/results.json, writes the table into docs/performance.md and draws docs/images/bench-light.svg and -dark.svg.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ from benchmarks import chart
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "benchmarks" / "results.json"
+PAGE = ROOT / "docs" / "performance.md"
+_BEGIN, _END = "<!-- written by ./dev bench --write -->", "<!-- to here -->"
 #: By label: the module, and which Python.
 PEERS = {
     "floor": ("floor", None),
@@ -134,6 +136,9 @@ def main(counts: list[int], rounds: int, *, write: bool) -> int:
     print(table(results))
     if write:
         RESULTS.write_text(json.dumps(results, indent=2) + "\n")
+        text = PAGE.read_text()
+        before, _, rest = text.partition(_BEGIN)
+        PAGE.write_text(f"{before}{_BEGIN}\n{table(results)}\n{_END}{rest.partition(_END)[2]}")
         chosen = "100" if "100" in results["to_the_floor"]["floor"] else str(counts[-1])
         bars = [
             (label, results["cpu_us_per_node"][label][chosen], results["to_the_floor"][label][chosen])

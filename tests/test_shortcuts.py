@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
 
-from benchmarks import gate
 from stroma import FailureClass, NodeHooks, RunConfig, StromaRunner, parallel
 from stroma.schemas import schema_of, stamped
 
@@ -149,20 +147,3 @@ async def test_what_a_child_returned_is_kept_as_it_was(output: dict[str, Any]) -
     assert result.final_state.model_dump() == before
     given = next(event for event in result.trace.walk() if event.node_id == "gives")
     assert given.output_state == before
-
-
-# ---------------------------------------------------------------------- the gate
-
-
-def test_the_gate_lets_pass_what_is_within_its_slack() -> None:
-    """A quarter more is too much, a tenth more is not."""
-    assert gate.above(2.0 * 1.25, 2.0)
-    assert not gate.above(2.0 * 1.1, 2.0)
-
-
-def test_each_case_of_the_gate_has_its_figure() -> None:
-    """A case that nobody wrote a figure down for would be no gate."""
-    kept = json.loads(Path(gate.__file__).with_name("gate.json").read_text())
-    assert kept
-    for python, figures in kept.items():
-        assert list(figures) == [case.name for case in gate.cases()], python
