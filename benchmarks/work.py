@@ -22,7 +22,10 @@ from stroma import (
     stroma_node,
 )
 
-__all__ = ["Run", "floor", "gathered", "limited", "ours", "retried", "side_by_side", "watched"]
+__all__ = [
+    "START", "In", "Run", "floor", "gathered", "limited", "ours", "retried", "sequence", "side_by_side", "watched",
+    "yielding",
+]  # fmt: skip
 
 
 def fails_once() -> Callable[[Any], Awaitable[Any]]:
@@ -46,15 +49,30 @@ def reports_usage() -> Callable[[Any], Awaitable[Any]]:
     return node
 
 
+def yielding() -> Callable[[Any], Awaitable[Any]]:
+    """Lets others run in between, as a call of a model does."""
+
+    async def node(state: Any) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        return {"i": state.i + 1, "s": state.s}
+
+    return node
+
+
+def sequence(nodes: int, make: Callable[[], Callable[[Any], Awaitable[Any]]] = add_one) -> list[Any]:
+    made: list[Any] = []
+    for k in range(nodes):
+        contract: Any = NodeContract(node_id=f"n{k}", input_schema=In, output_schema=Out)
+        made.append(stroma_node(f"n{k}", contract)(make()))
+    return made
+
+
 def ours(nodes: int, make: Callable[[], Callable[[Any], Awaitable[Any]]] = add_one, **config: Any) -> Run:
     """Each run with a store and a runner of its own."""
-    sequence = [
-        stroma_node(f"n{k}", NodeContract(node_id=f"n{k}", input_schema=In, output_schema=Out))(make())  # type: ignore[arg-type]
-        for k in range(nodes)
-    ]
+    made = sequence(nodes, make)
 
     async def run() -> int:
-        result = await StromaRunner.quick(**config).run(sequence, In(**START))
+        result = await StromaRunner.quick(**config).run(made, In(**START))
         assert isinstance(result.final_state, Out), result.failure
         return result.final_state.i
 

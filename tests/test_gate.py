@@ -8,9 +8,6 @@ from pathlib import Path
 from benchmarks import gate
 
 
-# ---------------------------------------------------------------------- the gate
-
-
 def test_the_gate_lets_pass_what_is_within_its_slack() -> None:
     """A quarter more is too much, a tenth more is not."""
     assert gate.above(2.0 * 1.25, 2.0)

@@ -644,8 +644,8 @@ BUDGETS = (
         "zero-is-no-limit",
         "A limit of 0 means spend nothing.",
         "cost.py",
-        "    if budget.max_tokens_total is not None:\n        found",
-        "    if budget.max_tokens_total:\n        found",
+        "    if budget.max_cost_usd is not None:\n        found",
+        "    if budget.max_cost_usd:\n        found",
         engine("test_a_limit_of_zero_means_spend_nothing"),
     ),
     Break(
@@ -998,9 +998,8 @@ HOOKS = (
         "timer-for-every-hook",
         "A hook's timer is armed only when the hook suspends.",
         "hooks.py",
-        "if type(awaitable) is types.CoroutineType:\n                    # Most",
-        "if True:\n                    async with asyncio.timeout(self._limit):\n                        await awaitable\n"
-        "                elif type(awaitable) is types.CoroutineType:\n                    # Most",
+        "task = asyncio.current_task()\n        before, begin",
+        "asyncio.timeout(self._limit)\n        task = asyncio.current_task()\n        before, begin",
         hooks("test_the_timer_is_armed_only_when_a_hook_suspends"),
     ),
     Break(
@@ -2401,7 +2400,7 @@ HOSTILE = (
         "schemas.py",
         "twin, extra = _new(model.__class__), model.__pydantic_extra__",
         "return model.model_copy(update=update)",
-        once("test_a_class_that_copies_itself_in_its_own_way_crosses_as_it_is"),
+        _tests("test_shortcuts.py", "test_a_class_that_copies_itself_is_cloned_as_it_is"),
     ),
     Break(
         "suspended-for-anything",
