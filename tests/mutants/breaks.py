@@ -644,8 +644,8 @@ BUDGETS = (
         "zero-is-no-limit",
         "A limit of 0 means spend nothing.",
         "cost.py",
-        "    if budget.max_cost_usd is not None:\n        found",
-        "    if budget.max_cost_usd:\n        found",
+        "    return found\n",
+        "    return [pair for pair in found if pair[1]]\n",
         engine("test_a_limit_of_zero_means_spend_nothing"),
     ),
     Break(
@@ -1055,8 +1055,8 @@ HOOKS = (
         "failure-before-the-trace",
         "A failed attempt is in the trace when its failure hook is called.",
         "_announce.py",
-        "left = ctx.fire.fire_soon(\"on_node_failure\", calls, run.node_id, lambda: arguments)",
-        "run.rows.pop()\n        left = ctx.fire.fire_soon(\"on_node_failure\", calls, run.node_id, lambda: arguments)\n"
+        'left = ctx.fire.fire_soon("on_node_failure", calls, run.node_id, lambda: arguments)',
+        'run.rows.pop()\n        left = ctx.fire.fire_soon("on_node_failure", calls, run.node_id, lambda: arguments)\n'
         "        run.rows.append(row)",
         hooks("test_failure_fires_after_each_failed_attempt"),
     ),
