@@ -40,12 +40,16 @@ def test_a_config_that_says_nothing_is_what_validation_makes() -> None:
 
 def test_what_can_be_changed_in_a_config_is_its_own() -> None:
     """Whatever is done to the defaults of one config is not seen in the next."""
+
+    async def seen(*_: Any) -> None: ...
+
     first = RunConfig()
     first.policy_map[FailureClass.AMBIGUOUS].max_retries = 77
     first.budget.max_tokens_total = 5
     first.context["key"] = "value"
     first.classifiers.append(lambda error, where: None)
-    first.hooks.on_node_start = lambda *_: None  # type: ignore[union-attr,assignment,return-value] # pyright: ignore
+    assert isinstance(first.hooks, NodeHooks)
+    first.hooks.on_node_start = seen
     second = RunConfig()
     assert second.policy_map[FailureClass.AMBIGUOUS].max_retries == 1
     assert second.budget.max_tokens_total is None
