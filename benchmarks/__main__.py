@@ -1,95 +1,46 @@
-"""What Stroma's own work costs per node, as a ratio to the bare contract work, in one run.
+"""What Stroma costs beside its peers and the bare work. See the modules that are named here.
 
-    ./dev bench
-
-The floor validates the input, awaits the function and validates the output; Stroma does that and keeps a trace, a
-checkpoint and totals. CPU time; each sample of ours is followed by one of the floor, and the ratio is the median of
-the pairs. Targets, on Python 3.12: at most 2.5 at 100 nodes; a node of 5,000 at most 1.2 times one of 100.
+./dev bench [--nodes 1,10,100,1000] [--rounds N]    # benchmarks.compare: a table and a chart
+./dev bench --growth                                 # benchmarks.growth: plots
+./dev bench --where                                  # benchmarks.where: the time of a node, in one picture
+./dev bench --gate [--write] [--slower PERCENT]      # benchmarks.gate: nothing got slower
 """
 
 from __future__ import annotations
 
-import asyncio
-import gc
-import statistics
-import time
-from collections.abc import Awaitable, Callable
-from typing import Any
-
-from pydantic import BaseModel
-
-from stroma import NodeContract, StromaRunner, stroma_node
-
-ROUNDS = 15
+import argparse
+import sys
 
 
-class In(BaseModel):
-    i: int
-    s: str
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="./dev bench", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--gate", action="store_true")
+    what.add_argument("--growth", action="store_true")
+    what.add_argument("--where", action="store_true")
+    parser.add_argument("--write", action="store_true")
+    parser.add_argument("--slower", type=float, default=0.0)
+    parser.add_argument("--nodes", default="1,10,100,1000")
+    parser.add_argument("--rounds", type=int, default=7)
+    given = parser.parse_args()
+    if given.gate:
+        from benchmarks import gate
 
+        return gate.main(write=given.write, slower=given.slower)
+    if given.growth:
+        from benchmarks import growth
 
-class Out(BaseModel):
-    i: int
-    s: str
+        return growth.main(given.rounds)
+    if given.where:
+        from benchmarks import where
 
+        return where.main()
+    from benchmarks import compare
 
-def _function() -> Callable[[Any], Awaitable[dict[str, Any]]]:
-    async def node(state: In) -> dict[str, Any]:
-        return {"i": state.i + 1, "s": state.s}
-
-    return node
-
-
-def floor(n: int) -> Callable[[], Awaitable[int]]:
-    functions = [_function() for _ in range(n)]
-
-    async def run() -> int:
-        state: dict[str, Any] = {"i": 0, "s": "hello"}
-        for function in functions:
-            state = Out.model_validate(await function(In.model_validate(state))).__dict__
-        return int(state["i"])
-
-    return run
-
-
-def ours(n: int) -> Callable[[], Awaitable[int]]:
-    nodes = [
-        stroma_node(f"n{k}", NodeContract(node_id=f"n{k}", input_schema=In, output_schema=Out))(_function())  # type: ignore[arg-type]
-        for k in range(n)
-    ]
-
-    async def run() -> int:
-        result = await StromaRunner.quick().run(nodes, In(i=0, s="hello"))
-        assert isinstance(result.final_state, Out), result.failure
-        return result.final_state.i
-
-    return run
-
-
-async def _sample(run: Callable[[], Awaitable[int]], n: int) -> float:
-    """CPU microseconds per node."""
-    times = max(1, 2000 // n)
-    gc.collect()
-    begin = time.process_time()
-    for _ in range(times):
-        assert await run() == n
-    return (time.process_time() - begin) / (times * n) * 1e6
-
-
-async def main() -> None:
-    print(f"{'nodes':>6}  {'floor':>8}  {'stroma':>8}  ratio")
-    costs: dict[int, float] = {}
-    for n in (1, 100, 1000, 5000):
-        mine, base = ours(n), floor(n)
-        await _sample(mine, n)
-        pairs = [(await _sample(mine, n), await _sample(base, n)) for _ in range(ROUNDS)]
-        costs[n] = statistics.median(a for a, _ in pairs)
-        low = statistics.median(b for _, b in pairs)
-        print(
-            f"{n:>6}  {low:>5.2f} us  {costs[n]:>5.2f} us  {statistics.median(a / b for a, b in pairs):.2f}"
-        )
-    print(f"a node of 5,000 costs {costs[5000] / costs[100]:.2f} times one of 100")
+    return compare.main([int(n) for n in given.nodes.split(",")], given.rounds, write=given.write)
 
 
 if __name__ == "__main__":
-    asyncio.run(main())
+    sys.exit(main())

@@ -24,10 +24,11 @@ async def tell_end(
     calls: Calls,
     row: Row,
     arguments: Callable[[], tuple[Any, ...]],
+    begun: Coroutine[Any, Any, None] | None = None,
 ) -> None:
-    """Fire the hooks of an attempt's end, and note that they were."""
+    """Fire the hooks of an attempt's end, and note that they were. ``begun``: what is left of that."""
     try:
-        await ctx.fire.fire(f"on_node_{row[OUTCOME]}", calls, run.node_id, arguments)
+        await (begun or ctx.fire.fire(f"on_node_{row[OUTCOME]}", calls, run.node_id, arguments))
     except GeneratorExit:  # The coroutine is being closed: the sets that are left see this end as well.
         token = CURRENT.set(run)  # Whoever closes it has a context of their own.
         try:
@@ -46,17 +47,21 @@ async def tell_end(
 
 def fire_success(
     ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel, row: Row
-) -> Coroutine[Any, Any, None]:
+) -> Coroutine[Any, Any, None] | None:
+    """Fire the hooks of a success; what is left to await, or None."""
     run.ended = row
     calls = ctx.fire.on_node_success
     assert calls is not None
-    return tell_end(
-        ctx,
-        run,
-        calls,
-        row,
-        lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(model)), run.counted.tokens),
-    )
+
+    def arguments() -> tuple[Any, ...]:
+        return ctx.run_id, run.node_id, ctx.shown(schema.state(model)), run.counted.tokens
+
+    left = ctx.fire.fire_soon("on_node_success", calls, run.node_id, arguments)
+    if left is not None:
+        return tell_end(ctx, run, calls, row, arguments, left)
+    if ctx.delivers:
+        ctx.session.delivered(row)
+    return None
 
 
 async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, row: Row) -> None:
@@ -72,7 +77,11 @@ async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Fai
     calls = ctx.fire.on_node_failure
     if calls is not None:
         arguments = (ctx.run_id, run.node_id, ctx.shown_error(failure.exception), failure.failure_class)
-        await tell_end(ctx, run, calls, row, lambda: arguments)
+        left = ctx.fire.fire_soon("on_node_failure", calls, run.node_id, lambda: arguments)
+        if left is not None:
+            await tell_end(ctx, run, calls, row, lambda: arguments, left)
+        elif ctx.delivers:
+            ctx.session.delivered(row)
 
 
 async def warn_of_budget(ctx: ReliabilityContext) -> None:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Coroutine
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter_ns
@@ -53,6 +53,7 @@ from stroma.trace import NO_USAGE, Row, RunStatus
 
 __all__ = ["GroupStopped", "Halt", "attempt_once", "begin_group", "execute", "execute_in_turn"]
 
+_NO_CONTRACT: Final[Plan] = (None, schema_of(Kept), None)
 _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
 
@@ -271,7 +272,9 @@ async def begin_group(
                 return _refused(run, exceeded)
         state, picture = _take_unvalidated(ctx, run, group, value)
         if ctx.fire.on_node_start is not None:
-            await _fire_start(ctx, run, state, picture)
+            left = _fire_start(ctx, run, state, picture)
+            if left is not None:
+                await left
         return None
     finally:
         run.close()
@@ -307,7 +310,7 @@ def _plan(
         return None, schema_of(node.output(ctx, value)), None
     found = contract or ctx.registry.find(node.node_id) or node.contract
     if found is None:
-        return None, schema_of(Kept), None
+        return _NO_CONTRACT
     # Looking schemas up is a tenth of the engine's time: the node keeps them while contract and classes are the same.
     plan = node.plan[0]
     if (
@@ -425,7 +428,9 @@ async def _attempt(
         violation = as_violation(run.node_id, "input", raw, broken, None if given is None else given.model)
         return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
     if fire.on_node_start is not None:
-        await _fire_start(ctx, run, state, picture)
+        left = _fire_start(ctx, run, state, picture)
+        if left is not None:
+            await left
 
     # ---- the call
     raised: BaseException | None = None
@@ -470,9 +475,10 @@ async def _attempt(
         return await _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
 
     # ---- the output
+    lends = ctx.lends and not run.branch  # That of a child is read by others than the next node.
     try:
         if type(node) is Node:
-            model, kept = promised.give(output, run.compact, ctx.lends)
+            model, kept = promised.give(output, run.compact, lends)
         else:
             model, kept = promised.assemble(output, run.compact)
     except (KeyboardInterrupt, SystemExit) as interrupt:
@@ -486,9 +492,7 @@ async def _attempt(
     lent = False
     if type(kept) is not tuple and ctx.chained and promised.is_picture(kept):
         pictured = cast("Packed | bytes", kept)
-        lent = ctx.lends and type(kept) is Packed and type(node) is Node
-        if lent and run.branch:  # Others than the next node will read it.
-            model, lent = promised.restore(kept), False
+        lent = lends and type(kept) is Packed and type(node) is Node
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
@@ -544,7 +548,9 @@ async def _attempt(
     if failure is not None:
         await tell_failure(ctx, run, failure, row)
     elif fire.on_node_success is not None:
-        await fire_success(ctx, run, promised, model, row)
+        left = fire_success(ctx, run, promised, model, row)
+        if left is not None:
+            await left
     if ctx.limits and fire.on_budget_warning is not None:
         await warn_of_budget(ctx)
     if stopped is not None:
@@ -758,20 +764,32 @@ async def _abandon(
         raise stopped
 
 
-async def _fire_start(
+def _fire_start(
     ctx: ReliabilityContext, run: NodeExecution, state: BaseModel, picture: Snapshot
-) -> None:
+) -> Coroutine[Any, Any, None] | None:
+    """Fire the hooks of a start; what is left to await, or None."""
     begin = perf_counter_ns()
     schema = schema_of(type(state))
     calls = ctx.fire.on_node_start
     assert calls is not None
+    left = ctx.fire.fire_soon(
+        "on_node_start",
+        calls,
+        run.node_id,
+        lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(state))),
+    )
+    return None if left is None else _started(ctx, run, picture, begin, left)
+
+
+async def _started(
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    picture: Snapshot,
+    begin: int,
+    left: Coroutine[Any, Any, None],
+) -> None:
     try:
-        await ctx.fire.fire(
-            "on_node_start",
-            calls,
-            run.node_id,
-            lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(state))),
-        )
+        await left
     except BaseException as stopped:
         # The sets that saw the start see the end.
         reached = stopped.set_index if isinstance(stopped, HookNotAsync) else None

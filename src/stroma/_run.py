@@ -231,7 +231,8 @@ class OneRun:
         cancelled = await ctx.end(status, why)
         if ctx.run_logger.isEnabledFor(logging.INFO):
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
-        await ctx.tell_end(result)
+        if ctx.fire.on_run_end is not None:
+            await ctx.tell_end(result)
         if cancelled:
             raise asyncio.CancelledError
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
-from typing import Annotated, Any, Final, Literal, Self
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
@@ -14,6 +14,7 @@ from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap, default_policy_map
 from stroma.hooks import AnyHooks, NodeHooks, flatten
 from stroma.limits import Limit, check_limits
+from stroma.schemas import become, stamped
 from stroma.shared_budget import SharedBudget
 from stroma.usage import shown
 
@@ -52,6 +53,13 @@ class _GeneratedId(str):
 
 def _generate_id() -> str:
     return _GeneratedId(new_run_id())
+
+
+_UNLIMITED: Final = ExecutionBudget.unlimited()
+
+
+def _unlimited() -> ExecutionBudget:
+    return stamped(_UNLIMITED)  # A budget can be changed, so each config has its own.
 
 
 class RunConfig(BaseModel):
@@ -106,7 +114,7 @@ class RunConfig(BaseModel):
 
     run_id: str = Field(default_factory=_generate_id)
     pipeline: str = "pipeline"
-    budget: ExecutionBudget = Field(default_factory=ExecutionBudget.unlimited)
+    budget: ExecutionBudget = Field(default_factory=_unlimited)
     shared_budgets: Annotated[SharedBudget | Sequence[SharedBudget], SkipValidation] = ()
     limits: Annotated[dict[str, Limit], SkipValidation] = Field(default_factory=dict)
     node_limits: dict[str, str] = Field(default_factory=dict)
@@ -133,6 +141,23 @@ class RunConfig(BaseModel):
     hook_timeout_ms: int | None = Field(default=5000, gt=0, le=LARGEST)
     tags: tuple[str, ...] = ()
     redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
+
+    if not TYPE_CHECKING:  # Type checkers know the fields' names from pydantic.
+
+        def __init__(self, **data: Any) -> None:
+            if data or type(self) is not RunConfig:
+                super().__init__(**data)
+            else:  # What validation comes to where there is nothing to validate: most runs of a service make one.
+                become(self, _defaults(), set())
+
+    def with_run_id(self, run_id: str) -> RunConfig:
+        """The same config for a run of that id. Raises ValueError for what is no id."""
+        if type(self) is not RunConfig:
+            return self.model_copy(update={"run_id": check_id(run_id, "run id")})
+        twin = stamped(self)
+        vars(twin)["run_id"] = check_id(run_id, "run id")
+        twin.__pydantic_fields_set__.add("run_id")
+        return twin
 
     @property
     def budgets(self) -> Sequence[SharedBudget]:
@@ -211,3 +236,20 @@ class RunConfig(BaseModel):
                     f"node_timeouts[{node_id!r}] is {shown(limit)} ms; give a positive number of milliseconds, up to 10**30"
                 )
         return value
+
+
+def _defaults() -> dict[str, Any]:
+    """The fields of a config that says nothing; what can be changed is new."""
+    values = _FIXED.copy()
+    for name, make in _MADE:
+        values[name] = make()
+    return values
+
+
+#: The defaults that everybody shares, in the order of the fields, and what makes the others.
+_FIXED: Final = {name: field.default for name, field in RunConfig.model_fields.items()}
+_MADE: Final = tuple(
+    (name, cast("Callable[[], Any]", field.default_factory))
+    for name, field in RunConfig.model_fields.items()
+    if field.default_factory is not None
+)

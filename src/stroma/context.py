@@ -247,7 +247,7 @@ class ReliabilityContext:
         self.fire: Hooks = NO_HOOKS
         #: Whether attempts wait for their turn at a shared budget, a limit or a breaker.
         self.gated = self.config.gated
-        sets = [hooks for hooks in flatten(self.hooks) if any(vars(hooks).values())]
+        sets = [hooks for hooks in flatten(self.hooks) if any(hooks.__dict__.values())]
         if self.probes:
             sets = [own for probe in self.probes if (own := probe.begins(self)) is not None] + sets
         if sets:
@@ -267,25 +267,13 @@ class ReliabilityContext:
     ) -> ReliabilityContext:
         """A context with a fresh tracker, trace and counts; the config's own context dict."""
         run_id = str(config.run_id)
+        # By position: so many keywords take a microsecond to sort.
         return cls(
-            run_id=run_id,
-            registry=registry,
-            checkpoint_manager=checkpoint_manager,
-            cost_tracker=CostTracker(),
-            retry_budget=RetryBudget(),
-            trace=ExecutionTrace(run_id),
-            budget=config.budget,
-            policy_map=config.policy_map,
-            step_policies=config.node_policies,
-            classifiers=config.classifiers,
-            step_timeouts=config.node_timeouts,
-            model_fallbacks=config.model_fallbacks,
-            hooks=config.hooks,
-            context=config.context,
-            run_logger=_RunLogger(logger, {"run_id": run_id}),
-            config=config,
-            pipeline=config.pipeline,
-        )
+            run_id, registry, checkpoint_manager, CostTracker(), RetryBudget(), ExecutionTrace(run_id),
+            config.budget, config.policy_map, config.node_policies, config.classifiers, config.node_timeouts,
+            config.model_fallbacks, config.hooks, config.context, _RunLogger(logger, {"run_id": run_id}),
+            config, config.pipeline,
+        )  # fmt: skip
 
     def warn_once(self, node_id: str, what: str, text: str) -> None:
         """Log a warning that a node would give for each of its attempts and items."""
@@ -372,9 +360,9 @@ class ReliabilityContext:
                     opened = self._attach(request)
                 else:
                     opened = self.checkpoint_manager.open_run(request)
-                if not inspect.isawaitable(opened):
-                    return self._begin(opened, carry=discard_from is None)
-                self._opening = asyncio.ensure_future(opened)
+                if not hasattr(opened, "__await__"):
+                    return self._begin(opened, carry=discard_from is None)  # pyright: ignore[reportArgumentType]
+                self._opening = asyncio.ensure_future(cast("Awaitable[Session]", opened))
             try:
                 # Steps that begin side by side wait for the same opening, and one that is cancelled spoils it for none.
                 session = await asyncio.shield(self._opening)
@@ -680,16 +668,8 @@ class ReliabilityContext:
         """The result as things stand: totals and trace of the whole context so far."""
         if isinstance(final_state, BaseModel):
             schema_of(type(final_state)).release(final_state)
+        spent = self.cost_tracker
         return ExecutionResult(
-            run_id=self.run_id,
-            status=status,
-            final_state=final_state,
-            trace=self.trace,
-            total_cost_usd=self.cost_tracker.total_cost_usd,
-            total_tokens=self.cost_tracker.total_tokens,
-            failure=failure,
-            hook_errors=self.hook_failures,
-            unpriced_models=self.unpriced,
-            suspended=self.suspended,
-            failed_items=self.failed_items,
-        )
+            self.run_id, status, final_state, self.trace, spent.total_cost_usd, spent.total_tokens, failure,
+            self.hook_failures, self.unpriced, self.suspended, self.failed_items,
+        )  # fmt: skip

@@ -267,12 +267,14 @@ class CostTracker:
 
 def limits(budget: ExecutionBudget) -> list[tuple[Dimension, float]]:
     """The limits that are set, in the order in which they are checked."""
-    pairs: list[tuple[Dimension, float | None]] = [
-        ("tokens", budget.max_tokens_total),
-        ("cost", budget.max_cost_usd),
-        ("latency", budget.max_latency_ms),
-    ]
-    return [(dimension, limit) for dimension, limit in pairs if limit is not None]
+    found: list[tuple[Dimension, float]] = []
+    if budget.max_tokens_total is not None:
+        found.append(("tokens", budget.max_tokens_total))
+    if budget.max_cost_usd is not None:
+        found.append(("cost", budget.max_cost_usd))
+    if budget.max_latency_ms is not None:
+        found.append(("latency", budget.max_latency_ms))
+    return found
 
 
 def resolve_model(

@@ -289,36 +289,35 @@ async def _side_by_side(
     kind: Kind,
 ) -> list[BaseModel]:
     """Execute jobs concurrently; raises GroupStopped for the first that stopped for good, its siblings awaited."""
-    gate = _gate(limit)
+    gate = None if limit is None else asyncio.Semaphore(limit)
     stopped: list[Halt] = []
     waiting: list[Halt] = []
     prefix = f"{group.branch}." if group.branch else ""
 
     async def one(index: int, node: Node | Group, value: BaseModel) -> BaseModel | None:
-        async with gate():
-            if stopped:
-                return None
-            outcome = await execute_in_turn(
-                ctx,
-                node,
-                value,
-                group.position,
-                branch=f"{prefix}{index}",
-                kind=kind,
-                parent=group,
-            )
-        if isinstance(outcome, Halt):
-            if outcome.suspended:  # Its siblings need not wait: all that can be done is done.
-                waiting.append(outcome)
-                return None
-            stopped.append(outcome)
-            # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
-            if not stopped[0].spent:
-                raise GroupStopped(outcome)
+        if stopped:
             return None
-        return outcome
+        outcome = await execute_in_turn(
+            ctx, node, value, group.position, branch=f"{prefix}{index}", kind=kind, parent=group
+        )
+        if not isinstance(outcome, Halt):
+            return outcome
+        if outcome.suspended:  # Its siblings need not wait: all that can be done is done.
+            waiting.append(outcome)
+            return None
+        stopped.append(outcome)
+        # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
+        if not stopped[0].spent:
+            raise GroupStopped(outcome)
+        return None
 
-    outputs = await gather([one(i, node, value) for i, (node, value) in enumerate(jobs)])
+    async def one_in_turn(index: int, node: Node | Group, value: BaseModel) -> BaseModel | None:
+        assert gate is not None
+        async with gate:
+            return await one(index, node, value)
+
+    work = one if gate is None else one_in_turn
+    outputs = await gather([work(i, node, value) for i, (node, value) in enumerate(jobs)])
     for halt in (*stopped, *waiting):
         raise GroupStopped(halt)
     return cast("list[BaseModel]", outputs)
@@ -330,29 +329,36 @@ async def gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
     Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a cancellation
     from outside that comes at the same moment, or leave its own behind.
     """
+    loop = asyncio.get_running_loop()
     failed: list[BaseException] = []
-    cancelled = False
+    left, cancelled = len(work), False
+    waiter: asyncio.Future[None] = loop.create_future()
 
     def abort() -> None:
         for task in running:
             task.cancel()
 
     def ended(task: asyncio.Task[Any]) -> None:
+        nonlocal left
+        left -= 1
         error = None if task.cancelled() else task.exception()
         if error is not None:
             failed.append(error)
             if len(failed) == 1:
                 abort()
+        if not left and not waiter.done():
+            waiter.set_result(None)
 
-    running = [asyncio.create_task(item) for item in work]
+    running = [loop.create_task(item) for item in work]
     for task in running:
         task.add_done_callback(ended)
-    while not all(task.done() for task in running):
+    while left:
         try:
-            await asyncio.wait(running)
+            await waiter
         except asyncio.CancelledError:
             cancelled = True
             abort()
+            waiter = loop.create_future()
     # In the order in which they failed; what tells the process to stop is told first.
     first = next((e for e in failed if not isinstance(e, Exception)), failed[0] if failed else None)
     if cancelled and (first is None or isinstance(first, Exception)):

@@ -8,10 +8,10 @@ import dis
 import inspect
 import logging
 import types
-from collections.abc import Awaitable, Callable, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from dataclasses import dataclass, fields
 from time import perf_counter
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
 from stroma.failures import FailureClass
 from stroma.trace import ExecutionResult
@@ -103,6 +103,13 @@ _ENDS = frozenset(
 )
 #: The callables of one event, each with the index of its set, in the order in which they run.
 Calls = tuple[tuple[int, Callable[..., Any]], ...]
+
+
+#: How far the first hook has come: the task's cancellations before, the time, what it returned (_OVER once that is
+#: done), what that waits for, and what was raised.
+Begun = tuple[int, float, Any, Any, BaseException | None]
+_OVER: Final = object()
+_NOTHING: Final = object()
 
 
 class HookSets(tuple[NodeHooks, ...]):
@@ -209,14 +216,48 @@ class Hooks:
             for event in _ENDS:
                 setattr(self, event, getattr(self, event) or ())
 
-    async def fire(
+    def fire_soon(
         self, event: str, calls: Calls, node_id: str | None, arguments: Callable[[], tuple[Any, ...]]
+    ) -> Coroutine[Any, Any, None] | None:
+        """:meth:`fire`, as far as it comes without waiting: what is left to await, or None. Raises nothing itself.
+
+        A single hook that never waits, which most are, needs no coroutine around it.
+        """
+        if len(calls) != 1:
+            return self.fire(event, calls, node_id, arguments)
+        task = asyncio.current_task()
+        before, begin = task.cancelling() if task else 0, perf_counter()
+        awaitable: Any = None
+        waiting_for: Any = None
+        try:
+            awaitable = calls[0][1](*arguments())
+            if type(awaitable) is types.CoroutineType:
+                try:
+                    waiting_for = awaitable.send(None)
+                except StopIteration:
+                    if (self._limit is None or perf_counter() - begin <= self._limit) and (
+                        task is None or task.cancelling() <= before
+                    ):
+                        return None
+                    awaitable = _OVER
+        except BaseException as error:
+            return self.fire(event, calls, node_id, arguments, (before, begin, None, None, error))
+        return self.fire(event, calls, node_id, arguments, (before, begin, awaitable, waiting_for, None))
+
+    async def fire(
+        self,
+        event: str,
+        calls: Calls,
+        node_id: str | None,
+        arguments: Callable[[], tuple[Any, ...]],
+        begun: Begun | None = None,
     ) -> None:
         """Await each hook in turn, in the caller's own task. ``arguments`` makes fresh ones for each set.
 
         What a hook raises is logged and reported, and changes nothing. HookNotAsync and the cancellation of the
         running task come out once every hook was called, but for a start: the sets after one that is not async
-        never see it. KeyboardInterrupt and SystemExit come out then, too, and before those.
+        never see it. KeyboardInterrupt and SystemExit come out then, too, and before those. ``begun``: how far
+        :meth:`fire_soon` came with the first hook.
         """
         task = asyncio.current_task()
         stopped: BaseException | None = None
@@ -225,15 +266,24 @@ class Hooks:
             begin = perf_counter()
             patient = self._patient and index in self._patient
             try:
-                awaitable = hook(*arguments())
+                if begun is None:
+                    awaitable, waiting_for = hook(*arguments()), _NOTHING
+                else:
+                    before, begin, awaitable, waiting_for, raised = begun
+                    begun = None
+                    if raised is not None:
+                        raise raised
                 if type(awaitable) is types.CoroutineType:
                     # Most hooks never wait: they are over with their first step, and need no timer and nobody to await.
                     try:
-                        waiting_for = awaitable.send(None)
+                        if waiting_for is _NOTHING:
+                            waiting_for = awaitable.send(None)
                     except StopIteration:
                         pass
                     else:
                         await _bounded(awaitable.__await__(), waiting_for, None if patient else self._limit)
+                elif awaitable is _OVER:
+                    pass
                 elif inspect.isawaitable(awaitable):
                     await _awaited(awaitable, None if patient else self._limit)
                 else:

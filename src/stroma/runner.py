@@ -555,12 +555,12 @@ class StromaRunner:
     def _config_for(self, nodes: Any, run_id: str | None, given: dict[str, Any]) -> RunConfig:
         config = self._config_of(nodes)
         changes = {name: value for name, value in given.items() if value is not None}
+        if run_id is None and (taken := config.take_run_id()) != config.run_id:
+            run_id = taken
+        if not changes:
+            return config if run_id is None else config.with_run_id(run_id)
         if run_id is not None:
             changes["run_id"] = run_id
-        elif (taken := config.take_run_id()) != config.run_id:
-            changes["run_id"] = taken
-        if not changes:
-            return config
         RunConfig(**changes)  # Validates what was given.
         return config.model_copy(update=changes)
 

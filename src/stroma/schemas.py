@@ -17,7 +17,6 @@ what is stored is read back before it is promised, and marked if only the schema
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import functools
 import hashlib
@@ -26,7 +25,7 @@ import math
 import operator
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, Final, cast
+from typing import Any, Final, TypeVar, cast
 from weakref import WeakValueDictionary
 
 import pydantic_core
@@ -56,6 +55,7 @@ from stroma._core_schema import (
 from stroma._encoding import NotSerialisable, keeping_secrets, tag, untag
 from stroma._values import (
     Packed,
+    are_atoms,
     classes_in,
     holds_record,
     isolate,
@@ -65,7 +65,25 @@ from stroma._values import (
     with_records,
 )
 
-__all__ = ["Given", "NotSerialisable", "Packed", "Schema", "Snapshot", "schema_of", "told_of"]
+__all__ = [
+    "Given",
+    "NotSerialisable",
+    "Packed",
+    "Schema",
+    "Snapshot",
+    "become",
+    "schema_of",
+    "stamped",
+    "told_of",
+]
+
+ModelT = TypeVar("ModelT", bound=BaseModel)
+# What object.__setattr__ comes to, in half its time.
+_new: Final[Any] = object.__new__
+_put_values: Final[Any] = BaseModel.__dict__["__dict__"].__set__
+_put_given: Final[Any] = BaseModel.__dict__["__pydantic_fields_set__"].__set__
+_put_extra: Final[Any] = BaseModel.__dict__["__pydantic_extra__"].__set__
+_put_private: Final[Any] = BaseModel.__dict__["__pydantic_private__"].__set__
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -414,6 +432,8 @@ class Schema:
 
     def state(self, model: BaseModel) -> dict[str, Any]:
         """The state as the dict that hooks and the trace show."""
+        if self.flat and len(model.__dict__) == self._size:  # As fields() has it.
+            return model.__dict__.copy()
         raw = self.raw(model)
         return raw if isinstance(raw, dict) else {"root": raw}
 
@@ -467,6 +487,8 @@ class Schema:
     def copy(self, model: BaseModel) -> BaseModel:
         """A copy without validation, for nodes without a contract."""
         if self._copies:
+            if are_atoms(model.__dict__):
+                return _copied(model, _NOTHING)
             packed = pack(model.__dict__)
             if packed is not None:
                 return _copied(model, packed.open())
@@ -568,6 +590,8 @@ class Schema:
             model = self.validate(output)
             return model, self._values(model.__dict__)
         if self._packs and compact and type(output) is dict and not self._nested:
+            if self.any and not lent and are_atoms(output):
+                output, lent = output.copy(), True  # All that there is to isolate.
             model = self.validate(output)
             picture = self.snapshot(model)
             if type(picture) is Packed:
@@ -591,17 +615,16 @@ class Schema:
 
     def made_of(self, values: dict[str, Any]) -> BaseModel:
         """A model that holds values as they are, whatever they are; a field that they do not name is None."""
-        model = self.model.__new__(self.model)
-        extra = {k: v for k, v in values.items() if k not in self.names} if self._extra else None
-        for name, value in {
-            "__dict__": {name: values.get(name) for name in self.names},
-            "__pydantic_fields_set__": values.keys() & set(self.names),
-            "__pydantic_extra__": extra,
-            "__pydantic_private__": None,
-        }.items():
-            if not (self.root and name in _NOT_OF_ROOTS):
-                object.__setattr__(model, name, value)
-        return model
+        held = {name: values.get(name) for name in self.names}
+        if not self.root:
+            model = filled(self.model, held, values.keys() & held.keys())
+            if self._extra:
+                _put_extra(model, {k: v for k, v in values.items() if k not in held})
+            return model
+        model = _new(self.model)
+        _put_values(model, held)
+        _put_given(model, values.keys() & held.keys())
+        return cast("BaseModel", model)
 
     def _admit(self, output: Any) -> BaseModel:
         """Validate what a node returned: pydantic takes the instances in it as they are, unvalidated and shared."""
@@ -840,8 +863,7 @@ def told_of(error: Exception) -> tuple[str, Exception | None]:
 
 _TOLD: Final = 5
 _NONE: Final[frozenset[type]] = frozenset()
-#: Slots that a root model has not: what is written to them would be among its values.
-_NOT_OF_ROOTS: Final = frozenset({"__pydantic_extra__", "__pydantic_private__"})
+_NOTHING: Final[Mapping[str, Any]] = {}
 _SUBCLASSES: Final = operator.methodcaller("__subclasses__")
 
 
@@ -917,17 +939,37 @@ def _apart(value: Any) -> Any:
 
 def _copied(model: BaseModel, update: Mapping[str, Any]) -> BaseModel:
     """A copy with some values changed. Not by model_copy: a class may have one of its own, which changes more."""
-    twin = model.__class__.__new__(model.__class__)
-    extra = model.__pydantic_extra__
-    for name, value in {
-        "__dict__": model.__dict__ | {k: v for k, v in update.items() if extra is None or k not in extra},
-        "__pydantic_fields_set__": set(model.__pydantic_fields_set__),
-        "__pydantic_extra__": None if extra is None else {k: update.get(k, v) for k, v in extra.items()},
-        "__pydantic_private__": copy.copy(model.__pydantic_private__),
-    }.items():
-        if name not in _NOT_OF_ROOTS or not model.__pydantic_root_model__:
-            object.__setattr__(twin, name, value)
-    return twin
+    twin, extra = _new(model.__class__), model.__pydantic_extra__
+    if extra is None:
+        _put_values(twin, {**model.__dict__, **update})
+    else:
+        _put_values(twin, model.__dict__ | {k: v for k, v in update.items() if k not in extra})
+    _put_given(twin, model.__pydantic_fields_set__.copy())
+    if not model.__pydantic_root_model__:
+        _put_extra(twin, None if extra is None else {k: update.get(k, v) for k, v in extra.items()})
+        private = model.__pydantic_private__
+        _put_private(twin, None if private is None else private.copy())
+    return cast("BaseModel", twin)
+
+
+def stamped(model: ModelT) -> ModelT:
+    """A copy of a model whose values are shared, and that has neither extra nor private ones."""
+    return filled(model.__class__, model.__dict__.copy(), model.__pydantic_fields_set__.copy())
+
+
+def filled(kind: type[ModelT], values: dict[str, Any], given: set[str]) -> ModelT:
+    """A new model of values that nobody validates, without extra and private ones; no root model."""
+    made = cast("ModelT", _new(kind))
+    become(made, values, given)
+    return made
+
+
+def become(model: BaseModel, values: dict[str, Any], given: set[str]) -> None:
+    """Give a model its values, unvalidated; ``given`` are the fields that were not left to their defaults."""
+    _put_values(model, values)
+    _put_given(model, given)
+    _put_extra(model, None)
+    _put_private(model, None)
 
 
 def _twin(value: Any) -> Any:

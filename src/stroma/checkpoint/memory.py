@@ -55,6 +55,11 @@ _Key = int | str | tuple[int, str]
 _Kept = tuple[str, Schema, Snapshot, str]  # of a node id: with what it is filed under
 
 
+def _nobody() -> None:
+    """The session of a run that nobody is at work on."""
+    return
+
+
 @dataclass(slots=True)
 class _Run:
     """One run. ``kept`` holds what was committed by position or by (position, branch), and what the simple calls saved
@@ -79,7 +84,13 @@ class _Run:
     #: Raised by each session that opens the run; only the last one may write.
     epoch: int = 0
     #: That session, while somebody has it.
-    session: Callable[[], _MemorySession | None] = lambda: None
+    session: Callable[[], _MemorySession | None] = _nobody
+
+    def forget(self) -> None:
+        """What the execution before has left. What was saved by hand belongs to none."""
+        self.kept = {k: v for k, v in self.kept.items() if isinstance(k, str)}
+        self.spent, self.calls, self.waiting = [], {}, {}
+        self.traceparent, self.tags = None, ()
 
     def held(self) -> Held | None:
         """What is known of the last execution."""
@@ -150,25 +161,26 @@ class _MemorySession:
 
     def __init__(self, run: _Run, request: RunRequest) -> None:
         given = request.schema.snapshot(request.initial_state)
-        way = decide(request, run.held(), run.input == given)
+        held = run.held()
+        way = "begin" if held is None else decide(request, held, run.input == given)
         self.continued, self.finished, self.on_cancel = way == "continue", None, None
         if way != "begin":
             self._continue(run, request)
         if way == "return":
             self.finished = Finished(run.status, run.error)
         elif way == "begin":
+            if run.execution or run.kept:
+                run.forget()
             run.execution += 1
-            # What was saved by hand belongs to no execution.
-            run.kept = {k: v for k, v in run.kept.items() if isinstance(k, str)} if run.kept else {}
-            run.spent, run.calls, run.input = [], {}, given
-            run.waiting, run.traceparent, run.tags = {}, None, ()
-            run.pipeline, run.schema, run.started_ms = request.pipeline, request.schema, _now_ms()
+            run.input, run.pipeline, run.schema = given, request.pipeline, request.schema
+            run.started_ms = _now_ms()
             self.restored, self.prior = _NOTHING_RESTORED, _NOTHING_SPENT
         if way != "return":
             run.status, run.error = "RUNNING", None
-            run.tags = tuple(dict.fromkeys((*run.tags, *request.tags)))
+            if request.tags:
+                run.tags = tuple(dict.fromkeys((*run.tags, *request.tags)))
             run.epoch += 1
-            run.session = weakref.ref(self) if request.ends else lambda: None
+            run.session = weakref.ref(self) if request.ends else _nobody
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._kept, self._spent, self._schemas = run, run.kept, run.spent, run.schemas
         self._calls, self.waiting, self.traceparent = run.calls, run.waiting, run.traceparent
@@ -244,7 +256,7 @@ class _MemorySession:
 
     def abandon(self) -> None:
         if self._run.epoch == self._epoch:
-            self._run.session = lambda: None
+            self._run.session = _nobody
 
 
 def _fenced() -> Fenced:

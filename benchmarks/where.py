@@ -1,0 +1,130 @@
+"""Where the time of a node goes: docs/images/node-light.svg and node-dark.svg.
+
+    ./dev bench --where
+
+Each part is called by itself, thousands of times, and its least time is taken. What the parts do not explain is the engine's
+own bytecode: its questions whether there is a budget, a hook, a timeout, a group or a cancellation.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import timeit
+from collections.abc import Callable, Coroutine
+from pathlib import Path
+from typing import Any
+
+from benchmarks import chart
+from benchmarks.peers.in_memory.work import START, In, Out, add_one
+from stroma import (
+    AsyncInMemoryStore,
+    CheckpointManager,
+    ContractRegistry,
+    NodeContract,
+    RunConfig,
+    stroma_node,
+)
+from stroma import _engine as engine
+from stroma.checkpoint import RunRequest
+from stroma.context import ReliabilityContext
+from stroma.execution import CURRENT, NodeExecution
+from stroma.nodes import find_node
+from stroma.schemas import schema_of
+
+IMAGES = Path(__file__).parents[1] / "docs" / "images"
+_TIMES, _REPEATS = 500, 60
+
+
+def _least(call: Callable[[], Any]) -> float:
+    """Microseconds of one call, without those of calling nothing."""
+    return min(timeit.repeat(call, timer=time.process_time, number=_TIMES, repeat=_REPEATS)) / _TIMES * 1e6
+
+
+def _drive(work: Coroutine[Any, Any, Any]) -> None:
+    try:
+        work.send(None)
+    except StopIteration:
+        return
+    raise AssertionError("it waits")
+
+
+def parts() -> list[tuple[str, float]]:
+    contract: Any = NodeContract(node_id="n", input_schema=In, output_schema=Out)
+    marked: Any = stroma_node("n", contract)(add_one())  # type: ignore[arg-type]
+    node: Any = find_node(marked)
+    manager, registry = CheckpointManager(AsyncInMemoryStore()), ContractRegistry()
+    ctx = ReliabilityContext.for_run(RunConfig(), registry, manager)
+    state, output = In(**START), Out(**START)
+    session: Any = manager.open_run(RunRequest("run", "bench", state, schema_of(In)))
+    ctx.session = session
+    run = NodeExecution(ctx, "n", "node", 0, "", [], None)
+    plan = engine._plan(ctx, node, state, None)
+    given, promised = plan[0], plan[1]
+    assert given is not None
+    model, kept = promised.give(dict(START), True)
+    row: Any = ("n", 1, 2, 3, kept, kept, "success", None, None, 0, "", None, None)
+    raw = dict(START)
+    validate_in, validate_out = given.validate, promised.validate
+
+    def validate() -> None:
+        validate_in(raw)
+        validate_out(raw)
+
+    async def nothing() -> None:
+        return None
+
+    async def within() -> None:
+        await nothing()
+
+    idle = _least(lambda: None)
+    validated = _least(validate) - idle
+    crossing = _least(lambda: given.take(output, True)) + _least(lambda: promised.give(raw, True)) - 2 * idle
+    function = _least(lambda: _drive(node.func(state))) - idle
+    coroutines = _least(lambda: _drive(within())) - idle
+    noted = (
+        _least(lambda: NodeExecution(ctx, "n", "node", 0, "", [], None))
+        + _least(lambda: CURRENT.set(run))
+        - 2 * idle
+    )
+    looked_up = (
+        _least(lambda: engine._plan(ctx, node, state, None))
+        + _least(lambda: ctx.trace.adopt("n", plan))
+        - 2 * idle
+    )
+    recorded = _least(lambda: session.record(row, promised, model, None)) - idle
+
+    def whole() -> None:
+        _drive(engine.execute_in_turn(ctx, node, output, 0))
+        ctx.trace.rows.clear()
+
+    total = _least(whole) - idle
+    found = [
+        ("validation, in and out", validated),
+        ("the node's own function", function),
+        ("states taken apart and pictured", crossing - validated),
+        ("coroutines of the engine", coroutines),
+        ("current_node()", noted),
+        ("contract and schemas looked up", looked_up),
+        ("row and journal", recorded),
+    ]
+    return [
+        *found,
+        ("questions: budget, hooks, timeout, group ...", total - sum(amount for _, amount in found)),
+    ]
+
+
+async def _in_loop() -> list[tuple[str, float]]:
+    return parts()  # Some of it asks for the running task.
+
+
+def main() -> int:
+    found = asyncio.run(_in_loop())
+    for label, amount in found:
+        print(f"{label:45} {amount:6.2f} us")
+    print(f"{'in all':45} {sum(amount for _, amount in found):6.2f} us")
+    for name, theme in chart.THEMES.items():
+        (IMAGES / f"node-{name}.svg").write_text(
+            chart.stack("Where the time of a node goes", found, "us", theme)
+        )
+    return 0

@@ -1,0 +1,22 @@
+"""The gate for what Stroma costs (benchmarks/gate.py): what it decides, not what it measures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+from benchmarks import gate
+
+
+def test_the_gate_lets_pass_what_is_within_its_slack() -> None:
+    """A quarter more is too much, a tenth more is not."""
+    assert gate.above(2.0 * 1.25, 2.0)
+    assert not gate.above(2.0 * 1.1, 2.0)
+
+
+def test_each_case_of_the_gate_has_its_figure() -> None:
+    """A case that nobody wrote a figure down for would be no gate."""
+    kept = json.loads(Path(gate.__file__).with_name("gate.json").read_text())
+    assert kept
+    for python, figures in kept.items():
+        assert list(figures) == [case.name for case in gate.cases()], python

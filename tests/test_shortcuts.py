@@ -1,0 +1,168 @@
+"""What is made in a shorter way is what the long way makes, and is shared with nobody."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import FailureClass, NodeHooks, RunConfig, StromaRunner, parallel
+from stroma.schemas import schema_of, stamped
+
+
+class State(BaseModel):
+    i: int = 0
+    s: str = ""
+
+
+def unmarked(name: str, func: Any) -> Any:
+    """A node without a contract."""
+    func._stroma_node_id = name
+    return func
+
+
+# ---------------------------------------------------------------------- configurations
+
+
+def test_a_config_that_says_nothing_is_what_validation_makes() -> None:
+    """RunConfig() has the values, the types and the order of one that was validated."""
+    plain, validated = RunConfig(), RunConfig.model_validate({})
+    assert plain.model_fields_set == validated.model_fields_set == set()
+    assert list(vars(plain)) == list(vars(validated)) == list(RunConfig.model_fields)
+    for name, value in vars(validated).items():
+        assert type(getattr(plain, name)) is type(value), name
+        assert name == "run_id" or getattr(plain, name) == value, name
+    assert plain.model_copy(update={"run_id": "x"}) == validated.model_copy(update={"run_id": "x"})
+
+
+def test_what_can_be_changed_in_a_config_is_its_own() -> None:
+    """Whatever is done to the defaults of one config is not seen in the next."""
+
+    async def seen(*_: Any) -> None: ...
+
+    first = RunConfig()
+    first.policy_map[FailureClass.AMBIGUOUS].max_retries = 77
+    first.budget.max_tokens_total = 5
+    first.context["key"] = "value"
+    first.classifiers.append(lambda error, where: None)
+    assert isinstance(first.hooks, NodeHooks)
+    first.hooks.on_node_start = seen
+    second = RunConfig()
+    assert second.policy_map[FailureClass.AMBIGUOUS].max_retries == 1
+    assert second.budget.max_tokens_total is None
+    assert (second.context, second.classifiers, second.hooks) == ({}, [], NodeHooks())
+
+
+def test_a_subclass_of_the_config_is_validated() -> None:
+    """A class of the user's that adds fields gets its defaults and its checks."""
+
+    class Mine(RunConfig):
+        region: str
+        zone: str = "a"
+
+    assert Mine(region="eu").zone == "a"
+    with pytest.raises(ValueError, match="region"):
+        Mine()  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize("run_id", ["", "a\0b", "\ud800"])
+async def test_an_illegal_run_id_is_refused_for_one_run(run_id: str) -> None:
+    """run(run_id=) takes what every store can keep, and leaves the runner's config alone."""
+    runner = StromaRunner.quick(tags=("kept",))
+    with pytest.raises(ValueError, match="run id"):
+        await runner.run([], State(), run_id=run_id)
+    result = await runner.run([], State(), run_id="mine")
+    assert result.run_id == "mine"
+    assert "run_id" not in runner.config.model_fields_set
+
+
+def test_a_config_for_another_run_keeps_the_rest() -> None:
+    """The same config under another id has the same fields, and says that it was given one."""
+    config = RunConfig(tags=("a",))
+    other = config.with_run_id("mine")
+    assert (other.run_id, other.tags, other.policy_map) == ("mine", ("a",), config.policy_map)
+    assert (other.model_fields_set, config.model_fields_set) == ({"tags", "run_id"}, {"tags"})
+
+
+# ---------------------------------------------------------------------- copies
+
+
+def test_a_stamped_copy_is_the_model_and_apart_from_it() -> None:
+    """A copy is equal, of the same class, and what is set on one is not seen on the other."""
+    model = State(i=3)
+    twin = stamped(model)
+    assert twin == model
+    assert twin.model_fields_set == {"i"}
+    twin.s = "changed"
+    assert (model.s, model.model_fields_set) == ("", {"i"})
+
+
+def test_a_state_that_was_not_validated_is_copied_deeply() -> None:
+    """A list where the class declares text is no atom: a node without a contract gets one of its own."""
+    held: Any = ["a"]
+    model = State.model_construct(i=1, s=held)
+    twin = schema_of(State).copy(model)
+    twin.s.append("b")  # type: ignore[attr-defined]
+    assert held == ["a"]
+
+
+def test_a_class_that_copies_itself_is_cloned_as_it_is() -> None:
+    """What a class makes of model_copy has no say in what the next node gets."""
+
+    class Stamped(BaseModel):
+        n: int = 0
+        stamp: int = 0
+
+        def model_copy(self, **_: Any) -> Any:
+            return Stamped(stamp=self.stamp + 1)
+
+    model = Stamped(n=1)
+    twin = schema_of(Stamped).clone(model)
+    assert (twin, twin is model) == (model, False)
+
+
+async def test_what_a_child_does_to_its_state_no_sibling_sees() -> None:
+    """Children without contracts each have a copy of a flat state, and of what is nested in it."""
+    seen: list[int] = []
+
+    async def changes(state: Any) -> dict[str, Any]:
+        state.i = 99
+        return {"a": 1}
+
+    async def looks(state: Any) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        seen.append(state.i)
+        return {"b": state.i}
+
+    result = await StromaRunner.quick().run(
+        [parallel(unmarked("changes", changes), unmarked("looks", looks))], State(i=1)
+    )
+    assert seen == [1]
+    assert result.trace.replay().__next__().input_state == {"i": 1, "s": ""}
+
+
+@pytest.mark.parametrize("output", [{"a": 1}, {"a": {"deep": 1}}, {f"k{n}": n for n in range(100)}])
+async def test_what_a_child_returned_is_kept_as_it_was(output: dict[str, Any]) -> None:
+    """A dict that a child goes on changing changes neither the merged state nor the trace."""
+    before = json.loads(json.dumps(output))
+
+    async def gives(state: Any) -> dict[str, Any]:
+        return output
+
+    async def changes(state: Any) -> dict[str, Any]:
+        await asyncio.sleep(0)
+        if isinstance(output.get("a"), dict):
+            output["a"]["deep"] = "changed"
+        output["new"] = output["a" if "a" in output else "k1"] = "changed"
+        return {}
+
+    result = await StromaRunner.quick().run(
+        [parallel(unmarked("gives", gives), unmarked("changes", changes))], State()
+    )
+    assert result.final_state is not None, result.failure
+    assert result.final_state.model_dump() == before
+    given = next(event for event in result.trace.walk() if event.node_id == "gives")
+    assert given.output_state == before
