@@ -170,9 +170,10 @@ def lay_out(folder: Path) -> dict[str, list[str]]:
             target = folder / picture.relative_to(DOCS)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, target)
-    style = folder / "assets" / "own.css"
-    style.parent.mkdir(exist_ok=True)
-    style.write_text(STYLE, "utf-8")
+    assets = folder / "assets"
+    assets.mkdir(exist_ok=True)
+    (assets / "own.css").write_text(STYLE, "utf-8")
+    (assets / "own.js").write_text(SCRIPT, "utf-8")
     return navigation(set(texts))
 
 
@@ -186,6 +187,14 @@ STYLE = """\
 .md-typeset pre { overflow-x: auto }
 .md-typeset pre > code { overflow: visible; width: max-content; min-width: 100% }
 .md-typeset .doc-labels code { color: var(--md-default-fg-color); opacity: 1 }
+"""
+
+#: A table that is too wide for a narrow screen scrolls in reach of the keyboard.
+SCRIPT = """\
+const reach = () => document.querySelectorAll(".md-typeset__scrollwrap").forEach(
+  (wide) => wide.scrollWidth > wide.clientWidth ? wide.setAttribute("tabindex", "0") : wide.removeAttribute("tabindex"))
+addEventListener("load", reach)
+addEventListener("resize", reach)
 """
 
 #: What the generator writes that a reader who does not see the page would stumble over, and what to write in its place.
@@ -218,6 +227,7 @@ def configuration(nav: dict[str, list[str]], folder: Path, site: Path) -> str:
             f"site_dir = {json.dumps(os.path.relpath(site, WORK))}",
             "use_directory_urls = false",  # Links then work from the disk, too.
             'extra_css = ["assets/own.css"]',
+            'extra_javascript = ["assets/own.js"]',
             "nav = [",
             *sections,
             "]",
