@@ -9,6 +9,7 @@ come in order. The site works from any web server and, but for the search, from 
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import posixpath
@@ -96,13 +97,13 @@ class Sources:
         self.linked.add(path)
         return f"source/{path}.md"
 
-    @staticmethod
-    def line_of(path: str, name: str) -> int | None:
-        """The line of a function or class, which a link to a Python file may name."""
-        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name:
-                return node.lineno
-        return None
+
+@functools.cache
+def lines_of(path: str) -> dict[str, int]:
+    """The lines of the functions and classes of a Python file, which a link to it may name."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    tree = ast.parse((ROOT / path).read_text("utf-8"))
+    return {node.name: node.lineno for node in ast.walk(tree) if isinstance(node, kinds)}
 
 
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
@@ -129,7 +130,7 @@ def relinked(text: str, name: str, path: Path, known: dict[str, Path], sources: 
         else:
             file = there.relative_to(ROOT).as_posix()
             target = sources.page(file)
-            line = Sources.line_of(file, anchor) if anchor and file.endswith(".py") else None
+            line = lines_of(file).get(anchor) if anchor and file.endswith(".py") else None
             anchor = f"__codelineno-0-{line}" if line else ""
         relative = posixpath.relpath(target, posixpath.dirname(name) or ".")
         return f"{relative}#{anchor}" if anchor else relative
