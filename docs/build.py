@@ -9,6 +9,7 @@ come in order. The site works from any web server and, but for the search, from 
 from __future__ import annotations
 
 import ast
+import functools
 import json
 import os
 import posixpath
@@ -96,13 +97,13 @@ class Sources:
         self.linked.add(path)
         return f"source/{path}.md"
 
-    @staticmethod
-    def line_of(path: str, name: str) -> int | None:
-        """The line of a function or class, which a link to a Python file may name."""
-        for node in ast.walk(ast.parse((ROOT / path).read_text("utf-8"))):
-            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name == name:
-                return node.lineno
-        return None
+
+@functools.cache
+def lines_of(path: str) -> dict[str, int]:
+    """The lines of the functions and classes of a Python file, which a link to it may name."""
+    kinds = ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef
+    tree = ast.parse((ROOT / path).read_text("utf-8"))
+    return {node.name: node.lineno for node in ast.walk(tree) if isinstance(node, kinds)}
 
 
 LINK = re.compile(r"(\]\()([^)\s]+)(\))")
@@ -129,7 +130,7 @@ def relinked(text: str, name: str, path: Path, known: dict[str, Path], sources: 
         else:
             file = there.relative_to(ROOT).as_posix()
             target = sources.page(file)
-            line = Sources.line_of(file, anchor) if anchor and file.endswith(".py") else None
+            line = lines_of(file).get(anchor) if anchor and file.endswith(".py") else None
             anchor = f"__codelineno-0-{line}" if line else ""
         relative = posixpath.relpath(target, posixpath.dirname(name) or ".")
         return f"{relative}#{anchor}" if anchor else relative
@@ -170,9 +171,10 @@ def lay_out(folder: Path) -> dict[str, list[str]]:
             target = folder / picture.relative_to(DOCS)
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(picture, target)
-    style = folder / "assets" / "own.css"
-    style.parent.mkdir(exist_ok=True)
-    style.write_text(STYLE, "utf-8")
+    assets = folder / "assets"
+    assets.mkdir(exist_ok=True)
+    (assets / "own.css").write_text(STYLE, "utf-8")
+    (assets / "own.js").write_text(SCRIPT, "utf-8")
     return navigation(set(texts))
 
 
@@ -186,6 +188,14 @@ STYLE = """\
 .md-typeset pre { overflow-x: auto }
 .md-typeset pre > code { overflow: visible; width: max-content; min-width: 100% }
 .md-typeset .doc-labels code { color: var(--md-default-fg-color); opacity: 1 }
+"""
+
+#: A table that is too wide for a narrow screen scrolls in reach of the keyboard.
+SCRIPT = """\
+const reach = () => document.querySelectorAll(".md-typeset__scrollwrap").forEach(
+  (wide) => wide.scrollWidth > wide.clientWidth ? wide.setAttribute("tabindex", "0") : wide.removeAttribute("tabindex"))
+addEventListener("load", reach)
+addEventListener("resize", reach)
 """
 
 #: What the generator writes that a reader who does not see the page would stumble over, and what to write in its place.
@@ -218,6 +228,7 @@ def configuration(nav: dict[str, list[str]], folder: Path, site: Path) -> str:
             f"site_dir = {json.dumps(os.path.relpath(site, WORK))}",
             "use_directory_urls = false",  # Links then work from the disk, too.
             'extra_css = ["assets/own.css"]',
+            'extra_javascript = ["assets/own.js"]',
             "nav = [",
             *sections,
             "]",

@@ -28,6 +28,8 @@ SHOWN = (
     "index.html", "tutorial/05-checkpoints-and-resume.html", "howto/debug-at-night.html", "concepts/hooks.html", "guarantees.html",
     "reference/contracts.html", "telemetry/sentry.html", "comparison.html", "source/examples/streaming.py.html",
 )  # fmt: skip
+#: As a telephone shows them.
+NARROW = ("comparison.html", "tutorial/09-tracing.html")
 _LOADS = {"script": "src", "img": "src", "iframe": "src", "source": "src", "video": "src", "audio": "src"}
 _HEADINGS = ("h1", "h2", "h3", "h4", "h5", "h6")
 
@@ -170,6 +172,12 @@ def browse(site: Path, pictures: Path | None) -> list[str]:
                 if (ground < 128) != (scheme == "dark"):
                     wrong.append(f"the page is not {scheme}")
                 wrong += found_by_searching(browser, f"{url}/index.html")
+                browser.size(390, 844, dark=scheme == "dark")
+                for name in NARROW:
+                    browser.goto(f"{url}/{name}")
+                    wrong += [f"{name}, narrow: {problem}" for problem in opened(browser)]
+                    if browser.eval("document.documentElement.scrollWidth > innerWidth"):
+                        wrong.append(f"{name}, narrow: it is wider than the screen")
                 browser.goto((site / "howto" / "rate-limits.html").as_uri())
                 if "The provider says 429" not in browser.eval("document.querySelector('main h1').innerText"):
                     wrong.append("a page opened from the disk cannot be read")

@@ -261,6 +261,7 @@ def slug(heading: str) -> str:
     return re.sub(r"[^\w-]", "", heading.lower().replace(" ", "-"))
 
 
+@functools.cache
 def anchors(path: Path) -> set[str]:
     """What a link to a file may name: a heading, a name that its docstring is put to, a function."""
     text = path.read_text("utf-8")
