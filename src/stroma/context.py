@@ -360,9 +360,9 @@ class ReliabilityContext:
                     opened = self._attach(request)
                 else:
                     opened = self.checkpoint_manager.open_run(request)
-                if not hasattr(opened, "__await__"):
-                    return self._begin(opened, carry=discard_from is None)  # pyright: ignore[reportArgumentType]
-                self._opening = asyncio.ensure_future(cast("Awaitable[Session]", opened))
+                if not inspect.isawaitable(opened):
+                    return self._begin(opened, carry=discard_from is None)
+                self._opening = asyncio.ensure_future(opened)
             try:
                 # Steps that begin side by side wait for the same opening, and one that is cancelled spoils it for none.
                 session = await asyncio.shield(self._opening)
