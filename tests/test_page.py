@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import html
 import io
+import json
 import re
 import stat
 from pathlib import Path
@@ -121,6 +123,29 @@ async def test_secrets_and_redaction() -> None:
     assert "Ada" not in hidden
     assert "<code>name</code>" in hidden
     assert "Ada" not in result.trace.to_html(redact=lambda state: 1 / 0)  # type: ignore[arg-type, return-value]
+
+
+async def test_messages_are_redacted(tmp_path: Path) -> None:
+    """What redact takes out of a state is not in a message either, whole or cut off, and no other word is lost."""
+
+    class Private(BaseModel):
+        name: str = "Augusta Ada King, Countess of Lovelace"
+        age: int = 36
+
+    async def bills(state: Any) -> Any:
+        raise ValueError(f"cannot bill {state.name[:25]}... or {json.dumps(state.name)} at {state.age}")
+
+    contract: Any = NodeContract(node_id="bills", input_schema=Private, output_schema=Private)
+    result = await StromaRunner.quick().run([stroma_node("bills", contract)(bills)], Private())
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "name": "***"} if "name" in state else state
+
+    for shown in (result, result.trace):
+        text = html.unescape(shown.to_html(redact=redact))
+        assert "Ada King" not in text
+        assert 'cannot bill [redacted]... or "[redacted]" at 36' in text
+        assert "Ada King" in shown.to_html()
 
 
 async def test_in_a_terminal(failed: Any) -> None:

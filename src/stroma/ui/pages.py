@@ -102,7 +102,7 @@ class Pages:
             return self._empty()
         query = _query(text, status, kind)
         try:
-            page = self._store.run_page(query, limit=_PAGE, after=after)
+            page = self._history.page(query, _PAGE, after)
         except ValueError as error:
             raise HTTPException(400, "there is no such page") from error
         found = page.runs
@@ -125,7 +125,7 @@ class Pages:
             ids = [] if text == "last" else self._store.find_run(text, limit=10)
         except ValueError:  # No text that an id can be.
             return []
-        return [record for run_id in ids if (record := self._store.get_run(run_id)) is not None]
+        return [record for run_id in ids if (record := self._history.run(run_id)) is not None]
 
     def _row(self, record: RunRecord) -> dict[str, Any]:
         return {
@@ -141,7 +141,7 @@ class Pages:
     def _record(self, request: Request, name: str = "id") -> RunRecord:
         run_id = request.query_params.get(name, "")
         try:
-            record = self._store.get_run(run_id) if self._store.exists() else None
+            record = self._history.run(run_id) if self._store.exists() else None
         except ValueError:
             record = None
         if record is None:
@@ -152,7 +152,7 @@ class Pages:
         record = self._record(request)
         after = request.query_params.get("after")
         try:
-            page = self._store.attempt_page(record.run_id, limit=_DRAWN, after=after)
+            page = self._history.attempt_page(record.run_id, _DRAWN, after)
         except ValueError as error:
             raise HTTPException(400, "there is no such page") from error
         attempts = in_order(page.attempts)
@@ -160,7 +160,7 @@ class Pages:
         found = None
         if record.cause is not None:
             # What stopped it is shown, however far down it is.
-            place = self._store.attempts_at(record.run_id, record.cause.position, record.cause.branch)
+            place = self._history.attempts_at(record.run_id, record.cause.position, record.cause.branch)
             found = next(
                 (a for a in reversed(place) if a.attempt == record.cause.attempt and a.failure_class), None
             )
@@ -178,7 +178,7 @@ class Pages:
             "run.html", record=record, status=_status(record), gone=is_gone(record), head=Markup(head(story)),
             cause=Markup(cause(story)), gantt=Markup(gantt(story.bars, link=link, selected=selected)),
             attempts=[(attempt, _attempt_address(record, attempt), place_of(attempt)) for attempt in attempts],
-            waiting=[one for one in self._store.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
+            waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=_restored(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
             command=self._mend(record),
@@ -240,7 +240,7 @@ class Pages:
         position, _, branch = asked.get("at", "").partition(".")
         if not (position.isdecimal() and position.isascii() and len(position) < 10):
             raise HTTPException(404, "there is no such attempt in this run")
-        tried = self._store.attempts_at(record.run_id, int(position), branch)
+        tried = self._history.attempts_at(record.run_id, int(position), branch)
         tried.sort(key=lambda one: one.started_ns)
         this = next((one for one in tried if str(one.started_ns) == asked.get("began")), None)
         if this is None:
