@@ -84,7 +84,8 @@ def _cut(text: str, value: str, mark: str = HIDDEN) -> str:
     """A text without each beginning of a value that tells what it is."""
     start, at = value[:_TELLING], 0
     while (at := text.find(start, at)) >= 0:
-        same = len(os.path.commonprefix([text[at : at + len(value)], value]))
+        pairs = enumerate(zip(text[at : at + len(value)], value, strict=False))
+        same = next((i for i, (a, b) in pairs if a != b), min(len(value), len(text) - at))
         text = text[:at] + mark + text[at + same :]
         at += len(mark)
     return text

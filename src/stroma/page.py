@@ -172,7 +172,7 @@ padding:2px 0;border-top:1px solid var(--rule)}
 .stroma .row .name{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}.stroma .row .fig{text-align:right;color:var(--dim);
 font-variant-numeric:tabular-nums;white-space:nowrap}
 .stroma .kids{padding-left:1.2em;border-left:2px solid var(--rule)}
-.stroma summary{cursor:pointer}.stroma summary.row::before{content:none}.stroma details[open]>summary .fold::before{content:'\\25be '}
+.stroma summary{cursor:pointer;min-height:24px}.stroma summary.row::before{content:none}.stroma details[open]>summary .fold::before{content:'\\25be '}
 .stroma .fold::before{content:'\\25b8 '}.stroma summary:focus-visible,.stroma a:focus-visible{outline:2px solid var(--note);outline-offset:1px}
 .stroma .b-success{fill:var(--good)}.stroma .b-failure{fill:var(--bad)}.stroma .b-cancelled,.stroma .b-suspended{fill:var(--warn)}
 .stroma .b-forked{fill:var(--dim)}.stroma .b-wait{fill:url(#stroma-hatch)}.stroma .hatch{stroke:var(--dim)}
@@ -259,6 +259,8 @@ def _row(
 ) -> str:
     last = bars[-1]
     scale = _WIDE / end
+    if folds:  # What folds is itself what one presses: its attempts are led to from elsewhere.
+        link = None
     drawn = [
         f'<rect class="b-wait" x="{began * scale:.1f}" y="7" width="{max(took * scale, 2):.1f}" height="8">'
         f"<title>waited {span(took / 1000)}</title></rect>"
@@ -282,11 +284,15 @@ def _row(
     spent = f" · {count(used)} · {money(cost)}" if used or cost else ""
     tone = {"success": "good", "failure": "bad", "forked": "dim"}.get(last.outcome, "warn")
     fold = "fold " if folds else ""
+    # A picture has nothing in it that could be pressed.
+    role, label = (
+        ("img", _said(last)) if link is None else ("group", f"attempts of {clean(last.node_id, 100)}")
+    )
     took = sum(bar.took_ms for bar in bars) / 1000
     return (
         f'<span class="name {fold}{tone}" title="{as_xml(last.node_id)}"><span class="dim mono">{as_xml(last.at)}</span> '
         f"{as_xml(clean(last.node_id, 60))}</span>"
-        f'<svg viewBox="0 0 {_WIDE} 22" preserveAspectRatio="none" role="img" aria-label="{as_xml(_said(last))}">{"".join(drawn)}</svg>'
+        f'<svg viewBox="0 0 {_WIDE} 22" preserveAspectRatio="none" role="{role}" aria-label="{as_xml(label)}">{"".join(drawn)}</svg>'
         f'<span class="fig">{span(took)}{tries}{spent}</span>'
     )
 
@@ -352,7 +358,7 @@ def document(story: Story) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
         f"<title>{as_xml(clean(story.pipeline, 80))}: {as_xml(story.status)}</title><style>{STYLE}</style></head>"
-        f'<body class="stroma">{_body(story, states=True)}</body></html>\n'
+        f'<body class="stroma"><main>{_body(story, states=True)}</main></body></html>\n'
     )
 
 

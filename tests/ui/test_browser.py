@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 from tests.browser import Browser, find_chromium
+from tests.page_tools import missing
 from tests.ui.conftest import GOOD, SCRIPT, Site, make_runs
 from tests.ui.test_security import attempts_of
 
@@ -20,7 +21,8 @@ SIZES = [(400, 800), (1280, 900), (2560, 1440)]
 def chromium() -> Iterator[Browser]:
     program = find_chromium()
     if program is None:
-        pytest.skip("there is no Chromium here; name it with CHROMIUM=")
+        missing("there is no Chromium here; name it with CHROMIUM=")
+    assert program is not None
     with Browser(program) as browser:
         yield browser
 
