@@ -36,7 +36,7 @@ __all__ = [
 ]
 
 #: Rows and attempts that are drawn; of a run with more, the failed ones go first.
-MOST: Final = 1000
+MOST: Final = 2000
 _ITEMS: Final = 400  # of one payload
 _TEXT: Final = 2000  # characters of one text in it
 _DEEPEST: Final = 30
@@ -269,14 +269,10 @@ def _row(
     for bar in bars:
         on = " b-on" if bar.key == selected else ""
         x = min(bar.began_ms * scale, _WIDE - 7)
-        rect = (
-            f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(bar.took_ms * scale, 6):.1f}" height="18">'
-            f"<title>{as_xml(_said(bar))}</title></rect>"
-        )
+        rect = f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(bar.took_ms * scale, 6):.1f}" height="18"'
+        said = f"<title>{as_xml(_said(bar))}</title>"
         drawn.append(
-            rect
-            if link is None
-            else f'<a href="{as_xml(link(bar))}" aria-label="{as_xml(_said(bar))}">{rect}</a>'
+            f"{rect}>{said}</rect>" if link is None else f'<a href="{as_xml(link(bar))}">{said}{rect}/></a>'
         )
     used = sum(bar.tokens for bar in bars)
     cost = sum(bar.cost_usd for bar in bars)

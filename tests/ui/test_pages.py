@@ -113,7 +113,7 @@ def test_a_failed_run(site: Site) -> None:
     assert re.search(r"spent</b> \d+ tok, \$0\.000\d+; of it on attempts that came to nothing 40 tok", box)
     assert "<code>stroma resume bad FILE.py:NAME</code>" in box
     assert text.count('<rect class="b-') == text.count('<rect class="b-success') + 2 + 1
-    (marked,) = re.findall(r'<a href="([^"]*)" aria-label="[^"]*"><rect class="b-failure b-on"', text)
+    (marked,) = re.findall(r'<a href="([^"]*)"><title>[^<]*</title><rect class="b-failure b-on"', text)
     assert "at=3" in marked
     # Children of groups are folded away.
     assert re.search(r'<details><summary class="row">.*?parallel\(left, right\)', text, re.DOTALL)

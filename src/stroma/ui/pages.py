@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlencode
+from urllib.parse import quote_plus, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -46,9 +47,10 @@ __all__ = ["Pages"]
 
 _PAGE: Final = 50
 #: Attempts that one page of a run draws.
-_DRAWN: Final = 500
+_DRAWN: Final = 2000
 #: A payload above this is not looked into, only handed out.
 _MOST_BYTES: Final = 1_000_000
+_LARGE_PAGE: Final = 50_000  # bytes
 _EXPORTED: Final = 100_000
 _SPANS: Final = (1, 7, 30)  # days
 _SUMMED: Final = 200_000  # attempts
@@ -167,22 +169,20 @@ class Pages:
             if found is not None and _names(found) not in known:
                 attempts = in_order([*attempts, found])
         first = min((attempt.started_ns for attempt in attempts), default=0)
-        bars = {bar_of(attempt, first).key: attempt for attempt in attempts}
-        story = self._story(record, [bar_of(attempt, first) for attempt in attempts])
+        drawn = [(bar_of(attempt, first), attempt, _attempt_address(record, attempt)) for attempt in attempts]
+        story = self._story(record, [bar for bar, _, _ in drawn])
         selected = None if found is None or record.status in FINISHED else bar_of(found, first).key
-
-        def link(bar: Bar) -> str:
-            return _attempt_address(record, bars[bar.key])
-
-        return self._page(
+        addresses = {bar.key: address for bar, _, address in drawn}
+        picture = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected)
+        shown = self._page(
             "run.html", record=record, status=_status(record), gone=is_gone(record), head=Markup(head(story)),
-            cause=Markup(cause(story)), gantt=Markup(gantt(story.bars, link=link, selected=selected)),
-            attempts=[(attempt, _attempt_address(record, attempt), place_of(attempt)) for attempt in attempts],
+            cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in drawn],
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=_restored(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
             command=self._mend(record),
         )  # fmt: skip
+        return _packed(request, shown)
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
         box, why = None, record.cause
@@ -224,7 +224,7 @@ class Pages:
             given=_tree(given, broke if side == "input" else []), made=_tree(made, broke if side == "output" else []),
             broke=broke, before=None if before is None else _facts(before, this), key=f"{record.run_id}:{record.execution}:{this.position}:{this.branch}",
             in_group=bool(this.branch), kept=this.output_bytes is not None,
-            payload=_payload_address(record, this), trouble=self._trouble(record, this),
+            payload=_attempt_address(record, this, "/payload"), trouble=self._trouble(record, this),
         )  # fmt: skip
 
     def _trouble(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
@@ -401,12 +401,10 @@ def _address(path: str, **query: Any) -> str:
     return f"{path}?{urlencode(given, errors='replace')}" if given else path
 
 
-def _attempt_address(record: RunRecord, attempt: AttemptRecord) -> str:
-    return _address("/attempt", id=record.run_id, at=place_of(attempt), began=attempt.started_ns)
-
-
-def _payload_address(record: RunRecord, attempt: AttemptRecord) -> str:
-    return _address("/payload", id=record.run_id, at=place_of(attempt), began=attempt.started_ns)
+def _attempt_address(record: RunRecord, attempt: AttemptRecord, path: str = "/attempt") -> str:
+    # By hand: a page has thousands of them. Ids of branches are ours, numbers and dots.
+    at = quote_plus(place_of(attempt)) if attempt.branch else attempt.position
+    return f"{path}?id={quote_plus(record.run_id, errors='replace')}&at={at}&began={attempt.started_ns}"
 
 
 def _facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
@@ -429,6 +427,17 @@ def _tree(held: Payload, broke: list[str]) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return clean(json.dumps(value, ensure_ascii=False), 300)
+
+
+def _packed(request: Request, page: Response) -> Response:
+    """A large page, as small as it gets on its way."""
+    accepted = [
+        one.partition(";")[0].strip() for one in request.headers.get("accept-encoding", "").split(",")
+    ]
+    if "gzip" not in accepted or len(page.body) < _LARGE_PAGE:
+        return page
+    headers = {"content-encoding": "gzip", "vary": "accept-encoding"}
+    return HTMLResponse(gzip.compress(bytes(page.body), 6, mtime=0), page.status_code, headers)
 
 
 def _as_file(name: str) -> dict[str, str]:
