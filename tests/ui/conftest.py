@@ -165,6 +165,12 @@ def make_runs(store: Any, *runs: tuple[str, Pipeline], state: BaseModel | None =
 
 
 @pytest.fixture
+def url(tmp_path: Path) -> str:
+    """The address of an empty store."""
+    return f"sqlite:///{tmp_path / 'x.db'}"
+
+
+@pytest.fixture
 def store(tmp_path: Path) -> Iterator[SQLiteStore]:
     with SQLiteStore(tmp_path / "runs.db") as made:
         yield made

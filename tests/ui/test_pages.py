@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -21,6 +22,7 @@ from tests.ui.conftest import GOOD, Site, State, make_runs, node
 from tests.ui.test_security import attempts_of
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, stroma_node
+from stroma.checkpoint import open_store
 from stroma.testing.stores import State as Kept
 from stroma.testing.stores import begin, commit
 
@@ -343,7 +345,7 @@ def test_the_command(stop: signal.Signals, tmp_path: Path) -> None:
         process.communicate()
 
 
-def test_resuming(tmp_path: Path) -> None:
+def test_resuming(url: str, tmp_path: Path) -> None:
     """The button begins a process of its own that goes on with the run, in the store of the interface."""
     (tmp_path / "flow.py").write_text(
         "import os\nfrom tests.ui.conftest import GOOD, State, node\nfrom stroma import Pipeline\n"
@@ -353,7 +355,7 @@ def test_resuming(tmp_path: Path) -> None:
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
     program = str(Path(sys.executable).with_name("stroma"))
     done = subprocess.run(
-        [program, "run", "flow.py:pipeline", "--run-id=-x", "--db", "x.db", "-q"],
+        [program, "run", "flow.py:pipeline", "--run-id=-x", "--db", url, "-q"],
         cwd=tmp_path,
         env=env,
         check=False,
@@ -361,12 +363,12 @@ def test_resuming(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done
     (tmp_path / "mended").touch()
-    command = [program, "ui", "flow.py:pipeline", "--port", "0", "--db", "x.db"]
+    command = [program, "ui", "flow.py:pipeline", "--port", "0", "--db", url]
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline().strip().rpartition(":")[2].rstrip("/"))
-        with SQLiteStore(tmp_path / "x.db") as store:
+        with contextlib.closing(open_store(url)) as store:  # type: ignore[type-var]
             site = Site(port, store)
             page = site.get("/run", id="-x").text
             key = re.findall(
