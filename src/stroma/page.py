@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from stroma._idle import idle, places
 from stroma._words import clean, count, money, plural, span
 from stroma.render import as_xml
 
@@ -29,6 +30,7 @@ __all__ = [
     "fragment",
     "gantt",
     "head",
+    "idle_ms",
     "tree",
     "utc",
     "waits",
@@ -194,22 +196,29 @@ _WIDE: Final = 1000
 
 
 def gantt(
-    bars: Sequence[Bar], *, link: Callable[[Bar], str] | None = None, selected: str | None = None
+    bars: Sequence[Bar],
+    *,
+    link: Callable[[Bar], str] | None = None,
+    selected: str | None = None,
+    fold_idle: bool = False,
 ) -> str:
     """A row for every node, in it a bar for every attempt and a hatched one for every wait; groups fold.
 
-    ``link``: where a bar leads to. ``selected``: the key of an attempt that is marked; its group is open.
+    ``link``: where a bar leads to. ``selected``: the key of an attempt that is marked; its group is open. ``fold_idle``:
+    stretches in which nothing ran are drawn as short ones.
     """
     shown = _most_telling(bars)
     if not shown:
         return '<p class="dim">no attempt has ended yet</p>'
-    end = max(bar.began_ms + bar.took_ms for bar in shown) or 1.0
+    at_ms = places((bar.began_ms, bar.took_ms) for bar in shown) if fold_idle else float
+    end = max(at_ms(bar.began_ms + bar.took_ms) for bar in shown) or 1.0
     rows: dict[str, list[Bar]] = {}
     for bar in shown:
         rows.setdefault(bar.at, []).append(bar)
-    pauses: dict[str, list[tuple[float, float]]] = {}
+    pauses: dict[str, list[tuple[float, float, float]]] = {}
     for bar, began, took in waits(shown):
-        pauses.setdefault(bar.at, []).append((began, took))
+        drawn_at = at_ms(began)
+        pauses.setdefault(bar.at, []).append((drawn_at, at_ms(began + took) - drawn_at, took))
     children: dict[str, list[str]] = {}
     for at in sorted(rows, key=_order):
         parent = at.rpartition(".")[0]
@@ -218,7 +227,7 @@ def gantt(
         children.setdefault(parent, []).append(at)
 
     def draw(at: str) -> str:
-        line = _row(rows[at], pauses.get(at, []), end, link, selected, folds=at in children)
+        line = _row(rows[at], pauses.get(at, []), at_ms, end, link, selected, folds=at in children)
         if at not in children:
             return f'<div class="row">{line}</div>'
         inside = "".join(draw(child) for child in children[at])
@@ -229,6 +238,11 @@ def gantt(
     left_out = len(bars) - len(shown)
     more = f'<p class="dim">and {plural(left_out, "attempt")} more</p>' if left_out else ""
     return f'{_HATCH}<div class="gantt">{drawn}</div>{more}'
+
+
+def idle_ms(bars: Iterable[Bar]) -> float:
+    """How long nothing ran, in stretches so long that folding them shows the rest better."""
+    return idle((bar.began_ms, bar.took_ms) for bar in bars)
 
 
 def _most_telling(bars: Sequence[Bar]) -> list[Bar]:
@@ -250,7 +264,8 @@ def _is_telling(at: str, rows: dict[str, list[Bar]], selected: str | None) -> bo
 
 def _row(
     bars: list[Bar],
-    pauses: list[tuple[float, float]],
+    pauses: list[tuple[float, float, float]],
+    at_ms: Callable[[float], float],
     end: float,
     link: Callable[[Bar], str] | None,
     selected: str | None,
@@ -262,14 +277,16 @@ def _row(
     if folds:  # What folds is itself what one presses: its attempts are led to from elsewhere.
         link = None
     drawn = [
-        f'<rect class="b-wait" x="{began * scale:.1f}" y="7" width="{max(took * scale, 2):.1f}" height="8">'
+        f'<rect class="b-wait" x="{began * scale:.1f}" y="7" width="{max(width * scale, 2):.1f}" height="8">'
         f"<title>waited {span(took / 1000)}</title></rect>"
-        for began, took in pauses
+        for began, width, took in pauses
     ]
     for bar in bars:
         on = " b-on" if bar.key == selected else ""
-        x = min(bar.began_ms * scale, _WIDE - 7)
-        rect = f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(bar.took_ms * scale, 6):.1f}" height="18"'
+        began = at_ms(bar.began_ms)
+        width = at_ms(bar.began_ms + bar.took_ms) - began
+        x = min(began * scale, _WIDE - 7)
+        rect = f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(width * scale, 6):.1f}" height="18"'
         said = f"<title>{as_xml(_said(bar))}</title>"
         drawn.append(
             f"{rect}>{said}</rect>" if link is None else f'<a href="{as_xml(link(bar))}">{said}{rect}/></a>'

@@ -157,7 +157,7 @@ BAD = Pipeline("flows", [*GOOD.nodes, node("total", breaks, Total)])
 def make_runs(store: Any, *runs: tuple[str, Pipeline], state: BaseModel | None = None, **config: Any) -> None:
     async def go() -> None:
         for run_id, pipeline in runs:
-            runner = StromaRunner.quick(store=store, **CONFIG, **config)
+            runner = StromaRunner.quick(store=store, **(CONFIG | config))
             await runner.run(pipeline, state or State(), run_id=run_id)
             await asyncio.sleep(0.002)  # Their order is that of their starts.
 

@@ -25,6 +25,7 @@ from stroma.history import (
     FAILED,
     FINISHED,
     History,
+    NodeDiff,
     Payload,
     bar_of,
     changes,
@@ -33,9 +34,10 @@ from stroma.history import (
     is_gone,
     place_of,
 )
-from stroma.page import Bar, Box, Story, cause, document, fields_named, gantt, head, tree, utc
+from stroma.page import Bar, Box, Story, cause, document, fields_named, gantt, head, idle_ms, tree, utc
 from stroma.trace import RunStatus
 from stroma.ui.actions import can_resume
+from stroma.ui.figures import figures_of
 from stroma.ui.overview import BUCKETS, Overview
 from stroma.ui.security import PICTURE_POLICY
 
@@ -173,14 +175,15 @@ class Pages:
         story = self._story(record, [bar for bar, _, _ in drawn])
         selected = None if found is None or record.status in FINISHED else bar_of(found, first).key
         addresses = {bar.key: address for bar, _, address in drawn}
-        picture = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected)
+        folded = request.query_params.get("idle") == "folded"
+        picture = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
         shown = self._page(
             "run.html", record=record, status=_status(record), gone=is_gone(record), head=Markup(head(story)),
             cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in drawn],
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=_restored(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
-            command=self._mend(record),
+            command=self._mend(record), folded=folded, idle=idle_ms(story.bars) > 0, at=after,
         )  # fmt: skip
         return _packed(request, shown)
 
@@ -312,7 +315,8 @@ class Pages:
         started = changes(*(held.value if held.problem is None else held.problem for held in given))
         return self._page(
             "compare.html", a=a, b=b, input=started, more=sides[0][1] or sides[1][1],
-            nodes=[{"it": one, "node": (one.a or one.b or [])[0], "place": place_of((one.a or one.b or [])[0])} for one in nodes],
+            nodes=[_side_by_side(one) for one in nodes],
+            seconds=[max(0, record.updated_ms - record.started_ms) / 1000 for record in (a, b)],
         )  # fmt: skip
 
     def overview(self, request: Request) -> Response:
@@ -331,7 +335,11 @@ class Pages:
         )
 
     def pipeline(self, request: Request) -> Response:
-        return self._page("pipeline.html", has_picture=self._settings.lineage is not None)
+        name = self._settings.pipeline
+        looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
+        return self._page(
+            "pipeline.html", has_picture=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at
+        )
 
     def lineage(self, request: Request) -> Response:
         if self._settings.lineage is None:
@@ -417,6 +425,16 @@ def _facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
         for one in (before, this)
     ]  # fmt: skip
     return changes(said[0], said[1])
+
+
+def _side_by_side(one: NodeDiff) -> dict[str, Any]:
+    """A node of two runs, with what it took and cost in each."""
+    first = (one.a or one.b or [])[0]
+    took, cost = (
+        [None if side is None else sum(getattr(x, name) for x in side) for side in (one.a, one.b)]
+        for name in ("duration_ms", "cost_usd")
+    )
+    return {"it": one, "node": first, "place": place_of(first), "took": took, "cost": cost}
 
 
 def _tree(held: Payload, broke: list[str]) -> dict[str, Any]:
