@@ -299,7 +299,7 @@ class Call:
         response = self.step.usage(value)
         if response is None:
             return output
-        counted_in, counted_out = counted(execution.children or [])
+        counted_in, counted_out = counted(execution.children or []) if self.step.includes else (0, 0)
         if not (counted_in or counted_out):
             return output, response
         used = response if isinstance(response, Usage) else usage_from(response)

@@ -12,7 +12,7 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import Seen, guard_of, holds, tree
 
 from stroma import (
     BudgetExceeded,
@@ -110,6 +110,7 @@ def lines_of(guard: Guard) -> list[str]:
     return tree(guard.last.result)
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
     guard = guard_of()
@@ -126,6 +127,7 @@ class BaseModelOfText(BaseModel):
     text: str
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_predictor(kind: str) -> None:
     """G1."""
@@ -141,6 +143,7 @@ def test_violations_are_caught_at_their_predictor(kind: str) -> None:
         assert guard.stopped.node_id == "write"
 
 
+@holds("retries")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
     script = Script(TimeoutError("slow"), GOOD[0], ConnectionError("gone"), GOOD[1])
@@ -156,6 +159,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     assert guard.last.result.status is RunStatus.FAILED
 
 
+@holds("budget", "failed attempts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_program_to_the_token(kind: str) -> None:
     """An answer that does not parse is paid for and asked for again; the limit counts it."""
@@ -170,6 +174,7 @@ def test_the_budget_stops_the_program_to_the_token(kind: str) -> None:
     assert lines_of(guard) == ["Writing failure", "  write failure 10", "  write failure 10"]
 
 
+@holds("hooks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
     seen = Seen()
@@ -227,11 +232,13 @@ class Answered(BaseModel):
     answer: str
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_predictor_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no predictor 'wirte' .* 'Writing', 'polish', 'write'"):
         attach(Writing(), guard_of(), {"wirte": (Question, Draft)})
 
 
+@holds("journal")
 def test_a_call_of_a_program_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         run(attach(Writing(), guard_of(store=store)), Script(*GOOD), "call")

@@ -10,7 +10,7 @@ from haystack import Pipeline, component
 from haystack.core.errors import PipelineRuntimeError
 from haystack.dataclasses import ChatMessage, StreamingChunk
 from pydantic import BaseModel
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import Seen, guard_of, holds, tree
 
 from stroma import (
     BudgetExceeded,
@@ -109,6 +109,7 @@ def lines_of(guard: Guard) -> list[str]:
     return tree(guard.last.result)
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pipeline_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
     """And tokens count once, though the async method calls the sync one."""
@@ -132,6 +133,7 @@ def test_choices_of_one_answer_are_paid_for_once() -> None:
     assert lines_of(guard) == ["ask success", "llm success 10"]
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_component(kind: str) -> None:
     """G1; the framework wraps what a component raises, and what stopped it is found behind that."""
@@ -151,6 +153,7 @@ def test_violations_are_caught_at_their_component(kind: str) -> None:
         assert len(script.asked) == (1 if name == "llm" else 0)
 
 
+@holds("retries")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_are_retried_on_unchanged_inputs_and_terminal_ones_are_not(kind: str) -> None:
     script = Script(TimeoutError("slow"), ConnectionError("gone"), "hi")
@@ -166,6 +169,7 @@ def test_transient_failures_are_retried_on_unchanged_inputs_and_terminal_ones_ar
     assert guard.last.result.status is RunStatus.FAILED
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_pipeline_to_the_token(kind: str) -> None:
     """The component that crosses the limit is the last that is called."""
@@ -181,6 +185,7 @@ def test_the_budget_stops_the_pipeline_to_the_token(kind: str) -> None:
     assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
 
 
+@holds("hooks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_fire_in_order(kind: str) -> None:
     seen = Seen()
@@ -218,6 +223,7 @@ def test_a_pipeline_inside_a_component_is_part_of_the_run() -> None:
     assert lines_of(guard) == ["around success", "  ask success", "  llm success 10"]
 
 
+@holds("streams")
 def test_a_stream_is_not_retried_after_its_first_chunk() -> None:
     """Rule 9."""
     script, seen = Script("one two three", "again"), []
@@ -240,11 +246,13 @@ def test_parts_of_an_async_pipeline_are_one_run() -> None:
     assert lines_of(guard) == ["ask success", "llm success 10"]
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_component_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no component 'lmm' .* 'ask', 'llm'"):
         attach(pipeline_of(Script()), guard_of(), {"lmm": (Messages, Replies)})
 
 
+@holds("journal")
 def test_a_run_of_a_pipeline_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         run(attach(pipeline_of(Script("hi")), guard_of(store=store)), "run")
