@@ -12,6 +12,8 @@ from google.adk.agents import LlmAgent
 from google.adk.models import BaseLlm, LlmRequest, LlmResponse
 from google.adk.runners import InMemoryRunner
 from google.adk.tools import AgentTool, FunctionTool
+from google.adk.tools.base_tool import BaseTool
+from google.adk.tools.base_toolset import BaseToolset
 from google.genai import types
 from pydantic import BaseModel, PrivateAttr
 from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
@@ -270,3 +272,66 @@ def test_a_run_of_an_agent_is_a_run_in_the_journal(tmp_path: Any) -> None:
         (record,) = store.list_runs()
         assert (record.status, record.tokens) == ("COMPLETED", 20)
         assert [a.node_id for a in store.attempts(record.run_id)] == ["model", "weather", "model"]
+
+
+class Kept(BaseTool):
+    """A tool that is no function, as those of MCP servers are."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        super().__init__(name="kept", description="Looks it up.")
+        self.errors, self.calls = errors, 0
+
+    def _get_declaration(self) -> Any:
+        return types.FunctionDeclaration(name="kept", description="Looks it up.")
+
+    async def run_async(self, *, args: dict[str, Any], tool_context: Any) -> Any:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop()
+        return {"celsius": 4}
+
+
+class Toolset(BaseToolset):
+    def __init__(self, *tools: Any) -> None:
+        super().__init__()
+        self.tools = list(tools)
+
+    async def get_tools(self, readonly_context: Any = None) -> list[Any]:
+        return self.tools
+
+    async def close(self) -> None:
+        return None
+
+
+class Anything(BaseModel):
+    pass
+
+
+def test_tools_of_toolsets_are_steps() -> None:
+    """Those of an MCP server, say: tried again, judged by their contracts, and a contract of none of them is an error."""
+    kept, guard = Kept([TimeoutError()]), guard_of()
+    agent = agent_of(
+        Script.of(("kept", {}), "done"),
+        guard,
+        [Toolset(kept), weather],
+        contracts={"kept": (Anything, Weather)},
+    )
+    assert ask(agent, "run_async", guard) == "done"
+    assert kept.calls == 2
+    assert lines_of(guard) == ["model success 10", "kept failure", "kept success", "model success 10"]
+
+    class Strict(BaseModel):
+        kelvin: int
+
+    guard = guard_of()
+    agent = agent_of(
+        Script.of(("kept", {}), "done"), guard, [Toolset(Kept([]))], {"kept": (Anything, Strict)}
+    )
+    found = failed(agent, "run_async", guard)
+    assert isinstance(found, ContractViolation)
+    assert (found.node_id, found.direction) == ("kept", "output")
+
+    guard = guard_of()
+    agent = agent_of(Script.of("x"), guard, [Toolset(Kept([]))], {"kpet": (Anything, Weather)})
+    with pytest.raises(UnknownNode, match=r"no tool 'kpet' .* 'kept'"):
+        ask(agent, "run_async", guard)

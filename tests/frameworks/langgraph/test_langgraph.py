@@ -13,6 +13,7 @@ from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
+from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, StreamWriter, interrupt
@@ -662,3 +663,51 @@ def test_a_graph_without_marked_nodes_is_an_error() -> None:
     with pytest.raises(ValueError, match="stroma_langgraph_node"):
         adapter.wrap(line().compile())
     assert adapter.node_decorator("splitter", SPLIT)(fresh())._stroma_node_id == "splitter"
+
+
+@holds("control flow")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tasks_of_the_functional_api_are_steps(asynchronous: bool) -> None:
+    """A function guarded below @task is a step, tried again where it is; interrupts and the checkpointer are untouched."""
+    guard, calls = guard_of(), []
+
+    def work(text: str) -> int:
+        calls.append(text)
+        if len(calls) == 1:
+            raise TimeoutError("slow")
+        return len(text)
+
+    async def awork(text: str) -> int:
+        return work(text)
+
+    counting: Any = task(guard.wrap("count", awork if asynchronous else work))
+
+    def whole(text: str) -> Any:
+        return [counting(text).result(), interrupt("right?")]
+
+    async def awhole(text: str) -> Any:
+        return [await counting(text), interrupt("right?")]
+
+    graph: Any = entrypoint(checkpointer=InMemorySaver())(awhole if asynchronous else whole)
+    config: Any = {"configurable": {"thread_id": "t"}}
+
+    def ask(given: Any) -> Any:
+        with guard.run():
+            return asyncio.run(graph.ainvoke(given, config)) if asynchronous else graph.invoke(given, config)
+
+    assert [one.value for one in ask("four")["__interrupt__"]] == ["right?"]
+    assert tree(result_of(guard)) == ["count failure", "count success"]
+    assert ask(Command(resume="yes")) == [4, "yes"]
+    assert calls == ["four", "four"], "the checkpointer of the graph has what its task returned"
+    assert result_of(guard).status is RunStatus.COMPLETED
+
+
+def test_an_entrypoint_is_not_attached_in_silence() -> None:
+    """It counts its tasks as it runs, and cannot be called again: the error says where the guard goes."""
+
+    @entrypoint()
+    def whole(text: str) -> str:
+        return text
+
+    with pytest.raises(ValueError, match=r"below @task: task\(guard.wrap"):
+        attach(whole, guard_of())

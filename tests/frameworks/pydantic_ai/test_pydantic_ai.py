@@ -211,7 +211,9 @@ def test_transient_failures_of_models_and_tools_are_retried_and_terminal_ones_ar
 
     assert ask(agent, kind) == "done"
     assert not flaky
-    assert result_of(guard).total_tokens == 20 + 3 * PAID
+    # Of the whole run: a stream of the framework's own function model says what it likes.
+    used = [event.usage.tokens for event in result_of(guard).trace.walk() if event.node_id == "flaky"]
+    assert used == [PAID] * 3
 
 
 @holds("budget")
