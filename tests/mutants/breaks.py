@@ -1128,8 +1128,8 @@ HOOKS = (
         "messages-beside-unreadable-states",
         "Where nobody can tell what is hidden in a state, no message about it is shown.",
         "history.py",
-        "return None if held.problem is not None else hidden_values(",
-        "return _NONE if held.problem is not None else hidden_values(",
+        "None\n            if held.problem is not None\n            else hidden_values(",
+        "_NONE\n            if held.problem is not None\n            else hidden_values(",
         ("tests/ui/test_security.py::test_messages_beside_what_cannot_be_read",),
     ),
     Break(

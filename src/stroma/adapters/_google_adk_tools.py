@@ -13,13 +13,14 @@ from stroma.adapters._views import arguments_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts import NodeContract
 
-__all__ = ["AgentTool", "guard_tools"]
+__all__ = ["guard_tools"]
 
 
-def guard_tools(agents: list[Any], guard: Guard, contracts: Contracts | None) -> None:
+def guard_tools(agents: list[Any], guard: Guard, contracts: Contracts | None) -> Callable[[], None]:
     """Make steps of the tools of agents. Raises UnknownNode for a contract of no tool.
 
-    What a toolset has it tells when it is asked, at the first model request: it is raised then.
+    What a toolset has it tells when it is asked, before the first model request: what is returned raises it then, for
+    ADK goes on without a toolset that raises.
     """
     names = {name for each in agents for tool in each.tools if (name := _name_of(tool))}
     sets = [tool for each in agents for tool in each.tools if isinstance(tool, BaseToolset)]
@@ -32,9 +33,10 @@ def guard_tools(agents: list[Any], guard: Guard, contracts: Contracts | None) ->
             guard.contracts(contracts, names.union(*told.values()), "tool")
 
     for tools in sets:
-        _guard_set(tools, guard, found, told, check)
+        _guard_set(tools, guard, found, told)
     for each in agents:
         each.tools = [_guarded(tool, guard, found.get(_name_of(tool) or "")) for tool in each.tools]
+    return check
 
 
 def _guard_set(
@@ -42,7 +44,6 @@ def _guard_set(
     guard: Guard,
     found: dict[str, NodeContract[Any, Any]],
     told: dict[int, set[str]],
-    check: Callable[[], None],
 ) -> None:
     """Make steps of the tools that a toolset gives, each time it is asked for them."""
     ask = tools.get_tools
@@ -52,7 +53,6 @@ def _guard_set(
     async def get_tools(*args: Any, **kwargs: Any) -> list[Any]:
         given = await ask(*args, **kwargs)
         told[id(tools)] = {tool.name for tool in given}
-        check()
         return [_guarded(tool, guard, found.get(tool.name)) for tool in given]
 
     tools.get_tools = guard.mark(get_tools)

@@ -13,9 +13,10 @@ from typing import Any
 try:
     from google.adk.agents import LlmAgent
     from google.adk.models import LLMRegistry
+    from google.adk.tools.agent_tool import AgentTool
 
     from stroma.adapters._google_adk_model import guard_model
-    from stroma.adapters._google_adk_tools import AgentTool, guard_tools
+    from stroma.adapters._google_adk_tools import guard_tools
 except ImportError as error:
     raise ImportError(
         "google-adk is required for its adapter; install it with: pip install 'stroma[google-adk]'"
@@ -33,12 +34,12 @@ def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
     tool.
     """
     agents = _inside(agent)
-    guard_tools(agents, guard, contracts)
+    check = guard_tools(agents, guard, contracts)
     for each in agents:
         if isinstance(each.model, str) and each.model:
             each.model = LLMRegistry.new_llm(each.model)
         if each.model and not guard.has(each.model.generate_content_async):
-            guard_model(each.model, guard)
+            guard_model(each.model, guard, check)
     return agent
 
 

@@ -246,7 +246,7 @@ class MemoryReading:
         for record in self.run_page(RunQuery(since_ms=since_ms), limit=runs).runs:
             run = self._runs[record.run_id]
             for row in run.attempts()[: attempts - seen]:
-                usage, kind = row[USAGE] or NO_USAGE, row[FAILURE] and row[FAILURE][0].value
+                usage, kind = row[USAGE] or NO_USAGE, _class_of(row)
                 of = sums[run.started_ms // bucket_ms, run.pipeline, row[NODE], usage.model, kind]
                 cost = round(usage.cost_usd * PICO)
                 wasted = cost if row[OUTCOME] != "success" and _committed(row, run) is None else 0
@@ -317,11 +317,15 @@ def _asked(query: RunQuery, run_id: str, run: MemoryRun) -> bool:
     if query.failure_class is None and query.node is None:
         return True
     return any(
-        row[FAILURE] is not None
-        and query.failure_class in (None, row[FAILURE][0].value)
-        and query.node in (None, row[NODE])
+        kind is not None and query.failure_class in (None, kind) and query.node in (None, row[NODE])
         for row in run.attempts()
+        for kind in (_class_of(row),)
     )
+
+
+def _class_of(row: Row) -> str | None:
+    failure = row[FAILURE]
+    return None if failure is None else failure[0].value
 
 
 def _lower(text: str) -> str:

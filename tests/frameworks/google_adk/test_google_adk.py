@@ -325,13 +325,13 @@ def test_tools_of_toolsets_are_steps() -> None:
 
     guard = guard_of()
     agent = agent_of(
-        Script.of(("kept", {}), "done"), guard, [Toolset(Kept([]))], {"kept": (Anything, Strict)}
+        Script.of(("kept", {}), "done"), guard, [Toolset(Kept([]))], contracts={"kept": (Anything, Strict)}
     )
     found = failed(agent, "run_async", guard)
     assert isinstance(found, ContractViolation)
     assert (found.node_id, found.direction) == ("kept", "output")
 
     guard = guard_of()
-    agent = agent_of(Script.of("x"), guard, [Toolset(Kept([]))], {"kpet": (Anything, Weather)})
+    agent = agent_of(Script.of("x"), guard, [Toolset(Kept([]))], contracts={"kpet": (Anything, Weather)})
     with pytest.raises(UnknownNode, match=r"no tool 'kpet' .* 'kept'"):
         ask(agent, "run_async", guard)
