@@ -103,7 +103,9 @@ class GuardedRun:
         """What a step that would begin now comes to, if the run shall end."""
         if not self.cancelling:
             return None
-        error = RunCancelled(f"run {self.ctx.run_id!r} was cancelled; {step_id!r} was not begun")
+        error = RunCancelled(
+            f"run {self.ctx.run_id!r} was cancelled; {step_id!r} was not begun: call again, in a run of its own"
+        )
         return Halt(Failure(error, FailureClass.TERMINAL, step_id, 1, str(error)), spent=True)
 
     def _watch(self) -> None:
@@ -125,7 +127,9 @@ class GuardedRun:
         return self._cancelled() if isinstance(error, asyncio.CancelledError) else error
 
     def _cancelled(self) -> RunCancelled:
-        return RunCancelled(f"run {self.ctx.run_id!r} was cancelled; what it has finished is kept")
+        return RunCancelled(
+            f"run {self.ctx.run_id!r} was cancelled; what it has finished is kept: call again, in a run of its own"
+        )
 
     def free_position(self) -> int:
         with self._lock:
