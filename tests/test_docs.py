@@ -57,7 +57,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.adapters import Guard, UnknownNode
+from stroma.adapters import Guard, RunCancelled, UnknownNode
 from stroma.hooks import HookNotAsync, HookTimeout
 from stroma.remote.plans import Known, MissingNode
 
@@ -442,6 +442,17 @@ async def no_such_tool(path: Path) -> Any:
     Guard().contracts({"serach": (Text, Text)}, ["search"], "tool")
 
 
+async def ended_from_elsewhere(path: Path) -> Any:
+    guard = Guard()
+
+    async def read() -> None:
+        return None
+
+    async with guard.run(run_id="r1") as run:
+        run.cancel()
+        await guard.wrap("read", read)()
+
+
 async def zero_timeout(path: Path) -> Any:
     StromaRunner.quick(node_timeouts={"read": 0})
 
@@ -485,6 +496,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (other_class, TypeError, ["schema"], "must be a BaseModel type"),
     (no_store, ValueError, ["mongodb://"], "use "),
     (no_such_tool, UnknownNode, ["'serach'", "tool"], "there is 'search'"),
+    (ended_from_elsewhere, RunCancelled, ["'r1'", "'read'"], "call again, in a run of its own"),
     (zero_timeout, ValueError, ["'read'", "0 ms"], "give a positive number of milliseconds"),
 ]  # fmt: skip
 

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import html
 import io
+import itertools
+import json
 import re
 import stat
 from pathlib import Path
@@ -16,7 +19,8 @@ from rich.console import Console
 from tests.pages import check_page
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
-from stroma.page import Bar, Box, Story, document, fields_named, fragment, gantt, tree, waits
+from stroma._idle import places
+from stroma.page import Bar, Box, Story, document, fields_named, fragment, gantt, idle_ms, tree, waits
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;]]><!--\x00\x1b[31m\u202e</pre></style>"
 
@@ -123,6 +127,29 @@ async def test_secrets_and_redaction() -> None:
     assert "Ada" not in result.trace.to_html(redact=lambda state: 1 / 0)  # type: ignore[arg-type, return-value]
 
 
+async def test_messages_are_redacted(tmp_path: Path) -> None:
+    """What redact takes out of a state is not in a message either, whole or cut off, and no other word is lost."""
+
+    class Private(BaseModel):
+        name: str = "Augusta Ada King, Countess of Lovelace"
+        age: int = 36
+
+    async def bills(state: Any) -> Any:
+        raise ValueError(f"cannot bill {state.name[:25]}... or {json.dumps(state.name)} at {state.age}")
+
+    contract: Any = NodeContract(node_id="bills", input_schema=Private, output_schema=Private)
+    result = await StromaRunner.quick().run([stroma_node("bills", contract)(bills)], Private())
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        return {**state, "name": "***"} if "name" in state else state
+
+    for shown in (result, result.trace):
+        text = html.unescape(shown.to_html(redact=redact))
+        assert "Ada King" not in text
+        assert 'cannot bill [redacted]... or "[redacted]" at 36' in text
+        assert "Ada King" in shown.to_html()
+
+
 async def test_in_a_terminal(failed: Any) -> None:
     """rich prints the cause and a line for each attempt; control characters and markup of others are words."""
     file = io.StringIO()
@@ -182,7 +209,7 @@ def test_what_is_too_much_to_show() -> None:
     bars[99_000] = Bar("bad", "99000", 1, 99_000, 1, "failure", "TERMINAL", None, "no")
     text = gantt(bars)
     assert len(text) < 2_000_000
-    assert "and 99,000 attempts more" in text
+    assert "and 98,000 attempts more" in text
     assert ">bad<" in text or "bad</span>" in text
 
 
@@ -215,3 +242,41 @@ def test_groups_fold() -> None:
     ]
     assert "<details><summary" in gantt(bars)
     assert "<details open><summary" in gantt(bars, selected=bars[1].key)
+
+
+def test_idle_time_folds() -> None:
+    """A stretch in which nothing ran is drawn as a short one; nothing changes its order, and work keeps its scale."""
+    bars = [
+        Bar("a", "0", 1, 0.0, 1000.0, "failure", "AMBIGUOUS"), Bar("a", "0", 2, 61_000.0, 500.0, "success"),
+        Bar("b", "1", 1, 61_500.0, 500.0, "success"), Bar("c", "2", 1, 4_000_000.0, 1000.0, "success"),
+    ]  # fmt: skip
+    assert idle_ms(bars) == 60_000 + 3_938_000
+
+    def drawn(**how: bool) -> list[tuple[float, float]]:
+        found = re.findall(
+            r'<rect class="b-(?!wait)[^"]*" x="([\d.]+)" y="2" width="([\d.]+)"', gantt(bars, **how)
+        )
+        return [(float(x), float(width)) for x, width in found]
+
+    assert [width for _, width in drawn()] == [6.0] * 4
+    first, second, third, last = drawn(fold_idle=True)
+    assert first[1] == pytest.approx(2 * second[1], abs=0.2) == pytest.approx(last[1], abs=0.2)
+    assert second[1] > 100
+    gap = second[0] - (first[0] + first[1])
+    assert gap == pytest.approx(last[0] - (third[0] + third[1]), abs=0.3)
+    assert 0 < gap < 40
+    assert last[0] + last[1] == pytest.approx(1000, abs=0.3)
+    assert "waited 60.0 s" in gantt(bars, fold_idle=True)
+    assert idle_ms(bars[1:3]) == 61_000
+    assert idle_ms([]) == 0
+
+
+@given(
+    spans=st.lists(st.tuples(st.floats(0, 1e9), st.floats(0, 1e9)), max_size=8),
+    times=st.lists(st.floats(0, 3e9), max_size=8),
+)
+def test_folded_time_goes_forward(spans: list[tuple[float, float]], times: list[float]) -> None:
+    """Whatever is folded, no time is placed before an earlier one, nor further apart than it was."""
+    place = places(spans)
+    for a, b in itertools.pairwise(sorted(times)):
+        assert -1e-3 <= place(b) - place(a) <= (b - a) * (1 + 1e-9) + 1e-3

@@ -7,18 +7,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any, Final, Literal, NamedTuple
 
-from stroma._showing import Redact
+from stroma._showing import HIDDEN, Redact, hidden_values, hide_state, hide_words, without
 from stroma.checkpoint._states import AsyncStates
 from stroma.checkpoint.journal import (
+    AttemptPage,
     AttemptRecord,
     CheckpointNotFound,
     CorruptCheckpoint,
+    RunPage,
     RunQuery,
     RunRecord,
+    Waiting,
 )
 from stroma.page import Bar, Box, Story
 from stroma.schemas import Schema
@@ -48,6 +51,9 @@ _MOST_CHANGES: Final = 1000
 #: Bytes of a state that is drawn, and of all that are drawn of one run.
 _ONE_STATE: Final = 1_000_000
 _ALL_STATES: Final = 20_000_000
+
+
+_NONE: Final[frozenset[str]] = frozenset()
 
 
 class Payload(NamedTuple):
@@ -88,35 +94,93 @@ class History:
     """Reads one store. Every method raises StoreError.
 
     Attributes:
-        redact: see RunConfig; applied to every state before anybody sees it.
+        redact: see RunConfig; applied to every state and every message before anybody sees it.
     """
 
     store: AsyncStates
     redact: Redact | None = None
+
+    def run(self, run_id: str) -> RunRecord | None:
+        """The last execution of a run, or None. Raises ValueError for an illegal id."""
+        record = self.store.get_run(run_id)
+        return None if record is None else self.shown_run(record)
+
+    def page(self, query: RunQuery, limit: int, after: str | None = None) -> RunPage:
+        """Some of the runs that are asked for; see run_page(). Raises ValueError for an ``after`` that is none."""
+        page = self.store.run_page(query, limit=limit, after=after)
+        found = [self.shown_run(record) for record in page.runs]
+        if self.redact is not None and query.text is not None:
+            # Or one could find out, guess by guess, what is hidden.
+            part = query.text.lower()
+            found = [
+                r for r in found if any(part in t.lower() for t in (r.run_id, r.pipeline, r.error or ""))
+            ]
+        return RunPage(found, page.next)
 
     def runs(self, query: RunQuery, limit: int) -> list[RunRecord]:
         """As many of the runs that are asked for as there are, the one begun last first."""
         found: list[RunRecord] = []
         after = None
         while len(found) < limit:
-            page = self.store.run_page(query, limit=limit - len(found), after=after)
+            page = self.page(query, limit - len(found), after)
             found += page.runs
             after = page.next
             if after is None:
                 break
         return found
 
+    def attempt_page(self, run_id: str, limit: int, after: str | None = None) -> AttemptPage:
+        """Some attempts of the last execution; see attempt_page() of the store."""
+        page = self.store.attempt_page(run_id, limit=limit, after=after)
+        return AttemptPage(self.shown_attempts(run_id, page.attempts), page.next)
+
     def attempts(self, run_id: str, most: int) -> tuple[list[AttemptRecord], bool]:
         """The first attempts of the last execution without their outputs, and whether there are more."""
         found: list[AttemptRecord] = []
         after = None
         while len(found) < most:
-            page = self.store.attempt_page(run_id, limit=min(most - len(found), 5000), after=after)
+            page = self.attempt_page(run_id, min(most - len(found), 5000), after)
             found += page.attempts
             after = page.next
             if after is None:
                 break
         return in_order(found), after is not None
+
+    def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
+        """Every attempt of the last execution at one place, without outputs. [] if unknown."""
+        return self.shown_attempts(run_id, self.store.attempts_at(run_id, position, branch))
+
+    def waiting(self, run_id: str) -> list[Waiting]:
+        """What nodes of the last execution of a run wait for, or waited for. [] if unknown."""
+        hide = _Hiding(self, run_id)
+        found = self.store.waiting(run_id)
+        return [one._replace(reason=hide(one.reason, one.position, one.branch) or "") for one in found]
+
+    def shown_run(self, record: RunRecord) -> RunRecord:
+        """A run with its messages as ``redact`` lets them be seen."""
+        if self.redact is None or (record.error is None and record.cause is None):
+            return record
+        hide, cause = _Hiding(self, record.run_id), record.cause
+        at = (0, "") if cause is None else (cause.position, cause.branch)
+        if cause is not None:
+            cause = cause._replace(message=hide(cause.message, *at), reason=hide.code(cause.reason, *at))
+        return replace(record, error=hide(record.error, *at), cause=cause)
+
+    def shown_attempts(self, run_id: str, attempts: list[AttemptRecord]) -> list[AttemptRecord]:
+        """Attempts of one run with their messages as ``redact`` lets them be seen."""
+        if self.redact is None:
+            return attempts
+        hide = _Hiding(self, run_id)
+        return [
+            one
+            if one.message is None and one.reason is None
+            else replace(
+                one,
+                message=hide(one.message, one.position, one.branch),
+                reason=hide.code(one.reason, one.position, one.branch),
+            )
+            for one in attempts
+        ]
 
     def output(
         self, run_id: str, position: int, branch: str = "", *, most_bytes: int | None = None
@@ -152,23 +216,12 @@ class History:
         )
 
     def _shown(self, data: bytes, most_bytes: int | None = None) -> Payload:
-        if most_bytes is not None and len(data) > most_bytes:
-            return Payload(None, f"it has {len(data):,} bytes: too much to show here")
-        try:
-            value = jsonable(Schema.raw_of(data))
-        except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
-            return Payload(None, f"it cannot be read back: {type(error).__name__}: {error}")
-        return Payload(self.hide(value))
+        found = _opened(data, most_bytes)
+        return found if found.problem is not None else Payload(self.hide(found.value))
 
     def hide(self, value: Any) -> Any:
         """A state as ``redact`` lets it be seen; where that raises, a word in its place."""
-        if self.redact is None:
-            return value
-        try:
-            shown = self.redact(value if isinstance(value, dict) else {"value": value})
-            return jsonable(shown if isinstance(value, dict) else shown["value"])
-        except Exception as error:
-            return {"redacted": f"redact raised {type(error).__name__}"}
+        return value if self.redact is None else jsonable(hide_state(self.redact, value))
 
     def story(
         self,
@@ -213,6 +266,72 @@ class History:
             record.run_id, record.pipeline, status, bars, record.tokens, record.cost_usd, record.started_ms, seconds, box,
             facts, 1 if more else 0,
         )  # fmt: skip
+
+
+def _opened(data: bytes, most_bytes: int | None) -> Payload:
+    """A state in its stored form, as plain data."""
+    if most_bytes is not None and len(data) > most_bytes:
+        return Payload(None, f"it has {len(data):,} bytes: too much to show here")
+    try:
+        return Payload(jsonable(Schema.raw_of(data)))
+    except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
+        return Payload(None, f"it cannot be read back: {type(error).__name__}: {error}")
+
+
+class _Hiding:
+    """Messages of one run without what ``redact`` takes out of the states around them.
+
+    Those are the run's input, and the outputs of the place, of its group, and of the position before. Where one of them
+    cannot be looked into, nobody knows what is hidden in it, and no message is shown.
+    """
+
+    def __init__(self, history: History, run_id: str) -> None:
+        self._history = history
+        self._run_id = run_id
+        self._found: dict[tuple[int, str] | None, frozenset[str] | None] = {}
+
+    def __call__(self, text: str | None, position: int, branch: str) -> str | None:
+        redact = self._history.redact
+        if redact is None or not text:
+            return text
+        hidden = self._around(position, branch)
+        return HIDDEN if hidden is None else hide_words(redact, text, hidden)
+
+    def code(self, text: str | None, position: int, branch: str) -> str | None:
+        """A word for programs: what is not hidden of it stays as it is."""
+        hidden = self._around(position, branch) if text and self._history.redact is not None else _NONE
+        return HIDDEN if hidden is None else text and without(text, hidden)
+
+    def _around(self, position: int, branch: str) -> frozenset[str] | None:
+        hidden = _NONE
+        for place in dict.fromkeys((None, (position - 1, ""), (position, ""), (position, branch))):
+            if place not in self._found:
+                self._found[place] = self._taken_out(place)
+            found = self._found[place]
+            if found is None:
+                return None
+            hidden |= found
+        return hidden
+
+    def _taken_out(self, place: tuple[int, str] | None) -> frozenset[str] | None:
+        """What is hidden of the input (None) or of an output; None if that cannot be told."""
+        store = self._history.store
+        if place is not None and place[0] < 0:
+            return _NONE
+        try:
+            data = store.input_of(self._run_id) if place is None else store.output_of(self._run_id, *place)
+        except CheckpointNotFound:
+            return _NONE  # It was deleted meanwhile.
+        except CorruptCheckpoint:
+            return None
+        if data is None:
+            return _NONE
+        held = _opened(data, _ONE_STATE)
+        return (
+            None
+            if held.problem is not None
+            else hidden_values([(held.value, self._history.hide(held.value))])
+        )
 
 
 def bar_of(attempt: AttemptRecord, first_ns: int, given: Any = None, made: Any = None) -> Bar:

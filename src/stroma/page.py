@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any, Final
 
+from stroma._idle import idle, places
 from stroma._words import clean, count, money, plural, span
 from stroma.render import as_xml
 
@@ -29,6 +30,7 @@ __all__ = [
     "fragment",
     "gantt",
     "head",
+    "idle_ms",
     "tree",
     "utc",
     "waits",
@@ -36,7 +38,7 @@ __all__ = [
 ]
 
 #: Rows and attempts that are drawn; of a run with more, the failed ones go first.
-MOST: Final = 1000
+MOST: Final = 2000
 _ITEMS: Final = 400  # of one payload
 _TEXT: Final = 2000  # characters of one text in it
 _DEEPEST: Final = 30
@@ -172,7 +174,7 @@ padding:2px 0;border-top:1px solid var(--rule)}
 .stroma .row .name{overflow:hidden;text-overflow:ellipsis;white-space:nowrap}.stroma .row .fig{text-align:right;color:var(--dim);
 font-variant-numeric:tabular-nums;white-space:nowrap}
 .stroma .kids{padding-left:1.2em;border-left:2px solid var(--rule)}
-.stroma summary{cursor:pointer}.stroma summary.row::before{content:none}.stroma details[open]>summary .fold::before{content:'\\25be '}
+.stroma summary{cursor:pointer;min-height:24px}.stroma summary.row::before{content:none}.stroma details[open]>summary .fold::before{content:'\\25be '}
 .stroma .fold::before{content:'\\25b8 '}.stroma summary:focus-visible,.stroma a:focus-visible{outline:2px solid var(--note);outline-offset:1px}
 .stroma .b-success{fill:var(--good)}.stroma .b-failure{fill:var(--bad)}.stroma .b-cancelled,.stroma .b-suspended{fill:var(--warn)}
 .stroma .b-forked{fill:var(--dim)}.stroma .b-wait{fill:url(#stroma-hatch)}.stroma .hatch{stroke:var(--dim)}
@@ -194,22 +196,29 @@ _WIDE: Final = 1000
 
 
 def gantt(
-    bars: Sequence[Bar], *, link: Callable[[Bar], str] | None = None, selected: str | None = None
+    bars: Sequence[Bar],
+    *,
+    link: Callable[[Bar], str] | None = None,
+    selected: str | None = None,
+    fold_idle: bool = False,
 ) -> str:
     """A row for every node, in it a bar for every attempt and a hatched one for every wait; groups fold.
 
-    ``link``: where a bar leads to. ``selected``: the key of an attempt that is marked; its group is open.
+    ``link``: where a bar leads to. ``selected``: the key of an attempt that is marked; its group is open. ``fold_idle``:
+    stretches in which nothing ran are drawn as short ones.
     """
     shown = _most_telling(bars)
     if not shown:
         return '<p class="dim">no attempt has ended yet</p>'
-    end = max(bar.began_ms + bar.took_ms for bar in shown) or 1.0
+    at_ms = places((bar.began_ms, bar.took_ms) for bar in shown) if fold_idle else float
+    end = max(at_ms(bar.began_ms + bar.took_ms) for bar in shown) or 1.0
     rows: dict[str, list[Bar]] = {}
     for bar in shown:
         rows.setdefault(bar.at, []).append(bar)
-    pauses: dict[str, list[tuple[float, float]]] = {}
+    pauses: dict[str, list[tuple[float, float, float]]] = {}
     for bar, began, took in waits(shown):
-        pauses.setdefault(bar.at, []).append((began, took))
+        drawn_at = at_ms(began)
+        pauses.setdefault(bar.at, []).append((drawn_at, at_ms(began + took) - drawn_at, took))
     children: dict[str, list[str]] = {}
     for at in sorted(rows, key=_order):
         parent = at.rpartition(".")[0]
@@ -218,7 +227,7 @@ def gantt(
         children.setdefault(parent, []).append(at)
 
     def draw(at: str) -> str:
-        line = _row(rows[at], pauses.get(at, []), end, link, selected, folds=at in children)
+        line = _row(rows[at], pauses.get(at, []), at_ms, end, link, selected, folds=at in children)
         if at not in children:
             return f'<div class="row">{line}</div>'
         inside = "".join(draw(child) for child in children[at])
@@ -229,6 +238,11 @@ def gantt(
     left_out = len(bars) - len(shown)
     more = f'<p class="dim">and {plural(left_out, "attempt")} more</p>' if left_out else ""
     return f'{_HATCH}<div class="gantt">{drawn}</div>{more}'
+
+
+def idle_ms(bars: Iterable[Bar]) -> float:
+    """How long nothing ran, in stretches so long that folding them shows the rest better."""
+    return idle((bar.began_ms, bar.took_ms) for bar in bars)
 
 
 def _most_telling(bars: Sequence[Bar]) -> list[Bar]:
@@ -250,7 +264,8 @@ def _is_telling(at: str, rows: dict[str, list[Bar]], selected: str | None) -> bo
 
 def _row(
     bars: list[Bar],
-    pauses: list[tuple[float, float]],
+    pauses: list[tuple[float, float, float]],
+    at_ms: Callable[[float], float],
     end: float,
     link: Callable[[Bar], str] | None,
     selected: str | None,
@@ -259,22 +274,22 @@ def _row(
 ) -> str:
     last = bars[-1]
     scale = _WIDE / end
+    if folds:  # What folds is itself what one presses: its attempts are led to from elsewhere.
+        link = None
     drawn = [
-        f'<rect class="b-wait" x="{began * scale:.1f}" y="7" width="{max(took * scale, 2):.1f}" height="8">'
+        f'<rect class="b-wait" x="{began * scale:.1f}" y="7" width="{max(width * scale, 2):.1f}" height="8">'
         f"<title>waited {span(took / 1000)}</title></rect>"
-        for began, took in pauses
+        for began, width, took in pauses
     ]
     for bar in bars:
         on = " b-on" if bar.key == selected else ""
-        x = min(bar.began_ms * scale, _WIDE - 7)
-        rect = (
-            f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(bar.took_ms * scale, 6):.1f}" height="18">'
-            f"<title>{as_xml(_said(bar))}</title></rect>"
-        )
+        began = at_ms(bar.began_ms)
+        width = at_ms(bar.began_ms + bar.took_ms) - began
+        x = min(began * scale, _WIDE - 7)
+        rect = f'<rect class="b-{as_xml(bar.outcome)}{on}" x="{x:.1f}" y="2" width="{max(width * scale, 6):.1f}" height="18"'
+        said = f"<title>{as_xml(_said(bar))}</title>"
         drawn.append(
-            rect
-            if link is None
-            else f'<a href="{as_xml(link(bar))}" aria-label="{as_xml(_said(bar))}">{rect}</a>'
+            f"{rect}>{said}</rect>" if link is None else f'<a href="{as_xml(link(bar))}">{said}{rect}/></a>'
         )
     used = sum(bar.tokens for bar in bars)
     cost = sum(bar.cost_usd for bar in bars)
@@ -282,11 +297,15 @@ def _row(
     spent = f" · {count(used)} · {money(cost)}" if used or cost else ""
     tone = {"success": "good", "failure": "bad", "forked": "dim"}.get(last.outcome, "warn")
     fold = "fold " if folds else ""
+    # A picture has nothing in it that could be pressed.
+    role, label = (
+        ("img", _said(last)) if link is None else ("group", f"attempts of {clean(last.node_id, 100)}")
+    )
     took = sum(bar.took_ms for bar in bars) / 1000
     return (
         f'<span class="name {fold}{tone}" title="{as_xml(last.node_id)}"><span class="dim mono">{as_xml(last.at)}</span> '
         f"{as_xml(clean(last.node_id, 60))}</span>"
-        f'<svg viewBox="0 0 {_WIDE} 22" preserveAspectRatio="none" role="img" aria-label="{as_xml(_said(last))}">{"".join(drawn)}</svg>'
+        f'<svg viewBox="0 0 {_WIDE} 22" preserveAspectRatio="none" role="{role}" aria-label="{as_xml(label)}">{"".join(drawn)}</svg>'
         f'<span class="fig">{span(took)}{tries}{spent}</span>'
     )
 
@@ -352,7 +371,7 @@ def document(story: Story) -> str:
         f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
         '<meta name="viewport" content="width=device-width,initial-scale=1"><meta name="referrer" content="no-referrer">'
         f"<title>{as_xml(clean(story.pipeline, 80))}: {as_xml(story.status)}</title><style>{STYLE}</style></head>"
-        f'<body class="stroma">{_body(story, states=True)}</body></html>\n'
+        f'<body class="stroma"><main>{_body(story, states=True)}</main></body></html>\n'
     )
 
 

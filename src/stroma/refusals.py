@@ -7,7 +7,7 @@ from typing import Any, Final
 
 from stroma.cost import BudgetExceeded, Dimension
 
-__all__ = ["CircuitOpen", "LimitError", "SharedBudgetExceeded", "WaitedTooLong"]
+__all__ = ["CircuitOpen", "LimitError", "RunCancelled", "SharedBudgetExceeded", "WaitedTooLong"]
 
 _UNITS: Final = {"cost": " USD", "tokens": " tokens", "latency": " ms"}
 _NAMES: Final = {"cost": "max_cost_usd", "tokens": "max_tokens", "latency": "max_latency_ms"}
@@ -109,3 +109,12 @@ class CircuitOpen(Exception):
             f"{self.key} failed too often and is not called for another {self.retry_after:.1f} s; resume the run later, or "
             "raise max_wait_seconds of the breaker"
         )
+
+
+class RunCancelled(Exception):
+    """Somebody has asked for the end of a guarded run: nothing more of it is begun.
+
+    Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it too.
+    Cause: ``stroma cancel`` or ``store.cancel()``, in this process or another one.
+    Mend: none is needed: what is finished is kept. Call again, in a run of its own.
+    """

@@ -18,9 +18,9 @@ from typing import Any, Final, Literal, cast
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
-from stroma._showing import Redact, Shown
+from stroma._showing import Redact, Shown, hidden_values, hide_state, hide_words
 from stroma.failures import Failure, FailureClass, ItemFailure
-from stroma.page import Bar, Box, Story, without_values
+from stroma.page import Bar, Box, Story
 from stroma.schemas import Schema, Snapshot
 
 __all__ = [
@@ -391,12 +391,24 @@ class ExecutionTrace(Shown):
                 stack.extend(row[CHILDREN] or ())
         found.sort(key=lambda one: one[0])
         first = found[0][0] if found else 0
-        bars = [_bar(event, (began - first) / 1e6, took / 1e6, redact) for began, took, event in found]
+        hidden = self._hidden(redact)
+        bars = [
+            _bar(event, (began - first) / 1e6, took / 1e6, redact, hidden) for began, took, event in found
+        ]
         failed = [bar for bar in bars if bar.failure_class is not None]
         end = max((began + took for began, took, _ in found), default=first)
         tokens, cost = sum(bar.tokens for bar in bars), math.fsum(bar.cost_usd for bar in bars)
         status = "FAILED" if failed and failed[-1] is bars[-1] else "trace"
         return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, (end - first) / 1e9)
+
+    def _hidden(self, redact: Redact | None) -> frozenset[str]:
+        """What ``redact`` takes out of the states."""
+        if redact is None:
+            return frozenset()
+        states = [
+            s for event in self.walk() for s in (event.input_state, event.output_state) if s is not None
+        ]
+        return hidden_values((jsonable(s), jsonable(hide_state(redact, s))) for s in states)
 
     def diff(self, other: ExecutionTrace) -> list[str]:
         """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
@@ -419,20 +431,16 @@ def _bar(
     began_ms: float,
     took_ms: float,
     redact: Redact | None,
+    hidden: frozenset[str],
 ) -> Bar:
     def shown(state: dict[str, Any] | None) -> Any:
-        if state is None or redact is None:
-            return jsonable(state)
-        try:
-            return jsonable(redact(state))
-        except Exception as error:
-            return {"redacted": f"redact raised {type(error).__name__}"}
+        return None if state is None else jsonable(hide_state(redact, state))
 
     at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
     kind = None if event.failure is None else event.failure.value
     message = event.failure_message
-    if redact is not None and message is not None:
-        message = without_values(message)
+    if message is not None:
+        message = hide_words(redact, message, hidden)
     used = event.usage
     return Bar(
         event.node_id, at, event.attempt, began_ms, took_ms, event.outcome, kind, event.reason, message, used.tokens,
@@ -636,7 +644,7 @@ class ExecutionResult(Shown):
     def _story(self, redact: Redact | None = None) -> Story:
         story, failure, box = self.trace._story(redact), self.failure, None
         if failure is not None:
-            message = failure.message if redact is None else without_values(failure.message)
+            message = hide_words(redact, failure.message, self.trace._hidden(redact))
             # Of a group, the child whose failure became its own is the one that stands deepest.
             said = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
             at = max(said, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
@@ -645,7 +653,9 @@ class ExecutionResult(Shown):
                 failure.failure_class.value, message, failure.reason,
             )  # fmt: skip
         facts = [("unpriced", ", ".join(self.unpriced_models))] if self.unpriced_models else []
-        facts += [("waits for", reason) for reason in self.suspended]
+        facts += [
+            ("waits for", hide_words(redact, reason, self.trace._hidden(redact))) for reason in self.suspended
+        ]
         return dataclasses.replace(
             story, run_id=self.run_id, status=self.status.value, tokens=self.total_tokens, cost_usd=self.total_cost_usd,
             box=box, facts=tuple(facts),

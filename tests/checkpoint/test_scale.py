@@ -3,6 +3,7 @@
 ``python -m benchmarks.scale`` has the figures, of larger stores too.
 """
 
+import sqlite3
 import time
 import tracemalloc
 from collections.abc import Callable, Iterator
@@ -141,3 +142,61 @@ async def test_a_run_of_ten_thousand_nodes(tmp_path: Path, monkeypatch: pytest.M
         assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=10_000))
         assert calls == [9_999]
         assert store.attempts("long")[-1].node_id == "n9999"
+
+
+def test_beginnings_of_many_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Of so many ids with a beginning that sorting them would take long, the same are found: a whole one, then the newest."""
+    server = PostgresServer()
+    try:
+        for url in (f"sqlite:///{tmp_path / 'x.db'}", server.dsn):
+            large_stores.fill(url, 300, 1)
+            store: Any = open_store(url)
+            asked = [
+                (text, limit)
+                for text in ("run-", "run-0001", "run-000150", "run-00015", "x")
+                for limit in (1, 3, 400)
+            ]
+            few = [store.find_run(text, limit=limit) for text, limit in asked]
+            assert few[2] == [run_name(i) for i in range(299, -1, -1)]
+            assert few[6] == ["run-000150"]
+            with monkeypatch.context() as patch:
+                patch.setattr("stroma.checkpoint._sqlite_rows._MANY", 1)
+                patch.setattr("stroma.checkpoint._postgres_rows._MANY", 1)
+                assert [store.find_run(text, limit=limit) for text, limit in asked] == few
+            store.close()
+    finally:
+        server.stop()
+
+
+PAGES = {
+    "all": RunQuery(), "failed": RunQuery(statuses=("FAILED", "PARTIAL")), "pipeline": RunQuery(pipeline="p7"),
+    "tag": RunQuery(tag="none"), "since": RunQuery(since_ms=5), "class": RunQuery(failure_class="TERMINAL"),
+    "node": RunQuery(node="n"), "text": RunQuery(text="nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("asked", list(PAGES))
+def test_no_page_reads_all_runs(asked: str, tmp_path: Path) -> None:
+    """Whatever is asked for, SQLite reads a page in the order of an index from where it begins: nothing is sorted or skipped."""
+    large_stores.fill(f"sqlite:///{tmp_path / 'x.db'}", 200, 1)
+    with SQLiteStore(tmp_path / "x.db") as store:
+        said: list[str] = []
+
+        after = large_stores._middle(store, 200)
+
+        def read(rows: Any) -> Any:
+            rows.db.set_trace_callback(said.append)
+            return rows.runs(PAGES[asked], limit=20, after=after, look_at=20_000)
+
+        store.read(read, None)
+        pages = [text for text in said if "ORDER BY" in text]
+        assert pages
+        with sqlite3.connect(tmp_path / "x.db") as db:
+            for text in pages:
+                plan = [row[3] for row in db.execute(f"EXPLAIN QUERY PLAN {text}")]
+                assert any("USING INDEX" in line or "USING COVERING INDEX" in line for line in plan), plan
+                if PAGES[asked].looks_closer and plan[0].startswith("CO-ROUTINE"):
+                    assert "LIMIT 20000" in text, "of so many runs that an index gave, in its order"
+                else:
+                    assert not any(line.startswith("SCAN") or "TEMP B-TREE" in line for line in plan), plan
+        db.close()

@@ -173,6 +173,32 @@ def test_what_a_pipeline_redacts(stroma, inside):
     assert "hidden" in inside("export", "x", "--format", "html", "--redact", "private.py:pipeline").out
 
 
+def test_messages_are_redacted(stroma, inside):
+    """--redact hides in messages what the pipeline's config takes out of states, whatever shows them."""
+    stroma.file("private.py", """
+        from sums import *
+        async def secret(state):
+            raise ValueError(f"no card of {state.n}")
+        def hide(state):
+            return {**state, "n": "hidden"}
+        nodes = [node("first", add_one, Count), node("secret", secret)]
+        pipeline = Pipeline("private", nodes, config=RunConfig(redact=hide))
+    """)  # fmt: skip
+    given = '{"start": 471147114711}'
+    assert inside("run", "private.py:pipeline", given, "--run-id", "x", "-q").code == 1
+    inside("run", "private.py:pipeline", given, "--run-id", "y", "-q")
+    for words in (
+        ["show", "x"], ["show", "x", "--json"], ["runs"], ["runs", "--json"], ["tail", "x"], ["tail"], ["tail", "x", "--json"],
+        ["export", "x", "--no-states"], ["export", "x", "--format", "html", "--no-states"], ["export", "x", "--format", "otlp"],
+        ["export", "x", "--format", "chrome-trace"], ["diff", "x", "y", "--json"],
+    ):  # fmt: skip
+        assert "47114712" in inside(*words).out, words
+        done = inside(*words, "--redact", "private.py:pipeline")
+        assert "no card of [redacted]" in done.out.replace("\n", " "), words
+        assert "47114712" not in done.out, words
+    assert "no run matches" in inside("runs", "--search", "47114712", "--redact", "private.py:pipeline").err
+
+
 def test_a_file_that_cannot_be_written(stroma, inside, fails):
     """An output that cannot be written is 3 and names the file; one that is there is replaced."""
     assert inside("run", "sums.py:pipeline", GOOD, "-q").code == 0

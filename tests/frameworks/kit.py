@@ -1,12 +1,54 @@
-"""What the tests of all frameworks share: a guard that retries at once, and hooks that write down what they see."""
+"""What the tests of all frameworks share: what must be shown of each, a guard that retries at once, and hooks that write
+down what they see."""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, TypeVar
 
 from stroma import FailureClass, FailurePolicy, NodeHooks, StromaRunner, current_node
 from stroma.adapters import Guard
 from stroma.trace import ExecutionResult
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+#: What each framework's tests show with its real release; tests/adapters/test_lines.py sees that none is missing.
+LINES = {
+    "same answer": "the framework's own program gives the same answer with and without the guard",
+    "sync and async": "called either way, where the framework can be",
+    "violations": "a contract violation on input and on output is caught at its node",
+    "retries": "a transient failure is retried and then succeeds, a terminal one is not retried",
+    "budget": "the budget stops the run, and the spend is right to the token",
+    "failed attempts": "what failed attempts have used counts",
+    "hooks": "hooks fire in order with the right parents",
+    "control flow": "what the framework steers with passes through untouched",
+    "streams": "a stream is not retried after its first part",
+    "unknown": "a contract for a node or tool that is not there raises",
+    "journal": "a call of the framework is a run in the journal, with its nodes",
+}
+#: Tokens that pay() reports.
+PAID = 5
+
+
+def holds(*lines: str) -> Callable[[F], F]:
+    """Says which of the lines a test holds."""
+    assert set(lines) <= LINES.keys(), lines
+    return lambda test: test
+
+
+def pay() -> None:
+    """Use some tokens in the step here: what it does next may fail."""
+    node = current_node()
+    assert node is not None
+    node.report_usage(input_tokens=PAID)
+
+
+def result_of(guard: Guard) -> ExecutionResult:
+    """What the last run of a guard came to."""
+    assert guard.last is not None
+    assert guard.last.result is not None
+    return guard.last.result
+
 
 AT_ONCE = {
     FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0),

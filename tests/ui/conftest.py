@@ -154,14 +154,20 @@ GOOD = Pipeline(
 BAD = Pipeline("flows", [*GOOD.nodes, node("total", breaks, Total)])
 
 
-def make_runs(store: SQLiteStore, *runs: tuple[str, Pipeline], **config: Any) -> None:
+def make_runs(store: Any, *runs: tuple[str, Pipeline], state: BaseModel | None = None, **config: Any) -> None:
     async def go() -> None:
         for run_id, pipeline in runs:
-            runner = StromaRunner.quick(store=store, **CONFIG, **config)
-            await runner.run(pipeline, State(), run_id=run_id)
+            runner = StromaRunner.quick(store=store, **(CONFIG | config))
+            await runner.run(pipeline, state or State(), run_id=run_id)
             await asyncio.sleep(0.002)  # Their order is that of their starts.
 
     asyncio.run(go())
+
+
+@pytest.fixture
+def url(tmp_path: Path) -> str:
+    """The address of an empty store."""
+    return f"sqlite:///{tmp_path / 'x.db'}"
 
 
 @pytest.fixture

@@ -8,7 +8,9 @@ from typing import Any
 
 import pytest
 from tests.browser import Browser, find_chromium
+from tests.page_tools import missing
 from tests.ui.conftest import GOOD, SCRIPT, Site, make_runs
+from tests.ui.test_large_run import make_large_run
 from tests.ui.test_security import attempts_of
 
 from stroma import Pipeline, SQLiteStore
@@ -20,7 +22,8 @@ SIZES = [(400, 800), (1280, 900), (2560, 1440)]
 def chromium() -> Iterator[Browser]:
     program = find_chromium()
     if program is None:
-        pytest.skip("there is no Chromium here; name it with CHROMIUM=")
+        missing("there is no Chromium here; name it with CHROMIUM=")
+    assert program is not None
     with Browser(program) as browser:
         yield browser
 
@@ -196,3 +199,27 @@ def test_another_site(site: Site, browser: Browser, store: SQLiteStore, serve: A
     )
     assert told[0] == "refused"
     assert site.store.get_run("bad") is not None
+
+
+def test_a_large_run(site: Site, browser: Browser) -> None:
+    """A run of 1,000 nodes and 2,000 attempts is there whole: a row for each node, a bar and a line for each attempt."""
+    make_large_run(site.store)
+    browser.goto(f"{site.url}/run?id=large")
+    assert browser.eval("document.querySelectorAll('.gantt > .row').length") == 1000
+    assert browser.eval("document.querySelectorAll('.gantt a .b-failure').length") == 1000
+    assert browser.eval("document.querySelectorAll('.gantt a .b-success').length") == 1000
+    assert browser.eval("document.querySelectorAll('tr[data-row]').length") == 2000
+    assert browser.eval("document.documentElement.scrollWidth") <= 1280
+    wide = "[...document.querySelectorAll('.gantt a')].every((one) => one.getBoundingClientRect().width > 0)"
+    assert browser.eval(wide)
+    browser.eval(
+        "[...document.querySelectorAll('.gantt a')].pop().dispatchEvent(new MouseEvent('click', {bubbles: true}))"
+    )
+    browser.until("location.pathname", lambda path: path == "/attempt")
+    assert browser.eval("document.querySelector('h1').textContent").split() == [
+        "step-999",
+        "attempt",
+        "2",
+        "success",
+    ]
+    assert browser.problems == []

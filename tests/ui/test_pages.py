@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import os
 import re
@@ -17,12 +18,14 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.ui.conftest import GOOD, Site, State, make_runs, node
+from tests.ui.conftest import BAD, GOOD, Site, State, make_runs, node
 from tests.ui.test_security import attempts_of
 
-from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, stroma_node
+from stroma import FailurePolicy, NodeContract, Pipeline, SQLiteStore, StromaRunner, current_node, stroma_node
+from stroma.checkpoint import open_store
 from stroma.testing.stores import State as Kept
 from stroma.testing.stores import begin, commit
+from stroma.ui.figures import _quantile
 
 
 def rows(text: str) -> list[list[str]]:
@@ -113,7 +116,7 @@ def test_a_failed_run(site: Site) -> None:
     assert re.search(r"spent</b> \d+ tok, \$0\.000\d+; of it on attempts that came to nothing 40 tok", box)
     assert "<code>stroma resume bad FILE.py:NAME</code>" in box
     assert text.count('<rect class="b-') == text.count('<rect class="b-success') + 2 + 1
-    (marked,) = re.findall(r'<a href="([^"]*)" aria-label="[^"]*"><rect class="b-failure b-on"', text)
+    (marked,) = re.findall(r'<a href="([^"]*)"><title>[^<]*</title><rect class="b-failure b-on"', text)
     assert "at=3" in marked
     # Children of groups are folded away.
     assert re.search(r'<details><summary class="row">.*?parallel\(left, right\)', text, re.DOTALL)
@@ -195,6 +198,65 @@ def test_two_runs(site: Site) -> None:
     assert "only in B" in text
     assert text.count("the same") == 5
     assert site.get("/compare", a="good").status == 200
+
+
+def test_what_two_runs_took(site: Site) -> None:
+    """Two runs are told apart by time and cost, as a whole and node by node."""
+    text = site.get("/compare", a="good", b="bad").text
+    (good, bad) = rows(text)
+    assert all(re.fullmatch(r"\d\.\d\d s", row[4]) for row in (good, bad))
+    told = re.findall(r'<span class="dim figures">([^<]*)</span>', text)
+    assert len(told) == 5
+    assert re.fullmatch(r"\d\.\d\d s → \d\.\d\d s, \$0\.000030 → \$0\.000030", told[0])
+
+
+def test_idle_time(store: SQLiteStore, serve: Any) -> None:
+    """A run that waited long has a link that folds the time in which nothing ran, and one that shows it again."""
+
+    async def fails_once(state: Any) -> Any:
+        if current_node().attempt == 1:  # type: ignore[union-attr]
+            raise TimeoutError("slow")
+        return {"n": 1}
+
+    waits = FailurePolicy(max_retries=1, backoff_seconds=0.3, jitter=False)
+    make_runs(store, ("x", Pipeline("p", [node("n", fails_once)])), policy_map={"RECOVERABLE": waits})
+    site = serve(store)
+    page = site.get("/run", id="x").text
+    assert '<a class="fold-idle" href="/run?id=x&amp;idle=folded">fold idle time</a>' in page
+    folded = site.get("/run", id="x", idle="folded").text
+    assert '<a class="fold-idle" href="/run?id=x">show idle time</a>' in folded
+
+    def widest(text: str) -> float:
+        return max(
+            float(width) for width in re.findall(r'<rect class="b-(?!wait)[^>]* width="([\d.]+)"', text)
+        )
+
+    assert widest(folded) > 2 * widest(page)
+
+
+def test_the_pipeline(store: SQLiteStore, serve: Any) -> None:
+    """Under the picture stands how each node did in the last runs: attempts, failure rate, p50 and p95."""
+    picture = "<svg xmlns='http://www.w3.org/2000/svg'/>"
+    site = serve(store, pipeline="flows", lineage=picture)
+    assert "It has none in this store" in site.get("/pipeline").text
+    make_runs(store, ("good", GOOD), ("bad", BAD), ("other", Pipeline("other", GOOD.nodes)))
+    text = site.get("/pipeline").text
+    assert '<img class="lineage" src="/lineage.svg"' in text
+    assert "Its last 2 runs" in text
+    told = rows(text)
+    assert [row[:3] for row in told] == [
+        ["first", "2", "0.0%"], ["flaky", "4", "50.0%"], ["parallel(left, right)", "2", "0.0%"], ["left", "2", "0.0%"],
+        ["right", "2", "0.0%"], ["total", "1", "100.0%"],
+    ]  # fmt: skip
+    assert all(re.fullmatch(r"\d\.\d\d s", cell) for row in told for cell in row[3:])
+
+
+def test_quantiles() -> None:
+    """Half of the attempts took p50 at most, nineteen of twenty p95."""
+    hundred = [float(n) for n in range(100, 0, -1)]
+    assert (_quantile(hundred, 0.5), _quantile(hundred, 0.95)) == (50.0, 95.0)
+    assert (_quantile([3.0], 0.5), _quantile([3.0], 0.95)) == (3.0, 3.0)
+    assert (_quantile([2.0, 1.0], 0.5), _quantile([2.0, 1.0], 0.95)) == (1.0, 2.0)
 
 
 def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
@@ -343,7 +405,7 @@ def test_the_command(stop: signal.Signals, tmp_path: Path) -> None:
         process.communicate()
 
 
-def test_resuming(tmp_path: Path) -> None:
+def test_resuming(url: str, tmp_path: Path) -> None:
     """The button begins a process of its own that goes on with the run, in the store of the interface."""
     (tmp_path / "flow.py").write_text(
         "import os\nfrom tests.ui.conftest import GOOD, State, node\nfrom stroma import Pipeline\n"
@@ -353,7 +415,7 @@ def test_resuming(tmp_path: Path) -> None:
     env = dict(os.environ, PYTHONPATH=str(Path(__file__).parents[2]))
     program = str(Path(sys.executable).with_name("stroma"))
     done = subprocess.run(
-        [program, "run", "flow.py:pipeline", "--run-id=-x", "--db", "x.db", "-q"],
+        [program, "run", "flow.py:pipeline", "--run-id=-x", "--db", url, "-q"],
         cwd=tmp_path,
         env=env,
         check=False,
@@ -361,12 +423,12 @@ def test_resuming(tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done
     (tmp_path / "mended").touch()
-    command = [program, "ui", "flow.py:pipeline", "--port", "0", "--db", "x.db"]
+    command = [program, "ui", "flow.py:pipeline", "--port", "0", "--db", url]
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None
         port = int(process.stdout.readline().strip().rpartition(":")[2].rstrip("/"))
-        with SQLiteStore(tmp_path / "x.db") as store:
+        with contextlib.closing(open_store(url)) as store:  # type: ignore[type-var]
             site = Site(port, store)
             page = site.get("/run", id="-x").text
             key = re.findall(

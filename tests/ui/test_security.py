@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import re
 import sqlite3
 import subprocess
@@ -14,9 +15,9 @@ import pytest
 from pydantic import BaseModel
 from tests import large_stores
 from tests.pages import Page
-from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, make_runs
+from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 
-from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, stroma_node
+from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, Suspend, stroma_node
 
 PAGES = ("/", "/overview", "/run?id=bad", "/compare?a=good&b=bad", "/pipeline")
 
@@ -261,18 +262,18 @@ def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
 
 
 def test_a_run_of_many_attempts(tmp_path: Path, serve: Any) -> None:
-    """A run of 200,000 attempts is shown a page at a time, and each attempt can be opened."""
+    """A run of a million attempts is shown a page at a time, and each attempt can be opened."""
     path = tmp_path / "large.db"
-    large_stores.fill(f"sqlite:///{path}", 3, 200_000)
+    large_stores.fill(f"sqlite:///{path}", 1, 1_000_000)
     with SQLiteStore(path) as store:
         site = serve(store)
-        first = site.get("/run", id="run-000001")
+        first = site.get("/run", id="run-000000")
         assert first.status == 200
-        assert len(first.body) < 2_000_000
+        assert len(first.body) < 2_500_000
         further = re.findall(r'rel="next" href="([^"]*)"', first.text)[0].replace("&amp;", "&")
         second = site.ask("GET", further)
-        assert ">n500<" in second.text
-        assert site.ask("GET", attempts_of(site, "run-000001")[3]).status == 200
+        assert ">n2000<" in second.text
+        assert site.ask("GET", attempts_of(site, "run-000000")[3]).status == 200
         assert site.get("/").status == 200
 
 
@@ -331,3 +332,69 @@ def test_redaction(store: SQLiteStore, serve: Any) -> None:
             assert b"onerror" not in answer.body
     exported = site.get("/export", id="bad", format="html").text
     assert exported.count("***") >= 4
+
+
+async def _keep(state: Any) -> Any:
+    return state
+
+
+async def _tells(state: Any) -> Any:
+    raise ValueError(f"cannot bill {state.text!r}: no card of {state.text[:20]}... is left")
+
+
+async def _asks(state: Any) -> Any:
+    raise Suspend(f"may {state.text} be billed?")
+
+
+def test_messages_are_redacted(store: SQLiteStore, serve: Any) -> None:
+    """What the pipeline's redact takes out of a state is in no message either: not in a list, on a page or in a file."""
+    secret = "Augusta Ada King, Countess of Lovelace"
+    one = Pipeline("flows", [node("first", _keep), node("bills", _tells)])
+    make_runs(
+        store, ("bad", one), ("waits", Pipeline("flows", [node("asks", _asks)])), state=State(text=secret)
+    )
+    make_runs(store, ("good", GOOD))
+    bare, site = serve(store), serve(store, redact=lambda state: {**state, "text": "***"})
+    asked = [
+        "/", "/?status=failed", "/run?id=bad", *attempts_of(site, "bad"), "/compare?a=bad&b=good", "/run?id=waits",
+        *(f"/export?id=bad&format={form}" for form in ("html", "otlp", "chrome-trace")),
+    ]  # fmt: skip
+    for path in asked:
+        assert "Ada King" in bare.ask("GET", path).text.replace("&#39;", "'"), path
+        page = site.ask("GET", path)
+        assert page.status == 200, path
+        assert "Ada King" not in page.text, path
+    assert (
+        "cannot bill &#39;[redacted]&#39;: no card of [redacted]... is left"
+        in site.get("/run", id="bad").text
+    )
+    # Nor can it be guessed, word by word.
+    assert 'href="/run?id=bad"' in bare.get("/", q="Countess").text
+    assert 'href="/run?id=bad"' not in site.get("/", q="Countess").text
+    assert 'href="/run?id=bad"' in site.get("/", q="cannot bill").text
+
+
+def test_redact_sees_messages(store: SQLiteStore, serve: Any) -> None:
+    """A redact has its say about each message; where it raises, or leaves none, there is none."""
+    make_runs(store, ("bad", Pipeline("flows", [node("bills", _tells)])), state=State(text="nobody"))
+    upper = serve(store, redact=lambda state: {**state, "message": str(state.get("message")).upper()})
+    assert "CANNOT BILL" in upper.get("/run", id="bad").text
+    for redact in (lambda state: {}, lambda state: {"text": state["text"]}, lambda state: 1 / 0):
+        page = serve(store, redact=redact).get("/run", id="bad").text
+        assert "cannot bill" not in page
+        assert "[redacted]" in page
+
+
+def test_messages_beside_what_cannot_be_read(store: SQLiteStore, serve: Any) -> None:
+    """Where the state that a message is about is too large or damaged, nobody knows what is hidden in it: none is shown."""
+    make_runs(store, ("bad", Pipeline("flows", [node("bills", _tells)])), state=State(text="x" * 1_100_000))
+    make_runs(store, ("worse", Pipeline("flows", [node("bills", _tells)])), state=State(text="Ada Lovelace"))
+    with contextlib.closing(sqlite3.connect(store.path)) as db, db:
+        db.execute(
+            "UPDATE inputs SET input = x'00' WHERE run = (SELECT run FROM runs WHERE run_id = 'worse')"
+        )
+    site = serve(store, redact=lambda state: {**state, "text": "***"})
+    for run_id in ("bad", "worse"):
+        page = site.get("/run", id=run_id).text
+        assert "cannot bill" not in page
+        assert "[redacted]" in page

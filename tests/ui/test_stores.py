@@ -1,10 +1,9 @@
-"""The web interface on the stores of servers."""
+"""The web interface on the stores of servers: the same tests as on a file."""
 
 from __future__ import annotations
 
-import asyncio
 import socket
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
@@ -15,12 +14,23 @@ pytest.importorskip("redis")
 
 from tests.servers import RedisServer
 from tests.servers_postgres import PostgresServer
-from tests.ui.conftest import BAD, GOOD, State
+from tests.ui import test_pages
+from tests.ui.conftest import BAD, GOOD, Site, make_runs
 from tests.ui.test_pages import rows
 from tests.ui.test_security import attempts_of, keys
 
-from stroma import StromaRunner
 from stroma.checkpoint import open_store
+from stroma.checkpoint._redis_server import Link
+
+#: Of these there is nothing that a store could do otherwise.
+_OF_THE_SERVER = {"test_many_open_pages", "test_the_command"}
+globals().update(
+    {
+        name: test
+        for name, test in vars(test_pages).items()
+        if name.startswith("test_") and name not in _OF_THE_SERVER
+    }
+)
 
 
 @pytest.fixture(params=["postgres", "redis"])
@@ -38,35 +48,52 @@ def url(request: pytest.FixtureRequest) -> Iterator[str]:
         yield f"redis://127.0.0.1:{port}/0"
 
 
-def test_every_page(url: str, serve: Any) -> None:
-    """Every page says of a store on a server what it says of a file, from an empty one on."""
+@pytest.fixture
+def store(url: str) -> Iterator[Any]:
     store: Any = open_store(url)
+    yield store
+    store.close()
+
+
+def test_every_page(store: Any, serve: Callable[..., Site]) -> None:
+    """Every page says of a store on a server what it says of a file, from an empty one on."""
     site = serve(store, pipeline="flows")
     assert "No runs yet" in site.get("/").text
-
-    async def fill() -> None:
-        async with open_store(url) as other:  # type: ignore[union-attr]
-            runner = StromaRunner.quick(
-                store=other, tags=("nightly",), policy_map={"RECOVERABLE": {"backoff_seconds": 0.01}}
-            )  # type: ignore[dict-item]
-            for run_id, pipeline in (("good", GOOD), ("bad", BAD)):
-                await runner.run(pipeline, State(), run_id=run_id)
-
-    asyncio.run(fill())
+    make_runs(store, ("good", GOOD), ("bad", BAD), tags=("nightly",))
     bad, good = rows(site.get("/").text)
-    assert bad[0] == "FAILED"
-    assert bad[3].startswith("total: TERMINAL (contract)")
-    assert good[0] == "COMPLETED"
-    assert len(rows(site.get("/", q="node:total tag:nightly").text)) == 1
-    assert "<code>lines.0.price</code>" in site.get("/run", id="bad").text
+    assert (bad[0], good[0]) == ("FAILED", "COMPLETED")
     addresses = attempts_of(site)
-    assert len(addresses) == 7
     pages = [site.ask("GET", address) for address in addresses]
     assert {page.status for page in pages} == {200}
     assert "Where it failed" in "".join(page.text for page in pages)
-    assert site.get("/compare", a="good", b="bad").status == 200
-    assert "<b>attempts</b> 13" in site.get("/overview").text
     assert site.ask("GET", addresses[0].replace("/attempt", "/payload") + "&side=output").status == 200
     assert site.post("/delete", {"id": "bad", "key": keys(site)["delete"]}).status == 303
     assert len(rows(site.get("/").text)) == 1
-    store.close()
+
+
+@pytest.mark.parametrize("url", ["redis"], indirect=True)
+def test_pages_take_few_round_trips(
+    store: Any, serve: Callable[..., Site], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However many runs and attempts a page shows, it asks a Redis server some ten times for them, not once for each."""
+    trips: list[int] = []
+    send = Link._once
+
+    def counted(self: Link, commands: Any, atomic: bool) -> list[Any]:
+        trips.append(len(commands))
+        return send(self, commands, atomic)
+
+    monkeypatch.setattr(Link, "_once", counted)
+    site = serve(store)
+    make_runs(store, *((f"run-{i}", GOOD if i % 5 else BAD) for i in range(60)))
+    for path in (
+        "/",
+        "/?status=failed",
+        "/?q=class:TERMINAL",
+        "/run?id=run-0",
+        attempts_of(site, "run-0")[0],
+        "/overview",
+    ):
+        trips.clear()
+        assert site.ask("GET", path).status == 200
+        assert len(trips) <= 10, (path, trips)

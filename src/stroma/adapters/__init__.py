@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from stroma.adapters.deepagents import DeepAgentsAdapter, stroma_deepagents_node
     from stroma.adapters.guard import Control, Guard, GuardedRun, UnknownNode, what_stopped
     from stroma.adapters.langgraph import LangGraphAdapter, stroma_langgraph_node
+    from stroma.refusals import RunCancelled
 
 _HOMES = {
     "Control": "guard",
@@ -31,6 +32,7 @@ _HOMES = {
     "GuardedRun": "guard",
     "LangGraphAdapter": "langgraph",
     "LoopAdapter": "base",
+    "RunCancelled": "guard",
     "StepInterceptor": "base",
     "TurnAdapter": "base",
     "UnknownNode": "guard",
@@ -50,6 +52,7 @@ __all__ = [
     "GuardedRun",
     "LangGraphAdapter",
     "LoopAdapter",
+    "RunCancelled",
     "StepInterceptor",
     "TurnAdapter",
     "UnknownNode",

@@ -242,12 +242,18 @@ class Call:
             if parent.branch:
                 branch = f"{parent.branch}.{branch}"
         contract, begun = self._contract(), _begun()
+        if (refused := run.refusal(step.step_id)) is not None:
+            halts.append((refused.failure.exception, refused))
+            run.note(refused)
+            return refused
 
         async def perform(_: BaseModel) -> Any:
             self.error, self.stopped = None, False
             execution = CURRENT.get()
             assert execution is not None
             self.execution = execution
+            if (refused := run.refusal(step.step_id)) is not None:  # While it waited for another attempt.
+                raise GroupStopped(refused)
             inside = Inside.of(execution)
             execution.enter(perf_counter_ns())
             try:
@@ -293,7 +299,7 @@ class Call:
         response = self.step.usage(value)
         if response is None:
             return output
-        counted_in, counted_out = counted(execution.children or [])
+        counted_in, counted_out = counted(execution.children or []) if self.step.includes else (0, 0)
         if not (counted_in or counted_out):
             return output, response
         used = response if isinstance(response, Usage) else usage_from(response)

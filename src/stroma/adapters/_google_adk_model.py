@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Callable
 from typing import Any
 
 from stroma.adapters._views import newest_of
@@ -12,8 +13,8 @@ from stroma.usage import Usage
 __all__ = ["guard_model"]
 
 
-def guard_model(model: Any, guard: Guard) -> None:
-    """Make steps of a model's requests; changes it."""
+def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
+    """Make steps of a model's requests; changes it. ``check`` is called before each of them."""
     step = guard.wrap(
         "model",
         model.generate_content_async,
@@ -26,6 +27,7 @@ def guard_model(model: Any, guard: Guard) -> None:
 
     async def held(*args: Any, **kwargs: Any) -> Any:
         # ADK calls tools, and may go away, while it has the response that ends a stream: that ends the step before.
+        check()
         whole = None
         async with contextlib.aclosing(step(*args, **kwargs)) as responses:
             async for response in responses:

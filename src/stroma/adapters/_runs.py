@@ -6,9 +6,9 @@ import asyncio
 import concurrent.futures
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import ContextVar, Token
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Final, Self
 
 from pydantic import BaseModel
 
@@ -20,6 +20,7 @@ from stroma.adapters._views import given_to
 from stroma.context import ReliabilityContext
 from stroma.failures import Failure, FailureClass, NodeContext, diagnose
 from stroma.hooks import HookError
+from stroma.refusals import RunCancelled
 from stroma.trace import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
@@ -29,6 +30,9 @@ __all__ = ["ACTIVE", "GuardedRun"]
 
 #: The runs of guards that are under way here, the innermost last.
 ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", default=())
+
+
+_NO_MORE: Final = object()
 
 
 class GuardedRun:
@@ -54,6 +58,12 @@ class GuardedRun:
         self._opened = False
         self._opening: concurrent.futures.Future[None] | None = None
         self._stopping: Halt | None = None
+        #: Whether somebody has asked for its end; the task that is told so, its loop, and whether it was.
+        self.cancelling = False
+        self._task: asyncio.Task[Any] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None
+        self._told = False
+        self._begun_with = 0
         self._token: Token[tuple[GuardedRun, ...]] | None = None
 
     @property
@@ -71,6 +81,55 @@ class GuardedRun:
         # The step in which it happened has been told already; those around it fail with the same.
         if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
+
+    # ------------------------------------------------------------------ asked to end
+
+    def cancel(self) -> None:
+        """End the run, from any thread: no step begins any more, and an async one that is under way is cancelled."""
+        self.cancelling = self.ctx.cancelled = True
+        loop = self._loop
+        if loop is not None:
+            try:
+                loop.call_soon_threadsafe(self._tell)
+            except RuntimeError:  # The loop was closed under it.
+                pass
+
+    def _tell(self) -> None:
+        if not self._told and not self.ended and self._task is not None:
+            self._told = True
+            self._task.cancel()
+
+    def refusal(self, step_id: str) -> Halt | None:
+        """What a step that would begin now comes to, if the run shall end."""
+        if not self.cancelling:
+            return None
+        error = RunCancelled(
+            f"run {self.ctx.run_id!r} was cancelled; {step_id!r} was not begun: call again, in a run of its own"
+        )
+        return Halt(Failure(error, FailureClass.TERMINAL, step_id, 1, str(error)), spent=True)
+
+    def _watch(self) -> None:
+        """From here on the task that runs is cancelled if somebody asks for the end of the run."""
+        task = asyncio.current_task()
+        self._begun_with = 0 if task is None else task.cancelling()
+        self._task, self._loop = task, asyncio.get_running_loop()
+
+    async def _met(self, error: BaseException | None) -> BaseException | None:
+        """What came out since, a cancellation of ours as RunCancelled; the task is cancelled by us no longer."""
+        task, told, self._task, self._told = self._task, self._told, None, False
+        if not told or task is None:
+            return error
+        if error is None:  # It ended without meeting the cancellation.
+            with suppress(asyncio.CancelledError):
+                await asyncio.sleep(0)
+        if task.uncancel() > self._begun_with:  # By somebody else, too.
+            return asyncio.CancelledError() if error is None else error
+        return self._cancelled() if isinstance(error, asyncio.CancelledError) else error
+
+    def _cancelled(self) -> RunCancelled:
+        return RunCancelled(
+            f"run {self.ctx.run_id!r} was cancelled; what it has finished is kept: call again, in a run of its own"
+        )
 
     def free_position(self) -> int:
         with self._lock:
@@ -104,6 +163,8 @@ class GuardedRun:
             given if isinstance(given, BaseModel) and type(given) is not BaseModel else given_to(given, None)
         )
         await ctx.open(initial, ends=self.ends)
+        if self.guard.runner is not None:  # Else the run is somebody else's, who is told.
+            ctx.session.on_cancel = self.cancel
         if self.ends:
             await ctx.tell_start(initial)
 
@@ -112,6 +173,8 @@ class GuardedRun:
     async def close(self, error: BaseException | None) -> None:
         """End the run: in the journal, and for the hooks. ``error`` is what came out of the code inside, if anything did."""
         ctx = self.ctx
+        if self.guard.runner is not None:
+            ctx.session.on_cancel = None
         status, failure = self._outcome(error)
         self.ended = True
         self.result = ctx.build_result(status, ctx.last_state, failure)
@@ -135,6 +198,11 @@ class GuardedRun:
 
     def _outcome(self, error: BaseException | None) -> tuple[RunStatus, Failure | None]:
         spent = self._stopping is not None and self._stopping.spent
+        stopping = None if self._stopping is None else self._stopping.failure
+        if stopping is not None and isinstance(stopping.exception, RunCancelled):
+            return RunStatus.CANCELLED, stopping
+        if isinstance(error, RunCancelled):
+            return RunStatus.CANCELLED, Failure(error, FailureClass.TERMINAL, "run", 1, str(error))
         if error is None:
             if spent and self._stopping is not None:  # Whoever was told has swallowed it.
                 return RunStatus.PARTIAL, self._stopping.failure
@@ -203,20 +271,34 @@ class GuardedRun:
                 source = aiter(start())
             while True:
                 with self.here():
-                    try:
-                        part = await anext(source)
-                    except StopAsyncIteration:
-                        return
+                    part = await self._next(source)
+                if part is _NO_MORE:
+                    return
                 yield part
         except BaseException as error:
             raised = error
-            if isinstance(error, GeneratorExit) and hasattr(source, "aclose"):
+            if isinstance(error, (GeneratorExit, RunCancelled)) and hasattr(source, "aclose"):
                 with self.here():
                     await source.aclose()
             raise
         finally:
             self._leave()
             await self.close(raised)
+
+    async def _next(self, source: AsyncIterator[Any]) -> Any:
+        if self.cancelling:
+            raise self._cancelled()
+        self._watch()
+        part: Any = _NO_MORE
+        error: BaseException | None = None
+        try:
+            part = await anext(source, _NO_MORE)
+        except BaseException as raised:
+            error = raised
+        met = await self._met(error)
+        if met is not None:
+            raise met from (None if met is error else error)
+        return part
 
     def _begin(self) -> None:
         if self.ended or self in self.guard.open_runs:
@@ -245,11 +327,15 @@ class GuardedRun:
     async def __aenter__(self) -> Self:
         await self.open()
         self._enter()
+        self._watch()
         return self
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._leave()
-        await self.close(error)
+        met = await self._met(error)
+        await self.close(met)
+        if met is not error and met is not None:
+            raise met from error
 
 
 def _reset(token: Token[tuple[GuardedRun, ...]]) -> None:

@@ -43,12 +43,12 @@ class Step:
         contract: wins over the one that the runner's registry has for the id.
         given: what contract, hooks and journal see of the arguments.
         made: the same of the result.
-        usage: the provider's response in a result, or a :class:`stroma.Usage`; None if it used nothing. It tells all that
-            was used inside: what guarded calls inside have counted is deducted.
+        usage: the provider's response in a result, or a :class:`stroma.Usage`; None if it used nothing.
         control: what an exception of the framework means; None for a failure.
         collect: of a stream, the result from the list of its chunks. Without it a stream's result is how many there were,
             unless the step has a contract or reads usage: then it is the list.
         again: whether it may be called again after a failure.
+        includes: whether ``usage`` tells what guarded calls inside have used, too, so that they are deducted.
     """
 
     step_id: str
@@ -59,6 +59,7 @@ class Step:
     control: Callable[[BaseException], Control | None] | None = None
     collect: Callable[[list[Any]], Any] | None = None
     again: bool = True
+    includes: bool = True
     plan: list[Any] = field(default_factory=lambda: [None], repr=False)
 
 

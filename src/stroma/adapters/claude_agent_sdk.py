@@ -36,7 +36,9 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
 
     What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are known at its end.
     """
-    step: Any = guard.wrap("query", _messages, given=_asked, made=_answer, usage=_used, collect=_whole)
+    # The program tells what it used itself: what our tools use is beside that.
+    about: Any = {"given": _asked, "made": _answer, "usage": _used, "collect": _whole, "includes": False}
+    step: Any = guard.wrap("query", _messages, **about)
 
     def run(**options: Any) -> AsyncIterator[Any]:
         return guard.aover(lambda: step(**options), _asked((), options))

@@ -15,6 +15,7 @@ from typing import Any
 
 try:
     import dspy
+    from dspy.streaming.messages import StatusMessage
     from dspy.utils.usage_tracker import UsageTracker
 except ImportError as error:
     raise ImportError(
@@ -22,6 +23,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._own import guard_methods, own_method
+from stroma.adapters._steps import handed_on
 from stroma.adapters.guard import Contracts, Guard
 from stroma.execution import current_node
 from stroma.usage import usage_from
@@ -80,13 +82,30 @@ class _Tracker(UsageTracker):
             self.users.add_usage(lm, usage_entry)
 
 
+class _Told:
+    """The stream of ``dspy.streamify``: what a step has sent there cannot be taken back."""
+
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+
+    async def send(self, part: Any) -> None:
+        if not isinstance(part, StatusMessage):
+            handed_on()
+        await self._stream.send(part)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+
 @contextmanager
 def _booking() -> Iterator[None]:
     """Book what the models inside use on the step here, when it fails, too."""
     node, tracker = current_node(), _Tracker()
     assert node is not None
     try:
-        with dspy.settings.context(usage_tracker=tracker):
+        stream = dspy.settings.send_stream
+        told = stream if stream is None or isinstance(stream, _Told) else _Told(stream)
+        with dspy.settings.context(usage_tracker=tracker, send_stream=told):
             yield
     finally:
         for model, entries in tracker.usage_data.items():

@@ -14,17 +14,15 @@ try:
     from google.adk.agents import LlmAgent
     from google.adk.models import LLMRegistry
     from google.adk.tools.agent_tool import AgentTool
-    from google.adk.tools.function_tool import FunctionTool
 
     from stroma.adapters._google_adk_model import guard_model
+    from stroma.adapters._google_adk_tools import guard_tools
 except ImportError as error:
     raise ImportError(
         "google-adk is required for its adapter; install it with: pip install 'stroma[google-adk]'"
     ) from error
 
-from stroma.adapters._views import arguments_of
 from stroma.adapters.guard import Contracts, Guard
-from stroma.contracts import NodeContract
 
 __all__ = ["attach", "each_run"]
 
@@ -36,14 +34,12 @@ def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
     tool.
     """
     agents = _inside(agent)
-    names = {_name_of(tool) for each in agents for tool in each.tools}
-    found = guard.contracts(contracts, [name for name in names if name], "tool")
+    check = guard_tools(agents, guard, contracts)
     for each in agents:
         if isinstance(each.model, str) and each.model:
             each.model = LLMRegistry.new_llm(each.model)
         if each.model and not guard.has(each.model.generate_content_async):
-            guard_model(each.model, guard)
-        each.tools = [_guarded(tool, guard, found.get(_name_of(tool) or "")) for tool in each.tools]
+            guard_model(each.model, guard, check)
     return agent
 
 
@@ -69,24 +65,3 @@ def _inside(agent: Any) -> list[Any]:
             waiting += [tool.agent for tool in each.tools if isinstance(tool, AgentTool)]
         waiting += getattr(each, "sub_agents", ())
     return found
-
-
-def _name_of(tool: Any) -> str | None:
-    return getattr(tool, "name", None) or getattr(tool, "__name__", None)
-
-
-def _guarded(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
-    """A tool that is a function, or holds one, as a step; any other as it is."""
-    func = tool.func if isinstance(tool, FunctionTool) else tool
-    if not callable(func) or guard.has(func) or (func is tool and hasattr(tool, "run_async")):
-        return tool
-    seen = arguments_of(func)
-
-    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return {name: value for name, value in seen(args, kwargs).items() if name != "tool_context"}
-
-    step = guard.wrap(_name_of(tool) or "tool", func, contract=contract, given=given)
-    if func is tool:
-        return step
-    tool.func = step
-    return tool

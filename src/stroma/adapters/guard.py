@@ -32,9 +32,19 @@ from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract, check_id
 from stroma.failures import Failure
 from stroma.nodes import Kept, gives_coroutine
+from stroma.refusals import RunCancelled
 from stroma.runner import StromaRunner
 
-__all__ = ["Contracts", "Control", "Guard", "GuardedRun", "Step", "UnknownNode", "what_stopped"]
+__all__ = [
+    "Contracts",
+    "Control",
+    "Guard",
+    "GuardedRun",
+    "RunCancelled",
+    "Step",
+    "UnknownNode",
+    "what_stopped",
+]
 
 P = ParamSpec("P")
 R = TypeVar("R")

@@ -36,8 +36,14 @@ def attach(graph: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
     """Make every node of a StateGraph, or of a compiled graph, a step of ``guard``; returns the graph.
 
     ``contracts``: by the names that the graph has for its nodes; input is the state that a node gets, output its update.
-    A call of the graph is a run, unless one of the guard is under way. Raises UnknownNode for a contract of no node.
+    A call of the graph is a run, unless one of the guard is under way. Raises UnknownNode for a contract of no node, and
+    ValueError for an ``@entrypoint``, which counts its tasks and interrupts as it runs and cannot be called again.
     """
+    if "__previous__" in getattr(graph, "channels", ()):
+        raise ValueError(
+            "an @entrypoint has tasks in place of nodes; guard their functions, below @task: task(guard.wrap(name, func)), "
+            "and call it in `with guard.run():`"
+        )
     names = [name for name in graph.nodes if not name.startswith("__")]
     found = guard.contracts(contracts, names, "node")
     return attach_steps(graph, guard, {name: (name, found.get(name)) for name in names})

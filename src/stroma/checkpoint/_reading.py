@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Final, TypeVar
 
 from stroma._frames import Trouble, read_trouble
@@ -37,7 +37,7 @@ from stroma.checkpoint.journal import (
 from stroma.checkpoint.payloads import Payloads
 from stroma.contracts import check_id
 
-__all__ = ["ReadableStore"]
+__all__ = ["ReadableStore", "cause_of"]
 
 T = TypeVar("T")
 
@@ -288,7 +288,7 @@ def _run_record(row: RunRow, beside: Beside) -> RunRecord:
         beside.parent,
         _number(row.latency_ns) / 1e6,
         tuple(sorted(beside.tags)),
-        _cause(beside.failed),
+        cause_of(beside.failed),
         len(beside.failed),
         _number(row.epoch),
     )
@@ -299,7 +299,7 @@ def _number(value: object) -> int:
     return value if isinstance(value, int) else 0
 
 
-def _cause(failed: list[Attempt]) -> Cause | None:
+def cause_of(failed: Sequence[Attempt | AttemptRecord]) -> Cause | None:
     """Of a group that failed, the child whose failure became its own: the group ends after it, with its message."""
     if not failed:
         return None

@@ -18,6 +18,7 @@ __all__ = [
     "pairs",
     "payloads_of",
     "prefix_of",
+    "read_head",
     "read_step",
     "run_row",
     "step_row",
@@ -88,6 +89,15 @@ def read_step(value: bytes) -> tuple[Step, list[Any] | None]:
         return Step("", "", value, b""), None
     contract, schema_ref, sha, number, has_given, *by = header
     return Step(contract, schema_ref, parts[0], from_hex(sha), number, parts[1] if has_given else None), by
+
+
+def read_head(line: bytes) -> tuple[int, list[Any] | None]:
+    """The first line of a step: how long its output is, and what read_step() says of its attempt."""
+    try:
+        header, lengths = json.loads(line)
+        return int(lengths[0]), header[5:] if len(header) == 8 else None
+    except (ValueError, TypeError, LookupError):
+        return 0, None
 
 
 def payloads_of(part: bytes, value: bytes) -> list[bytes]:

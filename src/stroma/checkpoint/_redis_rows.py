@@ -23,6 +23,7 @@ from stroma.checkpoint._redis_format import (
     pairs,
     payloads_of,
     prefix_of,
+    read_head,
     read_step,
     run_row,
     step_row,
@@ -53,6 +54,7 @@ __all__ = ["Changed", "RedisRows", "commit_command", "kept_or_raise", "lost"]
 
 _PAGE: Final = 200
 _TALLIED: Final = 200  # runs whose attempts are summed up
+_AT_ONCE: Final = 20  # runs whose attempts are asked for in one round trip
 _LOOKED_AT: Final = 2000  # runs that the server goes through at once
 _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
 
@@ -467,69 +469,68 @@ class RedisRows:
         return [run_row(reply) for reply in replies if isinstance(reply, list)]
 
     def attempts(self, run: Run, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
-        for _, attempt, step in self._told(run, execution):
-            yield attempt, step
-
-    def attempt_page(
-        self, run: Run, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[Told], str | None]:
-        # A hash has no order: the server gives all of it for each page.
-        first = None
-        if after is not None:
-            epoch, position, started, number, branch = attempt_mark(after)
-            first = (epoch, (position, started, branch, number))
-        rest = [one for one in self._told(run, execution) if first is None or (one[0], one[1][:4]) > first]
-        found = [
-            (*attempt, epoch, None if step is None else len(step.output))
-            for epoch, attempt, step in rest[: limit + 1]
-        ]
-        return attempt_page(found, limit)
-
-    def _told(self, run: Run, execution: int) -> list[tuple[int, Attempt, Step | None]]:
-        """(epoch, attempt, what it committed), in the order in which history is told."""
         attempts, steps = self._get(
             ("HGETALL", f"{run.prefix}attempts:{execution}"), ("HGETALL", f"{run.prefix}steps:{execution}")
         )
         outputs = {place: read_step(value) for place, value in pairs(steps).items()}
-        told: list[tuple[int, Attempt, Step | None]] = []
-        for at, value in pairs(attempts).items():
-            header, _ = unpack(value)
-            if header is None or len(header) != len(Attempt._fields):
-                raise CorruptCheckpoint(
-                    f"attempt {at} of run {run.run_id!r} cannot be read back; its outputs can: resume the run, or delete it"
-                )
-            attempt = Attempt._make(header)
-            epoch = int(at.partition(":")[0])
+        for epoch, attempt in _attempts(run, attempts):
             step, by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
-            if by is not None and by != [epoch, attempt.attempt, attempt.started_ns]:
-                step = None
-            told.append((epoch, attempt, step))
-        told.sort(key=lambda one: (one[0], one[1][:4]))
-        return told
+            yield attempt, step if by in (None, [epoch, attempt.attempt, attempt.started_ns]) else None
+
+    def attempt_page(
+        self, run: Run, execution: int, *, limit: int, after: str | None
+    ) -> tuple[list[Told], str | None]:
+        # A hash has no order: the server tells all attempts for each page.
+        first = None
+        if after is not None:
+            epoch, position, started, number, branch = attempt_mark(after)
+            first = (epoch, (position, started, branch, number))
+        (told,) = self._told([(run, execution)])
+        rest = [one for one in told if first is None or (one.epoch, one.attempt[:4]) > first]
+        return attempt_page([(*one.attempt, one.epoch, one.size) for one in rest[: limit + 1]], limit)
+
+    def _told(self, runs: Sequence[tuple[Run, int]]) -> list[list[Told]]:
+        """Of each execution its attempts, in the order in which history is told, without outputs."""
+        replies = self._get(*(script(run.prefix, "told", execution) for run, execution in runs))
+        found = []
+        for (run, _), (attempts, heads) in zip(runs, replies, strict=True):
+            outputs = {place: read_head(line) for place, line in pairs(heads).items()}
+            told = []
+            for epoch, attempt in _attempts(run, attempts):
+                size, by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
+                mine = by in (None, [epoch, attempt.attempt, attempt.started_ns])
+                told.append(Told(attempt, size if mine else None, epoch))
+            found.append(told)
+        return found
 
     def attempts_at(self, run: Run, execution: int, position: int, branch: str) -> list[Told]:
-        return [
-            Told(attempt, None if step is None else len(step.output), epoch)
-            for epoch, attempt, step in self._told(run, execution)
-            if (attempt.position, attempt.branch) == (position, branch)
-        ]
+        (told,) = self._told([(run, execution)])
+        return [one for one in told if (one.attempt.position, one.attempt.branch) == (position, branch)]
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         # The server has no sums of attempts: they are read, and so these are fewer.
         found, _ = self.runs(RunQuery(since_ms=since_ms), limit=min(runs, _TALLIED), after=None, look_at=None)
         sums: dict[tuple[int, str, str, str | None, str | None], list[int]] = {}
         seen = 0
-        for run in found:
-            for _, one, step in self._told(run.run, run.execution):
-                key = (run.started_ms // bucket_ms, run.pipeline, one.node_id, one.model, one.failure_class)
-                wasted = one.cost_pico if one.outcome != "success" and step is None else 0
-                of = sums.setdefault(key, [0] * 6)
-                for i, number in enumerate((1, one.tokens, one.cost_pico, wasted, one.duration_ns)):
-                    of[i] += number
-                of[5] = max(of[5], one.duration_ns)
-                seen += 1
-            if seen >= attempts:
-                break
+        for first in range(0, len(found), _AT_ONCE):
+            some = found[first : first + _AT_ONCE]
+            for run, told in zip(some, self._told([(run.run, run.execution) for run in some]), strict=True):
+                for one, size, _ in told:
+                    key = (
+                        run.started_ms // bucket_ms,
+                        run.pipeline,
+                        one.node_id,
+                        one.model,
+                        one.failure_class,
+                    )
+                    wasted = one.cost_pico if one.outcome != "success" and size is None else 0
+                    of = sums.setdefault(key, [0] * 6)
+                    for i, number in enumerate((1, one.tokens, one.cost_pico, wasted, one.duration_ns)):
+                        of[i] += number
+                    of[5] = max(of[5], one.duration_ns)
+                    seen += 1
+                if seen >= attempts:
+                    return [Tally(*key, *of) for key, of in sums.items()]
         return [Tally(*key, *of) for key, of in sums.items()]
 
     def facts(self) -> StoreFacts:
@@ -599,6 +600,20 @@ def lost(run_id: str, server: str) -> CheckpointLost:
         "lost in a crash or failover; set appendonly yes, appendfsync always and maxmemory-policy noeviction, then "
         f"resume the run; if that says the same, delete({run_id!r}) and run it from the beginning"
     )
+
+
+def _attempts(run: Run, reply: Any) -> list[tuple[int, Attempt]]:
+    """(epoch, attempt) in the order in which history is told. Raises CorruptCheckpoint."""
+    told: list[tuple[int, Attempt]] = []
+    for at, value in pairs(reply).items():
+        header, _ = unpack(value)
+        if header is None or len(header) != len(Attempt._fields):
+            raise CorruptCheckpoint(
+                f"attempt {at} of run {run.run_id!r} cannot be read back; its outputs can: resume the run, or delete it"
+            )
+        told.append((int(at.partition(":")[0]), Attempt._make(header)))
+    told.sort(key=lambda one: (one[0], one[1][:4]))
+    return told
 
 
 def _tags(opening: Opening) -> str:

@@ -335,6 +335,16 @@ function ops.beside(execution, most)
     tonumber(most) > 0 and failures(p, execution, tonumber(most)) or {}}
 end
 
+-- Every attempt of an execution, and the first line of what each place of it committed: outputs may be large.
+function ops.told(execution)
+  local heads, key = {}, p .. 'steps:' .. execution
+  for _, place in ipairs(redis.call('HKEYS', key)) do
+    heads[#heads + 1] = place
+    heads[#heads + 1] = string.sub(string.match(redis.call('HGET', key, place), '^[^\n]*'), 1, 4000)
+  end
+  return {redis.call('HGETALL', p .. 'attempts:' .. execution), heads}
+end
+
 -- Whether a run is one of those that are asked for.
 local function fits(want, id)
   local name = string.gsub(id, '[^%w_.~-]', function(c) return string.format('%%%02X', string.byte(c)) end)

@@ -107,6 +107,11 @@ _PARENTS: Final = "SELECT node_id FROM steps WHERE run = ? AND execution = 0 AND
 # Ids that begin with a text: a range of the index, and no LIKE, which knows wildcards and ignores case.
 _BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0 AND run_id >= ? AND run_id < ?
     AND substr(run_id, 1, ?) = ? ORDER BY run_id = ? DESC, started_ms DESC, run DESC LIMIT ?"""
+#: Of so many that sorting them takes long, the newest are found sooner among all runs.
+_MANY: Final = 5000
+_IS_MANY: Final = "SELECT count(*) FROM (SELECT 1 FROM runs WHERE run_id >= ? AND run_id < ? LIMIT ?)"
+_NEWEST_OF_MANY: Final = """SELECT run_id FROM runs INDEXED BY runs_by_start WHERE execution > 0 AND substr(run_id, 1, ?) = ?
+    AND run_id != ? ORDER BY started_ms DESC, run DESC LIMIT ?"""
 _LAST_CHARACTERS: Final = "\U0010ffff" * 16
 
 
@@ -270,8 +275,15 @@ class SqliteRows:
         )
 
     def ids(self, prefix: str, limit: int) -> list[str]:
-        bounds = (prefix, prefix + _LAST_CHARACTERS, len(prefix), prefix, prefix, limit)
-        return [run_id for (run_id,) in self.db.execute(_BY_PREFIX, bounds).fetchall()]
+        first, last, size = prefix, prefix + _LAST_CHARACTERS, len(prefix)
+        ((number,),) = self.db.execute(_IS_MANY, (first, last, _MANY)).fetchall()
+        if number < _MANY:
+            found = self.db.execute(_BY_PREFIX, (first, last, size, prefix, prefix, limit)).fetchall()
+            return [run_id for (run_id,) in found]
+        that_one = self.find(prefix)
+        found = self.db.execute(_NEWEST_OF_MANY, (size, prefix, prefix, limit)).fetchall()
+        whole = [prefix] if that_one is not None and that_one.execution else []
+        return [*whole, *(run_id for (run_id,) in found)][:limit]
 
     def attempts(self, run: int, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
         for row in self.db.execute(_ATTEMPTS, (run, execution)).fetchall():

@@ -40,10 +40,14 @@ def diff(
     took and cost is shown, and never counts: no two runs are alike in it.
     """
     database = Database.choose(db)
-    first, second = database.find(a), database.find(b)
+    found = database.find(a), database.find(b)
     history = History(database.reader, redact_of(redact))
     with database.explained():
-        sides = [database.reader.attempts(record.run_id) for record in (first, second)]
+        first, second = map(history.shown_run, found)
+        sides = [
+            history.shown_attempts(record.run_id, database.reader.attempts(record.run_id))
+            for record in (first, second)
+        ]
         given = [history.given(record.run_id, 0) for record in (first, second)]
         nodes = compare(sides[0], sides[1], history.made)
     if node is not None:

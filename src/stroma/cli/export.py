@@ -52,7 +52,7 @@ def export(run_: str, form: str, path: str | None, states: bool, redact: str | N
     record = database.find(run_)
     history = History(database.reader, redact_of(redact))
     with database.explained():
-        text = _text(history, database, record, form, states)
+        text = _text(history, database, history.shown_run(record), form, states)
     if path is None:
         out.write(text)
         return Code.OK

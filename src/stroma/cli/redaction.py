@@ -15,11 +15,11 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 
 def redact_option(func: F) -> F:
-    """The option that every command has that shows states."""
+    """The option that every command has that shows states or messages of failures."""
     return click.option(
         "--redact",
         metavar="FILE_OR_MODULE:NAME",
-        help="Hide in states what the config of this pipeline redacts. The store has them in full.",
+        help="Hide in states and messages what the config of this pipeline redacts. The store has them in full.",
     )(func)
 
 

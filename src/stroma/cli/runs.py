@@ -10,6 +10,7 @@ import click
 
 from stroma.checkpoint.journal import Cause, RunQuery, RunRecord
 from stroma.cli.output import Part, emit, err, out, table
+from stroma.cli.redaction import redact_of, redact_option
 from stroma.cli.spans import SPAN
 from stroma.cli.stores import Database, db_option
 from stroma.cli.words import ago, clean, iso, local, money, short_id, span
@@ -93,6 +94,7 @@ def cause_data(cause: Cause) -> dict[str, Any]:
 )
 @click.option("--node", metavar="NODE", help="Only runs with an attempt of this node that failed.")
 @click.option("--search", "text", metavar="TEXT", help="Only runs with TEXT in their id, pipeline or error.")
+@redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.runs/1".')
 @db_option
 def runs(
@@ -100,6 +102,7 @@ def runs(
     failed: bool,
     statuses: tuple[str, ...],
     since: timedelta | None,
+    redact: str | None,
     as_json: bool,
     db: str | None,
     **asked: str | None,
@@ -119,7 +122,7 @@ def runs(
     records: list[RunRecord] = []
     if not database.is_empty:
         with database.explained():
-            records = History(store).runs(query, limit)
+            records = History(store, redact_of(redact)).runs(query, limit)
     if as_json:
         emit({"schema": "stroma.runs/1", "runs": [run_data(record) for record in records]})
         return

@@ -69,12 +69,14 @@ def show(
     With --input or --output, stdout has one JSON value for each attempt; of several, a line above each says whose it is.
     """
     database = Database.choose(db)
-    record = database.find(run_)
+    found = database.find(run_)
     history = History(database.reader, redact_of(redact))
     with database.explained():
-        attempts = in_order(database.reader.attempts(record.run_id))
+        record = history.shown_run(found)
+        attempts = in_order(history.shown_attempts(record.run_id, database.reader.attempts(record.run_id)))
     damaged = [one for one in attempts if one.damaged]
-    waiting = database.waiting(record.run_id)
+    with database.explained():
+        waiting = history.waiting(record.run_id)
     tokens, cost = waste(attempts)
     code = Code.ENVIRONMENT if damaged else Code.OK
     shown = [one for one in attempts if node in (None, one.node_id) and attempt in (None, one.attempt)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator
 from typing import Any
 
 import click
@@ -13,16 +12,18 @@ from stroma.checkpoint.journal import AttemptRecord, RunRecord
 from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code
 from stroma.cli.output import Part, err, out
+from stroma.cli.redaction import redact_of, redact_option
 from stroma.cli.runs import run_data, styled
 from stroma.cli.show import attempt_data
 from stroma.cli.stores import Database, db_option
 from stroma.cli.words import clean, count, id_word, money, short_id, span
-from stroma.history import in_order, is_gone, place_of
+from stroma.history import History, Redact, is_gone, place_of
 
 __all__ = ["tail"]
 
 _STYLES = {"success": "green", "failure": "red"}
 _MOST = 200  # runs that are watched at once
+_ALL = 10_000_000
 
 
 @click.command()
@@ -46,19 +47,29 @@ _MOST = 200  # runs that are watched at once
     metavar="SECONDS",
     help="How often to look.",
 )
+@redact_option
 @click.option(
     "--json", "as_json", is_flag=True, help='Print a line of JSON for each, schema "stroma.tail/1".'
 )
 @db_option
-def tail(run_: str | None, follow: bool, lines: int, interval: float, as_json: bool, db: str | None) -> int:
+def tail(
+    run_: str | None,
+    follow: bool,
+    lines: int,
+    interval: float,
+    redact: str | None,
+    as_json: bool,
+    db: str | None,
+) -> int:
     """Print what runs come to, a line for each attempt, as it is recorded.
 
     RUN is a run id, its beginning, or "last". Without it all runs are told that are at work, or begin.
     """
     database = Database.choose(db)
+    hide = redact_of(redact)
     if run_ is not None:
         record = database.find(run_)
-        watch = _Watch(database, as_json, named=False)
+        watch = _Watch(database, as_json, hide, named=False)
         watch.tell(record, lines)
         while follow and record.status == "RUNNING" and not is_gone(record):
             time.sleep(interval)
@@ -71,7 +82,7 @@ def tail(run_: str | None, follow: bool, lines: int, interval: float, as_json: b
         watch.end(record)
         return Code.OK
     store = database.reader
-    watch = _Watch(database, as_json, named=True)
+    watch = _Watch(database, as_json, hide, named=True)
     since = 0
     while True:
         with database.explained():
@@ -90,9 +101,10 @@ def tail(run_: str | None, follow: bool, lines: int, interval: float, as_json: b
 class _Watch:
     """What has been told of each run."""
 
-    def __init__(self, database: Database, as_json: bool, *, named: bool) -> None:
+    def __init__(self, database: Database, as_json: bool, redact: Redact | None, *, named: bool) -> None:
         self._database = database
         self._json = as_json
+        self._history = History(database.reader, redact)
         self._named = named
         self._told: dict[tuple[str, int], set[tuple[Any, ...]]] = {}
         self._states: dict[tuple[str, int], tuple[Any, ...]] = {}
@@ -129,6 +141,8 @@ class _Watch:
         if status == "RUNNING" or self._ended.get(run) == status:
             return
         self._ended[run] = status
+        with self._database.explained():
+            record = self._history.shown_run(record)
         if self._json:
             self._emit({"schema": "stroma.tail/1", "event": "end", "run": run_data(record)})
             return
@@ -141,17 +155,9 @@ class _Watch:
         spent = f"  {count(record.tokens)}, {money(record.cost_usd)}, {span((record.updated_ms - record.started_ms) / 1000)}"
         out.line(*self._name(record), styled(record.status), spent, why)
 
-    def _attempts(self, record: RunRecord) -> Iterator[AttemptRecord]:
-        store, after = self._database.reader, None
-        found: list[AttemptRecord] = []
+    def _attempts(self, record: RunRecord) -> list[AttemptRecord]:
         with self._database.explained():
-            while True:
-                page = store.attempt_page(record.run_id, limit=5000, after=after)
-                found += page.attempts
-                after = page.next
-                if after is None:
-                    break
-        yield from in_order(found)
+            return self._history.attempts(record.run_id, _ALL)[0]
 
     def _name(self, record: RunRecord) -> list[Part]:
         return [(f"{short_id(record.run_id)}  ", "bold")] if self._named else []

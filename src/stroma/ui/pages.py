@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 import threading
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
-from urllib.parse import urlencode
+from urllib.parse import quote_plus, urlencode
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined, select_autoescape
 from markupsafe import Markup
@@ -24,6 +25,7 @@ from stroma.history import (
     FAILED,
     FINISHED,
     History,
+    NodeDiff,
     Payload,
     bar_of,
     changes,
@@ -32,9 +34,10 @@ from stroma.history import (
     is_gone,
     place_of,
 )
-from stroma.page import Bar, Box, Story, cause, document, fields_named, gantt, head, tree, utc
+from stroma.page import Bar, Box, Story, cause, document, fields_named, gantt, head, idle_ms, tree, utc
 from stroma.trace import RunStatus
 from stroma.ui.actions import can_resume
+from stroma.ui.figures import figures_of
 from stroma.ui.overview import BUCKETS, Overview
 from stroma.ui.security import PICTURE_POLICY
 
@@ -46,9 +49,10 @@ __all__ = ["Pages"]
 
 _PAGE: Final = 50
 #: Attempts that one page of a run draws.
-_DRAWN: Final = 500
+_DRAWN: Final = 2000
 #: A payload above this is not looked into, only handed out.
 _MOST_BYTES: Final = 1_000_000
+_LARGE_PAGE: Final = 50_000  # bytes
 _EXPORTED: Final = 100_000
 _SPANS: Final = (1, 7, 30)  # days
 _SUMMED: Final = 200_000  # attempts
@@ -102,7 +106,7 @@ class Pages:
             return self._empty()
         query = _query(text, status, kind)
         try:
-            page = self._store.run_page(query, limit=_PAGE, after=after)
+            page = self._history.page(query, _PAGE, after)
         except ValueError as error:
             raise HTTPException(400, "there is no such page") from error
         found = page.runs
@@ -125,7 +129,7 @@ class Pages:
             ids = [] if text == "last" else self._store.find_run(text, limit=10)
         except ValueError:  # No text that an id can be.
             return []
-        return [record for run_id in ids if (record := self._store.get_run(run_id)) is not None]
+        return [record for run_id in ids if (record := self._history.run(run_id)) is not None]
 
     def _row(self, record: RunRecord) -> dict[str, Any]:
         return {
@@ -141,7 +145,7 @@ class Pages:
     def _record(self, request: Request, name: str = "id") -> RunRecord:
         run_id = request.query_params.get(name, "")
         try:
-            record = self._store.get_run(run_id) if self._store.exists() else None
+            record = self._history.run(run_id) if self._store.exists() else None
         except ValueError:
             record = None
         if record is None:
@@ -152,7 +156,7 @@ class Pages:
         record = self._record(request)
         after = request.query_params.get("after")
         try:
-            page = self._store.attempt_page(record.run_id, limit=_DRAWN, after=after)
+            page = self._history.attempt_page(record.run_id, _DRAWN, after)
         except ValueError as error:
             raise HTTPException(400, "there is no such page") from error
         attempts = in_order(page.attempts)
@@ -160,29 +164,28 @@ class Pages:
         found = None
         if record.cause is not None:
             # What stopped it is shown, however far down it is.
-            place = self._store.attempts_at(record.run_id, record.cause.position, record.cause.branch)
+            place = self._history.attempts_at(record.run_id, record.cause.position, record.cause.branch)
             found = next(
                 (a for a in reversed(place) if a.attempt == record.cause.attempt and a.failure_class), None
             )
             if found is not None and _names(found) not in known:
                 attempts = in_order([*attempts, found])
         first = min((attempt.started_ns for attempt in attempts), default=0)
-        bars = {bar_of(attempt, first).key: attempt for attempt in attempts}
-        story = self._story(record, [bar_of(attempt, first) for attempt in attempts])
+        drawn = [(bar_of(attempt, first), attempt, _attempt_address(record, attempt)) for attempt in attempts]
+        story = self._story(record, [bar for bar, _, _ in drawn])
         selected = None if found is None or record.status in FINISHED else bar_of(found, first).key
-
-        def link(bar: Bar) -> str:
-            return _attempt_address(record, bars[bar.key])
-
-        return self._page(
+        addresses = {bar.key: address for bar, _, address in drawn}
+        folded = request.query_params.get("idle") == "folded"
+        picture = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
+        shown = self._page(
             "run.html", record=record, status=_status(record), gone=is_gone(record), head=Markup(head(story)),
-            cause=Markup(cause(story)), gantt=Markup(gantt(story.bars, link=link, selected=selected)),
-            attempts=[(attempt, _attempt_address(record, attempt), place_of(attempt)) for attempt in attempts],
-            waiting=[one for one in self._store.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
+            cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in drawn],
+            waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=_restored(record, attempts), can_resume=can_resume(self._settings, record),
             resume_key=self._keys.form("resume", record.run_id), delete_key=self._keys.form("delete", record.run_id),
-            command=self._mend(record),
+            command=self._mend(record), folded=folded, idle=idle_ms(story.bars) > 0, at=after,
         )  # fmt: skip
+        return _packed(request, shown)
 
     def _story(self, record: RunRecord, bars: list[Bar]) -> Story:
         box, why = None, record.cause
@@ -224,7 +227,7 @@ class Pages:
             given=_tree(given, broke if side == "input" else []), made=_tree(made, broke if side == "output" else []),
             broke=broke, before=None if before is None else _facts(before, this), key=f"{record.run_id}:{record.execution}:{this.position}:{this.branch}",
             in_group=bool(this.branch), kept=this.output_bytes is not None,
-            payload=_payload_address(record, this), trouble=self._trouble(record, this),
+            payload=_attempt_address(record, this, "/payload"), trouble=self._trouble(record, this),
         )  # fmt: skip
 
     def _trouble(self, record: RunRecord, this: AttemptRecord) -> Trouble | None:
@@ -240,7 +243,7 @@ class Pages:
         position, _, branch = asked.get("at", "").partition(".")
         if not (position.isdecimal() and position.isascii() and len(position) < 10):
             raise HTTPException(404, "there is no such attempt in this run")
-        tried = self._store.attempts_at(record.run_id, int(position), branch)
+        tried = self._history.attempts_at(record.run_id, int(position), branch)
         tried.sort(key=lambda one: one.started_ns)
         this = next((one for one in tried if str(one.started_ns) == asked.get("began")), None)
         if this is None:
@@ -312,7 +315,8 @@ class Pages:
         started = changes(*(held.value if held.problem is None else held.problem for held in given))
         return self._page(
             "compare.html", a=a, b=b, input=started, more=sides[0][1] or sides[1][1],
-            nodes=[{"it": one, "node": (one.a or one.b or [])[0], "place": place_of((one.a or one.b or [])[0])} for one in nodes],
+            nodes=[_side_by_side(one) for one in nodes],
+            seconds=[max(0, record.updated_ms - record.started_ms) / 1000 for record in (a, b)],
         )  # fmt: skip
 
     def overview(self, request: Request) -> Response:
@@ -331,7 +335,11 @@ class Pages:
         )
 
     def pipeline(self, request: Request) -> Response:
-        return self._page("pipeline.html", has_picture=self._settings.lineage is not None)
+        name = self._settings.pipeline
+        looked_at, nodes = (0, []) if name is None else figures_of(self._store, name)
+        return self._page(
+            "pipeline.html", has_picture=self._settings.lineage is not None, nodes=nodes, looked_at=looked_at
+        )
 
     def lineage(self, request: Request) -> Response:
         if self._settings.lineage is None:
@@ -401,12 +409,10 @@ def _address(path: str, **query: Any) -> str:
     return f"{path}?{urlencode(given, errors='replace')}" if given else path
 
 
-def _attempt_address(record: RunRecord, attempt: AttemptRecord) -> str:
-    return _address("/attempt", id=record.run_id, at=place_of(attempt), began=attempt.started_ns)
-
-
-def _payload_address(record: RunRecord, attempt: AttemptRecord) -> str:
-    return _address("/payload", id=record.run_id, at=place_of(attempt), began=attempt.started_ns)
+def _attempt_address(record: RunRecord, attempt: AttemptRecord, path: str = "/attempt") -> str:
+    # By hand: a page has thousands of them. Ids of branches are ours, numbers and dots.
+    at = quote_plus(place_of(attempt)) if attempt.branch else attempt.position
+    return f"{path}?id={quote_plus(record.run_id, errors='replace')}&at={at}&began={attempt.started_ns}"
 
 
 def _facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
@@ -421,6 +427,16 @@ def _facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
     return changes(said[0], said[1])
 
 
+def _side_by_side(one: NodeDiff) -> dict[str, Any]:
+    """A node of two runs, with what it took and cost in each."""
+    first = (one.a or one.b or [])[0]
+    took, cost = (
+        [None if side is None else sum(getattr(x, name) for x in side) for side in (one.a, one.b)]
+        for name in ("duration_ms", "cost_usd")
+    )
+    return {"it": one, "node": first, "place": place_of(first), "took": took, "cost": cost}
+
+
 def _tree(held: Payload, broke: list[str]) -> dict[str, Any]:
     if held.problem is not None:
         return {"problem": held.problem, "tree": None}
@@ -429,6 +445,17 @@ def _tree(held: Payload, broke: list[str]) -> dict[str, Any]:
 
 def _shown(value: Any) -> str:
     return clean(json.dumps(value, ensure_ascii=False), 300)
+
+
+def _packed(request: Request, page: Response) -> Response:
+    """A large page, as small as it gets on its way."""
+    accepted = [
+        one.partition(";")[0].strip() for one in request.headers.get("accept-encoding", "").split(",")
+    ]
+    if "gzip" not in accepted or len(page.body) < _LARGE_PAGE:
+        return page
+    headers = {"content-encoding": "gzip", "vary": "accept-encoding"}
+    return HTMLResponse(gzip.compress(bytes(page.body), 6, mtime=0), page.status_code, headers)
 
 
 def _as_file(name: str) -> dict[str, str]:

@@ -14,12 +14,14 @@ from agent_framework import (
     ChatResponseUpdate,
     Content,
     FunctionInvocationLayer,
+    FunctionMiddleware,
     Message,
+    MiddlewareTermination,
     ResponseStream,
     tool,
 )
 from pydantic import BaseModel
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
 
 from stroma import (
     BudgetExceeded,
@@ -113,6 +115,7 @@ def lines_of(guard: Guard) -> list[str]:
     return tree(guard.last.result)
 
 
+@holds("same answer")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
     plain, guarded, guard = Script(CALL, "It is 4 C"), Script(CALL, "It is 4 C"), guard_of()
@@ -135,6 +138,7 @@ def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str) ->
     assert guard.last.result.total_cost_usd > 0
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_tool(kind: str) -> None:
     """G1: out of the agent, and not told to the model, as the framework would by itself."""
@@ -156,6 +160,7 @@ def test_violations_are_caught_at_their_tool(kind: str) -> None:
         assert guard.stopped.exception is caught.value
 
 
+@holds("retries", "failed attempts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
     script = Script(TimeoutError("slow"), ("flaky", "{}"), ConnectionError("gone"), "done")
@@ -164,6 +169,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     @tool(approval_mode="never_require")
     def flaky() -> str:
         """Fails twice."""
+        pay()
         if errors:
             raise errors.pop()
         return "fine"
@@ -171,6 +177,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     guard = guard_of()
     assert ask(agent_of(script, guard, [flaky]), kind) == "done"
     assert (len(script.asked), len(errors)) == (4, 0)
+    assert result_of(guard).total_tokens == 20 + 3 * PAID
     script = Script(PermissionError("no"), "never")
     guard = guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL])
     with pytest.raises(PermissionError):
@@ -180,6 +187,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     assert guard.stopped.node_id == "model"
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_agent_to_the_token(kind: str) -> None:
     script = Script(*[CALL] * 9)
@@ -213,6 +221,7 @@ def test_a_budget_that_trips_inside_a_tool_stops_the_agent_too(kind: str) -> Non
     assert guard.last.result.total_tokens == 17
 
 
+@holds("hooks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
     seen = Seen()
@@ -249,6 +258,7 @@ def test_a_tool_that_fails_for_good_is_told_to_the_model_as_ever() -> None:
         assert len(calls) == (1 if guard is None else 2)
 
 
+@holds("streams")
 def test_a_stream_is_not_retried_after_its_first_part() -> None:
     """Rule 9."""
     seen: list[str] = []
@@ -258,11 +268,13 @@ def test_a_stream_is_not_retried_after_its_first_part() -> None:
     assert (seen, len(script.asked)) == (["one", "two"], 1)
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
         ask(agent_of(Script("x"), guard_of(), contracts={"wether": (City, Weather)}))
 
 
+@holds("journal")
 def test_a_call_of_an_agent_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         ask(agent_of(Script(CALL, "done"), guard_of(store=store)))
@@ -270,3 +282,65 @@ def test_a_call_of_an_agent_is_a_run_in_the_journal(tmp_path: Any) -> None:
         assert (record.status, record.tokens) == ("COMPLETED", 20)
         nodes = [a.node_id for a in store.attempts(record.run_id)]
         assert nodes == ["forecaster", "model", "weather", "model"]
+
+
+class Cached(FunctionMiddleware):
+    """Answers in place of the tool, and ends there: as the framework has it for caches and guards of one's own."""
+
+    async def process(self, context: Any, call_next: Any) -> None:
+        context.result = {"celsius": 99}
+        raise MiddlewareTermination("it is known", result=context.result)
+
+
+@pytest.mark.parametrize("first", [False, True], ids=["inside", "outside"])
+@pytest.mark.parametrize("kind", KINDS)
+@holds("control flow")
+def test_middleware_that_terminates_ends_what_is_under_way_as_ever(kind: str, first: bool) -> None:
+    """Of one's own, before or after the guard's: it is no failure, nothing is tried again, and the answer is the same."""
+    answers = []
+    for guard in (None, guard_of()):
+        script = Script(CALL, "It is 99 C")
+        own = [] if guard is None else stroma_middleware(guard)
+        agent = Agent(
+            script,
+            name="forecaster",
+            tools=[weather],
+            middleware=[Cached(), *own] if first else [*own, Cached()],
+        )
+        answers.append((ask(agent, kind), len(script.asked)))
+        if guard is not None:
+            assert guard.stopped is None
+            assert result_of(guard).status is RunStatus.COMPLETED
+            assert not [line for line in tree(result_of(guard)) if "failure" in line]
+    assert answers[0] == answers[1]
+
+
+@holds("control flow")
+def test_a_tool_that_needs_approval_is_asked_for_and_goes_on() -> None:
+    """The request for an approval comes out as ever, nothing has failed, and the tool is called once it is given."""
+    calls: list[str] = []
+
+    @tool(approval_mode="always_require")
+    def delete(path: str) -> str:
+        """Deletes."""
+        calls.append(path)
+        return "gone"
+
+    async def talk(agent: Any) -> list[Any]:
+        session = agent.create_session()
+        asked = await agent.run("delete a", session=session)
+        (request,) = asked.user_input_requests
+        before = list(calls)
+        approved = request.to_function_approval_response(approved=True)
+        done = await agent.run(Message("user", [approved]), session=session)
+        return [request.function_call.name, before, done.text]
+
+    told = []
+    for guard in (None, guard_of()):
+        calls.clear()
+        agent = agent_of(Script(("delete", '{"path": "a"}'), "done"), guard, [delete])
+        told.append((asyncio.run(talk(agent)), list(calls)))
+        if guard is not None:
+            assert guard.stopped is None
+            assert [line.split()[0] for line in tree(result_of(guard))] == ["forecaster", "delete", "model"]
+    assert told[0] == told[1] == (["delete", [], "done"], ["a"])

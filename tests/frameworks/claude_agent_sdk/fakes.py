@@ -11,14 +11,15 @@ from claude_agent_sdk import Transport
 
 
 class Script(Transport):
-    """Plays a script: a text is an answer, (tool, arguments) a call of a tool; then it ends with what it used."""
+    """Plays a script: a text is an answer, (tool, arguments) a call of a tool, a dict what the program itself asks; what
+    is an exception, it breaks with; then it ends with what it used."""
 
     def __init__(self, *script: Any, tokens: int = 10, fails: Exception | None = None) -> None:
         self.script, self.tokens, self.fails = list(script), tokens, fails
         self.told: list[Any] = []
         self._ready = False
         self._calls: Any = None
-        self._out: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+        self._out: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
 
     async def connect(self) -> None:
         if self.fails is not None:
@@ -53,6 +54,12 @@ class Script(Transport):
     async def _play(self) -> None:
         while self.script:
             step = self.script.pop(0)
+            if isinstance(step, dict):
+                await self._out.put({"type": "control_request", "request_id": "asks", "request": step})
+                return
+            if isinstance(step, Exception):
+                await self._out.put(step)
+                return
             if isinstance(step, tuple):
                 self._calls = step
                 if self._ready:
@@ -87,6 +94,8 @@ class Script(Transport):
 
     async def read_messages(self) -> AsyncIterator[dict[str, Any]]:
         while (message := await self._out.get()) is not None:
+            if isinstance(message, Exception):
+                raise message
             yield message
 
     async def close(self) -> None:

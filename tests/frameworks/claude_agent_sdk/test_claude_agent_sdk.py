@@ -10,6 +10,7 @@ import pytest
 from claude_agent_sdk import (
     AssistantMessage,
     ClaudeAgentOptions,
+    PermissionResultDeny,
     ResultMessage,
     create_sdk_mcp_server,
     query,
@@ -17,7 +18,7 @@ from claude_agent_sdk import (
 )
 from pydantic import BaseModel
 from tests.frameworks.claude_agent_sdk.fakes import Script
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
 
 from stroma import (
     BudgetExceeded,
@@ -64,6 +65,7 @@ def lines_of(guard: Guard) -> list[str]:
     return tree(guard.last.result)
 
 
+@holds("same answer")
 def test_a_query_gives_the_same_messages_with_and_without_the_guard() -> None:
     plain, guarded, guard = Script(CALL, "It is 4 C"), Script(CALL, "It is 4 C"), guard_of()
     expected, got = ask(plain), ask(guarded, guard, contracts={"weather": (City, Weather)})
@@ -77,6 +79,7 @@ def test_a_query_gives_the_same_messages_with_and_without_the_guard() -> None:
     assert guard.last.result.total_cost_usd > 0
 
 
+@holds("violations")
 def test_violations_are_caught_at_their_tool() -> None:
     """G1: the SDK tells the model of what a tool raises; the query ends with it all the same."""
 
@@ -95,6 +98,7 @@ def test_violations_are_caught_at_their_tool() -> None:
         assert guard.stopped.exception is caught.value
 
 
+@holds("retries", "failed attempts")
 def test_transient_failures_of_tools_are_retried_and_terminal_ones_are_not() -> None:
     errors: list[Exception] = [TimeoutError(), TimeoutError()]
     calls: list[int] = []
@@ -102,6 +106,7 @@ def test_transient_failures_of_tools_are_retried_and_terminal_ones_are_not() -> 
     @tool("flaky", "Fails twice.", {})
     async def flaky(arguments: dict[str, Any]) -> dict[str, Any]:
         calls.append(1)
+        pay()
         if errors:
             raise errors.pop()
         return {"content": [{"type": "text", "text": "fine"}]}
@@ -109,7 +114,12 @@ def test_transient_failures_of_tools_are_retried_and_terminal_ones_are_not() -> 
     guard = guard_of()
     ask(Script(("flaky", {}), "done"), guard, [flaky])
     assert len(calls) == 3
-    assert lines_of(guard).count("  flaky failure") == 2
+    assert lines_of(guard) == [
+        "query success 10",
+        *[f"  flaky failure {PAID}"] * 2,
+        f"  flaky success {PAID}",
+    ]
+    assert result_of(guard).total_tokens == 10 + 3 * PAID
     errors.append(PermissionError("no"))
     calls.clear()
     ask(Script(("flaky", {}), "done"), guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL]), [flaky])
@@ -124,6 +134,7 @@ def test_a_query_that_cannot_begin_is_retried_as_its_class_says() -> None:
     assert lines_of(guard) == ["query failure"] * 3
 
 
+@holds("budget")
 def test_the_budget_stops_further_queries_to_the_token() -> None:
     """A query's tokens are known when it ends: the next one is refused, and nothing is started for it."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=15))
@@ -145,6 +156,7 @@ def test_the_budget_stops_further_queries_to_the_token() -> None:
     assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
 
 
+@holds("hooks")
 def test_hooks_fire_in_order_with_the_right_parents() -> None:
     seen = Seen()
     ask(Script(CALL, "It is 4 C"), guard_of(seen))
@@ -158,14 +170,98 @@ def test_hooks_fire_in_order_with_the_right_parents() -> None:
     ]
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
         guarded_tools(guard_of(), [weather], {"wether": (City, Weather)})
 
 
+@holds("journal")
 def test_a_query_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         ask(Script(CALL, "done"), guard_of(store=store))
         (record,) = store.list_runs()
         assert (record.status, record.tokens) == ("COMPLETED", 10)
         assert [a.node_id for a in store.attempts(record.run_id)] == ["query", "weather"]
+
+
+@holds("streams")
+def test_a_query_is_not_retried_after_its_first_message() -> None:
+    seen: list[Any] = []
+    script = Script("one", ConnectionError("lost"), "two")
+
+    async def main() -> None:
+        async for message in guarded_query(guard)(prompt="x", transport=script):
+            seen.append(message)
+
+    guard = guard_of()
+    with pytest.raises(Exception, match="lost"):
+        asyncio.run(main())
+    assert [type(message) for message in seen] == [AssistantMessage]
+    assert script.script == ["two"]
+    assert lines_of(guard) == ["query failure"]
+
+
+@tool("refuses", "Says no, in the SDK's own way.", {})
+async def refuses(arguments: dict[str, Any]) -> dict[str, Any]:
+    return {"content": [{"type": "text", "text": "no"}], "is_error": True}
+
+
+@holds("control flow")
+def test_what_the_sdk_decides_passes_untouched() -> None:
+    """A tool that says so itself has not failed; a permission that is denied is told to the program; both as ever."""
+    asked: list[str] = []
+
+    async def deny(name: str, _: Any, __: Any) -> PermissionResultDeny:
+        asked.append(name)
+        return PermissionResultDeny(message="not that")
+
+    async def prompt() -> Any:
+        yield {
+            "type": "user",
+            "message": {"role": "user", "content": "x"},
+            "parent_tool_use_id": None,
+            "session_id": "s",
+        }
+
+    async def main(call: Any, own: Any, script: Any) -> list[Any]:
+        options = ClaudeAgentOptions(
+            mcp_servers={"own": create_sdk_mcp_server("own", tools=own)}, can_use_tool=deny
+        )
+        return [message async for message in call(prompt=prompt(), options=options, transport=script)]
+
+    wants = {
+        "subtype": "can_use_tool",
+        "tool_name": "Bash",
+        "input": {"command": "rm"},
+        "permission_suggestions": [],
+    }
+    plain, guarded, guard = (
+        Script(("refuses", {}), wants, "done"),
+        Script(("refuses", {}), wants, "done"),
+        guard_of(),
+    )
+    expected = asyncio.run(main(query, [refuses], plain))
+    got = asyncio.run(main(guarded_query(guard), guarded_tools(guard, [refuses]), guarded))
+    assert got == expected
+    assert guarded.told == plain.told
+    assert asked == ["Bash", "Bash"]
+    assert "not that" in json.dumps(guarded.told[-1])
+    assert guard.stopped is None
+    assert lines_of(guard) == ["query success 10", "  refuses success"]
+
+
+@holds("control flow")
+def test_a_reader_that_has_enough_ends_the_query() -> None:
+    """Who leaves the loop early ends the run, and nothing of it has failed."""
+    guard = guard_of()
+
+    async def main() -> None:
+        messages = guarded_query(guard)(prompt="x", transport=Script("one", "two"))
+        async for _ in messages:
+            break
+        await messages.aclose()  # type: ignore[attr-defined]
+
+    asyncio.run(main())
+    assert result_of(guard).status is RunStatus.CANCELLED
+    assert lines_of(guard) == ["query cancelled"]

@@ -10,7 +10,7 @@ from crewai import Agent, BaseLLM, Crew, Task
 from crewai.flow.flow import Flow, listen, router, start
 from crewai.tools import BaseTool
 from pydantic import BaseModel, PrivateAttr
-from tests.frameworks.kit import AT_ONCE, Seen, guard_of, tree
+from tests.frameworks.kit import AT_ONCE, PAID, Seen, guard_of, holds, pay, result_of, tree
 
 from stroma import (
     BudgetExceeded,
@@ -112,6 +112,7 @@ def lines_of(guard: Guard) -> list[str]:
 CONTRACTS = {"split": (Text, Words), "count": (Words, Total), "keep": (Total, State)}
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_flow_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
     """Sync and async methods; a method that returns nothing is judged by the state it leaves."""
@@ -127,6 +128,7 @@ def test_a_flow_gives_the_same_answer_with_and_without_the_guard(kind: str) -> N
     assert guard.last.result.trace._events[2].output_state["total"] == 3
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_method(kind: str) -> None:
     """G1: in a flow, where the published adapter let everything pass."""
@@ -152,6 +154,7 @@ def test_violations_are_caught_at_their_method(kind: str) -> None:
     assert guard.stopped.exception is caught.value
 
 
+@holds("retries", "failed attempts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
     calls: list[int] = []
@@ -159,13 +162,16 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     class Flaky(Flow[State]):
         @start()
         def begin(self) -> Any:
+            pay()
             calls.append(1)
             if len(calls) < 3:
                 raise TimeoutError("slow")
             return "done"
 
-    assert run(attach(Flaky(), guard_of()), kind) == "done"
+    guard = guard_of()
+    assert run(attach(Flaky(), guard), kind) == "done"
     assert len(calls) == 3
+    assert result_of(guard).total_tokens == 3 * PAID
 
     class Broken(Flow[State]):
         @start()
@@ -212,6 +218,7 @@ def test_tokens_are_counted_once_where_they_are_used(kind: str) -> None:
     assert guard.last.result.total_cost_usd > 0
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_flow_to_the_token(kind: str) -> None:
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=25))
@@ -242,6 +249,7 @@ def test_an_llm_that_many_share_is_counted_to_the_token() -> None:
     assert guard.last.result.total_tokens == 2000
 
 
+@holds("hooks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
     seen = Seen()
@@ -264,6 +272,7 @@ def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
     ]
 
 
+@holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_routers_route(kind: str) -> None:
     """What a router returns decides, as it did; methods that are not taken are no steps."""
@@ -290,11 +299,13 @@ def test_routers_route(kind: str) -> None:
     assert lines_of(guard) == ["begin success", "decide success", "odd success"]
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_method_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no method 'splitt' .* 'split'"):
         attach(Words3(), guard_of(), {"splitt": (Text, Words)})
 
 
+@holds("journal")
 def test_a_kickoff_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         attach(Words3(), guard_of(store=store)).kickoff()
@@ -332,6 +343,7 @@ def crew_of(llm: Script) -> Crew:
     return Crew(agents=[agent], tasks=[task])
 
 
+@holds("same answer", "sync and async")
 def test_a_crew_gives_the_same_answer_with_and_without_the_guard() -> None:
     """LLM, tool, LLM: steps of one run."""
     guard = guard_of()
@@ -355,6 +367,7 @@ def test_a_crew_is_stopped_by_the_budget_though_its_loop_calls_again() -> None:
     assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
         attach(crew_of(Script.of()), guard_of(), {"wether": (City, Degrees)})

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import dspy
@@ -12,7 +13,7 @@ from openai.types import CompletionUsage
 from openai.types.chat import ChatCompletion, ChatCompletionMessage
 from openai.types.chat.chat_completion import Choice
 from pydantic import BaseModel
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import Seen, guard_of, holds, tree
 
 from stroma import (
     BudgetExceeded,
@@ -23,6 +24,7 @@ from stroma import (
     SQLiteStore,
 )
 from stroma.adapters import Guard, UnknownNode
+from stroma.adapters._steps import causes
 from stroma.adapters.dspy import attach
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
@@ -54,7 +56,11 @@ class Script(dspy.BaseLM):
         answer = self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        text = "\n\n".join(f"[[ ## {name} ## ]]\n{value}" for name, value in answer.items())
+        text = (
+            answer
+            if isinstance(answer, str)
+            else "\n\n".join(f"[[ ## {name} ## ]]\n{value}" for name, value in answer.items())
+        )
         message = ChatCompletionMessage(content=text + "\n\n[[ ## completed ## ]]", role="assistant")
         usage = CompletionUsage(prompt_tokens=self.tokens - 1, completion_tokens=1, total_tokens=self.tokens)
         if not hasattr(dspy.BaseLM, "_record_response") and dspy.settings.usage_tracker:
@@ -110,6 +116,7 @@ def lines_of(guard: Guard) -> list[str]:
     return tree(guard.last.result)
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_program_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
     guard = guard_of()
@@ -126,6 +133,7 @@ class BaseModelOfText(BaseModel):
     text: str
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_predictor(kind: str) -> None:
     """G1."""
@@ -141,6 +149,7 @@ def test_violations_are_caught_at_their_predictor(kind: str) -> None:
         assert guard.stopped.node_id == "write"
 
 
+@holds("retries")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
     script = Script(TimeoutError("slow"), GOOD[0], ConnectionError("gone"), GOOD[1])
@@ -156,6 +165,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     assert guard.last.result.status is RunStatus.FAILED
 
 
+@holds("budget", "failed attempts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_program_to_the_token(kind: str) -> None:
     """An answer that does not parse is paid for and asked for again; the limit counts it."""
@@ -170,6 +180,7 @@ def test_the_budget_stops_the_program_to_the_token(kind: str) -> None:
     assert lines_of(guard) == ["Writing failure", "  write failure 10", "  write failure 10"]
 
 
+@holds("hooks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
     seen = Seen()
@@ -227,14 +238,68 @@ class Answered(BaseModel):
     answer: str
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_predictor_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no predictor 'wirte' .* 'Writing', 'polish', 'write'"):
         attach(Writing(), guard_of(), {"wirte": (Question, Draft)})
 
 
+@holds("journal")
 def test_a_call_of_a_program_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         run(attach(Writing(), guard_of(store=store)), Script(*GOOD), "call")
         (record,) = store.list_runs()
         assert (record.status, record.tokens) == ("COMPLETED", 20)
         assert [a.node_id for a in store.attempts(record.run_id)] == ["Writing", "write", "polish"]
+
+
+class Streaming(Script):
+    """Sends a part of each answer before it has the rest of it."""
+
+    def __init__(self, *answers: Any, sends: bool = True) -> None:
+        super().__init__(*answers)
+        self.sends = sends
+
+    async def aforward(self, prompt: Any = None, messages: Any = None, **kwargs: Any) -> Any:
+        if self.sends:
+            await dspy.settings.send_stream.send(f"part {self.asked}")
+        return self.forward(prompt, messages, **kwargs)
+
+
+@holds("streams")
+@pytest.mark.parametrize("sends", [True, False])
+def test_a_stream_is_not_retried_after_its_first_part(sends: bool) -> None:
+    """Rule 9, with dspy.streamify; a step that has sent nothing yet is tried again."""
+    script, guard, seen = Streaming(GOOD[0], TimeoutError("lost"), GOOD[1], sends=sends), guard_of(), []
+    program = dspy.streamify(attach(Writing(), guard), is_async_program=True)
+
+    async def main() -> None:
+        with dspy.context(lm=script, adapter=Plain()):
+            async for part in program(question="why?"):
+                seen.append(part)
+
+    if sends:
+        with pytest.raises(BaseException) as caught:
+            asyncio.run(main())
+        assert any(isinstance(error, TimeoutError) for error in causes(caught.value))
+        assert seen in (["part 0", "part 1"], [])  # Old releases hand on nothing of what failed.
+        assert script.asked == 2
+    else:
+        asyncio.run(main())
+        assert [part.text for part in seen] == ["fine"]
+        assert script.asked == 3
+
+
+@holds("control flow")
+def test_dspy_makes_its_second_tries_as_ever() -> None:
+    """An answer that its adapter cannot read is asked for in another format, inside the step: nothing has failed."""
+    told = []
+    for guard in (None, guard_of()):
+        script = Script({"nothing": "x"}, json.dumps({"draft": "rough"}), GOOD[1])
+        program = Writing() if guard is None else attach(Writing(), guard)
+        with dspy.context(lm=script, adapter=dspy.ChatAdapter()):
+            made = program(question="why?")
+        told.append((made.text, script.asked))
+        if guard is not None:
+            assert lines_of(guard) == ["Writing success", "  write success 20", "  polish success 10"]
+    assert told[0] == told[1] == ("fine", 3)

@@ -12,9 +12,11 @@ from google.adk.agents import LlmAgent
 from google.adk.models import BaseLlm, LlmRequest, LlmResponse
 from google.adk.runners import InMemoryRunner
 from google.adk.tools import AgentTool, FunctionTool
+from google.adk.tools.base_tool import BaseTool
+from google.adk.tools.base_toolset import BaseToolset
 from google.genai import types
 from pydantic import BaseModel, PrivateAttr
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
 
 from stroma import (
     BudgetExceeded,
@@ -130,6 +132,7 @@ def lines_of(guard: Guard) -> list[str]:
     return tree(guard.last.result)
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("make", [lambda func: func, FunctionTool], ids=["function", "FunctionTool"])
 def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str, make: Any) -> None:
@@ -147,6 +150,7 @@ def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str, ma
     assert guard.last.result.status is RunStatus.COMPLETED
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_tool(kind: str) -> None:
     """G1."""
@@ -169,6 +173,7 @@ def test_violations_are_caught_at_their_tool(kind: str) -> None:
         assert isinstance(what_stopped(caught.value), ContractViolation)
 
 
+@holds("retries", "failed attempts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
     script = Script.of(TimeoutError("slow"), ("flaky", {}), ConnectionError("gone"), "done")
@@ -176,6 +181,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
 
     async def flaky() -> str:
         """Fails twice."""
+        pay()
         if errors:
             raise errors.pop()
         return "fine"
@@ -183,6 +189,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     guard = guard_of()
     assert ask(agent_of(script, guard, [flaky]), kind, guard) == "done"
     assert (len(script._asked), len(errors)) == (4, 0)
+    assert result_of(guard).total_tokens == 20 + 3 * PAID
     script = Script.of(PermissionError("no"), "never")
     guard = guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL])
     assert isinstance(failed(agent_of(script, guard), kind, guard), PermissionError)
@@ -191,6 +198,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     assert guard.stopped.node_id == "model"
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_agent_to_the_token(kind: str) -> None:
     script = Script.of(*[CALL] * 9)
@@ -203,6 +211,7 @@ def test_the_budget_stops_the_agent_to_the_token(kind: str) -> None:
     assert (guard.last.result.total_tokens, guard.last.result.status) == (30, RunStatus.PARTIAL)
 
 
+@holds("control flow")
 def test_sub_agents_and_agents_in_tools_are_guarded() -> None:
     """A transfer and an agent tool: their models are steps of the same run."""
     guard = guard_of()
@@ -218,6 +227,7 @@ def test_sub_agents_and_agents_in_tools_are_guarded() -> None:
     assert lines_of(guard) == ["model success 10", "model success 5", "model success 10"]
 
 
+@holds("hooks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_fire_in_order(kind: str) -> None:
     seen = Seen()
@@ -238,6 +248,7 @@ def test_hooks_fire_in_order(kind: str) -> None:
     ]
 
 
+@holds("streams")
 def test_a_stream_is_not_retried_after_its_first_part() -> None:
     """Rule 9."""
     guard, seen = guard_of(), []
@@ -247,11 +258,13 @@ def test_a_stream_is_not_retried_after_its_first_part() -> None:
     assert len(script._asked) == 1
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
         agent_of(Script.of(), guard_of(), contracts={"wether": (City, Weather)})
 
 
+@holds("journal")
 def test_a_run_of_an_agent_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         guard = guard_of(store=store)
@@ -259,3 +272,66 @@ def test_a_run_of_an_agent_is_a_run_in_the_journal(tmp_path: Any) -> None:
         (record,) = store.list_runs()
         assert (record.status, record.tokens) == ("COMPLETED", 20)
         assert [a.node_id for a in store.attempts(record.run_id)] == ["model", "weather", "model"]
+
+
+class Kept(BaseTool):
+    """A tool that is no function, as those of MCP servers are."""
+
+    def __init__(self, errors: list[Exception]) -> None:
+        super().__init__(name="kept", description="Looks it up.")
+        self.errors, self.calls = errors, 0
+
+    def _get_declaration(self) -> Any:
+        return types.FunctionDeclaration(name="kept", description="Looks it up.")
+
+    async def run_async(self, *, args: dict[str, Any], tool_context: Any) -> Any:
+        self.calls += 1
+        if self.errors:
+            raise self.errors.pop()
+        return {"celsius": 4}
+
+
+class Toolset(BaseToolset):
+    def __init__(self, *tools: Any) -> None:
+        super().__init__()
+        self.tools = list(tools)
+
+    async def get_tools(self, readonly_context: Any = None) -> list[Any]:
+        return self.tools
+
+    async def close(self) -> None:
+        return None
+
+
+class Anything(BaseModel):
+    pass
+
+
+def test_tools_of_toolsets_are_steps() -> None:
+    """Those of an MCP server, say: tried again, judged by their contracts, and a contract of none of them is an error."""
+    kept, guard = Kept([TimeoutError()]), guard_of()
+    agent = agent_of(
+        Script.of(("kept", {}), "done"),
+        guard,
+        [Toolset(kept), weather],
+        contracts={"kept": (Anything, Weather)},
+    )
+    assert ask(agent, "run_async", guard) == "done"
+    assert kept.calls == 2
+    assert lines_of(guard) == ["model success 10", "kept failure", "kept success", "model success 10"]
+
+    class Strict(BaseModel):
+        kelvin: int
+
+    guard = guard_of()
+    agent = agent_of(
+        Script.of(("kept", {}), "done"), guard, [Toolset(Kept([]))], contracts={"kept": (Anything, Strict)}
+    )
+    found = failed(agent, "run_async", guard)
+    assert isinstance(found, ContractViolation)
+    assert (found.node_id, found.direction) == ("kept", "output")
+
+    guard = guard_of()
+    agent = agent_of(Script.of("x"), guard, [Toolset(Kept([]))], contracts={"kpet": (Anything, Weather)})
+    with pytest.raises(UnknownNode, match=r"no tool 'kpet' .* 'kept'"):
+        ask(agent, "run_async", guard)

@@ -7,10 +7,12 @@ from typing import Any
 
 import pytest
 from haystack import Pipeline, component
-from haystack.core.errors import PipelineRuntimeError
+from haystack.components.routers import ConditionalRouter
+from haystack.core.errors import BreakpointException, PipelineRuntimeError
 from haystack.dataclasses import ChatMessage, StreamingChunk
+from haystack.dataclasses.breakpoints import Breakpoint
 from pydantic import BaseModel
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
 
 from stroma import (
     BudgetExceeded,
@@ -109,6 +111,7 @@ def lines_of(guard: Guard) -> list[str]:
     return tree(guard.last.result)
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_pipeline_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
     """And tokens count once, though the async method calls the sync one."""
@@ -132,6 +135,7 @@ def test_choices_of_one_answer_are_paid_for_once() -> None:
     assert lines_of(guard) == ["ask success", "llm success 10"]
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_component(kind: str) -> None:
     """G1; the framework wraps what a component raises, and what stopped it is found behind that."""
@@ -151,6 +155,7 @@ def test_violations_are_caught_at_their_component(kind: str) -> None:
         assert len(script.asked) == (1 if name == "llm" else 0)
 
 
+@holds("retries")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_are_retried_on_unchanged_inputs_and_terminal_ones_are_not(kind: str) -> None:
     script = Script(TimeoutError("slow"), ConnectionError("gone"), "hi")
@@ -166,6 +171,7 @@ def test_transient_failures_are_retried_on_unchanged_inputs_and_terminal_ones_ar
     assert guard.last.result.status is RunStatus.FAILED
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_pipeline_to_the_token(kind: str) -> None:
     """The component that crosses the limit is the last that is called."""
@@ -181,6 +187,7 @@ def test_the_budget_stops_the_pipeline_to_the_token(kind: str) -> None:
     assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
 
 
+@holds("hooks")
 @pytest.mark.parametrize("kind", KINDS)
 def test_hooks_fire_in_order(kind: str) -> None:
     seen = Seen()
@@ -218,6 +225,7 @@ def test_a_pipeline_inside_a_component_is_part_of_the_run() -> None:
     assert lines_of(guard) == ["around success", "  ask success", "  llm success 10"]
 
 
+@holds("streams")
 def test_a_stream_is_not_retried_after_its_first_chunk() -> None:
     """Rule 9."""
     script, seen = Script("one two three", "again"), []
@@ -240,14 +248,88 @@ def test_parts_of_an_async_pipeline_are_one_run() -> None:
     assert lines_of(guard) == ["ask success", "llm success 10"]
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_component_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no component 'lmm' .* 'ask', 'llm'"):
         attach(pipeline_of(Script()), guard_of(), {"lmm": (Messages, Replies)})
 
 
+@holds("journal")
 def test_a_run_of_a_pipeline_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         run(attach(pipeline_of(Script("hi")), guard_of(store=store)), "run")
         (record,) = store.list_runs()
         assert (record.status, record.tokens) == ("COMPLETED", 10)
         assert [a.node_id for a in store.attempts(record.run_id)] == ["ask", "llm"]
+
+
+@component
+class Flaky:
+    """Uses some tokens each time, and fails twice."""
+
+    def __init__(self) -> None:
+        self.calls = 0
+
+    @component.output_types(text=str)
+    def run(self, text: str) -> Any:
+        pay()
+        self.calls += 1
+        if self.calls < 3:
+            raise TimeoutError("slow")
+        return {"text": text}
+
+
+@holds("failed attempts")
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_failed_attempts_used_counts(kind: str) -> None:
+    guard = guard_of()
+    pipeline = Pipeline() if kind == "run" else AsyncPipeline()
+    pipeline.add_component("flaky", Flaky())
+    assert run(attach(pipeline, guard), kind, {"flaky": {"text": "x"}}) == {"flaky": {"text": "x"}}
+    assert result_of(guard).total_tokens == 3 * PAID
+    assert lines_of(guard) == [f"flaky failure {PAID}"] * 2 + [f"flaky success {PAID}"]
+
+
+@holds("control flow")
+@pytest.mark.parametrize("kind", KINDS)
+def test_routers_route_as_ever(kind: str) -> None:
+    """Which way a pipeline goes is what its router says, and a branch that is not taken is no step."""
+    told = []
+    for guard in (None, guard_of()):
+        routes = [
+            {
+                "condition": "{{ text|length > 3 }}",
+                "output": "{{ text }}",
+                "output_name": "long",
+                "output_type": str,
+            },
+            {
+                "condition": "{{ text|length <= 3 }}",
+                "output": "{{ text }}",
+                "output_name": "short",
+                "output_type": str,
+            },
+        ]
+        pipeline = Pipeline() if kind == "run" else AsyncPipeline()
+        pipeline.add_component("router", ConditionalRouter(routes))
+        pipeline.add_component("ask", Ask())
+        pipeline.connect("router.long", "ask.text")
+        if guard is not None:
+            attach(pipeline, guard)
+        made = [run(pipeline, kind, {"router": {"text": text}}) for text in ("a long one", "no")]
+        told.append([made[0]["ask"]["messages"][0].text, made[1]])
+        if guard is not None:
+            assert lines_of(guard) == ["router success"]
+    assert told[0] == told[1] == ["a long one", {"router": {"short": "no"}}]
+
+
+@holds("control flow")
+def test_a_breakpoint_comes_out_as_it_is() -> None:
+    """It stops the pipeline where it was set: what is behind it is not called, and nothing is tried again."""
+    script, guard = Script("never"), guard_of()
+    with pytest.raises(BreakpointException):
+        attach(pipeline_of(script), guard).run(
+            {"ask": {"text": "x"}}, break_point=Breakpoint("llm", visit_count=0)
+        )
+    assert script.asked == []
+    assert lines_of(guard) == ["ask success"]

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from deepagents import create_deep_agent
 from pydantic import BaseModel
-from tests.frameworks.kit import AT_ONCE, guard_of, tree
+from tests.frameworks.kit import AT_ONCE, guard_of, holds, tree
 from tests.frameworks.langchain.fakes import Script
 
 from stroma import (
@@ -56,6 +56,7 @@ def test_the_general_purpose_sub_agent_is_counted(kind: str) -> None:
     assert lines == ["model success 10", "task success 10", "model success 10"]
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
 def test_the_budget_stops_a_sub_agent_to_the_token(kind: str) -> None:
     """The first call of a model after the limit is crossed is refused, wherever it would be made."""

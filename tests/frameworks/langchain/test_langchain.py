@@ -12,7 +12,7 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command, interrupt
 from pydantic import BaseModel
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
 from tests.frameworks.langchain.fakes import Script
 
 from stroma import (
@@ -79,6 +79,7 @@ def lines_of(guard: Guard) -> list[str]:
     return tree(guard.last.result)
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
     plain, guarded = Script(answers=[CALL, "It is 4 C"]), Script(answers=[CALL, "It is 4 C"])
@@ -93,6 +94,7 @@ def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str) ->
     assert guard.last.result.total_cost_usd > 0
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_tool(kind: str) -> None:
     """G1, for what a model passes to a tool and for what the tool returns."""
@@ -113,6 +115,7 @@ def test_violations_are_caught_at_their_tool(kind: str) -> None:
         assert guard.stopped.exception is caught.value
 
 
+@holds("retries", "failed attempts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
     """G3, for models and tools."""
@@ -122,6 +125,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     @tool
     def flaky() -> str:
         """Fails twice."""
+        pay()
         if errors:
             raise errors.pop()
         return "fine"
@@ -129,6 +133,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     guard = guard_of()
     assert last(ask(agent_of(script, guard, [flaky]), kind)) == "done"
     assert (len(script.asked), len(errors)) == (4, 0)
+    assert result_of(guard).total_tokens == 20 + 3 * PAID
     script = Script(answers=[PermissionError("no"), "never"])
     guard = guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL])
     with pytest.raises(PermissionError):
@@ -138,6 +143,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     assert guard.stopped.node_id == "model"
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_agent_to_the_token(kind: str) -> None:
     script = Script(answers=[CALL] * 9)
@@ -207,6 +213,7 @@ def test_a_sub_agent_that_goes_round_for_ever_is_stopped() -> None:
     assert guard.last.result.total_tokens == 50
 
 
+@holds("hooks")
 def test_hooks_fire_in_order_with_the_right_parents() -> None:
     seen = Seen()
     guard = guard_of(seen)
@@ -252,6 +259,7 @@ class BaseModelOfAnything(BaseModel):
     pass
 
 
+@holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_interrupts_and_commands_of_tools_pass_untouched(kind: str) -> None:
     """interrupt() in a tool waits under the agent's checkpointer, and Command(resume=) goes on."""
@@ -277,6 +285,7 @@ def test_interrupts_and_commands_of_tools_pass_untouched(kind: str) -> None:
     assert guard.last.result.status is RunStatus.COMPLETED
 
 
+@holds("streams")
 def test_a_stream_is_not_retried_after_its_first_token() -> None:
     """Rule 9: tokens that somebody has seen are not made a second time."""
     guard = guard_of()
@@ -293,11 +302,13 @@ def test_a_stream_is_not_retried_after_its_first_token() -> None:
     assert [part.content.strip() for part, _ in parts][:2] == ["one", "two"]
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
         ask(agent_of(Script(answers=["x"]), guard_of(), contracts={"wether": (City, Weather)}))
 
 
+@holds("journal")
 def test_a_call_of_an_agent_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         ask(agent_of(Script(answers=[CALL, "done"]), guard_of(store=store)))

@@ -13,11 +13,12 @@ from langchain_core.outputs import ChatGenerationChunk
 from langchain_core.runnables import RunnableConfig
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.errors import GraphRecursionError
+from langgraph.func import entrypoint, task
 from langgraph.graph import END, START, StateGraph
 from langgraph.runtime import Runtime
 from langgraph.types import Command, RetryPolicy, Send, StreamWriter, interrupt
 from pydantic import BaseModel
-from tests.frameworks.kit import AT_ONCE, Seen, guard_of, tree
+from tests.frameworks.kit import AT_ONCE, PAID, Seen, guard_of, holds, pay, result_of, tree
 
 from stroma import (
     BudgetExceeded,
@@ -117,6 +118,7 @@ def line(first: Any = split, second: Any = count) -> Any:
     return builder
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("when", ["before", "after"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_graph_gives_the_same_answer_with_and_without_the_guard(kind: str, when: str) -> None:
@@ -145,6 +147,7 @@ def test_a_graph_gives_the_same_answer_with_and_without_the_guard(kind: str, whe
     assert len(guard.runner.checkpoint_manager.store.list_runs()) == 2  # type: ignore[union-attr]
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_node(kind: str) -> None:
     """G1, in a real graph: what breaks a contract on input or on output stops at its node."""
@@ -164,12 +167,14 @@ def test_violations_are_caught_at_their_node(kind: str) -> None:
     assert (caught.value.node_id, caught.value.direction) == ("split", "output")
 
 
+@holds("retries", "failed attempts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_transient_failure_is_retried_and_a_terminal_one_is_not(kind: str) -> None:
     """G3, in a real graph."""
     calls: list[int] = []
 
     def flaky(state: State) -> Any:
+        pay()
         calls.append(1)
         if len(calls) < 3:
             raise TimeoutError("slow")
@@ -178,6 +183,7 @@ def test_a_transient_failure_is_retried_and_a_terminal_one_is_not(kind: str) -> 
     guard = guard_of()
     assert call(attach(line(flaky), guard).compile(), kind, {"text": "a b"})["total"] == 2
     assert len(calls) == 3
+    assert result_of(guard).total_tokens == 3 * PAID
 
     def broken(state: State) -> Any:
         calls.append(1)
@@ -280,6 +286,7 @@ def test_a_subgraph_that_is_a_node_is_a_step_with_steps(kind: str) -> None:
     assert [list(update) for _, update in parts] == [["split"], ["count"], ["sub"]]
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_graph_to_the_token(kind: str) -> None:
     """The node that crosses the limit is the last one that is called; failed attempts count."""
@@ -330,6 +337,7 @@ def test_a_node_that_calls_its_model_for_ever_is_stopped_inside(kind: str) -> No
     assert guard.last.result.total_tokens == 40
 
 
+@holds("hooks")
 @pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
 def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
     seen = Seen()
@@ -368,6 +376,7 @@ def test_hooks_fire_in_order_with_the_right_parents(kind: str) -> None:
     ]
 
 
+@holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_interrupt_waits_and_goes_on_under_the_checkpointer_of_the_graph(kind: str) -> None:
     """interrupt() and Command(resume=...) pass untouched; the run is SUSPENDED, nothing is retried."""
@@ -402,6 +411,7 @@ def test_an_interrupt_waits_and_goes_on_under_the_checkpointer_of_the_graph(kind
     assert guard.last.result.status is RunStatus.COMPLETED
 
 
+@holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_commands_and_sends_steer_as_they_did(kind: str) -> None:
     """Command(goto, update), Send with an input of its own, and Command to a parent graph; contracts see the updates."""
@@ -432,6 +442,7 @@ def test_commands_and_sends_steer_as_they_did(kind: str) -> None:
     assert sorted(tree(guard.last.result)) == ["count success", "count success", "split success"]
 
 
+@holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_handoff_to_the_parent_graph_is_a_success_of_both(kind: str) -> None:
     """Command(graph=PARENT) is an exception inside LangGraph: it passes as itself, once, and counts as returned."""
@@ -509,6 +520,7 @@ def test_what_a_node_is_given_by_the_framework_reaches_it(kind: str) -> None:
     assert got == [("u", "me", True)]
 
 
+@holds("streams")
 def test_streams_stream() -> None:
     """Tokens of a model, custom parts and updates come as they are made, in every mode, sync and async."""
 
@@ -540,6 +552,7 @@ def test_streams_stream() -> None:
     assert guard.last.result.status is RunStatus.CANCELLED
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_node_is_an_error() -> None:
     """Rule 8: its contract would never be looked at."""
     with pytest.raises(UnknownNode, match=r"no node 'spilt' .* 'count', 'split'"):
@@ -584,6 +597,7 @@ def test_parallel_nodes_and_their_retry_policies() -> None:
     )
 
 
+@holds("journal")
 @pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
 def test_a_call_of_a_graph_is_a_run_in_the_journal(tmp_path: Any, kind: str) -> None:
     """Requirement 3: what was called, what it came to and what it cost is on disk."""
@@ -649,3 +663,51 @@ def test_a_graph_without_marked_nodes_is_an_error() -> None:
     with pytest.raises(ValueError, match="stroma_langgraph_node"):
         adapter.wrap(line().compile())
     assert adapter.node_decorator("splitter", SPLIT)(fresh())._stroma_node_id == "splitter"
+
+
+@holds("control flow")
+@pytest.mark.parametrize("asynchronous", [False, True])
+def test_tasks_of_the_functional_api_are_steps(asynchronous: bool) -> None:
+    """A function guarded below @task is a step, tried again where it is; interrupts and the checkpointer are untouched."""
+    guard, calls = guard_of(), []
+
+    def work(text: str) -> int:
+        calls.append(text)
+        if len(calls) == 1:
+            raise TimeoutError("slow")
+        return len(text)
+
+    async def awork(text: str) -> int:
+        return work(text)
+
+    counting: Any = task(guard.wrap("count", awork if asynchronous else work))
+
+    def whole(text: str) -> Any:
+        return [counting(text).result(), interrupt("right?")]
+
+    async def awhole(text: str) -> Any:
+        return [await counting(text), interrupt("right?")]
+
+    graph: Any = entrypoint(checkpointer=InMemorySaver())(awhole if asynchronous else whole)
+    config: Any = {"configurable": {"thread_id": "t"}}
+
+    def ask(given: Any) -> Any:
+        with guard.run():
+            return asyncio.run(graph.ainvoke(given, config)) if asynchronous else graph.invoke(given, config)
+
+    assert [one.value for one in ask("four")["__interrupt__"]] == ["right?"]
+    assert tree(result_of(guard)) == ["count failure", "count success"]
+    assert ask(Command(resume="yes")) == [4, "yes"]
+    assert calls == ["four", "four"], "the checkpointer of the graph has what its task returned"
+    assert result_of(guard).status is RunStatus.COMPLETED
+
+
+def test_an_entrypoint_is_not_attached_in_silence() -> None:
+    """It counts its tasks as it runs, and cannot be called again: the error says where the guard goes."""
+
+    @entrypoint()
+    def whole(text: str) -> str:
+        return text
+
+    with pytest.raises(ValueError, match=r"below @task: task\(guard.wrap"):
+        attach(whole, guard_of())

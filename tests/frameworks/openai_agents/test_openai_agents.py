@@ -32,7 +32,7 @@ from openai.types.responses import (
 )
 from openai.types.responses.response_usage import InputTokensDetails, OutputTokensDetails
 from pydantic import BaseModel
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
 
 from stroma import (
     BudgetExceeded,
@@ -152,6 +152,7 @@ def lines_of(guard: Guard) -> list[str]:
     return [line.strip() for line in tree(guard.last.result)]
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
     plain, guarded = Script(CALL, "It is 4 C"), Script(CALL, "It is 4 C")
@@ -167,6 +168,7 @@ def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str) ->
     assert guard.last.result.status is RunStatus.COMPLETED
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_tool(kind: str) -> None:
     """G1: not told to the model as the text of an error, as the SDK would by default, but out of the run."""
@@ -191,6 +193,7 @@ def test_violations_are_caught_at_their_tool(kind: str) -> None:
         assert guard.stopped.exception is found
 
 
+@holds("retries", "failed attempts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
     """G3, for models and tools."""
@@ -200,6 +203,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     @function_tool
     def flaky() -> str:
         """Fails twice."""
+        pay()
         if errors:
             raise errors.pop()
         return "fine"
@@ -207,6 +211,7 @@ def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> 
     guard = guard_of()
     assert ask(agent_of(script, guard, [flaky]), kind, guard) == "done"
     assert (len(script.asked), len(errors)) == (4, 0)
+    assert result_of(guard).total_tokens == 20 + 3 * PAID
     script = Script(PermissionError("no"), "never")
     guard = guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL])
     with pytest.raises(PermissionError):
@@ -236,6 +241,7 @@ def test_a_tool_that_fails_for_good_is_told_to_the_model_as_ever() -> None:
     assert "An error occurred while running the tool" in told[0]
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_budget_stops_the_agent_to_the_token(kind: str) -> None:
     script = Script(*[CALL] * 9)
@@ -265,6 +271,7 @@ def test_a_budget_that_trips_inside_a_tool_stops_the_agent_too(kind: str) -> Non
     assert guard.last.result.total_tokens == 17
 
 
+@holds("control flow")
 def test_handoffs_hand_off_and_every_agent_is_guarded() -> None:
     """The agent that is handed to is counted, its tools hold their contracts, and the answer is its own."""
     guard = guard_of()
@@ -279,6 +286,7 @@ def test_handoffs_hand_off_and_every_agent_is_guarded() -> None:
     ]  # fmt: skip
 
 
+@holds("control flow")
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_guardrail_that_trips_passes_untouched(kind: str) -> None:
     """Its exception is the SDK's own, once, and ends the run as FAILED."""
@@ -299,6 +307,7 @@ def test_a_guardrail_that_trips_passes_untouched(kind: str) -> None:
         assert guard.last.result.status is RunStatus.FAILED
 
 
+@holds("control flow")
 def test_a_tool_that_needs_approval_suspends_and_goes_on() -> None:
     """The SDK's own interruption and state: the run is SUSPENDED until it is approved."""
 
@@ -327,6 +336,7 @@ def test_a_tool_that_needs_approval_suspends_and_goes_on() -> None:
     assert guard.last.result.status is RunStatus.COMPLETED
 
 
+@holds("hooks")
 def test_hooks_fire_in_order_with_the_right_parents() -> None:
     seen = Seen()
     guard = guard_of(seen)
@@ -348,6 +358,7 @@ def test_hooks_fire_in_order_with_the_right_parents() -> None:
     ]
 
 
+@holds("streams")
 def test_a_stream_is_handed_on_as_it_comes_and_not_retried_after_its_first_part() -> None:
     """Rule 9."""
     script = Script("one two three", break_after=2)
@@ -387,11 +398,13 @@ def test_a_model_that_is_only_named_is_guarded_by_its_provider() -> None:
     assert guarded.asked is script.asked  # type: ignore[attr-defined]
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
         agent_of(Script(), guard_of(), contracts={"wether": (City, Weather)})
 
 
+@holds("journal")
 def test_a_call_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         guard = guard_of(store=store)

@@ -14,7 +14,7 @@ from pydantic_ai.models.function import AgentInfo, DeltaToolCall, FunctionModel
 from pydantic_ai.models.test import TestModel
 from pydantic_ai.tools import DeferredToolRequests, DeferredToolResults
 from pydantic_ai.usage import RequestUsage
-from tests.frameworks.kit import Seen, guard_of, tree
+from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
 
 from stroma import (
     BudgetExceeded,
@@ -104,6 +104,7 @@ def weather_agent(
 CALL = ("weather", '{"city": "Oslo"}')
 
 
+@holds("same answer", "sync and async")
 @pytest.mark.parametrize("kind", KINDS)
 def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
     """Model, tool, model: the answer and the messages are those of the bare agent, each part is a step."""
@@ -124,6 +125,7 @@ def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str) ->
         assert [line.split()[0] for line in lines] == ["forecaster", "model", "weather", "model"]
 
 
+@holds("violations")
 @pytest.mark.parametrize("kind", KINDS)
 def test_violations_are_caught_at_their_tool(kind: str) -> None:
     """G1: what a model passes to a tool, and what the tool returns, is held to the tool's contract."""
@@ -178,6 +180,7 @@ def test_an_answer_that_breaks_the_contract_is_told_to_the_model_and_then_fails(
     assert guard.last.result.status is not RunStatus.COMPLETED
 
 
+@holds("retries", "failed attempts")
 @pytest.mark.parametrize("kind", KINDS)
 def test_transient_failures_of_models_and_tools_are_retried_and_terminal_ones_are_not(kind: str) -> None:
     """G3: the request or the tool alone is made again, not the agent's run around it."""
@@ -201,14 +204,19 @@ def test_transient_failures_of_models_and_tools_are_retried_and_terminal_ones_ar
 
     @agent.tool_plain(name="flaky")
     def tool() -> str:
+        pay()
         if flaky:
             raise flaky.pop()
         return "fine"
 
     assert ask(agent, kind) == "done"
     assert not flaky
+    # Of the whole run: a stream of the framework's own function model says what it likes.
+    used = [event.usage.tokens for event in result_of(guard).trace.walk() if event.node_id == "flaky"]
+    assert used == [PAID] * 3
 
 
+@holds("budget")
 @pytest.mark.parametrize("kind", ["run_sync", "run"])
 def test_the_budget_stops_the_agent_to_the_token(kind: str) -> None:
     """The request that crosses the limit is the last; a tool is not called after it."""
@@ -249,6 +257,7 @@ def test_agents_inside_tools_of_agents_count_once() -> None:
     assert guard.last.result.total_tokens == 27
 
 
+@holds("hooks")
 def test_hooks_fire_in_order_with_the_right_parents() -> None:
     seen = Seen()
     script = Script(TimeoutError(), CALL, "It is 4 C")
@@ -270,6 +279,7 @@ def test_hooks_fire_in_order_with_the_right_parents() -> None:
     ]
 
 
+@holds("control flow")
 def test_model_retry_goes_to_the_model_and_is_no_second_call() -> None:
     """ModelRetry is the framework's: the tool is called once for each time that the model calls it."""
     calls: list[int] = []
@@ -290,6 +300,7 @@ def test_model_retry_goes_to_the_model_and_is_no_second_call() -> None:
     assert guard.stopped is None
 
 
+@holds("control flow")
 def test_a_tool_that_waits_for_approval_suspends() -> None:
     """ApprovalRequired passes untouched; the run is SUSPENDED, and goes on with the framework's own results."""
     calls: list[bool] = []
@@ -317,6 +328,7 @@ def test_a_tool_that_waits_for_approval_suspends() -> None:
     assert guard.last.result.status is RunStatus.COMPLETED
 
 
+@holds("streams")
 def test_a_stream_is_handed_on_as_it_comes_and_not_retried_after_its_first_part() -> None:
     """Rule 9: what fails after the first part fails; the words come one by one."""
     starts: list[int] = []
@@ -344,6 +356,7 @@ def test_a_stream_is_handed_on_as_it_comes_and_not_retried_after_its_first_part(
     assert len(starts) == 2
 
 
+@holds("unknown")
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     capability = StromaCapability(guard_of(), tools={"wether": (City, Weather)})
     with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
@@ -367,6 +380,7 @@ def _double(n: int) -> int:
     return 2 * n
 
 
+@holds("journal")
 def test_a_run_of_an_agent_is_a_run_in_the_journal(tmp_path: Any) -> None:
     with SQLiteStore(tmp_path / "runs.db") as store:
         ask(weather_agent(Script(CALL, "It is 4 C"), StromaCapability(guard_of(store=store))))

@@ -1,0 +1,381 @@
+"""What a store in memory keeps of a run, and how it is read."""
+
+from __future__ import annotations
+
+import itertools
+import math
+import time
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, replace
+from typing import Any, Final, cast
+
+from stroma._frames import Trouble, read_trouble
+from stroma.checkpoint._reading import cause_of
+from stroma.checkpoint._rows import PICO, Tally
+from stroma.checkpoint._sql_reading import attempt_mark, marked
+from stroma.checkpoint.journal import (
+    AttemptPage,
+    AttemptRecord,
+    CheckpointNotFound,
+    Committed,
+    Held,
+    RunPage,
+    RunQuery,
+    RunRecord,
+    StepCall,
+    StoreFacts,
+    Waiting,
+    items_in,
+    no_map,
+)
+from stroma.contracts import check_id
+from stroma.schemas import NotSerialisable, Schema, Snapshot
+from stroma.trace import (
+    ATTEMPT,
+    BRANCH,
+    DURATION,
+    FAILURE,
+    NO_USAGE,
+    NODE,
+    OUTCOME,
+    OUTPUT,
+    POSITION,
+    STARTED,
+    USAGE,
+    Row,
+    contract_of,
+)
+
+__all__ = ["Kept", "Key", "MemoryReading", "MemoryRun", "nobody", "position_of"]
+
+_NUMBERS: Final = itertools.count(1)
+_FAILED: Final = 20  # failed attempts in which the cause is looked for
+_ALL_RUNS: Final = RunQuery()
+
+Key = int | str | tuple[int, str]
+Kept = tuple[str, Schema, Snapshot, str]  # of a node id: with what it is filed under
+
+
+def nobody() -> None:
+    """The session of a run that nobody is at work on."""
+    return
+
+
+@dataclass(slots=True)
+class MemoryRun:
+    """One run. ``kept`` holds what was committed by position or by (position, branch), and what the simple calls saved
+    by node id; the newest last. Most entries are the very row of the trace: ``schemas`` says how to read its output.
+    ``spent`` holds the rows of all other attempts, ``calls`` which calls of plain code the commits were."""
+
+    execution: int = 0
+    input: Snapshot | None = None
+    kept: dict[Key, Row | Kept] = field(default_factory=dict)
+    schemas: dict[str, Schema] = field(default_factory=dict)
+    spent: list[Row] = field(default_factory=list)
+    calls: dict[Key, StepCall] = field(default_factory=dict)
+    waiting: dict[tuple[int, str], Waiting] = field(default_factory=dict)
+    traceparent: str | None = None
+    parent: str | None = None
+    pipeline: str = ""
+    tags: tuple[str, ...] = ()
+    schema: Schema | None = None
+    started_ms: int = 0
+    #: Which of the runs of this process it is: of those begun in one millisecond too, one is the first.
+    number: int = 0
+    #: (attempt, started_ns, frames) of the last attempt that failed at a place.
+    troubles: dict[tuple[int, str], tuple[int, int, bytes]] = field(default_factory=dict)
+    status: str = "RUNNING"
+    error: str | None = None
+    #: Raised by each session that opens the run; only the last one may write.
+    epoch: int = 0
+    #: That session, while somebody has it.
+    session: Callable[[], Any] = nobody
+
+    def forget(self) -> None:
+        """What the execution before has left. What was saved by hand belongs to none."""
+        self.kept = {k: v for k, v in self.kept.items() if isinstance(k, str)}
+        self.spent, self.calls, self.waiting = [], {}, {}
+        self.traceparent, self.tags = None, ()
+
+    def begins(self) -> None:
+        """An execution of it begins now."""
+        self.started_ms, self.number, self.troubles = time.time_ns() // 1_000_000, next(_NUMBERS), {}
+
+    def held(self) -> Held | None:
+        """What is known of the last execution."""
+        if self.execution == 0:
+            return None
+        running = self.session() is not None
+        return Held(
+            self.execution, self.status, "another task of this process" if running else None, math.inf
+        )
+
+    def attempts(self) -> list[Row]:
+        """The rows of the last execution, by position and time."""
+        rows = [*self.spent, *(entry for entry in self.kept.values() if len(entry) != 4)]
+        # One that was sent again is one attempt.
+        one = {(row[POSITION], row[STARTED], row[BRANCH], row[ATTEMPT]): row for row in rows}
+        return [one[key] for key in sorted(one)]
+
+    def used(self) -> tuple[int, float, float]:
+        """Tokens, USD and milliseconds of the last execution."""
+        rows = self.attempts()
+        usages = [usage for row in rows if (usage := row[USAGE]) is not None]
+        return (
+            sum(usage.tokens for usage in usages),
+            math.fsum(usage.cost_usd for usage in usages),
+            sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
+        )
+
+    def entries(self) -> Iterator[tuple[Key, Kept]]:
+        """What is kept, the newest first."""
+        for key, entry in reversed(self.kept.items()):
+            yield key, self.entry(entry)
+
+    def entry(self, entry: Row | Kept) -> Kept:
+        """One of what is kept."""
+        if len(entry) == 4:
+            return entry
+        schema = self.schemas[entry[NODE]]
+        return entry[NODE], schema, cast("Snapshot", entry[OUTPUT]), contract_of(entry, schema)
+
+
+def position_of(key: Key) -> tuple[int, str]:
+    return cast("tuple[int, str]", key if isinstance(key, tuple) else (key, ""))
+
+
+class MemoryReading:
+    """What every journal store tells of its runs. Nothing here awaits."""
+
+    _runs: dict[str, MemoryRun]
+
+    def exists(self) -> bool:
+        """Whether there is anything to read from."""
+        return True
+
+    def waiting(self, run_id: str) -> list[Waiting]:
+        """What nodes of the last execution of a run wait for, or waited for. [] if unknown."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        return [] if run is None else list(run.waiting.values())
+
+    def _known(self, run_id: str) -> MemoryRun:
+        run = self._runs.get(check_id(run_id, "run id"))
+        if run is None or not run.execution:
+            raise CheckpointNotFound(f"there is no run {run_id!r} in this process; check the id")
+        return run
+
+    def list_runs(
+        self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
+    ) -> list[RunRecord]:
+        """The last execution of each run, the one begun last first."""
+        statuses = () if status is None else (str(status),)
+        return self.run_page(RunQuery(pipeline=pipeline, statuses=statuses), limit=limit).runs
+
+    def run_page(self, query: RunQuery = _ALL_RUNS, *, limit: int = 50, after: str | None = None) -> RunPage:
+        """The last executions of the runs that are asked for, the one begun last first, with the cause of failures.
+
+        ``after``: the ``next`` of the page before. Raises ValueError for one that is none.
+        """
+        end = None if after is None else marked(after)
+        found = [
+            (run.started_ms, run.number, run_id, run)
+            for run_id, run in list(self._runs.items())
+            if run.execution and _asked(query, run_id, run)
+        ]
+        found.sort(key=lambda one: one[:2], reverse=True)
+        found = [one for one in found if end is None or one[:2] < end]
+        page = found[:limit]
+        following = f"{page[-1][0]}.{page[-1][1]}" if len(found) > limit else None
+        return RunPage([self._record(run_id, run) for _, _, run_id, run in page], following)
+
+    def get_run(self, run_id: str) -> RunRecord | None:
+        """The last execution of a run, or None. Raises ValueError for an illegal id."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        return None if run is None or not run.execution else self._record(run_id, run)
+
+    def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
+        """The ids that begin with a text, newest first, or the newest id for "last". A whole id stands alone."""
+        runs = self.list_runs(limit=len(self._runs))
+        if prefix_or_last == "last":
+            return [run.run_id for run in runs[:1]]
+        prefix = check_id(prefix_or_last, "run id")
+        found = [run.run_id for run in runs if run.run_id.startswith(prefix)]
+        return [prefix] if prefix in found else found[:limit]
+
+    def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
+        """Every attempt of the last execution, by position and time; earlier ones are not kept. [] if unknown."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        if run is None or execution not in (None, run.execution):
+            return []
+        return [_attempt(row, run) for row in run.attempts()]
+
+    def attempt_page(
+        self, run_id: str, *, execution: int | None = None, limit: int = 1000, after: str | None = None
+    ) -> AttemptPage:
+        """The same, page by page, without outputs. Raises ValueError for an ``after`` that is none."""
+        end = None if after is None else _place_of(attempt_mark(after))
+        found = [a for a in self.attempts(run_id, execution=execution) if end is None or _place(a) > end]
+        page = [replace(one, output=None) for one in found[:limit]]
+        if len(found) <= limit:
+            return AttemptPage(page, None)
+        last = page[-1]
+        return AttemptPage(page, f"0:{last.position}:{last.started_ns}:{last.attempt}:{last.branch}")
+
+    def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
+        """Every attempt of the last execution at one place, without outputs. [] if unknown."""
+        every = self.attempts(run_id)
+        return [replace(a, output=None) for a in every if (a.position, a.branch) == (position, branch)]
+
+    def trouble_of(self, run_id: str, position: int, branch: str = "") -> Trouble | None:
+        """Where the last failed attempt at a place failed; None if nothing is known."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        kept = None if run is None else run.troubles.get((position, branch))
+        return None if kept is None else read_trouble(kept[2], kept[0], kept[1])
+
+    def output_of(
+        self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
+    ) -> bytes | None:
+        """What is committed at a place, in its stored form (see Schema.decode); None if nothing is, or it has none."""
+        run = self._runs.get(check_id(run_id, "run id"))
+        if run is None or execution not in (None, run.execution):
+            return None
+        entry = run.kept.get((position, branch) if branch else position)
+        return None if entry is None else _stored(run.entry(entry))
+
+    def tally(
+        self, since_ms: int, bucket_ms: int, *, runs: int = 2000, attempts: int = 200_000
+    ) -> list[Tally]:
+        """The attempts of the runs begun since, summed up by span of time, pipeline, node, model and class.
+
+        Of so many runs and attempts at the most, the newest runs first.
+        """
+        sums: defaultdict[tuple[int, str, str, str | None, str | None], list[int]] = defaultdict(
+            lambda: [0] * 6
+        )
+        seen = 0
+        for record in self.run_page(RunQuery(since_ms=since_ms), limit=runs).runs:
+            run = self._runs[record.run_id]
+            for row in run.attempts()[: attempts - seen]:
+                usage, kind = row[USAGE] or NO_USAGE, _class_of(row)
+                of = sums[run.started_ms // bucket_ms, run.pipeline, row[NODE], usage.model, kind]
+                cost = round(usage.cost_usd * PICO)
+                wasted = cost if row[OUTCOME] != "success" and _committed(row, run) is None else 0
+                for i, number in enumerate((1, usage.tokens, cost, wasted, row[DURATION])):
+                    of[i] += number
+                of[5] = max(of[5], row[DURATION])
+                seen += 1
+        return [Tally(*key, *of) for key, of in sums.items()]
+
+    def facts(self) -> StoreFacts:
+        """What the store says of itself."""
+        return StoreFacts("the memory of this process", 1, 1)
+
+    def input_of(self, run_id: str) -> bytes:
+        """The initial state of a run in its stored form. Raises CheckpointNotFound, NotSerialisable."""
+        run = self._known(run_id)
+        assert run.schema is not None
+        assert run.input is not None
+        return run.schema.encode(run.schema.restore(run.input))
+
+    def map_items(self, run_id: str, node_id: str, first: int, count: int) -> list[tuple[int, Committed]]:
+        """What a map committed of its items, from one on, of the last execution of a run; [] behind the last one.
+
+        Raises CheckpointNotFound if there is no such map that is done.
+        """
+        run = self._known(run_id)
+        for key, kept in run.entries():
+            call = run.calls.get(key)
+            if kept[0] == node_id and call is not None and call.given is not None:
+                position, branch = position_of(key)
+                prefix = f"{branch}." if branch else ""
+                found: list[tuple[int, Committed]] = []
+                for index in range(first, min(items_in(call.given), first + count)):
+                    entry = run.kept.get((position, f"{prefix}{index}"))
+                    if entry is not None:
+                        node, schema, snapshot, contract = run.entry(entry)
+                        found.append((index, Committed(node, snapshot, contract, None, schema)))
+                return found
+        raise no_map(run_id, node_id)
+
+    def _record(self, run_id: str, run: MemoryRun) -> RunRecord:
+        tokens, cost, _ = run.used()
+        rows = run.attempts()
+        updated = max([run.started_ms, *((row[STARTED] + row[DURATION]) // 1_000_000 for row in rows)])
+        nodes = sum(isinstance(key, int) for key in run.kept)
+        failed = [row for row in rows if row[FAILURE] is not None]
+        failed = sorted(failed, key=lambda row: row[STARTED] + row[DURATION], reverse=True)[:_FAILED]
+        held = run.held()
+        return RunRecord(
+            run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
+            held and held.holder, run.parent, sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
+            tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in failed]), len(failed), run.epoch,
+        )  # fmt: skip
+
+
+def _asked(query: RunQuery, run_id: str, run: MemoryRun) -> bool:
+    """Whether all that is asked for holds of a run."""
+    if query.pipeline not in (None, run.pipeline) or (query.statuses and run.status not in query.statuses):
+        return False
+    if query.tag is not None and query.tag not in run.tags:
+        return False
+    if query.since_ms is not None and run.started_ms < query.since_ms:
+        return False
+    if query.text is not None:
+        part = _lower(query.text)
+        if not any(part in _lower(text) for text in (run_id, run.pipeline, run.error or "")):
+            return False
+    if query.failure_class is None and query.node is None:
+        return True
+    return any(
+        kind is not None and query.failure_class in (None, kind) and query.node in (None, row[NODE])
+        for row in run.attempts()
+        for kind in (_class_of(row),)
+    )
+
+
+def _class_of(row: Row) -> str | None:
+    failure = row[FAILURE]
+    return None if failure is None else failure[0].value
+
+
+def _lower(text: str) -> str:
+    return "".join(ch.lower() if ch.isascii() else ch for ch in text)
+
+
+def _place(attempt: AttemptRecord) -> tuple[int, int, str, int]:
+    return attempt.position, attempt.started_ns, attempt.branch, attempt.attempt
+
+
+def _place_of(mark: tuple[int, int, int, int, str]) -> tuple[int, int, str, int]:
+    _, position, started, attempt, branch = mark
+    return position, started, branch, attempt
+
+
+def _committed(row: Row, run: MemoryRun) -> Kept | None:
+    """What an attempt committed, as long as nothing has taken its place."""
+    branch = row[BRANCH]
+    entry = run.kept.get((row[POSITION], branch) if branch else row[POSITION])
+    if row[OUTPUT] is None or entry is None or not (entry is row or len(entry) == 4):
+        return None
+    return run.entry(entry)
+
+
+def _stored(kept: Kept) -> bytes | None:
+    _, schema, snapshot, _ = kept
+    try:
+        return schema.encode(schema.restore(snapshot))
+    except NotSerialisable:
+        return None  # It has no stored form.
+
+
+def _attempt(row: Row, run: MemoryRun, *, with_output: bool = True) -> AttemptRecord:
+    usage = row[USAGE] or NO_USAGE
+    failure, message, reason = row[FAILURE] or (None, None, None)
+    kept = _committed(row, run) if with_output else None
+    output = None if kept is None else _stored(kept)
+    return AttemptRecord(
+        row[POSITION], row[BRANCH], row[NODE], row[ATTEMPT], row[STARTED] // 1_000_000, row[DURATION] / 1e6, row[OUTCOME],
+        failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
+        output, output_bytes=None if output is None else len(output), started_ns=row[STARTED],
+    )  # fmt: skip

@@ -1,0 +1,109 @@
+"""What others say of the pages: axe-core of what users with a screen reader meet, html-validate of the HTML."""
+
+from __future__ import annotations
+
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.browser import Browser, find_chromium
+from tests.page_tools import AXE, missing, page_tools, validate
+from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
+from tests.ui.test_security import attempts_of
+
+from stroma import Pipeline, SQLiteStore, Suspend
+
+_PICTURE = (
+    '<svg xmlns="http://www.w3.org/2000/svg" width="40" height="40"><rect width="40" height="40"/></svg>'
+)
+
+
+@pytest.fixture
+def home() -> Path:
+    found = page_tools()
+    if found is None:
+        missing("npm cannot install axe-core and html-validate here")
+    assert found is not None
+    return found
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    program = find_chromium()
+    if program is None:
+        missing("there is no Chromium here; name it with CHROMIUM=")
+    assert program is not None
+    with Browser(program) as browser:
+        yield browser
+
+
+async def _asks(state: Any) -> Any:
+    raise Suspend("may it be billed?")
+
+
+@pytest.fixture
+def pages(tmp_path: Path, serve: Any) -> list[str]:
+    """The address of every kind of page, whole and empty."""
+    store, empty = SQLiteStore(tmp_path / "runs.db"), SQLiteStore(tmp_path / "none.db")
+    waits = Pipeline("flows", [node("asks", _asks)])
+    make_runs(store, ("good", GOOD), ("bad", BAD), ("waits", waits), tags=("nightly", SCRIPT[:40]))
+    make_runs(store, (SCRIPT, BAD), state=State(text="a\x00b\u202e"))
+    site: Site = serve(store, pipeline="flows", lineage=_PICTURE)
+    bare: Site = serve(empty)
+    asked = [
+        "/", "/?q=nowhere", "/?status=failed&class=TERMINAL", "/run?id=bad", "/run?id=good", "/run?id=waits", *attempts_of(site),
+        *attempts_of(site, SCRIPT), "/compare?a=good&b=bad", "/compare?a=good", "/overview", "/overview?days=1", "/pipeline", "/run?id=nope",
+        "/export?id=bad&format=html",
+    ]  # fmt: skip
+    return [site.url + path for path in asked] + [bare.url + path for path in ("/", "/overview", "/pipeline")]
+
+
+@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
+def test_accessible(pages: list[str], home: Path, chromium: Browser, tmp_path: Path, dark: bool) -> None:
+    """axe-core finds nothing on any page, light and dark, narrow and wide: not against WCAG 2.2 AA, and not against its own advice."""
+    axe = (home / "node_modules" / "axe-core" / "axe.min.js").read_text()
+    found: dict[str, list[Any]] = {}
+    for address in pages:
+        at = address
+        if "/export" in address:  # To be saved, and opened from there.
+            file = tmp_path / "run.html"
+            file.write_bytes(urllib.request.urlopen(address).read())
+            at = file.as_uri()
+        for width in (400, 1280):
+            chromium.size(width, 900, dark=dark)
+            chromium.goto(at)
+            chromium.eval(f"{axe}; 0")
+            for wrong in chromium.eval(AXE):
+                found.setdefault(wrong, []).append((address, width))
+    assert not found, "\n".join(f"{wrong}\n  on {pages[0]}" for wrong, pages in found.items())
+
+
+def test_valid(pages: list[str], home: Path, tmp_path: Path) -> None:
+    """Every page is valid HTML, as it is served."""
+    texts = {}
+    for address in pages:
+        try:
+            with urllib.request.urlopen(address) as answer:
+                texts[address] = answer.read().decode()
+        except urllib.error.HTTPError as answer:
+            texts[address] = answer.read().decode()
+    folder = tmp_path / "pages"
+    folder.mkdir()
+    assert validate(home, texts, folder) == []
+
+
+def test_they_find_what_is_wrong(home: Path, chromium: Browser, serve: Any, tmp_path: Path) -> None:
+    """A page without names, contrast or an end is found: nobody looks at nothing."""
+    wrong = "<!doctype html><html><head><title>x</title></head><body><img src='x'><p id='a' id='a'><div></p></body></html>"
+    assert validate(home, {"wrong": wrong}, tmp_path)
+    site: Site = serve(SQLiteStore(tmp_path / "none.db"))
+    chromium.goto(site.url)
+    chromium.eval((home / "node_modules" / "axe-core" / "axe.min.js").read_text() + "; 0")
+    chromium.eval(
+        "document.querySelector('main').innerHTML += '<input><p style=\"color:#aaa;background:#fff\">pale</p>'"
+    )
+    found = chromium.eval(AXE)
+    assert any(one.startswith("label:") for one in found), found
