@@ -9,8 +9,10 @@ import subprocess
 import sys
 import tempfile
 import xml.etree.ElementTree as ElementTree
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # What the core is, by the names that the command line takes.
 MODULES: dict[str, tuple[str, ...]] = {
@@ -63,53 +65,60 @@ class Coverage:
         return set()
 
 
-def digest(root: Path) -> str:
-    """Of everything that coverage depends on."""
+def digest(paths: Iterable[Path]) -> str:
     total = hashlib.sha256()
-    for path in sorted([*(root / "src").rglob("*.py"), *(root / name for name in TESTS)]):
-        if path.exists():
-            total.update(path.relative_to(root).as_posix().encode() + path.read_bytes())
+    for path in sorted(paths):
+        total.update(f"{path.name}\n".encode() + path.read_bytes())
     return total.hexdigest()
 
 
 def measure(root: Path, files: tuple[str, ...], folder: Path) -> Coverage:
-    """Run the tests of the core once under coverage; kept in folder for as long as no file changes."""
+    """Run the tests of the core once under coverage. What is known is kept in folder: all of it for as long as the source
+    stays as it is, and then that of each file of tests for as long as it does.
+    """
     kept = folder / "coverage.json"
-    name = digest(root)
-    if kept.exists():
-        data = json.loads(kept.read_text())
-        if data["digest"] == name:
-            return Coverage(
-                data["seconds"],
-                {
-                    file: {int(line): [data["names"][n] for n in numbers] for line, numbers in lines.items()}
-                    for file, lines in data["lines"].items()
-                },
-            )
-    print("running the tests of the core under coverage ...", flush=True)
-    with tempfile.TemporaryDirectory(prefix="stroma-coverage-") as place:
-        rc, junit, database = Path(place, "rc"), Path(place, "junit.xml"), Path(place, "data")
-        rc.write_text("[run]\nsource_pkgs = stroma\n")
-        tests = [test for test in TESTS if (root / test).exists()]
-        subprocess.run(
-            [
-                sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist=worksteal", "-p", "no:cacheprovider",
-                "--hypothesis-seed=0", "-k", LEFT_OUT, "--cov", f"--cov-config={rc}", "--cov-context=test",
-                "--cov-report=", f"--junitxml={junit}", *tests,
-            ],
-            cwd=root, env={**os.environ, "COVERAGE_FILE": str(database)}, check=False,
-        )  # fmt: skip
-        coverage = read(root, files, database, junit)
-    names = list(coverage.seconds)
-    numbers = {test: number for number, test in enumerate(names)}
-    lines = {
-        file: {str(line): [numbers[test] for test in found] for line, found in by_line.items()}
-        for file, by_line in coverage.lines.items()
-    }
-    data = {"digest": name, "seconds": coverage.seconds, "names": names, "lines": lines}
-    folder.mkdir(parents=True, exist_ok=True)
-    kept.write_text(json.dumps(data))
-    return coverage
+    source = digest((root / "src").rglob("*.py"))
+    tests = {test: digest([root / test]) for test in TESTS if (root / test).exists()}
+    data: dict[str, Any] = {"source": source, "tests": {}, "seconds": {}, "lines": {}}
+    if kept.exists() and (old := json.loads(kept.read_text()))["source"] == source:
+        data = old
+    stale = [test for test, name in tests.items() if data["tests"].get(test) != name]
+    if stale:
+        print(f"running {len(stale)} files of tests under coverage ...", flush=True)
+        with tempfile.TemporaryDirectory(prefix="stroma-coverage-") as place:
+            rc, junit, database = Path(place, "rc"), Path(place, "junit.xml"), Path(place, "data")
+            rc.write_text("[run]\nsource_pkgs = stroma\n")
+            subprocess.run(
+                [
+                    sys.executable, "-m", "pytest", "-q", "-n", "2", "--dist=worksteal", "-p", "no:cacheprovider",
+                    "--hypothesis-seed=0", "-k", LEFT_OUT, "--cov", f"--cov-config={rc}", "--cov-context=test",
+                    "--cov-report=", f"--junitxml={junit}", *stale,
+                ],
+                cwd=root, env={**os.environ, "COVERAGE_FILE": str(database)}, check=False,
+            )  # fmt: skip
+            keep(data, read(root, files, database, junit), set(stale))
+        data["tests"] = tests
+        folder.mkdir(parents=True, exist_ok=True)
+        kept.write_text(json.dumps(data))
+    return Coverage(
+        data["seconds"], {file: {int(line): tests for line, tests in found.items()} for file, found in data["lines"].items()}
+    )
+
+
+def keep(data: dict[str, Any], found: Coverage, renewed: set[str]) -> None:
+    """Put what was found in the place of what was known of the tests in those files."""
+
+    def old(test: str) -> bool:
+        return test.partition("::")[0] in renewed
+
+    data["seconds"] = {test: s for test, s in data["seconds"].items() if not old(test)} | found.seconds
+    for lines in data["lines"].values():
+        for line, tests in lines.items():
+            lines[line] = [test for test in tests if not old(test)]
+    for file, by_line in found.lines.items():
+        known = data["lines"].setdefault(file, {})
+        for number, tests in by_line.items():
+            known.setdefault(str(number), []).extend(tests)
 
 
 def read(root: Path, files: tuple[str, ...], database: Path, junit: Path) -> Coverage:

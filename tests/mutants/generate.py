@@ -3,13 +3,18 @@
 mutmut itself leaves out functions with decorators, because it cannot wrap those. Here a mutant is a whole file, so that only
 annotations, decorators themselves and docstrings are left alone. Of the three changes of a text one is made: its letters in
 another case are as good as equivalent in SQL, and otherwise die with the first.
+
+mutmut is in an environment of its own (tests/tools), so this module runs as a process: ``python -m tests.mutants.generate ROOT
+FILE`` prints the mutants as JSON.
 """
 
 from __future__ import annotations
 
 import hashlib
+import json
+import sys
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import libcst as cst
@@ -18,40 +23,7 @@ from mutmut.mutation.file_mutation import Mutation, MutationVisitor
 from mutmut.mutation.mutators import OPERATORS_TYPE, mutation_operators, operator_string
 from mutmut.mutation.pragma_handling import IgnoredCode
 
-
-@dataclass(frozen=True, slots=True)
-class Mutant:
-    """One change of one file.
-
-    Attributes:
-        key: names it for as long as its function is not edited.
-        file: below ``src/stroma``.
-        function: dotted, without the module; empty at the top level.
-        first, last: the lines that are changed, 1-based.
-        begin, end: the lines of the function, or of the statement at the top level.
-        old, new: the changed lines, before and after.
-    """
-
-    key: str
-    file: str
-    function: str
-    first: int
-    last: int
-    begin: int
-    end: int
-    old: str
-    new: str
-
-    def source(self, text: str) -> str:
-        """The whole file with the change in it."""
-        lines = text.splitlines(keepends=True)
-        return "".join([*lines[: self.first - 1], self.new, *lines[self.last :]])
-
-    def shown(self) -> str:
-        """The change, as lines of a diff."""
-        minus = [f"- {line.strip()}" for line in self.old.splitlines()]
-        plus = [f"+ {line.strip()}" for line in self.new.splitlines()]
-        return "\n".join([*minus, *plus])
+from tests.mutants.mutant import Mutant
 
 
 def _left_out(node: cst.Expr | cst.Raise) -> Iterable[cst.BaseSmallStatement]:
@@ -170,3 +142,7 @@ def mutants(root: Path, file: str) -> list[Mutant]:
             continue
         found.setdefault(mutant.source(text), mutant)
     return sorted(found.values(), key=lambda m: (m.first, m.key))
+
+
+if __name__ == "__main__":
+    print(json.dumps([asdict(mutant) for mutant in mutants(Path(sys.argv[1]), sys.argv[2])]))
