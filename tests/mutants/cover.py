@@ -37,12 +37,12 @@ TESTS = (
             "breaker", "classifiers", "concurrency", "corners", "delivery", "engine", "groups", "guarantees",
             "hook_machine", "hooks", "hostile", "limits", "map", "observing", "operations", "ownership", "page",
             "prices", "promises", "properties", "published_surface", "repair", "resumable", "resume", "rules",
-            "seed_page", "seldom", "sentences", "shared_budget", "stream", "suspend", "survivors", "usage",
+            "details", "seed_page", "seldom", "sentences", "shared_budget", "stream", "suspend", "usage",
         )
     ),
     *(
         f"tests/checkpoint/test_{name}.py"
-        for name in ("cells", "conformance", "hostile_payloads", "machine", "payloads", "sqlite", "survivors")
+        for name in ("cells", "conformance", "hostile_payloads", "machine", "payloads", "sqlite", "sqlite_details")
     ),
 )  # fmt: skip
 LEFT_OUT = "not postgres and not redis"
