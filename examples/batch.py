@@ -59,13 +59,18 @@ async def work(folder: Path) -> None:
     )
 
     async def on_progress(run_id: str, node_id: str, progress: MapProgress) -> None:
-        print(f"{progress.done} of {progress.total or '?'} done, {progress.restored} of them before", flush=True)
+        print(
+            f"{progress.done} of {progress.total or '?'} done, {progress.restored} of them before", flush=True
+        )
 
     async with SQLiteStore(folder / "runs.db") as store:
         # On one machine, a process that was killed is known to be gone: its run is taken over at once.
         runner = StromaRunner.quick(store=store, hooks=NodeHooks(on_map_progress=on_progress))
         result = await runner.run(Pipeline("reviews", [verdicts]), Nothing(), run_id="reviews", resume=True)
-    print(f"{result.status}: {result.failed_items} failed, this process paid ${result.total_cost_usd:.4f}", flush=True)
+    print(
+        f"{result.status}: {result.failed_items} failed, this process paid ${result.total_cost_usd:.4f}",
+        flush=True,
+    )
 
 
 def main(count: int) -> None:

@@ -70,9 +70,14 @@ async def main() -> ExecutionResult:
             assert node is not None
             answer = await client.chat.completions.create(
                 model="gpt-4o-mini",
-                messages=[{"role": "system", "content": "TASK: extract"}, {"role": "user", "content": mail.text}],
+                messages=[
+                    {"role": "system", "content": "TASK: extract"},
+                    {"role": "user", "content": mail.text},
+                ],
                 # The first call is told to wait, the second one gets an answer whose total is no number.
-                extra_headers={1: {"X-Demo-Fault": "429"}, 2: {"X-Demo-Fault": "wrong_type"}}.get(node.attempt, {}),
+                extra_headers={1: {"X-Demo-Fault": "429"}, 2: {"X-Demo-Fault": "wrong_type"}}.get(
+                    node.attempt, {}
+                ),
             )
             # Beside the output, the response: tokens of failed attempts count, too.
             return json.loads(answer.choices[0].message.content or ""), answer

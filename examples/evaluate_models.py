@@ -37,7 +37,9 @@ class Label(BaseModel):
 
 
 def small(text: str) -> tuple[str, int]:
-    return ("billing" if "charged" in text or "pays" in text else "bug" if "crash" in text else "question"), 20
+    return (
+        "billing" if "charged" in text or "pays" in text else "bug" if "crash" in text else "question"
+    ), 20
 
 
 def large(text: str) -> tuple[str, int]:

@@ -80,7 +80,9 @@ def service(database: Path) -> FastAPI:
                 async for event in events:
                     yield event.to_sse()
 
-        return StreamingResponse(messages(), media_type="text/event-stream", headers={"Cache-Control": "no-store"})
+        return StreamingResponse(
+            messages(), media_type="text/event-stream", headers={"Cache-Control": "no-store"}
+        )
 
     return app
 

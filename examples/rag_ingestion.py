@@ -12,6 +12,7 @@ import logging
 import shutil
 import sys
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -73,11 +74,18 @@ def named_after_content(number: int, document: BaseModel) -> str:
     return hashlib.sha256(document.model_dump_json().encode()).hexdigest()[:16]
 
 
+def documents(folder: Path) -> Iterator[Document]:
+    for path in sorted(folder.rglob("*.md")):
+        yield Document(name=path.name, text=path.read_text("utf-8"))
+
+
 async def ingest(folder: Path, database: Path) -> list[Index]:
     async with SQLiteStore(database) as store:
         runner = StromaRunner.quick(store=store, if_exists="return")
-        documents = (Document(name=path.name, text=path.read_text("utf-8")) for path in sorted(folder.rglob("*.md")))
-        results = await runner.run_many(ingestion, documents, run_ids=named_after_content, max_concurrency=4)
+        # Files are read as there is room for them.
+        results = await runner.run_many(
+            ingestion, documents(folder), run_ids=named_after_content, max_concurrency=4
+        )
     runs = [result for result in results if isinstance(result, ExecutionResult)]
     # One file that cannot be read is one failed run; the others are none the worse for it.
     for run in runs:

@@ -55,7 +55,10 @@ def test_the_defaults_of_a_policy() -> None:
     }
 
 
-@pytest.mark.parametrize("field", ["max_retries", "backoff_seconds", "multiplier", "max_backoff_seconds", "max_retry_after_seconds"])
+@pytest.mark.parametrize(
+    "field",
+    ["max_retries", "backoff_seconds", "multiplier", "max_backoff_seconds", "max_retry_after_seconds"],
+)
 def test_no_figure_of_a_policy_is_negative(field: str) -> None:
     """A delay or a count below zero is refused when the policy is made; zero is not."""
     FailurePolicy(**{field: 0})
@@ -110,7 +113,7 @@ async def test_a_hook_of_a_run_that_is_not_async_is_named_without_a_node() -> No
     """A run's hook belongs to no node, and its message names none."""
     hooks = NodeHooks(on_run_start=lambda *_: None)  # type: ignore[arg-type, return-value]
     nodes = [node("one", _same)]
-    with pytest.raises(TypeError, match="^hook on_run_start is not async: "):
+    with pytest.raises(TypeError, match=r"^hook on_run_start is not async: "):
         await StromaRunner.quick(hooks=hooks).run(nodes, N())
 
 
@@ -151,11 +154,28 @@ async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCa
 # ---------------------------------------------------------------- cost
 
 
-@pytest.mark.parametrize("wrong", [{"tokens_used": -1}, {"output_tokens": -1}, {"cost_usd": -0.1}, {"cost_usd": math.nan}, {"latency_ms": math.inf}, {"latency_ms": -1}])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"tokens_used": -1},
+        {"output_tokens": -1},
+        {"cost_usd": -0.1},
+        {"cost_usd": math.nan},
+        {"latency_ms": math.inf},
+        {"latency_ms": -1},
+    ],
+)
 def test_a_tracker_refuses_what_makes_no_sense(wrong: dict[str, Any]) -> None:
     """Negative and endless figures are a UsageError, and nothing of them is recorded."""
     tracker = CostTracker()
-    fields = {"node_id": "node", "tokens_used": 10, "output_tokens": 1, "cost_usd": 0.1, "latency_ms": 1, **wrong}
+    fields = {
+        "node_id": "node",
+        "tokens_used": 10,
+        "output_tokens": 1,
+        "cost_usd": 0.1,
+        "latency_ms": 1,
+        **wrong,
+    }
     with pytest.raises(UsageError):
         tracker.record(NodeUsage(**fields))
     assert (tracker.total_tokens, tracker.total_cost_usd) == (0, 0.0)
@@ -223,7 +243,10 @@ def test_secrets_are_found_wherever_a_state_has_them() -> None:
     """In fields, extras, dataclasses, dicts, lists and bytes; the class of a dataclass is none."""
     assert set(secrets_in(Key(SecretStr("one")))) == {"one"}
     assert set(secrets_in(Open(token=SecretStr("two")))) == {"two"}
-    assert set(secrets_in({"k": [Key(SecretStr("three"))], "n": (Open(x={"y": SecretStr("four")}),)})) == {"three", "four"}
+    assert set(secrets_in({"k": [Key(SecretStr("three"))], "n": (Open(x={"y": SecretStr("four")}),)})) == {
+        "three",
+        "four",
+    }
     assert set(secrets_in(SecretBytes("gr\u00fcn\\".encode()))) == {"gr\u00fcn\\", "gr\\xc3\\xbcn\\\\"}
     assert set(secrets_in(SecretBytes(b"\xffraw"))) == {"raw", "\\xffraw"}
     assert list(secrets_in(Key)) == []

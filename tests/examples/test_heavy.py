@@ -36,7 +36,9 @@ def run(name: str, *arguments: str, home: Path) -> str:
     (home / "sitecustomize.py").write_text(OFFLINE)
     env = {**os.environ, "HOME": str(home), "PYTHONPATH": str(home)}
     command = [sys.executable, str(EXAMPLES / name), *arguments]
-    done = subprocess.run(command, env=env, capture_output=True, text=True, check=False, timeout=100, cwd=home)
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, timeout=100, cwd=home
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return done.stdout
@@ -53,7 +55,9 @@ def test_a_folder_is_embedded_once(tmp_path: Path) -> None:
     }
     for name, text in texts.items():
         (folder / f"{name}.md").write_text(text)
-    first, second = run("rag_ingestion.py", str(folder), home=tmp_path).split("Again, after one file has changed:")
+    first, second = run("rag_ingestion.py", str(folder), home=tmp_path).split(
+        "Again, after one file has changed:"
+    )
     assert "left out: empty.md is empty" in first
     assert "3 files, 8 calls" in first  # Two for each file; the empty one is tried twice.
     assert re.search(r"^  0\.\d\d  (\w+)\.md", first, re.MULTILINE)[1] == "crash"  # type: ignore[index]
@@ -127,4 +131,6 @@ def test_the_notebook_draws_its_run() -> None:
 def test_the_notebook_is_kept_with_its_pictures() -> None:
     """Who reads it without running it sees the run, too."""
     notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
-    assert any("text/html" in out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", []))
+    assert any(
+        "text/html" in out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", [])
+    )

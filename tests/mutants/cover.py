@@ -101,7 +101,8 @@ def measure(root: Path, files: tuple[str, ...], folder: Path) -> Coverage:
         folder.mkdir(parents=True, exist_ok=True)
         kept.write_text(json.dumps(data))
     return Coverage(
-        data["seconds"], {file: {int(line): tests for line, tests in found.items()} for file, found in data["lines"].items()}
+        data["seconds"],
+        {file: {int(line): tests for line, tests in found.items()} for file, found in data["lines"].items()},
     )
 
 
@@ -141,7 +142,10 @@ def read(root: Path, files: tuple[str, ...], database: Path, junit: Path) -> Cov
                 path, _, rest = test.partition("::")
                 head, bracket, tail = rest.partition("[")
                 *classes, function = head.split("::")
-                case = ".".join([path.removesuffix(".py").replace("/", "."), *classes]), function + bracket + tail
+                case = (
+                    ".".join([path.removesuffix(".py").replace("/", "."), *classes]),
+                    function + bracket + tail,
+                )
                 if case in took:
                     seconds[test] = took[case]
             lines.setdefault(file, {})[line] = [test for test in tests if test in seconds]

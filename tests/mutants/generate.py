@@ -22,13 +22,14 @@ from libcst.metadata import CodeRange, MetadataWrapper, PositionProvider, Whites
 from mutmut.mutation.file_mutation import Mutation, MutationVisitor
 from mutmut.mutation.mutators import OPERATORS_TYPE, mutation_operators, operator_string
 from mutmut.mutation.pragma_handling import IgnoredCode
-
 from tests.mutants.mutant import Mutant
 
 
 def _left_out(node: cst.Expr | cst.Raise) -> Iterable[cst.BaseSmallStatement]:
     """`work()`, `await work()` and `raise error` as `pass`."""
-    value = node.value.expression if isinstance(node, cst.Expr) and isinstance(node.value, cst.Await) else node
+    value = (
+        node.value.expression if isinstance(node, cst.Expr) and isinstance(node.value, cst.Await) else node
+    )
     if isinstance(node, cst.Raise) or isinstance(getattr(value, "value", value), cst.Call):
         yield cst.Pass()
 
@@ -62,7 +63,11 @@ class _Visitor(MutationVisitor):
         if isinstance(node, cst.FunctionDef):
             return False
         # The condition of an `if TYPE_CHECKING:` is never true in a test.
-        if isinstance(node, cst.If) and isinstance(node.test, cst.Name) and node.test.value == "TYPE_CHECKING":
+        if (
+            isinstance(node, cst.If)
+            and isinstance(node.test, cst.Name)
+            and node.test.value == "TYPE_CHECKING"
+        ):
             return True
         return super()._skip_node_and_children(node)
 

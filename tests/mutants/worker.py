@@ -16,7 +16,15 @@ import tempfile
 import time
 from typing import Any
 
-PRELOADED = ("pytest", "pytest_asyncio.plugin", "pytest_timeout", "hypothesis", "pydantic", "httpx", "sqlite3")
+PRELOADED = (
+    "pytest",
+    "pytest_asyncio.plugin",
+    "pytest_timeout",
+    "hypothesis",
+    "pydantic",
+    "httpx",
+    "sqlite3",
+)
 MEMORY_BYTES = 6 << 30  # A mutant may loop, and fill a list in its loop.
 
 

@@ -29,11 +29,11 @@ from urllib.parse import urlsplit
 from tests.release.archives import (
     ROOT,
     build,
+    contents,
     copy_of,
     digest,
     disagreement,
     leaks,
-    contents,
     tracked,
     wrong_contents,
 )
@@ -42,7 +42,12 @@ HERE = ROOT / "tests" / "release"
 FRAMEWORKS = ROOT / "tests" / "frameworks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # With the lowest releases: the guarantees, what crosses boundaries, prices, and the store.
-LOWEST_TESTS = ("tests/test_guarantees.py", "tests/test_schemas.py", "tests/test_prices.py", "tests/checkpoint/test_sqlite.py")
+LOWEST_TESTS = (
+    "tests/test_guarantees.py",
+    "tests/test_schemas.py",
+    "tests/test_prices.py",
+    "tests/checkpoint/test_sqlite.py",
+)
 
 
 class Report:
@@ -84,7 +89,11 @@ class Environments:
 
     def __init__(self, folder: Path, wheel: Path) -> None:
         self.folder, self.wheel = folder, wheel
-        self.env = {name: value for name, value in os.environ.items() if not name.startswith(("VIRTUAL_ENV", "PYTHON"))}
+        self.env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("VIRTUAL_ENV", "PYTHON"))
+        }
 
     def uv(self, *arguments: str) -> str:
         done = subprocess.run(["uv", *arguments], env=self.env, capture_output=True, text=True, check=False)
@@ -135,7 +144,16 @@ class Environments:
             python = self.make("lowest", HERE / "lowest.txt")
         except RuntimeError as error:
             return [str(error)]
-        command = [str(python), "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "not postgres and not redis"]
+        command = [
+            str(python),
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not postgres and not redis",
+        ]
         done = subprocess.run(
             [*command, *LOWEST_TESTS], cwd=ROOT, env=self.env, capture_output=True, text=True, check=False
         )
@@ -155,7 +173,9 @@ def check_archives(report: Report, folder: Path) -> Path:
         (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
         (unpacked / name).write_bytes(data)
     (again,) = build(unpacked, folder / "again", "wheel")
-    report.tell("the wheel from the sdist is that wheel", [] if digest(again) == digest(wheel) else [again.name])
+    report.tell(
+        "the wheel from the sdist is that wheel", [] if digest(again) == digest(wheel) else [again.name]
+    )
     report.tell("what is in them", wrong_contents(sdist) + wrong_contents(wheel))
     found = {name: (ROOT / name).read_bytes() for name in files}
     for archive in (sdist, wheel):
@@ -169,12 +189,18 @@ def check_archives(report: Report, folder: Path) -> Path:
 
 def main(argv: list[str]) -> int:
     extras = ["bare", *PROJECT["optional-dependencies"]]
-    parser = argparse.ArgumentParser(prog="./dev release-check", description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--only", nargs="+", choices=[*extras, "lowest"], metavar="EXTRA", help=", ".join([*extras, "lowest"]))
+    parser = argparse.ArgumentParser(
+        prog="./dev release-check", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[*extras, "lowest"], metavar="EXTRA", help=", ".join([*extras, "lowest"])
+    )
     parser.add_argument("--no-installs", action="store_true", help="only build, and look into what was built")
     options = parser.parse_args(argv)
     report = Report()
-    git = subprocess.run(["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    git = subprocess.run(
+        ["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
     wrong = disagreement(PROJECT["version"], (ROOT / "CHANGELOG.md").read_text(), git.stdout.split())
     report.tell(f"version {PROJECT['version']}, CHANGELOG.md and tags agree", wrong)
     with tempfile.TemporaryDirectory(prefix="stroma-release-") as name:
@@ -184,7 +210,9 @@ def main(argv: list[str]) -> int:
             if extra == "lowest":
                 report.tell("the tests with the lowest releases", environments.lowest())
             else:
-                report.tell(f"installed: stroma{'' if extra == 'bare' else f'[{extra}]'}", environments.smoke(extra))
+                report.tell(
+                    f"installed: stroma{'' if extra == 'bare' else f'[{extra}]'}", environments.smoke(extra)
+                )
     print(f"failed: {', '.join(report.failed)}" if report.failed else "all of it holds")
     return 1 if report.failed else 0
 

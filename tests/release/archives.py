@@ -22,7 +22,14 @@ WHEEL = (
     "stroma/ui/static/icon.svg",
     "stroma/ui/templates/run.html",
 )
-SDIST = ("LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml", "src/stroma/py.typed", "tests/test_guarantees.py")
+SDIST = (
+    "LICENSE",
+    "README.md",
+    "CHANGELOG.md",
+    "pyproject.toml",
+    "src/stroma/py.typed",
+    "tests/test_guarantees.py",
+)
 
 
 def tracked(root: Path) -> list[str]:
@@ -43,7 +50,7 @@ def copy_of(root: Path, names: Iterable[str], target: Path) -> Path:
 def build(tree: Path, target: Path, *kinds: str) -> list[Path]:
     """Build the kinds ("sdist", "wheel") in a tree."""
     options = [option for kind in kinds for option in ("-t", kind)]
-    command = [sys.executable, "-m", "hatchling", "build", "-d", str(target), *options]
+    command = [sys.executable, "-m", "hatchling", "-q", "build", "-d", str(target), *options]
     subprocess.run(command, cwd=tree, check=True, stdout=subprocess.DEVNULL)
     return sorted(target.iterdir())
 
@@ -75,10 +82,15 @@ def wrong_contents(path: Path) -> list[str]:
         wrong.append(f"{path.name} has no licence")
     for name, data in found.items():
         if len(data) > LARGEST_FILE:
-            wrong.append(f"{path.name} has {name} of {len(data)} bytes; leave it out, or make it when it is needed")
+            wrong.append(
+                f"{path.name} has {name} of {len(data)} bytes; leave it out, or make it when it is needed"
+            )
         if is_wheel and not re.match(r"stroma(/|-[^/]+\.dist-info/)", name):
             wrong.append(f"{path.name} has {name}, which would be installed beside stroma")
-        if re.search(r"(^|/)(__pycache__|\.git|\.venv)(/|$)|\.(db|pyc|lock)$", name) and name != "requirements.lock":
+        if (
+            re.search(r"(^|/)(__pycache__|\.git|\.venv)(/|$)|\.(db|pyc|lock)$", name)
+            and name != "requirements.lock"
+        ):
             wrong.append(f"{path.name} has {name}, which belongs to a machine")
     if path.stat().st_size > LARGEST[path.suffix]:
         wrong.append(f"{path.name} takes {path.stat().st_size} bytes; {LARGEST[path.suffix]} are enough")
@@ -87,7 +99,12 @@ def wrong_contents(path: Path) -> list[str]:
 
 def leaks(files: dict[str, bytes], private: Iterable[str]) -> list[str]:
     """Files with an address or a path that is of this machine alone."""
-    return [f"{name} has {text!r} in it" for text in private for name, data in files.items() if text.encode() in data]
+    return [
+        f"{name} has {text!r} in it"
+        for text in private
+        for name, data in files.items()
+        if text.encode() in data
+    ]
 
 
 def disagreement(version: str, changelog: str, tags: Iterable[str]) -> list[str]:
@@ -107,7 +124,11 @@ def disagreement(version: str, changelog: str, tags: Iterable[str]) -> list[str]
         wrong.append(f"CHANGELOG.md has no section [{version}]")
     elif not re.fullmatch(r"\d{4}-\d\d-\d\d", dates[version]):
         wrong.append(f"CHANGELOG.md has no date for [{version}]; write: ## [{version}] - YYYY-MM-DD")
-    elif [name for name, _ in sections if name != "Unreleased"][0] != version:
+    elif next(name for name, _ in sections if name != "Unreleased") != version:
         wrong.append(f"[{version}] is not the newest section of CHANGELOG.md")
-    wrong += [f"the tag {tag} is on version {version}" for tag in tags if re.match(r"v\d", tag) and tag != f"v{version}"]
+    wrong += [
+        f"the tag {tag} is on version {version}"
+        for tag in tags
+        if re.match(r"v\d", tag) and tag != f"v{version}"
+    ]
     return wrong
