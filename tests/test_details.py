@@ -22,6 +22,7 @@ from stroma import (
     NodeHooks,
     NodeUsage,
     StromaRunner,
+    Suspend,
     parallel,
     stroma_node,
 )
@@ -93,6 +94,30 @@ def test_what_cannot_be_stored_says_so_in_a_word() -> None:
     assert (failure.failure_class, failure.reason) == (FailureClass.TERMINAL, "not_serialisable")
 
 
+async def test_a_classifier_that_raises_is_named(caplog: pytest.LogCaptureFixture) -> None:
+    """The log says which classifier it was, and for which node; the next one is asked."""
+
+    def bad_classifier(error: BaseException, context: Any) -> FailureClass | None:
+        raise RuntimeError("the classifier broke")
+
+    async def fail(state: N) -> N:
+        raise ValueError("the node broke")
+
+    with caplog.at_level(logging.WARNING, logger="stroma"):
+        result = await StromaRunner.quick(classifiers=[bad_classifier]).run([node("fails", fail)], N())
+    assert result.status != "COMPLETED"
+    (said, *_) = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
+    assert "bad_classifier" in said
+    assert "'fails'" in said
+
+
+def test_a_suspension_says_what_it_waits_for() -> None:
+    """Its reason is kept as given, and what is no model is named in the refusal."""
+    assert Suspend("the boss", schema=N).reason == "the boss"
+    with pytest.raises(TypeError, match=r"^Suspend asks for .*int.*; give a pydantic model"):
+        Suspend("the boss", schema=int)  # type: ignore[arg-type]
+
+
 # ---------------------------------------------------------------- hooks
 
 
@@ -113,7 +138,7 @@ async def test_a_hook_of_a_run_that_is_not_async_is_named_without_a_node() -> No
     """A run's hook belongs to no node, and its message names none."""
     hooks = NodeHooks(on_run_start=lambda *_: None)  # type: ignore[arg-type, return-value]
     nodes = [node("one", _same)]
-    with pytest.raises(TypeError, match=r"^hook on_run_start is not async: "):
+    with pytest.raises(TypeError, match=r"^hook on_run_start is not async: .*; define it with async def$"):
         await StromaRunner.quick(hooks=hooks).run(nodes, N())
 
 
