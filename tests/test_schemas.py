@@ -16,6 +16,7 @@ from typing import Annotated, Any, Generic, Literal, TypeVar
 from uuid import UUID
 from zoneinfo import ZoneInfo
 
+import pydantic
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -44,6 +45,7 @@ from pydantic import (
 from stroma import NotSerialisable
 from stroma.schemas import schema_of
 
+PYDANTIC = tuple(int(part) for part in pydantic.VERSION.split(".")[:2])
 MANY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
 
 
@@ -619,6 +621,11 @@ def test_what_was_stored_comes_back_without_another_validation(name: str) -> Non
     model = RESTLESS[name]()
     schema = schema_of(type(model))
     before = schema.state(model)
+    if name in ("inside", "decoders-inside") and PYDANTIC < (2, 13):
+        # Such a release validates what is inside of a list or a dict once more; that is refused, and never kept as it is not.
+        with pytest.raises(NotSerialisable, match=r"Holder\.value"):
+            schema.encode(model)
+        return
     data = schema.encode(model)
     assert same(schema.decode(data), model)
     assert schema.encode(schema.decode(data)) == data

@@ -1,6 +1,7 @@
 """Apply each break to a copy of the source and see the tests fail.
 
 usage: ./dev mutants [--only NAME ...] [--list]
+       ./dev mutants --all ...  every small change of the core instead: see tests/mutants/every.py
 
 Each worker has a copy of the tree of its own; the tree itself is never touched. First the tests that are named by the
 breaks must pass on the unbroken copies. Then, for each break: the old text must stand in its file exactly once, else
@@ -208,6 +209,11 @@ def try_all(copies: list[Copy], breaks: list[Break]) -> tuple[int, int, int]:
 
 
 def main(argv: list[str] | None = None) -> int:
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments[:1] == ["--all"]:
+        from tests.mutants import every
+
+        return every.main(arguments[1:])
     parser = argparse.ArgumentParser(
         prog="./dev mutants", description="Break the source on purpose; the tests must notice."
     )
@@ -217,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--list", action="store_true", help="print the breaks and whether they still fit, run nothing"
     )
-    options = parser.parse_args(argv)
+    options = parser.parse_args(arguments)
     known = {item.name: item for item in BREAKS}
     unknown = [name for name in options.only or () if name not in known]
     if unknown:

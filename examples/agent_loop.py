@@ -1,0 +1,137 @@
+"""An agent with tools in a loop of your own: every model call and tool call is a step, and one budget holds for all.
+
+    python examples/agent_loop.py
+
+Needs neither a key nor a network: a scripted provider answers on this machine. Its first reply is a rate limit, its second
+one asks for a tool with arguments that are wrong, and with the loop as it stands here it would go on for ever.
+"""
+
+import asyncio
+import json
+import threading
+import urllib.request
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from stroma import (
+    CheckpointManager,
+    ContractRegistry,
+    ExecutionBudget,
+    ExecutionResult,
+    InMemoryStore,
+    NodeContract,
+    ReliabilityContext,
+    RunConfig,
+    execute_step,
+)
+
+
+class Conversation(BaseModel):
+    messages: list[dict[str, str]]
+
+
+class Reply(BaseModel):
+    """What the model must say: a text for the user, or a tool that is to be called."""
+
+    text: str = ""
+    tool: str = ""
+    arguments: dict[str, Any] = Field(default_factory=dict)
+
+
+class Arguments(BaseModel):
+    model_config = ConfigDict(extra="allow")  # Whatever the model says; the tool's own contract judges it.
+
+
+class Order(BaseModel):
+    order: int
+
+
+class Status(BaseModel):
+    status: str
+
+
+MODEL = NodeContract(node_id="model", input_schema=Conversation, output_schema=Reply)
+LOOKUP = NodeContract(node_id="lookup", input_schema=Order, output_schema=Status)
+
+
+async def ask(conversation: Conversation) -> tuple[Any, dict[str, Any]]:
+    request = urllib.request.Request(url, json.dumps(conversation.messages).encode())
+    body = await asyncio.to_thread(lambda: json.load(urllib.request.urlopen(request, timeout=10)))
+    # The response beside the output, so that its tokens are counted and priced.
+    return json.loads(body["choices"][0]["message"]["content"]), body
+
+
+async def lookup(order: Order) -> dict[str, str]:
+    return {"status": f"order {order.order} left the warehouse on Monday"}
+
+
+async def agent(question: str, budget: ExecutionBudget) -> ExecutionResult:
+    config = RunConfig(run_id="agent", budget=budget)
+    ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
+    messages = [{"role": "user", "content": question}]
+    # Inside `async with` the steps are one run: its hooks hear of its start and end, and a store keeps it.
+    async with ctx:
+        while True:
+            turn = await execute_step("model", ask, Conversation(messages=messages), ctx, contract=MODEL)
+            if turn.failure:
+                return turn
+            reply = turn.final_state
+            assert isinstance(reply, Reply)
+            if not reply.tool:
+                print(f"agent: {reply.text}")
+                messages.append({"role": "user", "content": "And the next one?"})
+                continue
+            # Arguments come from a model: they are validated before the tool sees them, and the model hears what is wrong.
+            given = Arguments(**reply.arguments)
+            used = await execute_step("lookup", lookup, given, ctx, contract=LOOKUP)
+            answer = used.failure.message if used.failure else used.final_state.status  # type: ignore[union-attr]
+            print(f"tool:  {answer.splitlines()[0]}")
+            messages.append({"role": "tool", "content": answer})
+
+
+class Provider(BaseHTTPRequestHandler):
+    """The scripted model: 600 tokens a turn, and the next tool call whatever it is told."""
+
+    turns = 0
+
+    def do_POST(self) -> None:
+        self.rfile.read(int(self.headers["Content-Length"]))
+        Provider.turns += 1
+        if Provider.turns == 1:
+            self.send_response(429)
+            self.send_header("Retry-After", "0")
+            self.send_header("Content-Length", "0")
+            self.end_headers()
+            return
+        script: list[dict[str, Any]] = [
+            {"tool": "lookup", "arguments": {"order": "the blue one"}},
+            {"tool": "lookup", "arguments": {"order": 4711}},
+            {"text": "Order 4711 left the warehouse on Monday."},
+        ]
+        content = json.dumps(script[(Provider.turns - 2) % 3])
+        usage = {"prompt_tokens": 500, "completion_tokens": 100, "total_tokens": 600}
+        body = {"model": "gpt-4o-mini", "choices": [{"message": {"content": content}}], "usage": usage}
+        data = json.dumps(body).encode()
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+
+    def log_message(self, *arguments: Any) -> None:
+        pass
+
+
+if __name__ == "__main__":
+    with ThreadingHTTPServer(("127.0.0.1", 0), Provider) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        # Without a limit the two would talk all night.
+        result = asyncio.run(agent("Where is my order?", ExecutionBudget(max_tokens_total=3_000)))
+        server.shutdown()
+    print()
+    for event in result.trace:
+        print(f"{event.node_id:7s} attempt {event.attempt}: {event.outcome} {event.reason or ''}".rstrip())
+    print(f"{result.status}: {result.failure.message if result.failure else ''}")
+    print(f"{result.total_tokens} tokens, ${result.total_cost_usd:.6f}")

@@ -1,0 +1,8 @@
+"""Examples that need more than the main environment has: ``./dev test --examples`` runs them in one of their own."""
+
+from __future__ import annotations
+
+import os
+
+#: Without that environment nothing is collected, and nothing is skipped in silence.
+collect_ignore = [] if os.environ.get("STROMA_TEST_EXAMPLES") else ["test_heavy.py"]

@@ -1,0 +1,136 @@
+"""The examples with an embedding model, a FastAPI service and a notebook: they run, without a network, and show what they say."""
+
+from __future__ import annotations
+
+import asyncio
+import importlib.util
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import AsyncIterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import nbformat
+import pytest
+import uvicorn
+from nbclient import NotebookClient
+
+ROOT = Path(__file__).parents[2]
+EXAMPLES = ROOT / "examples"
+# Whatever asks a host by its name, or any host but this one, gets an error.
+OFFLINE = """
+import socket
+def refuse(*arguments, **options):
+    raise OSError("this example has no network")
+socket.getaddrinfo = refuse
+socket.create_connection = refuse
+"""
+
+
+def run(name: str, *arguments: str, home: Path) -> str:
+    """What the example prints, in a process without a network and with an empty home."""
+    (home / "sitecustomize.py").write_text(OFFLINE)
+    env = {**os.environ, "HOME": str(home), "PYTHONPATH": str(home)}
+    command = [sys.executable, str(EXAMPLES / name), *arguments]
+    done = subprocess.run(
+        command, env=env, capture_output=True, text=True, check=False, timeout=100, cwd=home
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return done.stdout
+
+
+def test_a_folder_is_embedded_once(tmp_path: Path) -> None:
+    """The packaged model embeds every file; afterwards only the changed one, and the best hit is the one that answers."""
+    folder = tmp_path / "documents"
+    folder.mkdir()
+    texts = {
+        "crash": "A killed process loses nothing that was finished: the work is kept.",
+        "price": "Tokens are priced by model, cached input costs less.",
+        "soup": "Peel the potatoes, chop an onion, simmer for an hour.",
+    }
+    for name, text in texts.items():
+        (folder / f"{name}.md").write_text(text)
+    first, second = run("rag_ingestion.py", str(folder), home=tmp_path).split(
+        "Again, after one file has changed:"
+    )
+    assert "left out: empty.md is empty" in first
+    assert "3 files, 8 calls" in first  # Two for each file; the empty one is tried twice.
+    assert re.search(r"^  0\.\d\d  (\w+)\.md", first, re.MULTILINE)[1] == "crash"  # type: ignore[index]
+    assert "4 files, 2 calls" in second
+
+
+def test_the_service_without_a_server(tmp_path: Path) -> None:
+    """Asked twice, it calls the nodes once."""
+    first, second = run("fastapi_service.py", "--once", home=tmp_path).split("second request:")
+    assert first.count("event: node_success") == 2
+    assert second.count("event: node_skipped") == 2
+    assert "event: node_start" not in second
+    assert second.count("event: run_end") == 1
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    return [json.loads(line[6:]) for line in text.splitlines() if line.startswith("data: ")]
+
+
+@pytest.fixture
+async def site(tmp_path: Path) -> AsyncIterator[str]:
+    """Where the service of the example is served."""
+    spec = importlib.util.spec_from_file_location("fastapi_example", EXAMPLES / "fastapi_service.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    # FastAPI's annotations are looked up in the module.
+    sys.modules["fastapi_example"] = module
+    server = uvicorn.Server(uvicorn.Config(module.service(tmp_path / "runs.db"), port=0, log_level="error"))
+    serving = asyncio.create_task(server.serve())
+    async with asyncio.timeout(60):
+        while not server.started:
+            await asyncio.sleep(0.01)
+    try:
+        yield f"http://127.0.0.1:{server.servers[0].sockets[0].getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await serving
+
+
+async def test_the_service_behind_a_real_server(site: str) -> None:
+    """A run is streamed over HTTP; a reader that leaves in the middle gets the rest when it asks again."""
+    async with httpx.AsyncClient(timeout=60) as client:
+        async with client.stream("PUT", f"{site}/reports/owls") as answer:
+            assert answer.headers["content-type"].startswith("text/event-stream")
+            async for line in answer.aiter_lines():
+                if line == "event: node_success":
+                    break
+        async with asyncio.timeout(60):
+            # Until the server has seen that its reader is gone, the run has an owner.
+            while (again := await client.put(f"{site}/reports/owls")).status_code == 409:
+                await asyncio.sleep(0.01)
+    found = events(again.text)
+    assert [event["kind"] for event in found][:2] == ["run_start", "node_skipped"]
+    assert found[-1]["details"]["final_state"] == {"text": "owls: What they eat, Where they sleep"}
+
+
+def test_the_notebook_draws_its_run() -> None:
+    """Every cell runs, and the result is shown as a picture with the attempt that failed, and not as a line of text."""
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    NotebookClient(notebook, timeout=100, kernel_name="python3").execute()
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    shown = [output.data["text/html"] for output in outputs if "text/html" in output.get("data", {})]
+    assert len(shown) == 1
+    assert "<svg" in shown[0]
+    assert "the provider is slow today" in shown[0]
+    assert "COMPLETED" in outputs[-1].text
+
+
+def test_the_notebook_is_kept_with_its_pictures() -> None:
+    """Who reads it without running it sees the run, too."""
+    notebook = nbformat.read(EXAMPLES / "notebook.ipynb", as_version=4)
+    assert any(
+        "text/html" in out.get("data", {}) for cell in notebook.cells for out in cell.get("outputs", [])
+    )

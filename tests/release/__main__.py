@@ -1,0 +1,221 @@
+"""Build the distribution, look into it, install it everywhere it promises to work, and try it.
+
+usage: ./dev release-check [--only EXTRA ...] [--no-installs]
+
+- the version in pyproject.toml, CHANGELOG.md and the tag on this commit say the same;
+- sdist and wheel are built twice, in two folders, and are the same byte for byte; the wheel that is built from the sdist, too;
+- what is in them, and what not; no address and no path of this machine in them or in any tracked file;
+- `twine check --strict`;
+- the wheel is installed without extras and with each extra in turn, in a clean environment, from pinned requirements with
+  hashes (tests/release/newest.txt; of agent frameworks those of their tests), and tests/release/smoke.py runs there;
+- with the lowest releases that pyproject.toml allows (tests/release/lowest.txt), a selection of the tests passes.
+
+Exit code 0 if all of it holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+import tempfile
+import time
+import tomllib
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from tests.release.archives import (
+    ROOT,
+    build,
+    contents,
+    copy_of,
+    digest,
+    disagreement,
+    leaks,
+    tracked,
+    wrong_contents,
+)
+
+HERE = ROOT / "tests" / "release"
+FRAMEWORKS = ROOT / "tests" / "frameworks"
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# With the lowest releases: the guarantees, what crosses boundaries, prices, and the store.
+LOWEST_TESTS = (
+    "tests/test_guarantees.py",
+    "tests/test_schemas.py",
+    "tests/test_prices.py",
+    "tests/checkpoint/test_sqlite.py",
+)
+
+
+class Report:
+    def __init__(self) -> None:
+        self.failed: list[str] = []
+        self.begin = time.monotonic()
+
+    def tell(self, what: str, wrong: list[str]) -> None:
+        word = "FAIL" if wrong else "ok"
+        print(f"{word:4s} {time.monotonic() - self.begin:6.1f} s  {what}", flush=True)
+        for line in wrong:
+            print(f"     {line}", flush=True)
+        if wrong:
+            self.failed.append(what)
+
+
+def private() -> list[str]:
+    """What nobody else's files should have in them: this folder, the home folder, and the host of the package index."""
+    found = [str(ROOT)]
+    if len(Path.home().parts) > 2:
+        found.append(str(Path.home()))
+    for name, value in os.environ.items():
+        if re.fullmatch(r"UV_(DEFAULT_INDEX|INDEX_URL|INDEX)|PIP_(INDEX_URL|EXTRA_INDEX_URL)", name):
+            host = urlsplit(value).hostname
+            if host and host not in ("pypi.org", "localhost"):
+                found.append(host)
+    return found
+
+
+def names_of(requirements: str) -> dict[str, str]:
+    """The pinned requirements by name, each with its hashes."""
+    entries = re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==.*(?:\n    --hash=.*)*", requirements, re.MULTILINE)
+    blocks = re.findall(r"^(?:[\w.-]+)(?:\[[\w,]+\])?==.*(?:\n    --hash=.*)*", requirements, re.MULTILINE)
+    return dict(zip(entries, blocks, strict=True))
+
+
+class Environments:
+    """Clean environments, one after the other, below a folder."""
+
+    def __init__(self, folder: Path, wheel: Path) -> None:
+        self.folder, self.wheel = folder, wheel
+        self.env = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("VIRTUAL_ENV", "PYTHON"))
+        }
+
+    def uv(self, *arguments: str) -> str:
+        done = subprocess.run(["uv", *arguments], env=self.env, capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise RuntimeError(f"uv {' '.join(arguments[:3])}: {done.stderr.strip()}")
+        return done.stdout
+
+    def make(self, name: str, requirements: Path) -> Path:
+        """An environment with pinned requirements and the wheel; nothing is missing in it. Gives its Python."""
+        home = self.folder / name
+        python = home / "bin" / "python"
+        self.uv("venv", "--quiet", "--python", sys.executable, str(home))
+        install = ("pip", "install", "--quiet", "--python", str(python), "--no-deps")
+        self.uv(*install, "--require-hashes", "-r", str(requirements))
+        self.uv(*install, str(self.wheel))
+        self.uv("pip", "check", "--quiet", "--python", str(python))
+        return python
+
+    def chosen(self, extra: str) -> Path:
+        """Of the pinned requirements of all extras, those that this one needs."""
+        pinned = (HERE / "newest.txt").read_text()
+        target = self.folder / f"{extra}.txt"
+        options = [] if extra == "bare" else ["--extra", extra]
+        self.uv(
+            "pip", "compile", "--quiet", "--python", sys.executable, str(ROOT / "pyproject.toml"), *options, "-c",
+            str(HERE / "newest.txt"), "--no-header", "--no-annotate", "--no-emit-index-url", "-o", str(target),
+        )  # fmt: skip
+        needed = re.findall(r"^([\w.-]+)(?:\[[\w,]+\])?==", target.read_text(), re.MULTILINE)
+        blocks = names_of(pinned)
+        target.write_text("\n".join(blocks[name] for name in needed) + "\n")
+        return target
+
+    def smoke(self, extra: str) -> list[str]:
+        folder = FRAMEWORKS / extra.replace("-", "_")
+        try:
+            framework = folder / "newest.txt"
+            python = self.make(extra, framework if framework.exists() else self.chosen(extra))
+        except (RuntimeError, KeyError) as error:
+            return [str(error)]
+        command = [str(python), "-I", "-W", "error::SyntaxWarning", str(HERE / "smoke.py"), extra]
+        done = subprocess.run(
+            command, cwd=self.folder, env=self.env, capture_output=True, text=True, check=False, timeout=300
+        )
+        return [done.stderr.strip()[-2000:]] if done.returncode else []
+
+    def lowest(self) -> list[str]:
+        try:
+            python = self.make("lowest", HERE / "lowest.txt")
+        except RuntimeError as error:
+            return [str(error)]
+        command = [
+            str(python),
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-k",
+            "not postgres and not redis",
+        ]
+        done = subprocess.run(
+            [*command, *LOWEST_TESTS], cwd=ROOT, env=self.env, capture_output=True, text=True, check=False
+        )
+        return [done.stdout.strip()[-3000:]] if done.returncode else []
+
+
+def check_archives(report: Report, folder: Path) -> Path:
+    files = tracked(ROOT)
+    trees = [copy_of(ROOT, files, folder / name / "stroma") for name in ("one", "another-folder")]
+    built = [build(tree, tree.parent / "dist", "sdist", "wheel") for tree in trees]
+    names = [[path.name for path in paths] for paths in built]
+    different = [a.name for a, b in zip(*built, strict=True) if digest(a) != digest(b)]
+    report.tell(f"built twice, the same byte for byte: {', '.join(names[0])}", different)
+    sdist, wheel = sorted(built[0], key=lambda path: path.suffix == ".whl")
+    unpacked = folder / "unpacked"
+    for name, data in contents(sdist).items():
+        (unpacked / name).parent.mkdir(parents=True, exist_ok=True)
+        (unpacked / name).write_bytes(data)
+    (again,) = build(unpacked, folder / "again", "wheel")
+    report.tell(
+        "the wheel from the sdist is that wheel", [] if digest(again) == digest(wheel) else [again.name]
+    )
+    report.tell("what is in them", wrong_contents(sdist) + wrong_contents(wheel))
+    found = {name: (ROOT / name).read_bytes() for name in files}
+    for archive in (sdist, wheel):
+        found |= {f"{archive.name}: {name}": data for name, data in contents(archive).items()}
+    report.tell("nothing of this machine in any file", leaks(found, private()))
+    twine = [os.environ["STROMA_TOOLS"], "-m", "twine", "check", "--strict", str(sdist), str(wheel)]
+    done = subprocess.run(twine, capture_output=True, text=True, check=False)
+    report.tell("twine check --strict", [done.stdout + done.stderr] if done.returncode else [])
+    return wheel
+
+
+def main(argv: list[str]) -> int:
+    extras = ["bare", *PROJECT["optional-dependencies"]]
+    parser = argparse.ArgumentParser(
+        prog="./dev release-check", description=(__doc__ or "").partition("\n")[0]
+    )
+    parser.add_argument(
+        "--only", nargs="+", choices=[*extras, "lowest"], metavar="EXTRA", help=", ".join([*extras, "lowest"])
+    )
+    parser.add_argument("--no-installs", action="store_true", help="only build, and look into what was built")
+    options = parser.parse_args(argv)
+    report = Report()
+    git = subprocess.run(
+        ["git", "tag", "--points-at", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False
+    )
+    wrong = disagreement(PROJECT["version"], (ROOT / "CHANGELOG.md").read_text(), git.stdout.split())
+    report.tell(f"version {PROJECT['version']}, CHANGELOG.md and tags agree", wrong)
+    with tempfile.TemporaryDirectory(prefix="stroma-release-") as name:
+        wheel = check_archives(report, Path(name))
+        environments = Environments(Path(name), wheel)
+        for extra in [] if options.no_installs else options.only or [*extras, "lowest"]:
+            if extra == "lowest":
+                report.tell("the tests with the lowest releases", environments.lowest())
+            else:
+                report.tell(
+                    f"installed: stroma{'' if extra == 'bare' else f'[{extra}]'}", environments.smoke(extra)
+                )
+    print(f"failed: {', '.join(report.failed)}" if report.failed else "all of it holds")
+    return 1 if report.failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
