@@ -6,7 +6,6 @@ import zipfile
 from pathlib import Path
 
 import pytest
-
 from tests.release.archives import LARGEST_FILE, disagreement, leaks, wrong_contents
 
 OPEN = "## [Unreleased]\n\n### Added\n\n- A thing.\n"
