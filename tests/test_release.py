@@ -37,9 +37,9 @@ def test_version_changelog_and_tag_agree(
 
 def test_an_address_of_one_machine_is_found() -> None:
     """The file and the text are named."""
-    files = {"a.txt": b"fine", "b.txt": b"see https://index.example.internal/simple"}
+    files = {"a.txt": b"fine", "b.txt": b"from index.example.internal, which is not public"}
     assert leaks(files, ["index.example.internal"]) == ["b.txt has 'index.example.internal' in it"]
-    assert leaks(files, ["/home/somebody"]) == []
+    assert leaks(files, ["another.example.internal"]) == []
 
 
 def test_a_wheel_that_lacks_something_or_has_too_much(tmp_path: Path) -> None:
