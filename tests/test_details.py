@@ -260,6 +260,11 @@ class Key:
     secret: SecretStr
 
 
+@dataclasses.dataclass(slots=True)
+class Slotted:
+    secret: SecretStr
+
+
 class Open(BaseModel):
     model_config = ConfigDict(extra="allow")
 
@@ -267,6 +272,7 @@ class Open(BaseModel):
 def test_secrets_are_found_wherever_a_state_has_them() -> None:
     """In fields, extras, dataclasses, dicts, lists and bytes; the class of a dataclass is none."""
     assert set(secrets_in(Key(SecretStr("one")))) == {"one"}
+    assert set(secrets_in([Slotted(SecretStr("one"))])) == {"one"}
     assert set(secrets_in(Open(token=SecretStr("two")))) == {"two"}
     assert set(secrets_in({"k": [Key(SecretStr("three"))], "n": (Open(x={"y": SecretStr("four")}),)})) == {
         "three",

@@ -873,6 +873,22 @@ async def test_a_group_as_a_step() -> None:
     assert result.final_state.model_dump() == {"a": 1}
 
 
+async def test_the_final_state_of_a_group_declares_its_fields() -> None:
+    """What children without a contract gave are fields of the final state's class; it reads its own JSON back."""
+
+    def gives(name: str) -> Any:
+        return bare(name, giving({name: [name]}))
+
+    nodes = [parallel(gives("left"), gives("right"))]
+    state: Any = (await quick().run(nodes, Num())).final_state
+    assert list(type(state).model_fields) == ["left", "right"]
+    assert (state.left, state.model_dump()) == (["left"], {"left": ["left"], "right": ["right"]})
+    assert type(state).model_validate_json(state.model_dump_json()) == state
+    assert (await quick().run(nodes, Num())).final_state == state
+    odd: Any = (await quick().run([parallel(*map(gives, ("left", "not a name", "copy")))], Num())).final_state
+    assert odd.model_dump() == {"left": ["left"], "not a name": ["not a name"], "copy": ["copy"]}
+
+
 @pytest.mark.parametrize("opened", [False, True])
 async def test_the_merged_class_reads_its_own_checkpoint_back(opened: bool) -> None:
     """The merged state is a model instance whose class reads its own checkpoint back."""

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel
 
+from stroma._merged import spelled_out
 from stroma._probe import PROBES, Probe
 from stroma._signal import SignalView
 from stroma._tasks import uninterrupted
@@ -668,6 +669,7 @@ class ReliabilityContext:
         """The result as things stand: totals and trace of the whole context so far."""
         if isinstance(final_state, BaseModel):
             schema_of(type(final_state)).release(final_state)
+            final_state = spelled_out(final_state)
         spent = self.cost_tracker
         return ExecutionResult(
             self.run_id, status, final_state, self.trace, spent.total_cost_usd, spent.total_tokens, failure,

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-import functools
 import inspect
-import warnings
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, cast
 
-from pydantic import BaseModel, ConfigDict, create_model
+from pydantic import BaseModel, ConfigDict
 
-from stroma._core_schema import core_schema_of, never_a_dict
 from stroma._engine import GroupStopped, Halt, execute_in_turn
 from stroma._map import DEFAULT_CONCURRENCY, MapRun
+from stroma._merged import merged_model, with_list
 from stroma._restore import output_schema
 from stroma._values import isolate
 from stroma.context import ReliabilityContext
@@ -51,7 +49,7 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
     children = tuple(find_node(node) for node in nodes)
 
     def output(ctx: ReliabilityContext, value: BaseModel) -> type[BaseModel]:
-        return _merged_model(group.node_id, tuple(_output_class(ctx, child, value) for child in children))
+        return merged_model(group.node_id, tuple(_output_class(ctx, child, value) for child in children))
 
     async def run(ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
         outputs = await _side_by_side(ctx, execution, [(child, value) for child in children], limit, "node")
@@ -78,7 +76,7 @@ def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
         return merged
 
     def joined(given: type[BaseModel], outputs: Sequence[type[BaseModel]]) -> type[BaseModel]:
-        return _merged_model(group.node_id, tuple(outputs))
+        return merged_model(group.node_id, tuple(outputs))
 
     group = Group(
         f"parallel({', '.join(child.node_id for child in children)})",
@@ -140,7 +138,7 @@ def map_over(
     def output(ctx: ReliabilityContext, value: BaseModel) -> type[BaseModel]:
         if not target:
             return type(value)
-        return _with_list(group.node_id, type(value), target, _output_class(ctx, child, value), failed)
+        return with_list(group.node_id, type(value), target, _output_class(ctx, child, value), failed)
 
     def source_of(state: BaseModel) -> Source:
         if isinstance(items, str):
@@ -205,7 +203,7 @@ def map_over(
         return {**_by_name(state, Schema.fields), target: outputs}
 
     def joined(given: type[BaseModel], outputs: Sequence[type[BaseModel]]) -> type[BaseModel]:
-        return _with_list(group.node_id, given, target, outputs[0], failed) if target else given
+        return with_list(group.node_id, given, target, outputs[0], failed) if target else given
 
     group = Group(
         f"map_over({name}, {child.node_id})",
@@ -433,61 +431,6 @@ def _item_value(output: BaseModel) -> Any:
 
 def _output_class(ctx: ReliabilityContext, node: Node | Group, value: BaseModel) -> type[BaseModel]:
     return output_schema(ctx, node, value).model
-
-
-@functools.lru_cache(maxsize=1024)
-def _merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseModel]:
-    """One model with the fields of all, later ones winning; open where a child has no contract."""
-    fields: dict[str, Any] = {}
-    for cls in classes:
-        if _is_open(cls):
-            # It may give any field any value, and later outputs win over earlier ones.
-            fields = dict.fromkeys(fields, (Any, ...))
-        if not (cls.__pydantic_root_model__ and _is_open(cls)):
-            fields.update(_fields_of(cls))
-    return _make_model(name, fields, classes)
-
-
-def _is_open(cls: type[BaseModel]) -> bool:
-    """Whether it may hold any fields: extra ones, or those of the dict that a root model is."""
-    if cls.__pydantic_root_model__:
-        return not never_a_dict(core_schema_of(cls))
-    return cls.model_config.get("extra") == "allow"
-
-
-def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
-    """Its fields, as a model is made of them; those that are excluded cross no boundary."""
-    return {n: (info.annotation, info) for n, info in cls.model_fields.items() if not info.exclude}
-
-
-@functools.lru_cache(maxsize=1024)
-def _with_list(
-    name: str, base: type[BaseModel], into: str, item: type[BaseModel], failed: str = ""
-) -> type[BaseModel]:
-    """The model ``base`` with a field ``into: list[item]``, and one for the items that failed."""
-    fields = {} if base.__pydantic_root_model__ and _is_open(base) else _fields_of(base)
-    fields[into] = (list[Any] if item is Kept else list[item], ...)  # type: ignore[valid-type]
-    if failed:
-        fields[failed] = (list[ItemFailure], ...)
-    return _make_model(name, fields, (base,))
-
-
-def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseModel]]) -> type[BaseModel]:
-    config = ConfigDict(
-        arbitrary_types_allowed=True,
-        extra="allow" if any(map(_is_open, bases)) else "ignore",
-        # What was taken as an enum's value is read back from a store as one.
-        use_enum_values=any(cls.model_config.get("use_enum_values", False) for cls in bases),
-    )
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # Whoever wrote the classes has been told of odd names.
-        try:
-            made: type[BaseModel] = create_model(name, __config__=config, **fields)
-            core_schema_of(made)
-            return made
-        except Exception:  # An annotation means something in its own module only.
-            undescribed: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
-            return create_model(name, __config__=config, **undescribed)
 
 
 def _items(value: BaseModel, field: str) -> list[Any]:

@@ -72,6 +72,7 @@ __all__ = [
     "Schema",
     "Snapshot",
     "become",
+    "filled",
     "schema_of",
     "stamped",
     "told_of",

@@ -577,9 +577,13 @@ def secrets_in(value: Any, depth: int = 0) -> Iterator[str]:
     elif isinstance(value, (list, tuple, set, frozenset)):
         for inner in value:
             yield from secrets_in(inner, depth + 1)
-    elif isinstance(value, BaseModel) or (dataclasses.is_dataclass(value) and not isinstance(value, type)):
-        for inner in (getattr(value, "__dict__", {}), getattr(value, "__pydantic_extra__", None) or {}):
+    elif isinstance(value, BaseModel):
+        for inner in (value.__dict__, value.__pydantic_extra__ or {}):
             yield from secrets_in(inner, depth + 1)
+    elif dataclasses.is_dataclass(value) and not isinstance(value, type):
+        yield from secrets_in(getattr(value, "__dict__", {}), depth + 1)
+        for one in dataclasses.fields(value):  # Those with slots have no __dict__.
+            yield from secrets_in(getattr(value, one.name, None), depth + 1)
 
 
 def _texts(secret: Any, depth: int) -> Iterator[str]:

@@ -13,6 +13,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stroma._merged import spelled_out
 from stroma.checkpoint import StoreError
 from stroma.checkpoint.payloads import BlobStore
 from stroma.failures import FailureClass
@@ -125,7 +126,7 @@ async def result_of(report: Report, known: Known, payloads: BlobStore | None) ->
     return ExecutionResult(
         run_id=report["run_id"],
         status=RunStatus(report["status"]),
-        final_state=await reader.state(report["final"]),
+        final_state=spelled_out(await reader.state(report["final"])),
         trace=trace,
         total_cost_usd=report["cost_usd"],
         total_tokens=report["tokens"],
