@@ -57,9 +57,13 @@ def test_core_dependencies() -> None:
 
 
 def test_command_is_declared() -> None:
-    """The distribution brings the command `stroma`."""
-    (script,) = [found for found in metadata.distribution("stroma").entry_points if found.name == "stroma"]
-    assert (script.group, script.value) == ("console_scripts", "stroma.cli:main")
+    """The distribution brings the command `stroma`, and the plugin of pytest."""
+    points = {
+        found.group: found.value
+        for found in metadata.distribution("stroma").entry_points
+        if found.name == "stroma"
+    }
+    assert points == {"console_scripts": "stroma.cli:main", "pytest11": "stroma.testing.plugin"}
 
 
 def test_core_imports_no_optional_dependency() -> None:

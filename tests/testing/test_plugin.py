@@ -11,6 +11,8 @@ import pytest
 from tests.servers import environment
 
 pytest_plugins = ["pytester"]
+#: Many processes one after the other, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(600)
 
 HEAD = """
     import pytest

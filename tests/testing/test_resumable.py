@@ -12,6 +12,8 @@ from tests.testing.pipelines import Number, add_one, double, make, patient
 from stroma import Pipeline, current_node, execute_step, map_over, parallel
 from stroma.testing import POINTS, FaultPlan, assert_resumable, assert_resumable_sync
 
+#: Many processes one after the other, on a machine that may be busy.
+pytestmark = pytest.mark.timeout(600)
 forks = pytest.mark.skipif(not hasattr(os, "fork"), reason="there are no forks on this system")
 HOW = [pytest.param(True, marks=forks, id="killed"), pytest.param(False, id="simulated")]
 

@@ -24,7 +24,7 @@ _ROUNDING: Final = 1e-6
 class FakeClock:
     """Time that does not pass while code runs, and jumps over every wait as soon as nothing else is to be done.
 
-    A context manager, for code with and without an event loop; :attr:`fake_clock` is the fixture. Inside of it, all
+    A context manager, for code with and without an event loop; ``stroma_clock`` is the fixture. Inside of it, all
     event loops of the process and Stroma itself go by it: ``asyncio.sleep`` and ``asyncio.timeout`` of any code, waits
     between attempts, Retry-After (dates, too), time limits of nodes and hooks, latency budgets, durations in the trace,
     limits, breakers, and budgets that runs share in memory or SQLite. Waits end in the order in which they are due, whatever
