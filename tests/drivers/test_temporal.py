@@ -651,7 +651,7 @@ async def test_a_worker_that_is_killed_loses_only_what_it_was_at(
     def called(node_id: str) -> list[str]:
         return sorted(path.name.split(".")[1] for path in tmp_path.glob(f"{node_id}.*"))
 
-    temporal.options["heartbeat_seconds"] = 1.0
+    temporal.options["heartbeat_seconds"] = 3.0
     first = start()
     others: list[subprocess.Popen[bytes]] = []
     try:
