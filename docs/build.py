@@ -25,7 +25,12 @@ DOCS = ROOT / "docs"
 WORK = ROOT / "build"
 
 #: Files beside docs/ that are pages of the site.
-BESIDE = {"CHANGELOG.md": "changelog.md", "CONTRIBUTING.md": "contributing.md", "SECURITY.md": "security.md"}
+BESIDE = {
+    "CHANGELOG.md": "changelog.md",
+    "CONTRIBUTING.md": "contributing.md",
+    "SECURITY.md": "security.md",
+    "examples/README.md": "examples.md",
+}
 #: The first page here is the one of the repository there.
 SAME = {"README.md": "index.md"}
 
@@ -48,7 +53,7 @@ NAV: dict[str, list[str]] = {
         "guarantees.md", "cli.md", "reference/commands.md", "errors.md", "providers.md", "reference/index.md", "reference/",
     ],
     "Comparison": ["comparison.md", "performance.md", "scale.md"],
-    "Project": ["changelog.md", "contributing.md", "security.md", "release.md", "architecture.md"],
+    "Project": ["changelog.md", "contributing.md", "security.md", "architecture.md", "mutation.md"],
     "Decisions": ["adr/index.md", "adr/"],
 }  # fmt: skip
 
