@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, map_over, stroma_node
-from stroma.checkpoint import _session, _sqlite_rows
+from stroma.checkpoint import _rows, _sqlite_rows
 from stroma.checkpoint._owner import new_owner
 from stroma.checkpoint._sqlite_rows import SqliteRows
 
@@ -91,7 +91,6 @@ def test_a_lease_is_good_for_as_long_as_it_says(monkeypatch: pytest.MonkeyPatch)
 def test_the_positions_of_what_stands_beside_a_run_differ() -> None:
     """They are below all positions of nodes, and stay what they are: files that were written keep their meaning."""
     places = [
-        getattr(_session, name)
-        for name in ("CANCEL", "DUE", "PARENT", "SAVED", "TRACE", "TROUBLE", "WAITING")
+        getattr(_rows, name) for name in ("CANCEL", "DUE", "PARENT", "SAVED", "TRACE", "TROUBLE", "WAITING")
     ]
     assert places == [-3, -6, -4, -1, -5, -7, -2]
