@@ -17,12 +17,16 @@ from stroma.testing.stores import State
 
 
 class TestInMemoryStore(CheckpointStoreTests):
+    test_another_object_finds_what_was_saved = None  # It is kept as long as its object is.
+
     @pytest.fixture
     def store(self):
         return InMemoryStore()
 
 
 class TestAsyncInMemoryStore(CheckpointStoreTests):
+    test_another_object_finds_what_was_saved = None  # It is kept as long as its object is.
+
     @pytest.fixture
     def store(self):
         return AsyncInMemoryStore()
