@@ -8,7 +8,7 @@ from typing import Final
 
 from pydantic import BaseModel
 
-from stroma._frames import write_trouble
+from stroma._frames import trouble_writer
 from stroma._tasks import refusal, uninterrupted
 from stroma.checkpoint import StepCall, StoreError, Waiting
 from stroma.context import ReliabilityContext
@@ -24,7 +24,7 @@ _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
 
 
 def _note_trouble(run: NodeExecution, begin: int, failure: Failure) -> None:
-    """Have the session keep where it failed, beside the attempt; in memory it is on the exception itself."""
+    """Have the session keep where it failed, beside the attempt."""
     note = getattr(run.ctx.session, "note_trouble", None)
     if note is not None and run.children is None and failure.exception.__traceback__ is not None:
         try:
@@ -33,7 +33,7 @@ def _note_trouble(run: NodeExecution, begin: int, failure: Failure) -> None:
                 run.branch,
                 run.attempt,
                 begin + run.ctx.epoch_ns,
-                write_trouble(failure.exception),
+                trouble_writer(failure.exception),
             )
         except Exception as error:  # Its source, its file name: anything can be odd.
             run.ctx.run_logger.debug("the traceback of node %r is not kept: %r", run.node_id, error)

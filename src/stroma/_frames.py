@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
 import json
+import linecache
 import os
 import sysconfig
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import CodeType
 from typing import Any, Final, NamedTuple
 
-__all__ = ["Frame", "Trouble", "frames_of", "read_trouble", "write_trouble"]
+__all__ = ["Frame", "Trouble", "frames_of", "read_trouble", "trouble_writer"]
 
 _OURS: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
 _LIBRARIES: Final = tuple(
@@ -45,29 +48,52 @@ class Trouble(NamedTuple):
 
 def frames_of(error: BaseException) -> tuple[list[traceback.FrameSummary], list[traceback.FrameSummary]]:
     """The frames of the user's own code, and those of libraries; ours and the interpreter's are neither."""
-    frames = [
-        frame
-        for frame in traceback.extract_tb(error.__traceback__)
-        if not frame.filename.startswith((_OURS, "<frozen"))
-    ]
-    own = [frame for frame in frames if not os.path.realpath(frame.filename).startswith(_LIBRARIES)]
-    return own, [frame for frame in frames if frame not in own]
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    return (
+        [frame for frame in frames if not _is_library(frame.filename)],
+        [frame for frame in frames if _is_library(frame.filename)],
+    )
 
 
-def write_trouble(error: BaseException) -> bytes:
-    """What of an exception's traceback is kept; b"" if there is nothing to tell."""
-    own, others = frames_of(error)
-    if not own and not others:
+def _is_ours(file: str) -> bool:
+    return file.startswith((_OURS, "<frozen"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library(file: str) -> bool:
+    return os.path.realpath(file).startswith(_LIBRARIES)
+
+
+def trouble_writer(error: BaseException) -> Callable[[], bytes]:
+    """What writes down where an exception came from: b"" if there is nothing to tell.
+
+    Nothing is read from files before it is asked, and it holds no frame, so that no variable lives on in it.
+    """
+    places: list[tuple[CodeType, int]] = []
+    at = error.__traceback__
+    while at is not None:
+        frame = at.tb_frame
+        if not _is_ours(frame.f_code.co_filename):
+            linecache.lazycache(frame.f_code.co_filename, frame.f_globals)
+            places.append((frame.f_code, at.tb_lineno))
+        at = at.tb_next
+    return functools.partial(_written, places)
+
+
+def _written(places: Sequence[tuple[CodeType, int]]) -> bytes:
+    if not places:
         return b""
+    own = [place for place in places if not _is_library(place[0].co_filename)]
+    others = [place for place in places if _is_library(place[0].co_filename)]
     told = [
         [
             [
-                frame.filename[-_LONGEST:],
-                frame.lineno or 0,
-                frame.name[:_LONGEST],
-                (frame.line or "")[:_LONGEST],
+                code.co_filename[-_LONGEST:],
+                line,
+                code.co_name[:_LONGEST],
+                linecache.getline(code.co_filename, line).strip()[:_LONGEST],
             ]
-            for frame in kind[-_MOST:]
+            for code, line in kind[-_MOST:]
         ]
         for kind in (own, others)
     ]

@@ -83,8 +83,8 @@ class MemoryRun:
     started_ms: int = 0
     #: Which of the runs of this process it is: of those begun in one millisecond too, one is the first.
     number: int = 0
-    #: (attempt, started_ns, frames) of the last attempt that failed at a place.
-    troubles: dict[tuple[int, str], tuple[int, int, bytes]] = field(default_factory=dict)
+    #: (attempt, started_ns, what writes its frames) of the last attempt that failed at a place.
+    troubles: dict[tuple[int, str], tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
     status: str = "RUNNING"
     error: str | None = None
     #: Raised by each session that opens the run; only the last one may write.
@@ -231,7 +231,7 @@ class MemoryReading:
         """Where the last failed attempt at a place failed; None if nothing is known."""
         run = self._runs.get(check_id(run_id, "run id"))
         kept = None if run is None else run.troubles.get((position, branch))
-        return None if kept is None else read_trouble(kept[2], kept[0], kept[1])
+        return None if kept is None else read_trouble(kept[2](), kept[0], kept[1])
 
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None

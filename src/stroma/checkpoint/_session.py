@@ -222,12 +222,14 @@ class DurableSession:
         step = Step(contract, ref, data, checksum(data), *(call or (None, None)))
         return self._keep(Commit(self.run_id, self.fence, _attempt(row), step))
 
-    def note_trouble(self, position: int, branch: str, attempt: int, started_ns: int, data: bytes) -> None:
+    def note_trouble(
+        self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
+    ) -> None:
         """Keep where an attempt failed together with it, when it is recorded; in place of what failed there before.
 
         Not under a codec: lines of source would stand beside what it hides.
         """
-        if data and self._payloads.codec is None:
+        if self._payloads.codec is None and (data := write()):
             self._troubles[position, branch] = (attempt, started_ns, data)
 
     def _keep(self, commit: Commit) -> Awaitable[None]:

@@ -144,10 +144,12 @@ class _MemorySession:
     def delivered(self, row: Row) -> None:
         return None
 
-    def note_trouble(self, position: int, branch: str, attempt: int, started_ns: int, data: bytes) -> None:
-        """Keep where an attempt failed, in place of what failed there before."""
-        if data and self._run.epoch == self._epoch:
-            self._run.troubles[position, branch] = (attempt, started_ns, data)
+    def note_trouble(
+        self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
+    ) -> None:
+        """Keep where an attempt failed, in place of what failed there before; it is written down when it is asked for."""
+        if self._run.epoch == self._epoch:
+            self._run.troubles[position, branch] = (attempt, started_ns, write)
 
     def note_traceparent(self, traceparent: str) -> None:
         if self._run.epoch == self._epoch:

@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import timedelta
+from functools import partial
 from typing import Any
 
 import pytest
@@ -879,7 +880,7 @@ class JournalStoreTests:
         for number in (1, 2):
             failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
             data = b'[[["flow.py", %d, "work", "raise it"]], [["lib.py", 1, "call", ""]]]' % number
-            session.note_trouble(3, "1", number, failed[STARTED], data)
+            session.note_trouble(3, "1", number, failed[STARTED], partial(bytes, data))
             await settled(session.record(failed, None, None))
         found = store.trouble_of("run", 3, "1")
         codec = getattr(getattr(store, "_payloads", None), "codec", None)
