@@ -4,7 +4,8 @@ usage: ./dev chaos [--fault NAME ...] [--rounds N] [--store URL] [--seed S] [--f
 
 Each fault prints one line of figures. Its rounds are drawn from the seed and their number, so that one of them can be
 repeated with --first N --rounds 1; when a signal arrives is up to the machine all the same. The fault "items" (a map
-over 100,000 items, a minute for each round) strikes only where it is named.
+over 100,000 items, a minute for each round) and those of a Temporal cluster ("temporal-worker", "temporal-server",
+"temporal-stop") strike only where they are named.
 
 Exit code 0 if every invariant held, 1 if one was broken, 2 for wrong arguments.
 """
@@ -15,12 +16,12 @@ import argparse
 import sys
 import time
 
-from tests.chaos import items, power, rounds, servers, unrest
+from tests.chaos import cluster, items, power, rounds, servers, unrest
 from tests.chaos.check import Figures
 
-STRIKES = {"powercut": "cuts", "fsync": "failures", **unrest.STRIKES}
+STRIKES = {"powercut": "cuts", "fsync": "failures", **unrest.STRIKES, **cluster.STRIKES}
 PROCESSES = {**rounds.FAULTS, **unrest.FAULTS}
-FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS)
+FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS, *cluster.FAULTS)
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -44,8 +45,8 @@ def main(argv: list[str] | None = None) -> int:
 
         def can_have(fault: str) -> bool:
             # Only a store of its own file can lose its power without its neighbours. A map of 100,000 items takes a
-            # minute for each round: it is struck where somebody asks for it.
-            if fault in items.FAULTS:
+            # minute for each round, a cluster has no store of ours: they are struck where somebody asks for it.
+            if fault in items.FAULTS or fault in cluster.FAULTS:
                 return bool(given.fault)
             return (
                 given.store == "sqlite"
@@ -70,6 +71,8 @@ def main(argv: list[str] | None = None) -> int:
             if fault in PROCESSES:
                 strike = PROCESSES[fault]
                 figures = rounds.rounds(fault, strike, url, server, given.seed, numbers, broke)
+            elif fault in cluster.FAULTS:
+                figures = cluster.rounds(fault, given.seed, numbers, broke)
             elif fault in items.FAULTS:
                 figures = items.rounds(fault, url, given.seed, numbers, broke)
             else:
