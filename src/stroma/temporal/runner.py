@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any, Final, Literal, cast
 
 from pydantic import BaseModel
@@ -58,7 +59,8 @@ class TemporalRunner:
     silent for so long is lost, and its attempts are begun again elsewhere; it beats at half of it. ``attempt_seconds``: no
     attempt may take longer, whatever its own timeout. ``deliveries``: how many workers are tried that are lost, or lack
     the node, before the run stops as PARTIAL; the second after ``redelivery_seconds``, the others after ever longer waits.
-    ``history_events``: a run with a longer history goes on with a fresh one.
+    ``history_events``: a run with a longer history goes on with a fresh one. ``task_seconds``: what a worker has for
+    saying what comes next in a run, its history replayed; one that is lost in that moment is noticed after it.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class TemporalRunner:
         deliveries: int = 10,
         redelivery_seconds: float = 1.0,
         history_events: int = 10_000,
+        task_seconds: float = 10.0,
     ) -> None:
         self.client = client
         self.task_queue = task_queue
@@ -88,6 +91,7 @@ class TemporalRunner:
             "redelivery_seconds": redelivery_seconds,
             "history_events": history_events,
         }
+        self._task_timeout = timedelta(seconds=task_seconds)
         self._search: bool | None = None
 
     # ------------------------------------------------------------------ running
@@ -362,6 +366,7 @@ class TemporalRunner:
                 id=_workflow_id(run_id),
                 task_queue=self.task_queue,
                 result_type=dict,
+                task_timeout=self._task_timeout,
                 id_conflict_policy=conflict.TERMINATE_EXISTING if over_another else conflict.FAIL,
                 memo={"stroma_execution": plan["execution"], "stroma_pipeline": plan["pipeline"]},
                 search_attributes=TypedSearchAttributes(attributes) if search else None,
