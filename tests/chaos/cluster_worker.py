@@ -150,7 +150,7 @@ def run_and_judge(address: str, queue: str, runs: list[str], diary: str, told: s
 
 async def _runs(address: str, queue: str, runs: list[str], diary: str, late: int) -> dict[str, Any]:
     client = await connect(address)
-    runner = TemporalRunner(client, queue, heartbeat_seconds=HEARTBEAT, redelivery_seconds=0.1)
+    runner = TemporalRunner(client, queue, heartbeat_seconds=HEARTBEAT, task_seconds=2.0, redelivery_seconds=0.1)
     found: dict[str, Any] = {"broken": [], "commits": 0, "repeated": 0, "seconds": 0.0}
     begun = time.monotonic()
     results = await asyncio.gather(*[_one(runner, run_id) for run_id in runs], return_exceptions=True)
