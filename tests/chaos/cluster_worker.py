@@ -139,30 +139,37 @@ def work(address: str, queue: str, diary: str, pause: float) -> None:
 # ---------------------------------------------------------------------- who begins the runs, and judges them
 
 
-def run_and_judge(address: str, queue: str, runs: list[str], diary: str, told: str, late: int = 0) -> None:
+def run_and_judge(
+    address: str, queue: str, runs: list[str], diary: str, told: str, stopped: int | None = None
+) -> None:
     """Begin the runs, wait for their ends, and write what was broken to ``told``.
 
-    ``late``: the diary shall have so many ended calls that came to nothing before the histories are looked at.
+    ``stopped``: a process that wakes up late. The histories are looked at after it has ended a call to no avail.
     """
-    found = asyncio.run(_runs(address, queue, runs, diary, late))
+    found = asyncio.run(_runs(address, queue, runs, diary, stopped))
     Path(told).write_text(json.dumps(found))
 
 
-async def _runs(address: str, queue: str, runs: list[str], diary: str, late: int) -> dict[str, Any]:
+async def _runs(address: str, queue: str, runs: list[str], diary: str, stopped: int | None) -> dict[str, Any]:
     client = await connect(address)
-    runner = TemporalRunner(client, queue, heartbeat_seconds=HEARTBEAT, task_seconds=2.0, redelivery_seconds=0.1)
+    runner = TemporalRunner(
+        client, queue, heartbeat_seconds=HEARTBEAT, task_seconds=2.0, redelivery_seconds=0.1
+    )
     found: dict[str, Any] = {"broken": [], "commits": 0, "repeated": 0, "seconds": 0.0}
     begun = time.monotonic()
     results = await asyncio.gather(*[_one(runner, run_id) for run_id in runs], return_exceptions=True)
     found["seconds"] = time.monotonic() - begun
     deadline = time.monotonic() + RUN_SECONDS
-    while late and _vain(diary, results) < late and time.monotonic() < deadline:
+    while stopped is not None and not _was_late(diary, results, stopped):
+        if time.monotonic() > deadline:
+            found["broken"].append(f"process {stopped} ended no call late: this round shows nothing")
+            break
         await asyncio.sleep(0.05)
     for run_id, result in zip(runs, results, strict=True):
         if isinstance(result, BaseException):
             found["broken"].append(f"I5: run {run_id}: {type(result).__name__}: {result}")
             continue
-        judge = _Judge(run_id, result, diary)
+        judge = _Judge(run_id, result, diary, stopped)
         judge.check(await _ended_at(client, run_id))
         again = await runner.trace(pipeline(), run_id)
         if again.final_state != result.final_state or len(again.trace) != len(result.trace):
@@ -177,25 +184,24 @@ async def _one(runner: TemporalRunner, run_id: str) -> ExecutionResult:
     async with asyncio.timeout(RUN_SECONDS):
         while True:
             try:
-                return await runner.run(pipeline(), State(), run_id=run_id, if_running="attach", if_exists="return")
+                return await runner.run(
+                    pipeline(), State(), run_id=run_id, if_running="attach", if_exists="return"
+                )
             except RPCError:  # The server is down for longer than the client tries.
                 await asyncio.sleep(0.1)
 
 
-def _vain(diary: str, results: list[Any]) -> int:
-    """How many calls have ended of which no output is kept."""
+def _was_late(diary: str, results: list[Any], pid: int) -> bool:
+    """Whether a process has ended a call of which nothing is kept."""
     kept: set[str] = set()
     for result in results:
         if isinstance(result, ExecutionResult):
-            kept |= {made for _, made in _tokens(result)}
-    return sum(
-        line[0] == "done" and line[4] not in kept and not (line[3] == "1" and _flaky(line))
-        for line in read_diary(diary)
+            kept |= {token for _, token in _tokens(result)}
+            kept |= {event.failure_message or "" for event in result.trace.walk()}
+    return any(
+        kind == "done" and int(who) == pid and token not in kept
+        for kind, _, _, _, token, who, _ in read_diary(diary)
     )
-
-
-def _flaky(line: list[str]) -> bool:
-    return line[2] in ("1|", "10|3")
 
 
 def _tokens(result: ExecutionResult) -> list[tuple[str, str]]:
@@ -245,15 +251,17 @@ async def _ended_at(client: Client, run_id: str) -> dict[tuple[str, int], int]:
 class _Judge:
     """What a run came to against what the diary says."""
 
-    def __init__(self, run_id: str, result: ExecutionResult, diary: str) -> None:
+    def __init__(self, run_id: str, result: ExecutionResult, diary: str, stopped: int | None) -> None:
         self.broken: list[str] = []
         self.commits = self.repeated = 0
         self._run_id = run_id
         self._result = result
         self._calls: dict[tuple[str, int], list[tuple[str, int]]] = defaultdict(list)
-        for kind, run, place, attempt, token, _, at in read_diary(diary):
+        for kind, run, place, attempt, token, pid, at in read_diary(diary):
             if kind == "call" and run == run_id:
-                self._calls[place, int(attempt)].append((token, int(at)))
+                # One that wakes up with what it was handed before learns at its end that it is too late.
+                began = 0 if int(pid) == stopped else int(at)
+                self._calls[place, int(attempt)].append((token, began))
 
     def bad(self, invariant: str, what: str) -> None:
         self.broken.append(f"{invariant}: run {self._run_id}: {what}")
@@ -269,7 +277,9 @@ class _Judge:
         if len(kept) != len(set(kept)) or self.commits != COMMITS:
             self.bad("I2", f"{len(kept)} outputs at {self.commits} places; there are {COMMITS}")
         for place, token in _tokens(result):
-            if token not in {made for at, calls in self._calls.items() if at[0] == place for made, _ in calls}:
+            if token not in {
+                made for at, calls in self._calls.items() if at[0] == place for made, _ in calls
+            }:
                 self.bad("I1", f"{place}: no call made what is kept, {token}")
         for at, calls in self._calls.items():
             self.repeated += len(calls) - 1
