@@ -35,12 +35,26 @@ class TemporalServer:
 
     def start(self) -> None:
         """Start it, again after kill(), with what its file has; ready when this returns."""
-        command = [temporal_binary(), "server", "start-dev", "--headless", "--ip", "127.0.0.1", "--port", str(self.port)]
+        command = [
+            temporal_binary(),
+            "server",
+            "start-dev",
+            "--headless",
+            "--ip",
+            "127.0.0.1",
+            "--port",
+            str(self.port),
+        ]
         command += ["--log-level", "never"]
         if self._file is not None:
             command += ["--db-filename", str(self._file)]
         if self._search:
-            command += ["--search-attribute", "StromaPipeline=Keyword", "--search-attribute", "StromaStatus=Keyword"]
+            command += [
+                "--search-attribute",
+                "StromaPipeline=Keyword",
+                "--search-attribute",
+                "StromaStatus=Keyword",
+            ]
         self.process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         deadline = time.monotonic() + 60
         while True:

@@ -127,7 +127,7 @@ class ReliabilityContext:
     __slots__ = (
         "__weakref__", "_beginning", "_calls", "_gives_up", "_next_position", "_notes", "_opening", "_recorded", "_waits",
         "_warned", "budget", "cancelled", "chained", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
-        "delivers", "done", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "hooks", "interrupt", "kept_traceparent", "lends", "lent",
+        "delivers", "done", "elsewhere", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "hooks", "interrupt", "kept_traceparent", "lends", "lent",
         "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
         "step_timeouts", "suspended", "timed", "trace", "traceparent", "unpriced",
@@ -214,6 +214,8 @@ class ReliabilityContext:
         #: How many items of maps failed while the others went on; and of which committed maps how many did.
         self.failed_items = 0
         self.failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
+        #: Whether the run's other parts are in other processes: what begins it, ends it, and makes its other attempts.
+        self.elsewhere = False
         #: Ends the run once a shutdown has asked that nothing new is begun; None before.
         self.interrupt: Callable[[], None] | None = None
         #: The W3C trace context that the caller gave, and the one that is kept for those who resume the run: that of

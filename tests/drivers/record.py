@@ -89,6 +89,21 @@ RECORDINGS: dict[str, Callable[[TemporalDriver], Awaitable[None]]] = {
 }
 
 
+def _scrub(told: Any) -> None:
+    """Nothing of the machine that recorded it: who, and where its files are."""
+    if isinstance(told, dict):
+        for key, value in told.items():
+            if key == "identity":
+                told[key] = "worker"
+            elif key == "stackTrace":
+                told[key] = ""
+            else:
+                _scrub(value)
+    elif isinstance(told, list):
+        for value in told:
+            _scrub(value)
+
+
 async def main(names: list[str]) -> None:
     server = TemporalServer()
     try:
@@ -96,12 +111,9 @@ async def main(names: list[str]) -> None:
         for name in names or RECORDINGS:
             await RECORDINGS[name](TemporalDriver(client))
             history: Any = json.loads((await client.get_workflow_handle(name).fetch_history()).to_json())
-            for event in history["events"]:  # Nothing of the machine that recorded it.
-                for inner in event.values():
-                    if isinstance(inner, dict) and "identity" in inner:
-                        inner["identity"] = "worker"
+            _scrub(history)
             HISTORIES.mkdir(exist_ok=True)
-            (HISTORIES / f"{name}.json").write_text(json.dumps(history, indent=1) + "\n")
+            (HISTORIES / f"{name}.json").write_text(json.dumps(history, separators=(",", ":")) + "\n")
             print(f"{name}: {len(history['events'])} events")
     finally:
         server.kill()

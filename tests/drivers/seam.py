@@ -16,6 +16,7 @@ from stroma.remote.attempts import Attempts
 from stroma.remote.interpreter import Continue, Interpreter, new_state
 from stroma.remote.plans import Known, freeze
 from stroma.remote.results import broken_of, result_of
+from stroma.remote.wire import fold, unfold
 from stroma.schemas import schema_of
 from stroma.trace import ExecutionResult
 
@@ -66,7 +67,7 @@ class SeamRunner:
                 report = await Interpreter(plan, at, self.seam).go()
                 break
             except Continue:
-                at = json.loads(json.dumps(at))
+                at = unfold(json.loads(json.dumps(fold(at))))
         result = await result_of(json.loads(json.dumps(report)), known, None)
         broken = broken_of(report, result)
         if broken is not None:

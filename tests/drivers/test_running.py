@@ -253,7 +253,7 @@ async def test_cancelling_a_group_cancels_what_is_inside(driver: Any, run_id: st
 
 
 def _has_child(state: dict[str, Any]) -> bool:
-    return bool(state["state"]["done"])
+    return bool(state["state"]["tree"]["done"])
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import asyncio
 import json
 import pathlib
 import uuid
+from dataclasses import replace
 from datetime import timedelta
 from typing import Any
 
@@ -16,10 +17,34 @@ from temporalio.client import WorkflowHistory
 from temporalio.converter import DataConverter, PayloadCodec
 from temporalio.worker import Replayer
 from tests.drivers.conftest import TemporalDriver, connect
-from tests.drivers.scenarios import AT_ONCE, NEVER, Num, Texts, counted, failing, lengths, node
+from tests.drivers.scenarios import (
+    AT_ONCE,
+    NEVER,
+    Left,
+    Num,
+    Right,
+    Texts,
+    counted,
+    failing,
+    half,
+    joined,
+    lengths,
+    node,
+)
+from tests.drivers.test_running import asking
 from tests.servers_temporal import TemporalServer
 
-from stroma import FailureClass, Pipeline, RunBusy, RunConfig, RunStatus, map_over, parallel
+from stroma import (
+    FailureClass,
+    Pipeline,
+    RunBusy,
+    RunConfig,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    map_over,
+    parallel,
+)
 from stroma.checkpoint.payloads import DirectoryBlobs
 from stroma.temporal import RemoteFailure, StromaPlugin, register_search_attributes, stroma_worker
 
@@ -83,6 +108,70 @@ async def test_a_large_initial_state(temporal: TemporalDriver, tmp_path: pathlib
     async with temporal.bind([measured(calls)]) as bound:
         result = await bound.run(Blob(text="y" * 3_000_000))
     assert result.final_state == Num(n=3_000_000)
+
+
+@pytest.mark.parametrize("char", ["x", "\u0436", '"'])
+async def test_many_states_of_some_size_fit_or_are_refused_once(temporal: TemporalDriver, char: str) -> None:
+    """Without a payload store a run holds a mebibyte; what goes beyond stops it as PARTIAL, with each node called once."""
+    calls: list[str] = []
+
+    def grows(node_id: str) -> Any:
+        async def func(state: Blob) -> dict[str, str]:
+            calls.append(node_id)
+            return {"text": state.text + char * 9_000}
+
+        return node(node_id, func, Blob, Blob)
+
+    nodes = [grows(f"n{number}") for number in range(30)]
+    async with temporal.bind(nodes, policy_map=AT_ONCE) as bound:
+        result = await bound.run(Blob(text=""))
+    assert result.status is RunStatus.PARTIAL
+    assert result.failure is not None
+    assert "payloads=" in result.failure.message
+    assert len(calls) == len(set(calls)) == len(result.trace) > 3
+
+
+async def test_a_large_output_that_breaks_its_contract_executes_its_node_once(
+    temporal: TemporalDriver,
+) -> None:
+    """Neither the violation nor an enormous message is too large to be told."""
+    calls: list[str] = []
+
+    async def odd(state: Num) -> dict[str, Any]:
+        calls.append("odd")
+        return {"n": "z" * 3_000_000}
+
+    async def wordy(state: Num) -> dict[str, Any]:
+        calls.append("wordy")
+        raise ValueError("z" * 3_000_000)
+
+    for one, kind in (
+        (node("odd", odd), FailureClass.TERMINAL),
+        (node("wordy", wordy), FailureClass.AMBIGUOUS),
+    ):
+        async with temporal.bind([one], policy_map=NEVER) as bound:
+            result = await bound.run(Num())
+        assert result.failure is not None
+        assert result.failure.failure_class is kind
+    assert calls == ["odd", "wordy"]
+
+
+async def test_a_large_value_in_the_context_stays_where_it_is(temporal: TemporalDriver) -> None:
+    """It is told in the log, the node is called once, and small ones reach the next node."""
+    calls: list[str] = []
+
+    async def puts(state: Num, ctx: dict[str, Any]) -> dict[str, int]:
+        calls.append("puts")
+        ctx["large"], ctx["small"] = "x" * 3_000_000, 1
+        return {"n": 1}
+
+    async def gets(state: Num, ctx: dict[str, Any]) -> dict[str, int]:
+        calls.append("gets")
+        return {"n": ctx["small"] + ("large" in ctx)}
+
+    async with temporal.bind([node("puts", puts), node("gets", gets)]) as bound:
+        result = await bound.run(Num())
+    assert (calls, result.final_state) == (["puts", "gets"], Num(n=1))
 
 
 # ---------------------------------------------------------------------- code that changes
@@ -427,3 +516,112 @@ async def test_siblings_that_spend_more_together(temporal: TemporalDriver) -> No
     assert result.failure is not None
     assert result.failure.failure_class is FailureClass.RECOVERABLE
     assert "max_tokens_total" in result.failure.message
+
+
+# ---------------------------------------------------------------------- the store that shows runs
+
+
+async def test_a_store_shows_runs_as_those_of_the_local_runner(
+    temporal: TemporalDriver, tmp_path: pathlib.Path
+) -> None:
+    """Runs, attempts and outputs are in the journal as a local run leaves them there; one that waits, with what for."""
+
+    def nodes(calls: list[str]) -> list[Any]:
+        return [
+            failing(calls, "a", TimeoutError("slow"), tokens=7),
+            parallel(half(calls, "l", "left", Left), half(calls, "r", "right", Right), max_concurrency=1),
+            joined(calls), asking(calls, "ask"),
+        ]  # fmt: skip
+
+    def shown(store: SQLiteStore, run_id: str) -> Any:
+        run = store.get_run(run_id)
+        assert run is not None
+        attempts = [
+            replace(attempt, started_ms=0, duration_ms=0.0, started_ns=0, epoch=0)
+            for attempt in store.attempts(run_id)
+        ]
+        return (run.status, run.pipeline, run.tokens, run.nodes, run.error), attempts
+
+    run_id = uuid.uuid4().hex
+    async with SQLiteStore(tmp_path / "mirror.db") as store, SQLiteStore(tmp_path / "local.db") as journal:
+        temporal.worker_options["store"] = store
+        async with temporal.bind(nodes([]), policy_map=AT_ONCE) as bound:
+            await bound.run(Num(), run_id=run_id)
+            runner = StromaRunner.quick(store=journal, policy_map=AT_ONCE)
+            local = Pipeline("pipe", nodes([]))
+            await runner.run(local, Num(), run_id=run_id)
+            assert shown(store, run_id) == shown(journal, run_id)
+            assert [w.reason for w in store.waiting(run_id)] == ["may ask go on?"]
+            await bound.runner.signal(run_id, {"approved": True})
+            resumed = await bound.go_on(Num(), run_id)
+            await runner.signal(run_id, {"approved": True})
+            await runner.run(local, Num(), run_id=run_id, resume=True)
+            assert resumed.status is RunStatus.RESUMED
+            assert shown(store, run_id) == shown(journal, run_id)
+
+
+async def test_spans_of_a_run_stand_under_one_trace(temporal: TemporalDriver) -> None:
+    """What begins, attempts and ends a run are requests of their own: they nest by its trace context."""
+    from opentelemetry.sdk.trace import TracerProvider
+    from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+    from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
+
+    from stroma.telemetry.opentelemetry import otel_hooks
+
+    exporter = InMemorySpanExporter()
+    provider = TracerProvider()
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    nodes = [counted([], "a"), parallel(half([], "l", "left", Left), half([], "r", "right", Right))]
+    async with temporal.bind(nodes, hooks=otel_hooks(tracer=provider)) as bound:
+        result = await bound.run(Num(), traceparent="00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01")
+    assert result.hook_errors == []
+    spans = {span.name: span for span in exporter.get_finished_spans()}
+    names = {span.context.span_id: span.name for span in spans.values()}
+    parents = {
+        name: None if span.parent is None else names.get(span.parent.span_id) for name, span in spans.items()
+    }
+    group = "stroma.node parallel(l, r)"
+    assert parents == {
+        "invoke_workflow pipe": None,  # Under the caller's own.
+        "stroma.node a": "invoke_workflow pipe",
+        group: "invoke_workflow pipe",
+        "stroma.node l": group,
+        "stroma.node r": group,
+        "stroma.node_end parallel(l, r)": group,
+        "stroma.run_end pipe": "invoke_workflow pipe",
+    }
+    assert {f"{span.context.trace_id:032x}" for span in spans.values()} == {
+        "0af7651916cd43dd8448eb211c80319c"
+    }
+    assert spans["stroma.run_end pipe"].attributes["stroma.status"] == "COMPLETED"
+
+
+async def test_limits_of_all_runs_hold_in_every_attempt(
+    temporal: TemporalDriver, tmp_path: pathlib.Path
+) -> None:
+    """A shared budget in a store stops the second run, whichever worker it is on; a limit bounds how many run at once."""
+    from stroma import Limit, SharedBudget
+
+    running = [0, 0]
+
+    async def spends(state: Num) -> Any:
+        running[0] += 1
+        running[1] = max(running)
+        await asyncio.sleep(0.02)
+        running[0] -= 1
+        return {"n": state.n + 1}, 60
+
+    async with SQLiteStore(tmp_path / "shared.db") as store:
+        budget = SharedBudget("team", store=store, max_tokens=100)
+        nodes = [parallel(node("a", spends), node("b", spends))]
+        limits = {"calls": Limit(concurrent=1, store=store)}
+        async with temporal.bind(
+            nodes, shared_budgets=budget, limits=limits, node_limits={"a": "calls", "b": "calls"}
+        ) as bound:
+            first = await bound.run(Num())
+            second = await bound.run(Num())
+    assert running[1] == 1
+    assert first.total_tokens == 120
+    assert (second.status, second.total_tokens) == (RunStatus.PARTIAL, 0)
+    assert second.failure is not None
+    assert "team" in second.failure.message

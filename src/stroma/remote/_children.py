@@ -1,5 +1,8 @@
 """What runs inside a group: the children of parallel(), or the items of a map, so many at once."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio
@@ -39,7 +42,10 @@ def _no_room(node_id: str) -> Failed:
 class Children:
     """What runs inside a group in one attempt of it: the children of parallel(), or the items of a map."""
 
-    def __init__(self, run: Interpreter, place: Place, value: Value, attempt: int, opened: int) -> None:
+    def __init__(
+        self, run: Interpreter, place: Place, value: Value, attempt: int, opened: int, traceparent: str | None
+    ) -> None:
+        self.traceparent = traceparent
         self._run = run
         self._place = place
         self._value = value
@@ -60,6 +66,7 @@ class Children:
                 {
                     "next": 0, "outputs": {}, "rows": [], "packs": [], "old_packs": [], "packed": [], "failures": [],
                     "busy": [], "attempt": attempt, "opened_ns": opened,
+                    "traceparent": traceparent,
                 },
             )  # fmt: skip
             if (
@@ -67,7 +74,11 @@ class Children:
             ):  # A new attempt, or a new segment: what is not done is asked for again.
                 self._map["next"] = 0
                 self._map["busy"] = []
-            self._map["attempt"], self._map["opened_ns"] = attempt, opened
+            self._map["attempt"], self._map["opened_ns"], self._map["traceparent"] = (
+                attempt,
+                opened,
+                traceparent,
+            )
             self.rows = self._map["rows"]
             self.failures = self._map["failures"]
 
@@ -88,7 +99,7 @@ class Children:
         if self._stops:
             return
         number = 0 if self._each else index
-        place = self._place.child(index, spec, number, self.rows, kind)
+        place = self._place.child(index, spec, number, self.rows, kind, self.traceparent)
         outcome = await self._run.execute(place, value)
         if not isinstance(outcome, Stopped):
             self.outputs[index] = outcome

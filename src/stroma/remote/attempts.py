@@ -1,5 +1,8 @@
 """What an interpreter asks for, done on a worker by the engine's own code: exactly one attempt, one end of a run."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio
@@ -28,23 +31,27 @@ from stroma.checkpoint import (
 from stroma.checkpoint.payloads import BlobStore
 from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
-from stroma.contracts import ContractRegistry
+from stroma.contracts import ContractRegistry, ContractViolation
 from stroma.execution import CURRENT, NodeExecution, leave
-from stroma.failures import Failure, ItemFailure, NodeContext, Suspend, diagnose
+from stroma.failures import Failure, ItemFailure, NodeContext, Suspend, diagnose, message_of
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node
+from stroma.remote.mirror import is_mirrored, mirror
 from stroma.remote.plans import FROZEN, Known, MissingNode, context_of
-from stroma.remote.results import fetch, result_of, unpack
+from stroma.remote.results import Reader, fetch, result_of, unpack
 from stroma.remote.wire import (
     LARGE,
     ClassName,
     Event,
     NodeSpec,
     Reply,
+    Report,
     Request,
     Value,
+    clip,
     failure_of,
     said_of,
+    weight,
 )
 from stroma.runner import Pipeline
 from stroma.schemas import Schema, schema_of
@@ -78,9 +85,11 @@ class Attempts:
         config: RunConfig | None = None,
         registry: ContractRegistry | None = None,
         payloads: BlobStore | None = None,
+        store: Any = None,
     ) -> None:
         self.registry = ContractRegistry() if registry is None else registry
         self.payloads = payloads
+        self.store = store
         self._manager = CheckpointManager(InMemoryStore())  # Nothing is kept in it: the driver keeps runs.
         self._known: dict[str, tuple[Known, RunConfig]] = {}
         for pipeline in pipelines:
@@ -191,6 +200,7 @@ class _Work:
         )
         ctx.pipeline = request["pipeline"]
         ctx.traceparent = request["traceparent"]
+        ctx.elsewhere = True
         spent = request["spent"]
         ctx.cost_tracker.prior_tokens = spent["tokens"]
         ctx.cost_tracker.prior_cost_usd = spent["cost_usd"]
@@ -203,7 +213,7 @@ class _Work:
 
     async def value(self, text: str, cls: ClassName) -> Value:
         """A text on its way to the driver; a large one goes to the payload store. Raises StoreError."""
-        size = len(text.encode())
+        size = weight(text)
         store = self.owner.payloads
         if size < LARGE and size <= self.room:
             self.room -= size
@@ -255,8 +265,9 @@ class _Work:
         if last is not None:
             run.last_failure = failure_of(last)
             contract = self.known.contract(node) if isinstance(node, Node) else None
-            if contract is not None and hasattr(run.last_failure.exception, "schema"):
-                run.last_failure.exception.schema = contract.output_schema
+            violation = run.last_failure.exception
+            if contract is not None and isinstance(violation, ContractViolation):
+                violation.schema = contract.output_schema
         answer = request.get("answer")
         if answer is not None and answer["payload"] is not None:
             told = Waiting(
@@ -373,6 +384,8 @@ class _Work:
             reply["halt"] = {"partial": halt.partial, "spent": halt.spent, "suspended": False}
             if self.record.row is not None:
                 reply["row"] = await self._event(self.record.row, group)
+        if self.ctx.kept_traceparent is not None:
+            reply["traceparent"] = self.ctx.kept_traceparent
         return self._noted(reply)
 
     async def items(self) -> Reply:
@@ -399,10 +412,9 @@ class _Work:
         assert isinstance(group, Group)
         value = await self.model_of(request["value"])
         self.ctx.fire.on_node_start = None  # It was told when the group was opened.
-        reply = await self._attempt(replace(group, run=self._ended), value, begun=True)
-        if "row" in reply:
-            reply["row"]["started_ns"] = request["opened_ns"]
-        return reply
+        # Its row, and whoever watches, are to have the time at which it was opened.
+        self.ctx.epoch_ns -= max(0, time_ns() - request["opened_ns"])
+        return await self._attempt(replace(group, run=self._ended), value, begun=True)
 
     async def _ended(
         self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
@@ -455,6 +467,8 @@ class _Work:
 
     async def end(self) -> Reply:
         ctx, report = self.ctx, self.request["report"]
+        if self.owner.store is not None and is_mirrored(report["status"]):
+            await self._mirror(report)
         if ctx.fire.on_run_end is None:
             return {}
         result = await result_of(report, self.known, self.owner.payloads)
@@ -465,6 +479,14 @@ class _Work:
             reply["broken"] = ["HookNotAsync", str(error)]
         return self._noted(reply)
 
+    async def _mirror(self, report: Report) -> None:
+        reader = Reader(self.known, self.owner.payloads, report["run_id"], report["values"])
+        try:
+            initial = await self.model_of(self.request["value"])
+            await mirror(self.owner.store, report, reader, initial, self.ctx.config.tags)
+        except Exception:  # What it came to is safe where it was run.
+            self.ctx.run_logger.exception("the run could not be written to %r", self.owner.store)
+
     # ------------------------------------------------------------------ what goes back
 
     def _noted(self, reply: Reply) -> Reply:
@@ -474,13 +496,19 @@ class _Work:
             reply["context"] = changes
         for key in unsaid:
             ctx.run_logger.warning(
-                "context[%r] is no JSON value; it stays in this process, and no other node sees it", key
+                "context[%r] is no JSON value, or a large one; it stays in this process, and no other node sees it",
+                key,
             )
         if ctx.unpriced:
             reply["unpriced"] = ctx.unpriced
         if ctx.hook_failures:
             reply["hook_errors"] = [
-                [failed.hook, failed.node_id, type(failed.exception).__name__, str(failed.exception)]
+                [
+                    failed.hook,
+                    failed.node_id,
+                    type(failed.exception).__name__,
+                    clip(message_of(failed.exception)),
+                ]
                 for failed in ctx.hook_failures
             ]
         warned = [w for w in ctx._warned if isinstance(w, str) and w not in self.request["warned"]]
@@ -496,7 +524,7 @@ class _Work:
             "started_ns": row[STARTED],
             "duration_ns": row[DURATION],
             "outcome": row[OUTCOME],
-            "failure": None if failure is None else [failure[0].value, failure[1], failure[2]],
+            "failure": None if failure is None else [failure[0].value, clip(failure[1]), failure[2]],
             "usage": None if used is None else [
                 used.tokens, used.output_tokens, used.cost_usd, used.model, used.cached_input_tokens,
                 used.cache_write_tokens,
@@ -537,5 +565,5 @@ class _Work:
             return None
         try:
             return await self.value(text, cls)
-        except StoreError:  # The output is more important than the picture of an input.
+        except Exception:  # The output is more important than the picture of an input.
             return {"text": "{}", "size": 2, "cls": ["raw"]}

@@ -3,6 +3,9 @@
 So it may run where code is replayed (a Temporal workflow), and it can be given its state back at any of its safe points.
 """
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio
@@ -81,7 +84,9 @@ class Interpreter:
             status = RunStatus.INTERRUPTED
         self.status = status
         try:
-            reply, late = await self.driver.call(self._request("end", report=self.report()))
+            reply, late = await self.driver.call(
+                self._request("end", value=state["initial"], report=self.report())
+            )
             self._note(reply)
             cancelled |= late
         except asyncio.CancelledError:
@@ -223,7 +228,7 @@ class Interpreter:
             position=place.position,
             branch=place.branch,
             kind=place.kind,
-            **more,
+            **{"traceparent": place.traceparent or self.state["traceparent"], **more},
         )
 
     def _note(self, reply: Reply) -> None:
@@ -378,7 +383,6 @@ class Interpreter:
             attempt = progress["attempt"] - 1  # After a fresh history, in the middle of it.
         while True:
             attempt += 1
-            opened = 0
             if not going or progress is None:
                 request = self.of(place, "open", value, attempt=attempt, after=after, last=last)
                 reply, cancelled = await self.driver.call(request)
@@ -389,11 +393,11 @@ class Interpreter:
                 self._note(reply)
                 if "broken" in reply:
                     raise Broken
-                opened = reply["at_ns"]
+                opened, span = reply["at_ns"], reply.get("traceparent")
             else:
-                opened, cancelled = progress["opened_ns"], False
+                opened, span, cancelled = progress["opened_ns"], progress["traceparent"], False
             going = False
-            children = Children(self, place, value, attempt, opened)
+            children = Children(self, place, value, attempt, opened, span or place.traceparent)
             broken = False
             if not cancelled:
                 try:
@@ -422,7 +426,7 @@ class Interpreter:
     ) -> tuple[Value | Stopped | None, Failed]:
         stopped = children.stopped
         request = self.of(
-            place, "close", value, attempt=attempt, opened_ns=opened, busy_ns=children.busy_ns(),
+            place, "close", value, attempt=attempt, traceparent=children.traceparent or self.state["traceparent"], opened_ns=opened, busy_ns=children.busy_ns(),
             indexes=children.in_order()[0], outputs=children.in_order()[1], packs=children.packs(), failures=children.failures, cancelled=cancelled,
             stopped=None if stopped is None else {
                 "failure": stopped.failure, "partial": stopped.partial, "spent": stopped.spent,

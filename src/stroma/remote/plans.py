@@ -1,5 +1,8 @@
 """A pipeline as a frozen plan, and a plan's nodes as those that a process has."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import json
@@ -15,7 +18,7 @@ from stroma.contracts import ContractRegistry, NodeContract
 from stroma.failures import FailureClass, FailurePolicy, PolicyMap
 from stroma.groups import map_over, parallel
 from stroma.nodes import Group, Kept, Node
-from stroma.remote.wire import ClassName, NodeSpec, Plan
+from stroma.remote.wire import CONTEXT, ClassName, NodeSpec, Plan
 from stroma.runner import Pipeline
 from stroma.schemas import schema_of
 
@@ -56,7 +59,7 @@ def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
         "limit": node.limit,
     }
     if node.each:
-        made |= {"over": node.over, "into": node.into, "collect": node.collect}
+        made["over"], made["into"], made["collect"] = node.over, node.into, node.collect
     return made
 
 
@@ -234,16 +237,17 @@ def plain_context(context: dict[str, Any]) -> dict[str, Any]:
     for key, value in context.items():
         if not isinstance(key, str) or not is_json(value):
             raise TypeError(
-                f"context[{key!r}] is {type(value).__name__}, which cannot be sent to a worker; give JSON values, and let the "
-                "worker's own config hold clients and other objects"
+                f"context[{key!r}] is {type(value).__name__}, which cannot be sent to a worker; give JSON values of at most "
+                f"{CONTEXT} bytes, and let the worker's own config hold clients and other objects"
             )
     return dict(context)
 
 
 def is_json(value: Any) -> bool:
-    """Whether JSON has a value exactly as it is."""
+    """Whether JSON has a value exactly as it is, and it is small enough to go with every request."""
     try:
-        return bool(json.loads(json.dumps(value, allow_nan=False)) == value)
+        text = json.dumps(value, allow_nan=False)
+        return len(text) <= CONTEXT and bool(json.loads(text) == value)
     except (TypeError, ValueError, RecursionError):
         return False
 

@@ -1,5 +1,8 @@
 """A report as the result that a local run gives."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 import asyncio
@@ -54,7 +57,7 @@ class Reader:
 
     def __init__(self, known: Known, payloads: BlobStore | None, run_id: str, values: list[Value]) -> None:
         self._known = known
-        self._payloads = payloads
+        self.payloads = payloads
         self._run_id = run_id
         self._values = values
 
@@ -62,11 +65,11 @@ class Reader:
         failure, used = row["failure"], row["usage"]
         children = [await self.event(child) for child in row["children"] or ()]
         for pack in row.get("packs") or ():
-            packed = unpack(await fetch(self._payloads, pack))["rows"]
+            packed = unpack(await fetch(self.payloads, pack))["rows"]
             children += [await self.event(child) for child in packed]
         seconds, ns = divmod(row["started_ns"], 1_000_000_000)
-        given = self._value(row["input"])
-        made = self._value(row["output"])
+        given = self.value(row["input"])
+        made = self.value(row["output"])
         return TraceEvent(
             node_id=row["id"],
             run_id=self._run_id,
@@ -85,11 +88,12 @@ class Reader:
             branch=row["branch"],
         )
 
-    def _value(self, given: Any) -> Value | None:
+    def value(self, given: Any) -> Value | None:
+        """A state of a row, which may name it by its number."""
         return self._values[given] if isinstance(given, int) else given
 
     async def _state(self, value: Value, taker: str | None) -> dict[str, Any]:
-        text = await fetch(self._payloads, value)
+        text = await fetch(self.payloads, value)
         cls = value["cls"]
         if cls[0] == "raw":
             raw = schema_of(Kept).raw_of(text.encode())
@@ -108,7 +112,7 @@ class Reader:
         return ["in", node_id] if self._known.takes(node_id) is not None else None
 
     async def state(self, value: Value) -> BaseModel:
-        return self._known.decode(await fetch(self._payloads, value), value["cls"])
+        return self._known.decode(await fetch(self.payloads, value), value["cls"])
 
 
 async def result_of(report: Report, known: Known, payloads: BlobStore | None) -> ExecutionResult:

@@ -1,5 +1,8 @@
 """Where a run stands, as plain JSON data; and what its interpreter knows of the world."""
 
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
 from __future__ import annotations
 
 from dataclasses import dataclass
@@ -68,6 +71,7 @@ class MapState(TypedDict):
     busy: list[list[int]]
     attempt: int
     opened_ns: int
+    traceparent: str | None
 
 
 class State(TypedDict):
@@ -174,15 +178,18 @@ class Place:
     groups: tuple[str, ...]
     rows: list[Event]
     kind: str = "node"
+    traceparent: str | None = None  # Of the group around it, if whoever watches has one.
 
     @property
     def key(self) -> str:
         return f"{self.position}|{self.branch}"
 
-    def child(self, index: int, spec: NodeSpec, number: int, rows: list[Event], kind: str) -> Place:
+    def child(
+        self, index: int, spec: NodeSpec, number: int, rows: list[Event], kind: str, traceparent: str | None
+    ) -> Place:
         branch = f"{self.branch}.{index}" if self.branch else str(index)
         groups = (*self.groups, self.spec["id"])
-        return Place(spec, (*self.path, number), self.position, branch, groups, rows, kind)
+        return Place(spec, (*self.path, number), self.position, branch, groups, rows, kind, traceparent)
 
 
 NO_FAILURE: Final[Failed] = {

@@ -22,15 +22,23 @@ __all__ = [
     "Request",
     "Spent",
     "Value",
+    "clip",
     "failure_of",
+    "fold",
     "said_of",
     "size_of",
+    "unfold",
+    "weight",
 ]
 
-#: Bytes from which a state goes to the payload store.
+#: Bytes from which a state goes to the payload store. All sizes are those of a JSON string, in which much text grows.
 LARGE: Final = 256 * 1024
-#: Bytes of states that one run may hold beside that: half of what a Temporal payload may be, since JSON in JSON grows.
+#: Bytes of states that one run may hold beside that: half of what a Temporal payload may be, for all else that is in it.
 ROOM: Final = 1024 * 1024
+#: Characters of a message, and bytes of one value of the context dict and of what a broken contract says of the state.
+_LONGEST: Final = 16 * 1024
+CONTEXT: Final = 64 * 1024
+_ERRORS: Final = 100  # of a state that breaks its contract
 
 Operation = Literal["begin", "attempt", "open", "items", "close", "pack", "end"]
 
@@ -60,7 +68,7 @@ ClassName = list[Any]
 
 
 class Value(TypedDict):
-    """A state in stored form: itself, or the name of the blob that it stands in. ``size``: bytes of the text."""
+    """A state in stored form: itself, or the name of the blob that it stands in. ``size``: bytes of the text as JSON."""
 
     text: NotRequired[str]
     blob: NotRequired[str]
@@ -259,6 +267,54 @@ class Report(TypedDict):
     broken: list[str] | None
 
 
+def weight(text: str) -> int:
+    """Bytes of a text in JSON."""
+    return len(json.dumps(text))
+
+
+def clip(text: str) -> str:
+    """A message of bearable length."""
+    left_out = len(text) - _LONGEST
+    return text if left_out <= 0 else f"{text[:_LONGEST]} ... ({left_out} characters are left out)"
+
+
+def fold(tree: Any) -> dict[str, Any]:
+    """A tree of plain data in which each state stands once; see :func:`unfold`."""
+    values: list[Any] = []
+    seen: dict[str, int] = {}
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, list):
+            return [walk(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        if "cls" in node and "size" in node:
+            key = json.dumps([node.get("text"), node.get("blob"), node["cls"]])
+            if key not in seen:
+                seen[key] = len(values)
+                values.append(node)
+            return {"$": seen[key]}
+        return {name: walk(one) for name, one in node.items()}
+
+    return {"tree": walk(tree), "values": values}
+
+
+def unfold(folded: dict[str, Any]) -> Any:
+    """What :func:`fold` was given."""
+    values = folded["values"]
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, list):
+            return [walk(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        if node.keys() == {"$"}:
+            return dict(values[node["$"]])
+        return {name: walk(one) for name, one in node.items()}
+
+    return walk(folded["tree"])
+
+
 def size_of(value: Value | None) -> int:
     """How many bytes of a run's own state a value takes."""
     return 0 if value is None else value["size"] if "text" in value else 100
@@ -270,7 +326,7 @@ def said_of(failure: Failure) -> Failed:
     data: list[Any] | None = None
     if is_a(exc, ContractViolation):
         try:
-            data = json.loads(json.dumps([exc.direction, jsonable(exc.raw), jsonable(exc.errors)]))
+            data = _violated(exc)
         except Exception:  # A node made it, and left out what belongs to it.
             data = None
     elif is_a(exc, BudgetExceeded):
@@ -278,7 +334,7 @@ def said_of(failure: Failure) -> Failed:
     kind = type(exc)
     return {
         "failure_class": failure.failure_class.value,
-        "message": failure.message,
+        "message": clip(failure.message),
         "reason": failure.reason,
         "retry_after": failure.retry_after_seconds,
         "node_id": failure.node_id,
@@ -286,6 +342,24 @@ def said_of(failure: Failure) -> Failed:
         "type": exc.type_name if is_a(exc, RemoteFailure) else kind.__name__,
         "data": data,
     }
+
+
+def _violated(exc: ContractViolation) -> list[Any]:
+    raw, errors = jsonable(exc.raw), [jsonable(error) for error in exc.errors[:_ERRORS]]
+    if len(json.dumps(raw)) > _LONGEST:
+        raw = {"left out": "it is too large to be sent"}
+    if len(json.dumps(errors)) > _LONGEST:
+        errors = [
+            {
+                name: clip(str(e[name])) if name == "msg" else e[name]
+                for name in ("type", "loc", "msg")
+                if name in e
+            }
+            for e in errors
+            if isinstance(e, dict)
+        ]
+    data: list[Any] = json.loads(json.dumps([exc.direction, raw, errors]))
+    return data
 
 
 def failure_of(said: Failed) -> Failure:

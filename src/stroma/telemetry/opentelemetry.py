@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextvars import Token
-from time import perf_counter
+from time import perf_counter, time
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stroma.context import ReliabilityContext
@@ -175,9 +175,14 @@ class _OpenTelemetry(Observer):
             run.kept_traceparent = carrier.get("traceparent")
         if span.is_recording():
             span.set_attribute("stroma.input", self._content.state(run, state))
+        if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
+            del run.notes[self]
+            span.end()
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run = run.notes.pop(self, None)
+        if of_run is None and run.elsewhere:
+            of_run = self._ending(run, result)
         if of_run is None:
             return
         span = of_run.span
@@ -203,6 +208,19 @@ class _OpenTelemetry(Observer):
             self._mark(span, run, failed)
         span.end()
 
+    def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
+        """The end of a run that has begun in another process."""
+        made = _RunSpan()
+        first = next(iter(result.trace), None)
+        if first is not None:
+            made.since -= max(0.0, time() - first.timestamp_utc.timestamp())
+        made.span = self._tracer.start_span(
+            f"stroma.run_end {run.pipeline}",
+            context=None if run.traceparent is None else self._remote(run.traceparent),
+            attributes={"stroma.run.id": run.run_id, "gen_ai.workflow.name": run.pipeline},
+        )
+        return made
+
     def skipped(self, node: NodeExecution) -> None:
         span = self._run_span(node)
         if span is not None:
@@ -224,6 +242,11 @@ class _OpenTelemetry(Observer):
         of_node = node.notes.get(self)
         if of_node is None:
             of_node = self._begin(node)
+            if node.ctx.elsewhere and node.kind == "group":
+                # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
+                carrier: dict[str, str] = {}
+                self._w3c.inject(carrier, self._trace.set_span_in_context(of_node.span))
+                node.ctx.kept_traceparent = carrier.get("traceparent")
             of_node.token = self._attach(of_node.span)
             if of_node.span.is_recording():
                 of_node.span.set_attribute("stroma.input", self._content.state(node.ctx, state))
@@ -239,9 +262,14 @@ class _OpenTelemetry(Observer):
     def _begin(self, node: NodeExecution, start_ns: int | None = None) -> _NodeSpan:
         around = self.around(node)
         above = None if around is None else around.span
+        parent = None if above is None else self._trace.set_span_in_context(above)
+        what, ctx = "node", node.ctx
+        if ctx.elsewhere:
+            what = "node_end" if node.kind == "group" and start_ns is not None else what
+            parent = None if ctx.traceparent is None else self._remote(ctx.traceparent)
         span = self._tracer.start_span(
-            f"stroma.node {node.node_id}",
-            context=None if above is None else self._trace.set_span_in_context(above),
+            f"stroma.{what} {node.node_id}",
+            context=parent,
             start_time=start_ns,
             attributes={
                 "stroma.run.id": node.run_id,

@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from typing import Any, cast
+import json
+from typing import Any, Final, cast
 
 from temporalio import activity
 from temporalio.exceptions import ApplicationError, ApplicationErrorCategory
 
+from stroma.checkpoint import StoreError
 from stroma.remote.attempts import Attempts
 from stroma.remote.plans import MissingNode
 from stroma.remote.wire import Reply, Request
 from stroma.temporal import _names as names
 
 __all__ = ["Activities"]
+
+_LARGEST: Final = 1_900_000  # bytes; a server takes 2 MiB
 
 
 class Activities:
@@ -38,9 +42,11 @@ class Activities:
         beating = None if timeout is None else asyncio.create_task(_beat(timeout.total_seconds() / 2))
         try:
             reply = await self._attempts.perform(cast("Request", request), redelivered=info.attempt > 1)
-        except MissingNode as error:
-            # Another worker of this queue may have it: while new code is rolled out, say.
-            raise ApplicationError(str(error), type=type(error).__name__) from error
+        except (MissingNode, StoreError) as error:
+            # Nothing was begun. Another worker of this queue may have the node, while new code is rolled out, say; and a
+            # payload store may be there again in a moment.
+            last = isinstance(error, StoreError) and not error.transient
+            raise ApplicationError(str(error), type=type(error).__name__, non_retryable=last) from error
         except ApplicationError:
             raise
         except Exception as error:
@@ -67,6 +73,7 @@ def _told(reply: Reply, request: dict[str, Any]) -> Reply:
         if "output" not in reply:
             raise ApplicationError("the worker was shut down", type="WorkerShutdown")
         del reply["cancelled"]
+    _check_size(reply)
     if "failure" in reply and not reply.get("halt", {}).get("suspended") and "broken" not in reply:
         failure = reply["failure"]
         # So that an operator sees it. Its words may hold values of states: they go with the rest, through the codec.
@@ -78,3 +85,14 @@ def _told(reply: Reply, request: dict[str, Any]) -> Reply:
             category=ApplicationErrorCategory.BENIGN,
         )
     return reply
+
+
+def _check_size(reply: Reply) -> None:
+    size = len(json.dumps(reply))
+    if size > _LARGEST:
+        # The server would refuse it, and have the node called again.
+        raise ApplicationError(
+            f"the reply has {size} bytes, and Temporal takes {_LARGEST}; let the node say less",
+            type="TooLarge",
+            non_retryable=True,
+        )

@@ -13,8 +13,8 @@ from temporalio.workflow import ActivityCancellationType, HandlerUnfinishedPolic
 
 with workflow.unsafe.imports_passed_through():
     from stroma.failures import FailureClass
-    from stroma.remote.interpreter import Continue, Interpreter, State, next_segment
-    from stroma.remote.wire import Answer, Plan, Reply, Report, Request
+    from stroma.remote.interpreter import Continue, Interpreter, next_segment
+    from stroma.remote.wire import Answer, Plan, Reply, Report, Request, fold, unfold
     from stroma.temporal import _names as names
     from stroma.trace import RunStatus
 
@@ -109,7 +109,7 @@ class StromaRun:
         self._plan: Plan = given["plan"]
         self._options: dict[str, Any] = self._plan["options"]
         self._driver = _Driver(self._options)
-        self._run = Interpreter(self._plan, given["state"], self._driver)
+        self._run = Interpreter(self._plan, unfold(given["state"]), self._driver)
         #: What the last segment came to, while the run waits for a person.
         self._parked: Report | None = None
         self._go_on = False
@@ -120,7 +120,7 @@ class StromaRun:
             try:
                 report = await self._run.go()
             except Continue:
-                workflow.continue_as_new({"plan": self._plan, "state": self._run.state})
+                workflow.continue_as_new({"plan": self._plan, "state": fold(self._run.state)})
             if report["status"] != RunStatus.SUSPENDED:
                 break
             self._parked, self._go_on = report, False
@@ -186,15 +186,10 @@ class StromaRun:
     @workflow.query(name=names.STATE)
     def state(self) -> dict[str, Any]:
         """Where the run stands, for who begins another one that goes on from there."""
-        return {"plan": self._plan, "state": cast("dict[str, Any]", self._run.state)}
+        return {"plan": self._plan, "state": fold(self._run.state)}
 
     @workflow.update(name=names.SUSPENDED, unfinished_policy=HandlerUnfinishedPolicy.ABANDON)
     async def suspended(self, segment: int) -> dict[str, Any]:
         """Wait until the run waits, in this segment or a later one."""
         await workflow.wait_condition(lambda: self._parked is not None and self._parked["segment"] >= segment)
         return cast("dict[str, Any]", self._parked)
-
-
-def state_of(given: dict[str, Any]) -> State:
-    """The state in what the state query gives."""
-    return cast("State", given["state"])

@@ -15,6 +15,7 @@ from temporalio.service import RPCError, RPCStatusCode
 from temporalio.worker import Worker, WorkflowRunner
 from temporalio.worker.workflow_sandbox import SandboxedWorkflowRunner
 
+from stroma.checkpoint import JournalStore
 from stroma.checkpoint.payloads import BlobStore, blob_store
 from stroma.config import RunConfig
 from stroma.contracts import ContractRegistry
@@ -39,6 +40,8 @@ class StromaPlugin(SimplePlugin):
     ``pipelines``: what a worker can run. ``config``: its hooks, classifiers, limits, shared budgets, redact and the objects
     of its context; policies, timeouts and budgets come with each run. Without one, each pipeline's own is taken.
     ``payloads``: where states of 256 KiB and more go: a BlobStore, a directory that all machines share, or a URL.
+    ``store``: a journal store that every run is written to when it ends or waits, for ``stroma runs``, ``show`` and ``ui``.
+    Raises TypeError for what is no pipeline or keeps no journal.
     """
 
     def __init__(
@@ -48,12 +51,17 @@ class StromaPlugin(SimplePlugin):
         config: RunConfig | None = None,
         registry: ContractRegistry | None = None,
         payloads: BlobStore | str | None = None,
+        store: Any = None,
     ) -> None:
         given = list(pipelines)
         for pipeline in given:
             if not isinstance(pipeline, Pipeline):
                 raise TypeError(f"{pipeline!r} is no pipeline; give Pipeline(name, nodes)")
-        self.attempts = Attempts(given, config=config, registry=registry, payloads=blob_store(payloads))
+        if store is not None and not isinstance(store, JournalStore):
+            raise TypeError(f"{store!r} keeps no journal of runs; give a journal store such as SQLiteStore")
+        self.attempts = Attempts(
+            given, config=config, registry=registry, payloads=blob_store(payloads), store=store
+        )
         self.worker_activities = activities = Activities(self.attempts)
         super().__init__(
             "stroma",
@@ -86,6 +94,7 @@ def stroma_worker(
     config: RunConfig | None = None,
     registry: ContractRegistry | None = None,
     payloads: BlobStore | str | None = None,
+    store: Any = None,
     max_concurrent: int | None = None,
     **options: Any,
 ) -> Worker:
@@ -94,7 +103,7 @@ def stroma_worker(
     ``max_concurrent``: how many attempts at once. ``options`` are those of ``temporalio.worker.Worker``; see
     :class:`StromaPlugin` for the others.
     """
-    plugin = StromaPlugin(pipelines, config=config, registry=registry, payloads=payloads)
+    plugin = StromaPlugin(pipelines, config=config, registry=registry, payloads=payloads, store=store)
     plugins = [*options.pop("plugins", ())]
     if any(isinstance(known, StromaPlugin) for known in client.config(active_config=True)["plugins"]):
         # The client's plugin does the rest for its workers; two of one kind are a warning.

@@ -34,7 +34,7 @@ from stroma.hooks import HookError
 from stroma.remote.interpreter import State, new_state, next_segment
 from stroma.remote.plans import Known, freeze, plain_context
 from stroma.remote.results import Reader, broken_of, result_of
-from stroma.remote.wire import LARGE, Answer, NodeSpec, Plan, Report, Value
+from stroma.remote.wire import LARGE, Answer, NodeSpec, Plan, Report, Value, fold, unfold, weight
 from stroma.runner import Pipeline, answer_to, records_of
 from stroma.schemas import NotSerialisable, schema_of
 from stroma.temporal import _names as names
@@ -296,7 +296,7 @@ class TemporalRunner:
             raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
         handle = self._handle(run_id)
         given = await self._query(handle, names.STATE)
-        state = cast("State", given["state"])
+        state = cast("State", unfold(given["state"]))
         waiting = [
             Waiting(w["position"], w["branch"], w["node_id"], w["reason"], w["schema_ref"])
             for key, w in state["waiting"].items()
@@ -321,7 +321,7 @@ class TemporalRunner:
             raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
         report = cast("Report", await self._query(self._handle(run_id), names.REPORT))
         if report["status"] == "RUNNING":
-            report = {**report, "status": RunStatus.INTERRUPTED.value}
+            report["status"] = RunStatus.INTERRUPTED.value
         return await result_of(report, self._known(node_sequence, config), self.payloads)
 
     # ------------------------------------------------------------------ beginning
@@ -336,17 +336,18 @@ class TemporalRunner:
         return Known(name, records_of(nodes), self.registry)
 
     async def _value(self, text: str, ref: str) -> Value:
+        size = weight(text)
+        if size < LARGE:
+            return {"text": text, "size": size, "cls": ["class", ref]}
         data = text.encode()
-        if len(data) < LARGE:
-            return {"text": text, "size": len(data), "cls": ["class", ref]}
         if self.payloads is None:
             raise StoreError(
-                f"the initial state has {len(data)} bytes; from {LARGE} on, give this runner and the workers a payload "
+                f"the initial state has {size} bytes; from {LARGE} on, give this runner and the workers a payload "
                 "store: payloads="
             )
         name = hashlib.sha256(data).hexdigest()
         await asyncio.to_thread(self.payloads.put, name, data)
-        return {"blob": name, "size": len(data), "cls": ["class", ref]}
+        return {"blob": name, "size": size, "cls": ["class", ref]}
 
     async def _start(
         self, plan: Plan, state: State, known: Known, config: RunConfig, *, over_another: bool = False
@@ -362,7 +363,7 @@ class TemporalRunner:
         try:
             handle = await self.client.start_workflow(
                 names.WORKFLOW,
-                cast("Any", {"plan": plan, "state": state}),
+                cast("Any", {"plan": plan, "state": fold(state)}),
                 id=_workflow_id(run_id),
                 task_queue=self.task_queue,
                 result_type=dict,
@@ -398,7 +399,7 @@ class TemporalRunner:
     ) -> _Begun:
         """Begin a run anew that goes on where the last one of its id has stopped."""
         given = await self._query(handle, names.STATE)
-        before, state = cast("Plan", given["plan"]), cast("State", given["state"])
+        before, state = cast("Plan", given["plan"]), cast("State", unfold(given["state"]))
         if initial is not None and not _same(initial, state["initial"]):
             raise PipelineChanged(
                 f"run {plan['run_id']!r} was started with another input; give it the same one, or another run id"
