@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import Any, Final, Literal, cast
 
@@ -192,6 +192,10 @@ class TemporalRunner:
         One that failed, gave up or was cancelled goes on at its first position without a commit, under the policies and
         budgets of this runner. Raises CheckpointNotFound, PipelineChanged, RunBusy while it runs.
         """
+        begun = await self._take_up(node_sequence, run_id)
+        return await begun.result()
+
+    async def _take_up(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> _Begun:
         config = self._config_of(node_sequence)
         known = self._known(node_sequence, config)
         found = await self._describe(run_id)
@@ -210,7 +214,7 @@ class TemporalRunner:
         else:
             plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
             begun = await self._continue(handle, plan, known, config, None)
-        return await begun.result()
+        return begun
 
     async def run_many(
         self,
@@ -240,10 +244,20 @@ class TemporalRunner:
     ) -> TemporalStream:
         """:meth:`run` as an async iterator of what happens; see :class:`TemporalStream`. ``options`` are those of run()."""
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        return self._stream(nodes, lambda: self._begin(nodes, initial_state, **options))
+
+    def stream_resumed(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> TemporalStream:
+        """:meth:`resume` as an async iterator of what happens."""
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        return self._stream(nodes, lambda: self._take_up(nodes, run_id))
+
+    def _stream(
+        self, nodes: Pipeline | list[Any], start: Callable[[], Awaitable[_Begun | ExecutionResult]]
+    ) -> TemporalStream:
         known = self._known(nodes, self._config_of(nodes))
 
         async def begin() -> tuple[str, Any]:
-            begun = await self._begin(nodes, initial_state, **options)
+            begun = await start()
             if isinstance(begun, ExecutionResult):
                 return begun.run_id, asyncio.sleep(0, begun)
             return begun.run_id, begun.result()
@@ -291,17 +305,7 @@ class TemporalRunner:
 
         As :meth:`stroma.StromaRunner.signal`.
         """
-        found = await self._describe(run_id)
-        if found is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
-        handle = self._handle(run_id)
-        given = await self._query(handle, names.STATE)
-        state = cast("State", unfold(given["state"]))
-        waiting = [
-            Waiting(w["position"], w["branch"], w["node_id"], w["reason"], w["schema_ref"])
-            for key, w in state["waiting"].items()
-            if key not in state["answers"] and found.status in _OPEN
-        ]
+        waiting = [one for one in await self.waiting(run_id) if one.payload is None]
         answered = answer_to(waiting, run_id, answer, node_id=node_id, branch=branch, schema=schema)
         assert answered.payload is not None
         told: Answer = {
@@ -312,7 +316,24 @@ class TemporalRunner:
             "schema_ref": answered.schema_ref,
             "payload": answered.payload.decode(),
         }
-        await handle.signal(names.ANSWER, told)
+        await self._handle(run_id).signal(names.ANSWER, told)
+
+    async def waiting(self, run_id: str) -> list[Waiting]:
+        """What nodes of a run wait for, those that have their answer among them. Raises CheckpointNotFound."""
+        found = await self._describe(run_id)
+        if found is None:
+            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+        if found.status not in _OPEN:
+            return []
+        state = cast("State", unfold((await self._query(self._handle(run_id), names.STATE))["state"]))
+        answers = state["answers"]
+        return [
+            Waiting(
+                one["position"], one["branch"], one["node_id"], one["reason"], one["schema_ref"],
+                (answers[key]["payload"] or "").encode() if key in answers else None,
+            )
+            for key, one in state["waiting"].items()
+        ]  # fmt: skip
 
     async def trace(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> ExecutionResult:
         """What a run has come to so far, live; its status is INTERRUPTED while it runs. Raises CheckpointNotFound."""
