@@ -251,6 +251,25 @@ class TemporalRunner:
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         return self._stream(nodes, lambda: self._take_up(nodes, run_id))
 
+    def follow(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> TemporalStream:
+        """A run that somebody has begun, as an async iterator of what happens; nothing of it is changed.
+
+        Its end tells what it came to, or waits for. Raises CheckpointNotFound.
+        """
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        return self._stream(nodes, lambda: self._watch(nodes, run_id))
+
+    async def _watch(self, nodes: Pipeline | list[Any], run_id: str) -> _Begun | ExecutionResult:
+        config = self._config_of(nodes)
+        known = self._known(nodes, config)
+        found = await self._describe(run_id)
+        if found is None:
+            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+        handle = self._handle(run_id)
+        if found.status in _OPEN:
+            return _Begun(self, run_id, handle, known, config, 0)
+        return await self._result(await self._report(handle), known, config)
+
     def _stream(
         self, nodes: Pipeline | list[Any], start: Callable[[], Awaitable[_Begun | ExecutionResult]]
     ) -> TemporalStream:
