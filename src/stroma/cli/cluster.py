@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 import time
 from collections.abc import Callable, Coroutine, Iterator, Sequence
 from dataclasses import dataclass
@@ -161,7 +162,9 @@ class Cluster:
         try:
             return await Client.connect(**settings)
         except (RuntimeError, ValueError) as error:
-            why = clean(str(error).removeprefix("Failed client connect: "), 300)
+            # It quotes the structures of its own library; what the system said is among them.
+            said = re.search(r'message: "([^"]+)"', str(error))
+            why = clean(said[1] if said else str(error).removeprefix("Failed client connect: "), 300)
             raise Problem(
                 f"no Temporal server answers at {self.address}: {why}",
                 "check the address, --tls and the API key; a server for trying things out: temporal server start-dev",
@@ -178,6 +181,8 @@ class Cluster:
         """What the cluster raises ends the command with words that say what to do."""
         try:
             yield
+        except Problem:
+            raise
         except CheckpointNotFound as error:
             see = f"see which there are: {self.hint('runs')}"
             raise Problem(clean(str(error), 1000), see, code=Code.NOT_FOUND) from error

@@ -138,7 +138,7 @@ class ClusterJob:
 
     async def _follow(self, events: TemporalStream) -> ExecutionResult:
         async for event in events:
-            self.heard = True
+            self.heard |= event.event is not None
             if event.result is not None:
                 return event.result
             if not self.options.quiet:

@@ -122,11 +122,7 @@ def runs(
 
         why = "a store finds runs by that: have the workers write to one, stroma worker --db, and ask it"
         only_here(why, "db", "tag", "failure_class", "node", "text")
-        records = runs_there(cluster, query, limit)
-        if as_json:
-            emit({"schema": "stroma.runs/1", "runs": [run_data(record) for record in records]})
-        else:
-            _print(cluster, records, query, limit)
+        _print(cluster, runs_there(cluster, query, limit), query, limit, as_json)
         return
     database = Database.choose(db)
     store = database.reader
@@ -134,13 +130,13 @@ def runs(
     if not database.is_empty:
         with database.explained():
             records = History(store).runs(query, limit)
+    _print(database, records, query, limit, as_json)
+
+
+def _print(database: Keeper, records: list[RunRecord], query: RunQuery, limit: int, as_json: bool) -> None:
     if as_json:
         emit({"schema": "stroma.runs/1", "runs": [run_data(record) for record in records]})
         return
-    _print(database, records, query, limit)
-
-
-def _print(database: Keeper, records: list[RunRecord], query: RunQuery, limit: int) -> None:
     if not records:
         what = "no runs yet" if query == RunQuery() else "no run matches"
         err.line(f"{what} in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))

@@ -357,9 +357,14 @@ class TemporalRunner:
     async def trace(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> ExecutionResult:
         """What a run has come to so far, live; its status is INTERRUPTED while it runs. Raises CheckpointNotFound."""
         config = self._config_of(node_sequence)
-        if await self._describe(run_id) is None:
+        found = await self._describe(run_id)
+        if found is None:
             raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
-        report = cast("Report", await self._query(self._handle(run_id), names.REPORT))
+        handle = self._handle(run_id)
+        if found.status in _OPEN:
+            report = cast("Report", await self._query(handle, names.REPORT))
+        else:  # What it came to can be had without a worker.
+            report = await self._report(handle)
         if report["status"] == "RUNNING":
             report["status"] = RunStatus.INTERRUPTED.value
         return await result_of(report, self._known(node_sequence, config), self.payloads)
