@@ -50,6 +50,7 @@ from stroma import (
     NodeHooks,
     NodeUsage,
     NotSerialisable,
+    Pipeline,
     PipelineChanged,
     RunBusy,
     RunExists,
@@ -68,6 +69,7 @@ from stroma import (
 )
 from stroma.adapters import Guard, UnknownNode
 from stroma.hooks import HookNotAsync, HookTimeout
+from stroma.remote.plans import Known, MissingNode
 
 pytest_plugins = ["tests.receivers.fixtures"]
 ROOT = Path(__file__).parent.parent
@@ -460,6 +462,11 @@ async def not_found(path: Path) -> Any:
     await run([a_node("read", {}), a_node("shorten", {})], resume_from="shorten")
 
 
+async def missing_node(path: Path) -> Any:
+    known = Known.of(Pipeline("pipe", [a_node("read", {})]), ContractRegistry())
+    known.find({"id": "cut", "kind": "node"})
+
+
 async def changed(path: Path) -> Any:
     store = AsyncInMemoryStore()
     await run([a_node("read", {}), a_node("shorten", {})], store=store)
@@ -667,6 +674,7 @@ MET: list[tuple[Provoke, type[Exception], list[str], str]] = [
     (unpriced, UsageError, ["'shorten'", "'no-such-model'"], "add it to KNOWN_MODELS"),
     (unserialisable, NotSerialisable, ["Secret.key"], ""),
     (not_found, CheckpointNotFound, ["'run-7'", "'read'", "'shorten'"], "run the pipeline from its beginning"),
+    (missing_node, MissingNode, ["'cut'", "'pipe'", "it has 'read'"], "deploy the code with it"),
     (changed, PipelineChanged, ["'run-7'", "'shorten'", "'cut'", "position 1"], "restore the order of nodes, or begin a new run"),
     (other_input, PipelineChanged, ["'run-7'"], "give it the same one, or another run id"),
     (no_journal, StoreError, ["'run-7'", "Simple"], "use resume_from=, or a journal store such as SQLiteStore"),
@@ -709,8 +717,9 @@ async def test_what_an_error_says(
 def test_every_public_error_is_met() -> None:
     """Each public exception class is provoked above, but for those that no store of this release raises by itself."""
     met = {kind.__name__ for _, kind, _, _ in MET}
-    # Raised by nodes, never out of run(); by Redis alone.
-    assert set(public_errors()) - met == {"CorruptCheckpoint", "Problem", "Suspend", "CheckpointLost"}
+    # Raised by nodes, never out of run(); by Redis alone; made of what another machine says.
+    unmet = {"CorruptCheckpoint", "Problem", "Suspend", "CheckpointLost", "RemoteFailure"}
+    assert set(public_errors()) - met == unmet
 
 
 @pytest.mark.parametrize("store", ["memory", "sqlite"])

@@ -94,7 +94,7 @@ def test_lock_covers_the_core_and_the_demo() -> None:
     text = (ROOT / "requirements.lock").read_text()
     locked = set(re.findall(r"^([\w.-]+)==", text, re.MULTILINE))
     assert locked >= {"pydantic", "genai-prices", "click", "rich", "openai", "uv", "hatchling"}
-    assert not locked & {"stroma", "temporalio"}
+    assert not locked & {"stroma", "crewai"}
 
 
 def test_lock_covers_telemetry() -> None:

@@ -29,7 +29,7 @@ class Seam:
         self.requests: list[dict[str, Any]] = []
         self.replies: list[dict[str, Any]] = []
 
-    async def call(self, request: Any) -> tuple[Any, bool]:
+    async def ask(self, request: Any) -> tuple[Any, bool]:
         request = json.loads(json.dumps(request))
         self.requests.append(request)
         reply = json.loads(json.dumps(await self._attempts.perform(request)))

@@ -147,25 +147,25 @@ RETRIES = (
         "a-count-per-class",
         "One count of retries per node execution is shared by the classes.",
         "_engine.py",
-        "return decide(failure, policy, attempt=attempt - run.repairs)",
-        "same = run.last_failure is None or run.last_failure.failure_class is failure.failure_class\n"
-        "    return decide(failure, policy, attempt=attempt - run.repairs if same else 1)",
+        "attempt=attempt,\n        group=isinstance(node, Group),",
+        "attempt=attempt if run.last_failure is None or run.last_failure.failure_class is failure.failure_class else 1,\n"
+        "        group=isinstance(node, Group),",
         guarantees("test_g3_mixed_classes_share_one_count"),
     ),
     Break(
         "a-count-per-id",
         "Duplicate ids each start to count their retries from zero.",
         "_engine.py",
-        "return decide(failure, policy, attempt=attempt - run.repairs)",
-        "return decide(failure, policy, attempt=len(ctx.trace.events_for(node.node_id)))",
+        "attempt=attempt,\n        group=isinstance(node, Group),",
+        "attempt=len(ctx.trace.events_for(node.node_id)),\n        group=isinstance(node, Group),",
         engine("test_duplicate_ids_count_from_zero"),
     ),
     Break(
         "policy-of-the-first-failure",
         "A policy is looked up for the class of the last failure.",
         "_engine.py",
-        "policy = policy_for(failure.failure_class, own, ctx.policy_map)",
-        "policy = policy_for((run.last_failure or failure).failure_class, own, ctx.policy_map)",
+        "decision = follow_up(\n        failure,",
+        "decision = follow_up(\n        replace(failure, failure_class=(run.last_failure or failure).failure_class),",
         engine("test_a_policy_is_that_of_the_last_failures_class"),
     ),
     Break(
@@ -457,9 +457,9 @@ REPAIR = (
     Break(
         "repair-uses-up-retries",
         "Granted attempts are not taken from the retries.",
-        "_engine.py",
-        "attempt=attempt - run.repairs)",
-        "attempt=attempt)",
+        "failures.py",
+        "attempt=attempt - repairs, draw=draw)",
+        "attempt=attempt, draw=draw)",
         engine("test_granted_attempts_are_not_taken_from_the_retries"),
     ),
     Break(
@@ -751,8 +751,8 @@ BUDGETS = (
         "start-hooks-are-latency",
         "The time of a start hook is in no latency budget.",
         "_engine.py",
-        "await _fire_start(ctx, run, state, picture)",
-        "waited = perf_counter_ns()\n        await _fire_start(ctx, run, state, picture)\n"
+        "if fire.on_node_start is not None:\n        await _fire_start(ctx, run, state, picture)",
+        "if fire.on_node_start is not None:\n        waited = perf_counter_ns()\n        await _fire_start(ctx, run, state, picture)\n"
         "        ctx.cost_tracker.latency_ns += perf_counter_ns() - waited",
         engine("test_hooks_and_waits_are_not_in_the_latency"),
     ),
@@ -1170,8 +1170,8 @@ GROUPS = (
     Break(
         "groups-retry-unasked",
         "A group has no retries of its own unless node_policies names its id.",
-        "_engine.py",
-        "return decide(failure, _NO_RETRIES, attempt=attempt)",
+        "failures.py",
+        "return decide(failure, _NO_RETRIES, attempt=attempt, draw=draw)",
         "own = {}",
         groups("test_children_retry_by_their_own_policies"),
     ),
@@ -4459,8 +4459,72 @@ ADAPTERS = (
     ),
 )
 
+
+def _drivers(names: str) -> tuple[str, ...]:
+    return _tests("drivers/test_temporal.py", names)
+
+
+ELSEWHERE = (
+    Break(
+        "siblings-overspend",
+        "Siblings on several machines that spend more together than a limit stop the run.",
+        "remote/interpreter.py",
+        "if exceeded is None or row is None:",
+        "if True:",
+        _drivers("test_siblings_that_spend_more_together"),
+    ),
+    Break(
+        "large-output-is-sent",
+        "A large output executes its node once.",
+        "remote/attempts.py",
+        "if size < LARGE and size <= self.room:",
+        "if True:",
+        _drivers("test_a_large_output_without_a_payload_store_is_refused_once"),
+    ),
+    Break(
+        "loose-items-lost",
+        "A map is closed with the outputs that are in no pack, too.",
+        "remote/attempts.py",
+        'numbered = dict(zip(request["indexes"], found, strict=True))',
+        "numbered: dict[int, Value] = {}",
+        _drivers("test_many_items_have_a_bounded_history"),
+    ),
+    Break(
+        "shutdown-cancels",
+        "A worker that is shut down cancels no run.",
+        "temporal/_activity.py",
+        'if reply.get("cancelled") and not asked and not request.get("cancelled"):',
+        "if False:",
+        _drivers("test_a_worker_that_ends_hands_its_attempt_on"),
+    ),
+    Break(
+        "words-in-plain-text",
+        "The words of a failure go through the codec.",
+        "temporal/_activity.py",
+        "failed ({failure['failure_class']}, ",
+        "failed ({failure['message']}, ",
+        _drivers("test_the_codec_of_the_user_is_kept"),
+    ),
+    Break(
+        "any-contract-will-do",
+        "The hashes of contracts are compared on the worker.",
+        "remote/plans.py",
+        "if self._differs(node, spec) is None:",
+        "if True:",
+        _drivers("test_another_contract_is_another_node"),
+    ),
+    Break(
+        "gone-key-comes-back",
+        "What a node takes out of the context is gone for the nodes after it.",
+        "remote/attempts.py",
+        'if key not in request["gone"]}',
+        "}",
+        _tests("drivers/test_scenarios.py", "test_a_run_comes_to_the_same_under_every_driver"),
+    ),
+)
+
 BREAKS: tuple[Break, ...] = (
     *RETRIES, *CLASSES, *REPAIR, *CONTRACTS, *TIMEOUTS, *BUDGETS, *COMMIT, *HOOKS, *GROUPS, *CONTEXTS, *RESUME, *TRACE,
     *SCHEMAS, *PROMISES, *OWNERSHIP, *LASTING, *STORES, *COST, *IDS,
-    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS, *PROVIDERS, *USAGE, *MENDING, *MAPS, *STREAMS, *SHARED, *SHOWING, *ADAPTERS,
+    *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS, *PROVIDERS, *USAGE, *MENDING, *MAPS, *STREAMS, *SHARED, *SHOWING, *ADAPTERS, *ELSEWHERE,
 )  # fmt: skip

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stroma.failures import FailureClass
 from stroma.remote._crew import Crew
-from stroma.remote.states import NO_FAILURE, ROW, Continue, MapState, Place, Stopped
+from stroma.remote._states import NO_FAILURE, ROW, Continue, MapState, Place, Stopped
 from stroma.remote.wire import Event, Failed, NodeSpec, Value, size_of
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ class Children:
                 request = run.of(
                     place, "items", self._value, attempt=progress["attempt"], first=first, count=PAGE
                 )
-                reply, cancelled = await run.driver.call(request)
+                reply, cancelled = await run.driver.ask(request)
                 if cancelled:
                     raise asyncio.CancelledError
                 if "failure" in reply:
@@ -188,7 +188,7 @@ class Children:
             rows=progress["rows"],
         )
         request["indexes"] = indexes
-        reply, cancelled = await run.driver.call(request)
+        reply, cancelled = await run.driver.ask(request)
         if cancelled:
             raise asyncio.CancelledError
         if "failure" in reply:

@@ -14,8 +14,7 @@ from typing import Any
 from stroma.cost import CostTracker, ExecutionBudget
 from stroma.failures import FailureClass, Retry, Stop, follow_up
 from stroma.remote._children import Children
-from stroma.remote.plans import policies_of
-from stroma.remote.states import (
+from stroma.remote._states import (
     NO_FAILURE,
     ROW,
     Broken,
@@ -27,6 +26,7 @@ from stroma.remote.states import (
     new_state,
     next_segment,
 )
+from stroma.remote.plans import policies_of
 from stroma.remote.wire import (
     Event,
     Failed,
@@ -84,7 +84,7 @@ class Interpreter:
             status = RunStatus.INTERRUPTED
         self.status = status
         try:
-            reply, late = await self.driver.call(
+            reply, late = await self.driver.ask(
                 self._request("end", value=state["initial"], report=self.report())
             )
             self._note(reply)
@@ -100,7 +100,7 @@ class Interpreter:
         skipped: list[dict[str, Any]] = []
         for position, value in enumerate(state["committed"]):
             skipped.append({"spec": nodes[position], "value": value, "position": position, "branch": ""})
-        reply, cancelled = await self.driver.call(
+        reply, cancelled = await self.driver.ask(
             self._request("begin", value=state["initial"], nodes=nodes, skipped=skipped)
         )
         state["traceparent"] = reply.get("traceparent")
@@ -266,7 +266,7 @@ class Interpreter:
                 place, "attempt", value, attempt=attempt, repairs=repairs, after=after, last=last,
                 answer=self.state["answers"].get(place.key),
             )  # fmt: skip
-            reply, cancelled = await self.driver.call(request)
+            reply, cancelled = await self.driver.ask(request)
             outcome = self._settle(place, value, reply)
             if reply.get("cancelled") or (cancelled and not isinstance(outcome, (dict, Stopped))):
                 raise asyncio.CancelledError
@@ -385,7 +385,7 @@ class Interpreter:
             attempt += 1
             if not going or progress is None:
                 request = self.of(place, "open", value, attempt=attempt, after=after, last=last)
-                reply, cancelled = await self.driver.call(request)
+                reply, cancelled = await self.driver.ask(request)
                 if "halt" in reply:
                     halted = self._settle(place, value, reply)
                     assert isinstance(halted, Stopped)
@@ -433,7 +433,7 @@ class Interpreter:
                 "suspended": stopped.suspended,
             },
         )  # fmt: skip
-        reply, late = await self.driver.call(request)
+        reply, late = await self.driver.ask(request)
         row = reply.get("row")
         if row is not None:
             row["children"] = children.rows

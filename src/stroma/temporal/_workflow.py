@@ -33,7 +33,7 @@ class _Driver:
             maximum_attempts=options["deliveries"],
         )
 
-    async def call(self, request: Request) -> tuple[Reply, bool]:
+    async def ask(self, request: Request) -> tuple[Reply, bool]:
         of_run = request["op"] in ("begin", "end")
         handle = workflow.start_activity(
             names.RUN if of_run else names.NODE,

@@ -200,7 +200,7 @@ class TemporalRunner:
         known = self._known(node_sequence, config)
         found = await self._describe(run_id)
         if found is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+            raise _not_found(run_id)
         handle = self._handle(run_id)
         if found.status in _OPEN:
             parked = await self._parked_now(handle)
@@ -264,7 +264,7 @@ class TemporalRunner:
         known = self._known(nodes, config)
         found = await self._describe(run_id)
         if found is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+            raise _not_found(run_id)
         handle = self._handle(run_id)
         if found.status in _OPEN:
             return _Begun(self, run_id, handle, known, config, 0)
@@ -300,7 +300,7 @@ class TemporalRunner:
         """
         found = await self._describe(run_id)
         if found is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+            raise _not_found(run_id)
         if found.status not in _OPEN:
             return False
         try:
@@ -341,7 +341,7 @@ class TemporalRunner:
         """What nodes of a run wait for, those that have their answer among them. Raises CheckpointNotFound."""
         found = await self._describe(run_id)
         if found is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+            raise _not_found(run_id)
         if found.status not in _OPEN:
             return []
         state = cast("State", unfold((await self._query(self._handle(run_id), names.STATE))["state"]))
@@ -359,7 +359,7 @@ class TemporalRunner:
         config = self._config_of(node_sequence)
         found = await self._describe(run_id)
         if found is None:
-            raise CheckpointNotFound(f"there is no run {run_id!r} on task queue {self.task_queue!r}")
+            raise _not_found(run_id)
         handle = self._handle(run_id)
         if found.status in _OPEN:
             report = cast("Report", await self._query(handle, names.REPORT))
@@ -563,6 +563,12 @@ def _workflow_id(run_id: str) -> str:
     if len(run_id.encode()) <= _LONGEST_ID:
         return run_id
     return f"{run_id[:200]}-{hashlib.sha256(run_id.encode()).hexdigest()}"
+
+
+def _not_found(run_id: str) -> CheckpointNotFound:
+    return CheckpointNotFound(
+        f"there is no run {run_id!r} in this namespace; look after its id, or begin it with run()"
+    )
 
 
 def _busy(run_id: str) -> RunBusy:

@@ -32,7 +32,7 @@ ROW: Final = 400  # bytes of a row, its states apart
 class Driver(Protocol):
     """What moves an interpreter: the only thing that it knows of the world."""
 
-    async def call(self, request: Request) -> tuple[Reply, bool]:
+    async def ask(self, request: Request) -> tuple[Reply, bool]:
         """Have a worker do something; what came of it, and whether the run was cancelled meanwhile.
 
         Raises CancelledError if it was cancelled before a worker took it up.
