@@ -58,7 +58,7 @@ State: Any = create_model(
     "State",
     items=(list[int], list(range(ITEMS))),
     made=(list[Made], []),
-    **{name: (str, "") for name in (*IN_LINE, *IN_GROUPS)},
+    **dict.fromkeys((*IN_LINE, *IN_GROUPS), (str, "")),
 )
 #: What a child of a group gives back, and nothing of its siblings'.
 ALONE = {name: create_model(f"Of{name.title()}", **{name: (str, ...)}) for name in IN_GROUPS}  # type: ignore[call-overload]

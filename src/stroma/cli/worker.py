@@ -121,9 +121,9 @@ class _Serving:
         self._count: Any = None
 
     async def serve(self) -> int:
+        client = await self._cluster.connect()
         from stroma.temporal import stroma_worker
 
-        client = await self._cluster.connect()
         # So that a namespace or a key that is wrong is told now, and not tried for ever.
         await self._cluster.has_workers(client)
         self._count = _counter()
