@@ -58,7 +58,8 @@ class TemporalDriver:
     client: Client
     name: str = "temporal"
     options: dict[str, Any] = field(default_factory=dict)
-    worker_options: dict[str, Any] = field(default_factory=dict)
+    #: Beats are frequent, so that cancellations arrive soon; on a slow machine a worker is not lost for that.
+    worker_options: dict[str, Any] = field(default_factory=lambda: {"beat_seconds": 0.2})
     queue: str = field(default_factory=lambda: f"q-{uuid.uuid4().hex}")
 
     @contextlib.asynccontextmanager
@@ -70,7 +71,7 @@ class TemporalDriver:
             yield Bound(self.runner(settings), pipeline, self.name)
 
     def runner(self, config: RunConfig | None = None) -> TemporalRunner:
-        options = {"heartbeat_seconds": 2.0, "deliveries": 2, "redelivery_seconds": 0.1, **self.options}
+        options = {"heartbeat_seconds": 30.0, "deliveries": 2, "redelivery_seconds": 0.1, **self.options}
         return TemporalRunner(self.client, self.queue, config=config, **options)
 
 

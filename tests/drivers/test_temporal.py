@@ -5,6 +5,8 @@ from __future__ import annotations
 import asyncio
 import json
 import pathlib
+import subprocess
+import sys
 import uuid
 from dataclasses import replace
 from datetime import timedelta
@@ -16,6 +18,7 @@ from temporalio.api.common.v1 import Payload
 from temporalio.client import WorkflowHistory
 from temporalio.converter import DataConverter, PayloadCodec
 from temporalio.worker import Replayer
+from tests.drivers import worker_helper
 from tests.drivers.conftest import TemporalDriver, connect
 from tests.drivers.scenarios import (
     AT_ONCE,
@@ -513,6 +516,9 @@ async def test_siblings_that_spend_more_together(temporal: TemporalDriver) -> No
     assert result.status is RunStatus.PARTIAL
     assert sorted(calls) == ["a", "b"]
     assert result.total_tokens == 120
+    assert result.final_state == Num(n=0)  # As in a local run: the group has failed with its child.
+    (group,) = result.trace
+    assert sorted(child.outcome for child in group.children) == ["failure", "success"]
     assert result.failure is not None
     assert result.failure.failure_class is FailureClass.RECOVERABLE
     assert "max_tokens_total" in result.failure.message
@@ -625,3 +631,47 @@ async def test_limits_of_all_runs_hold_in_every_attempt(
     assert (second.status, second.total_tokens) == (RunStatus.PARTIAL, 0)
     assert second.failure is not None
     assert "team" in second.failure.message
+
+
+async def test_a_worker_that_is_killed_loses_only_what_it_was_at(
+    temporal: TemporalDriver, temporal_server: TemporalServer, tmp_path: pathlib.Path
+) -> None:
+    """After SIGKILL in the middle of an attempt another process makes that attempt anew, and no finished node again."""
+
+    def start() -> subprocess.Popen[bytes]:
+        command = [
+            sys.executable,
+            "-m",
+            "tests.drivers.worker_helper",
+            temporal_server.address,
+            temporal.queue,
+        ]
+        return subprocess.Popen([*command, str(tmp_path)], cwd=pathlib.Path(__file__).parents[2])
+
+    def called(node_id: str) -> list[str]:
+        return sorted(path.name.split(".")[1] for path in tmp_path.glob(f"{node_id}.*"))
+
+    temporal.options["heartbeat_seconds"] = 3.0
+    first = start()
+    others: list[subprocess.Popen[bytes]] = []
+    try:
+        running = asyncio.create_task(temporal.runner().run(worker_helper.pipeline(tmp_path), Num()))
+        while not called("slow"):
+            await asyncio.sleep(0.02)
+            assert first.poll() is None
+        first.kill()
+        first.wait()
+        others.append(start())
+        (tmp_path / "go").touch()
+        result = await asyncio.wait_for(running, 90)
+    finally:
+        for process in (first, *others):
+            process.kill()
+            process.wait()
+    assert (result.status, result.final_state, result.total_tokens) == (RunStatus.COMPLETED, Num(n=3), 30)
+    assert called("before") == [str(first.pid)]
+    assert sorted(called("slow")) == sorted([str(first.pid), str(others[0].pid)])
+    assert called("after") == [str(others[0].pid)]
+    assert [(e.node_id, e.attempt, e.outcome) for e in result.trace] == [
+        ("before", 1, "success"), ("slow", 1, "success"), ("after", 1, "success"),
+    ]  # fmt: skip

@@ -23,8 +23,9 @@ _LARGEST: Final = 1_900_000  # bytes; a server takes 2 MiB
 class Activities:
     """What a worker registers."""
 
-    def __init__(self, attempts: Attempts) -> None:
+    def __init__(self, attempts: Attempts, beat_seconds: float | None = None) -> None:
         self._attempts = attempts
+        self._beat_seconds = beat_seconds
 
     @activity.defn(name=names.NODE)
     async def node(self, request: dict[str, Any]) -> dict[str, Any]:
@@ -39,7 +40,9 @@ class Activities:
     async def _perform(self, request: dict[str, Any]) -> dict[str, Any]:
         info = activity.info()
         timeout = info.heartbeat_timeout
-        beating = None if timeout is None else asyncio.create_task(_beat(timeout.total_seconds() / 2))
+        beating: asyncio.Task[None] | None = None
+        if timeout is not None:
+            beating = asyncio.create_task(_beat(self._beat_seconds or timeout.total_seconds() / 2))
         try:
             reply = await self._attempts.perform(cast("Request", request), redelivered=info.attempt > 1)
         except (MissingNode, StoreError) as error:

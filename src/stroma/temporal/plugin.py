@@ -29,7 +29,7 @@ __all__ = ["StromaPlugin", "register_search_attributes", "stroma_worker"]
 
 #: Modules that a workflow takes from the process: its own code builds no models of the user's.
 _PASSED_THROUGH = ("stroma", "pydantic", "pydantic_core", "annotated_types")
-_CANCELLED_WITHIN = timedelta(seconds=1)
+_HELD_BACK = timedelta(seconds=1)
 
 
 class StromaPlugin(SimplePlugin):
@@ -41,7 +41,8 @@ class StromaPlugin(SimplePlugin):
     of its context; policies, timeouts and budgets come with each run. Without one, each pipeline's own is taken.
     ``payloads``: where states of 256 KiB and more go: a BlobStore, a directory that all machines share, or a URL.
     ``store``: a journal store that every run is written to when it ends or waits, for ``stroma runs``, ``show`` and ``ui``.
-    Raises TypeError for what is no pipeline or keeps no journal.
+    ``beat_seconds``: how often an attempt says that it is alive, and hears whether it is cancelled; None is half of the
+    run's ``heartbeat_seconds``. Raises TypeError for what is no pipeline or keeps no journal.
     """
 
     def __init__(
@@ -52,6 +53,7 @@ class StromaPlugin(SimplePlugin):
         registry: ContractRegistry | None = None,
         payloads: BlobStore | str | None = None,
         store: Any = None,
+        beat_seconds: float | None = None,
     ) -> None:
         given = list(pipelines)
         for pipeline in given:
@@ -62,7 +64,7 @@ class StromaPlugin(SimplePlugin):
         self.attempts = Attempts(
             given, config=config, registry=registry, payloads=blob_store(payloads), store=store
         )
-        self.worker_activities = activities = Activities(self.attempts)
+        self.worker_activities = activities = Activities(self.attempts, beat_seconds)
         super().__init__(
             "stroma",
             activities=[activities.node, activities.run] if given else None,
@@ -95,6 +97,7 @@ def stroma_worker(
     registry: ContractRegistry | None = None,
     payloads: BlobStore | str | None = None,
     store: Any = None,
+    beat_seconds: float | None = None,
     max_concurrent: int | None = None,
     **options: Any,
 ) -> Worker:
@@ -103,7 +106,9 @@ def stroma_worker(
     ``max_concurrent``: how many attempts at once. ``options`` are those of ``temporalio.worker.Worker``; see
     :class:`StromaPlugin` for the others.
     """
-    plugin = StromaPlugin(pipelines, config=config, registry=registry, payloads=payloads, store=store)
+    plugin = StromaPlugin(
+        pipelines, config=config, registry=registry, payloads=payloads, store=store, beat_seconds=beat_seconds
+    )
     plugins = [*options.pop("plugins", ())]
     if any(isinstance(known, StromaPlugin) for known in client.config(active_config=True)["plugins"]):
         # The client's plugin does the rest for its workers; two of one kind are a warning.
@@ -114,8 +119,9 @@ def stroma_worker(
     if max_concurrent is not None:
         options["max_concurrent_activities"] = max_concurrent
     # A cancellation comes with the answer to a beat, and beats are held back for as long.
-    options.setdefault("max_heartbeat_throttle_interval", _CANCELLED_WITHIN)
-    options.setdefault("default_heartbeat_throttle_interval", _CANCELLED_WITHIN)
+    held_back = _HELD_BACK if beat_seconds is None else min(_HELD_BACK, timedelta(seconds=beat_seconds))
+    options.setdefault("max_heartbeat_throttle_interval", held_back)
+    options.setdefault("default_heartbeat_throttle_interval", held_back)
     # After the loss of a worker its workflows are taken over that much sooner; the default is 10 s.
     options.setdefault("sticky_queue_schedule_to_start_timeout", timedelta(seconds=1))
     return Worker(client, task_queue=task_queue, plugins=plugins, **options)
