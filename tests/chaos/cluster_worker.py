@@ -42,8 +42,8 @@ COMMITS = len(IN_LINE) + len(IN_GROUPS) + ITEMS + GROUPS
 #: What a run costs if every attempt is counted once: 15 for each output, 5 for each failure.
 TOKENS = 15 * (COMMITS - GROUPS) + 5 * len(FLAKY)
 #: Seconds after which a silent worker is lost.
-HEARTBEAT = 1.5
-RUN_SECONDS = 90.0
+HEARTBEAT = 2.5
+RUN_SECONDS = 240.0
 
 
 class Item(BaseModel):
@@ -153,7 +153,7 @@ def run_and_judge(
 async def _runs(address: str, queue: str, runs: list[str], diary: str, stopped: int | None) -> dict[str, Any]:
     client = await connect(address)
     runner = TemporalRunner(
-        client, queue, heartbeat_seconds=HEARTBEAT, task_seconds=2.0, redelivery_seconds=0.1
+        client, queue, heartbeat_seconds=HEARTBEAT, task_seconds=4.0, redelivery_seconds=0.1
     )
     found: dict[str, Any] = {"broken": [], "commits": 0, "repeated": 0, "seconds": 0.0}
     begun = time.monotonic()
