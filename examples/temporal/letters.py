@@ -44,5 +44,7 @@ async def digest(state: Answered) -> dict[str, int]:
 pipeline = Pipeline(
     "letters",
     [map_over("letters", answer, into="answers", max_concurrency=20), digest],
-    config=RunConfig(policy_map={FailureClass.RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=1.0)}),
+    config=RunConfig(
+        policy_map={FailureClass.RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=1.0)}
+    ),
 )

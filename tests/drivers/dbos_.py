@@ -96,7 +96,9 @@ class Cluster:
 
         self.workflow = run
 
-    def serve(self, pipeline: Pipeline, config: RunConfig | None = None, payloads: BlobStore | None = None) -> None:
+    def serve(
+        self, pipeline: Pipeline, config: RunConfig | None = None, payloads: BlobStore | None = None
+    ) -> None:
         """Let runs of a pipeline be done here: before ``launch``, if there are any that a process left behind."""
         self._attempts[pipeline.name] = Attempts([pipeline], config=config, payloads=payloads)
 
@@ -141,9 +143,15 @@ class DbosRunner:
         plan = freeze(name, records, self._config, registry, run_id=run_id, options=options)
         kind = type(state)
         text = schema_of(kind).encode(state).decode()
-        value: Any = {"text": text, "size": len(text), "cls": ["class", f"{kind.__module__}:{kind.__qualname__}"]}
+        value: Any = {
+            "text": text,
+            "size": len(text),
+            "cls": ["class", f"{kind.__module__}:{kind.__qualname__}"],
+        }
         begun = new_state(value, context=plain_context(dict(self._config.context)))
-        with SetWorkflowID(run_id):  # The same id again attaches: what it came to is given, nothing runs twice.
+        with SetWorkflowID(
+            run_id
+        ):  # The same id again attaches: what it came to is given, nothing runs twice.
             handle = await DBOS.start_workflow_async(
                 self._cluster.workflow, json.loads(json.dumps({"plan": plan, "state": begun}))
             )

@@ -1,11 +1,10 @@
 """The suite of behaviour over DBOS, as far as its model allows: Temporal is not baked into the seam.
 
-    ./dev test --framework dbos
+./dev test --framework dbos
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import os
 import signal
