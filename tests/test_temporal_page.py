@@ -14,7 +14,7 @@ import click
 import pytest
 import yaml
 from tests.servers import environment
-from tests.servers_temporal import TemporalServer, temporal_binary
+from tests.servers_temporal import TemporalServer, temporal_binary, wait_until_ready
 from tests.test_docs import SERVED, blocks, run_alone
 
 from stroma.cli.app import app
@@ -28,6 +28,7 @@ YAML = sorted(EXAMPLES.glob("*.yaml"))
 @pytest.fixture(scope="module")
 def server() -> Iterator[TemporalServer]:
     made = TemporalServer()
+    wait_until_ready(made.address)
     yield made
     made.kill()
 

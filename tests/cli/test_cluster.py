@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from tests.cli.test_approve import DESK
 from tests.cli.test_signals import wait_for
-from tests.servers_temporal import TemporalServer
+from tests.servers_temporal import TemporalServer, wait_until_ready
 
 GOOD = '{"start": 1}'
 #: The second node goes on once there is a file.
@@ -25,6 +25,7 @@ HELD = {"SECOND_AWAITS": "until('go')"}
 @pytest.fixture(scope="module")
 def server() -> Iterator[TemporalServer]:
     made = TemporalServer()
+    wait_until_ready(made.address)
     yield made
     made.kill()
 
