@@ -14,6 +14,7 @@ from tests.drivers.scenarios import (
     NEVER,
     Left,
     Num,
+    Positive,
     Right,
     Texts,
     counted,
@@ -148,12 +149,16 @@ async def test_bad_input_fires_the_failure_hook_and_no_start(driver: Any) -> Non
     """A trace event and the failure hook, no start hook, and no exception out of run()."""
     calls: list[str] = []
     told: list[Any] = []
-    async with driver.bind([half(calls, "a", "left", Left)], hooks=watching(told)) as bound:
-        result = await bound.run(Texts(texts=["a"]))
-    assert result.status is RunStatus.FAILED or calls == ["a"]
-    if result.status is RunStatus.FAILED:
-        assert result.failure is not None
-        assert isinstance(result.failure.exception, ContractViolation)
+    async with driver.bind([counted(calls, "a", given=Positive)], hooks=watching(told)) as bound:
+        result = await bound.run(Num())
+    assert (result.status, calls) == (RunStatus.FAILED, [])
+    assert [(event.node_id, event.outcome, event.input_state) for event in result.trace] == [
+        ("a", "failure", {"n": 0})
+    ]
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, ContractViolation)
+    assert result.failure.exception.direction == "input"
+    assert [event[0] for event in told] == ["run_start", "failure", "run_end"]
 
 
 async def test_what_is_no_node_and_no_model_is_a_type_error(driver: Any) -> None:

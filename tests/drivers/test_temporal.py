@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from temporalio.api.common.v1 import Payload
-from temporalio.client import WorkflowHistory
+from temporalio.client import WorkflowFailureError, WorkflowHistory
 from temporalio.converter import DataConverter, PayloadCodec
 from temporalio.worker import Replayer
 from tests.drivers import worker_helper
@@ -675,3 +675,19 @@ async def test_a_worker_that_is_killed_loses_only_what_it_was_at(
     assert [(e.node_id, e.attempt, e.outcome) for e in result.trace] == [
         ("before", 1, "success"), ("slow", 1, "success"), ("after", 1, "success"),
     ]  # fmt: skip
+
+
+async def test_what_nobody_foresaw_fails_a_workflow(temporal: TemporalDriver) -> None:
+    """It ends, and is not tried again for ever; other workflows on the worker are none of the plugin's business."""
+    async with temporal.bind([counted([], "a")]):
+        with pytest.raises(WorkflowFailureError):
+            await asyncio.wait_for(
+                temporal.client.execute_workflow(
+                    "stroma.run",
+                    {"plan": {"options": {}}, "state": {}},
+                    id=uuid.uuid4().hex,
+                    task_queue=temporal.queue,
+                ),
+                30,
+            )
+    assert StromaPlugin().workflow_failure_exception_types is None

@@ -16,8 +16,8 @@ from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.failures import FailureClass, FailurePolicy, PolicyMap
-from stroma.groups import map_over, parallel
-from stroma.nodes import Group, Kept, Node
+from stroma.groups import as_state, map_over, parallel
+from stroma.nodes import Group, Kept, Node, find_node
 from stroma.remote.wire import CONTEXT, ClassName, NodeSpec, Plan
 from stroma.runner import Pipeline
 from stroma.schemas import schema_of
@@ -113,8 +113,6 @@ class Known:
 
     @classmethod
     def of(cls, pipeline: Pipeline, registry: ContractRegistry) -> Known:
-        from stroma.nodes import find_node
-
         return cls(pipeline.name, [find_node(node) for node in pipeline.nodes], registry)
 
     def contract(self, node: Node) -> NodeContract[Any, Any] | None:
@@ -215,14 +213,7 @@ class Known:
         cls = self.class_of(name)
         if cls is not None:
             return schema_of(cls).trust(schema_of(cls).decode(data))
-        return opened(schema_of(Kept).raw_of(data))
-
-
-def opened(raw: Any) -> BaseModel:
-    """Plain data as a state of no class."""
-    from stroma.groups import as_state
-
-    return as_state(raw)
+        return as_state(schema_of(Kept).raw_of(data))
 
 
 def _all(nodes: Iterable[Node | Group]) -> Iterable[Node | Group]:

@@ -63,7 +63,7 @@ class RemoteFailure(Exception):
 
 
 #: Names the class that a state is of, where it is not said by the node that takes it: ``["class", "module:qualname"]``,
-#: ``["out", node id]``, ``["group", group id, the class of its input]``, ``["raw"]`` for what no class has seen.
+#: ``["in", node id]``, ``["out", node id]``, ``["group", spec, the class of its input]``, ``["raw"]`` for what no class has seen.
 ClassName = list[Any]
 
 

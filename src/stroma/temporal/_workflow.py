@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, cast
 
 from temporalio import workflow
 from temporalio.common import RetryPolicy
-from temporalio.exceptions import ActivityError, ApplicationError, CancelledError
+from temporalio.exceptions import ActivityError, ApplicationError, CancelledError, FailureError
 from temporalio.workflow import ActivityCancellationType, HandlerUnfinishedPolicy
 
 with workflow.unsafe.imports_passed_through():
@@ -100,22 +102,43 @@ def _reply_of(cause: BaseException | None, error: ActivityError, request: Reques
     }
 
 
+@contextmanager
+def _failing() -> Iterator[None]:
+    """Make a failed workflow of what nobody foresaw: a plain exception would be tried again for ever.
+
+    A history that does not replay is none of it: that waits for a worker with the right code.
+    """
+    try:
+        yield
+    except FailureError:
+        raise
+    except Exception as error:
+        raise ApplicationError(
+            f"{type(error).__name__}: {error}", type=type(error).__name__, non_retryable=True
+        ) from error
+
+
 @workflow.defn(name=names.WORKFLOW)
 class StromaRun:
     """One run. Its input is the plan and the state that it begins with, which is where a fresh history goes on, too."""
 
     @workflow.init
     def __init__(self, given: dict[str, Any]) -> None:
-        self._plan: Plan = given["plan"]
-        self._options: dict[str, Any] = self._plan["options"]
-        self._driver = _Driver(self._options)
-        self._run = Interpreter(self._plan, unfold(given["state"]), self._driver)
+        with _failing():
+            self._plan: Plan = given["plan"]
+            self._options: dict[str, Any] = self._plan["options"]
+            self._driver = _Driver(self._options)
+            self._run = Interpreter(self._plan, unfold(given["state"]), self._driver)
         #: What the last segment came to, while the run waits for a person.
         self._parked: Report | None = None
         self._go_on = False
 
     @workflow.run
     async def run(self, given: dict[str, Any]) -> dict[str, Any]:
+        with _failing():
+            return await self._go()
+
+    async def _go(self) -> dict[str, Any]:
         while True:
             try:
                 report = await self._run.go()

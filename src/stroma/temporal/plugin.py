@@ -70,8 +70,6 @@ class StromaPlugin(SimplePlugin):
             activities=[activities.node, activities.run] if given else None,
             workflows=_with_run,
             workflow_runner=_let_through,
-            # A plain exception in a workflow is tried again for ever.
-            workflow_failure_exception_types=[Exception],
         )
 
 
