@@ -4530,6 +4530,14 @@ def _cluster(names: str) -> tuple[str, ...]:
 
 COMMANDS_ON_A_CLUSTER = (
     Break(
+        "small-packs-stay",
+        "Packs of a map's items take no room of the run's own.",
+        "remote/attempts.py",
+        '["raw"], apart=True',
+        '["raw"]',
+        _tests("drivers/test_packs.py", "test_small_items_take_no_room_either"),
+    ),
+    Break(
         "worker-drains-nothing",
         "A worker that is told to end finishes what it is at.",
         "cli/worker.py",
