@@ -141,7 +141,7 @@ def test_a_process_that_is_killed_again_and_again(postgres: PostgresServer, tmp_
         return subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
 
     deaths = 0
-    for die in (2, 3, 2, 2, 3):
+    for die in (2, 3, 2):
         done = process(die)
         if done.returncode == 0:
             break
@@ -151,7 +151,7 @@ def test_a_process_that_is_killed_again_and_again(postgres: PostgresServer, tmp_
         done = process(0)
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["COMPLETED", "90", "12"]
-    assert deaths >= 3
+    assert deaths >= 2
     called = calls.read_text().split()
     # Each death repeats what was in flight, of a group of at most three; nothing else.
     assert len(set(called)) == 9
