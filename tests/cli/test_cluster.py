@@ -292,3 +292,28 @@ def test_the_client_is_imported_only_for_a_cluster(stroma: Any) -> None:
         )  # fmt: skip
         assert done.returncode == 3, done.stderr
         assert "pip install 'stroma[temporal]'" in done.stderr
+
+
+def test_a_process_with_a_client_ends_in_its_own_way(stroma: Any, worker: Any) -> None:
+    """What was registered for its end is called. The interpreter's own end is left out: the client's threads may abort it."""
+    text = (stroma.home / "sums.py").read_text()
+    stroma.file(
+        "sums.py",
+        text
+        + """
+import atexit
+atexit.register(lambda: print("bye", file=sys.stderr))
+class Late:
+    def __del__(self, write=os.write):
+        write(2, b"finalized")
+late = Late()
+""",
+    )
+    with worker() as process:
+        process.send_signal(signal.SIGTERM)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 0
+    assert "bye" in err
+    assert "finalized" not in err
+    done = stroma("check", "sums.py:pipeline")
+    assert "finalized" in done.err  # Elsewhere it is as it always is.
