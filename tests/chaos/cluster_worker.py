@@ -1,7 +1,7 @@
 """The processes of a round on Temporal: workers, which are struck, and the one that begins the runs and judges them.
 
 The diary has a line for each call of a node: ``call RUN PLACE ATTEMPT TOKEN PID NANOSECONDS`` before the node does
-anything, ``done`` with the same words when it is about to return. Every output carries the token of the call that made it.
+anything, ``done`` with the same words when it is about to return, or is cancelled. Every output carries the token of the call that made it.
 """
 
 from __future__ import annotations
@@ -81,8 +81,10 @@ def pipeline(diary: Diary | None = None, pause: float = 0.0) -> Pipeline:
             place = f"{here.position}|{here.branch}"
             what = (here.run_id, place, str(here.attempt), token, str(os.getpid()))
             diary.write("call", *what, str(time.time_ns()))
-            await asyncio.sleep(random.uniform(0, pause))
-            diary.write("done", *what, str(time.time_ns()))
+            try:
+                await asyncio.sleep(random.uniform(0, pause))
+            finally:  # One that wakes up late may be told so before it is done.
+                diary.write("done", *what, str(time.time_ns()))
             if name in FLAKY and here.attempt == 1:
                 here.report_usage(input_tokens=3, output_tokens=2, model=MODEL)
                 raise TimeoutError(token)

@@ -246,6 +246,19 @@ def test_a_cluster_that_is_not_there(inside: Any, fails: Any, server: TemporalSe
         fails(inside(*command, "absent", "--temporal", server.address), 4, "no run", "stroma runs --temporal")
 
 
+def test_variables_of_temporal(inside: Any, fails: Any, server: TemporalServer) -> None:
+    """They say how to get in, never that a run is to be elsewhere: that is for the command to say."""
+    run = ("run", "sums.py:pipeline", GOOD)
+    nowhere = {"TEMPORAL_NAMESPACE": "nowhere", "TEMPORAL_ADDRESS": server.address}
+    fails(inside(*run, "--temporal", server.address, env=nowhere), 4, "no such namespace")
+    fails(inside("worker", "sums.py:pipeline", env=nowhere), 4, "no such namespace")
+    assert inside(*run, "--db", "x.db", env=nowhere).code == 0
+    missing = {"TEMPORAL_CONFIG_FILE": "/nowhere/temporal.toml"}
+    here = inside(*run, "--temporal", "127.0.0.1:1", env=missing)
+    assert here.code in (2, 3)
+    assert "Traceback" not in here.err
+
+
 @pytest.mark.parametrize(
     ("words", "why"),
     [
