@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import importlib.metadata
 import pathlib
@@ -9,7 +10,10 @@ import socket
 import subprocess
 import time
 
-__all__ = ["TemporalServer", "temporal_binary"]
+from temporalio.client import Client
+from temporalio.service import RPCError
+
+__all__ = ["TemporalServer", "temporal_binary", "wait_until_ready"]
 
 
 @functools.cache
@@ -75,3 +79,17 @@ class TemporalServer:
             self.process.kill()
             self.process.wait()
             self.process = None
+
+
+def wait_until_ready(address: str) -> None:
+    """Until a server answers for its namespace: it takes a moment longer than its port."""
+
+    async def ask() -> None:
+        while True:
+            try:
+                await (await Client.connect(address)).count_workflows()
+                return
+            except (RPCError, RuntimeError):
+                await asyncio.sleep(0.05)
+
+    asyncio.run(asyncio.wait_for(ask(), 60))

@@ -30,7 +30,7 @@ DOCS = ROOT / "docs"
 #: Their code sets up what a process has once, so it runs in one of its own, beside a receiver of the system.
 SYSTEMS = sorted((DOCS / "telemetry").glob("*.md"))
 #: Beside a server.
-SERVERS = [DOCS / "stores" / "postgres.md", DOCS / "stores" / "redis.md"]
+SERVERS = [DOCS / "stores" / "postgres.md", DOCS / "stores" / "redis.md", DOCS / "temporal.md"]
 #: In an environment that has the framework: tests/frameworks.
 FRAMEWORKS = [*sorted((DOCS / "adapters").glob("*.md")), DOCS / "migration" / "from-langgraph.md"]
 #: Followed as a whole, by tests/test_tutorial.py.
@@ -38,7 +38,7 @@ TUTORIAL = sorted((DOCS / "tutorial").glob("*.md"))
 ALL = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 PAGES = [page for page in ALL if page not in {*SYSTEMS, *SERVERS, *FRAMEWORKS, *TUTORIAL}]
 #: What shows as it is: outputs, and forms of commands with words in place of values.
-SHOWN_ONLY = {"", "text", "ini", "yaml", "json", "toml"}
+SHOWN_ONLY = {"", "diff", "text", "ini", "yaml", "json", "toml"}
 
 
 def compare(text: str, name: str, ran: list[tuple[int, str, list[str]]]) -> int:
@@ -71,7 +71,10 @@ def test_every_page_whose_code_shows_anything_is_run() -> None:
     for page in ALL:
         text = page.read_text("utf-8")
         for block in of_page(text):
-            assert block.language in {"python", "console", *SHOWN_ONLY}, f"{page.name}, line {block.line}"
+            parsed = {"sh"} if page.name == "temporal.md" else set()  # By tests/test_temporal_page.py.
+            assert block.language in {"python", "console", *SHOWN_ONLY, *parsed}, (
+                f"{page.name}, line {block.line}"
+            )
             assert block.text.strip(), (
                 f"{page.name}, line {block.line}: write it with ./dev run python -m tests.blocks {page}"
             )

@@ -78,13 +78,14 @@ class Processes:
         self.alive[pid] = time.monotonic()
         return pid
 
-    def call(self, do: Callable[[], None]) -> None:
+    def call(self, do: Callable[[], None]) -> int:
         """Do something else in a process of its own."""
         sys.stdout.flush()
         pid = os.fork()
         if pid == 0:
             worker.guarded(self.errors, do)
         self.alive[pid] = time.monotonic()
+        return pid
 
     def poll(self) -> list[int]:
         """The processes that have ended since; one that killed itself is a kill."""
@@ -154,6 +155,11 @@ def processes(place: Place, number: int, *, fresh: bool = False) -> Iterator[Pro
 
 def apart(call: Callable[[], Figures]) -> Figures:
     """Call in a fork: the driver itself has no threads, no open files and no connections."""
+    return apart_later(call)()
+
+
+def apart_later(call: Callable[[], Figures]) -> Callable[[], Figures]:
+    """The same; what is given back waits for it."""
     reading, writing = os.pipe()
     sys.stdout.flush()
     pid = os.fork()
@@ -171,14 +177,18 @@ def apart(call: Callable[[], Figures]) -> Figures:
         finally:
             os._exit(0)
     os.close(writing)
-    with os.fdopen(reading, "rb") as file:
-        data = file.read()
-    os.waitpid(pid, 0)
-    if not data:
-        return Figures(broken=["I5: the check died"])
-    figures = pickle.loads(data)
-    assert isinstance(figures, Figures)
-    return figures
+
+    def fetch() -> Figures:
+        with os.fdopen(reading, "rb") as file:
+            data = file.read()
+        os.waitpid(pid, 0)
+        if not data:
+            return Figures(broken=["I5: the check died"])
+        figures = pickle.loads(data)
+        assert isinstance(figures, Figures)
+        return figures
+
+    return fetch
 
 
 def judged(made: Processes, runs: list[str]) -> Figures:

@@ -4872,9 +4872,57 @@ KIT = (
     ),
 )
 
+
+def _cluster(names: str) -> tuple[str, ...]:
+    return _tests("cli/test_cluster.py", names)
+
+
+COMMANDS_ON_A_CLUSTER = (
+    Break(
+        "small-packs-stay",
+        "Packs of a map's items take no room of the run's own.",
+        "remote/attempts.py",
+        '["raw"], apart=True',
+        '["raw"]',
+        _tests("drivers/test_packs.py", "test_small_items_take_no_room_either"),
+    ),
+    Break(
+        "worker-drains-nothing",
+        "A worker that is told to end finishes what it is at.",
+        "cli/worker.py",
+        "graceful_shutdown_timeout=timedelta(seconds=self._drain)",
+        "graceful_shutdown_timeout=timedelta(0)",
+        _cluster("test_a_worker_that_is_told_to_end_finishes_what_it_is_at"),
+    ),
+    Break(
+        "interrupt-leaves-the-run",
+        "Ctrl-C asks a run on a cluster to end.",
+        "cli/cluster_run.py",
+        "if left or stop.signal is None:",
+        "if True:",
+        _cluster("test_interrupting_the_command_cancels_the_run"),
+    ),
+    Break(
+        "attach-goes-on",
+        "Who attaches to a run on a cluster changes nothing of it.",
+        "cli/cluster_run.py",
+        'if self.state is None and self.options.if_running == "attach":',
+        "if False:",
+        _cluster("test_a_detached_run_is_waited_for_by_another_command"),
+    ),
+    Break(
+        "local-options-swallowed",
+        "An option that means nothing on a cluster is refused.",
+        "cli/cluster.py",
+        "if parameter.name in names and given is click.core.ParameterSource.COMMANDLINE:",
+        "if False:",
+        _cluster("test_options_of_one_machine"),
+    ),
+)
+
 BREAKS: tuple[Break, ...] = (
     *RETRIES, *CLASSES, *REPAIR, *CONTRACTS, *TIMEOUTS, *BUDGETS, *COMMIT, *HOOKS, *GROUPS, *CONTEXTS, *RESUME, *TRACE,
     *SCHEMAS, *PROMISES, *OWNERSHIP, *LASTING, *STORES, *COST, *IDS,
     *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS, *PROVIDERS, *USAGE, *MENDING, *MAPS, *STREAMS, *SHARED, *SHOWING, *ADAPTERS, *ELSEWHERE,
-    *KIT,
+    *KIT, *COMMANDS_ON_A_CLUSTER,
 )  # fmt: skip

@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 __all__ = ["main"]
 
@@ -23,4 +27,19 @@ def main(argv: Sequence[str] | None = None, *, program: str = "stroma") -> int:
             f"stroma: the command line needs click; install it with: {sys.executable} -m pip install 'stroma[cli]'\n"
         )
         return 3
-    return start(sys.argv[1:] if argv is None else list(argv), program)
+    code = start(sys.argv[1:] if argv is None else list(argv), program)
+    if argv is None and "temporalio.bridge" in sys.modules:
+        _leave(code)
+    return code
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without the interpreter's own end.
+
+    The Temporal client has threads of its own, which may ask for the interpreter while it ends, and then abort the process.
+    """
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with contextlib.suppress(OSError, ValueError, AttributeError):
+            stream.flush()
+    os._exit(code)

@@ -26,6 +26,7 @@ _COMMANDS: Final = {
         "stroma.cli.run:resume",
         "Go on with a run that stopped; finished nodes are not called again.",
     ),
+    "worker": ("stroma.cli.worker:worker", "Run nodes for runs on a Temporal cluster (extra `temporal`)."),
     "approve": ("stroma.cli.approve:approve", "Give a suspended run the answer that it waits for."),
     "cancel": ("stroma.cli.cancel:cancel", "Ask for the end of a run, in whichever process it is."),
     "check": ("stroma.cli.check:check", "Prove that each node's output can satisfy the next node's input."),

@@ -3,19 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+from types import ModuleType
 from typing import Any
 
 import click
 
 from stroma.checkpoint.journal import RunRecord, Waiting
 from stroma.checkpoint.manager import CheckpointManager
+from stroma.cli.cluster import Cluster, cluster_options, only_here
 from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.inputs import parse_as, parse_json
 from stroma.cli.load import load_with_module
 from stroma.cli.output import emit, err
-from stroma.cli.run import Running, go_on
-from stroma.cli.stores import Database, db_option
+from stroma.cli.run import Running, go_on, resume_there
+from stroma.cli.stores import Database, Keeper, db_option
 from stroma.cli.waiting import approve_hint, asked, find_schema, open_ones, waiting_data, where
 from stroma.cli.words import clean, id_word
 from stroma.contracts import ContractRegistry
@@ -40,6 +42,7 @@ _COMPLETE = ("COMPLETED", "RESUMED")
     help='Print one JSON object, schema "stroma.approve/1"; with --resume "stroma.run/1".',
 )
 @db_option
+@cluster_options
 def approve(
     run_: str,
     target: str,
@@ -49,17 +52,81 @@ def approve(
     resume: bool,
     as_json: bool,
     db: str | None,
+    **options: Any,
 ) -> int:
     """Give a suspended run the answer that it waits for.
 
     RUN is a run id, its beginning, or "last". The pipeline is loaded for the class that the node asked for, which
-    ANSWER must satisfy: JSON, @FILE, or - for stdin. The run goes on with `stroma resume`, or with --resume.
+    ANSWER must satisfy: JSON, @FILE, or - for stdin. The run goes on with `stroma resume`, or with --resume. With
+    --temporal it goes on by itself; --resume then waits for its result.
     """
+    cluster = Cluster.take(options)
+    if cluster is not None:
+        only_here("the run is on the cluster, not in a store", "db")
+        return _approve_there(cluster, run_, target, given, node, branch, resume, as_json)
     database = Database.choose(db)
     record = database.find(run_)
     every = database.waiting(record.run_id)
     one = _which(database, record, every, target, node, branch)
     pipeline, module = load_with_module(target)
+    answer, model = _answer(database, record, one, module, target, given, node, branch)
+    with database.explained():
+        asyncio.run(_signal(database, record.run_id, answer, one, model))
+    left = open_ones([other for other in every if other[:3] != one[:3]])
+    if resume:
+        err.line(f"{where(one)} has its answer")
+        return go_on(Database.choose(db), record, pipeline, target, Running(as_json=as_json))
+    _tell(database, record.run_id, target, one, left, as_json)
+    return Code.OK
+
+
+def _approve_there(
+    cluster: Cluster,
+    run: str,
+    target: str,
+    given: str,
+    node: str | None,
+    branch: str | None,
+    resume: bool,
+    as_json: bool,
+) -> int:
+    """The same on a cluster."""
+    from stroma.cli.cluster_show import record_of
+
+    async def look() -> tuple[RunRecord, list[Waiting]]:
+        client = await cluster.connect()
+        record = await record_of(cluster, client, await cluster.find(client, run))
+        return record, await cluster.answer(cluster.runner(client).waiting(record.run_id))
+
+    record, every = cluster.run(look())
+    one = _which(cluster, record, every, target, node, branch)
+    pipeline, module = load_with_module(target)
+    answer, model = _answer(cluster, record, one, module, target, given, node, branch)
+
+    async def tell() -> None:
+        runner = cluster.runner(await cluster.connect())
+        await runner.signal(record.run_id, answer, node_id=one.node_id, branch=one.branch, schema=model)
+
+    cluster.run(tell())
+    if resume:
+        err.line(f"{where(one)} has its answer")
+        return resume_there(cluster, record.run_id, pipeline, target, Running(as_json=as_json))
+    left = open_ones([other for other in every if other[:3] != one[:3]])
+    _tell(cluster, record.run_id, target, one, left, as_json)
+    return Code.OK
+
+
+def _answer(
+    database: Keeper,
+    record: RunRecord,
+    one: Waiting,
+    module: ModuleType,
+    target: str,
+    given: str,
+    node: str | None,
+    branch: str | None,
+) -> tuple[Any, Any]:
+    """ANSWER as what the node asked for, and the class of that. Raises Problem."""
     answer: Any
     if one.schema_ref:
         model = find_schema(one, module)
@@ -79,32 +146,31 @@ def approve(
         answer = parse_as(model, given, "ANSWER", f"what {where(one)} asks for, {asked(one)}", again)
     else:
         model, answer = None, parse_json(given, "ANSWER")[0]
-    with database.explained():
-        asyncio.run(_signal(database, record.run_id, answer, one, model))
-    left = open_ones([other for other in every if other[:3] != one[:3]])
-    if resume:
-        err.line(f"{where(one)} has its answer")
-        return go_on(Database.choose(db), record, pipeline, target, Running(as_json=as_json))
-    hint = database.hint("resume", id_word(record.run_id), target)
+    return answer, model
+
+
+def _tell(
+    database: Keeper, run_id: str, target: str, one: Waiting, left: list[Waiting], as_json: bool
+) -> None:
+    hint = database.hint("resume", id_word(run_id), target)
     if as_json:
         emit(
             {
                 "schema": "stroma.approve/1",
-                "run_id": record.run_id,
+                "run_id": run_id,
                 "answered": waiting_data(one) | {"answered": True},
                 "suspended": [waiting_data(other) for other in left],
-                "resume": database.command("resume", id_word(record.run_id), target),
+                "resume": database.command("resume", id_word(run_id), target),
             }
         )
-        return Code.OK
-    err.line(f"{where(one)} of run {clean(record.run_id)} has its answer; go on with: {hint}")
+        return
+    err.line(f"{where(one)} of run {clean(run_id)} has its answer; go on with: {hint}")
     for other in left:
         err.line(f"  still without one: {where(other)}: {clean(other.reason)}")
-    return Code.OK
 
 
 def _which(
-    database: Database,
+    database: Keeper,
     record: RunRecord,
     every: list[Waiting],
     target: str,

@@ -16,7 +16,7 @@ from stroma.failures import FailureClass, NodeContext, diagnose
 from stroma.hooks import MapProgress, NodeHooks
 from stroma.trace import ExecutionResult
 
-__all__ = ["Progress", "listen"]
+__all__ = ["Progress", "listen", "timed_line"]
 
 _NAME_WIDTH = 30
 _FEW_ITEMS = 20  # of a map that are told one by one
@@ -68,7 +68,7 @@ class Progress:
         self.begun = True
         if self._quiet:
             return
-        _line(
+        timed_line(
             (clean(pipeline, 60), "bold"),
             f": run {id_word(run_id) if run_id.isprintable() else clean(run_id)}",
         )
@@ -78,7 +78,7 @@ class Progress:
 
     async def _budget_warning(self, run_id: str, dimension: str, used: float, limit: float) -> None:
         unit = _UNITS.get(dimension, "")
-        _line(("budget: ", "yellow"), f"{used:.6g} of {limit:.6g} {unit} used ({dimension})")
+        timed_line(("budget: ", "yellow"), f"{used:.6g} of {limit:.6g} {unit} used ({dimension})")
 
     async def _map_progress(self, run_id: str, node_id: str, progress: MapProgress) -> None:
         node, total = current_node(), progress.total
@@ -188,10 +188,11 @@ class Progress:
             parts.append((f"  | run: {sums}", "dim"))
         if why and (node is None or node.kind != "group"):  # Its child has said it.
             parts.append(f"  | {why}")
-        _line(*parts)
+        timed_line(*parts)
 
 
-def _line(*parts: Part) -> None:
+def timed_line(*parts: Part) -> None:
+    """A line on stderr, after the time of day."""
     clock = datetime.now().strftime("%H:%M:%S.%f")[:-3]
     # Nothing here may raise: what a hook raises could be made an error of the run's.
     err.line((clock, "dim"), "  ", *parts)
@@ -211,7 +212,7 @@ class _Listener(logging.Handler):
             text += f": {record.exc_info[1]!r}"
             if debugging():
                 text += "\n" + logging.Formatter().formatException(record.exc_info)
-        _line((f"{record.levelname.lower()}: ", "yellow"), text if debugging() else clean(text, 600))
+        timed_line((f"{record.levelname.lower()}: ", "yellow"), text if debugging() else clean(text, 600))
 
 
 def listen(*, quiet: bool) -> None:

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.journal import Waiting
 from stroma.cli.errors import Code, debugging
 from stroma.cli.output import Part, emit, err
-from stroma.cli.stores import Database
+from stroma.cli.stores import Keeper
 from stroma.cli.trouble import last_frame
 from stroma.cli.waiting import approve_hint, asked, open_ones, waiting_data, where
 from stroma.cli.words import clean, count, id_word, money, plural, span
@@ -49,7 +49,7 @@ class Ending:
     result: ExecutionResult
     pipeline: str
     target: str
-    db: Database
+    db: Keeper
     stopped_by: str | None
     seconds: float
     budget: ExecutionBudget

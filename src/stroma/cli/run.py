@@ -11,6 +11,8 @@ import click
 from pydantic import BaseModel, ValidationError
 
 from stroma.checkpoint.journal import RunRecord
+from stroma.cli.cluster import Cluster, cluster_options, only_here
+from stroma.cli.cluster_run import ClusterJob
 from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import Exporters, exporter_options
@@ -27,7 +29,7 @@ from stroma.contracts import check_id
 from stroma.nodes import Group, Kept, find_node
 from stroma.runner import Pipeline
 
-__all__ = ["Running", "go_on", "resume", "run"]
+__all__ = ["Running", "go_on", "resume", "resume_there", "run"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -129,24 +131,33 @@ def _running_options(func: F) -> F:
     metavar="TAG",
     help="A word to find the run by: stroma runs --tag TAG; may be repeated.",
 )
+@click.option("--detach", is_flag=True, help="With --temporal: begin the run, print its id, and leave.")
 @_running_options
+@cluster_options
 def run(
     target: str,
     given: str | None,
     run_id: str | None,
     resume: bool,
     tags: tuple[str, ...],
+    detach: bool,
     db: str | None,
     **running: Any,
 ) -> int:
     """Run a pipeline and print its final state as JSON on stdout.
 
     NAME is a Pipeline, or a function without arguments that returns one. INPUT is JSON, @FILE, or - for stdin; it is
-    {} if it is missing. Progress goes to stderr.
+    {} if it is missing. Progress goes to stderr. With --temporal, workers run the nodes: see stroma worker. Ctrl-C asks the
+    run to end there, SIGTERM leaves it as it is.
     """
     if resume and run_id is None:
         raise click.UsageError("--resume needs --run-id: it tells which run to go on with")
+    cluster = _cluster(running)
     options = Running.of(**running)
+    if cluster is not None:
+        return _run_there(cluster, target, given, run_id, options, tags, resume=resume, detach=detach)
+    if detach:
+        raise click.UsageError("--detach needs --temporal: a run of this process ends with it")
     database = Database.choose(db)
     pipeline = load_pipeline(target)
     config = _tagged(_configure(pipeline, run_id, options), tags)
@@ -182,6 +193,7 @@ def run(
     "--dry-run", is_flag=True, help="Only say what would be kept, what that saves, and what would be called."
 )
 @_running_options
+@cluster_options
 def resume(
     run_: str,
     target: str | None,
@@ -197,7 +209,18 @@ def resume(
 
     RUN is a run id, its beginning, or "last". The input is the one that the run began with.
     """
+    cluster = _cluster(running)
     options = Running.of(**running)
+    if cluster is not None:
+        only_here(
+            "a cluster goes on where a run has stopped",
+            "start_at",
+            "fork",
+            "retry_failed",
+            "state",
+            "dry_run",
+        )
+        return _resume_there(cluster, run_, target, options)
     if fork and start_at is None:
         raise click.UsageError("--fork needs --from: it tells where the new run begins")
     if retry_failed and start_at is not None:
@@ -236,6 +259,55 @@ def resume(
     if dry_run:
         return tell_plan(database, record, pipeline, target, start_at, options.as_json)
     return go_on(database, record, pipeline, target, options, start_at, retry_failed=retry_failed)
+
+
+def _cluster(running: dict[str, Any]) -> Cluster | None:
+    """The cluster of --temporal, if it was given, with nothing beside it that is for this machine alone."""
+    cluster = Cluster.take(running)
+    if cluster is not None:
+        only_here("the workers write to a store: stroma worker --db", "db")
+        only_here("the workers send telemetry: stroma worker", "otel", "prometheus", "sentry", "datadog")
+        only_here("the run does not end with this command: see --detach", "drain")
+        only_here("the server itself gives the run of a lost worker to another one", "take_over")
+    return cluster
+
+
+def _run_there(
+    cluster: Cluster,
+    target: str,
+    given: str | None,
+    run_id: str | None,
+    options: Running,
+    tags: tuple[str, ...],
+    *,
+    resume: bool,
+    detach: bool,
+) -> int:
+    pipeline = load_pipeline(target)
+    config = _tagged(_configure(pipeline, run_id, options), tags)
+    state: BaseModel | None = None
+    if given is not None or not (
+        (resume or options.if_running == "attach") and cluster.run(cluster.knows(config.run_id))
+    ):
+        state = parse_input(pipeline, given, target)
+    return ClusterJob(target, pipeline, config, state, cluster, options, resume, detach).go()
+
+
+def _resume_there(cluster: Cluster, run: str, target: str | None, options: Running) -> int:
+    run_id = cluster.run(cluster.find_id(run))
+    if target is None:
+        raise Problem(
+            "say where the pipeline of the run is",
+            cluster.hint("resume", id_word(run_id), "FILE.py:NAME"),
+            code=Code.USAGE,
+        )
+    return resume_there(cluster, run_id, load_pipeline(target), target, options)
+
+
+def resume_there(cluster: Cluster, run_id: str, pipeline: Pipeline, target: str, options: Running) -> int:
+    """Go on with a run of a cluster, and return the exit code. Raises Problem."""
+    config = _configure(pipeline, run_id, options)
+    return ClusterJob(target, pipeline, config, None, cluster, options).go()
 
 
 def go_on(

@@ -9,10 +9,11 @@ from typing import Any, Final
 import click
 
 from stroma.checkpoint.journal import Cause, RunQuery, RunRecord
+from stroma.cli.cluster import Cluster, cluster_options, only_here
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import redact_of, redact_option
 from stroma.cli.spans import SPAN
-from stroma.cli.stores import Database, db_option
+from stroma.cli.stores import Database, Keeper, db_option
 from stroma.cli.words import ago, clean, iso, local, money, short_id, span
 from stroma.failures import FailureClass
 from stroma.history import FAILED, History, is_gone
@@ -97,6 +98,7 @@ def cause_data(cause: Cause) -> dict[str, Any]:
 @redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.runs/1".')
 @db_option
+@cluster_options
 def runs(
     limit: int,
     failed: bool,
@@ -105,24 +107,36 @@ def runs(
     redact: str | None,
     as_json: bool,
     db: str | None,
-    **asked: str | None,
+    **asked: Any,
 ) -> None:
     """List the runs in the store, the newest first.
 
     NODES counts finished positions. A run whose process died stays RUNNING until somebody resumes it; the last column
-    says whether anybody is at work on it.
+    says whether anybody is at work on it. With --temporal: those of a cluster.
     """
+    cluster = Cluster.take(asked)
     if failed and statuses:
         raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; give one of both")
     wanted = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
     since_ms = None if since is None else int((time.time() - since.total_seconds()) * 1000)
     query = RunQuery(statuses=wanted, since_ms=since_ms, **asked)
+    if cluster is not None:
+        from stroma.cli.cluster_show import runs_there
+
+        why = "a store finds runs by that: have the workers write to one, stroma worker --db, and ask it"
+        only_here(why, "db", "tag", "failure_class", "node", "text", "redact")
+        _print(cluster, runs_there(cluster, query, limit), query, limit, as_json)
+        return
     database = Database.choose(db)
     store = database.reader
     records: list[RunRecord] = []
     if not database.is_empty:
         with database.explained():
             records = History(store, redact_of(redact)).runs(query, limit)
+    _print(database, records, query, limit, as_json)
+
+
+def _print(database: Keeper, records: list[RunRecord], query: RunQuery, limit: int, as_json: bool) -> None:
     if as_json:
         emit({"schema": "stroma.runs/1", "runs": [run_data(record) for record in records]})
         return

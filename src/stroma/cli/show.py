@@ -8,12 +8,13 @@ from typing import Any, Final
 import click
 
 from stroma.checkpoint.journal import AttemptRecord, RunRecord, Waiting
+from stroma.cli.cluster import Cluster, cluster_options, only_here
 from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import redact_of, redact_option
 from stroma.cli.runs import run_data, styled
-from stroma.cli.stores import Database, db_option
+from stroma.cli.stores import Database, Keeper, db_option
 from stroma.cli.waiting import approve_hint, asked, open_ones, waiting_data, where
 from stroma.cli.words import ago, clean, count, id_word, iso, local, money, plural, span
 from stroma.history import History, Payload, bar_of, in_order, place_of, waste
@@ -49,6 +50,7 @@ _COMPLETE: Final = ("COMPLETED", "RESUMED")
 @redact_option
 @click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.show/1".')
 @db_option
+@cluster_options
 def show(
     run_: str,
     node: str | None,
@@ -60,6 +62,7 @@ def show(
     redact: str | None,
     as_json: bool,
     db: str | None,
+    **options: Any,
 ) -> int:
     """Show one run, attempt by attempt.
 
@@ -67,41 +70,84 @@ def show(
     their group, with their place in it.
 
     With --input or --output, stdout has one JSON value for each attempt; of several, a line above each says whose it is.
+
+    With --temporal: one of a cluster, as far as it is.
     """
+    cluster = Cluster.take(options)
+    if cluster is not None:
+        from stroma.cli.cluster_show import look_at
+
+        why = "have the workers write to a store, stroma worker --db, and ask that"
+        only_here(why, "db", "wants_input", "wants_output", "redact")
+        there, attempts, waiting = look_at(cluster, run_)
+        shown = _chosen(attempts, there, node, attempt)
+        states: list[list[_State]] = [[] for _ in shown]
+        if as_json:
+            emit(_data(there, attempts, waiting, shown, states))
+            return Code.OK
+        return _tell(cluster, there, attempts, waiting, shown, as_tree, timing)
     database = Database.choose(db)
     found = database.find(run_)
     history = History(database.reader, redact_of(redact))
     with database.explained():
         record = history.shown_run(found)
         attempts = in_order(history.shown_attempts(record.run_id, database.reader.attempts(record.run_id)))
-    damaged = [one for one in attempts if one.damaged]
-    with database.explained():
         waiting = history.waiting(record.run_id)
-    tokens, cost = waste(attempts)
-    code = Code.ENVIRONMENT if damaged else Code.OK
-    shown = [one for one in attempts if node in (None, one.node_id) and attempt in (None, one.attempt)]
-    if not shown and (node is not None or attempt is not None):
-        raise _no_such(attempts, record, node, attempt)
+    shown = _chosen(attempts, record, node, attempt)
     with database.explained():
         states = _states(history, record, shown, wants_input, wants_output)
+    code = Code.ENVIRONMENT if any(one.damaged for one in attempts) else Code.OK
     if as_json:
-        emit(
-            {
-                "schema": "stroma.show/1",
-                "run": run_data(record),
-                "suspended": [waiting_data(one) for one in waiting],
-                "wasted_tokens": tokens,
-                "wasted_cost_usd": cost,
-                "attempts": [
-                    attempt_data(record, one) | {what: held.value for what, held in found}
-                    for one, found in zip(shown, states, strict=True)
-                ],
-            }
-        )
+        emit(_data(record, attempts, waiting, shown, states))
         return code
     if wants_input or wants_output:
         return _print_states(shown, states, code)
-    _head(record, waiting, len(attempts), tokens, cost)
+    _tell(database, record, attempts, waiting, shown, as_tree, timing)
+    return code
+
+
+def _chosen(
+    attempts: list[AttemptRecord], record: RunRecord, node: str | None, attempt: int | None
+) -> list[AttemptRecord]:
+    """The attempts that were asked for. Raises Problem if there is none."""
+    shown = [one for one in attempts if node in (None, one.node_id) and attempt in (None, one.attempt)]
+    if not shown and (node is not None or attempt is not None):
+        raise _no_such(attempts, record, node, attempt)
+    return shown
+
+
+def _data(
+    record: RunRecord,
+    attempts: list[AttemptRecord],
+    waiting: list[Waiting],
+    shown: list[AttemptRecord],
+    states: list[list[_State]],
+) -> dict[str, Any]:
+    """The object of ``--json``."""
+    tokens, cost = waste(attempts)
+    return {
+        "schema": "stroma.show/1",
+        "run": run_data(record),
+        "suspended": [waiting_data(one) for one in waiting],
+        "wasted_tokens": tokens,
+        "wasted_cost_usd": cost,
+        "attempts": [
+            attempt_data(record, one) | {what: held.value for what, held in found}
+            for one, found in zip(shown, states, strict=True)
+        ],
+    }
+
+
+def _tell(
+    database: Keeper,
+    record: RunRecord,
+    attempts: list[AttemptRecord],
+    waiting: list[Waiting],
+    shown: list[AttemptRecord],
+    as_tree: bool,
+    timing: bool,
+) -> int:
+    _head(record, waiting, len(attempts), *waste(attempts))
     if shown:
         out.line()
         rows = list(_rows(shown, as_tree))
@@ -112,12 +158,13 @@ def show(
             right = {2, 6, 7, 8, 9, 10}
             _add_timing(rows, shown)
         table(out, header, [row for _, row in rows], right=frozenset(right))
-    for one in damaged:
-        where = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
-        err.line(("stroma: ", "bold red"), f"{where} is damaged; resume from there to make it anew")
+    for one in attempts:
+        if one.damaged:
+            where = f"the output of node {clean(one.node_id, 100)!r} at {place_of(one)}"
+            err.line(("stroma: ", "bold red"), f"{where} is damaged; resume from there to make it anew")
     if record.status not in _COMPLETE:
         _tell_way_on(database, record, open_ones(waiting))
-    return code
+    return Code.OK
 
 
 def _no_such(
@@ -170,7 +217,7 @@ def _print_states(shown: list[AttemptRecord], states: list[list[_State]], code: 
     return code
 
 
-def _tell_way_on(database: Database, record: RunRecord, waiting: list[Waiting]) -> None:
+def _tell_way_on(database: Keeper, record: RunRecord, waiting: list[Waiting]) -> None:
     name, target = id_word(record.run_id), "FILE.py:NAME"
     place = f"  (where the pipeline {clean(record.pipeline, 60)!r} is)"
     if record.holder is not None:

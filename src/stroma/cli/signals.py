@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from types import FrameType
 from typing import Final
 
@@ -29,19 +29,30 @@ class Stop:
     """
 
     def __init__(
-        self, task: asyncio.Task[object], drain: Callable[[], None], *, patience: str, after: str
+        self,
+        task: asyncio.Task[object],
+        drain: Callable[[], None],
+        *,
+        patience: str,
+        after: str,
+        says: Mapping[str, str] | None = None,
     ) -> None:
         """``drain``: called in the task's loop for SIGTERM, in place of cancelling the task.
 
         ``patience``: how long that may take, in words. ``after``: what to tell who does not want to wait for the
-        task's end, as one line.
+        task's end, as one line. ``says``: what is said of the first signal, by its name, in place of that.
         """
         self.signal: str | None = None
         self._task = task
         self._drain = drain
         self._loop = task.get_loop()
-        self._patience = patience
         self._after = after
+        self._says = {
+            "SIGINT": "stopping; what is finished is being kept. Again to stop at once",
+            "SIGTERM": f"stopping after the node in flight, in {patience} at most; what is finished is being kept. "
+            "Again to stop at once",
+            **(says or {}),
+        }
         self._at = 0.0
         if threading.current_thread() is threading.main_thread():
             # Not loop.add_signal_handler: that one waits for a loop which a node may be blocking.
@@ -52,17 +63,8 @@ class Stop:
         now = time.monotonic()
         if self.signal is None:
             self.signal, self._at = signal.Signals(number).name, now
-            if number == signal.SIGTERM:
-                _say(
-                    f"\nstroma: SIGTERM: stopping after the node in flight, in {self._patience} at most; what is "
-                    "finished is being kept. Again to stop at once\n"
-                )
-                ask = self._drain
-            else:
-                _say(
-                    f"\nstroma: {self.signal}: stopping; what is finished is being kept. Again to stop at once\n"
-                )
-                ask = self._cancel
+            _say(f"\nstroma: {self.signal}: {self._says[self.signal]}\n")
+            ask = self._drain if number == signal.SIGTERM else self._cancel
             if not self._loop.is_closed():
                 self._loop.call_soon_threadsafe(ask)
         elif now - self._at > _ECHO:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Protocol, TypeVar
 
 import click
 
@@ -28,7 +28,7 @@ from stroma.checkpoint.urls import open_store
 from stroma.cli.errors import Code, Problem, command
 from stroma.cli.words import ago, clean
 
-__all__ = ["Database", "db_option"]
+__all__ = ["Database", "Keeper", "db_option"]
 
 F = TypeVar("F", bound=Callable[..., Any])
 #: What may be a password: from the first colon of "user:password@host" on, and whatever an option calls one.
@@ -63,6 +63,17 @@ def data_directory() -> Path:
     if sys.platform == "darwin":
         return Path.home() / "Library" / "Application Support" / "stroma"
     return Path.home() / ".local" / "share" / "stroma"
+
+
+class Keeper(Protocol):
+    """Where runs are kept, in words, and the commands that find them there."""
+
+    @property
+    def name(self) -> str: ...
+    @property
+    def keeps(self) -> bool: ...
+    def command(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str: ...
+    def hint(self, name: str, *arguments: str, options: Sequence[str] = ()) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)

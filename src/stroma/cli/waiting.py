@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.manager import resolve_schema
 from stroma.cli.inputs import example
-from stroma.cli.stores import Database
+from stroma.cli.stores import Keeper
 from stroma.cli.words import clean, id_word
 
 __all__ = ["approve_hint", "asked", "find_schema", "open_ones", "waiting_data", "where"]
@@ -65,7 +65,7 @@ def find_schema(one: Waiting, module: ModuleType | None = None) -> type[BaseMode
 
 
 def approve_hint(
-    db: Database, run_id: str, target: str, waiting: Sequence[Waiting], *, limit: int = 5
+    db: Keeper, run_id: str, target: str, waiting: Sequence[Waiting], *, limit: int = 5
 ) -> list[str]:
     """The commands that answer, one for each node that waits."""
     lines = []

@@ -211,11 +211,14 @@ class _Work:
 
     # ------------------------------------------------------------------ values
 
-    async def value(self, text: str, cls: ClassName) -> Value:
-        """A text on its way to the driver; a large one goes to the payload store. Raises StoreError."""
+    async def value(self, text: str, cls: ClassName, *, apart: bool = False) -> Value:
+        """A text on its way to the driver; a large one goes to the payload store. Raises StoreError.
+
+        ``apart``: a small one too, if there is a store.
+        """
         size = weight(text)
         store = self.owner.payloads
-        if size < LARGE and size <= self.room:
+        if size < LARGE and size <= self.room and not (apart and store is not None):
             self.room -= size
             return {"text": text, "size": size, "cls": cls}
         if store is None:
@@ -463,7 +466,8 @@ class _Work:
         request = self.request
         outputs = {str(i): value for i, value in zip(request["indexes"], request["outputs"], strict=True)}
         text = json.dumps({"outputs": outputs, "rows": request["rows"]})
-        return {"packed": await self.value(text, ["raw"])}
+        # What is put together must take no room of the run's own: a map has any number of packs.
+        return {"packed": await self.value(text, ["raw"], apart=True)}
 
     async def end(self) -> Reply:
         ctx, report = self.ctx, self.request["report"]

@@ -46,9 +46,9 @@ class TemporalStream:
     async def _all(self) -> AsyncIterator[StreamEvent]:
         run_id, outcome = await self._begin()
         number, seen, delay = 1, 0, _LOOKS[0]
-        yield StreamEvent(number, "run_start", run_id)
         waiting = asyncio.ensure_future(outcome)
         try:
+            yield StreamEvent(number, "run_start", run_id)
             while not waiting.done():
                 await asyncio.wait([waiting], timeout=delay)
                 found = [] if waiting.done() else await self._look(run_id, seen)

