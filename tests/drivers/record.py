@@ -7,6 +7,7 @@ name to what a release adds; never record an old one again.
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import pathlib
 import sys
@@ -113,7 +114,8 @@ async def main(names: list[str]) -> None:
             history: Any = json.loads((await client.get_workflow_handle(name).fetch_history()).to_json())
             _scrub(history)
             HISTORIES.mkdir(exist_ok=True)
-            (HISTORIES / f"{name}.json").write_text(json.dumps(history, separators=(",", ":")) + "\n")
+            data = json.dumps(history, separators=(",", ":")).encode()
+            (HISTORIES / f"{name}.json.gz").write_bytes(gzip.compress(data, mtime=0))
             print(f"{name}: {len(history['events'])} events")
     finally:
         server.kill()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
 import json
 import pathlib
 import subprocess
@@ -52,6 +53,7 @@ from stroma.checkpoint.payloads import DirectoryBlobs
 from stroma.temporal import RemoteFailure, StromaPlugin, register_search_attributes, stroma_worker
 
 HISTORIES = pathlib.Path(__file__).parent / "histories"
+HISTORY_NAMES = sorted(path.name.partition(".")[0] for path in HISTORIES.glob("*.json.gz"))
 
 
 class Blob(BaseModel):
@@ -245,16 +247,18 @@ async def test_a_pipeline_that_is_edited_breaks_no_run_in_flight(
     assert sorted(calls) == ["a", "b", "w"]
 
 
-@pytest.mark.parametrize("name", sorted(path.stem for path in HISTORIES.glob("*.json")))
+@pytest.mark.parametrize("name", HISTORY_NAMES)
 async def test_old_histories_replay(name: str) -> None:
     """What earlier code recorded, the present workflow replays: runs in flight survive a release."""
-    history = WorkflowHistory.from_json(name, json.loads((HISTORIES / f"{name}.json").read_text()))
+    history = WorkflowHistory.from_json(
+        name, json.loads(gzip.decompress((HISTORIES / f"{name}.json.gz").read_bytes()))
+    )
     await Replayer(workflows=[], plugins=[StromaPlugin()]).replay_workflow(history)
 
 
 def test_there_are_histories() -> None:
     """The test above is no test without any."""
-    assert {path.stem for path in HISTORIES.glob("*.json")} >= {
+    assert set(HISTORY_NAMES) >= {
         "retries",
         "groups",
         "items",

@@ -127,7 +127,8 @@ class Environments:
         return target
 
     def smoke(self, extra: str) -> list[str]:
-        folder = FRAMEWORKS / extra.replace("-", "_")
+        # Deep Agents are made of LangChain, and tested with it.
+        folder = FRAMEWORKS / {"deepagents": "langchain"}.get(extra, extra.replace("-", "_"))
         try:
             framework = folder / "newest.txt"
             python = self.make(extra, framework if framework.exists() else self.chosen(extra))

@@ -50,7 +50,7 @@ def copy_of(root: Path, names: Iterable[str], target: Path) -> Path:
 def build(tree: Path, target: Path, *kinds: str) -> list[Path]:
     """Build the kinds ("sdist", "wheel") in a tree."""
     options = [option for kind in kinds for option in ("-t", kind)]
-    command = [sys.executable, "-m", "hatchling", "-q", "build", "-d", str(target), *options]
+    command = [sys.executable, "-m", "hatchling", "build", "-d", str(target), *options]
     subprocess.run(command, cwd=tree, check=True, stdout=subprocess.DEVNULL)
     return sorted(target.iterdir())
 
