@@ -191,7 +191,27 @@ def ui() -> None:
 
 
 def temporal() -> None:
-    importlib.import_module("temporalio")
+    importlib.import_module("stroma.temporal")
+
+
+def testing() -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        Path(folder, "test_flow.py").write_text(
+            "from pydantic import BaseModel\n"
+            "from stroma import NodeContract, StromaRunner, stroma_node\n"
+            "from stroma.testing import assert_contract_holds, assert_resumable_sync\n"
+            "class N(BaseModel):\n    n: int\n"
+            "@stroma_node('double', NodeContract(node_id='double', input_schema=N, output_schema=N))\n"
+            "async def double(state: N) -> dict:\n    return {'n': 2 * state.n}\n"
+            "def test_it_resumes():\n    assert_resumable_sync([double], N(n=1))\n"
+            "def test_it_keeps_its_contract():\n    assert_contract_holds(double, examples=20)\n"
+            "def test_time(stroma_clock):\n    StromaRunner.quick().run_sync([double], N(n=1)).raise_for_status()\n"
+        )
+        told = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", folder],
+            cwd=folder, capture_output=True, text=True, check=False,
+        )  # fmt: skip
+        assert "3 passed" in told.stdout, told.stdout + told.stderr
 
 
 def everything() -> None:
@@ -205,7 +225,7 @@ def main(extra: str) -> None:
         importlib.import_module(f"stroma.adapters.{extra.replace('-', '_')}")
         return
     checks = {"bare": bare, "all": everything}
-    named = (cli, demo, redis, postgres, blobs, otel, prometheus, datadog, sentry, ui, temporal)
+    named = (cli, demo, redis, postgres, blobs, otel, prometheus, datadog, sentry, ui, temporal, testing)
     (checks | {check.__name__: check for check in named})[extra]()
 
 
