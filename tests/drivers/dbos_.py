@@ -4,7 +4,7 @@ A run is a workflow of DBOS, and each request of its interpreter a step. DBOS nu
 begun, which is not the same again where children of a group race each other; so a step is found by what it is *for* (its
 name), never by its number. A workflow that is recovered first reads what it had done, and draws numbers beyond that.
 
-docs/adr/0029 says what this driver cannot do.
+docs/adr/0027 says what this driver cannot do.
 """
 
 from __future__ import annotations
