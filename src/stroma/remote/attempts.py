@@ -366,16 +366,11 @@ class _Work:
         assert isinstance(group, Group)
         value = await self.model_of(self.request["value"])
         run = self._execution(group)
-        after = self.request.get("after")
         reply: Reply = {"at_ns": time_ns()}
         try:
-            if after is not None and run.last_failure is not None and self.ctx.fire.on_node_retry is not None:
-                said = (
-                    self.ctx.run_id, group.node_id, run.attempt, after, run.last_failure.failure_class,
-                )  # fmt: skip
-                calls = self.ctx.fire.on_node_retry
-                await self.ctx.fire.fire("on_node_retry", calls, group.node_id, lambda: said)
-            halt = await begin_group(self.ctx, run, group, value)
+            halt = await begin_group(
+                self.ctx, run, group, value, after_seconds=self.request.get("after")
+            )
         except HookNotAsync as error:
             reply["broken"] = ["HookNotAsync", str(error)]
             halt = None

@@ -48,18 +48,20 @@ class RemoteFailure(Exception):
 
     Attributes:
         type_name: of the exception.
+        full_name: the same with its module, as in a traceback, so that failures are grouped as those of a local run.
 
     Where: ``result.failure`` of a run that was driven on other machines.
     Cause: the node raised an exception of a class that is not Stroma's own.
     Mend: look at the log of the worker for its traceback.
     """
 
-    def __init__(self, message: str, type_name: str = "Exception") -> None:
+    def __init__(self, message: str, type_name: str = "Exception", full_name: str | None = None) -> None:
         super().__init__(message)
         self.type_name = type_name
+        self.full_name = type_name if full_name is None else full_name
 
     def __reduce__(self) -> Any:
-        return type(self), (str(self), self.type_name)
+        return type(self), (str(self), self.type_name, self.full_name)
 
 
 #: Names the class that a state is of, where it is not said by the node that takes it: ``["class", "module:qualname"]``,
@@ -125,6 +127,7 @@ class Failed(TypedDict):
     node_id: str
     attempt: int
     type: str
+    full_name: NotRequired[str]
     data: list[Any] | None
 
 
@@ -340,8 +343,13 @@ def said_of(failure: Failure) -> Failed:
         "node_id": failure.node_id,
         "attempt": failure.attempt,
         "type": exc.type_name if is_a(exc, RemoteFailure) else kind.__name__,
+        "full_name": exc.full_name if is_a(exc, RemoteFailure) else _full_name(kind),
         "data": data,
     }
+
+
+def _full_name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _violated(exc: ContractViolation) -> list[Any]:
@@ -373,7 +381,7 @@ def failure_of(said: Failed) -> Failure:
     elif name == "TimeoutError":
         exc = TimeoutError(said["message"])
     else:
-        exc = RemoteFailure(said["message"], name)
+        exc = RemoteFailure(said["message"], name, said.get("full_name"))
     return Failure(
         exc,
         FailureClass(said["failure_class"]),
