@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Final, NotRequired, Protocol, TypedDict
 
 from stroma.failures import FailureClass
-from stroma.remote.wire import ROOM, Answer, Event, Failed, NodeSpec, Reply, Request, Spent, Value, size_of
+from stroma.remote.wire import ROOM, Answer, Event, Failed, NodeSpec, Reply, Request, Spent, Value, size_of, weight
 
 __all__ = [
     "NO_FAILURE",
@@ -24,9 +24,14 @@ __all__ = [
     "new_state",
     "next_segment",
     "nothing",
+    "row_size",
+    "shortened",
 ]
 
-ROW: Final = 400  # bytes of a row, its states apart
+ROW: Final = 400  # bytes of a row, its states and what a failure says apart
+#: Bytes of a run's room that are not for what failures say: beyond that, their first words must do.
+_FOR_STATES: Final = ROOM // 2
+_FIRST_WORDS: Final = 200
 
 
 class Driver(Protocol):
@@ -100,6 +105,18 @@ class State(TypedDict):
     failed_items: int
     room: int
     resumed_from: NotRequired[str]
+
+
+def row_size(row: Event) -> int:
+    """How many bytes of a run's own state a row takes, its states apart."""
+    return ROW + (0 if row["failure"] is None else weight(row["failure"][1]))
+
+
+def shortened(message: str, room: int) -> str:
+    """What a failure says, as long as the run has room for it."""
+    if len(message) <= _FIRST_WORDS or room - weight(message) >= _FOR_STATES:
+        return message
+    return f"{message[:_FIRST_WORDS]} ... (the run has no room for the rest; see the log of the worker)"
 
 
 def nothing() -> Spent:

@@ -239,7 +239,7 @@ class _Work:
     def output_class(self) -> ClassName:
         spec = self.request["spec"]
         if spec["kind"] == "node":
-            return ["out", spec["id"]]
+            return ["out", spec["id"], spec.get("output")]
         return ["group", spec, self.request["value"]["cls"]]
 
     # ------------------------------------------------------------------ places
@@ -546,7 +546,8 @@ class _Work:
         elif contract is None:
             return None
         else:
-            schema, cls = schema_of(contract.input_schema), ["in", node.node_id]
+            schema = schema_of(contract.input_schema)
+            cls = ["in", node.node_id, schema.fingerprint]
             try:
                 text = (
                     picture if isinstance(picture, bytes) else schema.encode(schema.restore(picture))

@@ -24,6 +24,7 @@ __all__ = [
     "Value",
     "clip",
     "failure_of",
+    "fitting",
     "fold",
     "said_of",
     "size_of",
@@ -38,6 +39,8 @@ ROOM: Final = 1024 * 1024
 #: Characters of a message, and bytes of one value of the context dict and of what a broken contract says of the state.
 _LONGEST: Final = 16 * 1024
 CONTEXT: Final = 64 * 1024
+#: Bytes of the whole context dict, which goes with every request.
+_CONTEXTS: Final = 256 * 1024
 _ERRORS: Final = 100  # of a state that breaks its contract
 
 Operation = Literal["begin", "attempt", "open", "items", "close", "pack", "end"]
@@ -65,7 +68,8 @@ class RemoteFailure(Exception):
 
 
 #: Names the class that a state is of, where it is not said by the node that takes it: ``["class", "module:qualname"]``,
-#: ``["in", node id]``, ``["out", node id]``, ``["group", spec, the class of its input]``, ``["raw"]`` for what no class has seen.
+#: ``["in", node id, hash of its contract]``, ``["out", node id, hash]``, ``["group", spec, the class of its input]``,
+#: ``["raw"]`` for what no class has seen. Old histories have no hashes.
 ClassName = list[Any]
 
 
@@ -166,7 +170,7 @@ class Request(TypedDict):
     Attributes:
         path: the index of each child on the way from the pipeline to the node.
         groups: the ids of the groups around it, the outermost first.
-        spent: by the run so far, earlier segments included; ``busy_ms``: by the group around it.
+        spent: by the run so far, earlier segments included; ``busy_ns``: by the groups around it.
         room: bytes of states that may still come back in the reply itself.
         after: seconds that were waited since the last attempt.
         gone: what nodes have taken out of the context dict; a worker's own config may have it, too.
@@ -279,6 +283,18 @@ def clip(text: str) -> str:
     """A message of bearable length."""
     left_out = len(text) - _LONGEST
     return text if left_out <= 0 else f"{text[:_LONGEST]} ... ({left_out} characters are left out)"
+
+
+def fitting(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """The new values of a context dict for which there is room in it."""
+    free = _CONTEXTS - sum(weight(key) + len(json.dumps(context[key])) for key in context if key not in made)
+    fits: dict[str, Any] = {}
+    for key, value in made.items():
+        size = weight(key) + len(json.dumps(value))
+        if size <= free:
+            free -= size
+            fits[key] = value
+    return fits
 
 
 def fold(tree: Any) -> dict[str, Any]:

@@ -44,7 +44,13 @@ __all__ = ["TemporalRunner"]
 
 #: After that many seconds somebody asks the run to say when it waits for a person: most runs have ended by then.
 _PATIENCE: Final = 0.2
-_LONGEST_ID: Final = 900  # characters; a server takes 1000 bytes
+_LONGEST_ID: Final = 900  # bytes; a server takes 1000
+#: What a server says when no worker takes a query.
+_NOBODY: Final = (
+    RPCStatusCode.FAILED_PRECONDITION,
+    RPCStatusCode.DEADLINE_EXCEEDED,
+    RPCStatusCode.CANCELLED,  # The client waited for as long as it may.
+)
 _OPEN: Final = (WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.CONTINUED_AS_NEW)
 
 
@@ -55,8 +61,9 @@ class TemporalRunner:
     shared budgets and redact are the workers' own: give those to :func:`stroma_worker`.
 
     ``payloads``: where states of 256 KiB and more go, the same as the workers'. ``heartbeat_seconds``: a worker that is
-    silent for so long is lost, and its attempts are begun again elsewhere; it beats at half of it. ``attempt_seconds``: no
-    attempt may take longer, whatever its own timeout. ``deliveries``: how many workers are tried that are lost, or lack
+    silent for so long is lost, and its attempts are begun again elsewhere; it beats at half of it, so no node may block
+    its event loop for that long (blocking work belongs into a thread: ``asyncio.to_thread``). ``attempt_seconds``: an
+    attempt that takes longer, whatever its own timeout, stops the run as PARTIAL. ``deliveries``: how many workers are tried that are lost, or lack
     the node, before the run stops as PARTIAL; the second after ``redelivery_seconds``, the others after ever longer waits.
     ``history_events``: a run with a longer history goes on with a fresh one.
     """
@@ -151,16 +158,21 @@ class TemporalRunner:
         wanted = (
             "resume" if (config.resume if resume is None else resume) else (if_exists or config.if_exists)
         )
+        attach = (if_running or config.if_running) == "attach" and wanted != "error"
         found = await self._describe(run_id)
-        if found is None:
-            return await self._start(
-                plan, new_state(value, context=given, traceparent=traceparent), known, config
-            )
         handle = self._handle(run_id)
+        if found is None:
+            state = new_state(value, context=given, traceparent=traceparent)
+            try:
+                return await self._start(plan, state, known, config)
+            except RunBusy:  # Another client was quicker.
+                if not attach:
+                    raise
+                return _Begun(self, run_id, handle, known, config, 0)
         if found.status in _OPEN:
             parked = await self._parked_now(handle)
             if parked is None or wanted == "error":
-                if (if_running or config.if_running) == "attach" and wanted != "error":
+                if attach:
                     return _Begun(self, run_id, handle, known, config, 0)
                 raise _busy(run_id)
             if wanted == "resume":
@@ -247,7 +259,7 @@ class TemporalRunner:
         async def look(run_id: str, since: int) -> list[TraceEvent]:
             try:
                 found = await self._query(self._handle(run_id), names.ROWS, since)
-            except (RPCError, WorkflowQueryRejectedError):
+            except (RPCError, WorkflowQueryRejectedError, StoreError):
                 return []  # No worker, say: the next look tells.
             reader = Reader(known, self.payloads, run_id, [])
             return [await reader.event(row) for row in found["rows"]]
@@ -300,6 +312,12 @@ class TemporalRunner:
         ]
         answered = answer_to(waiting, run_id, answer, node_id=node_id, branch=branch, schema=schema)
         assert answered.payload is not None
+        size = weight(answered.payload.decode())
+        if size >= LARGE:
+            raise StoreError(
+                f"the answer has {size} bytes, and must have fewer than {LARGE}; keep what is large in a store of your own, "
+                "and answer with its name"
+            )
         told: Answer = {
             "position": answered.position,
             "branch": answered.branch,
@@ -417,14 +435,28 @@ class TemporalRunner:
 
     async def _describe(self, run_id: str) -> WorkflowExecutionDescription | None:
         try:
-            return await self._handle(run_id).describe()
+            found = await self._handle(run_id).describe()
         except RPCError as error:
             if error.status == RPCStatusCode.NOT_FOUND:
                 return None
             raise
+        if found.workflow_type != names.WORKFLOW:
+            raise RunExists(
+                f"{run_id!r} is the id of a workflow of type {found.workflow_type!r}, which is no run of Stroma; use another "
+                "run id"
+            )
+        return found
 
     async def _query(self, handle: WorkflowHandle[Any, Any], name: str, *arguments: Any) -> dict[str, Any]:
-        found: dict[str, Any] = await handle.query(name, args=arguments, result_type=dict)
+        try:
+            found: dict[str, Any] = await handle.query(name, args=arguments, result_type=dict)
+        except RPCError as error:
+            if error.status not in _NOBODY:
+                raise
+            raise StoreError(
+                f"run {handle.id!r} cannot be asked where it stands, as no worker answers: {error}; start a worker "
+                f"(stroma_worker) on its task queue, then try again"
+            ) from error
         return found
 
     async def _parked_now(self, handle: WorkflowHandle[Any, Any]) -> Report | None:
