@@ -35,11 +35,14 @@ class TestPrometheus:
         assert value("stroma_run_duration_seconds_count", status="COMPLETED") == 1
         seconds = value("stroma_run_duration_seconds_sum", status="COMPLETED")
         assert seconds is not None
-        assert seconds * 1000 >= list(result.trace)[0].duration_ms
+        assert seconds * 1000 >= next(iter(result.trace)).duration_ms
         told = {"node_id": "a", "model": "gpt-4o-mini", "direction": "input"}
         assert value("stroma_tokens_total", **told) == 10
         assert value("stroma_node_retries_total", node_id="b", failure_class="RECOVERABLE") == 1
-        assert value("stroma_cost_usd_total", node_id="a", model="gpt-4o-mini") == list(result.trace)[0].usage.cost_usd
+        assert (
+            value("stroma_cost_usd_total", node_id="a", model="gpt-4o-mini")
+            == next(iter(result.trace)).usage.cost_usd
+        )
 
     async def test_a_run_that_nobody_could_begin_leaves_no_gauge_below_zero(self) -> None:
         """OpenTelemetry's gauge, too, is moved by no run of other machines."""
@@ -74,13 +77,21 @@ class TestSentry:
                 failing([], "a", TimeoutError("slow")),
                 parallel(failing([], "b", *[Odd("no")] * 9), counted([], "c")),
             ]
-            async with driver.bind(nodes, hooks=sentry_hooks(client=sentry.client), policy_map=AT_ONCE) as bound:
+            async with driver.bind(
+                nodes, hooks=sentry_hooks(client=sentry.client), policy_map=AT_ONCE
+            ) as bound:
                 result = await bound.run(Num(), run_id="run")
             assert result.status is RunStatus.PARTIAL
             (event,) = sentry.transport.events[before:]
             (value,) = event["exception"]["values"]
             issues.append(
-                (event["fingerprint"], event["tags"], event["contexts"]["stroma"], value["type"], value["module"])
+                (
+                    event["fingerprint"],
+                    event["tags"],
+                    event["contexts"]["stroma"],
+                    value["type"],
+                    value["module"],
+                )
             )
         assert issues[0] == issues[1]
         assert issues[0][0] == ["stroma", "pipe", "b", "AMBIGUOUS", f"{__name__}.Odd"]
@@ -152,11 +163,18 @@ class TestDatadog:
             ("stroma.node_end", "parallel(l, r)"): group,
             ("stroma.run_end", "pipe"): run,
         }
-        counts = dict.fromkeys(("stroma.runs", "stroma.run.duration", "stroma.tokens", "stroma.node.retries"), 0.0)
+        counts = dict.fromkeys(
+            ("stroma.runs", "stroma.run.duration", "stroma.tokens", "stroma.node.retries"), 0.0
+        )
         for name, value in statsd.counts:
             if name in counts:
                 counts[name] += value
-        assert counts == {"stroma.runs": 1, "stroma.run.duration": 1, "stroma.tokens": 14, "stroma.node.retries": 1}
+        assert counts == {
+            "stroma.runs": 1,
+            "stroma.run.duration": 1,
+            "stroma.tokens": 14,
+            "stroma.node.retries": 1,
+        }
 
 
 async def test_every_line_of_the_log_says_which_run_it_is_of(caplog: Any) -> None:

@@ -62,7 +62,9 @@ async def test_a_retry_of_a_group_is_told_as_that_of_a_node() -> None:
         told: list[Any] = []
         group = parallel(failing_once("l"), half([], "r", "right", Right))
         policies = {find_node(group).node_id: {cls: FailurePolicy(max_retries=1, backoff_seconds=0) for cls in FailureClass}}  # fmt: skip
-        async with driver.bind([group], hooks=watching(told), policy_map=NEVER, node_policies=policies) as bound:
+        async with driver.bind(
+            [group], hooks=watching(told), policy_map=NEVER, node_policies=policies
+        ) as bound:
             assert (await bound.run(Num())).status is RunStatus.COMPLETED
         heard.append([event for event in told if event[0] == "retry"])
     assert heard[0] == heard[1]

@@ -175,7 +175,9 @@ class Children:
         """Put what is done out of the run's own state, if it is much."""
         run, progress = self._run, self._map
         assert progress is not None
-        size = sum(size_of(value) for value in progress["outputs"].values()) + sum(map(row_size, progress["rows"]))
+        size = sum(size_of(value) for value in progress["outputs"].values()) + sum(
+            map(row_size, progress["rows"])
+        )
         if size < _PACK and not at_once:
             return
         if not progress["outputs"] and not progress["rows"]:

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Final, NotRequired, Protocol, TypedDict
 
 from stroma.failures import FailureClass
-from stroma.remote.wire import ROOM, Answer, Event, Failed, NodeSpec, Reply, Request, Spent, Value, size_of, weight
+from stroma.remote.wire import (
+    ROOM,
+    Answer,
+    Event,
+    Failed,
+    NodeSpec,
+    Reply,
+    Request,
+    Spent,
+    Value,
+    size_of,
+    weight,
+)
 
 __all__ = [
     "NO_FAILURE",

@@ -368,9 +368,7 @@ class _Work:
         run = self._execution(group)
         reply: Reply = {"at_ns": time_ns()}
         try:
-            halt = await begin_group(
-                self.ctx, run, group, value, after_seconds=self.request.get("after")
-            )
+            halt = await begin_group(self.ctx, run, group, value, after_seconds=self.request.get("after"))
         except HookNotAsync as error:
             reply["broken"] = ["HookNotAsync", str(error)]
             halt = None

@@ -198,7 +198,8 @@ class Known:
                 found.append(contract.input_schema if kind == "in" else contract.output_schema)
             elif kind == "out":
                 found.append(Kept)
-        return next((cls for cls in found if schema_of(cls).fingerprint == fingerprint), *found[:1] or [None])
+        exact = [cls for cls in found if schema_of(cls).fingerprint == fingerprint]
+        return next(iter(exact + found), None)
 
     def takes(self, node_id: str, position: int, branch: str) -> ClassName | None:
         """The name of the class that the input of a node is of; None for a group, or without a contract."""
@@ -277,7 +278,9 @@ def context_of(ctx: ReliabilityContext, before: dict[str, Any]) -> tuple[list[An
     gone = [key for key in before if key not in now]
     unsaid = [str(key) for key, value in made.items() if not (isinstance(key, str) and is_json(value))]
     said = {key: value for key, value in made.items() if str(key) not in unsaid}
-    fits = fitting({key: value for key, value in before.items() if isinstance(key, str) and is_json(value)}, said)
+    fits = fitting(
+        {key: value for key, value in before.items() if isinstance(key, str) and is_json(value)}, said
+    )
     unsaid += [key for key in said if key not in fits]
     said = fits
     return ([said, gone] if said or gone else None), unsaid

@@ -76,9 +76,9 @@ class Reader:
             run_id=self._run_id,
             attempt=row["attempt"],
             timestamp_utc=datetime.fromtimestamp(seconds, UTC).replace(microsecond=ns // 1000),
-            input_state={} if given is None else await self._state(
-                given, self._known.takes(row["id"], row["position"], row["branch"])
-            ),
+            input_state={}
+            if given is None
+            else await self._state(given, self._known.takes(row["id"], row["position"], row["branch"])),
             output_state=None if made is None else await self._state(made, None),
             duration_ms=row["duration_ns"] // 1_000_000,
             failure=None if failure is None else FailureClass(failure[0]),

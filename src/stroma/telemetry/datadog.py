@@ -201,7 +201,9 @@ class _Datadog(Observer):
         if node.ctx.elsewhere and node.ctx.traceparent is not None:
             above = _remote(node.ctx.traceparent)
         span = self._tracer.start_span(
-            "stroma.node_end" if node.ctx.elsewhere and node.kind == "group" and not activate else "stroma.node",
+            "stroma.node_end"
+            if node.ctx.elsewhere and node.kind == "group" and not activate
+            else "stroma.node",
             child_of=above,
             service=self._service,
             resource=node.node_id,

@@ -295,7 +295,13 @@ class _Sentry(Observer):
         if of_node is None:
             return
         ended = of_node.ended
-        if ended is not None and ended.error is not None and self._alone(node) and not node.redelivered and not node.ctx.elsewhere:
+        if (
+            ended is not None
+            and ended.error is not None
+            and self._alone(node)
+            and not node.redelivered
+            and not node.ctx.elsewhere
+        ):
             # Nobody will say how the run ended: a failure is final here, unless it was to be tried again.
             of_step = self._of_run(node)
             final = of_step.failed.get(_identity(ended.error))

@@ -205,7 +205,9 @@ class StromaRun:
         waits = self._run.state["waiting"].get(key)
         if waits is None or not isinstance(payload, str):
             # Anybody may send a signal. One that raises would stop the workflow's task for good.
-            workflow.logger.warning("an answer to %s is left out: nothing waits for it, or it has no payload", key)
+            workflow.logger.warning(
+                "an answer to %s is left out: nothing waits for it, or it has no payload", key
+            )
             return
         self._run.state["answers"].setdefault(key, {**waits, "payload": payload})
 
