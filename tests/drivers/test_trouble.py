@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import time
 import uuid
 from typing import Any
 
@@ -13,7 +14,7 @@ from temporalio import workflow
 from temporalio.worker import Worker
 from tests.drivers.conftest import LocalDriver, TemporalDriver
 from tests.drivers.scenarios import AT_ONCE, NEVER, Left, Num, Right, Texts, counted, half, node
-from tests.drivers.seam import SeamDriver
+from tests.drivers.seam import Seam, SeamDriver
 from tests.drivers.test_running import Approval, asking, watching
 
 from stroma import (
@@ -24,6 +25,8 @@ from stroma import (
     NodeContract,
     NodeHooks,
     Pipeline,
+    PipelineChanged,
+    RunBusy,
     RunExists,
     RunStatus,
     StoreError,
@@ -314,3 +317,90 @@ async def test_what_needs_a_worker_says_so(temporal: TemporalDriver) -> None:
                 await asyncio.wait_for(runner.trace(pipeline, run_id), 60)
             await asyncio.sleep(0.01)
     running.cancel()
+
+
+async def test_a_blocked_event_loop_is_told_in_the_log(temporal: TemporalDriver, caplog: Any) -> None:
+    """Its attempts are taken for lost and made again: the log says so, and what mends it."""
+    calls: list[str] = []
+
+    async def func(state: Num) -> dict[str, int]:
+        calls.append("a")
+        if len(calls) == 1:
+            time.sleep(3)  # The mistake that this is about.
+            await asyncio.sleep(0.1)
+        return {"n": len(calls)}
+
+    temporal.options |= {"heartbeat_seconds": 1.0, "deliveries": 50}
+    async with temporal.bind([node("a", func)]) as bound:
+        result = await bound.run(Num())
+    assert result.status is RunStatus.COMPLETED
+    assert len(calls) > 1
+    assert any("asyncio.to_thread" in record.getMessage() for record in caplog.records)
+
+
+# ---------------------------------------------------------------------- going on
+
+
+async def test_another_input_gets_no_result_of_this_one(temporal: TemporalDriver) -> None:
+    """Neither by "attach" nor by "return" or "resume", waiting or ended: as a local run."""
+    run_id, ended = uuid.uuid4().hex, uuid.uuid4().hex
+    for driver in (temporal, LocalDriver()):
+        async with driver.bind([asking([], "ask")]) as bound:
+            await bound.run(Num(), run_id=run_id)
+            with pytest.raises(PipelineChanged, match="another input"):
+                await bound.run(Num(n=5), run_id=run_id, if_exists="resume")
+        begun, go_on = asyncio.Event(), asyncio.Event()
+        async with driver.bind([_gate(begun, go_on)]) as bound:
+            running = asyncio.create_task(bound.run(Num(), run_id=ended))
+            await begun.wait()
+            with pytest.raises(RunBusy, match="with another input") as caught:
+                await bound.run(Num(n=5), run_id=ended, if_running="attach")
+            assert not caught.value.same_input
+            go_on.set()
+            await running
+            with pytest.raises(PipelineChanged, match="another input"):
+                await bound.run(Num(n=5), run_id=ended, if_exists="return")
+
+
+def _gate(begun: asyncio.Event, go_on: asyncio.Event) -> Any:
+    async def func(state: Num) -> dict[str, int]:
+        begun.set()
+        await go_on.wait()
+        return {"n": 1}
+
+    return node("gate", func)
+
+
+async def test_children_that_stand_elsewhere_by_now_take_no_output_of_others(
+    temporal: TemporalDriver,
+) -> None:
+    """A group that is half done goes on with the children that it had, or not at all."""
+    run_id = uuid.uuid4().hex
+    for driver in (temporal, LocalDriver()):
+        calls: list[str] = []
+        left = half(calls, "l", "left", Left)
+        right = node("r", _never, Num, Right)
+        async with driver.bind([parallel(left, right, max_concurrency=1)], policy_map=NEVER) as bound:
+            assert (await bound.run(Num(), run_id=run_id)).status is RunStatus.PARTIAL
+        async with driver.bind([parallel(right, left, max_concurrency=1)], policy_map=NEVER) as bound:
+            with pytest.raises(PipelineChanged, match=r"at position 0 \(0\)"):
+                await bound.go_on(Num(), run_id)
+        assert calls == ["l"]
+
+
+async def _never(state: Num) -> Any:
+    raise ValueError("no")
+
+
+async def test_a_cancellation_that_comes_while_a_run_suspends_ends_it() -> None:
+    """It waits for no answer that nobody wants any more, in whichever moment it came."""
+
+    class Late(Seam):
+        async def ask(self, request: Any) -> tuple[Any, bool]:
+            reply, _ = await super().ask(request)
+            return reply, request["op"] == "end"
+
+    async with SeamDriver().bind([asking([], "ask")]) as bound:
+        bound.runner.seam = Late(bound.runner.seam._attempts)
+        result = await bound.run(Num())
+    assert (result.status, result.suspended) == (RunStatus.CANCELLED, [])

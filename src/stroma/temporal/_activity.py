@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+from time import monotonic
 from typing import Any, Final, cast
 
 from temporalio import activity
@@ -16,6 +18,8 @@ from stroma.remote.wire import Reply, Request
 from stroma.temporal import _names as names
 
 __all__ = ["Activities"]
+
+logger = logging.getLogger("stroma")
 
 _LARGEST: Final = 1_900_000  # bytes; a server takes 2 MiB
 
@@ -42,7 +46,8 @@ class Activities:
         timeout = info.heartbeat_timeout
         beating: asyncio.Task[None] | None = None
         if timeout is not None:
-            beating = asyncio.create_task(_beat(self._beat_seconds or timeout.total_seconds() / 2))
+            seconds = self._beat_seconds or timeout.total_seconds() / 2
+            beating = asyncio.create_task(_beat(seconds, timeout.total_seconds(), info.workflow_id))
         try:
             reply = await self._attempts.perform(cast("Request", request), redelivered=info.attempt > 1)
         except (MissingNode, StoreError) as error:
@@ -61,11 +66,20 @@ class Activities:
         return cast("dict[str, Any]", _told(reply, request))
 
 
-async def _beat(seconds: float) -> None:
+async def _beat(seconds: float, timeout: float, run: str) -> None:
     """Beats let the server know a worker that is lost, and let the worker know of a cancellation."""
     while True:
         activity.heartbeat()
+        since = monotonic()
         await asyncio.sleep(seconds)
+        silent = monotonic() - since
+        if silent > timeout:
+            logger.warning(
+                "the event loop of this worker was blocked for %.1f s: run %r, like all that it was at, is taken for lost "
+                "and begun again; put blocking work of nodes into threads (asyncio.to_thread), or raise heartbeat_seconds=",
+                silent,
+                run,
+            )
 
 
 def _told(reply: Reply, request: dict[str, Any]) -> Reply:

@@ -166,16 +166,22 @@ class TemporalRunner:
             try:
                 return await self._start(plan, state, known, config)
             except RunBusy:  # Another client was quicker.
-                if not attach:
+                found = await self._describe(run_id)
+                if not attach or found is None:
                     raise
-                return _Begun(self, run_id, handle, known, config, 0)
+        memo = await found.memo()
+        same_input = memo.get("stroma_input") in (None, _input_of(value))
+        parked: Report | None = None
         if found.status in _OPEN:
             parked = await self._parked_now(handle)
             if parked is None or wanted == "error":
-                if attach:
+                if attach and same_input:
                     return _Begun(self, run_id, handle, known, config, 0)
-                raise _busy(run_id)
-            if wanted == "resume":
+                raise _busy(run_id, same_input=same_input)
+        if wanted in ("resume", "return") and not same_input:
+            raise _another_input(run_id)
+        if found.status in _OPEN:
+            if wanted == "resume" and parked is not None:
                 return await self._go_on(handle, known, config, parked)
         elif wanted == "return":
             report = await self._report(handle)
@@ -189,7 +195,6 @@ class TemporalRunner:
             )
         if wanted == "resume":
             return await self._continue(handle, plan, known, config, value)
-        memo = await found.memo()
         plan["execution"] = int(memo.get("stroma_execution", 1)) + 1
         state = new_state(value, context=given, traceparent=traceparent)
         return await self._start(plan, state, known, config, over_another=found.status in _OPEN)
@@ -382,7 +387,11 @@ class TemporalRunner:
                 task_queue=self.task_queue,
                 result_type=dict,
                 id_conflict_policy=conflict.TERMINATE_EXISTING if over_another else conflict.FAIL,
-                memo={"stroma_execution": plan["execution"], "stroma_pipeline": plan["pipeline"]},
+                memo={
+                    "stroma_execution": plan["execution"],
+                    "stroma_pipeline": plan["pipeline"],
+                    "stroma_input": _input_of(state["initial"]),
+                },
                 search_attributes=TypedSearchAttributes(attributes) if search else None,
             )
         except WorkflowAlreadyStartedError:
@@ -414,9 +423,7 @@ class TemporalRunner:
         given = await self._query(handle, names.STATE)
         before, state = cast("Plan", given["plan"]), cast("State", unfold(given["state"]))
         if initial is not None and not _same(initial, state["initial"]):
-            raise PipelineChanged(
-                f"run {plan['run_id']!r} was started with another input; give it the same one, or another run id"
-            )
+            raise _another_input(plan["run_id"])
         _check_unchanged(plan["run_id"], before["nodes"], plan["nodes"], state)
         plan["execution"] = before["execution"]
         return await self._start(plan, next_segment(state), known, config)
@@ -553,12 +560,24 @@ def _not_found(run_id: str) -> CheckpointNotFound:
     )
 
 
-def _busy(run_id: str) -> RunBusy:
-    error = RunBusy(
-        f'run {run_id!r} is being run on the cluster; wait for its result with if_running="attach", or use another run id'
-    )
-    error.holder = "a workflow of the cluster"
+def _busy(run_id: str, *, same_input: bool = True) -> RunBusy:
+    what, mend = "", 'wait for its result with if_running="attach", or use another run id'
+    if not same_input:
+        what, mend = " with another input", "use another run id"
+    error = RunBusy(f"run {run_id!r} is being run{what} on the cluster; {mend}")
+    error.holder, error.same_input = "a workflow of the cluster", same_input
     return error
+
+
+def _another_input(run_id: str) -> PipelineChanged:
+    return PipelineChanged(
+        f"run {run_id!r} was started with another input; give it the same one, or another run id"
+    )
+
+
+def _input_of(value: Value) -> str:
+    """What a run was begun with, as a name that says nothing of it."""
+    return value["blob"] if "blob" in value else hashlib.sha256(value["text"].encode()).hexdigest()
 
 
 def _same(a: Value, b: Value) -> bool:
@@ -584,3 +603,32 @@ def _check_unchanged(run_id: str, before: Sequence[NodeSpec], now: Sequence[Node
                 f"run {run_id!r} cannot go on: the output of node {then['id']!r} at position {position} was recorded with "
                 "another schema; restore it, or begin a new run"
             )
+    for key in [*state["done"], *state["maps"], *state["answers"]]:
+        where, _, branch = key.partition("|")
+        steps = [int(where), *map(int, branch.split(".") if branch else ())]
+        old, new = _spec_at(before, steps), _spec_at(now, steps)
+        if old is not None and (new is None or _shape(old) != _shape(new)):
+            raise PipelineChanged(
+                f"run {run_id!r} cannot go on: at position {where} ({branch}) it has what came of node {old['id']!r} so far, and "
+                f"the pipeline has {'nothing' if new is None else repr(new['id'])} there, or another contract; restore it, or "
+                "begin a new run"
+            )
+
+
+def _spec_at(specs: Sequence[NodeSpec], steps: Sequence[int]) -> NodeSpec | None:
+    """The node at a place: its position, and the index of each child on the way."""
+    found: NodeSpec | None = None
+    for index in steps:
+        if found is not None:
+            specs = found.get("children", [])
+            index = 0 if found["kind"] == "map" else index
+        if index >= len(specs):
+            return None
+        found = specs[index]
+    return found
+
+
+def _shape(spec: NodeSpec) -> tuple[Any, ...]:
+    """What must be the same for what is known of a node to be of use."""
+    inner = spec.get("children", []) if spec["kind"] == "map" else []
+    return spec["id"], spec["kind"], spec.get("output"), spec.get("over"), [_shape(one) for one in inner]
