@@ -327,7 +327,6 @@ async def test_a_blocked_event_loop_is_told_in_the_log(temporal: TemporalDriver,
         calls.append("a")
         if len(calls) == 1:
             time.sleep(3)  # The mistake that this is about.
-            await asyncio.sleep(0.1)
         return {"n": len(calls)}
 
     temporal.options |= {"heartbeat_seconds": 1.0, "deliveries": 50}

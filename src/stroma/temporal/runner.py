@@ -577,7 +577,7 @@ def _another_input(run_id: str) -> PipelineChanged:
 
 def _input_of(value: Value) -> str:
     """What a run was begun with, as a name that says nothing of it."""
-    return value["blob"] if "blob" in value else hashlib.sha256(value["text"].encode()).hexdigest()
+    return value.get("blob") or hashlib.sha256(value.get("text", "").encode()).hexdigest()
 
 
 def _same(a: Value, b: Value) -> bool:
