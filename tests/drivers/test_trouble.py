@@ -403,3 +403,19 @@ async def test_a_cancellation_that_comes_while_a_run_suspends_ends_it() -> None:
         bound.runner.seam = Late(bound.runner.seam._attempts)
         result = await bound.run(Num())
     assert (result.status, result.suspended) == (RunStatus.CANCELLED, [])
+
+
+async def test_what_earlier_segments_said_takes_no_room_of_later_ones(temporal: TemporalDriver) -> None:
+    """A run that is resumed has room again for what its failures say."""
+
+    async def func(state: Num) -> Any:
+        raise ValueError("z" * 15_000)
+
+    run_id = uuid.uuid4().hex
+    often = {cls: FailurePolicy(max_retries=49, backoff_seconds=0) for cls in FailureClass}
+    async with temporal.bind([node("bad", func)], policy_map=often) as bound:
+        for _ in range(2):
+            result = await bound.run(Num(), run_id=run_id, if_exists="resume")
+            said = [len(event.failure_message or "") for event in result.trace]
+            assert (len(said), said[0]) == (50, 15_000)
+            assert said[-1] < 1_000

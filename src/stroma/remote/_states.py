@@ -182,7 +182,18 @@ def next_segment(state: State) -> State:
         progress["old_packs"] += progress["packs"]
         progress["rows"], progress["packs"] = [], []
         progress["opened_ns"] = 0
+    state["room"] = ROOM - _kept(state)
     return state
+
+
+def _kept(state: State) -> int:
+    """How many bytes of its own a state takes between two segments, which have the rows of each for themselves."""
+    values = [state["initial"], *state["committed"], *state["done"].values()]
+    size = sum(len(answer["payload"] or "") for answer in state["answers"].values())
+    for progress in state["maps"].values():
+        values += [*progress["outputs"].values(), *progress["old_packs"]]
+        size += sum(ROW + weight(failed["message"]) for failed in progress["failures"])
+    return size + sum(map(size_of, values))
 
 
 @dataclass(frozen=True, slots=True)

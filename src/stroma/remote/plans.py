@@ -243,8 +243,9 @@ def plain_context(context: dict[str, Any]) -> dict[str, Any]:
                 f"context[{key!r}] is {type(value).__name__}, which cannot be sent to a worker; give JSON values of at most "
                 f"{CONTEXT} bytes, and let the worker's own config hold clients and other objects"
             )
+    fits = fitting({}, context)
     for key in context:
-        if key not in fitting({}, context):
+        if key not in fits:
             raise TypeError(
                 f"context has no room for {key!r}: all values together are too large to be sent with every attempt; keep "
                 "them in a store of your own, and give their names"

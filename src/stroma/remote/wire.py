@@ -287,6 +287,8 @@ def clip(text: str) -> str:
 
 def fitting(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     """The new values of a context dict for which there is room in it."""
+    if not made:
+        return {}
     free = _CONTEXTS - sum(weight(key) + len(json.dumps(context[key])) for key in context if key not in made)
     fits: dict[str, Any] = {}
     for key, value in made.items():
