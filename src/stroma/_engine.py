@@ -235,11 +235,7 @@ async def attempt_once(
         run.compact = ctx.trace.adopt(node.node_id, plan if plan[0] is not None else _as_seen(plan, value))
         task = asyncio.current_task()
         cancelling = task.cancelling() if task is not None else 0
-        if after_seconds is not None and run.last_failure is not None and ctx.fire.on_node_retry is not None:
-            arguments = (ctx.run_id, node.node_id, run.attempt, after_seconds, run.last_failure.failure_class)
-            run.attempt -= 1  # As hooks find it where nobody but the engine waits.
-            await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)
-            run.attempt += 1
+        await _tell_retry(ctx, run, after_seconds)
         if ctx.limits and not begun:
             exceeded = _exceeded(ctx, run)
             if exceeded is not None:
@@ -252,8 +248,23 @@ async def attempt_once(
         leave(token)
 
 
+async def _tell_retry(ctx: ReliabilityContext, run: NodeExecution, after_seconds: float | None) -> None:
+    """Tell the hooks what an attempt was waited for, as they find it where nobody but the engine waits."""
+    calls = ctx.fire.on_node_retry
+    if after_seconds is not None and run.last_failure is not None and calls is not None:
+        arguments = (ctx.run_id, run.node_id, run.attempt, after_seconds, run.last_failure.failure_class)
+        run.attempt -= 1
+        await ctx.fire.fire("on_node_retry", calls, run.node_id, lambda: arguments)
+        run.attempt += 1
+
+
 async def begin_group(
-    ctx: ReliabilityContext, run: NodeExecution, group: Group, value: BaseModel
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    group: Group,
+    value: BaseModel,
+    *,
+    after_seconds: float | None = None,
 ) -> Halt | None:
     """What :func:`attempt_once` does for a group before its children run, if those run elsewhere; its end comes with it.
 
@@ -266,6 +277,7 @@ async def begin_group(
         except Exception as broken:
             return await _without_plan(ctx, run, value, broken)
         run.compact = ctx.trace.adopt(group.node_id, _as_seen(plan, value))
+        await _tell_retry(ctx, run, after_seconds)
         if ctx.limits:
             exceeded = _exceeded(ctx, run)
             if exceeded is not None:

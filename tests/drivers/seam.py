@@ -51,7 +51,9 @@ class SeamRunner:
         self.seam = Seam(attempts)
         self._config = config
 
-    async def run(self, pipeline: Pipeline, state: BaseModel, *, run_id: str = "run") -> ExecutionResult:
+    async def run(
+        self, pipeline: Pipeline, state: BaseModel, *, run_id: str = "run", traceparent: str | None = None
+    ) -> ExecutionResult:
         known = Known.of(pipeline, ContractRegistry())
         plan = freeze(pipeline.name, known.nodes, self._config, known.registry, run_id=run_id)
         kind = type(state)
@@ -61,7 +63,7 @@ class SeamRunner:
             "size": len(text),
             "cls": ["class", f"{kind.__module__}:{kind.__qualname__}"],
         }
-        at = new_state(value, context=dict(self._config.context))
+        at = new_state(value, context=dict(self._config.context), traceparent=traceparent)
         while True:
             try:
                 report = await Interpreter(plan, at, self.seam).go()

@@ -4636,6 +4636,118 @@ ELSEWHERE = (
 )
 
 
+def _trouble(names: str) -> tuple[str, ...]:
+    return _tests("drivers/test_trouble.py", names)
+
+
+TROUBLE = (
+    Break(
+        "elsewhere-in-progress",
+        "A run of other machines moves no gauge of runs in progress.",
+        "telemetry/prometheus.py",
+        "if run.elsewhere:  # It may",
+        "if False:  # It may",
+        _tests("drivers/test_telemetry.py", "TestPrometheus"),
+    ),
+    Break(
+        "elsewhere-ends-uncounted",
+        "A run of other machines that ends is counted.",
+        "telemetry/prometheus.py",
+        "elif run.elsewhere:",
+        "elif False:",
+        _tests("drivers/test_telemetry.py", "TestPrometheus"),
+    ),
+    Break(
+        "elsewhere-every-attempt-is-an-issue",
+        "Of a run of other machines, only the final failure is captured.",
+        "telemetry/sentry.py",
+        "            and not node.ctx.elsewhere\n",
+        "",
+        _tests("drivers/test_telemetry.py", "TestSentry"),
+    ),
+    Break(
+        "elsewhere-traces-fall-apart",
+        "Datadog's spans of a run of other machines stand under one trace.",
+        "telemetry/datadog.py",
+        "if node.ctx.elsewhere and node.ctx.traceparent is not None:",
+        "if False:",
+        _tests("drivers/test_telemetry.py", "TestDatadog"),
+    ),
+    Break(
+        "first-of-one-id",
+        "Nodes of one id have their own contracts.",
+        "remote/plans.py",
+        "return next(iter(exact + found), None)",
+        "return next(iter(found), None)",
+        _trouble("test_nodes_of_one_id_have_their_own_contracts"),
+    ),
+    Break(
+        "groups-have-no-clock",
+        "A limit to a run's time holds inside of a group.",
+        "remote/interpreter.py",
+        "if not place.groups or self._budget.max_latency_ms is None:",
+        "if True:",
+        _trouble("test_a_limit_to_a_runs_time_holds_inside_of_a_group"),
+    ),
+    Break(
+        "wordy-without-end",
+        "What failures say is shortened before a server would refuse it.",
+        "remote/_states.py",
+        "if len(message) <= _FIRST_WORDS or room - weight(message) >= _FOR_STATES:",
+        "if True:",
+        _trouble("test_wordy_failures_of_many_items_fit"),
+    ),
+    Break(
+        "contexts-pile-up",
+        "Contexts that nodes fill at once have one limit together.",
+        "remote/interpreter.py",
+        "made = fitting(kept, made)",
+        "made = dict(made)",
+        _trouble("test_a_context_of_many_values_fits"),
+    ),
+    Break(
+        "late-cancellation-is-lost",
+        "A cancellation that comes while a run suspends ends it.",
+        "remote/interpreter.py",
+        "if cancelled and self.status is RunStatus.SUSPENDED:",
+        "if False:",
+        _trouble("test_a_cancellation_that_comes_while_a_run_suspends_ends_it"),
+    ),
+    Break(
+        "others-are-cancelled",
+        "A workflow of somebody else is left alone.",
+        "temporal/runner.py",
+        "if found.workflow_type != names.WORKFLOW:",
+        "if False:",
+        _trouble("test_a_workflow_of_somebody_else_is_left_alone"),
+    ),
+    Break(
+        "overlong-is-paid-again",
+        "An attempt that takes too long is not made again.",
+        "temporal/_workflow.py",
+        'non_retryable_error_types=["TemporalTimeout:StartToClose"],',
+        "",
+        _trouble("test_an_attempt_that_takes_too_long_is_not_made_again"),
+    ),
+    Break(
+        "another-input-is-answered",
+        "Another input gets no result of this one.",
+        "temporal/runner.py",
+        'same_input = memo.get("stroma_input") in (None, _input_of(value))',
+        "same_input = True",
+        _trouble("test_another_input_gets_no_result_of_this_one"),
+    ),
+    Break(
+        "half-done-is-half-wrong",
+        "A half-done group goes on with the children that it had, or not at all.",
+        "temporal/runner.py",
+        "if old is not None and (new is None or _shape(old) != _shape(new)):",
+        "if False:",
+        _trouble("test_children_that_stand_elsewhere_by_now_take_no_output_of_others"),
+    ),
+)
+
+
 def _kit(file: str, names: str) -> tuple[str, ...]:
     return _tests(f"testing/test_{file}.py", names)
 
@@ -4924,5 +5036,5 @@ BREAKS: tuple[Break, ...] = (
     *RETRIES, *CLASSES, *REPAIR, *CONTRACTS, *TIMEOUTS, *BUDGETS, *COMMIT, *HOOKS, *GROUPS, *CONTEXTS, *RESUME, *TRACE,
     *SCHEMAS, *PROMISES, *OWNERSHIP, *LASTING, *STORES, *COST, *IDS,
     *ONCE, *HOSTILE, *SELDOM, *TELEMETRY, *CHECKS, *PROVIDERS, *USAGE, *MENDING, *MAPS, *STREAMS, *SHARED, *SHOWING, *ADAPTERS, *ELSEWHERE,
-    *KIT, *COMMANDS_ON_A_CLUSTER,
+    *TROUBLE, *KIT, *COMMANDS_ON_A_CLUSTER,
 )  # fmt: skip

@@ -10,13 +10,13 @@ from typing import TYPE_CHECKING, Any, Final
 
 from stroma.failures import FailureClass
 from stroma.remote._crew import Crew
-from stroma.remote._states import NO_FAILURE, ROW, Continue, MapState, Place, Stopped
-from stroma.remote.wire import Event, Failed, NodeSpec, Value, size_of
+from stroma.remote._states import NO_FAILURE, ROW, Continue, MapState, Place, Stopped, row_size
+from stroma.remote.wire import Event, Failed, NodeSpec, Value, size_of, weight
 
 if TYPE_CHECKING:
     from stroma.remote.interpreter import Interpreter
 
-__all__ = ["Children"]
+__all__ = ["Children", "busy_ns"]
 
 #: Items of a map whose states are asked for at once, and how many run at once where nobody says.
 PAGE: Final = 200
@@ -111,6 +111,7 @@ class Children:
             return
         if self._place.spec.get("collect") and not outcome.spent and not outcome.partial:
             failed = outcome.failure
+            self._run.state["room"] -= ROW + weight(failed["message"])
             self.failures.append(
                 {
                     "index": index, "node_id": failed["node_id"], "failure_class": failed["failure_class"],
@@ -174,7 +175,9 @@ class Children:
         """Put what is done out of the run's own state, if it is much."""
         run, progress = self._run, self._map
         assert progress is not None
-        size = sum(size_of(value) for value in progress["outputs"].values()) + ROW * len(progress["rows"])
+        size = sum(size_of(value) for value in progress["outputs"].values()) + sum(
+            map(row_size, progress["rows"])
+        )
         if size < _PACK and not at_once:
             return
         if not progress["outputs"] and not progress["rows"]:
@@ -216,8 +219,10 @@ class Children:
 
     def busy_ns(self) -> int:
         """For how long any function inside ran."""
-        spans = _spans(self.rows) + ([] if self._map is None else self._map["busy"])
-        return sum(end - begin for begin, end in _merged(spans))
+        return busy_ns([self])
+
+    def spans(self) -> list[list[int]]:
+        return _spans(self.rows) + ([] if self._map is None else self._map["busy"])
 
     def settled(self) -> None:
         """The group's row has the rows of this attempt; another one begins with none."""
@@ -225,6 +230,11 @@ class Children:
             self._map["old_packs"] += self._map["packs"]
             self._map["rows"], self._map["packs"] = [], []
             self._map["opened_ns"] = 0
+
+
+def busy_ns(groups: list[Children]) -> int:
+    """For how long any function inside any of these ran."""
+    return sum(end - begin for begin, end in _merged([span for one in groups for span in one.spans()]))
 
 
 def _spans(rows: list[Event]) -> list[list[int]]:

@@ -9,7 +9,19 @@ from dataclasses import dataclass
 from typing import Any, Final, NotRequired, Protocol, TypedDict
 
 from stroma.failures import FailureClass
-from stroma.remote.wire import ROOM, Answer, Event, Failed, NodeSpec, Reply, Request, Spent, Value, size_of
+from stroma.remote.wire import (
+    ROOM,
+    Answer,
+    Event,
+    Failed,
+    NodeSpec,
+    Reply,
+    Request,
+    Spent,
+    Value,
+    size_of,
+    weight,
+)
 
 __all__ = [
     "NO_FAILURE",
@@ -24,9 +36,14 @@ __all__ = [
     "new_state",
     "next_segment",
     "nothing",
+    "row_size",
+    "shortened",
 ]
 
-ROW: Final = 400  # bytes of a row, its states apart
+ROW: Final = 400  # bytes of a row, its states and what a failure says apart
+#: Bytes of a run's room that are not for what failures say: beyond that, their first words must do.
+_FOR_STATES: Final = ROOM // 2
+_FIRST_WORDS: Final = 200
 
 
 class Driver(Protocol):
@@ -102,6 +119,18 @@ class State(TypedDict):
     resumed_from: NotRequired[str]
 
 
+def row_size(row: Event) -> int:
+    """How many bytes of a run's own state a row takes, its states apart."""
+    return ROW + (0 if row["failure"] is None else weight(row["failure"][1]))
+
+
+def shortened(message: str, room: int) -> str:
+    """What a failure says, as long as the run has room for it."""
+    if len(message) <= _FIRST_WORDS or room - weight(message) >= _FOR_STATES:
+        return message
+    return f"{message[:_FIRST_WORDS]} ... (the run has no room for the rest; see the log of the worker)"
+
+
 def nothing() -> Spent:
     return {"tokens": 0, "cost_usd": 0.0, "latency_ms": 0.0}
 
@@ -153,7 +182,18 @@ def next_segment(state: State) -> State:
         progress["old_packs"] += progress["packs"]
         progress["rows"], progress["packs"] = [], []
         progress["opened_ns"] = 0
+    state["room"] = ROOM - _kept(state)
     return state
+
+
+def _kept(state: State) -> int:
+    """How many bytes of its own a state takes between two segments, which have the rows of each for themselves."""
+    values = [state["initial"], *state["committed"], *state["done"].values()]
+    size = sum(len(answer["payload"] or "") for answer in state["answers"].values())
+    for progress in state["maps"].values():
+        values += [*progress["outputs"].values(), *progress["old_packs"]]
+        size += sum(ROW + weight(failed["message"]) for failed in progress["failures"])
+    return size + sum(map(size_of, values))
 
 
 @dataclass(frozen=True, slots=True)

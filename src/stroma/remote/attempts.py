@@ -242,7 +242,7 @@ class _Work:
     def output_class(self) -> ClassName:
         spec = self.request["spec"]
         if spec["kind"] == "node":
-            return ["out", spec["id"]]
+            return ["out", spec["id"], spec.get("output")]
         return ["group", spec, self.request["value"]["cls"]]
 
     # ------------------------------------------------------------------ places
@@ -369,16 +369,9 @@ class _Work:
         assert isinstance(group, Group)
         value = await self.model_of(self.request["value"])
         run = self._execution(group)
-        after = self.request.get("after")
         reply: Reply = {"at_ns": time_ns()}
         try:
-            if after is not None and run.last_failure is not None and self.ctx.fire.on_node_retry is not None:
-                said = (
-                    self.ctx.run_id, group.node_id, run.attempt, after, run.last_failure.failure_class,
-                )  # fmt: skip
-                calls = self.ctx.fire.on_node_retry
-                await self.ctx.fire.fire("on_node_retry", calls, group.node_id, lambda: said)
-            halt = await begin_group(self.ctx, run, group, value)
+            halt = await begin_group(self.ctx, run, group, value, after_seconds=self.request.get("after"))
         except HookNotAsync as error:
             reply["broken"] = ["HookNotAsync", str(error)]
             halt = None
@@ -555,7 +548,8 @@ class _Work:
         elif contract is None:
             return None
         else:
-            schema, cls = schema_of(contract.input_schema), ["in", node.node_id]
+            schema = schema_of(contract.input_schema)
+            cls = ["in", node.node_id, schema.fingerprint]
             try:
                 text = (
                     picture if isinstance(picture, bytes) else schema.encode(schema.restore(picture))

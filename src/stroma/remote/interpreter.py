@@ -13,10 +13,9 @@ from typing import Any
 
 from stroma.cost import CostTracker, ExecutionBudget
 from stroma.failures import FailureClass, Retry, Stop, follow_up
-from stroma.remote._children import Children
+from stroma.remote._children import Children, busy_ns
 from stroma.remote._states import (
     NO_FAILURE,
-    ROW,
     Broken,
     Continue,
     Driver,
@@ -25,6 +24,8 @@ from stroma.remote._states import (
     Stopped,
     new_state,
     next_segment,
+    row_size,
+    shortened,
 )
 from stroma.remote.plans import policies_of
 from stroma.remote.wire import (
@@ -38,7 +39,9 @@ from stroma.remote.wire import (
     Request,
     Value,
     failure_of,
+    fitting,
     size_of,
+    weight,
 )
 from stroma.trace import RunStatus
 
@@ -66,6 +69,8 @@ class Interpreter:
         self.status: RunStatus | None = None
         self._failure: Failed | None = None
         self._broken: list[str] | None = None
+        #: The groups that are under way, by position.
+        self._open: dict[int, list[Children]] = {}
 
     # ------------------------------------------------------------------ a segment
 
@@ -90,9 +95,11 @@ class Interpreter:
             self._note(reply)
             cancelled |= late
         except asyncio.CancelledError:
-            pass  # It has ended; only the hooks may not know.
+            cancelled = True  # It has ended; only the hooks may not know.
         except Broken:
             pass
+        if cancelled and self.status is RunStatus.SUSPENDED:
+            self.status = RunStatus.CANCELLED  # Nobody is to wait for an answer any more.
         return self.report()
 
     async def _begin(self) -> None:
@@ -228,16 +235,27 @@ class Interpreter:
             position=place.position,
             branch=place.branch,
             kind=place.kind,
-            **{"traceparent": place.traceparent or self.state["traceparent"], **more},
+            **{"traceparent": place.traceparent or self.state["traceparent"], **self._busy(place), **more},
         )
+
+    def _busy(self, place: Place) -> dict[str, Any]:
+        """How much of a limit to its time a run has used up in the group that is under way."""
+        if not place.groups or self._budget.max_latency_ms is None:
+            return {}
+        return {"busy_ns": busy_ns(self._open.get(place.position, []))}
 
     def _note(self, reply: Reply) -> None:
         """What every reply may say of the run as a whole."""
         state = self.state
         made, gone = reply.get("context") or ({}, [])
-        state["context"] = {k: v for k, v in {**state["context"], **made}.items() if k not in gone}
+        kept = {key: value for key, value in state["context"].items() if key not in gone}
+        made = fitting(kept, made)  # Nodes that ran at once may have filled it together.
+        state["context"] = {**kept, **made}
         state["gone"] = [key for key in state["gone"] if key not in made] + list(gone)
-        state["hook_errors"] += reply.get("hook_errors") or []
+        for hook, node_id, name, message in reply.get("hook_errors") or []:
+            said = shortened(message, state["room"])
+            state["room"] -= weight(said)
+            state["hook_errors"].append([hook, node_id, name, said])
         state["warned"] += [one for one in reply.get("warned", []) if one not in state["warned"]]
         state["unpriced"] += [one for one in reply.get("unpriced", []) if one not in state["unpriced"]]
         if "broken" in reply:
@@ -303,7 +321,11 @@ class Interpreter:
             if row["input"] is not None or place.kind == "item":
                 state["room"] -= size_of(row["input"] or value)
             row["input"] = row["input"] or value
-            state["room"] -= size_of(output) + ROW
+            if row["failure"] is not None:
+                row["failure"][1] = shortened(row["failure"][1], state["room"])
+            if "failure" in reply:
+                reply["failure"]["message"] = shortened(reply["failure"]["message"], state["room"])
+            state["room"] -= size_of(output) + row_size(row)
             used = row["usage"]
             if used is not None:
                 self._tracker.spend(used[0], used[2])
@@ -399,13 +421,17 @@ class Interpreter:
             going = False
             children = Children(self, place, value, attempt, opened, span or place.traceparent)
             broken = False
+            around = self._open.setdefault(place.position, [])
             if not cancelled:
+                around.append(children)
                 try:
                     await children.run()
                 except asyncio.CancelledError:
                     cancelled = True
                 except Broken:
                     cancelled = broken = True
+                finally:
+                    around.remove(children)
             try:
                 outcome, failed = await self._close(place, value, attempt, opened, children, cancelled)
             except asyncio.CancelledError:

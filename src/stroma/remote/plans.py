@@ -18,7 +18,7 @@ from stroma.contracts import ContractRegistry, NodeContract
 from stroma.failures import FailureClass, FailurePolicy, PolicyMap
 from stroma.groups import as_state, map_over, parallel
 from stroma.nodes import Group, Kept, Node, find_node
-from stroma.remote.wire import CONTEXT, ClassName, NodeSpec, Plan
+from stroma.remote.wire import CONTEXT, ClassName, NodeSpec, Plan, fitting
 from stroma.runner import Pipeline
 from stroma.schemas import schema_of
 
@@ -179,12 +179,8 @@ class Known:
         try:
             if kind == "class":
                 return resolve_schema(name[1])
-            if kind == "out":
-                node = next(n for n in self._by_id[name[1]] if isinstance(n, Node))
-                contract = self.contract(node)
-                return Kept if contract is None else contract.output_schema
-            if kind == "in":
-                return self.takes(name[1])
+            if kind in ("in", "out"):
+                return self._of_node(kind, name[1], name[2] if len(name) > 2 else None)
             if kind == "group":
                 group, base = self.find(name[1]), self.class_of(name[2])
                 if isinstance(group, Group) and base is not None:
@@ -193,13 +189,29 @@ class Known:
             pass
         return None
 
-    def takes(self, node_id: str) -> type[BaseModel] | None:
-        """The class that a node's input must be of; None for a group, or without a contract."""
+    def _of_node(self, kind: str, node_id: str, fingerprint: str | None) -> type[BaseModel] | None:
+        """The class that a node takes or gives: of those of one id, the one whose contract has that hash."""
+        found: list[type[BaseModel]] = []
         for node in self._by_id.get(node_id, ()):
             contract = self.contract(node) if isinstance(node, Node) else None
             if contract is not None:
-                return contract.input_schema
-        return None
+                found.append(contract.input_schema if kind == "in" else contract.output_schema)
+            elif kind == "out":
+                found.append(Kept)
+        exact = [cls for cls in found if schema_of(cls).fingerprint == fingerprint]
+        return next(iter(exact + found), None)
+
+    def takes(self, node_id: str, position: int, branch: str) -> ClassName | None:
+        """The name of the class that the input of a node is of; None for a group, or without a contract."""
+        nodes, at = self.nodes, None
+        for index in [position, *map(int, branch.split(".") if branch else ())]:
+            if isinstance(at, Group):
+                nodes, index = at.children, 0 if at.each else index
+            at = nodes[index] if index < len(nodes) else None
+        if at is None or at.node_id != node_id:  # It stands elsewhere by now.
+            at = next(iter(self._by_id.get(node_id, ())), None)
+        contract = self.contract(at) if isinstance(at, Node) else None
+        return None if contract is None else ["in", node_id, schema_of(contract.input_schema).fingerprint]
 
     def _output(self, node: Node | Group, base: type[BaseModel]) -> type[BaseModel]:
         if isinstance(node, Group):
@@ -231,6 +243,13 @@ def plain_context(context: dict[str, Any]) -> dict[str, Any]:
                 f"context[{key!r}] is {type(value).__name__}, which cannot be sent to a worker; give JSON values of at most "
                 f"{CONTEXT} bytes, and let the worker's own config hold clients and other objects"
             )
+    fits = fitting({}, context)
+    for key in context:
+        if key not in fits:
+            raise TypeError(
+                f"context has no room for {key!r}: all values together are too large to be sent with every attempt; keep "
+                "them in a store of your own, and give their names"
+            )
     return dict(context)
 
 
@@ -243,11 +262,26 @@ def is_json(value: Any) -> bool:
         return False
 
 
+def _differ(before: Any, now: Any) -> bool:
+    """Whether a value was changed. Some cannot be compared: arrays, and tables of data."""
+    if before is now:
+        return False
+    try:
+        return bool(before != now)
+    except Exception:
+        return True
+
+
 def context_of(ctx: ReliabilityContext, before: dict[str, Any]) -> tuple[list[Any] | None, list[str]]:
     """What nodes changed in the context dict: [what was set, what was deleted], and the keys that cannot be sent."""
     now = ctx.context
-    made = {key: value for key, value in now.items() if key not in before or before[key] != value}
+    made = {key: value for key, value in now.items() if key not in before or _differ(before[key], value)}
     gone = [key for key in before if key not in now]
     unsaid = [str(key) for key, value in made.items() if not (isinstance(key, str) and is_json(value))]
     said = {key: value for key, value in made.items() if str(key) not in unsaid}
+    fits = fitting(
+        {key: value for key, value in before.items() if isinstance(key, str) and is_json(value)}, said
+    )
+    unsaid += [key for key in said if key not in fits]
+    said = fits
     return ([said, gone] if said or gone else None), unsaid

@@ -76,7 +76,9 @@ class Reader:
             run_id=self._run_id,
             attempt=row["attempt"],
             timestamp_utc=datetime.fromtimestamp(seconds, UTC).replace(microsecond=ns // 1000),
-            input_state={} if given is None else await self._state(given, row["id"]),
+            input_state={}
+            if given is None
+            else await self._state(given, self._known.takes(row["id"], row["position"], row["branch"])),
             output_state=None if made is None else await self._state(made, None),
             duration_ms=row["duration_ns"] // 1_000_000,
             failure=None if failure is None else FailureClass(failure[0]),
@@ -93,24 +95,18 @@ class Reader:
         """A state of a row, which may name it by its number."""
         return self._values[given] if isinstance(given, int) else given
 
-    async def _state(self, value: Value, taker: str | None) -> dict[str, Any]:
+    async def _state(self, value: Value, taken: ClassName | None) -> dict[str, Any]:
         text = await fetch(self.payloads, value)
         cls = value["cls"]
         if cls[0] == "raw":
             raw = schema_of(Kept).raw_of(text.encode())
             return raw if isinstance(raw, dict) else {"root": raw}
-        if taker is not None:
-            cls = self._taken(taker) or cls
         try:
-            model = self._known.decode(text, cls)
+            model = self._known.decode(text, taken or cls)
         except ValueError:  # Its class has changed since.
             raw = schema_of(Kept).raw_of(text.encode())
             return raw if isinstance(raw, dict) else {"root": raw}
         return schema_of(type(model)).state(model)
-
-    def _taken(self, node_id: str) -> ClassName | None:
-        """The name of the class that a node takes, if it has one."""
-        return ["in", node_id] if self._known.takes(node_id) is not None else None
 
     async def state(self, value: Value) -> BaseModel:
         return self._known.decode(await fetch(self.payloads, value), value["cls"])

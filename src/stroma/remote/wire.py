@@ -24,6 +24,7 @@ __all__ = [
     "Value",
     "clip",
     "failure_of",
+    "fitting",
     "fold",
     "said_of",
     "size_of",
@@ -38,6 +39,8 @@ ROOM: Final = 1024 * 1024
 #: Characters of a message, and bytes of one value of the context dict and of what a broken contract says of the state.
 _LONGEST: Final = 16 * 1024
 CONTEXT: Final = 64 * 1024
+#: Bytes of the whole context dict, which goes with every request.
+_CONTEXTS: Final = 256 * 1024
 _ERRORS: Final = 100  # of a state that breaks its contract
 
 Operation = Literal["begin", "attempt", "open", "items", "close", "pack", "end"]
@@ -48,22 +51,25 @@ class RemoteFailure(Exception):
 
     Attributes:
         type_name: of the exception.
+        full_name: the same with its module, as in a traceback, so that failures are grouped as those of a local run.
 
     Where: ``result.failure`` of a run that was driven on other machines.
     Cause: the node raised an exception of a class that is not Stroma's own.
     Mend: look at the log of the worker for its traceback.
     """
 
-    def __init__(self, message: str, type_name: str = "Exception") -> None:
+    def __init__(self, message: str, type_name: str = "Exception", full_name: str | None = None) -> None:
         super().__init__(message)
         self.type_name = type_name
+        self.full_name = type_name if full_name is None else full_name
 
     def __reduce__(self) -> Any:
-        return type(self), (str(self), self.type_name)
+        return type(self), (str(self), self.type_name, self.full_name)
 
 
 #: Names the class that a state is of, where it is not said by the node that takes it: ``["class", "module:qualname"]``,
-#: ``["in", node id]``, ``["out", node id]``, ``["group", spec, the class of its input]``, ``["raw"]`` for what no class has seen.
+#: ``["in", node id, hash of its contract]``, ``["out", node id, hash]``, ``["group", spec, the class of its input]``,
+#: ``["raw"]`` for what no class has seen. Old histories have no hashes.
 ClassName = list[Any]
 
 
@@ -125,6 +131,7 @@ class Failed(TypedDict):
     node_id: str
     attempt: int
     type: str
+    full_name: NotRequired[str]
     data: list[Any] | None
 
 
@@ -163,7 +170,7 @@ class Request(TypedDict):
     Attributes:
         path: the index of each child on the way from the pipeline to the node.
         groups: the ids of the groups around it, the outermost first.
-        spent: by the run so far, earlier segments included; ``busy_ms``: by the group around it.
+        spent: by the run so far, earlier segments included; ``busy_ns``: by the groups around it.
         room: bytes of states that may still come back in the reply itself.
         after: seconds that were waited since the last attempt.
         gone: what nodes have taken out of the context dict; a worker's own config may have it, too.
@@ -278,6 +285,20 @@ def clip(text: str) -> str:
     return text if left_out <= 0 else f"{text[:_LONGEST]} ... ({left_out} characters are left out)"
 
 
+def fitting(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """The new values of a context dict for which there is room in it."""
+    if not made:
+        return {}
+    free = _CONTEXTS - sum(weight(key) + len(json.dumps(context[key])) for key in context if key not in made)
+    fits: dict[str, Any] = {}
+    for key, value in made.items():
+        size = weight(key) + len(json.dumps(value))
+        if size <= free:
+            free -= size
+            fits[key] = value
+    return fits
+
+
 def fold(tree: Any) -> dict[str, Any]:
     """A tree of plain data in which each state stands once; see :func:`unfold`."""
     values: list[Any] = []
@@ -340,8 +361,13 @@ def said_of(failure: Failure) -> Failed:
         "node_id": failure.node_id,
         "attempt": failure.attempt,
         "type": exc.type_name if is_a(exc, RemoteFailure) else kind.__name__,
+        "full_name": exc.full_name if is_a(exc, RemoteFailure) else _full_name(kind),
         "data": data,
     }
+
+
+def _full_name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _violated(exc: ContractViolation) -> list[Any]:
@@ -373,7 +399,7 @@ def failure_of(said: Failed) -> Failure:
     elif name == "TimeoutError":
         exc = TimeoutError(said["message"])
     else:
-        exc = RemoteFailure(said["message"], name)
+        exc = RemoteFailure(said["message"], name, said.get("full_name"))
     return Failure(
         exc,
         FailureClass(said["failure_class"]),

@@ -11,6 +11,7 @@ from typing import Any, Final, Literal
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation
 from stroma.failures import message_of
+from stroma.remote.wire import RemoteFailure
 from stroma.trace import jsonable
 
 __all__ = ["DENY_KEYS", "Content", "ContentMode", "type_name"]
@@ -103,6 +104,8 @@ class Content:
 
 def type_name(error: BaseException) -> str:
     """The full name of an exception's class."""
+    if isinstance(error, RemoteFailure):  # It stands for one of another process.
+        return error.full_name
     kind = type(error)
     return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
 

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable
 from contextvars import ContextVar
 from dataclasses import dataclass, field
-from time import monotonic
+from time import monotonic, time
 from typing import Any, Final, TypeVar
 
 from stroma._tasks import in_thread
@@ -28,6 +28,7 @@ __all__ = [
     "Observer",
     "exceeded",
     "missing",
+    "seconds_elsewhere",
     "sound",
 ]
 
@@ -74,6 +75,12 @@ def exceeded(result: ExecutionResult) -> str | None:
     """The dimension of the budget that ended a run, or None."""
     error = None if result.failure is None else result.failure.exception
     return error.dimension if isinstance(error, BudgetExceeded) else None
+
+
+def seconds_elsewhere(result: ExecutionResult) -> float:
+    """For how long a run that began in another process has been under way: since its first attempt."""
+    first = next(iter(result.trace), None)
+    return 0.0 if first is None else max(0.0, time() - first.timestamp_utc.timestamp())
 
 
 class Observer:

@@ -10,7 +10,16 @@ from stroma.context import ReliabilityContext
 from stroma.execution import NodeExecution, current_node
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import CUT_SHORT, Ended, ExporterHooks, Observer, exceeded, missing, sound
+from stroma.telemetry._observer import (
+    CUT_SHORT,
+    Ended,
+    ExporterHooks,
+    Observer,
+    exceeded,
+    missing,
+    seconds_elsewhere,
+    sound,
+)
 from stroma.trace import ExecutionResult
 
 if TYPE_CHECKING:
@@ -129,10 +138,15 @@ class _Datadog(Observer):
             if first is not None:
                 span.link_span(first, {"stroma.link": "resumed from"})
         if run.kept_traceparent is None:
-            run.kept_traceparent = f"00-{span.trace_id:032x}-{span.span_id:016x}-01"
+            run.kept_traceparent = _traceparent(span)
+        if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
+            del run.notes[self]
+            span.finish()
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run: _RunSpan | None = run.notes.pop(self, None)
+        if of_run is None and run.elsewhere:
+            of_run = self._ending(run, result)
         if of_run is None:
             return
         span = of_run.span
@@ -153,6 +167,22 @@ class _Datadog(Observer):
         if dimension is not None:
             self._count("budget.exceeded", 1, [pipeline, f"dimension:{dimension}"])
 
+    def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
+        """The end of a run that has begun in another process."""
+        made = _RunSpan(
+            self._tracer.start_span(
+                "stroma.run_end",
+                child_of=None if run.traceparent is None else _remote(run.traceparent),
+                service=self._service,
+                resource=run.pipeline,
+                span_type="worker",
+            )
+        )
+        made.since -= seconds_elsewhere(result)
+        made.span.set_tag("stroma.run.id", run.run_id)
+        made.span.set_tag("stroma.pipeline", run.pipeline)
+        return made
+
     # ------------------------------------------------------------------ nodes
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
@@ -160,13 +190,20 @@ class _Datadog(Observer):
             before = self._tracer.context_provider.active()
             of_node = self._begin(node, activate=True)
             of_node.active, of_node.before = True, before
+            if node.ctx.elsewhere and node.kind == "group":
+                # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
+                node.ctx.kept_traceparent = _traceparent(of_node.span)
             of_node.span.set_tag("stroma.input", self._content.state(node.ctx, state))
 
     def _begin(self, node: NodeExecution, *, activate: bool) -> _NodeSpan:
         around = self.around(node)
         above = self._tracer.current_trace_context() if around is None else around.span
+        if node.ctx.elsewhere and node.ctx.traceparent is not None:
+            above = _remote(node.ctx.traceparent)
         span = self._tracer.start_span(
-            "stroma.node",
+            "stroma.node_end"
+            if node.ctx.elsewhere and node.kind == "group" and not activate
+            else "stroma.node",
             child_of=above,
             service=self._service,
             resource=node.node_id,
@@ -268,6 +305,10 @@ class _Datadog(Observer):
     def close(self) -> None:
         if self._own_client and self._statsd is not None:
             self._statsd.close_socket()
+
+
+def _traceparent(span: Span) -> str:
+    return f"00-{span.trace_id:032x}-{span.span_id:016x}-01"
 
 
 def _remote(traceparent: str) -> Context | None:

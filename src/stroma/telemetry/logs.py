@@ -12,7 +12,7 @@ from stroma.context import ReliabilityContext
 from stroma.execution import NodeExecution
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer
+from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer, seconds_elsewhere
 from stroma.trace import ExecutionResult
 
 __all__ = ["log_hooks"]
@@ -78,7 +78,10 @@ class _Logs(Observer):
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         begun = run.notes.pop(self, None)
-        seconds = {} if begun is None else {"duration_s": round(perf_counter() - begun, 6)}
+        took = seconds_elsewhere(result) if run.elsewhere else None
+        if begun is not None:
+            took = perf_counter() - begun
+        seconds = {} if took is None else {"duration_s": round(took, 6)}
         fields = {
             **_of_run(run),
             "status": result.status.value,

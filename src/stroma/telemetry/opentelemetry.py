@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection
 from contextvars import Token
-from time import perf_counter, time
+from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal
 
 from stroma.context import ReliabilityContext
@@ -23,6 +23,7 @@ from stroma.telemetry._observer import (
     Observer,
     exceeded,
     missing,
+    seconds_elsewhere,
     sound,
 )
 from stroma.trace import ExecutionResult
@@ -151,7 +152,8 @@ class _OpenTelemetry(Observer):
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         run.notes[self] = of_run = _RunSpan()
-        self._active.add(1, {"gen_ai.workflow.name": run.pipeline})
+        if not run.elsewhere:  # It may end in another process: what went up here would never come down.
+            self._active.add(1, {"gen_ai.workflow.name": run.pipeline})
         parent = None if run.traceparent is None else self._remote(run.traceparent)
         links = []
         if run.first_traceparent is not None:
@@ -187,7 +189,8 @@ class _OpenTelemetry(Observer):
             return
         span = of_run.span
         labels: dict[str, str] = {"gen_ai.workflow.name": run.pipeline}
-        self._active.add(-1, labels)
+        if not run.elsewhere:
+            self._active.add(-1, labels)
         failed = Ended.finally_(result)
         kind = None if failed is None or failed.error is None else type_name(failed.error)
         outcome = {**labels, "stroma.status": result.status.value}
@@ -211,9 +214,7 @@ class _OpenTelemetry(Observer):
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
         """The end of a run that has begun in another process."""
         made = _RunSpan()
-        first = next(iter(result.trace), None)
-        if first is not None:
-            made.since -= max(0.0, time() - first.timestamp_utc.timestamp())
+        made.since -= seconds_elsewhere(result)
         made.span = self._tracer.start_span(
             f"stroma.run_end {run.pipeline}",
             context=None if run.traceparent is None else self._remote(run.traceparent),

@@ -9,7 +9,16 @@ from typing import TYPE_CHECKING, Any, Final
 from stroma.context import ReliabilityContext
 from stroma.execution import NodeExecution
 from stroma.failures import FailureClass
-from stroma.telemetry._observer import NODE_BUCKETS, Ended, ExporterHooks, Observer, exceeded, missing, sound
+from stroma.telemetry._observer import (
+    NODE_BUCKETS,
+    Ended,
+    ExporterHooks,
+    Observer,
+    exceeded,
+    missing,
+    seconds_elsewhere,
+    sound,
+)
 from stroma.trace import ExecutionResult
 
 if TYPE_CHECKING:
@@ -120,17 +129,23 @@ class _Prometheus(Observer):
         self._metrics = metrics
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        if run.elsewhere:  # It may end in another process: what went up here would never come down.
+            return
         run.notes[self] = perf_counter()
         self._metrics.in_progress(run.pipeline).inc()
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         begun = run.notes.pop(self, None)
-        if begun is None:
-            return
         metrics, pipeline, status = self._metrics, run.pipeline, result.status.value
-        metrics.in_progress(pipeline).dec()
+        if begun is not None:
+            metrics.in_progress(pipeline).dec()
+            seconds = perf_counter() - begun
+        elif run.elsewhere:
+            seconds = seconds_elsewhere(result)
+        else:
+            return
         metrics.runs(pipeline, status).inc()
-        metrics.run_seconds(pipeline, status).observe(perf_counter() - begun)
+        metrics.run_seconds(pipeline, status).observe(seconds)
         for error in result.hook_errors:
             metrics.hook_errors(pipeline, error.hook).inc()
         dimension = exceeded(result)

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from stroma.context import ReliabilityContext
 from stroma.execution import NodeExecution, current_node
 from stroma.failures import FailureClass
+from stroma.remote.wire import RemoteFailure
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
 from stroma.telemetry._observer import CUT_SHORT, WRITING, Ended, ExporterHooks, Observer, missing
 from stroma.trace import ExecutionResult, RunStatus
@@ -117,13 +118,10 @@ class _Sentry(Observer):
         scope = sdk.get_current_scope()
         if self._client is not None:
             scope.set_client(self._client)
-        isolation.set_tag("stroma.pipeline", run.pipeline)
-        isolation.set_context("stroma", {"run_id": run.run_id, "execution": run.execution})
+        _name_run(isolation, run)
         about: dict[str, Any] = {"op": "stroma.run", "name": run.pipeline}
         if run.traceparent is not None:
-            _, trace_id, span_id, flags, *_ = run.traceparent.split("-")
-            header = f"{trace_id}-{span_id}-{int(flags, 16) & 1}"
-            span: Any = sdk.start_transaction(sdk.continue_trace({"sentry-trace": header}, **about))
+            span: Any = self._continued(run.traceparent, about)
         elif outer is not None:
             span = outer.start_child(**about)
         else:
@@ -135,9 +133,15 @@ class _Sentry(Observer):
         if run.kept_traceparent is None and getattr(span, "sampled", False):
             run.kept_traceparent = f"00-{span.trace_id}-{span.span_id}-01"
         span.set_data("stroma.input", self._content.state(run, state))
+        if run.elsewhere:  # No span can end where it has not begun: this one is what the others stand under.
+            del run.notes[self]
+            span.finish()
+            of_run.scopes.close()
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         of_run: _Run | None = run.notes.pop(self, None)
+        if of_run is None and run.elsewhere:
+            of_run = self._ending(run)
         if of_run is None:
             return
         try:
@@ -145,7 +149,7 @@ class _Sentry(Observer):
             # The outcome of an earlier run that is only returned was captured when it came about.
             if failed is not None and result.failure is not None and run.session.finished is None:
                 # A budget that refuses a node stops the run without an attempt that failed.
-                refused = _Failed(result.failure.node_id, failed, self._sdk.get_current_scope())
+                refused = _Failed(_innermost(result), failed, self._sdk.get_current_scope())
                 self._capture(run, of_run, of_run.failed.get(_identity(failed.error), refused))
             span = of_run.span
             if span is not None:
@@ -157,6 +161,27 @@ class _Sentry(Observer):
         finally:
             if _HERE.get() is of_run:
                 of_run.scopes.close()
+
+    def _ending(self, run: ReliabilityContext) -> _Run:
+        """The end of a run that has begun in another process."""
+        made = _Run(_HERE.get())
+        isolation = self._isolate(made, made.scopes)
+        scope = self._sdk.get_current_scope()
+        if self._client is not None:
+            scope.set_client(self._client)
+        _name_run(isolation, run)
+        made.span = scope.span = self._continued(
+            run.traceparent, {"op": "stroma.run_end", "name": run.pipeline}
+        )
+        return made
+
+    def _continued(self, traceparent: str | None, about: dict[str, Any]) -> Any:
+        """A transaction under a span of another process, or of its own trace."""
+        if traceparent is None:
+            return self._sdk.start_transaction(**about)
+        _, trace_id, span_id, flags, *_ = traceparent.split("-")
+        header = f"{trace_id}-{span_id}-{int(flags, 16) & 1}"
+        return self._sdk.start_transaction(self._sdk.continue_trace({"sentry-trace": header}, **about))
 
     def _isolate(self, of_run: _Run, scopes: ExitStack) -> Scope:
         """Until ``scopes`` are closed, breadcrumbs and tags are those of this run alone."""
@@ -191,7 +216,9 @@ class _Sentry(Observer):
             return
         entered = ExitStack()
         if self._alone(node):
-            self._isolate(self._of_run(node), entered)
+            isolation = self._isolate(self._of_run(node), entered)
+            if node.ctx.elsewhere:
+                _name_run(isolation, node.ctx)
         else:
             entered.enter_context(self._sdk.new_scope())
         scope = self._sdk.get_current_scope()
@@ -199,19 +226,30 @@ class _Sentry(Observer):
         of_node.entered = entered
         scope.span = of_node.span
         of_node.span.set_data("stroma.input", self._content.state(node.ctx, state))
+        span = of_node.span
+        if node.ctx.elsewhere and node.kind == "group" and getattr(span, "sampled", False):
+            # What is inside stands under this span, wherever it runs; as with the run, the end has one of its own.
+            node.ctx.kept_traceparent = f"00-{span.trace_id}-{span.span_id}-01"
 
     def _alone(self, node: NodeExecution) -> bool:
         """Whether it is a step of plain code, which stands for a run."""
         return node.parent is None and self not in node.ctx.notes
 
-    def _begin(self, node: NodeExecution, scope: Scope) -> _Node:
+    def _begin(self, node: NodeExecution, scope: Scope, *, ended: bool = False) -> _Node:
         if self._client is not None:
             scope.set_client(self._client)
         scope.set_tag("stroma.node", node.node_id)
         around = self.around(node)
         above = scope.span if around is None else around.span
         about: dict[str, Any] = {"op": "stroma.node", "name": node.node_id}
-        span: Any = self._sdk.start_span(**about) if above is None else above.start_child(**about)
+        span: Any
+        if node.ctx.elsewhere:
+            if node.kind == "group" and ended:
+                about["op"] = "stroma.node_end"
+            with self._sdk.scope.use_scope(scope):  # A transaction goes by the client of the current one.
+                span = self._continued(node.ctx.traceparent, about)
+        else:
+            span = self._sdk.start_span(**about) if above is None else above.start_child(**about)
         span.set_data("stroma.node.id", node.node_id)
         span.set_data("stroma.node.kind", node.kind)
         if node.redelivered:
@@ -222,7 +260,7 @@ class _Sentry(Observer):
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         of_node: _Node | None = node.notes.get(self)
         if of_node is None:  # Input that broke its contract, or an end that is told again after a crash.
-            of_node = self._begin(node, self._sdk.get_current_scope().fork())
+            of_node = self._begin(node, self._sdk.get_current_scope().fork(), ended=True)
             of_node.scope.span = of_node.span
         of_node.ended = ended
         if ended.output is not None:
@@ -257,7 +295,13 @@ class _Sentry(Observer):
         if of_node is None:
             return
         ended = of_node.ended
-        if ended is not None and ended.error is not None and self._alone(node) and not node.redelivered:
+        if (
+            ended is not None
+            and ended.error is not None
+            and self._alone(node)
+            and not node.redelivered
+            and not node.ctx.elsewhere
+        ):
             # Nobody will say how the run ended: a failure is final here, unless it was to be tried again.
             of_step = self._of_run(node)
             final = of_step.failed.get(_identity(ended.error))
@@ -267,7 +311,8 @@ class _Sentry(Observer):
         of_node.span.set_data("stroma.attempts", node.attempt)
         of_node.span.set_data("stroma.outcome", outcome)
         of_node.span.set_status({"failure": "internal_error", "cancelled": "cancelled"}.get(outcome, "ok"))
-        of_node.span.finish(of_node.scope)
+        with self._sdk.scope.use_scope(of_node.scope):
+            of_node.span.finish(of_node.scope)
         if of_node.entered is not None and current_node() is node:
             of_node.entered.close()
 
@@ -294,6 +339,10 @@ class _Sentry(Observer):
                 value["value"] = " ".join(filter(None, (ended.class_name, ended.reason)))
             elif value.get("value"):
                 value["value"] = self._content.message(run, said)
+        if isinstance(error, RemoteFailure):
+            for value in event.get("exception", {}).get("values", ())[-1:]:
+                module, _, value["type"] = error.full_name.rpartition(".")
+                value["module"] = module or "builtins"
         for frame in _frames(event):
             if str(frame.get("module")).startswith("stroma."):
                 frame["in_app"] = False  # The engine called the node; it is the node that failed.
@@ -330,6 +379,23 @@ class _Sentry(Observer):
         client = self._client or self._sdk.get_client()
         client.flush(timeout=timeout_seconds)
         return True
+
+
+def _innermost(result: ExecutionResult) -> str:
+    """The node that failed: a group fails with the exception of its child."""
+    assert result.failure is not None
+    node_id = result.failure.node_id
+    rows = list(result.trace)[-1:]
+    while rows and rows[-1].node_id == node_id:
+        said = rows[-1].failure_message
+        rows = [row for row in rows[-1].children if row.outcome == "failure" and row.failure_message == said]
+        node_id = rows[-1].node_id if rows else node_id
+    return node_id
+
+
+def _name_run(isolation: Scope, run: ReliabilityContext) -> None:
+    isolation.set_tag("stroma.pipeline", run.pipeline)
+    isolation.set_context("stroma", {"run_id": run.run_id, "execution": run.execution})
 
 
 def _frames(event: Any) -> Iterator[dict[str, Any]]:

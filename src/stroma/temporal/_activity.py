@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
+from time import monotonic
 from typing import Any, Final, cast
 
 from temporalio import activity
@@ -16,6 +18,8 @@ from stroma.remote.wire import Reply, Request
 from stroma.temporal import _names as names
 
 __all__ = ["Activities"]
+
+logger = logging.getLogger("stroma")
 
 _LARGEST: Final = 1_900_000  # bytes; a server takes 2 MiB
 
@@ -40,9 +44,10 @@ class Activities:
     async def _perform(self, request: dict[str, Any]) -> dict[str, Any]:
         info = activity.info()
         timeout = info.heartbeat_timeout
-        beating: asyncio.Task[None] | None = None
+        heart: _Heart | None = None
         if timeout is not None:
-            beating = asyncio.create_task(_beat(self._beat_seconds or timeout.total_seconds() / 2))
+            limit = timeout.total_seconds()
+            heart = _Heart(self._beat_seconds or limit / 2, limit, str(request.get("run_id")))
         try:
             reply = await self._attempts.perform(cast("Request", request), redelivered=info.attempt > 1)
         except (MissingNode, StoreError) as error:
@@ -56,16 +61,38 @@ class Activities:
             # The node may have run: nobody runs it again because of something else.
             raise ApplicationError(str(error), type=type(error).__name__, non_retryable=True) from error
         finally:
-            if beating is not None:
-                beating.cancel()
+            if heart is not None:
+                heart.stop()
         return cast("dict[str, Any]", _told(reply, request))
 
 
-async def _beat(seconds: float) -> None:
+class _Heart:
     """Beats let the server know a worker that is lost, and let the worker know of a cancellation."""
-    while True:
-        activity.heartbeat()
-        await asyncio.sleep(seconds)
+
+    def __init__(self, every_seconds: float, timeout_seconds: float, run: str) -> None:
+        self._every, self._timeout, self._run = every_seconds, timeout_seconds, run
+        self._since = monotonic()
+        self._beating = asyncio.create_task(self._beat())
+
+    async def _beat(self) -> None:
+        while True:
+            self._look()
+            activity.heartbeat()
+            await asyncio.sleep(self._every)
+
+    def _look(self) -> None:
+        silent, self._since = monotonic() - self._since, monotonic()
+        if silent > self._timeout:
+            logger.warning(
+                "the event loop of this worker was blocked for %.1f s: run %r, like all that it was at, is taken for lost "
+                "and begun again; put blocking work of nodes into threads (asyncio.to_thread), or raise heartbeat_seconds=",
+                silent,
+                self._run,
+            )
+
+    def stop(self) -> None:
+        self._beating.cancel()
+        self._look()
 
 
 def _told(reply: Reply, request: dict[str, Any]) -> Reply:

@@ -10,13 +10,20 @@ from typing import Any, cast
 
 from temporalio import workflow
 from temporalio.common import RetryPolicy
-from temporalio.exceptions import ActivityError, ApplicationError, CancelledError, FailureError
+from temporalio.exceptions import (
+    ActivityError,
+    ApplicationError,
+    CancelledError,
+    FailureError,
+    TimeoutError,
+    TimeoutType,
+)
 from temporalio.workflow import ActivityCancellationType, HandlerUnfinishedPolicy
 
 with workflow.unsafe.imports_passed_through():
     from stroma.failures import FailureClass
     from stroma.remote.interpreter import Continue, Interpreter, next_segment
-    from stroma.remote.wire import Answer, Plan, Reply, Report, Request, fold, unfold
+    from stroma.remote.wire import Plan, Reply, Report, Request, fold, unfold
     from stroma.temporal import _names as names
     from stroma.trace import RunStatus
 
@@ -33,6 +40,8 @@ class _Driver:
             maximum_interval=timedelta(seconds=30),
             # Lost workers, and workers that lack the node: what a node raises is no concern of Temporal's.
             maximum_attempts=options["deliveries"],
+            # It was at work all the time that it may take: to pay for that again would mend nothing.
+            non_retryable_error_types=["TemporalTimeout:StartToClose"],
         )
 
     async def ask(self, request: Request) -> tuple[Reply, bool]:
@@ -84,13 +93,20 @@ def _reply_of(cause: BaseException | None, error: ActivityError, request: Reques
     """What a worker said of a failed attempt; or, if none could be found or all were lost, that."""
     if isinstance(cause, ApplicationError) and (cause.type or "").startswith(names.FAILURE) and cause.details:
         return cast("Reply", cause.details[0])
-    kind = "WorkerLost"
+    kind, message = "WorkerLost", f"{str(cause or error) or type(cause).__name__}"
     if isinstance(cause, ApplicationError):
         kind = cause.type or kind
+    elif isinstance(cause, TimeoutError) and cause.type is TimeoutType.START_TO_CLOSE:
+        message += ": it took longer than any attempt may; raise attempt_seconds=, then resume the run"
+    else:
+        message += (
+            ": the workers that were given it ended, or were silent for longer than heartbeat_seconds= (a node that blocks "
+            "its event loop is); look at their logs, then resume the run"
+        )
     return {
         "failure": {
             "failure_class": FailureClass.RECOVERABLE.value,
-            "message": f"{str(cause or error) or type(cause).__name__}",
+            "message": message,
             "reason": "worker",
             "retry_after": None,
             "node_id": request["spec"]["id"] if "spec" in request else "run",
@@ -184,9 +200,16 @@ class StromaRun:
     @workflow.signal(name=names.ANSWER)
     def answer(self, answer: dict[str, Any]) -> None:
         """The answer of a person; the run goes on once nothing waits for another."""
-        key = f"{answer['position']}|{answer['branch']}"
-        if key in self._run.state["waiting"]:
-            self._run.state["answers"].setdefault(key, cast("Answer", answer))
+        key = f"{answer.get('position')}|{answer.get('branch')}"
+        payload = answer.get("payload")
+        waits = self._run.state["waiting"].get(key)
+        if waits is None or not isinstance(payload, str):
+            # Anybody may send a signal. One that raises would stop the workflow's task for good.
+            workflow.logger.warning(
+                "an answer to %s is left out: nothing waits for it, or it has no payload", key
+            )
+            return
+        self._run.state["answers"].setdefault(key, {**waits, "payload": payload})
 
     @workflow.signal(name=names.RESUME)
     def resume(self, segment: int) -> None:

@@ -45,7 +45,13 @@ __all__ = ["TemporalRunner"]
 
 #: After that many seconds somebody asks the run to say when it waits for a person: most runs have ended by then.
 _PATIENCE: Final = 0.2
-_LONGEST_ID: Final = 900  # characters; a server takes 1000 bytes
+_LONGEST_ID: Final = 900  # bytes; a server takes 1000
+#: What a server says when no worker takes a query.
+_NOBODY: Final = (
+    RPCStatusCode.FAILED_PRECONDITION,
+    RPCStatusCode.DEADLINE_EXCEEDED,
+    RPCStatusCode.CANCELLED,  # The client waited for as long as it may.
+)
 _OPEN: Final = (WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.CONTINUED_AS_NEW)
 
 
@@ -56,8 +62,9 @@ class TemporalRunner:
     shared budgets and redact are the workers' own: give those to :func:`stroma_worker`.
 
     ``payloads``: where states of 256 KiB and more go, the same as the workers'. ``heartbeat_seconds``: a worker that is
-    silent for so long is lost, and its attempts are begun again elsewhere; it beats at half of it. ``attempt_seconds``: no
-    attempt may take longer, whatever its own timeout. ``deliveries``: how many workers are tried that are lost, or lack
+    silent for so long is lost, and its attempts are begun again elsewhere; it beats at half of it, so no node may block
+    its event loop for that long (blocking work belongs into a thread: ``asyncio.to_thread``). ``attempt_seconds``: an
+    attempt that takes longer, whatever its own timeout, stops the run as PARTIAL. ``deliveries``: how many workers are tried that are lost, or lack
     the node, before the run stops as PARTIAL; the second after ``redelivery_seconds``, the others after ever longer waits.
     ``history_events``: a run with a longer history goes on with a fresh one. ``task_seconds``: what a worker has for
     saying what comes next in a run, its history replayed; one that is lost in that moment is noticed after it.
@@ -155,19 +162,30 @@ class TemporalRunner:
         wanted = (
             "resume" if (config.resume if resume is None else resume) else (if_exists or config.if_exists)
         )
+        attach = (if_running or config.if_running) == "attach" and wanted != "error"
         found = await self._describe(run_id)
-        if found is None:
-            return await self._start(
-                plan, new_state(value, context=given, traceparent=traceparent), known, config
-            )
         handle = self._handle(run_id)
+        if found is None:
+            state = new_state(value, context=given, traceparent=traceparent)
+            try:
+                return await self._start(plan, state, known, config)
+            except RunBusy:  # Another client was quicker.
+                found = await self._describe(run_id)
+                if not attach or found is None:
+                    raise
+        memo = await found.memo()
+        same_input = memo.get("stroma_input") in (None, _input_of(value))
+        parked: Report | None = None
         if found.status in _OPEN:
             parked = await self._parked_now(handle)
             if parked is None or wanted == "error":
-                if (if_running or config.if_running) == "attach" and wanted != "error":
+                if attach and same_input:
                     return _Begun(self, run_id, handle, known, config, 0)
-                raise _busy(run_id)
-            if wanted == "resume":
+                raise _busy(run_id, same_input=same_input)
+        if wanted in ("resume", "return") and not same_input:
+            raise _another_input(run_id)
+        if found.status in _OPEN:
+            if wanted == "resume" and parked is not None:
                 return await self._go_on(handle, known, config, parked)
         elif wanted == "return":
             report = await self._report(handle)
@@ -181,7 +199,6 @@ class TemporalRunner:
             )
         if wanted == "resume":
             return await self._continue(handle, plan, known, config, value)
-        memo = await found.memo()
         plan["execution"] = int(memo.get("stroma_execution", 1)) + 1
         state = new_state(value, context=given, traceparent=traceparent)
         return await self._start(plan, state, known, config, over_another=found.status in _OPEN)
@@ -284,7 +301,7 @@ class TemporalRunner:
         async def look(run_id: str, since: int) -> list[TraceEvent]:
             try:
                 found = await self._query(self._handle(run_id), names.ROWS, since)
-            except (RPCError, WorkflowQueryRejectedError):
+            except (RPCError, WorkflowQueryRejectedError, StoreError):
                 return []  # No worker, say: the next look tells.
             reader = Reader(known, self.payloads, run_id, [])
             return [await reader.event(row) for row in found["rows"]]
@@ -327,6 +344,12 @@ class TemporalRunner:
         waiting = [one for one in await self.waiting(run_id) if one.payload is None]
         answered = answer_to(waiting, run_id, answer, node_id=node_id, branch=branch, schema=schema)
         assert answered.payload is not None
+        size = weight(answered.payload.decode())
+        if size >= LARGE:
+            raise StoreError(
+                f"the answer has {size} bytes, and must have fewer than {LARGE}; keep what is large in a store of your own, "
+                "and answer with its name"
+            )
         told: Answer = {
             "position": answered.position,
             "branch": answered.branch,
@@ -414,7 +437,11 @@ class TemporalRunner:
                 result_type=dict,
                 task_timeout=self._task_timeout,
                 id_conflict_policy=conflict.TERMINATE_EXISTING if over_another else conflict.FAIL,
-                memo={"stroma_execution": plan["execution"], "stroma_pipeline": plan["pipeline"]},
+                memo={
+                    "stroma_execution": plan["execution"],
+                    "stroma_pipeline": plan["pipeline"],
+                    "stroma_input": _input_of(state["initial"]),
+                },
                 search_attributes=TypedSearchAttributes(attributes) if search else None,
             )
         except WorkflowAlreadyStartedError:
@@ -446,9 +473,7 @@ class TemporalRunner:
         given = await self._query(handle, names.STATE)
         before, state = cast("Plan", given["plan"]), cast("State", unfold(given["state"]))
         if initial is not None and not _same(initial, state["initial"]):
-            raise PipelineChanged(
-                f"run {plan['run_id']!r} was started with another input; give it the same one, or another run id"
-            )
+            raise _another_input(plan["run_id"])
         _check_unchanged(plan["run_id"], before["nodes"], plan["nodes"], state)
         plan["execution"] = before["execution"]
         return await self._start(plan, next_segment(state), known, config)
@@ -467,14 +492,28 @@ class TemporalRunner:
 
     async def _describe(self, run_id: str) -> WorkflowExecutionDescription | None:
         try:
-            return await self._handle(run_id).describe()
+            found = await self._handle(run_id).describe()
         except RPCError as error:
             if error.status == RPCStatusCode.NOT_FOUND:
                 return None
             raise
+        if found.workflow_type != names.WORKFLOW:
+            raise RunExists(
+                f"{run_id!r} is the id of a workflow of type {found.workflow_type!r}, which is no run of Stroma; use another "
+                "run id"
+            )
+        return found
 
     async def _query(self, handle: WorkflowHandle[Any, Any], name: str, *arguments: Any) -> dict[str, Any]:
-        found: dict[str, Any] = await handle.query(name, args=arguments, result_type=dict)
+        try:
+            found: dict[str, Any] = await handle.query(name, args=arguments, result_type=dict)
+        except RPCError as error:
+            if error.status not in _NOBODY:
+                raise
+            raise StoreError(
+                f"run {handle.id!r} cannot be asked where it stands, as no worker answers: {error}; start a worker "
+                f"(stroma_worker) on its task queue, then try again"
+            ) from error
         return found
 
     async def _parked_now(self, handle: WorkflowHandle[Any, Any]) -> Report | None:
@@ -571,12 +610,24 @@ def _not_found(run_id: str) -> CheckpointNotFound:
     )
 
 
-def _busy(run_id: str) -> RunBusy:
-    error = RunBusy(
-        f'run {run_id!r} is being run on the cluster; wait for its result with if_running="attach", or use another run id'
-    )
-    error.holder = "a workflow of the cluster"
+def _busy(run_id: str, *, same_input: bool = True) -> RunBusy:
+    what, mend = "", 'wait for its result with if_running="attach", or use another run id'
+    if not same_input:
+        what, mend = " with another input", "use another run id"
+    error = RunBusy(f"run {run_id!r} is being run{what} on the cluster; {mend}")
+    error.holder, error.same_input = "a workflow of the cluster", same_input
     return error
+
+
+def _another_input(run_id: str) -> PipelineChanged:
+    return PipelineChanged(
+        f"run {run_id!r} was started with another input; give it the same one, or another run id"
+    )
+
+
+def _input_of(value: Value) -> str:
+    """What a run was begun with, as a name that says nothing of it."""
+    return value.get("blob") or hashlib.sha256(value.get("text", "").encode()).hexdigest()
 
 
 def _same(a: Value, b: Value) -> bool:
@@ -602,3 +653,32 @@ def _check_unchanged(run_id: str, before: Sequence[NodeSpec], now: Sequence[Node
                 f"run {run_id!r} cannot go on: the output of node {then['id']!r} at position {position} was recorded with "
                 "another schema; restore it, or begin a new run"
             )
+    for key in [*state["done"], *state["maps"], *state["answers"]]:
+        where, _, branch = key.partition("|")
+        steps = [int(where), *map(int, branch.split(".") if branch else ())]
+        old, new = _spec_at(before, steps), _spec_at(now, steps)
+        if old is not None and (new is None or _shape(old) != _shape(new)):
+            raise PipelineChanged(
+                f"run {run_id!r} cannot go on: at position {where} ({branch}) it has what came of node {old['id']!r} so far, and "
+                f"the pipeline has {'nothing' if new is None else repr(new['id'])} there, or another contract; restore it, or "
+                "begin a new run"
+            )
+
+
+def _spec_at(specs: Sequence[NodeSpec], steps: Sequence[int]) -> NodeSpec | None:
+    """The node at a place: its position, and the index of each child on the way."""
+    found: NodeSpec | None = None
+    for index in steps:
+        if found is not None:
+            specs = found.get("children", [])
+            index = 0 if found["kind"] == "map" else index
+        if index >= len(specs):
+            return None
+        found = specs[index]
+    return found
+
+
+def _shape(spec: NodeSpec) -> tuple[Any, ...]:
+    """What must be the same for what is known of a node to be of use."""
+    inner = spec.get("children", []) if spec["kind"] == "map" else []
+    return spec["id"], spec["kind"], spec.get("output"), spec.get("over"), [_shape(one) for one in inner]
