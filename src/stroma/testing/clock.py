@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import Any, ClassVar, Final, Self
 
 from stroma import _admission, _engine, _map, _usage, breaker, classifiers, context, hooks
-from stroma.checkpoint import _sqlite_rows, _worker, cells, memory
+from stroma.checkpoint import _memory_runs, _sqlite_rows, _worker, cells
 
 __all__ = ["FakeClock"]
 
@@ -132,7 +132,7 @@ class FakeClock:
 
     def _put_in_place(self) -> None:
         shim = _Time(self)
-        for module in (cells, memory, classifiers, breaker):
+        for module in (cells, _memory_runs, classifiers, breaker):
             self._patch(module, "time", shim)
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
         for module in (_engine, _admission, _map, context):
