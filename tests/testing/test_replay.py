@@ -185,6 +185,18 @@ async def test_nodes_that_are_gone_or_new(store, nodes, calls):
     assert said == [("missing", "read"), ("new", "renamed")]
 
 
+async def test_nodes_in_another_order(store, nodes, calls):
+    """Nodes that have changed places are told, though each hands on what it did; where one is gone the rest has not."""
+    read, check, *_ = nodes
+    recorded = await record(store, [read, check])
+    found = await replay(recorded, [check, read])
+    assert list(map(str, found.differences)) == [
+        "decision: 1 read: it comes after 'check' now, and came before it"
+    ]
+    assert calls.calls == ["read", "check"]
+    assert [one.kind for one in (await replay(recorded, [check])).differences] == ["missing"]
+
+
 async def test_another_decision_to_retry(store, nodes):
     """Fewer retries than the run needed stop it; more than it had lead to where nothing is recorded."""
     recorded = await record(store, nodes, faults=FaultPlan().fail("check", attempt=(1, 2)))

@@ -406,6 +406,7 @@ class _Tape(Probe):
             one = attempts[-1]
             if not branch and position not in known:
                 found.append(Difference("missing", str(position), one.node_id, "the pipeline has it no more"))
+        found += self._out_of_order()
         for position, node in enumerate(self.nodes):
             then = self.then[position]
             for branch, inner in _nodes_in(node):
@@ -423,6 +424,22 @@ class _Tape(Probe):
                         Difference("schema", at, inner.node_id, f"{schema.model.__name__} is another one now")
                     )
         return found
+
+    def _out_of_order(self) -> Iterable[Difference]:
+        """Nodes that came before another one then, and come after it now."""
+        furthest: int | None = None  # Of the nodes so far, the position today of the one that came last then.
+        for position, node in enumerate(self.nodes):
+            then = self.then[position]
+            if then is None:
+                continue
+            last = None if furthest is None else self.then[furthest]
+            if furthest is None or last is None or then > last:
+                furthest = position
+                continue
+            other = self.nodes[furthest].node_id
+            yield Difference(
+                "decision", str(position), node.node_id, f"it comes after {other!r} now, and came before it"
+            )
 
 
 def _nodes_in(node: Node | Group, branch: str = "") -> Iterable[tuple[str, Node]]:
