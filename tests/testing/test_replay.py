@@ -366,6 +366,50 @@ async def test_redaction(store, nodes, calls, tmp_path):
     assert "less than" not in str(broken.differences)
 
 
+async def test_redaction_of_messages(store):
+    """What redact takes out of states stands in no message of a recording, nor in why a replay cannot go on."""
+
+    class Letter(BaseModel):
+        name: str = "Augusta Ada King"
+
+    def redact(state):
+        return {**state, "name": "***"} if "name" in state else state
+
+    async def keep(state):
+        return state
+
+    async def refuse(state):
+        raise ValueError(f"cannot write to {state.name[:14]}..., {state.name!r}")
+
+    first, last = make("first", keep, Letter, Letter), make("last", refuse, Letter, Letter)
+    recorded = await record(store, [first, last], Letter())
+    text = json.dumps(recorded.redacted(redact).to_json())
+    assert "Ada" in json.dumps(recorded.to_json())
+    assert "Ada" not in text
+    assert text.count("cannot write to [redacted]..., '[redacted]'") == 4  # Three attempts, and why it stopped.
+    read = RecordedRun.read(store, "r", redact=redact)
+    (await replay(read, [first, last], runner=patient(redact=redact))).assert_same()
+    other = make("third", keep, Letter, Letter)
+    found = await replay(recorded, [first, other, last], runner=patient(redact=redact))
+    assert "Ada" not in str(found.differences) + str(found.stopped)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("position", "x"), ("node_id", []), ("tokens", None), ("attempt", {}), ("failure_class", "WORSE"), ("cost_usd", "1")],
+)  # fmt: skip
+async def test_a_damaged_file_is_named(store, nodes, tmp_path, name, value):
+    """A recording with a value of another type is refused when it is read, with the field."""
+    data = (await record(store, nodes)).to_json()
+    data["attempts"][0][name] = value
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(
+        ValueError, match=rf"run\.json: this recorded run is damaged: {name}: .*; record it anew"
+    ):
+        RecordedRun.load(path)
+
+
 async def test_the_config_of_the_pipeline_counts(store, nodes):
     """A Pipeline brings its own config; no hook of it is told, and nothing is kept."""
     told = []

@@ -152,8 +152,7 @@ def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
 def _beside(request: pytest.FixtureRequest, directory: str, name: str | None, suffix: str) -> Path:
     """A file of a test's own."""
     test = Path(os.fspath(request.node.path))
-    of = (
-        f"{request.cls.__qualname__}." if request.cls is not None else ""
-    )  # Two classes can have tests of one name.
+    # Two classes can have tests of one name.
+    of = "" if request.cls is None else f"{request.cls.__qualname__}."
     own = re.sub(r"[^\w.-]+", "-", of + request.node.name).strip("-")
     return test.parent / directory / test.stem / f"{own if name is None else f'{own}.{name}'}{suffix}"
