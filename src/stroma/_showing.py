@@ -61,13 +61,15 @@ def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
 
 def without(text: str, hidden: Iterable[str]) -> str:
     """A text without values in any case, and without the halves of them that are left of ones that were cut off."""
-    low, spans = _folded(text), []
+    low = _folded(text)
+    spans: list[tuple[int, int]] = []
     for value in map(_folded, hidden):
         spans += _places(low, value)
         if len(value) > _TELLING:
             spans += [(len(low) - end, len(low) - at) for at, end in _places(low[::-1], value[::-1])]
     # All are found before any is taken out: two values can begin alike.
-    kept, behind = [], 0
+    kept: list[str] = []
+    behind = 0
     for at, end in sorted(spans):
         if at > behind or not kept:
             kept += [text[behind:at], HIDDEN]

@@ -386,7 +386,9 @@ async def test_redaction_of_messages(store):
     text = json.dumps(recorded.redacted(redact).to_json())
     assert "Ada" in json.dumps(recorded.to_json())
     assert "Ada" not in text
-    assert text.count("cannot write to [redacted]..., '[redacted]'") == 4  # Three attempts, and why it stopped.
+    assert (
+        text.count("cannot write to [redacted]..., '[redacted]'") == 4
+    )  # Three attempts, and why it stopped.
     read = RecordedRun.read(store, "r", redact=redact)
     (await replay(read, [first, last], runner=patient(redact=redact))).assert_same()
     other = make("third", keep, Letter, Letter)

@@ -263,7 +263,7 @@ async def assert_resumable(
 
     It is run once without a disturbance. Then, for every boundary of that run (see ``crash_at``), a process runs it and
     dies there, and another one goes on with it. Nothing that had finished may be called again, and the final state must be
-    the one of the undisturbed run. Each process uses a SQLite file of its own; waits are jumped over as by FakeClock.
+    the one of the undisturbed run, as must be what maps write to files or the journal. Each process uses a SQLite file of its own; waits are jumped over as by FakeClock.
 
     ``pipeline``: a Pipeline, its nodes, or plain code: an async function of ``(ctx, state)`` that calls ``execute_step``.
     ``runner``: whose config and contracts count; the store is ours. Shared budgets are left out. ``ignore``: fields of the
