@@ -1350,6 +1350,34 @@ async def test_redact_that_fails(wrong: str, seen: Recorder, caplog: pytest.LogC
     assert "12345" not in caplog.text
 
 
+async def test_log_lines_hold_nothing_that_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
+    """What redact takes out of a state is in no log line either: not of a failed attempt, nor of an item that is left out."""
+
+    class Person(BaseModel):
+        name: str
+
+    class People(BaseModel):
+        people: list[Person]
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        return {k: "***" if k in {"name", "people"} else v for k, v in state.items()}
+
+    async def greet(state: Any) -> Any:
+        raise ValueError(f"no letter for {state.name}")
+
+    contract: Any = Contract(node_id="greet", input_schema=Person, output_schema=Person)
+    greets = stroma_node("greet", contract)(greet)
+    caplog.set_level(logging.DEBUG, "stroma")
+    runner = quick(redact=redact)
+    await runner.run([greets], Person(name="Augusta King"))
+    collects = map_over("people", greets, into="done", on_item_failure="collect")
+    result = await runner.run([collects], People(people=[Person(name="Augusta King")]))
+    assert result.status is RunStatus.COMPLETED
+    assert caplog.text.count("no letter for [redacted]") == 4  # Two attempts each.
+    assert "is left out" in caplog.text
+    assert "Augusta" not in caplog.text
+
+
 # ---------------------------------------------------------------------- the node's own task
 
 mark: contextvars.ContextVar[str] = contextvars.ContextVar("mark", default="unset")

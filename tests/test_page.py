@@ -8,8 +8,10 @@ import itertools
 import json
 import re
 import stat
+from base64 import b64encode, urlsafe_b64encode
 from pathlib import Path
 from typing import Any
+from urllib.parse import quote, quote_plus
 
 import pytest
 from hypothesis import given, settings
@@ -20,6 +22,7 @@ from tests.pages import check_page
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
 from stroma._idle import places
+from stroma._showing import hidden_values, without
 from stroma.page import Bar, Box, Story, document, fields_named, fragment, gantt, idle_ms, tree, waits
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;]]><!--\x00\x1b[31m\u202e</pre></style>"
@@ -148,6 +151,46 @@ async def test_messages_are_redacted(tmp_path: Path) -> None:
         assert "Ada King" not in text
         assert 'cannot bill [redacted]... or "[redacted]" at 36' in text
         assert "Ada King" in shown.to_html()
+
+
+_SECRET = 'Zoë\'s "key" p@ss/w\\ord\nof 2'
+
+
+@pytest.mark.parametrize(
+    "form",
+    [
+        str.upper, str.title, repr, ascii, json.dumps, html.escape, quote, quote_plus,
+        lambda value: json.dumps(value, ensure_ascii=False), lambda value: json.dumps(json.dumps([value])),
+        lambda value: repr(value.encode()), lambda value: quote(value, safe=""), lambda value: value.encode().hex(),
+        *(lambda value, before=n: b64encode(b"user:x"[before:] + value.encode() + b"!").decode() for n in range(3)),
+        *(lambda value, before=n: urlsafe_b64encode(b"user:x"[before:] + value.encode()).decode() for n in range(3)),
+    ],
+)  # fmt: skip
+def test_other_forms_of_what_is_hidden(form: Any) -> None:
+    """A hidden value stands in no message as something writes it down: in other case, quoted, in a URL, in base64, in hex."""
+    hidden = hidden_values([({"key": _SECRET, "n": 1}, {"key": "***", "n": 1})])
+    message = form(_SECRET)
+    left = without(f"the server at n=1 says {message}: no", hidden)
+    assert left.startswith("the server at n=1 says ")
+    assert left.endswith(": no")
+    assert "[redacted]" in left
+    # Nothing is left that tells more than how it was written.
+    assert len(left.replace("[redacted]", "")) < len("the server at n=1 says : no") + 24
+    parts = [message[at : at + 8] for at in range(8, len(message) - 16)]
+    assert not [part for part in parts if part in left]
+
+
+def test_hidden_values_that_begin_alike() -> None:
+    """Of two hidden values that begin alike, each is hidden to its end, also where it is cut off."""
+    urls = ["https://example.com/reset/ada-4f2a", "https://example.com/reset/grace-91"]
+    for text in (f"no: {urls[0]} or {urls[1]}.", f"no: {urls[1]} or {urls[0]}."):
+        assert without(text, urls) == "no: [redacted] or [redacted]."
+    assert without(f"no: {urls[0][:-2]}...", urls) == "no: [redacted]..."
+    assert (
+        without("redacted is Redacted", ["redacted", "https://example.com/reset/"])
+        == "[redacted] is [redacted]"
+    )
+    assert without("İ Ada Lovelace İ", ["ada lovelace"]) == "İ [redacted] İ"
 
 
 async def test_in_a_terminal(failed: Any) -> None:

@@ -72,7 +72,7 @@ async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Fai
         f" [{run.branch}]" if run.branch else "",
         run.attempt,
         failure.failure_class,
-        failure.message,
+        ctx.said(failure.message, row),
     )
     calls = ctx.fire.on_node_failure
     if calls is not None:

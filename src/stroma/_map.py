@@ -237,7 +237,9 @@ class MapRun:
                 raise asyncio.CancelledError
         if ctx.delivers:
             ctx.session.delivered(row)
-        ctx.run_logger.info("item %d of %r is left out: %s", item.index, group.node_id, failure.message)
+        # The message stood in the log when the attempt failed; here nobody could tell what redact hides in it.
+        why = failure.message if ctx.config.redact is None else failure.failure_class
+        ctx.run_logger.info("item %d of %r is left out: %s", item.index, group.node_id, why)
         await self._note_failure(kept)
 
     async def _note_failure(self, kept: ItemFailure, *, restored: bool = False) -> None:

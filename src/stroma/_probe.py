@@ -41,7 +41,7 @@ class Probe:
         return failure
 
     def ended(self, ctx: ReliabilityContext, result: ExecutionResult) -> None:
-        """A run has come to its end, or a step of plain code has failed, and this is about to be returned.
+        """A run has come to its end, or a step of plain code has, and this is about to be returned.
 
         What is raised comes out of ``run()``, or ``execute_step()``.
         """

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
+import html
 import json
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
+from urllib.parse import quote, quote_plus
 
 from stroma.page import Story, document, fragment, without_values
 
@@ -16,6 +19,8 @@ Redact = Callable[[dict[str, Any]], dict[str, Any]]
 #: What stands in place of what is hidden.
 HIDDEN: Final = "[redacted]"
 _SHORTEST: Final = 4  # characters; shorter values would be found in half of all words
+_ENCODED: Final = 10_000  # characters; longer values stand in no URL, and in no message as a whole
+_URL_SAFE: Final = str.maketrans("+/", "-_")
 _TELLING: Final = 12  # characters of a longer value that tell what it is; messages cut values off
 
 
@@ -32,7 +37,8 @@ def hide_state(redact: Redact | None, state: Any) -> Any:
 
 def hidden_values(states: Iterable[tuple[Any, Any]]) -> frozenset[str]:
     """What was taken out of states of plain data, (before, after), as it stands in a message."""
-    return frozenset().union(*(_values(before) - _values(after) for before, after in states))
+    words: set[str] = set().union(*(_values(before) - _values(after) for before, after in states))
+    return frozenset(form for word in words for form in _forms(word))
 
 
 def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
@@ -54,18 +60,25 @@ def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
 
 
 def without(text: str, hidden: Iterable[str]) -> str:
-    """A text without values, and without the halves of them that are left of ones that were cut off."""
-    for value in sorted(hidden, key=len, reverse=True):  # One may stand in another.
-        if len(value) <= _TELLING:
-            text = text.replace(value, HIDDEN)
-        else:
-            text = _cut(text, value)
-            text = _cut(text[::-1], value[::-1], HIDDEN[::-1])[::-1]
-    return text
+    """A text without values in any case, and without the halves of them that are left of ones that were cut off."""
+    low = _folded(text)
+    spans: list[tuple[int, int]] = []
+    for value in map(_folded, hidden):
+        spans += _places(low, value)
+        if len(value) > _TELLING:
+            spans += [(len(low) - end, len(low) - at) for at, end in _places(low[::-1], value[::-1])]
+    # All are found before any is taken out: two values can begin alike.
+    kept: list[str] = []
+    behind = 0
+    for at, end in sorted(spans):
+        if at > behind or not kept:
+            kept += [text[behind:at], HIDDEN]
+        behind = max(behind, end)
+    return "".join(kept) + text[behind:]
 
 
 def _values(state: Any) -> set[str]:
-    """The plain values in a state, as they stand in a message."""
+    """The plain values in a state, as words."""
     found: set[str] = set()
     rest = [state]
     while rest:
@@ -76,19 +89,51 @@ def _values(state: Any) -> set[str]:
             rest += value
         elif value is not None and not isinstance(value, bool):
             word = str(value)
-            found |= {w for w in (word, repr(word)[1:-1], json.dumps(word)[1:-1]) if len(w) >= _SHORTEST}
+            if len(word) >= _SHORTEST:
+                found.add(word)
     return found
 
 
-def _cut(text: str, value: str, mark: str = HIDDEN) -> str:
-    """A text without each beginning of a value that tells what it is."""
+def _forms(word: str) -> set[str]:
+    """A word as it can stand in a message: escaped, in a URL, in base64 wherever it begins there, in hex."""
+    quoted = {
+        word,
+        repr(word)[1:-1],
+        ascii(word)[1:-1],
+        json.dumps(word)[1:-1],
+        json.dumps(word, ensure_ascii=False)[1:-1],
+    }
+    forms = (
+        quoted
+        | {json.dumps(form)[1:-1] for form in quoted}
+        | {html.escape(word), html.escape(word, quote=False)}
+    )
+    if len(word) > _ENCODED:
+        return forms
+    data = word.encode("utf-8", "surrogatepass")
+    forms |= {repr(data)[2:-1], data.hex(), quote(data), quote(data, safe=""), quote_plus(data)}
+    for before in range(3):
+        # Without the characters that what stands beside it has a part in.
+        coded = base64.b64encode(bytes(before) + data).decode()
+        own = coded[(0, 2, 3)[before] : (len(data) + before) * 8 // 6]
+        forms |= {own, own.translate(_URL_SAFE)}
+    return {form for form in forms if len(form) >= _SHORTEST}
+
+
+def _places(text: str, value: str) -> Iterator[tuple[int, int]]:
+    """Where a value stands in a text, or a beginning of it that tells what it is: (from, to)."""
     start, at = value[:_TELLING], 0
     while (at := text.find(start, at)) >= 0:
         pairs = enumerate(zip(text[at : at + len(value)], value, strict=False))
-        same = next((i for i, (a, b) in pairs if a != b), min(len(value), len(text) - at))
-        text = text[:at] + mark + text[at + same :]
-        at += len(mark)
-    return text
+        end = at + next((i for i, (a, b) in pairs if a != b), min(len(value), len(text) - at))
+        yield at, end
+        at = end
+
+
+def _folded(text: str) -> str:
+    """The same in lower case, character by character."""
+    low = text.lower()
+    return low if len(low) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
 
 
 class Shown:

@@ -106,7 +106,8 @@ class RunConfig(BaseModel):
         hook_timeout_ms: how long one call of a hook may take; None for ever.
         tags: words to find the run by, such as "nightly" or "customer=42", at most 200 characters each; a journal store keeps
             them, ``stroma runs --tag`` and the web interface ask for them.
-        redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. A
+        redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. In log
+            lines it is given the message of a failure, as ``{"message": text}``, without what it takes out of states. A
             hook that asks ``current_node().last_failure`` gets the exception as the node will.
     """
 

@@ -15,6 +15,7 @@ from pydantic import BaseModel
 
 from stroma._merged import spelled_out
 from stroma._probe import PROBES, Probe
+from stroma._showing import HIDDEN
 from stroma._signal import SignalView
 from stroma._tasks import uninterrupted
 from stroma.checkpoint import (
@@ -616,6 +617,15 @@ class ReliabilityContext:
             return  # A class of the user's that cannot be looked into; it is shown as such, too.
         if found:
             self.secrets = found if self.secrets is None else self.secrets | found
+
+    def said(self, message: str, row: Row) -> str:
+        """The message of a failed attempt as a log line may tell it."""
+        if self.config.redact is None:
+            return message
+        try:
+            return self.trace.said(message, row, self.config.redact)
+        except Exception:  # A class of the user's that cannot be shown.
+            return HIDDEN
 
     def shown_error(self, error: BaseException) -> BaseException:
         """A failure as hooks may see it: a violation carries the state that broke the contract."""

@@ -71,14 +71,15 @@ async def execute_step(
     if isinstance(outcome, Halt):
         ctx.step_status, ctx.step_failure = outcome.status, None if outcome.suspended else outcome.failure
     if isinstance(outcome, Halt) and outcome.suspended:
-        return ctx.build_result(RunStatus.SUSPENDED, input_state)
-    if isinstance(outcome, Halt):
+        result = ctx.build_result(RunStatus.SUSPENDED, input_state)
+    elif isinstance(outcome, Halt):
         state = outcome.output if outcome.output is not None else input_state
         result = ctx.build_result(outcome.status, _as_returned(state, input_state), outcome.failure)
-        for probe in ctx.probes:
-            probe.ended(ctx, result)
-        return result
-    return ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
+    else:
+        result = ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
+    for probe in ctx.probes:
+        probe.ended(ctx, result)
+    return result
 
 
 async def _begin(ctx: ReliabilityContext, initial: BaseModel) -> None:

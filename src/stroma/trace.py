@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
@@ -405,10 +405,11 @@ class ExecutionTrace(Shown):
         """What ``redact`` takes out of the states."""
         if redact is None:
             return frozenset()
-        states = [
-            s for event in self.walk() for s in (event.input_state, event.output_state) if s is not None
-        ]
-        return hidden_values((jsonable(s), jsonable(hide_state(redact, s))) for s in states)
+        return _hidden_in(redact, self.walk())
+
+    def said(self, message: str, row: Row, redact: Redact) -> str:
+        """The message of a failed attempt without what ``redact`` takes out of the attempt's states."""
+        return hide_words(redact, message, _hidden_in(redact, [self._event((*row[:CHILDREN], None))]))
 
     def diff(self, other: ExecutionTrace) -> list[str]:
         """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
@@ -424,6 +425,11 @@ class ExecutionTrace(Shown):
             here, there = next((a, b) for a, b in zip(order, other_order, strict=True) if a != b)
             lines.append(f"Difference for order: {_name(here)} here, {_name(there)} in other trace")
         return lines
+
+
+def _hidden_in(redact: Redact | None, events: Iterable[TraceEvent]) -> frozenset[str]:
+    states = [s for event in events for s in (event.input_state, event.output_state) if s is not None]
+    return hidden_values((jsonable(s), jsonable(hide_state(redact, s))) for s in states)
 
 
 def _bar(

@@ -266,3 +266,14 @@ async def test_attempts_of_one_moment_are_told_apart(kept, tmp_path):
     assert [attempt.outcome for attempt in store.attempts("r")] == ["failure", "success"]
     if kept == "sqlite":
         await store.aclose()
+
+
+@pytest.mark.filterwarnings("error")
+def test_the_end_of_a_loop_waits_for_its_threads():
+    """asyncio.run inside of a clock ends as it does without one: no time passes while the loop's threads end."""
+    with FakeClock() as clock:
+        asyncio.run(asyncio.to_thread(time.sleep, 0))
+        before = clock.elapsed
+        asyncio.run(asyncio.to_thread(time.sleep, 0))
+    assert before < 100
+    assert clock.elapsed < 100

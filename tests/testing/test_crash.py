@@ -123,6 +123,16 @@ async def test_a_step_of_plain_code_dies(store):
     assert calls == ["a", "b", "b"]
 
 
+async def test_a_step_of_plain_code_dies_after_its_hooks(store):
+    """After a death behind a step that went well, the plain code around it does nothing more either."""
+    with crash_at("after_hooks", "a"):
+        config = RunConfig(run_id="r")
+        async with ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(store)) as ctx:
+            await execute_step("a", counted("a", []), Number(), ctx)
+            raise AssertionError("the code went on after the death")
+    assert store.get_run("r").status == "RUNNING"
+
+
 async def test_no_except_exception_catches_a_death():
     """What handles errors of a run does not take a death for one."""
     with crash_at("before_node", "a"):

@@ -120,6 +120,31 @@ def test_snapshots_are_written_when_asked_for(session):
     changed.stdout.fnmatch_lines(['*-    > {"n": 1}*', '*+    > {"n": 5}*'])
 
 
+def test_each_test_has_snapshots_of_its_own(session):
+    """Tests of one name in two classes share no file, and a test that takes two of one name is told to give names."""
+    body = """
+        class TestOne:
+            async def test_it(self, stroma_snapshot):
+                stroma_snapshot(await patient.run([make("a", add_one)], Number()))
+
+        class TestTwo:
+            async def test_it(self, stroma_snapshot):
+                stroma_snapshot(await patient.run([make("b", add_one)], Number()))
+    """
+    session(body, "--stroma-update-snapshots").assert_outcomes(passed=2)
+    session(body).assert_outcomes(passed=2)
+    twice = session(
+        """
+        async def test_it(stroma_snapshot):
+            stroma_snapshot(await patient.run([make("a", add_one)], Number()))
+            stroma_snapshot(await patient.run([make("b", add_one)], Number()))
+        """,
+        "--stroma-update-snapshots",
+    )
+    twice.assert_outcomes(failed=1)
+    twice.stdout.fnmatch_lines(["*this test has two snapshots test_it.txt; give each a name*"])
+
+
 def test_answers_are_recorded_when_asked_for(session):
     """Without a recording the test fails and says how to make one; then it runs without the provider."""
     body = """

@@ -15,6 +15,7 @@ from tests.testing.pipelines import Number, make, patient
 
 from stroma import RunStatus
 from stroma.testing import FakeClock, recorded
+from stroma.testing.recorded import _clean
 
 KEY = "sk-proj-0123456789abcdefghij"
 OPENAI = {
@@ -176,6 +177,28 @@ def test_no_secret_is_in_the_file(provider, tmp_path):
     # The provider itself was asked with them.
     assert any(KEY in str(headers) for _, headers, _ in provider.asked)
     assert any("paramsecret" in path for path, *_ in provider.asked)
+
+
+@pytest.mark.parametrize(
+    ("text", "kept"),
+    [
+        ("password=hunter22&x=1", "password=***&x=1"),
+        (
+            "see https://x.org/a?sig=abc123&n=2 and /b?token=t1",
+            "see https://x.org/a?sig=***&n=2 and /b?token=***",
+        ),
+        ('data: {"access_token": "tok en", "n": 1}', 'data: {"access_token": "***", "n": 1}'),
+        (r"{\"authorization\":\"Basic dXNlcjpw\"}", r"{\"authorization\":\"***\"}"),
+        (
+            "sorted(rows, key=len); the token=1 is no parameter",
+            "sorted(rows, key=len); the token=1 is no parameter",
+        ),
+    ],
+)
+def test_secrets_in_texts_go_by_their_names(text, kept):
+    """In forms, addresses and JSON inside of a text, what stands under the name of a secret is not written down."""
+    assert _clean(text, []) == kept
+    assert _clean({"said": [text]}, []) == {"said": [kept]}
 
 
 def test_another_key_finds_the_same_answer(provider, tmp_path):

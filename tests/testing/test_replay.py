@@ -185,6 +185,18 @@ async def test_nodes_that_are_gone_or_new(store, nodes, calls):
     assert said == [("missing", "read"), ("new", "renamed")]
 
 
+async def test_nodes_in_another_order(store, nodes, calls):
+    """Nodes that have changed places are told, though each hands on what it did; where one is gone the rest has not."""
+    read, check, *_ = nodes
+    recorded = await record(store, [read, check])
+    found = await replay(recorded, [check, read])
+    assert list(map(str, found.differences)) == [
+        "decision: 1 read: it comes after 'check' now, and came before it"
+    ]
+    assert calls.calls == ["read", "check"]
+    assert [one.kind for one in (await replay(recorded, [check])).differences] == ["missing"]
+
+
 async def test_another_decision_to_retry(store, nodes):
     """Fewer retries than the run needed stop it; more than it had lead to where nothing is recorded."""
     recorded = await record(store, nodes, faults=FaultPlan().fail("check", attempt=(1, 2)))
@@ -352,6 +364,52 @@ async def test_redaction(store, nodes, calls, tmp_path):
         recorded, [calls.node("read", paid, made=Small), *nodes[1:]], patient(redact=redact)
     )
     assert "less than" not in str(broken.differences)
+
+
+async def test_redaction_of_messages(store):
+    """What redact takes out of states stands in no message of a recording, nor in why a replay cannot go on."""
+
+    class Letter(BaseModel):
+        name: str = "Augusta Ada King"
+
+    def redact(state):
+        return {**state, "name": "***"} if "name" in state else state
+
+    async def keep(state):
+        return state
+
+    async def refuse(state):
+        raise ValueError(f"cannot write to {state.name[:14]}..., {state.name!r}")
+
+    first, last = make("first", keep, Letter, Letter), make("last", refuse, Letter, Letter)
+    recorded = await record(store, [first, last], Letter())
+    text = json.dumps(recorded.redacted(redact).to_json())
+    assert "Ada" in json.dumps(recorded.to_json())
+    assert "Ada" not in text
+    assert (
+        text.count("cannot write to [redacted]..., '[redacted]'") == 4
+    )  # Three attempts, and why it stopped.
+    read = RecordedRun.read(store, "r", redact=redact)
+    (await replay(read, [first, last], runner=patient(redact=redact))).assert_same()
+    other = make("third", keep, Letter, Letter)
+    found = await replay(recorded, [first, other, last], runner=patient(redact=redact))
+    assert "Ada" not in str(found.differences) + str(found.stopped)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [("position", "x"), ("node_id", []), ("tokens", None), ("attempt", {}), ("failure_class", "WORSE"), ("cost_usd", "1")],
+)  # fmt: skip
+async def test_a_damaged_file_is_named(store, nodes, tmp_path, name, value):
+    """A recording with a value of another type is refused when it is read, with the field."""
+    data = (await record(store, nodes)).to_json()
+    data["attempts"][0][name] = value
+    path = tmp_path / "run.json"
+    path.write_text(json.dumps(data))
+    with pytest.raises(
+        ValueError, match=rf"run\.json: this recorded run is damaged: {name}: .*; record it anew"
+    ):
+        RecordedRun.load(path)
 
 
 async def test_the_config_of_the_pipeline_counts(store, nodes):

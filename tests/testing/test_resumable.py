@@ -9,7 +9,7 @@ import pytest
 from pydantic import BaseModel
 from tests.testing.pipelines import Number, add_one, double, make, patient
 
-from stroma import Pipeline, current_node, execute_step, map_over, parallel
+from stroma import JsonLines, Pipeline, current_node, execute_step, map_over, parallel
 from stroma.testing import POINTS, FaultPlan, assert_resumable, assert_resumable_sync
 
 #: Many processes one after the other, on a machine that may be busy.
@@ -250,6 +250,56 @@ async def test_a_pipeline_that_fails_is_not_proven():
 
 def broken_sync(ctx, state):
     return state
+
+
+@pytest.mark.parametrize("processes", HOW)
+async def test_plain_code_in_a_loop_passes(processes):
+    """Steps in a loop, each with its errors raised, survive a death at every boundary, that after the last step too."""
+
+    async def counts(ctx, state):
+        while state.n < 3:
+            result = await execute_step("add", add_one, state, ctx)
+            result.raise_for_status()
+            state = result.final_state
+        return state
+
+    proven = await assert_resumable(counts, Number(), processes=processes)
+    assert max(boundary.position for boundary in proven.boundaries) == 2
+
+
+@pytest.mark.parametrize("processes", HOW)
+async def test_items_that_go_to_a_file_are_compared(processes, tmp_path):
+    """An item that another process makes otherwise is found where it goes to a file, too; fields can be ignored."""
+    (tmp_path / "in.jsonl").write_text('{"n":1}\n{"n":2}\n')
+    memory = {"calls": 0}
+
+    async def count(state):
+        memory["calls"] += 1
+        return Number(n=memory["calls"])
+
+    items, made = JsonLines(tmp_path / "in.jsonl"), JsonLines(tmp_path / "out.jsonl")
+    nodes = [map_over(items, make("item", count), into=made, max_concurrency=1)]
+    again = {"processes": processes, "reset": lambda: memory.update(calls=0)}
+    if processes:
+        with pytest.raises(AssertionError, match=r"another one: n 2 -> 1 at node 'item' \(position 0\.1\)"):
+            await assert_resumable(nodes, Number(), **again)
+    else:
+        with pytest.raises(AssertionError, match=r"another one: n 1 -> 2 at node 'item' \(position 0\.0\)"):
+            await assert_resumable(nodes, Number(), **again)
+    await assert_resumable(nodes, Number(), ignore=["n"], **again)
+
+
+async def test_effects_are_looked_at_after_lives_alone(tmp_path):
+    """What effects= gives is not asked for after a death, when it may not be there yet."""
+    path = tmp_path / "sent"
+
+    async def send(state):
+        path.write_text("a mail")
+        return state
+
+    await assert_resumable(
+        [make("send", send)], Number(), effects=path.read_text, reset=lambda: path.unlink(missing_ok=True)
+    )
 
 
 @forks

@@ -176,6 +176,8 @@ class FakeClock:
         attributes["_selector"] = idle
         attributes["time"] = self._monotonic
         attributes["run_in_executor"] = lambda *work: self._watch(idle.run_in_executor(*work))
+        # It waits for threads, and from Python 3.12 on gives up after 300 s.
+        attributes["shutdown_default_executor"] = self._watched(loop.shutdown_default_executor)
 
     def _give_back(self, loop: asyncio.AbstractEventLoop) -> None:
         idle = self._loops.pop(loop)
@@ -184,6 +186,7 @@ class FakeClock:
             attributes["_selector"] = idle.selector
         attributes.pop("time", None)
         attributes.pop("run_in_executor", None)
+        attributes.pop("shutdown_default_executor", None)
         for timer in getattr(loop, "_scheduled", ()):
             # What is still to come shall not come later by what has passed here alone.
             timer._when -= self._monotonic() - time.monotonic()

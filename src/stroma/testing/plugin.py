@@ -135,9 +135,15 @@ def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
     """
     from stroma.testing.snapshots import compare_with_file, trace_snapshot
 
+    written: dict[Path, str] = {}
+
     def compare(trace: Any, name: str | None = None, **options: Any) -> None:
         path = _beside(request, "snapshots", name, ".txt")
         text = trace_snapshot(trace, **options)
+        if written.setdefault(path, text) != text:
+            raise AssertionError(
+                f'this test has two snapshots {path.name}; give each a name: stroma_snapshot(result, "name")'
+            )
         compare_with_file(text, path, update=request.config.option.stroma_update_snapshots)
 
     return compare
@@ -146,5 +152,7 @@ def stroma_snapshot(request: pytest.FixtureRequest) -> Callable[..., None]:
 def _beside(request: pytest.FixtureRequest, directory: str, name: str | None, suffix: str) -> Path:
     """A file of a test's own."""
     test = Path(os.fspath(request.node.path))
-    own = re.sub(r"[^\w.-]+", "-", request.node.name).strip("-")
+    # Two classes can have tests of one name.
+    of = "" if request.cls is None else f"{request.cls.__qualname__}."
+    own = re.sub(r"[^\w.-]+", "-", of + request.node.name).strip("-")
     return test.parent / directory / test.stem / f"{own if name is None else f'{own}.{name}'}{suffix}"

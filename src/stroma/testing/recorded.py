@@ -30,15 +30,22 @@ _SECRET_HEADERS: Final = (
     "cookie",
     "proxy-authorization",
 )
-_SECRET_NAMES: Final = re.compile(
-    r"(?i)(x-)?api[-_]?key|authorization|proxy-authorization|password|passwd|secret|client[-_]secret|"
-    r"(access|refresh|id|auth|session|bearer)[-_]?token|private[-_]?key|cookie|signature|x-goog-api-key"
+_NAMES: Final = (
+    r"(?:x-)?api[-_]?key|authorization|proxy-authorization|password|passwd|secret|client[-_]secret|"
+    r"(?:access|refresh|id|auth|session|bearer)[-_]?token|private[-_]?key|cookie|signature|x-goog-api-key"
 )
+_SECRET_NAMES: Final = re.compile(_NAMES, re.IGNORECASE)
 #: In addresses these are, too.
-_SECRET_PARAMETERS: Final = re.compile(rf"{_SECRET_NAMES.pattern}|key|token|sig")
+_SECRET_PARAMETERS: Final = re.compile(rf"{_NAMES}|key|token|sig", re.IGNORECASE)
 _SECRET_TEXTS: Final = re.compile(
     r"sk-[\w-]{16,}|\bBearer\s+[\w.~+/-]{16,}=*|\bAKIA[0-9A-Z]{16}\b|\bAIza[\w-]{35}|\bgh[pousr]_\w{20,}|\bxox[abprs]-[\w-]{10,}|"
     r"\beyJ[\w-]{8,}\.[\w-]{8,}\.[\w-]{8,}"
+)
+#: In a text: in a form, in an address, and in JSON.
+_SECRET_PAIRS: Final = re.compile(
+    rf"((?<![\w-])(?:{_NAMES})=|[?&](?:{_NAMES}|key|token|sig)=)[^&\s\"'\\<>]+"
+    rf"|((\\*[\"'])(?:{_NAMES})\3\s*:\s*\3)[^\"'\\]+",
+    re.IGNORECASE,
 )
 _HIDDEN: Final = "***"
 #: What of an answer's headers means something to a client.
@@ -349,6 +356,7 @@ def _clean(value: Any, secrets: list[str]) -> Any:
         text: str = value
         for secret in secrets:
             text = text.replace(secret, _HIDDEN)
+        text = _SECRET_PAIRS.sub(lambda pair: (pair[1] or pair[2]) + _HIDDEN, text)
         return str(_SECRET_TEXTS.sub(_HIDDEN, text))
     return value
 

@@ -7,17 +7,21 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from os import PathLike
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
+from pydantic import Field, TypeAdapter, ValidationError
+
+from stroma._showing import hidden_values, hide_words
 from stroma.checkpoint import CheckpointNotFound, Committed
 from stroma.checkpoint.journal import AttemptRecord
+from stroma.failures import FailureClass
 from stroma.history import History, Redact
-from stroma.page import without_values
 from stroma.schemas import Schema
 from stroma.trace import FAILED_ITEM, jsonable
 
 __all__ = ["RecordedAttempt", "RecordedRun"]
 
+_CLASSES: Final = f"^({'|'.join(FailureClass)})$"
 _SCHEMA: Final = "stroma.recorded-run/1"
 
 
@@ -35,7 +39,7 @@ class RecordedAttempt:
     node_id: str
     attempt: int
     outcome: str
-    failure_class: str | None = None
+    failure_class: Annotated[str | None, Field(pattern=_CLASSES)] = None
     message: str | None = None
     reason: str | None = None
     tokens: int = 0
@@ -59,6 +63,9 @@ class RecordedAttempt:
         return Committed(self.node_id, self.output, self.contract or "")
 
 
+_ATTEMPT: Final = TypeAdapter(RecordedAttempt)
+
+
 @dataclass(frozen=True, slots=True)
 class RecordedRun:
     """The last execution of a run: its input, and at each place the attempts of the process that was there last.
@@ -80,7 +87,8 @@ class RecordedRun:
     def read(cls, store: Any, run_id: str, *, redact: Redact | None = None) -> RecordedRun:
         """Read a run from a journal store; blocking.
 
-        ``redact``: see RunConfig; applied to every state, and the values go out of messages of broken contracts.
+        ``redact``: see RunConfig; applied to every state and every message, and no value that it takes out of a state stands
+        in a message.
         Raises CheckpointNotFound if there is no such run, CorruptCheckpoint for a damaged output, StoreError.
         """
         record = store.get_run(run_id)
@@ -94,20 +102,26 @@ class RecordedRun:
     def redacted(self, redact: Redact) -> RecordedRun:
         """The same without what ``redact`` takes out of states."""
         hide = History(None, redact).hide  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+        seen: list[tuple[Any, Any]] = []
 
         def hidden(data: bytes) -> bytes:
             raw = jsonable(Schema.raw_of(data))
             shown = hide(raw)
+            seen.append((raw, shown))
             return data if shown == raw else json.dumps(shown).encode()
 
+        given = hidden(self.input)
+        outputs = [None if one.output is None else hidden(one.output) for one in self.attempts]
+        values = hidden_values(seen)
+
         def told(message: str | None) -> str | None:
-            return None if message is None else without_values(message)
+            return None if message is None else hide_words(redact, message, values)
 
         attempts = [
-            replace(one, output=None if one.output is None else hidden(one.output), message=told(one.message))
-            for one in self.attempts
+            replace(one, output=output, message=told(one.message))
+            for one, output in zip(self.attempts, outputs, strict=True)
         ]
-        return replace(self, input=hidden(self.input), error=told(self.error), attempts=tuple(attempts))
+        return replace(self, input=given, error=told(self.error), attempts=tuple(attempts))
 
     # ------------------------------------------------------------------ files
 
@@ -137,12 +151,7 @@ class RecordedRun:
                 f"this is no recorded run of this release ({_SCHEMA}); record it anew with: stroma record"
             )
         try:
-            attempts = [
-                RecordedAttempt(
-                    **{"branch": "", **one, "output": _stored(one["output"]) if "output" in one else None}
-                )
-                for one in data["attempts"]
-            ]
+            attempts = [_attempt_in(one) for one in data["attempts"]]
             return cls(
                 data["run_id"],
                 data["pipeline"],
@@ -151,9 +160,13 @@ class RecordedRun:
                 _stored(data["input"]),
                 tuple(attempts),
             )
-        except (KeyError, TypeError) as error:
+        except (KeyError, TypeError, ValidationError) as error:
+            why: object = error
+            if isinstance(error, ValidationError):
+                first = error.errors()[0]
+                why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
             raise ValueError(
-                f"this recorded run is damaged: {error}; record it anew with: stroma record"
+                f"this recorded run is damaged: {why}; record it anew with: stroma record"
             ) from error
 
     @classmethod
@@ -161,12 +174,20 @@ class RecordedRun:
         """Read a file that :meth:`save` wrote. Raises ValueError for another one."""
         try:
             return cls.from_json(json.loads(Path(path).read_text("utf-8")))
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{path}: {error}") from error
 
     def save(self, path: str | PathLike[str]) -> None:
         """Write it down."""
         Path(path).write_text(json.dumps(self.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
+
+
+def _attempt_in(data: Mapping[str, Any]) -> RecordedAttempt:
+    """Raises ValidationError, TypeError."""
+    told = {"branch": "", **data}
+    output = _stored(told.pop("output")) if "output" in told else None
+    # As JSON, since strictly only that is taken for a dataclass.
+    return replace(_ATTEMPT.validate_json(json.dumps(told), strict=True), output=output)
 
 
 def _stored(value: Any) -> bytes:

@@ -138,12 +138,13 @@ async def replay(
     records = [find_node(node) for node in nodes]
     runner = runner or StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
     first = _position(records, start_at)
-    tape = _Tape(recorded, records, runner.registry, first)
+    redact = runner._config_of(pipeline).redact
+    told = recorded.error if redact is None else recorded.redacted(redact).error
+    tape = _Tape(recorded, records, runner.registry, first, told)
     if state is not None and first != 0 and start_at is not None:
         tape.edit(first - 1, state)
     initial = state if state is not None and (start_at is None or first == 0) else None
     given, wrong = _input(records, runner.registry, recorded, initial)
-    redact = runner._config_of(pipeline).redact
     if wrong is not None and redact is not None:
         wrong = without_values(wrong)
     found = [] if wrong is None else [Difference("input", "", "", wrong)]
@@ -238,6 +239,8 @@ class _Tape(Probe):
     nodes: Sequence[Node | Group]
     registry: ContractRegistry
     first_called: int
+    #: Why the run stopped, as it may be told.
+    error: str | None
     #: By position today, the position then; None for a node that is new.
     then: dict[int, int | None] = field(default_factory=dict)
     places: dict[tuple[int, str], list[RecordedAttempt]] = field(default_factory=dict)
@@ -328,7 +331,7 @@ class _Tape(Probe):
             elif self.recorded.status in _ENDED:
                 if _reached(self.recorded, self.then[run.position]):
                     self._stop(run, "decision", "it is called, where the run had not called it")
-                why = f": {self.recorded.error}" if self.recorded.error else ""
+                why = f": {self.error}" if self.error else ""
                 self._stop(
                     run, "decision", f"it is called, where the run had stopped as {self.recorded.status}{why}"
                 )
@@ -406,6 +409,7 @@ class _Tape(Probe):
             one = attempts[-1]
             if not branch and position not in known:
                 found.append(Difference("missing", str(position), one.node_id, "the pipeline has it no more"))
+        found += self._out_of_order()
         for position, node in enumerate(self.nodes):
             then = self.then[position]
             for branch, inner in _nodes_in(node):
@@ -423,6 +427,22 @@ class _Tape(Probe):
                         Difference("schema", at, inner.node_id, f"{schema.model.__name__} is another one now")
                     )
         return found
+
+    def _out_of_order(self) -> Iterable[Difference]:
+        """Nodes that came before another one then, and come after it now."""
+        furthest: int | None = None  # Of the nodes so far, the position today of the one that came last then.
+        for position, node in enumerate(self.nodes):
+            then = self.then[position]
+            if then is None:
+                continue
+            last = None if furthest is None else self.then[furthest]
+            if furthest is None or last is None or then > last:
+                furthest = position
+                continue
+            other = self.nodes[furthest].node_id
+            yield Difference(
+                "decision", str(position), node.node_id, f"it comes after {other!r} now, and came before it"
+            )
 
 
 def _nodes_in(node: Node | Group, branch: str = "") -> Iterable[tuple[str, Node]]:

@@ -14,7 +14,7 @@ import tempfile
 import time
 import traceback
 import warnings
-from collections.abc import Awaitable, Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -23,9 +23,11 @@ from pydantic import BaseModel
 
 from stroma._probe import PROBES
 from stroma.checkpoint import CheckpointManager
+from stroma.checkpoint.journal import AttemptRecord
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.context import ReliabilityContext
 from stroma.history import Change, changes, place_of
+from stroma.nodes import Group, Node, find_node
 from stroma.runner import Pipeline, StromaRunner
 from stroma.schemas import Schema, schema_of
 from stroma.testing.clock import FakeClock
@@ -102,11 +104,14 @@ class _Trial:
             with clock:
                 await self._drive(store, run_id, resume, life)
         except Crashed:
-            life.died = True
+            pass
         finally:
             PROBES.remove(deaths)
             await store.aclose()
-        life.effects = None if self.effects is None else jsonable(self.effects())
+        # Plain code can have caught Crashed, or raised what its next step came to after the death.
+        life.died = deaths.life.died is not None
+        if self.effects is not None and not life.died:
+            life.effects = jsonable(self.effects())
 
     async def _drive(self, store: SQLiteStore, run_id: str, resume: bool, life: _Life) -> None:
         config = self.runner._config_of(self.proven)
@@ -258,14 +263,15 @@ async def assert_resumable(
 
     It is run once without a disturbance. Then, for every boundary of that run (see ``crash_at``), a process runs it and
     dies there, and another one goes on with it. Nothing that had finished may be called again, and the final state must be
-    the one of the undisturbed run. Each process uses a SQLite file of its own; waits are jumped over as by FakeClock.
+    the one of the undisturbed run, as must be what maps write to files or the journal. Each process uses a SQLite file of its own; waits are jumped over as by FakeClock.
 
     ``pipeline``: a Pipeline, its nodes, or plain code: an async function of ``(ctx, state)`` that calls ``execute_step``.
     ``runner``: whose config and contracts count; the store is ours. Shared budgets are left out. ``ignore``: fields of the
     final state that may differ, such as ``"made_at"``, ``"lines.0"``.
 
     ``processes``: whether each process is a real one, forked from this and killed with SIGKILL: then whatever a node keeps
-    in memory is lost, as it would be. That is so by default where there is a fork, unless ``effects`` is given.
+    in memory is lost, as it would be (but not what this process holds in memory already: a global that an earlier test has
+    filled hides that it is needed). That is so by default where there is a fork, unless ``effects`` is given.
     ``effects``: gives what the pipeline has done to the world, a list of mails sent say, as plain data; it must be the same
     as after the undisturbed run. A node that dies after its work and before its commit is called again, so work that must
     be done once has to go by ``current_node().idempotency_key``. ``reset``: called before each run, to make the world
@@ -292,7 +298,9 @@ async def assert_resumable(
         )  # fmt: skip
         ignored = tuple(ignore)
         first, again = [await _undisturbed(trial, run_id) for run_id in ("undisturbed", "undisturbed-2")]
-        differs = _differences(first, again, ignored)
+        differs = _differences(first, again, ignored) or _item_told(
+            trial, "undisturbed", "undisturbed-2", ignored
+        )
         if differs:
             where = _first_difference(trial, "undisturbed", "undisturbed-2", ignored)
             raise AssertionError(
@@ -348,6 +356,12 @@ async def _try(
             + "; what a node needs must come with its input or the run's context, not from the memory of the process"
         )
     found = _told(changes(undisturbed.state, life.state), ignore)
+    item = "" if found else _item_told(trial, "undisturbed", run_id, ignore)
+    if item:
+        raise AssertionError(
+            f"{what}; an item that does not go into the state is another one: {item}; what a node needs must come with its "
+            "input or the run's context, not from the memory of the process"
+        )
     if found:
         where = _first_difference(trial, "undisturbed", run_id, ignore)
         raise AssertionError(
@@ -395,6 +409,39 @@ def _short(value: Any) -> str:
 
 def _first_difference(trial: _Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
     """At which node two runs part, in words."""
+    for one, _ in _other_outputs(trial, a, b, ignore):
+        return f", from the output of node {one.node_id!r} (position {place_of(one)}) on"
+    return ""
+
+
+def _item_told(trial: _Trial, a: str, b: str, ignore: tuple[str, ...]) -> str:
+    """The first other output of a map into a file or the journal, where no state shows it, in words; "" if there is none."""
+    proven = trial.proven.nodes if isinstance(trial.proven, Pipeline) else trial.proven
+    nodes = [] if inspect.iscoroutinefunction(proven) else [find_node(node) for node in proven]
+    maps = [place for position, node in enumerate(nodes) for place in _maps_out(node, str(position))]
+    if maps:
+        for one, found in _other_outputs(trial, a, b, ignore):
+            if any(place_of(one).startswith(f"{place}.") for place in maps):
+                return f"{found} at node {one.node_id!r} (position {place_of(one)})"
+    return ""
+
+
+def _maps_out(node: Node | Group, place: str) -> Iterator[str]:
+    """The places of maps whose outputs do not go into the state."""
+    if not isinstance(node, Group):
+        return
+    if node.each:
+        if not node.into:
+            yield place
+        return
+    for index, child in enumerate(node.children):
+        yield from _maps_out(child, f"{place}.{index}")
+
+
+def _other_outputs(
+    trial: _Trial, a: str, b: str, ignore: tuple[str, ...]
+) -> Iterator[tuple[AttemptRecord, str]]:
+    """What two runs have committed otherwise, in the order of places, and the difference in words."""
     with SQLiteStore(trial.path) as store:
         outputs = [
             {(x.position, x.branch): x for x in store.attempts(run_id) if x.output is not None}
@@ -405,9 +452,9 @@ def _first_difference(trial: _Trial, a: str, b: str, ignore: tuple[str, ...]) ->
         assert one.output is not None
         assert other.output is not None
         raw = [jsonable(Schema.raw_of(data)) for data in (one.output, other.output)]
-        if _told(changes(*raw), ignore):
-            return f", from the output of node {one.node_id!r} (position {place_of(one)}) on"
-    return ""
+        told = _told(changes(*raw), ignore)
+        if told:
+            yield one, told
 
 
 def _some(boundaries: list[Boundary], most: int) -> list[Boundary]:
