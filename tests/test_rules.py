@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, field_validator, model_validator
+from pydantic import BaseModel, ValidationError, field_validator, model_validator
 
 from stroma import (
     AsyncInMemoryStore,
@@ -24,6 +24,7 @@ from stroma import (
     NodeContract,
     NodeHooks,
     PipelineChanged,
+    RunConfig,
     RunStatus,
     SQLiteStore,
     StoreError,
@@ -673,3 +674,19 @@ async def test_the_smallest_costs_are_kept_exactly(
     assert run is not None
     assert run.cost_usd == 0.000_007_5
     assert [attempt.cost_usd for attempt in store.attempts("r")] == [0.000_000_75] * 10
+
+
+@pytest.mark.parametrize(
+    ("kind", "misspelt"),
+    [
+        (ExecutionBudget, {"max_tokens": 100}),
+        (FailurePolicy, {"max_retry": 0}),
+        (NodeContract, {"node_id": "n", "input_schema": Num, "output_schema": Num, "upcasts": None}),
+        (RunConfig, {"budgets": None}),
+    ],
+)
+def test_a_misspelt_setting_is_refused(kind: Any, misspelt: dict[str, Any]) -> None:
+    """A limit, a policy or a contract with a field that nobody knows is an error that names it, and not one without it."""
+    with pytest.raises(ValidationError, match="Extra inputs are not permitted") as raised:
+        kind(**misspelt)
+    assert list(misspelt)[-1] in str(raised.value)

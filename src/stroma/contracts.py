@@ -53,7 +53,7 @@ class NodeContract(BaseModel, Generic[In, Out]):
     one accepts; a resume asks it when they differ.
     """
 
-    model_config = ConfigDict(arbitrary_types_allowed=True)
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
 
     node_id: str
     input_schema: type[In]

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from stroma.prices import KNOWN_MODELS, estimate_cost_usd
 from stroma.usage import UsageError, check_usage
@@ -69,7 +69,12 @@ LARGEST: Final = 10**30
 
 
 class ExecutionBudget(BaseModel):
-    """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing."""
+    """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing.
+
+    Raises pydantic's ValidationError for a limit that it does not know: one that is misspelt would be none.
+    """
+
+    model_config = ConfigDict(extra="forbid")
 
     max_tokens_total: int | None = Field(default=None, ge=0, le=LARGEST)
     max_cost_usd: float | None = Field(default=None, ge=0, allow_inf_nan=False)

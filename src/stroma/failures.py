@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, TypeGuard, TypeVar
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, ConfigDict, Field
 
 from stroma.classifiers import read_provider_error
 from stroma.contracts import ContractViolation
@@ -83,6 +83,8 @@ class FailurePolicy(BaseModel):
         jitter: draw each delay uniformly from 0 to the computed one.
         max_retry_after_seconds: a server that asks to wait longer stops the run as PARTIAL instead.
     """
+
+    model_config = ConfigDict(extra="forbid")
 
     max_retries: int = Field(default=3, ge=0)
     backoff_seconds: float = Field(default=1.0, ge=0, allow_inf_nan=False)
