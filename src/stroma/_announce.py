@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable, Coroutine
 from typing import Any
 
@@ -66,14 +67,17 @@ def fire_success(
 
 async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, row: Row) -> None:
     run.ended = row
-    ctx.run_logger.warning(
-        "node %r%s failed at attempt %d (%s): %s",
-        run.node_id,
-        f" [{run.branch}]" if run.branch else "",
-        run.attempt,
-        failure.failure_class,
-        ctx.said(failure.message, row),
-    )
+    if ctx.run_logger.isEnabledFor(
+        logging.WARNING
+    ):  # Redacting the message takes the states around it apart.
+        ctx.run_logger.warning(
+            "node %r%s failed at attempt %d (%s): %s",
+            run.node_id,
+            f" [{run.branch}]" if run.branch else "",
+            run.attempt,
+            failure.failure_class,
+            ctx.said(failure.message, row),
+        )
     calls = ctx.fire.on_node_failure
     if calls is not None:
         arguments = (ctx.run_id, run.node_id, ctx.shown_error(failure.exception), failure.failure_class)
