@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Coroutine, Iterable
+from collections.abc import Callable, Coroutine, Iterable
 from typing import Any
+
+from pydantic import BaseModel
 
 from stroma.groups import gather
 from stroma.trace import ExecutionResult
@@ -34,6 +36,26 @@ class Batch:
                 await item
 
         await gather([worker() for _ in range(max_concurrency)])
+
+    async def run_each(
+        self,
+        run: Callable[..., Coroutine[Any, Any, ExecutionResult]],
+        inputs: Iterable[BaseModel],
+        max_concurrency: int,
+        run_ids: Callable[[int, BaseModel], str] | None,
+        on_result: Callable[[int, ExecutionResult | Exception], None] | None,
+    ) -> list[ExecutionResult | Exception]:
+        """``run(state)``, with ``run_id=`` if they have names, for each input; see ``run_many``."""
+        outcomes: dict[int, ExecutionResult | Exception] = {}
+
+        async def one(number: int, state: BaseModel) -> None:
+            named = {} if run_ids is None else {"run_id": run_ids(number, state)}
+            outcomes[number] = await outcome_of(run(state, **named))
+            if on_result is not None:
+                on_result(number, outcomes[number])
+
+        await self.go((one(number, state) for number, state in enumerate(inputs)), max_concurrency)
+        return [outcomes[number] for number in sorted(outcomes)]
 
 
 async def outcome_of(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:

@@ -8,6 +8,7 @@ import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from pydantic import BaseModel
@@ -339,19 +340,11 @@ class StromaRunner:
         ``run_ids`` or ``on_result`` raises cancels the runs in flight and comes out.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        outcomes: dict[int, ExecutionResult | Exception] = {}
-
-        async def one(number: int, state: BaseModel) -> None:
-            named = options if run_ids is None else {**options, "run_id": run_ids(number, state)}
-            outcomes[number] = await outcome_of(self.run(nodes, state, **named))
-            if on_result is not None:
-                on_result(number, outcomes[number])
-
+        run = partial(self.run, nodes, **options)
         with self._batch() as batch:
             if recover:
                 await self._recover(nodes, batch, max_concurrency, None, options)
-            await batch.go((one(number, state) for number, state in enumerate(inputs)), max_concurrency)
-        return [outcomes[number] for number in sorted(outcomes)]
+            return await batch.run_each(run, inputs, max_concurrency, run_ids, on_result)
 
     async def recover(
         self,

@@ -2613,7 +2613,7 @@ HOSTILE = (
     Break(
         "outcomes-as-they-come",
         "run_many gives the outcomes in the order of the inputs.",
-        "runner.py",
+        "_batch.py",
         "return [outcomes[number] for number in sorted(outcomes)]",
         "return list(reversed(outcomes.values()))",
         _operations("test_many_runs"),

@@ -77,14 +77,6 @@ _SOME: Final = {
 #: In strict mode the kind must be the same, but for these.
 _STRICT: Final = {"int": {"float"}, "decimal": {"float"}}
 _NUMBERS: Final = frozenset({"int", "float", "decimal", "bool", "complex"})
-_PYTHON: Final = {
-    "str": "str",
-    "int": "int",
-    "float": "float",
-    "bool": "bool",
-    "bytes": "bytes",
-    "decimal": "Decimal",
-}
 _BOUNDS: Final = ("ge", "gt", "le", "lt")
 _DIGITS: Final = ("multiple_of", "max_digits", "decimal_places")
 _STRING: Final = {

@@ -6,6 +6,7 @@ import asyncio
 import hashlib
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
+from functools import partial
 from typing import Any, Final, Literal, cast
 
 from pydantic import BaseModel
@@ -24,7 +25,7 @@ from temporalio.common import SearchAttributePair, TypedSearchAttributes, Workfl
 from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
-from stroma._batch import Batch, outcome_of
+from stroma._batch import Batch
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError, Waiting
 from stroma.checkpoint.payloads import BlobStore, blob_store
 from stroma.config import RunConfig
@@ -245,16 +246,8 @@ class TemporalRunner:
     ) -> list[ExecutionResult | Exception]:
         """:meth:`run` for each input, at most ``max_concurrency`` at once; see :meth:`stroma.StromaRunner.run_many`."""
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        outcomes: dict[int, ExecutionResult | Exception] = {}
-
-        async def one(number: int, state: BaseModel) -> None:
-            named = options if run_ids is None else {**options, "run_id": run_ids(number, state)}
-            outcomes[number] = await outcome_of(self.run(nodes, state, **named))
-            if on_result is not None:
-                on_result(number, outcomes[number])
-
-        await Batch().go((one(number, state) for number, state in enumerate(inputs)), max_concurrency)
-        return [outcomes[number] for number in sorted(outcomes)]
+        run = partial(self.run, nodes, **options)
+        return await Batch().run_each(run, inputs, max_concurrency, run_ids, on_result)
 
     def stream(
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
