@@ -82,6 +82,18 @@ def test_core_imports_no_optional_dependency() -> None:
     assert (done.stdout.strip(), done.stderr) == ("[]", "")
 
 
+def test_a_runner_loads_no_more_than_a_run_needs() -> None:
+    """The import that every service begins with loads no store of a server or file, and nothing that shows runs."""
+    code = "import sys; from stroma import StromaRunner; print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    loaded = set(done.stdout.split())
+    assert "stroma.runner" in loaded
+    for name in ("checkpoint.redis", "checkpoint.postgres", "checkpoint.sqlite", "checkpoint._session", "page", "render",
+                 "_prompt", "_masking", "_rich", "history", "checks", "ui", "cli", "testing", "telemetry", "temporal"):  # fmt: skip
+        assert f"stroma.{name}" not in loaded
+    assert not loaded & {"sqlite3", "genai_prices", "html"}
+
+
 def test_lock_is_portable() -> None:
     """Every locked requirement has a pinned version and a hash, and the lock names no address."""
     text = (ROOT / "requirements.lock").read_text()

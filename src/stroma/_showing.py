@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import base64
-import html
 import json
 import os
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, quote_plus
 
-from stroma.page import Story, document, fragment, without_values
+if TYPE_CHECKING:
+    from stroma.page import Story
 
 __all__ = ["HIDDEN", "Redact", "Shown", "hidden_values", "hide_state", "hide_words", "without"]
 
@@ -49,6 +49,8 @@ def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
     """
     if redact is None:
         return text
+    from stroma.page import without_values  # Few runs are shown, so none has to load what shows them.
+
     paths = without_values(text)
     if paths != text:
         return paths
@@ -96,6 +98,8 @@ def _values(state: Any) -> set[str]:
 
 def _forms(word: str) -> set[str]:
     """A word as it can stand in a message: escaped, in a URL, in base64 wherever it begins there, in hex."""
+    import html
+
     quoted = {
         word,
         repr(word)[1:-1],
@@ -151,6 +155,8 @@ class Shown:
         ``path``: also written there, readable by its owner only. ``redact``: applied to each state and each message; give the
         one of your RunConfig. Secrets of pydantic's types are masked all the same.
         """
+        from stroma.page import document
+
         text = document(self._story(redact))
         if path is not None:
             with open(
@@ -160,6 +166,8 @@ class Shown:
         return text
 
     def _repr_html_(self) -> str:
+        from stroma.page import fragment
+
         return fragment(self._story())
 
     def __rich__(self) -> Any:

@@ -7,7 +7,6 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from stroma._prompt import repair_prompt
 from stroma.schemas import schema_of
 
 __all__ = [
@@ -119,6 +118,8 @@ class ContractViolation(Exception):
         It says of each field what is wrong, what came, and what is expected, in a compact form of the schema. What the
         schema declares as a secret (``SecretStr``) is masked.
         """
+        from stroma._prompt import repair_prompt
+
         return repair_prompt(self.direction, self.errors, self.raw, self.schema, max_chars)
 
 

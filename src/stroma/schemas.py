@@ -912,6 +912,8 @@ def _finite(value: Any) -> bool:
 
 def _is_readable(data: bytes) -> bool:
     """Whether no number in it has too many digits: such a one covers a place that is a multiple of as many."""
+    if len(data) < _LONG_INT:
+        return True
     for place, byte in zip(range(0, len(data), _LONG_INT), data[::_LONG_INT], strict=True):
         if byte in b"0123456789":
             before = data[max(0, place - _LONG_INT) : place]

@@ -13,15 +13,17 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
-from typing import Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
 from stroma._showing import Redact, Shown, hidden_values, hide_state, hide_words
 from stroma.failures import Failure, FailureClass, ItemFailure
-from stroma.page import Bar, Box, Story
 from stroma.schemas import Schema, Snapshot
+
+if TYPE_CHECKING:
+    from stroma.page import Bar, Story
 
 __all__ = [
     "AttemptUsage",
@@ -378,6 +380,8 @@ class ExecutionTrace(Shown):
 
     def _story(self, redact: Redact | None = None) -> Story:
         """All of it as plain data. What stands in rows is timed to the nanosecond."""
+        from stroma.page import Story
+
         found: list[tuple[int, int, TraceEvent]] = []
         stack: list[Row | TraceEvent] = list(self.rows)
         while stack:
@@ -439,6 +443,8 @@ def _bar(
     redact: Redact | None,
     hidden: frozenset[str],
 ) -> Bar:
+    from stroma.page import Bar
+
     def shown(state: dict[str, Any] | None) -> Any:
         return None if state is None else jsonable(hide_state(redact, state))
 
@@ -652,6 +658,8 @@ class ExecutionResult(Shown):
     failed_items: int = 0
 
     def _story(self, redact: Redact | None = None) -> Story:
+        from stroma.page import Box
+
         story, failure, box = self.trace._story(redact), self.failure, None
         if failure is not None:
             message = hide_words(redact, failure.message, self.trace._hidden(redact))

@@ -1,5 +1,6 @@
 """Checkpoints: the protocols of stores, one way to talk to all of them, and a file per store."""
 
+import importlib
 from typing import TYPE_CHECKING, Any
 
 from stroma.checkpoint.cells import CellStore
@@ -38,10 +39,10 @@ from stroma.checkpoint.manager import (
     schema_ref,
 )
 from stroma.checkpoint.memory import AsyncInMemoryStore, InMemoryStore
-from stroma.checkpoint.redis import RedisStore, SyncRedisStore
 
 if TYPE_CHECKING:
     from stroma.checkpoint.postgres import PostgresStore
+    from stroma.checkpoint.redis import RedisStore, SyncRedisStore
     from stroma.checkpoint.sqlite import SQLiteStore
     from stroma.checkpoint.urls import open_store
 
@@ -87,18 +88,20 @@ __all__ = [
 ]
 
 
+#: Loaded when they are asked for: not every Python is built with sqlite3, and few runs need more than one of them.
+_HOMES = {
+    "PostgresStore": "postgres",
+    "RedisStore": "redis",
+    "SQLiteStore": "sqlite",
+    "SyncRedisStore": "redis",
+    "open_store": "urls",
+}
+
+
 def __getattr__(name: str) -> Any:
-    # Loaded when asked for: not every Python is built with sqlite3, and not every run needs it.
-    if name == "SQLiteStore":
-        from stroma.checkpoint.sqlite import SQLiteStore
-
-        return SQLiteStore
-    if name == "PostgresStore":
-        from stroma.checkpoint.postgres import PostgresStore
-
-        return PostgresStore
-    if name == "open_store":
-        from stroma.checkpoint.urls import open_store
-
-        return open_store
-    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    home = _HOMES.get(name)
+    if home is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    globals()[name] = value
+    return value
