@@ -5,8 +5,9 @@ Every public name can be imported from here; each is loaded when it is first ask
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stroma._lazy import lazy
 
 if TYPE_CHECKING:
     from stroma.breaker import *
@@ -198,15 +199,4 @@ __all__ = [
     "usage_from",
 ]
 
-
-def __getattr__(name: str) -> object:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module 'stroma' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"stroma.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
+__getattr__, __dir__ = lazy(__name__, _HOME_OF)

@@ -55,7 +55,7 @@ def test_the_plugin_is_light():
     done = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment()
     )
-    assert done.stdout.strip() == "['stroma', 'stroma.testing', 'stroma.testing.plugin']"
+    assert done.stdout.strip() == "['stroma._lazy', 'stroma', 'stroma.testing', 'stroma.testing.plugin']"
 
 
 def test_the_core_does_not_import_the_test_kit():

@@ -6,8 +6,9 @@ installs it.
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stroma._lazy import lazy
 
 if TYPE_CHECKING:
     from stroma.adapters.base import (
@@ -63,13 +64,4 @@ __all__ = [
     "what_stopped",
 ]
 
-
-def __getattr__(name: str) -> object:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(importlib.import_module(f"{__name__}.{home}"), name)
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *__all__})
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -1,8 +1,8 @@
 """Checkpoints: the protocols of stores, one way to talk to all of them, and a file per store."""
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from stroma._lazy import lazy
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.journal import (
     AsyncCheckpointStore,
@@ -97,11 +97,4 @@ _HOMES = {
     "open_store": "urls",
 }
 
-
-def __getattr__(name: str) -> Any:
-    home = _HOMES.get(name)
-    if home is None:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"{__name__}.{home}"), name)
-    globals()[name] = value
-    return value
+__getattr__, __dir__ = lazy(__name__, _HOMES)

@@ -20,24 +20,7 @@ from email.message import Message
 from email.utils import parseaddr, parsedate_to_datetime
 from typing import Any, Final
 
-KINDS: Final = ("invoice", "credit_note", "contract", "purchase_order", "support", "reminder", "other")
-CATEGORIES: Final = ("payable", "receivable", "legal", "support", "ignore")
-PRIORITIES: Final = ("low", "normal", "high")
 LEVELS: Final = ("low", "medium", "high")
-FLAGS: Final = (
-    "auto_renewal",
-    "bank_details_changed",
-    "empty",
-    "encoding",
-    "late_delivery",
-    "ocr_noise",
-    "overdue",
-    "prompt_injection",
-    "total_missing",
-    "two_currencies",
-    "unlimited_liability",
-    "urgent",
-)
 
 # --- Preparing the text -------------------------------------------------------------------------------------
 

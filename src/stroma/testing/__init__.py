@@ -6,8 +6,9 @@ Each name is loaded when it is first asked for. The suites of stores need pytest
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING
+
+from stroma._lazy import lazy
 
 if TYPE_CHECKING:
     from stroma.testing.cells import CellStoreTests
@@ -68,15 +69,4 @@ __all__ = [
     "trace_snapshot",
 ]
 
-
-def __getattr__(name: str) -> object:
-    home = _HOME_OF.get(name)
-    if home is None:
-        raise AttributeError(f"module 'stroma.testing' has no attribute {name!r}")
-    value = getattr(importlib.import_module(f"stroma.testing.{home}"), name)
-    globals()[name] = value
-    return value
-
-
-def __dir__() -> list[str]:
-    return sorted({*globals(), *_HOME_OF})
+__getattr__, __dir__ = lazy(__name__, _HOME_OF)
