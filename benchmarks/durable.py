@@ -1,6 +1,6 @@
 """Durable runs next to peers: the same nodes on our stores, on raw sqlite3, on LangGraph and on DBOS.
 
-    ./dev run python -m benchmarks.durable [--only REGEX] [--rounds 5] [--disk-ms 1]
+    ./dev run python -m benchmarks.durable [--only REGEX] [--rounds 5] [--runs 64] [--disk-ms 1]
 
 One run of 100 nodes alone, and 64 runs of 20 nodes at once; a node validates, changes and validates a state of 1 KB.
 Each engine has a process of its own, and each peer a virtual environment of its own, made on the first call under
@@ -232,6 +232,7 @@ def main() -> None:
     )
     parser.add_argument("--only", default="", help="a regular expression; engines whose name it finds")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=MANY[0], help="how many at once in the second case")
     parser.add_argument(
         "--disk-ms", type=float, default=0.0, help="what a commit takes longer, on SQLite without peers"
     )
@@ -241,14 +242,15 @@ def main() -> None:
         options.only = options.only or "sqlite3|SQLiteStore"
     names = [name for name in ENGINES if re.search(options.only, name)]
     alone, versions = measure(names, ALONE, options.rounds)
-    many, _ = measure(names, MANY, options.rounds)
+    many, _ = measure(names, (options.runs, MANY[1]), options.rounds)
 
     print(
         f"Python {platform.python_version()}, {os.cpu_count()} CPUs, an fdatasync takes {fdatasync_us():.0f} us; "
         f"{'; '.join(sorted(versions))}\n"
     )
     print(
-        "| engine | 1 run: nodes/s | time of a node to raw | 64 runs: nodes/s | to a commit per node | CPU of a node | keeps per node |"
+        f"| engine | 1 run: nodes/s | time of a node to raw | {options.runs} runs: nodes/s | to a commit per node "
+        "| CPU of a node | keeps per node |"
     )
     print("|---|---|---|---|---|---|---|")
     for name in names:
@@ -270,7 +272,11 @@ def main() -> None:
             ratio(alone, RAW, GROUPED),
             1.4,
         ),
-        ("64 runs on SQLiteStore: at least 8x a commit per node", ratio(many, GROUPED, SINGLE), -8.0),
+        (
+            f"{options.runs} runs on SQLiteStore: at least 8x a commit per node",
+            ratio(many, GROUPED, SINGLE),
+            -8.0,
+        ),
     ):
         if found is not None:
             met = found >= -limit if limit < 0 else found <= limit
