@@ -16,7 +16,7 @@ from stroma._holds import readable
 from stroma._rates import Wait
 from stroma._renewals import RENEWALS
 from stroma.checkpoint.cells import CellStore, Change, MemoryCells
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 from stroma.contracts import check_id
 from stroma.cost import LARGEST
 from stroma.usage import shown

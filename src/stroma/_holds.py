@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Final, TypeVar
 
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 
 __all__ = ["LATELY", "estimate", "is_live", "keep_up", "learn", "load", "pack", "prune", "readable"]
 

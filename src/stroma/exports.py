@@ -6,7 +6,7 @@ import hashlib
 from collections.abc import Sequence
 from typing import Any, Final
 
-from stroma.checkpoint.journal import AttemptRecord, RunRecord
+from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.history import bar_of, is_gone, place_of
 from stroma.page import waits
 

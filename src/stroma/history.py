@@ -13,16 +13,9 @@ from typing import Any, Final, Literal, NamedTuple
 
 from stroma._showing import HIDDEN, Redact, hidden_values, hide_state, hide_words, without
 from stroma.checkpoint._states import AsyncStates
-from stroma.checkpoint.journal import (
-    AttemptPage,
-    AttemptRecord,
-    CheckpointNotFound,
-    CorruptCheckpoint,
-    RunPage,
-    RunQuery,
-    RunRecord,
-    Waiting,
-)
+from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
+from stroma.checkpoint.journal import Waiting
+from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord
 from stroma.page import Bar, Box, Story
 from stroma.schemas import Schema
 from stroma.trace import jsonable

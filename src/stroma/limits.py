@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from stroma._gate import Gate, OnStoreError, a_count, an_amount, seconds_or_none
 from stroma._rates import Never, Rates, Wait, acquire, give_back, renew
 from stroma.checkpoint.cells import CellStore
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 from stroma.refusals import LimitError, WaitedTooLong
 from stroma.usage import shown
 

@@ -28,7 +28,7 @@ from stroma._ledger import (
 )
 from stroma._rates import Wait
 from stroma.checkpoint.cells import CellStore
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 from stroma.contracts import check_id
 from stroma.refusals import SharedBudgetExceeded
 from stroma.usage import shown

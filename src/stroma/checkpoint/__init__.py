@@ -4,31 +4,27 @@ from typing import TYPE_CHECKING
 
 from stroma._lazy import lazy
 from stroma.checkpoint.cells import CellStore
-from stroma.checkpoint.journal import (
-    AsyncCheckpointStore,
-    AttemptPage,
-    AttemptRecord,
-    Cause,
-    CheckpointKey,
+from stroma.checkpoint.errors import (
     CheckpointLost,
     CheckpointNotFound,
-    CheckpointStore,
-    Committed,
     CorruptCheckpoint,
     Fenced,
-    Finished,
-    JournalStore,
     PipelineChanged,
-    PriorUsage,
     RunBusy,
     RunExists,
-    RunPage,
-    RunQuery,
-    RunRecord,
+    StoreError,
+)
+from stroma.checkpoint.journal import (
+    AsyncCheckpointStore,
+    CheckpointKey,
+    CheckpointStore,
+    Committed,
+    Finished,
+    JournalStore,
+    PriorUsage,
     RunRequest,
     Session,
     StepCall,
-    StoreError,
     Waiting,
 )
 from stroma.checkpoint.manager import (
@@ -39,6 +35,7 @@ from stroma.checkpoint.manager import (
     schema_ref,
 )
 from stroma.checkpoint.memory import AsyncInMemoryStore, InMemoryStore
+from stroma.checkpoint.records import AttemptPage, AttemptRecord, Cause, RunPage, RunQuery, RunRecord
 
 if TYPE_CHECKING:
     from stroma.checkpoint.postgres import PostgresStore

@@ -36,15 +36,8 @@ from stroma.checkpoint._rows import (
 from stroma.checkpoint._session import DurableSession, fork
 from stroma.checkpoint._worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.journal import (
-    Committed,
-    CorruptCheckpoint,
-    RunRequest,
-    Waiting,
-    items_in,
-    no_map,
-    waits_no_longer,
-)
+from stroma.checkpoint.errors import CorruptCheckpoint
+from stroma.checkpoint.journal import Committed, RunRequest, Waiting, items_in, no_map, waits_no_longer
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, BlobStore, Payloads, collect
 from stroma.contracts import check_id

@@ -14,21 +14,9 @@ from stroma._frames import Trouble, read_trouble
 from stroma.checkpoint._reading import cause_of
 from stroma.checkpoint._rows import PICO, Tally
 from stroma.checkpoint._sql_reading import attempt_mark, marked
-from stroma.checkpoint.journal import (
-    AttemptPage,
-    AttemptRecord,
-    CheckpointNotFound,
-    Committed,
-    Held,
-    RunPage,
-    RunQuery,
-    RunRecord,
-    StepCall,
-    StoreFacts,
-    Waiting,
-    items_in,
-    no_map,
-)
+from stroma.checkpoint.errors import CheckpointNotFound
+from stroma.checkpoint.journal import Committed, Held, StepCall, Waiting, items_in, no_map
+from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord, StoreFacts
 from stroma.contracts import check_id
 from stroma.schemas import NotSerialisable, Schema, Snapshot
 from stroma.trace import (

@@ -14,7 +14,7 @@ from stroma.checkpoint._postgres_rows import PostgresRows, commit_query
 from stroma.checkpoint._postgres_server import Server, is_lost, is_misled, may_pass, pause
 from stroma.checkpoint._rows import CellChange, Commit, Doing, change_together
 from stroma.checkpoint._worker import Job
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 
 __all__ = ["PostgresConnection", "stages"]
 

@@ -22,8 +22,8 @@ from stroma.checkpoint._rows import (
     Told,
 )
 from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs, tally
-from stroma.checkpoint.journal import RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
+from stroma.checkpoint.records import RunQuery, StoreFacts
 
 __all__ = ["PostgresRows", "commit_query"]
 

@@ -17,7 +17,7 @@ from psycopg.types.numeric import Int8BinaryDumper, Int8Dumper
 
 from stroma.checkpoint import _postgres_schema as tables
 from stroma.checkpoint._worker import lasting
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 
 __all__ = ["Server", "is_lost", "is_misled", "may_pass", "pause"]
 

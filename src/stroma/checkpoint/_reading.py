@@ -22,19 +22,18 @@ from stroma.checkpoint._rows import (
     intact,
     verify,
 )
-from stroma.checkpoint.journal import (
+from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
+from stroma.checkpoint.journal import Waiting
+from stroma.checkpoint.payloads import Payloads
+from stroma.checkpoint.records import (
     AttemptPage,
     AttemptRecord,
     Cause,
-    CheckpointNotFound,
-    CorruptCheckpoint,
     RunPage,
     RunQuery,
     RunRecord,
     StoreFacts,
-    Waiting,
 )
-from stroma.checkpoint.payloads import Payloads
 from stroma.contracts import check_id
 
 __all__ = ["ReadableStore", "cause_of"]

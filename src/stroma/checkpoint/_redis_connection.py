@@ -12,7 +12,7 @@ from stroma.checkpoint._redis_rows import Changed, RedisRows, commit_command, ke
 from stroma.checkpoint._redis_server import Link, Server
 from stroma.checkpoint._rows import CellChange, Commit, Rows, change_together, fenced
 from stroma.checkpoint._worker import Job
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 
 __all__ = ["RedisConnection", "perform"]
 

@@ -47,8 +47,9 @@ from stroma.checkpoint._rows import (
     fenced,
 )
 from stroma.checkpoint._sql_reading import attempt_mark, attempt_page
-from stroma.checkpoint.journal import CheckpointLost, CorruptCheckpoint, RunQuery, StoreFacts
+from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
 from stroma.checkpoint.payloads import BLOB
+from stroma.checkpoint.records import RunQuery, StoreFacts
 
 __all__ = ["Changed", "RedisRows", "commit_command", "kept_or_raise", "lost"]
 

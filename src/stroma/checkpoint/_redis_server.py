@@ -10,7 +10,7 @@ from typing import Any, Final, TypeVar
 
 from stroma.checkpoint._redis_scripts import SCRIPT, SHA
 from stroma.checkpoint._worker import lasting
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 
 __all__ = ["Link", "Server", "script"]
 

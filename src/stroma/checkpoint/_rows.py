@@ -13,7 +13,8 @@ from typing import Any, Final, NamedTuple, Protocol
 
 from stroma.checkpoint._owner import Owner, is_gone
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.journal import CorruptCheckpoint, Fenced, RunQuery, StoreFacts
+from stroma.checkpoint.errors import CorruptCheckpoint, Fenced
+from stroma.checkpoint.records import RunQuery, StoreFacts
 
 __all__ = [
     "CANCEL",

@@ -39,16 +39,14 @@ from stroma.checkpoint._rows import (
     text,
     verify,
 )
+from stroma.checkpoint.errors import CheckpointNotFound, RunExists, StoreError
 from stroma.checkpoint.journal import (
-    CheckpointNotFound,
     Committed,
     Finished,
     Held,
     PriorUsage,
-    RunExists,
     RunRequest,
     StepCall,
-    StoreError,
     Waiting,
     decide,
 )

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from stroma.checkpoint._rows import Attempt, RunRow, Tally, Told
-from stroma.checkpoint.journal import RunQuery
+from stroma.checkpoint.records import RunQuery
 
 __all__ = ["Dialect", "attempt_mark", "attempt_page", "find_runs", "marked", "tally"]
 

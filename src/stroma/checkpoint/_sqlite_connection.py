@@ -11,7 +11,7 @@ from stroma.checkpoint._rows import Commit
 from stroma.checkpoint._sqlite_file import DatabaseFile, is_fatal
 from stroma.checkpoint._sqlite_rows import SqliteRows
 from stroma.checkpoint._worker import Job, lasting
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 
 __all__ = ["SqliteConnection"]
 

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Final, Literal, TypeVar
 
 from stroma.checkpoint._worker import lasting
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 
 __all__ = ["SCHEMA_VERSION", "Connect", "DatabaseFile", "connect", "is_fatal"]
 

@@ -22,8 +22,8 @@ from stroma.checkpoint._rows import (
 )
 from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs, tally
 from stroma.checkpoint._sqlite_file import SCHEMA_VERSION
-from stroma.checkpoint.journal import RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
+from stroma.checkpoint.records import RunQuery, StoreFacts
 
 __all__ = ["SqliteRows"]
 

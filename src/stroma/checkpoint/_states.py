@@ -8,7 +8,7 @@ from pydantic import BaseModel
 
 from stroma.checkpoint._durable import DurableStore
 from stroma.checkpoint._rows import SAVED, Doing, Rows, Step, StepRow, verify
-from stroma.checkpoint.journal import CorruptCheckpoint, StoreError
+from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.memory import coerce
 from stroma.contracts import check_id

@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 from typing import Any, Final, Protocol, TypeVar
 
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 
 __all__ = ["Connection", "Job", "Operation", "Worker", "generation", "lasting"]
 

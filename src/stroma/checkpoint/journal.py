@@ -8,44 +8,30 @@ the command line.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.schemas import Schema, Snapshot
 from stroma.trace import FAILED_ITEM, Row
 
 __all__ = [
     "OF_MAP",
     "AsyncCheckpointStore",
-    "AttemptPage",
-    "AttemptRecord",
-    "Cause",
     "CheckpointKey",
-    "CheckpointLost",
-    "CheckpointNotFound",
     "CheckpointStore",
     "Committed",
-    "CorruptCheckpoint",
-    "Fenced",
     "Finished",
     "Held",
     "IfExists",
     "IfRunning",
     "JournalStore",
-    "PipelineChanged",
     "PriorUsage",
-    "RunBusy",
-    "RunExists",
-    "RunPage",
-    "RunQuery",
-    "RunRecord",
     "RunRequest",
     "Session",
     "StepCall",
-    "StoreError",
-    "StoreFacts",
     "Waiting",
     "decide",
     "items_in",
@@ -56,98 +42,6 @@ __all__ = [
 
 IfExists = Literal["restart", "resume", "return", "error", "attach"]
 IfRunning = Literal["error", "attach", "take_over"]
-
-
-class StoreError(Exception):
-    """A store could not do what was asked. Base of the errors of stores.
-
-    ``transient``: whether trying the same again may help.
-
-    Where: out of ``run()`` if the run cannot begin; ``result.failure`` of a PARTIAL run if a commit could not be kept.
-    Cause: the file, disk or server of the store, or a store that keeps no journal where one is needed.
-    Mend: do what the message says, then run with ``resume=True``; nothing committed is lost.
-    """
-
-    transient: bool = True
-
-
-class CheckpointNotFound(StoreError, LookupError):
-    """There is no checkpoint where one is needed to go on.
-
-    Where: out of ``run(resume_from=...)``; reading a run from a store.
-    Cause: the node before the resume point never committed in that run, or the run id is not in this store.
-    Mend: resume from an earlier node, check the run id and the store, or run from the beginning.
-    """
-
-
-class CorruptCheckpoint(StoreError, TypeError):
-    """What a store gave back is not a state of the schema it is read with.
-
-    Where: out of ``run()`` on resume; reading a state from a store.
-    Cause: a damaged store, data that something else wrote, or a schema that has changed since.
-    Mend: ``resume_from=`` the node that is named makes its output anew; else restore the store or the schema.
-    """
-
-
-class CheckpointLost(StoreError):
-    """What a store acknowledged of a run is gone.
-
-    Where: ``result.failure`` of a PARTIAL run; out of ``run()`` on resume, before anything is called; reading a run.
-    Cause: the server evicted or expired the run's data, was flushed, or lost its last writes in a crash or failover.
-    Mend: set the server up as the message says, then resume what is left; if a part of the run is missing, delete it and
-        run it from the beginning.
-    """
-
-    transient = False
-
-
-class PipelineChanged(StoreError):
-    """A run cannot be resumed: the pipeline, or its input, is not what the run was recorded with.
-
-    Where: out of ``run()`` on resume, before anything is called.
-    Cause: nodes were added, removed, renamed or reordered before the resume point, an output schema has changed, or the
-        input is another one.
-    Mend: restore what the message names, resume before the change (``resume_from=``), or begin a new run.
-    """
-
-
-class RunBusy(StoreError):
-    """Somebody else is at work on the run: another process, or another task of this one.
-
-    Attributes:
-        holder: who, in words.
-        left_seconds: when its lease ends, unless the holder renews it.
-        same_input: whether it was given the same input.
-
-    Where: out of ``run()``, before anything is called.
-    Cause: the same run id was picked up twice.
-    Mend: wait for the result with ``if_running="attach"``, or use another run id. If the holder is known to be gone,
-        ``if_running="take_over"`` need not wait for the end of its lease.
-    """
-
-    holder: str = ""
-    left_seconds: float = 0.0
-    same_input: bool = False
-
-
-class RunExists(StoreError):
-    """There is such a run already.
-
-    Where: out of ``run()`` with ``if_exists="error"``.
-    Cause: the run id was used before.
-    Mend: use another run id, or say what is to become of the run: ``if_exists="resume"``, "return" or "restart".
-    """
-
-
-class Fenced(StoreError):
-    """Somebody else has taken the run over; this process may not write to it any more.
-
-    Where: ``result.failure`` of a PARTIAL run.
-    Cause: the same run id was opened again while this run was going on, or the run was deleted.
-    Mend: look at what the other process makes of the run; give each run an id of its own.
-    """
-
-    transient = False
 
 
 @runtime_checkable
@@ -458,144 +352,3 @@ class JournalStore(Protocol):
     """A store that keeps runs. Any awaitable result is awaited."""
 
     def open_run(self, request: RunRequest) -> Session | Awaitable[Session]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class RunQuery:
-    """Which runs are wanted: those of which all that is given holds.
-
-    Attributes:
-        statuses: any of them; none given is all.
-        tag: one that the run was given, as it was given.
-        since_ms: begun then or later; milliseconds since the epoch.
-        failure_class, node: an attempt failed so, at that node; both of one attempt.
-        text: a part of the run id, the pipeline's name or the error; the case of ASCII letters does not matter.
-    """
-
-    pipeline: str | None = None
-    statuses: tuple[str, ...] = ()
-    tag: str | None = None
-    since_ms: int | None = None
-    failure_class: str | None = None
-    node: str | None = None
-    text: str | None = None
-
-    @property
-    def looks_closer(self) -> bool:
-        """Whether no index leads to what is asked for, so that runs must be looked at one by one."""
-        return (self.failure_class, self.node, self.text) != (None, None, None)
-
-
-class Cause(NamedTuple):
-    """The failed attempt that stopped a run, or the last one that failed on the way; of a group, its child's."""
-
-    node_id: str
-    position: int
-    branch: str
-    attempt: int
-    failure_class: str
-    reason: str | None
-    message: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class RunRecord:
-    """A run as a store lists it.
-
-    Attributes:
-        status: "RUNNING" while it runs (or since its process died), else a RunStatus.
-        parent: the run that it was forked from.
-        holder: who is at work on it, in words; None if nobody is, also of a RUNNING one whose process died.
-        started_ms, updated_ms: milliseconds since the epoch.
-        tokens, cost_usd: of all attempts of the last execution.
-        nodes: how many positions of it are committed, those inside groups not counted.
-        latency_ms: wall time of its attempts, those inside groups not counted.
-        tags: in the order of their text.
-        cause: None if no attempt of the last execution failed. Not told by list_runs().
-        failures: how many attempts failed, counted up to 20. Not told by list_runs().
-        epoch: raised by every process that opens the run.
-    """
-
-    run_id: str
-    pipeline: str
-    status: str
-    execution: int
-    started_ms: int
-    updated_ms: int
-    tokens: int
-    cost_usd: float
-    nodes: int
-    error: str | None
-    holder: str | None = None
-    parent: str | None = None
-    latency_ms: float = field(default=0.0, compare=False)
-    tags: tuple[str, ...] = field(default=(), compare=False)
-    cause: Cause | None = field(default=None, compare=False)
-    failures: int = field(default=0, compare=False)
-    epoch: int = field(default=0, compare=False)
-
-
-class RunPage(NamedTuple):
-    """Some of the runs that were asked for, the one begun last first.
-
-    Attributes:
-        next: where the following page begins; None if there is none. A page may be short, or empty, and have a next one:
-            no call looks at more than some thousand runs one by one.
-    """
-
-    runs: list[RunRecord]
-    next: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class AttemptRecord:
-    """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed and can be read.
-
-    ``damaged``: it was committed, and what stands there now is not what was. ``output_bytes``: how large what was
-    committed is as it is stored; None if nothing was. ``started_ns``: since 1970. ``epoch``: of the
-    process that made it, as in RunRecord; 0 where it is not told.
-    """
-
-    position: int
-    branch: str
-    node_id: str
-    attempt: int
-    started_ms: int
-    duration_ms: float
-    outcome: str
-    failure_class: str | None
-    message: str | None
-    reason: str | None
-    tokens: int
-    output_tokens: int
-    cost_usd: float
-    model: str | None
-    output: bytes | None
-    damaged: bool = False
-    output_bytes: int | None = field(default=None, compare=False)
-    started_ns: int = field(default=0, compare=False)
-    epoch: int = field(default=0, compare=False)
-
-
-class StoreFacts(NamedTuple):
-    """What a store says of itself.
-
-    Attributes:
-        system: what keeps it, with its version.
-        format: of what is kept; this release writes ``writes``.
-        clock_ms: the time by the clock that leases go by, where that is another machine's; else None.
-        warnings: what of its settings puts runs at risk, with the mend.
-    """
-
-    system: str
-    format: int
-    writes: int
-    clock_ms: int | None = None
-    warnings: tuple[str, ...] = ()
-
-
-class AttemptPage(NamedTuple):
-    """Some attempts of an execution without their outputs, and where the following page begins, if there is one."""
-
-    attempts: list[AttemptRecord]
-    next: str | None

@@ -9,17 +9,16 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.journal import (
     AsyncCheckpointStore,
     CheckpointStore,
     Committed,
-    CorruptCheckpoint,
     Finished,
     PriorUsage,
     RunRequest,
     Session,
     StepCall,
-    StoreError,
     Waiting,
 )
 from stroma.schemas import Schema

@@ -9,14 +9,11 @@ from pydantic import BaseModel
 
 from stroma.checkpoint._memory_runs import MemoryReading, MemoryRun, nobody, position_of
 from stroma.checkpoint.cells import MemoryCells
+from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
 from stroma.checkpoint.journal import (
-    CheckpointNotFound,
     Committed,
-    CorruptCheckpoint,
-    Fenced,
     Finished,
     PriorUsage,
-    RunExists,
     RunRequest,
     StepCall,
     Waiting,

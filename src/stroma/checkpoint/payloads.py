@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, Protocol, runtime_checkable
 
-from stroma.checkpoint.journal import CorruptCheckpoint, StoreError
+from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 
 __all__ = ["BlobStore", "Codec", "DirectoryBlobs", "FsspecBlobs", "Payloads", "blob_store", "collect"]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import click
 
-from stroma.checkpoint.journal import RunRecord, Waiting
+from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.manager import CheckpointManager
+from stroma.checkpoint.records import RunRecord
 from stroma.cli.cluster import Cluster, cluster_options, only_here
 from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem

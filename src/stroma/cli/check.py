@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from stroma.checkpoint.journal import Committed, RunRecord, of_pipeline
+from stroma.checkpoint.journal import Committed, of_pipeline
+from stroma.checkpoint.records import RunRecord
 from stroma.checks import Finding, check_nodes
 from stroma.checks.resumable import Change, changes_since
 from stroma.cli.errors import Code, Problem

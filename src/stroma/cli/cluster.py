@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, TypeVar
 
 import click
 
-from stroma.checkpoint.journal import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError
+from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.cli.errors import Code, Problem, command
 from stroma.cli.words import clean
 

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, Final
 
-from stroma.checkpoint.journal import AttemptRecord, RunQuery, RunRecord, Waiting
+from stroma.checkpoint.journal import Waiting
+from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cli.cluster import Cluster
 from stroma.history import in_order
 from stroma.trace import ExecutionResult, TraceEvent

@@ -15,7 +15,7 @@ from typing import Any, Final, Literal, NamedTuple
 import click
 
 from stroma.checkpoint._states import AsyncStates
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.cli.errors import Code
 from stroma.cli.output import emit, out

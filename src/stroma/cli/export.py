@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from stroma.checkpoint.journal import AttemptRecord, RunRecord
+from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.output import out

@@ -11,7 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
-from stroma.checkpoint.journal import RunRecord
+from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem, command
 from stroma.cli.stores import Database
 from stroma.cli.trouble import said

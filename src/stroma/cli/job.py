@@ -12,17 +12,17 @@ from typing import TYPE_CHECKING
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.journal import (
+from stroma.checkpoint.errors import (
     CheckpointNotFound,
     CorruptCheckpoint,
     PipelineChanged,
     RunBusy,
     RunExists,
-    RunRecord,
     StoreError,
-    Waiting,
 )
+from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.manager import CheckpointManager
+from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
 from stroma.cli.exporters import FLUSH_SECONDS
 from stroma.cli.output import err

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from stroma.checkpoint.journal import AttemptRecord, RunRecord
+from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.checks.resumable import Change
 from stroma.cli.check import changes_of
 from stroma.cli.errors import Code

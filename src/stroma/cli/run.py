@@ -10,7 +10,7 @@ from typing import Any, Literal, Self, TypeVar
 import click
 from pydantic import BaseModel, ValidationError
 
-from stroma.checkpoint.journal import RunRecord
+from stroma.checkpoint.records import RunRecord
 from stroma.cli.cluster import Cluster, cluster_options, only_here
 from stroma.cli.cluster_run import ClusterJob
 from stroma.cli.completion import complete_run

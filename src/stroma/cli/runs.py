@@ -8,7 +8,7 @@ from typing import Any, Final
 
 import click
 
-from stroma.checkpoint.journal import Cause, RunQuery, RunRecord
+from stroma.checkpoint.records import Cause, RunQuery, RunRecord
 from stroma.cli.cluster import Cluster, cluster_options, only_here
 from stroma.cli.output import Part, emit, err, out, table
 from stroma.cli.redaction import redact_of, redact_option

@@ -7,7 +7,8 @@ from typing import Any, Final
 
 import click
 
-from stroma.checkpoint.journal import AttemptRecord, RunRecord, Waiting
+from stroma.checkpoint.journal import Waiting
+from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.cluster import Cluster, cluster_options, only_here
 from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem

@@ -14,15 +14,10 @@ from typing import Any, Final, Protocol, TypeVar
 import click
 
 from stroma.checkpoint._states import AsyncStates
-from stroma.checkpoint.journal import (
-    CheckpointNotFound,
-    PipelineChanged,
-    RunExists,
-    RunRecord,
-    StoreError,
-    Waiting,
-)
+from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunExists, StoreError
+from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.memory import AsyncInMemoryStore
+from stroma.checkpoint.records import RunRecord
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.checkpoint.urls import open_store
 from stroma.cli.errors import Code, Problem, command

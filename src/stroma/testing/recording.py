@@ -13,7 +13,7 @@ from pydantic import Field, TypeAdapter, ValidationError
 
 from stroma._showing import hidden_values, hide_words
 from stroma.checkpoint import CheckpointNotFound, Committed
-from stroma.checkpoint.journal import AttemptRecord
+from stroma.checkpoint.records import AttemptRecord
 from stroma.failures import FailureClass
 from stroma.history import History, Redact
 from stroma.schemas import Schema

@@ -17,7 +17,7 @@ from pydantic import BaseModel, ConfigDict
 from stroma._probe import PROBES, Call, Probe
 from stroma._restore import read_output
 from stroma.checkpoint import AsyncInMemoryStore, CheckpointManager
-from stroma.checkpoint.journal import AttemptRecord
+from stroma.checkpoint.records import AttemptRecord
 from stroma.config import new_run_id
 from stroma.contracts import ContractRegistry, ContractViolation, as_violation
 from stroma.cost import BudgetExceeded, UsageError

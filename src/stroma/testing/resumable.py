@@ -23,7 +23,7 @@ from pydantic import BaseModel
 
 from stroma._probe import PROBES
 from stroma.checkpoint import CheckpointManager
-from stroma.checkpoint.journal import AttemptRecord
+from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.context import ReliabilityContext
 from stroma.history import Change, changes, place_of

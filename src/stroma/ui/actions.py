@@ -10,7 +10,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
-from stroma.checkpoint.journal import RunRecord
+from stroma.checkpoint.records import RunRecord
 from stroma.history import FINISHED
 
 if TYPE_CHECKING:

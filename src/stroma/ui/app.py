@@ -16,7 +16,7 @@ from starlette.staticfiles import StaticFiles
 
 from stroma._words import clean
 from stroma.checkpoint._states import AsyncStates
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 from stroma.history import History, Redact
 from stroma.page import STYLE
 from stroma.ui.actions import Actions

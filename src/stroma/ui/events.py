@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
-from stroma.checkpoint.journal import StoreError
+from stroma.checkpoint.errors import StoreError
 
 if TYPE_CHECKING:
     from stroma.ui.app import Settings

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from stroma.checkpoint._states import AsyncStates
-from stroma.checkpoint.journal import RunQuery
+from stroma.checkpoint.records import RunQuery
 
 __all__ = ["Figures", "figures_of"]
 

@@ -18,7 +18,7 @@ from starlette.responses import HTMLResponse, Response
 
 from stroma._frames import Trouble
 from stroma._words import clean, count, money, short_id, span
-from stroma.checkpoint.journal import AttemptRecord, RunQuery, RunRecord
+from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.exports import chrome_trace, otlp
 from stroma.failures import FailureClass
 from stroma.history import (

@@ -1,0 +1,157 @@
+"""Runs and their attempts, as a store tells of them."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+__all__ = [
+    "AttemptPage",
+    "AttemptRecord",
+    "Cause",
+    "RunPage",
+    "RunQuery",
+    "RunRecord",
+    "StoreFacts",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class RunQuery:
+    """Which runs are wanted: those of which all that is given holds.
+
+    Attributes:
+        statuses: any of them; none given is all.
+        tag: one that the run was given, as it was given.
+        since_ms: begun then or later; milliseconds since the epoch.
+        failure_class, node: an attempt failed so, at that node; both of one attempt.
+        text: a part of the run id, the pipeline's name or the error; the case of ASCII letters does not matter.
+    """
+
+    pipeline: str | None = None
+    statuses: tuple[str, ...] = ()
+    tag: str | None = None
+    since_ms: int | None = None
+    failure_class: str | None = None
+    node: str | None = None
+    text: str | None = None
+
+    @property
+    def looks_closer(self) -> bool:
+        """Whether no index leads to what is asked for, so that runs must be looked at one by one."""
+        return (self.failure_class, self.node, self.text) != (None, None, None)
+
+
+class Cause(NamedTuple):
+    """The failed attempt that stopped a run, or the last one that failed on the way; of a group, its child's."""
+
+    node_id: str
+    position: int
+    branch: str
+    attempt: int
+    failure_class: str
+    reason: str | None
+    message: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class RunRecord:
+    """A run as a store lists it.
+
+    Attributes:
+        status: "RUNNING" while it runs (or since its process died), else a RunStatus.
+        parent: the run that it was forked from.
+        holder: who is at work on it, in words; None if nobody is, also of a RUNNING one whose process died.
+        started_ms, updated_ms: milliseconds since the epoch.
+        tokens, cost_usd: of all attempts of the last execution.
+        nodes: how many positions of it are committed, those inside groups not counted.
+        latency_ms: wall time of its attempts, those inside groups not counted.
+        tags: in the order of their text.
+        cause: None if no attempt of the last execution failed. Not told by list_runs().
+        failures: how many attempts failed, counted up to 20. Not told by list_runs().
+        epoch: raised by every process that opens the run.
+    """
+
+    run_id: str
+    pipeline: str
+    status: str
+    execution: int
+    started_ms: int
+    updated_ms: int
+    tokens: int
+    cost_usd: float
+    nodes: int
+    error: str | None
+    holder: str | None = None
+    parent: str | None = None
+    latency_ms: float = field(default=0.0, compare=False)
+    tags: tuple[str, ...] = field(default=(), compare=False)
+    cause: Cause | None = field(default=None, compare=False)
+    failures: int = field(default=0, compare=False)
+    epoch: int = field(default=0, compare=False)
+
+
+class RunPage(NamedTuple):
+    """Some of the runs that were asked for, the one begun last first.
+
+    Attributes:
+        next: where the following page begins; None if there is none. A page may be short, or empty, and have a next one:
+            no call looks at more than some thousand runs one by one.
+    """
+
+    runs: list[RunRecord]
+    next: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptRecord:
+    """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed and can be read.
+
+    ``damaged``: it was committed, and what stands there now is not what was. ``output_bytes``: how large what was
+    committed is as it is stored; None if nothing was. ``started_ns``: since 1970. ``epoch``: of the
+    process that made it, as in RunRecord; 0 where it is not told.
+    """
+
+    position: int
+    branch: str
+    node_id: str
+    attempt: int
+    started_ms: int
+    duration_ms: float
+    outcome: str
+    failure_class: str | None
+    message: str | None
+    reason: str | None
+    tokens: int
+    output_tokens: int
+    cost_usd: float
+    model: str | None
+    output: bytes | None
+    damaged: bool = False
+    output_bytes: int | None = field(default=None, compare=False)
+    started_ns: int = field(default=0, compare=False)
+    epoch: int = field(default=0, compare=False)
+
+
+class StoreFacts(NamedTuple):
+    """What a store says of itself.
+
+    Attributes:
+        system: what keeps it, with its version.
+        format: of what is kept; this release writes ``writes``.
+        clock_ms: the time by the clock that leases go by, where that is another machine's; else None.
+        warnings: what of its settings puts runs at risk, with the mend.
+    """
+
+    system: str
+    format: int
+    writes: int
+    clock_ms: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+class AttemptPage(NamedTuple):
+    """Some attempts of an execution without their outputs, and where the following page begins, if there is one."""
+
+    attempts: list[AttemptRecord]
+    next: str | None
