@@ -33,7 +33,7 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
-from stroma.checkpoint import _redis_rows as redis_rows
+from stroma.checkpoint import _redis_reading as redis_reading
 from stroma.checkpoint.redis import RedisStore, SyncRedisStore
 from stroma.checkpoint.urls import open_store
 from stroma.failures import FailureClass
@@ -770,8 +770,8 @@ class TestExpiry:
 
             known = said()
             for page, looked_at in ((200, 1), (2, 4), (1, 3)):
-                monkeypatch.setattr(redis_rows, "_PAGE", page)
-                monkeypatch.setattr(redis_rows, "_LOOKED_AT", looked_at)
+                monkeypatch.setattr(redis_reading, "PAGE", page)
+                monkeypatch.setattr(redis_reading, "_LOOKED_AT", looked_at)
                 assert said() == known
             assert known[2] == []
             assert known[8] == ids[::-3]
