@@ -28,7 +28,7 @@ from stroma import (
 from stroma import _engine as engine
 from stroma.checkpoint import RunRequest
 from stroma.context import ReliabilityContext
-from stroma.execution import CURRENT, NodeExecution
+from stroma.execution import CURRENT, new_execution
 from stroma.nodes import find_node
 from stroma.schemas import schema_of
 
@@ -58,7 +58,7 @@ def parts() -> list[tuple[str, float]]:
     state, output = In(**START), Out(**START)
     session: Any = manager.open_run(RunRequest("run", "bench", state, schema_of(In)))
     ctx.session = session
-    run = NodeExecution(ctx, "n", "node", 0, "", [], None)
+    run = new_execution(ctx, "n", "node", 0, "", [], None)
     plan = engine._plan(ctx, node, state, None)
     given, promised = plan[0], plan[1]
     assert given is not None
@@ -83,7 +83,7 @@ def parts() -> list[tuple[str, float]]:
     function = _least(lambda: _drive(node.func(state))) - idle
     coroutines = _least(lambda: _drive(within())) - idle
     noted = (
-        _least(lambda: NodeExecution(ctx, "n", "node", 0, "", [], None))
+        _least(lambda: new_execution(ctx, "n", "node", 0, "", [], None))
         + _least(lambda: CURRENT.set(run))
         - 2 * idle
     )

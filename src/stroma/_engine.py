@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter_ns
-from typing import Any, Final, TypedDict, Unpack, cast
+from typing import Any, Final, TypedDict, Unpack, cast, final
 
 from pydantic import BaseModel
 
@@ -33,7 +33,7 @@ from stroma.checkpoint import StepCall, StoreError, Waiting, schema_ref
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
-from stroma.execution import CURRENT, Kind, NodeExecution, leave
+from stroma.execution import CURRENT, Kind, NodeExecution, leave, new_execution
 from stroma.failures import (
     Failure,
     FailureClass,
@@ -58,6 +58,7 @@ _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Halt:
     """An execution that stopped for good.
@@ -106,7 +107,9 @@ async def execute(
     """
     token = CURRENT.set(CURRENT.get())
     try:
-        return await execute_in_turn(ctx, node, value, position, **place)
+        outcome = await execute_in_turn(ctx, (node,), value, position, **place)
+        assert outcome is not None  # There is no further node.
+        return outcome
     finally:
         leave(token)
 
@@ -130,85 +133,105 @@ class Place(TypedDict, total=False):
 
 async def execute_in_turn(
     ctx: ReliabilityContext,
-    node: Node | Group,
+    nodes: Sequence[Node | Group],
     value: BaseModel,
-    position: int,
-    *,
+    position: int = 0,
     branch: str = "",
     kind: Kind = "node",
     parent: NodeExecution | None = None,
     contract: NodeContract[Any, Any] | None = None,
     step: StepCall | None = None,
     cancelling: int = 0,
-) -> BaseModel | Halt:
-    """:func:`execute` for a driver of many nodes, who puts back once what the current node was before.
+) -> BaseModel | Halt | None:
+    """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 
-    The node stays the current one. So it is for a task that ends with the node, too.
+    None if the run was told meanwhile that no further node shall begin (``ctx.stops``). The last node stays the current
+    one: who calls this puts back what was before. So it is for a task that ends with its node, too.
     """
-    if branch and (position, branch) in ctx.done:
-        return ctx.done[position, branch]
-    if ctx.restored:
-        committed = await restore(
-            ctx,
-            node,
-            value,
-            position,
-            branch=branch,
-            kind=kind,
-            contract=contract,
-            parent=parent,
-        )
-        if committed is not None:
-            if ctx.step_policies and branch and (parent is None or parent.remembers):
-                ctx.done[position, branch] = committed
-            return committed
-    if type(node) is Group:
-        kind = "group"
+    # A run has one coroutine for all its nodes, and each of their attempts one: that is what most of them cost.
     rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
-    run = NodeExecution(ctx, node.node_id, kind, position, branch, rows, parent)
-    try:
-        plan = _plan(ctx, node, value, contract)
-    except Exception as broken:
-        return await _without_plan(ctx, run, value, broken)
-    # Rows hold encoded snapshots where the trace knows the schemas that read them.
-    run.compact = ctx.trace.adopt(node.node_id, plan if plan[0] is not None else _as_seen(plan, value))
-    if step is not None:
+    task = asyncio.current_task()
+    first = position
+    for position, node in enumerate(nodes, first):
+        if position != first:
+            if ctx.stops:
+                return None
+            if task is not None and task.cancelling() != cancelling:
+                # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
+                await asyncio.sleep(0)
+                cancelling = task.cancelling()
+        if branch and (position, branch) in ctx.done:
+            value = ctx.done[position, branch]
+            continue
+        if ctx.restored:
+            committed = await restore(
+                ctx,
+                node,
+                value,
+                position,
+                branch=branch,
+                kind=kind,
+                contract=contract,
+                parent=parent,
+            )
+            if committed is not None:
+                if ctx.step_policies and branch and (parent is None or parent.remembers):
+                    ctx.done[position, branch] = committed
+                value = committed
+                continue
+        run = new_execution(
+            ctx, node.node_id, kind if type(node) is Node else "group", position, branch, rows, parent
+        )
+        try:
+            plan = _plan(ctx, run, node, value, contract)
+        except Exception as broken:
+            return await _without_plan(ctx, run, value, broken)
         run.step = step
-    CURRENT.set(run)
-    attempt = 0  # Kept here: what hooks can reach decides nothing.
-    try:
-        while True:
-            attempt += 1
-            run.attempt = attempt
-            if ctx.limits:
-                exceeded = _exceeded(ctx, run)
-                if exceeded is not None:
-                    # Earlier attempts, siblings or processes have spent it: the next call is never made.
-                    return _refused(run, exceeded)
-            if ctx.gated and type(node) is Node:
-                outcome = await _attempt_in_turn(ctx, run, node, plan, value, cancelling)
-            else:
-                outcome = await _attempt(ctx, run, node, plan, value, cancelling)
-            if not isinstance(outcome, Failure):
-                return outcome
-            decision = _decide(ctx, run, node, outcome, attempt)
-            if isinstance(decision, Stop):
-                ctx.run_logger.info("node %r stopped: %s", node.node_id, decision.why)
-                return Halt(outcome, spent=decision is _SPENT)
-            delay = decision.delay_seconds
-            run.last_failure = outcome
-            run.counted = NO_USAGE
-            if ctx.fire.on_node_retry is not None:
-                arguments = (ctx.run_id, node.node_id, attempt + 1, delay, outcome.failure_class)
-                await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)  # noqa: B023
-            ctx.run_logger.info("node %r: attempt %d follows in %.3f s", node.node_id, attempt + 1, delay)
-            await sleep(delay)
-            run.ended = None
-            task = asyncio.current_task()
-            cancelling = task.cancelling() if task is not None else 0
-    finally:
-        if run._at_end is not None:
-            run.close()
+        CURRENT.set(run)
+        attempt = 0  # Kept here: what hooks can reach decides nothing.
+        try:
+            while True:
+                attempt += 1
+                run.attempt = attempt
+                if ctx.limits:
+                    exceeded = _exceeded(ctx, run)
+                    if exceeded is not None:
+                        # Earlier attempts, siblings or processes have spent it: the next call is never made.
+                        return _refused(run, exceeded)
+                if ctx.gated and type(node) is Node:
+                    outcome = await _attempt_in_turn(ctx, run, node, plan, value, cancelling)
+                else:
+                    outcome = await _attempt(ctx, run, node, plan, value, cancelling)
+                if type(outcome) is not Failure:
+                    break
+                decision = _decide(ctx, run, node, outcome, attempt)
+                if isinstance(decision, Stop):
+                    ctx.run_logger.info("node %r stopped: %s", node.node_id, decision.why)
+                    return Halt(outcome, spent=decision is _SPENT)
+                await _wait(ctx, run, outcome, attempt, decision.delay_seconds)
+                if task is not None:
+                    cancelling = task.cancelling()
+        finally:
+            if run._at_end is not None:
+                run.close()
+        if type(outcome) is Halt:
+            return outcome
+        value = outcome
+    return value
+
+
+async def _wait(
+    ctx: ReliabilityContext, run: NodeExecution, failure: Failure, attempt: int, delay: float
+) -> None:
+    """From a failed attempt to the next one."""
+    run.last_failure = failure
+    run.counted = NO_USAGE
+    if ctx.fire.on_node_retry is not None:
+        arguments = (ctx.run_id, run.node_id, attempt + 1, delay, failure.failure_class)
+        await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, run.node_id, lambda: arguments)
+    ctx.run_logger.info("node %r: attempt %d follows in %.3f s", run.node_id, attempt + 1, delay)
+    await sleep(delay)
+    run.ended = None
 
 
 async def attempt_once(
@@ -229,10 +252,9 @@ async def attempt_once(
     token = CURRENT.set(run)
     try:
         try:
-            plan = _plan(ctx, node, value, None)
+            plan = _plan(ctx, run, node, value, None)
         except Exception as broken:
             return await _without_plan(ctx, run, value, broken)
-        run.compact = ctx.trace.adopt(node.node_id, plan if plan[0] is not None else _as_seen(plan, value))
         task = asyncio.current_task()
         cancelling = task.cancelling() if task is not None else 0
         await _tell_retry(ctx, run, after_seconds)
@@ -273,10 +295,9 @@ async def begin_group(
     token = CURRENT.set(run)
     try:
         try:
-            plan = _plan(ctx, group, value, None)
+            _plan(ctx, run, group, value, None)
         except Exception as broken:
             return await _without_plan(ctx, run, value, broken)
-        run.compact = ctx.trace.adopt(group.node_id, _as_seen(plan, value))
         await _tell_retry(ctx, run, after_seconds)
         if ctx.limits:
             exceeded = _exceeded(ctx, run)
@@ -315,25 +336,37 @@ def _remember(ctx: ReliabilityContext, run: NodeExecution, output: BaseModel) ->
 
 
 def _plan(
-    ctx: ReliabilityContext, node: Node | Group, value: BaseModel, contract: NodeContract[Any, Any] | None
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    node: Node | Group,
+    value: BaseModel,
+    contract: NodeContract[Any, Any] | None,
 ) -> Plan:
-    """What the input and the output must satisfy; no input schema: the state passes unvalidated."""
-    if isinstance(node, Group):
-        return None, schema_of(node.output(ctx, value)), None
+    """What the input and the output must satisfy, and a note in the trace how the rows of this node are to be read.
+
+    No input schema: the state passes unvalidated.
+    """
+    if type(node) is not Node:
+        plan: Plan = None, schema_of(node.output(ctx, value)), None
+        run.compact = ctx.trace.adopt(node.node_id, _as_seen(plan, value))
+        return plan
     found = contract or ctx.registry.find(node.node_id) or node.contract
     if found is None:
+        run.compact = ctx.trace.adopt(node.node_id, _as_seen(_NO_CONTRACT, value))
         return _NO_CONTRACT
     # Looking schemas up is a tenth of the engine's time: the node keeps them while contract and classes are the same.
-    plan = node.plan[0]
+    known = node.plan[0]
     if (
-        plan is None
-        or plan[2] is not found
+        known is None
+        or known[2] is not found
         # model_rebuild() gives a class another validator. (Asked here, not in a method: it is asked for every node.)
-        or plan[0].namespace["__pydantic_validator__"] is not plan[0].validator
-        or plan[1].namespace["__pydantic_validator__"] is not plan[1].validator
+        or known[0].namespace["__pydantic_validator__"] is not known[0].validator
+        or known[1].namespace["__pydantic_validator__"] is not known[1].validator
     ):
-        plan = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
-    return plan
+        known = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
+    # Rows hold encoded snapshots where the trace knows the schemas that read them.
+    run.compact = ctx.trace.adopt(node.node_id, known)
+    return known
 
 
 async def _without_plan(

@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final, TypeGuard, TypeVar
+from typing import Final, TypeGuard, TypeVar, final
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -122,6 +122,7 @@ StepContext = NodeContext
 Classifier = Callable[[Exception, NodeContext], FailureClass | None]
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Failure:
     """One failed attempt.

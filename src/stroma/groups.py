@@ -295,9 +295,7 @@ async def _side_by_side(
     async def one(index: int, node: Node | Group, value: BaseModel) -> BaseModel | None:
         if stopped:
             return None
-        outcome = await execute_in_turn(
-            ctx, node, value, group.position, branch=f"{prefix}{index}", kind=kind, parent=group
-        )
+        outcome = await execute_in_turn(ctx, (node,), value, group.position, f"{prefix}{index}", kind, group)
         if not isinstance(outcome, Halt):
             return outcome
         if outcome.suspended:  # Its siblings need not wait: all that can be done is done.

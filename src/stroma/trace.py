@@ -294,7 +294,7 @@ class ExecutionTrace(Shown):
         False if the node id already stands for other schemas here; its rows must then keep plain dicts.
         """
         known = self._schemas.setdefault(node_id, schemas)
-        return (known is schemas or known[:2] == schemas[:2]) and schemas[0] is not None
+        return schemas[0] is not None and (known is schemas or known[:2] == schemas[:2])
 
     def copy(self) -> ExecutionTrace:
         """A trace of its own with the same events: what is appended to or built in one is not seen in the other."""
