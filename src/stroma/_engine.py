@@ -48,7 +48,7 @@ from stroma.failures import (
 )
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node, Plan
-from stroma.schemas import Packed, Snapshot, schema_of
+from stroma.schemas import Packed, Schema, Snapshot, schema_of
 from stroma.trace import NO_USAGE, Row, RunStatus
 
 __all__ = ["GroupStopped", "Halt", "attempt_once", "begin_group", "execute", "execute_in_turn"]
@@ -186,7 +186,8 @@ async def execute_in_turn(
             plan = _plan(ctx, run, node, value, contract)
         except Exception as broken:
             return await _without_plan(ctx, run, value, broken)
-        run.step = step
+        if step is not None:
+            run.step = step
         CURRENT.set(run)
         attempt = 0  # Kept here: what hooks can reach decides nothing.
         try:
@@ -346,7 +347,7 @@ def _plan(
 
     No input schema: the state passes unvalidated.
     """
-    if type(node) is not Node:
+    if type(node) is Group:
         plan: Plan = None, schema_of(node.output(ctx, value)), None
         run.compact = ctx.trace.adopt(node.node_id, _as_seen(plan, value))
         return plan
@@ -356,13 +357,16 @@ def _plan(
         return _NO_CONTRACT
     # Looking schemas up is a tenth of the engine's time: the node keeps them while contract and classes are the same.
     known = node.plan[0]
-    if (
-        known is None
-        or known[2] is not found
+    if known is not None:
+        given, promised, of = known
         # model_rebuild() gives a class another validator. (Asked here, not in a method: it is asked for every node.)
-        or known[0].namespace["__pydantic_validator__"] is not known[0].validator
-        or known[1].namespace["__pydantic_validator__"] is not known[1].validator
-    ):
+        if (
+            of is not found
+            or given.namespace["__pydantic_validator__"] is not given.validator
+            or promised.namespace["__pydantic_validator__"] is not promised.validator
+        ):
+            known = None
+    if known is None:
         known = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
     # Rows hold encoded snapshots where the trace knows the schemas that read them.
     run.compact = ctx.trace.adopt(node.node_id, known)
@@ -541,15 +545,16 @@ async def _attempt(
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
-    over: Exception | None = bad_usage
-    if over is None and ctx.limits:
-        over = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
-    if over is not None:
-        where = NodeContext(run.node_id, run.attempt, ctx.run_id)
-        try:
-            failure = diagnose(over, where, ctx.classifiers)
-        except BaseException as error:  # KeyboardInterrupt in a classifier.
-            stopped, failure = error, diagnose(over, where)  # The output is paid for all the same.
+    if bad_usage is not None or ctx.limits:
+        over: Exception | None = bad_usage
+        if over is None:
+            over = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
+        if over is not None:
+            where = NodeContext(run.node_id, run.attempt, ctx.run_id)
+            try:
+                failure = diagnose(over, where, ctx.classifiers)
+            except BaseException as error:  # KeyboardInterrupt in a classifier.
+                stopped, failure = error, diagnose(over, where)  # The output is paid for all the same.
 
     # ---- the commit: from here on the output is safe from budgets, hooks and cancellation
     if (
@@ -564,23 +569,20 @@ async def _attempt(
             run, begin, duration, picture, kept, failure, "success" if failure is None else "failure"
         )
     pending: Awaitable[None] | Exception | None
+    problem: Exception | None = None
     try:
         try:
             pending = ctx.session.record(row, promised, model, run.step)
         except BaseException as refused:
             pending = refusal(refused)
-        problem, late = (
-            (None, False) if pending is None else await settle(ctx, row, promised, model, run.step, pending)
-        )
+        if pending is not None:
+            problem, late = await settle(ctx, row, promised, model, run.step, pending)
+            cancelled = cancelled or late
     except BaseException as interrupt:  # KeyboardInterrupt in a store.
         await _abandon(ctx, run, begin, 0, picture, interrupt)
         raise
-    if pending is not None:
-        cancelled = cancelled or late
-        if problem is not None:
-            return await _fail(
-                ctx, run, problem, begin, duration, picture, cancelled=cancelled, of_store=True
-            )
+    if problem is not None:
+        return await _fail(ctx, run, problem, begin, duration, picture, cancelled=cancelled, of_store=True)
     run.rows.append(row)
     if (
         ctx.step_policies
@@ -615,7 +617,7 @@ def _ended(run: NodeExecution, node: Node | Group, begin: int) -> int:
     return now - begin
 
 
-def _as_seen(plan: Plan, value: BaseModel) -> Plan:
+def _as_seen(plan: Plan, value: BaseModel) -> tuple[Schema, Schema, None]:
     """How to read the rows of an execution whose input is not validated."""
     return schema_of(type(value)), plan[1], None
 

@@ -58,12 +58,12 @@ class NodeExecution:
         redelivered: this end event was already sent once, by a process that died.
     """
 
-    # Slots, and all of them set: what stands on the class instead takes several times as long to look up. And no __init__,
-    # since a call that C makes back into Python takes as long as all the rest: new_execution() makes them.
+    # What every node asks for has a slot, and is set: on the class it takes several times as long to look up. What is
+    # seldom used stands on the class until it is. And there is no __init__, since a call that C makes back into Python
+    # takes as long as all the rest: new_execution() makes them.
     __slots__ = (
-        "_at_end", "_notes", "attempt", "branch", "busy_ns", "children", "compact", "counted", "ctx", "ended", "group",
-        "kind", "last_failure", "misreported", "node_id", "parent", "position", "redelivered", "remembers", "repairing", "repairs", "reported",
-        "rows", "running", "running_since", "step",
+        "__dict__", "_at_end", "attempt", "branch", "children", "compact", "counted", "ctx", "ended", "group", "kind",
+        "node_id", "parent", "position", "reported", "rows", "step",
     )  # fmt: skip
 
     ctx: ReliabilityContext
@@ -77,32 +77,33 @@ class NodeExecution:
     parent: NodeExecution | None
     group: str | None
     attempt: int
-    last_failure: Failure | None
     counted: AttemptUsage
-    redelivered: bool
     #: Where the children of a group put their events.
     children: list[Row | TraceEvent] | None
-    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before.
-    running: int
-    running_since: int
-    busy_ns: int
-    #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
-    remembers: bool
-    #: Attempts that were granted to mend an output contract, and whether the next one is.
-    repairs: int
-    repairing: bool
     #: Whether rows hold encoded snapshots, which the trace knows how to read.
     compact: bool
     #: Which call of its step id this is, outside of any pipeline.
     step: StepCall | None
     #: What report_usage() was told and nobody has counted yet.
     reported: list[Report] | None
-    #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
-    misreported: UsageError | None
     #: The row of the attempt that has just ended, while its hooks run.
     ended: Row | None
-    _notes: dict[Any, Any] | None
     _at_end: list[Callable[[], None]] | None
+
+    last_failure: Failure | None = None
+    redelivered: bool = False
+    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before.
+    running: int = 0
+    running_since: int = 0
+    busy_ns: int = 0
+    #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
+    remembers: bool = True
+    #: Attempts that were granted to mend an output contract, and whether the next one is.
+    repairs: int = 0
+    repairing: bool = False
+    #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
+    misreported: UsageError | None = None
+    _notes: dict[Any, Any] | None = None
 
     def enter(self, now: int) -> None:
         """A function inside this group begins."""
@@ -346,11 +347,8 @@ def new_execution(
     made.group = None if parent is None else parent.node_id
     made.attempt = 0
     made.counted = NO_USAGE
-    made.remembers = True
-    made.compact = made.redelivered = made.repairing = False
-    made.running = made.running_since = made.busy_ns = made.repairs = 0
-    made.children = made.last_failure = made.step = made.reported = made.misreported = made.ended = None
-    made._notes = made._at_end = None
+    made.compact = False
+    made.children = made.step = made.reported = made.ended = made._at_end = None
     return made
 
 

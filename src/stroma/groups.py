@@ -271,7 +271,7 @@ def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
                     walk(child, position, f"{beginning}{index}.")
 
     for position, node in enumerate(nodes):
-        if isinstance(node, Group):
+        if type(node) is Group:
             walk(node, position, "")
     return tuple(found)
 

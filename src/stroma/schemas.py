@@ -150,7 +150,6 @@ class Schema:
         "_shares",
         "_size",
         "_source",
-        "_source_model",
         "_strict",
         "_to_json",
         "_values",
@@ -199,8 +198,8 @@ class Schema:
             }
             and sum(node["type"] == "model" for node in nodes) == 1
         )
-        self._source_model: type[BaseModel] | None = None
-        self._source: Schema = self
+        #: The class that states for this one were of last, and how many values it has if they can be taken as they are.
+        self._source: tuple[type[BaseModel] | None, int] = None, -1
         #: A root model of Any: whatever is given stays what it is.
         self.any = self.root and kinds <= {"model", "any"}
         self._bare = self.flat and not self._computed
@@ -546,9 +545,11 @@ class Schema:
         # cross(), for the states that most nodes have. A node mostly gets the same class from the same neighbour, so the
         # last one is remembered; and a validator that does not call Python code leaves the dict that it reads alone.
         kind = type(value)
-        source = self._source if kind is self._source_model else self._remember(kind)
+        source_model, plain_size = self._source
+        if kind is not source_model:
+            plain_size = self._remember(kind)
         values = value.__dict__
-        if source._bare and not source._by_name and len(values) == source._size:
+        if len(values) == plain_size:
             state = self.validate(values if self._quiet else values.copy())
         else:
             state = self.cross(value)
@@ -644,9 +645,11 @@ class Schema:
             raise
         return self.own(self.validate(renewed))
 
-    def _remember(self, model: type[BaseModel]) -> Schema:
-        self._source_model, self._source = model, schema_of(model)
-        return self._source
+    def _remember(self, model: type[BaseModel]) -> int:
+        source = schema_of(model)
+        plain_size = source._size if source._bare and not source._by_name else -1
+        self._source = model, plain_size
+        return plain_size
 
     # ------------------------------------------------------------------ keeping
 
