@@ -215,6 +215,7 @@ async def execute_in_turn(
         finally:
             if run._at_end is not None:
                 run.close()
+        del run  # What it knows of a failure knows this frame: see _attempt().
         if type(outcome) is Halt:
             return outcome
         value = outcome
@@ -521,7 +522,10 @@ async def _attempt(
     if raised is not None:
         if is_a(raised, Suspend) or (is_a(raised, GroupStopped) and raised.halt.suspended):
             return await _suspend(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
-        return await _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
+        failed = _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
+        # What it raised knows the frames that it passed, and so this one: a circle that only the collector would end.
+        del raised, run
+        return await failed
 
     # ---- the output
     lends = ctx.lends and not run.branch  # That of a child is read by others than the next node.
@@ -815,7 +819,6 @@ def _fire_start(
     ctx: ReliabilityContext, run: NodeExecution, state: BaseModel, picture: Snapshot
 ) -> Coroutine[Any, Any, None] | None:
     """Fire the hooks of a start; what is left to await, or None."""
-    begin = perf_counter_ns()
     schema = schema_of(type(state))
     calls = ctx.fire.on_node_start
     assert calls is not None
@@ -825,16 +828,16 @@ def _fire_start(
         run.node_id,
         lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(state))),
     )
-    return None if left is None else _started(ctx, run, picture, begin, left)
+    return None if left is None else _started(ctx, run, picture, left)
 
 
 async def _started(
     ctx: ReliabilityContext,
     run: NodeExecution,
     picture: Snapshot,
-    begin: int,
     left: Coroutine[Any, Any, None],
 ) -> None:
+    begin = perf_counter_ns()
     try:
         await left
     except BaseException as stopped:

@@ -259,7 +259,7 @@ class ReliabilityContext:
                 tuple(sets),
                 run_id=self.run_id,
                 limit_seconds=None if limit is None else limit / 1000,
-                on_error=self.hook_failed,
+                failures=self.hook_failures,
                 all_ends=self.delivers,
             )
 

@@ -261,19 +261,20 @@ def _files_of(into: Any, state: Mapping[str, Any], run_id: str, *, collect: bool
 def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
     """Where the items of maps stand whose outputs do not go into the state: (position, beginning of branches)."""
     found: list[tuple[int, str]] = []
-
-    def walk(node: Node | Group, position: int, beginning: str) -> None:
-        if isinstance(node, Group):
-            if node.each and not node.into:
-                found.append((position, beginning))
-            elif not node.each:
-                for index, child in enumerate(node.children):
-                    walk(child, position, f"{beginning}{index}.")
-
     for position, node in enumerate(nodes):
         if type(node) is Group:
-            walk(node, position, "")
+            _find_apart(node, position, "", found)
     return tuple(found)
+
+
+def _find_apart(node: Node | Group, position: int, beginning: str, found: list[tuple[int, str]]) -> None:
+    if not isinstance(node, Group):
+        return
+    if node.each and not node.into:
+        found.append((position, beginning))
+    elif not node.each:
+        for index, child in enumerate(node.children):
+            _find_apart(child, position, f"{beginning}{index}.", found)
 
 
 # ---------------------------------------------------------------------- running

@@ -432,8 +432,9 @@ class Schema:
 
     def state(self, model: BaseModel) -> dict[str, Any]:
         """The state as the dict that hooks and the trace show."""
-        if self.flat and len(model.__dict__) == self._size:  # As fields() has it.
-            return model.__dict__.copy()
+        values = model.__dict__
+        if self.flat and len(values) == self._size:  # As fields() has it.
+            return values.copy()
         raw = self.raw(model)
         return raw if isinstance(raw, dict) else {"root": raw}
 
