@@ -105,8 +105,11 @@ def _is_heard(logger: logging.Logger) -> bool:
     """Whether a record would meet a handler, or a filter, that does anything."""
     found: logging.Logger | None = logger
     while found is not None:
-        if found.filters or any(type(handler) is not logging.NullHandler for handler in found.handlers):
+        if found.filters:
             return True
+        for handler in found.handlers:
+            if type(handler) is not logging.NullHandler:
+                return True
         found = found.parent if found.propagate else None
     return False
 

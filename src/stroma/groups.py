@@ -267,13 +267,13 @@ def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
     return tuple(found)
 
 
-def _find_apart(node: Node | Group, position: int, beginning: str, found: list[tuple[int, str]]) -> None:
-    if not isinstance(node, Group):
+def _find_apart(group: Group, position: int, beginning: str, found: list[tuple[int, str]]) -> None:
+    if group.each:
+        if not group.into:
+            found.append((position, beginning))
         return
-    if node.each and not node.into:
-        found.append((position, beginning))
-    elif not node.each:
-        for index, child in enumerate(node.children):
+    for index, child in enumerate(group.children):
+        if type(child) is Group:
             _find_apart(child, position, f"{beginning}{index}.", found)
 
 

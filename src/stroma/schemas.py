@@ -959,7 +959,7 @@ def _copied(model: BaseModel, update: Mapping[str, Any]) -> BaseModel:
 
 def stamped(model: ModelT) -> ModelT:
     """A copy of a model whose values are shared, and that has neither extra nor private ones."""
-    return filled(model.__class__, model.__dict__.copy(), model.__pydantic_fields_set__.copy())
+    return filled(type(model), model.__dict__.copy(), model.__pydantic_fields_set__.copy())
 
 
 def filled(kind: type[ModelT], values: dict[str, Any], given: set[str]) -> ModelT:
