@@ -241,7 +241,7 @@ def diagnose(
 
 
 #: What :func:`_built_in` knows: most of what is raised is none of it, which one question tells.
-_CLASSED: Final = (
+_CLASSED: Final[tuple[type[BaseException], ...]] = (
     ContractViolation, BudgetExceeded, UsageError, NotSerialisable, TimeoutError, LimitError, WaitedTooLong, CircuitOpen,
 )  # fmt: skip
 

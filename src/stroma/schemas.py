@@ -965,7 +965,10 @@ def stamped(model: ModelT) -> ModelT:
 def filled(kind: type[ModelT], values: dict[str, Any], given: set[str]) -> ModelT:
     """A new model of values that nobody validates, without extra and private ones; no root model."""
     made = cast("ModelT", _new(kind))
-    become(made, values, given)
+    _put_values(made, values)  # As become() does, without a call: each run's config is made of five of these.
+    _put_given(made, given)
+    _put_extra(made, None)
+    _put_private(made, None)
     return made
 
 
