@@ -28,17 +28,17 @@ from stroma import (
 from stroma import _engine as engine
 from stroma.checkpoint import RunRequest
 from stroma.context import ReliabilityContext
-from stroma.execution import CURRENT, NodeExecution
+from stroma.execution import CURRENT, new_execution
 from stroma.nodes import find_node
 from stroma.schemas import schema_of
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
-_TIMES, _REPEATS = 500, 60
+_TIMES, _REPEATS, _CHAIN = 500, 60, 50
 
 
-def _least(call: Callable[[], Any]) -> float:
-    """Microseconds of one call, without those of calling nothing."""
-    return min(timeit.repeat(call, timer=time.process_time, number=_TIMES, repeat=_REPEATS)) / _TIMES * 1e6
+def _least(call: Callable[[], Any], times: int = _TIMES) -> float:
+    """Microseconds of one call."""
+    return min(timeit.repeat(call, timer=time.process_time, number=times, repeat=_REPEATS)) / times * 1e6
 
 
 def _drive(work: Coroutine[Any, Any, Any]) -> None:
@@ -58,8 +58,8 @@ def parts() -> list[tuple[str, float]]:
     state, output = In(**START), Out(**START)
     session: Any = manager.open_run(RunRequest("run", "bench", state, schema_of(In)))
     ctx.session = session
-    run = NodeExecution(ctx, "n", "node", 0, "", [], None)
-    plan = engine._plan(ctx, node, state, None)
+    run = new_execution(ctx, "n", "node", 0, "", [], None)
+    plan = engine._plan(ctx, run, node, state, None)
     given, promised = plan[0], plan[1]
     assert given is not None
     model, kept = promised.give(dict(START), True)
@@ -74,36 +74,30 @@ def parts() -> list[tuple[str, float]]:
     async def nothing() -> None:
         return None
 
-    async def within() -> None:
-        await nothing()
-
     idle = _least(lambda: None)
     validated = _least(validate) - idle
     crossing = _least(lambda: given.take(output, True)) + _least(lambda: promised.give(raw, True)) - 2 * idle
     function = _least(lambda: _drive(node.func(state))) - idle
-    coroutines = _least(lambda: _drive(within())) - idle
+    coroutines = _least(lambda: _drive(nothing())) - idle
     noted = (
-        _least(lambda: NodeExecution(ctx, "n", "node", 0, "", [], None))
+        _least(lambda: new_execution(ctx, "n", "node", 0, "", [], None))
         + _least(lambda: CURRENT.set(run))
         - 2 * idle
     )
-    looked_up = (
-        _least(lambda: engine._plan(ctx, node, state, None))
-        + _least(lambda: ctx.trace.adopt("n", plan))
-        - 2 * idle
-    )
+    looked_up = _least(lambda: engine._plan(ctx, run, node, state, None)) - idle
     recorded = _least(lambda: session.record(row, promised, model, None)) - idle
 
     def whole() -> None:
-        _drive(engine.execute_in_turn(ctx, node, output, 0))
+        _drive(engine.execute_in_turn(ctx, nodes, output))
         ctx.trace.rows.clear()
 
-    total = _least(whole) - idle
+    nodes = [node] * _CHAIN
+    total = (_least(whole, _TIMES // _CHAIN) - idle) / _CHAIN
     found = [
         ("validation, in and out", validated),
         ("the node's own function", function),
         ("states taken apart and pictured", crossing - validated),
-        ("coroutines of the engine", coroutines),
+        ("the coroutine of the attempt", coroutines),
         ("current_node()", noted),
         ("contract and schemas looked up", looked_up),
         ("row and journal", recorded),

@@ -128,7 +128,7 @@ def test_a_set_without_hooks_has_none() -> None:
 
 def test_only_hooks_that_are_there_are_asked() -> None:
     """What no set has is nothing to call, event by event."""
-    hooks = Hooks((), run_id="run", limit_seconds=None, on_error=lambda *_: None)
+    hooks = Hooks((), run_id="run", limit_seconds=None, failures=[])
     found = {name: getattr(hooks, name) for name in dir(Hooks) if name.startswith("on_")}
     assert found
     assert {value for name, value in found.items()} == {None}

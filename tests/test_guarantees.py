@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 import uuid
+import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Mapping
 from pathlib import Path
@@ -43,6 +44,7 @@ from stroma import (
     StromaRunner,
     classify,
     current_node,
+    current_run,
     execute_step,
     map_over,
     parallel,
@@ -1456,6 +1458,32 @@ async def test_g12_no_timers_without_limits(monkeypatch: pytest.MonkeyPatch) -> 
     assert armed == []
     await quick(node_timeouts={"a": 10_000}).run(nodes, Num())
     assert len(armed) == 5
+
+
+@pytest.mark.parametrize("kind", ["plain", "watched", "retried", "group"])
+async def test_g12_no_run_waits_for_the_collector(kind: str) -> None:
+    """G12: what a run owned goes with the last reference to it, failures and their tracebacks included."""
+    owned: list[weakref.ref[Any]] = []
+
+    async def work(state: Num) -> dict[str, int]:
+        owned.append(weakref.ref(current_run()))
+        if kind == "retried" and len(owned) % 2:
+            raise ValueError("not yet")
+        return {"n": state.n + 1}
+
+    hooks = NodeHooks(on_node_start=_quiet, on_node_success=_quiet) if kind == "watched" else NodeHooks()
+    nodes = [node("a", work), node("b", work)]
+    gc.collect()
+    gc.disable()
+    try:
+        runner = quick(hooks=hooks, policy_map=FAST)
+        result = await runner.run([parallel(*nodes)] if kind == "group" else nodes, Num())
+        assert result.status is RunStatus.COMPLETED
+        del result
+        assert len(owned) == (4 if kind == "retried" else 2)
+        assert [ref() for ref in owned] == [None] * len(owned)
+    finally:
+        gc.enable()
 
 
 def _calls_of_a_run(runner: StromaRunner, nodes: list[Any]) -> int:

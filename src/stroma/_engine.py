@@ -14,11 +14,11 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import Awaitable, Coroutine
+from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from time import perf_counter_ns
-from typing import Any, Final, TypedDict, Unpack, cast
+from typing import Any, Final, TypedDict, Unpack, cast, final
 
 from pydantic import BaseModel
 
@@ -33,7 +33,7 @@ from stroma.checkpoint import StepCall, StoreError, Waiting, schema_ref
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
-from stroma.execution import CURRENT, Kind, NodeExecution, leave
+from stroma.execution import CURRENT, Kind, NodeExecution, leave, new_execution
 from stroma.failures import (
     Failure,
     FailureClass,
@@ -48,7 +48,7 @@ from stroma.failures import (
 )
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node, Plan
-from stroma.schemas import Packed, Snapshot, schema_of
+from stroma.schemas import Packed, Schema, Snapshot, schema_of
 from stroma.trace import NO_USAGE, Row, RunStatus
 
 __all__ = ["GroupStopped", "Halt", "attempt_once", "begin_group", "execute", "execute_in_turn"]
@@ -58,6 +58,7 @@ _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
 
 
+@final
 @dataclass(frozen=True, slots=True)
 class Halt:
     """An execution that stopped for good.
@@ -106,7 +107,9 @@ async def execute(
     """
     token = CURRENT.set(CURRENT.get())
     try:
-        return await execute_in_turn(ctx, node, value, position, **place)
+        outcome = await execute_in_turn(ctx, (node,), value, position, **place)
+        assert outcome is not None  # There is no further node.
+        return outcome
     finally:
         leave(token)
 
@@ -130,85 +133,107 @@ class Place(TypedDict, total=False):
 
 async def execute_in_turn(
     ctx: ReliabilityContext,
-    node: Node | Group,
+    nodes: Sequence[Node | Group],
     value: BaseModel,
-    position: int,
-    *,
+    position: int = 0,
     branch: str = "",
     kind: Kind = "node",
     parent: NodeExecution | None = None,
     contract: NodeContract[Any, Any] | None = None,
     step: StepCall | None = None,
     cancelling: int = 0,
-) -> BaseModel | Halt:
-    """:func:`execute` for a driver of many nodes, who puts back once what the current node was before.
+) -> BaseModel | Halt | None:
+    """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 
-    The node stays the current one. So it is for a task that ends with the node, too.
+    None if the run was told meanwhile that no further node shall begin (``ctx.stops``). The last node stays the current
+    one: who calls this puts back what was before. So it is for a task that ends with its node, too.
     """
-    if branch and (position, branch) in ctx.done:
-        return ctx.done[position, branch]
-    if ctx.restored:
-        committed = await restore(
-            ctx,
-            node,
-            value,
-            position,
-            branch=branch,
-            kind=kind,
-            contract=contract,
-            parent=parent,
-        )
-        if committed is not None:
-            if ctx.step_policies and branch and (parent is None or parent.remembers):
-                ctx.done[position, branch] = committed
-            return committed
-    if type(node) is Group:
-        kind = "group"
+    # A run has one coroutine for all its nodes, and each of their attempts one: that is what most of them cost.
     rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
-    run = NodeExecution(ctx, node.node_id, kind, position, branch, rows, parent)
-    try:
-        plan = _plan(ctx, node, value, contract)
-    except Exception as broken:
-        return await _without_plan(ctx, run, value, broken)
-    # Rows hold encoded snapshots where the trace knows the schemas that read them.
-    run.compact = ctx.trace.adopt(node.node_id, plan if plan[0] is not None else _as_seen(plan, value))
-    if step is not None:
-        run.step = step
-    CURRENT.set(run)
-    attempt = 0  # Kept here: what hooks can reach decides nothing.
-    try:
-        while True:
-            attempt += 1
-            run.attempt = attempt
-            if ctx.limits:
-                exceeded = _exceeded(ctx, run)
-                if exceeded is not None:
-                    # Earlier attempts, siblings or processes have spent it: the next call is never made.
-                    return _refused(run, exceeded)
-            if ctx.gated and type(node) is Node:
-                outcome = await _attempt_in_turn(ctx, run, node, plan, value, cancelling)
-            else:
-                outcome = await _attempt(ctx, run, node, plan, value, cancelling)
-            if not isinstance(outcome, Failure):
-                return outcome
-            decision = _decide(ctx, run, node, outcome, attempt)
-            if isinstance(decision, Stop):
-                ctx.run_logger.info("node %r stopped: %s", node.node_id, decision.why)
-                return Halt(outcome, spent=decision is _SPENT)
-            delay = decision.delay_seconds
-            run.last_failure = outcome
-            run.counted = NO_USAGE
-            if ctx.fire.on_node_retry is not None:
-                arguments = (ctx.run_id, node.node_id, attempt + 1, delay, outcome.failure_class)
-                await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, node.node_id, lambda: arguments)  # noqa: B023
-            ctx.run_logger.info("node %r: attempt %d follows in %.3f s", node.node_id, attempt + 1, delay)
-            await sleep(delay)
-            run.ended = None
-            task = asyncio.current_task()
-            cancelling = task.cancelling() if task is not None else 0
-    finally:
-        if run._at_end is not None:
-            run.close()
+    task = asyncio.current_task()
+    first = position
+    for position, node in enumerate(nodes, first):
+        if position != first:
+            if ctx.stops:
+                return None
+            if task is not None and task.cancelling() != cancelling:
+                # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
+                await asyncio.sleep(0)
+                cancelling = task.cancelling()
+        if branch and (position, branch) in ctx.done:
+            value = ctx.done[position, branch]
+            continue
+        if ctx.restored:
+            committed = await restore(
+                ctx,
+                node,
+                value,
+                position,
+                branch=branch,
+                kind=kind,
+                contract=contract,
+                parent=parent,
+            )
+            if committed is not None:
+                if ctx.step_policies and branch and (parent is None or parent.remembers):
+                    ctx.done[position, branch] = committed
+                value = committed
+                continue
+        run = new_execution(
+            ctx, node.node_id, kind if type(node) is Node else "group", position, branch, rows, parent
+        )
+        try:
+            plan = _plan(ctx, run, node, value, contract)
+        except Exception as broken:
+            return await _without_plan(ctx, run, value, broken)
+        if step is not None:
+            run.step = step
+        CURRENT.set(run)
+        attempt = 0  # Kept here: what hooks can reach decides nothing.
+        try:
+            while True:
+                attempt += 1
+                run.attempt = attempt
+                if ctx.limits:
+                    exceeded = _exceeded(ctx, run)
+                    if exceeded is not None:
+                        # Earlier attempts, siblings or processes have spent it: the next call is never made.
+                        return _refused(run, exceeded)
+                if ctx.gated and type(node) is Node:
+                    outcome = await _attempt_in_turn(ctx, run, node, plan, value, cancelling)
+                else:
+                    outcome = await _attempt(ctx, run, node, plan, value, cancelling)
+                if type(outcome) is not Failure:
+                    break
+                decision = _decide(ctx, run, node, outcome, attempt)
+                if isinstance(decision, Stop):
+                    ctx.run_logger.info("node %r stopped: %s", node.node_id, decision.why)
+                    return Halt(outcome, spent=decision is _SPENT)
+                await _wait(ctx, run, outcome, attempt, decision.delay_seconds)
+                if task is not None:
+                    cancelling = task.cancelling()
+        finally:
+            if run._at_end is not None:
+                run.close()
+        del run  # What it knows of a failure knows this frame: see _attempt().
+        if type(outcome) is Halt:
+            return outcome
+        value = outcome
+    return value
+
+
+async def _wait(
+    ctx: ReliabilityContext, run: NodeExecution, failure: Failure, attempt: int, delay: float
+) -> None:
+    """From a failed attempt to the next one."""
+    run.last_failure = failure
+    run.counted = NO_USAGE
+    if ctx.fire.on_node_retry is not None:
+        arguments = (ctx.run_id, run.node_id, attempt + 1, delay, failure.failure_class)
+        await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, run.node_id, lambda: arguments)
+    ctx.run_logger.info("node %r: attempt %d follows in %.3f s", run.node_id, attempt + 1, delay)
+    await sleep(delay)
+    run.ended = None
 
 
 async def attempt_once(
@@ -229,10 +254,9 @@ async def attempt_once(
     token = CURRENT.set(run)
     try:
         try:
-            plan = _plan(ctx, node, value, None)
+            plan = _plan(ctx, run, node, value, None)
         except Exception as broken:
             return await _without_plan(ctx, run, value, broken)
-        run.compact = ctx.trace.adopt(node.node_id, plan if plan[0] is not None else _as_seen(plan, value))
         task = asyncio.current_task()
         cancelling = task.cancelling() if task is not None else 0
         await _tell_retry(ctx, run, after_seconds)
@@ -273,10 +297,9 @@ async def begin_group(
     token = CURRENT.set(run)
     try:
         try:
-            plan = _plan(ctx, group, value, None)
+            _plan(ctx, run, group, value, None)
         except Exception as broken:
             return await _without_plan(ctx, run, value, broken)
-        run.compact = ctx.trace.adopt(group.node_id, _as_seen(plan, value))
         await _tell_retry(ctx, run, after_seconds)
         if ctx.limits:
             exceeded = _exceeded(ctx, run)
@@ -315,25 +338,40 @@ def _remember(ctx: ReliabilityContext, run: NodeExecution, output: BaseModel) ->
 
 
 def _plan(
-    ctx: ReliabilityContext, node: Node | Group, value: BaseModel, contract: NodeContract[Any, Any] | None
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    node: Node | Group,
+    value: BaseModel,
+    contract: NodeContract[Any, Any] | None,
 ) -> Plan:
-    """What the input and the output must satisfy; no input schema: the state passes unvalidated."""
-    if isinstance(node, Group):
-        return None, schema_of(node.output(ctx, value)), None
+    """What the input and the output must satisfy, and a note in the trace how the rows of this node are to be read.
+
+    No input schema: the state passes unvalidated.
+    """
+    if type(node) is Group:
+        plan: Plan = None, schema_of(node.output(ctx, value)), None
+        run.compact = ctx.trace.adopt(node.node_id, _as_seen(plan, value))
+        return plan
     found = contract or ctx.registry.find(node.node_id) or node.contract
     if found is None:
+        run.compact = ctx.trace.adopt(node.node_id, _as_seen(_NO_CONTRACT, value))
         return _NO_CONTRACT
     # Looking schemas up is a tenth of the engine's time: the node keeps them while contract and classes are the same.
-    plan = node.plan[0]
-    if (
-        plan is None
-        or plan[2] is not found
+    known = node.plan[0]
+    if known is not None:
+        given, promised, of = known
         # model_rebuild() gives a class another validator. (Asked here, not in a method: it is asked for every node.)
-        or plan[0].namespace["__pydantic_validator__"] is not plan[0].validator
-        or plan[1].namespace["__pydantic_validator__"] is not plan[1].validator
-    ):
-        plan = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
-    return plan
+        if (
+            of is not found
+            or given.namespace["__pydantic_validator__"] is not given.validator
+            or promised.namespace["__pydantic_validator__"] is not promised.validator
+        ):
+            known = None
+    if known is None:
+        known = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
+    # Rows hold encoded snapshots where the trace knows the schemas that read them.
+    run.compact = ctx.trace.adopt(node.node_id, known)
+    return known
 
 
 async def _without_plan(
@@ -484,7 +522,10 @@ async def _attempt(
     if raised is not None:
         if is_a(raised, Suspend) or (is_a(raised, GroupStopped) and raised.halt.suspended):
             return await _suspend(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
-        return await _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
+        failed = _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
+        # What it raised knows the frames that it passed, and so this one: a circle that only the collector would end.
+        del raised, run
+        return await failed
 
     # ---- the output
     lends = ctx.lends and not run.branch  # That of a child is read by others than the next node.
@@ -508,15 +549,16 @@ async def _attempt(
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
-    over: Exception | None = bad_usage
-    if over is None and ctx.limits:
-        over = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
-    if over is not None:
-        where = NodeContext(run.node_id, run.attempt, ctx.run_id)
-        try:
-            failure = diagnose(over, where, ctx.classifiers)
-        except BaseException as error:  # KeyboardInterrupt in a classifier.
-            stopped, failure = error, diagnose(over, where)  # The output is paid for all the same.
+    if bad_usage is not None or ctx.limits:
+        over: Exception | None = bad_usage
+        if over is None:
+            over = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
+        if over is not None:
+            where = NodeContext(run.node_id, run.attempt, ctx.run_id)
+            try:
+                failure = diagnose(over, where, ctx.classifiers)
+            except BaseException as error:  # KeyboardInterrupt in a classifier.
+                stopped, failure = error, diagnose(over, where)  # The output is paid for all the same.
 
     # ---- the commit: from here on the output is safe from budgets, hooks and cancellation
     if (
@@ -531,23 +573,20 @@ async def _attempt(
             run, begin, duration, picture, kept, failure, "success" if failure is None else "failure"
         )
     pending: Awaitable[None] | Exception | None
+    problem: Exception | None = None
     try:
         try:
             pending = ctx.session.record(row, promised, model, run.step)
         except BaseException as refused:
             pending = refusal(refused)
-        problem, late = (
-            (None, False) if pending is None else await settle(ctx, row, promised, model, run.step, pending)
-        )
+        if pending is not None:
+            problem, late = await settle(ctx, row, promised, model, run.step, pending)
+            cancelled = cancelled or late
     except BaseException as interrupt:  # KeyboardInterrupt in a store.
         await _abandon(ctx, run, begin, 0, picture, interrupt)
         raise
-    if pending is not None:
-        cancelled = cancelled or late
-        if problem is not None:
-            return await _fail(
-                ctx, run, problem, begin, duration, picture, cancelled=cancelled, of_store=True
-            )
+    if problem is not None:
+        return await _fail(ctx, run, problem, begin, duration, picture, cancelled=cancelled, of_store=True)
     run.rows.append(row)
     if (
         ctx.step_policies
@@ -582,7 +621,7 @@ def _ended(run: NodeExecution, node: Node | Group, begin: int) -> int:
     return now - begin
 
 
-def _as_seen(plan: Plan, value: BaseModel) -> Plan:
+def _as_seen(plan: Plan, value: BaseModel) -> tuple[Schema, Schema, None]:
     """How to read the rows of an execution whose input is not validated."""
     return schema_of(type(value)), plan[1], None
 
@@ -780,7 +819,6 @@ def _fire_start(
     ctx: ReliabilityContext, run: NodeExecution, state: BaseModel, picture: Snapshot
 ) -> Coroutine[Any, Any, None] | None:
     """Fire the hooks of a start; what is left to await, or None."""
-    begin = perf_counter_ns()
     schema = schema_of(type(state))
     calls = ctx.fire.on_node_start
     assert calls is not None
@@ -790,16 +828,16 @@ def _fire_start(
         run.node_id,
         lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(state))),
     )
-    return None if left is None else _started(ctx, run, picture, begin, left)
+    return None if left is None else _started(ctx, run, picture, left)
 
 
 async def _started(
     ctx: ReliabilityContext,
     run: NodeExecution,
     picture: Snapshot,
-    begin: int,
     left: Coroutine[Any, Any, None],
 ) -> None:
+    begin = perf_counter_ns()
     try:
         await left
     except BaseException as stopped:

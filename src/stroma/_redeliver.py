@@ -10,7 +10,7 @@ from stroma._announce import tell_end
 from stroma._restore import output_schema, raw_output, read_output
 from stroma.checkpoint import Committed
 from stroma.context import ReliabilityContext
-from stroma.execution import CURRENT, Kind, NodeExecution, leave
+from stroma.execution import CURRENT, Kind, NodeExecution, leave, new_execution
 from stroma.failures import RunFailed
 from stroma.nodes import Group, Node
 from stroma.trace import ATTEMPT, BRANCH, FAILURE, NO_USAGE, NODE, OUTCOME, POSITION, USAGE, Row
@@ -22,7 +22,7 @@ async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> N
     """Fire what is due of earlier processes, the oldest first. None of it is in the trace or in the totals."""
     for row in ctx.session.undelivered:
         node, kind = _node_at(nodes, row[POSITION], row[BRANCH])
-        run = NodeExecution(ctx, row[NODE], kind, row[POSITION], row[BRANCH], [])
+        run = new_execution(ctx, row[NODE], kind, row[POSITION], row[BRANCH], [])
         run.attempt, run.counted, run.ended, run.redelivered = row[ATTEMPT], row[USAGE] or NO_USAGE, row, True
         token = CURRENT.set(run)
         try:

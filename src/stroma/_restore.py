@@ -10,7 +10,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
-from stroma.execution import CURRENT, Kind, NodeExecution, leave
+from stroma.execution import CURRENT, Kind, NodeExecution, leave, new_execution
 from stroma.failures import ItemFailure
 from stroma.nodes import Group, Kept, Node
 from stroma.schemas import Schema, schema_of, told_of
@@ -66,7 +66,7 @@ async def restore(
     if isinstance(node, Group):
         ctx.failed_items += _failed_items(ctx, position, branch)
     if ctx.fire.on_node_skipped is not None:
-        run = NodeExecution(
+        run = new_execution(
             ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, []
         )
         token = CURRENT.set(run)

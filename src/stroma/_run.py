@@ -39,10 +39,9 @@ class OneRun:
         self.continued = False
         self.task = asyncio.current_task()
         self.loop = asyncio.get_running_loop()
-        #: Whether no further node shall begin, and how the run ends that somebody else has cancelled.
-        self.draining = False
         #: Ends with the run, for whoever waits for that.
         self.ended: asyncio.Future[None] | None = None
+        #: How the run ends that somebody else has cancelled.
         self._cancelled_as: RunStatus | None = None
         self._over = False
 
@@ -55,7 +54,7 @@ class OneRun:
 
     def drain(self) -> asyncio.Future[None]:
         """Let no further node begin. What is returned ends with the run."""
-        self.draining = True
+        self.ctx.stops = True
         self.ctx.interrupt = lambda: self._cancel(RunStatus.INTERRUPTED)
         if self.ended is None:
             self.ended = self.loop.create_future()
@@ -64,7 +63,7 @@ class OneRun:
     def _cancel(self, status: RunStatus) -> None:
         if not self._over and self._cancelled_as is None and self.task is not None:
             self._cancelled_as = status
-            self.ctx.cancelled = True
+            self.ctx.cancelled = self.ctx.stops = True
             self.task.cancel()
 
     @property
@@ -179,24 +178,18 @@ class OneRun:
         ctx = self.ctx
         if self.start:
             await self._skip_to(self.start)
-        state = self.state
         task = asyncio.current_task()
         assert task is not None  # A coroutine of asyncio runs in one.
-        cancelling = task.cancelling()
-        for position in range(self.start or 0, len(self.nodes)):
-            if self._cancelled_as is not None:  # The node before has swallowed it.
-                return None, self._cancelled_as
-            if self.draining:
-                return None, RunStatus.INTERRUPTED
-            if task.cancelling() != cancelling:
-                # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
-                await asyncio.sleep(0)
-                cancelling = task.cancelling()
-            outcome = await execute_in_turn(ctx, self.nodes[position], state, position, cancelling=cancelling)
-            if isinstance(outcome, Halt):
-                failure = None if outcome.suspended else outcome.failure
-                return failure, self._cancelled_as or outcome.status
-            state = outcome
+        first = self.start or 0
+        nodes = self.nodes[first:] if first else self.nodes
+        outcome = None
+        if not (ctx.stops and nodes):
+            outcome = await execute_in_turn(ctx, nodes, self.state, first, cancelling=task.cancelling())
+        if outcome is None:
+            return None, self._cancelled_as or RunStatus.INTERRUPTED
+        if isinstance(outcome, Halt):
+            failure = None if outcome.suspended else outcome.failure
+            return failure, self._cancelled_as or outcome.status
         return None, RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
 
     async def _as_it_was(self, finished: Finished) -> tuple[Failure | None, RunStatus]:

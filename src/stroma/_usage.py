@@ -52,7 +52,9 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
 async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:
     """Put a price on what the attempt reported. Returns whether the task was cancelled meanwhile, and what is wrong."""
     cancelled = False
-    problem, run.misreported = run.misreported, None
+    problem = run.misreported
+    if problem is not None:
+        run.misreported = None
     tokens, produced, cost, named = 0, 0, 0.0, None
     cached, written = 0, 0
     for given, made, model, detail in run.take_reported():

@@ -105,8 +105,11 @@ def _is_heard(logger: logging.Logger) -> bool:
     """Whether a record would meet a handler, or a filter, that does anything."""
     found: logging.Logger | None = logger
     while found is not None:
-        if found.filters or any(type(handler) is not logging.NullHandler for handler in found.handlers):
+        if found.filters:
             return True
+        for handler in found.handlers:
+            if type(handler) is not logging.NullHandler:
+                return True
         found = found.parent if found.propagate else None
     return False
 
@@ -133,7 +136,7 @@ class ReliabilityContext:
         "delivers", "done", "elsewhere", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "hooks", "interrupt", "kept_traceparent", "lends", "lent",
         "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "probes", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
-        "step_timeouts", "suspended", "timed", "trace", "traceparent", "unpriced",
+        "step_timeouts", "stops", "suspended", "timed", "trace", "traceparent", "unpriced",
     )  # fmt: skip
 
     run_id: str
@@ -212,8 +215,8 @@ class ReliabilityContext:
         #: How often each step id was called by plain code, and where the journal has those calls.
         self._calls: Counter[str] | None = None
         self._recorded: dict[tuple[str, int], int] | None = None
-        #: Somebody elsewhere has cancelled the run: nothing is tried again.
-        self.cancelled = False
+        #: Somebody elsewhere has cancelled the run: nothing is tried again. And whether no further node shall begin.
+        self.cancelled = self.stops = False
         #: How many items of maps failed while the others went on; and of which committed maps how many did.
         self.failed_items = 0
         self.failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
@@ -259,7 +262,7 @@ class ReliabilityContext:
                 tuple(sets),
                 run_id=self.run_id,
                 limit_seconds=None if limit is None else limit / 1000,
-                on_error=self.hook_failed,
+                failures=self.hook_failures,
                 all_ends=self.delivers,
             )
 

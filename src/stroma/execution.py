@@ -30,7 +30,7 @@ from stroma.usage import Report, UsageError, check_usage, report_of, report_of_f
 if TYPE_CHECKING:
     from stroma.context import ReliabilityContext
 
-__all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_run"]
+__all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_run", "new_execution"]
 
 AnswerT = TypeVar("AnswerT", bound=BaseModel)
 Kind = Literal["node", "group", "item"]
@@ -58,58 +58,52 @@ class NodeExecution:
         redelivered: this end event was already sent once, by a process that died.
     """
 
-    # Slots, and all of them set: what stands on the class instead takes several times as long to look up.
+    # What every node asks for has a slot, and is set: on the class it takes several times as long to look up. What is
+    # seldom used stands on the class until it is. And there is no __init__, since a call that C makes back into Python
+    # takes as long as all the rest: new_execution() makes them.
     __slots__ = (
-        "_at_end", "_notes", "attempt", "branch", "busy_ns", "children", "compact", "counted", "ctx", "ended", "group",
-        "kind", "last_failure", "misreported", "node_id", "parent", "position", "redelivered", "remembers", "repairing", "repairs", "reported",
-        "rows", "running", "running_since", "step",
+        "__dict__", "_at_end", "attempt", "branch", "children", "compact", "counted", "ctx", "ended", "group", "kind",
+        "node_id", "parent", "position", "reported", "rows", "step",
     )  # fmt: skip
 
-    def __init__(
-        self,
-        ctx: ReliabilityContext,
-        node_id: str,
-        kind: Kind,
-        position: int,
-        branch: str,
-        rows: list[Row | TraceEvent],
-        parent: NodeExecution | None = None,
-    ) -> None:
-        self.ctx = ctx
-        self.node_id = node_id
-        self.kind = kind
-        self.position = position
-        self.branch = branch
-        #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
-        self.rows = rows
-        #: The group around it, and its id.
-        self.parent = parent
-        self.group: str | None = None if parent is None else parent.node_id
-        self.attempt = 0
-        self.last_failure: Failure | None = None
-        self.counted = NO_USAGE
-        self.redelivered = False
-        #: Where the children of a group put their events.
-        self.children: list[Row | TraceEvent] | None = None
-        #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before.
-        self.running = self.running_since = self.busy_ns = 0
-        #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
-        self.remembers = True
-        #: Attempts that were granted to mend an output contract, and whether the next one is.
-        self.repairs = 0
-        self.repairing = False
-        #: Whether rows hold encoded snapshots, which the trace knows how to read.
-        self.compact = False
-        #: Which call of its step id this is, outside of any pipeline.
-        self.step: StepCall | None = None
-        #: What report_usage() was told and nobody has counted yet.
-        self.reported: list[Report] | None = None
-        #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
-        self.misreported: UsageError | None = None
-        #: The row of the attempt that has just ended, while its hooks run.
-        self.ended: Row | None = None
-        self._notes: dict[Any, Any] | None = None
-        self._at_end: list[Callable[[], None]] | None = None
+    ctx: ReliabilityContext
+    node_id: str
+    kind: Kind
+    position: int
+    branch: str
+    #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
+    rows: list[Row | TraceEvent]
+    #: The group around it, and its id.
+    parent: NodeExecution | None
+    group: str | None
+    attempt: int
+    counted: AttemptUsage
+    #: Where the children of a group put their events.
+    children: list[Row | TraceEvent] | None
+    #: Whether rows hold encoded snapshots, which the trace knows how to read.
+    compact: bool
+    #: Which call of its step id this is, outside of any pipeline.
+    step: StepCall | None
+    #: What report_usage() was told and nobody has counted yet.
+    reported: list[Report] | None
+    #: The row of the attempt that has just ended, while its hooks run.
+    ended: Row | None
+    _at_end: list[Callable[[], None]] | None
+
+    last_failure: Failure | None = None
+    redelivered: bool = False
+    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before.
+    running: int = 0
+    running_since: int = 0
+    busy_ns: int = 0
+    #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
+    remembers: bool = True
+    #: Attempts that were granted to mend an output contract, and whether the next one is.
+    repairs: int = 0
+    repairing: bool = False
+    #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
+    misreported: UsageError | None = None
+    _notes: dict[Any, Any] | None = None
 
     def enter(self, now: int) -> None:
         """A function inside this group begins."""
@@ -330,6 +324,32 @@ class NodeExecution:
         """What was reported and not yet counted."""
         reported, self.reported = self.reported or [], None
         return reported
+
+
+def new_execution(
+    ctx: ReliabilityContext,
+    node_id: str,
+    kind: Kind,
+    position: int,
+    branch: str,
+    rows: list[Row | TraceEvent],
+    parent: NodeExecution | None = None,
+) -> NodeExecution:
+    """An execution that has not begun yet. The only place that makes one."""
+    made = NodeExecution()
+    made.ctx = ctx
+    made.node_id = node_id
+    made.kind = kind
+    made.position = position
+    made.branch = branch
+    made.rows = rows
+    made.parent = parent
+    made.group = None if parent is None else parent.node_id
+    made.attempt = 0
+    made.counted = NO_USAGE
+    made.compact = False
+    made.children = made.step = made.reported = made.ended = made._at_end = None
+    return made
 
 
 CURRENT: ContextVar[NodeExecution | None] = ContextVar("stroma_current_node", default=None)

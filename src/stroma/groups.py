@@ -261,19 +261,20 @@ def _files_of(into: Any, state: Mapping[str, Any], run_id: str, *, collect: bool
 def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
     """Where the items of maps stand whose outputs do not go into the state: (position, beginning of branches)."""
     found: list[tuple[int, str]] = []
-
-    def walk(node: Node | Group, position: int, beginning: str) -> None:
-        if isinstance(node, Group):
-            if node.each and not node.into:
-                found.append((position, beginning))
-            elif not node.each:
-                for index, child in enumerate(node.children):
-                    walk(child, position, f"{beginning}{index}.")
-
     for position, node in enumerate(nodes):
-        if isinstance(node, Group):
-            walk(node, position, "")
+        if type(node) is Group:
+            _find_apart(node, position, "", found)
     return tuple(found)
+
+
+def _find_apart(group: Group, position: int, beginning: str, found: list[tuple[int, str]]) -> None:
+    if group.each:
+        if not group.into:
+            found.append((position, beginning))
+        return
+    for index, child in enumerate(group.children):
+        if type(child) is Group:
+            _find_apart(child, position, f"{beginning}{index}.", found)
 
 
 # ---------------------------------------------------------------------- running
@@ -295,9 +296,7 @@ async def _side_by_side(
     async def one(index: int, node: Node | Group, value: BaseModel) -> BaseModel | None:
         if stopped:
             return None
-        outcome = await execute_in_turn(
-            ctx, node, value, group.position, branch=f"{prefix}{index}", kind=kind, parent=group
-        )
+        outcome = await execute_in_turn(ctx, (node,), value, group.position, f"{prefix}{index}", kind, group)
         if not isinstance(outcome, Halt):
             return outcome
         if outcome.suspended:  # Its siblings need not wait: all that can be done is done.

@@ -14,7 +14,7 @@ from time import perf_counter
 from typing import Any, ClassVar, Final
 
 from stroma.failures import FailureClass
-from stroma.trace import ExecutionResult
+from stroma.trace import ExecutionResult, HookFailure
 
 __all__ = [
     "NO_HOOKS",
@@ -175,19 +175,22 @@ class HookTimeout(Exception):
 class Hooks:
     """The hooks of one run, sorted by event: None where no set has one."""
 
-    on_node_start: Calls | None = None
-    on_node_success: Calls | None = None
-    on_node_failure: Calls | None = None
-    on_run_start: Calls | None = None
-    on_run_end: Calls | None = None
-    on_node_retry: Calls | None = None
-    on_node_skipped: Calls | None = None
-    on_node_cancelled: Calls | None = None
-    on_node_suspended: Calls | None = None
-    on_budget_warning: Calls | None = None
-    on_map_progress: Calls | None = None
-    on_node_wait: Calls | None = None
-    on_circuit_change: Calls | None = None
+    # Slots, and all of them set: two are asked for each node, and what stands on the class takes five times as long.
+    __slots__ = (*EVENTS, "_failures", "_limit", "_patient", "_run_id", "untold")
+
+    on_node_start: Calls | None
+    on_node_success: Calls | None
+    on_node_failure: Calls | None
+    on_run_start: Calls | None
+    on_run_end: Calls | None
+    on_node_retry: Calls | None
+    on_node_skipped: Calls | None
+    on_node_cancelled: Calls | None
+    on_node_suspended: Calls | None
+    on_budget_warning: Calls | None
+    on_map_progress: Calls | None
+    on_node_wait: Calls | None
+    on_circuit_change: Calls | None
 
     def __init__(
         self,
@@ -195,26 +198,25 @@ class Hooks:
         *,
         run_id: str,
         limit_seconds: float | None,
-        on_error: Callable[[str, str | None, BaseException], None],
+        failures: list[HookFailure],
         all_ends: bool = False,
     ) -> None:
-        """``all_ends``: fire the ends of attempts also where no set wants to know."""
+        """``failures`` gets what hooks raise; ``all_ends``: fire the ends of attempts also where no set wants to know."""
         self._run_id = run_id
         self._limit = limit_seconds
-        self._on_error = on_error
+        # The list, and not whose it is: without a circle between them, no run with hooks waits for the collector.
+        self._failures = failures
         self._patient = frozenset(index for index, hooks in enumerate(sets) if hooks._patient)
         #: Of an end whose telling was closed half-way, the calls that are left; for who gets that GeneratorExit.
         self.untold: Calls = ()
-        for index, hooks in enumerate(sets):
-            for event in EVENTS:
-                hook = getattr(hooks, event)
-                if hook is not None:
-                    before = getattr(self, event) or ()
-                    call = ((index, hook),)
-                    setattr(self, event, call + before if event in _ENDS else before + call)
-        if all_ends:
-            for event in _ENDS:
-                setattr(self, event, getattr(self, event) or ())
+        for event in EVENTS:
+            found = tuple(
+                (index, hook)
+                for index, hooks in enumerate(sets)
+                if (hook := getattr(hooks, event)) is not None
+            )
+            told = () if all_ends and event in _ENDS else None
+            setattr(self, event, (found[::-1] if event in _ENDS else found) or told)
 
     def fire_soon(
         self, event: str, calls: Calls, node_id: str | None, arguments: Callable[[], tuple[Any, ...]]
@@ -232,9 +234,9 @@ class Hooks:
         try:
             awaitable = calls[0][1](*arguments())
             if type(awaitable) is types.CoroutineType:
-                try:
-                    waiting_for = awaitable.send(None)
-                except StopIteration:
+                # Without the exception that send() would make of a hook's end: that takes as long as the hook.
+                waiting_for = next(awaitable.__await__(), _OVER)
+                if waiting_for is _OVER:
                     if (self._limit is None or perf_counter() - begin <= self._limit) and (
                         task is None or task.cancelling() <= before
                     ):
@@ -275,12 +277,9 @@ class Hooks:
                         raise raised
                 if type(awaitable) is types.CoroutineType:
                     # Most hooks never wait: they are over with their first step, and need no timer and nobody to await.
-                    try:
-                        if waiting_for is _NOTHING:
-                            waiting_for = awaitable.send(None)
-                    except StopIteration:
-                        pass
-                    else:
+                    if waiting_for is _NOTHING:
+                        waiting_for = next(awaitable.__await__(), _OVER)
+                    if waiting_for is not _OVER:
                         await _bounded(awaitable.__await__(), waiting_for, None if patient else self._limit)
                 elif awaitable is _OVER:
                     pass
@@ -349,7 +348,7 @@ class Hooks:
                 exc_info=error, extra={"run_id": self._run_id},
             )  # fmt: skip
         finally:
-            self._on_error(event, node_id, error)
+            self._failures.append(HookFailure(event, node_id, error))
 
 
 def was_raised(error: BaseException) -> bool:
@@ -363,7 +362,7 @@ def was_raised(error: BaseException) -> bool:
 
 
 #: Of a run that nobody watches.
-NO_HOOKS = Hooks((), run_id="", limit_seconds=None, on_error=lambda *_: None)
+NO_HOOKS = Hooks((), run_id="", limit_seconds=None, failures=[])
 
 
 def _not_async(event: str, hook: object, node_id: str | None, returned: object, index: int) -> HookNotAsync:

@@ -150,7 +150,6 @@ class Schema:
         "_shares",
         "_size",
         "_source",
-        "_source_model",
         "_strict",
         "_to_json",
         "_values",
@@ -199,8 +198,8 @@ class Schema:
             }
             and sum(node["type"] == "model" for node in nodes) == 1
         )
-        self._source_model: type[BaseModel] | None = None
-        self._source: Schema = self
+        #: The class that states for this one were of last, and how many values it has if they can be taken as they are.
+        self._source: tuple[type[BaseModel] | None, int] = None, -1
         #: A root model of Any: whatever is given stays what it is.
         self.any = self.root and kinds <= {"model", "any"}
         self._bare = self.flat and not self._computed
@@ -433,8 +432,9 @@ class Schema:
 
     def state(self, model: BaseModel) -> dict[str, Any]:
         """The state as the dict that hooks and the trace show."""
-        if self.flat and len(model.__dict__) == self._size:  # As fields() has it.
-            return model.__dict__.copy()
+        values = model.__dict__
+        if self.flat and len(values) == self._size:  # As fields() has it.
+            return values.copy()
         raw = self.raw(model)
         return raw if isinstance(raw, dict) else {"root": raw}
 
@@ -546,9 +546,11 @@ class Schema:
         # cross(), for the states that most nodes have. A node mostly gets the same class from the same neighbour, so the
         # last one is remembered; and a validator that does not call Python code leaves the dict that it reads alone.
         kind = type(value)
-        source = self._source if kind is self._source_model else self._remember(kind)
+        source_model, plain_size = self._source
+        if kind is not source_model:
+            plain_size = self._remember(kind)
         values = value.__dict__
-        if source._bare and not source._by_name and len(values) == source._size:
+        if len(values) == plain_size:
             state = self.validate(values if self._quiet else values.copy())
         else:
             state = self.cross(value)
@@ -644,9 +646,11 @@ class Schema:
             raise
         return self.own(self.validate(renewed))
 
-    def _remember(self, model: type[BaseModel]) -> Schema:
-        self._source_model, self._source = model, schema_of(model)
-        return self._source
+    def _remember(self, model: type[BaseModel]) -> int:
+        source = schema_of(model)
+        plain_size = source._size if source._bare and not source._by_name else -1
+        self._source = model, plain_size
+        return plain_size
 
     # ------------------------------------------------------------------ keeping
 
@@ -957,13 +961,16 @@ def _copied(model: BaseModel, update: Mapping[str, Any]) -> BaseModel:
 
 def stamped(model: ModelT) -> ModelT:
     """A copy of a model whose values are shared, and that has neither extra nor private ones."""
-    return filled(model.__class__, model.__dict__.copy(), model.__pydantic_fields_set__.copy())
+    return filled(type(model), model.__dict__.copy(), model.__pydantic_fields_set__.copy())
 
 
 def filled(kind: type[ModelT], values: dict[str, Any], given: set[str]) -> ModelT:
     """A new model of values that nobody validates, without extra and private ones; no root model."""
     made = cast("ModelT", _new(kind))
-    become(made, values, given)
+    _put_values(made, values)  # As become() does, without a call: each run's config is made of five of these.
+    _put_given(made, given)
+    _put_extra(made, None)
+    _put_private(made, None)
     return made
 
 

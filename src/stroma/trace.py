@@ -276,7 +276,7 @@ class ExecutionTrace(Shown):
         self.rows: list[Row | TraceEvent] = []
         self.marks: list[TraceMark] = []
         # Which schemas the snapshots of a node's rows are read with.
-        self._schemas: dict[str, tuple[Schema | None, Schema, object]] = {}
+        self._schemas: dict[str, tuple[Schema, Schema, object]] = {}
 
     def __getstate__(self) -> tuple[str, list[TraceEvent], list[TraceMark]]:
         # Events are plain data; rows need schemas, and those cannot leave the process.
@@ -290,13 +290,13 @@ class ExecutionTrace(Shown):
         """Add an event; the very object is kept."""
         self.rows.append(event)
 
-    def adopt(self, node_id: str, schemas: tuple[Schema | None, Schema, object]) -> bool:
+    def adopt(self, node_id: str, schemas: tuple[Schema, Schema, object]) -> bool:
         """Note how a node's snapshots are to be read.
 
         False if the node id already stands for other schemas here; its rows must then keep plain dicts.
         """
         known = self._schemas.setdefault(node_id, schemas)
-        return (known is schemas or known[:2] == schemas[:2]) and schemas[0] is not None
+        return known is schemas or known[:2] == schemas[:2]
 
     def copy(self) -> ExecutionTrace:
         """A trace of its own with the same events: what is appended to or built in one is not seen in the other."""

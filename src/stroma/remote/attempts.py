@@ -32,7 +32,7 @@ from stroma.checkpoint.payloads import BlobStore
 from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, ContractViolation
-from stroma.execution import CURRENT, NodeExecution, leave
+from stroma.execution import CURRENT, NodeExecution, leave, new_execution
 from stroma.failures import Failure, ItemFailure, NodeContext, Suspend, diagnose, message_of
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node
@@ -253,14 +253,14 @@ class _Work:
         parent: NodeExecution | None = None
         indexes = branch.split(".") if branch else []
         for depth, group_id in enumerate(request["groups"]):
-            above = NodeExecution(ctx, group_id, "group", position, ".".join(indexes[:depth]), [], parent)
+            above = new_execution(ctx, group_id, "group", position, ".".join(indexes[:depth]), [], parent)
             above.children = []
             if parent is None:
                 above.busy_ns = request.get("busy_ns", 0)
             parent = above
         rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
         kind: Any = "group" if isinstance(node, Group) else request["kind"]
-        run = NodeExecution(ctx, node.node_id, kind, position, branch, rows, parent)
+        run = new_execution(ctx, node.node_id, kind, position, branch, rows, parent)
         run.attempt = request["attempt"]
         run.repairs = request.get("repairs", 0)
         run.redelivered = self.redelivered
@@ -304,7 +304,7 @@ class _Work:
         state = await self.model_of(skipped["value"])
         shown = schema_of(type(state)).state(state)
         kind: Any = "node" if spec["kind"] == "node" else "group"
-        run = NodeExecution(ctx, spec["id"], kind, skipped["position"], skipped["branch"], [])
+        run = new_execution(ctx, spec["id"], kind, skipped["position"], skipped["branch"], [])
         token = CURRENT.set(run)
         try:
             await ctx.fire.fire(
