@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -102,7 +103,7 @@ class StromaRunner:
     def quick(
         cls,
         *,
-        store: CheckpointStore | AsyncCheckpointStore | None = None,
+        store: CheckpointStore | AsyncCheckpointStore | str | os.PathLike[str] | None = None,
         budget: ExecutionBudget | None = None,
         policy_map: PolicyMap | None = None,
         classifiers: list[Classifier] | None = None,
@@ -111,11 +112,17 @@ class StromaRunner:
     ) -> StromaRunner:
         """A runner with an in-memory store unless told otherwise; further keywords are fields of RunConfig.
 
-        Raises pydantic's ValidationError for a keyword that RunConfig does not know.
+        ``store``: one, or the URL or path of one, see :func:`stroma.open_store`. Raises pydantic's ValidationError for a
+        keyword that RunConfig does not know, TypeError for what is no store, ValueError for what no URL of one is.
         """
         given = {"budget": budget, "policy_map": policy_map, "classifiers": classifiers, "hooks": hooks}
         config.update({name: value for name, value in given.items() if value is not None})
-        store = AsyncInMemoryStore() if store is None else store
+        if store is None:
+            store = AsyncInMemoryStore()
+        elif isinstance(store, (str, os.PathLike)):
+            from stroma.checkpoint import open_store
+
+            store = open_store(store)
         return cls(ContractRegistry(), CheckpointManager(store), RunConfig(**config) if config else None)
 
     # ------------------------------------------------------------------ builders

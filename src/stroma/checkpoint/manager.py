@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any
@@ -27,14 +28,27 @@ from stroma.trace import NODE, Row
 __all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]
 
 
+def _no_store(given: object) -> str:
+    """What is wrong with what was given as a store. Without its text: a URL may hold a password."""
+    if isinstance(given, type):
+        return f"the class {given.__name__} was given as a store; make one of it: {given.__name__}(...)"
+    mend = (
+        "open_store(url)" if isinstance(given, (str, os.PathLike)) else "a store with save, load and delete"
+    )
+    return f"a {type(given).__name__} was given as a store; give {mend}"
+
+
 async def _settle(value: Any) -> Any:
     return await value if inspect.isawaitable(value) else value
 
 
 class CheckpointManager:
-    """Saves and reads checkpoints through any store."""
+    """Saves and reads checkpoints through any store. Raises TypeError for what is none."""
 
     def __init__(self, store: CheckpointStore | AsyncCheckpointStore) -> None:
+        # Now, and not when the first output is to be kept: that is paid for then.
+        if isinstance(store, type) or not (hasattr(store, "save") or hasattr(store, "open_run")):
+            raise TypeError(_no_store(store))
         self.store = store
 
     async def checkpoint(self, run_id: str, node_id: str, state: BaseModel) -> None:
