@@ -128,7 +128,7 @@ def flatten(hooks: NodeHooks | Iterable[NodeHooks] | None) -> tuple[NodeHooks, .
     if isinstance(hooks, NodeHooks):
         return (hooks,)
     sets: list[NodeHooks] = []
-    for item in hooks:
+    for item in hooks if hasattr(hooks, "__iter__") else [hooks]:
         if isinstance(item, (list, tuple)):
             sets.extend(flatten(item))
         elif isinstance(item, NodeHooks):

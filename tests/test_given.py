@@ -1,4 +1,4 @@
-"""What may be given as a store, and that what is none is told before any node is called."""
+"""What may be given to a runner, and that anything else is told before a node is called."""
 
 from __future__ import annotations
 
@@ -70,3 +70,13 @@ def test_every_store_is_one() -> None:
 
     for store in (InMemoryStore(), AsyncInMemoryStore(), open_store("memory://"), Simple()):
         assert CheckpointManager(store).store is store
+
+
+@pytest.mark.parametrize(
+    "given",
+    [print, [print], {"on_node_start": print}, "hooks", 5],
+    ids=["function", "list", "dict", "text", "number"],
+)
+def test_what_is_no_set_of_hooks_is_told_when_it_is_given(given: Any) -> None:
+    with pytest.raises(TypeError, match=r"is not a set of hooks; make one with NodeHooks\(\.\.\.\)$"):
+        StromaRunner.quick(hooks=given)
