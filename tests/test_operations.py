@@ -19,6 +19,7 @@ from stroma import (
     RunExists,
     RunStatus,
     SQLiteStore,
+    StoreError,
     StromaRunner,
     parallel,
     stroma_node,
@@ -367,6 +368,46 @@ async def test_interrupted_runs_are_recovered(store: Any) -> None:
     assert theirs.calls == ["a", "b", "c"]
     assert sorted(work.calls) == ["b", "b", "b", "c", "c", "c"]
     assert await quick(store).recover(pipeline) == {}
+
+
+async def test_a_run_is_resumed_by_its_id_alone(store: Any) -> None:
+    """With the input that it was begun with, in any process; what is committed is not called again."""
+    work = Work()
+    first = quick(store)
+    stopped = asyncio.create_task(first.run(work.nodes, Num(n=5), run_id="r"))
+    await work.inside.wait()
+    await first.shutdown(drain_seconds=0)
+    assert (await stopped).status is RunStatus.INTERRUPTED
+    work.gate.set()
+    work.calls.clear()
+    result = await quick(store).resume(work.nodes, "r", if_running="error")
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=8))
+    assert work.calls == ["b", "c"]
+    again = await quick(store).resume(iter(work.nodes), "r")
+    assert (again.status, again.final_state, work.calls) == (RunStatus.RESUMED, Num(n=8), ["b", "c"])
+    with pytest.raises(CheckpointNotFound, match="'other'"):
+        await quick(store).resume(work.nodes, "other")
+
+
+async def test_a_run_that_begins_with_a_group_is_resumed_with_the_class_of_its_input(store: Any) -> None:
+    work = Work()
+    work.gate.set()
+    nodes = [parallel(*work.nodes[:2])]
+    await quick(store).run(nodes, Num(n=1), run_id="r")
+    with pytest.raises(TypeError, match="input_schema="):
+        await quick(store).resume(nodes, "r")
+    result = await quick(store).resume(nodes, "r", input_schema=Num)
+    assert result.status is RunStatus.RESUMED
+
+
+async def test_what_keeps_no_journal_resumes_nothing_by_its_id() -> None:
+    class Simple:
+        async def save(self, *_: Any) -> None: ...
+        async def load(self, *_: Any) -> None: ...
+        async def delete(self, *_: Any) -> None: ...
+
+    with pytest.raises(StoreError, match="keeps no journal of runs"):
+        await quick(Simple()).resume(Work().nodes, "r")
 
 
 async def test_the_first_start_of_all_recovers_nothing(tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 
 from stroma import (
     AsyncInMemoryStore,
+    CheckpointNotFound,
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
@@ -145,10 +146,10 @@ async def test_any_json_will_do_where_no_schema_was_asked_for(store: Any) -> Non
 
 
 async def test_nothing_waits(store: Any) -> None:
-    """An answer to a run that waits for none is an error, also once it has its answer."""
+    """An answer to a run that is not there, or waits for none, is an error, also once it has its answer."""
     desk = Desk()
     await runner(store).run(desk.nodes, Num())
-    with pytest.raises(StoreError, match="waits for no answer"):
+    with pytest.raises(CheckpointNotFound, match="there is no run 'unknown' in the store"):
         await runner(store).signal("unknown", {})
     await runner(store).signal("r", {"approved": True})
     with pytest.raises(StoreError, match="waits for no answer"):

@@ -22,6 +22,7 @@ from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
     CheckpointManager,
+    CheckpointNotFound,
     CheckpointStore,
     RunBusy,
     StoreError,
@@ -266,6 +267,25 @@ class StromaRunner:
             if run.ended is not None and not run.ended.done():
                 run.ended.set_result(None)
 
+    async def resume(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        run_id: str,
+        *,
+        input_schema: type[BaseModel] | None = None,
+        **options: Any,
+    ) -> ExecutionResult:
+        """Go on with a run of the store where it stopped, in any process: what is committed is not called again.
+
+        It goes on with the input that it was begun with: an ``input_schema``, or else what the first node takes; further
+        keywords are those of :meth:`run`. Raises CheckpointNotFound, PipelineChanged, RunBusy while somebody is at work
+        on it, StoreError if the store keeps no journal, TypeError if the pipeline begins with a group and no
+        ``input_schema`` is given.
+        """
+        nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
+        state = await self._input_of(run_id, self._input_schema(records_of(nodes), input_schema))
+        return await self.run(nodes, state, **{**options, "run_id": run_id, "resume": True})
+
     def stream(
         self,
         node_sequence: Pipeline | Iterable[Any],
@@ -386,17 +406,11 @@ class StromaRunner:
                 "unnamed ones are taken for its own; give it a name with Pipeline(name, nodes) or RunConfig(pipeline=...)"
             )
         store = self._journal("list_runs")
-        schema = self._input_schema(records_of(nodes), input_schema)
-        options = {**options, "resume": True}
+        schema = self._input_schema(records_of(nodes), input_schema).model
         outcomes: dict[str, ExecutionResult | Exception] = {}
 
         async def one(run_id: str) -> None:
-            try:
-                state = await self._input_of(run_id, schema)
-            except Exception as error:
-                outcomes[run_id] = error
-                return
-            outcome = await outcome_of(self.run(nodes, state, run_id=run_id, **options))
+            outcome = await outcome_of(self.resume(nodes, run_id, input_schema=schema, **options))
             if not isinstance(outcome, RunBusy):  # Somebody else was faster.
                 outcomes[run_id] = outcome
 
@@ -473,10 +487,13 @@ class StromaRunner:
         ``answer``: a model or JSON data, validated by the schema that the node asked for. ``node_id`` and ``branch``
         say which node, where several wait. ``schema``: where the node's own is not imported in this process.
 
-        Raises pydantic's ValidationError, StoreError if the run waits for nothing, ValueError if several wait.
+        Raises pydantic's ValidationError, CheckpointNotFound, StoreError if the run waits for nothing, ValueError if
+        several wait.
         """
         store = self._journal("signal")
         all_of_them: list[Waiting] = await asyncio.to_thread(store.waiting, run_id)
+        if not all_of_them and await asyncio.to_thread(store.get_run, run_id) is None:
+            raise CheckpointNotFound(f"there is no run {run_id!r} in the store; check the id and the store")
         answered = answer_to(all_of_them, run_id, answer, node_id=node_id, branch=branch, schema=schema)
         await store.signal(run_id, answered)
 

@@ -34,10 +34,11 @@ class Bound:
         return result
 
     async def go_on(self, state: BaseModel, run_id: str) -> ExecutionResult:
-        """Go on with a run: the local runner wants its input for that."""
-        if self.driver == "local":
-            return await self.run(state, run_id=run_id, resume=True)
-        result: ExecutionResult = await asyncio.wait_for(self.runner.resume(self.pipeline, run_id), 60)
+        """Go on with a run: where it begins with a group, the local runner wants to know what its input is."""
+        options = {"input_schema": type(state)} if self.driver == "local" else {}
+        result: ExecutionResult = await asyncio.wait_for(
+            self.runner.resume(self.pipeline, run_id, **options), 60
+        )
         return result
 
 
