@@ -168,7 +168,9 @@ class Store:
 
     def beside(self) -> list[tuple[int, str, str]]:
         return [
-            (one.position, one.branch, one.node_id) for place in range(-9, 0) for one in self.rows.kept(1, place)
+            (one.position, one.branch, one.node_id)
+            for place in range(-9, 0)
+            for one in self.rows.kept(1, place)
         ]
 
     def keep_beside(self, run_id: str = "r") -> None:
@@ -213,7 +215,9 @@ def attempt(position: int = 0, started: int = 10, branch: str = "", number: int 
     return Attempt(position, started, branch, number, **{**given, **facts})
 
 
-def committed(n: int, node: str = "node", call: StepCall | None = None, contract: str | None = None) -> Committed:
+def committed(
+    n: int, node: str = "node", call: StepCall | None = None, contract: str | None = None
+) -> Committed:
     return Committed(node, stored(n), SCHEMA.fingerprint if contract is None else contract, call)
 
 
@@ -254,7 +258,12 @@ async def test_a_session_of_a_new_run(store: Store) -> None:
     session = store.open(tags=("t",))
     assert (session.run_id, session.execution, session.continued, session.ended) == ("r", 1, False, False)
     assert (session.restored, session.prior, session.waiting) == ({}, PriorUsage(0, 0.0, 0.0), {})
-    assert (session.finished, session.traceparent, session.undelivered, session.on_cancel) == (None, None, [], None)
+    assert (session.finished, session.traceparent, session.undelivered, session.on_cancel) == (
+        None,
+        None,
+        [],
+        None,
+    )
     assert session.fence == Fence(1, 1, 1, session.fence.owner, 30.0)
     assert LIVE[Owner.read(session.fence.owner).token] is session  # type: ignore[union-attr]
     assert store.table("inputs") == [(1, 1, SCHEMA.fingerprint, stored(0), checksum(stored(0)))]
@@ -288,7 +297,11 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
     """Who wants to deliver them is given them, the oldest first; what is damaged of them is left out."""
     await begun(store)
     for number, started in enumerate((70, 50, 90)):
-        keep_due(store.rows, "r", attempt(number, started, "2", 3, outcome="failure", failure_class="TERMINAL", message="m"))
+        keep_due(
+            store.rows,
+            "r",
+            attempt(number, started, "2", 3, outcome="failure", failure_class="TERMINAL", message="m"),
+        )
     store.rows.keep("r", DUE, "damaged", "node", Step("", "", b"{}", b"wrong"))
     session = store.open(if_exists="resume", deliver=True)
     failed = (FailureClass.TERMINAL, "m", None)
@@ -307,7 +320,12 @@ async def test_a_session_that_begins_anew(store: Store) -> None:
     for request in ({}, {"deliver": True}):
         session = store.open(n=1, if_exists="restart", if_running="take_over", **request)
         assert (session.continued, session.finished, session.traceparent) == (False, None, None)
-        assert (session.restored, session.prior, session.waiting, session.undelivered) == ({}, PriorUsage(), {}, [])
+        assert (session.restored, session.prior, session.waiting, session.undelivered) == (
+            {},
+            PriorUsage(),
+            {},
+            [],
+        )
         assert store.beside() == [(-4, "", "at -4"), (-1, "", "at -1")]
     assert session.execution == 3
     assert session.fence.epoch == 3
@@ -559,10 +577,22 @@ async def test_commits_through_a_codec(store: Store) -> None:
     await session.record(row(3, 40), None, None)
     first, second, third = store.rows.steps(1, 1)
     assert (first.step.output, first.step.given) == (CODED + b"2|" + stored(1)[::-1], CODED + b"3|nevig")
-    assert (second.step.output, second.step.number, second.step.given) == (CODED + b"4|" + stored(2)[::-1], 3, None)
-    assert (third.step.output, third.step.number, third.step.given) == (CODED + b"5|" + stored(3)[::-1], None, None)
+    assert (second.step.output, second.step.number, second.step.given) == (
+        CODED + b"4|" + stored(2)[::-1],
+        3,
+        None,
+    )
+    assert (third.step.output, third.step.number, third.step.given) == (
+        CODED + b"5|" + stored(3)[::-1],
+        None,
+        None,
+    )
     assert all(one.step.sha256 == checksum(one.step.output) for one in (first, second, third))
-    found = {0: committed(1, call=StepCall(2, b"given")), 1: committed(2, call=StepCall(3, None)), 2: committed(3)}
+    found = {
+        0: committed(1, call=StepCall(2, b"given")),
+        1: committed(2, call=StepCall(3, None)),
+        2: committed(3),
+    }
     assert await session.committed(0, [""]) == {"": found[0]}
     assert codec.opened == 2
     lose(session)
@@ -622,7 +652,9 @@ async def test_secrets_are_kept_under_a_codec_only(store: Store) -> None:
         ),
     ],
 )  # fmt: skip
-async def test_an_attempt_is_kept_with_all_that_is_told_of_it(store: Store, given: Row, kept: Attempt) -> None:
+async def test_an_attempt_is_kept_with_all_that_is_told_of_it(
+    store: Store, given: Row, kept: Attempt
+) -> None:
     """Costs are whole pico-dollars; text that no store can keep is written out."""
     session = store.open()
     await session.record(given, None, None)
@@ -649,7 +681,9 @@ async def test_an_output_is_kept_with_its_schema(store: Store) -> None:
         StepRow(2, "", "node", step(plain, 3, 7, b"given")),
     ]
     assert len(store.table("attempts")) == 5
-    assert await session.committed(1, [""]) == {"": committed(2, call=StepCall(0, None), contract=f"{plain}:g")}
+    assert await session.committed(1, [""]) == {
+        "": committed(2, call=StepCall(0, None), contract=f"{plain}:g")
+    }
 
 
 async def test_end_hooks_are_due_with_each_attempt(store: Store) -> None:
@@ -844,7 +878,9 @@ async def test_whose_run_was_deleted_keeps_nothing_more(store: Store) -> None:
 # ---------------------------------------------------------------------- forks
 
 
-def forked(store: Store, before: int, *, to: str = "f", source: str = "r", n: int | None = None, edited: Any = None) -> None:
+def forked(
+    store: Store, before: int, *, to: str = "f", source: str = "r", n: int | None = None, edited: Any = None
+) -> None:
     sha = b"" if n is None else checksum(stored(n))
     given = (("", b"") if n is None else ("another", stored(n)))  # fmt: skip
     opening = Opening(to, "", str(new_owner(None, ends=False)), 0.0, *given, sha, None)
@@ -864,7 +900,8 @@ async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
     assert sorted(steps) == sorted(one for one in store.rows.steps(1, 1) if one.position < 2)
     assert {(one.position, one.branch) for one in steps} == {(0, ""), (1, "0"), (1, "1"), (1, "")}
     assert sorted(one._replace(started_ns=0) for one in attempts) == sorted(
-        Attempt(one.position, 0, one.branch, 1, "node", 0, "forked", None, None, None, 0, 0, 0, None) for one in steps
+        Attempt(one.position, 0, one.branch, 1, "node", 0, "forked", None, None, None, 0, 0, 0, None)
+        for one in steps
     )
     assert sorted(one.started_ns for one in attempts) == [0, 1, 2, 3]
     assert store.table("inputs")[1] == (2, 1, *before["inputs"][0][2:])

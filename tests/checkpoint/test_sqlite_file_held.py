@@ -18,7 +18,9 @@ from stroma.checkpoint import _sqlite_file as sqlite_file
 from stroma.checkpoint._sqlite_file import SCHEMA_VERSION, Connect, DatabaseFile, connect, is_fatal
 
 
-def database(path: Path, synchronous: Any = "full", opens: Connect = connect, patience: float = 0.0) -> DatabaseFile:
+def database(
+    path: Path, synchronous: Any = "full", opens: Connect = connect, patience: float = 0.0
+) -> DatabaseFile:
     return DatabaseFile(str(path), synchronous, opens, patience)
 
 
@@ -48,12 +50,8 @@ def read(file: DatabaseFile) -> bool:
 # ---------------------------------------------------------------------- errors in words
 
 FOREIGN = "{} is a SQLite database of another program, not a stroma store; give another path"
-LOCKED = (
-    "database is locked: another process has held {} for 1.5 s; end that process (a stopped one keeps its lock), then resume"
-)
-NO_ROOM = (
-    "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; make room or mend it, then resume"
-)
+LOCKED = "database is locked: another process has held {} for 1.5 s; end that process (a stopped one keeps its lock), then resume"
+NO_ROOM = "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; make room or mend it, then resume"
 DISK = (
     "the disk failed under {} (said): what was acknowledged before is kept, nothing more is written; check the disk, then "
     "resume in a new process"
@@ -168,7 +166,8 @@ class Time:
 
 
 @pytest.mark.parametrize(
-    "code", [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_BUSY_SNAPSHOT, sqlite3.SQLITE_BUSY_RECOVERY]
+    "code",
+    [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_BUSY_SNAPSHOT, sqlite3.SQLITE_BUSY_RECOVERY],
 )
 def test_a_lock_is_waited_for_until_the_patience_ends(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
@@ -189,7 +188,10 @@ def test_a_lock_is_waited_for_until_the_patience_ends(
 
 
 def test_who_waited_gets_what_the_call_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    clock, answers = Time(monkeypatch), [error_of(sqlite3.SQLITE_BUSY), error_of(sqlite3.SQLITE_LOCKED), "given"]
+    clock, answers = (
+        Time(monkeypatch),
+        [error_of(sqlite3.SQLITE_BUSY), error_of(sqlite3.SQLITE_LOCKED), "given"],
+    )
 
     def call() -> str:
         answer = answers.pop(0)
@@ -201,8 +203,12 @@ def test_who_waited_gets_what_the_call_gives(tmp_path: Path, monkeypatch: pytest
     assert len(clock.slept) == 2
 
 
-@pytest.mark.parametrize("error", [error_of(sqlite3.SQLITE_FULL), error_of(None), error_of(sqlite3.SQLITE_IOERR)])
-def test_nothing_but_a_lock_is_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception) -> None:
+@pytest.mark.parametrize(
+    "error", [error_of(sqlite3.SQLITE_FULL), error_of(None), error_of(sqlite3.SQLITE_IOERR)]
+)
+def test_nothing_but_a_lock_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
     clock = Time(monkeypatch)
 
     def call() -> None:
@@ -227,7 +233,14 @@ def test_the_settings_of_the_connection_that_writes(
     tmp_path: Path, synchronous: str, number: int, fullfsync: int
 ) -> None:
     db = database(tmp_path / "runs.db", synchronous).open()
-    names = ("journal_mode", "synchronous", "fullfsync", "journal_size_limit", "trusted_schema", "busy_timeout")
+    names = (
+        "journal_mode",
+        "synchronous",
+        "fullfsync",
+        "journal_size_limit",
+        "trusted_schema",
+        "busy_timeout",
+    )
     told = [pragma(db, name) for name in names]
     assert told == ["wal", number, fullfsync, 64 * 1024 * 1024, 0, 0]
     assert db.isolation_level is None
@@ -244,8 +257,13 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         os.umask(previous)
     assert [stat.S_IMODE(one.stat().st_mode) for one in sorted(tmp_path.iterdir())] == [0o600] * 3
     assert pragma(db, "application_id") == int.from_bytes(b"Strm", "big") == 0x5374726D
-    assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [("min_reader", "2"), ("schema_version", "3")]
-    found = db.execute("SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2").fetchall()
+    assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [
+        ("min_reader", "2"),
+        ("schema_version", "3"),
+    ]
+    found = db.execute(
+        "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
+    ).fetchall()
     assert [name for kind, name in found if kind == "table"] == [
         "attempts", "cells", "inputs", "meta", "runs", "steps", "tags"
     ]  # fmt: skip
@@ -321,7 +339,9 @@ def test_there_is_nothing_to_read(tmp_path: Path) -> None:
     """Nothing is made by looking; an empty file is an empty store."""
     file = database(tmp_path / "runs.db")
     said = fails(lambda: read(file))
-    assert str(said) == f"no such database: {file.path}; check the path, or run a pipeline with this store first"
+    assert (
+        str(said) == f"no such database: {file.path}; check the path, or run a pipeline with this store first"
+    )
     assert not said.transient
     assert list(tmp_path.iterdir()) == []
     (tmp_path / "runs.db").touch()
@@ -390,9 +410,7 @@ def _ours(db: sqlite3.Connection) -> None:
 
 
 DAMAGED = "{} is damaged: it does not say its format; restore it from a backup"
-NEWER = (
-    "{} was written by a newer stroma (its format is 4, this one reads up to 3); upgrade stroma, or give another path"
-)
+NEWER = "{} was written by a newer stroma (its format is 4, this one reads up to 3); upgrade stroma, or give another path"
 
 
 @pytest.mark.parametrize(
@@ -449,7 +467,10 @@ def test_a_file_system_without_shared_memory(tmp_path: Path) -> None:
         return sqlite3.connect(uri, uri=True, isolation_level=None, factory=NoSharedMemory)
 
     said = fails(database(tmp_path / "runs.db", opens=opens).open)
-    assert str(said) == f"{tmp_path / 'runs.db'} is on a file system without shared memory; put it on a local disk"
+    assert (
+        str(said)
+        == f"{tmp_path / 'runs.db'} is on a file system without shared memory; put it on a local disk"
+    )
     assert not said.transient
 
 
@@ -514,8 +535,12 @@ def change(path: Path, *statements: str) -> None:
 def shape(path: Path) -> Any:
     """Tables with their columns, indexes, and the facts that a file tells of itself."""
     db = sqlite3.connect(path)
-    names = db.execute("SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2").fetchall()
-    columns = {name: db.execute(f"PRAGMA table_info({name})").fetchall() for kind, name in names if kind == "table"}
+    names = db.execute(
+        "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
+    ).fetchall()
+    columns = {
+        name: db.execute(f"PRAGMA table_info({name})").fetchall() for kind, name in names if kind == "table"
+    }
     facts = db.execute("SELECT k, v FROM meta ORDER BY k").fetchall()
     db.close()
     return names, columns, facts
@@ -675,7 +700,7 @@ def test_what_a_store_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.parametrize("name", ["", ":memory:", "a\0b", b""])
 def test_what_names_no_file(name: Any) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:
         SQLiteStore(name)
     told = os.fsdecode(name)
     assert str(caught.value) == (
@@ -685,7 +710,7 @@ def test_what_names_no_file(name: Any) -> None:
 
 @pytest.mark.parametrize("synchronous", ["FULL", "off", None])
 def test_how_sure_a_commit_may_be(tmp_path: Path, synchronous: Any) -> None:
-    with pytest.raises(ValueError) as caught:  # noqa: PT011
+    with pytest.raises(ValueError) as caught:
         SQLiteStore(tmp_path / "runs.db", synchronous=synchronous)
     assert str(caught.value) == f'synchronous is {synchronous!r}; give "full" or "normal"'
 

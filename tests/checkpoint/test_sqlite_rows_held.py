@@ -287,13 +287,19 @@ def test_many_commits_leave_what_each_of_them_would(tmp_path: Path, rows: Sqlite
 def test_many_commits_want_a_closer_look_if_one_is_there_already(rows: SqliteRows) -> None:
     fence = rows.begin(None, opening())
     rows.commit(fence, attempt(), step())
-    assert rows.commit_all([Commit("r", fence, attempt(), step()), Commit("r", fence, attempt(1), step())]) is False
+    assert (
+        rows.commit_all([Commit("r", fence, attempt(), step()), Commit("r", fence, attempt(1), step())])
+        is False
+    )
 
 
 def test_many_commits_want_a_closer_look_if_one_is_fenced(rows: SqliteRows) -> None:
     fence = rows.begin(None, opening())
     stale = fence._replace(epoch=7)
-    assert rows.commit_all([Commit("r", fence, attempt(), step()), Commit("r", stale, attempt(1), step())]) is False
+    assert (
+        rows.commit_all([Commit("r", fence, attempt(), step()), Commit("r", stale, attempt(1), step())])
+        is False
+    )
 
 
 def test_a_commit_at_the_same_place_takes_the_place_of_the_one_before(rows: SqliteRows) -> None:
@@ -331,7 +337,11 @@ def test_leases_are_renewed_each_for_its_time(rows: SqliteRows, clock: Clock) ->
     ]
     clock.now, clock.lease = 2000, 600_000
     rows.renew(fences[:2])
-    assert [(one[7], one[13]) for one in table(rows, "runs")] == [(1000, 630_000), (1000, 605_000), (1000, 530_000)]
+    assert [(one[7], one[13]) for one in table(rows, "runs")] == [
+        (1000, 630_000),
+        (1000, 605_000),
+        (1000, 530_000),
+    ]
 
 
 @pytest.mark.parametrize(
@@ -341,7 +351,9 @@ def test_a_lease_counts_whole_milliseconds(clock: Clock, seconds: float, ms: int
     assert _sqlite_rows._until(seconds) == 500_000 + ms
 
 
-@pytest.mark.parametrize(("until", "left"), [(500_001, 0.001), (500_000, 0.0), (499_999, -0.001), (498_000, -2.0)])
+@pytest.mark.parametrize(
+    ("until", "left"), [(500_001, 0.001), (500_000, 0.0), (499_999, -0.001), (498_000, -2.0)]
+)
 def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> None:
     """To its last millisecond it has a holder, and not any longer."""
     owner = str(Owner.read(OURS)._replace(pid=os.getpid() + 1, space=0))  # type: ignore[union-attr]
@@ -512,7 +524,9 @@ def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
         rows.keep(run_id, SAVED, "n", "n", step())
     rows.delete("s")
     names = ("runs", "inputs", "tags", "attempts", "steps")
-    assert [{one[0] if name != "steps" else one[1] for one in table(rows, name)} for name in names] == [{1}] * 5
+    assert [{one[0] if name != "steps" else one[1] for one in table(rows, name)} for name in names] == [
+        {1}
+    ] * 5
     assert len(table(rows, "steps")) == 2
     rows.delete("nobody")
     assert rows.begin(None, opening("s")).run == 3
@@ -613,7 +627,9 @@ def test_runs_are_listed_through_the_same_columns(rows: SqliteRows, clock: Clock
     """A page has the rows that find() gives, the one begun last first, and says where the next one begins."""
     for number, run_id in enumerate("rstu"):
         clock.now = 1000 + number
-        fence = rows.begin(None, opening(run_id, pipeline="p" if number else "q", tags=("odd",) if number % 2 else ()))
+        fence = rows.begin(
+            None, opening(run_id, pipeline="p" if number else "q", tags=("odd",) if number % 2 else ())
+        )
         rows.commit(fence, failed(0, 10, node_id="n") if run_id == "t" else attempt(), step())
     rows.keep("saved", SAVED, "n", "n", step())
 
@@ -674,7 +690,9 @@ def test_the_history_of_an_execution(rows: SqliteRows) -> None:
     assert rows.attempts_at(1, 1, 0, "") == [sized[0], sized[1], sized[5]]
     assert rows.attempts_at(1, 1, 1, "0") == [sized[3], sized[4]]
     assert rows.attempts_at(1, 1, 1, "") == [sized[2]]
-    assert rows.attempts_at(1, 2, 1, "") == rows.attempts_at(2, 1, 1, "") == rows.attempts_at(1, 1, 2, "") == []
+    assert (
+        rows.attempts_at(1, 2, 1, "") == rows.attempts_at(2, 1, 1, "") == rows.attempts_at(1, 1, 2, "") == []
+    )
 
 
 def test_the_figures_of_many_runs(rows: SqliteRows, clock: Clock) -> None:
