@@ -715,6 +715,12 @@ def test_how_sure_a_commit_may_be(tmp_path: Path, synchronous: Any) -> None:
     assert str(caught.value) == f'synchronous is {synchronous!r}; give "full" or "normal"'
 
 
+def test_the_thread_that_writes_has_a_name(tmp_path: Path) -> None:
+    """Who looks at a stuck process finds it."""
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        assert store._worker()._thread.name == "stroma-sqlite"
+
+
 class Watched(sqlite3.Connection):
     """A connection of which each statement is kept; ``fail``: what a query raises."""
 
