@@ -90,12 +90,12 @@ class LockedRows(SqliteRows):
 
 
 class Store:
-    """A store that does each operation at once, in a transaction; ``fails``: what it raises in place of that."""
+    """A store that does each operation at once, in a transaction; ``fails``: makes what it raises in place of that."""
 
     def __init__(self, path: Path) -> None:
         self.db = DatabaseFile(str(path), "normal", connect, 15.0).open()
         self.rows = LockedRows(self.db)
-        self.fails: BaseException | None = None
+        self.fails: Callable[[], BaseException] | None = None
         self.operations = 0
 
     def submit(self, operation: Any, /) -> asyncio.Future[Any]:
@@ -103,7 +103,7 @@ class Store:
         self.operations += 1
         try:
             if self.fails is not None:
-                raise self.fails
+                raise self.fails()
             done.set_result(self.do(operation))
         except asyncio.CancelledError:
             done.cancel()

@@ -318,8 +318,8 @@ async def test_the_trace_context_is_kept(store: Store) -> None:
     assert store.open(if_exists="resume").traceparent == "00-c-d-01"
 
 
-@pytest.mark.parametrize("fails", [StoreError("no"), asyncio.CancelledError()])
-async def test_what_nobody_waits_for_may_fail(store: Store, fails: BaseException) -> None:
+@pytest.mark.parametrize("fails", [StoreError, asyncio.CancelledError])
+async def test_what_nobody_waits_for_may_fail(store: Store, fails: type[BaseException]) -> None:
     """Without a word of the event loop."""
     said: list[Any] = []
     asyncio.get_running_loop().set_exception_handler(lambda _, context: said.append(context))

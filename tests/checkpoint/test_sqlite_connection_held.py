@@ -465,7 +465,7 @@ def test_a_commit_that_is_repeated_among_others(bench: Bench, fence: Fence) -> N
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
-def test_a_child_makes_files_though_its_parent_was_at_it() -> None:
+def test_a_child_makes_files_though_its_parent_was_at_it(tmp_path: Path) -> None:
     """A thread of the parent that makes a file at the moment of a fork keeps no child from making its own."""
     with sqlite_file._creating:
         child = os.fork()
@@ -473,3 +473,4 @@ def test_a_child_makes_files_though_its_parent_was_at_it() -> None:
             os._exit(0 if sqlite_file._creating.acquire(blocking=False) else 1)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
         assert not sqlite_file._creating.acquire(blocking=False)
+    DatabaseFile(str(tmp_path / "runs.db"), "full", sqlite_file.connect, 15.0).open().close()
