@@ -132,6 +132,7 @@ class Store:
         **request: Any,
     ) -> DurableSession:
         payloads = payloads or Payloads()
+        request.setdefault("if_running", "take_over")  # Not every system says that a process has died.
         asked = RunRequest(run_id, "pipeline", State(n=n), SCHEMA, **request)
         session = DurableSession(run_id, self.submit, payloads, opened)
         sealed = payloads._seal(stored(n))

@@ -77,7 +77,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
     first = await begun(store)
     store.keep_beside()
     history = store.table("attempts")
-    session = store.open(if_exists=if_exists, if_running="take_over")
+    session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.finished) == (1, True, None)
     assert session.fence == first.fence._replace(epoch=2, owner=session.fence.owner)
     assert session.restored == COMMITS
@@ -120,7 +120,7 @@ async def test_a_session_that_begins_anew(store: Store) -> None:
     await begun(store)
     store.keep_beside()
     for request in ({}, {"deliver": True}):
-        session = store.open(n=1, if_exists="restart", if_running="take_over", **request)
+        session = store.open(n=1, if_exists="restart", **request)
         assert (session.continued, session.finished, session.traceparent) == (False, None, None)
         assert (session.restored, session.prior, session.waiting, session.undelivered) == (
             {},
@@ -254,7 +254,7 @@ async def test_a_run_that_is_held(store: Store, n: int, what: str) -> None:
     session = store.open(lease_seconds=3600.0)
     before = store.tables()
     with pytest.raises(RunBusy) as caught:
-        store.open(n=n, if_exists="resume")
+        store.open(n=n, if_exists="resume", if_running="error")
     place = Owner.read(session.fence.owner).place  # type: ignore[union-attr]
     error = caught.value
     left = f"{error.left_seconds:.1f}"

@@ -367,7 +367,8 @@ def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> N
 
 
 @pytest.mark.skipif(
-    not boot_id() or not hasattr(time, "CLOCK_BOOTTIME"), reason="a system with a clock that runs from its start"
+    not boot_id() or not hasattr(time, "CLOCK_BOOTTIME"),
+    reason="a system with a clock that runs from its start",
 )
 def test_leases_go_by_the_clock_of_the_machine_since_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can set that one; where the system does not say which start it is, they go by the time of day."""
