@@ -372,7 +372,7 @@ def test_what_is_left_of_a_lease(rows: SqliteRows, until: int, left: float) -> N
 )
 def test_leases_go_by_the_clock_of_the_machine_since_its_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """Nobody can set that one; where the system does not say which start it is, they go by the time of day."""
-    assert _sqlite_rows._BOOT == boot_id()
+    assert boot_id() == _sqlite_rows._BOOT
     clock = time.CLOCK_BOOTTIME
     low = time.clock_gettime_ns(clock) // 1_000_000
     now = _sqlite_rows._clock_ms()
