@@ -600,6 +600,17 @@ def test_a_newer_file_that_may_be_read_stays_as_it_is(tmp_path: Path, version: s
     assert ("table", "cells") not in names
 
 
+def test_a_file_that_is_up_to_date_is_opened_while_somebody_writes(tmp_path: Path) -> None:
+    """By writers and readers, without waiting: nothing needs to be done to it."""
+    file = database(tmp_path / "runs.db")
+    writer = file.open()
+    writer.execute("BEGIN IMMEDIATE")
+    file.open().close()
+    assert read(file)
+    writer.execute("ROLLBACK")
+    writer.close()
+
+
 def test_facts_of_a_file_are_only_ever_raised(tmp_path: Path) -> None:
     """A file that needs a newer reader than its format tells keeps to that; numbers are compared as numbers."""
     path = tmp_path / "runs.db"
