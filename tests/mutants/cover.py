@@ -42,7 +42,8 @@ TESTS = (
     ),
     *(
         f"tests/checkpoint/test_{name}.py"
-        for name in ("cells", "conformance", "hostile_payloads", "machine", "payloads", "sqlite", "sqlite_details")
+        for name in ("cells", "conformance", "hostile_payloads", "machine", "payloads", "session_forks_held", "session_held",
+            "session_rows_held", "sqlite", "sqlite_connection_held", "sqlite_details", "sqlite_file_held", "sqlite_rows_held")
     ),
 )  # fmt: skip
 LEFT_OUT = "not postgres and not redis"

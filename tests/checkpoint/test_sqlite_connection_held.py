@@ -1,0 +1,487 @@
+"""The connection that a SQLite store writes with: what is kept of operations that wait together, and what each one is told."""
+
+from __future__ import annotations
+
+import os
+import sqlite3
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stroma.checkpoint import Fenced, StoreError
+from stroma.checkpoint import _sqlite_file as sqlite_file
+from stroma.checkpoint._rows import Attempt, Commit, Fence, Opening, Step, checksum
+from stroma.checkpoint._sqlite_connection import SqliteConnection
+from stroma.checkpoint._sqlite_file import DatabaseFile
+from stroma.checkpoint._sqlite_rows import SqliteRows
+from stroma.checkpoint._worker import Job
+
+OWNER = "host|boot|1|2|3|token"
+
+
+def error_of(code: int, text: str = "said") -> sqlite3.OperationalError:
+    error = sqlite3.OperationalError(text)
+    error.sqlite_errorcode = code
+    return error
+
+
+class Disk(sqlite3.Connection):
+    """A connection that keeps what it was told, and fails where it was said to."""
+
+    said: list[str]
+    fails: dict[str, list[Exception]]
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        word = sql.split()[0] if not sql.startswith("ROLLBACK TO") else "ROLLBACK TO"
+        if word in ("BEGIN", "COMMIT", "ROLLBACK", "ROLLBACK TO", "SAVEPOINT", "RELEASE"):
+            self.said.append(sql)
+            if self.fails.get(word):
+                raise self.fails[word].pop(0)
+        return super().execute(sql, *values)
+
+
+class Bench:
+    """A connection at work on a file. ``said``: how transactions began and ended; ``waiting``: what comes meanwhile."""
+
+    def __init__(self, folder: Path) -> None:
+        self.path = folder / "runs.db"
+        self.said: list[str] = []
+        self.fails: dict[str, list[Exception]] = {}
+        self.waiting: list[Job] = []
+        self.asked = 0
+        self.opened: list[Disk] = []
+        self.file = DatabaseFile(str(self.path), "normal", self._connect, 0.0)
+        self.connection = SqliteConnection(self.file)
+
+    def _connect(self, uri: str) -> sqlite3.Connection:
+        db: Any = sqlite3.connect(uri, uri=True, timeout=0, isolation_level=None, factory=Disk)
+        db.said, db.fails = [], {}
+        self.opened.append(db)
+        return db
+
+    def apply(self, *operations: Callable[[SqliteRows], Any]) -> tuple[list[Job], Any]:
+        """The jobs, as they are when the connection is done with them; and what it says of the disk."""
+        if self.opened:
+            self.opened[-1].said, self.opened[-1].fails = self.said, self.fails
+        batch = [Job(operation, None) for operation in operations]
+
+        def more() -> bool:
+            self.asked += 1
+            come, self.waiting = self.waiting, []
+            batch.extend(come)
+            return bool(come)
+
+        self.said.clear()
+        poisoned = self.connection.apply(batch, more)
+        return batch, poisoned
+
+    def ready(self) -> None:
+        """Let it open its file, so that the next transaction is like all that follow."""
+        self.apply(lambda _: None)
+        self.said.clear()
+        self.asked = 0
+
+    def cells(self) -> list[str]:
+        """What others find in the file."""
+        db = sqlite3.connect(self.path)
+        found = [name for (name,) in db.execute("SELECT name FROM cells ORDER BY 1").fetchall()]
+        db.close()
+        return found
+
+
+@pytest.fixture
+def bench(tmp_path: Path) -> Iterator[Bench]:
+    made = Bench(tmp_path)
+    yield made
+    made.connection.close()
+    for db in made.opened:
+        db.close()
+
+
+def put(name: str) -> Callable[[SqliteRows], str]:
+    def operation(rows: SqliteRows) -> str:
+        rows.put_cell(name, b"")
+        return f"put {name}"
+
+    return operation
+
+
+def failing(error: Exception, name: str = "failing") -> Callable[[SqliteRows], None]:
+    def operation(rows: SqliteRows) -> None:
+        rows.put_cell(name, b"")
+        raise error
+
+    return operation
+
+
+def undoing(rows: SqliteRows) -> None:
+    """What makes SQLite roll back everything by itself."""
+    rows.db.execute("INSERT OR ROLLBACK INTO cells VALUES ('x', x'00'), ('x', x'01')")
+
+
+def told(jobs: list[Job]) -> list[Any]:
+    return [job.value if job.error is None else job.error for job in jobs]
+
+
+# ---------------------------------------------------------------------- together
+
+
+def test_operations_go_in_one_transaction(bench: Bench) -> None:
+    """Those that come meanwhile, too; each is told what it gave, once all of it is on the disk."""
+    bench.ready()
+    bench.waiting = [Job(put("c"), None), Job(put("b"), None)]
+    jobs, poisoned = bench.apply(put("a"))
+    assert told(jobs) == ["put a", "put c", "put b"]
+    assert poisoned is None
+    assert bench.said == ["BEGIN IMMEDIATE", "COMMIT"]
+    assert bench.cells() == ["a", "b", "c"]
+    assert bench.asked == 2
+    assert not bench.opened[-1].in_transaction
+
+
+def test_the_connection_stays_open(bench: Bench) -> None:
+    """From one transaction to the next it is the same."""
+    assert bench.connection.handle() is None
+    bench.apply(put("a"))
+    db = bench.connection.handle()
+    assert db is bench.opened[0]
+    bench.apply(put("b"))
+    assert bench.connection.handle() is db
+    assert len(bench.opened) == 1
+    assert bench.connection.name == str(bench.path)
+
+
+def test_a_file_that_was_replaced_is_opened_anew(bench: Bench) -> None:
+    """What goes in afterwards is in the new one; nothing holds the old one any more."""
+    bench.apply(put("a"))
+    old = bench.opened[0]
+    for file in list(bench.path.parent.iterdir()):
+        file.unlink()
+    jobs, _ = bench.apply(put("b"))
+    assert told(jobs) == ["put b"]
+    assert bench.cells() == ["b"]
+    assert bench.connection.handle() is bench.opened[1]
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        old.execute("SELECT 1")
+    bench.apply(put("c"))
+    assert len(bench.opened) == 2
+
+
+def test_the_connection_is_closed(bench: Bench) -> None:
+    """Once or more often, with or without a word of SQLite; another operation opens the file anew."""
+    bench.connection.close()
+    bench.apply(put("a"))
+    bench.connection.close()
+    assert bench.connection.handle() is None
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        bench.opened[0].execute("SELECT 1")
+    bench.connection.close()
+    bench.apply(put("b"))
+    assert bench.cells() == ["a", "b"]
+
+    class Refuses:
+        def close(self) -> None:
+            raise error_of(sqlite3.SQLITE_BUSY)
+
+    bench.connection._db = Refuses()  # type: ignore[assignment]
+    bench.connection.close()
+    assert bench.connection.handle() is None
+
+
+# ---------------------------------------------------------------------- one that fails
+
+
+def test_an_operation_that_fails_harms_no_other_one(bench: Bench) -> None:
+    """It alone is undone, and told why, in words that name the store; trying it again helps no one."""
+    bench.ready()
+    wrong, refused = ValueError("why"), StoreError("no")
+    jobs, poisoned = bench.apply(put("a"), failing(wrong, "w"), put("b"), failing(refused, "r"), put("c"))
+    error = jobs[1].error
+    assert told(jobs) == ["put a", error, "put b", refused, "put c"]
+    assert type(error) is StoreError
+    assert str(error) == f"{bench.path} cannot keep this: ValueError: why"
+    assert error.__cause__ is wrong
+    assert not error.transient
+    assert poisoned is None
+    assert bench.cells() == ["a", "b", "c"]
+    kept, undone = ["SAVEPOINT one", "RELEASE one"], ["SAVEPOINT one", "ROLLBACK TO one", "RELEASE one"]
+    assert bench.said == [
+        "BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE", *kept, *undone, *kept, *undone, *kept, "COMMIT"
+    ]  # fmt: skip
+
+
+def test_an_error_of_sqlite_is_told_in_words(bench: Bench) -> None:
+    def operation(rows: SqliteRows) -> None:
+        rows.db.execute("SELECT * FROM nowhere")
+
+    jobs, poisoned = bench.apply(operation, put("a"))
+    error = jobs[0].error
+    assert type(error) is StoreError
+    assert str(error) == f"{bench.path}: no such table: nowhere"
+    assert isinstance(error.__cause__, sqlite3.OperationalError)
+    assert jobs[1].error is None
+    assert poisoned is None
+
+
+def test_what_comes_after_one_that_failed_is_done(bench: Bench) -> None:
+    """Nothing that has come meanwhile is done twice, and nothing is left out."""
+    bench.ready()
+    times: list[str] = []
+
+    def counted(rows: SqliteRows) -> str:
+        times.append("done")
+        rows.put_cell(str(len(times)), b"")
+        return "counted"
+
+    bench.waiting = [Job(counted, None), Job(failing(ValueError("why")), None)]
+    jobs, _ = bench.apply(put("a"))
+    assert told(jobs)[:2] == ["put a", "counted"]
+    assert jobs[2].error is not None
+    assert bench.cells() == ["2", "a"]  # The first try was undone.
+
+
+def test_an_error_that_undoes_everything(bench: Bench) -> None:
+    """Then all fail, each with an exception of its own, and the next transaction goes well."""
+    bench.ready()
+    jobs, poisoned = bench.apply(put("a"), undoing, put("b"))
+    assert [str(job.error) for job in jobs] == [f"{bench.path}: UNIQUE constraint failed: cells.name"] * 3
+    assert len({id(job.error) for job in jobs}) == 3
+    assert all(isinstance(job.error.__cause__, sqlite3.IntegrityError) for job in jobs if job.error)
+    assert poisoned is None
+    assert bench.cells() == []
+    jobs, _ = bench.apply(put("c"))
+    assert told(jobs) == ["put c"]
+    assert bench.cells() == ["c"]
+
+
+# ---------------------------------------------------------------------- all of them fail
+
+
+@pytest.mark.parametrize(
+    ("word", "code", "why"),
+    [
+        ("COMMIT", sqlite3.SQLITE_FULL, "the disk is full: {} cannot grow; free some space, then resume"),
+        (
+            "COMMIT",
+            sqlite3.SQLITE_IOERR_WRITE,
+            "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; make room or mend it, "
+            "then resume",
+        ),
+        (
+            "BEGIN",
+            sqlite3.SQLITE_BUSY,
+            "database is locked: another process has held {} for 0 s; end that process (a stopped one keeps its lock), then "
+            "resume",
+        ),
+    ],
+)
+def test_a_transaction_that_fails(bench: Bench, word: str, code: int, why: str) -> None:
+    """All that wait are told, also those that came meanwhile; nothing is kept, and the next one goes well."""
+    bench.ready()
+    bench.fails[word] = [error_of(code)]
+    bench.waiting = [Job(put("b"), None)]
+    jobs, poisoned = bench.apply(put("a"))
+    assert [str(job.error) for job in jobs] == [why.format(bench.path)] * 2
+    assert len({id(job.error) for job in jobs}) == 2
+    assert all(isinstance(job.error.__cause__, sqlite3.OperationalError) for job in jobs if job.error)
+    assert poisoned is None
+    assert bench.said[-1] == ("ROLLBACK" if word == "COMMIT" else "BEGIN IMMEDIATE")
+    assert bench.cells() == []
+    jobs, _ = bench.apply(put("c"))
+    assert told(jobs) == ["put c"]
+    assert len(bench.opened) == 1
+
+
+def test_what_failed_by_itself_keeps_its_reason(bench: Bench) -> None:
+    bench.ready()
+    bench.fails["COMMIT"] = [error_of(sqlite3.SQLITE_FULL)]
+    jobs, _ = bench.apply(failing(ValueError("why")), put("a"))
+    assert [str(job.error) for job in jobs] == [
+        f"{bench.path} cannot keep this: ValueError: why",
+        f"the disk is full: {bench.path} cannot grow; free some space, then resume",
+    ]
+
+
+def test_a_file_that_cannot_be_opened(bench: Bench, tmp_path: Path) -> None:
+    """All that wait are told at once, each with an exception of its own; once it can be, all goes well."""
+    bench.path = tmp_path / "none" / "runs.db"
+    bench.connection = SqliteConnection(DatabaseFile(str(bench.path), "normal", bench._connect, 0.0))
+    bench.waiting = [Job(put("b"), None)]
+    jobs, poisoned = bench.apply(put("a"))
+    assert [str(job.error) for job in jobs] == [
+        f"there is no directory {tmp_path / 'none'}; create it, or give another path"
+    ] * 2
+    assert len({id(job.error) for job in jobs}) == 2
+    assert all(isinstance(job.error, StoreError) and not job.error.transient for job in jobs)
+    assert poisoned is None
+    bench.path.parent.mkdir()
+    jobs, _ = bench.apply(put("c"))
+    assert told(jobs) == ["put c"]
+
+
+def test_a_rollback_that_fails(bench: Bench) -> None:
+    """The file is opened anew then."""
+    bench.ready()
+    bench.fails["COMMIT"] = [error_of(sqlite3.SQLITE_FULL)]
+    bench.fails["ROLLBACK"] = [error_of(sqlite3.SQLITE_FULL)]
+    jobs, poisoned = bench.apply(put("a"))
+    assert jobs[0].error is not None
+    assert poisoned is None
+    assert bench.connection.handle() is None
+    jobs, _ = bench.apply(put("c"))
+    assert told(jobs) == ["put c"]
+    assert len(bench.opened) == 2
+    assert bench.cells() == ["c"]
+
+
+AGAIN = ["BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE", "SAVEPOINT one"]
+
+
+@pytest.mark.parametrize(
+    ("where", "said"),
+    [
+        ("COMMIT", ["BEGIN IMMEDIATE", "COMMIT"]),
+        ("BEGIN", ["BEGIN IMMEDIATE"]),
+        ("SAVEPOINT", AGAIN),
+        ("an operation", ["BEGIN IMMEDIATE"]),
+        ("an operation done again", AGAIN),
+    ],
+)
+def test_a_disk_that_fails_is_not_written_to_any_more(bench: Bench, where: str, said: list[str]) -> None:
+    """Whatever was under way is told, and so is everybody who comes later: with the same words, each by an exception of
+    its own. From the fault on the connection is left alone: nothing is rolled back, nothing is tried again."""
+    bench.ready()
+    fault = error_of(sqlite3.SQLITE_IOERR_FSYNC)
+    operations = [put("a"), put("b")]
+    times: list[str] = []
+
+    def late(rows: SqliteRows) -> None:
+        times.append("done")
+        raise ValueError("why") if len(times) == 1 else fault
+
+    if where == "an operation":
+        operations.append(failing(fault))  # type: ignore[arg-type]
+    elif where == "an operation done again":
+        operations.insert(0, late)  # type: ignore[arg-type]
+    else:
+        if where == "SAVEPOINT":
+            operations.append(failing(ValueError("why")))  # type: ignore[arg-type]
+        bench.fails[where] = [fault]
+    bench.waiting = [Job(put("c"), None)]
+    jobs, poisoned = bench.apply(*operations)
+    why = (
+        f"the disk failed under {bench.path} (said): what was acknowledged before is kept, nothing more is written; check the "
+        "disk, then resume in a new process"
+    )
+    assert len(jobs) == len(operations) + 1
+    assert [str(job.error) for job in jobs] == [why] * len(jobs)
+    assert len({id(job.error) for job in jobs}) == len(jobs)
+    assert poisoned is not None
+    again = [poisoned(), poisoned()]
+    assert [str(error) for error in again] == [why] * 2
+    assert again[0] is not again[1]
+    assert not again[0].transient
+    assert bench.said == said
+    bench.connection.close()
+    assert bench.cells() == []
+
+
+# ---------------------------------------------------------------------- commits
+
+
+def attempt(number: int) -> Attempt:
+    return Attempt(number, number, "", 1, "n", 1, "success", None, None, None, 1, 1, 1, None)
+
+
+STEP = Step("c", "m:M", b"{}", checksum(b"{}"))
+
+
+@pytest.fixture
+def fence(bench: Bench) -> Fence:
+    opening = Opening("r", "p", OWNER, 30.0, "c", b"{}", checksum(b"{}"), None)
+    jobs, _ = bench.apply(lambda rows: rows.begin(None, opening))
+    fence: Fence = jobs[0].value
+    return fence
+
+
+@pytest.fixture
+def together(monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
+    """The positions of commits that went together."""
+    seen: list[list[int]] = []
+    real = SqliteRows.commit_all
+
+    def watched(rows: SqliteRows, commits: Any) -> bool:
+        seen.append([commit.attempt.position for commit in commits])
+        return real(rows, commits)
+
+    monkeypatch.setattr(SqliteRows, "commit_all", watched)
+    return seen
+
+
+def positions(bench: Bench) -> list[int]:
+    db = sqlite3.connect(bench.path)
+    found = [at for (at,) in db.execute("SELECT position FROM steps ORDER BY id").fetchall()]
+    db.close()
+    return found
+
+
+def test_commits_that_follow_one_another_go_together(
+    bench: Bench, fence: Fence, together: list[list[int]]
+) -> None:
+    """All else in its place between them; one that stands alone goes by itself. The order stays."""
+    commits = [Commit("r", fence, attempt(number), STEP) for number in range(7)]
+    seen: list[list[int]] = []
+
+    def look(rows: SqliteRows) -> int:
+        seen.append(sorted(one.position for one in rows.steps(fence.run, 1)))
+        return len(seen)
+
+    bench.waiting = [Job(one, None) for one in (commits[4], look, commits[5], commits[6])]
+    jobs, poisoned = bench.apply(commits[0], commits[1], commits[2], look, commits[3], look)
+    assert told(jobs) == [None, None, None, 1, None, 2, None, 3, None, None]
+    assert poisoned is None
+    assert together == [[0, 1, 2], [5, 6]]
+    assert seen == [[0, 1, 2], [0, 1, 2, 3], [0, 1, 2, 3, 4]]
+    assert positions(bench) == list(range(7))
+    assert bench.said == ["BEGIN IMMEDIATE", "COMMIT"]
+
+
+def test_one_commit_of_many_that_is_fenced(bench: Bench, fence: Fence, together: list[list[int]]) -> None:
+    """It alone is refused; the others are kept, once."""
+    stale = fence._replace(epoch=0)
+    commits = [Commit("r", stale if number == 1 else fence, attempt(number), STEP) for number in range(4)]
+    jobs, _ = bench.apply(*commits)
+    assert [type(job.error) for job in jobs] == [type(None), Fenced, type(None), type(None)]
+    assert positions(bench) == [0, 2, 3]
+    assert together == [[0, 1, 2, 3]]
+    assert bench.said[:3] == ["BEGIN IMMEDIATE", "ROLLBACK", "BEGIN IMMEDIATE"]
+    assert bench.said.count("ROLLBACK TO one") == 1
+
+
+def test_a_commit_that_is_repeated_among_others(bench: Bench, fence: Fence) -> None:
+    """Who repeats it is told that all is well; it is counted once."""
+    commit = Commit("r", fence, attempt(0), STEP)
+    jobs, _ = bench.apply(commit, commit, Commit("r", fence, attempt(1), STEP))
+    assert told(jobs) == [None, None, None]
+    assert positions(bench) == [0, 1]
+    db = sqlite3.connect(bench.path)
+    assert db.execute("SELECT tokens FROM runs").fetchone() == (2,)
+    db.close()
+
+
+# ---------------------------------------------------------------------- forks
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that forks")
+@pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
+def test_a_child_makes_files_though_its_parent_was_at_it(tmp_path: Path) -> None:
+    """A thread of the parent that makes a file at the moment of a fork keeps no child from making its own."""
+    with sqlite_file._creating:
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if sqlite_file._creating.acquire(blocking=False) else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+        assert not sqlite_file._creating.acquire(blocking=False)
+    DatabaseFile(str(tmp_path / "runs.db"), "full", sqlite_file.connect, 15.0).open().close()

@@ -1,0 +1,805 @@
+"""The file of a SQLite store: how it is made and opened, which files are refused, how long is waited, and each error in words."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import os
+import sqlite3
+import stat
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stroma.checkpoint import SQLiteStore, StoreError
+from stroma.checkpoint import _sqlite_file as sqlite_file
+from stroma.checkpoint._sqlite_file import SCHEMA_VERSION, Connect, DatabaseFile, connect, is_fatal
+
+
+def database(
+    path: Path, synchronous: Any = "full", opens: Connect = connect, patience: float = 0.0
+) -> DatabaseFile:
+    return DatabaseFile(str(path), synchronous, opens, patience)
+
+
+def error_of(code: int | None, text: str = "said", kind: type[Exception] = sqlite3.OperationalError) -> Any:
+    error = kind(text)
+    if code is not None:
+        error.sqlite_errorcode = code  # type: ignore[attr-defined]
+    return error
+
+
+def pragma(db: sqlite3.Connection, name: str) -> Any:
+    return db.execute(f"PRAGMA {name}").fetchone()[0]
+
+
+def fails(call: Callable[[], Any]) -> StoreError:
+    with pytest.raises(StoreError) as caught:
+        call()
+    return caught.value
+
+
+def read(file: DatabaseFile) -> bool:
+    """Whether there is anything to read in it."""
+    with file.reading() as db:
+        return db is not None
+
+
+# ---------------------------------------------------------------------- errors in words
+
+FOREIGN = "{} is a SQLite database of another program, not a stroma store; give another path"
+LOCKED = "database is locked: another process has held {} for 1.5 s; end that process (a stopped one keeps its lock), then resume"
+NO_ROOM = "the disk refused a write to {}: it is full, over a quota or a size limit, or failing; make room or mend it, then resume"
+DISK = (
+    "the disk failed under {} (said): what was acknowledged before is kept, nothing more is written; check the disk, then "
+    "resume in a new process"
+)
+PERMISSIONS = "{} may not be written (said); check its permissions and those of its directory"
+
+
+@pytest.mark.parametrize(
+    ("error", "message", "transient"),
+    [
+        (error_of(sqlite3.SQLITE_BUSY), LOCKED, True),
+        (error_of(sqlite3.SQLITE_BUSY_SNAPSHOT), LOCKED, True),
+        (error_of(sqlite3.SQLITE_LOCKED), LOCKED, True),
+        (error_of(sqlite3.SQLITE_LOCKED_SHAREDCACHE), LOCKED, True),
+        (error_of(sqlite3.SQLITE_FULL), "the disk is full: {} cannot grow; free some space, then resume", True),
+        (error_of(sqlite3.SQLITE_IOERR_WRITE), NO_ROOM, True),
+        (error_of(sqlite3.SQLITE_IOERR_SHMOPEN), NO_ROOM, True),
+        (error_of(sqlite3.SQLITE_IOERR_SHMSIZE), NO_ROOM, True),
+        (error_of(sqlite3.SQLITE_IOERR_SHMMAP), NO_ROOM, True),
+        (error_of(sqlite3.SQLITE_IOERR_NOMEM), NO_ROOM, True),
+        (
+            error_of(sqlite3.SQLITE_TOOBIG, kind=sqlite3.DataError),
+            "a payload is larger than {} can hold in a row (a thousand million bytes); give the store blobs=, then resume",
+            False,
+        ),
+        (
+            error_of(sqlite3.SQLITE_NOTADB, kind=sqlite3.DatabaseError),
+            "{} is not a SQLite database; give another path, or move that file away",
+            False,
+        ),
+        (
+            error_of(sqlite3.SQLITE_CORRUPT, kind=sqlite3.DatabaseError),
+            "{} is damaged (said); restore it from a backup, or save what can be saved with the `.recover` command of the "
+            "sqlite3 shell",
+            False,
+        ),
+        (error_of(sqlite3.SQLITE_READONLY), PERMISSIONS, False),
+        (error_of(sqlite3.SQLITE_READONLY_DIRECTORY), PERMISSIONS, False),
+        (error_of(sqlite3.SQLITE_PERM), PERMISSIONS, False),
+        (PermissionError("said"), PERMISSIONS, False),
+        (FileNotFoundError("said"), "there is no directory {folder}; create it, or give another path", False),
+        (
+            error_of(sqlite3.SQLITE_CANTOPEN),
+            "cannot open {} (said); check its permissions and those of its directory",
+            False,
+        ),
+        (error_of(sqlite3.SQLITE_IOERR), DISK, False),
+        (error_of(sqlite3.SQLITE_IOERR_FSYNC), DISK, False),
+        (error_of(sqlite3.SQLITE_IOERR_READ), DISK, False),
+        (error_of(sqlite3.SQLITE_CONSTRAINT), "{}: said", True),
+        (error_of(None), "{}: said", True),
+        (OSError("said"), "{}: said", True),
+        (ValueError("said"), "{}: said", True),
+    ],
+)  # fmt: skip
+def test_each_error_says_what_to_do(tmp_path: Path, error: Exception, message: str, transient: bool) -> None:
+    """The whole text, with the path in it; and whether trying again may help."""
+    path = tmp_path / "runs.db"
+    told = database(path, patience=1.5).explain(error)
+    assert str(told) == message.format(path, folder=tmp_path)
+    assert type(told) is StoreError
+    assert told.transient is transient
+
+
+def test_what_is_in_words_already_stays(tmp_path: Path) -> None:
+    """Even if it carries a code of SQLite."""
+    told = StoreError("said")
+    told.sqlite_errorcode = sqlite3.SQLITE_FULL  # type: ignore[attr-defined]
+    assert database(tmp_path / "runs.db").explain(told) is told
+
+
+@pytest.mark.parametrize(
+    ("code", "fatal"),
+    [
+        (sqlite3.SQLITE_IOERR, True),
+        (sqlite3.SQLITE_IOERR_FSYNC, True),
+        (sqlite3.SQLITE_IOERR_DIR_FSYNC, True),
+        (sqlite3.SQLITE_IOERR_READ, True),
+        (sqlite3.SQLITE_IOERR_TRUNCATE, True),
+        (sqlite3.SQLITE_IOERR_WRITE, False),
+        (sqlite3.SQLITE_IOERR_SHMOPEN, False),
+        (sqlite3.SQLITE_IOERR_SHMSIZE, False),
+        (sqlite3.SQLITE_IOERR_SHMMAP, False),
+        (sqlite3.SQLITE_IOERR_NOMEM, False),
+        (sqlite3.SQLITE_FULL, False),
+        (sqlite3.SQLITE_BUSY, False),
+        (None, False),
+        (0, False),
+    ],
+)
+def test_after_which_errors_nothing_may_be_written(code: int | None, fatal: bool) -> None:
+    """After all errors of input and output but those for which a rollback is all that is needed."""
+    assert is_fatal(error_of(code)) is fatal
+
+
+# ---------------------------------------------------------------------- waiting
+
+
+class Time:
+    """``now``: read by monotonic(); each sleep takes one second of it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now, self.slept = 100.0, list[float]()
+        monkeypatch.setattr(sqlite_file, "time", self)
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.slept.append(seconds)
+        self.now += 1.0
+
+
+@pytest.mark.parametrize(
+    "code",
+    [sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED, sqlite3.SQLITE_BUSY_SNAPSHOT, sqlite3.SQLITE_BUSY_RECOVERY],
+)
+def test_a_lock_is_waited_for_until_the_patience_ends(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int
+) -> None:
+    """At its last moment it is tried once more; between tries there are no more than two milliseconds, at random."""
+    clock, tries = Time(monkeypatch), list[float]()
+
+    def call() -> None:
+        tries.append(clock.now)
+        raise error_of(code)
+
+    with pytest.raises(sqlite3.OperationalError):
+        database(tmp_path / "runs.db", patience=20.0).patiently(call)
+    assert tries == [100.0 + second for second in range(22)]
+    assert len(clock.slept) == 21
+    assert all(0.0001 <= seconds <= 0.002 for seconds in clock.slept)
+    assert len(set(clock.slept)) > 1
+
+
+def test_who_waited_gets_what_the_call_gives(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock, answers = (
+        Time(monkeypatch),
+        [error_of(sqlite3.SQLITE_BUSY), error_of(sqlite3.SQLITE_LOCKED), "given"],
+    )
+
+    def call() -> str:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return str(answer)
+
+    assert database(tmp_path / "runs.db", patience=5.0).patiently(call) == "given"
+    assert len(clock.slept) == 2
+
+
+@pytest.mark.parametrize(
+    "error", [error_of(sqlite3.SQLITE_FULL), error_of(None), error_of(sqlite3.SQLITE_IOERR)]
+)
+def test_nothing_but_a_lock_is_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
+) -> None:
+    clock = Time(monkeypatch)
+
+    def call() -> None:
+        raise error
+
+    with pytest.raises(sqlite3.OperationalError) as caught:
+        database(tmp_path / "runs.db", patience=5.0).patiently(call)
+    assert caught.value is error
+    assert clock.slept == []
+
+
+def test_a_store_waits_for_fifteen_seconds(tmp_path: Path) -> None:
+    assert SQLiteStore(tmp_path / "runs.db")._file.patience_seconds == 15.0
+    assert SQLiteStore(tmp_path / "runs.db", _patience_seconds=2.5)._file.patience_seconds == 2.5
+
+
+# ---------------------------------------------------------------------- how it is opened
+
+
+@pytest.mark.parametrize(("synchronous", "number", "fullfsync"), [("full", 2, 1), ("normal", 1, 0)])
+def test_the_settings_of_the_connection_that_writes(
+    tmp_path: Path, synchronous: str, number: int, fullfsync: int
+) -> None:
+    db = database(tmp_path / "runs.db", synchronous).open()
+    names = (
+        "journal_mode",
+        "synchronous",
+        "fullfsync",
+        "journal_size_limit",
+        "trusted_schema",
+        "busy_timeout",
+    )
+    told = [pragma(db, name) for name in names]
+    assert told == ["wal", number, fullfsync, 64 * 1024 * 1024, 0, 0]
+    assert db.isolation_level is None
+    db.close()
+
+
+def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
+    """It says what it is, in its header and in its table of facts; what is in it is not made anew."""
+    path = tmp_path / "runs.db"
+    previous = os.umask(0)
+    try:
+        db = database(path).open()
+    finally:
+        os.umask(previous)
+    assert [stat.S_IMODE(one.stat().st_mode) for one in sorted(tmp_path.iterdir())] == [0o600] * 3
+    assert pragma(db, "application_id") == int.from_bytes(b"Strm", "big") == 0x5374726D
+    assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [
+        ("min_reader", "2"),
+        ("schema_version", "3"),
+    ]
+    found = db.execute(
+        "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
+    ).fetchall()
+    assert [name for kind, name in found if kind == "table"] == [
+        "attempts", "cells", "inputs", "meta", "runs", "steps", "tags"
+    ]  # fmt: skip
+    assert [name for kind, name in found if kind == "index"] == [
+        "failed", "runs_by_pipeline", "runs_by_start", "runs_by_status", "tags_by_start", "wanted"
+    ]  # fmt: skip
+    assert not db.in_transaction
+    db.execute("INSERT INTO cells VALUES ('c', x'01')")
+    db.close()
+    again = database(path).open()
+    assert again.execute("SELECT * FROM cells").fetchall() == [("c", b"\x01")]
+    again.close()
+
+
+def test_a_file_with_any_characters_in_its_name(tmp_path: Path) -> None:
+    """What means something in a URI is a part of the name."""
+    path = tmp_path / "a b%41?mode=ro#é.db"
+    database(path).open().close()
+    assert read(database(path))
+    beside = ("", "-shm", "-wal")
+    assert {one.name for one in tmp_path.iterdir()} <= {path.name + end for end in beside}
+    assert path.exists()
+
+
+def test_how_a_connection_is_asked_for(tmp_path: Path) -> None:
+    """To read and write, and only to read: nothing but the file itself is ever made by that."""
+    asked = list[str]()
+
+    def opens(uri: str) -> sqlite3.Connection:
+        asked.append(uri)
+        return connect(uri)
+
+    file = database(tmp_path / "runs.db", opens=opens)
+    file.open().close()
+    assert read(file)
+    where = (tmp_path / "runs.db").as_uri()
+    assert asked == [f"{where}?mode=rw", f"{where}?mode=ro"]
+
+
+def test_a_reader_cannot_write(tmp_path: Path) -> None:
+    file = database(tmp_path / "runs.db")
+    file.open().close()
+    said = fails(lambda: _write(file))
+    assert str(said) == (
+        f"{file.path} may not be written (attempt to write a readonly database); check its permissions and those of its "
+        "directory"
+    )
+
+
+def _write(file: DatabaseFile) -> None:
+    with file.reading() as db:
+        assert db is not None
+        db.execute("INSERT INTO cells VALUES ('c', x'01')")
+
+
+def test_a_reader_is_closed_at_the_end(tmp_path: Path) -> None:
+    """After an error, too."""
+    file = database(tmp_path / "runs.db")
+    file.open().close()
+    with file.reading() as db:
+        assert db is not None
+        assert db.execute("SELECT count(*) FROM runs").fetchone() == (0,)
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        db.execute("SELECT 1")
+    with pytest.raises(ZeroDivisionError), file.reading() as other:
+        raise ZeroDivisionError
+    assert other is not None
+    with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+        other.execute("SELECT 1")
+
+
+def test_there_is_nothing_to_read(tmp_path: Path) -> None:
+    """Nothing is made by looking; an empty file is an empty store."""
+    file = database(tmp_path / "runs.db")
+    said = fails(lambda: read(file))
+    assert (
+        str(said) == f"no such database: {file.path}; check the path, or run a pipeline with this store first"
+    )
+    assert not said.transient
+    assert list(tmp_path.iterdir()) == []
+    (tmp_path / "runs.db").touch()
+    assert not read(file)
+    assert (tmp_path / "runs.db").stat().st_size == 0
+
+
+def test_a_directory_that_is_not_there(tmp_path: Path) -> None:
+    file = database(tmp_path / "none" / "runs.db")
+    said = fails(file.open)
+    assert str(said) == f"there is no directory {tmp_path / 'none'}; create it, or give another path"
+    assert isinstance(said.__cause__, FileNotFoundError)
+    assert not said.transient
+
+
+def test_what_the_system_refuses_has_its_cause(tmp_path: Path) -> None:
+    """Of a reader, too."""
+
+    def opens(_: str) -> sqlite3.Connection:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    file = database(tmp_path / "runs.db", opens=opens)
+    for call in (file.open, lambda: read(file)):
+        said = fails(call)
+        assert str(said) == f"{file.path}: [Errno 24] Too many open files"
+        assert isinstance(said.__cause__, OSError)
+
+
+def test_which_file_it_is(tmp_path: Path) -> None:
+    """Another one of that name is told from it; None is told where there is none."""
+    file = database(tmp_path / "runs.db")
+    assert file.identity() is None
+    file.open().close()
+    found = os.stat(file.path)
+    assert file.identity() == (found.st_dev, found.st_ino)
+
+
+# ---------------------------------------------------------------------- files that are refused
+
+
+def other_program(db: sqlite3.Connection) -> None:
+    db.execute("CREATE TABLE theirs (x)")
+
+
+def other_mark(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA application_id = 7")
+
+
+def no_facts(db: sqlite3.Connection) -> None:
+    _ours(db)
+
+
+def no_number(db: sqlite3.Connection) -> None:
+    _ours(db)
+    db.execute("INSERT INTO meta VALUES ('min_reader', 'x')")
+
+
+def newer(db: sqlite3.Connection) -> None:
+    _ours(db)
+    db.execute("INSERT INTO meta VALUES ('min_reader', '4'), ('schema_version', '5')")
+
+
+def _ours(db: sqlite3.Connection) -> None:
+    db.execute("PRAGMA application_id = 0x5374726D")
+    db.execute("CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID")
+
+
+DAMAGED = "{} is damaged: it does not say its format; restore it from a backup"
+NEWER = "{} was written by a newer stroma (its format is 4, this one reads up to 3); upgrade stroma, or give another path"
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (other_program, FOREIGN),
+        (other_mark, FOREIGN),
+        (no_facts, DAMAGED),
+        (no_number, DAMAGED),
+        (newer, NEWER),
+    ],
+)
+def test_a_file_that_is_no_store_of_ours(tmp_path: Path, make: Callable[[Any], None], message: str) -> None:
+    """It is refused by readers and writers, and stays as it was, to the byte; no connection is left open."""
+    path, opened = tmp_path / "runs.db", list[sqlite3.Connection]()
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        make(db)
+    before = path.read_bytes()
+
+    def opens(uri: str) -> sqlite3.Connection:
+        opened.append(connect(uri))
+        return opened[-1]
+
+    file = database(path, opens=opens)
+    for call in (file.open, lambda: read(file)):
+        said = fails(call)
+        assert str(said) == message.format(path)
+        assert not said.transient
+    assert path.read_bytes() == before
+    assert len(opened) == 2
+    for one in opened:
+        with pytest.raises(sqlite3.ProgrammingError, match="closed"):
+            one.execute("SELECT 1")
+
+
+def test_a_file_that_is_no_database(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    path.write_bytes(b"no database, but a text that is longer than the header of one" * 20)
+    for call in (database(path).open, lambda: read(database(path))):
+        said = fails(call)
+        assert str(said) == f"{path} is not a SQLite database; give another path, or move that file away"
+        assert isinstance(said.__cause__, sqlite3.DatabaseError)
+
+
+class NoSharedMemory(sqlite3.Connection):
+    """A connection on a file system that knows no WAL: SQLite answers with the mode that it keeps."""
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        return super().execute("SELECT 'delete'" if sql.startswith("PRAGMA journal_mode") else sql, *values)
+
+
+def test_a_file_system_without_shared_memory(tmp_path: Path) -> None:
+    def opens(uri: str) -> sqlite3.Connection:
+        return sqlite3.connect(uri, uri=True, isolation_level=None, factory=NoSharedMemory)
+
+    said = fails(database(tmp_path / "runs.db", opens=opens).open)
+    assert (
+        str(said)
+        == f"{tmp_path / 'runs.db'} is on a file system without shared memory; put it on a local disk"
+    )
+    assert not said.transient
+
+
+# ---------------------------------------------------------------------- others, at the same time
+
+
+class Meanwhile(sqlite3.Connection):
+    """A connection before which something happens, once, when it begins a transaction."""
+
+    happens: Callable[[], None] | None = None
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        if sql == "BEGIN IMMEDIATE" and Meanwhile.happens is not None:
+            happens, Meanwhile.happens = Meanwhile.happens, None
+            happens()
+        return super().execute(sql, *values)
+
+
+def meanwhile(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, uri=True, isolation_level=None, factory=Meanwhile)
+
+
+def test_two_that_make_a_file_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The slower one finds what the faster one made, and leaves it as it is."""
+    path = tmp_path / "runs.db"
+
+    def faster() -> None:
+        db = database(path).open()
+        db.execute("INSERT INTO cells VALUES ('c', x'01')")
+        db.close()
+
+    monkeypatch.setattr(Meanwhile, "happens", staticmethod(faster))
+    db = database(path, opens=meanwhile).open()
+    assert not db.in_transaction
+    assert db.execute("SELECT name FROM cells").fetchall() == [("c",)]
+    db.close()
+
+
+def lowered(path: Path, version: int) -> None:
+    """Make a file into one that an older release has written."""
+    db = database(path).open()
+    for name in ("failed", "runs_by_pipeline", "runs_by_status", "tags_by_start"):
+        db.execute(f"DROP INDEX {name}")
+    db.execute("DROP TABLE tags")
+    db.execute("DROP TABLE cells")
+    if version == 1:
+        db.execute("DROP INDEX wanted")
+        db.execute("ALTER TABLE steps DROP COLUMN call")
+        db.execute("ALTER TABLE steps DROP COLUMN given")
+    db.execute("UPDATE meta SET v = ? WHERE k = 'schema_version'", (str(version),))
+    db.execute("UPDATE meta SET v = '1' WHERE k = 'min_reader'")
+    db.execute("INSERT INTO inputs VALUES (1, 1, 'c', x'02', x'03')")
+    db.close()
+
+
+def change(path: Path, *statements: str) -> None:
+    with contextlib.closing(sqlite3.connect(path, isolation_level=None)) as db:
+        for statement in statements:
+            db.execute(statement)
+
+
+def shape(path: Path) -> Any:
+    """Tables with their columns, indexes, and the facts that a file tells of itself."""
+    db = sqlite3.connect(path)
+    names = db.execute(
+        "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
+    ).fetchall()
+    columns = {
+        name: db.execute(f"PRAGMA table_info({name})").fetchall() for kind, name in names if kind == "table"
+    }
+    facts = db.execute("SELECT k, v FROM meta ORDER BY k").fetchall()
+    db.close()
+    return names, columns, facts
+
+
+@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.parametrize("by", ["a reader", "a writer", "a reader of a file that does not say its version"])
+def test_an_older_file_is_brought_up_to_date(tmp_path: Path, version: int, by: str) -> None:
+    """By whoever opens it: it is like a new one then, and what was in it is there."""
+    fresh, path = tmp_path / "fresh.db", tmp_path / "runs.db"
+    database(fresh).open().close()
+    lowered(path, version)
+    file = database(path)
+    assert shape(path) != shape(fresh)
+    if by == "a writer":
+        file.open().close()
+    else:
+        if "not say" in by and version == 1:
+            change(path, "UPDATE meta SET v = 'x' WHERE k = 'schema_version'")
+        assert read(file)
+    names, columns, facts = shape(path)
+    assert (names, columns) == shape(fresh)[:2]
+    assert facts == shape(fresh)[2]
+    db = sqlite3.connect(path)
+    assert db.execute("SELECT * FROM inputs").fetchall() == [(1, 1, "c", b"\x02", b"\x03")]
+    db.close()
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_two_that_bring_a_file_up_to_date_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
+) -> None:
+    path = tmp_path / "runs.db"
+    lowered(path, version)
+    monkeypatch.setattr(Meanwhile, "happens", staticmethod(lambda: database(path).open().close()))
+    db = database(path, opens=meanwhile).open()
+    assert not db.in_transaction
+    db.close()
+    assert shape(path)[2] == [("min_reader", "2"), ("schema_version", "3")]
+
+
+@pytest.mark.parametrize("version", ["3", "4", "10"])
+def test_a_newer_file_that_may_be_read_stays_as_it_is(tmp_path: Path, version: str) -> None:
+    """It is read and written, and says what it said."""
+    path = tmp_path / "runs.db"
+    database(path).open().close()
+    change(
+        path,
+        f"UPDATE meta SET v = '{version}' WHERE k = 'schema_version'",
+        "UPDATE meta SET v = '3' WHERE k = 'min_reader'",
+        "DROP TABLE cells",
+    )
+    database(path).open().close()
+    assert read(database(path))
+    names, _, facts = shape(path)
+    assert facts == [("min_reader", "3"), ("schema_version", version)]
+    assert ("table", "cells") not in names
+
+
+def test_a_file_that_is_up_to_date_is_opened_while_somebody_writes(tmp_path: Path) -> None:
+    """By writers and readers, without waiting: nothing needs to be done to it."""
+    file = database(tmp_path / "runs.db")
+    writer = file.open()
+    writer.execute("BEGIN IMMEDIATE")
+    file.open().close()
+    assert read(file)
+    writer.execute("ROLLBACK")
+    writer.close()
+
+
+def test_facts_of_a_file_are_only_ever_raised(tmp_path: Path) -> None:
+    """A file that needs a newer reader than its format tells keeps to that; numbers are compared as numbers."""
+    path = tmp_path / "runs.db"
+    lowered(path, 2)
+    change(path, "UPDATE meta SET v = '3' WHERE k = 'min_reader'", "INSERT INTO meta VALUES ('another', '0')")
+    database(path).open().close()
+    assert shape(path)[2] == [("another", "0"), ("min_reader", "3"), ("schema_version", str(SCHEMA_VERSION))]
+
+
+def test_a_failed_step_on_the_way_up_changes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "runs.db"
+    lowered(path, 2)
+    change(path, "CREATE TABLE tags (x)")
+    before = shape(path)
+    said = fails(database(path).open)
+    assert str(said) == f"{path}: table tags already exists"
+    assert shape(path) == before
+
+
+# ---------------------------------------------------------------------- after somebody died
+
+
+class HalfDone(sqlite3.Connection):
+    """A reader that finds a file whose last writer died, until a writer has opened it."""
+
+    code = 0
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        if HalfDone.code and "sqlite_master" in sql:
+            raise error_of(HalfDone.code)
+        return super().execute(sql, *values)
+
+
+@pytest.mark.parametrize(
+    ("code", "mended"),
+    [
+        (sqlite3.SQLITE_READONLY_ROLLBACK, True),
+        (sqlite3.SQLITE_READONLY_RECOVERY, True),
+        (sqlite3.SQLITE_READONLY, False),
+        (sqlite3.SQLITE_CANTOPEN, False),
+    ],
+)
+def test_a_reader_has_a_file_put_right_whose_writer_died(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, mended: bool
+) -> None:
+    """Whatever else is in its way it tells."""
+    path, asked = tmp_path / "runs.db", list[str]()
+    database(path).open().close()
+    monkeypatch.setattr(HalfDone, "code", code)
+
+    def opens(uri: str) -> sqlite3.Connection:
+        asked.append(uri[-2:])
+        if uri.endswith("rw"):
+            HalfDone.code = 0
+            return connect(uri)
+        return sqlite3.connect(uri, uri=True, isolation_level=None, factory=HalfDone)
+
+    file = database(path, opens=opens)
+    if mended:
+        assert read(file)
+        assert asked == ["ro", "rw"]
+    else:
+        assert isinstance(fails(lambda: read(file)).__cause__, sqlite3.OperationalError)
+        assert asked == ["ro"]
+
+
+# ---------------------------------------------------------------------- the store
+
+
+def test_what_a_store_is_by_default(tmp_path: Path) -> None:
+    """Its path is absolute; every commit is on the disk; payloads stay in the rows unless it has a place for large ones."""
+    store = SQLiteStore(tmp_path / "a" / ".." / "runs.db")
+    assert store.path == str(tmp_path / "runs.db")
+    assert repr(store) == f"SQLiteStore({str(tmp_path / 'runs.db')!r}, synchronous='full')"
+    assert (store.synchronous, store._file.synchronous, store._file.path) == ("full", "full", store.path)
+    assert store._file.connect is connect
+    payloads = store._payloads
+    assert (payloads.codec, payloads.blobs, payloads.blob_bytes) == (None, None, 1_000_000)
+
+
+def test_what_a_store_was_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Same:
+        def encode(self, data: bytes) -> bytes:
+            return data
+
+        decode = encode
+
+    monkeypatch.chdir(tmp_path)
+    codec = Same()
+    store = SQLiteStore(b"runs.db", synchronous="normal", codec=codec, blobs=tmp_path / "blobs", blob_bytes=7)  # type: ignore[arg-type]
+    assert store.path == str(tmp_path / "runs.db")
+    assert repr(store) == f"SQLiteStore({store.path!r}, synchronous='normal')"
+    assert store._file.synchronous == "normal"
+    assert store._payloads.codec is codec
+    assert repr(store._payloads.blobs) == f"DirectoryBlobs({str(tmp_path / 'blobs')!r})"
+    assert store._payloads.blob_bytes == 7
+
+
+@pytest.mark.parametrize("name", ["", ":memory:", "a\0b", b""])
+def test_what_names_no_file(name: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        SQLiteStore(name)
+    told = os.fsdecode(name)
+    assert str(caught.value) == (
+        f"{told!r} names no file; give a path, or use AsyncInMemoryStore to keep nothing on disk"
+    )
+
+
+@pytest.mark.parametrize("synchronous", ["FULL", "off", None])
+def test_how_sure_a_commit_may_be(tmp_path: Path, synchronous: Any) -> None:
+    with pytest.raises(ValueError) as caught:
+        SQLiteStore(tmp_path / "runs.db", synchronous=synchronous)
+    assert str(caught.value) == f'synchronous is {synchronous!r}; give "full" or "normal"'
+
+
+def test_the_thread_that_writes_has_a_name(tmp_path: Path) -> None:
+    """Who looks at a stuck process finds it."""
+    with SQLiteStore(tmp_path / "runs.db") as store:
+        assert store._worker()._thread.name == "stroma-sqlite"
+
+
+class Watched(sqlite3.Connection):
+    """A connection of which each statement is kept; ``fail``: what a query raises."""
+
+    said: list[str] = []  # noqa: RUF012
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        Watched.said.append(sql)
+        return super().execute(sql, *values)
+
+
+def watched(uri: str) -> sqlite3.Connection:
+    return sqlite3.connect(uri, uri=True, isolation_level=None, factory=Watched)
+
+
+def test_a_query_reads_within_one_transaction(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Begun before it and ended after it, also if it raises; an empty store gives what it was told for that."""
+    SQLiteStore(tmp_path / "runs.db")._file.open().close()
+    monkeypatch.setattr(Watched, "said", [])
+    store = SQLiteStore(tmp_path / "runs.db", _connect=watched)
+    assert store.exists()
+
+    def counted(rows: Any) -> Any:
+        return rows.db.execute("SELECT count(*) FROM runs").fetchone()
+
+    def broken(rows: Any) -> None:
+        raise ZeroDivisionError
+
+    assert store.read(counted, "nothing") == (0,)
+    assert Watched.said[-3:] == ["BEGIN", "SELECT count(*) FROM runs", "ROLLBACK"]
+    with pytest.raises(ZeroDivisionError):
+        store.read(broken, None)
+    assert Watched.said[-2:] == ["BEGIN", "ROLLBACK"]
+    (tmp_path / "empty.db").touch()
+    assert SQLiteStore(tmp_path / "empty.db").read(counted, "nothing") == "nothing"
+    assert not SQLiteStore(tmp_path / "none.db").exists()
+
+
+def test_a_damaged_text_is_read_as_far_as_it_can(tmp_path: Path) -> None:
+    """What is no UTF-8 in it is told as replacement characters; any other error of a query is told."""
+    store = SQLiteStore(tmp_path / "runs.db")
+    db = store._file.open()
+    db.execute("INSERT INTO meta VALUES ('k', CAST(x'61ff62' AS TEXT)), ('l', 'é')")
+    db.close()
+
+    def texts(rows: Any) -> Any:
+        return rows.db.execute("SELECT v FROM meta WHERE k IN ('k', 'l') ORDER BY k").fetchall()
+
+    assert store.read(texts, None) == [("a\ufffdb",), ("é",)]
+    tries = list[int]()
+
+    def wrong(rows: Any) -> None:
+        tries.append(1)
+        rows.db.execute("SELECT no_such FROM meta")
+
+    said = fails(lambda: store.read(wrong, None))
+    assert str(said) == f"{store.path}: no such column: no_such"
+    assert tries == [1]
+
+
+def test_a_reader_waits_for_a_lock(tmp_path: Path) -> None:
+    store = SQLiteStore(tmp_path / "runs.db")
+    store._file.open().close()
+    tries = list[int]()
+
+    def locked(rows: Any) -> int:
+        tries.append(1)
+        if len(tries) < 3:
+            raise error_of(sqlite3.SQLITE_BUSY)
+        return len(tries)
+
+    assert store.read(locked, 0) == 3

@@ -1,0 +1,225 @@
+"""A durable store of one run or two, for tests of its sessions: each operation is done at once, and its rows can be looked at."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import (
+    RunRequest,
+    StepCall,
+)
+from stroma.checkpoint._beside import keep_due, keep_waiting
+from stroma.checkpoint._owner import new_owner
+from stroma.checkpoint._rows import (
+    CANCEL,
+    PARENT,
+    SAVED,
+    TRACE,
+    TROUBLE,
+    Attempt,
+    Fence,
+    Opening,
+    RunRow,
+    Step,
+    checksum,
+)
+from stroma.checkpoint._session import DurableSession
+from stroma.checkpoint._sqlite_file import DatabaseFile, connect
+from stroma.checkpoint._sqlite_rows import SqliteRows
+from stroma.checkpoint.journal import Committed, PriorUsage, Waiting
+from stroma.checkpoint.manager import schema_ref
+from stroma.checkpoint.payloads import Payloads
+from stroma.failures import FailureClass
+from stroma.schemas import schema_of
+from stroma.trace import AttemptUsage, Row
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+SCHEMA = schema_of(State)
+REF = schema_ref(State)
+TABLES = ("runs", "inputs", "tags", "attempts", "steps")
+EMPTY = Step("", "", b"", checksum(b""))
+
+
+def stored(n: int) -> bytes:
+    return b'{"n":%d}' % n
+
+
+class Counting:
+    """A codec that gives other bytes each time; ``opened``: how often it was asked for the way back."""
+
+    def __init__(self) -> None:
+        self.sealed = self.opened = 0
+
+    def encode(self, data: bytes) -> bytes:
+        self.sealed += 1
+        return b"%d|" % self.sealed + data[::-1]
+
+    def decode(self, data: bytes) -> bytes:
+        self.opened += 1
+        return data.partition(b"|")[2][::-1]
+
+
+class LockedRows(SqliteRows):
+    """Rows that see to it that nobody changes an execution that another one could change at the same time."""
+
+    def __init__(self, db: Any) -> None:
+        super().__init__(db)
+        self.locked: set[str] = set()
+
+    def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
+        if lock:
+            self.locked.add(run_id)
+        return super().find(run_id, lock=lock)
+
+    def begin(self, found: RunRow | None, opening: Opening) -> Fence:
+        assert opening.run_id in self.locked
+        return super().begin(found, opening)
+
+    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+        assert found.run_id in self.locked
+        return super().go_on(found, opening)
+
+
+class Store:
+    """A store that does each operation at once, in a transaction; ``fails``: makes what it raises in place of that."""
+
+    def __init__(self, path: Path) -> None:
+        self.db = DatabaseFile(str(path), "normal", connect, 15.0).open()
+        self.rows = LockedRows(self.db)
+        self.fails: Callable[[], BaseException] | None = None
+        self.operations = 0
+
+    def submit(self, operation: Any, /) -> asyncio.Future[Any]:
+        done = asyncio.get_running_loop().create_future()
+        self.operations += 1
+        try:
+            if self.fails is not None:
+                raise self.fails()
+            done.set_result(self.do(operation))
+        except asyncio.CancelledError:
+            done.cancel()
+        except Exception as error:
+            done.set_exception(error)
+        return done
+
+    def do(self, operation: Callable[[LockedRows], Any]) -> Any:
+        self.db.execute("BEGIN")
+        self.rows.locked.clear()
+        try:
+            value = operation(self.rows)
+        except BaseException:
+            self.db.execute("ROLLBACK")
+            raise
+        self.db.execute("COMMIT")
+        return value
+
+    def open(
+        self,
+        run_id: str = "r",
+        n: int = 0,
+        *,
+        payloads: Payloads | None = None,
+        opened: dict[bytes, bytes] | None = None,
+        **request: Any,
+    ) -> DurableSession:
+        payloads = payloads or Payloads()
+        request.setdefault("if_running", "take_over")  # Not every system says that a process has died.
+        asked = RunRequest(run_id, "pipeline", State(n=n), SCHEMA, **request)
+        session = DurableSession(run_id, self.submit, payloads, opened)
+        sealed = payloads._seal(stored(n))
+        opening = Opening(
+            run_id, "pipeline", str(new_owner(session)), asked.lease_seconds, SCHEMA.fingerprint, sealed, checksum(sealed),
+            asked.discard_from, asked.tags,
+        )  # fmt: skip
+        found: DurableSession = self.do(lambda rows: session.open(asked, opening, stored(n), rows))
+        return found
+
+    def table(self, name: str) -> list[tuple[Any, ...]]:
+        return self.db.execute(f"SELECT * FROM {name} ORDER BY 1, 2, 3").fetchall()
+
+    def tables(self) -> dict[str, list[tuple[Any, ...]]]:
+        return {name: self.table(name) for name in TABLES}
+
+    def beside(self) -> list[tuple[int, str, str]]:
+        return [
+            (one.position, one.branch, one.node_id)
+            for place in range(-9, 0)
+            for one in self.rows.kept(1, place)
+        ]
+
+    def keep_beside(self, run_id: str = "r") -> None:
+        """Something of each kind; two nodes wait, one of them has its answer."""
+        for position in (SAVED, CANCEL, PARENT, TRACE, TROUBLE):
+            self.rows.keep(run_id, position, "", f"at {position}", EMPTY)
+        keep_due(self.rows, run_id, attempt(1, 50))
+        keep_due(self.rows, run_id, attempt(0, 20))
+        keep_waiting(self.rows, run_id, Waiting(0, "", "first", "why", "m:Q"))
+        keep_waiting(self.rows, run_id, Waiting(2, "0", "second", "what", "", b"7"))
+
+
+def row(
+    position: int = 0,
+    started: int = 10,
+    branch: str = "",
+    number: int = 1,
+    *,
+    node: str = "node",
+    failed: Any = None,
+    usage: AttemptUsage | None = AttemptUsage(5, 3, 0.25, "m"),  # noqa: B008
+    group: str | None = None,
+) -> Row:
+    outcome: Any = "success" if failed is None else "failure"
+    return (node, number, started, 7, (), None, outcome, failed, usage, position, branch, group, None)
+
+
+def attempt(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
+    """What is kept of row()."""
+    given: dict[str, Any] = {
+        "node_id": "node", "duration_ns": 7, "outcome": "success", "failure_class": None, "message": None, "reason": None,
+        "tokens": 5, "output_tokens": 3, "cost_pico": 250_000_000_000, "model": "m",
+    }  # fmt: skip
+    return Attempt(position, started, branch, number, **{**given, **facts})
+
+
+def committed(
+    n: int, node: str = "node", call: StepCall | None = None, contract: str | None = None
+) -> Committed:
+    return Committed(node, stored(n), SCHEMA.fingerprint if contract is None else contract, call)
+
+
+def lose(session: DurableSession) -> None:
+    """Its process has died."""
+    session.abandon()
+
+
+async def begun(store: Store, **request: Any) -> DurableSession:
+    """A run with commits at 0, 1 (a group with two children) and 2, whose process has died."""
+    session = store.open(**request)
+    await session.record(row(0), SCHEMA, State(n=10), StepCall(4, b"given"))
+    await session.record(row(1, 20, "0", group="group"), SCHEMA, State(n=11))
+    await session.record(row(1, 21, "1", group="group"), SCHEMA, State(n=12))
+    await session.record(row(1, 19), SCHEMA, State(n=13))
+    await session.record(row(2, 30, failed=(FailureClass.AMBIGUOUS, "no", "why")), None, None)
+    await session.record(row(2, 31, number=2), SCHEMA, State(n=14))
+    lose(session)
+    return session
+
+
+GROUPED = f"{SCHEMA.fingerprint}:group"
+COMMITS = {
+    (0, ""): committed(10, call=StepCall(4, b"given")),
+    (1, "0"): committed(11, contract=GROUPED),
+    (1, "1"): committed(12, contract=GROUPED),
+    (1, ""): committed(13),
+    (2, ""): committed(14),
+}
+PRIOR = PriorUsage(30, 1.5, 28 / 1e6)
