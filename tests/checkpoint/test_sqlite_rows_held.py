@@ -33,8 +33,8 @@ from stroma.checkpoint._rows import (
 )
 from stroma.checkpoint._sqlite_file import DatabaseFile, connect
 from stroma.checkpoint._sqlite_rows import SqliteRows
-from stroma.checkpoint.journal import RunQuery, StoreFacts
 from stroma.checkpoint.payloads import BLOB
+from stroma.checkpoint.records import RunQuery, StoreFacts
 
 INPUT, OTHER = b'{"n":1}', b'{"n":2}'
 OURS = str(new_owner(None, ends=False))
