@@ -12,6 +12,8 @@ import re
 from time import perf_counter_ns, time_ns
 from typing import Any
 
+from tests.drivers.seam import SeamRunner
+
 from stroma import (
     AsyncInMemoryStore,
     ExecutionBudget,
@@ -20,6 +22,8 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     NodeHooks,
+    Pipeline,
+    RunConfig,
     RunStatus,
     StromaRunner,
     current_node,
@@ -27,8 +31,9 @@ from stroma import (
 )
 from stroma.history import in_order
 from stroma.hooks import MapProgress
+from stroma.remote.attempts import Attempts
 
-__all__ = ["NEVER", "ONCE", "Between", "Diary", "Journal"]
+__all__ = ["NEVER", "ONCE", "Between", "Diary", "Elsewhere", "Journal"]
 
 NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
 ONCE = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
@@ -179,16 +184,19 @@ class Diary(logging.Handler):
 
     # ------------------------------------------------------------------ runs
 
-    def runner(self, **config: Any) -> StromaRunner:
-        """A runner whose run "r" is watched in every way; ``config`` wins over the variation."""
-        given = {"policy_map": NEVER, "hooks": self.hooks(), **self.variation, **config}
+    def config(self, **config: Any) -> dict[str, Any]:
+        """A run "r" that is watched in every way; ``config`` wins over the variation."""
+        given = {"run_id": "r", "policy_map": NEVER, "hooks": self.hooks(), **self.variation, **config}
         for name, value in self.variation.items():
             if isinstance(value, dict):
                 given[name] = {**value, **config.get(name, {})}
             elif isinstance(value, ExecutionBudget):
                 own: ExecutionBudget = config.get(name, ExecutionBudget())
                 given[name] = value.model_copy(update=own.model_dump(exclude_none=True))
-        return StromaRunner.quick(run_id="r", store=self.store, **given)
+        return given
+
+    def runner(self, **config: Any) -> StromaRunner:
+        return StromaRunner.quick(store=self.store, **self.config(**config))
 
     async def run(self, nodes: list[Any], state: Any, **config: Any) -> None:
         """Run nodes, and note what comes of it; what comes out of ``run()`` as an exception, too."""
@@ -213,6 +221,20 @@ class Diary(logging.Handler):
         contextvars.copy_context().run(run.send, None)
         run.close()
         self.journal()
+
+
+class Elsewhere(Diary):
+    """The same of a run whose attempts are made as on other machines, each by a request; there is no journal."""
+
+    async def run(self, nodes: list[Any], state: Any, **config: Any) -> None:
+        settings, pipeline = RunConfig(**self.config(**config)), Pipeline("pipeline", nodes)
+        runner = SeamRunner(Attempts([pipeline], config=settings), settings)
+        try:
+            self.result(await runner.run(pipeline, state, run_id="r"))
+        except AssertionError:
+            raise
+        except BaseException as error:
+            self.lines.append(f"raised {_told(error)}")
 
 
 def _at(position: int, branch: str) -> str:

@@ -1,21 +1,21 @@
 """What a run tells of its attempts, whole: each line is a promise to whoever watches, resumes or pays for it.
 
-The lines of each scenario stand in ``told.txt``. They are the same under settings that concern none of its nodes: a time
+The lines of each scenario stand in ``told.txt``, those of attempts on other machines in ``told_elsewhere.txt``. They are the same under settings that concern none of its nodes: a time
 limit or policies of another node, limits that are far away, probes that leave all as it is.
 
-usage: python -m tests.test_told   writes ``told.txt`` anew, of what the scenarios come to; see what has changed, and why
+usage: python -m tests.test_told   writes both files anew, of what the scenarios come to; see what has changed, and why
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Iterable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, field_validator
-from tests.telling import ONCE, Between, Diary, Journal
+from tests.telling import ONCE, Between, Diary, Elsewhere, Journal
 
 from stroma import (
     AsyncInMemoryStore,
@@ -700,8 +700,8 @@ VARIATIONS: dict[str, dict[str, Any]] = {
 }
 
 
-def told_of(name: str) -> list[str]:
-    section = TOLD.read_text().split(f"== {name}\n", 1)[1]
+def told_of(name: str, file: Path = TOLD) -> list[str]:
+    section = file.read_text().split(f"== {name}\n", 1)[1]
     return section.split("\n== ", 1)[0].strip().splitlines()
 
 
@@ -711,18 +711,22 @@ def cases() -> list[tuple[str, str]]:
     return [case for case in every if case not in (("closed", "gated"), ("over_budget_while_waiting", "gated"))]
 
 
-@pytest.mark.parametrize(("name", "variation"), cases())
-async def test_what_is_told_of_a_run(name: str, variation: str) -> None:
-    """Hooks, log, trace, journal and result say line for line what the scenario is known to come to."""
+async def note(name: str, variation: str, kind: type[Diary] = Diary) -> list[str]:
     probes = [Probe(), Probe()] if variation == "probed" else []
     PROBES.extend(probes)
     try:
-        with Diary(VARIATIONS[variation]) as diary:
+        with kind(VARIATIONS[variation]) as diary:
             await SCENARIOS[name](diary)
     finally:
         for probe in probes:
             PROBES.remove(probe)
-    assert diary.lines == told_of(name)
+    return diary.lines
+
+
+@pytest.mark.parametrize(("name", "variation"), cases())
+async def test_what_is_told_of_a_run(name: str, variation: str) -> None:
+    """Hooks, log, trace, journal and result say line for line what the scenario is known to come to."""
+    assert await note(name, variation) == told_of(name)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
@@ -742,20 +746,41 @@ def _ends_early(told: list[str]) -> bool:
     return not any(line.startswith("result ") for line in told)
 
 
-def test_every_scenario_is_told() -> None:
-    """The file has the scenarios in order, and no other."""
-    assert [line[3:] for line in TOLD.read_text().splitlines() if line.startswith("== ")] == list(SCENARIOS)
+# ---------------------------------------------------------------- attempts on other machines
+
+#: Those without a store or a coroutine of their own, and without a group that must be cut short from outside.
+ELSEWHERE = [
+    "a_chain", "an_id_with_two_contracts", "no_contracts", "tried_again", "given_up", "bad_input",
+    "bad_input_of_the_next", "bad_output", "repaired", "not_repaired", "over_budget", "failed_over_budget",
+    "bad_usage", "unpriced", "interrupted", "interrupted_in_input", "interrupted_in_output",
+    "interrupted_in_a_classifier", "interrupted_in_the_verdict", "asks", "asks_inside", "too_late",
+    "side_by_side", "a_child_fails", "a_group_is_tried_again", "a_group_gives_nonsense", "items", "not_called",
+    "not_called_again", "start_is_not_async", "cancelled_is_not_async", "success_is_not_async", "cancelled",
+    "cancelled_inside", "cancelled_in_a_start_hook", "cancelled_in_an_end_hook", "its_own_cancellation",
+    "its_own_timeout",
+]  # fmt: skip
+TOLD_ELSEWHERE = TOLD.with_name("told_elsewhere.txt")
 
 
-async def _write() -> None:
+@pytest.mark.parametrize("variation", ["plain", "timed", "limited", "gated", "probed"])
+@pytest.mark.parametrize("name", ELSEWHERE)
+async def test_what_is_told_of_attempts_elsewhere(name: str, variation: str) -> None:
+    """Attempts that are made one by one, by requests, are told to the hooks like those of a run in one process."""
+    assert await note(name, variation, Elsewhere) == told_of(name, TOLD_ELSEWHERE)
+
+
+@pytest.mark.parametrize(("file", "names"), [(TOLD, list(SCENARIOS)), (TOLD_ELSEWHERE, ELSEWHERE)])
+def test_every_scenario_is_told(file: Path, names: list[str]) -> None:
+    """The files have the scenarios in order, and no other."""
+    assert [line[3:] for line in file.read_text().splitlines() if line.startswith("== ")] == names
+
+
+async def _write(file: Path, names: Iterable[str], kind: type[Diary]) -> None:
     """Note all of them anew; look at what changes."""
-    parts = []
-    for name, run in SCENARIOS.items():
-        with Diary() as diary:
-            await run(diary)
-        parts.append("\n".join([f"== {name}", *diary.lines]))
-    TOLD.write_text("\n\n".join(parts) + "\n")
+    parts = ["\n".join([f"== {name}", *await note(name, "plain", kind)]) for name in names]
+    file.write_text("\n\n".join(parts) + "\n")
 
 
 if __name__ == "__main__":
-    asyncio.run(_write())
+    asyncio.run(_write(TOLD, SCENARIOS, Diary))
+    asyncio.run(_write(TOLD_ELSEWHERE, ELSEWHERE, Elsewhere))
