@@ -169,7 +169,9 @@ async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
     assert result.failure.message == "stray"
 
 
-async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """A node that makes an error of its own of it is not called again, whatever its policy says; the log says why."""
     calls: list[str] = []
 
@@ -250,7 +252,11 @@ async def test_a_broken_contract_says_whose_it_is() -> None:
         assert (violation.node_id, violation.direction, violation.raw) == ("a", direction, raw)
         assert violation.schema is schema
         assert violation.__cause__ is not None
-        assert (result.failure.attempt, result.failure.reason, result.failure.retry_after_seconds) == (1, "contract", None)
+        assert (result.failure.attempt, result.failure.reason, result.failure.retry_after_seconds) == (
+            1,
+            "contract",
+            None,
+        )
 
 
 class _Root(RootModel[list[int]]):
@@ -362,7 +368,9 @@ async def test_what_a_group_committed_is_forgotten_when_it_is_done() -> None:
     down = ConnectionError("down")
 
     def group() -> Any:
-        return parallel(counted(calls, "a", {"n": 1}), counted(calls, "b", down, {"m": 2}, made=M), max_concurrency=1)
+        return parallel(
+            counted(calls, "a", {"n": 1}), counted(calls, "b", down, {"m": 2}, made=M), max_concurrency=1
+        )
 
     nodes = [group(), group()]
     runner = StromaRunner.quick(policy_map=NEVER, node_policies={"parallel(a, b)": ONCE})
@@ -378,7 +386,10 @@ async def test_groups_inside_a_group_that_is_tried_again() -> None:
     inner = parallel(counted(calls, "a", {"n": 1}), counted(calls, "b", {"m": 2}, made=M), max_concurrency=1)
     outer = parallel(inner, counted(calls, "c", down, down, {"n": 4}), max_concurrency=1)
     runner = StromaRunner.quick(
-        policy_map=NEVER, node_policies={outer.node_id: {k: FailurePolicy(max_retries=2, backoff_seconds=0) for k in FailureClass}}
+        policy_map=NEVER,
+        node_policies={
+            outer.node_id: {k: FailurePolicy(max_retries=2, backoff_seconds=0) for k in FailureClass}
+        },
     )
     result = await runner.run([outer], N())
     assert result.status is RunStatus.COMPLETED
@@ -469,7 +480,9 @@ async def test_a_group_that_goes_on_runs_what_is_left() -> None:
     store, down = AsyncInMemoryStore(), ConnectionError("down")
 
     def nodes(*outcomes: Any) -> list[Any]:
-        inner = parallel(counted(calls, "a", {"n": 1}), counted(calls, "b", *outcomes, made=M), max_concurrency=1)
+        inner = parallel(
+            counted(calls, "a", {"n": 1}), counted(calls, "b", *outcomes, made=M), max_concurrency=1
+        )
         return [parallel(inner, counted(calls, "c", {"n": 4}), max_concurrency=1)]
 
     first = await StromaRunner.quick(store=store, policy_map=NEVER).run(nodes(down), N(), run_id="r")
@@ -490,9 +503,15 @@ async def test_where_a_restored_node_stands_is_told() -> None:
     store, told = AsyncInMemoryStore(), list[str]()
 
     async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        told.append(f"{node_id} {state} @ {here().kind} {here().position} [{here().branch}] #{here().attempt}")
+        told.append(
+            f"{node_id} {state} @ {here().kind} {here().position} [{here().branch}] #{here().attempt}"
+        )
 
-    nodes = [counted([], "z", {"n": 3}), parallel(counted([], "a", {"n": 1})), counted([], "x", ValueError("no"))]
+    nodes = [
+        counted([], "z", {"n": 3}),
+        parallel(counted([], "a", {"n": 1})),
+        counted([], "x", ValueError("no")),
+    ]
     await StromaRunner.quick(store=store, policy_map=NEVER).run(nodes, N(), run_id="r")
     runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=NodeHooks(on_node_skipped=skipped))
     await runner.run(nodes, N(), run_id="r", resume=True)
@@ -508,7 +527,9 @@ async def test_what_is_kept_of_a_question() -> None:
     nodes = [
         counted([], "z", {"n": 1}),
         parallel(
-            counted([], "a", Suspend("which?", schema=M)), counted([], "b", Suspend("why?"), made=M), max_concurrency=1
+            counted([], "a", Suspend("which?", schema=M)),
+            counted([], "b", Suspend("why?"), made=M),
+            max_concurrency=1,
         ),
     ]
     await StromaRunner.quick(store=store).run(nodes, N(), run_id="r")
@@ -549,7 +570,11 @@ async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> N
     failure = result.failure
     assert failure is not None
     assert isinstance(failure.exception, StoreError)
-    assert (failure.failure_class, failure.reason, failure.node_id) == (FailureClass.RECOVERABLE, "store", "a")
+    assert (failure.failure_class, failure.reason, failure.node_id) == (
+        FailureClass.RECOVERABLE,
+        "store",
+        "a",
+    )
 
 
 async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -> None:
@@ -650,7 +675,9 @@ async def test_the_signal_of_a_fallback_reaches_every_kind_of_node(timed: bool, 
     nodes = [node("a", spend), node("b", look), node("c", look_too)]
     more: dict[str, Any] = {"node_timeouts": {"a": 60_000}} if timed else {}
     result = await StromaRunner.quick(
-        budget=ExecutionBudget(max_cost_usd=1.0), model_fallbacks=[FallbackPolicy("gpt-4o", "small", 0.001)], **more
+        budget=ExecutionBudget(max_cost_usd=1.0),
+        model_fallbacks=[FallbackPolicy("gpt-4o", "small", 0.001)],
+        **more,
     ).run([parallel(each) for each in nodes] if grouped else nodes, N())
     assert result.failure is None
     assert seen == [None, "small", "small"]
@@ -695,7 +722,14 @@ async def test_probes_stand_around_a_call(probes: list[Probe]) -> None:
     seen: list[str] = []
     probes += [Noting("1", seen, FailureClass.TERMINAL), Noting("2", seen)]
     result = await StromaRunner.quick(policy_map=THRICE).run([counted([], "a", ValueError("no"))], N(n=2))
-    assert seen == ["1 before a a n=2", "2 before a a n=2", "2 after", "1 after", "1 a AMBIGUOUS", "2 a TERMINAL"]
+    assert seen == [
+        "1 before a a n=2",
+        "2 before a a n=2",
+        "2 after",
+        "1 after",
+        "1 a AMBIGUOUS",
+        "2 a TERMINAL",
+    ]
     assert result.status is RunStatus.FAILED
     assert result.failure is not None
     assert result.failure.failure_class is FailureClass.TERMINAL
@@ -706,7 +740,13 @@ async def test_probes_stand_around_groups_and_their_children(probes: list[Probe]
     seen: list[str] = []
     probes.append(Noting("1", seen))
     await StromaRunner.quick(policy_map=NEVER).run([parallel(counted([], "a", ValueError("no")))], N())
-    assert seen == ["1 before parallel(a) parallel(a) n=0", "1 before a a n=0", "1 after", "1 a AMBIGUOUS", "1 after"]
+    assert seen == [
+        "1 before parallel(a) parallel(a) n=0",
+        "1 before a a n=0",
+        "1 after",
+        "1 a AMBIGUOUS",
+        "1 after",
+    ]
 
 
 # ---------------------------------------------------------------- ends that are delivered

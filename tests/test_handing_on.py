@@ -243,6 +243,7 @@ async def test_nodes_without_contracts_have_copies_of_their_own(watched: bool) -
     assert given == ["first", {"list": ["a"]}, {"list": ["b"], "model": {"text": "w", "weight": 0.5}}]
     assert result.final_state is not None
     assert result.final_state.model_dump() == {"list": [{"deep": ["c"]}]}
-    assert [event.output_state for event in result.trace][0] == {"list": ["a"]}
-    assert [event.output_state for event in result.trace][2] == {"list": [{"deep": ["c"]}]}
-    assert [event.input_state for event in result.trace][1] == {"list": ["a"]}
+    events = list(result.trace)
+    assert events[0].output_state == {"list": ["a"]}
+    assert events[1].input_state == {"list": ["a"]}
+    assert events[2].output_state == {"list": [{"deep": ["c"]}]}

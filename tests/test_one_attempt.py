@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import logging
 from typing import Any
 
 import pytest
@@ -18,7 +17,6 @@ from stroma import (
     FailureClass,
     NodeContract,
     ReliabilityContext,
-    RunConfig,
     StromaRunner,
     current_node,
     parallel,
@@ -52,7 +50,9 @@ def context(diary: Diary, **config: Any) -> ReliabilityContext:
     return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
 
 
-def execution(ctx: ReliabilityContext, of: Any, attempt: int = 1, last: Failure | None = None) -> NodeExecution:
+def execution(
+    ctx: ReliabilityContext, of: Any, attempt: int = 1, last: Failure | None = None
+) -> NodeExecution:
     run = NodeExecution(ctx, of.node_id, "node", 4, "", ctx.trace.rows)
     run.attempt, run.last_failure = attempt, last
     return run
@@ -79,7 +79,10 @@ async def test_an_attempt_gives_its_output_and_nothing_stays_current() -> None:
         assert current_node() is outside
         CURRENT.reset(token)
     assert ended == [1]
-    assert diary.lines == ["node_start one {'n': 5} @ node one 4 #3", "node_success one {'n': 5} 0 @ node one 4 #3 success None ran"]
+    assert diary.lines == [
+        "node_start one {'n': 5} @ node one 4 #3",
+        "node_success one {'n': 5} 0 @ node one 4 #3 success None ran",
+    ]
     assert [(e.attempt, e.position, e.output_state) for e in ctx.trace] == [(3, 4, {"n": 5})]
 
 
@@ -170,7 +173,9 @@ async def test_a_group_that_was_begun_is_ended_whatever_was_spent_meanwhile() ->
 
     with Diary() as diary:
         ctx = spent(context(diary, budget=BUDGET))
-        group = find_node(parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same)))
+        group = find_node(
+            parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same))
+        )
         refused = await attempt_once(ctx, execution(ctx, group), group, N())
         assert isinstance(refused, Halt)
         assert not [line for line in diary.lines if line.startswith("node_start")]
@@ -184,7 +189,9 @@ async def test_a_group_is_begun_alone(limited: bool) -> None:
     """Its start is told, its children are not called, and the caller's node is current again."""
     with Diary() as diary:
         ctx = context(diary, **({"budget": BUDGET} if limited else {}))
-        group: Any = find_node(parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same)))
+        group: Any = find_node(
+            parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same))
+        )
         run, ended = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows), list[int]()
         run.attempt = 1
         run.at_end(lambda: ended.append(1))
@@ -199,7 +206,9 @@ async def test_a_group_that_is_begun_again_tells_of_the_wait() -> None:
     """The hook of the retry comes first, then the start."""
     with Diary() as diary:
         ctx = context(diary)
-        group: Any = find_node(parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same)))
+        group: Any = find_node(
+            parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same))
+        )
         last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "a", 1, "down", "connection")
         run = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows)
         run.attempt, run.last_failure = 2, last
@@ -215,7 +224,9 @@ async def test_a_group_is_not_begun_once_the_budget_is_spent() -> None:
     """The refusal is a Halt that says that the run's own limit is crossed; no start is told."""
     with Diary() as diary:
         ctx = spent(context(diary, budget=BUDGET))
-        group: Any = find_node(parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same)))
+        group: Any = find_node(
+            parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same))
+        )
         halt = await begin_group(ctx, execution(ctx, group), group, N())
         assert current_node() is None
     assert isinstance(halt, Halt)

@@ -107,7 +107,9 @@ class Watch:
         )  # fmt: skip
 
 
-async def run(watch: Watch, nodes: list[Any], state: BaseModel | None = None, **config: Any) -> ExecutionResult:
+async def run(
+    watch: Watch, nodes: list[Any], state: BaseModel | None = None, **config: Any
+) -> ExecutionResult:
     config = {"policy_map": NEVER, "hooks": watch.hooks(), "hook_timeout_ms": None, **config}
     return await StromaRunner.quick(**config).run(nodes, state or N())
 
@@ -208,7 +210,9 @@ async def test_how_long_it_took(name: str, limited: bool, hook_ms: float, clock:
         traced.setdefault(event.node_id, []).append(event.duration_ms)
     # Whole milliseconds that are over.
     assert traced.keys() == took.keys()
-    assert all(ms - 1 <= told <= ms for name in took for told, ms in zip(traced[name], took[name], strict=True))
+    assert all(
+        ms - 1 <= told <= ms for name in took for told, ms in zip(traced[name], took[name], strict=True)
+    )
     assert len(set(NAMES)) == len(shapes(clock))
 
 
@@ -287,7 +291,13 @@ def deadlines(clock: FakeClock) -> dict[str, tuple[list[Any], str, float]]:
         "after a group": ([parallel(taking(clock, "a", 400)), forever("x")], "x", 1.0),
         "in a group after another": ([taking(clock, "a", 400), parallel(forever("x"))], "x", 1.0),
         "deep": (
-            [parallel(taking(clock, "a", 400), parallel(taking(clock, "b", 100), forever("x"), **one_by_one), **one_by_one)],
+            [
+                parallel(
+                    taking(clock, "a", 400),
+                    parallel(taking(clock, "b", 100), forever("x"), **one_by_one),
+                    **one_by_one,
+                )
+            ],
             "x",
             1.0,
         ),
@@ -331,9 +341,16 @@ async def test_the_deadline_is_met(name: str, clock: FakeClock) -> None:
 
 @pytest.mark.parametrize(
     ("own_ms", "error", "elapsed"),
-    [(600, TimeoutError, 0.6), (599, TimeoutError, 0.599), (1000, TimeoutError, 1.0), (1001, BudgetExceeded, 1.0)],
+    [
+        (600, TimeoutError, 0.6),
+        (599, TimeoutError, 0.599),
+        (1000, TimeoutError, 1.0),
+        (1001, BudgetExceeded, 1.0),
+    ],
 )
-async def test_the_nearer_of_two_limits(own_ms: int, error: type[Exception], elapsed: float, clock: FakeClock) -> None:
+async def test_the_nearer_of_two_limits(
+    own_ms: int, error: type[Exception], elapsed: float, clock: FakeClock
+) -> None:
     """A node's own timeout and the run's deadline: the nearer one ends it and is told; of two alike the node's own."""
     result = await run(Watch(clock), [forever("x")], budget=LIMIT, node_timeouts={"x": own_ms})
     assert result.failure is not None
@@ -419,7 +436,9 @@ async def test_what_was_used_before_a_resume_counts(clock: FakeClock) -> None:
 
 
 @pytest.mark.parametrize("outer", [None, 10_000])
-async def test_the_deadline_of_a_run_inside_a_node_is_not_the_runs(outer: int | None, clock: FakeClock) -> None:
+async def test_the_deadline_of_a_run_inside_a_node_is_not_the_runs(
+    outer: int | None, clock: FakeClock
+) -> None:
     """A node that runs a pipeline of its own, which meets its deadline, has failed: it is tried again as policies say."""
     calls: list[int] = []
 

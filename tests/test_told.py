@@ -37,7 +37,6 @@ from stroma import (
 from stroma._probe import PROBES, Probe
 from stroma.schemas import NotSerialisable
 
-
 #: The same objects for all: runs share a limit by its name.
 LIMITS = {"told": Limit(concurrent=5)}
 FAR = Limit(concurrent=100)
@@ -134,6 +133,7 @@ def scenario(func: Any) -> Any:
 @scenario
 async def a_chain(diary: Diary) -> None:
     """A plain, an async and a context-taking node hand on what their contracts made of it; usage counts for its own attempt."""
+
     def second(state: N) -> Any:
         return N(n=state.n + 10), 7
 
@@ -154,6 +154,7 @@ async def an_id_with_two_contracts(diary: Diary) -> None:
 @scenario
 async def no_contracts(diary: Diary) -> None:
     """Without a contract what a node returns is kept as it was returned, and each node has a copy of its own."""
+
     async def first(state: Any) -> Any:
         return {"n": [state.n]}
 
@@ -269,6 +270,7 @@ async def interrupted(diary: Diary) -> None:
 @scenario
 async def interrupted_in_input(diary: Diary) -> None:
     """An interrupt in an input's validator comes out as itself: no attempt has begun."""
+
     class Stops(BaseModel):
         n: int
 
@@ -283,6 +285,7 @@ async def interrupted_in_input(diary: Diary) -> None:
 @scenario
 async def interrupted_in_output(diary: Diary) -> None:
     """An interrupt in an output's validator ends the attempt, whose usage counts."""
+
     class Stops(BaseModel):
         n: int
 
@@ -369,6 +372,7 @@ async def asks_and_is_cancelled(diary: Diary) -> None:
 @scenario
 async def too_late(diary: Diary) -> None:
     """A node that does not end in time fails with a message that says which and how long; its usage counts."""
+
     async def forever(state: N) -> Any:
         here().report_usage(input_tokens=3)
         await asyncio.Event().wait()
@@ -386,7 +390,10 @@ async def unread_contract(diary: Diary) -> None:
 async def side_by_side(diary: Diary) -> None:
     """Groups have no usage of their own, and their events are around those of their children."""
     inner = parallel(giving("b", ({"m": 2}, 5), made=M))
-    nodes = [parallel(giving("a", ({"n": 1}, 4)), inner, max_concurrency=1), giving("c", {"n": 9}, given=Both)]
+    nodes = [
+        parallel(giving("a", ({"n": 1}, 4)), inner, max_concurrency=1),
+        giving("c", {"n": 9}, given=Both),
+    ]
     await diary.run(nodes, N())
 
 
@@ -409,6 +416,7 @@ async def a_group_is_tried_again(diary: Diary) -> None:
 @scenario
 async def a_group_gives_nonsense(diary: Diary) -> None:
     """Outputs that cannot be merged fail the group, not its child."""
+
     async def odd(state: Any) -> Any:
         return 5
 
@@ -426,6 +434,7 @@ async def items(diary: Diary) -> None:
 @scenario
 async def refused_by_the_store(diary: Diary) -> None:
     """An output that the store does not keep is a failed attempt, not called again; the run can be resumed."""
+
     def between(session: Any) -> Any:
         def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
             if output is not None:
@@ -465,6 +474,7 @@ async def a_failure_that_is_not_kept(diary: Diary) -> None:
 @scenario
 async def not_stored(diary: Diary) -> None:
     """An output without a stored form is terminal."""
+
     def between(session: Any) -> Any:
         def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
             if output is not None:
@@ -481,7 +491,9 @@ async def not_stored(diary: Diary) -> None:
 async def not_called(diary: Diary) -> None:
     """A shared budget that is spent: the first attempt is refused, and nothing is told of a start."""
     shared = SharedBudget("told", max_tokens=10, store=AsyncInMemoryStore())
-    await diary.run([giving("a", ({"n": 1}, 10)), giving("b", {})], N(), shared_budgets=shared, policy_map=ONCE)
+    await diary.run(
+        [giving("a", ({"n": 1}, 10)), giving("b", {})], N(), shared_budgets=shared, policy_map=ONCE
+    )
 
 
 @scenario
@@ -495,6 +507,7 @@ async def not_called_again(diary: Diary) -> None:
 @scenario
 async def start_is_not_async(diary: Diary) -> None:
     """The sets before the one whose start is not async see the end of what they saw begin, the others nothing."""
+
     def plain(*_: Any) -> None: ...
 
     sets = [diary.hooks("1 "), NodeHooks(on_node_start=plain), diary.hooks("3 ")]  # type: ignore[arg-type]
@@ -515,6 +528,7 @@ async def cancelled_is_not_async(diary: Diary) -> None:
 @scenario
 async def success_is_not_async(diary: Diary) -> None:
     """The hook's error comes out once the output is kept and every set was told."""
+
     def plain(*_: Any) -> None: ...
 
     sets = [diary.hooks("1 "), NodeHooks(on_node_success=plain)]  # type: ignore[arg-type]
@@ -669,6 +683,7 @@ async def closed(diary: Diary) -> None:
 @scenario
 async def closed_in_a_hook(diary: Diary) -> None:
     """A run that is thrown away in an end hook has told that end once."""
+
     async def waits(*_: Any) -> None:
         await asyncio.Event().wait()
 
@@ -678,6 +693,7 @@ async def closed_in_a_hook(diary: Diary) -> None:
 @scenario
 async def closed_in_a_start_hook(diary: Diary) -> None:
     """A run that is thrown away in a start hook tells the end of that attempt."""
+
     async def waits(*_: Any) -> None:
         await asyncio.Event().wait()
 
@@ -708,7 +724,9 @@ def told_of(name: str, file: Path = TOLD) -> list[str]:
 def cases() -> list[tuple[str, str]]:
     every = [(name, variation) for name in SCENARIOS for variation in VARIATIONS]
     # Waiting for a turn takes turns of the loop: the one is thrown away there, of the other the siblings change places.
-    return [case for case in every if case not in (("closed", "gated"), ("over_budget_while_waiting", "gated"))]
+    return [
+        case for case in every if case not in (("closed", "gated"), ("over_budget_while_waiting", "gated"))
+    ]
 
 
 async def note(name: str, variation: str, kind: type[Diary] = Diary) -> list[str]:
