@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
-from tests.telling import ONCE
+from tests.telling import NEVER, ONCE
 
 from stroma import AsyncInMemoryStore, NodeContract, NodeHooks, StromaRunner, map_over, parallel, stroma_node
 
@@ -46,9 +46,20 @@ KINDS: list[type[BaseModel]] = [Flat, Listed, Nested, Loose, Rooted, Opaque]
 
 def write(state: Any, word: str) -> None:
     """Add a word to what a state holds, in place where that can be."""
-    if isinstance(state, Flat):
+    if isinstance(state, dict):
+        held = state["seen"]
+        if isinstance(held, str):
+            state["seen"] = held + word
+        else:
+            held = held["order"] if isinstance(held, dict) else held
+            held.append({"text": word} if held and isinstance(held[0], dict) else word)
+    elif isinstance(state, list):
+        state.append(word)
+    elif isinstance(state, Flat):
         state.seen += word
     elif isinstance(state, Nested):
+        for part in state.seen if word == "!" else ():
+            part.text = word
         state.seen.append(Word(text=word))
     elif isinstance(state, Loose):
         state.seen["order"].append(word)
@@ -101,7 +112,7 @@ class Scribblers:
                 out = state.model_copy(deep=True)
             else:
                 out = state.model_dump()
-            self.kept += [state, out] if isinstance(out, BaseModel) else [state]
+            self.kept += [state, out]
             return out
 
         contract: NodeContract[Any, Any] = NodeContract(
@@ -188,6 +199,32 @@ async def test_children_of_a_group_have_copies_of_their_own(kind: type[BaseModel
         (["a"], ["a", "b"]),
         (["a"], ["a", "c"]),
     ]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_state_of_a_run_that_failed_is_the_last_output(
+    kind: type[BaseModel], returns: str, watched: bool
+) -> None:
+    """Exactly as it was returned, whatever was done since to the objects that came and went, and as it was kept."""
+    desk, store = Scribblers(kind, returns), AsyncInMemoryStore()
+    runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=[hooks()] if watched else [])
+    nodes = [desk.node("a"), desk.node("b"), desk.node("c", fails=1)]
+    result = await runner.run(nodes, kind(), run_id="r")
+    assert result.failure is not None
+    assert words(result.final_state) == ["a", "b"]
+    assert [event.output_state and words(event.output_state) for event in result.trace] == [
+        ["a"],
+        ["a", "b"],
+        None,
+    ]
+    for old in desk.kept:
+        write(old, "!")
+    assert words(result.final_state) == ["a", "b"]
+    again = await runner.run([nodes[0], nodes[1], desk.node("c")], kind(), run_id="r", resume=True)
+    assert words(again.final_state) == ["a", "b", "c"]
+    assert desk.given == [[], ["a"], ["a", "b"], ["a", "b"]]
 
 
 class Batch(BaseModel):
