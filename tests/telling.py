@@ -137,12 +137,10 @@ class Diary(logging.Handler):
     # ------------------------------------------------------------------ afterwards
 
     def result(self, result: ExecutionResult) -> None:
-        """What a run came to. Its trace is that which the hook of its end was shown."""
+        """What a run came to, and its trace if that is not what the hook of its end was shown."""
         events = self._events(result.trace)
-        if self._seen is None:
+        if events != self._seen:
             self.lines += events
-        else:
-            assert events == self._seen
         failure = result.failure
         told = f"result {result.status} {result.final_state!r} {result.total_tokens} tokens {result.total_cost_usd:g} USD"
         if failure is not None:

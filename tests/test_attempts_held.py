@@ -20,6 +20,7 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     FallbackPolicy,
+    Limit,
     NodeContract,
     NodeHooks,
     ReliabilityContext,
@@ -611,6 +612,170 @@ async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -
         await asyncio.sleep(0)
     assert state is not None
     assert (state.spent_tokens, state.reserved_tokens, state.calls) == (7, 0, 0)
+
+
+async def test_a_classifier_is_told_where_it_is_asked() -> None:
+    """For each failure, a crossed limit and a refusal too, it is given the node, the attempt and the run."""
+    asked: list[Any] = []
+
+    def ask(error: Exception, where: Any) -> None:
+        asked.append((type(error).__name__, where.node_id, where.attempt, where.run_id))
+
+    runner = StromaRunner.quick(
+        policy_map=ONCE,
+        classifiers=[ask],
+        contract_retries={"b": 1},
+        budget=ExecutionBudget(max_tokens_total=10),
+    )
+    nodes = [
+        counted([], "a", ValueError("no"), {"n": 1}),
+        counted([], "b", BAD, {"n": 2}),
+        counted([], "c", ({"n": 3}, 11)),
+    ]
+    await runner.run(nodes, N(), run_id="told")
+    await runner.run([counted([], "d", {}, given=Positive)], N(), run_id="told too")
+    assert asked == [
+        ("ValueError", "a", 1, "told"),
+        ("ContractViolation", "b", 1, "told"),
+        ("BudgetExceeded", "c", 1, "told"),
+        ("ContractViolation", "d", 1, "told too"),
+    ]
+
+
+async def test_a_refusal_keeps_its_own_cause() -> None:
+    """What made a store fail is the cause of the refusal; without one it is the failure of the attempt before."""
+    disk = OSError("disk")
+    asked: list[int] = []
+
+    class Down(AsyncInMemoryStore):
+        def __init__(self, cause: BaseException | None) -> None:
+            super().__init__()
+            self.cause = cause
+
+        async def change_cell(self, name: str, change: Any) -> Any:
+            asked.append(1)
+            if len(asked) > 2:  # The first attempt asks, and says what it took.
+                raise StoreError("down") from self.cause
+            return await super().change_cell(name, change)
+
+    down = ConnectionError("down")
+    for cause, told in ((disk, disk), (None, down)):
+        asked.clear()
+        shared = SharedBudget(f"held-{told}", max_tokens=10, store=Down(cause), reserve_tokens=1)
+        runner = StromaRunner.quick(shared_budgets=shared, policy_map=ONCE)
+        result = await runner.run([counted([], "a", down)], N())
+        assert result.failure is not None
+        error = result.failure.exception
+        assert isinstance(error, StoreError)
+        assert error.__cause__ is told
+        assert (result.failure.attempt, result.status) == (2, RunStatus.PARTIAL)
+
+
+async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> None:
+    """What the attempt took is counted and its output kept, and the next node is not called."""
+    begun, calls, settled = asyncio.Event(), list[str](), list[int]()
+
+    class Slow(AsyncInMemoryStore):
+        async def change_cell(self, name: str, change: Any) -> Any:
+            if calls:
+                begun.set()
+                for _ in range(3):
+                    await asyncio.sleep(0)
+                settled.append(1)
+            return await super().change_cell(name, change)
+
+    shared = SharedBudget("held-slow", max_tokens=100, store=Slow(), reserve_tokens=1)
+    store = AsyncInMemoryStore()
+    runner = StromaRunner.quick(shared_budgets=shared, store=store)
+    nodes = [counted(calls, "a", ({"n": 1}, 7)), counted(calls, "b", {})]
+    task = asyncio.create_task(runner.run(nodes, N(), run_id="r"))
+    await begun.wait()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert calls == ["a"]
+    state = await shared.state()
+    assert state is not None
+    assert (state.spent_tokens, state.reserved_tokens) == (7, 0)
+    assert [(row.outcome, row.output) for row in store.attempts("r")] == [("success", b'{"n":1}')]
+
+
+async def test_a_cancelled_attempt_gives_its_place_back() -> None:
+    """Under a limit of one at once the next attempt begins when the one before it was cancelled, or has failed."""
+    limits = {"held-one": Limit(concurrent=1)}
+    begun = asyncio.Event()
+
+    async def forever(state: N) -> Any:
+        begun.set()
+        await asyncio.Event().wait()
+
+    def runner() -> StromaRunner:
+        return StromaRunner.quick(policy_map=NEVER, limits=limits, node_limits={"a": "held-one"})
+
+    task = asyncio.create_task(runner().run([node("a", forever)], N()))
+    await begun.wait()
+    waiting = asyncio.create_task(runner().run([counted([], "a", ValueError("no"))], N()))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert (await waiting).status is RunStatus.PARTIAL
+    assert (await runner().run([counted([], "a", {"n": 1})], N())).status is RunStatus.COMPLETED
+
+
+# ---------------------------------------------------------------- groups of plain code
+
+
+async def test_groups_side_by_side_in_plain_code() -> None:
+    """What one group has committed is not forgotten when another one is done: each is tried again with its own."""
+    calls: list[str] = []
+    other_done = asyncio.Event()
+
+    async def waits(state: N) -> Any:
+        calls.append("b")
+        await other_done.wait()
+        if calls.count("b") == 1:
+            raise ConnectionError("down")
+        return {"m": 2}
+
+    first = parallel(counted(calls, "a", {"n": 1}), node("b", waits, N, M), max_concurrency=1)
+    second = parallel(counted(calls, "c", {"n": 3}))
+    runner = StromaRunner.quick(policy_map=NEVER, node_policies={first.node_id: ONCE})
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+
+    async def then() -> Any:
+        while "b" not in calls:
+            await asyncio.sleep(0)
+        result = await execute_step("second", second, N(), ctx)
+        other_done.set()
+        return result
+
+    results = await asyncio.gather(execute_step("first", first, N(), ctx), then())
+    assert [result.status for result in results] == [RunStatus.COMPLETED, RunStatus.COMPLETED]
+    assert calls == ["a", "b", "c", "b"]
+
+
+async def test_a_step_that_was_kept_under_a_contract_of_its_own() -> None:
+    """A resumed step is read with the contract of the call, and is the n-th call of its id."""
+    store, calls = AsyncInMemoryStore(), list[str]()
+    own = contract("a", N, M)
+
+    async def plain() -> list[Any]:
+        runner = StromaRunner.quick(store=store, run_id="r", resume=True)
+        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        async with ctx:
+            results = [
+                await execute_step(
+                    "a", counted(calls, "a", {"n": 1, "m": number}), N(n=number), ctx, contract=own
+                )
+                for number in (1, 2)
+            ]
+        return [result.final_state for result in results]
+
+    assert await plain() == [M(m=1), M(m=2)]
+    assert await plain() == [M(m=1), M(m=2)]
+    assert calls == ["a", "a"]
 
 
 # ---------------------------------------------------------------- calling

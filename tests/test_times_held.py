@@ -216,6 +216,15 @@ async def test_how_long_it_took(name: str, limited: bool, hook_ms: float, clock:
     assert len(set(NAMES)) == len(shapes(clock))
 
 
+async def test_each_attempt_of_a_group_takes_its_own_time(clock: FakeClock) -> None:
+    """A group that is tried again takes what ran in that attempt, and so does what the deadline goes by."""
+    for budget in (ExecutionBudget(), ExecutionBudget(max_latency_ms=1000)):
+        nodes, watch = [parallel(taking(clock, "a", 100, ConnectionError("down")))], Watch(clock)
+        await run(watch, nodes, node_policies={"parallel(a)": ONCE}, budget=budget)
+        assert watch.took == {"a": [100, 100], "parallel(a)": [100, 100]}
+        assert watch.latency == 200
+
+
 async def test_how_long_items_took(clock: FakeClock) -> None:
     """A map takes what its items took together, one by one; each item what it took itself."""
     watch = Watch(clock)

@@ -9,7 +9,8 @@ usage: python -m tests.test_told   writes both files anew, of what the scenarios
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine, Iterable
+import contextlib
+from collections.abc import Callable, Coroutine, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from pydantic import BaseModel, field_validator
 from tests.telling import ONCE, Between, Diary, Elsewhere, Journal
 
 from stroma import (
+    KNOWN_MODELS,
     AsyncInMemoryStore,
     Breaker,
     ExecutionBudget,
@@ -700,6 +702,114 @@ async def closed_in_a_start_hook(diary: Diary) -> None:
     diary.throw_away([giving("a", {"n": 1})], N(), hooks=diary.hooks(node_start=waits))
 
 
+@contextlib.contextmanager
+def dear_model() -> Iterator[None]:
+    """One that costs a dollar for a token, and two for one that it makes."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setitem(KNOWN_MODELS, "told-dear", (1_000_000.0, 2_000_000.0))
+        yield
+
+
+@scenario
+async def priced(diary: Diary) -> None:
+    """What is returned and what is reported add up, each at the price of its model; the last one named is the model."""
+
+    async def pays(state: N) -> Any:
+        here().report_usage(input_tokens=3, output_tokens=1, model="told-dear")
+        return {"n": 1}, 2, 5, "told-dear"
+
+    nodes = [node("a", pays), giving("b", ({"n": 2}, 4, "told-dear"))]
+    with dear_model():
+        await diary.run(nodes, N(), budget=ExecutionBudget(max_cost_usd=20))
+
+
+@scenario
+async def cancelled_and_priced(diary: Diary) -> None:
+    """What a cancelled attempt had reported is priced and counts."""
+    begun = asyncio.Event()
+
+    async def pays(state: N) -> Any:
+        here().report_usage(input_tokens=3, output_tokens=1, model="told-dear")
+        begun.set()
+        await asyncio.Event().wait()
+
+    with dear_model():
+        await diary.cut(begun, [node("a", pays)], N(), budget=ExecutionBudget(max_cost_usd=20))
+
+
+@scenario
+async def dear_and_bad(diary: Diary) -> None:
+    """Of two faults in the usage of one attempt, what was returned is told; what can be counted counts."""
+
+    async def pays(state: N) -> Any:
+        here().report_usage(input_tokens=3, model="a-model-of-our-own")
+        return {"n": 1}, -5
+
+    await diary.run([node("a", pays)], N(), unknown_model="error", policy_map=ONCE)
+
+
+@scenario
+async def warned(diary: Diary) -> None:
+    """At four fifths of a limit the hook is told once, with what was used and what is the limit."""
+    nodes = [giving("a", ({"n": 1}, 79)), giving("b", ({"n": 2}, 1)), giving("c", ({"n": 3}, 1))]
+    await diary.run(nodes, N(), budget=ExecutionBudget(max_tokens_total=100))
+
+
+@scenario
+async def warned_by_a_failure(diary: Diary) -> None:
+    """A failed attempt uses up a limit as well."""
+    nodes = [giving("a", ConnectionError("down"), {"n": 1}, tokens=45)]
+    await diary.run(nodes, N(), budget=ExecutionBudget(max_tokens_total=100), policy_map=ONCE)
+
+
+@scenario
+async def interrupted_in_a_start_hook(diary: Diary) -> None:
+    """Every set has seen the start, and sees the end of what was never called."""
+    sets = [diary.hooks("1 ", node_start=_stops), diary.hooks("2 ")]
+    await diary.run([giving("a", {})], N(), hooks=sets)
+
+
+@scenario
+async def interrupted_in_an_end_hook(diary: Diary) -> None:
+    """The output is kept, every set is told, and the next node is not called."""
+    sets = [diary.hooks("1 "), diary.hooks("2 ", node_success=_stops)]
+    await diary.run([giving("a", {"n": 1}), giving("b", {})], N(), hooks=sets)
+
+
+async def _stops(*_: Any) -> None:
+    raise KeyboardInterrupt("now")
+
+
+@scenario
+async def the_only_start_is_not_async(diary: Diary) -> None:
+    """Without another set nobody is told of an end."""
+
+    def plain(*_: Any) -> None: ...
+
+    await diary.run([giving("a", {})], N(), hooks=NodeHooks(on_node_start=plain))  # type: ignore[arg-type]
+
+
+@scenario
+async def hidden(diary: Diary) -> None:
+    """What ``redact`` takes out of a state stands in no hook and no log line; nodes, journal and result have it."""
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        return dict.fromkeys(state, "hidden")
+
+    nodes = [giving("a", {"n": 5}), giving("b", {"n": "secret"}), giving("c", {})]
+    await diary.run(nodes, N(n=4), redact=redact, contract_retries={"b": 1})
+
+
+@scenario
+async def hidden_input(diary: Diary) -> None:
+    """The same for an input that breaks its contract."""
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        return dict.fromkeys(state, "hidden")
+
+    await diary.run([giving("a", {"n": 0}), giving("b", {}, given=Positive)], N(n=4), redact=redact)
+
+
 # ---------------------------------------------------------------- what is promised of them
 
 #: What changes nothing of what is told.
@@ -756,7 +866,7 @@ async def test_a_run_that_nobody_watches_comes_to_the_same(name: str) -> None:
         return  # It is about hooks.
     told = told_of(name)
     kept = ("journal ", "row ", "raised ", *(("result ", "event ", "  ") if not _ends_early(told) else ()))
-    assert diary.lines == [line for line in told if line.startswith(kept)]
+    assert diary.lines == [line for line in told if line.startswith(kept) and "'hidden'" not in line]
 
 
 def _ends_early(told: list[str]) -> bool:
@@ -775,7 +885,8 @@ ELSEWHERE = [
     "side_by_side", "a_child_fails", "a_group_is_tried_again", "a_group_gives_nonsense", "items", "not_called",
     "not_called_again", "start_is_not_async", "cancelled_is_not_async", "success_is_not_async", "cancelled",
     "cancelled_inside", "cancelled_in_a_start_hook", "cancelled_in_an_end_hook", "its_own_cancellation",
-    "its_own_timeout",
+    "its_own_timeout", "priced",
+    "cancelled_and_priced", "dear_and_bad", "warned", "warned_by_a_failure", "hidden", "hidden_input",
 ]  # fmt: skip
 TOLD_ELSEWHERE = TOLD.with_name("told_elsewhere.txt")
 
