@@ -458,6 +458,70 @@ async def test_a_group_whose_child_was_not_kept_is_not_tried_again() -> None:
     assert result.failure.failure_class is FailureClass.RECOVERABLE
 
 
+@pytest.mark.parametrize("deep", [False, True])
+async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
+    """What is in flight was paid for: it is kept, also beside a group inside of which the limit was crossed."""
+    calls: list[str] = []
+    begun, spent = asyncio.Event(), asyncio.Event()
+
+    async def slow(state: N) -> Any:
+        begun.set()
+        await spent.wait()
+        for _ in range(10):
+            await asyncio.sleep(0)
+        calls.append("slow")
+        return {"m": 1}
+
+    async def spends(state: N) -> Any:
+        await begun.wait()
+        return {"n": 1}, 11
+
+    async def told(*_: Any) -> None:
+        spent.set()
+
+    inner = node("a", spends)
+    outer = parallel(parallel(parallel(inner)) if deep else inner, node("b", slow, N, M))
+    store = AsyncInMemoryStore()
+    runner = StromaRunner.quick(
+        store=store, policy_map=ONCE, node_policies={outer.node_id: ONCE},
+        budget=ExecutionBudget(max_tokens_total=10), hooks=NodeHooks(on_node_failure=told),
+    )  # fmt: skip
+    result = await runner.run([outer], N(), run_id="r")
+    assert (result.status, calls, len(result.trace)) == (RunStatus.PARTIAL, ["slow"], 1)
+    assert [row.output for row in store.attempts("r") if row.node_id == "b"] == [b'{"m":1}']
+
+
+async def test_a_group_deep_inside_which_a_child_was_not_kept_is_not_tried_again() -> None:
+    """No group around it is, whatever its policy says; the run can be resumed."""
+    calls: list[str] = []
+
+    def between(session: Any) -> Any:
+        def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
+            if output is not None:
+                error = StoreError("full")
+                error.transient = False
+                raise error
+            return session.record(row, schema, output, *call)
+
+        return Between(session, record=record)
+
+    outer = parallel(parallel(counted(calls, "a", {"n": 1})))
+    policies = {outer.node_id: ONCE, "parallel(a)": ONCE}
+    runner = StromaRunner.quick(store=Journal(between), policy_map=ONCE, node_policies=policies)
+    result = await runner.run([outer], N())
+    assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
+
+
+async def test_a_step_over_the_budget_has_its_output() -> None:
+    """The result of a step of plain code has what was kept, also of one that took the run over its limit."""
+    runner = StromaRunner.quick(budget=ExecutionBudget(max_tokens_total=10))
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    result = await execute_step("a", counted([], "a", ({"n": 5}, 11)), N(), ctx)
+    assert (result.status, result.final_state) == (RunStatus.PARTIAL, N(n=5))
+    again = await execute_step("b", counted([], "b", {"n": 6}), N(n=7), ctx)
+    assert (again.status, again.final_state) == (RunStatus.PARTIAL, N(n=7))
+
+
 async def test_a_limit_of_a_run_inside_a_node_is_not_the_runs() -> None:
     """A node whose own pipeline went over its budget has failed: it is tried again as its policy says."""
     calls: list[str] = []

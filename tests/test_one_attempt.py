@@ -149,6 +149,34 @@ async def test_once_the_budget_is_spent_no_attempt_is_begun() -> None:
     assert len(ctx.trace) == 0
 
 
+@pytest.mark.parametrize(
+    ("ns", "called"), [(999_999_999, True), (1_000_000_000, True), (1_000_000_001, False)]
+)
+async def test_exactly_at_the_limit_a_child_is_called(ns: int, called: bool) -> None:
+    """What the functions of its group took so far counts to the nanosecond; exactly at the limit is within it."""
+    with Diary() as diary:
+        ctx, one = context(diary, budget=ExecutionBudget(max_latency_ms=1000)), node("one", same)
+        group = NodeExecution(ctx, "group", "group", 0, "", ctx.trace.rows)
+        group.children, group.busy_ns = [], ns
+        run = NodeExecution(ctx, "one", "node", 0, "0", group.children, group)
+        run.attempt = 1
+        outcome = await attempt_once(ctx, run, one, N())
+    told = [line.split()[0] for line in diary.lines if line.startswith("node_")]
+    if called:
+        assert told[0] == "node_start"
+    else:
+        assert told == []
+        assert isinstance(outcome, Halt)
+        error = outcome.failure.exception
+        assert isinstance(error, BudgetExceeded)
+        assert (error.dimension, error.limit, error.actual, error.node_id) == (
+            "latency",
+            1000,
+            1000.000001,
+            "one",
+        )
+
+
 async def test_a_classifier_is_asked_about_a_refusal() -> None:
     """What a classifier of the user's says of a spent budget decides how the run ends; it is told where."""
     asked: list[Any] = []

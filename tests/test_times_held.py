@@ -340,7 +340,7 @@ async def test_the_deadline_is_met(name: str, clock: FakeClock) -> None:
     error = result.failure.exception
     assert isinstance(error, BudgetExceeded)
     assert (error.dimension, error.limit, error.node_id) == ("latency", 1000, late)
-    assert float(error.actual) == pytest.approx(1000, abs=0.01)
+    assert float(error.actual) == pytest.approx(1000, abs=0.0005)
     assert float(error.actual) >= 1000
     assert watch.latency == pytest.approx(1000, abs=0.1)
     (failed,) = [e for e in result.trace.walk() if e.node_id == late and e.reason == "budget"]
@@ -402,7 +402,7 @@ async def test_a_node_that_blocked_past_the_deadline(clock: FakeClock) -> None:
     assert result.failure is not None
     error = result.failure.exception
     assert isinstance(error, BudgetExceeded)
-    assert float(error.actual) == pytest.approx(2500, abs=0.01)
+    assert float(error.actual) == pytest.approx(2500, abs=0.0005)
 
 
 async def test_a_child_is_not_called_once_its_group_took_too_long(clock: FakeClock) -> None:
@@ -415,7 +415,7 @@ async def test_a_child_is_not_called_once_its_group_took_too_long(clock: FakeClo
     error = result.failure.exception
     assert isinstance(error, BudgetExceeded)
     assert (error.dimension, error.limit, error.node_id) == ("latency", 1000, "b")
-    assert float(error.actual) == pytest.approx(1500, abs=0.01)
+    assert float(error.actual) == pytest.approx(1500, abs=0.0005)
     assert result.status is RunStatus.PARTIAL
 
 
