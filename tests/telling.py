@@ -9,6 +9,7 @@ import contextvars
 import dataclasses
 import logging
 import re
+from collections.abc import Coroutine, Generator
 from time import perf_counter_ns, time_ns
 from typing import Any
 
@@ -33,7 +34,7 @@ from stroma.history import in_order
 from stroma.hooks import MapProgress
 from stroma.remote.attempts import Attempts
 
-__all__ = ["NEVER", "ONCE", "Between", "Diary", "Elsewhere", "Journal"]
+__all__ = ["NEVER", "ONCE", "Between", "Diary", "Elsewhere", "Journal", "ThrownAway"]
 
 NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
 ONCE = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
@@ -213,12 +214,27 @@ class Diary(logging.Handler):
         task.cancel()
         await task
 
-    def throw_away(self, nodes: list[Any], state: Any, **config: Any) -> None:
-        """Run nodes up to where they first wait, and throw that away, as a loop does that ends."""
-        run: Any = self.runner(**config).run(nodes, state)
-        contextvars.copy_context().run(run.send, None)
-        run.close()
+    async def throw_away(self, begun: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
+        """Run nodes until that has begun, and throw it away there, as a loop does that ends."""
+        await ThrownAway(self.runner(**config).run(nodes, state), begun)
         self.journal()
+
+
+class ThrownAway:
+    """Awaited, it does what a coroutine does until an event is set, and closes it where it waits, in another context."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any], begun: asyncio.Event) -> None:
+        self._work = work
+        self._begun = begun
+
+    def __await__(self) -> Generator[Any, None, None]:
+        context = contextvars.copy_context()
+        while True:
+            waits_for = context.run(self._work.send, None)
+            if self._begun.is_set():
+                break
+            yield waits_for
+        self._work.close()
 
 
 class Elsewhere(Diary):

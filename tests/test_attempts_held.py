@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-import contextvars
 import pickle
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field, RootModel
-from tests.telling import NEVER, ONCE, Between, Diary, Journal
+from tests.telling import NEVER, ONCE, Between, Diary, Journal, ThrownAway
 
 from stroma import (
     AsyncInMemoryStore,
@@ -645,35 +644,16 @@ async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> N
 async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -> None:
     """A run that is closed in the hook of a success has spent what that attempt took."""
 
+    begun = asyncio.Event()
+
     async def waits(*_: Any) -> None:
+        begun.set()
         await asyncio.Event().wait()
 
-    store = AsyncInMemoryStore()
-    shared = SharedBudget("held-closed", max_tokens=100, store=store, reserve_tokens=1)
+    shared = SharedBudget("held-closed", max_tokens=100, store=AsyncInMemoryStore(), reserve_tokens=1)
     runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_success=waits))
-    loop = asyncio.get_running_loop()
-    inside = asyncio.Event()
-
-    async def spend(state: N) -> Any:
-        inside.set()
-        return {"n": 1}, 7
-
-    run: Any = runner.run([node("a", spend)], N())
-    context = contextvars.copy_context()
-    waiting = context.run(run.send, None)
-    while not inside.is_set() or waiting is None:
-        if waiting is not None:
-            waiting._asyncio_future_blocking = False
-            await asyncio.wait([waiting])
-        await asyncio.sleep(0)
-        waiting = context.run(run.send, None)
-    assert loop.is_running()
-    run.close()
-    for _ in range(100):
-        state = await shared.state()
-        if state is not None and state.spent_tokens:
-            break
-        await asyncio.sleep(0)
+    await ThrownAway(runner.run([counted([], "a", ({"n": 1}, 7))], N()), begun)
+    state = await shared.state()
     assert state is not None
     assert (state.spent_tokens, state.reserved_tokens, state.calls) == (7, 0, 0)
 

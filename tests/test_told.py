@@ -679,27 +679,35 @@ async def a_group_is_too_late(diary: Diary) -> None:
 @scenario
 async def closed(diary: Diary) -> None:
     """A run that is thrown away tells the end of its attempt, and of itself."""
-    diary.throw_away([giving("a", {"n": 1}), forever("b", asyncio.Event())], N())
+    begun = asyncio.Event()
+    await diary.throw_away(begun, [giving("a", {"n": 1}), forever("b", begun)], N())
 
 
 @scenario
 async def closed_in_a_hook(diary: Diary) -> None:
     """A run that is thrown away in an end hook has told that end once."""
 
+    begun = asyncio.Event()
+
     async def waits(*_: Any) -> None:
+        begun.set()
         await asyncio.Event().wait()
 
-    diary.throw_away([giving("a", {"n": 1}), giving("b", {})], N(), hooks=diary.hooks(node_success=waits))
+    nodes = [giving("a", {"n": 1}), giving("b", {})]
+    await diary.throw_away(begun, nodes, N(), hooks=diary.hooks(node_success=waits))
 
 
 @scenario
 async def closed_in_a_start_hook(diary: Diary) -> None:
     """A run that is thrown away in a start hook tells the end of that attempt."""
 
+    begun = asyncio.Event()
+
     async def waits(*_: Any) -> None:
+        begun.set()
         await asyncio.Event().wait()
 
-    diary.throw_away([giving("a", {"n": 1})], N(), hooks=diary.hooks(node_start=waits))
+    await diary.throw_away(begun, [giving("a", {"n": 1})], N(), hooks=diary.hooks(node_start=waits))
 
 
 @contextlib.contextmanager
