@@ -228,13 +228,20 @@ class ThrownAway:
         self._begun = begun
 
     def __await__(self) -> Generator[Any, None, None]:
-        context = contextvars.copy_context()
-        while True:
-            waits_for = context.run(self._work.send, None)
-            if self._begun.is_set():
-                break
-            yield waits_for
+        context, task = contextvars.copy_context(), asyncio.current_task()
+        assert task is not None
+        watch = asyncio.create_task(self._wake(task))
+        try:
+            while True:
+                yield context.run(self._work.send, None)
+        except asyncio.CancelledError:
+            assert watch.done(), "nobody else cancels it"
+            task.uncancel()
         self._work.close()
+
+    async def _wake(self, task: asyncio.Task[Any]) -> None:
+        await self._begun.wait()
+        task.cancel()
 
 
 class Elsewhere(Diary):
