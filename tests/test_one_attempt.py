@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -56,6 +57,12 @@ def execution(
     run = NodeExecution(ctx, of.node_id, "node", 4, "", ctx.trace.rows)
     run.attempt, run.last_failure = attempt, last
     return run
+
+
+def group_of_one(run: Any = None) -> Any:
+    """A group around the node "a"; ``run``: what is called in the place of running that."""
+    group: Any = find_node(parallel(node("a", same)))
+    return group if run is None else replace(group, run=run)
 
 
 def spent(ctx: ReliabilityContext) -> ReliabilityContext:
@@ -201,15 +208,16 @@ async def test_a_group_that_was_begun_is_ended_whatever_was_spent_meanwhile() ->
 
     with Diary() as diary:
         ctx = spent(context(diary, budget=BUDGET))
-        group = find_node(
-            parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same))
-        )
+        group = group_of_one(run)
         refused = await attempt_once(ctx, execution(ctx, group), group, N())
         assert isinstance(refused, Halt)
         assert not [line for line in diary.lines if line.startswith("node_start")]
         begun = await attempt_once(ctx, execution(ctx, group), group, N(), begun=True)
     assert [line for line in diary.lines if line.startswith("node_start parallel")]
-    assert not isinstance(begun, BaseModel)
+    assert isinstance(begun, Halt)
+    assert begun.spent
+    assert begun.output is not None
+    assert begun.output.model_dump() == {"n": 3}
 
 
 @pytest.mark.parametrize("limited", [False, True])
@@ -217,9 +225,7 @@ async def test_a_group_is_begun_alone(limited: bool) -> None:
     """Its start is told, its children are not called, and the caller's node is current again."""
     with Diary() as diary:
         ctx = context(diary, **({"budget": BUDGET} if limited else {}))
-        group: Any = find_node(
-            parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same))
-        )
+        group = group_of_one()
         run, ended = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows), list[int]()
         run.attempt = 1
         run.at_end(lambda: ended.append(1))
@@ -234,9 +240,7 @@ async def test_a_group_that_is_begun_again_tells_of_the_wait() -> None:
     """The hook of the retry comes first, then the start."""
     with Diary() as diary:
         ctx = context(diary)
-        group: Any = find_node(
-            parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same))
-        )
+        group = group_of_one()
         last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "a", 1, "down", "connection")
         run = NodeExecution(ctx, group.node_id, "group", 2, "", ctx.trace.rows)
         run.attempt, run.last_failure = 2, last
@@ -252,9 +256,7 @@ async def test_a_group_is_not_begun_once_the_budget_is_spent() -> None:
     """The refusal is a Halt that says that the run's own limit is crossed; no start is told."""
     with Diary() as diary:
         ctx = spent(context(diary, budget=BUDGET))
-        group: Any = find_node(
-            parallel(stroma_node("a", NodeContract(node_id="a", input_schema=N, output_schema=N))(same))
-        )
+        group = group_of_one()
         halt = await begin_group(ctx, execution(ctx, group), group, N())
         assert current_node() is None
     assert isinstance(halt, Halt)
@@ -321,6 +323,26 @@ async def test_an_attempt_waits_for_its_turn() -> None:
             one = node(name, same)
             assert await attempt_once(ctx, execution(ctx, one), one, N()) == N()
     assert len(ctx.trace) == 2
+
+
+async def test_a_group_takes_no_turn_of_its_own() -> None:
+    """Its children do: a limit under the group's own name holds nobody back, in a run as well as attempt by attempt."""
+    from stroma import Limit
+
+    async def run(*_: Any) -> dict[str, Any]:
+        return {"n": 3}
+
+    group = group_of_one(run)
+    turn = {"turn": Limit(requests_per_minute=1, max_wait_seconds=0.0)}
+    limits: dict[str, Any] = {"limits": turn, "node_limits": {group.node_id: "turn"}}
+    with Diary() as diary:
+        ctx = context(diary, **limits)
+        for _ in range(3):
+            outcome = await attempt_once(ctx, execution(ctx, group), group, N())
+            assert isinstance(outcome, BaseModel)
+            assert outcome.model_dump() == {"n": 3}
+    result = await StromaRunner.quick(**limits).run([group_of_one()] * 3, N())
+    assert result.status == "COMPLETED"
 
 
 def test_the_names_of_a_halt() -> None:
