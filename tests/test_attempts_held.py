@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import pickle
 from collections.abc import Iterator
 from typing import Any
@@ -186,6 +187,45 @@ async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(
         await StromaRunner.quick(policy_map=THRICE).run([node("a", func)], N())
     assert calls == ["a"]
     assert "node 'a' stopped: the run was cancelled" in [r.getMessage() for r in caplog.records]
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+@pytest.mark.parametrize("ending", ["success", "failure", "bad output", "question"])
+async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_is_told(
+    ending: str, grouped: bool
+) -> None:
+    """Prices are read in a thread: what the attempt came to is kept and told, nothing more is called."""
+    calls: list[str] = []
+
+    async def func(state: N) -> Any:
+        calls.append("a")
+        here().report_usage(input_tokens=3, model=f"held-unread-{ending}-{grouped}")
+        asyncio.get_running_loop().call_soon(task.cancel)
+        if ending == "failure":
+            raise ConnectionError("down")
+        if ending == "question":
+            raise Suspend("may I?")
+        return {"n": "none" if ending == "bad output" else 1}
+
+    with Diary() as diary:
+        one = node("a", func)
+        nodes = [parallel(one) if grouped else one, counted(calls, "b", {})]
+        config: dict[str, Any] = {"policy_map": THRICE, "contract_retries": {"a": 3}}
+        task = asyncio.create_task(diary.runner(**config).run(nodes, N()))
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        diary.journal()
+    ends = {"success": "success", "failure": "failure", "bad output": "failure", "question": "suspended"}
+    told = [line for line in diary.lines if line.startswith(("node_", "row a"))]
+    assert [line.split()[0] for line in told if " a " in line and "parallel" not in line][:2] == [
+        "node_start",
+        f"node_{ends[ending]}",
+    ]
+    (row,) = [line for line in told if line.startswith("row a")]
+    assert f"#1 {ends[ending]} ran" in row
+    assert row.endswith(" 3 tokens 0 USD")
+    assert calls == ["a"]
+    assert "run_end CANCELLED latency ran" in diary.lines
 
 
 # ---------------------------------------------------------------- contracts
@@ -985,6 +1025,114 @@ async def test_every_end_is_marked_as_delivered_once() -> None:
         marked.clear()
         await diary.run([counted([], "a", {}, given=Positive)], N(), hook_delivery="at_least_once")
         assert marked == ["a 1 failure"]
+
+
+class Angry:
+    """Hooks of which each raises; ``listed`` is what the result of the run has of them."""
+
+    def __init__(self) -> None:
+        self.listed: list[tuple[str, str | None]] = []
+
+    def sets(self) -> list[NodeHooks]:
+        async def boom(*_: Any) -> None:
+            raise RuntimeError("hook")
+
+        async def end(run_id: str, result: Any) -> None:
+            self.listed = [(failed.hook, failed.node_id) for failed in result.hook_errors]
+
+        names = [f.name for f in dataclasses.fields(NodeHooks) if f.name != "on_run_end"]
+        return [NodeHooks(**dict.fromkeys(names, boom)), NodeHooks(on_run_end=end)]
+
+
+async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
+    """Whatever the event, and in the order in which they were called; none of them changes the run."""
+    angry, store = Angry(), AsyncInMemoryStore()
+    down = ConnectionError("down")
+    nodes = [
+        counted([], "a", down, ({"n": 1}, 9)),
+        parallel(counted([], "b", {"n": 2})),
+        counted([], "c", Suspend("may I?")),
+    ]
+    runner = StromaRunner.quick(
+        store=store, hooks=angry.sets(), policy_map=ONCE, budget=ExecutionBudget(max_tokens_total=10)
+    )
+    result = await runner.run(nodes, N(), run_id="r")
+    assert result.status is RunStatus.SUSPENDED
+    first = [
+        ("on_run_start", None),
+        ("on_node_start", "a"),
+        ("on_node_failure", "a"),
+        ("on_node_retry", "a"),
+        ("on_node_start", "a"),
+        ("on_node_success", "a"),
+        ("on_budget_warning", None),
+        ("on_node_start", "parallel(b)"),
+        ("on_node_start", "b"),
+        ("on_node_success", "b"),
+        ("on_node_success", "parallel(b)"),
+        ("on_node_start", "c"),
+        ("on_node_suspended", "c"),
+    ]
+    assert angry.listed == first
+    await runner.run(nodes, N(), run_id="r", resume=True)
+    assert angry.listed == [
+        ("on_run_start", None),
+        ("on_node_skipped", "a"),
+        ("on_node_skipped", "parallel(b)"),
+        ("on_node_start", "c"),
+        ("on_node_suspended", "c"),
+    ]
+
+
+@pytest.mark.parametrize("closed", [False, True])
+async def test_a_hook_of_an_end_that_raises_is_listed(closed: bool) -> None:
+    """The same for an attempt that is cancelled, and for one that is thrown away."""
+    angry, begun = Angry(), asyncio.Event()
+
+    async def forever(state: N) -> Any:
+        begun.set()
+        await asyncio.Event().wait()
+
+    work = StromaRunner.quick(hooks=angry.sets()).run([node("a", forever)], N())
+    if closed:
+        await ThrownAway(work, begun)
+    else:
+        task = asyncio.create_task(work)
+        await begun.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert angry.listed == [("on_run_start", None), ("on_node_start", "a"), ("on_node_cancelled", "a")]
+
+
+@pytest.mark.parametrize("event", ["start", "success", "failure", "retry", "cancelled", "suspended"])
+async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
+    """The error says which hook of which node it was, and what to do; of a cancelled attempt it stands in the log."""
+
+    def plain(*_: Any) -> None: ...
+
+    begun = asyncio.Event()
+
+    async def func(state: N) -> Any:
+        if event == "suspended":
+            raise Suspend("may I?")
+        if event == "cancelled":
+            begun.set()
+            await asyncio.Event().wait()
+        if event in ("failure", "retry") and here().attempt == 1:
+            raise ConnectionError("down")
+        return {"n": 1}
+
+    hooks = NodeHooks(**{f"on_node_{event}": plain})  # type: ignore[arg-type]
+    with Diary() as diary:
+        if event == "cancelled":
+            await diary.cut(begun, [node("a", func)], N(), hooks=hooks)
+            (said,) = [line for line in diary.lines if line.startswith("log WARNING")]
+        else:
+            await diary.run([node("a", func)], N(), hooks=hooks, policy_map=ONCE)
+            (said,) = [line for line in diary.lines if line.startswith("raised HookNotAsync")]
+    assert f"hook on_node_{event} of node 'a' is not async: " in said
+    assert "returned NoneType, which cannot be awaited; define it with async def" in said
 
 
 # ---------------------------------------------------------------- what leaves the process

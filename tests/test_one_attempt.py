@@ -17,6 +17,7 @@ from stroma import (
     Failure,
     FailureClass,
     NodeContract,
+    NodeHooks,
     ReliabilityContext,
     StromaRunner,
     current_node,
@@ -123,6 +124,27 @@ async def test_a_wait_is_told_as_the_engine_tells_it(seconds: float | None) -> N
         f"node_success one {{'n': 0}} 0 @ node one 4 #2 {after} success None ran",
     ]
     assert run.attempt == 2
+
+
+async def test_a_hook_that_raises_is_listed_by_its_name() -> None:
+    """The hook of a wait, a start or an end that raises is listed with its node, and changes nothing."""
+
+    async def boom(*_: Any) -> None:
+        raise RuntimeError("hook")
+
+    hooks = NodeHooks(on_node_retry=boom, on_node_start=boom, on_node_success=boom)
+    ctx = context(Diary(), hooks=hooks)
+    last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "one", 1, "down", "connection")
+    one, group = node("one", same), group_of_one()
+    assert await attempt_once(ctx, execution(ctx, one, 2, last), one, N(), after_seconds=0.0) == N()
+    assert await begin_group(ctx, execution(ctx, group, 2, last), group, N(), after_seconds=0.0) is None
+    assert [(failed.hook, failed.node_id) for failed in ctx.hook_failures] == [
+        ("on_node_retry", "one"),
+        ("on_node_start", "one"),
+        ("on_node_success", "one"),
+        ("on_node_retry", "parallel(a)"),
+        ("on_node_start", "parallel(a)"),
+    ]
 
 
 async def test_a_wait_after_no_failure_is_none() -> None:

@@ -372,6 +372,24 @@ async def asks_and_is_cancelled(diary: Diary) -> None:
 
 
 @scenario
+async def asks_in_vain_and_is_cancelled(diary: Diary) -> None:
+    """A question that is refused while the run is cancelled is told as a failure; then the cancellation comes out."""
+    inside = asyncio.Event()
+
+    def between(session: Any) -> Any:
+        async def later(*_: Any) -> None:
+            inside.set()
+            await asyncio.sleep(0)
+            await asyncio.sleep(0)
+            raise full()
+
+        return Between(session, suspend=later)
+
+    diary.store = Journal(between)
+    await diary.cut(inside, [giving("a", Suspend("may I?"))], N())
+
+
+@scenario
 async def too_late(diary: Diary) -> None:
     """A node that does not end in time fails with a message that says which and how long; its usage counts."""
 
