@@ -544,8 +544,10 @@ async def test_a_group_deep_inside_which_a_child_was_not_kept_is_not_tried_again
 
         return Between(session, record=record)
 
-    outer = parallel(parallel(counted(calls, "a", {"n": 1})))
-    policies = {outer.node_id: ONCE, "parallel(a)": ONCE}
+    inner = parallel(counted(calls, "a", {"n": 1}))
+    middle = parallel(inner)
+    outer = parallel(middle)
+    policies = dict.fromkeys((outer.node_id, middle.node_id, inner.node_id), ONCE)
     runner = StromaRunner.quick(store=Journal(between), policy_map=ONCE, node_policies=policies)
     result = await runner.run([outer], N())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])

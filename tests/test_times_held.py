@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pytest
@@ -28,6 +28,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma.nodes import Group
 from stroma.testing import FakeClock
 
 
@@ -310,9 +311,17 @@ def deadlines(clock: FakeClock) -> dict[str, tuple[list[Any], str, float]]:
             "x",
             1.0,
         ),
+        "deeper": ([parallel(parallel(parallel(forever("x"))))], "x", 1.0),
         "behind a wait": ([node("x", late)], "x", 1.0 + 9.0),
         "in a group behind a wait": ([parallel(node("x", late))], "x", 1.0 + 9.0),
     }
+
+
+def groups_in(nodes: Iterable[Any]) -> list[str]:
+    groups = [node for node in nodes if isinstance(node, Group)]
+    return [group.node_id for group in groups] + [
+        one for group in groups for one in groups_in(group.children)
+    ]
 
 
 def here() -> Any:
@@ -322,18 +331,20 @@ def here() -> Any:
 
 
 DEADLINES = [
-    "at once", "after another", "in a group", "beside another", "after a group", "in a group after another", "deep",
+    "at once", "after another", "in a group", "beside another", "after a group", "in a group after another", "deep", "deeper",
     "behind a wait", "in a group behind a wait",
 ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", DEADLINES)
 async def test_the_deadline_is_met(name: str, clock: FakeClock) -> None:
-    """The function in flight is cut off once the run's functions took so long; waits do not count; nothing is retried."""
+    """The function in flight is cut off once the run's functions took so long; waits do not count; nothing is retried,
+    whatever the policies of nodes and groups say."""
     nodes, late, elapsed = deadlines(clock)[name]
     slow = {kind: FailurePolicy(max_retries=5, backoff_seconds=9, jitter=False) for kind in FailureClass}
     watch, begin = Watch(clock), clock.elapsed
-    result = await run(watch, nodes, budget=LIMIT, policy_map=slow)
+    own = dict.fromkeys(groups_in(nodes), slow)
+    result = await run(watch, nodes, budget=LIMIT, policy_map=slow, node_policies=own)
     assert clock.elapsed - begin == pytest.approx(elapsed, abs=0.001)
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
