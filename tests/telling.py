@@ -216,7 +216,10 @@ class Diary(logging.Handler):
 
     async def throw_away(self, begun: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
         """Run nodes until that has begun, and throw it away there, as a loop does that ends."""
+        before = asyncio.all_tasks()
         await ThrownAway(self.runner(**config).run(nodes, state), begun)
+        for task in asyncio.all_tasks() - before:  # Of a store, whose work nobody has closed.
+            task.cancel()
         self.journal()
 
 

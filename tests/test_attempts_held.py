@@ -530,6 +530,36 @@ async def test_siblings_of_what_crossed_a_limit_finish(deep: bool) -> None:
     assert [row.output for row in store.attempts("r") if row.node_id == "b"] == [b'{"m":1}']
 
 
+async def test_a_group_whose_childs_failure_was_not_kept_is_not_tried_again() -> None:
+    """What a failed child used could not be noted: nothing more is spent, whatever the policies of the groups say."""
+    calls: list[str] = []
+
+    def between(session: Any) -> Any:
+        def record(row: Any, *more: Any) -> Any:
+            if row[0] == "a":
+                error = StoreError("full")
+                error.transient = False
+                raise error
+            return session.record(row, *more)
+
+        return Between(session, record=record)
+
+    inner = parallel(counted(calls, "a", ValueError("no")))
+    outer = parallel(inner)
+    runner = StromaRunner.quick(
+        store=Journal(between),
+        policy_map=ONCE,
+        node_policies=dict.fromkeys((outer.node_id, inner.node_id), ONCE),
+    )
+    result = await runner.run([outer], N())
+    assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
+    failure = result.failure
+    assert failure is not None
+    assert (failure.reason, failure.message, failure.node_id) == ("store", "full", outer.node_id)
+    assert failure.failure_class is FailureClass.RECOVERABLE
+    assert isinstance(failure.exception, StoreError)
+
+
 async def test_a_group_deep_inside_which_a_child_was_not_kept_is_not_tried_again() -> None:
     """No group around it is, whatever its policy says; the run can be resumed."""
     calls: list[str] = []

@@ -183,6 +183,58 @@ async def test_an_id_that_stands_twice(kind: type[BaseModel], returns: str) -> N
     assert [words(event.input_state) for event in list(result.trace)[1:]] == [[], ["b"], ["b", "c"]]
 
 
+class Start(BaseModel):
+    first: int = 1
+    second: str = "2"
+
+
+class Weighed(BaseModel):
+    more: str
+    words: list[Word]
+
+
+class Free(BaseModel):
+    more: str
+    words: dict[str, Any]
+
+
+class End(BaseModel):
+    more: str
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "words_of_it"), [(Weighed, [{"text": "w", "weight": 0.5}]), (Free, {"k": [1]})]
+)
+async def test_an_id_whose_contracts_have_nothing_in_common(
+    kind: type[BaseModel], words_of_it: Any, watched: bool
+) -> None:
+    """Each event is told with the fields of its own contract, whatever the id stood for before."""
+
+    async def pair(state: Start) -> Any:
+        return {"more": "m", "words": words_of_it}
+
+    async def end(state: End) -> Any:
+        return {"more": state.more + "!"}
+
+    def node(func: Any, given: type[BaseModel], made: type[BaseModel]) -> Any:
+        return stroma_node("a", NodeContract(node_id="a", input_schema=given, output_schema=made))(func)
+
+    nodes = [node(pair, Start, kind), node(end, End, End), node(end, End, End)]
+    store = AsyncInMemoryStore()
+    result = await StromaRunner.quick(store=store, hooks=[hooks()] if watched else []).run(
+        nodes, Start(), run_id="r"
+    )
+    assert result.final_state == End(more="m!!")
+    made = {"more": "m", "words": words_of_it}
+    assert [(event.input_state, event.output_state) for event in result.trace] == [
+        ({"first": 1, "second": "2"}, made),
+        ({"more": "m"}, {"more": "m!"}),
+        ({"more": "m!"}, {"more": "m!!"}),
+    ]
+    assert [row.output for row in store.attempts("r")][1:] == [b'{"more":"m!"}', b'{"more":"m!!"}']
+
+
 @pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])
 @pytest.mark.parametrize("kind", [Listed, Nested, Loose, Opaque])
 async def test_children_of_a_group_have_copies_of_their_own(kind: type[BaseModel], returns: str) -> None:

@@ -691,7 +691,7 @@ async def its_own_timeout(diary: Diary) -> None:
 async def a_group_is_too_late(diary: Diary) -> None:
     """A group's timeout is a failure of the group; what ran inside was cancelled."""
     nodes = [parallel(giving("a", {"n": 1}), forever("b", asyncio.Event()), max_concurrency=1)]
-    await diary.run(nodes, N(), node_timeouts={"parallel(a, b)": 60})
+    await diary.run(nodes, N(), node_timeouts={"parallel(a, b)": 300})
 
 
 @scenario
@@ -726,6 +726,27 @@ async def closed_in_a_start_hook(diary: Diary) -> None:
         await asyncio.Event().wait()
 
     await diary.throw_away(begun, [giving("a", {"n": 1})], N(), hooks=diary.hooks(node_start=waits))
+
+
+def never_kept(begun: asyncio.Event, call: str) -> Any:
+    """Sessions that do not come to an end with it."""
+
+    def between(session: Any) -> Any:
+        async def later(*_: Any) -> None:
+            begun.set()
+            await asyncio.Event().wait()
+
+        return Between(session, **{call: later})
+
+    return between
+
+
+@scenario
+async def closed_in_a_commit(diary: Diary) -> None:
+    """A run that is thrown away while an output is kept tells the end of that attempt, and of itself."""
+    begun = asyncio.Event()
+    diary.store = Journal(never_kept(begun, "record"))
+    await diary.throw_away(begun, [giving("a", ({"n": 1}, 3))], N())
 
 
 @contextlib.contextmanager
