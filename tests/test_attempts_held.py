@@ -713,6 +713,30 @@ async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> N
     )
 
 
+async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -> None:
+    """What shared budget is left nobody knows: no group around the child asks again, whatever its policy says."""
+    asked: list[str] = []
+
+    class Down(AsyncInMemoryStore):
+        def change_cell(self, *_: Any, **__: Any) -> Any:
+            asked.append("asked")
+            raise StoreError("down")
+
+    async def retry(run_id: str, node_id: str, *_: Any) -> None:
+        asked.append(f"retry of {node_id}")
+
+    inner = parallel(counted(asked, "a", {}))
+    outer = parallel(inner)
+    runner = StromaRunner.quick(
+        shared_budgets=SharedBudget("held-down-inside", max_tokens=10, store=Down()), policy_map=ONCE,
+        node_policies=dict.fromkeys((outer.node_id, inner.node_id), ONCE), hooks=NodeHooks(on_node_retry=retry),
+    )  # fmt: skip
+    result = await runner.run([outer], N())
+    assert (result.status, asked) == (RunStatus.PARTIAL, ["asked"])
+    assert result.failure is not None
+    assert (result.failure.reason, result.failure.node_id) == ("store", outer.node_id)
+
+
 async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -> None:
     """A run that is closed in the hook of a success has spent what that attempt took."""
 
