@@ -13,6 +13,7 @@ from collections.abc import Coroutine, Generator
 from time import perf_counter_ns, time_ns
 from typing import Any
 
+from pydantic import BaseModel
 from tests.drivers.seam import SeamRunner
 
 from stroma import (
@@ -22,6 +23,7 @@ from stroma import (
     Failure,
     FailureClass,
     FailurePolicy,
+    NodeContract,
     NodeHooks,
     Pipeline,
     RunConfig,
@@ -29,17 +31,75 @@ from stroma import (
     StromaRunner,
     current_node,
     current_run,
+    stroma_node,
 )
 from stroma.history import in_order
 from stroma.hooks import MapProgress
 from stroma.remote.attempts import Attempts
 
-__all__ = ["NEVER", "ONCE", "Between", "Diary", "Elsewhere", "Journal", "ThrownAway"]
+__all__ = [
+    "NEVER",
+    "ONCE",
+    "THRICE",
+    "Between",
+    "Diary",
+    "Elsewhere",
+    "Journal",
+    "M",
+    "N",
+    "ThrownAway",
+    "contract",
+    "counted",
+    "here",
+    "node",
+    "same",
+]
 
 NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
 ONCE = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+THRICE = {kind: FailurePolicy(max_retries=3, backoff_seconds=0) for kind in FailureClass}
 #: Of clocks that are set while a test runs.
 _SLACK_NS = 60 * 10**9
+
+
+class N(BaseModel):
+    n: int = 0
+
+
+class M(BaseModel):
+    m: int = 0
+
+
+def contract(node_id: str, given: type[BaseModel] = N, made: type[BaseModel] = N) -> NodeContract[Any, Any]:
+    return NodeContract(node_id=node_id, input_schema=given, output_schema=made)
+
+
+def node(node_id: str, func: Any, given: type[BaseModel] = N, made: type[BaseModel] = N) -> Any:
+    return stroma_node(node_id, contract(node_id, given, made))(func)
+
+
+def here() -> Any:
+    found = current_node()
+    assert found is not None
+    return found
+
+
+async def same(state: Any) -> Any:
+    return state
+
+
+def counted(calls: list[str], node_id: str, *outcomes: Any, **schemas: Any) -> Any:
+    """Gives these, or raises them, the last one from then on."""
+    left = list(outcomes)
+
+    async def func(state: Any) -> Any:
+        calls.append(node_id)
+        outcome = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return node(node_id, func, **schemas)
 
 
 class Between:
