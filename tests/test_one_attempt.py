@@ -20,6 +20,7 @@ from stroma import (
     NodeHooks,
     ReliabilityContext,
     StromaRunner,
+    Suspend,
     current_node,
     parallel,
     stroma_node,
@@ -256,6 +257,47 @@ async def test_a_group_is_begun_alone(limited: bool) -> None:
     assert diary.lines == ["node_start parallel(a) {'n': 4} @ group parallel(a) 2 #1"]
     assert ended == [1]
     assert len(ctx.trace) == 0
+
+
+async def test_a_group_whose_beginning_is_interrupted_is_told_and_kept() -> None:
+    """What its start hook is interrupted by comes out, and the attempt is a cancelled one, with its input."""
+
+    async def stops(*_: Any) -> None:
+        raise KeyboardInterrupt("now")
+
+    with Diary() as diary:
+        ctx, group = context(diary, hooks=diary.hooks(node_start=stops)), group_of_one()
+        with pytest.raises(KeyboardInterrupt, match="now"):
+            await begin_group(ctx, execution(ctx, group), group, N(n=4))
+        assert current_node() is None
+    assert [line.split()[0] for line in diary.lines] == ["node_start", "node_cancelled"]
+    (event,) = ctx.trace
+    assert (event.outcome, event.input_state, event.output_state) == ("cancelled", {"n": 4}, None)
+
+
+@pytest.mark.parametrize("grouped", [False, True])
+async def test_a_question_comes_back_with_what_was_raised(grouped: bool) -> None:
+    """The driver is given the very exception, and the reason in words; a group has those of its child."""
+    asked = Suspend("may I?", schema=N)
+
+    async def ask(state: N) -> N:
+        raise asked
+
+    with Diary() as diary:
+        ctx = context(diary)
+        one = find_node(parallel(node("a", ask))) if grouped else node("a", ask)
+        halt = await attempt_once(ctx, execution(ctx, one, 3), one, N())
+    assert isinstance(halt, Halt)
+    assert (halt.suspended, halt.spent, halt.partial, halt.output) == (True, False, False, None)
+    failure = halt.failure
+    assert (failure.failure_class, failure.message, failure.node_id, failure.attempt) == (
+        FailureClass.RECOVERABLE,
+        "may I?",
+        one.node_id,
+        3,
+    )
+    if not grouped:
+        assert failure.exception is asked
 
 
 async def test_a_group_that_is_begun_again_tells_of_the_wait() -> None:
