@@ -27,7 +27,6 @@ from stroma import (
     NodeHooks,
     Pipeline,
     RunConfig,
-    RunStatus,
     StromaRunner,
     current_node,
     current_run,
@@ -207,8 +206,7 @@ class Diary(logging.Handler):
         if failure is not None:
             told += f" {type(failure.exception).__name__} {_failed(failure)} {failure.retry_after_seconds}"
             told += f" of {failure.node_id} #{failure.attempt}"
-        names = ["hook_errors", "unpriced_models", "failed_items"]
-        for name in [*names, "suspended"] if result.status is RunStatus.SUSPENDED else names:
+        for name in ("hook_errors", "unpriced_models", "failed_items", "suspended"):
             if getattr(result, name):
                 told += f" {name} {getattr(result, name)}"
         self.lines.append(told)

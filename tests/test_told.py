@@ -749,6 +749,38 @@ async def closed_in_a_commit(diary: Diary) -> None:
     await diary.throw_away(begun, [giving("a", ({"n": 1}, 3))], N())
 
 
+@scenario
+async def closed_while_a_failure_is_kept(diary: Diary) -> None:
+    """The failed attempt is told to have failed, though nobody knows whether it was kept."""
+    begun = asyncio.Event()
+    diary.store = Journal(never_kept(begun, "record"))
+    await diary.throw_away(begun, [giving("a", ValueError("no"), tokens=3)], N(), policy_map=ONCE)
+
+
+@scenario
+async def closed_while_a_question_is_kept(diary: Diary) -> None:
+    """The attempt that asked is told as one that was cut short."""
+    begun = asyncio.Event()
+    diary.store = Journal(never_kept(begun, "suspend"))
+    await diary.throw_away(begun, [giving("a", Suspend("may I?"))], N())
+
+
+@scenario
+async def closed_while_an_interrupted_attempt_is_kept(diary: Diary) -> None:
+    """The end of what was interrupted is told."""
+    begun = asyncio.Event()
+    diary.store = Journal(never_kept(begun, "record"))
+    await diary.throw_away(begun, [giving("a", KeyboardInterrupt("now"), tokens=3)], N())
+
+
+@scenario
+async def interrupted_while_a_question_is_kept(diary: Diary) -> None:
+    """The attempt that asked is one event, told and kept as cancelled; the interrupt comes out."""
+    stops = raising(KeyboardInterrupt("now"))
+    diary.store = Journal(lambda session: Between(session, suspend=stops))
+    await diary.run([giving("a", Suspend("may I?"), tokens=3)], N())
+
+
 @contextlib.contextmanager
 def dear_model() -> Iterator[None]:
     """One that costs a dollar for a token, and two for one that it makes."""
