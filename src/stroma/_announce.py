@@ -16,7 +16,7 @@ from stroma.hooks import Calls, HookNotAsync
 from stroma.schemas import Schema
 from stroma.trace import OUTCOME, Row
 
-__all__ = ["fire_success", "tell_end", "tell_failure", "warn_of_budget"]
+__all__ = ["fire_success", "tell_closed", "tell_end", "tell_failure", "warn_of_budget"]
 
 
 async def tell_end(
@@ -30,12 +30,8 @@ async def tell_end(
     """Fire the hooks of an attempt's end, and note that they were. ``begun``: what is left of that."""
     try:
         await (begun or ctx.fire.fire(f"on_node_{row[OUTCOME]}", calls, run.node_id, arguments))
-    except GeneratorExit:  # The coroutine is being closed: the sets that are left see this end as well.
-        token = CURRENT.set(run)  # Whoever closes it has a context of their own.
-        try:
-            ctx.fire.fire_now(f"on_node_{row[OUTCOME]}", ctx.fire.untold, run.node_id, arguments)
-        finally:
-            CURRENT.reset(token)
+    except GeneratorExit:  # The sets that are left see this end as well.
+        tell_closed(ctx, run, ctx.fire.untold, row, arguments)
         raise
     except (asyncio.CancelledError, HookNotAsync):
         # They come out once every set was told: what was counted once must not be told again.
@@ -44,6 +40,23 @@ async def tell_end(
         raise
     if ctx.delivers:
         ctx.session.delivered(row)
+
+
+def tell_closed(
+    ctx: ReliabilityContext,
+    run: NodeExecution,
+    calls: Calls | None,
+    row: Row,
+    arguments: Callable[[], tuple[Any, ...]],
+) -> None:
+    """Fire the hooks of an attempt's end where the coroutine is being closed: nothing may be awaited any more."""
+    run.ended = row
+    if calls is not None:
+        token = CURRENT.set(run)  # Whoever closes it has a context of their own.
+        try:
+            ctx.fire.fire_now(f"on_node_{row[OUTCOME]}", calls, run.node_id, arguments)
+        finally:
+            CURRENT.reset(token)
 
 
 def fire_success(

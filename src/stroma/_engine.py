@@ -23,7 +23,7 @@ from typing import Any, Final, TypedDict, Unpack, cast, final
 from pydantic import BaseModel
 
 from stroma._admission import admit
-from stroma._announce import fire_success, tell_end, tell_failure, warn_of_budget
+from stroma._announce import fire_success, tell_closed, tell_end, tell_failure, warn_of_budget
 from stroma._commit import make_row, record, settle
 from stroma._probe import Call
 from stroma._restore import restore
@@ -689,6 +689,8 @@ async def _fail(
         try:
             problem, late = await record(ctx, row)
         except GeneratorExit:
+            told = (ctx.run_id, run.node_id, ctx.shown_error(failure.exception), failure.failure_class)
+            tell_closed(ctx, run, ctx.fire.on_node_failure, row, lambda: told)
             raise
         except BaseException as error:  # KeyboardInterrupt in a store.
             interrupt = error
@@ -724,23 +726,29 @@ async def _suspend(
         reason = message_of(raised)
         ref = "" if raised.schema is None else schema_ref(raised.schema)
         waiting = Waiting(run.position, run.branch, run.node_id, reason, ref)
-        ctx.suspended.append(reason)
     else:  # A group; its children have said what for.
         assert is_a(raised, GroupStopped)
         reason, waiting = raised.halt.failure.message, None
     pending: Awaitable[None] | Exception | None
     try:
-        keep = ctx.session.record(row, None, None) if waiting is None else ctx.session.suspend(row, waiting)
-        pending = keep
-    except BaseException as refused:
-        pending = refusal(refused)
-    if pending is not None:
-        problem, late = await settle(ctx, row, None, None, None, pending, waiting)
-        cancelled |= late
-        if problem is not None:
-            return await _fail(
-                ctx, run, problem, begin, duration, picture, cancelled=cancelled, of_store=True
+        try:
+            keep = (
+                ctx.session.record(row, None, None) if waiting is None else ctx.session.suspend(row, waiting)
             )
+            pending = keep
+        except BaseException as refused:
+            pending = refusal(refused)
+        problem, late = (
+            (None, False) if pending is None else await settle(ctx, row, None, None, None, pending, waiting)
+        )
+    except BaseException as interrupt:  # KeyboardInterrupt in a store.
+        await _abandon(ctx, run, begin, 0, picture, interrupt)
+        raise
+    cancelled |= late
+    if problem is not None:
+        return await _fail(ctx, run, problem, begin, duration, picture, cancelled=cancelled, of_store=True)
+    if waiting is not None:
+        ctx.suspended.append(reason)
     run.rows.append(row)
     ctx.run_logger.info("node %r waits: %s", run.node_id, reason)
     run.ended = row
@@ -782,14 +790,9 @@ async def _abandon(
     if calls is not None and reached is not None:
         calls = tuple(call for call in calls if call[0] < reached)
     if isinstance(why, GeneratorExit):  # The coroutine is being closed: nothing may be awaited any more.
-        run.ended = row = make_row(run, begin, duration, picture, None, None, "cancelled")
+        row = make_row(run, begin, duration, picture, None, None, "cancelled")
         run.rows.append(row)
-        if calls is not None:
-            token = CURRENT.set(run)  # Whoever closes it has a context of their own.
-            try:
-                ctx.fire.fire_now("on_node_cancelled", calls, run.node_id, lambda: (ctx.run_id, run.node_id))
-            finally:
-                CURRENT.reset(token)
+        tell_closed(ctx, run, calls, row, lambda: (ctx.run_id, run.node_id))
         return
     if run.reported is not None:
         await price(ctx, run)
@@ -802,6 +805,7 @@ async def _abandon(
     try:
         await record(ctx, row)
     except GeneratorExit:
+        tell_closed(ctx, run, calls, row, lambda: (ctx.run_id, run.node_id))
         raise
     except BaseException as error:  # KeyboardInterrupt in a store.
         stopped = error

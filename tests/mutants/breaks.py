@@ -1043,6 +1043,22 @@ HOOKS = (
         guarantees("test_g9_every_start_has_one_end_in_every_kind_of_attempt"),
     ),
     Break(
+        "closed-failure-untold",
+        "A run that is thrown away while a failed attempt is kept tells its failure.",
+        "_engine.py",
+        "tell_closed(ctx, run, ctx.fire.on_node_failure, row, lambda: told)",
+        "pass",
+        ("tests/test_told.py::test_what_is_told_of_a_run[closed_while_a_failure_is_kept-plain]",),
+    ),
+    Break(
+        "interrupted-question-untold",
+        "An attempt whose question is interrupted while it is kept is an event, and its end is told.",
+        "_engine.py",
+        "        await _abandon(ctx, run, begin, 0, picture, interrupt)\n        raise\n    cancelled |= late",
+        "        raise\n    cancelled |= late",
+        ("tests/test_told.py::test_what_is_told_of_a_run[interrupted_while_a_question_is_kept-plain]",),
+    ),
+    Break(
         "hook-swallows-the-cancellation",
         "A hook cannot keep a run from being cancelled.",
         "hooks.py",

@@ -34,10 +34,11 @@ TESTS = (
     *(
         f"tests/test_{name}.py"
         for name in (
-            "breaker", "classifiers", "concurrency", "corners", "delivery", "engine", "groups", "guarantees",
+            "attempts_held", "breaker", "classifiers", "concurrency", "corners", "delivery", "engine", "groups", "guarantees",
             "hook_machine", "hooks", "hostile", "limits", "map", "observing", "operations", "ownership", "page",
             "prices", "promises", "properties", "published_surface", "repair", "resumable", "resume", "rules",
-            "details", "seed_page", "seldom", "sentences", "shared_budget", "stream", "suspend", "usage",
+            "details", "groups_held", "handing_on", "one_attempt", "refusals_held", "seed_page", "seldom", "sentences",
+            "shared_budget", "stream", "suspend", "times_held", "told", "usage",
         )
     ),
     *(

@@ -1,0 +1,346 @@
+"""All that a run tells of its attempts, in order, as lines of text: hooks with what is current meanwhile, the log, the
+trace, the journal and the result. Times are told as far as two runs have them in common: whether they are 0.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import dataclasses
+import logging
+import re
+from collections.abc import Coroutine, Generator
+from time import perf_counter_ns, time_ns
+from typing import Any
+
+from pydantic import BaseModel
+from tests.drivers.seam import SeamRunner
+
+from stroma import (
+    AsyncInMemoryStore,
+    ExecutionBudget,
+    ExecutionResult,
+    Failure,
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    NodeHooks,
+    Pipeline,
+    RunConfig,
+    StromaRunner,
+    current_node,
+    current_run,
+    stroma_node,
+)
+from stroma.history import in_order
+from stroma.hooks import MapProgress
+from stroma.remote.attempts import Attempts
+
+__all__ = [
+    "NEVER",
+    "ONCE",
+    "THRICE",
+    "Between",
+    "Diary",
+    "Elsewhere",
+    "Journal",
+    "M",
+    "N",
+    "ThrownAway",
+    "contract",
+    "counted",
+    "here",
+    "node",
+    "same",
+]
+
+NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
+ONCE = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+THRICE = {kind: FailurePolicy(max_retries=3, backoff_seconds=0) for kind in FailureClass}
+#: Of clocks that are set while a test runs.
+_SLACK_NS = 60 * 10**9
+
+
+class N(BaseModel):
+    n: int = 0
+
+
+class M(BaseModel):
+    m: int = 0
+
+
+def contract(node_id: str, given: type[BaseModel] = N, made: type[BaseModel] = N) -> NodeContract[Any, Any]:
+    return NodeContract(node_id=node_id, input_schema=given, output_schema=made)
+
+
+def node(node_id: str, func: Any, given: type[BaseModel] = N, made: type[BaseModel] = N) -> Any:
+    return stroma_node(node_id, contract(node_id, given, made))(func)
+
+
+def here() -> Any:
+    found = current_node()
+    assert found is not None
+    return found
+
+
+async def same(state: Any) -> Any:
+    return state
+
+
+def counted(calls: list[str], node_id: str, *outcomes: Any, **schemas: Any) -> Any:
+    """Gives these, or raises them, the last one from then on."""
+    left = list(outcomes)
+
+    async def func(state: Any) -> Any:
+        calls.append(node_id)
+        outcome = left.pop(0) if len(left) > 1 else left[0]
+        if isinstance(outcome, BaseException):
+            raise outcome
+        return outcome
+
+    return node(node_id, func, **schemas)
+
+
+class Between:
+    """A session in which some calls are answered by the test."""
+
+    def __init__(self, session: Any, **calls: Any) -> None:
+        self.session = session
+        self.__dict__.update(calls)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.session, name)
+
+
+class Journal(AsyncInMemoryStore):
+    """A journal whose sessions are made by a function of the test's."""
+
+    def __init__(self, between: Any = lambda session: session) -> None:
+        super().__init__()
+        self.between = between
+
+    def open_run(self, request: Any) -> Any:
+        return self.between(super().open_run(request))
+
+
+class Diary(logging.Handler):
+    """Notes what a run tells. A context manager: the log is heard inside it."""
+
+    def __init__(self, variation: dict[str, Any] | None = None) -> None:
+        """``variation``: what the runs are configured with beside what the test says."""
+        super().__init__(logging.INFO)
+        self.variation = variation or {}
+        self.lines: list[str] = []
+        self._seen: list[str] | None = None
+        self.store: Any = Journal()
+        self._begin, self._begin_wall = perf_counter_ns(), time_ns()
+
+    def __enter__(self) -> Diary:
+        logger = logging.getLogger("stroma")
+        self._level = logger.level
+        logger.setLevel(logging.INFO)
+        logger.addHandler(self)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        logger = logging.getLogger("stroma")
+        logger.removeHandler(self)
+        logger.setLevel(self._level)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        assert record.run_id == "r", "each line says of which run it is"  # type: ignore[attr-defined]
+        self.lines.append(f"log {record.levelname}: {_short(record.getMessage())}")
+
+    # ------------------------------------------------------------------ hooks
+
+    def hooks(self, label: str = "", **own: Any) -> NodeHooks:
+        """A set that notes every event; ``own``: what is called, by the event, once it is noted."""
+        names = [field.name for field in dataclasses.fields(NodeHooks)]
+        return NodeHooks(**{name: self._hook(name[3:], label, own.get(name[3:])) for name in names})
+
+    def _hook(self, event: str, label: str, own: Any) -> Any:
+        async def hook(run_id: str, *arguments: Any) -> None:
+            assert run_id == "r"
+            told = " ".join(_told(argument) for argument in arguments)
+            self.lines.append(f"{label}{event} {told}{self._place()}")
+            if event == "run_end":
+                self._seen = self._events(arguments[0].trace)
+                self.lines += self._seen
+            if own is not None:
+                await own(run_id, *arguments)
+
+        return hook
+
+    def _place(self) -> str:
+        run, here = current_run(), current_node()
+        assert run is not None
+        assert run.run_id == "r"
+        if here is None:
+            return f" latency {_ran(run.cost_tracker.used('latency'))}"
+        assert here.ctx is run
+        parts = [f" @ {here.kind} {here.node_id} {_at(here.position, here.branch)} #{here.attempt}"]
+        if here.last_failure is not None:
+            parts.append(f" after {_failed(here.last_failure)}")
+        if here.outcome is not None:
+            assert here.duration_ms is not None
+            assert here.started_ns is not None
+            self._check(here.started_ns, here.duration_ms * 1e6)
+            parts.append(f" {here.outcome} {here.reason} {_ran(here.duration_ms)}")
+        if here.usage.tokens:
+            parts.append(f" {here.usage.tokens} tokens")
+        return "".join(parts)
+
+    def _check(self, started_ns: int, duration_ns: float) -> None:
+        assert self._begin_wall - _SLACK_NS <= started_ns <= time_ns() + _SLACK_NS, "it began in the test"
+        assert 0 <= duration_ns <= perf_counter_ns() - self._begin, "it is not longer than the test"
+
+    # ------------------------------------------------------------------ afterwards
+
+    def result(self, result: ExecutionResult) -> None:
+        """What a run came to, and its trace if that is not what the hook of its end was shown."""
+        events = self._events(result.trace)
+        if events != self._seen:
+            self.lines += events
+        failure = result.failure
+        told = f"result {result.status} {result.final_state!r} {result.total_tokens} tokens {result.total_cost_usd:g} USD"
+        if failure is not None:
+            told += f" {type(failure.exception).__name__} {_failed(failure)} {failure.retry_after_seconds}"
+            told += f" of {failure.node_id} #{failure.attempt}"
+        for name in ("hook_errors", "unpriced_models", "failed_items", "suspended"):
+            if getattr(result, name):
+                told += f" {name} {getattr(result, name)}"
+        self.lines.append(told)
+
+    def _events(self, events: Any, depth: str = "event") -> list[str]:
+        found = []
+        for event in events:
+            assert event.run_id == "r"
+            self._check(int(event.timestamp_utc.timestamp() * 1e9), event.duration_ms * 1e6)
+            told = f"{depth} {event.node_id} {_at(event.position, event.branch)} #{event.attempt}"
+            told += f" {event.outcome} {event.input_state} -> {event.output_state}"
+            if event.failure is not None or event.failure_message is not None:
+                told += f" {event.failure} {_short(str(event.failure_message))} ({event.reason})"
+            if event.usage.tokens or event.usage.cost_usd:
+                told += f" {event.usage.tokens} tokens {event.usage.cost_usd:g} USD"
+            found += [told, *self._events(event.children, f"  {depth}")]
+        return found
+
+    def journal(self) -> None:
+        """What the store has of the run."""
+        record = self.store.get_run("r")
+        self.lines.append(f"journal {record.status}")
+        for kept in in_order(self.store.attempts("r")):
+            self._check(kept.started_ns, kept.duration_ms * 1e6)
+            told = f"row {kept.node_id} {_at(kept.position, kept.branch)} #{kept.attempt}"
+            told += f" {kept.outcome} {_ran(kept.duration_ms)} {(kept.output or b'-').decode()}"
+            if kept.failure_class is not None or kept.message is not None:
+                told += f" {kept.failure_class} {_short(str(kept.message))} ({kept.reason})"
+            if kept.tokens or kept.cost_usd:
+                told += f" {kept.tokens} tokens {kept.cost_usd:g} USD"
+            self.lines.append(told)
+
+    # ------------------------------------------------------------------ runs
+
+    def config(self, **config: Any) -> dict[str, Any]:
+        """A run "r" that is watched in every way; ``config`` wins over the variation."""
+        given = {"run_id": "r", "policy_map": NEVER, "hooks": self.hooks(), **self.variation, **config}
+        for name, value in self.variation.items():
+            if isinstance(value, dict):
+                given[name] = {**value, **config.get(name, {})}
+            elif isinstance(value, ExecutionBudget):
+                own: ExecutionBudget = config.get(name, ExecutionBudget())
+                given[name] = value.model_copy(update=own.model_dump(exclude_none=True))
+        return given
+
+    def runner(self, **config: Any) -> StromaRunner:
+        return StromaRunner.quick(store=self.store, **self.config(**config))
+
+    async def run(self, nodes: list[Any], state: Any, **config: Any) -> None:
+        """Run nodes, and note what comes of it; what comes out of ``run()`` as an exception, too."""
+        try:
+            self.result(await self.runner(**config).run(nodes, state))
+        except AssertionError:
+            raise
+        except BaseException as error:
+            self.lines.append(f"raised {_told(error)}")
+        self.journal()
+
+    async def cut(self, begun: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
+        """Run nodes, and cancel that once it has begun."""
+        task = asyncio.create_task(self.run(nodes, state, **config))
+        await begun.wait()
+        task.cancel()
+        await task
+
+    async def throw_away(self, begun: asyncio.Event, nodes: list[Any], state: Any, **config: Any) -> None:
+        """Run nodes until that has begun, and throw it away there, as a loop does that ends."""
+        before = asyncio.all_tasks()
+        await ThrownAway(self.runner(**config).run(nodes, state), begun)
+        for task in asyncio.all_tasks() - before:  # Of a store, whose work nobody has closed.
+            task.cancel()
+        self.journal()
+
+
+class ThrownAway:
+    """Awaited, it does what a coroutine does until an event is set, and closes it where it waits, in another context."""
+
+    def __init__(self, work: Coroutine[Any, Any, Any], begun: asyncio.Event) -> None:
+        self._work = work
+        self._begun = begun
+
+    def __await__(self) -> Generator[Any, None, None]:
+        context, task = contextvars.copy_context(), asyncio.current_task()
+        assert task is not None
+        watch = asyncio.create_task(self._wake(task))
+        try:
+            while True:
+                yield context.run(self._work.send, None)
+        except asyncio.CancelledError:
+            assert watch.done(), "nobody else cancels it"
+            task.uncancel()
+        self._work.close()
+
+    async def _wake(self, task: asyncio.Task[Any]) -> None:
+        await self._begun.wait()
+        task.cancel()
+
+
+class Elsewhere(Diary):
+    """The same of a run whose attempts are made as on other machines, each by a request; there is no journal."""
+
+    async def run(self, nodes: list[Any], state: Any, **config: Any) -> None:
+        settings, pipeline = RunConfig(**self.config(**config)), Pipeline("pipeline", nodes)
+        runner = SeamRunner(Attempts([pipeline], config=settings), settings)
+        try:
+            self.result(await runner.run(pipeline, state, run_id="r"))
+        except AssertionError:
+            raise
+        except BaseException as error:
+            self.lines.append(f"raised {_told(error)}")
+
+
+def _at(position: int, branch: str) -> str:
+    return f"{position}[{branch}]" if branch else str(position)
+
+
+def _ran(duration: float) -> str:
+    return "ran" if duration > 0 else str(duration)
+
+
+def _failed(failure: Failure) -> str:
+    return f"{failure.failure_class} {_short(failure.message)} ({failure.reason})"
+
+
+def _told(value: Any) -> str:
+    if isinstance(value, ExecutionResult):
+        return str(value.status)
+    if isinstance(value, MapProgress):
+        return f"{value.done} of {value.total}{' ended' if value.ended else ''}"
+    if isinstance(value, BaseException):
+        return f"{type(value).__name__}({_short(str(value))})"
+    return str(value)
+
+
+def _short(text: str) -> str:
+    """The first line, without where in memory a thing is."""
+    return re.sub(r" at 0x[0-9a-f]+", "", text.partition("\n")[0])

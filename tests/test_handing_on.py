@@ -1,0 +1,338 @@
+"""What goes from node to node, whichever way the engine keeps it: nobody can change what another one is given or was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, RootModel
+from tests.telling import NEVER, ONCE
+
+from stroma import AsyncInMemoryStore, NodeContract, NodeHooks, StromaRunner, map_over, parallel, stroma_node
+
+
+class Flat(BaseModel):
+    seen: str = ""
+
+
+class Listed(BaseModel):
+    seen: list[str] = []
+
+
+class Word(BaseModel):
+    text: str
+    weight: float = 0.5
+
+
+class Nested(BaseModel):
+    seen: list[Word] = []
+
+
+class Loose(BaseModel):
+    seen: dict[str, Any] = {"order": []}
+
+
+class Rooted(RootModel[list[str]]):
+    root: list[str] = []
+
+
+class Opaque(BaseModel):
+    seen: list[str] = []
+    odd: set[str] = set()
+
+
+KINDS: list[type[BaseModel]] = [Flat, Listed, Nested, Loose, Rooted, Opaque]
+
+
+def write(state: Any, word: str) -> None:
+    """Add a word to what a state holds, in place where that can be."""
+    if isinstance(state, dict):
+        held = state["seen"]
+        if isinstance(held, str):
+            state["seen"] = held + word
+        else:
+            held = held["order"] if isinstance(held, dict) else held
+            held.append({"text": word} if held and isinstance(held[0], dict) else word)
+    elif isinstance(state, list):
+        state.append(word)
+    elif isinstance(state, Flat):
+        state.seen += word
+    elif isinstance(state, Nested):
+        for part in state.seen if word == "!" else ():
+            part.text = word
+        state.seen.append(Word(text=word))
+    elif isinstance(state, Loose):
+        state.seen["order"].append(word)
+    elif isinstance(state, Rooted):
+        state.root.append(word)
+    elif isinstance(state, Opaque):
+        state.seen.append(word)
+        state.odd.add(word)
+    else:
+        state.seen.append(word)
+
+
+def words(state: Any) -> list[str]:
+    """What was written, of a state or of the plain data that a trace shows of it."""
+    raw = state.model_dump() if isinstance(state, BaseModel) else state
+    if isinstance(raw, dict) and "root" in raw:
+        raw = raw["root"]
+    held = raw["seen"] if isinstance(raw, dict) else raw
+    if isinstance(held, str):
+        return list(held)
+    if isinstance(held, dict):
+        held = held["order"]
+    return [part["text"] if isinstance(part, dict) else part for part in held]
+
+
+class Scribblers:
+    """Nodes that add their letter, and scribble on all that they ever had in their hands."""
+
+    def __init__(self, kind: type[BaseModel], returns: str) -> None:
+        self.kind = kind
+        self.returns = returns
+        self.kept: list[Any] = []
+        self.given: list[list[str]] = []
+
+    def node(self, letter: str, *, fails: int = 0, node_id: str | None = None) -> Any:
+        left = [fails]
+
+        async def func(state: Any) -> Any:
+            for old in self.kept:
+                write(old, "!")
+            self.given.append(words(state))
+            write(state, letter)
+            if left[0]:
+                left[0] -= 1
+                self.kept.append(state)
+                raise ConnectionError("down")
+            if self.returns == "itself":
+                out: Any = state
+            elif self.returns == "a model":
+                out = state.model_copy(deep=True)
+            else:
+                out = state.model_dump()
+            self.kept += [state, out]
+            return out
+
+        contract: NodeContract[Any, Any] = NodeContract(
+            node_id=node_id or letter, input_schema=self.kind, output_schema=self.kind
+        )
+        return stroma_node(node_id or letter, contract)(func)
+
+
+def hooks() -> NodeHooks:
+    async def scribble(run_id: str, node_id: str, state: dict[str, Any], *_: Any) -> None:
+        state.clear()
+
+    return NodeHooks(on_node_start=scribble, on_node_success=scribble)
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_each_node_is_given_what_the_one_before_it_returned(
+    kind: type[BaseModel], returns: str, watched: bool
+) -> None:
+    """Whatever nodes and hooks do to the objects they had: inputs, retries, trace, journal and result are exact."""
+    desk, store = Scribblers(kind, returns), AsyncInMemoryStore()
+    runner = StromaRunner.quick(store=store, policy_map=ONCE, hooks=[hooks()] if watched else [])
+    nodes = [desk.node("a"), desk.node("b", fails=1), desk.node("c"), desk.node("d")]
+    initial = kind()
+    result = await runner.run(nodes, initial, run_id="r")
+    assert desk.given == [[], ["a"], ["a"], ["a", "b"], ["a", "b", "c"]]
+    assert type(result.final_state) is kind
+    assert words(result.final_state) == ["a", "b", "c", "d"]
+    shown = [
+        (words(event.input_state), None if event.output_state is None else words(event.output_state))
+        for event in result.trace
+    ]
+    assert shown == [
+        ([], ["a"]),
+        (["a"], None),
+        (["a"], ["a", "b"]),
+        (["a", "b"], ["a", "b", "c"]),
+        (["a", "b", "c"], ["a", "b", "c", "d"]),
+    ]
+    assert words(initial) == []
+    again = await StromaRunner.quick(store=store).run(nodes, kind(), run_id="r", resume=True)
+    assert words(again.final_state) == ["a", "b", "c", "d"]
+    assert len(desk.given) == 5
+
+
+@pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])
+@pytest.mark.parametrize("kind", [Flat, Listed, Nested, Loose, Opaque])
+async def test_an_id_that_stands_twice(kind: type[BaseModel], returns: str) -> None:
+    """The same where one id has two contracts in a run, so that its rows are kept in another way."""
+    desk = Scribblers(kind, returns)
+
+    async def begin(state: Word) -> Any:
+        return kind()
+
+    first: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Word, output_schema=kind)
+    nodes = [stroma_node("a", first)(begin), *(desk.node(letter, node_id="a") for letter in "bcd")]
+    result = await StromaRunner.quick().run(nodes, Word(text="w"))
+    assert result.failure is None
+    assert desk.given == [[], ["b"], ["b", "c"]]
+    assert words(result.final_state) == ["b", "c", "d"]
+    assert [words(event.output_state) for event in list(result.trace)[1:]] == [
+        ["b"],
+        ["b", "c"],
+        ["b", "c", "d"],
+    ]
+    assert [words(event.input_state) for event in list(result.trace)[1:]] == [[], ["b"], ["b", "c"]]
+
+
+class Start(BaseModel):
+    first: int = 1
+    second: str = "2"
+
+
+class Weighed(BaseModel):
+    more: str
+    words: list[Word]
+
+
+class Free(BaseModel):
+    more: str
+    words: dict[str, Any]
+
+
+class End(BaseModel):
+    more: str
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize(
+    ("kind", "words_of_it"), [(Weighed, [{"text": "w", "weight": 0.5}]), (Free, {"k": [1]})]
+)
+async def test_an_id_whose_contracts_have_nothing_in_common(
+    kind: type[BaseModel], words_of_it: Any, watched: bool
+) -> None:
+    """Each event is told with the fields of its own contract, whatever the id stood for before."""
+
+    async def pair(state: Start) -> Any:
+        return {"more": "m", "words": words_of_it}
+
+    async def end(state: End) -> Any:
+        return {"more": state.more + "!"}
+
+    def node(func: Any, given: type[BaseModel], made: type[BaseModel]) -> Any:
+        return stroma_node("a", NodeContract(node_id="a", input_schema=given, output_schema=made))(func)
+
+    nodes = [node(pair, Start, kind), node(end, End, End), node(end, End, End)]
+    store = AsyncInMemoryStore()
+    result = await StromaRunner.quick(store=store, hooks=[hooks()] if watched else []).run(
+        nodes, Start(), run_id="r"
+    )
+    assert result.final_state == End(more="m!!")
+    made = {"more": "m", "words": words_of_it}
+    assert [(event.input_state, event.output_state) for event in result.trace] == [
+        ({"first": 1, "second": "2"}, made),
+        ({"more": "m"}, {"more": "m!"}),
+        ({"more": "m!"}, {"more": "m!!"}),
+    ]
+    assert [row.output for row in store.attempts("r")][1:] == [b'{"more":"m!"}', b'{"more":"m!!"}']
+
+
+@pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])
+@pytest.mark.parametrize("kind", [Listed, Nested, Loose, Opaque])
+async def test_children_of_a_group_have_copies_of_their_own(kind: type[BaseModel], returns: str) -> None:
+    """Side by side, and behind a node, each child is given the state as it was before the group."""
+    desk = Scribblers(kind, returns)
+    nodes = [desk.node("a"), parallel(desk.node("b"), desk.node("c"), max_concurrency=1), desk.node("d")]
+    result = await StromaRunner.quick().run(nodes, kind())
+    assert result.failure is None
+    assert desk.given == [[], ["a"], ["a"], ["a", "c"]]
+    assert words(result.final_state) == ["a", "c", "d"]
+    assert [words(event.output_state) for event in result.trace] == [["a"], ["a", "c"], ["a", "c", "d"]]
+    children = list(result.trace)[1].children
+    assert [(words(e.input_state), words(e.output_state)) for e in children] == [
+        (["a"], ["a", "b"]),
+        (["a"], ["a", "c"]),
+    ]
+
+
+@pytest.mark.parametrize("watched", [False, True])
+@pytest.mark.parametrize("returns", ["itself", "a model", "a dict"])
+@pytest.mark.parametrize("kind", KINDS)
+async def test_the_state_of_a_run_that_failed_is_the_last_output(
+    kind: type[BaseModel], returns: str, watched: bool
+) -> None:
+    """Exactly as it was returned, whatever was done since to the objects that came and went, and as it was kept."""
+    desk, store = Scribblers(kind, returns), AsyncInMemoryStore()
+    runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=[hooks()] if watched else [])
+    nodes = [desk.node("a"), desk.node("b"), desk.node("c", fails=1)]
+    result = await runner.run(nodes, kind(), run_id="r")
+    assert result.failure is not None
+    assert words(result.final_state) == ["a", "b"]
+    assert [event.output_state and words(event.output_state) for event in result.trace] == [
+        ["a"],
+        ["a", "b"],
+        None,
+    ]
+    for old in desk.kept:
+        write(old, "!")
+    assert words(result.final_state) == ["a", "b"]
+    again = await runner.run([nodes[0], nodes[1], desk.node("c")], kind(), run_id="r", resume=True)
+    assert words(again.final_state) == ["a", "b", "c"]
+    assert desk.given == [[], ["a"], ["a", "b"], ["a", "b"]]
+
+
+class Batch(BaseModel):
+    items: list[Listed]
+
+
+async def test_items_are_copies_too() -> None:
+    """What an item's node does to its item is not seen in the list, nor in what comes of the others."""
+    desk = Scribblers(Listed, "itself")
+    batch = Batch(items=[Listed(seen=["1"]), Listed(seen=["2"])])
+    result = await StromaRunner.quick().run(
+        [map_over("items", desk.node("x"), into="made", max_concurrency=1)], batch
+    )
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {
+        "items": [{"seen": ["1"]}, {"seen": ["2"]}],
+        "made": [{"seen": ["1", "x"]}, {"seen": ["2", "x"]}],
+    }
+    assert desk.given == [["1"], ["2"]]
+
+
+# ---------------------------------------------------------------- without a contract
+
+
+def bare(node_id: str, func: Any) -> Any:
+    func._stroma_node_id = node_id
+    return func
+
+
+@pytest.mark.parametrize("watched", [False, True])
+async def test_nodes_without_contracts_have_copies_of_their_own(watched: bool) -> None:
+    """Plain data, with models in it or without, goes on as it was returned, and as no one else can change it."""
+    given: list[Any] = []
+    kept: list[Any] = []
+
+    def node(node_id: str, out: Any) -> Any:
+        async def func(state: Any) -> Any:
+            for old in kept:
+                old["list"].append("!")
+            given.append(state.model_dump() if not isinstance(state, Flat) else "first")
+            made = out()
+            kept.append(made)
+            return made
+
+        return bare(node_id, func)
+
+    nodes = [
+        node("a", lambda: {"list": ["a"]}),
+        node("b", lambda: {"list": ["b"], "model": Word(text="w")}),
+        node("c", lambda: {"list": [{"deep": ["c"]}]}),
+    ]
+    result = await StromaRunner.quick(hooks=[hooks()] if watched else []).run(nodes, Flat())
+    assert given == ["first", {"list": ["a"]}, {"list": ["b"], "model": {"text": "w", "weight": 0.5}}]
+    assert result.final_state is not None
+    assert result.final_state.model_dump() == {"list": [{"deep": ["c"]}]}
+    events = list(result.trace)
+    assert events[0].output_state == {"list": ["a"]}
+    assert events[1].input_state == {"list": ["a"]}
+    assert events[2].output_state == {"list": [{"deep": ["c"]}]}
