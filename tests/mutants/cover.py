@@ -38,6 +38,7 @@ TESTS = (
             "hook_machine", "hooks", "hostile", "limits", "map", "observing", "operations", "ownership", "page",
             "prices", "promises", "properties", "published_surface", "repair", "resumable", "resume", "rules",
             "details", "seed_page", "seldom", "sentences", "shared_budget", "stream", "suspend", "usage",
+            "cost_held", "failures_held", "hooks_held", "jsonable_held", "trace_held", "trace_shown_held",
         )
     ),
     *(
