@@ -290,6 +290,7 @@ def test_costs_are_summed_exactly(figures: list[float]) -> None:
 def test_the_records_have_their_defaults() -> None:
     """A fallback is for four fifths of the limit; hints and usages name no model by themselves."""
     assert astuple(FallbackPolicy("a", "b")) == ("a", "b", 0.8)
+    assert [reached(FallbackPolicy("a", "b"), spent(cost), 10) for cost in (7.99, 8)] == [False, True]
     assert astuple(ModelHint("node", "a")) == ("node", "a", None, None)
     assert astuple(NodeUsage("node", 1, 0.5, 2)) == ("node", 1, 0.5, 2, None, 0)
     assert StepUsage is NodeUsage

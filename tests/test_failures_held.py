@@ -71,6 +71,8 @@ def test_the_classes_of_failures() -> None:
         (word, word) for word in ("RECOVERABLE", "TERMINAL", "AMBIGUOUS")
     ]
     assert {FailureClass.TERMINAL: 1}["TERMINAL"] == 1  # type: ignore[index]
+    policies = {str(one): FailurePolicy(max_retries=n) for n, one in enumerate(FailureClass)}
+    assert [policy_for(one, None, policies).max_retries for one in FailureClass] == [0, 1, 2]  # type: ignore[arg-type]
     assert {hash(one) == hash(str(one)) for one in FailureClass} == {True}
 
 
@@ -283,6 +285,7 @@ def test_the_records_of_failures_have_their_defaults() -> None:
     """Nothing is known of a failure that nobody said: neither a reason, nor a wait."""
     failure = Failure(ValueError(), TERMINAL, "node", 1, "message")
     assert (failure.reason, failure.retry_after_seconds) == (None, None)
+    assert failure.as_prompt() is None
     item = ItemFailure(index=3, node_id="node", failure_class=TERMINAL, message="message")
     assert item.model_dump() == {
         "index": 3, "node_id": "node", "failure_class": TERMINAL, "message": "message", "reason": None, "attempts": 1,

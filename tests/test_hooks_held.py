@@ -125,6 +125,14 @@ def test_every_set_is_found_in_what_is_given_as_hooks() -> None:
         assert [id(one) for one in made] == [id(one) for one in found]
 
 
+def test_a_set_has_what_it_was_given_and_nothing_else() -> None:
+    """Every hook is optional; a patient set is one of a kind of its own."""
+    (bare, given) = flatten([NodeHooks(), NodeHooks(on_run_end=quick)])
+    assert vars(bare) == dict.fromkeys([*STARTS, *ENDS])
+    assert vars(given) == {**dict.fromkeys([*STARTS, *ENDS]), "on_run_end": quick}
+    assert NodeHooks._patient is False
+
+
 @pytest.mark.parametrize("wrong", [7, "hooks", None, NodeHooks])
 def test_what_is_no_set_is_named(wrong: Any) -> None:
     """The message shows it, and how to make one."""
@@ -248,9 +256,18 @@ async def test_every_hook_is_called_once_with_fresh_arguments(
 
 
 @pytest.mark.parametrize(("hook", "waits"), [(quick, False), (slow, True), (lambda *_: Later(), True)])
-async def test_a_single_hook_that_never_waits_leaves_nothing_to_await(hook: Any, waits: bool) -> None:
-    """The way without a coroutine around it is taken only where the hook is over."""
-    fired = Fired(hook)
+@pytest.mark.parametrize("limit", [None, 0.25])
+async def test_a_single_hook_that_never_waits_leaves_nothing_to_await(
+    hook: Any, waits: bool, limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way without a coroutine around it is taken only where the hook is over, within its limit."""
+    clock = Clock(monkeypatch)
+
+    def blocks(*_: Any) -> Any:
+        clock.now += 0.25
+        return hook()
+
+    fired = Fired(blocks, limit=limit)
     left = fired.hooks.fire_soon(fired.event, fired.calls, "node", fired.arguments)
     assert (left is not None) is waits
     if left is not None:
@@ -485,6 +502,8 @@ async def test_a_cancellation_before_is_not_the_hooks(way: str) -> None:
 
     assert await asyncio.create_task(run([hook, hook])) == []
     assert told == [1, 1]
+    assert await asyncio.create_task(run([quick])) == []
+    assert await asyncio.create_task(run([lambda *_: Later()])) == []
     stray = asyncio.CancelledError("stray")
     for suspends in (False, True):
         assert await asyncio.create_task(run([lambda *_, s=suspends: raising(stray, s)])) == [
@@ -610,7 +629,7 @@ async def test_only_patient_sets_are_under_no_limit(kind: str) -> None:
 
 
 @BOTH
-@pytest.mark.parametrize("kind", ["coroutine", "awaitable", "swallows", "goes on"])
+@pytest.mark.parametrize("kind", ["coroutine", "awaitable", "swallows", "goes on", "will not be closed"])
 @pytest.mark.parametrize(("limit", "said"), [(0.01, "10"), (0.0126, "13")])
 async def test_a_hook_that_hangs_is_cut_off(
     way: str, kind: str, limit: float, said: str, caplog: pytest.LogCaptureFixture
@@ -625,6 +644,11 @@ async def test_a_hook_that_hangs_is_cut_off(
             cut.append("cut")
             if kind == "goes on":
                 await asyncio.Event().wait()
+            if kind == "will not be closed":
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    raise Rude
             if kind != "swallows":
                 raise
 
@@ -722,6 +746,17 @@ def test_what_is_thrown_into_a_hook_reaches_it() -> None:
         asyncio.run(in_callback(drive))
         assert fired.errors == ([] if caught else [("on_node_start", "node", error)])
     assert catches.sent == [None, error, None, None]
+
+
+@BOTH
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_hook_is_driven_no_faster_than_it_goes(way: str, sets: int) -> None:
+    """Each time that it waits, the event loop has a turn: no step is left out, none is added."""
+    seen: list[Any] = []
+    fired = Fired(*[slow] * sets)
+    driven = fired.fire(way).__await__()
+    asyncio.run(in_callback(lambda: seen.extend(driven)))
+    assert seen == [None] * 3 * sets
 
 
 # ---------------------------------------------------------------- runs that are closed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import pickle
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
@@ -14,7 +14,7 @@ from tests.trace_rows import USED, WHEN, event, failed, failed_event, row, trace
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus
 from stroma.failures import ItemFailure, diagnose
 from stroma.schemas import schema_of
-from stroma.trace import AttemptUsage, FewRows, LeftOut, TraceMark, contract_of
+from stroma.trace import AttemptUsage, FewRows, LeftOut, MarkKind, Outcome, TraceMark, contract_of, jsonable
 
 
 class Given(BaseModel):
@@ -71,10 +71,18 @@ def test_an_event_with_a_failure_is_no_success(failure: Any, outcome: Any, then:
 
 def test_the_words_for_the_end_of_a_run() -> None:
     """They are written to stores and compared as text."""
-    assert [(one.name, str(one)) for one in RunStatus] == [
-        (word, word)
-        for word in ("COMPLETED", "FAILED", "PARTIAL", "RESUMED", "CANCELLED", "SUSPENDED", "INTERRUPTED")
-    ]
+    words = ["COMPLETED", "FAILED", "PARTIAL", "RESUMED", "CANCELLED", "SUSPENDED", "INTERRUPTED"]
+    assert [one.name for one in RunStatus] == [str(one) for one in RunStatus] == words
+    assert [jsonable(one) for one in RunStatus] == words
+    ended = [ExecutionResult("run", one, None, ExecutionTrace(), 0.0, 0) for one in RunStatus]
+    assert [result._story().status for result in ended] == words
+
+
+def test_the_words_for_the_end_of_an_attempt_and_for_what_is_none() -> None:
+    """What the public types of an outcome and a mark allow, which stores and the command line write."""
+    assert event().outcome in get_args(Outcome)
+    assert get_args(Outcome) == ("success", "failure", "cancelled", "suspended")
+    assert get_args(MarkKind) == ("wait", "refused", "circuit_open", "circuit_half_open", "circuit_closed")
 
 
 def test_a_fresh_trace_is_empty() -> None:
