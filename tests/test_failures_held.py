@@ -350,6 +350,7 @@ def test_the_policies_that_hold_where_nobody_gave_any() -> None:
         assert policy.model_dump(exclude={"max_retries", "backoff_seconds"}) == {
             "multiplier": 1.0, "max_backoff_seconds": 60.0, "jitter": True, "max_retry_after_seconds": 120.0,
         }  # fmt: skip
+    assert FailurePolicy() == one[RECOVERABLE]
     one[RECOVERABLE].max_retries = 99
     del one[TERMINAL]
     assert default_policy_map() == other
@@ -366,12 +367,18 @@ def test_the_policies_that_hold_where_nobody_gave_any() -> None:
     ],
 )
 def test_no_figure_of_a_policy_is_below_zero(field: str, least: float) -> None:
-    """Zero is taken, the least below is not; and what is misspelt is refused."""
+    """Zero is taken, the least below is not; what never ends is no delay; and what is misspelt is refused."""
+    assert decide(failed(), FailurePolicy(**{"jitter": False, field: 0}), attempt=9) is not None
     assert getattr(FailurePolicy(**{field: 0}), field) == 0
     with pytest.raises(ValidationError):
         FailurePolicy(**{field: -least})
     with pytest.raises(ValidationError):
         FailurePolicy(**{f"{field}_": 1})
+    for wrong in (math.inf, math.nan):
+        if field == "max_retry_after_seconds" and wrong == math.inf:
+            continue  # Who says so waits as long as a server asks.
+        with pytest.raises(ValidationError):
+            FailurePolicy(**{field: wrong})
 
 
 def test_a_policy_is_looked_up_for_a_class() -> None:
