@@ -72,7 +72,8 @@ def test_a_budget_without_limits() -> None:
 
 @pytest.mark.parametrize("name", ["max_tokens_total", "max_cost_usd", "max_latency_ms"])
 def test_a_limit_is_zero_or_more(name: str) -> None:
-    """Zero is a limit, less is refused, and so is what is no number."""
+    """None is no limit, zero is one, less is refused, and so is what is no number."""
+    assert getattr(ExecutionBudget.unlimited(), name) is None
     assert getattr(ExecutionBudget(**{name: 0}), name) == 0
     for wrong in (-1, -0.001, math.inf, math.nan, "much"):
         with pytest.raises(ValidationError) as caught:
@@ -82,7 +83,8 @@ def test_a_limit_is_zero_or_more(name: str) -> None:
 
 @pytest.mark.parametrize("name", ["max_tokens_total", "max_latency_ms"])
 def test_the_largest_limit(name: str) -> None:
-    """A whole number of thirty zeros is one; more is refused."""
+    """None is larger; a whole number of thirty zeros is one; more is refused."""
+    assert getattr(ExecutionBudget.unlimited(), name) is None
     assert LARGEST == 1_000_000_000_000_000_000_000_000_000_000
     assert getattr(ExecutionBudget(**{name: LARGEST}), name) == LARGEST
     with pytest.raises(ValidationError):
@@ -91,7 +93,8 @@ def test_the_largest_limit(name: str) -> None:
 
 
 def test_a_limit_that_is_misspelt_is_refused() -> None:
-    """It would be no limit."""
+    """It would be no limit, and who wants none says so."""
+    assert ExecutionBudget.unlimited() == ExecutionBudget()
     with pytest.raises(ValidationError, match="Extra inputs are not permitted"):
         ExecutionBudget(max_cost=1)  # type: ignore[call-arg]
 
