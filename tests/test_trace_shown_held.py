@@ -18,12 +18,13 @@ from stroma.trace import AttemptUsage
 
 def test_equal_traces_differ_in_nothing() -> None:
     """Ids of runs, times, usage, places and reasons are not compared; the order of children is not, either."""
+    x, y, z = row("x", branch="0"), failed("y", branch="1"), row("z", branch="1.0")
     one = trace(
-        row("a"), row("g", children=[row("x", branch="0"), failed("y", branch="1")]), failed("a", attempt=2)
+        row("a"), row("g", children=[x, failed("h", branch="1", children=[y, z])]), failed("a", attempt=2)
     )
     other = trace(
         row("a", started=1, took=1, usage=USED, position=5),
-        row("g", children=[failed("y", branch="1"), row("x", branch="0", position=7)]),
+        row("g", children=[failed("h", branch="1", children=[z, y]), (*x[:9], 7, *x[10:])]),
         failed("a", attempt=2, failure=(FailureClass.RECOVERABLE, "it broke", None)),
     )
     other.run_id = "other"
