@@ -62,6 +62,17 @@ def test_what_a_crossed_limit_says(dimension: Any, limit: float, actual: float, 
         assert str(one) == said
 
 
+def test_a_crossed_limit_of_a_kind_of_ones_own() -> None:
+    """A subclass that is made of less has the same arguments, and says the same."""
+
+    class Ours(BudgetExceeded):
+        def __init__(self, actual: float) -> None:
+            super().__init__("cost", 1, actual, "a")
+
+    assert Ours(2).args == ("cost", 1, 2, "a")
+    assert str(Ours(2)) == str(BudgetExceeded("cost", 1, 2, "a"))
+
+
 def test_a_budget_without_limits() -> None:
     """All of them are None, whichever way it is made, and none is listed."""
     for budget in (ExecutionBudget(), ExecutionBudget.unlimited()):

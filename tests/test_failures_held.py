@@ -5,16 +5,18 @@ from __future__ import annotations
 import logging
 import math
 from dataclasses import astuple, replace
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, RootModel, ValidationError
 
 from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, Suspend
 from stroma.failures import (
+    Classifier,
     Failure,
     ItemFailure,
     NodeContext,
+    PolicyMap,
     Retry,
     RetryBudget,
     StepContext,
@@ -74,6 +76,13 @@ def test_the_classes_of_failures() -> None:
     policies = {str(one): FailurePolicy(max_retries=n) for n, one in enumerate(FailureClass)}
     assert [policy_for(one, None, policies).max_retries for one in FailureClass] == [0, 1, 2]  # type: ignore[arg-type]
     assert {hash(one) == hash(str(one)) for one in FailureClass} == {True}
+
+
+def test_the_types_that_are_named_for_annotations() -> None:
+    """What a classifier takes and gives, and what a map of policies holds."""
+    assert get_args(Classifier) == ([Exception, NodeContext], FailureClass | None)
+    assert get_args(PolicyMap) == (FailureClass, FailurePolicy)
+    assert set(default_policy_map()) == set(FailureClass)
 
 
 class OurTimeout(TimeoutError):
@@ -312,6 +321,16 @@ def test_a_suspension_has_its_reason_and_the_schema_of_its_answer() -> None:
             self.reason = "silent"
 
     assert Silent().schema is None
+
+    class Ask(Suspend):
+        def __init__(self, who: str) -> None:
+            super().__init__(f"ask {who}", schema=N)
+
+    assert (str(Ask("the boss")), Ask("the boss").reason, Ask("the boss").schema) == (
+        "ask the boss",
+        "ask the boss",
+        N,
+    )
 
 
 @pytest.mark.parametrize(

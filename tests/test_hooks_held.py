@@ -6,8 +6,8 @@ import asyncio
 import contextlib
 import logging
 import types
-from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, get_args
 
 import pytest
 
@@ -15,6 +15,7 @@ import stroma.hooks
 from stroma import NodeHooks
 from stroma.hooks import (
     NO_HOOKS,
+    AnyHooks,
     HookError,
     HookNotAsync,
     Hooks,
@@ -107,6 +108,7 @@ def test_sets_are_put_together_in_order() -> None:
     assert same(a | (b | c) | [d, [a]], a, b, c, d, a)
     assert same((a | b) | (c | d), a, b, c, d)
     assert StepHooks is NodeHooks
+    assert get_args(AnyHooks) == (NodeHooks, Sequence[NodeHooks])
 
 
 def test_every_set_is_found_in_what_is_given_as_hooks() -> None:
@@ -766,13 +768,19 @@ def test_a_closed_run_remembers_who_was_not_told_of_an_end() -> None:
     """Of an end the calls after the one that was closed; of a start none."""
     for event, left in (("on_node_success", 1), ("on_node_start", 0)):
         closed: list[str] = []
+        kept: list[Any] = []
 
-        async def hook(*_: Any, closed: list[str] = closed) -> None:
+        async def waits(closed: list[str] = closed) -> None:
             try:
                 await asyncio.Event().wait()
             except GeneratorExit:
                 closed.append("closed")
                 raise
+
+        def hook(*_: Any, kept: list[Any] = kept, waits: Any = waits) -> Any:
+            # Somebody else knows it, too: it is not closed by being forgotten.
+            kept.append(waits())
+            return kept[-1]
 
         fired = Fired(quick, hook, quick, event=event)
         fired.calls = fired.calls[::-1] if event == "on_node_success" else fired.calls
