@@ -267,6 +267,29 @@ def test_a_story_shows_what_redact_lets_be_seen() -> None:
     assert plain["in"].made == {"key": "poppy"}
 
 
+def test_what_redact_leaves_may_stand_in_messages() -> None:
+    """Only what it takes out of a state is taken out of a message."""
+    one = failed(
+        given={"key": "sesame", "name": "visible"}, failure=(FailureClass.TERMINAL, "sesame visible", None)
+    )
+    (drawn,) = trace(one)._story(without_key).bars
+    assert drawn.message == trace(one).said("sesame visible", one, without_key) == "[redacted] visible"
+    assert drawn.given == {"key": "***", "name": "visible"}
+
+
+def test_redact_is_asked_of_states_and_messages_alone() -> None:
+    """A state that is not there is shown to nobody: it stays None."""
+    asked: list[dict[str, Any]] = []
+
+    def redact(state: dict[str, Any]) -> dict[str, Any]:
+        asked.append(state)
+        return dict.fromkeys(state, "hidden")
+
+    (drawn,) = trace(failed(given={"a": "long enough"}))._story(redact).bars
+    assert (drawn.given, drawn.made, drawn.message) == ({"a": "hidden"}, None, "hidden")
+    assert [state for state in asked if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
+
+
 def test_what_a_failed_attempt_said_is_told_without_what_its_states_hide() -> None:
     """The values of the attempt's own states are taken out, input and output; those of others may stand."""
     one = failed(given={"key": "sesame"}, made={"key": "poppy"}, children=[row("in", given={"key": "opium"})])
