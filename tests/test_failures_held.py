@@ -413,7 +413,7 @@ def test_a_policy_is_looked_up_for_a_class() -> None:
 def test_retries_are_counted_by_run_and_node() -> None:
     """Each count is its own; a budget is used up at its limit."""
     budget, policy = RetryBudget(), FailurePolicy(max_retries=2)
-    assert budget.exhausted("run", "node", policy) is False
+    assert budget.exhausted("run", "node", FailurePolicy(max_retries=1)) is False
     assert budget.exhausted("run", "node", FailurePolicy(max_retries=0)) is True
     assert [
         budget.increment("run", "node"),
