@@ -34,11 +34,12 @@ TESTS = (
     *(
         f"tests/test_{name}.py"
         for name in (
-            "attempts_held", "breaker", "classifiers", "concurrency", "corners", "delivery", "engine", "groups", "guarantees",
-            "hook_machine", "hooks", "hostile", "limits", "map", "observing", "operations", "ownership", "page",
-            "prices", "promises", "properties", "published_surface", "repair", "resumable", "resume", "rules",
-            "details", "groups_held", "handing_on", "one_attempt", "refusals_held", "seed_page", "seldom", "sentences",
-            "shared_budget", "stream", "suspend", "times_held", "told", "usage",
+            "attempts_held", "breaker", "classifiers", "concurrency", "corners", "cost_held", "delivery", "details",
+            "engine", "failures_held", "groups", "groups_held", "guarantees", "handing_on", "hook_machine", "hooks",
+            "hooks_held", "hostile", "jsonable_held", "limits", "map", "observing", "one_attempt", "operations",
+            "ownership", "page", "prices", "promises", "properties", "published_surface", "refusals_held", "repair",
+            "resumable", "resume", "rules", "seed_page", "seldom", "sentences", "shared_budget", "stream", "suspend",
+            "times_held", "told", "trace_held", "trace_shown_held", "usage",
         )
     ),
     *(

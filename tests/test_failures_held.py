@@ -1,0 +1,542 @@
+"""What a failure is taken for, and whether it is tried again, case by case."""
+
+from __future__ import annotations
+
+import logging
+import math
+from dataclasses import astuple, replace
+from typing import Any, get_args
+
+import pytest
+from pydantic import BaseModel, RootModel, ValidationError
+
+from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, Suspend
+from stroma.failures import (
+    Classifier,
+    Failure,
+    ItemFailure,
+    NodeContext,
+    PolicyMap,
+    Retry,
+    RetryBudget,
+    StepContext,
+    Stop,
+    classify,
+    decide,
+    default_policy_map,
+    diagnose,
+    follow_up,
+    is_a,
+    message_of,
+    policy_for,
+)
+from stroma.refusals import CircuitOpen, LimitError, WaitedTooLong
+from stroma.schemas import NotSerialisable
+from stroma.usage import UsageError
+
+RECOVERABLE, TERMINAL, AMBIGUOUS = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
+CONTEXT = NodeContext("node", 4, "run")
+
+
+class N(BaseModel):
+    n: int = 0
+
+
+def made(kind: type[BaseException], **attributes: Any) -> Any:
+    """An instance of an exception, without what its own __init__ asks for."""
+    error = kind.__new__(kind, "what was wrong")
+    error.__dict__.update(attributes)
+    error.args = ("what was wrong",)
+    return error
+
+
+class Response:
+    def __init__(self, status: int, headers: dict[str, str]) -> None:
+        self.status_code, self.headers = status, headers
+
+
+class Provider(Exception):
+    """What the SDK of a provider raises."""
+
+    def __init__(self, status: int, **headers: str) -> None:
+        super().__init__(f"status {status}")
+        self.status_code = status
+        self.response = Response(status, {name.replace("_", "-"): value for name, value in headers.items()})
+
+
+# ---------------------------------------------------------------- classes
+
+
+def test_the_classes_of_failures() -> None:
+    """They are text, written to stores; each finds the same in a dict as its text."""
+    assert [(one.name, str(one)) for one in FailureClass] == [
+        (word, word) for word in ("RECOVERABLE", "TERMINAL", "AMBIGUOUS")
+    ]
+    assert {FailureClass.TERMINAL: 1}["TERMINAL"] == 1  # type: ignore[index]
+    policies = {str(one): FailurePolicy(max_retries=n) for n, one in enumerate(FailureClass)}
+    assert [policy_for(one, None, policies).max_retries for one in FailureClass] == [0, 1, 2]  # type: ignore[arg-type]
+    assert {hash(one) == hash(str(one)) for one in FailureClass} == {True}
+
+
+def test_the_types_that_are_named_for_annotations() -> None:
+    """What a classifier takes and gives, and what a map of policies holds."""
+    assert get_args(Classifier) == ([Exception, NodeContext], FailureClass | None)
+    assert get_args(PolicyMap) == (FailureClass, FailurePolicy)
+    assert set(default_policy_map()) == set(FailureClass)
+
+
+class OurTimeout(TimeoutError):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("kind", "failure_class", "reason"),
+    [
+        (ContractViolation, TERMINAL, "contract"),
+        (BudgetExceeded, RECOVERABLE, "budget"),
+        (UsageError, TERMINAL, "usage"),
+        (NotSerialisable, TERMINAL, "not_serialisable"),
+        (TimeoutError, RECOVERABLE, "timeout"),
+        (OurTimeout, RECOVERABLE, "timeout"),
+        (LimitError, TERMINAL, "limit"),
+        (WaitedTooLong, RECOVERABLE, "limit"),
+        (CircuitOpen, RECOVERABLE, "circuit_open"),
+        (ValueError, AMBIGUOUS, None),
+        (KeyError, AMBIGUOUS, None),
+    ],
+)
+def test_the_class_and_the_reason_of_an_exception(
+    kind: Any, failure_class: FailureClass, reason: str | None
+) -> None:
+    """Our own errors and time limits are known by their type, all else is ambiguous."""
+    error = (
+        made(kind, dimension="cost", limit=1, actual=2, node_id="a") if kind is BudgetExceeded else made(kind)
+    )
+    found = diagnose(error, CONTEXT)
+    assert (found.failure_class, found.reason) == (failure_class, reason)
+    assert classify(error, CONTEXT) is failure_class
+    assert (found.exception, found.node_id, found.attempt, found.retry_after_seconds) == (
+        error,
+        "node",
+        4,
+        None,
+    )
+    assert found.message == message_of(error)
+
+
+def test_what_a_providers_error_says() -> None:
+    """Its class, its reason and the wait that it asks for."""
+    found = diagnose(Provider(429, retry_after="7"), CONTEXT)
+    assert found.exception.args == ("status 429",)
+    assert astuple(replace(found, exception=ValueError()))[1:] == (
+        RECOVERABLE, "node", 4, "status 429", "rate_limit", 7.0,
+    )  # fmt: skip
+    assert diagnose(Provider(401), CONTEXT).failure_class is TERMINAL
+    assert diagnose(Provider(401), CONTEXT).retry_after_seconds is None
+
+
+def test_our_own_errors_are_what_they_are() -> None:
+    """Whatever they were raised from: neither the class, nor the reason, nor the wait of a provider's error is theirs."""
+
+    class Both(UsageError):
+        status_code = 429
+        response = Response(429, {"retry-after": "7"})
+
+    found = diagnose(Both("no"), CONTEXT)
+    assert (found.failure_class, found.reason, found.retry_after_seconds) == (TERMINAL, "usage", None)
+
+
+def test_a_timeout_of_a_provider_is_the_providers() -> None:
+    """Where it says more than that time was up, that is told."""
+
+    class Both(TimeoutError):
+        status_code = 429
+        response = Response(429, {"retry-after": "7"})
+
+    found = diagnose(Both("no"), CONTEXT)
+    assert (found.failure_class, found.reason, found.retry_after_seconds) == (RECOVERABLE, "rate_limit", 7.0)
+
+
+def test_classifiers_are_asked_in_order() -> None:
+    """The first that answers decides the class, the reason stays; each is given the exception and where it was."""
+    asked: list[Any] = []
+
+    def says(answer: Any) -> Any:
+        def classifier(error: Exception, context: NodeContext) -> Any:
+            asked.append((answer, error, context))
+            return answer
+
+        return classifier
+
+    error = Provider(429, retry_after="7")
+    found = diagnose(error, CONTEXT, [says(None), says(TERMINAL), says(AMBIGUOUS)])
+    assert (found.failure_class, found.reason, found.retry_after_seconds) == (TERMINAL, "rate_limit", 7.0)
+    assert asked == [(None, error, CONTEXT), (TERMINAL, error, CONTEXT)]
+    assert diagnose(error, CONTEXT, [says("AMBIGUOUS")]).failure_class is AMBIGUOUS
+    assert diagnose(error, CONTEXT, [says(None)]).failure_class is RECOVERABLE
+    assert diagnose(ValueError(), CONTEXT, [says(None)]).failure_class is AMBIGUOUS
+    assert diagnose(error, CONTEXT, []).failure_class is RECOVERABLE
+    assert classify(error, CONTEXT, [says(TERMINAL)]) is TERMINAL
+
+
+@pytest.mark.parametrize("how", ["raises", "raises no Exception", "answers nonsense"])
+def test_a_classifier_that_fails_is_skipped(how: str, caplog: pytest.LogCaptureFixture) -> None:
+    """The log names it, the node and the run, with its traceback; the next one is asked."""
+
+    class Rude(BaseException):
+        pass
+
+    def wrong(error: Exception, context: NodeContext) -> Any:
+        if how == "raises":
+            raise RuntimeError("broken")
+        if how == "raises no Exception":
+            raise Rude
+        return "nonsense"
+
+    assert diagnose(ValueError(), CONTEXT, [wrong, lambda *_: TERMINAL]).failure_class is TERMINAL
+    (record,) = caplog.records
+    assert (record.name, record.levelno, record.run_id) == ("stroma", logging.WARNING, "run")  # type: ignore[attr-defined]
+    assert record.getMessage() == f"classifier {wrong!r} raised for node 'node'; it is skipped"
+    assert record.exc_info is not None
+    assert record.exc_info[0] in (RuntimeError, Rude, ValueError)
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit, GeneratorExit])
+def test_a_classifier_does_not_swallow_an_interrupt(stop: type[BaseException]) -> None:
+    """What stops the process comes out of it."""
+
+    def stops(error: Exception, context: NodeContext) -> FailureClass:
+        raise stop
+
+    with pytest.raises(stop):
+        diagnose(ValueError(), CONTEXT, [stops])
+
+
+# ---------------------------------------------------------------- messages
+
+
+class Speaks(Exception):
+    def __init__(self, says: Any) -> None:
+        self.says = says
+
+    def __str__(self) -> str:
+        if isinstance(self.says, BaseException):
+            raise self.says
+        return self.says  # type: ignore[no-any-return]
+
+
+class Rude(BaseException):
+    pass
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (ValueError("text"), "text"),
+        (ValueError(), "ValueError"),
+        (ValueError(""), "ValueError"),
+        (Speaks("gr\u00fcn \ud800"), "gr\u00fcn \\ud800"),
+        (Speaks(RuntimeError()), "Speaks"),
+        (Speaks(Rude()), "Speaks"),
+        (Speaks(7), "Speaks"),
+    ],
+)
+def test_the_message_of_an_exception(error: BaseException, message: str) -> None:
+    """Its text, as it can be stored; the name of its type where there is none."""
+    assert message_of(error) == message
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+def test_a_message_does_not_swallow_an_interrupt(stop: type[BaseException]) -> None:
+    """What stops the process comes out, also while an exception is asked for its text."""
+    with pytest.raises(stop):
+        message_of(Speaks(stop()))
+
+
+def test_what_an_exception_is_is_told_by_its_type() -> None:
+    """A hostile one is not asked."""
+
+    class Hostile(ValueError):
+        @property  # type: ignore[misc]
+        def __class__(self) -> Any:
+            raise RuntimeError
+
+    assert is_a(Hostile(), ValueError) is True
+    assert is_a(Hostile(), KeyError) is False
+
+
+def test_what_a_model_is_told_of_a_failure() -> None:
+    """Of a broken contract as much as is asked for; of all else nothing."""
+
+    def violation(first: int) -> ContractViolation:
+        words = ["w" * first, *["x"] * 200]
+        errors = [{"loc": (f"f{n}",), "msg": word, "type": "x", "input": n} for n, word in enumerate(words)]
+        return ContractViolation("node", "output", {"n": 1}, errors)
+
+    told: set[tuple[bool, bool]] = set()
+    for first in range(1, 60):
+        broken = violation(first)
+        failure = Failure(broken, TERMINAL, "node", 1, "message")
+        assert failure.as_prompt() == broken.as_prompt(max_chars=2000) == broken.as_prompt()
+        assert failure.as_prompt(max_chars=300) == broken.as_prompt(max_chars=300) != broken.as_prompt()
+        told.add(
+            (
+                broken.as_prompt(max_chars=1999) == broken.as_prompt(),
+                broken.as_prompt(max_chars=2001) == broken.as_prompt(),
+            )
+        )
+    # For some of them a character less, or more, is another text.
+    assert {(False, True), (True, False)} <= told
+    assert replace(failed(), exception=ValueError("no")).as_prompt() is None
+
+
+def test_the_records_of_failures_have_their_defaults() -> None:
+    """Nothing is known of a failure that nobody said: neither a reason, nor a wait."""
+    failure = Failure(ValueError(), TERMINAL, "node", 1, "message")
+    assert (failure.reason, failure.retry_after_seconds) == (None, None)
+    assert failure.as_prompt() is None
+    item = ItemFailure(index=3, node_id="node", failure_class=TERMINAL, message="message")
+    assert item.model_dump() == {
+        "index": 3, "node_id": "node", "failure_class": TERMINAL, "message": "message", "reason": None, "attempts": 1,
+    }  # fmt: skip
+    assert StepContext is NodeContext
+    assert astuple(CONTEXT) == ("node", 4, "run")
+
+
+# ---------------------------------------------------------------- suspensions
+
+
+class Values(RootModel[list[int]]):
+    pass
+
+
+def test_a_suspension_has_its_reason_and_the_schema_of_its_answer() -> None:
+    """None if any answer will do; a model or a root model otherwise."""
+    assert (str(Suspend("why")), Suspend("why").reason, Suspend("why").schema) == ("why", "why", None)
+    assert Suspend("why", schema=N).schema is N
+    assert Suspend("why", schema=Values).schema is Values
+
+    class Silent(Suspend):
+        def __init__(self) -> None:
+            self.reason = "silent"
+
+    assert Silent().schema is None
+
+    class Ask(Suspend):
+        def __init__(self, who: str) -> None:
+            super().__init__(f"ask {who}", schema=N)
+
+    assert (str(Ask("the boss")), Ask("the boss").reason, Ask("the boss").schema) == (
+        "ask the boss",
+        "ask the boss",
+        N,
+    )
+
+
+@pytest.mark.parametrize(
+    ("wrong", "shown"),
+    [
+        (int, "<class 'int'>"),
+        (N(), "N(n=0)"),
+        ("x" * 200, "'" + "x" * 99 + "..."),
+        (0, "0"),
+        (list[int], "list[int]"),
+    ],
+)
+def test_a_suspension_that_asks_for_no_model_says_so(wrong: Any, shown: str) -> None:
+    """What it asks for, in a line, and the mend."""
+    with pytest.raises(TypeError) as caught:
+        Suspend("why", schema=wrong)
+    assert (
+        str(caught.value) == f"Suspend asks for {shown}; give a pydantic model, a RootModel for plain values"
+    )
+
+
+# ---------------------------------------------------------------- policies
+
+
+def test_the_policies_that_hold_where_nobody_gave_any() -> None:
+    """Three retries, none, one; in dicts and policies of their own."""
+    one, other = default_policy_map(), default_policy_map()
+    assert one == other
+    assert {kind: (p.max_retries, p.backoff_seconds) for kind, p in one.items()} == {
+        RECOVERABLE: (3, 1.0),
+        TERMINAL: (0, 0.0),
+        AMBIGUOUS: (1, 0.5),
+    }
+    for kind, policy in one.items():
+        assert policy is not other[kind]
+        assert policy.model_dump(exclude={"max_retries", "backoff_seconds"}) == {
+            "multiplier": 1.0, "max_backoff_seconds": 60.0, "jitter": True, "max_retry_after_seconds": 120.0,
+        }  # fmt: skip
+    assert FailurePolicy() == one[RECOVERABLE]
+    one[RECOVERABLE].max_retries = 99
+    del one[TERMINAL]
+    assert default_policy_map() == other
+
+
+@pytest.mark.parametrize(
+    ("field", "least"),
+    [
+        ("max_retries", 1),
+        ("backoff_seconds", 1e-9),
+        ("multiplier", 1e-9),
+        ("max_backoff_seconds", 1e-9),
+        ("max_retry_after_seconds", 1e-9),
+    ],
+)
+def test_no_figure_of_a_policy_is_below_zero(field: str, least: float) -> None:
+    """Zero is taken, the least below is not; what never ends is no delay; and what is misspelt is refused."""
+    assert decide(failed(), FailurePolicy(**{"jitter": False, field: 0}), attempt=9) is not None
+    assert getattr(FailurePolicy(**{field: 0}), field) == 0
+    with pytest.raises(ValidationError):
+        FailurePolicy(**{field: -least})
+    with pytest.raises(ValidationError):
+        FailurePolicy(**{f"{field}_": 1})
+    for wrong in (math.inf, math.nan):
+        if field == "max_retry_after_seconds" and wrong == math.inf:
+            continue  # Who says so waits as long as a server asks.
+        with pytest.raises(ValidationError):
+            FailurePolicy(**{field: wrong})
+
+
+def test_a_policy_is_looked_up_for_a_class() -> None:
+    """The node's own, else the run's, else the built-in one."""
+    own, mine = FailurePolicy(max_retries=7), FailurePolicy(max_retries=8)
+    assert policy_for(RECOVERABLE, {RECOVERABLE: own}, {RECOVERABLE: mine}) is own
+    assert policy_for(RECOVERABLE, {TERMINAL: own}, {RECOVERABLE: mine}) is mine
+    assert policy_for(RECOVERABLE, None, {RECOVERABLE: mine}) is mine
+    assert policy_for(RECOVERABLE, {}, {}) == default_policy_map()[RECOVERABLE]
+    assert policy_for(AMBIGUOUS, None, {RECOVERABLE: mine}) == default_policy_map()[AMBIGUOUS]
+
+
+def test_retries_are_counted_by_run_and_node() -> None:
+    """Each count is its own; a budget is used up at its limit."""
+    budget, policy = RetryBudget(), FailurePolicy(max_retries=2)
+    assert budget.exhausted("run", "node", FailurePolicy(max_retries=1)) is False
+    assert budget.exhausted("run", "node", FailurePolicy(max_retries=0)) is True
+    assert [
+        budget.increment("run", "node"),
+        budget.increment("run", "other"),
+        budget.increment("x", "node"),
+    ] == [1, 1, 1]
+    assert budget.exhausted("run", "node", policy) is False
+    assert budget.increment("run", "node") == 2
+    assert budget.exhausted("run", "node", policy) is True
+    assert budget.exhausted("run", "other", policy) is False
+    assert budget.increment("run", "node") == 3
+    assert budget.exhausted("run", "node", policy) is True
+
+
+# ---------------------------------------------------------------- the decision
+
+
+def failed(kind: FailureClass = RECOVERABLE, attempt: int = 1, wait: float | None = None) -> Failure:
+    return Failure(ValueError(), kind, "node", attempt, "message", retry_after_seconds=wait)
+
+
+def steady(**changed: Any) -> FailurePolicy:
+    """Ten retries after two seconds each, drawn from nothing."""
+    return FailurePolicy(**{"max_retries": 10, "backoff_seconds": 2.0, "jitter": False, **changed})
+
+
+@pytest.mark.parametrize(
+    ("failure", "policy", "attempt", "decision"),
+    [
+        (failed(TERMINAL), steady(), 1, Stop("a terminal failure is not retried")),
+        (failed(AMBIGUOUS), steady(), 1, Retry(2.0)),
+        # As many retries as there are.
+        (failed(), steady(max_retries=0), 1, Stop("gave up after 1 attempt")),
+        (failed(), steady(max_retries=1), 1, Retry(2.0)),
+        (failed(attempt=2), steady(max_retries=1), 2, Stop("gave up after 2 attempts")),
+        (failed(attempt=9), steady(max_retries=3), 3, Retry(2.0)),
+        (failed(attempt=9), steady(max_retries=3), 4, Stop("gave up after 9 attempts")),
+        # Delays that grow, up to the longest.
+        (failed(), steady(multiplier=3), 1, Retry(2.0)),
+        (failed(), steady(multiplier=3), 2, Retry(6.0)),
+        (failed(), steady(multiplier=3), 3, Retry(18.0)),
+        (failed(), steady(multiplier=3), 5, Retry(60.0)),
+        (failed(), steady(multiplier=3, max_backoff_seconds=7), 3, Retry(7.0)),
+        (failed(), steady(multiplier=1e300, max_backoff_seconds=7), 9, Retry(7.0)),
+        (failed(), steady(multiplier=0), 2, Retry(0.0)),
+        # What a server asks for, up to the limit.
+        (failed(wait=1.0), steady(), 1, Retry(2.0)),
+        (failed(wait=5.0), steady(), 1, Retry(5.0)),
+        (failed(wait=120.0), steady(), 1, Retry(120.0)),
+        (failed(wait=120.5), steady(), 1, Stop("the server asks to come back in 120.5 s")),
+        (failed(wait=0.0), steady(max_retry_after_seconds=0), 1, Retry(2.0)),
+        (failed(wait=0.1), steady(max_retry_after_seconds=0), 1, Stop("the server asks to come back in 0.1 s")),
+        (failed(wait=1234567.0), steady(), 1, Stop("the server asks to come back in 1.23457e+06 s")),
+        (failed(wait=1234567.0), steady(max_retry_after_seconds=math.inf), 1, Retry(1234567.0)),
+    ],
+)  # fmt: skip
+def test_whether_an_attempt_is_followed_by_another(
+    failure: Failure, policy: FailurePolicy, attempt: int, decision: Any
+) -> None:
+    """And after how long, or why not."""
+    assert decide(failure, policy, attempt=attempt) == decision
+
+
+def test_a_delay_is_drawn_from_zero_to_the_computed_one() -> None:
+    """Once for each decision, after all limits; a server's wait is never cut short by that."""
+    policy = FailurePolicy(max_retries=9, backoff_seconds=4, multiplier=2, max_backoff_seconds=6)
+    drawn: list[float] = []
+
+    def draw() -> float:
+        drawn.append(0.25)
+        return 0.25
+
+    assert decide(failed(), policy, attempt=1, draw=draw) == Retry(1.0)
+    assert decide(failed(), policy, attempt=2, draw=draw) == Retry(1.5)
+    assert decide(failed(wait=1.25), policy, attempt=1, draw=draw) == Retry(1.25)
+    assert len(drawn) == 3
+    assert decide(failed(), steady(), attempt=1, draw=draw) == Retry(2.0)
+    assert len(drawn) == 3
+    delays = [decide(failed(), policy, attempt=1) for _ in range(50)]
+    assert all(isinstance(one, Retry) and 0 <= one.delay_seconds < 4 for one in delays)
+    assert len(set(delays)) > 1
+
+
+@pytest.mark.parametrize(
+    ("changed", "decision"),
+    [
+        ({}, Retry(1.0)),
+        ({"attempt": 4}, Stop("gave up after 5 attempts")),
+        ({"attempt": 4, "repairs": 1}, Retry(1.0)),
+        ({"attempt": 5, "repairs": 1}, Stop("gave up after 5 attempts")),
+        ({"own": {RECOVERABLE: steady()}}, Retry(2.0)),
+        ({"own": {RECOVERABLE: steady(max_retries=0)}}, Stop("gave up after 5 attempts")),
+        ({"own": {RECOVERABLE: steady(max_retries=0)}, "repairing": True}, Retry(2.0)),
+        ({"own": {RECOVERABLE: steady(multiplier=3)}, "repairing": True, "attempt": 9, "repairs": 2}, Retry(2.0)),
+        ({"repairing": True, "attempt": 99}, Retry(1.0)),
+        ({"group": True}, Stop("gave up after 5 attempts")),
+        ({"group": True, "repairing": True}, Stop("gave up after 5 attempts")),
+        ({"group": True, "own": {}}, Retry(1.0)),
+        ({"group": True, "own": {RECOVERABLE: steady()}}, Retry(2.0)),
+    ],
+)  # fmt: skip
+def test_what_follows_a_failed_attempt(changed: dict[str, Any], decision: Any) -> None:
+    """A group is tried again only if asked; attempts that were granted to mend an output count for nothing, but wait."""
+    run = {RECOVERABLE: steady(max_retries=3, backoff_seconds=1.0)}
+    asked: dict[str, Any] = {
+        "own": None,
+        "attempt": 1,
+        "group": False,
+        "repairing": False,
+        "repairs": 0,
+        **changed,
+    }
+    own = asked.pop("own")
+    assert follow_up(failed(attempt=5), own, run, **asked) == decision
+    if isinstance(decision, Retry):
+        jittered = {kind: policy.model_copy(update={"jitter": True}) for kind, policy in run.items()}
+        owned = own and {kind: policy.model_copy(update={"jitter": True}) for kind, policy in own.items()}
+        half = follow_up(failed(attempt=5), owned, jittered, **asked, draw=lambda: 0.5)
+        assert half == Retry(decision.delay_seconds / 2)
+
+
+def test_a_group_waits_as_its_server_asks() -> None:
+    """What stops it says that it is no retry, though a wait was asked for; a terminal failure says so itself."""
+    asked: dict[str, Any] = {"attempt": 1, "group": True, "repairing": False, "repairs": 0}
+    assert follow_up(failed(wait=5), None, {}, **asked) == Stop("gave up after 1 attempt")
+    assert follow_up(failed(TERMINAL), None, {}, **asked) == Stop("a terminal failure is not retried")

@@ -1,0 +1,875 @@
+"""How hooks are called, to the letter: order, arguments, log lines, what is reported, and what comes out."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import types
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from typing import Any, get_args
+
+import pytest
+
+import stroma.hooks
+from stroma import NodeHooks
+from stroma.hooks import (
+    NO_HOOKS,
+    AnyHooks,
+    HookError,
+    HookNotAsync,
+    Hooks,
+    HookSets,
+    HookTimeout,
+    MapProgress,
+    StepHooks,
+    flatten,
+    was_raised,
+)
+from stroma.trace import HookFailure
+
+STARTS = (
+    "on_node_start", "on_run_start", "on_node_retry", "on_node_skipped", "on_budget_warning", "on_map_progress",
+    "on_node_wait", "on_circuit_change",
+)  # fmt: skip
+ENDS = ("on_node_success", "on_node_failure", "on_node_cancelled", "on_node_suspended", "on_run_end")
+
+
+class Fired:
+    """Sets of hooks, and all that is to be seen of their being fired."""
+
+    def __init__(
+        self, *hooks: Callable[..., Any], event: str = "on_node_start", limit: float | None = None
+    ) -> None:
+        self.failures: list[HookFailure] = []
+        self.event = event
+        self.asked = 0
+        sets = tuple(NodeHooks(**{event: hook}) for hook in hooks)
+        self.hooks = Hooks(sets, run_id="run", limit_seconds=limit, failures=self.failures)
+        self.calls = getattr(self.hooks, event)
+
+    @property
+    def errors(self) -> list[tuple[str, str | None, BaseException]]:
+        return [(failure.hook, failure.node_id, failure.exception) for failure in self.failures]
+
+    def arguments(self) -> tuple[Any, ...]:
+        self.asked += 1
+        return ("argument", self.asked)
+
+    async def fire(self, way: str = "fire") -> None:
+        left: Awaitable[None] | None = getattr(self.hooks, way)(
+            self.event, self.calls, "node", self.arguments
+        )
+        if left is not None:
+            await left
+
+
+BOTH = pytest.mark.parametrize("way", ["fire", "fire_soon"])
+
+
+def lines(caplog: pytest.LogCaptureFixture) -> list[tuple[int, str, str, Any]]:
+    return [
+        (r.levelno, r.getMessage(), r.run_id, None if r.exc_info is None else r.exc_info[1])  # type: ignore[attr-defined]
+        for r in caplog.records
+        if r.name == "stroma"
+    ]
+
+
+async def in_callback(func: Callable[[], None]) -> None:
+    """Call it from the loop itself, so that no task runs."""
+    done: asyncio.Future[BaseException | None] = asyncio.get_running_loop().create_future()
+
+    def go() -> None:
+        try:
+            func()
+        except BaseException as error:
+            done.set_result(error)
+        else:
+            done.set_result(None)
+
+    asyncio.get_running_loop().call_soon(go)
+    error = await done
+    if error is not None:
+        raise error
+
+
+# ---------------------------------------------------------------- sets
+
+
+def test_sets_are_put_together_in_order() -> None:
+    """However it is written, the first one stands first; what comes out can be put together with more."""
+    a, b, c, d = NodeHooks(), NodeHooks(), NodeHooks(), NodeHooks()
+
+    def same(found: Any, *expected: NodeHooks) -> bool:
+        return type(found) is HookSets and [id(one) for one in found] == [id(one) for one in expected]
+
+    assert same(a | b, a, b)
+    assert same(a | [b, c], a, b, c)
+    assert same([a, b] | c, a, b, c)
+    assert same((a, b) | c, a, b, c)
+    assert same(a | b | c, a, b, c)
+    assert same(a | (b | c) | [d, [a]], a, b, c, d, a)
+    assert same((a | b) | (c | d), a, b, c, d)
+    assert StepHooks is NodeHooks
+    assert get_args(AnyHooks) == (NodeHooks, Sequence[NodeHooks])
+
+
+def test_every_set_is_found_in_what_is_given_as_hooks() -> None:
+    """None is no set, one is one, and lists and tuples may lie in each other."""
+    a, b, c = NodeHooks(), NodeHooks(), NodeHooks()
+    for given, found in [
+        (None, ()),
+        (a, (a,)),
+        ([], ()),
+        ([a, (b, [c])], (a, b, c)),
+        ([(a, b), c], (a, b, c)),
+        (iter((a, b | c)), (a, b, c)),
+    ]:
+        made = flatten(given)  # type: ignore[arg-type]
+        assert type(made) is tuple
+        assert [id(one) for one in made] == [id(one) for one in found]
+
+
+def test_a_set_has_what_it_was_given_and_nothing_else() -> None:
+    """Every hook is optional; a patient set is one of a kind of its own."""
+    (bare, given) = NodeHooks() | NodeHooks(on_run_end=quick)
+    assert vars(bare) == dict.fromkeys([*STARTS, *ENDS])
+    assert vars(given) == {**dict.fromkeys([*STARTS, *ENDS]), "on_run_end": quick}
+    assert NodeHooks._patient is False
+
+
+@pytest.mark.parametrize("wrong", [7, "hooks", None, NodeHooks])
+def test_what_is_no_set_is_named(wrong: Any) -> None:
+    """The message shows it, and how to make one."""
+    with pytest.raises(TypeError) as caught:
+        flatten([NodeHooks(), [wrong]])
+    assert str(caught.value) == f"{wrong!r} is not a set of hooks; make one with NodeHooks(...)"
+
+
+@pytest.mark.parametrize("event", [*STARTS, *ENDS])
+def test_starts_go_first_to_last_and_ends_last_to_first(event: str) -> None:
+    """Only the sets that have a hook are called, each by its place among all."""
+
+    def first(*_: Any) -> None: ...
+    def last(*_: Any) -> None: ...
+
+    sets = (NodeHooks(**{event: first}), NodeHooks(), NodeHooks(**{event: last}))
+    made = Hooks(sets, run_id="run", limit_seconds=None, failures=[])
+    calls = ((0, first), (2, last))
+    assert getattr(made, event) == (calls if event in STARTS else calls[::-1])
+    others = {getattr(made, name) for name in (*STARTS, *ENDS) if name != event}
+    assert others == {None}
+    assert made.untold == ()
+
+
+def test_all_ends_are_fired_if_asked_for() -> None:
+    """Then ends without a hook are there with nobody to tell; starts are not, and hooks stay."""
+
+    def hook(*_: Any) -> Any: ...
+
+    sets = (NodeHooks(on_node_success=hook, on_node_start=hook),)
+    made = Hooks(sets, run_id="run", limit_seconds=None, failures=[], all_ends=True)
+    assert {name: getattr(made, name) for name in ENDS} == {
+        **dict.fromkeys(ENDS, ()),
+        "on_node_success": ((0, hook),),
+    }
+    assert {name: getattr(made, name) for name in STARTS} == {
+        **dict.fromkeys(STARTS),
+        "on_node_start": ((0, hook),),
+    }
+
+
+def test_nobody_watches_a_run_without_hooks() -> None:
+    """What stands for no hooks has none."""
+    assert {getattr(NO_HOOKS, name) for name in (*STARTS, *ENDS)} == {None}
+
+
+def test_how_far_a_map_is_has_every_figure() -> None:
+    """In the order in which they are documented."""
+    assert MapProgress(1, 2, 3, 4, 5.0, 6.0, 7.0, True) == MapProgress(
+        done=1, total=2, failed=3, restored=4, rate=5.0, seconds_left=6.0, elapsed_seconds=7.0, ended=True
+    )
+
+
+def test_a_hook_error_has_its_result() -> None:
+    """And its message."""
+    result: Any = object()
+    error = HookError("hooks raised", result)
+    assert (str(error), error.result) == ("hooks raised", result)
+    assert (HookNotAsync.result, HookNotAsync.set_index) == (None, 0)
+
+
+# ---------------------------------------------------------------- calls
+
+
+async def quick(*_: Any) -> None:
+    """Never waits."""
+
+
+async def slow(*_: Any) -> None:
+    for _ in range(3):
+        await asyncio.sleep(0)
+
+
+class Later:
+    def __await__(self) -> Iterator[Any]:
+        yield
+        yield
+
+
+class AtOnce:
+    def __await__(self) -> Iterator[Any]:
+        return iter(())
+
+
+@types.coroutine
+def generator_based() -> Iterator[Any]:
+    yield
+
+
+AWAITABLES: dict[str, Callable[[], Any]] = {
+    "quick": quick,
+    "slow": slow,
+    "later": Later,
+    "at once": AtOnce,
+    "generator": generator_based,
+}
+
+
+@BOTH
+@pytest.mark.parametrize("kind", AWAITABLES)
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize("limit", [None, 60.0])
+async def test_every_hook_is_called_once_with_fresh_arguments(
+    way: str, kind: str, sets: int, limit: float | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In order, positionally; nothing is logged or reported."""
+    seen: list[tuple[int, Any]] = []
+
+    def hook(index: int) -> Callable[..., Any]:
+        def called(*arguments: Any) -> Any:
+            seen.append((index, arguments))
+            return AWAITABLES[kind]()
+
+        return called
+
+    fired = Fired(*map(hook, range(sets)), limit=limit)
+    await fired.fire(way)
+    assert seen == [(index, ("argument", index + 1)) for index in range(sets)]
+    assert (fired.errors, lines(caplog)) == ([], [])
+
+
+@pytest.mark.parametrize(("hook", "waits"), [(quick, False), (slow, True), (lambda *_: Later(), True)])
+@pytest.mark.parametrize("limit", [None, 3600.0])
+async def test_a_single_hook_that_never_waits_leaves_nothing_to_await(
+    hook: Any, waits: bool, limit: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The way without a coroutine around it is taken only where the hook is over, within its limit."""
+    clock = Clock(monkeypatch)
+
+    def blocks(*_: Any) -> Any:
+        clock.now += 3600.0  # Just at its limit.
+        return hook()
+
+    fired = Fired(blocks, limit=limit)
+    left = fired.hooks.fire_soon(fired.event, fired.calls, "node", fired.arguments)
+    assert (left is not None) is waits
+    if left is not None:
+        await left
+    assert (fired.errors, fired.asked) == ([], 1)
+
+
+async def test_no_call_is_nothing_to_do() -> None:
+    """Ends that nobody wants to know are fired to nobody."""
+    left = NO_HOOKS.fire_soon("on_run_end", (), None, tuple)
+    assert left is not None
+    await left
+
+
+# ---------------------------------------------------------------- what a hook raises
+
+
+class Rude(BaseException):
+    """Not an Exception."""
+
+
+async def raising(error: BaseException, suspends: bool) -> None:
+    if suspends:
+        await asyncio.sleep(0)
+    raise error
+
+
+@BOTH
+@pytest.mark.parametrize("suspends", [False, True])
+@pytest.mark.parametrize("kind", [ValueError, TimeoutError, Rude, asyncio.CancelledError, GeneratorExit])
+@pytest.mark.parametrize("node_id", ["node", None])
+async def test_what_a_hook_raises_is_logged_and_reported(
+    way: str, suspends: bool, kind: type[BaseException], node_id: str | None, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Once each, with the event, the node, the hook and the run; the hooks after it are called."""
+    error, after = kind("no"), []
+
+    def hook(*_: Any) -> Any:
+        return raising(error, suspends)
+
+    async def other(*_: Any) -> None:
+        after.append(1)
+
+    for hooks in ([hook], [hook, other]):
+        caplog.clear()
+        after.clear()
+        fired = Fired(*hooks)
+        left = getattr(fired.hooks, way)(fired.event, fired.calls, node_id, fired.arguments)
+        if left is not None:
+            await left
+        assert fired.errors == [("on_node_start", node_id, error)]
+        said = f"hook on_node_start ({hook!r}) raised for node {node_id!r} of run 'run'; the run goes on"
+        assert lines(caplog) == [(logging.ERROR, said, "run", error)]
+        assert len(after) == len(hooks) - 1
+
+
+@BOTH
+async def test_a_hook_that_raises_before_there_is_anything_to_await(
+    way: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A hook that is a plain function and raises is no other case."""
+    error = ValueError("no")
+
+    def hook(*_: Any) -> Any:
+        raise error
+
+    fired = Fired(hook)
+    await fired.fire(way)
+    assert fired.errors == [("on_node_start", "node", error)]
+    assert [line[3] for line in lines(caplog)] == [error]
+
+
+async def test_a_report_is_made_though_the_log_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A handler that raises does not keep a hook's error from being counted."""
+    error = ValueError("no")
+
+    def fails(*_: Any, **__: Any) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(stroma.hooks.logger, "error", fails)
+    fired = Fired(lambda *_: raising(error, False))
+    with pytest.raises(OSError, match="disk full"):
+        await fired.fire()
+    assert fired.errors == [("on_node_start", "node", error)]
+
+
+@BOTH
+@pytest.mark.parametrize("event", ["on_node_start", "on_node_success"])
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
+@pytest.mark.parametrize("sets", [1, 3])
+async def test_an_interrupt_comes_out_once_all_are_told(
+    way: str, event: str, stop: type[BaseException], sets: int
+) -> None:
+    """The first of them, whatever else was raised; it is not reported as an error of the hook."""
+    first = stop("first")
+    fired = Fired(
+        *[lambda *arguments: raising(first if arguments[1] == 1 else stop("other"), False)] * sets,
+        event=event,
+    )
+    with pytest.raises(stop) as caught:
+        await fired.fire(way)
+    assert caught.value is first
+    assert (fired.asked, fired.errors) == (sets, [])
+
+
+# ---------------------------------------------------------------- hooks that are not async
+
+
+@BOTH
+@pytest.mark.parametrize(("node_id", "where"), [("node", " of node 'node'"), (None, "")])
+@pytest.mark.parametrize(
+    ("index", "event"), [(0, "on_node_start"), (1, "on_node_retry"), (1, "on_node_success")]
+)
+async def test_a_hook_that_is_not_async_is_named(
+    way: str, node_id: str | None, where: str, index: int, event: str
+) -> None:
+    """With its event, its node, what it returned, the mend, and which set it is; of a start the sets after it see nothing."""
+    called: list[str] = []
+
+    def wrong(*_: Any) -> Any:
+        called.append("wrong")
+        return 7
+
+    async def right(*_: Any) -> None:
+        called.append("right")
+
+    fired = Fired(*([right] * index), wrong, right, event=event)
+    with pytest.raises(HookNotAsync) as caught:
+        left = getattr(fired.hooks, way)(event, fired.calls, node_id, fired.arguments)
+        assert left is not None
+        await left
+    assert str(caught.value) == (
+        f"hook {event}{where} is not async: {wrong!r} returned int, which cannot be awaited; define it with async def"
+    )
+    assert (caught.value.set_index, caught.value.result) == (index, None)
+    assert called == (["right"] * index + ["wrong"] if event in STARTS else ["right", "wrong", "right"])
+    assert fired.errors == []
+
+
+async def test_of_two_ends_that_are_not_async_the_first_is_told() -> None:
+    """Both are called, and the first that was comes out."""
+    fired = Fired(lambda *_: 1, lambda *_: "two", event="on_node_failure")
+    with pytest.raises(HookNotAsync, match="returned str"):
+        await fired.fire()
+    assert fired.asked == 2
+
+
+async def test_an_interrupt_goes_before_a_hook_that_is_not_async() -> None:
+    """Whichever was first."""
+
+    async def interrupted(*_: Any) -> None:
+        raise KeyboardInterrupt
+
+    for hooks in ([lambda *_: 1, interrupted], [interrupted, lambda *_: 1]):
+        fired = Fired(*hooks, event="on_run_end")
+        with pytest.raises(KeyboardInterrupt):
+            await fired.fire()
+        assert fired.asked == 2
+
+
+# ---------------------------------------------------------------- cancellation
+
+
+@BOTH
+@pytest.mark.parametrize("suspends", [False, True])
+@pytest.mark.parametrize("reaction", ["raise", "swallow", "replace", "return"])
+@pytest.mark.parametrize("sets", [1, 2])
+async def test_a_cancellation_in_a_hook_comes_out_once_all_are_told(
+    way: str, suspends: bool, reaction: str, sets: int
+) -> None:
+    """Whatever the hook makes of it; what it raises instead is reported, a cancellation is not."""
+    told: list[int] = []
+
+    async def hook(*_: Any) -> None:
+        task = asyncio.current_task()
+        assert task is not None
+        told.append(1)
+        if len(told) > 1:
+            return
+        task.cancel()
+        if reaction == "return" and not suspends:
+            return
+        try:
+            if suspends:
+                await asyncio.sleep(3600)
+            elif reaction != "return":
+                raise asyncio.CancelledError
+        except asyncio.CancelledError:
+            if reaction == "raise":
+                raise
+            if reaction == "replace":
+                raise ValueError("instead") from None
+
+    fired = Fired(*[hook] * sets)
+    came_out: list[bool] = []
+
+    async def run() -> None:
+        try:
+            await fired.fire(way)
+        except asyncio.CancelledError:
+            came_out.append(True)
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)  # Where the hook did not take it, it is still to come.
+
+    await asyncio.create_task(run())
+    assert (came_out, told) == ([True], [1] * sets)
+    assert [(event, node_id, str(error)) for event, node_id, error in fired.errors] == (
+        [("on_node_start", "node", "instead")] if reaction == "replace" else []
+    )
+
+
+@BOTH
+async def test_a_cancellation_before_is_not_the_hooks(way: str) -> None:
+    """A hook that runs in a task that is being cancelled is told like any other, and nothing is raised anew."""
+    told: list[int] = []
+
+    async def hook(*_: Any) -> None:
+        await asyncio.sleep(0)
+        told.append(1)
+
+    async def run(hooks: list[Any]) -> list[Any]:
+        task = asyncio.current_task()
+        assert task is not None
+        task.cancel()
+        try:
+            await asyncio.sleep(0)
+        except asyncio.CancelledError:
+            fired = Fired(*hooks)
+            await fired.fire(way)
+            return fired.errors
+        raise AssertionError
+
+    assert await asyncio.create_task(run([hook, hook])) == []
+    assert told == [1, 1]
+    assert await asyncio.create_task(run([quick])) == []
+    assert await asyncio.create_task(run([lambda *_: Later()])) == []
+    stray = asyncio.CancelledError("stray")
+    for suspends in (False, True):
+        assert await asyncio.create_task(run([lambda *_, s=suspends: raising(stray, s)])) == [
+            ("on_node_start", "node", stray)
+        ]
+
+
+@BOTH
+@pytest.mark.parametrize("hook", [quick, lambda *_: AtOnce()])
+def test_hooks_are_told_where_no_task_runs(way: str, hook: Any) -> None:
+    """A coroutine that is driven by hand is in no task: its hooks are called, and their errors are isolated."""
+    for hooks, errors in (([hook], 0), ([hook, lambda *_: raising(asyncio.CancelledError(), False)], 1)):
+        fired = Fired(*hooks)
+        step = fired.fire(way).__await__()
+
+        def drive(step: Any = step) -> None:
+            with pytest.raises(StopIteration):
+                next(step)
+
+        asyncio.run(in_callback(drive))
+        assert (fired.asked, len(fired.errors)) == (len(hooks), errors)
+
+
+# ---------------------------------------------------------------- time limits
+
+
+class Clock:
+    """What the hooks read the time from."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.now = 100.0
+        monkeypatch.setattr(stroma.hooks, "perf_counter", lambda: self.now)
+
+
+@BOTH
+@pytest.mark.parametrize("suspends", [False, True])
+@pytest.mark.parametrize("sets", [1, 2])
+@pytest.mark.parametrize(("took", "warned"), [(250.0, False), (3750.0, True)])
+async def test_a_hook_that_blocks_for_longer_than_its_limit_is_named(
+    way: str, suspends: bool, sets: int, took: float, warned: bool,
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+) -> None:  # fmt: skip
+    """A warning with the time that it took and the mend; up to the limit there is none. It is no error."""
+    clock = Clock(monkeypatch)
+
+    async def hook(*_: Any) -> None:
+        if suspends:
+            await asyncio.sleep(0)
+        clock.now += took
+
+    fired = Fired(*[hook] * sets, limit=250.0)
+    await fired.fire(way)
+    said = f"hook on_node_start ({hook!r}) of node 'node' blocked the event loop for 3750000 ms; await in it, or use a thread"
+    assert lines(caplog) == [(logging.WARNING, said, "run", None)] * (sets if warned else 0)
+    assert fired.errors == []
+
+
+@BOTH
+@pytest.mark.parametrize("patient", [False, True])
+async def test_without_a_limit_nobody_is_warned(
+    way: str, patient: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """No limit, or hooks that make a run wait by design: they may block as long as they like."""
+    clock = Clock(monkeypatch)
+
+    class Patient(NodeHooks):
+        _patient = True
+
+    async def hook(*_: Any) -> None:
+        await asyncio.sleep(0)
+        clock.now += 3600
+
+    kind = Patient if patient else NodeHooks
+    limit = 0.001 if patient else None
+    fired = Fired(hook)
+    fired.hooks = Hooks((kind(on_node_start=hook),), run_id="run", limit_seconds=limit, failures=[])
+    fired.calls = fired.hooks.on_node_start
+    await fired.fire(way)
+    assert lines(caplog) == []
+
+
+@pytest.mark.parametrize("kind", ["coroutine", "awaitable"])
+async def test_only_patient_sets_are_under_no_limit(kind: str) -> None:
+    """The set beside one that may wait is cut off; the one that may is not, however it waits."""
+    released = asyncio.Event()
+    ended: list[str] = []
+    failures: list[HookFailure] = []
+
+    class Patient(NodeHooks):
+        _patient = True
+
+    async def waits(*_: Any) -> None:
+        await released.wait()
+        ended.append("patient")
+
+    async def hangs(*_: Any) -> None:
+        await asyncio.Event().wait()
+
+    def waiting(*_: Any) -> Any:
+        return waits() if kind == "coroutine" else Wrapped(waits())
+
+    hanging = NodeHooks(on_node_start=hangs)
+    hooks = Hooks(
+        (hanging, Patient(on_node_start=waiting), hanging),
+        run_id="run",
+        limit_seconds=0.01,
+        failures=failures,
+    )
+    calls = hooks.on_node_start
+    assert calls is not None
+    task = asyncio.create_task(hooks.fire("on_node_start", calls[1:2], "node", tuple))
+    # Longer than the limit: another hook under it has run out of time meanwhile.
+    await hooks.fire("on_node_start", calls[:1], "node", tuple)
+    assert [type(failure.exception) for failure in failures] == [HookTimeout]
+    assert not task.done()
+    released.set()
+    await task
+    await hooks.fire("on_node_start", calls[2:], "node", tuple)
+    assert ended == ["patient"]
+    assert [type(failure.exception) for failure in failures] == [HookTimeout] * 2
+
+
+@BOTH
+@pytest.mark.parametrize("kind", ["coroutine", "awaitable", "swallows", "goes on", "will not be closed"])
+@pytest.mark.parametrize(("limit", "said"), [(0.01, "10"), (0.0126, "13")])
+async def test_a_hook_that_hangs_is_cut_off(
+    way: str, kind: str, limit: float, said: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The error names the limit in milliseconds and the mend, hides what it came from, and is reported once."""
+    cut: list[str] = []
+
+    async def coroutine(*_: Any) -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            cut.append("cut")
+            if kind == "goes on":
+                await asyncio.Event().wait()
+            if kind == "will not be closed":
+                try:
+                    await asyncio.Event().wait()
+                finally:
+                    raise Rude
+            if kind != "swallows":
+                raise
+
+    hook = (lambda *_: Wrapped(coroutine())) if kind == "awaitable" else coroutine
+    fired = Fired(hook, limit=limit)
+    await fired.fire(way)
+    if kind == "swallows":
+        assert fired.errors == []
+    else:
+        ((event, node_id, error),) = fired.errors
+        assert (event, node_id, type(error)) == ("on_node_start", "node", HookTimeout)
+        assert str(error) == f"did not end within {said} ms; make it quicker, or raise hook_timeout_ms"
+        assert (error.__cause__, error.__suppress_context__) == (None, True)
+        assert [line[0] for line in lines(caplog)] == [logging.ERROR]
+    assert cut == ["cut"]
+    task = asyncio.current_task()
+    assert task is not None
+    assert task.cancelling() == 0
+
+
+class Wrapped:
+    def __init__(self, coroutine: Any) -> None:
+        self.coroutine = coroutine
+
+    def __await__(self) -> Any:
+        return self.coroutine.__await__()
+
+
+# ---------------------------------------------------------------- awaitables that are no coroutines
+
+
+class Steps:
+    """An awaitable of whose iterator every step is seen."""
+
+    def __init__(self, *steps: Any) -> None:
+        self.steps = iter(steps)
+        self.sent: list[Any] = []
+
+    def __await__(self) -> Steps:
+        return self
+
+    def __iter__(self) -> Steps:
+        return self
+
+    def __next__(self) -> Any:
+        self.sent.append(None)
+        return next(self.steps)
+
+    def send(self, value: Any) -> Any:
+        self.sent.append(value)
+        return next(self.steps)
+
+
+def test_every_step_of_a_hook_is_handed_on() -> None:
+    """What it waits for goes to whoever drives the run, and what is sent back goes to it."""
+    steps = Steps("first", "second", "third")
+    fired = Fired(lambda *_: steps)
+    driven = fired.fire().__await__()
+    got: list[Any] = []
+
+    def drive() -> None:
+        got.append(next(driven))
+        got.append(driven.send(None))
+        got.append(driven.send("value"))  # type: ignore[arg-type]
+        with pytest.raises(StopIteration):
+            driven.send(None)
+
+    asyncio.run(in_callback(drive))
+    assert got == ["first", "second", "third"]
+    assert steps.sent == [None, None, "value", None]
+
+
+def test_what_is_thrown_into_a_hook_reaches_it() -> None:
+    """One that can be thrown into gets it; one that cannot is over with it."""
+
+    class Catches(Steps):
+        def throw(self, error: BaseException) -> Any:
+            self.sent.append(error)
+            return "caught"
+
+    error = ValueError("thrown")
+    catches, plain = Catches("first", "second"), Steps("first", "second")
+    for steps, caught in ((catches, True), (plain, False)):
+        fired = Fired(lambda *_, steps=steps: steps)
+        driven = fired.fire().__await__()
+
+        def drive(driven: Any = driven, caught: bool = caught) -> None:
+            assert next(driven) == "first"
+            if caught:
+                assert driven.throw(error) == "caught"
+                assert driven.send(None) == "second"
+            with pytest.raises(StopIteration):
+                driven.throw(error) if not caught else driven.send(None)
+
+        asyncio.run(in_callback(drive))
+        assert fired.errors == ([] if caught else [("on_node_start", "node", error)])
+    assert catches.sent == [None, error, None, None]
+
+
+@BOTH
+@pytest.mark.parametrize("sets", [1, 2])
+def test_a_hook_is_driven_no_faster_than_it_goes(way: str, sets: int) -> None:
+    """Each time that it waits, the event loop has a turn: no step is left out, none is added."""
+    seen: list[Any] = []
+    fired = Fired(*[slow] * sets)
+    driven = fired.fire(way).__await__()
+    asyncio.run(in_callback(lambda: seen.extend(driven)))
+    assert seen == [None] * 3 * sets
+
+
+# ---------------------------------------------------------------- runs that are closed
+
+
+def test_a_closed_run_remembers_who_was_not_told_of_an_end() -> None:
+    """Of an end the calls after the one that was closed; of a start none."""
+    for event, left in (("on_node_success", 1), ("on_node_start", 0)):
+        closed: list[str] = []
+        kept: list[Any] = []
+
+        async def waits(closed: list[str] = closed) -> None:
+            try:
+                await asyncio.Event().wait()
+            except GeneratorExit:
+                closed.append("closed")
+                raise
+
+        def hook(*_: Any, kept: list[Any] = kept, waits: Any = waits) -> Any:
+            # Somebody else knows it, too: it is not closed by being forgotten.
+            kept.append(waits())
+            return kept[-1]
+
+        fired = Fired(quick, hook, quick, event=event)
+        fired.calls = fired.calls[::-1] if event == "on_node_success" else fired.calls
+
+        async def run(fired: Fired = fired) -> None:
+            driven = fired.fire().__await__()
+            next(driven)
+            driven.close()
+
+        asyncio.run(run())
+        assert closed == ["closed"]
+        assert fired.hooks.untold == fired.calls[2 : 2 + left]
+        assert fired.errors == []
+
+
+def test_a_raise_is_told_from_a_closed_await() -> None:
+    """An exception that a raise statement made has one; one that was never raised has not."""
+
+    def inner() -> None:
+        raise GeneratorExit
+
+    def outer() -> None:
+        inner()
+
+    with pytest.raises(GeneratorExit) as caught:
+        outer()
+    assert was_raised(caught.value) is True
+    assert was_raised(GeneratorExit()) is False
+    with pytest.raises(ZeroDivisionError) as divided:
+        1 / 0  # noqa: B018
+    assert was_raised(divided.value) is False
+
+    seen: list[BaseException] = []
+
+    async def closed() -> None:
+        try:
+            await asyncio.Event().wait()
+        except GeneratorExit as error:
+            seen.append(error)
+            raise
+
+    async def run() -> None:
+        step = closed().__await__()
+        next(step)
+        step.close()
+
+    asyncio.run(run())
+    assert [was_raised(error) for error in seen] == [False]
+
+
+def test_hooks_that_are_told_where_nothing_can_be_awaited(caplog: pytest.LogCaptureFixture) -> None:
+    """Each gets as far as it comes: one that waits is cut short, one that raises is reported, all others end."""
+    told: list[str] = []
+    error = ValueError("no")
+
+    async def ends(*arguments: Any) -> None:
+        told.append(f"ends {arguments}")
+
+    async def waits(*_: Any) -> None:
+        try:
+            await asyncio.sleep(3600)
+        finally:
+            told.append("cut short")
+
+    async def fails(*_: Any) -> None:
+        raise error
+
+    fired = Fired(ends, waits, fails, lambda *_: 7, ends)
+
+    async def run() -> None:
+        fired.hooks.fire_now("on_node_cancelled", fired.calls, "node", fired.arguments)
+
+    asyncio.run(run())
+    assert told == ["ends ('argument', 1)", "cut short", "ends ('argument', 5)"]
+    assert [(event, node_id) for event, node_id, _ in fired.errors] == [("on_node_cancelled", "node")] * 2
+    assert fired.errors[0][2] is error
+    assert type(fired.errors[1][2]) is AttributeError
+    assert lines(caplog)[:2] == [
+        (
+            logging.WARNING,
+            f"hook on_node_cancelled ({waits!r}) was cut short: run 'run' was closed, not cancelled, so that nothing can "
+            "be awaited",
+            "run",
+            None,
+        ),
+        (
+            logging.ERROR,
+            f"hook on_node_cancelled ({fails!r}) raised for node 'node' of run 'run'; the run goes on",
+            "run",
+            error,
+        ),
+    ]
