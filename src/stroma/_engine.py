@@ -13,6 +13,7 @@ turn, at :func:`execute_in_turn`, once per node and position. What it does for o
 from __future__ import annotations
 
 import asyncio
+import logging
 import math
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass, replace
@@ -231,7 +232,8 @@ async def _wait(
     if ctx.fire.on_node_retry is not None:
         arguments = (ctx.run_id, run.node_id, attempt + 1, delay, failure.failure_class)
         await ctx.fire.fire("on_node_retry", ctx.fire.on_node_retry, run.node_id, lambda: arguments)
-    ctx.run_logger.info("node %r: attempt %d follows in %.3f s", run.node_id, attempt + 1, delay)
+    if ctx.run_logger.isEnabledFor(logging.INFO):
+        ctx.run_logger.info("node %r: attempt %d follows in %.3f s", run.node_id, attempt + 1, delay)
     await sleep(delay)
     run.ended = None
 

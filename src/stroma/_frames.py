@@ -55,6 +55,7 @@ def frames_of(error: BaseException) -> tuple[list[traceback.FrameSummary], list[
     )
 
 
+@functools.lru_cache(maxsize=4096)
 def _is_ours(file: str) -> bool:
     return file.startswith((_OURS, "<frozen"))
 

@@ -200,7 +200,10 @@ class RunFailed(Exception):
 def message_of(exc: BaseException) -> str:
     """``str(exc)``, or the type's name where that is empty or raises. Lone surrogates become escapes: it is stored."""
     try:
-        return str(exc).encode("utf-8", "backslashreplace").decode() or type(exc).__name__
+        said = str(exc)
+        if type(said) is not str or not said.isascii():
+            said = said.encode("utf-8", "backslashreplace").decode()
+        return said or type(exc).__name__
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException:

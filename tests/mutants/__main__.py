@@ -31,7 +31,7 @@ from pathlib import Path
 from tests.mutants.breaks import BREAKS, Break
 
 ROOT = Path(__file__).resolve().parents[2]
-COPIED = ("src", "tests", "examples", "pyproject.toml")
+COPIED = ("src", "tests", "examples", "dev", "pyproject.toml")
 WORKERS = 2
 TEST_SECONDS = 20  # one test
 BREAK_SECONDS = 90  # all tests of one break
