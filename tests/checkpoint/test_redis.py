@@ -619,7 +619,8 @@ class TestOwners:
                     for position in range(10_000):
                         await commit(session, position, State(n=position))
                         acknowledged.append(position)
-                        await asyncio.sleep(0.002)
+                        # Time enough for a reading between two commits, on a busy machine too.
+                        await asyncio.sleep(0.01)
 
                 writing = asyncio.ensure_future(write())
                 await asyncio.sleep(0.1)
