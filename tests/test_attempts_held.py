@@ -25,6 +25,7 @@ from tests.telling import (
     here,
     node,
     same,
+    swallow,
 )
 
 from stroma import (
@@ -52,17 +53,6 @@ class Positive(BaseModel):
 
 
 # ---------------------------------------------------------------- cancellations
-
-
-async def swallow() -> None:
-    """The running task is cancelled, and lives on."""
-    task = asyncio.current_task()
-    assert task is not None
-    task.cancel()
-    try:
-        await asyncio.sleep(0)
-    except asyncio.CancelledError:
-        pass
 
 
 @pytest.mark.parametrize("grouped", [False, True])

@@ -154,22 +154,25 @@ async def test_a_group_over_the_budget_is_not_tried_again() -> None:
     assert (result.failure.node_id, result.failure.reason) == ("parallel(a)", "budget")
 
 
+def keeps_no_output(session: Any) -> Any:
+    """A session whose store is full: attempts are noted, and no output is kept."""
+
+    def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
+        if output is not None:
+            error = StoreError("full")
+            error.transient = False
+            raise error
+        return session.record(row, schema, output, *call)
+
+    return Between(session, record=record)
+
+
 async def test_a_group_whose_child_was_not_kept_is_not_tried_again() -> None:
     """The child's output is safe with nobody: the run stops, PARTIAL whatever a classifier says, and can be resumed."""
     calls: list[str] = []
 
-    def between(session: Any) -> Any:
-        def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
-            if output is not None:
-                error = StoreError("full")
-                error.transient = False
-                raise error
-            return session.record(row, schema, output, *call)
-
-        return Between(session, record=record)
-
     runner = StromaRunner.quick(
-        store=Journal(between), policy_map=ONCE, node_policies={"parallel(a)": ONCE},
+        store=Journal(keeps_no_output), policy_map=ONCE, node_policies={"parallel(a)": ONCE},
         classifiers=[lambda error, _: FailureClass.TERMINAL],
     )  # fmt: skip
     result = await runner.run([parallel(counted(calls, "a", {"n": 1}))], N())
@@ -246,21 +249,11 @@ async def test_a_group_deep_inside_which_a_child_was_not_kept_is_not_tried_again
     """No group around it is, whatever its policy says; the run can be resumed."""
     calls: list[str] = []
 
-    def between(session: Any) -> Any:
-        def record(row: Any, schema: Any, output: Any, *call: Any) -> Any:
-            if output is not None:
-                error = StoreError("full")
-                error.transient = False
-                raise error
-            return session.record(row, schema, output, *call)
-
-        return Between(session, record=record)
-
     inner = parallel(counted(calls, "a", {"n": 1}))
     middle = parallel(inner)
     outer = parallel(middle)
     policies = dict.fromkeys((outer.node_id, middle.node_id, inner.node_id), ONCE)
-    runner = StromaRunner.quick(store=Journal(between), policy_map=ONCE, node_policies=policies)
+    runner = StromaRunner.quick(store=Journal(keeps_no_output), policy_map=ONCE, node_policies=policies)
     result = await runner.run([outer], N())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
 

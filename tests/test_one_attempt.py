@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.telling import NEVER, Diary
+from tests.telling import NEVER, Diary, swallow
 
 from stroma import (
     BudgetExceeded,
@@ -361,13 +361,7 @@ async def test_an_old_cancellation_is_not_the_attempts() -> None:
         raise asyncio.CancelledError("stray")
 
     async def swallows() -> Any:
-        task = asyncio.current_task()
-        assert task is not None
-        task.cancel()
-        try:
-            await asyncio.sleep(0)
-        except asyncio.CancelledError:
-            pass
+        await swallow()
         ctx, one = context(diary), node("one", stray)
         return await attempt_once(ctx, execution(ctx, one), one, N())
 

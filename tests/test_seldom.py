@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from tests.telling import Between, Journal
 
 from stroma import (
     AsyncInMemoryStore,
@@ -150,28 +151,6 @@ async def test_a_child_is_not_tried_again_once_the_latency_is_spent() -> None:
 
 
 # ---------------------------------------------------------------------- stores in the wrong moment
-
-
-class Between:
-    """A session in which some calls are answered by the test."""
-
-    def __init__(self, session: Any, **calls: Any) -> None:
-        self.session = session
-        self.__dict__.update(calls)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self.session, name)
-
-
-class Journal(AsyncInMemoryStore):
-    """A journal whose sessions are made by a function of the test's."""
-
-    def __init__(self, between: Any) -> None:
-        super().__init__()
-        self.between = between
-
-    def open_run(self, request: Any) -> Any:
-        return self.between(super().open_run(request))
 
 
 @pytest.mark.parametrize("what", [fail, forever], ids=["failed", "cancelled"])

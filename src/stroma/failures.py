@@ -243,17 +243,9 @@ def diagnose(
     )
 
 
-#: What :func:`_built_in` knows: most of what is raised is none of it, which one question tells.
-_CLASSED: Final[tuple[type[BaseException], ...]] = (
-    ContractViolation, BudgetExceeded, UsageError, NotSerialisable, TimeoutError, LimitError, WaitedTooLong, CircuitOpen,
-)  # fmt: skip
-
-
 def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
     # By type, not isinstance: that asks the object for its __class__, which an exception may answer by raising.
     kind = type(exc)
-    if not issubclass(kind, _CLASSED):
-        return None, None
     if issubclass(kind, ContractViolation):
         return FailureClass.TERMINAL, "contract"
     if issubclass(kind, BudgetExceeded):
