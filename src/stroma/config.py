@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
@@ -18,7 +19,7 @@ from stroma.schemas import become, stamped
 from stroma.shared_budget import SharedBudget
 from stroma.usage import shown
 
-__all__ = ["RunConfig", "new_run_id"]
+__all__ = ["RunConfig", "is_shared", "new_run_id"]
 
 
 _LONGEST_TAG: Final = 200  # An index holds them.
@@ -55,11 +56,50 @@ def _generate_id() -> str:
     return _GeneratedId(new_run_id())
 
 
-_UNLIMITED: Final = ExecutionBudget.unlimited()
+#: Defaults that can be changed, and are most of what a config costs, by field. They are shared all the same, until
+#: somebody asks a config for one: see _Shared. Nobody else may hold them.
+_SHARED: Final[dict[str, Any]] = {
+    "budget": ExecutionBudget.unlimited(),
+    "policy_map": default_policy_map(),
+    "hooks": NodeHooks(),
+}
+_OWN: Final[dict[str, Callable[[], Any]]] = {
+    "budget": ExecutionBudget.unlimited,
+    "policy_map": default_policy_map,
+    "hooks": NodeHooks,
+}
+_unsharing: Final = threading.Lock()
 
 
-def _unlimited() -> ExecutionBudget:
-    return stamped(_UNLIMITED)  # A budget can be changed, so each config has its own.
+def is_shared(field: str, value: object) -> bool:
+    """Whether a value of a config's field is the default of all configs, which nobody may change."""
+    return value is _SHARED[field]
+
+
+class _Shared:
+    """A field whose default belongs to all configs until one is asked for it, and then has its own.
+
+    Who looks into the ``__dict__`` (pydantic, to compare and to write it down) finds an equal value there.
+    """
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __get__(self, config: RunConfig | None, kind: type[RunConfig]) -> Any:
+        if config is None:
+            raise AttributeError(
+                self._field
+            )  # As of every field: what is found on the class is taken for a default.
+        values: dict[str, Any] = vars(config)
+        field = self._field
+        if is_shared(field, values[field]):
+            with _unsharing:
+                if is_shared(field, values[field]):
+                    values[field] = _OWN[field]()
+        return values[field]
+
+    def __set__(self, config: RunConfig, value: Any) -> None:  # So that it comes before the __dict__.
+        vars(config)[self._field] = value
 
 
 class RunConfig(BaseModel):
@@ -115,14 +155,14 @@ class RunConfig(BaseModel):
 
     run_id: str = Field(default_factory=_generate_id)
     pipeline: str = "pipeline"
-    budget: ExecutionBudget = Field(default_factory=_unlimited)
+    budget: ExecutionBudget = Field(default_factory=lambda: _SHARED["budget"])
     shared_budgets: Annotated[SharedBudget | Sequence[SharedBudget], SkipValidation] = ()
     limits: Annotated[dict[str, Limit], SkipValidation] = Field(default_factory=dict)
     node_limits: dict[str, str] = Field(default_factory=dict)
     breaker: InstanceOf[Breaker] | None = None
-    policy_map: PolicyMap = Field(default_factory=default_policy_map)
+    policy_map: PolicyMap = Field(default_factory=lambda: _SHARED["policy_map"])
     node_policies: dict[str, PolicyMap] = Field(default_factory=dict)
-    hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=NodeHooks)
+    hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=lambda: _SHARED["hooks"])
     classifiers: Annotated[list[Classifier], SkipValidation] = Field(default_factory=list)
     context: InstanceOf[dict[str, Any]] = Field(default_factory=dict)
     node_timeouts: dict[str, int] = Field(default_factory=dict)
@@ -150,6 +190,10 @@ class RunConfig(BaseModel):
                 super().__init__(**data)
             else:  # What validation comes to where there is nothing to validate: most runs of a service make one.
                 become(self, _defaults(), set())
+
+    def held(self, field: str) -> Any:
+        """A field for who only reads it: its default stays shared."""
+        return self.__dict__[field]
 
     def with_run_id(self, run_id: str) -> RunConfig:
         """The same config for a run of that id. Raises ValueError for what is no id."""
@@ -239,8 +283,12 @@ class RunConfig(BaseModel):
         return value
 
 
+for _field in _SHARED:
+    setattr(RunConfig, _field, _Shared(_field))
+
+
 def _defaults() -> dict[str, Any]:
-    """The fields of a config that says nothing; what can be changed is new."""
+    """The fields of a config that says nothing; what can be changed is new, or will be once it is asked for."""
     values = _FIXED.copy()
     for name, make in _MADE:
         values[name] = make()
@@ -248,9 +296,9 @@ def _defaults() -> dict[str, Any]:
 
 
 #: The defaults that everybody shares, in the order of the fields, and what makes the others.
-_FIXED: Final = {name: field.default for name, field in RunConfig.model_fields.items()}
+_FIXED: Final = {name: _SHARED.get(name, field.default) for name, field in RunConfig.model_fields.items()}
 _MADE: Final = tuple(
     (name, cast("Callable[[], Any]", field.default_factory))
     for name, field in RunConfig.model_fields.items()
-    if field.default_factory is not None
+    if field.default_factory is not None and name not in _SHARED
 )

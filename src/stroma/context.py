@@ -29,7 +29,7 @@ from stroma.checkpoint import (
     StepCall,
     Waiting,
 )
-from stroma.config import RunConfig
+from stroma.config import RunConfig, is_shared
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, fallback_due, limits
 from stroma.execution import CURRENT, RUN, leave
@@ -131,10 +131,10 @@ class ReliabilityContext:
 
     # Slots, since several of them are asked for each node.
     __slots__ = (
-        "__weakref__", "_beginning", "_calls", "_gives_up", "_next_position", "_notes", "_opening", "_recorded", "_waits",
-        "_warned", "budget", "cancelled", "chained", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
-        "delivers", "done", "elsewhere", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "hooks", "interrupt", "kept_traceparent", "lends", "lent",
-        "limits", "model_fallbacks", "newest", "pictured", "pipeline", "policy_map", "probes", "registry", "restored",
+        "__weakref__", "_beginning", "_budget", "_calls", "_gives_up", "_hooks", "_next_position", "_notes", "_opening", "_policy_map", "_recorded", "_waits",
+        "_warned", "cancelled", "chained", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
+        "delivers", "done", "elsewhere", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "interrupt", "kept_traceparent", "lends", "lent",
+        "limits", "model_fallbacks", "newest", "pictured", "pipeline", "probes", "registry", "restored",
         "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
         "step_timeouts", "stops", "suspended", "timed", "trace", "traceparent", "unpriced",
     )  # fmt: skip
@@ -181,13 +181,13 @@ class ReliabilityContext:
         self.cost_tracker = cost_tracker
         self.retry_budget = retry_budget
         self.trace = trace
-        self.budget = budget
-        self.policy_map = policy_map
+        self._budget = budget
+        self._policy_map = policy_map
         self.step_policies = step_policies
         self.classifiers = classifiers
         self.step_timeouts = step_timeouts
         self.model_fallbacks = model_fallbacks
-        self.hooks = hooks
+        self._hooks = hooks
         self.context = context
         self.run_logger = run_logger
         self.config = RunConfig() if config is None else config
@@ -237,22 +237,22 @@ class ReliabilityContext:
         self.unpriced: list[str] = []
         #: What nodes of this run wait for.
         self.suspended: list[str] = []
-        self.limits: list[tuple[Dimension, float]] = limits(self.budget)
+        self.limits: list[tuple[Dimension, float]] = limits(budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
         self.cost_tracker.per_node = self.trace.figures
         #: What tests have put around runs.
         self.probes: tuple[Probe, ...] = tuple(PROBES) if PROBES else ()
         #: Whether any function runs under a time limit, or with a probe around it.
-        self.timed = bool(self.step_timeouts) or self.budget.max_latency_ms is not None or bool(self.probes)
+        self.timed = bool(self.step_timeouts) or budget.max_latency_ms is not None or bool(self.probes)
         #: Warnings that were given: dimensions of the budget, and what is wrong with a node.
-        self._warned: set[str | tuple[str, str]] = set()
+        self._warned: dict[str | tuple[str, str], None] = {}  # A set would take 200 bytes in each run.
         #: Whether the store is to know which end hooks are due.
         self.delivers = False
         self.fire: Hooks = NO_HOOKS
         #: Whether attempts wait for their turn at a shared budget, a limit or a breaker.
         self.gated = self.config.gated
-        sets = [hooks for hooks in flatten(self.hooks) if any(hooks.__dict__.values())]
+        sets = [one for one in flatten(hooks) if any(one.__dict__.values())]
         if self.probes:
             sets = [own for probe in self.probes if (own := probe.begins(self)) is not None] + sets
         if sets:
@@ -275,15 +275,15 @@ class ReliabilityContext:
         # By position: so many keywords take a microsecond to sort.
         return cls(
             run_id, registry, checkpoint_manager, CostTracker(), RetryBudget(), ExecutionTrace(run_id),
-            config.budget, config.policy_map, config.node_policies, config.classifiers, config.node_timeouts,
-            config.model_fallbacks, config.hooks, config.context, _RunLogger(logger, {"run_id": run_id}),
+            config.held("budget"), config.held("policy_map"), config.node_policies, config.classifiers, config.node_timeouts,
+            config.model_fallbacks, config.held("hooks"), config.context, _RunLogger(logger, {"run_id": run_id}),
             config, config.pipeline,
         )  # fmt: skip
 
     def warn_once(self, node_id: str, what: str, text: str) -> None:
         """Log a warning that a node would give for each of its attempts and items."""
         if (node_id, what) not in self._warned:
-            self._warned.add((node_id, what))
+            self._warned[node_id, what] = None
             self.run_logger.warning("%s", text)
 
     # ------------------------------------------------------------------ the journal
@@ -527,7 +527,7 @@ class ReliabilityContext:
             if dimension not in self._warned and (used := self.cost_tracker.used(dimension)) >= round(
                 _WARN_AT * limit, 9
             ):
-                self._warned.add(dimension)
+                self._warned[dimension] = None
                 due.append((dimension, used, limit))
         return due
 
@@ -688,3 +688,26 @@ class ReliabilityContext:
             self.run_id, status, final_state, self.trace, spent.total_cost_usd, spent.total_tokens, failure,
             self.hook_failures, self.unpriced, self.suspended, self.failed_items,
         )  # fmt: skip
+
+
+class _Shared:
+    """What a context has of its config: a default that nobody has asked for yet becomes the config's own first."""
+
+    def __init__(self, field: str) -> None:
+        self._field, self._slot = field, f"_{field}"
+
+    def __get__(self, ctx: ReliabilityContext | None, kind: type[ReliabilityContext]) -> Any:
+        if ctx is None:
+            return self
+        value = getattr(ctx, self._slot)
+        if is_shared(self._field, value):
+            value = getattr(ctx.config, self._field)
+            setattr(ctx, self._slot, value)
+        return value
+
+    def __set__(self, ctx: ReliabilityContext, value: Any) -> None:
+        setattr(ctx, self._slot, value)
+
+
+for _field in ("budget", "policy_map", "hooks"):
+    setattr(ReliabilityContext, _field, _Shared(_field))

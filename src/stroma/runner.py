@@ -97,7 +97,7 @@ class StromaRunner:
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
         self._live: set[OneRun] = set()
-        self._batches: set[Batch] = set()
+        self._batches: list[Batch] = []
         self.config = config if config is not None else RunConfig()
 
     @classmethod
@@ -426,11 +426,11 @@ class StromaRunner:
     @contextmanager
     def _batch(self) -> Iterator[Batch]:
         batch = Batch()
-        self._batches.add(batch)
+        self._batches.append(batch)
         try:
             yield batch
         finally:
-            self._batches.discard(batch)
+            self._batches.remove(batch)
 
     async def fork(
         self,
@@ -649,7 +649,7 @@ def records_of(nodes: Pipeline | list[Any]) -> list[Node | Group]:
 
 
 def _records(nodes: Any) -> list[Node | Group]:
-    if isinstance(nodes, Group) or not isinstance(nodes, Iterable):
+    if type(nodes) is not list and (isinstance(nodes, Group) or not isinstance(nodes, Iterable)):
         find_node(nodes)  # What is no node at all is told how to become one.
         raise TypeError(f"run() takes a sequence of nodes; put {nodes!r} in a list")
     return [find_node(node) for node in nodes]

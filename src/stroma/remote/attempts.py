@@ -205,7 +205,7 @@ class _Work:
         ctx.cost_tracker.prior_tokens = spent["tokens"]
         ctx.cost_tracker.prior_cost_usd = spent["cost_usd"]
         ctx.cost_tracker.prior_latency_ms = spent["latency_ms"]
-        ctx._warned.update(request["warned"])
+        ctx._warned.update(dict.fromkeys(request["warned"]))
         self.record = _Record(self, request["execution"], request["traceparent"])
         ctx.session = self.record
 

@@ -1,0 +1,210 @@
+"""A config whose defaults are shared until they are asked for behaves like one that has its own from the start."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import dataclasses
+import pickle
+import threading
+import warnings
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import (
+    AsyncInMemoryStore,
+    CheckpointManager,
+    ContractRegistry,
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    NodeHooks,
+    ReliabilityContext,
+    RunConfig,
+    StromaRunner,
+    current_run,
+    default_policy_map,
+)
+from stroma.trace import RunStatus
+
+FIELDS = ("budget", "policy_map", "hooks")
+EXPECTED: dict[str, Any] = {
+    "budget": ExecutionBudget.unlimited(),
+    "policy_map": default_policy_map(),
+    "hooks": NodeHooks(),
+}
+EACH = pytest.mark.parametrize("field", FIELDS)
+HOW = pytest.mark.parametrize(
+    "make",
+    [
+        RunConfig,
+        lambda: RunConfig(pipeline="p"),
+        RunConfig.model_construct,
+        lambda: RunConfig().with_run_id("r"),
+    ],
+    ids=["empty", "given", "constructed", "renamed"],
+)
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+def change(field: str, value: Any) -> None:
+    """Do to a default what its owner may do."""
+    if field == "budget":
+        value.max_tokens_total = 5
+    elif field == "policy_map":
+        value[FailureClass.AMBIGUOUS].max_retries = 9
+        value.pop(FailureClass.TERMINAL)
+    else:
+        value.on_run_start = print
+
+
+@EACH
+@HOW
+def test_a_default_is_its_configs_own(field: str, make: Any) -> None:
+    """Whoever changes it changes no other config, made before or after; asked again, it is the same object."""
+    mine, other = make(), make()
+    assert getattr(mine, field) == EXPECTED[field]
+    change(field, getattr(mine, field))
+    assert getattr(mine, field) is getattr(mine, field)
+    assert getattr(mine, field) != EXPECTED[field]
+    for config in (other, make(), RunConfig(), RunConfig(tags=("a",))):
+        assert getattr(config, field) == EXPECTED[field]
+    assert RunConfig.model_fields[field].get_default(call_default_factory=True) == EXPECTED[field]
+
+
+@EACH
+def test_a_field_that_is_set_is_what_was_set(field: str) -> None:
+    """Given or assigned, the very object; and it counts as given."""
+    value = copy.deepcopy(EXPECTED[field])
+    given, assigned = RunConfig(**{field: value}), RunConfig()
+    assert given.model_fields_set == {field}
+    setattr(assigned, field, value)
+    assert getattr(assigned, field) is value
+    assert assigned.model_fields_set == {field}
+    if field != "policy_map":  # A dict is copied by its validation.
+        assert getattr(given, field) is value
+
+
+@pytest.mark.parametrize("asked", [False, True])
+@pytest.mark.parametrize(
+    "twin",
+    [
+        copy.copy,
+        copy.deepcopy,
+        lambda c: c.model_copy(),
+        lambda c: c.model_copy(deep=True),
+        lambda c: pickle.loads(pickle.dumps(c)),
+    ],
+    ids=["copy", "deepcopy", "model_copy", "model_copy-deep", "pickle"],
+)
+def test_copies_are_equal_and_shown_alike(twin: Any, *, asked: bool) -> None:
+    """Whether anybody asked for the defaults shows nowhere: not in ==, repr, the fields set, or what is written down."""
+    config = RunConfig(run_id="r")
+    if asked:
+        for field in FIELDS:
+            getattr(config, field)
+    made = twin(config)
+    assert made == config == RunConfig(run_id="r")
+    assert repr(made) == repr(config) == repr(RunConfig(run_id="r"))
+    assert made.model_fields_set == {"run_id"}
+    assert made.model_dump() == RunConfig(run_id="r").model_dump()
+    assert made.model_dump()["budget"] == {
+        "max_tokens_total": None,
+        "max_cost_usd": None,
+        "max_latency_ms": None,
+    }
+    change("policy_map", made.policy_map)
+    assert RunConfig().policy_map == EXPECTED["policy_map"]
+
+
+def test_threads_that_ask_at_once_get_one_object() -> None:
+    """None of them changes an object that nobody else will see."""
+    for _ in range(50):
+        config, found, together = RunConfig(), list[Any](), threading.Barrier(4)
+
+        def ask(config: RunConfig = config, found: list[Any] = found, together: Any = together) -> None:
+            together.wait()
+            found.append(config.policy_map)
+
+        threads = [threading.Thread(target=ask) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert {id(value) for value in found} == {id(config.policy_map)}
+
+
+def test_a_subclass_is_a_config() -> None:
+    """With fields of its own, and with another default for one of ours: no warning, and each has its own."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+
+        class Ours(RunConfig):
+            team: str = "core"
+
+        class Strict(RunConfig):
+            budget: ExecutionBudget = ExecutionBudget(max_tokens_total=7)
+
+    assert Ours().budget == EXPECTED["budget"]
+    assert Ours().policy_map is not Ours().policy_map
+    change("budget", Ours().budget)
+    assert Ours(team="x").budget == EXPECTED["budget"]
+    assert Strict().budget.max_tokens_total == 7
+    assert Strict().policy_map == EXPECTED["policy_map"]
+
+
+def test_a_run_has_what_its_config_has() -> None:
+    """A context's budget, policies and hooks are its config's own objects, asked for on either side first."""
+    for first in ("config", "context"):
+        config = RunConfig()
+        ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
+        for field in FIELDS:
+            sides = {"config": config, "context": ctx}
+            before = getattr(sides[first], field)
+            assert getattr(ctx, field) is getattr(config, field) is before
+        assert {field.name for field in dataclasses.fields(ctx)} >= set(FIELDS)
+
+
+async def test_a_policy_that_is_changed_in_a_run_holds_in_that_run_alone() -> None:
+    """Of a run whose config said nothing; the run after it goes by the defaults."""
+    calls: list[str] = []
+
+    async def node(state: State) -> dict[str, int]:
+        run = current_run()
+        assert run is not None
+        if not calls:
+            for side in (run.policy_map, run.config.policy_map):
+                side[FailureClass.AMBIGUOUS] = FailurePolicy(max_retries=4, backoff_seconds=0)
+        calls.append(run.run_id)
+        raise ValueError("no")
+
+    runner = StromaRunner(ContractRegistry(), CheckpointManager(AsyncInMemoryStore()))
+    result = await runner.run([runner.node("n", input=State, output=State)(node)], State())
+    assert (result.status, len(calls)) == (RunStatus.PARTIAL, 5)
+    assert RunConfig().policy_map == EXPECTED["policy_map"]
+
+
+async def test_hooks_that_are_set_on_a_default_are_called() -> None:
+    """Before the run; and never those of another runner."""
+    told: list[str] = []
+
+    async def start(run_id: str, *_: Any) -> None:
+        await asyncio.sleep(0)
+        told.append(run_id)
+
+    ours, others = (StromaRunner.quick() for _ in range(2))
+    node = ours.node("n", input=State, output=State)(_same)
+    assert isinstance(ours.config.hooks, NodeHooks)
+    ours.config.hooks.on_run_start = start
+    await others.run([node], State(), run_id="theirs")
+    await ours.run([node], State(), run_id="ours")
+    assert told == ["ours"]
+
+
+async def _same(state: State) -> State:
+    return state
