@@ -35,11 +35,11 @@ def crosses(first: Made, second: Made, values: Any) -> bool | None:
     """Whether an output crosses the engine's own boundary; None if the values make no output."""
     source, target = schema_of(first.model), schema_of(second.model)
     try:
-        output, _ = source.give(values, False)
+        output, _ = source.give(values)
     except Exception:
         return None
     try:
-        target.take(output, False)
+        target.take(output)
     except Exception:
         return False
     return True

@@ -154,30 +154,23 @@ def test_the_time_of_an_event_is_cut_off_not_rounded(digits: int) -> None:
     assert one.timestamp_utc == datetime(2023, 11, 14, 22, 13, 20, digits // 1000, UTC)
 
 
-def test_snapshots_are_read_by_the_schemas_of_their_node() -> None:
-    """An input by the schema of the input, an output by that of the output; deep states too."""
+def test_snapshots_are_read_by_the_schemas_of_their_row() -> None:
+    """An input by the schema of the input, an output by that of the output; deep states too; whatever the node id."""
     held = trace()
-    assert held.adopt("node", (schema_of(Given), schema_of(Made), None)) is True
-    assert held.adopt("deep", (schema_of(Deep), schema_of(Deep), None)) is True
-    words = schema_of(Deep).snapshot(Deep(words=["x"]))
-    held.rows += [row(given=(5,), made=(6,)), row("deep", given=words, made=words), row("plain", given={})]
+    given, made, deep = schema_of(Given), schema_of(Made), schema_of(Deep)
+    words = deep.snapshot(Deep(words=["x"]))
+    held.rows += [
+        row(given=(5,), made=(6,), schemas=(given, made, None)),
+        row(given=(5,), made=(6,), schemas=(made, given, "what else there is")),
+        row("deep", given=words, made=words, schemas=(deep, deep, None)),
+        row("plain", given={}),
+    ]
     assert [(one.input_state, one.output_state) for one in held] == [
         ({"a": 5}, {"b": 6}),
+        ({"b": 5}, {"a": 6}),
         ({"words": ["x"]}, {"words": ["x"]}),
         ({}, {"b": 2}),
     ]
-
-
-def test_a_node_id_stands_for_one_pair_of_schemas() -> None:
-    """The first ones are kept; others are not taken."""
-    given, made = schema_of(Given), schema_of(Made)
-    held = trace()
-    assert held.adopt("a", (given, made, "one")) is True
-    assert held.adopt("a", (given, made, "another")) is True
-    assert held.adopt("a", (given, given, "one")) is False
-    assert held.adopt("a", (made, made, "one")) is False
-    held.rows.append(row("a", given=(1,), made=(2,)))
-    assert list(held) == [event("a")]
 
 
 def test_an_event_is_built_once() -> None:
@@ -301,9 +294,8 @@ def mark() -> TraceMark:
 def test_a_copy_is_equal_and_shares_nothing(looked_at: bool) -> None:
     """Neither events, nor states, nor children, nor marks of a copy are those of the trace; the run id is."""
     held = nest()
-    held.adopt("node", (schema_of(Given), schema_of(Made), None))
     held.append(event(input_state={"list": [1]}, output_state={"list": [2]}, children=[event("in")]))
-    held.rows.append(row(given=(1,), made=(2,)))
+    held.rows.append(row(given=(1,), made=(2,), schemas=(schema_of(Given), schema_of(Made), None)))
     held.marks.append(mark())
     if looked_at:
         list(held)
@@ -324,14 +316,6 @@ def test_a_copy_is_equal_and_shares_nothing(looked_at: bool) -> None:
     assert (len(held), len(held.marks)) == (6, 1)
 
 
-def test_a_copy_learns_schemas_of_its_own() -> None:
-    """What one of them is told of a node, the other does not know."""
-    held = trace()
-    twin = held.copy()
-    assert twin.adopt("node", (schema_of(Given), schema_of(Made), None)) is True
-    assert held.adopt("node", (schema_of(Made), schema_of(Made), None)) is True
-
-
 def test_a_copied_event_without_an_output_has_none() -> None:
     """None stays None, and is no empty state."""
     twin = trace(failed_event(children=[failed_event("in")])).copy()
@@ -339,15 +323,13 @@ def test_a_copied_event_without_an_output_has_none() -> None:
 
 
 def test_a_trace_that_was_pickled_goes_on() -> None:
-    """Events, marks and the run id come back; it can be appended to, and told of nodes."""
+    """Events, marks and the run id come back; it can be appended to."""
     held = nest()
-    held.adopt("node", (schema_of(Given), schema_of(Made), None))
-    held.rows.append(row(given=(1,), made=(2,)))
+    held.rows.append(row(given=(1,), made=(2,), schemas=(schema_of(Given), schema_of(Made), None)))
     held.marks.append(mark())
     back = pickle.loads(pickle.dumps(held))
     assert (back.run_id, list(back), back.marks) == ("run", list(held), [mark()])
-    assert back.adopt("node", (schema_of(Made), schema_of(Made), None)) is True
-    back.rows.append(row(given=(3,), made=(4,)))
+    back.rows.append(row(given=(3,), made=(4,), schemas=(schema_of(Made), schema_of(Made), None)))
     assert list(back)[-1] == event(input_state={"b": 3}, output_state={"b": 4})
     assert len(held) == 5
 

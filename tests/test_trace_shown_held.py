@@ -11,7 +11,7 @@ from tests.trace_rows import START, USED, event, failed, failed_event, row, trac
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus, TraceEvent
 from stroma.failures import Failure
 from stroma.page import Bar, Box, Story
-from stroma.trace import AttemptUsage
+from stroma.trace import CHILDREN, AttemptUsage
 
 # ---------------------------------------------------------------- what tells two traces apart
 
@@ -298,7 +298,7 @@ def test_what_a_failed_attempt_said_is_told_without_what_its_states_hide() -> No
     )
     other = failed(given={"key": "sesame"})
     assert trace(other).said("noisy sesame", other, without_key) == "quiet [redacted]"
-    assert one[12] == [row("in", given={"key": "opium"})]
+    assert one[CHILDREN] == [row("in", given={"key": "opium"})]
 
 
 # ---------------------------------------------------------------- the picture of a result

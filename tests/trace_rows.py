@@ -29,6 +29,7 @@ def row(node_id: str = "node", **changed: Any) -> Row:
         "position": 0,
         "branch": "",
         "group": None,
+        "schemas": None,
         "children": None,
     }
     assert changed.keys() <= fields.keys()

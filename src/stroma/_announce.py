@@ -16,7 +16,7 @@ from stroma.hooks import Calls, HookNotAsync
 from stroma.schemas import Schema
 from stroma.trace import OUTCOME, Row
 
-__all__ = ["fire_success", "tell_closed", "tell_end", "tell_failure", "warn_of_budget"]
+__all__ = ["of_start", "of_success", "tell_closed", "tell_end", "tell_failure", "warn_of_budget"]
 
 
 async def tell_end(
@@ -59,23 +59,20 @@ def tell_closed(
             CURRENT.reset(token)
 
 
-def fire_success(
-    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel, row: Row
-) -> Coroutine[Any, Any, None] | None:
-    """Fire the hooks of a success; what is left to await, or None."""
-    run.ended = row
-    calls = ctx.fire.on_node_success
-    assert calls is not None
+def of_start(
+    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, state: BaseModel
+) -> tuple[Any, ...]:
+    """What the hooks of a start are given, fresh on each call."""
+    seen = schema.state(state)
+    return ctx.run_id, run.node_id, seen if ctx.config.redact is None else ctx.shown(seen)
 
-    def arguments() -> tuple[Any, ...]:
-        return ctx.run_id, run.node_id, ctx.shown(schema.state(model)), run.counted.tokens
 
-    left = ctx.fire.fire_soon("on_node_success", calls, run.node_id, arguments)
-    if left is not None:
-        return tell_end(ctx, run, calls, row, arguments, left)
-    if ctx.delivers:
-        ctx.session.delivered(row)
-    return None
+def of_success(
+    ctx: ReliabilityContext, run: NodeExecution, schema: Schema, model: BaseModel
+) -> tuple[Any, ...]:
+    """What the hooks of a success are given, fresh on each call."""
+    seen = schema.state(model)
+    return ctx.run_id, run.node_id, seen if ctx.config.redact is None else ctx.shown(seen), run.counted.tokens
 
 
 async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, row: Row) -> None:
@@ -94,7 +91,7 @@ async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Fai
     calls = ctx.fire.on_node_failure
     if calls is not None:
         arguments = (ctx.run_id, run.node_id, ctx.shown_error(failure.exception), failure.failure_class)
-        left = ctx.fire.fire_soon("on_node_failure", calls, run.node_id, lambda: arguments)
+        left = ctx.fire.fire_soon("on_node_failure", calls, run.node_id, tuple, arguments)
         if left is not None:
             await tell_end(ctx, run, calls, row, lambda: arguments, left)
         elif ctx.delivers:

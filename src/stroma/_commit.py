@@ -63,6 +63,7 @@ def make_row(
         run.position,
         run.branch,
         run.group,
+        run.schemas,
         run.children,
     )
 

@@ -79,8 +79,10 @@ def tag(value: Any, path: tuple[str, ...], plain: Plain) -> Any:
         return {"$c": tag(list(value), path, plain)}
     if isinstance(value, BaseModel) or dataclasses.is_dataclass(value):
         return {"$c": tag(plain(value), path, plain)}
+    if isinstance(value, re.Pattern):
+        return {"$c": tag(value.pattern, path, plain)}  # A text, or bytes.
     if isinstance(value, (pathlib.PurePath, *_TEXTUAL)):
-        return {"$c": value.pattern if isinstance(value, re.Pattern) else str(value)}
+        return {"$c": str(value)}
     base: Any
     for base in (str, int, float, dict, list, tuple):
         if isinstance(value, base):
@@ -110,7 +112,6 @@ def _sorted(values: Iterable[Any], path: tuple[str, ...], plain: Plain) -> list[
 
 
 _TEXTUAL: Final = (
-    re.Pattern,
     pydantic.AnyUrl,
     pydantic.PostgresDsn.__base__ or pydantic.PostgresDsn,  # The base of all URLs with several hosts.
     ipaddress.IPv4Address,

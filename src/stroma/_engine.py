@@ -24,7 +24,7 @@ from typing import Any, Final, TypedDict, Unpack, cast, final
 from pydantic import BaseModel
 
 from stroma._admission import admit
-from stroma._announce import fire_success, tell_closed, tell_end, tell_failure, warn_of_budget
+from stroma._announce import of_start, of_success, tell_closed, tell_end, tell_failure, warn_of_budget
 from stroma._commit import make_row, record, settle
 from stroma._probe import Call
 from stroma._restore import restore
@@ -49,7 +49,7 @@ from stroma.failures import (
 )
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node, Plan
-from stroma.schemas import Packed, Schema, Snapshot, schema_of
+from stroma.schemas import Packed, Snapshot, schema_of
 from stroma.trace import NO_USAGE, Row, RunStatus
 
 __all__ = ["GroupStopped", "Halt", "attempt_once", "begin_group", "execute", "execute_in_turn"]
@@ -308,10 +308,12 @@ async def begin_group(
             if exceeded is not None:
                 return _refused(run, exceeded)
         state, picture = _take_unvalidated(ctx, run, group, value)
-        if ctx.fire.on_node_start is not None:
-            left = _fire_start(ctx, run, state, picture)
+        calls = ctx.fire.on_node_start
+        if calls is not None:
+            about = ctx, run, schema_of(type(state)), state
+            left = ctx.fire.fire_soon("on_node_start", calls, run.node_id, of_start, *about)
             if left is not None:
-                await left
+                await _started(ctx, run, picture, left)
         return None
     finally:
         run.close()
@@ -320,8 +322,8 @@ async def begin_group(
 
 def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | None:
     """The limit that is crossed, the time that the group around the node has run for so far included."""
-    exceeded = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
-    limit = ctx.budget.max_latency_ms
+    exceeded = ctx.cost_tracker.exceeded(ctx._budget, run.node_id)
+    limit = ctx._budget.max_latency_ms
     if exceeded is None and limit is not None and run.parent is not None:
         used = ctx.cost_tracker.used("latency") + run.busy(perf_counter_ns()) / 1e6
         if used > limit:
@@ -346,17 +348,17 @@ def _plan(
     value: BaseModel,
     contract: NodeContract[Any, Any] | None,
 ) -> Plan:
-    """What the input and the output must satisfy, and a note in the trace how the rows of this node are to be read.
+    """What the input and the output must satisfy; noted in the execution, too, for who reads its rows.
 
     No input schema: the state passes unvalidated.
     """
     if type(node) is Group:
         plan: Plan = None, schema_of(node.output(ctx, value)), None
-        run.compact = ctx.trace.adopt(node.node_id, _as_seen(plan, value))
+        run.schemas = schema_of(type(value)), plan[1], None
         return plan
     found = contract or ctx.registry.find(node.node_id) or node.contract
     if found is None:
-        run.compact = ctx.trace.adopt(node.node_id, _as_seen(_NO_CONTRACT, value))
+        run.schemas = schema_of(type(value)), _NO_CONTRACT[1], None
         return _NO_CONTRACT
     # Looking schemas up is a tenth of the engine's time: the node keeps them while contract and classes are the same.
     known = node.plan[0]
@@ -371,8 +373,7 @@ def _plan(
             known = None
     if known is None:
         known = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
-    # Rows hold encoded snapshots where the trace knows the schemas that read them.
-    run.compact = ctx.trace.adopt(node.node_id, known)
+    run.schemas = known
     return known
 
 
@@ -394,7 +395,7 @@ async def _without_plan(
 def _decide(
     ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, failure: Failure, attempt: int
 ) -> Retry | Stop:
-    if ctx.limits and ctx.cost_tracker.exceeded(ctx.budget, failure.node_id) is not None:
+    if ctx.limits and ctx.cost_tracker.exceeded(ctx._budget, failure.node_id) is not None:
         return _SPENT
     if ctx.cancelled:  # The node made an error of its own of it.
         return Stop("the run was cancelled")
@@ -466,9 +467,7 @@ async def _attempt(
         if given is None:
             state, picture = _take_unvalidated(ctx, run, node, value)
         elif ctx.pictured is None or value is not ctx.newest:
-            state, picture = given.take(value, run.compact)
-        elif not run.compact:
-            state, picture = given.take(ctx.settled(value), False)
+            state, picture = given.take(value)
         else:
             state, picture, used = given.take_pictured(value, ctx.pictured, not ctx.lent)
             ctx.lent |= used
@@ -480,9 +479,12 @@ async def _attempt(
         violation = as_violation(run.node_id, "input", raw, broken, None if given is None else given.model)
         return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
     if fire.on_node_start is not None:
-        left = _fire_start(ctx, run, state, picture)
+        shape = given if given is not None and type(state) is given.model else schema_of(type(state))
+        left = fire.fire_soon(
+            "on_node_start", fire.on_node_start, run.node_id, of_start, ctx, run, shape, state
+        )
         if left is not None:
-            await left
+            await _started(ctx, run, picture, left)
 
     # ---- the call
     raised: BaseException | None = None
@@ -533,9 +535,9 @@ async def _attempt(
     lends = ctx.lends and not run.branch  # That of a child is read by others than the next node.
     try:
         if type(node) is Node:
-            model, kept = promised.give(output, run.compact, lends)
+            model, kept = promised.give(output, lends)
         else:
-            model, kept = promised.assemble(output, run.compact)
+            model, kept = promised.assemble(output)
     except (KeyboardInterrupt, SystemExit) as interrupt:
         await _abandon(ctx, run, begin, 0, picture, interrupt)
         raise
@@ -554,7 +556,7 @@ async def _attempt(
     if bad_usage is not None or ctx.limits:
         over: Exception | None = bad_usage
         if over is None:
-            over = ctx.cost_tracker.exceeded(ctx.budget, run.node_id)
+            over = ctx.cost_tracker.exceeded(ctx._budget, run.node_id)
         if over is not None:
             where = NodeContext(run.node_id, run.attempt, ctx.run_id)
             try:
@@ -568,7 +570,7 @@ async def _attempt(
     ):  # What make_row would give, without its call and its questions.
         row: Row = (
             run.node_id, run.attempt, begin + ctx.epoch_ns, duration, picture, kept,
-            "success", None, None, run.position, run.branch, run.group, run.children,
+            "success", None, None, run.position, run.branch, run.group, run.schemas, run.children,
         )  # fmt: skip
     else:
         row = make_row(
@@ -601,9 +603,15 @@ async def _attempt(
     if failure is not None:
         await tell_failure(ctx, run, failure, row)
     elif fire.on_node_success is not None:
-        left = fire_success(ctx, run, promised, model, row)
+        run.ended = row
+        left = fire.fire_soon(
+            "on_node_success", fire.on_node_success, run.node_id, of_success, ctx, run, promised, model
+        )
         if left is not None:
-            await left
+            arguments = partial(of_success, ctx, run, promised, model)
+            await tell_end(ctx, run, fire.on_node_success, row, arguments, left)
+        elif ctx.delivers:
+            ctx.session.delivered(row)
     if ctx.limits and fire.on_budget_warning is not None:
         await warn_of_budget(ctx)
     if stopped is not None:
@@ -623,21 +631,21 @@ def _ended(run: NodeExecution, node: Node | Group, begin: int) -> int:
     return now - begin
 
 
-def _as_seen(plan: Plan, value: BaseModel) -> tuple[Schema, Schema, None]:
-    """How to read the rows of an execution whose input is not validated."""
-    return schema_of(type(value)), plan[1], None
-
-
 def _take_unvalidated(
     ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, value: BaseModel
 ) -> tuple[BaseModel, Snapshot]:
     """The input of a node without a contract, or of a group, each child of which takes its own copy."""
     schema, pictured = schema_of(type(value)), ctx.pictured
-    if run.compact and type(node) is Node and value is ctx.newest and type(pictured) is Packed:
+    if type(node) is Node and value is ctx.newest and type(pictured) is Packed:
         return schema.restore(pictured), pictured
     value = ctx.settled(value)
-    picture = schema.snapshot(value) if run.compact else schema.state(value)
-    return value if type(node) is not Node else schema.copy(value), picture
+    if type(node) is not Node:
+        picture = schema.snapshot(value)
+        run.taken = value, picture
+        return value, picture
+    shared = None if run.parent is None else run.parent.taken
+    picture = shared[1] if shared is not None and shared[0] is value else schema.snapshot(value)
+    return schema.copy(value), picture
 
 
 def _raw_picture(value: Any) -> dict[str, Any]:
@@ -821,22 +829,6 @@ async def _abandon(
         raise stopped
 
 
-def _fire_start(
-    ctx: ReliabilityContext, run: NodeExecution, state: BaseModel, picture: Snapshot
-) -> Coroutine[Any, Any, None] | None:
-    """Fire the hooks of a start; what is left to await, or None."""
-    schema = schema_of(type(state))
-    calls = ctx.fire.on_node_start
-    assert calls is not None
-    left = ctx.fire.fire_soon(
-        "on_node_start",
-        calls,
-        run.node_id,
-        lambda: (ctx.run_id, run.node_id, ctx.shown(schema.state(state))),
-    )
-    return None if left is None else _started(ctx, run, picture, left)
-
-
 async def _started(
     ctx: ReliabilityContext,
     run: NodeExecution,
@@ -889,7 +881,7 @@ async def _call_in_time(
     ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, state: BaseModel, begin: int
 ) -> Any:
     """Call under the node's timeout and the run's latency deadline, whichever is nearer."""
-    limit = ctx.budget.max_latency_ms
+    limit = ctx._budget.max_latency_ms
     left = math.inf
     if limit is not None:
         left = (limit - ctx.cost_tracker.used("latency") - run.busy(begin) / 1e6) / 1000

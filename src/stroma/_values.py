@@ -14,7 +14,7 @@ import pathlib
 import pickle
 import re
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any, Final, cast
 
 from pydantic import BaseModel, SecretBytes, SecretStr, TypeAdapter
@@ -28,6 +28,7 @@ __all__ = [
     "is_record",
     "isolate",
     "pack",
+    "pack_atoms",
     "renew_dataclass",
     "walk",
     "with_records",
@@ -159,7 +160,7 @@ class _Packer(pickle.Pickler):
 def pack(value: Any) -> Packed | None:
     """A value as plain data, packed; None if there is anything else in it, or it contains itself."""
     if type(value) is dict and are_atoms(value.get("root") if len(value) == 1 and "root" in value else value):
-        return Packed(pickle.dumps(value, 5))  # There is nothing in it that must be asked about.
+        return pack_atoms(value)
     buffer = io.BytesIO()
     packer = _Packer(buffer, 5)
     # Without the memory of what it has met. It takes half the time, and plain data is a tree.
@@ -169,6 +170,11 @@ def pack(value: Any) -> Packed | None:
     except Exception:
         return None
     return Packed(buffer.getvalue())
+
+
+def pack_atoms(value: Mapping[str, Any]) -> Packed:
+    """:func:`pack` for what is known to hold nothing that must be asked about."""
+    return Packed(pickle.dumps(value, 5))
 
 
 def are_atoms(value: Any) -> bool:

@@ -13,7 +13,7 @@ from stroma.checkpoint import StepCall, resolve_schema
 from stroma.cost import limits
 from stroma.failures import Failure, Suspend
 from stroma.nodes import Kept
-from stroma.schemas import schema_of
+from stroma.schemas import Snapshot, schema_of
 from stroma.trace import (
     DURATION,
     FAILURE,
@@ -23,6 +23,7 @@ from stroma.trace import (
     AttemptUsage,
     Outcome,
     Row,
+    Schemas,
     TraceEvent,
 )
 from stroma.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
@@ -62,8 +63,8 @@ class NodeExecution:
     # seldom used stands on the class until it is. And there is no __init__, since a call that C makes back into Python
     # takes as long as all the rest: new_execution() makes them.
     __slots__ = (
-        "__dict__", "_at_end", "attempt", "branch", "children", "compact", "counted", "ctx", "ended", "group", "kind",
-        "node_id", "parent", "position", "reported", "rows", "step",
+        "__dict__", "_at_end", "attempt", "branch", "children", "counted", "ctx", "ended", "group", "kind",
+        "node_id", "parent", "position", "reported", "rows", "schemas", "step",
     )  # fmt: skip
 
     ctx: ReliabilityContext
@@ -80,8 +81,8 @@ class NodeExecution:
     counted: AttemptUsage
     #: Where the children of a group put their events.
     children: list[Row | TraceEvent] | None
-    #: Whether rows hold encoded snapshots, which the trace knows how to read.
-    compact: bool
+    #: What reads the snapshots in its rows.
+    schemas: Schemas | None
     #: Which call of its step id this is, outside of any pipeline.
     step: StepCall | None
     #: What report_usage() was told and nobody has counted yet.
@@ -96,6 +97,8 @@ class NodeExecution:
     running: int = 0
     running_since: int = 0
     busy_ns: int = 0
+    #: What a group got, which its children may get as well, and the picture of it.
+    taken: tuple[BaseModel, Snapshot] | None = None
     #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
     remembers: bool = True
     #: Attempts that were granted to mend an output contract, and whether the next one is.
@@ -347,8 +350,7 @@ def new_execution(
     made.group = None if parent is None else parent.node_id
     made.attempt = 0
     made.counted = NO_USAGE
-    made.compact = False
-    made.children = made.step = made.reported = made.ended = made._at_end = None
+    made.schemas = made.children = made.step = made.reported = made.ended = made._at_end = None
     return made
 
 

@@ -7,10 +7,12 @@ import contextlib
 import dis
 import inspect
 import logging
-import types
+from asyncio import current_task
 from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
 from dataclasses import dataclass, fields
+from functools import partial
 from time import perf_counter
+from types import CoroutineType, coroutine
 from typing import Any, ClassVar, Final
 
 from stroma.failures import FailureClass
@@ -206,34 +208,42 @@ class Hooks:
         self._limit = limit_seconds
         # The list, and not whose it is: without a circle between them, no run with hooks waits for the collector.
         self._failures = failures
-        self._patient = frozenset(index for index, hooks in enumerate(sets) if hooks._patient)
+        self._patient = frozenset([index for index, hooks in enumerate(sets) if hooks._patient])
         #: Of an end whose telling was closed half-way, the calls that are left; for who gets that GeneratorExit.
         self.untold: Calls = ()
-        for event in EVENTS:
-            found = tuple(
-                (index, hook)
-                for index, hooks in enumerate(sets)
-                if (hook := getattr(hooks, event)) is not None
-            )
-            told = () if all_ends and event in _ENDS else None
-            setattr(self, event, (found[::-1] if event in _ENDS else found) or told)
+        found: dict[str, Calls] = dict.fromkeys(EVENTS, ())
+        for index, hooks in enumerate(sets):
+            for event in EVENTS:
+                hook = getattr(hooks, event)
+                if hook is not None:
+                    # The sets that were told first of what begins are told last of what ends.
+                    one = ((index, hook),)
+                    found[event] = one + found[event] if event in _ENDS else found[event] + one
+        for event, calls in found.items():
+            setattr(self, event, calls or (() if all_ends and event in _ENDS else None))
 
     def fire_soon(
-        self, event: str, calls: Calls, node_id: str | None, arguments: Callable[[], tuple[Any, ...]]
+        self,
+        event: str,
+        calls: Calls,
+        node_id: str | None,
+        make: Callable[..., tuple[Any, ...]],
+        *about: Any,
     ) -> Coroutine[Any, Any, None] | None:
         """:meth:`fire`, as far as it comes without waiting: what is left to await, or None. Raises nothing itself.
 
-        A single hook that never waits, which most are, needs no coroutine around it.
+        A single hook that never waits, which most are, needs no coroutine around it; nor a closure, so what ``make`` makes
+        the arguments of comes beside it.
         """
         if len(calls) != 1:
-            return self.fire(event, calls, node_id, arguments)
-        task = asyncio.current_task()
+            return self.fire(event, calls, node_id, partial(make, *about))
+        task = current_task()
         before, begin = task.cancelling() if task else 0, perf_counter()
         awaitable: Any = None
         waiting_for: Any = None
         try:
-            awaitable = calls[0][1](*arguments())
-            if type(awaitable) is types.CoroutineType:
+            awaitable = calls[0][1](*make(*about))
+            if type(awaitable) is CoroutineType:
                 # Without the exception that send() would make of a hook's end: that takes as long as the hook.
                 waiting_for = next(awaitable.__await__(), _OVER)
                 if waiting_for is _OVER:
@@ -242,9 +252,10 @@ class Hooks:
                     ):
                         return None
                     awaitable = _OVER
+            begun: Begun = before, begin, awaitable, waiting_for, None
         except BaseException as error:
-            return self.fire(event, calls, node_id, arguments, (before, begin, None, None, error))
-        return self.fire(event, calls, node_id, arguments, (before, begin, awaitable, waiting_for, None))
+            begun = before, begin, None, None, error
+        return self.fire(event, calls, node_id, partial(make, *about), begun)
 
     async def fire(
         self,
@@ -261,7 +272,7 @@ class Hooks:
         never see it. KeyboardInterrupt and SystemExit come out then, too, and before those. ``begun``: how far
         :meth:`fire_soon` came with the first hook.
         """
-        task = asyncio.current_task()
+        task = current_task()
         stopped: BaseException | None = None
         for number, (index, hook) in enumerate(calls):
             before = task.cancelling() if task else 0
@@ -275,7 +286,7 @@ class Hooks:
                     begun = None
                     if raised is not None:
                         raise raised
-                if type(awaitable) is types.CoroutineType:
+                if type(awaitable) is CoroutineType:
                     # Most hooks never wait: they are over with their first step, and need no timer and nobody to await.
                     if waiting_for is _NOTHING:
                         waiting_for = next(awaitable.__await__(), _OVER)
@@ -386,7 +397,7 @@ async def _awaited(awaitable: Any, limit: float | None) -> None:
     await _bounded(iterator, waiting_for, limit)
 
 
-@types.coroutine
+@coroutine
 def _bounded(
     iterator: Generator[Any, Any, Any], waiting_for: Any, limit: float | None
 ) -> Generator[Any, Any, None]:

@@ -218,7 +218,7 @@ def find_node(obj: Any) -> Node | Group:
     try:  # getattr() with a default takes half as long again, and a run asks for each of its nodes.
         node, node_id, contract = obj._stroma_node, obj._stroma_node_id, obj._stroma_contract
     except AttributeError:
-        node, node_id = None, getattr(obj, "_stroma_node_id", None)
+        node, node_id = getattr(obj, "_stroma_node", None), getattr(obj, "_stroma_node_id", None)
         contract = getattr(obj, "_stroma_contract", None)
     # A decorator on top has the attributes of what it wraps, and a bound method those of its function: each is a node of
     # its own.

@@ -60,6 +60,7 @@ from stroma._values import (
     holds_record,
     isolate,
     pack,
+    pack_atoms,
     renew_dataclass,
     walk,
     with_records,
@@ -489,7 +490,7 @@ class Schema:
         """A copy without validation, for nodes without a contract."""
         if self._copies:
             if are_atoms(model.__dict__):
-                return _copied(model, _NOTHING)
+                return _copied(model, _NOTHING) if self.root else stamped(model)
             packed = pack(model.__dict__)
             if packed is not None:
                 return _copied(model, packed.open())
@@ -541,8 +542,8 @@ class Schema:
         decoded = self._decoding and self._decoding <= source._decoding
         return self._again(raw) if decoded else self.validate(raw)
 
-    def take(self, value: BaseModel, compact: bool) -> tuple[BaseModel, Snapshot]:
-        """A node's input from the state before it, and its picture: a snapshot if ``compact``, else a plain dict."""
+    def take(self, value: BaseModel) -> tuple[BaseModel, Snapshot]:
+        """A node's input from the state before it, and its picture."""
         # cross(), for the states that most nodes have. A node mostly gets the same class from the same neighbour, so the
         # last one is remembered; and a validator that does not call Python code leaves the dict that it reads alone.
         kind = type(value)
@@ -554,9 +555,9 @@ class Schema:
             state = self.validate(values if self._quiet else values.copy())
         else:
             state = self.cross(value)
-        if self.flat and compact:
+        if self.flat:
             return state, self._values(state.__dict__)
-        return state, self.snapshot(state) if compact else self.state(state)
+        return state, self.snapshot(state)
 
     def is_picture(self, snapshot: Snapshot) -> bool:
         """Whether a snapshot is as good as the model for who goes on with it; see :meth:`take_pictured`."""
@@ -583,18 +584,19 @@ class Schema:
             state, derives = self.cross(value if ours else source.restore(picture)), False
         return state, Given(picture) if derives else self.snapshot(state), used
 
-    def give(self, output: Any, compact: bool, lent: bool = False) -> tuple[BaseModel, Snapshot]:
+    def give(self, output: Any, lent: bool = False) -> tuple[BaseModel, Snapshot]:
         """A node's validated output from what it returned, and its picture. Raises what validators raise.
 
         ``lent``: if the picture is Packed, the model may share its values with what the node returned: whoever reads
         them takes them from the picture.
         """
-        if self._fast and compact and type(output) is dict:  # What most nodes do.
+        if self._fast and type(output) is dict:  # What most nodes do.
             model = self.validate(output)
             return model, self._values(model.__dict__)
-        if self._packs and compact and type(output) is dict and not self._nested:
+        if self._packs and type(output) is dict and not self._nested:
             if self.any and not lent and are_atoms(output):
-                output, lent = output.copy(), True  # All that there is to isolate.
+                model = self.validate(output.copy())  # All that there is to isolate.
+                return model, pack_atoms(model.__dict__)
             model = self.validate(output)
             picture = self.snapshot(model)
             if type(picture) is Packed:
@@ -606,15 +608,15 @@ class Schema:
         else:
             model = self._admit(output) if self._careful else self.validate(output)
         self.trust(model)
-        return model, self.snapshot(model) if compact else self.state(model)
+        return model, self.snapshot(model)
 
-    def assemble(self, values: dict[str, Any], compact: bool) -> tuple[BaseModel, Snapshot]:
+    def assemble(self, values: dict[str, Any]) -> tuple[BaseModel, Snapshot]:
         """A model of values that other classes have validated, by field name, and its picture.
 
         Not validated again: a validator would change them twice, and a decoder refuse what it has decoded.
         """
         model = self.trust(self.made_of(values))
-        return model, self.snapshot(model) if compact else self.state(model)
+        return model, self.snapshot(model)
 
     def made_of(self, values: dict[str, Any]) -> BaseModel:
         """A model that holds values as they are, whatever they are; a field that they do not name is None."""
@@ -900,8 +902,13 @@ def schema_of(model: type[BaseModel]) -> Schema:
     """The Schema of a model class, made once; made anew after ``model_rebuild``."""
     if model is BaseModel:
         raise TypeError("BaseModel itself describes no state; use a subclass with fields, or a RootModel")
-    found: Schema | None = model.__dict__.get("__stroma_schema__")
-    if found is None or found.validator is not model.__pydantic_validator__:
+    found: Schema | None = getattr(model, "__stroma_schema__", None)
+    # A class that has none yet finds its parent's. (No __dict__ is asked for here: making one takes longer than the rest.)
+    if (
+        found is None
+        or found.model is not model
+        or found.namespace["__pydantic_validator__"] is not found.validator
+    ):
         found = Schema(model)
         type.__setattr__(model, "__stroma_schema__", found)
     return found
@@ -966,8 +973,8 @@ def stamped(model: ModelT) -> ModelT:
 
 def filled(kind: type[ModelT], values: dict[str, Any], given: set[str]) -> ModelT:
     """A new model of values that nobody validates, without extra and private ones; no root model."""
-    made = cast("ModelT", _new(kind))
-    _put_values(made, values)  # As become() does, without a call: each run's config is made of five of these.
+    made: ModelT = _new(kind)
+    _put_values(made, values)  # As become() does, without a call: each run's config is one of these.
     _put_given(made, given)
     _put_extra(made, None)
     _put_private(made, None)

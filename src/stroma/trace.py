@@ -41,6 +41,8 @@ Outcome = Literal["success", "failure", "cancelled", "suspended"]
 
 #: Class, message and reason of a failed attempt.
 Failed = tuple[FailureClass, str, str | None]
+#: What reads a row's input, and its output; what else there is, is of no concern here.
+Schemas = tuple[Schema, Schema, object]
 #: One attempt, as atoms, in this order. What most attempts lack (a failure, usage, children) is None.
 Row = tuple[
     str,  # node id
@@ -55,6 +57,7 @@ Row = tuple[
     int,  # position
     str,  # branch
     str | None,  # the id of the group around it
+    Schemas | None,  # what reads its snapshots; of plain dicts nothing need
     "list[Row | TraceEvent] | None",  # the events of a group's children
 ]
 NODE: Final = 0
@@ -69,7 +72,8 @@ USAGE: Final = 8
 POSITION: Final = 9
 BRANCH: Final = 10
 GROUP: Final = 11
-CHILDREN: Final = 12
+SCHEMAS: Final = 12
+CHILDREN: Final = 13
 #: What an item that failed for good is filed under, in place of its output, where the other items go on.
 FAILED_ITEM: Final = "failed item"
 
@@ -268,15 +272,13 @@ class ExecutionTrace(Shown):
     ``marks``: what is no attempt: waits, refusals, changes of circuits.
     """
 
-    __slots__ = ("_schemas", "marks", "rows", "run_id")
+    __slots__ = ("marks", "rows", "run_id")
 
     def __init__(self, run_id: str = "") -> None:
         self.run_id = run_id
         #: The rows as the engine keeps them, and events in place of those that somebody has looked at.
         self.rows: list[Row | TraceEvent] = []
         self.marks: list[TraceMark] = []
-        # Which schemas the snapshots of a node's rows are read with.
-        self._schemas: dict[str, tuple[Schema, Schema, object]] = {}
 
     def __getstate__(self) -> tuple[str, list[TraceEvent], list[TraceMark]]:
         # Events are plain data; rows need schemas, and those cannot leave the process.
@@ -284,25 +286,16 @@ class ExecutionTrace(Shown):
 
     def __setstate__(self, state: tuple[str, list[TraceEvent], list[TraceMark]]) -> None:
         self.run_id, events, self.marks = state
-        self.rows, self._schemas = list(events), {}
+        self.rows = list(events)
 
     def append(self, event: TraceEvent) -> None:
         """Add an event; the very object is kept."""
         self.rows.append(event)
 
-    def adopt(self, node_id: str, schemas: tuple[Schema, Schema, object]) -> bool:
-        """Note how a node's snapshots are to be read.
-
-        False if the node id already stands for other schemas here; its rows must then keep plain dicts.
-        """
-        known = self._schemas.setdefault(node_id, schemas)
-        return known is schemas or known[:2] == schemas[:2]
-
     def copy(self) -> ExecutionTrace:
         """A trace of its own with the same events: what is appended to or built in one is not seen in the other."""
         twin = ExecutionTrace(self.run_id)
         twin.rows, twin.marks = _copy_rows(self.rows), list(self.marks)
-        twin._schemas = self._schemas.copy()
         return twin
 
     def figures(self) -> Iterator[Figures]:
@@ -310,7 +303,7 @@ class ExecutionTrace(Shown):
         return figures_of(self.rows)
 
     def _event(self, row: Row) -> TraceEvent:
-        schemas = self._schemas.get(row[NODE])
+        schemas = row[SCHEMAS]
         seconds, ns = divmod(row[STARTED], 1_000_000_000)
         failure, message, reason = row[FAILURE] or (None, None, None)
         children = row[CHILDREN]
@@ -494,7 +487,7 @@ def _thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | 
         return None
     if isinstance(snapshot, dict):
         return Schema.thaw_dict(snapshot)
-    assert schema is not None  # adopt() noted it before any row could hold an encoded snapshot
+    assert schema is not None  # A row that has none holds plain dicts.
     return schema.thaw(snapshot)
 
 

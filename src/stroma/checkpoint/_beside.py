@@ -40,7 +40,7 @@ def read_due(kept: StepRow) -> Row | None:
         return None
     return (
         found.node_id, found.attempt, found.started_ns, found.duration_ns, {}, None,
-        cast("Outcome", found.outcome), failed, usage, found.position, found.branch, None, None,
+        cast("Outcome", found.outcome), failed, usage, found.position, found.branch, None, None, None,
     )  # fmt: skip
 
 

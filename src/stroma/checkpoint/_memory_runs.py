@@ -29,20 +29,22 @@ from stroma.trace import (
     OUTCOME,
     OUTPUT,
     POSITION,
+    SCHEMAS,
     STARTED,
     USAGE,
     Row,
     contract_of,
 )
 
-__all__ = ["Kept", "Key", "MemoryReading", "MemoryRun", "nobody", "position_of"]
+__all__ = ["Kept", "Key", "MemoryReading", "MemoryRun", "nobody", "position_of", "row_of"]
 
 _NUMBERS: Final = itertools.count(1)
 _FAILED: Final = 20  # failed attempts in which the cause is looked for
 _ALL_RUNS: Final = RunQuery()
 
 Key = int | str | tuple[int, str]
-Kept = tuple[str, Schema, Snapshot, str]  # of a node id: with what it is filed under
+#: Node id, schema, output and what it is filed under; and the row of the attempt, if there was one.
+Kept = tuple[str, Schema, Snapshot, str, Row | None]
 
 
 def nobody() -> None:
@@ -53,13 +55,12 @@ def nobody() -> None:
 @dataclass(slots=True)
 class MemoryRun:
     """One run. ``kept`` holds what was committed by position or by (position, branch), and what the simple calls saved
-    by node id; the newest last. Most entries are the very row of the trace: ``schemas`` says how to read its output.
+    by node id; the newest last. Most entries are the very row of the trace.
     ``spent`` holds the rows of all other attempts, ``calls`` which calls of plain code the commits were."""
 
     execution: int = 0
     input: Snapshot | None = None
     kept: dict[Key, Row | Kept] = field(default_factory=dict)
-    schemas: dict[str, Schema] = field(default_factory=dict)
     spent: list[Row] = field(default_factory=list)
     calls: dict[Key, StepCall] = field(default_factory=dict)
     waiting: dict[tuple[int, str], Waiting] = field(default_factory=dict)
@@ -101,7 +102,7 @@ class MemoryRun:
 
     def attempts(self) -> list[Row]:
         """The rows of the last execution, by position and time."""
-        rows = [*self.spent, *(entry for entry in self.kept.values() if len(entry) != 4)]
+        rows = [*self.spent, *(row for row in map(row_of, self.kept.values()) if row is not None)]
         # One that was sent again is one attempt.
         one = {(row[POSITION], row[STARTED], row[BRANCH], row[ATTEMPT]): row for row in rows}
         return [one[key] for key in sorted(one)]
@@ -123,10 +124,17 @@ class MemoryRun:
 
     def entry(self, entry: Row | Kept) -> Kept:
         """One of what is kept."""
-        if len(entry) == 4:
+        if len(entry) == 5:
             return entry
-        schema = self.schemas[entry[NODE]]
-        return entry[NODE], schema, cast("Snapshot", entry[OUTPUT]), contract_of(entry, schema)
+        schemas = entry[SCHEMAS]
+        assert schemas is not None  # Its output is a snapshot.
+        schema = schemas[1]
+        return entry[NODE], schema, cast("Snapshot", entry[OUTPUT]), contract_of(entry, schema), entry
+
+
+def row_of(entry: Row | Kept) -> Row | None:
+    """The attempt that committed what is kept; None for what was saved, or came with a fork."""
+    return entry[4] if len(entry) == 5 else entry
 
 
 def position_of(key: Key) -> tuple[int, str]:
@@ -281,7 +289,7 @@ class MemoryReading:
                 for index in range(first, min(items_in(call.given), first + count)):
                     entry = run.kept.get((position, f"{prefix}{index}"))
                     if entry is not None:
-                        node, schema, snapshot, contract = run.entry(entry)
+                        node, schema, snapshot, contract, _ = run.entry(entry)
                         found.append((index, Committed(node, snapshot, contract, None, schema)))
                 return found
         raise no_map(run_id, node_id)
@@ -344,13 +352,13 @@ def _committed(row: Row, run: MemoryRun) -> Kept | None:
     """What an attempt committed, as long as nothing has taken its place."""
     branch = row[BRANCH]
     entry = run.kept.get((row[POSITION], branch) if branch else row[POSITION])
-    if row[OUTPUT] is None or entry is None or not (entry is row or len(entry) == 4):
+    if row[OUTPUT] is None or entry is None or row_of(entry) is not row:
         return None
     return run.entry(entry)
 
 
 def _stored(kept: Kept) -> bytes | None:
-    _, schema, snapshot, _ = kept
+    _, schema, snapshot, *_ = kept
     try:
         return schema.encode(schema.restore(snapshot))
     except NotSerialisable:

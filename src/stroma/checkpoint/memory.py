@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from stroma.checkpoint._memory_runs import MemoryReading, MemoryRun, nobody, position_of
+from stroma.checkpoint._memory_runs import MemoryReading, MemoryRun, nobody, position_of, row_of
 from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
 from stroma.checkpoint.journal import (
@@ -27,6 +27,7 @@ from stroma.trace import (
     NODE,
     OUTPUT,
     POSITION,
+    SCHEMAS,
     Row,
     contract_of,
 )
@@ -44,7 +45,6 @@ class _MemorySession:
         "_epoch",
         "_kept",
         "_run",
-        "_schemas",
         "_spent",
         "continued",
         "execution",
@@ -84,13 +84,13 @@ class _MemorySession:
             run.epoch += 1
             run.session = weakref.ref(self) if request.ends else nobody
         self.execution, self._epoch = run.execution, run.epoch
-        self._run, self._kept, self._spent, self._schemas = run, run.kept, run.spent, run.schemas
+        self._run, self._kept, self._spent = run, run.kept, run.spent
         self._calls, self.waiting, self.traceparent = run.calls, run.waiting, run.traceparent
 
     def _continue(self, run: MemoryRun, request: RunRequest) -> None:
         commits = {
             position_of(key): Committed(node_id, snapshot, contract, run.calls.get(key), schema)
-            for key, (node_id, schema, snapshot, contract) in reversed(list(run.entries()))
+            for key, (node_id, schema, snapshot, contract, _) in reversed(list(run.entries()))
             if not isinstance(key, str) and not (request.apart and request.is_apart(*position_of(key)))
         }
         request = request.going_on(commits)
@@ -98,9 +98,9 @@ class _MemorySession:
         restored = request.accepted(commits)
         if first is not None:
             for key in [k for k in run.kept if not isinstance(k, str) and position_of(k)[0] >= first]:
-                entry = run.kept.pop(key)
-                if len(entry) != 4:  # Discarded, but paid for.
-                    run.spent.append(entry)
+                row = row_of(run.kept.pop(key))
+                if row is not None:  # Discarded, but paid for.
+                    run.spent.append(row)
             run.waiting = {at: waiting for at, waiting in run.waiting.items() if at[0] < first}
         self.restored = restored
         self.prior = PriorUsage(*run.used())
@@ -119,14 +119,15 @@ class _MemorySession:
             self._calls[key] = call
         elif self._calls:
             self._calls.pop(key, None)
-        kind = type(row[OUTPUT])
-        if (kind is tuple or kind is Packed or kind is bytes) and self._schemas.setdefault(
-            row[NODE], schema
-        ) is schema:
+        kind, schemas = type(row[OUTPUT]), row[SCHEMAS]
+        if (
+            (kind is tuple or kind is Packed or kind is bytes)
+            and schemas is not None
+            and schemas[1] is schema
+        ):
             self._kept[key] = row
-        else:  # The row's picture is for people, or its node id stands for another schema already.
-            self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema))
-            self._spent.append(row)
+        else:  # The row's picture is for people.
+            self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema), row)
 
     def committed(self, position: int, branches: Sequence[str]) -> dict[str, Committed]:
         found: dict[str, Committed] = {}
@@ -134,7 +135,7 @@ class _MemorySession:
             key = (position, branch)
             entry = self._kept.get(key)
             if entry is not None:
-                node_id, schema, snapshot, contract = self._run.entry(entry)
+                node_id, schema, snapshot, contract, _ = self._run.entry(entry)
                 found[branch] = Committed(node_id, snapshot, contract, self._calls.get(key), schema)
         return found
 
@@ -236,11 +237,11 @@ class _Memory(MemoryReading, MemoryCells):
         taken = self._runs.get(check_id(new_run_id, "run id"))
         if taken is not None and taken.execution:
             raise RunExists(f"run {new_run_id!r} exists already; give the fork another id")
-        for key, (node_id, schema, snapshot, contract) in reversed(list(source.entries())):
+        for key, (node_id, schema, snapshot, contract, _) in reversed(list(source.entries())):
             if not isinstance(key, str) and position_of(key)[0] < before:
                 if edited is not None and key == before - 1:
                     schema, snapshot = edited[0], edited[0].snapshot(edited[1])
-                run.kept[key] = (node_id, schema, snapshot, contract)
+                run.kept[key] = (node_id, schema, snapshot, contract, None)
         run.execution, run.parent, run.status = 1, run_id, "INTERRUPTED"
         run.pipeline, run.schema, run.input = source.pipeline, source.schema, source.input
         run.begins()
@@ -254,12 +255,12 @@ class _Memory(MemoryReading, MemoryCells):
         run = self._runs.setdefault(check_id(run_id, "run id"), MemoryRun())
         schema = schema_of(type(state))
         run.kept.pop(check_id(node_id, "node id"), None)
-        run.kept[node_id] = (node_id, schema, schema.snapshot(state), schema.fingerprint)
+        run.kept[node_id] = (node_id, schema, schema.snapshot(state), schema.fingerprint, None)
 
     def _load(self, run_id: str, node_id: str) -> BaseModel | None:
         run = self._runs.get(run_id)
         if run is not None:
-            for _, (node, schema, snapshot, _) in run.entries():
+            for _, (node, schema, snapshot, *_) in run.entries():
                 if node == node_id:
                     return schema.restore(snapshot)
         return None

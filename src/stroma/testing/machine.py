@@ -589,6 +589,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
             cost=cost,
             ms=ms,
             output=picture,
+            schema=_SCHEMA,
             **failure,
         )
         return attempt, output

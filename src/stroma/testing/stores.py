@@ -34,7 +34,7 @@ from stroma.checkpoint import (
 )
 from stroma.checkpoint.journal import OF_MAP
 from stroma.failures import FailureClass, ItemFailure
-from stroma.schemas import schema_of
+from stroma.schemas import Schema, schema_of
 from stroma.trace import BRANCH, NODE, POSITION, STARTED, USAGE, AttemptUsage, Row
 
 __all__ = ["JournalStoreTests", "State", "begin", "commit", "fail", "finish", "restored", "row"]
@@ -71,12 +71,15 @@ def row(
     failure: FailureClass | None = None,
     message: str = "",
     output: Any = None,
+    schema: Schema | None = None,
 ) -> Row:
-    """One attempt as the engine records it; each call has a later start."""
+    """One attempt as the engine records it; each call has a later start. ``schema``: of its output, State's if not given."""
+    reads = schema or schema_of(State)
     return (
         node, attempt, next(_STARTS), ms * 1_000_000, (), output, "success" if failure is None else "failure",
         None if failure is None else (failure, message, None),
-        AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None, None,
+        AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None,
+        (reads, reads, None), None,
     )  # fmt: skip
 
 
@@ -102,7 +105,7 @@ async def settled(value: Any) -> Any:
 async def commit(session: Any, position: int, state: BaseModel, node: str = "node", **facts: Any) -> None:
     """Record an attempt that committed a state."""
     schema = schema_of(type(state))
-    attempt = row(position, node, output=schema.snapshot(state), **facts)
+    attempt = row(position, node, output=schema.snapshot(state), schema=schema, **facts)
     await settled(session.record(attempt, schema, state))
 
 
