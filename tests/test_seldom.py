@@ -38,6 +38,7 @@ from stroma import (
     stroma_node,
 )
 from stroma.cost import UsageError, fallback_due
+from stroma.nodes import find_node
 from stroma.schemas import NotSerialisable, schema_of
 
 NONE = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
@@ -323,6 +324,20 @@ async def test_a_hook_that_cannot_be_interrupted_by_throwing() -> None:
     )
     assert result.status is RunStatus.COMPLETED
     assert [type(error.exception).__name__ for error in result.hook_errors] == ["HookTimeout"]
+
+
+def test_a_function_that_was_marked_by_hand_is_looked_at_once() -> None:
+    """Its signature takes 10 us to read, and each run asks for each of its nodes; marked anew, it is another node."""
+
+    async def first(state: Num) -> Any: ...
+
+    marked: Any = first
+    marked._stroma_node_id = "a"
+    record = find_node(marked)
+    assert find_node(marked) is record
+    marked._stroma_node_id = "b"
+    assert find_node(marked).node_id == "b"
+    assert find_node(marked) is find_node(marked) is not record
 
 
 async def test_what_cannot_be_a_node() -> None:
