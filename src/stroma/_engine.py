@@ -635,7 +635,8 @@ def _take_unvalidated(
     ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, value: BaseModel
 ) -> tuple[BaseModel, Snapshot]:
     """The input of a node without a contract, or of a group, each child of which takes its own copy."""
-    schema, pictured = schema_of(type(value)), ctx.pictured
+    assert run.schemas is not None  # _plan() has looked at the value.
+    schema, pictured = run.schemas[0], ctx.pictured
     if type(node) is Node and value is ctx.newest and type(pictured) is Packed:
         return schema.restore(pictured), pictured
     value = ctx.settled(value)
