@@ -20,6 +20,7 @@ from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
+    FallbackPolicy,
     NodeHooks,
     ReliabilityContext,
     RunConfig,
@@ -29,11 +30,13 @@ from stroma import (
 )
 from stroma.trace import RunStatus
 
-FIELDS = ("budget", "policy_map", "hooks")
+FIELDS = ("budget", "policy_map", "hooks", "classifiers", "model_fallbacks")
 EXPECTED: dict[str, Any] = {
     "budget": ExecutionBudget.unlimited(),
     "policy_map": default_policy_map(),
     "hooks": NodeHooks(),
+    "classifiers": [],
+    "model_fallbacks": [],
 }
 EACH = pytest.mark.parametrize("field", FIELDS)
 HOW = pytest.mark.parametrize(
@@ -59,8 +62,10 @@ def change(field: str, value: Any) -> None:
     elif field == "policy_map":
         value[FailureClass.AMBIGUOUS].max_retries = 9
         value.pop(FailureClass.TERMINAL)
-    else:
+    elif field == "hooks":
         value.on_run_start = print
+    else:
+        value.append(FallbackPolicy("dear", "cheap") if field == "model_fallbacks" else lambda *_: None)
 
 
 @EACH
@@ -86,7 +91,7 @@ def test_a_field_that_is_set_is_what_was_set(field: str) -> None:
     setattr(assigned, field, value)
     assert getattr(assigned, field) is value
     assert assigned.model_fields_set == {field}
-    if field != "policy_map":  # A dict is copied by its validation.
+    if field not in ("policy_map", "model_fallbacks"):  # Validation copies dicts and lists.
         assert getattr(given, field) is value
 
 

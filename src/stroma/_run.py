@@ -89,11 +89,20 @@ class OneRun:
                 if ctx.delivers:
                     await redeliver(ctx, self.nodes)
                 if ctx.session.finished is None:
+                    if self.start:
+                        await self._skip_to(self.start)
                     token = CURRENT.set(CURRENT.get())
                     try:
-                        failure, status = await self._loop()
+                        # Here, and in no coroutine of its own, which every run would have.
+                        outcome = None
+                        first = self.start or 0
+                        nodes = self.nodes[first:] if first else self.nodes
+                        if not (ctx.stops and nodes):
+                            cancels = 0 if self.task is None else self.task.cancelling()
+                            outcome = await execute_in_turn(ctx, nodes, self.state, first, cancelling=cancels)
                     finally:
                         leave(token)
+                    failure, status = self._came_to(outcome)
                 else:
                     failure, status = await self._as_it_was(ctx.session.finished)
             except NotSerialisable as error:  # The input, in a store that outlives the process.
@@ -174,17 +183,8 @@ class OneRun:
             )
         ctx.last_state = saved
 
-    async def _loop(self) -> tuple[Failure | None, RunStatus]:
-        ctx = self.ctx
-        if self.start:
-            await self._skip_to(self.start)
-        task = asyncio.current_task()
-        assert task is not None  # A coroutine of asyncio runs in one.
-        first = self.start or 0
-        nodes = self.nodes[first:] if first else self.nodes
-        outcome = None
-        if not (ctx.stops and nodes):
-            outcome = await execute_in_turn(ctx, nodes, self.state, first, cancelling=task.cancelling())
+    def _came_to(self, outcome: BaseModel | Halt | None) -> tuple[Failure | None, RunStatus]:
+        """The end of a run whose nodes came to an outcome; None if no further one was to begin."""
         if outcome is None:
             return None, self._cancelled_as or RunStatus.INTERRUPTED
         if isinstance(outcome, Halt):

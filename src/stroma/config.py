@@ -35,7 +35,7 @@ class _GeneratedId(str):
 
     def __new__(cls, value: str) -> Self:
         made = super().__new__(cls, value)
-        made._fresh = [os.getpid()]
+        made._fresh_in = os.getpid()
         return made
 
     def __deepcopy__(self, memo: object) -> Self:
@@ -43,30 +43,33 @@ class _GeneratedId(str):
 
     def take(self) -> bool:
         """Whether this call is the first; atomic, so also between threads."""
-        try:
-            # A process forked since has an id of its own to take.
-            return self._fresh.pop() == os.getpid()
-        except IndexError:
-            return False
+        # A process forked since has an id of its own to take.
+        found: int | None = vars(self).pop("_fresh_in", None)
+        return found == os.getpid()
 
-    _fresh: list[int]
+    _fresh_in: int
 
 
 def _generate_id() -> str:
     return _GeneratedId(new_run_id())
 
 
-#: Defaults that can be changed, and are most of what a config costs, by field. They are shared all the same, until
-#: somebody asks a config for one: see _Shared. Nobody else may hold them.
+#: Defaults that can be changed, and are most of what a config costs (its empty dicts are next to nothing, since the
+#: collector does not look at them), by field. They are shared all the same, until somebody asks a config for one: see
+#: _Shared. Nobody else may hold them.
 _SHARED: Final[dict[str, Any]] = {
     "budget": ExecutionBudget.unlimited(),
     "policy_map": default_policy_map(),
     "hooks": NodeHooks(),
+    "classifiers": [],
+    "model_fallbacks": [],
 }
 _OWN: Final[dict[str, Callable[[], Any]]] = {
     "budget": ExecutionBudget.unlimited,
     "policy_map": default_policy_map,
     "hooks": NodeHooks,
+    "classifiers": list,
+    "model_fallbacks": list,
 }
 _unsharing: Final = threading.Lock()
 
@@ -163,7 +166,9 @@ class RunConfig(BaseModel):
     policy_map: PolicyMap = Field(default_factory=lambda: _SHARED["policy_map"])
     node_policies: dict[str, PolicyMap] = Field(default_factory=dict)
     hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=lambda: _SHARED["hooks"])
-    classifiers: Annotated[list[Classifier], SkipValidation] = Field(default_factory=list)
+    classifiers: Annotated[list[Classifier], SkipValidation] = Field(
+        default_factory=lambda: _SHARED["classifiers"]
+    )
     context: InstanceOf[dict[str, Any]] = Field(default_factory=dict)
     node_timeouts: dict[str, int] = Field(default_factory=dict)
     contract_retries: dict[str, int] = Field(default_factory=dict)
@@ -175,7 +180,7 @@ class RunConfig(BaseModel):
     allow_changes: bool = False
     check: bool = False
     lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)
-    model_fallbacks: list[FallbackPolicy] = Field(default_factory=list)
+    model_fallbacks: list[FallbackPolicy] = Field(default_factory=lambda: _SHARED["model_fallbacks"])
     unknown_model: Literal["warn", "error"] = "warn"
     hook_errors: Literal["isolate", "raise"] = "isolate"
     hook_delivery: Literal["at_most_once", "at_least_once"] = "at_most_once"

@@ -131,12 +131,13 @@ class ReliabilityContext:
 
     # Slots, since several of them are asked for each node.
     __slots__ = (
-        "__weakref__", "_beginning", "_budget", "_calls", "_gives_up", "_hooks", "_next_position", "_notes", "_opening", "_policy_map", "_recorded", "_waits",
-        "_warned", "cancelled", "chained", "checkpoint_manager", "classifiers", "config", "context", "cost_tracker",
-        "delivers", "done", "elsewhere", "ends", "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "interrupt", "kept_traceparent", "lends", "lent",
-        "limits", "model_fallbacks", "newest", "pictured", "pipeline", "probes", "registry", "restored",
-        "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
-        "step_timeouts", "stops", "suspended", "timed", "trace", "traceparent", "unpriced",
+        "__weakref__", "_beginning", "_budget", "_calls", "_classifiers", "_gives_up", "_hooks", "_model_fallbacks",
+        "_next_position", "_notes", "_opening", "_policy_map", "_recorded", "_waits", "_warned", "cancelled",
+        "chained", "checkpoint_manager", "config", "context", "cost_tracker", "delivers", "done", "elsewhere", "ends",
+        "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "interrupt", "kept_traceparent",
+        "lends", "lent", "limits", "newest", "pictured", "pipeline", "probes", "registry", "restored", "retry_budget",
+        "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status", "step_timeouts",
+        "stops", "suspended", "timed", "trace", "traceparent", "unpriced",
     )  # fmt: skip
 
     run_id: str
@@ -184,9 +185,9 @@ class ReliabilityContext:
         self._budget = budget
         self._policy_map = policy_map
         self.step_policies = step_policies
-        self.classifiers = classifiers
+        self._classifiers = classifiers
         self.step_timeouts = step_timeouts
-        self.model_fallbacks = model_fallbacks
+        self._model_fallbacks = model_fallbacks
         self._hooks = hooks
         self.context = context
         self.run_logger = run_logger
@@ -237,7 +238,7 @@ class ReliabilityContext:
         self.unpriced: list[str] = []
         #: What nodes of this run wait for.
         self.suspended: list[str] = []
-        self.limits: list[tuple[Dimension, float]] = limits(budget)
+        self.limits: tuple[tuple[Dimension, float], ...] = limits(budget)
         #: Turns perf_counter_ns into nanoseconds since the epoch; a step of the wall clock changes no order in the run.
         self.epoch_ns = time_ns() - perf_counter_ns()
         self.cost_tracker.per_node = self.trace.figures
@@ -275,9 +276,9 @@ class ReliabilityContext:
         # By position: so many keywords take a microsecond to sort.
         return cls(
             run_id, registry, checkpoint_manager, CostTracker(), RetryBudget(), ExecutionTrace(run_id),
-            config.held("budget"), config.held("policy_map"), config.node_policies, config.classifiers, config.node_timeouts,
-            config.model_fallbacks, config.held("hooks"), config.context, _RunLogger(logger, {"run_id": run_id}),
-            config, config.pipeline,
+            config.held("budget"), config.held("policy_map"), config.node_policies, config.held("classifiers"),
+            config.node_timeouts, config.held("model_fallbacks"), config.held("hooks"), config.context,
+            _RunLogger(logger, {"run_id": run_id}), config, config.pipeline,
         )  # fmt: skip
 
     def warn_once(self, node_id: str, what: str, text: str) -> None:
@@ -511,9 +512,9 @@ class ReliabilityContext:
 
     def fallback_model(self) -> str | None:
         """The furthest fallback that is due, or None."""
-        if not self.model_fallbacks:
+        if not self._model_fallbacks:
             return None
-        return fallback_due(self.cost_tracker, self.budget, self.model_fallbacks)
+        return fallback_due(self.cost_tracker, self.budget, self._model_fallbacks)
 
     def node_context(self) -> dict[str, Any]:
         """What a node gets as ``ctx``: the user's own dict, or, while a fallback is due, a view of it that names it."""
@@ -709,5 +710,5 @@ class _Shared:
         setattr(ctx, self._slot, value)
 
 
-for _field in ("budget", "policy_map", "hooks"):
+for _field in ("budget", "policy_map", "hooks", "classifiers", "model_fallbacks"):
     setattr(ReliabilityContext, _field, _Shared(_field))

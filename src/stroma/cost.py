@@ -270,15 +270,15 @@ class CostTracker:
         }
 
 
-def limits(budget: ExecutionBudget) -> list[tuple[Dimension, float]]:
+def limits(budget: ExecutionBudget) -> tuple[tuple[Dimension, float], ...]:
     """The limits that are set, in the order in which they are checked."""
-    found: list[tuple[Dimension, float]] = []
+    found: tuple[tuple[Dimension, float], ...] = ()
     if budget.max_tokens_total is not None:
-        found.append(("tokens", budget.max_tokens_total))
+        found += (("tokens", budget.max_tokens_total),)
     if budget.max_cost_usd is not None:
-        found.append(("cost", budget.max_cost_usd))
+        found += (("cost", budget.max_cost_usd),)
     if budget.max_latency_ms is not None:
-        found.append(("latency", budget.max_latency_ms))
+        found += (("latency", budget.max_latency_ms),)
     return found
 
 

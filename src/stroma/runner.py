@@ -97,7 +97,7 @@ class StromaRunner:
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
         self._live: set[OneRun] = set()
-        self._batches: list[Batch] = []
+        self._batches: dict[Batch, None] = {}
         self.config = config if config is not None else RunConfig()
 
     @classmethod
@@ -426,11 +426,11 @@ class StromaRunner:
     @contextmanager
     def _batch(self) -> Iterator[Batch]:
         batch = Batch()
-        self._batches.append(batch)
+        self._batches[batch] = None
         try:
             yield batch
         finally:
-            self._batches.remove(batch)
+            self._batches.pop(batch, None)
 
     async def fork(
         self,
