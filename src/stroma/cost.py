@@ -272,14 +272,14 @@ class CostTracker:
 
 def limits(budget: ExecutionBudget) -> tuple[tuple[Dimension, float], ...]:
     """The limits that are set, in the order in which they are checked."""
-    found: tuple[tuple[Dimension, float], ...] = ()
+    found: list[tuple[Dimension, float]] = []
     if budget.max_tokens_total is not None:
-        found += (("tokens", budget.max_tokens_total),)
+        found.append(("tokens", budget.max_tokens_total))
     if budget.max_cost_usd is not None:
-        found += (("cost", budget.max_cost_usd),)
+        found.append(("cost", budget.max_cost_usd))
     if budget.max_latency_ms is not None:
-        found += (("latency", budget.max_latency_ms),)
-    return found
+        found.append(("latency", budget.max_latency_ms))
+    return tuple(found)
 
 
 def resolve_model(
