@@ -68,14 +68,12 @@ def make_row(
     )
 
 
-async def record(ctx: ReliabilityContext, row: Row) -> tuple[Exception | None, bool]:
-    """Keep an attempt that committed nothing. Returns what is wrong, and whether the task was cancelled meanwhile."""
-    pending: Awaitable[None] | Exception | None
+def record(ctx: ReliabilityContext, row: Row) -> Awaitable[None] | Exception | None:
+    """Keep an attempt that committed nothing. Returns what is to be settled, if anything is."""
     try:
-        pending = ctx.session.record(row, None, None, None)
+        return ctx.session.record(row, None, None, None)
     except BaseException as refused:
-        pending = refusal(refused)
-    return (None, False) if pending is None else await settle(ctx, row, None, None, None, pending)
+        return refusal(refused)
 
 
 async def settle(

@@ -698,7 +698,9 @@ async def _fail(
     if not (halt is not None and failure.reason == "store"):
         problem, late = None, False
         try:
-            problem, late = await record(ctx, row)
+            pending = record(ctx, row)
+            if pending is not None:
+                problem, late = await settle(ctx, row, None, None, None, pending)
         except GeneratorExit:
             told = (ctx.run_id, run.node_id, ctx.shown_error(failure.exception), failure.failure_class)
             tell_closed(ctx, run, ctx.fire.on_node_failure, row, lambda: told)
@@ -814,7 +816,9 @@ async def _abandon(
     run.rows.append(row)
     stopped: BaseException | None = None
     try:
-        await record(ctx, row)
+        pending = record(ctx, row)
+        if pending is not None:
+            await settle(ctx, row, None, None, None, pending)
     except GeneratorExit:
         tell_closed(ctx, run, calls, row, lambda: (ctx.run_id, run.node_id))
         raise

@@ -214,7 +214,7 @@ def read_provider_error(exc: BaseException) -> Verdict | None:
 
 
 def _verdict(exc: BaseException, seen: set[int]) -> Verdict | None:
-    for candidate in (exc, _get(exc, "__cause__")):
+    for candidate in (exc, _cause(exc)):
         kind = type(candidate)
         if candidate is None or (kind in _SILENT and not candidate.__dict__):
             continue  # Most errors of the user's own code. Looking for what they do not have would take 30 us.
@@ -232,6 +232,8 @@ def _verdict(exc: BaseException, seen: set[int]) -> Verdict | None:
     return None
 
 
+#: What an exception was raised from, whatever its class says of that name.
+_cause: Final = cast("Any", BaseException).__cause__.__get__
 #: Python's own exceptions that have no attributes but a message.
 _SILENT: Final = frozenset(
     kind
