@@ -142,12 +142,14 @@ class Proxy:
         target: the socket of the server that new connections go to.
         on_request: called with what a client sends, before it goes on; False: the server never sees it, and the
             connection breaks.
-        on_reply: the same for what the server sends.
+        on_reply: the same for what the server sends. Either may return bytes, which go on in place of what came.
+        cut: whether the connection breaks behind what goes on next.
     """
 
     def __init__(self, target: str) -> None:
-        self.on_request: Callable[[bytes], bool] = lambda data: True
-        self.on_reply: Callable[[bytes], bool] = lambda data: True
+        self.on_request: Callable[[bytes], bool | bytes] = lambda data: True
+        self.on_reply: Callable[[bytes], bool | bytes] = lambda data: True
+        self.cut = False
         self.target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -172,11 +174,15 @@ class Proxy:
             ):
                 threading.Thread(target=self._pass, args=(source, target, check), daemon=True).start()
 
-    @staticmethod
-    def _pass(source: socket.socket, target: socket.socket, check: Callable[[bytes], bool]) -> None:
+    def _pass(
+        self, source: socket.socket, target: socket.socket, check: Callable[[bytes], bool | bytes]
+    ) -> None:
         with contextlib.suppress(OSError):
-            while (data := source.recv(65536)) and check(data):
-                target.sendall(data)
+            while (data := source.recv(65536)) and (told := check(data)):
+                target.sendall(told if isinstance(told, bytes) else data)
+                if self.cut:
+                    self.cut = False
+                    break
         for end in (source, target):
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)

@@ -4374,6 +4374,22 @@ SHARED: tuple[Break, ...] = (
         "            for job in jobs:\n                job.error = self._explain(error)\n                self._done.add(id(job))\n            return\n",
         _tests("checkpoint/test_cells.py", "TestCells::test_a_change_that_raises[redis]"),
     ),
+    Break(
+        "redis-connection-not-looked-at",
+        "A reply that is left over on Redis' connection acknowledges nothing.",
+        "checkpoint/_redis_line.py",
+        "                if not connection.can_read():\n",
+        "                if True:\n",
+        _tests("checkpoint/test_redis_line.py", "TestLine::test_what_nobody_asked_for"),
+    ),
+    Break(
+        "redis-transaction-refused-in-silence",
+        "A transaction that Redis did not do is an error, whatever the replies before that say.",
+        "checkpoint/_redis_line.py",
+        "        for reply in replies:\n            if isinstance(reply, Exception):\n                raise reply\n",
+        "        done = replies[1:-1] if isinstance(done, Exception) else done\n",
+        _tests("checkpoint/test_redis_line.py", "TestLine::test_a_transaction"),
+    ),
 )
 
 SHOWING = (

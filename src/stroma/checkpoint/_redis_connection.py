@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
+from stroma.checkpoint._redis_line import Line
 from stroma.checkpoint._redis_rows import Changed, RedisRows, commit_command, kept_or_raise
 from stroma.checkpoint._redis_server import Link, Server
 from stroma.checkpoint._rows import CellChange, Commit, Rows, change_together, fenced
@@ -60,7 +61,7 @@ class RedisConnection:
         self.name = server.name
         self._server = server
         self._ttl_ms = ttl_ms
-        self._link: Link | None = None
+        self._link: Line | None = None
         #: The jobs of the batch that are done, by identity.
         self._done: set[int] = set()
 
@@ -74,6 +75,9 @@ class RedisConnection:
         self._done.clear()
         try:
             link = self._open()
+            if len(batch) == 1 and isinstance(batch[0].operation, Commit):
+                self._commit(link, batch)
+                return
             commits = [job for job in batch if isinstance(job.operation, Commit)]
             for some in _portions(commits):
                 self._commit(link, some)
@@ -101,9 +105,9 @@ class RedisConnection:
         if link is not None:
             link.close()
 
-    def _open(self) -> Link:
+    def _open(self) -> Line:
         if self._link is None:
-            self._link = self._server.link()
+            self._link = Line(self._server)
         return self._link
 
     def _commit(self, link: Link, jobs: list[Job]) -> None:

@@ -12,6 +12,7 @@ __all__ = [
     "Run",
     "cell_prefix",
     "from_hex",
+    "lines",
     "node_of",
     "pack",
     "pack_step",
@@ -25,6 +26,9 @@ __all__ = [
     "text",
     "unpack",
 ]
+
+
+_compact: Final = json.JSONEncoder(separators=(",", ":")).encode
 
 
 class Run:
@@ -58,7 +62,7 @@ def cell_prefix(name: str) -> str:
 
 def pack(header: list[Any], *parts: bytes) -> bytes:
     """Facts as a line of JSON, and bytes of any kind behind it."""
-    line = json.dumps([header, [len(part) for part in parts]], separators=(",", ":"))
+    line = _compact([header, [len(part) for part in parts]])
     return b"".join((line.encode("ascii"), b"\n", *parts))
 
 
@@ -153,6 +157,13 @@ def pairs(reply: Any) -> dict[str, bytes]:
     """A hash, as a server of either protocol gives it."""
     items = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
     return {text(key): value for key, value in items}
+
+
+def lines(info: Any) -> list[str]:
+    """The lines of a reply to INFO, which some drivers have read already."""
+    if isinstance(info, dict):
+        return [f"{name}:{value}" for name, value in info.items()]
+    return text(info).splitlines()
 
 
 def node_of(value: bytes) -> str:

@@ -9,6 +9,7 @@ from urllib.parse import quote, unquote
 
 from stroma.checkpoint._redis_format import (
     Run,
+    lines,
     node_of,
     pairs,
     prefix_of,
@@ -220,7 +221,7 @@ class RedisReading:
         (seconds, micros), *found = self._get(
             ("TIME",), ("INFO", "server"), ("INFO", "persistence"), ("INFO", "memory")
         )
-        info = dict(line.split(":", 1) for part in found for line in _lines(part) if ":" in line)
+        info = dict(line.split(":", 1) for part in found for line in lines(part) if ":" in line)
         risky = []
         if info.get("aof_enabled") == "0":
             risky.append(
@@ -317,10 +318,3 @@ def _asked(query: RunQuery) -> str:
     }
     given = {name: value for name, value in want.items() if value is not None}
     return json.dumps(given) if given else ""
-
-
-def _lines(info: Any) -> list[str]:
-    """The lines of a reply to INFO, which some drivers have read already."""
-    if isinstance(info, dict):
-        return [f"{name}:{value}" for name, value in info.items()]
-    return text(info).splitlines()

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
+from stroma.checkpoint._redis_format import lines, pairs, text
 from stroma.checkpoint._redis_scripts import SCRIPT, SHA
 from stroma.checkpoint._worker import lasting
 from stroma.checkpoint.errors import StoreError
@@ -52,12 +53,18 @@ class Server:
         self.patience_seconds = patience_seconds
         self.largest = _LARGEST
         self.no_script: type[Exception] = driver.exceptions.NoScriptError
+        #: A reply that says that a command was not done.
+        self.refusal: type[Exception] = driver.exceptions.ResponseError
         self._driver = driver
         self._url = url
         self._looked = False
 
     def link(self) -> Link:
         """Connections of its own, made when they are first used."""
+        return Link(self, self.client())
+
+    def client(self) -> Any:
+        """The driver's client, with connections of its own."""
         redis = self._driver
         # What is tried again, and for how long, is decided here alone. The URL's own options go before.
         client = redis.Redis.from_url(
@@ -67,7 +74,7 @@ class Server:
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
         )
         client.connection_pool.connection_kwargs["decode_responses"] = False
-        return Link(self, client)
+        return client
 
     # ------------------------------------------------------------------ errors
 
@@ -148,11 +155,11 @@ class Server:
 
     # ------------------------------------------------------------------ durability
 
-    def look(self, client: Any) -> None:
-        """Warn, once for each server and process, about what the server may lose."""
+    def look(self, ask: Callable[..., Any]) -> None:
+        """Warn, once for each server and process, about what the server may lose. ``ask``: gives the reply to a command."""
         if self._looked:
             return
-        settings = self._settings(client)
+        settings = _settings(ask)
         largest = settings.get("proto-max-bulk-len", "")
         self.largest = int(largest) if largest.isdecimal() else _LARGEST
         for problem in _problems(settings):
@@ -162,34 +169,30 @@ class Server:
                 _log.warning("%s", text)
         self._looked = True
 
-    def _settings(self, client: Any) -> dict[str, str]:
-        """What the server says of itself; some forbid the question."""
-        redis, settings = self._driver, dict[str, str]()
-        for section in ("persistence", "memory"):
-            try:
-                facts = client.info(section)
-            except redis.ResponseError:
-                continue
-            if "aof_enabled" in facts:
-                settings["appendonly"] = "yes" if facts["aof_enabled"] else "no"
-            if "maxmemory_policy" in facts:
-                settings["maxmemory-policy"] = str(facts["maxmemory_policy"])
-        for setting in ("appendonly", "appendfsync", "maxmemory-policy", "save", "proto-max-bulk-len"):
-            try:
-                for key, value in client.config_get(setting).items():
-                    settings[_text(key)] = _text(value)
-            except redis.ResponseError:
-                break
-        return settings
+
+def _settings(ask: Callable[..., Any]) -> dict[str, str]:
+    """What the server says of itself; some forbid the question."""
+    settings: dict[str, str] = {}
+    for section in ("persistence", "memory"):
+        reply = ask("INFO", section)
+        if isinstance(reply, Exception):
+            continue
+        facts = dict(line.split(":", 1) for line in lines(reply) if ":" in line)
+        if "aof_enabled" in facts:
+            settings["appendonly"] = "no" if facts["aof_enabled"] == "0" else "yes"
+        if "maxmemory_policy" in facts:
+            settings["maxmemory-policy"] = facts["maxmemory_policy"]
+    for setting in ("appendonly", "appendfsync", "maxmemory-policy", "save", "proto-max-bulk-len"):
+        reply = ask("CONFIG", "GET", setting)
+        if isinstance(reply, Exception):
+            break
+        settings.update((key, text(value)) for key, value in pairs(reply).items())
+    return settings
 
 
 def _says(error: BaseException, *words: str) -> bool:
     text = f"{type(error).__name__}: {error}"
     return any(word in text for word in words)
-
-
-def _text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
 
 
 def _problems(settings: dict[str, str]) -> list[str]:
@@ -239,28 +242,34 @@ class Link:
 
     def refused(self, command: tuple[Any, ...]) -> StoreError | None:
         """Why a command cannot be sent, if that is so."""
-        size = max((len(value) for value in command if isinstance(value, bytes)), default=0)
-        if size <= self.server.largest:
-            return None
-        return lasting(
-            f"a payload of {size} bytes is larger than {self.server.name} takes (proto-max-bulk-len is "
-            f"{self.server.largest}); give the store blobs=, or raise that, then resume"
-        )
+        largest = self.server.largest
+        for value in command:
+            if type(value) is bytes and (size := len(value)) > largest:
+                return lasting(
+                    f"a payload of {size} bytes is larger than {self.server.name} takes (proto-max-bulk-len is "
+                    f"{largest}); give the store blobs=, or raise that, then resume"
+                )
+        return None
 
     def _send(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
-        self.server.look(self.client)
+        self.server.look(self._ask)
         for command in commands:
             if (problem := self.refused(command)) is not None:
                 raise problem
         replies = self._once(commands, atomic)
         if any(isinstance(reply, self.server.no_script) for reply in replies):
             # A server that was started anew. What was done already is done by that.
-            self.client.script_load(SCRIPT)
+            if isinstance(refused := self._ask("SCRIPT", "LOAD", SCRIPT), Exception):
+                raise refused
             replies = self._once(commands, atomic)
         for reply in replies:
             if isinstance(reply, Exception) and self.server.passes(reply):
                 raise reply
         return replies
+
+    def _ask(self, *command: Any) -> Any:
+        (reply,) = self._once([command], False)
+        return reply
 
     def _once(self, commands: Sequence[tuple[Any, ...]], atomic: bool) -> list[Any]:
         pipeline = self.client.pipeline(transaction=atomic)

@@ -1,0 +1,221 @@
+"""The connection that the thread of a Redis store keeps for itself: no reply answers another command."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import redis
+import redis.backoff
+import redis.connection
+import redis.exceptions
+import redis.retry
+from tests.servers import Proxy, RedisServer, proxied, shared_redis
+
+from stroma.checkpoint import Fenced, StoreError
+from stroma.checkpoint._redis_line import Line, packed
+from stroma.checkpoint._redis_server import Server
+from stroma.checkpoint.redis import RedisStore
+from stroma.testing.stores import State, begin, commit
+
+
+@pytest.fixture
+def server() -> RedisServer:
+    """The shared server, empty."""
+    found = shared_redis()
+    found.execute("FLUSHALL")
+    return found
+
+
+@pytest.fixture
+def proxy(server: RedisServer) -> Iterator[Proxy]:
+    with proxied(server) as found:
+        yield found
+
+
+def line(url: str, patience: float = 0.0) -> Line:
+    """One that tries nothing again unless it is told to."""
+    return Line(Server(redis, url, patience))
+
+
+class TestLine:
+    def test_a_connection_that_was_closed_while_it_was_idle(self, server: RedisServer) -> None:
+        """It is noticed before the next command is sent, which so needs no patience."""
+        ours = line(server.url)
+        assert ours.send([("SET", "k", "1")]) == [b"OK"]
+        for _ in range(3):
+            server.execute("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            assert ours.send([("INCR", "k")])
+        assert server.execute("GET", "k") == b"4"
+        ours.close()
+        assert ours.send([("GET", "k")]) == [b"4"]
+
+    def test_what_nobody_asked_for(self, server: RedisServer, proxy: Proxy) -> None:
+        """A reply that is left over answers no other command."""
+        server.execute("SET", "k", "mine")
+        ours = line(proxy.url)
+        assert ours.send([("GET", "k")]) == [b"mine"]
+        proxy.on_reply = lambda data: data + b"$5\r\nother\r\n"
+        assert ours.send([("GET", "k")]) == [b"mine"]
+        proxy.on_reply = lambda data: True
+        for _ in range(3):
+            assert ours.send([("GET", "k")]) == [b"mine"]
+
+    @pytest.mark.parametrize("sent", [0, 3, 7])
+    def test_a_peer_that_goes_in_the_middle_of_a_reply(
+        self, server: RedisServer, proxy: Proxy, sent: int
+    ) -> None:
+        """It is asked again, on another connection."""
+        ours = line(proxy.url, 5.0)
+        assert ours.send([("SET", "k", "value")]) == [b"OK"]
+
+        def half(data: bytes) -> bytes | bool:
+            proxy.on_reply = lambda data: True
+            proxy.cut = True
+            return data[:sent] if sent else False
+
+        proxy.on_reply = half
+        assert ours.send([("GET", "k"), ("INCR", "n")]) == [b"value", 2]
+
+    def test_a_reply_that_comes_too_late(self, server: RedisServer, proxy: Proxy) -> None:
+        """What was given up is not read by who asks next."""
+        server.execute("SET", "k", "mine")
+        ours = line(f"{proxy.url}?socket_timeout=0.2")
+        assert ours.send([("GET", "k")]) == [b"mine"]
+        with pytest.raises(redis.exceptions.TimeoutError):
+            ours.send([("BLPOP", "nothing", "1")])
+        assert ours.send([("GET", "k")]) == [b"mine"]
+
+    def test_a_server_that_is_gone(
+        self, server: RedisServer, proxy: Proxy, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """A try to reach it connects once: each may take seconds."""
+        ours = line(proxy.url)
+        assert ours.send([("PING",)]) == [b"PONG"]
+        tries: list[object] = []
+        connect = redis.connection.Connection.connect
+        monkeypatch.setattr(
+            redis.connection.Connection, "connect", lambda self: (tries.append(self), connect(self))
+        )
+        proxy.on_request = lambda data: False
+        for count in (0, 1, 2):
+            with pytest.raises(redis.exceptions.ConnectionError):
+                ours.send([("PING",)])
+            assert len(tries) == count
+        proxy.on_request = lambda data: True
+        assert ours.send([("PING",)]) == [b"PONG"]
+        assert len(tries) == 3
+
+    def test_errors_stand_among_the_replies(self, server: RedisServer) -> None:
+        """One that is refused neither hides the others nor breaks the connection."""
+        ours = line(server.url)
+        assert ours.send([("SET", "k", "text")]) == [b"OK"]
+        mine = ours.send([("CLIENT", "ID")])
+        first, wrong, last = ours.send([("GET", "k"), ("INCR", "k"), ("GET", "k")])
+        assert (first, last) == (b"text", b"text")
+        assert isinstance(wrong, redis.exceptions.ResponseError)
+        assert "not an integer" in str(wrong)
+        assert ours.send([("CLIENT", "ID")]) == mine
+
+    def test_a_transaction(self, server: RedisServer) -> None:
+        """All of it at once, or the error that kept it from being done; and the connection goes on."""
+        ours = line(server.url)
+        assert ours.send([("SET", "k", "1"), ("INCR", "k")], atomic=True) == [b"OK", 2]
+        _, wrong, last = ours.send([("SET", "k", "a"), ("INCR", "k"), ("GET", "k")], atomic=True)
+        assert isinstance(wrong, redis.exceptions.ResponseError)
+        assert last == b"a"
+        with pytest.raises(redis.exceptions.ResponseError, match="unknown command"):
+            ours.send([("SET", "k", "b"), ("NONSENSE",)], atomic=True)
+        assert ours.send([("GET", "k")]) == [b"a"]
+
+    @pytest.mark.parametrize("size", [0, 1, 32 * 1024 - 1, 32 * 1024, 3_000_000])
+    def test_values_of_any_size(self, server: RedisServer, size: int) -> None:
+        """Bytes, text of any language and numbers arrive as they were given."""
+        ours = line(server.url)
+        value = bytes(range(256)) * (size // 256 + 1)
+        value = value[:size]
+        commands: list[tuple[Any, ...]] = [("SET", "é", value), ("SET", "n", -5), ("GET", "é"), ("GET", "n")]
+        assert ours.send(commands) == [b"OK", b"OK", value, b"-5"]
+        assert len(packed(commands)) == (1 if size < 32 * 1024 else 3)
+
+    def test_options_of_the_url(self, server: RedisServer) -> None:
+        """They are the driver's own: the name of the client, the database, the protocol, a look at its health."""
+        server.execute("ACL", "SETUSER", "named", "reset", "on", ">secret", "~*", "+@all")
+        with proxied(server) as proxy:
+            at = proxy.url.replace("//", "//named:secret@").replace("/0", "/3")
+            for protocol in (2, 3):
+                ours = line(f"{at}?client_name=mine&protocol={protocol}&health_check_interval=1")
+                (info,) = ours.send([("CLIENT", "INFO")])
+                facts = dict(fact.split("=", 1) for fact in info.decode().split())
+                assert (facts["name"], facts["db"], facts["user"]) == ("mine", "3", "named")
+                assert ours.send([("SET", "k", "v"), ("GET", "k")], atomic=True) == [b"OK", b"v"]
+                ours.close()
+
+
+class TestStore:
+    @pytest.mark.parametrize("protocol", [2, 3])
+    async def test_a_connection_that_was_closed_while_it_was_idle(
+        self, server: RedisServer, protocol: int
+    ) -> None:
+        """The next commit goes through at once, also where nothing is tried again."""
+        async with RedisStore(f"{server.url}?protocol={protocol}", _patience_seconds=0.0) as store:
+            session = await begin(store)
+            for position in range(3):
+                await commit(session, position, State(n=position))
+                server.execute("CLIENT", "KILL", "TYPE", "normal", "SKIPME", "yes")
+            await commit(session, 3, State(n=3))
+            assert [a.position for a in store.attempts("run")] == [0, 1, 2, 3]
+
+    async def test_what_nobody_asked_for_acknowledges_nothing(
+        self, server: RedisServer, proxy: Proxy
+    ) -> None:
+        """A session that was taken over is told so, whatever replies were left over."""
+        async with RedisStore(proxy.url) as store:
+            session = await begin(store)
+            await commit(session, 0, State(n=0))
+            proxy.on_reply = lambda data: data + b":77\r\n"
+            await commit(session, 1, State(n=1))
+            proxy.on_reply = lambda data: True
+            async with RedisStore(server.url) as other:
+                await begin(other, if_exists="resume", if_running="take_over")
+            with pytest.raises(Fenced):
+                await commit(session, 2, State(n=2))
+            assert [a.position for a in store.attempts("run")] == [0, 1]
+
+    @pytest.mark.parametrize("sent", [1, 2])
+    async def test_a_peer_that_goes_in_the_middle_of_a_reply(
+        self, server: RedisServer, proxy: Proxy, sent: int
+    ) -> None:
+        """The commit is sent again, and kept once: what was read of the reply counts for nothing."""
+        async with RedisStore(proxy.url) as store:
+            session = await begin(store)
+            await commit(session, 0, State(n=0), tokens=1)
+
+            def half(data: bytes) -> bytes:
+                proxy.on_reply = lambda data: True
+                proxy.cut = True
+                return data[:sent]
+
+            proxy.on_reply = half
+            await commit(session, 1, State(n=1), tokens=1)
+            assert not proxy.cut
+            run = store.get_run("run")
+            assert run is not None
+            assert (run.tokens, run.nodes) == (2, 2)
+
+    async def test_a_server_that_forgot_the_script(self, server: RedisServer) -> None:
+        """It is given it again; who may not do that is told."""
+        async with RedisStore(server.url) as store:
+            session = await begin(store)
+            await commit(session, 0, State())
+            server.execute("SCRIPT", "FLUSH")
+            await commit(session, 1, State())
+            assert len(store.attempts("run")) == 2
+        server.execute("ACL", "SETUSER", "few", "reset", "on", ">secret", "~stroma:*", "+@all", "-script")
+        with proxied(server) as proxy:
+            async with RedisStore(proxy.url.replace("//", "//few:secret@")) as store:
+                await begin(store, "other")
+                server.execute("SCRIPT", "FLUSH")
+                with pytest.raises(StoreError, match="refused the user of the URL"):
+                    await begin(store, "third")
