@@ -13,6 +13,7 @@ import dataclasses
 import datetime as dt
 import decimal
 import enum
+import functools
 import ipaddress
 import json
 import math
@@ -24,7 +25,6 @@ from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
 from typing import Any, Final
 
-import pydantic
 from pydantic import BaseModel, SecretBytes, SecretStr
 
 __all__ = ["NotSerialisable", "keeping_secrets", "tag", "untag"]
@@ -81,7 +81,7 @@ def tag(value: Any, path: tuple[str, ...], plain: Plain) -> Any:
         return {"$c": tag(plain(value), path, plain)}
     if isinstance(value, re.Pattern):
         return {"$c": tag(value.pattern, path, plain)}  # A text, or bytes.
-    if isinstance(value, (pathlib.PurePath, *_TEXTUAL)):
+    if isinstance(value, _textual()):
         return {"$c": str(value)}
     base: Any
     for base in (str, int, float, dict, list, tuple):
@@ -111,16 +111,24 @@ def _sorted(values: Iterable[Any], path: tuple[str, ...], plain: Plain) -> list[
     )
 
 
-_TEXTUAL: Final = (
-    pydantic.AnyUrl,
-    pydantic.PostgresDsn.__base__ or pydantic.PostgresDsn,  # The base of all URLs with several hosts.
-    ipaddress.IPv4Address,
-    ipaddress.IPv6Address,
-    ipaddress.IPv4Network,
-    ipaddress.IPv6Network,
-    ipaddress.IPv4Interface,
-    ipaddress.IPv6Interface,
-)
+@functools.cache
+def _textual() -> tuple[type, ...]:
+    """The classes whose values are kept as their text. pydantic's URLs take long to load, and few states hold one."""
+    from pydantic import AnyUrl, PostgresDsn
+
+    return (
+        pathlib.PurePath,
+        AnyUrl,
+        PostgresDsn.__base__ or PostgresDsn,  # The base of all URLs with several hosts.
+        ipaddress.IPv4Address,
+        ipaddress.IPv6Address,
+        ipaddress.IPv4Network,
+        ipaddress.IPv6Network,
+        ipaddress.IPv4Interface,
+        ipaddress.IPv6Interface,
+    )
+
+
 _WRITERS: Final[dict[type, Callable[[Any, tuple[str, ...], Plain], Any]]] = {
     bytes: lambda v, _path, _plain: {"$b": base64.b64encode(v).decode()},
     bytearray: lambda v, _path, _plain: {"$ba": base64.b64encode(v).decode()},

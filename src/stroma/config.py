@@ -7,8 +7,9 @@ import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
-from pydantic import BaseModel, ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
+from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
+from stroma._deferred import Deferred
 from stroma.breaker import Breaker
 from stroma.contracts import check_id
 from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy
@@ -58,7 +59,7 @@ def _generate_id() -> str:
 #: collector does not look at them), by field. They are shared all the same, until somebody asks a config for one: see
 #: _Shared. Nobody else may hold them.
 _SHARED: Final[dict[str, Any]] = {
-    "budget": ExecutionBudget.unlimited(),
+    "budget": ExecutionBudget.model_construct(),
     "policy_map": default_policy_map(),
     "hooks": NodeHooks(),
     "classifiers": [],
@@ -105,7 +106,7 @@ class _Shared:
         vars(config)[self._field] = value
 
 
-class RunConfig(BaseModel):
+class RunConfig(Deferred):
     """How runs behave. Times say their unit in their name.
 
     Attributes:

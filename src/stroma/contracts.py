@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
+from stroma._deferred import Deferred
 from stroma.schemas import schema_of
 
 __all__ = [
@@ -45,7 +46,7 @@ def check_id(value: str, what: str) -> str:
     return value
 
 
-class NodeContract(BaseModel, Generic[In, Out]):
+class NodeContract(Deferred, Generic[In, Out]):
     """What a node promises: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
 
     ``upcast`` makes what an earlier ``output_schema`` recorded (plain data: a dict of its fields) into what the present

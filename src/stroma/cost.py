@@ -7,8 +7,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import ConfigDict, Field
 
+from stroma._deferred import Deferred
 from stroma.prices import KNOWN_MODELS, estimate_cost_usd
 from stroma.usage import UsageError, check_usage
 
@@ -68,7 +69,7 @@ _UNITS: Final[dict[str, tuple[str, str]]] = {
 LARGEST: Final = 10**30
 
 
-class ExecutionBudget(BaseModel):
+class ExecutionBudget(Deferred):
     """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing.
 
     Raises pydantic's ValidationError for a limit that it does not know: one that is misspelt would be none.

@@ -11,6 +11,7 @@ from typing import Final, TypeGuard, TypeVar, final
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from stroma._deferred import Deferred
 from stroma.classifiers import read_provider_error
 from stroma.contracts import ContractViolation
 from stroma.cost import BudgetExceeded
@@ -53,7 +54,7 @@ class FailureClass(StrEnum):
     __hash__ = str.__hash__
 
 
-class ItemFailure(BaseModel):
+class ItemFailure(Deferred):
     """An item of a map that failed for good while the others went on.
 
     Attributes:
@@ -72,7 +73,7 @@ class ItemFailure(BaseModel):
     attempts: int = 1
 
 
-class FailurePolicy(BaseModel):
+class FailurePolicy(Deferred):
     """How often, and after how long, a node is tried again.
 
     Attributes:
@@ -96,10 +97,11 @@ class FailurePolicy(BaseModel):
 
 PolicyMap = dict[FailureClass, FailurePolicy]
 
+#: Unvalidated: a program that goes by them needs no validator of policies.
 _DEFAULTS: PolicyMap = {
-    FailureClass.RECOVERABLE: FailurePolicy(max_retries=3, backoff_seconds=1.0),
-    FailureClass.TERMINAL: FailurePolicy(max_retries=0, backoff_seconds=0.0),
-    FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0.5),
+    FailureClass.RECOVERABLE: FailurePolicy.model_construct(max_retries=3, backoff_seconds=1.0),
+    FailureClass.TERMINAL: FailurePolicy.model_construct(max_retries=0, backoff_seconds=0.0),
+    FailureClass.AMBIGUOUS: FailurePolicy.model_construct(max_retries=1, backoff_seconds=0.5),
 }
 
 
@@ -376,7 +378,7 @@ def decide(
     return Retry(delay)
 
 
-_NO_RETRIES: Final = FailurePolicy(max_retries=0, backoff_seconds=0.0)
+_NO_RETRIES: Final = FailurePolicy.model_construct(max_retries=0, backoff_seconds=0.0)
 
 
 def follow_up(

@@ -11,6 +11,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
+from stroma._deferred import Deferred
 from stroma._engine import GroupStopped, Halt, execute_in_turn
 from stroma._map import DEFAULT_CONCURRENCY, MapRun
 from stroma._merged import merged_model, with_list
@@ -468,7 +469,7 @@ def _item(fields: dict[str, Any]) -> BaseModel:
     return schema_of(_Item).made_of(fields)
 
 
-class _Item(BaseModel):
+class _Item(Deferred):
     """A dict on its way to a node: open to any field, validated by the node's own contract."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)

@@ -27,14 +27,13 @@ from stroma.checkpoint._rows import (
     RunRow,
     Step,
     StepRow,
-    Tally,
     Told,
     checksum,
 )
 from stroma.checkpoint._sqlite_file import DatabaseFile, connect
 from stroma.checkpoint._sqlite_rows import SqliteRows
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.records import RunQuery, StoreFacts
+from stroma.checkpoint.records import RunQuery, StoreFacts, Tally
 
 INPUT, OTHER = b'{"n":1}', b'{"n":2}'
 OURS = str(new_owner(None, ends=False))

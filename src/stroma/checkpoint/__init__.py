@@ -35,10 +35,10 @@ from stroma.checkpoint.manager import (
     schema_ref,
 )
 from stroma.checkpoint.memory import AsyncInMemoryStore, InMemoryStore
-from stroma.checkpoint.records import AttemptPage, AttemptRecord, Cause, RunPage, RunQuery, RunRecord
 
 if TYPE_CHECKING:
     from stroma.checkpoint.postgres import PostgresStore
+    from stroma.checkpoint.records import AttemptPage, AttemptRecord, Cause, RunPage, RunQuery, RunRecord
     from stroma.checkpoint.redis import RedisStore, SyncRedisStore
     from stroma.checkpoint.sqlite import SQLiteStore
     from stroma.checkpoint.urls import open_store
@@ -85,10 +85,17 @@ __all__ = [
 ]
 
 
-#: Loaded when they are asked for: not every Python is built with sqlite3, and few runs need more than one of them.
+#: Loaded when they are asked for: not every Python is built with sqlite3, and few runs need more than one of them; what
+#: stores tell of runs, no run needs.
 _HOMES = {
+    "AttemptPage": "records",
+    "AttemptRecord": "records",
+    "Cause": "records",
     "PostgresStore": "postgres",
     "RedisStore": "redis",
+    "RunPage": "records",
+    "RunQuery": "records",
+    "RunRecord": "records",
     "SQLiteStore": "sqlite",
     "SyncRedisStore": "redis",
     "open_store": "urls",

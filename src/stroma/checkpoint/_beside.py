@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 from typing import cast
 
-from stroma.checkpoint._rows import DUE, PICO, WAITING, Attempt, Rows, Step, StepRow, checksum, intact, text
+from stroma.checkpoint._rows import DUE, WAITING, Attempt, Rows, Step, StepRow, checksum, intact, text
 from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.payloads import Payloads
+from stroma.checkpoint.records import PICO
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage, Outcome, Row
 

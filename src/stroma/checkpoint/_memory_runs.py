@@ -5,28 +5,19 @@ from __future__ import annotations
 import itertools
 import math
 import time
-from collections import defaultdict
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, replace
-from typing import Any, Final, cast
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from stroma._frames import Trouble, read_trouble
-from stroma.checkpoint._reading import cause_of
-from stroma.checkpoint._rows import PICO, Tally
-from stroma.checkpoint._sql_reading import attempt_mark, marked
 from stroma.checkpoint.errors import CheckpointNotFound
 from stroma.checkpoint.journal import Committed, Held, StepCall, Waiting, items_in, no_map
-from stroma.checkpoint.records import AttemptPage, AttemptRecord, RunPage, RunQuery, RunRecord, StoreFacts
 from stroma.contracts import check_id
 from stroma.schemas import NotSerialisable, Schema, Snapshot
 from stroma.trace import (
     ATTEMPT,
     BRANCH,
     DURATION,
-    FAILURE,
-    NO_USAGE,
     NODE,
-    OUTCOME,
     OUTPUT,
     POSITION,
     SCHEMAS,
@@ -36,11 +27,22 @@ from stroma.trace import (
     contract_of,
 )
 
-__all__ = ["Kept", "Key", "MemoryReading", "MemoryRun", "nobody", "position_of", "row_of"]
+if TYPE_CHECKING:
+    from stroma._frames import Trouble
+    from stroma.checkpoint._memory_records import MemoryRecords
+    from stroma.checkpoint.records import (
+        AttemptPage,
+        AttemptRecord,
+        RunPage,
+        RunQuery,
+        RunRecord,
+        StoreFacts,
+        Tally,
+    )
+
+__all__ = ["Kept", "Key", "MemoryReading", "MemoryRun", "nobody", "position_of", "row_of", "stored"]
 
 _NUMBERS: Final = itertools.count(1)
-_FAILED: Final = 20  # failed attempts in which the cause is looked for
-_ALL_RUNS: Final = RunQuery()
 
 Key = int | str | tuple[int, str]
 #: Node id, schema, output and what it is filed under; and the row of the attempt, if there was one.
@@ -146,6 +148,12 @@ class MemoryReading:
 
     _runs: dict[str, MemoryRun]
 
+    @property
+    def _records(self) -> MemoryRecords:
+        from stroma.checkpoint._memory_records import MemoryRecords
+
+        return MemoryRecords(self._runs)
+
     def exists(self) -> bool:
         """Whether there is anything to read from."""
         return True
@@ -165,30 +173,20 @@ class MemoryReading:
         self, *, limit: int = 50, pipeline: str | None = None, status: str | None = None
     ) -> list[RunRecord]:
         """The last execution of each run, the one begun last first."""
-        statuses = () if status is None else (str(status),)
-        return self.run_page(RunQuery(pipeline=pipeline, statuses=statuses), limit=limit).runs
+        return self._records.list_runs(limit, pipeline, status)
 
-    def run_page(self, query: RunQuery = _ALL_RUNS, *, limit: int = 50, after: str | None = None) -> RunPage:
+    def run_page(
+        self, query: RunQuery | None = None, *, limit: int = 50, after: str | None = None
+    ) -> RunPage:
         """The last executions of the runs that are asked for, the one begun last first, with the cause of failures.
 
         ``after``: the ``next`` of the page before. Raises ValueError for one that is none.
         """
-        end = None if after is None else marked(after)
-        found = [
-            (run.started_ms, run.number, run_id, run)
-            for run_id, run in list(self._runs.items())
-            if run.execution and _asked(query, run_id, run)
-        ]
-        found.sort(key=lambda one: one[:2], reverse=True)
-        found = [one for one in found if end is None or one[:2] < end]
-        page = found[:limit]
-        following = f"{page[-1][0]}.{page[-1][1]}" if len(found) > limit else None
-        return RunPage([self._record(run_id, run) for _, _, run_id, run in page], following)
+        return self._records.run_page(query, limit, after)
 
     def get_run(self, run_id: str) -> RunRecord | None:
         """The last execution of a run, or None. Raises ValueError for an illegal id."""
-        run = self._runs.get(check_id(run_id, "run id"))
-        return None if run is None or not run.execution else self._record(run_id, run)
+        return self._records.get_run(check_id(run_id, "run id"))
 
     def find_run(self, prefix_or_last: str, *, limit: int = 20) -> list[str]:
         """The ids that begin with a text, newest first, or the newest id for "last". A whole id stands alone."""
@@ -201,33 +199,21 @@ class MemoryReading:
 
     def attempts(self, run_id: str, *, execution: int | None = None) -> list[AttemptRecord]:
         """Every attempt of the last execution, by position and time; earlier ones are not kept. [] if unknown."""
-        run = self._runs.get(check_id(run_id, "run id"))
-        if run is None or execution not in (None, run.execution):
-            return []
-        return [_attempt(row, run) for row in run.attempts()]
+        return self._records.attempts(check_id(run_id, "run id"), execution)
 
     def attempt_page(
         self, run_id: str, *, execution: int | None = None, limit: int = 1000, after: str | None = None
     ) -> AttemptPage:
         """The same, page by page, without outputs. Raises ValueError for an ``after`` that is none."""
-        end = None if after is None else _place_of(attempt_mark(after))
-        found = [a for a in self.attempts(run_id, execution=execution) if end is None or _place(a) > end]
-        page = [replace(one, output=None) for one in found[:limit]]
-        if len(found) <= limit:
-            return AttemptPage(page, None)
-        last = page[-1]
-        return AttemptPage(page, f"0:{last.position}:{last.started_ns}:{last.attempt}:{last.branch}")
+        return self._records.attempt_page(check_id(run_id, "run id"), execution, limit, after)
 
     def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
         """Every attempt of the last execution at one place, without outputs. [] if unknown."""
-        every = self.attempts(run_id)
-        return [replace(a, output=None) for a in every if (a.position, a.branch) == (position, branch)]
+        return self._records.attempts_at(check_id(run_id, "run id"), position, branch)
 
     def trouble_of(self, run_id: str, position: int, branch: str = "") -> Trouble | None:
         """Where the last failed attempt at a place failed; None if nothing is known."""
-        run = self._runs.get(check_id(run_id, "run id"))
-        kept = None if run is None else run.troubles.get((position, branch))
-        return None if kept is None else read_trouble(kept[2](), kept[0], kept[1])
+        return self._records.trouble_of(check_id(run_id, "run id"), position, branch)
 
     def output_of(
         self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
@@ -237,7 +223,7 @@ class MemoryReading:
         if run is None or execution not in (None, run.execution):
             return None
         entry = run.kept.get((position, branch) if branch else position)
-        return None if entry is None else _stored(run.entry(entry))
+        return None if entry is None else stored(run.entry(entry))
 
     def tally(
         self, since_ms: int, bucket_ms: int, *, runs: int = 2000, attempts: int = 200_000
@@ -246,26 +232,11 @@ class MemoryReading:
 
         Of so many runs and attempts at the most, the newest runs first.
         """
-        sums: defaultdict[tuple[int, str, str, str | None, str | None], list[int]] = defaultdict(
-            lambda: [0] * 6
-        )
-        seen = 0
-        for record in self.run_page(RunQuery(since_ms=since_ms), limit=runs).runs:
-            run = self._runs[record.run_id]
-            for row in run.attempts()[: attempts - seen]:
-                usage, kind = row[USAGE] or NO_USAGE, _class_of(row)
-                of = sums[run.started_ms // bucket_ms, run.pipeline, row[NODE], usage.model, kind]
-                cost = round(usage.cost_usd * PICO)
-                wasted = cost if row[OUTCOME] != "success" and _committed(row, run) is None else 0
-                for i, number in enumerate((1, usage.tokens, cost, wasted, row[DURATION])):
-                    of[i] += number
-                of[5] = max(of[5], row[DURATION])
-                seen += 1
-        return [Tally(*key, *of) for key, of in sums.items()]
+        return self._records.tally(since_ms, bucket_ms, runs, attempts)
 
     def facts(self) -> StoreFacts:
         """What the store says of itself."""
-        return StoreFacts("the memory of this process", 1, 1)
+        return self._records.facts()
 
     def input_of(self, run_id: str) -> bytes:
         """The initial state of a run in its stored form. Raises CheckpointNotFound, NotSerialisable."""
@@ -294,84 +265,11 @@ class MemoryReading:
                 return found
         raise no_map(run_id, node_id)
 
-    def _record(self, run_id: str, run: MemoryRun) -> RunRecord:
-        tokens, cost, _ = run.used()
-        rows = run.attempts()
-        updated = max([run.started_ms, *((row[STARTED] + row[DURATION]) // 1_000_000 for row in rows)])
-        nodes = sum(isinstance(key, int) for key in run.kept)
-        failed = [row for row in rows if row[FAILURE] is not None]
-        failed = sorted(failed, key=lambda row: row[STARTED] + row[DURATION], reverse=True)[:_FAILED]
-        held = run.held()
-        return RunRecord(
-            run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
-            held and held.holder, run.parent, sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
-            tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in failed]), len(failed), run.epoch,
-        )  # fmt: skip
 
-
-def _asked(query: RunQuery, run_id: str, run: MemoryRun) -> bool:
-    """Whether all that is asked for holds of a run."""
-    if query.pipeline not in (None, run.pipeline) or (query.statuses and run.status not in query.statuses):
-        return False
-    if query.tag is not None and query.tag not in run.tags:
-        return False
-    if query.since_ms is not None and run.started_ms < query.since_ms:
-        return False
-    if query.text is not None:
-        part = _lower(query.text)
-        if not any(part in _lower(text) for text in (run_id, run.pipeline, run.error or "")):
-            return False
-    if query.failure_class is None and query.node is None:
-        return True
-    return any(
-        kind is not None and query.failure_class in (None, kind) and query.node in (None, row[NODE])
-        for row in run.attempts()
-        for kind in (_class_of(row),)
-    )
-
-
-def _class_of(row: Row) -> str | None:
-    failure = row[FAILURE]
-    return None if failure is None else failure[0].value
-
-
-def _lower(text: str) -> str:
-    return "".join(ch.lower() if ch.isascii() else ch for ch in text)
-
-
-def _place(attempt: AttemptRecord) -> tuple[int, int, str, int]:
-    return attempt.position, attempt.started_ns, attempt.branch, attempt.attempt
-
-
-def _place_of(mark: tuple[int, int, int, int, str]) -> tuple[int, int, str, int]:
-    _, position, started, attempt, branch = mark
-    return position, started, branch, attempt
-
-
-def _committed(row: Row, run: MemoryRun) -> Kept | None:
-    """What an attempt committed, as long as nothing has taken its place."""
-    branch = row[BRANCH]
-    entry = run.kept.get((row[POSITION], branch) if branch else row[POSITION])
-    if row[OUTPUT] is None or entry is None or row_of(entry) is not row:
-        return None
-    return run.entry(entry)
-
-
-def _stored(kept: Kept) -> bytes | None:
+def stored(kept: Kept) -> bytes | None:
+    """One of what is kept in its stored form; None if it has none."""
     _, schema, snapshot, *_ = kept
     try:
         return schema.encode(schema.restore(snapshot))
     except NotSerialisable:
-        return None  # It has no stored form.
-
-
-def _attempt(row: Row, run: MemoryRun, *, with_output: bool = True) -> AttemptRecord:
-    usage = row[USAGE] or NO_USAGE
-    failure, message, reason = row[FAILURE] or (None, None, None)
-    kept = _committed(row, run) if with_output else None
-    output = None if kept is None else _stored(kept)
-    return AttemptRecord(
-        row[POSITION], row[BRANCH], row[NODE], row[ATTEMPT], row[STARTED] // 1_000_000, row[DURATION] / 1e6, row[OUTCOME],
-        failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
-        output, output_bytes=None if output is None else len(output), started_ns=row[STARTED],
-    )  # fmt: skip
+        return None

@@ -18,12 +18,11 @@ from stroma.checkpoint._rows import (
     RunRow,
     Step,
     StepRow,
-    Tally,
     Told,
 )
-from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs, tally
+from stroma.checkpoint._sql_reading import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.records import RunQuery, StoreFacts
+from stroma.checkpoint.records import RunQuery, StoreFacts, Tally, attempt_mark
 
 __all__ = ["PostgresRows", "commit_query"]
 

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Final, TypeVar
 
 from stroma._frames import Trouble, read_trouble
 from stroma.checkpoint._beside import read_waiting
 from stroma.checkpoint._rows import (
-    PICO,
     TROUBLE,
     WAITING,
     Attempt,
@@ -18,7 +17,6 @@ from stroma.checkpoint._rows import (
     RunRow,
     Step,
     StepRow,
-    Tally,
     intact,
     verify,
 )
@@ -26,17 +24,19 @@ from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.payloads import Payloads
 from stroma.checkpoint.records import (
+    PICO,
     AttemptPage,
     AttemptRecord,
-    Cause,
     RunPage,
     RunQuery,
     RunRecord,
     StoreFacts,
+    Tally,
+    cause_of,
 )
 from stroma.contracts import check_id
 
-__all__ = ["ReadableStore", "cause_of"]
+__all__ = ["ReadableStore"]
 
 T = TypeVar("T")
 
@@ -296,24 +296,6 @@ def _run_record(row: RunRow, beside: Beside) -> RunRecord:
 def _number(value: object) -> int:
     """A number of a row; 0 for what is none: a damaged row harms no list that it stands in."""
     return value if isinstance(value, int) else 0
-
-
-def cause_of(failed: Sequence[Attempt | AttemptRecord]) -> Cause | None:
-    """Of a group that failed, the child whose failure became its own: the group ends after it, with its message."""
-    if not failed:
-        return None
-    said = (failed[0].position, failed[0].failure_class, failed[0].message)
-    inside = [a for a in failed if (a.position, a.failure_class, a.message) == said]
-    deepest = max(inside, key=lambda a: a.branch.count(".") + 1 if a.branch else 0)
-    return Cause(
-        deepest.node_id,
-        deepest.position,
-        deepest.branch,
-        deepest.attempt,
-        deepest.failure_class or "",
-        deepest.reason,
-        deepest.message,
-    )
 
 
 def _record_of(

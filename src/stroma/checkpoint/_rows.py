@@ -14,13 +14,12 @@ from typing import Any, Final, NamedTuple, Protocol
 from stroma.checkpoint._owner import Owner, is_gone
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.errors import CorruptCheckpoint, Fenced
-from stroma.checkpoint.records import RunQuery, StoreFacts
+from stroma.checkpoint.records import RunQuery, StoreFacts, Tally
 
 __all__ = [
     "CANCEL",
     "DUE",
     "PARENT",
-    "PICO",
     "SAVED",
     "TRACE",
     "TROUBLE",
@@ -47,7 +46,6 @@ __all__ = [
     "verify",
 ]
 
-PICO: Final = 10**12  # Costs are kept in whole pico-dollars: sums are exact in any order.
 # What is kept of a run beside its commits stands at positions of its own.
 SAVED: Final = -1  # what save() keeps; branch: the node id
 WAITING: Final = -2  # what nodes wait for; branch: "position:branch"
@@ -162,27 +160,6 @@ class Told(NamedTuple):
     attempt: Attempt
     size: int | None
     epoch: int
-
-
-class Tally(NamedTuple):
-    """Attempts of some runs, summed up.
-
-    Attributes:
-        bucket: which span of time the runs began in, counted from the epoch.
-        wasted_pico: the cost of those that committed nothing.
-    """
-
-    bucket: int
-    pipeline: str
-    node_id: str
-    model: str | None
-    failure_class: str | None
-    attempts: int
-    tokens: int
-    cost_pico: int
-    wasted_pico: int
-    duration_ns: int
-    longest_ns: int
 
 
 class Beside(NamedTuple):

@@ -19,7 +19,6 @@ from stroma.checkpoint._rows import (
     CANCEL,
     DUE,
     PARENT,
-    PICO,
     TRACE,
     TROUBLE,
     WAITING,
@@ -52,6 +51,7 @@ from stroma.checkpoint.journal import (
 )
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import Payloads
+from stroma.checkpoint.records import PICO
 from stroma.schemas import Schema
 from stroma.trace import (
     ATTEMPT,

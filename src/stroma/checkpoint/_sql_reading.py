@@ -6,10 +6,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from stroma.checkpoint._rows import Attempt, RunRow, Tally, Told
-from stroma.checkpoint.records import RunQuery
+from stroma.checkpoint._rows import Attempt, RunRow, Told
+from stroma.checkpoint.records import RunQuery, Tally, attempt_mark, marked
 
-__all__ = ["Dialect", "attempt_mark", "attempt_page", "find_runs", "marked", "tally"]
+__all__ = ["Dialect", "attempt_mark", "attempt_page", "find_runs", "tally"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,14 +27,6 @@ class Dialect:
     value: str
     has: str
     tagged: str
-
-
-def marked(mark: str) -> tuple[int, int]:
-    """(start in ms, run) of where a page ended. Raises ValueError for what no page gave."""
-    started, _, run = mark.partition(".")
-    if not (started.isdecimal() and run.isdecimal() and len(mark) < 50 and mark.isascii()):
-        raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
-    return int(started), int(run)
 
 
 def find_runs(
@@ -64,15 +56,6 @@ def find_runs(
     if len(found) > limit:
         return found[:limit], _mark(*_place(found[limit - 1]))
     return found, None if seen_to is None else _mark(*seen_to)
-
-
-def attempt_mark(mark: str) -> tuple[int, int, int, int, str]:
-    """(epoch, position, start in ns, attempt, branch) of where a page ended. Raises ValueError for what no page gave."""
-    epoch, position, started, attempt, branch = [*mark.split(":", 4), *[""] * 5][:5]
-    numbers = (epoch, position, started, attempt)
-    if not all(number.isdecimal() and number.isascii() and len(number) < 20 for number in numbers):
-        raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
-    return int(epoch), int(position), int(started), int(attempt), branch
 
 
 def tally(

@@ -17,13 +17,12 @@ from stroma.checkpoint._rows import (
     RunRow,
     Step,
     StepRow,
-    Tally,
     Told,
 )
-from stroma.checkpoint._sql_reading import Dialect, attempt_mark, attempt_page, find_runs, tally
+from stroma.checkpoint._sql_reading import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint._sqlite_file import SCHEMA_VERSION
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.records import RunQuery, StoreFacts
+from stroma.checkpoint.records import RunQuery, StoreFacts, Tally, attempt_mark
 
 __all__ = ["SqliteRows"]
 

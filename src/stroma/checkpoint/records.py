@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import TYPE_CHECKING, Final, NamedTuple
+
+if TYPE_CHECKING:
+    from stroma.checkpoint._rows import Attempt
 
 __all__ = [
+    "PICO",
     "AttemptPage",
     "AttemptRecord",
     "Cause",
@@ -13,7 +18,13 @@ __all__ = [
     "RunQuery",
     "RunRecord",
     "StoreFacts",
+    "Tally",
+    "attempt_mark",
+    "cause_of",
+    "marked",
 ]
+
+PICO: Final = 10**12  # Costs are kept in whole pico-dollars: sums are exact in any order.
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,3 +166,59 @@ class AttemptPage(NamedTuple):
 
     attempts: list[AttemptRecord]
     next: str | None
+
+
+class Tally(NamedTuple):
+    """Attempts of some runs, summed up.
+
+    Attributes:
+        bucket: which span of time the runs began in, counted from the epoch.
+        wasted_pico: the cost of those that committed nothing.
+    """
+
+    bucket: int
+    pipeline: str
+    node_id: str
+    model: str | None
+    failure_class: str | None
+    attempts: int
+    tokens: int
+    cost_pico: int
+    wasted_pico: int
+    duration_ns: int
+    longest_ns: int
+
+
+def cause_of(failed: Sequence[Attempt | AttemptRecord]) -> Cause | None:
+    """Of a group that failed, the child whose failure became its own: the group ends after it, with its message."""
+    if not failed:
+        return None
+    said = (failed[0].position, failed[0].failure_class, failed[0].message)
+    inside = [a for a in failed if (a.position, a.failure_class, a.message) == said]
+    deepest = max(inside, key=lambda a: a.branch.count(".") + 1 if a.branch else 0)
+    return Cause(
+        deepest.node_id,
+        deepest.position,
+        deepest.branch,
+        deepest.attempt,
+        deepest.failure_class or "",
+        deepest.reason,
+        deepest.message,
+    )
+
+
+def marked(mark: str) -> tuple[int, int]:
+    """(start in ms, run) of where a page ended. Raises ValueError for what no page gave."""
+    started, _, run = mark.partition(".")
+    if not (started.isdecimal() and run.isdecimal() and len(mark) < 50 and mark.isascii()):
+        raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
+    return int(started), int(run)
+
+
+def attempt_mark(mark: str) -> tuple[int, int, int, int, str]:
+    """(epoch, position, start in ns, attempt, branch) of where a page ended. Raises ValueError for what no page gave."""
+    epoch, position, started, attempt, branch = [*mark.split(":", 4), *[""] * 5][:5]
+    numbers = (epoch, position, started, attempt)
+    if not all(number.isdecimal() and number.isascii() and len(number) < 20 for number in numbers):
+        raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
+    return int(epoch), int(position), int(started), int(attempt), branch

@@ -9,7 +9,7 @@ from typing import Final
 from markupsafe import Markup
 
 from stroma._words import plural
-from stroma.checkpoint._rows import PICO, Tally
+from stroma.checkpoint.records import PICO, Tally
 from stroma.page import utc
 from stroma.render import as_xml
 
