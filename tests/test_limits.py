@@ -37,6 +37,7 @@ from stroma import (
 )
 from stroma import _rates as rates
 from stroma.failures import FailurePolicy
+from stroma.refusals import Wait
 
 NAMES = (f"limit-{n}" for n in itertools.count())
 NOW = 1_900_000_000_000
@@ -132,7 +133,7 @@ def test_tokens_count_as_reserved_and_then_as_used() -> None:
     """A call in flight counts for what it may take, one that has ended for what it took."""
     limit = Clocked(tokens=100)
     assert limit.ask(60) is None
-    assert limit.ask(60) == rates.Wait("tokens_per_minute", 61_000)
+    assert limit.ask(60) == Wait("tokens_per_minute", 61_000)
     limit.leave(1, 10)
     assert limit.ask(60) is None
     assert limit.ask(31).reason == "tokens_per_minute"
@@ -171,10 +172,10 @@ def test_places_of_the_dead() -> None:
     limit = Clocked(concurrent=1)
     assert limit.ask() is None
     limit.now += 29_999
-    assert limit.ask() == rates.Wait("concurrent", None)
+    assert limit.ask() == Wait("concurrent", None)
     limit.change(rates.renew("llm", ["1"], 30_000))
     limit.now += 29_999
-    assert limit.ask() == rates.Wait("concurrent", None)
+    assert limit.ask() == Wait("concurrent", None)
     limit.now += 1
     assert limit.ask() is None
 

@@ -13,20 +13,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from time import perf_counter, perf_counter_ns
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
-from stroma._gate import Gate
-from stroma._rates import Wait
 from stroma._tasks import uninterrupted
-from stroma.breaker import Breaker, CircuitState, verdict
 from stroma.context import ReliabilityContext
 from stroma.cost import BudgetExceeded
 from stroma.execution import NodeExecution
 from stroma.failures import Failure
-from stroma.refusals import CircuitOpen
-from stroma.trace import AttemptUsage, MarkKind, TraceMark
+from stroma.refusals import CircuitOpen, Wait
+from stroma.trace import TraceMark
+
+if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
+    from stroma._gate import Gate
+    from stroma.breaker import Breaker, CircuitState
+    from stroma.trace import AttemptUsage, MarkKind
 
 __all__ = ["Permit", "admit"]
 
@@ -98,7 +100,7 @@ class Permit:
         return cancelled
 
     async def _judge(self, breaker: Breaker, failure: Failure | None, done: bool) -> None:
-        well = True if done else None if failure is None else verdict(failure)
+        well = True if done else None if failure is None else breaker.verdict(failure)
         key = self.key
         if well is not None and failure is not None and not done:
             key = breaker.learn(self.run.node_id, failure, key)

@@ -13,12 +13,12 @@ from collections.abc import Awaitable
 from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
 
 from stroma._holds import readable
-from stroma._rates import Wait
 from stroma._renewals import RENEWALS
 from stroma.checkpoint.cells import CellStore, Change, MemoryCells
 from stroma.checkpoint.errors import StoreError
 from stroma.contracts import check_id
 from stroma.cost import LARGEST
+from stroma.refusals import Wait
 from stroma.usage import shown
 
 if TYPE_CHECKING:

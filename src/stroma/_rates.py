@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple
 
 from stroma._holds import estimate, is_live, keep_up, learn, load, pack, prune
+from stroma.refusals import Wait
 
-__all__ = ["Never", "Rates", "Wait", "acquire", "give_back", "renew"]
+__all__ = ["Never", "Rates", "acquire", "give_back", "renew"]
 
 _FORMAT: Final = 1
 _SECONDS: Final = 61
@@ -26,15 +27,6 @@ class Rates(NamedTuple):
     requests: int | None
     tokens: int | None
     concurrent: int | None
-
-
-class Wait(NamedTuple):
-    """A call may not begin yet. ``ms``: when to ask again at the earliest; None if nobody can tell. ``refusal``: why it
-    is refused in the end, where that is known already."""
-
-    reason: str
-    ms: int | None
-    refusal: Exception | None = None
 
 
 class Never(NamedTuple):

@@ -16,7 +16,7 @@ from stroma._shape import get
 from stroma.failures import Failure, FailureClass
 from stroma.usage import shown
 
-__all__ = ["Breaker", "CircuitState", "Entry", "host_of", "verdict"]
+__all__ = ["Breaker", "CircuitState", "Entry", "check_breaker", "host_of"]
 
 CircuitState = Literal["closed", "open", "half_open"]
 
@@ -114,6 +114,17 @@ class Breaker:
     def __deepcopy__(self, memo: object) -> Breaker:
         return self
 
+    @staticmethod
+    def verdict(failure: Failure) -> bool | None:
+        """Whether a failed attempt shows that the provider is well; None if it says nothing about that."""
+        if failure.reason in _ILL and failure.failure_class is not FailureClass.TERMINAL:
+            return False
+        if failure.reason is None or failure.reason in _OURS:
+            return None
+        if failure.reason == "contract":  # It has answered, unless the input never got that far.
+            return True if get(failure.exception, "direction") == "output" else None
+        return True
+
     def states(self) -> dict[str, CircuitState]:
         """The circuits that have counted anything, by host or limit."""
         return {key: circuit.state for key, circuit in list(self._circuits.items())}
@@ -176,15 +187,11 @@ class Breaker:
         return host
 
 
-def verdict(failure: Failure) -> bool | None:
-    """Whether a failed attempt shows that the provider is well; None if it says nothing about that."""
-    if failure.reason in _ILL and failure.failure_class is not FailureClass.TERMINAL:
-        return False
-    if failure.reason is None or failure.reason in _OURS:
-        return None
-    if failure.reason == "contract":  # It has answered, unless the input never got that far.
-        return True if get(failure.exception, "direction") == "output" else None
-    return True
+def check_breaker(value: object) -> Breaker:
+    """What was given as a breaker. Raises ValueError for what is none."""
+    if not isinstance(value, Breaker):
+        raise ValueError(f"breaker is {shown(value)}; give a Breaker(...)")
+    return value
 
 
 # ---------------------------------------------------------------------- whose failure it was

@@ -10,15 +10,19 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
 from stroma._deferred import Deferred
-from stroma.breaker import Breaker
 from stroma.contracts import check_id
 from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap, default_policy_map
 from stroma.hooks import AnyHooks, NodeHooks, flatten
-from stroma.limits import Limit, check_limits
 from stroma.schemas import become, stamped
-from stroma.shared_budget import SharedBudget
 from stroma.usage import shown
+
+if TYPE_CHECKING:
+    from stroma.breaker import Breaker
+    from stroma.limits import Limit
+    from stroma.shared_budget import SharedBudget
+else:  # Loaded by who makes one: pydantic leaves them to the validators below.
+    Breaker = Limit = SharedBudget = Any
 
 __all__ = ["RunConfig", "is_shared", "new_run_id"]
 
@@ -163,7 +167,7 @@ class RunConfig(Deferred):
     shared_budgets: Annotated[SharedBudget | Sequence[SharedBudget], SkipValidation] = ()
     limits: Annotated[dict[str, Limit], SkipValidation] = Field(default_factory=dict)
     node_limits: dict[str, str] = Field(default_factory=dict)
-    breaker: InstanceOf[Breaker] | None = None
+    breaker: Annotated[Breaker | None, SkipValidation] = None
     policy_map: PolicyMap = Field(default_factory=lambda: _SHARED["policy_map"])
     node_policies: dict[str, PolicyMap] = Field(default_factory=dict)
     hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=lambda: _SHARED["hooks"])
@@ -214,7 +218,7 @@ class RunConfig(Deferred):
     def budgets(self) -> Sequence[SharedBudget]:
         """The shared budgets, in an order that is the same for everybody: nobody waits for who waits for them."""
         given = self.shared_budgets
-        return (given,) if isinstance(given, SharedBudget) else given
+        return given if isinstance(given, Sequence) else (given,)
 
     def limit_of(self, node_id: str) -> str | None:
         """The name of the limit that a node goes by: the one that it is given, else that of its own id."""
@@ -247,16 +251,22 @@ class RunConfig(Deferred):
     @field_validator("shared_budgets")
     @classmethod
     def _are_budgets(cls, value: Any) -> Any:
-        given = (value,) if isinstance(value, SharedBudget) else value
-        if not isinstance(given, Sequence) or not all(isinstance(one, SharedBudget) for one in given):
-            raise ValueError(f"shared_budgets is {shown(value)}; give a SharedBudget(...), or a list of them")
-        if len({one.name for one in given}) < len(given):
-            raise ValueError("shared_budgets has two of one name; give each a name of its own")
-        return tuple(sorted(given, key=lambda one: one.name))
+        from stroma.shared_budget import check_budgets
+
+        return check_budgets(value)
+
+    @field_validator("breaker")
+    @classmethod
+    def _is_a_breaker(cls, value: Any) -> Any:
+        from stroma.breaker import check_breaker
+
+        return None if value is None else check_breaker(value)
 
     @field_validator("node_limits")
     @classmethod
     def _have_limits(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        from stroma.limits import check_limits
+
         check_limits(info.data.get("limits", {}), value)
         return value
 
@@ -265,6 +275,8 @@ class RunConfig(Deferred):
     def _are_limits(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             raise ValueError(f'limits is {shown(value)}; give {{"name": Limit(...)}}')
+        from stroma.limits import check_limits
+
         check_limits(value, {})
         return value
 

@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from stroma._gate import Gate, OnStoreError, a_count, an_amount, seconds_or_none
-from stroma._rates import Never, Rates, Wait, acquire, give_back, renew
+from stroma._rates import Never, Rates, acquire, give_back, renew
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
-from stroma.refusals import LimitError, WaitedTooLong
+from stroma.refusals import LimitError, Wait, WaitedTooLong
 from stroma.usage import shown
 
 if TYPE_CHECKING:

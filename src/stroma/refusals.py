@@ -1,16 +1,25 @@
-"""Why an attempt is not begun: a budget that others have spent, a limit, a provider that fails."""
+"""Why an attempt is not begun, or not yet: a budget that others have spent, a limit, a provider that fails."""
 
 from __future__ import annotations
 
 from datetime import UTC, datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from stroma.cost import BudgetExceeded, Dimension
 
-__all__ = ["CircuitOpen", "LimitError", "RunCancelled", "SharedBudgetExceeded", "WaitedTooLong"]
+__all__ = ["CircuitOpen", "LimitError", "RunCancelled", "SharedBudgetExceeded", "Wait", "WaitedTooLong"]
 
 _UNITS: Final = {"cost": " USD", "tokens": " tokens", "latency": " ms"}
 _NAMES: Final = {"cost": "max_cost_usd", "tokens": "max_tokens", "latency": "max_latency_ms"}
+
+
+class Wait(NamedTuple):
+    """A call may not begin yet. ``ms``: when to ask again at the earliest; None if nobody can tell. ``refusal``: why it
+    is refused in the end, where that is known already."""
+
+    reason: str
+    ms: int | None
+    refusal: Exception | None = None
 
 
 class SharedBudgetExceeded(BudgetExceeded):

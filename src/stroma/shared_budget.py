@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
@@ -26,17 +26,16 @@ from stroma._ledger import (
     settle,
     view,
 )
-from stroma._rates import Wait
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
 from stroma.contracts import check_id
-from stroma.refusals import SharedBudgetExceeded
+from stroma.refusals import SharedBudgetExceeded, Wait
 from stroma.usage import shown
 
 if TYPE_CHECKING:
     from stroma.trace import AttemptUsage
 
-__all__ = ["BudgetState", "SharedBudget", "read_budget"]
+__all__ = ["BudgetState", "SharedBudget", "check_budgets", "read_budget"]
 
 _LEAST_LEASE_SECONDS = 0.1
 
@@ -239,6 +238,16 @@ class SharedBudget(Gate):
         figures = (why.limit / unit, why.spent / unit, why.reserved / unit, why.asked / unit)
         ends = None if why.ends_ms is None else datetime.fromtimestamp(why.ends_ms / 1000, UTC)
         return SharedBudgetExceeded(self.name, why.dimension, *figures, node_id, ends, why.capped)
+
+
+def check_budgets(given: Any) -> tuple[SharedBudget, ...]:
+    """The budgets of a run, in an order that is the same for everybody. Raises ValueError for what are none."""
+    budgets = (given,) if isinstance(given, SharedBudget) else given
+    if not isinstance(budgets, Sequence) or not all(isinstance(one, SharedBudget) for one in budgets):
+        raise ValueError(f"shared_budgets is {shown(given)}; give a SharedBudget(...), or a list of them")
+    if len({one.name for one in budgets}) < len(budgets):
+        raise ValueError("shared_budgets has two of one name; give each a name of its own")
+    return tuple(sorted(budgets, key=lambda one: one.name))
 
 
 def read_budget(store: Any, name: str) -> BudgetState | None:
