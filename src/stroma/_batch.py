@@ -8,7 +8,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.groups import gather
+from stroma._tasks import gather
 from stroma.trace import ExecutionResult
 
 __all__ = ["Batch", "outcome_of"]

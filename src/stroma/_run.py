@@ -16,9 +16,8 @@ from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineC
 from stroma.context import ReliabilityContext
 from stroma.execution import CURRENT, leave
 from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
-from stroma.groups import apart_in
 from stroma.hooks import HookError, HookNotAsync
-from stroma.nodes import Group, Node
+from stroma.nodes import Group, Node, apart_in
 from stroma.schemas import NotSerialisable
 from stroma.trace import ExecutionResult, RunStatus
 from stroma.usage import shown

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-from collections.abc import Callable, Coroutine, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, nullcontext
 from operator import attrgetter, itemgetter
 from typing import Any, Literal, cast
@@ -16,6 +16,7 @@ from stroma._engine import GroupStopped, Halt, execute_in_turn
 from stroma._map import DEFAULT_CONCURRENCY, MapRun
 from stroma._merged import merged_model, with_list
 from stroma._restore import output_schema
+from stroma._tasks import gather
 from stroma._values import isolate
 from stroma.context import ReliabilityContext
 from stroma.execution import Kind, NodeExecution
@@ -34,7 +35,7 @@ from stroma.items import (
 from stroma.nodes import Group, Kept, Node, find_node, make_node
 from stroma.schemas import Schema, schema_of
 
-__all__ = ["apart_in", "as_state", "gather", "map_over", "parallel"]
+__all__ = ["as_state", "map_over", "parallel"]
 
 
 def parallel(*nodes: Any, max_concurrency: int | None = None) -> Group:
@@ -259,25 +260,6 @@ def _files_of(into: Any, state: Mapping[str, Any], run_id: str, *, collect: bool
     return [LinesFile(path, run_id) for path in paths]
 
 
-def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
-    """Where the items of maps stand whose outputs do not go into the state: (position, beginning of branches)."""
-    found: list[tuple[int, str]] = []
-    for position, node in enumerate(nodes):
-        if type(node) is Group:
-            _find_apart(node, position, "", found)
-    return tuple(found)
-
-
-def _find_apart(group: Group, position: int, beginning: str, found: list[tuple[int, str]]) -> None:
-    if group.each:
-        if not group.into:
-            found.append((position, beginning))
-        return
-    for index, child in enumerate(group.children):
-        if type(child) is Group:
-            _find_apart(child, position, f"{beginning}{index}.", found)
-
-
 # ---------------------------------------------------------------------- running
 
 
@@ -319,51 +301,6 @@ async def _side_by_side(
     for halt in (*stopped, *waiting):
         raise GroupStopped(halt)
     return cast("list[BaseModel]", outputs)
-
-
-async def gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results in order. The first exception cancels and awaits the rest, and comes out as itself.
-
-    Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a cancellation
-    from outside that comes at the same moment, or leave its own behind.
-    """
-    loop = asyncio.get_running_loop()
-    failed: list[BaseException] = []
-    left, cancelled = len(work), False
-    waiter: asyncio.Future[None] = loop.create_future()
-
-    def abort() -> None:
-        for task in running:
-            task.cancel()
-
-    def ended(task: asyncio.Task[Any]) -> None:
-        nonlocal left
-        left -= 1
-        error = None if task.cancelled() else task.exception()
-        if error is not None:
-            failed.append(error)
-            if len(failed) == 1:
-                abort()
-        if not left and not waiter.done():
-            waiter.set_result(None)
-
-    running = [loop.create_task(item) for item in work]
-    for task in running:
-        task.add_done_callback(ended)
-    while left:
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            cancelled = True
-            abort()
-            waiter = loop.create_future()
-    # In the order in which they failed; what tells the process to stop is told first.
-    first = next((e for e in failed if not isinstance(e, Exception)), failed[0] if failed else None)
-    if cancelled and (first is None or isinstance(first, Exception)):
-        raise asyncio.CancelledError
-    if first is not None:
-        raise first
-    return [task.result() for task in running]
 
 
 def _gate(limit: int | None) -> Callable[[], AbstractAsyncContextManager[Any]]:

@@ -256,3 +256,22 @@ def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[
 
 
 stroma_step = stroma_node
+
+
+def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
+    """Where the items of maps stand whose outputs do not go into the state: (position, beginning of branches)."""
+    found: list[tuple[int, str]] = []
+    for position, node in enumerate(nodes):
+        if type(node) is Group:
+            _find_apart(node, position, "", found)
+    return tuple(found)
+
+
+def _find_apart(group: Group, position: int, beginning: str, found: list[tuple[int, str]]) -> None:
+    if group.each:
+        if not group.into:
+            found.append((position, beginning))
+        return
+    for index, child in enumerate(group.children):
+        if type(child) is Group:
+            _find_apart(child, position, f"{beginning}{index}.", found)

@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from pydantic import BaseModel
 
 from stroma._batch import Batch, outcome_of
+from stroma._lazy import lazy
 from stroma._restore import value_of
 from stroma._run import OneRun
-from stroma._stream import RunStream, StreamEvent
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
@@ -35,14 +35,15 @@ from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract, check_id
 from stroma.cost import ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap
-from stroma.groups import parallel
 from stroma.hooks import NodeHooks, StepHooks, flatten
 from stroma.nodes import Group, Kept, Node, NodeDecorator, find_node, mark, stroma_node, stroma_step
 from stroma.schemas import Schema, schema_of
 from stroma.trace import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
+    from stroma._stream import RunStream, StreamEvent
     from stroma.checks import Finding
+    from stroma.groups import parallel
 
 # The published module paths of what lives lower down.
 __all__ = [
@@ -57,6 +58,10 @@ __all__ = [
     "stroma_node",
     "stroma_step",
 ]
+
+__getattr__, __dir__ = lazy(
+    __name__, {"RunStream": "_stream", "StreamEvent": "_stream", "parallel": "groups"}, "stroma"
+)
 
 logger = logging.getLogger("stroma")
 
@@ -302,6 +307,8 @@ class StromaRunner:
         ``buffer``: events that may wait for the reader; with more of them the run waits. ``options`` are those of
         :meth:`run`. What ``run()`` would raise comes out of the iterator. Raises ValueError for what is no option here.
         """
+        from stroma._stream import RunStream
+
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         config = self._config_of(nodes)
 

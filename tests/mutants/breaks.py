@@ -1389,7 +1389,7 @@ GROUPS = (
     Break(
         "exception-group-comes-out",
         "A group fails with its child's own exception, not an ExceptionGroup.",
-        "groups.py",
+        "_tasks.py",
         "        raise first\n",
         '        raise BaseExceptionGroup("children", [first])\n',
         groups("test_the_childs_own_exception_and_class_come_out"),
@@ -4452,7 +4452,7 @@ SHOWING = (
     Break(
         "groups-are-the-cause",
         "The cause of a failure is the child whose failure became the group's.",
-        "checkpoint/_reading.py",
+        "checkpoint/records.py",
         "deepest = max(inside,",
         "deepest = min(inside,",
         _tests("checkpoint/test_conformance.py", "TestSQLiteStore::test_the_cause_of_a_group_is_its_child"),
