@@ -16,10 +16,10 @@ import asyncio
 import logging
 import math
 from collections.abc import Awaitable, Coroutine, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
-from typing import Any, Final, TypedDict, Unpack, cast, final
+from typing import Any, Final, NamedTuple, TypedDict, Unpack, cast, final
 
 from pydantic import BaseModel
 
@@ -60,8 +60,7 @@ sleep = asyncio.sleep
 
 
 @final
-@dataclass(frozen=True, slots=True)
-class Halt:
+class Halt(NamedTuple):
     """An execution that stopped for good.
 
     Attributes:

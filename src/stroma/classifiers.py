@@ -12,9 +12,8 @@ import json
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
 from datetime import UTC
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, NamedTuple, cast
 
 from stroma._shape import get as _get
 
@@ -23,8 +22,7 @@ __all__ = ["Verdict", "read_provider_error", "retry_after_seconds"]
 ClassName = Literal["RECOVERABLE", "TERMINAL"]
 
 
-@dataclass(frozen=True, slots=True)
-class Verdict:
+class Verdict(NamedTuple):
     """What a provider's error means: a class, a stable reason, and the seconds the server asks to wait, if any."""
 
     failure_class: ClassName
@@ -280,13 +278,13 @@ def _read(exc: BaseException) -> Verdict | None:
     headers = _headers(exc, packages)
     wish = headers.get("x-should-retry")
     if wish == "false" and status >= 400:
-        found = replace(found or _BAD_REQUEST, failure_class="TERMINAL")
+        found = (found or _BAD_REQUEST)._replace(failure_class="TERMINAL")
     elif wish == "true" and status >= 400 and found is not _QUOTA and found is not _AUTH:
-        found = replace(found or _SERVER, failure_class="RECOVERABLE")
+        found = (found or _SERVER)._replace(failure_class="RECOVERABLE")
     if found is None:
         return None
     asked = retry_after_seconds(headers)
-    return replace(found, retry_after=_retry_delay(levels) if asked is None else asked)
+    return found._replace(retry_after=_retry_delay(levels) if asked is None else asked)
 
 
 def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdict:

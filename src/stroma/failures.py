@@ -7,7 +7,7 @@ import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Final, TypeGuard, TypeVar, final
+from typing import Final, NamedTuple, TypeGuard, TypeVar, final
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -326,15 +326,13 @@ class RetryBudget:
 # ---------------------------------------------------------------------- the decision
 
 
-@dataclass(frozen=True, slots=True)
-class Retry:
+class Retry(NamedTuple):
     """Try again after ``delay_seconds``."""
 
     delay_seconds: float
 
 
-@dataclass(frozen=True, slots=True)
-class Stop:
+class Stop(NamedTuple):
     """Try no more. ``why`` is a sentence for the log."""
 
     why: str

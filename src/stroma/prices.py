@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any, Final, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
 
 from stroma.usage import Usage
 
@@ -35,8 +34,7 @@ Steps: TypeAlias = tuple[tuple[int, float], ...]
 _ANY_SIZE: Final = -1
 
 
-@dataclass(frozen=True, slots=True)
-class Rates:
+class Rates(NamedTuple):
     """The prices of one model, by kind of token. None: that kind has no price of its own.
 
     Attributes:
@@ -303,8 +301,7 @@ def estimate_cost_usd(
 # ---------------------------------------------------------------------- showing and refreshing
 
 
-@dataclass(frozen=True, slots=True)
-class ModelPrices:
+class ModelPrices(NamedTuple):
     """Which prices are used for a model, and where they are from.
 
     Attributes:
@@ -393,7 +390,6 @@ def _count(snapshot: DataSnapshot | None) -> int:
 
 def kinds(rates: Rates) -> Iterator[tuple[str, Steps]]:
     """The kinds of tokens that have a price of their own, by name."""
-    for field in fields(rates):
-        steps = getattr(rates, field.name)
+    for name, steps in zip(rates._fields, rates, strict=True):
         if isinstance(steps, tuple):
-            yield field.name, steps
+            yield name, steps

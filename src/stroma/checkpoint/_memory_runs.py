@@ -54,7 +54,7 @@ def nobody() -> None:
     return
 
 
-@dataclass(slots=True)
+@dataclass(slots=True, eq=False, repr=False)
 class MemoryRun:
     """One run. ``kept`` holds what was committed by position or by (position, branch), and what the simple calls saved
     by node id; the newest last. Most entries are the very row of the trace.
