@@ -17,7 +17,7 @@ import logging
 import math
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import cache, partial
 from time import perf_counter_ns
 from typing import Any, Final, NamedTuple, TypedDict, Unpack, cast, final
 
@@ -48,13 +48,12 @@ from stroma.failures import (
     message_of,
 )
 from stroma.hooks import HookNotAsync
-from stroma.nodes import Group, Kept, Node, Plan
+from stroma.nodes import Group, Node, Plan, output_class
 from stroma.schemas import Packed, Snapshot, schema_of
 from stroma.trace import NO_USAGE, Row, RunStatus
 
 __all__ = ["GroupStopped", "Halt", "attempt_once", "begin_group", "execute", "execute_in_turn"]
 
-_NO_CONTRACT: Final[Plan] = (None, schema_of(Kept), None)
 _SPENT: Final = Stop("the budget is spent")
 sleep = asyncio.sleep
 
@@ -357,8 +356,9 @@ def _plan(
         return plan
     found = contract or ctx.registry.find(node.node_id) or node.contract
     if found is None:
-        run.schemas = schema_of(type(value)), _NO_CONTRACT[1], None
-        return _NO_CONTRACT
+        plan = _no_contract()
+        run.schemas = schema_of(type(value)), plan[1], None
+        return plan
     # Looking schemas up is a tenth of the engine's time: the node keeps them while contract and classes are the same.
     known = node.plan[0]
     if known is not None:
@@ -374,6 +374,12 @@ def _plan(
         known = node.plan[0] = schema_of(found.input_schema), schema_of(found.output_schema), found
     run.schemas = known
     return known
+
+
+@cache
+def _no_contract() -> Plan:
+    """What holds for all nodes without a contract."""
+    return None, schema_of(output_class(None)), None
 
 
 async def _without_plan(

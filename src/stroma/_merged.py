@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, create_model
 
 from stroma._core_schema import core_schema_of, never_a_dict
 from stroma.failures import ItemFailure
-from stroma.nodes import Kept
+from stroma.nodes import output_class
 from stroma.schemas import filled
 
 __all__ = ["merged_model", "spelled_out", "with_list"]
@@ -51,7 +51,7 @@ def with_list(
 ) -> type[BaseModel]:
     """The model ``base`` with a field ``into: list[item]``, and one for the items that failed."""
     fields = {} if base.__pydantic_root_model__ and _is_open(base) else _fields_of(base)
-    fields[into] = (list[Any] if item is Kept else list[item], ...)  # type: ignore[valid-type]
+    fields[into] = (list[Any] if item is output_class(None) else list[item], ...)  # type: ignore[valid-type]
     if failed:
         fields[failed] = (list[ItemFailure], ...)
     return _make_model(name, fields, (base,))

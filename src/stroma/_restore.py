@@ -12,7 +12,7 @@ from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
 from stroma.execution import CURRENT, Kind, NodeExecution, leave, new_execution
 from stroma.failures import ItemFailure
-from stroma.nodes import Group, Kept, Node
+from stroma.nodes import Group, Node, held_by, output_class
 from stroma.schemas import Schema, schema_of, told_of
 
 __all__ = [
@@ -117,10 +117,10 @@ def value_of(registry: ContractRegistry, node: Node | Group, committed: Committe
         if isinstance(node, Group):
             return raw_output(committed)
         contract = registry.find(node.node_id) or node.contract
-        schema = schema_of(Kept if contract is None else contract.output_schema)
+        schema = schema_of(output_class(contract))
         changed = committed.contract.partition(":")[0] != schema.fingerprint
         model = read_output(schema, committed, contract.upcast if changed and contract is not None else None)
-        return model.root if isinstance(model, Kept) else model
+        return held_by(model)
     except ValueError as error:
         why, cause = told_of(error)
         raise CorruptCheckpoint(
@@ -166,7 +166,7 @@ def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel 
         assert value is not None
         return schema_of(node.output(ctx, value))
     contract = ctx.contract_of(node)
-    return schema_of(Kept if contract is None else contract.output_schema)
+    return schema_of(output_class(contract))
 
 
 def check_committed(

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 from stroma.checkpoint import StepCall, resolve_schema
 from stroma.cost import limits
 from stroma.failures import Failure, Suspend
-from stroma.nodes import Kept
+from stroma.nodes import held_by, output_class
 from stroma.schemas import Snapshot, schema_of
 from stroma.trace import (
     DURATION,
@@ -301,11 +301,10 @@ class NodeExecution:
         if answer is None:
             return None
         try:
-            model = resolve_schema(answer[1]) if answer[1] else Kept
+            model = resolve_schema(answer[1]) if answer[1] else output_class(None)
         except (LookupError, TypeError):
-            model = Kept
-        state = schema_of(model).decode(answer[0])
-        return state.root if isinstance(state, Kept) else state
+            model = output_class(None)
+        return held_by(schema_of(model).decode(answer[0]))
 
     def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
         """The answer of a person as a ``schema``; without one, or with one that does not fit, raises Suspend."""

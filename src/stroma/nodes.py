@@ -9,11 +9,13 @@ from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar, final, overload
 
-from pydantic import BaseModel, RootModel
+from pydantic import BaseModel
 
+from stroma._lazy import lazy
 from stroma.contracts import NodeContract, check_id
 
 if TYPE_CHECKING:
+    from stroma._kept import Kept
     from stroma.context import ReliabilityContext
     from stroma.execution import NodeExecution
     from stroma.failures import ItemFailure
@@ -30,6 +32,8 @@ __all__ = [
     "stroma_node",
     "stroma_step",
 ]
+
+__getattr__, __dir__ = lazy(__name__, {"Kept": "_kept"}, "stroma")
 
 In = TypeVar("In", bound=BaseModel)
 Out = TypeVar("Out", bound=BaseModel)
@@ -71,10 +75,6 @@ class NodeDecorator(Protocol, Generic[In, Out]):
     def __call__(
         self, func: Callable[[In, dict[str, Any]], Loose], /
     ) -> Callable[[In, dict[str, Any]], Loose]: ...
-
-
-class Kept(RootModel[Any]):
-    """The output of a node without a contract, as it was returned."""
 
 
 #: The schemas of input (None: not validated) and output, and the contract that they are of.
@@ -151,6 +151,22 @@ class Group:
     def __call__(self, state: BaseModel) -> Awaitable[dict[str, Any]]:
         """Call each child once, with neither retries nor records, and merge their outputs."""
         return self.by_hand(state)
+
+
+def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:
+    """The class of what a node returns, by its contract."""
+    if contract is not None:
+        return contract.output_schema
+    from stroma._kept import Kept
+
+    return Kept
+
+
+def held_by(state: Any) -> Any:
+    """What a node without a contract returned, of a Kept; any other state as it is."""
+    from stroma._kept import Kept
+
+    return state.root if isinstance(state, Kept) else state
 
 
 def takes_context(func: Callable[..., Any]) -> bool:

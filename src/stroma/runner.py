@@ -36,7 +36,7 @@ from stroma.contracts import ContractRegistry, NodeContract, check_id
 from stroma.cost import ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap
 from stroma.hooks import NodeHooks, StepHooks, flatten
-from stroma.nodes import Group, Kept, Node, NodeDecorator, find_node, mark, stroma_node, stroma_step
+from stroma.nodes import Group, Node, NodeDecorator, find_node, mark, output_class, stroma_node, stroma_step
 from stroma.schemas import Schema, schema_of
 from stroma.trace import ExecutionResult, RunStatus
 
@@ -456,6 +456,8 @@ class StromaRunner:
         The other run stays as it is. ``input_schema``: what its input is, if the pipeline begins with a group.
         Raises CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is no model.
         """
+        from stroma._kept import Kept
+
         if state is not None and not isinstance(state, BaseModel):
             raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
@@ -471,7 +473,7 @@ class StromaRunner:
             last = records[before - 1] if before else None
             if isinstance(last, Node):
                 contract = self.registry.find(last.node_id) or last.contract
-                schema = schema_of(Kept if contract is None else contract.output_schema)
+                schema = schema_of(output_class(contract))
             kept = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.cross(state)
             given["edited" if before else "state"] = (schema, kept)
         await store.fork(run_id, fork_id, before, **given)
@@ -565,7 +567,7 @@ class StromaRunner:
                 f"the pipeline begins with {first.node_id!r}; say what its input is with input_schema="
             )
         contract = None if first is None else self.registry.find(first.node_id) or first.contract
-        return schema_of(Kept if contract is None else contract.input_schema)
+        return schema_of(output_class(None) if contract is None else contract.input_schema)
 
     async def _input_of(self, run_id: str, schema: Schema) -> BaseModel:
         data: bytes = await asyncio.to_thread(self._journal("input_of").input_of, run_id)
@@ -619,7 +621,7 @@ def answer_to(
                 f"node {found[0].node_id!r} of run {run_id!r} asks for a {found[0].schema_ref}: {error}; "
                 "or say which class that is with schema="
             ) from error
-    wanted = schema_of(model or Kept)
+    wanted = schema_of(model or output_class(None))
     checked = wanted.cross(answer) if isinstance(answer, BaseModel) and model else wanted.validate(answer)
     return found[0]._replace(payload=wanted.encode(checked))
 

@@ -6,7 +6,7 @@ import inspect
 import os
 import sys
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Final
 
 from pydantic import BaseModel
 
@@ -26,6 +26,10 @@ from stroma.schemas import Schema
 from stroma.trace import NODE, Row
 
 __all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]
+
+
+#: What nodes without a contract returned; its module is ours, and need not be loaded yet.
+_KEPT: Final = "stroma.nodes:Kept"
 
 
 def _no_store(given: object) -> str:
@@ -161,6 +165,10 @@ def resolve_schema(ref: str) -> type[BaseModel]:
 
     Raises LookupError if there is none, TypeError("resolved schema is not a BaseModel").
     """
+    if ref == _KEPT:
+        from stroma._kept import Kept
+
+        return Kept
     module, _, qualname = ref.partition(":")
     if module not in sys.modules:
         raise LookupError(f"module {module!r} of schema {ref!r} is not imported; import it first")
