@@ -89,9 +89,31 @@ def test_a_runner_loads_no_more_than_a_run_needs() -> None:
     loaded = set(done.stdout.split())
     assert "stroma.runner" in loaded
     for name in ("checkpoint.redis", "checkpoint.postgres", "checkpoint.sqlite", "checkpoint._session", "page", "render",
-                 "_prompt", "_masking", "_rich", "history", "checks", "ui", "cli", "testing", "telemetry", "temporal"):  # fmt: skip
+                 "_prompt", "_masking", "_rich", "history", "checks", "ui", "cli", "testing", "telemetry", "temporal",
+                 "checkpoint._rows", "checkpoint._reading", "checkpoint._sql_reading", "checkpoint._memory_records",
+                 "checkpoint.records", "checkpoint.payloads", "groups", "items", "_map", "_stream", "middleware", "_kept",
+                 "limits", "shared_budget", "breaker", "_gate", "_rates", "_ledger", "_holds", "_renewals"):  # fmt: skip
         assert f"stroma.{name}" not in loaded
-    assert not loaded & {"sqlite3", "genai_prices", "html"}
+    assert not loaded & {
+        "sqlite3",
+        "genai_prices",
+        "html",
+        "email.utils",
+        "pydantic.networks",
+        "pydantic.root_model",
+    }
+
+
+def test_importing_makes_no_validator() -> None:
+    """For the first validator that is made pydantic looks for plugins in all that is installed: that waits for a use."""
+    code = (
+        "import sys\n"
+        "from stroma import NodeContract, RunConfig, StromaRunner\n"
+        "StromaRunner.quick()\n"
+        "print(RunConfig.__pydantic_complete__, NodeContract.__pydantic_complete__, 'importlib.metadata' in sys.modules)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.stderr) == ("False False False", "")
 
 
 def test_lock_is_portable() -> None:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import inspect
 import threading
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
@@ -12,10 +13,27 @@ __all__ = ["Deferred"]
 _ONE_AT_A_TIME = threading.RLock()
 
 
+class _Signature:
+    """What help() shows of a class: pydantic puts the real one in its place when it makes the validators."""
+
+    def __get__(self, instance: object, owner: type[BaseModel]) -> inspect.Signature:
+        owner.model_rebuild()
+        return owner.__signature__
+
+
 class Deferred(BaseModel):
-    """The base of our models."""
+    """The base of our models. What users derive from those is made at once, as any model of theirs."""
 
     model_config = ConfigDict(defer_build=True)
+
+    if not TYPE_CHECKING:
+        __signature__ = _Signature()
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        if Deferred not in cls.__bases__:
+            cls.model_rebuild(raise_errors=False)
 
     @classmethod
     def model_rebuild(cls, **options: Any) -> bool | None:
