@@ -34,7 +34,7 @@ from stroma import (
     StromaRunner,
     stroma_node,
 )
-from stroma.breaker import host_of, verdict
+from stroma.breaker import host_of
 from stroma.failures import FailurePolicy, NodeContext, diagnose
 
 NO_RETRIES = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
@@ -162,7 +162,7 @@ def test_what_counts_as_a_failure(error: Any, well: bool | None) -> None:
     if isinstance(error, int):
         response = httpx.Response(error, request=_request())
         error = httpx.HTTPStatusError("no", request=_request(), response=response)
-    assert verdict(diagnose(error, NodeContext("call", 1, "run"))) is well
+    assert Breaker.verdict(diagnose(error, NodeContext("call", 1, "run"))) is well
 
 
 class Wrapper(Exception):

@@ -15,9 +15,6 @@ from typing import Any, Final, NamedTuple
 __all__ = ["Frame", "Trouble", "frames_of", "read_trouble", "trouble_writer"]
 
 _OURS: Final = os.path.dirname(os.path.abspath(__file__)) + os.sep
-_LIBRARIES: Final = tuple(
-    {os.path.realpath(path) + os.sep for path in map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))}
-)
 _MOST: Final = 20  # frames of each kind that are kept, the innermost ones
 _LONGEST: Final = 300  # characters of one text
 
@@ -62,7 +59,13 @@ def _is_ours(file: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def _is_library(file: str) -> bool:
-    return os.path.realpath(file).startswith(_LIBRARIES)
+    return os.path.realpath(file).startswith(_libraries())
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    places = map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))
+    return tuple({os.path.realpath(place) + os.sep for place in places})
 
 
 def trouble_writer(error: BaseException) -> Callable[[], bytes]:

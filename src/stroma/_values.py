@@ -15,11 +15,14 @@ import pickle
 import re
 import uuid
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, Final, cast
+from typing import TYPE_CHECKING, Any, Final, cast
 
-from pydantic import BaseModel, SecretBytes, SecretStr, TypeAdapter
+from pydantic import BaseModel, SecretBytes, SecretStr
 
 from stroma._core_schema import nodes_of, restless
+
+if TYPE_CHECKING:
+    from pydantic import TypeAdapter
 
 __all__ = [
     "Packed",
@@ -224,6 +227,8 @@ def renew_dataclass(value: Any, inner: Callable[[Any], Any]) -> Any:
 
 @functools.lru_cache(maxsize=256)
 def _adapter(kind: Any) -> TypeAdapter[Any] | None:
+    from pydantic import TypeAdapter
+
     members: Any = kind.__dict__.get("__dataclass_fields__", {})
     if hasattr(kind, "__post_init__") or any(not f.init for f in dataclasses.fields(kind)):
         return None

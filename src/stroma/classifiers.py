@@ -7,7 +7,6 @@ wraps another, needs no change here.
 from __future__ import annotations
 
 import builtins
-import email.utils
 import json
 import math
 import time
@@ -466,10 +465,16 @@ def _number(text: str) -> float:
 
 def _moment(text: str) -> list[float]:
     """Seconds from now until an HTTP date; none for anything else."""
+    if not text:
+        return []
     try:
-        moment = email.utils.parsedate_to_datetime(text)
+        from email.utils import (
+            parsedate_to_datetime,  # Few servers name a date, and this loads half of email.
+        )
+
+        moment = parsedate_to_datetime(text)
         # HTTP dates are in GMT, also where they do not say so.
         moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
         return [max(0.0, moment.timestamp() - time.time())]
-    except (TypeError, ValueError, OverflowError):
+    except (TypeError, ValueError, OverflowError, ImportError, OSError):
         return []

@@ -8,7 +8,6 @@ the command line.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
@@ -156,8 +155,7 @@ class StepCall(NamedTuple):
     given: bytes | None
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """One committed output, as it was kept.
 
     Attributes:
@@ -247,8 +245,7 @@ def decide(
     return "return" if finished and request.if_exists in ("return", "attach") else "continue"
 
 
-@dataclass(frozen=True, slots=True)
-class PriorUsage:
+class PriorUsage(NamedTuple):
     """What earlier processes used on this execution."""
 
     tokens: int = 0
