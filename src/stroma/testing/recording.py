@@ -226,7 +226,7 @@ def _contracts(store: Any, run_id: str) -> dict[tuple[int, str], str]:
         kept: dict[tuple[int, str], str] = store.read(query, {})
     else:
         kept = {}
-        for key, (_, _, _, contract) in store._runs[run_id].entries():
+        for key, (_, _, _, contract, _) in store._runs[run_id].entries():
             if not isinstance(key, str):
                 kept[key if isinstance(key, tuple) else (key, "")] = contract
     return {place: contract.partition(":")[0] for place, contract in kept.items()}
