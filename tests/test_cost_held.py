@@ -77,7 +77,7 @@ def test_a_budget_without_limits() -> None:
     """All of them are None, whichever way it is made, and none is listed."""
     for budget in (ExecutionBudget(), ExecutionBudget.unlimited()):
         assert budget.model_dump() == {"max_tokens_total": None, "max_cost_usd": None, "max_latency_ms": None}
-        assert limits(budget) == []
+        assert limits(budget) == ()
         assert spent(1e9, 10**9, 1e9).exceeded(budget, "node") is None
 
 
@@ -112,13 +112,13 @@ def test_a_limit_that_is_misspelt_is_refused() -> None:
 
 def test_the_limits_that_are_set_are_listed() -> None:
     """In the order in which they are checked, zero among them."""
-    assert limits(ExecutionBudget(max_tokens_total=0, max_cost_usd=0, max_latency_ms=0)) == [
+    assert limits(ExecutionBudget(max_tokens_total=0, max_cost_usd=0, max_latency_ms=0)) == (
         ("tokens", 0),
         ("cost", 0.0),
         ("latency", 0),
-    ]
-    assert limits(ExecutionBudget(max_latency_ms=5, max_cost_usd=0.5)) == [("cost", 0.5), ("latency", 5)]
-    assert limits(ExecutionBudget(max_tokens_total=7)) == [("tokens", 7)]
+    )
+    assert limits(ExecutionBudget(max_latency_ms=5, max_cost_usd=0.5)) == (("cost", 0.5), ("latency", 5))
+    assert limits(ExecutionBudget(max_tokens_total=7)) == (("tokens", 7),)
 
 
 @pytest.mark.parametrize(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import os
 import threading
 from typing import TYPE_CHECKING, Any
 
@@ -10,7 +11,17 @@ from pydantic import BaseModel, ConfigDict
 
 __all__ = ["Deferred"]
 
-_ONE_AT_A_TIME = threading.RLock()
+_one_at_a_time = threading.RLock()
+
+
+def _after_fork() -> None:
+    # Another thread may have held it, and is not here to let it go.
+    global _one_at_a_time
+    _one_at_a_time = threading.RLock()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 class _Signature:
@@ -38,5 +49,5 @@ class Deferred(BaseModel):
     @classmethod
     def model_rebuild(cls, **options: Any) -> bool | None:
         """As pydantic's; two threads that ask for the validators at once get the same ones."""
-        with _ONE_AT_A_TIME:  # pydantic before 2.14 has no lock of its own.
+        with _one_at_a_time:  # pydantic before 2.14 has no lock of its own.
             return super().model_rebuild(**options)

@@ -76,7 +76,17 @@ _OWN: Final[dict[str, Callable[[], Any]]] = {
     "classifiers": list,
     "model_fallbacks": list,
 }
-_unsharing: Final = threading.Lock()
+_unsharing = threading.Lock()
+
+
+def _after_fork() -> None:
+    # Another thread may have held it, and is not here to let it go.
+    global _unsharing
+    _unsharing = threading.Lock()
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)
 
 
 def is_shared(field: str, value: object) -> bool:
