@@ -144,15 +144,12 @@ class Proxy:
             connection breaks.
         on_reply: the same for what the server sends. Either may return bytes, which go on in place of what came.
         cut: whether the connection breaks behind what goes on next.
-        pieces: whether replies go on byte by byte.
     """
 
     def __init__(self, target: str) -> None:
         self.on_request: Callable[[bytes], bool | bytes] = lambda data: True
         self.on_reply: Callable[[bytes], bool | bytes] = lambda data: True
         self.cut = False
-        self.pieces = False
-        self._clients: list[socket.socket] = []
         self.target = target
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port: int = self._listener.getsockname()[1]
@@ -165,8 +162,6 @@ class Proxy:
                 client, _ = self._listener.accept()
             except OSError:
                 return
-            client.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-            self._clients.append(client)
             server = socket.socket(socket.AF_UNIX)
             try:
                 server.connect(self.target)
@@ -184,13 +179,7 @@ class Proxy:
     ) -> None:
         with contextlib.suppress(OSError):
             while (data := source.recv(65536)) and (told := check(data)):
-                told = told if isinstance(told, bytes) else data
-                if self.pieces and target in self._clients:
-                    for byte in told:
-                        target.sendall(bytes((byte,)))
-                        time.sleep(0.005)
-                else:
-                    target.sendall(told)
+                target.sendall(told if isinstance(told, bytes) else data)
                 if self.cut:
                     self.cut = False
                     break
@@ -198,12 +187,6 @@ class Proxy:
             with contextlib.suppress(OSError):
                 end.shutdown(socket.SHUT_RDWR)
         source.close()
-
-    def say(self, data: bytes) -> None:
-        """Send something to every client by itself."""
-        for client in self._clients:
-            with contextlib.suppress(OSError):
-                client.sendall(data)
 
     def close(self) -> None:
         # accept() in another thread does not notice close() alone.

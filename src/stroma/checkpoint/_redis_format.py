@@ -35,33 +35,19 @@ class Run:
     """A run as it was found, or as its session knows it.
 
     Attributes:
+        version: the highest that was acknowledged; a lower one in the server says that it lost writes.
         parent: whether something may be kept at PARENT.
     """
 
-    __slots__ = ("_saw", "_version", "epoch", "parent", "prefix", "run_id", "token")
+    __slots__ = ("epoch", "parent", "prefix", "run_id", "token", "version")
 
     def __init__(self, run_id: str, token: str, epoch: int, version: int, parent: bool = True) -> None:
         self.run_id = run_id
         self.prefix = prefix_of(run_id)
         self.token = token
         self.epoch = epoch
+        self.version = version
         self.parent = parent
-        # Two threads may be told at the same time: each has a number of its own.
-        self._version = version
-        self._saw = 0
-
-    @property
-    def version(self) -> int:
-        """The highest that was acknowledged; a lower one in the server says that it lost writes."""
-        return max(self._version, self._saw)
-
-    def acknowledged(self, version: int) -> None:
-        """Note what a reply said. In the thread of the store."""
-        self._version = max(self._version, version)
-
-    def saw(self, version: int) -> None:
-        """The same in the event loop of its session."""
-        self._saw = max(self._saw, version)
 
 
 def prefix_of(run_id: str) -> str:

@@ -227,7 +227,7 @@ class RedisRows(RedisReading):
         )
         for fence, reply in zip(fences, replies, strict=True):
             if isinstance(reply, int):  # The next commit finds out what else there is to say.
-                fence.run.acknowledged(reply)
+                fence.run.version = max(fence.run.version, reply)
 
     def _settle(self, run: Run, reply: Any) -> None:
         if reply == b"changed" or (reply == b"fenced" and run.run_id in self._locked):
@@ -370,7 +370,7 @@ def kept_or_raise(run: Run, reply: Any, server: str) -> bool:
     if reply == b"lost":
         raise lost(run.run_id, server)
     if isinstance(reply, int):
-        run.acknowledged(reply)
+        run.version = max(run.version, reply)
         return True
     return False
 

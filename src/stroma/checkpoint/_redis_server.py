@@ -38,7 +38,6 @@ class Server:
 
     Attributes:
         name: its address without the password.
-        plain: whether what is sent on a socket is what was meant.
         patience_seconds: how long to try again while it cannot be reached.
         largest: bytes that one value may have; it breaks the connection over a larger one.
     """
@@ -51,7 +50,6 @@ class Server:
             self.name = f"unix://{where['path']}?db={database}"
         else:
             self.name = f"{scheme}://{where.get('host', 'localhost')}:{where.get('port', 6379)}/{database}"
-        self.plain = scheme != "rediss"
         self.patience_seconds = patience_seconds
         self.largest = _LARGEST
         self.no_script: type[Exception] = driver.exceptions.NoScriptError

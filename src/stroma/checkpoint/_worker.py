@@ -116,22 +116,17 @@ class Worker:
         Cancelling the future does not cancel the operation.
         """
         future: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
-        self.put(Job(operation, future))
+        self._put(Job(operation, future))
         return future
 
     def post(self, operation: Operation) -> None:
         """Have an operation done that nobody waits for. From any thread."""
-        self.put(Job(operation, None))
+        self._put(Job(operation, None))
 
-    def put(self, job: Job) -> None:
-        """Have a job done; whoever waits for it is told in their loop. From any thread."""
+    def _put(self, job: Job) -> None:
         self._queue.put(job)
         if self._ended is not None:
             self._refuse_queued()  # The thread has ended, or ends now: nobody else may look at the queue again.
-
-    def idle(self) -> bool:
-        """Whether nothing waits and nothing is under way, as far as can be seen from another thread."""
-        return not self._batch and self._ended is None and self._queue.empty()
 
     def stop(self) -> None:
         """Let the thread end after what is queued. Does not wait."""

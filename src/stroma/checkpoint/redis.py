@@ -13,11 +13,10 @@ from pydantic import BaseModel
 
 from stroma.checkpoint._durable import DurableStore
 from stroma.checkpoint._redis_connection import RedisConnection, perform
-from stroma.checkpoint._redis_lane import Lanes
 from stroma.checkpoint._redis_server import Link, Server
-from stroma.checkpoint._rows import Commit, Rows
+from stroma.checkpoint._rows import Rows
 from stroma.checkpoint._states import AsyncStates
-from stroma.checkpoint._worker import Operation, generation
+from stroma.checkpoint._worker import generation
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 
 __all__ = ["RedisStore", "SyncRedisStore"]
@@ -50,8 +49,6 @@ class _Journal(DurableStore):
         self._ttl_ms = None if ttl_seconds is None else int(ttl_seconds * 1000)
         #: What the threads of callers read on. By generation: a forked child has its own.
         self._links: dict[int, Link] = {}
-        #: What event loops commit on. By generation as well.
-        self._lanes: dict[int, Lanes] = {}
 
     def __repr__(self) -> str:
         ttl = None if self._ttl_ms is None else self._ttl_ms / 1000
@@ -62,20 +59,6 @@ class _Journal(DurableStore):
 
     def _connect(self) -> RedisConnection:
         return RedisConnection(self._server, self._ttl_ms)
-
-    def _submit(self, operation: Operation) -> asyncio.Future[Any]:
-        if isinstance(operation, Commit):
-            kept = (self._lanes.get(generation()) or self._begin_lanes()).take(operation)
-            if kept is not None:
-                return kept
-        return super()._submit(operation)
-
-    def _begin_lanes(self) -> Lanes:
-        fresh = Lanes(self._server, self._worker())
-        lanes = self._lanes.setdefault(generation(), fresh)
-        if lanes is fresh:
-            weakref.finalize(self, fresh.close).atexit = False
-        return lanes
 
     def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         link = self._links.get(generation())
@@ -90,12 +73,7 @@ class _Journal(DurableStore):
 
     def close(self) -> None:
         """Write what is queued, then disconnect. Blocks until that is done; the store cannot write afterwards."""
-        lanes = self._lanes.get(generation())
-        if lanes is not None:
-            lanes.end()
         super().close()
-        if lanes is not None:
-            lanes.close()
         link = self._links.pop(generation(), None)
         if link is not None:
             link.close()
@@ -122,9 +100,8 @@ class RedisStore(_Journal, AsyncStates):
     A connection that breaks is made again, and what was under way is sent again, which changes nothing if it was done,
     for 15 s; then the call ends with a transient StoreError. Nothing hangs for ever: connecting takes at most 5 s, a
     reply 5 s (``?socket_connect_timeout=`` and ``?socket_timeout=`` in the URL go before), so that a call ends within
-    some 25 s. Writing holds one connection, in one thread that sends together what waits together, and one for each event
-    loop that commits much, where a commit that is alone goes without that thread (not over TLS); cancelling a caller
-    does not undo what it asked for. A forked child connects anew. ``codec`` goes around every payload (see Codec);
+    some 25 s. Writing holds one connection, in one thread that sends together what waits together; cancelling a
+    caller does not undo what it asked for. A forked child connects anew. ``codec`` goes around every payload (see Codec);
     payloads of ``blob_bytes`` or more go to ``blobs``: a directory, a URL that fsspec knows, or a BlobStore; ``gc()``
     deletes those of runs that expired.
 
