@@ -22,10 +22,10 @@ from stroma.checkpoint._redis_format import (
 )
 from stroma.checkpoint._redis_scripts import IDS, RUNS
 from stroma.checkpoint._redis_server import Link, script
-from stroma.checkpoint._rows import Attempt, Beside, RunRow, Step, StepRow, Tally, Told
-from stroma.checkpoint._sql_reading import attempt_mark, attempt_page
+from stroma.checkpoint._rows import Attempt, Beside, RunRow, Step, StepRow, Told
+from stroma.checkpoint._sql_reading import attempt_page
 from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
-from stroma.checkpoint.records import RunQuery, StoreFacts
+from stroma.checkpoint.records import RunQuery, StoreFacts, Tally, attempt_mark
 
 __all__ = ["PAGE", "RedisReading", "lost"]
 

@@ -36,7 +36,6 @@ __all__ = [
     "Step",
     "StepRow",
     "Submit",
-    "Tally",
     "Told",
     "change_together",
     "checksum",

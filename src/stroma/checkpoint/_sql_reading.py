@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from stroma.checkpoint._rows import Attempt, RunRow, Told
-from stroma.checkpoint.records import RunQuery, Tally, attempt_mark, marked
+from stroma.checkpoint.records import RunQuery, Tally, marked
 
-__all__ = ["Dialect", "attempt_mark", "attempt_page", "find_runs", "tally"]
+__all__ = ["Dialect", "attempt_page", "find_runs", "tally"]
 
 
 @dataclass(frozen=True, slots=True)
