@@ -17,7 +17,8 @@ from stroma.checkpoint import Fenced, StoreError
 from stroma.checkpoint._redis_line import Line, packed
 from stroma.checkpoint._redis_server import Server
 from stroma.checkpoint.redis import RedisStore
-from stroma.testing.stores import State, begin, commit
+from stroma.schemas import schema_of
+from stroma.testing.stores import State, begin, commit, row
 
 
 @pytest.fixture
@@ -219,3 +220,20 @@ class TestStore:
                 server.execute("SCRIPT", "FLUSH")
                 with pytest.raises(StoreError, match="refused the user of the URL"):
                     await begin(store, "third")
+
+    async def test_an_answer_that_is_no_answer_is_no_verdict(self, server: RedisServer, proxy: Proxy) -> None:
+        """A garbled word says nothing of who owns the run: the commit can be sent again, and is kept once."""
+        async with RedisStore(proxy.url) as store:
+            session = await begin(store)
+            await commit(session, 0, State(n=0), tokens=1)
+            attempt, schema = row(1, tokens=1, output=("", 1, 0.0, b"")), schema_of(State)
+            proxy.on_reply = lambda data: b"$6\r\nfnecde\r\n"
+            with pytest.raises(StoreError, match="fnecde") as told:
+                await session.record(attempt, schema, State(n=1))
+            assert not isinstance(told.value, Fenced)
+            assert told.value.transient
+            proxy.on_reply = lambda data: True
+            await session.record(attempt, schema, State(n=1))
+            run = store.get_run("run")
+            assert run is not None
+            assert (run.tokens, run.nodes) == (2, 2)

@@ -42,7 +42,7 @@ from stroma.checkpoint._rows import (
     StepRow,
     fenced,
 )
-from stroma.checkpoint.errors import CorruptCheckpoint
+from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.payloads import BLOB
 
 __all__ = ["Changed", "RedisRows", "commit_command", "kept_or_raise"]
@@ -366,13 +366,20 @@ def commit_command(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[A
 
 
 def kept_or_raise(run: Run, reply: Any, server: str) -> bool:
-    """Whether a session's write was done; False if its fence is in the way. Raises CheckpointLost."""
+    """Whether a session's write was done; False if its fence is in the way. Raises CheckpointLost, StoreError."""
     if reply == b"lost":
         raise lost(run.run_id, server)
     if isinstance(reply, int):
         run.version = max(run.version, reply)
         return True
-    return False
+    if reply in (b"fenced", b"deleted"):
+        return False
+    # No word of the script's: a run must not be told that it was taken over because something between here and the
+    # server garbles what it says. What was written, if it was, is found when it is sent again.
+    raise StoreError(
+        f"{server} answered a write of run {run.run_id!r} with {reply!r:.100}, which is no answer to it; see what stands "
+        "between here and the server"
+    )
 
 
 def _tags(opening: Opening) -> str:
