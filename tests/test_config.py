@@ -224,13 +224,14 @@ def test_a_forked_child_can_ask_while_a_thread_of_its_parent_was_asking() -> Non
     """What the thread held when the process was forked does not stop the child."""
     child = textwrap.dedent("""
         import os, threading, warnings
-        from stroma import RunConfig, config, _deferred
+        from stroma import RunConfig
+        from stroma._deferred import one_at_a_time
 
         warnings.simplefilter("ignore")
         held, done = threading.Event(), threading.Event()
 
         def hold():
-            with config._unsharing, _deferred._one_at_a_time:
+            with one_at_a_time():
                 held.set()
                 done.wait()
 

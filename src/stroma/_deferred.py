@@ -5,19 +5,25 @@ from __future__ import annotations
 import inspect
 import os
 import threading
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel, ConfigDict
 
-__all__ = ["Deferred"]
+__all__ = ["Deferred", "one_at_a_time"]
 
-_one_at_a_time = threading.RLock()
+_lock = threading.RLock()
+
+
+def one_at_a_time() -> AbstractContextManager[Any]:
+    """Around the making of what is made when it is first asked for, by any thread."""
+    return _lock
 
 
 def _after_fork() -> None:
     # Another thread may have held it, and is not here to let it go.
-    global _one_at_a_time
-    _one_at_a_time = threading.RLock()
+    global _lock
+    _lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch
@@ -49,5 +55,5 @@ class Deferred(BaseModel):
     @classmethod
     def model_rebuild(cls, **options: Any) -> bool | None:
         """As pydantic's; two threads that ask for the validators at once get the same ones."""
-        with _one_at_a_time:  # pydantic before 2.14 has no lock of its own.
+        with one_at_a_time():  # pydantic before 2.14 has no lock of its own.
             return super().model_rebuild(**options)

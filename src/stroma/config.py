@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import threading
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
-from stroma._deferred import Deferred
+from stroma._deferred import Deferred, one_at_a_time
 from stroma.contracts import check_id
 from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap, default_policy_map
@@ -76,17 +75,6 @@ _OWN: Final[dict[str, Callable[[], Any]]] = {
     "classifiers": list,
     "model_fallbacks": list,
 }
-_unsharing = threading.Lock()
-
-
-def _after_fork() -> None:
-    # Another thread may have held it, and is not here to let it go.
-    global _unsharing
-    _unsharing = threading.Lock()
-
-
-if hasattr(os, "register_at_fork"):  # pragma: no branch
-    os.register_at_fork(after_in_child=_after_fork)
 
 
 def is_shared(field: str, value: object) -> bool:
@@ -111,7 +99,7 @@ class _Shared:
         values: dict[str, Any] = vars(config)
         field = self._field
         if is_shared(field, values[field]):
-            with _unsharing:
+            with one_at_a_time():
                 if is_shared(field, values[field]):
                     values[field] = _OWN[field]()
         return values[field]

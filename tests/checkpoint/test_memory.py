@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
-from stroma import AsyncInMemoryStore
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import AsyncInMemoryStore, SQLiteStore, StromaRunner, map_over
 from stroma.schemas import schema_of
 from stroma.testing.stores import State, begin, row, settled
+
+
+class Number(BaseModel):
+    n: int
+
+
+class Numbers(BaseModel):
+    numbers: list[int] = [1, 2]
 
 
 async def test_an_output_belongs_to_the_attempt_that_committed_it() -> None:
@@ -34,3 +47,34 @@ async def test_a_row_of_another_schema_is_not_read_by_its_own() -> None:
     await settled(session.record(odd, schema, State(n=7)))
     assert store.attempts("run")[0].output == schema.encode(State(n=7))
     assert await store.load("run", "node") == State(n=7)
+
+
+@pytest.mark.parametrize("store", ["memory", "sqlite"])
+async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
+    store: str, tmp_path: Path
+) -> None:
+    """A failed item that is run again, and the map around it: what was there before is told, without an output."""
+    kept = AsyncInMemoryStore() if store == "memory" else SQLiteStore(tmp_path / "runs.db")
+    runner, broken = StromaRunner.quick(store=kept), [True]
+
+    @runner.node("half", input=Number, output=Number)
+    async def half(state: Number) -> Number:
+        if broken and state.n == 2:
+            raise PermissionError("not this one")
+        return state
+
+    halves = map_over("numbers", half, into="halves", on_item_failure="collect")
+    await runner.run([halves], Numbers(), run_id="run")
+    broken.clear()
+    await runner.run([halves], Numbers(), run_id="run", resume=True, retry_failed_items=True)
+    told = sorted((a.branch, a.started_ns, a.outcome, a.output is not None) for a in kept.attempts("run"))
+    assert [(branch, outcome) for branch, _, outcome, _ in told] == [
+        ("", "success"),
+        ("", "success"),
+        ("0", "success"),
+        ("1", "failure"),
+        ("1", "failure"),
+        ("1", "collected"),
+        ("1", "success"),
+    ]
+    assert [has for *_, has in told] == [False, True, True, False, False, False, True]

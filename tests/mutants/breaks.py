@@ -958,6 +958,16 @@ HOOKS = (
         ("tests/test_config.py::test_a_run_has_what_its_config_has",),
     ),
     Break(
+        "replaced-attempts-forgotten",
+        "An attempt whose place is committed again stays in the history.",
+        "checkpoint/memory.py",
+        "        row = row_of(before)\n        if row is not None:\n            self._spent.append(row)\n",
+        "",
+        (
+            "tests/checkpoint/test_memory.py::test_an_attempt_whose_place_is_committed_again_stays_in_the_history",
+        ),
+    ),
+    Break(
         "rows-read-by-the-wrong-schema",
         "An output in the trace is read by the schema of the output.",
         "trace.py",

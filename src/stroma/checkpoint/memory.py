@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from pydantic import BaseModel
 
-from stroma.checkpoint._memory_runs import MemoryReading, MemoryRun, nobody, position_of, row_of
+from stroma.checkpoint._memory_runs import Kept, Key, MemoryReading, MemoryRun, nobody, position_of, row_of
 from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
 from stroma.checkpoint.journal import (
@@ -125,9 +125,20 @@ class _MemorySession:
             and schemas is not None
             and schemas[1] is schema
         ):
-            self._kept[key] = row
+            entry: Row | Kept = row
         else:  # The row's picture is for people.
-            self._kept[key] = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema), row)
+            entry = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema), row)
+        before = self._kept.setdefault(key, entry)
+        if before is not entry:
+            self._replace(key, before, entry)
+
+    def _replace(self, key: Key, before: Row | Kept, entry: Row | Kept) -> None:
+        """A place is committed again: what stood there is history, and paid for."""
+        del self._kept[key]
+        self._kept[key] = entry
+        row = row_of(before)
+        if row is not None:
+            self._spent.append(row)
 
     def committed(self, position: int, branches: Sequence[str]) -> dict[str, Committed]:
         found: dict[str, Committed] = {}
