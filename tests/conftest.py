@@ -8,6 +8,7 @@ it claims to be.
 from __future__ import annotations
 
 import datetime
+import gc
 import json
 import os
 import platform
@@ -19,8 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-
-from tests.tiers import PROFILES, SLOW_FIXTURES, SLOW_PATHS
+from tests.tiers import CORE_PATHS, PROFILES, SLOW_FIXTURES, SLOW_PARAMETERS, SLOW_PATHS
 
 _PROCESS_EVENTS = {"subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.exec", "os.system"}
 
@@ -34,20 +34,26 @@ else:
             _name,
             max_examples=_examples,
             deadline=None,
-            # Without a database of examples two runs of one tree try the same cases.
+            # Every run of one tree tries the same cases, but for those of a night.
+            derandomize=_name != "nightly",
             database=None,
-            derandomize=True,
+            print_blob=True,
             suppress_health_check=list(HealthCheck),
         )
     settings.load_profile("dev")
 
+
+# Without it the SDK asks git for a release each time a client is made, in a process of its own.
+os.environ.setdefault("SENTRY_RELEASE", "tests")
 
 DURATIONS = Path(__file__).with_name("durations.json")
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     """Add the option behind `./dev test --write-durations`."""
-    parser.addoption("--write-durations", metavar="TIER", help=f"record how long this tier takes in {DURATIONS.name}")
+    parser.addoption(
+        "--write-durations", metavar="TIER", help=f"record how long this tier takes in {DURATIONS.name}"
+    )
 
 
 def pytest_configure(config: pytest.Config) -> None:
@@ -94,21 +100,32 @@ class _Durations:
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Add the marks that follow from where a test stands and from the fixtures it uses."""
     for item in items:
-        fixtures = set(getattr(item, "fixturenames", ()))
-        if fixtures & SLOW_FIXTURES or item.nodeid.startswith(SLOW_PATHS):
+        if item.nodeid.startswith(CORE_PATHS):
+            item.add_marker(pytest.mark.core)
+        if item.nodeid.startswith(SLOW_PATHS) or SLOW_FIXTURES & set(getattr(item, "fixturenames", ())):
             item.add_marker(pytest.mark.slow)
+        elif isinstance(item, pytest.Function) and hasattr(item, "callspec"):
+            values = {value for value in item.callspec.params.values() if isinstance(value, str)}
+            if values & SLOW_PARAMETERS:
+                item.add_marker(pytest.mark.slow)
+
+
+def pytest_collection_finish() -> None:
+    """Take what collection made out of garbage collection: `gc.collect()` in a test then takes 3 ms instead of 330."""
+    gc.collect()
+    gc.freeze()
 
 
 class _ProcessGuard:
-    """Refuse new processes while a test of the default tier runs."""
+    """Notice processes that start while a test of the default tier runs."""
 
     def __init__(self) -> None:
-        self.test: str | None = None
+        self.is_active = False
+        self.event = ""
 
     def __call__(self, event: str, _: tuple[Any, ...]) -> None:
-        if self.test is not None and event in _PROCESS_EVENTS:
-            test, self.test = self.test, None
-            pytest.fail(f"{test} starts a process ({event}); mark it with @pytest.mark.slow")
+        if self.is_active and event in _PROCESS_EVENTS:
+            self.event = event
 
 
 _guard = _ProcessGuard()
@@ -118,9 +135,21 @@ sys.addaudithook(_guard)
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
     """Guard the setup, the call and the teardown of a test that is not slow."""
-    is_guarded = item.get_closest_marker("slow") is None and item.get_closest_marker("nightly") is None
-    _guard.test = item.nodeid if is_guarded else None
+    _guard.event = ""
+    _guard.is_active = not any(item.iter_markers("slow")) and not any(item.iter_markers("nightly"))
     try:
         return (yield)
     finally:
-        _guard.test = None
+        _guard.is_active = False
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport() -> Iterator[None]:
+    """Fail a test of the default tier that started a process."""
+    report: Any = yield
+    if report.when == "teardown" and _guard.event:
+        report.outcome = "failed"
+        report.longrepr = (
+            f"{report.nodeid} started a process ({_guard.event}); mark it with @pytest.mark.slow"
+        )
+    return report

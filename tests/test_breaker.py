@@ -63,6 +63,7 @@ def call(breaker: Breaker, well: bool | None, key: str = "host") -> Any:
 # ---------------------------------------------------------------------- the circuit
 
 
+@pytest.mark.core
 def test_it_opens_at_the_rate() -> None:
     """Of at least min_calls calls the share of failure_rate must have failed, and the last one must be a failure."""
     broken, _ = breaker(failure_rate=0.5)
@@ -76,6 +77,7 @@ def test_it_opens_at_the_rate() -> None:
     assert [call(few, False) for _ in range(4)] == [None, None, None, "open"]
 
 
+@pytest.mark.core
 def test_only_the_window_counts() -> None:
     """Failures that are older than window_seconds are forgotten."""
     broken, clock = breaker(window_seconds=10)
@@ -85,6 +87,7 @@ def test_only_the_window_counts() -> None:
     assert [call(broken, False) for _ in range(4)] == [None, None, None, "open"]
 
 
+@pytest.mark.core
 def test_an_open_circuit_lets_nobody_pass() -> None:
     """For open_seconds all wait; then one call finds out, and the others wait for what it comes to."""
     broken, clock = breaker()
@@ -112,6 +115,7 @@ def test_a_probe_that_fails() -> None:
     assert broken.enter("host").wait_seconds == 30
 
 
+@pytest.mark.core
 def test_a_probe_that_says_nothing() -> None:
     """One that was cancelled, or failed by itself, leaves finding out to the next one."""
     broken, clock = breaker()
@@ -143,6 +147,7 @@ def _request() -> httpx.Request:
     return httpx.Request("GET", "https://API.example.com:8443/v1")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("error", "well"),
     [
@@ -319,6 +324,7 @@ async def test_attempts_wait_for_an_open_circuit(server: Server, client: httpx.A
     assert server.seen == 7
 
 
+@pytest.mark.core
 async def test_requests_that_are_refused_open_nothing(server: Server, client: httpx.AsyncClient) -> None:
     """However many calls end with 400, or 429, the provider is well."""
     broken, _ = breaker()

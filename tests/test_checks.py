@@ -146,6 +146,7 @@ def maybe(kind: str, given: Any, taken: Any, good: Any, bad: Any) -> None:
 # ---------------------------------------------------------------------- fields
 
 
+@pytest.mark.core
 def test_a_field_that_is_not_given_is_an_error() -> None:
     """A required field that the node before does not give can never work; the finding names nodes, field, type and mend."""
     finding = one(node("a", given=Text), node("b", Number))
@@ -180,6 +181,7 @@ def test_a_dropped_field_names_who_gave_it_and_who_dropped_it() -> None:
     assert finding.mend == "add 'n' to Text, the output of 'b', or give it a default in Both"
 
 
+@pytest.mark.core
 def test_an_excluded_field_is_not_handed_on() -> None:
     """A field with exclude=True crosses no boundary, so who needs it does not get it."""
     hidden = create_model("Hidden", n=(int, Field(exclude=True)))
@@ -223,6 +225,7 @@ def test_alias_choices_are_all_looked_up() -> None:
     assert kinds(Text, inside) == [("warning", "undecidable", "x")]
 
 
+@pytest.mark.core
 def test_an_alias_wins_over_the_name() -> None:
     """Where both are given, the alias is what counts."""
     both = create_model("Both", body=(dict, ...), text=(str, ...))
@@ -231,6 +234,7 @@ def test_an_alias_wins_over_the_name() -> None:
     assert not crosses(both, aliased, body={}, text="x")
 
 
+@pytest.mark.core
 def test_forbidden_fields_are_an_error() -> None:
     """Who forbids extra fields never takes what gives more; one that may give more is a warning."""
     closed = create_model("Closed", __config__={"extra": "forbid"}, text=(str, ...))
@@ -304,6 +308,7 @@ def test_conversions_that_may_fail_are_warnings() -> None:
     maybe("conversion", str, Json[list[int]], "[1]", "a")
 
 
+@pytest.mark.core
 def test_strict_mode_converts_nothing() -> None:
     """In strict mode what would be converted is an error, by the field as by the class."""
     assert kinds(made(str), made(int, strict=True)) == [("error", "type", "x")]
@@ -331,6 +336,7 @@ def test_any_is_told_where_something_is_wanted() -> None:
 # ---------------------------------------------------------------------- constraints, literals, enums
 
 
+@pytest.mark.core
 def test_narrowed_constraints_are_warnings() -> None:
     """A constraint that is not promised may be broken."""
     maybe("constraint", int, Annotated[int, Field(ge=0)], 1, -1)
@@ -350,6 +356,7 @@ def test_constraints_that_are_promised_are_no_finding() -> None:
     fits(tuple[int, int], Annotated[list[int], Field(min_length=2)], (1, 2))
 
 
+@pytest.mark.core
 def test_constraints_that_exclude_each_other_are_errors() -> None:
     """Where no value satisfies both constraints, it can never work."""
     never("constraint", Annotated[int, Field(ge=10)], Annotated[int, Field(lt=10)], 10, 20)
@@ -406,6 +413,7 @@ def test_enums_by_value_are_their_values() -> None:
 # ---------------------------------------------------------------------- None and unions
 
 
+@pytest.mark.core
 def test_optional_to_required_is_a_warning() -> None:
     """What may be None, by its type or by its default, is told where None is not taken."""
     maybe("optional", int | None, int, 1, None)
@@ -415,6 +423,7 @@ def test_optional_to_required_is_a_warning() -> None:
     assert not crosses(given, made(int))
 
 
+@pytest.mark.core
 def test_a_union_is_taken_apart() -> None:
     """A union may fail where one of its types is not taken, and never works where none is."""
     maybe("union", int | list[int], list[int], [1], 1)
@@ -510,6 +519,7 @@ class Closed(BaseModel):
     number: int | None = None
 
 
+@pytest.mark.core
 def test_an_instance_crosses_where_its_class_is_named() -> None:
     """A subclass crosses as the instance that it is where its parent is wanted, and as a dict of fields elsewhere."""
     fits(Villa, House, {"name": "a", "pool": True})
@@ -635,6 +645,7 @@ def test_root_models_are_what_they_hold() -> None:
 # ---------------------------------------------------------------------- what cannot be told
 
 
+@pytest.mark.core
 def test_validators_of_the_target_are_one_warning() -> None:
     """Where functions decide that is said once, with the fields and the functions, and nothing is called."""
     called = []
@@ -705,6 +716,7 @@ def test_a_model_validator_cannot_be_told() -> None:
     assert kinds(Text, Sane) == kinds(Text, Later)[:1] == [("error", "missing", "n")]
 
 
+@pytest.mark.core
 def test_nothing_is_claimed_about_nodes_without_contract() -> None:
     """A node without contract takes and gives anything; what stands behind it is not looked at."""
     assert check(node("a", given=Text), bare("free"), node("b", Number)) == []
@@ -731,6 +743,7 @@ def test_each_child_of_parallel_is_checked() -> None:
     assert [(f.source, f.target, f.target_at, f.kind) for f in found] == [("a", "c", "1.1.0", "missing")]
 
 
+@pytest.mark.core
 def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
     """What stands behind a group is checked against the merged fields, and the finding names the child that gave one."""
     both = create_model("Both", text=(list[str], ...), n=(int, ...))
@@ -739,6 +752,7 @@ def test_the_merged_state_is_checked_by_who_gave_each_field() -> None:
     assert check(node("a"), parallel(node("b", given=Text), node("c", given=Number)), node("d", Number)) == []
 
 
+@pytest.mark.core
 def test_a_collision_tells_who_wins() -> None:
     """Two children that give the same field are a warning; the later one wins, and is what the next node is checked by."""
     other = create_model("Other", text=(int, ...))
@@ -767,6 +781,7 @@ def test_map_over_needs_a_list() -> None:
     assert [(f.severity, f.kind) for f in check(node("a", given=made(Any)), work)] == [("warning", "unknown")]
 
 
+@pytest.mark.core
 def test_the_items_of_map_over_are_checked_against_the_node() -> None:
     """An item is the node's input: a record by its fields, anything else as the only required field or as a root."""
     work = map_over("x", node("work", Text, Text), into="y")
@@ -881,6 +896,7 @@ def test_what_runs_begin_with_is_checked_if_it_is_said() -> None:
     assert runner.check([node("a", Number)]) == []
 
 
+@pytest.mark.core
 async def test_a_run_that_cannot_work_is_refused_before_the_store_is_opened(tmp_path: Path) -> None:
     """With RunConfig(check=True) run() raises CheckFailed with all errors and no warnings; the store is not made."""
     path = tmp_path / "runs.db"
@@ -897,6 +913,7 @@ async def test_a_run_that_cannot_work_is_refused_before_the_store_is_opened(tmp_
     assert isinstance(caught.value, ValueError)
 
 
+@pytest.mark.core
 async def test_warnings_refuse_no_run() -> None:
     """A run with warnings alone runs with check=True, and without it what cannot work is a FAILED result as ever."""
     nodes = [node("a", given=made(str), returned={"x": "1"}), node("b", made(int), Text, {"text": ""})]
@@ -913,6 +930,7 @@ async def test_a_pipelines_own_config_may_ask_for_the_check() -> None:
         await StromaRunner.quick().run(pipeline, Anything())
 
 
+@pytest.mark.slow
 def test_the_checker_is_not_loaded_unless_it_is_used() -> None:
     """A run that does not ask for it imports no checker."""
     code = (

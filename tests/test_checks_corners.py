@@ -220,6 +220,7 @@ FITS: list[tuple[Any, Any, Any]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("given", "taken", "output"), NEVER, ids=str)
 async def test_what_never_works_is_an_error(given: Any, taken: Any, output: Any) -> None:
     """What the engine refuses whatever the output is told as an error."""
@@ -227,6 +228,7 @@ async def test_what_never_works_is_an_error(given: Any, taken: Any, output: Any)
     assert not await works(made(given), made(taken), {"x": output})
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("given", "taken", "output", "passes"), MAYBE, ids=str)
 async def test_what_may_work_is_no_error_and_what_may_fail_is_told(
     given: Any, taken: Any, output: Any, passes: bool
@@ -262,6 +264,7 @@ async def test_uuids_have_versions() -> None:
 # ---------------------------------------------------------------------- the same class on both sides
 
 
+@pytest.mark.core
 async def test_a_default_that_its_own_class_refuses_is_told() -> None:
     """A default is not validated, so the same class on both sides may refuse it."""
     defaulted = create_model("Defaulted", n=(int, None))
@@ -272,6 +275,7 @@ async def test_a_default_that_its_own_class_refuses_is_told() -> None:
     assert await works(defaulted, defaulted, {"n": 1})
 
 
+@pytest.mark.core
 async def test_an_excluded_field_that_is_required_is_missed_by_its_own_class() -> None:
     """An excluded field crosses no boundary, not to the same class and not inside of another field either."""
     holder = made(Secretive)
@@ -290,6 +294,7 @@ async def test_a_class_with_an_alias_fits_itself() -> None:
     assert await works(crossed, crossed, {"b": 1, "c": "x"})
 
 
+@pytest.mark.core
 async def test_what_a_class_of_ones_own_made_crosses_to_the_same_class() -> None:
     """A class that pydantic makes of text is not made again of its own instance; another class refuses it."""
     one, two = made(Own), made(Own, title="two")
@@ -299,6 +304,7 @@ async def test_what_a_class_of_ones_own_made_crosses_to_the_same_class() -> None
     assert not await works(one, two, {"x": "a"})
 
 
+@pytest.mark.core
 async def test_an_extra_field_never_takes_the_place_of_a_field() -> None:
     """An extra key that has the name of a field with an alias is not handed on as that field."""
     open_ = create_model("Open", __config__=ConfigDict(extra="allow"), n=(int, Field(alias="number")))
@@ -335,6 +341,7 @@ GROUPED: list[tuple[list[Any], set[str], bool]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("nodes", "found", "passes"), GROUPED)
 async def test_groups_over_what_has_no_named_fields(nodes: list[Any], found: set[str], passes: bool) -> None:
     """map_over and parallel() are judged by what they do with root models, open classes and nodes without a contract."""
@@ -361,6 +368,7 @@ BROKEN: list[Any] = [
 ]  # fmt: skip
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("nodes", BROKEN)
 def test_a_class_that_cannot_be_read_is_one_warning_wherever_it_stands(nodes: Any) -> None:
     """A class that names what is not defined breaks no check, be it an input or an output, in a group or not."""
@@ -427,6 +435,7 @@ def tangle(name: str, annotation: Any, size: int = 10) -> type[BaseModel]:
     return first
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("annotation", "severity"), [(float, set()), (list[int], {"error", "warning"})])
 def test_classes_that_hold_each_other_come_to_an_end(annotation: Any, severity: set[str]) -> None:
     """Ten classes that all hold each other have more ways through them than can be gone, and are judged at once."""

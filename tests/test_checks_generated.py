@@ -6,9 +6,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, Phase, given, seed, settings
+from hypothesis import Phase, given, seed
 from hypothesis import strategies as st
 from tests.generated_schemas import Made, pairs
+from tests.tiers import examples
 
 from stroma import Finding, NodeContract, StromaRunner, stroma_node
 from stroma.schemas import schema_of
@@ -47,9 +48,7 @@ def crosses(first: Made, second: Made, values: Any) -> bool | None:
 
 @pytest.mark.filterwarnings("ignore")  # pydantic's, of odd names and defaults.
 @seed(20260)
-@settings(
-    max_examples=PAIRS, deadline=None, database=None, suppress_health_check=list(HealthCheck), phases=[Phase.generate]
-)  # fmt: skip
+@examples(PAIRS, phases=[Phase.generate])
 @given(pairs(), st.data())
 def agree(pair: tuple[Made, Made], data: st.DataObject) -> None:
     first, second = pair

@@ -68,6 +68,7 @@ def error_of(call: Callable[[], Any]) -> Exception:
     return caught.value
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_what_a_providers_error_means(case: Case, server: Server) -> None:
     """The SDK's own exception, raised by the SDK from the server's answer, has its class and its reason."""
@@ -123,6 +124,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     return waited
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 async def test_a_run_deals_with_a_providers_error(case: Case, server: Server, delays: list[float]) -> None:
     """A node around the async SDK: RECOVERABLE is tried again, TERMINAL is not; the trace has class and reason."""
@@ -474,6 +476,7 @@ def grpc_server() -> Iterator[GrpcServer]:
         yield running
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("wrapped", [False, True], ids=["itself", "one cause down"])
 @pytest.mark.parametrize(("what", "means", "reason"), GRPC_CASES)
 def test_what_a_grpc_error_means(
@@ -507,6 +510,7 @@ async def test_a_run_deals_with_a_grpc_error(
     assert result.status is (RunStatus.FAILED if means is T else RunStatus.PARTIAL)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("metadata", "expected"),
     [
@@ -571,6 +575,7 @@ def test_an_exceptions_own_shape_wins_over_its_cause(server: Server) -> None:
     assert classify(error, HERE) is T
 
 
+@pytest.mark.core
 def test_our_own_errors_keep_their_class_over_a_cause(server: Server) -> None:
     """A broken contract or budget stays what it is, whatever it was raised from."""
     cause = error_of(lambda: ask_openai(server.url(by_openai(401))))
@@ -593,6 +598,7 @@ def group(*errors: Exception) -> ExceptionGroup[Exception]:
     return ExceptionGroup("several", errors)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -784,6 +790,7 @@ SHAPES: list[tuple[Exception, Verdict | None]] = [
 ]  # fmt: skip
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("error", "expected"), SHAPES, ids=lambda v: "")
 def test_what_a_shape_means(error: Exception, expected: Verdict | None) -> None:
     """Clients that are not installed here are known by what their exceptions carry."""
@@ -854,6 +861,7 @@ def test_headers_that_raise_are_no_headers() -> None:
     assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit", 2)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "headers",
     [
@@ -976,6 +984,7 @@ async def test_a_node_whose_error_misbehaves_ends_as_any_other(delays: list[floa
     assert [(e.failure, e.reason, e.failure_message) for e in result.trace] == [(A, None, "Silent")] * 2
 
 
+@pytest.mark.slow
 def test_no_sdk_is_imported() -> None:
     """Reading an exception imports no SDK and no HTTP client."""
     import subprocess

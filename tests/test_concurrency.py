@@ -210,6 +210,7 @@ class Crowd:
                 assert self.seen[f"run {i}", event] == count, (i, event)
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_ten_thousand_runs_at_once() -> None:
     """10,000 runs of one runner at once: ids, states, contexts, traces, budgets, hooks, context variables stay apart."""
@@ -482,6 +483,7 @@ def _in_child(work: Callable[[], Any]) -> Any:
             child.kill()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_runner_before_and_after_a_fork(tmp_path: Path) -> None:
@@ -503,6 +505,7 @@ def test_a_runner_before_and_after_a_fork(tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 @pytest.mark.parametrize("used", [False, True], ids=["unused", "used"])
@@ -519,6 +522,7 @@ def test_generated_ids_after_a_fork(used: bool, tmp_path: Path) -> None:
     store.close()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 @pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
 def test_a_fork_in_the_middle_of_a_run(tmp_path: Path) -> None:

@@ -72,6 +72,7 @@ def change(field: str, value: Any) -> None:
         value.append(FallbackPolicy("dear", "cheap") if field == "model_fallbacks" else lambda *_: None)
 
 
+@pytest.mark.core
 @EACH
 @HOW
 def test_a_default_is_its_configs_own(field: str, make: Any) -> None:
@@ -167,6 +168,7 @@ def test_a_subclass_is_a_config() -> None:
     assert Strict().policy_map == EXPECTED["policy_map"]
 
 
+@pytest.mark.core
 def test_a_run_has_what_its_config_has() -> None:
     """A context's budget, policies and hooks are its config's own objects, asked for on either side first."""
     for first in ("config", "context"):
@@ -219,6 +221,7 @@ async def _same(state: State) -> State:
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
 def test_a_forked_child_can_ask_while_a_thread_of_its_parent_was_asking() -> None:
     """What the thread held when the process was forked does not stop the child."""

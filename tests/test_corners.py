@@ -1051,6 +1051,7 @@ def test_generated_ids_are_unique_across_threads() -> None:
 # ---------------------------------------------------------------------- ends
 
 
+@pytest.mark.core
 async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
     """The coroutine of run() can be closed in the middle of a node: hooks get as far as their first await, and the run
     can go on."""

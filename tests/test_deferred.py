@@ -24,6 +24,7 @@ def in_a_fresh_process(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", [ExecutionBudget, FailurePolicy, ItemFailure, NodeContract, RunConfig])
 def test_a_class_shows_its_fields_before_its_first_use(kind: type[BaseModel]) -> None:
     """What help() says does not depend on whether one was made."""
@@ -91,6 +92,7 @@ def test_defaults_that_nobody_validated_are_valid() -> None:
     assert RunConfig().budget == ExecutionBudget.unlimited()
 
 
+@pytest.mark.slow
 def test_the_class_of_nodes_without_a_contract_is_found_by_its_name() -> None:
     """What was stored of them can be read by a process that has run none."""
     code = (

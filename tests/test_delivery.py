@@ -113,6 +113,7 @@ ALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "die_at",
     [
@@ -164,6 +165,7 @@ def test_what_a_killed_process_did_not_tell_is_told(
     assert told == []
 
 
+@pytest.mark.core
 async def test_each_event_is_told_once_by_a_process_that_lives(tmp_path: pathlib.Path) -> None:
     """Without a crash no event is told twice, nor is any of them redelivered on a later resume."""
     told: list[Told] = []

@@ -396,6 +396,7 @@ async def test_every_attempt_gets_a_pristine_input() -> None:
     assert [e.input_state["loose"] for e in result.trace] == [{"k": []}] * 3
 
 
+@pytest.mark.core
 async def test_pristine_input_without_a_contract() -> None:
     """A step without any contract gets a pristine input on each attempt too."""
     seen: list[Any] = []
@@ -507,6 +508,7 @@ async def test_the_output_is_of_the_promised_class() -> None:
     assert type(result.final_state) is Base
 
 
+@pytest.mark.core
 async def test_the_final_state_is_not_the_nodes_object() -> None:
     """What a node keeps of its output and changes later does not change the result."""
     kept: list[Any] = []
@@ -534,6 +536,7 @@ async def test_registering_replaces() -> None:
     assert (await runner.run([marked], Num())).final_state == Text(text="x")
 
 
+@pytest.mark.core
 async def test_one_function_serves_under_two_ids() -> None:
     """Decorating a function under a second id leaves the first as it was: each has its own contract."""
 
@@ -552,6 +555,7 @@ async def test_one_function_serves_under_two_ids() -> None:
 # ---------------------------------------------------------------------- what a node may be and return
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("returned", "tokens", "produced", "model"),
     [
@@ -607,6 +611,7 @@ async def test_any_other_return_is_a_violation(returned: Any) -> None:
     assert [event.output_state for event in result.trace] == [None]
 
 
+@pytest.mark.core
 async def test_usage_of_a_broken_output_counts() -> None:
     """Usage is recorded before output validation: a violation's tokens are in the totals and the event."""
 
@@ -654,6 +659,7 @@ async def test_every_kind_of_callable(func: Any) -> None:
     assert result.final_state == Num(n=2)
 
 
+@pytest.mark.core
 async def test_the_context_is_the_users_own_object() -> None:
     """Two positional parameters mean the run's context dict, the very object the user passed; later nodes see writes."""
     context: dict[str, Any] = {}
@@ -699,6 +705,7 @@ async def test_context_given_to_run() -> None:
 tone: contextvars.ContextVar[str] = contextvars.ContextVar("tone")
 
 
+@pytest.mark.core
 async def test_sync_nodes_run_in_daemon_threads_with_the_context() -> None:
     """A plain def node runs in a daemon thread with the context copied: it sees its variables and current_node()."""
     seen: list[Any] = []
@@ -749,6 +756,7 @@ async def test_whatever_a_sync_node_raises_is_its_failure(error: BaseException) 
     assert len(result.trace) == 1
 
 
+@pytest.mark.core
 async def test_a_generator_exit_of_the_nodes_own_is_its_failure() -> None:
     """A GeneratorExit that an async node raises, while nobody closes it, is a failed attempt of that node."""
 
@@ -786,6 +794,7 @@ async def test_the_initial_state_must_be_a_model() -> None:
 # ---------------------------------------------------------------------- failures
 
 
+@pytest.mark.core
 async def test_custom_classifiers_come_first_in_order() -> None:
     """Custom classifiers decide before all else, in their order; None passes the question on."""
     asked: list[str] = []
@@ -809,6 +818,7 @@ async def test_custom_classifiers_come_first_in_order() -> None:
     assert calls == [1]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("error", "expected"),
     [
@@ -835,6 +845,7 @@ async def test_default_classes(error: Exception, expected: FailureClass) -> None
     assert result.status is (RunStatus.FAILED if expected is T else RunStatus.PARTIAL)
 
 
+@pytest.mark.core
 async def test_a_cancelled_error_of_the_nodes_own_is_a_failure() -> None:
     """A CancelledError that the node raises itself while nobody cancels its task is a failure like any other."""
     func, calls = raising(asyncio.CancelledError())
@@ -861,6 +872,7 @@ class Mute(Exception):
         raise RuntimeError("no text for you")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("error", "message"),
     [(ValueError("why"), "why"), (ValueError(), "ValueError"), (Mute(), "Mute")],
@@ -876,6 +888,7 @@ async def test_failure_message(error: Exception, message: str) -> None:
     assert result.failure.message == message
 
 
+@pytest.mark.core
 async def test_what_a_run_keeps_of_its_end() -> None:
     """result.failure holds the exception and its class; final_state is the last committed state."""
     boom = ValueError("boom")
@@ -914,6 +927,7 @@ async def test_log_records(caplog: pytest.LogCaptureFixture) -> None:
 # ---------------------------------------------------------------------- retries
 
 
+@pytest.mark.core
 async def test_a_policy_is_that_of_the_last_failures_class(delays: list[float]) -> None:
     """One count for all classes: two timeouts use up the one retry that AMBIGUOUS would have had."""
     func, calls = raising(TimeoutError(), TimeoutError(), ValueError("x"), ValueError("x"))
@@ -923,6 +937,7 @@ async def test_a_policy_is_that_of_the_last_failures_class(delays: list[float]) 
     assert [event.failure for event in result.trace] == [R, R, A]
 
 
+@pytest.mark.core
 async def test_node_policies_win_and_defaults_fill(delays: list[float]) -> None:
     """A policy is looked up in node_policies[node], then policy_map, then the built-in default."""
     own: dict[str, Any] = {"a": {A: FailurePolicy(max_retries=2, backoff_seconds=0)}}
@@ -939,6 +954,7 @@ async def test_node_policies_win_and_defaults_fill(delays: list[float]) -> None:
     assert len(calls) == 4  # the default: 3 retries
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("n", [0, 1, 4])
 async def test_duplicate_ids_count_from_zero(n: int) -> None:
     """The same id at two positions has its own count of retries at each."""
@@ -954,6 +970,7 @@ async def test_duplicate_ids_count_from_zero(n: int) -> None:
     assert len(result.trace.events_for("same")) == 2 * (n + 1)
 
 
+@pytest.mark.core
 def test_backoff_grows_and_is_drawn() -> None:
     """The delay is uniform in 0..backoff, times multiplier per retry, up to max_backoff_seconds."""
     failure = diagnose(TimeoutError(), NodeContext("a", 1, "r"))
@@ -996,6 +1013,7 @@ class Answer(Exception):
         )
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("headers", "least", "most"),
     [
@@ -1023,6 +1041,7 @@ async def test_retry_after_is_obeyed(
     assert least <= delays[0] <= most
 
 
+@pytest.mark.core
 async def test_a_longer_backoff_than_the_server_asks_stands(delays: list[float]) -> None:
     """Retry-After is a lower bound: a longer computed delay stays."""
     slow = {R: FailurePolicy(max_retries=1, backoff_seconds=30, jitter=False)}
@@ -1031,6 +1050,7 @@ async def test_a_longer_backoff_than_the_server_asks_stands(delays: list[float])
     assert delays == [30]
 
 
+@pytest.mark.core
 async def test_a_server_that_asks_too_much_stops_the_run(
     delays: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -1044,6 +1064,7 @@ async def test_a_server_that_asks_too_much_stops_the_run(
     assert any("121" in r.getMessage() for r in caplog.records)
 
 
+@pytest.mark.core
 async def test_x_should_retry_is_obeyed(delays: list[float]) -> None:
     """x-should-retry: false makes a 500 TERMINAL, true makes a 400 worth another try."""
     func, calls = raising(Answer(500, x_should_retry="false"))
@@ -1056,6 +1077,7 @@ async def test_x_should_retry_is_obeyed(delays: list[float]) -> None:
 # ---------------------------------------------------------------------- contract repair
 
 
+@pytest.mark.core
 async def test_contract_retries_grant_attempts() -> None:
     """contract_retries grants attempts after a broken output; they are RECOVERABLE, and the next one sees the violation."""
     seen: list[Any] = []
@@ -1074,6 +1096,7 @@ async def test_contract_retries_grant_attempts() -> None:
     assert seen[1].direction == "output"
 
 
+@pytest.mark.core
 async def test_the_last_violation_is_terminal() -> None:
     """Once the granted attempts are used up a violation is TERMINAL and the run FAILED."""
     calls: list[int] = []
@@ -1089,6 +1112,7 @@ async def test_the_last_violation_is_terminal() -> None:
     assert [e[3] for e in log.events if e[0] == "failure"] == [R, R, T]
 
 
+@pytest.mark.core
 async def test_granted_attempts_are_not_taken_from_the_retries() -> None:
     """Attempts that mend a contract come on top of those that a policy allows."""
     steps: list[Any] = [{"n": "bad"}, ValueError("x"), {"n": 1}]
@@ -1106,6 +1130,7 @@ async def test_granted_attempts_are_not_taken_from_the_retries() -> None:
     assert [e.failure for e in result.trace] == [R, A, None]
 
 
+@pytest.mark.core
 async def test_bad_input_is_never_repaired() -> None:
     """contract_retries is about outputs: the same bad input would come again."""
     func, calls = raising()
@@ -1213,6 +1238,7 @@ class _Simple:
         self.save, self.load, self.delete = store.save, store.load, store.delete
 
 
+@pytest.mark.core
 async def test_a_timeout_error_of_the_nodes_own_is_its_own() -> None:
     """A TimeoutError that the node raises itself comes out as it is."""
     own = TimeoutError("the database was slow")
@@ -1246,6 +1272,7 @@ def spending(*returns: Any) -> tuple[Any, list[Any]]:
     return func, calls
 
 
+@pytest.mark.core
 async def test_an_attempt_over_the_limit_is_kept_and_the_run_stops() -> None:
     """Over a limit: one event with output and failure, one failure hook, no success hook, output committed, PARTIAL."""
     func, calls = spending(({"n": 7}, 101))
@@ -1275,6 +1302,7 @@ async def test_an_attempt_over_the_limit_is_kept_and_the_run_stops() -> None:
     assert result.total_tokens == 101
 
 
+@pytest.mark.core
 async def test_exactly_at_the_limit_is_within_it() -> None:
     """Exactly at the limit is within it, for tokens and for money."""
     func, calls = spending(({"n": 1}, 50))
@@ -1288,6 +1316,7 @@ async def test_exactly_at_the_limit_is_within_it() -> None:
     assert result.status is RunStatus.COMPLETED
 
 
+@pytest.mark.core
 async def test_a_limit_of_zero_means_spend_nothing() -> None:
     """A limit of 0 lets free nodes run and stops at the first token."""
     free, _ = spending({"n": 1})
@@ -1307,6 +1336,7 @@ async def test_no_retry_over_budget_whatever_the_policy() -> None:
     assert (result.status, len(calls), len(result.trace)) == (RunStatus.PARTIAL, 1, 1)
 
 
+@pytest.mark.core
 async def test_a_classifier_may_call_the_budget_terminal() -> None:
     """BudgetExceeded is RECOVERABLE unless a classifier says otherwise; then the run is FAILED, the output still kept."""
 
@@ -1320,6 +1350,7 @@ async def test_a_classifier_may_call_the_budget_terminal() -> None:
     assert [e.failure for e in result.trace] == [T]
 
 
+@pytest.mark.core
 async def test_failed_attempts_count() -> None:
     """A node that fails half-way reports with report_usage: it counts, with its price, and can stop the retries."""
     calls: list[int] = []
@@ -1341,6 +1372,7 @@ async def test_failed_attempts_count() -> None:
     assert result.failure is not None
 
 
+@pytest.mark.core
 async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[float]) -> None:
     """A failed attempt whose usage crosses a limit is not retried: no wait, no retry hook, its own exception comes out."""
     told: list[Any] = []
@@ -1363,6 +1395,7 @@ async def test_a_failed_attempt_that_crosses_a_limit_is_the_last(delays: list[fl
     assert result.failure.exception is boom
 
 
+@pytest.mark.core
 async def test_reported_and_returned_usage_add_up() -> None:
     """What the node returns as usage comes on top of what it reported."""
 
@@ -1395,6 +1428,7 @@ async def test_latency_is_a_deadline_for_the_function_in_flight() -> None:
     assert [(e.failure, e.output_state) for e in result.trace] == [(R, None)]
 
 
+@pytest.mark.core
 async def test_hooks_and_waits_are_not_in_the_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """Latency is the wall time of attempts: hooks and the waits between attempts are excluded."""
 
@@ -1411,6 +1445,7 @@ async def test_hooks_and_waits_are_not_in_the_latency(monkeypatch: pytest.Monkey
     assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "usage",
     [
@@ -1449,6 +1484,7 @@ async def test_bad_usage_is_terminal_and_the_output_kept(usage: tuple[Any, ...])
     assert math.isfinite(result.total_cost_usd)
 
 
+@pytest.mark.core
 async def test_an_unknown_model_counts_as_nothing_with_one_warning(caplog: pytest.LogCaptureFixture) -> None:
     """A model nobody knows is priced 0 with one warning and listed once in result.unpriced_models."""
     func, _ = spending(({"n": 1}, 10, "no-such-model-of-ours"))
@@ -1458,6 +1494,7 @@ async def test_an_unknown_model_counts_as_nothing_with_one_warning(caplog: pytes
     assert sum("no-such-model-of-ours" in r.getMessage() for r in caplog.records) == 1
 
 
+@pytest.mark.core
 async def test_an_unknown_model_can_be_refused() -> None:
     """unknown_model="error" refuses an unpriced model as it refuses bad usage: TERMINAL, the output kept."""
     func, calls = spending(({"n": 1}, 10, "no-such-model-of-ours"))
@@ -1467,6 +1504,7 @@ async def test_an_unknown_model_can_be_refused() -> None:
     assert "no-such-model-of-ours" in result.failure.message
 
 
+@pytest.mark.core
 async def test_known_models_win_over_the_price_data(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a node reports is what it is priced at; KNOWN_MODELS overlays the price data."""
     monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", (1000.0, 2000.0))
@@ -1500,6 +1538,7 @@ def fallback_runner(context: dict[str, Any], *rules: FallbackPolicy) -> StromaRu
     )
 
 
+@pytest.mark.core
 async def test_the_fallback_signal_appears_at_its_share() -> None:
     """Below the share the key is absent; at it ctx["_stroma_model"] and current_node().model name the fallback."""
     seen: list[Any] = []
@@ -1530,6 +1569,7 @@ async def test_the_fallback_signal_appears_at_its_share() -> None:
     assert context == {"kept": 1, "written0": 0, "written1": 1, "written2": 2, "written3": 3}
 
 
+@pytest.mark.core
 async def test_the_signal_never_lands_in_the_users_dict() -> None:
     """The view writes through to the user's dict by every means, and the signal itself never does."""
     context: dict[str, Any] = {"a": 1, "b": 2}
@@ -1554,6 +1594,7 @@ async def test_the_signal_never_lands_in_the_users_dict() -> None:
     assert context == {"c": 3, "d": 4, "e": 5, "f": 6}
 
 
+@pytest.mark.core
 async def test_the_furthest_fallback_is_named() -> None:
     """The signal names the furthest fallback that is reached, whatever the order of the rules."""
     seen: list[Any] = []
@@ -1611,6 +1652,7 @@ async def test_any_text_is_an_id(text: str) -> None:
     assert [event.node_id for event in result.trace] == [text]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("text", BAD_IDS, ids=ascii)
 async def test_text_that_no_store_can_keep_is_refused(text: str) -> None:
     """Empty ids, NUL and lone surrogates are a ValueError, wherever the id is given."""
@@ -1630,6 +1672,7 @@ async def test_text_that_no_store_can_keep_is_refused(text: str) -> None:
     assert calls == []
 
 
+@pytest.mark.core
 async def test_pairs_of_ids_never_collide() -> None:
     """Two different (run, node) pairs never share a checkpoint, whatever separators they hold."""
     store = InMemoryStore()
@@ -1649,6 +1692,7 @@ async def test_pairs_of_ids_never_collide() -> None:
     assert [store.load(*pair) for pair in pairs] == [Num(n=number) for number in range(len(pairs))]
 
 
+@pytest.mark.core
 async def test_generated_ids_are_fresh_for_each_run() -> None:
     """A generated id is fresh for each run; the first run takes the one in the config."""
     func, _ = raising()
@@ -1660,6 +1704,7 @@ async def test_generated_ids_are_fresh_for_each_run() -> None:
     assert len({result.run_id for result in both} | set(ids)) == 23
 
 
+@pytest.mark.core
 async def test_a_given_id_is_used_on_every_run() -> None:
     """A run id the user gave is used on every run of that config; run(run_id=) overrides it once."""
     func, _ = raising()
@@ -1751,6 +1796,7 @@ def _give(output: Any) -> Any:
     return func
 
 
+@pytest.mark.core
 async def test_explicit_contract_then_registry_then_marker() -> None:
     """In execute_step an explicit contract= wins, then the registry, then the marker; a marker alone suffices."""
 
@@ -1809,6 +1855,7 @@ async def test_a_step_that_fails_is_a_result() -> None:
     assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
 
 
+@pytest.mark.core
 async def test_a_spent_budget_stops_steps() -> None:
     """Once the context's budget is crossed the next step is not called: PARTIAL, without a trace event."""
     ctx = step_context(budget=ExecutionBudget(max_tokens_total=5))
@@ -1868,6 +1915,7 @@ async def test_steps_get_the_context_and_timeouts() -> None:
 # ---------------------------------------------------------------------- the end of a process or a task
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", [KeyboardInterrupt, SystemExit])
 @pytest.mark.parametrize("sync", [False, True], ids=["async", "thread"])
 def test_interrupts_pass_through(kind: type[BaseException], sync: bool) -> None:
@@ -1897,6 +1945,7 @@ def test_interrupts_pass_through(kind: type[BaseException], sync: bool) -> None:
     assert (result.status, result.final_state, len(firsts)) == (RunStatus.RESUMED, Num(n=2), 1)
 
 
+@pytest.mark.core
 async def test_cancelling_the_run_passes_through() -> None:
     """Cancelling the run's task is no failure: CancelledError comes out, no retry, and the run can be resumed."""
     log = Log()
@@ -2065,6 +2114,7 @@ def test_a_sync_node_may_run_a_pipeline() -> None:
 # ---------------------------------------------------------------------- current_node
 
 
+@pytest.mark.core
 async def test_current_node_knows_where_it_is() -> None:
     """current_node() has the run, pipeline, node, position, attempt, kind, key, budget left and last failure."""
     seen: list[dict[str, Any]] = []
@@ -2151,6 +2201,7 @@ async def test_reported_usage_must_be_countable() -> None:
     assert (result.status, len(refused), result.total_tokens) == (RunStatus.COMPLETED, 5, 0)
 
 
+@pytest.mark.core
 async def test_a_decorator_on_top_of_a_node_is_called() -> None:
     """What a user's decorator puts around a node runs, also around one that was wrapped to carry its marks."""
     order: list[str] = []

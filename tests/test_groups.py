@@ -8,9 +8,10 @@ from collections import Counter
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel
+from tests.tiers import examples
 
 from stroma import (
     AsyncInMemoryStore,
@@ -129,6 +130,7 @@ class Log:
 # ---------------------------------------------------------------------- merging
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
 async def test_outputs_merge_in_argument_order(order: tuple[int, ...]) -> None:
     """Outputs merge in argument order, later wins, whichever child ends first."""
@@ -151,7 +153,7 @@ async def test_outputs_merge_in_argument_order(order: tuple[int, ...]) -> None:
     assert result.final_state.model_dump() == {"shared": 2, "own0": 0, "own1": 1, "own2": 2}
 
 
-@settings(max_examples=30, deadline=None, suppress_health_check=list(HealthCheck))
+@examples(30)
 @given(
     outputs=st.lists(
         st.dictionaries(st.sampled_from("abcd"), st.integers(), max_size=4), min_size=1, max_size=5
@@ -262,6 +264,7 @@ def test_the_groups_id_and_its_markers() -> None:
     assert group._stroma_node_id == "parallel(a, b)"
 
 
+@pytest.mark.core
 def test_groups_refuse_nonsense_when_they_are_made() -> None:
     """Zero children is a ValueError; what is no node a TypeError; a concurrency below 1 a ValueError."""
     child = bare("a", giving({}))
@@ -281,6 +284,7 @@ def test_groups_refuse_nonsense_when_they_are_made() -> None:
 # ---------------------------------------------------------------------- trace and hooks
 
 
+@pytest.mark.core
 async def test_the_trace_of_a_group() -> None:
     """The group is one top-level event; len, iteration, failures and events_for see that level, walk() sees all."""
     left = [TimeoutError("again")]
@@ -362,6 +366,7 @@ async def test_current_node_in_children() -> None:
     assert current_node() is None
 
 
+@pytest.mark.core
 async def test_idempotency_keys_of_children_differ() -> None:
     """Each child and each item has an idempotency key of its own, the same for all its attempts."""
     keys: dict[str, set[str]] = {}
@@ -417,6 +422,7 @@ async def test_the_first_failing_child_cancels_and_awaits_its_siblings() -> None
     assert [(c.node_id, c.outcome) for c in event.children] == [("fails", "failure"), ("hangs", "cancelled")]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("error", [ValueError("own"), TimeoutError("own"), LookupError("own")], ids=repr)
 @pytest.mark.parametrize("depth", [1, 2, 3])
 async def test_the_childs_own_exception_and_class_come_out(error: Exception, depth: int) -> None:
@@ -450,6 +456,7 @@ async def test_a_childs_violation_stops_the_group() -> None:
     assert result.failure.exception.node_id == "bad"
 
 
+@pytest.mark.core
 async def test_children_retry_by_their_own_policies() -> None:
     """Each child has its own retries; the group has none unless node_policies names its id."""
     calls: Counter[str] = Counter()
@@ -474,6 +481,7 @@ async def test_children_retry_by_their_own_policies() -> None:
     assert len(result.trace) == 1
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("store", [AsyncInMemoryStore, InMemoryStore, None], ids=["async", "sync", "simple"])
 async def test_a_retried_group_runs_only_what_is_not_committed(store: Any) -> None:
     """G5: with node_policies naming the group, each group attempt runs only the children not yet committed."""
@@ -630,6 +638,7 @@ async def test_a_child_that_refuses_to_be_cancelled_is_kept() -> None:
 # ---------------------------------------------------------------------- money and time
 
 
+@pytest.mark.core
 async def test_children_in_flight_finish_when_a_limit_is_crossed() -> None:
     """Children in flight when a limit is crossed finish and commit; nothing new is called; the run is PARTIAL."""
     store = InMemoryStore()
@@ -694,6 +703,7 @@ async def test_a_limit_is_not_overshot_by_retries_in_a_group() -> None:
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 1)
 
 
+@pytest.mark.core
 async def test_latency_of_a_group_is_its_own_wall_time(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group's latency is its own wall time, not the sum of its children's."""
 
@@ -751,6 +761,7 @@ async def test_the_fallback_signal_reaches_children() -> None:
     assert result.total_cost_usd == pytest.approx(2.4)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("limit", [1, 2, 3, None])
 @pytest.mark.parametrize("kind", ["parallel", "map_over", "by-hand"])
 async def test_max_concurrency(limit: int | None, kind: str) -> None:
@@ -938,6 +949,7 @@ async def test_concurrent_runs_of_one_group_do_not_mix() -> None:
 # ---------------------------------------------------------------------- map_over
 
 
+@pytest.mark.core
 async def test_map_over_collects_in_order() -> None:
     """map_over runs one node for each item and collects the outputs in order, whichever ends first; other fields stay."""
     gates = [asyncio.Event() for _ in range(4)]
@@ -1111,6 +1123,7 @@ class DictRoot(RootModel[dict[str, Any]]):
     pass
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("contract", "returned"),
     [
@@ -1163,6 +1176,7 @@ async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
     )
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("how", ["map_over", "parallel"])
 async def test_keys_that_are_no_names_are_refused(how: str) -> None:
     """A dict with other keys than text cannot be merged, and says so before it is kept where nobody could read it."""

@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel
+from tests.tiers import examples
 
 import stroma
 from stroma import (
@@ -59,7 +60,7 @@ from stroma.trace import BRANCH, NODE, POSITION, Row
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 SOURCE = Path(stroma.__file__).parent
 FAST = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
-EXAMPLES = settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
+EXAMPLES = examples(60)
 
 
 def quick(**config: Any) -> StromaRunner:
@@ -1309,6 +1310,7 @@ def _cold(code: str) -> str:
     return done.stdout.strip()
 
 
+@pytest.mark.slow
 def test_g11_a_schema_reference_imports_nothing() -> None:
     """G11: resolving a stored schema reference imports no module, not even through a module that loads lazily."""
     code = """

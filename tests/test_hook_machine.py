@@ -2,15 +2,14 @@
 
 import asyncio
 import contextlib
-import os
 from collections import Counter, deque
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pydantic import BaseModel
+from tests.tiers import examples
 
 from stroma import (
     AsyncInMemoryStore,
@@ -457,11 +456,4 @@ def _is_inside(place: Any, group: Place) -> bool:
 
 
 TestHookMachine = HookMachine.TestCase
-TestHookMachine.settings = settings(
-    max_examples=300 * int(os.environ.get("STROMA_EXAMPLES", "1")),
-    stateful_step_count=30,
-    deadline=None,
-    derandomize="STROMA_EXAMPLES" not in os.environ,
-    database=None,
-    suppress_health_check=list(HealthCheck),
-)
+TestHookMachine.settings = examples(300, stateful_step_count=30)

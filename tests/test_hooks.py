@@ -215,6 +215,7 @@ async def test_start_fires_before_each_attempt(seen: Recorder) -> None:
     assert seen.of(START) == [("r", "n", {"value": 1, "items": [1]})] * 3
 
 
+@pytest.mark.core
 async def test_bad_input_has_no_start(seen: Recorder) -> None:
     """Bad input is a FAILED result with a trace event and the failure hook, and no start hook."""
 
@@ -245,6 +246,7 @@ async def test_success_fires_after_the_commit() -> None:
     assert committed == [State(value=5)]
 
 
+@pytest.mark.core
 async def test_success_has_the_validated_output(seen: Recorder) -> None:
     """on_node_success gets the validated output as a dict, and this attempt's input + output tokens."""
 
@@ -259,6 +261,7 @@ async def test_success_has_the_validated_output(seen: Recorder) -> None:
     ]
 
 
+@pytest.mark.core
 async def test_failure_fires_after_each_failed_attempt() -> None:
     """on_node_failure fires after each failed attempt, once that attempt is in the trace."""
     lengths: list[int] = []
@@ -276,6 +279,7 @@ async def test_failure_fires_after_each_failed_attempt() -> None:
     assert [(a[0], a[1], str(a[2]), a[3]) for a in seen] == [("r", "bad", "no", FailureClass.AMBIGUOUS)] * 2
 
 
+@pytest.mark.core
 async def test_over_budget_is_one_failure_and_no_success(seen: Recorder) -> None:
     """An attempt that goes over the budget fires on_node_failure once and no success; its output is committed."""
     store = InMemoryStore()
@@ -321,6 +325,7 @@ async def test_run_end_gets_the_result(seen: Recorder) -> None:
     seen.assert_paired()
 
 
+@pytest.mark.core
 async def test_run_end_of_a_cancelled_run(seen: Recorder) -> None:
     """A cancelled run fires on_node_cancelled and then on_run_end with status CANCELLED, and stays cancelled."""
     waits, begun = waiting()
@@ -358,6 +363,7 @@ def test_run_end_of_a_stopped_process(stop: type[BaseException], where: str) -> 
     seen.assert_paired()
 
 
+@pytest.mark.core
 async def test_retry(seen: Recorder) -> None:
     """on_node_retry(run_id, node_id, attempt, delay_seconds, failure_class) tells which attempt follows, and when."""
     exact = FailurePolicy(max_retries=5, backoff_seconds=0.001, multiplier=2, jitter=False)
@@ -441,6 +447,7 @@ async def test_skipped_children(seen: Recorder) -> None:
     seen.assert_paired()
 
 
+@pytest.mark.core
 async def test_budget_warning(seen: Recorder) -> None:
     """on_budget_warning(run_id, dimension, used, limit) fires once per dimension, at 80 % and not below."""
 
@@ -501,6 +508,7 @@ async def order_of(way: Callable[[NodeHooks, NodeHooks, NodeHooks], Any]) -> lis
     return [entry[0] for entry in log]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "way",
     [
@@ -581,6 +589,7 @@ async def test_each_set_gets_its_own_dict(name: str) -> None:
         assert "new" not in event.input_state
 
 
+@pytest.mark.core
 async def test_run_end_cannot_change_the_result() -> None:
     """G8: what on_run_end does to the result it is given changes neither the run's result nor what other sets see."""
     seen: list[Any] = []
@@ -986,6 +995,7 @@ async def test_a_cancelled_hook_that_raises(seen: Recorder) -> None:
     assert [e.hook for e in result.hook_errors][:2] == [CANCELLED, CANCELLED]
 
 
+@pytest.mark.core
 async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest.LogCaptureFixture) -> None:
     """A cancelled run raises CancelledError also if its on_node_cancelled is not async; the log says what is wrong."""
     waits, begun = waiting()
@@ -997,6 +1007,7 @@ async def test_a_cancelled_hook_that_is_not_async(seen: Recorder, caplog: pytest
     assert "is not async" in caplog.text
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("reaction", ["swallows it", "raises another"])
 @pytest.mark.parametrize("name", [RUN_START, START, SUCCESS, FAILURE, RETRY])
 async def test_a_hook_cannot_keep_a_run_from_being_cancelled(
@@ -1042,6 +1053,7 @@ def test_stopping_the_process_from_a_hook(name: str, stop: type[BaseException]) 
     assert store.load("r", "plus") == (State(value=1) if name == SUCCESS else None)
 
 
+@pytest.mark.core
 async def test_a_raising_hook_does_not_rerun_a_node() -> None:
     """G8: hooks that raise at every event leave the run COMPLETED and each node called once per attempt."""
     called: list[str] = []
@@ -1226,6 +1238,7 @@ async def test_without_a_time_limit() -> None:
     assert released.is_set()
 
 
+@pytest.mark.core
 async def test_the_timer_is_armed_only_when_a_hook_suspends(monkeypatch: pytest.MonkeyPatch) -> None:
     """G12: a hook that never suspends arms no timer; one that does arms one."""
     armed: list[float | None] = []
@@ -1297,6 +1310,7 @@ def hide(state: dict[str, Any]) -> dict[str, Any]:
     return {key: "***" if key == "value" else value for key, value in state.items()}
 
 
+@pytest.mark.core
 async def test_redact(seen: Recorder) -> None:
     """Every state that a hook sees went through `redact`; the nodes, the result and the store see the real one."""
     store = AsyncInMemoryStore()
@@ -1330,6 +1344,7 @@ async def plus_items(state: State) -> Any:
     return {"value": state.value + 1, "items": state.items}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("wrong", ["raises", "no dict"])
 async def test_redact_that_fails(wrong: str, seen: Recorder, caplog: pytest.LogCaptureFixture) -> None:
     """If redact raises, the state is replaced, not shown, and the run goes on."""
@@ -1350,6 +1365,7 @@ async def test_redact_that_fails(wrong: str, seen: Recorder, caplog: pytest.LogC
     assert "12345" not in caplog.text
 
 
+@pytest.mark.core
 async def test_log_lines_hold_nothing_that_is_redacted(caplog: pytest.LogCaptureFixture) -> None:
     """What redact takes out of a state is in no log line either: not of a failed attempt, nor of an item that is left out."""
 
@@ -1843,6 +1859,7 @@ async def test_current_node_knows_usage_model_and_budget(monkeypatch: pytest.Mon
     ]
 
 
+@pytest.mark.core
 async def test_idempotency_key() -> None:
     """The idempotency key is the same for all attempts and hooks at one position, and differs between positions."""
     keys: list[str] = []
@@ -1866,6 +1883,7 @@ async def test_idempotency_key() -> None:
 # ---------------------------------------------------------------------- groups
 
 
+@pytest.mark.core
 async def test_group_hooks_fire_around_its_children(seen: Recorder) -> None:
     """A group's hooks fire around its children's; its tokens_used is 0, each child reports its own."""
 

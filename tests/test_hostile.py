@@ -319,6 +319,7 @@ async def _look(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -
     state.clear()
 
 
+@pytest.mark.slow
 async def test_fifty_megabytes(store: Any) -> None:
     """An output of 50 MB is kept, handed on and restored like any other."""
 
@@ -1252,6 +1253,7 @@ async def test_results_of_hostile_runs_can_be_pickled_or_say_why() -> None:
     assert pickle.loads(pickle.dumps(events)) == events
 
 
+@pytest.mark.core
 async def test_results_can_be_pickled_and_copied() -> None:
     """A result goes to another process whole: its trace, those of its groups too, reads there as it does here."""
 

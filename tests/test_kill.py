@@ -11,6 +11,8 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import pytest
+
 import stroma
 
 CHILD = Path(__file__).with_name("kill_helper.py")
@@ -98,6 +100,15 @@ async def _round(folder: Path, delay: float) -> bool:
     # Only the node in flight may have been called a second time.
     assert sum(after.values()) <= NODES + 1
     return killed
+
+
+@pytest.mark.example
+async def test_g5_killed_on_the_way(tmp_path: Path) -> None:
+    """G5: killed once with SIGKILL, a run resumes with every node committed once and none run again."""
+    for number, delay in enumerate((0.2, 0.1, 0.05, 0.02)):
+        if await _round(tmp_path / str(number), delay):
+            return
+    raise AssertionError("every kill came after the end of its run")
 
 
 async def test_g5_killed_at_random_instants(tmp_path: Path) -> None:

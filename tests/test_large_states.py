@@ -81,6 +81,7 @@ def spoil(state: Any) -> None:
             row.id = -1
 
 
+@pytest.mark.core
 @PAIRS
 async def test_what_a_node_keeps_of_its_output_is_not_the_states(one: Any, two: Any) -> None:
     """G7: a node that changes later what it has returned changes no input, no trace and no final state."""
@@ -114,6 +115,7 @@ async def test_what_a_node_keeps_of_its_output_is_not_the_states(one: Any, two: 
         assert [state["rows"] for state in (event.input_state, event.output_state) if state] == [whole, whole]
 
 
+@pytest.mark.core
 @PAIRS
 async def test_every_attempt_gets_a_pristine_input(one: Any, two: Any) -> None:
     """A node that changes its input and fails is given the input again as it was."""
@@ -136,6 +138,7 @@ async def test_every_attempt_gets_a_pristine_input(one: Any, two: Any) -> None:
     assert seen == [{"n": 1, "rows": plain(start(one))["rows"]}] * 3
 
 
+@pytest.mark.core
 @PAIRS
 async def test_plain_code_between_steps_may_change_the_state(one: Any, two: Any) -> None:
     """What plain code does to the state that a step gave is what the next step gets."""
@@ -240,6 +243,7 @@ async def test_a_model_inside_that_was_changed_is_validated_again() -> None:
     assert "rows.1.id" in str(result.failure.exception) if result.failure else False
 
 
+@pytest.mark.core
 async def test_a_subclass_inside_stays_one() -> None:
     """An instance of a subclass crosses as what it is, with all its fields."""
 
@@ -270,6 +274,7 @@ async def test_a_subclass_inside_stays_one() -> None:
     assert [type(one) for one in seen] == [More, Base]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("score", [math.nan, math.inf, -math.inf, 1e308, 0.1, -0.0])
 def test_floats_deep_inside_have_a_stored_form(score: float) -> None:
     """What is written of a float inside a model is read back as the same, also where JSON has no word for it."""

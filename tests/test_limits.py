@@ -97,6 +97,7 @@ class Clocked:
         self.change(rates.give_back("llm", str(number), tokens, learns=True, **options))
 
 
+@pytest.mark.core
 def test_requests_of_any_minute() -> None:
     """However they are spread, no 60 seconds see more requests than the limit, and it is used to the full."""
     limit, begun = Clocked(requests=10), list[int]()
@@ -129,6 +130,7 @@ def test_the_wait_that_is_told_is_enough() -> None:
     assert limit.ask() is None
 
 
+@pytest.mark.core
 def test_tokens_count_as_reserved_and_then_as_used() -> None:
     """A call in flight counts for what it may take, one that has ended for what it took."""
     limit = Clocked(tokens=100)
@@ -167,6 +169,7 @@ def test_an_answer_that_was_lost() -> None:
     assert json.loads(limit.data or b"")["slots"] == [[NOW // 1000, 1, 0]]
 
 
+@pytest.mark.core
 def test_places_of_the_dead() -> None:
     """A place is free once its lease has ended, and not before."""
     limit = Clocked(concurrent=1)
@@ -198,6 +201,7 @@ def test_a_clock_that_is_set_back(back: int) -> None:
 # ---------------------------------------------------------------------- in a process
 
 
+@pytest.mark.core
 async def test_no_more_at_once_than_may(store: Any) -> None:
     """concurrent= bounds the calls in flight of all runs; all of them get their turn, in the order they came."""
     at_once, most = 0, 0
@@ -336,6 +340,7 @@ async def test_a_wait_is_told_and_kept() -> None:
     assert result.trace.marks[0].waited_ms >= 50
 
 
+@pytest.mark.core
 async def test_a_wait_ends_with_the_latency_budget() -> None:
     """Who has no time left to wait is told that, as a budget that is spent."""
     call, calls = node()
@@ -372,6 +377,7 @@ async def test_a_wait_can_be_cancelled(store: Any) -> None:
     assert calls == [0, 2]
 
 
+@pytest.mark.core
 async def test_a_limit_and_a_budget_are_given_back() -> None:
     """Cancelled while it waits at a limit, a call gives back what a budget had reserved for it."""
     store = AsyncInMemoryStore()
@@ -400,6 +406,7 @@ async def test_a_limit_and_a_budget_are_given_back() -> None:
     assert (await first).status is RunStatus.COMPLETED
 
 
+@pytest.mark.core
 async def test_nobody_overtakes_those_who_wait() -> None:
     """A call for which there would be room waits behind one that came before and needs more."""
     free = asyncio.Event()
@@ -428,6 +435,7 @@ async def test_nobody_overtakes_those_who_wait() -> None:
     assert {(await run).status for run in running} == {RunStatus.COMPLETED}
 
 
+@pytest.mark.core
 async def test_a_limit_that_can_never_be_met() -> None:
     """A call that takes more tokens than a minute has is a terminal error that names both, once that is known."""
     call, calls = node(tokens=500)
@@ -480,6 +488,7 @@ async def test_a_limit_and_a_budget_do_not_wait_for_each_other() -> None:
 # ---------------------------------------------------------------------- between processes
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_processes_share_the_places(kind: str) -> None:
     """With a store, no more calls are in flight in all processes together than may be."""
@@ -491,6 +500,7 @@ def test_processes_share_the_places(kind: str) -> None:
         assert sum(other <= begin < end for other, end in calls) <= 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_processes_share_the_requests(kind: str) -> None:
     """With a store, all processes together begin no more calls in a minute than the limit."""
@@ -505,6 +515,7 @@ def _processes(kind: str, where: str, options: dict[str, Any], processes: int, r
     return together([start(*command, str(runs)) for _ in range(processes)])
 
 
+@pytest.mark.core
 async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     """By default no call is made while it is; with on_store_error="allow" calls go on without the limit."""
     from stroma import StoreError
@@ -524,6 +535,7 @@ async def test_a_store_that_is_down(monkeypatch: pytest.MonkeyPatch) -> None:
     assert (result.status, calls) == (RunStatus.COMPLETED, [0])
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "data",
     [b"\xff", b"{}", b"[]", b'{"format": 99}', b'{"format": 1, "slots": 5}', b'{"format": 1, "slots": [["x", 1, 1]]}',
@@ -629,6 +641,7 @@ def test_event_loops_that_are_over() -> None:
     assert (len(calls), len(limit.named(name)._lines)) == (10, 1)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="there is no fork here")
 async def test_a_child_of_fork_begins_anew() -> None:
     """What calls of its parent hold in memory counts for the parent alone."""

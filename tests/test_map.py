@@ -125,6 +125,7 @@ def doubled(numbers: Any) -> list[Any]:
 # ---------------------------------------------------------------------- sources and outputs
 
 
+@pytest.mark.core
 async def test_from_a_file_into_a_file(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """Items are lines of one file, outputs lines of another one, in order; the state goes on as it is."""
     source, out = write(tmp_path / "in.jsonl", range(500)), tmp_path / "out.jsonl"
@@ -285,6 +286,7 @@ async def test_lines_of_all_kinds(tmp_path: Path) -> None:
     assert [one.root for one in result.final_state.out] == [1, "é", [1, {"a": None}], {"a": 1000.0}]  # type: ignore[attr-defined]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("limit", [1, 3, None])
 async def test_so_many_at_once(store: Any, tmp_path: Path, doubler: Doubler, limit: int | None) -> None:
     """max_concurrency bounds the items in flight; where nobody says, 64 of a file run at once."""
@@ -317,6 +319,7 @@ async def test_an_endless_source_is_read_as_far_as_needed(doubler: Doubler) -> N
 # ---------------------------------------------------------------------- stopping and resuming
 
 
+@pytest.mark.core
 async def test_a_resume_runs_only_what_is_left(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """A map that stopped half-way goes on with the items that are not committed; no file before all are."""
     source, out = write(tmp_path / "in", range(700)), tmp_path / "out"
@@ -335,6 +338,7 @@ async def test_a_resume_runs_only_what_is_left(store: Any, tmp_path: Path, doubl
     assert first.total_tokens + result.total_tokens == 3 * 700
 
 
+@pytest.mark.core
 async def test_a_budget_stops_in_the_middle(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """Once a limit is crossed nothing more is called, those in flight commit, and nothing is bought twice."""
     source, out = write(tmp_path / "in", range(100)), tmp_path / "out"
@@ -374,6 +378,7 @@ async def test_cancelled_in_the_middle(store: Any, tmp_path: Path, doubler: Doub
     assert read(out) == doubled(range(300))
 
 
+@pytest.mark.core
 async def test_a_shutdown_lets_the_items_in_flight_end(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """A shutdown begins no further item; those in flight commit, and the run is INTERRUPTED."""
     source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
@@ -397,6 +402,7 @@ async def test_a_shutdown_lets_the_items_in_flight_end(store: Any, tmp_path: Pat
     assert (set(doubler.calls.values()), read(out)) == ({1}, doubled(range(300)))
 
 
+@pytest.mark.core
 async def test_a_changed_file_is_refused(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """A resume with a file that has changed is PipelineChanged before anything is called, and nothing is lost."""
     source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
@@ -418,6 +424,7 @@ async def test_a_changed_file_is_refused(store: Any, tmp_path: Path, doubler: Do
     assert read(out) == doubled(range(300))
 
 
+@pytest.mark.core
 async def test_a_file_that_changes_while_it_is_read(tmp_path: Path, doubler: Doubler) -> None:
     """A file that is changed under the map fails it with the file's name; what was made is kept."""
     source = write(tmp_path / "in", range(1000))
@@ -435,6 +442,7 @@ async def test_a_file_that_changes_while_it_is_read(tmp_path: Path, doubler: Dou
     assert "in was changed while its items were read; what was made of them is kept" in result.failure.message
 
 
+@pytest.mark.core
 async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler: Doubler) -> None:
     """A function that gives another item, or fewer of them, than those that are done is PipelineChanged."""
     given = [{"n": n} for n in range(20)]
@@ -521,6 +529,7 @@ async def test_resume_from_the_map_makes_all_anew(store: Any, tmp_path: Path, do
     assert set(doubler.calls.values()) == {2}
 
 
+@pytest.mark.core
 async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: Doubler) -> None:
     """node_policies may try a map again: only the items that are not committed are called, and none is remembered."""
     source, out = write(tmp_path / "in", range(300)), tmp_path / "out"
@@ -661,6 +670,7 @@ async def test_ends_of_items_are_told_again(
 # ---------------------------------------------------------------------- collecting failures
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("into", ["field", "file", "journal"])
 async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubler, into: str) -> None:
     """With "collect" the others go on; each that failed is a record with its index, class and message."""
@@ -694,6 +704,7 @@ async def test_failures_are_collected(store: Any, tmp_path: Path, doubler: Doubl
     assert result.total_tokens == 3 * 8
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("into", ["field", "file"])
 async def test_failed_items_are_run_again_if_asked(
     store: Any, tmp_path: Path, doubler: Doubler, into: str
@@ -738,6 +749,7 @@ async def test_failed_items_are_run_again_if_asked(
     assert (none_left.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 13, 3)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("into", ["field", "file"])
 async def test_collected_failures_outlive_the_process(
     store: Any, tmp_path: Path, doubler: Doubler, into: str
@@ -775,6 +787,7 @@ async def test_retries_come_before_collecting(store: Any, doubler: Doubler) -> N
     assert (failed.index, failed.attempts, doubler.calls[1]) == (1, 3, 3)
 
 
+@pytest.mark.core
 async def test_a_store_that_fails_is_not_collected(tmp_path: Path, doubler: Doubler) -> None:
     """What the store cannot keep stops the run, whatever is collected: an item would be lost."""
 
@@ -807,6 +820,7 @@ async def test_a_store_that_fails_is_not_collected(tmp_path: Path, doubler: Doub
 # ---------------------------------------------------------------------- bad input
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("line", "why"),
     [
@@ -849,6 +863,7 @@ async def test_a_bad_line(
     assert resumed.failed_items == result.failed_items or resumed.status is RunStatus.RESUMED
 
 
+@pytest.mark.core
 async def test_files_that_are_not_there(tmp_path: Path, doubler: Doubler) -> None:
     """A file that cannot be read, or a place that cannot be written, is told before anything is called."""
     good = write(tmp_path / "in", range(3))
@@ -983,6 +998,7 @@ async def test_by_hand(tmp_path: Path, doubler: Doubler) -> None:
 # ---------------------------------------------------------------------- progress, trace, memory
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("into", ["field", "file"])
 async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str) -> None:
     """on_map_progress tells n of m at the begin, at the end and now and then in between, restored items among them."""
@@ -1010,6 +1026,7 @@ async def test_progress(store: Any, tmp_path: Path, doubler: Doubler, into: str)
     assert len(told) <= 3 + last.elapsed_seconds / 0.2
 
 
+@pytest.mark.core
 async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doubler) -> None:
     """Of a map into the journal the first events and failures are kept, the rest is counted: totals stay exact."""
     doubler.failing = set(range(0, 5000, 2))
@@ -1028,6 +1045,7 @@ async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doub
     assert next(iter(twin)).left_out == event.left_out
 
 
+@pytest.mark.core
 def test_rows_that_are_left_out_are_summed() -> None:
     """What a copy of the rows and a trace that was looked at say of sums is what the rows said."""
     from stroma.trace import AttemptUsage, ExecutionTrace, FewRows
@@ -1055,6 +1073,7 @@ def test_rows_that_are_left_out_are_summed() -> None:
     assert [one[:4] for one in after] == [one[:4] for one in before]
 
 
+@pytest.mark.slow
 async def test_memory_is_flat(tmp_path: Path) -> None:
     """Ten times the items take no more memory, on a durable store with a file for outputs: also resumed."""
     contract: NodeContract[Any, Any] = NodeContract(node_id="same", input_schema=Num, output_schema=Num)

@@ -63,6 +63,7 @@ async def test_the_ended_attempt_is_told_by_current_node() -> None:
     ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("ending", ["success", "failure", "suspended", "cancelled", "backoff", "closed"])
 async def test_at_end_is_called_once_whichever_way_an_execution_ends(ending: str) -> None:
     """at_end() is called when no attempt follows: not between two, and also when a wait or the coroutine is cut off."""
@@ -302,6 +303,7 @@ async def test_a_trace_context_is_carried_in_and_told_to_a_resumed_run() -> None
     ]
 
 
+@pytest.mark.core
 async def test_a_later_version_of_the_trace_context() -> None:
     """Of a version that is not known yet, the fields that are known count."""
     runner = StromaRunner.quick()
@@ -394,6 +396,7 @@ async def test_plain_code_is_a_run_to_its_hooks() -> None:
     assert seen == []
 
 
+@pytest.mark.core
 async def test_plain_code_that_is_closed_tells_its_end() -> None:
     """Code with `async with ctx:` around its steps that is closed, and can await nothing, tells its hooks that it ended."""
     seen: list[Any] = []

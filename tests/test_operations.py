@@ -71,6 +71,7 @@ def quick(store: Any, **config: Any) -> StromaRunner:
 # ---------------------------------------------------------------------- cancel
 
 
+@pytest.mark.core
 async def test_a_run_is_cancelled_from_elsewhere(store: Any) -> None:
     """runner.cancel() ends a run that another task or process is at work on; it returns as CANCELLED, and may go on."""
     work, ended = Work(), []
@@ -105,6 +106,7 @@ async def test_children_are_cancelled_from_elsewhere(store: Any) -> None:
     assert (await asyncio.wait_for(task, 10)).status is RunStatus.CANCELLED
 
 
+@pytest.mark.core
 async def test_a_node_that_swallows_its_cancellation_ends_the_run_all_the_same(store: Any) -> None:
     """A run that is cancelled from elsewhere begins no further node, whatever the present one makes of it."""
     work = Work()
@@ -181,6 +183,7 @@ async def test_a_run_that_nobody_holds_is_cancelled_at_once(store: Any) -> None:
     assert store.get_run("i").status == "CANCELLED"
 
 
+@pytest.mark.core
 async def test_a_cancellation_of_the_task_itself_still_comes_out(store: Any) -> None:
     """A run whose own task is cancelled raises CancelledError, also if somebody asked for its end as well."""
     work = Work()
@@ -195,6 +198,7 @@ async def test_a_cancellation_of_the_task_itself_still_comes_out(store: Any) -> 
 # ---------------------------------------------------------------------- fork
 
 
+@pytest.mark.core
 async def test_a_fork_goes_on_from_a_node(store: Any) -> None:
     """fork() runs on from a committed node with an edited state, as a new run that names its parent."""
     work = Work()
@@ -246,6 +250,7 @@ async def test_a_fork_behind_a_group_and_a_node_without_a_contract(store: Any) -
         await quick(store).fork("r", nodes, at="last")
 
 
+@pytest.mark.core
 async def test_what_cannot_be_forked(store: Any) -> None:
     """An unknown run or node, a node before which nothing is kept, a taken id and a state that is no model are refused."""
     work = Work()
@@ -268,6 +273,7 @@ async def test_what_cannot_be_forked(store: Any) -> None:
 # ---------------------------------------------------------------------- many
 
 
+@pytest.mark.core
 async def test_many_runs(store: Any) -> None:
     """run_many runs each input, so many at once, and gives the outcomes in order; one that raises stops no other."""
     inside, most = 0, 0
@@ -340,6 +346,7 @@ async def test_what_breaks_run_many_comes_out_as_itself(store: Any, broken: str)
         assert all(run.holder is None for run in store.list_runs())
 
 
+@pytest.mark.core
 async def test_interrupted_runs_are_recovered(store: Any) -> None:
     """recover() goes on with what was interrupted under this pipeline's name, and with nothing else."""
     work = Work()
@@ -430,6 +437,7 @@ async def test_the_first_start_of_all_recovers_nothing(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- shutdown
 
 
+@pytest.mark.core
 async def test_a_shutdown_lets_the_node_in_flight_finish(store: Any) -> None:
     """shutdown() waits for the nodes in flight, begins no other, and leaves the runs to whoever recovers them."""
     work, runner = Work(), quick(store)
@@ -462,6 +470,7 @@ async def test_a_shutdown_does_not_wait_for_ever(store: Any) -> None:
     await runner.shutdown()
 
 
+@pytest.mark.core
 async def test_a_shutdown_waits_for_runs_not_for_what_comes_after_them(store: Any) -> None:
     """A task that goes on after its run, such as a worker that waits for its next message, holds up no shutdown."""
     work, runner = Work(), quick(store)
@@ -484,6 +493,7 @@ async def test_a_shutdown_waits_for_runs_not_for_what_comes_after_them(store: An
     await task
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("drain_seconds", [0, 30])
 async def test_a_shutdown_ends_run_many(store: Any, drain_seconds: float) -> None:
     """After a shutdown run_many begins no further run, and gives what became of those that it had begun."""
@@ -525,6 +535,7 @@ async def test_a_shutdown_ends_what_waits_or_opens(tmp_path: Path) -> None:
         assert (await held).status is RunStatus.COMPLETED
 
 
+@pytest.mark.core
 async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
     """A node that swallows its cancellation is kept; the run ends behind it all the same, and its task is as it was."""
     calls: list[str] = []
@@ -563,6 +574,7 @@ async def test_a_node_cannot_swallow_the_end_of_its_run(store: Any) -> None:
     assert calls == ["stubborn", "stubborn"]
 
 
+@pytest.mark.core
 async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_again(store: Any) -> None:
     """A run that is cancelled from elsewhere makes no further attempt, whatever its node makes of the cancellation."""
     calls, inside = [], asyncio.Event()

@@ -108,6 +108,7 @@ async def machine(tmp_path: Path) -> AsyncIterator[Machine]:
 # ---------------------------------------------------------------------- between processes
 
 
+@pytest.mark.slow
 async def test_a_run_has_one_owner(machine: Machine) -> None:
     """G10: a second process that picks up a run is told who has it, and calls nothing."""
     first = await machine.start(waits={"sleep1": 30})
@@ -117,6 +118,7 @@ async def test_a_run_has_one_owner(machine: Machine) -> None:
     assert machine.calls() == ["n0", "n1"]
 
 
+@pytest.mark.slow
 async def test_eight_processes_at_once(machine: Machine) -> None:
     """G10: of eight processes that start the same run at the same moment one runs it, the rest are told so."""
     all_of_them = await asyncio.gather(
@@ -130,6 +132,7 @@ async def test_eight_processes_at_once(machine: Machine) -> None:
     assert machine.calls() == ["n0", "n1", "n2"]
 
 
+@pytest.mark.slow
 async def test_eight_processes_attach(machine: Machine) -> None:
     """Processes that attach wait for the one that runs, and all have its result."""
     all_of_them = await asyncio.gather(
@@ -144,6 +147,7 @@ async def test_eight_processes_attach(machine: Machine) -> None:
     assert len(machine.calls()) % 3 == 0
 
 
+@pytest.mark.slow
 async def test_a_run_whose_process_died_is_free_at_once(machine: Machine) -> None:
     """After kill -9 another process goes on at once, whatever is left of the lease."""
     first = await machine.start(waits={"sleep1": 30}, lease_seconds=3600)
@@ -155,6 +159,7 @@ async def test_a_run_whose_process_died_is_free_at_once(machine: Machine) -> Non
     assert machine.calls() == ["n0", "n1", "n1", "n2"]
 
 
+@pytest.mark.slow
 async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
     """G10: a process that is stopped for longer than its lease is taken over from; what it does later is refused."""
     first = await machine.start(waits={"sleep1": 0.3}, lease_seconds=0.5)
@@ -175,6 +180,7 @@ async def test_a_stopped_process_loses_its_run(machine: Machine) -> None:
         assert (run.status, run.nodes, run.tokens) == ("RESUMED", 3, 30)
 
 
+@pytest.mark.slow
 async def test_a_blocked_loop_keeps_its_run(machine: Machine) -> None:
     """A lease is kept up while a node blocks the event loop for longer than it lasts."""
     first = await machine.start(waits={"block1": 4}, lease_seconds=0.3)
@@ -186,6 +192,7 @@ async def test_a_blocked_loop_keeps_its_run(machine: Machine) -> None:
     assert await first.outcome() == "COMPLETED - Count(n=3)"
 
 
+@pytest.mark.slow
 async def test_an_attached_process_goes_on_when_the_owner_dies(machine: Machine) -> None:
     """Whoever waits for a run whose process dies goes on with it."""
     first = await machine.start(waits={"sleep1": 30})
@@ -197,6 +204,7 @@ async def test_an_attached_process_goes_on_when_the_owner_dies(machine: Machine)
     assert machine.calls() == ["n0", "n1", "n1", "n2"]
 
 
+@pytest.mark.slow
 async def test_a_process_may_be_declared_dead(machine: Machine) -> None:
     """if_running="take_over" does not wait for the lease, and fences the owner off."""
     first = await machine.start(waits={"sleep1": 8}, lease_seconds=3600)
@@ -206,6 +214,7 @@ async def test_a_process_may_be_declared_dead(machine: Machine) -> None:
     assert await first.outcome() == "PARTIAL Fenced Count(n=1)"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("hours", [-1, 1])
 async def test_moved_clocks_change_nothing(machine: Machine, hours: int) -> None:
     """A process whose wall clock is an hour wrong takes no run away, and loses none."""
@@ -307,6 +316,7 @@ async def test_attaching_to_a_failure_gives_the_failure(store: Any) -> None:
     assert calls == ["a", "b"]
 
 
+@pytest.mark.core
 async def test_another_input_cannot_attach(store: Any) -> None:
     """Only a request with the same input may attach to a run."""
     calls: list[str] = []
@@ -319,6 +329,7 @@ async def test_another_input_cannot_attach(store: Any) -> None:
     await task
 
 
+@pytest.mark.core
 async def test_what_goes_wrong_beside_the_leases_loses_none(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -371,6 +382,7 @@ async def test_whoever_waits_can_be_cancelled(store: Any) -> None:
     assert (await task).status is RunStatus.COMPLETED
 
 
+@pytest.mark.core
 async def test_a_finished_run_is_returned(store: Any) -> None:
     """if_exists="return" gives the result of a finished run, calls nothing and changes nothing; else it goes on."""
     calls: list[str] = []

@@ -14,11 +14,12 @@ from typing import Any
 from urllib.parse import quote, quote_plus
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, SecretStr, field_validator
 from rich.console import Console
 from tests.pages import check_page
+from tests.tiers import examples
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
 from stroma._idle import places
@@ -130,6 +131,7 @@ async def test_secrets_and_redaction() -> None:
     assert "Ada" not in result.trace.to_html(redact=lambda state: 1 / 0)  # type: ignore[arg-type, return-value]
 
 
+@pytest.mark.core
 async def test_messages_are_redacted(tmp_path: Path) -> None:
     """What redact takes out of a state is not in a message either, whole or cut off, and no other word is lost."""
 
@@ -156,6 +158,7 @@ async def test_messages_are_redacted(tmp_path: Path) -> None:
 _SECRET = 'Zoë\'s "key" p@ss/w\\ord\nof 2'
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "form",
     [
@@ -180,6 +183,7 @@ def test_other_forms_of_what_is_hidden(form: Any) -> None:
     assert not [part for part in parts if part in left]
 
 
+@pytest.mark.core
 def test_hidden_values_that_begin_alike() -> None:
     """Of two hidden values that begin alike, each is hidden to its end, also where it is cut off."""
     urls = ["https://example.com/reset/ada-4f2a", "https://example.com/reset/grace-91"]
@@ -214,7 +218,8 @@ json_data = st.recursive(
 )
 
 
-@settings(max_examples=60, deadline=None)
+@pytest.mark.core
+@examples(60)
 @given(words, words, words, json_data)
 def test_no_text_is_ever_markup(one: str, two: str, three: str, state: Any) -> None:
     """Whatever a run holds, its page has the elements that it has for plain words."""
@@ -256,6 +261,7 @@ def test_what_is_too_much_to_show() -> None:
     assert ">bad<" in text or "bad</span>" in text
 
 
+@pytest.mark.core
 def test_waits_are_between_attempts_of_one_place() -> None:
     """A wait begins where an attempt ended and ends where the next one of the same place begins; overlaps are none."""
     bars = [
@@ -287,6 +293,7 @@ def test_groups_fold() -> None:
     assert "<details open><summary" in gantt(bars, selected=bars[1].key)
 
 
+@pytest.mark.core
 def test_idle_time_folds() -> None:
     """A stretch in which nothing ran is drawn as a short one; nothing changes its order, and work keeps its scale."""
     bars = [

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from tests.blocks import reader_env
 
 #: Runs a pipeline and the commands in one process, and prints every address that this process turned to.
@@ -76,6 +77,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 def test_nothing_phones_home(tmp_path: Path) -> None:
     """A pipeline with prices, a store and logs, and the commands that look at it, turn to no address and look up no name."""
     (tmp_path / "flow.py").write_text(SCRIPT)

@@ -93,12 +93,14 @@ def test_a_price_is_what_genai_prices_makes_of_it(
     assert price(model.id, usage) == pytest.approx(float(total), rel=1e-9, abs=1e-15)
 
 
+@pytest.mark.core
 def test_tiers_hold_for_the_whole_call() -> None:
     """Beyond 200,000 tokens of input all tokens have the higher price, output too."""
     assert estimate_cost_usd("claude-sonnet-4-5", 200_000, 1000) == pytest.approx(0.2 * 3 + 0.001 * 15)
     assert estimate_cost_usd("claude-sonnet-4-5", 200_001, 1000) == pytest.approx(0.200001 * 6 + 0.001 * 22.5)
 
 
+@pytest.mark.core
 def test_each_kind_of_token_has_its_price() -> None:
     """Read from a cache, written to it for minutes or an hour, and the rest."""
     usage = Usage(1000, 100, 300, 500, "claude-sonnet-4-5", None, 200)
@@ -106,6 +108,7 @@ def test_each_kind_of_token_has_its_price() -> None:
     assert price("claude-sonnet-4-5", usage) == pytest.approx(expected / 1e6)
 
 
+@pytest.mark.core
 def test_a_batch_costs_half() -> None:
     """A tier has its own price where the data has one, and the standard price where it has none."""
     assert estimate_cost_usd("claude-sonnet-4-5", 1000, 100, tier="batch") == pytest.approx(0.00225)
@@ -125,6 +128,7 @@ def test_a_name_that_tells_no_provider_is_looked_up_with_those_who_make_models()
 # ---------------------------------------------------------------------- KNOWN_MODELS
 
 
+@pytest.mark.core
 def test_known_models_win_and_the_rest_keeps_its_proportion(monkeypatch: pytest.MonkeyPatch) -> None:
     """Two numbers correct a price; cached, written and batch tokens keep the proportion that the data has them in."""
     model = "claude-haiku-4-5"
@@ -138,6 +142,7 @@ def test_known_models_win_and_the_rest_keeps_its_proportion(monkeypatch: pytest.
     )
 
 
+@pytest.mark.slow
 def test_the_models_that_are_built_in_cost_what_the_data_says() -> None:
     """KNOWN_MODELS as it ships changes no price: it only spares the import of the data."""
     # Of a process of its own: other tests have models of theirs in it.
@@ -152,6 +157,7 @@ def test_the_models_that_are_built_in_cost_what_the_data_says() -> None:
         ), model
 
 
+@pytest.mark.core
 def test_an_entry_is_for_all_names_of_its_model(monkeypatch: pytest.MonkeyPatch) -> None:
     """A response names a dated model: the entry of its plain name holds, but not for a release with another price."""
     monkeypatch.setitem(KNOWN_MODELS, "gpt-4o", (1.0, 1.0))
@@ -289,6 +295,7 @@ def test_every_price_of_the_data_is_finite_and_not_negative(listed: Any, usage: 
 # ---------------------------------------------------------------------- time and refreshing
 
 
+@pytest.mark.core
 def test_a_price_of_the_day_is_looked_up_for_each_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """A price that changes with the date or the hour changes in a process that runs on."""
 
@@ -373,6 +380,7 @@ def prices_server(monkeypatch: pytest.MonkeyPatch) -> Iterator[type[Handler]]:
         thread.join()
 
 
+@pytest.mark.core
 def test_prices_can_be_refreshed(prices_server: type[Handler]) -> None:
     """update_prices() fetches with genai-prices' own means; what was looked up before is looked up anew."""
     assert estimate_cost_usd("new-model", 1_000_000) == 0.0
@@ -392,6 +400,7 @@ def test_prices_can_be_refreshed(prices_server: type[Handler]) -> None:
     )
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "body",
     [

@@ -84,6 +84,7 @@ async def test_a_cost_at_eighty_percent_warns(limit: float, monkeypatch: pytest.
     assert seen == [("r", "cost", pytest.approx(0.8 * limit), limit)]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "price",
     [(1,), "dear", {"input": 1}, ("1", "2"), (float("nan"), 1.0), (float("inf"), 1.0), (-5.0, 1.0)],
@@ -163,6 +164,7 @@ async def test_siblings_of_a_failed_attempt_over_the_limit_finish() -> None:
     assert await store.load("r", "b") == Num(n=7)
 
 
+@pytest.mark.core
 async def test_a_violation_inside_a_node_is_not_repaired() -> None:
     """contract_retries is about a node's own output, not about a violation in a run that the node made."""
     calls: list[int] = []
@@ -255,6 +257,7 @@ async def test_an_interrupt_in_a_hook_leaves_the_sets_paired(event: str) -> None
 # ---------------------------------------------------------------------- hooks
 
 
+@pytest.mark.core
 async def test_a_hook_cannot_grant_attempts() -> None:
     """G8: what a hook writes on current_node() has no node called more often."""
     calls: list[int] = []
@@ -318,6 +321,7 @@ def raising(state: dict[str, Any]) -> Any:
     raise ValueError("cannot")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "redact",
     [
@@ -385,6 +389,7 @@ async def test_a_trace_that_was_looked_at_is_still_the_runs_own() -> None:
     ]
 
 
+@pytest.mark.core
 async def test_a_violation_of_the_nodes_own_making_is_shown() -> None:
     """A ContractViolation that a node made, without what belongs to it, is a failure like any other, redacted too."""
 
@@ -418,6 +423,7 @@ async def test_a_hook_error_without_a_repr_is_raised_as_one() -> None:
         await quick(hooks=NodeHooks(on_node_start=start), hook_errors="raise").run([node("a", same)], Num())
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException, ValueError])
 @pytest.mark.parametrize("where", ["__str__", "status_code", "__cause__"])
 async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseException], where: str) -> None:
@@ -439,6 +445,7 @@ async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseExc
     assert result.failure.message == ("Hostile" if where == "__str__" else "words")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException])
 @pytest.mark.parametrize("at", ["input", "output"])
 async def test_a_validator_that_raises_no_exception_is_a_violation(
@@ -474,6 +481,7 @@ async def test_a_validator_that_raises_no_exception_is_a_violation(
     assert seen == [*(["start"] if at == "output" else []), "failure", "run end"]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException, ValueError])
 @pytest.mark.parametrize("is_async", [False, True], ids=["sync", "async"])
 async def test_a_store_that_raises_no_exception_has_refused(
@@ -508,6 +516,7 @@ async def test_a_store_that_raises_no_exception_has_refused(
     assert seen == ["start", "failure", "run end"]
 
 
+@pytest.mark.core
 async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
     """In plain code, too, the TypeError of a hook that is not async comes after the trace, with ``result`` on it."""
 
@@ -524,6 +533,7 @@ async def test_the_error_of_a_sync_hook_has_the_result_of_a_step() -> None:
     assert [event.outcome for event in result.trace] == ["success"]
 
 
+@pytest.mark.core
 async def test_hooks_that_can_be_read_once_are_read_once() -> None:
     """Sets of hooks that come out of a generator are called in every run."""
     seen: list[str] = []
@@ -564,6 +574,7 @@ async def test_limits_of_any_size() -> None:
     result.raise_for_status()
 
 
+@pytest.mark.core
 def test_a_run_that_is_thrown_away_leaves_no_noise() -> None:
     """A coroutine of run() that is collected long after its loop was closed ends without a complaint."""
     complaints: list[Any] = []

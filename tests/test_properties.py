@@ -1,14 +1,10 @@
-"""Properties of the core, each against a model of its own that shares no code with it.
-
-The examples are the same on every run. ``STROMA_EXAMPLES=20`` tries twenty times as many, and other ones each time.
-"""
+"""Properties of the core, each against a model of its own that shares no code with it."""
 
 import asyncio
 import copy
 import datetime as dt
 import itertools
 import math
-import os
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
@@ -20,9 +16,10 @@ from uuid import UUID
 from zoneinfo import ZoneInfo
 
 import pytest
-from hypothesis import HealthCheck, assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, RootModel, create_model
+from tests.tiers import examples
 
 from stroma import (
     KNOWN_MODELS,
@@ -46,17 +43,6 @@ from stroma import (
 )
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
-_MORE = os.environ.get("STROMA_EXAMPLES")
-
-
-def examples(count: int) -> settings:
-    return settings(
-        max_examples=count * int(_MORE or 1),
-        derandomize=_MORE is None,
-        deadline=None,
-        database=None,
-        suppress_health_check=list(HealthCheck),
-    )
 
 
 class Num(BaseModel):

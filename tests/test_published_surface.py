@@ -1452,6 +1452,7 @@ class TestRedisWithoutAServer:
         found.execute("FLUSHALL")
         return found
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
     async def test_round_trip(self, make: Any, server: RedisServer) -> None:
         """A Redis store loads what it saved (None if absent), deletes that run only, and sets the ttl on every save."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import xml.etree.ElementTree as ET
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -22,6 +23,7 @@ def test_any_text_survives_xml(text: str) -> None:
     assert (read.text or "") == wanted
 
 
+@pytest.mark.core
 @given(anything, anything, anything)
 def test_no_text_is_ever_markup(one: str, two: str, three: str) -> None:
     """Whatever ids, fields and types are called, the picture has the elements that it has for plain words."""
@@ -68,6 +70,7 @@ def test_boxes_do_not_overlap_and_frames_hold_their_children() -> None:
     assert all(inside(box, (0, 0, width, height)) for box in found)
 
 
+@pytest.mark.core
 def test_links_go_around_the_boxes_between() -> None:
     """A link over a column runs below what stands there, and what one line feeds in one column goes together."""
     lines = tuple(Line(f"field{i}", "str") for i in range(3))

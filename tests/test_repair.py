@@ -144,6 +144,7 @@ class Untagged(BaseModel):
 ALL_PETS = '{"kind": "cat", "size": integer} | {"kind": "dog", "size": "small" | "large", "good": boolean}'
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("schema", "raw", "wrong", "expected"),
     [
@@ -181,6 +182,7 @@ class Open(BaseModel):
         return value
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("schema", "raw"),
     [
@@ -211,6 +213,7 @@ def test_a_key_that_came_is_quoted() -> None:
     assert 'tags["a b.c"]: Input should be a valid integer' in text
 
 
+@pytest.mark.core
 def test_an_answer_with_thousands_of_faults_is_said_at_once() -> None:
     """What is not said is not written either: the time does not grow with the square of the faults."""
 
@@ -253,6 +256,7 @@ def test_a_violation_made_by_hand_says_what_it_has() -> None:
     assert made.schema is None
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("limit", [2000, 700, 300, 100, 10])
 def test_it_is_never_longer_than_asked(limit: int) -> None:
     """Of many faults and long values the first are said, and how many more there are."""
@@ -355,6 +359,7 @@ HIDING: list[tuple[Any, Any]] = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("annotation", "value"), HIDING, ids=lambda value: "")
 @pytest.mark.parametrize(
     "raw",
@@ -424,6 +429,7 @@ def test_a_secret_object_in_what_came_is_masked() -> None:
     assert "**********" in text
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     "answer",
     [
@@ -462,6 +468,7 @@ def test_a_dataclass_that_came_is_looked_into() -> None:
     assert "hunter2" not in text
 
 
+@pytest.mark.core
 def test_a_secret_is_masked_in_what_is_long() -> None:
     """Only the beginning of a long value is searched; no half of a secret is left at its end."""
     schema = schema_with(list[SecretStr])
@@ -472,6 +479,7 @@ def test_a_secret_is_masked_in_what_is_long() -> None:
         assert "t0ken" not in text
 
 
+@pytest.mark.core
 def test_a_secret_is_masked_before_a_value_is_cut() -> None:
     """Where a long value is cut, no half of a secret stays."""
     schema = schema_with(SecretStr)
@@ -492,6 +500,7 @@ class Text(BaseModel):
     text: str = ""
 
 
+@pytest.mark.core
 async def test_the_next_attempt_finds_it() -> None:
     """contract_retries: the next attempt has the text at current_node().last_failure; the first one has none."""
     runner = StromaRunner.quick(contract_retries={"ask": 2})
@@ -551,6 +560,7 @@ def test_a_violation_of_a_local_schema_can_be_pickled() -> None:
     assert "- n: Input should be a valid integer" in copy.as_prompt()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fault", "said"),
     [

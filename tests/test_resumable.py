@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from pydantic import BaseModel, create_model
 
 from stroma import ContractRegistry, NodeContract, RunConfig, map_over, parallel, stroma_node
@@ -54,6 +55,7 @@ def test_a_run_of_the_same_nodes_can_be_resumed() -> None:
     assert changes(commits, node("a"), grouped, mapped) == []
 
 
+@pytest.mark.core
 def test_every_change_is_told() -> None:
     """Not only the first one: another node, another schema, a child that is gone, and a pipeline that has become shorter."""
     grouped = parallel(node("b"))

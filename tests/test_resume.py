@@ -114,6 +114,7 @@ async def loaded(store: Any, run_id: str, node_id: str, schema: type[BaseModel] 
 # ---------------------------------------------------------------------- resume=True
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("broken", ["a", "b", "c", "d"])
 async def test_resume_goes_on_where_the_run_stopped(store: Any, broken: str) -> None:
     """G5: resume=True continues at the first position without a commit; committed nodes are not called again."""
@@ -151,6 +152,7 @@ async def test_resume_of_a_finished_run_calls_nothing(store: Any) -> None:
     assert work.calls == {"a": 1, "b": 1}
 
 
+@pytest.mark.core
 async def test_skipped_nodes_fire_on_node_skipped_only(store: Any) -> None:
     """Skipped nodes fire on_node_skipped only, with their restored output, and current_node() says where they stand."""
     told: list[Any] = []
@@ -181,6 +183,7 @@ async def test_skipped_nodes_fire_on_node_skipped_only(store: Any) -> None:
     assert current_node() is None
 
 
+@pytest.mark.core
 async def test_the_budget_remembers_and_the_totals_do_not(store: Any) -> None:
     """G6: under resume=True the budget remembers what was restored, this result's totals do not."""
     work = Work("a", "b", "c")
@@ -198,6 +201,7 @@ async def test_the_budget_remembers_and_the_totals_do_not(store: Any) -> None:
     assert (again.status, again.final_state) == (RunStatus.RESUMED, Num(n=3))
 
 
+@pytest.mark.core
 async def test_the_budget_remembers_failed_attempts_and_money(store: Any) -> None:
     """G6: usage of failed attempts of earlier calls counts against the budget of a resume, in tokens and in dollars."""
     calls: list[int] = []
@@ -312,6 +316,7 @@ async def test_running_again_restarts(store: Any) -> None:
         assert work.calls == {"a": n, "b": n}
 
 
+@pytest.mark.core
 async def test_a_restart_forgets_the_commits(store: Any) -> None:
     """After a restart that failed early, resume=True continues the new execution, not the old one."""
     work = Work("a", "b", "c")
@@ -325,6 +330,7 @@ async def test_a_restart_forgets_the_commits(store: Any) -> None:
     assert work.calls == {"a": 2, "b": 3, "c": 2}
 
 
+@pytest.mark.core
 async def test_the_idempotency_key_is_that_of_the_execution(store: Any) -> None:
     """The key of a position is the same over a resume, and another one in a new execution."""
     keys: list[str] = []
@@ -362,6 +368,7 @@ async def test_resume_from_runs_from_that_node_on(store: Any, target: str) -> No
     assert result.total_tokens == 10 * (3 - at)
 
 
+@pytest.mark.core
 async def test_resume_from_discards_what_follows(store: Any) -> None:
     """After a resume_from that failed, resume=True goes on there: the commits behind it are gone."""
     work = Work("a", "b", "c")
@@ -375,6 +382,7 @@ async def test_resume_from_discards_what_follows(store: Any) -> None:
     assert work.calls == {"a": 1, "b": 3, "c": 2}
 
 
+@pytest.mark.core
 async def test_resume_from_means_the_first_position_with_the_id(store: Any) -> None:
     """resume_from names the first position with that id."""
     work = Work("a", "b")
@@ -386,6 +394,7 @@ async def test_resume_from_means_the_first_position_with_the_id(store: Any) -> N
     assert work.calls == {"a": 3, "b": 4}
 
 
+@pytest.mark.core
 async def test_resume_from_without_a_checkpoint(store: Any) -> None:
     """No checkpoint of the node before it is CheckpointNotFound, which names that node; nothing is called."""
     work = Work("a", "b", "c")
@@ -459,6 +468,7 @@ async def _stopped(store: Any) -> Work:
     return work
 
 
+@pytest.mark.core
 async def test_renamed_nodes_are_a_changed_pipeline(store: Any) -> None:
     """Other ids before the resume point are PipelineChanged, naming both ids; nothing is called."""
     work = await _stopped(store)
@@ -475,6 +485,7 @@ async def test_renamed_nodes_are_a_changed_pipeline(store: Any) -> None:
     assert result.status is RunStatus.RESUMED
 
 
+@pytest.mark.core
 async def test_another_schema_is_a_changed_pipeline(store: Any) -> None:
     """Another output schema before the resume point is PipelineChanged, naming node and class."""
     work = await _stopped(store)
@@ -515,6 +526,7 @@ def _versions(store: Any, model: type[BaseModel], upcast: Any = None, grouped: b
     return [parallel(made) if grouped else made, node("second", second, given=model)]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("grouped", [False, True])
 async def test_outputs_of_an_earlier_schema_are_brought_up_to_date(store: Any, grouped: bool) -> None:
     """A changed schema with an upcast reads what the earlier one recorded; nothing is run again."""
@@ -580,6 +592,7 @@ async def test_changes_may_be_allowed(store: Any) -> None:
     assert fewer.final_state == Other(n=1)
 
 
+@pytest.mark.core
 async def test_fewer_nodes_are_a_changed_pipeline(store: Any) -> None:
     """A pipeline with fewer nodes than are committed is PipelineChanged."""
     work = await _stopped(store)
@@ -595,6 +608,7 @@ async def test_changes_behind_the_resume_point_are_welcome(store: Any) -> None:
     assert (result.status, result.final_state) == (RunStatus.RESUMED, Num(n=4))
 
 
+@pytest.mark.core
 async def test_another_input_is_refused(store: Any) -> None:
     """resume=True with another input than the run was started with is PipelineChanged; nothing is called."""
     work = await _stopped(store)
@@ -678,6 +692,7 @@ async def test_a_finished_group_is_restored_whole(store: Any) -> None:
     assert told == ["parallel(a, b)"]
 
 
+@pytest.mark.core
 async def test_items_resume(store: Any) -> None:
     """Each item of a map is journaled on its own: only unfinished items run on resume, in order."""
     calls: Counter[int] = Counter()
@@ -723,6 +738,7 @@ async def test_group_usage_counts_once_on_resume(store: Any) -> None:
 # ---------------------------------------------------------------------- steps
 
 
+@pytest.mark.core
 async def test_steps_return_what_they_recorded(store: Any) -> None:
     """In plain code the n-th call of a step id returns its recorded output under resume=True."""
     calls: Counter[str] = Counter()
@@ -774,6 +790,7 @@ class Steps:
         return (await execute_step(step_id, add, Num(n=n), ctx)).final_state
 
 
+@pytest.mark.core
 async def test_a_step_with_another_input_is_refused(store: Any) -> None:
     """The n-th call of a step id with another input than was recorded is an error that names both inputs."""
     steps = Steps(store)
@@ -787,6 +804,7 @@ async def test_a_step_with_another_input_is_refused(store: Any) -> None:
     assert steps.calls == ["add 1", "add 2"]
 
 
+@pytest.mark.core
 async def test_steps_are_known_by_the_call_of_their_id(store: Any) -> None:
     """What a step id's n-th call recorded is found again, whatever other steps were called before it this time."""
     steps = Steps(store)
@@ -859,6 +877,7 @@ async def test_a_step_input_without_a_stored_form_is_not_compared(store: Any) ->
     assert steps.calls == ["add 1"]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("ended", ["well", "failed", "raised", "cancelled"])
 async def test_the_end_of_plain_code_is_recorded(tmp_path: Path, ended: str) -> None:
     """``async with ctx:`` around plain code notes in the journal how the run ended."""
@@ -898,6 +917,7 @@ async def test_the_end_of_plain_code_is_recorded(tmp_path: Path, ended: str) -> 
         )
 
 
+@pytest.mark.core
 async def test_a_run_that_is_cancelled_while_it_opens_is_closed_again(tmp_path: Path) -> None:
     """Cancelled while the store opens it, a run is CANCELLED there, not RUNNING for ever."""
     async with SQLiteStore(tmp_path / "runs.db") as store:
@@ -991,6 +1011,7 @@ async def test_custom_stores_keep_checkpoints_and_resume_from(make: Any) -> None
     assert store.kept == {}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("make", [SyncStore, AsyncStore])
 async def test_custom_stores_own_what_they_keep(make: Any) -> None:
     """What a custom store keeps is its own object: nothing that runs later changes it."""

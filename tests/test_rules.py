@@ -103,6 +103,7 @@ class Journal:
         return Held()
 
 
+@pytest.mark.core
 async def test_a_cancellation_during_the_commit_comes_out_after_it() -> None:
     """A run that is cancelled while the store keeps its last output keeps it, and is cancelled all the same."""
     store = Journal()
@@ -121,6 +122,7 @@ async def test_a_cancellation_during_the_commit_comes_out_after_it() -> None:
     assert await store.load("r", "a") == Num(n=7)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("transient", [True, False])
 async def test_a_cancellation_during_a_commit_that_is_refused_comes_out(transient: bool) -> None:
     """A run that is cancelled while the store is about to refuse its output is cancelled all the same, and goes no further."""
@@ -149,6 +151,7 @@ async def test_a_cancellation_during_a_commit_that_is_refused_comes_out(transien
     assert store.inner.get_run("r").status == "CANCELLED"  # type: ignore[union-attr]
 
 
+@pytest.mark.core
 async def test_a_store_that_never_answers_does_not_hold_a_cancelled_run_for_ever(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
@@ -174,6 +177,7 @@ async def test_a_store_that_never_answers_does_not_hold_a_cancelled_run_for_ever
     assert (result.status, len(calls)) == (RunStatus.RESUMED, 2)
 
 
+@pytest.mark.core
 async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
     """An error of a store that says that trying again will not help is told at once, and the run is PARTIAL."""
 
@@ -193,6 +197,7 @@ async def test_a_lasting_refusal_of_the_store_is_not_tried_again() -> None:
     assert result.failure.message == "the file is gone"
 
 
+@pytest.mark.core
 async def test_only_sets_that_saw_the_start_see_the_end() -> None:
     """A set whose own start is not async is not told that the node was cancelled, nor is any set after it."""
     seen: list[str] = []
@@ -217,6 +222,7 @@ async def test_only_sets_that_saw_the_start_see_the_end() -> None:
     assert seen == ["first start", "first cancelled"]
 
 
+@pytest.mark.core
 async def test_waits_between_attempts_are_in_no_latency(monkeypatch: pytest.MonkeyPatch) -> None:
     """A wait that is longer than max_latency_ms takes nothing from it."""
 
@@ -238,6 +244,7 @@ async def test_waits_between_attempts_are_in_no_latency(monkeypatch: pytest.Monk
     assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)
 
 
+@pytest.mark.core
 async def test_children_that_wait_are_not_called_after_a_crossed_limit() -> None:
     """A child that waits for its turn when a limit is crossed is not begun: no event, no call, no hook."""
     seen: list[str] = []
@@ -262,6 +269,7 @@ async def test_children_that_wait_are_not_called_after_a_crossed_limit() -> None
     assert (result.status, seen, refused) == (RunStatus.PARTIAL, ["dear"], ["dear"])
 
 
+@pytest.mark.core
 async def test_a_validator_cannot_change_the_state_it_reads() -> None:
     """A validator that takes values out of the dict it is given changes nothing of the state before it."""
 
@@ -307,6 +315,7 @@ async def test_each_child_gets_the_state_that_a_validator_of_its_sibling_read() 
     assert [event.output_state for event in result.trace.walk()] == [{"n": 3}] * 3
 
 
+@pytest.mark.core
 async def test_diff_sees_children() -> None:
     """What differs inside a group is a difference, although the group's own states are equal."""
 
@@ -336,6 +345,7 @@ TAGGED = [
 ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("value", TAGGED, ids=str)
 def test_keys_that_look_like_tags_come_back(value: Any) -> None:
     """A dict whose keys look like the marks of the stored form comes back as the dict that it was."""
@@ -348,6 +358,7 @@ CONTAINERS = [
 ]  # fmt: skip
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("value", CONTAINERS, ids=repr)
 def test_containers_under_any_come_back_as_they_were(value: Any) -> None:
     """A container under Any comes back as one of its type with contents of theirs."""
@@ -358,6 +369,7 @@ def test_containers_under_any_come_back_as_they_were(value: Any) -> None:
     assert repr(found) == repr(value) or isinstance(value, (set, frozenset))
 
 
+@pytest.mark.slow
 def test_equal_sets_are_stored_as_equal_bytes() -> None:
     """A set is stored as the same bytes in every process, however its hashes fall."""
     code = """
@@ -382,6 +394,7 @@ print(schema_of(Loose).encode(Loose(anything=[names, frozenset(names)])).hex())
     assert len(stored) == 1
 
 
+@pytest.mark.core
 def test_output_tokens_cost_the_output_price(monkeypatch: pytest.MonkeyPatch) -> None:
     """A price is (input, output) in dollars per million tokens."""
     monkeypatch.setitem(KNOWN_MODELS, "a-model-of-ours", (2.0, 10.0))
@@ -390,6 +403,7 @@ def test_output_tokens_cost_the_output_price(monkeypatch: pytest.MonkeyPatch) ->
     assert estimate_cost_usd("a-model-of-ours", 500_000, 100_000) == 2
 
 
+@pytest.mark.core
 def test_a_million_small_costs_are_summed_exactly() -> None:
     """The total of a million times a tenth of a cent is a thousand dollars, beside one large cost, too."""
     tracker = CostTracker()
@@ -403,6 +417,7 @@ def test_a_million_small_costs_are_summed_exactly() -> None:
 # ---------------------------------------------------------------------- limits of time
 
 
+@pytest.mark.core
 async def test_a_node_is_cut_off_at_its_timeout() -> None:
     """A node that takes longer than its timeout is not waited for."""
     finished: list[str] = []
@@ -420,6 +435,7 @@ async def test_a_node_is_cut_off_at_its_timeout() -> None:
     assert str(result.failure.exception) == "node 'a' did not end within 20 ms (node_timeouts)"
 
 
+@pytest.mark.core
 async def test_a_group_is_cut_off_at_its_timeout() -> None:
     """A timeout under a group's id ends the children that are in flight."""
     finished: list[str] = []
@@ -437,6 +453,7 @@ async def test_a_group_is_cut_off_at_its_timeout() -> None:
     assert (result.status, finished) == (RunStatus.PARTIAL, ["quick"])
 
 
+@pytest.mark.core
 async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
     """The latency budget is a deadline for the function in flight, which then fails for the budget."""
     finished: list[str] = []
@@ -453,6 +470,7 @@ async def test_a_node_is_cut_off_when_the_latency_is_spent() -> None:
     assert result.failure.exception.dimension == "latency"
 
 
+@pytest.mark.core
 async def test_a_hook_is_cut_off_at_its_time_limit() -> None:
     """A hook that awaits longer than its time limit is not waited for, and is listed."""
     finished: list[str] = []
@@ -470,6 +488,7 @@ async def test_a_hook_is_cut_off_at_its_time_limit() -> None:
     assert [failure.hook for failure in result.hook_errors] == ["on_node_success"]
 
 
+@pytest.mark.core
 async def test_a_failing_child_ends_its_siblings() -> None:
     """When a child has failed for good its siblings are cancelled, and the run does not wait for what they await."""
     finished: list[str] = []
@@ -492,6 +511,7 @@ async def test_a_failing_child_ends_its_siblings() -> None:
     }
 
 
+@pytest.mark.core
 async def test_the_time_of_hooks_counts_for_no_later_node() -> None:
     """A success hook that takes longer than max_latency_ms leaves the latency budget to the nodes."""
 
@@ -506,6 +526,7 @@ async def test_the_time_of_hooks_counts_for_no_later_node() -> None:
     assert (result.status, result.final_state) == (RunStatus.COMPLETED, Num(n=2))
 
 
+@pytest.mark.core
 async def test_a_cancelled_attempt_is_no_failure() -> None:
     """A cancelled attempt is one event with the outcome "cancelled", without class and message."""
     inside = asyncio.Event()
@@ -529,6 +550,7 @@ async def test_a_cancelled_attempt_is_no_failure() -> None:
     assert result.trace.failures() == []
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("one", "other"), [(1, True), (1, 1.0), (0, False), (None, "None")], ids=repr)
 def test_diff_tells_apart_what_python_takes_for_equal(one: Any, other: Any) -> None:
     """1, 1.0 and True are equal to Python and not to whoever reads the states."""
@@ -546,6 +568,7 @@ def test_diff_tells_apart_what_python_takes_for_equal(one: Any, other: Any) -> N
 # ---------------------------------------------------------------------- runs inside of nodes
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", [PipelineChanged, CorruptCheckpoint, StoreError])
 async def test_errors_of_a_nested_run_are_failures_of_the_node(kind: type[Exception]) -> None:
     """What a node's own run raises is a failure of the node: a result with that error, not an exception."""
@@ -559,6 +582,7 @@ async def test_errors_of_a_nested_run_are_failures_of_the_node(kind: type[Except
     assert type(result.failure.exception) is kind
 
 
+@pytest.mark.core
 async def test_a_store_error_of_the_nodes_own_is_retried() -> None:
     """A node that fails because of a store of its own is tried again as for any other error."""
     calls: list[int] = []
@@ -573,6 +597,7 @@ async def test_a_store_error_of_the_nodes_own_is_retried() -> None:
     assert (result.status, len(calls)) == (RunStatus.COMPLETED, 3)
 
 
+@pytest.mark.core
 async def test_the_deadline_of_a_nested_run_is_not_that_of_the_outer_one() -> None:
     """A node whose own run went over its latency budget has failed, and is tried again."""
     calls: list[int] = []
@@ -592,6 +617,7 @@ async def test_the_deadline_of_a_nested_run_is_not_that_of_the_outer_one() -> No
     assert (result.status, result.final_state, len(calls)) == (RunStatus.COMPLETED, Num(n=2), 2)
 
 
+@pytest.mark.core
 async def test_a_child_of_another_group_is_a_changed_pipeline() -> None:
     """A group does not take over what a child of the same id committed for another group at its position."""
     store = AsyncInMemoryStore()
@@ -624,6 +650,7 @@ async def store(tmp_path: Path) -> AsyncIterator[SQLiteStore]:
         yield made
 
 
+@pytest.mark.core
 async def test_bytes_that_changed_are_never_handed_out(store: SQLiteStore) -> None:
     """An output whose bytes still make sense, but are not those that were committed, is damaged."""
 
@@ -643,6 +670,7 @@ async def test_bytes_that_changed_are_never_handed_out(store: SQLiteStore) -> No
         await quick(store=store, run_id="r", resume=True).run([node("a", func)], Num())
 
 
+@pytest.mark.core
 async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> None:
     """What a stale session tried to keep beside another run's commits is not there, in its own execution either."""
     request = RunRequest("stale", "pipeline", Num(), schema_of(Num))
@@ -660,6 +688,7 @@ async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> 
     assert store.attempts("stale", execution=1) == store.attempts("stale") == []
 
 
+@pytest.mark.core
 async def test_the_smallest_costs_are_kept_exactly(
     store: SQLiteStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -18,7 +18,7 @@ from zoneinfo import ZoneInfo
 
 import pydantic
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import (
     AfterValidator,
@@ -41,12 +41,13 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from tests.tiers import examples
 
 from stroma import NotSerialisable
 from stroma.schemas import schema_of
 
 PYDANTIC = tuple(int(part) for part in pydantic.VERSION.split(".")[:2])
-MANY = settings(max_examples=80, deadline=None, suppress_health_check=list(HealthCheck))
+MANY = examples(80)
 
 
 class Colour(Enum):
@@ -153,6 +154,7 @@ def containers(kind: Any, values: st.SearchStrategy[Any]) -> list[tuple[Any, st.
     ]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", LEAVES)
 @pytest.mark.parametrize("shape", range(5), ids=["plain", "optional", "list", "dict", "tuple"])
 def test_declared_values_come_back(name: str, shape: int) -> None:
@@ -160,7 +162,7 @@ def test_declared_values_come_back(name: str, shape: int) -> None:
     kind, values = containers(*LEAVES[name])[shape]
     model = create_model("Holder", value=(kind, ...))
 
-    @settings(max_examples=25, deadline=None, suppress_health_check=list(HealthCheck), database=None)
+    @examples(25)
     @given(values)
     def holds(value: Any) -> None:
         try:
@@ -287,6 +289,7 @@ def test_aliased_models_come_back(model: Aliased) -> None:
     assert set(schema_of(Aliased).state(model)) == {"first", "second", "third"}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("instant", [dt.datetime(2026, 10, 25, 2, 30), dt.datetime(2026, 3, 29, 2, 30)])
 @pytest.mark.parametrize("fold", [0, 1])
 def test_a_zone_is_kept_with_its_fold(instant: dt.datetime, fold: int) -> None:
@@ -383,6 +386,7 @@ def holder(kind: Any, name: str = "Holder", **config: Any) -> type[BaseModel]:
     return create_model(name, __config__=ConfigDict(**config), value=(kind, ...))
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("strict", [False, True], ids=["lax", "strict"])
 @pytest.mark.parametrize("name", SUBS)
 def test_a_subclass_crosses_as_what_it_is(name: str, strict: bool) -> None:
@@ -438,6 +442,7 @@ def test_a_subclass_is_refused_by_stores_and_comes_back_from_memory(name: str) -
     assert not shared(restored, schema.restore(snapshot))
 
 
+@pytest.mark.core
 def test_a_subclass_defined_later_is_seen() -> None:
     """What is stored is decided by the classes that exist when it is stored, not by those that were there first."""
 
@@ -495,6 +500,7 @@ def test_a_union_of_a_model_and_a_dict_keeps_the_model() -> None:
     check(holder(dict[str, Any] | Base)(value={"n": 1}))
 
 
+@pytest.mark.core
 def test_models_inside_are_validated_again() -> None:
     """A model instance inside what a node returned is revalidated from its field values, whatever it is in."""
     model = holder(list[Base])
@@ -534,6 +540,7 @@ def test_aliased_models_inside_cross_and_come_back() -> None:
         check(holder(list[kind]).model_validate({"value": [value]}, by_name=True))  # type: ignore[valid-type]
 
 
+@pytest.mark.core
 def test_a_field_may_have_any_name() -> None:
     """A field is described by its schema, whatever it is called; a name of pydantic's own changes nothing."""
     for name in ("metadata", "config", "default", "function", "serialization", "type", "schema_"):
@@ -615,6 +622,7 @@ RESTLESS: dict[str, Callable[[], BaseModel]] = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", RESTLESS)
 def test_what_was_stored_comes_back_without_another_validation(name: str) -> None:
     """What comes back from a store equals what was stored, though its validators would change or refuse it now."""
@@ -662,6 +670,7 @@ def test_a_validated_output_is_the_next_input_as_it_is(name: str) -> None:
         assert not shared(state, committed)
 
 
+@pytest.mark.core
 def test_a_validator_sees_what_a_node_returned_once() -> None:
     """A dict that a node returned is validated once on its way to a next node of the same class."""
     for returned, model in (
@@ -797,6 +806,7 @@ def test_what_cannot_be_stored_names_its_field(name: str) -> None:
         assert where in str(raised.value)
 
 
+@pytest.mark.core
 def test_what_would_change_its_type_is_refused() -> None:
     """A value under Any that only a declared class could restore is refused by name, never stored as something else."""
     for value in (
@@ -837,6 +847,7 @@ def test_a_state_that_contains_itself_is_refused() -> None:
         schema_of(Loose).encode(model)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("kind", "value", "where"),
     [
@@ -907,6 +918,7 @@ def test_the_fingerprint_changes_with_the_shape_only() -> None:
     assert len(others) == 5
 
 
+@pytest.mark.core
 def test_snapshots_do_not_change_with_the_model() -> None:
     """G7: a snapshot stays as it was taken, whatever becomes of the model and of what was thawed from it."""
     for model in (

@@ -96,6 +96,7 @@ async def forever(*_: Any) -> Any:
 # ---------------------------------------------------------------------- money and time
 
 
+@pytest.mark.core
 async def test_what_each_node_used_is_told_by_the_tracker() -> None:
     """summary() has the sums per node id over all attempts of the context, looked at or not, in groups too."""
 
@@ -118,6 +119,7 @@ async def test_what_each_node_used_is_told_by_the_tracker() -> None:
     }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("figures", [{"cost_usd": -1.0}, {"cost_usd": float("nan")}, {"latency_ms": -1}])
 def test_figures_that_cannot_be_counted_are_not_recorded(figures: dict[str, Any]) -> None:
     """CostTracker.record refuses a negative or non-finite cost or time, and records nothing then."""
@@ -135,6 +137,7 @@ def test_without_a_cost_limit_no_fallback_is_due() -> None:
     assert fallback_due(CostTracker(), ExecutionBudget(), rules) is None
 
 
+@pytest.mark.core
 async def test_a_child_is_not_tried_again_once_the_latency_is_spent() -> None:
     """While siblings run the time passes for all: a child whose wait ends past the limit is not called again."""
     calls: list[str] = []
@@ -154,6 +157,7 @@ async def test_a_child_is_not_tried_again_once_the_latency_is_spent() -> None:
 # ---------------------------------------------------------------------- stores in the wrong moment
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("what", [fail, forever], ids=["failed", "cancelled"])
 async def test_an_interrupt_while_an_attempt_without_output_is_kept(what: Any) -> None:
     """G9: KeyboardInterrupt while the store keeps a failed or a cancelled attempt comes out after that was told."""
@@ -179,6 +183,7 @@ async def test_an_interrupt_while_an_attempt_without_output_is_kept(what: Any) -
     assert seen == ["run_start", "start a", "failure a" if what is fail else "cancelled a", "run_end"]
 
 
+@pytest.mark.core
 async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
     """A store that refuses to keep a failed attempt stops the run as PARTIAL with its error: usage would be lost."""
 
@@ -195,6 +200,7 @@ async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
     assert seen == ["run_start", "start a", "failure a", "run_end"]
 
 
+@pytest.mark.core
 async def test_a_question_that_is_kept_while_the_run_is_cancelled() -> None:
     """A run that is cancelled while its question is kept keeps it, and is cancelled."""
 
@@ -221,6 +227,7 @@ async def test_a_question_that_is_kept_while_the_run_is_cancelled() -> None:
     assert seen == ["run_start", "start ask", "suspended ask", "run_end"]
 
 
+@pytest.mark.core
 async def test_a_child_that_was_restored_is_restored_once() -> None:
     """A group that is tried again after a resume neither calls nor restores again what it has restored."""
     store, seen, left = AsyncInMemoryStore(), list[str](), [2]
@@ -243,6 +250,7 @@ async def test_a_child_that_was_restored_is_restored_once() -> None:
 # ---------------------------------------------------------------------- contexts, hooks, nodes
 
 
+@pytest.mark.core
 async def test_every_way_to_change_the_context_while_a_fallback_is_due() -> None:
     """clear, popitem, values and merging work on a context that names a fallback as on the dict that it is a view of."""
     base: dict[str, Any] = {"a": 1, "b": 2}
@@ -404,6 +412,7 @@ def test_map_over_wants_names_of_fields(name: str) -> None:
 # ---------------------------------------------------------------------- runs
 
 
+@pytest.mark.core
 async def test_run_many_recovers_first() -> None:
     """run_many(recover=True) goes on with what was interrupted before it runs its inputs."""
     store, gate = AsyncInMemoryStore(), asyncio.Event()
@@ -467,6 +476,7 @@ async def test_what_a_store_without_a_journal_cannot_do() -> None:
             await call()
 
 
+@pytest.mark.core
 async def test_plain_code_that_is_cancelled_while_its_end_is_kept() -> None:
     """``async with ctx:`` whose task is cancelled while the end is noted is cancelled, and the end is noted."""
 

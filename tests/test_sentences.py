@@ -98,6 +98,7 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.slow
 def test_a_guest_in_the_process() -> None:
     """A library installs no signal handler and no global handler, and never phones home."""
     done = subprocess.run([sys.executable, "-c", GUEST], capture_output=True, text=True, check=False)
@@ -370,6 +371,7 @@ async def test_what_was_refused_for_its_price_is_not_bought_again() -> None:
     assert (result.status, result.final_state, len(calls)) == (RunStatus.RESUMED, Num(n=8), 1)
 
 
+@pytest.mark.core
 async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
     """``redact`` runs before any hook sees a state: the final one, those of the trace, and that of a violation."""
     seen: list[Any] = []
@@ -414,6 +416,7 @@ async def test_what_the_end_of_a_run_shows_is_redacted() -> None:
 # ---------------------------------------------------------------------- found without a test
 
 
+@pytest.mark.core
 async def test_the_time_of_an_event_is_the_start_of_its_attempt() -> None:
     """``timestamp_utc`` is when the attempt's function was called, in UTC, whatever was waited for before and after."""
     called: list[datetime] = []
@@ -436,6 +439,7 @@ async def test_the_time_of_an_event_is_the_start_of_its_attempt() -> None:
         assert abs(event.timestamp_utc - began) < timedelta(milliseconds=15)
 
 
+@pytest.mark.core
 def test_what_a_policy_is_unless_it_says_otherwise() -> None:
     """A policy's delays do not grow, are drawn, end at 60 s, and a server may ask for up to 120 s."""
     policy = FailurePolicy()
@@ -444,6 +448,7 @@ def test_what_a_policy_is_unless_it_says_otherwise() -> None:
     assert policy.max_retry_after_seconds == 120.0
 
 
+@pytest.mark.core
 async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) -> None:
     """A store that cannot be opened comes out of run() as a StoreError: no node is called, no hook is told."""
     told: list[str] = []
@@ -462,6 +467,7 @@ async def test_a_store_that_cannot_be_opened_is_an_error_of_run(tmp_path: Path) 
     assert told == []
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", ["", "a\0b", "\ud800", 5])
 def test_a_pipeline_has_a_name_that_stores_can_keep(name: Any) -> None:
     """What no store can keep is refused as the name of a pipeline, where it is given."""
@@ -471,6 +477,7 @@ def test_a_pipeline_has_a_name_that_stores_can_keep(name: Any) -> None:
         RunConfig(pipeline=name)
 
 
+@pytest.mark.core
 async def test_a_bare_list_goes_by_the_name_in_the_config() -> None:
     """A list of nodes is called what RunConfig(pipeline=...) says, a Pipeline by its own name, in hooks and nodes."""
     names: list[str] = []

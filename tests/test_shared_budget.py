@@ -96,6 +96,7 @@ def cents(usd: float) -> float:
 # ---------------------------------------------------------------------- never more than the limit
 
 
+@pytest.mark.core
 async def test_a_hundred_runs_at_once(store: Any) -> None:
     """100 runs at once, in one process, spend no more than the limit, and as much of it as fits."""
     result = await spend(store, 1, 100)
@@ -107,6 +108,7 @@ async def test_a_hundred_runs_at_once(store: Any) -> None:
     assert (found.calls, found.reserved_usd) == (0, 0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_four_processes(kind: str) -> None:
     """4 processes of 50 runs each never spend more than the limit, and what they spent is what the store says."""
@@ -127,6 +129,7 @@ def test_four_processes(kind: str) -> None:
         assert set(statuses) <= {"COMPLETED", "PARTIAL"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_a_process_that_is_killed(kind: str) -> None:
     """kill -9 leaves a reservation that counts until its lease ends, and not after that."""
@@ -178,6 +181,7 @@ def _state(store: Any) -> Any:
     return found
 
 
+@pytest.mark.core
 def test_leases_are_kept_up() -> None:
     """What calls hold is renewed until they end, whatever goes wrong with one of them, and all of a gate at once."""
     told: queue.SimpleQueue[list[str]] = queue.SimpleQueue()
@@ -255,6 +259,7 @@ async def _settled(shared: SharedBudget) -> Any:
     return await shared.state()
 
 
+@pytest.mark.core
 async def test_the_first_call_of_an_unknown_node_goes_alone(store: Any) -> None:
     """Without an estimate the first call reserves what is left; those after it what calls of the node took."""
     shared = SharedBudget("team", max_cost_usd=1, store=store)
@@ -328,6 +333,7 @@ async def test_failed_attempts_count() -> None:
     assert (cents(found.spent_usd), found.calls) == (30, 0)
 
 
+@pytest.mark.core
 async def test_a_cancelled_call_counts_and_holds_nothing(store: Any) -> None:
     """What it had reported is spent, and its reservation is given back; so is that of one that waited."""
     shared = SharedBudget("team", max_cost_usd=1, store=store, reserve_usd=0.6)
@@ -368,6 +374,7 @@ async def test_cancelled_at_any_step(store: Any, delay: int) -> None:
     assert found is None or (found.calls, found.reserved_usd) == (0, 0)
 
 
+@pytest.mark.core
 async def test_a_run_that_is_closed_holds_nothing() -> None:
     """A coroutine that is thrown away gives back what it reserved, and counts what it reported."""
     shared = SharedBudget("team", max_cost_usd=1, store=AsyncInMemoryStore(), reserve_usd=0.6)
@@ -399,6 +406,7 @@ async def test_what_waits_for_a_person_is_settled() -> None:
 # ---------------------------------------------------------------------- which calls
 
 
+@pytest.mark.core
 async def test_limits_of_single_nodes() -> None:
     """A node's own limit refuses it alone; the message names it."""
     shared = SharedBudget(
@@ -490,6 +498,7 @@ async def test_plain_code_with_steps() -> None:
     assert isinstance(result.failure.exception, SharedBudgetExceeded)
 
 
+@pytest.mark.core
 async def test_tokens() -> None:
     """max_tokens counts input and output; the run that has no room says so in tokens."""
     shared = SharedBudget("team", max_tokens=25, store=AsyncInMemoryStore(), reserve_tokens=10)
@@ -524,6 +533,7 @@ async def test_a_run_without_any_asks_nobody(monkeypatch: pytest.MonkeyPatch) ->
 # ---------------------------------------------------------------------- warnings
 
 
+@pytest.mark.core
 async def test_the_warning_at_80_percent(store: Any) -> None:
     """on_budget_warning is told once in a window, by the call that reaches 80 %, with the budget's name."""
     shared = SharedBudget("team", max_cost_usd=1, max_tokens=1000, per="month", store=store, reserve_usd=0.1)
@@ -542,6 +552,7 @@ async def test_the_warning_at_80_percent(store: Any) -> None:
 # ---------------------------------------------------------------------- a store that is down
 
 
+@pytest.mark.slow
 async def test_a_store_that_is_down() -> None:
     """By default no call is made while it is; a resume goes on once it is back."""
     with RedisServer() as server:
@@ -561,6 +572,7 @@ async def test_a_store_that_is_down() -> None:
         await store.aclose()
 
 
+@pytest.mark.slow
 async def test_a_store_that_is_down_and_calls_go_on() -> None:
     """on_store_error="allow" makes the call; what it took is counted once the store is back."""
     with RedisServer() as server:
@@ -579,6 +591,7 @@ async def test_a_store_that_is_down_and_calls_go_on() -> None:
         await store.aclose()
 
 
+@pytest.mark.core
 async def test_a_store_that_fails_after_the_call(monkeypatch: pytest.MonkeyPatch) -> None:
     """The output stays committed, the run goes on, and what the call took is counted with the next one."""
     store = AsyncInMemoryStore()
@@ -635,6 +648,7 @@ def spent(data: bytes | None, now: int) -> int:
     return found.spent[0]
 
 
+@pytest.mark.core
 def test_a_new_window_begins_anew() -> None:
     """What was spent counts to the end of its window; a call in flight counts in the window that it ends in."""
     data = after(None, 70, NOON)
@@ -645,6 +659,7 @@ def test_a_new_window_begins_anew() -> None:
     assert (spent(data, NOON + HOUR), spent(data, NOON + 2 * HOUR)) == (30, 0)
 
 
+@pytest.mark.core
 def test_a_call_in_flight_holds_its_share_of_the_next_window() -> None:
     """What is reserved counts in every window until it is settled."""
     data, _ = reserve(TERMS, Ask("x", "a", (80, None), None))(None, NOON + HOUR - 1)
@@ -653,6 +668,7 @@ def test_a_call_in_flight_holds_its_share_of_the_next_window() -> None:
     assert (told.reserved, told.waits, told.ends_ms) == (80, True, NOON + 2 * HOUR)
 
 
+@pytest.mark.core
 def test_one_call_that_took_more_than_the_limit() -> None:
     """It keeps others from being made in its window alone; if every call of the node does, none is made."""
     data = None
@@ -667,6 +683,7 @@ def test_one_call_that_took_more_than_the_limit() -> None:
     assert (told.asked, told.waits) == (500, False)
 
 
+@pytest.mark.core
 def test_a_clock_that_is_set_back() -> None:
     """Nothing spent is forgotten for that: not by a small step over the hour and back, nor by a big one."""
     data = after(after(None, 70, NOON + 5), 10, NOON - 1000)
@@ -747,6 +764,7 @@ def test_a_store_that_has_no_cells() -> None:
         SharedBudget("team", max_cost_usd=1, nodes="call")
 
 
+@pytest.mark.core
 def test_two_of_one_name(tmp_path: Path) -> None:
     """Two with the same limits are one budget; with others the second is refused; elsewhere, or later, it is not."""
     path = tmp_path / "runs.db"
@@ -779,6 +797,7 @@ async def test_a_store_by_its_url(tmp_path: Path) -> None:
         SharedBudget("team", max_cost_usd=1, store="mongodb://somewhere")
 
 
+@pytest.mark.core
 async def test_two_processes_that_do_not_agree_on_the_window(tmp_path: Path) -> None:
     """Another per= than the one that the store has is an error of the run, and nothing is called."""
     store = SQLiteStore(tmp_path / "runs.db")

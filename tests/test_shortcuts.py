@@ -38,6 +38,7 @@ def test_a_config_that_says_nothing_is_what_validation_makes() -> None:
     assert plain.model_copy(update={"run_id": "x"}) == validated.model_copy(update={"run_id": "x"})
 
 
+@pytest.mark.core
 def test_what_can_be_changed_in_a_config_is_its_own() -> None:
     """Whatever is done to the defaults of one config is not seen in the next."""
 
@@ -68,6 +69,7 @@ def test_a_subclass_of_the_config_is_validated() -> None:
         Mine()  # type: ignore[call-arg]
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("run_id", ["", "a\0b", "\ud800"])
 async def test_an_illegal_run_id_is_refused_for_one_run(run_id: str) -> None:
     """run(run_id=) takes what every store can keep, and leaves the runner's config alone."""
@@ -100,6 +102,7 @@ def test_a_stamped_copy_is_the_model_and_apart_from_it() -> None:
     assert (model.s, model.model_fields_set) == ("", {"i"})
 
 
+@pytest.mark.core
 def test_a_state_that_was_not_validated_is_copied_deeply() -> None:
     """A list where the class declares text is no atom: a node without a contract gets one of its own."""
     held: Any = ["a"]
@@ -109,6 +112,7 @@ def test_a_state_that_was_not_validated_is_copied_deeply() -> None:
     assert held == ["a"]
 
 
+@pytest.mark.core
 def test_a_class_that_copies_itself_is_cloned_as_it_is() -> None:
     """What a class makes of model_copy has no say in what the next node gets."""
 
@@ -144,6 +148,7 @@ async def test_what_a_child_does_to_its_state_no_sibling_sees() -> None:
     assert result.trace.replay().__next__().input_state == {"i": 1, "s": ""}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("output", [{"a": 1}, {"a": {"deep": 1}}, {f"k{n}": n for n in range(100)}])
 async def test_what_a_child_returned_is_kept_as_it_was(output: dict[str, Any]) -> None:
     """A dict that a child goes on changing changes neither the merged state nor the trace."""

@@ -158,6 +158,7 @@ async def test_suspended_skipped_cancelled_and_budgets_are_told(tmp_path: Path) 
         assert again[-1].result.status is RunStatus.SUSPENDED
 
 
+@pytest.mark.core
 async def test_own_hooks_and_configs_stay() -> None:
     """The runner's hooks are told too, a pipeline's own config holds, and redact holds for events."""
     seen = []
@@ -193,6 +194,7 @@ async def test_events_as_json() -> None:
 # ---------------------------------------------------------------------- slow readers
 
 
+@pytest.mark.core
 async def test_the_run_waits_for_a_slow_reader() -> None:
     """With more than ``buffer`` events before the reader the run waits, longer than hooks may; no event is lost."""
     calls = []
@@ -214,6 +216,7 @@ async def test_the_run_waits_for_a_slow_reader() -> None:
     assert stream.result.hook_errors == []
 
 
+@pytest.mark.core
 async def test_only_the_newest_progress_is_kept() -> None:
     """Progress of a map that nobody has read is replaced by newer one, and does not fill the buffer."""
     from stroma._stream import _Queue
@@ -245,6 +248,7 @@ async def test_a_cancellation_while_the_run_waits_loses_no_end() -> None:
     assert starts == sum(kinds.count(kind) for kind in ("node_success", "node_cancelled"))
 
 
+@pytest.mark.core
 async def test_reading_may_time_out_and_go_on() -> None:
     """A timeout around anext() loses nothing and does not end the run."""
     go = asyncio.Event()
@@ -289,6 +293,7 @@ class Slow:
         self.node = node("slow", waits)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("way", ["aclose", "with", "error", "cancelled", "dropped", "broken off"])
 async def test_a_reader_that_leaves_ends_the_run(tmp_path: Path, way: str) -> None:
     """Whichever way the reader leaves, the run is CANCELLED in its store, its node ended, and a resume goes on."""
@@ -356,6 +361,7 @@ def slow_started(runner: StromaRunner) -> bool:
     return len(run.ctx.trace) == 1
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("way", ["aclose", "dropped"])
 async def test_a_detached_run_goes_on(way: str) -> None:
     """With on_leave="detach" the run goes on without its reader, to its own end; a shutdown still reaches it."""
@@ -424,6 +430,7 @@ def test_a_stream_outlives_its_loop(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- what goes wrong
 
 
+@pytest.mark.core
 async def test_what_run_raises_comes_out() -> None:
     """What run() would raise comes out of the iterator, once everything before it was read."""
     runner = quick(run_id="run")
@@ -558,6 +565,7 @@ with SQLiteStore(sys.argv[1]) as store:
 """
 
 
+@pytest.mark.slow
 def test_run_sync_is_interrupted(tmp_path: Path) -> None:
     """Ctrl-C ends the run, commits that, and comes out of run_sync() as KeyboardInterrupt."""
     source = str(Path(stroma.__file__).parent.parent)

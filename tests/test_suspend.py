@@ -96,6 +96,7 @@ class Desk:
         return {"n": state.n + 100}
 
 
+@pytest.mark.core
 async def test_a_run_waits_and_goes_on(store: Any) -> None:
     """A suspended run is SUSPENDED, no failure; after signal() a resume gives the node its answer, as it was asked for."""
     desk = Desk()
@@ -123,6 +124,7 @@ async def test_without_an_answer_it_waits_again(store: Any) -> None:
     assert len(store.waiting("r")) == 1
 
 
+@pytest.mark.core
 async def test_an_answer_is_validated(store: Any) -> None:
     """An answer that does not satisfy the schema is refused, and the run waits on."""
     desk = Desk()
@@ -167,6 +169,7 @@ async def test_of_two_answers_one_counts(store: Any) -> None:
     assert [answer.approved for answer in desk.answers] == [told[0] is None]
 
 
+@pytest.mark.core
 async def test_hooks_are_told(store: Any) -> None:
     """G9: on_node_suspended is the end of its start, and on_run_end says SUSPENDED; no failure hook."""
     seen: list[Any] = []
@@ -211,6 +214,7 @@ async def test_a_sync_node_waits_too(store: Any) -> None:
     assert (await runner(store, resume=True).run(nodes, Num())).final_state == Num(n=1)
 
 
+@pytest.mark.core
 async def test_children_of_a_group_wait(store: Any) -> None:
     """While a child waits its siblings finish; each child may be answered by its id, and only it runs again."""
     calls: list[str] = []
@@ -294,6 +298,7 @@ async def test_a_failure_beats_a_question(store: Any) -> None:
     assert result.failure.message == "broken"
 
 
+@pytest.mark.core
 async def test_a_crossed_limit_beats_a_question(store: Any) -> None:
     """A group in which one child waits and another takes the run over its budget stops as PARTIAL for that."""
 
@@ -311,6 +316,7 @@ async def test_a_crossed_limit_beats_a_question(store: Any) -> None:
     assert result.failure.reason == "budget"
 
 
+@pytest.mark.core
 async def test_an_answer_belongs_to_its_execution(store: Any) -> None:
     """A restart, and a resume from before the question, ask anew."""
     desk = Desk()
@@ -393,6 +399,7 @@ async def test_a_store_without_a_journal_cannot_wait() -> None:
     assert "keeps no journal" in result.failure.message
 
 
+@pytest.mark.core
 async def test_what_a_suspension_may_ask_for() -> None:
     """What is no pydantic model cannot be asked for: the error says what can; a subclass of Suspend may leave it out."""
 

@@ -930,6 +930,7 @@ async def note(name: str, variation: str, kind: type[Diary] = Diary) -> list[str
     return diary.lines
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("name", "variation"), cases())
 async def test_what_is_told_of_a_run(name: str, variation: str) -> None:
     """Hooks, log, trace, journal and result say line for line what the scenario is known to come to."""

@@ -154,6 +154,7 @@ def test_the_time_of_an_event_is_cut_off_not_rounded(digits: int) -> None:
     assert one.timestamp_utc == datetime(2023, 11, 14, 22, 13, 20, digits // 1000, UTC)
 
 
+@pytest.mark.core
 def test_snapshots_are_read_by_the_schemas_of_their_row() -> None:
     """An input by the schema of the input, an output by that of the output; deep states too; whatever the node id."""
     held = trace()

@@ -47,6 +47,7 @@ def last(reply: Reply, server: Server) -> Any:
 # ---------------------------------------------------------------------- responses
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("reply", REPLIES, ids=str)
 def test_the_usage_of_an_sdks_response(reply: Reply, server: Server) -> None:
     """The response of each SDK, or the last chunk of its stream, gives the tokens by kind and the model."""
@@ -133,6 +134,7 @@ class Hostile:
         raise RuntimeError(name)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("response", "says"),
     [
@@ -233,6 +235,7 @@ def node_of(returned: Any, **config: Any) -> tuple[StromaRunner, Any]:
     return runner, ask
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("reply", REPLIES, ids=str)
 async def test_a_node_returns_its_output_and_the_response(reply: Reply, server: Server) -> None:
     """(output, response) counts what the response says, at its price, like the figures by hand."""
@@ -387,6 +390,7 @@ def by_reporting(response: Any, runner: StromaRunner) -> Any:
     return ask
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("how", [by_returning, by_reporting])
 @pytest.mark.parametrize("response", SILENT, ids=lambda r: str(r)[:30])
 async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
@@ -401,6 +405,7 @@ async def test_a_server_that_leaves_usage_out_stops_no_run_without_a_limit(
     assert said.startswith("node 'ask': a ")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("how", [by_returning, by_reporting])
 @pytest.mark.parametrize(
     "config",
@@ -421,6 +426,7 @@ async def test_a_limit_that_cannot_be_counted_stops_the_run(how: Any, config: di
     assert next(iter(result.trace)).output_state == {"text": "kept"}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("how", [by_returning, by_reporting])
 async def test_a_resume_goes_on_behind_a_response_without_usage(how: Any, tmp_path: Any) -> None:
     """G5: what was bought is not bought again because its server did not say what it cost."""
@@ -472,6 +478,7 @@ async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
     assert "include_usage" in caplog.text
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(("limit", "warnings"), [(5.0, 1), (None, 0)])
 async def test_usage_without_a_model_is_said_where_cost_is_limited(
     limit: float | None, warnings: int, caplog: pytest.LogCaptureFixture
@@ -523,6 +530,7 @@ async def test_a_tuple_that_is_no_pair_is_what_it_was(server: Server) -> None:
         assert (event.usage.tokens, event.usage.model) == (tokens, model)
 
 
+@pytest.mark.slow
 def test_no_sdk_is_imported_to_read_a_response() -> None:
     """Reading plain data imports neither an SDK nor genai-prices."""
     import subprocess

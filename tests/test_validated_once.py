@@ -95,6 +95,7 @@ async def resumed(runner: StromaRunner, nodes: list[Any], state: BaseModel | Non
 # ---------------------------------------------------------------------- groups
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("durable", [False, True], ids=["memory", "sqlite"])
 async def test_outputs_merge_without_another_validation(durable: bool, tmp_path: Path) -> None:
     """Outputs that a child's contract has validated merge as they are: no validator sees them again, no decoder."""
@@ -104,6 +105,7 @@ async def test_outputs_merge_without_another_validation(durable: bool, tmp_path:
     assert held(made) == held(restored) == {**TAKEN, "value": 1}
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("durable", [False, True], ids=["memory", "sqlite"])
 async def test_items_are_collected_without_another_validation(durable: bool, tmp_path: Path) -> None:
     """What is around a map_over, and the outputs of its items, are kept as they were validated."""
@@ -116,6 +118,7 @@ async def test_items_are_collected_without_another_validation(durable: bool, tmp
     assert held(made) == held(restored) == {**TAKEN, "values": [1, 2], "out": [TAKEN, TAKEN]}
 
 
+@pytest.mark.core
 async def test_decoded_values_reach_another_class() -> None:
     """What a node's class has decoded is not decoded again by the next node's, if that would decode the same fields."""
     both = create_model("Both", data=(Json[list[int]], ...), text=(Base64Str, ...), value=(int, 0))
@@ -135,6 +138,7 @@ async def test_decoded_values_reach_another_class() -> None:
     assert seen == [decoded, decoded]
 
 
+@pytest.mark.core
 async def test_text_of_another_class_is_decoded() -> None:
     """A field that is plain text in one class and decoded in the next is decoded there."""
     sender = create_model("Sender", data=(str, ...), text=(str, ...), more=(list[int], []))
@@ -149,6 +153,7 @@ async def test_text_of_another_class_is_decoded() -> None:
     assert held(result.final_state) == {"data": [1], "text": "hi"}
 
 
+@pytest.mark.core
 async def test_a_dict_that_is_a_root_model_merges() -> None:
     """A child whose output is a root model of a dict gives the keys of that dict; one of a list gives "root"."""
     group = parallel(
@@ -160,6 +165,7 @@ async def test_a_dict_that_is_a_root_model_merges() -> None:
     assert held(made) == held(restored) == {"x": 1, "root": [1], "n": 2}
 
 
+@pytest.mark.core
 async def test_excluded_fields_of_children_do_not_cross() -> None:
     """A field with exclude=True is no part of a merged state, and keeps nothing from being merged."""
 
@@ -178,6 +184,7 @@ async def test_excluded_fields_of_children_do_not_cross() -> None:
     assert held(result.final_state) == {"kept": 1, "values": [], "out": []}
 
 
+@pytest.mark.core
 async def test_values_of_enums_merge_as_they_are(tmp_path: Path) -> None:
     """A child that keeps an enum's value gives that value, also back from a store."""
 
@@ -249,6 +256,7 @@ async def test_annotations_that_mean_something_elsewhere() -> None:
         result.raise_for_status()  # Making a Record here would have pydantic look its names up.
 
 
+@pytest.mark.core
 async def test_a_class_that_is_not_fully_defined_is_a_result() -> None:
     """A contract that cannot be read, for a class that is not fully defined, is FAILED at its node, with an event."""
     told = []
@@ -284,6 +292,7 @@ class Positive(BaseModel):
         return value
 
 
+@pytest.mark.core
 async def test_a_final_state_is_not_trusted_any_more() -> None:
     """G1: a final state is its caller's; what becomes of it is validated when it is the input of another run."""
     runner = quick()
@@ -335,6 +344,7 @@ class Dog(BaseModel):
 PETS = Annotated[Cat, Tag("cat")] | Annotated[Dog, Tag("dog")]
 
 
+@pytest.mark.core
 async def test_a_union_whose_class_a_function_picks(tmp_path: Path) -> None:
     """A union by a function comes back from a store if the function knows dicts; else it is refused by name there."""
     both = create_model(

@@ -10,11 +10,43 @@ if TYPE_CHECKING:
 #: Examples per property test, by Hypothesis profile: `./dev test`, `./dev test --all`, `.ci/nightly`.
 PROFILES = {"dev": 15, "ci": 50, "nightly": 100}
 
-#: Fixtures that start a process or a server.
-SLOW_FIXTURES: frozenset[str] = frozenset()
+#: Fixtures that start a process or a server of their own.
+SLOW_FIXTURES = frozenset({
+    "any_driver", "browser", "chromium", "datadog_agent", "otlp", "postgres", "prometheus", "redis", "sentry_server",
+    "session", "statsd", "temporal", "temporal_server",
+})  # fmt: skip
 
-#: Folders and files all of whose tests start processes or servers, as prefixes of test ids.
-SLOW_PATHS: tuple[str, ...] = ()
+#: Parameters that stand for a server or for other processes.
+SLOW_PARAMETERS = frozenset({"postgres", "redis", "sync-redis", "temporal", "temporal-uncached", "killed"})
+
+#: Folders and files all of whose tests are slow, as prefixes of test ids.
+SLOW_PATHS = (
+    "tests/chaos/",
+    "tests/checkpoint/test_postgres.py",
+    "tests/checkpoint/test_redis.py",
+    "tests/checkpoint/test_scale.py",
+    "tests/cli/test_budget.py",
+    "tests/cli/test_cluster.py",
+    "tests/cli/test_gc.py",
+    "tests/cli/test_maps.py",
+    "tests/cli/test_servers.py",
+    "tests/cli/test_signals.py",
+    "tests/demo/test_show.py",
+    "tests/examples/",
+    "tests/test_docs.py",
+    "tests/test_docs_pages.py",
+    "tests/test_kill.py",
+    "tests/test_map_kill.py",
+    "tests/test_package.py",
+    "tests/test_temporal_page.py",
+    "tests/test_tutorial.py",
+    "tests/test_typing.py",
+    "tests/ui/test_browser.py",
+    "tests/ui/test_standards.py",
+)
+
+#: Files all of whose tests hold a guarantee or the published surface.
+CORE_PATHS = ("tests/test_guarantees.py", "tests/test_published_surface.py")
 
 
 def examples(count: int, **options: Any) -> settings:

@@ -34,6 +34,7 @@ async def asked(store: Any, run_id: str = "x") -> None:
     assert await store.cancel(run_id)
 
 
+@pytest.mark.slow
 async def test_what_is_awaited_is_cancelled(tmp_path: Path) -> None:
     """`stroma cancel` ends what an async framework awaits, keeps what is finished, and the caller gets RunCancelled."""
     async with SQLiteStore(tmp_path / "x.db") as store:
@@ -71,6 +72,7 @@ async def test_what_is_awaited_is_cancelled(tmp_path: Path) -> None:
         ]
 
 
+@pytest.mark.slow
 def test_a_plain_function_ends_and_the_next_step_is_refused(tmp_path: Path) -> None:
     """Sync code is not interrupted: its result is kept, and nothing follows, whatever the framework makes of the refusal."""
     with SQLiteStore(tmp_path / "x.db") as store:

@@ -67,6 +67,7 @@ def test_a_driver_in_sketch_has_tests_and_a_decision() -> None:
         assert "What it cannot do" in page.read_text()
 
 
+@pytest.mark.slow
 def test_an_unknown_framework_is_named() -> None:
     """./dev says which there are, and installs nothing."""
     done = subprocess.run(
@@ -80,6 +81,7 @@ def test_an_unknown_framework_is_named() -> None:
     assert "which framework? One of: " + ", ".join(folder.name for folder in FOLDERS) in done.stderr
 
 
+@pytest.mark.slow
 def test_without_their_environment_the_tests_of_frameworks_are_not_collected() -> None:
     """The main environment has none of them; what it cannot run is not counted as run."""
     done = subprocess.run(

@@ -253,6 +253,7 @@ def test_what_cannot_be_a_step_is_refused() -> None:
         guard_of().wrap("", plain)
 
 
+@pytest.mark.core
 def test_a_plain_function_that_returns_a_coroutine_is_named() -> None:
     """What would go on behind the guard's back is a TypeError that says how to declare it, at the first call."""
     calls = []
@@ -317,6 +318,7 @@ async def test_a_sync_step_can_be_called_where_a_loop_is_running() -> None:
 VALUE: contextvars.ContextVar[str] = contextvars.ContextVar("value", default="none")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_context_variables_are_kept(kind: str) -> None:
     """A step sees its caller's, its caller sees what it sets, and it sees what a start hook has set, which is gone after."""
@@ -354,6 +356,7 @@ def test_context_variables_are_kept(kind: str) -> None:
     contextvars.copy_context().run(outside)
 
 
+@pytest.mark.core
 def test_a_hook_may_call_a_sync_step() -> None:
     """The hook of a sync step runs on the background loop: a sync step that it calls does not wait for itself."""
     calls: list[str] = []
@@ -491,6 +494,7 @@ def test_states_of_any_kind_are_validated_by_their_attributes(state: Any) -> Non
     assert guard.current.ctx.trace._events[0].output_state == {"name": "Ada", "seat": 1}
 
 
+@pytest.mark.core
 def test_objects_deep_inside_are_validated_by_their_attributes() -> None:
     contract = NodeContract(node_id="it", input_schema=Trip, output_schema=Trip)
     step = guard_of().wrap_step("it", lambda state: state, contract)
@@ -578,6 +582,7 @@ def test_a_transient_failure_is_retried_and_a_terminal_one_is_not(kind: str) -> 
     assert flaky.calls == 1
 
 
+@pytest.mark.core
 def test_a_step_that_must_not_be_called_again_is_not() -> None:
     """``again=False``: whatever the policy says, one failure is all."""
     flaky = Flaky(TimeoutError("slow"))
@@ -614,6 +619,7 @@ def test_a_process_that_is_told_to_stop_stops(error: BaseException, kind: str) -
     assert list(step("x")) in (["done"], list("done"))
 
 
+@pytest.mark.core
 def test_retries_do_not_multiply_with_depth() -> None:
     """What an inner step gave up is not tried again by those around it, however it was wrapped on its way."""
     flaky = Flaky(*[TimeoutError("slow")] * 100)
@@ -644,6 +650,7 @@ def test_retries_do_not_multiply_with_depth() -> None:
     assert run.result.status is RunStatus.PARTIAL
 
 
+@pytest.mark.core
 def test_a_level_that_is_given_a_policy_does_try_again() -> None:
     """``node_policies`` with an outer step's id asks for what is otherwise not done."""
     flaky = Flaky(*[TimeoutError("slow")] * 4)
@@ -697,6 +704,7 @@ class Steering(Exception):
     pass
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["sync", "async", "stream", "astream"])
 @pytest.mark.parametrize("outcome", ["suspended", "returned", "passed"])
 def test_exceptions_that_steer_pass_untouched_and_are_not_retried(kind: str, outcome: str) -> None:
@@ -737,6 +745,7 @@ def test_exceptions_that_steer_pass_untouched_and_are_not_retried(kind: str, out
 # ---------------------------------------------------------------------- money
 
 
+@pytest.mark.core
 def test_only_the_innermost_step_books_what_was_used() -> None:
     """Tokens count once: an outer step that reports the total adds only what nobody inside has counted."""
     guard = guard_of()
@@ -816,6 +825,7 @@ def test_the_budget_is_checked_before_and_after_each_call() -> None:
     assert guard.stopped == run.stopped
 
 
+@pytest.mark.core
 def test_a_budget_that_everybody_swallows_is_told_all_the_same() -> None:
     """A run whose code goes on as if nothing had happened is PARTIAL, and says what stopped it."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=5))
@@ -828,6 +838,7 @@ def test_a_budget_that_everybody_swallows_is_told_all_the_same() -> None:
     assert isinstance(run.stopped and run.stopped.exception, BudgetExceeded)
 
 
+@pytest.mark.core
 def test_what_stopped_it_is_found_behind_what_the_framework_made_of_it() -> None:
     """Five frameworks wrap what they are given; the cause is found through causes, contexts and groups."""
     guard = guard_of(budget=ExecutionBudget(max_tokens_total=5))
@@ -863,6 +874,7 @@ def test_bad_usage_keeps_the_output_and_stops() -> None:
 # ---------------------------------------------------------------------- streams
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["stream", "astream"])
 def test_a_stream_is_retried_until_its_first_chunk_and_never_after(kind: str) -> None:
     """What was handed on cannot be taken back; what was not is asked for again."""
@@ -1051,6 +1063,7 @@ def test_hooks_see_steps_in_order_with_their_parents(kind: str) -> None:
     ]
 
 
+@pytest.mark.core
 def test_a_failed_attempt_has_its_own_children() -> None:
     """An attempt's event shows what was called in it, and not in the one before."""
     guard = guard_of()
@@ -1149,6 +1162,7 @@ def test_steps_outside_of_any_run_share_one() -> None:
         step()
 
 
+@pytest.mark.core
 def test_a_thread_without_context_belongs_to_the_only_open_run() -> None:
     """Frameworks call from threads that know nothing of their caller; the budget that is open counts for them."""
     guard = guard_of()
@@ -1161,6 +1175,7 @@ def test_a_thread_without_context_belongs_to_the_only_open_run() -> None:
     assert run.result.total_tokens == 10
 
 
+@pytest.mark.core
 def test_a_step_after_its_run_is_no_step_of_it() -> None:
     guard = guard_of()
     step = guard.wrap("it", lambda: None)
@@ -1297,6 +1312,7 @@ def test_sync_steps_in_threads_of_an_async_step_are_its_children() -> None:
     assert len({child.branch for child in event.children}) == 100
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["sync", "async", "stream", "astream"])
 @pytest.mark.parametrize("after", [0, 1])
 def test_a_cancellation_that_nobody_asked_for_is_a_failure(kind: str, after: int) -> None:
@@ -1503,6 +1519,7 @@ def test_an_adapter_module_without_its_framework_says_how_to_install_it(module: 
         importlib.import_module(f"stroma.adapters.{module}")
 
 
+@pytest.mark.slow
 def test_importing_the_guard_imports_no_framework() -> None:
     """Nothing of a framework is loaded before its adapter is asked for."""
     code = "import stroma.adapters.guard, sys; print(sorted({'langgraph', 'langchain_core', 'agents'} & set(sys.modules)))"
@@ -1510,6 +1527,7 @@ def test_importing_the_guard_imports_no_framework() -> None:
     assert done.stdout.strip() == "[]"
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kind", ["sync", "async"])
 def test_spans_of_steps_nest(kind: str) -> None:
     """OpenTelemetry sees steps as it sees nodes: under the run, under the step around, and current inside the function."""

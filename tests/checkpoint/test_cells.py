@@ -11,18 +11,19 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
 from tests.budget_machine import BudgetMachine, RateMachine
 from tests.servers import environment, proxied, shared_redis
 from tests.servers_postgres import Proxy as PostgresProxy
 from tests.servers_postgres import shared_postgres
 from tests.shared_stores import DURABLE, SHARED, STORES, opened, place, store_of
+from tests.tiers import examples
 
 from stroma.checkpoint import CellStore, PostgresStore, RedisStore, SQLiteStore
 from stroma.testing import CellStoreTests
 from stroma.testing.cells import count
 
 
+@pytest.mark.core
 class TestCells(CellStoreTests):
     """All that every store with cells must do."""
 
@@ -33,6 +34,7 @@ class TestCells(CellStoreTests):
             yield store
 
 
+@pytest.mark.slow
 def test_reading_makes_nothing(tmp_path: Any) -> None:
     """Asking for a cell of a store that is not there makes none."""
     with SQLiteStore(tmp_path / "runs.db") as store:
@@ -62,6 +64,7 @@ _COUNTER = textwrap.dedent(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_processes_change_one_cell(kind: str) -> None:
     """Of 4 processes that change a cell 50 times each, every change builds on the one before."""
@@ -84,6 +87,7 @@ def test_processes_change_one_cell(kind: str) -> None:
         assert sorted(told) == list(range(1, 201))
 
 
+@pytest.mark.slow
 async def test_a_change_whose_answer_is_lost_on_redis() -> None:
     """A change that was done, and whose reply never came, is not done again."""
     server = shared_redis()
@@ -138,7 +142,7 @@ async def test_a_cell_outlives_its_store(kind: str) -> None:
 # ---------------------------------------------------------------------- any history
 
 
-def _machine(base: type[Any], kind: str, examples: int) -> Any:
+def _machine(base: type[Any], kind: str, count: int) -> Any:
     class Machine(base):  # type: ignore[misc]
         def make_store(self) -> Any:
             self.place = None if kind == "memory" else place(kind)
@@ -150,9 +154,7 @@ def _machine(base: type[Any], kind: str, examples: int) -> Any:
                 self.place.__exit__(None, None, None)
 
     case = Machine.TestCase
-    case.settings = settings(
-        max_examples=examples, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-    )
+    case.settings = examples(count, stateful_step_count=40)
     return case
 
 

@@ -22,6 +22,7 @@ class TestAsyncInMemoryStore(JournalStoreTests):
         return AsyncInMemoryStore()
 
 
+@pytest.mark.core
 class TestSQLiteStore(JournalStoreTests):
     @pytest.fixture
     async def store(self, tmp_path: Path) -> AsyncIterator[Any]:

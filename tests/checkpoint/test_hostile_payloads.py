@@ -117,6 +117,7 @@ async def test_a_hostile_output_is_a_named_error(tmp_path: Path, name: str) -> N
         assert result.status is RunStatus.RESUMED
 
 
+@pytest.mark.core
 async def test_an_error_does_not_show_what_is_stored(tmp_path: Path) -> None:
     """Neither the message nor the causes of CorruptCheckpoint hold the data that could not be read."""
     path = tmp_path / "runs.db"
@@ -129,6 +130,7 @@ async def test_an_error_does_not_show_what_is_stored(tmp_path: Path) -> None:
     assert "hunter2" not in "".join(traceback.format_exception(raised.value))
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("place", ["row", "blob"])
 async def test_a_gigabyte_is_a_named_error(tmp_path: Path, place: str) -> None:
     """A gigabyte in an output's place, with a right checksum, is CorruptCheckpoint with a short message."""

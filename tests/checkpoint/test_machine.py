@@ -6,13 +6,13 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from hypothesis import HealthCheck, settings
+from hypothesis import settings
+from tests.tiers import examples
 
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
 from stroma.testing.machine import JournalStoreMachine
 
 SHARED = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
-QUIET = [HealthCheck.too_slow, HealthCheck.filter_too_much]
 
 
 class MemoryMachine(JournalStoreMachine):
@@ -44,14 +44,8 @@ class SQLiteMachine(JournalStoreMachine):
             shutil.rmtree(self.folder)
 
 
-def _settings(examples: int) -> settings:
-    return settings(
-        max_examples=examples,
-        stateful_step_count=40,
-        deadline=None,
-        suppress_health_check=QUIET,
-        report_multiple_bugs=False,
-    )
+def _settings(count: int) -> settings:
+    return examples(count, stateful_step_count=40, report_multiple_bugs=False)
 
 
 TestMemory = MemoryMachine.TestCase

@@ -49,6 +49,7 @@ async def test_a_row_of_another_schema_is_not_read_by_its_own() -> None:
     assert await store.load("run", "node") == State(n=7)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("store", ["memory", "sqlite"])
 async def test_an_attempt_whose_place_is_committed_again_stays_in_the_history(
     store: str, tmp_path: Path

@@ -117,6 +117,7 @@ class TestEncryptedStore(JournalStoreTests):
             yield store
 
 
+@pytest.mark.core
 async def test_every_payload_goes_through_the_codec(tmp_path: Path) -> None:
     """Inputs, outputs, answers, saved states and what steps were given: no plain text of them is on the disk."""
     path = tmp_path / "runs.db"
@@ -183,6 +184,7 @@ async def test_a_plain_store_becomes_an_encrypted_one(tmp_path: Path) -> None:
             await runner(store, resume=True).run(_nodes(calls), Text(text="y"))
 
 
+@pytest.mark.core
 async def test_a_lost_key_does_not_hinder_a_new_beginning(tmp_path: Path) -> None:
     """A run whose input cannot be opened any more can be begun again; what would go on with it is refused."""
     path = tmp_path / "runs.db"
@@ -388,6 +390,7 @@ async def _age(store: SQLiteStore, *run_ids: str) -> None:
         )
 
 
+@pytest.mark.core
 async def test_old_runs_are_collected(tmp_path: Path) -> None:
     """gc() deletes runs that ended long ago with all that was kept of them, and no other."""
 
@@ -420,6 +423,7 @@ async def test_old_runs_are_collected(tmp_path: Path) -> None:
         await asyncio.gather(live, return_exceptions=True)
 
 
+@pytest.mark.core
 async def test_blobs_that_nobody_names_are_collected(tmp_path: Path) -> None:
     """gc() deletes the blobs of deleted runs; those that a row names, and young ones, stay."""
     calls = ["", ""]

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, settings
+from tests.tiers import examples
 
 import stroma
 from stroma.checkpoint import Fenced, RunBusy, RunQuery, StoreError, open_store
@@ -96,9 +96,7 @@ class Model(JournalStoreMachine):
 
 
 TestModel = Model.TestCase
-TestModel.settings = settings(
-    max_examples=15, stateful_step_count=30, deadline=None, suppress_health_check=list(HealthCheck)
-)
+TestModel.settings = examples(15, stateful_step_count=30)
 
 
 def child(code: str, *args: object) -> subprocess.Popen[str]:
@@ -277,6 +275,7 @@ async def test_a_schema_that_is_dropped_is_made_again(
 # ---------------------------------------------------------------------- ids
 
 
+@pytest.mark.example
 async def test_long_ids_of_any_characters(store: PostgresStore) -> None:
     """Ids that are too long for an index are kept apart and found by their beginning all the same."""
     bird = "🦜" * 3000

@@ -21,8 +21,8 @@ from datetime import timedelta
 from typing import Any
 
 import pytest
-from hypothesis import settings
 from tests.servers import RedisServer, environment, proxied, shared_redis
+from tests.tiers import examples
 
 import stroma
 from stroma.checkpoint import (
@@ -90,9 +90,9 @@ class _SyncModel(_Model):
 
 
 TestModel = _Model.TestCase
-TestModel.settings = settings(max_examples=30, stateful_step_count=30, deadline=None)
+TestModel.settings = examples(30, stateful_step_count=30)
 TestSyncModel = _SyncModel.TestCase
-TestSyncModel.settings = settings(max_examples=10, stateful_step_count=30, deadline=None)
+TestSyncModel.settings = examples(10, stateful_step_count=30)
 
 
 def later(seconds: float, call: Any) -> threading.Thread:
@@ -1012,6 +1012,7 @@ class TestServer:
 
 
 class TestPipelines:
+    @pytest.mark.example
     @pytest.mark.parametrize("kind", [RedisStore, SyncRedisStore])
     async def test_a_run_resumes(self, server: RedisServer, kind: Any) -> None:
         """A pipeline that stopped goes on where it stopped, whichever of the two stores it is on."""

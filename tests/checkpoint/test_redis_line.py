@@ -52,6 +52,7 @@ class TestLine:
         ours.close()
         assert ours.send([("GET", "k")]) == [b"4"]
 
+    @pytest.mark.core
     def test_what_nobody_asked_for(self, server: RedisServer, proxy: Proxy) -> None:
         """A reply that is left over answers no other command."""
         server.execute("SET", "k", "mine")
@@ -119,6 +120,7 @@ class TestLine:
         assert "not an integer" in str(wrong)
         assert ours.send([("CLIENT", "ID")]) == mine
 
+    @pytest.mark.core
     def test_a_transaction(self, server: RedisServer) -> None:
         """All of it at once, or the error that kept it from being done; and the connection goes on."""
         ours = line(server.url)

@@ -102,6 +102,7 @@ async def test_a_store_of_many_attempts(filled: str) -> None:
             assert time.perf_counter() - begun < SECONDS
 
 
+@pytest.mark.slow
 def test_a_long_run_in_new_tables() -> None:
     """A PostgreSQL server that has no statistics yet, as soon after the tables were made, tells a long run's attempts."""
     server = PostgresServer()
@@ -144,6 +145,7 @@ async def test_a_run_of_ten_thousand_nodes(tmp_path: Path, monkeypatch: pytest.M
         assert store.attempts("long")[-1].node_id == "n9999"
 
 
+@pytest.mark.slow
 def test_beginnings_of_many_ids(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Of so many ids with a beginning that sorting them would take long, the same are found: a whole one, then the newest."""
     server = PostgresServer()

@@ -257,6 +257,7 @@ class TestExecutions:
         assert await any_store.load_typed("run", "n2", State) is None
         assert await any_store.load_typed("run", "saved", State) == State(n=9)
 
+    @pytest.mark.core
     async def test_the_newest_output_of_a_node_is_loaded(self, any_store: Any) -> None:
         """load and load_typed give the last thing kept for a node id, committed or saved."""
         session = await begin(any_store)
@@ -292,6 +293,7 @@ def schema_misfit() -> type[BaseModel]:
 
 
 class TestCommit:
+    @pytest.mark.core
     async def test_acknowledged_only_after_commit(self, path: pathlib.Path) -> None:
         """Nobody is told that an output is kept before its COMMIT has ended."""
         reached, release = threading.Event(), threading.Event()
@@ -335,6 +337,7 @@ class TestCommit:
             assert await store.load_typed("run 42", "node", State) == State(n=42)
         assert next(commits) < 100
 
+    @pytest.mark.core
     async def test_an_attempt_is_kept_once_however_often_it_is_sent(self, path: pathlib.Path) -> None:
         """A commit that succeeded but whose acknowledgement was lost is not counted again when it is repeated."""
         lose = False
@@ -415,6 +418,7 @@ class TestCommit:
             await commit(session, 5)
             assert [a.position for a in store.attempts("run")] == [5]
 
+    @pytest.mark.core
     async def test_one_refused_operation_does_not_harm_its_neighbours(self, store: SQLiteStore) -> None:
         """Operations share a transaction, but each is kept or refused by itself."""
         stale = await begin(store, "stale")
@@ -426,6 +430,7 @@ class TestCommit:
         assert [a.position for a in store.attempts("good")] == list(range(0, 20, 2))
         assert store.attempts("stale") == []
 
+    @pytest.mark.core
     async def test_repeats_and_replacements_among_many_commits(self, path: pathlib.Path) -> None:
         """In a batch of commits one may be kept already, another replace an output: each counts as it would alone."""
         gathered = threading.Event()
@@ -500,6 +505,7 @@ class TestCommit:
 
 
 class TestFence:
+    @pytest.mark.core
     async def test_a_stale_session_can_write_nothing(self, path: pathlib.Path) -> None:
         """Once somebody else has opened the run, record and end of the earlier session raise Fenced."""
         with SQLiteStore(path) as here, SQLiteStore(path) as there:
@@ -586,6 +592,7 @@ ENDLESS = """
 
 
 class TestProcesses:
+    @pytest.mark.slow
     @pytest.mark.parametrize("processes", [2, 8])
     def test_many_processes_write_one_file(self, path: pathlib.Path, processes: int) -> None:
         """2 and 8 processes that make and fill one new file together: every run complete, nothing lost or doubled."""
@@ -603,6 +610,7 @@ class TestProcesses:
         with raw(path) as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("acknowledged", [1, 40, 300])
     async def test_what_was_acknowledged_survives_sigkill(
         self, path: pathlib.Path, acknowledged: int
@@ -636,6 +644,7 @@ class TestProcesses:
                 )
                 assert all(model == State(n=p) for (p, _), (_, model) in restored(session).items())
 
+    @pytest.mark.slow
     def test_a_forked_child_opens_the_file_anew(self, path: pathlib.Path) -> None:
         """After a fork both processes write, each through a connection and thread of its own."""
         code = """
@@ -671,6 +680,7 @@ class TestProcesses:
         with raw(path) as db:
             assert db.execute("PRAGMA integrity_check").fetchone() == ("ok",)
 
+    @pytest.mark.slow
     def test_the_thread_does_not_keep_the_interpreter_alive(self, path: pathlib.Path) -> None:
         """A program that forgets to close its store ends all the same, with everything kept."""
         code = """
@@ -683,6 +693,7 @@ class TestProcesses:
         finish(child(code, path))
         assert SQLiteStore(path).find_run("last") == ["run"]
 
+    @pytest.mark.slow
     def test_a_full_disk_is_survived(self, path: pathlib.Path) -> None:
         """When the file may not grow, that is a named error; once there is room, the same process goes on."""
         code = """
@@ -812,6 +823,7 @@ class TestFaults:
             assert run is not None
             assert run.tokens == run.nodes == kept + 1
 
+    @pytest.mark.core
     async def test_after_a_failed_fsync_nothing_is_acknowledged(self, path: pathlib.Path) -> None:
         """A store whose disk failed poisons itself: an fsync that then succeeds would be a lie."""
         fail = False
@@ -1080,6 +1092,7 @@ class TestFaults:
         with SQLiteStore(path, _connect=faulty(intercept)) as store:
             await begin(store)
 
+    @pytest.mark.slow
     async def test_a_file_whose_maker_died_can_be_read(self, path: pathlib.Path) -> None:
         """What a process leaves behind that is killed while it makes the file hinders no reader, and no writer."""
         code = (
@@ -1108,6 +1121,7 @@ class TestFaults:
 
 
 class TestFile:
+    @pytest.mark.core
     @pytest.mark.skipif(os.name != "posix", reason="modes of POSIX")
     async def test_only_the_owner_may_read(self, path: pathlib.Path) -> None:
         """The file and those beside it have mode 0600, whatever the umask; an existing file keeps its own."""
@@ -1124,6 +1138,7 @@ class TestFile:
             os.umask(before)
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
 
+    @pytest.mark.core
     async def test_durability_is_set_as_asked(self, tmp_path: pathlib.Path) -> None:
         """The default is WAL with synchronous=FULL; "normal" must be asked for, and nothing else exists."""
 

@@ -474,6 +474,7 @@ def test_a_commit_that_is_repeated_among_others(bench: Bench, fence: Fence) -> N
 # ---------------------------------------------------------------------- forks
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system that forks")
 @pytest.mark.filterwarnings("ignore:.*fork.*:DeprecationWarning")
 def test_a_child_makes_files_though_its_parent_was_at_it(tmp_path: Path) -> None:

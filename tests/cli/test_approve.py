@@ -163,6 +163,7 @@ def test_what_waits_for_nothing(desk, inside, fails):
     )
 
 
+@pytest.mark.slow
 def test_the_schema_is_found_in_the_target(desk, inside, fails):
     """A run begun by `python file.py` recorded its classes under __main__; they are found in the file by their names."""
     subprocess.run([sys.executable, "desk.py"], cwd=desk.home, env=desk.env, check=True)

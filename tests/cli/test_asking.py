@@ -126,6 +126,7 @@ def test_show_as_a_tree(stroma, inside):
     assert re.search(r"^2 +flaky +2 +success +\+\d\.\d{3} s +\d\.\d\d s +\d\.\d\d s", table[8])
 
 
+@pytest.mark.core
 def test_diff(filled, inside, fails):
     """diff tells two runs apart node by node and field by field, and ends with 6 if they differ."""
     done = inside("diff", "a", "b")
@@ -178,6 +179,7 @@ def test_a_dry_run(filled, stroma, inside, fails):
     assert inside("resume", "b", "sums.py:pipeline", "-q").code == 0
 
 
+@pytest.mark.core
 def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
     """Control characters in ids, tags, messages, models and states reach no terminal: they are shown escaped."""
     monkeypatch.setenv("STROMA_DB", any_url)

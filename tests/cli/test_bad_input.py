@@ -100,6 +100,7 @@ def test_targets(files, inside, fails, target, code, words):
     fails(inside("run", target, GOOD), code, *words)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["many.py:make", "many.py:holder.inner", "my-pipe.py:pipeline", "json.py:pipeline",
                                     "package.flows:pipeline"])  # fmt: skip
 def test_targets_that_load(files, target):
@@ -108,6 +109,7 @@ def test_targets_that_load(files, target):
     assert (done.code, done.out and json.loads(done.out)) == (0, {"n": 4}), done
 
 
+@pytest.mark.slow
 def test_debug_shows_the_traceback(files):
     """With STROMA_DEBUG=1 the whole traceback is shown before the message."""
     done = files("run", "broken.py:pipeline", GOOD, env={"STROMA_DEBUG": "1"})
@@ -190,6 +192,7 @@ def test_usage(inside, fails, words, told):
     fails(inside(*words), 2, told)
 
 
+@pytest.mark.slow
 def test_a_directory_that_is_gone(stroma):
     """A current directory that was deleted under the shell is named."""
     code = "import os, sys; os.mkdir('gone'); os.chdir('gone'); os.rmdir('../gone'); from stroma.cli import main; sys.exit(main(['runs']))"
@@ -205,6 +208,7 @@ def test_a_directory_that_is_gone(stroma):
     assert done.stderr.startswith("stroma: the current directory is gone")
 
 
+@pytest.mark.slow
 def test_no_stdin(stroma):
     """A stdin that is closed is no empty input."""
     line = "exec 0<&-; exec stroma run sums.py:pipeline -"
@@ -246,6 +250,7 @@ def test_a_directory_that_may_not_be_written(stroma, inside, fails):
     fails(done, 3, "the directory of the store cannot be made", "--db FILE")
 
 
+@pytest.mark.slow
 def test_a_locked_store(stroma, fails):
     """A store that another process holds is waited for, and then named."""
     assert stroma("run", "sums.py:pipeline", GOOD, "--db", "x.db").code == 0
@@ -275,6 +280,7 @@ def _small_files(limit):
     return lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
 
 
+@pytest.mark.slow
 def test_a_full_disk_at_the_start(stroma, fails):
     """A disk with no room for the store ends before any node is called."""
     done = stroma("run", "sums.py:pipeline", GOOD, "-q", preexec_fn=_small_files(8192), env=NO_BYTECODE)
@@ -282,6 +288,7 @@ def test_a_full_disk_at_the_start(stroma, fails):
     assert stroma.calls() == []
 
 
+@pytest.mark.slow
 def test_a_full_disk_on_the_way(stroma):
     """A disk that fills up stops the run, with 3; once there is room, resume calls only what was not kept."""
     stroma.file("big.py", """

@@ -47,6 +47,7 @@ def flows(stroma):
     return stroma
 
 
+@pytest.mark.core
 def test_check_lists_errors_and_warnings(flows, inside):
     """Findings are on stdout with both nodes, the field and the mend; with an error the exit code is 1."""
     done = inside("check", "flows.py:wrong")

@@ -63,6 +63,7 @@ def test_what_is_wrong_names_its_mend(stroma, inside, monkeypatch, tmp_path):
     assert "stroma gc --older-than 30d --db x.db" in checks(done)["disk"]["mend"]
 
 
+@pytest.mark.slow
 def test_a_package_that_cannot_be_imported(stroma, inside, monkeypatch):
     """An extra that is not there is told with its install line; one that is broken is wrong."""
     broken = stroma.file("broken/fsspec/__init__.py", "raise RuntimeError('half installed')").parent.parent
@@ -73,6 +74,7 @@ def test_a_package_that_cannot_be_imported(stroma, inside, monkeypatch):
     assert found["[blobs]"]["mend"] == "pip install 'stroma[blobs]'"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shell", ["bash", "zsh", "fish"])
 def test_completion_scripts(inside, shell):
     """The script of each shell calls this command back; bash takes it without an error."""
@@ -84,6 +86,7 @@ def test_completion_scripts(inside, shell):
         assert (checked.returncode, checked.stderr) == (0, "")
 
 
+@pytest.mark.slow
 def test_what_is_completed(stroma):
     """Commands, options and ids of runs are completed; a store that cannot be read completes nothing, and says nothing."""
 

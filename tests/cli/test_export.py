@@ -54,6 +54,7 @@ def test_json(failed, inside):
     assert "output" not in bare["attempts"][0]
 
 
+@pytest.mark.slow
 def test_otlp(failed, inside):
     """A receiver of OTLP over HTTP takes it: the run's span, under it nodes, their attempts and the children of groups."""
     body = inside("export", "x", "--format", "otlp").out.encode()
@@ -92,6 +93,7 @@ def test_otlp(failed, inside):
     assert inside("export", "x", "--format", "otlp").out.encode() == body
 
 
+@pytest.mark.core
 def test_chrome_trace(failed, inside):
     """Trace events as Perfetto and Chrome take them: each complete, on its thread nested or apart, waits among them."""
     data = json.loads(inside("export", "x", "--format", "chrome-trace").out)
@@ -146,6 +148,7 @@ def test_html(failed, inside, stroma):
     assert '<span class="key">n</span>' not in bare
 
 
+@pytest.mark.core
 def test_what_a_pipeline_redacts(stroma, inside):
     """--redact hides in states what the pipeline's config hides; a redact that raises hides all."""
     stroma.file("private.py", """

@@ -7,6 +7,7 @@ import re
 import signal
 import time
 
+import pytest
 from tests.cli.test_signals import wait_for
 
 GOOD = '{"start": 1}'
@@ -30,6 +31,7 @@ def at_work(stroma, env, *words):
 # ---------------------------------------------------------------------- somebody else is at work
 
 
+@pytest.mark.slow
 def test_a_run_of_somebody_else(stroma, inside, fails):
     """A run that is at work elsewhere is 3, with its holder and what can be done; runs and show name the holder."""
     with at_work(stroma, HANG) as process:
@@ -53,6 +55,7 @@ def test_a_run_of_somebody_else(stroma, inside, fails):
         assert stroma.calls() == ["first", "second"]
 
 
+@pytest.mark.slow
 def test_attach(stroma):
     """--attach waits for the result of whoever has the run, and calls nothing itself."""
     with at_work(stroma, BUSY):
@@ -63,6 +66,7 @@ def test_attach(stroma):
     assert stroma.calls() == ["first", "second", "third"]
 
 
+@pytest.mark.slow
 def test_attach_to_a_run_that_comes_to_wait(stroma):
     """A run that was waited for and now waits for a person itself ends with 7, as where it was run."""
     env = {"SECOND": "", "SECOND_AWAITS": "ask_later()"}
@@ -102,6 +106,7 @@ def _catches(pid: int, number: int) -> bool:
     return caught is not None and bool(int(caught[1], 16) >> (number - 1) & 1)
 
 
+@pytest.mark.slow
 def test_sigterm_while_it_waits_for_somebody_else(stroma):
     """A process that only waits ends at once; the run is not touched."""
     with at_work(stroma, HANG) as holder:
@@ -117,6 +122,7 @@ def test_sigterm_while_it_waits_for_somebody_else(stroma):
         assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "RUNNING"
 
 
+@pytest.mark.slow
 def test_take_over(stroma):
     """--take-over takes the run from a holder that is not heard of; if that one comes back, it writes no more."""
     with at_work(stroma, BUSY) as holder:
@@ -143,6 +149,7 @@ def test_what_cannot_be_meant(inside, fails):
 # ---------------------------------------------------------------------- cancel
 
 
+@pytest.mark.slow
 def test_cancel(stroma, inside, fails):
     """The holder is asked and ends within a second or so; a run that nobody has is cancelled at once; else nothing is."""
     fails(inside("cancel", "x"), 4, "no run whose id begins with 'x'")
@@ -166,6 +173,7 @@ def test_cancel(stroma, inside, fails):
     assert "it is RESUMED" in inside("cancel", "x").err
 
 
+@pytest.mark.slow
 def test_cancel_says_who_was_asked(stroma, inside):
     """In words, too."""
     with at_work(stroma, HANG) as process:

@@ -29,6 +29,7 @@ def filled(stroma, inside):
     return stroma
 
 
+@pytest.mark.slow
 def test_runs(filled, inside):
     """The newest run is first; each line has status, nodes, tokens, the cost to the micro-dollar, and the error."""
     done = inside("runs")
@@ -74,6 +75,7 @@ def test_runs(filled, inside):
     assert filled.calls()[-3:] == ["second", "second", "third"]
 
 
+@pytest.mark.slow
 def test_show(filled, inside, fails):
     """Each attempt has a line, what came to nothing is summed apart, and a run is named by a unique beginning."""
     done = inside("show", "run-b")
@@ -108,6 +110,7 @@ def test_an_empty_store(stroma, inside, fails):
     assert not list(stroma.home.rglob("*.db"))
 
 
+@pytest.mark.slow
 def test_a_reader_that_goes_away(filled):
     """`stroma runs | head -1` ends quietly, whenever the reader leaves."""
     for words_ in (
@@ -129,6 +132,7 @@ def test_a_reader_that_goes_away(filled):
     assert process.wait(30) == 0
 
 
+@pytest.mark.slow
 def test_output_that_cannot_be_written(stroma, fails):
     """A full disk under the output is one message, and the run is kept."""
     with open("/dev/full", "w") as full:
@@ -138,6 +142,7 @@ def test_output_that_cannot_be_written(stroma, fails):
     assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "COMPLETED"
 
 
+@pytest.mark.slow
 def test_start_is_light(stroma):
     """--version and --help import neither pydantic nor rich nor asyncio; reading off a terminal does without rich."""
     for words_ in (["--version"], ["--help"]):
@@ -167,6 +172,7 @@ def test_version_and_help(stroma, inside):
         assert "STROMA_DB" in inside(command, "--help").out
 
 
+@pytest.mark.slow
 def test_without_click(stroma):
     """Installed without its extra, the command says what to install."""
     code = "import sys; sys.modules['click'] = None; from stroma.cli import main; sys.exit(main(['runs']))"
@@ -175,6 +181,7 @@ def test_without_click(stroma):
     assert done.stderr.startswith("stroma: the command line needs click; install it with: ")
 
 
+@pytest.mark.slow
 def test_the_demo_without_its_extra(stroma):
     """The demo says which extra it lacks."""
     code = "import sys; sys.modules['openai'] = None; from stroma.cli import main; sys.exit(main(['demo']))"
@@ -201,6 +208,7 @@ def test_clean_text():
     assert words.local(int(time.time() * 1000)).count(":") == 2
 
 
+@pytest.mark.slow
 def test_a_damaged_output_hides_nothing_else(filled, inside):
     """What is damaged is named, with 3; the rest of the run is shown all the same."""
     path = filled.home / ".local/share/stroma/runs.db"
@@ -216,6 +224,7 @@ def test_a_damaged_output_hides_nothing_else(filled, inside):
     assert [attempt["damaged"] for attempt in data["attempts"]] == [True, False, False]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("words", "never"), [
     (["--version"], ["pydantic", "sqlite3", "rich", "asyncio", "stroma.checkpoint"]),
     (["runs", "--failed", "--since", "1h"], ["rich", "starlette", "uvicorn", "jinja2", "psycopg", "redis", "genai_prices", "openai",

@@ -113,6 +113,7 @@ def run_test(stroma, path):
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("target", ["sums.py:pipeline", "sums:pipeline"])
 def test_a_run_becomes_a_regression_test(recorded, inside, target):
     """The test that is written passes without a call, and fails once the code behaves differently."""
@@ -140,6 +141,7 @@ def test_files_that_are_there_are_left_alone(recorded, inside, fails):
     assert inside("record", "run-a", "sums.py:pipeline", "--as-test", "test_run.py", "--force").code == 0
 
 
+@pytest.mark.core
 def test_a_test_that_would_fail_is_not_written(recorded, inside):
     """If the code behaves differently already, the differences are told in place of a test."""
     change(recorded, "max_retries=1", "max_retries=0")
@@ -150,6 +152,7 @@ def test_a_test_that_would_fail_is_not_written(recorded, inside):
     assert not (recorded.home / "test_run.py").exists()
 
 
+@pytest.mark.slow
 def test_what_is_redacted_is_not_written(recorded, inside):
     """The redact of the pipeline's config applies; where it breaks a contract nothing is written, and that is said."""
     change(

@@ -6,9 +6,12 @@ import re
 import stat
 import subprocess
 
+import pytest
+
 GOOD = '{"start": 1}'
 
 
+@pytest.mark.slow
 def test_run_prints_the_final_state(stroma):
     """stdout has the final state and nothing else, though nodes print; progress goes to stderr, plain."""
     done = stroma("run", "sums.py:pipeline", GOOD)
@@ -28,6 +31,7 @@ def test_run_prints_the_final_state(stroma):
     )
 
 
+@pytest.mark.slow
 def test_the_default_store_is_private(stroma):
     """Without --db the store is in the user's data directory: the file 0600, the directories made for it 0700."""
     assert stroma("run", "sums.py:pipeline", GOOD, "-q").code == 0
@@ -74,6 +78,7 @@ def test_json(stroma, inside):
     }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_failure_then_resume(stroma):
     """A failed run says what failed, why, and the command that goes on; that command calls only what is missing."""
     breaks = {"SECOND": "raise RuntimeError('no luck\\x1b[2J')"}
@@ -113,6 +118,7 @@ def test_terminal_failure(stroma, inside):
     assert "mend the cause" in done.err
 
 
+@pytest.mark.slow
 def test_budget(stroma):
     """A run that its budget stops ends with 5, and the command that it names goes on under a larger one."""
     done = stroma("run", "sums.py:pipeline", GOOD, "--budget-tokens", "100")
@@ -178,6 +184,7 @@ def test_resume_says_what_it_cannot(stroma, inside, fails):
     fails(inside("resume", "x", "fewer.py:pipeline", "-q"), 2, "cannot go on", "--from NODE")
 
 
+@pytest.mark.slow
 def test_any_run_id(stroma):
     """A run id of any text is shown without its control characters, in a command that a shell takes."""
     run_id = "it's \x1b[31m a/b:*\n\u00e9 \u202e😀"
@@ -253,6 +260,7 @@ def test_unknown_price_and_raising_hook_are_noted(stroma, inside):
     assert "Traceback" not in done.err
 
 
+@pytest.mark.slow
 def test_what_breaks_off_a_run(stroma, fails):
     """A hook that is not async, and a node that ends the process, end in one message that shows the user's line."""
     stroma.file("bad.py", """
@@ -266,6 +274,7 @@ def test_what_breaks_off_a_run(stroma, fails):
     assert json.loads(stroma("runs", "--json").out)["runs"][0]["status"] == "INTERRUPTED"
 
 
+@pytest.mark.slow
 def test_colours_only_on_a_terminal(stroma):
     """A terminal gets colours, unless NO_COLOR is set."""
     import pty

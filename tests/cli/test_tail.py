@@ -37,6 +37,7 @@ def test_a_run_that_ended(db, stroma, inside, fails):
     fails(inside("tail", "nope"), 4, "no run whose id begins with 'nope'")
 
 
+@pytest.mark.slow
 def test_following(db, stroma, inside):
     """--follow tells attempts while the run is at work, each once, and ends when the run does."""
     waits = {
@@ -59,6 +60,7 @@ def test_following(db, stroma, inside):
     assert out.splitlines()[-1].startswith("COMPLETED")
 
 
+@pytest.mark.slow
 def test_a_run_whose_process_died(stroma, inside):
     """Nobody is waited for who is gone: --follow ends, and says how to go on."""
     killed = stroma(
@@ -76,6 +78,7 @@ def test_a_run_whose_process_died(stroma, inside):
     assert "go on with it: stroma resume x FILE.py:NAME" in done.err
 
 
+@pytest.mark.slow
 def test_all_runs(stroma):
     """Without a RUN, --follow tells every run that begins, with its id, until it is stopped."""
     watch = stroma.popen("tail", "--follow", "--interval", "0.05")

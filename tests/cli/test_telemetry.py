@@ -78,6 +78,7 @@ def test_sigterm_flushes(stroma: Any, otlp: OtlpReceiver) -> None:
     assert otlp.span("invoke_workflow sums")["attributes"]["stroma.status"] == "INTERRUPTED"
 
 
+@pytest.mark.slow
 def test_prometheus(stroma: Any) -> None:
     """--prometheus PORT serves the metrics while the run goes on."""
     port = free_port()
@@ -123,6 +124,7 @@ def test_datadog(stroma: Any, datadog_agent: DatadogAgent, statsd: StatsdSocket)
     assert [(line.value, line.tags["status"]) for line in runs] == [("1", "COMPLETED")]
 
 
+@pytest.mark.slow
 def test_a_backend_that_is_down(stroma: Any) -> None:
     """A run is what it is, whoever is not there to hear of it."""
     port = free_port()
@@ -130,6 +132,7 @@ def test_a_backend_that_is_down(stroma: Any) -> None:
     assert (done.code, json.loads(done.out)) == (0, {"n": 4})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("option", "said"),
     [
@@ -147,6 +150,7 @@ def test_wrong_addresses(inside: Any, option: tuple[str, str], said: str) -> Non
     assert done.out == ""
 
 
+@pytest.mark.slow
 def test_a_port_that_is_taken(stroma: Any) -> None:
     """--prometheus on a port that somebody listens on is an error of the environment, and nothing was called."""
     with http.server.HTTPServer(("127.0.0.1", 0), http.server.BaseHTTPRequestHandler) as taken:

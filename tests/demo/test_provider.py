@@ -162,6 +162,7 @@ def test_every_shipped_document_has_an_expectation() -> None:
     assert sorted(EXPECTED) == sorted(shipped())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(EXPECTED))
 def test_extract(extracted: dict[str, dict[str, Any]], name: str) -> None:
     """Each shipped document is read for what it says."""
@@ -338,6 +339,7 @@ def test_hang_and_drop(calm: Provider) -> None:
     assert not isinstance(caught.value, openai.APITimeoutError)
 
 
+@pytest.mark.slow
 def test_a_hang_ends_in_a_dropped_connection() -> None:
     """A client more patient than the hang sees the connection close without an answer."""
 
@@ -509,6 +511,7 @@ async def three_calls(client: openai.AsyncOpenAI, text: str) -> list[str]:
     return [await outcome_of(client, text) for _ in range(3)]
 
 
+@pytest.mark.slow
 def test_faults_do_not_depend_on_concurrency_or_restarts() -> None:
     """One by one or all at once and backwards, in another process: each call gets its planned fault."""
     documents = shipped()
@@ -539,6 +542,7 @@ def test_faults_do_not_depend_on_concurrency_or_restarts() -> None:
         assert results[0][name] == plan + ["ok"] * (3 - len(plan)), name
 
 
+@pytest.mark.slow
 def test_a_forced_fault_leaves_the_plan_as_it_is() -> None:
     """What is shown on purpose uses up no fault that a text has coming; a later message changes none."""
     text = next(t for t in map("document {}".format, range(1000)) if fault_plan(1, "extract", t) == ("500",))
@@ -597,6 +601,7 @@ def assert_ended(connection: socket.socket, port: int) -> None:
                 late.recv(1)
 
 
+@pytest.mark.slow
 def test_close_ends_and_reaps_the_process() -> None:
     """After close(), also while a request hangs, the process is gone and reaped; again is harmless."""
     running = start_provider(1, calm=True)
@@ -637,6 +642,7 @@ sys.stdin.read()
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != "posix", reason="needs SIGKILL")
 def test_provider_ends_when_its_parent_is_killed() -> None:
     """SIGKILL to the parent, which then can tell nobody, ends the provider."""
@@ -649,6 +655,7 @@ def test_provider_ends_when_its_parent_is_killed() -> None:
         assert_ended(line, port)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
 def test_provider_ends_with_its_parent_though_a_fork_lives_on() -> None:
     """A fork of the parent that holds the pipe open neither keeps the provider nor closes it too early."""
@@ -674,6 +681,7 @@ def test_provider_ends_with_its_parent_though_a_fork_lives_on() -> None:
         assert_ended(line, port)
 
 
+@pytest.mark.slow
 def test_provider_that_nobody_closes_ends_with_the_interpreter() -> None:
     """A program that forgets close() leaves nothing behind and ends at once."""
     with python(START_AND_WAIT) as parent:
@@ -686,6 +694,7 @@ def test_provider_that_nobody_closes_ends_with_the_interpreter() -> None:
         assert_ended(line, port)
 
 
+@pytest.mark.slow
 def test_by_hand() -> None:
     """`python -m stroma.demo.provider` prints one JSON line with its port and ends with its stdin."""
     command = "import runpy, sys; sys.argv[1:] = ['--seed', '7', '--calm', '--port', '0']; "
@@ -703,6 +712,7 @@ def test_by_hand() -> None:
         assert_ended(line, ready["port"])
 
 
+@pytest.mark.slow
 def test_modules_of_the_working_directory_are_not_imported(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -714,6 +724,7 @@ def test_modules_of_the_working_directory_are_not_imported(
         assert running.stats()["calls"] == 0
 
 
+@pytest.mark.slow
 def test_a_provider_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     """A start that fails is a RuntimeError with what the process said, and leaves no process."""
     monkeypatch.setattr(provider, "_BOOT", "raise SystemExit('no such luck')")
@@ -721,6 +732,7 @@ def test_a_provider_that_cannot_start_says_why(monkeypatch: pytest.MonkeyPatch) 
         start_provider(1)
 
 
+@pytest.mark.slow
 def test_taken_port_is_one_line() -> None:
     """A port in use ends in one message and exit code 3, without a traceback."""
     with socket.create_server(("127.0.0.1", 0)) as taken:

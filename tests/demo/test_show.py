@@ -29,6 +29,7 @@ def shown(tmp_path_factory: pytest.TempPathFactory) -> tuple[subprocess.Complete
     return done, work
 
 
+@pytest.mark.example
 def test_it_goes_as_announced(shown: tuple[subprocess.CompletedProcess[str], Path]) -> None:
     """`stroma demo` needs no key, ends with 0, and each of its acts did what it says."""
     done, work = shown

@@ -6,6 +6,7 @@ import json
 import pathlib
 from typing import Any
 
+import pytest
 from tests.drivers.scenarios import Texts, lengths
 
 from stroma import Pipeline, map_over
@@ -27,6 +28,7 @@ async def packed(payloads: BlobStore | None, room: int) -> Any:
     return (await Attempts([pipeline], payloads=payloads).perform(request))["packed"]
 
 
+@pytest.mark.core
 async def test_small_items_take_no_room_either(tmp_path: pathlib.Path) -> None:
     """With a payload store packs are names of blobs, however small: 20,000 items have a hundred of them."""
     blobs = DirectoryBlobs(tmp_path)

@@ -12,6 +12,7 @@ from tests.drivers.scenarios import SCENARIOS, result_told
 from stroma.temporal import RemoteFailure
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("name", SCENARIOS)
 async def test_a_run_comes_to_the_same_under_every_driver(name: str, any_driver: Any) -> None:
     """Status, calls, state, totals and failure are as the scenario says; the trace is that of a local run, event for event."""

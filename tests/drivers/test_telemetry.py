@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 from tests.drivers.scenarios import AT_ONCE, NEVER, Left, Num, Right, counted, failing, half, node, spending
 from tests.drivers.seam import SeamDriver
 from tests.receivers.sentry import RecordedSentry
@@ -16,6 +17,7 @@ pytest_plugins = ["tests.receivers.fixtures"]
 GIVEN = "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01"
 
 
+@pytest.mark.core
 class TestPrometheus:
     async def test_a_run_is_counted_once_and_none_stays_in_progress(self) -> None:
         """Its begin and its end may be told in two processes: the gauge does not count it, all else does so once."""
@@ -65,6 +67,7 @@ class Odd(Exception):
     pass
 
 
+@pytest.mark.core
 class TestSentry:
     async def test_only_a_runs_final_failure_is_captured_and_once(self, sentry: RecordedSentry) -> None:
         """Attempts that are tried again are none; the issue is that of a local run: same fingerprint, same tags."""
@@ -117,6 +120,7 @@ class TestSentry:
         }
 
 
+@pytest.mark.core
 class TestDatadog:
     async def test_spans_stand_under_one_trace_and_a_run_is_counted_once(self) -> None:
         """Every span ends, under the caller's trace; a run is one run in the metrics."""

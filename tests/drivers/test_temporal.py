@@ -96,6 +96,7 @@ async def test_a_large_output_executes_its_node_once(
     assert len(history.to_json()) < 100_000
 
 
+@pytest.mark.core
 async def test_a_large_output_without_a_payload_store_is_refused_once(temporal: TemporalDriver) -> None:
     """The node is not called again; the failure names what to give."""
     calls: list[str] = []
@@ -196,6 +197,7 @@ async def test_a_worker_that_lacks_a_node_says_which(temporal: TemporalDriver) -
     assert "it has 'a'" in result.failure.message
 
 
+@pytest.mark.core
 async def test_another_contract_is_another_node(temporal: TemporalDriver) -> None:
     """Client and worker must have the same schemas: their hashes travel with the plan."""
 
@@ -270,6 +272,7 @@ def test_there_are_histories() -> None:
 # ---------------------------------------------------------------------- many items
 
 
+@pytest.mark.core
 async def test_many_items_have_a_bounded_history(temporal: TemporalDriver, tmp_path: pathlib.Path) -> None:
     """500 items in histories of at most a few hundred events; each item runs once, the outputs are in order."""
     calls: list[str] = []
@@ -414,6 +417,7 @@ class Scrambled(PayloadCodec):
         return made
 
 
+@pytest.mark.core
 async def test_the_codec_of_the_user_is_kept(temporal_server: TemporalServer) -> None:
     """States, and the words of failures, which hold values of states, stand in no history in plain text."""
     converter = DataConverter(payload_codec=Scrambled())
@@ -456,6 +460,7 @@ async def test_search_attributes_where_they_are_registered(temporal_server: Temp
     assert found["StromaStatus"] == "PARTIAL"
 
 
+@pytest.mark.core
 async def test_a_worker_that_ends_hands_its_attempt_on(temporal: TemporalDriver) -> None:
     """A worker that is shut down in the middle of an attempt cancels no run: another one makes the attempt anew."""
     calls: list[str] = []
@@ -499,6 +504,7 @@ async def test_what_cannot_be_sent_is_refused_by_name(temporal: TemporalDriver) 
             await bound.runner.run([map_over("texts", lengths([]), into=Journal())], Num())
 
 
+@pytest.mark.core
 async def test_siblings_that_spend_more_together(temporal: TemporalDriver) -> None:
     """Each alone is within the limit; the run is settled where all spending is known, and stops."""
     calls: list[str] = []

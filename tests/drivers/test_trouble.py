@@ -74,6 +74,7 @@ async def test_a_retry_of_a_group_is_told_as_that_of_a_node() -> None:
     assert heard[0][0][-1] == (0, "", 1)
 
 
+@pytest.mark.core
 async def test_nodes_of_one_id_have_their_own_contracts() -> None:
     """Each state is read by the contract of the node that made it, and the trace shows it so."""
     heard: list[Any] = []
@@ -93,6 +94,7 @@ async def test_nodes_of_one_id_have_their_own_contracts() -> None:
     assert heard[0][1] == ({"text": "abc"}, {"n": 3})
 
 
+@pytest.mark.core
 async def test_a_limit_to_a_runs_time_holds_inside_of_a_group() -> None:
     """What its children took so far counts for the next one, which is stopped at the limit or not called."""
     calls: list[str] = []
@@ -144,6 +146,7 @@ async def test_a_worker_may_hold_what_cannot_be_compared_in_its_context(temporal
 # ---------------------------------------------------------------------- sizes
 
 
+@pytest.mark.core
 async def test_wordy_failures_of_many_items_fit(temporal: TemporalDriver) -> None:
     """What 150 collected failures and hooks say, 15 kB each, is shortened before a server would refuse it."""
     calls: list[str] = []
@@ -167,6 +170,7 @@ async def test_wordy_failures_of_many_items_fit(temporal: TemporalDriver) -> Non
     assert len(result.hook_errors) == 150
 
 
+@pytest.mark.core
 async def test_a_context_of_many_values_fits(temporal: TemporalDriver) -> None:
     """A client's is refused by name; what nodes put beyond it stays where it was put, and the run goes on."""
 
@@ -230,6 +234,7 @@ class Order:
         await workflow.wait_condition(lambda: False)
 
 
+@pytest.mark.core
 async def test_a_workflow_of_somebody_else_is_left_alone(temporal: TemporalDriver) -> None:
     """Its id is refused with its type; above all it is not cancelled, and no run takes its place."""
     order = uuid.uuid4().hex
@@ -288,6 +293,7 @@ async def test_clients_that_begin_one_id_at_once_share_one_run(temporal: Tempora
 # ---------------------------------------------------------------------- workers in trouble
 
 
+@pytest.mark.core
 async def test_an_attempt_that_takes_too_long_is_not_made_again(temporal: TemporalDriver) -> None:
     """It was paid for: the run is PARTIAL, and says what to raise."""
     calls: list[str] = []
@@ -340,6 +346,7 @@ async def test_a_blocked_event_loop_is_told_in_the_log(temporal: TemporalDriver,
 # ---------------------------------------------------------------------- going on
 
 
+@pytest.mark.core
 async def test_another_input_gets_no_result_of_this_one(temporal: TemporalDriver) -> None:
     """Neither by "attach" nor by "return" or "resume", waiting or ended: as a local run."""
     run_id, ended = uuid.uuid4().hex, uuid.uuid4().hex
@@ -370,6 +377,7 @@ def _gate(begun: asyncio.Event, go_on: asyncio.Event) -> Any:
     return node("gate", func)
 
 
+@pytest.mark.core
 async def test_children_that_stand_elsewhere_by_now_take_no_output_of_others(
     temporal: TemporalDriver,
 ) -> None:
@@ -391,6 +399,7 @@ async def _never(state: Num) -> Any:
     raise ValueError("no")
 
 
+@pytest.mark.core
 async def test_a_cancellation_that_comes_while_a_run_suspends_ends_it() -> None:
     """It waits for no answer that nobody wants any more, in whichever moment it came."""
 

@@ -165,12 +165,14 @@ class TestAlerts:
         assert named
         assert named <= set(group.list_commands(click.Context(group)))
 
+    @pytest.mark.slow
     def test_rules(self) -> None:
         """promtool accepts the rules."""
         assert f"{len(ALERTS)} rules found" in promtool(
             "check", "rules", str(ASSETS / "prometheus-alerts.yml")
         )
 
+    @pytest.mark.slow
     def test_unit_tests_pass(self) -> None:
         """promtool runs the unit tests that are shipped beside the rules, and they pass."""
         assert "SUCCESS" in promtool("test", "rules", str(ASSETS / "prometheus-alerts.test.yml"))

@@ -43,6 +43,7 @@ def flaky(runner: StromaRunner) -> Any:
     return node
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["refuses", "hangs", "fails", "resets"])
 async def test_a_server_that_is_down_delays_nothing(mode: Any) -> None:
     """Backends that refuse, never answer, fail or hang up: runs are as quick as ever, and flush() keeps its limit."""
@@ -109,6 +110,7 @@ class FailsLater(Observer):
         raise OSError("gone")
 
 
+@pytest.mark.core
 async def test_errors_are_counted_and_logged_once_per_kind(caplog: pytest.LogCaptureFixture) -> None:
     """An exporter that raises on every call costs a run nothing: each kind is logged once and then counted."""
     hooks = FailsLater().hooks()
@@ -207,6 +209,7 @@ def test_an_sdk_that_is_missing(
         factory()
 
 
+@pytest.mark.slow
 def test_importing_the_hooks_imports_no_sdk() -> None:
     """`import stroma.telemetry`, and each of its modules, imports none of the SDKs."""
     import subprocess

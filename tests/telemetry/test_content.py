@@ -36,6 +36,7 @@ def fails(state: dict[str, Any]) -> dict[str, Any]:
     raise ValueError("no")
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("redact", [None, hides, fails])
 @pytest.mark.parametrize("step", [False, True])
 async def test_a_message_says_no_secret(redact: Any, step: bool) -> None:
@@ -60,6 +61,7 @@ async def test_a_message_says_no_secret(redact: Any, step: bool) -> None:
     assert "-value" not in str([span.to_json() for span in seen.spans])
 
 
+@pytest.mark.core
 async def test_a_state_that_cannot_be_written_out() -> None:
     """A number that is too long for text costs the span its input, and nothing else: the run is linked to all the same."""
 

@@ -83,6 +83,7 @@ def spans(agent: DatadogAgent, content: str, statsd: StatsdSocket) -> list[dict[
     return [span for trace in agent.traces(at_least=3) for span in trace]
 
 
+@pytest.mark.core
 def test_spans_at_the_agent(datadog_agent: DatadogAgent, statsd: StatsdSocket) -> None:
     """Runs and nodes arrive with resource, parents, links and errors, and with no content."""
     found = spans(datadog_agent, "none", statsd)

@@ -41,6 +41,7 @@ def asking(runner: StromaRunner, outcome: str) -> Any:
     return node
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("outcome", ["success", "failure", "suspended"])
 async def test_an_end_that_is_told_again_is_a_span_that_ends(outcome: str, tmp_path: pathlib.Path) -> None:
     """An end hook that a dead process owed is one span, of the attempt's own time and marked, and its tokens count."""
@@ -66,6 +67,7 @@ async def test_an_end_that_is_told_again_is_a_span_that_ends(outcome: str, tmp_p
     assert seen.total("stroma.tokens") == 7 * attempts
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("outcome", ["success", "failure", "suspended", "cancelled"])
 async def test_a_cancelled_hook_is_not_told_again(outcome: str, tmp_path: pathlib.Path) -> None:
     """A cancellation in a neighbour's end hook: every set was told, so that a resume counts no token twice."""
@@ -109,6 +111,7 @@ async def test_a_cancelled_hook_is_not_told_again(outcome: str, tmp_path: pathli
     assert later.total("stroma.node.executions") == (0 if outcome == "success" else 1)
 
 
+@pytest.mark.core
 class TestClosed:
     @pytest.mark.filterwarnings("ignore:coroutine .* was never awaited")
     @pytest.mark.parametrize(
@@ -167,6 +170,7 @@ class TestClosed:
         assert len(seen.spans) == 3
 
 
+@pytest.mark.core
 async def test_a_contract_that_cannot_be_read() -> None:
     """A node whose contract is not fully defined has a span that ends, under its group."""
 
@@ -213,6 +217,7 @@ async def test_at_end_after_a_restored_node() -> None:
     assert seen == ["called"]
 
 
+@pytest.mark.core
 async def test_a_model_that_no_protocol_can_say() -> None:
     """A lone surrogate in the name of a model costs the metrics no label: it is written out."""
     seen = Seen()

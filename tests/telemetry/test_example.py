@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import pytest
 from tests.servers import environment
 
 EXAMPLE = pathlib.Path(__file__).parents[2] / "examples" / "telemetry.py"
@@ -22,6 +23,7 @@ invoke_workflow invoices, linked to the first run
 """
 
 
+@pytest.mark.slow
 def test_the_example() -> None:
     """A retry, a group, a failure and a resume, told by spans, metrics and log lines, without content."""
     done = subprocess.run(

@@ -38,6 +38,7 @@ def violating(runner: StromaRunner) -> Any:
     return call
 
 
+@pytest.mark.core
 async def test_a_violation_that_is_redacted_is_the_same_failure(sentry: RecordedSentry) -> None:
     """Hooks see a copy of a violation where states are redacted: its issue is at the child that failed all the same, and
     is one where a run in a run ends with it."""
@@ -71,6 +72,7 @@ async def test_an_exception_that_is_raised_again_and_again(sentry: RecordedSentr
     assert vars(error) == {}
 
 
+@pytest.mark.core
 async def test_a_run_that_is_only_waited_for_makes_no_issue_of_its_own(
     sentry: RecordedSentry, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -90,6 +92,7 @@ async def test_a_run_that_is_only_waited_for_makes_no_issue_of_its_own(
 
 
 class TestSteps:
+    @pytest.mark.core
     async def test_breadcrumbs_do_not_mix(self, sentry: RecordedSentry) -> None:
         """A step of plain code keeps its breadcrumbs to itself, and leaves none behind."""
         runner = quick(sentry)
@@ -128,6 +131,7 @@ class TestSteps:
         await execute_step("step", step, State(), ctx)
         assert [event["fingerprint"][2] for event in sentry.transport.events] == ["b", "inner"]
 
+    @pytest.mark.core
     async def test_a_step_that_is_cancelled_between_attempts(self, sentry: RecordedSentry) -> None:
         """A failure that was to be tried again is not final: a step that is cancelled before that is no issue."""
         runner = quick(sentry)

@@ -39,6 +39,7 @@ def events(caplog: pytest.LogCaptureFixture) -> list[Any]:
     return [record for record in caplog.records if record.name == "stroma.events"]
 
 
+@pytest.mark.core
 async def test_one_line_per_event(caplog: pytest.LogCaptureFixture) -> None:
     """Each event is a line of its own level, whose record has run_id, node_id, attempt and the rest."""
     caplog.set_level(logging.DEBUG)
@@ -66,6 +67,7 @@ async def test_one_line_per_event(caplog: pytest.LogCaptureFixture) -> None:
     assert (ended.status, ended.tokens) == ("COMPLETED", 15)
 
 
+@pytest.mark.core
 async def test_a_failed_run_is_an_error(caplog: pytest.LogCaptureFixture) -> None:
     """Only the end of a run that failed is at ERROR: an alert on it is one per run."""
     runner = quick(log_hooks())
@@ -133,6 +135,7 @@ async def test_structlog() -> None:
         structlog.reset_defaults()
 
 
+@pytest.mark.core
 async def test_adapters_keep_the_fields(caplog: pytest.LogCaptureFixture) -> None:
     """Through a LoggerAdapter a record has its fields and the adapter's own, through two of them as well."""
     inner = logging.LoggerAdapter(logging.getLogger("stroma.events"), {"app": "letters"})
@@ -142,6 +145,7 @@ async def test_adapters_keep_the_fields(caplog: pytest.LogCaptureFixture) -> Non
     assert {(line.run_id, line.app, line.zone) for line in events(caplog)} == {("r", "letters", "a")}
 
 
+@pytest.mark.core
 async def test_an_event_is_one_line(caplog: pytest.LogCaptureFixture) -> None:
     """Ids and messages are any text, and none of them begins a line of its own; the fields have them as they are."""
     caplog.set_level(logging.DEBUG)

@@ -140,6 +140,7 @@ def events(span: ReadableSpan) -> list[str]:
 
 
 class TestNesting:
+    @pytest.mark.core
     async def test_the_users_spans_are_under_their_node(self, seen: Seen) -> None:
         """What a node opens is under its span: in coroutines, threads, tasks and task groups, in groups and in maps."""
         runner = quick(seen.hooks())
@@ -201,6 +202,7 @@ class TestNesting:
             parent = parents[seen.span(f"in item {n}").parent.span_id]
             assert parent.attributes["stroma.node.branch"] == str(n - 1)
 
+    @pytest.mark.core
     async def test_the_run_is_under_what_is_current(self, seen: Seen) -> None:
         """A run is a child of the caller's span, and a nested run of the node that started it; nodes stand side by side."""
         runner = quick(seen.hooks())
@@ -285,6 +287,7 @@ class TestEndings:
         assert failed["stroma.reason"] == "connection"
         assert seen.span("invoke_workflow pipeline").status.status_code is StatusCode.UNSET
 
+    @pytest.mark.core
     async def test_attempts_as_spans(self, seen: Seen) -> None:
         """attempts="spans" gives each attempt a span under its node's, with the user's spans in it."""
         runner = quick(seen.hooks(attempts="spans"))
@@ -356,6 +359,7 @@ class TestEndings:
         assert span.attributes["error.type"] == "stroma.contracts.ContractViolation"
         assert seen.tree()[-1] == ("stroma.node strict", "invoke_workflow pipeline")
 
+    @pytest.mark.core
     @pytest.mark.parametrize("when", ["node", "backoff", "hook"])
     async def test_cancelled(self, seen: Seen, when: str) -> None:
         """A cancelled run ends all its spans, none as an error: in a node, between attempts, and in a neighbour's hook."""
@@ -472,6 +476,7 @@ class TestEndings:
 
 
 class TestResume:
+    @pytest.mark.core
     async def test_a_resumed_run_links_to_the_first(self, seen: Seen, tmp_path: pathlib.Path) -> None:
         """A resumed run is a trace of its own with a link to the first; restored nodes make no spans and no counts."""
         broken = True
@@ -511,6 +516,7 @@ class TestResume:
 
 
 class TestMetrics:
+    @pytest.mark.core
     async def test_counts_are_those_of_the_trace(self, seen: Seen) -> None:
         """Attempts, retries, tokens and cost are counted as the trace has them, and no label holds a run id."""
         runner = quick(seen.hooks(), retries=2)
@@ -531,6 +537,7 @@ class TestMetrics:
 
 
 class TestContent:
+    @pytest.mark.core
     async def test_nothing_of_the_content_by_default(self, seen: Seen) -> None:
         """Without being asked, spans hold names, types and sizes of fields: no values and no messages."""
         runner = quick(seen.hooks(attempts="spans"), retries=0)
@@ -557,6 +564,7 @@ class TestContent:
         for name in ("stroma.node flaky", "invoke_workflow pipeline"):
             assert seen.span(name).status.description == "no answer for **********"
 
+    @pytest.mark.core
     async def test_large_states_are_cut(self, seen: Seen) -> None:
         """No attribute is larger than max_bytes and the mark that says how long it was."""
         runner = quick(seen.hooks(content="redacted", max_bytes=100), retries=0)

@@ -87,6 +87,7 @@ async def test_a_server_answers_with_the_right_numbers(prometheus: SharedPrometh
         assert value(of("sum(stroma_run_duration_seconds_count{$P})")) == 4
 
 
+@pytest.mark.slow
 async def test_the_names_are_good_names() -> None:
     """`promtool check metrics` finds nothing to say about a page with every metric on it."""
     registry = CollectorRegistry()
@@ -142,6 +143,7 @@ async def test_sets_share_a_registry() -> None:
     assert other.get_sample_value("stroma_runs_total", labels) == 1
 
 
+@pytest.mark.core
 async def test_the_gauge_comes_down_whichever_way_a_run_ends() -> None:
     """Runs that fail, are cancelled, or whose coroutine is closed leave the gauge at what it was."""
     registry = CollectorRegistry()
@@ -184,6 +186,7 @@ async def test_any_text_can_be_a_label() -> None:
     generate_latest(registry).decode()
 
 
+@pytest.mark.slow
 def test_a_killed_process_leaves_no_gauge_raised(tmp_path: pathlib.Path) -> None:
     """Where processes share their metrics, runs in progress are those of the living: one that is killed takes its own."""
     program = """

@@ -207,6 +207,7 @@ class TestPrometheus:
             assert prometheus.value(median) == pytest.approx(0.55)
         assert prometheus.query("stroma_runs_total") == []
 
+    @pytest.mark.slow
     def test_own_server(self, tmp_path: pathlib.Path) -> None:
         """A server of its own scrapes any target and evaluates alert rules."""
         rules = tmp_path / "rules.yml"
@@ -231,6 +232,7 @@ class TestPrometheus:
             web.server_close()
             thread.join()
 
+    @pytest.mark.slow
     def test_check_metrics(self) -> None:
         """promtool has nothing to say about a good registry, and names what is wrong with another."""
         check_metrics(registry_of_a_run())

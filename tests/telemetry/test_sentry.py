@@ -101,6 +101,7 @@ async def test_a_retried_failure_is_a_breadcrumb(sentry: RecordedSentry) -> None
     ]
 
 
+@pytest.mark.core
 async def test_siblings_stand_side_by_side(sentry: RecordedSentry) -> None:
     """Children of a group are under the group, never under each other; the child that failed has the issue."""
     runner = quick(sentry)
@@ -165,6 +166,7 @@ async def test_concurrent_runs_do_not_mix(sentry: RecordedSentry) -> None:
     )
 
 
+@pytest.mark.core
 async def test_a_nested_run_that_fails_is_one_issue(sentry: RecordedSentry) -> None:
     """The exception of an inner run that ends the outer one too is captured once, where it arose."""
     runner = quick(sentry, retries=0)
@@ -231,6 +233,7 @@ async def test_steps_of_plain_code(sentry: RecordedSentry) -> None:
     assert event["fingerprint"][2] == "step"
 
 
+@pytest.mark.core
 async def test_no_content_by_default(sentry: RecordedSentry) -> None:
     """An event says class and reason, not the message; and no frame has its variables, in no mode."""
     await run_bad(quick(sentry, retries=0))
@@ -239,6 +242,7 @@ async def test_no_content_by_default(sentry: RecordedSentry) -> None:
     assert "bad said no" not in str(sentry.transport.events + sentry.transport.transactions)
 
 
+@pytest.mark.core
 async def test_redacted_content(sentry: RecordedSentry) -> None:
     """With content="redacted" the message is sent, but for secrets."""
     await run_bad(quick(sentry, retries=0, content="redacted"))

@@ -166,6 +166,7 @@ async def test_advance_lets_time_pass_for_who_waits():
             clock.advance(-1)
 
 
+@pytest.mark.core
 async def test_a_thread_at_work_is_waited_for():
     """A sync node that is at work is not cut off by its timeout, however much the clock could jump meanwhile."""
     release = threading.Event()
@@ -196,6 +197,7 @@ async def test_a_store_at_work_is_waited_for(tmp_path):
     assert result.status is RunStatus.COMPLETED
 
 
+@pytest.mark.core
 async def test_with_sockets_open_it_jumps_over_waits_between_attempts_only():
     """An answer that is on its way is not timed out, and a retry beside it waits for nothing."""
     asked, answered = threading.Event(), threading.Event()
@@ -240,6 +242,7 @@ def test_there_is_one_clock_at_a_time():
         pass
 
 
+@pytest.mark.core
 async def test_everything_is_put_back():
     """After it the loop has its own time and selector again, and timers are as far away as they were."""
     loop = asyncio.get_running_loop()
@@ -254,6 +257,7 @@ async def test_everything_is_put_back():
     await asyncio.wait_for(fired.wait(), 60)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("kept", ["memory", "sqlite"])
 async def test_attempts_of_one_moment_are_told_apart(kept, tmp_path):
     """A journal keeps both attempts of one place that began while the clock stood still."""

@@ -10,7 +10,7 @@ import uuid
 from typing import Annotated, Any, Literal, NotRequired
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import (
     AliasPath,
@@ -30,6 +30,7 @@ from pydantic import (
     model_validator,
 )
 from tests.testing.pipelines import Number, make
+from tests.tiers import examples
 from typing_extensions import TypedDict
 
 from stroma import NodeContract, StromaRunner, parallel, stroma_node
@@ -162,7 +163,7 @@ def test_what_is_made_up_is_valid(model):
     """Every input is an instance that the schema admits: its fields, given again, are taken."""
     seen = 0
 
-    @settings(max_examples=60, deadline=None, database=None, derandomize=True)
+    @examples(60)
     @given(inputs_of(model))
     def check(value):
         nonlocal seen
@@ -180,7 +181,7 @@ def test_all_of_a_schema_is_used():
     """Both sides of a union, optional fields and defaults are met."""
     kinds, inners = set(), set()
 
-    @settings(max_examples=100, deadline=None, database=None, derandomize=True)
+    @examples(100)
     @given(inputs_of(Shapes))
     def look(value):
         kinds.add(value.pet.kind)
@@ -232,6 +233,7 @@ def test_the_smallest_input_that_breaks_it_is_shown():
     )
 
 
+@pytest.mark.core
 def test_an_exception_of_the_node_is_a_failure():
     """A node must not raise for what its contract admits, but for what is allowed."""
 

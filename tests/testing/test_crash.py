@@ -44,6 +44,7 @@ CALLED = {
 }
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("point", POINTS)
 async def test_a_death_loses_what_was_not_kept(point, store):
     """Another process goes on at once, and calls again what was not committed, and nothing else."""
@@ -66,6 +67,7 @@ async def test_a_death_loses_what_was_not_kept(point, store):
     assert (result.status, result.final_state, calls) == (RunStatus.RESUMED, Number(n=3), CALLED[point][1])
 
 
+@pytest.mark.core
 async def test_a_process_that_has_died_says_nothing_more(store):
     """No hook is told after the death: neither of the node, nor of its siblings, nor of the end of the run."""
     told, calls = [], []
@@ -123,6 +125,7 @@ async def test_a_step_of_plain_code_dies(store):
     assert calls == ["a", "b", "b"]
 
 
+@pytest.mark.core
 async def test_a_step_of_plain_code_dies_after_its_hooks(store):
     """After a death behind a step that went well, the plain code around it does nothing more either."""
     with crash_at("after_hooks", "a"):
@@ -143,6 +146,7 @@ async def test_no_except_exception_catches_a_death():
     assert not issubclass(Crashed, Exception)
 
 
+@pytest.mark.core
 async def test_a_point_that_no_run_comes_to_is_an_error():
     """A death that never happens proves nothing; the nodes that ran are named."""
     with pytest.raises(
@@ -163,6 +167,7 @@ async def test_an_error_of_the_test_is_not_swallowed():
             raise ZeroDivisionError
 
 
+@pytest.mark.slow
 def test_a_real_kill(tmp_path):
     """With kill=True the process is gone, by SIGKILL; the next one finds what was committed."""
     script = tmp_path / "script.py"

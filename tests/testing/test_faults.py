@@ -26,6 +26,7 @@ def clock():
         yield clock
 
 
+@pytest.mark.core
 async def test_a_planned_failure_takes_the_place_of_the_call():
     """The node is not called on that attempt, the engine classifies and retries, and the plan says what it did."""
     calls = []
@@ -123,6 +124,7 @@ async def test_a_run_that_began_before_the_plan_is_left_alone():
     assert len((await patient().run([make("a", add_one)], Number())).trace) == 1
 
 
+@pytest.mark.core
 async def test_a_fault_that_was_never_met_is_an_error():
     """A misspelt id does not pass for a test of a failure; a test that fails by itself is not talked over."""
     with pytest.raises(
@@ -135,6 +137,7 @@ async def test_a_fault_that_was_never_met_is_an_error():
             raise ZeroDivisionError
 
 
+@pytest.mark.core
 async def test_chance_goes_by_the_seed_and_the_place_alone():
     """The same seed does the same to the same run, whatever runs beside it; another one does something else."""
     nodes = [make(f"n{i}", add_one) for i in range(30)]

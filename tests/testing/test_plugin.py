@@ -49,6 +49,7 @@ def session(pytester, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_the_plugin_is_light():
     """A session that uses nothing of it imports nothing of Stroma but the plugin, and no pydantic."""
     code = "import stroma.testing.plugin, sys; print([m for m in sys.modules if m.split('.')[0] in ('stroma', 'pydantic', 'hypothesis')])"
@@ -58,6 +59,7 @@ def test_the_plugin_is_light():
     assert done.stdout.strip() == "['stroma._lazy', 'stroma', 'stroma.testing', 'stroma.testing.plugin']"
 
 
+@pytest.mark.slow
 def test_the_core_does_not_import_the_test_kit():
     """Running a pipeline loads nothing of stroma.testing, nor pytest."""
     code = "import sys, stroma, stroma.runner; print([m for m in sys.modules if 'testing' in m or 'pytest' in m])"
@@ -120,6 +122,7 @@ def test_snapshots_are_written_when_asked_for(session):
     changed.stdout.fnmatch_lines(['*-    > {"n": 1}*', '*+    > {"n": 5}*'])
 
 
+@pytest.mark.core
 def test_each_test_has_snapshots_of_its_own(session):
     """Tests of one name in two classes share no file, and a test that takes two of one name is told to give names."""
     body = """
@@ -216,6 +219,7 @@ CHAOS = """
 """
 
 
+@pytest.mark.core
 @pytest.mark.parametrize("workers", [(), ("-n2",)], ids=["alone", "xdist"])
 def test_chaos_names_the_node_that_is_not_safe_to_retry(session, workers):
     """Every test of a pipeline runs again with faults: the node whose second call breaks a test is named, no other is."""

@@ -145,6 +145,7 @@ def test_a_client_is_answered_as_the_provider_did(ask, provider, tmp_path):
     assert len(provider.asked) == asked
 
 
+@pytest.mark.core
 def test_no_secret_is_in_the_file(provider, tmp_path):
     """Keys in headers, addresses and bodies, and those that the provider repeats, are not written down."""
     path = tmp_path / "answers.json"
@@ -179,6 +180,7 @@ def test_no_secret_is_in_the_file(provider, tmp_path):
     assert any("paramsecret" in path for path, *_ in provider.asked)
 
 
+@pytest.mark.core
 @pytest.mark.parametrize(
     ("text", "kept"),
     [
@@ -230,6 +232,7 @@ def test_scrub_and_ignore(provider, tmp_path):
         assert httpx.post(f"{answers.url}/x", json={"name": "Bob", "user": "2"}).status_code == 200
 
 
+@pytest.mark.core
 async def test_answers_come_in_their_order_and_the_last_one_stays(provider, tmp_path):
     """A refusal that was recorded is met again, with what it says of the wait; afterwards the answer is the last one."""
     path = tmp_path / "answers.json"
@@ -256,6 +259,7 @@ async def test_answers_come_in_their_order_and_the_last_one_stays(provider, tmp_
         assert await run(answers.url) == first
 
 
+@pytest.mark.core
 def test_a_request_that_was_not_recorded(provider, tmp_path):
     """It is refused for good, and is an error at the end which says what was asked."""
     path = tmp_path / "answers.json"

@@ -106,6 +106,7 @@ async def differences(recorded, nodes, runner=None, **options):
     return found, [(difference.kind, difference.node_id) for difference in found.differences]
 
 
+@pytest.mark.core
 async def test_unchanged_code_goes_the_same_way_without_a_call(store, nodes, calls):
     """Contracts, retries, groups, maps and totals come out as they were, and no node is called."""
     recorded = await record(
@@ -185,6 +186,7 @@ async def test_nodes_that_are_gone_or_new(store, nodes, calls):
     assert said == [("missing", "read"), ("new", "renamed")]
 
 
+@pytest.mark.core
 async def test_nodes_in_another_order(store, nodes, calls):
     """Nodes that have changed places are told, though each hands on what it did; where one is gone the rest has not."""
     read, check, *_ = nodes
@@ -197,6 +199,7 @@ async def test_nodes_in_another_order(store, nodes, calls):
     assert [one.kind for one in (await replay(recorded, [check])).differences] == ["missing"]
 
 
+@pytest.mark.core
 async def test_another_decision_to_retry(store, nodes):
     """Fewer retries than the run needed stop it; more than it had lead to where nothing is recorded."""
     recorded = await record(store, nodes, faults=FaultPlan().fail("check", attempt=(1, 2)))
@@ -226,6 +229,7 @@ async def test_another_class_of_a_failure(store, nodes):
     assert found.status is RunStatus.FAILED
 
 
+@pytest.mark.core
 async def test_a_wait_that_no_journal_keeps_is_no_difference(store, nodes):
     """A run that stopped at a server which asked for too long a wait stops there, whatever the policy would allow."""
 
@@ -242,6 +246,7 @@ async def test_a_wait_that_no_journal_keeps_is_no_difference(store, nodes):
     assert (said, found.status) == ([], RunStatus.PARTIAL)
 
 
+@pytest.mark.core
 async def test_another_budget(store, nodes):
     """The arithmetic of today is done with the usage of then: a smaller limit stops the run where it is crossed."""
     recorded = await record(store, nodes)
@@ -269,6 +274,7 @@ async def test_what_a_group_makes_of_the_same_outputs(store, nodes, calls):
     assert other.node_id == "parallel(right, left)"
 
 
+@pytest.mark.core
 async def test_runs_that_failed_are_followed(store, calls):
     """A broken contract, a repaired one, a failed child beside a cancelled one: each goes the same way again."""
     import asyncio
@@ -317,6 +323,7 @@ async def test_a_run_that_never_ended_is_followed_as_far_as_it_came(store, nodes
     assert found.stopped == "at 1 check: the run came no further"
 
 
+@pytest.mark.core
 async def test_a_run_that_several_processes_made(store, nodes):
     """Attempts of processes that came before at the same place are not handed on: the last one's are."""
     runner = patient(0, retries=0, store=store)
@@ -347,6 +354,7 @@ async def test_calls_from_a_node_on(store, nodes, calls):
         await replay(recorded, nodes, start_at=nodes[3].node_id, state={})
 
 
+@pytest.mark.core
 async def test_redaction(store, nodes, calls, tmp_path):
     """What redact hides is in no file and in no difference; that something differs there is told."""
 
@@ -366,6 +374,7 @@ async def test_redaction(store, nodes, calls, tmp_path):
     assert "less than" not in str(broken.differences)
 
 
+@pytest.mark.core
 async def test_redaction_of_messages(store):
     """What redact takes out of states stands in no message of a recording, nor in why a replay cannot go on."""
 

@@ -22,6 +22,7 @@ class Many(BaseModel):
     items: list[Number]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", HOW)
 async def test_a_safe_pipeline_passes(processes):
     """Nodes, groups and maps that go by their inputs alone survive a death at every boundary."""
@@ -39,6 +40,7 @@ async def test_a_safe_pipeline_passes(processes):
     await assert_resumable([map_over("items", make("item", double), into="out")], many, processes=processes)
 
 
+@pytest.mark.slow
 def test_a_test_without_an_event_loop():
     """assert_resumable_sync does the same."""
     assert assert_resumable_sync([make("a", add_one)], Number()).boundaries
@@ -49,6 +51,7 @@ async def test_the_sync_one_says_so_where_a_loop_is_running():
         assert_resumable_sync([make("a", add_one)], Number())
 
 
+@pytest.mark.slow
 @forks
 async def test_a_node_that_keeps_state_in_a_global_is_found():
     """What one node leaves in the memory of the process for another one is gone after a death; both nodes are named."""
@@ -77,6 +80,7 @@ async def test_a_node_that_keeps_state_in_a_global_is_found():
     assert memory == {}  # It was never in this process.
 
 
+@pytest.mark.core
 async def test_state_in_the_context_is_found():
     """The run's context is that of the process, too."""
 
@@ -100,6 +104,7 @@ async def test_state_in_the_context_is_found():
         await unsafe()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", HOW)
 async def test_chance_is_found(processes):
     """A node that answers by chance differs by itself; nothing is said about a death then."""
@@ -127,6 +132,7 @@ async def test_fields_that_may_differ():
         await assert_resumable([node], Stamped(), ignore=["sta"], processes=False)
 
 
+@pytest.mark.slow
 async def test_a_router_that_goes_by_something_else_is_found():
     """Plain code that takes another way in each run is found, and code that goes by its input passes."""
     turns = iter(range(10**6))
@@ -160,6 +166,7 @@ async def test_a_step_that_gets_something_else_after_a_death_is_found():
         await assert_resumable(work, Number(), processes=False)
 
 
+@pytest.mark.slow
 async def test_output_that_cannot_be_stored_is_found():
     """An object that no store can keep fails the undisturbed run, and is named."""
 
@@ -176,6 +183,7 @@ async def test_output_that_cannot_be_stored_is_found():
         await assert_resumable([make("hold", hold, Number, Holds)], Number())
 
 
+@pytest.mark.core
 async def test_an_effect_that_is_made_twice_is_found():
     """A mail that is sent before its node is committed is sent again; with the key of the node it is sent once."""
     sent, keys = [], {}
@@ -198,6 +206,7 @@ async def test_an_effect_that_is_made_twice_is_found():
     assert not proven.killed
 
 
+@pytest.mark.slow
 @forks
 async def test_effects_on_files_are_seen_across_processes(tmp_path):
     """What processes share can be looked at, too."""
@@ -215,6 +224,7 @@ async def test_effects_on_files_are_seen_across_processes(tmp_path):
         )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", HOW)
 async def test_retries_are_boundaries_and_wait_for_nothing(processes):
     """A death between two attempts is tried, and no wait takes any time."""
@@ -252,6 +262,7 @@ def broken_sync(ctx, state):
     return state
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", HOW)
 async def test_plain_code_in_a_loop_passes(processes):
     """Steps in a loop, each with its errors raised, survive a death at every boundary, that after the last step too."""
@@ -267,6 +278,7 @@ async def test_plain_code_in_a_loop_passes(processes):
     assert max(boundary.position for boundary in proven.boundaries) == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("processes", HOW)
 async def test_items_that_go_to_a_file_are_compared(processes, tmp_path):
     """An item that another process makes otherwise is found where it goes to a file, too; fields can be ignored."""
@@ -289,6 +301,7 @@ async def test_items_that_go_to_a_file_are_compared(processes, tmp_path):
     await assert_resumable(nodes, Number(), ignore=["n"], **again)
 
 
+@pytest.mark.core
 async def test_effects_are_looked_at_after_lives_alone(tmp_path):
     """What effects= gives is not asked for after a death, when it may not be there yet."""
     path = tmp_path / "sent"
@@ -302,6 +315,7 @@ async def test_effects_are_looked_at_after_lives_alone(tmp_path):
     )
 
 
+@pytest.mark.slow
 @forks
 async def test_a_process_that_hangs_is_ended():
     """A node that never ends is not waited for: the last boundary that was seen is named, and no process is left."""
@@ -315,6 +329,7 @@ async def test_a_process_that_hangs_is_ended():
         await assert_resumable([make("hang", hang)], Number(), timeout_seconds=1)
 
 
+@pytest.mark.slow
 @forks
 async def test_each_life_is_a_process_of_its_own(tmp_path):
     """No run of the proof is in this process, and those that die and those that go on are different ones."""

@@ -46,6 +46,7 @@ COMPLETED, 15 tokens, $0.000005
 """
 
 
+@pytest.mark.core
 async def test_it_is_the_same_whatever_was_done_first():
     """Neither times nor ids nor the order in which siblings end are in it."""
     assert trace_snapshot(await run()) == trace_snapshot(await run(turn=True)) == EXPECTED

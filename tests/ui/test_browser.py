@@ -50,6 +50,7 @@ def addresses(site: Site) -> list[str]:
     ]
 
 
+@pytest.mark.example
 def test_nothing_is_refused_and_nothing_runs(site: Site, browser: Browser) -> None:
     """No page breaks its own policy, says anything on the console, or runs what a run holds."""
     make_runs(site.store, (SCRIPT, Pipeline(SCRIPT, GOOD.nodes)))

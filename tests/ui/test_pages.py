@@ -259,6 +259,7 @@ def test_quantiles() -> None:
     assert (_quantile([2.0, 1.0], 0.5), _quantile([2.0, 1.0], 0.95)) == (1.0, 2.0)
 
 
+@pytest.mark.core
 def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
     """A run whose lease has expired is shown as interrupted; one that is at work with who that is."""
 
@@ -369,6 +370,7 @@ def test_many_open_pages(site: Site) -> None:
     again.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stop", [signal.SIGINT, signal.SIGTERM])
 def test_the_command(stop: signal.Signals, tmp_path: Path) -> None:
     """`stroma ui` prints its address once it answers there, and ends at a signal, also with a page open."""
@@ -405,6 +407,7 @@ def test_the_command(stop: signal.Signals, tmp_path: Path) -> None:
         process.communicate()
 
 
+@pytest.mark.slow
 def test_resuming(url: str, tmp_path: Path) -> None:
     """The button begins a process of its own that goes on with the run, in the store of the interface."""
     (tmp_path / "flow.py").write_text(

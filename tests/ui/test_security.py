@@ -42,6 +42,7 @@ def keys(site: Site, run_id: str = "bad") -> dict[str, str]:
 # ---------------------------------------------------------------------- who may ask
 
 
+@pytest.mark.core
 def test_other_names_are_refused(site: Site) -> None:
     """A Host that is not ours is refused, whatever is asked: a name elsewhere may lead here (DNS rebinding)."""
     for host in (
@@ -58,6 +59,7 @@ def test_other_names_are_refused(site: Site) -> None:
     assert site.ask("GET", "/", host=f"LOCALHOST:{site.port}").status == 200
 
 
+@pytest.mark.core
 def test_pages_of_other_sites_are_refused(site: Site) -> None:
     """A request that a page of another site makes is refused: by its Origin, or by what the browser says of it."""
     for headers in (
@@ -120,6 +122,7 @@ def test_pages_keep_to_the_policy(site: Site) -> None:
 # ---------------------------------------------------------------------- the token
 
 
+@pytest.mark.core
 def test_the_token(store: SQLiteStore, serve: Any) -> None:
     """With a token nothing is told without it; shown once, it becomes a cookie and leaves the address."""
     make_runs(store, ("good", GOOD))
@@ -152,6 +155,7 @@ def run_ui(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("host", ["0.0.0.0", "::", "192.0.2.1", "example.org"])
 def test_other_addresses_need_a_token(host: str, tmp_path: Path) -> None:
     """Listening where others can connect is refused without a token, and with one that could be guessed."""
@@ -167,6 +171,7 @@ def test_other_addresses_need_a_token(host: str, tmp_path: Path) -> None:
 # ---------------------------------------------------------------------- what pages can do
 
 
+@pytest.mark.core
 def test_forms_carry_a_key(site: Site) -> None:
     """Deleting and resuming need the key that stands on the run's own page, for that very action and run."""
     found = keys(site)
@@ -227,6 +232,7 @@ def test_scripts_are_words(site: Site) -> None:
     assert site.get("/run", id=run_id).status == 200
 
 
+@pytest.mark.core
 def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
     """A payload of 50 MB makes no page large; it can be downloaded whole."""
 
@@ -277,6 +283,7 @@ def test_a_run_of_many_attempts(tmp_path: Path, serve: Any) -> None:
         assert site.get("/").status == 200
 
 
+@pytest.mark.core
 def test_damaged_rows(site: Site, tmp_path: Path) -> None:
     """Rows that hold anything at all harm no other page: what cannot be read is said to be so."""
     with sqlite3.connect(tmp_path / "runs.db") as db:
@@ -346,6 +353,7 @@ async def _asks(state: Any) -> Any:
     raise Suspend(f"may {state.text} be billed?")
 
 
+@pytest.mark.core
 def test_messages_are_redacted(store: SQLiteStore, serve: Any) -> None:
     """What the pipeline's redact takes out of a state is in no message either: not in a list, on a page or in a file."""
     secret = "Augusta Ada King, Countess of Lovelace"
@@ -385,6 +393,7 @@ def test_redact_sees_messages(store: SQLiteStore, serve: Any) -> None:
         assert "[redacted]" in page
 
 
+@pytest.mark.core
 def test_messages_beside_what_cannot_be_read(store: SQLiteStore, serve: Any) -> None:
     """Where the state that a message is about is too large or damaged, nobody knows what is hidden in it: none is shown."""
     make_runs(store, ("bad", Pipeline("flows", [node("bills", _tells)])), state=State(text="x" * 1_100_000))
