@@ -417,6 +417,7 @@ async def test_an_existing_run_can_be_refused(store: Any) -> None:
     assert calls == ["a", "b", "c"]
 
 
+@pytest.mark.core
 async def test_an_owner_that_is_taken_over_from_stops(store: Any) -> None:
     """G10: a run that is taken over is stopped at its next commit: PARTIAL, with Fenced."""
     calls: list[str] = []

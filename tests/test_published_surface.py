@@ -1473,6 +1473,7 @@ class TestRedisWithoutAServer:
         assert await settle(store.load("r:n", "x")) == Plain(value=7)
         store.close()
 
+    @pytest.mark.slow
     def test_several_event_loops(self, server: RedisServer) -> None:
         """One RedisStore is usable from several event loops, one after the other."""
         import asyncio
@@ -1488,6 +1489,7 @@ class TestRedisWithoutAServer:
             asyncio.run(use())
         store.close()
 
+    @pytest.mark.slow
     @pytest.mark.parametrize("make", [RedisStore, SyncRedisStore])
     @pytest.mark.parametrize("bad", [b"garbage", b'{"schema": "this:s", "state": "{}"}', b"{}", b"[1]"])
     async def test_what_cannot_be_read_back_is_a_type_error(

@@ -23,7 +23,7 @@ SLOW_PARAMETERS = frozenset({"postgres", "redis", "sync-redis", "temporal", "tem
 SLOW_PATHS = (
     "tests/chaos/",
     "tests/checkpoint/test_postgres.py",
-    "tests/checkpoint/test_redis.py",
+    "tests/checkpoint/test_redis",
     "tests/checkpoint/test_scale.py",
     "tests/cli/test_budget.py",
     "tests/cli/test_cluster.py",
@@ -31,6 +31,7 @@ SLOW_PATHS = (
     "tests/cli/test_maps.py",
     "tests/cli/test_servers.py",
     "tests/cli/test_signals.py",
+    "tests/demo/test_provider.py",
     "tests/demo/test_show.py",
     "tests/examples/",
     "tests/test_docs.py",

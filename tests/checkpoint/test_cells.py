@@ -16,7 +16,7 @@ from tests.servers import environment, proxied, shared_redis
 from tests.servers_postgres import Proxy as PostgresProxy
 from tests.servers_postgres import shared_postgres
 from tests.shared_stores import DURABLE, SHARED, STORES, opened, place, store_of
-from tests.tiers import examples
+from tests.tiers import SLOW_PARAMETERS, examples
 
 from stroma.checkpoint import CellStore, PostgresStore, RedisStore, SQLiteStore
 from stroma.testing import CellStoreTests
@@ -112,6 +112,7 @@ async def test_a_change_whose_answer_is_lost_on_redis() -> None:
             assert store.read_cell("n")[0] == b"1"
 
 
+@pytest.mark.slow
 async def test_a_change_whose_answer_is_lost_on_postgres() -> None:
     """A change may be asked again: what tells whether the first answer counted is in the cell."""
     server = shared_postgres()
@@ -153,7 +154,7 @@ def _machine(base: type[Any], kind: str, count: int) -> Any:
             if self.place is not None:
                 self.place.__exit__(None, None, None)
 
-    case = Machine.TestCase
+    case = pytest.mark.slow(Machine.TestCase) if kind in SLOW_PARAMETERS else Machine.TestCase
     case.settings = examples(count, stateful_step_count=40)
     return case
 

@@ -174,6 +174,7 @@ def test_extract(extracted: dict[str, dict[str, Any]], name: str) -> None:
     assert list(got) == [*fields[:-1], "summary", "flags"]
 
 
+@pytest.mark.slow
 def test_injection_is_not_obeyed(extracted: dict[str, dict[str, Any]]) -> None:
     """An order hidden in a support mail is reported; the invoice that it claims to be is not there."""
     text = shipped()["support-refund-kessler.eml"]

@@ -51,6 +51,7 @@ def run(path: pathlib.Path, hooks: Any) -> Any:
     return asyncio.run(go())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("event", ["success", "failure"])
 def test_a_redelivered_end_is_a_whole_span(
     event: str, tmp_path: pathlib.Path, sentry: RecordedSentry

@@ -267,6 +267,7 @@ def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
     assert answer.headers["content-type"] == "application/json"
 
 
+@pytest.mark.slow
 def test_a_run_of_many_attempts(tmp_path: Path, serve: Any) -> None:
     """A run of a million attempts is shown a page at a time, and each attempt can be opened."""
     path = tmp_path / "large.db"
