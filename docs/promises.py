@@ -83,7 +83,7 @@ def guarantees_page() -> str:
         "# Guarantees",
         "",
         "Each of these sentences is held by tests that name its number; they are listed below it. Most of them run on every store,",
-        "and some break the code on purpose to see that a test notices (`./dev mutants`). What `kill -9`, power cuts, full disks and",
+        "and `./dev mutants` measures how many small changes of the code they notice. What `kill -9`, power cuts, full disks and",
         "lost connections did to thousands of runs is told under [durable runs](durability.md#figures).",
         "",
         "A guarantee holds for one *execution* of a run. Across processes, G4, G5, G6 and G10 need a [journal store](stores/index.md):",

@@ -1,4 +1,4 @@
-"""Rules that ``./dev mutants`` breaks and that no test about a larger matter happens to hold."""
+"""Rules that no test about a larger matter happens to hold."""
 
 import asyncio
 import os

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-LARGEST_FILE = 600_000  # bytes; the list of deliberate breaks is the largest of ours
+LARGEST_FILE = 600_000  # bytes
 LARGEST = {".whl": 1_500_000, ".gz": 4_000_000}  # bytes, compressed
 WHEEL = (
     "stroma/py.typed",
