@@ -149,7 +149,7 @@ async def test_bad_input_fires_the_failure_hook_and_no_start(driver: Any) -> Non
     """A trace event and the failure hook, no start hook, and no exception out of run()."""
     calls: list[str] = []
     told: list[Any] = []
-    async with driver.bind([counted(calls, "a", given=Positive)], hooks=watching(told)) as bound:
+    async with driver.bind([counted(calls, "a", input=Positive)], hooks=watching(told)) as bound:
         result = await bound.run(Num())
     assert (result.status, calls) == (RunStatus.FAILED, [])
     assert [(event.node_id, event.outcome, event.input_state) for event in result.trace] == [

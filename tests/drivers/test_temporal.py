@@ -205,7 +205,7 @@ async def test_another_contract_is_another_node(temporal: TemporalDriver) -> Non
         n: float = 0
 
     calls: list[str] = []
-    other = Pipeline("pipe", [counted(calls, "a", given=Other, promised=Other)])
+    other = Pipeline("pipe", [counted(calls, "a", input=Other, output=Other)])
     async with temporal.bind([counted(calls, "a")]) as bound:
         result = await asyncio.wait_for(bound.runner.run(other, Num()), 60)
     assert (result.status, calls) == (RunStatus.PARTIAL, [])

@@ -16,12 +16,11 @@ from tests.drivers.conftest import LocalDriver, TemporalDriver
 from tests.drivers.scenarios import AT_ONCE, NEVER, Left, Num, Right, Texts, counted, half, node
 from tests.drivers.seam import Seam, SeamDriver
 from tests.drivers.test_running import Approval, asking, watching
+from tests.kit import ONCE, Text
 
 from stroma import (
     CheckpointNotFound,
     ExecutionBudget,
-    FailureClass,
-    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -36,10 +35,6 @@ from stroma import (
     stroma_node,
 )
 from stroma.nodes import find_node
-
-
-class Text(BaseModel):
-    text: str
 
 
 def failing_once(node_id: str) -> Any:
@@ -64,7 +59,7 @@ async def test_a_retry_of_a_group_is_told_as_that_of_a_node() -> None:
     for driver in (SeamDriver(), LocalDriver()):
         told: list[Any] = []
         group = parallel(failing_once("l"), half([], "r", "right", Right))
-        policies = {find_node(group).node_id: {cls: FailurePolicy(max_retries=1, backoff_seconds=0) for cls in FailureClass}}  # fmt: skip
+        policies = {find_node(group).node_id: ONCE}  # fmt: skip
         async with driver.bind(
             [group], hooks=watching(told), policy_map=NEVER, node_policies=policies
         ) as bound:
