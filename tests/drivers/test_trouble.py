@@ -13,10 +13,10 @@ from pydantic import BaseModel
 from temporalio import workflow
 from temporalio.worker import Worker
 from tests.drivers.conftest import LocalDriver, TemporalDriver
-from tests.drivers.scenarios import AT_ONCE, NEVER, Left, Num, Right, Texts, counted, half, node
+from tests.drivers.scenarios import Left, Right, Texts, counted, half
 from tests.drivers.seam import Seam, SeamDriver
 from tests.drivers.test_running import Approval, asking, watching
-from tests.kit import ONCE, Text
+from tests.kit import NEVER, ONCE, THRICE, Num, Text, node
 
 from stroma import (
     CheckpointNotFound,
@@ -299,7 +299,7 @@ async def test_an_attempt_that_takes_too_long_is_not_made_again(temporal: Tempor
         return {"n": 1}
 
     temporal.options |= {"attempt_seconds": 1.0, "deliveries": 5}
-    async with temporal.bind([node("a", func)], policy_map=AT_ONCE) as bound:
+    async with temporal.bind([node("a", func)], policy_map=THRICE) as bound:
         result = await bound.run(Num())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
     assert result.failure is not None
