@@ -198,7 +198,7 @@ class FrameworkContract:
         ids=["in", "out"],
     )
     def test_a_violation_is_caught_at_its_step(self, kind: str, contract: Any, direction: str) -> None:
-        """G1: it ends the run, a step with bad input is not called, and no model is told instead."""
+        """G1: in each of eleven frameworks a violation ends the run at its step, and bad input reaches no function."""
         calls: list[str] = []
 
         @as_weather
@@ -216,7 +216,7 @@ class FrameworkContract:
 
     @holds("retries", "failed attempts")
     def test_a_transient_failure_is_retried(self, kind: str) -> None:
-        """G3 and G6: its step alone is called again, and what the failed attempts used counts."""
+        """G3, G6: in each framework the step that failed is called again alone, and what failed attempts used counts."""
         errors: list[Exception] = [TimeoutError("slow"), ConnectionError("gone")]
 
         @as_weather
@@ -236,7 +236,7 @@ class FrameworkContract:
 
     @holds("retries")
     def test_a_transient_failure_of_the_model_is_retried(self, kind: str) -> None:
-        """G3: the request alone is made again."""
+        """G3: in each framework whose requests are steps, a failed request alone is made again."""
         script = self.script(TimeoutError("slow"), ConnectionError("gone"), *self.GOOD)
         guard = guard_of()
         assert self.call(self.program(script, guard), kind, guard) == ANSWER
@@ -244,7 +244,7 @@ class FrameworkContract:
 
     @holds("retries")
     def test_a_terminal_failure_is_not_retried(self, kind: str) -> None:
-        """G3, whether the framework stops or tells its model of the error."""
+        """G3: in each framework a terminal failure is not retried, whether it stops then or tells its model of the error."""
         calls: list[str] = []
 
         @as_weather
@@ -261,7 +261,7 @@ class FrameworkContract:
 
     @holds("retries")
     def test_a_terminal_failure_of_the_model_is_not_retried(self, kind: str) -> None:
-        """G3: it ends the run with itself."""
+        """G3: in each framework a terminal failure of the model ends the run with itself."""
         script, guard = self.script(PermissionError("no"), *self.GOOD), guard_of(classifiers=[terminal])
         assert isinstance(self.stopped(self.program(script, guard), kind, guard), PermissionError)
         assert len(self.requests(script)) == 1
@@ -271,7 +271,7 @@ class FrameworkContract:
 
     @holds("budget")
     def test_the_budget_stops_the_program_to_the_token(self, metered: str) -> None:
-        """G6: the request that crosses the limit is the last one."""
+        """G6: in each framework the request that crosses the limit is the last one."""
         guard = guard_of(budget=ExecutionBudget(max_tokens_total=25))
         program, script = self.endless(guard)
         error = self.stopped(program, metered, guard)
