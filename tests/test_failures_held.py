@@ -334,7 +334,7 @@ def test_a_suspension_has_its_reason_and_the_schema_of_its_answer() -> None:
     ("wrong", "shown"),
     [
         (int, "<class 'int'>"),
-        (Num(), "N(n=0)"),
+        (Num(), "Num(n=0)"),
         ("x" * 200, "'" + "x" * 99 + "..."),
         (0, "0"),
         (list[int], "list[int]"),
