@@ -43,11 +43,12 @@ class Script(dspy.BaseLM):
 
     def forward(self, prompt: Any = None, messages: Any = None, **_: Any) -> Any:
         self.asked += 1
-        answer = self.answers.pop(0)
+        answer = self.answers[0]
+        if isinstance(answer, tuple):
+            answer = self.tool(**answer[1])  # One that raises is called again.
+        self.answers.pop(0)
         if isinstance(answer, Exception):
             raise answer
-        if isinstance(answer, tuple):
-            answer = self.tool(**answer[1])
         text = (
             answer
             if isinstance(answer, str)
