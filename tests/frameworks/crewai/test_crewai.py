@@ -242,6 +242,17 @@ def test_a_crew_is_stopped_by_the_budget_though_its_loop_calls_again() -> None:
     assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
 
 
+@pytest.mark.filterwarnings("ignore:.*function_calling_llm")
+def test_an_llm_of_its_own_for_tools_is_guarded() -> None:
+    """An agent may ask another LLM for the calls of its tools: its calls are steps too."""
+    other, guard = Script.of("x"), guard_of()
+    agent = Agent(role="r", goal="g", backstory="b", llm=Script.of(), function_calling_llm=other)
+    attach(Crew(agents=[agent], tasks=[Task(description="d", expected_output="e", agent=agent)]), guard)
+    with guard.run():
+        vars(agent)["function_calling_llm"].call("x")
+    assert lines_of(guard) == ["llm success 10"]
+
+
 @holds("unknown")
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
     with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
