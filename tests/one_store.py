@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import pytest
 from pydantic import BaseModel
 
 from stroma.checkpoint import (
     RunRequest,
     StepCall,
+    _sqlite_rows,
 )
 from stroma.checkpoint._beside import keep_due, keep_waiting
 from stroma.checkpoint._owner import new_owner
@@ -164,6 +166,19 @@ class Store:
         keep_due(self.rows, run_id, attempt(0, 20))
         keep_waiting(self.rows, run_id, Waiting(0, "", "first", "why", "m:Q"))
         keep_waiting(self.rows, run_id, Waiting(2, "0", "second", "what", "", b"7"))
+
+
+def store_fixture() -> Any:
+    """Return a fixture ``store``: a new store whose clock stands still."""
+
+    @pytest.fixture
+    def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
+        monkeypatch.setattr(_sqlite_rows, "_now_ms", lambda: 1000)
+        made = Store(tmp_path / "runs.db")
+        yield made
+        made.db.close()
+
+    return store
 
 
 def row(

@@ -11,9 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tests.servers import shared_redis
-from tests.servers_postgres import shared_postgres
-
 from stroma import AsyncInMemoryStore, InMemoryStore, SQLiteStore
 from stroma.checkpoint import PostgresStore, RedisStore, SyncRedisStore
 
@@ -38,10 +35,14 @@ def place(kind: str) -> Iterator[str]:
         finally:
             shutil.rmtree(folder)
     elif kind in ("redis", "sync-redis"):
+        from tests.servers import shared_redis
+
         server = shared_redis()
         server.execute("FLUSHALL")
         yield server.url
     else:
+        from tests.servers_postgres import shared_postgres
+
         server = shared_postgres()
         schema = f"cells_{os.getpid()}_{next(_NUMBERS)}"
         yield f"{server.dsn}|{schema}"

@@ -15,14 +15,13 @@ from typing import Any
 
 from pydantic import BaseModel
 from tests.drivers.seam import SeamRunner
+from tests.kit import NEVER, Num, node
 
 from stroma import (
     AsyncInMemoryStore,
     ExecutionBudget,
     ExecutionResult,
     Failure,
-    FailureClass,
-    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -30,57 +29,35 @@ from stroma import (
     StromaRunner,
     current_node,
     current_run,
-    stroma_node,
 )
 from stroma.history import in_order
 from stroma.hooks import MapProgress
 from stroma.remote.attempts import Attempts
 
 __all__ = [
-    "NEVER",
-    "ONCE",
-    "THRICE",
     "Between",
     "Diary",
     "Elsewhere",
     "Journal",
     "M",
-    "N",
     "ThrownAway",
     "contract",
     "counted",
-    "here",
-    "node",
     "same",
 ]
 
-NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
-ONCE = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-THRICE = {kind: FailurePolicy(max_retries=3, backoff_seconds=0) for kind in FailureClass}
 #: Of clocks that are set while a test runs.
 _SLACK_NS = 60 * 10**9
-
-
-class N(BaseModel):
-    n: int = 0
 
 
 class M(BaseModel):
     m: int = 0
 
 
-def contract(node_id: str, given: type[BaseModel] = N, made: type[BaseModel] = N) -> NodeContract[Any, Any]:
-    return NodeContract(node_id=node_id, input_schema=given, output_schema=made)
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = N, made: type[BaseModel] = N) -> Any:
-    return stroma_node(node_id, contract(node_id, given, made))(func)
-
-
-def here() -> Any:
-    found = current_node()
-    assert found is not None
-    return found
+def contract(
+    node_id: str, input: type[BaseModel] = Num, output: type[BaseModel] = Num
+) -> NodeContract[Any, Any]:
+    return NodeContract(node_id=node_id, input_schema=input, output_schema=output)
 
 
 async def same(state: Any) -> Any:

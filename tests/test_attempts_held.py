@@ -10,23 +10,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field, RootModel
-from tests.telling import (
-    NEVER,
-    ONCE,
-    THRICE,
-    Between,
-    Diary,
-    Journal,
-    M,
-    N,
-    ThrownAway,
-    contract,
-    counted,
-    here,
-    node,
-    same,
-    swallow,
-)
+from tests.kit import NEVER, ONCE, THRICE, Num, here, node
+from tests.telling import Between, Diary, Journal, M, ThrownAway, contract, counted, same, swallow
 
 from stroma import (
     AsyncInMemoryStore,
@@ -60,7 +45,7 @@ async def test_a_cancellation_that_an_attempt_swallowed_is_not_the_next_ones(gro
     """A stray CancelledError of a later attempt is a failure, though the task was cancelled once before it."""
     calls: list[int] = []
 
-    async def func(state: N) -> Any:
+    async def func(state: Num) -> Any:
         calls.append(here().attempt)
         if len(calls) == 1:
             await swallow()
@@ -72,11 +57,11 @@ async def test_a_cancellation_that_an_attempt_swallowed_is_not_the_next_ones(gro
     one = node("a", func)
 
     async def go() -> Any:
-        return await StromaRunner.quick(policy_map=THRICE).run([parallel(one) if grouped else one], N())
+        return await StromaRunner.quick(policy_map=THRICE).run([parallel(one) if grouped else one], Num())
 
     result = await asyncio.create_task(go())
     assert (result.status, calls) == (RunStatus.COMPLETED, [1, 2, 3])
-    assert result.final_state == N(n=3) or result.final_state.model_dump() == {"n": 3}
+    assert result.final_state == Num(n=3) or result.final_state.model_dump() == {"n": 3}
 
 
 async def test_a_node_that_swallows_a_cancellation_and_raises_it_again_is_cancelled() -> None:
@@ -84,7 +69,7 @@ async def test_a_node_that_swallows_a_cancellation_and_raises_it_again_is_cancel
     calls: list[int] = []
     begun = asyncio.Event()
 
-    async def func(state: N) -> Any:
+    async def func(state: Num) -> Any:
         calls.append(here().attempt)
         if len(calls) == 1:
             raise ConnectionError("down")
@@ -97,7 +82,7 @@ async def test_a_node_that_swallows_a_cancellation_and_raises_it_again_is_cancel
         seen.append(f"{node_id} {here().attempt}")
 
     runner = StromaRunner.quick(policy_map=THRICE, hooks=NodeHooks(on_node_cancelled=cancelled))
-    task = asyncio.create_task(runner.run([node("a", func)], N()))
+    task = asyncio.create_task(runner.run([node("a", func)], Num()))
     await begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -108,12 +93,12 @@ async def test_a_node_that_swallows_a_cancellation_and_raises_it_again_is_cancel
 async def test_a_run_in_a_task_that_was_cancelled_before() -> None:
     """The driver's own count is taken when it begins: an old cancellation makes no failure a cancellation."""
 
-    async def stray(state: N) -> Any:
+    async def stray(state: Num) -> Any:
         raise asyncio.CancelledError("stray")
 
     async def go() -> Any:
         await swallow()
-        return await StromaRunner.quick(policy_map=NEVER).run([node("a", stray)], N())
+        return await StromaRunner.quick(policy_map=NEVER).run([node("a", stray)], Num())
 
     result = await asyncio.create_task(go())
     assert result.status is RunStatus.PARTIAL
@@ -127,7 +112,7 @@ async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(
     """A node that makes an error of its own of it is not called again, whatever its policy says; the log says why."""
     calls: list[str] = []
 
-    async def func(state: N) -> Any:
+    async def func(state: Num) -> Any:
         calls.append("a")
         run = current_run()
         assert run is not None
@@ -135,7 +120,7 @@ async def test_once_a_run_is_cancelled_elsewhere_nothing_is_tried_again(
         raise ConnectionError("down")
 
     with caplog.at_level("INFO", logger="stroma"):
-        await StromaRunner.quick(policy_map=THRICE).run([node("a", func)], N())
+        await StromaRunner.quick(policy_map=THRICE).run([node("a", func)], Num())
     assert calls == ["a"]
     assert "node 'a' stopped: the run was cancelled" in [r.getMessage() for r in caplog.records]
 
@@ -148,7 +133,7 @@ async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_i
     """Prices are read in a thread: what the attempt came to is kept and told, nothing more is called."""
     calls: list[str] = []
 
-    async def func(state: N) -> Any:
+    async def func(state: Num) -> Any:
         calls.append("a")
         here().report_usage(input_tokens=3, model=f"held-unread-{ending}-{grouped}")
         asyncio.get_running_loop().call_soon(task.cancel)
@@ -162,7 +147,7 @@ async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_i
         one = node("a", func)
         nodes = [parallel(one) if grouped else one, counted(calls, "b", {})]
         config: dict[str, Any] = {"policy_map": THRICE, "contract_retries": {"a": 3}}
-        task = asyncio.create_task(diary.runner(**config).run(nodes, N()))
+        task = asyncio.create_task(diary.runner(**config).run(nodes, Num()))
         with pytest.raises(asyncio.CancelledError):
             await task
         diary.journal()
@@ -185,24 +170,24 @@ async def test_a_cancellation_while_usage_is_priced_comes_out_once_the_attempt_i
 async def test_which_contract_wins() -> None:
     """That of the call wins over the registry's, and that over the marker's."""
 
-    async def func(state: N) -> Any:
+    async def func(state: Num) -> Any:
         return {"n": 0}
 
     marked = node("a", func)
     runner = StromaRunner.quick(policy_map=NEVER)
-    assert (await runner.run([marked], N())).status is RunStatus.COMPLETED
-    runner.registry.register(contract("a", N, Positive))
-    assert (await runner.run([marked], N())).status is RunStatus.FAILED
-    assert (await StromaRunner.quick().run([marked], N())).status is RunStatus.COMPLETED
+    assert (await runner.run([marked], Num())).status is RunStatus.COMPLETED
+    runner.registry.register(contract("a", Num, Positive))
+    assert (await runner.run([marked], Num())).status is RunStatus.FAILED
+    assert (await StromaRunner.quick().run([marked], Num())).status is RunStatus.COMPLETED
 
     def context() -> ReliabilityContext:
         return ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
 
-    assert (await execute_step("a", marked, N(), context())).status is RunStatus.FAILED
+    assert (await execute_step("a", marked, Num(), context())).status is RunStatus.FAILED
     own = contract("a")
-    assert (await execute_step("a", marked, N(), context(), contract=own)).status is RunStatus.COMPLETED
-    bare = await execute_step("b", func, N(n=1), context())
-    assert bare.final_state == N(n=0)
+    assert (await execute_step("a", marked, Num(), context(), contract=own)).status is RunStatus.COMPLETED
+    bare = await execute_step("b", func, Num(n=1), context())
+    assert bare.final_state == Num(n=0)
 
 
 @pytest.mark.parametrize("side", ["input", "output"])
@@ -212,28 +197,28 @@ async def test_a_class_that_is_rebuilt_is_validated_anew(side: str) -> None:
     class Grows(BaseModel):
         n: int = 0
 
-    one = node("a", same, *((Grows, Grows) if side == "input" else (N, Grows)))
+    one = node("a", same, *((Grows, Grows) if side == "input" else (Num, Grows)))
     runner = StromaRunner.quick(policy_map=NEVER)
-    assert (await runner.run([one], N())).status is RunStatus.COMPLETED
+    assert (await runner.run([one], Num())).status is RunStatus.COMPLETED
     Grows.model_fields["n"].metadata.append(Field(gt=0).metadata[0])
     Grows.model_rebuild(force=True)
-    result = await runner.run([one], N())
+    result = await runner.run([one], Num())
     assert result.status is RunStatus.FAILED
     assert result.failure is not None
     assert result.failure.message == f"Contract violation for 'a' ({side}): n: Input should be greater than 0"
-    assert (await runner.run([one], N(n=1))).final_state == Grows(n=1)
+    assert (await runner.run([one], Num(n=1))).final_state == Grows(n=1)
 
 
 async def test_a_broken_contract_says_whose_it_is() -> None:
     """The violation has the node, the side, what came as a dict, pydantic's errors, and the class it should have been."""
 
-    async def odd(state: N) -> Any:
+    async def odd(state: Num) -> Any:
         return 7
 
     for nodes, state, direction, raw, schema in (
-        ([node("a", same, Positive)], N(), "input", {"n": 0}, Positive),
-        ([node("a", odd, N, Positive)], N(), "output", {"value": 7}, Positive),
-        ([node("z", same), node("a", same, Positive)], N(), "input", {"n": 0}, Positive),
+        ([node("a", same, Positive)], Num(), "input", {"n": 0}, Positive),
+        ([node("a", odd, Num, Positive)], Num(), "output", {"value": 7}, Positive),
+        ([node("z", same), node("a", same, Positive)], Num(), "input", {"n": 0}, Positive),
         ([node("a", same, Positive)], _Root([1]), "input", {"root": [1]}, Positive),
     ):
         result = await StromaRunner.quick(policy_map=NEVER).run(nodes, state)
@@ -264,7 +249,7 @@ async def test_as_many_repairs_as_are_granted(granted: int, calls: int) -> None:
     """The violations before the last are recoverable, the last is terminal, and policies have no part in it."""
     called: list[str] = []
     runner = StromaRunner.quick(policy_map=NEVER, contract_retries={"a": granted, "other": 9})
-    result = await runner.run([counted(called, "a", BAD)], N())
+    result = await runner.run([counted(called, "a", BAD)], Num())
     assert len(called) == calls
     classes = [event.failure for event in result.trace]
     assert classes == [FailureClass.RECOVERABLE] * granted + [FailureClass.TERMINAL]
@@ -276,13 +261,13 @@ async def test_repairs_are_no_retries() -> None:
     called: list[str] = []
     down = ConnectionError("down")
     runner = StromaRunner.quick(policy_map=ONCE, contract_retries={"a": 1})
-    result = await runner.run([counted(called, "a", BAD, down, {"n": 1})], N())
+    result = await runner.run([counted(called, "a", BAD, down, {"n": 1})], Num())
     assert (result.status, len(called)) == (RunStatus.COMPLETED, 3)
     called.clear()
-    result = await runner.run([counted(called, "a", down, BAD, {"n": 1})], N())
+    result = await runner.run([counted(called, "a", down, BAD, {"n": 1})], Num())
     assert (result.status, len(called)) == (RunStatus.COMPLETED, 3)
     called.clear()
-    result = await runner.run([counted(called, "a", BAD, down, down, {"n": 1})], N())
+    result = await runner.run([counted(called, "a", BAD, down, down, {"n": 1})], Num())
     assert (result.status, len(called)) == (RunStatus.PARTIAL, 3)
 
 
@@ -290,15 +275,15 @@ async def test_only_a_nodes_own_output_is_mended() -> None:
     """A broken input, and a violation of a run inside the node, are not what was granted."""
     called: list[str] = []
     runner = StromaRunner.quick(policy_map=NEVER, contract_retries={"a": 3})
-    result = await runner.run([counted(called, "a", {}, given=Positive)], N())
+    result = await runner.run([counted(called, "a", {}, input=Positive)], Num())
     assert (result.status, len(result.trace), called) == (RunStatus.FAILED, 1, [])
 
-    async def inside(state: N) -> Any:
+    async def inside(state: Num) -> Any:
         called.append("a")
         inner = await StromaRunner.quick(policy_map=NEVER).run([counted([], "b", BAD)], state)
         inner.raise_for_status()
 
-    result = await runner.run([node("a", inside)], N())
+    result = await runner.run([node("a", inside)], Num())
     assert (result.status, called) == (RunStatus.FAILED, ["a"])
 
 
@@ -307,7 +292,7 @@ async def test_a_violation_that_a_classifier_lets_retry_is_retried_by_policy() -
     called: list[str] = []
     said = [lambda error, _: FailureClass.RECOVERABLE]
     runner = StromaRunner.quick(policy_map=ONCE, contract_retries={"a": 5}, classifiers=said)
-    result = await runner.run([counted(called, "a", BAD)], N())
+    result = await runner.run([counted(called, "a", BAD)], Num())
     assert (result.status, len(called)) == (RunStatus.PARTIAL, 2)
 
 
@@ -321,11 +306,11 @@ async def test_what_is_kept_of_a_question() -> None:
         counted([], "z", {"n": 1}),
         parallel(
             counted([], "a", Suspend("which?", schema=M)),
-            counted([], "b", Suspend("why?"), made=M),
+            counted([], "b", Suspend("why?"), output=M),
             max_concurrency=1,
         ),
     ]
-    await StromaRunner.quick(store=store).run(nodes, N(), run_id="r")
+    await StromaRunner.quick(store=store).run(nodes, Num(), run_id="r")
     assert [tuple(waiting) for waiting in store.waiting("r")] == [
         (1, "0", "a", "which?", f"{M.__module__}:M", None),
         (1, "1", "b", "why?", "", None),
@@ -336,12 +321,12 @@ async def test_the_step_that_asks_is_no_failure() -> None:
     """A step of plain code that waits is SUSPENDED with its reason, and has no failure."""
     runner = StromaRunner.quick(store=AsyncInMemoryStore())
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
-    result = await execute_step("a", counted([], "a", Suspend("may I?")), N(n=2), ctx)
+    result = await execute_step("a", counted([], "a", Suspend("may I?")), Num(n=2), ctx)
     assert (result.status, result.failure, result.suspended, result.final_state) == (
         RunStatus.SUSPENDED,
         None,
         ["may I?"],
-        N(n=2),
+        Num(n=2),
     )
 
 
@@ -353,25 +338,25 @@ async def test_how_a_function_is_called(timed: bool) -> None:
     """Async or not, with the run's own context or without, and whatever awaitable it returns: it is called once, so."""
     mine: dict[str, Any] = {"calls": []}
 
-    async def one(state: N) -> Any:
+    async def one(state: Num) -> Any:
         mine["calls"].append("one")
         return {"n": state.n + 1}
 
-    async def two(state: N, context: dict[str, Any]) -> Any:
+    async def two(state: Num, context: dict[str, Any]) -> Any:
         context["calls"].append("two")
         assert context is mine
         return {"n": state.n + 1}
 
-    def three(state: N) -> Any:
+    def three(state: Num) -> Any:
         mine["calls"].append("three")
         return {"n": state.n + 1}
 
-    def four(state: N, context: dict[str, Any]) -> Any:
+    def four(state: Num, context: dict[str, Any]) -> Any:
         assert context is mine
         context["calls"].append("four")
         return {"n": state.n + 1}
 
-    def five(state: N) -> Any:
+    def five(state: Num) -> Any:
         return one(state)
 
     more: dict[str, Any] = {"node_timeouts": {"a0": 60_000}} if timed else {}
@@ -379,7 +364,7 @@ async def test_how_a_function_is_called(timed: bool) -> None:
         mine["calls"].clear()
         nodes = [node(f"a{i}", func) for i, func in enumerate((one, two, three, four, five))]
         wrapped = [parallel(each) for each in nodes] if grouped else nodes
-        result = await StromaRunner.quick(policy_map=NEVER, context=mine, **more).run(wrapped, N())
+        result = await StromaRunner.quick(policy_map=NEVER, context=mine, **more).run(wrapped, Num())
         assert result.failure is None
         assert result.final_state is not None
         assert result.final_state.model_dump() == {"n": 5}
@@ -392,15 +377,15 @@ async def test_the_signal_of_a_fallback_reaches_every_kind_of_node(timed: bool, 
     """Once a fallback is due the context names it, for async and sync nodes; before, the key is absent."""
     seen: list[Any] = []
 
-    async def spend(state: N, context: dict[str, Any]) -> Any:
+    async def spend(state: Num, context: dict[str, Any]) -> Any:
         seen.append(context.get("_stroma_model"))
         return state, 1000, 1000, "gpt-4o"
 
-    async def look(state: N, context: dict[str, Any]) -> Any:
+    async def look(state: Num, context: dict[str, Any]) -> Any:
         seen.append(context.get("_stroma_model"))
         return state
 
-    def look_too(state: N, context: dict[str, Any]) -> Any:
+    def look_too(state: Num, context: dict[str, Any]) -> Any:
         seen.append(context.get("_stroma_model"))
         return state
 
@@ -410,7 +395,7 @@ async def test_the_signal_of_a_fallback_reaches_every_kind_of_node(timed: bool, 
         budget=ExecutionBudget(max_cost_usd=1.0),
         model_fallbacks=[FallbackPolicy("gpt-4o", "small", 0.001)],
         **more,
-    ).run([parallel(each) for each in nodes] if grouped else nodes, N())
+    ).run([parallel(each) for each in nodes] if grouped else nodes, Num())
     assert result.failure is None
     assert seen == [None, "small", "small"]
 
@@ -453,7 +438,7 @@ async def test_probes_stand_around_a_call(probes: list[Probe]) -> None:
     """The first one is outermost; each is told of the failure as the one before it has left it."""
     seen: list[str] = []
     probes += [Noting("1", seen, FailureClass.TERMINAL), Noting("2", seen)]
-    result = await StromaRunner.quick(policy_map=THRICE).run([counted([], "a", ValueError("no"))], N(n=2))
+    result = await StromaRunner.quick(policy_map=THRICE).run([counted([], "a", ValueError("no"))], Num(n=2))
     assert seen == [
         "1 before a a n=2",
         "2 before a a n=2",
@@ -471,7 +456,7 @@ async def test_probes_stand_around_groups_and_their_children(probes: list[Probe]
     """A group is called like a node, and its children inside of that; its failure is its child's, diagnosed once."""
     seen: list[str] = []
     probes.append(Noting("1", seen))
-    await StromaRunner.quick(policy_map=NEVER).run([parallel(counted([], "a", ValueError("no")))], N())
+    await StromaRunner.quick(policy_map=NEVER).run([parallel(counted([], "a", ValueError("no")))], Num())
     assert seen == [
         "1 before parallel(a) parallel(a) n=0",
         "1 before a a n=0",
@@ -493,20 +478,20 @@ async def test_every_end_is_marked_as_delivered_once() -> None:
 
     begun = asyncio.Event()
 
-    async def forever(state: N) -> Any:
+    async def forever(state: Num) -> Any:
         begun.set()
         await asyncio.Event().wait()
 
     with Diary() as diary:
         diary.store = Journal(between)
         nodes = [counted([], "a", ValueError("no"), {"n": 1}), node("b", forever)]
-        await diary.cut(begun, nodes, N(), hook_delivery="at_least_once", policy_map=ONCE)
+        await diary.cut(begun, nodes, Num(), hook_delivery="at_least_once", policy_map=ONCE)
         assert marked == ["a 1 failure", "a 2 success", "b 1 cancelled"]
         marked.clear()
-        await diary.run([counted([], "a", Suspend("may I?"))], N(), hook_delivery="at_least_once")
+        await diary.run([counted([], "a", Suspend("may I?"))], Num(), hook_delivery="at_least_once")
         assert marked == ["a 1 suspended"]
         marked.clear()
-        await diary.run([counted([], "a", {}, given=Positive)], N(), hook_delivery="at_least_once")
+        await diary.run([counted([], "a", {}, input=Positive)], Num(), hook_delivery="at_least_once")
         assert marked == ["a 1 failure"]
 
 
@@ -539,7 +524,7 @@ async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
     runner = StromaRunner.quick(
         store=store, hooks=angry.sets(), policy_map=ONCE, budget=ExecutionBudget(max_tokens_total=10)
     )
-    result = await runner.run(nodes, N(), run_id="r")
+    result = await runner.run(nodes, Num(), run_id="r")
     assert result.status is RunStatus.SUSPENDED
     first = [
         ("on_run_start", None),
@@ -557,7 +542,7 @@ async def test_a_hook_that_raises_is_listed_by_its_name_and_node() -> None:
         ("on_node_suspended", "c"),
     ]
     assert angry.listed == first
-    await runner.run(nodes, N(), run_id="r", resume=True)
+    await runner.run(nodes, Num(), run_id="r", resume=True)
     assert angry.listed == [
         ("on_run_start", None),
         ("on_node_skipped", "a"),
@@ -572,11 +557,11 @@ async def test_a_hook_of_an_end_that_raises_is_listed(closed: bool) -> None:
     """The same for an attempt that is cancelled, and for one that is thrown away."""
     angry, begun = Angry(), asyncio.Event()
 
-    async def forever(state: N) -> Any:
+    async def forever(state: Num) -> Any:
         begun.set()
         await asyncio.Event().wait()
 
-    work = StromaRunner.quick(hooks=angry.sets()).run([node("a", forever)], N())
+    work = StromaRunner.quick(hooks=angry.sets()).run([node("a", forever)], Num())
     if closed:
         await ThrownAway(work, begun)
     else:
@@ -596,7 +581,7 @@ async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
 
     begun = asyncio.Event()
 
-    async def func(state: N) -> Any:
+    async def func(state: Num) -> Any:
         if event == "suspended":
             raise Suspend("may I?")
         if event == "cancelled":
@@ -609,10 +594,10 @@ async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
     hooks = NodeHooks(**{f"on_node_{event}": plain})  # type: ignore[arg-type]
     with Diary() as diary:
         if event == "cancelled":
-            await diary.cut(begun, [node("a", func)], N(), hooks=hooks)
+            await diary.cut(begun, [node("a", func)], Num(), hooks=hooks)
             (said,) = [line for line in diary.lines if line.startswith("log WARNING")]
         else:
-            await diary.run([node("a", func)], N(), hooks=hooks, policy_map=ONCE)
+            await diary.run([node("a", func)], Num(), hooks=hooks, policy_map=ONCE)
             (said,) = [line for line in diary.lines if line.startswith("raised HookNotAsync")]
     assert f"hook on_node_{event} of node 'a' is not async: " in said
     assert "returned NoneType, which cannot be awaited; define it with async def" in said
@@ -624,11 +609,11 @@ async def test_a_hook_that_is_not_async_is_named(event: str) -> None:
 async def test_a_deadline_is_a_budget_error_elsewhere() -> None:
     """Pickled, it is the BudgetExceeded that it is for everybody."""
 
-    async def forever(state: N) -> Any:
+    async def forever(state: Num) -> Any:
         await asyncio.Event().wait()
 
     runner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=20))
-    result = await runner.run([node("a", forever)], N())
+    result = await runner.run([node("a", forever)], Num())
     assert result.failure is not None
     again = pickle.loads(pickle.dumps(result.failure.exception))
     assert type(again) is BudgetExceeded
@@ -638,7 +623,7 @@ async def test_a_deadline_is_a_budget_error_elsewhere() -> None:
 
 async def test_what_a_group_used_is_its_childrens() -> None:
     """A group reports nothing itself, and its children's tokens count once."""
-    result = await StromaRunner.quick().run([parallel(counted([], "a", ({"n": 1}, 5)))], N())
+    result = await StromaRunner.quick().run([parallel(counted([], "a", ({"n": 1}, 5)))], Num())
     (group,) = result.trace
     assert group.usage == AttemptUsage()
     assert [child.usage.tokens for child in group.children] == [5]

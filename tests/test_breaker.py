@@ -17,6 +17,7 @@ import httpx
 import pytest
 import requests
 from tests.budget_helper import State
+from tests.kit import NEVER
 
 from stroma import (
     AsyncInMemoryStore,
@@ -35,9 +36,7 @@ from stroma import (
     stroma_node,
 )
 from stroma.breaker import host_of
-from stroma.failures import FailurePolicy, NodeContext, diagnose
-
-NO_RETRIES = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
+from stroma.failures import NodeContext, diagnose
 
 
 class Clock:
@@ -273,7 +272,7 @@ async def test_a_provider_that_fails_is_left_alone(server: Server, client: httpx
     changes: list[Any] = []
     waits: list[Any] = []
     broken, clock = breaker(max_wait_seconds=0)
-    runner = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES, hooks=watching(changes, waits))
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER, hooks=watching(changes, waits))
     ask = asking(server, client)
     server.status = 503
     for n in range(4):
@@ -309,7 +308,7 @@ async def test_attempts_wait_for_an_open_circuit(server: Server, client: httpx.A
     changes: list[Any] = []
     waits: list[Any] = []
     broken = Breaker(min_calls=2, open_seconds=0.2)
-    runner = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES, hooks=watching(changes, waits))
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER, hooks=watching(changes, waits))
     ask = asking(server, client)
     server.status = 500
     for _ in range(2):
@@ -328,7 +327,7 @@ async def test_attempts_wait_for_an_open_circuit(server: Server, client: httpx.A
 async def test_requests_that_are_refused_open_nothing(server: Server, client: httpx.AsyncClient) -> None:
     """However many calls end with 400, or 429, the provider is well."""
     broken, _ = breaker()
-    runner = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES)
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
     ask = asking(server, client)
     for status in (400, 429) * 5:
         server.status = status
@@ -339,7 +338,7 @@ async def test_requests_that_are_refused_open_nothing(server: Server, client: ht
 async def test_other_hosts_are_called_all_the_same(server: Server, client: httpx.AsyncClient) -> None:
     """A node that calls a provider that is well is not held up by one that is not."""
     broken, _ = breaker(max_wait_seconds=0)
-    runner = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES)
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
     server.status = 500
     for _ in range(5):
         await runner.run([asking(server, client)], State())
@@ -358,7 +357,7 @@ async def test_a_provider_that_cannot_be_reached(client: httpx.AsyncClient) -> N
     gone = Server()
     gone.server.shutdown()
     gone.server.server_close()
-    runner = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES)
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
     results = [await runner.run([asking(gone, client)], State()) for _ in range(5)]
     assert [result.failure and result.failure.reason for result in results] == ["connection"] * 4 + [
         "circuit_open"
@@ -374,16 +373,14 @@ async def test_failures_without_a_host_count_for_the_limit() -> None:
 
     broken, _ = breaker(max_wait_seconds=0)
     limits = {"llm": Limit(concurrent=5, store=AsyncInMemoryStore())}
-    limited = StromaRunner.quick(
-        breaker=broken, policy_map=NO_RETRIES, limits=limits, node_limits={"call": "llm"}
-    )
+    limited = StromaRunner.quick(breaker=broken, policy_map=NEVER, limits=limits, node_limits={"call": "llm"})
     results = [await limited.run([fail], State()) for _ in range(5)]
     assert [result.failure and result.failure.reason for result in results][3:] == [
         "connection",
         "circuit_open",
     ]
     assert broken.states() == {"limit 'llm'": "open"}
-    free = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES)
+    free = StromaRunner.quick(breaker=broken, policy_map=NEVER)
     result = await free.run([fail], State())
     assert result.failure is not None
     assert result.failure.reason == "connection"
@@ -395,7 +392,7 @@ async def test_a_wait_for_a_circuit_ends_with_the_latency_budget(
     """Who has less time left than the circuit stays open is told at once."""
     broken, _ = breaker(max_wait_seconds=None)
     budget = ExecutionBudget(max_latency_ms=20_000)
-    runner = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES, budget=budget)
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER, budget=budget)
     server.status = 500
     for _ in range(4):
         await runner.run([asking(server, client)], State())
@@ -408,7 +405,7 @@ async def test_a_wait_for_a_circuit_ends_with_the_latency_budget(
 async def test_a_probe_that_is_cancelled(server: Server, client: httpx.AsyncClient) -> None:
     """It holds up nobody: the next attempt finds out."""
     broken, clock = breaker(max_wait_seconds=0)
-    runner = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES)
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER)
     ask = asking(server, client)
     server.status = 500
     for _ in range(4):
@@ -436,7 +433,7 @@ async def test_who_may_not_wait_does_not_wait_for_a_probe_either(
     """With max_wait_seconds=0 an attempt beside the one that finds out is refused at once."""
     waits: list[Any] = []
     broken, clock = breaker(max_wait_seconds=0)
-    runner = StromaRunner.quick(breaker=broken, policy_map=NO_RETRIES, hooks=watching([], waits))
+    runner = StromaRunner.quick(breaker=broken, policy_map=NEVER, hooks=watching([], waits))
     server.status = 500
     for _ in range(4):
         await runner.run([asking(server, client)], State())

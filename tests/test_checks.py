@@ -42,6 +42,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from tests.kit import Text
 from typing_extensions import TypedDict
 
 from stroma import (
@@ -58,10 +59,6 @@ from stroma import (
     stroma_node,
 )
 from stroma.schemas import schema_of
-
-
-class Text(BaseModel):
-    text: str
 
 
 class Number(BaseModel):

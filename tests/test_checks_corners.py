@@ -28,12 +28,11 @@ from pydantic import (
 )
 from pydantic.dataclasses import dataclass
 from pydantic_core import core_schema
+from tests.kit import NEVER, Text
 from typing_extensions import TypedDict
 
 from stroma import (
     ContractRegistry,
-    FailureClass,
-    FailurePolicy,
     Finding,
     NodeContract,
     RunStatus,
@@ -44,12 +43,6 @@ from stroma import (
 )
 from stroma.checks.lineage import lineage_of
 from stroma.nodes import find_node
-
-ONCE = {cls: FailurePolicy(max_retries=0) for cls in FailureClass}
-
-
-class Text(BaseModel):
-    text: str
 
 
 class Anything(BaseModel):
@@ -80,7 +73,7 @@ def check(*nodes: Any) -> list[Finding]:
 async def works(given: type[BaseModel], taken: type[BaseModel], output: Any) -> bool:
     """Whether a run of two nodes gets from the one class to the other."""
     nodes = [node("a", given=given, returned=output), node("b", taken, returned={})]
-    result = await StromaRunner.quick(policy_map=ONCE).run(nodes, Anything())
+    result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Anything())
     assert any(event.node_id == "a" and event.failure is None for event in result.trace), result.failure
     return result.status is RunStatus.COMPLETED
 
@@ -196,7 +189,7 @@ class Own:
         return core_schema.no_info_after_validator_function(cls, core_schema.str_schema())
 
 
-NEVER: list[tuple[Any, Any, Any]] = [
+UNFIT: list[tuple[Any, Any, Any]] = [
     (Number, StrictPoint, {"n": 1}),
     (set[Frozen], list[Number], [{"n": 1}]),
     (Red, Annotated[Word | Blue, Field(discriminator="kind")], {}),
@@ -221,7 +214,7 @@ FITS: list[tuple[Any, Any, Any]] = [
 
 
 @pytest.mark.core
-@pytest.mark.parametrize(("given", "taken", "output"), NEVER, ids=str)
+@pytest.mark.parametrize(("given", "taken", "output"), UNFIT, ids=str)
 async def test_what_never_works_is_an_error(given: Any, taken: Any, output: Any) -> None:
     """What the engine refuses whatever the output is told as an error."""
     assert severities(made(given), made(taken)) == {"error"}
@@ -347,7 +340,7 @@ async def test_groups_over_what_has_no_named_fields(nodes: list[Any], found: set
     """map_over and parallel() are judged by what they do with root models, open classes and nodes without a contract."""
     findings = check(*nodes)
     assert {finding.severity for finding in findings} == found, findings
-    result = await StromaRunner.quick(policy_map=ONCE).run(nodes, Anything())
+    result = await StromaRunner.quick(policy_map=NEVER).run(nodes, Anything())
     assert (result.status is RunStatus.COMPLETED) is passes, result.failure
 
 

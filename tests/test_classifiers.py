@@ -35,7 +35,7 @@ from tests.providers.clients import (
     options,
 )
 from tests.providers.grpc_server import GrpcServer, serving_grpc
-from tests.providers.server import Answer, Server, serving
+from tests.providers.server import Answer, Server
 from tests.providers.waits import NOW, RETRY_AFTER
 
 from stroma import (
@@ -56,12 +56,6 @@ CASES = [*PROVIDER_CASES, *MORE_CASES]
 HERE = NodeContext("ask", 1, "run")
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as running:
-        yield running
-
-
 def error_of(call: Callable[[], Any]) -> Exception:
     with pytest.raises(Exception) as caught:
         call()
@@ -70,9 +64,9 @@ def error_of(call: Callable[[], Any]) -> Exception:
 
 @pytest.mark.core
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_what_a_providers_error_means(case: Case, server: Server) -> None:
+def test_what_a_providers_error_means(case: Case, provider: Server) -> None:
     """The SDK's own exception, raised by the SDK from the server's answer, has its class and its reason."""
-    url = server.url(case.answer)
+    url = provider.url(case.answer)
     error = error_of(lambda: ASK[case.sdk](url, case.answer))
     assert type(error).__module__.partition(".")[0] in SDKS[case.sdk].packages
     assert type(error).__name__ == case.raised
@@ -83,10 +77,10 @@ def test_what_a_providers_error_means(case: Case, server: Server) -> None:
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_a_providers_error_is_read_one_cause_down(case: Case, server: Server) -> None:
+def test_a_providers_error_is_read_one_cause_down(case: Case, provider: Server) -> None:
     """What wraps an SDK's exception, and says nothing itself, means what it was raised from."""
     wrapper = RuntimeError("the search failed")
-    wrapper.__cause__ = error_of(lambda: ASK[case.sdk](server.url(case.answer), case.answer))
+    wrapper.__cause__ = error_of(lambda: ASK[case.sdk](provider.url(case.answer), case.answer))
     failure = diagnose(wrapper, HERE)
     assert (failure.exception, failure.message) == (wrapper, "the search failed")
     assert (failure.failure_class, failure.reason) == (case.failure_class, case.reason)
@@ -126,10 +120,10 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
-async def test_a_run_deals_with_a_providers_error(case: Case, server: Server, delays: list[float]) -> None:
+async def test_a_run_deals_with_a_providers_error(case: Case, provider: Server, delays: list[float]) -> None:
     """A node around the async SDK: RECOVERABLE is tried again, TERMINAL is not; the trace has class and reason."""
     runner, node = runner_of(policy_map={R: FailurePolicy(max_retries=1), A: FailurePolicy(max_retries=0)})
-    url = server.url(case.answer)
+    url = provider.url(case.answer)
     calls = 0
 
     @node
@@ -144,7 +138,7 @@ async def test_a_run_deals_with_a_providers_error(case: Case, server: Server, de
     assert calls == attempts == len(delays) + 1
     # Google's async client, where aiohttp is there, asks once more by itself after a lost connection.
     each = 2 if (case.sdk, case.answer.fault) == ("google-genai", "drop") else 1
-    assert server.calls_of(url) == (0 if case.answer.fault == "refuse" else attempts * each)
+    assert provider.calls_of(url) == (0 if case.answer.fault == "refuse" else attempts * each)
     assert result.status is (RunStatus.FAILED if case.failure_class is T else RunStatus.PARTIAL)
     assert [(e.node_id, e.attempt, e.failure, e.reason) for e in result.trace] == [
         ("ask", number + 1, case.failure_class, case.reason) for number in range(attempts)
@@ -162,11 +156,11 @@ async def test_a_run_deals_with_a_providers_error(case: Case, server: Server, de
     ids=str,
 )
 async def test_the_delay_is_at_least_what_the_server_says(
-    sdk: str, headers: dict[str, str], seconds: float, server: Server, delays: list[float]
+    sdk: str, headers: dict[str, str], seconds: float, provider: Server, delays: list[float]
 ) -> None:
     """G3: a rate limit with Retry-After is waited for as long as the server asks; the next attempt can succeed."""
     runner, node = runner_of()
-    urls = [server.url(Answer(429, {"error": {"type": "rate_limit_error"}}, headers))]
+    urls = [provider.url(Answer(429, {"error": {"type": "rate_limit_error"}}, headers))]
 
     @node
     async def ask(state: Text) -> dict[str, Any]:
@@ -183,12 +177,12 @@ async def test_the_delay_is_at_least_what_the_server_says(
 @pytest.mark.parametrize("sdk", ASK)
 @pytest.mark.parametrize("inside", ["alone", "group"])
 async def test_a_server_that_asks_for_too_long_stops_the_run(
-    sdk: str, inside: str, server: Server, delays: list[float], caplog: pytest.LogCaptureFixture
+    sdk: str, inside: str, provider: Server, delays: list[float], caplog: pytest.LogCaptureFixture
 ) -> None:
     """G3: beyond max_retry_after_seconds the run stops as PARTIAL and says when to come back."""
     caplog.set_level(logging.INFO, logger="stroma")
     runner, node = runner_of()
-    url = server.url(Answer(429, {"error": {"type": "rate_limit_error"}}, {"retry-after": "3600"}))
+    url = provider.url(Answer(429, {"error": {"type": "rate_limit_error"}}, {"retry-after": "3600"}))
 
     @node
     async def ask(state: Text) -> dict[str, Any]:
@@ -196,7 +190,7 @@ async def test_a_server_that_asks_for_too_long_stops_the_run(
         return {}
 
     result = await runner.run([ask if inside == "alone" else parallel(ask)], Text())
-    assert (result.status, server.calls_of(url), delays) == (RunStatus.PARTIAL, 1, [])
+    assert (result.status, provider.calls_of(url), delays) == (RunStatus.PARTIAL, 1, [])
     assert result.failure is not None
     assert (result.failure.reason, result.failure.retry_after_seconds) == ("rate_limit", 3600)
     said = [r for r in caplog.records if "come back in 3600 s" in r.getMessage()]
@@ -204,10 +198,10 @@ async def test_a_server_that_asks_for_too_long_stops_the_run(
     assert said[0].run_id == result.run_id  # type: ignore[attr-defined]
 
 
-async def test_max_retry_after_seconds_is_the_users(server: Server, delays: list[float]) -> None:
+async def test_max_retry_after_seconds_is_the_users(provider: Server, delays: list[float]) -> None:
     """max_retry_after_seconds is a limit of the policy: exactly at it is waited for."""
     runner, node = runner_of(policy_map={R: FailurePolicy(max_retries=1, max_retry_after_seconds=3600)})
-    url = server.url(Answer(429, {}, {"retry-after": "3600"}))
+    url = provider.url(Answer(429, {}, {"retry-after": "3600"}))
 
     @node
     async def ask(state: Text) -> dict[str, Any]:
@@ -215,10 +209,10 @@ async def test_max_retry_after_seconds_is_the_users(server: Server, delays: list
         return {}
 
     result = await runner.run([ask], Text())
-    assert (result.status, server.calls_of(url), delays) == (RunStatus.PARTIAL, 2, [3600])
+    assert (result.status, provider.calls_of(url), delays) == (RunStatus.PARTIAL, 2, [3600])
 
 
-async def test_custom_classifiers_come_first(server: Server, delays: list[float]) -> None:
+async def test_custom_classifiers_come_first(provider: Server, delays: list[float]) -> None:
     """A custom classifier decides before the provider's knowledge does; None passes the question on."""
     asked: list[str] = []
 
@@ -230,7 +224,7 @@ async def test_custom_classifiers_come_first(server: Server, delays: list[float]
         return T if isinstance(exc, openai.RateLimitError) else None
 
     runner, node = runner_of(classifiers=[passes, decides])
-    url = server.url(by_openai(429, "rate_limit_exceeded"))
+    url = provider.url(by_openai(429, "rate_limit_exceeded"))
 
     @node
     async def ask(state: Text) -> dict[str, Any]:
@@ -238,11 +232,11 @@ async def test_custom_classifiers_come_first(server: Server, delays: list[float]
         return {}
 
     result = await runner.run([ask], Text())
-    assert (result.status, server.calls_of(url), asked) == (RunStatus.FAILED, 1, ["RateLimitError"])
+    assert (result.status, provider.calls_of(url), asked) == (RunStatus.FAILED, 1, ["RateLimitError"])
     (event,) = result.trace
     # What happened is still known; only what it means was the classifier's to say.
     assert (event.failure, event.reason) == (T, "rate_limit")
-    auth = error_of(lambda: ask_openai(server.url(by_openai(401))))
+    auth = error_of(lambda: ask_openai(provider.url(by_openai(401))))
     assert classify(auth, HERE, [passes]) is T
     assert classify(auth, HERE, [lambda e, c: R, lambda e, c: A]) is R
 
@@ -258,10 +252,10 @@ def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("sdk", ASK)
 @pytest.mark.parametrize(("headers", "seconds"), RETRY_AFTER, ids=lambda v: str(v)[:60])
 def test_retry_after_in_all_its_forms(
-    sdk: str, headers: dict[str, str], seconds: float | None, server: Server, frozen: None
+    sdk: str, headers: dict[str, str], seconds: float | None, provider: Server, frozen: None
 ) -> None:
     """Seconds, fractions, milliseconds and HTTP dates are read; what makes no sense is no wish."""
-    error = error_of(lambda: ASK[sdk](server.url(Answer(429, {}, headers))))
+    error = error_of(lambda: ASK[sdk](provider.url(Answer(429, {}, headers))))
     assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit", seconds)
 
 
@@ -282,19 +276,19 @@ def test_a_date_without_zone_is_gmt_wherever_the_machine_is(
 
 
 @pytest.mark.parametrize("status", [503, 529, 500, 400])
-def test_retry_after_counts_at_every_status(status: int, server: Server) -> None:
+def test_retry_after_counts_at_every_status(status: int, provider: Server) -> None:
     """Not only a rate limit can ask to wait."""
-    error = error_of(lambda: ask_anthropic(server.url(Answer(status, {}, {"retry-after": "4"}))))
+    error = error_of(lambda: ask_anthropic(provider.url(Answer(status, {}, {"retry-after": "4"}))))
     verdict = read_provider_error(error)
     assert verdict is not None
     assert verdict.retry_after == 4
 
 
 @pytest.mark.parametrize("seconds", ["1e300", "1" * 30])
-async def test_a_huge_wish_stops_the_run(seconds: str, server: Server, delays: list[float]) -> None:
+async def test_a_huge_wish_stops_the_run(seconds: str, provider: Server, delays: list[float]) -> None:
     """However long a server asks to wait, the answer is PARTIAL, never an endless sleep."""
     runner, node = runner_of()
-    url = server.url(Answer(429, {}, {"retry-after": seconds}))
+    url = provider.url(Answer(429, {}, {"retry-after": seconds}))
 
     @node
     async def ask(state: Text) -> dict[str, Any]:
@@ -330,17 +324,17 @@ _WISHES = [
     [(sdk, *row) for row in _WISHES for sdk in ASK if not (row[1] and sdk in ("aiohttp", "botocore"))],
 )
 def test_x_should_retry_is_obeyed(
-    sdk: str, status: int, code: str, wish: str, expected: tuple[str, str], server: Server
+    sdk: str, status: int, code: str, wish: str, expected: tuple[str, str], provider: Server
 ) -> None:
     """x-should-retry overrules the status both ways, but not an exhausted quota or a wrong key."""
     headers = {"X-Should-Retry": wish, "retry-after": "3"}
-    error = error_of(lambda: ASK[sdk](server.url(Answer(status, {"error": {"type": code}}, headers))))
+    error = error_of(lambda: ASK[sdk](provider.url(Answer(status, {"error": {"type": code}}, headers))))
     assert read_provider_error(error) == Verdict(*expected, 3)  # type: ignore[arg-type]
 
 
-def test_a_status_that_says_nothing_is_ambiguous(server: Server) -> None:
+def test_a_status_that_says_nothing_is_ambiguous(provider: Server) -> None:
     """A status that nobody knows, without a wish of the server, is AMBIGUOUS."""
-    error = error_of(lambda: ask_openai(server.url(by_openai(418))))
+    error = error_of(lambda: ask_openai(provider.url(by_openai(418))))
     failure = diagnose(error, HERE)
     assert (failure.failure_class, failure.reason) == (A, None)
 
@@ -378,18 +372,18 @@ HTTPX = [httpx, httpx2]
     ids=str,
 )
 def test_what_an_http_status_error_means(
-    client: Any, answer: Answer, expected: tuple[Any, ...], server: Server
+    client: Any, answer: Answer, expected: tuple[Any, ...], provider: Server
 ) -> None:
     """A bare HTTP client's status error is read from its response: status, headers and body."""
-    error = error_of(lambda: client.post(server.url(answer)).raise_for_status())
+    error = error_of(lambda: client.post(provider.url(answer)).raise_for_status())
     assert type(error).__name__ == "HTTPStatusError"
     assert read_provider_error(error) == Verdict(*expected)
 
 
 @pytest.mark.parametrize("client", HTTPX, ids=lambda module: module.__name__)
-def test_a_body_that_was_not_read_stays_unread(client: Any, server: Server) -> None:
+def test_a_body_that_was_not_read_stays_unread(client: Any, provider: Server) -> None:
     """The body of a streamed response is not fetched to classify an error; its status decides."""
-    with client.stream("POST", server.url(by_openai(429, "insufficient_quota"))) as response:
+    with client.stream("POST", provider.url(by_openai(429, "insufficient_quota"))) as response:
         error = error_of(response.raise_for_status)
         assert read_provider_error(error) == Verdict("RECOVERABLE", "rate_limit")
         assert not response.is_stream_consumed
@@ -409,10 +403,10 @@ def test_a_body_that_was_not_read_stays_unread(client: Any, server: Server) -> N
     ids=lambda value: str(sorted(value) if isinstance(value, set) else value),
 )
 def test_what_a_transport_error_means(
-    client: Any, url: Answer | str, raised: set[str], expected: tuple[str, str], server: Server
+    client: Any, url: Answer | str, raised: set[str], expected: tuple[str, str], provider: Server
 ) -> None:
     """Lost connections and read timeouts are RECOVERABLE; an address that cannot be meant so is not."""
-    where = url if isinstance(url, str) else server.url(url)
+    where = url if isinstance(url, str) else provider.url(url)
     error = error_of(
         lambda: client.post(where, timeout=options(url)["timeout"] if isinstance(url, Answer) else None)
     )
@@ -441,7 +435,7 @@ def test_every_timeout_and_connection_error_is_recoverable(client: Any) -> None:
 # ---------------------------------------------------------------------- without a server's answer
 
 
-def test_what_botocore_refuses_by_itself(monkeypatch: pytest.MonkeyPatch, server: Server) -> None:
+def test_what_botocore_refuses_by_itself(monkeypatch: pytest.MonkeyPatch, provider: Server) -> None:
     """No key, no region and a wrong argument are TERMINAL before anything is sent."""
     import botocore.session
 
@@ -450,7 +444,7 @@ def test_what_botocore_refuses_by_itself(monkeypatch: pytest.MonkeyPatch, server
     for name in ("AWS_CONFIG_FILE", "AWS_SHARED_CREDENTIALS_FILE"):
         monkeypatch.setenv(name, "/nonexistent")
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    url = server.url(Answer(200, {}))
+    url = provider.url(Answer(200, {}))
     session = botocore.session.Session()
     unsigned = session.create_client("bedrock-runtime", region_name="us-east-1", endpoint_url=url)
     found = [
@@ -464,7 +458,7 @@ def test_what_botocore_refuses_by_itself(monkeypatch: pytest.MonkeyPatch, server
         ("ParamValidationError", Verdict("TERMINAL", "bad_request")),
         ("NoRegionError", Verdict("TERMINAL", "bad_request")),
     ]
-    assert server.calls_of(url) == 0
+    assert provider.calls_of(url) == 0
 
 
 # ---------------------------------------------------------------------- gRPC
@@ -535,9 +529,9 @@ async def test_the_wait_that_a_grpc_server_asks_for(
 # ---------------------------------------------------------------------- what an exception was raised from
 
 
-def test_one_cause_down_is_read(server: Server) -> None:
+def test_one_cause_down_is_read(provider: Server) -> None:
     """A wrapper that says nothing means what it was raised from, one level down and no further."""
-    limited = error_of(lambda: ask_openai(server.url(Answer(429, {}, {"retry-after": "6"}))))
+    limited = error_of(lambda: ask_openai(provider.url(Answer(429, {}, {"retry-after": "6"}))))
 
     def wrap(error: BaseException) -> Exception:
         try:
@@ -553,9 +547,9 @@ def test_one_cause_down_is_read(server: Server) -> None:
     assert diagnose(wrap(once), HERE).failure_class is A
 
 
-def test_only_a_deliberate_cause_counts(server: Server) -> None:
+def test_only_a_deliberate_cause_counts(provider: Server) -> None:
     """An error that merely happened while another was handled says nothing of it."""
-    refused = error_of(lambda: ask_openai(server.url(by_openai(401))))
+    refused = error_of(lambda: ask_openai(provider.url(by_openai(401))))
 
     def stumble() -> None:
         try:
@@ -568,22 +562,22 @@ def test_only_a_deliberate_cause_counts(server: Server) -> None:
     assert classify(error, HERE) is A
 
 
-def test_an_exceptions_own_shape_wins_over_its_cause(server: Server) -> None:
+def test_an_exceptions_own_shape_wins_over_its_cause(provider: Server) -> None:
     """What an exception says itself comes before what it was raised from."""
     error = shaped(status_code=401)
-    error.__cause__ = error_of(lambda: ask_openai(server.url(by_openai(503))))
+    error.__cause__ = error_of(lambda: ask_openai(provider.url(by_openai(503))))
     assert classify(error, HERE) is T
 
 
 @pytest.mark.core
-def test_our_own_errors_keep_their_class_over_a_cause(server: Server) -> None:
+def test_our_own_errors_keep_their_class_over_a_cause(provider: Server) -> None:
     """A broken contract or budget stays what it is, whatever it was raised from."""
-    cause = error_of(lambda: ask_openai(server.url(by_openai(401))))
+    cause = error_of(lambda: ask_openai(provider.url(by_openai(401))))
     budget = BudgetExceeded("tokens", 1, 2, "a")
     violation = ContractViolation("a", "output", {}, [])
     budget.__cause__ = cause
     assert classify(budget, HERE) is R
-    violation.__cause__ = error_of(lambda: ask_openai(server.url(by_openai(503))))
+    violation.__cause__ = error_of(lambda: ask_openai(provider.url(by_openai(503))))
     assert classify(violation, HERE) is T
 
 
@@ -638,10 +632,10 @@ def test_chains_that_bite_their_tail_come_to_an_end() -> None:
     assert classify(ring, HERE) is A
 
 
-async def test_a_taskgroup_in_a_node_waits_as_the_server_says(server: Server, delays: list[float]) -> None:
+async def test_a_taskgroup_in_a_node_waits_as_the_server_says(provider: Server, delays: list[float]) -> None:
     """G3: Retry-After is obeyed where the real SDK's error comes in the group of a node's own TaskGroup."""
     runner, node = runner_of()
-    urls = [server.url(Answer(429, {}, {"retry-after": "7"}))]
+    urls = [provider.url(Answer(429, {}, {"retry-after": "7"}))]
 
     @node
     async def ask(state: Text) -> dict[str, Any]:

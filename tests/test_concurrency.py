@@ -13,6 +13,9 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field
+from tests.fixtures import store_fixture
+from tests.kit import ONCE, Num, Text, node
+from tests.shared_stores import LOCAL
 
 from stroma import (
     AsyncInMemoryStore,
@@ -20,9 +23,6 @@ from stroma import (
     ContractRegistry,
     ExecutionBudget,
     ExecutionResult,
-    FailureClass,
-    FailurePolicy,
-    InMemoryStore,
     NodeContract,
     NodeHooks,
     RunConfig,
@@ -32,21 +32,11 @@ from stroma import (
     current_node,
     map_over,
     parallel,
-    stroma_node,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
 
-ONCE = {c: FailurePolicy(max_retries=1, backoff_seconds=0) for c in FailureClass}
 whose: contextvars.ContextVar[int] = contextvars.ContextVar("whose", default=-1)
-
-
-class Num(BaseModel):
-    n: int = 0
-
-
-class Text(BaseModel):
-    text: str
 
 
 class Items(BaseModel):
@@ -54,20 +44,7 @@ class Items(BaseModel):
     items: list[dict[str, int]] = []
 
 
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
-
-
-@pytest.fixture(params=["async-memory", "memory", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    if request.param == "sqlite":
-        with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as made:
-            yield made
-    else:
-        yield AsyncInMemoryStore() if request.param == "async-memory" else InMemoryStore()
+store = store_fixture(*LOCAL, "sqlite")
 
 
 @pytest.fixture

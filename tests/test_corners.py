@@ -12,8 +12,8 @@ import pathlib
 import pickle
 import sys
 import threading
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
+from functools import partial
 from typing import Any, Literal
 
 import pytest
@@ -32,6 +32,8 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, TWICE, Num, bare, node
 
 from stroma import (
     AsyncInMemoryStore,
@@ -40,10 +42,8 @@ from stroma import (
     ContractRegistry,
     ExecutionBudget,
     FailureClass,
-    FailurePolicy,
     InMemoryStore,
     NodeContext,
-    NodeContract,
     NodeHooks,
     PipelineChanged,
     ReliabilityContext,
@@ -57,19 +57,12 @@ from stroma import (
     execute_step,
     map_over,
     parallel,
-    stroma_node,
 )
 from stroma.cost import UsageError
 from stroma.hooks import HookNotAsync
 from stroma.schemas import NotSerialisable, schema_of
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
-NEVER = {c: FailurePolicy(max_retries=0) for c in FailureClass}
-TWICE = {c: FailurePolicy(max_retries=2, backoff_seconds=0) for c in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 class One(BaseModel):
@@ -84,22 +77,7 @@ class Three(BaseModel):
     c: int = 0
 
 
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
-
-
-def bare(node_id: str, func: Any) -> Any:
-    """A node without a contract."""
-    func._stroma_node_id, func._stroma_contract = node_id, None
-    return func
-
-
-def quick(**config: Any) -> StromaRunner:
-    config.setdefault("policy_map", NEVER)
-    return StromaRunner.quick(**config)
+quick = partial(StromaRunner.quick, policy_map=NEVER)
 
 
 def context(config: RunConfig) -> ReliabilityContext:
@@ -121,13 +99,7 @@ async def forever() -> None:
     await asyncio.Event().wait()
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    if request.param == "memory":
-        yield AsyncInMemoryStore()
-        return
-    with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as made:
-        yield made
+store = store_fixture("async-memory", "sqlite")
 
 
 # ---------------------------------------------------------------------- groups: what is committed stays
@@ -156,7 +128,7 @@ async def test_a_child_cancelled_right_after_its_commit_is_not_called_again(dept
             raise ValueError("b")
         return {"b": 1}
 
-    group = parallel(node("a", a, promised=One), node("b", b, promised=Two))
+    group = parallel(node("a", a, output=One), node("b", b, output=Two))
     for _ in range(depth - 1):
         group = parallel(group)
     runner = quick(
@@ -205,7 +177,7 @@ async def test_a_child_interrupted_while_it_is_committed_is_not_called_again(how
             release.set()
             raise
 
-    group = parallel(node("a", a, promised=One), node("b", b, promised=Two))
+    group = parallel(node("a", a, output=One), node("b", b, output=Two))
     runner = quick(
         store=Slow(),
         node_policies={group.node_id: TWICE},
@@ -313,7 +285,7 @@ async def test_a_crossed_budget_comes_before_a_siblings_failure() -> None:
         {"over": crossed, "bad": broken}.get(node_id, asyncio.Event()).set()
 
     group = parallel(
-        node("over", over, promised=One), node("bad", bad, promised=Two), node("slow", slow, promised=Three)
+        node("over", over, output=One), node("bad", bad, output=Two), node("slow", slow, output=Three)
     )
     result = await quick(
         store=kept,
@@ -395,7 +367,7 @@ async def test_an_output_is_validated_once(model: type[BaseModel], raw: Any, usa
         return (copy.deepcopy(raw), 5) if usage else copy.deepcopy(raw)
 
     runner = quick(store=store, hooks=NodeHooks(on_node_success=success))
-    result = await runner.run([node("a", a, promised=model)], Num())
+    result = await runner.run([node("a", a, output=model)], Num())
     once = model.model_validate(copy.deepcopy(raw))
     assert result.final_state == once
     assert seen == [once.model_dump()]
@@ -457,7 +429,7 @@ async def test_an_alias_that_is_another_fields_name(value: BaseModel, store: Any
         return state
 
     kind = type(value)
-    nodes = [node("make", make, promised=kind), node("same", same, kind, kind)]
+    nodes = [node("make", make, output=kind), node("same", same, kind, kind)]
     runner = quick(store=store, run_id="r")
     first = await runner.run(nodes, Num())
     assert first.final_state == value
@@ -487,7 +459,7 @@ async def test_absurd_token_counts_lose_no_output(tokens: int, model: str | None
         calls.append("b")
         return {"b": 1}
 
-    nodes = [node("a", a, promised=One), node("b", b, One, Two)]
+    nodes = [node("a", a, output=One), node("b", b, One, Two)]
     runner = quick(store=store, run_id="r", policy_map=TWICE)
     result = await runner.run(nodes, Num())
     assert result.status is RunStatus.FAILED
@@ -508,7 +480,7 @@ async def test_a_billion_tokens_can_be_counted(store: Any) -> None:
     async def a(state: Num) -> Any:
         return {"a": 1}, 10**9, "gpt-4o"
 
-    result = await quick(store=store).run([node("a", a, promised=One)], Num())
+    result = await quick(store=store).run([node("a", a, output=One)], Num())
     assert result.status is RunStatus.COMPLETED
     assert result.total_tokens == 10**9
     assert result.total_cost_usd == pytest.approx(2500)
@@ -525,7 +497,7 @@ async def test_an_absurd_report_is_refused_where_it_is_made() -> None:
             run.report_usage(output_tokens=10**400)
         return {"a": 1}
 
-    result = await quick().run([node("a", a, promised=One)], Num())
+    result = await quick().run([node("a", a, output=One)], Num())
     assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 7)
 
 
@@ -546,7 +518,7 @@ async def test_reported_usage_shows_at_once() -> None:
             raise ValueError("half-way")
         return {"a": 1}
 
-    result = await quick(policy_map=TWICE).run([node("a", a, promised=One)], Num())
+    result = await quick(policy_map=TWICE).run([node("a", a, output=One)], Num())
     once = [(0, 0, None), (7, 0, "gpt-4o"), (11, 3, "gpt-4o-mini")]
     assert seen == once * 2
     assert result.total_tokens == 22
@@ -654,8 +626,8 @@ async def test_a_child_of_another_group_is_another_pipeline(was: str, store: Any
     async def success(*_: Any) -> None:
         committed.set()
 
-    a = node("a", _one, promised=One)
-    b, c = (node(name, fails, promised=Two) for name in "bc")
+    a = node("a", _one, output=One)
+    b, c = (node(name, fails, output=Two) for name in "bc")
     after = node("after", fails, One, Two)
     runner = quick(store=store, run_id="r", hooks=NodeHooks(on_node_success=success))
     first = await runner.run([parallel(a, b)] if was == "parallel" else [a, after], Num())
@@ -706,7 +678,7 @@ async def test_what_no_store_can_write_resumes_in_memory() -> None:
 
 async def _changed() -> None:
     runner = quick(run_id="inner")
-    nodes = [node("i", _one, promised=One)]
+    nodes = [node("i", _one, output=One)]
     await runner.run(nodes, Num())
     await runner.run(nodes, Num(n=2), resume=True)
 
@@ -720,7 +692,7 @@ async def _sync_hook() -> None:
         """Not async."""
 
     hooks = NodeHooks(on_node_start=start)  # type: ignore[arg-type]
-    await quick(hooks=hooks).run([node("i", _one, promised=One)], Num())
+    await quick(hooks=hooks).run([node("i", _one, output=One)], Num())
 
 
 async def _deadline() -> None:
@@ -759,7 +731,7 @@ async def test_errors_of_a_run_within_a_node_are_failures_like_any_other(
     def look(exc: Exception, _: NodeContext) -> None:
         asked.append(type(exc))
 
-    outer_node: Any = node("outer", outer, promised=One)
+    outer_node: Any = node("outer", outer, output=One)
     nodes = [parallel(outer_node)] if in_group else [outer_node]
     limits = ExecutionBudget(max_latency_ms=budget)
     runner = quick(store=store, policy_map=TWICE, classifiers=[look], budget=limits)
@@ -861,7 +833,7 @@ async def test_what_comes_back_equals_what_was_stored(name: str, store: Any) -> 
             raise PermissionError
         return given
 
-    nodes = [node("a", a, promised=made), node("b", b, made, made)]
+    nodes = [node("a", a, output=made), node("b", b, made, made)]
     runner = quick(store=store, run_id="x")
     first = await runner.run(nodes, Num())
     events = list(first.trace)
@@ -903,7 +875,7 @@ async def in_node(runner: StromaRunner, look: Callable[[Any], Any]) -> Any:
         seen.append(look(ctx))
         return {"a": 1}
 
-    result = await runner.run([node("a", a, promised=One)], Num())
+    result = await runner.run([node("a", a, output=One)], Num())
     result.raise_for_status()
     return seen[0]
 
@@ -1016,7 +988,7 @@ async def test_an_idempotency_key_stays_on_retry_and_resume(store: Any) -> None:
         return {"a": 1}
 
     runner = quick(store=store, run_id="pay", policy_map=TWICE)
-    nodes = [node("a", a, promised=One)]
+    nodes = [node("a", a, output=One)]
     assert (await runner.run(nodes, Num())).status is RunStatus.PARTIAL
     assert (await runner.run(nodes, Num(), resume=True)).final_state == One(a=1)
     assert len(keys) == 5
@@ -1075,7 +1047,7 @@ async def test_closing_the_coroutine_of_a_run(store: Any) -> None:
         await asyncio.sleep(0)
         closed.append("never")
 
-    nodes = [node("a", a, promised=One), node("b", b, One, Two)]
+    nodes = [node("a", a, output=One), node("b", b, One, Two)]
     runner = quick(store=store, run_id="o", node_timeouts={"b": 60_000})
     hooks = NodeHooks(on_node_cancelled=watch, on_run_end=watch)
     run = runner.with_hooks(hooks).run(nodes, Num())
@@ -1147,7 +1119,7 @@ def test_a_senseless_retry_after_breaks_nothing(header: str) -> None:
 
 async def test_a_single_node_is_told_to_stand_in_a_list() -> None:
     """run(node, state) and run(parallel(...), state) say to put it in a list; what is no node is told how to be one."""
-    a = node("a", _one, promised=One)
+    a = node("a", _one, output=One)
     for single in (a, parallel(a), map_over("items", a, into="items")):
         with pytest.raises(TypeError, match="in a list"):
             await quick().run(single, Num())

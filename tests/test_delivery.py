@@ -12,10 +12,10 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import ONCE
 
 from stroma import (
     FailureClass,
-    FailurePolicy,
     InMemoryStore,
     NodeHooks,
     ReliabilityContext,
@@ -71,10 +71,9 @@ def make(url: str, die_at: tuple[str, str] | None, told: list[Told]) -> tuple[St
     async def failure(_run_id: str, _node_id: str, exc: Exception, failure_class: FailureClass) -> None:
         note("failure", (str(exc), failure_class))
 
-    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
     runner = StromaRunner.quick(
         store=open_store(url),
-        policy_map=policies,
+        policy_map=ONCE,
         hooks=NodeHooks(on_node_success=success, on_node_failure=failure),
         hook_delivery="at_least_once",
         resume=True,

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, SecretBytes, SecretStr, ValidationError
+from tests.kit import Num, node, retry_policies
 
 from stroma import (
     BudgetExceeded,
@@ -18,28 +19,17 @@ from stroma import (
     ExecutionTrace,
     FailureClass,
     FailurePolicy,
-    NodeContract,
     NodeHooks,
     NodeUsage,
     StromaRunner,
     Suspend,
     parallel,
-    stroma_node,
 )
 from stroma.cost import UsageError
 from stroma.failures import ItemFailure, diagnose
 from stroma.hooks import Hooks
 from stroma.schemas import NotSerialisable
 from stroma.trace import secrets_in
-
-
-class N(BaseModel):
-    n: int = 0
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = N, made: type[BaseModel] = N) -> Any:
-    return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=given, output_schema=made))(func)
-
 
 # ---------------------------------------------------------------- policies
 
@@ -100,11 +90,11 @@ async def test_a_classifier_that_raises_is_named(caplog: pytest.LogCaptureFixtur
     def bad_classifier(error: BaseException, context: Any) -> FailureClass | None:
         raise RuntimeError("the classifier broke")
 
-    async def fail(state: N) -> N:
+    async def fail(state: Num) -> Num:
         raise ValueError("the node broke")
 
     with caplog.at_level(logging.WARNING, logger="stroma"):
-        result = await StromaRunner.quick(classifiers=[bad_classifier]).run([node("fails", fail)], N())
+        result = await StromaRunner.quick(classifiers=[bad_classifier]).run([node("fails", fail)], Num())
     assert result.status != "COMPLETED"
     (said, *_) = [record.getMessage() for record in caplog.records if "is skipped" in record.getMessage()]
     assert "bad_classifier" in said
@@ -113,7 +103,7 @@ async def test_a_classifier_that_raises_is_named(caplog: pytest.LogCaptureFixtur
 
 def test_a_suspension_says_what_it_waits_for() -> None:
     """Its reason is kept as given, and what is no model is named in the refusal."""
-    assert Suspend("the boss", schema=N).reason == "the boss"
+    assert Suspend("the boss", schema=Num).reason == "the boss"
     with pytest.raises(TypeError, match=r"^Suspend asks for .*int.*; give a pydantic model"):
         Suspend("the boss", schema=int)  # type: ignore[arg-type]
 
@@ -139,10 +129,10 @@ async def test_a_hook_of_a_run_that_is_not_async_is_named_without_a_node() -> No
     hooks = NodeHooks(on_run_start=lambda *_: None)  # type: ignore[arg-type, return-value]
     nodes = [node("one", _same)]
     with pytest.raises(TypeError, match=r"^hook on_run_start is not async: .*; define it with async def$"):
-        await StromaRunner.quick(hooks=hooks).run(nodes, N())
+        await StromaRunner.quick(hooks=hooks).run(nodes, Num())
 
 
-async def _same(state: N) -> N:
+async def _same(state: Num) -> Num:
     return state
 
 
@@ -151,7 +141,7 @@ async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCa
     """A coroutine that is closed tells its cancelled hook; what that raises is logged with its name and the run's."""
     began = asyncio.Event()
 
-    async def wait(state: N) -> N:
+    async def wait(state: Num) -> Num:
         began.set()
         await asyncio.Event().wait()
         return state
@@ -162,7 +152,7 @@ async def test_a_hook_of_a_run_that_is_closed(raises: bool, caplog: pytest.LogCa
         await asyncio.sleep(3600)
 
     runner = StromaRunner.quick(hooks=NodeHooks(on_node_cancelled=cancelled))
-    run = runner.run([node("one", wait)], N(), run_id="closed")
+    run = runner.run([node("one", wait)], Num(), run_id="closed")
     step = run.__await__()
     with caplog.at_level(logging.WARNING, logger="stroma"):
         while not began.is_set():
@@ -218,14 +208,14 @@ def test_small_costs_are_not_lost_beside_a_large_one() -> None:
 async def test_the_deadline_of_a_child_counts_the_work_of_its_group() -> None:
     """A child that is cut off by max_latency_ms says what the run had used, and not what it had itself."""
 
-    async def slow(state: N) -> N:
+    async def slow(state: Num) -> Num:
         await asyncio.sleep(0.1 if "first" not in seen else 3600)
         seen.append("first")
         return state
 
     seen: list[str] = []
     one_by_one = parallel(node("a", slow), node("b", slow), max_concurrency=1)
-    result = await StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=300)).run([one_by_one], N())
+    result = await StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=300)).run([one_by_one], Num())
     assert result.failure is not None
     error = result.failure.exception
     assert isinstance(error, BudgetExceeded)
@@ -238,7 +228,7 @@ async def test_a_deadline_stops_the_run_whatever_a_policy_says() -> None:
     """Past max_latency_ms nothing is called again, though a policy would retry."""
     calls = 0
 
-    async def slow(state: N) -> N:
+    async def slow(state: Num) -> Num:
         nonlocal calls
         calls += 1
         await asyncio.Event().wait()
@@ -246,9 +236,9 @@ async def test_a_deadline_stops_the_run_whatever_a_policy_says() -> None:
 
     runner = StromaRunner.quick(
         budget=ExecutionBudget(max_latency_ms=50),
-        policy_map={kind: FailurePolicy(max_retries=5, backoff_seconds=0) for kind in FailureClass},
+        policy_map=retry_policies(5),
     )
-    result = await runner.run([node("slow", slow)], N())
+    result = await runner.run([node("slow", slow)], Num())
     assert (result.status, calls, len(result.trace)) == ("PARTIAL", 1, 1)
 
 
@@ -296,7 +286,7 @@ def test_a_secret_that_hides_a_structure() -> None:
 
 
 async def trace(*order: str) -> ExecutionTrace:
-    result = await StromaRunner.quick().run([node(name, _same) for name in order], N())
+    result = await StromaRunner.quick().run([node(name, _same) for name in order], Num())
     return result.trace
 
 
@@ -313,7 +303,7 @@ class Late(BaseModel):
 
 async def test_the_end_of_a_node_whose_contract_cannot_be_read() -> None:
     """It is an attempt like any other, and drawn like one; its message names what is not defined."""
-    result = await StromaRunner.quick().run([node("one", _same, Late, N)], N())
+    result = await StromaRunner.quick().run([node("one", _same, Late, Num)], Num())
     (event,) = list(result.trace)
     assert (result.status, event.outcome, event.failure) == ("FAILED", "failure", FailureClass.TERMINAL)
     assert "name 'Unknown' is not defined" in str(event.failure_message)
@@ -323,10 +313,10 @@ async def test_the_end_of_a_node_whose_contract_cannot_be_read() -> None:
 async def test_models_without_a_price_are_told_in_the_picture() -> None:
     """The page of a result lists the models that count as free because nobody knows a price for them."""
 
-    async def paid(state: N) -> tuple[N, int, int, str]:
+    async def paid(state: Num) -> tuple[Num, int, int, str]:
         return state, 1, 1, "a-model-of-our-own"
 
-    result = await StromaRunner.quick().run([node("one", paid)], N())
+    result = await StromaRunner.quick().run([node("one", paid)], Num())
     assert result.unpriced_models == ["a-model-of-our-own"]
     assert "unpriced" in result._repr_html_()
     assert "a-model-of-our-own" in result._repr_html_()

@@ -6,7 +6,6 @@ import functools
 import logging
 import math
 import threading
-from collections.abc import Callable
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
 from typing import Annotated, Any, Literal
@@ -24,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from tests.kit import NEVER, Num, Text, node, retry_policies
 
 from stroma import (
     KNOWN_MODELS,
@@ -65,23 +65,6 @@ def fast(recoverable: int = 3, ambiguous: int = 1) -> dict[FailureClass, Failure
 def quick(**config: Any) -> StromaRunner:
     config.setdefault("policy_map", fast())
     return StromaRunner.quick(**config)
-
-
-class Num(BaseModel):
-    n: int = 0
-
-
-class Text(BaseModel):
-    text: str
-
-
-def node(
-    node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num
-) -> Callable[..., Any]:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
 
 
 class Log:
@@ -837,8 +820,7 @@ async def test_custom_classifiers_come_first_in_order() -> None:
 async def test_default_classes(error: Exception, expected: FailureClass) -> None:
     """Violations are TERMINAL, budget, timeouts, connections RECOVERABLE, statuses as providers mean them, else AMBIGUOUS."""
     func, _ = raising(error)
-    zero = {cls: FailurePolicy(max_retries=0) for cls in FailureClass}
-    result = await quick(policy_map=zero).run([node("a", func)], Num())
+    result = await quick(policy_map=NEVER).run([node("a", func)], Num())
     assert [event.failure for event in result.trace] == [expected]
     assert result.failure is not None
     assert result.failure.exception is error
@@ -1329,7 +1311,7 @@ async def test_a_limit_of_zero_means_spend_nothing() -> None:
 async def test_no_retry_over_budget_whatever_the_policy() -> None:
     """An attempt over the budget is not retried, whatever the policy says."""
     func, calls = spending(({"n": 7}, 101))
-    generous = {cls: FailurePolicy(max_retries=9, backoff_seconds=0) for cls in FailureClass}
+    generous = retry_policies(9)
     result = await quick(budget=ExecutionBudget(max_tokens_total=100), policy_map=generous).run(
         [node("a", func)], Num()
     )

@@ -8,7 +8,8 @@ from dataclasses import astuple, replace
 from typing import Any, get_args
 
 import pytest
-from pydantic import BaseModel, RootModel, ValidationError
+from pydantic import RootModel, ValidationError
+from tests.kit import Num
 
 from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, Suspend
 from stroma.failures import (
@@ -36,10 +37,6 @@ from stroma.usage import UsageError
 
 RECOVERABLE, TERMINAL, AMBIGUOUS = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 CONTEXT = NodeContext("node", 4, "run")
-
-
-class N(BaseModel):
-    n: int = 0
 
 
 def made(kind: type[BaseException], **attributes: Any) -> Any:
@@ -313,7 +310,7 @@ class Values(RootModel[list[int]]):
 def test_a_suspension_has_its_reason_and_the_schema_of_its_answer() -> None:
     """None if any answer will do; a model or a root model otherwise."""
     assert (str(Suspend("why")), Suspend("why").reason, Suspend("why").schema) == ("why", "why", None)
-    assert Suspend("why", schema=N).schema is N
+    assert Suspend("why", schema=Num).schema is Num
     assert Suspend("why", schema=Values).schema is Values
 
     class Silent(Suspend):
@@ -324,12 +321,12 @@ def test_a_suspension_has_its_reason_and_the_schema_of_its_answer() -> None:
 
     class Ask(Suspend):
         def __init__(self, who: str) -> None:
-            super().__init__(f"ask {who}", schema=N)
+            super().__init__(f"ask {who}", schema=Num)
 
     assert (str(Ask("the boss")), Ask("the boss").reason, Ask("the boss").schema) == (
         "ask the boss",
         "ask the boss",
-        N,
+        Num,
     )
 
 
@@ -337,7 +334,7 @@ def test_a_suspension_has_its_reason_and_the_schema_of_its_answer() -> None:
     ("wrong", "shown"),
     [
         (int, "<class 'int'>"),
-        (N(), "N(n=0)"),
+        (Num(), "Num(n=0)"),
         ("x" * 200, "'" + "x" * 99 + "..."),
         (0, "0"),
         (list[int], "list[int]"),

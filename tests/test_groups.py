@@ -5,12 +5,14 @@ import gc
 import itertools
 import threading
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel
+from tests.kit import NEVER, ONCE, Num, node
 from tests.tiers import examples
 
 from stroma import (
@@ -39,17 +41,9 @@ from stroma import (
 )
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
-FAST = {cls: FailurePolicy(max_retries=1, backoff_seconds=0) for cls in FailureClass}
-NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 
 
-def quick(**config: Any) -> StromaRunner:
-    config.setdefault("policy_map", FAST)
-    return StromaRunner.quick(**config)
-
-
-class Num(BaseModel):
-    n: int = 0
+quick = partial(StromaRunner.quick, policy_map=ONCE)
 
 
 class Left(BaseModel):
@@ -71,13 +65,6 @@ class Both(BaseModel):
 class Items(BaseModel):
     items: list[Any]
     other: str = "kept"
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
 
 
 def bare(node_id: str, func: Any) -> Any:

@@ -14,6 +14,7 @@ import uuid
 import weakref
 from collections import Counter, OrderedDict
 from collections.abc import Awaitable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from pydantic import BaseModel, ConfigDict, RootModel
+from tests.kit import NEVER, ONCE, THRICE, Num, Text, node
 from tests.tiers import examples
 
 import stroma
@@ -36,7 +38,6 @@ from stroma import (
     HookError,
     InMemoryStore,
     NodeContext,
-    NodeContract,
     NodeHooks,
     ReliabilityContext,
     RunConfig,
@@ -49,7 +50,6 @@ from stroma import (
     execute_step,
     map_over,
     parallel,
-    stroma_node,
 )
 from stroma._values import Packed, pack
 from stroma.checkpoint import Committed, PriorUsage, RunRequest, Session, StepCall, resolve_schema
@@ -59,21 +59,10 @@ from stroma.trace import BRANCH, NODE, POSITION, Row
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 SOURCE = Path(stroma.__file__).parent
-FAST = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
 EXAMPLES = examples(60)
 
 
-def quick(**config: Any) -> StromaRunner:
-    config.setdefault("policy_map", FAST)
-    return StromaRunner.quick(**config)
-
-
-class Num(BaseModel):
-    n: int = 0
-
-
-class Text(BaseModel):
-    text: str
+quick = partial(StromaRunner.quick, policy_map=THRICE)
 
 
 class Deep(BaseModel):
@@ -83,13 +72,6 @@ class Deep(BaseModel):
 
 class Loose(BaseModel):
     anything: Any = None
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
 
 
 def giving(output: Any) -> tuple[Any, list[Any]]:
@@ -386,8 +368,7 @@ async def test_g2_every_exception_gets_one_class(make: Any, classifiers: list[An
     def func_sync(state: Num) -> Any:
         raise error
 
-    policies = {cls: FailurePolicy(max_retries=1, backoff_seconds=0) for cls in FailureClass}
-    runner = quick(policy_map=policies, classifiers=classifiers, hooks=NodeHooks(on_node_failure=tell))
+    runner = quick(policy_map=ONCE, classifiers=classifiers, hooks=NodeHooks(on_node_failure=tell))
     result = await runner.run([node("a", func_sync if sync else func)], Num())
     assert result.status is RunStatus.PARTIAL
     assert [event.failure for event in result.trace] == [A, A]
@@ -1180,9 +1161,8 @@ async def test_g9_every_start_has_one_end_in_every_kind_of_attempt() -> None:
 
     good, _ = giving(({"n": 1}, 6))
     bad, _ = giving(None)
-    none = {cls: FailurePolicy(max_retries=0) for cls in FailureClass}
     pairs = Pairs()
-    runner = quick(hooks=[pairs.hooks, NodeHooks(on_node_start=_boom)], policy_map=none)
+    runner = quick(hooks=[pairs.hooks, NodeHooks(on_node_start=_boom)], policy_map=NEVER)
     await runner.run([node("good", good), node("bad", bad)], Num())
     await runner.run([parallel(node("hang", hang), node("fails", fails))], Num())
     await runner.with_node_timeouts({"hang": 10, "parallel(hang2)": 10}).run([node("hang", hang)], Num())
@@ -1473,7 +1453,7 @@ async def test_g12_no_run_waits_for_the_collector(kind: str) -> None:
     gc.collect()
     gc.disable()
     try:
-        runner = quick(hooks=hooks, policy_map=FAST)
+        runner = quick(hooks=hooks, policy_map=THRICE)
         result = await runner.run([parallel(*nodes)] if kind == "group" else nodes, Num())
         assert result.status is RunStatus.COMPLETED
         del result

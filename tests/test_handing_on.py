@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
-from tests.telling import NEVER, ONCE
+from tests.kit import NEVER, ONCE
 
 from stroma import AsyncInMemoryStore, NodeContract, NodeHooks, StromaRunner, map_over, parallel, stroma_node
 

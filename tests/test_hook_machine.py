@@ -9,6 +9,7 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 from pydantic import BaseModel
+from tests.kit import TWICE
 from tests.tiers import examples
 
 from stroma import (
@@ -18,7 +19,6 @@ from stroma import (
     ExecutionBudget,
     ExecutionResult,
     FailureClass,
-    FailurePolicy,
     NodeContract,
     NodeHooks,
     RunConfig,
@@ -30,7 +30,6 @@ from stroma import (
 )
 
 LIMIT_MS = 1000
-AT_ONCE = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
 END_OF = {"success": "on_node_success", "failure": "on_node_failure", "cancelled": "on_node_cancelled"}
 
 #: Where an attempt stands: run, node, position, branch, and its number with those of the groups around it.
@@ -292,8 +291,8 @@ class HookMachine(RuleBasedStateMachine):
             hooks=self.hooks,
             hook_timeout_ms=LIMIT_MS,
             classifiers=[by_plan],
-            policy_map=AT_ONCE,
-            node_policies=dict.fromkeys(groups, AT_ONCE) if self.regroup else {},
+            policy_map=TWICE,
+            node_policies=dict.fromkeys(groups, TWICE) if self.regroup else {},
             node_timeouts=timeouts,
             budget=ExecutionBudget(max_tokens_total=100),
         )

@@ -20,6 +20,7 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel
+from tests.kit import NEVER, ONCE, Text
 
 from stroma import (
     AsyncInMemoryStore,
@@ -53,17 +54,11 @@ CANCELLED, RETRY, SKIPPED = "on_node_cancelled", "on_node_retry", "on_node_skipp
 RUN_START, RUN_END, WARNING = "on_run_start", "on_run_end", "on_budget_warning"
 ALL = (RUN_START, START, SUCCESS, FAILURE, RETRY, SKIPPED, CANCELLED, WARNING, RUN_END)
 ENDS = (SUCCESS, FAILURE, CANCELLED)
-AT_ONCE = {cls: FailurePolicy(max_retries=1, backoff_seconds=0) for cls in FailureClass}
-NEVER = {cls: FailurePolicy(max_retries=0) for cls in FailureClass}
 
 
 class State(BaseModel):
     value: int = 0
     items: list[int] = []
-
-
-class Text(BaseModel):
-    text: str
 
 
 class Recorder:
@@ -163,7 +158,7 @@ def waiting(node_id: str = "waiting") -> tuple[Any, asyncio.Event]:
 def quick(*hooks: Any, **config: Any) -> StromaRunner:
     sets = [item.hooks if isinstance(item, Recorder) else item for item in hooks]
     given: dict[str, Any] = {
-        "policy_map": AT_ONCE,
+        "policy_map": ONCE,
         "run_id": "r",
         "hooks": sets[0] if len(sets) == 1 else sets,
     }
@@ -271,7 +266,7 @@ async def test_failure_fires_after_each_failed_attempt() -> None:
         lengths.append(len(ctx.trace))
         seen.append(arguments)
 
-    config = RunConfig(hooks=NodeHooks(on_node_failure=on_failure), policy_map=AT_ONCE, run_id="r")
+    config = RunConfig(hooks=NodeHooks(on_node_failure=on_failure), policy_map=ONCE, run_id="r")
     ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
     result = await execute_step("bad", bad, State(), ctx)
     assert result.status is RunStatus.PARTIAL
@@ -504,7 +499,7 @@ async def order_of(way: Callable[[NodeHooks, NodeHooks, NodeHooks], Any]) -> lis
     log: list[Any] = []
     a, b, c = (Recorder(f"{name}.", log) for name in "abc")
     sets = way(a.hooks, b.hooks, c.hooks)
-    await StromaRunner.quick(hooks=sets, policy_map=AT_ONCE).run([flaky()], State())
+    await StromaRunner.quick(hooks=sets, policy_map=ONCE).run([flaky()], State())
     return [entry[0] for entry in log]
 
 
@@ -1988,7 +1983,7 @@ async def run_group(seen: Recorder) -> None:
 
 
 async def run_group_retried(seen: Recorder) -> None:
-    policies = {"parallel(plus, flaky)": AT_ONCE}
+    policies = {"parallel(plus, flaky)": ONCE}
     result = await quick(seen, policy_map=NEVER, node_policies=policies).run(
         [parallel(plus, flaky())], State()
     )

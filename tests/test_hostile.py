@@ -10,14 +10,15 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator
-from pathlib import Path
+from functools import partial
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, field_validator
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, ONCE, Num, node
 
 from stroma import (
-    AsyncInMemoryStore,
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
@@ -32,14 +33,11 @@ from stroma import (
     execute_step,
     map_over,
     parallel,
-    stroma_node,
 )
 
 pytestmark = pytest.mark.filterwarnings("error")
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
-NEVER = {c: FailurePolicy(max_retries=0) for c in FailureClass}
-ONCE = {c: FailurePolicy(max_retries=1, backoff_seconds=0) for c in FailureClass}
 HOOKS = (
     "on_run_start",
     "on_node_start",
@@ -53,10 +51,6 @@ HOOKS = (
 )
 
 
-class Num(BaseModel):
-    n: int = 0
-
-
 class Loose(BaseModel):
     n: int = 0
     value: Any = None
@@ -65,13 +59,6 @@ class Loose(BaseModel):
 class Items(BaseModel):
     n: int = 0
     items: list[dict[str, int]] = [{"n": 1}]
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
 
 
 class Formats(logging.Handler):
@@ -102,18 +89,10 @@ def nothing_runs() -> None:
     assert asyncio.all_tasks() == {asyncio.current_task()}
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-def store(request: pytest.FixtureRequest, tmp_path: Path) -> Iterator[Any]:
-    if request.param == "memory":
-        yield AsyncInMemoryStore()
-        return
-    with SQLiteStore(tmp_path / "runs.db", synchronous="normal") as made:
-        yield made
+store = store_fixture("async-memory", "sqlite")
 
 
-def quick(**config: Any) -> StromaRunner:
-    config.setdefault("policy_map", NEVER)
-    return StromaRunner.quick(**config)
+quick = partial(StromaRunner.quick, policy_map=NEVER)
 
 
 class Pairs:

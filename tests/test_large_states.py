@@ -8,10 +8,9 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field
+from tests.kit import TWICE
 
 from stroma import (
-    FailureClass,
-    FailurePolicy,
     NodeContract,
     NodeHooks,
     ReliabilityContext,
@@ -52,7 +51,6 @@ class DictsToo(BaseModel):
 
 KINDS = [pytest.param(Rows, RowsToo, id="models"), pytest.param(Dicts, DictsToo, id="dicts")]
 PAIRS = pytest.mark.parametrize(("one", "two"), KINDS)
-LENIENT = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
 
 
 def start(one: Any) -> Any:
@@ -131,7 +129,7 @@ async def test_every_attempt_gets_a_pristine_input(one: Any, two: Any) -> None:
             raise ValueError(str(len(seen)))
         return {"n": 2, "rows": []}
 
-    result = await StromaRunner.quick(policy_map=LENIENT).run(
+    result = await StromaRunner.quick(policy_map=TWICE).run(
         [node("a", first, one, one), node("b", second, one, two)], start(one)
     )
     assert result.status is RunStatus.COMPLETED, result.failure

@@ -10,12 +10,14 @@ import math
 import os
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 from tests.budget_helper import State
-from tests.shared_stores import SHARED, STORES, place, store_of
+from tests.fixtures import store_fixture
+from tests.kit import TWICE
+from tests.shared_stores import SHARED, STORES, place
 from tests.test_shared_budget import start, together
 
 from stroma import (
@@ -36,17 +38,13 @@ from stroma import (
     stroma_node,
 )
 from stroma import _rates as rates
-from stroma.failures import FailurePolicy
 from stroma.refusals import Wait
 
 NAMES = (f"limit-{n}" for n in itertools.count())
 NOW = 1_900_000_000_000
 
 
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as store:
-        yield store
+store = store_fixture(*STORES)
 
 
 def node(
@@ -301,9 +299,8 @@ async def test_every_attempt_is_a_request() -> None:
             raise ConnectionError("no")
 
     call, _ = node(during=during)
-    at_once = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
     limit = Limit(requests_per_minute=4, max_wait_seconds=0.01)
-    runner = runner_of(limit, policy_map=at_once)
+    runner = runner_of(limit, policy_map=TWICE)
     result = await runner.run([parallel(call)], State())
     assert (result.status, len(tries)) == (RunStatus.COMPLETED, 3)
     assert (await runner.run([call], State())).status is RunStatus.COMPLETED

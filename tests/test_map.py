@@ -13,6 +13,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, ONCE, TWICE
 
 from stroma import (
     AsyncInMemoryStore,
@@ -23,7 +25,6 @@ from stroma import (
     ContractViolation,
     ExecutionBudget,
     FailureClass,
-    FailurePolicy,
     Fenced,
     ItemFailure,
     Journal,
@@ -45,8 +46,6 @@ from stroma import (
     parallel,
     stroma_node,
 )
-
-NEVER = {kind: FailurePolicy(max_retries=0) for kind in FailureClass}
 
 
 class Num(BaseModel):
@@ -94,13 +93,7 @@ def doubler() -> Doubler:
     return Doubler()
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
-    if request.param == "memory":
-        yield AsyncInMemoryStore()
-    else:
-        async with SQLiteStore(tmp_path / "runs.db") as opened:
-            yield opened
+store = store_fixture("async-memory", "sqlite")
 
 
 def quick(store: Any, **config: Any) -> StromaRunner:
@@ -548,8 +541,7 @@ async def test_another_attempt_of_the_map(store: Any, tmp_path: Path, doubler: D
         assert here is not None
         remembered.append(len(here.ctx.done))
 
-    again = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-    runner = quick(store, node_policies={work.node_id: again}, hooks=NodeHooks(on_node_success=told))
+    runner = quick(store, node_policies={work.node_id: ONCE}, hooks=NodeHooks(on_node_success=told))
     result = await runner.run([work], State())
     assert result.status is RunStatus.COMPLETED, result.failure
     assert read(out) == doubled(range(300))
@@ -779,9 +771,8 @@ async def test_collected_failures_outlive_the_process(
 async def test_retries_come_before_collecting(store: Any, doubler: Doubler) -> None:
     """An item is collected once its own retries are used up, with how many attempts were made."""
     doubler.failing = {1}
-    policies = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
     work = map_over("nums", doubler.node, into="made", on_item_failure="collect")
-    result = await quick(store, policy_map=policies).run([work], State(nums=[0, 1, 2]))
+    result = await quick(store, policy_map=TWICE).run([work], State(nums=[0, 1, 2]))
     assert result.final_state is not None, result.failure
     (failed,) = result.final_state.made_failures  # type: ignore[attr-defined]
     assert (failed.index, failed.attempts, doubler.calls[1]) == (1, 3, 3)

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import ONCE
 
 from stroma import (
     FailureClass,
@@ -31,8 +32,7 @@ class State(BaseModel):
 
 
 def quick(**config: Any) -> StromaRunner:
-    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-    return StromaRunner.quick(policy_map=policies, **config)
+    return StromaRunner.quick(policy_map=ONCE, **config)
 
 
 async def test_the_ended_attempt_is_told_by_current_node() -> None:

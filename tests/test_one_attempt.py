@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.telling import NEVER, Diary, swallow
+from tests.kit import NEVER, Num
+from tests.telling import Diary, swallow
 
 from stroma import (
     BudgetExceeded,
@@ -30,21 +31,17 @@ from stroma.execution import CURRENT, NodeExecution, new_execution
 from stroma.nodes import find_node
 
 
-class N(BaseModel):
-    n: int = 0
-
-
 class Late(BaseModel):
     value: Unknown  # type: ignore[name-defined]  # noqa: F821
 
 
-def node(node_id: str, func: Any, given: type[BaseModel] = N, made: type[BaseModel] = N) -> Any:
+def node(node_id: str, func: Any, given: type[BaseModel] = Num, made: type[BaseModel] = Num) -> Any:
     return find_node(
         stroma_node(node_id, NodeContract(node_id=node_id, input_schema=given, output_schema=made))(func)
     )
 
 
-async def same(state: N) -> N:
+async def same(state: Num) -> Num:
     return state
 
 
@@ -84,7 +81,7 @@ async def test_an_attempt_gives_its_output_and_nothing_stays_current() -> None:
         outside = execution(ctx, node("outside", same))
         run.at_end(lambda: ended.append(1))
         token = CURRENT.set(outside)
-        assert await attempt_once(ctx, run, one, N(n=5)) == N(n=5)
+        assert await attempt_once(ctx, run, one, Num(n=5)) == Num(n=5)
         assert current_node() is outside
         CURRENT.reset(token)
     assert ended == [1]
@@ -98,12 +95,12 @@ async def test_an_attempt_gives_its_output_and_nothing_stays_current() -> None:
 async def test_a_failure_is_the_callers_to_decide_of() -> None:
     """A failed attempt comes back as a Failure, not as a Halt: nothing is decided here, whatever policies say."""
 
-    async def fail(state: N) -> N:
+    async def fail(state: Num) -> Num:
         raise ConnectionError("down")
 
     with Diary() as diary:
         ctx, one = context(diary), node("one", fail)
-        outcome = await attempt_once(ctx, execution(ctx, one), one, N())
+        outcome = await attempt_once(ctx, execution(ctx, one), one, Num())
     assert isinstance(outcome, Failure)
     assert (outcome.failure_class, outcome.message, outcome.attempt) == (FailureClass.RECOVERABLE, "down", 1)
     assert len(ctx.trace) == 1
@@ -116,7 +113,7 @@ async def test_a_wait_is_told_as_the_engine_tells_it(seconds: float | None) -> N
         ctx, one = context(diary), node("one", same)
         last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "one", 1, "down", "connection")
         run = execution(ctx, one, 2, last)
-        await attempt_once(ctx, run, one, N(), after_seconds=seconds)
+        await attempt_once(ctx, run, one, Num(), after_seconds=seconds)
     after = "after RECOVERABLE down (connection)"
     told = [] if seconds is None else [f"node_retry one 2 {seconds} RECOVERABLE @ node one 4 #1 {after}"]
     assert diary.lines == [
@@ -137,8 +134,8 @@ async def test_a_hook_that_raises_is_listed_by_its_name() -> None:
     ctx = context(Diary(), hooks=hooks)
     last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "one", 1, "down", "connection")
     one, group = node("one", same), group_of_one()
-    assert await attempt_once(ctx, execution(ctx, one, 2, last), one, N(), after_seconds=0.0) == N()
-    assert await begin_group(ctx, execution(ctx, group, 2, last), group, N(), after_seconds=0.0) is None
+    assert await attempt_once(ctx, execution(ctx, one, 2, last), one, Num(), after_seconds=0.0) == Num()
+    assert await begin_group(ctx, execution(ctx, group, 2, last), group, Num(), after_seconds=0.0) is None
     assert [(failed.hook, failed.node_id) for failed in ctx.hook_failures] == [
         ("on_node_retry", "one"),
         ("on_node_start", "one"),
@@ -152,12 +149,12 @@ async def test_a_wait_after_no_failure_is_none() -> None:
     """Without a failure before it there is nothing to tell of, with a wait or without; and without hooks nobody to tell."""
     with Diary() as diary:
         ctx, one = context(diary), node("one", same)
-        await attempt_once(ctx, execution(ctx, one), one, N(), after_seconds=1.0)
+        await attempt_once(ctx, execution(ctx, one), one, Num(), after_seconds=1.0)
         assert [line.split()[0] for line in diary.lines] == ["node_start", "node_success"]
         last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "one", 1, "down", "connection")
         ctx = context(diary, hooks=[])
         run = execution(ctx, one, 2, last)
-        assert await attempt_once(ctx, run, one, N(), after_seconds=1.0) == N()
+        assert await attempt_once(ctx, run, one, Num(), after_seconds=1.0) == Num()
     assert run.attempt == 2
 
 
@@ -167,7 +164,7 @@ async def test_once_the_budget_is_spent_no_attempt_is_begun() -> None:
         ctx, one = spent(context(diary, budget=BUDGET)), node("one", same)
         down = ConnectionError("down")
         last = Failure(down, FailureClass.RECOVERABLE, "one", 1, "down", "connection")
-        outcome = await attempt_once(ctx, execution(ctx, one, 2, last), one, N())
+        outcome = await attempt_once(ctx, execution(ctx, one, 2, last), one, Num())
     assert isinstance(outcome, Halt)
     assert (outcome.spent, outcome.partial, outcome.suspended, outcome.output) == (True, False, False, None)
     assert outcome.status == "PARTIAL"
@@ -190,7 +187,7 @@ async def test_exactly_at_the_limit_a_child_is_called(ns: int, called: bool) -> 
         group.children, group.busy_ns = [], ns
         run = new_execution(ctx, "one", "node", 0, "0", group.children, group)
         run.attempt = 1
-        outcome = await attempt_once(ctx, run, one, N())
+        outcome = await attempt_once(ctx, run, one, Num())
     told = [line.split()[0] for line in diary.lines if line.startswith("node_")]
     if called:
         assert told[0] == "node_start"
@@ -217,7 +214,7 @@ async def test_a_classifier_is_asked_about_a_refusal() -> None:
 
     with Diary() as diary:
         ctx, one = spent(context(diary, budget=BUDGET, classifiers=[fatal])), node("one", same)
-        outcome = await attempt_once(ctx, execution(ctx, one, 7), one, N())
+        outcome = await attempt_once(ctx, execution(ctx, one, 7), one, Num())
     assert isinstance(outcome, Halt)
     assert outcome.status == "FAILED"
     assert asked == [(BudgetExceeded, "one", 7, "r")]
@@ -232,10 +229,10 @@ async def test_a_group_that_was_begun_is_ended_whatever_was_spent_meanwhile() ->
     with Diary() as diary:
         ctx = spent(context(diary, budget=BUDGET))
         group = group_of_one(run)
-        refused = await attempt_once(ctx, execution(ctx, group), group, N())
+        refused = await attempt_once(ctx, execution(ctx, group), group, Num())
         assert isinstance(refused, Halt)
         assert not [line for line in diary.lines if line.startswith("node_start")]
-        begun = await attempt_once(ctx, execution(ctx, group), group, N(), begun=True)
+        begun = await attempt_once(ctx, execution(ctx, group), group, Num(), begun=True)
     assert [line for line in diary.lines if line.startswith("node_start parallel")]
     assert isinstance(begun, Halt)
     assert begun.spent
@@ -252,7 +249,7 @@ async def test_a_group_is_begun_alone(limited: bool) -> None:
         run, ended = new_execution(ctx, group.node_id, "group", 2, "", ctx.trace.rows), list[int]()
         run.attempt = 1
         run.at_end(lambda: ended.append(1))
-        assert await begin_group(ctx, run, group, N(n=4)) is None
+        assert await begin_group(ctx, run, group, Num(n=4)) is None
         assert current_node() is None
     assert diary.lines == ["node_start parallel(a) {'n': 4} @ group parallel(a) 2 #1"]
     assert ended == [1]
@@ -268,7 +265,7 @@ async def test_a_group_whose_beginning_is_interrupted_is_told_and_kept() -> None
     with Diary() as diary:
         ctx, group = context(diary, hooks=diary.hooks(node_start=stops)), group_of_one()
         with pytest.raises(KeyboardInterrupt, match="now"):
-            await begin_group(ctx, execution(ctx, group), group, N(n=4))
+            await begin_group(ctx, execution(ctx, group), group, Num(n=4))
         assert current_node() is None
     assert [line.split()[0] for line in diary.lines] == ["node_start", "node_cancelled"]
     (event,) = ctx.trace
@@ -278,15 +275,15 @@ async def test_a_group_whose_beginning_is_interrupted_is_told_and_kept() -> None
 @pytest.mark.parametrize("grouped", [False, True])
 async def test_a_question_comes_back_with_what_was_raised(grouped: bool) -> None:
     """The driver is given the very exception, and the reason in words; a group has those of its child."""
-    asked = Suspend("may I?", schema=N)
+    asked = Suspend("may I?", schema=Num)
 
-    async def ask(state: N) -> N:
+    async def ask(state: Num) -> Num:
         raise asked
 
     with Diary() as diary:
         ctx = context(diary)
         one = find_node(parallel(node("a", ask))) if grouped else node("a", ask)
-        halt = await attempt_once(ctx, execution(ctx, one, 3), one, N())
+        halt = await attempt_once(ctx, execution(ctx, one, 3), one, Num())
     assert isinstance(halt, Halt)
     assert (halt.suspended, halt.spent, halt.partial, halt.output) == (True, False, False, None)
     failure = halt.failure
@@ -308,7 +305,7 @@ async def test_a_group_that_is_begun_again_tells_of_the_wait() -> None:
         last = Failure(ConnectionError("down"), FailureClass.RECOVERABLE, "a", 1, "down", "connection")
         run = new_execution(ctx, group.node_id, "group", 2, "", ctx.trace.rows)
         run.attempt, run.last_failure = 2, last
-        assert await begin_group(ctx, run, group, N(), after_seconds=0.5) is None
+        assert await begin_group(ctx, run, group, Num(), after_seconds=0.5) is None
     after = "after RECOVERABLE down (connection)"
     assert diary.lines == [
         f"node_retry parallel(a) 2 0.5 RECOVERABLE @ group parallel(a) 2 #1 {after}",
@@ -321,7 +318,7 @@ async def test_a_group_is_not_begun_once_the_budget_is_spent() -> None:
     with Diary() as diary:
         ctx = spent(context(diary, budget=BUDGET))
         group = group_of_one()
-        halt = await begin_group(ctx, execution(ctx, group), group, N())
+        halt = await begin_group(ctx, execution(ctx, group), group, Num())
         assert current_node() is None
     assert isinstance(halt, Halt)
     assert halt.spent
@@ -332,15 +329,15 @@ async def test_a_group_is_not_begun_once_the_budget_is_spent() -> None:
 @pytest.mark.parametrize("kind", ["node", "group"])
 async def test_a_contract_that_cannot_be_read_ends_it(kind: str) -> None:
     """It is one failed attempt, told and kept as one whose input is wrong, and the caller's node is current again."""
-    broken = stroma_node("late", NodeContract(node_id="late", input_schema=N, output_schema=Late))(same)
+    broken = stroma_node("late", NodeContract(node_id="late", input_schema=Num, output_schema=Late))(same)
     with Diary() as diary:
         ctx = context(diary)
         if kind == "node":
             one = find_node(broken)
-            outcome: Any = await attempt_once(ctx, execution(ctx, one), one, N(n=8))
+            outcome: Any = await attempt_once(ctx, execution(ctx, one), one, Num(n=8))
         else:
             one = find_node(parallel(broken))
-            outcome = await begin_group(ctx, execution(ctx, one), one, N(n=8))  # type: ignore[arg-type]
+            outcome = await begin_group(ctx, execution(ctx, one), one, Num(n=8))  # type: ignore[arg-type]
         assert current_node() is None
     assert isinstance(outcome, Halt)
     violation = outcome.failure.exception
@@ -357,13 +354,13 @@ async def test_a_contract_that_cannot_be_read_ends_it(kind: str) -> None:
 async def test_an_old_cancellation_is_not_the_attempts() -> None:
     """In a task that has swallowed a cancellation before, a stray CancelledError of a node is a failure; a new one is not."""
 
-    async def stray(state: N) -> N:
+    async def stray(state: Num) -> Num:
         raise asyncio.CancelledError("stray")
 
     async def swallows() -> Any:
         await swallow()
         ctx, one = context(diary), node("one", stray)
-        return await attempt_once(ctx, execution(ctx, one), one, N())
+        return await attempt_once(ctx, execution(ctx, one), one, Num())
 
     with Diary() as diary:
         outcome = await asyncio.create_task(swallows())
@@ -379,7 +376,7 @@ async def test_an_attempt_waits_for_its_turn() -> None:
         ctx = context(diary, limits={"turn": Limit(concurrent=1)}, node_limits={"one": "turn"})
         for name in ("one", "two"):
             one = node(name, same)
-            assert await attempt_once(ctx, execution(ctx, one), one, N()) == N()
+            assert await attempt_once(ctx, execution(ctx, one), one, Num()) == Num()
     assert len(ctx.trace) == 2
 
 
@@ -396,10 +393,10 @@ async def test_a_group_takes_no_turn_of_its_own() -> None:
     with Diary() as diary:
         ctx = context(diary, **limits)
         for _ in range(3):
-            outcome = await attempt_once(ctx, execution(ctx, group), group, N())
+            outcome = await attempt_once(ctx, execution(ctx, group), group, Num())
             assert isinstance(outcome, BaseModel)
             assert outcome.model_dump() == {"n": 3}
-    result = await StromaRunner.quick(**limits).run([group_of_one()] * 3, N())
+    result = await StromaRunner.quick(**limits).run([group_of_one()] * 3, Num())
     assert result.status == "COMPLETED"
 
 

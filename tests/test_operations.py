@@ -1,18 +1,16 @@
 """What one does with runs: cancel them from elsewhere, fork them, run many, recover and shut down."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, THRICE, Num
 
 from stroma import (
-    AsyncInMemoryStore,
     CheckpointNotFound,
-    FailureClass,
-    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -27,20 +25,7 @@ from stroma import (
 from stroma.checkpoint import RunRequest
 from stroma.schemas import schema_of
 
-NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
-
-
-@pytest.fixture(params=["memory", "sqlite"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
-    if request.param == "sqlite":
-        async with SQLiteStore(tmp_path / "runs.db") as made:
-            yield made
-    else:
-        yield AsyncInMemoryStore()
+store = store_fixture("async-memory", "sqlite")
 
 
 class Work:
@@ -588,8 +573,7 @@ async def test_a_node_that_answers_its_cancellation_with_an_error_is_not_tried_a
             raise ConnectionError("lost") from error
 
     contract: NodeContract[Any, Any] = NodeContract(node_id="a", input_schema=Num, output_schema=Num)
-    retries = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
-    runner = StromaRunner.quick(store=store, policy_map=retries)
+    runner = StromaRunner.quick(store=store, policy_map=THRICE)
     task = asyncio.create_task(runner.run([stroma_node("a", contract)(wrapping)], Num(), run_id="r"))
     await inside.wait()
     await runner.cancel("r")

@@ -14,13 +14,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from pydantic import BaseModel
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, Num
 
 import stroma
 from stroma import (
-    AsyncInMemoryStore,
-    FailureClass,
-    FailurePolicy,
     Fenced,
     NodeContract,
     RunBusy,
@@ -36,11 +34,6 @@ from stroma.checkpoint._rows import Fence
 from stroma.checkpoint._session import DurableSession
 
 HELPER = Path(__file__).with_name("owner_helper.py")
-NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 class Process:
@@ -252,13 +245,7 @@ def _runner(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(store=store, policy_map=NEVER, **config)
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
-    if request.param == "sqlite":
-        async with SQLiteStore(tmp_path / "runs.db") as made:
-            yield made
-    else:
-        yield AsyncInMemoryStore()
+store = store_fixture("async-memory", "sqlite")
 
 
 async def _held(store: Any, calls: list[str], gate: asyncio.Event, **config: Any) -> asyncio.Task[Any]:

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, RootModel, field_validator
+from tests.kit import NEVER, TWICE, Num, node, quick
 
 from stroma import (
     KNOWN_MODELS,
@@ -18,7 +19,6 @@ from stroma import (
     ContractViolation,
     ExecutionBudget,
     FailureClass,
-    FailurePolicy,
     HookError,
     NodeContract,
     NodeHooks,
@@ -26,29 +26,11 @@ from stroma import (
     RunConfig,
     RunStatus,
     SQLiteStore,
-    StromaRunner,
     current_node,
     execute_step,
     parallel,
     stroma_node,
 )
-
-FAST = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
-NONE = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
-
-
-def quick(**config: Any) -> StromaRunner:
-    config.setdefault("policy_map", FAST)
-    return StromaRunner.quick(**config)
-
-
-def node(node_id: str, func: Any) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(node_id=node_id, input_schema=Num, output_schema=Num)
-    return stroma_node(node_id, contract)(func)
 
 
 def watch(seen: list[str], name: str = "", **others: Any) -> NodeHooks:
@@ -119,7 +101,7 @@ async def test_a_childs_own_budget_error_cancels_its_siblings() -> None:
         await asyncio.wait_for(asyncio.Event().wait(), 1)
 
     group = parallel(node("a", over), node("b", wait))
-    result = await quick(policy_map=NONE, hooks=watch(seen)).run([group], Num())
+    result = await quick(policy_map=NEVER, hooks=watch(seen)).run([group], Num())
     assert result.status is RunStatus.PARTIAL
     assert seen == ["start", "start", "start", "failure", "cancelled", "failure"]
 
@@ -135,7 +117,7 @@ async def test_a_group_is_tried_again_after_a_childs_own_budget_error() -> None:
         return {"n": 1}
 
     group = parallel(node("a", over))
-    result = await quick(policy_map=NONE, node_policies={group.node_id: FAST}).run([group], Num())
+    result = await quick(policy_map=NEVER, node_policies={group.node_id: TWICE}).run([group], Num())
     assert (result.status, len(calls)) == (RunStatus.COMPLETED, 2)
 
 
@@ -438,7 +420,7 @@ async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseExc
     async def func(state: Num) -> Any:
         raise hostile("words")
 
-    result = await quick(policy_map=NONE).run([node("a", func)], Num())
+    result = await quick(policy_map=NEVER).run([node("a", func)], Num())
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
     assert result.failure.failure_class is FailureClass.AMBIGUOUS

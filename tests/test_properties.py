@@ -6,11 +6,10 @@ import datetime as dt
 import itertools
 import math
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass, field, replace
 from decimal import Decimal
 from enum import Enum, IntEnum, StrEnum
-from pathlib import Path
 from typing import Annotated, Any, Literal
 from uuid import UUID
 from zoneinfo import ZoneInfo
@@ -19,6 +18,9 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import AliasChoices, BaseModel, ConfigDict, Field, RootModel, create_model
+from tests.fixtures import store_fixture
+from tests.kit import ONCE, Num, bare, node
+from tests.shared_stores import LOCAL
 from tests.tiers import examples
 
 from stroma import (
@@ -29,37 +31,16 @@ from stroma import (
     ExecutionTrace,
     FailureClass,
     FailurePolicy,
-    InMemoryStore,
-    NodeContract,
     NodeHooks,
     RunStatus,
-    SQLiteStore,
     StromaRunner,
     TraceEvent,
     current_node,
     map_over,
     parallel,
-    stroma_node,
 )
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
-
-
-class Num(BaseModel):
-    n: int = 0
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
-
-
-def bare(node_id: str, func: Any) -> Any:
-    """A node without a contract: marked by hand, as the published attributes have it."""
-    func._stroma_node_id, func._stroma_contract = node_id, None
-    return func
 
 
 class Planned(Exception):
@@ -802,19 +783,18 @@ def test_hooks_are_ordered_nested_and_paired(
     """
     watch = Watch(sets, script)
     tally: Counter[str] = Counter()
-    at_once = {c: FailurePolicy(max_retries=1, backoff_seconds=0) for c in FailureClass}
     runner = StromaRunner.quick(
         hooks=watch.hooks(),
         hook_timeout_ms=1,
         classifiers=[by_plan],
-        policy_map=at_once,
+        policy_map=ONCE,
         budget=ExecutionBudget(max_tokens_total=20),
     )
 
     async def go() -> None:
         nodes = [_act(p, f"n{i}", runner, tally) for i, p in enumerate(plan)]
         if regroup:  # Groups are tried again, too.
-            runner.with_node_policies({n._stroma_node_id: at_once for n in nodes if hasattr(n, "children")})
+            runner.with_node_policies({n._stroma_node_id: ONCE for n in nodes if hasattr(n, "children")})
         task = asyncio.create_task(runner.run(nodes, Items(), run_id="outer"))
         if cancel_after is not None:
             for _ in range(cancel_after):
@@ -997,17 +977,7 @@ def same(a: Any, b: Any) -> bool:
     return bool(a == b)
 
 
-STORES = ["async-memory", "memory", "sqlite"]
-
-
-@pytest.fixture(params=STORES)
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
-    if request.param == "sqlite":
-        made = SQLiteStore(tmp_path / "runs.db", synchronous="normal")
-        yield made
-        await asyncio.to_thread(made.close)
-    else:
-        yield AsyncInMemoryStore() if request.param == "async-memory" else InMemoryStore()
+store = store_fixture(*LOCAL, "sqlite")
 
 
 _fresh = itertools.count()

@@ -23,6 +23,7 @@ from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from tests.kit import NEVER
 from tests.servers import RedisServer, shared_redis
 
 import stroma
@@ -1890,7 +1891,7 @@ async def test_parallel_of_bare_functions() -> None:
 
 
 def context_of(**fields: Any) -> ReliabilityContext:
-    config = RunConfig(**{"policy_map": {c: FailurePolicy(max_retries=0) for c in FailureClass}, **fields})
+    config = RunConfig(**{"policy_map": NEVER, **fields})
     return ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
 
 

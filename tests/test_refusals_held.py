@@ -7,14 +7,8 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field
-from tests.telling import (
-    NEVER,
-    ONCE,
-    N,
-    ThrownAway,
-    counted,
-    node,
-)
+from tests.kit import NEVER, ONCE, Num, node
+from tests.telling import ThrownAway, counted
 
 from stroma import (
     AsyncInMemoryStore,
@@ -50,7 +44,7 @@ async def test_a_shared_budget_whose_store_is_down_ends_the_run_for_later() -> N
     calls: list[str] = []
     shared = SharedBudget("held-down", max_tokens=10, store=Down())
     runner = StromaRunner.quick(shared_budgets=shared, classifiers=[lambda error, _: FailureClass.TERMINAL])
-    result = await runner.run([counted(calls, "a", {})], N())
+    result = await runner.run([counted(calls, "a", {})], Num())
     assert (result.status, calls, len(result.trace)) == (RunStatus.PARTIAL, [], 0)
     failure = result.failure
     assert failure is not None
@@ -80,7 +74,7 @@ async def test_a_group_whose_child_was_refused_by_a_store_is_not_tried_again() -
         shared_budgets=SharedBudget("held-down-inside", max_tokens=10, store=Down()), policy_map=ONCE,
         node_policies=dict.fromkeys((outer.node_id, inner.node_id), ONCE), hooks=NodeHooks(on_node_retry=retry),
     )  # fmt: skip
-    result = await runner.run([outer], N())
+    result = await runner.run([outer], Num())
     assert (result.status, asked) == (RunStatus.PARTIAL, ["asked"])
     assert result.failure is not None
     assert (result.failure.reason, result.failure.node_id) == ("store", outer.node_id)
@@ -97,7 +91,7 @@ async def test_what_a_thrown_away_attempt_used_is_counted_by_a_shared_budget() -
 
     shared = SharedBudget("held-closed", max_tokens=100, store=AsyncInMemoryStore(), reserve_tokens=1)
     runner = StromaRunner.quick(shared_budgets=shared, hooks=NodeHooks(on_node_success=waits))
-    await ThrownAway(runner.run([counted([], "a", ({"n": 1}, 7))], N()), begun)
+    await ThrownAway(runner.run([counted([], "a", ({"n": 1}, 7))], Num()), begun)
     state = await shared.state()
     assert state is not None
     assert (state.spent_tokens, state.reserved_tokens, state.calls) == (7, 0, 0)
@@ -121,8 +115,8 @@ async def test_a_classifier_is_told_where_it_is_asked() -> None:
         counted([], "b", BAD, {"n": 2}),
         counted([], "c", ({"n": 3}, 11)),
     ]
-    await runner.run(nodes, N(), run_id="told")
-    await runner.run([counted([], "d", {}, given=Positive)], N(), run_id="told too")
+    await runner.run(nodes, Num(), run_id="told")
+    await runner.run([counted([], "d", {}, input=Positive)], Num(), run_id="told too")
     assert asked == [
         ("ValueError", "a", 1, "told"),
         ("ContractViolation", "b", 1, "told"),
@@ -152,7 +146,7 @@ async def test_a_refusal_keeps_its_own_cause() -> None:
         asked.clear()
         shared = SharedBudget(f"held-{told}", max_tokens=10, store=Down(cause), reserve_tokens=1)
         runner = StromaRunner.quick(shared_budgets=shared, policy_map=ONCE)
-        result = await runner.run([counted([], "a", down)], N())
+        result = await runner.run([counted([], "a", down)], Num())
         assert result.failure is not None
         error = result.failure.exception
         assert isinstance(error, StoreError)
@@ -177,7 +171,7 @@ async def test_a_cancellation_while_a_budget_is_told_comes_out_afterwards() -> N
     store = AsyncInMemoryStore()
     runner = StromaRunner.quick(shared_budgets=shared, store=store)
     nodes = [counted(calls, "a", ({"n": 1}, 7)), counted(calls, "b", {})]
-    task = asyncio.create_task(runner.run(nodes, N(), run_id="r"))
+    task = asyncio.create_task(runner.run(nodes, Num(), run_id="r"))
     await begun.wait()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
@@ -194,20 +188,20 @@ async def test_a_cancelled_attempt_gives_its_place_back() -> None:
     limits = {"held-one": Limit(concurrent=1)}
     begun = asyncio.Event()
 
-    async def forever(state: N) -> Any:
+    async def forever(state: Num) -> Any:
         begun.set()
         await asyncio.Event().wait()
 
     def runner() -> StromaRunner:
         return StromaRunner.quick(policy_map=NEVER, limits=limits, node_limits={"a": "held-one"})
 
-    task = asyncio.create_task(runner().run([node("a", forever)], N()))
+    task = asyncio.create_task(runner().run([node("a", forever)], Num()))
     await begun.wait()
-    waiting = asyncio.create_task(runner().run([counted([], "a", ValueError("no"))], N()))
+    waiting = asyncio.create_task(runner().run([counted([], "a", ValueError("no"))], Num()))
     await asyncio.sleep(0)
     assert not waiting.done()
     task.cancel()
     with pytest.raises(asyncio.CancelledError):
         await task
     assert (await waiting).status is RunStatus.PARTIAL
-    assert (await runner().run([counted([], "a", {"n": 1})], N())).status is RunStatus.COMPLETED
+    assert (await runner().run([counted([], "a", {"n": 1})], Num())).status is RunStatus.COMPLETED

@@ -6,17 +6,13 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, create_model
+from tests.kit import Text
 
 from stroma import ContractRegistry, NodeContract, RunConfig, map_over, parallel, stroma_node
 from stroma.checkpoint import Committed
 from stroma.checks.resumable import Change, changes_since
 from stroma.nodes import find_node
 from stroma.schemas import schema_of
-
-
-class Text(BaseModel):
-    text: str
-
 
 Longer = create_model("Text", text=(str, ...), n=(int, 0))
 

@@ -2,26 +2,24 @@
 
 import asyncio
 import hashlib
-import importlib.util
 import re
 import sqlite3
 from collections import Counter
-from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, Num, node
+from tests.shared_stores import LOCAL
 
 from stroma import (
-    AsyncInMemoryStore,
     BudgetExceeded,
     CheckpointNotFound,
     CorruptCheckpoint,
     ExecutionBudget,
     FailureClass,
-    FailurePolicy,
-    InMemoryStore,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -39,14 +37,6 @@ from stroma import (
 )
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
-NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
-JOURNALS = ["memory", "async-memory"]
-if importlib.util.find_spec("stroma.checkpoint.sqlite"):
-    JOURNALS.append("sqlite")
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 class Other(BaseModel):
@@ -60,15 +50,6 @@ class Wrong(BaseModel):
 
 class Items(BaseModel):
     items: list[int]
-
-
-def node(
-    node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num
-) -> Callable[..., Any]:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
 
 
 class Work:
@@ -89,15 +70,7 @@ class Work:
         return node(node_id, func)
 
 
-@pytest.fixture(params=JOURNALS)
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
-    if request.param == "sqlite":
-        from stroma.checkpoint.sqlite import SQLiteStore
-
-        async with SQLiteStore(tmp_path / "runs.db") as made:
-            yield made
-    else:
-        yield InMemoryStore() if request.param == "memory" else AsyncInMemoryStore()
+store = store_fixture(*LOCAL, "sqlite")
 
 
 def quick(store: Any, **config: Any) -> StromaRunner:
@@ -523,7 +496,7 @@ def _versions(store: Any, model: type[BaseModel], upcast: Any = None, grouped: b
         node_id="first", input_schema=Num, output_schema=model, upcast=upcast
     )
     made: Any = stroma_node("first", contract)(first)
-    return [parallel(made) if grouped else made, node("second", second, given=model)]
+    return [parallel(made) if grouped else made, node("second", second, input=model)]
 
 
 @pytest.mark.core
@@ -580,9 +553,9 @@ async def test_changes_may_be_allowed(store: Any) -> None:
         return {"n": state.n + 100}
 
     nodes = [
-        node("A", later, promised=Other),
-        node("B", later, given=Other, promised=Other),
-        node("C", later, given=Other),
+        node("A", later, output=Other),
+        node("B", later, input=Other, output=Other),
+        node("C", later, input=Other),
     ]
     with pytest.raises(PipelineChanged):
         await quick(store, resume=True).run(nodes, Num())

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError, field_validator, model_validator
+from tests.kit import NEVER, Num, node, quick
 
 from stroma import (
     AsyncInMemoryStore,
@@ -28,36 +29,16 @@ from stroma import (
     RunStatus,
     SQLiteStore,
     StoreError,
-    StromaRunner,
     parallel,
-    stroma_node,
 )
 from stroma.checkpoint import Fenced, RunRequest, Session, StepCall
 from stroma.cost import KNOWN_MODELS, CostTracker, estimate_cost_usd
 from stroma.schemas import Schema, schema_of
 from stroma.trace import ExecutionTrace, Row, TraceEvent
 
-FAST = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
-
 
 class Loose(BaseModel):
     anything: Any = None
-
-
-def quick(**config: Any) -> StromaRunner:
-    config.setdefault("policy_map", FAST)
-    return StromaRunner.quick(**config)
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
 
 
 class Journal:
@@ -427,8 +408,7 @@ async def test_a_node_is_cut_off_at_its_timeout() -> None:
         finished.append("node")
         return {"n": 1}
 
-    never = {kind: FailurePolicy(max_retries=0) for kind in FailureClass}
-    runner = quick(node_timeouts={"a": 20}, policy_map=never)
+    runner = quick(node_timeouts={"a": 20}, policy_map=NEVER)
     result = await runner.run([node("a", func)], Num())
     assert (result.status, finished) == (RunStatus.PARTIAL, [])
     assert result.failure is not None
@@ -633,8 +613,7 @@ async def test_a_child_of_another_group_is_a_changed_pipeline() -> None:
         return {"n": 2}
 
     first, second, third = node("a", fine), node("b", fails), node("c", fails)
-    never = {kind: FailurePolicy(max_retries=0) for kind in FailureClass}
-    runner = quick(store=store, run_id="r", policy_map=never)
+    runner = quick(store=store, run_id="r", policy_map=NEVER)
     assert (await runner.run([parallel(first, second)], Num())).status is RunStatus.PARTIAL
     broken.clear()
     with pytest.raises(PipelineChanged, match=r"parallel\(a, b\)"):

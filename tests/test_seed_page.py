@@ -14,13 +14,13 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from pydantic import BaseModel
+from tests.kit import ONCE
 
 from stroma import (
     CheckpointManager,
     ContractRegistry,
     ContractViolation,
     FailureClass,
-    FailurePolicy,
     InMemoryStore,
     NodeContract,
     NodeHooks,
@@ -34,7 +34,6 @@ from stroma import (
 from stroma import hooks as hooks_module
 
 THE_THREE = ("on_node_start", "on_node_success", "on_node_failure")
-AT_ONCE = {cls: FailurePolicy(max_retries=1, backoff_seconds=0) for cls in FailureClass}
 
 
 class Input(BaseModel):
@@ -146,7 +145,7 @@ async def test_tracking_failures(caplog: pytest.LogCaptureFixture) -> None:
         logger=logging.getLogger("the user's"),
     )
     config: RunConfig = page["config"]
-    config.policy_map = AT_ONCE
+    config.policy_map = ONCE
     runner = StromaRunner(ContractRegistry(), CheckpointManager(InMemoryStore()), config)
     attempts = 0
 
@@ -237,7 +236,7 @@ async def test_opentelemetry_as_printed(exporter: InMemorySpanExporter) -> None:
 async def test_opentelemetry_completed(exporter: InMemorySpanExporter) -> None:
     """With its comments filled in, the OpenTelemetry example exports a span per attempt: run id, tokens, failures."""
     page, _ = run_page(OPENTELEMETRY_COMPLETED, NodeHooks=NodeHooks)
-    runner = StromaRunner.quick(hooks=page["hooks"], policy_map=AT_ONCE)
+    runner = StromaRunner.quick(hooks=page["hooks"], policy_map=ONCE)
     attempts = 0
 
     @runner.node("ask", input=Input, output=Output)
@@ -328,7 +327,7 @@ async def test_failure_gets_the_exception_and_its_class() -> None:
     async def on_failure(*arguments: Any) -> None:
         seen.append(arguments)
 
-    runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=on_failure), policy_map=AT_ONCE, run_id="r1")
+    runner = StromaRunner.quick(hooks=NodeHooks(on_node_failure=on_failure), policy_map=ONCE, run_id="r1")
 
     @runner.node("never", input=Input, output=Output)
     async def never(state: Input) -> dict[str, Any]:
@@ -378,7 +377,7 @@ async def test_tokens_used_are_those_of_this_attempt() -> None:
     async def on_success(run_id: str, node_id: str, output: dict[str, Any], tokens_used: int) -> None:
         seen.append((node_id, tokens_used))
 
-    runner = StromaRunner.quick(hooks=NodeHooks(on_node_success=on_success), policy_map=AT_ONCE)
+    runner = StromaRunner.quick(hooks=NodeHooks(on_node_success=on_success), policy_map=ONCE)
     attempts = 0
 
     @runner.node("ask", input=Input, output=Input)
@@ -460,7 +459,7 @@ async def test_no_overhead_when_unused(
 
     monkeypatch.setattr(hooks_module.Hooks, "fire", fire)
     for hooks in (NodeHooks(), [], [NodeHooks(), NodeHooks()]):
-        runner = StromaRunner.quick(hooks=hooks, redact=redact, policy_map=AT_ONCE)
+        runner = StromaRunner.quick(hooks=hooks, redact=redact, policy_map=ONCE)
         attempts = 0
 
         @runner.node("flaky", input=Input, output=Output)
@@ -557,7 +556,7 @@ async def test_hooks_fire_after_trace_recording_and_before_the_result() -> None:
         await asyncio.sleep(0)
         order.append(("failure", [event.outcome for event in ctx.trace]))
 
-    config = RunConfig(hooks=NodeHooks(on_start, on_success, on_failure), policy_map=AT_ONCE)
+    config = RunConfig(hooks=NodeHooks(on_start, on_success, on_failure), policy_map=ONCE)
     ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(InMemoryStore()))
     contract = NodeContract(node_id="flaky", input_schema=Input, output_schema=Output)
     attempts = 0
@@ -589,7 +588,7 @@ async def test_the_trace_is_complete_even_if_a_hook_raises(name: str) -> None:
     async def hook(*_: Any) -> None:
         raise RuntimeError("the monitoring system is down")
 
-    runner = StromaRunner.quick(hooks=NodeHooks(**{name: hook}), policy_map=AT_ONCE)
+    runner = StromaRunner.quick(hooks=NodeHooks(**{name: hook}), policy_map=ONCE)
 
     @runner.node("flaky", input=Input, output=Input)
     async def flaky(state: Input) -> dict[str, Any]:

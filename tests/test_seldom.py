@@ -5,11 +5,13 @@ import copy
 import dataclasses
 import threading
 import types
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+from tests.kit import NEVER, ONCE, Num, node
 from tests.telling import Between, Journal
 
 from stroma import (
@@ -20,7 +22,6 @@ from stroma import (
     FailureClass,
     FailurePolicy,
     FallbackPolicy,
-    NodeContract,
     NodeHooks,
     NodeUsage,
     Pipeline,
@@ -35,34 +36,17 @@ from stroma import (
     execute_step,
     map_over,
     parallel,
-    stroma_node,
 )
 from stroma.cost import UsageError, fallback_due
 from stroma.nodes import find_node
 from stroma.schemas import NotSerialisable, schema_of
-
-NONE = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
-ONE = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 class Other(BaseModel):
     m: int = 0
 
 
-def quick(**config: Any) -> StromaRunner:
-    config.setdefault("policy_map", NONE)
-    return StromaRunner.quick(**config)
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
+quick = partial(StromaRunner.quick, policy_map=NEVER)
 
 
 def context(**config: Any) -> ReliabilityContext:
@@ -192,7 +176,7 @@ async def test_a_failed_attempt_that_cannot_be_kept_ends_the_run() -> None:
 
     seen: list[str] = []
     store = Journal(lambda session: Between(session, record=refuse))
-    result = await quick(store=store, policy_map=ONE, hooks=watch(seen)).run([node("a", fail)], Num())
+    result = await quick(store=store, policy_map=ONCE, hooks=watch(seen)).run([node("a", fail)], Num())
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
     assert (result.failure.reason, result.failure.message) == ("store", "full")
@@ -238,9 +222,9 @@ async def test_a_child_that_was_restored_is_restored_once() -> None:
             raise ConnectionError
         return {"m": 1}
 
-    nodes = [parallel(node("a", same), node("b", flaky, promised=Other))]
+    nodes = [parallel(node("a", same), node("b", flaky, output=Other))]
     assert (await quick(store=store).run(nodes, Num(), run_id="r")).status is RunStatus.PARTIAL
-    runner = quick(store=store, node_policies={"parallel(a, b)": ONE}, hooks=watch(seen))
+    runner = quick(store=store, node_policies={"parallel(a, b)": ONCE}, hooks=watch(seen))
     result = await runner.run(nodes, Num(), run_id="r", resume=True)
     assert result.status is RunStatus.RESUMED
     assert seen.count("skipped a") == 1
@@ -540,7 +524,7 @@ async def test_an_output_that_contains_itself_and_a_model() -> None:
         items.append(items)
         return {"items": items}
 
-    result = await quick().run([node("a", func, promised=Holder)], Num())
+    result = await quick().run([node("a", func, output=Holder)], Num())
     assert result.status is RunStatus.FAILED
 
 
@@ -573,7 +557,7 @@ async def test_dataclasses_that_do_more_than_hold_fields() -> None:
         made[0].doubling.n = 7
         return made[0]
 
-    result = await quick().run([node("a", func, promised=Holder), node("b", same, Holder, Holder)], Num())
+    result = await quick().run([node("a", func, output=Holder), node("b", same, Holder, Holder)], Num())
     state = result.final_state
     assert isinstance(state, Holder), result.failure
     assert (state.doubling.n, state.doubling.twice, state.counting.n) == (7, 4, 3)
@@ -607,7 +591,7 @@ async def test_a_class_that_validates_in_its_own_way() -> None:
     async def func(state: Num) -> Any:
         return {"n": state.n}
 
-    nodes = [node("a", func, promised=Own)]
+    nodes = [node("a", func, output=Own)]
     assert (await quick().run(nodes, Num(n=1))).final_state == Own(n=1)
     assert (await quick().run(nodes, Num(n=13))).status is RunStatus.FAILED
 
@@ -645,7 +629,7 @@ async def test_an_output_of_another_kind_is_a_changed_pipeline() -> None:
         return [1]
 
     runner = quick(store=store)
-    nodes = [node("a", one, promised=RootModel[list[int]]), node("b", fail, RootModel[list[int]])]
+    nodes = [node("a", one, output=RootModel[list[int]]), node("b", fail, RootModel[list[int]])]
     await runner.run(nodes, Num(), run_id="r")
     changed = [node("a", same), node("b", same)]
     with pytest.raises(StoreError, match="another kind of value"):

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 from genai_prices import data_snapshot
 from pydantic import BaseModel
+from tests.kit import NEVER, TWICE, Num, node, quick
 
 from stroma import (
     AsyncInMemoryStore,
@@ -36,25 +37,6 @@ from stroma import (
     prices,
     stroma_node,
 )
-
-FAST = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
-NONE = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
-
-
-def quick(**config: Any) -> StromaRunner:
-    config.setdefault("policy_map", FAST)
-    return StromaRunner.quick(**config)
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
 
 
 async def plus(state: Num) -> Any:
@@ -306,7 +288,7 @@ async def test_a_groups_retry_obeys_retry_after(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("stroma._engine.sleep", note)
     group = parallel(node("a", func))
-    result = await quick(policy_map=NONE, node_policies={group.node_id: FAST}).run([group], Num())
+    result = await quick(policy_map=NEVER, node_policies={group.node_id: TWICE}).run([group], Num())
     assert (result.status, delays) == (RunStatus.COMPLETED, [7.0])
 
 
@@ -323,7 +305,7 @@ async def test_contract_repair_of_children() -> None:
     class Many(BaseModel):
         items: list[dict[str, int]] = [{"n": 1}]
 
-    runner = quick(policy_map=NONE, contract_retries={"a": 1})
+    runner = quick(policy_map=NEVER, contract_retries={"a": 1})
     for group in (parallel(node("a", func, Many)), map_over("items", node("a", func), into="out")):
         result = await runner.run([group], Many())
         assert result.status is RunStatus.COMPLETED, result.failure

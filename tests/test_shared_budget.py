@@ -11,7 +11,7 @@ import queue
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -19,6 +19,8 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 from tests.budget_helper import CONTRACT, RESERVE_CENTS, State, budget, spend
+from tests.fixtures import store_fixture
+from tests.kit import TWICE
 from tests.servers import RedisServer, environment
 from tests.shared_stores import SHARED, STORES, opened, place, store_of
 
@@ -45,9 +47,6 @@ from stroma import (
 )
 from stroma._ledger import Ask, Refusal, Spend, Terms, reserve, settle, view, window
 from stroma._renewals import RENEWALS
-from stroma.failures import FailurePolicy
-
-AT_ONCE = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
 
 
 def node(
@@ -83,10 +82,7 @@ def anew(make: Callable[[], SharedBudget]) -> SharedBudget:
         time.sleep(0.05)
 
 
-@pytest.fixture(params=STORES)
-def store(request: pytest.FixtureRequest) -> Iterator[Any]:
-    with store_of(request.param) as store:
-        yield store
+store = store_fixture(*STORES)
 
 
 def cents(usd: float) -> float:
@@ -326,7 +322,7 @@ async def test_failed_attempts_count() -> None:
         raise ConnectionError("no")
 
     call, calls = node(cents=10, before=fail)
-    result = await StromaRunner.quick(shared_budgets=shared, policy_map=AT_ONCE).run([call], State())
+    result = await StromaRunner.quick(shared_budgets=shared, policy_map=TWICE).run([call], State())
     assert (result.status, len(calls)) == (RunStatus.PARTIAL, 3)
     found = await shared.state()
     assert found is not None

@@ -8,18 +8,18 @@ import subprocess
 import sys
 import threading
 from collections.abc import AsyncIterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.kit import ONCE, Num
 
 import stroma
 from stroma import (
     AsyncInMemoryStore,
     ExecutionBudget,
-    FailureClass,
-    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -35,12 +35,6 @@ from stroma import (
     stroma_node,
 )
 
-FAST = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
-
 
 class State(BaseModel):
     nums: list[int] = []
@@ -55,9 +49,7 @@ def node(name: str, func: Any = None, *, gives: Any = None) -> Any:
     return stroma_node(name, contract)(func or plain)
 
 
-def quick(**config: Any) -> StromaRunner:
-    config.setdefault("policy_map", FAST)
-    return StromaRunner.quick(**config)
+quick = partial(StromaRunner.quick, policy_map=ONCE)
 
 
 def told(events: list[StreamEvent]) -> list[tuple[str, str | None]]:

@@ -1,20 +1,18 @@
 """A node that waits for a person: the run stops, and goes on with the answer, days later and elsewhere."""
 
 import asyncio
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from pydantic import BaseModel, ValidationError
+from tests.fixtures import store_fixture
+from tests.kit import NEVER, THRICE, Num, node
 
 from stroma import (
     AsyncInMemoryStore,
     CheckpointNotFound,
     ExecutionBudget,
-    FailureClass,
-    FailurePolicy,
-    NodeContract,
     NodeHooks,
     ReliabilityContext,
     RunStatus,
@@ -26,14 +24,7 @@ from stroma import (
     execute_step,
     map_over,
     parallel,
-    stroma_node,
 )
-
-RETRIES = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 class Items(BaseModel):
@@ -48,24 +39,11 @@ class Approval(BaseModel):
     by: str = "nobody"
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-async def store(request: pytest.FixtureRequest, tmp_path: Path) -> AsyncIterator[Any]:
-    if request.param == "sqlite":
-        async with SQLiteStore(tmp_path / "runs.db") as made:
-            yield made
-    else:
-        yield AsyncInMemoryStore()
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
+store = store_fixture("async-memory", "sqlite")
 
 
 def runner(store: Any, **config: Any) -> StromaRunner:
-    return StromaRunner.quick(store=store, run_id="r", policy_map=RETRIES, **config)
+    return StromaRunner.quick(store=store, run_id="r", policy_map=THRICE, **config)
 
 
 class Desk:
@@ -233,7 +211,7 @@ async def test_children_of_a_group_wait(store: Any) -> None:
             pass
 
         Made = type("Made", (BaseModel,), {"__annotations__": {f"is_{node_id}": str}})
-        return node(node_id, func, promised=Made)
+        return node(node_id, func, output=Made)
 
     nodes = [parallel(child("x", True), child("y", False), child("z", True), max_concurrency=1)]
     result = await runner(store).run(nodes, Num())
@@ -289,8 +267,7 @@ async def test_a_failure_beats_a_question(store: Any) -> None:
         await asyncio.sleep(0.01)
         raise ValueError("broken")
 
-    never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
-    result = await StromaRunner.quick(store=store, policy_map=never).run(
+    result = await StromaRunner.quick(store=store, policy_map=NEVER).run(
         [parallel(node("ask", ask), node("broken", broken))], Num()
     )
     assert result.status is RunStatus.PARTIAL

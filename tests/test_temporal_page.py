@@ -15,7 +15,7 @@ import pytest
 import yaml
 from tests.blocks import blocks
 from tests.servers import environment
-from tests.servers_temporal import TemporalServer, temporal_binary, wait_until_ready
+from tests.servers_temporal import TemporalServer, temporal_binary
 from tests.test_docs_pages import SERVERS, run_alone
 
 from stroma.cli.app import app
@@ -26,15 +26,7 @@ EXAMPLES = ROOT / "examples" / "temporal"
 YAML = sorted(EXAMPLES.glob("*.yaml"))
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[TemporalServer]:
-    made = TemporalServer()
-    wait_until_ready(made.address)
-    yield made
-    made.kill()
-
-
-def test_the_code_on_the_page_runs(tmp_path: Path, server: TemporalServer) -> None:
+def test_the_code_on_the_page_runs(tmp_path: Path, temporal_server: TemporalServer) -> None:
     """Against a server, and a worker that is started as the page says, with the page's own pipeline."""
     assert PAGE in SERVERS
     (_, code), _ = blocks(PAGE.read_text("utf-8"))
@@ -42,7 +34,7 @@ def test_the_code_on_the_page_runs(tmp_path: Path, server: TemporalServer) -> No
     words = [
         "letters.py:pipeline",
         "--temporal",
-        server.address,
+        temporal_server.address,
         "--task-queue",
         "letters",
         "--payloads",
@@ -52,7 +44,7 @@ def test_the_code_on_the_page_runs(tmp_path: Path, server: TemporalServer) -> No
         [sys.executable, "-m", "stroma", "worker", *words], cwd=tmp_path, env=environment()
     )
     try:
-        assert run_alone(PAGE, tmp_path, {}, ("localhost:7233", server.address)) == 2
+        assert run_alone(PAGE, tmp_path, {}, ("localhost:7233", temporal_server.address)) == 2
     finally:
         worker.terminate()
         assert worker.wait(60) == 0

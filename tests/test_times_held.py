@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
-from tests.telling import NEVER, ONCE
+from tests.kit import NEVER, ONCE, Num, here, node
 
 from stroma import (
     AsyncInMemoryStore,
@@ -17,7 +17,6 @@ from stroma import (
     ExecutionResult,
     FailureClass,
     FailurePolicy,
-    NodeContract,
     NodeHooks,
     RunStatus,
     StromaRunner,
@@ -26,18 +25,13 @@ from stroma import (
     current_run,
     map_over,
     parallel,
-    stroma_node,
 )
 from stroma.nodes import Group
 from stroma.testing import FakeClock
 
 
-class N(BaseModel):
-    n: int = 0
-
-
 class Many(BaseModel):
-    items: list[N]
+    items: list[Num]
 
 
 @pytest.fixture
@@ -46,15 +40,11 @@ def clock() -> Iterator[FakeClock]:
         yield made
 
 
-def node(node_id: str, func: Any, given: type[BaseModel] = N, made: type[BaseModel] = N) -> Any:
-    return stroma_node(node_id, NodeContract(node_id=node_id, input_schema=given, output_schema=made))(func)
-
-
 def taking(clock: FakeClock, node_id: str, ms: float, *raises: BaseException, waits: bool = True) -> Any:
     """A node that takes so long: it waits, or blocks the loop; raises these in its first attempts."""
     left = list(raises)
 
-    async def func(state: N) -> Any:
+    async def func(state: Num) -> Any:
         await spend(clock, ms, waits)
         if left:
             raise left.pop(0)
@@ -71,7 +61,7 @@ async def spend(clock: FakeClock, ms: float, waits: bool = True) -> None:
 
 
 def forever(node_id: str) -> Any:
-    async def func(state: N) -> Any:
+    async def func(state: Num) -> Any:
         await asyncio.sleep(10**6)
 
     return node(node_id, func)
@@ -112,7 +102,7 @@ async def run(
     watch: Watch, nodes: list[Any], state: BaseModel | None = None, **config: Any
 ) -> ExecutionResult:
     config = {"policy_map": NEVER, "hooks": watch.hooks(), "hook_timeout_ms": None, **config}
-    return await StromaRunner.quick(**config).run(nodes, state or N())
+    return await StromaRunner.quick(**config).run(nodes, state or Num())
 
 
 def shapes(clock: FakeClock) -> dict[str, tuple[list[Any], dict[str, list[float]], float]]:
@@ -121,11 +111,11 @@ def shapes(clock: FakeClock) -> dict[str, tuple[list[Any], dict[str, list[float]
     def take(node_id: str, ms: float, *raises: BaseException, waits: bool = True) -> Any:
         return taking(clock, node_id, ms, *raises, waits=waits)
 
-    async def bad(state: N) -> Any:
+    async def bad(state: Num) -> Any:
         clock.advance(0.04)
         return {"n": "none"}
 
-    async def paid(state: N) -> Any:
+    async def paid(state: Num) -> Any:
         clock.advance(0.03)
         return {"n": 1}, 7
 
@@ -230,7 +220,7 @@ async def test_how_long_items_took(clock: FakeClock) -> None:
     """A map takes what its items took together, one by one; each item what it took itself."""
     watch = Watch(clock)
     mapped = map_over("items", taking(clock, "each", 80), into="made", max_concurrency=1)
-    await run(watch, [mapped], Many(items=[N(), N()]))
+    await run(watch, [mapped], Many(items=[Num(), Num()]))
     assert watch.took == {"each": [80, 80], "map_over(items, each)": [160]}
     assert watch.latency == 160
 
@@ -268,7 +258,7 @@ async def test_when_attempts_began(clock: FakeClock) -> None:
 
     store, first = AsyncInMemoryStore(), clock.now()
     runner = StromaRunner.quick(store=store, hooks=NodeHooks(on_node_start=start, on_node_success=success))
-    result = await runner.run([taking(clock, "a", 200), taking(clock, "b", 300)], N(), run_id="r")
+    result = await runner.run([taking(clock, "a", 200), taking(clock, "b", 300)], Num(), run_id="r")
     starts = [(event.timestamp_utc - first).total_seconds() for event in result.trace]
     assert starts == pytest.approx([5.0, 10.2], abs=0.001)
     assert [row.started_ns / 1e9 - first.timestamp() for row in store.attempts("r")] == pytest.approx(
@@ -286,7 +276,7 @@ def deadlines(clock: FakeClock) -> dict[str, tuple[list[Any], str, float]]:
     """Nodes, which of them meets the deadline, and when, in s."""
     fails = ConnectionError("down")
 
-    async def late(state: N) -> Any:
+    async def late(state: Num) -> Any:
         await asyncio.sleep(0.3)
         if here().attempt == 1:
             raise fails
@@ -322,12 +312,6 @@ def groups_in(nodes: Iterable[Any]) -> list[str]:
     return [group.node_id for group in groups] + [
         one for group in groups for one in groups_in(group.children)
     ]
-
-
-def here() -> Any:
-    found = current_node()
-    assert found is not None
-    return found
 
 
 DEADLINES = [
@@ -408,8 +392,8 @@ async def test_a_timeout_is_each_attempts_own(clock: FakeClock) -> None:
 async def test_a_node_that_blocked_past_the_deadline(clock: FakeClock) -> None:
     """What it returned is kept, and the run ends with what it really used."""
     nodes = [taking(clock, "a", 2500, waits=False), taking(clock, "b", 1)]
-    result = await run(Watch(clock), nodes, N(n=3), budget=LIMIT)
-    assert (result.status, result.final_state, len(result.trace)) == (RunStatus.PARTIAL, N(n=3), 1)
+    result = await run(Watch(clock), nodes, Num(n=3), budget=LIMIT)
+    assert (result.status, result.final_state, len(result.trace)) == (RunStatus.PARTIAL, Num(n=3), 1)
     assert result.failure is not None
     error = result.failure.exception
     assert isinstance(error, BudgetExceeded)
@@ -462,7 +446,7 @@ async def test_the_deadline_of_a_run_inside_a_node_is_not_the_runs(
     """A node that runs a pipeline of its own, which meets its deadline, has failed: it is tried again as policies say."""
     calls: list[int] = []
 
-    async def inside(state: N) -> Any:
+    async def inside(state: Num) -> Any:
         calls.append(1)
         inner = StromaRunner.quick(budget=ExecutionBudget(max_latency_ms=100), policy_map=NEVER)
         result = await inner.run([forever("x")], state)
@@ -499,7 +483,7 @@ async def test_waits_between_attempts(clock: FakeClock, caplog: pytest.LogCaptur
         policy_map={FailureClass.RECOVERABLE: policy}, hooks=NodeHooks(on_node_retry=retry)
     )
     with caplog.at_level("INFO", logger="stroma"):
-        result = await runner.run([taking(clock, "a", 0, *errors)], N())
+        result = await runner.run([taking(clock, "a", 0, *errors)], Num())
     assert result.status is RunStatus.COMPLETED
     assert clock.waits == [0.5, 1.5, 4.5]
     assert told == [(2, 0.5), (3, 1.5), (4, 4.5)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import types
-from collections.abc import Iterator
 from typing import Any
 from unittest.mock import MagicMock
 
@@ -15,7 +14,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 from tests.providers.clients import _openai, ask_openai
 from tests.providers.replies import _CHAT, _CHAT_CHUNKS, _CONTENT, _MESSAGE_EVENTS, REPLIES, Reply, sse
-from tests.providers.server import Server, serving
+from tests.providers.server import Server
 
 from stroma import (
     KNOWN_MODELS,
@@ -32,15 +31,9 @@ from stroma import (
 )
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[Server]:
-    with serving() as running:
-        yield running
-
-
-def last(reply: Reply, server: Server) -> Any:
+def last(reply: Reply, provider: Server) -> Any:
     """What the SDK makes of the answer; of a stream its last chunk."""
-    response: Any = reply.ask(server.url(reply.answer), reply.answer)
+    response: Any = reply.ask(provider.url(reply.answer), reply.answer)
     return response[-1] if isinstance(response, list) else response
 
 
@@ -49,9 +42,9 @@ def last(reply: Reply, server: Server) -> Any:
 
 @pytest.mark.core
 @pytest.mark.parametrize("reply", REPLIES, ids=str)
-def test_the_usage_of_an_sdks_response(reply: Reply, server: Server) -> None:
+def test_the_usage_of_an_sdks_response(reply: Reply, provider: Server) -> None:
     """The response of each SDK, or the last chunk of its stream, gives the tokens by kind and the model."""
-    assert usage_from(last(reply, server)) == reply.usage
+    assert usage_from(last(reply, provider)) == reply.usage
 
 
 @pytest.mark.parametrize(
@@ -237,9 +230,9 @@ def node_of(returned: Any, **config: Any) -> tuple[StromaRunner, Any]:
 
 @pytest.mark.core
 @pytest.mark.parametrize("reply", REPLIES, ids=str)
-async def test_a_node_returns_its_output_and_the_response(reply: Reply, server: Server) -> None:
+async def test_a_node_returns_its_output_and_the_response(reply: Reply, provider: Server) -> None:
     """(output, response) counts what the response says, at its price, like the figures by hand."""
-    response = await asyncio.to_thread(last, reply, server)
+    response = await asyncio.to_thread(last, reply, provider)
     runner, ask = node_of(({"text": "hi"}, response))
     result = await runner.run([ask], Text())
     assert result.status is RunStatus.COMPLETED, result.failure
@@ -273,9 +266,9 @@ async def test_the_split_of_the_input_is_in_the_trace() -> None:
     assert (used.input_tokens, used.cached_input_tokens, used.cache_write_tokens) == (1240, 1029, 7)
 
 
-async def test_a_stream_is_reported_by_its_last_chunk(server: Server) -> None:
+async def test_a_stream_is_reported_by_its_last_chunk(provider: Server) -> None:
     """report_usage takes the last chunk of a stream, while the node still runs; calls add up."""
-    url = server.url(sse(*_CHAT_CHUNKS))
+    url = provider.url(sse(*_CHAT_CHUNKS))
     runner = StromaRunner.quick()
 
     @runner.node("ask", input=Text, output=Text)
@@ -468,11 +461,11 @@ async def test_a_node_that_fails_beside_a_silent_response_fails_of_its_own() -> 
 
 
 async def test_a_real_stream_that_was_not_asked_for_usage_is_said(
-    server: Server, caplog: pytest.LogCaptureFixture
+    provider: Server, caplog: pytest.LogCaptureFixture
 ) -> None:
     """The real client's chunks without include_usage: the warning says what to ask for."""
     answer = sse(_CHAT_CHUNKS[0])
-    chunks = await asyncio.to_thread(ask_openai, server.url(answer), answer)
+    chunks = await asyncio.to_thread(ask_openai, provider.url(answer), answer)
     runner, ask = node_of(({"text": "kept"}, chunks[-1]))
     assert (await runner.run([ask], Text())).status is RunStatus.COMPLETED
     assert "include_usage" in caplog.text
@@ -518,7 +511,7 @@ async def test_report_usage_refuses_what_makes_no_sense(
     assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 0)
 
 
-async def test_a_tuple_that_is_no_pair_is_what_it_was(server: Server) -> None:
+async def test_a_tuple_that_is_no_pair_is_what_it_was(provider: Server) -> None:
     """The published tuple forms keep their meaning."""
     for returned, tokens, model in [
         (({"text": ""}, 10), 10, None),

@@ -19,11 +19,9 @@ from pydantic import (
     create_model,
     field_validator,
 )
+from tests.kit import NEVER, Num, node
 
 from stroma import (
-    FailureClass,
-    FailurePolicy,
-    NodeContract,
     NodeHooks,
     ReliabilityContext,
     RunConfig,
@@ -33,15 +31,8 @@ from stroma import (
     execute_step,
     map_over,
     parallel,
-    stroma_node,
 )
 from stroma.schemas import NotSerialisable, schema_of
-
-NONE = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 class Value(BaseModel):
@@ -60,13 +51,6 @@ SENT = {"data": "[1]", "text": "aGk=", "loud": "hi"}
 TAKEN = {"data": [1], "text": "hi", "loud": "hi!"}
 
 
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
-
-
 def gives(node_id: str, output: Any, promised: type[BaseModel], given: type[BaseModel] = Num) -> Any:
     async def func(state: BaseModel) -> Any:
         return output
@@ -76,7 +60,7 @@ def gives(node_id: str, output: Any, promised: type[BaseModel], given: type[Base
 
 def quick(tmp_path: Path | None = None, **config: Any) -> StromaRunner:
     store = None if tmp_path is None else SQLiteStore(tmp_path / "x.db")
-    return StromaRunner.quick(policy_map=NONE, store=store, **config)
+    return StromaRunner.quick(policy_map=NEVER, store=store, **config)
 
 
 def held(state: Any) -> Any:
@@ -301,7 +285,7 @@ async def test_a_final_state_is_not_trusted_any_more() -> None:
     assert isinstance(first.final_state, Positive)
     first.final_state.n = -5
     assert (await runner.run([same], first.final_state)).status is RunStatus.FAILED
-    ctx = ReliabilityContext.for_run(RunConfig(policy_map=NONE), runner.registry, runner.checkpoint_manager)
+    ctx = ReliabilityContext.for_run(RunConfig(policy_map=NEVER), runner.registry, runner.checkpoint_manager)
     step = await execute_step("a", same, Positive(n=1), ctx)
     assert isinstance(step.final_state, Positive)
     step.final_state.n = -5
@@ -362,7 +346,9 @@ async def test_a_union_whose_class_a_function_picks(tmp_path: Path) -> None:
 
 async def test_a_step_whose_input_is_of_another_type_warns_of_nothing() -> None:
     """A step's input that does not satisfy its own class is a FAILED result, also under warnings that are errors."""
-    ctx = ReliabilityContext.for_run(RunConfig(policy_map=NONE), quick().registry, quick().checkpoint_manager)
+    ctx = ReliabilityContext.for_run(
+        RunConfig(policy_map=NEVER), quick().registry, quick().checkpoint_manager
+    )
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         result = await execute_step("a", gives("a", {"n": 1}, Num), Num.model_construct(n="x"), ctx)  # type: ignore[arg-type]

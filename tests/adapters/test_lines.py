@@ -19,18 +19,42 @@ NOT_THERE = {
 }
 
 
-def held_in(folder: Path) -> dict[str, list[str]]:
-    """The tests that say that they hold a line."""
-    found: dict[str, list[str]] = {}
+def lines_on(node: ast.AST) -> list[str]:
+    """Return the lines that a test or a class of tests is marked with."""
+    marks = (
+        node.decorator_list if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) else ()
+    )
+    return [
+        ast.literal_eval(line)
+        for mark in marks
+        if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "holds"
+        for line in mark.args
+    ]
+
+
+#: The lines that each test of the contract that they share holds.
+CONTRACT = {
+    node.name: lines_on(node)
+    for node in ast.walk(ast.parse((FRAMEWORKS / "contract.py").read_text("utf-8")))
+    if isinstance(node, ast.FunctionDef)
+}
+
+
+def held_in(folder: Path) -> set[str]:
+    """Return the lines that the tests of a framework are marked with, inherited ones among them."""
+    found: set[str] = set()
     for path in sorted(folder.glob("test_*.py")):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
-            for mark in (
-                node.decorator_list if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef) else ()
-            ):
-                if isinstance(mark, ast.Call) and isinstance(mark.func, ast.Name) and mark.func.id == "holds":
-                    for line in mark.args:
-                        assert isinstance(line, ast.Constant)
-                        found.setdefault(str(line.value), []).append(node.name)
+            found.update(lines_on(node))
+            if isinstance(node, ast.ClassDef) and "FrameworkContract" in map(ast.unparse, node.bases):
+                own = {
+                    name.id
+                    for each in node.body
+                    if isinstance(each, ast.Assign)
+                    for name in each.targets
+                    if isinstance(name, ast.Name)
+                }
+                found.update(line for name, lines in CONTRACT.items() if name not in own for line in lines)
     return found
 
 
@@ -38,9 +62,8 @@ def held_in(folder: Path) -> dict[str, list[str]]:
 def test_every_line_is_held(folder: Path) -> None:
     """Nothing is missing for any framework, but what it does not have."""
     held = held_in(folder)
-    assert held.keys() <= LINES.keys()
-    missing = {line for line in LINES if line not in held}
-    assert missing == {line for name, line in NOT_THERE if name == folder.name}
+    assert held <= LINES.keys()
+    assert LINES.keys() - held == {line for name, line in NOT_THERE if name == folder.name}
 
 
 def test_there_are_frameworks() -> None:

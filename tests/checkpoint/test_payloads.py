@@ -13,11 +13,10 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, SecretBytes, SecretStr
+from tests.kit import NEVER
 
 from stroma import (
     CorruptCheckpoint,
-    FailureClass,
-    FailurePolicy,
     NodeContract,
     NotSerialisable,
     PipelineChanged,
@@ -36,7 +35,6 @@ from stroma.checkpoint.payloads import DirectoryBlobs, FsspecBlobs
 from stroma.testing import JournalStoreTests
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "encrypted_store.py"
-NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 ONE, TWO = bytes(range(32)), bytes(range(32, 64))
 
 

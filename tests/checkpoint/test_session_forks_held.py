@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -16,6 +14,7 @@ from tests.one_store import (
     Store,
     begun,
     row,
+    store_fixture,
     stored,
 )
 
@@ -23,7 +22,6 @@ from stroma.checkpoint import (
     CheckpointNotFound,
     CorruptCheckpoint,
     RunExists,
-    _sqlite_rows,
 )
 from stroma.checkpoint._owner import new_owner
 from stroma.checkpoint._rows import (
@@ -38,13 +36,7 @@ from stroma.checkpoint._rows import (
 from stroma.checkpoint._session import fork
 from stroma.checkpoint.journal import PriorUsage
 
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setattr(_sqlite_rows, "_now_ms", lambda: 1000)
-    made = Store(tmp_path / "runs.db")
-    yield made
-    made.db.close()
+store = store_fixture()
 
 
 def forked(

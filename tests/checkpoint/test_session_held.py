@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +16,7 @@ from tests.one_store import (
     begun,
     lose,
     row,
+    store_fixture,
     stored,
 )
 
@@ -27,7 +26,6 @@ from stroma.checkpoint import (
     RunBusy,
     RunExists,
     StepCall,
-    _sqlite_rows,
 )
 from stroma.checkpoint._beside import keep_due
 from stroma.checkpoint._owner import LIVE, Owner
@@ -43,13 +41,7 @@ from stroma.checkpoint.journal import OF_MAP, Committed, Finished, PriorUsage, W
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
 
-
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setattr(_sqlite_rows, "_now_ms", lambda: 1000)
-    made = Store(tmp_path / "runs.db")
-    yield made
-    made.db.close()
+store = store_fixture()
 
 
 # ---------------------------------------------------------------------- how it begins

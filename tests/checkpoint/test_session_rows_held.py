@@ -5,8 +5,6 @@ from __future__ import annotations
 import asyncio
 import gc
 import json
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -22,6 +20,7 @@ from tests.one_store import (
     committed,
     lose,
     row,
+    store_fixture,
     stored,
 )
 
@@ -32,7 +31,6 @@ from stroma.checkpoint import (
     RunExists,
     StepCall,
     StoreError,
-    _sqlite_rows,
 )
 from stroma.checkpoint._owner import LIVE, Owner, boot_id
 from stroma.checkpoint._rows import (
@@ -58,12 +56,7 @@ class Hidden(BaseModel):
     key: SecretStr = SecretStr("k")
 
 
-@pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Store]:
-    monkeypatch.setattr(_sqlite_rows, "_now_ms", lambda: 1000)
-    made = Store(tmp_path / "runs.db")
-    yield made
-    made.db.close()
+store = store_fixture()
 
 
 # ---------------------------------------------------------------------- through a codec

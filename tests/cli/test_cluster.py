@@ -15,25 +15,17 @@ from typing import Any
 import pytest
 from tests.cli.test_approve import DESK
 from tests.cli.test_signals import wait_for
-from tests.servers_temporal import TemporalServer, wait_until_ready
+from tests.servers_temporal import TemporalServer
 
 GOOD = '{"start": 1}'
 #: The second node goes on once there is a file.
 HELD = {"SECOND_AWAITS": "until('go')"}
 
 
-@pytest.fixture(scope="module")
-def server() -> Iterator[TemporalServer]:
-    made = TemporalServer()
-    wait_until_ready(made.address)
-    yield made
-    made.kill()
-
-
 @pytest.fixture
-def there(server: TemporalServer) -> tuple[str, ...]:
+def there(temporal_server: TemporalServer) -> tuple[str, ...]:
     """The words that name a cluster, with a task queue for this test alone."""
-    return "--temporal", server.address, "--task-queue", uuid.uuid4().hex[:12]
+    return "--temporal", temporal_server.address, "--task-queue", uuid.uuid4().hex[:12]
 
 
 @pytest.fixture
@@ -228,7 +220,7 @@ def test_a_person_answers_a_run_on_the_cluster(
         assert (late.code, "waits for nothing" in late.err) == (4, True)
 
 
-def test_a_cluster_that_is_not_there(inside: Any, fails: Any, server: TemporalServer) -> None:
+def test_a_cluster_that_is_not_there(inside: Any, fails: Any, temporal_server: TemporalServer) -> None:
     """No server, no such namespace, no such run, no address: one message each, with the mend."""
     run = ("run", "sums.py:pipeline", GOOD)
     fails(
@@ -237,20 +229,25 @@ def test_a_cluster_that_is_not_there(inside: Any, fails: Any, server: TemporalSe
     fails(inside("worker", "sums.py:pipeline", "--temporal", "127.0.0.1:1"), 3, "no Temporal server answers")
     fails(inside(*run, "--temporal", "localhost"), 2, "give HOST:PORT")
     fails(
-        inside(*run, "--temporal", server.address, "--namespace", "nowhere"),
+        inside(*run, "--temporal", temporal_server.address, "--namespace", "nowhere"),
         4,
         "no such namespace",
         "--namespace",
     )
     for command in (("show",), ("cancel",)):
-        fails(inside(*command, "absent", "--temporal", server.address), 4, "no run", "stroma runs --temporal")
+        fails(
+            inside(*command, "absent", "--temporal", temporal_server.address),
+            4,
+            "no run",
+            "stroma runs --temporal",
+        )
 
 
-def test_variables_of_temporal(inside: Any, fails: Any, server: TemporalServer) -> None:
+def test_variables_of_temporal(inside: Any, fails: Any, temporal_server: TemporalServer) -> None:
     """They say how to get in, never that a run is to be elsewhere: that is for the command to say."""
     run = ("run", "sums.py:pipeline", GOOD)
-    nowhere = {"TEMPORAL_NAMESPACE": "nowhere", "TEMPORAL_ADDRESS": server.address}
-    fails(inside(*run, "--temporal", server.address, env=nowhere), 4, "no such namespace")
+    nowhere = {"TEMPORAL_NAMESPACE": "nowhere", "TEMPORAL_ADDRESS": temporal_server.address}
+    fails(inside(*run, "--temporal", temporal_server.address, env=nowhere), 4, "no such namespace")
     fails(inside("worker", "sums.py:pipeline", env=nowhere), 4, "no such namespace")
     assert inside(*run, "--db", "x.db", env=nowhere).code == 0
     missing = {"TEMPORAL_CONFIG_FILE": "/nowhere/temporal.toml"}

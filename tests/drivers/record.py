@@ -17,20 +17,9 @@ from typing import Any
 
 from temporalio.client import Client
 from tests.drivers.conftest import TemporalDriver, connect
-from tests.drivers.scenarios import (
-    AT_ONCE,
-    Left,
-    Num,
-    Right,
-    Texts,
-    counted,
-    failing,
-    half,
-    joined,
-    lengths,
-    sleeping,
-)
+from tests.drivers.scenarios import Left, Right, Texts, counted, failing, half, joined, lengths, sleeping
 from tests.drivers.test_running import asking
+from tests.kit import THRICE, Num
 from tests.servers_temporal import TemporalServer
 
 from stroma import RunStatus, map_over, parallel
@@ -42,7 +31,7 @@ HISTORIES = pathlib.Path(__file__).parent / "histories"
 async def retries(driver: TemporalDriver) -> None:
     calls: list[str] = []
     nodes = [failing(calls, "a", TimeoutError("slow"), ValueError("odd")), counted(calls, "b")]
-    async with driver.bind(nodes, policy_map=AT_ONCE) as bound:
+    async with driver.bind(nodes, policy_map=THRICE) as bound:
         assert (await bound.run(Num(), run_id="retries")).status is RunStatus.COMPLETED
 
 

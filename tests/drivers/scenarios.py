@@ -8,28 +8,20 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pydantic import BaseModel, Field
+from tests.kit import NEVER, THRICE, Num, node
 
 from stroma import (
     ExecutionBudget,
     FailureClass,
     FailurePolicy,
     FallbackPolicy,
-    NodeContract,
     RunStatus,
     current_node,
     map_over,
     parallel,
-    stroma_node,
 )
 from stroma.prices import KNOWN_MODELS
 from stroma.trace import ExecutionResult, TraceEvent
-
-AT_ONCE = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
-NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
-
-
-class Num(BaseModel):
-    n: int = 0
 
 
 class Positive(BaseModel):
@@ -60,13 +52,6 @@ class Length(BaseModel):
 class Lengths(BaseModel):
     texts: list[str]
     lengths: list[Length]
-
-
-def node(node_id: str, func: Any, given: type[BaseModel] = Num, promised: type[BaseModel] = Num) -> Any:
-    contract: NodeContract[Any, Any] = NodeContract(
-        node_id=node_id, input_schema=given, output_schema=promised
-    )
-    return stroma_node(node_id, contract)(func)
 
 
 @dataclass
@@ -192,12 +177,12 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "no nodes": Scenario(lambda calls: [], RunStatus.COMPLETED, [], {"n": 0}),
     "bad input": Scenario(
-        lambda calls: [counted(calls, "a", given=Positive)],
+        lambda calls: [counted(calls, "a", input=Positive)],
         RunStatus.FAILED, [], {"n": 0},
         failure=(FailureClass.TERMINAL, "ContractViolation"),
     ),
     "bad input half-way": Scenario(
-        lambda calls: [counted(calls, "a", -1), counted(calls, "b", given=Positive)],
+        lambda calls: [counted(calls, "a", -1), counted(calls, "b", input=Positive)],
         RunStatus.FAILED, ["a"], {"n": -1},
         failure=(FailureClass.TERMINAL, "ContractViolation"),
     ),
@@ -209,21 +194,21 @@ SCENARIOS: dict[str, Scenario] = {
     "a repaired output": Scenario(
         lambda calls: [giving(calls, "a", {"n": "many"}, {"n": "some"}, {"n": 7})],
         RunStatus.COMPLETED, ["a", "a", "a"], {"n": 7},
-        config={"contract_retries": {"a": 2}, "policy_map": AT_ONCE},
+        config={"contract_retries": {"a": 2}, "policy_map": THRICE},
     ),
     "an output that is not mended": Scenario(
         lambda calls: [giving(calls, "a", {"n": "many"}, {"n": "some"}, {"n": 7})],
         RunStatus.FAILED, ["a", "a"], {"n": 0},
-        config={"contract_retries": {"a": 1}, "policy_map": AT_ONCE},
+        config={"contract_retries": {"a": 1}, "policy_map": THRICE},
         failure=(FailureClass.TERMINAL, "ContractViolation"),
     ),
     "a retry": Scenario(
         lambda calls: [failing(calls, "a", TimeoutError("slow"), ValueError("odd"))],
-        RunStatus.COMPLETED, ["a", "a", "a"], {"n": 1}, config={"policy_map": AT_ONCE},
+        RunStatus.COMPLETED, ["a", "a", "a"], {"n": 1}, config={"policy_map": THRICE},
     ),
     "retries used up": Scenario(
         lambda calls: [failing(calls, "a", *[ValueError("odd")] * 9), counted(calls, "b")],
-        RunStatus.PARTIAL, ["a"] * 4, {"n": 0}, config={"policy_map": AT_ONCE},
+        RunStatus.PARTIAL, ["a"] * 4, {"n": 0}, config={"policy_map": THRICE},
         failure=(FailureClass.AMBIGUOUS, "ValueError"),
     ),
     "one count for all classes": Scenario(
@@ -238,7 +223,7 @@ SCENARIOS: dict[str, Scenario] = {
     "a policy of its own": Scenario(
         lambda calls: [failing(calls, "a", *[ValueError("odd")] * 9)],
         RunStatus.PARTIAL, ["a"] * 2, {"n": 0},
-        config={"policy_map": AT_ONCE, "node_policies": {
+        config={"policy_map": THRICE, "node_policies": {
             "a": {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}
         }},
         failure=(FailureClass.AMBIGUOUS, "ValueError"),
@@ -246,7 +231,7 @@ SCENARIOS: dict[str, Scenario] = {
     "a custom class": Scenario(
         lambda calls: [failing(calls, "a", ValueError("odd"))],
         RunStatus.FAILED, ["a"], {"n": 0},
-        config={"policy_map": AT_ONCE, "classifiers": [lambda error, context: FailureClass.TERMINAL]},
+        config={"policy_map": THRICE, "classifiers": [lambda error, context: FailureClass.TERMINAL]},
         failure=(FailureClass.TERMINAL, "ValueError"),
     ),
     "tokens and their price": Scenario(
@@ -265,13 +250,13 @@ SCENARIOS: dict[str, Scenario] = {
     "over the limit in an attempt": Scenario(
         lambda calls: [spending(calls, "a", 60), spending(calls, "b", 41), counted(calls, "c")],
         RunStatus.PARTIAL, ["a", "b"], {"n": 2}, tokens=101,
-        config={"budget": ExecutionBudget(max_tokens_total=100), "policy_map": AT_ONCE},
+        config={"budget": ExecutionBudget(max_tokens_total=100), "policy_map": THRICE},
         failure=(FailureClass.RECOVERABLE, "BudgetExceeded"),
     ),
     "what failed attempts spend": Scenario(
         lambda calls: [failing(calls, "a", TimeoutError("slow"), TimeoutError("slow"), tokens=60)],
         RunStatus.PARTIAL, ["a", "a"], {"n": 0}, tokens=120,
-        config={"budget": ExecutionBudget(max_tokens_total=100), "policy_map": AT_ONCE},
+        config={"budget": ExecutionBudget(max_tokens_total=100), "policy_map": THRICE},
         failure=(FailureClass.RECOVERABLE, "TimeoutError"),
     ),
     "a fallback model": Scenario(
@@ -322,7 +307,7 @@ SCENARIOS: dict[str, Scenario] = {
             parallel(half(calls, "l", "left", Left), flaky_half(calls, "r"), max_concurrency=1), joined(calls),
         ],
         RunStatus.COMPLETED, ["join", "l", "r", "r"], {"n": 2},
-        config={"policy_map": NEVER, "node_policies": {"parallel(l, r)": AT_ONCE}},
+        config={"policy_map": NEVER, "node_policies": {"parallel(l, r)": THRICE}},
     ),
     "a child over the limit": Scenario(
         lambda calls: [

@@ -10,10 +10,7 @@ import pytest
 from pydantic import BaseModel
 from tests.drivers.conftest import LocalDriver
 from tests.drivers.scenarios import (
-    AT_ONCE,
-    NEVER,
     Left,
-    Num,
     Positive,
     Right,
     Texts,
@@ -21,10 +18,10 @@ from tests.drivers.scenarios import (
     failing,
     half,
     joined,
-    node,
     result_told,
     spending,
 )
+from tests.kit import NEVER, THRICE, Num, node
 
 from stroma import (
     ContractViolation,
@@ -105,7 +102,7 @@ async def test_hooks_are_told_the_same_in_the_same_order(driver: Any) -> None:
             spending(calls, "d", 85),
         ]
         budget = ExecutionBudget(max_tokens_total=100)
-        async with one.bind(nodes, policy_map=AT_ONCE, hooks=watching(told), budget=budget) as bound:
+        async with one.bind(nodes, policy_map=THRICE, hooks=watching(told), budget=budget) as bound:
             result = await bound.run(Num())
         assert result.status is RunStatus.COMPLETED
         heard.append(told)
@@ -149,7 +146,7 @@ async def test_bad_input_fires_the_failure_hook_and_no_start(driver: Any) -> Non
     """A trace event and the failure hook, no start hook, and no exception out of run()."""
     calls: list[str] = []
     told: list[Any] = []
-    async with driver.bind([counted(calls, "a", given=Positive)], hooks=watching(told)) as bound:
+    async with driver.bind([counted(calls, "a", input=Positive)], hooks=watching(told)) as bound:
         result = await bound.run(Num())
     assert (result.status, calls) == (RunStatus.FAILED, [])
     assert [(event.node_id, event.outcome, event.input_state) for event in result.trace] == [
@@ -432,7 +429,7 @@ async def test_a_node_knows_where_it_is(driver: Any, run_id: str) -> None:
         return {"n": state.n + 1}
 
     nodes = [node("a", func), parallel(node("a", func))]
-    async with driver.bind(nodes, policy_map=AT_ONCE) as bound:
+    async with driver.bind(nodes, policy_map=THRICE) as bound:
         await bound.run(Num(), run_id=run_id)
         await bound.run(Num(), run_id=run_id)
     expected = [
@@ -449,7 +446,7 @@ async def test_a_node_knows_where_it_is(driver: Any, run_id: str) -> None:
 async def test_a_stream_ends_with_the_result(driver: Any) -> None:
     """Each attempt's end in order, and at last the result that run() gives."""
     calls: list[str] = []
-    async with driver.bind([failing(calls, "a", TimeoutError("slow")), counted(calls, "b")], policy_map=AT_ONCE) as bound:  # fmt: skip
+    async with driver.bind([failing(calls, "a", TimeoutError("slow")), counted(calls, "b")], policy_map=THRICE) as bound:  # fmt: skip
         events = [event async for event in bound.runner.stream(bound.pipeline, Num())]
     ends = [(e.kind, e.node_id, e.attempt) for e in events if e.event is not None]
     assert ends == [("node_failure", "a", 1), ("node_success", "a", 2), ("node_success", "b", 1)]

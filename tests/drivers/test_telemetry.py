@@ -5,8 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from tests.drivers.scenarios import AT_ONCE, NEVER, Left, Num, Right, counted, failing, half, node, spending
+from tests.drivers.scenarios import Left, Right, counted, failing, half, spending
 from tests.drivers.seam import SeamDriver
+from tests.kit import NEVER, THRICE, Num, node
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import RunStatus, parallel
@@ -25,7 +26,7 @@ class TestPrometheus:
 
         registry = CollectorRegistry()
         nodes = [spending([], "a", 10, "gpt-4o-mini"), failing([], "b", TimeoutError("slow"), tokens=5)]
-        async with SeamDriver().bind(nodes, hooks=prometheus_hooks(registry=registry), policy_map=AT_ONCE) as bound:  # fmt: skip
+        async with SeamDriver().bind(nodes, hooks=prometheus_hooks(registry=registry), policy_map=THRICE) as bound:  # fmt: skip
             result = await bound.run(Num())
         assert result.status is RunStatus.COMPLETED
 
@@ -81,7 +82,7 @@ class TestSentry:
                 parallel(failing([], "b", *[Odd("no")] * 9), counted([], "c")),
             ]
             async with driver.bind(
-                nodes, hooks=sentry_hooks(client=sentry.client), policy_map=AT_ONCE
+                nodes, hooks=sentry_hooks(client=sentry.client), policy_map=THRICE
             ) as bound:
                 result = await bound.run(Num(), run_id="run")
             assert result.status is RunStatus.PARTIAL
@@ -150,7 +151,7 @@ class TestDatadog:
                 parallel(half([], "l", "left", Left), half([], "r", "right", Right)),
             ]
             hooks = datadog_hooks(tracer=tracer, statsd=statsd)
-            async with SeamDriver().bind(nodes, hooks=hooks, policy_map=AT_ONCE) as bound:
+            async with SeamDriver().bind(nodes, hooks=hooks, policy_map=THRICE) as bound:
                 result = await bound.run(Num(), traceparent=GIVEN)
         finally:
             tracer.configure(trace_processors=[])

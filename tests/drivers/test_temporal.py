@@ -21,21 +21,9 @@ from temporalio.converter import DataConverter, PayloadCodec
 from temporalio.worker import Replayer
 from tests.drivers import worker_helper
 from tests.drivers.conftest import TemporalDriver, connect
-from tests.drivers.scenarios import (
-    AT_ONCE,
-    NEVER,
-    Left,
-    Num,
-    Right,
-    Texts,
-    counted,
-    failing,
-    half,
-    joined,
-    lengths,
-    node,
-)
+from tests.drivers.scenarios import Left, Right, Texts, counted, failing, half, joined, lengths
 from tests.drivers.test_running import asking
+from tests.kit import NEVER, THRICE, Num, node
 from tests.servers_temporal import TemporalServer
 
 from stroma import (
@@ -100,7 +88,7 @@ async def test_a_large_output_executes_its_node_once(
 async def test_a_large_output_without_a_payload_store_is_refused_once(temporal: TemporalDriver) -> None:
     """The node is not called again; the failure names what to give."""
     calls: list[str] = []
-    async with temporal.bind([large(calls, 3_000_000), measured(calls)], policy_map=AT_ONCE) as bound:
+    async with temporal.bind([large(calls, 3_000_000), measured(calls)], policy_map=THRICE) as bound:
         result = await bound.run(Num())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["large"])
     assert result.failure is not None
@@ -129,7 +117,7 @@ async def test_many_states_of_some_size_fit_or_are_refused_once(temporal: Tempor
         return node(node_id, func, Blob, Blob)
 
     nodes = [grows(f"n{number}") for number in range(30)]
-    async with temporal.bind(nodes, policy_map=AT_ONCE) as bound:
+    async with temporal.bind(nodes, policy_map=THRICE) as bound:
         result = await bound.run(Blob(text=""))
     assert result.status is RunStatus.PARTIAL
     assert result.failure is not None
@@ -205,7 +193,7 @@ async def test_another_contract_is_another_node(temporal: TemporalDriver) -> Non
         n: float = 0
 
     calls: list[str] = []
-    other = Pipeline("pipe", [counted(calls, "a", given=Other, promised=Other)])
+    other = Pipeline("pipe", [counted(calls, "a", input=Other, output=Other)])
     async with temporal.bind([counted(calls, "a")]) as bound:
         result = await asyncio.wait_for(bound.runner.run(other, Num()), 60)
     assert (result.status, calls) == (RunStatus.PARTIAL, [])
@@ -561,9 +549,9 @@ async def test_a_store_shows_runs_as_those_of_the_local_runner(
     run_id = uuid.uuid4().hex
     async with SQLiteStore(tmp_path / "mirror.db") as store, SQLiteStore(tmp_path / "local.db") as journal:
         temporal.worker_options["store"] = store
-        async with temporal.bind(nodes([]), policy_map=AT_ONCE) as bound:
+        async with temporal.bind(nodes([]), policy_map=THRICE) as bound:
             await bound.run(Num(), run_id=run_id)
-            runner = StromaRunner.quick(store=journal, policy_map=AT_ONCE)
+            runner = StromaRunner.quick(store=journal, policy_map=THRICE)
             local = Pipeline("pipe", nodes([]))
             await runner.run(local, Num(), run_id=run_id)
             assert shown(store, run_id) == shown(journal, run_id)

@@ -13,15 +13,14 @@ from pydantic import BaseModel
 from temporalio import workflow
 from temporalio.worker import Worker
 from tests.drivers.conftest import LocalDriver, TemporalDriver
-from tests.drivers.scenarios import AT_ONCE, NEVER, Left, Num, Right, Texts, counted, half, node
+from tests.drivers.scenarios import Left, Right, Texts, counted, half
 from tests.drivers.seam import Seam, SeamDriver
 from tests.drivers.test_running import Approval, asking, watching
+from tests.kit import NEVER, ONCE, THRICE, Num, Text, node
 
 from stroma import (
     CheckpointNotFound,
     ExecutionBudget,
-    FailureClass,
-    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -36,10 +35,6 @@ from stroma import (
     stroma_node,
 )
 from stroma.nodes import find_node
-
-
-class Text(BaseModel):
-    text: str
 
 
 def failing_once(node_id: str) -> Any:
@@ -64,7 +59,7 @@ async def test_a_retry_of_a_group_is_told_as_that_of_a_node() -> None:
     for driver in (SeamDriver(), LocalDriver()):
         told: list[Any] = []
         group = parallel(failing_once("l"), half([], "r", "right", Right))
-        policies = {find_node(group).node_id: {cls: FailurePolicy(max_retries=1, backoff_seconds=0) for cls in FailureClass}}  # fmt: skip
+        policies = {find_node(group).node_id: ONCE}  # fmt: skip
         async with driver.bind(
             [group], hooks=watching(told), policy_map=NEVER, node_policies=policies
         ) as bound:
@@ -304,7 +299,7 @@ async def test_an_attempt_that_takes_too_long_is_not_made_again(temporal: Tempor
         return {"n": 1}
 
     temporal.options |= {"attempt_seconds": 1.0, "deliveries": 5}
-    async with temporal.bind([node("a", func)], policy_map=AT_ONCE) as bound:
+    async with temporal.bind([node("a", func)], policy_map=THRICE) as bound:
         result = await bound.run(Num())
     assert (result.status, calls) == (RunStatus.PARTIAL, ["a"])
     assert result.failure is not None

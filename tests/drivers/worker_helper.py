@@ -13,7 +13,7 @@ import uuid
 from typing import Any
 
 from temporalio.client import Client
-from tests.drivers.scenarios import Num, node
+from tests.kit import Num, node
 
 from stroma import Pipeline
 from stroma.temporal import stroma_worker

@@ -10,6 +10,8 @@ from typing import Any
 
 import pytest
 
+pytest.register_assert_rewrite("tests.frameworks.contract")
+
 _HERE = pathlib.Path(__file__).parent
 _WANTED = os.environ.get("STROMA_TEST_FRAMEWORK")
 #: What ./dev has made an environment for; the others are not there, and nothing is skipped in silence.

@@ -10,7 +10,7 @@ from stroma import FailureClass, FailurePolicy, NodeHooks, StromaRunner, current
 from stroma.adapters import Guard
 from stroma.trace import ExecutionResult
 
-F = TypeVar("F", bound=Callable[..., Any])
+F = TypeVar("F")
 
 #: What each framework's tests show with its real release; tests/adapters/test_lines.py sees that none is missing.
 LINES = {
@@ -31,7 +31,7 @@ PAID = 5
 
 
 def holds(*lines: str) -> Callable[[F], F]:
-    """Says which of the lines a test holds."""
+    """Say which of the lines a test holds, or all tests of a class."""
     assert set(lines) <= LINES.keys(), lines
     return lambda test: test
 
@@ -48,6 +48,11 @@ def result_of(guard: Guard) -> ExecutionResult:
     assert guard.last is not None
     assert guard.last.result is not None
     return guard.last.result
+
+
+def lines_of(guard: Guard) -> list[str]:
+    """Return the trace of the last run of a guard as lines."""
+    return tree(result_of(guard))
 
 
 AT_ONCE = {

@@ -15,9 +15,10 @@ from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import BatchSpanProcessor
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
+from tests.kit import ONCE
 from tests.receivers.broken import BrokenBackend
 
-from stroma import FailureClass, FailurePolicy, RunStatus, StromaRunner, current_node
+from stroma import RunStatus, StromaRunner, current_node
 from stroma.context import ReliabilityContext
 from stroma.execution import NodeExecution
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
@@ -29,8 +30,7 @@ class State(BaseModel):
 
 
 def quick(hooks: Any) -> StromaRunner:
-    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-    return StromaRunner.quick(hooks=hooks, policy_map=policies)
+    return StromaRunner.quick(hooks=hooks, policy_map=ONCE)
 
 
 def flaky(runner: StromaRunner) -> Any:

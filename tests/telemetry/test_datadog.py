@@ -30,8 +30,7 @@ class State(BaseModel):
 async def main() -> None:
     content, statsd = sys.argv[1], sys.argv[2]
     hooks = datadog_hooks(service="letters", statsd=statsd, content=content)
-    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-    runner = StromaRunner.quick(hooks=hooks, policy_map=policies, pipeline="letters")
+    runner = StromaRunner.quick(hooks=hooks, policy_map=ONCE, pipeline="letters")
 
     @runner.node("flaky", input=State, output=State)
     async def flaky(state: State) -> Any:

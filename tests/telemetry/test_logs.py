@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import structlog
 from pydantic import BaseModel, SecretStr
+from tests.kit import ONCE
 
-from stroma import FailureClass, FailurePolicy, RunStatus, StromaRunner, current_node
+from stroma import RunStatus, StromaRunner, current_node
 from stroma.telemetry import DENY_KEYS, log_hooks
 from stroma.telemetry._content import Content
 
@@ -21,8 +22,7 @@ class State(BaseModel):
 
 
 def quick(hooks: Any, **options: Any) -> StromaRunner:
-    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-    return StromaRunner.quick(hooks=hooks, policy_map=policies, pipeline="letters", **options)
+    return StromaRunner.quick(hooks=hooks, policy_map=ONCE, pipeline="letters", **options)
 
 
 def flaky(runner: StromaRunner, failures: int = 1) -> Any:

@@ -21,6 +21,7 @@ from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcess
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 from pydantic import BaseModel, SecretStr
+from tests.kit import retry_policies
 from tests.receivers.otlp import OtlpReceiver
 
 from stroma import (
@@ -121,7 +122,7 @@ def seen() -> Iterator[Seen]:
 
 
 def quick(hooks: Any, *, retries: int = 1, **config: Any) -> StromaRunner:
-    policies = {kind: FailurePolicy(max_retries=retries, backoff_seconds=0) for kind in FailureClass}
+    policies = retry_policies(retries)
     return StromaRunner.quick(hooks=hooks, policy_map=config.pop("policy_map", policies), **config)
 
 

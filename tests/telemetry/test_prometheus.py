@@ -13,12 +13,11 @@ from typing import Any
 import pytest
 from prometheus_client import CollectorRegistry, generate_latest
 from pydantic import BaseModel
+from tests.kit import TWICE
 from tests.receivers.prometheus import SharedPrometheus, check_metrics
 
 from stroma import (
     ExecutionBudget,
-    FailureClass,
-    FailurePolicy,
     NodeHooks,
     RunStatus,
     StromaRunner,
@@ -35,9 +34,8 @@ class State(BaseModel):
 
 
 def quick(registry: CollectorRegistry, **config: Any) -> StromaRunner:
-    policies = {kind: FailurePolicy(max_retries=2, backoff_seconds=0) for kind in FailureClass}
     config.setdefault("hooks", prometheus_hooks(registry=registry))
-    return StromaRunner.quick(policy_map=policies, **config)
+    return StromaRunner.quick(policy_map=TWICE, **config)
 
 
 def node(runner: StromaRunner, name: str, *, failures: int = 0, tokens: int = 100) -> Any:

@@ -14,9 +14,10 @@ from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from prometheus_client import CollectorRegistry
 from pydantic import BaseModel
+from tests.kit import ONCE
 from tests.receivers.sentry import RecordedSentry
 
-from stroma import FailureClass, FailurePolicy, NodeHooks, RunStatus, SQLiteStore, StromaRunner, current_node
+from stroma import NodeHooks, RunStatus, SQLiteStore, StromaRunner, current_node
 from stroma.telemetry import otel_hooks, prometheus_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]
@@ -31,10 +32,9 @@ async def die(*_: Any) -> None:
 
 
 def run(path: pathlib.Path, hooks: Any) -> Any:
-    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
     store = SQLiteStore(path / "runs.db")
     runner = StromaRunner.quick(
-        store=store, hooks=hooks, policy_map=policies, hook_delivery="at_least_once", resume=True
+        store=store, hooks=hooks, policy_map=ONCE, hook_delivery="at_least_once", resume=True
     )
 
     @runner.node("flaky", input=State, output=State)

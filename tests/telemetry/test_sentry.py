@@ -9,12 +9,11 @@ from typing import Any
 import pytest
 import sentry_sdk
 from pydantic import BaseModel, SecretStr
+from tests.kit import ONCE, retry_policies
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import (
     ExecutionBudget,
-    FailureClass,
-    FailurePolicy,
     NodeHooks,
     Pipeline,
     ReliabilityContext,
@@ -41,7 +40,7 @@ class QuotaError(Exception):
 
 def quick(sentry: RecordedSentry, *, retries: int = 1, extra: Any = (), **options: Any) -> StromaRunner:
     content = {name: options.pop(name) for name in ("content", "deny_keys", "max_bytes") if name in options}
-    policies = {kind: FailurePolicy(max_retries=retries, backoff_seconds=0) for kind in FailureClass}
+    policies = retry_policies(retries)
     hooks = [sentry_hooks(client=sentry.client, **content), *extra]
     return StromaRunner.quick(hooks=hooks, policy_map=policies, **options)
 
@@ -286,8 +285,7 @@ async def test_beside_log_hooks_there_is_one_issue(name: str, logs_first: bool) 
     with RecordedSentry(integrations=integrations) as sentry, sentry_sdk.new_scope() as scope:
         scope.set_client(sentry.client)
         sets = [sentry_hooks(client=sentry.client), log_hooks(logging.getLogger(name))]
-        policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
-        runner = StromaRunner.quick(hooks=reversed(sets) if logs_first else sets, policy_map=policies)
+        runner = StromaRunner.quick(hooks=reversed(sets) if logs_first else sets, policy_map=ONCE)
         for _ in range(3):
             await runner.run([node(runner, "bad", ValueError)], State())
         assert [event["fingerprint"][0] for event in sentry.transport.events] == ["stroma"] * 3

@@ -5,32 +5,24 @@ import sys
 import textwrap
 
 import pytest
+from tests.fixtures import store_fixture
 from tests.servers import environment
 from tests.testing.pipelines import Number, counted, patient
 
 from stroma import (
-    AsyncInMemoryStore,
     CheckpointManager,
     ContractRegistry,
     NodeHooks,
     ReliabilityContext,
     RunConfig,
     RunStatus,
-    SQLiteStore,
     StromaRunner,
     execute_step,
     parallel,
 )
 from stroma.testing import POINTS, Crashed, FaultPlan, crash_at
 
-
-@pytest.fixture(params=["memory", "sqlite"])
-async def store(request, tmp_path):
-    if request.param == "memory":
-        yield AsyncInMemoryStore()
-    else:
-        async with SQLiteStore(tmp_path / "x.db") as store:
-            yield store
+store = store_fixture("async-memory", "sqlite")
 
 
 #: What is called before and after a death at each point of the second of three nodes.

@@ -4,6 +4,7 @@ import json
 
 import pytest
 from pydantic import BaseModel, Field
+from tests.fixtures import store_fixture
 from tests.testing.pipelines import Number, add_one, double, make, patient
 
 from stroma import (
@@ -15,7 +16,6 @@ from stroma import (
     Pipeline,
     RunConfig,
     RunStatus,
-    SQLiteStore,
     StromaRunner,
     Suspend,
     map_over,
@@ -85,13 +85,7 @@ def nodes(calls):
 ORDER = Order(items=[Item(n=1), Item(n=2)])
 
 
-@pytest.fixture(params=["memory", "sqlite"])
-async def store(request, tmp_path):
-    if request.param == "memory":
-        yield AsyncInMemoryStore()
-    else:
-        async with SQLiteStore(tmp_path / "x.db") as store:
-            yield store
+store = store_fixture("async-memory", "sqlite")
 
 
 async def record(store, nodes, state=ORDER, *, faults=None, **config):

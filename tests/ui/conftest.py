@@ -16,6 +16,8 @@ from urllib.parse import urlencode
 import pytest
 import uvicorn
 from pydantic import BaseModel
+from tests.browser import Browser, find_chromium
+from tests.page_tools import missing
 
 from stroma import (
     FailurePolicy,
@@ -181,3 +183,14 @@ def site(store: SQLiteStore, serve: Callable[..., Site]) -> Site:
     """A site with a run that completed and one that failed."""
     make_runs(store, ("good", GOOD), ("bad", BAD), tags=("nightly", SCRIPT[:40]))
     return serve(store, pipeline="flows")
+
+
+@pytest.fixture(scope="module")
+def chromium() -> Iterator[Browser]:
+    """A browser; where there is none, the tests that ask for it are skipped."""
+    program = find_chromium()
+    if program is None:
+        missing("there is no Chromium here; name it with CHROMIUM=")
+    assert program is not None
+    with Browser(program) as browser:
+        yield browser

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from tests.browser import Browser, find_chromium
-from tests.page_tools import missing
+from tests.browser import Browser
 from tests.ui.conftest import GOOD, SCRIPT, Site, make_runs
 from tests.ui.test_large_run import make_large_run
 from tests.ui.test_security import attempts_of
@@ -16,16 +14,6 @@ from tests.ui.test_security import attempts_of
 from stroma import Pipeline, SQLiteStore
 
 SIZES = [(400, 800), (1280, 900), (2560, 1440)]
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        missing("there is no Chromium here; name it with CHROMIUM=")
-    assert program is not None
-    with Browser(program) as browser:
-        yield browser
 
 
 @pytest.fixture

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.browser import Browser, find_chromium
+from tests.browser import Browser
 from tests.page_tools import AXE, missing, page_tools, validate
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 from tests.ui.test_security import attempts_of
@@ -28,16 +27,6 @@ def home() -> Path:
         missing("npm cannot install axe-core and html-validate here")
     assert found is not None
     return found
-
-
-@pytest.fixture(scope="module")
-def chromium() -> Iterator[Browser]:
-    program = find_chromium()
-    if program is None:
-        missing("there is no Chromium here; name it with CHROMIUM=")
-    assert program is not None
-    with Browser(program) as browser:
-        yield browser
 
 
 async def _asks(state: Any) -> Any:

@@ -42,7 +42,8 @@ def attach(target: Any, guard: Guard, contracts: Contracts | None = None) -> Any
         tools = [tool for agent in target.agents for tool in agent.tools or ()]
         found = guard.contracts(contracts, [tool.name for tool in tools], "tool")
         for agent in target.agents:
-            for llm in (agent.llm, agent.function_calling_llm):
+            # By its values: newer releases deprecate the attribute, and will not have it.
+            for llm in (agent.llm, vars(agent).get("function_calling_llm")):
                 if isinstance(llm, BaseLLM):
                     guard_llm(llm, guard)
         for tool in tools:

@@ -16,39 +16,26 @@ from claude_agent_sdk import (
     query,
     tool,
 )
-from pydantic import BaseModel
 from tests.frameworks.claude_agent_sdk.fakes import Script
-from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
+from tests.frameworks.contract import FrameworkContract, weather
+from tests.frameworks.kit import guard_of, holds, lines_of, result_of
 
-from stroma import (
-    BudgetExceeded,
-    ContractViolation,
-    ExecutionBudget,
-    FailureClass,
-    RunStatus,
-    SQLiteStore,
-)
-from stroma.adapters import Guard, UnknownNode
+from stroma import BudgetExceeded, ExecutionBudget, RunStatus
+from stroma.adapters import Guard
 from stroma.adapters.claude_agent_sdk import guarded_query, guarded_tools
 
-CALL = ("weather", {"city": "Oslo"})
+
+def tool_of(func: Any = weather) -> Any:
+    @tool("weather", "The weather of a city.", {"city": str})
+    async def made(arguments: dict[str, Any]) -> dict[str, Any]:
+        return {"content": [{"type": "text", "text": json.dumps(func(**arguments))}]}
+
+    return made
 
 
-class City(BaseModel):
-    city: str
-
-
-class Weather(BaseModel):
-    celsius: int
-
-
-@tool("weather", "The weather of a city.", {"city": str})
-async def weather(arguments: dict[str, Any]) -> dict[str, Any]:
-    return {"content": [{"type": "text", "text": json.dumps({"celsius": len(arguments["city"])})}]}
-
-
-def ask(script: Any, guard: Guard | None = None, tools: Any = (weather,), contracts: Any = None) -> list[Any]:
-    """The messages of a query."""
+def ask(script: Any, guard: Guard | None = None, tools: Any = None, contracts: Any = None) -> list[Any]:
+    """Return the messages of a query."""
+    tools = [tool_of()] if tools is None else tools
     own = list(tools) if guard is None else guarded_tools(guard, list(tools), contracts)
     options = ClaudeAgentOptions(mcp_servers={"own": create_sdk_mcp_server("own", tools=own)})
     call: Any = query if guard is None else guarded_query(guard)
@@ -59,71 +46,70 @@ def ask(script: Any, guard: Guard | None = None, tools: Any = (weather,), contra
     return asyncio.run(main())
 
 
-def lines_of(guard: Guard) -> list[str]:
-    assert guard.last is not None
-    assert guard.last.result is not None
-    return tree(guard.last.result)
+class TestClaudeAgentSDK(FrameworkContract):
+    """Its model is asked by another program: the whole query is one step, and its tokens are known when it ends."""
 
+    KINDS = ("query",)
+    STEPS = ("query success 10", "  weather success")
+    TOKENS = 10
+    MODEL = None
 
-@holds("same answer")
-def test_a_query_gives_the_same_messages_with_and_without_the_guard() -> None:
-    plain, guarded, guard = Script(CALL, "It is 4 C"), Script(CALL, "It is 4 C"), guard_of()
-    expected, got = ask(plain), ask(guarded, guard, contracts={"weather": (City, Weather)})
-    assert got == expected
-    assert [type(message) for message in got] == [AssistantMessage, ResultMessage]
-    assert guarded.told == plain.told
-    assert lines_of(guard) == ["query success 10", "  weather success"]
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert guard.last.result.status is RunStatus.COMPLETED
-    assert guard.last.result.total_cost_usd > 0
+    def script(self, *answers: Any, break_after: int | None = None) -> Script:
+        return Script(*answers)
 
+    def program(self, script: Script, guard: Any = None, contracts: Any = None, tool: Any = weather) -> Any:
+        return script, [tool_of(tool)], contracts
 
-@holds("violations")
-def test_violations_are_caught_at_their_tool() -> None:
-    """G1: the SDK tells the model of what a tool raises; the query ends with it all the same."""
+    def call(self, program: Any, kind: str, guard: Any = None) -> Any:
+        script, tools, contracts = program
+        *answers, ended = ask(script, guard, tools, contracts)
+        assert isinstance(ended, ResultMessage)
+        (answer,) = answers
+        assert isinstance(answer, AssistantMessage)
+        (block,) = answer.content
+        return block.text  # type: ignore[union-attr]
 
-    class Narrow(BaseModel):
-        city: int
+    def requests(self, script: Script) -> list[Any]:
+        return script.told
 
-    class Strict(BaseModel):
-        celsius: str
+    #: Tested below: the requests of the model are not seen.
+    test_a_transient_failure_of_the_model_is_retried = None
+    test_a_terminal_failure_of_the_model_is_not_retried = None
 
-    for contract, direction in (((Narrow, Weather), "input"), ((City, Strict), "output")):
-        guard = guard_of()
-        with pytest.raises(ContractViolation) as caught:
-            ask(Script(CALL, "It is 4 C"), guard, contracts={"weather": contract})
-        assert (caught.value.node_id, caught.value.direction) == ("weather", direction)
-        assert guard.stopped is not None
-        assert guard.stopped.exception is caught.value
+    @holds("budget")
+    def test_the_budget_stops_the_program_to_the_token(self, metered: str) -> None:
+        """The query after the one that crosses the limit is refused, and nothing is started for it."""
+        guard = guard_of(budget=ExecutionBudget(max_tokens_total=15))
+        second, third = Script("two"), Script("three")
 
+        async def main() -> None:
+            async with guard.run():
+                for script in (Script("one"), second, third):
+                    async for _ in guarded_query(guard)(prompt="x", transport=script):
+                        pass
 
-@holds("retries", "failed attempts")
-def test_transient_failures_of_tools_are_retried_and_terminal_ones_are_not() -> None:
-    errors: list[Exception] = [TimeoutError(), TimeoutError()]
-    calls: list[int] = []
+        with pytest.raises(BudgetExceeded) as caught:
+            asyncio.run(main())
+        assert (caught.value.actual, caught.value.limit) == (20, 15)
+        assert third.script == ["three"]
+        assert (result_of(guard).total_tokens, result_of(guard).status) == (20, RunStatus.PARTIAL)
+        assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
 
-    @tool("flaky", "Fails twice.", {})
-    async def flaky(arguments: dict[str, Any]) -> dict[str, Any]:
-        calls.append(1)
-        pay()
-        if errors:
-            raise errors.pop()
-        return {"content": [{"type": "text", "text": "fine"}]}
+    @holds("streams")
+    def test_a_stream_is_not_retried_after_its_first_part(self) -> None:
+        """A message is a part."""
+        seen: list[Any] = []
+        script, guard = Script("one", ConnectionError("lost"), "two"), guard_of()
 
-    guard = guard_of()
-    ask(Script(("flaky", {}), "done"), guard, [flaky])
-    assert len(calls) == 3
-    assert lines_of(guard) == [
-        "query success 10",
-        *[f"  flaky failure {PAID}"] * 2,
-        f"  flaky success {PAID}",
-    ]
-    assert result_of(guard).total_tokens == 10 + 3 * PAID
-    errors.append(PermissionError("no"))
-    calls.clear()
-    ask(Script(("flaky", {}), "done"), guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL]), [flaky])
-    assert len(calls) == 1
+        async def main() -> None:
+            async for message in guarded_query(guard)(prompt="x", transport=script):
+                seen.append(message)
+
+        with pytest.raises(Exception, match="lost"):
+            asyncio.run(main())
+        assert [type(message) for message in seen] == [AssistantMessage]
+        assert script.script == ["two"]
+        assert lines_of(guard) == ["query failure"]
 
 
 def test_a_query_that_cannot_begin_is_retried_as_its_class_says() -> None:
@@ -132,74 +118,6 @@ def test_a_query_that_cannot_begin_is_retried_as_its_class_says() -> None:
     with pytest.raises(ConnectionError):
         ask(Script(fails=ConnectionError("gone")), guard)
     assert lines_of(guard) == ["query failure"] * 3
-
-
-@holds("budget")
-def test_the_budget_stops_further_queries_to_the_token() -> None:
-    """A query's tokens are known when it ends: the next one is refused, and nothing is started for it."""
-    guard = guard_of(budget=ExecutionBudget(max_tokens_total=15))
-    second, third = Script("two"), Script("three")
-
-    async def main() -> None:
-        async with guard.run():
-            for script in (Script("one"), second, third):
-                async for _ in guarded_query(guard)(prompt="x", transport=script):
-                    pass
-
-    with pytest.raises(BudgetExceeded) as caught:
-        asyncio.run(main())
-    assert (caught.value.actual, caught.value.limit) == (20, 15)
-    assert third.script == ["three"]
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert (guard.last.result.total_tokens, guard.last.result.status) == (20, RunStatus.PARTIAL)
-    assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
-
-
-@holds("hooks")
-def test_hooks_fire_in_order_with_the_right_parents() -> None:
-    seen = Seen()
-    ask(Script(CALL, "It is 4 C"), guard_of(seen))
-    assert seen.lines == [
-        "run start",
-        "start query",
-        "start weather < query",
-        "success weather < query",
-        "success query",
-        "run end COMPLETED",
-    ]
-
-
-@holds("unknown")
-def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
-    with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
-        guarded_tools(guard_of(), [weather], {"wether": (City, Weather)})
-
-
-@holds("journal")
-def test_a_query_is_a_run_in_the_journal(tmp_path: Any) -> None:
-    with SQLiteStore(tmp_path / "runs.db") as store:
-        ask(Script(CALL, "done"), guard_of(store=store))
-        (record,) = store.list_runs()
-        assert (record.status, record.tokens) == ("COMPLETED", 10)
-        assert [a.node_id for a in store.attempts(record.run_id)] == ["query", "weather"]
-
-
-@holds("streams")
-def test_a_query_is_not_retried_after_its_first_message() -> None:
-    seen: list[Any] = []
-    script = Script("one", ConnectionError("lost"), "two")
-
-    async def main() -> None:
-        async for message in guarded_query(guard)(prompt="x", transport=script):
-            seen.append(message)
-
-    guard = guard_of()
-    with pytest.raises(Exception, match="lost"):
-        asyncio.run(main())
-    assert [type(message) for message in seen] == [AssistantMessage]
-    assert script.script == ["two"]
-    assert lines_of(guard) == ["query failure"]
 
 
 @tool("refuses", "Says no, in the SDK's own way.", {})

@@ -80,7 +80,8 @@ def test_the_suite_is_not_empty() -> None:
 
 async def test_the_same_id_again_gives_what_it_came_to(cluster: Cluster) -> None:
     """A workflow id is used once: the second run() attaches, and calls nothing."""
-    from tests.drivers.scenarios import Num, counted
+    from tests.drivers.scenarios import counted
+    from tests.kit import Num
 
     calls: list[str] = []
     async with DbosDriver(cluster).bind([counted(calls, "a")]) as bound:
@@ -94,7 +95,8 @@ async def test_the_same_id_again_gives_what_it_came_to(cluster: Cluster) -> None
 PROGRAM = """
 import asyncio, os, signal, sys
 from tests.drivers.dbos_ import Cluster, DbosRunner
-from tests.drivers.scenarios import Num, Texts, node, lengths
+from tests.drivers.scenarios import Texts, lengths
+from tests.kit import Num, node
 from stroma import Pipeline, RunConfig, parallel, map_over, current_node
 
 dsn, path, run_id, die = sys.argv[1:5]

@@ -16,30 +16,15 @@ from google.adk.tools.base_tool import BaseTool
 from google.adk.tools.base_toolset import BaseToolset
 from google.genai import types
 from pydantic import BaseModel, PrivateAttr
-from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
+from tests.frameworks.contract import CALL, City, FrameworkContract, Weather, weather
+from tests.frameworks.kit import guard_of, holds, lines_of
 
-from stroma import (
-    BudgetExceeded,
-    ContractViolation,
-    ExecutionBudget,
-    FailureClass,
-    RunStatus,
-    SQLiteStore,
-)
-from stroma.adapters import Guard, UnknownNode, what_stopped
+from stroma import ContractViolation
+from stroma.adapters import Guard, UnknownNode
 from stroma.adapters.google_adk import attach, each_run
 
 pytestmark = pytest.mark.filterwarnings("ignore")
 KINDS = ["run_async", "run"]
-CALL = ("weather", {"city": "Oslo"})
-
-
-class City(BaseModel):
-    city: str
-
-
-class Weather(BaseModel):
-    celsius: int
 
 
 class Script(BaseLlm):
@@ -81,11 +66,6 @@ def _content(part: types.Part) -> types.Content:
     return types.Content(role="model", parts=[part])
 
 
-def weather(city: str) -> dict[str, Any]:
-    """The weather of a city."""
-    return {"celsius": len(city)}
-
-
 def agent_of(script: Script, guard: Guard | None = None, tools: Any = (weather,), **options: Any) -> Any:
     contracts = options.pop("contracts", None)
     agent = LlmAgent(name="forecaster", model=script, tools=list(tools), **options)
@@ -93,18 +73,20 @@ def agent_of(script: Script, guard: Guard | None = None, tools: Any = (weather,)
 
 
 def ask(agent: Any, kind: str = "run_async", guard: Guard | None = None, seen: Any = None) -> str:
-    """The text of the last event that has one."""
+    """Return the text of the last event that has one; ``seen`` gets those of the parts of a stream."""
     runner = InMemoryRunner(agent, app_name="test")
     if guard is not None:
         assert each_run(each_run(runner, guard), guard) is runner
     session = asyncio.run(runner.session_service.create_session(app_name="test", user_id="u"))
     message = types.Content(role="user", parts=[types.Part(text="hello")])
     given: Any = {"user_id": "u", "session_id": session.id, "new_message": message}
-    texts = [] if seen is None else seen
+    texts: list[str] = []
 
     def note(event: Any) -> None:
         if event.content and event.content.parts and event.content.parts[0].text:
             texts.append(event.content.parts[0].text)
+            if seen is not None and event.partial:
+                seen.append(texts[-1])
 
     async def main() -> None:
         async for event in runner.run_async(**given):
@@ -126,89 +108,43 @@ def failed(agent: Any, kind: str, guard: Guard) -> BaseException:
     return guard.stopped.exception
 
 
-def lines_of(guard: Guard) -> list[str]:
-    assert guard.last is not None
-    assert guard.last.result is not None
-    return tree(guard.last.result)
+@holds("sync and async")
+class TestGoogleADK(FrameworkContract):
+    KINDS = KINDS
+    STEPS = ("model success 10", "weather success", "model success 10")
+
+    def script(self, *answers: Any, break_after: int | None = None) -> Script:
+        if break_after is None:
+            return Script.of(*answers)
+        first, *more = answers
+        return Script.of([*first.split()[:break_after], TimeoutError("lost")], *more)
+
+    def program(self, script: Script, guard: Any = None, contracts: Any = None, tool: Any = weather) -> Any:
+        return agent_of(script, guard, [tool], contracts=contracts)
+
+    def call(self, program: Any, kind: str, guard: Any = None) -> Any:
+        return ask(program, kind, guard)
+
+    def stopped(self, program: Any, kind: str, guard: Guard) -> BaseException:
+        return failed(program, kind, guard) if kind == "run" else super().stopped(program, kind, guard)
+
+    def stream(self, script: Script, guard: Guard, seen: list[str]) -> None:
+        script._answers = [each.split() if isinstance(each, str) else each for each in script._answers]
+        ask(agent_of(script, guard), "run_async", guard, seen)
+
+    def requests(self, script: Script) -> list[Any]:
+        return [request.config.tools for request in script._asked]
 
 
-@holds("same answer", "sync and async")
-@pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("make", [lambda func: func, FunctionTool], ids=["function", "FunctionTool"])
-def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str, make: Any) -> None:
+def test_a_function_tool_is_a_step_and_is_declared_as_it_was() -> None:
+    """A FunctionTool like the function that it is made of."""
     plain, guarded, guard = Script.of(CALL, "It is 4 C"), Script.of(CALL, "It is 4 C"), guard_of()
-    expected = ask(agent_of(plain, tools=[weather]), kind)
-    agent = agent_of(guarded, guard, [make(weather)], contracts={"weather": (City, Weather)})
-    assert ask(agent, kind, guard) == expected == "It is 4 C"
-    declared = [request.config.tools for request in (plain._asked[0], guarded._asked[0])]
-    assert declared[0] == declared[1]
+    ask(agent_of(plain, tools=[FunctionTool(weather)]))
+    ask(
+        agent_of(guarded, guard, [FunctionTool(weather)], contracts={"weather": (City, Weather)}), guard=guard
+    )
+    assert guarded._asked[0].config.tools == plain._asked[0].config.tools
     assert lines_of(guard) == ["model success 10", "weather success", "model success 10"]
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert guard.last.result.total_tokens == 20
-    assert guard.last.result.total_cost_usd > 0
-    assert guard.last.result.status is RunStatus.COMPLETED
-
-
-@holds("violations")
-@pytest.mark.parametrize("kind", KINDS)
-def test_violations_are_caught_at_their_tool(kind: str) -> None:
-    """G1."""
-
-    class Narrow(BaseModel):
-        city: int
-
-    class Strict(BaseModel):
-        celsius: str
-
-    for contract, direction in (((Narrow, Weather), "input"), ((City, Strict), "output")):
-        guard = guard_of()
-        agent = agent_of(Script.of(CALL, "done"), guard, contracts={"weather": contract})
-        found = failed(agent, kind, guard)
-        assert isinstance(found, ContractViolation)
-        assert (found.node_id, found.direction) == ("weather", direction)
-        agent = agent_of(Script.of(CALL, "done"), guard_of(), contracts={"weather": contract})
-        with pytest.raises(Exception) as caught:  # A release may wrap it.
-            ask(agent, "run_async", guard)
-        assert isinstance(what_stopped(caught.value), ContractViolation)
-
-
-@holds("retries", "failed attempts")
-@pytest.mark.parametrize("kind", KINDS)
-def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
-    script = Script.of(TimeoutError("slow"), ("flaky", {}), ConnectionError("gone"), "done")
-    errors: list[Exception] = [TimeoutError(), TimeoutError()]
-
-    async def flaky() -> str:
-        """Fails twice."""
-        pay()
-        if errors:
-            raise errors.pop()
-        return "fine"
-
-    guard = guard_of()
-    assert ask(agent_of(script, guard, [flaky]), kind, guard) == "done"
-    assert (len(script._asked), len(errors)) == (4, 0)
-    assert result_of(guard).total_tokens == 20 + 3 * PAID
-    script = Script.of(PermissionError("no"), "never")
-    guard = guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL])
-    assert isinstance(failed(agent_of(script, guard), kind, guard), PermissionError)
-    assert len(script._asked) == 1
-    assert guard.stopped is not None
-    assert guard.stopped.node_id == "model"
-
-
-@holds("budget")
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_budget_stops_the_agent_to_the_token(kind: str) -> None:
-    script = Script.of(*[CALL] * 9)
-    guard = guard_of(budget=ExecutionBudget(max_tokens_total=25))
-    found = failed(agent_of(script, guard), kind, guard)
-    assert isinstance(found, BudgetExceeded)
-    assert (found.actual, found.limit, len(script._asked)) == (30, 25, 3)
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert (guard.last.result.total_tokens, guard.last.result.status) == (30, RunStatus.PARTIAL)
 
 
 @holds("control flow")
@@ -225,53 +161,6 @@ def test_sub_agents_and_agents_in_tools_are_guarded() -> None:
     script = Script.of(("inner", {"request": "x"}), "done")
     assert ask(agent_of(script, guard, [AgentTool(inner)]), "run_async", guard) == "done"
     assert lines_of(guard) == ["model success 10", "model success 5", "model success 10"]
-
-
-@holds("hooks")
-@pytest.mark.parametrize("kind", KINDS)
-def test_hooks_fire_in_order(kind: str) -> None:
-    seen = Seen()
-    guard = guard_of(seen)
-    ask(agent_of(Script.of(TimeoutError(), CALL, "done"), guard), kind, guard)
-    assert seen.lines == [
-        "run start",
-        "start model",
-        "failure model",
-        "retry model",
-        "start model",
-        "success model",
-        "start weather",
-        "success weather",
-        "start model",
-        "success model",
-        "run end COMPLETED",
-    ]
-
-
-@holds("streams")
-def test_a_stream_is_not_retried_after_its_first_part() -> None:
-    """Rule 9."""
-    guard, seen = guard_of(), []
-    script = Script.of(["one", "two", TimeoutError("lost")], "again")
-    with pytest.raises(TimeoutError, match="lost"):
-        ask(agent_of(script, guard), "run_async", guard, seen)
-    assert len(script._asked) == 1
-
-
-@holds("unknown")
-def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
-    with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
-        agent_of(Script.of(), guard_of(), contracts={"wether": (City, Weather)})
-
-
-@holds("journal")
-def test_a_run_of_an_agent_is_a_run_in_the_journal(tmp_path: Any) -> None:
-    with SQLiteStore(tmp_path / "runs.db") as store:
-        guard = guard_of(store=store)
-        ask(agent_of(Script.of(CALL, "done"), guard), "run_async", guard)
-        (record,) = store.list_runs()
-        assert (record.status, record.tokens) == ("COMPLETED", 20)
-        assert [a.node_id for a in store.attempts(record.run_id)] == ["model", "weather", "model"]
 
 
 class Kept(BaseTool):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
 from deepagents import create_deep_agent
-from pydantic import BaseModel
-from tests.frameworks.kit import AT_ONCE, guard_of, holds, tree
+from langchain_core.tools import tool as make_tool
+from tests.frameworks.contract import City, FrameworkContract, Weather, weather
+from tests.frameworks.kit import AT_ONCE, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 
 from stroma import (
@@ -37,6 +39,36 @@ def deep(script: Script, guard: Guard, **options: Any) -> Any:
     return middleware.attach(create_deep_agent(script, middleware=[middleware], **options))
 
 
+@holds("sync and async")
+class TestDeepAgents(FrameworkContract):
+    KINDS = ("invoke", "ainvoke")
+    STEPS = ("model success 10", "weather success", "model success 10")
+
+    def script(self, *answers: Any, break_after: int | None = None) -> Script:
+        return Script(answers=list(answers), break_after=break_after)
+
+    def program(self, script: Script, guard: Any = None, contracts: Any = None, tool: Any = weather) -> Any:
+        tools = [make_tool("weather")(tool)]
+        if guard is None:
+            return create_deep_agent(script, tools=tools)
+        middleware = StromaMiddleware(guard, tools=contracts)
+        return middleware.attach(create_deep_agent(script, middleware=[middleware], tools=tools))
+
+    def call(self, program: Any, kind: str, guard: Any = None) -> Any:
+        return call(program, kind)["messages"][-1].content
+
+    def stream(self, script: Script, guard: Guard, seen: list[str]) -> None:
+        for part, _ in self.program(script, guard).stream(ASKED, stream_mode="messages"):
+            if part.content:
+                seen.append(part.content.strip())
+
+    def requests(self, script: Script) -> list[list[str]]:
+        return [[message.type for message in messages] for messages in script.asked]
+
+    def own(self, lines: Sequence[str]) -> list[str]:
+        return [line for line in lines if "iddleware" not in line]
+
+
 @pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
 def test_the_general_purpose_sub_agent_is_counted(kind: str) -> None:
     """It is made by the framework and has no middleware of ours: 40 tokens of 40 all the same."""
@@ -49,14 +81,11 @@ def test_the_general_purpose_sub_agent_is_counted(kind: str) -> None:
         == call(create_deep_agent(bare), kind)["messages"][-1].content
         == "done"
     )
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert guard.last.result.total_tokens == 30
-    lines = [line for line in tree(guard.last.result) if "iddleware" not in line]
+    assert result_of(guard).total_tokens == 30
+    lines = [line for line in lines_of(guard) if "iddleware" not in line]
     assert lines == ["model success 10", "task success 10", "model success 10"]
 
 
-@holds("budget")
 @pytest.mark.parametrize("kind", ["invoke", "ainvoke"])
 def test_the_budget_stops_a_sub_agent_to_the_token(kind: str) -> None:
     """The first call of a model after the limit is crossed is refused, wherever it would be made."""
@@ -65,19 +94,9 @@ def test_the_budget_stops_a_sub_agent_to_the_token(kind: str) -> None:
     with pytest.raises(BudgetExceeded):
         call(deep(script, guard), kind)
     assert len(script.asked) == 4
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert guard.last.result.total_tokens == 40
-    assert guard.last.result.status is RunStatus.PARTIAL
+    assert result_of(guard).total_tokens == 40
+    assert result_of(guard).status is RunStatus.PARTIAL
     assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
-
-
-class City(BaseModel):
-    city: str
-
-
-class Weather(BaseModel):
-    celsius: int
 
 
 WEATHER = NodeContract(node_id="weather", input_schema=City, output_schema=Weather)
@@ -89,22 +108,22 @@ def test_code_against_the_published_names_works(kind: str, asynchronous: bool) -
     answers: list[Any] = [{"celsius": 4}, {"celsius": "cold"}]
 
     @stroma_deepagents_node("weather", WEATHER)
-    def weather(city: str) -> Any:
+    def station(city: str) -> Any:
         """The weather of a city."""
         return answers.pop(0)
 
     @stroma_deepagents_node("weather", WEATHER)
-    async def aweather(city: str) -> Any:
+    async def astation(city: str) -> Any:
         """The weather of a city."""
         return answers.pop(0)
 
-    name = "aweather" if asynchronous else "weather"
+    name = "astation" if asynchronous else "station"
     ask = (name, {"city": "Oslo"})
     script = Script(answers=[ask, "done", ask, "done"])
     store = InMemoryStore()
     adapter = DeepAgentsAdapter(ContractRegistry(), store, StromaRunner.quick(policy_map=AT_ONCE))
     assert isinstance(adapter, FrameworkAdapter)
-    agent = adapter.wrap(create_deep_agent(script, tools=[aweather if asynchronous else weather]))
+    agent = adapter.wrap(create_deep_agent(script, tools=[astation if asynchronous else station]))
     assert call(agent, kind)["messages"][-1].content == "done"
     assert adapter.cost_tracker.total_tokens == 20
     assert [run.status for run in store.list_runs()] == ["COMPLETED"]

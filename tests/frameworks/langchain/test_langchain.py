@@ -12,36 +12,19 @@ from langchain_core.tools import tool
 from langgraph.checkpoint.memory import InMemorySaver
 from langgraph.types import Command, interrupt
 from pydantic import BaseModel
-from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
+from tests.frameworks.contract import CALL, FrameworkContract, Weather, weather
+from tests.frameworks.kit import Seen, guard_of, holds, lines_of, result_of
 from tests.frameworks.langchain.fakes import Script
 
-from stroma import (
-    BudgetExceeded,
-    ContractViolation,
-    ExecutionBudget,
-    FailureClass,
-    RunStatus,
-    SQLiteStore,
-)
-from stroma.adapters import Guard, UnknownNode
+from stroma import BudgetExceeded, ExecutionBudget, RunStatus
+from stroma.adapters import Guard
 from stroma.adapters.langchain import StromaMiddleware
 
 KINDS = ["invoke", "ainvoke", "stream", "astream"]
-CALL = ("weather", {"city": "Oslo"})
 
 
-class City(BaseModel):
-    city: str
-
-
-class Weather(BaseModel):
-    celsius: int
-
-
-@tool
-def weather(city: str) -> dict[str, int]:
-    """The weather of a city."""
-    return {"celsius": len(city)}
+def tool_of(func: Any = weather) -> Any:
+    return tool("weather")(func)
 
 
 def ask(agent: Any, kind: str = "invoke", config: Any = None, given: Any = None) -> Any:
@@ -65,96 +48,39 @@ def last(result: Any) -> Any:
     return result["messages"][-1].content.strip()
 
 
-def agent_of(script: Script, guard: Guard | None = None, tools: Any = (weather,), **options: Any) -> Any:
-    """A bare agent, or one whose calls are runs of a guard."""
+def agent_of(
+    script: Script, guard: Guard | None = None, tools: Any = None, contracts: Any = None, **options: Any
+) -> Any:
+    """Return a bare agent, or one whose calls are runs of a guard."""
+    tools = [tool_of()] if tools is None else list(tools)
     if guard is None:
-        return create_agent(script, list(tools), **options)
-    middleware = StromaMiddleware(guard, tools=options.pop("contracts", None))
-    return middleware.attach(create_agent(script, list(tools), middleware=[middleware], **options))
+        return create_agent(script, tools, **options)
+    middleware = StromaMiddleware(guard, tools=contracts)
+    return middleware.attach(create_agent(script, tools, middleware=[middleware], **options))
 
 
-def lines_of(guard: Guard) -> list[str]:
-    assert guard.last is not None
-    assert guard.last.result is not None
-    return tree(guard.last.result)
+@holds("sync and async")
+class TestLangChain(FrameworkContract):
+    KINDS = KINDS
+    STEPS = ("model success 10", "weather success", "model success 10")
 
+    def script(self, *answers: Any, break_after: int | None = None) -> Script:
+        return Script(answers=list(answers), break_after=break_after)
 
-@holds("same answer", "sync and async")
-@pytest.mark.parametrize("kind", KINDS)
-def test_an_agent_gives_the_same_answer_with_and_without_the_guard(kind: str) -> None:
-    plain, guarded = Script(answers=[CALL, "It is 4 C"]), Script(answers=[CALL, "It is 4 C"])
-    guard = guard_of()
-    agent = agent_of(guarded, guard, contracts={"weather": (City, Weather)})
-    expected, got = ask(agent_of(plain), kind), ask(agent, kind)
-    assert last(expected) == last(got) == "It is 4 C"
-    assert [m.type for m in got["messages"]] == [m.type for m in expected["messages"]]
-    assert lines_of(guard) == ["model success 10", "weather success", "model success 10"]
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert guard.last.result.total_cost_usd > 0
+    def program(self, script: Script, guard: Any = None, contracts: Any = None, tool: Any = weather) -> Any:
+        return agent_of(script, guard, [tool_of(tool)], contracts=contracts)
 
+    def call(self, program: Any, kind: str, guard: Any = None) -> Any:
+        return last(ask(program, kind))
 
-@holds("violations")
-@pytest.mark.parametrize("kind", KINDS)
-def test_violations_are_caught_at_their_tool(kind: str) -> None:
-    """G1, for what a model passes to a tool and for what the tool returns."""
+    def stream(self, script: Script, guard: Guard, seen: list[str]) -> None:
+        agent = self.program(script, guard)
+        for part, _ in agent.stream({"messages": [("user", "x")]}, stream_mode="messages"):
+            if part.content:
+                seen.append(part.content.strip())
 
-    class Narrow(BaseModel):
-        city: int
-
-    class Strict(BaseModel):
-        celsius: str
-
-    for contract, direction in (((Narrow, Weather), "input"), ((City, Strict), "output")):
-        guard = guard_of()
-        agent = agent_of(Script(answers=[CALL, "done"]), guard, contracts={"weather": contract})
-        with pytest.raises(ContractViolation) as caught:
-            ask(agent, kind)
-        assert (caught.value.node_id, caught.value.direction) == ("weather", direction)
-        assert guard.stopped is not None
-        assert guard.stopped.exception is caught.value
-
-
-@holds("retries", "failed attempts")
-@pytest.mark.parametrize("kind", KINDS)
-def test_transient_failures_are_retried_and_terminal_ones_are_not(kind: str) -> None:
-    """G3, for models and tools."""
-    script = Script(answers=[TimeoutError("slow"), ("flaky", {}), ConnectionError("gone"), "done"])
-    errors: list[Exception] = [TimeoutError(), TimeoutError()]
-
-    @tool
-    def flaky() -> str:
-        """Fails twice."""
-        pay()
-        if errors:
-            raise errors.pop()
-        return "fine"
-
-    guard = guard_of()
-    assert last(ask(agent_of(script, guard, [flaky]), kind)) == "done"
-    assert (len(script.asked), len(errors)) == (4, 0)
-    assert result_of(guard).total_tokens == 20 + 3 * PAID
-    script = Script(answers=[PermissionError("no"), "never"])
-    guard = guard_of(classifiers=[lambda e, c: FailureClass.TERMINAL])
-    with pytest.raises(PermissionError):
-        ask(agent_of(script, guard), kind)
-    assert len(script.asked) == 1
-    assert guard.stopped is not None
-    assert guard.stopped.node_id == "model"
-
-
-@holds("budget")
-@pytest.mark.parametrize("kind", KINDS)
-def test_the_budget_stops_the_agent_to_the_token(kind: str) -> None:
-    script = Script(answers=[CALL] * 9)
-    guard = guard_of(budget=ExecutionBudget(max_tokens_total=25))
-    with pytest.raises(BudgetExceeded) as caught:
-        ask(agent_of(script, guard), kind)
-    assert (caught.value.actual, caught.value.limit, len(script.asked)) == (30, 25, 3)
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert (guard.last.result.total_tokens, guard.last.result.status) == (30, RunStatus.PARTIAL)
-    assert isinstance(guard.stopped and guard.stopped.exception, BudgetExceeded)
+    def requests(self, script: Script) -> list[list[tuple[str, Any]]]:
+        return [[(message.type, message.content) for message in messages] for messages in script.asked]
 
 
 def test_what_other_middleware_asks_of_a_model_is_counted() -> None:
@@ -175,7 +101,9 @@ def test_sub_agents_are_counted_where_they_are_asked(kind: str) -> None:
         guard = guard_of()
         inner = StromaMiddleware(guard)
         sub = create_agent(
-            Script(answers=[CALL, "deep"], tokens=7), [weather], middleware=[inner] if with_middleware else []
+            Script(answers=[CALL, "deep"], tokens=7),
+            [tool_of()],
+            middleware=[inner] if with_middleware else [],
         )
 
         @tool
@@ -189,15 +117,13 @@ def test_sub_agents_are_counted_where_they_are_asked(kind: str) -> None:
         used = "" if with_middleware else " 14"
         expected = ["model success 10", f"ask_other success{used}", *inside, "model success 10"]
         assert lines_of(guard) == expected
-        assert guard.last is not None
-        assert guard.last.result is not None
-        assert guard.last.result.total_tokens == 34
+        assert result_of(guard).total_tokens == 34
 
 
 def test_a_sub_agent_that_goes_round_for_ever_is_stopped() -> None:
     """The limit holds inside an agent that has no middleware of ours."""
     script = Script(answers=[CALL] * 100)
-    sub = create_agent(script, [weather])
+    sub = create_agent(script, [tool_of()])
 
     @tool
     def ask_other() -> str:
@@ -208,13 +134,10 @@ def test_a_sub_agent_that_goes_round_for_ever_is_stopped() -> None:
     with pytest.raises(BudgetExceeded):
         ask(agent_of(Script(answers=[("ask_other", {}), "done"]), guard, [ask_other]))
     assert len(script.asked) == 4
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert guard.last.result.total_tokens == 50
+    assert result_of(guard).total_tokens == 50
 
 
-@holds("hooks")
-def test_hooks_fire_in_order_with_the_right_parents() -> None:
+def test_hooks_of_a_sub_agent_have_the_tool_as_parent() -> None:
     seen = Seen()
     guard = guard_of(seen)
     sub = create_agent(Script(answers=["deep"]), [], middleware=[StromaMiddleware(guard)])
@@ -276,42 +199,8 @@ def test_interrupts_and_commands_of_tools_pass_untouched(kind: str) -> None:
     config = {"configurable": {"thread_id": "1"}}
     ask(agent, kind, config)
     assert [i.value for i in agent.get_state(config).tasks[0].interrupts] == ["may I?"]
-    assert guard.last is not None
-    assert guard.last.result is not None
-    assert guard.last.result.status is RunStatus.SUSPENDED
-    assert guard.last.result.suspended == ["may I?"]
+    assert result_of(guard).status is RunStatus.SUSPENDED
+    assert result_of(guard).suspended == ["may I?"]
     result = ask(agent, kind, config, Command(resume="yes"))
     assert (last(result), result["messages"][-2].content, len(calls)) == ("done", "yes bought", 2)
-    assert guard.last.result.status is RunStatus.COMPLETED
-
-
-@holds("streams")
-def test_a_stream_is_not_retried_after_its_first_token() -> None:
-    """Rule 9: tokens that somebody has seen are not made a second time."""
-    guard = guard_of()
-    script = Script(answers=["one two three", "again"], break_after=2)
-    agent = agent_of(script, guard)
-    seen: list[str] = []
-    with pytest.raises(TimeoutError, match="lost"):
-        for part, _ in agent.stream({"messages": [("user", "x")]}, stream_mode="messages"):
-            seen.append(part.content)
-    assert [word.strip() for word in seen] == ["one", "two"]
-    assert len(script.asked) == 1
-    script = Script(answers=[TimeoutError(), "one two"])
-    parts = agent_of(script, guard).stream({"messages": [("user", "x")]}, stream_mode="messages")
-    assert [part.content.strip() for part, _ in parts][:2] == ["one", "two"]
-
-
-@holds("unknown")
-def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
-    with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
-        ask(agent_of(Script(answers=["x"]), guard_of(), contracts={"wether": (City, Weather)}))
-
-
-@holds("journal")
-def test_a_call_of_an_agent_is_a_run_in_the_journal(tmp_path: Any) -> None:
-    with SQLiteStore(tmp_path / "runs.db") as store:
-        ask(agent_of(Script(answers=[CALL, "done"]), guard_of(store=store)))
-        (run,) = store.list_runs()
-        assert (run.status, run.tokens) == ("COMPLETED", 20)
-        assert [a.node_id for a in store.attempts(run.run_id)] == ["model", "weather", "model"]
+    assert result_of(guard).status is RunStatus.COMPLETED

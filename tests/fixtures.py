@@ -1,0 +1,45 @@
+"""Fixtures of stores and servers that tests of many subjects share.
+
+tests/conftest.py imports those of servers; a module makes its own fixture ``store`` of the kinds that it is about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+from tests.shared_stores import store_of
+
+__all__ = ["provider", "store_fixture", "temporal_server"]
+
+
+def store_fixture(*kinds: str) -> Any:
+    """Return a fixture ``store``: an empty store of each kind, one after the other; see tests/shared_stores.py."""
+
+    @pytest.fixture(params=kinds)
+    def store(request: pytest.FixtureRequest) -> Iterator[Any]:
+        with store_of(request.param) as made:
+            yield made
+
+    return store
+
+
+@pytest.fixture(scope="session")
+def provider() -> Iterator[Any]:
+    """A provider of models on localhost that answers what a test tells it to; see tests/providers/server.py."""
+    from tests.providers.server import serving
+
+    with serving() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def temporal_server() -> Iterator[Any]:
+    """A Temporal server that nobody kills."""
+    from tests.servers_temporal import TemporalServer, wait_until_ready
+
+    made = TemporalServer()
+    wait_until_ready(made.address)
+    yield made
+    made.kill()
