@@ -37,17 +37,21 @@ class Run:
     Attributes:
         version: the highest that was acknowledged; a lower one in the server says that it lost writes.
         parent: whether something may be kept at PARENT.
+        beside: how often something beside its commits was changed, as it was found; "" for never.
     """
 
-    __slots__ = ("epoch", "parent", "prefix", "run_id", "token", "version")
+    __slots__ = ("beside", "epoch", "parent", "prefix", "run_id", "token", "version")
 
-    def __init__(self, run_id: str, token: str, epoch: int, version: int, parent: bool = True) -> None:
+    def __init__(
+        self, run_id: str, token: str, epoch: int, version: int, parent: bool = True, beside: str = ""
+    ) -> None:
         self.run_id = run_id
         self.prefix = prefix_of(run_id)
         self.token = token
         self.epoch = epoch
         self.version = version
         self.parent = parent
+        self.beside = beside
 
 
 def prefix_of(run_id: str) -> str:
@@ -130,7 +134,14 @@ def run_row(reply: list[Any]) -> RunRow:
     run_id = text(f["run_id"])
     left = (int(f["until_ms"]) - now) / 1000 if "until_ms" in f else -1.0
     return RunRow(
-        Run(run_id, text(f["token"]), number["epoch"], number["version"], bool(parent)),
+        Run(
+            run_id,
+            text(f["token"]),
+            number["epoch"],
+            number["version"],
+            bool(parent),
+            text(f.get("beside", b"")),
+        ),
         run_id,
         text(f["pipeline"]),
         number["execution"],
@@ -145,11 +156,13 @@ def run_row(reply: list[Any]) -> RunRow:
         number["epoch"],
         left,
         number["nodes"],
+        number["tried"],
+        number["kept"],
     )
 
 
 _NUMBERS: Final = (
-    "epoch", "version", "execution", "started_ms", "updated_ms", "tokens", "cost_pico", "latency_ns", "nodes",
+    "epoch", "version", "execution", "started_ms", "updated_ms", "tokens", "cost_pico", "latency_ns", "nodes", "tried", "kept",
 )  # fmt: skip
 
 

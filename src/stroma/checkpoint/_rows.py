@@ -8,12 +8,12 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 from stroma.checkpoint._owner import Owner, is_gone
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.errors import CorruptCheckpoint, Fenced
+from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint, Fenced, StoreError
 from stroma.checkpoint.records import RunQuery, StoreFacts, Tally
 
 __all__ = [
@@ -41,6 +41,8 @@ __all__ = [
     "checksum",
     "fenced",
     "intact",
+    "lost",
+    "refused",
     "text",
     "verify",
 ]
@@ -57,14 +59,26 @@ DUE: Final = (
 )  # attempts whose end hooks may not have been told yet; branch: what tells an attempt from others
 
 
-class Fence(NamedTuple):
-    """What a session may write under: rows change only while these are the last epoch and owner of the run."""
+@dataclass(slots=True)
+class Fence:
+    """The right of a session to write: rows change only while these are the last epoch and owner of the run.
 
-    run: Any  # the store's own key of the run, never used again for another one
+    Attributes:
+        run: the store's own key of the run, never used again for another one.
+        acknowledged: attempts of the execution that the store has acknowledged; a run that counts fewer has lost some.
+            Written by the thread that writes to the store, after each transaction.
+    """
+
+    run: Any
     execution: int
     epoch: int
     owner: str
     lease_seconds: float
+    acknowledged: int = field(default=0, compare=False)
+
+    def acknowledge(self, attempts: int) -> None:
+        """Note that the store has committed a transaction after which the execution has so many attempts."""
+        self.acknowledged = max(self.acknowledged, attempts)
 
 
 class RunRow(NamedTuple):
@@ -74,6 +88,7 @@ class RunRow(NamedTuple):
         execution: 0 while it has only what ``save()`` kept.
         left_seconds: how long its lease is good for, by the clock that the store goes by; below 0 it has expired.
         nodes: positions with a commit in the last execution, those inside groups not counted.
+        attempt_count, commit_count: rows that the last execution must have, counted in the transaction of each.
     """
 
     run: Any
@@ -91,6 +106,8 @@ class RunRow(NamedTuple):
     epoch: int
     left_seconds: float
     nodes: int
+    attempt_count: int = 0
+    commit_count: int = 0
 
     @property
     def holder(self) -> Owner | None:
@@ -197,10 +214,19 @@ class Rows(Protocol):
         """The commits in these branches of a position."""
         ...
 
-    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
-        """Keep an attempt, its usage and its output; renew the lease. False if the fence is in the way.
+    def is_whole(self, found: RunRow) -> bool:
+        """Return whether the last execution has its input and all the attempts and commits that its run counts."""
+        ...
 
-        An attempt that is kept already is left as it is, with its usage, and so is its output.
+    def was_deleted(self, run: Any) -> bool:
+        """Return whether a run that is not there was deleted, within the last day at least."""
+        ...
+
+    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
+        """Record an attempt, its usage and its output, count them, and renew the lease.
+
+        False if the fence refuses it, also for a run that counts fewer attempts than were acknowledged. An attempt that
+        is recorded already is left as it is, with its usage, and so is its output.
         """
         ...
 
@@ -245,6 +271,10 @@ class Rows(Protocol):
         """Put data into a cell that this transaction has locked."""
 
     # ---- retention
+    def now_ms(self) -> int:
+        """Return the time by the clock that rows are dated by, in milliseconds since the epoch."""
+        ...
+
     def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         """Runs that have ended (with ``unfinished``: any, also what only ``save()`` kept) and were last written before."""
         ...
@@ -309,7 +339,7 @@ class Commit(NamedTuple):
 
     def __call__(self, rows: Rows) -> None:
         if not rows.commit(self.fence, self.attempt, self.step):
-            raise fenced(rows.find(self.run_id), self.run_id)
+            raise refused(rows, self.fence, self.run_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,14 +397,37 @@ class Submit(Protocol):
     def __call__(self, operation: Any, /) -> asyncio.Future[Any]: ...
 
 
+def refused(rows: Rows, fence: Fence, run_id: str) -> StoreError:
+    """Return the reason why a session may not write any more."""
+    found = rows.find(run_id)
+    if found is None:
+        if rows.was_deleted(fence.run):
+            return fenced(None, run_id)
+        return lost(run_id, "it is not in the store any more, and nobody deleted it")
+    if found.run == fence.run and (
+        found.epoch < fence.epoch
+        or ((found.epoch, found.owner) == (fence.epoch, fence.owner) and found.attempt_count < fence.acknowledged)
+    ):
+        return lost(run_id, "the store is older than what it acknowledged")
+    return fenced(found, run_id)
+
+
 def fenced(found: RunRow | None, run_id: str) -> Fenced:
-    """Why a session may not write any more."""
+    """Return the error for a session whose run was deleted (None) or taken over."""
     owner = None if found is None else Owner.read(found.owner)
-    if owner is None:
+    if found is None:
         what = f"run {run_id!r} is no longer in the store: it was deleted"
     else:
-        what = f"run {run_id!r} was taken over meanwhile, by {owner.place}"
+        what = f"run {run_id!r} was taken over meanwhile, by {owner.place if owner else 'another process'}"
     return Fenced(f"{what}; nothing more of this execution is kept, see what the other one makes of it")
+
+
+def lost(run_id: str, why: str) -> CheckpointLost:
+    """Return the error for a run of which the store has lost what it acknowledged."""
+    return CheckpointLost(
+        f"run {run_id!r} has lost acknowledged commits: {why}; restore the store from a newer copy and resume, or begin "
+        'the run anew (if_exists="restart")'
+    )
 
 
 def checksum(data: bytes) -> bytes:
