@@ -80,10 +80,10 @@ _STRANGERS: Final = """WITH RECURSIVE ours(role) AS (SELECT oid FROM pg_roles WH
     WHERE n.nspname = %s AND d.datname = current_database()),
     found(kind, name, owner, what) AS (SELECT 1, '', owner,
     CASE WHEN has_schema_privilege('public', oid, 'CREATE') THEN 'lets every role create objects in it' END FROM place
-    UNION ALL SELECT 2, 'its ' || CASE c.relkind WHEN 'r' THEN 'table' WHEN 'v' THEN 'view' WHEN 'i' THEN 'index'
-    WHEN 'S' THEN 'sequence' ELSE 'relation' END || ' ' || quote_ident(c.relname), c.relowner,
-    CASE WHEN c.relkind NOT IN ('r', 'i', 'S') THEN 'is no plain table' END
-    FROM pg_class c JOIN place ON c.relnamespace = place.oid
+    UNION ALL SELECT 2, 'its ' || CASE c.relkind WHEN 'r' THEN 'table' WHEN 'v' THEN 'view' WHEN 'S' THEN 'sequence'
+    ELSE 'relation' END || ' ' || quote_ident(c.relname), c.relowner,
+    CASE WHEN c.relkind NOT IN ('r', 'S') THEN 'is no plain table' END
+    FROM pg_class c JOIN place ON c.relnamespace = place.oid WHERE c.relkind NOT IN ('i', 'I')
     UNION ALL SELECT 3, 'its function ' || quote_ident(f.proname), f.proowner, NULL
     FROM pg_proc f JOIN place ON f.pronamespace = place.oid
     UNION ALL SELECT 3, 'its operator ' || o.oprname, o.oprowner, NULL
