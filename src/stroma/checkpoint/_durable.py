@@ -345,7 +345,10 @@ def _changing(name: str, change: Change[Any]) -> CellChange:
 
 
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
-    found = rows.find(run_id, lock=True)
+    try:
+        found = rows.find(run_id, lock=True)
+    except CorruptCheckpoint:
+        return False  # It may be somebody's: a person deletes it.
     if found is None or found.holder is not None or found.updated_ms >= before_ms:
         return False
     rows.delete(run_id)

@@ -20,6 +20,9 @@ from stroma.checkpoint._rows import (
     Step,
     StepRow,
     Told,
+    readable_attempt,
+    readable_run,
+    sound,
 )
 from stroma.checkpoint._sql_reading import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint.payloads import BLOB
@@ -210,7 +213,7 @@ class PostgresRows:
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
         if not lock:
             row = self._execute(_FIND, (key(run_id),)).fetchone()
-            return None if row is None else RunRow._make(row)
+            return None if row is None else readable_run(row)
         found, is_new = self._lock(run_id)
         if is_new:
             self._made = found
@@ -219,7 +222,9 @@ class PostgresRows:
     def _lock(self, run_id: str) -> tuple[RunRow, bool]:
         """The row of a run, made if need be, and whether it was; nobody else changes it, or makes another one."""
         row: Any = self._execute(_LOCK, (key(run_id), run_id)).fetchone()
-        return RunRow._make(row[:-1]), row[-1]
+        found = readable_run(row[:-1])
+        sound(found)
+        return found, row[-1]
 
     def begin(self, found: RunRow | None, opening: Opening) -> Fence:
         if found is None:
@@ -357,7 +362,7 @@ class PostgresRows:
             # Made of our own words alone: what is asked for goes as parameters.
             return self.db.execute(statement.encode(), values, binary=True).fetchall()
 
-        return find_runs(execute, RunRow._make, _DIALECT, query, limit=limit, after=after, look_at=look_at)
+        return find_runs(execute, readable_run, _DIALECT, query, limit=limit, after=after, look_at=look_at)
 
     def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
         if not runs:
@@ -368,7 +373,7 @@ class PostgresRows:
         if failed:
             wanted = (ids, [found.execution for found in runs], failed)
             for run, *attempt in self._execute(_FAILED, wanted).fetchall():
-                failures.setdefault(run, []).append(Attempt._make(attempt))
+                failures.setdefault(run, []).append(readable_attempt(attempt))
         return [Beside(about[run][0], tuple(about[run][1]), failures.get(run, [])) for run in ids]
 
     def ids(self, prefix: str, limit: int) -> list[str]:
@@ -389,7 +394,7 @@ class PostgresRows:
             for row in self._execute(_OUTPUTS, (run, execution)).fetchall()
         }
         for *row, epoch in self._execute(_ATTEMPTS, (run, execution)).fetchall():
-            attempt = Attempt._make(row)
+            attempt = readable_attempt(row)
             yield attempt, outputs.get((epoch, *attempt[:4]))
 
     def attempt_page(

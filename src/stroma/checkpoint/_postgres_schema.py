@@ -34,7 +34,7 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
         run bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, run_key bytea NOT NULL UNIQUE,
         run_id text COLLATE "C" NOT NULL, pipeline text COLLATE "C" NOT NULL,
         execution bigint NOT NULL, status text COLLATE "C" NOT NULL, error text,
-        started_ms bigint NOT NULL, updated_ms bigint NOT NULL,
+        started_ms bigint NOT NULL CHECK (started_ms >= 0), updated_ms bigint NOT NULL,
         tokens bigint NOT NULL, cost_pico bigint NOT NULL, latency_ns bigint NOT NULL,
         lease_owner text COLLATE "C", lease_epoch bigint NOT NULL, lease_until timestamptz,
         attempt_count bigint NOT NULL DEFAULT 0, commit_count bigint NOT NULL DEFAULT 0) WITH (fillfactor = 70)""",

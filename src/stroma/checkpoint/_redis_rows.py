@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 from stroma.checkpoint._redis_format import (
     Run,
     cell_prefix,
+    found_row,
     from_hex,
     node_of,
     pack,
@@ -23,7 +24,6 @@ from stroma.checkpoint._redis_format import (
     payloads_of,
     prefix_of,
     read_step,
-    run_row,
     step_row,
     text,
     unpack,
@@ -41,6 +41,7 @@ from stroma.checkpoint._rows import (
     Step,
     StepRow,
     fenced,
+    sound,
 )
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.payloads import BLOB
@@ -105,11 +106,12 @@ class RedisRows(RedisReading):
     # ------------------------------------------------------------------ runs
 
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
-        (reply,) = self._get(script(prefix_of(run_id), "find", run_id))
+        (reply,) = self._try(script(prefix_of(run_id), "find", run_id))
         if reply == b"lost":
             raise lost(run_id, self._link.server.name)
-        found = None if reply is None else run_row(reply)
+        found = None if reply is None else found_row(reply, run_id)
         if lock:
+            sound(found)
             self._locked[run_id] = found
         return found
 

@@ -41,6 +41,7 @@ TOMBSTONE_SECONDS: Final = 24 * 3600
 SCRIPT: Final = r"""
 local p, op = KEYS[1], ARGV[1]
 local run = p .. 'run'
+local MOST = 100000  -- executions of a run: a damaged row may count any number
 local RUNS, IDS, ENDED = 'stroma:runs', 'stroma:ids', 'stroma:ended'
 
 local function now_us()
@@ -53,7 +54,7 @@ local function now_ms() return math.floor(now_us() / 1000) end
 local function keys_of(executions)
   local keys = {run, p .. 'inputs'}
   for place = 2, 7 do keys[#keys + 1] = p .. 'beside:-' .. place end
-  for e = 1, executions do
+  for e = 1, math.min(executions, MOST) do
     for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:'}) do keys[#keys + 1] = p .. name .. e end
   end
   return keys
@@ -292,8 +293,10 @@ function ops.newest(node)
 end
 
 function ops.delete(id, tombstone)
-  local f = redis.call('HMGET', run, 'token', 'execution')
+  local f = redis.pcall('HMGET', run, 'token', 'execution')
+  if f.err then f = {} end
   local executions = tonumber(f[2] or 0) or 0
+  if not (executions >= 0 and executions <= MOST) then executions = 0 end
   while redis.call('EXISTS', p .. 'attempts:' .. (executions + 1), p .. 'steps:' .. (executions + 1)) > 0 do
     executions = executions + 1
   end
@@ -376,6 +379,11 @@ end
 
 -- Of some of all runs, the one begun last first, from a place on: how many were looked at and where that ended; then the
 -- ids that begin with a text and are asked for, with their starts. A few thousand at once hold up nobody for long.
+local function surely_fits(want, id)
+  local read, fitting = pcall(fits, want, id)  -- A damaged run is none of those that are asked for.
+  return read and fitting
+end
+
 function ops.matching(from, before, lowest, most, beginning, asked)
   -- The run that it goes on behind is among them.
   local room = before ~= '' and most + 1 or most
@@ -385,7 +393,7 @@ function ops.matching(from, before, lowest, most, beginning, asked)
     local id, start = ids[i], ids[i + 1]
     local told = before ~= '' and start == from and id >= before
     if told then found[1] = found[1] - 1
-    elseif string.sub(id, 1, #beginning) == beginning and (not want or fits(want, id)) then
+    elseif string.sub(id, 1, #beginning) == beginning and (not want or surely_fits(want, id)) then
       found[#found + 1] = id
       found[#found + 1] = start
     end

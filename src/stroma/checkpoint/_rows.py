@@ -18,6 +18,7 @@ from stroma.checkpoint.records import RunQuery, StoreFacts, Tally
 
 __all__ = [
     "CANCEL",
+    "DAMAGED",
     "DUE",
     "PARENT",
     "SAVED",
@@ -42,7 +43,10 @@ __all__ = [
     "fenced",
     "intact",
     "lost",
+    "readable_attempt",
+    "readable_run",
     "refused",
+    "sound",
     "text",
     "verify",
 ]
@@ -57,6 +61,11 @@ TROUBLE: Final = -7  # where the last failed attempt at a place failed; branch: 
 DUE: Final = (
     -6
 )  # attempts whose end hooks may not have been told yet; branch: what tells an attempt from others
+
+
+#: The status of a run, and the outcome of an attempt, whose row holds what no store writes.
+DAMAGED: Final = "DAMAGED"
+_LARGEST: Final = 2**63 - 1
 
 
 @dataclass(slots=True)
@@ -114,6 +123,12 @@ class RunRow(NamedTuple):
         """Who is at work on the run, as far as anybody can tell."""
         owner = Owner.read(self.owner) if self.status == "RUNNING" else None
         return None if owner is None or self.left_seconds < 0 or is_gone(owner) else owner
+
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the row holds what no store writes, see :func:`readable_run`."""
+        return self.status == DAMAGED
 
 
 class Attempt(NamedTuple):
@@ -428,6 +443,67 @@ def lost(run_id: str, why: str) -> CheckpointLost:
         f"run {run_id!r} has lost acknowledged commits: {why}; restore the store from a newer copy and resume, or begin "
         'the run anew (if_exists="restart")'
     )
+
+
+def readable_run(values: Sequence[Any], run_id: str | None = None) -> RunRow:
+    """Return the row of a run; if a value is of a kind that no store writes, one that says so and is DAMAGED.
+
+    ``run_id``: where it is known from elsewhere.
+    """
+    row = RunRow._make(values)
+    fields = zip(row._fields, row, _RUN_KINDS, strict=True)
+    wrong = {name: value for name, value, kinds in fields if not _is_one(value, kinds)}
+    if not wrong:
+        return row
+    sane = {name: _SANE.get(name, 0) for name in wrong}
+    started = wrong.get("started_ms")
+    if isinstance(started, float) and started < _LARGEST:
+        sane["started_ms"] = int(started)
+    if run_id is not None:
+        sane["run_id"] = run_id
+    what = ", ".join(f"{name} is {value!a:.60}" for name, value in wrong.items())
+    error = f"its row in the store is damaged: {what}; delete the run"
+    return row._replace(**{**sane, "status": DAMAGED, "error": error, "owner": None})
+
+
+def readable_attempt(values: Sequence[Any]) -> Attempt:
+    """Return an attempt; if a value is of a kind that no store writes, one that says so and is DAMAGED."""
+    row = Attempt._make(values)
+    fields = zip(row._fields, row, _ATTEMPT_KINDS, strict=True)
+    wrong = {name: kinds for name, value, kinds in fields if not _is_one(value, kinds)}
+    if not wrong:
+        return row
+    sane = {name: 0 if kinds is _NUMBER else "" if kinds is _TEXT else None for name, kinds in wrong.items()}
+    message = f"its row in the store is damaged: {', '.join(wrong)}"
+    return row._replace(**{**sane, "outcome": DAMAGED, "failure_class": None, "message": message})
+
+
+def sound(found: RunRow | None) -> RunRow | None:
+    """Return the row that was found to be changed. Raises CorruptCheckpoint for a damaged one."""
+    if found is not None and found.is_damaged:
+        raise CorruptCheckpoint(f"run {found.run_id!r} cannot be used: {found.error}, then run it from the beginning")
+    return found
+
+
+_TEXT: Final = (str,)
+_TEXT_OR_NONE: Final = (str, type(None))
+_NUMBER: Final = (int,)
+_RUN_KINDS: Final = (
+    (object,), _TEXT, _TEXT, _NUMBER, _TEXT, _TEXT_OR_NONE, *[_NUMBER] * 5, _TEXT_OR_NONE, _NUMBER, (int, float),
+    *[_NUMBER] * 3,
+)  # fmt: skip
+_ATTEMPT_KINDS: Final = (
+    _NUMBER, _NUMBER, _TEXT, _NUMBER, _TEXT, _NUMBER, _TEXT, *[_TEXT_OR_NONE] * 3, *[_NUMBER] * 3, _TEXT_OR_NONE,
+)  # fmt: skip
+#: What stands in place of values that cannot be read. SQLite sorts texts above all numbers, so that lists, which begin
+#: with the newest run, have a start that is a text before this one.
+_SANE: Final[dict[str, Any]] = {
+    "run_id": "?", "pipeline": "", "started_ms": _LARGEST, "updated_ms": _LARGEST, "left_seconds": -1.0,
+}  # fmt: skip
+
+
+def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and (kinds is not _NUMBER or 0 <= value <= _LARGEST)
 
 
 def checksum(data: bytes) -> bytes:

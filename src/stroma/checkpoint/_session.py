@@ -43,6 +43,7 @@ from stroma.checkpoint._rows import (
     intact,
     lost,
     refused,
+    sound,
     text,
     verify,
 )
@@ -367,7 +368,7 @@ def fork(rows: Rows, source: str, opening: Opening, before: int, edited: Step | 
 
     Raises CheckpointNotFound, RunExists, CorruptCheckpoint.
     """
-    found = rows.find(source)
+    found = sound(rows.find(source))
     kept = None if found is None else rows.input(found.run, found.execution)
     if found is None or kept is None:
         raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")

@@ -45,7 +45,7 @@ _SCHEMA: Final = (
     """CREATE TABLE runs (
         run INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL UNIQUE, pipeline TEXT NOT NULL,
         execution INTEGER NOT NULL, status TEXT NOT NULL, error TEXT,
-        started_ms INTEGER NOT NULL, updated_ms INTEGER NOT NULL,
+        started_ms INTEGER NOT NULL CHECK (started_ms >= 0), updated_ms INTEGER NOT NULL,
         tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, latency_ns INTEGER NOT NULL,
         lease_owner TEXT, lease_epoch INTEGER NOT NULL, lease_until_ms INTEGER,
         attempt_count INTEGER NOT NULL DEFAULT 0, commit_count INTEGER NOT NULL DEFAULT 0) STRICT""",

@@ -18,6 +18,9 @@ from stroma.checkpoint._rows import (
     Step,
     StepRow,
     Told,
+    readable_attempt,
+    readable_run,
+    sound,
 )
 from stroma.checkpoint._sql_reading import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint._sqlite_file import SCHEMA_VERSION
@@ -146,7 +149,8 @@ class SqliteRows:
 
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
         row = self.db.execute(f"{_RUN} WHERE run_id = ?", (run_id,)).fetchone()
-        return None if row is None else _run_row(row)
+        found = None if row is None else _run_row(row)
+        return sound(found) if lock else found
 
     def begin(self, found: RunRow | None, opening: Opening) -> Fence:
         run = found.run if found is not None else self._new_run(opening.run_id)
@@ -307,7 +311,7 @@ class SqliteRows:
         tags = self.db.execute("SELECT tag FROM tags WHERE run = ?", (found.run,)).fetchall()
         rows = self.db.execute(_FAILED, (found.run, found.execution, failed)).fetchall() if failed else []
         return Beside(
-            parent and parent[0], tuple(tag for (tag,) in tags), [Attempt._make(row) for row in rows]
+            parent and parent[0], tuple(tag for (tag,) in tags), list(map(readable_attempt, rows))
         )
 
     def ids(self, prefix: str, limit: int) -> list[str]:
@@ -324,7 +328,7 @@ class SqliteRows:
     def attempts(self, run: int, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
         for row in self.db.execute(_ATTEMPTS, (run, execution)).fetchall():
             step = row[len(Attempt._fields) :]
-            yield Attempt(*row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
+            yield readable_attempt(row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
 
     def attempt_page(
         self, run: int, execution: int, *, limit: int, after: str | None
@@ -373,7 +377,7 @@ def _step_values(fence: Fence, attempt: Attempt, step: Step) -> tuple[Any, ...]:
 
 
 def _run_row(row: Any) -> RunRow:
-    return RunRow._make((*row[:13], _left(row[11], row[13]), *row[14:]))
+    return readable_run((*row[:13], _left(row[11], row[13]), *row[14:]))
 
 
 def _step_row(row: Any) -> StepRow:
@@ -404,7 +408,7 @@ def _until(lease_seconds: float) -> int:
 
 def _left(owner: str | None, until_ms: int | None) -> float:
     """Seconds for which a lease is good; below 0 if it has expired, or was given up."""
-    holder = Owner.read(owner)
-    if until_ms is None or holder is None or holder.boot != _BOOT:
+    holder = Owner.read(owner) if isinstance(owner, str) else None
+    if not isinstance(until_ms, int) or holder is None or holder.boot != _BOOT:
         return -1.0
     return (until_ms - _clock_ms()) / 1000
