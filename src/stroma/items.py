@@ -326,7 +326,9 @@ class LinesFile:
     def __init__(self, path: pathlib.Path, run_id: str) -> None:
         self._path = pathlib.Path(os.path.realpath(path))  # A link stays one.
         # One part for each run and file, in a file of its own for each process that goes on with the run.
-        self._mark = hashlib.sha256(f"{run_id}\0{path.name}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
+        self._mark = hashlib.sha256(f"{run_id}\0{path.name}".encode("utf-8", "surrogatepass")).hexdigest()[
+            :16
+        ]
         self._beside = self._path.with_name(f".{self._mark}.{os.urandom(4).hex()}.part")
         self._file: IO[bytes] | None = None
 

@@ -50,11 +50,15 @@ class Moment:
         self._kind, self._where = kind, where
         if kind == "sqlite":
             with contextlib.closing(sqlite3.connect(where)) as db:
-                self._rows: Any = {name: db.execute(f"SELECT * FROM {name}").fetchall() for name in _tables(db)}
+                self._rows: Any = {
+                    name: db.execute(f"SELECT * FROM {name}").fetchall() for name in _tables(db)
+                }
         elif kind == "postgres":
             dsn, _, schema = where.partition("|")
             with psycopg.connect(dsn, autocommit=True) as db:
-                names = db.execute("SELECT tablename FROM pg_tables WHERE schemaname = %s", (schema,)).fetchall()
+                names = db.execute(
+                    "SELECT tablename FROM pg_tables WHERE schemaname = %s", (schema,)
+                ).fetchall()
                 for (name,) in names:
                     db.execute(f"CREATE TABLE {schema}_then_{name} AS TABLE {schema}.{name}".encode())
                 self._rows = [name for (name,) in names]
@@ -87,7 +91,9 @@ class Moment:
 
 
 def _tables(db: sqlite3.Connection) -> list[str]:
-    found = db.execute("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'").fetchall()
+    found = db.execute(
+        "SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE 'sqlite%'"
+    ).fetchall()
     return [name for (name,) in found]
 
 

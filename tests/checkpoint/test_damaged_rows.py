@@ -62,7 +62,9 @@ def damage(kind: str, where: str, column: str, value: Any) -> None:
                 client.hset("stroma:{r3}:run", column, value)
             else:
                 client.delete("stroma:{r3}:run")
-                client.set("stroma:{r3}:run", value) if b"text" in value else client.lpush("stroma:{r3}:run", value)
+                client.set("stroma:{r3}:run", value) if b"text" in value else client.lpush(
+                    "stroma:{r3}:run", value
+                )
 
 
 def paged(store: Any, limit: int, query: RunQuery) -> list[str]:
@@ -93,7 +95,10 @@ async def test_one_damaged_row(kind: str, column: str, value: Any) -> None:
             assert sorted(paged(store, limit, RunQuery())) == RUNS
             assert set(RUNS) - {"r3"} <= set(paged(store, limit, RunQuery(failure_class="TERMINAL")))
         (shown,) = [run for run in listed if run.run_id == "r3"]
-        is_readable = column in ("tags", "lease_until_ms") or (kind, column, value)[1:] == ("started_ms", 2**63 - 1)
+        is_readable = column in ("tags", "lease_until_ms") or (kind, column, value)[1:] == (
+            "started_ms",
+            2**63 - 1,
+        )
         assert (shown.status == DAMAGED) is not is_readable
         assert store.get_run("r1") == others["r1"]
         assert sum(t.attempts for t in store.tally(0, 10**15)) >= 8
@@ -103,7 +108,11 @@ async def test_one_damaged_row(kind: str, column: str, value: Any) -> None:
         if not is_readable:
             assert "damaged" in (shown.error or "")
             assert (store.get_run("r3") or shown).status == DAMAGED
-            for refused in (begin(store, "r3"), begin(store, "r3", if_exists="resume"), settled(store.cancel("r3"))):
+            for refused in (
+                begin(store, "r3"),
+                begin(store, "r3", if_exists="resume"),
+                settled(store.cancel("r3")),
+            ):
                 with pytest.raises(CorruptCheckpoint, match="'r3'"):
                     await refused
         await settled(store.delete("r3"))
@@ -184,4 +193,3 @@ def test_what_a_row_may_hold() -> None:
     for at in range(len(good)):
         row2 = readable_attempt((*good[:at], b"x", *good[at + 1 :]))
         assert (row2.outcome, row2._fields[at] in (row2.message or "")) == (DAMAGED, True)
-

@@ -138,7 +138,11 @@ async def test_what_runs_programs_is_refused(server: PostgresServer, statement: 
 async def test_who_may_share_a_schema(server: PostgresServer) -> None:
     """Members of the role that owns it, and whoever a superuser has made it for; a clean one can be made beside."""
     await _use(server, "crew")
-    _execute(server, "crew", *(s.replace("PUBLIC", "victim").replace("ALL ON SCHEMA", "USAGE ON SCHEMA") for s in OPEN))
+    _execute(
+        server,
+        "crew",
+        *(s.replace("PUBLIC", "victim").replace("ALL ON SCHEMA", "USAGE ON SCHEMA") for s in OPEN),
+    )
     await _refused(server, "victim", "belongs to crew, a role that victim is not a member of")
     server.execute("GRANT crew TO victim")
     await _use(server, "victim")
@@ -172,13 +176,17 @@ ENDLESS = "WITH RECURSIVE n(i) AS (SELECT 1 UNION ALL SELECT i + 1 FROM n)"
             "has a view 'meta'",
         ),
         (
-            (
-                "CREATE TRIGGER t AFTER INSERT ON attempts BEGIN DELETE FROM steps; END",
-            ),
+            ("CREATE TRIGGER t AFTER INSERT ON attempts BEGIN DELETE FROM steps; END",),
             "has a trigger 't'",
         ),
-        (("DROP TABLE cells", "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB)"), "table 'cells' that is not a plain"),
-        (("DROP TABLE cells", "CREATE VIRTUAL TABLE cells USING fts5(name, data)"), "has a table 'cells.*' that is not a plain"),
+        (
+            ("DROP TABLE cells", "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB)"),
+            "table 'cells' that is not a plain",
+        ),
+        (
+            ("DROP TABLE cells", "CREATE VIRTUAL TABLE cells USING fts5(name, data)"),
+            "has a table 'cells.*' that is not a plain",
+        ),
         (
             (
                 "DROP TABLE cells",
@@ -208,8 +216,10 @@ async def test_columns_hold_what_they_are_declared_to_hold(tmp_path: Path) -> No
     path = tmp_path / "runs.db"
     async with SQLiteStore(path) as store:
         await finish(await begin(store))
-    for statement in ("UPDATE runs SET tokens = 'x'", "UPDATE runs SET status = x'78'", "UPDATE inputs SET input = 'x'"):
+    for statement in (
+        "UPDATE runs SET tokens = 'x'",
+        "UPDATE runs SET status = x'78'",
+        "UPDATE inputs SET input = 'x'",
+    ):
         with pytest.raises(sqlite3.IntegrityError, match="cannot store"):
             _change(path, statement)
-
-

@@ -22,7 +22,7 @@ import pytest
 from tests.tiers import examples
 
 import stroma
-from stroma.checkpoint import CheckpointLost, Fenced, RunBusy, RunQuery, StoreError, open_store
+from stroma.checkpoint import CheckpointLost, Fenced, RunBusy, StoreError, open_store
 from stroma.checkpoint._rows import Attempt, Commit, Doing, Fence
 from stroma.checkpoint._worker import Job
 from stroma.testing.machine import JournalStoreMachine
@@ -31,7 +31,6 @@ from stroma.testing.stores import (
     State,
     begin,
     commit,
-    fail,
     finish,
     restored,
     settled,
@@ -78,9 +77,7 @@ class TestConformance(JournalStoreTests):
             yield store
 
     @pytest.fixture
-    def other(
-        self, server: PostgresServer, schema: str, store: PostgresStore
-    ) -> Iterator[PostgresStore]:
+    def other(self, server: PostgresServer, schema: str, store: PostgresStore) -> Iterator[PostgresStore]:
         with PostgresStore(server.dsn, schema=schema) as other:
             yield other
 

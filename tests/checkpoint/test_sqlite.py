@@ -35,9 +35,7 @@ from stroma.checkpoint import (
     Fenced,
     JournalStore,
     PipelineChanged,
-    RunQuery,
     RunRequest,
-    StepCall,
     StoreError,
 )
 from stroma.checkpoint import _sqlite_file as sqlite_file
@@ -887,9 +885,7 @@ class TestFaults:
         for position in range(3):
             await commit(session, position, position, f"n{position}")
         with raw(path) as db:
-            db.execute(
-                "UPDATE steps SET output = CAST(replace(output, '1', '7') AS BLOB) WHERE position = 1"
-            )
+            db.execute("UPDATE steps SET output = CAST(replace(output, '1', '7') AS BLOB) WHERE position = 1")
         damaged = (
             r"node 'n1' at position 1 of run 'run' is damaged; resume from that node \(resume_from='n1'\)"
         )

@@ -238,7 +238,9 @@ def test_what_tells_attempts_apart(rows: SqliteRows, field: str) -> None:
     assert len(table(rows, "attempts")) == 2
 
 
-@pytest.mark.parametrize("change", [{"run": 2}, {"epoch": 2}, {"epoch": 0}, {"owner": THEIRS}, {"acknowledged": 1}])
+@pytest.mark.parametrize(
+    "change", [{"run": 2}, {"epoch": 2}, {"epoch": 0}, {"owner": THEIRS}, {"acknowledged": 1}]
+)
 def test_the_fence(rows: SqliteRows, clock: Clock, change: dict[str, Any]) -> None:
     """Whoever has another run, epoch or owner, or more acknowledged attempts than the run counts, writes neither figures nor an output, ends nothing and renews nothing."""
     fence = rows.begin(None, opening())

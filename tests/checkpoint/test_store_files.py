@@ -36,7 +36,9 @@ def _synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 @pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not say what is synced")
-def test_a_new_directory_of_blobs_survives_a_power_cut(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_new_directory_of_blobs_survives_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Whatever put() made, directories too, is synced into what names it before put() returns."""
     synced = _synced(monkeypatch)
     root = tmp_path / "state" / "blobs"
@@ -91,7 +93,9 @@ async def test_a_wal_without_its_file_is_damage(tmp_path: Path, damage: Callable
     (tmp_path / "runs.db-shm").unlink()
     with SQLiteStore(path) as store:
         for call in (lambda: begin(store), store.list_runs):
-            with pytest.raises(StoreError, match=r"is damaged: it is missing or empty, and .*-wal") as refused:
+            with pytest.raises(
+                StoreError, match=r"is damaged: it is missing or empty, and .*-wal"
+            ) as refused:
                 await _settled(call())
             assert not refused.value.transient
     assert wal.read_bytes() == kept

@@ -118,11 +118,7 @@ class PostgresConnection:
     def _alone(self, job: Job) -> None:
         operation = job.operation
         try:
-            is_kept, attempts = False, 0
-            if isinstance(operation, Commit):
-                is_kept, attempts = self._try(lambda db, _: commit_reply(_send(db, operation)))
-            if is_kept:
-                operation.fence.acknowledge(attempts)
+            if isinstance(operation, Commit) and self._try(lambda db, _: _commit(db, operation)):
                 self._settle(job)
             else:  # Also for a commit that is fenced off, to say why.
                 self._settle(job, self._try(lambda db, doubt: _transact(db, operation, doubt)))
@@ -227,6 +223,13 @@ def _run_of(operation: Any) -> str | None:
 
 def _send(db: Database, commit: Commit) -> psycopg.Cursor[Any]:
     return db.execute(*commit_query(commit.fence, commit.attempt, commit.step), binary=True)
+
+
+def _commit(db: Database, commit: Commit) -> bool:
+    is_kept, attempts = commit_reply(_send(db, commit))
+    if is_kept:
+        commit.fence.acknowledge(attempts)
+    return is_kept
 
 
 def _transact(db: Database, operation: Any, doubt: bool) -> Any:

@@ -182,8 +182,10 @@ class RedisReading:
         """Of each execution its attempts, in the order in which history is told, without outputs."""
         replies = self._try(*(script(run.prefix, "told", execution) for run, execution in runs))
         found: list[list[Told]] = []
-        for (run, _), reply in zip(runs, replies, strict=True):
-            attempts, heads = ([], []) if isinstance(reply, Exception) else reply  # Keys that hold something else.
+        for reply in replies:
+            attempts, heads = (
+                ([], []) if isinstance(reply, Exception) else reply
+            )  # Keys that hold something else.
             outputs = {place: read_head(line) for place, line in pairs(heads).items()}
             told = []
             for epoch, attempt in _attempts(attempts):

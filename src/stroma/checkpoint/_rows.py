@@ -124,7 +124,6 @@ class RunRow(NamedTuple):
         owner = Owner.read(self.owner) if self.status == "RUNNING" else None
         return None if owner is None or self.left_seconds < 0 or is_gone(owner) else owner
 
-
     @property
     def is_damaged(self) -> bool:
         """Whether the row holds what no store writes, see :func:`readable_run`."""
@@ -421,7 +420,10 @@ def refused(rows: Rows, fence: Fence, run_id: str) -> StoreError:
         return lost(run_id, "it is not in the store any more, and nobody deleted it")
     if found.run == fence.run and (
         found.epoch < fence.epoch
-        or ((found.epoch, found.owner) == (fence.epoch, fence.owner) and found.attempt_count < fence.acknowledged)
+        or (
+            (found.epoch, found.owner) == (fence.epoch, fence.owner)
+            and found.attempt_count < fence.acknowledged
+        )
     ):
         return lost(run_id, "the store is older than what it acknowledged")
     return fenced(found, run_id)
@@ -473,7 +475,9 @@ def readable_attempt(values: Sequence[Any]) -> Attempt:
     wrong = {name: kinds for name, value, kinds in fields if not _is_one(value, kinds)}
     if not wrong:
         return row
-    sane = {name: 0 if kinds is _NUMBER else "" if kinds is _TEXT else None for name, kinds in wrong.items()}
+    sane: dict[str, Any] = {
+        name: 0 if kinds is _NUMBER else "" if kinds is _TEXT else None for name, kinds in wrong.items()
+    }
     message = f"its row in the store is damaged: {', '.join(wrong)}"
     return row._replace(**{**sane, "outcome": DAMAGED, "failure_class": None, "message": message})
 
@@ -481,7 +485,9 @@ def readable_attempt(values: Sequence[Any]) -> Attempt:
 def sound(found: RunRow | None) -> RunRow | None:
     """Return the row that was found to be changed. Raises CorruptCheckpoint for a damaged one."""
     if found is not None and found.is_damaged:
-        raise CorruptCheckpoint(f"run {found.run_id!r} cannot be used: {found.error}, then run it from the beginning")
+        raise CorruptCheckpoint(
+            f"run {found.run_id!r} cannot be used: {found.error}, then run it from the beginning"
+        )
     return found
 
 
@@ -503,7 +509,9 @@ _SANE: Final[dict[str, Any]] = {
 
 
 def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(value, kinds) and (kinds is not _NUMBER or 0 <= value <= _LARGEST)
+    return isinstance(value, kinds) and (
+        not isinstance(value, int) or kinds is not _NUMBER or 0 <= value <= _LARGEST
+    )
 
 
 def checksum(data: bytes) -> bytes:

@@ -81,7 +81,9 @@ def tally(
         Tally(int(row[0]), *row[1:5], *map(int, row[5:]))
         for row in found
         # Of a damaged row, a number that is none counts as 0, and what belongs to no text is left out.
-        if isinstance(row[1], str) and isinstance(row[2], str) and all(isinstance(t, str | None) for t in row[3:5])
+        if isinstance(row[1], str)
+        and isinstance(row[2], str)
+        and all(isinstance(t, str | None) for t in row[3:5])
     ]
 
 

@@ -310,9 +310,7 @@ class SqliteRows:
         parent = self.db.execute(_PARENTS, (found.run,)).fetchone()
         tags = self.db.execute("SELECT tag FROM tags WHERE run = ?", (found.run,)).fetchall()
         rows = self.db.execute(_FAILED, (found.run, found.execution, failed)).fetchall() if failed else []
-        return Beside(
-            parent and parent[0], tuple(tag for (tag,) in tags), list(map(readable_attempt, rows))
-        )
+        return Beside(parent and parent[0], tuple(tag for (tag,) in tags), list(map(readable_attempt, rows)))
 
     def ids(self, prefix: str, limit: int) -> list[str]:
         first, last, size = prefix, prefix + _LAST_CHARACTERS, len(prefix)

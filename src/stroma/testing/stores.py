@@ -754,7 +754,9 @@ class JournalStoreTests:
             await commit(session, position, State(n=position))
         await finish(session)
         for i in range(_ROUNDS):
-            work = [settled(client.fork("run", f"fork {i}", 2 + n)) for n, client in enumerate((store, other))]
+            work = [
+                settled(client.fork("run", f"fork {i}", 2 + n)) for n, client in enumerate((store, other))
+            ]
             got = await asyncio.gather(*work, return_exceptions=True)
             assert [type(e) for e in got if e is not None] == [RunExists]
             made = await begin(store, f"fork {i}", if_exists="resume")
