@@ -109,6 +109,8 @@ class RedisRows(RedisReading):
         (reply,) = self._try(script(prefix_of(run_id), "find", run_id))
         if reply == b"lost":
             raise lost(run_id, self._link.server.name)
+        if lock and isinstance(reply, Exception):
+            raise reply  # It may be another program's: nothing is written over it.
         found = None if reply is None else found_row(reply, run_id)
         if lock:
             sound(found)
