@@ -98,7 +98,8 @@ _STRANGERS: Final = """WITH RECURSIVE ours(role) AS (SELECT oid FROM pg_roles WH
 _RAISE: Final = "UPDATE meta SET v = %s WHERE k = %s AND v::int < %s"
 # Read from a table: to_regclass() and its like may not know yet what others made while we waited for them.
 _LOOK: Final = """SELECT coalesce(bool_or(c.relname = 'meta'), false),
-    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts', 'tags')), false)
+    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts', 'tags')), false),
+    (SELECT oid::bigint FROM pg_namespace WHERE nspname = %s)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s"""
 _PLACE: Final = (
     """SELECT current_setting('server_encoding'), NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)"""
@@ -113,14 +114,14 @@ def key(text: str) -> bytes:
     return data if len(data) <= _SHORT else b"\xff" + hashlib.sha256(data).digest()
 
 
-def prepare(db: psycopg.Connection[Any], schema: str, where: str) -> None:
+def prepare(db: psycopg.Connection[Any], schema: str, where: str, safe: set[int]) -> None:
     """Make the tables, or bring them up to date, if need be. The schema is the only one on the search path."""
-    if is_ours(db, schema, where) and is_current(db, schema):
+    if is_ours(db, schema, where, safe) and is_current(db, schema):
         return
     with db.transaction():
         # Processes that open a new database together do this one after another.
         db.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"stroma:{schema}",))
-        if not is_ours(db, schema, where):
+        if not is_ours(db, schema, where, safe):
             _create(db, schema, where)
             return
         for older in range(_version(db, schema), SCHEMA_VERSION):
@@ -150,11 +151,17 @@ def _create(db: psycopg.Connection[Any], schema: str, where: str) -> None:
     db.execute(_FORMAT, (str(SCHEMA_VERSION), str(_MIN_READER)))
 
 
-def is_ours(db: psycopg.Connection[Any], schema: str, where: str) -> bool:
-    """False where there are no tables. Raises StoreError for those of something else, or too new for us."""
-    _refuse_strangers(db, schema, where)
-    found: Any = db.execute(_LOOK, (schema,)).fetchone()
-    meta, others = found
+def is_ours(db: psycopg.Connection[Any], schema: str, where: str, safe: set[int]) -> bool:
+    """False where there are no tables. Raises StoreError for those of something else, or too new for us.
+
+    ``safe``: schemas, by their number, that were found to be nobody else's. Only whoever may do anything with such a one can
+    change that, so it is looked at once.
+    """
+    found: Any = db.execute(_LOOK, (schema, schema)).fetchone()
+    meta, others, number = found
+    if number is not None and number not in safe:
+        _refuse_strangers(db, schema, where)
+        safe.add(number)
     if not meta and not others:
         return False
     needed = _meta(db, schema, "min_reader") if meta else None
