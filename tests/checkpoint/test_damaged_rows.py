@@ -113,7 +113,7 @@ async def test_one_damaged_row(kind: str, column: str, value: Any) -> None:
                 begin(store, "r3", if_exists="resume"),
                 settled(store.cancel("r3")),
             ):
-                with pytest.raises(StoreError, match="'r3'|of another program"):
+                with pytest.raises(StoreError, match=r"'r3'|of another program"):
                     await refused
         await settled(store.delete("r3"))
         assert sorted(run.run_id for run in store.list_runs()) == sorted(others)

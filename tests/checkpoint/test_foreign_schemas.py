@@ -84,7 +84,7 @@ async def test_a_schema_of_another_role_is_refused(server: PostgresServer, role:
     """Its owner may add a trigger that runs as whoever writes, at any time: for a superuser that is the whole server."""
     await _use(server, "mallory")
     _execute(server, "mallory", *TRIGGER, "GRANT ALL ON stroma.stolen TO PUBLIC", *OPEN)
-    await _refused(server, role, "belongs to mallory, a role that .* is not a member of|lets every role")
+    await _refused(server, role, f"belongs to mallory, a role that {role} is not a member of")
     with psycopg.connect(_dsn(server, "mallory"), autocommit=True) as db:
         assert db.execute("SELECT who FROM stroma.stolen").fetchall() == []
 

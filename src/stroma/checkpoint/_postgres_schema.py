@@ -92,8 +92,9 @@ _STRANGERS: Final = """WITH RECURSIVE ours(role) AS (SELECT oid FROM pg_roles WH
     FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN place ON c.relnamespace = place.oid WHERE NOT t.tgisinternal
     UNION ALL SELECT 4, 'its table ' || quote_ident(c.relname), c.relowner, 'has a rule ' || quote_ident(w.rulename)
     FROM pg_rewrite w JOIN pg_class c ON c.oid = w.ev_class JOIN place ON c.relnamespace = place.oid WHERE c.relkind = 'r')
-    SELECT f.name, coalesce(f.what, 'belongs to ' || quote_ident(pg_get_userbyid(f.owner))
-    || ', a role that ' || quote_ident(current_user) || ' is not a member of') FROM found f
+    SELECT f.name, CASE WHEN f.owner IN (SELECT role FROM trusted) THEN f.what ELSE 'belongs to '
+    || quote_ident(pg_get_userbyid(f.owner)) || ', a role that ' || quote_ident(current_user) || ' is not a member of' END
+    FROM found f
     WHERE f.what IS NOT NULL OR f.owner NOT IN (SELECT role FROM trusted) ORDER BY f.kind, f.name LIMIT 1"""
 _RAISE: Final = "UPDATE meta SET v = %s WHERE k = %s AND v::int < %s"
 # Read from a table: to_regclass() and its like may not know yet what others made while we waited for them.
