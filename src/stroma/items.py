@@ -325,9 +325,11 @@ class LinesFile:
 
     def __init__(self, path: pathlib.Path, run_id: str) -> None:
         self._path = pathlib.Path(os.path.realpath(path))  # A link stays one.
-        # The same name for every process that goes on with the run: what a killed one leaves behind is written over.
-        mark = hashlib.sha256(f"{run_id}\0{path.name}".encode("utf-8", "surrogatepass")).hexdigest()[:16]
-        self._beside = self._path.with_name(f".{mark}.part")
+        # One part for each run and file, in a file of its own for each process that goes on with the run.
+        self._mark = hashlib.sha256(f"{run_id}\0{path.name}".encode("utf-8", "surrogatepass")).hexdigest()[
+            :16
+        ]
+        self._beside = self._path.with_name(f".{self._mark}.{os.urandom(4).hex()}.part")
         self._file: IO[bytes] | None = None
 
     def check(self, source: pathlib.Path | None) -> None:
@@ -349,7 +351,10 @@ class LinesFile:
             raise PermissionError(f"{folder} may not be written; give another path for the outputs of a map")
 
     def begin(self) -> None:
-        self._file = self._beside.open("wb")
+        # What a killed process has left; or one that was stopped and taken over from, whose file is then in no place.
+        for left in self._path.parent.glob(f".{self._mark}.*.part"):
+            left.unlink(missing_ok=True)
+        self._file = self._beside.open("xb")
 
     def write(self, values: Sequence[Any]) -> None:
         assert self._file is not None

@@ -29,6 +29,11 @@ class TestSQLiteStore(JournalStoreTests):
         async with SQLiteStore(tmp_path / "runs.db") as store:
             yield store
 
+    @pytest.fixture
+    async def other(self, store: Any, tmp_path: Path) -> AsyncIterator[Any]:
+        async with SQLiteStore(tmp_path / "runs.db") as other:
+            yield other
+
 
 @pytest.mark.parametrize("store", [InMemoryStore(), AsyncInMemoryStore(), SQLiteStore("never-made.db")])
 def test_nothing_is_skipped(store: Any) -> None:

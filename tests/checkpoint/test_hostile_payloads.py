@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel
+from tests.checkpoint.damage import loose
 
 from stroma import (
     CorruptCheckpoint,
@@ -54,11 +55,10 @@ def _runner(store: Any) -> StromaRunner:
 def _tamper(path: Path, payload: bytes, **columns: Any) -> None:
     """Put a payload with a right checksum in the place of a's output."""
     sha = hashlib.sha256(payload).digest()
-    with sqlite3.connect(path) as db:
+    with loose(path) as db:
         db.execute("UPDATE steps SET output = ?, sha256 = ? WHERE node_id = 'a'", (payload, sha))
         for name, value in columns.items():
             db.execute(f"UPDATE steps SET {name} = ? WHERE node_id = 'a'", (value,))
-    db.close()
 
 
 def _tagged(value: Any) -> bytes:
@@ -163,7 +163,7 @@ async def test_a_gigabyte_is_a_named_error(tmp_path: Path, place: str) -> None:
 
 @pytest.mark.parametrize("kind", ["text", "integer", "null sha"])
 async def test_columns_of_a_wrong_type(tmp_path: Path, kind: str) -> None:
-    """SQLite promises no types: a column that holds something else is damage like any other."""
+    """A file from elsewhere promises no types: a column that holds something else is damage like any other."""
     path = tmp_path / "runs.db"
     calls: list[str] = []
     async with SQLiteStore(path) as store:

@@ -22,7 +22,7 @@ import pytest
 from tests.tiers import examples
 
 import stroma
-from stroma.checkpoint import Fenced, RunBusy, RunQuery, StoreError, open_store
+from stroma.checkpoint import CheckpointLost, Fenced, RunBusy, StoreError, open_store
 from stroma.checkpoint._rows import Attempt, Commit, Doing, Fence
 from stroma.checkpoint._worker import Job
 from stroma.testing.machine import JournalStoreMachine
@@ -31,7 +31,6 @@ from stroma.testing.stores import (
     State,
     begin,
     commit,
-    fail,
     finish,
     restored,
     settled,
@@ -76,6 +75,11 @@ class TestConformance(JournalStoreTests):
     def store(self, server: PostgresServer, schema: str) -> Iterator[PostgresStore]:
         with PostgresStore(server.dsn, schema=schema) as store:
             yield store
+
+    @pytest.fixture
+    def other(self, server: PostgresServer, schema: str, store: PostgresStore) -> Iterator[PostgresStore]:
+        with PostgresStore(server.dsn, schema=schema) as other:
+            yield other
 
 
 class Model(JournalStoreMachine):
@@ -208,15 +212,6 @@ async def test_tables_of_others_are_left_alone(
         store.list_runs()
 
 
-def as_version_1(server: PostgresServer, schema: str) -> None:
-    """Make the tables what the first release made."""
-    for table in ("cells", "tags"):
-        server.execute(f"DROP TABLE {schema}.{table}")
-    for index in ("runs_by_pipeline", "runs_by_status", "failed"):
-        server.execute(f"DROP INDEX {schema}.{index}")
-    server.execute(f"UPDATE {schema}.meta SET v = '1' WHERE k = 'schema_version'")
-
-
 async def test_an_older_format_is_brought_up_to_date(
     server: PostgresServer, store: PostgresStore, schema: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -224,32 +219,17 @@ async def test_an_older_format_is_brought_up_to_date(
     session = await begin(store)
     await commit(session, 0, State(n=1))
     await finish(session)
-    as_version_1(server, schema)
-    migrations = {**_postgres_schema._MIGRATIONS, 2: ("ALTER TABLE runs ADD COLUMN fresh int",)}
-    monkeypatch.setattr(_postgres_schema, "SCHEMA_VERSION", 3)
+    migrations = {3: ("ALTER TABLE runs ADD COLUMN fresh int",), 4: ("CREATE TABLE more (x int)",)}
+    monkeypatch.setattr(_postgres_schema, "SCHEMA_VERSION", 5)
     monkeypatch.setattr(_postgres_schema, "_MIGRATIONS", migrations)
     assert store.get_run("run").nodes == 1
     assert server.execute(f"SELECT k, v FROM {schema}.meta ORDER BY k") == [
-        ("min_reader", "1"),
-        ("schema_version", "3"),
+        ("min_reader", "3"),
+        ("schema_version", "5"),
     ]
-    assert server.execute(f"SELECT count(*) FROM {schema}.cells") == [(0,)]
+    assert server.execute(f"SELECT count(*) FROM {schema}.more") == [(0,)]
     assert server.execute(f"SELECT fresh FROM {schema}.runs") == [(None,)]
     assert len((await begin(store, if_exists="resume")).restored) == 1
-
-
-async def test_the_first_format_is_brought_up_to_date(
-    server: PostgresServer, store: PostgresStore, schema: str
-) -> None:
-    """What the first release made can be asked for by tags and failures, too, once it was opened."""
-    session = await begin(store)
-    await fail(session, 0, "n")
-    await finish(session, "FAILED")
-    as_version_1(server, schema)
-    with PostgresStore(server.dsn, schema=schema) as fresh:
-        assert [run.run_id for run in fresh.run_page(RunQuery(node="n")).runs] == ["run"]
-        await begin(fresh, tags=("new",))
-        assert [run.run_id for run in fresh.run_page(RunQuery(tag="new")).runs] == ["run"]
 
 
 async def test_a_database_without_every_character(server: PostgresServer) -> None:
@@ -267,9 +247,23 @@ async def test_a_schema_that_is_dropped_is_made_again(
     """Dropping the schema under a store ends the runs in it, and the store goes on."""
     session = await begin(store)
     server.execute(f"DROP SCHEMA {schema} CASCADE")
-    with pytest.raises(Fenced, match="deleted"):
+    with pytest.raises(CheckpointLost, match="nobody deleted it"):
         await commit(session, 0, State())
     assert (await begin(store)).execution == 1
+
+
+async def test_a_format_that_was_never_released_is_refused(
+    server: PostgresServer, store: PostgresStore, schema: str
+) -> None:
+    """Its tables are neither read nor changed."""
+    await begin(store)
+    server.execute(f"UPDATE {schema}.meta SET v = '2'")
+    for call in (lambda other: other.list_runs(), lambda other: begin(other, "other")):
+        with PostgresStore(server.dsn, schema=schema) as other:
+            with pytest.raises(StoreError, match="has format 2, which no release wrote") as refused:
+                await settled(call(other))
+            assert not refused.value.transient
+    assert server.execute(f"SELECT v FROM {schema}.meta") == [("2",), ("2",)]
 
 
 # ---------------------------------------------------------------------- ids

@@ -65,12 +65,22 @@ class TestJournal(JournalStoreTests):
         async with RedisStore(server.url) as store:
             yield store
 
+    @pytest.fixture
+    async def other(self, server: RedisServer, store: RedisStore) -> AsyncIterator[RedisStore]:
+        async with RedisStore(server.url) as other:
+            yield other
+
 
 class TestSyncJournal(JournalStoreTests):
     @pytest.fixture
     def store(self, server: RedisServer) -> Iterator[SyncRedisStore]:
         with SyncRedisStore(server.url) as store:
             yield store
+
+    @pytest.fixture
+    async def other(self, server: RedisServer, store: SyncRedisStore) -> AsyncIterator[RedisStore]:
+        async with RedisStore(server.url) as other:
+            yield other
 
 
 class _Model(JournalStoreMachine):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -71,7 +72,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
     history = store.table("attempts")
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.finished) == (1, True, None)
-    assert session.fence == first.fence._replace(epoch=2, owner=session.fence.owner)
+    assert session.fence == replace(first.fence, epoch=2, owner=session.fence.owner)
     assert session.restored == COMMITS
     assert session.prior == PRIOR
     assert session.traceparent == "at -5"

@@ -81,7 +81,7 @@ async def test_an_input_that_is_damaged_is_not_the_same(store: Store) -> None:
     """The codec is not even asked for what it was."""
     codec = Counting()
     lose(store.open(payloads=Payloads(codec)))
-    store.db.execute("UPDATE inputs SET input = input || x'00'")
+    store.db.execute("UPDATE inputs SET input = CAST(input || x'00' AS BLOB)")
     with pytest.raises(PipelineChanged):
         store.open(payloads=Payloads(codec), if_exists="resume")
     assert codec.opened == 0

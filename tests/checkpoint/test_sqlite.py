@@ -22,20 +22,20 @@ from typing import Any
 
 import pytest
 from pydantic import BaseModel, Field
+from tests.checkpoint.damage import loose
 
 import stroma
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
+    CheckpointLost,
     CheckpointManager,
     CheckpointNotFound,
     CorruptCheckpoint,
     Fenced,
     JournalStore,
     PipelineChanged,
-    RunQuery,
     RunRequest,
-    StepCall,
     StoreError,
 )
 from stroma.checkpoint import _sqlite_file as sqlite_file
@@ -553,10 +553,10 @@ class TestFence:
         await commit(stale, 0)
         for file in path.parent.iterdir():
             file.unlink()
-        with pytest.raises(Fenced, match="no longer in"):
+        with pytest.raises(CheckpointLost, match="nobody deleted it"):
             await commit(stale, 1)
         await commit(await begin(store, "new"), 0, 5)
-        with pytest.raises(Fenced):
+        with pytest.raises(CheckpointLost):
             await commit(stale, 2)
         with raw(path) as db:
             assert db.execute("SELECT run_id FROM runs").fetchall() == [("new",)]
@@ -885,7 +885,7 @@ class TestFaults:
         for position in range(3):
             await commit(session, position, position, f"n{position}")
         with raw(path) as db:
-            db.execute("UPDATE steps SET output = replace(output, '1', '7') WHERE position = 1")
+            db.execute("UPDATE steps SET output = CAST(replace(output, '1', '7') AS BLOB) WHERE position = 1")
         damaged = (
             r"node 'n1' at position 1 of run 'run' is damaged; resume from that node \(resume_from='n1'\)"
         )
@@ -910,7 +910,7 @@ class TestFaults:
         await begin(store)
         await store.save("run", "node", State())
         assert store.input_of("run") == SCHEMA.encode(State())
-        with raw(path) as db:
+        with loose(path) as db:
             db.execute("UPDATE inputs SET input = 'text'")
             db.execute("UPDATE steps SET output = 5")
         with pytest.raises(CorruptCheckpoint, match="input of run 'run' is damaged"):
@@ -944,34 +944,6 @@ class TestFaults:
             with pytest.raises(StoreError, match="of another program"):
                 store.list_runs()
         assert path.read_bytes() == before
-
-    @pytest.mark.parametrize("first", ["reader", "writer"])
-    async def test_an_older_file_is_brought_up_to_date(self, path: pathlib.Path, first: str) -> None:
-        """A file that an earlier release made keeps all that is in it, whoever opens it first."""
-        with SQLiteStore(path) as store:
-            session = await begin(store)
-            await commit(session, 0, 5)
-            await settle(session.end("PARTIAL", "why"))
-        with raw(path) as db:  # What the first format lacked.
-            db.execute("ALTER TABLE steps DROP COLUMN call")
-            db.execute("ALTER TABLE steps DROP COLUMN given")
-            db.execute("DROP TABLE cells")
-            db.execute("DROP TABLE tags")
-            for index in ("runs_by_pipeline", "runs_by_status", "failed"):
-                db.execute(f"DROP INDEX {index}")
-            db.execute("UPDATE meta SET v = '1'")
-        with SQLiteStore(path) as store:
-            if first == "reader":
-                assert [a.position for a in store.attempts("run")] == [0]
-            session = await begin(store, resume=True)
-            assert restored(session) == {(0, ""): ("node", State(n=5))}
-            await settle(session.record(row(1), SCHEMA, State(n=6), StepCall(3, b"x")))
-            await settle(session.end("PARTIAL", "why"))
-            assert (await begin(store, resume=True)).restored[1, ""].step == StepCall(3, b"x")
-            await store.change_cell("cell", lambda data, now: (b"1", None))
-            assert store.read_cell("cell")[0] == b"1"
-            assert [run.run_id for run in store.run_page(RunQuery(statuses=("RUNNING",))).runs] == ["run"]
-            assert store.run_page(RunQuery(tag="none")).runs == []
 
     async def test_a_newer_file_is_refused(self, path: pathlib.Path) -> None:
         """A file whose min_reader is beyond this release is not touched; one that is only newer is used."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sqlite3
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -450,7 +451,7 @@ def test_commits_that_follow_one_another_go_together(
 
 def test_one_commit_of_many_that_is_fenced(bench: Bench, fence: Fence, together: list[list[int]]) -> None:
     """It alone is refused; the others are kept, once."""
-    stale = fence._replace(epoch=0)
+    stale = replace(fence, epoch=0)
     commits = [Commit("r", stale if number == 1 else fence, attempt(number), STEP) for number in range(4)]
     jobs, _ = bench.apply(*commits)
     assert [type(job.error) for job in jobs] == [type(None), Fenced, type(None), type(None)]

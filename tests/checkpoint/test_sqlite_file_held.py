@@ -15,7 +15,7 @@ import pytest
 
 from stroma.checkpoint import SQLiteStore, StoreError
 from stroma.checkpoint import _sqlite_file as sqlite_file
-from stroma.checkpoint._sqlite_file import SCHEMA_VERSION, Connect, DatabaseFile, connect, is_fatal
+from stroma.checkpoint._sqlite_file import Connect, DatabaseFile, connect, is_fatal
 
 
 def database(
@@ -258,14 +258,14 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
     assert [stat.S_IMODE(one.stat().st_mode) for one in sorted(tmp_path.iterdir())] == [0o600] * 3
     assert pragma(db, "application_id") == int.from_bytes(b"Strm", "big") == 0x5374726D
     assert db.execute("SELECT k, v FROM meta ORDER BY k").fetchall() == [
-        ("min_reader", "2"),
-        ("schema_version", "3"),
+        ("min_reader", "4"),
+        ("schema_version", "4"),
     ]
     found = db.execute(
         "SELECT type, name FROM sqlite_master WHERE name NOT LIKE 'sqlite_%' ORDER BY 1, 2"
     ).fetchall()
     assert [name for kind, name in found if kind == "table"] == [
-        "attempts", "cells", "inputs", "meta", "runs", "steps", "tags"
+        "attempts", "cells", "deleted", "inputs", "meta", "runs", "steps", "tags"
     ]  # fmt: skip
     assert [name for kind, name in found if kind == "index"] == [
         "failed", "runs_by_pipeline", "runs_by_start", "runs_by_status", "tags_by_start", "wanted"
@@ -401,16 +401,16 @@ def no_number(db: sqlite3.Connection) -> None:
 
 def newer(db: sqlite3.Connection) -> None:
     _ours(db)
-    db.execute("INSERT INTO meta VALUES ('min_reader', '4'), ('schema_version', '5')")
+    db.execute("INSERT INTO meta VALUES ('min_reader', '5'), ('schema_version', '6')")
 
 
 def _ours(db: sqlite3.Connection) -> None:
     db.execute("PRAGMA application_id = 0x5374726D")
-    db.execute("CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID")
+    db.execute("CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT")
 
 
 DAMAGED = "{} is damaged: it does not say its format; restore it from a backup"
-NEWER = "{} was written by a newer stroma (its format is 4, this one reads up to 3); upgrade stroma, or give another path"
+NEWER = "{} was written by a newer stroma (its format is 5, this one reads up to 4); upgrade stroma, or give another path"
 
 
 @pytest.mark.parametrize(
@@ -509,21 +509,26 @@ def test_two_that_make_a_file_at_once(tmp_path: Path, monkeypatch: pytest.Monkey
     db.close()
 
 
+#: As if the next release had made two tables, in a format of their own each.
+MIGRATIONS = {
+    4: ("CREATE TABLE one (x TEXT) STRICT",),
+    5: ("CREATE TABLE two (x TEXT) STRICT", "CREATE INDEX twos ON two (x)"),
+}
+
+
+@pytest.fixture
+def next_release(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sqlite_file, "SCHEMA_VERSION", 6)
+    monkeypatch.setattr(sqlite_file, "_MIN_READER", 5)
+    monkeypatch.setattr(sqlite_file, "_MIGRATIONS", MIGRATIONS)
+
+
 def lowered(path: Path, version: int) -> None:
-    """Make a file into one that an older release has written."""
-    db = database(path).open()
-    for name in ("failed", "runs_by_pipeline", "runs_by_status", "tags_by_start"):
-        db.execute(f"DROP INDEX {name}")
-    db.execute("DROP TABLE tags")
-    db.execute("DROP TABLE cells")
-    if version == 1:
-        db.execute("DROP INDEX wanted")
-        db.execute("ALTER TABLE steps DROP COLUMN call")
-        db.execute("ALTER TABLE steps DROP COLUMN given")
-    db.execute("UPDATE meta SET v = ? WHERE k = 'schema_version'", (str(version),))
-    db.execute("UPDATE meta SET v = '1' WHERE k = 'min_reader'")
-    db.execute("INSERT INTO inputs VALUES (1, 1, 'c', x'02', x'03')")
-    db.close()
+    """Make a file that an older release, of format 4 or 5, has written."""
+    database(path).open().close()
+    change(path, "UPDATE meta SET v = '4'", "INSERT INTO inputs VALUES (1, 1, 'c', x'02', x'03')")
+    if version == 5:
+        change(path, *MIGRATIONS[4], "UPDATE meta SET v = '5' WHERE k = 'schema_version'")
 
 
 def change(path: Path, *statements: str) -> None:
@@ -546,30 +551,28 @@ def shape(path: Path) -> Any:
     return names, columns, facts
 
 
-@pytest.mark.parametrize("version", [1, 2])
-@pytest.mark.parametrize("by", ["a reader", "a writer", "a reader of a file that does not say its version"])
+@pytest.mark.usefixtures("next_release")
+@pytest.mark.parametrize("version", [4, 5])
+@pytest.mark.parametrize("by", ["a reader", "a writer"])
 def test_an_older_file_is_brought_up_to_date(tmp_path: Path, version: int, by: str) -> None:
-    """By whoever opens it: it is like a new one then, and what was in it is there."""
-    fresh, path = tmp_path / "fresh.db", tmp_path / "runs.db"
-    database(fresh).open().close()
+    """By whoever opens it: it has what a new one has then, and what was in it is there."""
+    path = tmp_path / "runs.db"
     lowered(path, version)
     file = database(path)
-    assert shape(path) != shape(fresh)
     if by == "a writer":
         file.open().close()
     else:
-        if "not say" in by and version == 1:
-            change(path, "UPDATE meta SET v = 'x' WHERE k = 'schema_version'")
         assert read(file)
-    names, columns, facts = shape(path)
-    assert (names, columns) == shape(fresh)[:2]
-    assert facts == shape(fresh)[2]
+    names, _, facts = shape(path)
+    assert {("table", "one"), ("table", "two"), ("index", "twos")} <= set(names)
+    assert facts == [("min_reader", "5"), ("schema_version", "6")]
     db = sqlite3.connect(path)
     assert db.execute("SELECT * FROM inputs").fetchall() == [(1, 1, "c", b"\x02", b"\x03")]
     db.close()
 
 
-@pytest.mark.parametrize("version", [1, 2])
+@pytest.mark.usefixtures("next_release")
+@pytest.mark.parametrize("version", [4, 5])
 def test_two_that_bring_a_file_up_to_date_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, version: int
 ) -> None:
@@ -579,10 +582,25 @@ def test_two_that_bring_a_file_up_to_date_at_once(
     db = database(path, opens=meanwhile).open()
     assert not db.in_transaction
     db.close()
-    assert shape(path)[2] == [("min_reader", "2"), ("schema_version", "3")]
+    assert shape(path)[2] == [("min_reader", "5"), ("schema_version", "6")]
 
 
-@pytest.mark.parametrize("version", ["3", "4", "10"])
+@pytest.mark.parametrize("by", ["a reader", "a writer"])
+def test_a_file_of_a_format_that_was_never_released_is_refused(tmp_path: Path, by: str) -> None:
+    """It is neither read nor changed."""
+    path = tmp_path / "runs.db"
+    database(path).open().close()
+    change(path, "UPDATE meta SET v = '3'")
+    before = shape(path)
+    said = fails(database(path).open if by == "a writer" else lambda: read(database(path)))
+    assert str(said) == (
+        f"{path} has format 3, which no release wrote and this one does not read; give another path"
+    )
+    assert not said.transient
+    assert shape(path) == before
+
+
+@pytest.mark.parametrize("version", ["4", "5", "10"])
 def test_a_newer_file_that_may_be_read_stays_as_it_is(tmp_path: Path, version: str) -> None:
     """It is read and written, and says what it said."""
     path = tmp_path / "runs.db"
@@ -590,13 +608,12 @@ def test_a_newer_file_that_may_be_read_stays_as_it_is(tmp_path: Path, version: s
     change(
         path,
         f"UPDATE meta SET v = '{version}' WHERE k = 'schema_version'",
-        "UPDATE meta SET v = '3' WHERE k = 'min_reader'",
         "DROP TABLE cells",
     )
     database(path).open().close()
     assert read(database(path))
     names, _, facts = shape(path)
-    assert facts == [("min_reader", "3"), ("schema_version", version)]
+    assert facts == [("min_reader", "4"), ("schema_version", version)]
     assert ("table", "cells") not in names
 
 
@@ -611,22 +628,24 @@ def test_a_file_that_is_up_to_date_is_opened_while_somebody_writes(tmp_path: Pat
     writer.close()
 
 
+@pytest.mark.usefixtures("next_release")
 def test_facts_of_a_file_are_only_ever_raised(tmp_path: Path) -> None:
     """A file that needs a newer reader than its format tells keeps to that; numbers are compared as numbers."""
     path = tmp_path / "runs.db"
-    lowered(path, 2)
-    change(path, "UPDATE meta SET v = '3' WHERE k = 'min_reader'", "INSERT INTO meta VALUES ('another', '0')")
+    lowered(path, 5)
+    change(path, "UPDATE meta SET v = '6' WHERE k = 'min_reader'", "INSERT INTO meta VALUES ('another', '0')")
     database(path).open().close()
-    assert shape(path)[2] == [("another", "0"), ("min_reader", "3"), ("schema_version", str(SCHEMA_VERSION))]
+    assert shape(path)[2] == [("another", "0"), ("min_reader", "6"), ("schema_version", "6")]
 
 
+@pytest.mark.usefixtures("next_release")
 def test_a_failed_step_on_the_way_up_changes_nothing(tmp_path: Path) -> None:
     path = tmp_path / "runs.db"
-    lowered(path, 2)
-    change(path, "CREATE TABLE tags (x)")
+    lowered(path, 5)
+    change(path, "CREATE TABLE two (y TEXT) STRICT")
     before = shape(path)
     said = fails(database(path).open)
-    assert str(said) == f"{path}: table tags already exists"
+    assert str(said) == f"{path}: table two already exists"
     assert shape(path) == before
 
 

@@ -6,6 +6,7 @@ import os
 import sqlite3
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -101,7 +102,7 @@ def test_the_first_execution_of_a_run(rows: SqliteRows) -> None:
     fence = rows.begin(None, opening(tags=("b", "a", "b")))
     assert fence == Fence(1, 1, 1, OURS, 30.0)
     assert table(rows, "runs") == [
-        (1, "r", "p", 1, "RUNNING", None, 1000, 1000, 0, 0, 0, OURS, 1, 530_000)
+        (1, "r", "p", 1, "RUNNING", None, 1000, 1000, 0, 0, 0, OURS, 1, 530_000, 0, 0)
     ]  # fmt: skip
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "a", 1000), (1, "b", 1000)]
@@ -128,7 +129,7 @@ def test_the_next_execution_of_a_run(rows: SqliteRows, clock: Clock) -> None:
     )  # fmt: skip
     assert fence == Fence(1, 2, 2, THEIRS, 1.5)
     assert table(rows, "runs") == [
-        (1, "r", "q", 2, "RUNNING", None, 2000, 2000, 0, 0, 0, THEIRS, 2, 901_500)
+        (1, "r", "q", 2, "RUNNING", None, 2000, 2000, 0, 0, 0, THEIRS, 2, 901_500, 0, 0)
     ]  # fmt: skip
     assert table(rows, "inputs") == [
         (1, 1, "c", INPUT, checksum(INPUT)),
@@ -160,7 +161,7 @@ def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
     fence = rows.go_on(found, opening(tags=("two", "one"), **changed))
     assert fence == Fence(1, 1, 2, THEIRS, 2.0)
     assert table(rows, "runs") == [
-        (1, "r", "p", 1, "RUNNING", None, 1000, 2000, 20, 44, 28, THEIRS, 2, 602_000)
+        (1, "r", "p", 1, "RUNNING", None, 1000, 2000, 20, 44, 28, THEIRS, 2, 602_000, 4, 4)
     ]  # fmt: skip
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "one", 1000), (1, "two", 1000)]
@@ -199,7 +200,7 @@ def test_a_commit(rows: SqliteRows, clock: Clock) -> None:
     tried = attempt(2, 99, "", 4, failure_class="semantic", message="said", reason="why")
     assert rows.commit(fence, tried, step(b"[1]", 8, b"given"))
     assert table(rows, "runs") == [
-        (1, "r", "p", 1, "RUNNING", None, 1000, 1700, 5, 11, 7, OURS, 1, 540_000)
+        (1, "r", "p", 1, "RUNNING", None, 1000, 1700, 5, 11, 7, OURS, 1, 540_000, 1, 1)
     ]  # fmt: skip
     assert table(rows, "attempts") == [
         (1, 1, 1, 2, 99, "", 4, "node 2", 7, "success", "semantic", "said", "why", 5, 3, 11, "m")
@@ -237,13 +238,15 @@ def test_what_tells_attempts_apart(rows: SqliteRows, field: str) -> None:
     assert len(table(rows, "attempts")) == 2
 
 
-@pytest.mark.parametrize("change", [{"run": 2}, {"epoch": 2}, {"epoch": 0}, {"owner": THEIRS}])
+@pytest.mark.parametrize(
+    "change", [{"run": 2}, {"epoch": 2}, {"epoch": 0}, {"owner": THEIRS}, {"acknowledged": 1}]
+)
 def test_the_fence(rows: SqliteRows, clock: Clock, change: dict[str, Any]) -> None:
-    """Whoever has another run, epoch or owner writes neither figures nor an output, ends nothing and renews nothing."""
+    """Whoever has another run, epoch or owner, or more acknowledged attempts than the run counts, writes neither figures nor an output, ends nothing and renews nothing."""
     fence = rows.begin(None, opening())
     before = table(rows, "runs")
     clock.now = clock.lease = 10**9
-    other = fence._replace(**change)
+    other = replace(fence, **change)
     assert not rows.commit(other, attempt(), step())
     assert not rows.commit_all([Commit("r", other, attempt(1), step())])
     assert not rows.finish(other, "FAILED", "why")
@@ -294,7 +297,7 @@ def test_many_commits_want_a_closer_look_if_one_is_there_already(rows: SqliteRow
 
 def test_many_commits_want_a_closer_look_if_one_is_fenced(rows: SqliteRows) -> None:
     fence = rows.begin(None, opening())
-    stale = fence._replace(epoch=7)
+    stale = replace(fence, epoch=7)
     assert (
         rows.commit_all([Commit("r", fence, attempt(), step()), Commit("r", stale, attempt(1), step())])
         is False
@@ -318,7 +321,7 @@ def test_the_end_gives_up_the_lease(rows: SqliteRows, clock: Clock) -> None:
     clock.now = 3000
     assert rows.finish(fence, "PARTIAL", "why")
     assert table(rows, "runs") == [
-        (1, "r", "p", 1, "PARTIAL", "why", 1000, 3000, 0, 0, 0, OURS, 1, None)
+        (1, "r", "p", 1, "PARTIAL", "why", 1000, 3000, 0, 0, 0, OURS, 1, None, 0, 0)
     ]  # fmt: skip
     found = rows.find("r")
     assert found is not None
@@ -455,7 +458,7 @@ def test_the_commit_at_a_place(rows: SqliteRows) -> None:
 def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
     """It makes the run, without an execution; what is there gives way to it; it is told in the order of its branches."""
     rows.keep("r", SAVED, "b", "node", step(b"1"))
-    assert table(rows, "runs") == [(1, "r", "", 0, "RUNNING", None, 1000, 1000, 0, 0, 0, None, 0, None)]
+    assert table(rows, "runs") == [(1, "r", "", 0, "RUNNING", None, 1000, 1000, 0, 0, 0, None, 0, None, 0, 0)]
     rows.keep("r", SAVED, "a", "node", step(b"2", 4, b"g"))
     rows.keep("r", SAVED, "b", "other", step(b"3"))
     rows.keep("r", TRACE, "", "trace", step(b"4"))
@@ -725,6 +728,6 @@ def test_the_figures_of_many_runs(rows: SqliteRows, clock: Clock) -> None:
 
 
 def test_what_the_store_says_of_itself(rows: SqliteRows) -> None:
-    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", 3, 3, None, ())
-    rows.db.execute("UPDATE meta SET v = '4' WHERE k = 'schema_version'")
-    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", 4, 3, None, ())
+    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", 4, 4, None, ())
+    rows.db.execute("UPDATE meta SET v = '5' WHERE k = 'schema_version'")
+    assert rows.facts() == StoreFacts(f"SQLite {sqlite3.sqlite_version}", 5, 4, None, ())

@@ -281,9 +281,11 @@ class DurableStore(ReadableStore):
         """Delete the runs that ended longer ago than ``keep_for``, and then the blobs that nobody names.
 
         ``unfinished``: also those that could be resumed. ``blobs``: where those are, unless the store was given them.
-        A run that somebody is at work on is never touched, nor is a blob younger than an hour. Raises StoreError.
+        A run that somebody is at work on is never touched, nor is a blob younger than an hour. Ages go by the clock of
+        the store's server, where it has one: that of the blobs must not differ by as much. Raises StoreError.
         """
-        before = time.time_ns() // 1_000_000 - int(keep_for.total_seconds() * 1000)
+        now_ms = await asyncio.to_thread(self.read, lambda rows: rows.now_ms(), 0)
+        before = now_ms - int(keep_for.total_seconds() * 1000)
         deleted = 0
         while found := await asyncio.to_thread(
             self.read,
@@ -307,7 +309,7 @@ class DurableStore(ReadableStore):
             start = len(BLOB)
             named: Callable[[Rows], set[str]] = lambda rows: {kept[start:].hex() for kept in rows.blobs()}  # noqa: E731
             in_use = await asyncio.to_thread(self.read, named, set[str]())
-            swept = await asyncio.to_thread(collect, blobs, in_use)
+            swept = await asyncio.to_thread(collect, blobs, in_use, now_ms / 1000)
         return Collected(deleted, swept)
 
     # ------------------------------------------------------------------ the end
@@ -343,7 +345,10 @@ def _changing(name: str, change: Change[Any]) -> CellChange:
 
 
 def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
-    found = rows.find(run_id, lock=True)
+    try:
+        found = rows.find(run_id, lock=True)
+    except CorruptCheckpoint:
+        return False  # It may be somebody's: a person deletes it.
     if found is None or found.holder is not None or found.updated_ms >= before_ms:
         return False
     rows.delete(run_id)

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from stroma.checkpoint._postgres_rows import PostgresRows, commit_query
+from stroma.checkpoint._postgres_rows import PostgresRows, commit_query, commit_reply
 from stroma.checkpoint._postgres_server import Server, is_lost, is_misled, may_pass, pause
 from stroma.checkpoint._rows import CellChange, Commit, Doing, change_together
 from stroma.checkpoint._worker import Job
@@ -82,10 +82,10 @@ class PostgresConnection:
         # In one order for everybody: two processes never wait for each other's runs.
         commits.sort(key=lambda pair: pair[1].fence.run)
 
-        def commit(db: Database, _: bool) -> list[bool]:
+        def commit(db: Database, _: bool) -> list[tuple[bool, int]]:
             with db.pipeline():  # What is sent before the end of a pipeline is one transaction.
                 sent = [_send(db, it) for _, it in commits]
-            return [_is_kept(cursor) for cursor in sent]
+            return [commit_reply(cursor) for cursor in sent]
 
         try:
             kept = self._try(commit, lambda _: False)
@@ -93,8 +93,9 @@ class PostgresConnection:
             raise
         except Exception:
             return  # One of them is at fault: alone, it spoils no other.
-        for (job, _), is_kept in zip(commits, kept, strict=True):
+        for (job, it), (is_kept, attempts) in zip(commits, kept, strict=True):
             if is_kept:
+                it.fence.acknowledge(attempts)
                 self._settle(job)
 
     def _one_cell(self, jobs: list[Job]) -> None:
@@ -117,7 +118,7 @@ class PostgresConnection:
     def _alone(self, job: Job) -> None:
         operation = job.operation
         try:
-            if isinstance(operation, Commit) and self._try(lambda db, _: _is_kept(_send(db, operation))):
+            if isinstance(operation, Commit) and self._try(lambda db, _: _commit(db, operation)):
                 self._settle(job)
             else:  # Also for a commit that is fenced off, to say why.
                 self._settle(job, self._try(lambda db, doubt: _transact(db, operation, doubt)))
@@ -224,13 +225,16 @@ def _send(db: Database, commit: Commit) -> psycopg.Cursor[Any]:
     return db.execute(*commit_query(commit.fence, commit.attempt, commit.step), binary=True)
 
 
-def _is_kept(cursor: psycopg.Cursor[Any]) -> bool:
-    return bool((cursor.fetchone() or (False,))[0])
+def _commit(db: Database, commit: Commit) -> bool:
+    is_kept, attempts = commit_reply(_send(db, commit))
+    if is_kept:
+        commit.fence.acknowledge(attempts)
+    return is_kept
 
 
 def _transact(db: Database, operation: Any, doubt: bool) -> Any:
+    rows = PostgresRows(db)
     with db.transaction():
-        rows = PostgresRows(db)
         opening = operation.opening if isinstance(operation, Doing) else None
         if doubt and opening is not None:
             # An owner's name is given once. A run that has it was opened by the try whose answer was lost, and the
@@ -238,4 +242,7 @@ def _transact(db: Database, operation: Any, doubt: bool) -> Any:
             found = rows.find(opening.run_id, lock=True)
             if found is not None and found.owner == opening.owner:
                 return operation.result
-        return operation(rows)
+        value = operation(rows)
+    for fence, attempts in rows.counted:
+        fence.acknowledge(attempts)
+    return value

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import asdict
 from typing import Any, Final, LiteralString
 
 import psycopg
@@ -19,12 +20,15 @@ from stroma.checkpoint._rows import (
     Step,
     StepRow,
     Told,
+    readable_attempt,
+    readable_run,
+    sound,
 )
 from stroma.checkpoint._sql_reading import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import RunQuery, StoreFacts, Tally, attempt_mark
 
-__all__ = ["PostgresRows", "commit_query"]
+__all__ = ["PostgresRows", "commit_query", "commit_reply"]
 
 # Leases and times go by the server's clock: all who use the store see the same one.
 _NOW_MS: Final = "(extract(epoch FROM clock_timestamp()) * 1000)::bigint"
@@ -33,23 +37,28 @@ _RUN: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch,
     coalesce(extract(epoch FROM r.lease_until - clock_timestamp())::float8, -1.0),
     (SELECT count(*) FROM steps s WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0
-    AND s.branch_key = '')"""
+    AND s.branch_key = ''), r.attempt_count, r.commit_count"""
 _DIALECT: Final = Dialect(
     _RUN, "%s", 'strpos(lower({} COLLATE "C"), %s) > 0', "tags t JOIN runs r ON r.run = t.run"
 )
 _FIND: Final = f"SELECT {_RUN} FROM runs r WHERE run_key = %s"
 # Two who open a new run meet at its row: the second one waits for the first, then sees what that one made of it.
 _LOCK: Final = f"""INSERT INTO runs AS r (run_key, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
-    cost_pico, latency_ns, lease_epoch) VALUES (%s, %s, '', 0, 'RUNNING', {_NOW_MS}, {_NOW_MS}, 0, 0, 0, 0)
+    cost_pico, latency_ns, lease_epoch, attempt_count, commit_count)
+    VALUES (%s, %s, '', 0, 'RUNNING', {_NOW_MS}, {_NOW_MS}, 0, 0, 0, 0, 0, 0)
     ON CONFLICT (run_key) DO UPDATE SET run_key = excluded.run_key RETURNING {_RUN}, r.run = lastval()"""
 _NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (%s, %s, %s, %s, %s)"
 _INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = %s AND execution = %s"
 _CLAIM: Final = f"""status = 'RUNNING', error = NULL, updated_ms = {_NOW_MS}, lease_owner = %s, lease_until = {_UNTIL},
-    lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch"""
+    lease_epoch = lease_epoch + 1 WHERE run = %s RETURNING lease_epoch, attempt_count"""
 _GO_ON: Final = f"UPDATE runs SET {_CLAIM}"
 _BEGIN: Final = f"""UPDATE runs SET execution = %s, pipeline = %s, started_ms = {_NOW_MS}, tokens = 0, cost_pico = 0,
-    latency_ns = 0, {_CLAIM}"""
+    latency_ns = 0, attempt_count = 0, commit_count = 0, {_CLAIM}"""
 _DISCARD: Final = "DELETE FROM steps WHERE run = %s AND execution = %s AND position >= %s"
+_DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - %s WHERE run = %s"
+_WHOLE: Final = """SELECT EXISTS (SELECT FROM inputs WHERE run = %(run)s AND execution = %(execution)s),
+    (SELECT count(*) FROM attempts WHERE run = %(run)s AND execution = %(execution)s),
+    (SELECT count(*) FROM steps WHERE run = %(run)s AND execution = %(execution)s AND position >= 0)"""
 _STEP_ROW: Final = (
     "s.position, s.branch, s.node_id, s.contract, s.schema_ref, s.output, s.sha256, s.call, s.given"
 )
@@ -74,10 +83,13 @@ _KEPT: Final = (
 _DROP: Final = """DELETE FROM steps WHERE run = %s AND execution = 0 AND position = %s
     AND (%s::bytea IS NULL OR branch_key = %s)"""
 _WANTED: Final = "SELECT run FROM steps WHERE run = ANY(%s) AND execution = 0 AND position = %s"
-# The fence: rows change only while this session is the last one that opened the run.
-_FENCE: Final = "WHERE run = %(run)s AND lease_epoch = %(epoch)s AND lease_owner = %(owner)s"
+# The fence: rows change only while this session is the last one that opened the run, and the run counts all attempts
+# that were acknowledged to it.
+_FENCE: Final = """WHERE run = %(run)s AND lease_epoch = %(epoch)s AND lease_owner = %(owner)s
+    AND attempt_count >= %(acknowledged)s"""
 # A commit is one statement: the run is locked and looked at (it may have been taken over while we waited for the
-# lock), then comes the attempt, and only with a new one its usage and its output.
+# lock), then comes the attempt, and only with a new one its usage and its output. An output in place of another one is
+# no further commit.
 _ATTEMPT_KEY: Final = (
     "%(run)s, %(execution)s, %(epoch)s, %(position)s, %(started_ns)s, %(branch_key)s, %(attempt)s"
 )
@@ -89,26 +101,34 @@ _ATTEMPT: Final = f"""WITH held AS (SELECT run FROM runs {_FENCE} FOR UPDATE),
     ON CONFLICT DO NOTHING RETURNING run),
     counted AS (UPDATE runs SET updated_ms = {_NOW_MS},
     lease_until = clock_timestamp() + make_interval(secs => %(lease_seconds)s), tokens = tokens + %(tokens)s,
-    cost_pico = cost_pico + %(cost_pico)s, latency_ns = latency_ns + %(latency_ns)s
-    WHERE run = (SELECT run FROM kept))"""
+    cost_pico = cost_pico + %(cost_pico)s, latency_ns = latency_ns + %(latency_ns)s,
+    attempt_count = attempt_count + 1, commit_count = commit_count + %(commits)s * (SELECT count(*) FROM kept WHERE
+    NOT EXISTS (SELECT FROM steps WHERE (run, execution, position, branch_key)
+    = (%(run)s, %(execution)s, %(position)s, %(branch_key)s)))
+    WHERE run = (SELECT run FROM kept) RETURNING attempt_count)"""
 _OUTPUT: Final = f""", output AS (INSERT INTO steps {_STEP_COLUMNS}
     SELECT run, %(execution)s, %(position)s, %(branch_key)s, %(branch)s, %(node_id)s, %(epoch)s, %(attempt)s,
     %(started_ns)s, %(contract)s, %(schema_ref)s, %(output)s::bytea, %(sha256)s::bytea, %(number)s::bigint,
     %(given)s::bytea FROM kept {_REPLACE})"""
-# An attempt that was kept before the run was taken over is kept.
+# Whether the attempt is kept, also one that was kept before the run was taken over; and how many there are.
 _HELD: Final = f"""SELECT EXISTS (SELECT FROM held) OR EXISTS (SELECT FROM attempts WHERE
-    (run, execution, epoch, position, started_ns, branch_key, attempt) = ({_ATTEMPT_KEY}))"""
+    (run, execution, epoch, position, started_ns, branch_key, attempt) = ({_ATTEMPT_KEY})),
+    coalesce((SELECT attempt_count FROM counted), (SELECT attempt_count FROM runs {_FENCE}), 0)"""
 _COMMIT: Final = f"{_ATTEMPT} {_HELD}"
 _COMMIT_OUTPUT: Final = f"{_ATTEMPT}{_OUTPUT} {_HELD}"
 _END: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s, updated_ms = {_NOW_MS}, lease_until = NULL
     {_FENCE}"""
 # In the order of their runs, so that nobody waits for us while we wait for them.
 _RENEW: Final = """WITH fences AS (SELECT * FROM
-    unnest(%s::bigint[], %s::bigint[], %s::text[], %s::float8[]) AS f(run, epoch, owner, seconds)),
+    unnest(%s::bigint[], %s::bigint[], %s::text[], %s::float8[], %s::bigint[])
+    AS f(run, epoch, owner, seconds, acknowledged)),
     held AS (SELECT r.run, f.seconds FROM runs r JOIN fences f ON r.run = f.run AND r.lease_epoch = f.epoch
-    AND r.lease_owner = f.owner WHERE r.lease_until IS NOT NULL ORDER BY r.run FOR UPDATE OF r)
+    AND r.lease_owner = f.owner AND r.attempt_count >= f.acknowledged WHERE r.lease_until IS NOT NULL ORDER BY r.run FOR UPDATE OF r)
     UPDATE runs r SET lease_until = clock_timestamp() + make_interval(secs => held.seconds)
     FROM held WHERE r.run = held.run"""
+# A session whose run is gone is told that it was deleted, for a day; after that, that it got lost.
+_DELETED: Final = f"INSERT INTO deleted (run, deleted_ms) VALUES (%s, {_NOW_MS}) ON CONFLICT DO NOTHING"
+_FORGET_DELETED: Final = f"DELETE FROM deleted WHERE deleted_ms < {_NOW_MS} - 24 * 3600 * 1000"
 _DELETE: Final = (
     "DELETE FROM tags WHERE run = %s",
     "DELETE FROM steps WHERE run = %s",
@@ -155,6 +175,7 @@ _LOCK_CELL: Final = f"{_CELL} FOR UPDATE"
 _NEW_CELL: Final = f"""INSERT INTO cells AS c (cell_key, name, data) VALUES (%s, %s, '')
     ON CONFLICT (cell_key) DO UPDATE SET name = excluded.name RETURNING c.data, {_NOW_MS}"""
 _CLOCK: Final = f"SELECT ''::bytea, {_NOW_MS}"
+_SERVER_CLOCK: Final = f"SELECT {_NOW_MS}"
 _PUT_CELL: Final = "UPDATE cells SET data = %s WHERE cell_key = %s"
 _FACTS: Final = f"""SELECT current_setting('server_version'), (SELECT v FROM meta WHERE k = 'schema_version'), {_NOW_MS},
     current_setting('fsync'), current_setting('full_page_writes')"""
@@ -177,6 +198,8 @@ class PostgresRows:
 
     def __init__(self, db: psycopg.Connection[Any]) -> None:
         self.db = db
+        #: Fences under which attempts were recorded in this transaction, and how many attempts their runs have by that.
+        self.counted: list[tuple[Fence, int]] = []
         #: What find() made in this transaction: without an execution, as if it were not there.
         self._made: RunRow | None = None
 
@@ -190,7 +213,7 @@ class PostgresRows:
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
         if not lock:
             row = self._execute(_FIND, (key(run_id),)).fetchone()
-            return None if row is None else RunRow._make(row)
+            return None if row is None else readable_run(row)
         found, is_new = self._lock(run_id)
         if is_new:
             self._made = found
@@ -199,7 +222,9 @@ class PostgresRows:
     def _lock(self, run_id: str) -> tuple[RunRow, bool]:
         """The row of a run, made if need be, and whether it was; nobody else changes it, or makes another one."""
         row: Any = self._execute(_LOCK, (key(run_id), run_id)).fetchone()
-        return RunRow._make(row[:-1]), row[-1]
+        found = readable_run(row[:-1])
+        sound(found)
+        return found, row[-1]
 
     def begin(self, found: RunRow | None, opening: Opening) -> Fence:
         if found is None:
@@ -217,7 +242,8 @@ class PostgresRows:
 
     def go_on(self, found: RunRow, opening: Opening) -> Fence:
         if opening.discard_from is not None:
-            self._execute(_DISCARD, (found.run, found.execution, max(opening.discard_from, 0)))
+            place = (found.run, found.execution, max(opening.discard_from, 0))
+            self._execute(_DISCARDED, (self._execute(_DISCARD, place).rowcount, found.run))
         self._tag(opening, found.run)
         claim = (opening.owner, opening.lease_seconds, found.run)
         return self._fence(found.run, found.execution, opening, self._execute(_GO_ON, claim))
@@ -228,8 +254,8 @@ class PostgresRows:
 
     @staticmethod
     def _fence(run: int, execution: int, opening: Opening, claimed: psycopg.Cursor[Any]) -> Fence:
-        (epoch,) = claimed.fetchone() or (0,)
-        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
+        epoch, attempts = claimed.fetchone() or (0, 0)
+        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds, attempts)
 
     def input(self, run: int, execution: int) -> tuple[str, bytes, bytes] | None:
         found: tuple[str, bytes, bytes] | None = self._execute(_INPUT, (run, execution)).fetchone()
@@ -246,18 +272,27 @@ class PostgresRows:
         values = (run, execution, position, [key(branch) for branch in branches])
         return [_step_row(row) for row in self._execute(_SOME, values).fetchall()]
 
+    def is_whole(self, found: RunRow) -> bool:
+        at = {"run": found.run, "execution": found.execution}
+        ((has_input, *counts),) = self._execute(_WHOLE, at).fetchall()
+        return bool(has_input) and counts == [found.attempt_count, found.commit_count]
+
+    def was_deleted(self, run: int) -> bool:
+        return bool(self._execute("SELECT 1 FROM deleted WHERE run = %s", (run,)).fetchall())
+
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
-        row = self._execute(*commit_query(fence, attempt, step)).fetchone()
-        return row is not None and bool(row[0])
+        is_kept, attempts = commit_reply(self._execute(*commit_query(fence, attempt, step)))
+        if is_kept:
+            self.counted.append((fence, attempts))
+        return is_kept
 
     def finish(self, fence: Fence, status: str, error: str | None) -> bool:
-        at = {"run": fence.run, "epoch": fence.epoch, "owner": fence.owner}
-        return self._execute(_END, {"status": status, "error": error, **at}).rowcount == 1
+        return self._execute(_END, {"status": status, "error": error, **asdict(fence)}).rowcount == 1
 
     def renew(self, fences: list[Fence]) -> None:
         if not fences:
             return
-        columns = [(f.run, f.epoch, f.owner, float(f.lease_seconds)) for f in fences]
+        columns = [(f.run, f.epoch, f.owner, float(f.lease_seconds), f.acknowledged) for f in fences]
         self._execute(_RENEW, [list(column) for column in zip(*columns, strict=True)])
 
     # ------------------------------------------------------------------ beside the commits
@@ -287,7 +322,9 @@ class PostgresRows:
         # The lock first: a commit that is under way would leave its rows behind.
         locked = self._execute("SELECT run FROM runs WHERE run_key = %s FOR UPDATE", (key(run_id),))
         run = locked.fetchone()
+        self._execute(_FORGET_DELETED)
         if run is not None:
+            self._execute(_DELETED, run)
             for statement in _DELETE:
                 self._execute(statement, run)
 
@@ -305,6 +342,10 @@ class PostgresRows:
 
     # ------------------------------------------------------------------ retention
 
+    def now_ms(self) -> int:
+        ((now,),) = self._execute(_SERVER_CLOCK).fetchall()
+        return int(now)
+
     def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         return [run_id for (run_id,) in self._execute(_EXPIRED, (before_ms, unfinished, limit)).fetchall()]
 
@@ -321,7 +362,7 @@ class PostgresRows:
             # Made of our own words alone: what is asked for goes as parameters.
             return self.db.execute(statement.encode(), values, binary=True).fetchall()
 
-        return find_runs(execute, RunRow._make, _DIALECT, query, limit=limit, after=after, look_at=look_at)
+        return find_runs(execute, readable_run, _DIALECT, query, limit=limit, after=after, look_at=look_at)
 
     def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
         if not runs:
@@ -332,7 +373,7 @@ class PostgresRows:
         if failed:
             wanted = (ids, [found.execution for found in runs], failed)
             for run, *attempt in self._execute(_FAILED, wanted).fetchall():
-                failures.setdefault(run, []).append(Attempt._make(attempt))
+                failures.setdefault(run, []).append(readable_attempt(attempt))
         return [Beside(about[run][0], tuple(about[run][1]), failures.get(run, [])) for run in ids]
 
     def ids(self, prefix: str, limit: int) -> list[str]:
@@ -353,7 +394,7 @@ class PostgresRows:
             for row in self._execute(_OUTPUTS, (run, execution)).fetchall()
         }
         for *row, epoch in self._execute(_ATTEMPTS, (run, execution)).fetchall():
-            attempt = Attempt._make(row)
+            attempt = readable_attempt(row)
             yield attempt, outputs.get((epoch, *attempt[:4]))
 
     def attempt_page(
@@ -388,18 +429,25 @@ class PostgresRows:
 
 
 def commit_query(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[LiteralString, dict[str, Any]]:
-    """The statement of a commit, and its values. Its answer is whether what it was to keep is kept."""
+    """The statement of a commit, and its values. For its answer see :func:`commit_reply`."""
     # What a group took is its own wall time; its children's is part of it.
     latency = 0 if attempt.branch else attempt.duration_ns
     values = {
-        **fence._asdict(),
+        **asdict(fence),
         **attempt._asdict(),
         "branch_key": key(attempt.branch),
         "latency_ns": latency,
+        "commits": 0 if step is None else 1,
     }
     if step is None:
         return _COMMIT, values
     return _COMMIT_OUTPUT, {**values, **step._asdict()}
+
+
+def commit_reply(cursor: psycopg.Cursor[Any]) -> tuple[bool, int]:
+    """Return whether an attempt is kept, and how many attempts its execution has by that; 0 if that is unknown."""
+    is_kept, attempts = cursor.fetchone() or (False, 0)
+    return bool(is_kept), attempts
 
 
 def _step_row(row: Any) -> StepRow:

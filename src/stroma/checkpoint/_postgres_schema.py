@@ -12,12 +12,9 @@ from stroma.checkpoint._worker import lasting
 
 __all__ = ["SCHEMA_VERSION", "is_current", "is_ours", "key", "prepare"]
 
-SCHEMA_VERSION: Final = 2  # what this release writes
-_MIN_READER: Final = 1  # the oldest version that can read what this release writes
+SCHEMA_VERSION: Final = 3  # what this release writes
+_MIN_READER: Final = 3  # the oldest version that can read what this release writes
 
-# What is shared beside all runs. A cell is written again and again: there is room for that on its page.
-_CELLS: Final = """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COLLATE "C" NOT NULL, data bytea NOT NULL)
-    WITH (fillfactor = 50)"""
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
 # An index takes no more than 2.7 kB, and ids are of any length: columns named *_key hold key() of an id.
 # Text sorts and compares by its bytes, whatever the database's collation is, and whatever becomes of it.
@@ -27,23 +24,21 @@ _CELLS: Final = """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COL
 # Steps: one committed output per position and branch. What else is kept of a run stands at positions below 0, of
 # execution 0: what save() keeps at -1 (branch = node id), and what _rows.py names.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
+# attempt_count and commit_count: rows that the last execution must have, counted in the transaction of each.
+# Cells: what is shared beside all runs. A cell is written again and again: there is room for that on its page.
+# Deleted: runs that were deleted within the last day, and so did not get lost.
 # The indexes of runs go by columns that no commit changes, and `failed` by rows that few commits make.
-_READING: Final[tuple[LiteralString, ...]] = (
-    """CREATE TABLE tags (run bigint, tag text COLLATE "C", started_ms bigint NOT NULL, PRIMARY KEY (run, tag))""",
-    "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
-    "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
-    "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
-    "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
-)
 _TABLES: Final[tuple[LiteralString, ...]] = (
     'CREATE TABLE meta (k text COLLATE "C" PRIMARY KEY, v text NOT NULL)',
     """CREATE TABLE runs (
         run bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY, run_key bytea NOT NULL UNIQUE,
         run_id text COLLATE "C" NOT NULL, pipeline text COLLATE "C" NOT NULL,
         execution bigint NOT NULL, status text COLLATE "C" NOT NULL, error text,
-        started_ms bigint NOT NULL, updated_ms bigint NOT NULL,
+        started_ms bigint NOT NULL CHECK (started_ms >= 0), updated_ms bigint NOT NULL,
         tokens bigint NOT NULL, cost_pico bigint NOT NULL, latency_ns bigint NOT NULL,
-        lease_owner text COLLATE "C", lease_epoch bigint NOT NULL, lease_until timestamptz) WITH (fillfactor = 70)""",
+        lease_owner text COLLATE "C", lease_epoch bigint NOT NULL, lease_until timestamptz,
+        attempt_count bigint NOT NULL DEFAULT 0, commit_count bigint NOT NULL DEFAULT 0) WITH (fillfactor = 70)""",
+    "CREATE TABLE deleted (run bigint PRIMARY KEY, deleted_ms bigint NOT NULL)",
     "CREATE INDEX runs_by_start ON runs (started_ms, run)",
     'CREATE INDEX runs_by_id ON runs (left(run_id, 64) COLLATE "C")',
     """CREATE TABLE inputs (
@@ -61,18 +56,51 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
         outcome text NOT NULL, failure_class text, message text, reason text, tokens bigint NOT NULL,
         output_tokens bigint NOT NULL, cost_pico bigint NOT NULL, model text,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch_key, attempt))""",
-    _CELLS,
-    *_READING,
+    """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COLLATE "C" NOT NULL, data bytea NOT NULL)
+        WITH (fillfactor = 50)""",
+    """CREATE TABLE tags (run bigint, tag text COLLATE "C", started_ms bigint NOT NULL, PRIMARY KEY (run, tag))""",
+    "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
+    "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
+    "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
+    "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
 )  # fmt: skip
 _FORMAT: Final = "INSERT INTO meta VALUES ('schema_version', %s), ('min_reader', %s)"
 
 #: What makes a schema of a format into one of the next.
-_MIGRATIONS: Final[dict[int, tuple[LiteralString, ...]]] = {1: (_CELLS, *_READING)}
+_MIGRATIONS: Final[dict[int, tuple[LiteralString, ...]]] = {}
 
+# Whoever owns the schema or something in it decides what our statements run: its triggers, rules and functions run as
+# our role. So that is to be us, a role that we are a member of, or a superuser, who may do all that anyway. A superuser
+# counts as a member of every role; here, only where that was granted. "public" belongs to the owner of the database.
+_STRANGERS: Final = """WITH RECURSIVE ours(role) AS (SELECT oid FROM pg_roles WHERE rolname = current_user
+    UNION SELECT m.roleid FROM pg_auth_members m JOIN ours ON m.member = ours.role),
+    trusted(role) AS (SELECT role FROM ours UNION SELECT oid FROM pg_roles WHERE rolsuper),
+    place AS (SELECT n.oid, CASE WHEN r.rolname = 'pg_database_owner' THEN d.datdba ELSE n.nspowner END AS owner
+    FROM pg_namespace n JOIN pg_roles r ON r.oid = n.nspowner, pg_database d
+    WHERE n.nspname = %s AND d.datname = current_database()),
+    found(kind, name, owner, what) AS (SELECT 1, '', owner,
+    CASE WHEN has_schema_privilege('public', oid, 'CREATE') THEN 'lets every role create objects in it' END FROM place
+    UNION ALL SELECT 2, 'its ' || CASE c.relkind WHEN 'r' THEN 'table' WHEN 'v' THEN 'view' WHEN 'S' THEN 'sequence'
+    ELSE 'relation' END || ' ' || quote_ident(c.relname), c.relowner,
+    CASE WHEN c.relkind NOT IN ('r', 'S') THEN 'is no plain table' END
+    FROM pg_class c JOIN place ON c.relnamespace = place.oid WHERE c.relkind NOT IN ('i', 'I')
+    UNION ALL SELECT 3, 'its function ' || quote_ident(f.proname), f.proowner, NULL
+    FROM pg_proc f JOIN place ON f.pronamespace = place.oid
+    UNION ALL SELECT 3, 'its operator ' || o.oprname, o.oprowner, NULL
+    FROM pg_operator o JOIN place ON o.oprnamespace = place.oid
+    UNION ALL SELECT 4, 'its table ' || quote_ident(c.relname), c.relowner, 'has a trigger ' || quote_ident(t.tgname)
+    FROM pg_trigger t JOIN pg_class c ON c.oid = t.tgrelid JOIN place ON c.relnamespace = place.oid WHERE NOT t.tgisinternal
+    UNION ALL SELECT 4, 'its table ' || quote_ident(c.relname), c.relowner, 'has a rule ' || quote_ident(w.rulename)
+    FROM pg_rewrite w JOIN pg_class c ON c.oid = w.ev_class JOIN place ON c.relnamespace = place.oid WHERE c.relkind = 'r')
+    SELECT f.name, CASE WHEN f.owner IN (SELECT role FROM trusted) THEN f.what ELSE 'belongs to '
+    || quote_ident(pg_get_userbyid(f.owner)) || ', a role that ' || quote_ident(current_user) || ' is not a member of' END
+    FROM found f
+    WHERE f.what IS NOT NULL OR f.owner NOT IN (SELECT role FROM trusted) ORDER BY f.kind, f.name LIMIT 1"""
 _RAISE: Final = "UPDATE meta SET v = %s WHERE k = %s AND v::int < %s"
 # Read from a table: to_regclass() and its like may not know yet what others made while we waited for them.
 _LOOK: Final = """SELECT coalesce(bool_or(c.relname = 'meta'), false),
-    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts', 'tags')), false)
+    coalesce(bool_or(c.relname IN ('runs', 'inputs', 'steps', 'attempts', 'tags')), false),
+    (SELECT oid::bigint FROM pg_namespace WHERE nspname = %s)
     FROM pg_class c JOIN pg_namespace n ON n.oid = c.relnamespace WHERE n.nspname = %s"""
 _PLACE: Final = (
     """SELECT current_setting('server_encoding'), NOT EXISTS (SELECT FROM pg_namespace WHERE nspname = %s)"""
@@ -87,17 +115,22 @@ def key(text: str) -> bytes:
     return data if len(data) <= _SHORT else b"\xff" + hashlib.sha256(data).digest()
 
 
-def prepare(db: psycopg.Connection[Any], schema: str, where: str) -> None:
+def prepare(db: psycopg.Connection[Any], schema: str, where: str, safe: set[int]) -> None:
     """Make the tables, or bring them up to date, if need be. The schema is the only one on the search path."""
-    if is_ours(db, schema, where) and is_current(db, schema):
+    if is_ours(db, schema, where, safe) and is_current(db, schema):
         return
     with db.transaction():
         # Processes that open a new database together do this one after another.
         db.execute("SELECT pg_advisory_xact_lock(hashtextextended(%s, 0))", (f"stroma:{schema}",))
-        if not is_ours(db, schema, where):
+        if not is_ours(db, schema, where, safe):
             _create(db, schema, where)
             return
         for older in range(_version(db, schema), SCHEMA_VERSION):
+            if older not in _MIGRATIONS:
+                raise lasting(
+                    f'schema "{schema}" of {where} has format {older}, which no release wrote and this one does not read; '
+                    "give another schema="
+                )
             for statement in _MIGRATIONS[older]:
                 db.execute(statement)
         for name, value in (("schema_version", SCHEMA_VERSION), ("min_reader", _MIN_READER)):
@@ -119,10 +152,17 @@ def _create(db: psycopg.Connection[Any], schema: str, where: str) -> None:
     db.execute(_FORMAT, (str(SCHEMA_VERSION), str(_MIN_READER)))
 
 
-def is_ours(db: psycopg.Connection[Any], schema: str, where: str) -> bool:
-    """False where there are no tables. Raises StoreError for those of something else, or too new for us."""
-    found: Any = db.execute(_LOOK, (schema,)).fetchone()
-    meta, others = found
+def is_ours(db: psycopg.Connection[Any], schema: str, where: str, safe: set[int]) -> bool:
+    """False where there are no tables. Raises StoreError for those of something else, or too new for us.
+
+    ``safe``: schemas, by their number, that were found to be nobody else's. Only whoever may do anything with such a one can
+    change that, so it is looked at once.
+    """
+    found: Any = db.execute(_LOOK, (schema, schema)).fetchone()
+    meta, others, number = found
+    if number is not None and number not in safe:
+        _refuse_strangers(db, schema, where)
+        safe.add(number)
     if not meta and not others:
         return False
     needed = _meta(db, schema, "min_reader") if meta else None
@@ -136,6 +176,16 @@ def is_ours(db: psycopg.Connection[Any], schema: str, where: str) -> bool:
             f"to {SCHEMA_VERSION}); upgrade stroma, or give another schema="
         )
     return True
+
+
+def _refuse_strangers(db: psycopg.Connection[Any], schema: str, where: str) -> None:
+    """Raise StoreError for a schema whose tables others control, or that runs programs of its own."""
+    for name, what in db.execute(_STRANGERS, (schema,)).fetchall():
+        subject = f'schema "{schema}" of {where}' + (f": {name}" if name else "")
+        raise lasting(
+            f"{subject} {what}; its statements would run as our role. Make a clean one: CREATE SCHEMA ... AUTHORIZATION "
+            "CURRENT_USER, and give its name as schema="
+        )
 
 
 def is_current(db: psycopg.Connection[Any], schema: str) -> bool:

@@ -116,12 +116,14 @@ class Server:
     Attributes:
         name: the address without the password.
         patience_seconds: how long to try again what may pass.
+        safe: see :func:`stroma.checkpoint._postgres_schema.is_ours`.
     """
 
     conninfo: str = field(repr=False)  # with the password
     schema: str
     name: str
     patience_seconds: float
+    safe: set[int] = field(default_factory=set, repr=False, compare=False)
 
     @classmethod
     def at(cls, dsn: str, schema: str, patience_seconds: float) -> Server:
@@ -147,7 +149,7 @@ class Server:
         """
         db = self._connect()
         try:
-            tables.prepare(db, self.schema, self.name)
+            tables.prepare(db, self.schema, self.name, self.safe)
         except BaseException:
             db.close()
             raise
@@ -157,11 +159,11 @@ class Server:
         """A connection to read with; None where there are no tables. Raises as connect() does."""
         db = self._connect()
         try:
-            if not tables.is_ours(db, self.schema, self.name):
+            if not tables.is_ours(db, self.schema, self.name, self.safe):
                 db.close()
                 return None
             if not tables.is_current(db, self.schema):
-                tables.prepare(db, self.schema, self.name)
+                tables.prepare(db, self.schema, self.name, self.safe)
         except BaseException:
             db.close()
             raise

@@ -9,6 +9,7 @@ from typing import Final, TypeVar
 from stroma._frames import Trouble, read_trouble
 from stroma.checkpoint._beside import read_waiting
 from stroma.checkpoint._rows import (
+    DAMAGED,
     TROUBLE,
     WAITING,
     Attempt,
@@ -96,7 +97,7 @@ class ReadableStore(ABC):
 
         def query(rows: Rows) -> RunRecord | None:
             found = rows.find(run_id)
-            if found is None or not found.execution:
+            if found is None or not (found.execution or found.is_damaged):
                 return None
             return _run_records(rows, [found], failed=_FAILED)[0]
 
@@ -276,26 +277,21 @@ def _run_record(row: RunRow, beside: Beside) -> RunRecord:
         row.run_id,
         row.pipeline,
         row.status,
-        _number(row.execution),
-        _number(row.started_ms),
-        _number(row.updated_ms),
-        _number(row.tokens),
-        _number(row.cost_pico) / PICO,
-        _number(row.nodes),
+        row.execution,
+        row.started_ms,
+        row.updated_ms,
+        row.tokens,
+        row.cost_pico / PICO,
+        row.nodes,
         row.error,
         None if holder is None else holder.place,
         beside.parent,
-        _number(row.latency_ns) / 1e6,
+        row.latency_ns / 1e6,
         tuple(sorted(beside.tags)),
         cause_of(beside.failed),
         len(beside.failed),
-        _number(row.epoch),
+        row.epoch,
     )
-
-
-def _number(value: object) -> int:
-    """A number of a row; 0 for what is none: a damaged row harms no list that it stands in."""
-    return value if isinstance(value, int) else 0
 
 
 def _record_of(
@@ -317,7 +313,7 @@ def _record_of(
         cost_usd=attempt.cost_pico / PICO,
         model=attempt.model,
         output=output,
-        damaged=damaged,
+        damaged=damaged or attempt.outcome == DAMAGED,
         output_bytes=size,
         started_ns=attempt.started_ns,
         epoch=epoch,

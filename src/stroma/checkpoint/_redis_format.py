@@ -6,11 +6,12 @@ import json
 from typing import Any, Final
 from urllib.parse import quote
 
-from stroma.checkpoint._rows import RunRow, Step, StepRow
+from stroma.checkpoint._rows import RunRow, Step, StepRow, readable_run
 
 __all__ = [
     "Run",
     "cell_prefix",
+    "found_row",
     "from_hex",
     "lines",
     "node_of",
@@ -21,7 +22,6 @@ __all__ = [
     "prefix_of",
     "read_head",
     "read_step",
-    "run_row",
     "step_row",
     "text",
     "unpack",
@@ -37,17 +37,21 @@ class Run:
     Attributes:
         version: the highest that was acknowledged; a lower one in the server says that it lost writes.
         parent: whether something may be kept at PARENT.
+        beside: how often something beside its commits was changed, as it was found; "" for never.
     """
 
-    __slots__ = ("epoch", "parent", "prefix", "run_id", "token", "version")
+    __slots__ = ("beside", "epoch", "parent", "prefix", "run_id", "token", "version")
 
-    def __init__(self, run_id: str, token: str, epoch: int, version: int, parent: bool = True) -> None:
+    def __init__(
+        self, run_id: str, token: str, epoch: int, version: int, parent: bool = True, beside: str = ""
+    ) -> None:
         self.run_id = run_id
         self.prefix = prefix_of(run_id)
         self.token = token
         self.epoch = epoch
         self.version = version
         self.parent = parent
+        self.beside = beside
 
 
 def prefix_of(run_id: str) -> str:
@@ -122,34 +126,67 @@ def step_row(place: str, node_id: str, value: bytes) -> StepRow:
     return StepRow(int(position), branch, node_id, read_step(value)[0])
 
 
-def run_row(reply: list[Any]) -> RunRow:
+def _run_row(reply: list[Any], run_id: str) -> RunRow:
+    """The row of a run; a damaged one, see readable_run(), if a field is missing or cannot be read."""
     now, fields, parent = reply
     f = pairs(fields)
-    number = {name: int(f.get(name, b"0")) for name in _NUMBERS}
-    owner, error = f.get("owner"), f.get("error")
-    run_id = text(f["run_id"])
-    left = (int(f["until_ms"]) - now) / 1000 if "until_ms" in f else -1.0
-    return RunRow(
-        Run(run_id, text(f["token"]), number["epoch"], number["version"], bool(parent)),
-        run_id,
-        text(f["pipeline"]),
+    number: dict[str, Any] = {name: _number(f.get(name, b"0")) for name in _NUMBERS}
+    texts = {name: _readable(f.get(name)) for name in ("pipeline", "status", "error", "owner", "token")}
+    left = _number(f["until_ms"]) if "until_ms" in f else None
+    values = (
+        Run(
+            run_id,
+            str(texts["token"]),
+            number["epoch"],
+            number["version"],
+            bool(parent),
+            text(f.get("beside", b"")),
+        ),
+        run_id if f.get("run_id") == run_id.encode() else f.get("run_id"),
+        texts["pipeline"],
         number["execution"],
-        text(f["status"]),
-        None if error is None else text(error),
+        texts["status"],
+        texts["error"],
         number["started_ms"],
         number["updated_ms"],
         number["tokens"],
         number["cost_pico"],
         number["latency_ns"],
-        None if owner is None else text(owner),
+        texts["owner"],
         number["epoch"],
-        left,
+        -1.0 if left is None else (left - now) / 1000 if isinstance(left, int) else left,
         number["nodes"],
+        number["tried"],
+        number["kept"],
     )
+    return readable_run(values, run_id)
+
+
+def found_row(reply: Any, run_id: str) -> RunRow:
+    """The row of a run, damaged if its key holds something else. Raises any other error that the reply is."""
+    if not isinstance(reply, Exception):
+        return _run_row(reply, run_id)
+    if "WRONGTYPE" not in f"{type(reply).__name__}: {reply}":
+        raise reply
+    values = (Run(run_id, "", 0, 0), run_id, "", 0, None, None, *[0] * 5, None, 0, -1.0, 0, 0, 0)
+    return readable_run(values, run_id)
+
+
+def _number(value: bytes) -> Any:
+    """A number; as it is, if it is none."""
+    return int(value) if value.isdigit() and len(value) < 20 else value
+
+
+def _readable(value: bytes | None) -> Any:
+    """A text; as it is, if it is none."""
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
 
 
 _NUMBERS: Final = (
-    "epoch", "version", "execution", "started_ms", "updated_ms", "tokens", "cost_pico", "latency_ns", "nodes",
+    "epoch", "version", "execution", "started_ms", "updated_ms", "tokens", "cost_pico", "latency_ns", "nodes", "tried", "kept",
 )  # fmt: skip
 
 
@@ -171,7 +208,7 @@ def node_of(value: bytes) -> str:
 
 
 def text(value: Any) -> str:
-    return value.decode() if isinstance(value, bytes) else str(value)
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
 
 
 def from_hex(digits: Any) -> bytes:

@@ -5,26 +5,26 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
-from urllib.parse import quote, unquote
+from urllib.parse import quote, unquote_to_bytes
 
 from stroma.checkpoint._redis_format import (
     Run,
+    found_row,
     lines,
     node_of,
     pairs,
     prefix_of,
     read_head,
     read_step,
-    run_row,
     step_row,
     text,
     unpack,
 )
 from stroma.checkpoint._redis_scripts import IDS, RUNS
 from stroma.checkpoint._redis_server import Link, script
-from stroma.checkpoint._rows import Attempt, Beside, RunRow, Step, StepRow, Told
+from stroma.checkpoint._rows import Attempt, Beside, RunRow, Step, StepRow, Told, readable_attempt
 from stroma.checkpoint._sql_reading import attempt_page
-from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint
+from stroma.checkpoint.errors import CheckpointLost
 from stroma.checkpoint.records import RunQuery, StoreFacts, Tally, attempt_mark
 
 __all__ = ["PAGE", "RedisReading", "lost"]
@@ -52,7 +52,7 @@ class RedisReading:
             rows = {row.run_id: row for row in self._rows([run_id for run_id, _ in told])}
             for run_id, start in told:
                 # It is read after it was found, and may have become another one.
-                row = rows.get(run_id.decode())
+                row = rows.get(text(run_id))
                 if row is None or not _still(row, query):
                     continue
                 found.append(row)
@@ -104,7 +104,7 @@ class RedisReading:
         told: list[Beside] = []
         for first in range(0, len(runs), PAGE):
             some = runs[first : first + PAGE]
-            replies = self._get(*(script(row.run.prefix, "beside", row.execution, failed) for row in some))
+            replies = self._try(*(script(row.run.prefix, "beside", row.execution, failed) for row in some))
             told += map(_beside, replies)
         return told
 
@@ -148,16 +148,21 @@ class RedisReading:
     def _rows(self, ids: list[bytes]) -> list[RunRow]:
         if not ids:
             return []
+        names = [text(run_id) for run_id in ids]
+        replies = self._try(*(script(prefix_of(name), "find", name) for name in names))
         # Those whose keys have expired, or got lost, have no row any more.
-        replies = self._get(*(script(prefix_of(run_id.decode()), "find", run_id) for run_id in ids))
-        return [run_row(reply) for reply in replies if isinstance(reply, list)]
+        return [
+            found_row(reply, name)
+            for name, reply in zip(names, replies, strict=True)
+            if isinstance(reply, list | Exception)
+        ]
 
     def attempts(self, run: Run, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
         attempts, steps = self._get(
             ("HGETALL", f"{run.prefix}attempts:{execution}"), ("HGETALL", f"{run.prefix}steps:{execution}")
         )
         outputs = {place: read_step(value) for place, value in pairs(steps).items()}
-        for epoch, attempt in _attempts(run, attempts):
+        for epoch, attempt in _attempts(attempts):
             step, by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
             yield attempt, step if by in (None, [epoch, attempt.attempt, attempt.started_ns]) else None
 
@@ -175,12 +180,15 @@ class RedisReading:
 
     def _told(self, runs: Sequence[tuple[Run, int]]) -> list[list[Told]]:
         """Of each execution its attempts, in the order in which history is told, without outputs."""
-        replies = self._get(*(script(run.prefix, "told", execution) for run, execution in runs))
-        found = []
-        for (run, _), (attempts, heads) in zip(runs, replies, strict=True):
+        replies = self._try(*(script(run.prefix, "told", execution) for run, execution in runs))
+        found: list[list[Told]] = []
+        for reply in replies:
+            attempts, heads = (
+                ([], []) if isinstance(reply, Exception) else reply
+            )  # Keys that hold something else.
             outputs = {place: read_head(line) for place, line in pairs(heads).items()}
             told = []
-            for epoch, attempt in _attempts(run, attempts):
+            for epoch, attempt in _attempts(attempts):
                 size, by = outputs.get(f"{attempt.position}:{attempt.branch}", (None, None))
                 mine = by in (None, [epoch, attempt.attempt, attempt.started_ns])
                 told.append(Told(attempt, size if mine else None, epoch))
@@ -242,12 +250,16 @@ class RedisReading:
         return None if node is None or step is None else step_row(place, node_of(node), step)
 
     def _get(self, *commands: tuple[Any, ...]) -> list[Any]:
-        # Not as a transaction: a server that is out of memory refuses those.
-        replies = self._link.send(commands)
+        replies = self._try(*commands)
         for reply in replies:
             if isinstance(reply, Exception):
                 raise reply
         return replies
+
+    def _try(self, *commands: tuple[Any, ...]) -> list[Any]:
+        """The replies, errors among them."""
+        # Not as a transaction: a server that is out of memory refuses those.
+        return self._link.send(commands)
 
 
 def lost(run_id: str, server: str) -> CheckpointLost:
@@ -258,22 +270,24 @@ def lost(run_id: str, server: str) -> CheckpointLost:
     )
 
 
-def _attempts(run: Run, reply: Any) -> list[tuple[int, Attempt]]:
-    """(epoch, attempt) in the order in which history is told. Raises CorruptCheckpoint."""
+def _attempts(reply: Any) -> list[tuple[int, Attempt]]:
+    """(epoch, attempt) in the order in which history is told; of one that cannot be read, what its place says."""
     told: list[tuple[int, Attempt]] = []
     for at, value in pairs(reply).items():
+        epoch, *place, branch = [*at.split(":", 4), *[""] * 5][:5]
+        if not all(number.isdecimal() and len(number) < 20 for number in (epoch, *place)):
+            continue  # It has none.
         header, _ = unpack(value)
         if header is None or len(header) != len(Attempt._fields):
-            raise CorruptCheckpoint(
-                f"attempt {at} of run {run.run_id!r} cannot be read back; its outputs can: resume the run, or delete it"
-            )
-        told.append((int(at.partition(":")[0]), Attempt._make(header)))
+            position, started, attempt = map(int, place)
+            header = [position, started, branch, attempt, *[None] * (len(Attempt._fields) - 4)]
+        told.append((int(epoch), readable_attempt(header)))
     told.sort(key=lambda one: (one[0], one[1][:4]))
     return told
 
 
 def _mark(start: bytes, run_id: bytes) -> str:
-    return f"{text(start)}.{quote(run_id.decode(), safe='')}"
+    return f"{text(start)}.{quote(run_id, safe='')}"
 
 
 def _place_of(told: tuple[bytes, bytes]) -> tuple[bytes, bytes]:
@@ -286,23 +300,32 @@ def _marked(mark: str) -> tuple[bytes, bytes]:
     start, _, run_id = mark.partition(".")
     if not (start.isdecimal() and start.isascii() and len(start) < 20 and run_id):
         raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
-    return start.encode(), unquote(run_id, errors="strict").encode()
+    return start.encode(), unquote_to_bytes(run_id)
 
 
 def _still(row: RunRow, query: RunQuery) -> bool:
     return query.pipeline in (None, row.pipeline) and (not query.statuses or row.status in query.statuses)
 
 
-def _beside(reply: list[Any]) -> Beside:
+def _beside(reply: Any) -> Beside:
+    if isinstance(reply, Exception):
+        return Beside(None, (), [])  # Keys that hold something else.
     beside, tags, attempts = reply
     parent = next(iter(pairs(beside).values()), None)
     header = None if parent is None else unpack(parent)[0]
     failed = [
-        Attempt._make(facts)
+        readable_attempt(facts)
         for attempt in attempts
         if len(facts := unpack(attempt)[0] or []) == len(Attempt._fields)
     ]
-    return Beside(None if header is None else str(header[0]), tuple(json.loads(tags)) if tags else (), failed)
+    return Beside(None if header is None else str(header[0]), _tags_of(tags), failed)
+
+
+def _tags_of(data: bytes | None) -> tuple[str, ...]:
+    try:
+        return tuple(map(str, json.loads(data))) if data else ()
+    except (ValueError, TypeError):
+        return ()
 
 
 def _asked(query: RunQuery) -> str:

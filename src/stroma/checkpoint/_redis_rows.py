@@ -1,8 +1,8 @@
 """The rows of a Redis store.
 
-Reading is done at once. What an operation writes is gathered, and sent at its end as one transaction: each step of it
-compares what it builds on (the run's token, epoch and version as they were read, or the session's fence) with what is
-there. If another process was faster, nothing is done, and the operation is done again from the start.
+Reading is done at once. What an operation writes is gathered, and sent at its end as one step of the server: it compares
+the runs that were read to be changed (find() with ``lock``) with what is there, and each write its session's fence. If
+another process was faster, nothing is done, and the operation is done again from the start.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from typing import Any, Final, NamedTuple
 from stroma.checkpoint._redis_format import (
     Run,
     cell_prefix,
+    found_row,
     from_hex,
     node_of,
     pack,
@@ -23,7 +24,6 @@ from stroma.checkpoint._redis_format import (
     payloads_of,
     prefix_of,
     read_step,
-    run_row,
     step_row,
     text,
     unpack,
@@ -41,6 +41,7 @@ from stroma.checkpoint._rows import (
     Step,
     StepRow,
     fenced,
+    sound,
 )
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.payloads import BLOB
@@ -55,9 +56,10 @@ class Changed(Exception):
 
 
 class _Write(NamedTuple):
-    """One step of a transaction, and what to do with its reply."""
+    """One operation of the script, and what to do with its reply."""
 
-    command: tuple[Any, ...]
+    prefix: str
+    values: tuple[Any, ...]
     read: Callable[[Any], None]
 
 
@@ -70,6 +72,8 @@ class RedisRows(RedisReading):
         self._writes: list[_Write] = []
         #: Runs that must stay as they were found, by id.
         self._locked: dict[str, RunRow | None] = {}
+        #: Those of them that are claimed, which compares what was found by itself.
+        self._claimed: set[str] = set()
         #: Owners that this operation writes as, by run id.
         self._owners: dict[str, str] = {}
         #: Changes that cells had when they were read, by name.
@@ -80,26 +84,44 @@ class RedisRows(RedisReading):
         writes, self._writes = self._writes, []
         if not writes:
             return
-        replies = self._link.send([write.command for write in writes], atomic=len(writes) > 1)
-        for write, reply in zip(writes, replies, strict=True):
-            if isinstance(reply, Exception):
-                raise reply
+        checks = [
+            (prefix_of(run_id), "", "", "")
+            if found is None
+            else (found.run.prefix, found.run.token, str(found.run.version), found.run.beside)
+            for run_id, found in self._locked.items()
+            if run_id not in self._claimed
+        ]
+        if len(writes) == 1 and not checks:
+            (reply,) = self._get(script(writes[0].prefix, *writes[0].values))
+            replies = [reply]
+        else:
+            steps = [part for w in writes for part in (len(w.values) + 1, w.prefix, *w.values)]
+            about = (os.urandom(8).hex(), json.dumps(checks))
+            (replies,) = self._get(script(writes[0].prefix, "together", *about, *steps))
+            if replies == b"changed":
+                raise Changed
+        for write, reply in zip(writes, replies, strict=False):  # They end with the first one that refuses.
             write.read(reply)
 
     # ------------------------------------------------------------------ runs
 
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
-        (reply,) = self._get(script(prefix_of(run_id), "find", run_id))
+        (reply,) = self._try(script(prefix_of(run_id), "find", run_id))
         if reply == b"lost":
             raise lost(run_id, self._link.server.name)
-        found = None if reply is None else run_row(reply)
+        if lock and isinstance(reply, Exception):
+            raise reply  # It may be another program's: nothing is written over it.
+        found = None if reply is None else found_row(reply, run_id)
         if lock:
+            sound(found)
             self._locked[run_id] = found
         return found
 
     def begin(self, found: RunRow | None, opening: Opening) -> Fence:
         token = os.urandom(8).hex() if found is None else found.run.token
-        old = ("", "", "") if found is None else (token, found.run.epoch, found.run.version)
+        old = ("", "", "", "")
+        if found is not None:
+            old = (token, found.run.epoch, found.run.version, found.run.beside)
         execution, epoch = (1, 1) if found is None else (found.execution + 1, found.epoch + 1)
         lease = int(opening.lease_seconds * 1000)
         data = pack([opening.contract, opening.sha256.hex()], opening.input)
@@ -110,7 +132,8 @@ class RedisRows(RedisReading):
         run, epoch = found.run, found.epoch + 1
         discard = "" if opening.discard_from is None else max(opening.discard_from, 0)
         lease = int(opening.lease_seconds * 1000)
-        told = (run.token, run.epoch, run.version, opening.owner, found.execution, epoch, lease, discard)
+        read = (run.token, run.epoch, run.version, run.beside)
+        told = (*read, opening.owner, found.execution, epoch, lease, discard)
         about = (*told, _tags(opening))
         return self._claim("go_on", about, found, opening, run.token, found.execution, epoch)
 
@@ -126,8 +149,8 @@ class RedisRows(RedisReading):
     ) -> Fence:
         run = Run(opening.run_id, token, epoch, 1 if found is None else found.run.version + 1)
         self._owners[opening.run_id] = opening.owner
-        command = script(run.prefix, operation, opening.run_id, *about)
-        self._writes.append(_Write(command, lambda reply: self._settle(run, reply)))
+        self._claimed.add(opening.run_id)
+        self._append(run, operation, opening.run_id, *about)
         return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
 
     def input(self, run: Run, execution: int) -> tuple[str, bytes, bytes] | None:
@@ -204,19 +227,23 @@ class RedisRows(RedisReading):
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         # False, were it told now, would be Fenced: that is raised when the reply is there.
         self._owners[fence.run.run_id] = fence.owner
-        command = commit_command(fence, attempt, step)
-        self._writes.append(_Write(command, lambda reply: self._settle(fence.run, reply)))
+        self._append(fence.run, *commit_values(fence, attempt, step))
         return True
 
     def finish(self, fence: Fence, status: str, error: str | None) -> bool:
         run = fence.run
         ttl = self._ttl if status in ("COMPLETED", "RESUMED") else ""
         said = "" if error is None else f"={error}"
-        exact = "exact" if run.run_id in self._locked and run.run_id not in self._owners else ""
-        about = (run.token, fence.execution, fence.epoch, fence.owner, run.version, status, said, ttl, exact)
-        command = script(run.prefix, "finish", run.run_id, *about)
-        self._writes.append(_Write(command, lambda reply: self._settle(run, reply)))
+        about = (run.token, fence.execution, fence.epoch, fence.owner, run.version, status, said, ttl)
+        self._append(run, "finish", run.run_id, *about)
         return True
+
+    def is_whole(self, found: RunRow) -> bool:
+        return True  # steps() and the claim look at that themselves: both at one moment with what they read.
+
+    def was_deleted(self, run: Run) -> bool:
+        (there,) = self._get(("EXISTS", f"{run.prefix}gone:{run.token}"))
+        return bool(there)
 
     def renew(self, fences: list[Fence]) -> None:
         replies = self._link.send(
@@ -229,8 +256,12 @@ class RedisRows(RedisReading):
             if isinstance(reply, int):  # The next commit finds out what else there is to say.
                 fence.run.version = max(fence.run.version, reply)
 
+    def _append(self, run: Run, *values: Any) -> None:
+        """Have something written as a session, or raise why that is refused."""
+        self._writes.append(_Write(run.prefix, values, lambda reply: self._settle(run, reply)))
+
     def _settle(self, run: Run, reply: Any) -> None:
-        if reply == b"changed" or (reply == b"fenced" and run.run_id in self._locked):
+        if reply == b"changed":
             raise Changed
         if not kept_or_raise(run, reply, self._link.server.name):
             raise fenced(self.find(run.run_id), run.run_id)
@@ -243,7 +274,7 @@ class RedisRows(RedisReading):
             self._write(prefix_of(run_id), "save", branch, value, self._ttl)
             return
         value = pack([node_id], pack_step(step, 0, 0, 0))
-        self._write(prefix_of(run_id), "keep", *self._guard(run_id), position, branch, value)
+        self._write(prefix_of(run_id), "keep", self._owners.get(run_id, ""), position, branch, value)
 
     def kept(self, run: Run, position: int, branch: str | None = None) -> list[StepRow]:
         if position == PARENT and not run.parent:
@@ -263,7 +294,7 @@ class RedisRows(RedisReading):
 
     def drop(self, run: Run, position: int, branch: str | None = None) -> None:
         branches = () if branch is None else (branch,)
-        self._write(run.prefix, "drop", *self._guard(run.run_id), position, *branches)
+        self._write(run.prefix, "drop", self._owners.get(run.run_id, ""), position, *branches)
 
     def wanted(self, runs: list[Run]) -> list[Run]:
         replies = self._get(*(("EXISTS", f"{run.prefix}beside:-3") for run in runs)) if runs else []
@@ -292,21 +323,14 @@ class RedisRows(RedisReading):
         return step_row(place.decode(), node_id, value)
 
     def delete(self, run_id: str) -> None:
-        found = self._locked.get(run_id)
-        as_found = ("", "") if found is None else (found.run.token, found.run.version)
-        self._write(prefix_of(run_id), "delete", run_id, TOMBSTONE_SECONDS * 1000, *as_found)
-
-    def _guard(self, run_id: str) -> tuple[str, str]:
-        """(token, owner) that must be the run's for something to be kept beside its commits; "" if any will do."""
-        owner, found = self._owners.get(run_id, ""), self._locked.get(run_id)
-        return ("" if owner or found is None else found.run.token), owner
+        self._write(prefix_of(run_id), "delete", run_id, TOMBSTONE_SECONDS * 1000)
 
     def _write(self, prefix: str, operation: str, *values: Any) -> None:
         def read(reply: Any) -> None:
             if reply == b"changed":
                 raise Changed
 
-        self._writes.append(_Write(script(prefix, operation, *values), read))
+        self._writes.append(_Write(prefix, (operation, *values), read))
 
     # ------------------------------------------------------------------ cells
 
@@ -318,6 +342,10 @@ class RedisRows(RedisReading):
         self._write(cell_prefix(name), "put_cell", self._numbers[name], os.urandom(8).hex(), data)
 
     # ------------------------------------------------------------------ retention
+
+    def now_ms(self) -> int:
+        ((seconds, micros),) = self._get(("TIME",))
+        return int(seconds) * 1000 + int(micros) // 1000
 
     def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         # What only save() kept expires by itself, or was meant to stay.
@@ -352,17 +380,21 @@ class RedisRows(RedisReading):
 
 def commit_command(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
     """What keeps an attempt, its usage and its output, and renews the lease."""
-    run, execution, epoch, owner, _ = fence
+    return script(fence.run.prefix, *commit_values(fence, attempt, step))
+
+
+def commit_values(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
+    run = fence.run
     position, started_ns, branch, number, node_id, *_ = attempt
-    at = f"{epoch}:{position}:{started_ns}:{number}:{branch}"
+    at = f"{fence.epoch}:{position}:{started_ns}:{number}:{branch}"
     place, data = "", b""
     if step is not None:
-        place, data = f"{position}:{branch}", pack_step(step, epoch, number, started_ns)
+        place, data = f"{position}:{branch}", pack_step(step, fence.epoch, number, started_ns)
     # What a group took is its own wall time; its children's is part of it.
     sums = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.duration_ns)
-    about = (run.token, execution, epoch, owner, run.version, _lease(fence), at, pack(list(attempt)))
+    held = (run.token, fence.execution, fence.epoch, fence.owner, run.version, _lease(fence))
     failed = "" if attempt.failure_class is None else 1
-    return script(run.prefix, "commit", *about, *sums, failed, place, node_id, data)
+    return ("commit", *held, at, pack(list(attempt)), *sums, failed, place, node_id, data)
 
 
 def kept_or_raise(run: Run, reply: Any, server: str) -> bool:

@@ -2,12 +2,15 @@
 
 ``EVALSHA sha 1 PREFIX operation arguments...``; every operation is one atomic step. Sent again, each changes nothing:
 a reply that was lost is asked for by sending the same once more. A script that fails is not undone by Redis, so
-whatever can fail (no memory, a read-only replica, a sum that overflows) fails at the first write.
+whatever can fail (no memory, a read-only replica, a sum that overflows) fails at the first write. What an operation of a
+store reads and then writes is one step too: `together` compares the runs that it has read with what is there, and writes
+nothing if one of them has changed.
 
 The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
 
     run           hash: the row of the run. token tells it from another run of the same id; version is raised by every
-                  write of a session; kept and tried are how many commits and attempts there must be
+                  write of a session, beside by every change beside its commits; kept and tried are how many commits and
+                  attempts there must be; tx is the last transaction that read it before it wrote
     inputs        hash: execution -> input
     steps:E       hash: "position:branch" -> output
     nodes:E       hash: "position:branch" -> "order node id", which says what is newest without reading outputs
@@ -38,6 +41,7 @@ TOMBSTONE_SECONDS: Final = 24 * 3600
 SCRIPT: Final = r"""
 local p, op = KEYS[1], ARGV[1]
 local run = p .. 'run'
+local MOST = 100000  -- executions of a run: a damaged row may count any number
 local RUNS, IDS, ENDED = 'stroma:runs', 'stroma:ids', 'stroma:ended'
 
 local function now_us()
@@ -50,7 +54,7 @@ local function now_ms() return math.floor(now_us() / 1000) end
 local function keys_of(executions)
   local keys = {run, p .. 'inputs'}
   for place = 2, 7 do keys[#keys + 1] = p .. 'beside:-' .. place end
-  for e = 1, executions do
+  for e = 1, math.min(executions, MOST) do
     for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:'}) do keys[#keys + 1] = p .. name .. e end
   end
   return keys
@@ -114,11 +118,11 @@ local function together(kept, more)
   return cjson.encode(list)
 end
 
-function ops.begin(id, old_token, old_epoch, old_version, owner, token, execution, epoch, pipeline, lease, input, tags)
-  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner')
+function ops.begin(id, old_token, old_epoch, old_version, old_beside, owner, token, execution, epoch, pipeline, lease, input, tags)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner', 'beside')
   if f[4] == owner then return tonumber(f[3]) end
   if (f[1] or '') ~= old_token then return 'changed' end
-  if f[1] and (f[2] ~= old_epoch or f[3] ~= old_version) then return 'changed' end
+  if f[1] and (f[2] ~= old_epoch or f[3] ~= old_version or (f[5] or '') ~= old_beside) then return 'changed' end
   local us = now_us()
   local ms = math.floor(us / 1000)
   local version = (f[3] or 0) + 1
@@ -142,10 +146,10 @@ function ops.begin(id, old_token, old_epoch, old_version, owner, token, executio
   return version
 end
 
-function ops.go_on(id, token, old_epoch, old_version, owner, execution, epoch, lease, discard, tags)
-  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner')
+function ops.go_on(id, token, old_epoch, old_version, old_beside, owner, execution, epoch, lease, discard, tags)
+  local f = redis.call('HMGET', run, 'token', 'epoch', 'version', 'owner', 'beside')
   if f[4] == owner then return tonumber(f[3]) end
-  if f[1] ~= token or f[2] ~= old_epoch or f[3] ~= old_version then return 'changed' end
+  if f[1] ~= token or f[2] ~= old_epoch or f[3] ~= old_version or (f[5] or '') ~= old_beside then return 'changed' end
   if not whole(execution) then return 'lost' end
   local ms = now_ms()
   local version = f[3] + 1
@@ -211,10 +215,9 @@ function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, co
   return redis.call('HINCRBY', run, 'version', 1)
 end
 
-function ops.finish(id, token, execution, epoch, owner, seen, status, error, ttl, exact)
+function ops.finish(id, token, execution, epoch, owner, seen, status, error, ttl)
   local why = fenced(token, epoch, owner, seen)
   if why then return why end
-  if exact ~= '' and redis.call('HGET', run, 'version') ~= seen then return 'changed' end
   local ms = now_ms()
   redis.call('HSET', run, 'status', status, 'updated_ms', ms)
   if error ~= '' then
@@ -239,25 +242,23 @@ function ops.renew(token, epoch, owner, seen, lease)
   return redis.call('HINCRBY', run, 'version', 1)
 end
 
--- Whether what is to be kept beside the commits of a run would go to another run, or to another owner's.
-local function astray(token, owner)
-  local f = redis.call('HMGET', run, 'token', 'owner')
-  return (token ~= '' and f[1] ~= token) or (owner ~= '' and f[2] ~= owner)
-end
-
-function ops.keep(token, owner, position, branch, value)
-  if astray(token, owner) then return 'changed' end
+-- What is beside the commits changes only while the run is the owner's, where one is named.
+function ops.keep(owner, position, branch, value)
+  if owner ~= '' and redis.call('HGET', run, 'owner') ~= owner then return 'changed' end
   local left = redis.call('PTTL', run)
   if left == -2 then return 0 end
+  redis.call('HINCRBY', run, 'beside', 1)
   redis.call('HSET', p .. 'beside:' .. position, branch, value)
   if left >= 0 then redis.call('PEXPIRE', p .. 'beside:' .. position, left) end
   return 0
 end
 
-function ops.drop(token, owner, position, branch)
-  if astray(token, owner) then return 'changed' end
-  if branch then redis.call('HDEL', p .. 'beside:' .. position, branch)
-  else redis.call('DEL', p .. 'beside:' .. position) end
+function ops.drop(owner, position, branch)
+  if owner ~= '' and redis.call('HGET', run, 'owner') ~= owner then return 'changed' end
+  local gone
+  if branch then gone = redis.call('HDEL', p .. 'beside:' .. position, branch)
+  else gone = redis.call('DEL', p .. 'beside:' .. position) end
+  if gone > 0 and redis.call('EXISTS', run) == 1 then redis.call('HINCRBY', run, 'beside', 1) end
   return 0
 end
 
@@ -291,10 +292,11 @@ function ops.newest(node)
   return {now_ms(), saved, order, place, step, execution}
 end
 
-function ops.delete(id, tombstone, token, version)
-  local f = redis.call('HMGET', run, 'token', 'execution', 'version')
-  if token ~= '' and f[1] and (f[1] ~= token or f[3] ~= version) then return 'changed' end
-  local executions = tonumber(f[2] or 0)
+function ops.delete(id, tombstone)
+  local f = redis.pcall('HMGET', run, 'token', 'execution')
+  if f.err then f = {} end
+  local executions = tonumber(f[2] or 0) or 0
+  if not (executions >= 0 and executions <= MOST) then executions = 0 end
   while redis.call('EXISTS', p .. 'attempts:' .. (executions + 1), p .. 'steps:' .. (executions + 1)) > 0 do
     executions = executions + 1
   end
@@ -377,6 +379,11 @@ end
 
 -- Of some of all runs, the one begun last first, from a place on: how many were looked at and where that ended; then the
 -- ids that begin with a text and are asked for, with their starts. A few thousand at once hold up nobody for long.
+local function surely_fits(want, id)
+  local read, fitting = pcall(fits, want, id)  -- A damaged run is none of those that are asked for.
+  return read and fitting
+end
+
 function ops.matching(from, before, lowest, most, beginning, asked)
   -- The run that it goes on behind is among them.
   local room = before ~= '' and most + 1 or most
@@ -386,7 +393,7 @@ function ops.matching(from, before, lowest, most, beginning, asked)
     local id, start = ids[i], ids[i + 1]
     local told = before ~= '' and start == from and id >= before
     if told then found[1] = found[1] - 1
-    elseif string.sub(id, 1, #beginning) == beginning and (not want or fits(want, id)) then
+    elseif string.sub(id, 1, #beginning) == beginning and (not want or surely_fits(want, id)) then
       found[#found + 1] = id
       found[#found + 1] = start
     end
@@ -399,6 +406,34 @@ function ops.sweep()
   return 0
 end
 
+-- Operations on what was read before, all of them or none: ARGV is the name of the transaction, the runs that must be as
+-- they were read (prefix, token, version, beside), and for each operation its length, prefix, name and values. The replies
+-- end with the first one that refuses. Sent again, it does not compare: it finds its name, and each operation what it did.
+local function together()
+  local tx, checks, at, replies = ARGV[2], cjson.decode(ARGV[3]), 4, {}
+  for _, check in ipairs(checks) do
+    local f = redis.call('HMGET', check[1] .. 'run', 'token', 'version', 'beside', 'tx')
+    if f[4] ~= tx and ((f[1] or '') ~= check[2] or (f[2] or '') ~= check[3] or (f[3] or '') ~= check[4]) then
+      return 'changed'
+    end
+  end
+  while at <= #ARGV do
+    local last = at + ARGV[at]
+    p = ARGV[at + 1]
+    run = p .. 'run'
+    local reply = ops[ARGV[at + 2]](unpack(ARGV, at + 3, last))
+    if type(reply) == 'table' and reply.err then return reply end
+    replies[#replies + 1] = reply
+    if type(reply) == 'string' then return replies end
+    at = last + 1
+  end
+  for _, check in ipairs(checks) do
+    if redis.call('EXISTS', check[1] .. 'run') == 1 then redis.call('HSET', check[1] .. 'run', 'tx', tx) end
+  end
+  return replies
+end
+
+if op == 'together' then return together() end
 return ops[op](unpack(ARGV, 2))
 """
 

@@ -8,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Final, NamedTuple, Protocol
 
 from stroma.checkpoint._owner import Owner, is_gone
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.errors import CorruptCheckpoint, Fenced
+from stroma.checkpoint.errors import CheckpointLost, CorruptCheckpoint, Fenced, StoreError
 from stroma.checkpoint.records import RunQuery, StoreFacts, Tally
 
 __all__ = [
     "CANCEL",
+    "DAMAGED",
     "DUE",
     "PARENT",
     "SAVED",
@@ -41,6 +42,11 @@ __all__ = [
     "checksum",
     "fenced",
     "intact",
+    "lost",
+    "readable_attempt",
+    "readable_run",
+    "refused",
+    "sound",
     "text",
     "verify",
 ]
@@ -57,14 +63,31 @@ DUE: Final = (
 )  # attempts whose end hooks may not have been told yet; branch: what tells an attempt from others
 
 
-class Fence(NamedTuple):
-    """What a session may write under: rows change only while these are the last epoch and owner of the run."""
+#: The status of a run, and the outcome of an attempt, whose row holds what no store writes.
+DAMAGED: Final = "DAMAGED"
+_LARGEST: Final = 2**63 - 1
 
-    run: Any  # the store's own key of the run, never used again for another one
+
+@dataclass(slots=True)
+class Fence:
+    """The right of a session to write: rows change only while these are the last epoch and owner of the run.
+
+    Attributes:
+        run: the store's own key of the run, never used again for another one.
+        acknowledged: attempts of the execution that the store has acknowledged; a run that counts fewer has lost some.
+            Written by the thread that writes to the store, after each transaction.
+    """
+
+    run: Any
     execution: int
     epoch: int
     owner: str
     lease_seconds: float
+    acknowledged: int = field(default=0, compare=False)
+
+    def acknowledge(self, attempts: int) -> None:
+        """Note that the store has committed a transaction after which the execution has so many attempts."""
+        self.acknowledged = max(self.acknowledged, attempts)
 
 
 class RunRow(NamedTuple):
@@ -74,6 +97,7 @@ class RunRow(NamedTuple):
         execution: 0 while it has only what ``save()`` kept.
         left_seconds: how long its lease is good for, by the clock that the store goes by; below 0 it has expired.
         nodes: positions with a commit in the last execution, those inside groups not counted.
+        attempt_count, commit_count: rows that the last execution must have, counted in the transaction of each.
     """
 
     run: Any
@@ -91,12 +115,19 @@ class RunRow(NamedTuple):
     epoch: int
     left_seconds: float
     nodes: int
+    attempt_count: int = 0
+    commit_count: int = 0
 
     @property
     def holder(self) -> Owner | None:
         """Who is at work on the run, as far as anybody can tell."""
         owner = Owner.read(self.owner) if self.status == "RUNNING" else None
         return None if owner is None or self.left_seconds < 0 or is_gone(owner) else owner
+
+    @property
+    def is_damaged(self) -> bool:
+        """Whether the row holds what no store writes, see :func:`readable_run`."""
+        return self.status == DAMAGED
 
 
 class Attempt(NamedTuple):
@@ -197,10 +228,19 @@ class Rows(Protocol):
         """The commits in these branches of a position."""
         ...
 
-    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
-        """Keep an attempt, its usage and its output; renew the lease. False if the fence is in the way.
+    def is_whole(self, found: RunRow) -> bool:
+        """Return whether the last execution has its input and all the attempts and commits that its run counts."""
+        ...
 
-        An attempt that is kept already is left as it is, with its usage, and so is its output.
+    def was_deleted(self, run: Any) -> bool:
+        """Return whether a run that is not there was deleted, within the last day at least."""
+        ...
+
+    def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
+        """Record an attempt, its usage and its output, count them, and renew the lease.
+
+        False if the fence refuses it, also for a run that counts fewer attempts than were acknowledged. An attempt that
+        is recorded already is left as it is, with its usage, and so is its output.
         """
         ...
 
@@ -245,6 +285,10 @@ class Rows(Protocol):
         """Put data into a cell that this transaction has locked."""
 
     # ---- retention
+    def now_ms(self) -> int:
+        """Return the time by the clock that rows are dated by, in milliseconds since the epoch."""
+        ...
+
     def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         """Runs that have ended (with ``unfinished``: any, also what only ``save()`` kept) and were last written before."""
         ...
@@ -309,7 +353,7 @@ class Commit(NamedTuple):
 
     def __call__(self, rows: Rows) -> None:
         if not rows.commit(self.fence, self.attempt, self.step):
-            raise fenced(rows.find(self.run_id), self.run_id)
+            raise refused(rows, self.fence, self.run_id)
 
 
 @dataclass(frozen=True, slots=True)
@@ -367,14 +411,107 @@ class Submit(Protocol):
     def __call__(self, operation: Any, /) -> asyncio.Future[Any]: ...
 
 
+def refused(rows: Rows, fence: Fence, run_id: str) -> StoreError:
+    """Return the reason why a session may not write any more."""
+    found = rows.find(run_id)
+    if found is None:
+        if rows.was_deleted(fence.run):
+            return fenced(None, run_id)
+        return lost(run_id, "it is not in the store any more, and nobody deleted it")
+    if found.run == fence.run and (
+        found.epoch < fence.epoch
+        or (
+            (found.epoch, found.owner) == (fence.epoch, fence.owner)
+            and found.attempt_count < fence.acknowledged
+        )
+    ):
+        return lost(run_id, "the store is older than what it acknowledged")
+    return fenced(found, run_id)
+
+
 def fenced(found: RunRow | None, run_id: str) -> Fenced:
-    """Why a session may not write any more."""
+    """Return the error for a session whose run was deleted (None) or taken over."""
     owner = None if found is None else Owner.read(found.owner)
-    if owner is None:
+    if found is None:
         what = f"run {run_id!r} is no longer in the store: it was deleted"
     else:
-        what = f"run {run_id!r} was taken over meanwhile, by {owner.place}"
+        what = f"run {run_id!r} was taken over meanwhile, by {owner.place if owner else 'another process'}"
     return Fenced(f"{what}; nothing more of this execution is kept, see what the other one makes of it")
+
+
+def lost(run_id: str, why: str) -> CheckpointLost:
+    """Return the error for a run of which the store has lost what it acknowledged."""
+    return CheckpointLost(
+        f"run {run_id!r} has lost acknowledged commits: {why}; restore the store from a newer copy and resume, or begin "
+        'the run anew (if_exists="restart")'
+    )
+
+
+def readable_run(values: Sequence[Any], run_id: str | None = None) -> RunRow:
+    """Return the row of a run; if a value is of a kind that no store writes, one that says so and is DAMAGED.
+
+    ``run_id``: where it is known from elsewhere.
+    """
+    row = RunRow._make(values)
+    fields = zip(row._fields, row, _RUN_KINDS, strict=True)
+    wrong = {name: value for name, value, kinds in fields if not _is_one(value, kinds)}
+    if not wrong:
+        return row
+    sane = {name: _SANE.get(name, 0) for name in wrong}
+    started = wrong.get("started_ms")
+    if isinstance(started, float) and started < _LARGEST:
+        sane["started_ms"] = int(started)
+    if run_id is not None:
+        sane["run_id"] = run_id
+    what = ", ".join(f"{name} is {value!a:.60}" for name, value in wrong.items())
+    error = f"its row in the store is damaged: {what}; delete the run"
+    return row._replace(**{**sane, "status": DAMAGED, "error": error, "owner": None})
+
+
+def readable_attempt(values: Sequence[Any]) -> Attempt:
+    """Return an attempt; if a value is of a kind that no store writes, one that says so and is DAMAGED."""
+    row = Attempt._make(values)
+    fields = zip(row._fields, row, _ATTEMPT_KINDS, strict=True)
+    wrong = {name: kinds for name, value, kinds in fields if not _is_one(value, kinds)}
+    if not wrong:
+        return row
+    sane: dict[str, Any] = {
+        name: 0 if kinds is _NUMBER else "" if kinds is _TEXT else None for name, kinds in wrong.items()
+    }
+    message = f"its row in the store is damaged: {', '.join(wrong)}"
+    return row._replace(**{**sane, "outcome": DAMAGED, "failure_class": None, "message": message})
+
+
+def sound(found: RunRow | None) -> RunRow | None:
+    """Return the row that was found to be changed. Raises CorruptCheckpoint for a damaged one."""
+    if found is not None and found.is_damaged:
+        raise CorruptCheckpoint(
+            f"run {found.run_id!r} cannot be used: {found.error}, then run it from the beginning"
+        )
+    return found
+
+
+_TEXT: Final = (str,)
+_TEXT_OR_NONE: Final = (str, type(None))
+_NUMBER: Final = (int,)
+_RUN_KINDS: Final = (
+    (object,), _TEXT, _TEXT, _NUMBER, _TEXT, _TEXT_OR_NONE, *[_NUMBER] * 5, _TEXT_OR_NONE, _NUMBER, (int, float),
+    *[_NUMBER] * 3,
+)  # fmt: skip
+_ATTEMPT_KINDS: Final = (
+    _NUMBER, _NUMBER, _TEXT, _NUMBER, _TEXT, _NUMBER, _TEXT, *[_TEXT_OR_NONE] * 3, *[_NUMBER] * 3, _TEXT_OR_NONE,
+)  # fmt: skip
+#: What stands in place of values that cannot be read. SQLite sorts texts above all numbers, so that lists, which begin
+#: with the newest run, have a start that is a text before this one.
+_SANE: Final[dict[str, Any]] = {
+    "run_id": "?", "pipeline": "", "started_ms": _LARGEST, "updated_ms": _LARGEST, "left_seconds": -1.0,
+}  # fmt: skip
+
+
+def _is_one(value: Any, kinds: tuple[type, ...]) -> bool:
+    return isinstance(value, kinds) and (
+        not isinstance(value, int) or kinds is not _NUMBER or 0 <= value <= _LARGEST
+    )
 
 
 def checksum(data: bytes) -> bytes:

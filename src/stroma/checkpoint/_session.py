@@ -13,7 +13,14 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.checkpoint._beside import due_key, keep_due, keep_waiting, read_due, read_waiting
+from stroma.checkpoint._beside import (
+    due_key,
+    keep_due,
+    keep_waiting,
+    read_due,
+    read_waiting,
+    waiting_branch,
+)
 from stroma.checkpoint._owner import LIVE
 from stroma.checkpoint._rows import (
     CANCEL,
@@ -33,8 +40,10 @@ from stroma.checkpoint._rows import (
     StepRow,
     Submit,
     checksum,
-    fenced,
     intact,
+    lost,
+    refused,
+    sound,
     text,
     verify,
 )
@@ -48,6 +57,7 @@ from stroma.checkpoint.journal import (
     StepCall,
     Waiting,
     decide,
+    is_answered_meanwhile,
 )
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import Payloads
@@ -128,8 +138,11 @@ class DurableSession:
         kept = None
         if found is not None and found.execution > 0:
             kept = rows.input(found.run, found.execution)
-        same = kept is not None and (kept[2] == opening.sha256 or self._is(given, kept, request))
-        way = decide(request, None if kept is None or found is None else _held(found), same)
+        # Without its input a run is damaged, which is said below, unless it begins anew.
+        same = kept is None or kept[2] == opening.sha256 or self._is(given, kept, request)
+        way = decide(request, None if found is None or not found.execution else _held(found), same)
+        if way != "begin" and found is not None and not rows.is_whole(found):
+            raise lost(run_id, "some of its rows are missing")
         self.restored, self.prior, self.traceparent = {}, PriorUsage(), None
         self.undelivered, self._deliver = [], request.deliver
         self.continued, self.finished, self.waiting = way == "continue", None, {}
@@ -297,10 +310,15 @@ class DurableSession:
         commit = Commit(self.run_id, self.fence, _attempt(row)._replace(message=text(waiting.reason)), None)
 
         def operation(rows: Rows) -> None:
+            found = rows.find(self.run_id, lock=True)
+            asked = [] if found is None else rows.kept(found.run, WAITING, waiting_branch(waiting))
+            before = next((read_waiting(kept, self._payloads) for kept in asked), None)
             commit(rows)
             if self._deliver:
                 keep_due(rows, self.run_id, commit.attempt)
-            keep_waiting(rows, self.run_id, waiting)
+            seen = self.waiting.get((waiting.position, waiting.branch))
+            if not is_answered_meanwhile(before, seen, waiting):
+                keep_waiting(rows, self.run_id, waiting)
 
         return self._submit(Doing(self.run_id, operation))
 
@@ -321,7 +339,7 @@ class DurableSession:
 
     def _finish(self, status: str, error: str | None, rows: Rows) -> None:
         if not rows.finish(self.fence, status, error):
-            raise fenced(rows.find(self.run_id), self.run_id)
+            raise refused(rows, self.fence, self.run_id)
 
 
 def _attempt(row: Row) -> Attempt:
@@ -350,7 +368,7 @@ def fork(rows: Rows, source: str, opening: Opening, before: int, edited: Step | 
 
     Raises CheckpointNotFound, RunExists, CorruptCheckpoint.
     """
-    found = rows.find(source)
+    found = sound(rows.find(source))
     kept = None if found is None else rows.input(found.run, found.execution)
     if found is None or kept is None:
         raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")

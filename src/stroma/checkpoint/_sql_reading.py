@@ -6,7 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from stroma.checkpoint._rows import Attempt, RunRow, Told
+from stroma.checkpoint._rows import RunRow, Told, readable_attempt
 from stroma.checkpoint.records import RunQuery, Tally, marked
 
 __all__ = ["Dialect", "attempt_page", "find_runs", "tally"]
@@ -66,9 +66,9 @@ def tally(
     runs: int,
     attempts: int,
 ) -> list[Tally]:
-    """See :meth:`stroma.checkpoint._rows.Rows.tally`."""
-    statement = f"""SELECT bucket, pipeline, node_id, model, failure_class, count(*), sum(tokens), sum(cost_pico), sum(wasted),
-        sum(duration_ns), max(duration_ns) FROM (
+    """See :meth:`stroma.checkpoint._rows.Rows.tally`. SQLite gives up where a sum of integers overflows, so these are none."""
+    statement = f"""SELECT bucket, pipeline, node_id, model, failure_class, count(*), sum(tokens * 1.0), sum(cost_pico * 1.0),
+        sum(wasted * 1.0), sum(duration_ns * 1.0), max(duration_ns * 1.0) FROM (
         SELECT r.started_ms / {value} AS bucket, r.pipeline, a.node_id, a.model, a.failure_class, a.tokens, a.cost_pico, a.duration_ns,
         CASE WHEN a.outcome = 'success' OR EXISTS (SELECT 1 FROM steps s WHERE s.run = a.run AND s.execution = a.execution
         AND s.position = a.position AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt
@@ -77,12 +77,19 @@ def tally(
         ORDER BY started_ms DESC, run DESC LIMIT {value}) r JOIN attempts a ON a.run = r.run AND a.execution = r.execution
         LIMIT {value}) t GROUP BY bucket, pipeline, node_id, model, failure_class"""
     found = execute(statement, [bucket_ms, since_ms, runs, attempts])
-    return [Tally(row[0], row[1], row[2], row[3], row[4], *map(int, row[5:])) for row in found]
+    return [
+        Tally(int(row[0]), *row[1:5], *map(int, row[5:]))
+        for row in found
+        # Of a damaged row, a number that is none counts as 0, and what belongs to no text is left out.
+        if isinstance(row[1], str)
+        and isinstance(row[2], str)
+        and all(isinstance(t, str | None) for t in row[3:5])
+    ]
 
 
 def attempt_page(found: list[Any], limit: int) -> tuple[list[Told], str | None]:
     """A page of what was found, one more than the page has if there is another one. Rows: Attempt, epoch, size."""
-    told = [Told(Attempt._make(row[:-2]), row[-1], row[-2]) for row in found[:limit]]
+    told = [Told(readable_attempt(row[:-2]), row[-1], row[-2]) for row in found[:limit]]
     if len(found) <= limit:
         return told, None
     last = told[-1].attempt
@@ -90,8 +97,7 @@ def attempt_page(found: list[Any], limit: int) -> tuple[list[Told], str | None]:
 
 
 def _place(found: RunRow) -> tuple[int, int]:
-    # A damaged row may hold anything.
-    return (found.started_ms if isinstance(found.started_ms, int) else 0), found.run
+    return found.started_ms, found.run
 
 
 def _mark(started_ms: int, run: int) -> str:
@@ -117,7 +123,8 @@ def _find(
     order = "r" if query.tag is None else "t"
     source = "runs r" if query.tag is None else dialect.tagged
     # Execution 0 has only what save() kept: no run of a pipeline.
-    where, given = ["r.execution > 0"], list[Any]()
+    # A start below 0, which only damage makes, would have no mark.
+    where, given = ["r.execution > 0", f"{order}.started_ms >= 0"], list[Any]()
     for condition, wanted in (
         (f"t.tag = {value}", query.tag),
         (f"r.pipeline = {value}", query.pipeline),

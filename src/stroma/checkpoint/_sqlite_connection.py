@@ -31,15 +31,18 @@ class SqliteConnection:
         failed: Exception
         try:
             db = self._open()
-            if not self._all_go_well(db, batch, more):
+            rows = SqliteRows(db)
+            if not self._all_go_well(rows, batch, more):
                 file.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
-                rows = SqliteRows(db)
                 for job in batch:
                     self._do(rows, job)
+            counted = rows.counted()
             file.patiently(lambda: db.execute("COMMIT"))
         except (sqlite3.Error, StoreError) as error:
             failed = error
         else:
+            for fence, attempts in counted:
+                fence.acknowledge(attempts)
             return None
         more()  # They would fail for the same reason, one after another.
         for job in batch:
@@ -62,10 +65,10 @@ class SqliteConnection:
             except sqlite3.Error:
                 pass  # What was acknowledged is in the WAL; the next one to open the file finds it.
 
-    def _all_go_well(self, db: sqlite3.Connection, batch: list[Job], more: Callable[[], bool]) -> bool:
+    def _all_go_well(self, rows: SqliteRows, batch: list[Job], more: Callable[[], bool]) -> bool:
         """Do all operations in a transaction that is left open; or, if one fails, in none."""
+        db = rows.db
         self._file.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
-        rows = SqliteRows(db)
         done = 0
         while done < len(batch) or more():
             try:

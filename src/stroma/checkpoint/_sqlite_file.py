@@ -24,68 +24,70 @@ T = TypeVar("T")
 Connect = Callable[[str], sqlite3.Connection]
 
 _APPLICATION_ID: Final = 0x5374726D  # "Strm", in the header of the file
-SCHEMA_VERSION: Final = 3  # what this release writes
-_MIN_READER: Final = 2  # the oldest version that can read what this release writes
+SCHEMA_VERSION: Final = 4  # what this release writes
+_MIN_READER: Final = 4  # the oldest version that can read what this release writes
+_NEEDED_SQLITE: Final = (3, 37, 0)  # the first one with STRICT tables
 
+# STRICT: a column holds what it is declared to hold, or a write is refused.
 # ``run`` is never used twice, so that a session of a deleted run cannot meet another one's rows.
+# attempt_count and commit_count: rows that the last execution must have, counted in the transaction of each.
 # Inputs stand apart from runs: every commit writes the row of its run, and an input can be large.
 # Attempts: what tells an attempt from a repeated call for the same one is its start; a resumed run, and a group that
 # is tried again, count attempts from 1. The order of the key is the order in which history is told.
 # Steps: one committed output per position and branch. What else is kept of a run stands at positions below 0, of
 # execution 0: what save() keeps at -1 (branch = node id), and what _rows.py names.
 # Ids grow with each commit: the newest output of a node is the one with the highest.
-# Cells: what is shared beside all runs.
+# Cells: what is shared beside all runs. Deleted: runs that were deleted within the last day, and so did not get lost.
 # The lease columns: every open_run bumps the epoch and writes its own owner and until when the run is its own.
 # The indexes of runs go by columns that no commit changes, and `failed` by rows that few commits make.
-_CELLS: Final = "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL)"
-_READING: Final = (
+_SCHEMA: Final = (
+    "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID, STRICT",
+    """CREATE TABLE runs (
+        run INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL UNIQUE, pipeline TEXT NOT NULL,
+        execution INTEGER NOT NULL, status TEXT NOT NULL, error TEXT,
+        started_ms INTEGER NOT NULL CHECK (started_ms >= 0), updated_ms INTEGER NOT NULL,
+        tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, latency_ns INTEGER NOT NULL,
+        lease_owner TEXT, lease_epoch INTEGER NOT NULL, lease_until_ms INTEGER,
+        attempt_count INTEGER NOT NULL DEFAULT 0, commit_count INTEGER NOT NULL DEFAULT 0) STRICT""",
+    "CREATE TABLE deleted (run INTEGER PRIMARY KEY, deleted_ms INTEGER NOT NULL) STRICT",
+    "CREATE INDEX runs_by_start ON runs (started_ms, run)",
+    """CREATE TABLE inputs (
+        run INTEGER NOT NULL, execution INTEGER NOT NULL, contract TEXT NOT NULL, input BLOB NOT NULL,
+        sha256 BLOB NOT NULL, PRIMARY KEY (run, execution)) STRICT""",
+    """CREATE TABLE steps (
+        id INTEGER PRIMARY KEY, run INTEGER NOT NULL, execution INTEGER NOT NULL, position INTEGER NOT NULL,
+        branch TEXT NOT NULL, node_id TEXT NOT NULL, epoch INTEGER NOT NULL, attempt INTEGER NOT NULL,
+        started_ns INTEGER NOT NULL, contract TEXT NOT NULL, schema_ref TEXT NOT NULL,
+        output BLOB NOT NULL, sha256 BLOB NOT NULL, call INTEGER, given BLOB, UNIQUE (run, execution, position, branch))
+        STRICT""",
+    """CREATE TABLE attempts (
+        run INTEGER, execution INTEGER, epoch INTEGER, position INTEGER, started_ns INTEGER, branch TEXT, attempt INTEGER,
+        node_id TEXT NOT NULL, duration_ns INTEGER NOT NULL, outcome TEXT NOT NULL, failure_class TEXT, message TEXT,
+        reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
+        PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID, STRICT""",
+    "CREATE INDEX wanted ON steps (run) WHERE position = -3",
+    "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",
     """CREATE TABLE tags (run INTEGER NOT NULL, tag TEXT NOT NULL, started_ms INTEGER NOT NULL,
-        PRIMARY KEY (run, tag)) WITHOUT ROWID""",
+        PRIMARY KEY (run, tag)) WITHOUT ROWID, STRICT""",
     "CREATE INDEX tags_by_start ON tags (tag, started_ms, run)",
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
     """CREATE INDEX failed ON attempts (run, execution, started_ns + duration_ns)
         WHERE failure_class IS NOT NULL""",
-)
-_SCHEMA: Final = (
-    "CREATE TABLE meta (k TEXT PRIMARY KEY, v TEXT NOT NULL) WITHOUT ROWID",
-    """CREATE TABLE runs (
-        run INTEGER PRIMARY KEY AUTOINCREMENT, run_id TEXT NOT NULL UNIQUE, pipeline TEXT NOT NULL,
-        execution INTEGER NOT NULL, status TEXT NOT NULL, error TEXT,
-        started_ms INTEGER NOT NULL, updated_ms INTEGER NOT NULL,
-        tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, latency_ns INTEGER NOT NULL,
-        lease_owner TEXT, lease_epoch INTEGER NOT NULL, lease_until_ms INTEGER)""",
-    "CREATE INDEX runs_by_start ON runs (started_ms, run)",
-    """CREATE TABLE inputs (
-        run INTEGER NOT NULL, execution INTEGER NOT NULL, contract TEXT NOT NULL, input BLOB NOT NULL,
-        sha256 BLOB NOT NULL, PRIMARY KEY (run, execution))""",
-    """CREATE TABLE steps (
-        id INTEGER PRIMARY KEY, run INTEGER NOT NULL, execution INTEGER NOT NULL, position INTEGER NOT NULL,
-        branch TEXT NOT NULL, node_id TEXT NOT NULL, epoch INTEGER NOT NULL, attempt INTEGER NOT NULL,
-        started_ns INTEGER NOT NULL, contract TEXT NOT NULL, schema_ref TEXT NOT NULL,
-        output BLOB NOT NULL, sha256 BLOB NOT NULL, call INTEGER, given BLOB, UNIQUE (run, execution, position, branch))""",
-    """CREATE TABLE attempts (
-        run INTEGER, execution INTEGER, epoch INTEGER, position INTEGER, started_ns INTEGER, branch TEXT, attempt INTEGER,
-        node_id TEXT NOT NULL, duration_ns INTEGER NOT NULL, outcome TEXT NOT NULL, failure_class TEXT, message TEXT,
-        reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
-        PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID""",
-    "CREATE INDEX wanted ON steps (run) WHERE position = -3",
-    _CELLS,
-    *_READING,
     f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
     f"PRAGMA application_id = {_APPLICATION_ID}",
 )  # fmt: skip
 
 #: What makes a file of a format into one of the next.
-_MIGRATIONS: Final = {
-    1: (
-        "ALTER TABLE steps ADD COLUMN call INTEGER",
-        "ALTER TABLE steps ADD COLUMN given BLOB",
-        "CREATE INDEX IF NOT EXISTS wanted ON steps (run) WHERE position = -3",
-    ),
-    2: (_CELLS, *_READING),
-}
+_MIGRATIONS: Final[dict[int, tuple[str, ...]]] = {}
 
+# What a file that somebody else made can run or hold: a trigger, a view (which may never end) or a computed column.
+_PROGRAMS: Final = "SELECT type, name FROM sqlite_master WHERE type IN ('view', 'trigger') LIMIT 1"
+_NOT_PLAIN: Final = """SELECT t.name FROM pragma_table_list t JOIN sqlite_master m ON m.name = t.name
+    WHERE t.schema = 'main' AND m.type = 'table' AND m.name NOT LIKE 'sqlite!_%' ESCAPE '!' AND (t.type <> 'table'
+    OR NOT t.strict OR EXISTS (SELECT 1 FROM pragma_table_xinfo(t.name) c WHERE c.hidden <> 0)) LIMIT 1"""
+
+_WAL_HEADER_BYTES: Final = 32
 _WAITING: Final = (sqlite3.SQLITE_BUSY, sqlite3.SQLITE_LOCKED)
 # Errors of input and output after which a rollback is all that is needed: something found no room.
 _NO_ROOM: Final = (
@@ -109,6 +111,14 @@ def _after_fork() -> None:
 
 if hasattr(os, "register_at_fork"):  # pragma: no branch
     os.register_at_fork(after_in_child=_after_fork)
+
+
+def _size(path: str) -> int:
+    """Return how many bytes a file has; 0 if it is missing."""
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return 0
 
 
 def connect(uri: str) -> sqlite3.Connection:
@@ -147,6 +157,11 @@ class DatabaseFile:
 
     def open(self) -> sqlite3.Connection:
         """A connection to write with; the file is made (mode 0600) if need be. Raises StoreError."""
+        if sqlite3.sqlite_version_info < _NEEDED_SQLITE:
+            raise lasting(
+                f"SQLite {sqlite3.sqlite_version} is too old for {self.path}; use a Python with SQLite 3.37 or newer"
+            )
+        self._refuse_orphan()
         try:
             self._create()
             db = self.connect(self._uri("rw"))
@@ -162,6 +177,7 @@ class DatabaseFile:
     @contextlib.contextmanager
     def reading(self) -> Iterator[sqlite3.Connection | None]:
         """A connection to read with, None while the file is empty. Never makes a file. Raises StoreError."""
+        self._refuse_orphan()
         try:
             if not os.path.exists(self.path):
                 raise lasting(
@@ -251,6 +267,19 @@ class DatabaseFile:
     def _uri(self, mode: str) -> str:
         return f"{pathlib.Path(self.path).as_uri()}?mode={mode}"
 
+    def _refuse_orphan(self) -> None:
+        """Raise StoreError if the file is missing or empty and its WAL is not: SQLite would delete that, and begin anew."""
+        wal = f"{self.path}-wal"
+        if _size(self.path) or _size(wal) <= _WAL_HEADER_BYTES:
+            return
+        # The file is written before its WAL, so this is no store that another process is making. But that process may
+        # have been faster than the two looks.
+        if not _size(self.path) and _size(wal) > _WAL_HEADER_BYTES:
+            raise lasting(
+                f"{self.path} is damaged: it is missing or empty, and {wal} beside it holds commits; restore the file "
+                "from a copy, or delete both to begin anew"
+            )
+
     def _create(self) -> None:
         with _creating:
             try:
@@ -283,6 +312,10 @@ class DatabaseFile:
         """Bring an older file up to date, in one transaction; what is in it stays."""
         self.patiently(lambda: db.execute("BEGIN IMMEDIATE"))
         for version in range(self._version(db), SCHEMA_VERSION):  # Another process may have been faster.
+            if version not in _MIGRATIONS:
+                raise lasting(
+                    f"{self.path} has format {version}, which no release wrote and this one does not read; give another path"
+                )
             for statement in _MIGRATIONS[version]:
                 db.execute(statement)
         numbers = (("schema_version", str(SCHEMA_VERSION)), ("min_reader", str(_MIN_READER)))
@@ -303,6 +336,7 @@ class DatabaseFile:
         (tables,) = db.execute("SELECT count(*) FROM sqlite_master").fetchone()
         (application,) = db.execute("PRAGMA application_id").fetchone()
         if application == _APPLICATION_ID:
+            self._refuse_programs(db)
             rows = db.execute("SELECT v FROM meta WHERE k = 'min_reader'").fetchall()
             if not rows or not str(rows[0][0]).isdecimal():
                 raise lasting(f"{self.path} is damaged: it does not say its format; restore it from a backup")
@@ -318,3 +352,16 @@ class DatabaseFile:
                 f"{self.path} is a SQLite database of another program, not a stroma store; give another path"
             )
         return False
+
+    def _refuse_programs(self, db: sqlite3.Connection) -> None:
+        """Raise StoreError for a file in which reading or writing a row can run what somebody else put there."""
+        for kind, name in db.execute(_PROGRAMS):
+            raise lasting(
+                f"{self.path} has a {kind} {name!r}, which a stroma store never has; drop it if it is yours, or give "
+                "another path"
+            )
+        for (name,) in db.execute(_NOT_PLAIN):
+            raise lasting(
+                f"{self.path} has a table {name!r} that is not a plain STRICT table, as all of a stroma store are; drop it "
+                "if it is yours, or give another path"
+            )

@@ -18,6 +18,9 @@ from stroma.checkpoint._rows import (
     Step,
     StepRow,
     Told,
+    readable_attempt,
+    readable_run,
+    sound,
 )
 from stroma.checkpoint._sql_reading import Dialect, attempt_page, find_runs, tally
 from stroma.checkpoint._sqlite_file import SCHEMA_VERSION
@@ -28,21 +31,26 @@ __all__ = ["SqliteRows"]
 
 _COLUMNS: Final = """r.run, r.run_id, r.pipeline, r.execution, r.status, r.error, r.started_ms, r.updated_ms, r.tokens,
     r.cost_pico, r.latency_ns, r.lease_owner, r.lease_epoch, r.lease_until_ms, (SELECT count(*) FROM steps s
-    WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0 AND s.branch = '')"""
+    WHERE s.run = r.run AND s.execution = r.execution AND s.position >= 0 AND s.branch = ''), r.attempt_count,
+    r.commit_count"""
 _RUN: Final = f"SELECT {_COLUMNS} FROM runs r"
 # CROSS JOIN: the tags first, in the order of their index.
 _DIALECT: Final = Dialect(
     _COLUMNS, "?", "instr(lower({}), ?) > 0", "tags t CROSS JOIN runs r ON r.run = t.run"
 )
 _NEW_RUN: Final = """INSERT INTO runs (run_id, pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico,
-    latency_ns, lease_epoch) VALUES (?, '', 0, 'RUNNING', ?, ?, 0, 0, 0, 0)"""
+    latency_ns, lease_epoch, attempt_count, commit_count) VALUES (?, '', 0, 'RUNNING', ?, ?, 0, 0, 0, 0, 0, 0)"""
 _RESTART: Final = """UPDATE runs SET execution = ?, pipeline = ?, started_ms = ?, tokens = 0, cost_pico = 0,
-    latency_ns = 0 WHERE run = ?"""
+    latency_ns = 0, attempt_count = 0, commit_count = 0 WHERE run = ?"""
 _NEW_INPUT: Final = "INSERT INTO inputs (run, execution, contract, input, sha256) VALUES (?, ?, ?, ?, ?)"
 _INPUT: Final = "SELECT contract, input, sha256 FROM inputs WHERE run = ? AND execution = ?"
 _CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms = ?, lease_owner = ?, lease_until_ms = ?,
-    lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch"""
+    lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch, attempt_count"""
 _DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
+_DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - ? WHERE run = ?"
+_WHOLE: Final = """SELECT EXISTS (SELECT 1 FROM inputs WHERE run = ?1 AND execution = ?2),
+    (SELECT count(*) FROM attempts WHERE run = ?1 AND execution = ?2),
+    (SELECT count(*) FROM steps WHERE run = ?1 AND execution = ?2 AND position >= 0)"""
 _STEPS: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
     WHERE run = ? AND execution = ? AND position >= 0"""
 _NOT_APART: Final = " AND NOT (position = ? AND branch <> '' AND substr(branch, 1, ?) = ?)"
@@ -64,15 +72,22 @@ _ATTEMPT: Final = """INSERT INTO attempts (run, execution, epoch, position, star
     VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 _STEP: Final = """INSERT OR REPLACE INTO steps (run, execution, position, branch, node_id, epoch, attempt, started_ns,
     contract, schema_ref, output, sha256, call, given) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
-# The fence: rows change only while this session is the last one that opened the run.
-_FENCE: Final = "WHERE run = ? AND lease_epoch = ? AND lease_owner = ?"
+# The fence: rows change only while this session is the last one that opened the run, and the run counts all attempts
+# that were acknowledged to it. An output in place of another one is no further commit.
+_FENCE: Final = "WHERE run = ? AND lease_epoch = ? AND lease_owner = ? AND attempt_count >= ?"
 _COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens = tokens + ?, cost_pico = cost_pico + ?,
-    latency_ns = latency_ns + ? {_FENCE}"""
+    latency_ns = latency_ns + ?, attempt_count = attempt_count + 1, commit_count = commit_count + (? AND NOT EXISTS
+    (SELECT 1 FROM steps s WHERE s.run = runs.run AND s.execution = ? AND s.position = ? AND s.branch = ?)) {_FENCE}"""
+_COUNTED: Final = "SELECT attempt_count FROM runs WHERE run = ?"
 _END: Final = f"UPDATE runs SET status = ?, error = ?, updated_ms = ?, lease_until_ms = NULL {_FENCE}"
 _RENEW: Final = f"UPDATE runs SET lease_until_ms = ? {_FENCE} AND lease_until_ms IS NOT NULL"
 _TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT run, ?, started_ms FROM runs WHERE run = ?
     ON CONFLICT DO NOTHING"""
 _UNTAG: Final = "DELETE FROM tags WHERE run = ?"
+# A session whose run is gone is told that it was deleted, for a day; after that, that it got lost.
+_DELETED: Final = "INSERT OR REPLACE INTO deleted (run, deleted_ms) SELECT run, ? FROM runs WHERE run_id = ?"
+_FORGET_DELETED: Final = "DELETE FROM deleted WHERE deleted_ms < ?"
+_DAY_MS: Final = 24 * 3600 * 1000
 _DELETE: Final = (
     "DELETE FROM tags WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
     "DELETE FROM steps WHERE run = (SELECT run FROM runs WHERE run_id = ?)",
@@ -119,12 +134,23 @@ class SqliteRows:
 
     def __init__(self, db: sqlite3.Connection) -> None:
         self.db = db
+        #: Fences under which attempts were recorded in this transaction, by identity.
+        self._written: dict[int, Fence] = {}
+
+    def counted(self) -> list[tuple[Fence, int]]:
+        """Return the fences under which attempts were recorded, and how many attempts their runs have now."""
+        return [
+            (fence, attempts)
+            for fence in self._written.values()
+            for (attempts,) in self.db.execute(_COUNTED, (fence.run,)).fetchall()
+        ]
 
     # ------------------------------------------------------------------ runs
 
     def find(self, run_id: str, *, lock: bool = False) -> RunRow | None:
         row = self.db.execute(f"{_RUN} WHERE run_id = ?", (run_id,)).fetchone()
-        return None if row is None else _run_row(row)
+        found = None if row is None else _run_row(row)
+        return sound(found) if lock else found
 
     def begin(self, found: RunRow | None, opening: Opening) -> Fence:
         run = found.run if found is not None else self._new_run(opening.run_id)
@@ -138,7 +164,8 @@ class SqliteRows:
 
     def go_on(self, found: RunRow, opening: Opening) -> Fence:
         if opening.discard_from is not None:
-            self.db.execute(_DISCARD, (found.run, found.execution, max(opening.discard_from, 0)))
+            place = (found.run, found.execution, max(opening.discard_from, 0))
+            self.db.execute(_DISCARDED, (self.db.execute(_DISCARD, place).rowcount, found.run))
         return self._claim(found.run, found.execution, opening)
 
     def _new_run(self, run_id: str) -> int:
@@ -151,8 +178,9 @@ class SqliteRows:
         until = _until(opening.lease_seconds)
         if opening.tags:
             self.db.executemany(_TAG, [(tag, run) for tag in opening.tags])
-        (epoch,) = self.db.execute(_CLAIM, (_now_ms(), opening.owner, until, run)).fetchone()
-        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds)
+        claim = (_now_ms(), opening.owner, until, run)
+        ((epoch, attempts),) = self.db.execute(_CLAIM, claim).fetchall()
+        return Fence(run, execution, epoch, opening.owner, opening.lease_seconds, attempts)
 
     def input(self, run: int, execution: int) -> tuple[str, bytes, bytes] | None:
         found: tuple[str, bytes, bytes] | None = self.db.execute(_INPUT, (run, execution)).fetchone()
@@ -174,39 +202,47 @@ class SqliteRows:
             found += map(_step_row, self.db.execute(sql, (run, execution, position, *part)).fetchall())
         return found
 
+    def is_whole(self, found: RunRow) -> bool:
+        ((has_input, *counts),) = self.db.execute(_WHOLE, (found.run, found.execution)).fetchall()
+        return bool(has_input) and counts == [found.attempt_count, found.commit_count]
+
+    def was_deleted(self, run: int) -> bool:
+        return bool(self.db.execute("SELECT 1 FROM deleted WHERE run = ?", (run,)).fetchall())
+
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
-        run, execution, epoch, owner, lease_seconds = fence
-        if not self.db.execute(_ATTEMPT, (run, execution, epoch, *attempt)).rowcount:
-            return True  # Kept by an earlier call whose acknowledgement was lost; so were its output and its totals.
-        count = (_now_ms(), _until(lease_seconds), *_counted(attempt), run, epoch, owner)
-        if self.db.execute(_COUNT, count).rowcount != 1:
-            return False
-        if step is not None:
-            self.db.execute(_STEP, _step_values(fence, attempt, step))
+        attempted = (fence.run, fence.execution, fence.epoch, *attempt)
+        # Recorded by an earlier call whose acknowledgement was lost; so were its output and its totals.
+        is_new = self.db.execute(_ATTEMPT, attempted).rowcount == 1
+        if is_new:
+            if self.db.execute(_COUNT, _count_values(_now_ms(), fence, attempt, step)).rowcount != 1:
+                return False
+            if step is not None:
+                self.db.execute(_STEP, _step_values(fence, attempt, step))
+        self._written[id(fence)] = fence
         return True
 
     def commit_all(self, commits: Sequence[Commit]) -> bool:
         """Many commits in three statements. False if one of them wants a closer look; what was done must be undone."""
         db, now, count = self.db, _now_ms(), len(commits)
+        steps = [_step_values(f, attempt, step) for _, f, attempt, step in commits if step is not None]
+        if len({values[:4] for values in steps}) != len(steps):
+            return False  # Two outputs for one place are one commit.
         attempts = [(f.run, f.execution, f.epoch, *attempt) for _, f, attempt, _ in commits]
         if db.executemany(_ATTEMPT, attempts).rowcount != count:
             return False
-        counts = [
-            (now, _until(f.lease_seconds), *_counted(attempt), f.run, f.epoch, f.owner)
-            for _, f, attempt, _ in commits
-        ]
+        counts = [_count_values(now, f, attempt, step) for _, f, attempt, step in commits]
         if db.executemany(_COUNT, counts).rowcount != count:
             return False
-        steps = [_step_values(f, attempt, step) for _, f, attempt, step in commits if step is not None]
         db.executemany(_STEP, steps)
+        self._written.update((id(f), f) for _, f, _, _ in commits)
         return True
 
     def finish(self, fence: Fence, status: str, error: str | None) -> bool:
-        values = (status, error, _now_ms(), fence.run, fence.epoch, fence.owner)
+        values = (status, error, _now_ms(), *_fence_values(fence))
         return self.db.execute(_END, values).rowcount == 1
 
     def renew(self, fences: list[Fence]) -> None:
-        self.db.executemany(_RENEW, [(_until(f.lease_seconds), f.run, f.epoch, f.owner) for f in fences])
+        self.db.executemany(_RENEW, [(_until(f.lease_seconds), *_fence_values(f)) for f in fences])
 
     # ------------------------------------------------------------------ beside the commits
 
@@ -230,6 +266,8 @@ class SqliteRows:
         return None if row is None else _step_row(row)
 
     def delete(self, run_id: str) -> None:
+        self.db.execute(_DELETED, (_now_ms(), run_id))
+        self.db.execute(_FORGET_DELETED, (_now_ms() - _DAY_MS,))
         for statement in _DELETE:
             self.db.execute(statement, (run_id,))
 
@@ -243,6 +281,9 @@ class SqliteRows:
         self.db.execute("INSERT OR REPLACE INTO cells (name, data) VALUES (?, ?)", (name, data))
 
     # ------------------------------------------------------------------ retention
+
+    def now_ms(self) -> int:
+        return _now_ms()
 
     def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         rows = self.db.execute(_EXPIRED, (before_ms, unfinished, limit)).fetchall()
@@ -269,9 +310,7 @@ class SqliteRows:
         parent = self.db.execute(_PARENTS, (found.run,)).fetchone()
         tags = self.db.execute("SELECT tag FROM tags WHERE run = ?", (found.run,)).fetchall()
         rows = self.db.execute(_FAILED, (found.run, found.execution, failed)).fetchall() if failed else []
-        return Beside(
-            parent and parent[0], tuple(tag for (tag,) in tags), [Attempt._make(row) for row in rows]
-        )
+        return Beside(parent and parent[0], tuple(tag for (tag,) in tags), list(map(readable_attempt, rows)))
 
     def ids(self, prefix: str, limit: int) -> list[str]:
         first, last, size = prefix, prefix + _LAST_CHARACTERS, len(prefix)
@@ -287,7 +326,7 @@ class SqliteRows:
     def attempts(self, run: int, execution: int) -> Iterator[tuple[Attempt, Step | None]]:
         for row in self.db.execute(_ATTEMPTS, (run, execution)).fetchall():
             step = row[len(Attempt._fields) :]
-            yield Attempt(*row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
+            yield readable_attempt(row[: len(Attempt._fields)]), None if step[2] is None else Step(*step)
 
     def attempt_page(
         self, run: int, execution: int, *, limit: int, after: str | None
@@ -321,13 +360,22 @@ def _counted(attempt: Attempt) -> tuple[int, int, int]:
     return attempt.tokens, attempt.cost_pico, 0 if attempt.branch else attempt.duration_ns
 
 
+def _fence_values(fence: Fence) -> tuple[Any, ...]:
+    return fence.run, fence.epoch, fence.owner, fence.acknowledged
+
+
+def _count_values(now_ms: int, fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
+    lease, place = _until(fence.lease_seconds), (fence.execution, attempt.position, attempt.branch)
+    return (now_ms, lease, *_counted(attempt), step is not None, *place, *_fence_values(fence))
+
+
 def _step_values(fence: Fence, attempt: Attempt, step: Step) -> tuple[Any, ...]:
     position, started_ns, branch, number, node_id = attempt[:5]
     return (fence.run, fence.execution, position, branch, node_id, fence.epoch, number, started_ns, *step)
 
 
 def _run_row(row: Any) -> RunRow:
-    return RunRow._make((*row[:13], _left(row[11], row[13]), row[14]))
+    return readable_run((*row[:13], _left(row[11], row[13]), *row[14:]))
 
 
 def _step_row(row: Any) -> StepRow:
@@ -358,7 +406,7 @@ def _until(lease_seconds: float) -> int:
 
 def _left(owner: str | None, until_ms: int | None) -> float:
     """Seconds for which a lease is good; below 0 if it has expired, or was given up."""
-    holder = Owner.read(owner)
-    if until_ms is None or holder is None or holder.boot != _BOOT:
+    holder = Owner.read(owner) if isinstance(owner, str) else None
+    if not isinstance(until_ms, int) or holder is None or holder.boot != _BOOT:
         return -1.0
     return (until_ms - _clock_ms()) / 1000

@@ -49,9 +49,10 @@ class CheckpointLost(StoreError):
     """What a store acknowledged of a run is gone.
 
     Where: ``result.failure`` of a PARTIAL run; out of ``run()`` on resume, before anything is called; reading a run.
-    Cause: the server evicted or expired the run's data, was flushed, or lost its last writes in a crash or failover.
-    Mend: set the server up as the message says, then resume what is left; if a part of the run is missing, delete it and
-        run it from the beginning.
+    Cause: rows of the run are missing, or the store came back older: it was restored from a copy, failed over to a replica
+        that lagged behind, or is a server that evicted, expired or lost what it had.
+    Mend: restore the store from a newer copy, or set the server up as the message says, then resume; otherwise begin the run
+        anew (``if_exists="restart"``).
     """
 
     transient = False

@@ -33,6 +33,7 @@ __all__ = [
     "StepCall",
     "Waiting",
     "decide",
+    "is_answered_meanwhile",
     "items_in",
     "no_map",
     "of_pipeline",
@@ -268,6 +269,20 @@ class Waiting(NamedTuple):
     reason: str
     schema_ref: str
     payload: bytes | None = None
+
+
+def is_answered_meanwhile(asked: Waiting | None, seen: Waiting | None, question: Waiting) -> bool:
+    """Return whether the store has an answer to a question that its session, which asks it now, has not seen.
+
+    Such an answer was acknowledged while the session was running, and stays. One that it has seen was used or did not
+    fit, and the question is a new one.
+    """
+    return (
+        asked is not None
+        and asked.payload is not None
+        and (asked.node_id, asked.schema_ref) == (question.node_id, question.schema_ref)
+        and (seen is None or seen.payload is None)
+    )
 
 
 def waits_no_longer(run_id: str, waiting: Waiting) -> StoreError:

@@ -18,6 +18,7 @@ from stroma.checkpoint.journal import (
     StepCall,
     Waiting,
     decide,
+    is_answered_meanwhile,
     waits_no_longer,
 )
 from stroma.contracts import check_id
@@ -85,7 +86,7 @@ class _MemorySession:
             run.session = weakref.ref(self) if request.ends else nobody
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._kept, self._spent = run, run.kept, run.spent
-        self._calls, self.waiting, self.traceparent = run.calls, run.waiting, run.traceparent
+        self._calls, self.waiting, self.traceparent = run.calls, dict(run.waiting), run.traceparent
 
     def _continue(self, run: MemoryRun, request: RunRequest) -> None:
         commits = {
@@ -166,7 +167,9 @@ class _MemorySession:
 
     def suspend(self, row: Row, waiting: Waiting) -> None:
         self.record(row, None, None)
-        self._run.waiting[waiting.position, waiting.branch] = waiting
+        at = waiting.position, waiting.branch
+        if not is_answered_meanwhile(self._run.waiting.get(at), self.waiting.get(at), waiting):
+            self._run.waiting[at] = waiting
 
     def end(self, status: str, error: str | None) -> None:
         if self.finished is None:

@@ -9,7 +9,6 @@ import os
 import pathlib
 import re
 import tempfile
-import time
 from collections.abc import Iterable, Iterator
 from typing import Any, Final, Protocol, runtime_checkable
 
@@ -58,6 +57,8 @@ class DirectoryBlobs:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         self.path = pathlib.Path(path).absolute()
+        #: Whether the directory itself survives a power cut.
+        self._is_durable = False
 
     def __repr__(self) -> str:
         return f"DirectoryBlobs({str(self.path)!r})"
@@ -67,31 +68,17 @@ class DirectoryBlobs:
 
     def put(self, name: str, data: bytes) -> None:
         file = self._file(name)
+        if not self._is_durable or not self.path.is_dir():
+            _make_directory(self.path, 0o700)
+            self._is_durable = True
         try:
             os.utime(file)
-            return
         except FileNotFoundError:
-            pass
-        self.path.mkdir(mode=0o700, parents=True, exist_ok=True)  # (Parents do not get the mode.)
-        file.parent.mkdir(mode=0o700, exist_ok=True)
-        handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".")
-        try:
-            with os.fdopen(handle, "wb") as out:
-                out.write(data)
-                out.flush()
-                os.fsync(out.fileno())
-            pathlib.Path(temporary).replace(file)
-        except BaseException:
-            with contextlib.suppress(OSError):
-                os.unlink(temporary)
-            raise
-        # The names, too, must survive a power cut.
-        for directory in (file.parent, self.path):
-            descriptor = os.open(directory, os.O_RDONLY)
-            try:
-                os.fsync(descriptor)
-            finally:
-                os.close(descriptor)
+            file.parent.mkdir(mode=0o700, exist_ok=True)
+            _write_file(file, data)
+        # The names, too, must survive a power cut; another writer may have made them a moment ago.
+        _sync_directory(file.parent)
+        _sync_directory(self.path)
 
     def get(self, name: str) -> bytes | None:
         try:
@@ -107,6 +94,37 @@ class DirectoryBlobs:
             if not file.name.startswith("."):
                 with contextlib.suppress(FileNotFoundError):
                     yield file.name, file.stat().st_mtime
+
+
+def _write_file(file: pathlib.Path, data: bytes) -> None:
+    """Write a file so that it is there as a whole or not at all."""
+    handle, temporary = tempfile.mkstemp(dir=file.parent, prefix=".")
+    try:
+        with os.fdopen(handle, "wb") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+        pathlib.Path(temporary).replace(file)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
+
+
+def _make_directory(path: pathlib.Path, mode: int = 0o777) -> None:
+    """Make a directory and its parents, if need be, and sync what names each of them. Only the last one gets the mode."""
+    if not path.parent.exists():
+        _make_directory(path.parent)
+    path.mkdir(mode=mode, exist_ok=True)
+    _sync_directory(path.parent)
+
+
+def _sync_directory(path: pathlib.Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 class FsspecBlobs:
@@ -242,12 +260,12 @@ class Payloads:
         return data
 
 
-def collect(blobs: BlobStore, in_use: set[str]) -> int:
+def collect(blobs: BlobStore, in_use: set[str], now_seconds: float) -> int:
     """Delete the blobs that no row names; how many. Young ones stay: their commit may be on its way.
 
-    Raises StoreError.
+    ``now_seconds``: since the epoch, by the clock of the store. Raises StoreError.
     """
-    oldest = time.time() - _YOUNG_SECONDS
+    oldest = now_seconds - _YOUNG_SECONDS
     gone = 0
     try:
         for name, put in blobs.names():

@@ -70,7 +70,8 @@ class RunRecord:
     """A run as a store lists it.
 
     Attributes:
-        status: "RUNNING" while it runs (or since its process died), else a RunStatus.
+        status: "RUNNING" while it runs (or since its process died), "DAMAGED" if its row in the store is (then ``error``
+            says what is wrong with it, and other fields may be 0 or empty), else a RunStatus.
         parent: the run that it was forked from.
         holder: who is at work on it, in words; None if nobody is, also of a RUNNING one whose process died.
         started_ms, updated_ms: milliseconds since the epoch.
@@ -118,7 +119,8 @@ class RunPage(NamedTuple):
 class AttemptRecord:
     """An attempt as a store lists it. ``output`` is in its stored form; None unless it was committed and can be read.
 
-    ``damaged``: it was committed, and what stands there now is not what was. ``output_bytes``: how large what was
+    ``damaged``: what stands in the store is not what was committed; with ``outcome`` "DAMAGED" that is the row of the
+    attempt, else its output. ``output_bytes``: how large what was
     committed is as it is stored; None if nothing was. ``started_ns``: since 1970. ``epoch``: of the
     process that made it, as in RunRecord; 0 where it is not told.
     """

@@ -28,6 +28,7 @@ _STYLES: Final = {
     "FAILED": "bold red",
     "PARTIAL": "red",
     "RUNNING": "cyan",
+    "DAMAGED": "bold red",
 }
 
 

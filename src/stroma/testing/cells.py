@@ -36,6 +36,17 @@ class CellStoreTests:
     def store(self) -> Any:
         raise NotImplementedError("give a fixture `store` that makes an empty store")
 
+    @pytest.fixture
+    def other(self, store: Any) -> Any:
+        """Another client of the same data, as another process has one; override it if yours can be shared."""
+        return store
+
+    async def test_two_clients_at_once(self, store: Any, other: Any) -> None:
+        """Changes of one cell by two clients at the same moment build on each other: none is lost."""
+        for _ in range(20):
+            await asyncio.gather(store.change_cell("n", count), other.change_cell("n", count))
+        assert store.read_cell("n")[0] == other.read_cell("n")[0] == b"40"
+
     async def test_a_cell_is_what_was_put_into_it(self, store: Any) -> None:
         """A change is told what the last one left, byte for byte, and its caller what it tells."""
         data = bytes(range(256)) * 400

@@ -41,6 +41,9 @@ __all__ = ["JournalStoreTests", "State", "begin", "commit", "fail", "finish", "r
 
 _STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
 
+#: How often two clients do the same at one moment.
+_ROUNDS = 20
+
 #: Ids that are hard to keep apart, to quote or to order.
 HARD_IDS = (
     "a", "a:b", "a:", ":b", "*", "?", "[a]", "/", "..", "a/b", "a\nb", " ", "a ", "'", '"', "%", "_", "\\", "{a}", "}{",
@@ -81,6 +84,16 @@ def row(
         AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None,
         (reads, reads, None), None,
     )  # fmt: skip
+
+
+async def _asks(store: Any, run_id: str) -> Waiting:
+    """A run that is SUSPENDED: what its node at position 1 waits for."""
+    asked = Waiting(1, "", "ask", "may I?", "module:Model")
+    session = await begin(store, run_id)
+    await commit(session, 0, State(n=1))
+    await settled(session.suspend(row(1, "ask"), asked))
+    await finish(session, "SUSPENDED", "may I?")
+    return asked
 
 
 async def _texts(session: Any, position: int, branches: list[str]) -> dict[str, str]:
@@ -133,12 +146,18 @@ class JournalStoreTests:
                 async with MyStore(...) as store:
                     yield store
 
+    A store that processes can share gives a fixture ``other`` too: a second client of the same data.
     pytest-asyncio must be in auto mode, or your class be marked ``asyncio``.
     """
 
     @pytest.fixture
     def store(self) -> Any:
         raise NotImplementedError("give a fixture `store` that makes an empty store")
+
+    @pytest.fixture
+    def other(self, store: Any) -> Any:
+        """Another client of the same data, as another process has one; override it if yours can be shared."""
+        return store
 
     # ------------------------------------------------------------------ executions
 
@@ -581,6 +600,25 @@ class JournalStoreTests:
             assert restored(again) == {(p, ""): State(n=100 * i + p) for p in range(5)}
             assert again.prior.tokens == 5 * i
 
+    async def test_retention_goes_by_the_clock_of_the_store(
+        self, store: Any, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Where the store has a clock of its own, a caller whose clock is wrong deletes nothing before its time."""
+        if not hasattr(store, "gc"):
+            pytest.skip("this store collects no runs")
+        await finish(await begin(store))
+        if store.facts().clock_ms is None:
+            pytest.skip("this store goes by the clock of its machine")
+        wrong, right = 400 * 86_400 * 10**9, time.time_ns
+        monkeypatch.setattr(time, "time_ns", lambda: right() + wrong)
+        monkeypatch.setattr(time, "time", lambda: (right() + wrong) / 1e9)
+        await settled(store.gc(keep_for=timedelta(days=30)))
+        assert store.get_run("run").status == "COMPLETED"
+        monkeypatch.setattr(time, "time_ns", lambda: right() - wrong)
+        await asyncio.sleep(0.01)
+        await settled(store.gc(keep_for=timedelta(0)))
+        assert store.get_run("run") is None
+
     async def test_a_run_that_is_taken_up_is_not_collected(self, store: Any) -> None:
         """Of a gc() and a resume at one moment: the run is gone before it is taken up, or it is whole and stays."""
 
@@ -628,6 +666,114 @@ class JournalStoreTests:
         again = await begin(store, if_exists="resume")
         assert restored(again) == {(p, ""): State(n=p) for p in range(20)}
         assert again.prior.tokens == 20
+
+    # ------------------------------------------------------------------ two clients at once
+
+    async def test_one_of_two_owners_at_once(self, store: Any, other: Any) -> None:
+        """Of two clients that open a run at the same moment one gets it, and what that one commits is kept."""
+        for i in range(_ROUNDS):
+            opening = (begin(store, f"run {i}"), begin(other, f"run {i}"))
+            got = await asyncio.gather(*opening, return_exceptions=True)
+            won = [session for session in got if not isinstance(session, BaseException)]
+            assert len(won) == 1, got
+            assert [type(e) for e in got if isinstance(e, BaseException)] == [RunBusy]
+            await commit(won[0], 0, State(n=i))
+            await finish(won[0])
+            assert other.get_run(f"run {i}").execution == 1
+
+    async def test_one_of_two_answers_at_once(self, store: Any, other: Any) -> None:
+        """Of two answers at the same moment one is accepted, the other refused; the one that was accepted is kept."""
+        for i in range(_ROUNDS):
+            asked = await _asks(store, f"run {i}")
+            given = (b'{"by":"ada"}', b'{"by":"bob"}')
+            sent = [
+                settled(client.signal(f"run {i}", asked._replace(payload=answer)))
+                for client, answer in zip((store, other), given, strict=True)
+            ]
+            got = await asyncio.gather(*sent, return_exceptions=True)
+            accepted = [answer for answer, told in zip(given, got, strict=True) if told is None]
+            assert len(accepted) == 1, got
+            assert all(told is None or isinstance(told, StoreError) for told in got)
+            assert [w.payload for w in store.waiting(f"run {i}")] == accepted
+
+    async def test_an_answer_and_a_resume_at_once(self, store: Any, other: Any) -> None:
+        """An answer that is accepted while a run is resumed is there for it, or for the next one."""
+        for i in range(_ROUNDS):
+            run_id = f"run {i}"
+            asked = await _asks(store, run_id)
+            answer = asked._replace(payload=b"1")
+            work = (settled(other.signal(run_id, answer)), begin(store, run_id, if_exists="resume"))
+            _, session = await asyncio.gather(*work)
+            if session.waiting[1, ""].payload is None:
+                await settled(session.suspend(row(1, "ask"), asked))
+            await finish(session, "SUSPENDED")
+            assert store.waiting(run_id) == [answer]
+
+    async def test_an_answer_before_the_question_is_asked_again(self, store: Any, other: Any) -> None:
+        """An answer that comes while a resumed run is on its way to its question is not lost when it asks that again."""
+        asked = await _asks(store, "run")
+        session = await begin(store, if_exists="resume")
+        await settled(other.signal("run", asked._replace(payload=b"1")))
+        await settled(session.suspend(row(1, "ask"), asked))
+        await finish(session, "SUSPENDED")
+        again = await begin(store, if_exists="resume")
+        assert again.waiting[1, ""].payload == b"1"
+        # It has seen that one: what it asks now is another question.
+        await settled(again.suspend(row(1, "ask"), asked._replace(reason="and now?")))
+        assert [(w.reason, w.payload) for w in store.waiting("run")] == [("and now?", None)]
+
+    async def test_one_of_two_cancels_at_once(self, store: Any, other: Any) -> None:
+        """Of two that cancel an interrupted run at the same moment one does it, the other is told that it has ended."""
+        for i in range(_ROUNDS):
+            await finish(await begin(store, f"run {i}"), "INTERRUPTED")
+            work = [settled(client.cancel(f"run {i}")) for client in (store, other)]
+            assert sorted(await asyncio.gather(*work)) == [False, True]
+            assert store.get_run(f"run {i}").status == "CANCELLED"
+
+    async def test_a_cancel_and_a_resume_at_once(self, store: Any, other: Any) -> None:
+        """A run that is resumed and cancelled at the same moment is never marked as ended under its new owner."""
+        for i in range(_ROUNDS):
+            await finish(await begin(store, f"run {i}"), "INTERRUPTED")
+            work = (begin(store, f"run {i}", if_exists="resume"), settled(other.cancel(f"run {i}")))
+            session, _ = await asyncio.gather(*work)
+            assert store.get_run(f"run {i}").status == "RUNNING"
+            await commit(session, 0, State())
+            await finish(session)
+
+    async def test_a_cancel_and_an_end_at_once(self, store: Any, other: Any) -> None:
+        """A run that has ended is not CANCELLED afterwards: a cancel at that moment reached its owner, or came too late."""
+        for i in range(_ROUNDS):
+            session = await begin(store, f"run {i}")
+            await asyncio.gather(finish(session), settled(other.cancel(f"run {i}")))
+            assert store.get_run(f"run {i}").status == "COMPLETED"
+
+    async def test_one_of_two_forks_at_once(self, store: Any, other: Any) -> None:
+        """Of two forks with one id at the same moment one is made, whole."""
+        session = await begin(store)
+        for position in range(3):
+            await commit(session, position, State(n=position))
+        await finish(session)
+        for i in range(_ROUNDS):
+            work = [
+                settled(client.fork("run", f"fork {i}", 2 + n)) for n, client in enumerate((store, other))
+            ]
+            got = await asyncio.gather(*work, return_exceptions=True)
+            assert [type(e) for e in got if e is not None] == [RunExists]
+            made = await begin(store, f"fork {i}", if_exists="resume")
+            assert len(made.restored) == (2 if got[0] is None else 3)
+            await finish(made)
+
+    async def test_a_deletion_and_a_commit_at_once(self, store: Any, other: Any) -> None:
+        """A commit of a run that is deleted at the same moment leaves nothing behind."""
+        for i in range(_ROUNDS):
+            session = await begin(store)
+            work = (commit(session, 0, State(n=i)), settled(other.delete("run")))
+            got = await asyncio.gather(*work, return_exceptions=True)
+            assert got[0] is None or isinstance(got[0], Fenced)
+            assert (store.get_run("run"), store.attempts("run")) == (None, [])
+            fresh = await begin(store)
+            assert (fresh.execution, dict(fresh.restored)) == (1, {})
+            await settled(store.delete("run"))
 
     # ------------------------------------------------------------------ ids and texts
 

@@ -1,0 +1,154 @@
+"""Files of stores under power cuts, and files that are damaged as a whole."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from stroma.checkpoint import SQLiteStore, StoreError
+from stroma.checkpoint.payloads import DirectoryBlobs
+from stroma.items import LinesFile
+from stroma.testing.stores import State, begin, commit, finish, restored
+
+pytestmark = pytest.mark.slow
+
+NAME = "ab" + "0" * 62
+
+
+def _synced(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The directories that are synced from now on, as they are called."""
+    found: list[str] = []
+    fsync = os.fsync
+
+    def note(descriptor: int) -> None:
+        found.append(os.readlink(f"/proc/self/fd/{descriptor}"))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", note)
+    return found
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not say what is synced")
+def test_a_new_directory_of_blobs_survives_a_power_cut(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever put() made, directories too, is synced into what names it before put() returns."""
+    synced = _synced(monkeypatch)
+    root = tmp_path / "state" / "blobs"
+    DirectoryBlobs(root).put(NAME, b"x")
+    for directory in (tmp_path, root.parent, root, root / NAME[:2]):
+        assert str(directory) in synced
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self/fd"), reason="the system does not say what is synced")
+def test_a_blob_of_another_writer_is_synced_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A blob, or its directory, that another writer made a moment ago may not be safe yet: put() sees to it."""
+    root = tmp_path / "blobs"
+    DirectoryBlobs(root).put(NAME, b"x")
+    synced = _synced(monkeypatch)
+    DirectoryBlobs(root).put(NAME, b"x")
+    for directory in (tmp_path, root, root / NAME[:2]):
+        assert str(directory) in synced
+
+
+_WRITER = """
+import asyncio, os, sys
+from stroma.checkpoint import SQLiteStore
+from stroma.testing.stores import State, begin, commit
+
+async def main():
+    store = SQLiteStore(sys.argv[1])
+    session = await begin(store)
+    await commit(session, 0, State(n=1))
+    os._exit(9)  # Nothing is folded into the file.
+
+asyncio.run(main())
+"""
+
+
+def _missing(path: Path) -> None:
+    path.unlink()
+
+
+def _empty(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+@pytest.mark.parametrize("damage", [_missing, _empty])
+async def test_a_wal_without_its_file_is_damage(tmp_path: Path, damage: Callable[[Path], None]) -> None:
+    """A file that is missing or empty beside a WAL with commits is refused, and the WAL stays for whoever restores it."""
+    path, wal = tmp_path / "runs.db", tmp_path / "runs.db-wal"
+    assert subprocess.run([sys.executable, "-c", _WRITER, str(path)], check=False).returncode == 9
+    shutil.copy(path, tmp_path / "copy")
+    kept = wal.read_bytes()
+    assert kept
+    damage(path)
+    (tmp_path / "runs.db-shm").unlink()
+    with SQLiteStore(path) as store:
+        for call in (lambda: begin(store), store.list_runs):
+            with pytest.raises(
+                StoreError, match=r"is damaged: it is missing or empty, and .*-wal"
+            ) as refused:
+                await _settled(call())
+            assert not refused.value.transient
+    assert wal.read_bytes() == kept
+    shutil.copy(tmp_path / "copy", path)
+    with SQLiteStore(path) as store:
+        again = await begin(store, if_exists="resume", if_running="take_over")
+        assert restored(again) == {(0, ""): State(n=1)}
+
+
+async def _settled(value: Any) -> Any:
+    return await value if hasattr(value, "__await__") else value
+
+
+async def test_an_empty_file_is_an_empty_store(tmp_path: Path) -> None:
+    """A file that somebody made for the store, with no WAL or an empty one, is used."""
+    path = tmp_path / "runs.db"
+    path.touch()
+    (tmp_path / "runs.db-wal").touch()
+    async with SQLiteStore(path) as store:
+        assert store.list_runs() == []
+        session = await begin(store)
+        await commit(session, 0, State())
+        await finish(session)
+    assert path.stat().st_size
+
+
+def test_each_execution_writes_a_part_of_its_own(tmp_path: Path) -> None:
+    """A process that was taken over from spoils nothing of the file that the next one writes, however late it is."""
+    path = tmp_path / "out.jsonl"
+    stale, owner = LinesFile(path, "run"), LinesFile(path, "run")
+    stale.begin()
+    stale.write([{"old": 1}])
+    owner.begin()
+    owner.write([{"new": 1}])
+    stale.write([{"old": 2}] * 10_000)
+    with pytest.raises(FileNotFoundError):
+        stale.finish()
+    stale.give_up()
+    owner.write([{"new": 2}])
+    owner.finish()
+    assert path.read_text() == '{"new":1}\n{"new":2}\n'
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
+    """The part of a process that died goes with the next execution; that of another run stays."""
+    path = tmp_path / "out.jsonl"
+    dead, other = LinesFile(path, "run"), LinesFile(path, "other")
+    dead.begin()
+    other.begin()
+    owner = LinesFile(path, "run")
+    owner.begin()
+    owner.finish()
+    assert len(list(tmp_path.iterdir())) == 2
+    other.finish()
+    assert list(tmp_path.iterdir()) == [path]
