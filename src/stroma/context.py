@@ -27,8 +27,10 @@ from stroma.checkpoint import (
     RunRequest,
     Session,
     StepCall,
+    StoreError,
     Waiting,
 )
+from stroma.checkpoint.journal import Charge
 from stroma.config import RunConfig, is_shared
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, fallback_due, limits
@@ -63,6 +65,9 @@ _ATTACHED_SECONDS = (0.02, 1.0)  # between looks at a run that somebody else is 
 class _NoSession:
     """Stands in until the run was opened in its store."""
 
+    address = ""
+    epoch = 0
+    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
     execution = 1
     continued = False
     finished: Finished | None = None
@@ -377,7 +382,24 @@ class ReliabilityContext:
                 raise
             if self.session is _NO_SESSION:
                 self._begin(session, carry=discard_from is None)
+                if self.config.shared_budgets and session.epoch > 1:
+                    await self._settle_earlier(session)
         return self.session
+
+    async def _settle_earlier(self, session: Session) -> None:
+        """Count what earlier processes spent on this run in its shared budgets, where they did not live to."""
+        from stroma.shared_budget import caller_of
+
+        caller = caller_of(session, self.run_id, self.checkpoint_manager.store, -1, "", 0, 0)
+        if session.finished is not None and caller.place is not None:
+            caller = caller._replace(place=caller.place._replace(epoch=0))  # None of its calls is ours.
+        for budget in self.config.budgets:
+            try:
+                await budget.settle_run(caller)
+            except StoreError as error:  # It is looked into again when the lease of a call has ended.
+                self.run_logger.warning(
+                    "%s: calls of earlier processes are not counted: %s", budget.label, error
+                )
 
     async def _attach(self, request: RunRequest) -> Session:
         """Open the run once nobody else is at work on it, for what they have made of it."""

@@ -27,13 +27,19 @@ _OWNER = textwrap.dedent(
     sys.stdin.readline()
     """
 )
-_LOOK = "import sys; from stroma.checkpoint._owner import Owner, is_gone; print(is_gone(Owner.read(sys.argv[1])))"
+_LOOK = (
+    "import sys; from stroma.checkpoint._owner import Owner, is_gone; print(is_gone(Owner.read(sys.argv[1])))"
+)
 
 
 def child() -> tuple[subprocess.Popen[str], Owner]:
     """A process, and the owner that it names itself."""
     started = subprocess.Popen(
-        [sys.executable, "-c", _OWNER], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment()
+        [sys.executable, "-c", _OWNER],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env=environment(),
     )
     assert started.stdout is not None
     owner = Owner.read(started.stdout.readline().strip())
@@ -78,7 +84,10 @@ def test_an_id_that_is_none_is_alive(pid: int) -> None:
 
 @pytest.mark.slow
 @pytest.mark.skipif(
-    not hasattr(os, "geteuid") or os.geteuid() != 0 or not shutil.which("setpriv") or not shutil.which("unshare"),
+    not hasattr(os, "geteuid")
+    or os.geteuid() != 0
+    or not shutil.which("setpriv")
+    or not shutil.which("unshare"),
     reason="needs root, setpriv and unshare",
 )
 def test_another_users_process_behind_hidepid() -> None:

@@ -85,8 +85,10 @@ class MemoryRecords:
         last = page[-1]
         return AttemptPage(page, f"0:{last.position}:{last.started_ns}:{last.attempt}:{last.branch}")
 
-    def attempts_at(self, run_id: str, position: int, branch: str) -> list[AttemptRecord]:
-        every = self.attempts(run_id, None)
+    def attempts_at(
+        self, run_id: str, position: int, branch: str, execution: int | None
+    ) -> list[AttemptRecord]:
+        every = self.attempts(run_id, execution)
         return [replace(a, output=None) for a in every if (a.position, a.branch) == (position, branch)]
 
     def trouble_of(self, run_id: str, position: int, branch: str) -> Trouble | None:

@@ -145,14 +145,21 @@ class ReadableStore(ABC):
 
         return self.read(query, AttemptPage([], None))
 
-    def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
-        """Every attempt of the last execution at one place, without outputs. [] if unknown. Raises StoreError."""
+    def attempts_at(
+        self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
+    ) -> list[AttemptRecord]:
+        """Every attempt of an execution (None: the last) at one place, without outputs. [] if unknown.
+
+        Raises StoreError.
+        """
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> list[AttemptRecord]:
             found = rows.find(run_id)
-            kept = [] if found is None else rows.attempts_at(found.run, found.execution, position, branch)
-            return [_record_of(*told) for told in kept]
+            if found is None:
+                return []
+            number = found.execution if execution is None else execution
+            return [_record_of(*told) for told in rows.attempts_at(found.run, number, position, branch)]
 
         return self.read(query, [])
 

@@ -243,6 +243,8 @@ class RedisRows(RedisReading):
             self._write(prefix_of(run_id), "save", branch, value, self._ttl)
             return
         value = pack([node_id], pack_step(step, 0, 0, 0))
+        if self._with_commit(prefix_of(run_id), "keep", position, branch, value):
+            return
         self._write(prefix_of(run_id), "keep", *self._guard(run_id), position, branch, value)
 
     def kept(self, run: Run, position: int, branch: str | None = None) -> list[StepRow]:
@@ -308,6 +310,18 @@ class RedisRows(RedisReading):
 
         self._writes.append(_Write(script(prefix, operation, *values), read))
 
+    def _with_commit(self, prefix: str | None, *write: Any) -> bool:
+        """Have something written with the commit of this operation, all or nothing; False if it has none.
+
+        ``prefix``: of the run that it belongs to; None for any.
+        """
+        for index in range(len(self._writes) - 1, -1, -1):
+            command, read = self._writes[index]
+            if command[4] == "commit" and prefix in (None, command[3]):
+                self._writes[index] = _Write((*command, *write), read)
+                return True
+        return False
+
     # ------------------------------------------------------------------ cells
 
     def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
@@ -315,7 +329,9 @@ class RedisRows(RedisReading):
         return data, now
 
     def put_cell(self, name: str, data: bytes) -> None:
-        self._write(cell_prefix(name), "put_cell", self._numbers[name], os.urandom(8).hex(), data)
+        number, maker = self._numbers[name], os.urandom(8).hex()
+        if not self._with_commit(None, "cell", cell_prefix(name), number, maker, data):
+            self._write(cell_prefix(name), "put_cell", number, maker, data)
 
     # ------------------------------------------------------------------ retention
 

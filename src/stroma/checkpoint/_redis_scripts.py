@@ -173,7 +173,11 @@ function ops.go_on(id, token, old_epoch, old_version, owner, execution, epoch, l
   return version
 end
 
-function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, cost, tokens, latency, failed, place, node, step)
+-- What else is to be written, or nothing is: 'keep', position, branch, value (beside the commits), or 'cell', key, number,
+-- maker, data (as put_cell).
+function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, cost, tokens, latency, failed, place, node, step,
+    ...)
+  local more, size = {...}, {keep = 4, cell = 5}
   local attempts = p .. 'attempts:' .. execution
   if redis.call('HGET', run, 'token') == token and redis.call('HEXISTS', attempts, at) == 1 then
     return tonumber(redis.call('HGET', run, 'version'))
@@ -181,6 +185,11 @@ function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, co
   local why = fenced(token, epoch, owner, seen)
   if why then return why end
   if not whole(execution) then return 'lost' end
+  local i = 1
+  while more[i] do
+    if more[i] == 'cell' and (redis.call('HGET', more[i + 1], 'number') or '') ~= more[i + 2] then return 'changed' end
+    i = i + size[more[i]]
+  end
   local sums = {{'cost_pico', cost}, {'tokens', tokens}, {'latency_ns', latency}}
   for i, sum in ipairs(sums) do
     local reply = sum[2] ~= '0' and redis.pcall('HINCRBY', run, sum[1], sum[2])
@@ -204,6 +213,14 @@ function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, co
       redis.call('HINCRBY', run, 'kept', 1)
       if string.match(place, '^%d+:$') then redis.call('HINCRBY', run, 'nodes', 1) end
     end
+  end
+  i = 1
+  while more[i] do
+    if more[i] == 'keep' then redis.call('HSET', p .. 'beside:' .. more[i + 1], more[i + 2], more[i + 3])
+    else
+      redis.call('HSET', more[i + 1], 'data', more[i + 4], 'maker', more[i + 3], 'number', tonumber('0' .. more[i + 2]) + 1)
+    end
+    i = i + size[more[i]]
   end
   local ms = now_ms()
   redis.call('HSET', run, 'updated_ms', ms)

@@ -23,6 +23,7 @@ from stroma.checkpoint._rows import (
     TROUBLE,
     WAITING,
     Attempt,
+    CellChange,
     Commit,
     Doing,
     Fence,
@@ -38,8 +39,11 @@ from stroma.checkpoint._rows import (
     text,
     verify,
 )
+from stroma.checkpoint.cells import Change
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists, StoreError
 from stroma.checkpoint.journal import (
+    ENDED,
+    Charge,
     Committed,
     Finished,
     Held,
@@ -84,6 +88,8 @@ class DurableSession:
         "_payloads",
         "_submit",
         "_troubles",
+        "address",
+        "charges",
         "continued",
         "ended",
         "execution",
@@ -109,10 +115,15 @@ class DurableSession:
     undelivered: list[Row]
 
     def __init__(
-        self, run_id: str, submit: Submit, payloads: Payloads, opened: Mapping[bytes, bytes] | None = None
+        self,
+        run_id: str,
+        submit: Submit,
+        payloads: Payloads,
+        opened: Mapping[bytes, bytes] | None = None,
+        address: str = "",
     ) -> None:
         """``opened``: payloads that were opened before, by the checksum of what is stored."""
-        self.run_id = run_id
+        self.run_id, self.address = run_id, address
         self._payloads = payloads
         self._opened = opened or {}
         self.on_cancel: Callable[[], None] | None = None
@@ -120,6 +131,7 @@ class DurableSession:
         self.ended = False
         self._submit = submit
         self._troubles: dict[tuple[int, str], tuple[int, int, bytes]] = {}
+        self.charges: dict[tuple[int, str], Charge] = {}
 
     def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
         """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
@@ -132,7 +144,7 @@ class DurableSession:
         way = decide(request, None if kept is None or found is None else _held(found), same)
         self.restored, self.prior, self.traceparent = {}, PriorUsage(), None
         self.undelivered, self._deliver = [], request.deliver
-        self.continued, self.finished, self.waiting = way == "continue", None, {}
+        self.finished, self.waiting = None, {}
         if way == "begin" or found is None:
             self.fence = rows.begin(found, opening)
         else:
@@ -149,8 +161,15 @@ class DurableSession:
             if way == "return":
                 self.finished = Finished(found.status, found.error)
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
+            elif found.status not in ENDED and any(rows.kept(found.run, CANCEL)):
+                # Acknowledged, and its owner stopped before it knew. The claim fences off one that is only late.
+                self.fence = rows.go_on(found, opening._replace(discard_from=None))
+                rows.finish(self.fence, "CANCELLED", None)
+                self.finished = Finished("CANCELLED", None)
+                rows.drop(found.run, CANCEL)
             else:
                 self.fence = rows.go_on(found, opening)
+        self.continued = way == "continue" and self.finished is None
         if found is not None:
             self._look_beside(rows, found, request)
         self.execution = self.fence.execution
@@ -169,7 +188,7 @@ class DurableSession:
             raise
 
     def _look_beside(self, rows: Rows, found: RunRow, request: RunRequest) -> None:
-        """What nodes wait for belongs to an execution and its commits; whoever wanted its end has had it."""
+        """What nodes wait for belongs to an execution and its commits; a cancel() that came too late ends no other."""
         ours = self.finished is None
         if ours:
             rows.drop(found.run, CANCEL)
@@ -220,6 +239,11 @@ class DurableSession:
         step = Step(contract, ref, data, checksum(data), *(call or (None, None)))
         return self._keep(Commit(self.run_id, self.fence, _attempt(row), step))
 
+    @property
+    def epoch(self) -> int:
+        """Raised by each session that opens the run."""
+        return self.fence.epoch
+
     def note_trouble(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
@@ -235,19 +259,37 @@ class DurableSession:
         trouble = self._troubles.pop((attempt.position, attempt.branch), None)
         if trouble is not None and trouble[1] != attempt.started_ns:
             trouble = None
-        if not self._deliver and trouble is None:
+        if not self._deliver and trouble is None and not self.charges:
             return self._submit(commit)
 
-        def operation(rows: Rows) -> None:
-            commit(rows)
-            if self._deliver:
-                keep_due(rows, self.run_id, attempt)
+        def beside(rows: Rows) -> None:
             if trouble is not None:
                 number, started_ns, data = trouble
                 step = Step(str(started_ns), "", data, checksum(data), number)
                 rows.keep(self.run_id, TROUBLE, f"{attempt.position}:{attempt.branch}", attempt.node_id, step)
 
-        return self._submit(Doing(self.run_id, operation))
+        return self._with(commit, beside)
+
+    def _with(self, commit: Commit, beside: Callable[[Rows], None]) -> asyncio.Future[Any]:
+        """Make a commit, and in its transaction all that belongs to it: hooks that are due, and what it settles."""
+        attempt = commit.attempt
+        charge = self.charges.get((attempt.position, attempt.branch))
+        changes: list[tuple[str, Change[Any]]] = []
+        if charge is not None:
+            changes = charge.changes(attempt.tokens, attempt.cost_pico, committed=commit.step is not None)
+
+        def operation(rows: Rows) -> list[Any]:
+            commit(rows)
+            if self._deliver:
+                keep_due(rows, self.run_id, attempt)
+            beside(rows)
+            # Cells last: others wait for their locks.
+            return [CellChange(name, change)(rows) for name, change in changes]
+
+        pending = self._submit(Doing(self.run_id, operation))
+        if charge is not None:
+            pending.add_done_callback(partial(_settled, charge))
+        return pending
 
     async def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
         """What is committed in some branches of a position. Raises StoreError (CorruptCheckpoint ...)."""
@@ -296,13 +338,7 @@ class DurableSession:
         """Keep an attempt that waits, and what for. Awaited: raises Fenced, or another StoreError."""
         commit = Commit(self.run_id, self.fence, _attempt(row)._replace(message=text(waiting.reason)), None)
 
-        def operation(rows: Rows) -> None:
-            commit(rows)
-            if self._deliver:
-                keep_due(rows, self.run_id, commit.attempt)
-            keep_waiting(rows, self.run_id, waiting)
-
-        return self._submit(Doing(self.run_id, operation))
+        return self._with(commit, lambda rows: keep_waiting(rows, self.run_id, waiting))
 
     def abandon(self) -> None:
         """Nothing more comes from here, and nothing can be awaited: whoever resumes the run need not wait."""
@@ -322,6 +358,11 @@ class DurableSession:
     def _finish(self, status: str, error: str | None, rows: Rows) -> None:
         if not rows.finish(self.fence, status, error):
             raise fenced(rows.find(self.run_id), self.run_id)
+
+
+def _settled(charge: Charge, pending: asyncio.Future[Any]) -> None:
+    if not pending.cancelled() and pending.exception() is None:
+        charge.settled(pending.result())
 
 
 def _attempt(row: Row) -> Attempt:

@@ -8,17 +8,20 @@ the command line.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.cells import Change
 from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.schemas import Schema, Snapshot
 from stroma.trace import FAILED_ITEM, Row
 
 __all__ = [
+    "ENDED",
     "OF_MAP",
     "AsyncCheckpointStore",
+    "Charge",
     "CheckpointKey",
     "CheckpointStore",
     "Committed",
@@ -204,6 +207,10 @@ def no_map(run_id: str, node_id: str) -> CheckpointNotFound:
     )
 
 
+#: Statuses of executions that a cancel() finds over.
+ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
+
+
 class Held(NamedTuple):
     """What a store knows of the last execution of a run. ``holder``: who is at work on it, in words, or None."""
 
@@ -287,10 +294,29 @@ class Finished(NamedTuple):
     error: str | None
 
 
+class Charge(Protocol):
+    """Changes of cells that a session makes in the transaction that records an attempt."""
+
+    def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
+        """Return (cell, change) of each cell, in the order in which they are to be locked.
+
+        ``committed``: whether the attempt has an output. Making the same changes twice must be making them once.
+        """
+        ...
+
+    def settled(self, answers: list[Any]) -> None:
+        """Take what the changes answered, in their order. Called in the event loop, once they are stored."""
+
+
 class Session(Protocol):
     """One execution of a run, held by this process.
 
     Attributes:
+        address: names the store among all stores: cells of a store with this address change in the transactions of the
+            session's commits. "" where there are no such transactions.
+        epoch: raised by each session that opens the run; 0 where that is not recorded.
+        charges: what the attempt in progress at a (position, branch) is to settle when it is recorded; whoever puts it
+            there takes it out again. Not read where ``address`` is "".
         execution: 1 for the first execution of the run id, 2 after a restart, and so on.
         continued: whether it goes on with an execution that an earlier call began.
         restored: the committed outputs by (position, branch).
@@ -302,6 +328,9 @@ class Session(Protocol):
         on_cancel: called, from any thread, when somebody asks for the end of this run.
     """
 
+    address: str
+    epoch: int
+    charges: dict[tuple[int, str], Charge]
     execution: int
     continued: bool
     finished: Finished | None

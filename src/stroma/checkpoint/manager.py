@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.journal import (
     AsyncCheckpointStore,
+    Charge,
     CheckpointStore,
     Committed,
     Finished,
@@ -107,6 +108,9 @@ class _SimpleSession:
     """A run on a store that only knows the last state of each node."""
 
     __slots__ = ("_run_id", "_store", "on_cancel")
+    address = ""
+    epoch = 0
+    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
     execution = 1
     continued = False
     finished: Finished | None = None

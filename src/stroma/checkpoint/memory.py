@@ -11,6 +11,8 @@ from stroma.checkpoint._memory_runs import Kept, Key, MemoryReading, MemoryRun, 
 from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
 from stroma.checkpoint.journal import (
+    ENDED,
+    Charge,
     Committed,
     Finished,
     PriorUsage,
@@ -60,6 +62,9 @@ class _MemorySession:
     on_cancel: Callable[[], None] | None
     undelivered: Sequence[Row] = ()  # A process that lives tells its hooks.
     reads_rows = True  # And never an output whose picture is in its row.
+    address = ""
+    epoch = 0
+    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
 
     def __init__(self, run: MemoryRun, request: RunRequest) -> None:
         given = request.schema.snapshot(request.initial_state)
@@ -68,6 +73,11 @@ class _MemorySession:
         self.continued, self.finished, self.on_cancel = way == "continue", None, None
         if way != "begin":
             self._continue(run, request)
+        if way == "continue" and run.cancelled and run.status not in ENDED:
+            # Acknowledged, and its owner stopped before it knew.
+            run.status, run.error, way, self.continued = "CANCELLED", None, "return", False
+            run.epoch += 1
+        run.cancelled = False
         if way == "return":
             self.finished = Finished(run.status, run.error)
         elif way == "begin":
@@ -210,9 +220,10 @@ class _Memory(MemoryReading, MemoryCells):
         run = self._known(run_id)
         session = run.session()
         if session is not None:
+            run.cancelled = True
             if session.on_cancel is not None:
                 session.on_cancel()
-        elif run.status in ("COMPLETED", "RESUMED", "FAILED", "CANCELLED"):
+        elif run.status in ENDED:
             return False
         else:
             run.status = "CANCELLED"
