@@ -135,7 +135,7 @@ class DurableStore(ReadableStore):
         )
         open_it = partial(session.open, request, opening, data)
         await self._submit(Doing(request.run_id, open_it, opening, session))
-        if session.finished is None:
+        if session.fence.owner:  # Not that of a run which is returned as it is.
             keeper = self._keepers.get(generation())
             if keeper is None:
                 keeper = self._keepers.setdefault(generation(), Keeper(self))

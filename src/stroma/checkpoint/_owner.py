@@ -11,6 +11,9 @@ from weakref import WeakValueDictionary
 
 __all__ = ["LIVE", "Owner", "boot_id", "is_gone", "new_owner"]
 
+#: Begins the token of a session that never says when it ends.
+_ENDLESS: Final = "-"
+
 #: The sessions of this process, by the token of their owner.
 LIVE: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
 
@@ -40,6 +43,12 @@ class Owner(NamedTuple):
         """ "process 123 on host", for messages."""
         return f"process {self.pid} on {self.host}"
 
+    @property
+    def may_die(self) -> bool:
+        """Whether its process has died if the run is found as it left it: it says when it ends, and is not this one."""
+        here = _process(os.getpid())
+        return not self.token.startswith(_ENDLESS) and self[:5] != here[:5]
+
     @classmethod
     def read(cls, text: str | None) -> Owner | None:
         """What ``str()`` wrote; None for anything else: it comes out of a store."""
@@ -56,7 +65,8 @@ def new_owner(session: object, *, ends: bool = True) -> Owner:
 
     One that does not say when it ends never counts as alive in its own process.
     """
-    owner = _process(os.getpid())._replace(token=os.urandom(8).hex())
+    token = os.urandom(8).hex()
+    owner = _process(os.getpid())._replace(token=token if ends else f"{_ENDLESS}{token}")
     if ends:
         LIVE[owner.token] = session
     return owner

@@ -130,6 +130,9 @@ _FAILED: Final = """SELECT w.run, f.* FROM unnest(%s::bigint[], %s::bigint[]) AS
     (SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message, reason, tokens,
     output_tokens, cost_pico, model FROM attempts a WHERE a.run = w.run AND a.execution = w.execution
     AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT %s) f"""
+_FAILED_SINCE: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
+    reason, tokens, output_tokens, cost_pico, model FROM attempts WHERE run = %s AND execution = %s AND epoch >= %s
+    AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT 1000"""
 _TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT r.run, t.tag, r.started_ms FROM runs r,
     unnest(%s::text[]) AS t(tag) WHERE r.run = %s ON CONFLICT DO NOTHING"""
 _UNTAG: Final = "DELETE FROM tags WHERE run = %s"
@@ -366,6 +369,10 @@ class PostgresRows:
     def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[Told]:
         found = self._execute(_ATTEMPTS_AT, (run, execution, position, key(branch))).fetchall()
         return attempt_page(found, len(found))[0]
+
+    def failed_since(self, run: int, execution: int, epoch: int) -> list[Attempt]:
+        found = self._execute(_FAILED_SINCE, (run, execution, epoch)).fetchall()
+        return [Attempt._make(row) for row in reversed(found)]
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         def execute(statement: str, values: list[Any]) -> list[Any]:

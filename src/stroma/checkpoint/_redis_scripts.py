@@ -49,7 +49,7 @@ local function now_ms() return math.floor(now_us() / 1000) end
 
 local function keys_of(executions)
   local keys = {run, p .. 'inputs'}
-  for place = 2, 7 do keys[#keys + 1] = p .. 'beside:-' .. place end
+  for place = 2, 8 do keys[#keys + 1] = p .. 'beside:-' .. place end
   for e = 1, executions do
     for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:'}) do keys[#keys + 1] = p .. name .. e end
   end

@@ -14,9 +14,10 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma.checkpoint._beside import due_key, keep_due, keep_waiting, read_due, read_waiting
-from stroma.checkpoint._owner import LIVE
+from stroma.checkpoint._owner import LIVE, Owner
 from stroma.checkpoint._rows import (
     CANCEL,
+    DEATHS,
     DUE,
     PARENT,
     TRACE,
@@ -50,6 +51,7 @@ from stroma.checkpoint.journal import (
     PriorUsage,
     RunRequest,
     StepCall,
+    Tried,
     Waiting,
     decide,
 )
@@ -100,6 +102,7 @@ class DurableSession:
         "restored",
         "run_id",
         "traceparent",
+        "tried",
         "undelivered",
         "waiting",
     )
@@ -111,6 +114,7 @@ class DurableSession:
     finished: Finished | None
     prior: PriorUsage
     restored: Mapping[tuple[int, str], Committed]
+    tried: Mapping[tuple[int, str], Tried]
     traceparent: str | None
     undelivered: list[Row]
 
@@ -142,7 +146,7 @@ class DurableSession:
             kept = rows.input(found.run, found.execution)
         same = kept is not None and (kept[2] == opening.sha256 or self._is(given, kept, request))
         way = decide(request, None if kept is None or found is None else _held(found), same)
-        self.restored, self.prior, self.traceparent = {}, PriorUsage(), None
+        self.restored, self.prior, self.traceparent, self.tried = {}, PriorUsage(), None, {}
         self.undelivered, self._deliver = [], request.deliver
         self.finished, self.waiting = None, {}
         if way == "begin" or found is None:
@@ -162,19 +166,77 @@ class DurableSession:
                 self.finished = Finished(found.status, found.error)
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
             elif found.status not in ENDED and any(rows.kept(found.run, CANCEL)):
-                # Acknowledged, and its owner stopped before it knew. The claim fences off one that is only late.
-                self.fence = rows.go_on(found, opening._replace(discard_from=None))
-                rows.finish(self.fence, "CANCELLED", None)
-                self.finished = Finished("CANCELLED", None)
-                rows.drop(found.run, CANCEL)
+                # Acknowledged, and its owner stopped before it knew.
+                self._claim_to_end(rows, found, request, opening, Finished("CANCELLED", None))
             else:
-                self.fence = rows.go_on(found, opening)
+                self._recover(rows, found, request, opening)
         self.continued = way == "continue" and self.finished is None
         if found is not None:
             self._look_beside(rows, found, request)
         self.execution = self.fence.execution
         self._opened = {}
         return self
+
+    def _recover(self, rows: Rows, found: RunRow, request: RunRequest, opening: Opening) -> None:
+        """Go on with the execution, or give it up: its process may have died under it too often.
+
+        A death is a run that is RUNNING though its owner, which says when it ends, is gone; it is counted when the run is
+        taken over, and so costs no write before. Deaths that follow one another stand in one row: their number, and the
+        epochs in which they began and of the one who counted last.
+        """
+        owner = Owner.read(found.owner)
+        died = found.status == "RUNNING" and owner is not None and owner.may_die
+        kept = (
+            next(iter(rows.kept(found.run, DEATHS)), None)
+            if died or found.status == "FAILED" or request.force
+            else None
+        )
+        number, first = 0, found.epoch
+        if kept is not None:
+            number = kept.step.number or 0
+            if kept.step.schema_ref == str(found.epoch):
+                first = int(kept.step.contract)
+        number += died
+        if request.force:
+            rows.drop(found.run, DEATHS)
+        elif (
+            request.max_recoveries is not None
+            and number >= request.max_recoveries
+            and (died or kept is not None)
+        ):
+            error = (
+                f"poison: the process died {number} times under this run; see what kills it, then resume it with "
+                "force_resume=True, or stroma resume --force"
+            )
+            if died:
+                self._claim_to_end(rows, found, request, opening, Finished("FAILED", error, "poison"))
+                self._count_deaths(rows, number, first)
+            else:
+                self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
+                self.finished = Finished("FAILED", found.error, "poison")
+            return
+        self.fence = rows.go_on(found, opening)
+        if died and not request.force:
+            self._count_deaths(rows, number, first)
+            if request.discard_from is None:
+                failed = rows.failed_since(found.run, found.execution, first)
+                self.tried = _tried(failed, self.restored)
+
+    def _claim_to_end(
+        self, rows: Rows, found: RunRow, request: RunRequest, opening: Opening, finished: Finished
+    ) -> None:
+        """Take the execution over only to end it: by :meth:`end`, or at once for who never calls that.
+
+        The claim fences off an owner that is only late.
+        """
+        self.fence = rows.go_on(found, opening._replace(discard_from=None))
+        self.finished = finished
+        if not request.ends:
+            self._finish(finished.status, finished.error, rows)
+
+    def _count_deaths(self, rows: Rows, number: int, first: int) -> None:
+        step = Step(str(first), str(self.fence.epoch), b"", checksum(b""), number)
+        rows.keep(self.run_id, DEATHS, "", "deaths", step)
 
     def _is(self, given: bytes, kept: tuple[str, bytes, bytes], request: RunRequest) -> bool:
         """Whether an input with another checksum is the same all the same: a codec need not give the same bytes twice."""
@@ -196,6 +258,7 @@ class DurableSession:
             rows.drop(found.run, TRACE)
             rows.drop(found.run, DUE)
             rows.drop(found.run, TROUBLE)
+            rows.drop(found.run, DEATHS)
         else:
             self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
         if ours and self.continued and self._deliver:
@@ -348,7 +411,9 @@ class DurableSession:
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
         """Note how the run stopped. Awaited: raises Fenced, or another StoreError."""
         if self.finished is not None:
-            return None
+            if not self.fence.owner:
+                return None
+            status, error = self.finished.status, self.finished.error
         self.ended = True
         pending = self._submit(Doing(self.run_id, partial(self._finish, str(status), text(error))))
         # Not before it is kept: who looks meanwhile would take the run for one whose process died.
@@ -358,11 +423,38 @@ class DurableSession:
     def _finish(self, status: str, error: str | None, rows: Rows) -> None:
         if not rows.finish(self.fence, status, error):
             raise fenced(rows.find(self.run_id), self.run_id)
+        if status == "CANCELLED":
+            rows.drop(self.fence.run, CANCEL)
 
 
 def _settled(charge: Charge, pending: asyncio.Future[Any]) -> None:
     if not pending.cancelled() and pending.exception() is None:
         charge.settled(pending.result())
+
+
+def _tried(
+    failed: Iterable[Attempt], restored: Mapping[tuple[int, str], Committed]
+) -> dict[tuple[int, str], Tried]:
+    """How often what is not committed was tried; ``failed``: in the order of their ends."""
+    found: dict[tuple[int, str], Tried] = {}
+    for attempt in failed:
+        at = attempt.position, attempt.branch
+        # A group that is tried again tries its children anew.
+        inside = f"{attempt.branch}." if attempt.branch else ""
+        for other in [
+            other for other in found if other[0] == at[0] and other != at and other[1].startswith(inside)
+        ]:
+            del found[other]
+        before = found.get(at)
+        if at not in restored:
+            found[at] = Tried(
+                1 if before is None else before.attempts + 1,
+                attempt.node_id,
+                attempt.failure_class or "",
+                attempt.message or "",
+                attempt.reason,
+            )
+    return found
 
 
 def _attempt(row: Row) -> Attempt:

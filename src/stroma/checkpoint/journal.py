@@ -34,6 +34,7 @@ __all__ = [
     "RunRequest",
     "Session",
     "StepCall",
+    "Tried",
     "Waiting",
     "decide",
     "items_in",
@@ -90,6 +91,9 @@ class RunRequest(NamedTuple):
         apart: (position, beginning of branches) of commits that are not restored at once: there may be very many, and
             committed() gives them a few at a time.
         retry_failed: forget what was made of the items of a map while some of them had failed, see ItemFailure.
+        max_recoveries: a run whose process died so often is given up as FAILED; None: never. ``force``: it goes on all the
+            same, and deaths are counted anew.
+        only_unfinished: RunExists for a run that has ended, or waits; go on only with one that was interrupted or died.
     """
 
     run_id: str
@@ -120,6 +124,9 @@ class RunRequest(NamedTuple):
         return self._replace(discard_from=min(failed) + 1) if failed else self
 
     tags: tuple[str, ...] = ()
+    max_recoveries: int | None = None
+    force: bool = False
+    only_unfinished: bool = False
 
     def accepted(self, commits: Mapping[tuple[int, str], Committed]) -> Mapping[tuple[int, str], Committed]:
         """The commits that stay; raises what ``accept`` raises."""
@@ -234,6 +241,10 @@ def decide(
         )
         error.holder, error.left_seconds, error.same_input = held.holder, held.left_seconds, same_input
         raise error
+    if request.only_unfinished and held.status not in ("RUNNING", "INTERRUPTED"):
+        raise RunExists(
+            f"run {request.run_id!r} has ended meanwhile: {held.status}; there is nothing to recover"
+        )
     if request.if_exists == "error":
         raise RunExists(
             f"run {request.run_id!r} exists already (execution {held.execution}, {held.status}); use another run id, or "
@@ -288,10 +299,25 @@ def waits_no_longer(run_id: str, waiting: Waiting) -> StoreError:
 
 
 class Finished(NamedTuple):
-    """How an execution ended: its status and, unless it completed, why."""
+    """How an execution ended: its status and, unless it completed, why; ``reason``: that in one word, if there is one."""
 
     status: str
     error: str | None
+    reason: str | None = None
+
+
+class Tried(NamedTuple):
+    """Failed attempts of one node at one place, made by processes that died before they could decide what follows.
+
+    Attributes:
+        attempts: how many; the other fields are of the last one.
+    """
+
+    attempts: int
+    node_id: str
+    failure_class: str
+    message: str
+    reason: str | None
 
 
 class Charge(Protocol):
@@ -320,11 +346,13 @@ class Session(Protocol):
         execution: 1 for the first execution of the run id, 2 after a restart, and so on.
         continued: whether it goes on with an execution that an earlier call began.
         restored: the committed outputs by (position, branch).
-        finished: how the execution ended that is returned as it is; None for one that goes on.
+        finished: how the execution ended that is returned as it is, or is to end before anything of it is called; None for
+            one that goes on.
         waiting: what nodes of it wait or waited for, by (position, branch).
         traceparent: what note_traceparent() was told by the process that began the execution; None before.
         undelivered: attempts of earlier processes whose end hooks may not have been told, the oldest first; without
             states. Always empty where the process that made them is this one.
+        tried: attempts that were made of what is not committed, by (position, branch), if the process before died.
         on_cancel: called, from any thread, when somebody asks for the end of this run.
     """
 
@@ -335,6 +363,7 @@ class Session(Protocol):
     continued: bool
     finished: Finished | None
     restored: Mapping[tuple[int, str], Committed]
+    tried: Mapping[tuple[int, str], Tried]
     prior: PriorUsage
     waiting: Mapping[tuple[int, str], Waiting]
     traceparent: str | None

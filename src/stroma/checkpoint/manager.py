@@ -21,6 +21,7 @@ from stroma.checkpoint.journal import (
     RunRequest,
     Session,
     StepCall,
+    Tried,
     Waiting,
 )
 from stroma.schemas import Schema
@@ -111,6 +112,7 @@ class _SimpleSession:
     address = ""
     epoch = 0
     charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
+    tried: Mapping[tuple[int, str], Tried] = {}
     execution = 1
     continued = False
     finished: Finished | None = None

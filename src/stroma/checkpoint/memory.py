@@ -18,6 +18,7 @@ from stroma.checkpoint.journal import (
     PriorUsage,
     RunRequest,
     StepCall,
+    Tried,
     Waiting,
     decide,
     waits_no_longer,
@@ -65,6 +66,7 @@ class _MemorySession:
     address = ""
     epoch = 0
     charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
+    tried: Mapping[tuple[int, str], Tried] = {}
 
     def __init__(self, run: MemoryRun, request: RunRequest) -> None:
         given = request.schema.snapshot(request.initial_state)

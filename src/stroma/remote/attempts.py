@@ -28,7 +28,7 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
-from stroma.checkpoint.journal import Charge
+from stroma.checkpoint.journal import Charge, Tried
 from stroma.checkpoint.payloads import BlobStore
 from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
@@ -132,6 +132,7 @@ class _Record:
     address = ""
     epoch = 0
     charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
+    tried: Mapping[tuple[int, str], Tried] = {}
     continued = False
     finished: Finished | None = None
     restored: Mapping[tuple[int, str], Committed] = {}

@@ -539,7 +539,9 @@ class JournalStoreTests:
                 await finish(session, status)
             again = await begin(store, run_id, if_exists="resume")
             assert again.finished is not None
-            assert again.finished.status == store.get_run(run_id).status == "CANCELLED"
+            assert again.finished.status == "CANCELLED"
+            await finish(again, "COMPLETED")
+            assert store.get_run(run_id).status == "CANCELLED"
             assert restored(again) == {(0, ""): State(n=1)}
             with pytest.raises(Fenced):
                 await commit(session, 1, State())

@@ -1,0 +1,36 @@
+"""Runs whose process died: given up after a while, forced on, and shown as what they are."""
+
+import json
+
+import pytest
+
+GOOD = '{"start": 1}'
+
+
+@pytest.mark.slow
+def test_a_run_that_kept_dying_is_forced(stroma):
+    """A run given up as poison stays FAILED under a plain resume and calls nothing; --force goes on with it."""
+    stroma.file(
+        "deadly.py",
+        """
+        from sums import *
+        import signal
+
+        async def deadly(state):
+            called("deadly")
+            if "WELL" not in os.environ:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {"n": 2}
+
+        pipeline = Pipeline("deadly", [node("deadly", deadly, Count, Sum)], config=RunConfig(max_recoveries=2))
+        """,
+    )
+    assert stroma("run", "deadly.py:pipeline", GOOD, "--run-id", "x").code == -9
+    assert stroma("resume", "x", "deadly.py:pipeline").code == -9
+    given_up = stroma("resume", "x", "deadly.py:pipeline", env={"WELL": "1"})
+    assert given_up.code == 1
+    assert "poison: the process died 2 times under this run" in given_up.err
+    assert stroma.calls() == ["deadly", "deadly"]
+    assert "poison" in stroma("runs").out
+    forced = stroma("resume", "x", "deadly.py:pipeline", "--force", "-q", env={"WELL": "1"})
+    assert (forced.code, json.loads(forced.out)) == (0, {"n": 2})
