@@ -45,7 +45,9 @@ async def test_what_has_ended_meanwhile_is_left_alone(kind: str) -> None:
             await asyncio.sleep(0.02)
         await first.shutdown(drain_seconds=0)
         assert {(await run).status for run in runs} == {RunStatus.INTERRUPTED}
-        runners = [StromaRunner.quick(store=one, hooks=NodeHooks(on_run_end=end)) for one in (store, other, store)]
+        runners = [
+            StromaRunner.quick(store=one, hooks=NodeHooks(on_run_end=end)) for one in (store, other, store)
+        ]
         outcomes = await asyncio.gather(*(r.recover(one_node(0.01), max_concurrency=3) for r in runners))
         assert ends == dict.fromkeys((f"r{i}" for i in range(20)), 1)
         assert sorted(run_id for outcome in outcomes for run_id in outcome) == sorted(ends)
