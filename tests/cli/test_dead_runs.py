@@ -34,3 +34,15 @@ def test_a_run_that_kept_dying_is_forced(stroma):
     assert "poison" in stroma("runs").out
     forced = stroma("resume", "x", "deadly.py:pipeline", "--force", "-q", env={"WELL": "1"})
     assert (forced.code, json.loads(forced.out)) == (0, {"n": 2})
+
+
+@pytest.mark.slow
+def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
+    """`stroma runs` says INTERRUPTED of a run whose process died, finds it by that status, and not among the RUNNING."""
+    env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
+    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x", env=env).code == -9
+    for asked in ((), ("--status", "INTERRUPTED")):
+        (run,) = json.loads(stroma("runs", "--json", *asked).out)["runs"]
+        assert (run["run_id"], run["status"], run["holder"]) == ("x", "INTERRUPTED", None)
+    assert json.loads(stroma("runs", "--json", "--status", "RUNNING").out)["runs"] == []
+    assert "INTERRUPTED" in stroma("show", "x").out

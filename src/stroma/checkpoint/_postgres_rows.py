@@ -100,8 +100,8 @@ _HELD: Final = f"""SELECT EXISTS (SELECT FROM held) OR EXISTS (SELECT FROM attem
     (run, execution, epoch, position, started_ns, branch_key, attempt) = ({_ATTEMPT_KEY}))"""
 _COMMIT: Final = f"{_ATTEMPT} {_HELD}"
 _COMMIT_OUTPUT: Final = f"{_ATTEMPT}{_OUTPUT} {_HELD}"
-_END: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s, updated_ms = {_NOW_MS}, lease_until = NULL
-    {_FENCE}"""
+_END: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s,
+    updated_ms = coalesce(%(updated_ms)s::bigint, {_NOW_MS}), lease_until = NULL {_FENCE}"""
 # In the order of their runs, so that nobody waits for us while we wait for them.
 _RENEW: Final = """WITH fences AS (SELECT * FROM
     unnest(%s::bigint[], %s::bigint[], %s::text[], %s::float8[]) AS f(run, epoch, owner, seconds)),
@@ -253,8 +253,8 @@ class PostgresRows:
         row = self._execute(*commit_query(fence, attempt, step)).fetchone()
         return row is not None and bool(row[0])
 
-    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
-        at = {"run": fence.run, "epoch": fence.epoch, "owner": fence.owner}
+    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
+        at = {"run": fence.run, "epoch": fence.epoch, "owner": fence.owner, "updated_ms": updated_ms}
         return self._execute(_END, {"status": status, "error": error, **at}).rowcount == 1
 
     def renew(self, fences: list[Fence]) -> None:

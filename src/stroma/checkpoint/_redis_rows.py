@@ -208,12 +208,23 @@ class RedisRows(RedisReading):
         self._writes.append(_Write(command, lambda reply: self._settle(fence.run, reply)))
         return True
 
-    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
+    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
         run = fence.run
         ttl = self._ttl if status in ("COMPLETED", "RESUMED") else ""
         said = "" if error is None else f"={error}"
         exact = "exact" if run.run_id in self._locked and run.run_id not in self._owners else ""
-        about = (run.token, fence.execution, fence.epoch, fence.owner, run.version, status, said, ttl, exact)
+        about = (
+            run.token,
+            fence.execution,
+            fence.epoch,
+            fence.owner,
+            run.version,
+            status,
+            said,
+            ttl,
+            exact,
+            updated_ms or "",
+        )
         command = script(run.prefix, "finish", run.run_id, *about)
         self._writes.append(_Write(command, lambda reply: self._settle(run, reply)))
         return True

@@ -228,12 +228,12 @@ function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, co
   return redis.call('HINCRBY', run, 'version', 1)
 end
 
-function ops.finish(id, token, execution, epoch, owner, seen, status, error, ttl, exact)
+function ops.finish(id, token, execution, epoch, owner, seen, status, error, ttl, exact, updated)
   local why = fenced(token, epoch, owner, seen)
   if why then return why end
   if exact ~= '' and redis.call('HGET', run, 'version') ~= seen then return 'changed' end
   local ms = now_ms()
-  redis.call('HSET', run, 'status', status, 'updated_ms', ms)
+  redis.call('HSET', run, 'status', status, 'updated_ms', updated ~= '' and updated or ms)
   if error ~= '' then
     redis.call('HSET', run, 'error', string.sub(error, 2))
   else

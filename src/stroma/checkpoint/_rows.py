@@ -206,8 +206,8 @@ class Rows(Protocol):
         """
         ...
 
-    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
-        """Note how an execution stopped, and give up the lease. False if the fence is in the way."""
+    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
+        """Note how an execution stopped, and when (None: now), and give up the lease. False if the fence is in the way."""
         ...
 
     def renew(self, fences: list[Fence]) -> None:

@@ -43,6 +43,7 @@ from stroma.checkpoint._rows import (
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists, StoreError
 from stroma.checkpoint.journal import (
+    COMPLETE,
     ENDED,
     Charge,
     Committed,
@@ -90,6 +91,7 @@ class DurableSession:
         "_payloads",
         "_submit",
         "_troubles",
+        "_was",
         "address",
         "charges",
         "continued",
@@ -136,6 +138,8 @@ class DurableSession:
         self._submit = submit
         self._troubles: dict[tuple[int, str], tuple[int, int, bytes]] = {}
         self.charges: dict[tuple[int, str], Charge] = {}
+        #: The run as it was found, if it had completed and nothing was recorded since.
+        self._was: RunRow | None = None
 
     def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
         """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
@@ -170,6 +174,8 @@ class DurableSession:
                 self._claim_to_end(rows, found, request, opening, Finished("CANCELLED", None))
             else:
                 self._recover(rows, found, request, opening)
+                if found.status in COMPLETE and request.discard_from is None:
+                    self._was = found
         self.continued = way == "continue" and self.finished is None
         if found is not None:
             self._look_beside(rows, found, request)
@@ -318,7 +324,7 @@ class DurableSession:
             self._troubles[position, branch] = (attempt, started_ns, data)
 
     def _keep(self, commit: Commit) -> Awaitable[None]:
-        attempt = commit.attempt
+        attempt, self._was = commit.attempt, None
         trouble = self._troubles.pop((attempt.position, attempt.branch), None)
         if trouble is not None and trouble[1] != attempt.started_ns:
             trouble = None
@@ -335,7 +341,7 @@ class DurableSession:
 
     def _with(self, commit: Commit, beside: Callable[[Rows], None]) -> asyncio.Future[Any]:
         """Make a commit, and in its transaction all that belongs to it: hooks that are due, and what it settles."""
-        attempt = commit.attempt
+        attempt, self._was = commit.attempt, None
         charge = self.charges.get((attempt.position, attempt.branch))
         changes: list[tuple[str, Change[Any]]] = []
         if charge is not None:
@@ -421,7 +427,12 @@ class DurableSession:
         return pending
 
     def _finish(self, status: str, error: str | None, rows: Rows) -> None:
-        if not rows.finish(self.fence, status, error):
+        updated_ms = None
+        if (
+            self._was is not None and status in COMPLETE
+        ):  # A resume that had nothing to do leaves it as it was.
+            status, error, updated_ms = self._was.status, self._was.error, self._was.updated_ms
+        if not rows.finish(self.fence, status, error, updated_ms):
             raise fenced(rows.find(self.run_id), self.run_id)
         if status == "CANCELLED":
             rows.drop(self.fence.run, CANCEL)

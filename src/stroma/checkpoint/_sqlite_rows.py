@@ -204,8 +204,15 @@ class SqliteRows:
         db.executemany(_STEP, steps)
         return True
 
-    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
-        values = (status, error, _now_ms(), fence.run, fence.epoch, fence.owner)
+    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
+        values = (
+            status,
+            error,
+            _now_ms() if updated_ms is None else updated_ms,
+            fence.run,
+            fence.epoch,
+            fence.owner,
+        )
         return self.db.execute(_END, values).rowcount == 1
 
     def renew(self, fences: list[Fence]) -> None:

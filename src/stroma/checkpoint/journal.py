@@ -18,6 +18,7 @@ from stroma.schemas import Schema, Snapshot
 from stroma.trace import FAILED_ITEM, Row
 
 __all__ = [
+    "COMPLETE",
     "ENDED",
     "OF_MAP",
     "AsyncCheckpointStore",
@@ -214,8 +215,9 @@ def no_map(run_id: str, node_id: str) -> CheckpointNotFound:
     )
 
 
-#: Statuses of executions that a cancel() finds over.
-ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
+#: Statuses of executions that have nothing left to do, and of those that a cancel() finds over.
+COMPLETE: Final = ("COMPLETED", "RESUMED")
+ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
 
 
 class Held(NamedTuple):
@@ -257,7 +259,7 @@ def decide(
             f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has changed); "
             "give it the same one, or another run id"
         )
-    finished = held.status in ("COMPLETED", "RESUMED")
+    finished = held.status in COMPLETE
     if request.if_exists == "attach":  # Whatever the holder came to; if it died on the way, we go on.
         finished = held.status != "RUNNING"
     return "return" if finished and request.if_exists in ("return", "attach") else "continue"

@@ -11,6 +11,7 @@ from stroma.checkpoint._memory_runs import Kept, Key, MemoryReading, MemoryRun, 
 from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
 from stroma.checkpoint.journal import (
+    COMPLETE,
     ENDED,
     Charge,
     Committed,
@@ -49,6 +50,7 @@ class _MemorySession:
         "_kept",
         "_run",
         "_spent",
+        "_was",
         "continued",
         "execution",
         "finished",
@@ -80,6 +82,10 @@ class _MemorySession:
             run.status, run.error, way, self.continued = "CANCELLED", None, "return", False
             run.epoch += 1
         run.cancelled = False
+        #: How the run had completed, and how many attempts it had then.
+        self._was: tuple[str, int] | None = None
+        if way == "continue" and run.status in COMPLETE and request.discard_from is None:
+            self._was = run.status, _recorded(run)
         if way == "return":
             self.finished = Finished(run.status, run.error)
         elif way == "begin":
@@ -184,12 +190,19 @@ class _MemorySession:
         if self.finished is None:
             if self._run.epoch != self._epoch:
                 raise _fenced()
-            self._run.status, self._run.error = str(status), error
+            status = str(status)
+            if self._was is not None and status in COMPLETE and self._was[1] == _recorded(self._run):
+                status = self._was[0]  # A resume that had nothing to do leaves the run as it was.
+            self._run.status, self._run.error = status, error
             self.abandon()
 
     def abandon(self) -> None:
         if self._run.epoch == self._epoch:
             self._run.session = nobody
+
+
+def _recorded(run: MemoryRun) -> int:
+    return len(run.kept) + len(run.spent)
 
 
 def _fenced() -> Fenced:

@@ -526,6 +526,22 @@ class JournalStoreTests:
         await asyncio.sleep(1.5)
         assert told == []
 
+    async def test_a_failure_that_a_retry_has_fixed(self, store: Any) -> None:
+        """While a run runs or waits, its cause is no failure that a later attempt at its place has fixed."""
+        session = await begin(store)
+        await fail(session, 0, message="first")
+        assert store.get_run("run").cause.message == "first"
+        await commit(session, 0, State(), attempt=2)
+        assert store.get_run("run").cause is None
+        await fail(session, 1, branch="0", message="second")
+        assert store.get_run("run").cause.message == "second"
+        waits = Waiting(1, "0", "node", "why", "")
+        asked = row(1, branch="0", attempt=2)
+        await settled(session.suspend((*asked[:6], "suspended", *asked[7:]), waits))
+        await finish(session, "SUSPENDED", "why")
+        record = store.get_run("run")
+        assert (record.cause, record.failures) == (None, 2)
+
     async def test_a_cancel_outlives_its_owner(self, store: Any) -> None:
         """Where cancel() was acknowledged and the owner died or stopped before it knew, whoever goes on finds it CANCELLED."""
         for status in (None, "INTERRUPTED", "PARTIAL", "SUSPENDED"):
