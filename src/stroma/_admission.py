@@ -26,8 +26,9 @@ from stroma.refusals import CircuitOpen, Wait
 from stroma.trace import TraceMark
 
 if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
-    from stroma._gate import Gate
+    from stroma._gate import Caller, Gate
     from stroma.breaker import Breaker, CircuitState
+    from stroma.checkpoint.cells import Change
     from stroma.trace import AttemptUsage, MarkKind
 
 __all__ = ["Permit", "admit"]
@@ -47,7 +48,7 @@ _LOOK_SECONDS: Final = 1.0  # between looks where somebody can: room may come so
 class Permit:
     """What one attempt holds while it is made."""
 
-    __slots__ = ("breaker", "ctx", "gates", "key", "probe", "run", "token")
+    __slots__ = ("answers", "breaker", "caller", "charged", "ctx", "gates", "key", "probe", "run", "token")
 
     def __init__(self, ctx: ReliabilityContext, run: NodeExecution) -> None:
         self.ctx = ctx
@@ -56,12 +57,39 @@ class Permit:
         self.token = os.urandom(8).hex()
         #: Those that have been asked.
         self.gates: list[Gate] = []
+        #: The budgets among them that the commit of the attempt settles, and what they answered once it has.
+        self.charged: list[Gate] = []
+        self.answers: dict[Gate, Any] = {}
+        #: None if there are no budgets.
+        self.caller = _caller(ctx, run) if ctx.config.shared_budgets else None
         self.breaker: Breaker | None = ctx.config.breaker
         self.key: str | None = None
         self.probe = False
 
+    # ---- as a stroma.checkpoint.journal.Charge
+
+    def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
+        """What the commit of the attempt settles; see Charge."""
+        node_id = self.run.node_id
+        changes: list[tuple[str, Change[Any]]] = []
+        self.charged = []
+        for gate in self.gates:
+            if (address := getattr(gate.store, "address", "")) and address == self.ctx.session.address:
+                change = gate.charge(node_id, self.token, (cost_pico, tokens), learns=committed)
+                if change is not None:
+                    self.charged.append(gate)
+                    changes.append((gate.cell, change))
+        return changes
+
+    def settled(self, answers: list[Any]) -> None:
+        """See Charge."""
+        self.answers = dict(zip(self.charged, answers, strict=True))
+
+    # ----
+
     def drop(self, used: AttemptUsage | None = None) -> None:
         """Give everything back where nothing can be awaited; with ``used``, of an attempt that was begun."""
+        self._uncharge()
         for gate in reversed(self.gates):
             gate.abandon(self.run.node_id, self.token, used)
         self.gates = []
@@ -79,8 +107,12 @@ class Permit:
         )
         done = isinstance(outcome, BaseModel) or getattr(outcome, "output", None) is not None
         due: list[tuple[str, float, float]] = []
+        self._uncharge()
         for gate in reversed(self.gates):
-            ending = gate.left(run.node_id, self.token, run.counted, began=True, learns=done)
+            if gate in self.answers:
+                ending = _charged(gate, self.token, self.answers[gate])
+            else:
+                ending = gate.left(run.node_id, self.token, run.counted, began=True, learns=done)
             told: list[Any] = []
             problem, late = await uninterrupted(_collect(ending, told))
             cancelled |= late
@@ -99,6 +131,10 @@ class Permit:
                 await ctx.fire.fire("on_budget_warning", ctx.fire.on_budget_warning, None, lambda: arguments)  # noqa: B023
         return cancelled
 
+    def _uncharge(self) -> None:
+        if self.caller is not None and self.caller.place is not None:
+            self.ctx.session.charges.pop((self.run.position, self.run.branch), None)
+
     async def _judge(self, breaker: Breaker, failure: Failure | None, done: bool) -> None:
         well = True if done else None if failure is None else breaker.verdict(failure)
         key = self.key
@@ -111,6 +147,18 @@ class Permit:
         self.probe = False
         if changed is not None and key is not None:
             await _tell_circuit(self.ctx, self.run, key, changed)
+
+
+def _caller(ctx: ReliabilityContext, run: NodeExecution) -> Caller:
+    from stroma.shared_budget import caller_of  # Loaded by who makes one.
+
+    now = perf_counter_ns() + ctx.epoch_ns
+    place = (run.position, run.branch, run.attempt, now)
+    return caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, *place)
+
+
+async def _charged(gate: Gate, token: str, answer: Any) -> Any:
+    return gate.charged(token, answer)
 
 
 async def _collect(ending: Any, told: list[Any]) -> None:
@@ -140,6 +188,8 @@ async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Excepti
         permit.drop()
         raise
     if refused is None:
+        if permit.caller is not None and permit.caller.place is not None and permit.gates:
+            ctx.session.charges[run.position, run.branch] = permit
         return permit
     permit.drop()
     mark(ctx, run, "refused", str(refused), 0.0)
@@ -151,7 +201,7 @@ async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gat
     permit.gates.append(gate)
     wait = Wait("in line", None)
     if not line.waiting:  # Nobody overtakes those who wait.
-        first = await gate.ask(run.node_id, token)
+        first = await gate.ask(run.node_id, token, permit.caller)
         if not isinstance(first, Wait):
             return first
         wait = first
@@ -160,22 +210,23 @@ async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gat
     try:
         with _waiting(ctx, run, reason):
             await _tell_wait(ctx, run, reason, wait.ms)
-            return await _in_line(ctx, run, gate, wait, token)
+            return await _in_line(ctx, run, gate, wait, permit)
     finally:
         line.waiting -= 1
 
 
 async def _in_line(
-    ctx: ReliabilityContext, run: NodeExecution, gate: Gate, wait: Wait, token: str
+    ctx: ReliabilityContext, run: NodeExecution, gate: Gate, wait: Wait, permit: Permit
 ) -> Exception | None:
     """Ask, once those who came before have passed, until the gate lets the call pass or refuses it."""
+    token = permit.token
     line, pause, begin = gate.line, _POLL_SECONDS[0], perf_counter()
     scope = asyncio.timeout(_seconds(ctx, run, gate.max_wait_seconds))
     try:
         async with scope, line.turn:
             while True:
                 line.moved.clear()
-                answer = await gate.ask(run.node_id, token)
+                answer = await gate.ask(run.node_id, token, permit.caller)
                 if not isinstance(answer, Wait):
                     return answer
                 wait = answer
@@ -188,13 +239,13 @@ async def _in_line(
         if not scope.expired():
             raise
         waited = perf_counter() - begin
-        return _late(ctx, run, waited, gate.max_wait_seconds) or await _too_long(gate, wait, run, token)
+        return _late(ctx, run, waited, gate.max_wait_seconds) or await _too_long(gate, wait, run, permit)
 
 
-async def _too_long(gate: Gate, wait: Wait, run: NodeExecution, token: str) -> Exception | None:
+async def _too_long(gate: Gate, wait: Wait, run: NodeExecution, permit: Permit) -> Exception | None:
     """The refusal of who waited too long. Whoever never came to be asked is asked now, once."""
     if wait.reason == "in line":
-        answer = await gate.ask(run.node_id, token)
+        answer = await gate.ask(run.node_id, permit.token, permit.caller)
         if not isinstance(answer, Wait):
             return answer
         wait = answer

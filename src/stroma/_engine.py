@@ -30,7 +30,7 @@ from stroma._probe import Call
 from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
-from stroma.checkpoint import StepCall, StoreError, Waiting, schema_ref
+from stroma.checkpoint import Finished, StepCall, StoreError, Waiting, schema_ref
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
@@ -40,6 +40,7 @@ from stroma.failures import (
     FailureClass,
     NodeContext,
     Retry,
+    RunFailed,
     Stop,
     Suspend,
     diagnose,
@@ -104,6 +105,9 @@ async def execute(
     The output is committed when this returns it. Cancellation, KeyboardInterrupt, SystemExit and HookNotAsync come out
     as exceptions, StoreError if what the journal holds of this position does not fit; all else is a Halt.
     """
+    finished = ctx.session.finished
+    if finished is not None and (position, place.get("branch", "")) not in ctx.restored:
+        return _over(ctx, node.node_id, finished)
     token = CURRENT.set(CURRENT.get())
     try:
         outcome = await execute_in_turn(ctx, (node,), value, position, **place)
@@ -111,6 +115,14 @@ async def execute(
         return outcome
     finally:
         leave(token)
+
+
+def _over(ctx: ReliabilityContext, node_id: str, finished: Finished) -> Halt:
+    """The end of a step that is not called: its run has ended, by somebody's cancel() or as poison."""
+    error = RunFailed(finished.error or f"run {ctx.run_id!r} has ended: {finished.status}")
+    failure = diagnose(error, NodeContext(node_id, 1, ctx.run_id))
+    kind = FailureClass.TERMINAL if finished.status == RunStatus.FAILED else FailureClass.RECOVERABLE
+    return Halt(replace(failure, failure_class=kind, reason=finished.reason or failure.reason))
 
 
 class Place(TypedDict, total=False):
@@ -190,6 +202,10 @@ async def execute_in_turn(
         CURRENT.set(run)
         attempt = 0  # Kept here: what hooks can reach decides nothing.
         try:
+            if ctx.tried:
+                attempt, stopped = _tried_before(ctx, run, node)
+                if stopped is not None:
+                    return stopped
             while True:
                 attempt += 1
                 run.attempt = attempt
@@ -219,6 +235,26 @@ async def execute_in_turn(
             return outcome
         value = outcome
     return value
+
+
+def _tried_before(ctx: ReliabilityContext, run: NodeExecution, node: Node | Group) -> tuple[int, Halt | None]:
+    """Return how many attempts processes that died have made of a node, and its end if no other one follows them."""
+    tried = ctx.tried.pop((run.position, run.branch), None) if ctx.tried else None
+    if tried is None or tried.node_id != run.node_id:
+        return 0, None
+    count, message, reason = tried.attempts, tried.message, tried.reason
+    run.attempt = count
+    # Which of them repaired a broken output is not recorded.
+    run.repairs = min(count, ctx.config.contract_retries.get(run.node_id, 0))
+    failure = Failure(
+        RunFailed(message), FailureClass(tried.failure_class), run.node_id, count, message, reason
+    )
+    run.last_failure = failure
+    decision = _decide(ctx, run, node, failure, count)
+    if not isinstance(decision, Stop):
+        return count, None
+    ctx.run_logger.info("node %r stopped: %s", node.node_id, decision.why)
+    return count, Halt(failure, spent=decision is _SPENT)
 
 
 async def _wait(

@@ -10,9 +10,10 @@ import os
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Awaitable
-from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Final, Literal, NamedTuple, TypeVar
 
 from stroma._holds import readable
+from stroma._ledger import Place
 from stroma._renewals import RENEWALS
 from stroma.checkpoint.cells import CellStore, Change, MemoryCells
 from stroma.checkpoint.errors import StoreError
@@ -24,7 +25,7 @@ from stroma.usage import shown
 if TYPE_CHECKING:
     from stroma.trace import AttemptUsage
 
-__all__ = ["Gate", "OnStoreError", "a_count", "an_amount", "seconds_or_none"]
+__all__ = ["Caller", "Gate", "OnStoreError", "a_count", "an_amount", "seconds_or_none"]
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma")
@@ -45,6 +46,18 @@ class Line:
         self.waiting = 0
         #: Somebody of this loop has left: there may be room.
         self.moved = asyncio.Event()
+
+
+class Caller(NamedTuple):
+    """The attempt that asks.
+
+    Attributes:
+        place: where its journal records it; None if that is in no store that another process can read.
+        journal: the store that it is recorded in.
+    """
+
+    place: Place | None
+    journal: Any
 
 
 class Gate(ABC):
@@ -133,7 +146,7 @@ class Gate(ABC):
         return False
 
     @abstractmethod
-    async def ask(self, node_id: str, token: str) -> Wait | Exception | None:
+    async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
         """Whether a call may begin: None if so, and then it holds what it may take under the token.
 
         Raises nothing but what ends the task.
@@ -142,6 +155,17 @@ class Gate(ABC):
     @abstractmethod
     async def left(self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool) -> Any:
         """A call that passed has ended. Raises StoreError."""
+
+    def charge(self, node_id: str, token: str, took: tuple[int, int], *, learns: bool) -> Change[Any] | None:
+        """The change of its cell that ends a call, for the transaction that records its attempt; None if it has none.
+
+        ``took``: pico-dollars and tokens. Making it twice must be making it once.
+        """
+        return None
+
+    def charged(self, token: str, answer: Any) -> Any:
+        """What :meth:`left` returns, for a call that a charge has ended. Raises StoreError."""
+        raise NotImplementedError
 
     @abstractmethod
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:

@@ -14,8 +14,9 @@ T = TypeVar("T")
 
 #: How many calls of a node are remembered.
 LATELY: Final = 16
-#: For how long a hold is kept that nobody renewed: whoever was stopped that long may still say what its call cost.
-_KEPT_MS: Final = 24 * 3600 * 1000
+#: For how long a hold is kept that nobody renewed: whoever was stopped that long may still say what its call cost, and
+#: whoever reads its journal.
+_KEPT_MS: Final = 7 * 24 * 3600 * 1000
 
 
 def load(data: bytes | None, what: str, form: int) -> dict[str, Any] | None:

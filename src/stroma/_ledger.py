@@ -6,7 +6,7 @@ clock. Money is in whole pico-dollars, so that sums are exact in any order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple, get_args
@@ -19,10 +19,13 @@ __all__ = [
     "PICO",
     "Account",
     "Ask",
+    "Left",
     "Per",
+    "Place",
     "Refusal",
     "Spend",
     "Terms",
+    "left_by",
     "release",
     "renew",
     "reserve",
@@ -55,13 +58,45 @@ class Terms(NamedTuple):
     caps: Mapping[str, int]
 
 
+class Place(NamedTuple):
+    """Where a journal records the attempt that a call belongs to.
+
+    Attributes:
+        address: of the journal's store, see DurableStore.
+        since_ns: when the call asked, in nanoseconds since the epoch by the clock of its attempt's start.
+    """
+
+    address: str
+    run_id: str
+    execution: int
+    epoch: int
+    position: int
+    branch: str
+    attempt: int
+    since_ns: int
+
+
 class Ask(NamedTuple):
-    """A call that wants to begin. ``declared``: what it may take at least; None if nobody said."""
+    """A call that wants to begin.
+
+    Attributes:
+        declared: what it may take at least; None if nobody said.
+        place: None for a call that no journal records.
+        looked: tokens of calls whose journal was looked at after their lease had ended, in vain.
+    """
 
     token: str
     node: str
     declared: tuple[int | None, int | None]
     lease_ms: int | None
+    place: Place | None = None
+    looked: Collection[str] = ()
+
+
+class Left(NamedTuple):
+    """Calls whose lease has ended and that nobody settled, by token: look into their journal, then ask again."""
+
+    calls: dict[str, tuple[str, Place]]
 
 
 class Spend(NamedTuple):
@@ -127,7 +162,7 @@ class _State:
     spent: list[int] = field(default_factory=lambda: [0, 0])
     #: By node id: what its calls took in this window.
     by: dict[str, list[int]] = field(default_factory=dict)
-    #: By token: [until, node, cost, tokens].
+    #: By token: [until, node, cost, tokens, place].
     holds: dict[str, list[Any]] = field(default_factory=dict)
     #: By node id: what its last calls took, by dimension.
     seen: list[dict[str, list[int]]] = field(default_factory=lambda: [{}, {}])
@@ -185,14 +220,22 @@ def _open(data: bytes | None, now: int, terms: Terms) -> _State:
 
 def reserve(
     terms: Terms, ask: Ask
-) -> Callable[[bytes | None, int], tuple[bytes | None, Refusal | tuple[int, int]]]:
-    """A change that reserves what a call may take. It tells the amounts, or why it may not begin."""
+) -> Callable[[bytes | None, int], tuple[bytes | None, Refusal | Left | tuple[int, int]]]:
+    """A change that reserves what a call may take. It tells the amounts, or why it may not begin.
 
-    def change(data: bytes | None, now: int) -> tuple[bytes | None, Refusal | tuple[int, int]]:
+    Left comes first: what a process that is gone spent belongs to what is spent.
+    """
+
+    def change(data: bytes | None, now: int) -> tuple[bytes | None, Refusal | Left | tuple[int, int]]:
         state = _open(data, now, terms)
         if ask.token in state.holds:  # By the try whose answer was lost.
             held = state.holds[ask.token]
             return None, (held[2], held[3])
+        if ask.place is not None:
+            address = ask.place.address
+            left = _calls(state, lambda hold, at: at.address == address and not is_live(hold, now))
+            if new := {token: call for token, call in left.items() if token not in ask.looked}:
+                return None, Left(new)
         amounts = [0, 0]
         for i in (0, 1):
             bounds = _bounds(state, terms, ask.node, i, now)
@@ -214,10 +257,30 @@ def reserve(
                     return None, refusal
             amounts[i] = amount
         until = None if ask.lease_ms is None else now + ask.lease_ms
-        state.holds[ask.token] = [until, ask.node, *amounts]
+        state.holds[ask.token] = [until, ask.node, *amounts, ask.place]
         return state.pack(), (amounts[0], amounts[1])
 
     return change
+
+
+def _calls(state: _State, which: Callable[[list[Any], Place], bool]) -> dict[str, tuple[str, Place]]:
+    """The node and the place of some calls that are not settled, by token."""
+    found: dict[str, tuple[str, Place]] = {}
+    for token, hold in state.holds.items():
+        if hold[4] is not None and which(hold, place := Place(*hold[4])):
+            found[token] = hold[1], place
+    return found
+
+
+def left_by(name: str, data: bytes | None, run: Place) -> dict[str, tuple[str, Place]]:
+    """The calls of a run that are not settled, by token; those of its execution and epoch left out."""
+    state = _read(data, name)
+    if state is None:
+        return {}
+    return _calls(
+        state,
+        lambda _, at: at[:2] == run[:2] and (at.execution, at.epoch) != (run.execution, run.epoch),
+    )
 
 
 def _bounds(state: _State, terms: Terms, node: str, i: int, now: int) -> list[tuple[int, int, int, bool]]:

@@ -213,19 +213,16 @@ class OneRun:
         error = RunFailed(finished.error or f"run {ctx.run_id!r} ended as {status}")
         failure = diagnose(error, NodeContext("run", 1, ctx.run_id))
         kind = FailureClass.TERMINAL if status is RunStatus.FAILED else FailureClass.RECOVERABLE
-        return replace(failure, failure_class=kind), status
+        return replace(failure, failure_class=kind, reason=finished.reason or failure.reason), status
 
     async def _end(self, status: RunStatus, failure: Failure | None) -> ExecutionResult:
         """Close the record, build the result, tell the hooks: always, whichever way the run ended."""
         ctx = self.ctx
         result = ctx.build_result(status, self.state, failure)
         why = failure.message if failure is not None else "; ".join(ctx.suspended) or None
-        cancelled = await ctx.end(status, why)
         if ctx.run_logger.isEnabledFor(logging.INFO):
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
-        if ctx.fire.on_run_end is not None:
-            await ctx.tell_end(result)
-        if cancelled:
+        if await ctx.end_and_tell(status, why, result if ctx.fire.on_run_end is not None else None):
             raise asyncio.CancelledError
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
             first = ctx.hook_failures[0]

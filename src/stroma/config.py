@@ -142,13 +142,17 @@ class RunConfig(Deferred):
             accepts is its output, whatever recorded it.
         check: prove before each run that every node's output can satisfy the next node's input, and raise CheckFailed where
             it never can.
+        max_recoveries: a run under which the process died so often is FAILED with reason "poison", and nothing of it is
+            called. Journal stores only; a process that this one is, and plain code that does not say when it ends, do not count.
+        force_resume: go on with a run all the same that was given up as poison; deaths are counted anew.
         lease_seconds: for how long the run belongs to a process that is not heard of any more.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
         unknown_model: what a model that nobody has a price for is: "warn" counts it as 0, "error" stops the run.
         hook_errors: "isolate" logs what hooks raise; "raise" raises HookError once the run is complete (for tests).
         hook_delivery: "at_least_once" keeps with each attempt that its end hooks are due, and tells them on resume if
             the process died before they were told; ``current_node().redelivered`` says so then, and the exception is a
-            RunFailed with the old message. Needs a journal store, and costs a second write per attempt.
+            RunFailed with the old message. on_run_end is called before the store notes the end: if the process dies in
+            between, whoever recovers the run calls it again. Needs a journal store, and costs a second write per attempt.
         hook_timeout_ms: how long one call of a hook may take; None for ever.
         tags: words to find the run by, such as "nightly" or "customer=42", at most 200 characters each; a journal store keeps
             them, ``stroma runs --tag`` and the web interface ask for them.
@@ -180,6 +184,8 @@ class RunConfig(Deferred):
     retry_failed_items: bool = False
     if_exists: Literal["restart", "resume", "return", "error"] = "restart"
     if_running: Literal["error", "attach", "take_over"] = "error"
+    max_recoveries: int = Field(default=5, ge=1, le=LARGEST)
+    force_resume: bool = False
     allow_changes: bool = False
     check: bool = False
     lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)

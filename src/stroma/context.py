@@ -24,11 +24,14 @@ from stroma.checkpoint import (
     Finished,
     PriorUsage,
     RunBusy,
+    RunExists,
     RunRequest,
     Session,
     StepCall,
+    StoreError,
     Waiting,
 )
+from stroma.checkpoint.journal import Charge, Tried
 from stroma.config import RunConfig, is_shared
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, fallback_due, limits
@@ -63,6 +66,10 @@ _ATTACHED_SECONDS = (0.02, 1.0)  # between looks at a run that somebody else is 
 class _NoSession:
     """Stands in until the run was opened in its store."""
 
+    address = ""
+    epoch = 0
+    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
+    tried: Mapping[tuple[int, str], Tried] = {}
     execution = 1
     continued = False
     finished: Finished | None = None
@@ -135,9 +142,9 @@ class ReliabilityContext:
         "_next_position", "_notes", "_opening", "_policy_map", "_recorded", "_waits", "_warned", "cancelled",
         "chained", "checkpoint_manager", "config", "context", "cost_tracker", "delivers", "done", "elsewhere", "ends",
         "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "interrupt", "kept_traceparent",
-        "lends", "lent", "limits", "newest", "pictured", "pipeline", "probes", "registry", "restored", "retry_budget",
-        "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status", "step_timeouts",
-        "stops", "suspended", "timed", "trace", "traceparent", "unpriced",
+        "lends", "lent", "limits", "newest", "pictured", "pipeline", "probes", "recovers", "registry", "restored",
+        "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
+        "step_timeouts", "stops", "suspended", "timed", "trace", "traceparent", "tried", "unpriced",
     )  # fmt: skip
 
     run_id: str
@@ -195,6 +202,8 @@ class ReliabilityContext:
         self.pipeline = pipeline
         self.session: Session = _NO_SESSION
         self.restored: Mapping[tuple[int, str], Committed] = _NO_SESSION.restored
+        #: Attempts of processes that died, until their node runs again.
+        self.tried: dict[tuple[int, str], Tried] | None = None
         #: The last output that was committed at the top level, and the picture of it that is as good. Whether others have
         #: a part in the values of the model itself: the node that returned them, or the next one. See last_state.
         self.newest: BaseModel | None = None
@@ -218,6 +227,8 @@ class ReliabilityContext:
         self._recorded: dict[tuple[str, int], int] | None = None
         #: Somebody elsewhere has cancelled the run: nothing is tried again. And whether no further node shall begin.
         self.cancelled = self.stops = False
+        #: Whether only a run that was interrupted, or died, is gone on with.
+        self.recovers = False
         #: How many items of maps failed while the others went on; and of which committed maps how many did.
         self.failed_items = 0
         self.failed_maps: Mapping[tuple[int, str], int] = _NO_FAILED_MAPS
@@ -311,9 +322,8 @@ class ReliabilityContext:
             if self._beginning is not None:
                 await self.tell_end(self.build_result(status, self.last_state, failure), now=True)
             return
-        cancelled = await self.end(status, None if error is None else message_of(error))
-        if self._beginning is not None:
-            await self.tell_end(self.build_result(status, self.last_state, failure))
+        result = None if self._beginning is None else self.build_result(status, self.last_state, failure)
+        cancelled = await self.end_and_tell(status, None if error is None else message_of(error), result)
         if cancelled and error is None:
             raise asyncio.CancelledError
 
@@ -360,6 +370,9 @@ class ReliabilityContext:
                     apart,
                     config.retry_failed_items,
                     config.tags,
+                    config.max_recoveries,
+                    config.force_resume,
+                    self.recovers,
                 )
                 opened: Session | Awaitable[Session]
                 if config.if_running == "attach":
@@ -377,7 +390,24 @@ class ReliabilityContext:
                 raise
             if self.session is _NO_SESSION:
                 self._begin(session, carry=discard_from is None)
+                if self.config.shared_budgets and session.epoch > 1:
+                    await self._settle_earlier(session)
         return self.session
+
+    async def _settle_earlier(self, session: Session) -> None:
+        """Count what earlier processes spent on this run in its shared budgets, where they did not live to."""
+        from stroma.shared_budget import caller_of
+
+        caller = caller_of(session, self.run_id, self.checkpoint_manager.store, -1, "", 0, 0)
+        if session.finished is not None and caller.place is not None:
+            caller = caller._replace(place=caller.place._replace(epoch=0))  # None of its calls is ours.
+        for budget in self.config.budgets:
+            try:
+                await budget.settle_run(caller)
+            except StoreError as error:  # It is looked into again when the lease of a call has ended.
+                self.run_logger.warning(
+                    "%s: calls of earlier processes are not counted: %s", budget.label, error
+                )
 
     async def _attach(self, request: RunRequest) -> Session:
         """Open the run once nobody else is at work on it, for what they have made of it."""
@@ -395,6 +425,24 @@ class ReliabilityContext:
             await asyncio.sleep(delay)
             self._waits = False
             delay = min(delay * 1.5, _ATTACHED_SECONDS[1])
+
+    async def end_and_tell(
+        self, status: RunStatus, error: str | None, result: ExecutionResult | None
+    ) -> bool:
+        """Note in the store how the run ended, and tell the hooks. Returns whether the task was cancelled meanwhile.
+
+        Under ``hook_delivery="at_least_once"`` the hooks come first: whoever finds the run without its end tells them again.
+        """
+        if not self.delivers or result is None:
+            cancelled = await self.end(status, error)
+            if result is not None:
+                await self.tell_end(result)
+            return cancelled
+        try:
+            await self.tell_end(result)
+        finally:
+            cancelled = await self.end(status, error)
+        return cancelled
 
     async def end(self, status: RunStatus, error: str | None) -> bool:
         """Note in the store how the run ended, also while it is still being opened there.
@@ -419,7 +467,7 @@ class ReliabilityContext:
                 cancelled |= late
                 if problem is not None:
                     raise problem
-        except RunBusy:
+        except (RunBusy, RunExists):
             pass  # It never became ours.
         except Exception:
             self.run_logger.exception("the end of the run could not be recorded")
@@ -456,6 +504,8 @@ class ReliabilityContext:
             session = probe.opened(self, session)
         self.session = session
         self.restored = session.restored
+        if session.tried:
+            self.tried = dict(session.tried)
         if self.restored:
             self.failed_maps = {
                 at: kept.failed_items

@@ -33,6 +33,7 @@ __all__ = [
     "in_order",
     "is_gone",
     "place_of",
+    "status_of",
     "waste",
 ]
 
@@ -82,6 +83,11 @@ def is_gone(record: RunRecord) -> bool:
     return record.status == "RUNNING" and record.holder is None
 
 
+def status_of(record: RunRecord) -> str:
+    """Return the status of a run as people see it: INTERRUPTED where it is RUNNING and its owner is gone."""
+    return "INTERRUPTED" if is_gone(record) else record.status
+
+
 @dataclass(frozen=True, slots=True)
 class History:
     """Reads one store. Every method raises StoreError.
@@ -99,9 +105,15 @@ class History:
         return None if record is None else self.shown_run(record)
 
     def page(self, query: RunQuery, limit: int, after: str | None = None) -> RunPage:
-        """Some of the runs that are asked for; see run_page(). Raises ValueError for an ``after`` that is none."""
+        """Some of the runs that are asked for; see run_page(). Statuses are those of :func:`status_of`.
+
+        Raises ValueError for an ``after`` that is none.
+        """
+        wanted = query.statuses
+        if "INTERRUPTED" in wanted:
+            query = replace(query, statuses=(*wanted, "RUNNING"))
         page = self.store.run_page(query, limit=limit, after=after)
-        found = [self.shown_run(record) for record in page.runs]
+        found = [self.shown_run(record) for record in page.runs if not wanted or status_of(record) in wanted]
         if self.redact is not None and query.text is not None:
             # Or one could find out, guess by guess, what is hidden.
             part = query.text.lower()

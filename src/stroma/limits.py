@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
-from stroma._gate import Gate, OnStoreError, a_count, an_amount, seconds_or_none
+from stroma._gate import Caller, Gate, OnStoreError, a_count, an_amount, seconds_or_none
 from stroma._rates import Never, Rates, acquire, give_back, renew
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import StoreError
@@ -104,7 +104,7 @@ class RateGate(Gate):
         #: Whether the end of a call is of any interest.
         self._follows = limit.tokens_per_minute is not None or limit.concurrent is not None
 
-    async def ask(self, node_id: str, token: str) -> Wait | Exception | None:
+    async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
         try:
             answer = await self.change(acquire(self._rates, token, node_id, self._declared, self.lease_ms))
         except StoreError as error:

@@ -25,6 +25,7 @@ from stroma.checkpoint import (
     CheckpointNotFound,
     CheckpointStore,
     RunBusy,
+    RunExists,
     StoreError,
     Waiting,
     resolve_schema,
@@ -246,6 +247,19 @@ class StromaRunner:
             "if_exists": if_exists,
             "if_running": if_running,
         }
+        return await self._run(node_sequence, initial_state, run_id, given, traceparent)
+
+    async def _run(
+        self,
+        node_sequence: Pipeline | Iterable[Any],
+        initial_state: BaseModel,
+        run_id: str | None,
+        given: dict[str, Any],
+        traceparent: str | None = None,
+        *,
+        recovers: bool = False,
+    ) -> ExecutionResult:
+        """:meth:`run`. ``recovers``: RunExists for a run that has ended, or waits."""
         config = self._config_for(node_sequence, run_id, given)
         nodes = _records(node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence)
         if not isinstance(initial_state, BaseModel):
@@ -254,6 +268,7 @@ class StromaRunner:
         if config.check:
             self._refuse_what_cannot_work(nodes)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
+        ctx.recovers = recovers
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name
         if traceparent is not None:
@@ -413,12 +428,19 @@ class StromaRunner:
                 "unnamed ones are taken for its own; give it a name with Pipeline(name, nodes) or RunConfig(pipeline=...)"
             )
         store = self._journal("list_runs")
-        schema = self._input_schema(records_of(nodes), input_schema).model
+        schema = self._input_schema(records_of(nodes), input_schema)
         outcomes: dict[str, ExecutionResult | Exception] = {}
 
+        given = {**options, "resume": True}
+        traceparent = given.pop("traceparent", None)
+
+        async def go_on(run_id: str) -> ExecutionResult:
+            state = await self._input_of(run_id, schema)
+            return await self._run(nodes, state, run_id, given, traceparent, recovers=True)
+
         async def one(run_id: str) -> None:
-            outcome = await outcome_of(self.resume(nodes, run_id, input_schema=schema, **options))
-            if not isinstance(outcome, RunBusy):  # Somebody else was faster.
+            outcome = await outcome_of(go_on(run_id))
+            if not isinstance(outcome, (RunBusy, RunExists)):  # Somebody else was faster.
                 outcomes[run_id] = outcome
 
         found = []

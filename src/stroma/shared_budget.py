@@ -9,33 +9,37 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any
 
-from stroma._gate import Gate, OnStoreError, a_count, an_amount, logger, seconds_or_none
+from stroma._gate import Caller, Gate, OnStoreError, a_count, an_amount, logger, seconds_or_none
 from stroma._holds import readable
 from stroma._ledger import (
     PERIODS,
     PICO,
     Account,
     Ask,
+    Left,
     Per,
+    Place,
     Refusal,
     Spend,
     Terms,
+    left_by,
     release,
     renew,
     reserve,
     settle,
     view,
 )
-from stroma.checkpoint.cells import CellStore
+from stroma.checkpoint.cells import CellStore, Change
 from stroma.checkpoint.errors import StoreError
 from stroma.contracts import check_id
 from stroma.refusals import SharedBudgetExceeded, Wait
 from stroma.usage import shown
 
 if TYPE_CHECKING:
+    from stroma.checkpoint.journal import Session
     from stroma.trace import AttemptUsage
 
-__all__ = ["BudgetState", "SharedBudget", "check_budgets", "read_budget"]
+__all__ = ["BudgetState", "SharedBudget", "caller_of", "check_budgets", "read_budget"]
 
 _LEAST_LEASE_SECONDS = 0.1
 
@@ -144,6 +148,8 @@ class SharedBudget(Gate):
         self._owed: list[Spend] = []
         #: Calls in flight that were let pass while the store was down.
         self._unreserved: set[str] = set()
+        #: Calls of processes that are gone whose journal says nothing of them.
+        self._looked: set[str] = set()
         terms = (
             ("max_cost_usd", cost),
             ("max_tokens", tokens),
@@ -164,13 +170,20 @@ class SharedBudget(Gate):
 
     # ------------------------------------------------------------------ the gate
 
-    async def ask(self, node_id: str, token: str) -> Wait | Exception | None:
+    async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
         declared = [by.get(node_id, by.get("")) for by in self._declared]
-        asked = Ask(token, node_id, (declared[0], declared[1]), self.lease_ms)
+        # Where store and caller live and die together, nobody is left who could ask.
+        place = None if caller is None or self.lease_ms is None else caller.place
+        asked = Ask(token, node_id, (declared[0], declared[1]), self.lease_ms, place, self._looked)
         try:
             if self._owed:
                 await self._pay()
             answer = await self.change(reserve(self._ledger, asked))
+            while isinstance(answer, Left):
+                assert caller is not None
+                await self._settle_left(answer.calls, caller.journal)
+                self._looked.update(answer.calls)
+                answer = await self.change(reserve(self._ledger, asked))
         except StoreError as error:
             if not self.allows(error):
                 return error
@@ -194,6 +207,9 @@ class SharedBudget(Gate):
         except StoreError:
             self._owed.append(spend)
             raise
+        return self._warnings(due)
+
+    def _warnings(self, due: list[tuple[str, int, int]]) -> list[tuple[str, float, float]]:
         return [
             (
                 f"{self.name}:{what}",
@@ -202,6 +218,51 @@ class SharedBudget(Gate):
             )
             for what, used, limit in due
         ]
+
+    def charge(
+        self, node_id: str, token: str, took: tuple[int, int], *, learns: bool
+    ) -> Change[list[tuple[str, int, int]] | StoreError] | None:
+        """The change that counts what a call took, for the transaction that records its attempt.
+
+        Making it twice counts it once. None for a call that was let pass while the store was down: it is counted later.
+        """
+        if token in self._unreserved:
+            return None
+        count = readable(
+            self.label, settle(self._ledger, [Spend(token, node_id, took, True, learns or any(took))])
+        )
+
+        def change(data: bytes | None, now: int) -> tuple[bytes | None, Any]:
+            try:
+                return count(data, now)
+            except StoreError as error:  # A damaged budget must not cost the output, which is paid for.
+                return None, error
+
+        return change
+
+    def charged(
+        self, token: str, answer: list[tuple[str, int, int]] | StoreError
+    ) -> list[tuple[str, float, float]]:
+        """What :meth:`left` returns, for a call that a charge has settled. Raises StoreError."""
+        self.drop(token)
+        if isinstance(answer, StoreError):
+            raise answer
+        return self._warnings(answer)
+
+    async def settle_run(self, caller: Caller) -> None:
+        """Count what earlier processes spent on a run, as its journal has it. Raises StoreError."""
+        place = caller.place
+        if place is None or self.lease_ms is None:
+            return
+        data, _ = await asyncio.to_thread(self.store.read_cell, self.cell)
+        look = readable(self.label, lambda data, _: left_by(self.name, data, place))
+        await self._settle_left(look(data, 0), caller.journal)
+
+    async def _settle_left(self, calls: dict[str, tuple[str, Place]], journal: Any) -> None:
+        spends = await asyncio.to_thread(_journaled, calls, journal) if calls else []
+        if spends:
+            await self.change(settle(self._ledger, spends))
+            logger.info("%s: %d calls of processes that are gone were counted", self.label, len(spends))
 
     def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
         self.drop(token)
@@ -238,6 +299,33 @@ class SharedBudget(Gate):
         figures = (why.limit / unit, why.spent / unit, why.reserved / unit, why.asked / unit)
         ends = None if why.ends_ms is None else datetime.fromtimestamp(why.ends_ms / 1000, UTC)
         return SharedBudgetExceeded(self.name, why.dimension, *figures, node_id, ends, why.capped)
+
+
+def _journaled(calls: dict[str, tuple[str, Place]], journal: Any) -> list[Spend]:
+    """What a journal says that calls took; of those that it does not know, nothing. Blocking. Raises StoreError."""
+    spends: list[Spend] = []
+    for token, (node, at) in calls.items():
+        attempts = [
+            one
+            for one in journal.attempts_at(at.run_id, at.position, at.branch, execution=at.execution)
+            if (one.epoch, one.attempt) == (at.epoch, at.attempt) and one.started_ns >= at.since_ns
+        ]
+        if attempts:  # A group that is tried again counts attempts from 1: the next one is this call's.
+            made = min(attempts, key=lambda one: one.started_ns)
+            took = (_pico(made.cost_usd), made.tokens)
+            spends.append(Spend(token, node, took, True, made.outcome == "success" or any(took)))
+    return spends
+
+
+def caller_of(
+    session: Session, run_id: str, journal: Any, position: int, branch: str, attempt: int, since_ns: int
+) -> Caller:
+    """The attempt of a run that asks, as a budget remembers it."""
+    place = None
+    if session.address:
+        at = (session.execution, session.epoch, position, branch, attempt, since_ns)
+        place = Place(session.address, run_id, *at)
+    return Caller(place, journal)
 
 
 def check_budgets(given: Any) -> tuple[SharedBudget, ...]:

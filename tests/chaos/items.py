@@ -80,7 +80,9 @@ async def work(url: str, folder: Path) -> None:
     opened: Any = open_store(url)
     os.write(1, b"ready\n")
     async with opened as store:
-        runner = StromaRunner.quick(store=store, run_id=RUN, resume=True, policy_map=never)
+        runner = StromaRunner.quick(
+            store=store, run_id=RUN, resume=True, policy_map=never, max_recoveries=1_000_000
+        )
         result = await runner.run([group], Nothing())
     assert result.failure is None, result.failure
     with open("/proc/self/status") as status:

@@ -290,6 +290,8 @@ async def work(
 
     opened: Any = open_store(url)
     async with opened as store:
+        # It is struck more often than a run that kills its process.
+        config.setdefault("max_recoveries", 1_000_000)
         runner = StromaRunner.quick(
             store=store, policy_map=policies, hooks=hooks(diary, fuse), resume=True, **config
         )

@@ -31,6 +31,7 @@ from stroma.checkpoint import (
 from stroma.checkpoint._beside import keep_due
 from stroma.checkpoint._owner import LIVE, Owner
 from stroma.checkpoint._rows import (
+    CANCEL,
     DUE,
     SAVED,
     WAITING,
@@ -66,9 +67,10 @@ async def test_a_session_of_a_new_run(store: Store) -> None:
 
 @pytest.mark.parametrize("if_exists", ["resume", "return", "attach"])
 async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
-    """It knows what was committed, used, waited for, and under which trace; a wish that the run should end is forgotten."""
+    """It knows what was committed, used, waited for, and under which trace."""
     first = await begun(store)
     store.keep_beside()
+    store.rows.drop(1, CANCEL)
     history = store.table("attempts")
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.finished) == (1, True, None)
@@ -174,6 +176,7 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     """What was committed or waited for from there on is forgotten; what was used counts all the same."""
     await begun(store)
     store.keep_beside()
+    store.rows.drop(1, CANCEL)
     # It goes on with another input, and with damage to what is forgotten.
     store.db.execute("UPDATE steps SET output = x'00' WHERE position >= ? AND position >= 0", (discard_from,))
     session = store.open(n=7, if_exists="resume", discard_from=discard_from)

@@ -50,7 +50,7 @@ def test_runs(filled, inside):
         "ERROR",
     ]
     assert [line[:5] for line in lines[1:]] == [
-        ["other", "sums", "RUNNING", "1", "120"],
+        ["other", "sums", "INTERRUPTED", "1", "120"],
         ["run-b", "sums", "PARTIAL", "1", "134"],
         ["run-a", "sums", "COMPLETED", "3", "135"],
     ]

@@ -74,7 +74,7 @@ def test_a_run_whose_process_died(stroma, inside):
     assert killed.code == -9
     done = inside("tail", "x", "--follow")
     assert done.code == 0
-    assert done.out.splitlines()[-1] == "RUNNING  nobody is at work on it any more"
+    assert done.out.splitlines()[-1] == "INTERRUPTED  nobody is at work on it any more"
     assert "go on with it: stroma resume x FILE.py:NAME" in done.err
 
 

@@ -37,7 +37,7 @@ from stroma.checkpoint._session import DurableSession, fork
 from stroma.checkpoint._worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.errors import CorruptCheckpoint
-from stroma.checkpoint.journal import Committed, RunRequest, Waiting, items_in, no_map, waits_no_longer
+from stroma.checkpoint.journal import ENDED, Committed, RunRequest, Waiting, items_in, no_map, waits_no_longer
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import BLOB, BlobStore, Payloads, collect
 from stroma.contracts import check_id
@@ -68,6 +68,8 @@ class DurableStore(ReadableStore):
     """
 
     _thread_name = "stroma-store"
+    #: Names the store among all stores, without a password: two with one address hold the same rows.
+    address: str
 
     def __init__(self, payloads: Payloads | None = None) -> None:
         self._payloads = Payloads() if payloads is None else payloads
@@ -118,7 +120,7 @@ class DurableStore(ReadableStore):
 
     async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
         opened = {} if self._payloads.plain else await asyncio.to_thread(self._open_ahead, request)
-        session = DurableSession(request.run_id, self._submit, self._payloads, opened)
+        session = DurableSession(request.run_id, self._submit, self._payloads, opened, self.address)
         sealed = await self._payloads.seal(data)
         opening = Opening(
             request.run_id,
@@ -133,7 +135,7 @@ class DurableStore(ReadableStore):
         )
         open_it = partial(session.open, request, opening, data)
         await self._submit(Doing(request.run_id, open_it, opening, session))
-        if session.finished is None:
+        if session.fence.owner:  # Not that of a run which is returned as it is.
             keeper = self._keepers.get(generation())
             if keeper is None:
                 keeper = self._keepers.setdefault(generation(), Keeper(self))
@@ -169,7 +171,7 @@ class DurableStore(ReadableStore):
                 raise self._no_run(run_id)
             if found.holder is not None:
                 rows.keep(run_id, CANCEL, "", "cancel", Step("", "", b"", checksum(b"")))
-            elif found.status in ("COMPLETED", "RESUMED", "FAILED", "CANCELLED"):
+            elif found.status in ENDED:
                 return False
             else:
                 last = Fence(found.run, found.execution, found.epoch, found.owner or "", 0.0)

@@ -40,6 +40,8 @@ from stroma.trace import (
 __all__ = ["MemoryRecords"]
 
 _FAILED: Final = 20  # failed attempts in which the cause is looked for
+#: Outcomes of attempts after which an earlier failure at their place is no matter any more.
+_FIXES: Final = ("success", "suspended")
 
 
 class MemoryRecords:
@@ -85,8 +87,10 @@ class MemoryRecords:
         last = page[-1]
         return AttemptPage(page, f"0:{last.position}:{last.started_ns}:{last.attempt}:{last.branch}")
 
-    def attempts_at(self, run_id: str, position: int, branch: str) -> list[AttemptRecord]:
-        every = self.attempts(run_id, None)
+    def attempts_at(
+        self, run_id: str, position: int, branch: str, execution: int | None
+    ) -> list[AttemptRecord]:
+        every = self.attempts(run_id, execution)
         return [replace(a, output=None) for a in every if (a.position, a.branch) == (position, branch)]
 
     def trouble_of(self, run_id: str, position: int, branch: str) -> Trouble | None:
@@ -123,11 +127,15 @@ def _record(run_id: str, run: MemoryRun) -> RunRecord:
     nodes = sum(isinstance(key, int) for key in run.kept)
     failed = [row for row in rows if row[FAILURE] is not None]
     failed = sorted(failed, key=lambda row: row[STARTED] + row[DURATION], reverse=True)[:_FAILED]
+    told = failed
+    if run.status in ("RUNNING", "SUSPENDED"):  # What a later attempt has fixed is no cause.
+        fixed = {(row[POSITION], row[BRANCH]): row[STARTED] for row in rows if row[OUTCOME] in _FIXES}
+        told = [row for row in failed if row[STARTED] > fixed.get((row[POSITION], row[BRANCH]), 0)]
     held = run.held()
     return RunRecord(
         run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
         held and held.holder, run.parent, sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
-        tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in failed]), len(failed), run.epoch,
+        tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in told]), len(failed), run.epoch,
     )  # fmt: skip
 
 

@@ -76,6 +76,8 @@ class MemoryRun:
     number: int = 0
     #: (attempt, started_ns, what writes its frames) of the last attempt that failed at a place.
     troubles: dict[tuple[int, str], tuple[int, int, Callable[[], bytes]]] = field(default_factory=dict)
+    #: Whether cancel() was acknowledged; until somebody opens the run.
+    cancelled: bool = False
     status: str = "RUNNING"
     error: str | None = None
     #: Raised by each session that opens the run; only the last one may write.
@@ -207,9 +209,11 @@ class MemoryReading:
         """The same, page by page, without outputs. Raises ValueError for an ``after`` that is none."""
         return self._records.attempt_page(check_id(run_id, "run id"), execution, limit, after)
 
-    def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
+    def attempts_at(
+        self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
+    ) -> list[AttemptRecord]:
         """Every attempt of the last execution at one place, without outputs. [] if unknown."""
-        return self._records.attempts_at(check_id(run_id, "run id"), position, branch)
+        return self._records.attempts_at(check_id(run_id, "run id"), position, branch, execution)
 
     def trouble_of(self, run_id: str, position: int, branch: str = "") -> Trouble | None:
         """Where the last failed attempt at a place failed; None if nothing is known."""

@@ -11,6 +11,9 @@ from weakref import WeakValueDictionary
 
 __all__ = ["LIVE", "Owner", "boot_id", "is_gone", "new_owner"]
 
+#: Begins the token of a session that never says when it ends.
+_ENDLESS: Final = "-"
+
 #: The sessions of this process, by the token of their owner.
 LIVE: Final[WeakValueDictionary[str, Any]] = WeakValueDictionary()
 
@@ -40,6 +43,12 @@ class Owner(NamedTuple):
         """ "process 123 on host", for messages."""
         return f"process {self.pid} on {self.host}"
 
+    @property
+    def may_die(self) -> bool:
+        """Whether its process has died if the run is found as it left it: it says when it ends, and is not this one."""
+        here = _process(os.getpid())
+        return not self.token.startswith(_ENDLESS) and self[:5] != here[:5]
+
     @classmethod
     def read(cls, text: str | None) -> Owner | None:
         """What ``str()`` wrote; None for anything else: it comes out of a store."""
@@ -56,20 +65,21 @@ def new_owner(session: object, *, ends: bool = True) -> Owner:
 
     One that does not say when it ends never counts as alive in its own process.
     """
-    owner = _process(os.getpid())._replace(token=os.urandom(8).hex())
+    token = os.urandom(8).hex()
+    owner = _process(os.getpid())._replace(token=token if ends else f"{_ENDLESS}{token}")
     if ends:
         LIVE[owner.token] = session
     return owner
 
 
 def is_gone(owner: Owner) -> bool:
-    """Whether a session can be *known* to have ended without saying so. Only its lease can tell of all others."""
+    """Return whether the system says that a session's process has ended. Only its lease can tell of all others."""
     here = _process(os.getpid())
     if not here.boot or (owner.boot, owner.space) != (here.boot, here.space):
         return False
     if (owner.pid, owner.born) == (here.pid, here.born):
         return owner.token not in LIVE
-    return _birth(owner.pid) != owner.born
+    return _has_ended(owner.pid, owner.born)
 
 
 @functools.cache
@@ -88,17 +98,34 @@ def _process(pid: int) -> Owner:
         space = os.stat("/proc/self/ns/pid").st_ino
     except OSError:
         boot, space = "", 0
-    return Owner(socket.gethostname().replace("|", "_"), boot, space, pid, _birth(pid) or 0, "")
-
-
-def _birth(pid: int) -> int | None:
-    """When a process started; None if there is none, or nothing of it but an exit code that nobody fetched."""
     try:
-        # The name of the program stands in parentheses and may hold any character.
-        fields = pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        born = int(_stat(pid)[19])
     except OSError:
-        return None
-    return None if fields[0] in "ZX" else int(fields[19])
+        born = 0
+    return Owner(socket.gethostname().replace("|", "_"), boot, space, pid, born, "")
+
+
+def _has_ended(pid: int, born: int) -> bool:
+    """Return whether a process has ended: its id is free, is another process's, or only its exit code is left."""
+    if pid <= 0:
+        return False
+    try:
+        fields = _stat(pid)
+    except OSError:  # Gone, or hidden from this user (hidepid=2, ProtectProc=invisible).
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            return True
+        except (OSError, OverflowError):
+            pass
+        return False
+    return fields[0] in "ZX" or (born > 0 and int(fields[19]) != born)
+
+
+def _stat(pid: int) -> list[str]:
+    """Return what the system says of a process, from its state on. Raises OSError."""
+    # The name of the program stands in parentheses and may hold any character.
+    return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
 
 
 def _after_fork() -> None:

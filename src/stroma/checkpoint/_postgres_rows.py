@@ -116,8 +116,8 @@ _HELD: Final = f"""SELECT EXISTS (SELECT FROM held) OR EXISTS (SELECT FROM attem
     coalesce((SELECT attempt_count FROM counted), (SELECT attempt_count FROM runs {_FENCE}), 0)"""
 _COMMIT: Final = f"{_ATTEMPT} {_HELD}"
 _COMMIT_OUTPUT: Final = f"{_ATTEMPT}{_OUTPUT} {_HELD}"
-_END: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s, updated_ms = {_NOW_MS}, lease_until = NULL
-    {_FENCE}"""
+_END: Final = f"""UPDATE runs SET status = %(status)s, error = %(error)s,
+    updated_ms = coalesce(%(updated_ms)s::bigint, {_NOW_MS}), lease_until = NULL {_FENCE}"""
 # In the order of their runs, so that nobody waits for us while we wait for them.
 _RENEW: Final = """WITH fences AS (SELECT * FROM
     unnest(%s::bigint[], %s::bigint[], %s::text[], %s::float8[], %s::bigint[])
@@ -150,6 +150,9 @@ _FAILED: Final = """SELECT w.run, f.* FROM unnest(%s::bigint[], %s::bigint[]) AS
     (SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message, reason, tokens,
     output_tokens, cost_pico, model FROM attempts a WHERE a.run = w.run AND a.execution = w.execution
     AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT %s) f"""
+_FAILED_SINCE: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
+    reason, tokens, output_tokens, cost_pico, model FROM attempts WHERE run = %s AND execution = %s AND epoch >= %s
+    AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT 1000"""
 _TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT r.run, t.tag, r.started_ms FROM runs r,
     unnest(%s::text[]) AS t(tag) WHERE r.run = %s ON CONFLICT DO NOTHING"""
 _UNTAG: Final = "DELETE FROM tags WHERE run = %s"
@@ -286,8 +289,9 @@ class PostgresRows:
             self.counted.append((fence, attempts))
         return is_kept
 
-    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
-        return self._execute(_END, {"status": status, "error": error, **asdict(fence)}).rowcount == 1
+    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
+        values = {"status": status, "error": error, "updated_ms": updated_ms, **asdict(fence)}
+        return self._execute(_END, values).rowcount == 1
 
     def renew(self, fences: list[Fence]) -> None:
         if not fences:
@@ -407,6 +411,10 @@ class PostgresRows:
     def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[Told]:
         found = self._execute(_ATTEMPTS_AT, (run, execution, position, key(branch))).fetchall()
         return attempt_page(found, len(found))[0]
+
+    def failed_since(self, run: int, execution: int, epoch: int) -> list[Attempt]:
+        found = self._execute(_FAILED_SINCE, (run, execution, epoch)).fetchall()
+        return [Attempt._make(row) for row in reversed(found)]
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         def execute(statement: str, values: list[Any]) -> list[Any]:

@@ -43,6 +43,8 @@ T = TypeVar("T")
 
 _LOOK_AT: Final = 20_000  # runs that one page looks at one by one
 _FAILED: Final = 20  # failed attempts in which the cause is looked for
+#: Outcomes of attempts after which an earlier failure at their place is no matter any more.
+_FIXES: Final = ("success", "suspended")
 _ALL_RUNS: Final = RunQuery()
 
 
@@ -146,14 +148,21 @@ class ReadableStore(ABC):
 
         return self.read(query, AttemptPage([], None))
 
-    def attempts_at(self, run_id: str, position: int, branch: str = "") -> list[AttemptRecord]:
-        """Every attempt of the last execution at one place, without outputs. [] if unknown. Raises StoreError."""
+    def attempts_at(
+        self, run_id: str, position: int, branch: str = "", *, execution: int | None = None
+    ) -> list[AttemptRecord]:
+        """Every attempt of an execution (None: the last) at one place, without outputs. [] if unknown.
+
+        Raises StoreError.
+        """
         check_id(run_id, "run id")
 
         def query(rows: Rows) -> list[AttemptRecord]:
             found = rows.find(run_id)
-            kept = [] if found is None else rows.attempts_at(found.run, found.execution, position, branch)
-            return [_record_of(*told) for told in kept]
+            if found is None:
+                return []
+            number = found.execution if execution is None else execution
+            return [_record_of(*told) for told in rows.attempts_at(found.run, number, position, branch)]
 
         return self.read(query, [])
 
@@ -268,10 +277,26 @@ class ReadableStore(ABC):
 
 def _run_records(rows: Rows, found: list[RunRow], *, failed: int) -> list[RunRecord]:
     beside = rows.beside(found, failed=failed)
-    return [_run_record(row, about) for row, about in zip(found, beside, strict=True)]
+    return [
+        _run_record(row, about, _unsettled(rows, row, about.failed))
+        for row, about in zip(found, beside, strict=True)
+    ]
 
 
-def _run_record(row: RunRow, beside: Beside) -> RunRecord:
+def _unsettled(rows: Rows, row: RunRow, failed: list[Attempt]) -> list[Attempt]:
+    """Failed attempts of a run that may be its cause: while it runs or waits, not those that a later attempt has fixed."""
+    if row.status not in ("RUNNING", "SUSPENDED"):
+        return failed
+    fixed: dict[tuple[int, str], int] = {}
+    for one in failed:
+        at = one.position, one.branch
+        if at not in fixed:
+            tried = (told.attempt for told in rows.attempts_at(row.run, row.execution, *at))
+            fixed[at] = max((a.started_ns for a in tried if a.outcome in _FIXES), default=0)
+    return [one for one in failed if one.started_ns > fixed[one.position, one.branch]]
+
+
+def _run_record(row: RunRow, beside: Beside, failed: list[Attempt]) -> RunRecord:
     holder = row.holder
     return RunRecord(
         row.run_id,
@@ -288,7 +313,7 @@ def _run_record(row: RunRow, beside: Beside) -> RunRecord:
         beside.parent,
         row.latency_ns / 1e6,
         tuple(sorted(beside.tags)),
-        cause_of(beside.failed),
+        cause_of(failed),
         len(beside.failed),
         row.epoch,
     )

@@ -199,6 +199,17 @@ class RedisReading:
         (told,) = self._told([(run, execution)])
         return [one for one in told if (one.attempt.position, one.attempt.branch) == (position, branch)]
 
+    def failed_since(self, run: Run, execution: int, epoch: int) -> list[Attempt]:
+        # As many as the server lists: the last 20.
+        (listed,) = self._get(("LRANGE", f"{run.prefix}failed:{execution}", 0, -1))
+        places = [at for at in listed if int(at.partition(b":")[0]) >= epoch]
+        if not places:
+            return []
+        (values,) = self._get(("HMGET", f"{run.prefix}attempts:{execution}", *places))
+        told = [part for at, value in zip(places, values, strict=True) if value for part in (at, value)]
+        found = [attempt for _, attempt in _attempts(told)]
+        return sorted(found, key=lambda attempt: attempt.started_ns + attempt.duration_ns)
+
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         # The server has no sums of attempts: they are read, and so these are fewer.
         found, _ = self.runs(RunQuery(since_ms=since_ms), limit=min(runs, _TALLIED), after=None, look_at=None)

@@ -230,12 +230,12 @@ class RedisRows(RedisReading):
         self._append(fence.run, *commit_values(fence, attempt, step))
         return True
 
-    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
+    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
         run = fence.run
         ttl = self._ttl if status in ("COMPLETED", "RESUMED") else ""
         said = "" if error is None else f"={error}"
         about = (run.token, fence.execution, fence.epoch, fence.owner, run.version, status, said, ttl)
-        self._append(run, "finish", run.run_id, *about)
+        self._append(run, "finish", run.run_id, *about, "" if updated_ms is None else updated_ms)
         return True
 
     def is_whole(self, found: RunRow) -> bool:

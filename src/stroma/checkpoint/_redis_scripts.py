@@ -53,7 +53,7 @@ local function now_ms() return math.floor(now_us() / 1000) end
 
 local function keys_of(executions)
   local keys = {run, p .. 'inputs'}
-  for place = 2, 7 do keys[#keys + 1] = p .. 'beside:-' .. place end
+  for place = 2, 8 do keys[#keys + 1] = p .. 'beside:-' .. place end
   for e = 1, math.min(executions, MOST) do
     for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:'}) do keys[#keys + 1] = p .. name .. e end
   end
@@ -215,11 +215,11 @@ function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, co
   return redis.call('HINCRBY', run, 'version', 1)
 end
 
-function ops.finish(id, token, execution, epoch, owner, seen, status, error, ttl)
+function ops.finish(id, token, execution, epoch, owner, seen, status, error, ttl, updated)
   local why = fenced(token, epoch, owner, seen)
   if why then return why end
   local ms = now_ms()
-  redis.call('HSET', run, 'status', status, 'updated_ms', ms)
+  redis.call('HSET', run, 'status', status, 'updated_ms', updated ~= '' and updated or ms)
   if error ~= '' then
     redis.call('HSET', run, 'error', string.sub(error, 2))
   else
@@ -416,6 +416,15 @@ local function together()
     if f[4] ~= tx and ((f[1] or '') ~= check[2] or (f[2] or '') ~= check[3] or (f[3] or '') ~= check[4]) then
       return 'changed'
     end
+  end
+  -- A cell that has changed refuses all: it is compared before the commit that settles in it is made.
+  local step = at
+  while step <= #ARGV do
+    if ARGV[step + 2] == 'put_cell' then
+      local f = redis.call('HMGET', ARGV[step + 1], 'number', 'maker')
+      if f[2] ~= ARGV[step + 4] and (f[1] or '') ~= ARGV[step + 3] then return 'changed' end
+    end
+    step = step + ARGV[step] + 1
   end
   while at <= #ARGV do
     local last = at + ARGV[at]

@@ -19,6 +19,7 @@ from stroma.checkpoint.records import RunQuery, StoreFacts, Tally
 __all__ = [
     "CANCEL",
     "DAMAGED",
+    "DEATHS",
     "DUE",
     "PARENT",
     "SAVED",
@@ -57,6 +58,7 @@ WAITING: Final = -2  # what nodes wait for; branch: "position:branch"
 CANCEL: Final = -3  # somebody wants the run to end
 PARENT: Final = -4  # node id: the run that this one was forked from
 TRACE: Final = -5  # node id: the trace context of the process that began the execution
+DEATHS: Final = -8  # number: how often the process of the run died; contract, schema_ref: see DurableSession
 TROUBLE: Final = -7  # where the last failed attempt at a place failed; branch: "position:branch"
 DUE: Final = (
     -6
@@ -244,8 +246,8 @@ class Rows(Protocol):
         """
         ...
 
-    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
-        """Note how an execution stopped, and give up the lease. False if the fence is in the way."""
+    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
+        """Note how an execution stopped, and when (None: now), and give up the lease. False if the fence is in the way."""
         ...
 
     def renew(self, fences: list[Fence]) -> None:
@@ -328,6 +330,10 @@ class Rows(Protocol):
 
     def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[Told]:
         """The same of one place."""
+        ...
+
+    def failed_since(self, run: Any, execution: int, epoch: int) -> list[Attempt]:
+        """The last attempts of an execution that failed under this epoch or a later one, the one that ended first first."""
         ...
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:

@@ -21,15 +21,17 @@ from stroma.checkpoint._beside import (
     read_waiting,
     waiting_branch,
 )
-from stroma.checkpoint._owner import LIVE
+from stroma.checkpoint._owner import LIVE, Owner
 from stroma.checkpoint._rows import (
     CANCEL,
+    DEATHS,
     DUE,
     PARENT,
     TRACE,
     TROUBLE,
     WAITING,
     Attempt,
+    CellChange,
     Commit,
     Doing,
     Fence,
@@ -47,14 +49,19 @@ from stroma.checkpoint._rows import (
     text,
     verify,
 )
+from stroma.checkpoint.cells import Change
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists, StoreError
 from stroma.checkpoint.journal import (
+    COMPLETE,
+    ENDED,
+    Charge,
     Committed,
     Finished,
     Held,
     PriorUsage,
     RunRequest,
     StepCall,
+    Tried,
     Waiting,
     decide,
     is_answered_meanwhile,
@@ -94,6 +101,9 @@ class DurableSession:
         "_payloads",
         "_submit",
         "_troubles",
+        "_was",
+        "address",
+        "charges",
         "continued",
         "ended",
         "execution",
@@ -104,6 +114,7 @@ class DurableSession:
         "restored",
         "run_id",
         "traceparent",
+        "tried",
         "undelivered",
         "waiting",
     )
@@ -115,14 +126,20 @@ class DurableSession:
     finished: Finished | None
     prior: PriorUsage
     restored: Mapping[tuple[int, str], Committed]
+    tried: Mapping[tuple[int, str], Tried]
     traceparent: str | None
     undelivered: list[Row]
 
     def __init__(
-        self, run_id: str, submit: Submit, payloads: Payloads, opened: Mapping[bytes, bytes] | None = None
+        self,
+        run_id: str,
+        submit: Submit,
+        payloads: Payloads,
+        opened: Mapping[bytes, bytes] | None = None,
+        address: str = "",
     ) -> None:
         """``opened``: payloads that were opened before, by the checksum of what is stored."""
-        self.run_id = run_id
+        self.run_id, self.address = run_id, address
         self._payloads = payloads
         self._opened = opened or {}
         self.on_cancel: Callable[[], None] | None = None
@@ -130,6 +147,9 @@ class DurableSession:
         self.ended = False
         self._submit = submit
         self._troubles: dict[tuple[int, str], tuple[int, int, bytes]] = {}
+        self.charges: dict[tuple[int, str], Charge] = {}
+        #: The run as it was found, if it had completed and nothing was recorded since.
+        self._was: RunRow | None = None
 
     def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
         """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
@@ -143,9 +163,9 @@ class DurableSession:
         way = decide(request, None if found is None or not found.execution else _held(found), same)
         if way != "begin" and found is not None and not rows.is_whole(found):
             raise lost(run_id, "some of its rows are missing")
-        self.restored, self.prior, self.traceparent = {}, PriorUsage(), None
+        self.restored, self.prior, self.traceparent, self.tried = {}, PriorUsage(), None, {}
         self.undelivered, self._deliver = [], request.deliver
-        self.continued, self.finished, self.waiting = way == "continue", None, {}
+        self.finished, self.waiting = None, {}
         if way == "begin" or found is None:
             self.fence = rows.begin(found, opening)
         else:
@@ -162,13 +182,80 @@ class DurableSession:
             if way == "return":
                 self.finished = Finished(found.status, found.error)
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
+            elif found.status not in ENDED and any(rows.kept(found.run, CANCEL)):
+                # Acknowledged, and its owner stopped before it knew.
+                self._claim_to_end(rows, found, request, opening, Finished("CANCELLED", None))
             else:
-                self.fence = rows.go_on(found, opening)
+                self._recover(rows, found, request, opening)
+                if found.status in COMPLETE and request.discard_from is None:
+                    self._was = found
+        self.continued = way == "continue" and self.finished is None
         if found is not None:
             self._look_beside(rows, found, request)
         self.execution = self.fence.execution
         self._opened = {}
         return self
+
+    def _recover(self, rows: Rows, found: RunRow, request: RunRequest, opening: Opening) -> None:
+        """Go on with the execution, or give it up: its process may have died under it too often.
+
+        A death is a run that is RUNNING though its owner, which says when it ends, is gone; it is counted when the run is
+        taken over, and so costs no write before. Deaths that follow one another stand in one row: their number, and the
+        epochs in which they began and of the one who counted last.
+        """
+        owner = Owner.read(found.owner)
+        died = found.status == "RUNNING" and owner is not None and owner.may_die
+        kept = (
+            next(iter(rows.kept(found.run, DEATHS)), None)
+            if died or found.status == "FAILED" or request.force
+            else None
+        )
+        number, first = 0, found.epoch
+        if kept is not None:
+            number = kept.step.number or 0
+            if kept.step.schema_ref == str(found.epoch):
+                first = int(kept.step.contract)
+        number += died
+        if request.force:
+            rows.drop(found.run, DEATHS)
+        elif (
+            request.max_recoveries is not None
+            and number >= request.max_recoveries
+            and (died or kept is not None)
+        ):
+            error = (
+                f"poison: the process died {number} times under this run; see what kills it, then resume it with "
+                "force_resume=True, or stroma resume --force"
+            )
+            if died:
+                self._claim_to_end(rows, found, request, opening, Finished("FAILED", error, "poison"))
+                self._count_deaths(rows, number, first)
+            else:
+                self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
+                self.finished = Finished("FAILED", found.error, "poison")
+            return
+        self.fence = rows.go_on(found, opening)
+        if died and not request.force:
+            self._count_deaths(rows, number, first)
+            if request.discard_from is None:
+                failed = rows.failed_since(found.run, found.execution, first)
+                self.tried = _tried(failed, self.restored)
+
+    def _claim_to_end(
+        self, rows: Rows, found: RunRow, request: RunRequest, opening: Opening, finished: Finished
+    ) -> None:
+        """Take the execution over only to end it: by :meth:`end`, or at once for who never calls that.
+
+        The claim fences off an owner that is only late.
+        """
+        self.fence = rows.go_on(found, opening._replace(discard_from=None))
+        self.finished = finished
+        if not request.ends:
+            self._finish(finished.status, finished.error, rows)
+
+    def _count_deaths(self, rows: Rows, number: int, first: int) -> None:
+        step = Step(str(first), str(self.fence.epoch), b"", checksum(b""), number)
+        rows.keep(self.run_id, DEATHS, "", "deaths", step)
 
     def _is(self, given: bytes, kept: tuple[str, bytes, bytes], request: RunRequest) -> bool:
         """Whether an input with another checksum is the same all the same: a codec need not give the same bytes twice."""
@@ -182,7 +269,7 @@ class DurableSession:
             raise
 
     def _look_beside(self, rows: Rows, found: RunRow, request: RunRequest) -> None:
-        """What nodes wait for belongs to an execution and its commits; whoever wanted its end has had it."""
+        """What nodes wait for belongs to an execution and its commits; a cancel() that came too late ends no other."""
         ours = self.finished is None
         if ours:
             rows.drop(found.run, CANCEL)
@@ -190,6 +277,7 @@ class DurableSession:
             rows.drop(found.run, TRACE)
             rows.drop(found.run, DUE)
             rows.drop(found.run, TROUBLE)
+            rows.drop(found.run, DEATHS)
         else:
             self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
         if ours and self.continued and self._deliver:
@@ -233,6 +321,11 @@ class DurableSession:
         step = Step(contract, ref, data, checksum(data), *(call or (None, None)))
         return self._keep(Commit(self.run_id, self.fence, _attempt(row), step))
 
+    @property
+    def epoch(self) -> int:
+        """Raised by each session that opens the run."""
+        return self.fence.epoch
+
     def note_trouble(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
@@ -244,23 +337,41 @@ class DurableSession:
             self._troubles[position, branch] = (attempt, started_ns, data)
 
     def _keep(self, commit: Commit) -> Awaitable[None]:
-        attempt = commit.attempt
+        attempt, self._was = commit.attempt, None
         trouble = self._troubles.pop((attempt.position, attempt.branch), None)
         if trouble is not None and trouble[1] != attempt.started_ns:
             trouble = None
-        if not self._deliver and trouble is None:
+        if not self._deliver and trouble is None and not self.charges:
             return self._submit(commit)
 
-        def operation(rows: Rows) -> None:
-            commit(rows)
-            if self._deliver:
-                keep_due(rows, self.run_id, attempt)
+        def beside(rows: Rows) -> None:
             if trouble is not None:
                 number, started_ns, data = trouble
                 step = Step(str(started_ns), "", data, checksum(data), number)
                 rows.keep(self.run_id, TROUBLE, f"{attempt.position}:{attempt.branch}", attempt.node_id, step)
 
-        return self._submit(Doing(self.run_id, operation))
+        return self._with(commit, beside)
+
+    def _with(self, commit: Commit, beside: Callable[[Rows], None]) -> asyncio.Future[Any]:
+        """Make a commit, and in its transaction all that belongs to it: hooks that are due, and what it settles."""
+        attempt, self._was = commit.attempt, None
+        charge = self.charges.get((attempt.position, attempt.branch))
+        changes: list[tuple[str, Change[Any]]] = []
+        if charge is not None:
+            changes = charge.changes(attempt.tokens, attempt.cost_pico, committed=commit.step is not None)
+
+        def operation(rows: Rows) -> list[Any]:
+            commit(rows)
+            if self._deliver:
+                keep_due(rows, self.run_id, attempt)
+            beside(rows)
+            # Cells last: others wait for their locks.
+            return [CellChange(name, change)(rows) for name, change in changes]
+
+        pending = self._submit(Doing(self.run_id, operation))
+        if charge is not None:
+            pending.add_done_callback(partial(_settled, charge))
+        return pending
 
     async def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
         """What is committed in some branches of a position. Raises StoreError (CorruptCheckpoint ...)."""
@@ -309,18 +420,15 @@ class DurableSession:
         """Keep an attempt that waits, and what for. Awaited: raises Fenced, or another StoreError."""
         commit = Commit(self.run_id, self.fence, _attempt(row)._replace(message=text(waiting.reason)), None)
 
-        def operation(rows: Rows) -> None:
+        def ask(rows: Rows) -> None:
             found = rows.find(self.run_id, lock=True)
             asked = [] if found is None else rows.kept(found.run, WAITING, waiting_branch(waiting))
             before = next((read_waiting(kept, self._payloads) for kept in asked), None)
-            commit(rows)
-            if self._deliver:
-                keep_due(rows, self.run_id, commit.attempt)
             seen = self.waiting.get((waiting.position, waiting.branch))
             if not is_answered_meanwhile(before, seen, waiting):
                 keep_waiting(rows, self.run_id, waiting)
 
-        return self._submit(Doing(self.run_id, operation))
+        return self._with(commit, ask)
 
     def abandon(self) -> None:
         """Nothing more comes from here, and nothing can be awaited: whoever resumes the run need not wait."""
@@ -330,7 +438,9 @@ class DurableSession:
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
         """Note how the run stopped. Awaited: raises Fenced, or another StoreError."""
         if self.finished is not None:
-            return None
+            if not self.fence.owner:
+                return None
+            status, error = self.finished.status, self.finished.error
         self.ended = True
         pending = self._submit(Doing(self.run_id, partial(self._finish, str(status), text(error))))
         # Not before it is kept: who looks meanwhile would take the run for one whose process died.
@@ -338,8 +448,45 @@ class DurableSession:
         return pending
 
     def _finish(self, status: str, error: str | None, rows: Rows) -> None:
-        if not rows.finish(self.fence, status, error):
+        updated_ms = None
+        if (
+            self._was is not None and status in COMPLETE
+        ):  # A resume that had nothing to do leaves it as it was.
+            status, error, updated_ms = self._was.status, self._was.error, self._was.updated_ms
+        if not rows.finish(self.fence, status, error, updated_ms):
             raise refused(rows, self.fence, self.run_id)
+        if status == "CANCELLED":
+            rows.drop(self.fence.run, CANCEL)
+
+
+def _settled(charge: Charge, pending: asyncio.Future[Any]) -> None:
+    if not pending.cancelled() and pending.exception() is None:
+        charge.settled(pending.result())
+
+
+def _tried(
+    failed: Iterable[Attempt], restored: Mapping[tuple[int, str], Committed]
+) -> dict[tuple[int, str], Tried]:
+    """How often what is not committed was tried; ``failed``: in the order of their ends."""
+    found: dict[tuple[int, str], Tried] = {}
+    for attempt in failed:
+        at = attempt.position, attempt.branch
+        # A group that is tried again tries its children anew.
+        inside = f"{attempt.branch}." if attempt.branch else ""
+        for other in [
+            other for other in found if other[0] == at[0] and other != at and other[1].startswith(inside)
+        ]:
+            del found[other]
+        before = found.get(at)
+        if at not in restored:
+            found[at] = Tried(
+                1 if before is None else before.attempts + 1,
+                attempt.node_id,
+                attempt.failure_class or "",
+                attempt.message or "",
+                attempt.reason,
+            )
+    return found
 
 
 def _attempt(row: Row) -> Attempt:

@@ -117,6 +117,9 @@ _STEP_AT: Final = """SELECT position, branch, node_id, contract, schema_ref, out
 _FAILED: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
     reason, tokens, output_tokens, cost_pico, model FROM attempts WHERE run = ? AND execution = ?
     AND failure_class IS NOT NULL ORDER BY started_ns + duration_ns DESC LIMIT ?"""
+_FAILED_SINCE: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
+    reason, tokens, output_tokens, cost_pico, model FROM attempts WHERE run = ? AND execution = ? AND epoch >= ?
+    AND failure_class IS NOT NULL ORDER BY started_ns + duration_ns DESC LIMIT 1000"""
 _PARENTS: Final = "SELECT node_id FROM steps WHERE run = ? AND execution = 0 AND position = -4"
 # Ids that begin with a text: a range of the index, and no LIKE, which knows wildcards and ignores case.
 _BY_PREFIX: Final = """SELECT run_id FROM runs WHERE execution > 0 AND run_id >= ? AND run_id < ?
@@ -237,8 +240,8 @@ class SqliteRows:
         self._written.update((id(f), f) for _, f, _, _ in commits)
         return True
 
-    def finish(self, fence: Fence, status: str, error: str | None) -> bool:
-        values = (status, error, _now_ms(), *_fence_values(fence))
+    def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
+        values = (status, error, _now_ms() if updated_ms is None else updated_ms, *_fence_values(fence))
         return self.db.execute(_END, values).rowcount == 1
 
     def renew(self, fences: list[Fence]) -> None:
@@ -339,6 +342,10 @@ class SqliteRows:
     def attempts_at(self, run: int, execution: int, position: int, branch: str) -> list[Told]:
         found = self.db.execute(_ATTEMPTS_AT, (run, execution, position, branch)).fetchall()
         return attempt_page(found, len(found))[0]
+
+    def failed_since(self, run: int, execution: int, epoch: int) -> list[Attempt]:
+        found = self.db.execute(_FAILED_SINCE, (run, execution, epoch)).fetchall()
+        return [Attempt._make(row) for row in reversed(found)]
 
     def tally(self, since_ms: int, bucket_ms: int, *, runs: int, attempts: int) -> list[Tally]:
         def execute(sql: str, values: list[Any]) -> list[Any]:

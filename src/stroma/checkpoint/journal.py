@@ -8,17 +8,21 @@ the command line.
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Final, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
+from stroma.checkpoint.cells import Change
 from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.schemas import Schema, Snapshot
 from stroma.trace import FAILED_ITEM, Row
 
 __all__ = [
+    "COMPLETE",
+    "ENDED",
     "OF_MAP",
     "AsyncCheckpointStore",
+    "Charge",
     "CheckpointKey",
     "CheckpointStore",
     "Committed",
@@ -31,6 +35,7 @@ __all__ = [
     "RunRequest",
     "Session",
     "StepCall",
+    "Tried",
     "Waiting",
     "decide",
     "is_answered_meanwhile",
@@ -88,6 +93,9 @@ class RunRequest(NamedTuple):
         apart: (position, beginning of branches) of commits that are not restored at once: there may be very many, and
             committed() gives them a few at a time.
         retry_failed: forget what was made of the items of a map while some of them had failed, see ItemFailure.
+        max_recoveries: a run whose process died so often is given up as FAILED; None: never. ``force``: it goes on all the
+            same, and deaths are counted anew.
+        only_unfinished: RunExists for a run that has ended, or waits; go on only with one that was interrupted or died.
     """
 
     run_id: str
@@ -118,6 +126,9 @@ class RunRequest(NamedTuple):
         return self._replace(discard_from=min(failed) + 1) if failed else self
 
     tags: tuple[str, ...] = ()
+    max_recoveries: int | None = None
+    force: bool = False
+    only_unfinished: bool = False
 
     def accepted(self, commits: Mapping[tuple[int, str], Committed]) -> Mapping[tuple[int, str], Committed]:
         """The commits that stay; raises what ``accept`` raises."""
@@ -205,6 +216,11 @@ def no_map(run_id: str, node_id: str) -> CheckpointNotFound:
     )
 
 
+#: Statuses of executions that have nothing left to do, and of those that a cancel() finds over.
+COMPLETE: Final = ("COMPLETED", "RESUMED")
+ENDED: Final = (*COMPLETE, "FAILED", "CANCELLED")
+
+
 class Held(NamedTuple):
     """What a store knows of the last execution of a run. ``holder``: who is at work on it, in words, or None."""
 
@@ -228,6 +244,10 @@ def decide(
         )
         error.holder, error.left_seconds, error.same_input = held.holder, held.left_seconds, same_input
         raise error
+    if request.only_unfinished and held.status not in ("RUNNING", "INTERRUPTED"):
+        raise RunExists(
+            f"run {request.run_id!r} has ended meanwhile: {held.status}; there is nothing to recover"
+        )
     if request.if_exists == "error":
         raise RunExists(
             f"run {request.run_id!r} exists already (execution {held.execution}, {held.status}); use another run id, or "
@@ -240,7 +260,7 @@ def decide(
             f"run {request.run_id!r} was started with another input (or {request.schema.model.__name__} has changed); "
             "give it the same one, or another run id"
         )
-    finished = held.status in ("COMPLETED", "RESUMED")
+    finished = held.status in COMPLETE
     if request.if_exists == "attach":  # Whatever the holder came to; if it died on the way, we go on.
         finished = held.status != "RUNNING"
     return "return" if finished and request.if_exists in ("return", "attach") else "continue"
@@ -296,31 +316,71 @@ def waits_no_longer(run_id: str, waiting: Waiting) -> StoreError:
 
 
 class Finished(NamedTuple):
-    """How an execution ended: its status and, unless it completed, why."""
+    """How an execution ended: its status and, unless it completed, why; ``reason``: that in one word, if there is one."""
 
     status: str
     error: str | None
+    reason: str | None = None
+
+
+class Tried(NamedTuple):
+    """Failed attempts of one node at one place, made by processes that died before they could decide what follows.
+
+    Attributes:
+        attempts: how many; the other fields are of the last one.
+    """
+
+    attempts: int
+    node_id: str
+    failure_class: str
+    message: str
+    reason: str | None
+
+
+class Charge(Protocol):
+    """Changes of cells that a session makes in the transaction that records an attempt."""
+
+    def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
+        """Return (cell, change) of each cell, in the order in which they are to be locked.
+
+        ``committed``: whether the attempt has an output. Making the same changes twice must be making them once.
+        """
+        ...
+
+    def settled(self, answers: list[Any]) -> None:
+        """Take what the changes answered, in their order. Called in the event loop, once they are stored."""
 
 
 class Session(Protocol):
     """One execution of a run, held by this process.
 
     Attributes:
+        address: names the store among all stores: cells of a store with this address change in the transactions of the
+            session's commits. "" where there are no such transactions.
+        epoch: raised by each session that opens the run; 0 where that is not recorded.
+        charges: what the attempt in progress at a (position, branch) is to settle when it is recorded; whoever puts it
+            there takes it out again. Not read where ``address`` is "".
         execution: 1 for the first execution of the run id, 2 after a restart, and so on.
         continued: whether it goes on with an execution that an earlier call began.
         restored: the committed outputs by (position, branch).
-        finished: how the execution ended that is returned as it is; None for one that goes on.
+        finished: how the execution ended that is returned as it is, or is to end before anything of it is called; None for
+            one that goes on.
         waiting: what nodes of it wait or waited for, by (position, branch).
         traceparent: what note_traceparent() was told by the process that began the execution; None before.
         undelivered: attempts of earlier processes whose end hooks may not have been told, the oldest first; without
             states. Always empty where the process that made them is this one.
+        tried: attempts that were made of what is not committed, by (position, branch), if the process before died.
         on_cancel: called, from any thread, when somebody asks for the end of this run.
     """
 
+    address: str
+    epoch: int
+    charges: dict[tuple[int, str], Charge]
     execution: int
     continued: bool
     finished: Finished | None
     restored: Mapping[tuple[int, str], Committed]
+    tried: Mapping[tuple[int, str], Tried]
     prior: PriorUsage
     waiting: Mapping[tuple[int, str], Waiting]
     traceparent: str | None

@@ -13,6 +13,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.journal import (
     AsyncCheckpointStore,
+    Charge,
     CheckpointStore,
     Committed,
     Finished,
@@ -20,6 +21,7 @@ from stroma.checkpoint.journal import (
     RunRequest,
     Session,
     StepCall,
+    Tried,
     Waiting,
 )
 from stroma.schemas import Schema
@@ -107,6 +109,10 @@ class _SimpleSession:
     """A run on a store that only knows the last state of each node."""
 
     __slots__ = ("_run_id", "_store", "on_cancel")
+    address = ""
+    epoch = 0
+    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
+    tried: Mapping[tuple[int, str], Tried] = {}
     execution = 1
     continued = False
     finished: Finished | None = None

@@ -11,11 +11,15 @@ from stroma.checkpoint._memory_runs import Kept, Key, MemoryReading, MemoryRun, 
 from stroma.checkpoint.cells import MemoryCells
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint, Fenced, RunExists
 from stroma.checkpoint.journal import (
+    COMPLETE,
+    ENDED,
+    Charge,
     Committed,
     Finished,
     PriorUsage,
     RunRequest,
     StepCall,
+    Tried,
     Waiting,
     decide,
     is_answered_meanwhile,
@@ -47,6 +51,7 @@ class _MemorySession:
         "_kept",
         "_run",
         "_spent",
+        "_was",
         "continued",
         "execution",
         "finished",
@@ -61,6 +66,10 @@ class _MemorySession:
     on_cancel: Callable[[], None] | None
     undelivered: Sequence[Row] = ()  # A process that lives tells its hooks.
     reads_rows = True  # And never an output whose picture is in its row.
+    address = ""
+    epoch = 0
+    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
+    tried: Mapping[tuple[int, str], Tried] = {}
 
     def __init__(self, run: MemoryRun, request: RunRequest) -> None:
         given = request.schema.snapshot(request.initial_state)
@@ -69,6 +78,15 @@ class _MemorySession:
         self.continued, self.finished, self.on_cancel = way == "continue", None, None
         if way != "begin":
             self._continue(run, request)
+        if way == "continue" and run.cancelled and run.status not in ENDED:
+            # Acknowledged, and its owner stopped before it knew.
+            run.status, run.error, way, self.continued = "CANCELLED", None, "return", False
+            run.epoch += 1
+        run.cancelled = False
+        #: How the run had completed, and how many attempts it had then.
+        self._was: tuple[str, int] | None = None
+        if way == "continue" and run.status in COMPLETE and request.discard_from is None:
+            self._was = run.status, _recorded(run)
         if way == "return":
             self.finished = Finished(run.status, run.error)
         elif way == "begin":
@@ -175,12 +193,19 @@ class _MemorySession:
         if self.finished is None:
             if self._run.epoch != self._epoch:
                 raise _fenced()
-            self._run.status, self._run.error = str(status), error
+            status = str(status)
+            if self._was is not None and status in COMPLETE and self._was[1] == _recorded(self._run):
+                status = self._was[0]  # A resume that had nothing to do leaves the run as it was.
+            self._run.status, self._run.error = status, error
             self.abandon()
 
     def abandon(self) -> None:
         if self._run.epoch == self._epoch:
             self._run.session = nobody
+
+
+def _recorded(run: MemoryRun) -> int:
+    return len(run.kept) + len(run.spent)
 
 
 def _fenced() -> Fenced:
@@ -213,9 +238,10 @@ class _Memory(MemoryReading, MemoryCells):
         run = self._known(run_id)
         session = run.session()
         if session is not None:
+            run.cancelled = True
             if session.on_cancel is not None:
                 session.on_cancel()
-        elif run.status in ("COMPLETED", "RESUMED", "FAILED", "CANCELLED"):
+        elif run.status in ENDED:
             return False
         else:
             run.status = "CANCELLED"

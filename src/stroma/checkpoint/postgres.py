@@ -71,6 +71,7 @@ class PostgresStore(AsyncStates):
         super().__init__(Payloads(codec, blobs, blob_bytes))
         self.schema = schema
         self._server = Server.at(dsn, schema, _patience_seconds)
+        self.address = f"{self._server.name}#{schema}"
         self._reader = PostgresReader(self._server)
         weakref.finalize(self, self._reader.close).atexit = False
 

@@ -46,6 +46,7 @@ class _Journal(DurableStore):
             )
         super().__init__(Payloads(codec, blobs, blob_bytes))
         self._server = Server(driver, redis_url, _patience_seconds)
+        self.address = self._server.name
         self._ttl_ms = None if ttl_seconds is None else int(ttl_seconds * 1000)
         #: What the threads of callers read on. By generation: a forked child has its own.
         self._links: dict[int, Link] = {}

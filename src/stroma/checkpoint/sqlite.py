@@ -55,6 +55,7 @@ class SQLiteStore(AsyncStates):
             )
         super().__init__(Payloads(codec, blobs, blob_bytes))
         self.path = os.path.abspath(name)
+        self.address = f"sqlite:{os.path.realpath(name)}"
         self.synchronous = synchronous
         self._file = DatabaseFile(self.path, synchronous, _connect, _patience_seconds)
 

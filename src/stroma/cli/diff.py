@@ -15,7 +15,7 @@ from stroma.cli.redaction import redact_of, redact_option
 from stroma.cli.runs import run_data, styled
 from stroma.cli.stores import Database, db_option
 from stroma.cli.words import clean, count, money, short_id, span
-from stroma.history import Change, History, NodeDiff, changes, compare, place_of
+from stroma.history import Change, History, NodeDiff, changes, compare, place_of, status_of
 
 __all__ = ["diff"]
 
@@ -90,7 +90,7 @@ def _tell(
             name,
             clean(record.run_id, 60),
             clean(record.pipeline, 30),
-            styled(record.status),
+            styled(status_of(record)),
             f"{record.nodes:,}",
             count(record.tokens),
             money(record.cost_usd),

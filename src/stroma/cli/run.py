@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Literal, Self, TypeVar
 
@@ -184,6 +184,7 @@ def run(
     is_flag=True,
     help="Run the items of maps again that failed while the others went on, and what comes after those maps.",
 )
+@click.option("--force", is_flag=True, help="Also a run that was given up because its process kept dying.")
 @click.option(
     "--state",
     metavar="JSON",
@@ -200,6 +201,7 @@ def resume(
     start_at: str | None,
     fork: bool,
     retry_failed: bool,
+    force: bool,
     state: str | None,
     dry_run: bool,
     db: str | None,
@@ -217,6 +219,7 @@ def resume(
             "start_at",
             "fork",
             "retry_failed",
+            "force",
             "state",
             "dry_run",
         )
@@ -258,7 +261,8 @@ def resume(
             return _fork(database, record, pipeline, target, options, ids.index(start_at), state)
     if dry_run:
         return tell_plan(database, record, pipeline, target, start_at, options.as_json)
-    return go_on(database, record, pipeline, target, options, start_at, retry_failed=retry_failed)
+    changes = {"retry_failed_items": retry_failed, "force_resume": force}
+    return go_on(database, record, pipeline, target, options, start_at, changes=changes)
 
 
 def _cluster(running: dict[str, Any]) -> Cluster | None:
@@ -318,13 +322,13 @@ def go_on(
     options: Running,
     start_at: str | None = None,
     *,
-    retry_failed: bool = False,
+    changes: Mapping[str, bool] | None = None,
 ) -> int:
-    """Resume a run, and return the exit code. Raises Problem."""
+    """Resume a run, and return the exit code; ``changes`` to its config. Raises Problem."""
     _note_another(record, pipeline, options)
     config = _configure(pipeline, record.run_id, options)
-    if retry_failed:
-        config = config.model_copy(update={"retry_failed_items": True})
+    if changes:
+        config = config.model_copy(update={name: value for name, value in changes.items() if value})
     state = stored_input(database, record, pipeline, target)
     return Job(target, pipeline, config, state, database, record, start_at, options).go()
 

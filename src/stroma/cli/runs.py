@@ -16,7 +16,7 @@ from stroma.cli.spans import SPAN
 from stroma.cli.stores import Database, Keeper, db_option
 from stroma.cli.words import ago, clean, iso, local, money, short_id, span
 from stroma.failures import FailureClass
-from stroma.history import FAILED, History, is_gone
+from stroma.history import FAILED, History, is_gone, status_of
 from stroma.trace import RunStatus
 
 __all__ = ["run_data", "runs", "styled"]
@@ -42,7 +42,7 @@ def run_data(record: RunRecord) -> dict[str, Any]:
     return {
         "run_id": record.run_id,
         "pipeline": record.pipeline,
-        "status": record.status,
+        "status": status_of(record),
         "execution": record.execution,
         "started": iso(record.started_ms),
         "updated": iso(record.updated_ms),
@@ -112,8 +112,8 @@ def runs(
 ) -> None:
     """List the runs in the store, the newest first.
 
-    NODES counts finished positions. A run whose process died stays RUNNING until somebody resumes it; the last column
-    says whether anybody is at work on it. With --temporal: those of a cluster.
+    NODES counts finished positions. A run whose process died is INTERRUPTED until somebody resumes it. With --temporal:
+    those of a cluster.
     """
     cluster = Cluster.take(asked)
     if failed and statuses:
@@ -163,7 +163,7 @@ def _row(record: RunRecord) -> list[Part]:
     return [
         short_id(record.run_id),
         clean(record.pipeline, 30),
-        styled(record.status),
+        styled(status_of(record)),
         f"{record.nodes:,}",
         f"{record.tokens:,}",
         money(record.cost_usd),

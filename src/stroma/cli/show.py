@@ -18,7 +18,7 @@ from stroma.cli.runs import run_data, styled
 from stroma.cli.stores import Database, Keeper, db_option
 from stroma.cli.waiting import approve_hint, asked, open_ones, waiting_data, where
 from stroma.cli.words import ago, clean, count, id_word, iso, local, money, plural, span
-from stroma.history import History, Payload, bar_of, in_order, place_of, waste
+from stroma.history import History, Payload, bar_of, in_order, place_of, status_of, waste
 from stroma.page import waits
 
 __all__ = ["attempt_data", "show"]
@@ -240,7 +240,7 @@ def _head(
     lines: list[tuple[str, list[Part]]] = [
         ("run", [(clean(record.run_id, 4000), "bold"), again]),
         ("pipeline", [clean(record.pipeline)]),
-        ("status", [styled(record.status)]),
+        ("status", [styled(status_of(record))]),
         ("started", [f"{local(record.started_ms)}, {ago(record.started_ms)}"]),
         ("duration", [span(seconds)]),
         (

@@ -17,7 +17,7 @@ from stroma.cli.runs import run_data, styled
 from stroma.cli.show import attempt_data
 from stroma.cli.stores import Database, db_option
 from stroma.cli.words import clean, count, id_word, money, short_id, span
-from stroma.history import History, Redact, is_gone, place_of
+from stroma.history import History, Redact, is_gone, place_of, status_of
 
 __all__ = ["tail"]
 
@@ -149,7 +149,7 @@ class _Watch:
         why = f"  {clean(record.error)}" if record.error else ""
         if gone:
             hint = self._database.hint("resume", id_word(record.run_id), "FILE.py:NAME")
-            out.line(*self._name(record), ("RUNNING", "yellow"), "  nobody is at work on it any more")
+            out.line(*self._name(record), styled(status_of(record)), "  nobody is at work on it any more")
             err.line("go on with it: ", hint)
             return
         spent = f"  {count(record.tokens)}, {money(record.cost_usd)}, {span((record.updated_ms - record.started_ms) / 1000)}"

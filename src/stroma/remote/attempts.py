@@ -28,6 +28,7 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
+from stroma.checkpoint.journal import Charge, Tried
 from stroma.checkpoint.payloads import BlobStore
 from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
@@ -128,6 +129,10 @@ class Attempts:
 class _Record:
     """Stands in for a journal's session: what the engine keeps of an attempt becomes the reply."""
 
+    address = ""
+    epoch = 0
+    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
+    tried: Mapping[tuple[int, str], Tried] = {}
     continued = False
     finished: Finished | None = None
     restored: Mapping[tuple[int, str], Committed] = {}

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
 from functools import partial
-from typing import Any, Final, Literal, cast
+from typing import Any, Final, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 from temporalio.api.operatorservice.v1 import ListSearchAttributesRequest
@@ -44,6 +45,8 @@ from stroma.trace import ExecutionResult, ExecutionTrace, RunStatus, TraceEvent
 
 __all__ = ["TemporalRunner"]
 
+T = TypeVar("T")
+
 #: After that many seconds somebody asks the run to say when it waits for a person: most runs have ended by then.
 _PATIENCE: Final = 0.2
 _LONGEST_ID: Final = 900  # bytes; a server takes 1000
@@ -53,6 +56,9 @@ _NOBODY: Final = (
     RPCStatusCode.DEADLINE_EXCEEDED,
     RPCStatusCode.CANCELLED,  # The client waited for as long as it may.
 )
+#: What calls say while the server cannot be reached.
+_AWAY: Final = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED)
+_LONGEST_PAUSE: Final = 2.0  # seconds between tries to reach a server
 _OPEN: Final = (WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.CONTINUED_AS_NEW)
 
 
@@ -69,6 +75,8 @@ class TemporalRunner:
     the node, before the run stops as PARTIAL; the second after ``redelivery_seconds``, the others after ever longer waits.
     ``history_events``: a run with a longer history goes on with a fresh one. ``task_seconds``: what a worker has for
     saying what comes next in a run, its history replayed; one that is lost in that moment is noticed after it.
+    ``server_seconds``: for how long a run that is begun, or asked for, waits for a server that cannot be reached, before
+    that is a StoreError with its address.
     """
 
     def __init__(
@@ -85,6 +93,7 @@ class TemporalRunner:
         redelivery_seconds: float = 1.0,
         history_events: int = 10_000,
         task_seconds: float = 10.0,
+        server_seconds: float = 60.0,
     ) -> None:
         self.client = client
         self.task_queue = task_queue
@@ -100,6 +109,7 @@ class TemporalRunner:
             "history_events": history_events,
         }
         self._task_timeout = timedelta(seconds=task_seconds)
+        self._server_seconds = server_seconds
         self._search: bool | None = None
 
     # ------------------------------------------------------------------ running
@@ -123,7 +133,7 @@ class TemporalRunner:
         SUSPENDED result; the run goes on by itself once :meth:`signal` has answered, and :meth:`resume` waits for it.
 
         Raises TypeError for what is no node or cannot be sent, RunBusy, RunExists, PipelineChanged, StoreError for a state
-        that is too large without ``payloads``.
+        that is too large without ``payloads``, and for a server that was away for ``server_seconds``.
         """
         begun = await self._begin(
             node_sequence, initial_state, run_id=run_id, context=context, resume=resume, if_exists=if_exists,
@@ -421,8 +431,10 @@ class TemporalRunner:
             SearchAttributePair(names.STATUS_KEY, "RUNNING"),
         ]
         conflict = WorkflowIDConflictPolicy
-        try:
-            handle = await self.client.start_workflow(
+        mark = os.urandom(8).hex()
+
+        async def start() -> WorkflowHandle[Any, Any]:
+            return await self.client.start_workflow(
                 names.WORKFLOW,
                 cast("Any", {"plan": plan, "state": fold(state)}),
                 id=_workflow_id(run_id),
@@ -434,19 +446,29 @@ class TemporalRunner:
                     "stroma_execution": plan["execution"],
                     "stroma_pipeline": plan["pipeline"],
                     "stroma_input": _input_of(state["initial"]),
+                    "stroma_mark": mark,
                 },
                 search_attributes=TypedSearchAttributes(attributes) if search else None,
             )
+
+        try:
+            handle = await self._patiently(start)
         except WorkflowAlreadyStartedError:
-            raise _busy(run_id) from None
+            # By an earlier try, perhaps, whose answer was lost with the server.
+            found = await self._describe(run_id)
+            if found is None or (await found.memo()).get("stroma_mark") != mark:
+                raise _busy(run_id) from None
+            handle = self._handle(run_id)
         return _Begun(self, run_id, handle, known, config, state["segment"])
 
     async def _has_search_attributes(self) -> bool:
         """Whether runs can have them. A server that does not say so goes without."""
         if self._search is None:
             try:
-                known = await self.client.operator_service.list_search_attributes(
-                    ListSearchAttributesRequest(namespace=self.client.namespace)
+                known = await self._patiently(
+                    lambda: self.client.operator_service.list_search_attributes(
+                        ListSearchAttributesRequest(namespace=self.client.namespace)
+                    )
                 )
                 wanted = {names.PIPELINE_KEY.name, names.STATUS_KEY.name}
                 self._search = wanted <= set(known.custom_attributes)
@@ -483,9 +505,28 @@ class TemporalRunner:
     def _handle(self, run_id: str) -> WorkflowHandle[Any, Any]:
         return self.client.get_workflow_handle(_workflow_id(run_id), result_type=dict)
 
+    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Call until the server can be reached. Raises StoreError once ``server_seconds`` are over, else RPCError."""
+        loop, pause = asyncio.get_running_loop(), 0.05
+        deadline = loop.time() + self._server_seconds
+        while True:
+            try:
+                return await call()
+            except RPCError as error:
+                if error.status not in _AWAY:
+                    raise
+                if loop.time() >= deadline:
+                    address = self.client.service_client.config.target_host
+                    raise StoreError(
+                        f"the Temporal server at {address} cannot be reached ({error}), tried for {self._server_seconds:g} s; "
+                        "start it, or correct the address, then run this once more"
+                    ) from error
+            await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
+            pause = min(pause * 2, _LONGEST_PAUSE)
+
     async def _describe(self, run_id: str) -> WorkflowExecutionDescription | None:
         try:
-            found = await self._handle(run_id).describe()
+            found = await self._patiently(lambda: self._handle(run_id).describe())
         except RPCError as error:
             if error.status == RPCStatusCode.NOT_FOUND:
                 return None

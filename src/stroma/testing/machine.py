@@ -72,6 +72,8 @@ class _Execution:
     status: str = "RUNNING"
     error: str | None = None
     attempts: list[_Kept] = field(default_factory=list)
+    #: How it had completed before it was opened once more, and how many attempts it had then.
+    was: tuple[str, str | None, int] | None = None
 
     def commits(self) -> dict[tuple[int, str], _Kept]:
         return {
@@ -275,10 +277,13 @@ class JournalStoreMachine(RuleBasedStateMachine):
             self._same("accept() saw", asked, {(*at, kept.row[NODE]) for at, kept in stay.items()})
         if way == "return":
             assert session.finished is not None, "a finished run was to be returned"
-            self._same("finished", tuple(session.finished), (run.last.status, run.last.error))
+            self._same("finished", session.finished[:2], (run.last.status, run.last.error))
             self._do(self._ending(session, "FAILED", "it may say so"))  # Of what is over it changes nothing.
         else:
             self._same("finished", session.finished, None)
+            run.last.was = None
+            if way == "continue" and run.last.status in ("COMPLETED", "RESUMED") and first is None:
+                run.last.was = run.last.status, run.last.error, len(run.last.attempts)
             run.last.status, run.last.error = "RUNNING", None
             run.opened += 1
             run.owner = _Handle(run_id, session, run.opened, holds=ends)
@@ -404,6 +409,12 @@ class JournalStoreMachine(RuleBasedStateMachine):
         owner = self._owner(which)
         self._do(self._ending(owner.session, status, error))
         execution = self.runs[owner.run_id].last
+        if (
+            (was := execution.was)
+            and status in ("COMPLETED", "RESUMED")
+            and was[2] == len(execution.attempts)
+        ):
+            status, error = was[:2]  # It had nothing to do.
         execution.status, execution.error = status, error
         owner.holds = owner.writes = False
         self._compare(owner.run_id)

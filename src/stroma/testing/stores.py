@@ -439,7 +439,7 @@ class JournalStoreTests:
         session = await begin(store)
         await finish(session, "FAILED", "it broke")
         attached = await begin(store, if_exists="attach")
-        assert tuple(attached.finished) == ("FAILED", "it broke")
+        assert attached.finished[:2] == ("FAILED", "it broke")
         (await begin(store)).abandon()
         attached = await begin(store, if_exists="attach")
         assert (attached.finished, attached.continued) == (None, True)
@@ -544,6 +544,60 @@ class JournalStoreTests:
         again.on_cancel = lambda: told.append(1)
         await asyncio.sleep(1.5)
         assert told == []
+
+    async def test_a_failure_that_a_retry_has_fixed(self, store: Any) -> None:
+        """While a run runs or waits, its cause is no failure that a later attempt at its place has fixed."""
+        session = await begin(store)
+        await fail(session, 0, message="first")
+        assert store.get_run("run").cause.message == "first"
+        await commit(session, 0, State(), attempt=2)
+        assert store.get_run("run").cause is None
+        await fail(session, 1, branch="0", message="second")
+        assert store.get_run("run").cause.message == "second"
+        waits = Waiting(1, "0", "node", "why", "")
+        asked = row(1, branch="0", attempt=2)
+        await settled(session.suspend((*asked[:6], "suspended", *asked[7:]), waits))
+        await finish(session, "SUSPENDED", "why")
+        record = store.get_run("run")
+        assert (record.cause, record.failures) == (None, 2)
+
+    async def test_a_cancel_outlives_its_owner(self, store: Any) -> None:
+        """Where cancel() was acknowledged and the owner died or stopped before it knew, whoever goes on finds it CANCELLED."""
+        for status in (None, "INTERRUPTED", "PARTIAL", "SUSPENDED"):
+            run_id = f"run {status}"
+            session = await begin(store, run_id)
+            await commit(session, 0, State(n=1))
+            assert await settled(store.cancel(run_id)) is True
+            if status is None:
+                session.abandon()
+            else:
+                await finish(session, status)
+            again = await begin(store, run_id, if_exists="resume")
+            assert again.finished is not None
+            assert again.finished.status == "CANCELLED"
+            await finish(again, "COMPLETED")
+            assert store.get_run(run_id).status == "CANCELLED"
+            assert restored(again) == {(0, ""): State(n=1)}
+            with pytest.raises(Fenced):
+                await commit(session, 1, State())
+            # It was cancelled once: who then asks for more gets it.
+            more = await begin(store, run_id, if_exists="resume")
+            assert (more.finished, more.continued) == (None, True)
+            more.abandon()
+
+    async def test_a_cancel_of_an_execution_is_none_of_the_next(self, store: Any) -> None:
+        """A cancel() that came too late, or concerned an execution that is begun anew, ends nothing later."""
+        session = await begin(store)
+        assert await settled(store.cancel("run")) is True
+        await finish(session, "COMPLETED")
+        late = await begin(store, if_exists="resume")
+        assert late.finished is None
+        assert await settled(store.cancel("run")) is True
+        late.abandon()
+        anew = await begin(store, if_exists="restart")
+        assert (anew.finished, anew.execution) == (None, 2)
+        await finish(anew, "INTERRUPTED")
+        assert (await begin(store, if_exists="resume")).finished is None
 
     async def test_a_run_that_nobody_holds_is_cancelled(self, store: Any) -> None:
         """cancel() marks a run that was interrupted, leaves one that has ended, and knows no other."""

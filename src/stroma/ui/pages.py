@@ -33,6 +33,7 @@ from stroma.history import (
     in_order,
     is_gone,
     place_of,
+    status_of,
 )
 from stroma.page import Bar, Box, Story, cause, document, fields_named, gantt, head, idle_ms, tree, utc
 from stroma.trace import RunStatus
@@ -134,7 +135,7 @@ class Pages:
     def _row(self, record: RunRecord) -> dict[str, Any]:
         return {
             "record": record,
-            "status": _status(record),
+            "status": status_of(record),
             "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
             "failures": f"{record.failures}+" if record.failures >= 20 else str(record.failures or ""),
             "why": _why(record),
@@ -178,7 +179,7 @@ class Pages:
         folded = request.query_params.get("idle") == "folded"
         picture = gantt(story.bars, link=lambda bar: addresses[bar.key], selected=selected, fold_idle=folded)
         shown = self._page(
-            "run.html", record=record, status=_status(record), gone=is_gone(record), head=Markup(head(story)),
+            "run.html", record=record, status=status_of(record), gone=is_gone(record), head=Markup(head(story)),
             cause=Markup(cause(story)), gantt=Markup(picture), attempts=[(one, address, bar.at) for bar, one, address in drawn],
             waiting=[one for one in self._history.waiting(record.run_id) if one.payload is None], next=page.next, first=after is None,
             restored=_restored(record, attempts), can_resume=can_resume(self._settings, record),
@@ -202,7 +203,7 @@ class Pages:
             facts.append(("at work", record.holder))
         seconds = max(0, record.updated_ms - record.started_ms) / 1000
         return Story(
-            record.run_id, record.pipeline, _status(record), bars, record.tokens, record.cost_usd, record.started_ms, seconds, box,
+            record.run_id, record.pipeline, status_of(record), bars, record.tokens, record.cost_usd, record.started_ms, seconds, box,
             tuple(facts),
         )  # fmt: skip
 
@@ -365,11 +366,6 @@ def _query(text: str, status: str, kind: str) -> RunQuery:
             rest.append(word)
     statuses = FAILED if status == "failed" else (status,) if status else ()
     return RunQuery(statuses=statuses, text=" ".join(rest) or None, **asked)
-
-
-def _status(record: RunRecord) -> str:
-    """A run whose owner is gone is shown as interrupted: its lease tells."""
-    return "INTERRUPTED" if is_gone(record) else record.status
 
 
 def _tone(status: str) -> str:

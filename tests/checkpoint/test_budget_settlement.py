@@ -1,0 +1,192 @@
+"""What a shared budget counts of processes that were killed: what their journals have, once, and nothing else."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.servers import environment
+from tests.shared_stores import SHARED, opened, place, store_of
+
+from stroma import (
+    NodeContract,
+    NodeHooks,
+    SharedBudget,
+    SQLiteStore,
+    StromaRunner,
+    current_node,
+    parallel,
+    stroma_node,
+)
+from stroma.shared_budget import read_budget
+
+Dying = Callable[..., list[str]]
+
+
+class State(BaseModel):
+    n: int = 0
+
+
+@pytest.fixture(params=SHARED)
+def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    with place(request.param) as where:
+        yield request.param, where
+
+
+@pytest.fixture
+def dying(journal: tuple[str, str], tmp_path: Path) -> Dying:
+    """Runs a process of tests.dying_helper to its end; the statuses that it printed."""
+
+    def run(**wish: Any) -> list[str]:
+        wish = {"calls": str(tmp_path / "calls"), **wish}
+        command = [sys.executable, "-m", "tests.dying_helper", *journal, json.dumps(wish)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+        assert done.returncode == (-9 if wish.get("die") else 0), done.stderr
+        return done.stdout.split()
+
+    return run
+
+
+def spent(kind: str, where: str) -> tuple[int, int]:
+    """(spent, reserved) tokens of the budget."""
+    with opened(kind, where) as store:
+        found = read_budget(store, "team")
+    assert found is not None
+    return found.spent_tokens, found.reserved_tokens
+
+
+def journaled(kind: str, where: str) -> int:
+    with opened(kind, where) as store:
+        return sum(run.tokens for run in store.list_runs())
+
+
+def calls(tmp_path: Path) -> int:
+    return (tmp_path / "calls").read_text().count("call")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("when", ["success", "failure"])
+def test_a_process_killed_behind_its_commit(dying: Dying, journal: tuple[str, str], when: str) -> None:
+    """Where budget and journal share a store, what an attempt spent is counted by the transaction that records it."""
+    dying(run_id="r", die=when, budget=[*journal, 500], fails=1 if when == "failure" else 0)
+    assert spent(*journal) == (100, 0)
+    assert journaled(*journal) == 100
+
+
+@pytest.mark.slow
+def test_killed_again_and_again(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
+    """However often processes are killed behind their commits, no call is made beyond the limit of a shared budget."""
+    for number in range(3):
+        dying(run_id=f"r{number}", die="success", budget=[*journal, 300])
+    assert dying(run_id="r3", budget=[*journal, 300]) == ["PARTIAL"]
+    assert dying(recover=True, budget=[*journal, 300]) == ["RESUMED"] * 3
+    assert (spent(*journal), journaled(*journal), calls(tmp_path)) == ((300, 0), 300, 3)
+
+
+@pytest.mark.slow
+def test_killed_in_the_call(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
+    """A call that no journal has is given back when its lease has ended."""
+    dying(run_id="r", die="node", budget=[*journal, 100])
+    assert spent(*journal) == (0, 100)
+    assert dying(run_id="s", budget=[*journal, 100]) == ["COMPLETED"]
+    assert (spent(*journal), calls(tmp_path)) == ((100, 0), 2)
+
+
+@pytest.mark.slow
+def test_another_store_and_a_resume(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
+    """Where the budget is in another store, a resume counts what the journal has of the process that was killed."""
+    budget = ["sqlite", str(tmp_path / "budget.db")]
+    dying(run_id="r", die="failure", fails=1, retries=3, budget=[*budget, 500])
+    assert spent(*budget) == (0, 100)
+    assert dying(recover=True, budget=[*budget, 500]) == ["RESUMED"]
+    assert (spent(*budget), journaled(*journal)) == ((200, 0), 200)
+    assert dying(run_id="r", budget=[*budget, 500]) == ["RESUMED"]
+    assert spent(*budget) == (200, 0)
+
+
+@pytest.mark.slow
+def test_another_store_and_the_end_of_the_lease(
+    dying: Dying, journal: tuple[str, str], tmp_path: Path
+) -> None:
+    """Where the budget is in another store, the next call after the lease counts what the journal has, then asks."""
+    budget = ["sqlite", str(tmp_path / "budget.db")]
+    dying(run_id="r", die="success", budget=[*budget, 100])
+    assert spent(*budget) == (0, 100)
+    assert dying(run_id="s", budget=[*budget, 100]) == ["PARTIAL"]
+    assert (spent(*budget), journaled(*journal), calls(tmp_path)) == ((100, 0), 100, 1)
+
+
+def node(node_id: str, tokens: int) -> Any:
+    @stroma_node(node_id, NodeContract(node_id=node_id, input_schema=State, output_schema=State))
+    async def call(state: State) -> Any:
+        running = current_node()
+        assert running is not None
+        running.report_usage(input_tokens=tokens)
+        return {"n": tokens}
+
+    return call
+
+
+@pytest.mark.parametrize("kind", SHARED)
+async def test_children_and_two_budgets(kind: str) -> None:
+    """Children of a group settle each of several budgets with their own commits, and all is counted once."""
+    with store_of(kind) as store:
+        budgets = [SharedBudget(name, max_tokens=1000, store=store, reserve_tokens=10) for name in ("b", "a")]
+        runner = StromaRunner.quick(store=store, shared_budgets=budgets)
+        children = [node(f"n{size}", size) for size in (1, 20, 300)]
+        result = await runner.run([parallel(*children), node("last", 7)], State(), run_id="r")
+        assert result.status == "COMPLETED", result.failure
+        for budget in budgets:
+            found = await budget.state()
+            assert found is not None
+            assert (found.spent_tokens, found.reserved_tokens) == (328, 0)
+
+
+@pytest.mark.parametrize("kind", SHARED)
+async def test_a_damaged_budget_costs_no_output(kind: str) -> None:
+    """A budget that is damaged while a call is in flight does not keep the output from being committed."""
+    with store_of(kind) as store:
+        budget = SharedBudget("team", max_tokens=1000, store=store, reserve_tokens=10)
+
+        @stroma_node("breaks", NodeContract(node_id="breaks", input_schema=State, output_schema=State))
+        async def breaks(state: State) -> Any:
+            await store.change_cell(budget.cell, lambda data, now: (b"{", None))
+            return {"n": 5}
+
+        runner = StromaRunner.quick(store=store, shared_budgets=budget)
+        result = await runner.run([breaks], State(), run_id="r")
+        assert (result.status, result.final_state) == ("COMPLETED", State(n=5))
+        assert store.get_run("r").nodes == 1
+
+
+async def test_a_call_that_goes_on_after_its_lease(tmp_path: Path) -> None:
+    """A call that is settled from its journal is counted once, also if its own process lives and settles it too."""
+    with SQLiteStore(tmp_path / "journal.db") as store, SQLiteStore(tmp_path / "budget.db") as cells:
+        budget = SharedBudget("team", max_tokens=1000, store=cells, reserve_tokens=10, lease_seconds=0.1)
+        kept: list[Any] = []
+
+        async def late(*_: Any) -> None:
+            # Behind the commit, before its own settlement: somebody else finds the lease at its end.
+            data, now = cells.read_cell(budget.cell)
+            state = json.loads(data)
+            kept.extend(state["holds"].values())
+            for hold in state["holds"].values():
+                hold[0] = now - 1
+            await cells.change_cell(budget.cell, lambda data, now: (json.dumps(state).encode(), None))
+            other = StromaRunner.quick(store=store, shared_budgets=budget)
+            await other.run([node("other", 40)], State(), run_id="s")
+
+        runner = StromaRunner.quick(store=store, shared_budgets=budget, hooks=NodeHooks(on_node_success=late))
+        result = await runner.run([node("call", 300)], State(), run_id="r")
+        assert result.status == "COMPLETED"
+        assert not result.hook_errors
+        assert kept
+        found = await budget.state()
+        assert found is not None
+        assert (found.spent_tokens, found.reserved_tokens) == (340, 0)

@@ -1,0 +1,154 @@
+"""Runs that take their process with them are given up, and attempts made before a crash count behind it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.dying_helper import State, pipeline
+from tests.servers import environment
+from tests.shared_stores import SHARED, opened, place
+
+from stroma import StromaRunner
+from stroma.checkpoint import RunRequest
+from stroma.checkpoint._owner import Owner
+from stroma.schemas import schema_of
+
+Dying = Callable[..., list[str]]
+
+
+@pytest.fixture(params=SHARED)
+def journal(request: pytest.FixtureRequest) -> Iterator[tuple[str, str]]:
+    with place(request.param) as where:
+        yield request.param, where
+
+
+@pytest.fixture
+def dying(journal: tuple[str, str], tmp_path: Path) -> Dying:
+    """Runs a process of tests.dying_helper to its end; the statuses that it printed."""
+
+    def run(**wish: Any) -> list[str]:
+        wish = {"calls": str(tmp_path / "calls"), **wish}
+        wish["options"] = {"lease_seconds": 0.5, **wish.get("options", {})}
+        command = [sys.executable, "-m", "tests.dying_helper", *journal, json.dumps(wish)]
+        done = subprocess.run(command, capture_output=True, text=True, env=environment(), timeout=60)
+        assert done.returncode in (0, -9), done.stderr
+        return done.stdout.split()
+
+    return run
+
+
+def calls(tmp_path: Path) -> int:
+    return (tmp_path / "calls").read_text().count("call")
+
+
+@pytest.mark.slow
+def test_no_recovery_without_end(dying: Dying, journal: tuple[str, str], tmp_path: Path) -> None:
+    """A run whose process died max_recoveries times is FAILED with reason "poison" and not called again, until forced."""
+    dying(run_id="r", die="node", options={"max_recoveries": 3})
+    for _ in range(2):
+        assert dying(recover=True, die="node", options={"max_recoveries": 3}) == []
+    assert calls(tmp_path) == 3
+    assert dying(recover=True, die="node", options={"max_recoveries": 3}) == ["FAILED"]
+    assert dying(recover=True, die="node", options={"max_recoveries": 3}) == []
+    assert dying(run_id="r", options={"max_recoveries": 3}) == ["FAILED"]
+    assert calls(tmp_path) == 3
+
+    async def look() -> None:
+        with opened(*journal) as store:
+            record = store.get_run("r")
+            assert (record.status, record.holder) == ("FAILED", None)
+            assert "poison" in record.error
+            result = await StromaRunner.quick(store=store, max_recoveries=3).run(
+                pipeline({"calls": str(tmp_path / "calls")}), State(), run_id="r", resume=True
+            )
+            assert result.failure is not None
+            assert (result.status, result.failure.reason, result.failure.failure_class) == (
+                "FAILED",
+                "poison",
+                "TERMINAL",
+            )
+
+    asyncio.run(look())
+    # Whoever forces it has as many deaths once more.
+    assert dying(run_id="r", die="node", options={"max_recoveries": 3, "force_resume": True}) == []
+    assert dying(run_id="r", options={"max_recoveries": 3}) == ["RESUMED"]
+    assert calls(tmp_path) == 5
+
+
+@pytest.mark.slow
+def test_retries_count_across_crashes(dying: Dying, tmp_path: Path) -> None:
+    """What attempts a killed process made of a node count: no process makes more of them than the policy grants."""
+    wish: dict[str, Any] = {"fails": 9, "retries": 2}
+    dying(run_id="r", die="failure", **wish)
+    assert calls(tmp_path) == 1
+    dying(recover=True, die="failure", **wish)
+    dying(recover=True, die="failure", **wish)
+    assert calls(tmp_path) == 3
+    # The last failure was recorded, what follows from it was not.
+    assert dying(recover=True, **wish) == ["PARTIAL"]
+    assert calls(tmp_path) == 3
+    # A resume of a run that has ended begins anew, as ever.
+    assert dying(run_id="r", **wish) == ["PARTIAL"]
+    assert calls(tmp_path) == 6
+
+
+@pytest.mark.parametrize("kind", SHARED)
+async def test_only_deaths_count(kind: str) -> None:
+    """An owner that says how its run ended, or is of this process, or never says when it ends, is no death."""
+
+    def request(**more: Any) -> RunRequest:
+        return RunRequest(
+            "r", "p", State(), schema_of(State), "resume", lease_seconds=0.2, max_recoveries=1, **more
+        )
+
+    with place(kind) as where, opened(kind, where) as store:
+        for status in ("INTERRUPTED", "PARTIAL", None):
+            session = await store.open_run(request())
+            assert session.finished is None
+            if status is None:
+                session.abandon()
+            else:
+                await session.end(status, None)
+        plain = await store.open_run(request(ends=False))
+        again = await store.open_run(request())
+        assert (plain.finished, again.finished) == (None, None)
+        owner = Owner.read(again.fence.owner)
+        assert owner is not None
+        await again.end("INTERRUPTED", None)
+
+
+@pytest.mark.slow
+def test_plain_steps_are_no_deaths(journal: tuple[str, str]) -> None:
+    """Plain code that calls a step in each of many processes, and never says that its run ends, goes on for ever."""
+    code = """
+import asyncio, sys
+from tests.dying_helper import State, pipeline
+from tests.shared_stores import opened
+from stroma import CheckpointManager, ContractRegistry, ReliabilityContext, RunConfig, execute_step
+
+async def main():
+    with opened(*sys.argv[1:3]) as store:
+        config = RunConfig(run_id="r", resume=True, max_recoveries=2)
+        ctx = ReliabilityContext.for_run(config, ContractRegistry(), CheckpointManager(store))
+        node = pipeline({"calls": "/dev/null"}).nodes[0]
+        result = await execute_step("pay", node, State(), ctx)
+        print(result.status, result.final_state)
+
+asyncio.run(main())
+"""
+    for _ in range(4):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *journal],
+            capture_output=True,
+            text=True,
+            env=environment(),
+            timeout=60,
+        )
+        assert done.stdout.endswith(" n=1\n"), done.stderr

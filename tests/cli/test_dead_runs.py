@@ -1,0 +1,48 @@
+"""Runs whose process died: given up after a while, forced on, and shown as what they are."""
+
+import json
+
+import pytest
+
+GOOD = '{"start": 1}'
+
+
+@pytest.mark.slow
+def test_a_run_that_kept_dying_is_forced(stroma):
+    """A run given up as poison stays FAILED under a plain resume and calls nothing; --force goes on with it."""
+    stroma.file(
+        "deadly.py",
+        """
+        from sums import *
+        import signal
+
+        async def deadly(state):
+            called("deadly")
+            if "WELL" not in os.environ:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return {"n": 2}
+
+        pipeline = Pipeline("deadly", [node("deadly", deadly, Count, Sum)], config=RunConfig(max_recoveries=2))
+        """,
+    )
+    assert stroma("run", "deadly.py:pipeline", GOOD, "--run-id", "x").code == -9
+    assert stroma("resume", "x", "deadly.py:pipeline").code == -9
+    given_up = stroma("resume", "x", "deadly.py:pipeline", env={"WELL": "1"})
+    assert given_up.code == 1
+    assert "poison: the process died 2 times under this run" in given_up.err
+    assert stroma.calls() == ["deadly", "deadly"]
+    assert "poison" in stroma("runs").out
+    forced = stroma("resume", "x", "deadly.py:pipeline", "--force", "-q", env={"WELL": "1"})
+    assert (forced.code, json.loads(forced.out)) == (0, {"n": 2})
+
+
+@pytest.mark.slow
+def test_a_run_whose_owner_is_gone_is_interrupted(stroma):
+    """`stroma runs` says INTERRUPTED of a run whose process died, finds it by that status, and not among the RUNNING."""
+    env = {"SECOND": "os.kill(os.getpid(), signal.SIGKILL)"}
+    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "x", env=env).code == -9
+    for asked in ((), ("--status", "INTERRUPTED")):
+        (run,) = json.loads(stroma("runs", "--json", *asked).out)["runs"]
+        assert (run["run_id"], run["status"], run["holder"]) == ("x", "INTERRUPTED", None)
+    assert json.loads(stroma("runs", "--json", "--status", "RUNNING").out)["runs"] == []
+    assert "INTERRUPTED" in stroma("show", "x").out
