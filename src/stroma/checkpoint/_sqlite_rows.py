@@ -76,8 +76,10 @@ _STEP: Final = """INSERT OR REPLACE INTO steps (run, execution, position, branch
 # that were acknowledged to it. An output in place of another one is no further commit.
 _FENCE: Final = "WHERE run = ? AND lease_epoch = ? AND lease_owner = ? AND attempt_count >= ?"
 _COUNT: Final = f"""UPDATE runs SET updated_ms = ?, lease_until_ms = ?, tokens = tokens + ?, cost_pico = cost_pico + ?,
-    latency_ns = latency_ns + ?, attempt_count = attempt_count + 1, commit_count = commit_count + (? AND NOT EXISTS
-    (SELECT 1 FROM steps s WHERE s.run = runs.run AND s.execution = ? AND s.position = ? AND s.branch = ?)) {_FENCE}"""
+    latency_ns = latency_ns + ?, attempt_count = attempt_count + 1, commit_count = commit_count + ? {_FENCE}"""
+# The sign: without it SQLite compiles the statement anew for each position, in view of the index `wanted`; that takes
+# 12 us in place of 2.
+_IS_COMMITTED: Final = "SELECT 1 FROM steps WHERE run = ? AND execution = ? AND position = +? AND branch = ?"
 _COUNTED: Final = "SELECT attempt_count FROM runs WHERE run = ?"
 _END: Final = f"UPDATE runs SET status = ?, error = ?, updated_ms = ?, lease_until_ms = NULL {_FENCE}"
 _RENEW: Final = f"UPDATE runs SET lease_until_ms = ? {_FENCE} AND lease_until_ms IS NOT NULL"
@@ -217,7 +219,7 @@ class SqliteRows:
         # Recorded by an earlier call whose acknowledgement was lost; so were its output and its totals.
         is_new = self.db.execute(_ATTEMPT, attempted).rowcount == 1
         if is_new:
-            if self.db.execute(_COUNT, _count_values(_now_ms(), fence, attempt, step)).rowcount != 1:
+            if self.db.execute(_COUNT, self._count_values(_now_ms(), fence, attempt, step)).rowcount != 1:
                 return False
             if step is not None:
                 self.db.execute(_STEP, _step_values(fence, attempt, step))
@@ -233,12 +235,19 @@ class SqliteRows:
         attempts = [(f.run, f.execution, f.epoch, *attempt) for _, f, attempt, _ in commits]
         if db.executemany(_ATTEMPT, attempts).rowcount != count:
             return False
-        counts = [_count_values(now, f, attempt, step) for _, f, attempt, step in commits]
+        counts = [self._count_values(now, f, attempt, step) for _, f, attempt, step in commits]
         if db.executemany(_COUNT, counts).rowcount != count:
             return False
         db.executemany(_STEP, steps)
         self._written.update((id(f), f) for _, f, _, _ in commits)
         return True
+
+    def _count_values(
+        self, now_ms: int, fence: Fence, attempt: Attempt, step: Step | None
+    ) -> tuple[Any, ...]:
+        place = (fence.run, fence.execution, attempt.position, attempt.branch)
+        is_new = step is not None and not self.db.execute(_IS_COMMITTED, place).fetchall()
+        return (now_ms, _until(fence.lease_seconds), *_counted(attempt), is_new, *_fence_values(fence))
 
     def finish(self, fence: Fence, status: str, error: str | None, updated_ms: int | None = None) -> bool:
         values = (status, error, _now_ms() if updated_ms is None else updated_ms, *_fence_values(fence))
@@ -369,11 +378,6 @@ def _counted(attempt: Attempt) -> tuple[int, int, int]:
 
 def _fence_values(fence: Fence) -> tuple[Any, ...]:
     return fence.run, fence.epoch, fence.owner, fence.acknowledged
-
-
-def _count_values(now_ms: int, fence: Fence, attempt: Attempt, step: Step | None) -> tuple[Any, ...]:
-    lease, place = _until(fence.lease_seconds), (fence.execution, attempt.position, attempt.branch)
-    return (now_ms, lease, *_counted(attempt), step is not None, *place, *_fence_values(fence))
 
 
 def _step_values(fence: Fence, attempt: Attempt, step: Step) -> tuple[Any, ...]:
