@@ -104,7 +104,7 @@ def test_another_store_and_a_resume(dying: Dying, journal: tuple[str, str], tmp_
     budget = ["sqlite", str(tmp_path / "budget.db")]
     dying(run_id="r", die="failure", fails=1, retries=3, budget=[*budget, 500])
     assert spent(*budget) == (0, 100)
-    assert dying(recover=True, budget=[*budget, 500]) == ["RESUMED"]
+    assert dying(recover=True, retries=3, budget=[*budget, 500]) == ["RESUMED"]
     assert (spent(*budget), journaled(*journal)) == ((200, 0), 200)
     assert dying(run_id="r", budget=[*budget, 500]) == ["RESUMED"]
     assert spent(*budget) == (200, 0)
