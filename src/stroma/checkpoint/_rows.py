@@ -134,7 +134,10 @@ class RunRow(NamedTuple):
 
 class Attempt(NamedTuple):
     """One attempt, as it is kept. What tells it from a repeated call for the same one is its start: a resumed run, and
-    a group that is tried again, count attempts from 1."""
+    a group that is tried again, count attempts from 1.
+
+    ``identity``: of the step of plain code that the position is of (see ``stroma._identity``); None in a pipeline.
+    """
 
     position: int
     started_ns: int
@@ -150,6 +153,7 @@ class Attempt(NamedTuple):
     output_tokens: int
     cost_pico: int
     model: str | None
+    identity: str | None = None
 
 
 class Step(NamedTuple):
@@ -232,6 +236,10 @@ class Rows(Protocol):
 
     def is_whole(self, found: RunRow) -> bool:
         """Return whether the last execution has its input and all the attempts and commits that its run counts."""
+        ...
+
+    def identities(self, run: Any, execution: int) -> Iterable[tuple[str, int]]:
+        """(identity, position) of each step of plain code that has an attempt in an execution, or one inside it."""
         ...
 
     def was_deleted(self, run: Any) -> bool:
