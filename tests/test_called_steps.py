@@ -362,8 +362,8 @@ async def test_a_step_that_failed_keeps_its_place(store: Any) -> None:
         await world.call("a", state)
         raise ValueError("no")
 
-    ctx = context_on(store)
-    failed = await execute_step("a", broken, Text(), ctx)
+    async with context_on(store) as ctx:
+        failed = await execute_step("a", broken, Text(), ctx)
     assert failed.status is RunStatus.PARTIAL
     again = context_on(store)
     await world.ask("c", "", again)

@@ -25,6 +25,7 @@ from stroma import (
 from stroma.adapters import (
     CrewAIAdapter,
     FrameworkAdapter,
+    Guard,
     UnknownNode,
     stroma_crewai_step,
     what_stopped,

@@ -140,7 +140,7 @@ def test_a_process_that_is_killed_again_and_again(postgres: PostgresServer, tmp_
 
     def process(die: int) -> subprocess.CompletedProcess[str]:
         words = [sys.executable, "-c", PROGRAM, postgres.dsn, str(calls), run, str(die)]
-        return subprocess.run(words, env=env, capture_output=True, text=True, timeout=180, check=False)
+        return subprocess.run(words, env=env, capture_output=True, text=True, timeout=60, check=False)
 
     deaths = 0
     for die in (2, 3, 2):
