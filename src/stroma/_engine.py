@@ -30,7 +30,7 @@ from stroma._probe import Call
 from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
-from stroma.checkpoint import Finished, StepCall, StoreError, Waiting, schema_ref
+from stroma.checkpoint import Finished, PipelineChanged, StepCall, StoreError, Waiting, schema_ref
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation
 from stroma.cost import BudgetExceeded, UsageError
@@ -130,6 +130,7 @@ class Place(TypedDict, total=False):
 
     Attributes:
         contract: wins over the registry, which wins over the marker.
+        restores: whether what is committed there already is the output; otherwise the function is called all the same.
         cancelling: the running task's count of cancellations when the driver began (0 in a task of its own), to tell a
             new one from a node's stray CancelledError.
     """
@@ -140,6 +141,7 @@ class Place(TypedDict, total=False):
     contract: NodeContract[Any, Any] | None
     step: StepCall | None
     cancelling: int
+    restores: bool
 
 
 async def execute_in_turn(
@@ -153,6 +155,7 @@ async def execute_in_turn(
     contract: NodeContract[Any, Any] | None = None,
     step: StepCall | None = None,
     cancelling: int = 0,
+    restores: bool = True,
 ) -> BaseModel | Halt | None:
     """:func:`execute` for nodes in turn, each at the next position and on the output of the one before.
 
@@ -171,10 +174,10 @@ async def execute_in_turn(
                 # Either a cancellation is on its way, and this lets it in; or a node's TaskGroup has left one behind.
                 await asyncio.sleep(0)
                 cancelling = task.cancelling()
-        if branch and (position, branch) in ctx.done:
+        if branch and restores and (position, branch) in ctx.done:
             value = ctx.done[position, branch]
             continue
-        if ctx.restored:
+        if ctx.restored and restores:
             committed = await restore(
                 ctx,
                 node,
@@ -186,7 +189,7 @@ async def execute_in_turn(
                 parent=parent,
             )
             if committed is not None:
-                if ctx.step_policies and branch and (parent is None or parent.remembers):
+                if ctx.step_policies and parent is not None and parent.kind == "group" and parent.remembers:
                     ctx.done[position, branch] = committed
                 value = committed
                 continue
@@ -368,7 +371,8 @@ def _exceeded(ctx: ReliabilityContext, run: NodeExecution) -> BudgetExceeded | N
 def _remember(ctx: ReliabilityContext, run: NodeExecution, output: BaseModel) -> None:
     """Only node_policies can try a whole group again; what its children committed is not run again then."""
     if run.branch:
-        if run.parent is None or run.parent.remembers:
+        # A step that code calls is called again by another attempt of that code.
+        if run.parent is not None and run.parent.kind == "group" and run.parent.remembers:
             ctx.done[run.position, run.branch] = output
     elif ctx.done:
         for key in [key for key in ctx.done if key[0] == run.position]:
@@ -721,6 +725,8 @@ async def _fail(
         except BaseException as stopped:  # KeyboardInterrupt in a classifier, say.
             await _abandon(ctx, run, begin, 0, picture, stopped)
             raise
+        if is_a(exc, PipelineChanged):  # Of a step inside: whoever tries again meets the same.
+            failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
         for probe in ctx.probes:
             failure = probe.diagnosed(run, failure)
         if is_a(exc, ContractViolation) and _may_repair(ctx, run, failure):

@@ -15,7 +15,7 @@ from stroma._commit import settle
 from stroma._engine import GroupStopped, Halt, execute
 from stroma._restore import check_committed, output_schema, read_output, value_of
 from stroma._tasks import refusal
-from stroma.checkpoint import Committed, PipelineChanged, StepCall, StoreError
+from stroma.checkpoint import Committed, PipelineChanged, StepCall, StoreError, inside_of
 from stroma.checkpoint.journal import OF_MAP
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation
@@ -27,7 +27,7 @@ from stroma.nodes import Group, Node
 from stroma.schemas import schema_of
 from stroma.trace import FewRows, Outcome, Row
 
-__all__ = ["DEFAULT_CONCURRENCY", "MapRun"]
+__all__ = ["DEFAULT_CONCURRENCY", "MapRun", "branches_in"]
 
 #: How many items run at once where they could be endless and nobody says.
 DEFAULT_CONCURRENCY: Final = 64
@@ -66,7 +66,8 @@ class MapRun:
         self._state_of = state_of
         self._collect = collect
         self._prefix = f"{group.branch}." if group.branch else ""
-        self._inside = _branches_of(child)
+        self._inside = branches_in(child)
+        self._inside_step = inside_of(group.step)
         self._crew = _Crew(limit)
         self._stopped: Halt | None = None
         self._waiting: Halt | None = None
@@ -159,6 +160,9 @@ class MapRun:
     def _branch(self, index: int) -> str:
         return f"{self._prefix}{index}"
 
+    def _call_of(self, item: Item) -> StepCall | None:
+        return self._inside_step if item.made_of is None else StepCall(0, item.made_of)
+
     async def _one(self, item: Item, value: BaseModel) -> None:
         if self._stopped is not None:
             return
@@ -182,7 +186,7 @@ class MapRun:
             branch=self._branch(item.index),
             kind="item",
             parent=group,
-            step=None if item.made_of is None else StepCall(0, item.made_of),
+            step=self._call_of(item),
         )
 
     async def _failed(self, item: Item, halt: Halt) -> None:
@@ -213,7 +217,7 @@ class MapRun:
             cast("Outcome", "collected"), (failure.failure_class, failure.message, failure.reason), None,
             group.position, self._branch(item.index), group.node_id, None, None,
         )  # fmt: skip
-        call = None if item.made_of is None else StepCall(0, item.made_of)
+        call = self._call_of(item)
         schema = schema_of(ItemFailure)
         pending: Awaitable[None] | Exception | None
         try:
@@ -384,14 +388,14 @@ class MapRun:
             yield index, value_of(self._ctx.registry, self._child, committed)
 
 
-def _branches_of(node: Node | Group) -> list[str]:
+def branches_in(node: Node | Group) -> list[str]:
     """The branches below a node that are known before it runs."""
     if isinstance(node, Node) or node.each:
         return []
     return [
         branch
         for index, child in enumerate(node.children)
-        for branch in (str(index), *(f"{index}.{rest}" for rest in _branches_of(child)))
+        for branch in (str(index), *(f"{index}.{rest}" for rest in branches_in(child)))
     ]
 
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from stroma._announce import tell_end
+from stroma._identity import child_indexes, is_called
 from stroma._restore import output_schema, raw_output, read_output
-from stroma.checkpoint import Committed
+from stroma.checkpoint import Committed, StepCall
 from stroma.context import ReliabilityContext
 from stroma.execution import CURRENT, Kind, NodeExecution, leave, new_execution
 from stroma.failures import RunFailed
@@ -20,10 +21,12 @@ __all__ = ["redeliver"]
 
 async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> None:
     """Fire what is due of earlier processes, the oldest first. None of it is in the trace or in the totals."""
+    identities = {position: identity for identity, position in ctx.session.places.items()}
     for row in ctx.session.undelivered:
         node, kind = _node_at(nodes, row[POSITION], row[BRANCH])
         run = new_execution(ctx, row[NODE], kind, row[POSITION], row[BRANCH], [])
         run.attempt, run.counted, run.ended, run.redelivered = row[ATTEMPT], row[USAGE] or NO_USAGE, row, True
+        run.step = StepCall(0, None, identities.get(row[POSITION]))
         token = CURRENT.set(run)
         try:
             await _tell(ctx, run, row, node)
@@ -88,7 +91,9 @@ def _node_at(nodes: Sequence[Node | Group], position: int, branch: str) -> tuple
     children: Sequence[Node | Group] = nodes
     node: Node | Group | None = None
     kind: Kind = "node"
-    for index in (position, *map(int, branch.split(".") if branch else ())):
+    if is_called(branch):
+        return None, "node"
+    for index in (position, *child_indexes(branch)):
         each = isinstance(node, Group) and node.each
         place = 0 if each else index
         if place >= len(children):

@@ -7,6 +7,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stroma._identity import child_indexes, is_called
 from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractRegistry, NodeContract
@@ -217,7 +218,7 @@ def check_place(
         )
     node = nodes[position]
     group: str | None = None
-    for index in map(int, branch.split(".") if branch else ()):
+    for index in child_indexes(branch):
         children = node.children if isinstance(node, Group) else ()
         place = 0 if isinstance(node, Group) and node.each else index
         if place >= len(children):
@@ -226,6 +227,8 @@ def check_place(
                 f"position {position}, and {node.node_id!r} has no such child; restore it, or begin a new run"
             )
         node, group = children[place], node.node_id
+    if is_called(branch):  # What a node calls, or its hooks, is known when it is called.
+        return
     # What a group gives depends on its input, so its schema is checked when it is restored.
     schema = output_schema(ctx, node, None) if isinstance(node, Node) else None
     check_committed(ctx, node, schema, committed, position, branch, group)

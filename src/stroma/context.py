@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter_ns, time_ns
@@ -13,6 +12,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from pydantic import BaseModel
 
+from stroma._identity import StepCalls
 from stroma._merged import spelled_out
 from stroma._probe import PROBES, Probe
 from stroma._showing import HIDDEN
@@ -74,6 +74,7 @@ class _NoSession:
     continued = False
     finished: Finished | None = None
     restored: Mapping[tuple[int, str], Committed] = {}
+    places: Mapping[str, int] = {}
     prior = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
     traceparent: str | None = None
@@ -81,6 +82,9 @@ class _NoSession:
     on_cancel: Callable[[], None] | None = None
 
     def delivered(self, row: Row) -> None:
+        return None
+
+    def note_call(self, position: int, identity: str) -> None:
         return None
 
     def note_traceparent(self, traceparent: str) -> None:
@@ -138,13 +142,66 @@ class ReliabilityContext:
 
     # Slots, since several of them are asked for each node.
     __slots__ = (
-        "__weakref__", "_beginning", "_budget", "_calls", "_classifiers", "_gives_up", "_hooks", "_model_fallbacks",
-        "_next_position", "_notes", "_opening", "_policy_map", "_recorded", "_waits", "_warned", "cancelled",
-        "chained", "checkpoint_manager", "config", "context", "cost_tracker", "delivers", "done", "elsewhere", "ends",
-        "epoch_ns", "failed_items", "failed_maps", "fire", "gated", "hook_failures", "interrupt", "kept_traceparent",
-        "lends", "lent", "limits", "newest", "pictured", "pipeline", "probes", "recovers", "registry", "restored",
-        "retry_budget", "run_id", "run_logger", "secrets", "session", "step_failure", "step_policies", "step_status",
-        "step_timeouts", "stops", "suspended", "timed", "trace", "traceparent", "tried", "unpriced",
+        "__weakref__",
+        "_beginning",
+        "_budget",
+        "_classifiers",
+        "_gives_up",
+        "_hooks",
+        "_model_fallbacks",
+        "_next_position",
+        "_notes",
+        "_opening",
+        "_policy_map",
+        "_taken",
+        "_waits",
+        "_warned",
+        "apart",
+        "calls",
+        "cancelled",
+        "chained",
+        "checkpoint_manager",
+        "config",
+        "context",
+        "cost_tracker",
+        "delivers",
+        "done",
+        "elsewhere",
+        "ends",
+        "epoch_ns",
+        "failed_items",
+        "failed_maps",
+        "fire",
+        "gated",
+        "hook_failures",
+        "interrupt",
+        "kept_traceparent",
+        "lends",
+        "lent",
+        "limits",
+        "newest",
+        "pictured",
+        "pipeline",
+        "probes",
+        "recovers",
+        "registry",
+        "restored",
+        "retry_budget",
+        "run_id",
+        "run_logger",
+        "secrets",
+        "session",
+        "step_failure",
+        "step_policies",
+        "step_status",
+        "step_timeouts",
+        "stops",
+        "suspended",
+        "timed",
+        "trace",
+        "traceparent",
+        "tried",
+        "unpriced",
     )  # fmt: skip
 
     run_id: str
@@ -222,9 +279,11 @@ class ReliabilityContext:
         #: The telling of the hooks that the run of plain code begins.
         self._beginning: asyncio.Future[None] | None = None
         self._next_position = 0
-        #: How often each step id was called by plain code, and where the journal has those calls.
-        self._calls: Counter[str] | None = None
-        self._recorded: dict[tuple[str, int], int] | None = None
+        #: The steps that plain code has called, and the positions at which the journal has something.
+        self.calls: StepCalls | None = None
+        #: See RunRequest.
+        self.apart: tuple[tuple[int, str], ...] = ()
+        self._taken: set[int] | None = None
         #: Somebody elsewhere has cancelled the run: nothing is tried again. And whether no further node shall begin.
         self.cancelled = self.stops = False
         #: Whether only a run that was interrupted, or died, is gone on with.
@@ -354,6 +413,7 @@ class ReliabilityContext:
         if self.session is _NO_SESSION:
             if self._opening is None:
                 config = self.config
+                self.apart = apart
                 resumed = config.resume or discard_from is not None
                 request = RunRequest(
                     self.run_id,
@@ -529,30 +589,27 @@ class ReliabilityContext:
         """1 for the first execution of this run id, 2 after a restart, and so on."""
         return self.session.execution
 
-    def next_step(self, step_id: str) -> tuple[int, int]:
-        """The position of the next step of plain code, and which call of its id it is (both 0-based).
+    def place_of(self, identity: str) -> int:
+        """The position of a step of plain code: the one it has in the journal, else the next at which there is nothing.
 
-        A call that is in the journal has the position it had; the others take the free ones in order.
+        Raises RuntimeError in a pipeline, whose nodes have the positions.
         """
-        if self._recorded is None:
-            self._recorded = {
-                (kept.node_id, kept.step.number): position
-                for (position, branch), kept in self.restored.items()
-                if kept.step is not None and not branch
-            }
-        if self._calls is None:
-            self._calls = Counter()
-        number = self._calls[step_id]
-        self._calls[step_id] += 1
-        position = self._recorded.get((step_id, number))
-        return self.free_position() if position is None else position, number
-
-    def free_position(self) -> int:
-        """The next position of plain code that nothing has, and nothing is recorded at."""
-        while (self._next_position, "") in self.restored:
+        if self.chained:
+            raise RuntimeError(
+                f"step {identity.partition('#')[0]!r} was called in run {self.run_id!r} of a pipeline, outside of its nodes; "
+                "call it in a node, or with a context of its own"
+            )
+        position = self.session.places.get(identity)
+        if position is None:
+            if self._taken is None:
+                self._taken = {at for at, _ in (*self.restored, *self.session.waiting)}
+                self._taken.update(self.session.places.values())
+            while self._next_position in self._taken:
+                self._next_position += 1
+            position = self._next_position
             self._next_position += 1
-        self._next_position += 1
-        return self._next_position - 1
+        self.session.note_call(position, identity)
+        return position
 
     def contract_of(self, node: Node) -> NodeContract[Any, Any] | None:
         """The contract a node runs under: the registry's, else its marker's."""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 
 from pydantic import BaseModel
 
+from stroma._identity import StepCalls
 from stroma.checkpoint import StepCall, resolve_schema
 from stroma.cost import limits
 from stroma.failures import Failure, Suspend
@@ -107,6 +108,30 @@ class NodeExecution:
     #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
     misreported: UsageError | None = None
     _notes: dict[Any, Any] | None = None
+    _calls: StepCalls | None = None
+
+    @property
+    def calls(self) -> StepCalls:
+        """The steps that code calls inside of its present attempt."""
+        calls = self._calls
+        if calls is None or calls.attempt != self.attempt:
+            # Each attempt has children and a clock of its own.
+            calls = self._calls = StepCalls(self.attempt)
+            self.children, self.busy_ns, self.running = [], 0, 0
+        return calls
+
+    def branch_of(self, identity: str) -> str:
+        """Where a step stands that is called inside of its present attempt."""
+        attempts = [self.attempt]
+        above = self.parent
+        while above is not None and above.kind == "group":
+            attempts.append(above.attempt)
+            above = above.parent
+        while attempts and attempts[-1] == 1:
+            attempts.pop()
+        # Another attempt calls its steps again: what the one before recorded is none of its own.
+        called = f"{'-'.join(map(str, attempts))}:{identity}" if attempts else identity
+        return f"{self.branch}.{called}" if self.branch else called
 
     def enter(self, now: int) -> None:
         """A function inside this group begins."""
@@ -193,10 +218,15 @@ class NodeExecution:
 
     @property
     def idempotency_key(self) -> str:
-        """The same for all attempts at this position of this execution of the run, in every process."""
-        ctx = self.ctx
+        """The same for all attempts of this node, or this call of a step, in this execution of the run, in every process."""
+        ctx, outermost = self.ctx, self
+        while outermost.parent is not None:
+            outermost = outermost.parent
+        step = outermost.step
+        # A step of plain code is known by what it is: its position depends on what was recorded before it.
+        at = outermost.position if step is None or step.identity is None else step.identity
         # Read from its end, it has one meaning whatever the run id holds.
-        return f"{ctx.run_id}:{ctx.execution}:{self.position}:{self.branch}"
+        return f"{ctx.run_id}:{ctx.execution}:{at}:{self.branch}"
 
     @property
     def usage(self) -> AttemptUsage:

@@ -18,6 +18,7 @@ from stroma._merged import merged_model, with_list
 from stroma._restore import output_schema
 from stroma._tasks import gather
 from stroma._values import isolate
+from stroma.checkpoint import inside_of
 from stroma.context import ReliabilityContext
 from stroma.execution import Kind, NodeExecution
 from stroma.failures import ItemFailure
@@ -275,11 +276,14 @@ async def _side_by_side(
     stopped: list[Halt] = []
     waiting: list[Halt] = []
     prefix = f"{group.branch}." if group.branch else ""
+    inside_step = None if group.step is None else inside_of(group.step)
 
     async def one(index: int, node: Node | Group, value: BaseModel) -> BaseModel | None:
         if stopped:
             return None
-        outcome = await execute_in_turn(ctx, (node,), value, group.position, f"{prefix}{index}", kind, group)
+        outcome = await execute_in_turn(
+            ctx, (node,), value, group.position, f"{prefix}{index}", kind, group, step=inside_step
+        )
         if not isinstance(outcome, Halt):
             return outcome
         if outcome.suspended:  # Its siblings need not wait: all that can be done is done.

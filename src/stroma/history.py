@@ -5,12 +5,14 @@ Everything is read through the public reading functions of a journal store; noth
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
 from typing import Any, Final, Literal, NamedTuple
 
+from stroma._identity import is_called
 from stroma._showing import HIDDEN, Redact, hidden_values, hide_state, hide_words, without
 from stroma.checkpoint._states import AsyncStates
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
@@ -63,13 +65,37 @@ def place_of(attempt: AttemptRecord) -> str:
 
 
 def in_order(attempts: Iterable[AttemptRecord]) -> list[AttemptRecord]:
-    """A group before its children, and these by their place in it, not as text: item 10 after item 9."""
+    """A group before its children, and these by their place in it, not as text: item 10 after item 9.
 
-    def key(attempt: AttemptRecord) -> tuple[int, tuple[int, ...], int, int]:
-        branch = tuple(int(part) if part.isdecimal() else -1 for part in attempt.branch.split(".") if part)
+    Steps that a node calls stand in the order in which they began, each with what is inside it.
+    """
+    found = list(attempts)
+    #: When each step that code called began, or the first thing inside it.
+    began: dict[tuple[int, str], int] = {}
+    for one in found:
+        if is_called(one.branch):
+            for place in _places_around(one.branch):
+                at = (one.position, place)
+                began[at] = min(began.get(at, one.started_ns), one.started_ns)
+
+    def key(attempt: AttemptRecord) -> tuple[int, list[tuple[int, str]], int, int]:
+        branch = [
+            (int(part), "") if part.isdecimal() else (began.get((attempt.position, place), -1), part)
+            for place in _places_around(attempt.branch)
+            for part in (place.rpartition(".")[2],)
+        ]
         return attempt.position, branch, attempt.started_ms, attempt.attempt
 
-    return sorted(attempts, key=key)
+    return sorted(found, key=key)
+
+
+def _places_around(branch: str) -> list[str]:
+    """Each place on the way to a branch, the branch itself last: of "0.2" there are "0" and "0.2"."""
+    return (
+        list(itertools.accumulate(branch.split("."), lambda around, part: f"{around}.{part}"))
+        if branch
+        else []
+    )
 
 
 def waste(attempts: Iterable[AttemptRecord]) -> tuple[int, float]:

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial, update_wrapper
 from textwrap import shorten
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel, ValidationError
 
 from stroma._engine import Halt, execute
+from stroma._identity import SCOPE, Identity, StepCalls, is_called
+from stroma._map import branches_in
 from stroma._redeliver import redeliver
-from stroma.checkpoint import PipelineChanged, StepCall
+from stroma.checkpoint import PipelineChanged, StepCall, inside_of
+from stroma.checkpoint.journal import INSIDE
 from stroma.context import ReliabilityContext
 from stroma.contracts import NodeContract
+from stroma.execution import current_node
 from stroma.hooks import HookNotAsync
-from stroma.nodes import Group, Kept, find_node, make_node
+from stroma.nodes import Group, Kept, Node, find_node, make_node
 from stroma.schemas import NotSerialisable, schema_of
 from stroma.trace import ExecutionResult, RunStatus
 
@@ -34,42 +38,67 @@ async def execute_step(
     """Run one function as a step of a context; the result has the totals and trace of the whole context so far.
 
     ``contract`` wins over the registry's, that over the marker's. Without any, nothing is refused: output that fits
-    the input's class becomes it, other output is kept as it was returned. Each call is a position of its own. Under
-    ``resume=True`` the n-th call of a step id gives the output that is recorded for it, without calling the function.
-    ``async with ctx:`` around the steps holds the run against others, notes in the journal how it ended, and makes the
-    hooks hear of its start and end.
+    the input's class becomes it, other output is kept as it was returned. Each call in plain code is a position of its own;
+    in a node of the same run, with ``current_run()`` as the context, it is a child of that node. Under ``resume=True`` the
+    n-th call of a step id in an asyncio task gives the output that is recorded for it, without calling the function; another
+    attempt of a node calls its steps again. ``async with ctx:`` around the steps holds the run against others, notes in the
+    journal how it ended, and makes the hooks hear of its start and end.
 
-    Raises PipelineChanged if that was recorded for another input; inputs that have no stored form are not compared.
+    Raises PipelineChanged if that, or a part of a group, was recorded for another input; inputs that have no stored form are
+    not compared. Raises RuntimeError in a pipeline outside of its nodes.
     """
     if not isinstance(input_state, BaseModel):
         raise TypeError(
             f"the input of step {step_id!r} must be a pydantic model, not {type(input_state).__name__}"
         )
-    await ctx.open(input_state, ends=ctx.ends)
-    if ctx.ends or ctx.delivers:
-        await ctx.begin(partial(_begin, ctx, input_state))
-    position, number = ctx.next_step(step_id)
-    call = StepCall(number, _encoded(input_state))
-    kept = ctx.restored.get((position, ""))
-    if kept is not None and kept.step is not None and kept.step.given not in (None, call.given):
-        raise PipelineChanged(
-            f"run {ctx.run_id!r} cannot go on: call {number + 1} of step {step_id!r} was recorded with the input "
-            f"{_short(kept.step.given)}, and now gets {_short(call.given)}; give it the same one, or begin a new run"
-        )
     marked = getattr(func, "_stroma_contract", None)
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
+    parent = current_node()
+    if parent is not None and parent.ctx is not ctx:
+        parent = None
+    if parent is not None:
+        calls = parent.calls
+    else:
+        calls = ctx.calls = ctx.calls or StepCalls()
+    # Before anything is awaited: which call it is depends on the order of the calls alone.
+    scope = calls.scope()
+    identity = calls.next(scope, step_id)
+    await ctx.open(input_state, ends=ctx.ends)
+    if parent is None:
+        if ctx.ends or ctx.delivers:
+            await ctx.begin(partial(_begin, ctx, input_state))
+        position, branch = ctx.place_of(identity.text), ""
+        call = StepCall(identity.number, _encoded(input_state), identity.text)
+    else:
+        position, branch = parent.position, parent.branch_of(identity.text)
+        call = StepCall(identity.number, _encoded(input_state))
+    apart = await _look_up(ctx, node, position, branch)
+    _compare(ctx, node, identity, call, position, branch)
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
     try:
         outcome = await execute(
-            ctx, node, input_state, position, contract=contract, step=call, cancelling=cancelling
+            ctx,
+            node,
+            input_state,
+            position,
+            branch=branch,
+            parent=parent,
+            contract=contract,
+            step=call,
+            cancelling=cancelling,
         )
     except HookNotAsync as error:
         error.result = ctx.build_result(RunStatus.INTERRUPTED, input_state)
         raise
-    ctx.step_status, ctx.step_failure = RunStatus.COMPLETED, None
-    if isinstance(outcome, Halt):
-        ctx.step_status, ctx.step_failure = outcome.status, None if outcome.suspended else outcome.failure
+    finally:
+        SCOPE.set(scope)  # Steps inside of this one have had scopes of their own.
+        for at in apart:
+            cast("dict[Any, Any]", ctx.restored).pop(at, None)
+    if parent is None:
+        ctx.step_status, ctx.step_failure = RunStatus.COMPLETED, None
+        if isinstance(outcome, Halt):
+            ctx.step_status, ctx.step_failure = outcome.status, None if outcome.suspended else outcome.failure
     if isinstance(outcome, Halt) and outcome.suspended:
         result = ctx.build_result(RunStatus.SUSPENDED, input_state)
     elif isinstance(outcome, Halt):
@@ -80,6 +109,68 @@ async def execute_step(
     for probe in ctx.probes:
         probe.ended(ctx, result)
     return result
+
+
+async def _look_up(
+    ctx: ReliabilityContext, node: Node | Group, position: int, branch: str
+) -> list[tuple[int, str]]:
+    """Restore what the journal has of a step inside of an item of a map whose items are not restored at once.
+
+    Returns the places of that, to be forgotten again: there may be very many such items.
+    """
+    if not (ctx.apart and branch and ctx.session.continued):
+        return []
+    if not any(position == at and branch.startswith(beginning) for at, beginning in ctx.apart):
+        return []
+    inside = branches_in(node) if isinstance(node, Group) else []
+    found = ctx.session.committed(position, [branch, *(f"{branch}.{rest}" for rest in inside)])
+    kept = found if isinstance(found, Mapping) else await found
+    # The map around it has made the mapping its own.
+    cast("dict[Any, Any]", ctx.restored).update({(position, at): commit for at, commit in kept.items()})
+    return [(position, at) for at in kept]
+
+
+def _compare(
+    ctx: ReliabilityContext,
+    node: Node | Group,
+    identity: Identity,
+    call: StepCall,
+    position: int,
+    branch: str,
+) -> None:
+    """Raise PipelineChanged if what would be restored of a call was recorded for another input."""
+    if call.given is None or not ctx.restored:
+        return
+    kept = ctx.restored.get((position, branch))
+    if kept is not None:
+        recorded = None if kept.step is None else kept.step.given
+        if recorded in (None, call.given):
+            return
+        was, now = f"the input {_short(recorded)}", _short(call.given)
+    elif not isinstance(node, Group):
+        return
+    else:
+        # A group that did not end: what is inside of it knows what the whole was called with.
+        mark = inside_of(call)
+        if mark is None or all(other == mark.given for other in _marks_inside(ctx, position, branch)):
+            return
+        was, now = "another input", _short(call.given)
+    where = f" in task {identity.path}" if identity.path else ""
+    raise PipelineChanged(
+        f"run {ctx.run_id!r} cannot go on: call {identity.number + 1} of step {node.node_id!r}{where} was recorded with {was}, and "
+        f"now gets {now}; give it the same one, or begin a new run"
+    )
+
+
+def _marks_inside(ctx: ReliabilityContext, position: int, branch: str) -> Iterator[bytes]:
+    """The checksums of inputs that are recorded inside of a group that is a step, but not inside of steps called there."""
+    beginning = f"{branch}." if branch else ""
+    for (at, inner), kept in ctx.restored.items():
+        if at != position or not inner.startswith(beginning) or is_called(inner[len(beginning) :]):
+            continue
+        given = None if kept.step is None else kept.step.given
+        if given is not None and given.startswith(INSIDE):
+            yield given
 
 
 async def _begin(ctx: ReliabilityContext, initial: BaseModel) -> None:

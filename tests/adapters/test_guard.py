@@ -1126,7 +1126,7 @@ def test_a_run_that_is_resumed_remembers_the_bill_and_calls_anew(tmp_path: Any) 
                 with pytest.raises(BudgetExceeded), guard.run():
                     step()
             assert flaky.calls == 1
-        assert [a.position for a in store.attempts("r1")] == [0, 1]
+        assert [a.position for a in store.attempts("r1")] == [0, 0]  # It is the same call, made again.
 
 
 @pytest.mark.parametrize(
@@ -1223,9 +1223,9 @@ async def test_a_guard_over_a_context_adds_steps_to_it() -> None:
     from stroma import execute_step
 
     result = await execute_step("node", node, Passenger(name="Ada"), ctx, contract=SIGN)
-    assert [(e.node_id, e.position, e.branch) for e in result.trace.walk()] == [
+    assert [(e.node_id, e.position, e.branch.partition("#")[0]) for e in result.trace.walk()] == [
         ("node", 0, ""),
-        ("tool", 0, "0"),
+        ("tool", 0, "tool"),
     ]
     assert result.total_tokens == 7
     tool()

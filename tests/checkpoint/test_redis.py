@@ -281,12 +281,13 @@ class TestCrash:
         with pytest.raises(CheckpointLost):
             await commit(session, 0, State())
 
-    @pytest.mark.parametrize("part", ["run", "inputs", "steps:1", "nodes:1", "attempts:1"])
+    @pytest.mark.parametrize("part", ["run", "inputs", "steps:1", "nodes:1", "attempts:1", "called:1"])
     async def test_a_part_that_was_evicted_is_noticed(
         self, store: RedisStore, server: RedisServer, part: str
     ) -> None:
         """Whichever key of a run is gone: its session is told, and so is whoever resumes it, until it is deleted."""
         session = await begin(store)
+        session.note_call(0, "a#0")
         await commit(session, 0, State(n=1))
         assert server.execute("DEL", f"stroma:{{run}}:{part}") == 1
         with pytest.raises(CheckpointLost):

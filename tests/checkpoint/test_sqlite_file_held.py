@@ -268,7 +268,7 @@ def test_a_file_is_made_for_its_owner_only(tmp_path: Path) -> None:
         "attempts", "cells", "deleted", "inputs", "meta", "runs", "steps", "tags"
     ]  # fmt: skip
     assert [name for kind, name in found if kind == "index"] == [
-        "failed", "runs_by_pipeline", "runs_by_start", "runs_by_status", "tags_by_start", "wanted"
+        "called", "failed", "runs_by_pipeline", "runs_by_start", "runs_by_status", "tags_by_start", "wanted"
     ]  # fmt: skip
     assert not db.in_transaction
     db.execute("INSERT INTO cells VALUES ('c', x'01')")

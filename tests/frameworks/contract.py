@@ -13,7 +13,7 @@ from typing import Any, ClassVar, TypeVar
 
 import pytest
 from pydantic import BaseModel
-from tests.frameworks.kit import PAID, Seen, guard_of, holds, pay, result_of, tree
+from tests.frameworks.kit import PAID, Seen, guard_of, holds, killed_and_resumed, pay, result_of, tree
 
 from stroma import (
     BudgetExceeded,
@@ -143,6 +143,17 @@ class FrameworkContract:
         """Return a program whose model is called again and again, and its script."""
         script = self.script(*[CALL] * 9)
         return self.program(script, guard), script
+
+    def nested(self, guard: Guard, die: Callable[[], None]) -> str:
+        """Call a program that dies in a step, after a step has finished beside it or inside the step around both."""
+
+        @as_weather
+        def dies(city: str) -> dict[str, int]:
+            die()
+            return weather(city)
+
+        program = self.program(self.script(*self.GOOD), guard, tool=dies)
+        return str(self.call(program, self.KINDS[0], guard))
 
     def requests(self, script: Any) -> list[Any]:
         """Return what the model was asked, in a form that can be compared."""
@@ -321,3 +332,12 @@ class FrameworkContract:
             assert (run.status, run.pipeline, run.tokens) == ("COMPLETED", "forecast", self.TOKENS)
             nodes = self.own([attempt.node_id for attempt in store.attempts(run.run_id)])
             assert nodes == [line.split()[0] for line in self.steps(metered)]
+
+    @pytest.mark.slow
+    @pytest.mark.timeout(600)
+    @holds("killed")
+    def test_killed_inside_of_a_step(self, tmp_path: Path) -> None:
+        """After SIGKILL, a resume gives what an undisturbed run gives: no finished step inside is None, or left out."""
+        expected = self.nested(guard_of(), lambda: None)
+        assert expected
+        assert killed_and_resumed(type(self), tmp_path) == expected

@@ -3,7 +3,13 @@ down what they see."""
 
 from __future__ import annotations
 
+import importlib
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any, TypeVar
 
 from stroma import FailureClass, FailurePolicy, NodeHooks, StromaRunner, current_node
@@ -25,6 +31,7 @@ LINES = {
     "streams": "a stream is not retried after its first part",
     "unknown": "a contract for a node or tool that is not there raises",
     "journal": "a call of the framework is a run in the journal, with its nodes",
+    "killed": "killed inside of a step, a resume calls what was finished inside it again and gives the same answer",
 }
 #: Tokens that pay() reports.
 PAID = 5
@@ -117,3 +124,29 @@ def tree(result: ExecutionResult) -> list[str]:
         return found
 
     return lines(result.trace, 0)
+
+
+def killed_and_resumed(test: type[Any], folder: Path) -> str:
+    """What ``nested()`` of a test class returns in a process that goes on where one was killed inside of it."""
+    program = "import sys; from tests.frameworks.kit import live; live(*sys.argv[1:])"
+    ends = []
+    for life in ("dies", "lives"):
+        place = [test.__module__, test.__name__, str(folder / "runs.db"), life]
+        command = [sys.executable, "-W", "ignore", "-c", program, *place]
+        root = Path(__file__).parents[2]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=250, cwd=root)
+        ends.append(done.returncode)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    assert ends == [-signal.SIGKILL, 0]
+    return done.stdout.splitlines()[-1]
+
+
+def live(module: str, test: str, database: str, life: str) -> None:
+    """One of the processes of :func:`killed_and_resumed`."""
+
+    def die() -> None:
+        if life == "dies":
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    guard = guard_of(store=database, run_id="killed", resume=True, lease_seconds=0.2)
+    print(getattr(importlib.import_module(module), test)().nested(guard, die))

@@ -8,10 +8,11 @@ from typing import Any
 
 from agent_framework import MiddlewareTermination
 
+from stroma.adapters._views import newest_of
 from stroma.adapters.guard import Control
 from stroma.usage import Usage
 
-__all__ = ["Rest", "answer_of", "control_of", "result_of", "used_by"]
+__all__ = ["Rest", "answer_of", "asked_of", "control_of", "result_of", "used_by"]
 
 
 class Rest:
@@ -52,6 +53,15 @@ def control_of(error: BaseException) -> Control | None:
     return (
         Control("returned", getattr(error, "result", None)) if type(error) is MiddlewareTermination else None
     )
+
+
+def asked_of(messages: Any) -> dict[str, Any]:
+    """What an agent or a model is asked: the newest message in words, which are the same in each process, and how many there are."""
+    asked = newest_of(messages)
+    newest = asked["newest"]
+    if hasattr(newest, "text"):
+        asked["newest"] = {"role": str(getattr(newest, "role", "")), "text": newest.text}
+    return asked
 
 
 def answer_of(made: Any) -> dict[str, Any]:

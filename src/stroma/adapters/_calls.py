@@ -232,16 +232,10 @@ class Call:
         parent = current_node()
         if parent is not None and parent.ctx is not ctx:
             parent = None
-        halts = run.halts
-        if parent is None:
-            position, branch = run.free_position(), ""
-        else:
-            inside = Inside.of(parent)
-            halts = inside.halts
-            position, branch = parent.position, f"{next(inside.numbers)}"
-            if parent.branch:
-                branch = f"{parent.branch}.{branch}"
+        halts = run.halts if parent is None else Inside.of(parent).halts
         contract, begun = self._contract(), _begun()
+        given = given_to(step.given(self.args, self.kwargs), contract)
+        position, branch, known_as = run.place(parent, step.step_id, given)
         if (refused := run.refusal(step.step_id)) is not None:
             halts.append((refused.failure.exception, refused))
             run.note(refused)
@@ -272,12 +266,15 @@ class Call:
         outcome = await execute(
             ctx,
             Node(step.step_id, perform, None, False, True, step.plan),
-            given_to(step.given(self.args, self.kwargs), contract),
+            given,
             position,
             branch=branch,
             parent=parent,
             contract=contract,
+            step=known_as,
             cancelling=begun[1],
+            # What is recorded of an output is what contracts see of it, and not the object that the caller needs.
+            restores=False,
         )
         if isinstance(outcome, Halt):
             halts.append((self._raised(outcome), outcome))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import concurrent.futures
+import hashlib
 import threading
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager, suppress
@@ -13,14 +14,18 @@ from typing import TYPE_CHECKING, Any, Final, Self
 from pydantic import BaseModel
 
 from stroma._engine import Halt
+from stroma._identity import StepCalls
 from stroma.adapters._background import run_in_background
 from stroma.adapters._calls import Call
 from stroma.adapters._steps import Halts, halt_behind
 from stroma.adapters._views import given_to
+from stroma.checkpoint import StepCall
 from stroma.context import ReliabilityContext
+from stroma.execution import NodeExecution
 from stroma.failures import Failure, FailureClass, NodeContext, diagnose
 from stroma.hooks import HookError
 from stroma.refusals import RunCancelled
+from stroma.schemas import NotSerialisable, schema_of
 from stroma.trace import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
@@ -131,9 +136,20 @@ class GuardedRun:
             f"run {self.ctx.run_id!r} was cancelled; what it has finished is kept: call again, in a run of its own"
         )
 
-    def free_position(self) -> int:
-        with self._lock:
-            return self.ctx.free_position()
+    def place(
+        self, parent: NodeExecution | None, step_id: str, given: BaseModel
+    ) -> tuple[int, str, StepCall | None]:
+        """Where a step stands that is called with an input: position and branch, and in plain code what it is known by."""
+        digest = _digest(given)
+        with self._lock:  # Frameworks call from threads.
+            if parent is not None:
+                identity = parent.calls.next_of_input(step_id, digest)
+                return parent.position, parent.branch_of(identity.text), None
+            calls = self.ctx.calls = self.ctx.calls or StepCalls()
+            identity = calls.next_of_input(step_id, digest)
+            if self.ctx.chained:  # In a thread that knows nothing of the node of the pipeline that began it.
+                return 0, identity.text, None
+            return self.ctx.place_of(identity.text), "", StepCall(identity.number, None, identity.text)
 
     # ------------------------------------------------------------------ the beginning
 
@@ -336,6 +352,16 @@ class GuardedRun:
         await self.close(met)
         if met is not error and met is not None:
             raise met from error
+
+
+def _digest(given: BaseModel) -> str:
+    """What tells inputs apart; "" for those without a stored form."""
+    try:
+        data = schema_of(type(given)).encode(given)
+    except NotSerialisable:
+        return ""
+    # An address is another one in each process.
+    return "" if b" object at 0x" in data else hashlib.sha256(data).hexdigest()[:12]
 
 
 def _reset(token: Token[tuple[GuardedRun, ...]]) -> None:

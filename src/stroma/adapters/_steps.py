@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import itertools
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal, NamedTuple, TypeAlias
 
 from stroma._engine import Halt
+from stroma._identity import StepCalls
 from stroma._values import with_records
 from stroma.adapters._views import View, as_it_is, first_argument
 from stroma.contracts import NodeContract
@@ -88,21 +88,18 @@ Halts: TypeAlias = list[tuple[BaseException, Halt]]
 class Inside:
     """What is known of the guarded calls inside a node's execution."""
 
-    __slots__ = ("attempt", "halts", "handed_on", "numbers")
+    __slots__ = ("calls", "halts", "handed_on")
 
     def __init__(self) -> None:
-        self.attempt = 0
+        self.calls: StepCalls | None = None
         self.handed_on = False
-        self.numbers = itertools.count()
         self.halts: Halts = []
 
     @classmethod
     def of(cls, execution: NodeExecution) -> Inside:
         found: Inside = execution.notes.setdefault(cls, cls())
-        if found.attempt != execution.attempt:
-            # Each attempt has children and a clock of its own.
-            found.attempt, found.halts, found.handed_on = execution.attempt, [], False
-            execution.children, execution.busy_ns, execution.running = [], 0, 0
+        if found.calls is not execution.calls:  # Each attempt has calls of its own.
+            found.calls, found.halts, found.handed_on = execution.calls, [], False
         return found
 
 

@@ -19,13 +19,19 @@ try:
         ResponseStream,
     )
 
-    from stroma.adapters._agent_framework_calls import Rest, answer_of, control_of, result_of, used_by
+    from stroma.adapters._agent_framework_calls import (
+        Rest,
+        answer_of,
+        asked_of,
+        control_of,
+        result_of,
+        used_by,
+    )
 except ImportError as error:
     raise ImportError(
         "agent-framework-core is required for its adapter; install it with: pip install 'stroma[agent-framework]'"
     ) from error
 
-from stroma.adapters._views import newest_of
 from stroma.adapters.guard import Contracts, Guard, Step, contract_for, what_stopped
 
 __all__ = ["stroma_middleware"]
@@ -69,7 +75,7 @@ class _OfAgent(AgentMiddleware):
         self._shared = shared
 
     async def process(self, context: Any, call_next: Any) -> None:
-        guard, asked = self._shared.guard, newest_of(context.messages)
+        guard, asked = self._shared.guard, asked_of(context.messages)
         call = Rest(context, call_next, self._shared.raise_fatal)
         # Its models and tools had their retries: it is called once.
         about: Any = {"given": lambda *_: asked, "made": answer_of, "control": control_of, "again": False}
@@ -87,7 +93,7 @@ class _OfChat(ChatMiddleware):
 
     async def process(self, context: Any, call_next: Any) -> None:
         self._shared.check((context.options or {}).get("tools"))
-        guard, asked = self._shared.guard, newest_of(context.messages)
+        guard, asked = self._shared.guard, asked_of(context.messages)
         call = Rest(context, call_next)
         about: Any = {"given": lambda *_: asked, "made": answer_of, "usage": used_by, "control": control_of}
         if context.stream:

@@ -26,6 +26,7 @@ from stroma.checkpoint.journal import (
     Session,
     StepCall,
     Waiting,
+    inside_of,
 )
 from stroma.checkpoint.manager import (
     CheckpointManager,
@@ -79,6 +80,7 @@ __all__ = [
     "Waiting",
     "_resolve_schema",
     "_schema_ref",
+    "inside_of",
     "open_store",
     "resolve_schema",
     "schema_ref",

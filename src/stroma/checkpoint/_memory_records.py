@@ -196,4 +196,5 @@ def _attempt(row: Row, run: MemoryRun, *, with_output: bool = True) -> AttemptRe
         row[POSITION], row[BRANCH], row[NODE], row[ATTEMPT], row[STARTED] // 1_000_000, row[DURATION] / 1e6, row[OUTCOME],
         failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
         output, output_bytes=None if output is None else len(output), started_ns=row[STARTED],
+        identity=next((one for one, at in run.places.items() if at == row[POSITION]), None) if run.places else None,
     )  # fmt: skip

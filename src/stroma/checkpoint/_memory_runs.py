@@ -65,6 +65,8 @@ class MemoryRun:
     kept: dict[Key, Row | Kept] = field(default_factory=dict)
     spent: list[Row] = field(default_factory=list)
     calls: dict[Key, StepCall] = field(default_factory=dict)
+    #: The position of each step of plain code, by its identity.
+    places: dict[str, int] = field(default_factory=dict)
     waiting: dict[tuple[int, str], Waiting] = field(default_factory=dict)
     traceparent: str | None = None
     parent: str | None = None
@@ -88,7 +90,7 @@ class MemoryRun:
     def forget(self) -> None:
         """What the execution before has left. What was saved by hand belongs to none."""
         self.kept = {k: v for k, v in self.kept.items() if isinstance(k, str)}
-        self.spent, self.calls, self.waiting = [], {}, {}
+        self.spent, self.calls, self.waiting, self.places = [], {}, {}, {}
         self.traceparent, self.tags = None, ()
 
     def begins(self) -> None:

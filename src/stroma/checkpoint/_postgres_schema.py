@@ -28,6 +28,7 @@ _MIN_READER: Final = 3  # the oldest version that can read what this release wri
 # Cells: what is shared beside all runs. A cell is written again and again: there is room for that on its page.
 # Deleted: runs that were deleted within the last day, and so did not get lost.
 # The indexes of runs go by columns that no commit changes, and `failed` by rows that few commits make.
+# Identities: of steps of plain code alone; they can be longer than an index takes.
 _TABLES: Final[tuple[LiteralString, ...]] = (
     'CREATE TABLE meta (k text COLLATE "C" PRIMARY KEY, v text NOT NULL)',
     """CREATE TABLE runs (
@@ -54,7 +55,7 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
         run bigint, execution bigint, epoch bigint, position bigint, started_ns bigint, branch_key bytea, attempt bigint,
         branch text COLLATE "C" NOT NULL, node_id text COLLATE "C" NOT NULL, duration_ns bigint NOT NULL,
         outcome text NOT NULL, failure_class text, message text, reason text, tokens bigint NOT NULL,
-        output_tokens bigint NOT NULL, cost_pico bigint NOT NULL, model text,
+        output_tokens bigint NOT NULL, cost_pico bigint NOT NULL, model text, identity text,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch_key, attempt))""",
     """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COLLATE "C" NOT NULL, data bytea NOT NULL)
         WITH (fillfactor = 50)""",
@@ -63,6 +64,7 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
     "CREATE INDEX runs_by_pipeline ON runs (pipeline, started_ms, run)",
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
     "CREATE INDEX failed ON attempts (run, execution, (started_ns + duration_ns)) WHERE failure_class IS NOT NULL",
+    "CREATE INDEX called ON attempts (run, execution, position) WHERE identity IS NOT NULL",
 )  # fmt: skip
 _FORMAT: Final = "INSERT INTO meta VALUES ('schema_version', %s), ('min_reader', %s)"
 

@@ -342,4 +342,5 @@ def _record_of(
         output_bytes=size,
         started_ns=attempt.started_ns,
         epoch=epoch,
+        identity=attempt.identity,
     )

@@ -224,6 +224,10 @@ class RedisRows(RedisReading):
             )
         return told
 
+    def identities(self, run: Run, execution: int) -> list[tuple[str, int]]:
+        (reply,) = self._get(("HGETALL", f"{run.prefix}called:{execution}"))
+        return [(identity, int(position)) for identity, position in pairs(reply).items()]
+
     def commit(self, fence: Fence, attempt: Attempt, step: Step | None) -> bool:
         # False, were it told now, would be Fenced: that is raised when the reply is there.
         self._owners[fence.run.run_id] = fence.owner
@@ -394,7 +398,8 @@ def commit_values(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[An
     sums = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.duration_ns)
     held = (run.token, fence.execution, fence.epoch, fence.owner, run.version, _lease(fence))
     failed = "" if attempt.failure_class is None else 1
-    return ("commit", *held, at, pack(list(attempt)), *sums, failed, place, node_id, data)
+    output = (place, node_id, data, attempt.identity or "", position)
+    return ("commit", *held, at, pack(list(attempt)), *sums, failed, *output)
 
 
 def kept_or_raise(run: Run, reply: Any, server: str) -> bool:

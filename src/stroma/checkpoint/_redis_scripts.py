@@ -9,12 +9,13 @@ nothing if one of them has changed.
 The keys of a run, under its prefix ``stroma:{<id, percent-encoded>}:``
 
     run           hash: the row of the run. token tells it from another run of the same id; version is raised by every
-                  write of a session, beside by every change beside its commits; kept and tried are how many commits and
-                  attempts there must be; tx is the last transaction that read it before it wrote
+                  write of a session, beside by every change beside its commits; kept, tried and calls are how many
+                  commits, attempts and identities there must be; tx is the last transaction that read it before it wrote
     inputs        hash: execution -> input
     steps:E       hash: "position:branch" -> output
     nodes:E       hash: "position:branch" -> "order node id", which says what is newest without reading outputs
     attempts:E    hash: "epoch:position:start:attempt:branch" -> attempt
+    called:E      hash: identity of a step of plain code -> position
     failed:E      list: the fields in attempts:E of the last of them that failed, the last one first
     beside:P      hash: branch -> what is kept at a position below -1
     saved         hash: node id -> "order until\\n" and what save() kept
@@ -55,7 +56,7 @@ local function keys_of(executions)
   local keys = {run, p .. 'inputs'}
   for place = 2, 8 do keys[#keys + 1] = p .. 'beside:-' .. place end
   for e = 1, math.min(executions, MOST) do
-    for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:'}) do keys[#keys + 1] = p .. name .. e end
+    for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:', 'called:'}) do keys[#keys + 1] = p .. name .. e end
   end
   return keys
 end
@@ -68,10 +69,11 @@ end
 
 -- Whether an execution has all the rows that its run counts: eviction takes any key.
 local function whole(e)
-  local f = redis.call('HMGET', run, 'kept', 'tried')
-  local kept, tried = tonumber(f[1]), tonumber(f[2])
+  local f = redis.call('HMGET', run, 'kept', 'tried', 'calls')
+  local kept, tried, calls = tonumber(f[1]), tonumber(f[2]), tonumber(f[3] or 0)
   return redis.call('HLEN', p .. 'steps:' .. e) == kept and redis.call('HLEN', p .. 'nodes:' .. e) == kept
-    and redis.call('HLEN', p .. 'attempts:' .. e) == tried and redis.call('EXISTS', p .. 'inputs') == 1
+    and redis.call('HLEN', p .. 'attempts:' .. e) == tried and redis.call('HLEN', p .. 'called:' .. e) == calls
+    and redis.call('EXISTS', p .. 'inputs') == 1
 end
 
 -- Why a session may not write; nil if it may.
@@ -128,7 +130,7 @@ function ops.begin(id, old_token, old_epoch, old_version, old_beside, owner, tok
   local version = (f[3] or 0) + 1
   redis.call('HSET', run, 'token', token, 'run_id', id, 'pipeline', pipeline, 'execution', execution,
     'status', 'RUNNING', 'started_ms', ms, 'updated_ms', ms, 'tokens', 0, 'cost_pico', 0, 'latency_ns', 0,
-    'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'kept', 0, 'tried', 0, 'version', version)
+    'owner', owner, 'epoch', epoch, 'until_ms', ms + lease, 'nodes', 0, 'kept', 0, 'tried', 0, 'calls', 0, 'version', version)
   redis.call('HDEL', run, 'error', 'tags')
   if tags ~= '' then redis.call('HSET', run, 'tags', tags) end
   if not f[1] then
@@ -136,7 +138,7 @@ function ops.begin(id, old_token, old_epoch, old_version, old_beside, owner, tok
     -- What eviction left of an earlier run of this id is none of ours.
     for _, key in ipairs(keys_of(0)) do if key ~= run then redis.call('DEL', key) end end
   end
-  for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:'}) do redis.call('DEL', p .. name .. execution) end
+  for _, name in ipairs({'steps:', 'nodes:', 'attempts:', 'failed:', 'called:'}) do redis.call('DEL', p .. name .. execution) end
   redis.call('HSET', p .. 'inputs', execution, input)
   live(tonumber(execution))
   redis.call('ZADD', RUNS, us, id)
@@ -177,7 +179,7 @@ function ops.go_on(id, token, old_epoch, old_version, old_beside, owner, executi
   return version
 end
 
-function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, cost, tokens, latency, failed, place, node, step)
+function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, cost, tokens, latency, failed, place, node, step, identity, position)
   local attempts = p .. 'attempts:' .. execution
   if redis.call('HGET', run, 'token') == token and redis.call('HEXISTS', attempts, at) == 1 then
     return tonumber(redis.call('HGET', run, 'version'))
@@ -197,6 +199,9 @@ function ops.commit(token, execution, epoch, owner, seen, lease, at, attempt, co
   end
   redis.call('HSET', attempts, at, attempt)
   redis.call('HINCRBY', run, 'tried', 1)
+  if identity ~= '' and redis.call('HSET', p .. 'called:' .. execution, identity, position) == 1 then
+    redis.call('HINCRBY', run, 'calls', 1)
+  end
   if failed ~= '' then
     redis.call('LPUSH', p .. 'failed:' .. execution, at)
     redis.call('LTRIM', p .. 'failed:' .. execution, 0, 19)

@@ -134,7 +134,10 @@ class RunRow(NamedTuple):
 
 class Attempt(NamedTuple):
     """One attempt, as it is kept. What tells it from a repeated call for the same one is its start: a resumed run, and
-    a group that is tried again, count attempts from 1."""
+    a group that is tried again, count attempts from 1.
+
+    ``identity``: of the step of plain code that the position is of (see ``stroma._identity``); None in a pipeline.
+    """
 
     position: int
     started_ns: int
@@ -150,6 +153,7 @@ class Attempt(NamedTuple):
     output_tokens: int
     cost_pico: int
     model: str | None
+    identity: str | None = None
 
 
 class Step(NamedTuple):
@@ -232,6 +236,10 @@ class Rows(Protocol):
 
     def is_whole(self, found: RunRow) -> bool:
         """Return whether the last execution has its input and all the attempts and commits that its run counts."""
+        ...
+
+    def identities(self, run: Any, execution: int) -> Iterable[tuple[str, int]]:
+        """(identity, position) of each step of plain code that has an attempt in an execution, or one inside it."""
         ...
 
     def was_deleted(self, run: Any) -> bool:
@@ -505,7 +513,7 @@ _RUN_KINDS: Final = (
     *[_NUMBER] * 3,
 )  # fmt: skip
 _ATTEMPT_KINDS: Final = (
-    _NUMBER, _NUMBER, _TEXT, _NUMBER, _TEXT, _NUMBER, _TEXT, *[_TEXT_OR_NONE] * 3, *[_NUMBER] * 3, _TEXT_OR_NONE,
+    _NUMBER, _NUMBER, _TEXT, _NUMBER, _TEXT, _NUMBER, _TEXT, *[_TEXT_OR_NONE] * 3, *[_NUMBER] * 3, *[_TEXT_OR_NONE] * 2,
 )  # fmt: skip
 #: What stands in place of values that cannot be read. SQLite sorts texts above all numbers, so that lists, which begin
 #: with the newest run, have a start that is a text before this one.

@@ -96,6 +96,7 @@ class DurableSession:
 
     __slots__ = (
         "__weakref__",
+        "_called",
         "_deliver",
         "_opened",
         "_payloads",
@@ -110,6 +111,7 @@ class DurableSession:
         "fence",
         "finished",
         "on_cancel",
+        "places",
         "prior",
         "restored",
         "run_id",
@@ -124,6 +126,7 @@ class DurableSession:
     continued: bool
     waiting: dict[tuple[int, str], Waiting]
     finished: Finished | None
+    places: Mapping[str, int]
     prior: PriorUsage
     restored: Mapping[tuple[int, str], Committed]
     tried: Mapping[tuple[int, str], Tried]
@@ -150,6 +153,8 @@ class DurableSession:
         self.charges: dict[tuple[int, str], Charge] = {}
         #: The run as it was found, if it had completed and nothing was recorded since.
         self._was: RunRow | None = None
+        #: The identity of the step of plain code at each position.
+        self._called: dict[int, str] = {}
 
     def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
         """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
@@ -164,12 +169,15 @@ class DurableSession:
         if way != "begin" and found is not None and not rows.is_whole(found):
             raise lost(run_id, "some of its rows are missing")
         self.restored, self.prior, self.traceparent, self.tried = {}, PriorUsage(), None, {}
+        self.places = {}
         self.undelivered, self._deliver = [], request.deliver
         self.finished, self.waiting = None, {}
         if way == "begin" or found is None:
             self.fence = rows.begin(found, opening)
         else:
             self.prior = PriorUsage(found.tokens, found.cost_pico / PICO, found.latency_ns / 1e6)
+            self.places = dict(rows.identities(found.run, found.execution))
+            self._called = {position: identity for identity, position in self.places.items()}
             commits = {
                 (position, branch): self._committed(position, branch, node_id, step)
                 for position, branch, node_id, step in rows.steps(found.run, found.execution, request.apart)
@@ -304,7 +312,7 @@ class DurableSession:
         safe: an attempt that was kept all the same is not counted twice.
         """
         if output is None or schema is None:
-            return self._keep(Commit(self.run_id, self.fence, _attempt(row), None))
+            return self._keep(Commit(self.run_id, self.fence, self._attempt(row), None))
         data = schema.encode(output, secrets=self._payloads.codec is not None)
         if not self._payloads.plain:
             return self._record_sealed(row, schema, data, call)
@@ -318,8 +326,17 @@ class DurableSession:
 
     def _commit(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
-        step = Step(contract, ref, data, checksum(data), *(call or (None, None)))
-        return self._keep(Commit(self.run_id, self.fence, _attempt(row), step))
+        number, given = (None, None) if call is None else (call.number, call.given)
+        step = Step(contract, ref, data, checksum(data), number, given)
+        return self._keep(Commit(self.run_id, self.fence, self._attempt(row), step))
+
+    def note_call(self, position: int, identity: str) -> None:
+        """Have each attempt that is recorded at a position, or inside it, say which step of plain code it is of."""
+        self._called[position] = identity
+
+    def _attempt(self, row: Row) -> Attempt:
+        attempt = _attempt(row)
+        return attempt._replace(identity=self._called.get(row[POSITION])) if self._called else attempt
 
     @property
     def epoch(self) -> int:
@@ -418,7 +435,9 @@ class DurableSession:
 
     def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None]:
         """Keep an attempt that waits, and what for. Awaited: raises Fenced, or another StoreError."""
-        commit = Commit(self.run_id, self.fence, _attempt(row)._replace(message=text(waiting.reason)), None)
+        commit = Commit(
+            self.run_id, self.fence, self._attempt(row)._replace(message=text(waiting.reason)), None
+        )
 
         def ask(rows: Rows) -> None:
             found = rows.find(self.run_id, lock=True)
@@ -531,12 +550,29 @@ def fork(rows: Rows, source: str, opening: Opening, before: int, edited: Step | 
     if not opening.sha256:
         opening = opening._replace(contract=kept[0], input=kept[1], sha256=kept[2])
     steps = [row for row in rows.steps(found.run, found.execution) if row.position < before]
+    called = {position: identity for identity, position in rows.identities(found.run, found.execution)}
     fence = rows.begin(taken, opening._replace(pipeline=found.pipeline))
     for number, (position, branch, node_id, step) in enumerate(steps):
         verify(step, source, position, node_id, branch)
         if edited is not None and (position, branch) == (before - 1, ""):
             step = edited._replace(contract=step.contract)
-        attempt = Attempt(position, number, branch, 1, node_id, 0, "forked", None, None, None, 0, 0, 0, None)
+        attempt = Attempt(
+            position,
+            number,
+            branch,
+            1,
+            node_id,
+            0,
+            "forked",
+            None,
+            None,
+            None,
+            0,
+            0,
+            0,
+            None,
+            called.get(position),
+        )
         rows.commit(fence, attempt, step)
     parent = Step("", "", b"", checksum(b""), before)
     rows.keep(opening.run_id, PARENT, "", source, parent)

@@ -64,6 +64,7 @@ _SCHEMA: Final = (
         run INTEGER, execution INTEGER, epoch INTEGER, position INTEGER, started_ns INTEGER, branch TEXT, attempt INTEGER,
         node_id TEXT NOT NULL, duration_ns INTEGER NOT NULL, outcome TEXT NOT NULL, failure_class TEXT, message TEXT,
         reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
+        identity TEXT,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID, STRICT""",
     "CREATE INDEX wanted ON steps (run) WHERE position = -3",
     "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",
@@ -74,6 +75,7 @@ _SCHEMA: Final = (
     "CREATE INDEX runs_by_status ON runs (status, started_ms, run)",
     """CREATE INDEX failed ON attempts (run, execution, started_ns + duration_ns)
         WHERE failure_class IS NOT NULL""",
+    "CREATE INDEX called ON attempts (run, execution, identity, position) WHERE identity IS NOT NULL",
     f"INSERT INTO meta VALUES ('schema_version', '{SCHEMA_VERSION}'), ('min_reader', '{_MIN_READER}')",
     f"PRAGMA application_id = {_APPLICATION_ID}",
 )  # fmt: skip

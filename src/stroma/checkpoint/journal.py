@@ -7,6 +7,7 @@ the command line.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final, Literal, NamedTuple, Protocol, runtime_checkable
 
@@ -20,6 +21,7 @@ from stroma.trace import FAILED_ITEM, Row
 __all__ = [
     "COMPLETE",
     "ENDED",
+    "INSIDE",
     "OF_MAP",
     "AsyncCheckpointStore",
     "Charge",
@@ -38,6 +40,7 @@ __all__ = [
     "Tried",
     "Waiting",
     "decide",
+    "inside_of",
     "is_answered_meanwhile",
     "items_in",
     "no_map",
@@ -160,11 +163,26 @@ class StepCall(NamedTuple):
 
     Attributes:
         number: which call of its step id it is, 0-based.
-        given: its input in stored form; None if that has none, and so cannot be compared.
+        given: its input in stored form; None if that has none, and so cannot be compared. Inside of a group that is such a
+            step, a checksum of that of the group.
+        identity: what the step is known by in plain code; see ``stroma._identity``. It is kept with its attempts.
     """
 
     number: int
     given: bytes | None
+    identity: str | None = None
+
+
+def inside_of(call: StepCall | None) -> StepCall | None:
+    """What the nodes inside of a group are recorded with if it is a step: a checksum of what the step was called with."""
+    given = None if call is None else call.given
+    if given is None:
+        return None
+    if given.startswith(INSIDE):
+        return call
+    if given.startswith(b"item"):  # Of a map, whose items are compared one by one.
+        return None
+    return StepCall(0, INSIDE + hashlib.sha256(given).hexdigest().encode())
 
 
 class Committed(NamedTuple):
@@ -194,6 +212,8 @@ class Committed(NamedTuple):
         return self.step.number if of_map and self.step is not None else 0
 
 
+#: What stands in ``StepCall.given`` inside of a group that is a step, before a checksum.
+INSIDE: Final = b"item of step "
 #: What stands in ``StepCall.given`` of a map that is committed, before the number of its items.
 OF_MAP: Final = b"items "
 
@@ -363,6 +383,7 @@ class Session(Protocol):
         execution: 1 for the first execution of the run id, 2 after a restart, and so on.
         continued: whether it goes on with an execution that an earlier call began.
         restored: the committed outputs by (position, branch).
+        places: the position of each step of plain code that an attempt was recorded for, by its identity.
         finished: how the execution ended that is returned as it is, or is to end before anything of it is called; None for
             one that goes on.
         waiting: what nodes of it wait or waited for, by (position, branch).
@@ -381,6 +402,7 @@ class Session(Protocol):
     finished: Finished | None
     restored: Mapping[tuple[int, str], Committed]
     tried: Mapping[tuple[int, str], Tried]
+    places: Mapping[str, int]
     prior: PriorUsage
     waiting: Mapping[tuple[int, str], Waiting]
     traceparent: str | None
@@ -395,6 +417,9 @@ class Session(Protocol):
 
     def delivered(self, row: Row) -> None:
         """The end hooks of an attempt were told. Only called if the request asked for it; nobody waits for it."""
+
+    def note_call(self, position: int, identity: str) -> None:
+        """Keep with each attempt that is recorded at a position, or inside it, which step of plain code it is of."""
 
     def note_traceparent(self, traceparent: str) -> None:
         """Keep the W3C trace context of this execution, for those who go on with it. Nobody waits for that."""

@@ -117,6 +117,7 @@ class _SimpleSession:
     continued = False
     finished: Finished | None = None
     restored: Mapping[tuple[int, str], Committed] = {}
+    places: Mapping[str, int] = {}
     prior = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
     traceparent: str | None = None
@@ -149,6 +150,9 @@ class _SimpleSession:
         )
 
     def delivered(self, row: Row) -> None:
+        return None
+
+    def note_call(self, position: int, identity: str) -> None:
         return None
 
     def note_traceparent(self, traceparent: str) -> None:

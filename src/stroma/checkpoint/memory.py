@@ -56,6 +56,7 @@ class _MemorySession:
         "execution",
         "finished",
         "on_cancel",
+        "places",
         "prior",
         "restored",
         "traceparent",
@@ -63,6 +64,7 @@ class _MemorySession:
     )
 
     restored: Mapping[tuple[int, str], Committed]
+    places: dict[str, int]
     on_cancel: Callable[[], None] | None
     undelivered: Sequence[Row] = ()  # A process that lives tells its hooks.
     reads_rows = True  # And never an output whose picture is in its row.
@@ -105,6 +107,7 @@ class _MemorySession:
         self.execution, self._epoch = run.execution, run.epoch
         self._run, self._kept, self._spent = run, run.kept, run.spent
         self._calls, self.waiting, self.traceparent = run.calls, dict(run.waiting), run.traceparent
+        self.places = run.places
 
     def _continue(self, run: MemoryRun, request: RunRequest) -> None:
         commits = {
@@ -178,6 +181,10 @@ class _MemorySession:
         """Keep where an attempt failed, in place of what failed there before; it is written down when it is asked for."""
         if self._run.epoch == self._epoch:
             self._run.troubles[position, branch] = (attempt, started_ns, write)
+
+    def note_call(self, position: int, identity: str) -> None:
+        if self._run.epoch == self._epoch:
+            self.places[identity] = position
 
     def note_traceparent(self, traceparent: str) -> None:
         if self._run.epoch == self._epoch:
@@ -282,6 +289,7 @@ class _Memory(MemoryReading, MemoryCells):
                 if edited is not None and key == before - 1:
                     schema, snapshot = edited[0], edited[0].snapshot(edited[1])
                 run.kept[key] = (node_id, schema, snapshot, contract, None)
+        run.places = {identity: at for identity, at in source.places.items() if at < before}
         run.execution, run.parent, run.status = 1, run_id, "INTERRUPTED"
         run.pipeline, run.schema, run.input = source.pipeline, source.schema, source.input
         run.begins()

@@ -122,7 +122,8 @@ class AttemptRecord:
     ``damaged``: what stands in the store is not what was committed; with ``outcome`` "DAMAGED" that is the row of the
     attempt, else its output. ``output_bytes``: how large what was
     committed is as it is stored; None if nothing was. ``started_ns``: since 1970. ``epoch``: of the
-    process that made it, as in RunRecord; 0 where it is not told.
+    process that made it, as in RunRecord; 0 where it is not told. ``identity``: of the step of plain code that its position
+    is of; None in a pipeline.
     """
 
     position: int
@@ -144,6 +145,11 @@ class AttemptRecord:
     output_bytes: int | None = field(default=None, compare=False)
     started_ns: int = field(default=0, compare=False)
     epoch: int = field(default=0, compare=False)
+    identity: str | None = field(default=None, compare=False)
+
+    def idempotency_key(self, run_id: str, execution: int) -> str:
+        """What ``current_node().idempotency_key`` was in it."""
+        return f"{run_id}:{execution}:{self.identity or self.position}:{self.branch}"
 
 
 class StoreFacts(NamedTuple):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
+from stroma._identity import child_indexes, is_called
 from stroma._restore import check_place, read_output
 from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, PipelineChanged
 from stroma.config import RunConfig
@@ -64,7 +65,9 @@ def _read(
     if position >= len(nodes):
         return  # Changes are allowed.
     node = nodes[position]
-    for index in map(int, branch.split(".") if branch else ()):
+    if is_called(branch):
+        return  # Only who calls it knows what it is.
+    for index in child_indexes(branch):
         if not isinstance(node, Group) or (not node.each and index >= len(node.children)):
             return
         node = node.children[0 if node.each else index]

@@ -352,5 +352,5 @@ def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:
         "output_tokens": a.output_tokens,
         "cost_usd": a.cost_usd,
         "model": a.model,
-        "idempotency_key": f"{record.run_id}:{record.execution}:{a.position}:{a.branch}",
+        "idempotency_key": a.idempotency_key(record.run_id, record.execution),
     }

@@ -18,6 +18,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma._engine import GroupStopped, Halt, attempt_once, begin_group
+from stroma._identity import is_called
 from stroma.checkpoint import (
     CheckpointManager,
     Committed,
@@ -136,6 +137,7 @@ class _Record:
     continued = False
     finished: Finished | None = None
     restored: Mapping[tuple[int, str], Committed] = {}
+    places: Mapping[str, int] = {}
     prior = PriorUsage()
     undelivered: Sequence[Row] = ()
     on_cancel: Callable[[], None] | None = None
@@ -152,6 +154,8 @@ class _Record:
     def record(
         self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
+        if is_called(row[BRANCH]):
+            return None  # A step inside the node: the driver knows nothing of it but what it used.
         self.row = row
         if output is None or schema is None:
             return None
@@ -168,6 +172,9 @@ class _Record:
         return {}
 
     def delivered(self, row: Row) -> None:
+        return None
+
+    def note_call(self, position: int, identity: str) -> None:
         return None
 
     def note_traceparent(self, traceparent: str) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
+from stroma._identity import child_indexes, is_called
 from stroma.checkpoint import resolve_schema
 from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
@@ -204,7 +205,7 @@ class Known:
     def takes(self, node_id: str, position: int, branch: str) -> ClassName | None:
         """The name of the class that the input of a node is of; None for a group, or without a contract."""
         nodes, at = self.nodes, None
-        for index in [position, *map(int, branch.split(".") if branch else ())]:
+        for index in [] if is_called(branch) else [position, *child_indexes(branch)]:
             if isinstance(at, Group):
                 nodes, index = at.children, 0 if at.each else index
             at = nodes[index] if index < len(nodes) else None

@@ -27,6 +27,7 @@ from temporalio.exceptions import ApplicationError, WorkflowAlreadyStartedError
 from temporalio.service import RPCError, RPCStatusCode
 
 from stroma._batch import Batch
+from stroma._identity import child_indexes
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError, Waiting
 from stroma.checkpoint.payloads import BlobStore, blob_store
 from stroma.config import RunConfig
@@ -689,7 +690,7 @@ def _check_unchanged(run_id: str, before: Sequence[NodeSpec], now: Sequence[Node
             )
     for key in [*state["done"], *state["maps"], *state["answers"]]:
         where, _, branch = key.partition("|")
-        steps = [int(where), *map(int, branch.split(".") if branch else ())]
+        steps = [int(where), *child_indexes(branch)]
         old, new = _spec_at(before, steps), _spec_at(now, steps)
         if old is not None and (new is None or _shape(old) != _shape(new)):
             raise PipelineChanged(

@@ -282,6 +282,28 @@ class JournalStoreTests:
         again = await begin(store, if_exists="resume")
         assert [again.restored[i, ""].step for i in range(3)] == [StepCall(0, b"{}"), StepCall(1, None), None]
 
+    async def test_places_of_plain_code(self, store: Any) -> None:
+        """The identity of a step is kept with its first attempt, or the first one inside it, whatever became of that."""
+        session = await begin(store)
+        assert session.places == {}
+        for position, identity in ((4, "a#0"), (2, "1/a#0"), (3, "b#0@77")):
+            session.note_call(position, identity)
+        await commit(session, 4, State())
+        await commit(session, 3, State(), branch="0")
+        await settled(session.record(row(2), None, None))
+        assert {a.position: a.identity for a in store.attempts("run")} == {4: "a#0", 2: "1/a#0", 3: "b#0@77"}
+        assert store.attempts("run")[1].idempotency_key("run", 1) == "run:1:b#0@77:0"
+        await finish(session, "PARTIAL")
+        again = await begin(store, if_exists="resume")
+        assert dict(again.places) == {"a#0": 4, "1/a#0": 2, "b#0@77": 3}
+        await commit(again, 2, State())
+        assert {a.identity for a in store.attempts_at("run", 2)} == {"1/a#0"}
+        await commit(again, 3, State())
+        await finish(again)
+        await settled(store.fork("run", "fork", 4))
+        assert dict((await begin(store, "fork", if_exists="resume")).places) == {"1/a#0": 2, "b#0@77": 3}
+        assert (await begin(store)).places == {}
+
     # ------------------------------------------------------------------ many items
 
     async def test_items_are_read_a_few_at_a_time(self, store: Any) -> None:

@@ -226,7 +226,7 @@ class Pages:
         return self._page(
             "attempt.html", record=record, this=this, place=place_of(this), tried=[(one, _attempt_address(record, one)) for one in tried],
             given=_tree(given, broke if side == "input" else []), made=_tree(made, broke if side == "output" else []),
-            broke=broke, before=None if before is None else _facts(before, this), key=f"{record.run_id}:{record.execution}:{this.position}:{this.branch}",
+            broke=broke, before=None if before is None else _facts(before, this), key=this.idempotency_key(record.run_id, record.execution),
             in_group=bool(this.branch), kept=this.output_bytes is not None,
             payload=_attempt_address(record, this, "/payload"), trouble=self._trouble(record, this),
         )  # fmt: skip

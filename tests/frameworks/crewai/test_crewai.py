@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -24,6 +25,7 @@ from stroma import (
 from stroma.adapters import (
     CrewAIAdapter,
     FrameworkAdapter,
+    Guard,
     UnknownNode,
     stroma_crewai_step,
     what_stopped,
@@ -119,6 +121,19 @@ class TestCrewAI(FrameworkContract):
 
     def call(self, program: Any, kind: str, guard: Any = None) -> Any:
         return run(program, kind)
+
+    def nested(self, guard: Guard, die: Callable[[], None]) -> str:
+        """A method of a flow, killed between two calls of its LLM."""
+        llm = guard_llm(Script.of("one", "two"), guard)
+
+        class Asking(Flow[State]):
+            @start()
+            def ask(self) -> Any:
+                first = llm.call("x")
+                die()
+                return [first, llm.call("y")]
+
+        return str(run(attach(Asking(), guard)))
 
     def endless(self, guard: Any) -> tuple[Any, Script]:
         script = self.script(*["more"] * 9)

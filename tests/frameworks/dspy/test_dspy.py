@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+from collections.abc import Callable
 from typing import Any
 
 import dspy
@@ -21,6 +22,7 @@ from stroma import (
     ExecutionBudget,
     RunStatus,
 )
+from stroma.adapters import Guard
 from stroma.adapters._steps import causes
 from stroma.adapters.dspy import attach
 
@@ -155,6 +157,19 @@ class TestDSPy(FrameworkContract):
         with dspy.context(lm=script, adapter=Plain()):
             made = module(city="Oslo") if kind == "call" else asyncio.run(module.acall(city="Oslo"))
             return made.text
+
+    def nested(self, guard: Guard, die: Callable[[], None]) -> str:
+        """A module, killed between two of its predictors."""
+        drafts: list[str] = []
+
+        class Dying(Writing):
+            def forward(self, question: str) -> Any:
+                drafts.append(self.write(question=question).draft)
+                die()
+                return self.polish(draft=drafts[0])
+
+        text = run(attach(Dying(), guard), Script(*GOOD), "call").text
+        return f"{drafts[0]} {text}"
 
     def endless(self, guard: Any) -> tuple[Any, Script]:
         script = self.script(CALL, *[ANSWER] * 9)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from typing import Any, ClassVar
 
 import pytest
@@ -135,6 +136,25 @@ class TestHaystack(FrameworkContract):
         pipeline = program(kind)
         data = self.DATA if "weather" in pipeline.graph else None
         return run(pipeline, kind, data)["llm"]["replies"][0].text
+
+    def nested(self, guard: Guard, die: Callable[[], None]) -> str:
+        """A component with a pipeline of its own inside, killed when that has ended."""
+        inner = pipeline_of(Script("deep"))
+
+        @component
+        class Around:
+            def __init__(self) -> None:
+                self.pipeline = inner
+
+            @component.output_types(answer=str)
+            def run(self, text: str) -> Any:
+                found = self.pipeline.run({"ask": {"text": text}})
+                die()
+                return {"answer": found["llm"]["replies"][0].text}
+
+        outer = Pipeline()
+        outer.add_component("around", Around())
+        return str(attach(outer, guard).run({"around": {"text": "x"}})["around"]["answer"])
 
     def endless(self, guard: Any) -> tuple[Any, Script]:
         script, more = self.script(*["more"] * 5), [self.script() for _ in range(4)]

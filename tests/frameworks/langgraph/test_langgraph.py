@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import operator
+from collections.abc import Callable
 from typing import Annotated, Any, TypedDict
 
 import pytest
@@ -180,6 +181,21 @@ class TestLangGraph(FrameworkContract):
 
     def call(self, program: Any, kind: str, guard: Any = None) -> Any:
         return call(program, kind, {"city": "Oslo"})["text"]
+
+    def nested(self, guard: Guard, die: Callable[[], None]) -> str:
+        """A subgraph that is a node, killed in its second node."""
+
+        def first(state: State) -> Any:
+            return {"words": ["one"]}
+
+        def second(state: State) -> Any:
+            die()
+            return {"words": ["two"]}
+
+        builder = StateGraph(State)
+        builder.add_node("sub", attach(line(first, second), guard).compile())
+        builder.add_edge(START, "sub")
+        return str(call(attach(builder, guard).compile(), "invoke", {"text": "a"})["words"])
 
     def endless(self, guard: Guard) -> tuple[Any, Script]:
         """The limit is looked at before each call of a model, and not only between nodes."""

@@ -1,0 +1,123 @@
+"""Identities of steps that code calls: a step is known by what it is, never by when a later process calls it.
+
+A node of a pipeline stands at a position, and a child of a group at a branch. A step that is called (by ``execute_step`` or
+by the guard of an adapter) is identified by its scope, its id and a number:
+
+* scope: the asyncio task that makes the call. Tasks are numbered by their first call, inside of the scope that began them, so
+  that what runs side by side has the same identity whichever part of it is faster.
+* number: which call of that id it is in that scope.
+
+Under a node, the identity is the last part of the step's branch; the other parts are indexes of children, which are digits.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import weakref
+from collections import Counter
+from contextvars import ContextVar
+from typing import Any, Final, NamedTuple
+from urllib.parse import quote
+
+__all__ = ["SCOPE", "Identity", "Scope", "StepCalls", "child_indexes", "is_called"]
+
+_MARK: Final = "#"  # in each identity, and nowhere else in a branch
+
+
+class Identity(NamedTuple):
+    """A call of a step.
+
+    Attributes:
+        text: unique under the node around the call, or in the plain code of a run.
+        number: which call of its id it is in its scope, 0-based.
+        path: the scope; "" for the first task that called a step.
+    """
+
+    text: str
+    number: int
+    path: str = ""
+
+
+class Scope:
+    """The calls that one task makes."""
+
+    __slots__ = ("counts", "of", "owner", "path", "tasks")
+
+    def __init__(self, of: object, owner: weakref.ref[asyncio.Task[Any]] | None, path: str) -> None:
+        #: Which StepCalls it belongs to; not the object itself, which knows its first scope: no reference cycle.
+        self.of = of
+        #: Weak: the task has the context that has this.
+        self.owner = owner
+        self.path = path
+        self.counts: Counter[str] = Counter()
+        self.tasks = itertools.count()
+
+    def is_of(self, task: asyncio.Task[Any] | None) -> bool:
+        return (None if self.owner is None else self.owner()) is task
+
+
+SCOPE: ContextVar[Scope | None] = ContextVar("stroma_scope", default=None)
+
+
+class StepCalls:
+    """Numbers the steps that are called under one attempt of a node, or by the plain code of one run."""
+
+    __slots__ = ("_counts", "_mark", "_root", "_tasks", "attempt")
+
+    def __init__(self, attempt: int = 0) -> None:
+        self.attempt = attempt
+        self._mark = object()
+        self._root: Scope | None = None
+        self._tasks = itertools.count(1)
+        self._counts: Counter[tuple[str, str]] = Counter()
+
+    def scope(self) -> Scope:
+        """The scope of the running task; from here on that of the tasks that it begins, too."""
+        task = asyncio.current_task()
+        scope, root = SCOPE.get(), self._root
+        if scope is None or scope.of is not self._mark:
+            if root is not None and root.is_of(task):
+                scope = root
+            else:
+                scope = Scope(self._mark, _weak(task), "" if root is None else str(next(self._tasks)))
+                self._root = root or scope
+        elif not scope.is_of(task):
+            scope = Scope(self._mark, _weak(task), f"{scope.path}-{next(scope.tasks)}")
+        SCOPE.set(scope)
+        return scope
+
+    def next(self, scope: Scope, step_id: str) -> Identity:
+        """The identity of the next call of a step in a scope."""
+        number = scope.counts[step_id]
+        scope.counts[step_id] += 1
+        text = f"{_quoted(step_id)}{_MARK}{number}"
+        return Identity(f"{scope.path}/{text}" if scope.path else text, number, scope.path)
+
+    def next_of_input(self, step_id: str, digest: str) -> Identity:
+        """The identity of the next call of a step with an input, whichever task or thread makes it.
+
+        For frameworks that skip by themselves what is finished: their second call need not be the second one of the run.
+        """
+        number = self._counts[step_id, digest]
+        self._counts[step_id, digest] += 1
+        return Identity(f"{_quoted(step_id)}{_MARK}{number}@{digest}", number)
+
+
+def _weak(task: asyncio.Task[Any] | None) -> weakref.ref[asyncio.Task[Any]] | None:
+    return None if task is None else weakref.ref(task)
+
+
+def _quoted(step_id: str) -> str:
+    # A branch is split at its dots; "~", "-" and "_" stay, and nothing else that this module writes itself.
+    return quote(step_id, safe="", errors="backslashreplace").replace(".", "%2E")
+
+
+def is_called(branch: str) -> bool:
+    """Whether a branch is of a step that code calls, or of something inside one."""
+    return _MARK in branch
+
+
+def child_indexes(branch: str) -> list[int]:
+    """The index of each child on the way to a branch, up to the first step that code calls: what is inside is its own affair."""
+    return [int(part) for part in itertools.takewhile(str.isdecimal, branch.split("."))]

@@ -1,0 +1,257 @@
+"""Guarded steps after a crash: they are called again, for what is recorded of an output is not the object that callers need."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+import textwrap
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+from tests.shared_stores import STORES, store_of
+
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    NodeContract,
+    RunStatus,
+    StromaRunner,
+    current_node,
+    current_run,
+    parallel,
+    stroma_node,
+)
+from stroma.adapters import Guard
+
+ROOT = Path(__file__).parents[2]
+KILLED = """
+import asyncio, os, signal, sys
+from stroma import StromaRunner, current_node
+from stroma.adapters import Guard
+db, side, dies = sys.argv[1], os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600), sys.argv[3] == "dies"
+guard = Guard(StromaRunner.quick(store=db, run_id="r", resume=True, lease_seconds=0.2))
+def called(what):
+    os.write(side, f"{what}|{current_node().idempotency_key}\\n".encode())
+def die():
+    if dies:
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+BODIES = {
+    "call": """
+@guard.step("model")
+def model(n): called(n); return f"answer {n}"
+@guard.step("agent")
+def agent(question):
+    out = [model(1)]
+    die()
+    return [*out, model(2)]
+with guard.run("q"): print(agent("q"))
+""",
+    "acall": """
+@guard.step("model")
+async def model(n): called(n); return f"answer {n}"
+@guard.step("agent")
+async def agent(question):
+    out = await asyncio.gather(model(1), model(3))
+    die()
+    return [out[0], await model(2)]
+async def main():
+    async with guard.run("q"): print(await agent("q"))
+asyncio.run(main())
+""",
+    "stream": """
+@guard.step("model")
+def model(n):
+    called(n)
+    yield "answer"
+    yield n
+@guard.step("agent")
+def agent(question):
+    yield " ".join(map(str, model(1)))
+    die()
+    yield " ".join(map(str, model(2)))
+with guard.run("q"): print(list(agent("q")))
+""",
+    "astream": """
+@guard.step("model")
+async def model(n):
+    called(n)
+    yield f"answer {n}"
+@guard.step("agent")
+async def agent(question):
+    async for part in model(1): yield part
+    die()
+    async for part in model(2): yield part
+async def main():
+    async with guard.run("q"): print([part async for part in agent("q")])
+asyncio.run(main())
+""",
+    "deep": """
+@guard.step("model")
+def model(n): called(n); return f"answer {n}"
+@guard.step("agent")
+def agent(question):
+    @guard.step("inner")
+    def inner(n): return model(n)
+    out = [inner(1)]
+    die()
+    return [*out, inner(2)]
+with guard.run("q"): print(agent("q"))
+""",
+    "a node": """
+from pydantic import BaseModel
+from stroma import NodeContract, current_run, stroma_node
+class Text(BaseModel):
+    parts: list[str] = []
+@stroma_node("node", NodeContract(node_id="node", input_schema=Text, output_schema=Text))
+async def node(state):
+    inside = Guard(current_run())
+    @inside.step("model")
+    async def model(n): called(n); return f"answer {n}"
+    out = [await model(1)]
+    die()
+    return {"parts": [*out, await model(2)]}
+print(asyncio.run(guard.runner.run([node], Text())).final_state.parts)
+""",
+}
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("way", BODIES)
+def test_killed_inside_of_a_guarded_step(way: str, tmp_path: Path) -> None:
+    """After SIGKILL in a step, a resume returns what its steps return, and none of them gives None in place of that."""
+    program, side = tmp_path / "program.py", tmp_path / "side"
+    program.write_text(textwrap.dedent(KILLED + BODIES[way]))
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ends = []
+    for life in ("dies", "lives"):
+        command = [sys.executable, str(program), str(tmp_path / "r.db"), str(side), life]
+        done = subprocess.run(
+            command, capture_output=True, text=True, check=False, timeout=180, env=environment
+        )
+        ends.append(done.returncode)
+        assert done.returncode in (0, -signal.SIGKILL), done.stderr
+    assert ends == [-signal.SIGKILL, 0]
+    assert done.stdout.strip() == "['answer 1', 'answer 2']"
+    keys: dict[str, set[str]] = {}
+    for line in side.read_text().splitlines():
+        what, _, key = line.partition("|")
+        keys.setdefault(what, set()).add(key)
+    assert {what: len(found) for what, found in keys.items()} == dict.fromkeys(keys, 1)
+    assert len(set.union(*keys.values())) == len(keys)
+
+
+class Text(BaseModel):
+    text: str = ""
+
+
+@pytest.mark.parametrize("kind", STORES)
+async def test_steps_of_a_guard_in_the_nodes_of_a_pipeline(kind: str) -> None:
+    """A pipeline whose nodes use a guard is resumed: what the guard has recorded inside is no node of the pipeline."""
+    calls: list[str] = []
+    fails = [True]
+
+    def node(name: str) -> Any:
+        async def call(state: Text) -> Any:
+            run = current_run()
+            assert run is not None
+
+            def model(n: int) -> str:
+                calls.append(f"{name} {n}")
+                return f"{name}{n}"
+
+            step = Guard(run).wrap("model", model)
+            text = state.text + step(1)
+            if name == "b" and fails[0]:
+                raise ValueError("no")
+            return {"text": text + step(2)}
+
+        return stroma_node(name, NodeContract(node_id=name, input_schema=Text, output_schema=Text))(call)
+
+    never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+    with store_of(kind) as store:
+        runner = StromaRunner.quick(store=store, run_id="r", resume=True, policy_map=never)
+        assert (await runner.run([node("a"), node("b")], Text())).status is RunStatus.PARTIAL
+        fails[0] = False
+        result = await runner.run([node("a"), node("b")], Text())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="a1a2b1b2"))
+    assert calls == ["a 1", "a 2", "b 1", "b 1", "b 2"]
+
+
+async def test_a_group_that_is_tried_again_calls_guarded_steps_again() -> None:
+    """A guarded step in a child of a group returns its value in each attempt of the group, not what was remembered."""
+    tries = iter([False, True])
+
+    async def part(state: Text) -> Any:
+        run = current_run()
+        assert run is not None
+        found = Guard(run).wrap("model", lambda n: f"answer {n}")(1)
+        if not next(tries):
+            raise ValueError("no")
+        return {"text": found}
+
+    child = stroma_node("part", NodeContract(node_id="part", input_schema=Text, output_schema=Text))(part)
+    never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+    again = {"parallel(part)": {FailureClass.AMBIGUOUS: FailurePolicy(max_retries=1, backoff_seconds=0)}}
+    runner = StromaRunner.quick(policy_map=never, node_policies=again)
+    result = await runner.run([parallel(child)], Text())
+    assert result.final_state.text == "answer 1"
+
+
+def test_calls_with_other_inputs_never_share_a_key(tmp_path: Path) -> None:
+    """A framework that goes on by itself behind what is finished gives its next call no key of a finished one."""
+    keys: list[str] = []
+
+    def model(n: int) -> int:
+        here = current_node()
+        assert here is not None
+        keys.append(here.idempotency_key)
+        return n
+
+    for inputs in ((1, 2), (3,), (1, 1)):
+        guard = Guard(StromaRunner.quick(store=str(tmp_path / "r.db"), run_id="r", resume=True))
+        step = guard.wrap("model", model)
+        with guard.run("q"):
+            assert [step(n) for n in inputs] == list(inputs)
+    first, second, third, once_more, twice = keys
+    assert once_more == first
+    assert len({first, second, third, twice}) == 4
+
+
+async def test_a_step_in_a_thread_that_knows_nothing_of_its_node() -> None:
+    """Frameworks begin threads of their own: a step in one takes no position of the pipeline, and is called on resume."""
+    calls: list[int] = []
+    fails = [True]
+
+    async def first(state: Text) -> Any:
+        run = current_run()
+        assert run is not None
+        step = Guard(run).wrap("model", calls.append)
+        thread = threading.Thread(target=step, args=(1,))
+        thread.start()
+        await asyncio.to_thread(thread.join)
+        return {"text": "first"}
+
+    async def second(state: Text) -> Any:
+        if fails[0]:
+            raise ValueError("no")
+        return {"text": f"{state.text} second"}
+
+    never = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+    runner = StromaRunner.quick(run_id="r", resume=True, policy_map=never)
+    nodes = [
+        stroma_node(name, NodeContract(node_id=name, input_schema=Text, output_schema=Text))(func)
+        for name, func in (("first", first), ("second", second))
+    ]
+    assert (await runner.run(nodes, Text())).status is RunStatus.PARTIAL
+    fails[0] = False
+    result = await runner.run(nodes, Text())
+    assert (result.status, result.final_state) == (RunStatus.RESUMED, Text(text="first second"))
+    assert calls == [1]
