@@ -517,7 +517,7 @@ async def _attempt(
     except BaseException as broken:
         # Whatever a validator raises: nothing was awaited, so nobody cancels or closes us.
         raw = _raw_picture(ctx.settled(value))
-        violation = as_violation(run.node_id, "input", raw, broken, None if given is None else given.model)
+        violation: Exception = as_violation(run.node_id, "input", raw, broken, None if given is None else given.model)
         return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
     if fire.on_node_start is not None:
         shape = given if given is not None and type(state) is given.model else schema_of(type(state))
@@ -567,6 +567,9 @@ async def _attempt(
     if raised is not None:
         if is_a(raised, Suspend) or (is_a(raised, GroupStopped) and raised.halt.suspended):
             return await _suspend(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
+        if bad_usage is not None and not bad_usage.silent:
+            # Another attempt would buy more at a price that no limit can count.
+            bad_usage.__cause__, raised = raised, bad_usage
         failed = _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
         # What it raised knows the frames that it passed, and so this one: a circle that only the collector would end.
         del raised, run
@@ -584,6 +587,8 @@ async def _attempt(
         raise
     except BaseException as broken:
         violation = as_violation(run.node_id, "output", output, broken, promised.model)
+        if bad_usage is not None and not bad_usage.silent:
+            bad_usage.__cause__, violation = violation, bad_usage
         return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
 
     pictured: Packed | bytes | None = None

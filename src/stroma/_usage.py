@@ -64,7 +64,7 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
             cached += detail.cached_input_tokens
             written += detail.cache_write_tokens
         if model is None:
-            if ctx.budget.max_cost_usd is not None and given + made:
+            if given + made and ctx.has_limit("cost", run.node_id):
                 ctx.warn_once(
                     run.node_id,
                     "modelless",
@@ -89,9 +89,10 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
             )
             continue
         if pricer is None:
-            if ctx.config.unknown_model == "error":
+            if ctx.refuses_unpriced(run.node_id):
                 problem = UsageError(
-                    f"node {run.node_id!r} used model {model!r}, which has no known price; add it to KNOWN_MODELS"
+                    f"node {run.node_id!r} used model {model!r}, which has no known price; add it to KNOWN_MODELS, or pass "
+                    'unknown_model="warn" to count it as 0 USD'
                 )
             elif model not in ctx.unpriced:
                 ctx.run_logger.warning(

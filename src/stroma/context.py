@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter_ns, time_ns
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel
 
@@ -570,6 +570,16 @@ class ReliabilityContext:
         """What a node gets as ``ctx``: the user's own dict, or, while a fallback is due, a view of it that names it."""
         model = self.fallback_model()
         return self.context if model is None else SignalView(self.context, model)
+
+    def has_limit(self, dimension: Literal["tokens", "cost"], node_id: str) -> bool:
+        """Return whether the run's own budget or a shared one limits what a node may take of a dimension."""
+        own = self.budget.max_tokens_total if dimension == "tokens" else self.budget.max_cost_usd
+        return own is not None or any(one.has_limit(dimension, node_id) for one in self.config.budgets)
+
+    def refuses_unpriced(self, node_id: str) -> bool:
+        """Return whether usage without a known price stops the run: a limit in US dollars could not count it."""
+        chosen = self.config.unknown_model
+        return self.has_limit("cost", node_id) if chosen is None else chosen == "error"
 
     def due_warnings(self) -> list[tuple[str, float, float]]:
         """(dimension, used, limit) of each limit that has just been used to 80 %; each once in a run."""

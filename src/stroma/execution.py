@@ -285,7 +285,7 @@ class NodeExecution:
     def counts_as_zero(self, error: UsageError) -> bool:
         """Whether usage that a response does not say is 0, with a warning: it is where no limit depends on it."""
         ctx = self.ctx
-        limited = ctx.budget.max_tokens_total is not None or ctx.budget.max_cost_usd is not None
+        limited = ctx.has_limit("tokens", self.node_id) or ctx.has_limit("cost", self.node_id)
         if not error.silent or limited or ctx.config.unknown_model == "error":
             return False
         ctx.warn_once(self.node_id, "silent", f"{error}. It counts as 0 tokens")
