@@ -44,6 +44,7 @@ from stroma.failures import (
     Stop,
     Suspend,
     diagnose,
+    ends_run,
     follow_up,
     is_a,
     message_of,
@@ -512,10 +513,10 @@ async def _attempt(
         else:
             state, picture, used = given.take_pictured(value, ctx.pictured, not ctx.lent)
             ctx.lent |= used
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as broken:
         # Whatever a validator raises: nothing was awaited, so nobody cancels or closes us.
+        if ends_run(broken):
+            raise
         raw = _raw_picture(ctx.settled(value))
         violation: Exception = as_violation(run.node_id, "input", raw, broken, None if given is None else given.model)
         return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
@@ -582,10 +583,10 @@ async def _attempt(
             model, kept = promised.give(output, lends)
         else:
             model, kept = promised.assemble(output)
-    except (KeyboardInterrupt, SystemExit) as interrupt:
-        await _abandon(ctx, run, begin, 0, picture, interrupt)
-        raise
     except BaseException as broken:
+        if ends_run(broken):
+            await _abandon(ctx, run, begin, 0, picture, broken)
+            raise
         violation = as_violation(run.node_id, "output", output, broken, promised.model)
         if bad_usage is not None and not bad_usage.silent:
             bad_usage.__cause__, violation = violation, bad_usage
