@@ -32,7 +32,7 @@ from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
 from stroma.checkpoint import Finished, StepCall, StoreError, Waiting, schema_ref
 from stroma.context import ReliabilityContext
-from stroma.contracts import ContractViolation, NodeContract, as_violation
+from stroma.contracts import ContractViolation, NodeContract, as_violation, output_violation
 from stroma.cost import BudgetExceeded, UsageError
 from stroma.execution import CURRENT, Kind, NodeExecution, leave, new_execution
 from stroma.failures import (
@@ -587,7 +587,7 @@ async def _attempt(
         if ends_run(broken):
             await _abandon(ctx, run, begin, 0, picture, broken)
             raise
-        violation = as_violation(run.node_id, "output", output, broken, promised.model)
+        violation = output_violation(run.node_id, output, broken, promised.model)
         if bad_usage is not None and not bad_usage.silent:
             bad_usage.__cause__, violation = violation, bad_usage
         return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Any
 
 from stroma._tasks import in_thread, uninterrupted
 from stroma.context import ReliabilityContext
+from stroma.contracts import RETURN_SHAPES
 from stroma.execution import NodeExecution
 from stroma.prices import cached_pricer, find_pricer
 from stroma.trace import AttemptUsage
 from stroma.usage import UsageError, check_usage, report_of, shown
 
 __all__ = ["count_returned", "price"]
-
-_SHAPES: Final = "return the output, (output, response), (output, tokens), (output, input_tokens, model) or (output, input_tokens, output_tokens, model)"
-
 
 def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
     """The output of a tuple, without its usage; the usage is noted on the execution."""
@@ -38,7 +36,7 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
     else:
         return returned, None  # The output contract says what is wrong with it.
     if model is not None and not isinstance(model, str):
-        return output, UsageError(f"node {run.node_id!r} named the model {shown(model)}; {_SHAPES}")
+        return output, UsageError(f"node {run.node_id!r} named the model {shown(model)}; {RETURN_SHAPES}")
     try:
         check_usage(run.node_id, used, produced)
     except UsageError as error:

@@ -12,7 +12,7 @@ from stroma._deferred import Deferred, one_at_a_time
 from stroma.contracts import check_id
 from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap, default_policy_map
-from stroma.hooks import AnyHooks, NodeHooks, flatten
+from stroma.hooks import AnyHooks, NodeHooks, check_arguments, flatten
 from stroma.schemas import become, stamped
 from stroma.usage import shown
 
@@ -251,7 +251,23 @@ class RunConfig(Deferred):
     @classmethod
     def _are_hooks(cls, value: Any) -> Any:
         sets = flatten(value)
+        for one in sets:
+            one.check()  # Its hooks may have been set since it was made.
         return value if isinstance(value, (NodeHooks, Sequence)) else sets  # What can be read once has been.
+
+    @field_validator("classifiers")
+    @classmethod
+    def _take_exceptions(cls, value: Any) -> Any:
+        for index, classifier in enumerate(value or ()):
+            check_arguments(f"classifiers[{index}]", classifier, ("exception", "context"))
+        return value
+
+    @field_validator("redact")
+    @classmethod
+    def _takes_states(cls, value: Any) -> Any:
+        if value is not None:
+            check_arguments("redact", value, ("state",))
+        return value
 
     @field_validator("shared_budgets")
     @classmethod

@@ -163,7 +163,7 @@ class StromaRunner:
         )
 
     def with_classifiers(self, classifiers: list[Classifier]) -> StromaRunner:
-        return self._replace(classifiers=classifiers)
+        return self._replace(classifiers=RunConfig(classifiers=classifiers).classifiers)
 
     def with_hooks(self, hooks: NodeHooks | Sequence[NodeHooks]) -> StromaRunner:
         return self._replace(hooks=RunConfig(hooks=hooks).hooks)
