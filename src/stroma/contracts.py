@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
 from types import CoroutineType
-from typing import TYPE_CHECKING, Any, Final, Generic, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
@@ -212,16 +212,30 @@ class BoundaryValidator:
             raise as_violation(contract.node_id, direction, raw, error, schema) from error
 
 
+class Decorated(NamedTuple):
+    """The contract that a decorator registered last for a node id, and the repr of the function that got it."""
+
+    contract: NodeContract[Any, Any]
+    owner: str
+
+
 class ContractRegistry:
     """The contracts of a runner, by node id."""
 
     def __init__(self) -> None:
         self._contracts: dict[str, NodeContract[Any, Any]] = {}
+        #: What ``runner.node`` gave ids to.
+        self.decorated: dict[str, Decorated] = {}
         self._validator = BoundaryValidator()
 
     def register(self, contract: NodeContract[Any, Any]) -> None:
         """Add a contract, replacing the one that its node id had."""
         self._contracts[contract.node_id] = contract
+
+    @property
+    def ids(self) -> set[str]:
+        """The node ids that have a contract."""
+        return set(self._contracts)
 
     def get(self, node_id: str) -> NodeContract[Any, Any]:
         """The contract of a node; raises KeyError."""

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ValidationError
 
 from stroma._engine import Halt, execute
 from stroma._redeliver import redeliver
+from stroma._sequence import check_owners
 from stroma.checkpoint import PipelineChanged, StepCall
 from stroma.context import ReliabilityContext
 from stroma.contracts import NodeContract
@@ -39,7 +40,8 @@ async def execute_step(
     ``async with ctx:`` around the steps holds the run against others, notes in the journal how it ended, and makes the
     hooks hear of its start and end.
 
-    Raises PipelineChanged if that was recorded for another input; inputs that have no stored form are not compared.
+    Raises ValueError for a node whose id was given to another function with another contract since, PipelineChanged if
+    that call was recorded for another input; inputs that have no stored form are not compared.
     """
     if not isinstance(input_state, BaseModel):
         raise TypeError(
@@ -58,6 +60,8 @@ async def execute_step(
         )
     marked = getattr(func, "_stroma_contract", None)
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
+    if contract is None and getattr(func, "_stroma_node_id", None) == step_id:
+        check_owners((node,), ctx.registry)
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
     try:
