@@ -37,7 +37,7 @@ from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, fallback_due, limits
 from stroma.execution import CURRENT, RUN, leave
 from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a, message_of
-from stroma.hooks import NO_HOOKS, AnyHooks, Calls, HookNotAsync, Hooks, flatten
+from stroma.hooks import NO_HOOKS, AnyHooks, Calls, HookNotAsync, Hooks, distinct, flatten
 from stroma.nodes import Node
 from stroma.schemas import Packed, Schema, schema_of
 from stroma.trace import (
@@ -268,6 +268,8 @@ class ReliabilityContext:
         if self.probes:
             sets = [own for probe in self.probes if (own := probe.begins(self)) is not None] + sets
         if sets:
+            if len(sets) > 1:
+                sets = distinct(sets)
             self.delivers = self.config.hook_delivery == "at_least_once"
             limit = self.config.hook_timeout_ms
             self.fire = Hooks(

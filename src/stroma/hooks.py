@@ -28,6 +28,7 @@ __all__ = [
     "NodeHooks",
     "StepHooks",
     "check_arguments",
+    "distinct",
     "flatten",
 ]
 
@@ -197,6 +198,21 @@ def flatten(hooks: NodeHooks | Iterable[NodeHooks] | None) -> tuple[NodeHooks, .
         else:
             raise TypeError(f"{item!r} is not a set of hooks; make one with NodeHooks(...)")
     return tuple(sets)
+
+
+def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
+    """Return the sets of hooks without exporters that feed what an earlier one feeds: each event is counted once."""
+    found: list[NodeHooks] = []
+    fed: list[object] = []
+    for one in sets:
+        exporter = getattr(one, "exporter", None)
+        if exporter is not None:
+            destination = exporter.destination
+            if destination in fed:
+                continue
+            fed.append(destination)
+        found.append(one)
+    return found
 
 
 class HookError(Exception):
