@@ -65,6 +65,7 @@ def make_row(
         run.group,
         run.schemas,
         run.children,
+        min(run.busy_ns, duration) if run.kind == "group" else duration,
     )
 
 

@@ -542,7 +542,7 @@ async def _attempt(
         else:
             output = await _call(ctx, run, node, state)
     except BaseException as error:
-        duration = _ended(run, node, begin)
+        begin, duration = _ended(run, node, begin)
         if passes_through(error, cancelling, in_group=type(node) is not Node):
             await _abandon(ctx, run, begin, duration, picture, error)
             raise
@@ -550,7 +550,7 @@ async def _attempt(
     else:
         duration = perf_counter_ns() - begin
         if run.parent is not None or type(node) is not Node:
-            duration = _ended(run, node, begin)
+            begin, duration = _ended(run, node, begin)
 
     # ---- usage, at once: it is spent whatever becomes of the output
     bad_usage: UsageError | None = None
@@ -563,8 +563,8 @@ async def _attempt(
         bad_usage = bad_usage or unpriced
     if run.counted is not NO_USAGE:
         ctx.cost_tracker.spend(run.counted.tokens, run.counted.cost_usd)
-    if not run.branch:  # A group's own wall time counts that of its children.
-        ctx.cost_tracker.latency_ns += duration
+    if not run.branch:  # What functions inside a group took is what the group takes.
+        ctx.cost_tracker.latency_ns += duration if type(node) is Node else run.busy_ns
     if raised is not None:
         if is_a(raised, Suspend) or (is_a(raised, GroupStopped) and raised.halt.suspended):
             return await _suspend(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
@@ -618,6 +618,7 @@ async def _attempt(
         row: Row = (
             run.node_id, run.attempt, begin + ctx.epoch_ns, duration, picture, kept,
             "success", None, None, run.position, run.branch, run.group, run.schemas, run.children,
+            duration if type(node) is Node else run.busy_ns,
         )  # fmt: skip
     else:
         row = make_row(
@@ -668,14 +669,14 @@ async def _attempt(
     return model if failure is None else Halt(failure, output=model, spent=bad_usage is None)
 
 
-def _ended(run: NodeExecution, node: Node | Group, begin: int) -> int:
-    """How long the function ran, in ns; for a group, how long any function inside it did: neither hooks nor waits."""
-    now = perf_counter_ns()
+def _ended(run: NodeExecution, node: Node | Group, begin: int) -> tuple[int, int]:
+    """Return when the function began and how long it took, in ns; for a group, from its first function to its last."""
     if type(node) is not Node:
-        return run.busy_ns
+        return (run.first_ns, run.last_ns - run.first_ns) if run.first_ns else (begin, 0)
+    now = perf_counter_ns()
     if run.parent is not None:
         run.parent.leave(now)
-    return now - begin
+    return begin, now - begin
 
 
 def _take_unvalidated(
@@ -858,7 +859,7 @@ async def _abandon(
         await price(ctx, run)
         ctx.cost_tracker.spend(run.counted.tokens, run.counted.cost_usd)
     if not run.branch:
-        ctx.cost_tracker.latency_ns += duration
+        ctx.cost_tracker.latency_ns += min(run.busy_ns, duration) if run.kind == "group" else duration
     run.ended = row = make_row(run, begin, duration, picture, None, None, "cancelled")
     run.rows.append(row)
     stopped: BaseException | None = None
@@ -902,7 +903,7 @@ async def _started(
 
 async def _call(ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, state: BaseModel) -> Any:
     if isinstance(node, Group):
-        run.children, run.busy_ns, run.running = [], 0, 0
+        run.children, run.busy_ns, run.running, run.first_ns, run.last_ns = [], 0, 0, 0, 0
         return await node.run(ctx, run, state)
     context = ctx.node_context() if node.wants_context else ctx.context
     if node.is_async:

@@ -93,10 +93,13 @@ class NodeExecution:
 
     last_failure: Failure | None = None
     redelivered: bool = False
-    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before.
+    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before; and when
+    #: the first one began and the last one ended.
     running: int = 0
     running_since: int = 0
     busy_ns: int = 0
+    first_ns: int = 0
+    last_ns: int = 0
     #: What a group got, which its children may get as well, and the picture of it.
     taken: tuple[BaseModel, Snapshot] | None = None
     #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
@@ -112,6 +115,7 @@ class NodeExecution:
         """A function inside this group begins."""
         if self.running == 0:
             self.running_since = now
+            self.first_ns = self.first_ns or now
         self.running += 1
         if self.parent is not None:
             self.parent.enter(now)
@@ -121,6 +125,7 @@ class NodeExecution:
         self.running -= 1
         if self.running == 0:
             self.busy_ns += now - self.running_since
+            self.last_ns = now
         if self.parent is not None:
             self.parent.leave(now)
 
@@ -150,7 +155,10 @@ class NodeExecution:
 
     @property
     def duration_ms(self) -> float | None:
-        """How long the function of that attempt ran, hooks, waits and the store apart; None before its end."""
+        """How long the function of that attempt took, hooks, waits and the store apart; None before its end.
+
+        Of a group: from the first start of a function inside it to the last end of one.
+        """
         return None if self.ended is None else self.ended[DURATION] / 1e6
 
     @property

@@ -76,6 +76,7 @@ def attempt(position: int = 0, started: int = 10, branch: str = "", number: int 
     given: dict[str, Any] = {
         "node_id": f"node {position}", "duration_ns": 7, "outcome": "success", "failure_class": None, "message": None,
         "reason": None, "tokens": 5, "output_tokens": 3, "cost_pico": 11, "model": "m",
+        "function_ns": 7,
     }  # fmt: skip
     return Attempt(position, started, branch, number, **{**given, **facts})
 

@@ -134,7 +134,12 @@ class RunRow(NamedTuple):
 
 class Attempt(NamedTuple):
     """One attempt, as it is kept. What tells it from a repeated call for the same one is its start: a resumed run, and
-    a group that is tried again, count attempts from 1."""
+    a group that is tried again, count attempts from 1.
+
+    Attributes:
+        function_ns: for how long its function ran; of a group, any function inside it.
+        group_id: of the group around it.
+    """
 
     position: int
     started_ns: int
@@ -150,6 +155,8 @@ class Attempt(NamedTuple):
     output_tokens: int
     cost_pico: int
     model: str | None
+    function_ns: int = 0
+    group_id: str | None = None
 
 
 class Step(NamedTuple):

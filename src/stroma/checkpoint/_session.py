@@ -75,6 +75,8 @@ from stroma.trace import (
     BRANCH,
     DURATION,
     FAILURE,
+    FUNCTION,
+    GROUP,
     NO_USAGE,
     NODE,
     OUTCOME,
@@ -507,6 +509,8 @@ def _attempt(row: Row) -> Attempt:
         usage.output_tokens,
         round(usage.cost_usd * PICO),
         text(usage.model),
+        row[FUNCTION],
+        text(row[GROUP]),
     )
 
 

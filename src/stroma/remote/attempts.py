@@ -60,6 +60,7 @@ from stroma.trace import (
     ATTEMPT,
     BRANCH,
     DURATION,
+    FUNCTION,
     FAILURE,
     INPUT,
     NODE,
@@ -423,6 +424,8 @@ class _Work:
         """In the place of a group's own running: its children have run elsewhere."""
         request = self.request
         execution.busy_ns = request["busy_ns"]
+        if request["span_ns"]:
+            execution.first_ns, execution.last_ns = (at - ctx.epoch_ns for at in request["span_ns"])
         if request["cancelled"]:
             task = asyncio.current_task()
             assert task is not None
@@ -525,6 +528,7 @@ class _Work:
             "attempt": row[ATTEMPT],
             "started_ns": row[STARTED],
             "duration_ns": row[DURATION],
+            "function_ns": row[FUNCTION],
             "outcome": row[OUTCOME],
             "failure": None if failure is None else [failure[0].value, clip(failure[1]), failure[2]],
             "usage": None if used is None else [

@@ -142,6 +142,7 @@ class Event(TypedDict):
     attempt: int
     started_ns: int
     duration_ns: int
+    function_ns: int
     outcome: str
     failure: list[Any] | None
     usage: list[Any] | None
@@ -171,6 +172,7 @@ class Request(TypedDict):
         path: the index of each child on the way from the pipeline to the node.
         groups: the ids of the groups around it, the outermost first.
         spent: by the run so far, earlier segments included; ``busy_ns``: by the groups around it.
+        span_ns: of "close": when the first function inside the group began, and when the last one ended.
         room: bytes of states that may still come back in the reply itself.
         after: seconds that were waited since the last attempt.
         gone: what nodes have taken out of the context dict; a worker's own config may have it, too.
@@ -209,6 +211,7 @@ class Request(TypedDict):
     stopped: NotRequired[dict[str, Any] | None]
     cancelled: NotRequired[bool]
     busy_ns: NotRequired[int]
+    span_ns: NotRequired[list[int]]
     opened_ns: NotRequired[int]
     #: Of "begin": the plan, to be looked at as a whole, and what is committed already.
     nodes: NotRequired[list[NodeSpec]]
