@@ -25,7 +25,7 @@ from pydantic import BaseModel
 
 from stroma._admission import admit
 from stroma._announce import of_start, of_success, tell_closed, tell_end, tell_failure, warn_of_budget
-from stroma._commit import make_row, record, settle
+from stroma._commit import make_row, record, refer, settle
 from stroma._probe import Call
 from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
@@ -634,6 +634,8 @@ async def _attempt(
         if pending is not None:
             problem, late = await settle(ctx, row, promised, model, run.step, pending)
             cancelled = cancelled or late
+            if problem is None:
+                row = refer(ctx, row)
     except BaseException as interrupt:  # KeyboardInterrupt in a store.
         await _abandon(ctx, run, begin, 0, picture, interrupt)
         raise
@@ -740,7 +742,7 @@ async def _fail(
                 exc, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
             )
             halt = Halt(failure, partial=True)
-    row = make_row(run, begin, duration, picture, None, failure, "failure")
+    row = refer(ctx, make_row(run, begin, duration, picture, None, failure, "failure"))
     run.rows.append(row)
     interrupt: BaseException | None = None
     if not (halt is not None and failure.reason == "store"):
