@@ -193,7 +193,23 @@ def row(
     group: str | None = None,
 ) -> Row:
     outcome: Any = "success" if failed is None else "failure"
-    return (node, number, started, 7, (), None, outcome, failed, usage, position, branch, group, None, None, 7)
+    return (
+        node,
+        number,
+        started,
+        7,
+        (),
+        None,
+        outcome,
+        failed,
+        usage,
+        position,
+        branch,
+        group,
+        None,
+        None,
+        7,
+    )
 
 
 def attempt(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:

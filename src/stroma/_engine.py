@@ -518,7 +518,9 @@ async def _attempt(
         if ends_run(broken):
             raise
         raw = _raw_picture(ctx.settled(value))
-        violation: Exception = as_violation(run.node_id, "input", raw, broken, None if given is None else given.model)
+        violation: Exception = as_violation(
+            run.node_id, "input", raw, broken, None if given is None else given.model
+        )
         return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
     if fire.on_node_start is not None:
         shape = given if given is not None and type(state) is given.model else schema_of(type(state))

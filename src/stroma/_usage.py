@@ -15,6 +15,7 @@ from stroma.usage import UsageError, check_usage, report_of, shown
 
 __all__ = ["count_returned", "price"]
 
+
 def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
     """The output of a tuple, without its usage; the usage is noted on the execution."""
     model: Any = None

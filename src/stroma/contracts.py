@@ -12,10 +12,10 @@ from stroma._deferred import Deferred
 from stroma.schemas import schema_of
 
 __all__ = [
+    "RETURN_SHAPES",
     "BoundaryValidator",
     "ContractRegistry",
     "ContractViolation",
-    "RETURN_SHAPES",
     "NodeContract",
     "StepContract",
     "StepViolation",

@@ -204,7 +204,12 @@ class History:
         return self._shown(data, most_bytes)
 
     def given_to(
-        self, run_id: str, attempt: AttemptRecord, *, most_bytes: int | None = None, inputs: Inputs | None = None
+        self,
+        run_id: str,
+        attempt: AttemptRecord,
+        *,
+        most_bytes: int | None = None,
+        inputs: Inputs | None = None,
     ) -> Payload:
         """Return what an attempt was given: a child of a group what the group got, an item of a map that item of it.
 
@@ -316,7 +321,9 @@ class Inputs:
         outer, _, index = branch.rpartition(".")
         group = self._group_of(position, branch)
         if group is None:
-            return Payload(None, "the group around it has not ended: which part of its input it got is not recorded yet")
+            return Payload(
+                None, "the group around it has not ended: which part of its input it got is not recorded yet"
+            )
         around = self._at(position, outer)
         over = _MAP.match(group)
         if over is None or around.problem is not None:

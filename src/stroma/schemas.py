@@ -108,7 +108,9 @@ class Given:
     def open(self) -> Any:
         if isinstance(self.source, Packed):
             return self.source.open()
-        return Schema.raw_of(self.source.load()) if isinstance(self.source, Stored) else json.loads(self.source)
+        return (
+            Schema.raw_of(self.source.load()) if isinstance(self.source, Stored) else json.loads(self.source)
+        )
 
 
 #: What a trace or a store keeps of a state: the values of a flat one, the bytes of any other, or, where no

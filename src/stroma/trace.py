@@ -415,7 +415,9 @@ class ExecutionTrace(Shown):
 
     def said(self, message: str, row: Row, redact: Redact) -> str:
         """The message of a failed attempt without what ``redact`` takes out of the attempt's states."""
-        return hide_words(redact, message, _hidden_in(redact, [self._event((*row[:CHILDREN], None, row[FUNCTION]))]))
+        return hide_words(
+            redact, message, _hidden_in(redact, [self._event((*row[:CHILDREN], None, row[FUNCTION]))])
+        )
 
     def diff(self, other: ExecutionTrace) -> list[str]:
         """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""

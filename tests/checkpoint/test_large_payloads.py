@@ -231,7 +231,7 @@ async def test_a_blob_that_is_gone_is_said_where_it_is_needed(tmp_path: pathlib.
         assert "which is not in" in first.output_state["unavailable"]
         assert "which is not in" in second.input_state["unavailable"]
         assert second.output_state["n"] == 2
-        with pytest.raises(CorruptCheckpoint, match="the output of node 'make' at position 0.*resume_from="):
+        with pytest.raises(CorruptCheckpoint, match=r"the output of node 'make' at position 0.*resume_from="):
             await runner.run(nodes, Flat(), run_id="r", resume=True)
 
 
@@ -284,5 +284,3 @@ def test_payloads_of_a_megabyte_take_no_memory_each(count: int, shape: str, tmp_
             capture_output=True, text=True, check=True, timeout=110,
         )  # fmt: skip
         assert int(done.stdout) < most, mode
-
-

@@ -113,7 +113,11 @@ def test_prometheus_counts_once(own: Any, hooks: str) -> None:
 def test_sentry_counts_once(own: Any, sentry_server: SentryServer, by: str, begun: bool) -> None:
     """``sentry_hooks()`` of a pipeline and --sentry, or SENTRY_DSN, are one: a failure is one issue."""
     options = ("--sentry", sentry_server.dsn) if by == "option" else ()
-    init = f"__import__('sentry_sdk').init({sentry_server.dsn!r}, default_integrations=False) and " if begun else ""
+    init = (
+        f"__import__('sentry_sdk').init({sentry_server.dsn!r}, default_integrations=False) and "
+        if begun
+        else ""
+    )
     env = {"HOOKS": f"{init}sentry_hooks()", "ASK": "raise ValueError('no')"}
     if not options:
         env["SENTRY_DSN"] = sentry_server.dsn

@@ -155,5 +155,6 @@ async def test_other_wrong_outputs_are_told_field_by_field() -> None:
     result = await runner.run([ask], Text())
     assert result.failure is not None
     assert (
-        result.failure.message == "Contract violation for 'ask' (output): text: Input should be a valid string"
+        result.failure.message
+        == "Contract violation for 'ask' (output): text: Input should be a valid string"
     )

@@ -220,10 +220,17 @@ async def test_every_unknown_id_gets_a_warning_of_its_own(caplog: pytest.LogCapt
     ]
 
 
-async def test_ids_that_a_pipeline_or_the_registry_has_get_no_warning(caplog: pytest.LogCaptureFixture) -> None:
+async def test_ids_that_a_pipeline_or_the_registry_has_get_no_warning(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     """The ids of groups, of what is in them, and of other nodes of the runner are known."""
     runner = StromaRunner.quick(
-        node_timeouts={"parallel(extract)": 10_000, "extract": 10_000, "elsewhere": 10_000, "map_over(items, one)": 1_000}
+        node_timeouts={
+            "parallel(extract)": 10_000,
+            "extract": 10_000,
+            "elsewhere": 10_000,
+            "map_over(items, one)": 1_000,
+        }
     )
     extract = extract_node(runner)
     runner.node("elsewhere", input=Text, output=Text)(give_text)

@@ -112,7 +112,7 @@ def test_what_is_no_exception_is_recorded_as_an_interruption(name: str, tmp_path
     async def stops(state: Text) -> Any:
         raise RAISED[name]()
 
-    with pytest.raises(BaseException, match="now|several"):
+    with pytest.raises(BaseException, match=r"now|several"):
         asyncio.run(runner.run([stops], Text(), run_id="r"))
     run = store.get_run("r")
     assert run is not None

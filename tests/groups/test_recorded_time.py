@@ -84,7 +84,9 @@ async def test_a_groups_time_is_that_of_its_bar(shape: str) -> None:
     outer = next(bar for bar in bars if bar.at == "0")
     inner = [bar for bar in bars if bar.at != "0"]
     assert outer.began_ms == pytest.approx(min(bar.began_ms for bar in inner), abs=0.01)
-    assert outer.began_ms + outer.took_ms == pytest.approx(max(b.began_ms + b.took_ms for b in inner), abs=0.01)
+    assert outer.began_ms + outer.took_ms == pytest.approx(
+        max(b.began_ms + b.took_ms for b in inner), abs=0.01
+    )
     for leaf in (event for event in result.trace.walk() if event.node_id == "a"):
         assert leaf.function_ms == leaf.duration_ms
 

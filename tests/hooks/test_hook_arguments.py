@@ -140,7 +140,7 @@ def test_the_arguments_are_those_that_hooks_are_called_with(event: str) -> None:
 def test_a_hook_that_is_set_later_is_refused_by_the_config() -> None:
     """A set of hooks that was changed since it was made is looked at when a config gets it."""
     hooks = NodeHooks()
-    hooks.on_node_start = plain  # type: ignore[assignment]  # pyright: ignore
+    hooks.on_node_start = plain  # type: ignore[assignment]
     for make in (
         lambda: RunConfig(hooks=hooks),
         lambda: RunConfig(hooks=[NodeHooks(), hooks]),
@@ -170,7 +170,7 @@ def test_a_classifier_of_other_arguments_is_refused(kind: str) -> None:
 def test_a_redact_of_other_arguments_is_refused() -> None:
     """A redact that can never be called is refused by the config, in place of hiding every state."""
     with pytest.raises(TypeError, match=r"redact is called with \(state\)"):
-        RunConfig(redact=lambda state, more: state)  # type: ignore[arg-type,misc]  # pyright: ignore
+        RunConfig(redact=lambda state, more: state)  # type: ignore[arg-type,misc]
 
 
 async def test_a_hook_that_fits_by_name_only_still_runs() -> None:

@@ -89,10 +89,14 @@ class Otel:
 
 
 def total(registry: CollectorRegistry, name: str) -> float:
-    return sum(sample.value for family in registry.collect() for sample in family.samples if sample.name == name)
+    return sum(
+        sample.value for family in registry.collect() for sample in family.samples if sample.name == name
+    )
 
 
-def runner_of(hooks: Any, store: Any = None, *, fails: bool = False) -> tuple[StromaRunner, Any, asyncio.Event]:
+def runner_of(
+    hooks: Any, store: Any = None, *, fails: bool = False
+) -> tuple[StromaRunner, Any, asyncio.Event]:
     runner = StromaRunner.quick(
         hooks=hooks, store=store, pipeline="p", classifiers=[lambda error, where: FailureClass.TERMINAL]
     )
@@ -115,7 +119,7 @@ async def test_callers_that_attach_count_no_run_again(fails: bool, tmp_path: Pat
     hooks = [
         prometheus_hooks(registry=registry),
         otel.hooks(),
-        datadog_hooks(tracer=tracer, statsd=statsd),  # type: ignore[arg-type]  # pyright: ignore
+        datadog_hooks(tracer=tracer, statsd=statsd),  # type: ignore[arg-type]
     ]
     runner, a, gate = runner_of(hooks, tmp_path / "runs.db", fails=fails)
 
@@ -165,7 +169,7 @@ async def test_two_sets_of_one_exporter_in_a_run_are_one(
     makers: list[Callable[[], Any]] = [
         lambda: prometheus_hooks(registry=registry),
         otel.hooks,
-        lambda: datadog_hooks(tracer=tracer, statsd=statsd),  # type: ignore[arg-type]  # pyright: ignore
+        lambda: datadog_hooks(tracer=tracer, statsd=statsd),  # type: ignore[arg-type]
         lambda: sentry_hooks(client=sentry.client),
         log_hooks,
     ]
@@ -179,7 +183,9 @@ async def test_two_sets_of_one_exporter_in_a_run_are_one(
     for make in makers:
         one = make()
         other = one if how == "same set" else make()
-        pair: Any = HookSets((one, other)) if how == "or" else [[one], [other]] if how == "nested" else [one, other]
+        pair: Any = (
+            HookSets((one, other)) if how == "or" else [[one], [other]] if how == "nested" else [one, other]
+        )
         hooks = [*hooks, *pair]
     runner, a, gate = runner_of(hooks, fails=True)
     gate.set()
@@ -198,7 +204,9 @@ async def test_two_sets_of_one_exporter_in_a_run_are_one(
 async def test_sets_that_feed_different_places_all_count() -> None:
     """Two registries, and two providers, each count the run."""
     registries, otels = [CollectorRegistry(), CollectorRegistry()], [Otel(), Otel()]
-    runner, a, gate = runner_of([*(prometheus_hooks(registry=r) for r in registries), *(o.hooks() for o in otels)])
+    runner, a, gate = runner_of(
+        [*(prometheus_hooks(registry=r) for r in registries), *(o.hooks() for o in otels)]
+    )
     gate.set()
     await runner.run(Pipeline("p", [a], config=RunConfig()), Number())
     assert [total(registry, "stroma_runs_total") for registry in registries] == [1, 1]

@@ -102,8 +102,8 @@ class DurableSession:
     __slots__ = (
         "__weakref__",
         "_deliver",
-        "_opened",
         "_large",
+        "_opened",
         "_packed",
         "_payloads",
         "_placed",
@@ -464,7 +464,9 @@ class DurableSession:
         output: Snapshot | None = self._opened.get(step.sha256)
         if output is None:
             stands_apart = step.output.startswith(BLOB) and self._payloads.blobs is not None
-            output = self._reference(step.output, what) if stands_apart else self._payloads.open(step.output, what)
+            output = (
+                self._reference(step.output, what) if stands_apart else self._payloads.open(step.output, what)
+            )
         return Committed(node_id, output, step.contract, call)
 
     def note_traceparent(self, traceparent: str) -> None:

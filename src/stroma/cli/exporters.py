@@ -30,7 +30,12 @@ _VARIABLES: Final = {
     "datadog": ("DD_TRACE_AGENT_URL", "DD_AGENT_HOST"),
 }
 #: What the exporters call the systems.
-_SYSTEMS: Final = {"otel": "OpenTelemetry", "prometheus": "Prometheus", "sentry": "Sentry", "datadog": "Datadog"}
+_SYSTEMS: Final = {
+    "otel": "OpenTelemetry",
+    "prometheus": "Prometheus",
+    "sentry": "Sentry",
+    "datadog": "Datadog",
+}
 _METRICS_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
 
 

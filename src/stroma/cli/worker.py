@@ -82,7 +82,9 @@ def worker(
             code=Code.USAGE,
         )
     listen(quiet=quiet)
-    own = [one for pipeline in pipelines if pipeline.config is not None for one in flatten(pipeline.config.hooks)]
+    own = [
+        one for pipeline in pipelines if pipeline.config is not None for one in flatten(pipeline.config.hooks)
+    ]
     hooks = exporters.hooks(own, quiet=quiet)
     if hooks:
         pipelines = [_observed(pipeline, hooks) for pipeline in pipelines]

@@ -28,7 +28,19 @@ from stroma.checkpoint import (
 from stroma.failures import FailureClass
 from stroma.schemas import schema_of
 from stroma.testing.stores import State, restored, row, settled
-from stroma.trace import ATTEMPT, BRANCH, DURATION, FAILURE, FUNCTION, NODE, OUTCOME, POSITION, STARTED, USAGE, Row
+from stroma.trace import (
+    ATTEMPT,
+    BRANCH,
+    DURATION,
+    FAILURE,
+    FUNCTION,
+    NODE,
+    OUTCOME,
+    POSITION,
+    STARTED,
+    USAGE,
+    Row,
+)
 
 __all__ = ["JournalStoreMachine"]
 

@@ -35,7 +35,20 @@ from stroma.history import (
     place_of,
     status_of,
 )
-from stroma.page import Bar, Box, Story, cause, document, duration, fields_named, gantt, head, idle_ms, tree, utc
+from stroma.page import (
+    Bar,
+    Box,
+    Story,
+    cause,
+    document,
+    duration,
+    fields_named,
+    gantt,
+    head,
+    idle_ms,
+    tree,
+    utc,
+)
 from stroma.trace import RunStatus
 from stroma.ui.actions import can_resume
 from stroma.ui.figures import figures_of
