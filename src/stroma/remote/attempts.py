@@ -523,12 +523,11 @@ class _Work:
 
     async def _event(self, row: Row, node: Node | Group) -> Event:
         failure, used = row[FAILURE], row[USAGE]
-        return {
+        event: Event = {
             "id": row[NODE],
             "attempt": row[ATTEMPT],
             "started_ns": row[STARTED],
             "duration_ns": row[DURATION],
-            "function_ns": row[FUNCTION],
             "outcome": row[OUTCOME],
             "failure": None if failure is None else [failure[0].value, clip(failure[1]), failure[2]],
             "usage": None if used is None else [
@@ -541,6 +540,9 @@ class _Work:
             "output": self.record.output if row[OUTCOME] != "cancelled" else None,
             "children": None,
         }  # fmt: skip
+        if row[FUNCTION] != row[DURATION]:
+            event["function_ns"] = row[FUNCTION]
+        return event
 
     async def _input(self, row: Row, node: Node | Group) -> Value | None:
         """What the attempt was given, if it differs from what the request holds."""

@@ -330,7 +330,7 @@ class Interpreter:
             if used is not None:
                 self._tracker.spend(used[0], used[2])
             if not place.branch:
-                self._tracker.latency_ns += row["function_ns"]
+                self._tracker.latency_ns += row.get("function_ns", row["duration_ns"])
             tracker = self._tracker
             state["spent"] = {
                 "tokens": tracker.total_tokens,

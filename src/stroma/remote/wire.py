@@ -136,13 +136,16 @@ class Failed(TypedDict):
 
 
 class Event(TypedDict):
-    """A row of the trace. An input of None is the value that the attempt was given."""
+    """A row of the trace. An input of None is the value that the attempt was given.
+
+    Attributes:
+        function_ns: for how long functions ran, where that is not ``duration_ns``: of a group.
+    """
 
     id: str
     attempt: int
     started_ns: int
     duration_ns: int
-    function_ns: int
     outcome: str
     failure: list[Any] | None
     usage: list[Any] | None
@@ -152,6 +155,7 @@ class Event(TypedDict):
     output: Value | None
     children: list[Event] | None
     packs: NotRequired[list[Value]]
+    function_ns: NotRequired[int]
 
 
 class Answer(TypedDict):
