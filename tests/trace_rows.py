@@ -50,7 +50,7 @@ def event(node_id: str = "node", **changed: Any) -> TraceEvent:
         "input_state": {"a": 1},
         "output_state": {"b": 2},
         "duration_ms": 5,
-        "function_ms": 5,
+        "function_ms": changed.get("duration_ms", 5),
     }
     return TraceEvent(node_id=node_id, **(fields | changed))
 

@@ -17,6 +17,7 @@ from stroma.schemas import Snapshot, schema_of
 from stroma.trace import (
     DURATION,
     FAILURE,
+    FUNCTION,
     NO_USAGE,
     OUTCOME,
     STARTED,
@@ -160,6 +161,11 @@ class NodeExecution:
         Of a group: from the first start of a function inside it to the last end of one.
         """
         return None if self.ended is None else self.ended[DURATION] / 1e6
+
+    @property
+    def function_ms(self) -> float | None:
+        """For how long functions ran in that attempt: of a group any inside it, of a node its own; None before its end."""
+        return None if self.ended is None else self.ended[FUNCTION] / 1e6
 
     @property
     def started_ns(self) -> int | None:

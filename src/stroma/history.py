@@ -413,7 +413,7 @@ def bar_of(attempt: AttemptRecord, first_ns: int, given: Any = None, made: Any =
         attempt.node_id, place_of(attempt), attempt.attempt, (attempt.started_ns - first_ns) / 1e6, attempt.duration_ms,
         attempt.outcome, attempt.failure_class, attempt.reason, attempt.message, attempt.tokens, attempt.output_tokens,
         attempt.cost_usd, attempt.model, attempt.output_bytes is not None, given, made,
-        attempt.function_ms if attempt.group_id is not None or attempt.function_ms else None,
+        attempt.function_ms if 0 < attempt.function_ms <= attempt.duration_ms - 1 else None,
     )  # fmt: skip
 
 

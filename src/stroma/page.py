@@ -56,7 +56,7 @@ class Bar:
         outcome: "success", "failure", "cancelled", "suspended" or "forked".
         kept: whether its output is committed.
         given, made: plain JSON data; None where it is not known.
-        function_ms: for how long functions ran; None where it is not known.
+        function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
     """
 
     node_id: str

@@ -458,10 +458,11 @@ def _bar(
     if message is not None:
         message = hide_words(redact, message, hidden)
     used = event.usage
+    waited = event.function_ms is not None and took_ms - event.function_ms >= 1
     return Bar(
         event.node_id, at, event.attempt, began_ms, took_ms, event.outcome, kind, event.reason, message, used.tokens,
         used.output_tokens, used.cost_usd, used.model, event.output_state is not None, shown(event.input_state),
-        shown(event.output_state), event.function_ms,
+        shown(event.output_state), event.function_ms if waited else None,
     )  # fmt: skip
 
 

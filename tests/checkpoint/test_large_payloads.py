@@ -182,7 +182,12 @@ async def test_a_resume_reads_each_state_when_it_comes_to_it(
         assert (await runner.run(nodes, kind(), run_id="r")).status is RunStatus.PARTIAL
         blobs = store._payloads.blobs
         get = blobs.get
-        monkeypatch.setattr(blobs, "get", lambda name: reads.append(name) or get(name))
+
+        def counted(name: str) -> Any:
+            reads.append(name)
+            return get(name)
+
+        monkeypatch.setattr(blobs, "get", counted)
         result = await runner.run(nodes, kind(), run_id="r", resume=True)
         assert result.status is RunStatus.RESUMED
         assert result.final_state == kind(**large(kind, 7))
@@ -207,12 +212,18 @@ async def test_maps_and_steps_refer_to_their_states_too(store: Any) -> None:
     result = await runner.run([map_over("items", big, into="out")], given, run_id="r")
     assert all(isinstance(row[OUTPUT], Stored) for row in rows_of(result))
     (event,) = result.trace
-    assert [child.output_state["text"] for child in event.children] == [i.text * 3 for i in given.items]
+    assert [(child.output_state or {})["text"] for child in event.children] == [
+        i.text * 3 for i in given.items
+    ]
     ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
     state: Any = Flat(text="0" * LARGE)
+
+    async def add(state: Any) -> Any:
+        return {**state.model_dump(), "n": state.n + 1}
+
     for _ in range(2):
-        step = await execute_step("step", lambda state: {**state.model_dump(), "n": state.n + 1}, state, ctx)
-        state = Flat(**dict(step.final_state))
+        step = await execute_step("step", add, state, ctx)
+        state = step.final_state
     assert [event.output_state["n"] for event in step.trace if event.output_state] == [1, 2]
 
 
@@ -228,6 +239,8 @@ async def test_a_blob_that_is_gone_is_said_where_it_is_needed(tmp_path: pathlib.
         files = sorted((tmp_path / "blobs").glob("??/*"), key=lambda file: file.stat().st_mtime_ns)
         files[0].unlink()
         first, second, *_ = result.trace
+        assert first.output_state is not None
+        assert second.output_state is not None
         assert "which is not in" in first.output_state["unavailable"]
         assert "which is not in" in second.input_state["unavailable"]
         assert second.output_state["n"] == 2

@@ -11,6 +11,7 @@ from pydantic import BaseModel
 from stroma import (
     ExecutionBudget,
     FailureClass,
+    FailurePolicy,
     ReliabilityContext,
     RunConfig,
     RunStatus,
@@ -131,7 +132,7 @@ async def test_a_failed_attempt_of_an_unknown_model_is_not_tried_again_under_a_c
     runner = StromaRunner.quick(
         budget=ExecutionBudget(max_cost_usd=1.0),
         contract_retries={"ask": 3},
-        policy_map={"RECOVERABLE": {"backoff_seconds": 0}},
+        policy_map={FailureClass.RECOVERABLE: FailurePolicy(backoff_seconds=0)},
     )
 
     @runner.node("ask", input=Text, output=Text)

@@ -20,6 +20,7 @@ from stroma import (
     map_over,
     parallel,
 )
+from stroma.testing import FakeClock
 
 WAIT, WORK = 0.3, 0.05
 
@@ -89,6 +90,28 @@ async def test_a_groups_time_is_that_of_its_bar(shape: str) -> None:
     )
     for leaf in (event for event in result.trace.walk() if event.node_id == "a"):
         assert leaf.function_ms == leaf.duration_ms
+
+
+async def test_a_groups_time_to_the_millisecond() -> None:
+    """By a clock that moves where the test says so: waits between attempts are in the group's time, and in no function's."""
+    policy: Any = {"RECOVERABLE": FailurePolicy(max_retries=1, backoff_seconds=9, jitter=False)}
+    with FakeClock():
+        runner = StromaRunner.quick(policy_map=policy)
+
+        @runner.node("a", input=Item, output=Item)
+        async def a(state: Item) -> Any:
+            await asyncio.sleep(0.1)
+            node = current_node()
+            assert node is not None
+            if node.attempt == 1:
+                raise TimeoutError("x")
+            return state
+
+        result = await runner.run([parallel(parallel(a), a, max_concurrency=1)], Item())
+    (group,) = result.trace
+    inner = group.children[0]
+    assert (inner.duration_ms, inner.function_ms) == (9200, 200)
+    assert (group.duration_ms, group.function_ms) == (18_400, 400)
 
 
 async def test_a_group_that_failed_or_was_cancelled_has_its_time_too() -> None:

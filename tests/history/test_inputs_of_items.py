@@ -152,7 +152,8 @@ async def test_items_that_are_not_in_the_state_are_said_to_be_elsewhere(store: A
     def some(state: Any) -> Any:
         return [{"text": "a"}]
 
-    for number, source in enumerate((JsonLines(str(path)), some)):
+    sources: list[Any] = [JsonLines(str(path)), some]
+    for number, source in enumerate(sources):
         run_id = f"r{number}"
         await runner.run([map_over(source, part, into="out")], batch(1), run_id=run_id)
 

@@ -170,7 +170,7 @@ def test_a_classifier_of_other_arguments_is_refused(kind: str) -> None:
 def test_a_redact_of_other_arguments_is_refused() -> None:
     """A redact that can never be called is refused by the config, in place of hiding every state."""
     with pytest.raises(TypeError, match=r"redact is called with \(state\)"):
-        RunConfig(redact=lambda state, more: state)  # type: ignore[arg-type,misc]
+        RunConfig(redact=lambda state, more: state)
 
 
 async def test_a_hook_that_fits_by_name_only_still_runs() -> None:

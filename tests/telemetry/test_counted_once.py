@@ -85,7 +85,7 @@ class Otel:
         return sum(getattr(point, "value", None) or getattr(point, "count", 0) for point in points)
 
     def roots(self) -> int:
-        return sum(span.name.startswith("invoke_workflow") for span in self.spans.get_finished_spans())
+        return sum(str(span.name).startswith("invoke_workflow") for span in self.spans.get_finished_spans())
 
 
 def total(registry: CollectorRegistry, name: str) -> float:

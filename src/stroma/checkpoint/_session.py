@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -350,7 +350,7 @@ class DurableSession:
             if isinstance(output, Packed):  # The input of the next node may be the very same.
                 self._packed = output, made
             output = self._reference(made, "a state of the trace")
-        return (*row[:INPUT], given, output, *row[OUTPUT + 1 :])
+        return cast("Row", (*row[:INPUT], given, output, *row[OUTPUT + 1 :]))
 
     def _stored_input(self, schema: Schema, snapshot: Snapshot) -> bytes | None:
         """Return what is stored of a large input: mostly it is the output before it."""

@@ -39,10 +39,10 @@ _SYSTEMS: Final = {
 _METRICS_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
 
 
-def _system(hooks: NodeHooks) -> str | None:
-    """Return the name of the system that a set of hooks is the exporter for; None for any other set."""
-    exporter = getattr(hooks, "exporter", None)
-    return None if exporter is None else exporter.name
+def _exporter(hooks: NodeHooks) -> Observer | None:
+    """Return the exporter behind a set of hooks; None for any other set."""
+    found: Observer | None = getattr(hooks, "exporter", None)
+    return found
 
 
 def _endpoint(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -112,7 +112,7 @@ class Exporters:
                 variable = None
             if given is None and variable is None:
                 continue
-            theirs = [one.exporter for one in own if _system(one) == _SYSTEMS[name]]
+            theirs = [one for one in map(_exporter, own) if one is not None and one.name == _SYSTEMS[name]]
             if given is None and any(exporter.is_connected() for exporter in theirs):
                 continue
             try:
@@ -143,10 +143,17 @@ class Exporters:
         kept = list(own)
         added: list[NodeHooks] = []
         for one in made:
-            theirs = [other for other in kept if _system(other) == _system(one)]
-            if any(other.exporter.destination == one.exporter.destination for other in theirs):
+            ours = _exporter(one)
+            theirs = [
+                (other, exporter)
+                for other in kept
+                if (exporter := _exporter(other)) is not None
+                and ours is not None
+                and exporter.name == ours.name
+            ]
+            if any(ours is not None and exporter.destination == ours.destination for _, exporter in theirs):
                 continue
-            kept = [other for other in kept if other not in theirs]
+            kept = [other for other in kept if all(other is not replaced for replaced, _ in theirs)]
             added.append(one)
         return [*added, *kept]
 
