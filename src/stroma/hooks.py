@@ -205,9 +205,8 @@ def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
     found: list[NodeHooks] = []
     fed: list[object] = []
     for one in sets:
-        exporter = getattr(one, "exporter", None)
-        if exporter is not None:
-            destination = exporter.destination
+        destination = getattr(getattr(one, "exporter", None), "destination", None)
+        if destination is not None:
             if destination in fed:
                 continue
             fed.append(destination)
