@@ -424,9 +424,9 @@ async def test_an_exception_that_raises_anything_is_a_failure(kind: type[BaseExc
 
 
 @pytest.mark.core
-@pytest.mark.parametrize("kind", [asyncio.CancelledError, GeneratorExit, BaseException])
+@pytest.mark.parametrize("kind", [asyncio.CancelledError, LookupError])
 @pytest.mark.parametrize("at", ["input", "output"])
-async def test_a_validator_that_raises_no_exception_is_a_violation(
+async def test_a_validator_that_raises_no_validation_error_is_a_violation(
     kind: type[BaseException], at: str
 ) -> None:
     """A validator that raises a CancelledError, say, has refused a value: FAILED, each start ended, the run's end told."""
