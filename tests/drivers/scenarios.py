@@ -276,7 +276,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "a mistake in the program": Scenario(
         lambda calls: [failing(calls, "a", NameError("name 'x' is not defined")), counted(calls, "b")],
-        RunStatus.FAILED, ["a"], {"n": 0}, config={"policy_map": AT_ONCE},
+        RunStatus.FAILED, ["a"], {"n": 0}, config={"policy_map": THRICE},
         failure=(FailureClass.TERMINAL, "NameError"),
     ),
     "bad usage": Scenario(
