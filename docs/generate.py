@@ -91,6 +91,10 @@ REASONS = {
     "budget": ("a limit of the run was crossed", "see [BudgetExceeded](#budgetexceeded)"),
     "usage": ("the usage that a node reported cannot be counted", "see [UsageError](#usageerror)"),
     "not_serialisable": ("a state cannot be stored", "see [NotSerialisable](#notserialisable)"),
+    "bug": (
+        "the program has a mistake that another attempt would meet again",
+        "correct it, then `resume=True`",
+    ),
     "store": ("the store could not keep an attempt", "see [StoreError](#storeerror)"),
 }
 

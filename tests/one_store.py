@@ -193,7 +193,23 @@ def row(
     group: str | None = None,
 ) -> Row:
     outcome: Any = "success" if failed is None else "failure"
-    return (node, number, started, 7, (), None, outcome, failed, usage, position, branch, group, None)
+    return (
+        node,
+        number,
+        started,
+        7,
+        (),
+        None,
+        outcome,
+        failed,
+        usage,
+        position,
+        branch,
+        group,
+        None,
+        None,
+        7,
+    )
 
 
 def attempt(position: int = 0, started: int = 10, branch: str = "", number: int = 1, **facts: Any) -> Attempt:
@@ -201,6 +217,7 @@ def attempt(position: int = 0, started: int = 10, branch: str = "", number: int 
     given: dict[str, Any] = {
         "node_id": "node", "duration_ns": 7, "outcome": "success", "failure_class": None, "message": None, "reason": None,
         "tokens": 5, "output_tokens": 3, "cost_pico": 250_000_000_000, "model": "m",
+        "function_ns": 7,
     }  # fmt: skip
     return Attempt(position, started, branch, number, **{**given, **facts})
 

@@ -726,7 +726,7 @@ async def test_sync_nodes_do_not_block_the_loop() -> None:
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("x"), StopIteration("x"), asyncio.CancelledError("x"), GeneratorExit("x")], ids=repr
+    "error", [ValueError("x"), StopIteration("x"), asyncio.CancelledError("x")], ids=repr
 )
 async def test_whatever_a_sync_node_raises_is_its_failure(error: BaseException) -> None:
     """An exception in a sync node, even one that a future cannot carry, is a failed attempt of that node."""
@@ -737,19 +737,6 @@ async def test_whatever_a_sync_node_raises_is_its_failure(error: BaseException) 
     result = await quick(policy_map=fast(ambiguous=0)).run([node("a", func)], Num())
     assert result.status is RunStatus.PARTIAL
     assert len(result.trace) == 1
-
-
-@pytest.mark.core
-async def test_a_generator_exit_of_the_nodes_own_is_its_failure() -> None:
-    """A GeneratorExit that an async node raises, while nobody closes it, is a failed attempt of that node."""
-
-    async def func(state: Num) -> Any:
-        raise GeneratorExit("x")
-
-    result = await quick(policy_map=fast(ambiguous=0)).run([node("a", func)], Num())
-    assert result.status is RunStatus.PARTIAL
-    assert result.failure is not None
-    assert result.failure.message == "x"
 
 
 async def test_not_a_node() -> None:

@@ -1047,11 +1047,11 @@ def test_rows_that_are_left_out_are_summed() -> None:
         failed = (FailureClass.TERMINAL, "no", None) if n == 3 else None
         outcome: Any = "failure" if failed else "success"
         rows.append(
-            ("a", 1, 0, 7, {}, None if failed else {}, outcome, failed, usage, 0, str(n), "g", None, None)
+            ("a", 1, 0, 7, {}, None if failed else {}, outcome, failed, usage, 0, str(n), "g", None, None, 7)
         )
     assert (len(rows), rows.left_out is not None) == (2, True)
     trace = ExecutionTrace("run")
-    trace.rows.append(("g", 1, 0, 9, {}, {}, "success", None, None, 0, "", None, None, rows))
+    trace.rows.append(("g", 1, 0, 9, {}, {}, "success", None, None, 0, "", None, None, rows, 9))
     before = sorted(trace.figures(), key=str)
     assert sum(tokens for _, tokens, *_ in before) == 40
     assert sum(cost for _, _, _, cost, *_ in before) == 2.0

@@ -599,7 +599,7 @@ STARTS, ENDS = ("on_node_start",), ("on_node_success", "on_node_failure", "on_no
 HOOKS = ("on_run_start", *STARTS, *ENDS, "on_node_retry", "on_budget_warning", "on_run_end")
 #: What one call of a node does: how it ends, how often it suspends before.
 deeds = st.tuples(
-    st.sampled_from(["ok", "ok", "ok", "fail", "terminal", "violate", "stray", "odd", "nested", "thread"]),
+    st.sampled_from(["ok", "ok", "ok", "fail", "terminal", "violate", "stray", "nested", "thread"]),
     st.integers(0, 2),
 )
 plans = st.recursive(
@@ -752,8 +752,6 @@ def _act(plan: Any, name: str, runner: Any, tally: Counter[str]) -> Any:
             return {"n": "bad"}, 1
         if deed == "stray":
             raise asyncio.CancelledError
-        if deed == "odd":
-            raise Odd
         if deed == "nested":
             inner = _act([("fail", 1), ("ok", 0)], f"{name}~", runner, tally)
             await runner.run([inner], Items(), run_id=f"nested {name} {tally['called']}")

@@ -1647,6 +1647,9 @@ def test_quick() -> None:
         StromaRunner.quick(InMemoryStore())  # type: ignore[misc]
 
 
+async def deaf(run_id: str, node_id: str, input_state: dict[str, Any]) -> None: ...
+
+
 def silent(exc: Exception, context: NodeContext) -> FailureClass | None:
     return None
 
@@ -1661,7 +1664,7 @@ BUILDERS: dict[str, tuple[Callable[[StromaRunner], StromaRunner], str, Any]] = {
     ),
     "with_budget of nothing": (lambda r: r.with_budget(), "budget", ExecutionBudget.unlimited()),
     "with_classifiers": (lambda r: r.with_classifiers([silent]), "classifiers", [silent]),
-    "with_hooks": (lambda r: r.with_hooks(NodeHooks(silent)), "hooks", NodeHooks(silent)),  # type: ignore[arg-type]
+    "with_hooks": (lambda r: r.with_hooks(NodeHooks(deaf)), "hooks", NodeHooks(deaf)),
     "with_context": (lambda r: r.with_context({"new": 1}), "context", {"new": 1}),
     "with_policy_map": (lambda r: r.with_policy_map(ONE_RETRY), "policy_map", ONE_RETRY),
     "with_node_policies": (

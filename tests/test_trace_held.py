@@ -253,6 +253,7 @@ def test_a_trace_as_json_has_everything() -> None:
                     "position": 0,
                     "branch": "0",
                     "left_out": None,
+                    "function_ms": 5,
                 }
             ],
             "usage": {
@@ -266,6 +267,7 @@ def test_a_trace_as_json_has_everything() -> None:
             "position": 0,
             "branch": "",
             "left_out": None,
+            "function_ms": 5,
         }
     ]
 

@@ -32,6 +32,7 @@ def row(node_id: str = "node", **changed: Any) -> Row:
         "schemas": None,
         "children": None,
     }
+    fields["function"] = changed.get("took", fields["took"])
     assert changed.keys() <= fields.keys()
     return (node_id, *(fields | changed).values())  # type: ignore[return-value]
 
@@ -49,6 +50,7 @@ def event(node_id: str = "node", **changed: Any) -> TraceEvent:
         "input_state": {"a": 1},
         "output_state": {"b": 2},
         "duration_ms": 5,
+        "function_ms": changed.get("duration_ms", 5),
     }
     return TraceEvent(node_id=node_id, **(fields | changed))
 

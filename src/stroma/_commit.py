@@ -17,7 +17,7 @@ from stroma.failures import Failure
 from stroma.schemas import NotSerialisable, Schema, Snapshot
 from stroma.trace import NO_USAGE, Outcome, Row
 
-__all__ = ["make_row", "record", "settle"]
+__all__ = ["make_row", "record", "refer", "settle"]
 
 #: Between tries of a commit that the store refused.
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
@@ -65,7 +65,14 @@ def make_row(
         run.group,
         run.schemas,
         run.children,
+        min(run.busy_ns, duration) if run.kind == "group" else duration,
     )
+
+
+def refer(ctx: ReliabilityContext, row: Row) -> Row:
+    """Return a row for the trace: with references in place of states that the store keeps apart."""
+    to_references = getattr(ctx.session, "refer", None)
+    return row if to_references is None else to_references(row)
 
 
 def record(ctx: ReliabilityContext, row: Row) -> Awaitable[None] | Exception | None:

@@ -25,14 +25,14 @@ from pydantic import BaseModel
 
 from stroma._admission import admit
 from stroma._announce import of_start, of_success, tell_closed, tell_end, tell_failure, warn_of_budget
-from stroma._commit import make_row, record, settle
+from stroma._commit import make_row, record, refer, settle
 from stroma._probe import Call
 from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
 from stroma.checkpoint import Finished, PipelineChanged, StepCall, StoreError, Waiting, schema_ref
 from stroma.context import ReliabilityContext
-from stroma.contracts import ContractViolation, NodeContract, as_violation
+from stroma.contracts import ContractViolation, NodeContract, as_violation, output_violation
 from stroma.cost import BudgetExceeded, UsageError
 from stroma.execution import CURRENT, Kind, NodeExecution, leave, new_execution
 from stroma.failures import (
@@ -44,6 +44,7 @@ from stroma.failures import (
     Stop,
     Suspend,
     diagnose,
+    ends_run,
     follow_up,
     is_a,
     message_of,
@@ -516,12 +517,14 @@ async def _attempt(
         else:
             state, picture, used = given.take_pictured(value, ctx.pictured, not ctx.lent)
             ctx.lent |= used
-    except (KeyboardInterrupt, SystemExit):
-        raise
     except BaseException as broken:
         # Whatever a validator raises: nothing was awaited, so nobody cancels or closes us.
+        if ends_run(broken):
+            raise
         raw = _raw_picture(ctx.settled(value))
-        violation = as_violation(run.node_id, "input", raw, broken, None if given is None else given.model)
+        violation: Exception = as_violation(
+            run.node_id, "input", raw, broken, None if given is None else given.model
+        )
         return await _fail(ctx, run, violation, perf_counter_ns(), 0, raw)
     if fire.on_node_start is not None:
         shape = given if given is not None and type(state) is given.model else schema_of(type(state))
@@ -545,7 +548,7 @@ async def _attempt(
         else:
             output = await _call(ctx, run, node, state)
     except BaseException as error:
-        duration = _ended(run, node, begin)
+        begin, duration = _ended(run, node, begin)
         if passes_through(error, cancelling, in_group=type(node) is not Node):
             await _abandon(ctx, run, begin, duration, picture, error)
             raise
@@ -553,7 +556,7 @@ async def _attempt(
     else:
         duration = perf_counter_ns() - begin
         if run.parent is not None or type(node) is not Node:
-            duration = _ended(run, node, begin)
+            begin, duration = _ended(run, node, begin)
 
     # ---- usage, at once: it is spent whatever becomes of the output
     bad_usage: UsageError | None = None
@@ -566,11 +569,14 @@ async def _attempt(
         bad_usage = bad_usage or unpriced
     if run.counted is not NO_USAGE:
         ctx.cost_tracker.spend(run.counted.tokens, run.counted.cost_usd)
-    if not run.branch:  # A group's own wall time counts that of its children.
-        ctx.cost_tracker.latency_ns += duration
+    if not run.branch:  # What functions inside a group took is what the group takes.
+        ctx.cost_tracker.latency_ns += duration if type(node) is Node else run.busy_ns
     if raised is not None:
         if is_a(raised, Suspend) or (is_a(raised, GroupStopped) and raised.halt.suspended):
             return await _suspend(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
+        if bad_usage is not None and not bad_usage.silent:
+            # Another attempt would buy more at a price that no limit can count.
+            bad_usage.__cause__, raised = raised, bad_usage
         failed = _fail(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
         # What it raised knows the frames that it passed, and so this one: a circle that only the collector would end.
         del raised, run
@@ -583,11 +589,13 @@ async def _attempt(
             model, kept = promised.give(output, lends)
         else:
             model, kept = promised.assemble(output)
-    except (KeyboardInterrupt, SystemExit) as interrupt:
-        await _abandon(ctx, run, begin, 0, picture, interrupt)
-        raise
     except BaseException as broken:
-        violation = as_violation(run.node_id, "output", output, broken, promised.model)
+        if ends_run(broken):
+            await _abandon(ctx, run, begin, 0, picture, broken)
+            raise
+        violation = output_violation(run.node_id, output, broken, promised.model)
+        if bad_usage is not None and not bad_usage.silent:
+            bad_usage.__cause__, violation = violation, bad_usage
         return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
 
     pictured: Packed | bytes | None = None
@@ -616,6 +624,7 @@ async def _attempt(
         row: Row = (
             run.node_id, run.attempt, begin + ctx.epoch_ns, duration, picture, kept,
             "success", None, None, run.position, run.branch, run.group, run.schemas, run.children,
+            duration if type(node) is Node else run.busy_ns,
         )  # fmt: skip
     else:
         row = make_row(
@@ -631,6 +640,8 @@ async def _attempt(
         if pending is not None:
             problem, late = await settle(ctx, row, promised, model, run.step, pending)
             cancelled = cancelled or late
+            if problem is None:
+                row = refer(ctx, row)
     except BaseException as interrupt:  # KeyboardInterrupt in a store.
         await _abandon(ctx, run, begin, 0, picture, interrupt)
         raise
@@ -666,14 +677,14 @@ async def _attempt(
     return model if failure is None else Halt(failure, output=model, spent=bad_usage is None)
 
 
-def _ended(run: NodeExecution, node: Node | Group, begin: int) -> int:
-    """How long the function ran, in ns; for a group, how long any function inside it did: neither hooks nor waits."""
-    now = perf_counter_ns()
+def _ended(run: NodeExecution, node: Node | Group, begin: int) -> tuple[int, int]:
+    """Return when the function began and how long it took, in ns; for a group, from its first function to its last."""
     if type(node) is not Node:
-        return run.busy_ns
+        return (run.first_ns, run.last_ns - run.first_ns) if run.first_ns else (begin, 0)
+    now = perf_counter_ns()
     if run.parent is not None:
         run.parent.leave(now)
-    return now - begin
+    return begin, now - begin
 
 
 def _take_unvalidated(
@@ -739,7 +750,7 @@ async def _fail(
                 exc, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
             )
             halt = Halt(failure, partial=True)
-    row = make_row(run, begin, duration, picture, None, failure, "failure")
+    row = refer(ctx, make_row(run, begin, duration, picture, None, failure, "failure"))
     run.rows.append(row)
     interrupt: BaseException | None = None
     if not (halt is not None and failure.reason == "store"):
@@ -858,7 +869,7 @@ async def _abandon(
         await price(ctx, run)
         ctx.cost_tracker.spend(run.counted.tokens, run.counted.cost_usd)
     if not run.branch:
-        ctx.cost_tracker.latency_ns += duration
+        ctx.cost_tracker.latency_ns += min(run.busy_ns, duration) if run.kind == "group" else duration
     run.ended = row = make_row(run, begin, duration, picture, None, None, "cancelled")
     run.rows.append(row)
     stopped: BaseException | None = None
@@ -902,7 +913,7 @@ async def _started(
 
 async def _call(ctx: ReliabilityContext, run: NodeExecution, node: Node | Group, state: BaseModel) -> Any:
     if isinstance(node, Group):
-        run.children, run.busy_ns, run.running = [], 0, 0
+        run.children, run.busy_ns, run.running, run.first_ns, run.last_ns = [], 0, 0, 0, 0
         return await node.run(ctx, run, state)
     context = ctx.node_context() if node.wants_context else ctx.context
     if node.is_async:

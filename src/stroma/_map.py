@@ -215,7 +215,7 @@ class MapRun:
         row: Row = (
             self._child.node_id, failure.attempt + 1, perf_counter_ns() + ctx.epoch_ns, 0, {}, None,
             cast("Outcome", "collected"), (failure.failure_class, failure.message, failure.reason), None,
-            group.position, self._branch(item.index), group.node_id, None, None,
+            group.position, self._branch(item.index), group.node_id, None, None, 0,
         )  # fmt: skip
         call = self._call_of(item)
         schema = schema_of(ItemFailure)

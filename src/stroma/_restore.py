@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -14,7 +15,7 @@ from stroma.contracts import ContractRegistry, NodeContract
 from stroma.execution import CURRENT, Kind, NodeExecution, leave, new_execution
 from stroma.failures import ItemFailure
 from stroma.nodes import Group, Node, held_by, output_class
-from stroma.schemas import Schema, schema_of, told_of
+from stroma.schemas import Schema, Stored, schema_of, told_of
 
 __all__ = [
     "check_committed",
@@ -48,6 +49,8 @@ async def restore(
     schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
     group = None if parent is None else parent.node_id
     check_committed(ctx, node, schema, committed, position, branch, group, contract)
+    if isinstance(committed.output, Stored):  # It is read here, and not all of a run's at once.
+        committed = committed._replace(output=await asyncio.to_thread(committed.output.load))
     changed = committed.contract.partition(":")[0] != schema.fingerprint
     if changed and isinstance(node, Group):
         return None  # It is put together anew, of children that are restored one by one.
@@ -133,7 +136,8 @@ def raw_output(committed: Committed) -> Any:
     """What was kept, as plain data: a dict of the fields, or the value of a root model."""
     if committed.schema is not None:
         return committed.schema.raw(committed.schema.restore(committed.output))
-    return Schema.raw_of(committed.output) if isinstance(committed.output, bytes) else committed.output
+    output = committed.output.load() if isinstance(committed.output, Stored) else committed.output
+    return Schema.raw_of(output) if isinstance(output, bytes) else output
 
 
 def _upcast(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from stroma._words import clean, count, money, span
-from stroma.page import Bar, Story, waits
+from stroma.page import Bar, Story, duration, waits
 
 __all__ = ["renderable"]
 
@@ -56,7 +56,7 @@ def renderable(story: Story) -> Any:
         depth = bar.at.count(".")
         table.add_row(
             bar.at, "  " * depth + clean(bar.node_id, 40), str(bar.attempt), _drawn(bar, paused.get(bar.key), end),
-            span(bar.took_ms / 1000), f"{bar.tokens:,}" if bar.tokens else "", money(bar.cost_usd) if bar.tokens else "",
+            duration(bar.took_ms, bar.function_ms), f"{bar.tokens:,}" if bar.tokens else "", money(bar.cost_usd) if bar.tokens else "",
         )  # fmt: skip
     parts.append(table)
     left_out = max(0, len(story.bars) - _MOST) + story.left_out

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Sequence
 from typing import Any
 
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
-from stroma.hooks import HookNotAsync, was_raised
+from stroma.hooks import HookNotAsync
 
 __all__ = ["LAST_SECONDS", "gather", "in_thread", "passes_through", "refusal", "uninterrupted"]
 
@@ -30,8 +30,7 @@ async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
             return
         if error is None:
             done.set_result(value)
-        elif isinstance(error, (StopIteration, GeneratorExit)):
-            # A future cannot carry the one; the other, coming out of an await, would mean that we are being closed.
+        elif isinstance(error, StopIteration):  # A future cannot carry it.
             done.set_exception(RuntimeError(f"the node raised {type(error).__name__}: {error}"))
         else:
             done.set_exception(error)
@@ -52,7 +51,10 @@ async def in_thread(func: Callable[..., Any], args: tuple[Any, ...]) -> Any:
 
 
 def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> bool:
-    """Whether an exception is not a failure of the node but the end of this run or process."""
+    """Return whether what a node raised is not its failure but the end of this run or process.
+
+    Every BaseException that is no Exception is, but for a CancelledError while nobody cancels the node's task.
+    """
     kind = type(error)  # isinstance would ask the object for its __class__, which may raise.
     if issubclass(kind, Exception):
         # Ours only where the engine itself ran inside the call; out of a function they are those of a nested run.
@@ -61,9 +63,7 @@ def passes_through(error: BaseException, cancelling: int, *, in_group: bool) -> 
         # One that the node raised itself, while nobody cancels its task, is a failure like any other.
         task = asyncio.current_task()
         return task is None or task.cancelling() > cancelling
-    if issubclass(kind, GeneratorExit):
-        return not was_raised(error)
-    return issubclass(kind, (KeyboardInterrupt, SystemExit))
+    return True
 
 
 async def uninterrupted(work: Awaitable[Any]) -> tuple[Exception | None, bool]:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any, Final
+from typing import Any
 
 from stroma._tasks import in_thread, uninterrupted
 from stroma.context import ReliabilityContext
+from stroma.contracts import RETURN_SHAPES
 from stroma.execution import NodeExecution
 from stroma.prices import cached_pricer, find_pricer
 from stroma.trace import AttemptUsage
 from stroma.usage import UsageError, check_usage, report_of, shown
 
 __all__ = ["count_returned", "price"]
-
-_SHAPES: Final = "return the output, (output, response), (output, tokens), (output, input_tokens, model) or (output, input_tokens, output_tokens, model)"
 
 
 def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
@@ -38,7 +37,7 @@ def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, 
     else:
         return returned, None  # The output contract says what is wrong with it.
     if model is not None and not isinstance(model, str):
-        return output, UsageError(f"node {run.node_id!r} named the model {shown(model)}; {_SHAPES}")
+        return output, UsageError(f"node {run.node_id!r} named the model {shown(model)}; {RETURN_SHAPES}")
     try:
         check_usage(run.node_id, used, produced)
     except UsageError as error:
@@ -64,7 +63,7 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
             cached += detail.cached_input_tokens
             written += detail.cache_write_tokens
         if model is None:
-            if ctx.budget.max_cost_usd is not None and given + made:
+            if given + made and ctx.has_limit("cost", run.node_id):
                 ctx.warn_once(
                     run.node_id,
                     "modelless",
@@ -89,9 +88,10 @@ async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, Usag
             )
             continue
         if pricer is None:
-            if ctx.config.unknown_model == "error":
+            if ctx.refuses_unpriced(run.node_id):
                 problem = UsageError(
-                    f"node {run.node_id!r} used model {model!r}, which has no known price; add it to KNOWN_MODELS"
+                    f"node {run.node_id!r} used model {model!r}, which has no known price; add it to KNOWN_MODELS, or pass "
+                    'unknown_model="warn" to count it as 0 USD'
                 )
             elif model not in ctx.unpriced:
                 ctx.run_logger.warning(

@@ -140,6 +140,11 @@ class Packed:
     def __init__(self, data: bytes) -> None:
         self._data = data
 
+    @property
+    def size(self) -> int:
+        """About how many bytes it takes."""
+        return len(self._data)
+
     def open(self) -> Any:
         """The value, made anew on each call."""
         return pickle.loads(self._data)

@@ -12,7 +12,7 @@ from stroma._deferred import Deferred, one_at_a_time
 from stroma.contracts import check_id
 from stroma.cost import LARGEST, ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap, default_policy_map
-from stroma.hooks import AnyHooks, NodeHooks, flatten
+from stroma.hooks import AnyHooks, NodeHooks, check_arguments, flatten
 from stroma.schemas import become, stamped
 from stroma.usage import shown
 
@@ -147,7 +147,8 @@ class RunConfig(Deferred):
         force_resume: go on with a run all the same that was given up as poison; deaths are counted anew.
         lease_seconds: for how long the run belongs to a process that is not heard of any more.
         model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
-        unknown_model: what a model that nobody has a price for is: "warn" counts it as 0, "error" stops the run.
+        unknown_model: what a model without a known price does: "warn" counts it as 0 USD, "error" stops the run. None:
+            "error" for nodes under a cost limit (``budget.max_cost_usd`` or that of a shared budget), else "warn".
         hook_errors: "isolate" logs what hooks raise; "raise" raises HookError once the run is complete (for tests).
         hook_delivery: "at_least_once" keeps with each attempt that its end hooks are due, and tells them on resume if
             the process died before they were told; ``current_node().redelivered`` says so then, and the exception is a
@@ -190,7 +191,7 @@ class RunConfig(Deferred):
     check: bool = False
     lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)
     model_fallbacks: list[FallbackPolicy] = Field(default_factory=lambda: _SHARED["model_fallbacks"])
-    unknown_model: Literal["warn", "error"] = "warn"
+    unknown_model: Literal["warn", "error"] | None = None
     hook_errors: Literal["isolate", "raise"] = "isolate"
     hook_delivery: Literal["at_most_once", "at_least_once"] = "at_most_once"
     hook_timeout_ms: int | None = Field(default=5000, gt=0, le=LARGEST)
@@ -250,7 +251,23 @@ class RunConfig(Deferred):
     @classmethod
     def _are_hooks(cls, value: Any) -> Any:
         sets = flatten(value)
+        for one in sets:
+            one.check()  # Its hooks may have been set since it was made.
         return value if isinstance(value, (NodeHooks, Sequence)) else sets  # What can be read once has been.
+
+    @field_validator("classifiers")
+    @classmethod
+    def _take_exceptions(cls, value: Any) -> Any:
+        for index, classifier in enumerate(value or ()):
+            check_arguments(f"classifiers[{index}]", classifier, ("exception", "context"))
+        return value
+
+    @field_validator("redact")
+    @classmethod
+    def _takes_states(cls, value: Any) -> Any:
+        if value is not None:
+            check_arguments("redact", value, ("state",))
+        return value
 
     @field_validator("shared_budgets")
     @classmethod

@@ -8,7 +8,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from time import perf_counter_ns, time_ns
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 from pydantic import BaseModel
 
@@ -37,7 +37,7 @@ from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, fallback_due, limits
 from stroma.execution import CURRENT, RUN, leave
 from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a, message_of
-from stroma.hooks import NO_HOOKS, AnyHooks, Calls, HookNotAsync, Hooks, flatten
+from stroma.hooks import NO_HOOKS, AnyHooks, Calls, HookNotAsync, Hooks, distinct, flatten
 from stroma.nodes import Node
 from stroma.schemas import Packed, Schema, schema_of
 from stroma.trace import (
@@ -327,6 +327,8 @@ class ReliabilityContext:
         if self.probes:
             sets = [own for probe in self.probes if (own := probe.begins(self)) is not None] + sets
         if sets:
+            if len(sets) > 1:
+                sets = distinct(sets)
             self.delivers = self.config.hook_delivery == "at_least_once"
             limit = self.config.hook_timeout_ms
             self.fire = Hooks(
@@ -627,6 +629,16 @@ class ReliabilityContext:
         """What a node gets as ``ctx``: the user's own dict, or, while a fallback is due, a view of it that names it."""
         model = self.fallback_model()
         return self.context if model is None else SignalView(self.context, model)
+
+    def has_limit(self, dimension: Literal["tokens", "cost"], node_id: str) -> bool:
+        """Return whether the run's own budget or a shared one limits what a node may take of a dimension."""
+        own = self.budget.max_tokens_total if dimension == "tokens" else self.budget.max_cost_usd
+        return own is not None or any(one.has_limit(dimension, node_id) for one in self.config.budgets)
+
+    def refuses_unpriced(self, node_id: str) -> bool:
+        """Return whether usage without a known price stops the run: a limit in US dollars could not count it."""
+        chosen = self.config.unknown_model
+        return self.has_limit("cost", node_id) if chosen is None else chosen == "error"
 
     def due_warnings(self) -> list[tuple[str, float, float]]:
         """(dimension, used, limit) of each limit that has just been used to 80 %; each once in a run."""

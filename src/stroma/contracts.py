@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, Literal, TypeVar
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
@@ -11,6 +12,7 @@ from stroma._deferred import Deferred
 from stroma.schemas import schema_of
 
 __all__ = [
+    "RETURN_SHAPES",
     "BoundaryValidator",
     "ContractRegistry",
     "ContractViolation",
@@ -18,6 +20,7 @@ __all__ = [
     "StepContract",
     "StepViolation",
     "check_id",
+    "output_violation",
 ]
 
 In = TypeVar("In", bound=BaseModel)
@@ -153,6 +156,48 @@ def as_violation(
     return violation
 
 
+#: What a node may return.
+RETURN_SHAPES: Final = (
+    "return the output, (output, response), (output, tokens), (output, input_tokens, model) or "
+    "(output, input_tokens, output_tokens, model)"
+)
+
+
+def output_violation(
+    node_id: str, output: Any, error: BaseException, schema: type[BaseModel]
+) -> ContractViolation:
+    """Return the violation for what a node returned, which names what can only be a mistake in its function."""
+    why = _mistake_in(output)
+    if why is None:
+        return as_violation(node_id, "output", output, error, schema)
+    kind = type(output)
+    if kind is CoroutineType:
+        output.close()  # Else Python warns of it once more, wherever it is freed.
+    shown = output if output is None or kind is tuple else f"<{kind.__name__}>"
+    violation = ContractViolation(
+        node_id, "output", {"value": shown}, [{"type": "returned", "loc": (), "msg": why, "input": shown}]
+    )
+    violation.__cause__ = error
+    violation.schema = schema
+    return violation
+
+
+def _mistake_in(output: Any) -> str | None:
+    """Return what is wrong with a value that no node returns on purpose; None for any other."""
+    kind = type(output)
+    if output is None:
+        return "the function returned None; return the output"
+    if issubclass(kind, (AsyncGenerator, Generator)):
+        which = "an async generator" if issubclass(kind, AsyncGenerator) else "a generator"
+        return f"the function returned {which}; return the output in place of yielding it"
+    if issubclass(kind, Awaitable):
+        which = "a coroutine" if kind is CoroutineType else f"an awaitable {kind.__name__}"
+        return f"the function returned {which}; did you forget await?"
+    if kind is tuple and len(output) not in (2, 3, 4):
+        return f"the function returned a tuple of {len(output)}; {RETURN_SHAPES}"
+    return None
+
+
 class BoundaryValidator:
     """Validates one raw value against one side of a contract."""
 
@@ -167,16 +212,30 @@ class BoundaryValidator:
             raise as_violation(contract.node_id, direction, raw, error, schema) from error
 
 
+class Decorated(NamedTuple):
+    """The contract that a decorator registered last for a node id, and the repr of the function that got it."""
+
+    contract: NodeContract[Any, Any]
+    owner: str
+
+
 class ContractRegistry:
     """The contracts of a runner, by node id."""
 
     def __init__(self) -> None:
         self._contracts: dict[str, NodeContract[Any, Any]] = {}
+        #: What ``runner.node`` gave ids to.
+        self.decorated: dict[str, Decorated] = {}
         self._validator = BoundaryValidator()
 
     def register(self, contract: NodeContract[Any, Any]) -> None:
         """Add a contract, replacing the one that its node id had."""
         self._contracts[contract.node_id] = contract
+
+    @property
+    def ids(self) -> set[str]:
+        """The node ids that have a contract."""
+        return set(self._contracts)
 
     def get(self, node_id: str) -> NodeContract[Any, Any]:
         """The contract of a node; raises KeyError."""

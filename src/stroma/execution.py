@@ -18,6 +18,7 @@ from stroma.schemas import Snapshot, schema_of
 from stroma.trace import (
     DURATION,
     FAILURE,
+    FUNCTION,
     NO_USAGE,
     OUTCOME,
     STARTED,
@@ -94,10 +95,13 @@ class NodeExecution:
 
     last_failure: Failure | None = None
     redelivered: bool = False
-    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before.
+    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before; and when
+    #: the first one began and the last one ended.
     running: int = 0
     running_since: int = 0
     busy_ns: int = 0
+    first_ns: int = 0
+    last_ns: int = 0
     #: What a group got, which its children may get as well, and the picture of it.
     taken: tuple[BaseModel, Snapshot] | None = None
     #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
@@ -137,6 +141,7 @@ class NodeExecution:
         """A function inside this group begins."""
         if self.running == 0:
             self.running_since = now
+            self.first_ns = self.first_ns or now
         self.running += 1
         if self.parent is not None:
             self.parent.enter(now)
@@ -146,6 +151,7 @@ class NodeExecution:
         self.running -= 1
         if self.running == 0:
             self.busy_ns += now - self.running_since
+            self.last_ns = now
         if self.parent is not None:
             self.parent.leave(now)
 
@@ -175,8 +181,16 @@ class NodeExecution:
 
     @property
     def duration_ms(self) -> float | None:
-        """How long the function of that attempt ran, hooks, waits and the store apart; None before its end."""
+        """How long the function of that attempt took, hooks, waits and the store apart; None before its end.
+
+        Of a group: from the first start of a function inside it to the last end of one.
+        """
         return None if self.ended is None else self.ended[DURATION] / 1e6
+
+    @property
+    def function_ms(self) -> float | None:
+        """For how long functions ran in that attempt: of a group any inside it, of a node its own; None before its end."""
+        return None if self.ended is None else self.ended[FUNCTION] / 1e6
 
     @property
     def started_ns(self) -> int | None:
@@ -315,7 +329,7 @@ class NodeExecution:
     def counts_as_zero(self, error: UsageError) -> bool:
         """Whether usage that a response does not say is 0, with a warning: it is where no limit depends on it."""
         ctx = self.ctx
-        limited = ctx.budget.max_tokens_total is not None or ctx.budget.max_cost_usd is not None
+        limited = ctx.has_limit("tokens", self.node_id) or ctx.has_limit("cost", self.node_id)
         if not error.silent or limited or ctx.config.unknown_model == "error":
             return False
         ctx.warn_once(self.node_id, "silent", f"{error}. It counts as 0 tokens")

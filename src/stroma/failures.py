@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import logging
 import random
+from asyncio import CancelledError
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from enum import StrEnum
-from typing import Final, NamedTuple, TypeGuard, TypeVar, final
+from typing import Any, Final, NamedTuple, TypeGuard, TypeVar, cast, final
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -222,6 +223,16 @@ class RunFailed(Exception):
     """
 
 
+def ends_run(error: BaseException) -> bool:
+    """Return whether what a validator or a classifier raised is no failure, but the end of this run or process.
+
+    Neither awaits, so a CancelledError is one of its own. A panic of native code is an error of a validator.
+    """
+    kind = type(error)
+    ours = issubclass(kind, (Exception, CancelledError)) or kind.__module__ == "pyo3_runtime"
+    return not ours
+
+
 def message_of(exc: BaseException) -> str:
     """``str(exc)``, or the type's name where that is empty or raises. Lone surrogates become escapes: it is stored."""
     try:
@@ -253,7 +264,7 @@ def diagnose(
     custom = _ask(exc, context, classifiers) if classifiers else None
     failure_class, reason = _built_in(exc)
     # Our own errors are what they are, whatever they were raised from.
-    if provider is not None and (failure_class is None or reason == "timeout"):
+    if provider is not None and (failure_class is None or reason in ("timeout", "bug")):
         failure_class, reason = FailureClass(provider.failure_class), provider.reason
     return Failure(
         exception=exc,
@@ -271,6 +282,8 @@ def diagnose(
 def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
     # By type, not isinstance: that asks the object for its __class__, which an exception may answer by raising.
     kind = type(exc)
+    if _is_bug(exc):
+        return FailureClass.TERMINAL, "bug"
     if issubclass(kind, ContractViolation):
         return FailureClass.TERMINAL, "contract"
     if issubclass(kind, BudgetExceeded):
@@ -290,15 +303,35 @@ def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
     return None, None
 
 
+#: The members of an exception group, whatever its class says of that name.
+_members: Final[Callable[[BaseException], tuple[BaseException, ...]]] = cast(
+    "Any", BaseExceptionGroup
+).exceptions.__get__
+#: Exceptions that only a mistake in the program causes, so that another attempt fails as this one did.
+_BUGS: Final = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError)
+
+
+def _is_bug(exc: BaseException) -> bool:
+    """Return whether an exception, or each leaf of an exception group, is a mistake in the program."""
+    leaves = [exc]
+    while leaves:
+        leaf = leaves.pop()
+        if issubclass(type(leaf), BaseExceptionGroup):
+            leaves.extend(_members(leaf))
+        elif not issubclass(type(leaf), _BUGS):
+            return False
+    return True
+
+
 def _ask(exc: BaseException, context: NodeContext, classifiers: Sequence[Classifier]) -> FailureClass | None:
     for classifier in classifiers:
         try:
             answer = classifier(exc, context)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
             if answer is not None:
                 return FailureClass(answer)
-        except (KeyboardInterrupt, SystemExit, GeneratorExit):
-            raise
-        except BaseException:
+        except BaseException as error:
+            if ends_run(error):
+                raise
             logger.warning(
                 "classifier %r raised for node %r; it is skipped", classifier, context.node_id,
                 exc_info=True, extra={"run_id": context.run_id},

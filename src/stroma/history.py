@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from difflib import SequenceMatcher
@@ -27,6 +28,7 @@ __all__ = [
     "FINISHED",
     "Change",
     "History",
+    "Inputs",
     "NodeDiff",
     "Payload",
     "Redact",
@@ -49,6 +51,8 @@ _ONE_STATE: Final = 1_000_000
 _ALL_STATES: Final = 20_000_000
 
 
+#: The id of a map, with the name of the field that it goes over.
+_MAP: Final = re.compile(r"map_over\((.+?), ")
 _NONE: Final[frozenset[str]] = frozenset()
 
 
@@ -225,8 +229,22 @@ class History:
             return Payload(None, "nothing is committed here")
         return self._shown(data, most_bytes)
 
+    def given_to(
+        self,
+        run_id: str,
+        attempt: AttemptRecord,
+        *,
+        most_bytes: int | None = None,
+        inputs: Inputs | None = None,
+    ) -> Payload:
+        """Return what an attempt was given: a child of a group what the group got, an item of a map that item of it.
+
+        ``inputs``: those of other attempts of the run, which are read once.
+        """
+        return (inputs or Inputs(self, run_id)).of(attempt, most_bytes)
+
     def given(self, run_id: str, position: int, *, most_bytes: int | None = None) -> Payload:
-        """What a node was given: the output before it, or what the run began with. A child gets what its group got."""
+        """What was given at a position: the output before it, or what the run began with."""
         if position:
             found = self.output(run_id, position - 1, most_bytes=most_bytes)
             if found.problem == "nothing is committed here":
@@ -265,18 +283,14 @@ class History:
     ) -> Story:
         """A run as it is drawn. ``states``: with the input and output of each attempt, as far as they are not too large."""
         attempts, more = self.attempts(record.run_id, most)
-        inputs: dict[int, Payload] = {}
+        inputs = Inputs(self, record.run_id, attempts)
         first = min((attempt.started_ns for attempt in attempts), default=0)
         bars = []
         room = _ALL_STATES
         for attempt in attempts:
             given = made = None
             if states:
-                if attempt.position not in inputs:
-                    inputs[attempt.position] = self.given(
-                        record.run_id, attempt.position, most_bytes=_ONE_STATE
-                    )
-                held = inputs[attempt.position]
+                held = inputs.of(attempt, _ONE_STATE)
                 given = held.value if held.problem is None else {"left out": held.problem}
                 size = attempt.output_bytes
                 if size is not None and size <= min(_ONE_STATE, room):
@@ -297,6 +311,60 @@ class History:
             record.run_id, record.pipeline, status, bars, record.tokens, record.cost_usd, record.started_ms, seconds, box,
             facts, 1 if more else 0,
         )  # fmt: skip
+
+
+class Inputs:
+    """The inputs of a run's attempts, as far as the store tells; each is read once.
+
+    ``attempts``: some that are known already, so that their groups need not be looked up.
+    """
+
+    def __init__(self, history: History, run_id: str, attempts: Iterable[AttemptRecord] = ()) -> None:
+        self._history = history
+        self._run_id = run_id
+        #: The id of the group around a place, where an attempt of the place is known.
+        self._groups = {(one.position, one.branch): one.group_id for one in attempts}
+        self._read: dict[tuple[int, str], Payload] = {}
+
+    def of(self, attempt: AttemptRecord, most_bytes: int | None = None) -> Payload:
+        """Return the input of an attempt. Above ``most_bytes`` it is not shown."""
+        self._groups[attempt.position, attempt.branch] = attempt.group_id
+        found = self._at(attempt.position, attempt.branch)
+        if most_bytes is None or found.problem is not None:
+            return found
+        size = len(json.dumps(found.value))
+        return found if size <= most_bytes else Payload(None, f"it has {size:,} bytes: too much to show here")
+
+    def _at(self, position: int, branch: str) -> Payload:
+        place = position, branch
+        if place not in self._read:
+            self._read[place] = self._find(position, branch)
+        return self._read[place]
+
+    def _find(self, position: int, branch: str) -> Payload:
+        if not branch:
+            return self._history.given(self._run_id, position, most_bytes=_ALL_STATES)
+        outer, _, index = branch.rpartition(".")
+        group = self._group_of(position, branch)
+        if group is None:
+            return Payload(
+                None, "the group around it has not ended: which part of its input it got is not recorded yet"
+            )
+        around = self._at(position, outer)
+        over = _MAP.match(group)
+        if over is None or around.problem is not None:
+            return around
+        items = around.value.get(over[1]) if isinstance(around.value, dict) else None
+        if not isinstance(items, list) or not index.isdecimal() or int(index) >= len(items):
+            return Payload(None, f"it is an item of {over[1]}, which is not in the state")
+        return Payload(items[int(index)])
+
+    def _group_of(self, position: int, branch: str) -> str | None:
+        place = position, branch
+        if place not in self._groups:
+            known = self._history.store.attempts_at(self._run_id, position, branch)
+            self._groups[place] = known[-1].group_id if known else None
+        return self._groups[place]
 
 
 def _opened(data: bytes, most_bytes: int | None) -> Payload:
@@ -371,6 +439,7 @@ def bar_of(attempt: AttemptRecord, first_ns: int, given: Any = None, made: Any =
         attempt.node_id, place_of(attempt), attempt.attempt, (attempt.started_ns - first_ns) / 1e6, attempt.duration_ms,
         attempt.outcome, attempt.failure_class, attempt.reason, attempt.message, attempt.tokens, attempt.output_tokens,
         attempt.cost_usd, attempt.model, attempt.output_bytes is not None, given, made,
+        attempt.function_ms if 0 < attempt.function_ms <= attempt.duration_ms - 1 else None,
     )  # fmt: skip
 
 

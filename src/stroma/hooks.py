@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable,
 from dataclasses import dataclass, fields
 from functools import partial
 from time import perf_counter
-from types import CoroutineType, coroutine
+from types import CoroutineType, FunctionType, MethodType, coroutine
 from typing import Any, ClassVar, Final
 
 from stroma.failures import FailureClass
@@ -27,6 +27,8 @@ __all__ = [
     "MapProgress",
     "NodeHooks",
     "StepHooks",
+    "check_arguments",
+    "distinct",
     "flatten",
 ]
 
@@ -86,6 +88,16 @@ class NodeHooks:
     on_node_wait: Callable[[str, str, str, float], Awaitable[None]] | None = None
     on_circuit_change: Callable[[str, str, str], Awaitable[None]] | None = None
 
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise TypeError for a hook that cannot be called with its event's arguments, where its signature tells."""
+        for event, arguments in _ARGUMENTS.items():
+            hook = getattr(self, event)
+            if hook is not None:
+                check_arguments(event, hook, arguments)
+
     #: Of hooks that make a run wait for who reads what they tell: they are under no time limit.
     _patient: ClassVar[bool] = False
 
@@ -94,6 +106,54 @@ class NodeHooks:
 
     def __ror__(self, other: Sequence[NodeHooks]) -> HookSets:
         return HookSets((*flatten(other), self))
+
+
+#: What the hooks of each event are called with.
+_ARGUMENTS: Final[dict[str, tuple[str, ...]]] = {
+    "on_node_start": ("run_id", "node_id", "input_state"),
+    "on_node_success": ("run_id", "node_id", "output_state", "tokens_used"),
+    "on_node_failure": ("run_id", "node_id", "exception", "failure_class"),
+    "on_run_start": ("run_id", "pipeline", "initial_state"),
+    "on_run_end": ("run_id", "result"),
+    "on_node_retry": ("run_id", "node_id", "attempt", "delay_seconds", "failure_class"),
+    "on_node_skipped": ("run_id", "node_id", "output_state"),
+    "on_node_cancelled": ("run_id", "node_id"),
+    "on_node_suspended": ("run_id", "node_id", "reason"),
+    "on_budget_warning": ("run_id", "dimension", "used", "limit"),
+    "on_map_progress": ("run_id", "node_id", "progress"),
+    "on_node_wait": ("run_id", "node_id", "reason", "seconds"),
+    "on_circuit_change": ("run_id", "key", "state"),
+}
+
+
+def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
+    """Raise TypeError for a callable that takes other positional arguments than these, where its signature tells."""
+    signature = _own_signature(func)
+    if signature is None:
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise TypeError(
+            f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; give it these parameters"
+        ) from None
+
+
+def _own_signature(func: Any) -> inspect.Signature | None:
+    """Return the signature that a call goes by; None where that cannot be told.
+
+    What a decorator says of the function that it wraps (``__wrapped__``, ``__signature__``) is not how it is called itself.
+    """
+    if type(func) not in (FunctionType, MethodType, partial):
+        call = getattr(type(func), "__call__", None)  # noqa: B004
+        func = MethodType(call, func) if type(call) is FunctionType else None
+    plain = func
+    while type(plain) is partial:
+        plain = plain.func
+    plain = getattr(plain, "__func__", plain)
+    if type(plain) is not FunctionType or "__signature__" in vars(plain):
+        return None
+    return inspect.signature(func, follow_wrapped=False)
 
 
 StepHooks = NodeHooks
@@ -138,6 +198,20 @@ def flatten(hooks: NodeHooks | Iterable[NodeHooks] | None) -> tuple[NodeHooks, .
         else:
             raise TypeError(f"{item!r} is not a set of hooks; make one with NodeHooks(...)")
     return tuple(sets)
+
+
+def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
+    """Return the sets of hooks without exporters that feed what an earlier one feeds: each event is counted once."""
+    found: list[NodeHooks] = []
+    fed: list[object] = []
+    for one in sets:
+        destination = getattr(getattr(one, "exporter", None), "destination", None)
+        if destination is not None:
+            if destination in fed:
+                continue
+            fed.append(destination)
+        found.append(one)
+    return found
 
 
 class HookError(Exception):

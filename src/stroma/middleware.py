@@ -14,6 +14,7 @@ from stroma._engine import Halt, execute
 from stroma._identity import SCOPE, Identity, StepCalls, is_called
 from stroma._map import branches_in
 from stroma._redeliver import redeliver
+from stroma._sequence import check_owners
 from stroma.checkpoint import PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.journal import INSIDE
 from stroma.context import ReliabilityContext
@@ -44,8 +45,9 @@ async def execute_step(
     attempt of a node calls its steps again. ``async with ctx:`` around the steps holds the run against others, notes in the
     journal how it ended, and makes the hooks hear of its start and end.
 
-    Raises PipelineChanged if that, or a part of a group, was recorded for another input; inputs that have no stored form are
-    not compared. Raises RuntimeError in a pipeline outside of its nodes.
+    Raises ValueError for a node whose id was given to another function with another contract since. Raises PipelineChanged if
+    that, or a part of a group, was recorded for another input; inputs that have no stored form are not compared. Raises
+    RuntimeError in a pipeline outside of its nodes.
     """
     if not isinstance(input_state, BaseModel):
         raise TypeError(
@@ -53,6 +55,8 @@ async def execute_step(
         )
     marked = getattr(func, "_stroma_contract", None)
     node = find_node(func) if isinstance(func, Group) else make_node(step_id, func, marked)
+    if contract is None and getattr(func, "_stroma_node_id", None) == step_id:
+        check_owners((node,), ctx.registry)
     parent = current_node()
     if parent is not None and parent.ctx is not ctx:
         parent = None

@@ -26,6 +26,7 @@ __all__ = [
     "Story",
     "cause",
     "document",
+    "duration",
     "fields_named",
     "fragment",
     "gantt",
@@ -50,10 +51,12 @@ class Bar:
 
     Attributes:
         at: its place in the run: "2", "2.0" for a child of a group.
-        began_ms, took_ms: since the first attempt began, and of the function alone.
+        began_ms, took_ms: since the first attempt began, and of the function alone; of a group, from the first function inside
+            it to the last.
         outcome: "success", "failure", "cancelled", "suspended" or "forked".
         kept: whether its output is committed.
         given, made: plain JSON data; None where it is not known.
+        function_ms: for how long functions ran, of a group in which there were waits as well; None for all others.
     """
 
     node_id: str
@@ -72,6 +75,7 @@ class Bar:
     kept: bool = True
     given: Any = None
     made: Any = None
+    function_ms: float | None = None
 
     @property
     def key(self) -> str:
@@ -301,19 +305,27 @@ def _row(
     role, label = (
         ("img", _said(last)) if link is None else ("group", f"attempts of {clean(last.node_id, 100)}")
     )
-    took = sum(bar.took_ms for bar in bars) / 1000
+    took = sum(bar.took_ms for bar in bars)
+    ran = sum(bar.took_ms if bar.function_ms is None else bar.function_ms for bar in bars)
     return (
         f'<span class="name {fold}{tone}" title="{as_xml(last.node_id)}"><span class="dim mono">{as_xml(last.at)}</span> '
         f"{as_xml(clean(last.node_id, 60))}</span>"
         f'<svg viewBox="0 0 {_WIDE} 22" preserveAspectRatio="none" role="{role}" aria-label="{as_xml(label)}">{"".join(drawn)}</svg>'
-        f'<span class="fig">{span(took)}{tries}{spent}</span>'
+        f'<span class="fig">{duration(took, ran)}{tries}{spent}</span>'
     )
 
 
 def _said(bar: Bar) -> str:
     why = f": {bar.failure_class}{f' ({bar.reason})' if bar.reason else ''}" if bar.failure_class else ""
     message = f": {clean(bar.message, 200)}" if bar.message else ""
-    return f"{clean(bar.node_id, 100)}, attempt {bar.attempt}, {bar.outcome}{why}, {span(bar.took_ms / 1000)}{message}"
+    return f"{clean(bar.node_id, 100)}, attempt {bar.attempt}, {bar.outcome}{why}, {duration(bar.took_ms, bar.function_ms)}{message}"
+
+
+def duration(took_ms: float, function_ms: float | None) -> str:
+    """Return how long an attempt took, and for how long functions ran in it where that is less: of a group with waits."""
+    took = span(took_ms / 1000)
+    ran = took if function_ms is None or took_ms - function_ms < 1 else span(function_ms / 1000)
+    return took if ran == took else f"{took} (functions {ran})"
 
 
 # ---------------------------------------------------------------------- states

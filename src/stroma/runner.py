@@ -18,6 +18,7 @@ from stroma._batch import Batch, outcome_of
 from stroma._lazy import lazy
 from stroma._restore import value_of
 from stroma._run import OneRun
+from stroma._sequence import check_owners, ids_in, warn_of_unknown_ids
 from stroma.checkpoint import (
     AsyncCheckpointStore,
     AsyncInMemoryStore,
@@ -33,7 +34,7 @@ from stroma.checkpoint import (
 from stroma.config import RunConfig
 from stroma.config import new_run_id as fresh_run_id
 from stroma.context import ReliabilityContext
-from stroma.contracts import ContractRegistry, NodeContract, check_id
+from stroma.contracts import ContractRegistry, Decorated, NodeContract, check_id
 from stroma.cost import ExecutionBudget, FallbackPolicy
 from stroma.failures import Classifier, PolicyMap
 from stroma.hooks import NodeHooks, StepHooks, flatten
@@ -104,6 +105,8 @@ class StromaRunner:
         self._own_config = config
         self._live: set[OneRun] = set()
         self._batches: dict[Batch, None] = {}
+        #: Node ids of the config that no node had, and that a warning was given for.
+        self._warned: set[str] = set()
         self.config = config if config is not None else RunConfig()
 
     @classmethod
@@ -163,7 +166,7 @@ class StromaRunner:
         )
 
     def with_classifiers(self, classifiers: list[Classifier]) -> StromaRunner:
-        return self._replace(classifiers=classifiers)
+        return self._replace(classifiers=RunConfig(classifiers=classifiers).classifiers)
 
     def with_hooks(self, hooks: NodeHooks | Sequence[NodeHooks]) -> StromaRunner:
         return self._replace(hooks=RunConfig(hooks=hooks).hooks)
@@ -189,6 +192,7 @@ class StromaRunner:
         self.registry.register(contract)
 
         def decorate(func: Any) -> Any:
+            self.registry.decorated[node_id] = Decorated(contract, repr(func))
             return mark(func, node_id, contract)
 
         return decorate
@@ -201,12 +205,14 @@ class StromaRunner:
         """Prove, field by field, that each node's output can satisfy the next node's input. Nothing is called.
 
         Errors can never work; warnings may fail, or cannot be told. Nodes without a contract take and give anything.
-        ``input_schema``: what runs begin with, to be looked at, too. Raises TypeError for what is no node.
+        ``input_schema``: what runs begin with, to be looked at, too. Raises TypeError for what is no node, ValueError for
+        a function whose id was given to another one with another contract since.
         """
         from stroma.checks import check_nodes  # Only who asks pays for it.
 
-        nodes = node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence
-        return check_nodes(_records(nodes), self.registry, input_schema)
+        nodes = _records(node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence)
+        check_owners(nodes, self.registry)
+        return check_nodes(nodes, self.registry, input_schema)
 
     def _refuse_what_cannot_work(self, nodes: list[Node | Group]) -> None:
         from stroma.checks import CheckFailed, check_nodes
@@ -236,7 +242,7 @@ class StromaRunner:
         The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans shall
         belong to, in place of the caller's current span; one that is none is ignored. What goes wrong inside the pipeline is a result: FAILED or PARTIAL,
         with ``result.failure``. Raises TypeError for what is no node or a hook that is not async, ValueError for an
-        unknown resume target, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot begin, CheckFailed
+        unknown resume target or a function whose id was given to another one with another contract since, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot begin, CheckFailed
         with ``RunConfig(check=True)``.
         """
         given = {
@@ -264,6 +270,7 @@ class StromaRunner:
         nodes = _records(node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence)
         if not isinstance(initial_state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
+        check_owners(nodes, self.registry)
         start = _resume_position(nodes, config.resume_from)
         if config.check:
             self._refuse_what_cannot_work(nodes)
@@ -271,9 +278,12 @@ class StromaRunner:
         ctx.recovers = recovers
         if isinstance(node_sequence, Pipeline):
             ctx.pipeline = node_sequence.name
+        warn_of_unknown_ids(
+            config, nodes, self.registry, ctx.pipeline, warn=ctx.run_logger.warning, warned=self._warned
+        )
         if traceparent is not None:
             ctx.traceparent = _checked(ctx, traceparent)
-        if config.limits and not any(config.limit_of(node_id) for node_id in _node_ids(nodes)):
+        if config.limits and not any(config.limit_of(node_id) for node_id in ids_in(nodes)):
             ctx.run_logger.warning(
                 "no node of pipeline %r goes by any of the limits (%s); say which does with node_limits={node id: name}",
                 ctx.pipeline, ", ".join(map(repr, config.limits)),
@@ -332,6 +342,7 @@ class StromaRunner:
             watched.__pydantic_fields_set__ = config.model_fields_set | {"hooks"}
             twin = StromaRunner(self.registry, self.checkpoint_manager, watched)
             twin._live = self._live  # A shutdown of this runner is one of its streams, too.
+            twin._warned = self._warned
             return twin.run(nodes, initial_state, **options)
 
         return RunStream(begin, on_leave, buffer)
@@ -664,15 +675,6 @@ def _checked(ctx: ReliabilityContext, traceparent: str) -> str | None:
     # It comes from whoever called us, over the network perhaps: no reason not to run.
     ctx.run_logger.warning("traceparent %r is no W3C trace context; it is ignored", traceparent[:200])
     return None
-
-
-def _node_ids(nodes: Iterable[Node | Group]) -> Iterator[str]:
-    """The ids of all nodes, those in groups too."""
-    for node in nodes:
-        if isinstance(node, Group):
-            yield from _node_ids(node.children)
-        else:
-            yield node.node_id
 
 
 def records_of(nodes: Pipeline | list[Any]) -> list[Node | Group]:

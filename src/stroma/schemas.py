@@ -72,6 +72,7 @@ __all__ = [
     "Packed",
     "Schema",
     "Snapshot",
+    "Stored",
     "become",
     "filled",
     "schema_of",
@@ -89,18 +90,32 @@ _put_private: Final[Any] = BaseModel.__dict__["__pydantic_private__"].__set__
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Stored:
+    """A reference to a state that a store keeps apart from its rows, in stored form; :meth:`load` reads it, which may block.
+
+    ``load`` raises StoreError.
+    """
+
+    load: Callable[[], bytes]
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Given:
     """The picture of an input: that of the output before it. What the node's schema makes of it is found when it is read."""
 
-    source: Packed | bytes
+    source: Packed | bytes | Stored
 
     def open(self) -> Any:
-        return self.source.open() if isinstance(self.source, Packed) else json.loads(self.source)
+        if isinstance(self.source, Packed):
+            return self.source.open()
+        return (
+            Schema.raw_of(self.source.load()) if isinstance(self.source, Stored) else json.loads(self.source)
+        )
 
 
 #: What a trace or a store keeps of a state: the values of a flat one, the bytes of any other, or, where no
-#: encoding exists, a private copy of it. See :meth:`Schema.snapshot`.
-Snapshot = tuple[Any, ...] | Packed | Given | bytes | dict[str, Any] | BaseModel
+#: encoding exists, a private copy of it; a reference to what stands in a blob. See :meth:`Schema.snapshot`.
+Snapshot = tuple[Any, ...] | Packed | Given | Stored | bytes | dict[str, Any] | BaseModel
 
 _MISSING: Final = object()
 #: The type of the values that a node of a schema stands for, if JSON can say all of them.
@@ -680,6 +695,12 @@ class Schema:
         """The state dict of a snapshot, fresh on each call."""
         if isinstance(snapshot, tuple):
             return dict(zip(self.names, snapshot, strict=True))
+        if isinstance(snapshot, Stored):
+            try:
+                data = snapshot.load()
+                return self.state(self.decode(data)) if self.flat or self._packs else self.thaw(data)
+            except Exception as error:  # A blob that is gone must not make the rest of the trace unreadable.
+                return {"unavailable": str(error)}
         if isinstance(snapshot, Given):
             return self.state(self.validate(snapshot.open()))
         if isinstance(snapshot, Packed):
@@ -705,6 +726,8 @@ class Schema:
 
     def restore(self, snapshot: Snapshot) -> BaseModel:
         """The model of a snapshot, equal to the one that it was taken of."""
+        if isinstance(snapshot, Stored):
+            snapshot = snapshot.load()
         if isinstance(snapshot, bytes):
             return self.decode(snapshot)
         if isinstance(snapshot, BaseModel):

@@ -7,7 +7,7 @@ import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 from stroma._gate import Caller, Gate, OnStoreError, a_count, an_amount, logger, seconds_or_none
 from stroma._holds import readable
@@ -163,6 +163,14 @@ class SharedBudget(Gate):
     def __repr__(self) -> str:
         limits = [f"{name}={value!r}" for name, value in self._terms if value not in (None, {})]
         return f"SharedBudget({self.name!r}, {', '.join(limits)})"
+
+    def has_limit(self, dimension: Literal["tokens", "cost"], node_id: str) -> bool:
+        """Return whether it limits what a node may take of tokens, or of US dollars."""
+        if self.nodes is not None and node_id not in self.nodes:
+            return False
+        if dimension == "tokens":
+            return self.max_tokens is not None
+        return self.max_cost_usd is not None or node_id in self._ledger.caps
 
     async def state(self) -> BudgetState | None:
         """The budget as its store has it; None before its first call. Raises StoreError."""

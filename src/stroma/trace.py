@@ -47,8 +47,8 @@ Schemas = tuple[Schema, Schema, object]
 Row = tuple[
     str,  # node id
     int,  # attempt, 1-based
-    int,  # start, ns since the epoch
-    int,  # duration, ns
+    int,  # start, ns since the epoch; of a group that of the first function inside it
+    int,  # duration, ns; of a group until the last function inside it ended
     Snapshot,  # input
     Snapshot | None,  # output
     Outcome,
@@ -59,6 +59,7 @@ Row = tuple[
     str | None,  # the id of the group around it
     Schemas | None,  # what reads its snapshots; of plain dicts nothing need
     "list[Row | TraceEvent] | None",  # the events of a group's children
+    int,  # ns for which its function ran; of a group any function inside it
 ]
 NODE: Final = 0
 ATTEMPT: Final = 1
@@ -74,6 +75,7 @@ BRANCH: Final = 10
 GROUP: Final = 11
 SCHEMAS: Final = 12
 CHILDREN: Final = 13
+FUNCTION: Final = 14
 #: What an item that failed for good is filed under, in place of its output, where the other items go on.
 FAILED_ITEM: Final = "failed item"
 
@@ -151,7 +153,7 @@ class FewRows(list["Row | TraceEvent"]):
             used = one[USAGE] or NO_USAGE
             tokens, made, cost, ns = self._sums.get((one[NODE], used.model), (0, 0, 0.0, 0))
             self._sums[one[NODE], used.model] = (
-                tokens + used.tokens, made + used.output_tokens, cost + used.cost_usd, ns + one[DURATION],
+                tokens + used.tokens, made + used.output_tokens, cost + used.cost_usd, ns + one[FUNCTION],
             )  # fmt: skip
             self._events += 1
             self._failures += one[FAILURE] is not None
@@ -183,11 +185,12 @@ def figures_of(rows: list[Row | TraceEvent]) -> Iterator[Figures]:
     while stack:
         row = stack.pop()
         if isinstance(row, TraceEvent):
-            node_id, used, ns = row.node_id, row.usage, row.duration_ms * 1_000_000
+            took = row.duration_ms if row.function_ms is None else row.function_ms
+            node_id, used, ns = row.node_id, row.usage, took * 1_000_000
             inside: list[Any] = list(row.children)
             left_out = row.left_out
         else:
-            node_id, used, ns = row[NODE], row[USAGE] or NO_USAGE, row[DURATION]
+            node_id, used, ns = row[NODE], row[USAGE] or NO_USAGE, row[FUNCTION]
             inside = row[CHILDREN] or []
             left_out = inside.left_out if isinstance(inside, FewRows) else None
         stack.extend(reversed(inside))
@@ -204,7 +207,8 @@ class TraceEvent:
         attempt: 1-based.
         timestamp_utc: the attempt's start, aware.
         output_state: None on failure; kept for an attempt that took the run over its budget.
-        duration_ms: wall time of the node's function alone.
+        duration_ms: wall time of the node's function alone; of a group from the first start of a function inside it to the
+            last end of one.
         failure: its class, or None.
         outcome: "success", "failure", "cancelled" or "suspended".
         reason: a stable word for the failure, such as "rate_limit"; None if unknown.
@@ -212,6 +216,8 @@ class TraceEvent:
         usage: what the attempt used.
         position: where in the run the node stands, 0-based.
         branch: "" at the top level; "0", "1", "0.1" for children of groups and items of a map.
+        function_ms: for how long its function ran, waits between attempts apart; of a group any function inside it. None of
+            an event that somebody else made.
         left_out: of a map whose items or outputs are not in the state, the events that are counted, not kept.
     """
 
@@ -231,6 +237,7 @@ class TraceEvent:
     position: int = 0
     branch: str = ""
     left_out: LeftOut | None = None
+    function_ms: int | None = None
 
     def __post_init__(self) -> None:
         if self.failure is not None and self.outcome == "success":
@@ -324,6 +331,7 @@ class ExecutionTrace(Shown):
             position=row[POSITION],
             branch=row[BRANCH],
             left_out=children.left_out if isinstance(children, FewRows) else None,
+            function_ms=row[FUNCTION] // 1_000_000,
         )
 
     def _build(self, rows: list[Row | TraceEvent]) -> list[TraceEvent]:
@@ -335,7 +343,7 @@ class ExecutionTrace(Shown):
 
     def event_of(self, row: Row) -> TraceEvent:
         """The event of one row, without those inside it."""
-        return self._event((*row[:CHILDREN], None))
+        return self._event((*row[:CHILDREN], None, row[FUNCTION]))
 
     @property
     def _events(self) -> list[TraceEvent]:
@@ -384,7 +392,8 @@ class ExecutionTrace(Shown):
                 found.append((ms, row.duration_ms * 1_000_000, row))
                 stack.extend(row.children)
             else:
-                found.append((row[STARTED], row[DURATION], self._event((*row[:CHILDREN], None))))
+                alone = self._event((*row[:CHILDREN], None, row[FUNCTION]))
+                found.append((row[STARTED], row[DURATION], alone))
                 stack.extend(row[CHILDREN] or ())
         found.sort(key=lambda one: one[0])
         first = found[0][0] if found else 0
@@ -406,7 +415,9 @@ class ExecutionTrace(Shown):
 
     def said(self, message: str, row: Row, redact: Redact) -> str:
         """The message of a failed attempt without what ``redact`` takes out of the attempt's states."""
-        return hide_words(redact, message, _hidden_in(redact, [self._event((*row[:CHILDREN], None))]))
+        return hide_words(
+            redact, message, _hidden_in(redact, [self._event((*row[:CHILDREN], None, row[FUNCTION]))])
+        )
 
     def diff(self, other: ExecutionTrace) -> list[str]:
         """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
@@ -447,10 +458,11 @@ def _bar(
     if message is not None:
         message = hide_words(redact, message, hidden)
     used = event.usage
+    waited = event.function_ms is not None and took_ms - event.function_ms >= 1
     return Bar(
         event.node_id, at, event.attempt, began_ms, took_ms, event.outcome, kind, event.reason, message, used.tokens,
         used.output_tokens, used.cost_usd, used.model, event.output_state is not None, shown(event.input_state),
-        shown(event.output_state),
+        shown(event.output_state), event.function_ms if waited else None,
     )  # fmt: skip
 
 
@@ -468,7 +480,7 @@ def _copy_rows(rows: list[Row | TraceEvent]) -> list[Row | TraceEvent]:
             copies.append(_copy_event(row))
         else:
             children = row[CHILDREN]
-            copies.append(row if children is None else (*row[:CHILDREN], _copy_rows(children)))
+            copies.append(row if children is None else (*row[:CHILDREN], _copy_rows(children), row[FUNCTION]))
     return rows.like(copies) if isinstance(rows, FewRows) else copies
 
 

@@ -19,8 +19,8 @@ class UsageError(ValueError):
     """A node reported usage that cannot be counted: negative, not finite, not a number, or of an unpriced model.
 
     Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and ``usage_from``.
-    Cause: the figures or the response a node returned beside its output, or a model without a price under
-        ``unknown_model="error"``.
+    Cause: the figures or the response a node returned beside its output, or a model without a known price under a
+        cost limit or ``unknown_model="error"``.
     Mend: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
     """
 

@@ -365,7 +365,7 @@ def test_what_is_done_together() -> None:
     """Commits pass what concerns other runs, never what concerns their own or may concern any."""
 
     def a_commit(run_id: str) -> Job:
-        return Job(Commit(run_id, Fence(1, 1, 1, "", 1.0), Attempt(*[0] * 14), None), None)  # type: ignore[arg-type]
+        return Job(Commit(run_id, Fence(1, 1, 1, "", 1.0), Attempt(*[0] * 16), None), None)  # type: ignore[arg-type]
 
     def doing(run_id: str | None) -> Job:
         return Job(Doing(run_id, lambda rows: None), None)

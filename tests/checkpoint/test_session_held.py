@@ -104,7 +104,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
     failed = (FailureClass.TERMINAL, "m", None)
     usage = AttemptUsage(5, 3, 0.25, "m")
     assert session.undelivered == [
-        ("node", 3, started, 7, {}, None, "failure", failed, usage, position, "2", None, None, None)
+        ("node", 3, started, 7, {}, None, "failure", failed, usage, position, "2", None, None, None, 7)
         for position, started in ((1, 50), (0, 70), (2, 90))
     ]
     assert len(store.rows.kept(1, DUE)) == 4  # Until they were told.

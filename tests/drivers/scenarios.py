@@ -265,7 +265,19 @@ SCENARIOS: dict[str, Scenario] = {
         config={
             "budget": ExecutionBudget(max_cost_usd=1000.0),
             "model_fallbacks": [FallbackPolicy("a-dear-one", "a-cheap-one", 0.0)],
+            "unknown_model": "warn",
         },
+    ),
+    "a model that nobody knows under a cost limit": Scenario(
+        lambda calls: [spending(calls, "a", 100, "nobody-knows-it"), counted(calls, "b")],
+        RunStatus.FAILED, ["a"], {"n": 1}, tokens=100,
+        config={"budget": ExecutionBudget(max_cost_usd=1000.0)},
+        failure=(FailureClass.TERMINAL, "UsageError"),
+    ),
+    "a mistake in the program": Scenario(
+        lambda calls: [failing(calls, "a", NameError("name 'x' is not defined")), counted(calls, "b")],
+        RunStatus.FAILED, ["a"], {"n": 0}, config={"policy_map": THRICE},
+        failure=(FailureClass.TERMINAL, "NameError"),
     ),
     "bad usage": Scenario(
         lambda calls: [spending(calls, "a", -1), counted(calls, "b")],

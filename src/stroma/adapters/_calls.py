@@ -91,7 +91,7 @@ class Call:
                     with turn.here():
                         value = _not_awaitable(self.step, self.func(*self.args, **self.kwargs))
                 except BaseException as raised:
-                    if _ends_all(raised):
+                    if _ends_all(self.step, raised):
                         raise
                     error = raised
                 turn.settle(value, error)
@@ -122,7 +122,7 @@ class Call:
                         turn.settle(end.value, None)
                         break
                     except BaseException as raised:
-                        if _ends_all(raised):
+                        if _ends_all(self.step, raised):
                             raise
                         turn.settle(None, raised)
                         break
@@ -169,7 +169,7 @@ class Call:
                         turn.settle(None, None)
                         break
                     except BaseException as raised:
-                        if _ends_all(raised) or _is_cancelled(begun):
+                        if _ends_all(self.step, raised) or _is_cancelled(begun):
                             raise
                         turn.settle(None, raised)
                         break
@@ -372,9 +372,11 @@ def _failure(error: BaseException, kind: FailureClass, where: NodeContext, messa
     return Failure(error, kind, where.node_id, where.attempt, message)
 
 
-def _ends_all(error: BaseException) -> bool:
-    """Whether the caller itself is told to stop."""
-    return isinstance(error, (KeyboardInterrupt, SystemExit, GeneratorExit))
+def _ends_all(step: Step, error: BaseException) -> bool:
+    """Return whether the caller itself is told to stop, by what is no Exception and means nothing to the framework."""
+    if isinstance(error, (Exception, asyncio.CancelledError)):
+        return False
+    return step.control is None or step.control(error) is None
 
 
 def _begun() -> Begun:

@@ -41,7 +41,8 @@ def read_due(kept: StepRow) -> Row | None:
         return None
     return (
         found.node_id, found.attempt, found.started_ns, found.duration_ns, {}, None,
-        cast("Outcome", found.outcome), failed, usage, found.position, found.branch, None, None, None,
+        cast("Outcome", found.outcome), failed, usage, found.position, found.branch, found.group_id, None, None,
+        found.function_ns,
     )  # fmt: skip
 
 

@@ -27,6 +27,8 @@ from stroma.trace import (
     BRANCH,
     DURATION,
     FAILURE,
+    FUNCTION,
+    GROUP,
     NO_USAGE,
     NODE,
     OUTCOME,
@@ -134,7 +136,7 @@ def _record(run_id: str, run: MemoryRun) -> RunRecord:
     held = run.held()
     return RunRecord(
         run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
-        held and held.holder, run.parent, sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
+        held and held.holder, run.parent, sum(row[FUNCTION] for row in rows if not row[BRANCH]) / 1e6,
         tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in told]), len(failed), run.epoch,
     )  # fmt: skip
 
@@ -196,5 +198,6 @@ def _attempt(row: Row, run: MemoryRun, *, with_output: bool = True) -> AttemptRe
         row[POSITION], row[BRANCH], row[NODE], row[ATTEMPT], row[STARTED] // 1_000_000, row[DURATION] / 1e6, row[OUTCOME],
         failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
         output, output_bytes=None if output is None else len(output), started_ns=row[STARTED],
+        function_ms=row[FUNCTION] / 1e6, group_id=row[GROUP],
         identity=next((one for one, at in run.places.items() if at == row[POSITION]), None) if run.places else None,
     )  # fmt: skip

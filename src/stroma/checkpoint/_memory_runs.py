@@ -16,7 +16,7 @@ from stroma.schemas import NotSerialisable, Schema, Snapshot
 from stroma.trace import (
     ATTEMPT,
     BRANCH,
-    DURATION,
+    FUNCTION,
     NODE,
     OUTPUT,
     POSITION,
@@ -120,7 +120,7 @@ class MemoryRun:
         return (
             sum(usage.tokens for usage in usages),
             math.fsum(usage.cost_usd for usage in usages),
-            sum(row[DURATION] for row in rows if not row[BRANCH]) / 1e6,
+            sum(row[FUNCTION] for row in rows if not row[BRANCH]) / 1e6,
         )
 
     def entries(self) -> Iterator[tuple[Key, Kept]]:

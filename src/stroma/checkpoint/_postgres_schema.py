@@ -55,7 +55,8 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
         run bigint, execution bigint, epoch bigint, position bigint, started_ns bigint, branch_key bytea, attempt bigint,
         branch text COLLATE "C" NOT NULL, node_id text COLLATE "C" NOT NULL, duration_ns bigint NOT NULL,
         outcome text NOT NULL, failure_class text, message text, reason text, tokens bigint NOT NULL,
-        output_tokens bigint NOT NULL, cost_pico bigint NOT NULL, model text, identity text,
+        output_tokens bigint NOT NULL, cost_pico bigint NOT NULL, model text,
+        function_ns bigint NOT NULL, group_id text, identity text,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch_key, attempt))""",
     """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COLLATE "C" NOT NULL, data bytea NOT NULL)
         WITH (fillfactor = 50)""",

@@ -342,5 +342,7 @@ def _record_of(
         output_bytes=size,
         started_ns=attempt.started_ns,
         epoch=epoch,
+        function_ms=attempt.function_ns / 1e6,
+        group_id=attempt.group_id,
         identity=attempt.identity,
     )

@@ -394,8 +394,8 @@ def commit_values(fence: Fence, attempt: Attempt, step: Step | None) -> tuple[An
     place, data = "", b""
     if step is not None:
         place, data = f"{position}:{branch}", pack_step(step, fence.epoch, number, started_ns)
-    # What a group took is its own wall time; its children's is part of it.
-    sums = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.duration_ns)
+    # What a group took is what functions inside it did; its children's is part of it.
+    sums = (attempt.cost_pico, attempt.tokens, 0 if branch else attempt.function_ns)
     held = (run.token, fence.execution, fence.epoch, fence.owner, run.version, _lease(fence))
     failed = "" if attempt.failure_class is None else 1
     output = (place, node_id, data, attempt.identity or "", position)

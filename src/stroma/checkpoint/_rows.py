@@ -136,7 +136,10 @@ class Attempt(NamedTuple):
     """One attempt, as it is kept. What tells it from a repeated call for the same one is its start: a resumed run, and
     a group that is tried again, count attempts from 1.
 
-    ``identity``: of the step of plain code that the position is of (see ``stroma._identity``); None in a pipeline.
+    Attributes:
+        function_ns: for how long its function ran; of a group, any function inside it.
+        group_id: of the group around it.
+        identity: of the step of plain code that the position is of (see ``stroma._identity``); None in a pipeline.
     """
 
     position: int
@@ -153,6 +156,8 @@ class Attempt(NamedTuple):
     output_tokens: int
     cost_pico: int
     model: str | None
+    function_ns: int = 0
+    group_id: str | None = None
     identity: str | None = None
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -67,18 +67,23 @@ from stroma.checkpoint.journal import (
     is_answered_meanwhile,
 )
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import Payloads
+from stroma.checkpoint.payloads import BLOB, Payloads
 from stroma.checkpoint.records import PICO
-from stroma.schemas import Schema
+from stroma.schemas import Given, Packed, Schema, Snapshot, Stored
 from stroma.trace import (
     ATTEMPT,
     BRANCH,
     DURATION,
     FAILURE,
+    FUNCTION,
+    GROUP,
+    INPUT,
     NO_USAGE,
     NODE,
     OUTCOME,
+    OUTPUT,
     POSITION,
+    SCHEMAS,
     STARTED,
     USAGE,
     Row,
@@ -98,8 +103,11 @@ class DurableSession:
         "__weakref__",
         "_called",
         "_deliver",
+        "_large",
         "_opened",
+        "_packed",
         "_payloads",
+        "_placed",
         "_submit",
         "_troubles",
         "_was",
@@ -155,6 +163,12 @@ class DurableSession:
         self._was: RunRow | None = None
         #: The identity of the step of plain code at each position.
         self._called: dict[int, str] = {}
+        #: What is stored of payloads that this session put into blobs, by their checksums, and by the places of commits that
+        #: nobody has asked for yet.
+        self._large: dict[bytes, bytes] = {}
+        self._placed: dict[tuple[int, str], bytes] = {}
+        #: The picture of the last output that stands in a blob, and what is stored of it.
+        self._packed: tuple[Packed | None, bytes] = (None, b"")
 
     def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
         """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
@@ -319,10 +333,55 @@ class DurableSession:
         return self._commit(row, schema, data, call)
 
     async def _record_sealed(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> None:
-        data = await self._payloads.seal(data)
+        plain, data = data, await self._payloads.seal(data)
+        if data.startswith(BLOB):
+            self._large[await asyncio.to_thread(checksum, plain)] = data
+            self._placed[row[POSITION], row[BRANCH]] = data
+        del plain
         if call is not None and call.given is not None:
             call = call._replace(given=await self._payloads.seal(call.given))
         await self._commit(row, schema, data, call)
+
+    def refer(self, row: Row) -> Row:
+        """Return the row of an attempt with references in place of states that stand in blobs, for who keeps it in memory."""
+        made = self._placed.pop((row[POSITION], row[BRANCH]), None)
+        schemas = row[SCHEMAS]
+        if not self._large or schemas is None:
+            return row
+        given = row[INPUT]
+        stored = self._stored_input(schemas[0], given)
+        if stored is not None:
+            reference = self._reference(stored, "a state of the trace")
+            given = Given(reference) if isinstance(given, Given) else reference
+        output = row[OUTPUT]
+        if made is not None:
+            if isinstance(output, Packed):  # The input of the next node may be the very same.
+                self._packed = output, made
+            output = self._reference(made, "a state of the trace")
+        return cast("Row", (*row[:INPUT], given, output, *row[OUTPUT + 1 :]))
+
+    def _stored_input(self, schema: Schema, snapshot: Snapshot) -> bytes | None:
+        """Return what is stored of a large input: mostly it is the output before it."""
+        if isinstance(snapshot, Given) and snapshot.source is self._packed[0]:
+            return self._packed[1]
+        found = snapshot.source if isinstance(snapshot, Given) else snapshot
+        data = found if isinstance(found, bytes) else None
+        size = 0
+        if isinstance(found, tuple):
+            size = sum(len(value) for value in found if isinstance(value, (str, bytes)))
+        elif isinstance(found, Packed) and found is snapshot:
+            size = found.size
+        if 4 * size >= self._payloads.blob_bytes:  # In UTF-8 it may be that much larger, and in JSON smaller.
+            try:
+                data = schema.encode(schema.restore(snapshot), secrets=self._payloads.codec is not None)
+            except Exception:  # It has no stored form.
+                return None
+        if data is None or len(data) < self._payloads.blob_bytes:
+            return None
+        return self._large.get(checksum(data))
+
+    def _reference(self, stored: bytes, what: str) -> Stored:
+        return Stored(partial(self._payloads.open, stored, what))
 
     def _commit(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
@@ -419,9 +478,12 @@ class DurableSession:
                 None if step.given is None else self._payloads.open(step.given, f"what was given for {what}")
             )
             call = StepCall(step.number, given)
-        output = self._opened.get(step.sha256)
+        output: Snapshot | None = self._opened.get(step.sha256)
         if output is None:
-            output = self._payloads.open(step.output, what)
+            stands_apart = step.output.startswith(BLOB) and self._payloads.blobs is not None
+            output = (
+                self._reference(step.output, what) if stands_apart else self._payloads.open(step.output, what)
+            )
         return Committed(node_id, output, step.contract, call)
 
     def note_traceparent(self, traceparent: str) -> None:
@@ -526,6 +588,8 @@ def _attempt(row: Row) -> Attempt:
         usage.output_tokens,
         round(usage.cost_usd * PICO),
         text(usage.model),
+        row[FUNCTION],
+        text(row[GROUP]),
     )
 
 
@@ -571,7 +635,7 @@ def fork(rows: Rows, source: str, opening: Opening, before: int, edited: Step | 
             0,
             0,
             None,
-            called.get(position),
+            identity=called.get(position),
         )
         rows.commit(fence, attempt, step)
     parent = Step("", "", b"", checksum(b""), before)

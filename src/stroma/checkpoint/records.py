@@ -77,7 +77,7 @@ class RunRecord:
         started_ms, updated_ms: milliseconds since the epoch.
         tokens, cost_usd: of all attempts of the last execution.
         nodes: how many positions of it are committed, those inside groups not counted.
-        latency_ms: wall time of its attempts, those inside groups not counted.
+        latency_ms: time that functions of its attempts ran, those of a group's children at the same time counted once.
         tags: in the order of their text.
         cause: None if no attempt of the last execution failed. Not told by list_runs().
         failures: how many attempts failed, counted up to 20. Not told by list_runs().
@@ -122,8 +122,10 @@ class AttemptRecord:
     ``damaged``: what stands in the store is not what was committed; with ``outcome`` "DAMAGED" that is the row of the
     attempt, else its output. ``output_bytes``: how large what was
     committed is as it is stored; None if nothing was. ``started_ns``: since 1970. ``epoch``: of the
-    process that made it, as in RunRecord; 0 where it is not told. ``identity``: of the step of plain code that its position
-    is of; None in a pipeline.
+    process that made it, as in RunRecord; 0 where it is not told. ``duration_ms``: of a group from the first start of a function
+    inside it to the last end of one; ``function_ms``: for how long its function ran, or any function inside a group.
+    ``group_id``: of the group around it. ``identity``: of the step of plain code that its
+    position is of; None in a pipeline.
     """
 
     position: int
@@ -145,6 +147,8 @@ class AttemptRecord:
     output_bytes: int | None = field(default=None, compare=False)
     started_ns: int = field(default=0, compare=False)
     epoch: int = field(default=0, compare=False)
+    function_ms: float = field(default=0.0, compare=False)
+    group_id: str | None = field(default=None, compare=False)
     identity: str | None = field(default=None, compare=False)
 
     def idempotency_key(self, run_id: str, execution: int) -> str:

@@ -137,4 +137,5 @@ def _attempt(event: TraceEvent) -> AttemptRecord:
         None,
         output_bytes=None if event.output_state is None else 0,
         started_ns=began,
+        function_ms=event.duration_ms if event.function_ms is None else event.function_ms,
     )

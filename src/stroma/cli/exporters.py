@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, TypeVar
+from typing import TYPE_CHECKING, Any, Final, TypeVar, cast
 from urllib.parse import urlsplit
 
 import click
@@ -15,6 +15,9 @@ from stroma.cli.errors import Code, Problem
 from stroma.cli.output import err
 from stroma.cli.words import clean
 from stroma.hooks import NodeHooks
+
+if TYPE_CHECKING:
+    from stroma.telemetry._observer import ExporterHooks, Observer
 
 __all__ = ["FLUSH_SECONDS", "Exporters", "exporter_options"]
 
@@ -26,7 +29,20 @@ _VARIABLES: Final = {
     "sentry": ("SENTRY_DSN",),
     "datadog": ("DD_TRACE_AGENT_URL", "DD_AGENT_HOST"),
 }
+#: What the exporters call the systems.
+_SYSTEMS: Final = {
+    "otel": "OpenTelemetry",
+    "prometheus": "Prometheus",
+    "sentry": "Sentry",
+    "datadog": "Datadog",
+}
 _METRICS_ENDPOINTS: Final = ("OTEL_EXPORTER_OTLP_ENDPOINT", "OTEL_EXPORTER_OTLP_METRICS_ENDPOINT")
+
+
+def _exporter(hooks: NodeHooks) -> Observer | None:
+    """Return the exporter behind a set of hooks; None for any other set."""
+    found: Observer | None = getattr(hooks, "exporter", None)
+    return found
 
 
 def _endpoint(_ctx: click.Context, _parameter: click.Parameter, value: str | None) -> str | None:
@@ -75,8 +91,14 @@ class Exporters:
         """From what click has read; takes its part out of that."""
         return cls(**{name: options.pop(name, None) for name in ("otel", "prometheus", "sentry", "datadog")})
 
-    def hooks(self, *, quiet: bool, environ: Mapping[str, str] = os.environ) -> list[NodeHooks]:
-        """The sets of hooks for what was asked for. Raises Problem if one of them cannot be."""
+    def hooks(
+        self, own: Sequence[NodeHooks] = (), *, quiet: bool, environ: Mapping[str, str] = os.environ
+    ) -> list[NodeHooks]:
+        """Return the sets of hooks for what was asked for. Raises Problem if one of them cannot be.
+
+        ``own``: those of the pipelines. A variable adds no exporter beside one of theirs that is connected; what an option adds
+        stands in for theirs, see :meth:`joined`, and sends as much of states as that does.
+        """
         sets: list[NodeHooks] = []
         for name, make in (
             ("otel", self._otel),
@@ -90,8 +112,14 @@ class Exporters:
                 variable = None
             if given is None and variable is None:
                 continue
+            theirs = [one for one in map(_exporter, own) if one is not None and one.name == _SYSTEMS[name]]
+            if given is None and any(exporter.is_connected() for exporter in theirs):
+                continue
             try:
-                sets.append(make(quiet))
+                made = make(quiet, theirs)
+                if theirs:
+                    made.exporter.take_settings_of(theirs[0])
+                sets.append(made)
             except ImportError as error:
                 if given is None:  # The variable may be about other programs.
                     err.line(("note: ", "yellow"), f"{variable} is set, but {clean(str(error), 300)}")
@@ -106,15 +134,39 @@ class Exporters:
                 ) from error
         return sets
 
+    @staticmethod
+    def joined(made: Sequence[NodeHooks], own: Sequence[NodeHooks]) -> list[NodeHooks]:
+        """Return the hooks of a pipeline with those of the command: one exporter for each system.
+
+        Where both feed the same, the pipeline's stays; else the command's takes its place.
+        """
+        kept = list(own)
+        added: list[NodeHooks] = []
+        for one in made:
+            ours = _exporter(one)
+            theirs = [
+                (other, exporter)
+                for other in kept
+                if (exporter := _exporter(other)) is not None
+                and ours is not None
+                and exporter.name == ours.name
+            ]
+            if any(ours is not None and exporter.destination == ours.destination for _, exporter in theirs):
+                continue
+            kept = [other for other in kept if all(other is not replaced for replaced, _ in theirs)]
+            added.append(one)
+        return [*added, *kept]
+
     def close(self) -> None:
         """Let go of what was opened, in threads that nobody waits for: everything was flushed."""
         for close in self._closing:
             threading.Thread(target=close, daemon=True).start()
 
-    def _otel(self, quiet: bool) -> NodeHooks:
+    def _otel(self, quiet: bool, theirs: Sequence[Observer]) -> ExporterHooks:
         from stroma.telemetry import otel_hooks
 
         try:
+            from opentelemetry import metrics as measures
             from opentelemetry import trace
             from opentelemetry.exporter.otlp.proto.http.metric_exporter import OTLPMetricExporter
             from opentelemetry.exporter.otlp.proto.http.trace_exporter import OTLPSpanExporter
@@ -146,17 +198,20 @@ class Exporters:
         # This process is ours: spans that nodes open themselves go the same way, unless the pipeline has chosen another.
         if isinstance(trace.get_tracer_provider(), trace.ProxyTracerProvider):
             trace.set_tracer_provider(tracer)
+            if type(measures.get_meter_provider()).__name__ == "_ProxyMeterProvider":
+                measures.set_meter_provider(meter)
         return otel_hooks(tracer=tracer, meter=meter)
 
-    def _prometheus(self, quiet: bool) -> NodeHooks:
+    def _prometheus(self, quiet: bool, theirs: Sequence[Observer]) -> ExporterHooks:
         from stroma.telemetry import prometheus_hooks
 
-        hooks = prometheus_hooks()
-        from prometheus_client import start_http_server
+        hooks = prometheus_hooks(registry=cast("Any", theirs[0]).registry if theirs else None)
+        from prometheus_client import REGISTRY, start_http_server
 
         assert self.prometheus is not None
         try:
-            server, _ = start_http_server(self.prometheus, addr="127.0.0.1")
+            registry = cast("Any", theirs[0]).registry if theirs else REGISTRY
+            server, _ = start_http_server(self.prometheus, addr="127.0.0.1", registry=registry)
         except OSError as error:
             raise Problem(
                 f"--prometheus: port {self.prometheus} cannot be listened on: {error}",
@@ -168,7 +223,7 @@ class Exporters:
             err.line(f"metrics are at http://127.0.0.1:{server.server_port}/metrics while it runs")
         return hooks
 
-    def _sentry(self, quiet: bool) -> NodeHooks:
+    def _sentry(self, quiet: bool, theirs: Sequence[Observer]) -> ExporterHooks:
         from stroma.telemetry import sentry_hooks
 
         try:
@@ -183,7 +238,7 @@ class Exporters:
         )
         return sentry_hooks(client=client)
 
-    def _datadog(self, quiet: bool) -> NodeHooks:
+    def _datadog(self, quiet: bool, theirs: Sequence[Observer]) -> ExporterHooks:
         from stroma.telemetry import datadog_hooks
 
         statsd = os.environ.get("DD_AGENT_HOST", "localhost")

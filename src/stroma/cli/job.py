@@ -24,7 +24,7 @@ from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.manager import CheckpointManager
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem
-from stroma.cli.exporters import FLUSH_SECONDS
+from stroma.cli.exporters import FLUSH_SECONDS, Exporters
 from stroma.cli.output import err
 from stroma.cli.progress import Progress, listen
 from stroma.cli.report import Ending
@@ -92,8 +92,9 @@ class Job:
             err.line(
                 f"run {clean(self.config.run_id)} begins at {clean(self.start_at or '', 100)!r} of {clean(self.fork.parent)}"
             )
-        exporters = self.options.exporters.hooks(quiet=quiet)
-        hooks = [*exporters, *flatten(self.config.hooks), progress.hooks()]
+        own = flatten(self.config.hooks)
+        exporters = self.options.exporters.hooks(own, quiet=quiet)
+        hooks = [*Exporters.joined(exporters, own), progress.hooks()]
         config = self.config.model_copy(update={"hooks": hooks})
         runner = StromaRunner(ContractRegistry(), CheckpointManager(self.db.store), config)
         begun = time.perf_counter()

@@ -18,8 +18,8 @@ from stroma.cli.runs import run_data, styled
 from stroma.cli.stores import Database, Keeper, db_option
 from stroma.cli.waiting import approve_hint, asked, open_ones, waiting_data, where
 from stroma.cli.words import ago, clean, count, id_word, iso, local, money, plural, span
-from stroma.history import History, Payload, bar_of, in_order, place_of, status_of, waste
-from stroma.page import waits
+from stroma.history import History, Inputs, Payload, bar_of, in_order, place_of, status_of, waste
+from stroma.page import duration, waits
 
 __all__ = ["attempt_data", "show"]
 
@@ -186,14 +186,12 @@ def _states(
     history: History, record: RunRecord, shown: list[AttemptRecord], wants_input: bool, wants_output: bool
 ) -> list[list[_State]]:
     """For each attempt what is asked for of it."""
-    given: dict[int, Payload] = {}
+    inputs = Inputs(history, record.run_id, shown)
     found: list[list[_State]] = []
     for one in shown:
         states: list[_State] = []
         if wants_input:
-            if one.position not in given:
-                given[one.position] = history.given(record.run_id, one.position)
-            states.append(("input", given[one.position]))
+            states.append(("input", inputs.of(one)))
         if wants_output:
             states.append(("output", history.made(one)))
         found.append(states)
@@ -288,7 +286,7 @@ def _rows(attempts: list[AttemptRecord], as_tree: bool) -> Iterator[tuple[Attemp
             (f"{a.outcome}, damaged" if a.damaged else f"{a.outcome}, kept" if kept else a.outcome, style),
             a.failure_class or "",
             clean(a.reason or "", 20),
-            span(a.duration_ms / 1000),
+            duration(a.duration_ms, a.function_ms or None),
             f"{a.tokens:,}" if a.tokens else "",
             money(a.cost_usd) if a.tokens else "",
             clean(a.model or "", 30),
@@ -342,6 +340,7 @@ def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:
         "attempt": a.attempt,
         "started": iso(a.started_ms),
         "seconds": a.duration_ms / 1000,
+        "function_seconds": a.function_ms / 1000,
         "outcome": a.outcome,
         "damaged": a.damaged,
         "committed": a.output_bytes is not None and not a.damaged,

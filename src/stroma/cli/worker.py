@@ -82,7 +82,10 @@ def worker(
             code=Code.USAGE,
         )
     listen(quiet=quiet)
-    hooks = exporters.hooks(quiet=quiet)
+    own = [
+        one for pipeline in pipelines if pipeline.config is not None for one in flatten(pipeline.config.hooks)
+    ]
+    hooks = exporters.hooks(own, quiet=quiet)
     if hooks:
         pipelines = [_observed(pipeline, hooks) for pipeline in pipelines]
     serving = _Serving(cluster, pipelines, database, max_concurrent, drain, quiet)
@@ -96,7 +99,7 @@ def worker(
 
 def _observed(pipeline: Pipeline, hooks: Sequence[Any]) -> Pipeline:
     config = pipeline.config or RunConfig()
-    config = config.model_copy(update={"hooks": [*hooks, *flatten(config.hooks)]})
+    config = config.model_copy(update={"hooks": Exporters.joined(hooks, flatten(config.hooks))})
     return Pipeline(pipeline.name, pipeline.nodes, config=config)
 
 

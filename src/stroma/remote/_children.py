@@ -221,6 +221,11 @@ class Children:
         """For how long any function inside ran."""
         return busy_ns([self])
 
+    def span_ns(self) -> list[int]:
+        """When the first function inside began, and the last one ended; [] if none ran."""
+        spans = self.spans()
+        return [min(span[0] for span in spans), max(span[1] for span in spans)] if spans else []
+
     def spans(self) -> list[list[int]]:
         return _spans(self.rows) + ([] if self._map is None else self._map["busy"])
 

@@ -62,6 +62,7 @@ from stroma.trace import (
     BRANCH,
     DURATION,
     FAILURE,
+    FUNCTION,
     INPUT,
     NODE,
     OUTCOME,
@@ -430,6 +431,8 @@ class _Work:
         """In the place of a group's own running: its children have run elsewhere."""
         request = self.request
         execution.busy_ns = request["busy_ns"]
+        if request["span_ns"]:
+            execution.first_ns, execution.last_ns = (at - ctx.epoch_ns for at in request["span_ns"])
         if request["cancelled"]:
             task = asyncio.current_task()
             assert task is not None
@@ -527,7 +530,7 @@ class _Work:
 
     async def _event(self, row: Row, node: Node | Group) -> Event:
         failure, used = row[FAILURE], row[USAGE]
-        return {
+        event: Event = {
             "id": row[NODE],
             "attempt": row[ATTEMPT],
             "started_ns": row[STARTED],
@@ -544,6 +547,9 @@ class _Work:
             "output": self.record.output if row[OUTCOME] != "cancelled" else None,
             "children": None,
         }  # fmt: skip
+        if row[FUNCTION] != row[DURATION]:
+            event["function_ns"] = row[FUNCTION]
+        return event
 
     async def _input(self, row: Row, node: Node | Group) -> Value | None:
         """What the attempt was given, if it differs from what the request holds."""

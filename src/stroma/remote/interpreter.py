@@ -330,7 +330,7 @@ class Interpreter:
             if used is not None:
                 self._tracker.spend(used[0], used[2])
             if not place.branch:
-                self._tracker.latency_ns += row["duration_ns"]
+                self._tracker.latency_ns += row.get("function_ns", row["duration_ns"])
             tracker = self._tracker
             state["spent"] = {
                 "tokens": tracker.total_tokens,
@@ -452,7 +452,7 @@ class Interpreter:
     ) -> tuple[Value | Stopped | None, Failed]:
         stopped = children.stopped
         request = self.of(
-            place, "close", value, attempt=attempt, traceparent=children.traceparent or self.state["traceparent"], opened_ns=opened, busy_ns=children.busy_ns(),
+            place, "close", value, attempt=attempt, traceparent=children.traceparent or self.state["traceparent"], opened_ns=opened, busy_ns=children.busy_ns(), span_ns=children.span_ns(),
             indexes=children.in_order()[0], outputs=children.in_order()[1], packs=children.packs(), failures=children.failures, cancelled=cancelled,
             stopped=None if stopped is None else {
                 "failure": stopped.failure, "partial": stopped.partial, "spent": stopped.spent,

@@ -93,6 +93,7 @@ class _Writer:
             row["id"], row["attempt"], row["started_ns"], row["duration_ns"], {}, None, row["outcome"],
             None if failure is None else (FailureClass(failure[0]), failure[1], failure[2]),
             None if used is None else AttemptUsage(*used), row["position"], row["branch"], group, None, None,
+            row.get("function_ns", row["duration_ns"]),
         )  # fmt: skip
         waits = self._waiting.get((row["position"], row["branch"]))
         if row["outcome"] == "suspended" and waits is not None:

@@ -12,6 +12,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma._identity import child_indexes, is_called
+from stroma._sequence import check_owners
 from stroma.checkpoint import resolve_schema
 from stroma.config import RunConfig
 from stroma.context import ReliabilityContext
@@ -105,6 +106,7 @@ class Known:
     """The nodes of a pipeline as this process has them, and the classes of states that are named by them."""
 
     def __init__(self, pipeline: str, nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
+        check_owners(nodes, registry)
         self.pipeline = pipeline
         self.nodes = nodes
         self.registry = registry

@@ -89,6 +89,7 @@ class Reader:
             usage=NO_USAGE if used is None else AttemptUsage(*used),
             position=row["position"],
             branch=row["branch"],
+            function_ms=row.get("function_ns", row["duration_ns"]) // 1_000_000,
         )
 
     def value(self, given: Any) -> Value | None:

@@ -136,7 +136,11 @@ class Failed(TypedDict):
 
 
 class Event(TypedDict):
-    """A row of the trace. An input of None is the value that the attempt was given."""
+    """A row of the trace. An input of None is the value that the attempt was given.
+
+    Attributes:
+        function_ns: for how long functions ran, where that is not ``duration_ns``: of a group.
+    """
 
     id: str
     attempt: int
@@ -151,6 +155,7 @@ class Event(TypedDict):
     output: Value | None
     children: list[Event] | None
     packs: NotRequired[list[Value]]
+    function_ns: NotRequired[int]
 
 
 class Answer(TypedDict):
@@ -171,6 +176,7 @@ class Request(TypedDict):
         path: the index of each child on the way from the pipeline to the node.
         groups: the ids of the groups around it, the outermost first.
         spent: by the run so far, earlier segments included; ``busy_ns``: by the groups around it.
+        span_ns: of "close": when the first function inside the group began, and when the last one ended.
         room: bytes of states that may still come back in the reply itself.
         after: seconds that were waited since the last attempt.
         gone: what nodes have taken out of the context dict; a worker's own config may have it, too.
@@ -209,6 +215,7 @@ class Request(TypedDict):
     stopped: NotRequired[dict[str, Any] | None]
     cancelled: NotRequired[bool]
     busy_ns: NotRequired[int]
+    span_ns: NotRequired[list[int]]
     opened_ns: NotRequired[int]
     #: Of "begin": the plan, to be looked at as a whole, and what is committed already.
     nodes: NotRequired[list[NodeSpec]]

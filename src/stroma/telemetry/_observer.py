@@ -27,6 +27,7 @@ __all__ = [
     "ExporterHooks",
     "Observer",
     "exceeded",
+    "is_returned",
     "missing",
     "seconds_elsewhere",
     "sound",
@@ -71,6 +72,11 @@ class Ended:
 CUT_SHORT: Final = Ended("cancelled")
 
 
+def is_returned(run: ReliabilityContext) -> bool:
+    """Return whether a run is only looked at for its result: whoever ran it has counted it."""
+    return run.session.finished is not None
+
+
 def exceeded(result: ExecutionResult) -> str | None:
     """The dimension of the budget that ended a run, or None."""
     error = None if result.failure is None else result.failure.exception
@@ -96,6 +102,21 @@ class Observer:
     def __init__(self) -> None:
         #: What went wrong in here, by kind. It has changed nothing else.
         self.errors: Counter[str] = Counter()
+
+    @property
+    def destination(self) -> object:
+        """What it feeds. Of two exporters in one run that feed the same, only the first one is called."""
+        return self
+
+    def take_settings_of(self, other: Observer) -> None:
+        """Send as much of states and messages as another exporter for the same system does."""
+        for name in ("_content", "_own_spans", "_service"):
+            if hasattr(other, name):
+                setattr(self, name, getattr(other, name))
+
+    def is_connected(self) -> bool:
+        """Return whether what it is called with goes anywhere."""
+        return True
 
     # ------------------------------------------------------------------ to override
 

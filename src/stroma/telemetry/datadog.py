@@ -16,6 +16,7 @@ from stroma.telemetry._observer import (
     ExporterHooks,
     Observer,
     exceeded,
+    is_returned,
     missing,
     seconds_elsewhere,
     sound,
@@ -120,7 +121,15 @@ class _Datadog(Observer):
 
     # ------------------------------------------------------------------ runs
 
+    @property
+    def destination(self) -> object:
+        statsd: Any = self._statsd
+        address = getattr(statsd, "host", statsd), getattr(statsd, "port", None)
+        return self._tracer, *(address if isinstance(address[0], str) else (statsd, None))
+
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        if is_returned(run):
+            return
         parent = None if run.traceparent is None else _remote(run.traceparent)
         span = self._tracer.start_span(
             "stroma.run",

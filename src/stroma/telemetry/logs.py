@@ -52,11 +52,17 @@ class _Logs(Observer):
     def __init__(self, logger: Any, content: Content) -> None:
         super().__init__()
         self._content = content
+        self._logger = logger
         self._write_line: Callable[[int, str, dict[str, Any]], None] = (
             _with_extra(logger)
             if isinstance(logger, (logging.Logger, logging.LoggerAdapter))
             else _with_fields(logger)
         )
+
+    @property
+    def destination(self) -> object:
+        # structlog gives a new proxy to each who asks.
+        return self._logger if isinstance(self._logger, (logging.Logger, logging.LoggerAdapter)) else self
 
     def _write(self, level: int, event: str, fields: dict[str, Any]) -> None:
         token = WRITING.set(True)

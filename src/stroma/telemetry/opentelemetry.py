@@ -22,6 +22,7 @@ from stroma.telemetry._observer import (
     ExporterHooks,
     Observer,
     exceeded,
+    is_returned,
     missing,
     seconds_elsewhere,
     sound,
@@ -150,7 +151,16 @@ class _OpenTelemetry(Observer):
 
     # ------------------------------------------------------------------ runs
 
+    @property
+    def destination(self) -> object:
+        return tuple(provider() for provider in self._providers)
+
+    def is_connected(self) -> bool:
+        return not isinstance(self._providers[0](), self._trace.ProxyTracerProvider)
+
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        if is_returned(run):
+            return
         run.notes[self] = of_run = _RunSpan()
         if not run.elsewhere:  # It may end in another process: what went up here would never come down.
             self._active.add(1, {"gen_ai.workflow.name": run.pipeline})

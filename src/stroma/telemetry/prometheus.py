@@ -15,6 +15,7 @@ from stroma.telemetry._observer import (
     ExporterHooks,
     Observer,
     exceeded,
+    is_returned,
     missing,
     seconds_elsewhere,
     sound,
@@ -47,7 +48,7 @@ def prometheus_hooks(*, registry: CollectorRegistry | None = None) -> ExporterHo
     metrics = _known.get(target)
     if metrics is None:  # A second one of the same names would be refused.
         metrics = _known[target] = _Metrics(target)
-    return _Prometheus(metrics).hooks()
+    return _Prometheus(metrics, target).hooks()
 
 
 class _Metrics:
@@ -124,11 +125,19 @@ _known: weakref.WeakKeyDictionary[CollectorRegistry, _Metrics] = weakref.WeakKey
 class _Prometheus(Observer):
     name = "Prometheus"
 
-    def __init__(self, metrics: _Metrics) -> None:
+    def __init__(self, metrics: _Metrics, registry: CollectorRegistry) -> None:
         super().__init__()
         self._metrics = metrics
+        #: Where its metrics are.
+        self.registry = registry
+
+    @property
+    def destination(self) -> object:
+        return self._metrics
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        if is_returned(run):
+            return
         if run.elsewhere:  # It may end in another process: what went up here would never come down.
             return
         run.notes[self] = perf_counter()
@@ -137,6 +146,10 @@ class _Prometheus(Observer):
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
         begun = run.notes.pop(self, None)
         metrics, pipeline, status = self._metrics, run.pipeline, result.status.value
+        if is_returned(run):
+            for error in result.hook_errors:
+                metrics.hook_errors(pipeline, error.hook).inc()
+            return
         if begun is not None:
             metrics.in_progress(pipeline).dec()
             seconds = perf_counter() - begun
@@ -168,6 +181,8 @@ class _Prometheus(Observer):
         self._metrics.retries(node.pipeline, node.node_id, failure_class.value).inc()
 
     def skipped(self, node: NodeExecution) -> None:
+        if is_returned(node.ctx):
+            return
         self._metrics.skipped(node.pipeline, node.node_id).inc()
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:

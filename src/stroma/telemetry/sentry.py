@@ -106,6 +106,13 @@ class _Sentry(Observer):
 
     # ------------------------------------------------------------------ runs
 
+    @property
+    def destination(self) -> object:
+        return self._client or self._sdk.get_client()
+
+    def is_connected(self) -> bool:
+        return self._client is not None or bool(self._sdk.get_client().is_active())
+
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         sdk = self._sdk
         run.notes[self] = of_run = _Run(_HERE.get())

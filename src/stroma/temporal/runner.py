@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import logging
 import os
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from datetime import timedelta
@@ -28,6 +29,7 @@ from temporalio.service import RPCError, RPCStatusCode
 
 from stroma._batch import Batch
 from stroma._identity import child_indexes
+from stroma._sequence import warn_of_unknown_ids
 from stroma.checkpoint import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError, Waiting
 from stroma.checkpoint.payloads import BlobStore, blob_store
 from stroma.config import RunConfig
@@ -47,6 +49,7 @@ from stroma.trace import ExecutionResult, ExecutionTrace, RunStatus, TraceEvent
 __all__ = ["TemporalRunner"]
 
 T = TypeVar("T")
+logger = logging.getLogger("stroma")
 
 #: After that many seconds somebody asks the run to say when it waits for a person: most runs have ended by then.
 _PATIENCE: Final = 0.2
@@ -112,6 +115,8 @@ class TemporalRunner:
         self._task_timeout = timedelta(seconds=task_seconds)
         self._server_seconds = server_seconds
         self._search: bool | None = None
+        #: Node ids of the config that no node had, and that a warning was given for.
+        self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ running
 
@@ -161,6 +166,9 @@ class TemporalRunner:
         run_id = config.take_run_id() if run_id is None else check_id(run_id, "run id")
         given = plain_context(config.context if context is None else context)
         plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
+        warn_of_unknown_ids(
+            config, known.nodes, self.registry, known.pipeline, warn=logger.warning, warned=self._warned
+        )
         schema = schema_of(type(initial))
         try:
             text = schema.encode(initial).decode()

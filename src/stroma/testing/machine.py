@@ -28,7 +28,19 @@ from stroma.checkpoint import (
 from stroma.failures import FailureClass
 from stroma.schemas import schema_of
 from stroma.testing.stores import State, restored, row, settled
-from stroma.trace import ATTEMPT, BRANCH, DURATION, FAILURE, NODE, OUTCOME, POSITION, STARTED, USAGE, Row
+from stroma.trace import (
+    ATTEMPT,
+    BRANCH,
+    DURATION,
+    FAILURE,
+    FUNCTION,
+    NODE,
+    OUTCOME,
+    POSITION,
+    STARTED,
+    USAGE,
+    Row,
+)
 
 __all__ = ["JournalStoreMachine"]
 
@@ -85,7 +97,7 @@ class _Execution:
     def used(self) -> tuple[int, float, float]:
         """Tokens, USD, ms. The time of what is inside of a group is part of the group's."""
         usages = [usage for kept in self.attempts if (usage := kept.row[USAGE]) is not None]
-        top = (kept.row[DURATION] for kept in self.attempts if not kept.row[BRANCH])
+        top = (kept.row[FUNCTION] for kept in self.attempts if not kept.row[BRANCH])
         return sum(u.tokens for u in usages), sum(u.cost_usd for u in usages), sum(top) / 1e6
 
 

@@ -82,7 +82,7 @@ def row(
         node, attempt, next(_STARTS), ms * 1_000_000, (), output, "success" if failure is None else "failure",
         None if failure is None else (failure, message, None),
         AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None,
-        (reads, reads, None), None,
+        (reads, reads, None), None, ms * 1_000_000,
     )  # fmt: skip
 
 

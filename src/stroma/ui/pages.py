@@ -35,7 +35,20 @@ from stroma.history import (
     place_of,
     status_of,
 )
-from stroma.page import Bar, Box, Story, cause, document, fields_named, gantt, head, idle_ms, tree, utc
+from stroma.page import (
+    Bar,
+    Box,
+    Story,
+    cause,
+    document,
+    duration,
+    fields_named,
+    gantt,
+    head,
+    idle_ms,
+    tree,
+    utc,
+)
 from stroma.trace import RunStatus
 from stroma.ui.actions import can_resume
 from stroma.ui.figures import figures_of
@@ -79,7 +92,7 @@ class Pages:
             lstrip_blocks=True,
         )
         self._templates.filters |= {
-            "clean": clean, "money": money, "count": count, "span": span, "tone": _tone, "json": _shown, "short": short_id, "when": utc,
+            "clean": clean, "money": money, "count": count, "span": span, "took": _took, "tone": _tone, "json": _shown, "short": short_id, "when": utc,
         }  # fmt: skip
         self._templates.globals |= {
             "to": _address,
@@ -219,7 +232,7 @@ class Pages:
         tried, this = self._tried(request, record)
         at = tried.index(this)
         before = tried[at - 1] if at else None
-        given = self._history.given(record.run_id, this.position, most_bytes=_MOST_BYTES)
+        given = self._history.given_to(record.run_id, this, most_bytes=_MOST_BYTES)
         made = self._made(record, this)
         side = "input" if "(input)" in (this.message or "")[:_LONGEST] else "output"
         broke = fields_named(this.message or "")
@@ -270,7 +283,7 @@ class Pages:
             raise HTTPException(404, "an attempt has an input and an output")
         with self._large:
             if side == "input":
-                held = self._history.given(record.run_id, this.position)
+                held = self._history.given_to(record.run_id, this)
             else:
                 held = self._history.output(record.run_id, this.position, this.branch)
             if held.problem is not None:
@@ -409,6 +422,10 @@ def _attempt_address(record: RunRecord, attempt: AttemptRecord, path: str = "/at
     # By hand: a page has thousands of them. Ids of branches are ours, numbers and dots.
     at = quote_plus(place_of(attempt)) if attempt.branch else attempt.position
     return f"{path}?id={quote_plus(record.run_id, errors='replace')}&at={at}&began={attempt.started_ns}"
+
+
+def _took(attempt: AttemptRecord) -> str:
+    return duration(attempt.duration_ms, attempt.function_ms or None)
 
 
 def _facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:

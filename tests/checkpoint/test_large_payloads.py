@@ -1,0 +1,299 @@
+"""Large states in blobs: referred to by the trace and by a resume, not held in memory."""
+
+from __future__ import annotations
+
+import pathlib
+import subprocess
+import sys
+from collections.abc import Iterator
+from datetime import UTC, datetime
+from decimal import Decimal
+from typing import Any
+
+import pytest
+from pydantic import BaseModel, Field, SecretStr
+from tests.shared_stores import SHARED, place
+
+from stroma import (
+    AsyncInMemoryStore,
+    CorruptCheckpoint,
+    FailurePolicy,
+    ReliabilityContext,
+    RunStatus,
+    SQLiteStore,
+    StromaRunner,
+    execute_step,
+    map_over,
+    parallel,
+)
+from stroma.checkpoint import PostgresStore, RedisStore
+from stroma.schemas import Stored
+from stroma.trace import CHILDREN, INPUT, NODE, OUTPUT, TraceEvent
+
+LARGE = 20_000  # bytes from which these stores use blobs
+ONCE: Any = {"AMBIGUOUS": FailurePolicy(max_retries=1, backoff_seconds=0)}
+
+
+class Flat(BaseModel):
+    n: int = 0
+    text: str = ""
+    at: datetime = datetime(2026, 1, 2, tzinfo=UTC)
+    price: Decimal = Decimal("1.10")
+
+
+class Packed(BaseModel):
+    n: int = 0
+    lines: list[str] = []
+    by_name: dict[str, float] = {"nan": float("inf")}
+
+
+class Inner(BaseModel):
+    text: str = ""
+
+
+class Nested(BaseModel):
+    n: int = 0
+    inner: Inner = Inner()
+    anything: Any = None
+
+
+class Aliased(BaseModel):
+    n: int = 0
+    text: str = Field(default="", alias="Text")
+
+
+class Secretive(BaseModel):
+    n: int = 0
+    text: str = ""
+    key: SecretStr = SecretStr("hunter2")
+
+
+def large(kind: type[BaseModel], n: int, size: int = 2 * LARGE) -> dict[str, Any]:
+    text = f"{n}é\n" + "x" * size
+    made: dict[type[BaseModel], dict[str, Any]] = {
+        Flat: {"text": text, "at": datetime(2027, 1, 1 + n, tzinfo=UTC)},
+        Packed: {"lines": [text, "b"]},
+        Nested: {"inner": {"text": text}, "anything": (1, {"a": b"b"})},
+        Aliased: {"Text": text},
+        Secretive: {"text": text},
+    }
+    return {"n": n, **made[kind]}
+
+
+class Xor:
+    """A codec that gives other bytes each time."""
+
+    def __init__(self) -> None:
+        self.number = 0
+
+    def encode(self, data: bytes) -> bytes:
+        self.number = self.number % 250 + 1
+        return bytes([self.number]) + bytes(byte ^ self.number for byte in data)
+
+    def decode(self, data: bytes) -> bytes:
+        return bytes(byte ^ data[0] for byte in data[1:])
+
+
+def open_store(kind: str, where: str, blobs: pathlib.Path, codec: Any = None) -> Any:
+    options: Any = {"blobs": blobs, "blob_bytes": LARGE, "codec": codec}
+    if kind == "sqlite":
+        return SQLiteStore(where, **options)
+    if kind == "redis":
+        return RedisStore(where, **options)
+    dsn, _, schema = where.partition("|")
+    return PostgresStore(dsn, schema=schema, **options)
+
+
+@pytest.fixture(params=SHARED)
+def store(request: pytest.FixtureRequest, tmp_path: pathlib.Path) -> Iterator[Any]:
+    with place(request.param) as where, open_store(request.param, where, tmp_path / "blobs") as made:
+        yield made
+
+
+def nodes_of(runner: StromaRunner, kind: type[BaseModel], fails: list[int]) -> list[Any]:
+    @runner.node("make", input=kind, output=kind)
+    async def make(state: Any) -> Any:
+        return large(kind, state.n + 1)
+
+    @runner.node("again", input=kind, output=kind)
+    async def again(state: Any) -> Any:
+        if fails:
+            raise LookupError(fails.pop())
+        return large(kind, state.n + 1)
+
+    return [make, make, parallel(again, make), again]
+
+
+def rows_of(result: Any) -> list[Any]:
+    found, stack = [], list(result.trace.rows)
+    while stack:
+        row = stack.pop(0)
+        assert not isinstance(row, TraceEvent)
+        found.append(row)
+        stack += row[CHILDREN] or ()
+    return found
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Flat, Packed, Nested, Aliased])
+async def test_a_trace_of_references_is_the_trace(kind: type[BaseModel], store: Any) -> None:
+    """States that stand in blobs read the same in the trace as those of a run that holds them."""
+    results = []
+    for of in (store, AsyncInMemoryStore()):
+        runner = StromaRunner.quick(store=of, policy_map=ONCE)
+        results.append(await runner.run(nodes_of(runner, kind, [1]), kind(), run_id="r"))
+    mine, theirs = results
+    assert mine.status is theirs.status is RunStatus.COMPLETED, mine.failure
+    apart = [row for row in rows_of(mine) if row[OUTPUT] is not None]
+    assert all(isinstance(row[OUTPUT], Stored) for row in apart)
+    assert mine.trace.diff(theirs.trace) == []
+    for one, other in zip(mine.trace.walk(), theirs.trace.walk(), strict=True):
+        assert (one.input_state, one.output_state) == (other.input_state, other.output_state)
+    assert mine.final_state == theirs.final_state
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Flat, Packed, Nested, Aliased])
+async def test_no_row_of_a_trace_holds_what_stands_in_a_blob(kind: type[BaseModel], store: Any) -> None:
+    """Neither outputs nor the inputs that they become are held by the rows, of failed attempts and in groups either."""
+    runner = StromaRunner.quick(store=store, policy_map=ONCE)
+    result = await runner.run(nodes_of(runner, kind, [1]), kind(), run_id="r")
+    rows = rows_of(result)
+    first = rows.pop(0)
+    assert first[NODE] == "make"
+    for row in rows:
+        held = [row[INPUT]] if row[OUTPUT] is None else [row[INPUT], row[OUTPUT]]
+        for snapshot in held:
+            source = getattr(snapshot, "source", snapshot)
+            assert isinstance(source, Stored), (row[NODE], snapshot)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", [Flat, Packed, Nested, Secretive])
+async def test_a_resume_reads_each_state_when_it_comes_to_it(
+    kind: type[BaseModel], tmp_path: pathlib.Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resume holds references, reads each blob once, and goes on with the last state; under a codec as well."""
+    reads: list[str] = []
+    with open_store("sqlite", str(tmp_path / "runs.db"), tmp_path / "blobs", Xor()) as store:
+        runner = StromaRunner.quick(store=store)
+        fails = [1, 2]
+        nodes = nodes_of(runner, kind, [])[:2] * 3 + nodes_of(runner, kind, fails)[3:]
+        assert (await runner.run(nodes, kind(), run_id="r")).status is RunStatus.PARTIAL
+        blobs = store._payloads.blobs
+        get = blobs.get
+
+        def counted(name: str) -> Any:
+            reads.append(name)
+            return get(name)
+
+        monkeypatch.setattr(blobs, "get", counted)
+        result = await runner.run(nodes, kind(), run_id="r", resume=True)
+        assert result.status is RunStatus.RESUMED
+        assert result.final_state == kind(**large(kind, 7))
+        assert len(reads) == 6
+        (event,) = result.trace
+        assert event.input_state["n"] == 6
+
+
+@pytest.mark.slow
+async def test_maps_and_steps_refer_to_their_states_too(store: Any) -> None:
+    """Items of maps and steps of plain code stand in blobs like nodes, and read the same."""
+    runner = StromaRunner.quick(store=store)
+
+    class Texts(BaseModel):
+        items: list[Inner]
+
+    @runner.node("big", input=Inner, output=Flat)
+    async def big(state: Inner) -> Any:
+        return {"text": state.text * 3}
+
+    given = Texts(items=[Inner(text=str(n) * LARGE) for n in range(3)])
+    result = await runner.run([map_over("items", big, into="out")], given, run_id="r")
+    assert all(isinstance(row[OUTPUT], Stored) for row in rows_of(result))
+    (event,) = result.trace
+    assert [(child.output_state or {})["text"] for child in event.children] == [
+        i.text * 3 for i in given.items
+    ]
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    state: Any = Flat(text="0" * LARGE)
+
+    async def add(state: Any) -> Any:
+        return {**state.model_dump(), "n": state.n + 1}
+
+    for _ in range(2):
+        step = await execute_step("step", add, state, ctx)
+        state = step.final_state
+    assert [event.output_state["n"] for event in step.trace if event.output_state] == [1, 2]
+
+
+@pytest.mark.slow
+async def test_a_blob_that_is_gone_is_said_where_it_is_needed(tmp_path: pathlib.Path) -> None:
+    """A missing blob makes one state of the trace unavailable, and a resume that needs it a CorruptCheckpoint."""
+    with open_store("sqlite", str(tmp_path / "runs.db"), tmp_path / "blobs") as store:
+        runner = StromaRunner.quick(store=store)
+        nodes = nodes_of(runner, Flat, [1, 2])
+        nodes = [*nodes[:2], nodes[3]]
+        result = await runner.run(nodes, Flat(), run_id="r")
+        assert result.status is RunStatus.PARTIAL
+        files = sorted((tmp_path / "blobs").glob("??/*"), key=lambda file: file.stat().st_mtime_ns)
+        files[0].unlink()
+        first, second, *_ = result.trace
+        assert first.output_state is not None
+        assert second.output_state is not None
+        assert "which is not in" in first.output_state["unavailable"]
+        assert "which is not in" in second.input_state["unavailable"]
+        assert second.output_state["n"] == 2
+        with pytest.raises(CorruptCheckpoint, match=r"the output of node 'make' at position 0.*resume_from="):
+            await runner.run(nodes, Flat(), run_id="r", resume=True)
+
+
+PROGRAM = """
+import asyncio, resource, sys
+from pydantic import BaseModel
+from stroma import SQLiteStore, StromaRunner
+
+mode, path, count, shape = sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4]
+
+class Text(BaseModel):
+    n: int = 0
+    text: str = ""
+
+class Lines(BaseModel):
+    n: int = 0
+    lines: list[str] = []
+
+kind = Text if shape == "text" else Lines
+runner = StromaRunner.quick(store=SQLiteStore(path + "/runs.db", blobs=path + "/blobs"))
+
+@runner.node("make", input=kind, output=kind)
+async def make(state):
+    text = chr(97 + state.n % 26) * 1_000_000 + str(state.n)
+    return {"n": state.n + 1, "text": text} if kind is Text else {"n": state.n + 1, "lines": [text]}
+
+@runner.node("stop", input=kind, output=Text)
+async def stop(state):
+    if mode == "run":
+        raise ValueError("no")
+    return {"n": state.n}
+
+nodes = [make] * count + [stop]
+result = asyncio.run(runner.run(nodes, kind(), run_id="r", resume=mode == "resume"))
+assert result.status == ("PARTIAL" if mode == "run" else "RESUMED"), result.failure
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024)
+"""
+
+
+@pytest.mark.parametrize("shape", ["text", "lines"])
+@pytest.mark.parametrize(
+    "count", [pytest.param(150, marks=pytest.mark.slow), pytest.param(1000, marks=pytest.mark.nightly)]
+)
+def test_payloads_of_a_megabyte_take_no_memory_each(count: int, shape: str, tmp_path: pathlib.Path) -> None:
+    """A run of 1,000 payloads of 1 MB with ``blobs=`` stays under 200 MB, and so does its resume."""
+    most = 200 if count == 1000 else 120
+    for mode in ("run", "resume"):
+        done = subprocess.run(
+            [sys.executable, "-c", PROGRAM, mode, str(tmp_path), str(count), shape],
+            capture_output=True, text=True, check=True, timeout=110,
+        )  # fmt: skip
+        assert int(done.stdout) < most, mode

@@ -1,0 +1,179 @@
+"""A limit in US dollars and models without a known price."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import pytest
+from pydantic import BaseModel
+
+from stroma import (
+    ExecutionBudget,
+    FailureClass,
+    FailurePolicy,
+    ReliabilityContext,
+    RunConfig,
+    RunStatus,
+    SharedBudget,
+    StromaRunner,
+    UsageError,
+    current_node,
+    execute_step,
+    map_over,
+    parallel,
+)
+
+_numbers = count()
+UNKNOWN = "a-fine-tune-of-our-own"
+
+
+class Text(BaseModel):
+    text: str = ""
+
+
+class Texts(BaseModel):
+    items: list[Text]
+
+
+def shared(**options: Any) -> SharedBudget:
+    return SharedBudget(f"unpriced models {next(_numbers)}", **options)
+
+
+LIMITS: list[Any] = [
+    pytest.param(lambda: {"budget": ExecutionBudget(max_cost_usd=10.0)}, id="run"),
+    pytest.param(lambda: {"shared_budgets": shared(max_cost_usd=10.0)}, id="shared"),
+    pytest.param(
+        lambda: {"shared_budgets": [shared(max_tokens=10**9, max_cost_usd_by_node={"ask": 5.0})]}, id="node"
+    ),
+]
+
+
+def ask_node(runner: StromaRunner, calls: list[str], returned: Any = None) -> Any:
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        calls.append(state.text)
+        return returned or ({"text": "kept"}, 5_000_000, 100_000, UNKNOWN)
+
+    return ask
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+async def test_an_unknown_model_stops_a_run_under_a_cost_limit(limit: Any) -> None:
+    """Under a limit in US dollars a model without a known price is an error by default; its output is kept."""
+    calls: list[str] = []
+    runner = StromaRunner.quick(**limit())
+    ask = ask_node(runner, calls)
+    result = await runner.run([ask, ask], Text())
+    assert (result.status, len(calls), len(result.trace)) == (RunStatus.FAILED, 1, 1)
+    assert result.failure is not None
+    assert result.failure.failure_class is FailureClass.TERMINAL
+    assert result.failure.reason == "usage"
+    assert isinstance(result.failure.exception, UsageError)
+    assert UNKNOWN in result.failure.message
+    assert 'unknown_model="warn"' in result.failure.message
+    assert result.final_state == Text(text="kept")
+    assert result.unpriced_models == [UNKNOWN]
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+async def test_an_unknown_model_counts_as_nothing_under_a_cost_limit_if_the_config_says_so(
+    limit: Any,
+) -> None:
+    """``unknown_model="warn"`` counts a model without a known price as 0 USD, whatever the limits are."""
+    runner = StromaRunner.quick(**limit(), unknown_model="warn")
+    ask = ask_node(runner, [])
+    result = await runner.run([ask, ask], Text())
+    assert (result.status, result.total_cost_usd) == (RunStatus.COMPLETED, 0.0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        {},
+        {"budget": ExecutionBudget(max_tokens_total=10**8, max_latency_ms=600_000)},
+        {"shared_budgets": shared(max_tokens=10**9)},
+        {"shared_budgets": shared(max_cost_usd=1.0, nodes=["another"])},
+        {"shared_budgets": shared(max_tokens=10**9, max_cost_usd_by_node={"another": 1.0})},
+    ],
+    ids=["none", "tokens", "shared tokens", "other nodes", "cap of another node"],
+)
+async def test_an_unknown_model_counts_as_nothing_where_no_cost_limit_is(config: dict[str, Any]) -> None:
+    """Without a limit in US dollars on the node, a model without a known price counts as 0 USD."""
+    runner = StromaRunner.quick(**config)
+    result = await runner.run([ask_node(runner, [])], Text())
+    assert (result.status, result.unpriced_models) == (RunStatus.COMPLETED, [UNKNOWN])
+
+
+@pytest.mark.parametrize("limit", LIMITS)
+@pytest.mark.parametrize("shape", ["step", "parallel", "map"])
+async def test_an_unknown_model_stops_steps_and_groups_under_a_cost_limit(limit: Any, shape: str) -> None:
+    """The limit in US dollars holds for single steps, children of groups and items of maps alike."""
+    calls: list[str] = []
+    runner = StromaRunner.quick(**limit())
+    ask = ask_node(runner, calls)
+    if shape == "step":
+        ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+        result = await execute_step("ask", ask, Text(), ctx)
+    elif shape == "parallel":
+        result = await runner.run([parallel(ask), ask], Text())
+    else:
+        nodes = [map_over("items", ask, into="out", max_concurrency=1)]
+        result = await runner.run(nodes, Texts(items=[Text(), Text(), Text()]))
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
+    assert result.failure is not None
+    assert result.failure.reason == "usage"
+
+
+@pytest.mark.parametrize("ends", ["raising", "breaking its contract"])
+async def test_a_failed_attempt_of_an_unknown_model_is_not_tried_again_under_a_cost_limit(ends: str) -> None:
+    """A failed attempt counts in US dollars, too: one that cannot be counted is not followed by another."""
+    calls: list[int] = []
+    runner = StromaRunner.quick(
+        budget=ExecutionBudget(max_cost_usd=1.0),
+        contract_retries={"ask": 3},
+        policy_map={FailureClass.RECOVERABLE: FailurePolicy(backoff_seconds=0)},
+    )
+
+    @runner.node("ask", input=Text, output=Text)
+    async def ask(state: Text) -> Any:
+        calls.append(1)
+        node = current_node()
+        assert node is not None
+        node.report_usage(input_tokens=1_000_000, model=UNKNOWN)
+        if ends == "raising":
+            raise TimeoutError("the server hung up")
+        return {"text": 7}
+
+    result = await runner.run([ask], Text())
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, UsageError)
+    assert result.failure.exception.__cause__ is not None
+
+
+async def test_published_usage_without_a_model_passes_a_cost_limit(caplog: pytest.LogCaptureFixture) -> None:
+    """``(output, tokens)`` names no model to refuse: it costs 0 USD, and a warning says that no limit counts it."""
+    for limit in LIMITS:
+        caplog.clear()
+        runner = StromaRunner.quick(**limit.values[0]())
+        result = await runner.run([ask_node(runner, [], ({"text": "x"}, 100))], Text())
+        assert (result.status, result.total_tokens) == (RunStatus.COMPLETED, 100)
+        assert sum("names no model" in record.getMessage() for record in caplog.records) == 1
+
+
+@pytest.mark.parametrize("limit", [*LIMITS, lambda: {"shared_budgets": shared(max_tokens=10**9)}])
+async def test_a_response_without_usage_stops_a_run_under_any_limit_that_depends_on_it(limit: Any) -> None:
+    """A response that leaves its usage out cannot be counted, so it stops a run that shares a budget, too."""
+    calls: list[str] = []
+    runner = StromaRunner.quick(**limit())
+    response = {"choices": [{"message": {"content": "x"}}], "usage": None, "model": "gpt-4o-mini"}
+    ask = ask_node(runner, calls, ({"text": "kept"}, response))
+    result = await runner.run([ask, ask], Text())
+    assert (result.status, len(calls)) == (RunStatus.FAILED, 1)
+    assert result.final_state == Text(text="kept")
+
+
+def test_the_default_depends_on_the_limits() -> None:
+    """``RunConfig().unknown_model`` is None, which leaves the decision to the limits of each node."""
+    assert RunConfig().unknown_model is None
