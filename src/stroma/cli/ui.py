@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 
 import click
 
+from stroma._child import child_command, child_environment
 from stroma.checkpoint._states import AsyncStates
 from stroma.cli.errors import Code, Problem
 from stroma.cli.load import load_pipeline
@@ -158,8 +157,8 @@ def _resumer(database: Database, target: str, db: str | None) -> Callable[[str],
 
     def resume(run_id: str) -> None:
         # The store by the environment: every process can see the options of a command.
-        env = dict(os.environ, STROMA_DB=db) if db else dict(os.environ)
-        words = [sys.executable, "-m", "stroma", "resume", "--quiet", "--", run_id, target]
+        env = child_environment(STROMA_DB=db) if db else child_environment()
+        words = child_command("resume", "--quiet", "--", run_id, target)
         process = subprocess.Popen(
             words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )
