@@ -698,7 +698,10 @@ class ReliabilityContext:
             from stroma._masking import Secrets
 
             # A validator of the user's may quote what came for a field that is declared as a secret.
-            message = Secrets(error.schema, [error.raw]).scrub(message)
+            try:
+                message = Secrets(error.schema, [error.raw]).scrub(message)
+            except Exception:
+                pass  # What came cannot be looked into.
         message = self.masked(message)
         return failure if message == failure.message else replace(failure, message=message)
 

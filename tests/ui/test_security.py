@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import contextlib
+import os
 import re
 import socket
 import sqlite3
@@ -274,6 +275,34 @@ def test_marks_of_direction_are_shown(store: SQLiteStore, serve: Any) -> None:
 def run_ui(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("stroma")), "ui", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True])
+def test_a_token_by_default(tmp_path: Path, own: bool) -> None:
+    """`stroma ui` makes a token and prints an address that has it, under a name of this server alone."""
+    env = os.environ | ({"STROMA_UI_TOKEN": TOKEN} if own else {})
+    command = [str(Path(sys.executable).with_name("stroma")), "ui", "--db", "x.db", "--port", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        printed = process.stdout.readline().strip()
+        name, port, token = re.findall(
+            r"http://(stroma-[0-9a-f]{16}\.localhost):(\d+)/\?token=(\S+)", printed
+        )[0]
+        site = Site(int(port), None)  # type: ignore[arg-type]
+        assert site.get("/").status == 401
+        if own:
+            assert (token, printed.count(TOKEN)) == ("...", 0)
+            token = TOKEN
+        assert len(token) >= 16
+        shown = site.ask("GET", f"/?{urlencode({'token': token})}", host=f"{name}:{port}")
+        assert shown.status == 303
+        cookie = shown.headers["set-cookie"].partition(";")[0]
+        assert site.ask("GET", "/", host=f"{name}:{port}", cookie=cookie).status == 200
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 @pytest.mark.slow
