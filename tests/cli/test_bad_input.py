@@ -305,7 +305,7 @@ def test_a_full_disk_on_the_way(stroma):
     )
     assert (done.code, done.out) == (3, "")
     assert "Traceback" not in done.err
-    assert "why: the disk " in done.err
+    assert "why: StoreError: the disk " in done.err
     assert "mend what the store says, then go on with: stroma resume big big.py:pipeline" in done.err
     assert stroma.calls() == ["first", "swell"]
     resumed = stroma("resume", "big", "big.py:pipeline", "-q")

@@ -194,8 +194,8 @@ def check_archives(report: Report, folder: Path) -> Path:
     bill = bill_of_materials(PROJECT, (HERE / "newest.txt").read_text(), [sdist, wheel])
     beside = {"sbom.cdx.json": bill, "attestation-statement.json": statement([sdist, wheel])}
     PREPARED.mkdir(parents=True, exist_ok=True)
-    for name, data in beside.items():
-        (PREPARED / name).write_text(json.dumps(data, indent=2) + "\n")
+    for name, made in beside.items():
+        (PREPARED / name).write_text(json.dumps(made, indent=2) + "\n")
     report.tell(
         f"bill of materials and statement to attest, in {PREPARED.relative_to(ROOT)}",
         wrong_bill(bill, PROJECT),
