@@ -23,6 +23,12 @@ class AesGcm:
         self.writes_with = writes_with
         if writes_with not in self.ciphers:
             raise ValueError(f"there is no key {writes_with!r}; the keys are: {', '.join(keys)}")
+        for name in keys:
+            # What stands before a payload must be readable again: NUL ends it there.
+            if "\0" in name or name.encode("utf-8", "replace").decode() != name:
+                raise ValueError(
+                    f"key name {name!r} cannot be read back; use text without NUL and lone surrogates"
+                )
 
     def encode(self, data: bytes) -> bytes:
         name, nonce = self.writes_with.encode(), os.urandom(NONCE)

@@ -35,7 +35,7 @@ from stroma.checkpoint._sqlite_file import DatabaseFile, connect
 from stroma.checkpoint._sqlite_rows import SqliteRows
 from stroma.checkpoint.journal import Committed, PriorUsage, Waiting
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import Payloads
+from stroma.checkpoint.payloads import Payloads, Place
 from stroma.failures import FailureClass
 from stroma.schemas import schema_of
 from stroma.trace import AttemptUsage, Row
@@ -130,14 +130,14 @@ class Store:
         n: int = 0,
         *,
         payloads: Payloads | None = None,
-        opened: dict[bytes, bytes] | None = None,
+        opened: dict[tuple[Place, bytes], bytes] | None = None,
         **request: Any,
     ) -> DurableSession:
         payloads = payloads or Payloads()
         request.setdefault("if_running", "take_over")  # Not every system says that a process has died.
         asked = RunRequest(run_id, "pipeline", State(n=n), SCHEMA, **request)
         session = DurableSession(run_id, self.submit, payloads, opened)
-        sealed = payloads._seal(stored(n))
+        sealed = payloads.seal_now(stored(n), Place(run_id, 1, "input"))
         opening = Opening(
             run_id, "pipeline", str(new_owner(session)), asked.lease_seconds, SCHEMA.fingerprint, sealed, checksum(sealed),
             asked.discard_from, asked.tags,
@@ -164,8 +164,8 @@ class Store:
             self.rows.keep(run_id, position, "", f"at {position}", EMPTY)
         keep_due(self.rows, run_id, attempt(1, 50))
         keep_due(self.rows, run_id, attempt(0, 20))
-        keep_waiting(self.rows, run_id, Waiting(0, "", "first", "why", "m:Q"))
-        keep_waiting(self.rows, run_id, Waiting(2, "0", "second", "what", "", b"7"))
+        for waiting in (Waiting(0, "", "first", "why", "m:Q"), Waiting(2, "0", "second", "what", "", b"7")):
+            keep_waiting(self.rows, run_id, 1, waiting, Payloads())
 
 
 def store_fixture() -> Any:

@@ -2,11 +2,17 @@
 
 from __future__ import annotations
 
+import json
+import tomllib
 import zipfile
 from pathlib import Path
 
 import pytest
+from packaging.specifiers import SpecifierSet
+from packaging.version import Version
+from tests.release import audit
 from tests.release.archives import LARGEST_FILE, disagreement, leaks, wrong_contents
+from tests.release.provenance import bill_of_materials, statement, wrong_bill
 
 OPEN = "## [Unreleased]\n\n### Added\n\n- A thing.\n"
 DONE = f"{OPEN}\n## [0.4.0] - 2026-12-01\n\n### Added\n\n- Another.\n\n## [0.3.2] - 2026-01-01\n"
@@ -59,3 +65,40 @@ def test_a_wheel_that_lacks_something_or_has_too_much(tmp_path: Path) -> None:
         "stroma/model.bin",
     ):
         assert part in told
+
+
+def test_a_release_with_an_advisory_is_found() -> None:
+    """Each pinned release that an advisory is about is named with it; later ones are not."""
+    pinned = audit.pins("jinja2==3.1.5 \\\n    --hash=sha256:0\nStarlette[full]==0.49.1\n# redis==1\n")
+    assert pinned == [("jinja2", Version("3.1.5")), ("starlette", Version("0.49.1"))]
+    assert audit.affected(pinned, audit.advisories()) == ["jinja2 3.1.5: CVE-2025-27516 (affected: <3.1.6)"]
+    assert audit.affected(pinned, [audit.Advisory("starlette", "x", SpecifierSet("<0.49"))]) == []
+
+
+def test_nothing_pinned_has_a_known_advisory(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither the lock nor the lowest releases have one; without a complete data set, that is said."""
+    assert audit.main() == 0
+    told = capsys.readouterr().out
+    assert "ok   tests/release/lowest.txt" in told
+    assert f"checked against {len(audit.advisories())} advisories" in told
+    assert "no complete advisory data set is installed" in told
+
+
+def test_the_bill_of_materials(tmp_path: Path) -> None:
+    """It names the distribution's files and every dependency with its hashes, and is the same each time."""
+    root = Path(__file__).parents[1]
+    project = tomllib.loads((root / "pyproject.toml").read_text())["project"]
+    requirements = (root / "tests" / "release" / "newest.txt").read_text()
+    archive = tmp_path / "stroma-1.tar.gz"
+    archive.write_bytes(b"data")
+    bill = bill_of_materials(project, requirements, [archive])
+    assert bill == bill_of_materials(project, requirements, [archive])
+    assert wrong_bill(bill, project) == []
+    assert (bill["bomFormat"], bill["specVersion"]) == ("CycloneDX", "1.6")
+    assert len(bill["components"]) == len(audit.pins(requirements))
+    assert {one["scope"] for one in bill["components"] if one["name"] == "pydantic"} == {"required"}
+    json.dumps(bill)
+    assert wrong_bill({**bill, "components": []}, project)[0] == "the bill of materials lacks pydantic"
+    told = statement([archive])
+    assert told["subject"][0]["name"] == "stroma-1.tar.gz"
+    assert len(told["subject"][0]["digest"]["sha256"]) == 64

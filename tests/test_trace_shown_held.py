@@ -328,7 +328,7 @@ def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
     group = failed("g", position=1, children=[child])
     held = trace(first, group, failed("y", started=START + 1, failure=(FailureClass.TERMINAL, "no", None)))
     story = result(held, failure=failure())._story()
-    assert story.box == Box("x", "1.0.1", 3, "RECOVERABLE", "it broke", "rate_limit")
+    assert story.box == Box("x", "1.0.1", 3, "RECOVERABLE", "ValueError: it broke", "rate_limit")
     assert story.facts == ()
     # The trace of a group that was told after its child is the same.
     held = trace(first, child, failed("g", position=1))
@@ -346,7 +346,7 @@ def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
 def test_the_box_of_a_failure_without_an_attempt(held: ExecutionTrace) -> None:
     """It has the node of the failure, and a question mark for its place."""
     assert result(held, failure=failure())._story().box == Box(
-        "elsewhere", "?", 3, "RECOVERABLE", "it broke", "rate_limit"
+        "elsewhere", "?", 3, "RECOVERABLE", "ValueError: it broke", "rate_limit"
     )
 
 
@@ -363,7 +363,7 @@ def test_box_and_facts_show_what_redact_lets_be_seen() -> None:
     held = trace(failed(given={"key": "sesame"}, failure=(FailureClass.RECOVERABLE, "noisy sesame", None)))
     one = result(held, failure=failure("noisy sesame"), suspended=["noisy sesame"])
     story = one._story(without_key)
-    assert story.box == Box("node", "0", 3, "RECOVERABLE", "quiet [redacted]", "rate_limit")
+    assert story.box == Box("node", "0", 3, "RECOVERABLE", "ValueError: quiet [redacted]", "rate_limit")
     assert story.facts == (("waits for", "quiet [redacted]"),)
     assert [one.given for one in story.bars] == [{"key": "***"}]
     assert one._story().facts == (("waits for", "noisy sesame"),)

@@ -2,7 +2,10 @@
 
 import sys
 
-from stroma.cli import main
-
 if __name__ == "__main__":
+    # `-m` looks for modules in the current directory first; the command `stroma` does not.
+    if not sys.flags.safe_path:
+        del sys.path[0]
+    from stroma.cli import main
+
     sys.exit(main(program="python -m stroma"))

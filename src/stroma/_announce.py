@@ -86,7 +86,7 @@ async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Fai
             f" [{run.branch}]" if run.branch else "",
             run.attempt,
             failure.failure_class,
-            ctx.said(failure.message, row),
+            ctx.said(failure, row),
         )
     calls = ctx.fire.on_node_failure
     if calls is not None:

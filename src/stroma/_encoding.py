@@ -104,6 +104,35 @@ def _write_datetime(value: dt.datetime, path: tuple[str, ...], plain: Plain) -> 
     return {"$dt": [value.isoformat(), value.fold]}
 
 
+#: The largest exponent of a stored Decimal, either way. Whole numbers of it take 0.1 ms; of 10**9, some bytes on the
+#: disk would hang whoever reads them.
+_MOST_EXPONENT: Final = 10_000
+
+
+def _write_decimal(value: decimal.Decimal, path: tuple[str, ...]) -> Any:
+    if _is_beyond(value):
+        raise NotSerialisable(
+            f"{'.'.join(path)} cannot be serialised: the exponent of a Decimal is at most {_MOST_EXPONENT:,}, got "
+            f"{value.adjusted():,}; store such a number as text"
+        )
+    return {"$n": str(value)}
+
+
+def _read_decimal(text: Any) -> decimal.Decimal:
+    value = decimal.Decimal(text)
+    if _is_beyond(value):
+        raise ValueError(
+            f"a stored Decimal has the exponent {value.adjusted():,}; at most {_MOST_EXPONENT:,} is written"
+        )
+    return value
+
+
+def _is_beyond(value: decimal.Decimal) -> bool:
+    exponent = value.as_tuple().exponent
+    # A long number whose digits are all written down is no longer than what is stored.
+    return isinstance(exponent, int) and (exponent > _MOST_EXPONENT or value.adjusted() < -_MOST_EXPONENT)
+
+
 def _sorted(values: Iterable[Any], path: tuple[str, ...], plain: Plain) -> list[Any]:
     # The order of a set differs from process to process, and equal states must be stored as equal bytes.
     return sorted(
@@ -132,7 +161,7 @@ def _textual() -> tuple[type, ...]:
 _WRITERS: Final[dict[type, Callable[[Any, tuple[str, ...], Plain], Any]]] = {
     bytes: lambda v, _path, _plain: {"$b": base64.b64encode(v).decode()},
     bytearray: lambda v, _path, _plain: {"$ba": base64.b64encode(v).decode()},
-    decimal.Decimal: lambda v, _path, _plain: {"$n": str(v)},
+    decimal.Decimal: lambda v, path, _plain: _write_decimal(v, path),
     uuid.UUID: lambda v, _path, _plain: {"$u": str(v)},
     complex: lambda v, _path, _plain: {"$j": [repr(v.real), repr(v.imag)]},
     dt.datetime: _write_datetime,
@@ -148,7 +177,7 @@ _READERS: Final[dict[str, Callable[[Any], Any]]] = {
     "$f": float,
     "$b": base64.b64decode,
     "$ba": lambda v: bytearray(base64.b64decode(v)),
-    "$n": decimal.Decimal,
+    "$n": lambda v: _read_decimal(v),
     "$u": uuid.UUID,
     "$j": lambda v: complex(float(v[0]), float(v[1])),
     "$dt": lambda v: dt.datetime.fromisoformat(v[0]).replace(fold=v[1]),

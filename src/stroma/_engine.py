@@ -30,6 +30,7 @@ from stroma._probe import Call
 from stroma._restore import restore
 from stroma._tasks import in_thread, passes_through, refusal
 from stroma._usage import count_returned, price
+from stroma._words import one_line
 from stroma.checkpoint import Finished, PipelineChanged, StepCall, StoreError, Waiting, schema_ref
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation, NodeContract, as_violation, output_violation
@@ -463,7 +464,7 @@ def _refused(run: NodeExecution, why: Exception) -> Halt:
     if run.last_failure is not None and why.__cause__ is None:
         why.__cause__ = run.last_failure.exception
     failure = diagnose(why, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
-    run.ctx.run_logger.info("node %r is not called: %s", run.node_id, failure.message)
+    run.ctx.run_logger.info("node %r is not called: %s", run.node_id, one_line(failure.message))
     if is_a(why, StoreError):
         failure = replace(failure, failure_class=FailureClass.RECOVERABLE, reason="store")
         return Halt(failure, partial=True)
@@ -738,6 +739,7 @@ async def _fail(
             raise
         if is_a(exc, PipelineChanged):  # Of a step inside: whoever tries again meets the same.
             failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
+        failure = ctx.scrubbed(failure, picture)
         for probe in ctx.probes:
             failure = probe.diagnosed(run, failure)
         if is_a(exc, ContractViolation) and _may_repair(ctx, run, failure):
@@ -794,7 +796,8 @@ async def _suspend(
     """An attempt that waits for a person: kept with what it waits for, shown to the hooks, and no failure."""
     row = make_row(run, begin, duration, picture, None, None, "suspended")
     if is_a(raised, Suspend):
-        reason = message_of(raised)
+        ctx.note_secrets(picture)
+        reason = ctx.masked(message_of(raised))
         ref = "" if raised.schema is None else schema_ref(raised.schema)
         waiting = Waiting(run.position, run.branch, run.node_id, reason, ref)
     else:  # A group; its children have said what for.
@@ -821,7 +824,7 @@ async def _suspend(
     if waiting is not None:
         ctx.suspended.append(reason)
     run.rows.append(row)
-    ctx.run_logger.info("node %r waits: %s", run.node_id, reason)
+    ctx.run_logger.info("node %r waits: %s", run.node_id, one_line(reason))
     run.ended = row
     calls = ctx.fire.on_node_suspended
     if calls is not None:

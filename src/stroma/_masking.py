@@ -10,17 +10,14 @@ from typing import Any, Final, get_args, get_origin, get_type_hints
 
 from pydantic import AliasChoices, AliasPath, BaseModel, Secret, SecretBytes, SecretStr
 
-__all__ = ["MASK", "Secrets", "one_line"]
+from stroma._words import one_line
+
+__all__ = ["MASK", "Secrets"]
 
 MASK: Final = "**********"
 _LONG: Final = 4000  # characters of what came that are searched for secrets
 _SHOWN: Final = 400  # characters of a value that are given back, at most
 _SHORTEST_SECRET: Final = 4  # characters; shorter ones would be found in half of all words
-
-
-def one_line(text: str) -> str:
-    """The same in one line that shows as it is: what came can hold line breaks, and marks that reverse a text."""
-    return "".join(c if c.isprintable() else json.dumps(c)[1:-1] for c in text)
 
 
 class Secrets:

@@ -12,7 +12,8 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
-from stroma._masking import MASK, Secrets, one_line
+from stroma._masking import MASK, Secrets
+from stroma._words import one_line
 
 __all__ = ["repair_prompt"]
 

@@ -5,14 +5,27 @@ from __future__ import annotations
 import base64
 import json
 import os
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any, Final
 from urllib.parse import quote, quote_plus
+
+from stroma._words import one_line
 
 if TYPE_CHECKING:
     from stroma.page import Story
 
-__all__ = ["HIDDEN", "Redact", "Shown", "hidden_values", "hide_state", "hide_words", "without"]
+__all__ = [
+    "HIDDEN",
+    "Redact",
+    "Shown",
+    "forms_of",
+    "hidden_values",
+    "hide_state",
+    "hide_words",
+    "scrubbed_error",
+    "without",
+    "without_secrets",
+]
 
 Redact = Callable[[dict[str, Any]], dict[str, Any]]
 
@@ -22,6 +35,12 @@ _SHORTEST: Final = 4  # characters; shorter values would be found in half of all
 _ENCODED: Final = 10_000  # characters; longer values stand in no URL, and in no message as a whole
 _URL_SAFE: Final = str.maketrans("+/", "-_")
 _TELLING: Final = 12  # characters of a longer value that tell what it is; messages cut values off
+_MOST_WORDS: Final = (
+    10_000  # values that are looked for in messages; where more are hidden, so is every message
+)
+_DEEPEST_CAUSE: Final = 10  # causes of causes
+_FEW: Final = 50  # texts that are looked for one by one
+_MOST_COMPARED: Final = 200_000  # characters, beside 4 for each of the text; some 0.1 s
 
 
 def hide_state(redact: Redact | None, state: Any) -> Any:
@@ -36,9 +55,11 @@ def hide_state(redact: Redact | None, state: Any) -> Any:
 
 
 def hidden_values(states: Iterable[tuple[Any, Any]]) -> frozenset[str]:
-    """What was taken out of states of plain data, (before, after), as it stands in a message."""
+    """What was taken out of states of plain data, (before, after), as it stands in a message; "" where it is too much."""
     words: set[str] = set().union(*(_values(before) - _values(after) for before, after in states))
-    return frozenset(form for word in words for form in _forms(word))
+    if len(words) > _MOST_WORDS:
+        return frozenset([""])
+    return frozenset(form for word in words for form in forms_of(word))
 
 
 def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
@@ -61,22 +82,71 @@ def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
     return shown if isinstance(shown, str) else HIDDEN
 
 
-def without(text: str, hidden: Iterable[str]) -> str:
-    """A text without values in any case, and without the halves of them that are left of ones that were cut off."""
+def without(text: str, hidden: Iterable[str], mask: str = HIDDEN) -> str:
+    """A text without values in any case, and without the halves of them that are left of ones that were cut off.
+
+    Takes time linear in the text and in the values: where values and text are made to be slow, all of the text is hidden.
+    """
     low = _folded(text)
-    spans: list[tuple[int, int]] = []
-    for value in map(_folded, hidden):
-        spans += _places(low, value)
-        if len(value) > _TELLING:
-            spans += [(len(low) - end, len(low) - at) for at, end in _places(low[::-1], value[::-1])]
+    values = {_folded(value) for value in hidden}
+    if "" in values:
+        return mask
+    ends = {value[::-1] for value in values if len(value) > _TELLING}
+    room = [_MOST_COMPARED + 4 * len(low)]
+    spans = _places(low, values, room)
+    spans += [(len(low) - end, len(low) - at) for at, end in _places(low[::-1], ends, room)]
+    if room[0] < 0:
+        return mask
     # All are found before any is taken out: two values can begin alike.
     kept: list[str] = []
     behind = 0
     for at, end in sorted(spans):
         if at > behind or not kept:
-            kept += [text[behind:at], HIDDEN]
+            kept += [text[behind:at], mask]
         behind = max(behind, end)
     return "".join(kept) + text[behind:]
+
+
+def without_secrets(text: str, secrets: Mapping[str, set[str]]) -> str:
+    """A text without secrets; ``secrets``: each with its forms, see forms_of()."""
+    if not secrets:
+        return text
+    from stroma._masking import MASK
+
+    return without(text, set().union(*secrets.values()), MASK)
+
+
+def scrubbed_error(error: BaseException, secrets: Mapping[str, set[str]]) -> BaseException:
+    """Return an exception as a log may show it with its traceback: in its messages are no secrets and no line breaks.
+
+    That is the exception itself where nothing has to be taken out, else one of the same name, without its attributes.
+    """
+    return _scrubbed(error, lambda text: one_line(without_secrets(text, secrets)), _DEEPEST_CAUSE) or error
+
+
+def _scrubbed(error: BaseException, scrub: Callable[[str], str], depth: int) -> BaseException | None:
+    """Return what stands in for an exception; None where it can stand for itself."""
+    try:
+        said = str(error)
+    except Exception:
+        return None
+    cause, context = error.__cause__, error.__context__
+    inner = [
+        None if one is None or not depth else _scrubbed(one, scrub, depth - 1) for one in (cause, context)
+    ]
+    message = scrub(said)
+    if message == said and inner == [None, None] and not hasattr(error, "__notes__"):
+        return None
+    kind = type(error)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    shown: BaseException = type(kind.__name__, (Exception,), names)(message)
+    shown.__traceback__, shown.__cause__, shown.__context__ = (
+        error.__traceback__, inner[0] or cause, inner[1] or context,
+    )  # fmt: skip
+    shown.__suppress_context__ = error.__suppress_context__
+    for note in getattr(error, "__notes__", ()):
+        shown.add_note(scrub(str(note)))
+    return shown
 
 
 def _values(state: Any) -> set[str]:
@@ -96,8 +166,10 @@ def _values(state: Any) -> set[str]:
     return found
 
 
-def _forms(word: str) -> set[str]:
+def forms_of(word: str) -> set[str]:
     """A word as it can stand in a message: escaped, in a URL, in base64 wherever it begins there, in hex."""
+    if word.isascii() and word.isalnum():
+        return _encodings(word, {word})
     import html
 
     quoted = {
@@ -112,10 +184,18 @@ def _forms(word: str) -> set[str]:
         | {json.dumps(form)[1:-1] for form in quoted}
         | {html.escape(word), html.escape(word, quote=False)}
     )
+    if len(word) <= _ENCODED:
+        data = word.encode("utf-8", "surrogatepass")
+        forms |= {repr(data)[2:-1], quote(data), quote(data, safe=""), quote_plus(data)}
+    return _encodings(word, forms)
+
+
+def _encodings(word: str, forms: set[str]) -> set[str]:
+    """Add a word in hex and base64 to its forms."""
     if len(word) > _ENCODED:
         return forms
     data = word.encode("utf-8", "surrogatepass")
-    forms |= {repr(data)[2:-1], data.hex(), quote(data), quote(data, safe=""), quote_plus(data)}
+    forms.add(data.hex())
     for before in range(3):
         # Without the characters that what stands beside it has a part in.
         coded = base64.b64encode(bytes(before) + data).decode()
@@ -124,14 +204,55 @@ def _forms(word: str) -> set[str]:
     return {form for form in forms if len(form) >= _SHORTEST}
 
 
-def _places(text: str, value: str) -> Iterator[tuple[int, int]]:
-    """Where a value stands in a text, or a beginning of it that tells what it is: (from, to)."""
-    start, at = value[:_TELLING], 0
-    while (at := text.find(start, at)) >= 0:
-        pairs = enumerate(zip(text[at : at + len(value)], value, strict=False))
-        end = at + next((i for i, (a, b) in pairs if a != b), min(len(value), len(text) - at))
-        yield at, end
-        at = end
+def _places(text: str, values: Iterable[str], room: list[int]) -> list[tuple[int, int]]:
+    """Where values stand in a text, or beginnings of them that tell what they are: (from, to).
+
+    ``room``: how many characters may be compared, counted down; below 0 the answer is not complete.
+    """
+    by_start: dict[int, dict[str, list[str]]] = {}
+    for value in values:
+        start = value[:_TELLING]
+        by_start.setdefault(len(start), {}).setdefault(start, []).append(value)
+    spans: list[tuple[int, int]] = []
+    for length, starts in by_start.items():
+        for at, start in _starts(text, length, starts, room):
+            end = at + length
+            for value in starts[start]:
+                end = max(end, at + _common(text, at, value, length, room))
+                if room[0] < 0:
+                    return spans
+            spans.append((at, end))
+    return spans
+
+
+def _starts(text: str, length: int, starts: Iterable[str], room: list[int]) -> Iterator[tuple[int, str]]:
+    """Where any of these texts of one length stands in a text."""
+    starts = set(starts)
+    if len(starts) <= _FEW:
+        for start in starts:
+            at = -1
+            while (at := text.find(start, at + 1)) >= 0:
+                yield at, start
+        return
+    room[0] -= len(text)
+    for at in range(len(text) - length + 1 if room[0] >= 0 else 0):
+        if (part := text[at : at + length]) in starts:
+            yield at, part
+
+
+def _common(text: str, at: int, value: str, known: int, room: list[int]) -> int:
+    """Return how many characters of ``value`` stand in a text at a place; ``known`` do."""
+    room[0] -= 16
+    step, growing = 16, True
+    while step and known < len(value) and room[0] >= 0:
+        part = value[known : known + step]
+        room[0] -= len(part)
+        if text.startswith(part, at + known):
+            known += len(part)
+            step = 2 * step if growing else step
+        else:
+            step, growing = step // 2, False
+    return known
 
 
 def _folded(text: str) -> str:

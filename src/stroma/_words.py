@@ -2,7 +2,28 @@
 
 from __future__ import annotations
 
-__all__ = ["clean", "count", "money", "plural", "short_id", "span"]
+import json
+import re
+from typing import Final
+
+__all__ = [
+    "clean",
+    "count",
+    "money",
+    "one_line",
+    "plural",
+    "short_id",
+    "span",
+    "typed",
+    "visible",
+    "with_marks",
+]
+
+_TURNS: Final = re.compile("[\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069]")
+#: Besides those: controls, line and paragraph separators, halves of characters, and what has no width or is not assigned.
+_HIDES: Final = re.compile(
+    "[\x00-\x1f\x7f-\x9f\xad\u061c\u200b\u200e\u200f\u2028-\u202e\u2060-\u206f\ud800-\udfff\ufeff\ufff0-\uffff]"
+)
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -13,6 +34,30 @@ def clean(text: str, limit: int = 300) -> str:
     if not text.isprintable():
         text = "".join(ch if ch.isprintable() else ch.encode("unicode_escape").decode() for ch in text)
     return text if len(text) <= limit else text[: limit - 1] + "…"
+
+
+def one_line(text: str) -> str:
+    """Return text in one line that shows as it is: control characters and marks of direction become escapes."""
+    return _HIDES.sub(_escaped, text)
+
+
+def visible(text: str) -> str:
+    """Return text that shows as it is, like :func:`one_line`, but with its lines and tabs."""
+    return _HIDES.sub(lambda found: found[0] if found[0] in "\n\t" else _escaped(found), text)
+
+
+def with_marks(text: str) -> str:
+    """Return text with its marks of direction as escapes: they can make it read as something else."""
+    return _TURNS.sub(_escaped, text)
+
+
+def _escaped(found: re.Match[str]) -> str:
+    return json.dumps(found[0])[1:-1]
+
+
+def typed(kind: str, message: str) -> str:
+    """Return an exception's message as people read it: ``Type: message``, or the type alone where it says no more."""
+    return message if message == kind else f"{kind}: {message}"
 
 
 def money(usd: float) -> str:

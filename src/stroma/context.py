@@ -7,17 +7,19 @@ import inspect
 import logging
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from time import perf_counter_ns, time_ns
-from typing import TYPE_CHECKING, Any, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, cast
 
 from pydantic import BaseModel
 
 from stroma._identity import StepCalls
 from stroma._merged import spelled_out
 from stroma._probe import PROBES, Probe
-from stroma._showing import HIDDEN
+from stroma._showing import HIDDEN, forms_of, without_secrets
 from stroma._signal import SignalView
 from stroma._tasks import uninterrupted
+from stroma._words import one_line, typed
 from stroma.checkpoint import (
     CheckpointManager,
     Committed,
@@ -36,7 +38,7 @@ from stroma.config import RunConfig, is_shared
 from stroma.contracts import ContractRegistry, ContractViolation, NodeContract
 from stroma.cost import CostTracker, ExecutionBudget, FallbackPolicy, fallback_due, limits
 from stroma.execution import CURRENT, RUN, leave
-from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a, message_of
+from stroma.failures import Classifier, Failure, PolicyMap, RetryBudget, is_a, kind_of, message_of
 from stroma.hooks import NO_HOOKS, AnyHooks, Calls, HookNotAsync, Hooks, distinct, flatten
 from stroma.nodes import Node
 from stroma.schemas import Packed, Schema, schema_of
@@ -109,6 +111,7 @@ class _NoSession:
 
 
 _NO_SESSION = _NoSession()
+_MOST_SECRETS: Final = 1000  # that one run remembers
 _NO_FAILED_MAPS: Mapping[tuple[int, str], int] = {}
 
 
@@ -300,8 +303,8 @@ class ReliabilityContext:
         self.traceparent: str | None = None
         self.kept_traceparent: str | None = None
         self._notes: dict[Any, Any] | None = None
-        #: The texts of secrets in states that somebody outside may be shown.
-        self.secrets: set[str] | None = None
+        #: The texts of secrets that this run has met, with their forms in messages; the newest last.
+        self.secrets: dict[str, set[str]] = {}
         #: What the children of a group committed in an earlier attempt of it, for the next one.
         self.done: dict[tuple[int, str], BaseModel] = {}
         self.hook_failures: list[HookFailure] = []
@@ -336,6 +339,7 @@ class ReliabilityContext:
                 run_id=self.run_id,
                 limit_seconds=None if limit is None else limit / 1000,
                 failures=self.hook_failures,
+                secrets=self.secrets,
                 all_ends=self.delivers,
             )
 
@@ -732,23 +736,53 @@ class ReliabilityContext:
             else {"redacted": f"redact returned {type(shown).__name__}, not a dict"}
         )
 
-    def note_secrets(self, state: Mapping[str, Any]) -> None:
-        """Remember the secrets in a state, for those who keep them out of messages."""
+    def note_secrets(self, state: Any) -> None:
+        """Remember the secrets in a state, to keep them out of messages: the newest thousand."""
         try:
-            found = set(secrets_in(state))
+            found = list(islice(secrets_in(state), _MOST_SECRETS))
         except Exception:
             return  # A class of the user's that cannot be looked into; it is shown as such, too.
-        if found:
-            self.secrets = found if self.secrets is None else self.secrets | found
+        if not found:
+            return
+        known = self.secrets
+        for secret in found:
+            forms = known.pop(secret) if secret in known else forms_of(secret)
+            known[secret] = forms  # As the newest.
+        while len(known) > _MOST_SECRETS:
+            del known[next(iter(known))]
 
-    def said(self, message: str, row: Row) -> str:
-        """The message of a failed attempt as a log line may tell it."""
-        if self.config.redact is None:
-            return message
-        try:
-            return self.trace.said(message, row, self.config.redact)
-        except Exception:  # A class of the user's that cannot be shown.
-            return HIDDEN
+    def masked(self, text: str) -> str:
+        """Return a text without the secrets that this run has met."""
+        return without_secrets(text, self.secrets)
+
+    def scrubbed(self, failure: Failure, picture: Any) -> Failure:
+        """Return a failure whose message has none of the secrets of the run's context and the attempt's input."""
+        if type(picture) is not Packed and type(picture) is not bytes:  # Those hold plain data.
+            self.note_secrets(picture)
+        if self.context:
+            self.note_secrets(self.context)
+        message = failure.message
+        error = failure.exception
+        if is_a(error, ContractViolation) and isinstance(error.schema, type):
+            from stroma._masking import Secrets
+
+            # A validator of the user's may quote what came for a field that is declared as a secret.
+            try:
+                message = Secrets(error.schema, [error.raw]).scrub(message)
+            except Exception:
+                pass  # What came cannot be looked into.
+        message = self.masked(message)
+        return failure if message == failure.message else replace(failure, message=message)
+
+    def said(self, failure: Failure, row: Row) -> str:
+        """Return the message of a failed attempt as a log line shows it: ``Type: message``, in one line."""
+        message = failure.message
+        if self.config.redact is not None:
+            try:
+                message = self.trace.said(message, row, self.config.redact)
+            except Exception:  # A class of the user's that cannot be shown.
+                message = HIDDEN
+        return one_line(typed(kind_of(failure.exception), message))
 
     def shown_error(self, error: BaseException) -> BaseException:
         """A failure as hooks may see it: a violation carries the state that broke the contract."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
 from pydantic import BaseModel
 
 from stroma._identity import StepCalls
+from stroma._showing import scrubbed_error
 from stroma.checkpoint import StepCall, resolve_schema
 from stroma.cost import limits
 from stroma.failures import Failure, Suspend
@@ -227,7 +228,10 @@ class NodeExecution:
             try:
                 callback()
             except Exception as error:
-                self.ctx.run_logger.exception("at_end (%r) raised for node %r", callback, self.node_id)
+                shown = scrubbed_error(error, self.ctx.secrets)
+                self.ctx.run_logger.exception(
+                    "at_end (%r) raised for node %r", callback, self.node_id, exc_info=shown
+                )
                 self.ctx.hook_failed("at_end", self.node_id, error)
 
     @property

@@ -39,6 +39,7 @@ __all__ = [
     "default_policy_map",
     "diagnose",
     "is_a",
+    "kind_of",
 ]
 
 logger = logging.getLogger("stroma")
@@ -244,6 +245,14 @@ def message_of(exc: BaseException) -> str:
         raise
     except BaseException:
         return type(exc).__name__
+
+
+def kind_of(exc: BaseException) -> str:
+    """Return the name of an exception's type, also of one that was raised in another process."""
+    name = getattr(type(exc), "__name__", "Exception")
+    if name == "RemoteFailure":  # It stands for one of another process.
+        name = vars(exc).get("type_name", name)
+    return str(name)
 
 
 def classify(

@@ -8,13 +8,14 @@ import dis
 import inspect
 import logging
 from asyncio import current_task
-from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
 from time import perf_counter
-from types import CoroutineType, FunctionType, MethodType, coroutine
+from types import CoroutineType, FunctionType, MappingProxyType, MethodType, coroutine
 from typing import Any, ClassVar, Final
 
+from stroma._showing import scrubbed_error
 from stroma.failures import FailureClass
 from stroma.trace import ExecutionResult, HookFailure
 
@@ -252,7 +253,7 @@ class Hooks:
     """The hooks of one run, sorted by event: None where no set has one."""
 
     # Slots, and all of them set: two are asked for each node, and what stands on the class takes five times as long.
-    __slots__ = (*EVENTS, "_failures", "_limit", "_patient", "_run_id", "untold")
+    __slots__ = (*EVENTS, "_failures", "_limit", "_patient", "_run_id", "_secrets", "untold")
 
     on_node_start: Calls | None
     on_node_success: Calls | None
@@ -275,13 +276,15 @@ class Hooks:
         run_id: str,
         limit_seconds: float | None,
         failures: list[HookFailure],
+        secrets: Mapping[str, set[str]] = MappingProxyType({}),
         all_ends: bool = False,
     ) -> None:
-        """``failures`` gets what hooks raise; ``all_ends``: fire the ends of attempts also where no set wants to know."""
+        """``failures`` gets what hooks raise; ``secrets`` are masked in the log of that; ``all_ends``: fire the ends of attempts also where no set wants to know."""
         self._run_id = run_id
         self._limit = limit_seconds
         # The list, and not whose it is: without a circle between them, no run with hooks waits for the collector.
         self._failures = failures
+        self._secrets = secrets
         self._patient = frozenset([index for index, hooks in enumerate(sets) if hooks._patient])
         #: Of an end whose telling was closed half-way, the calls that are left; for who gets that GeneratorExit.
         self.untold: Calls = ()
@@ -430,7 +433,7 @@ class Hooks:
         try:
             logger.error(
                 "hook %s (%r) raised for node %r of run %r; the run goes on", event, hook, node_id, self._run_id,
-                exc_info=error, extra={"run_id": self._run_id},
+                exc_info=scrubbed_error(error, self._secrets), extra={"run_id": self._run_id},
             )  # fmt: skip
         finally:
             self._failures.append(HookFailure(event, node_id, error))

@@ -16,7 +16,7 @@ from datetime import UTC, datetime
 from typing import Any, Final
 
 from stroma._idle import idle, places
-from stroma._words import clean, count, money, plural, span
+from stroma._words import clean, count, money, plural, span, visible
 from stroma.render import as_xml
 
 __all__ = [
@@ -124,7 +124,7 @@ class Story:
         return sum(bar.tokens for bar in lost), sum(bar.cost_usd for bar in lost)
 
 
-_VIOLATION: Final = re.compile(r"Contract violation for .*? \((?:input|output)\): (.*)", re.DOTALL)
+_VIOLATION: Final = re.compile(r"(?:\w+: )?Contract violation for .*? \((?:input|output)\): (.*)", re.DOTALL)
 _FIELD: Final = re.compile(r"([\w$-]+(?:\.[\w$-]+)*): ")
 
 
@@ -431,7 +431,7 @@ def cause(story: Story) -> str:
     mend = f"<p><b>go on with</b> <code>{as_xml(box.mend)}</code></p>" if box.mend else ""
     return (
         f'<section class="cause" aria-label="cause"><p><b class="bad">{as_xml(why)}</b> at node <b>{as_xml(clean(box.node_id, 200))}</b> '
-        f"(at {as_xml(box.at)}, attempt {box.attempt})</p><pre>{as_xml(box.message[:_TEXT])}</pre>{named}"
+        f"(at {as_xml(box.at)}, attempt {box.attempt})</p><pre>{as_xml(visible(box.message[:_TEXT]))}</pre>{named}"
         f"<p><b>spent</b> {count(story.tokens)}, {money(story.cost_usd)}; of it on attempts that came to nothing {count(tokens)}, {money(cost)}</p>{mend}</section>"
     )
 
@@ -449,7 +449,7 @@ def _body(story: Story, *, states: bool) -> str:
 def _attempt(bar: Bar) -> str:
     broke = fields_named(bar.message or "")
     side = "input" if "(input)" in (bar.message or "")[:4000] else "output"
-    message = f'<pre class="bad">{as_xml(bar.message[:_TEXT])}</pre>' if bar.message else ""
+    message = f'<pre class="bad">{as_xml(visible(bar.message[:_TEXT]))}</pre>' if bar.message else ""
     model = f" · {as_xml(clean(bar.model, 80))}" if bar.model else ""
     states = "".join(
         f'<div><span class="dim">{name}</span>{tree(value, broke if side == name else ())}</div>'

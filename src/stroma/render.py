@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from html import escape
 from typing import Final, Literal
 
+from stroma._words import with_marks
+
 __all__ = ["Box", "Line", "Link", "as_xml", "svg"]
 
 Tone = Literal["", "warning", "error", "unknown"]
@@ -58,9 +60,12 @@ _NO_XML: Final = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000
 
 
 def as_xml(text: str) -> str:
-    """Text as it may stand anywhere in XML, quotes included; what XML cannot say, or a terminal would obey, is U+FFFD."""
+    """Text as it may stand anywhere in XML, quotes included; what XML cannot say, or a terminal would obey, is U+FFFD.
+
+    Marks that turn the direction of a text are shown as escapes.
+    """
     # A carriage return that is not named is read as a line feed.
-    return escape(_NO_XML.sub("\ufffd", text), quote=True).replace("\r", "&#13;")
+    return escape(with_marks(_NO_XML.sub("\ufffd", text)), quote=True).replace("\r", "&#13;")
 
 
 # Sizes in pixels.

@@ -19,7 +19,8 @@ from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
 
 from stroma._showing import Redact, Shown, hidden_values, hide_state, hide_words
-from stroma.failures import Failure, FailureClass, ItemFailure
+from stroma._words import typed
+from stroma.failures import Failure, FailureClass, ItemFailure, kind_of
 from stroma.schemas import Schema, Snapshot
 
 if TYPE_CHECKING:
@@ -667,13 +668,14 @@ class ExecutionResult(Shown):
 
         story, failure, box = self.trace._story(redact), self.failure, None
         if failure is not None:
-            message = hide_words(redact, failure.message, self.trace._hidden(redact))
+            hidden = self.trace._hidden(redact)
+            message = hide_words(redact, failure.message, hidden)
             # Of a group, the child whose failure became its own is the one that stands deepest.
             said = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
             at = max(said, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
             box = Box(
                 failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
-                failure.failure_class.value, message, failure.reason,
+                failure.failure_class.value, typed(kind_of(failure.exception), message), failure.reason,
             )  # fmt: skip
         facts = [("unpriced", ", ".join(self.unpriced_models))] if self.unpriced_models else []
         facts += [

@@ -35,6 +35,7 @@ from stroma.checkpoint._rows import (
 )
 from stroma.checkpoint._session import fork
 from stroma.checkpoint.journal import PriorUsage
+from stroma.checkpoint.payloads import Payloads
 
 store = store_fixture()
 
@@ -45,7 +46,7 @@ def forked(
     sha = b"" if n is None else checksum(stored(n))
     given = (("", b"") if n is None else ("another", stored(n)))  # fmt: skip
     opening = Opening(to, "", str(new_owner(None, ends=False)), 0.0, *given, sha, None)
-    store.do(lambda rows: fork(rows, source, opening, before, edited))
+    store.do(lambda rows: fork(rows, Payloads(), source, opening, before, edited))
 
 
 def of_fork(store: Store, run: int = 2) -> Any:

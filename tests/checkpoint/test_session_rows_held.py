@@ -46,7 +46,7 @@ from stroma.checkpoint._rows import (
 )
 from stroma.checkpoint._session import DurableSession
 from stroma.checkpoint.journal import Waiting
-from stroma.checkpoint.payloads import CODED, Payloads
+from stroma.checkpoint.payloads import CODED, Payloads, Place
 from stroma.failures import FailureClass
 from stroma.schemas import NotSerialisable, schema_of
 from stroma.trace import AttemptUsage, Row, RunStatus
@@ -66,15 +66,17 @@ async def test_the_same_input_through_a_codec(store: Store) -> None:
     """Its bytes are others each time, and it is the same input all the same; another one is another one."""
     payloads = Payloads(Counting())
     lose(store.open(payloads=payloads))
-    assert store.table("inputs")[0][3] == CODED + b"1|" + stored(0)[::-1]
+    place = Place("r", 1, "input").digest()
+    assert store.table("inputs")[0][3] == CODED + b"1|" + (place + stored(0))[::-1]
     session = store.open(payloads=payloads, if_exists="resume")
     assert session.continued
     lose(session)
     with pytest.raises(PipelineChanged):
         store.open(n=1, payloads=payloads, if_exists="resume")
-    # A store that has a codec now still knows what it wrote without one, and the other way round.
+    # A store that has a codec now still reads what it wrote without one, as long as it is asked to.
     lose(store.open("plain"))
-    assert store.open("plain", payloads=payloads, if_exists="resume").continued
+    migrating = Payloads(Counting(), plain_until_migrated=True)
+    assert store.open("plain", payloads=migrating, if_exists="resume").continued
 
 
 async def test_an_input_that_is_damaged_is_not_the_same(store: Store) -> None:
@@ -122,17 +124,14 @@ async def test_commits_through_a_codec(store: Store) -> None:
     await session.record(row(2, 30), SCHEMA, State(n=3))
     await session.record(row(3, 40), None, None)
     first, second, third = store.rows.steps(1, 1)
-    assert (first.step.output, first.step.given) == (CODED + b"2|" + stored(1)[::-1], CODED + b"3|nevig")
-    assert (second.step.output, second.step.number, second.step.given) == (
-        CODED + b"4|" + stored(2)[::-1],
-        3,
-        None,
-    )
-    assert (third.step.output, third.step.number, third.step.given) == (
-        CODED + b"5|" + stored(3)[::-1],
-        None,
-        None,
-    )
+
+    def coded(number: int, data: bytes, position: int, kind: str = "output") -> bytes:
+        return CODED + b"%d|" % number + (Place("r", 1, kind, position).digest() + data)[::-1]
+
+    assert first.step.output == coded(2, stored(1), 0)
+    assert first.step.given == coded(3, b"given", 0, "given")
+    assert (second.step.output, second.step.number, second.step.given) == (coded(4, stored(2), 1), 3, None)
+    assert (third.step.output, third.step.number, third.step.given) == (coded(5, stored(3), 2), None, None)
     assert all(one.step.sha256 == checksum(one.step.output) for one in (first, second, third))
     found = {
         0: committed(1, call=StepCall(2, b"given")),
@@ -142,9 +141,9 @@ async def test_commits_through_a_codec(store: Store) -> None:
     assert await session.committed(0, [""]) == {"": found[0]}
     assert codec.opened == 2
     lose(session)
-    again = store.open(
-        payloads=payloads, if_exists="resume", opened={first.step.sha256: stored(1), b"another": b"another"}
-    )
+    place = Place("r", 1, "output")
+    ahead = {(place, first.step.sha256): stored(1), (place, b"another"): b"another"}
+    again = store.open(payloads=payloads, if_exists="resume", opened=ahead)
     assert again.restored == {(at, ""): commit for at, commit in found.items()}
     assert codec.opened == 6  # The input, what the first was given, and the outputs of the two others.
     assert await again.committed(0, [""]) == {"": found[0]}

@@ -305,7 +305,7 @@ def test_a_full_disk_on_the_way(stroma):
     )
     assert (done.code, done.out) == (3, "")
     assert "Traceback" not in done.err
-    assert "why: the disk " in done.err
+    assert "why: StoreError: the disk " in done.err
     assert "mend what the store says, then go on with: stroma resume big big.py:pipeline" in done.err
     assert stroma.calls() == ["first", "swell"]
     resumed = stroma("resume", "big", "big.py:pipeline", "-q")
@@ -325,6 +325,15 @@ def test_a_full_disk_on_the_way(stroma):
         ("sqlite:///a:b@c.db", "sqlite:///a:b@c.db"),
         ("runs.db", "runs.db"),
         ("host=h password=geheim", "host=h password=***"),
+        ("host=h password = 'ge heim\\' x' user=me", "host=h password = *** user=me"),
+        ("password='never closed user=me", "password=***"),
+        ("redis://host?passwd=a b&db=1", "redis://host?passwd=***&db=1"),
+        ("redis://host?TOKEN=a&x=1&pass%77ord=b", "redis://host?TOKEN=***&x=1&pass%77ord=***"),
+        ("sqlite:///x.db?token=a&synchronous=full", "sqlite:///x.db?token=***&synchronous=full"),
+        (
+            "postgresql://me:a@host/db?passfile=/x&sslpassword='a b'",
+            "postgresql://me:***@host/db?passfile=/x&sslpassword=***",
+        ),
     ],
 )
 def test_masks(given, shown):

@@ -107,3 +107,7 @@ def test_what_is_completed(stroma):
     assert complete("stroma", "show", "") == ["alpha"]
     assert complete("stroma", "diff", "alpha", "al") == ["alpha"]
     assert complete("stroma", "show", "", STROMA_DB="sums.py") == []
+    assert stroma("run", "sums.py:pipeline", GOOD, "--run-id", "gamma", "-q", "--db", "other.db").code == 0
+    assert complete("stroma", "show", "", STROMA_DB="other.db") == ["gamma"]
+    assert complete("stroma", "show", "--db", "other.db", "") == ["gamma"]
+    assert complete("stroma", "show", "--db=other.db", "g") == ["gamma"]

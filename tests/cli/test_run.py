@@ -84,9 +84,12 @@ def test_failure_then_resume(stroma):
     breaks = {"SECOND": "raise RuntimeError('no luck\\x1b[2J')"}
     done = stroma("run", "sums.py:pipeline", GOOD, "--db", "my runs.db", env=breaks)
     assert (done.code, done.out) == (1, "")
-    assert re.search(r"second +FAILED +AMBIGUOUS, .* \| no luck\\x1b\[2J\n", done.err)
+    assert re.search(r"second +FAILED +AMBIGUOUS, .* \| RuntimeError: no luck\\x1b\[2J\n", done.err)
     assert re.search(r"second +wait +0\.0\d s, then attempt 2\n", done.err)
-    assert "is PARTIAL: node 'second' (at 1, attempt 2): AMBIGUOUS\n  why: no luck\\x1b[2J\n" in done.err
+    assert (
+        "is PARTIAL: node 'second' (at 1, attempt 2): AMBIGUOUS\n  why: RuntimeError: no luck\\x1b[2J\n"
+        in done.err
+    )
     assert re.search(r'  File "<string>", line 1, in <module>\n', done.err)
     mend = re.search(r"go on with: (stroma resume .*)\n", done.err)
     assert mend is not None
@@ -139,7 +142,7 @@ def test_a_spent_budget_under_another_failure(inside):
     breaks = {"SECOND": "current_node().report_usage(input_tokens=50); raise TimeoutError('slow')"}
     done = inside("run", "sums.py:pipeline", GOOD, "--budget-tokens", "150", env=breaks)
     assert done.code == 5
-    assert "why: slow\n" in done.err
+    assert "why: TimeoutError: slow\n" in done.err
     assert "and: budget exceeded: max_tokens_total limit 150 tokens, used 170 tokens" in done.err
     assert re.search(r"go on with more: stroma resume .* --budget-tokens 300\n", done.err)
 

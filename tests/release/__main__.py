@@ -6,6 +6,8 @@ usage: ./dev release-check [--only EXTRA ...] [--no-installs]
 - sdist and wheel are built twice, in two folders, and are the same byte for byte; the wheel that is built from the sdist, too;
 - what is in them, and what not; no address and no path of this machine in them or in any tracked file;
 - `twine check --strict`;
+- no pinned release, and no lowest one, has a known advisory (`./dev audit`);
+- a bill of materials (CycloneDX) and the statement that an attestation signs are written to build/release;
 - the wheel is installed without extras and with each extra in turn, in a clean environment, from pinned requirements with
   hashes (tests/release/newest.txt; of agent frameworks those of their tests), and tests/release/smoke.py runs there;
 - with the lowest releases that pyproject.toml allows (tests/release/lowest.txt), a selection of the tests passes.
@@ -16,6 +18,7 @@ Exit code 0 if all of it holds.
 from __future__ import annotations
 
 import argparse
+import json
 import os
 import re
 import subprocess
@@ -37,8 +40,11 @@ from tests.release.archives import (
     tracked,
     wrong_contents,
 )
+from tests.release.audit import PINNED, advisories, affected, pins
+from tests.release.provenance import bill_of_materials, statement, wrong_bill
 
 HERE = ROOT / "tests" / "release"
+PREPARED = ROOT / "build" / "release"
 FRAMEWORKS = ROOT / "tests" / "frameworks"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 # With the lowest releases: the guarantees, what crosses boundaries, prices, and the store.
@@ -185,6 +191,15 @@ def check_archives(report: Report, folder: Path) -> Path:
     twine = [os.environ["STROMA_TOOLS"], "-m", "twine", "check", "--strict", str(sdist), str(wheel)]
     done = subprocess.run(twine, capture_output=True, text=True, check=False)
     report.tell("twine check --strict", [done.stdout + done.stderr] if done.returncode else [])
+    bill = bill_of_materials(PROJECT, (HERE / "newest.txt").read_text(), [sdist, wheel])
+    beside = {"sbom.cdx.json": bill, "attestation-statement.json": statement([sdist, wheel])}
+    PREPARED.mkdir(parents=True, exist_ok=True)
+    for name, made in beside.items():
+        (PREPARED / name).write_text(json.dumps(made, indent=2) + "\n")
+    report.tell(
+        f"bill of materials and statement to attest, in {PREPARED.relative_to(ROOT)}",
+        wrong_bill(bill, PROJECT),
+    )
     return wheel
 
 
@@ -204,6 +219,11 @@ def main(argv: list[str]) -> int:
     )
     wrong = disagreement(PROJECT["version"], (ROOT / "CHANGELOG.md").read_text(), git.stdout.split())
     report.tell(f"version {PROJECT['version']}, CHANGELOG.md and tags agree", wrong)
+    known = advisories()
+    pinned = [pin for file in PINNED for pin in pins((ROOT / file).read_text())]
+    report.tell(
+        f"no release with one of {len(known)} known advisories (./dev audit)", affected(pinned, known)
+    )
     with tempfile.TemporaryDirectory(prefix="stroma-release-") as name:
         wheel = check_archives(report, Path(name))
         environments = Environments(Path(name), wheel)

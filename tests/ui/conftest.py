@@ -87,13 +87,17 @@ class Site:
 
 @pytest.fixture
 def serve() -> Iterator[Callable[..., Site]]:
-    """Starts a site for a store; the keywords are settings."""
+    """Starts a site for a store; the keywords are settings. ``serve.listening()``: a socket to give it, whose port is known."""
     servers: list[tuple[uvicorn.Server, threading.Thread, socket.socket]] = []
 
-    def start(store: SQLiteStore, **settings: Any) -> Site:
+    def listen() -> socket.socket:
         listening = socket.socket()
         listening.bind(("127.0.0.1", 0))
         listening.listen(128)
+        return listening
+
+    def start(store: SQLiteStore, *, listening: socket.socket | None = None, **settings: Any) -> Site:
+        listening = listening or listen()
         site = Site(listening.getsockname()[1], store)
         given = {
             "hosts": [site.host, f"localhost:{site.port}"],
@@ -110,6 +114,7 @@ def serve() -> Iterator[Callable[..., Site]]:
         servers.append((server, thread, listening))
         return site
 
+    start.listening = listen  # type: ignore[attr-defined]
     yield start
     for server, thread, listening in servers:
         server.should_exit = True

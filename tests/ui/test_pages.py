@@ -384,6 +384,8 @@ def test_the_command(stop: signal.Signals, tmp_path: Path) -> None:
         "0",
         "--db",
         "x.db",
+        "--token",
+        "",
     ]
     env = dict(os.environ, PYTHONPATH=root)
     process = subprocess.Popen(
@@ -426,7 +428,7 @@ def test_resuming(url: str, tmp_path: Path) -> None:
     )
     assert done.returncode == 1, done
     (tmp_path / "mended").touch()
-    command = [program, "ui", "flow.py:pipeline", "--port", "0", "--db", url]
+    command = [program, "ui", "flow.py:pipeline", "--port", "0", "--db", url, "--token", ""]
     process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
     try:
         assert process.stdout is not None

@@ -3,13 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
+import os
 import re
+import socket
 import sqlite3
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlencode
 
 import pytest
 from pydantic import BaseModel
@@ -18,6 +23,7 @@ from tests.pages import Page
 from tests.ui.conftest import BAD, GOOD, SCRIPT, Site, State, make_runs, node
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, Suspend, stroma_node
+from stroma.ui.events import Events
 
 PAGES = ("/", "/overview", "/run?id=bad", "/compare?a=good&b=bad", "/pipeline")
 
@@ -122,37 +128,181 @@ def test_pages_keep_to_the_policy(site: Site) -> None:
 # ---------------------------------------------------------------------- the token
 
 
+TOKEN = "a secret of 20 chars"
+
+
+def with_token(store: SQLiteStore, serve: Any) -> Site:
+    """A site with a token, which also answers by a name of its own: ``own.localhost``."""
+    make_runs(store, ("good", GOOD))
+    listening = serve.listening()
+    port = listening.getsockname()[1]
+    hosts = [f"127.0.0.1:{port}", f"proxy.example:{port}", f"own.localhost:{port}"]
+    site: Site = serve(
+        store, listening=listening, token=TOKEN, hosts=hosts, private_host=f"own.localhost:{port}"
+    )
+    return site
+
+
 @pytest.mark.core
 def test_the_token(store: SQLiteStore, serve: Any) -> None:
     """With a token nothing is told without it; shown once, it becomes a cookie and leaves the address."""
-    make_runs(store, ("good", GOOD))
-    site = serve(store, token="a secret of 20 chars")
-    for path in (*PAGES, "/events", "/static/ui.js", "/?token=wrong", "/?token=", "/run?id=good&token=a"):
-        answer = site.ask("GET", path)
-        assert answer.status == 401, path
-        assert b"flows" not in answer.body
-    assert site.ask("GET", "/", authorization="Bearer a secret of 20 chars").status == 200
+    site = with_token(store, serve)
+    own = f"own.localhost:{site.port}"
+    for host in (site.host, own):
+        for path in (*PAGES, "/events", "/static/ui.js", "/?token=wrong", "/?token=", "/run?id=good&token=a"):
+            answer = site.ask("GET", path, host=host)
+            assert answer.status == 401, path
+            assert b"flows" not in answer.body
+            assert answer.headers["www-authenticate"].startswith("Basic ")
+    assert site.ask("GET", "/", authorization=f"Bearer {TOKEN}").status == 200
     assert site.ask("GET", "/", authorization="Bearer wrong").status == 401
-    assert site.ask("GET", "/", authorization="Basic a secret of 20 chars").status == 401
-    shown = site.get("/run", id="good", token="a secret of 20 chars")
+    shown = site.ask("GET", f"/run?id=good&token={TOKEN.replace(' ', '+')}", host=own)
     assert shown.status == 303
     assert shown.headers["location"] == "/run?id=good"
     cookie = shown.headers["set-cookie"]
     assert "HttpOnly" in cookie
     assert "SameSite=Strict" in cookie
+    assert "Domain" not in cookie
     assert "secret" not in cookie
     kept = cookie.partition(";")[0]
-    assert site.ask("GET", "/run?id=good", cookie=kept).status == 200
+    assert site.ask("GET", "/run?id=good", cookie=kept, host=own).status == 200
     for wrong in (f"{kept}x", kept.replace("=", "=0"), "stroma_ui=", "stroma_ui", "\x00"):
-        assert site.ask("GET", "/", cookie=wrong).status in (400, 401), wrong
+        assert site.ask("GET", "/", cookie=wrong, host=own).status in (400, 401), wrong
     # Nobody is sent to another host with it.
-    away = site.ask("GET", "//evil.example/?token=a%20secret%20of%2020%20chars")
+    away = site.ask("GET", "//evil.example/?token=a%20secret%20of%2020%20chars", host=own)
     assert away.headers["location"] == "/evil.example/"
+
+
+def test_the_cookie_is_for_one_server(store: SQLiteStore, serve: Any) -> None:
+    """Under a name that other servers of this machine have too, there is no cookie, and none is taken."""
+    site = with_token(store, serve)
+    own = f"own.localhost:{site.port}"
+    shown = site.get("/run", id="good", token=TOKEN)
+    assert shown.status == 303
+    assert "set-cookie" not in shown.headers
+    assert shown.headers["location"] == f"http://{own}/run?id=good&token=a+secret+of+20+chars"
+    kept = (
+        site.ask("GET", f"/?token={TOKEN.replace(' ', '+')}", host=own)
+        .headers["set-cookie"]
+        .partition(";")[0]
+    )
+    assert site.ask("GET", "/", cookie=kept).status == 401
+    for host in (site.host, f"proxy.example:{site.port}", own):
+        for shown_as in (f":{TOKEN}", f"ada:{TOKEN}"):
+            credentials = base64.b64encode(shown_as.encode()).decode()
+            assert site.ask("GET", "/", authorization=f"Basic {credentials}", host=host).status == 200
+        for wrong in ("x", "", base64.b64encode(b"ada:wrong").decode(), base64.b64encode(b"\xff").decode()):
+            assert site.ask("GET", "/", authorization=f"Basic {wrong}", host=host).status == 401
+    # Elsewhere there is no name of this machine to lead to.
+    proxied = site.ask("GET", f"/?token={TOKEN.replace(' ', '+')}", host=f"proxy.example:{site.port}")
+    assert (proxied.status, proxied.headers["location"]) == (303, "/")
+    assert "set-cookie" not in proxied.headers
+
+
+@pytest.mark.parametrize(
+    "origin", ["http://[::1", "https://[", "//", "evil", "http://127.0.0.1:x", "http://"]
+)
+def test_a_bad_origin_is_refused_first(site: Site, origin: str) -> None:
+    """An Origin that is none is 403, whatever else is wrong with the request."""
+    for method, host in (
+        ("GET", site.host),
+        ("POST", site.host),
+        ("PUT", site.host),
+        ("GET", "evil.example"),
+    ):
+        assert site.ask(method, "/", origin=origin, host=host).status == 403
+
+
+def test_frames_of_other_sites_are_refused(site: Site) -> None:
+    """A page of another site can lead here, and cannot show a page of ours in a frame, nor hold a stream open."""
+    elsewhere = {"sec_fetch_site": "cross-site", "sec_fetch_mode": "navigate"}
+    for dest in ("iframe", "frame", "embed", "object", "fencedframe"):
+        assert site.ask("GET", "/", sec_fetch_dest=dest, **elsewhere).status == 403
+        assert site.ask("GET", "/events", sec_fetch_dest=dest, **elsewhere).status == 403
+    assert site.ask("GET", "/", sec_fetch_dest="document", **elsewhere).status == 200
+    assert site.ask("GET", "/events", sec_fetch_dest="document", **elsewhere).status == 403
+
+
+def _stream(site: Site, path: str) -> socket.socket:
+    opened = socket.create_connection(("127.0.0.1", site.port), timeout=60)
+    opened.sendall(f"GET {path} HTTP/1.1\r\nHost: {site.host}\r\n\r\n".encode())
+    return opened
+
+
+def test_streams_are_bounded(store: SQLiteStore, serve: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As many pages as may be are served, one more is told so; what no page watches any more is forgotten."""
+    made: list[Events] = []
+    init = Events.__init__
+    monkeypatch.setattr(
+        Events, "__init__", lambda self, settings: (made.append(self), init(self, settings))[1]
+    )
+    site: Site = serve(store)
+    (events,) = made
+    held = [_stream(site, "/events")]
+    assert held[0].recv(100)
+    for number in range(20):
+        with _stream(site, f"/events?id={number}{'a' * 5_000}") as one:
+            assert one.recv(20).startswith(b"HTTP/1.1 200")
+    held += [_stream(site, f"/events?id={number}") for number in range(80)]
+    told = [one.recv(12) for one in held[1:]]
+    assert told.count(b"HTTP/1.1 503") >= 31
+    for one in held:
+        one.close()
+    until = time.monotonic() + 60
+    while (events._open or events._watched) and time.monotonic() < until:
+        time.sleep(0.02)
+    assert (events._open, events._watched) == (0, {})
+    assert site.get("/events", id="a" * 10_001).status == 414
+
+
+def test_marks_of_direction_are_shown(store: SQLiteStore, serve: Any) -> None:
+    """What would make a page read as something else is shown as an escape, on every page."""
+    turned = "invoice\u202egnp.exe"
+
+    async def fails(state: State) -> Any:
+        raise ValueError(turned)
+
+    make_runs(store, (turned, Pipeline(turned, [node(turned, fails)])), state=State(text=turned))
+    site = serve(store)
+    pages = ["/", "/overview", f"/run?{urlencode({'id': turned})}", *attempts_of(site, turned)]
+    assert len(pages) > 3
+    for path in pages:
+        text = site.ask("GET", path).text
+        assert "\u202e" not in text, path
+        assert "invoice\\u202egnp.exe" in text, path
 
 
 def run_ui(*words: str, **options: Any) -> subprocess.CompletedProcess[str]:
     command = [str(Path(sys.executable).with_name("stroma")), "ui", *words]
     return subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, **options)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("own", [False, True])
+def test_a_token_by_default(tmp_path: Path, own: bool) -> None:
+    """`stroma ui` makes a token and prints an address that has it, under a name of this server alone."""
+    env = os.environ | ({"STROMA_UI_TOKEN": TOKEN} if own else {})
+    command = [str(Path(sys.executable).with_name("stroma")), "ui", "--db", "x.db", "--port", "0"]
+    process = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=subprocess.PIPE, text=True)
+    try:
+        assert process.stdout is not None
+        printed = process.stdout.readline().strip()
+        name, port, token = re.findall(
+            r"http://(stroma-[0-9a-f]{16}\.localhost):(\d+)/\?token=(\S+)", printed
+        )[0]
+        site = Site(int(port), None)  # type: ignore[arg-type]
+        assert site.get("/").status == 401
+        if own:
+            assert (token, printed.count(TOKEN)) == ("...", 0)
+            token = TOKEN
+        assert len(token) >= 16
+        shown = site.ask("GET", f"/?{urlencode({'token': token})}", host=f"{name}:{port}")
+        assert shown.status == 303
+        cookie = shown.headers["set-cookie"].partition(";")[0]
+        assert site.ask("GET", "/", host=f"{name}:{port}", cookie=cookie).status == 200
+    finally:
+        process.terminate()
+        process.communicate(timeout=60)
 
 
 @pytest.mark.slow

@@ -7,12 +7,20 @@ from typing import cast
 
 from stroma.checkpoint._rows import DUE, WAITING, Attempt, Rows, Step, StepRow, checksum, intact, text
 from stroma.checkpoint.journal import Waiting
-from stroma.checkpoint.payloads import Payloads
+from stroma.checkpoint.payloads import Payloads, Place
 from stroma.checkpoint.records import PICO
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage, Outcome, Row
 
-__all__ = ["due_key", "keep_due", "keep_waiting", "read_due", "read_waiting", "waiting_branch"]
+__all__ = [
+    "answer_place",
+    "due_key",
+    "keep_due",
+    "keep_waiting",
+    "read_due",
+    "read_waiting",
+    "waiting_branch",
+]
 
 
 def due_key(attempt: Attempt) -> str:
@@ -25,12 +33,14 @@ def keep_due(rows: Rows, run_id: str, attempt: Attempt) -> None:
     rows.keep(run_id, DUE, due_key(attempt), attempt.node_id, Step("", "", data, checksum(data)))
 
 
-def read_due(kept: StepRow) -> Row | None:
-    """What :func:`keep_due` noted, as the row that it was made of; None for what is damaged."""
+def read_due(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> Row | None:
+    """Return what :func:`keep_due` saved, as the row that it was made of; None for what is damaged."""
     if not intact(kept.step.output, kept.step.sha256):
         return None
     try:
         found = Attempt(**json.loads(kept.step.output))
+        place = Place(run_id, execution, "message", found.position, found.branch)
+        found = found._replace(message=payloads.open_text(found.message, place))
         usage = AttemptUsage(found.tokens, found.output_tokens, found.cost_pico / PICO, found.model)
         failed = None
         if found.failure_class is not None:
@@ -46,11 +56,14 @@ def read_due(kept: StepRow) -> Row | None:
     )  # fmt: skip
 
 
-def keep_waiting(rows: Rows, run_id: str, waiting: Waiting) -> None:
-    """Note what a node waits for, or the answer."""
-    data = waiting.payload or b""
-    number = None if waiting.payload is None else 1
-    step = Step(text(waiting.reason) or "", waiting.schema_ref, data, checksum(data), number)
+def keep_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, payloads: Payloads) -> None:
+    """Save what a node waits for, or the answer."""
+    data, number = b"", None
+    if waiting.payload is not None:
+        data, number = payloads.seal_now(waiting.payload, answer_place(run_id, execution, waiting)), 1
+    place = Place(run_id, execution, "question", waiting.position, waiting.branch)
+    question = payloads.seal_text(text(waiting.reason), place)
+    step = Step(question or "", waiting.schema_ref, data, checksum(data), number)
     rows.keep(run_id, WAITING, waiting_branch(waiting), waiting.node_id, step)
 
 
@@ -59,13 +72,24 @@ def waiting_branch(waiting: Waiting) -> str:
     return f"{waiting.position}:{waiting.branch}"
 
 
-def read_waiting(kept: StepRow, payloads: Payloads) -> Waiting | None:
-    """What :func:`keep_waiting` noted; None for what it did not."""
-    position, _, branch = kept.branch.partition(":")
+def answer_place(run_id: str, execution: int, waiting: Waiting) -> Place:
+    """Return the place of an answer: one question's, so that it answers no other one that is asked there."""
+    question = f"answer\0{waiting.schema_ref}\0{text(waiting.reason)}"
+    return Place(run_id, execution, question, waiting.position, waiting.branch)
+
+
+def read_waiting(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> Waiting | None:
+    """Return what :func:`keep_waiting` saved; None for anything else."""
+    number, _, branch = kept.branch.partition(":")
     step = kept.step
-    if not position.isdecimal() or not intact(step.output, step.sha256):
+    if not number.isdecimal() or not intact(step.output, step.sha256):
         return None
-    payload = None
-    if step.number is not None:
-        payload = payloads.open(step.output, f"the answer for node {kept.node_id!r}")
-    return Waiting(int(position), branch, kept.node_id, step.contract, step.schema_ref, payload)
+    position = int(number)
+    reason = payloads.open_text(step.contract, Place(run_id, execution, "question", position, branch))
+    waiting = Waiting(position, branch, kept.node_id, reason or "", step.schema_ref)
+    if step.number is None:
+        return waiting
+    place = answer_place(run_id, execution, waiting)
+    return waiting._replace(
+        payload=payloads.open(step.output, place, f"the answer for node {kept.node_id!r}")
+    )

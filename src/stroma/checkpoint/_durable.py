@@ -15,7 +15,7 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 
 from pydantic import BaseModel
 
-from stroma.checkpoint._beside import keep_waiting, waiting_branch
+from stroma.checkpoint._beside import keep_waiting, read_waiting, waiting_branch
 from stroma.checkpoint._leases import Keeper
 from stroma.checkpoint._owner import new_owner
 from stroma.checkpoint._reading import ReadableStore
@@ -39,7 +39,7 @@ from stroma.checkpoint.cells import Change
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.journal import ENDED, Committed, RunRequest, Waiting, items_in, no_map, waits_no_longer
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, BlobStore, Payloads, collect
+from stroma.checkpoint.payloads import BLOB, BlobStore, Payloads, Place, collect
 from stroma.contracts import check_id
 from stroma.schemas import Schema
 
@@ -114,14 +114,16 @@ class DurableStore(ReadableStore):
     def _encode(self, schema: Schema, state: BaseModel) -> bytes:
         return schema.encode(state, secrets=self._payloads.codec is not None)
 
-    async def _step(self, schema: Schema, data: bytes) -> Step:
-        sealed = await self._payloads.seal(data)
+    async def _step(self, schema: Schema, data: bytes, place: Place) -> Step:
+        sealed = await self._payloads.seal(data, place)
         return Step(schema.fingerprint, schema_ref(schema.model), sealed, checksum(sealed))
 
     async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
-        opened = {} if self._payloads.plain else await asyncio.to_thread(self._open_ahead, request)
+        last, opened = 0, dict[tuple[Place, bytes], bytes]()
+        if not self._payloads.plain:
+            last, opened = await asyncio.to_thread(self._open_ahead, request)
         session = DurableSession(request.run_id, self._submit, self._payloads, opened, self.address)
-        sealed = await self._payloads.seal(data)
+        sealed = await self._payloads.seal(data, Place(request.run_id, last + 1, "input"))
         opening = Opening(
             request.run_id,
             request.pipeline,
@@ -132,6 +134,7 @@ class DurableStore(ReadableStore):
             checksum(sealed),
             request.discard_from,
             tuple(dict.fromkeys(request.tags)),
+            last + 1,
         )
         open_it = partial(session.open, request, opening, data)
         await self._submit(Doing(request.run_id, open_it, opening, session))
@@ -142,26 +145,31 @@ class DurableStore(ReadableStore):
             keeper.watch(session)
         return session
 
-    def _open_ahead(self, request: RunRequest) -> dict[bytes, bytes]:
-        """What the commits of a run hold, opened outside of the transaction that claims it: that can take long."""
+    def _open_ahead(self, request: RunRequest) -> tuple[int, dict[tuple[Place, bytes], bytes]]:
+        """Return the last execution of a run, and what its commits hold, opened outside of the transaction that claims
+        it: that can take long."""
 
-        def query(rows: Rows) -> list[Step]:
+        def query(rows: Rows) -> tuple[int, list[StepRow]]:
             found = rows.find(request.run_id)
-            kept = [] if found is None else rows.steps(found.run, found.execution, request.apart)
+            if found is None:
+                return 0, []
+            kept = rows.steps(found.run, found.execution, request.apart)
             # What stands in blobs is read when it is needed: all of it may be more than there is memory.
-            return [
-                row.step
+            return found.execution, [
+                row
                 for row in kept
                 if not row.step.output.startswith(BLOB) and intact(row.step.output, row.step.sha256)
             ]
 
-        opened: dict[bytes, bytes] = {}
-        for step in self.read(query, list[Step]()) if self.exists() else []:
+        opened: dict[tuple[Place, bytes], bytes] = {}
+        execution, kept = self.read(query, (0, list[StepRow]())) if self.exists() else (0, [])
+        for position, branch, _, step in kept:
+            place = Place(request.run_id, execution, "output", position, branch)
             try:
-                opened[step.sha256] = self._payloads.open(step.output, "")
+                opened[place, step.sha256] = self._payloads.open(step.output, place, "")
             except CorruptCheckpoint:
                 pass  # It is told in its place, if it is needed at all.
-        return opened
+        return execution, opened
 
     async def cancel(self, run_id: str) -> bool:
         """Ask whoever is at work on a run to end it; a run that nobody holds is CANCELLED at once.
@@ -192,12 +200,9 @@ class DurableStore(ReadableStore):
         Raises CheckpointNotFound, StoreError, also if the node has an answer or waits no longer.
         """
         check_id(run_id, "run id")
-        answer = waiting.payload
-        if answer is not None:
-            waiting = waiting._replace(payload=await self._payloads.seal(answer))
-        await self._submit(Doing(run_id, partial(self._answer, run_id, waiting, answer)))
+        await self._submit(Doing(run_id, partial(self._answer, run_id, waiting)))
 
-    def _answer(self, run_id: str, waiting: Waiting, answer: bytes | None, rows: Rows) -> None:
+    def _answer(self, run_id: str, waiting: Waiting, rows: Rows) -> None:
         found = rows.find(run_id, lock=True)
         if found is None:
             raise self._no_run(run_id)
@@ -206,10 +211,10 @@ class DurableStore(ReadableStore):
         if asked is None or asked.node_id != waiting.node_id:
             raise waits_no_longer(run_id, waiting)
         if asked.step.number is None:
-            keep_waiting(rows, run_id, waiting)
-        elif (
-            self._payloads.open(asked.step.output, "the answer it has") != answer
-        ):  # Else it was sent once more.
+            keep_waiting(rows, run_id, found.execution, waiting, self._payloads)
+            return
+        answered = read_waiting(asked, run_id, found.execution, self._payloads)
+        if answered is None or answered.payload != waiting.payload:  # Else it was sent once more.
             raise waits_no_longer(run_id, waiting)
 
     async def fork(
@@ -225,13 +230,18 @@ class DurableStore(ReadableStore):
         ``state`` in place of its input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable."""
         check_id(run_id, "run id")
         check_id(new_run_id, "run id")
-        step = None if edited is None else await self._step(edited[0], self._encode(*edited))
+        step = None
+        if edited is not None:
+            place = Place(new_run_id, 1, "output", before - 1)
+            step = await self._step(edited[0], self._encode(*edited), place)
         contract, given, sha = "", b"", b""
         if state is not None:
-            contract, given = state[0].fingerprint, await self._payloads.seal(self._encode(*state))
+            place = Place(new_run_id, 1, "input")
+            contract, given = state[0].fingerprint, await self._payloads.seal(self._encode(*state), place)
             sha = checksum(given)
         opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, contract, given, sha, None)
-        await self._submit(Doing(None, lambda rows: fork(rows, run_id, opening, before, step), opening))
+        do = lambda rows: fork(rows, self._payloads, run_id, opening, before, step)  # noqa: E731
+        await self._submit(Doing(None, do, opening))
 
     # ------------------------------------------------------------------ items
 
@@ -242,23 +252,24 @@ class DurableStore(ReadableStore):
         """
         check_id(run_id, "run id")
 
-        def query(rows: Rows) -> tuple[StepRow | None, list[StepRow]]:
+        def query(rows: Rows) -> tuple[int, list[StepRow]]:
             found, kept = rows.find(run_id), rows.newest(run_id, node_id)
             if found is None or kept is None or kept.step.given is None:
-                return None, []
-            total = items_in(self._payloads.open(kept.step.given, "the number of items"))
+                return 0, []
+            place = Place(run_id, found.execution, "given", kept.position, kept.branch)
+            total = items_in(self._payloads.open(kept.step.given, place, "the number of items"))
             prefix = f"{kept.branch}." if kept.branch else ""
             branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
-            return kept, list(rows.some(found.run, found.execution, kept.position, branches))
+            return found.execution, list(rows.some(found.run, found.execution, kept.position, branches))
 
-        nothing: tuple[StepRow | None, list[StepRow]] = (None, [])
-        kept, steps = self.read(query, nothing)
-        if kept is None:
+        execution, steps = self.read(query, (0, list[StepRow]()))
+        if not execution:
             raise no_map(run_id, node_id)
         items: list[tuple[int, Committed]] = []
         for row in steps:
             verify(row.step, run_id, row.position, row.node_id, row.branch)
-            output = self._payloads.open(row.step.output, f"the output of node {row.node_id!r}")
+            place = Place(run_id, execution, "output", row.position, row.branch)
+            output = self._payloads.open(row.step.output, place, f"the output of node {row.node_id!r}")
             items.append(
                 (int(row.branch.rpartition(".")[2]), Committed(row.node_id, output, row.step.contract))
             )

@@ -18,12 +18,13 @@ from stroma.checkpoint._rows import (
     RunRow,
     Step,
     StepRow,
+    Told,
     intact,
     verify,
 )
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
 from stroma.checkpoint.journal import Waiting
-from stroma.checkpoint.payloads import Payloads
+from stroma.checkpoint.payloads import Payloads, Place
 from stroma.checkpoint.records import (
     PICO,
     AttemptPage,
@@ -77,7 +78,7 @@ class ReadableStore(ABC):
         def query(rows: Rows) -> list[RunRecord]:
             asked = RunQuery(pipeline=pipeline, statuses=() if wanted is None else (wanted,))
             found, _ = rows.runs(asked, limit=limit, after=None, look_at=None)
-            return _run_records(rows, found, failed=0)
+            return self._run_records(rows, found, failed=0)
 
         return self.read(query, [])
 
@@ -89,7 +90,7 @@ class ReadableStore(ABC):
 
         def read(rows: Rows) -> RunPage:
             found, following = rows.runs(query, limit=limit, after=after, look_at=_LOOK_AT)
-            return RunPage(_run_records(rows, found, failed=_FAILED), following)
+            return RunPage(self._run_records(rows, found, failed=_FAILED), following)
 
         return self.read(read, RunPage([], None))
 
@@ -101,7 +102,7 @@ class ReadableStore(ABC):
             found = rows.find(run_id)
             if found is None or not (found.execution or found.is_damaged):
                 return None
-            return _run_records(rows, [found], failed=_FAILED)[0]
+            return self._run_records(rows, [found], failed=_FAILED)[0]
 
         return self.read(query, None)
 
@@ -127,8 +128,9 @@ class ReadableStore(ABC):
             found = rows.find(run_id)
             if found is None:
                 return []
-            kept = rows.attempts(found.run, found.execution if execution is None else execution)
-            return [self._attempt_record(run_id, attempt, step) for attempt, step in kept]
+            number = found.execution if execution is None else execution
+            kept = rows.attempts(found.run, number)
+            return [self._attempt_record(run_id, number, attempt, step) for attempt, step in kept]
 
         return self.read(query, [])
 
@@ -144,7 +146,7 @@ class ReadableStore(ABC):
                 return AttemptPage([], None)
             number = found.execution if execution is None else execution
             kept, following = rows.attempt_page(found.run, number, limit=limit, after=after)
-            return AttemptPage([_record_of(*told) for told in kept], following)
+            return AttemptPage([self._told(run_id, number, told) for told in kept], following)
 
         return self.read(query, AttemptPage([], None))
 
@@ -162,7 +164,8 @@ class ReadableStore(ABC):
             if found is None:
                 return []
             number = found.execution if execution is None else execution
-            return [_record_of(*told) for told in rows.attempts_at(found.run, number, position, branch)]
+            kept = rows.attempts_at(found.run, number, position, branch)
+            return [self._told(run_id, number, told) for told in kept]
 
         return self.read(query, [])
 
@@ -193,27 +196,47 @@ class ReadableStore(ABC):
         """
         check_id(run_id, "run id")
 
-        def query(rows: Rows) -> StepRow | None:
+        def query(rows: Rows) -> tuple[int, StepRow | None]:
             found = rows.find(run_id)
             if found is None:
-                return None
+                return 0, None
             number = found.execution if execution is None else execution
-            return rows.step_at(found.run, number, position, branch)
+            return number, rows.step_at(found.run, number, position, branch)
 
-        kept = self.read(query, None)
+        nothing: tuple[int, StepRow | None] = (0, None)
+        number, kept = self.read(query, nothing)
         if kept is None:
             return None
         verify(kept.step, run_id, position, kept.node_id, branch)
         what = f"the output of node {kept.node_id!r} at position {position} of run {run_id!r}"
-        return self._payloads.open(kept.step.output, what)
+        return self._payloads.open(kept.step.output, Place(run_id, number, "output", position, branch), what)
 
-    def _attempt_record(self, run_id: str, attempt: Attempt, step: Step | None) -> AttemptRecord:
-        output, damaged = None, False
+    def _with_message(self, run_id: str, execution: int, attempt: Attempt) -> Attempt:
+        place = Place(run_id, execution, "message", attempt.position, attempt.branch)
+        return attempt._replace(message=self._payloads.open_text(attempt.message, place))
+
+    def _told(self, run_id: str, execution: int, told: Told) -> AttemptRecord:
+        return _record_of(self._with_message(run_id, execution, told.attempt), told.size, told.epoch)
+
+    def _run_records(self, rows: Rows, found: list[RunRow], *, failed: int) -> list[RunRecord]:
+        records: list[RunRecord] = []
+        for row, beside in zip(found, rows.beside(found, failed=failed), strict=True):
+            error = self._payloads.open_text(row.error, Place(row.run_id, row.execution, "error"))
+            failed_ones = [self._with_message(row.run_id, row.execution, one) for one in beside.failed]
+            unsettled = _unsettled(rows, row, failed_ones)
+            records.append(_run_record(row._replace(error=error), beside, unsettled))
+        return records
+
+    def _attempt_record(
+        self, run_id: str, execution: int, attempt: Attempt, step: Step | None
+    ) -> AttemptRecord:
+        attempt, output, damaged = self._with_message(run_id, execution, attempt), None, False
         if step is not None:
             what = f"the output of node {attempt.node_id!r} at position {attempt.position} of run {run_id!r}"
             try:
                 verify(step, run_id, attempt.position, attempt.node_id, attempt.branch)
-                output = self._payloads.open(step.output, what)
+                place = Place(run_id, execution, "output", attempt.position, attempt.branch)
+                output = self._payloads.open(step.output, place, what)
             except CorruptCheckpoint:
                 damaged = True  # The rest of the history can be told all the same.
         size = None if step is None else len(step.output)
@@ -226,18 +249,20 @@ class ReadableStore(ABC):
         """
         check_id(run_id, "run id")
 
-        def query(rows: Rows) -> tuple[str, bytes, bytes] | None:
+        def query(rows: Rows) -> tuple[int, tuple[str, bytes, bytes] | None]:
             found = rows.find(run_id)
-            return None if found is None else rows.input(found.run, found.execution)
+            return (0, None) if found is None else (found.execution, rows.input(found.run, found.execution))
 
-        kept = self.read(query, None)
+        nothing: tuple[int, tuple[str, bytes, bytes] | None] = (0, None)
+        execution, kept = self.read(query, nothing)
         if kept is None:
             raise self._no_run(run_id)
         if not intact(kept[1], kept[2]):
             raise CorruptCheckpoint(
                 f"the input of run {run_id!r} is damaged; begin a new run with the input it had"
             )
-        return self._payloads.open(kept[1], f"the input of run {run_id!r}")
+        place = Place(run_id, execution, "input")
+        return self._payloads.open(kept[1], place, f"the input of run {run_id!r}")
 
     def waiting(self, run_id: str) -> list[Waiting]:
         """What nodes of the last execution of a run wait for, or waited for. [] if unknown. Raises StoreError."""
@@ -245,11 +270,12 @@ class ReadableStore(ABC):
 
         def query(rows: Rows) -> list[Waiting]:
             found = rows.find(run_id)
-            kept = (
-                []
-                if found is None
-                else [read_waiting(row, self._payloads) for row in rows.kept(found.run, WAITING)]
-            )
+            if found is None:
+                return []
+            kept = [
+                read_waiting(row, run_id, found.execution, self._payloads)
+                for row in rows.kept(found.run, WAITING)
+            ]
             return [waiting for waiting in kept if waiting is not None]
 
         return self.read(query, [])
@@ -273,14 +299,6 @@ class ReadableStore(ABC):
         return CheckpointNotFound(
             f"there is no run {run_id!r} in {self._named()}; check the id and the store"
         )
-
-
-def _run_records(rows: Rows, found: list[RunRow], *, failed: int) -> list[RunRecord]:
-    beside = rows.beside(found, failed=failed)
-    return [
-        _run_record(row, about, _unsettled(rows, row, about.failed))
-        for row, about in zip(found, beside, strict=True)
-    ]
 
 
 def _unsettled(rows: Rows, row: RunRow, failed: list[Attempt]) -> list[Attempt]:

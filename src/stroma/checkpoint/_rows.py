@@ -182,7 +182,8 @@ class StepRow(NamedTuple):
 
 
 class Opening(NamedTuple):
-    """What a session writes when it begins. ``discard_from``: see RunRequest."""
+    """What a session writes when it begins. ``discard_from``: see RunRequest. ``execution``: the one that ``input`` is
+    sealed for."""
 
     run_id: str
     pipeline: str
@@ -193,6 +194,7 @@ class Opening(NamedTuple):
     sha256: bytes
     discard_from: int | None
     tags: tuple[str, ...] = ()
+    execution: int = 1
 
 
 class Told(NamedTuple):

@@ -67,7 +67,7 @@ from stroma.checkpoint.journal import (
     is_answered_meanwhile,
 )
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, Payloads
+from stroma.checkpoint.payloads import BLOB, Payloads, Place
 from stroma.checkpoint.records import PICO
 from stroma.schemas import Given, Packed, Schema, Snapshot, Stored
 from stroma.trace import (
@@ -91,6 +91,8 @@ from stroma.trace import (
 )
 
 __all__ = ["DurableSession", "fork"]
+
+Opened = tuple[Place, bytes]
 
 
 class DurableSession:
@@ -146,10 +148,10 @@ class DurableSession:
         run_id: str,
         submit: Submit,
         payloads: Payloads,
-        opened: Mapping[bytes, bytes] | None = None,
+        opened: Mapping[Opened, bytes] | None = None,
         address: str = "",
     ) -> None:
-        """``opened``: payloads that were opened before, by the checksum of what is stored."""
+        """``opened``: payloads that were opened before, by their place and the checksum of what is stored."""
         self.run_id, self.address = run_id, address
         self._payloads = payloads
         self._opened = opened or {}
@@ -163,12 +165,12 @@ class DurableSession:
         self._was: RunRow | None = None
         #: The identity of the step of plain code at each position.
         self._called: dict[int, str] = {}
-        #: What is stored of payloads that this session put into blobs, by their checksums, and by the places of commits that
-        #: nobody has asked for yet.
-        self._large: dict[bytes, bytes] = {}
-        self._placed: dict[tuple[int, str], bytes] = {}
-        #: The picture of the last output that stands in a blob, and what is stored of it.
-        self._packed: tuple[Packed | None, bytes] = (None, b"")
+        #: References to payloads that this session put into blobs, by the checksums of their contents, and by the places of
+        #: commits that nobody has asked for yet.
+        self._large: dict[bytes, Stored] = {}
+        self._placed: dict[tuple[int, str], Stored] = {}
+        #: The snapshot of the last output that stands in a blob, and the reference to it.
+        self._packed: tuple[Packed | None, Stored | None] = (None, None)
 
     def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
         """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
@@ -178,7 +180,12 @@ class DurableSession:
         if found is not None and found.execution > 0:
             kept = rows.input(found.run, found.execution)
         # Without its input a run is damaged, which is said below, unless it begins anew.
-        same = kept is None or kept[2] == opening.sha256 or self._is(given, kept, request)
+        same = (
+            found is None
+            or kept is None
+            or kept[2] == opening.sha256
+            or self._is(given, kept, request, found.execution)
+        )
         way = decide(request, None if found is None or not found.execution else _held(found), same)
         if way != "begin" and found is not None and not rows.is_whole(found):
             raise lost(run_id, "some of its rows are missing")
@@ -187,22 +194,22 @@ class DurableSession:
         self.undelivered, self._deliver = [], request.deliver
         self.finished, self.waiting = None, {}
         if way == "begin" or found is None:
-            self.fence = rows.begin(found, opening)
+            self.fence = rows.begin(found, self._sealed_for_next(found, opening, given))
         else:
             self.prior = PriorUsage(found.tokens, found.cost_pico / PICO, found.latency_ns / 1e6)
             self.places = dict(rows.identities(found.run, found.execution))
             self._called = {position: identity for identity, position in self.places.items()}
             commits = {
-                (position, branch): self._committed(position, branch, node_id, step)
-                for position, branch, node_id, step in rows.steps(found.run, found.execution, request.apart)
-                if request.discard_from is None or position < request.discard_from
+                (row.position, row.branch): self._committed(found.execution, row)
+                for row in rows.steps(found.run, found.execution, request.apart)
+                if request.discard_from is None or row.position < request.discard_from
             }
             if request.retry_failed:
                 request = request.going_on(commits)
                 opening = opening._replace(discard_from=request.discard_from)
             self.restored = request.accepted(commits)
             if way == "return":
-                self.finished = Finished(found.status, found.error)
+                self.finished = Finished(found.status, self._error_of(found))
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
             elif found.status not in ENDED and any(rows.kept(found.run, CANCEL)):
                 # Acknowledged, and its owner stopped before it knew.
@@ -254,13 +261,13 @@ class DurableSession:
                 self._count_deaths(rows, number, first)
             else:
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
-                self.finished = Finished("FAILED", found.error, "poison")
+                self.finished = Finished("FAILED", self._error_of(found), "poison")
             return
         self.fence = rows.go_on(found, opening)
         if died and not request.force:
             self._count_deaths(rows, number, first)
             if request.discard_from is None:
-                failed = rows.failed_since(found.run, found.execution, first)
+                failed = map(self._readable, rows.failed_since(found.run, found.execution, first))
                 self.tried = _tried(failed, self.restored)
 
     def _claim_to_end(
@@ -279,12 +286,31 @@ class DurableSession:
         step = Step(str(first), str(self.fence.epoch), b"", checksum(b""), number)
         rows.keep(self.run_id, DEATHS, "", "deaths", step)
 
-    def _is(self, given: bytes, kept: tuple[str, bytes, bytes], request: RunRequest) -> bool:
+    def _error_of(self, found: RunRow) -> str | None:
+        return self._payloads.open_text(found.error, self._place("error", found.execution))
+
+    def _readable(self, attempt: Attempt) -> Attempt:
+        place = self._place("message", self.fence.execution, attempt.position, attempt.branch)
+        return attempt._replace(message=self._payloads.open_text(attempt.message, place))
+
+    def _place(self, kind: str, execution: int, position: int = 0, branch: str = "") -> Place:
+        return Place(self.run_id, execution, kind, position, branch)
+
+    def _sealed_for_next(self, found: RunRow | None, opening: Opening, given: bytes) -> Opening:
+        """Seal the input again if somebody else has begun the execution that it was sealed for."""
+        execution = 1 if found is None else found.execution + 1
+        if self._payloads.codec is None or execution == opening.execution:
+            return opening
+        sealed = self._payloads.seal_now(given, self._place("input", execution))
+        return opening._replace(input=sealed, sha256=checksum(sealed), execution=execution)
+
+    def _is(self, given: bytes, kept: tuple[str, bytes, bytes], request: RunRequest, execution: int) -> bool:
         """Whether an input with another checksum is the same all the same: a codec need not give the same bytes twice."""
         if self._payloads.is_plain(kept[1]) or not intact(kept[1], kept[2]):
             return False
         try:
-            return self._payloads.open(kept[1], f"the input of run {request.run_id!r}") == given
+            place = self._place("input", execution)
+            return self._payloads.open(kept[1], place, f"the input of run {request.run_id!r}") == given
         except StoreError:
             if request.if_exists in ("restart", "error") or request.discard_from is not None:
                 return False  # What the run began with is no matter to who does not go on with it.
@@ -300,19 +326,20 @@ class DurableSession:
             rows.drop(found.run, DUE)
             rows.drop(found.run, TROUBLE)
             rows.drop(found.run, DEATHS)
+            rows.drop(found.run, WAITING)
         else:
             self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
         if ours and self.continued and self._deliver:
-            due = [row for kept in rows.kept(found.run, DUE) if (row := read_due(kept)) is not None]
+            kept_due = [
+                read_due(kept, self.run_id, found.execution, self._payloads)
+                for kept in rows.kept(found.run, DUE)
+            ]
+            due = [row for row in kept_due if row is not None]
             self.undelivered = sorted(due, key=lambda row: row[STARTED])
         for kept in list(rows.kept(found.run, WAITING)):
-            waiting = read_waiting(kept, self._payloads)
+            waiting = read_waiting(kept, self.run_id, found.execution, self._payloads)
             first = request.discard_from
-            if (
-                waiting is None
-                or (ours and not self.continued)
-                or (first is not None and waiting.position >= first)
-            ):
+            if waiting is None or (first is not None and waiting.position >= first):
                 rows.drop(found.run, WAITING, kept.branch)
             else:
                 self.waiting[waiting.position, waiting.branch] = waiting
@@ -333,13 +360,16 @@ class DurableSession:
         return self._commit(row, schema, data, call)
 
     async def _record_sealed(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> None:
-        plain, data = data, await self._payloads.seal(data)
+        at = self.fence.execution, row[POSITION], row[BRANCH]
+        place = self._place("output", *at)
+        plain, data = data, await self._payloads.seal(data, place)
         if data.startswith(BLOB):
-            self._large[await asyncio.to_thread(checksum, plain)] = data
-            self._placed[row[POSITION], row[BRANCH]] = data
+            stored = self._reference(data, place, "a state of the trace")
+            self._large[await asyncio.to_thread(checksum, plain)] = stored
+            self._placed[row[POSITION], row[BRANCH]] = stored
         del plain
         if call is not None and call.given is not None:
-            call = call._replace(given=await self._payloads.seal(call.given))
+            call = call._replace(given=await self._payloads.seal(call.given, self._place("given", *at)))
         await self._commit(row, schema, data, call)
 
     def refer(self, row: Row) -> Row:
@@ -351,17 +381,16 @@ class DurableSession:
         given = row[INPUT]
         stored = self._stored_input(schemas[0], given)
         if stored is not None:
-            reference = self._reference(stored, "a state of the trace")
-            given = Given(reference) if isinstance(given, Given) else reference
+            given = Given(stored) if isinstance(given, Given) else stored
         output = row[OUTPUT]
         if made is not None:
             if isinstance(output, Packed):  # The input of the next node may be the very same.
                 self._packed = output, made
-            output = self._reference(made, "a state of the trace")
+            output = made
         return cast("Row", (*row[:INPUT], given, output, *row[OUTPUT + 1 :]))
 
-    def _stored_input(self, schema: Schema, snapshot: Snapshot) -> bytes | None:
-        """Return what is stored of a large input: mostly it is the output before it."""
+    def _stored_input(self, schema: Schema, snapshot: Snapshot) -> Stored | None:
+        """Return a reference to a large input: mostly it is the output before it."""
         if isinstance(snapshot, Given) and snapshot.source is self._packed[0]:
             return self._packed[1]
         found = snapshot.source if isinstance(snapshot, Given) else snapshot
@@ -380,8 +409,8 @@ class DurableSession:
             return None
         return self._large.get(checksum(data))
 
-    def _reference(self, stored: bytes, what: str) -> Stored:
-        return Stored(partial(self._payloads.open, stored, what))
+    def _reference(self, stored: bytes, place: Place, what: str) -> Stored:
+        return Stored(partial(self._payloads.open, stored, place, what))
 
     def _commit(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
@@ -394,8 +423,18 @@ class DurableSession:
         self._called[position] = identity
 
     def _attempt(self, row: Row) -> Attempt:
+        attempt = self._called_attempt(row)
+        if self._payloads.codec is None or attempt.message is None:
+            return attempt
+        return attempt._replace(message=self._sealed_message(attempt, attempt.message))
+
+    def _called_attempt(self, row: Row) -> Attempt:
         attempt = _attempt(row)
         return attempt._replace(identity=self._called.get(row[POSITION])) if self._called else attempt
+
+    def _sealed_message(self, attempt: Attempt, message: str) -> str | None:
+        place = self._place("message", self.fence.execution, attempt.position, attempt.branch)
+        return self._payloads.seal_text(text(message), place)
 
     @property
     def epoch(self) -> int:
@@ -462,28 +501,31 @@ class DurableSession:
         return await asyncio.to_thread(self._opened_rows, found)
 
     def _opened_rows(self, found: Iterable[StepRow]) -> dict[str, Committed]:
-        return {row.branch: self._committed(row.position, row.branch, row.node_id, row.step) for row in found}
+        return {row.branch: self._committed(self.fence.execution, row) for row in found}
 
     def delivered(self, row: Row) -> None:
         """The end hooks of an attempt were told. Nobody waits for it: what is not kept is told once more."""
         run, key = self.fence.run, due_key(_attempt(row))
         self._post(lambda rows: rows.drop(run, DUE, key))
 
-    def _committed(self, position: int, branch: str, node_id: str, step: Step) -> Committed:
+    def _committed(self, execution: int, row: StepRow) -> Committed:
+        position, branch, node_id, step = row
         verify(step, self.run_id, position, node_id, branch)
         what = f"the output of node {node_id!r} at position {position} of run {self.run_id!r}"
         call = None
         if step.number is not None:
-            given = (
-                None if step.given is None else self._payloads.open(step.given, f"what was given for {what}")
-            )
+            given = step.given
+            if given is not None:
+                place = self._place("given", execution, position, branch)
+                given = self._payloads.open(given, place, f"what was given for {what}")
             call = StepCall(step.number, given)
-        output: Snapshot | None = self._opened.get(step.sha256)
+        place = self._place("output", execution, position, branch)
+        output: Snapshot | None = self._opened.get((place, step.sha256))
         if output is None:
-            stands_apart = step.output.startswith(BLOB) and self._payloads.blobs is not None
-            output = (
-                self._reference(step.output, what) if stands_apart else self._payloads.open(step.output, what)
-            )
+            if step.output.startswith(BLOB) and self._payloads.blobs is not None:
+                output = self._reference(step.output, place, what)
+            else:
+                output = self._payloads.open(step.output, place, what)
         return Committed(node_id, output, step.contract, call)
 
     def note_traceparent(self, traceparent: str) -> None:
@@ -497,17 +539,21 @@ class DurableSession:
 
     def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None]:
         """Keep an attempt that waits, and what for. Awaited: raises Fenced, or another StoreError."""
-        commit = Commit(
-            self.run_id, self.fence, self._attempt(row)._replace(message=text(waiting.reason)), None
-        )
+        attempt = self._called_attempt(row)
+        message = self._sealed_message(attempt, waiting.reason)
+        commit = Commit(self.run_id, self.fence, attempt._replace(message=message), None)
+
+        execution = self.fence.execution
 
         def ask(rows: Rows) -> None:
             found = rows.find(self.run_id, lock=True)
             asked = [] if found is None else rows.kept(found.run, WAITING, waiting_branch(waiting))
-            before = next((read_waiting(kept, self._payloads) for kept in asked), None)
+            before = next(
+                (read_waiting(kept, self.run_id, execution, self._payloads) for kept in asked), None
+            )
             seen = self.waiting.get((waiting.position, waiting.branch))
             if not is_answered_meanwhile(before, seen, waiting):
-                keep_waiting(rows, self.run_id, waiting)
+                keep_waiting(rows, self.run_id, execution, waiting, self._payloads)
 
         return self._with(commit, ask)
 
@@ -534,6 +580,8 @@ class DurableSession:
             self._was is not None and status in COMPLETE
         ):  # A resume that had nothing to do leaves it as it was.
             status, error, updated_ms = self._was.status, self._was.error, self._was.updated_ms
+        else:
+            error = self._payloads.seal_text(error, self._place("error", self.fence.execution))
         if not rows.finish(self.fence, status, error, updated_ms):
             raise refused(rows, self.fence, self.run_id)
         if status == "CANCELLED":
@@ -593,7 +641,9 @@ def _attempt(row: Row) -> Attempt:
     )
 
 
-def fork(rows: Rows, source: str, opening: Opening, before: int, edited: Step | None) -> None:
+def fork(
+    rows: Rows, payloads: Payloads, source: str, opening: Opening, before: int, edited: Step | None
+) -> None:
     """Make a new run of what another one committed before a position; ``edited`` stands in for the last of that.
 
     Raises CheckpointNotFound, RunExists, CorruptCheckpoint.
@@ -611,8 +661,13 @@ def fork(rows: Rows, source: str, opening: Opening, before: int, edited: Step | 
     taken = rows.find(opening.run_id, lock=True)
     if taken is not None and taken.execution:
         raise RunExists(f"run {opening.run_id!r} exists already; give the fork another id")
+    old, new = partial(Place, source, found.execution), partial(Place, opening.run_id, 1)
     if not opening.sha256:
-        opening = opening._replace(contract=kept[0], input=kept[1], sha256=kept[2])
+        contract, given, sha = kept
+        if payloads.codec is not None:
+            given = payloads.move(given, old("input"), new("input"), f"the input of run {source!r}")
+            sha = checksum(given)
+        opening = opening._replace(contract=contract, input=given, sha256=sha)
     steps = [row for row in rows.steps(found.run, found.execution) if row.position < before]
     called = {position: identity for identity, position in rows.identities(found.run, found.execution)}
     fence = rows.begin(taken, opening._replace(pipeline=found.pipeline))
@@ -620,6 +675,8 @@ def fork(rows: Rows, source: str, opening: Opening, before: int, edited: Step | 
         verify(step, source, position, node_id, branch)
         if edited is not None and (position, branch) == (before - 1, ""):
             step = edited._replace(contract=step.contract)
+        elif payloads.codec is not None:
+            step = _moved(payloads, step, old, new, position, branch)
         attempt = Attempt(
             position,
             number,
@@ -640,7 +697,27 @@ def fork(rows: Rows, source: str, opening: Opening, before: int, edited: Step | 
         rows.commit(fence, attempt, step)
     parent = Step("", "", b"", checksum(b""), before)
     rows.keep(opening.run_id, PARENT, "", source, parent)
-    rows.finish(fence, "INTERRUPTED", f"forked from run {source!r} before position {before}")
+    why = f"forked from run {source!r} before position {before}"
+    rows.finish(fence, "INTERRUPTED", payloads.seal_text(text(why), new("error")))
+
+
+def _moved(
+    payloads: Payloads,
+    step: Step,
+    old: Callable[..., Place],
+    new: Callable[..., Place],
+    position: int,
+    branch: str,
+) -> Step:
+    """Seal what is copied from one run to another for its new place."""
+
+    def move(stored: bytes, kind: str) -> bytes:
+        what = f"the {kind} at position {position}"
+        return payloads.move(stored, old(kind, position, branch), new(kind, position, branch), what)
+
+    output = move(step.output, "output")
+    given = None if step.given is None else move(step.given, "given")
+    return step._replace(output=output, sha256=checksum(output), given=given)
 
 
 def _held(found: RunRow) -> Held:

@@ -11,6 +11,7 @@ from stroma.checkpoint._rows import SAVED, Doing, Rows, Step, StepRow, verify
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.manager import resolve_schema
 from stroma.checkpoint.memory import coerce
+from stroma.checkpoint.payloads import Place
 from stroma.contracts import check_id
 from stroma.schemas import Schema, schema_of, told_of
 
@@ -25,7 +26,8 @@ class AsyncStates(DurableStore):
         check_id(run_id, "run id")
         check_id(node_id, "node id")
         schema = schema_of(type(state))
-        step = await self._step(schema, self._encode(schema, state))
+        place = Place(run_id, 0, "output", SAVED, node_id)
+        step = await self._step(schema, self._encode(schema, state), place)
         await self._submit(Doing(run_id, lambda rows: rows.keep(run_id, SAVED, node_id, node_id, step)))
 
     async def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
@@ -76,15 +78,20 @@ class AsyncStates(DurableStore):
         if not self.exists():
             return None
 
-        def query(rows: Rows) -> StepRow | None:
-            return rows.newest(run_id, node_id)
+        def query(rows: Rows) -> tuple[int, StepRow] | None:
+            run, newest = rows.find(run_id), rows.newest(run_id, node_id)
+            if run is None or newest is None:
+                return None
+            return 0 if newest.position == SAVED else run.execution, newest
 
-        found = await asyncio.to_thread(self.read, query, None)
-        if found is None:
+        kept = await asyncio.to_thread(self.read, query, None)
+        if kept is None:
             return None
+        execution, found = kept
         verify(found.step, run_id, found.position, node_id, found.branch)
         what = f"the checkpoint of node {node_id!r} in run {run_id!r}"
-        output = await asyncio.to_thread(self._payloads.open, found.step.output, what)
+        place = Place(run_id, execution, "output", found.position, found.branch)
+        output = await asyncio.to_thread(self._payloads.open, found.step.output, place, what)
         return found.step._replace(output=output)
 
 

@@ -3,22 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import base64
 import contextlib
 import hashlib
+import hmac
+import json
 import os
 import pathlib
 import re
 import tempfile
 from collections.abc import Iterable, Iterator
-from typing import Any, Final, Protocol, runtime_checkable
+from typing import Any, Final, NamedTuple, Protocol, runtime_checkable
 
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 
-__all__ = ["BlobStore", "Codec", "DirectoryBlobs", "FsspecBlobs", "Payloads", "blob_store", "collect"]
+__all__ = [
+    "BlobStore",
+    "Codec",
+    "DirectoryBlobs",
+    "FsspecBlobs",
+    "Payloads",
+    "Place",
+    "blob_store",
+    "collect",
+]
 
 # What begins a stored payload that is not the JSON itself; JSON begins with neither.
 CODED: Final = b"stroma:c1\0"
 BLOB: Final = b"stroma:b1\0"
+#: The same for a text, in base64: columns of texts take no bytes.
+_CODED_TEXT: Final = "stroma:c1:"
 _NAME: Final = re.compile(r"[0-9a-f]{64}")
 _LARGE: Final = 256 * 1024  # bytes from which work on a payload is done in a thread
 #: A blob that young may belong to a commit that is on its way.
@@ -27,10 +41,12 @@ _YOUNG_SECONDS: Final = 3600.0
 
 @runtime_checkable
 class Codec(Protocol):
-    """Goes around every payload of a store: outputs, inputs, what nodes are asked. Ids, messages and numbers stay plain.
+    """Goes around every payload of a store: outputs, inputs, questions, answers, messages of failures. Ids and numbers
+    stay plain.
 
     ``decode`` must read whatever an earlier ``encode`` wrote, also under an earlier key: put the key's name into it.
-    It must raise for anything that was changed since.
+    It must raise for anything that was changed since. What is encoded begins with a hash of its place, so that
+    a payload which an authenticating codec wrote cannot be moved to another place.
     """
 
     def encode(self, data: bytes) -> bytes: ...
@@ -168,18 +184,45 @@ class FsspecBlobs:
             yield path.rpartition("/")[2], self._fs.modified(path).timestamp()
 
 
+class Place(NamedTuple):
+    """The place of a payload in a store: what is sealed for one cannot be opened at another.
+
+    Attributes:
+        kind: "input", "output", "given", "message" and the like.
+    """
+
+    run_id: str
+    execution: int
+    kind: str
+    position: int = 0
+    branch: str = ""
+
+    def digest(self) -> bytes:
+        """Return 64 characters that no other place has."""
+        return hashlib.sha256(json.dumps(self).encode()).hexdigest().encode()
+
+
+_DIGEST_BYTES: Final = 64
+
+
 class Payloads:
     """The way of a payload into a store and back."""
 
     def __init__(
         self, codec: Codec | None = None, blobs: BlobStore | str | os.PathLike[str] | None = None,
-        blob_bytes: int = 1_000_000,
+        blob_bytes: int = 1_000_000, plain_until_migrated: bool = False,
     ) -> None:  # fmt: skip
+        """``plain_until_migrated``: read payloads that were stored before the store had its codec."""
         if codec is not None and not isinstance(codec, Codec):
             raise TypeError(f"{codec!r} is no codec; give an object with encode(bytes) and decode(bytes)")
         if blob_bytes < 1:
             raise ValueError(f"blob_bytes is {blob_bytes!r}; give a number of bytes from 1 up")
+        if plain_until_migrated and codec is None:
+            raise ValueError(
+                "plain_until_migrated needs a codec to migrate to; pass codec= too, or leave it out"
+            )
         self.codec = codec
+        self._must_be_sealed = codec is not None and not plain_until_migrated
         self.blobs = blob_store(blobs)
         self.blob_bytes = blob_bytes
         #: Whether payloads are stored as they are.
@@ -189,13 +232,16 @@ class Payloads:
         """Whether a stored payload is the payload itself, as this store would write it."""
         return self.plain and not stored.startswith((CODED, BLOB))
 
-    async def seal(self, data: bytes) -> bytes:
-        """What is written to the rows for a payload. Raises StoreError."""
-        return await asyncio.to_thread(self._seal, data) if len(data) >= _LARGE else self._seal(data)
+    async def seal(self, data: bytes, place: Place) -> bytes:
+        """Return what is written to the rows for a payload. Raises StoreError."""
+        if len(data) >= _LARGE:
+            return await asyncio.to_thread(self.seal_now, data, place)
+        return self.seal_now(data, place)
 
-    def _seal(self, data: bytes) -> bytes:
+    def seal_now(self, data: bytes, place: Place) -> bytes:
+        """Do the same in this thread, which may take as long as a blob store does."""
         if self.codec is not None:
-            data = CODED + self._encoded(self.codec, data)
+            data = CODED + self._encoded(self.codec, place.digest() + data)
         if self.blobs is None or len(data) < self.blob_bytes:
             return data
         digest = hashlib.sha256(data).digest()
@@ -206,6 +252,33 @@ class Payloads:
                 f"a payload of {len(data)} bytes could not be kept in {self.blobs!r}: {error}; mend that, then resume"
             ) from error
         return BLOB + digest
+
+    def seal_text(self, said: str | None, place: Place) -> str | None:
+        """Return what is written for a text, such as a failure's message. Raises StoreError."""
+        if said is None or self.codec is None:
+            return said
+        sealed = self._encoded(self.codec, place.digest() + said.encode("utf-8", "backslashreplace"))
+        return _CODED_TEXT + base64.b64encode(sealed).decode()
+
+    def open_text(self, stored: str | None, place: Place) -> str | None:
+        """Return the text of what was written; in place of one that cannot be opened, a text that says so.
+
+        Never raises: a message that is damaged hides nothing else of its run.
+        """
+        if stored is None or not isinstance(stored, str):
+            return stored
+        if not stored.startswith(_CODED_TEXT):
+            return "[not written by the codec of this store]" if self._must_be_sealed else stored
+        if self.codec is None:
+            return "[sealed; open the store with codec=]"
+        try:
+            return self._decoded(self.codec, base64.b64decode(stored[len(_CODED_TEXT) :]), place, "").decode()
+        except (StoreError, TypeError, ValueError):
+            return "[sealed, and cannot be opened]"
+
+    def move(self, stored: bytes, source: Place, target: Place, what: str) -> bytes:
+        """Seal a stored payload for another place. Raises StoreError."""
+        return stored if self.codec is None else self.seal_now(self.open(stored, source, what), target)
 
     @staticmethod
     def _encoded(codec: Codec, data: bytes) -> bytes:
@@ -220,25 +293,39 @@ class Payloads:
             raise _no_bytes(codec, "encode", encoded)
         return encoded
 
-    def open(self, stored: bytes, what: str) -> bytes:
-        """The payload of what was written. Raises CorruptCheckpoint, which calls it ``what``; StoreError if a blob
-        cannot be reached."""
+    def open(self, stored: bytes, place: Place, what: str) -> bytes:
+        """Return the payload of what was written at a place. Raises CorruptCheckpoint, which calls it ``what``;
+        StoreError if a blob cannot be reached."""
         if stored.startswith(BLOB):
             stored = self._fetch(stored[len(BLOB) :], what)
         if not stored.startswith(CODED):
+            if self._must_be_sealed:
+                raise CorruptCheckpoint(
+                    f"{what} was not written by the codec of this store: it is older than the codec, or was replaced; "
+                    "if it is older, open the store with plain_until_migrated=True"
+                )
             return stored
         if self.codec is None:
             raise CorruptCheckpoint(f"{what} was written through a codec; open the store with codec=")
+        return self._decoded(self.codec, stored[len(CODED) :], place, what)
+
+    @staticmethod
+    def _decoded(codec: Codec, data: bytes, place: Place, what: str) -> bytes:
         try:
-            data = self.codec.decode(stored[len(CODED) :])
+            data = codec.decode(data)
         except Exception as error:
             raise CorruptCheckpoint(
                 f"{what} cannot be decoded ({type(error).__name__}: {error}); open the store with the codec, and the "
                 "keys, that it was written with"
             ) from error
         if not isinstance(data, bytes):
-            raise _no_bytes(self.codec, "decode", data)
-        return data
+            raise _no_bytes(codec, "decode", data)
+        if not hmac.compare_digest(data[:_DIGEST_BYTES], place.digest()):
+            raise CorruptCheckpoint(
+                f"{what} was written for another place, and moved to this one; restore the store from a backup, or "
+                "begin a new run"
+            )
+        return data[_DIGEST_BYTES:]
 
     def _fetch(self, digest: bytes, what: str) -> bytes:
         if self.blobs is None:

@@ -38,7 +38,8 @@ class PostgresStore(AsyncStates):
     left open ends after 30 s. ``connect_timeout``, ``keepalives_*`` and ``tcp_user_timeout`` in the dsn go before.
     Session settings are relied on: behind PgBouncer use session pooling.
 
-    ``codec`` goes around every payload (see Codec); payloads of ``blob_bytes`` or more go to ``blobs``: a directory, a
+    ``codec`` goes around every payload (see Codec), and what no codec wrote is
+    refused, unless ``plain_until_migrated`` is set; payloads of ``blob_bytes`` or more go to ``blobs``: a directory, a
     URL that fsspec knows, or a BlobStore.
 
     Writing holds one connection, in one thread that commits together what waits together; cancelling a caller does
@@ -57,6 +58,7 @@ class PostgresStore(AsyncStates):
         codec: Codec | None = None,
         blobs: BlobStore | str | os.PathLike[str] | None = None,
         blob_bytes: int = 1_000_000,
+        plain_until_migrated: bool = False,
         _patience_seconds: float = 15.0,
     ) -> None:
         _require_driver()
@@ -68,7 +70,7 @@ class PostgresStore(AsyncStates):
                 f"schema is {schema!r}; give letters, digits and underscores, at most 63, that begin with no digit "
                 "and not with pg_"
             )
-        super().__init__(Payloads(codec, blobs, blob_bytes))
+        super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self.schema = schema
         self._server = Server.at(dsn, schema, _patience_seconds)
         self.address = f"{self._server.name}#{schema}"

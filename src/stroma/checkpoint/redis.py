@@ -37,6 +37,7 @@ class _Journal(DurableStore):
         codec: Codec | None = None,
         blobs: BlobStore | str | os.PathLike[str] | None = None,
         blob_bytes: int = 1_000_000,
+        plain_until_migrated: bool = False,
         _patience_seconds: float = 15.0,
     ) -> None:
         driver = _driver(type(self).__name__)
@@ -44,7 +45,7 @@ class _Journal(DurableStore):
             raise ValueError(
                 f"ttl_seconds is {ttl_seconds!r}; give a number of seconds, or None to keep everything until it is deleted"
             )
-        super().__init__(Payloads(codec, blobs, blob_bytes))
+        super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self._server = Server(driver, redis_url, _patience_seconds)
         self.address = self._server.name
         self._ttl_ms = None if ttl_seconds is None else int(ttl_seconds * 1000)
@@ -102,7 +103,8 @@ class RedisStore(_Journal, AsyncStates):
     for 15 s; then the call ends with a transient StoreError. Nothing hangs for ever: connecting takes at most 5 s, a
     reply 5 s (``?socket_connect_timeout=`` and ``?socket_timeout=`` in the URL go before), so that a call ends within
     some 25 s. Writing holds one connection, in one thread that sends together what waits together; cancelling a
-    caller does not undo what it asked for. A forked child connects anew. ``codec`` goes around every payload (see Codec);
+    caller does not undo what it asked for. A forked child connects anew. ``codec`` goes around every payload (see Codec), and what no codec wrote is
+    refused, unless ``plain_until_migrated`` is set;
     payloads of ``blob_bytes`` or more go to ``blobs``: a directory, a URL that fsspec knows, or a BlobStore; ``gc()``
     deletes those of runs that expired.
 

@@ -29,7 +29,8 @@ class SQLiteStore(AsyncStates):
 
     Async calls write through one thread that commits together what waits together; cancelling a caller does not undo
     what it asked for. Whatever the store cannot do is a StoreError that says how to mend it. A forked child opens the
-    file anew. ``codec`` goes around every payload (see Codec); payloads of ``blob_bytes`` or more go to ``blobs``: a
+    file anew. ``codec`` goes around every payload (see Codec), and what no codec wrote is
+    refused, unless ``plain_until_migrated`` is set; payloads of ``blob_bytes`` or more go to ``blobs``: a
     directory, a URL that fsspec knows, or a BlobStore. Close it, or use it as a context manager, to fold the ``-wal`` file beside it into the database.
     """
 
@@ -43,6 +44,7 @@ class SQLiteStore(AsyncStates):
         codec: Codec | None = None,
         blobs: BlobStore | str | os.PathLike[str] | None = None,
         blob_bytes: int = 1_000_000,
+        plain_until_migrated: bool = False,
         _connect: Connect = connect,
         _patience_seconds: float = 15.0,
     ) -> None:
@@ -53,7 +55,7 @@ class SQLiteStore(AsyncStates):
             raise ValueError(
                 f"{name!r} names no file; give a path, or use AsyncInMemoryStore to keep nothing on disk"
             )
-        super().__init__(Payloads(codec, blobs, blob_bytes))
+        super().__init__(Payloads(codec, blobs, blob_bytes, plain_until_migrated))
         self.path = os.path.abspath(name)
         self.address = f"sqlite:{os.path.realpath(name)}"
         self.synchronous = synchronous

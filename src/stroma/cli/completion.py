@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import Any, Final
 
@@ -46,7 +47,8 @@ def complete_run(ctx: click.Context, _parameter: click.Parameter, incomplete: st
     from stroma.cli.words import ago, clean
 
     try:
-        database = Database.choose(ctx.params.get("db"))
+        # While a line is completed, click reads no option that stands behind the cursor, and no variable.
+        database = Database.choose(ctx.params.get("db") or os.environ.get("STROMA_DB"), quiet=True)
         if database.is_empty:
             return []
         store: Any = database.reader

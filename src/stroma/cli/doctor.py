@@ -120,6 +120,9 @@ def _store(database: Database) -> Callable[[], Iterator[Finding]]:
             yield Finding("store", "wrong", str(error))
             return
         took = time.perf_counter() - began
+        problem = database.written_by_others()
+        if problem is not None:
+            yield Finding("store", "note", *problem)
         if facts is None:
             yield Finding("store", "ok", f"{database.name} answers; the first run makes its tables")
             return

@@ -10,6 +10,7 @@ from typing import IO, Any
 
 import click
 
+from stroma._words import one_line
 from stroma.cli.output import err
 
 __all__ = ["Code", "Problem", "command", "debugging"]
@@ -43,9 +44,10 @@ class Problem(click.ClickException):
         self.code = code
 
     def show(self, file: IO[Any] | None = None) -> None:
-        err.line(("stroma: ", "bold red"), self.message)
+        # Arguments, names of files and words of stores stand in these.
+        err.line(("stroma: ", "bold red"), one_line(self.message))
         for line in self.more:
-            err.line("  ", line)
+            err.line("  ", one_line(line))
 
 
 def command(name: str, *arguments: str, options: Sequence[str] = ()) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from typing import Any
 
 import click
@@ -11,7 +10,7 @@ import click
 from stroma.checkpoint.records import AttemptRecord, RunRecord
 from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem
-from stroma.cli.output import out
+from stroma.cli.output import out, write_private
 from stroma.cli.redaction import redact_of, redact_option
 from stroma.cli.runs import run_data
 from stroma.cli.show import attempt_data
@@ -57,12 +56,12 @@ def export(run_: str, form: str, path: str | None, states: bool, redact: str | N
         out.write(text)
         return Code.OK
     try:
-        # A run may hold what is nobody else's business.
-        with open(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8") as file:
-            file.write(text)
+        write_private(path, text)
     except OSError as error:
         raise Problem(
-            f"{path} cannot be written: {error.strerror}", "name another file: -o FILE", code=Code.ENVIRONMENT
+            f"{path} cannot be written: {error.strerror or error}",
+            "name another file: -o FILE",
+            code=Code.ENVIRONMENT,
         ) from error
     return Code.OK
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import json
 import os
 import re
 import shutil
+import stat
 import sys
+import tempfile
 import unicodedata
 from collections.abc import Sequence
 from typing import IO, Any, Final
 
-__all__ = ["Part", "Stream", "emit", "err", "out", "table"]
+__all__ = ["Part", "Stream", "emit", "err", "out", "table", "write_private"]
 
 #: Text, or text with a style of rich's ("bold red").
 Part = str | tuple[str, str]
@@ -114,6 +117,30 @@ class Stream:
             self._console.print(Text.assemble(*parts), soft_wrap=True)
         text: str = capture.get()
         return text
+
+
+def write_private(path: str | os.PathLike[str], text: str) -> None:
+    """Write a file that only its owner can read, in place of what is there; never through a link. Raises OSError."""
+    path = os.fspath(path)
+    with contextlib.suppress(FileNotFoundError):
+        kind = os.lstat(path).st_mode
+        if stat.S_ISLNK(kind):
+            raise FileExistsError(errno.ELOOP, "it is a link, which is not followed", path)
+        if not stat.S_ISREG(kind):  # A pipe, a terminal.
+            with open(
+                os.open(path, os.O_WRONLY | getattr(os, "O_NOFOLLOW", 0)), "w", encoding="utf-8"
+            ) as file:
+                file.write(text)
+            return
+    handle, temporary = tempfile.mkstemp(dir=os.path.dirname(path) or ".", prefix=".stroma-")
+    try:
+        with open(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+        os.replace(temporary, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise
 
 
 #: To the beginning of the line, and nothing of what stands there stays.

@@ -7,14 +7,15 @@ import time
 from datetime import datetime
 from typing import Any
 
+from stroma._words import typed
 from stroma.cli.errors import debugging
 from stroma.cli.output import Part, err
 from stroma.cli.words import clean, count, id_word, money, span
 from stroma.cost import BudgetExceeded
 from stroma.execution import NodeExecution, current_node
-from stroma.failures import FailureClass, NodeContext, diagnose
+from stroma.failures import Failure, FailureClass, NodeContext, diagnose, kind_of
 from stroma.hooks import MapProgress, NodeHooks
-from stroma.trace import ExecutionResult
+from stroma.trace import FAILURE, ExecutionResult
 
 __all__ = ["Progress", "listen", "timed_line"]
 
@@ -23,6 +24,13 @@ _FEW_ITEMS = 20  # of a map that are told one by one
 _SHOWN_FAILURES = 20  # of a map with more
 _LINE_SECONDS = 10.0  # between two lines about such a map, where none can be written over
 _UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
+
+
+def _message(node: NodeExecution | None, failure: Failure) -> str:
+    """The message of an attempt as it is recorded, without secrets, behind the type of the exception."""
+    recorded = None if node is None or node.ended is None else node.ended[FAILURE]
+    message = failure.message if recorded is None else recorded[1]
+    return typed(kind_of(failure.exception), message)
 
 
 class Progress:
@@ -134,7 +142,7 @@ class Progress:
         failure = diagnose(exc, NodeContext(node_id, attempt, run_id))
         verb = ("BUDGET", "bold red") if isinstance(exc, BudgetExceeded) else ("FAILED", "bold red")
         what = f"{failure_class}{f' {failure.reason}' if failure.reason else ''}"
-        self._event(node, node_id, verb, what, *self._used(), totals=True, why=clean(failure.message))
+        self._event(node, node_id, verb, what, *self._used(), totals=True, why=clean(_message(node, failure)))
 
     async def _node_retry(
         self, run_id: str, node_id: str, attempt: int, delay: float, failure_class: FailureClass

@@ -8,13 +8,14 @@ import os
 import re
 from collections import Counter
 from pathlib import Path
+from typing import Final
 
 import click
 
 from stroma.cli.completion import complete_run
 from stroma.cli.errors import Code, Problem
 from stroma.cli.load import load_pipeline
-from stroma.cli.output import emit, err, out
+from stroma.cli.output import emit, err, out, write_private
 from stroma.cli.redaction import redact_of, redact_option
 from stroma.cli.replay import again, recorded_run
 from stroma.cli.stores import Database, db_option
@@ -25,6 +26,7 @@ from stroma.testing.replaying import Replay
 
 __all__ = ["record"]
 
+_HALVES: Final = re.compile("[\ud800-\udfff]")
 _TEST = '''\
 """Run {run} of the pipeline {pipeline}, as it was recorded: no node is called, all else is done by the code as it is now.
 
@@ -91,8 +93,13 @@ def record(
             raise Problem(f"{file} is there already", "give another name, or --force", code=Code.USAGE)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        data.write_text(json.dumps(kept.to_json(), indent=2, ensure_ascii=False) + "\n", "utf-8")
-        path.write_text(_test(kept, found, target, path, data), "utf-8")
+        recorded = json.dumps(kept.to_json(), indent=2, ensure_ascii=False) + "\n"
+        # JSON has escapes for what UTF-8 cannot say: halves of characters.
+        recorded = _HALVES.sub(lambda half: f"\\u{ord(half[0]):04x}", recorded)
+        write_private(data, recorded)
+        write_private(
+            path, _test(kept, found, target, path, data).encode("utf-8", "backslashreplace").decode()
+        )
     except OSError as error:
         raise Problem(
             f"the test cannot be written: {error}", "name another file", code=Code.ENVIRONMENT

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Protocol, TypeVar
+from urllib.parse import unquote
 
 import click
 
@@ -21,6 +23,7 @@ from stroma.checkpoint.records import RunRecord
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.checkpoint.urls import open_store
 from stroma.cli.errors import Code, Problem, command
+from stroma.cli.output import err
 from stroma.cli.words import ago, clean
 
 __all__ = ["Database", "Keeper", "db_option"]
@@ -28,7 +31,9 @@ __all__ = ["Database", "Keeper", "db_option"]
 F = TypeVar("F", bound=Callable[..., Any])
 #: What may be a password: from the first colon of "user:password@host" on, and whatever an option calls one.
 _USER: Final = re.compile(r"(?<=://)([^:@]*):.+@", re.DOTALL)
-_OPTION: Final = re.compile(r"(password[^=&\s]*=)[^&\s]*", re.IGNORECASE)
+_SECRET: Final = re.compile("passw(or)?d|pwd|passphrase|token|secret|api_?key", re.IGNORECASE)
+#: "name = value" as libpq reads it: a value may be quoted, with backslashes before quotes in it.
+_PAIR: Final = re.compile(r"([^\s=&?]*)(\s*=\s*)('(?:\\.|[^'\\])*(?:'|$)|[^\s&]*)", re.DOTALL)
 
 
 def db_option(func: F) -> F:
@@ -42,10 +47,21 @@ def db_option(func: F) -> F:
 
 
 def masked(given: str) -> str:
-    """A path or URL without its password."""
-    if given.startswith(("sqlite:", "memory:")):
-        return given
-    return _OPTION.sub(r"\1***", _USER.sub(r"\1:***@", given))
+    """A path or URL without its passwords, whatever form they have."""
+    if "://" not in given:
+        return _PAIR.sub(lambda pair: f"{pair[1]}{pair[2]}***" if _is_secret(pair[1]) else pair[0], given)
+    if not given.startswith(("sqlite:", "memory:")):
+        given = _USER.sub(r"\1:***@", given)
+    address, mark, query = given.partition("?")
+    options = [option.partition("=") for option in query.split("&")]
+    shown = "&".join(
+        f"{name}=***" if _is_secret(name) else f"{name}{sep}{value}" for name, sep, value in options
+    )
+    return f"{address}{mark}{shown}"
+
+
+def _is_secret(name: str) -> bool:
+    return _SECRET.search(unquote(name)) is not None
 
 
 def data_directory() -> Path:
@@ -89,8 +105,37 @@ class Database:
     is_secret: bool = False
 
     @classmethod
-    def choose(cls, given: str | None) -> Database:
-        """The store of --db, of STROMA_DB, or the default one. Nothing is opened yet. Raises Problem."""
+    def choose(cls, given: str | None, *, quiet: bool = False) -> Database:
+        """The store of --db, of STROMA_DB, or the default one. Nothing is opened yet. Raises Problem.
+
+        Warns of a file that others can write to, unless ``quiet``.
+        """
+        database = cls._chosen(given)
+        problem = None if quiet else database.written_by_others()
+        if problem is not None:
+            err.line(("warning: ", "yellow"), "; ".join(problem))
+        return database
+
+    def written_by_others(self) -> tuple[str, str] | None:
+        """Return what is wrong with who may write to the file of the store, and the fix; None if nothing is."""
+        if not isinstance(self.store, SQLiteStore) or not hasattr(os, "geteuid"):
+            return None
+        try:
+            found = os.stat(self.store.path)
+        except OSError:
+            return None
+        fix = f"chmod go-w {shlex.quote(self.store.path)}"
+        if found.st_mode & 0o022:
+            return f"{self.name} can be written by other users, who can change what runs go on with", fix
+        if found.st_uid not in (0, os.geteuid()):
+            return (
+                f"{self.name} belongs to another user, who can change what runs go on with",
+                "use one of your own",
+            )
+        return None
+
+    @classmethod
+    def _chosen(cls, given: str | None) -> Database:
         if not given:
             try:
                 path = data_directory() / "runs.db"
@@ -111,8 +156,9 @@ class Database:
         except ImportError as error:
             raise Problem(f"--db {clean(shown)}: {error}", code=Code.ENVIRONMENT) from error
         if isinstance(store, SQLiteStore) and os.path.isdir(store.path):
-            raise Problem(f"--db {given} is a directory", "name a file in it", code=Code.ENVIRONMENT)
-        source = click.get_current_context().get_parameter_source("db")
+            raise Problem(f"--db {shown} is a directory", "name a file in it", code=Code.ENVIRONMENT)
+        context = click.get_current_context(silent=True)
+        source = None if context is None else context.get_parameter_source("db")
         if source is click.core.ParameterSource.ENVIRONMENT:
             return cls(shown, (), False, store)
         return cls(shown, () if secret else ("--db", given), False, store, secret)

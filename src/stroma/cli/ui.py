@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
+import secrets
 import socket
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 
 import click
 
+from stroma._child import child_command, child_environment
 from stroma.checkpoint._states import AsyncStates
 from stroma.cli.errors import Code, Problem
 from stroma.cli.load import load_pipeline
@@ -39,13 +39,13 @@ _PORT = 8427
     help="Where to listen; 0 takes a free port.",
 )
 @click.option(
-    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Another address needs --token."
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on."
 )
 @click.option(
     "--token",
     envvar="STROMA_UI_TOKEN",
     metavar="TEXT",
-    help="What everybody must show who connects, 16 characters or more.  [env: STROMA_UI_TOKEN]",
+    help="Access token that clients must send; a new one if left out.  [env: STROMA_UI_TOKEN]",
 )
 @click.option(
     "--name",
@@ -67,14 +67,16 @@ def ui(
         from stroma.ui import Settings, make_app, serve
     except ImportError as error:
         raise Problem(str(error), code=Code.ENVIRONMENT) from error
-    loopback = _is_loopback(host)
-    if not loopback and token is None:
+    loopback, made = _is_loopback(host), token is None
+    if token is None and loopback:
+        token = secrets.token_urlsafe(24)
+    if not loopback and not token:
         raise Problem(
             f"--host {host} can be reached from elsewhere, and nobody would have to say who they are",
             "give a token: STROMA_UI_TOKEN=... stroma ui --host ..., or leave --host out",
             code=Code.USAGE,
         )
-    if token is not None and len(token) < 16:
+    if token and len(token) < 16:
         raise Problem("the token is shorter than 16 characters: it could be guessed", code=Code.USAGE)
     database = Database.choose(db)
     store = database.store
@@ -88,25 +90,38 @@ def ui(
     listening = _listen(host, port)
     port = listening.getsockname()[1]
     shown = f"[{host}]" if ":" in host else host
-    address = f"http://{shown}:{port}/"
+    address, private_host = f"http://{shown}:{port}/", None
     hosts = [f"{shown}:{port}", *names]
     if loopback:
         hosts += [f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"]
+    if loopback and token:
+        # A cookie goes to every port of its host. Browsers resolve all names under localhost to this machine.
+        private_host = f"stroma-{secrets.token_hex(8)}.localhost:{port}"
+        address = f"http://{private_host}/"
+        hosts.append(private_host)
     if port == 80:
         hosts += [name.rpartition(":")[0] for name in hosts if name.endswith(":80")]
     settings = Settings(
         store=store,
         name=database.name,
         hosts=hosts,
-        token=token,
+        token=token or None,
+        private_host=None if private_host is None else private_host.removesuffix(":80"),
         redact=None if pipeline is None or pipeline.config is None else pipeline.config.redact,
         pipeline=None if pipeline is None else pipeline.name,
         resume=None if target is None else _resumer(database, target, db),
         command=_hint(database, target),
         lineage=None if pipeline is None else _lineage(pipeline),
     )
-    # The token is in the environment or the command line of whoever started this: here it is not repeated.
-    out.line(f"{address}{'?token=...' if token is not None else ''}")
+    # A token of the user's is in their environment or command line: here it is not repeated.
+    out.line(f"{address}{f'?token={token}' if token and made else '?token=...' if token else ''}")
+    if private_host is not None:
+        err.line(
+            (
+                f"if the browser does not find that: http://{shown}:{port}/ with the token as the password",
+                "dim",
+            )
+        )
     err.line(("stop with Ctrl-C", "dim"))
     with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
         serve(make_app(settings), listening)
@@ -158,8 +173,8 @@ def _resumer(database: Database, target: str, db: str | None) -> Callable[[str],
 
     def resume(run_id: str) -> None:
         # The store by the environment: every process can see the options of a command.
-        env = dict(os.environ, STROMA_DB=db) if db else dict(os.environ)
-        words = [sys.executable, "-m", "stroma", "resume", "--quiet", "--", run_id, target]
+        env = child_environment(STROMA_DB=db) if db else child_environment()
+        words = child_command("resume", "--quiet", "--", run_id, target)
         process = subprocess.Popen(
             words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
         )

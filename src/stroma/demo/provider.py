@@ -47,6 +47,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self, TypedDict
 
+from stroma._child import child_environment
 from stroma.demo import _rules
 
 __all__ = [
@@ -608,6 +609,7 @@ def start_provider(seed: int = DEFAULT_SEED, *, calm: bool = False, hang_seconds
     with tempfile.TemporaryFile() as errors:
         process = subprocess.Popen(
             command,
+            env=child_environment(),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=errors,

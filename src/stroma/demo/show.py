@@ -18,6 +18,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
+from stroma._child import child_command, child_environment
 from stroma.checkpoint import AttemptRecord
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
@@ -56,9 +57,9 @@ class Demo:
     def start(self, words: Sequence[str], **environment: str) -> subprocess.Popen[bytes]:
         """One ``stroma`` command in a process of its own, its progress shown as it goes."""
         self.say("$ stroma " + shlex.join(words))
-        env = {**os.environ, BASE_URL_VARIABLE: self.provider.base_url, **environment}
+        env = child_environment(**{BASE_URL_VARIABLE: self.provider.base_url, **environment})
         env.pop("OPENAI_API_KEY", None)  # The demo buys nothing, whatever the user's shell is set up for.
-        return subprocess.Popen([sys.executable, "-m", "stroma", *words], env=env, stdout=subprocess.DEVNULL)
+        return subprocess.Popen(child_command(*words), env=env, stdout=subprocess.DEVNULL)
 
     def run(self, words: Sequence[str], **environment: str) -> int:
         return self.start(words, **environment).wait(_PATIENCE_SECONDS)

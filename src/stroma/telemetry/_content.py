@@ -8,6 +8,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
 
+from stroma._words import visible
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation
 from stroma.failures import message_of
@@ -24,7 +25,6 @@ DENY_KEYS: Final = (
     "passphrase", "passwd", "password", "private_key", "pwd", "refresh_token", "secret", "set_cookie", "ssn",
 )  # fmt: skip
 _REDACTED: Final = "[redacted]"
-_HIDDEN: Final = "**********"  # as pydantic shows a secret
 _DEEPEST: Final = 50
 #: Between the words of a name in camel case.
 _WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])")
@@ -65,7 +65,7 @@ class Content:
         except Exception as error:
             # A number of ten thousand digits, say. The span is worth more than its input.
             return f"[unreadable: {type(error).__name__}]"
-        return self.cut(_without_secrets(run, text))
+        return self.cut(run.masked(text))
 
     def message(self, run: ReliabilityContext, said: BaseException | str) -> str | None:
         """What an exception says; None in mode "none"."""
@@ -73,9 +73,9 @@ class Content:
             return None
         if isinstance(said, ContractViolation) and isinstance(said.raw, dict):
             run.note_secrets(said.raw)  # Of an input that nobody was shown.
-        text = _without_secrets(run, said if isinstance(said, str) else message_of(said))
+        text = run.masked(said if isinstance(said, str) else message_of(said))
         shown = run.shown({"message": text}).get("message")
-        return self.cut(shown if isinstance(shown, str) else _REDACTED)
+        return self.cut(visible(shown) if isinstance(shown, str) else _REDACTED)
 
     def cut(self, text: str) -> str:
         """At most ``max_bytes`` of a text, with a mark that says how long it was."""
@@ -87,7 +87,15 @@ class Content:
     def _denied(self, name: str) -> bool:
         """Whether the last words of a name, or all of them, are a denied one; "context" does not end with "text"."""
         words = _WORD_ENDS.sub("_", name).casefold().replace("-", "_").split("_")
-        return any("".join(words[start:]) in self.deny_keys for start in range(len(words)))
+        longest = max(map(len, self.deny_keys), default=0)
+        tail = ""
+        for word in reversed(words):
+            tail = word + tail
+            if len(tail) > longest:
+                return False
+            if word and tail in self.deny_keys:
+                return True
+        return False
 
     def _allowed(self, value: Any, depth: int) -> Any:
         if depth > _DEEPEST:
@@ -117,10 +125,3 @@ def _plain(name: str) -> str:
 def _shape(value: Any) -> str:
     size = f"[{len(value)}]" if isinstance(value, (str, bytes, list, tuple, set, frozenset, dict)) else ""
     return f"{type(value).__name__}{size}"
-
-
-def _without_secrets(run: ReliabilityContext, text: str) -> str:
-    """The longest first: one may stand in another."""
-    for secret in sorted(run.secrets or (), key=len, reverse=True):
-        text = text.replace(secret, _HIDDEN).replace(json.dumps(secret, ensure_ascii=False)[1:-1], _HIDDEN)
-    return text

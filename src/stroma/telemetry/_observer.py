@@ -25,6 +25,7 @@ __all__ = [
     "WRITING",
     "Ended",
     "ExporterHooks",
+    "ModelLabels",
     "Observer",
     "exceeded",
     "is_returned",
@@ -40,6 +41,10 @@ NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
 _CLOSING_SECONDS: Final = 0.1
 #: True while log_hooks writes: an exporter that listens to logs has been told of that event by its own hooks.
 WRITING: Final[ContextVar[bool]] = ContextVar("stroma_writing", default=False)
+
+#: Different models that one exporter labels its metrics with; what comes after them is "other".
+_MOST_MODELS: Final = 200
+_LONGEST_MODEL: Final = 100  # characters
 
 T = TypeVar("T")
 logger = logging.getLogger("stroma.telemetry")
@@ -318,6 +323,22 @@ class ExporterHooks(NodeHooks):
             return bool(await asyncio.wait_for(pending, seconds))
         except TimeoutError:
             return None
+
+
+class ModelLabels:
+    """Names of models as labels of metrics: a provider's answers cannot make series without end."""
+
+    def __init__(self) -> None:
+        self._seen: set[str] = set()
+
+    def __call__(self, model: str | None) -> str:
+        """Return the label for a model: its name, or "other" once there have been 200 names."""
+        name = sound(model or "")[:_LONGEST_MODEL]
+        if name not in self._seen:
+            if len(self._seen) >= _MOST_MODELS:
+                return "other"
+            self._seen.add(name)
+        return name
 
 
 def sound(text: str) -> str:

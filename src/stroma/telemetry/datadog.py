@@ -14,12 +14,12 @@ from stroma.telemetry._observer import (
     CUT_SHORT,
     Ended,
     ExporterHooks,
+    ModelLabels,
     Observer,
     exceeded,
     is_returned,
     missing,
     seconds_elsewhere,
-    sound,
 )
 from stroma.trace import ExecutionResult
 
@@ -116,6 +116,7 @@ class _Datadog(Observer):
         own_client: bool,
     ) -> None:
         super().__init__()
+        self._model_label = ModelLabels()
         self._tracer, self._statsd, self._service, self._content = tracer, statsd, service, content
         self._own_client = own_client
 
@@ -245,7 +246,7 @@ class _Datadog(Observer):
         self._count("node.executions", 1, outcome)
         self._distribution("node.duration", seconds, tags)
         if usage.tokens:
-            tags.append(f"model:{sound(usage.model or '')}")
+            tags.append(f"model:{self._model_label(usage.model)}")
             self._count("tokens", usage.input_tokens, [*tags, "direction:input"])
             self._count("tokens", usage.output_tokens, [*tags, "direction:output"])
             self._count("cost_usd", usage.cost_usd, tags)

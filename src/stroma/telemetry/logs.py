@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import json
 import logging
+import re
 import sys
 from collections.abc import Callable, Collection, MutableMapping
 from time import perf_counter
-from typing import Any
+from typing import Any, Final
 
+from stroma._words import one_line
 from stroma.context import ReliabilityContext
 from stroma.execution import NodeExecution
 from stroma.failures import FailureClass
@@ -17,6 +20,7 @@ from stroma.trace import ExecutionResult
 
 __all__ = ["log_hooks"]
 
+_NEEDS_QUOTES: Final = re.compile(r"""[\s="]""")
 _LEVELS = {"success": logging.INFO, "failure": logging.WARNING}
 
 
@@ -178,8 +182,11 @@ def _log(logger: Any, level: int, text: str, said: str, fields: dict[str, Any]) 
 
 
 def _in_line(value: Any) -> Any:
-    """A value as a part of one line: ids and messages may be any text."""
-    return value if not isinstance(value, str) or value.isprintable() else repr(value)[1:-1]
+    """A value as a part of one line: ids and messages may be any text, and none can look like another field."""
+    if not isinstance(value, str):
+        return value
+    text = one_line(value)
+    return json.dumps(text, ensure_ascii=False) if _NEEDS_QUOTES.search(text) else text
 
 
 def _with_fields(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:

@@ -20,12 +20,12 @@ from stroma.telemetry._observer import (
     NODE_BUCKETS,
     Ended,
     ExporterHooks,
+    ModelLabels,
     Observer,
     exceeded,
     is_returned,
     missing,
     seconds_elsewhere,
-    sound,
 )
 from stroma.trace import ExecutionResult
 
@@ -114,6 +114,7 @@ class _OpenTelemetry(Observer):
         content: Content,
     ) -> None:
         super().__init__()
+        self._model_label = ModelLabels()
         from opentelemetry import context, metrics, trace
         from opentelemetry.trace.propagation.tracecontext import TraceContextTextMapPropagator
 
@@ -302,7 +303,7 @@ class _OpenTelemetry(Observer):
         self._executions.add(1, outcome)
         self._node_seconds.record(seconds, labels)
         if usage.tokens:
-            about = {**labels, "stroma.model": sound(usage.model or "")}
+            about = {**labels, "stroma.model": self._model_label(usage.model)}
             self._tokens.add(usage.input_tokens, {**about, "gen_ai.token.type": "input"})
             self._tokens.add(usage.output_tokens, {**about, "gen_ai.token.type": "output"})
             self._cost.add(usage.cost_usd, about)

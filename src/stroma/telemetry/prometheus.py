@@ -13,6 +13,7 @@ from stroma.telemetry._observer import (
     NODE_BUCKETS,
     Ended,
     ExporterHooks,
+    ModelLabels,
     Observer,
     exceeded,
     is_returned,
@@ -100,6 +101,7 @@ class _Metrics:
         self.exceeded = counter("stroma_budget_exceeded", "Runs that a budget stopped.", "dimension")
         self.waits = counter("stroma_node_waits", "Attempts that waited for their turn.", "node_id")
         self.circuits = counter("stroma_circuit_changes", "What circuits came to.", "circuit", "state")
+        self.model_label = ModelLabels()
         self.hook_errors = counter("stroma_hook_errors", "Exceptions that hooks raised.", "hook")
 
 
@@ -170,7 +172,7 @@ class _Prometheus(Observer):
         metrics.executions(pipeline, node_id, ended.outcome, ended.class_name).inc()
         metrics.node_seconds(pipeline, node_id).observe((node.duration_ms or 0.0) / 1000)
         if usage.tokens:
-            model = usage.model or ""
+            model = metrics.model_label(usage.model)
             metrics.tokens(pipeline, node_id, model, "input").inc(usage.input_tokens)
             metrics.tokens(pipeline, node_id, model, "output").inc(usage.output_tokens)
             metrics.cost(pipeline, node_id, model).inc(usage.cost_usd)

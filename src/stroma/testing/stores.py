@@ -951,7 +951,8 @@ class JournalStoreTests:
             assert found(limit, failure_class="TERMINAL", tag="all") == [6, 3, 0]
             assert found(limit, failure_class="TERMINAL", node="n3") == [3]
             assert found(limit, failure_class="RECOVERABLE", node="n3") == []
-            assert found(limit, text="ERROR 3") == [3]
+            if not _has_codec(store):  # What it hides cannot be searched.
+                assert found(limit, text="ERROR 3") == [3]
             assert found(limit, text="RUN-", statuses=("COMPLETED",)) == [7, 4, 1]
             assert found(limit, pipeline="pipeline", tag="é 1", text="pipe") == list(range(8, -1, -1))
         assert (
@@ -1108,8 +1109,7 @@ class JournalStoreTests:
             session.note_trouble(3, "1", number, failed[STARTED], partial(bytes, data))
             await settled(session.record(failed, None, None))
         found = store.trouble_of("run", 3, "1")
-        codec = getattr(getattr(store, "_payloads", None), "codec", None)
-        if codec is not None:
+        if _has_codec(store):
             assert found is None, "lines of source are not kept beside what a codec hides"
             return
         assert found is not None
@@ -1208,3 +1208,7 @@ class JournalStoreTests:
             await settled(store.load_typed("run", "a", Strict))
         with pytest.raises(TypeError, match="schema must be a BaseModel type"):
             await settled(store.load_typed("run", "a", int))
+
+
+def _has_codec(store: Any) -> bool:
+    return getattr(getattr(store, "_payloads", None), "codec", None) is not None

@@ -38,6 +38,7 @@ class Settings:
         name: what the pages call the store; without a password.
         hosts: what the Host header may be: "127.0.0.1:8427".
         token: what everybody must show who connects; None where only this machine can.
+        private_host: one of ``hosts`` whose name nobody else has; only under it the token becomes a cookie.
         redact: see RunConfig; applied to every state.
         pipeline: the name of the pipeline whose runs can be resumed from here; None if none can.
         resume: begins a process that resumes a run, by its id.
@@ -50,6 +51,7 @@ class Settings:
     name: str
     hosts: Sequence[str]
     token: str | None = None
+    private_host: str | None = None
     redact: Redact | None = None
     pipeline: str | None = None
     resume: Callable[[str], None] | None = None
@@ -101,4 +103,5 @@ def make_app(settings: Settings) -> ASGIApp:
         routes=routes,
         exception_handlers={StoreError: on_store_error, HTTPException: on_http_error, Exception: on_anything},
     )
-    return Guard(app, keys, frozenset(host.lower() for host in settings.hosts))
+    hosts = frozenset(host.lower() for host in settings.hosts)
+    return Guard(app, keys, hosts, settings.private_host)

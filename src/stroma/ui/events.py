@@ -7,7 +7,7 @@ import hashlib
 import math
 import time
 from collections.abc import AsyncIterator
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from anyio import to_thread
 from starlette.exceptions import HTTPException
@@ -25,6 +25,36 @@ __all__ = ["Events"]
 _MOST: Final = 50
 #: Looks without news after which a word shows that the connection lives.
 _STILL: Final = 15
+_LONGEST_ID: Final = 10_000  # characters
+
+
+class _Watched:
+    """What pages watch: one run, or the list of all. One look serves all pages that are open."""
+
+    def __init__(self) -> None:
+        self.pages = 0
+        #: What was seen last, and when.
+        self.when, self.state = -math.inf, ""
+        self.looking = asyncio.Lock()
+
+
+class _Stream(StreamingResponse):
+    """Events for one page, which is counted from before the first one until the connection ends."""
+
+    def __init__(self, events: Events, request: Request, run_id: str | None) -> None:
+        self._events, self._run_id = events, run_id
+        watched = events.open(run_id)
+        super().__init__(
+            events.changes(request, run_id, watched),
+            media_type="text/event-stream",
+            headers={"x-accel-buffering": "no"},
+        )
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self._events.close(self._run_id)
 
 
 class Events:
@@ -33,47 +63,52 @@ class Events:
     def __init__(self, settings: Settings) -> None:
         self._settings = settings
         self._open = 0
-        #: What was seen last, and when, for each thing that is watched: one look serves all pages.
-        self._seen: dict[str | None, tuple[float, str]] = {}
-        self._looking: dict[str | None, asyncio.Lock] = {}
+        self._watched: dict[str | None, _Watched] = {}
 
     async def stream(self, request: Request) -> Response:
+        run_id = request.query_params.get("id")
+        if run_id is not None and len(run_id) > _LONGEST_ID:
+            raise HTTPException(414, "this is longer than any run id")
         if self._open >= _MOST:
             raise HTTPException(503, "too many pages are open; close some")
-        run_id = request.query_params.get("id")
-        headers = {"x-accel-buffering": "no"}
-        return StreamingResponse(
-            self._changes(request, run_id), media_type="text/event-stream", headers=headers
-        )
+        return _Stream(self, request, run_id)
 
-    async def _changes(self, request: Request, run_id: str | None) -> AsyncIterator[str]:
+    def open(self, run_id: str | None) -> _Watched:
+        """Count one more page."""
         self._open += 1
-        try:
-            seen, still = await self._look(run_id), 0
-            yield "retry: 2000\n\n"
-            while not await request.is_disconnected():
-                await asyncio.sleep(self._settings.poll_seconds)
-                state = await self._look(run_id)
-                if state != seen:
-                    seen, still = state, 0
-                    yield "event: changed\ndata: {}\n\n"
-                else:
-                    still += 1
-                    if still % _STILL == 0:
-                        yield ": still here\n\n"
-        finally:
-            self._open -= 1
-            if not self._open:
-                self._seen.clear()
-                self._looking.clear()
+        watched = self._watched.setdefault(run_id, _Watched())
+        watched.pages += 1
+        return watched
 
-    async def _look(self, run_id: str | None) -> str:
-        async with self._looking.setdefault(run_id, asyncio.Lock()):
-            when, state = self._seen.get(run_id, (-math.inf, ""))
-            if time.monotonic() - when >= self._settings.poll_seconds / 2:
-                state = await to_thread.run_sync(self._state, run_id)
-                self._seen[run_id] = time.monotonic(), state
-            return state
+    def close(self, run_id: str | None) -> None:
+        """Count one page less, and forget what no page watches any more."""
+        self._open -= 1
+        watched = self._watched[run_id]
+        watched.pages -= 1
+        if not watched.pages:
+            del self._watched[run_id]
+
+    async def changes(self, request: Request, run_id: str | None, watched: _Watched) -> AsyncIterator[str]:
+        """Yield an event for each change, until the page is closed."""
+        seen, still = await self._look(run_id, watched), 0
+        yield "retry: 2000\n\n"
+        while not await request.is_disconnected():
+            await asyncio.sleep(self._settings.poll_seconds)
+            state = await self._look(run_id, watched)
+            if state != seen:
+                seen, still = state, 0
+                yield "event: changed\ndata: {}\n\n"
+            else:
+                still += 1
+                if still % _STILL == 0:
+                    yield ": still here\n\n"
+
+    async def _look(self, run_id: str | None, watched: _Watched) -> str:
+        async with watched.looking:
+            if time.monotonic() - watched.when >= self._settings.poll_seconds / 2:
+                watched.state = await to_thread.run_sync(self._state, run_id)
+                watched.when = time.monotonic()
+            return watched.state
 
     def _state(self, run_id: str | None) -> str:
         """A fingerprint of what the page shows."""

@@ -17,7 +17,7 @@ from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
 from stroma._frames import Trouble
-from stroma._words import clean, count, money, short_id, span
+from stroma._words import clean, count, money, short_id, span, with_marks
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.exports import chrome_trace, otlp
 from stroma.failures import FailureClass
@@ -90,6 +90,7 @@ class Pages:
             undefined=StrictUndefined,
             trim_blocks=True,
             lstrip_blocks=True,
+            finalize=_finalized,
         )
         self._templates.filters |= {
             "clean": clean, "money": money, "count": count, "span": span, "took": _took, "tone": _tone, "json": _shown, "short": short_id, "when": utc,
@@ -454,6 +455,10 @@ def _tree(held: Payload, broke: list[str]) -> dict[str, Any]:
     if held.problem is not None:
         return {"problem": held.problem, "tree": None}
     return {"problem": None, "tree": Markup(tree(held.value, broke))}  # page.py escapes every word
+
+
+def _finalized(value: Any) -> Any:
+    return with_marks(value) if type(value) is str else value
 
 
 def _shown(value: Any) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import hashlib
 import hmac
 import secrets
@@ -9,7 +10,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from dataclasses import dataclass, field
 from http.cookies import CookieError, SimpleCookie
 from typing import Any, Final
-from urllib.parse import parse_qsl, quote, urlencode, urlsplit
+from urllib.parse import parse_qsl, quote, urlencode
 
 __all__ = ["HEADERS", "Guard", "Keys"]
 
@@ -32,6 +33,8 @@ HEADERS: Final = {
 }
 _COOKIE: Final = "stroma_ui"
 _SAFE: Final = ("GET", "HEAD")
+_LOOPBACK: Final = ("127.0.0.1:", "localhost:", "[::1]:")
+_CHALLENGE: Final = [(b"www-authenticate", b'Basic realm="stroma", charset="UTF-8"')]
 #: A picture of ours has its style in it. It is shown as an image, which runs nothing, or by itself.
 PICTURE_POLICY: Final = "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'"
 
@@ -60,11 +63,16 @@ class Keys:
         return self._sign(f"cookie\0{self.token}")
 
     def admits(self, authorization: str, cookies: str) -> bool:
-        """Whether a request shows the token, or the cookie that it was given for it."""
+        """Return whether a request shows the token, or the cookie that it was given for it.
+
+        A browser sends credentials of Basic to one port only, and a cookie to all ports of a host.
+        """
         if self.token is None:
             return True
         kind, _, shown = authorization.partition(" ")
         if kind.lower() == "bearer" and self.is_token(shown.strip()):
+            return True
+        if kind.lower() == "basic" and self.is_token(_password(shown.strip())):
             return True
         try:
             kept = SimpleCookie(cookies).get(_COOKIE)
@@ -83,12 +91,24 @@ class Keys:
         return hmac.new(self.secret, text.encode("utf-8", "surrogatepass"), hashlib.sha256).hexdigest()
 
 
+def _password(credentials: str) -> str:
+    """Return the password in the credentials of Basic; "" where there is none."""
+    try:
+        return base64.b64decode(credentials, validate=True).decode().partition(":")[2]
+    except ValueError:
+        return ""
+
+
 class Guard:
     """Around the application: looks at every request before it, and puts the headers on every answer."""
 
-    def __init__(self, app: ASGIApp, keys: Keys, hosts: frozenset[str]) -> None:
-        """``hosts``: what the Host header may be, with the port; lower case."""
+    def __init__(
+        self, app: ASGIApp, keys: Keys, hosts: frozenset[str], private_host: str | None = None
+    ) -> None:
+        """``hosts``: what the Host header may be, with the port; lower case. ``private_host``: one of them that no
+        other server on this machine has, so that a cookie for it reaches nobody else."""
         self._app = app
+        self._private_host = private_host
         self._keys = keys
         self._hosts = hosts
 
@@ -115,18 +135,23 @@ class Guard:
     ) -> tuple[int, str, list[tuple[bytes, bytes]]] | None:
         """(status, words, headers) of a request that goes no further."""
         host = headers.get("host", "").lower()
+        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
+        if origin is not None and origin.lower() not in (f"http://{host}", f"https://{host}"):
+            return 403, "the request comes from a page of another site", []
         # Another name that leads here is a page elsewhere that has its browser ask us.
         if host not in self._hosts:
             return 421, "this is not a host of this server; use the address that `stroma ui` printed", []
         if scope["method"] not in (*_SAFE, "POST"):
             return 405, "this server knows GET and POST", []
-        origin, site = headers.get("origin"), headers.get("sec-fetch-site")
-        if origin is not None and urlsplit(origin).netloc.lower() != host:
-            return 403, "the request comes from a page of another site", []
         if scope["method"] == "POST" and (origin is None and site not in (None, "same-origin")):
             return 403, "the request comes from a page of another site", []
-        if site not in (None, "none", "same-origin") and headers.get("sec-fetch-mode") != "navigate":
+        navigates = headers.get("sec-fetch-mode") == "navigate"
+        if site not in (None, "none", "same-origin") and not (
+            navigates and headers.get("sec-fetch-dest", "document") == "document"
+        ):
             return 403, "the request comes from a page of another site", []
+        if navigates and scope["path"] == "/events":
+            return 403, "this is for the pages of this server, not to be opened by itself", []
         if self._keys.token is None:
             return None
         asked = parse_qsl(scope["query_string"].decode("latin-1"), keep_blank_values=True)
@@ -136,13 +161,18 @@ class Guard:
             rest = urlencode([pair for pair in asked if pair[0] != "token"])
             # One slash: two would name another host.
             there = "/" + quote(scope["path"]).lstrip("/") + (f"?{rest}" if rest else "")
+            if host != self._private_host:
+                if self._private_host is not None and host.startswith(_LOOPBACK):
+                    there = f"http://{self._private_host}{there}{'&' if rest else '?'}{urlencode({'token': self._keys.token})}"
+                return 303, "", [(b"location", there.encode())]
             cookie = f"{_COOKIE}={self._keys.cookie}; Path=/; HttpOnly; SameSite=Strict"
             return 303, "", [(b"location", there.encode()), (b"set-cookie", cookie.encode())]
-        if not self._keys.admits(headers.get("authorization", ""), headers.get("cookie", "")):
+        cookies = headers.get("cookie", "") if host == self._private_host else ""
+        if not self._keys.admits(headers.get("authorization", ""), cookies):
             return (
                 401,
-                "open the address with ?token=..., as `stroma ui` printed it",
-                [(b"www-authenticate", b"Bearer")],
+                "open the address that `stroma ui` printed, or sign in with any name and the token as the password",
+                _CHALLENGE,
             )
         return None
 

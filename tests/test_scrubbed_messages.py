@@ -1,0 +1,261 @@
+"""Messages of failures wherever they are shown: no secrets, nothing that a terminal or a reader obeys, and their type."""
+
+from __future__ import annotations
+
+import base64
+import io
+import logging
+import time
+import zlib
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+from urllib.parse import quote
+
+import pytest
+from pydantic import BaseModel, SecretStr, field_validator
+
+from stroma import (
+    AsyncInMemoryStore,
+    FailureClass,
+    FailurePolicy,
+    NodeHooks,
+    SQLiteStore,
+    StromaRunner,
+    Suspend,
+    current_node,
+)
+from stroma._showing import hidden_values, scrubbed_error, without
+from stroma.cli import main as stroma_command
+from stroma.telemetry import log_hooks
+from stroma.telemetry._content import Content
+
+SECRET = "sk-live/abc+def 123456"
+NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
+FORGED = "no\r\n2026-01-01 ERROR forged\x1b[2J\u202egnp.exe"
+
+
+class Call(BaseModel):
+    user: str = "ada"
+    token: SecretStr = SecretStr(SECRET)
+
+
+class Zip:
+    """A codec, so that the store takes secrets."""
+
+    def encode(self, data: bytes) -> bytes:
+        return zlib.compress(data)
+
+    def decode(self, data: bytes) -> bytes:
+        return zlib.decompress(data)
+
+
+class Log:
+    def __init__(self) -> None:
+        self.stream = io.StringIO()
+        self.handler = logging.StreamHandler(self.stream)
+        self.handler.setFormatter(logging.Formatter("%(levelname)s %(name)s %(message)s"))
+
+    @property
+    def text(self) -> str:
+        return self.stream.getvalue()
+
+
+@pytest.fixture
+def log() -> Iterator[Log]:
+    """All that is logged, as a file would have it."""
+    made = Log()
+    logger = logging.getLogger("stroma")
+    logger.addHandler(made.handler)
+    logger.setLevel(logging.DEBUG)
+    yield made
+    logger.removeHandler(made.handler)
+    logger.setLevel(logging.NOTSET)
+
+
+def failing(runner: StromaRunner, raised: Any) -> list[Any]:
+    @runner.node("call", input=Call, output=Call)
+    async def call(state: Call) -> Any:
+        raise raised(state) if callable(raised) else raised
+
+    return [call]
+
+
+def forms(secret: str) -> list[str]:
+    """A secret as messages quote it."""
+    return [secret, quote(secret, safe=""), secret.encode().hex(), base64.b64encode(secret.encode()).decode()]
+
+
+@pytest.mark.parametrize("form", range(4))
+@pytest.mark.parametrize("durable", [False, True])
+async def test_secrets_are_masked_everywhere(tmp_path: Path, log: Log, form: int, durable: bool) -> None:
+    """The text of a SecretStr, also encoded, is in no log line, trace, page, store or exporter's field."""
+    store: Any = SQLiteStore(tmp_path / "runs.db", codec=Zip()) if durable else AsyncInMemoryStore()
+    runner = StromaRunner.quick(store=store, policy_map=NEVER, hooks=log_hooks(content="redacted"))
+    said = lambda state: ValueError(f"GET /v1?key={forms(state.token.get_secret_value())[form]} failed")  # noqa: E731
+    result = await runner.run(failing(runner, said), Call(), run_id="r")
+    assert result.failure is not None
+    assert isinstance(result.failure.exception, ValueError)
+    assert "key=**********" in result.failure.message
+    for told in (
+        log.text, result.trace.to_json(), result.to_html(), result.failure.message, repr(result.trace.failures()),
+        repr(store.attempts("r")[0].message), repr(store.get_run("r")),
+    ):  # fmt: skip
+        for secret in forms(SECRET):
+            assert secret not in told
+    if durable:
+        await store.aclose()
+
+
+async def test_secrets_of_the_context_are_masked() -> None:
+    """A secret in the run's context is masked like one of a state."""
+    runner = StromaRunner.quick(policy_map=NEVER, context={"client": {"key": SecretStr("context-secret")}})
+    result = await runner.run(failing(runner, ValueError("401 for context-secret")), Call())
+    assert result.failure is not None
+    assert result.failure.message == "401 for **********"
+
+
+async def test_a_secret_in_a_broken_contract_is_masked() -> None:
+    """What a validator of the user's says of a rejected output does not tell a secret that came in plain text."""
+
+    class Login(BaseModel):
+        token: SecretStr
+
+        @field_validator("token", mode="before")
+        @classmethod
+        def _known(cls, value: Any) -> Any:
+            raise ValueError(f"{value} is no known token")
+
+    runner = StromaRunner.quick(policy_map=NEVER)
+
+    @runner.node("login", input=Call, output=Login)
+    async def login(state: Call) -> Any:
+        return {"token": "plain-secret-text"}
+
+    result = await runner.run([login], Call())
+    assert result.failure is not None
+    assert "is no known token" in result.failure.message
+    assert "plain-secret-text" not in result.failure.message
+
+
+async def test_secrets_of_a_question_are_masked() -> None:
+    """The reason of a Suspend is masked, too."""
+    runner = StromaRunner.quick(policy_map=NEVER)
+    raised = lambda state: Suspend(f"may {state.token.get_secret_value()} be used?")  # noqa: E731
+    result = await runner.run(failing(runner, raised), Call())
+    assert result.suspended == ["may ********** be used?"]
+
+
+async def test_a_raising_hook_tells_no_secret(log: Log) -> None:
+    """What a hook raises is logged with its traceback, in one line for each message and without secrets."""
+
+    async def on_node_failure(_run_id: str, _node_id: str, exc: Exception, _class: Any) -> None:
+        assert current_node() is not None
+        try:
+            raise KeyError(SECRET)
+        except KeyError as cause:
+            raise RuntimeError(f"cannot report {SECRET}: {FORGED}") from cause
+
+    runner = StromaRunner.quick(policy_map=NEVER, hooks=NodeHooks(on_node_failure=on_node_failure))
+    result = await runner.run(failing(runner, ValueError("no")), Call())
+    assert SECRET not in log.text
+    assert "RuntimeError: cannot report **********: no\\r\\n2026-01-01 ERROR forged\\u001b[2J" in log.text
+    assert "in on_node_failure" in log.text
+    assert [type(one.exception) for one in result.hook_errors] == [RuntimeError]
+    assert SECRET in str(result.hook_errors[0].exception)
+
+
+def test_an_exception_without_secrets_stands_for_itself() -> None:
+    """The very exception is logged where nothing has to be taken out of its messages."""
+    error = ValueError("plain")
+    error.__cause__ = KeyError("also plain")
+    assert scrubbed_error(error, {}) is error
+
+
+async def test_a_message_is_one_line_of_a_log(log: Log) -> None:
+    """Line breaks, escapes of terminals and marks of direction in a message are shown as escapes; its type comes first."""
+    runner = StromaRunner.quick(policy_map=NEVER)
+    await runner.run(failing(runner, ConnectionResetError(FORGED)), Call())
+    line = next(line for line in log.text.split("\n") if "failed at attempt" in line)
+    assert line.endswith("ConnectionResetError: no\\r\\n2026-01-01 ERROR forged\\u001b[2J\\u202egnp.exe")
+    assert not any(line.startswith("2026") for line in log.text.splitlines())
+
+
+async def test_no_field_of_a_log_line_can_be_forged(log: Log) -> None:
+    """A value with blanks, quotes or an equals sign is quoted where a line has fields."""
+    runner = StromaRunner.quick(policy_map=NEVER, hooks=log_hooks(content="redacted"), pipeline="a b")
+    await runner.run(failing(runner, ValueError('x" outcome=success run_id=other\n')), Call(), run_id="r 1=2")
+    line = next(line for line in log.text.splitlines() if "node failure" in line)
+    assert 'run_id="r 1=2" pipeline="a b" ' in line
+    assert 'error_message="x\\" outcome=success run_id=other\\\\n"' in line
+
+
+async def test_pages_show_the_type_and_no_marks_of_direction() -> None:
+    """The HTML of a result names the exception's type, and shows marks that reverse a text as escapes."""
+    runner = StromaRunner.quick(policy_map=NEVER)
+    result = await runner.run(failing(runner, KeyError("ledger")), Call(user="\u202eadmin"))
+    page = result.to_html()
+    assert "KeyError: &#x27;ledger&#x27;" in page
+    assert "\u202e" not in page
+    assert "\\u202eadmin" in page
+
+
+def test_the_command_line_names_the_type(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """`stroma run` says `Type: message` in its progress and at its end, and tells no secret."""
+    (tmp_path / "flow.py").write_text(
+        "from pydantic import BaseModel, SecretStr\n"
+        "from stroma import NodeContract, Pipeline, stroma_node\n"
+        "class S(BaseModel):\n    token: SecretStr = SecretStr('sk-live-abcdef')\n"
+        "async def work(state):\n    raise KeyError(state.token.get_secret_value())\n"
+        "contract = NodeContract(node_id='work', input_schema=S, output_schema=S)\n"
+        "pipeline = Pipeline('p', [stroma_node('work', contract)(work)])\n"
+    )
+    stroma_command(["run", f"{tmp_path / 'flow.py'}:pipeline", "--db", "memory://"])
+    told = capsys.readouterr()
+    assert "KeyError: '**********'" in told.err
+    assert "sk-live-abcdef" not in told.err + told.out
+
+
+# ---------------------------------------------------------------------- bounded work
+
+
+def _seconds(call: Any) -> float:
+    begin = time.perf_counter()
+    call()
+    return time.perf_counter() - begin
+
+
+@pytest.mark.parametrize(
+    ("text", "values"),
+    [
+        ("a" * 300_000, ["a" * 12 + "b" * 300_000]),
+        ("a" * 300_000, ["a" * 300_000]),
+        ("x" * 20_000, [f"v{i:06d}" for i in range(50_000)]),
+        ("customer-id-" * 2_000, [f"customer-id-{i:06d}" for i in range(10_000)]),
+    ],
+)
+def test_hiding_takes_bounded_time(text: str, values: list[str]) -> None:
+    """Values and texts that are made to be slow cost at most a moment; what could not be searched is hidden whole."""
+    assert _seconds(lambda: without(text, values)) < 5  # Minutes, before.
+    assert "customer-id-000" not in without(text, values)
+
+
+def test_many_hidden_values_hide_the_message() -> None:
+    """Where more values are hidden than can be looked for, the whole message is."""
+    values = [f"v{i:06d}" for i in range(20_000)]
+    hidden = hidden_values([({"x": values}, {"x": []})])
+    assert len(hidden) == 1
+    assert without("v000001 failed", hidden) == "[redacted]"
+    few = hidden_values([({"x": values[:100]}, {"x": []})])
+    assert without("v000001 failed, v999999 did not", few) == "[redacted] failed, v999999 did not"
+
+
+def test_a_long_key_takes_bounded_time() -> None:
+    """A key of a model's answer costs time in its length, not in the square of it; denied names are found as before."""
+    content = Content.make("redacted", ("api_key", "password"), 2048)
+    assert _seconds(lambda: content._denied("_" * 60_000)) < 5
+    assert _seconds(lambda: content._denied("x_" * 30_000)) < 5
+    for name in ("openai_api_key", "dbPassword", "API-KEY", "pass_word", "x" * 60_000 + "_password"):
+        assert content._denied(name), name
+    for name in ("keyboard", "passwords_sent", "api", "monkey"):
+        assert not content._denied(name), name
