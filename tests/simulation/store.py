@@ -18,11 +18,12 @@ from stroma._renewals import Renewals
 from stroma.checkpoint._durable import DurableStore
 from stroma.checkpoint._leases import _LOOK_SECONDS, Keeper, _renew
 from stroma.checkpoint._owner import Owner
-from stroma.checkpoint._rows import CANCEL, CellChange, Doing, Rows, RunRow, fenced
+from stroma.checkpoint._rows import CANCEL, Doing, Rows, RunRow, fenced
 from stroma.checkpoint._session import DurableSession
+from stroma.checkpoint._sqlite_connection import SqliteConnection
 from stroma.checkpoint._sqlite_file import _SCHEMA
 from stroma.checkpoint._sqlite_rows import SqliteRows
-from stroma.checkpoint._worker import Connection, generation
+from stroma.checkpoint._worker import Connection, Job, generation
 from stroma.checkpoint.errors import StoreError
 
 if TYPE_CHECKING:
@@ -66,13 +67,39 @@ def _held(found: RunRow | None) -> Held | None:
     return Held(found.status, owner.pid, round(found.left_seconds, 3))
 
 
+class LoggedConnection(sqlite3.Connection):
+    """A connection that notes what its transactions have written, once they are committed."""
+
+    world: World
+
+    def prepare(self, world: World) -> None:
+        self.world = world
+        self.process: Process | None = None
+        self.log: list[tuple[Any, ...]] = []
+        self._mark = 0
+
+    def execute(self, sql: str, *values: Any) -> sqlite3.Cursor:
+        done = super().execute(sql, *values)
+        if sql == "SAVEPOINT one":
+            self._mark = len(self.log)
+        elif sql == "ROLLBACK TO one":
+            del self.log[self._mark :]
+        elif sql == "ROLLBACK":
+            self.log.clear()
+        elif sql == "COMMIT":
+            for entry in self.log:
+                self.world.note(self.process, *entry)
+            self.log.clear()
+        return done
+
+
 class LoggedRows(SqliteRows):
     """Rows that note what is written, for the history of the simulation."""
 
-    def __init__(self, db: sqlite3.Connection, database: Database) -> None:
+    def __init__(self, db: Any, database: Database) -> None:
         super().__init__(db)
         self.database = database
-        self.log: list[tuple[Any, ...]] = []
+        self.log: list[tuple[Any, ...]] = db.log
 
     def begin(self, found: Any, opening: Any) -> Any:
         fence = super().begin(found, opening)
@@ -124,12 +151,10 @@ class GatheredRows(LoggedRows):
 
     def _open(self, do: Callable[..., Any], found: Any, opening: Any) -> Any:
         # What it makes is known before it is written; it is undone until then.
-        self.db.execute("SAVEPOINT ahead")
-        log = list(self.log)
+        self.db.execute("SAVEPOINT one")
         fence = do(found, opening)
-        self.db.execute("ROLLBACK TO ahead")
-        self.db.execute("RELEASE ahead")
-        self.log = log
+        self.db.execute("ROLLBACK TO one")
+        self.db.execute("RELEASE one")
 
         def write() -> None:
             now = self.find(opening.run_id)
@@ -184,21 +209,32 @@ class Database:
         check_then_write, forgets_cancels: faults that are put in on purpose, see the world's.
     """
 
+    #: As a SQLite file, for the connection that stores of files have.
+    path = "the simulated store"
+
     def __init__(self, world: World) -> None:
         self.world = world
-        self.db = sqlite3.connect(":memory:", isolation_level=None)
+        self.db = sqlite3.connect(":memory:", isolation_level=None, factory=LoggedConnection)
         self.db.deserialize(_empty())
+        self.db.prepare(world)
         self.ids: dict[Any, str] = {}
         self.check_then_write = "check-then-write" in world.put_in
         self.forgets_cancels = "cancel-forgotten" in world.put_in
 
-    def rows(self) -> Rows:
-        return LoggedRows(self.db, self)
+    def open(self) -> sqlite3.Connection:
+        return self.db
 
-    def apply(self, process: Process, operation: Any) -> Any:
-        """Do an operation as one transaction."""
-        rows = LoggedRows(self.db, self)
-        return self._transact(process, rows, lambda: operation(rows))
+    def identity(self) -> tuple[int, int]:
+        return 0, 0
+
+    def patiently(self, call: Callable[[], T]) -> T:
+        return call()
+
+    def explain(self, error: Exception) -> StoreError:
+        return error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}")
+
+    def rows(self, db: Any = None) -> LoggedRows:
+        return LoggedRows(self.db, self)
 
     def look(self, operation: Any) -> tuple[GatheredRows, Any]:
         """Do the reading half of an operation."""
@@ -207,51 +243,30 @@ class Database:
 
     def write(self, process: Process, rows: GatheredRows) -> None:
         """Do the writing half. Raises Changed if it must be done again from the start."""
-
-        def do() -> None:
+        self.db.process = process
+        self.db.execute("BEGIN")
+        try:
             for write in rows.writes:
                 write()
-
-        self._transact(process, rows, do)
-
-    def _transact(self, process: Process, rows: LoggedRows, do: Callable[[], T]) -> T:
-        self.db.execute("SAVEPOINT one")
-        try:
-            value = do()
         except BaseException:
-            self.db.execute("ROLLBACK TO one")
-            self.db.execute("RELEASE one")
+            self.db.execute("ROLLBACK")
             raise
-        self.db.execute("RELEASE one")
-        for entry in rows.log:
-            self.world.note(process, *entry)
-        return value
-
-
-class _Job:
-    def __init__(self, operation: Any, future: asyncio.Future[Any] | None) -> None:
-        self.operation = operation
-        self.future = future
-        self.error: Exception | None = None
-        self.value: Any = None
-
-    def settle(self) -> None:
-        if self.future is not None and not self.future.done():
-            if self.error is None:
-                self.future.set_result(self.value)
-            else:
-                self.future.set_exception(self.error)
+        self.db.execute("COMMIT")
 
 
 class SimulatedStore(DurableStore):
     """One process's connection to the database: a queue of operations, done one batch after the other."""
+
+    address = "simulated:"
 
     def __init__(self, process: Process, database: Database) -> None:
         super().__init__()
         self.process = process
         self.database = database
         self.world = database.world
-        self.queue: list[_Job] = []
+        self.queue: list[Job] = []
+        file: Any = database
+        self.connection = SqliteConnection(file)
         self.busy = False
         self._keepers[generation()] = _SimulatedKeeper(self)
 
@@ -268,18 +283,18 @@ class SimulatedStore(DurableStore):
 
     def _submit(self, operation: Any) -> asyncio.Future[Any]:
         future = self.process.create_future()
-        self._put(_Job(operation, future))
+        self._put(Job(operation, future))
         return future
 
     def post(self, operation: Any) -> None:
-        self._put(_Job(operation, None))
+        self._put(Job(operation, None))
 
     def read(self, query: Callable[[Rows], T], nothing: T) -> T:
         if self.process.dead or self.world.strikes("a read fails", 0.01):
             raise StoreError("the simulated store cannot be read")
         return query(self.database.rows())
 
-    def _put(self, job: _Job) -> None:
+    def _put(self, job: Job) -> None:
         if not self.process.dead:
             self.queue.append(job)
             if not self.busy:
@@ -305,27 +320,23 @@ class SimulatedStore(DurableStore):
         else:
             self._apply(batch, self._applied)
 
-    def _apply(self, batch: list[_Job], then: Callable[[list[_Job]], None]) -> None:
-        """Do operations one by one, then go on. A dead process goes on here, too: its requests are at the server."""
-        for number, job in enumerate(batch):
-            operation = job.operation
-            if self.database.check_then_write and isinstance(operation, (Doing, CellChange)):
-                self._in_halves(batch, number, then)
-                return
-            try:
-                job.value = self.database.apply(self.process, operation)
-            except Exception as error:
-                job.error = _told(error)
-        then(batch)
+    def _apply(self, batch: list[Job], then: Callable[[list[Job]], None]) -> None:
+        """Do operations, then go on. What a dead process has asked for is done, too: it is at the server."""
+        if self.database.check_then_write:
+            self._in_halves(batch, 0, then)
+        else:
+            self.database.db.process = self.process
+            self.connection.apply(batch, lambda: False)
+            then(batch)
 
-    def _in_halves(self, batch: list[_Job], number: int, then: Callable[[list[_Job]], None]) -> None:
-        job = batch[number]
-        try:
-            rows, job.value = self.database.look(job.operation)
-        except Exception as error:
-            job.error = _told(error)
-            self._apply_rest(batch, number, then)
+    def _in_halves(self, batch: list[Job], number: int, then: Callable[[list[Job]], None]) -> None:
+        if number == len(batch):
+            then(batch)
             return
+        job = batch[number]
+
+        def next_one() -> None:
+            self._in_halves(batch, number + 1, then)
 
         def write() -> None:
             try:
@@ -334,16 +345,18 @@ class SimulatedStore(DurableStore):
                 self._in_halves(batch, number, then)
                 return
             except Exception as error:
-                job.error = _told(error)
-            self._apply_rest(batch, number, then)
+                job.error = self.database.explain(error)
+            next_one()
 
-        self.process.scheduler.after(self.world.latency(), None, write)
+        try:
+            rows, job.value = self.database.look(job.operation)
+        except Exception as error:
+            job.error = self.database.explain(error)
+            next_one()
+        else:
+            self.process.scheduler.after(self.world.latency(), None, write)
 
-    def _apply_rest(self, batch: list[_Job], number: int, then: Callable[[list[_Job]], None]) -> None:
-        rest = batch[number + 1 :]
-        self._apply(rest, lambda _: then(batch))
-
-    def _applied(self, batch: list[_Job]) -> None:
+    def _applied(self, batch: list[Job]) -> None:
         world = self.world
         if self.process.dead:
             return
@@ -359,8 +372,9 @@ class SimulatedStore(DurableStore):
         else:
             self._reply(batch)
 
-    def _again(self, batch: list[_Job]) -> None:
+    def _again(self, batch: list[Job]) -> None:
         """Do operations once more, as after a connection that broke: what opened a run is recognised by its owner."""
+        open_still: list[Job] = []
         for job in batch:
             opening = job.operation.opening if isinstance(job.operation, Doing) else None
             if opening is not None and job.error is None:
@@ -369,13 +383,10 @@ class SimulatedStore(DurableStore):
                     job.value = job.operation.result
                     continue
             job.error = None
-            try:
-                job.value = self.database.apply(self.process, job.operation)
-            except Exception as error:
-                job.error = _told(error)
-        self._reply(batch)
+            open_still.append(job)
+        self._apply(open_still, lambda _: self._reply(batch))
 
-    def _reply(self, batch: list[_Job]) -> None:
+    def _reply(self, batch: list[Job]) -> None:
         def arrived() -> None:
             for job in batch:
                 job.settle()
@@ -385,10 +396,6 @@ class SimulatedStore(DurableStore):
                 self._after(self.world.latency(), self._arrive)
 
         self._after(self.world.latency(), arrived)
-
-
-def _told(error: Exception) -> Exception:
-    return error if isinstance(error, StoreError) else StoreError(f"{type(error).__name__}: {error}")
 
 
 class _SimulatedKeeper(Keeper):

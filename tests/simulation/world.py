@@ -37,7 +37,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.checkpoint import _durable, _rows, _sqlite_rows
+from stroma.checkpoint import _durable, _rows, _sqlite_connection, _sqlite_rows
 from stroma.checkpoint._owner import LIVE, Owner
 
 __all__ = ["CALL_TOKENS", "FAULTS", "World", "simulate"]
@@ -378,6 +378,7 @@ class World:
                 (_gate, "_DECLARED", weakref.WeakValueDictionary()),
                 (_durable, "new_owner", self.new_owner),
                 (_rows, "is_gone", self.is_gone),
+                (_sqlite_connection, "SqliteRows", self.database.rows),
                 (os, "urandom", bits.randbytes),
             ]
             before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
