@@ -18,7 +18,7 @@ from stroma._renewals import Renewals
 from stroma.checkpoint._durable import DurableStore
 from stroma.checkpoint._leases import _LOOK_SECONDS, Keeper, _renew
 from stroma.checkpoint._owner import Owner
-from stroma.checkpoint._rows import CANCEL, Doing, Rows, RunRow, fenced
+from stroma.checkpoint._rows import CANCEL, Doing, Rows, RunRow, StepRow, fenced
 from stroma.checkpoint._session import DurableSession
 from stroma.checkpoint._sqlite_connection import SqliteConnection
 from stroma.checkpoint._sqlite_file import _SCHEMA
@@ -110,9 +110,12 @@ class LoggedRows(SqliteRows):
     def go_on(self, found: Any, opening: Any) -> Any:
         fence = super().go_on(found, opening)
         self.log.append(("taken", opening.run_id, fence.epoch, _place(opening.owner), _held(found)))
-        if self.database.forgets_cancels:
-            super().drop(found.run, CANCEL)
         return fence
+
+    def kept(self, run: Any, position: int, branch: str | None = None) -> list[StepRow]:
+        if position == CANCEL and self.database.forgets_cancels:
+            return []
+        return super().kept(run, position, branch)
 
     def commit(self, fence: Any, attempt: Any, step: Any, *more: Any) -> Any:
         before = self.db.total_changes

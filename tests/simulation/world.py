@@ -37,13 +37,16 @@ from stroma import (
     parallel,
     stroma_node,
 )
+from stroma._admission import Permit
 from stroma.checkpoint import _durable, _rows, _sqlite_connection, _sqlite_rows
 from stroma.checkpoint._owner import LIVE, Owner
 
 __all__ = ["CALL_TOKENS", "FAULTS", "World", "simulate"]
 
-#: What can be put in on purpose.
-FAULTS = ("check-then-write", "cancel-forgotten")
+#: What can be put in on purpose: operations that read first and write later; cancels that only the owner of the time
+#: knows of; calls that are settled with a shared budget after their commit, by the process that made them.
+FAULTS = ("check-then-write", "cancel-forgotten", "settled-apart")
+_ENDED = ("COMPLETED", "RESUMED", "CANCELLED", "FAILED", "PARTIAL")
 
 PROCESSES = 3
 RUNS = 3
@@ -51,6 +54,8 @@ CALL_TOKENS = 100
 LEASE_SECONDS = 2.0
 #: For how long faults strike, in simulated seconds.
 STORM_SECONDS = 9.0
+#: Between the moments at which a process may be killed or stopped wherever it is.
+LOOK_SECONDS = 0.3
 
 
 class State(BaseModel):
@@ -262,7 +267,8 @@ class World:
         """Begin runs, recover those of others, answer and cancel, until the process dies."""
         draw, runner, pipeline = self.draw, self.runner(process), self.pipeline(process)
         store: Any = runner.checkpoint_manager.store
-        others = ["recover", "recover", *(name for name in ("answers", "cancels") if self.scripts[name])]
+        others = ["recover", "recover", *(["answers"] * 4 if self.scripts["answers"] else [])]
+        others += ["cancels"] if self.scripts["cancels"] else []
         while True:
             new = [run_id for run_id in self.runs if run_id not in self.database.ids.values()]
             action = "begin" if new and draw.random() < 0.7 else draw.choice(others)
@@ -280,7 +286,9 @@ class World:
                     self.note(process, "cancel returned", run_id, cancelled)
             except StoreError as refused:
                 self.note(process, "refused", run_id, action, f"{type(refused).__name__}: {refused}")
-            await asyncio.sleep(draw.choice((0.01, draw.uniform(0.05, 1.0))))
+            # People and processes often do things at the same time.
+            together = 0.5 - self.scheduler.now % 0.5 + draw.uniform(0, 0.005)
+            await asyncio.sleep(draw.choice((together, draw.uniform(0.05, 1.2))))
 
     async def recover(self, process: Process, runner: StromaRunner, pipeline: Pipeline) -> None:
         for run_id, outcome in (await runner.recover(pipeline)).items():
@@ -315,6 +323,8 @@ class World:
         """Have processes work, die and start again."""
         draw, scheduler = self.draw, self.scheduler
         alive: dict[str, Process] = {}
+        lingers = draw.random() < 0.3  # Whoever was stopped meanwhile may come late.
+        ended = [False]
 
         def start(number: int) -> None:
             name = f"p{number}"
@@ -327,18 +337,25 @@ class World:
                 if process is not None and process.dead:
                     del alive[f"p{number}"]
                     scheduler.after(draw.uniform(0, 2), None, lambda number=number: start(number))  # type: ignore[misc]
-                elif process is not None and self.scripts["pauses"] and draw.random() < 0.01:
+                elif process is not None and self.scripts["pauses"] and draw.random() < 0.03:
                     process.paused_until = scheduler.now + draw.uniform(0.5, 2.5 * LEASE_SECONDS)
                     self.faults["a process is stopped for a while"] += 1
                     self.note(process, "stopped until", "-", round(process.paused_until, 2))
-                elif process is not None and self.strikes("a process dies", 0.002):
+                elif process is not None and self.strikes("a process dies", 0.006):
                     self.kill(process)
-            scheduler.after(0.1, None, look)
+            ended[0] = not lingers and self.all_ended()
+            scheduler.after(LOOK_SECONDS, None, look)
 
         for number in range(PROCESSES):
             scheduler.after(draw.uniform(0, 0.3), None, lambda number=number: start(number))  # type: ignore[misc]
         look()
-        scheduler.run(lambda: False, STORM_SECONDS)
+        scheduler.run(lambda: ended[0], STORM_SECONDS)
+
+    def all_ended(self) -> bool:
+        """Return whether every run was begun and has ended."""
+        marks = ", ".join("?" * len(_ENDED))
+        found = self.database.db.execute(f"SELECT count(*) FROM runs WHERE status IN ({marks})", _ENDED)
+        return bool(found.fetchone() == (len(self.runs),))
 
     def settle(self) -> None:
         """Bring everything to its end: without faults, and once all leases of dead processes have expired."""
@@ -381,6 +398,8 @@ class World:
                 (_sqlite_connection, "SqliteRows", self.database.rows),
                 (os, "urandom", bits.randbytes),
             ]
+            if "settled-apart" in self.put_in:
+                patches += [(Permit, "changes", _no_changes), (SharedBudget, "_settle_left", _nothing_left)]
             before = [(owner, name, getattr(owner, name)) for owner, name, _ in patches]
             try:
                 for owner, name, value in patches:
@@ -396,6 +415,14 @@ class World:
                     setattr(owner, name, value)
                 sys.unraisablehook = lost
                 random.setstate(state)
+
+
+def _no_changes(_permit: Any, *_: Any, **__: Any) -> list[Any]:
+    return []
+
+
+async def _nothing_left(_budget: Any, *_: Any) -> None:
+    return None
 
 
 def simulate(seed: int, *faults: str) -> World:
