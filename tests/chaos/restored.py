@@ -19,7 +19,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tests.chaos.check import Figures
+from tests.chaos.check import ENDED, Figures
 from tests.chaos.rounds import RUNS, Pace, Place, Processes, apart, judged, processes
 from tests.chaos.worker import Diary, read_diary
 
@@ -78,6 +78,10 @@ def _stopped(made: Processes, pid: int, do: Callable[[], None]) -> bool:
         if pid not in made.alive:
             return False
         os.kill(pid, signal.SIGSTOP)
+        _, status = os.waitpid(pid, os.WUNTRACED)  # It may run on for a moment.
+        if not os.WIFSTOPPED(status):
+            made.fetched(pid, status)
+            return False
         try:
             do()
             return True
@@ -89,7 +93,7 @@ def _stopped(made: Processes, pid: int, do: Callable[[], None]) -> bool:
 
 
 def apart_tokens(url: str, runs: list[str]) -> set[str]:
-    """Return "run token" of every commit that a store has."""
+    """Return "run token" of every commit that a store has, and "run ended" of every run that has ended."""
     return set(apart(lambda: _tokens(url, runs)).broken)
 
 
@@ -98,6 +102,9 @@ def _tokens(url: str, runs: list[str]) -> Figures:
     found = []
     try:
         for run_id in runs:
+            run = store.get_run(run_id)
+            if run is not None and run.status in ENDED:
+                found.append(f"{run_id} ended")
             for attempt in store.attempts(run_id):
                 if attempt.output is not None:
                     found.append(f"{run_id} {json.loads(attempt.output)['mine'] or '-'}")
@@ -109,7 +116,8 @@ def _tokens(url: str, runs: list[str]) -> Figures:
 
 def _goes_on(made: Processes, pid: int, before: set[str], after: set[str]) -> Figures:
     """Judge what the process did after the store had come back older, and strike what is gone from the diary."""
-    figures, gone, since = Figures(), before - after, False
+    figures, since = Figures(), False
+    gone = {one for one in before - after if not one.endswith(" ended")}
     lines, told = list(read_diary(made.diary)), set[str]()
     acknowledged = {f"{line[1]} {line[3]}" for line in lines if line[0] == "ack"} & gone
     runs = {one.partition(" ")[0] for one in acknowledged}
@@ -125,7 +133,8 @@ def _goes_on(made: Processes, pid: int, before: set[str], after: set[str]) -> Fi
             figures.broken.append(
                 f"I7: run {run_id}: {place} was acknowledged after its store had come back older"
             )
-        if kind == "end" and since and token != "CheckpointLost" and run_id in runs and line[3] in _ENDED:
+        late = f"{run_id} ended" in before  # Its process had only to hear of it.
+        if kind == "end" and since and line[3] in ENDED and run_id in runs and not late:
             figures.mixed += 1
             figures.broken.append(f"I7: run {run_id} ended as {line[3]} after its store had come back older")
         if kind == "end" and line[3] == "CheckpointLost":
@@ -133,13 +142,12 @@ def _goes_on(made: Processes, pid: int, before: set[str], after: set[str]) -> Fi
         forgotten = kind == "noted" or (run_id in runs and kind == "end") or (kind == "ack" and one in gone)
         if line[4] != str(pid) or not forgotten:
             left.append(line)
+    if figures.broken:
+        shutil.copyfile(made.diary, f"{made.diary}-whole")
     Path(made.diary).write_text("".join(" ".join(line) + "\n" for line in left))
     figures.more["commits rolled back"] += len(gone)
     figures.more["runs told of it"] += len(told & runs)
     return figures
-
-
-_ENDED = ("COMPLETED", "RESUMED")
 
 
 # ---------------------------------------------------------------------- copies
@@ -158,11 +166,17 @@ def _way(place: Place, url: str) -> tuple[Callable[[Path], None], Callable[[Path
 
 
 def _backup(source: str, target: str) -> None:
+    deadline = time.monotonic() + LOCKED_SECONDS
+
+    def look(*_: int) -> None:  # It would wait for a lock for ever.
+        if time.monotonic() > deadline:
+            raise sqlite3.OperationalError("database is locked")
+
     with (
         contextlib.closing(sqlite3.connect(source, timeout=LOCKED_SECONDS)) as old,
         contextlib.closing(sqlite3.connect(target, timeout=LOCKED_SECONDS)) as new,
     ):
-        old.backup(new)
+        old.backup(new, progress=look)
 
 
 def _down(server: Any, source: Path, target: Path) -> None:

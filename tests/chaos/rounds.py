@@ -94,10 +94,10 @@ class Processes:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 ended.append(pid)
-                self._fetched(pid, status)
+                self.fetched(pid, status)
         return ended
 
-    def _fetched(self, pid: int, status: int) -> None:
+    def fetched(self, pid: int, status: int) -> None:
         began = self.alive.pop(pid)
         code = os.waitstatus_to_exitcode(status)
         if code == -signal.SIGKILL:
@@ -115,7 +115,7 @@ class Processes:
             return False
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        self._fetched(pid, status)
+        self.fetched(pid, status)
         return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
     def wait(self, seconds: float = ROUND_SECONDS, until: Callable[[], bool] = lambda: False) -> bool:

@@ -420,7 +420,7 @@ class _SimulatedKeeper(Keeper):
 
     def _tick(self) -> None:
         store, now = self._simulated, self._simulated.process.scheduler.now
-        sessions = sorted((s for s in self._sessions if not s.ended), key=lambda s: s.fence)
+        sessions = sorted((s for s in self._sessions if not s.ended), key=lambda s: (s.run_id, s.fence.epoch))
         if not sessions:
             self._running = False
             return
