@@ -36,11 +36,11 @@ T = TypeVar("T")
 
 
 @functools.cache
-def _empty() -> bytes:
+def _empty() -> sqlite3.Connection:
     db = sqlite3.connect(":memory:", isolation_level=None)
     for statement in _SCHEMA:
         db.execute(statement)
-    return db.serialize()
+    return db
 
 
 class Changed(Exception):
@@ -121,10 +121,20 @@ class LoggedRows(SqliteRows):
         before = self.db.total_changes
         kept = super().commit(fence, attempt, step, *more)
         if kept and self.db.total_changes != before:  # Else it was kept by an earlier try.
-            place = f"{attempt.position}:{attempt.branch}"
-            sha = None if step is None else step.sha256.hex()[:8]
-            self.log.append(("kept", self.database.ids[fence.run], fence.epoch, place, attempt.outcome, sha))
+            self._log_kept(fence, attempt, step)
         return kept
+
+    def commit_all(self, commits: Any) -> bool:
+        done = super().commit_all(commits)
+        if done:
+            for _, fence, attempt, step in commits:
+                self._log_kept(fence, attempt, step)
+        return done
+
+    def _log_kept(self, fence: Any, attempt: Any, step: Any) -> None:
+        place = f"{attempt.position}:{attempt.branch}"
+        sha = None if step is None else step.sha256.hex()[:8]
+        self.log.append(("kept", self.database.ids[fence.run], fence.epoch, place, attempt.outcome, sha))
 
     def finish(self, fence: Any, status: str, error: str | None, *more: Any) -> Any:
         done = super().finish(fence, status, error, *more)
@@ -218,7 +228,7 @@ class Database:
     def __init__(self, world: World) -> None:
         self.world = world
         self.db = sqlite3.connect(":memory:", isolation_level=None, factory=LoggedConnection)
-        self.db.deserialize(_empty())
+        _empty().backup(self.db)
         self.db.prepare(world)
         self.ids: dict[Any, str] = {}
         self.check_then_write = "check-then-write" in world.put_in

@@ -11,6 +11,7 @@ import contextlib
 import gc
 import os
 import random
+import sqlite3
 import sys
 import weakref
 from collections import Counter
@@ -44,8 +45,9 @@ from stroma.checkpoint._owner import LIVE, Owner
 __all__ = ["CALL_TOKENS", "FAULTS", "World", "simulate"]
 
 #: What can be put in on purpose: operations that read first and write later; cancels that only the owner of the time
-#: knows of; calls that are settled with a shared budget after their commit, by the process that made them.
-FAULTS = ("check-then-write", "cancel-forgotten", "settled-apart")
+#: knows of; calls that are settled with a shared budget after their commit, by the process that made them; a store that
+#: comes back as it was a moment ago, which is no fault of ours, but must be noticed.
+FAULTS = ("check-then-write", "cancel-forgotten", "settled-apart", "comes-back-older")
 _ENDED = ("COMPLETED", "RESUMED", "CANCELLED", "FAILED", "PARTIAL")
 
 PROCESSES = 3
@@ -322,20 +324,22 @@ class World:
     def storm(self) -> None:
         """Have processes work, die and start again."""
         draw, scheduler = self.draw, self.scheduler
-        alive: dict[str, Process] = {}
+        alive: dict[int, Process] = {}
+        starts = Counter[int]()
         lingers = draw.random() < 0.3  # Whoever was stopped meanwhile may come late.
         ended = [False]
 
         def start(number: int) -> None:
-            name = f"p{number}"
             if not self.calm:
-                alive[name] = self.start(name, self.worker)
+                name = f"p{number}" + "bcdefghijklmnopqrstuvwxyz"[starts[number] - 1 : starts[number]]
+                starts[number] += 1
+                alive[number] = self.start(name, self.worker)
 
         def look() -> None:
             for number in range(PROCESSES):
-                process = alive.get(f"p{number}")
+                process = alive.get(number)
                 if process is not None and process.dead:
-                    del alive[f"p{number}"]
+                    del alive[number]
                     scheduler.after(draw.uniform(0, 2), None, lambda number=number: start(number))  # type: ignore[misc]
                 elif process is not None and self.scripts["pauses"] and draw.random() < 0.03:
                     process.paused_until = scheduler.now + draw.uniform(0.5, 2.5 * LEASE_SECONDS)
@@ -346,10 +350,24 @@ class World:
             ended[0] = not lingers and self.all_ended()
             scheduler.after(LOOK_SECONDS, None, look)
 
+        if "comes-back-older" in self.put_in:
+            scheduler.after(draw.uniform(0.3, 4), None, self.copy)
         for number in range(PROCESSES):
             scheduler.after(draw.uniform(0, 0.3), None, lambda number=number: start(number))  # type: ignore[misc]
         look()
         scheduler.run(lambda: ended[0], STORM_SECONDS)
+
+    def copy(self) -> None:
+        """Take a copy of the store, and bring it back later."""
+        copy = sqlite3.connect(":memory:")
+        self.database.db.backup(copy)
+        self.note(None, "copied", "-")
+
+        def bring_back() -> None:
+            self.note(None, "restored", "-")
+            copy.backup(self.database.db)
+
+        self.scheduler.after(self.draw.choice((0.05, self.draw.uniform(0, 2))), None, bring_back)
 
     def all_ended(self) -> bool:
         """Return whether every run was begun and has ended."""
