@@ -113,7 +113,6 @@ def test_a_server_that_is_killed(store: str) -> None:
     assert (figures["server kills"], figures["repeated in flight"]) == (2, 0)
 
 
-@pytest.mark.xfail(reason="what a call took is not settled with its commit yet", strict=False)
 def test_killed_before_what_a_call_took_is_settled() -> None:
     """I6, killed between a commit and what follows it, with the budget in the store of the runs and in another one."""
     figures = strike("settle", 4)
@@ -122,7 +121,6 @@ def test_killed_before_what_a_call_took_is_settled() -> None:
 
 
 @pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
-@pytest.mark.xfail(reason="a store that came back older is not noticed yet", strict=False)
 def test_a_store_that_comes_back_older(store: str) -> None:
     """I7: a process whose acknowledged commits are gone is told CheckpointLost; who resumes makes one history of the rest."""
     figures = strike("restored", 4, store)

@@ -29,7 +29,6 @@ def test_a_seed_is_one_history() -> None:
     assert simulate(8).history != first.history
 
 
-@pytest.mark.xfail(reason="shared budgets and cancels do not survive every death yet", strict=False)
 def test_promises_hold() -> None:
     """One owner, no lost acknowledgement, no double execution, budgets, answers and cancels, whatever strikes."""
     outcome = look(range(300), most=1)
@@ -37,7 +36,6 @@ def test_promises_hold() -> None:
     assert not outcome.broken, explain(simulate(outcome.broken[0][0]))
 
 
-@pytest.mark.xfail(reason="a store that came back older is not noticed yet", strict=False)
 def test_a_store_that_comes_back_older() -> None:
     """Whoever knows of commits that a restored store has lost writes to their run no more; no histories are mixed."""
     outcome = look(range(150), ("comes-back-older",), most=1)
@@ -58,7 +56,6 @@ def test_faults_that_are_put_back_are_found(fault: str) -> None:
 @pytest.mark.slow
 @pytest.mark.nightly
 @pytest.mark.timeout(1800)
-@pytest.mark.xfail(reason="as above", strict=False)
 def test_ten_thousand_seeds() -> None:
     """The same for 10,000 seeds."""
     command = [sys.executable, "-m", "tests.simulation", "--seeds", "10000"]
