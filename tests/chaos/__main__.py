@@ -16,12 +16,18 @@ import argparse
 import sys
 import time
 
-from tests.chaos import cluster, items, power, rounds, servers, unrest
+from tests.chaos import cluster, items, power, restored, rounds, servers, unrest
 from tests.chaos.check import Figures
 
-STRIKES = {"powercut": "cuts", "fsync": "failures", **unrest.STRIKES, **cluster.STRIKES}
+STRIKES = {
+    "restored": "restores",
+    "powercut": "cuts",
+    "fsync": "failures",
+    **unrest.STRIKES,
+    **cluster.STRIKES,
+}
 CLUSTER = (*cluster.FAULTS, "temporal-items")
-PROCESSES = {**rounds.FAULTS, **unrest.FAULTS}
+PROCESSES = {**rounds.FAULTS, **unrest.FAULTS, **restored.FAULTS}
 FAULTS = (*PROCESSES, *power.FAULTS, *items.FAULTS, *CLUSTER)
 
 

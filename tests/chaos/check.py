@@ -1,16 +1,32 @@
-"""What the diary says against what the store says: the invariants I1 to I5."""
+"""What the diary says against what the store says: the invariants I1 to I7."""
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections import Counter, defaultdict
 from dataclasses import dataclass, field
 from typing import Any
 
-from tests.chaos.worker import COMMITS, NODES, digest, read_diary
+from tests.chaos.worker import (
+    CALL_TOKENS,
+    COMMITS,
+    FIRST,
+    FLAKY,
+    ITEM,
+    LAST,
+    LEFT,
+    NODES,
+    RIGHT,
+    Budget,
+    digest,
+    read_diary,
+)
 
 from stroma import RunStatus, open_store
 
+#: Calls that two processes may have in flight when a limit is reached.
+IN_FLIGHT = 8
 ENDED = (RunStatus.COMPLETED, RunStatus.RESUMED)
 
 
@@ -24,6 +40,8 @@ class Figures:
     commits: int = 0
     lost: int = 0
     duplicated: int = 0
+    mixed: int = 0
+    overspent: int = 0
     fenced: int = 0
     repeated: int = 0
     broken: list[str] = field(default_factory=list)
@@ -31,7 +49,8 @@ class Figures:
     more: Counter[str] = field(default_factory=Counter)
 
     def add(self, other: Figures) -> None:
-        for name in ("rounds", "kills", "runs", "commits", "lost", "duplicated", "fenced", "repeated"):
+        counts = ("rounds", "kills", "runs", "commits", "lost", "duplicated", "mixed", "overspent", "fenced")
+        for name in (*counts, "repeated"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.broken += other.broken
         self.more += other.more
@@ -40,8 +59,8 @@ class Figures:
         more = "".join(f", {count} {what}" for what, count in self.more.items())
         return (
             f"{fault}: {self.rounds} rounds, {self.kills} {strikes}, {self.runs} runs, {self.commits} commits, "
-            f"{self.lost} lost, {self.duplicated} duplicated, {self.fenced} fenced, "
-            f"{self.repeated} repeated in flight{more}"
+            f"{self.lost} lost, {self.duplicated} duplicated, {self.mixed} mixed, {self.overspent} overspent, "
+            f"{self.fenced} fenced, {self.repeated} repeated in flight{more}"
         )
 
 
@@ -53,9 +72,11 @@ def check(
     stopped: list[int],
     restless: list[int],
     refused: list[int],
+    budget: Budget | None = None,
 ) -> Figures:
     """Compare. ``killed`` (or struck otherwise), ``stopped`` (for longer than their lease, then woken up), ``restless``
-    (struck more than once), ``refused`` (by a store that has no room): process ids."""
+    (struck more than once), ``refused`` (by a store that has no room): process ids. ``budget``: one that may have ended runs
+    before their time."""
     figures = Figures(runs=len(runs))
     lines: dict[str, list[list[str]]] = defaultdict(list)
     for kind, run_id, *rest in read_diary(diary):
@@ -66,11 +87,26 @@ def check(
     try:
         for run_id in runs:
             struck = [set(map(str, pids)) for pids in (killed, stopped, restless, refused)]
-            _Run(figures, run_id, lines[run_id], *struck).check(store)
+            _Run(figures, run_id, lines[run_id], *struck, spends=budget is not None).check(store)
+        if budget is not None:
+            _spent(figures, budget, store, runs)
     finally:
         if hasattr(store, "close"):
             store.close()
     return figures
+
+
+def _spent(figures: Figures, budget: Budget, store: Any, runs: list[str]) -> None:
+    """Compare what a shared budget has counted with the journal of its runs, and both with its limit."""
+    state = asyncio.run(budget.open(store).state())
+    spent = 0 if state is None else state.spent_tokens
+    journaled = sum(store.get_run(run_id).tokens for run_id in runs if store.get_run(run_id) is not None)
+    over = max(0, journaled - spent, journaled - budget.limit - IN_FLIGHT * CALL_TOKENS)
+    if over or spent > journaled:
+        figures.overspent += over
+        figures.broken.append(
+            f"I6: budget {budget.name}: {spent} tokens spent of {budget.limit}, {journaled} in the journal"
+        )
 
 
 class _Run:
@@ -83,7 +119,10 @@ class _Run:
         stopped: set[str],
         restless: set[str],
         refused: set[str],
+        *,
+        spends: bool = False,
     ) -> None:
+        self.spends = spends
         self.figures = figures
         self.run_id = run_id
         self.killed = killed
@@ -110,7 +149,8 @@ class _Run:
         if run is None:
             self.bad("I5", "it is not in the store")
             return
-        if run.status not in ENDED or run.holder is not None or not self.ends:
+        whole = not (self.spends and run.status == RunStatus.PARTIAL)
+        if whole and (run.status not in ENDED or run.holder is not None or not self.ends):
             self.bad("I5", f"it is {run.status}, held by {run.holder}, {len(self.ends)} ends were seen")
         kept: dict[str, list[dict[str, Any]]] = defaultdict(list)
         where: dict[str, set[tuple[int, str]]] = defaultdict(set)
@@ -121,6 +161,7 @@ class _Run:
                 where[place].add((attempt.position, attempt.branch))
         self._acknowledged_is_kept(kept)
         self._once(kept)
+        self._one_history(kept)
         self._repeats(kept)
         self._books(run, attempts)
         self.figures.commits += sum(map(len, kept.values()))
@@ -142,12 +183,29 @@ class _Run:
                 self.figures.duplicated += len(outputs) - 1
                 self.bad("I2", f"{place} has {len(outputs)} commits")
 
+    def _one_history(self, kept: dict[str, list[dict[str, Any]]]) -> None:
+        made: dict[str, Any] = {
+            node: [
+                output["mine"]
+                for place in sorted(kept)
+                if place.split("@")[0] == node
+                for output in kept[place]
+            ]
+            for node in (FIRST, FLAKY, LEFT, RIGHT, ITEM)
+        }
+        for last in kept.get(f"{LAST}@", ()):
+            given = {node: [last[node]] for node in (FIRST, FLAKY, LEFT, RIGHT)}
+            given[ITEM] = [item["mine"] for item in last["made"]]
+            if given != made:
+                self.figures.mixed += 1
+                self.bad("I7", f"{LAST} was given {given}, the journal has {made}")
+
     def _repeats(self, kept: dict[str, list[dict[str, Any]]]) -> None:
         vain: dict[str, set[str]] = defaultdict(set)  # pid: the nodes it called to no avail
         for place, calls in self.calls.items():
             done = [(token, pid) for token, pid in calls if token not in self.failed]
             committed = {output["mine"] for output in kept.get(place, ())}
-            if not committed & {token for token, _ in done}:
+            if not committed & {token for token, _ in done} and (kept.get(place) or not self.spends):
                 self.bad("I1", f"{place}: no call made what the store has, {committed}")
             over = False
             for token, pid in done:

@@ -17,7 +17,7 @@ from typing import Any
 
 from tests.chaos import worker
 from tests.chaos.check import Figures, check
-from tests.chaos.worker import POINTS, read_diary
+from tests.chaos.worker import COMMITS, POINTS, read_diary
 
 ROUND_SECONDS = 60.0
 RUNS = 3
@@ -94,10 +94,10 @@ class Processes:
             found, status = os.waitpid(pid, os.WNOHANG)
             if found:
                 ended.append(pid)
-                self._fetched(pid, status)
+                self.fetched(pid, status)
         return ended
 
-    def _fetched(self, pid: int, status: int) -> None:
+    def fetched(self, pid: int, status: int) -> None:
         began = self.alive.pop(pid)
         code = os.waitstatus_to_exitcode(status)
         if code == -signal.SIGKILL:
@@ -115,7 +115,7 @@ class Processes:
             return False
         os.kill(pid, signal.SIGKILL)
         _, status = os.waitpid(pid, 0)
-        self._fetched(pid, status)
+        self.fetched(pid, status)
         return os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
     def wait(self, seconds: float = ROUND_SECONDS, until: Callable[[], bool] = lambda: False) -> bool:
@@ -191,9 +191,9 @@ def apart_later(call: Callable[[], Figures]) -> Callable[[], Figures]:
     return fetch
 
 
-def judged(made: Processes, runs: list[str]) -> Figures:
+def judged(made: Processes, runs: list[str], budget: worker.Budget | None = None) -> Figures:
     struck = (made.killed, made.stopped, made.restless, made.refused)
-    figures = apart(lambda: check(made.url, made.diary, runs, *struck))
+    figures = apart(lambda: check(made.url, made.diary, runs, *struck, budget))
     figures.rounds, figures.kills = 1, made.kills
     figures.broken += made.broken
     return figures
@@ -320,12 +320,42 @@ def duplicate(place: Place, name: str, number: int, draw: random.Random, _pace: 
     return figures
 
 
+def settle(place: Place, name: str, number: int, draw: random.Random, _pace: Pace) -> Figures:
+    """Processes are killed between a commit and the settlement of what it took from a shared budget.
+
+    The limit is enough for half of the calls. In every second round the budget is in another store than the runs.
+    """
+    runs = [f"{name}-{i}" for i in range(RUNS)]
+    points = ("transaction", "applied", "acknowledged", "hook", "hook end", "settle")
+    url = f"sqlite:///{place.folder / f'round-{number}'}.db" if number % 2 else None
+    budget = worker.Budget(f"{name}-budget", COMMITS * worker.CALL_TOKENS, url)
+    hit: list[str] = []
+    with processes(place, number) as made:
+        for turn in range(4):
+            point, options = draw.choice(points), {"pause": 0.002, "budget": budget}
+            pid = made.start(runs, seed=f"{name}-{turn}", point=point, nth=draw.randint(1, 4), **options)
+            if turn == 2:
+                made.start(runs, seed=f"{name}-beside", **options)
+            made.wait_for(pid)
+            if pid in made.killed:
+                hit.append(point)
+        # Once for the runs, and once more when what the dead have reserved is free.
+        for turn in range(2):
+            made.start(runs, seed=f"{name}-last-{turn}", pause=0.002, budget=budget)
+            made.finish()
+            time.sleep(worker.BUDGET_LEASE_SECONDS * (1 - turn))
+        figures = judged(made, runs, budget)
+    figures.more.update(f"at {point!r}" for point in hit)
+    return figures
+
+
 FAULTS: dict[str, Callable[[Place, str, int, random.Random, Pace], Figures]] = {
     "kill": kill,
     "points": points,
     "stop": stop,
     "duplicate": duplicate,
     "group": group,
+    "settle": settle,
 }
 
 

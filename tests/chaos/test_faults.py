@@ -2,7 +2,8 @@
 
 I1: no acknowledged step is lost or changed. I2: one row for each run, position and branch. I3: effects are repeated only
 for attempts that were in flight when a process was struck. I4: what a run cost is the sum over its attempts. I5: every
-run ends, or raises a named error.
+run ends, or raises a named error. I6: a shared budget has counted what the journals of its runs have. I7: what a node was
+given is what the journal has.
 """
 
 import random
@@ -110,6 +111,21 @@ def test_a_server_that_is_killed(store: str) -> None:
     """I1 and I3: what a server acknowledged survives its SIGKILL; whoever is at work waits for it to come back."""
     figures = strike("restart", 2, store)
     assert (figures["server kills"], figures["repeated in flight"]) == (2, 0)
+
+
+def test_killed_before_what_a_call_took_is_settled() -> None:
+    """I6, killed between a commit and what follows it, with the budget in the store of the runs and in another one."""
+    figures = strike("settle", 4)
+    assert figures["kills"] >= 4
+    assert figures["overspent"] == 0
+
+
+@pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
+def test_a_store_that_comes_back_older(store: str) -> None:
+    """I7: a process whose acknowledged commits are gone is told CheckpointLost; who resumes makes one history of the rest."""
+    figures = strike("restored", 4, store)
+    assert figures["restores"] >= 3
+    assert figures["mixed"] == 0
 
 
 def test_power_cuts() -> None:

@@ -6,6 +6,7 @@ The diary is a file that many processes append to, a line in one write, so that 
     fail RUN PLACE TOKEN PID          the call is about to raise
     noted RUN PLACE TOKEN PID         the hook heard that it did: the attempt is acknowledged
     ack RUN PLACE TOKEN PID DIGEST    the hook heard of the success: the commit is acknowledged
+    restored - - - -                  the store is about to come back older
     end RUN - OUTCOME PID DETAIL      what a process made of a run
 
 A place is "node@branch". Every output carries the token of the call that made it.
@@ -27,23 +28,27 @@ import time
 import traceback
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NamedTuple
 
 from pydantic import BaseModel
 
 from stroma import (
+    CheckpointLost,
     FailureClass,
     FailurePolicy,
     Fenced,
     NodeContract,
     NodeHooks,
     RunBusy,
+    SharedBudget,
+    SharedBudgetExceeded,
     StoreError,
     StromaRunner,
     current_node,
     open_store,
     stroma_node,
 )
+from stroma._admission import Permit
 from stroma.checkpoint._rows import Commit, Doing
 from stroma.checkpoint._session import DurableSession
 from stroma.checkpoint._worker import Worker
@@ -57,6 +62,9 @@ IN_GROUPS = (LEFT, RIGHT, ITEM)
 ITEMS = 3
 #: What one run of the pipeline commits: six nodes, of them one over three items, and two groups.
 COMMITS = 6 + ITEMS - 1 + 2
+
+#: What a call of a node takes; one that fails takes less.
+CALL_TOKENS = 15
 
 #: Where a process can be told to kill itself, in the order of the protocol.
 POINTS = (
@@ -77,6 +85,8 @@ POINTS = (
 class State(BaseModel):
     mine: str = ""
     items: list[int] = list(range(ITEMS))
+    first: str = ""
+    flaky: str = ""
     left: str = ""
     right: str = ""
 
@@ -84,6 +94,8 @@ class State(BaseModel):
 class Left(BaseModel):
     mine: str
     items: list[int]
+    first: str
+    flaky: str
     left: str
 
 
@@ -103,6 +115,8 @@ class Made(BaseModel):
 class Gathered(BaseModel):
     mine: str
     items: list[int]
+    first: str
+    flaky: str
     left: str
     right: str
     made: list[Made] = []
@@ -154,6 +168,7 @@ class Fuse:
     def install(self) -> None:
         """Put the points into the store's session and thread. Only a process that is about to die does this."""
         fuse, acknowledge, record, write = self, Worker._acknowledge, DurableSession.record, Commit.__call__
+        leave = Permit.leave
 
         def acknowledging(worker: Worker) -> None:
             for job in worker._batch:
@@ -163,7 +178,7 @@ class Fuse:
                         kind = kind.do
                     if isinstance(kind, functools.partial):
                         kind = getattr(kind.func, "__func__", kind.func)
-                    if isinstance(kind, Commit):
+                    if isinstance(kind, Commit) or "DurableSession._" in getattr(kind, "__qualname__", ""):
                         fuse("applied")
                     elif kind is DurableSession.open:
                         fuse("opened")
@@ -181,10 +196,15 @@ class Fuse:
             write(commit, rows)
             fuse("transaction")
 
+        def leaving(permit: Permit, outcome: Any) -> Any:
+            fuse("settle")
+            return leave(permit, outcome)
+
         if self.point is not None:
             Worker._acknowledge = acknowledging  # type: ignore[method-assign, assignment]
             DurableSession.record = recording  # type: ignore[method-assign, assignment]
             Commit.__call__ = writing  # type: ignore[method-assign, assignment]
+            Permit.leave = leaving  # type: ignore[method-assign]
 
 
 # ---------------------------------------------------------------------- the pipeline
@@ -250,6 +270,28 @@ def hooks(diary: Diary, fuse: Fuse) -> NodeHooks:
 
 # ---------------------------------------------------------------------- the process
 
+
+class Budget(NamedTuple):
+    """A shared budget of all processes. ``url``: of its store; None: the store of the runs."""
+
+    name: str
+    limit: int
+    url: str | None
+
+    def open(self, store: Any) -> SharedBudget:
+        return SharedBudget(
+            self.name,
+            max_tokens=self.limit,
+            store=store if self.url is None else self.url,
+            reserve_tokens=CALL_TOKENS,
+            lease_seconds=BUDGET_LEASE_SECONDS,
+            max_wait_seconds=10,
+        )
+
+
+#: For how long what a dead process has reserved is in the way of others.
+BUDGET_LEASE_SECONDS = 1.0
+
 #: What a process may meet and try again: it says so, and nothing is lost by it.
 _AGAIN = (RunBusy, Fenced)
 
@@ -270,13 +312,16 @@ async def work(
     cancels: int = 0,
     drain: float | None = None,
     file_bytes: int | None = None,
+    budget: Budget | None = None,
+    may_get_lost: bool = False,
     **config: Any,
 ) -> None:
     """Bring all runs to their end, however many processes do the same. ``once``: look at each run only once.
 
     ``patient``: a store that cannot be reached or is locked is tried again for as long as it takes. ``clock``: the
     wall clock jumps. ``cancels``: how often a run is cancelled. ``drain``: seconds that nodes have after a SIGTERM.
-    ``file_bytes``: beyond that no file may grow.
+    ``file_bytes``: beyond that no file may grow. ``budget``: what all calls spend from; a run for which it has no room
+    has ended. ``may_get_lost``: so has one whose commits the store has lost.
     """
     diary, fuse, draw = Diary(diary_path), Fuse(point, nth), random.Random(seed)
     fuse.install()
@@ -292,6 +337,8 @@ async def work(
     async with opened as store:
         # It is struck more often than a run that kills its process.
         config.setdefault("max_recoveries", 1_000_000)
+        if budget is not None:
+            config["shared_budgets"] = budget.open(store)
         runner = StromaRunner.quick(
             store=store, policy_map=policies, hooks=hooks(diary, fuse), resume=True, **config
         )
@@ -323,6 +370,11 @@ async def work(
                     diary.write("end", run_id, "-", outcome, pid, digest(state))
                     fuse("return")
                     return True
+            if isinstance(error, SharedBudgetExceeded) or (
+                may_get_lost and isinstance(error, CheckpointLost)
+            ):
+                diary.write("end", run_id, "-", outcome, pid, "-")
+                return True
             if isinstance(error, _AGAIN) or (patient and isinstance(error, StoreError) and error.transient):
                 if not isinstance(error, RunBusy) or once:
                     diary.write("end", run_id, "-", outcome, pid, "-")

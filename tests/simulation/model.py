@@ -1,0 +1,256 @@
+"""What must be true of every history, whatever struck."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+from tests.simulation.world import CALL_TOKENS, PROCESSES
+
+from stroma._ledger import view
+
+if TYPE_CHECKING:
+    from tests.simulation.world import World
+
+__all__ = ["check"]
+
+_ENDED = ("COMPLETED", "RESUMED")
+_OF_STORE = ("begun", "taken", "kept", "finished", "cancel asked")
+_AT_REST = (*_ENDED, "CANCELLED", "FAILED", "PARTIAL", "SUSPENDED")
+
+
+def check(world: World) -> list[str]:
+    """Return what is wrong with a history; [] if nothing is."""
+    problems: list[str] = []
+    by_run: dict[str, list[tuple[Any, ...]]] = defaultdict(list)
+    for event in world.history:
+        for run_id in world.runs if event[2] in ("copied", "restored") else (event[3],):
+            by_run[run_id].append(event)
+    for process in world.pids.values():
+        problems += [f"process {process.name}: {what}" for what in process.unhandled]
+        task = process.main
+        if task is not None and task.done() and (task.cancelled() or task.exception() is not None):
+            problems.append(f"process {process.name} ended: {task!r}")
+    journaled = 0
+    for run_id in world.runs:
+        run = _Run(world, run_id, by_run[run_id])
+        journaled += run.journaled
+        problems += [f"run {run_id}: {what}" for what in run.problems]
+    return problems + _budget(world, journaled)
+
+
+def _budget(world: World, journaled: int) -> list[str]:
+    rows: Any = world.database.rows()
+    account = view("team", *rows.cell("budget:team"))
+    calls = sum(event[2] == "call" and not event[6].startswith("p") for event in world.history)
+    spent = 0 if account is None else account.spent[1]
+    problems = []
+    if spent < journaled:
+        problems.append(f"the shared budget has {spent} tokens spent, the journal has {journaled}")
+    if spent > calls * CALL_TOKENS:
+        problems.append(
+            f"the shared budget has {spent} tokens spent, {calls} calls took {calls * CALL_TOKENS}"
+        )
+    in_flight = PROCESSES * 2 * len(world.runs) * CALL_TOKENS
+    if journaled > world.limit + in_flight:
+        problems.append(f"{journaled} tokens in the journal, the limit of the shared budget is {world.limit}")
+    return problems
+
+
+class _Run:
+    """The history of one run against what the store has of it."""
+
+    def __init__(self, world: World, run_id: str, events: list[tuple[Any, ...]]) -> None:
+        self.world = world
+        self.run_id = run_id
+        self.problems: list[str] = []
+        self.events, self.rewound = self.effective(events)
+        self.journaled = 0
+        rows: Any = world.database.rows()
+        found = rows.find(run_id)
+        if found is None or not found.execution:
+            if any(event[2] == "ack" for event in self.events):
+                self.problems.append("it is not in the store, and had an acknowledged commit")
+            return
+        self.found = found
+        attempts = [attempt for attempt, _ in rows.attempts(found.run, found.execution)]
+        self.outputs = {
+            f"{row.position}:{row.branch}": json.loads(row.step.output)
+            for row in rows.steps(found.run, found.execution)
+        }
+        self.journaled = sum(attempt.tokens for attempt in attempts)
+        if found.tokens != self.journaled:
+            self.problems.append(f"its row has {found.tokens} tokens, its attempts {self.journaled}")
+        self.one_history()
+        self.comes_to_an_end()
+        self.nothing_lost()
+        if not self.rewound:  # Else epochs were used twice.
+            self.one_owner()
+            self.nothing_twice()
+            self.one_answer()
+            self.cancels_hold()
+
+    def effective(self, events: list[tuple[Any, ...]]) -> tuple[list[tuple[Any, ...]], bool]:
+        """Return the events without those that a restored copy has undone, and whether there are any.
+
+        Whoever had heard of one of these must not write to the run again.
+        """
+        marks = [index for index, event in enumerate(events) if event[2] in ("copied", "restored")]
+        if len(marks) < 2:
+            return events, False
+        copied, restored = marks
+        undone = {index for index in range(copied, restored) if events[index][2] in _OF_STORE}
+        if not undone:
+            return events, False
+        kept = [(index, event) for index, event in enumerate(events) if event[2] == "kept"]
+        told: dict[tuple[str, int], str] = {}
+        late: list[tuple[Any, ...]] = []
+        for index, event in enumerate(events):
+            _, who, what, _, *more = event
+            if what == "ack":
+                of = [(i, it) for i, it in kept if i < index and it[1] == who and it[5] == more[0]]
+                if of and of[-1][0] in undone:
+                    undone.add(index)
+                    if index < restored:
+                        told[who, of[-1][1][4]] = more[0]
+            elif what == "returned":
+                undone.add(index)
+            elif what in ("begun", "taken") and index > restored:
+                told.pop((who, more[0]), None)  # It has read what is left.
+            elif what == "kept" and index > restored and (who, more[0]) in told:
+                late.append(event)
+        for when, who, _, _, epoch, place, *_ in late:
+            self.problems.append(
+                f"{who} wrote {place} at {when}, though its commit of {told[who, epoch]} was undone by then"
+            )
+        return [event for index, event in enumerate(events) if index not in undone], True
+
+    def one_owner(self) -> None:
+        """Only the last one that opened the run writes to it, and nobody opens it while another one holds it."""
+        epoch = 0
+        for event in self.events:
+            when, who, what, _, *more = event
+            if what in ("begun", "taken"):
+                epoch, before = more[0], more[2]
+                held = before is not None and before.status == "RUNNING" and before.left_seconds > 0
+                if held and self.held_at(event, before.pid):
+                    self.problems.append(
+                        f"{who} took it at {when} from process {before.pid}, which was alive"
+                    )
+            elif what in ("kept", "finished") and more[0] != epoch:
+                self.problems.append(f"{who} wrote at {when} in epoch {more[0]}, when it was {epoch}")
+
+    def held_at(self, taken: tuple[Any, ...], pid: int) -> bool:
+        """Return whether a process was alive when its run was taken, and had not given it up."""
+        name = self.world.pids[pid].name
+        started = False
+        for event in self.world.history:
+            if event is taken:
+                break
+            if event[2] == "starts" and event[4] == pid:
+                started = True
+            elif started and event[1] == name and event[2] == "dies":
+                return False
+        # One that lives on may have given up: it was refused by the store, say.
+        return taken[1] != name and not any(
+            event[1] == name and event[2] in ("returned", "refused") and event[0] <= taken[0]
+            for event in self.events
+        )
+
+    def nothing_lost(self) -> None:
+        """Every acknowledged output is in the journal."""
+        for when, who, what, _, *more in self.events:
+            if what == "ack" and self.outputs.get(more[0]) != more[1]:
+                self.problems.append(
+                    f"{who} was acknowledged {more[1]} at {more[0]} at {when}, the journal has {self.outputs.get(more[0])}"
+                )
+            if what == "returned" and more[0] in _ENDED:
+                last = max(self.outputs, key=lambda place: int(place.partition(":")[0]), default="")
+                if self.outputs.get(last) != more[1]:
+                    self.problems.append(
+                        f"{who} returned {more[1]} at {when}, the journal ends with {self.outputs.get(last)}"
+                    )
+
+    def nothing_twice(self) -> None:
+        """No place is committed twice, nor called after its commit by one that knows of it."""
+        kept: dict[str, str] = {}
+        epoch = 0
+        for when, who, what, _, *more in self.events:
+            if what in ("begun", "taken"):
+                epoch = more[0]
+            elif what == "kept" and more[3] is not None:
+                if kept.setdefault(more[1], more[3]) != more[3]:
+                    self.problems.append(f"{more[1]} was committed again by {who} at {when}")
+            elif what == "call" and more[1] in kept and more[0] == epoch:
+                self.problems.append(f"{who} called {more[1]} at {when}, which was committed")
+
+    def one_history(self) -> None:
+        """What each node was given is what the one before it made."""
+        made: list[str] | None = None
+        for place in sorted(self.outputs, key=lambda place: (int(place.partition(":")[0]), place)):
+            output = self.outputs[place].get("made")
+            if output is None or place.endswith((":0", ":1")):
+                made = None
+                continue
+            if made is not None and output[:-1] != made:
+                self.problems.append(f"{place} has {output}, which is not made of {made}")
+            made = output
+        places = [int(place.partition(":")[0]) for place in self.outputs]
+        if places and sorted(set(places)) != list(range(max(places) + 1)):
+            self.problems.append(f"its journal has holes: {sorted(self.outputs)}")
+
+    def one_answer(self) -> None:
+        """Of two answers one is taken, and it is the one that the node gets."""
+        taken = {more[0] for _, _, what, _, *more in self.events if what == "answer taken"}
+        if len(taken) > 1:
+            self.problems.append(f"contradictory answers were taken: {sorted(taken)}")
+        answered = self.outputs.get("1:") if self.world.kind == "asks" else None
+        if taken and answered is not None and answered["made"][-1] not in taken:
+            self.problems.append(f"the answer of {taken} was taken, the node got {answered['made'][-1]}")
+
+    def cancels_hold(self) -> None:
+        """After an acknowledged cancel, whoever goes on with the run calls nothing."""
+        cancelled = False
+        late: set[int] = set()
+        epoch = 0
+        for event in self.events:
+            when, who, what, _, *more = event
+            if what == "cancel asked":
+                cancelled = cancelled or self.is_acknowledged(event)
+            elif what in ("begun", "taken"):
+                epoch = more[0]
+                before = more[2]
+                if what == "begun" or (before is not None and before.status == "CANCELLED"):
+                    cancelled = False  # Somebody begins it again.
+                if cancelled:
+                    late.add(epoch)
+            elif what == "finished":
+                if cancelled and more[0] in late and more[1] != "CANCELLED":
+                    self.problems.append(
+                        f"{who} ended it as {more[1]} at {when}, after an acknowledged cancel"
+                    )
+                if more[1] in (*_ENDED, "FAILED", "CANCELLED"):
+                    cancelled = False  # One that held it at the time may have been at its end.
+            elif what == "call" and more[0] in late:
+                self.problems.append(f"{who} called {more[1]} at {when}, after an acknowledged cancel")
+
+    def is_acknowledged(self, asked: tuple[Any, ...]) -> bool:
+        """Return whether cancel() returned True for what was asked: the next word of that process says so."""
+        following = iter(self.events)
+        for event in following:
+            if event is asked:
+                break
+        for event in following:
+            if event[1] == asked[1] and event[2] in ("cancel returned", "refused"):
+                return event[2] == "cancel returned" and event[4] is True
+        return False
+
+    def comes_to_an_end(self) -> None:
+        """Once all is calm, every run is brought to its end."""
+        if self.found.status not in _AT_REST:
+            self.problems.append(f"it is left {self.found.status}")
+        if self.found.status in _ENDED:
+            places = {int(place.partition(":")[0]) for place in self.outputs}
+            if len(places) != 3:
+                self.problems.append(f"it is {self.found.status} with the commits {sorted(self.outputs)}")
