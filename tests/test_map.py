@@ -1096,6 +1096,7 @@ async def test_memory_is_flat(tmp_path: Path) -> None:
         with sqlite3.connect(tmp_path / f"{items}.db") as db:
             db.execute("DELETE FROM steps WHERE branch = '' AND position >= 0")
             db.execute(f"DELETE FROM steps WHERE branch = '{items - 1}'")
+            db.execute("UPDATE runs SET commit_count = (SELECT count(*) FROM steps WHERE position >= 0)")
 
     await peak(1000, resumed=False)  # What is made once.
     small = await peak(3000, resumed=False)

@@ -9,7 +9,7 @@ import asyncio
 import hashlib
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Final, NamedTuple, Protocol
+from typing import Any, Final, NamedTuple, Protocol, get_type_hints
 
 from stroma.checkpoint._owner import Owner, is_gone
 from stroma.checkpoint.cells import Change
@@ -515,13 +515,11 @@ def sound(found: RunRow | None) -> RunRow | None:
 _TEXT: Final = (str,)
 _TEXT_OR_NONE: Final = (str, type(None))
 _NUMBER: Final = (int,)
-_RUN_KINDS: Final = (
-    (object,), _TEXT, _TEXT, _NUMBER, _TEXT, _TEXT_OR_NONE, *[_NUMBER] * 5, _TEXT_OR_NONE, _NUMBER, (int, float),
-    *[_NUMBER] * 3,
-)  # fmt: skip
-_ATTEMPT_KINDS: Final = (
-    _NUMBER, _NUMBER, _TEXT, _NUMBER, _TEXT, _NUMBER, _TEXT, *[_TEXT_OR_NONE] * 3, *[_NUMBER] * 3, *[_TEXT_OR_NONE] * 2,
-)  # fmt: skip
+_KINDS: Final[dict[Any, tuple[type, ...]]] = {
+    Any: (object,), str: _TEXT, str | None: _TEXT_OR_NONE, int: _NUMBER, float: (int, float),
+}  # fmt: skip
+_RUN_KINDS: Final = tuple(_KINDS[kind] for kind in get_type_hints(RunRow).values())
+_ATTEMPT_KINDS: Final = tuple(_KINDS[kind] for kind in get_type_hints(Attempt).values())
 #: What stands in place of values that cannot be read. SQLite sorts texts above all numbers, so that lists, which begin
 #: with the newest run, have a start that is a text before this one.
 _SANE: Final[dict[str, Any]] = {
