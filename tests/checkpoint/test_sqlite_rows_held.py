@@ -204,7 +204,28 @@ def test_a_commit(rows: SqliteRows, clock: Clock) -> None:
         (1, "r", "p", 1, "RUNNING", None, 1000, 1700, 5, 11, 7, OURS, 1, 540_000, 1, 1)
     ]  # fmt: skip
     assert table(rows, "attempts") == [
-        (1, 1, 1, 2, 99, "", 4, "node 2", 7, "success", "semantic", "said", "why", 5, 3, 11, "m", 7, None)
+        (
+            1,
+            1,
+            1,
+            2,
+            99,
+            "",
+            4,
+            "node 2",
+            7,
+            "success",
+            "semantic",
+            "said",
+            "why",
+            5,
+            3,
+            11,
+            "m",
+            7,
+            None,
+            None,
+        )
     ]
     assert table(rows, "steps") == [
         (1, 1, 1, 2, "", "node 2", 1, 4, 99, "contract", "module:Model", b"[1]", checksum(b"[1]"), 8, b"given")
