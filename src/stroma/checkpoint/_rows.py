@@ -520,7 +520,8 @@ _RUN_KINDS: Final = (
     *[_NUMBER] * 3,
 )  # fmt: skip
 _ATTEMPT_KINDS: Final = (
-    _NUMBER, _NUMBER, _TEXT, _NUMBER, _TEXT, _NUMBER, _TEXT, *[_TEXT_OR_NONE] * 3, *[_NUMBER] * 3, *[_TEXT_OR_NONE] * 2,
+    _NUMBER, _NUMBER, _TEXT, _NUMBER, _TEXT, _NUMBER, _TEXT, *[_TEXT_OR_NONE] * 3, *[_NUMBER] * 3,
+    _TEXT_OR_NONE, _NUMBER, *[_TEXT_OR_NONE] * 2,
 )  # fmt: skip
 #: What stands in place of values that cannot be read. SQLite sorts texts above all numbers, so that lists, which begin
 #: with the newest run, have a start that is a text before this one.
