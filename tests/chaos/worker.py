@@ -40,6 +40,7 @@ from stroma import (
     NodeContract,
     NodeHooks,
     RunBusy,
+    RunFailed,
     SharedBudget,
     SharedBudgetExceeded,
     StoreError,
@@ -370,8 +371,12 @@ async def work(
                     diary.write("end", run_id, "-", outcome, pid, digest(state))
                     fuse("return")
                     return True
-            if isinstance(error, SharedBudgetExceeded) or (
-                may_get_lost and isinstance(error, CheckpointLost)
+            # Recorded by a process that died before it could end the run.
+            of_budget = isinstance(error, RunFailed) and str(error).startswith("shared budget")
+            if (
+                of_budget
+                or isinstance(error, SharedBudgetExceeded)
+                or (may_get_lost and isinstance(error, CheckpointLost))
             ):
                 diary.write("end", run_id, "-", outcome, pid, "-")
                 return True
