@@ -238,6 +238,15 @@ def test_the_message_of_an_exception(error: BaseException, message: str) -> None
     assert message_of(error) == message
 
 
+def test_the_message_of_an_exception_is_a_plain_str() -> None:
+    """A subclass of str, which may have methods of its own, does not get into traces and stores."""
+
+    class Text(str):
+        pass
+
+    assert type(message_of(Speaks(Text("text")))) is str
+
+
 @pytest.mark.parametrize("stop", [KeyboardInterrupt, SystemExit])
 def test_a_message_does_not_swallow_an_interrupt(stop: type[BaseException]) -> None:
     """What stops the process comes out, also while an exception is asked for its text."""
