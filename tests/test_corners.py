@@ -676,13 +676,6 @@ async def test_what_no_store_can_write_resumes_in_memory() -> None:
 # ---------------------------------------------------------------------- errors of nested runs
 
 
-async def _changed() -> None:
-    runner = quick(run_id="inner")
-    nodes = [node("i", _one, output=One)]
-    await runner.run(nodes, Num())
-    await runner.run(nodes, Num(n=2), resume=True)
-
-
 async def _unopened() -> None:
     await SQLiteStore("/dev/null/x.db").save("a", "b", Num())
 
@@ -704,7 +697,6 @@ async def _deadline() -> None:
 
 
 NESTED = [
-    (_changed, PipelineChanged, A),
     (_unopened, StoreError, A),
     (_sync_hook, HookNotAsync, A),
     (_deadline, BudgetExceeded, R),

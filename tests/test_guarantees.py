@@ -162,6 +162,8 @@ class _SuspendingSession:
     def __init__(self, store: Suspending, inner: Session) -> None:
         self.store = store
         self.inner = inner
+        self.address, self.epoch, self.charges = inner.address, inner.epoch, inner.charges
+        self.places, self.tried, self.note_call = inner.places, inner.tried, inner.note_call
         self.execution: int = inner.execution
         self.continued: bool = inner.continued
         self.finished = inner.finished
@@ -1529,7 +1531,9 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
                     found.add((path.relative_to(SOURCE).as_posix(), outer.name))
     callers = {(module, name) for module, name in found if module not in ("_engine.py",)}
     assert callers == {
+        ("_sequence.py", "check_owners"),  # It names a function.
         ("groups.py", "_call_by_hand"),
+        ("hooks.py", "_own_signature"),  # It unwraps partials.
         ("nodes.py", "call"),
         ("nodes.py", "gives_coroutine"),  # It unwraps partials.
         ("nodes.py", "find_node"),  # It asks whose function it is.

@@ -722,7 +722,7 @@ async def test_failed_items_are_run_again_if_asked(
     assert (kept.status, doubler.calls.total(), len(after)) == (RunStatus.RESUMED, 10, 1)
     assert kept.failed_items == 2  # Of maps that are restored, too.
     returned = await runner.run(work, State(), if_exists="return")
-    assert (returned.status, returned.failed_items) == (RunStatus.RESUMED, 2)
+    assert (returned.status, returned.failed_items) == (RunStatus.COMPLETED, 2)
     again = await runner.run(work, State(), resume=True, retry_failed_items=True)
     assert (again.status, again.failed_items) == (RunStatus.RESUMED, 1), again.failure
     assert (doubler.calls[3], doubler.calls[7], doubler.calls.total(), len(after)) == (2, 2, 12, 2)

@@ -95,6 +95,8 @@ def row(
         branch,
         None,
         None,
+        None,
+        ms * 1_000_000,
     )
 
 
