@@ -148,7 +148,7 @@ def _own_signature(func: Any) -> inspect.Signature | None:
     if type(func) not in (FunctionType, MethodType, partial):
         call = getattr(type(func), "__call__", None)  # noqa: B004
         func = MethodType(call, func) if type(call) is FunctionType else None
-    plain = func
+    plain: Any = func
     while type(plain) is partial:
         plain = plain.func
     plain = getattr(plain, "__func__", plain)
