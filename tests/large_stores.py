@@ -41,8 +41,18 @@ def fill(url: str, runs: int, attempts: int, *, vacuum: bool = True) -> None:
             db.execute("VACUUM ANALYZE")
 
 
-# The columns of a generated run i (from 0) and of its attempt j, in SQL that SQLite and PostgreSQL share.
+# What SQL of SQLite and PostgreSQL shares: columns, by their names so that a new one does not move them, and their
+# values for a generated run i and its attempt j (both from 0).
+_RUN_COLUMNS = """pipeline, execution, status, started_ms, updated_ms, tokens, cost_pico, latency_ns, lease_epoch,
+    attempt_count, commit_count"""
 _RUN = "'p' || (i % 1000), 1, CASE i % 1000 WHEN 999 THEN 'FAILED' ELSE 'COMPLETED' END, 1000 + i, 1000 + i, 1, 1, 1, 1"
+_INPUT_COLUMNS = "run, execution, contract, input, sha256"
+_ATTEMPT_COLUMNS = """run, execution, epoch, position, started_ns, branch, attempt, node_id, duration_ns, outcome, tokens,
+    output_tokens, cost_pico, function_ns"""
+_ATTEMPT = "i + 1, 1, 1, j, j, '', 1, 'n' || j, 1, 'success', 1, 0, 1, 1"
+_STEP_COLUMNS = """run, execution, position, branch, node_id, epoch, attempt, started_ns, schema_ref, contract, output,
+    sha256"""
+_STEP = "i + 1, 1, j, '', 'n' || j, 1, 1, j, ''"
 
 
 def fill_sqlite(url: str, runs: int, attempts: int) -> None:
@@ -53,17 +63,14 @@ def fill_sqlite(url: str, runs: int, attempts: int) -> None:
     db.execute("BEGIN")
     numbers = f"WITH RECURSIVE r(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM r WHERE i < {runs - 1})"
     both = f"{numbers}, a(j) AS (SELECT 0 UNION ALL SELECT j + 1 FROM a WHERE j < {attempts - 1})"
-    db.execute(f"""{numbers} INSERT INTO runs (run, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
-        cost_pico, latency_ns, lease_epoch) SELECT i + 1, printf('run-%06d', i), {_RUN} FROM r""")
-    given = (SCHEMA.fingerprint, OUTPUT, _sha())
-    db.execute(f"{numbers} INSERT INTO inputs SELECT i + 1, 1, ?, ?, ? FROM r", given)
-    db.execute(f"""{both} INSERT INTO attempts SELECT i + 1, 1, 1, j, j, '', 1, 'n' || j, 1, 'success', NULL, NULL,
-        NULL, 1, 0, 1, NULL FROM r, a""")
     db.execute(
-        f"""{both} INSERT INTO steps (run, execution, position, branch, node_id, epoch, attempt, started_ns,
-        contract, schema_ref, output, sha256) SELECT i + 1, 1, j, '', 'n' || j, 1, 1, j, ?, '', ?, ? FROM r, a""",
-        given,
+        f"""{numbers} INSERT INTO runs (run, run_id, {_RUN_COLUMNS})
+        SELECT i + 1, printf('run-%06d', i), {_RUN}, {attempts}, {attempts} FROM r"""
     )
+    given = (SCHEMA.fingerprint, OUTPUT, _sha())
+    db.execute(f"{numbers} INSERT INTO inputs ({_INPUT_COLUMNS}) SELECT i + 1, 1, ?, ?, ? FROM r", given)
+    db.execute(f"{both} INSERT INTO attempts ({_ATTEMPT_COLUMNS}) SELECT {_ATTEMPT} FROM r, a")
+    db.execute(f"{both} INSERT INTO steps ({_STEP_COLUMNS}) SELECT {_STEP}, ?, ?, ? FROM r, a", given)
     db.execute("COMMIT")
     db.close()
 
@@ -81,21 +88,22 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
         )
         name = "'run-' || lpad(i::text, 6, '0')"
         db.execute(
-            f"""INSERT INTO runs (run, run_key, run_id, pipeline, execution, status, started_ms, updated_ms, tokens,
-            cost_pico, latency_ns, lease_epoch) OVERRIDING SYSTEM VALUE
-            SELECT i + 1, ({name})::bytea, {name}, {_RUN} FROM {numbers}""".encode()
+            f"""INSERT INTO runs (run, run_key, run_id, {_RUN_COLUMNS}) OVERRIDING SYSTEM VALUE
+            SELECT i + 1, ({name})::bytea, {name}, {_RUN}, {attempts}, {attempts} FROM {numbers}""".encode()
         )
         db.execute(f"SELECT setval(pg_get_serial_sequence('runs', 'run'), {runs})".encode())
         given = (SCHEMA.fingerprint, OUTPUT, _sha())
-        db.execute(f"INSERT INTO inputs SELECT i + 1, 1, %s, %s, %s FROM {numbers}".encode(), given)
         db.execute(
-            f"""INSERT INTO attempts SELECT i + 1, 1, 1, j, j, '', 1, '', 'n' || j, 1, 'success', NULL, NULL, NULL,
-            1, 0, 1, NULL FROM {numbers}, {both}""".encode()
+            f"INSERT INTO inputs ({_INPUT_COLUMNS}) SELECT i + 1, 1, %s, %s, %s FROM {numbers}".encode(),
+            given,
         )
         db.execute(
-            f"""INSERT INTO steps (run, execution, position, branch_key, branch, node_id, epoch, attempt, started_ns,
-            contract, schema_ref, output, sha256) SELECT i + 1, 1, j, '', '', 'n' || j, 1, 1, j, %s, '', %s, %s
-            FROM {numbers}, {both}""".encode(),
+            f"""INSERT INTO attempts (branch_key, {_ATTEMPT_COLUMNS})
+            SELECT '', {_ATTEMPT} FROM {numbers}, {both}""".encode()
+        )
+        db.execute(
+            f"""INSERT INTO steps (branch_key, {_STEP_COLUMNS})
+            SELECT '', {_STEP}, %s, %s, %s FROM {numbers}, {both}""".encode(),
             given,
         )
 
@@ -104,16 +112,19 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
     import redis
 
     from stroma.checkpoint._redis_format import pack, pack_step, prefix_of
-    from stroma.checkpoint._rows import Step
+    from stroma.checkpoint._rows import Attempt, Step
 
     client = redis.Redis.from_url(url)
     step = pack_step(Step(SCHEMA.fingerprint, "", OUTPUT, _sha()), 1, 1, 0)
     steps = {f"{j}:": step.replace(b",1,1,0]", b",1,1,%d]" % j) for j in range(attempts)}
     nodes = {f"{j}:": f"{j + 1} n{j}" for j in range(attempts)}
-    tried = {
-        f"1:{j}:{j}:1:": pack([j, j, "", 1, f"n{j}", 1, "success", None, None, None, 1, 0, 1, None])
-        for j in range(attempts)
-    }
+    tried = {}
+    for j in range(attempts):
+        attempt = Attempt(
+            position=j, started_ns=j, branch="", attempt=1, node_id=f"n{j}", duration_ns=1, outcome="success",
+            failure_class=None, message=None, reason=None, tokens=1, output_tokens=0, cost_pico=1, model=None, function_ns=1,
+        )  # fmt: skip
+        tried[f"1:{j}:{j}:1:"] = pack(list(attempt))
     given = pack([SCHEMA.fingerprint, _sha().hex()], OUTPUT)
     pipe = client.pipeline(transaction=False)
     for i in range(runs):
@@ -122,7 +133,8 @@ def fill_redis(url: str, runs: int, attempts: int) -> None:
         facts = {
             "token": f"t{i}", "run_id": name, "pipeline": f"p{i % 1000}", "execution": 1, "status": status,
             "started_ms": 1000 + i, "updated_ms": 1000 + i, "tokens": 1, "cost_pico": 1, "latency_ns": 1, "owner": "x",
-            "epoch": 1, "nodes": attempts, "kept": attempts, "tried": attempts, "version": attempts + 2, "order": attempts,
+            "epoch": 1, "nodes": attempts, "kept": attempts, "tried": attempts, "calls": 0,
+            "version": attempts + 2, "order": attempts,
         }  # fmt: skip
         pipe.hset(f"{prefix}run", mapping=facts)
         pipe.hset(f"{prefix}inputs", "1", given)

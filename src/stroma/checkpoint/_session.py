@@ -327,8 +327,8 @@ class DurableSession:
             rows.drop(found.run, TROUBLE)
             rows.drop(found.run, DEATHS)
             rows.drop(found.run, WAITING)
-        else:
-            self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
+            return  # A store that writes at the end of an operation would still read what was dropped.
+        self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
         if ours and self.continued and self._deliver:
             kept_due = [
                 read_due(kept, self.run_id, found.execution, self._payloads)

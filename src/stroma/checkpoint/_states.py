@@ -79,10 +79,11 @@ class AsyncStates(DurableStore):
             return None
 
         def query(rows: Rows) -> tuple[int, StepRow] | None:
-            run, newest = rows.find(run_id), rows.newest(run_id, node_id)
-            if run is None or newest is None:
-                return None
-            return 0 if newest.position == SAVED else run.execution, newest
+            newest = rows.newest(run_id, node_id)
+            if newest is None or newest.position == SAVED:  # What save() stores may have no run.
+                return None if newest is None else (0, newest)
+            run = rows.find(run_id)
+            return None if run is None else (run.execution, newest)
 
         kept = await asyncio.to_thread(self.read, query, None)
         if kept is None:
