@@ -181,6 +181,7 @@ WITHOUT_MEND = {
     "the store could not keep node": "the store's own error says it",
     "{path}: {error}": "what SQLite says that nobody has met yet",
     "cannot keep this: ": "what a driver says that nobody has met yet",
+    "cannot be used: {error}, then": "what is wrong with the row ends with it: delete the run",
     "node {node_id}: {error}": "what is wrong with a response, said for a node",
     "hook calls raised; the first": "the hook's own exception says it",
 }

@@ -45,7 +45,9 @@ def main():
 
     async def run():
         async with SQLiteStore("runs.db") as store:
-            runner = StromaRunner.quick(store=store, hooks=log_hooks(), budget=ExecutionBudget(max_cost_usd=1), check=True)
+            runner = StromaRunner.quick(
+                store=store, hooks=log_hooks(), budget=ExecutionBudget(max_cost_usd=1), check=True, unknown_model="warn"
+            )
             result = await runner.run(flow, Text(), run_id="r1")
             result.raise_for_status()
             result.to_html("run.html")

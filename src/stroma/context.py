@@ -111,6 +111,7 @@ class _NoSession:
 
 
 _NO_SESSION = _NoSession()
+_PLAIN_LEAVES: Final = frozenset({str, int, float, bool, type(None)})
 _MOST_SECRETS: Final = 1000  # that one run remembers
 _NO_FAILED_MAPS: Mapping[tuple[int, str], int] = {}
 
@@ -738,6 +739,8 @@ class ReliabilityContext:
 
     def note_secrets(self, state: Any) -> None:
         """Remember the secrets in a state, to keep them out of messages: the newest thousand."""
+        if type(state) is tuple and _PLAIN_LEAVES.issuperset(map(type, state)):
+            return  # A flat state without secrets, as most are: a failed attempt takes a tenth less.
         try:
             found = list(islice(secrets_in(state), _MOST_SECRETS))
         except Exception:

@@ -25,7 +25,16 @@ from typing import Any
 from pydantic import BaseModel
 from tests.chaos.check import Figures
 
-from stroma import FailureClass, FailurePolicy, JsonLines, NodeContract, StromaRunner, map_over, open_store
+from stroma import (
+    FailureClass,
+    FailurePolicy,
+    JsonLines,
+    NodeContract,
+    StromaRunner,
+    current_node,
+    map_over,
+    open_store,
+)
 from stroma import stroma_node as mark
 from stroma.trace import FAILED_ITEM
 
@@ -55,7 +64,6 @@ async def work(url: str, folder: Path) -> None:
     contract: NodeContract[Any, Any] = NodeContract(
         node_id="square", input_schema=Number, output_schema=Square
     )
-    failed: set[int] = set()
 
     @mark("square", contract)
     async def square(state: Number) -> Any:
@@ -63,8 +71,9 @@ async def work(url: str, folder: Path) -> None:
         await asyncio.sleep(0)
         if state.n % BAD == BAD - 1:
             raise ValueError("it never works")
-        if state.n % FLAKY == 0 and state.n not in failed:
-            failed.add(state.n)
+        here = current_node()
+        assert here is not None
+        if state.n % FLAKY == 0 and here.attempt == 1:  # Failures before a kill count.
             raise TimeoutError("once")
         return {"n": state.n, "square": state.n**2}, 3
 

@@ -179,12 +179,12 @@ class Fuse:
                         kind = kind.do
                     if isinstance(kind, functools.partial):
                         kind = getattr(kind.func, "__func__", kind.func)
-                    if isinstance(kind, Commit) or "DurableSession._" in getattr(kind, "__qualname__", ""):
-                        fuse("applied")
-                    elif kind is DurableSession.open:
+                    if kind is DurableSession.open:
                         fuse("opened")
                     elif kind is DurableSession._finish:
                         fuse("ended")
+                    elif isinstance(kind, Commit) or "DurableSession._" in getattr(kind, "__qualname__", ""):
+                        fuse("applied")
             acknowledge(worker)
 
         def recording(session: DurableSession, *args: Any) -> Any:

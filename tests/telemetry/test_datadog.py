@@ -22,6 +22,7 @@ from ddtrace.trace import tracer
 from pydantic import BaseModel, SecretStr
 from stroma import *
 from stroma.telemetry import datadog_hooks
+from tests.kit import ONCE
 
 class State(BaseModel):
     n: int = 0

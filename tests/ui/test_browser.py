@@ -152,7 +152,7 @@ def test_live(site: Site, browser: Browser) -> None:
     browser.until("document.getElementById('liveness').textContent", lambda text: text == "live")
     browser.eval("document.querySelector('.gantt details').open = true")
     browser.eval("window.before = document.getElementById('live')")
-    make_runs(site.store, ("good", GOOD), resume=True)
+    make_runs(site.store, ("good", GOOD), resume_from="flaky", resume=True)
     browser.until("document.querySelector('h1').textContent.includes('RESUMED')")
     assert browser.eval("document.getElementById('live') !== window.before")
     assert browser.eval("document.querySelector('.gantt details').open")
