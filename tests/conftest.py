@@ -125,7 +125,7 @@ class _ProcessGuard:
 
     def __call__(self, event: str, arguments: tuple[Any, ...]) -> None:
         if self.is_active and event in _PROCESS_EVENTS and arguments[:1] not in _SDK_PROCESSES:
-            self.event = event
+            self.event = f"{event} of {arguments[:1]}"
 
 
 _guard = _ProcessGuard()
@@ -134,13 +134,19 @@ sys.addaudithook(_guard)
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Guard the setup, the call and the teardown of a test that is not slow."""
+    """Guard the setup and the call of a test that is not slow."""
     _guard.event = ""
     _guard.is_active = not any(item.iter_markers("slow")) and not any(item.iter_markers("nightly"))
     try:
         return (yield)
     finally:
         _guard.is_active = False
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_teardown() -> None:
+    """Stop guarding: the last test of a file also ends what slow tests of that file have shared."""
+    _guard.is_active = False
 
 
 @pytest.hookimpl(wrapper=True)

@@ -86,9 +86,9 @@ class _MemorySession:
             run.epoch += 1
         run.cancelled = False
         #: How the run had completed, and how many attempts it had then.
-        self._was: tuple[str, int] | None = None
+        self._was: tuple[str, str | None, int] | None = None
         if way == "continue" and run.status in COMPLETE and request.discard_from is None:
-            self._was = run.status, _recorded(run)
+            self._was = run.status, run.error, _recorded(run)
         if way == "return":
             self.finished = Finished(run.status, run.error)
         elif way == "begin":
@@ -201,8 +201,8 @@ class _MemorySession:
             if self._run.epoch != self._epoch:
                 raise _fenced()
             status = str(status)
-            if self._was is not None and status in COMPLETE and self._was[1] == _recorded(self._run):
-                status = self._was[0]  # A resume that had nothing to do leaves the run as it was.
+            if self._was is not None and status in COMPLETE and self._was[2] == _recorded(self._run):
+                status, error = self._was[:2]  # A resume that had nothing to do leaves the run as it was.
             self._run.status, self._run.error = status, error
             self.abandon()
 
