@@ -98,5 +98,5 @@ def test_a_process_in_the_default_tier_is_noticed(pytester: pytest.Pytester) -> 
     result = pytester.runpytest_inprocess()
     result.assert_outcomes(passed=2, errors=1)
     result.stdout.fnmatch_lines(
-        ["*test_one started a process (subprocess.Popen); mark it with @pytest.mark.slow*"]
+        ["*test_one started a process (subprocess.Popen*); mark it with @pytest.mark.slow*"]
     )

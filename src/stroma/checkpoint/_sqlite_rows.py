@@ -48,9 +48,9 @@ _CLAIM: Final = """UPDATE runs SET status = 'RUNNING', error = NULL, updated_ms 
     lease_epoch = lease_epoch + 1 WHERE run = ? RETURNING lease_epoch, attempt_count"""
 _DISCARD: Final = "DELETE FROM steps WHERE run = ? AND execution = ? AND position >= ?"
 _DISCARDED: Final = "UPDATE runs SET commit_count = commit_count - ? WHERE run = ?"
-_WHOLE: Final = """SELECT EXISTS (SELECT 1 FROM inputs WHERE run = ?1 AND execution = ?2),
-    (SELECT count(*) FROM attempts WHERE run = ?1 AND execution = ?2),
-    (SELECT count(*) FROM steps WHERE run = ?1 AND execution = ?2 AND position >= 0)"""
+_WHOLE: Final = """SELECT EXISTS (SELECT 1 FROM inputs WHERE run = :run AND execution = :execution),
+    (SELECT count(*) FROM attempts WHERE run = :run AND execution = :execution),
+    (SELECT count(*) FROM steps WHERE run = :run AND execution = :execution AND position >= 0)"""
 _STEPS: Final = """SELECT position, branch, node_id, contract, schema_ref, output, sha256, call, given FROM steps
     WHERE run = ? AND execution = ? AND position >= 0"""
 _NOT_APART: Final = " AND NOT (position = ? AND branch <> '' AND substr(branch, 1, ?) = ?)"
@@ -211,7 +211,8 @@ class SqliteRows:
         return found
 
     def is_whole(self, found: RunRow) -> bool:
-        ((has_input, *counts),) = self.db.execute(_WHOLE, (found.run, found.execution)).fetchall()
+        at = {"run": found.run, "execution": found.execution}
+        ((has_input, *counts),) = self.db.execute(_WHOLE, at).fetchall()
         return bool(has_input) and counts == [found.attempt_count, found.commit_count]
 
     def was_deleted(self, run: int) -> bool:
