@@ -187,6 +187,7 @@ class Crowd:
                 assert self.seen[f"run {i}", event] == count, (i, event)
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.timeout(120)
 async def test_ten_thousand_runs_at_once() -> None:

@@ -10,6 +10,7 @@ from tests.chaos import items
 ITEMS = 5000
 
 
+@pytest.mark.nightly
 def test_killed_at_random_each_item_is_committed_once(tmp_path: Path) -> None:
     """A map over 5,000 items that is killed with SIGKILL until it is done commits each once; its file is complete, in order."""
     # How long a whole run takes here sets the range of instants.

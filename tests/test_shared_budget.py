@@ -125,6 +125,7 @@ def test_four_processes(kind: str) -> None:
         assert set(statuses) <= {"COMPLETED", "PARTIAL"}
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", SHARED)
 def test_a_process_that_is_killed(kind: str) -> None:

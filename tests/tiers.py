@@ -34,6 +34,7 @@ SLOW_PATHS = (
     "tests/demo/test_provider.py",
     "tests/demo/test_show.py",
     "tests/examples/",
+    "tests/frameworks/",
     "tests/test_docs.py",
     "tests/test_docs_pages.py",
     "tests/test_kill.py",

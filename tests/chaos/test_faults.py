@@ -38,6 +38,7 @@ def test_killed_at_random() -> None:
     assert figures["commits"] == 10 * figures["runs"]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("store", ["postgres", "redis"])
 def test_killed_at_random_on_a_server(store: str) -> None:
     """The same on a server that all processes share."""
@@ -52,6 +53,7 @@ def test_killed_at_each_point_of_the_protocol() -> None:
     assert [point for point in POINTS if not figures.get(f"at {point!r}")] == []
 
 
+@pytest.mark.nightly
 def test_killed_inside_of_groups() -> None:
     """I1 and I3: branches of parallel() and items of map_over() that have finished are not run again."""
     figures = strike("group", 12)
@@ -59,12 +61,14 @@ def test_killed_inside_of_groups() -> None:
     assert figures["repeated in flight"] > 0
 
 
+@pytest.mark.nightly
 def test_stopped_for_longer_than_its_lease() -> None:
     """I1, I2 and I4: what a process commits that wakes up after another one has taken its run over is fenced."""
     figures = strike("stop", 6)
     assert figures["fenced"] > 0
 
 
+@pytest.mark.nightly
 def test_started_twice_and_eight_times() -> None:
     """I2 and I3: of 2 and of 8 processes with one run one executes it, in a file that none of them has found."""
     figures = strike("duplicate", 8)
@@ -72,33 +76,39 @@ def test_started_twice_and_eight_times() -> None:
     assert figures["told that it is busy"] > 0
 
 
+@pytest.mark.nightly
 def test_clocks_that_jump() -> None:
     """I1 to I5, killed at any instant while the wall clock of each process jumps to and fro by up to an hour."""
     assert strike("clock", 8)["kills"] >= 4
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
 def test_cancelled_at_any_await(store: str) -> None:
     """I1 to I4: cancelled at any await and gone on with, a run has each commit once, and no commit runs again."""
     assert strike("cancel", 6, store)["cancellations"] >= 10
 
 
+@pytest.mark.nightly
 def test_told_to_end() -> None:
     """I1 and I3: SIGTERM ends a process with 0 after the node in flight, or within no time at all, and frees its runs."""
     assert strike("term", 8)["SIGTERMs"] >= 4
 
 
+@pytest.mark.nightly
 def test_a_locked_database() -> None:
     """I1 and I3: while somebody else holds the lock of the file everybody waits; no node is run again for it."""
     figures = strike("lock", 3)
     assert (figures["locks"], figures["repeated in flight"]) == (12, 0)
 
 
+@pytest.mark.nightly
 def test_a_full_disk() -> None:
     """I1 and I5: on a full disk a run stops with a named error, and goes on once there is room; a node is not retried."""
     assert strike("full", 8)["runs that were told"] >= 8
 
 
+@pytest.mark.nightly
 def test_connections_that_are_ended() -> None:
     """I2 and I3: a commit whose connection is ended is looked for and sent again if need be; its node is not run again."""
     figures = strike("terminate", 4, "postgres")
@@ -106,6 +116,7 @@ def test_connections_that_are_ended() -> None:
     assert figures["repeated in flight"] == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("store", ["postgres", "redis"])
 def test_a_server_that_is_killed(store: str) -> None:
     """I1 and I3: what a server acknowledged survives its SIGKILL; whoever is at work waits for it to come back."""
@@ -113,6 +124,7 @@ def test_a_server_that_is_killed(store: str) -> None:
     assert (figures["server kills"], figures["repeated in flight"]) == (2, 0)
 
 
+@pytest.mark.nightly
 def test_killed_before_what_a_call_took_is_settled() -> None:
     """I6, killed between a commit and what follows it, with the budget in the store of the runs and in another one."""
     figures = strike("settle", 4)
@@ -120,6 +132,7 @@ def test_killed_before_what_a_call_took_is_settled() -> None:
     assert figures["overspent"] == 0
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("store", ["sqlite", "postgres", "redis"])
 def test_a_store_that_comes_back_older(store: str) -> None:
     """I7: a process whose acknowledged commits are gone is told CheckpointLost; who resumes makes one history of the rest."""
@@ -128,6 +141,7 @@ def test_a_store_that_comes_back_older(store: str) -> None:
     assert figures["mixed"] == 0
 
 
+@pytest.mark.nightly
 def test_power_cuts() -> None:
     """I1 at FULL; at NORMAL what is left is a prefix of what was acknowledged, and is sound."""
     figures = strike("powercut", 400)
@@ -136,12 +150,14 @@ def test_power_cuts() -> None:
     assert figures["cuts at NORMAL that lost the last batches"] > 0
 
 
+@pytest.mark.nightly
 def test_failed_fsyncs() -> None:
     """I1 and I5: after a failed fsync nothing is acknowledged, and a new store has all that was acknowledged before."""
     figures = strike("fsync", 30)
     assert figures["poisoned"] > 0
 
 
+@pytest.mark.nightly
 def test_the_disk_that_loses_its_power() -> None:
     """What the power cuts stand on: what was synced stays, all else may be lost, torn, or done in another order."""
     old, new = b"a" * 1024, b"b" * 1024

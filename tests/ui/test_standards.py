@@ -50,6 +50,7 @@ def pages(tmp_path: Path, serve: Any) -> list[str]:
     return [site.url + path for path in asked] + [bare.url + path for path in ("/", "/overview", "/pipeline")]
 
 
+@pytest.mark.nightly
 @pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 def test_accessible(pages: list[str], home: Path, chromium: Browser, tmp_path: Path, dark: bool) -> None:
     """axe-core finds nothing on any page, light and dark, narrow and wide: not against WCAG 2.2 AA, and not against its own advice."""
