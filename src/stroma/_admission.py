@@ -69,7 +69,7 @@ class Permit:
     # ---- as a stroma.checkpoint.journal.Charge
 
     def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
-        """What the commit of the attempt settles; see Charge."""
+        """The changes that the commit of the attempt makes; see Charge."""
         node_id = self.run.node_id
         changes: list[tuple[str, Change[Any]]] = []
         self.charged = []

@@ -164,7 +164,7 @@ class Gate(ABC):
         return None
 
     def charged(self, token: str, answer: Any) -> Any:
-        """What :meth:`left` returns, for a call that a charge has ended. Raises StoreError."""
+        """Return the same as :meth:`left`, for a call that a charge has ended. Raises StoreError."""
         raise NotImplementedError
 
     @abstractmethod

@@ -114,7 +114,7 @@ def _quoted(step_id: str) -> str:
 
 
 def is_called(branch: str) -> bool:
-    """Whether a branch is of a step that code calls, or of something inside one."""
+    """Return whether a branch is of a step that code calls, or of something inside one."""
     return _MARK in branch
 
 

@@ -59,7 +59,7 @@ class Terms(NamedTuple):
 
 
 class Place(NamedTuple):
-    """Where a journal records the attempt that a call belongs to.
+    """The place in a journal of the attempt that a call belongs to.
 
     Attributes:
         address: of the journal's store, see DurableStore.

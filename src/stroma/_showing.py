@@ -226,7 +226,7 @@ def _places(text: str, values: Iterable[str], room: list[int]) -> list[tuple[int
 
 
 def _starts(text: str, length: int, starts: Iterable[str], room: list[int]) -> Iterator[tuple[int, str]]:
-    """Where any of these texts of one length stands in a text."""
+    """Return the places of any of these texts of one length in a text."""
     starts = set(starts)
     if len(starts) <= _FEW:
         for start in starts:
