@@ -38,7 +38,7 @@ from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import Payloads, Place
 from stroma.failures import FailureClass
 from stroma.schemas import schema_of
-from stroma.trace import AttemptUsage, Row
+from stroma.trace import AttemptUsage, Failed, Row
 
 
 class State(BaseModel):
@@ -240,7 +240,9 @@ async def begun(store: Store, **request: Any) -> DurableSession:
     await session.record(row(1, 20, "0", group="group"), SCHEMA, State(n=11))
     await session.record(row(1, 21, "1", group="group"), SCHEMA, State(n=12))
     await session.record(row(1, 19), SCHEMA, State(n=13))
-    await session.record(row(2, 30, failed=(FailureClass.AMBIGUOUS, "no", "why")), None, None)
+    await session.record(
+        row(2, 30, failed=Failed(FailureClass.AMBIGUOUS, "no", "why", "OSError")), None, None
+    )
     await session.record(row(2, 31, number=2), SCHEMA, State(n=14))
     lose(session)
     return session

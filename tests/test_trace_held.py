@@ -14,7 +14,17 @@ from tests.trace_rows import USED, WHEN, event, failed, failed_event, row, trace
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus
 from stroma.failures import ItemFailure, diagnose
 from stroma.schemas import schema_of
-from stroma.trace import AttemptUsage, FewRows, LeftOut, MarkKind, Outcome, TraceMark, contract_of, jsonable
+from stroma.trace import (
+    AttemptUsage,
+    Failed,
+    FewRows,
+    LeftOut,
+    MarkKind,
+    Outcome,
+    TraceMark,
+    contract_of,
+    jsonable,
+)
 
 
 class Given(BaseModel):
@@ -133,12 +143,12 @@ def test_every_field_of_a_row_is_in_its_event() -> None:
     assert one.timestamp_utc.tzinfo is UTC
 
 
-def test_a_failed_row_has_its_class_message_and_reason() -> None:
+def test_a_failed_row_has_its_class_message_reason_and_type() -> None:
     """Each in its own field, and no output."""
     assert list(trace(failed())) == [failed_event()]
-    unknown = (FailureClass.AMBIGUOUS, "hm", None)
+    unknown = Failed(FailureClass.AMBIGUOUS, "hm", None, "KeyError")
     (one,) = trace(failed(failure=unknown))
-    assert (one.failure, one.failure_message, one.reason) == (*unknown[:2], None)
+    assert (one.failure, one.failure_message, one.reason, one.error_type) == unknown
 
 
 def test_a_row_that_went_over_its_budget_has_both() -> None:
@@ -254,6 +264,7 @@ def test_a_trace_as_json_has_everything() -> None:
                     "branch": "0",
                     "left_out": None,
                     "function_ms": 5,
+                    "error_type": "OSError",
                 }
             ],
             "usage": {
@@ -268,6 +279,7 @@ def test_a_trace_as_json_has_everything() -> None:
             "branch": "",
             "left_out": None,
             "function_ms": 5,
+            "error_type": None,
         }
     ]
 

@@ -6,13 +6,13 @@ from datetime import UTC, datetime
 from typing import Any
 
 from stroma import ExecutionTrace, FailureClass, TraceEvent
-from stroma.trace import AttemptUsage, Row
+from stroma.trace import AttemptUsage, Failed, Row
 
 USED = AttemptUsage(7, 2, 0.5, "m", 3, 1)
 #: 2023-11-14 22:13:20.123456789 UTC
 START = 1_700_000_000_123_456_789
 WHEN = datetime(2023, 11, 14, 22, 13, 20, 123456, UTC)
-FAILED = (FailureClass.RECOVERABLE, "it broke", "rate_limit")
+FAILED = Failed(FailureClass.RECOVERABLE, "it broke", "rate_limit", "OSError")
 
 
 def row(node_id: str = "node", **changed: Any) -> Row:
@@ -56,7 +56,12 @@ def event(node_id: str = "node", **changed: Any) -> TraceEvent:
 
 
 def failed_event(node_id: str = "node", **changed: Any) -> TraceEvent:
-    what = {"failure": FAILED[0], "failure_message": "it broke", "reason": "rate_limit"}
+    what = {
+        "failure": FAILED[0],
+        "failure_message": "it broke",
+        "reason": "rate_limit",
+        "error_type": "OSError",
+    }
     return event(node_id, **{"output_state": None, "outcome": "failure", **what, **changed})
 
 

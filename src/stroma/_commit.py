@@ -13,11 +13,11 @@ from stroma._tasks import refusal, uninterrupted
 from stroma.checkpoint import StepCall, StoreError, Waiting
 from stroma.context import ReliabilityContext
 from stroma.execution import NodeExecution
-from stroma.failures import Failure
+from stroma.failures import Failure, kind_of
 from stroma.schemas import NotSerialisable, Schema, Snapshot
-from stroma.trace import NO_USAGE, Outcome, Row
+from stroma.trace import NO_USAGE, Failed, Outcome, Row
 
-__all__ = ["make_row", "record", "refer", "settle"]
+__all__ = ["failed_of", "make_row", "record", "refer", "settle"]
 
 #: Between tries of a commit that the store refused.
 _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
@@ -39,6 +39,12 @@ def _note_trouble(run: NodeExecution, begin: int, failure: Failure) -> None:
             run.ctx.run_logger.debug("the traceback of node %r is not kept: %r", run.node_id, error)
 
 
+def failed_of(failure: Failure, outcome: Outcome | None = None) -> Failed:
+    """Return what a row holds of a failure. A suspension has a reason, but no type of exception."""
+    error_type = None if outcome == "suspended" else kind_of(failure.exception)
+    return Failed(failure.failure_class, failure.message, failure.reason, error_type)
+
+
 def make_row(
     run: NodeExecution,
     begin: int,
@@ -58,7 +64,7 @@ def make_row(
         picture,
         kept,
         outcome,
-        None if failure is None else (failure.failure_class, failure.message, failure.reason),
+        None if failure is None else failed_of(failure, outcome),
         None if run.counted is NO_USAGE else run.counted,
         run.position,
         run.branch,

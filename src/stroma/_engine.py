@@ -247,12 +247,17 @@ def _tried_before(ctx: ReliabilityContext, run: NodeExecution, node: Node | Grou
     tried = ctx.tried.pop((run.position, run.branch), None) if ctx.tried else None
     if tried is None or tried.node_id != run.node_id:
         return 0, None
-    count, message, reason = tried.attempts, tried.message, tried.reason
+    count = tried.attempts
     run.attempt = count
     # Which of them repaired a broken output is not recorded.
     run.repairs = min(count, ctx.config.contract_retries.get(run.node_id, 0))
     failure = Failure(
-        RunFailed(message), FailureClass(tried.failure_class), run.node_id, count, message, reason
+        RunFailed.recorded(tried.message, tried.error_type),
+        FailureClass(tried.failure_class),
+        run.node_id,
+        count,
+        tried.message,
+        tried.reason,
     )
     run.last_failure = failure
     decision = _decide(ctx, run, node, failure, count)

@@ -11,7 +11,7 @@ from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
-from stroma._commit import settle
+from stroma._commit import failed_of, settle
 from stroma._engine import GroupStopped, Halt, execute
 from stroma._restore import check_committed, output_schema, read_output, value_of
 from stroma._tasks import refusal
@@ -214,7 +214,7 @@ class MapRun:
         )
         row: Row = (
             self._child.node_id, failure.attempt + 1, perf_counter_ns() + ctx.epoch_ns, 0, {}, None,
-            cast("Outcome", "collected"), (failure.failure_class, failure.message, failure.reason), None,
+            cast("Outcome", "collected"), failed_of(failure), None,
             group.position, self._branch(item.index), group.node_id, None, None, 0,
         )  # fmt: skip
         call = self._call_of(item)

@@ -44,8 +44,8 @@ async def _tell(ctx: ReliabilityContext, run: NodeExecution, row: Row, node: Nod
     said: tuple[Any, ...] = ()
     failed = row[FAILURE]
     if failed is not None:
-        failure_class, message, _ = failed
-        said = (message,) if row[OUTCOME] == "suspended" else (RunFailed(message), failure_class)
+        error = RunFailed.recorded(failed.message, failed.error_type)
+        said = (failed.message,) if row[OUTCOME] == "suspended" else (error, failed.failure_class)
 
     committed = await _committed(ctx, row)
 

@@ -15,7 +15,7 @@ from stroma._restore import check_place, output_schema, restore
 from stroma.checkpoint import CheckpointNotFound, Committed, Finished, PipelineChanged
 from stroma.context import ReliabilityContext
 from stroma.execution import CURRENT, leave
-from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose
+from stroma.failures import Failure, FailureClass, NodeContext, RunFailed, diagnose, text_of
 from stroma.hooks import HookError, HookNotAsync
 from stroma.nodes import Group, Node, apart_in
 from stroma.schemas import NotSerialisable
@@ -219,7 +219,7 @@ class OneRun:
         """Close the record, build the result, tell the hooks: always, whichever way the run ended."""
         ctx = self.ctx
         result = ctx.build_result(status, self.state, failure)
-        why = failure.message if failure is not None else "; ".join(ctx.suspended) or None
+        why = text_of(failure) if failure is not None else "; ".join(ctx.suspended) or None
         if ctx.run_logger.isEnabledFor(logging.INFO):
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
         if await ctx.end_and_tell(status, why, result if ctx.fire.on_run_end is not None else None):

@@ -55,9 +55,12 @@ def _escaped(found: re.Match[str]) -> str:
     return json.dumps(found[0])[1:-1]
 
 
-def typed(kind: str, message: str) -> str:
-    """Return an exception's message as people read it: ``Type: message``, or the type alone where it says no more."""
-    return message if message == kind else f"{kind}: {message}"
+def typed(kind: str | None, message: str) -> str:
+    """Return an exception's message as people read it: ``Type: message``, or the type alone where it says no more.
+
+    ``kind``: None for what is no exception's.
+    """
+    return message if kind is None or message == kind else f"{kind}: {message}"
 
 
 def money(usd: float) -> str:

@@ -202,7 +202,7 @@ class NodeExecution:
     def reason(self) -> str | None:
         """A stable word for why that attempt failed, such as "rate_limit"; None if it did not, or nobody knows."""
         failed = None if self.ended is None else self.ended[FAILURE]
-        return None if failed is None else failed[2]
+        return None if failed is None else failed.reason
 
     @property
     def notes(self) -> dict[Any, Any]:

@@ -120,7 +120,7 @@ def _ended_ns(attempt: AttemptRecord) -> int:
 
 
 def _why(attempt: AttemptRecord) -> str | None:
-    return (attempt.message or attempt.failure_class) if attempt.failure_class else None
+    return (attempt.text or attempt.failure_class) if attempt.failure_class else None
 
 
 def _span(
@@ -173,7 +173,7 @@ def chrome_trace(record: RunRecord, attempts: Sequence[AttemptRecord]) -> dict[s
     for attempt, bar in bars:
         about = {
             "at": place_of(attempt), "attempt": attempt.attempt, "outcome": attempt.outcome,
-            "class": attempt.failure_class, "reason": attempt.reason, "message": attempt.message,
+            "class": attempt.failure_class, "reason": attempt.reason, "message": attempt.text,
             "tokens": attempt.tokens, "output_tokens": attempt.output_tokens, "cost_usd": attempt.cost_usd,
             "model": attempt.model,
         }  # fmt: skip

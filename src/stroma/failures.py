@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple, TypeGuard, TypeVar, cast, final
 from pydantic import BaseModel, ConfigDict, Field
 
 from stroma._deferred import Deferred
+from stroma._words import typed
 from stroma.classifiers import read_provider_error
 from stroma.contracts import ContractViolation
 from stroma.cost import BudgetExceeded
@@ -40,6 +41,7 @@ __all__ = [
     "diagnose",
     "is_a",
     "kind_of",
+    "text_of",
 ]
 
 logger = logging.getLogger("stroma")
@@ -223,6 +225,14 @@ class RunFailed(Exception):
     Mend: look at its attempts in the store (``stroma show``), then continue it with ``resume=True``.
     """
 
+    @classmethod
+    def recorded(cls, message: str, error_type: str | None) -> RunFailed:
+        """Return one that stands for an exception which a store has recorded."""
+        error = cls(message)
+        if error_type is not None:
+            vars(error)["type_name"] = error_type
+        return error
+
 
 def ends_run(error: BaseException) -> bool:
     """Return whether what a validator or a classifier raised is no failure, but the end of this run or process.
@@ -247,12 +257,21 @@ def message_of(exc: BaseException) -> str:
         return type(exc).__name__
 
 
-def kind_of(exc: BaseException) -> str:
-    """Return the name of an exception's type, also of one that was raised in another process."""
+def kind_of(exc: BaseException) -> str | None:
+    """Return the name of an exception's type, also of one that was raised in another process.
+
+    None for a RunFailed whose message is that of a whole run: it begins with the type.
+    """
     name = getattr(type(exc), "__name__", "Exception")
-    if name == "RemoteFailure":  # It stands for one of another process.
+    if name in ("RemoteFailure", "RunFailed"):  # It stands for one of another process.
         name = vars(exc).get("type_name", name)
+        return None if name == "RunFailed" else str(name)
     return str(name)
+
+
+def text_of(failure: Failure) -> str:
+    """Return a failure as people read it: ``Type: message``."""
+    return typed(kind_of(failure.exception), failure.message)
 
 
 def classify(

@@ -303,7 +303,7 @@ class History:
         if record.cause is not None and record.status not in FINISHED:
             cause = record.cause
             at = f"{cause.position}.{cause.branch}" if cause.branch else str(cause.position)
-            message = cause.message or record.error or ""
+            message = cause.text or record.error or ""
             box = Box(cause.node_id, at, cause.attempt, cause.failure_class, message, cause.reason, mend)
         status = "INTERRUPTED" if is_gone(record) else record.status
         seconds = max(0, record.updated_ms - record.started_ms) / 1000
@@ -437,7 +437,7 @@ def bar_of(attempt: AttemptRecord, first_ns: int, given: Any = None, made: Any =
     """An attempt as it is drawn; ``first_ns``: when the first one began."""
     return Bar(
         attempt.node_id, place_of(attempt), attempt.attempt, (attempt.started_ns - first_ns) / 1e6, attempt.duration_ms,
-        attempt.outcome, attempt.failure_class, attempt.reason, attempt.message, attempt.tokens, attempt.output_tokens,
+        attempt.outcome, attempt.failure_class, attempt.reason, attempt.text, attempt.tokens, attempt.output_tokens,
         attempt.cost_usd, attempt.model, attempt.output_bytes is not None, given, made,
         attempt.function_ms if 0 < attempt.function_ms <= attempt.duration_ms - 1 else None,
     )  # fmt: skip

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from enum import Enum, StrEnum
-from typing import TYPE_CHECKING, Any, Final, Literal, cast
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, cast
 
 from pydantic import BaseModel, Secret, SecretBytes, SecretStr
 from pydantic_core import to_jsonable_python
@@ -30,6 +30,7 @@ __all__ = [
     "AttemptUsage",
     "ExecutionResult",
     "ExecutionTrace",
+    "Failed",
     "HookFailure",
     "MarkKind",
     "Outcome",
@@ -40,8 +41,16 @@ __all__ = [
 
 Outcome = Literal["success", "failure", "cancelled", "suspended"]
 
-#: Class, message and reason of a failed attempt.
-Failed = tuple[FailureClass, str, str | None]
+
+class Failed(NamedTuple):
+    """The failure of an attempt. ``error_type``: the name of the exception's type; None for a suspension."""
+
+    failure_class: FailureClass
+    message: str
+    reason: str | None
+    error_type: str | None = None
+
+
 #: What reads a row's input, and its output; what else there is, is of no concern here.
 Schemas = tuple[Schema, Schema, object]
 #: One attempt, as atoms, in this order. What most attempts lack (a failure, usage, children) is None.
@@ -213,6 +222,7 @@ class TraceEvent:
         failure: its class, or None.
         outcome: "success", "failure", "cancelled" or "suspended".
         reason: a stable word for the failure, such as "rate_limit"; None if unknown.
+        error_type: the name of the exception's type; None if nothing was raised.
         children: the events inside a group, in the order in which they ended.
         usage: what the attempt used.
         position: where in the run the node stands, 0-based.
@@ -239,6 +249,7 @@ class TraceEvent:
     branch: str = ""
     left_out: LeftOut | None = None
     function_ms: int | None = None
+    error_type: str | None = None
 
     def __post_init__(self) -> None:
         if self.failure is not None and self.outcome == "success":
@@ -313,7 +324,7 @@ class ExecutionTrace(Shown):
     def _event(self, row: Row) -> TraceEvent:
         schemas = row[SCHEMAS]
         seconds, ns = divmod(row[STARTED], 1_000_000_000)
-        failure, message, reason = row[FAILURE] or (None, None, None)
+        failure, message, reason, error_type = row[FAILURE] or (None, None, None, None)
         children = row[CHILDREN]
         return TraceEvent(
             node_id=row[NODE],
@@ -333,6 +344,7 @@ class ExecutionTrace(Shown):
             branch=row[BRANCH],
             left_out=children.left_out if isinstance(children, FewRows) else None,
             function_ms=row[FUNCTION] // 1_000_000,
+            error_type=error_type,
         )
 
     def _build(self, rows: list[Row | TraceEvent]) -> list[TraceEvent]:
@@ -457,7 +469,7 @@ def _bar(
     kind = None if event.failure is None else event.failure.value
     message = event.failure_message
     if message is not None:
-        message = hide_words(redact, message, hidden)
+        message = typed(event.error_type, hide_words(redact, message, hidden))
     used = event.usage
     waited = event.function_ms is not None and took_ms - event.function_ms >= 1
     return Bar(
@@ -669,13 +681,13 @@ class ExecutionResult(Shown):
         story, failure, box = self.trace._story(redact), self.failure, None
         if failure is not None:
             hidden = self.trace._hidden(redact)
-            message = hide_words(redact, failure.message, hidden)
+            message = typed(kind_of(failure.exception), hide_words(redact, failure.message, hidden))
             # Of a group, the child whose failure became its own is the one that stands deepest.
             said = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
             at = max(said, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
             box = Box(
                 failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
-                failure.failure_class.value, typed(kind_of(failure.exception), message), failure.reason,
+                failure.failure_class.value, message, failure.reason,
             )  # fmt: skip
         facts = [("unpriced", ", ".join(self.unpriced_models))] if self.unpriced_models else []
         facts += [

@@ -188,7 +188,7 @@ def test_what_a_row_may_hold() -> None:
             row = readable_run((*right[:at], wrong, *right[at + 1 :]))
             assert (row.status, row.owner) == (DAMAGED, None)
             assert row._fields[at] in (row.error or "")
-    good = (0, 1, "", 1, "n", 1, "success", None, None, None, 1, 1, 1, None, 0, None, None)
+    good = (0, 1, "", 1, "n", 1, "success", None, None, None, 1, 1, 1, None, 0, None, None, None)
     assert readable_attempt(good) == good
     for at in range(len(good)):
         row2 = readable_attempt((*good[:at], b"x", *good[at + 1 :]))

@@ -41,7 +41,7 @@ from stroma.checkpoint._rows import (
 )
 from stroma.checkpoint.journal import OF_MAP, Committed, Finished, PriorUsage, Waiting
 from stroma.failures import FailureClass
-from stroma.trace import AttemptUsage
+from stroma.trace import AttemptUsage, Failed
 
 store = store_fixture()
 
@@ -97,11 +97,20 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
         keep_due(
             store.rows,
             "r",
-            attempt(number, started, "2", 3, outcome="failure", failure_class="TERMINAL", message="m"),
+            attempt(
+                number,
+                started,
+                "2",
+                3,
+                outcome="failure",
+                failure_class="TERMINAL",
+                message="m",
+                error_type="KeyError",
+            ),
         )
     store.rows.keep("r", DUE, "damaged", "node", Step("", "", b"{}", b"wrong"))
     session = store.open(if_exists="resume", deliver=True)
-    failed = (FailureClass.TERMINAL, "m", None)
+    failed = Failed(FailureClass.TERMINAL, "m", None, "KeyError")
     usage = AttemptUsage(5, 3, 0.25, "m")
     assert session.undelivered == [
         ("node", 3, started, 7, {}, None, "failure", failed, usage, position, "2", None, None, None, 7)

@@ -49,7 +49,7 @@ from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.payloads import CODED, Payloads, Place
 from stroma.failures import FailureClass
 from stroma.schemas import NotSerialisable, schema_of
-from stroma.trace import AttemptUsage, Row, RunStatus
+from stroma.trace import AttemptUsage, Failed, Row, RunStatus
 
 
 class Hidden(BaseModel):
@@ -188,12 +188,12 @@ async def test_secrets_are_kept_under_a_codec_only(store: Store) -> None:
         (row(usage=AttemptUsage(9, 4, 1e-12 * 2.6, None)), attempt(tokens=9, output_tokens=4, cost_pico=3, model=None)),
         (row(usage=AttemptUsage(0, 0, 2.0, "\0\ud800")), attempt(tokens=0, output_tokens=0, cost_pico=2 * 10**12, model="\\x00\\ud800")),
         (
-            row(failed=(FailureClass.TERMINAL, "m\0", "r\ud800")),
-            attempt(outcome="failure", failure_class="TERMINAL", message="m\\x00", reason="r\\ud800"),
+            row(failed=Failed(FailureClass.TERMINAL, "m\0", "r\ud800", "T\0")),
+            attempt(outcome="failure", failure_class="TERMINAL", message="m\\x00", reason="r\\ud800", error_type="T\\x00"),
         ),
         (
-            row(failed=(FailureClass.AMBIGUOUS, "m", None)),
-            attempt(outcome="failure", failure_class="AMBIGUOUS", message="m", reason=None),
+            row(failed=Failed(FailureClass.AMBIGUOUS, "m", None, "KeyError")),
+            attempt(outcome="failure", failure_class="AMBIGUOUS", message="m", reason=None, error_type="KeyError"),
         ),
     ],
 )  # fmt: skip
@@ -257,7 +257,7 @@ async def test_end_hooks_are_due_with_each_attempt(store: Store) -> None:
 async def test_where_an_attempt_failed_is_kept_with_it(store: Store, deliver: bool) -> None:
     """Once, at its place, in place of what failed there before; of another attempt's trouble nothing is kept."""
     session = store.open(deliver=deliver)
-    failed = (FailureClass.AMBIGUOUS, "no", None)
+    failed = Failed(FailureClass.AMBIGUOUS, "no", None, "KeyError")
     session.note_trouble(1, "0", 3, 20, lambda: b"frames")
     assert store.rows.kept(1, TROUBLE) == []
     await session.record(row(1, 10, "1"), None, None)

@@ -43,7 +43,7 @@ from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.checkpoint.urls import open_store
 from stroma.failures import FailureClass
 from stroma.schemas import NotSerialisable, schema_of
-from stroma.trace import AttemptUsage, Row
+from stroma.trace import AttemptUsage, Failed, Row
 
 STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
 SRC = str(pathlib.Path(stroma.__file__).parents[1])
@@ -80,7 +80,7 @@ def row(
 ) -> Row:
     outcome: Any = "success" if failure is None else "failure"
     usage = AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None)
-    failed = None if failure is None else (failure, message or "", None)
+    failed = None if failure is None else Failed(failure, message or "", None, "KeyError")
     return (
         node,
         attempt,
@@ -1250,7 +1250,7 @@ class TestReading:
         await commit(session, 0, 1, attempt=2, tokens=6)
         first, second = store.attempts("run")
         assert (first.position, first.branch, first.node_id, first.attempt) == (0, "", "node", 1)
-        assert (first.outcome, first.failure_class, first.message) == ("failure", "AMBIGUOUS", "no")
+        assert (first.outcome, first.failure_class, first.text) == ("failure", "AMBIGUOUS", "KeyError: no")
         assert (first.tokens, first.output_tokens, first.cost_usd, first.model) == (4, 2, 0.5, "model")
         assert (first.duration_ms, first.output) == (7.0, None)
         assert first.started_ms >= 1_700_000_000_000

@@ -198,7 +198,9 @@ def test_a_commit(rows: SqliteRows, clock: Clock) -> None:
     """It writes the attempt, what it used and its output, and renews the lease."""
     fence = rows.begin(None, opening())
     clock.now, clock.lease = 1700, 510_000
-    tried = attempt(2, 99, "", 4, failure_class="semantic", message="said", reason="why")
+    tried = attempt(
+        2, 99, "", 4, failure_class="semantic", message="said", reason="why", error_type="KeyError"
+    )
     assert rows.commit(fence, tried, step(b"[1]", 8, b"given"))
     assert table(rows, "runs") == [
         (1, "r", "p", 1, "RUNNING", None, 1000, 1700, 5, 11, 7, OURS, 1, 540_000, 1, 1)
@@ -225,6 +227,7 @@ def test_a_commit(rows: SqliteRows, clock: Clock) -> None:
             7,
             None,
             None,
+            "KeyError",
         )
     ]
     assert table(rows, "steps") == [

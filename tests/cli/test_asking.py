@@ -58,7 +58,7 @@ def test_runs_are_asked_for(filled, inside, fails):
     assert run["tags"] == ["nightly"]
     assert run["cause"] == {
         "node_id": "second", "position": 1, "branch": "", "attempt": 2, "class": "RECOVERABLE", "reason": "timeout",
-        "message": "too slow",
+        "error_type": "TimeoutError", "message": "too slow",
     }  # fmt: skip
     assert "no run matches" in inside("runs", "--tag", "none").err
     fails(inside("runs", "--failed", "--status", "failed"), 2, "give one of both")

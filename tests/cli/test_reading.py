@@ -56,7 +56,7 @@ def test_runs(filled, inside):
     ]
     assert all(re.fullmatch(r"\$\d\.\d{6}", line[5]) for line in lines[1:])
     assert lines[1][8].startswith("nobody is at work on it any more; last record ")
-    assert lines[2][8] == "too slow"
+    assert lines[2][8] == "TimeoutError: too slow"
 
     only = json.loads(inside("runs", "--json", "--status", "partial").out)
     assert only["schema"] == "stroma.runs/1"
@@ -84,7 +84,14 @@ def test_show(filled, inside, fails):
         r"\nstatus +PARTIAL\n(.*\n)*spent +134 tok, \$0\.0000\d\d\nwasted +14 tok, \$0\.00000\d ", done.out
     )
     assert re.search(r"\n0 +first +1 +success +\d\.\d\d s +120 +\$0\.0000\d\d +gpt-4o-mini\n", done.out)
-    assert len(re.findall(r"\n1 +second +[12] +failure +RECOVERABLE +timeout .* too slow", done.out)) == 2
+    assert (
+        len(
+            re.findall(
+                r"\n1 +second +[12] +failure +RECOVERABLE +timeout .* TimeoutError: too slow", done.out
+            )
+        )
+        == 2
+    )
     assert "go on with: stroma resume run-b FILE.py:NAME" in done.err
 
     data = json.loads(inside("show", "run-b", "--json").out)
@@ -246,3 +253,34 @@ def test_what_commands_do_not_load(filled, words, never):
         check=False,
     )
     assert (done.returncode, done.stderr.splitlines()[-1]) == (0, ""), done
+
+
+def test_every_view_names_the_type(any_url, stroma, inside, monkeypatch):
+    """`show`, `runs`, `tail` and exports of every store show a failure as `Type: message`; --json has both apart."""
+    monkeypatch.setenv("STROMA_DB", any_url)
+    stroma.file(
+        "dates.py",
+        """
+        from sums import *
+        class BadDate(ValueError):
+            pass
+        async def parse(state):
+            if current_node().attempt == 1:
+                raise BadDate("bad date")
+            raise ConnectionResetError("")
+        once = {c: FailurePolicy(max_retries=1, backoff_seconds=0) for c in ("RECOVERABLE", "AMBIGUOUS")}
+        pipeline = Pipeline("dates", [node("parse", parse, Count)], config=RunConfig(policy_map=once))
+        """,
+    )
+    assert inside("run", "dates.py:pipeline", '{"start": 1}', "--run-id", "x", "-q").code == 1
+    shown = inside("show", "x").out
+    assert "BadDate: bad date" in shown
+    assert "ConnectionResetError" in inside("runs").out
+    assert "ConnectionResetError: ConnectionResetError" not in shown
+    assert "BadDate: bad date" in inside("tail", "x").out
+    for kind in ("otlp", "chrome", "html"):
+        assert "BadDate: bad date" in inside("export", "x", "--format", kind).out, kind
+    told = json.loads(inside("show", "x", "--json").out)
+    first = told["attempts"][0]
+    assert (first["error_type"], first["message"]) == ("BadDate", "bad date")
+    assert told["run"]["cause"]["error_type"] == "ConnectionResetError"

@@ -23,8 +23,8 @@ def test_a_run_that_ended(db, stroma, inside, fails):
     assert [re.split(r"  +", line)[1:4] for line in lines[:-1]] == [
         ["0", "first", "#1"], ["1", "second", "#1"], ["1", "second", "#2"],
     ]  # fmt: skip
-    assert re.search(r"#2  failure  RECOVERABLE timeout  \d\.\d\d s  too slow$", lines[2])
-    assert re.match(r"PARTIAL  120 tok, \$0\.000\d+, .*  too slow$", lines[3])
+    assert re.search(r"#2  failure  RECOVERABLE timeout  \d\.\d\d s  TimeoutError: too slow$", lines[2])
+    assert re.match(r"PARTIAL  120 tok, \$0\.000\d+, .*  TimeoutError: too slow$", lines[3])
     short = inside("tail", "x", "--lines", "1")
     assert len(short.out.splitlines()) == 2
     assert "2 earlier attempts; see them with: stroma show x" in short.err

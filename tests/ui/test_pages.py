@@ -48,7 +48,7 @@ def test_runs(site: Site) -> None:
     assert "nightly" in bad[1]
     assert bad[2] == "flows"
     assert bad[3].startswith(
-        "total: TERMINAL (contract): Contract violation for &#39;total&#39; (output): lines.0.price"
+        "total: TERMINAL (contract): ContractViolation: Contract violation for &#39;total&#39; (output): lines.0.price"
     )
     assert re.fullmatch(r"\d\.\d\d s", bad[4])
     assert bad[5] == "2"
@@ -121,6 +121,19 @@ def test_a_failed_run(site: Site) -> None:
     # Children of groups are folded away.
     assert re.search(r'<details><summary class="row">.*?parallel\(left, right\)', text, re.DOTALL)
     assert len(rows(text)) == 7
+
+
+def test_pages_name_the_type_of_an_exception(site: Site) -> None:
+    """The list of runs, the page of a run and that of an attempt show a failure as `Type: message`."""
+    assert "ContractViolation: Contract violation for" in site.get("/").text
+    run = site.get("/run", id="bad").text
+    assert '<td data-name="Message" class="cause-cell">TimeoutError: ' in run
+    assert "<pre>ContractViolation: Contract violation for" in run
+    pages = [site.ask("GET", address).text for address in attempts_of(site)]
+    assert (
+        sum('<pre class="warn">TimeoutError: ' in page or "<pre>TimeoutError: " in page for page in pages)
+        == 1
+    )
 
 
 def test_a_run_that_went_well(site: Site) -> None:

@@ -22,7 +22,7 @@ from stroma.adapters._views import given_to
 from stroma.checkpoint import StepCall
 from stroma.context import ReliabilityContext
 from stroma.execution import NodeExecution
-from stroma.failures import Failure, FailureClass, NodeContext, diagnose
+from stroma.failures import Failure, FailureClass, NodeContext, diagnose, text_of
 from stroma.hooks import HookError
 from stroma.refusals import RunCancelled
 from stroma.schemas import NotSerialisable, schema_of
@@ -195,7 +195,7 @@ class GuardedRun:
         self.ended = True
         self.result = ctx.build_result(status, ctx.last_state, failure)
         self.guard.ended(self)
-        why = "; ".join(ctx.suspended) if status is RunStatus.SUSPENDED else failure and failure.message
+        why = "; ".join(ctx.suspended) if status is RunStatus.SUSPENDED else failure and text_of(failure)
         if isinstance(
             error, GeneratorExit
         ):  # The code around is being closed: nothing may be awaited any more.

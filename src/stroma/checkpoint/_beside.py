@@ -10,7 +10,7 @@ from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.payloads import Payloads, Place
 from stroma.checkpoint.records import PICO
 from stroma.failures import FailureClass
-from stroma.trace import AttemptUsage, Outcome, Row
+from stroma.trace import AttemptUsage, Failed, Outcome, Row
 
 __all__ = [
     "answer_place",
@@ -44,9 +44,11 @@ def read_due(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> 
         usage = AttemptUsage(found.tokens, found.output_tokens, found.cost_pico / PICO, found.model)
         failed = None
         if found.failure_class is not None:
-            failed = (FailureClass(found.failure_class), found.message or "", found.reason)
+            failed = Failed(
+                FailureClass(found.failure_class), found.message or "", found.reason, found.error_type
+            )
         elif found.message is not None:
-            failed = (FailureClass.RECOVERABLE, found.message, found.reason)  # Why it waits.
+            failed = Failed(FailureClass.RECOVERABLE, found.message, found.reason)  # Why it waits.
     except (TypeError, ValueError):
         return None
     return (

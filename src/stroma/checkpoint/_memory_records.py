@@ -191,7 +191,7 @@ def _committed(row: Row, run: MemoryRun) -> Kept | None:
 
 def _attempt(row: Row, run: MemoryRun, *, with_output: bool = True) -> AttemptRecord:
     usage = row[USAGE] or NO_USAGE
-    failure, message, reason = row[FAILURE] or (None, None, None)
+    failure, message, reason, error_type = row[FAILURE] or (None, None, None, None)
     kept = _committed(row, run) if with_output else None
     output = None if kept is None else stored(kept)
     return AttemptRecord(
@@ -199,5 +199,5 @@ def _attempt(row: Row, run: MemoryRun, *, with_output: bool = True) -> AttemptRe
         failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
         output, output_bytes=None if output is None else len(output), started_ns=row[STARTED],
         function_ms=row[FUNCTION] / 1e6, group_id=row[GROUP],
-        identity=next((one for one, at in run.places.items() if at == row[POSITION]), None) if run.places else None,
+        error_type=error_type, identity=next((one for one, at in run.places.items() if at == row[POSITION]), None) if run.places else None,
     )  # fmt: skip

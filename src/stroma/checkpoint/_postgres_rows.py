@@ -95,10 +95,10 @@ _ATTEMPT_KEY: Final = (
 )
 _ATTEMPT: Final = f"""WITH held AS (SELECT run FROM runs {_FENCE} FOR UPDATE),
     kept AS (INSERT INTO attempts (run, execution, epoch, position, started_ns, branch_key, attempt, branch, node_id,
-    duration_ns, outcome, failure_class, message, reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity)
+    duration_ns, outcome, failure_class, message, reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type)
     SELECT {_ATTEMPT_KEY}, %(branch)s, %(node_id)s, %(duration_ns)s, %(outcome)s, %(failure_class)s::text,
     %(message)s::text, %(reason)s::text, %(tokens)s, %(output_tokens)s, %(cost_pico)s, %(model)s::text,
-    %(function_ns)s, %(group_id)s::text, %(identity)s::text FROM held
+    %(function_ns)s, %(group_id)s::text, %(identity)s::text, %(error_type)s::text FROM held
     ON CONFLICT DO NOTHING RETURNING run),
     counted AS (UPDATE runs SET updated_ms = {_NOW_MS},
     lease_until = clock_timestamp() + make_interval(secs => %(lease_seconds)s), tokens = tokens + %(tokens)s,
@@ -138,7 +138,7 @@ _DELETE: Final = (
     "DELETE FROM runs WHERE run = %s",
 )
 _ATTEMPTS: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
-    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, epoch FROM attempts
+    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type, epoch FROM attempts
     WHERE run = %s AND execution = %s
     ORDER BY epoch, position, started_ns, branch, attempt"""
 # What each attempt committed is looked up here: as a join, a server without statistics of a new table compares all of a
@@ -150,16 +150,16 @@ _BESIDE: Final = """SELECT r.run, (SELECT node_id FROM steps p WHERE p.run = r.r
     ARRAY(SELECT tag FROM tags g WHERE g.run = r.run) FROM runs r WHERE r.run = ANY(%s)"""
 _FAILED: Final = """SELECT w.run, f.* FROM unnest(%s::bigint[], %s::bigint[]) AS w(run, execution), LATERAL
     (SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message, reason, tokens,
-    output_tokens, cost_pico, model, function_ns, group_id, identity FROM attempts a WHERE a.run = w.run AND a.execution = w.execution
+    output_tokens, cost_pico, model, function_ns, group_id, identity, error_type FROM attempts a WHERE a.run = w.run AND a.execution = w.execution
     AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT %s) f"""
 _FAILED_SINCE: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
-    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity FROM attempts WHERE run = %s AND execution = %s AND epoch >= %s
+    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type FROM attempts WHERE run = %s AND execution = %s AND epoch >= %s
     AND failure_class IS NOT NULL ORDER BY (started_ns + duration_ns) DESC LIMIT 1000"""
 _TAG: Final = """INSERT INTO tags (run, tag, started_ms) SELECT r.run, t.tag, r.started_ms FROM runs r,
     unnest(%s::text[]) AS t(tag) WHERE r.run = %s ON CONFLICT DO NOTHING"""
 _UNTAG: Final = "DELETE FROM tags WHERE run = %s"
 _SIZED: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class,
-    message, reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, epoch,
+    message, reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type, epoch,
     (SELECT octet_length(s.output)::bigint FROM steps s WHERE (s.run, s.execution, s.position, s.branch_key)
     = (a.run, a.execution, a.position, a.branch_key) AND (s.epoch, s.attempt, s.started_ns)
     = (a.epoch, a.attempt, a.started_ns)) FROM attempts a WHERE run = %s AND execution = %s"""

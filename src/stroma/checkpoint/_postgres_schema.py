@@ -56,7 +56,7 @@ _TABLES: Final[tuple[LiteralString, ...]] = (
         branch text COLLATE "C" NOT NULL, node_id text COLLATE "C" NOT NULL, duration_ns bigint NOT NULL,
         outcome text NOT NULL, failure_class text, message text, reason text, tokens bigint NOT NULL,
         output_tokens bigint NOT NULL, cost_pico bigint NOT NULL, model text,
-        function_ns bigint NOT NULL, group_id text, identity text,
+        function_ns bigint NOT NULL, group_id text, identity text, error_type text,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch_key, attempt))""",
     """CREATE TABLE cells (cell_key bytea PRIMARY KEY, name text COLLATE "C" NOT NULL, data bytea NOT NULL)
         WITH (fillfactor = 50)""",

@@ -363,4 +363,5 @@ def _record_of(
         function_ms=attempt.function_ns / 1e6,
         group_id=attempt.group_id,
         identity=attempt.identity,
+        error_type=attempt.error_type,
     )

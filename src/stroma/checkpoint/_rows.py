@@ -140,6 +140,7 @@ class Attempt(NamedTuple):
         function_ns: for how long its function ran; of a group, any function inside it.
         group_id: of the group around it.
         identity: of the step of plain code that the position is of (see ``stroma._identity``); None in a pipeline.
+        error_type: the name of the type of the exception; None if nothing was raised.
     """
 
     position: int
@@ -159,6 +160,7 @@ class Attempt(NamedTuple):
     function_ns: int = 0
     group_id: str | None = None
     identity: str | None = None
+    error_type: str | None = None
 
 
 class Step(NamedTuple):

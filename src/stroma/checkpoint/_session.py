@@ -614,12 +614,13 @@ def _tried(
                 attempt.failure_class or "",
                 attempt.message or "",
                 attempt.reason,
+                attempt.error_type,
             )
     return found
 
 
 def _attempt(row: Row) -> Attempt:
-    failure, message, reason = row[FAILURE] or (None, None, None)
+    failure, message, reason, error_type = row[FAILURE] or (None, None, None, None)
     usage = row[USAGE] or NO_USAGE
     return Attempt(
         row[POSITION],
@@ -638,6 +639,7 @@ def _attempt(row: Row) -> Attempt:
         text(usage.model),
         row[FUNCTION],
         text(row[GROUP]),
+        error_type=text(error_type),
     )
 
 

@@ -64,7 +64,7 @@ _SCHEMA: Final = (
         run INTEGER, execution INTEGER, epoch INTEGER, position INTEGER, started_ns INTEGER, branch TEXT, attempt INTEGER,
         node_id TEXT NOT NULL, duration_ns INTEGER NOT NULL, outcome TEXT NOT NULL, failure_class TEXT, message TEXT,
         reason TEXT, tokens INTEGER NOT NULL, output_tokens INTEGER NOT NULL, cost_pico INTEGER NOT NULL, model TEXT,
-        function_ns INTEGER NOT NULL, group_id TEXT, identity TEXT,
+        function_ns INTEGER NOT NULL, group_id TEXT, identity TEXT, error_type TEXT,
         PRIMARY KEY (run, execution, epoch, position, started_ns, branch, attempt)) WITHOUT ROWID, STRICT""",
     "CREATE INDEX wanted ON steps (run) WHERE position = -3",
     "CREATE TABLE cells (name TEXT PRIMARY KEY, data BLOB NOT NULL) STRICT",

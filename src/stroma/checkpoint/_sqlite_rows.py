@@ -68,8 +68,8 @@ _NEWEST: Final = """SELECT s.position, s.branch, s.node_id, s.contract, s.schema
     FROM runs r JOIN steps s ON s.run = r.run AND (s.execution = r.execution OR s.position = -1)
     WHERE r.run_id = ? AND s.node_id = ? ORDER BY s.id DESC LIMIT 1"""
 _ATTEMPT: Final = """INSERT INTO attempts (run, execution, epoch, position, started_ns, branch, attempt, node_id,
-    duration_ns, outcome, failure_class, message, reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity)
-    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
+    duration_ns, outcome, failure_class, message, reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type)
+    VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO NOTHING"""
 _STEP: Final = """INSERT OR REPLACE INTO steps (run, execution, position, branch, node_id, epoch, attempt, started_ns,
     contract, schema_ref, output, sha256, call, given) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)"""
 # The fence: rows change only while this session is the last one that opened the run, and the run counts all attempts
@@ -98,14 +98,14 @@ _DELETE: Final = (
     "DELETE FROM runs WHERE run_id = ?",
 )
 _ATTEMPTS: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.node_id, a.duration_ns, a.outcome,
-    a.failure_class, a.message, a.reason, a.tokens, a.output_tokens, a.cost_pico, a.model, a.function_ns, a.group_id, a.identity,
+    a.failure_class, a.message, a.reason, a.tokens, a.output_tokens, a.cost_pico, a.model, a.function_ns, a.group_id, a.identity, a.error_type,
     s.contract, s.schema_ref, s.output, s.sha256, s.call, s.given FROM attempts a
     LEFT JOIN steps s ON s.run = a.run AND s.execution = a.execution AND s.position = a.position
     AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt AND s.started_ns = a.started_ns
     WHERE a.run = ? AND a.execution = ? ORDER BY a.epoch, a.position, a.started_ns, a.branch, a.attempt"""
 # By the start and the rest of the key; a page begins behind the place where the one before ended.
 _SIZED: Final = """SELECT a.position, a.started_ns, a.branch, a.attempt, a.node_id, a.duration_ns, a.outcome,
-    a.failure_class, a.message, a.reason, a.tokens, a.output_tokens, a.cost_pico, a.model, a.function_ns, a.group_id, a.identity, a.epoch,
+    a.failure_class, a.message, a.reason, a.tokens, a.output_tokens, a.cost_pico, a.model, a.function_ns, a.group_id, a.identity, a.error_type, a.epoch,
     (SELECT length(s.output) FROM steps s WHERE s.run = a.run AND s.execution = a.execution AND s.position = a.position
     AND s.branch = a.branch AND s.epoch = a.epoch AND s.attempt = a.attempt AND s.started_ns = a.started_ns)
     FROM attempts a WHERE a.run = ? AND a.execution = ?"""
@@ -117,10 +117,10 @@ _STEP_AT: Final = """SELECT position, branch, node_id, contract, schema_ref, out
     WHERE run = ? AND execution = ? AND position = ? AND branch = ?"""
 # In the order of the index `failed`.
 _FAILED: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
-    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity FROM attempts WHERE run = ? AND execution = ?
+    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type FROM attempts WHERE run = ? AND execution = ?
     AND failure_class IS NOT NULL ORDER BY started_ns + duration_ns DESC LIMIT ?"""
 _FAILED_SINCE: Final = """SELECT position, started_ns, branch, attempt, node_id, duration_ns, outcome, failure_class, message,
-    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity FROM attempts WHERE run = ? AND execution = ? AND epoch >= ?
+    reason, tokens, output_tokens, cost_pico, model, function_ns, group_id, identity, error_type FROM attempts WHERE run = ? AND execution = ? AND epoch >= ?
     AND failure_class IS NOT NULL ORDER BY started_ns + duration_ns DESC LIMIT 1000"""
 # In the index `called`, which has no row of a pipeline.
 _IDENTITIES: Final = """SELECT DISTINCT identity, position FROM attempts

@@ -355,6 +355,7 @@ class Tried(NamedTuple):
     failure_class: str
     message: str
     reason: str | None
+    error_type: str | None
 
 
 class Charge(Protocol):

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Final, NamedTuple
 
+from stroma._words import typed
+
 if TYPE_CHECKING:
     from stroma.checkpoint._rows import Attempt
 
@@ -63,6 +65,12 @@ class Cause(NamedTuple):
     failure_class: str
     reason: str | None
     message: str | None
+    error_type: str | None = None
+
+    @property
+    def text(self) -> str | None:
+        """The failure as people read it: ``Type: message``."""
+        return None if self.message is None else typed(self.error_type, self.message)
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,7 +133,7 @@ class AttemptRecord:
     process that made it, as in RunRecord; 0 where it is not told. ``duration_ms``: of a group from the first start of a function
     inside it to the last end of one; ``function_ms``: for how long its function ran, or any function inside a group.
     ``group_id``: of the group around it. ``identity``: of the step of plain code that its
-    position is of; None in a pipeline.
+    position is of; None in a pipeline. ``error_type``: the name of the exception's type; None if nothing was raised.
     """
 
     position: int
@@ -150,6 +158,12 @@ class AttemptRecord:
     function_ms: float = field(default=0.0, compare=False)
     group_id: str | None = field(default=None, compare=False)
     identity: str | None = field(default=None, compare=False)
+    error_type: str | None = None
+
+    @property
+    def text(self) -> str | None:
+        """The failure as people read it: ``Type: message``; of a suspension what for. None if there is neither."""
+        return None if self.message is None else typed(self.error_type, self.message)
 
     def idempotency_key(self, run_id: str, execution: int) -> str:
         """What ``current_node().idempotency_key`` was in it."""
@@ -216,6 +230,7 @@ def cause_of(failed: Sequence[Attempt | AttemptRecord]) -> Cause | None:
         deepest.failure_class or "",
         deepest.reason,
         deepest.message,
+        deepest.error_type,
     )
 
 

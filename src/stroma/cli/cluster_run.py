@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from pydantic import BaseModel
 
+from stroma._words import typed
 from stroma.cli.cluster import Cluster
 from stroma.cli.errors import Code, Problem
 from stroma.cli.output import Part, emit, err, out
@@ -188,5 +189,5 @@ def _told(event: TraceEvent) -> list[Part]:
         told += [count(event.usage.tokens), money(event.usage.cost_usd)]
     parts: list[Part] = [name, "  ", (verb.ljust(9), style), " ", ", ".join(told)]
     if event.failure_message and not event.children:  # A group's is its child's.
-        parts.append(f"  | {clean(event.failure_message, 600)}")
+        parts.append(f"  | {clean(typed(event.error_type, event.failure_message), 600)}")
     return parts

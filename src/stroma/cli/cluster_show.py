@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 from stroma.checkpoint.journal import Waiting
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.cli.cluster import Cluster
+from stroma.failures import text_of
 from stroma.history import in_order
 from stroma.trace import ExecutionResult, TraceEvent
 
@@ -91,7 +92,7 @@ async def _record(execution: WorkflowExecution, result: ExecutionResult | None) 
     error = "no worker of its task queue tells more" if result is None else None
     if result is not None:
         status = "RUNNING" if is_open and result.status == "INTERRUPTED" else result.status.value
-        error = result.failure.message if result.failure is not None else "; ".join(result.suspended) or None
+        error = text_of(result.failure) if result.failure is not None else "; ".join(result.suspended) or None
     ends = _ends([] if result is None else list(result.trace))
     return RunRecord(
         execution.id,
@@ -138,4 +139,5 @@ def _attempt(event: TraceEvent) -> AttemptRecord:
         output_bytes=None if event.output_state is None else 0,
         started_ns=began,
         function_ms=event.duration_ms if event.function_ms is None else event.function_ms,
+        error_type=event.error_type,
     )

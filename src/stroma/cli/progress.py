@@ -13,7 +13,7 @@ from stroma.cli.output import Part, err
 from stroma.cli.words import clean, count, id_word, money, span
 from stroma.cost import BudgetExceeded
 from stroma.execution import NodeExecution, current_node
-from stroma.failures import Failure, FailureClass, NodeContext, diagnose, kind_of
+from stroma.failures import Failure, FailureClass, NodeContext, diagnose, text_of
 from stroma.hooks import MapProgress, NodeHooks
 from stroma.trace import FAILURE, ExecutionResult
 
@@ -29,8 +29,7 @@ _UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
 def _message(node: NodeExecution | None, failure: Failure) -> str:
     """The message of an attempt as it is recorded, without secrets, behind the type of the exception."""
     recorded = None if node is None or node.ended is None else node.ended[FAILURE]
-    message = failure.message if recorded is None else recorded[1]
-    return typed(kind_of(failure.exception), message)
+    return text_of(failure) if recorded is None else typed(recorded.error_type, recorded.message)
 
 
 class Progress:

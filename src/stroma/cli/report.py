@@ -11,7 +11,6 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma._words import typed
 from stroma.checkpoint.journal import Waiting
 from stroma.cli.errors import Code, debugging
 from stroma.cli.output import Part, emit, err
@@ -20,7 +19,7 @@ from stroma.cli.trouble import last_frame
 from stroma.cli.waiting import approve_hint, asked, open_ones, waiting_data, where
 from stroma.cli.words import clean, count, id_word, money, plural, span
 from stroma.cost import BudgetExceeded, ExecutionBudget, limits
-from stroma.failures import Failure, FailureClass, kind_of, message_of
+from stroma.failures import Failure, FailureClass, message_of, text_of
 from stroma.refusals import SharedBudgetExceeded
 from stroma.schemas import schema_of
 from stroma.trace import ExecutionResult, RunStatus, jsonable
@@ -174,7 +173,7 @@ class Ending:
             told = f"{failure.failure_class}{f' ({failure.reason})' if failure.reason else ''}"
             head: Part = ("stroma: ", "bold red")
             err.line(head, f"run {clean(result.run_id)} is {result.status}: {self._where(failure)}: {told}")
-            err.line(f"  why: {clean(typed(kind_of(failure.exception), failure.message), 1000)}")
+            err.line(f"  why: {clean(text_of(failure), 1000)}")
             for line in last_frame(failure.exception, of_any=False):
                 err.line(f"  {line}")
             if self.over not in (None, failure.exception):

@@ -67,6 +67,7 @@ def cause_data(cause: Cause) -> dict[str, Any]:
         "attempt": cause.attempt,
         "class": cause.failure_class,
         "reason": cause.reason,
+        "error_type": cause.error_type,
         "message": cause.message,
     }
 

@@ -290,7 +290,7 @@ def _rows(attempts: list[AttemptRecord], as_tree: bool) -> Iterator[tuple[Attemp
             f"{a.tokens:,}" if a.tokens else "",
             money(a.cost_usd) if a.tokens else "",
             clean(a.model or "", 30),
-            clean(a.message or "", 120),
+            clean(a.text or "", 120),
         ]
         lines.append((depth, a, row))
     for number, (depth, attempt, row) in enumerate(lines):
@@ -346,6 +346,7 @@ def attempt_data(record: RunRecord, a: AttemptRecord) -> dict[str, Any]:
         "committed": a.output_bytes is not None and not a.damaged,
         "class": a.failure_class,
         "reason": a.reason,
+        "error_type": a.error_type,
         "message": a.message,
         "tokens": a.tokens,
         "output_tokens": a.output_tokens,

@@ -176,7 +176,7 @@ class _Watch:
             else ""
         )
         used = f"  {count(one.tokens)}, {money(one.cost_usd)}" if one.tokens else ""
-        message = f"  {clean(one.message, 200)}" if one.message else ""
+        message = f"  {clean(one.text, 200)}" if one.text else ""
         out.line(
             *self._name(record), f"{when}  {place_of(one):<6} {clean(one.node_id, 40)}  #{one.attempt}  ",
             (one.outcome, _STYLES.get(one.outcome, "yellow")), f"{why}  {span(one.duration_ms / 1000)}{used}{message}",

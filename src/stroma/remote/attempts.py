@@ -536,7 +536,9 @@ class _Work:
             "started_ns": row[STARTED],
             "duration_ns": row[DURATION],
             "outcome": row[OUTCOME],
-            "failure": None if failure is None else [failure[0].value, clip(failure[1]), failure[2]],
+            "failure": None if failure is None else [
+                failure.failure_class.value, clip(failure.message), failure.reason, failure.error_type,
+            ],
             "usage": None if used is None else [
                 used.tokens, used.output_tokens, used.cost_usd, used.model, used.cached_input_tokens,
                 used.cache_write_tokens,

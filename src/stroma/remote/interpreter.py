@@ -359,7 +359,12 @@ class Interpreter:
             return output
         # Siblings have spent it meanwhile, which the worker could not know.
         row["outcome"] = "failure"
-        row["failure"] = [exceeded["failure_class"], exceeded["message"], exceeded["reason"]]
+        row["failure"] = [
+            exceeded["failure_class"],
+            exceeded["message"],
+            exceeded["reason"],
+            exceeded["type"],
+        ]
         return Stopped({**exceeded, "attempt": row["attempt"]}, output, spent=True)
 
     def _exceeded(self, node_id: str) -> Failed | None:

@@ -15,12 +15,13 @@ from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
+from stroma._words import typed
 from stroma.checkpoint import PipelineChanged, RunRequest, Session, Waiting
 from stroma.failures import FailureClass
 from stroma.remote.results import Reader, fetch, unpack
 from stroma.remote.wire import Report
 from stroma.schemas import Schema, schema_of
-from stroma.trace import AttemptUsage, Row, RunStatus
+from stroma.trace import AttemptUsage, Failed, Row, RunStatus
 
 __all__ = ["mirror"]
 
@@ -41,7 +42,11 @@ async def mirror(
     for row in report["rows"]:
         await writer.write(row, None)
     failure = report["failure"]
-    why = "; ".join(report["suspended"]) or None if failure is None else failure["message"]
+    why = (
+        "; ".join(report["suspended"]) or None
+        if failure is None
+        else typed(failure["type"], failure["message"])
+    )
     await _done(session.end(report["status"], why))
     if writer.left_out:
         logger.warning(
@@ -91,7 +96,7 @@ class _Writer:
         failure, used = row["failure"], row["usage"]
         kept: Row = (
             row["id"], row["attempt"], row["started_ns"], row["duration_ns"], {}, None, row["outcome"],
-            None if failure is None else (FailureClass(failure[0]), failure[1], failure[2]),
+            None if failure is None else Failed(FailureClass(failure[0]), *failure[1:]),
             None if used is None else AttemptUsage(*used), row["position"], row["branch"], group, None, None,
             row.get("function_ns", row["duration_ns"]),
         )  # fmt: skip

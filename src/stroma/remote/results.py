@@ -85,6 +85,7 @@ class Reader:
             failure_message=None if failure is None else failure[1],
             outcome=row["outcome"],
             reason=None if failure is None else failure[2],
+            error_type=None if failure is None else failure[3],
             children=children,
             usage=NO_USAGE if used is None else AttemptUsage(*used),
             position=row["position"],

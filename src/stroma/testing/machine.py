@@ -657,7 +657,7 @@ def _pick(candidates: Sequence[T], which: int) -> T:
 def _record(kept: _Kept) -> AttemptRecord:
     """An attempt as a store lists it; its output, unless it was discarded."""
     attempt, output = kept.row, kept.output
-    failure, message, reason = attempt[FAILURE] or (None, None, None)
+    failure, message, reason, error_type = attempt[FAILURE] or (None, None, None, None)
     usage = attempt[USAGE]
     assert usage is not None
     return AttemptRecord(
@@ -676,4 +676,5 @@ def _record(kept: _Kept) -> AttemptRecord:
         cost_usd=usage.cost_usd,
         model=usage.model,
         output=None if output is None or kept.discarded else _SCHEMA.encode(output),
+        error_type=error_type,
     )

@@ -41,6 +41,7 @@ class RecordedAttempt:
     outcome: str
     failure_class: Annotated[str | None, Field(pattern=_CLASSES)] = None
     message: str | None = None
+    error_type: str | None = None
     reason: str | None = None
     tokens: int = 0
     output_tokens: int = 0
@@ -55,7 +56,7 @@ class RecordedAttempt:
         return AttemptRecord(
             position, self.branch, self.node_id, self.attempt, 0, self.duration_ms, self.outcome, self.failure_class,
             self.message, self.reason, self.tokens, self.output_tokens, self.cost_usd, self.model, self.output,
-            output_bytes=None if self.output is None else len(self.output),
+            output_bytes=None if self.output is None else len(self.output), error_type=self.error_type,
         )  # fmt: skip
 
     def committed(self) -> Committed:
@@ -198,7 +199,7 @@ def _stored(value: Any) -> bytes:
 def _attempt(one: AttemptRecord, contracts: Mapping[tuple[int, str], str]) -> RecordedAttempt:
     contract = None if one.output is None else contracts.get((one.position, one.branch))
     return RecordedAttempt(
-        one.position, one.branch, one.node_id, one.attempt, one.outcome, one.failure_class, one.message, one.reason,
+        one.position, one.branch, one.node_id, one.attempt, one.outcome, one.failure_class, one.message, one.error_type, one.reason,
         one.tokens, one.output_tokens, one.cost_usd, one.model, one.duration_ms, one.output, contract,
     )  # fmt: skip
 

@@ -26,6 +26,7 @@ from stroma.checkpoint import CheckpointManager
 from stroma.checkpoint.records import AttemptRecord
 from stroma.checkpoint.sqlite import SQLiteStore
 from stroma.context import ReliabilityContext
+from stroma.failures import text_of
 from stroma.history import Change, changes, place_of
 from stroma.nodes import Group, Node, find_node
 from stroma.runner import Pipeline, StromaRunner
@@ -145,7 +146,7 @@ class _Trial:
             return
         life.status = result.status
         if result.failure is not None:
-            life.failure = f"node {result.failure.node_id!r}: {result.failure.message}"
+            life.failure = f"node {result.failure.node_id!r}: {text_of(result.failure)}"
         life.state = None if result.final_state is None else _plain(result.final_state)
 
     # ------------------------------------------------------------------ processes

@@ -8,6 +8,7 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
+from stroma._words import typed
 from stroma.trace import ExecutionResult, ExecutionTrace, TraceEvent, jsonable
 
 __all__ = ["compare_with_file", "trace_snapshot"]
@@ -51,7 +52,7 @@ def _lines(event: TraceEvent, states: bool, hide: frozenset[str]) -> list[str]:
         line += f", {event.failure.value}" + (f" ({event.reason})" if event.reason else "")
     lines = [line]
     if event.failure_message is not None:
-        lines += [f"    ! {text}" for text in event.failure_message.splitlines()]
+        lines += [f"    ! {text}" for text in typed(event.error_type, event.failure_message).splitlines()]
     if states:
         lines.append(f"    < {_text(event.input_state, hide)}")
         if event.output_state is not None:

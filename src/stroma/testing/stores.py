@@ -35,7 +35,7 @@ from stroma.checkpoint import (
 from stroma.checkpoint.journal import OF_MAP
 from stroma.failures import FailureClass, ItemFailure
 from stroma.schemas import Schema, schema_of
-from stroma.trace import BRANCH, NODE, POSITION, STARTED, USAGE, AttemptUsage, Row
+from stroma.trace import BRANCH, NODE, POSITION, STARTED, USAGE, AttemptUsage, Failed, Row
 
 __all__ = ["JournalStoreTests", "State", "begin", "commit", "fail", "finish", "restored", "row"]
 
@@ -80,7 +80,7 @@ def row(
     reads = schema or schema_of(State)
     return (
         node, attempt, next(_STARTS), ms * 1_000_000, (), output, "success" if failure is None else "failure",
-        None if failure is None else (failure, message, None),
+        None if failure is None else Failed(failure, message, None, "ValueError"),
         AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None,
         (reads, reads, None), None, ms * 1_000_000,
     )  # fmt: skip
@@ -1033,7 +1033,8 @@ class JournalStoreTests:
             await settled(session.record(ended, None, None))
         await finish(session, "FAILED", "why")
         cause = store.get_run("run").cause
-        assert (cause.node_id, cause.position, cause.branch, cause.message) == ("child", 1, "1.0", "why")
+        assert (cause.node_id, cause.position, cause.branch) == ("child", 1, "1.0")
+        assert (cause.error_type, cause.message, cause.text) == ("ValueError", "why", "ValueError: why")
 
     async def test_history_page_by_page(self, store: Any) -> None:
         """attempt_page tells what attempts() does, some at a time and without outputs; output_of gives one of these."""
@@ -1144,7 +1145,7 @@ class JournalStoreTests:
         assert (store.find_run("zz"), store.find_run("last")) == ([], ["é"])
 
     async def test_history_is_told_in_order(self, store: Any) -> None:
-        """attempts() tells every attempt with what it used and committed, a group before its children."""
+        """attempts() tells every attempt with what it used and committed, and the type of its exception; a group before its children."""
         session = await begin(store)
         await fail(session, 0, "a", tokens=4, cost=0.25, ms=7, message="no")
         await commit(session, 0, State(n=1), "a", attempt=2)
@@ -1160,8 +1161,8 @@ class JournalStoreTests:
         ]
         first = told[0]
         assert (first.tokens, first.output_tokens, first.cost_usd, first.duration_ms) == (4, 2, 0.25, 7.0)
-        assert (first.outcome, first.failure_class, first.message, first.model) == (
-            "failure", "RECOVERABLE", "no", "model",
+        assert (first.outcome, first.failure_class, first.message, first.error_type, first.model) == (
+            "failure", "RECOVERABLE", "no", "ValueError", "model",
         )  # fmt: skip
         outputs = [None if a.output is None else schema_of(State).decode(a.output) for a in told]
         assert outputs == [None, State(n=1), State(n=3), State(n=2)]

@@ -206,7 +206,7 @@ class Pages:
         box, why = None, record.cause
         if why is not None and record.status not in FINISHED:
             at = f"{why.position}.{why.branch}" if why.branch else str(why.position)
-            message = why.message or record.error or ""
+            message = why.text or record.error or ""
             box = Box(
                 why.node_id, at, why.attempt, why.failure_class, message, why.reason, self._mend(record)
             )
@@ -236,7 +236,7 @@ class Pages:
         given = self._history.given_to(record.run_id, this, most_bytes=_MOST_BYTES)
         made = self._made(record, this)
         side = "input" if "(input)" in (this.message or "")[:_LONGEST] else "output"
-        broke = fields_named(this.message or "")
+        broke = fields_named(this.text or "")
         return self._page(
             "attempt.html", record=record, this=this, place=place_of(this), tried=[(one, _attempt_address(record, one)) for one in tried],
             given=_tree(given, broke if side == "input" else []), made=_tree(made, broke if side == "output" else []),
@@ -398,7 +398,7 @@ def _why(record: RunRecord) -> str:
         return record.error or ""
     said = record.cause
     why = f"{said.failure_class}{f' ({said.reason})' if said.reason else ''}"
-    return f"{said.node_id}: {why}: {said.message or record.error or ''}"
+    return f"{said.node_id}: {why}: {said.text or record.error or ''}"
 
 
 def _names(attempt: AttemptRecord) -> tuple[int, str, int, int]:
@@ -433,7 +433,7 @@ def _facts(before: AttemptRecord, this: AttemptRecord) -> list[Any]:
     """How an attempt differs from the one before it at the same place."""
     said = [
         {
-            "outcome": one.outcome, "class": one.failure_class, "reason": one.reason, "message": one.message, "model": one.model,
+            "outcome": one.outcome, "class": one.failure_class, "reason": one.reason, "message": one.text, "model": one.model,
             "seconds": round(one.duration_ms / 1000, 3), "tokens": one.tokens, "cost_usd": one.cost_usd,
         }
         for one in (before, this)
