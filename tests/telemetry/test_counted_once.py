@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import sentry_sdk
 from opentelemetry.sdk.metrics import MeterProvider
 from opentelemetry.sdk.metrics.export import InMemoryMetricReader
 from opentelemetry.sdk.trace import TracerProvider
@@ -113,15 +115,21 @@ def runner_of(
 
 
 @pytest.mark.parametrize("fails", [False, True], ids=["completed", "failed"])
-async def test_callers_that_attach_count_no_run_again(fails: bool, tmp_path: Path) -> None:
+async def test_callers_that_attach_count_no_run_again(
+    fails: bool, tmp_path: Path, sentry: RecordedSentry, caplog: pytest.LogCaptureFixture
+) -> None:
     """A run that others wait for, or whose result is asked for later, counts once in each system."""
+    caplog.set_level("INFO", logger="stroma.events")
     registry, otel, statsd, tracer = CollectorRegistry(), Otel(), Statsd(), Tracer()
     hooks = [
         prometheus_hooks(registry=registry),
         otel.hooks(),
         datadog_hooks(tracer=tracer, statsd=statsd),  # type: ignore[arg-type]
+        sentry_hooks(client=sentry.client),
+        log_hooks(),
     ]
     runner, a, gate = runner_of(hooks, tmp_path / "runs.db", fails=fails)
+    before = deque(sentry_sdk.get_isolation_scope()._breadcrumbs)
 
     async def call() -> Any:
         return await runner.run([a], Number(), run_id="one", if_exists="return", if_running="attach")
@@ -141,6 +149,12 @@ async def test_callers_that_attach_count_no_run_again(fails: bool, tmp_path: Pat
     assert otel.count("gen_ai.invoke_workflow.duration") == 1
     assert tracer.made.count("stroma.run") == 1
     assert [value for name, value in statsd.counts if name == "stroma.runs"] == [1]
+    assert [one["transaction"] for one in sentry.transport.transactions] == ["p"]
+    assert len(sentry.transport.events) == fails
+    lines = [record.getMessage().partition(":")[0] for record in caplog.records]
+    assert (lines.count("run started"), lines.count("run ended")) == (1, 1)
+    assert lines.count("run returned") == len(results) - 1
+    assert sentry_sdk.get_isolation_scope()._breadcrumbs == before
 
 
 async def test_errors_of_hooks_of_callers_that_attach_still_count() -> None:

@@ -15,7 +15,7 @@ from stroma.context import ReliabilityContext
 from stroma.execution import NodeExecution
 from stroma.failures import FailureClass
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer, seconds_elsewhere
+from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer, is_returned, seconds_elsewhere
 from stroma.trace import ExecutionResult
 
 __all__ = ["log_hooks"]
@@ -77,6 +77,8 @@ class _Logs(Observer):
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
         run.notes[self] = perf_counter()
+        if is_returned(run):
+            return
         resumed = {} if run.first_traceparent is None else {"first_traceparent": run.first_traceparent}
         fields = {
             **_of_run(run),
@@ -102,9 +104,10 @@ class _Logs(Observer):
         failed = Ended.finally_(result)
         if failed is not None and result.failure is not None:
             fields |= self._failure(run, failed) | {"failed_node_id": result.failure.node_id}
-        # The outcome of an earlier run that is only returned was an error when it came about.
-        told = failed is None or run.session.finished is not None
-        self._write(logging.INFO if told else logging.ERROR, "run ended", fields)
+        if is_returned(run):  # Whoever ran it has written about its end, and at ERROR if it failed.
+            self._write(logging.INFO, "run returned", fields)
+        else:
+            self._write(logging.INFO if failed is None else logging.ERROR, "run ended", fields)
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
         fields = {**_of_node(node), "input": self._content.state(node.ctx, state)}

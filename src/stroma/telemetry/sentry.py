@@ -13,7 +13,15 @@ from stroma.execution import NodeExecution, current_node
 from stroma.failures import FailureClass
 from stroma.remote.wire import RemoteFailure
 from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import CUT_SHORT, WRITING, Ended, ExporterHooks, Observer, missing
+from stroma.telemetry._observer import (
+    CUT_SHORT,
+    WRITING,
+    Ended,
+    ExporterHooks,
+    Observer,
+    is_returned,
+    missing,
+)
 from stroma.trace import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
@@ -114,6 +122,8 @@ class _Sentry(Observer):
         return self._client is not None or bool(self._sdk.get_client().is_active())
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
+        if is_returned(run):
+            return
         sdk = self._sdk
         run.notes[self] = of_run = _Run(_HERE.get())
         outer = sdk.get_current_span()
@@ -153,8 +163,7 @@ class _Sentry(Observer):
             return
         try:
             failed = Ended.finally_(result)
-            # The outcome of an earlier run that is only returned was captured when it came about.
-            if failed is not None and result.failure is not None and run.session.finished is None:
+            if failed is not None and result.failure is not None:
                 # A budget that refuses a node stops the run without an attempt that failed.
                 refused = _Failed(_innermost(result), failed, self._sdk.get_current_scope())
                 self._capture(run, of_run, of_run.failed.get(_identity(failed.error), refused))
@@ -214,6 +223,8 @@ class _Sentry(Observer):
         self._breadcrumb(f"80 % of the budget's {dimension} are used", {"used": used, "limit": limit})
 
     def skipped(self, node: NodeExecution) -> None:
+        if is_returned(node.ctx):  # There is no scope of a run to write it to.
+            return
         self._breadcrumb(f"node {node.node_id} was restored from the journal", {}, level="info")
 
     # ------------------------------------------------------------------ nodes
