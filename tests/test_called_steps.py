@@ -33,10 +33,12 @@ from stroma import (
     stroma_node,
 )
 from stroma._identity import StepCalls, child_indexes, is_called
+from stroma.adapters import RunCancelled
 from stroma.checkpoint import AttemptRecord
 from stroma.history import in_order
 
 AT_ONCE = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
+RETRIED = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}
 ENVIRONMENT = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
 HELPER = Path(__file__).with_name("called_steps_helper.py")
 
@@ -550,3 +552,59 @@ def test_any_text_may_be_the_id_of_a_step() -> None:
         assert "." not in text
         assert is_called(text)
         assert child_indexes(f"3.4.{text}.5") == [3, 4]
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("fails", [False, True])
+async def test_a_cancelled_run_calls_no_further_step(store: Any, fails: bool) -> None:
+    """After an acknowledged cancel() the step that is under way is the last one, with its present attempt; the run is CANCELLED."""
+    runner = StromaRunner.quick(store=store, run_id="r", policy_map=RETRIED)
+    begun, asked = asyncio.Event(), asyncio.Event()
+    calls: list[str] = []
+
+    async def first(state: Text) -> dict[str, str]:
+        calls.append("first")
+        begun.set()
+        await asked.wait()
+        if fails:
+            raise ValueError("no")
+        return {"text": "first"}
+
+    async def second(state: Text) -> dict[str, str]:
+        calls.append("second")
+        return {"text": "second"}
+
+    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+        under_way = asyncio.ensure_future(execute_step("first", first, Text(), ctx))
+        await begun.wait()
+        assert await runner.cancel("r")
+        async with asyncio.timeout(20):
+            while not ctx.cancelled:
+                await asyncio.sleep(0.001)
+        asked.set()
+        one = await under_way
+        two = await execute_step("second", second, Text(), ctx)
+    assert one.status is (RunStatus.PARTIAL if fails else RunStatus.COMPLETED)
+    assert two.status is RunStatus.CANCELLED
+    assert two.failure is not None
+    assert isinstance(two.failure.exception, RunCancelled)
+    assert calls == ["first"]
+    assert store.get_run("r").status == "CANCELLED"
+
+
+async def test_a_step_that_waits_for_its_retry_when_the_run_is_cancelled() -> None:
+    """A cancel() that comes while a step of plain code waits for its next attempt leaves out that attempt."""
+    calls = 0
+
+    async def cancel(*_: Any) -> None:
+        assert await runner.cancel("r")
+
+    async def fails(state: Text) -> Text:
+        nonlocal calls
+        calls += 1
+        raise ValueError("no")
+
+    runner = StromaRunner.quick(run_id="r", policy_map=RETRIED, hooks=NodeHooks(on_node_retry=cancel))
+    async with ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager) as ctx:
+        result = await execute_step("fails", fails, Text(), ctx)
+    assert (result.status, calls) == (RunStatus.PARTIAL, 1)

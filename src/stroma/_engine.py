@@ -230,6 +230,9 @@ async def execute_in_turn(
                     ctx.run_logger.info("node %r stopped: %s", node.node_id, decision.why)
                     return Halt(outcome, spent=decision is _SPENT)
                 await _wait(ctx, run, outcome, attempt, decision.delay_seconds)
+                if ctx.cancelled:  # A step of plain code, whose task is the caller's own.
+                    ctx.run_logger.info("node %r stopped: the run was cancelled", node.node_id)
+                    return Halt(outcome)
                 if task is not None:
                     cancelling = task.cancelling()
         finally:

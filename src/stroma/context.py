@@ -377,7 +377,7 @@ class ReliabilityContext:
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: object
     ) -> None:
-        status = self.step_status or RunStatus.COMPLETED
+        status = RunStatus.CANCELLED if self.cancelled else self.step_status or RunStatus.COMPLETED
         failure = self.step_failure
         if kind is not None and status is RunStatus.COMPLETED:
             status = (
@@ -389,7 +389,9 @@ class ReliabilityContext:
                 await self.tell_end(self.build_result(status, self.last_state, failure), now=True)
             return
         result = None if self._beginning is None else self.build_result(status, self.last_state, failure)
-        cancelled = await self.end_and_tell(status, None if error is None else message_of(error), result)
+        cancelled = await self.end_and_tell(
+            status, None if error is None else typed(kind_of(error), message_of(error)), result
+        )
         if cancelled and error is None:
             raise asyncio.CancelledError
 

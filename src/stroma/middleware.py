@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import weakref
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from functools import partial, update_wrapper
 from textwrap import shorten
@@ -20,8 +21,10 @@ from stroma.checkpoint.journal import INSIDE
 from stroma.context import ReliabilityContext
 from stroma.contracts import NodeContract
 from stroma.execution import current_node
+from stroma.failures import Failure, FailureClass
 from stroma.hooks import HookNotAsync
 from stroma.nodes import Group, Kept, Node, find_node, make_node
+from stroma.refusals import RunCancelled
 from stroma.schemas import NotSerialisable, schema_of
 from stroma.trace import ExecutionResult, RunStatus
 
@@ -43,7 +46,8 @@ async def execute_step(
     in a node of the same run, with ``current_run()`` as the context, it is a child of that node. Under ``resume=True`` the
     n-th call of a step id in an asyncio task gives the output that is recorded for it, without calling the function; another
     attempt of a node calls its steps again. ``async with ctx:`` around the steps holds the run against others, notes in the
-    journal how it ended, and makes the hooks hear of its start and end.
+    journal how it ended, and makes the hooks hear of its start and end. A ``cancel()`` of that run lets the step that is under
+    way finish, without another attempt; the next one is not called, and its result is CANCELLED with a RunCancelled.
 
     Raises ValueError for a node whose id was given to another function with another contract since. Raises PipelineChanged if
     that, or a part of a group, was recorded for another input; inputs that have no stored form are not compared. Raises
@@ -81,17 +85,20 @@ async def execute_step(
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
     try:
-        outcome = await execute(
-            ctx,
-            node,
-            input_state,
-            position,
-            branch=branch,
-            parent=parent,
-            contract=contract,
-            step=call,
-            cancelling=cancelling,
-        )
+        if ctx.cancelled and (position, branch) not in ctx.restored:
+            outcome: BaseModel | Halt = _not_called(ctx, step_id)
+        else:
+            outcome = await execute(
+                ctx,
+                node,
+                input_state,
+                position,
+                branch=branch,
+                parent=parent,
+                contract=contract,
+                step=call,
+                cancelling=cancelling,
+            )
     except HookNotAsync as error:
         error.result = ctx.build_result(RunStatus.INTERRUPTED, input_state)
         raise
@@ -102,12 +109,15 @@ async def execute_step(
     if parent is None:
         ctx.step_status, ctx.step_failure = RunStatus.COMPLETED, None
         if isinstance(outcome, Halt):
-            ctx.step_status, ctx.step_failure = outcome.status, None if outcome.suspended else outcome.failure
+            ctx.step_status, ctx.step_failure = (
+                _status_of(outcome),
+                None if outcome.suspended else outcome.failure,
+            )
     if isinstance(outcome, Halt) and outcome.suspended:
         result = ctx.build_result(RunStatus.SUSPENDED, input_state)
     elif isinstance(outcome, Halt):
         state = outcome.output if outcome.output is not None else input_state
-        result = ctx.build_result(outcome.status, _as_returned(state, input_state), outcome.failure)
+        result = ctx.build_result(_status_of(outcome), _as_returned(state, input_state), outcome.failure)
     else:
         result = ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
     for probe in ctx.probes:
@@ -177,8 +187,28 @@ def _marks_inside(ctx: ReliabilityContext, position: int, branch: str) -> Iterat
             yield given
 
 
+def _not_called(ctx: ReliabilityContext, step_id: str) -> Halt:
+    """Return the end of a step of a run that somebody has cancelled since it was opened."""
+    error = RunCancelled(
+        f"run {ctx.run_id!r} was cancelled; step {step_id!r} is not called: resume the run, or call it in a run of its own"
+    )
+    return Halt(Failure(error, FailureClass.TERMINAL, step_id, 1, str(error)))
+
+
+def _status_of(halt: Halt) -> RunStatus:
+    return RunStatus.CANCELLED if isinstance(halt.failure.exception, RunCancelled) else halt.status
+
+
+def _note_cancel(reference: weakref.ref[ReliabilityContext]) -> None:
+    ctx = reference()
+    if ctx is not None:
+        ctx.cancelled = True
+
+
 async def _begin(ctx: ReliabilityContext, initial: BaseModel) -> None:
     if ctx.ends:
+        # By a weak reference: no context may wait for the garbage collector.
+        ctx.session.on_cancel = partial(_note_cancel, weakref.ref(ctx))
         await ctx.tell_start(initial)
     if ctx.delivers:
         await redeliver(ctx, ())

@@ -121,9 +121,10 @@ class CircuitOpen(Exception):
 
 
 class RunCancelled(Exception):
-    """Somebody has asked for the end of a guarded run: nothing more of it is begun.
+    """Somebody has asked for the end of a guarded run, or one of steps of plain code: nothing more of it is begun.
 
-    Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it too.
+    Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it too. In
+        ``result.failure`` of a step of plain code.
     Cause: ``stroma cancel`` or ``store.cancel()``, in this process or another one.
     Mend: none is needed: what is finished is kept. Call again, in a run of its own.
     """
