@@ -69,10 +69,20 @@ def test_a_wheel_that_lacks_something_or_has_too_much(tmp_path: Path) -> None:
 
 def test_a_release_with_an_advisory_is_found() -> None:
     """Each pinned release that an advisory is about is named with it; later ones are not."""
-    pinned = audit.pins("jinja2==3.1.5 \\\n    --hash=sha256:0\nStarlette[full]==0.49.1\n# redis==1\n")
-    assert pinned == [("jinja2", Version("3.1.5")), ("starlette", Version("0.49.1"))]
+    pinned = audit.pins("jinja2==3.1.5 \\\n    --hash=sha256:0\nStarlette[full]==1.3.1\n# redis==1\n")
+    assert pinned == [("jinja2", Version("3.1.5")), ("starlette", Version("1.3.1"))]
     assert audit.affected(pinned, audit.advisories()) == ["jinja2 3.1.5: CVE-2025-27516 (affected: <3.1.6)"]
-    assert audit.affected(pinned, [audit.Advisory("starlette", "x", SpecifierSet("<0.49"))]) == []
+    assert audit.affected(pinned, [audit.Advisory("starlette", "x", SpecifierSet("<1.3"))]) == []
+
+
+def test_each_listed_advisory_has_a_source() -> None:
+    """Every advisory of the list says where it was read; a package whose fix came in two lines has a range for each."""
+    data = json.loads((Path(audit.__file__).parent / "advisories.json").read_text())
+    assert all(one["source"].startswith("https://") for one in data["advisories"])
+    protobuf = [one.affected for one in audit.advisories() if one.id == "CVE-2026-0994"]
+    assert [[str(v) in spec for spec in protobuf] for v in ("5.29.5", "5.29.6", "6.33.4", "6.33.5")] == [
+        [True, False], [False, False], [False, True], [False, False],
+    ]  # fmt: skip
 
 
 def test_nothing_pinned_has_a_known_advisory(capsys: pytest.CaptureFixture[str]) -> None:
@@ -80,7 +90,7 @@ def test_nothing_pinned_has_a_known_advisory(capsys: pytest.CaptureFixture[str])
     assert audit.main() == 0
     told = capsys.readouterr().out
     assert "ok   tests/release/lowest.txt" in told
-    assert f"checked against {len(audit.advisories())} advisories" in told
+    assert f"checked against {len({one.id for one in audit.advisories()})} advisories" in told
     assert "no complete advisory data set is installed" in told
 
 

@@ -3,7 +3,7 @@
 usage: ./dev audit
 
 Checks requirements.lock and the newest and lowest releases in tests/release against the advisories in
-tests/release/advisories.json, and against the package `safety-db` where that is installed. Opens no connection.
+tests/release/advisories.json, which names the source of each, and against the package `safety-db` where that is installed. Opens no connection.
 Exit code 1 if a pinned release has an advisory.
 """
 
@@ -44,8 +44,12 @@ def pins(requirements: str) -> list[tuple[str, Version]]:
 
 def advisories() -> list[Advisory]:
     """Return the advisories of this project's own list, and those of safety-db where it is installed."""
-    listed: list[dict[str, str]] = json.loads((Path(__file__).with_name("advisories.json")).read_text())
-    found = [Advisory(one["package"], one["id"], SpecifierSet(f"<{one['fixed']}")) for one in listed]
+    listed: Any = json.loads((Path(__file__).with_name("advisories.json")).read_text())["advisories"]
+    found = [
+        Advisory(one["package"], one["id"], SpecifierSet(affected))
+        for one in listed
+        for affected in one["affected"]
+    ]
     if importlib.util.find_spec("safety_db") is not None:
         data: Any = importlib.import_module("safety_db")
         for package, specs in data.INSECURE.items():
@@ -80,7 +84,7 @@ def main() -> int:
         print(f"{'FAIL' if found else 'ok':4s} {file}: {len(pinned)} releases")
         for line in found:
             print(f"     {line}")
-    print(f"checked against {len(known)} advisories")
+    print(f"checked against {len({(one.package, one.id) for one in known})} advisories")
     if importlib.util.find_spec("safety_db") is None:
         print(
             "no complete advisory data set is installed, so only those of tests/release/advisories.json are checked; "
