@@ -84,7 +84,7 @@ def test_no_recovery_without_end(dying: Dying, journal: tuple[str, str], tmp_pat
 
 @pytest.mark.slow
 def test_retries_count_across_crashes(dying: Dying, tmp_path: Path) -> None:
-    """What attempts a killed process made of a node count: no process makes more of them than the policy grants."""
+    """Attempts of killed processes count: none is made beyond the policy, so a resume can end PARTIAL without a call; the next calls."""
     wish: dict[str, Any] = {"fails": 9, "retries": 2}
     dying(run_id="r", die="failure", **wish)
     assert calls(tmp_path) == 1

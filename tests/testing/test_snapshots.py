@@ -28,7 +28,7 @@ async def run(*, turn=False, **options):
 EXPECTED = """\
 COMPLETED, 15 tokens, $0.000005
 0 a, attempt 1: failure, RECOVERABLE (timeout)
-    ! too slow
+    ! TimeoutError: too slow
     ! by far
     < {"n": 0}
 0 a, attempt 2: success
