@@ -24,6 +24,7 @@ from stroma import (
     StromaRunner,
     Suspend,
     current_node,
+    map_over,
 )
 from stroma._showing import hidden_values, scrubbed_error, without
 from stroma.cli import main as stroma_command
@@ -179,6 +180,23 @@ async def test_a_message_is_one_line_of_a_log(log: Log) -> None:
     line = next(line for line in log.text.split("\n") if "failed at attempt" in line)
     assert line.endswith("ConnectionResetError: no\\r\\n2026-01-01 ERROR forged\\u001b[2J\\u202egnp.exe")
     assert not any(line.startswith("2026") for line in log.text.splitlines())
+
+
+async def test_the_line_of_an_item_that_is_left_out_is_one_line(log: Log) -> None:
+    """What the log says of an item of a map that is collected as failed has its type first, and is one line."""
+
+    class Calls(BaseModel):
+        calls: list[Call] = []
+        done: list[Call] = []
+
+    runner = StromaRunner.quick(policy_map=NEVER)
+    (call,) = failing(runner, ConnectionResetError(FORGED))
+    result = await runner.run(
+        [map_over("calls", call, into="done", on_item_failure="collect")], Calls(calls=[Call()])
+    )
+    assert result.failed_items == 1
+    line = next(line for line in log.text.split("\n") if "is left out" in line)
+    assert line.endswith("ConnectionResetError: no\\r\\n2026-01-01 ERROR forged\\u001b[2J\\u202egnp.exe")
 
 
 async def test_no_field_of_a_log_line_can_be_forged(log: Log) -> None:

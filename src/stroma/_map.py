@@ -15,12 +15,13 @@ from stroma._commit import failed_of, settle
 from stroma._engine import GroupStopped, Halt, execute
 from stroma._restore import check_committed, output_schema, read_output, value_of
 from stroma._tasks import refusal
+from stroma._words import one_line
 from stroma.checkpoint import Committed, PipelineChanged, StepCall, StoreError, inside_of
 from stroma.checkpoint.journal import OF_MAP
 from stroma.context import ReliabilityContext
 from stroma.contracts import ContractViolation
 from stroma.execution import NodeExecution
-from stroma.failures import Failure, FailureClass, ItemFailure
+from stroma.failures import Failure, FailureClass, ItemFailure, text_of
 from stroma.hooks import MapProgress
 from stroma.items import Item, LinesFile, Source
 from stroma.nodes import Group, Node
@@ -242,7 +243,7 @@ class MapRun:
         if ctx.delivers:
             ctx.session.delivered(row)
         # The message stood in the log when the attempt failed; here nobody could tell what redact hides in it.
-        why = failure.message if ctx.config.redact is None else failure.failure_class
+        why = one_line(text_of(failure)) if ctx.config.redact is None else failure.failure_class
         ctx.run_logger.info("item %d of %r is left out: %s", item.index, group.node_id, why)
         await self._note_failure(kept)
 
