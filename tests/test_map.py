@@ -1039,12 +1039,12 @@ async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doub
 @pytest.mark.core
 def test_rows_that_are_left_out_are_summed() -> None:
     """What a copy of the rows and a trace that was looked at say of sums is what the rows said."""
-    from stroma.trace import AttemptUsage, ExecutionTrace, FewRows
+    from stroma.trace import AttemptUsage, ExecutionTrace, Failed, FewRows
 
     rows = FewRows(1)
     for n in range(4):
         usage = AttemptUsage(10, 4, 0.5, "m")
-        failed = (FailureClass.TERMINAL, "no", None) if n == 3 else None
+        failed = Failed(FailureClass.TERMINAL, "no", None, "OSError") if n == 3 else None
         outcome: Any = "failure" if failed else "success"
         rows.append(
             ("a", 1, 0, 7, {}, None if failed else {}, outcome, failed, usage, 0, str(n), "g", None, None, 7)

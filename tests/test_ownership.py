@@ -299,7 +299,7 @@ async def test_attaching_to_a_failure_gives_the_failure(store: Any) -> None:
     assert (result.status, result.final_state) == (RunStatus.PARTIAL, Num(n=1))
     assert result.failure is not None
     assert isinstance(result.failure.exception, RunFailed)
-    assert result.failure.message == "b is broken"
+    assert result.failure.message == "ValueError: b is broken"
     assert calls == ["a", "b"]
 
 

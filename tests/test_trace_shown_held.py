@@ -11,7 +11,7 @@ from tests.trace_rows import START, USED, event, failed, failed_event, row, trac
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus, TraceEvent
 from stroma.failures import Failure
 from stroma.page import Bar, Box, Story
-from stroma.trace import CHILDREN, AttemptUsage
+from stroma.trace import CHILDREN, AttemptUsage, Failed
 
 # ---------------------------------------------------------------- what tells two traces apart
 
@@ -25,7 +25,7 @@ def test_equal_traces_differ_in_nothing() -> None:
     other = trace(
         row("a", started=1, took=1, usage=USED, position=5),
         row("g", children=[failed("h", branch="1", children=[z, y]), (*x[:9], 7, *x[10:])]),
-        failed("a", attempt=2, failure=(FailureClass.RECOVERABLE, "it broke", None)),
+        failed("a", attempt=2, failure=Failed(FailureClass.RECOVERABLE, "it broke", None, "OSError")),
     )
     other.run_id = "other"
     assert one.diff(other) == other.diff(one) == []
@@ -54,7 +54,7 @@ def test_events_that_only_one_of_them_has() -> None:
         ({"made": {"b": 2.0}}, "output_state {'b': 2} != {'b': 2.0}"),
         ({"made": None}, "output_state {'b': 2} != None"),
         (
-            {"failure": (FailureClass.TERMINAL, "no", None)},
+            {"failure": Failed(FailureClass.TERMINAL, "no", None, "OSError")},
             "failure None != <FailureClass.TERMINAL: 'TERMINAL'>; failure_message None != 'no'; "
             "outcome 'success' != 'failure'",
         ),
@@ -85,8 +85,8 @@ def test_the_order_of_keys_is_no_difference() -> None:
         {"attempt": 2},
         {"given": {"a": 1.0}},
         {"made": {"b": 3}},
-        {"failure": (FailureClass.TERMINAL, "it broke", None)},
-        {"failure": (FailureClass.RECOVERABLE, "it broke again", None)},
+        {"failure": Failed(FailureClass.TERMINAL, "it broke", None, "OSError")},
+        {"failure": Failed(FailureClass.RECOVERABLE, "it broke again", None, "OSError")},
         {"outcome": "cancelled"},
         {"children": [row("deep")]},
     ],
@@ -149,7 +149,7 @@ def bar(node_id: str = "node", **changed: Any) -> Bar:
 
 
 def failed_bar(node_id: str = "node", **changed: Any) -> Bar:
-    what = {"failure_class": "RECOVERABLE", "message": "it broke", "reason": "rate_limit"}
+    what = {"failure_class": "RECOVERABLE", "message": "OSError: it broke", "reason": "rate_limit"}
     return bar(node_id, **{"outcome": "failure", "made": None, "kept": False, **what, **changed})
 
 
@@ -245,7 +245,7 @@ def test_a_story_shows_what_redact_lets_be_seen() -> None:
         failed(
             "a",
             given={"key": "sesame", "b": 1},
-            failure=(FailureClass.TERMINAL, "noisy: poppy, sesame", None),
+            failure=Failed(FailureClass.TERMINAL, "noisy: poppy, sesame", None, "OSError"),
         ),
         row("g", started=START + 1, children=[row("in", started=START + 2, given={}, made={"key": "poppy"})]),
     )
@@ -255,14 +255,14 @@ def test_a_story_shows_what_redact_lets_be_seen() -> None:
             "a",
             given={"key": "***", "b": 1},
             failure_class="TERMINAL",
-            message="quiet: [redacted], [redacted]",
+            message="OSError: quiet: [redacted], [redacted]",
             reason=None,
         ),
         bar("g", began_ms=1e-6),
         bar("in", began_ms=2e-6, given={}, made={"key": "***"}),
     ]
     plain = {one.node_id: one for one in held._story().bars}
-    assert plain["a"].message == "noisy: poppy, sesame"
+    assert plain["a"].message == "OSError: noisy: poppy, sesame"
     assert plain["a"].given == {"key": "sesame", "b": 1}
     assert plain["in"].made == {"key": "poppy"}
 
@@ -270,10 +270,12 @@ def test_a_story_shows_what_redact_lets_be_seen() -> None:
 def test_what_redact_leaves_may_stand_in_messages() -> None:
     """Only what it takes out of a state is taken out of a message."""
     one = failed(
-        given={"key": "sesame", "name": "visible"}, failure=(FailureClass.TERMINAL, "sesame visible", None)
+        given={"key": "sesame", "name": "visible"},
+        failure=Failed(FailureClass.TERMINAL, "sesame visible", None, "OSError"),
     )
     (drawn,) = trace(one)._story(without_key).bars
-    assert drawn.message == trace(one).said("sesame visible", one, without_key) == "[redacted] visible"
+    assert trace(one).said("sesame visible", one, without_key) == "[redacted] visible"
+    assert drawn.message == "OSError: [redacted] visible"
     assert drawn.given == {"key": "***", "name": "visible"}
 
 
@@ -286,7 +288,7 @@ def test_redact_is_asked_of_states_and_messages_alone() -> None:
         return dict.fromkeys(state, "hidden")
 
     (drawn,) = trace(failed(given={"a": "long enough"}))._story(redact).bars
-    assert (drawn.given, drawn.made, drawn.message) == ({"a": "hidden"}, None, "hidden")
+    assert (drawn.given, drawn.made, drawn.message) == ({"a": "hidden"}, None, "OSError: hidden")
     assert [state for state in asked if state not in ({"a": "long enough"}, {"message": "it broke"})] == []
 
 
@@ -305,7 +307,7 @@ def test_what_a_failed_attempt_said_is_told_without_what_its_states_hide() -> No
 
 
 def failure(message: str = "it broke", node_id: str = "elsewhere") -> Failure:
-    return Failure(ValueError(message), FailureClass.RECOVERABLE, node_id, 3, message, "rate_limit")
+    return Failure(OSError(message), FailureClass.RECOVERABLE, node_id, 3, message, "rate_limit")
 
 
 def result(held: ExecutionTrace, **changed: Any) -> ExecutionResult:
@@ -326,9 +328,13 @@ def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
     first = failed("x", started=START - 5_000_000, branch="0.1.1.1")
     child = failed("x", branch="0.1", position=1)
     group = failed("g", position=1, children=[child])
-    held = trace(first, group, failed("y", started=START + 1, failure=(FailureClass.TERMINAL, "no", None)))
+    held = trace(
+        first,
+        group,
+        failed("y", started=START + 1, failure=Failed(FailureClass.TERMINAL, "no", None, "OSError")),
+    )
     story = result(held, failure=failure())._story()
-    assert story.box == Box("x", "1.0.1", 3, "RECOVERABLE", "ValueError: it broke", "rate_limit")
+    assert story.box == Box("x", "1.0.1", 3, "RECOVERABLE", "OSError: it broke", "rate_limit")
     assert story.facts == ()
     # The trace of a group that was told after its child is the same.
     held = trace(first, child, failed("g", position=1))
@@ -339,14 +345,14 @@ def test_the_box_of_a_failed_run_names_the_child_that_failed() -> None:
     "held",
     [
         trace(),
-        trace(failed(failure=(FailureClass.TERMINAL, "something else", None))),
+        trace(failed(failure=Failed(FailureClass.TERMINAL, "something else", None, "OSError"))),
         trace(failed(outcome="cancelled")),
     ],
 )
 def test_the_box_of_a_failure_without_an_attempt(held: ExecutionTrace) -> None:
     """It has the node of the failure, and a question mark for its place."""
     assert result(held, failure=failure())._story().box == Box(
-        "elsewhere", "?", 3, "RECOVERABLE", "ValueError: it broke", "rate_limit"
+        "elsewhere", "?", 3, "RECOVERABLE", "OSError: it broke", "rate_limit"
     )
 
 
@@ -360,10 +366,14 @@ def test_the_facts_of_a_result() -> None:
 
 def test_box_and_facts_show_what_redact_lets_be_seen() -> None:
     """The message of the failure, and what a run waits for."""
-    held = trace(failed(given={"key": "sesame"}, failure=(FailureClass.RECOVERABLE, "noisy sesame", None)))
+    held = trace(
+        failed(
+            given={"key": "sesame"}, failure=Failed(FailureClass.RECOVERABLE, "noisy sesame", None, "OSError")
+        )
+    )
     one = result(held, failure=failure("noisy sesame"), suspended=["noisy sesame"])
     story = one._story(without_key)
-    assert story.box == Box("node", "0", 3, "RECOVERABLE", "ValueError: quiet [redacted]", "rate_limit")
+    assert story.box == Box("node", "0", 3, "RECOVERABLE", "OSError: quiet [redacted]", "rate_limit")
     assert story.facts == (("waits for", "quiet [redacted]"),)
     assert [one.given for one in story.bars] == [{"key": "***"}]
     assert one._story().facts == (("waits for", "noisy sesame"),)
