@@ -20,7 +20,7 @@ from starlette.requests import Request
 from tests.ui.test_large_run import make_large_run
 
 from stroma import SQLiteStore
-from stroma.history import History
+from stroma.checkpoint.history import History
 from stroma.ui.app import Settings
 from stroma.ui.pages import Pages
 from stroma.ui.security import Keys

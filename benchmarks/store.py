@@ -20,8 +20,8 @@ from pydantic import BaseModel
 
 from stroma import SQLiteStore
 from stroma.checkpoint import RunRequest
-from stroma.checkpoint import _worker as worker
-from stroma.schemas import schema_of
+from stroma.checkpoint.durable import worker
+from stroma.contracts.schema import schema_of
 from stroma.testing.stores import row, settled
 
 ROUNDS = 5

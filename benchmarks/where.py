@@ -25,12 +25,12 @@ from stroma import (
     RunConfig,
     stroma_node,
 )
-from stroma import _engine as engine
 from stroma.checkpoint import RunRequest
-from stroma.context import ReliabilityContext
-from stroma.execution import CURRENT, new_execution
-from stroma.nodes import find_node
-from stroma.schemas import schema_of
+from stroma.contracts.node import find_node
+from stroma.contracts.schema import schema_of
+from stroma.engine import ReliabilityContext
+from stroma.engine import loop as engine
+from stroma.engine.execution import CURRENT, new_execution
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 _TIMES, _REPEATS, _CHAIN = 500, 60, 50

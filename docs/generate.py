@@ -2,6 +2,7 @@
 
 usage: ./dev run python docs/generate.py [--check]
 
+The table in architecture.md is made of the import contract and the docstrings of the packages.
 errors.md is made of the docstrings of the exception classes (their lines Where, Cause and Mend) and of every message
 in the source; providers.md of the cases in tests/providers; guarantees.md of the tests that name one (promises.py);
 reference/ of the public names and the commands (reference.py). With --check nothing is written, and the exit
@@ -13,9 +14,9 @@ from __future__ import annotations
 import ast
 import importlib
 import importlib.metadata
-import inspect
 import re
 import sys
+import tomllib
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -27,6 +28,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 SOURCE = ROOT / "src" / "stroma"
 PARTS = ("Where", "Cause", "Mend")
+ROOMS_BEGIN = "<!-- Rooms: written by docs/generate.py from the import contract. -->"
+ROOMS_END = "<!-- End of rooms. -->"
 
 #: What makes an error without being its class.
 FACTORIES = {"lasting": "StoreError"}
@@ -136,9 +139,10 @@ def error_classes() -> list[ErrorClass]:
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
             if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
                 continue
-            home = "stroma" if node.name in stroma.__all__ else module
-            if any(part.startswith("_") for part in home.split(".")):
+            summary, parts = read_docstring(ast.get_docstring(node) or "")
+            if not parts:  # The docstring of an error that users meet says where, why, and what to do.
                 continue
+            home = "stroma" if node.name in stroma.__all__ else public(module)
             try:
                 cls = getattr(importlib.import_module(module), node.name, None)
             except (
@@ -146,7 +150,6 @@ def error_classes() -> list[ErrorClass]:
             ):  # The adapter of a framework, which is not in the lock; it raises the errors of others.
                 continue
             if isinstance(cls, type) and issubclass(cls, BaseException) and cls.__module__ == module:
-                summary, parts = read_docstring(inspect.getdoc(cls) or "")
                 bases = tuple(base.__name__ for base in cls.__bases__)
                 found.append(ErrorClass(node.name, home, bases, summary, parts))
     return sorted(found, key=lambda error: error.name)
@@ -228,8 +231,15 @@ def short(part: ast.expr, constants: dict[str, str]) -> str:
 
 
 def public(module: str) -> str:
-    """The module that a user knows: a private one is part of the package around it."""
-    return module.partition("._")[0]
+    """Return the package that a user knows, by the path that the docs give."""
+    known = {
+        "stroma.drivers.temporal": "stroma.temporal",
+        "stroma.drivers": "stroma.temporal",
+        "stroma.engine": "stroma",
+        "stroma._utils": "stroma",
+    }
+    parts = module.split(".")
+    return known.get(".".join(parts[:3])) or known.get(".".join(parts[:2])) or ".".join(parts[:2])
 
 
 def code(text: str) -> str:
@@ -406,7 +416,7 @@ def providers_page() -> str:
         "| status | class | reason |",
         "| --- | --- | --- |",
     ]
-    from stroma import classifiers
+    from stroma.failures import providers as classifiers
 
     for status, verdict in classifiers._STATUS.items():
         lines.append(f"| {status} | {verdict.failure_class} | {verdict.reason} |")
@@ -452,7 +462,24 @@ def providers_page() -> str:
     return "\n".join(lines) + "\n"
 
 
+def architecture_page() -> str:
+    """Return the page with its picture of the rooms, drawn from the first import contract and the packages' docstrings."""
+    text = (ROOT / "docs" / "architecture.md").read_text("utf-8")
+    before, _, rest = text.partition(ROOMS_BEGIN)
+    contract = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["importlinter"][
+        "contracts"
+    ][0]
+    lines = ["", "| layer | room | what is in it |", "| --- | --- | --- |"]
+    layers = contract["layers"]
+    for number, layer in zip(range(len(layers), 0, -1), layers, strict=True):
+        for room in layer.split(" | "):
+            doc = ast.get_docstring(ast.parse((SOURCE / room / "__init__.py").read_text("utf-8"))) or ""
+            lines.append(f"| {number} | `{room}/` | {doc.partition(chr(10))[0].rstrip('.')} |")
+    return f"{before}{ROOMS_BEGIN}\n" + "\n".join(lines) + f"\n\n{ROOMS_END}{rest.partition(ROOMS_END)[2]}"
+
+
 PAGES = {
+    "architecture.md": architecture_page,
     "errors.md": errors_page,
     "providers.md": providers_page,
     "guarantees.md": own_module("docs.promises").guarantees_page,

@@ -17,20 +17,20 @@ from typing import Any
 
 NOTE = "<!-- Written by docs/generate.py: run `./dev run python docs/generate.py` after a change. -->"
 
-#: Pages of names: title, words, and the modules whose names they have. Of `stroma` its own modules, else packages.
+#: Pages of names: title, words, and the modules or packages below `stroma` that define them; with `stroma.` a package with names of its own.
 TOPICS: dict[str, tuple[str, str, tuple[str, ...]]] = {
     "running": (
         "Running", "Runners, pipelines, nodes and what governs a run.",
-        ("runner", "config", "nodes", "execution", "middleware", "context"),
+        ("runner.runner", "runner.stream", "engine.config", "contracts.node", "engine.execution", "runner.steps", "engine.context"),
     ),
-    "contracts": ("Contracts and checks", "What crosses a boundary, and what can be proved before.", ("contracts", "schemas", "checks")),
-    "failures": ("Failures and policies", "Classes, policies, and why an attempt is not begun.", ("failures", "refusals")),
+    "contracts": ("Contracts and checks", "What crosses a boundary, and what can be proved before.", ("contracts.contract", "contracts.tagged_json", "contracts.checks")),
+    "failures": ("Failures and policies", "Classes, policies, and why an attempt is not begun.", ("failures",)),
     "cost": (
         "Usage, prices, budgets, limits", "What was used, what it costs, and what stops a run.",
-        ("cost", "usage", "prices", "shared_budget", "limits", "breaker"),
+        ("cost", "limits"),
     ),
     "hooks": ("Hooks", "Every hook with its arguments.", ("hooks",)),
-    "groups": ("Groups and maps", "Several nodes at once, and one node for many items.", ("groups", "items")),
+    "groups": ("Groups and maps", "Several nodes at once, and one node for many items.", ("runner.groups", "runner.items")),
     "trace": ("Results and traces", "What a run came to.", ("trace",)),
     "stores": ("Stores", "Where runs are kept, and what a store of your own implements.", ("checkpoint",)),
     "telemetry": ("Telemetry", "One factory for each system.", ("stroma.telemetry",)),
@@ -75,7 +75,7 @@ def names(module: str) -> Iterator[Name]:
 
     home = module if module.startswith("stroma.") else f"stroma.{module}"
     found: ModuleType = importlib.import_module(home)
-    listed = found.__all__ if module == "checkpoint" or home == module else stroma._HOMES[module]
+    listed = found.__all__ if module == "checkpoint" or home == module else defined_in(module)
     for name in sorted(listed, key=str.lower):
         if name.startswith("_"):
             continue
@@ -85,6 +85,18 @@ def names(module: str) -> Iterator[Name]:
         public = "stroma" if name in stroma._HOME_OF else home
         says = (inspect.getdoc(value) or "").split("\n\n")[0] if own else ""
         yield Name(name, public, f"{where}.{name}", first_sentence(says))
+
+
+def defined_in(module: str) -> list[str]:
+    """Return the public names of `stroma` that a module or package below it defines."""
+    import stroma
+
+    room = importlib.import_module(f"stroma.{module.partition('.')[0]}")
+    return [
+        name
+        for name, where in room._HOMES.items()
+        if name in stroma._HOME_OF and (where == module or where.startswith(f"{module}."))
+    ]
 
 
 def first_sentence(text: str) -> str:

@@ -22,7 +22,8 @@ from pydantic import BaseModel
 
 from stroma import StromaRunner
 from stroma.adapters import Guard
-from stroma.adapters.crewai import attach, guard_llm
+from stroma.adapters._crewai_llm import guard_llm
+from stroma.adapters.crewai import attach
 
 answers: list[Any] = [ConnectionError("gone"), "tea", "tea is a drink"]
 

@@ -11,8 +11,8 @@ from typing import Any
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from stroma import _ledger as ledger
-from stroma import _rates as rates
+from stroma.limits import budget_state as ledger
+from stroma.limits import rate_state as rates
 
 NODES = ("a", "b")
 TERMS = ledger.Terms("team", "hour", (100, 1000), {"b": 40})

@@ -11,7 +11,7 @@ from pydantic import BaseModel
 
 from stroma import NodeContract, RunStatus, SQLiteStore, StromaRunner, stroma_node
 from stroma.checkpoint import RunQuery, RunRequest, open_store
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
 from stroma.testing.stores import row, settled
 
 
@@ -111,8 +111,9 @@ def fill_postgres(url: str, runs: int, attempts: int) -> None:
 def fill_redis(url: str, runs: int, attempts: int) -> None:
     import redis
 
-    from stroma.checkpoint._redis_format import pack, pack_step, prefix_of
-    from stroma.checkpoint._rows import Attempt, Step
+    from stroma.checkpoint.durable.rows import Step
+    from stroma.checkpoint.records import Attempt
+    from stroma.checkpoint.redis.format import pack, pack_step, prefix_of
 
     client = redis.Redis.from_url(url)
     step = pack_step(Step(SCHEMA.fingerprint, "", OUTPUT, _sha()), 1, 1, 0)

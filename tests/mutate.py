@@ -29,8 +29,10 @@ PROGRESS_SECONDS = 15
 TEXT_TESTS = ["--deselect=tests/test_guarantees.py::test_only_the_engine_calls_a_nodes_function"]
 #: What is measured if no module is named: where the guarantees are decided.
 CORE = (
-    "_engine", "context", "_commit", "hooks", "failures", "cost", "trace",
-    "checkpoint/_session", "checkpoint/_sqlite_rows", "checkpoint/_sqlite_file",
+    "engine/loop", "engine/context", "engine/commit", "hooks/dispatch", "hooks/sets",
+    "failures/failure", "failures/policy", "cost/budget", "cost/fallback", "cost/tracker",
+    "trace/events", "trace/plain", "trace/result", "trace/trace",
+    "checkpoint/durable/session", "checkpoint/sqlite/rows", "checkpoint/sqlite/file",
 )  # fmt: skip
 
 

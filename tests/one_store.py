@@ -10,35 +10,33 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from stroma.checkpoint import (
-    RunRequest,
-    StepCall,
-    _sqlite_rows,
-)
-from stroma.checkpoint._beside import keep_due, keep_waiting
-from stroma.checkpoint._owner import new_owner
-from stroma.checkpoint._rows import (
+from stroma.checkpoint import RunRequest, StepCall
+from stroma.checkpoint.durable.annotations import keep_due, keep_waiting
+from stroma.checkpoint.durable.owner import new_owner
+from stroma.checkpoint.durable.rows import (
     CANCEL,
     PARENT,
     SAVED,
     TRACE,
     TROUBLE,
-    Attempt,
     Fence,
     Opening,
     RunRow,
     Step,
     checksum,
 )
-from stroma.checkpoint._session import DurableSession
-from stroma.checkpoint._sqlite_file import DatabaseFile, connect
-from stroma.checkpoint._sqlite_rows import SqliteRows
-from stroma.checkpoint.journal import Committed, PriorUsage, Waiting
+from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.manager import schema_ref
 from stroma.checkpoint.payloads import Payloads, Place
+from stroma.checkpoint.protocols import Committed, PriorUsage, Waiting
+from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.sqlite import rows as _sqlite_rows
+from stroma.checkpoint.sqlite.file import DatabaseFile, connect
+from stroma.checkpoint.sqlite.rows import SqliteRows
+from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
-from stroma.schemas import schema_of
-from stroma.trace import AttemptUsage, Failed, Row
+from stroma.trace import AttemptUsage
+from stroma.trace.events import Failed, Row
 
 
 class State(BaseModel):

@@ -27,9 +27,9 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.checks.lineage import lineage_of
 from stroma.contracts import ContractRegistry
-from stroma.nodes import find_node
+from stroma.contracts.checks.lineage import lineage_of
+from stroma.contracts.node import find_node
 from stroma.ui import Settings, make_app
 
 SIZES = {"wide": (1280, 860), "narrow": (400, 860), "large": (2560, 1300)}

@@ -30,9 +30,9 @@ from stroma import (
     current_node,
     current_run,
 )
-from stroma.history import in_order
+from stroma.checkpoint.history import in_order
+from stroma.drivers.remote.attempts import Attempts
 from stroma.hooks import MapProgress
-from stroma.remote.attempts import Attempts
 
 __all__ = [
     "Between",

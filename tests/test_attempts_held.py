@@ -29,7 +29,7 @@ from stroma import (
     execute_step,
     parallel,
 )
-from stroma._probe import PROBES, Probe
+from stroma.engine.interceptors import PROBES, Probe
 from stroma.trace import AttemptUsage
 
 

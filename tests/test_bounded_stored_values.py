@@ -13,7 +13,7 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import CorruptCheckpoint, FailureClass, FailurePolicy, NotSerialisable, SQLiteStore, StromaRunner
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
 
 NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}
 

@@ -35,8 +35,9 @@ from stroma import (
     StromaRunner,
     stroma_node,
 )
-from stroma.breaker import host_of
-from stroma.failures import NodeContext, diagnose
+from stroma.failures import NodeContext
+from stroma.failures.failure import diagnose
+from stroma.limits.breaker import host_of
 
 
 class Clock:

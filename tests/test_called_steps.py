@@ -32,10 +32,10 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma._identity import StepCalls, child_indexes, is_called
 from stroma.adapters import RunCancelled
 from stroma.checkpoint import AttemptRecord
-from stroma.history import in_order
+from stroma.checkpoint.history import in_order
+from stroma.checkpoint.identity import StepCalls, child_indexes, is_called
 
 AT_ONCE = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 RETRIED = {cls: FailurePolicy(max_retries=3, backoff_seconds=0) for cls in FailureClass}

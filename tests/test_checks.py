@@ -58,7 +58,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
 
 
 class Number(BaseModel):
@@ -936,7 +936,7 @@ def test_the_checker_is_not_loaded_unless_it_is_used() -> None:
         "@stroma_node('a', NodeContract(node_id='a', input_schema=A, output_schema=A))\n"
         "async def a(state): return {}\n"
         "asyncio.run(StromaRunner.quick().run([a], A()))\n"
-        "print([name for name in sys.modules if name.startswith('stroma.checks')])"
+        "print([name for name in sys.modules if name.startswith('stroma.contracts.checks')])"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"

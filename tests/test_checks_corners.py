@@ -41,8 +41,8 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.checks.lineage import lineage_of
-from stroma.nodes import find_node
+from stroma.contracts.checks.lineage import lineage_of
+from stroma.contracts.node import find_node
 
 
 class Anything(BaseModel):

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from tests.generated_schemas import Made, pairs
 
 from stroma import Finding, NodeContract, StromaRunner, stroma_node
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
 
 PAIRS = 600
 OUTPUTS = 5

@@ -49,8 +49,8 @@ from stroma import (
     classify,
     parallel,
 )
-from stroma.classifiers import Verdict, read_provider_error, retry_after_seconds
-from stroma.failures import diagnose
+from stroma.failures.failure import diagnose
+from stroma.failures.providers import Verdict, read_provider_error, retry_after_seconds
 
 CASES = [*PROVIDER_CASES, *MORE_CASES]
 HERE = NodeContext("ask", 1, "run")
@@ -114,7 +114,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         waited.append(seconds)
 
-    monkeypatch.setattr("stroma._engine.sleep", sleep)
+    monkeypatch.setattr("stroma.engine.loop.sleep", sleep)
     return waited
 
 
@@ -246,7 +246,7 @@ async def test_custom_classifiers_come_first(provider: Server, delays: list[floa
 
 @pytest.fixture
 def frozen(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("stroma.classifiers.time", SimpleNamespace(time=lambda: NOW))
+    monkeypatch.setattr("stroma.failures.providers.time", SimpleNamespace(time=lambda: NOW))
 
 
 @pytest.mark.parametrize("sdk", ASK)
@@ -985,7 +985,7 @@ def test_no_sdk_is_imported() -> None:
     import sys
 
     code = (
-        "import sys; from stroma.classifiers import read_provider_error as read\n"
+        "import sys; from stroma.failures.providers import read_provider_error as read\n"
         "print(read(ConnectionError()).reason)\n"
         "print(sorted({'openai', 'anthropic', 'google', 'mistralai', 'cohere', 'httpx', 'httpx2', 'requests', 'aiohttp', 'botocore', 'grpc'} & set(sys.modules)))"
     )

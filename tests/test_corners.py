@@ -58,9 +58,10 @@ from stroma import (
     map_over,
     parallel,
 )
+from stroma.contracts import NotSerialisable
+from stroma.contracts.schema import schema_of
 from stroma.cost import UsageError
-from stroma.hooks import HookNotAsync
-from stroma.schemas import NotSerialisable, schema_of
+from stroma.hooks.dispatch import HookNotAsync
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 

@@ -11,18 +11,9 @@ import pytest
 from pydantic import ValidationError
 
 from stroma import BudgetExceeded, CostTracker, ExecutionBudget, FallbackPolicy, NodeUsage
-from stroma.cost import (
-    KNOWN_MODELS,
-    LARGEST,
-    ModelHint,
-    StepUsage,
-    UsageError,
-    estimate_cost_usd,
-    fallback_due,
-    limits,
-    reached,
-    resolve_model,
-)
+from stroma.cost import KNOWN_MODELS, ModelHint, StepUsage, UsageError, estimate_cost_usd, resolve_model
+from stroma.cost.budget import LARGEST, limits
+from stroma.cost.fallback import fallback_due, reached
 
 
 def spent(cost: float = 0.0, tokens: int = 0, ms: float = 0.0) -> CostTracker:

@@ -11,7 +11,7 @@ import pytest
 from pydantic import BaseModel, ConfigDict
 
 from stroma import ExecutionBudget, FailurePolicy, ItemFailure, NodeContract, RunConfig, default_policy_map
-from stroma._deferred import Deferred
+from stroma._utils.models import Deferred
 
 
 class In(BaseModel):
@@ -96,9 +96,9 @@ def test_defaults_that_nobody_validated_are_valid() -> None:
 def test_the_class_of_nodes_without_a_contract_is_found_by_its_name() -> None:
     """What was stored of them can be read by a process that has run none."""
     code = (
-        "import sys; from stroma.checkpoint import resolve_schema; print('stroma._kept' in sys.modules)\n"
-        "kept = resolve_schema('stroma.nodes:Kept')\n"
-        "from stroma.checkpoint import schema_ref; from stroma.nodes import Kept\n"
+        "import sys; from stroma.checkpoint import resolve_schema; print('stroma.contracts.untyped' in sys.modules)\n"
+        "kept = resolve_schema('stroma.contracts.node:Kept')\n"
+        "from stroma.checkpoint import schema_ref; from stroma.contracts.node import Kept\n"
         "print(kept is Kept, schema_ref(kept))"
     )
-    assert in_a_fresh_process(code).split() == ["False", "True", "stroma.nodes:Kept"]
+    assert in_a_fresh_process(code).split() == ["False", "True", "stroma.contracts.node:Kept"]

@@ -25,11 +25,12 @@ from stroma import (
     Suspend,
     parallel,
 )
+from stroma.contracts import NotSerialisable
 from stroma.cost import UsageError
-from stroma.failures import ItemFailure, diagnose
-from stroma.hooks import Hooks
-from stroma.schemas import NotSerialisable
-from stroma.trace import secrets_in
+from stroma.failures import ItemFailure
+from stroma.failures.failure import diagnose
+from stroma.hooks.dispatch import Hooks
+from stroma.trace.plain import secrets_in
 
 # ---------------------------------------------------------------- policies
 

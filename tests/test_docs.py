@@ -59,8 +59,8 @@ from stroma import (
     stroma_node,
 )
 from stroma.adapters import Guard, RunCancelled, UnknownNode
-from stroma.hooks import HookNotAsync, HookTimeout
-from stroma.remote.plans import Known, MissingNode
+from stroma.drivers.remote.plans import Known, MissingNode
+from stroma.hooks.dispatch import HookNotAsync, HookTimeout
 
 ROOT = Path(__file__).parent.parent
 ANEW = "write it anew with: ./dev run python docs/generate.py"

@@ -50,7 +50,8 @@ from stroma import (
     execute_step,
     stroma_node,
 )
-from stroma.failures import Retry, Stop, decide, diagnose
+from stroma.failures.failure import diagnose
+from stroma.failures.policy import Retry, Stop, decide
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 
@@ -107,7 +108,7 @@ def delays(monkeypatch: pytest.MonkeyPatch) -> list[float]:
     async def sleep(seconds: float) -> None:
         noted.append(seconds)
 
-    monkeypatch.setattr("stroma._engine.sleep", sleep)
+    monkeypatch.setattr("stroma.engine.loop.sleep", sleep)
     return noted
 
 
@@ -1407,7 +1408,7 @@ async def test_hooks_and_waits_are_not_in_the_latency(monkeypatch: pytest.Monkey
     async def wait(seconds: float) -> None:
         await asyncio.sleep(0.06)
 
-    monkeypatch.setattr("stroma._engine.sleep", wait)
+    monkeypatch.setattr("stroma.engine.loop.sleep", wait)
     func, calls = raising(TimeoutError())
     hooks = NodeHooks(on_node_start=hook, on_node_success=hook)
     result = await quick(budget=ExecutionBudget(max_latency_ms=50), hooks=hooks).run([node("a", func)], Num())

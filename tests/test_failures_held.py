@@ -12,28 +12,24 @@ from pydantic import RootModel, ValidationError
 from tests.kit import Num
 
 from stroma import BudgetExceeded, ContractViolation, FailureClass, FailurePolicy, Suspend
+from stroma.contracts import NotSerialisable
+from stroma.cost import UsageError
 from stroma.failures import (
+    CircuitOpen,
     Classifier,
     Failure,
     ItemFailure,
+    LimitError,
     NodeContext,
     PolicyMap,
-    Retry,
     RetryBudget,
     StepContext,
-    Stop,
+    WaitedTooLong,
     classify,
-    decide,
     default_policy_map,
-    diagnose,
-    follow_up,
-    is_a,
-    message_of,
-    policy_for,
 )
-from stroma.refusals import CircuitOpen, LimitError, WaitedTooLong
-from stroma.schemas import NotSerialisable
-from stroma.usage import UsageError
+from stroma.failures.failure import diagnose, is_a, message_of
+from stroma.failures.policy import Retry, Stop, decide, follow_up, policy_for
 
 RECOVERABLE, TERMINAL, AMBIGUOUS = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 CONTEXT = NodeContext("node", 4, "run")

@@ -51,11 +51,11 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma._values import Packed, pack
 from stroma.checkpoint import Committed, PriorUsage, RunRequest, Session, StepCall, resolve_schema
+from stroma.contracts.copying import Packed, pack
+from stroma.contracts.schema import Schema, schema_of
 from stroma.cost import CostTracker
-from stroma.schemas import Schema, schema_of
-from stroma.trace import BRANCH, NODE, POSITION, Row
+from stroma.trace.events import BRANCH, NODE, POSITION, Row
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 SOURCE = Path(stroma.__file__).parent
@@ -193,7 +193,7 @@ class _SuspendingSession:
 
 @pytest.fixture
 def no_delays(monkeypatch: pytest.MonkeyPatch) -> None:
-    from stroma import _commit
+    from stroma.engine import commit as _commit
 
     monkeypatch.setattr(_commit, "_STORE_DELAYS", tuple(0 for _ in _commit._STORE_DELAYS))
 
@@ -461,7 +461,7 @@ async def test_g3_retry_after_is_obeyed(monkeypatch: pytest.MonkeyPatch) -> None
     async def sleep(seconds: float) -> None:
         waits.append(seconds)
 
-    monkeypatch.setattr("stroma._engine.sleep", sleep)
+    monkeypatch.setattr("stroma.engine.loop.sleep", sleep)
     busy = type("Busy", (Exception,), {"status_code": 429, "headers": {"Retry-After": "11"}})
     left = [busy(), busy()]
 
@@ -1231,11 +1231,11 @@ async def test_g9_no_start_for_input_that_was_refused() -> None:
 def test_g11_no_module_of_ours_can_execute_data() -> None:
     """G11: nothing in the package unpickles, evaluates or imports by a name that could come from a store."""
     forbidden = {"pickle", "cPickle", "marshal", "shelve", "dill", "cloudpickle", "jsonpickle", "runpy"}
-    own_names = SOURCE / "_lazy.py"  # Loads what packages of ours name in tables of theirs.
+    own_names = SOURCE / "_utils" / "lazy.py"  # Loads what packages of ours name in tables of theirs.
     for path in SOURCE.rglob("*.py"):
         inside = path.relative_to(SOURCE).parts
         # Copies of plain data are made by way of pickle, of what the same process has just packed; see below.
-        copies = {"pickle"} if path == SOURCE / "_values.py" else set()
+        copies = {"pickle"} if path == SOURCE / "contracts" / "copying.py" else set()
         for item in ast.walk(ast.parse(path.read_text())):
             if isinstance(item, ast.Import):
                 assert not {a.name.split(".")[0] for a in item.names} & (forbidden - copies), path
@@ -1516,7 +1516,7 @@ def test_g12_cost_per_node_does_not_grow(kind: str) -> None:
 
 
 def test_only_the_engine_calls_a_nodes_function() -> None:
-    """No module but _engine calls a node's function, but for a group that is called by hand (and Node.call itself)."""
+    """No module but the engine's loop calls a node's function, but for a group that is called by hand (and Node.call itself)."""
     found: set[tuple[str, str]] = set()
     # Stores never see a node; a guard makes a node of its own around what it calls.
     apart = ("adapters", "checkpoint", "cli", "demo", "testing")
@@ -1529,14 +1529,14 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
             for item in ast.walk(outer):
                 if isinstance(item, ast.Attribute) and item.attr in ("func", "call"):
                     found.add((path.relative_to(SOURCE).as_posix(), outer.name))
-    callers = {(module, name) for module, name in found if module not in ("_engine.py",)}
+    callers = {(module, name) for module, name in found if module not in ("engine/loop.py",)}
     assert callers == {
-        ("_sequence.py", "check_owners"),  # It names a function.
-        ("groups.py", "_call_by_hand"),
-        ("hooks.py", "_own_signature"),  # It unwraps partials.
-        ("nodes.py", "call"),
-        ("nodes.py", "gives_coroutine"),  # It unwraps partials.
-        ("nodes.py", "find_node"),  # It asks whose function it is.
+        ("runner/sequence.py", "check_owners"),  # It names a function.
+        ("runner/groups.py", "_call_by_hand"),
+        ("hooks/sets.py", "_own_signature"),  # It unwraps partials.
+        ("contracts/node.py", "call"),
+        ("contracts/node.py", "gives_coroutine"),  # It unwraps partials.
+        ("contracts/node.py", "find_node"),  # It asks whose function it is.
     }
 
 
@@ -1548,7 +1548,7 @@ async def test_at_run_time_the_engine_stands_behind_every_node() -> None:
         frame = sys._getframe(1)
         while frame.f_back is not None:
             module = str(frame.f_globals["__name__"])
-            if module.startswith("stroma") and module != "stroma.nodes":
+            if module.startswith("stroma") and module != "stroma.contracts.node":
                 modules.append(module)
                 break
             frame = frame.f_back
@@ -1568,7 +1568,7 @@ async def test_at_run_time_the_engine_stands_behind_every_node() -> None:
     await execute_step("step", note_async, Num(), ctx)
     await runner.with_node_timeouts({"async": 1000}).run([awaited], Num())
     # A sync node stands on a thread's own stack, which the engine began in _tasks.
-    assert (len(modules), set(modules)) == (8, {"stroma._engine", "stroma._tasks"})
+    assert (len(modules), set(modules)) == (8, {"stroma.engine.loop", "stroma.engine.tasks"})
     modules.clear()
     await parallel(awaited)(Num())
-    assert modules == ["stroma.groups"]
+    assert modules == ["stroma.runner.groups"]

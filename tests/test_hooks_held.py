@@ -11,22 +11,12 @@ from typing import Any, get_args
 
 import pytest
 
-import stroma.hooks
+import stroma.hooks.dispatch
 from stroma import NodeHooks
-from stroma.hooks import (
-    NO_HOOKS,
-    AnyHooks,
-    HookError,
-    HookNotAsync,
-    Hooks,
-    HookSets,
-    HookTimeout,
-    MapProgress,
-    StepHooks,
-    flatten,
-    was_raised,
-)
-from stroma.trace import HookFailure
+from stroma.hooks import HookError, MapProgress, StepHooks
+from stroma.hooks.dispatch import NO_HOOKS, HookNotAsync, Hooks, HookTimeout, was_raised
+from stroma.hooks.sets import AnyHooks, HookSets, flatten
+from stroma.trace.result import HookFailure
 
 STARTS = (
     "on_node_start", "on_run_start", "on_node_retry", "on_node_skipped", "on_budget_warning", "on_map_progress",
@@ -351,7 +341,7 @@ async def test_a_report_is_made_though_the_log_fails(monkeypatch: pytest.MonkeyP
     def fails(*_: Any, **__: Any) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(stroma.hooks.logger, "error", fails)
+    monkeypatch.setattr(stroma.hooks.dispatch.logger, "error", fails)
     fired = Fired(lambda *_: raising(error, False))
     with pytest.raises(OSError, match="disk full"):
         await fired.fire()
@@ -539,7 +529,7 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 100.0
-        monkeypatch.setattr(stroma.hooks, "perf_counter", lambda: self.now)
+        monkeypatch.setattr(stroma.hooks.dispatch, "perf_counter", lambda: self.now)
 
 
 @BOTH

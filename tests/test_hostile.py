@@ -848,7 +848,7 @@ async def test_cancelled_anywhere_then_resumed(
 
     The resume calls nothing again that had returned, ends as if nothing had happened, and the budget has it all.
     """
-    monkeypatch.setattr("stroma._engine.sleep", _spin)
+    monkeypatch.setattr("stroma.engine.loop.sleep", _spin)
     step = 3 if isinstance(store, SQLiteStore) else 1
     seen: Counter[str] = Counter()
     for at in range(0, 10_000, step):

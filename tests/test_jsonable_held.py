@@ -16,7 +16,7 @@ from typing import Any
 import pytest
 from pydantic import BaseModel, ConfigDict, Secret, SecretBytes, SecretStr
 
-from stroma.trace import jsonable, secrets_in
+from stroma.trace.plain import jsonable, secrets_in
 
 
 class Colour(StrEnum):

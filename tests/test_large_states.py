@@ -19,7 +19,8 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.schemas import NotSerialisable, schema_of
+from stroma.contracts import NotSerialisable
+from stroma.contracts.schema import schema_of
 from stroma.trace import RunStatus
 
 

@@ -37,8 +37,8 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma import _rates as rates
-from stroma.refusals import Wait
+from stroma.failures.errors import Wait
+from stroma.limits import rate_state as rates
 
 NAMES = (f"limit-{n}" for n in itertools.count())
 NOW = 1_900_000_000_000
@@ -658,6 +658,6 @@ async def test_a_child_of_fork_begins_anew() -> None:
 
 
 def _process_cells() -> Any:
-    from stroma import _gate
+    from stroma.limits import gate as _gate
 
     return _gate._PROCESS

@@ -651,7 +651,7 @@ async def test_ends_of_items_are_told_again(
         runner = quick(store, hooks=NodeHooks(on_node_success=success), hook_delivery="at_least_once")
         with monkeypatch.context() as patched:
             # As if the process had died each time before it could note that the hook was told.
-            patched.setattr("stroma.checkpoint._session.DurableSession.delivered", lambda *_: None)
+            patched.setattr("stroma.checkpoint.durable.session.DurableSession.delivered", lambda *_: None)
             await runner.run([work], State())
         doubler.failing = set()
         result = await runner.run([work], State(), resume=True)
@@ -883,7 +883,7 @@ async def test_files_that_are_not_there(tmp_path: Path, doubler: Doubler) -> Non
 
 async def test_a_line_that_is_too_long(tmp_path: Path, doubler: Doubler, monkeypatch: Any) -> None:
     """A line beyond the limit is refused by its number before anything is called."""
-    monkeypatch.setattr("stroma.items._LONGEST", 20)
+    monkeypatch.setattr("stroma.runner.items._LONGEST", 20)
     source = tmp_path / "in"
     source.write_text('{"n": 1}\n{"n": 1}' + " " * 30 + "\n")
     work = map_over(JsonLines(source), doubler.node, into=Journal())
@@ -1039,7 +1039,8 @@ async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doub
 @pytest.mark.core
 def test_rows_that_are_left_out_are_summed() -> None:
     """What a copy of the rows and a trace that was looked at say of sums is what the rows said."""
-    from stroma.trace import AttemptUsage, ExecutionTrace, Failed, FewRows
+    from stroma.trace import AttemptUsage, ExecutionTrace
+    from stroma.trace.events import Failed, FewRows
 
     rows = FewRows(1)
     for n in range(4):

@@ -26,9 +26,11 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma._engine import Halt, attempt_once, begin_group
-from stroma.execution import CURRENT, NodeExecution, new_execution
-from stroma.nodes import find_node
+from stroma.contracts.node import find_node
+from stroma.engine import NodeExecution
+from stroma.engine.current import CURRENT
+from stroma.engine.execution import new_execution
+from stroma.engine.loop import Halt, attempt_once, begin_group
 
 
 class Late(BaseModel):

@@ -23,7 +23,7 @@ from stroma import (
     stroma_node,
 )
 from stroma.checkpoint import RunRequest
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
 
 store = store_fixture("async-memory", "sqlite")
 

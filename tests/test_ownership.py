@@ -29,9 +29,9 @@ from stroma import (
     StromaRunner,
     stroma_node,
 )
-from stroma.checkpoint._owner import LIVE, Owner, is_gone, new_owner
-from stroma.checkpoint._rows import Fence
-from stroma.checkpoint._session import DurableSession
+from stroma.checkpoint.durable.owner import LIVE, Owner, is_gone, new_owner
+from stroma.checkpoint.durable.rows import Fence
+from stroma.checkpoint.durable.session import DurableSession
 
 HELPER = Path(__file__).with_name("owner_helper.py")
 

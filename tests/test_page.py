@@ -22,9 +22,20 @@ from tests.pages import check_page
 from tests.tiers import examples
 
 from stroma import FailurePolicy, NodeContract, StromaRunner, current_node, parallel, stroma_node
-from stroma._idle import places
-from stroma._showing import hidden_values, without
-from stroma.page import Bar, Box, Story, document, fields_named, fragment, gantt, idle_ms, tree, waits
+from stroma.trace.html import (
+    Bar,
+    Box,
+    Story,
+    document,
+    fields_named,
+    fragment,
+    gantt,
+    idle_ms,
+    places,
+    tree,
+    waits,
+)
+from stroma.trace.redaction import hidden_values, without
 
 HOSTILE = "<script>alert(1)</script>\"'&amp;]]><!--\x00\x1b[31m\u202e</pre></style>"
 

@@ -21,7 +21,7 @@ from hypothesis import strategies as st
 from pydantic import BaseModel
 
 from stroma import KNOWN_MODELS, StromaRunner, Usage, estimate_cost_usd, update_prices
-from stroma.prices import Rates, cached_pricer, data_state, find_pricer, prices_of
+from stroma.cost.prices import Rates, cached_pricer, data_state, find_pricer, prices_of
 
 
 def everything() -> list[tuple[Provider, ModelInfo]]:
@@ -146,7 +146,7 @@ def test_known_models_win_and_the_rest_keeps_its_proportion(monkeypatch: pytest.
 def test_the_models_that_are_built_in_cost_what_the_data_says() -> None:
     """KNOWN_MODELS as it ships changes no price: it only spares the import of the data."""
     # Of a process of its own: other tests have models of theirs in it.
-    code = "import json, stroma.prices; print(json.dumps(stroma.prices.KNOWN_MODELS))"
+    code = "import json, stroma.cost.prices; print(json.dumps(stroma.cost.prices.KNOWN_MODELS))"
     told = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     snapshot = data_snapshot.get_snapshot()
     for model, (given_price, made_price) in json.loads(told.stdout).items():
@@ -306,7 +306,7 @@ def test_a_price_of_the_day_is_looked_up_for_each_call(monkeypatch: pytest.Monke
         def now(cls, tz: Any = None) -> datetime:  # type: ignore[override]
             return cls.today
 
-    monkeypatch.setattr("stroma.prices.datetime", Clock)
+    monkeypatch.setattr("stroma.cost.prices.datetime", Clock)
     before = {
         model.id: estimate_cost_usd(model.id, 1_000_000)
         for _, model in MODELS

@@ -167,7 +167,7 @@ def test_retry_arithmetic(plan: list[Any], own: Any, shared: Any, granted: int) 
         hooks=NodeHooks(on_node_retry=on_retry),
     )
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("stroma._engine.sleep", sleep)
+        patch.setattr("stroma.engine.loop.sleep", sleep)
         result = runner.run_sync([node("a", func)], Num())
     assert [event.failure for event in result.trace] == said.classes
     assert attempts == [event.attempt for event in result.trace] == list(range(1, len(said.classes) + 1))

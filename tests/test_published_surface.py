@@ -1519,7 +1519,7 @@ Other = type("Other", (BaseModel,), {"__annotations__": {"value": int}})
 @pytest.fixture(autouse=True)
 def _plain_is_importable(monkeypatch: pytest.MonkeyPatch) -> None:
     # Under --import-mode=importlib this file need not be in sys.modules under its own name.
-    import stroma.cost
+    import stroma.cost.budget
 
     monkeypatch.setattr(stroma.cost, "Plain", Plain, raising=False)
 

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from stroma.render import Box, Line, Link, as_xml, svg
+from stroma._utils.svg import Box, Line, Link, as_xml, svg
 
 SVG = "{http://www.w3.org/2000/svg}"
 anything = st.text(st.characters(), max_size=60)

@@ -32,9 +32,10 @@ from stroma import (
     parallel,
 )
 from stroma.checkpoint import Fenced, RunRequest, Session, StepCall
+from stroma.contracts.schema import Schema, schema_of
 from stroma.cost import KNOWN_MODELS, CostTracker, estimate_cost_usd
-from stroma.schemas import Schema, schema_of
-from stroma.trace import ExecutionTrace, Row, TraceEvent
+from stroma.trace import ExecutionTrace, TraceEvent
+from stroma.trace.events import Row
 
 
 class Loose(BaseModel):
@@ -139,7 +140,7 @@ async def test_a_store_that_never_answers_does_not_hold_a_cancelled_run_for_ever
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """A cancelled run waits for the commit in flight, but not for ever: then it is cancelled, and can be resumed."""
-    monkeypatch.setattr("stroma._tasks.LAST_SECONDS", 0.05)
+    monkeypatch.setattr("stroma.engine.tasks.LAST_SECONDS", 0.05)
     store = Journal()
     calls = []
 
@@ -212,7 +213,7 @@ async def test_waits_between_attempts_are_in_no_latency(monkeypatch: pytest.Monk
     async def no_wait(seconds: float) -> None:
         assert seconds == 30
 
-    monkeypatch.setattr("stroma._engine.sleep", no_wait)
+    monkeypatch.setattr("stroma.engine.loop.sleep", no_wait)
     calls = []
 
     async def func(state: Num) -> Any:

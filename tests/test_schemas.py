@@ -44,7 +44,7 @@ from pydantic import (
 from tests.tiers import examples
 
 from stroma import NotSerialisable
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
 
 PYDANTIC = tuple(int(part) for part in pydantic.VERSION.split(".")[:2])
 MANY = examples(80)

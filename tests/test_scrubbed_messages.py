@@ -26,10 +26,10 @@ from stroma import (
     current_node,
     map_over,
 )
-from stroma._showing import hidden_values, scrubbed_error, without
 from stroma.cli import main as stroma_command
 from stroma.telemetry import log_hooks
-from stroma.telemetry._content import Content
+from stroma.telemetry.content import Content
+from stroma.trace.redaction import hidden_values, scrubbed_error, without
 
 SECRET = "sk-live/abc+def 123456"
 NEVER = {kind: FailurePolicy(max_retries=0, backoff_seconds=0) for kind in FailureClass}

@@ -31,7 +31,7 @@ from stroma import (
     current_node,
     execute_step,
 )
-from stroma import hooks as hooks_module
+from stroma.hooks import dispatch
 
 THE_THREE = ("on_node_start", "on_node_success", "on_node_failure")
 
@@ -457,7 +457,7 @@ async def test_no_overhead_when_unused(
         shown.append(state)
         return state
 
-    monkeypatch.setattr(hooks_module.Hooks, "fire", fire)
+    monkeypatch.setattr(dispatch.Hooks, "fire", fire)
     for hooks in (NodeHooks(), [], [NodeHooks(), NodeHooks()]):
         runner = StromaRunner.quick(hooks=hooks, redact=redact, policy_map=ONCE)
         attempts = 0

@@ -37,9 +37,11 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma.cost import UsageError, fallback_due
-from stroma.nodes import find_node
-from stroma.schemas import NotSerialisable, schema_of
+from stroma.contracts import NotSerialisable
+from stroma.contracts.node import find_node
+from stroma.contracts.schema import schema_of
+from stroma.cost import UsageError
+from stroma.cost.fallback import fallback_due
 
 
 class Other(BaseModel):

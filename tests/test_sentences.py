@@ -34,9 +34,9 @@ from stroma import (
     current_node,
     map_over,
     parallel,
-    prices,
     stroma_node,
 )
+from stroma.cost import prices
 
 
 async def plus(state: Num) -> Any:
@@ -97,7 +97,9 @@ def test_new_records_are_frozen() -> None:
         "ReliabilityContext", "TraceEvent",
     }  # fmt: skip
     names = (
-        "checkpoint.journal config context contracts cost failures groups hooks middleware nodes runner trace"
+        "checkpoint.protocols contracts.contract contracts.node cost.budget cost.fallback cost.tracker engine.config"
+        " engine.context failures.errors failures.failure failures.policy hooks.dispatch hooks.sets runner.groups"
+        " runner.runner runner.steps trace.events trace.result trace.trace"
     )
     modules = [importlib.import_module(f"stroma.{name}") for name in names.split()]
     defined = [
@@ -286,7 +288,7 @@ async def test_a_groups_retry_obeys_retry_after(monkeypatch: pytest.MonkeyPatch)
             raise Asked
         return {"n": 1}
 
-    monkeypatch.setattr("stroma._engine.sleep", note)
+    monkeypatch.setattr("stroma.engine.loop.sleep", note)
     group = parallel(node("a", func))
     result = await quick(policy_map=NEVER, node_policies={group.node_id: TWICE}).run([group], Num())
     assert (result.status, delays) == (RunStatus.COMPLETED, [7.0])

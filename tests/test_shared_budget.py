@@ -45,8 +45,8 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma._ledger import Ask, Refusal, Spend, Terms, reserve, settle, view, window
-from stroma._renewals import RENEWALS
+from stroma.limits.budget_state import Ask, Refusal, Spend, Terms, reserve, settle, view, window
+from stroma.limits.lease_renewal import RENEWALS
 
 
 def node(
@@ -517,7 +517,7 @@ async def test_a_budget_of_nothing() -> None:
 
 async def test_a_run_without_any_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     """Without a shared budget, limit or breaker no attempt waits for its turn."""
-    from stroma import _engine
+    from stroma.engine import loop as _engine
 
     async def never(*_: Any) -> Any:
         raise AssertionError("asked")

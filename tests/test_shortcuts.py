@@ -10,7 +10,7 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import FailureClass, NodeHooks, RunConfig, StromaRunner, parallel
-from stroma.schemas import schema_of, stamped
+from stroma.contracts.schema import schema_of, stamped
 
 
 class State(BaseModel):

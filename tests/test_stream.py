@@ -211,8 +211,8 @@ async def test_the_run_waits_for_a_slow_reader() -> None:
 @pytest.mark.core
 async def test_only_the_newest_progress_is_kept() -> None:
     """Progress of a map that nobody has read is replaced by newer one, and does not fill the buffer."""
-    from stroma._stream import _Queue
     from stroma.hooks import MapProgress
+    from stroma.runner.stream import _Queue
 
     def event(number: int, kind: Any = "map_progress", position: int = 0) -> StreamEvent:
         progress = MapProgress(number, 9, 0, 0, 0.0, None, 0.0, False)

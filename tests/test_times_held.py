@@ -26,7 +26,7 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma.nodes import Group
+from stroma.contracts.node import Group
 from stroma.testing import FakeClock
 
 

@@ -36,8 +36,8 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma._probe import PROBES, Probe
-from stroma.schemas import NotSerialisable
+from stroma.contracts import NotSerialisable
+from stroma.engine.interceptors import PROBES, Probe
 
 #: The same objects for all: runs share a limit by its name.
 LIMITS = {"told": Limit(concurrent=5)}

@@ -12,19 +12,12 @@ from pydantic import BaseModel
 from tests.trace_rows import USED, WHEN, event, failed, failed_event, row, trace
 
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus
-from stroma.failures import ItemFailure, diagnose
-from stroma.schemas import schema_of
-from stroma.trace import (
-    AttemptUsage,
-    Failed,
-    FewRows,
-    LeftOut,
-    MarkKind,
-    Outcome,
-    TraceMark,
-    contract_of,
-    jsonable,
-)
+from stroma.contracts.schema import schema_of
+from stroma.failures import ItemFailure
+from stroma.failures.failure import diagnose
+from stroma.trace import AttemptUsage, TraceMark
+from stroma.trace.events import Failed, FewRows, LeftOut, MarkKind, Outcome, contract_of
+from stroma.trace.plain import jsonable
 
 
 class Given(BaseModel):

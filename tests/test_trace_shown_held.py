@@ -10,8 +10,9 @@ from tests.trace_rows import START, USED, event, failed, failed_event, row, trac
 
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus, TraceEvent
 from stroma.failures import Failure
-from stroma.page import Bar, Box, Story
-from stroma.trace import CHILDREN, AttemptUsage, Failed
+from stroma.trace import AttemptUsage
+from stroma.trace.events import CHILDREN, Failed
+from stroma.trace.html import Bar, Box, Story
 
 # ---------------------------------------------------------------- what tells two traces apart
 

@@ -32,7 +32,8 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma.schemas import NotSerialisable, schema_of
+from stroma.contracts import NotSerialisable
+from stroma.contracts.schema import schema_of
 
 
 class Value(BaseModel):

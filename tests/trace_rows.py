@@ -6,7 +6,8 @@ from datetime import UTC, datetime
 from typing import Any
 
 from stroma import ExecutionTrace, FailureClass, TraceEvent
-from stroma.trace import AttemptUsage, Failed, Row
+from stroma.trace import AttemptUsage
+from stroma.trace.events import Failed, Row
 
 USED = AttemptUsage(7, 2, 0.5, "m", 3, 1)
 #: 2023-11-14 22:13:20.123456789 UTC

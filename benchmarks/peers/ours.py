@@ -9,8 +9,8 @@ from typing import Any
 from benchmarks.peers.disk import SLOWER, Connection
 from benchmarks.peers.work import START, Close, In, Out, Run, node
 from stroma import NodeContract, SQLiteStore, StromaRunner, stroma_node
-from stroma.checkpoint import _worker as worker
 from stroma.checkpoint import open_store
+from stroma.checkpoint.durable import worker
 
 
 def versions() -> str:

@@ -7,34 +7,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stroma._lazy import lazy
+from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.breaker import *
     from stroma.checkpoint import *
-    from stroma.checks import *
-    from stroma.config import *
-    from stroma.context import *
     from stroma.contracts import *
     from stroma.cost import *
-    from stroma.execution import *
+    from stroma.engine import *
     from stroma.failures import *
-    from stroma.groups import *
     from stroma.hooks import *
-    from stroma.items import *
     from stroma.limits import *
-    from stroma.middleware import *
-    from stroma.nodes import *
-    from stroma.prices import *
-    from stroma.refusals import *
     from stroma.runner import *
-    from stroma.schemas import *
-    from stroma.shared_budget import *
     from stroma.trace import *
-    from stroma.usage import *
 
 _HOMES = {
-    "breaker": ("Breaker",),
     "checkpoint": (
         "AsyncCheckpointStore",
         "AsyncInMemoryStore",
@@ -55,57 +41,92 @@ _HOMES = {
         "SyncRedisStore",
         "open_store",
     ),
-    "checks": ("CheckFailed", "Finding"),
-    "config": ("RunConfig",),
-    "context": ("ReliabilityContext",),
     "contracts": (
         "BoundaryValidator",
+        "CheckFailed",
         "ContractRegistry",
         "ContractViolation",
+        "Finding",
         "NodeContract",
+        "NotSerialisable",
         "StepContract",
         "StepViolation",
+        "stroma_node",
+        "stroma_step",
     ),
     "cost": (
-        "KNOWN_MODELS",
         "BudgetExceeded",
         "CostTracker",
         "ExecutionBudget",
         "FallbackPolicy",
+        "KNOWN_MODELS",
         "ModelHint",
         "NodeUsage",
         "StepUsage",
+        "Usage",
+        "UsageError",
         "estimate_cost_usd",
         "resolve_model",
+        "update_prices",
+        "usage_from",
     ),
-    "execution": ("NodeExecution", "current_node", "current_run"),
+    "engine": (
+        "NodeExecution",
+        "ReliabilityContext",
+        "RunConfig",
+        "current_node",
+        "current_run",
+    ),
     "failures": (
+        "CircuitOpen",
         "Classifier",
         "Failure",
         "FailureClass",
         "FailurePolicy",
         "ItemFailure",
+        "LimitError",
         "NodeContext",
         "RetryBudget",
         "RunFailed",
-        "Suspend",
+        "SharedBudgetExceeded",
         "StepContext",
+        "Suspend",
+        "WaitedTooLong",
         "classify",
         "default_policy_map",
     ),
-    "groups": ("map_over", "parallel"),
-    "hooks": ("HookError", "MapProgress", "NodeHooks", "StepHooks"),
-    "items": ("Journal", "JsonLines"),
-    "limits": ("Limit",),
-    "middleware": ("StromaStep", "execute_step"),
-    "nodes": ("stroma_node", "stroma_step"),
-    "prices": ("update_prices",),
-    "refusals": ("CircuitOpen", "LimitError", "SharedBudgetExceeded", "WaitedTooLong"),
-    "runner": ("Pipeline", "RunStream", "StreamEvent", "StromaRunner"),
-    "schemas": ("NotSerialisable",),
-    "shared_budget": ("BudgetState", "SharedBudget"),
-    "trace": ("AttemptUsage", "ExecutionResult", "ExecutionTrace", "RunStatus", "TraceEvent", "TraceMark"),
-    "usage": ("Usage", "UsageError", "usage_from"),
+    "hooks": (
+        "HookError",
+        "MapProgress",
+        "NodeHooks",
+        "StepHooks",
+    ),
+    "limits": (
+        "Breaker",
+        "BudgetState",
+        "Limit",
+        "SharedBudget",
+    ),
+    "runner": (
+        "Journal",
+        "JsonLines",
+        "Pipeline",
+        "RunStream",
+        "StreamEvent",
+        "StromaRunner",
+        "StromaStep",
+        "execute_step",
+        "map_over",
+        "parallel",
+    ),
+    "trace": (
+        "AttemptUsage",
+        "ExecutionResult",
+        "ExecutionTrace",
+        "RunStatus",
+        "TraceEvent",
+        "TraceMark",
+    ),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

@@ -221,7 +221,7 @@ async def test_a_run_of_somebody_else_is_theirs_to_end() -> None:
     seen: list[Any] = []
 
     async def func(state: State, ctx: Any) -> State:
-        from stroma.execution import current_run
+        from stroma.engine.execution import current_run
 
         run = current_run()
         assert isinstance(run, ReliabilityContext)

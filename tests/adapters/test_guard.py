@@ -44,7 +44,7 @@ from stroma.adapters import (
     extract_state_dict,
     what_stopped,
 )
-from stroma.context import ReliabilityContext
+from stroma.engine import ReliabilityContext
 
 AT_ONCE = {
     FailureClass.RECOVERABLE: FailurePolicy(max_retries=2, backoff_seconds=0),

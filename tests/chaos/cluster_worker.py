@@ -23,7 +23,7 @@ from temporalio.service import RPCError
 from tests.chaos.worker import Diary, read_diary
 
 from stroma import FailureClass, FailurePolicy, NodeContract, Pipeline, RunConfig, current_node, stroma_node
-from stroma.groups import map_over, parallel
+from stroma.runner import map_over, parallel
 from stroma.temporal import TemporalRunner, stroma_worker
 from stroma.trace import ExecutionResult, RunStatus, TraceEvent
 

@@ -36,7 +36,7 @@ from stroma import (
     open_store,
 )
 from stroma import stroma_node as mark
-from stroma.trace import FAILED_ITEM
+from stroma.trace.events import FAILED_ITEM
 
 AT_ONCE = 16
 RUN = "many"

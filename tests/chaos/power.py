@@ -26,9 +26,9 @@ from tests.chaos.disk import Disk, FailedSync, Mark, Sync, Write, survives
 from tests.chaos.rounds import MOST_BROKEN, apart
 
 from stroma import FailureClass, SQLiteStore, StoreError
-from stroma.checkpoint._session import DurableSession
-from stroma.checkpoint._sqlite_connection import SqliteConnection
-from stroma.checkpoint._worker import Job
+from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.durable.worker import Job
+from stroma.checkpoint.sqlite.connection import SqliteConnection
 
 CUTS = 50  # of one history
 BATCHES = 40  # of one history, more or less

@@ -49,12 +49,12 @@ from stroma import (
     open_store,
     stroma_node,
 )
-from stroma._admission import Permit
-from stroma.checkpoint._rows import Commit, Doing
-from stroma.checkpoint._session import DurableSession
-from stroma.checkpoint._worker import Worker
-from stroma.groups import map_over, parallel
-from stroma.prices import find_pricer
+from stroma.checkpoint.durable.rows import Commit, Doing
+from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.durable.worker import Worker
+from stroma.cost.prices import find_pricer
+from stroma.engine.admission import Permit
+from stroma.runner import map_over, parallel
 
 MODEL = "gpt-4o-mini"
 FIRST, FLAKY, LEFT, RIGHT, ITEM, LAST = "first", "flaky", "left", "right", "item", "last"

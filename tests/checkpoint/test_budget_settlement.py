@@ -24,7 +24,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.shared_budget import read_budget
+from stroma.limits.shared_budget import read_budget
 
 Dying = Callable[..., list[str]]
 

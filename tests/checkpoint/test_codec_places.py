@@ -28,7 +28,7 @@ from stroma import (
     current_node,
     stroma_node,
 )
-from stroma.checkpoint._rows import WAITING, Doing, Fence, Rows, Step, checksum
+from stroma.checkpoint.durable.rows import WAITING, Doing, Fence, Rows, Step, checksum
 
 NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 KEY = bytes(range(32))

@@ -12,10 +12,10 @@ from tests.checkpoint.damage import loose
 from tests.shared_stores import SHARED, opened, place
 
 from stroma.checkpoint import RunQuery, StoreError
-from stroma.checkpoint._rows import DAMAGED, readable_attempt, readable_run
+from stroma.checkpoint.durable.rows import DAMAGED, readable_attempt, readable_run
+from stroma.checkpoint.history import History
 from stroma.cli import main
 from stroma.failures import FailureClass
-from stroma.history import History
 from stroma.testing.stores import State, begin, commit, fail, finish, settled
 
 pytestmark = pytest.mark.slow

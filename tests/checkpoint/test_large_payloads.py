@@ -27,8 +27,9 @@ from stroma import (
     parallel,
 )
 from stroma.checkpoint import PostgresStore, RedisStore
-from stroma.schemas import Stored
-from stroma.trace import CHILDREN, INPUT, NODE, OUTPUT, TraceEvent
+from stroma.contracts.schema import Stored
+from stroma.trace import TraceEvent
+from stroma.trace.events import CHILDREN, INPUT, NODE, OUTPUT
 
 LARGE = 20_000  # bytes from which these stores use blobs
 ONCE: Any = {"AMBIGUOUS": FailurePolicy(max_retries=1, backoff_seconds=0)}

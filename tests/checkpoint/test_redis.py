@@ -32,12 +32,12 @@ from stroma.checkpoint import (
     RunBusy,
     StoreError,
     Waiting,
+    open_store,
 )
-from stroma.checkpoint import _redis_reading as redis_reading
 from stroma.checkpoint.redis import RedisStore, SyncRedisStore
-from stroma.checkpoint.urls import open_store
+from stroma.checkpoint.redis import reader as redis_reading
+from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
-from stroma.schemas import schema_of
 from stroma.testing import JournalStoreTests
 from stroma.testing.machine import JournalStoreMachine
 from stroma.testing.stores import State, begin, commit, fail, finish, restored, row, settled

@@ -14,10 +14,10 @@ import redis.retry
 from tests.servers import Proxy, RedisServer, proxied, shared_redis
 
 from stroma.checkpoint import Fenced, StoreError
-from stroma.checkpoint._redis_line import Line, packed
-from stroma.checkpoint._redis_server import Server
 from stroma.checkpoint.redis import RedisStore
-from stroma.schemas import schema_of
+from stroma.checkpoint.redis.line import Line, packed
+from stroma.checkpoint.redis.server import Server
+from stroma.contracts.schema import schema_of
 from stroma.testing.stores import State, begin, commit, row
 
 

@@ -23,19 +23,12 @@ from stroma.checkpoint import (
     CorruptCheckpoint,
     RunExists,
 )
-from stroma.checkpoint._owner import new_owner
-from stroma.checkpoint._rows import (
-    PARENT,
-    SAVED,
-    Attempt,
-    Opening,
-    Step,
-    StepRow,
-    checksum,
-)
-from stroma.checkpoint._session import fork
-from stroma.checkpoint.journal import PriorUsage
+from stroma.checkpoint.durable.owner import new_owner
+from stroma.checkpoint.durable.rows import PARENT, SAVED, Opening, Step, StepRow, checksum
+from stroma.checkpoint.durable.session import fork
 from stroma.checkpoint.payloads import Payloads
+from stroma.checkpoint.protocols import PriorUsage
+from stroma.checkpoint.records import Attempt
 
 store = store_fixture()
 

@@ -28,20 +28,13 @@ from stroma.checkpoint import (
     RunExists,
     StepCall,
 )
-from stroma.checkpoint._beside import keep_due
-from stroma.checkpoint._owner import LIVE, Owner
-from stroma.checkpoint._rows import (
-    CANCEL,
-    DUE,
-    SAVED,
-    WAITING,
-    Fence,
-    Step,
-    checksum,
-)
-from stroma.checkpoint.journal import OF_MAP, Committed, Finished, PriorUsage, Waiting
+from stroma.checkpoint.durable.annotations import keep_due
+from stroma.checkpoint.durable.owner import LIVE, Owner
+from stroma.checkpoint.durable.rows import CANCEL, DUE, SAVED, WAITING, Fence, Step, checksum
+from stroma.checkpoint.protocols import OF_MAP, Committed, Finished, PriorUsage, Waiting
 from stroma.failures import FailureClass
-from stroma.trace import AttemptUsage, Failed
+from stroma.trace import AttemptUsage
+from stroma.trace.events import Failed
 
 store = store_fixture()
 

@@ -32,24 +32,17 @@ from stroma.checkpoint import (
     StepCall,
     StoreError,
 )
-from stroma.checkpoint._owner import LIVE, Owner, boot_id
-from stroma.checkpoint._rows import (
-    DUE,
-    TRACE,
-    TROUBLE,
-    WAITING,
-    Attempt,
-    Fence,
-    Step,
-    StepRow,
-    checksum,
-)
-from stroma.checkpoint._session import DurableSession
-from stroma.checkpoint.journal import Waiting
+from stroma.checkpoint.durable.owner import LIVE, Owner, boot_id
+from stroma.checkpoint.durable.rows import DUE, TRACE, TROUBLE, WAITING, Fence, Step, StepRow, checksum
+from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.payloads import CODED, Payloads, Place
+from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.records import Attempt
+from stroma.contracts import NotSerialisable
+from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
-from stroma.schemas import NotSerialisable, schema_of
-from stroma.trace import AttemptUsage, Failed, Row, RunStatus
+from stroma.trace import AttemptUsage, RunStatus
+from stroma.trace.events import Failed, Row
 
 
 class Hidden(BaseModel):

@@ -37,13 +37,15 @@ from stroma.checkpoint import (
     PipelineChanged,
     RunRequest,
     StoreError,
+    open_store,
 )
-from stroma.checkpoint import _sqlite_file as sqlite_file
 from stroma.checkpoint.sqlite import SQLiteStore
-from stroma.checkpoint.urls import open_store
+from stroma.checkpoint.sqlite import file as sqlite_file
+from stroma.contracts import NotSerialisable
+from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
-from stroma.schemas import NotSerialisable, schema_of
-from stroma.trace import AttemptUsage, Failed, Row
+from stroma.trace import AttemptUsage
+from stroma.trace.events import Failed, Row
 
 STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
 SRC = str(pathlib.Path(stroma.__file__).parents[1])

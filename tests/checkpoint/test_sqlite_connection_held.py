@@ -12,12 +12,13 @@ from typing import Any
 import pytest
 
 from stroma.checkpoint import Fenced, StoreError
-from stroma.checkpoint import _sqlite_file as sqlite_file
-from stroma.checkpoint._rows import Attempt, Commit, Fence, Opening, Step, checksum
-from stroma.checkpoint._sqlite_connection import SqliteConnection
-from stroma.checkpoint._sqlite_file import DatabaseFile
-from stroma.checkpoint._sqlite_rows import SqliteRows
-from stroma.checkpoint._worker import Job
+from stroma.checkpoint.durable.rows import Commit, Fence, Opening, Step, checksum
+from stroma.checkpoint.durable.worker import Job
+from stroma.checkpoint.records import Attempt
+from stroma.checkpoint.sqlite import file as sqlite_file
+from stroma.checkpoint.sqlite.connection import SqliteConnection
+from stroma.checkpoint.sqlite.file import DatabaseFile
+from stroma.checkpoint.sqlite.rows import SqliteRows
 
 OWNER = "host|boot|1|2|3|token"
 

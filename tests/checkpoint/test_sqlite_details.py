@@ -9,9 +9,10 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import NodeContract, Pipeline, SQLiteStore, StromaRunner, map_over, stroma_node
-from stroma.checkpoint import _rows, _sqlite_rows
-from stroma.checkpoint._owner import new_owner
-from stroma.checkpoint._sqlite_rows import SqliteRows
+from stroma.checkpoint.durable import rows as _rows
+from stroma.checkpoint.durable.owner import new_owner
+from stroma.checkpoint.sqlite import rows as _sqlite_rows
+from stroma.checkpoint.sqlite.rows import SqliteRows
 
 
 class Item(BaseModel):

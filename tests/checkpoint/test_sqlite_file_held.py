@@ -14,8 +14,8 @@ from typing import Any
 import pytest
 
 from stroma.checkpoint import SQLiteStore, StoreError
-from stroma.checkpoint import _sqlite_file as sqlite_file
-from stroma.checkpoint._sqlite_file import Connect, DatabaseFile, connect, is_fatal
+from stroma.checkpoint.sqlite import file as sqlite_file
+from stroma.checkpoint.sqlite.file import Connect, DatabaseFile, connect, is_fatal
 
 
 def database(

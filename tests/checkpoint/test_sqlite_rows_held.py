@@ -12,15 +12,13 @@ from typing import Any
 
 import pytest
 
-from stroma.checkpoint import _sqlite_rows
-from stroma.checkpoint._owner import Owner, boot_id, new_owner
-from stroma.checkpoint._rows import (
+from stroma.checkpoint.durable.owner import Owner, boot_id, new_owner
+from stroma.checkpoint.durable.rows import (
     CANCEL,
     PARENT,
     SAVED,
     TRACE,
     WAITING,
-    Attempt,
     Beside,
     Commit,
     Fence,
@@ -31,10 +29,11 @@ from stroma.checkpoint._rows import (
     Told,
     checksum,
 )
-from stroma.checkpoint._sqlite_file import DatabaseFile, connect
-from stroma.checkpoint._sqlite_rows import SqliteRows
 from stroma.checkpoint.payloads import BLOB
-from stroma.checkpoint.records import RunQuery, StoreFacts, Tally
+from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
+from stroma.checkpoint.sqlite import rows as _sqlite_rows
+from stroma.checkpoint.sqlite.file import DatabaseFile, connect
+from stroma.checkpoint.sqlite.rows import SqliteRows
 
 INPUT, OTHER = b'{"n":1}', b'{"n":2}'
 OURS = str(new_owner(None, ends=False))

@@ -14,7 +14,7 @@ import pytest
 
 from stroma.checkpoint import SQLiteStore, StoreError
 from stroma.checkpoint.payloads import DirectoryBlobs
-from stroma.items import LinesFile
+from stroma.runner.items import LinesFile
 from stroma.testing.stores import State, begin, commit, finish, restored
 
 pytestmark = pytest.mark.slow

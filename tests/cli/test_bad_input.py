@@ -255,7 +255,7 @@ def test_a_locked_store(stroma, fails):
     """A store that another process holds is waited for, and then named."""
     assert stroma("run", "sums.py:pipeline", GOOD, "--db", "x.db").code == 0
     code = (
-        "import sys; from stroma.checkpoint.sqlite import SQLiteStore; from stroma.cli import main\n"
+        "import sys; from stroma.checkpoint.sqlite.store import SQLiteStore; from stroma.cli import main\n"
         "SQLiteStore.__init__.__kwdefaults__['_patience_seconds'] = 0.2\n"
         "sys.exit(main(sys.argv[1:]))"
     )

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from stroma.cli import words
+from stroma.cli import formatting as words
 
 GOOD = '{"start": 1}'
 
@@ -235,7 +235,7 @@ def test_a_damaged_output_hides_nothing_else(filled, inside):
 @pytest.mark.parametrize(("words", "never"), [
     (["--version"], ["pydantic", "sqlite3", "rich", "asyncio", "stroma.checkpoint"]),
     (["runs", "--failed", "--since", "1h"], ["rich", "starlette", "uvicorn", "jinja2", "psycopg", "redis", "genai_prices", "openai",
-                                            "stroma.runner", "stroma._engine", "stroma.cli.run", "stroma.telemetry", "stroma.ui"]),
+                                            "stroma.runner", "stroma.engine.loop", "stroma.cli.commands.run", "stroma.telemetry", "stroma.ui"]),
     (["show", "run-a"], ["rich", "starlette", "psycopg", "redis", "genai_prices"]),
 ])  # fmt: skip
 def test_what_commands_do_not_load(filled, words, never):

@@ -24,7 +24,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.remote.plans import Known
+from stroma.drivers.remote.plans import Known
 
 
 class Text(BaseModel):

@@ -18,7 +18,8 @@ from typing import Any
 import openai
 import pytest
 
-from stroma.demo import _rules, provider
+from stroma.demo import provider
+from stroma.demo import rules as _rules
 from stroma.demo.provider import (
     DEFAULT_SEED,
     FAULTS,

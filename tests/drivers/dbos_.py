@@ -1,4 +1,4 @@
-"""A second driver, in sketch: the seam of ``stroma.remote`` over DBOS, with its journal in PostgreSQL.
+"""A second driver, in sketch: the seam of ``stroma.drivers.remote`` over DBOS, with its journal in PostgreSQL.
 
 A run is a workflow of DBOS, and each request of its interpreter a step. DBOS numbers steps in the order in which they are
 begun, which is not the same again where children of a group race each other; so a step is found by what it is *for* (its
@@ -21,14 +21,15 @@ from pydantic import BaseModel
 
 from stroma import ContractRegistry, Pipeline, RunConfig
 from stroma.checkpoint.payloads import BlobStore
+from stroma.contracts.node import Node
+from stroma.contracts.schema import schema_of
+from stroma.drivers.remote.attempts import Attempts
+from stroma.drivers.remote.interpreter import Interpreter
+from stroma.drivers.remote.plans import Known, freeze, plain_context
+from stroma.drivers.remote.results import broken_of, result_of
+from stroma.drivers.remote.state import new_state
 from stroma.hooks import HookError
-from stroma.nodes import Node
-from stroma.remote.attempts import Attempts
-from stroma.remote.interpreter import Interpreter, new_state
-from stroma.remote.plans import Known, freeze, plain_context
-from stroma.remote.results import broken_of, result_of
-from stroma.runner import records_of
-from stroma.schemas import schema_of
+from stroma.runner.runner import records_of
 from stroma.trace import ExecutionResult
 
 __all__ = ["Cluster", "DbosRunner"]

@@ -20,7 +20,7 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma.prices import KNOWN_MODELS
+from stroma.cost import KNOWN_MODELS
 from stroma.trace import ExecutionResult, TraceEvent
 
 

@@ -12,12 +12,13 @@ from typing import Any
 from pydantic import BaseModel
 
 from stroma import ContractRegistry, Pipeline, RunConfig
-from stroma.remote.attempts import Attempts
-from stroma.remote.interpreter import Continue, Interpreter, new_state
-from stroma.remote.plans import Known, freeze
-from stroma.remote.results import broken_of, result_of
-from stroma.remote.wire import fold, unfold
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
+from stroma.drivers.remote.attempts import Attempts
+from stroma.drivers.remote.interpreter import Interpreter
+from stroma.drivers.remote.plans import Known, freeze
+from stroma.drivers.remote.results import broken_of, result_of
+from stroma.drivers.remote.state import Continue, new_state
+from stroma.drivers.remote.wire import fold, unfold
 from stroma.trace import ExecutionResult
 
 

@@ -11,9 +11,9 @@ from tests.drivers.scenarios import Texts, lengths
 
 from stroma import Pipeline, map_over
 from stroma.checkpoint.payloads import BlobStore, DirectoryBlobs
-from stroma.remote.attempts import Attempts
-from stroma.remote.results import fetch
-from stroma.remote.wire import ROOM, size_of
+from stroma.drivers.remote.attempts import Attempts
+from stroma.drivers.remote.results import fetch
+from stroma.drivers.remote.wire import ROOM, size_of
 
 
 async def packed(payloads: BlobStore | None, room: int) -> Any:

@@ -37,7 +37,7 @@ from stroma import (
     map_over,
     parallel,
 )
-from stroma.hooks import HookNotAsync
+from stroma.hooks.dispatch import HookNotAsync
 from stroma.trace import ExecutionResult
 
 

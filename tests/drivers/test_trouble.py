@@ -34,7 +34,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.nodes import find_node
+from stroma.contracts.node import find_node
 
 
 def failing_once(node_id: str) -> Any:

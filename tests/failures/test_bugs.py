@@ -8,7 +8,8 @@ import pytest
 from pydantic import BaseModel
 
 from stroma import FailureClass, NodeContext, RunStatus, StromaRunner, map_over, parallel
-from stroma.failures import classify, diagnose
+from stroma.failures import classify
+from stroma.failures.failure import diagnose
 
 WHERE = NodeContext("node", 1, "run")
 

@@ -24,7 +24,7 @@ from stroma import (
     SQLiteStore,
 )
 from stroma.adapters import Guard, UnknownNode
-from stroma.adapters._steps import causes
+from stroma.adapters._step import causes
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -13,9 +13,9 @@ from pydantic import BaseModel
 from tests.shared_stores import STORES, store_of
 
 from stroma import JsonLines, RunStatus, StromaRunner, map_over, parallel
+from stroma.checkpoint.history import History
 from stroma.checkpoint.records import AttemptRecord
-from stroma.history import History
-from stroma.page import document
+from stroma.trace.html import document
 
 
 class Item(BaseModel):

@@ -191,7 +191,7 @@ def ui() -> None:
 
 
 def temporal() -> None:
-    importlib.import_module("stroma.temporal")
+    importlib.import_module("stroma.drivers.temporal")
 
 
 def testing() -> None:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from tests.simulation.world import CALL_TOKENS, PROCESSES
 
-from stroma._ledger import view
+from stroma.limits.budget_state import view
 
 if TYPE_CHECKING:
     from tests.simulation.world import World

@@ -14,17 +14,17 @@ from collections.abc import Callable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from stroma._renewals import Renewals
-from stroma.checkpoint._durable import DurableStore
-from stroma.checkpoint._leases import _LOOK_SECONDS, Keeper, _renew
-from stroma.checkpoint._owner import Owner
-from stroma.checkpoint._rows import CANCEL, Doing, Rows, RunRow, StepRow, fenced
-from stroma.checkpoint._session import DurableSession
-from stroma.checkpoint._sqlite_connection import SqliteConnection
-from stroma.checkpoint._sqlite_file import _SCHEMA
-from stroma.checkpoint._sqlite_rows import SqliteRows
-from stroma.checkpoint._worker import Connection, Job, generation
-from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint import StoreError
+from stroma.checkpoint.durable.leases import _LOOK_SECONDS, Keeper, _renew
+from stroma.checkpoint.durable.owner import Owner
+from stroma.checkpoint.durable.rows import CANCEL, Doing, Rows, RunRow, StepRow, fenced
+from stroma.checkpoint.durable.session import DurableSession
+from stroma.checkpoint.durable.store import DurableStore
+from stroma.checkpoint.durable.worker import Connection, Job, generation
+from stroma.checkpoint.sqlite.connection import SqliteConnection
+from stroma.checkpoint.sqlite.file import _SCHEMA
+from stroma.checkpoint.sqlite.rows import SqliteRows
+from stroma.limits.lease_renewal import Renewals
 
 if TYPE_CHECKING:
     from tests.simulation.scheduler import Process

@@ -32,15 +32,18 @@ from stroma import (
     SharedBudget,
     StoreError,
     StromaRunner,
-    _gate,
-    _renewals,
     current_node,
     parallel,
     stroma_node,
 )
-from stroma._admission import Permit
-from stroma.checkpoint import _durable, _rows, _sqlite_connection, _sqlite_rows
-from stroma.checkpoint._owner import LIVE, Owner
+from stroma.checkpoint.durable import rows as _rows
+from stroma.checkpoint.durable import store as _durable
+from stroma.checkpoint.durable.owner import LIVE, Owner
+from stroma.checkpoint.sqlite import connection as _sqlite_connection
+from stroma.checkpoint.sqlite import rows as _sqlite_rows
+from stroma.engine.admission import Permit
+from stroma.limits import gate as _gate
+from stroma.limits import lease_renewal as _renewals
 
 __all__ = ["CALL_TOKENS", "FAULTS", "World", "simulate"]
 

@@ -19,10 +19,9 @@ from tests.kit import ONCE
 from tests.receivers.broken import BrokenBackend
 
 from stroma import RunStatus, StromaRunner, current_node
-from stroma.context import ReliabilityContext
-from stroma.execution import NodeExecution
+from stroma.engine import NodeExecution, ReliabilityContext
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
-from stroma.telemetry._observer import Ended, Observer
+from stroma.telemetry.observer import Ended, Observer
 
 
 class State(BaseModel):

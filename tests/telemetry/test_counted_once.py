@@ -20,7 +20,7 @@ from pydantic import BaseModel
 from tests.receivers.sentry import RecordedSentry
 
 from stroma import FailureClass, NodeHooks, Pipeline, RunConfig, StromaRunner
-from stroma.hooks import HookSets
+from stroma.hooks.sets import HookSets
 from stroma.telemetry import datadog_hooks, log_hooks, otel_hooks, prometheus_hooks, sentry_hooks
 
 pytest_plugins = ["tests.receivers.fixtures"]

@@ -12,7 +12,7 @@ from tests.kit import ONCE
 
 from stroma import RunStatus, StromaRunner, current_node
 from stroma.telemetry import DENY_KEYS, log_hooks
-from stroma.telemetry._content import Content
+from stroma.telemetry.content import Content
 
 
 class State(BaseModel):

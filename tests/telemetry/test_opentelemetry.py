@@ -357,7 +357,7 @@ class TestEndings:
         await runner.run([flaky(runner), strict], State())
         span = seen.span("stroma.node strict")
         assert span.status.status_code is StatusCode.ERROR
-        assert span.attributes["error.type"] == "stroma.contracts.ContractViolation"
+        assert span.attributes["error.type"] == "stroma.contracts.contract.ContractViolation"
         assert seen.tree()[-1] == ("stroma.node strict", "invoke_workflow pipeline")
 
     @pytest.mark.core

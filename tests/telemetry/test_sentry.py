@@ -216,7 +216,7 @@ async def test_a_budget_that_refuses_a_node_is_an_issue(sentry: RecordedSentry) 
 
     await runner.run([spender], State())
     (event,) = sentry.transport.events
-    assert event["fingerprint"][-1] == "stroma.cost.BudgetExceeded"
+    assert event["fingerprint"][-1] == "stroma.cost.budget.BudgetExceeded"
 
 
 async def test_steps_of_plain_code(sentry: RecordedSentry) -> None:

@@ -9,8 +9,8 @@ from pydantic import BaseModel
 
 from stroma import StromaRunner
 from stroma.adapters import FrameworkAdapter, Guard, LangGraphAdapter, StepInterceptor
+from stroma.adapters._step import Step
 from stroma.adapters.base import LoopAdapter, TurnAdapter
-from stroma.adapters.guard import Step
 from stroma.contracts import ContractRegistry
 
 

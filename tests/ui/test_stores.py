@@ -20,7 +20,7 @@ from tests.ui.test_pages import rows
 from tests.ui.test_security import attempts_of, keys
 
 from stroma.checkpoint import open_store
-from stroma.checkpoint._redis_server import Link
+from stroma.checkpoint.redis.server import Link
 
 #: Of these there is nothing that a store could do otherwise.
 _OF_THE_SERVER = {"test_many_open_pages", "test_the_command"}

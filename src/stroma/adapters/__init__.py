@@ -1,4 +1,4 @@
-"""Agent frameworks: the guard, and one thin module for each framework, present when its framework is.
+"""Agent frameworks: one guard, and a file per framework.
 
 Nothing here is imported before it is asked for; a framework that is missing gives an ImportError with the line that
 installs it.
@@ -8,9 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stroma._lazy import lazy
+from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
+    from stroma.adapters._guarded_run import GuardedRun
+    from stroma.adapters._step import Control
     from stroma.adapters.base import (
         FrameworkAdapter,
         LoopAdapter,
@@ -20,9 +22,9 @@ if TYPE_CHECKING:
     )
     from stroma.adapters.crewai import CrewAIAdapter, stroma_crewai_step
     from stroma.adapters.deepagents import DeepAgentsAdapter, stroma_deepagents_node
-    from stroma.adapters.guard import Control, Guard, GuardedRun, UnknownNode, what_stopped
+    from stroma.adapters.guard import Guard, UnknownNode, what_stopped
     from stroma.adapters.langgraph import LangGraphAdapter, stroma_langgraph_node
-    from stroma.refusals import RunCancelled
+    from stroma.failures.errors import RunCancelled
 
 _HOMES = {
     "Control": "guard",

@@ -6,11 +6,11 @@ import inspect
 import threading
 from typing import Any
 
-from stroma.adapters._own import guard_methods
-from stroma.adapters._views import newest_of
+from stroma.adapters._delegation import guard_methods
+from stroma.adapters._state_views import newest_of
 from stroma.adapters.guard import Guard
-from stroma.execution import current_node
-from stroma.usage import Usage
+from stroma.cost.usage import Usage
+from stroma.engine.execution import current_node
 
 __all__ = ["guard_llm"]
 

@@ -6,9 +6,9 @@ import contextlib
 from collections.abc import Callable
 from typing import Any
 
-from stroma.adapters._views import newest_of
+from stroma.adapters._state_views import newest_of
 from stroma.adapters.guard import Guard
-from stroma.usage import Usage
+from stroma.cost.usage import Usage
 
 __all__ = ["guard_model"]
 

@@ -9,9 +9,9 @@ from google.adk.tools.agent_tool import AgentTool
 from google.adk.tools.base_toolset import BaseToolset
 from google.adk.tools.function_tool import FunctionTool
 
-from stroma.adapters._views import arguments_of
+from stroma.adapters._state_views import arguments_of
 from stroma.adapters.guard import Contracts, Guard
-from stroma.contracts import NodeContract
+from stroma.contracts.contract import NodeContract
 
 __all__ = ["guard_tools"]
 

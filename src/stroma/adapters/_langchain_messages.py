@@ -8,8 +8,8 @@ from typing import Any
 from langchain_core.messages import ToolMessage
 from langgraph.types import Command
 
-from stroma.adapters._views import newest_of
-from stroma.usage import Usage
+from stroma.adapters._state_views import newest_of
+from stroma.cost.usage import Usage
 
 __all__ = ["answer_of", "asked_of", "result_of", "update", "usage_of"]
 

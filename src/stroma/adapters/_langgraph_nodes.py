@@ -8,11 +8,11 @@ from langchain_core.runnables import RunnableConfig
 from langgraph._internal._runnable import RunnableCallable
 from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
 
-from stroma.adapters._langchain import counting
 from stroma.adapters._langchain_messages import update
-from stroma.adapters._steps import as_at_first, kept_for_retries
-from stroma.adapters.guard import Control, Guard
-from stroma.contracts import NodeContract
+from stroma.adapters._langchain_usage import counting
+from stroma.adapters._step import Control, as_at_first, kept_for_retries
+from stroma.adapters.guard import Guard
+from stroma.contracts.contract import NodeContract
 
 __all__ = ["control", "guarded"]
 

@@ -12,9 +12,10 @@ from agents.exceptions import (
     ToolOutputGuardrailTripwireTriggered,
 )
 
-from stroma.adapters._views import newest_of
-from stroma.adapters.guard import Control, Guard
-from stroma.usage import Usage, usage_from
+from stroma.adapters._state_views import newest_of
+from stroma.adapters._step import Control
+from stroma.adapters.guard import Guard
+from stroma.cost.usage import Usage, usage_from
 
 __all__ = ["GuardedModel", "GuardedProvider", "control"]
 

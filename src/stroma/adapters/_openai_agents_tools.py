@@ -9,8 +9,9 @@ from typing import Any
 from agents.tool import maybe_invoke_function_tool_failure_error_function
 
 from stroma.adapters._openai_agents_model import control
-from stroma.adapters.guard import Guard, Step, what_stopped
-from stroma.contracts import NodeContract
+from stroma.adapters._step import Step
+from stroma.adapters.guard import Guard, what_stopped
+from stroma.contracts.contract import NodeContract
 
 __all__ = ["guarded"]
 

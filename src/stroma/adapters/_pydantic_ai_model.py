@@ -8,9 +8,10 @@ from typing import Any
 from pydantic_ai import exceptions
 from pydantic_ai.models.wrapper import WrapperModel
 
-from stroma.adapters._views import newest_of
-from stroma.adapters.guard import Control, Guard
-from stroma.usage import Usage
+from stroma.adapters._state_views import newest_of
+from stroma.adapters._step import Control
+from stroma.adapters.guard import Guard
+from stroma.cost.usage import Usage
 
 __all__ = ["GuardedModel", "control"]
 

@@ -19,20 +19,14 @@ try:
         ResponseStream,
     )
 
-    from stroma.adapters._agent_framework_calls import (
-        Rest,
-        answer_of,
-        asked_of,
-        control_of,
-        result_of,
-        used_by,
-    )
+    from stroma.adapters._agent_framework import Rest, answer_of, asked_of, control_of, result_of, used_by
 except ImportError as error:
     raise ImportError(
         "agent-framework-core is required for its adapter; install it with: pip install 'stroma[agent-framework]'"
     ) from error
 
-from stroma.adapters.guard import Contracts, Guard, Step, contract_for, what_stopped
+from stroma.adapters._step import Step
+from stroma.adapters.guard import Contracts, Guard, contract_for, what_stopped
 
 __all__ = ["stroma_middleware"]
 

@@ -8,9 +8,9 @@ from typing import Any, Protocol, runtime_checkable
 
 from pydantic import BaseModel
 
-from stroma.context import ReliabilityContext
-from stroma.contracts import NodeContract
-from stroma.schemas import schema_of
+from stroma.contracts.contract import NodeContract
+from stroma.contracts.schema import schema_of
+from stroma.engine.context import ReliabilityContext
 
 __all__ = ["FrameworkAdapter", "LoopAdapter", "StepInterceptor", "TurnAdapter", "extract_state_dict"]
 

@@ -22,8 +22,8 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters.guard import Contracts, Guard, what_stopped
-from stroma.execution import current_run
-from stroma.usage import usage_from
+from stroma.cost.usage import usage_from
+from stroma.engine.execution import current_run
 
 __all__ = ["guarded_query", "guarded_tools"]
 

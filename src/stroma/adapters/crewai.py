@@ -23,11 +23,11 @@ except ImportError as error:
         "crewai is required for its adapter (on Python before 3.14); install it with: pip install 'stroma[crewai]'"
     ) from error
 
-from stroma.adapters._marks import marked, marks_of
+from stroma.adapters._discovery import marked, marks_of
 from stroma.adapters.guard import Contracts, Guard
-from stroma.contracts import ContractRegistry, NodeContract
-from stroma.nodes import stroma_node as stroma_crewai_step
-from stroma.runner import StromaRunner
+from stroma.contracts.contract import ContractRegistry, NodeContract
+from stroma.contracts.node import stroma_node as stroma_crewai_step
+from stroma.runner.runner import StromaRunner
 
 __all__ = ["CrewAIAdapter", "attach", "guard_llm", "stroma_crewai_step"]
 

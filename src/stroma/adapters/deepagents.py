@@ -17,13 +17,13 @@ except ImportError as error:
         "deepagents is required for its adapter; install it with: pip install 'stroma[deepagents]'"
     ) from error
 
-from stroma.adapters._marks import marked, marks_of
+from stroma.adapters._discovery import marked, marks_of
 from stroma.adapters.guard import Guard
 from stroma.checkpoint import AsyncCheckpointStore, CheckpointManager, CheckpointStore
-from stroma.contracts import ContractRegistry, NodeContract
-from stroma.cost import CostTracker
-from stroma.nodes import stroma_node as stroma_deepagents_node
-from stroma.runner import StromaRunner
+from stroma.contracts.contract import ContractRegistry, NodeContract
+from stroma.contracts.node import stroma_node as stroma_deepagents_node
+from stroma.cost.tracker import CostTracker
+from stroma.runner.runner import StromaRunner
 
 __all__ = ["DeepAgentsAdapter", "stroma_deepagents_node"]
 

@@ -22,11 +22,11 @@ except ImportError as error:
         "dspy is required for its adapter; install it with: pip install 'stroma[dspy]'"
     ) from error
 
-from stroma.adapters._own import guard_methods, own_method
-from stroma.adapters._steps import handed_on
+from stroma.adapters._delegation import guard_methods, own_method
+from stroma.adapters._step import handed_on
 from stroma.adapters.guard import Contracts, Guard
-from stroma.execution import current_node
-from stroma.usage import usage_from
+from stroma.cost.usage import usage_from
+from stroma.engine.execution import current_node
 
 __all__ = ["attach"]
 

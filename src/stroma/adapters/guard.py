@@ -24,16 +24,17 @@ from typing import Any, Final, Literal, ParamSpec, TypeAlias, TypeVar, cast
 
 from pydantic import BaseModel
 
-from stroma.adapters._calls import Call
-from stroma.adapters._runs import ACTIVE, GuardedRun
-from stroma.adapters._steps import Control, Step, causes
-from stroma.adapters._views import View, arguments_of, first_argument, violation
-from stroma.context import ReliabilityContext
-from stroma.contracts import ContractRegistry, NodeContract, check_id
-from stroma.failures import Failure
-from stroma.nodes import Kept, gives_coroutine
-from stroma.refusals import RunCancelled
-from stroma.runner import StromaRunner
+from stroma.adapters._guarded_call import Call
+from stroma.adapters._guarded_run import ACTIVE, GuardedRun
+from stroma.adapters._state_views import View, arguments_of, first_argument, violation
+from stroma.adapters._step import Control, Step, causes
+from stroma.contracts.contract import ContractRegistry, NodeContract, check_id
+from stroma.contracts.node import gives_coroutine
+from stroma.contracts.untyped import Kept
+from stroma.engine.context import ReliabilityContext
+from stroma.failures.errors import RunCancelled
+from stroma.failures.failure import Failure
+from stroma.runner.runner import StromaRunner
 
 __all__ = [
     "Contracts",

@@ -19,11 +19,11 @@ except ImportError as error:
         "haystack-ai is required for its adapter; install it with: pip install 'stroma[haystack]'"
     ) from error
 
-from stroma.adapters._own import guard_methods
-from stroma.adapters._steps import handed_on, kept_for_retries
-from stroma.adapters.guard import Contracts, Control, Guard
-from stroma.contracts import NodeContract
-from stroma.usage import Usage, UsageError, usage_from
+from stroma.adapters._delegation import guard_methods
+from stroma.adapters._step import Control, handed_on, kept_for_retries
+from stroma.adapters.guard import Contracts, Guard
+from stroma.contracts.contract import NodeContract
+from stroma.cost.usage import Usage, UsageError, usage_from
 
 __all__ = ["attach"]
 

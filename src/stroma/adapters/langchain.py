@@ -15,8 +15,8 @@ try:
     from langchain.agents.middleware import AgentMiddleware
     from langchain_core.messages import ToolMessage
 
-    from stroma.adapters._langchain import counting
     from stroma.adapters._langchain_messages import answer_of, asked_of, result_of
+    from stroma.adapters._langchain_usage import counting
     from stroma.adapters._langgraph_nodes import control
     from stroma.adapters.langgraph import attach_steps
 except ImportError as error:
@@ -24,7 +24,8 @@ except ImportError as error:
         "langchain is required for its adapter; install it with: pip install 'stroma[langchain]'"
     ) from error
 
-from stroma.adapters.guard import Contracts, Control, Guard, Step, contract_for
+from stroma.adapters._step import Control, Step
+from stroma.adapters.guard import Contracts, Guard, contract_for
 
 __all__ = ["StromaMiddleware"]
 

@@ -23,11 +23,11 @@ except ImportError as error:
         "langgraph is required for its adapter; install it with: pip install 'stroma[langgraph]'"
     ) from error
 
-from stroma.adapters._marks import marked, marks_of
+from stroma.adapters._discovery import marked, marks_of
 from stroma.adapters.guard import Contracts, Guard
-from stroma.contracts import ContractRegistry, NodeContract
-from stroma.nodes import stroma_node as stroma_langgraph_node
-from stroma.runner import StromaRunner
+from stroma.contracts.contract import ContractRegistry, NodeContract
+from stroma.contracts.node import stroma_node as stroma_langgraph_node
+from stroma.runner.runner import StromaRunner
 
 __all__ = ["LangGraphAdapter", "attach", "stroma_langgraph_node"]
 

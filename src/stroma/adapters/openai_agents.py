@@ -21,7 +21,8 @@ except ImportError as error:
         "openai-agents is required for its adapter; install it with: pip install 'stroma[openai-agents]'"
     ) from error
 
-from stroma.adapters.guard import Contracts, Guard, Step
+from stroma.adapters._step import Step
+from stroma.adapters.guard import Contracts, Guard
 
 __all__ = ["GuardedModel", "GuardedProvider", "GuardedRunner", "attach"]
 

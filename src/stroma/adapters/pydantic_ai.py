@@ -22,8 +22,9 @@ except ImportError as error:
 
 from pydantic import BaseModel
 
-from stroma.adapters._views import violation
-from stroma.adapters.guard import Contracts, Guard, Step, contract_for
+from stroma.adapters._state_views import violation
+from stroma.adapters._step import Step
+from stroma.adapters.guard import Contracts, Guard, contract_for
 
 __all__ = ["StromaCapability"]
 

@@ -1,8 +1,8 @@
-"""Checkpoints: the protocols of stores, one way to talk to all of them, and a file per store."""
+"""Stores: the session protocol, and memory, SQLite, PostgreSQL and Redis behind it."""
 
 from typing import TYPE_CHECKING
 
-from stroma._lazy import lazy
+from stroma._utils.lazy import lazy
 from stroma.checkpoint.cells import CellStore
 from stroma.checkpoint.errors import (
     CheckpointLost,
@@ -14,7 +14,15 @@ from stroma.checkpoint.errors import (
     RunExists,
     StoreError,
 )
-from stroma.checkpoint.journal import (
+from stroma.checkpoint.manager import (
+    CheckpointManager,
+    _resolve_schema,
+    _schema_ref,
+    resolve_schema,
+    schema_ref,
+)
+from stroma.checkpoint.memory.store import AsyncInMemoryStore, InMemoryStore
+from stroma.checkpoint.protocols import (
     AsyncCheckpointStore,
     CheckpointKey,
     CheckpointStore,
@@ -28,20 +36,12 @@ from stroma.checkpoint.journal import (
     Waiting,
     inside_of,
 )
-from stroma.checkpoint.manager import (
-    CheckpointManager,
-    _resolve_schema,
-    _schema_ref,
-    resolve_schema,
-    schema_ref,
-)
-from stroma.checkpoint.memory import AsyncInMemoryStore, InMemoryStore
 
 if TYPE_CHECKING:
-    from stroma.checkpoint.postgres import PostgresStore
+    from stroma.checkpoint.postgres.store import PostgresStore
     from stroma.checkpoint.records import AttemptPage, AttemptRecord, Cause, RunPage, RunQuery, RunRecord
-    from stroma.checkpoint.redis import RedisStore, SyncRedisStore
-    from stroma.checkpoint.sqlite import SQLiteStore
+    from stroma.checkpoint.redis.store import RedisStore, SyncRedisStore
+    from stroma.checkpoint.sqlite.store import SQLiteStore
     from stroma.checkpoint.urls import open_store
 
 __all__ = [

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from stroma.contracts import check_id
+from stroma.contracts.contract import check_id
 
 __all__ = ["CellStore", "Change", "MemoryCells"]
 

@@ -11,7 +11,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
-from stroma.checkpoint.journal import (
+from stroma.checkpoint.protocols import (
     AsyncCheckpointStore,
     Charge,
     CheckpointStore,
@@ -24,14 +24,14 @@ from stroma.checkpoint.journal import (
     Tried,
     Waiting,
 )
-from stroma.schemas import Schema
-from stroma.trace import NODE, Row
+from stroma.contracts.schema import Schema
+from stroma.trace.events import NODE, Row
 
 __all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]
 
 
 #: What nodes without a contract returned; its module is ours, and need not be loaded yet.
-_KEPT: Final = "stroma.nodes:Kept"
+_KEPT: Final = "stroma.contracts.untyped:Kept"
 
 
 def _no_store(given: object) -> str:
@@ -176,7 +176,7 @@ def resolve_schema(ref: str) -> type[BaseModel]:
     Raises LookupError if there is none, TypeError("resolved schema is not a BaseModel").
     """
     if ref == _KEPT:
-        from stroma._kept import Kept
+        from stroma.contracts.untyped import Kept
 
         return Kept
     module, _, qualname = ref.partition(":")

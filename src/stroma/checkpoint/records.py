@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Final, NamedTuple
+from typing import Final, NamedTuple
 
-from stroma._words import typed
-
-if TYPE_CHECKING:
-    from stroma.checkpoint._rows import Attempt
+from stroma._utils.text import typed
 
 __all__ = [
     "PICO",
+    "Attempt",
     "AttemptPage",
     "AttemptRecord",
     "Cause",
@@ -25,6 +23,7 @@ __all__ = [
     "cause_of",
     "marked",
 ]
+
 
 PICO: Final = 10**12  # Costs are kept in whole pico-dollars: sums are exact in any order.
 
@@ -249,3 +248,34 @@ def attempt_mark(mark: str) -> tuple[int, int, int, int, str]:
     if not all(number.isdecimal() and number.isascii() and len(number) < 20 for number in numbers):
         raise ValueError(f"{mark[:100]!r} is not where a page ended; give the `next` of a page")
     return int(epoch), int(position), int(started), int(attempt), branch
+
+
+class Attempt(NamedTuple):
+    """One attempt, as it is kept. What tells it from a repeated call for the same one is its start: a resumed run, and
+    a group that is tried again, count attempts from 1.
+
+    Attributes:
+        function_ns: for how long its function ran; of a group, any function inside it.
+        group_id: of the group around it.
+        identity: of the step of plain code that the position is of (see ``stroma.checkpoint.identity``); None in a pipeline.
+        error_type: the name of the type of the exception; None if nothing was raised.
+    """
+
+    position: int
+    started_ns: int
+    branch: str
+    attempt: int
+    node_id: str
+    duration_ns: int
+    outcome: str
+    failure_class: str | None
+    message: str | None
+    reason: str | None
+    tokens: int
+    output_tokens: int
+    cost_pico: int
+    model: str | None
+    function_ns: int = 0
+    group_id: str | None = None
+    identity: str | None = None
+    error_type: str | None = None

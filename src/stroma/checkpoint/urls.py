@@ -6,12 +6,12 @@ import os
 from typing import TYPE_CHECKING
 from urllib.parse import parse_qsl, unquote, urlsplit
 
-from stroma.checkpoint.memory import AsyncInMemoryStore
-from stroma.checkpoint.sqlite import SQLiteStore
+from stroma.checkpoint.memory.store import AsyncInMemoryStore
+from stroma.checkpoint.sqlite.store import SQLiteStore
 
 if TYPE_CHECKING:
-    from stroma.checkpoint.postgres import PostgresStore
-    from stroma.checkpoint.redis import RedisStore
+    from stroma.checkpoint.postgres.store import PostgresStore
+    from stroma.checkpoint.redis.store import RedisStore
 
 __all__ = ["open_store"]
 
@@ -38,11 +38,11 @@ def open_store(url: str | os.PathLike[str]) -> SQLiteStore | PostgresStore | Red
     if scheme == "memory" and not rest:
         return AsyncInMemoryStore()
     if scheme in ("postgresql", "postgres"):
-        from stroma.checkpoint.postgres import PostgresStore
+        from stroma.checkpoint.postgres.store import PostgresStore
 
         return PostgresStore(f"{scheme}://{rest}")
     if scheme in ("redis", "rediss", "unix"):
-        from stroma.checkpoint.redis import RedisStore
+        from stroma.checkpoint.redis.store import RedisStore
 
         return RedisStore(f"{scheme}://{rest}")
     if scheme not in ("memory", "sqlite"):

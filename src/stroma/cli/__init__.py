@@ -1,4 +1,4 @@
-"""The command line. Each command is imported when it is called, so that `stroma --help` is quick."""
+"""The command line; each command is imported when it is called."""
 
 from __future__ import annotations
 

@@ -14,44 +14,65 @@ from typing import Any, Final
 import click
 
 from stroma.cli.errors import Code, Problem, debugging
-from stroma.cli.output import err, out
+from stroma.cli.output import OutputError, err, out
 
 __all__ = ["app", "start"]
 
 #: By name: where the command is, and its line in the help. Nothing is imported to show that.
 _COMMANDS: Final = {
-    "demo": ("stroma.cli.demo:demo", "Run the demo: a pipeline over real documents. No key, no network."),
-    "run": ("stroma.cli.run:run", "Run a pipeline and print its final state."),
+    "demo": (
+        "stroma.cli.commands.demo:demo",
+        "Run the demo: a pipeline over real documents. No key, no network.",
+    ),
+    "run": ("stroma.cli.commands.run:run", "Run a pipeline and print its final state."),
     "resume": (
-        "stroma.cli.run:resume",
+        "stroma.cli.commands.run:resume",
         "Go on with a run that stopped; finished nodes are not called again.",
     ),
-    "worker": ("stroma.cli.worker:worker", "Run nodes for runs on a Temporal cluster (extra `temporal`)."),
-    "approve": ("stroma.cli.approve:approve", "Give a suspended run the answer that it waits for."),
-    "cancel": ("stroma.cli.cancel:cancel", "Ask for the end of a run, in whichever process it is."),
-    "check": ("stroma.cli.check:check", "Prove that each node's output can satisfy the next node's input."),
-    "graph": ("stroma.cli.graph:graph", "Print which field of which node feeds which."),
-    "runs": ("stroma.cli.runs:runs", "List the runs in the store, the newest first."),
-    "show": ("stroma.cli.show:show", "Show one run, attempt by attempt."),
-    "diff": ("stroma.cli.diff:diff", "Tell two runs apart, field by field."),
+    "worker": (
+        "stroma.cli.commands.worker:worker",
+        "Run nodes for runs on a Temporal cluster (extra `temporal`).",
+    ),
+    "approve": ("stroma.cli.commands.approve:approve", "Give a suspended run the answer that it waits for."),
+    "cancel": ("stroma.cli.commands.cancel:cancel", "Ask for the end of a run, in whichever process it is."),
+    "check": (
+        "stroma.cli.commands.check:check",
+        "Prove that each node's output can satisfy the next node's input.",
+    ),
+    "graph": ("stroma.cli.commands.graph:graph", "Print which field of which node feeds which."),
+    "runs": ("stroma.cli.commands.runs:runs", "List the runs in the store, the newest first."),
+    "show": ("stroma.cli.commands.show:show", "Show one run, attempt by attempt."),
+    "diff": ("stroma.cli.commands.diff:diff", "Tell two runs apart, field by field."),
     "replay": (
-        "stroma.cli.replay:replay",
+        "stroma.cli.commands.replay:replay",
         "Run a recorded run again without calls, and say where the code behaves differently now.",
     ),
-    "record": ("stroma.cli.record:record", "Write a recorded run as a regression test, or as JSON."),
-    "tail": ("stroma.cli.tail:tail", "Print what runs come to, as it is recorded."),
-    "ui": ("stroma.cli.ui:ui", "Show the runs of a store in a browser on this machine (extra `ui`)."),
-    "export": ("stroma.cli.export:export", "Write a run as JSON, OTLP, a Chrome trace or one HTML file."),
-    "prices": ("stroma.cli.prices:prices", "Show what tokens of a model cost, and where that price is from."),
-    "budget": ("stroma.cli.budget:budget", "Show a budget that runs share: spent, reserved, and until when."),
+    "record": ("stroma.cli.commands.record:record", "Write a recorded run as a regression test, or as JSON."),
+    "tail": ("stroma.cli.commands.tail:tail", "Print what runs come to, as it is recorded."),
+    "ui": (
+        "stroma.cli.commands.ui:ui",
+        "Show the runs of a store in a browser on this machine (extra `ui`).",
+    ),
+    "export": (
+        "stroma.cli.commands.export:export",
+        "Write a run as JSON, OTLP, a Chrome trace or one HTML file.",
+    ),
+    "prices": (
+        "stroma.cli.commands.prices:prices",
+        "Show what tokens of a model cost, and where that price is from.",
+    ),
+    "budget": (
+        "stroma.cli.commands.budget:budget",
+        "Show a budget that runs share: spent, reserved, and until when.",
+    ),
     "telemetry": (
-        "stroma.cli.telemetry:telemetry",
+        "stroma.cli.commands.telemetry:telemetry",
         "Dashboards and alerts for the runs that are exported.",
     ),
-    "gc": ("stroma.cli.gc:gc", "Delete old runs from the store."),
-    "doctor": ("stroma.cli.doctor:doctor", "Check the store, the packages, the clock and the disk."),
+    "gc": ("stroma.cli.commands.gc:gc", "Delete old runs from the store."),
+    "doctor": ("stroma.cli.commands.doctor:doctor", "Check the store, the packages, the clock and the disk."),
     "completion": (
-        "stroma.cli.completion:completion",
+        "stroma.cli.commands.completion:completion",
         "Print the script by which a shell completes commands.",
     ),
 }
@@ -151,6 +172,11 @@ def _guarded(call: Callable[[], Any]) -> int:
         return Code.OK
     except click.ClickException:
         raise
+    except OutputError as error:
+        raise Problem(
+            f"the output could not be written: {error}; make room, or send it elsewhere",
+            code=Code.ENVIRONMENT,
+        ) from error
     except Exception as error:
         if debugging():
             raise

@@ -10,7 +10,7 @@ from typing import IO, Any
 
 import click
 
-from stroma._words import one_line
+from stroma._utils.text import one_line
 from stroma.cli.output import err
 
 __all__ = ["Code", "Problem", "command", "debugging"]

@@ -11,13 +11,13 @@ from urllib.parse import urlsplit
 
 import click
 
+from stroma._utils.text import clean
 from stroma.cli.errors import Code, Problem
 from stroma.cli.output import err
-from stroma.cli.words import clean
-from stroma.hooks import NodeHooks
+from stroma.hooks.sets import NodeHooks
 
 if TYPE_CHECKING:
-    from stroma.telemetry._observer import ExporterHooks, Observer
+    from stroma.telemetry.observer import ExporterHooks, Observer
 
 __all__ = ["FLUSH_SECONDS", "Exporters", "exporter_options"]
 

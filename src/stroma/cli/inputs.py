@@ -11,14 +11,14 @@ from typing import Any
 
 from pydantic import BaseModel, ConfigDict, ValidationError, create_model
 
+from stroma._utils.text import clean, plural
 from stroma.checkpoint.records import RunRecord
 from stroma.cli.errors import Code, Problem, command
 from stroma.cli.stores import Database
-from stroma.cli.trouble import said
-from stroma.cli.words import clean, plural
-from stroma.nodes import Group, Node, find_node
-from stroma.runner import Pipeline
-from stroma.schemas import schema_of
+from stroma.cli.user_errors import said
+from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.schema import schema_of
+from stroma.runner.runner import Pipeline
 
 __all__ = ["example", "input_model", "parse_as", "parse_input", "parse_json", "read_input", "stored_input"]
 

@@ -16,10 +16,14 @@ import unicodedata
 from collections.abc import Sequence
 from typing import IO, Any, Final
 
-__all__ = ["Part", "Stream", "emit", "err", "out", "table", "write_private"]
+__all__ = ["OutputError", "Part", "Stream", "emit", "err", "out", "table", "write_private"]
 
 #: Text, or text with a style of rich's ("bold red").
 Part = str | tuple[str, str]
+
+
+class OutputError(Exception):
+    """stdout cannot be written to."""
 
 
 class Stream:
@@ -74,7 +78,7 @@ class Stream:
         self._has_status = True
 
     def write(self, text: str) -> None:
-        """Write text as it is. Raises Problem if stdout cannot take it (a full disk, say)."""
+        """Write text as it is. Raises OutputError if stdout cannot take it (a full disk, say)."""
         file = self._file
         if file is None or file is self._silent:
             return
@@ -89,12 +93,7 @@ class Stream:
         except (OSError, ValueError) as error:
             self.silence()
             if self._name == "stdout":
-                from stroma.cli.errors import Code, Problem
-
-                raise Problem(
-                    f"the output could not be written: {error}; make room, or send it elsewhere",
-                    code=Code.ENVIRONMENT,
-                ) from error
+                raise OutputError(str(error)) from error
 
     def silence(self) -> None:
         """Write no more: the interpreter, too, would complain when it flushes the stream at its end."""

@@ -7,15 +7,17 @@ import time
 from datetime import datetime
 from typing import Any
 
-from stroma._words import typed
+from stroma._utils.text import clean, count, money, span, typed
 from stroma.cli.errors import debugging
+from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, err
-from stroma.cli.words import clean, count, id_word, money, span
-from stroma.cost import BudgetExceeded
-from stroma.execution import NodeExecution, current_node
-from stroma.failures import Failure, FailureClass, NodeContext, diagnose, text_of
-from stroma.hooks import MapProgress, NodeHooks
-from stroma.trace import FAILURE, ExecutionResult
+from stroma.cost.budget import BudgetExceeded
+from stroma.engine.execution import NodeExecution, current_node
+from stroma.failures.classes import FailureClass
+from stroma.failures.failure import Failure, NodeContext, diagnose, text_of
+from stroma.hooks.sets import MapProgress, NodeHooks
+from stroma.trace.events import FAILURE
+from stroma.trace.result import ExecutionResult
 
 __all__ = ["Progress", "listen", "timed_line"]
 

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
-from stroma.history import Redact
+from stroma.trace.redaction import Redact
 
 __all__ = ["redact_of", "redact_option"]
 
@@ -27,7 +27,7 @@ def redact_of(target: str | None) -> Redact | None:
     """The ``redact`` of a pipeline's config. Raises Problem."""
     if target is None:
         return None
-    from stroma.cli.load import load_pipeline  # Only who asks for it loads what runs pipelines.
+    from stroma.cli.loading import load_pipeline  # Only who asks for it loads what runs pipelines.
 
     pipeline = load_pipeline(target)
     return None if pipeline.config is None else pipeline.config.redact

@@ -11,18 +11,21 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.journal import Waiting
+from stroma._utils.text import clean, count, money, plural, span
+from stroma.checkpoint.protocols import Waiting
 from stroma.cli.errors import Code, debugging
+from stroma.cli.formatting import id_word
 from stroma.cli.output import Part, emit, err
 from stroma.cli.stores import Keeper
-from stroma.cli.trouble import last_frame
-from stroma.cli.waiting import approve_hint, asked, open_ones, waiting_data, where
-from stroma.cli.words import clean, count, id_word, money, plural, span
-from stroma.cost import BudgetExceeded, ExecutionBudget, limits
-from stroma.failures import Failure, FailureClass, message_of, text_of
-from stroma.refusals import SharedBudgetExceeded
-from stroma.schemas import schema_of
-from stroma.trace import ExecutionResult, RunStatus, jsonable
+from stroma.cli.suspended import approve_hint, asked, open_ones, waiting_data, where
+from stroma.cli.user_errors import last_frame
+from stroma.contracts.schema import schema_of
+from stroma.cost.budget import BudgetExceeded, ExecutionBudget, limits
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import SharedBudgetExceeded
+from stroma.failures.failure import Failure, message_of, text_of
+from stroma.trace.plain import jsonable
+from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["Ending", "plain_state"]
 

@@ -10,9 +10,9 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, Final
 
-from stroma.checks import Finding
 from stroma.cli.errors import Code, Problem
-from stroma.nodes import Group, Node
+from stroma.contracts.checks.finding import Finding
+from stroma.contracts.node import Group, Node
 
 __all__ = ["sarif_of", "write_json"]
 

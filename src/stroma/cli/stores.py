@@ -15,16 +15,17 @@ from urllib.parse import unquote
 
 import click
 
-from stroma.checkpoint._states import AsyncStates
+from stroma._utils.text import clean
+from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunExists, StoreError
-from stroma.checkpoint.journal import Waiting
-from stroma.checkpoint.memory import AsyncInMemoryStore
+from stroma.checkpoint.memory.store import AsyncInMemoryStore
+from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import RunRecord
-from stroma.checkpoint.sqlite import SQLiteStore
+from stroma.checkpoint.sqlite.store import SQLiteStore
 from stroma.checkpoint.urls import open_store
 from stroma.cli.errors import Code, Problem, command
+from stroma.cli.formatting import ago
 from stroma.cli.output import err
-from stroma.cli.words import ago, clean
 
 __all__ = ["Database", "Keeper", "db_option"]
 

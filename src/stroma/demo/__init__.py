@@ -1,1 +1,1 @@
-"""The demonstration: business documents, and a model provider that needs no key and no network."""
+"""The demo: a pipeline over real documents, and a model provider without a key or network."""

@@ -1,6 +1,6 @@
 """A model provider for the demo: a process of its own that speaks the OpenAI HTTP protocol on 127.0.0.1.
 
-It needs no key and no network, answers from the text it is sent by the rules of `stroma.demo._rules`, and
+It needs no key and no network, answers from the text it is sent by the rules of `stroma.demo.rules`, and
 misbehaves the way real providers do: rate limits, server errors, hangs, dropped connections, truncated JSON,
 wrong types.
 
@@ -47,8 +47,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Final, Self, TypedDict
 
-from stroma._child import child_environment
-from stroma.demo import _rules
+from stroma._utils.child_process import child_environment
+from stroma.demo import rules as _rules
 
 __all__ = [
     "DEFAULT_SEED",

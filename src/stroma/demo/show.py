@@ -18,12 +18,12 @@ from collections import defaultdict
 from collections.abc import Sequence
 from pathlib import Path
 
-from stroma._child import child_command, child_environment
+from stroma._utils.child_process import child_command, child_environment
 from stroma.checkpoint import AttemptRecord
-from stroma.checkpoint.sqlite import SQLiteStore
+from stroma.checkpoint.sqlite.store import SQLiteStore
+from stroma.contracts.schema import schema_of
 from stroma.demo.pipeline import BASE_URL_VARIABLE, DOCUMENTS, Documents
 from stroma.demo.provider import DEFAULT_SEED, Provider, fault_plan, start_provider, text_sha
-from stroma.schemas import schema_of
 
 __all__ = ["main"]
 

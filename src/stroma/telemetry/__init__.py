@@ -1,4 +1,4 @@
-"""Exporters: each factory gives a set of hooks for one system, and imports that system's SDK only when it is called.
+"""Exporters, one file per system; each imports its SDK when its factory is called.
 
 They compose with ``|`` among themselves and with hooks of your own::
 
@@ -12,20 +12,20 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stroma._lazy import lazy
+from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
-    from stroma.telemetry._content import DENY_KEYS
-    from stroma.telemetry._observer import ExporterHooks
+    from stroma.telemetry.content import DENY_KEYS
     from stroma.telemetry.datadog import datadog_hooks
     from stroma.telemetry.logs import log_hooks
+    from stroma.telemetry.observer import ExporterHooks
     from stroma.telemetry.opentelemetry import otel_hooks
     from stroma.telemetry.prometheus import prometheus_hooks
     from stroma.telemetry.sentry import sentry_hooks
 
 _HOMES = {
-    "DENY_KEYS": "_content",
-    "ExporterHooks": "_observer",
+    "DENY_KEYS": "content",
+    "ExporterHooks": "observer",
     "datadog_hooks": "datadog",
     "log_hooks": "logs",
     "otel_hooks": "opentelemetry",

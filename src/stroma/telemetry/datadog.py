@@ -6,11 +6,11 @@ from collections.abc import Collection
 from time import perf_counter
 from typing import TYPE_CHECKING, Any
 
-from stroma.context import ReliabilityContext
-from stroma.execution import NodeExecution, current_node
-from stroma.failures import FailureClass
-from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import (
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution, current_node
+from stroma.failures.classes import FailureClass
+from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry.observer import (
     CUT_SHORT,
     Ended,
     ExporterHooks,
@@ -21,7 +21,7 @@ from stroma.telemetry._observer import (
     missing,
     seconds_elsewhere,
 )
-from stroma.trace import ExecutionResult
+from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
     from datadog.dogstatsd.base import DogStatsd
@@ -48,7 +48,7 @@ def datadog_hooks(
         tracer: ddtrace's own if none is given; it goes by the ``DD_*`` variables.
         statsd: a client, or "host:port" of an agent, for metrics under ``stroma.``; None sends none.
         service: of the spans; the tracer's if none is given.
-        content: see :class:`stroma.telemetry._content.Content`; with "redacted" states are tags.
+        content: see :class:`stroma.telemetry.content.Content`; with "redacted" states are tags.
         deny_keys: names of fields whose values are never sent.
         max_bytes: of one state or message.
 

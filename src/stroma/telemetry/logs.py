@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, MutableMapping
 from time import perf_counter
 from typing import Any, Final
 
-from stroma._words import one_line
-from stroma.context import ReliabilityContext
-from stroma.execution import NodeExecution
-from stroma.failures import FailureClass
-from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import WRITING, Ended, ExporterHooks, Observer, is_returned, seconds_elsewhere
-from stroma.trace import ExecutionResult
+from stroma._utils.text import one_line
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
+from stroma.failures.classes import FailureClass
+from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry.observer import WRITING, Ended, ExporterHooks, Observer, is_returned, seconds_elsewhere
+from stroma.trace.result import ExecutionResult
 
 __all__ = ["log_hooks"]
 
@@ -36,7 +36,7 @@ def log_hooks(
     Args:
         logger: of ``logging`` (the fields are then its ``extra``) or of structlog. If none is given, structlog's where
             the application has configured that, else "stroma.events".
-        content: see :class:`stroma.telemetry._content.Content`; with "redacted" states and messages are fields.
+        content: see :class:`stroma.telemetry.content.Content`; with "redacted" states and messages are fields.
         deny_keys: names of fields whose values are never written.
         max_bytes: of one state or message.
     """

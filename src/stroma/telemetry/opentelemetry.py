@@ -11,11 +11,11 @@ from contextvars import Token
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final, Literal
 
-from stroma.context import ReliabilityContext
-from stroma.execution import NodeExecution, current_node
-from stroma.failures import FailureClass
-from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import (
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution, current_node
+from stroma.failures.classes import FailureClass
+from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry.observer import (
     CUT_SHORT,
     NODE_BUCKETS,
     Ended,
@@ -27,7 +27,7 @@ from stroma.telemetry._observer import (
     missing,
     seconds_elsewhere,
 )
-from stroma.trace import ExecutionResult
+from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
     from opentelemetry.context import Context
@@ -61,7 +61,7 @@ def otel_hooks(
         tracer: what to make spans with, or the provider to take it from, which flush() needs; else the global provider.
         meter: the same for metrics.
         attempts: "events" notes attempts on the node's span, "spans" gives each a span of its own under it.
-        content: see :class:`stroma.telemetry._content.Content`; with "redacted" states are attributes.
+        content: see :class:`stroma.telemetry.content.Content`; with "redacted" states are attributes.
         deny_keys: names of fields whose values are never sent.
         max_bytes: of one state or message.
 

@@ -6,10 +6,10 @@ import weakref
 from time import perf_counter
 from typing import TYPE_CHECKING, Any, Final
 
-from stroma.context import ReliabilityContext
-from stroma.execution import NodeExecution
-from stroma.failures import FailureClass
-from stroma.telemetry._observer import (
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
+from stroma.failures.classes import FailureClass
+from stroma.telemetry.observer import (
     NODE_BUCKETS,
     Ended,
     ExporterHooks,
@@ -21,7 +21,7 @@ from stroma.telemetry._observer import (
     seconds_elsewhere,
     sound,
 )
-from stroma.trace import ExecutionResult
+from stroma.trace.result import ExecutionResult
 
 if TYPE_CHECKING:
     from prometheus_client import CollectorRegistry

@@ -8,21 +8,13 @@ from contextvars import ContextVar
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from stroma.context import ReliabilityContext
-from stroma.execution import NodeExecution, current_node
-from stroma.failures import FailureClass
-from stroma.remote.wire import RemoteFailure
-from stroma.telemetry._content import DENY_KEYS, Content, ContentMode, type_name
-from stroma.telemetry._observer import (
-    CUT_SHORT,
-    WRITING,
-    Ended,
-    ExporterHooks,
-    Observer,
-    is_returned,
-    missing,
-)
-from stroma.trace import ExecutionResult, RunStatus
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution, current_node
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import RemoteFailure
+from stroma.telemetry.content import DENY_KEYS, Content, ContentMode, type_name
+from stroma.telemetry.observer import CUT_SHORT, WRITING, Ended, ExporterHooks, Observer, is_returned, missing
+from stroma.trace.result import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
     from sentry_sdk import Scope
@@ -47,7 +39,7 @@ def sentry_hooks(
 
     Args:
         client: where to send to; the one of ``sentry_sdk.init()`` if none is given.
-        content: see :class:`stroma.telemetry._content.Content`. In "none" events carry no messages; in no mode do they
+        content: see :class:`stroma.telemetry.content.Content`. In "none" events carry no messages; in no mode do they
             carry variables of stack frames.
         deny_keys: names of fields whose values are never sent.
         max_bytes: of one state or message.

@@ -1,4 +1,4 @@
-"""For tests of pipelines, and of what builds on Stroma.
+"""The public test kit.
 
 Each name is loaded when it is first asked for. The suites of stores need pytest and pytest-asyncio, and
 ``assert_contract_holds`` needs hypothesis: ``pip install "stroma[testing]"``.
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from stroma._lazy import lazy
+from stroma._utils.lazy import lazy
 
 if TYPE_CHECKING:
     from stroma.testing.cells import CellStoreTests

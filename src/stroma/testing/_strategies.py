@@ -12,7 +12,7 @@ from typing import Any, Final
 from hypothesis import strategies as st
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from stroma._core_schema import core_schema_of
+from stroma.contracts.core_schema import core_schema_of
 
 __all__ = ["instances"]
 

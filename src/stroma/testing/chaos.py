@@ -12,10 +12,10 @@ import pytest
 from _pytest.runner import runtestprotocol
 from pydantic import BaseModel
 
-from stroma._probe import PROBES, Call, Probe
-from stroma.execution import NodeExecution
-from stroma.nodes import Group, Node
-from stroma.schemas import schema_of
+from stroma.contracts.node import Group, Node
+from stroma.contracts.schema import schema_of
+from stroma.engine.execution import NodeExecution
+from stroma.engine.interceptors import PROBES, Call, Probe
 
 __all__ = ["Chaos"]
 

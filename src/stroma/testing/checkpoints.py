@@ -9,11 +9,11 @@ import pytest
 from pydantic import BaseModel
 
 from stroma.checkpoint import CheckpointManager, CheckpointNotFound
-from stroma.contracts import ContractRegistry, NodeContract
-from stroma.nodes import stroma_node
-from stroma.runner import StromaRunner
+from stroma.contracts.contract import ContractRegistry, NodeContract
+from stroma.contracts.node import stroma_node
+from stroma.runner.runner import StromaRunner
 from stroma.testing.stores import HARD_IDS, State, settled
-from stroma.trace import RunStatus
+from stroma.trace.result import RunStatus
 
 __all__ = ["CheckpointStoreTests"]
 

@@ -12,8 +12,18 @@ from datetime import UTC, datetime, timedelta
 from types import TracebackType
 from typing import Any, ClassVar, Final, Self
 
-from stroma import _admission, _engine, _map, _usage, breaker, classifiers, context, hooks
-from stroma.checkpoint import _memory_runs, _sqlite_rows, _worker, cells
+from stroma.checkpoint import cells
+from stroma.checkpoint.durable import worker as _worker
+from stroma.checkpoint.memory import runs as _memory_runs
+from stroma.checkpoint.sqlite import rows as _sqlite_rows
+from stroma.engine import admission as _admission
+from stroma.engine import context
+from stroma.engine import loop as _engine
+from stroma.engine import metering as _usage
+from stroma.failures import providers as classifiers
+from stroma.hooks import dispatch
+from stroma.limits import breaker
+from stroma.runner import map as _map
 
 __all__ = ["FakeClock"]
 
@@ -137,7 +147,7 @@ class FakeClock:
         self._patch(_sqlite_rows, "_now_ms", lambda: self._time_ns() // 1_000_000)
         for module in (_engine, _admission, _map, context):
             self._patch(module, "perf_counter_ns", self._ns)
-        for module in (_admission, hooks):
+        for module in (_admission, dispatch):
             self._patch(module, "perf_counter", self._perf_counter)
         self._patch(_map, "monotonic", self._monotonic)
         self._patch(context, "time_ns", self._time_ns)

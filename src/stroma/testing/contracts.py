@@ -13,13 +13,14 @@ from typing import TYPE_CHECKING, Any
 from pydantic import BaseModel
 
 from stroma.checkpoint import AsyncInMemoryStore, CheckpointManager
-from stroma.contracts import ContractViolation
-from stroma.failures import FailureClass, FailurePolicy
-from stroma.nodes import Node, find_node
-from stroma.runner import StromaRunner
-from stroma.schemas import schema_of
+from stroma.contracts.contract import ContractViolation
+from stroma.contracts.node import Node, find_node
+from stroma.contracts.schema import schema_of
+from stroma.failures.classes import FailureClass
+from stroma.failures.policy import FailurePolicy
+from stroma.runner.runner import StromaRunner
 from stroma.testing.clock import FakeClock
-from stroma.trace import jsonable
+from stroma.trace.plain import jsonable
 
 if TYPE_CHECKING:
     from hypothesis.strategies import SearchStrategy

@@ -11,14 +11,16 @@ from typing import Any, Final, Literal, NamedTuple, Self, cast, get_args
 
 from pydantic import BaseModel
 
-from stroma._probe import PROBES, Call, Probe
 from stroma.checkpoint import Fenced, Session, StepCall, Waiting
-from stroma.context import ReliabilityContext
-from stroma.execution import NodeExecution, current_node
-from stroma.hooks import NO_HOOKS, NodeHooks
-from stroma.nodes import Group, Node
-from stroma.schemas import Schema
-from stroma.trace import ATTEMPT, BRANCH, NODE, POSITION, ExecutionResult, Row
+from stroma.contracts.node import Group, Node
+from stroma.contracts.schema import Schema
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution, current_node
+from stroma.engine.interceptors import PROBES, Call, Probe
+from stroma.hooks.dispatch import NO_HOOKS
+from stroma.hooks.sets import NodeHooks
+from stroma.trace.events import ATTEMPT, BRANCH, NODE, POSITION, Row
+from stroma.trace.result import ExecutionResult
 
 __all__ = ["POINTS", "Boundary", "Crashed", "Deaths", "Point", "crash_at"]
 

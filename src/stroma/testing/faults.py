@@ -11,9 +11,9 @@ from typing import Any, Final, Literal, NamedTuple, Self
 
 from pydantic import BaseModel
 
-from stroma._probe import PROBES, Call, Probe
-from stroma.execution import NodeExecution
-from stroma.nodes import Group, Node
+from stroma.contracts.node import Group, Node
+from stroma.engine.execution import NodeExecution
+from stroma.engine.interceptors import PROBES, Call, Probe
 
 __all__ = ["FaultPlan", "Injected", "Transient"]
 

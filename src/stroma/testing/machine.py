@@ -25,10 +25,10 @@ from stroma.checkpoint import (
     RunRequest,
     StoreError,
 )
-from stroma.failures import FailureClass
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
+from stroma.failures.classes import FailureClass
 from stroma.testing.stores import State, restored, row, settled
-from stroma.trace import (
+from stroma.trace.events import (
     ATTEMPT,
     BRANCH,
     DURATION,

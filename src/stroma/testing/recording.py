@@ -11,13 +11,14 @@ from typing import Annotated, Any, Final
 
 from pydantic import Field, TypeAdapter, ValidationError
 
-from stroma._showing import hidden_values, hide_words
 from stroma.checkpoint import CheckpointNotFound, Committed
+from stroma.checkpoint.history import History
 from stroma.checkpoint.records import AttemptRecord
-from stroma.failures import FailureClass
-from stroma.history import History, Redact
-from stroma.schemas import Schema
-from stroma.trace import FAILED_ITEM, jsonable
+from stroma.contracts.schema import Schema
+from stroma.failures.classes import FailureClass
+from stroma.trace.events import FAILED_ITEM
+from stroma.trace.plain import jsonable
+from stroma.trace.redaction import Redact, hidden_values, hide_words
 
 __all__ = ["RecordedAttempt", "RecordedRun"]
 

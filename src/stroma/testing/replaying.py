@@ -14,24 +14,31 @@ from typing import Any, Final, Literal, NoReturn
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma._probe import PROBES, Call, Probe
-from stroma._restore import read_output
 from stroma.checkpoint import AsyncInMemoryStore, CheckpointManager
+from stroma.checkpoint.history import Change, History, NodeDiff, Payload, compare
 from stroma.checkpoint.records import AttemptRecord
-from stroma.config import new_run_id
-from stroma.contracts import ContractRegistry, ContractViolation, as_violation
-from stroma.cost import BudgetExceeded, UsageError
-from stroma.execution import NodeExecution
-from stroma.failures import Failure, FailureClass, NodeContext, Suspend, diagnose
-from stroma.history import Change, History, NodeDiff, Payload, Redact, compare
-from stroma.hooks import NodeHooks
-from stroma.nodes import Group, Kept, Node, find_node
-from stroma.page import without_values
-from stroma.runner import Pipeline, StromaRunner
-from stroma.schemas import Schema, schema_of
+from stroma.contracts.contract import ContractRegistry, ContractViolation, as_violation
+from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.untyped import Kept
+from stroma.cost.budget import BudgetExceeded
+from stroma.cost.usage import UsageError
+from stroma.engine.config import new_run_id
+from stroma.engine.execution import NodeExecution
+from stroma.engine.interceptors import PROBES, Call, Probe
+from stroma.engine.restore import read_output
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import Suspend
+from stroma.failures.failure import Failure, NodeContext, diagnose
+from stroma.hooks.sets import NodeHooks
+from stroma.runner.runner import Pipeline, StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.testing.recording import RecordedAttempt, RecordedRun, is_failed_item
-from stroma.trace import AttemptUsage, ExecutionResult, RunStatus, jsonable
+from stroma.trace.events import AttemptUsage
+from stroma.trace.html import without_values
+from stroma.trace.plain import jsonable
+from stroma.trace.redaction import Redact
+from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["Difference", "Replay", "replay", "replay_sync"]
 

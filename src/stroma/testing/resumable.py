@@ -21,20 +21,21 @@ from typing import Any, Final
 
 from pydantic import BaseModel
 
-from stroma._probe import PROBES
 from stroma.checkpoint import CheckpointManager
+from stroma.checkpoint.history import Change, changes, place_of
 from stroma.checkpoint.records import AttemptRecord
-from stroma.checkpoint.sqlite import SQLiteStore
-from stroma.context import ReliabilityContext
-from stroma.failures import text_of
-from stroma.history import Change, changes, place_of
-from stroma.nodes import Group, Node, find_node
-from stroma.runner import Pipeline, StromaRunner
-from stroma.schemas import Schema, schema_of
+from stroma.checkpoint.sqlite.store import SQLiteStore
+from stroma.contracts.node import Group, Node, find_node
+from stroma.contracts.schema import Schema, schema_of
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.interceptors import PROBES
+from stroma.failures.failure import text_of
+from stroma.runner.runner import Pipeline, StromaRunner
 from stroma.testing.clock import FakeClock
 from stroma.testing.crash import Boundary, Crashed, Deaths
 from stroma.testing.faults import FaultPlan
-from stroma.trace import RunStatus, jsonable
+from stroma.trace.plain import jsonable
+from stroma.trace.result import RunStatus
 
 __all__ = ["Resumability", "assert_resumable", "assert_resumable_sync"]
 

@@ -8,8 +8,11 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
-from stroma._words import typed
-from stroma.trace import ExecutionResult, ExecutionTrace, TraceEvent, jsonable
+from stroma._utils.text import typed
+from stroma.trace.events import TraceEvent
+from stroma.trace.plain import jsonable
+from stroma.trace.result import ExecutionResult
+from stroma.trace.trace import ExecutionTrace
 
 __all__ = ["compare_with_file", "trace_snapshot"]
 

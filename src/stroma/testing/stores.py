@@ -15,7 +15,6 @@ from typing import Any
 import pytest
 from pydantic import BaseModel
 
-from stroma._restore import read_output
 from stroma.checkpoint import (
     AsyncInMemoryStore,
     CheckpointNotFound,
@@ -32,10 +31,12 @@ from stroma.checkpoint import (
     StoreError,
     Waiting,
 )
-from stroma.checkpoint.journal import OF_MAP
-from stroma.failures import FailureClass, ItemFailure
-from stroma.schemas import Schema, schema_of
-from stroma.trace import BRANCH, NODE, POSITION, STARTED, USAGE, AttemptUsage, Failed, Row
+from stroma.checkpoint.protocols import OF_MAP
+from stroma.contracts.schema import Schema, schema_of
+from stroma.engine.restore import read_output
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import ItemFailure
+from stroma.trace.events import BRANCH, NODE, POSITION, STARTED, USAGE, AttemptUsage, Failed, Row
 
 __all__ = ["JournalStoreTests", "State", "begin", "commit", "fail", "finish", "restored", "row"]
 
@@ -998,7 +999,7 @@ class JournalStoreTests:
         known = [found(query, 50) for query in asked]
         assert known[0] == ["run-10", "run-5", "run-0"]
         for look_at in (1, 2, 3, 11):
-            monkeypatch.setattr("stroma.checkpoint._reading._LOOK_AT", look_at)
+            monkeypatch.setattr("stroma.checkpoint.durable.reader._LOOK_AT", look_at)
             for limit in (1, 2, 50):
                 assert [found(query, limit) for query in asked] == known, (look_at, limit)
 

@@ -1,12 +1,13 @@
-"""The web interface: the runs of one store, in a browser on this machine. Needs the extra ``ui``; see ``stroma ui``."""
+"""The web interface."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from stroma.ui.app import Settings, make_app
+    from stroma.ui.app import make_app
     from stroma.ui.server import serve
+    from stroma.ui.settings import Settings
 
 __all__ = ["Settings", "make_app", "serve"]
 

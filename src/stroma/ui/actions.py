@@ -10,12 +10,12 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import RedirectResponse, Response
 
+from stroma.checkpoint.history import FINISHED
 from stroma.checkpoint.records import RunRecord
-from stroma.history import FINISHED
 
 if TYPE_CHECKING:
-    from stroma.ui.app import Settings
     from stroma.ui.security import Keys
+    from stroma.ui.settings import Settings
 
 __all__ = ["Actions", "can_resume"]
 

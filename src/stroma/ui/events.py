@@ -17,7 +17,7 @@ from starlette.responses import Response, StreamingResponse
 from stroma.checkpoint.errors import StoreError
 
 if TYPE_CHECKING:
-    from stroma.ui.app import Settings
+    from stroma.ui.settings import Settings
 
 __all__ = ["Events"]
 

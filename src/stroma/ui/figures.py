@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Final
 
-from stroma.checkpoint._states import AsyncStates
+from stroma.checkpoint.durable.states import AsyncStates
 from stroma.checkpoint.records import RunQuery
 
 __all__ = ["Figures", "figures_of"]

@@ -8,10 +8,10 @@ from typing import Final
 
 from markupsafe import Markup
 
-from stroma._words import plural
+from stroma._utils.svg import as_xml
+from stroma._utils.text import plural
 from stroma.checkpoint.records import PICO, Tally
-from stroma.page import utc
-from stroma.render import as_xml
+from stroma.trace.html import utc
 
 __all__ = ["BUCKETS", "Overview", "Row"]
 

@@ -16,12 +16,8 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import HTMLResponse, Response
 
-from stroma._frames import Trouble
-from stroma._words import clean, count, money, short_id, span, with_marks
-from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
-from stroma.exports import chrome_trace, otlp
-from stroma.failures import FailureClass
-from stroma.history import (
+from stroma._utils.text import clean, count, money, short_id, span, with_marks
+from stroma.checkpoint.history import (
     FAILED,
     FINISHED,
     History,
@@ -35,7 +31,11 @@ from stroma.history import (
     place_of,
     status_of,
 )
-from stroma.page import (
+from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
+from stroma.failures.classes import FailureClass
+from stroma.failures.tracebacks import Trouble
+from stroma.telemetry.export_formats import chrome_trace, otlp
+from stroma.trace.html import (
     Bar,
     Box,
     Story,
@@ -49,15 +49,15 @@ from stroma.page import (
     tree,
     utc,
 )
-from stroma.trace import RunStatus
+from stroma.trace.result import RunStatus
 from stroma.ui.actions import can_resume
 from stroma.ui.figures import figures_of
 from stroma.ui.overview import BUCKETS, Overview
 from stroma.ui.security import PICTURE_POLICY
 
 if TYPE_CHECKING:
-    from stroma.ui.app import Settings
     from stroma.ui.security import Keys
+    from stroma.ui.settings import Settings
 
 __all__ = ["Pages"]
 

@@ -30,7 +30,8 @@ from stroma.adapters import (
     stroma_crewai_step,
     what_stopped,
 )
-from stroma.adapters.crewai import attach, guard_llm
+from stroma.adapters._crewai_llm import guard_llm
+from stroma.adapters.crewai import attach
 
 KINDS = ["kickoff", "kickoff_async"]
 

@@ -23,7 +23,7 @@ from stroma import (
     RunStatus,
 )
 from stroma.adapters import Guard
-from stroma.adapters._steps import causes
+from stroma.adapters._step import causes
 from stroma.adapters.dspy import attach
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")

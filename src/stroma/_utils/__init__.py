@@ -1,0 +1,1 @@
+"""Small helpers: lazy names, text, SVG, access to foreign objects."""

@@ -1,0 +1,322 @@
+"""Rows of plain data as SVG that stands by itself: no script, no font, no address. Every word in it is escaped."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from html import escape
+from typing import Final, Literal
+
+from stroma._utils.text import with_marks
+
+__all__ = ["Box", "Line", "Link", "as_xml", "svg"]
+
+Tone = Literal["", "warning", "error", "unknown"]
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One line of a box: a name, and what is said of it."""
+
+    name: str
+    note: str = ""
+    tone: Tone = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Box:
+    """A box, or a frame around those whose ``parent`` it is.
+
+    Attributes:
+        id: by which links and children name it.
+        kind: a word for what it is.
+        left, right: the lines that links end at, and those that they begin at.
+        left_title, right_title: what stands above them.
+    """
+
+    id: str
+    title: str
+    kind: str
+    parent: str = ""
+    left: tuple[Line, ...] = ()
+    right: tuple[Line, ...] = ()
+    left_title: str = ""
+    right_title: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Link:
+    """From a line on the right of a box to one on the left of another; "" is the box as a whole."""
+
+    source: str
+    source_line: str
+    target: str
+    target_line: str
+    tone: Tone = ""
+
+
+_NO_XML: Final = re.compile("[^\t\n\r\x20-\x7e\xa0-\ud7ff\ue000-\ufffd\U00010000-\U0010ffff]")
+
+
+def as_xml(text: str) -> str:
+    """Text as it may stand anywhere in XML, quotes included; what XML cannot say, or a terminal would obey, is U+FFFD.
+
+    Marks that turn the direction of a text are shown as escapes.
+    """
+    # A carriage return that is not named is read as a line feed.
+    return escape(with_marks(_NO_XML.sub("\ufffd", text)), quote=True).replace("\r", "&#13;")
+
+
+# Sizes in pixels.
+_CHAR: Final = 6.7  # of the monospaced 11 px that the lines are written in
+_TITLE_CHAR: Final = 8.0
+_LINE: Final = 20
+_HEAD: Final = 44
+_SECTION: Final = 20
+_PAD: Final = 12
+_GAP: Final = 84  # between columns, for the links
+_STACK: Final = 18  # between what stands one below the other
+_FRAME: Final = 34  # the title of a frame
+_LANE: Final = 11
+_MARGIN: Final = 24
+_LONGEST: Final = 34  # characters of a line; the rest is in its tooltip
+_LONGEST_TITLE: Final = 52
+
+_STYLE: Final = """
+svg{background:#fff;font-family:system-ui,-apple-system,'Segoe UI',Roboto,sans-serif}
+.box{fill:#fff;stroke:#cbd5e1}.head{fill:#eef2ff}.input .head{fill:#ecfdf5}.bare .head{fill:#f1f5f9}
+.frame{fill:#f8fafc;stroke:#94a3b8;stroke-dasharray:5 4}
+.title{font-size:13px;font-weight:600;fill:#0f172a}.kind{font-size:10px;fill:#64748b}
+.at{font-size:10px;fill:#94a3b8;text-anchor:end}.top{font-size:10px;font-weight:600;fill:#475569}
+.line{font:11px ui-monospace,SFMono-Regular,Menlo,Consolas,'DejaVu Sans Mono',monospace;fill:#0f172a}
+.note{fill:#64748b}.rule{stroke:#e2e8f0}.dot{fill:#fff;stroke:#94a3b8}
+.error .line,.error .note{fill:#b91c1c}.warning .line,.warning .note{fill:#a16207}
+.link{fill:none;stroke:#818cf8;stroke-width:1.4}.link.error{stroke:#dc2626;stroke-width:2}
+.link.warning{stroke:#d97706;stroke-width:2}.link.unknown{stroke:#94a3b8;stroke-dasharray:3 4}
+.mark.error{fill:#fee2e2}.mark.warning{fill:#fef3c7}
+.legend{font-size:11px;fill:#475569}
+@media(prefers-color-scheme:dark){svg{background:#0f172a}.box{fill:#1e293b;stroke:#475569}.head{fill:#312e81}
+.input .head{fill:#064e3b}.bare .head{fill:#334155}.frame{fill:#172033;stroke:#64748b}.title,.line{fill:#f1f5f9}
+.kind,.note,.top,.legend{fill:#cbd5e1}.rule{stroke:#334155}.dot{fill:#1e293b}
+.error .line,.error .note{fill:#fca5a5}.warning .line,.warning .note{fill:#fcd34d}
+.mark.error{fill:#450a0a}.mark.warning{fill:#422006}}
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """Where a box is, and the heights at which its lines meet the links."""
+
+    box: Box
+    x: float
+    y: float
+    width: float
+    height: float
+    column: int
+
+
+def svg(boxes: Sequence[Box], links: Iterable[Link], *, title: str) -> str:
+    """A picture of boxes from left to right, frames around their children, and the links between their lines."""
+    children: dict[str, list[Box]] = {}
+    for box in boxes:
+        children.setdefault(box.parent, []).append(box)
+    places: dict[str, _Place] = {}
+    x: float = _MARGIN
+    top = _MARGIN + 30
+    for column, box in enumerate(children.get("", [])):
+        width, _ = _size(box, children)
+        _put(box, children, places, x, top, width, column)
+        x += width + _GAP
+    bottom = max((p.y + p.height for p in places.values()), default=top)
+    drawn, lowest = _links(links, places)
+    width = max(x - _GAP + _MARGIN, 420)
+    height = max(bottom, lowest) + _MARGIN + 26
+    body = [_box(place, bool(children.get(place.box.id))) for place in places.values()]
+    return "\n".join([
+        f'<svg xmlns="http://www.w3.org/2000/svg" width="{width:.0f}" height="{height:.0f}" '
+        f'viewBox="0 0 {width:.0f} {height:.0f}" role="img" aria-label="{as_xml(title)}">',
+        f"<title>{as_xml(title)}</title>",
+        f"<style>{_STYLE}</style>",
+        f'<text class="title" x="{_MARGIN}" y="{_MARGIN + 8}">{as_xml(title)}</text>',
+        *[part for part in body if part.startswith("<g class=\"group")],
+        *drawn,
+        *[part for part in body if not part.startswith("<g class=\"group")],
+        _legend(height),
+        "</svg>",
+        "",
+    ])  # fmt: skip
+
+
+def _size(box: Box, children: Mapping[str, list[Box]]) -> tuple[float, float]:
+    inside = children.get(box.id)
+    if inside:
+        sizes = [_size(child, children) for child in inside]
+        width = max(
+            max(w for w, _ in sizes) + 2 * _PAD, len(_cut(box.title, _LONGEST_TITLE)) * _TITLE_CHAR + 2 * _PAD
+        )
+        return width, _FRAME + sum(h for _, h in sizes) + _STACK * (len(sizes) - 1) + _PAD
+    left, right = _columns(box)
+    head = len(_cut(box.title, _LONGEST_TITLE)) * _TITLE_CHAR + 2 * _PAD + 30
+    lines = max(len(box.left), len(box.right))
+    titled = _SECTION if box.left_title or box.right_title else 0
+    return max(left + right + 3 * _PAD, head, 150), _HEAD + titled + lines * _LINE + (8 if lines else 0)
+
+
+def _columns(box: Box) -> tuple[float, float]:
+    def wide(lines: tuple[Line, ...], title: str) -> float:
+        longest = max((len(_cut(_said(line))) for line in lines), default=0)
+        return max(longest * _CHAR, len(_cut(title)) * 6.2)
+
+    return wide(box.left, box.left_title), wide(box.right, box.right_title)
+
+
+def _said(line: Line) -> str:
+    return f"{line.name}: {line.note}" if line.note else line.name
+
+
+def _cut(text: str, longest: int = _LONGEST) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= longest else text[: longest - 1] + "…"
+
+
+def _put(
+    box: Box, children: Mapping[str, list[Box]], places: dict[str, _Place], x: float, y: float, width: float,
+    column: int,
+) -> float:  # fmt: skip
+    """Place a box and all inside it; how high that is."""
+    _, height = _size(box, children)
+    places[box.id] = _Place(box, x, y, width, height, column)
+    below = y + _FRAME
+    for child in children.get(box.id, ()):
+        below += _put(child, children, places, x + _PAD, below, width - 2 * _PAD, column) + _STACK
+    return height
+
+
+def _line_at(place: _Place, name: str, *, right: bool) -> float:
+    lines = place.box.right if right else place.box.left
+    for index, line in enumerate(lines):
+        if line.name == name:
+            titled = _SECTION if place.box.left_title or place.box.right_title else 0
+            return place.y + _HEAD + titled + index * _LINE + _LINE / 2
+    return place.y + _HEAD / 2
+
+
+def _links(links: Iterable[Link], places: Mapping[str, _Place]) -> tuple[list[str], float]:
+    """The paths, and the height of the lowest."""
+    drawn: list[str] = []
+    lowest = 0.0
+    edges = {p.column: (p.x, p.x + p.width) for p in places.values() if not p.box.parent}
+    ends = {p.column: p.y + p.height for p in places.values() if not p.box.parent}
+    #: What one line feeds in one column goes there together.
+    lanes: dict[tuple[str, str, int], int] = {}
+    for link in links:
+        source, target = places.get(link.source), places.get(link.target)
+        if source is None or target is None:
+            continue
+        x1, y1 = source.x + source.width, _line_at(source, link.source_line, right=True)
+        x2, y2 = target.x, _line_at(target, link.target_line, right=False)
+        between = [ends[column] for column in range(source.column + 1, target.column)]
+        if not between:
+            bend = max((x2 - x1) / 2, 24)
+            path = f"M{x1:.1f} {y1:.1f}C{x1 + bend:.1f} {y1:.1f} {x2 - bend:.1f} {y2:.1f} {x2:.1f} {y2:.1f}"
+        else:
+            # Around the boxes between: below the lowest of them, in a lane of its own.
+            lane = lanes.setdefault((link.source, link.source_line, target.column), len(lanes))
+            y = max(between) + 16 + lane * _LANE
+            lowest = max(lowest, y)
+            # Between the columns, whatever frames the two boxes are in.
+            out = edges[source.column][1] + 14 + (lane * 7) % 56
+            back = edges[target.column][0] - 14 - (lane * 7) % 56
+            path = _around(x1, y1, out, y, back, x2, y2)
+        words = f"{link.source_line or source.box.title} → {link.target_line or target.box.title}"
+        drawn.append(
+            f'<path class="link {as_xml(link.tone)}" d="{path}"><title>{as_xml(words)}</title></path>'
+        )
+        drawn += [f'<circle class="dot" cx="{x:.1f}" cy="{y:.1f}" r="3"/>' for x, y in ((x1, y1), (x2, y2))]
+    return drawn, lowest
+
+
+def _around(x1: float, y1: float, out: float, y: float, back: float, x2: float, y2: float) -> str:
+    """A path that leaves a column, goes along a lane and comes to another column, its corners round."""
+    down, up = (
+        r if abs(y - end) >= 2 * abs(r) else 0
+        for r, end in ((6 if y > y1 else -6, y1), (6 if y2 > y else -6, y2))
+    )
+    return (
+        f"M{x1:.1f} {y1:.1f}H{out - 6:.1f}q6 0 6 {down}V{y - down:.1f}q0 {down} 6 {down}H{back - 6:.1f}"
+        f"q6 0 6 {up}V{y2 - up:.1f}q0 {up} 6 {up}H{x2:.1f}"
+    )
+
+
+def _box(place: _Place, is_frame: bool) -> str:
+    box, x, y, width, height = place.box, place.x, place.y, place.width, place.height
+    title = f'<text class="title" x="{x + _PAD:.1f}" y="{y + 19:.1f}">{as_xml(_cut(box.title, _LONGEST_TITLE))}<title>{as_xml(box.title)}</title></text>'
+    if is_frame:
+        return (
+            f'<g class="group"><rect class="frame" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="10"/>'
+            f"{title}</g>"
+        )
+    bare = "" if box.left or box.right else " bare"
+    parts = [
+        f'<g class="node {as_xml(box.kind)}{bare}">',
+        f'<rect class="box" x="{x:.1f}" y="{y:.1f}" width="{width:.1f}" height="{height:.1f}" rx="8"/>',
+        f'<path class="head" d="M{x + 0.5:.1f} {y + _HEAD - 8:.1f}v-{_HEAD - 16}q0 -7.5 7.5 -7.5h{width - 16:.1f}q7.5 0 7.5 7.5v{_HEAD - 16}z"/>',
+        title,
+        f'<text class="at" x="{x + width - _PAD:.1f}" y="{y + 20:.1f}">{as_xml(box.id)}</text>',
+        f'<text class="kind" x="{x + _PAD:.1f}" y="{y + 31:.1f}">{as_xml(box.kind)}</text>',
+    ]
+    start = y + _HEAD + (_SECTION if box.left_title or box.right_title else 0)
+    middle = x + _PAD + _columns(box)[0] + _PAD / 2 if box.left else x + _PAD / 2
+    for lines, head, at in (
+        (box.left, box.left_title, x + _PAD),
+        (box.right, box.right_title, middle + _PAD / 2),
+    ):
+        if head:
+            parts.append(
+                f'<text class="top" x="{at:.1f}" y="{y + _HEAD + 12:.1f}">{as_xml(_cut(head))}<title>{as_xml(head)}</title></text>'
+            )
+        for index, line in enumerate(lines):
+            parts.append(
+                _line(
+                    line,
+                    at,
+                    start + index * _LINE,
+                    _columns(box)[lines is box.right and head is box.right_title],
+                )
+            )
+    if box.left and box.right:
+        parts.append(
+            f'<path class="rule" d="M{middle:.1f} {y + _HEAD:.1f}V{y + height - 6:.1f}" stroke-width="1"/>'
+        )
+    return "\n".join([*parts, "</g>"])
+
+
+def _line(line: Line, x: float, y: float, width: float) -> str:
+    text = _cut(_said(line))
+    name, colon, note = text.partition(": ") if line.note else (text, "", "")
+    mark = (
+        f'<rect class="mark {as_xml(line.tone)}" x="{x - 4:.1f}" y="{y + 1:.1f}" width="{width + 8:.1f}" height="{_LINE - 2}" rx="4"/>'
+        if line.tone
+        else ""
+    )
+    return (
+        f'<g class="{as_xml(line.tone)}">{mark}<text class="line" x="{x:.1f}" y="{y + 14:.1f}">{as_xml(name)}'
+        f'<tspan class="note">{as_xml(colon + note)}</tspan><title>{as_xml(_said(line))}</title></text></g>'
+    )
+
+
+def _legend(height: float) -> str:
+    y = height - 16
+    parts = []
+    x = float(_MARGIN)
+    for tone, words in (
+        ("", "fits"),
+        ("warning", "may fail"),
+        ("error", "can never work"),
+        ("unknown", "no contract"),
+    ):
+        parts.append(f'<path class="link {tone}" d="M{x:.0f} {y - 4:.0f}h22"/>')
+        parts.append(f'<text class="legend" x="{x + 28:.0f}" y="{y:.0f}">{words}</text>')
+        x += 46 + len(words) * 6
+    return "\n".join(parts)

@@ -1,0 +1,73 @@
+"""Objects that may make one of their calls by another of them: an async one by a sync one, say."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+from stroma.adapters.guard import Guard
+from stroma.engine.execution import current_node
+
+__all__ = ["guard_methods", "own_method"]
+
+
+def guard_methods(
+    owner: Any, names: tuple[str, ...], guard: Guard, step_id: str, around: Callable[[Any], Any], **about: Any
+) -> Any:
+    """Make steps of some methods of an object, once, whichever of them calls another; changes it and returns it.
+
+    ``around(bare)``: what is called in the place of a method, sync or async like it.
+    """
+    for name in names:
+        bare = own_method(owner, name)
+        if bare is not None and not guard.has(bare):
+            step = guard.wrap(step_id, _noted(owner, around(bare)), **about)
+            object.__setattr__(owner, name, guard.mark(_guarded(owner, bare, step)))
+    return owner
+
+
+def own_method(owner: Any, name: str) -> Any:
+    """A method of an object, or None; not by getattr(), which DSPy takes for a call."""
+    try:
+        return object.__getattribute__(owner, name)
+    except AttributeError:
+        return None
+
+
+def _noted(owner: Any, call: Any) -> Any:
+    """A call during which the step that is under way is known to be the object's."""
+
+    def note() -> None:
+        node = current_node()
+        assert node is not None
+        node.notes[id(owner)] = owner
+
+    @functools.wraps(call)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return call(*args, **kwargs)
+
+    @functools.wraps(call)
+    async def anoted(*args: Any, **kwargs: Any) -> Any:
+        note()
+        return await call(*args, **kwargs)
+
+    return anoted if inspect.iscoroutinefunction(call) else noted
+
+
+def _guarded(owner: Any, bare: Any, step: Any) -> Any:
+    def inside() -> bool:
+        node = current_node()
+        return node is not None and node.notes.get(id(owner)) is owner
+
+    @functools.wraps(bare)
+    def guarded(*args: Any, **kwargs: Any) -> Any:
+        return bare(*args, **kwargs) if inside() else step(*args, **kwargs)
+
+    @functools.wraps(bare)
+    async def aguarded(*args: Any, **kwargs: Any) -> Any:
+        return await (bare(*args, **kwargs) if inside() else step(*args, **kwargs))
+
+    return aguarded if inspect.iscoroutinefunction(bare) else guarded

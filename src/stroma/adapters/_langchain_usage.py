@@ -1,0 +1,96 @@
+"""Who counts the tokens of a model call, for LangGraph, LangChain and Deep Agents."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any
+from uuid import UUID
+
+from langchain_core.callbacks import BaseCallbackHandler
+from langchain_core.tracers.context import register_configure_hook
+
+from stroma.adapters._langchain_messages import usage_of
+from stroma.adapters._step import handed_on
+from stroma.cost.budget import BudgetExceeded
+from stroma.cost.prices import estimate_cost_usd
+from stroma.engine.execution import NodeExecution, current_node
+
+__all__ = ["counting"]
+
+
+class _Counter(BaseCallbackHandler):
+    """Books every model call on the innermost step around it, and refuses one that the budget has no room for.
+
+    There is one for the whole process, so that LangChain never adds it twice, and it keeps nothing but who asked.
+    """
+
+    raise_error = True  # What it raises stops the call.
+    run_inline = True  # On the task that calls the model, where the step is known.
+
+    def __init__(self) -> None:
+        self._asked_by: dict[UUID, NodeExecution] = {}
+
+    def on_chat_model_start(self, *_: Any, run_id: UUID, **__: Any) -> None:
+        node = current_node()
+        if node is not None:
+            _refuse_beyond_budget(node)
+            self._asked_by[run_id] = node
+
+    on_llm_start = on_chat_model_start
+
+    def on_llm_new_token(self, *_: Any, **__: Any) -> None:
+        handed_on()  # Models stream only where somebody listens.
+
+    def on_llm_end(self, response: Any, *, run_id: UUID, **_: Any) -> None:
+        node = self._asked_by.pop(run_id, None)
+        if node is None:
+            return
+        used = usage_of(response)
+        if used is not None:
+            node.report_usage(used)
+        elif node.ctx.limits:
+            node.ctx.run_logger.warning(
+                "a model call in node %r does not say what it used: it counts as 0 against the budget",
+                node.node_id,
+            )
+
+    def on_llm_error(self, *_: Any, run_id: UUID, **__: Any) -> None:
+        self._asked_by.pop(run_id, None)
+
+
+def _refuse_beyond_budget(node: NodeExecution) -> None:
+    """A node may call its model many times before the engine looks at the budget: look at each call."""
+    ctx = node.ctx
+    if not ctx.limits:
+        return
+    ctx.cost_tracker.check_budget(ctx.budget, node.node_id)
+    tokens, cost, inner = 0, 0.0, node
+    while True:
+        for given, made, model, _ in inner.reported or ():
+            tokens += given + made
+            cost += 0.0 if model is None else estimate_cost_usd(model, given, made)
+        if inner.parent is None:
+            break
+        inner = inner.parent
+    more = {"tokens": tokens, "cost": cost}
+    for dimension, limit in ctx.limits:
+        used = ctx.cost_tracker.used(dimension) + more.get(dimension, 0)
+        if used > limit:
+            raise BudgetExceeded(dimension, limit, used, node.node_id)
+
+
+_COUNTER = _Counter()
+_HERE: ContextVar[BaseCallbackHandler | None] = ContextVar("stroma_langchain_counter", default=None)
+register_configure_hook(_HERE, inheritable=True)
+
+
+@contextmanager
+def counting() -> Iterator[None]:
+    """Around a step: its model calls are counted, in its threads and tasks too."""
+    token = _HERE.set(_COUNTER)
+    try:
+        yield
+    finally:
+        _HERE.reset(token)

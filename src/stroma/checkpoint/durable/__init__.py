@@ -1,0 +1,1 @@
+"""What the SQL stores and Redis share: sessions, rows, leases and the thread that writes."""

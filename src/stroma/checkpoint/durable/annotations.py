@@ -1,0 +1,97 @@
+"""What a durable store keeps of a run beside its commits: what nodes wait for, and end hooks that may not have been told."""
+
+from __future__ import annotations
+
+import json
+from typing import cast
+
+from stroma.checkpoint.durable.rows import DUE, WAITING, Rows, Step, StepRow, checksum, intact, text
+from stroma.checkpoint.payloads import Payloads, Place
+from stroma.checkpoint.protocols import Waiting
+from stroma.checkpoint.records import PICO, Attempt
+from stroma.failures.classes import FailureClass
+from stroma.trace.events import AttemptUsage, Failed, Outcome, Row
+
+__all__ = [
+    "answer_place",
+    "due_key",
+    "keep_due",
+    "keep_waiting",
+    "read_due",
+    "read_waiting",
+    "waiting_branch",
+]
+
+
+def due_key(attempt: Attempt) -> str:
+    return f"{attempt.position}:{attempt.started_ns}:{attempt.attempt}:{attempt.branch}"
+
+
+def keep_due(rows: Rows, run_id: str, attempt: Attempt) -> None:
+    # All that its hooks are to be told, but for its output: that stands with its commit.
+    data = json.dumps(attempt._asdict()).encode()
+    rows.keep(run_id, DUE, due_key(attempt), attempt.node_id, Step("", "", data, checksum(data)))
+
+
+def read_due(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> Row | None:
+    """Return what :func:`keep_due` saved, as the row that it was made of; None for what is damaged."""
+    if not intact(kept.step.output, kept.step.sha256):
+        return None
+    try:
+        found = Attempt(**json.loads(kept.step.output))
+        place = Place(run_id, execution, "message", found.position, found.branch)
+        found = found._replace(message=payloads.open_text(found.message, place))
+        usage = AttemptUsage(found.tokens, found.output_tokens, found.cost_pico / PICO, found.model)
+        failed = None
+        if found.failure_class is not None:
+            failed = Failed(
+                FailureClass(found.failure_class), found.message or "", found.reason, found.error_type
+            )
+        elif found.message is not None:
+            failed = Failed(FailureClass.RECOVERABLE, found.message, found.reason)  # Why it waits.
+    except (TypeError, ValueError):
+        return None
+    return (
+        found.node_id, found.attempt, found.started_ns, found.duration_ns, {}, None,
+        cast("Outcome", found.outcome), failed, usage, found.position, found.branch, found.group_id, None, None,
+        found.function_ns,
+    )  # fmt: skip
+
+
+def keep_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, payloads: Payloads) -> None:
+    """Save what a node waits for, or the answer."""
+    data, number = b"", None
+    if waiting.payload is not None:
+        data, number = payloads.seal_now(waiting.payload, answer_place(run_id, execution, waiting)), 1
+    place = Place(run_id, execution, "question", waiting.position, waiting.branch)
+    question = payloads.seal_text(text(waiting.reason), place)
+    step = Step(question or "", waiting.schema_ref, data, checksum(data), number)
+    rows.keep(run_id, WAITING, waiting_branch(waiting), waiting.node_id, step)
+
+
+def waiting_branch(waiting: Waiting) -> str:
+    """Where :func:`keep_waiting` keeps it."""
+    return f"{waiting.position}:{waiting.branch}"
+
+
+def answer_place(run_id: str, execution: int, waiting: Waiting) -> Place:
+    """Return the place of an answer: one question's, so that it answers no other one that is asked there."""
+    question = f"answer\0{waiting.schema_ref}\0{text(waiting.reason)}"
+    return Place(run_id, execution, question, waiting.position, waiting.branch)
+
+
+def read_waiting(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> Waiting | None:
+    """Return what :func:`keep_waiting` saved; None for anything else."""
+    number, _, branch = kept.branch.partition(":")
+    step = kept.step
+    if not number.isdecimal() or not intact(step.output, step.sha256):
+        return None
+    position = int(number)
+    reason = payloads.open_text(step.contract, Place(run_id, execution, "question", position, branch))
+    waiting = Waiting(position, branch, kept.node_id, reason or "", step.schema_ref)
+    if step.number is None:
+        return waiting
+    place = answer_place(run_id, execution, waiting)
+    return waiting._replace(
+        payload=payloads.open(step.output, place, f"the answer for node {kept.node_id!r}")
+    )

@@ -1,0 +1,103 @@
+"""Leases, kept up for as long as their runs go on, and the wish of others that a run should end."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+import weakref
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Final, Protocol, TypeVar
+
+from stroma.checkpoint.durable.rows import Fence, Rows
+from stroma.checkpoint.durable.session import DurableSession
+
+__all__ = ["Keeper"]
+
+T = TypeVar("T")
+logger = logging.getLogger("stroma")
+
+_RENEWALS: Final = 3  # in the time of a lease: two may be late or lost
+_LOOK_SECONDS: Final = 1.0  # between looks whether somebody wants a run to end
+_IDLE_SECONDS: Final = 10.0  # for which the thread outlives the last run
+
+
+class Store(Protocol):
+    """What the keeper needs of a store; called in its thread."""
+
+    def post(self, operation: Callable[[Rows], Any]) -> None: ...
+    def read(self, query: Callable[[Rows], T], nothing: T) -> T: ...
+
+
+class Keeper:
+    """Keeps up the leases of this process's runs, from a thread: an event loop that is blocked loses none.
+
+    It also looks whether somebody wants a run to end. A process that is stopped renews nothing, nor does one whose
+    sessions were all forgotten.
+    """
+
+    def __init__(self, store: Store) -> None:
+        self._store = weakref.ref(store)
+        self._sessions: weakref.WeakSet[DurableSession] = weakref.WeakSet()
+        self._lock = threading.Lock()
+        self._wake = threading.Event()
+        self._running = False
+        self._stopped = False
+
+    def watch(self, session: DurableSession) -> None:
+        with self._lock:
+            if session.fence.lease_seconds / _RENEWALS < self._interval():
+                self._wake.set()
+            self._sessions.add(session)
+            if not self._running and not self._stopped:
+                self._running = True
+                threading.Thread(target=self._work, name="stroma-leases", daemon=True).start()
+
+    def stop(self) -> None:
+        self._stopped = True
+        self._wake.set()
+
+    def _interval(self) -> float:
+        leases = [session.fence.lease_seconds for session in self._sessions if not session.ended]
+        return min(leases, default=_IDLE_SECONDS * _RENEWALS) / _RENEWALS
+
+    def _work(self) -> None:
+        renewed = time.monotonic()
+        while True:
+            with self._lock:
+                seconds = self._interval()
+            self._wake.wait(min(seconds, _LOOK_SECONDS))
+            store = self._store()
+            with self._lock:
+                self._wake.clear()
+                sessions = [session for session in self._sessions if not session.ended]
+                if self._stopped or store is None or not sessions:
+                    self._running = False
+                    return
+            try:
+                if time.monotonic() - renewed >= min(seconds, self._interval()) * 0.9:
+                    renewed = time.monotonic()
+                    store.post(partial(_renew, [session.fence for session in sessions]))
+                self._look(store, {session.fence.run: session for session in sessions if session.on_cancel})
+            except Exception:  # All runs of this process would lose their leases with the thread.
+                logger.exception("leases could not be looked after; trying again")
+            del store, sessions  # A thread that waits keeps nobody's state alive.
+
+    @staticmethod
+    def _look(store: Store, sessions: dict[Any, DurableSession]) -> None:
+        if not sessions:
+            return
+        try:
+            wanted = store.read(lambda rows: rows.wanted(list(sessions)), list[Any]())
+        except Exception as error:  # Whatever it is: without this thread no lease is renewed.
+            logger.debug("could not look for cancelled runs: %s", error)
+            return
+        for run in wanted:
+            on_cancel = sessions[run].on_cancel
+            if on_cancel is not None:
+                on_cancel()
+
+
+def _renew(fences: list[Fence], rows: Rows) -> None:
+    rows.renew(fences)

@@ -1,0 +1,106 @@
+"""The simple protocol on durable stores: the last state of each node of a run."""
+
+from __future__ import annotations
+
+import asyncio
+
+from pydantic import BaseModel
+
+from stroma.checkpoint.durable.rows import SAVED, Doing, Rows, Step, StepRow, verify
+from stroma.checkpoint.durable.store import DurableStore
+from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
+from stroma.checkpoint.manager import resolve_schema
+from stroma.checkpoint.memory.store import coerce
+from stroma.checkpoint.payloads import Place
+from stroma.contracts.contract import check_id
+from stroma.contracts.schema import Schema, schema_of, told_of
+
+__all__ = ["AsyncStates"]
+
+
+class AsyncStates(DurableStore):
+    """A durable store whose ``save``, ``load`` and ``delete`` are async."""
+
+    async def save(self, run_id: str, node_id: str, state: BaseModel) -> None:
+        """Keep a state as the last one of a node. Raises NotSerialisable, ValueError for an id, StoreError."""
+        check_id(run_id, "run id")
+        check_id(node_id, "node id")
+        schema = schema_of(type(state))
+        place = Place(run_id, 0, "output", SAVED, node_id)
+        step = await self._step(schema, self._encode(schema, state), place)
+        await self._submit(Doing(run_id, lambda rows: rows.keep(run_id, SAVED, node_id, node_id, step)))
+
+    async def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
+        """Save as an instance of ``schema``; raises TypeError("schema must be a BaseModel type")."""
+        await self.save(run_id, node_id, coerce(state, schema))
+
+    async def load(self, run_id: str, node_id: str) -> BaseModel | None:
+        """The newest output or saved state of a node, or None.
+
+        Its class is looked up among the modules that are imported, nothing is imported for it: StoreError if it is
+        not there. :meth:`load_typed` needs no such luck. Raises CorruptCheckpoint for a damaged one.
+        """
+        found = await self._newest(run_id, node_id)
+        if found is None:
+            return None
+        where = f"the checkpoint of node {node_id!r} in run {run_id!r}"
+        try:
+            model = resolve_schema(found.schema_ref)
+        except (LookupError, TypeError) as error:
+            raise StoreError(
+                f"{where} is a {found.schema_ref}: {error}; or read it with load_typed(run_id, node_id, schema)"
+            ) from error
+        return _decode(schema_of(model), found.output, where)
+
+    async def load_typed(self, run_id: str, node_id: str, schema: type[BaseModel]) -> BaseModel | None:
+        """The newest output or saved state of a node as an instance of ``schema``, or None.
+
+        Raises CorruptCheckpoint if it is damaged or not one, TypeError("schema must be a BaseModel type").
+        """
+        if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+            raise TypeError("schema must be a BaseModel type")
+        found = await self._newest(run_id, node_id)
+        if found is None:
+            return None
+        return _decode(
+            schema_of(schema), found.output, f"the checkpoint of node {node_id!r} in run {run_id!r}"
+        )
+
+    async def delete(self, run_id: str) -> None:
+        """Delete everything kept of one run, of all its executions. Whoever is at work on it is fenced off."""
+        check_id(run_id, "run id")
+        await self._submit(Doing(run_id, lambda rows: rows.delete(run_id)))
+
+    async def _newest(self, run_id: str, node_id: str) -> Step | None:
+        check_id(run_id, "run id")
+        check_id(node_id, "node id")
+
+        if not self.exists():
+            return None
+
+        def query(rows: Rows) -> tuple[int, StepRow] | None:
+            newest = rows.newest(run_id, node_id)
+            if newest is None or newest.position == SAVED:  # What save() stores may have no run.
+                return None if newest is None else (0, newest)
+            run = rows.find(run_id)
+            return None if run is None else (run.execution, newest)
+
+        kept = await asyncio.to_thread(self.read, query, None)
+        if kept is None:
+            return None
+        execution, found = kept
+        verify(found.step, run_id, found.position, node_id, found.branch)
+        what = f"the checkpoint of node {node_id!r} in run {run_id!r}"
+        place = Place(run_id, execution, "output", found.position, found.branch)
+        output = await asyncio.to_thread(self._payloads.open, found.step.output, place, what)
+        return found.step._replace(output=output)
+
+
+def _decode(schema: Schema, data: bytes, where: str) -> BaseModel:
+    try:
+        return schema.decode(data)
+    except Exception as error:
+        why, cause = told_of(error)
+        raise CorruptCheckpoint(
+            f"{where} is not a {schema.model.__name__}: {why}; restore the schema, or run the node again"
+        ) from cause

@@ -1,0 +1,381 @@
+"""What all durable stores have in common: the journal, the simple protocol, reading, and leases that are kept up."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+import weakref
+from abc import abstractmethod
+from collections.abc import Awaitable, Callable
+from datetime import timedelta
+from functools import partial
+from operator import itemgetter
+from typing import Any, Final, NamedTuple, Self, TypeVar
+
+from pydantic import BaseModel
+
+from stroma.checkpoint.cells import Change
+from stroma.checkpoint.durable.annotations import keep_waiting, read_waiting, waiting_branch
+from stroma.checkpoint.durable.leases import Keeper
+from stroma.checkpoint.durable.owner import new_owner
+from stroma.checkpoint.durable.reader import ReadableStore
+from stroma.checkpoint.durable.rows import (
+    CANCEL,
+    WAITING,
+    CellChange,
+    Doing,
+    Fence,
+    Opening,
+    Rows,
+    Step,
+    StepRow,
+    checksum,
+    intact,
+    verify,
+)
+from stroma.checkpoint.durable.session import DurableSession, fork
+from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
+from stroma.checkpoint.errors import CorruptCheckpoint
+from stroma.checkpoint.manager import schema_ref
+from stroma.checkpoint.payloads import BLOB, BlobStore, Payloads, Place, collect
+from stroma.checkpoint.protocols import (
+    ENDED,
+    Committed,
+    RunRequest,
+    Waiting,
+    items_in,
+    no_map,
+    waits_no_longer,
+)
+from stroma.contracts.contract import check_id
+from stroma.contracts.schema import Schema
+
+__all__ = ["DurableStore"]
+
+T = TypeVar("T")
+logger = logging.getLogger("stroma")
+
+_AT_ONCE: Final = 500  # runs that one look for old ones gives
+_TOGETHER: Final = 50  # runs that one transaction deletes: others wait for it
+
+
+class Collected(NamedTuple):
+    """What a gc() deleted: how many runs, and how many blobs."""
+
+    runs: int
+    blobs: int
+
+
+class DurableStore(ReadableStore):
+    """A journal store whose data outlives the process. Safe to share between tasks, threads and event loops.
+
+    Async calls are done by a thread of ours, which does together what waits together; cancelling a caller does not
+    undo what it asked for. Whatever the store cannot do is a StoreError that says how to mend it. A forked child
+    connects anew.
+    """
+
+    _thread_name = "stroma-store"
+    #: Names the store among all stores, without a password: two with one address hold the same rows.
+    address: str
+
+    def __init__(self, payloads: Payloads | None = None) -> None:
+        self._payloads = Payloads() if payloads is None else payloads
+        #: By generation: a forked child finds its parent's worker here, whose thread it does not have.
+        self._workers: dict[int, Worker] = {}
+        self._keepers: dict[int, Keeper] = {}
+
+    @abstractmethod
+    def _connect(self) -> Connection:
+        """What the worker thread does its operations on."""
+
+    def _worker(self) -> Worker:
+        worker = self._workers.get(generation())
+        if worker is None:
+            fresh = Worker(self._connect(), self._thread_name)
+            worker = self._workers.setdefault(generation(), fresh)
+            # Not a lock, which a forked child might find held by nobody.
+            if worker is fresh:
+                weakref.finalize(self, fresh.stop).atexit = False
+                fresh.start()
+        return worker
+
+    def post(self, operation: Callable[[Any], None]) -> None:
+        """Have an operation done that nobody waits for. From any thread."""
+        self._worker().post(operation)
+
+    def _submit(self, operation: Operation) -> asyncio.Future[Any]:
+        return self._worker().submit(operation)
+
+    # ------------------------------------------------------------------ the journal
+
+    def open_run(self, request: RunRequest) -> Awaitable[DurableSession]:
+        """Begin an execution of a run, or continue its last one. Earlier sessions of the run are fenced off.
+
+        Raises ValueError for an illegal run id and NotSerialisable for an input that cannot be kept, both at once;
+        awaited: RunBusy, RunExists, PipelineChanged if the run to continue was begun with another input,
+        CorruptCheckpoint, StoreError.
+        """
+        check_id(request.run_id, "run id")
+        return self._open(request, self._encode(request.schema, request.initial_state))
+
+    def _encode(self, schema: Schema, state: BaseModel) -> bytes:
+        return schema.encode(state, secrets=self._payloads.codec is not None)
+
+    async def _step(self, schema: Schema, data: bytes, place: Place) -> Step:
+        sealed = await self._payloads.seal(data, place)
+        return Step(schema.fingerprint, schema_ref(schema.model), sealed, checksum(sealed))
+
+    async def _open(self, request: RunRequest, data: bytes) -> DurableSession:
+        last, opened = 0, dict[tuple[Place, bytes], bytes]()
+        if not self._payloads.plain:
+            last, opened = await asyncio.to_thread(self._open_ahead, request)
+        session = DurableSession(request.run_id, self._submit, self._payloads, opened, self.address)
+        sealed = await self._payloads.seal(data, Place(request.run_id, last + 1, "input"))
+        opening = Opening(
+            request.run_id,
+            request.pipeline,
+            str(new_owner(session, ends=request.ends)),
+            request.lease_seconds,
+            request.schema.fingerprint,
+            sealed,
+            checksum(sealed),
+            request.discard_from,
+            tuple(dict.fromkeys(request.tags)),
+            last + 1,
+        )
+        open_it = partial(session.open, request, opening, data)
+        await self._submit(Doing(request.run_id, open_it, opening, session))
+        if session.fence.owner:  # Not that of a run which is returned as it is.
+            keeper = self._keepers.get(generation())
+            if keeper is None:
+                keeper = self._keepers.setdefault(generation(), Keeper(self))
+            keeper.watch(session)
+        return session
+
+    def _open_ahead(self, request: RunRequest) -> tuple[int, dict[tuple[Place, bytes], bytes]]:
+        """Return the last execution of a run, and what its commits hold, opened outside of the transaction that claims
+        it: that can take long."""
+
+        def query(rows: Rows) -> tuple[int, list[StepRow]]:
+            found = rows.find(request.run_id)
+            if found is None:
+                return 0, []
+            kept = rows.steps(found.run, found.execution, request.apart)
+            # What stands in blobs is read when it is needed: all of it may be more than there is memory.
+            return found.execution, [
+                row
+                for row in kept
+                if not row.step.output.startswith(BLOB) and intact(row.step.output, row.step.sha256)
+            ]
+
+        opened: dict[tuple[Place, bytes], bytes] = {}
+        execution, kept = self.read(query, (0, list[StepRow]())) if self.exists() else (0, [])
+        for position, branch, _, step in kept:
+            place = Place(request.run_id, execution, "output", position, branch)
+            try:
+                opened[place, step.sha256] = self._payloads.open(step.output, place, "")
+            except CorruptCheckpoint:
+                pass  # It is told in its place, if it is needed at all.
+        return execution, opened
+
+    async def cancel(self, run_id: str) -> bool:
+        """Ask whoever is at work on a run to end it; a run that nobody holds is CANCELLED at once.
+
+        False if it had ended already. Raises CheckpointNotFound, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def operation(rows: Rows) -> bool:
+            found = rows.find(run_id, lock=True)
+            if found is None or not found.execution:
+                raise self._no_run(run_id)
+            if found.holder is not None:
+                rows.keep(run_id, CANCEL, "", "cancel", Step("", "", b"", checksum(b"")))
+            elif found.status in ENDED:
+                return False
+            else:
+                last = Fence(found.run, found.execution, found.epoch, found.owner or "", 0.0)
+                rows.finish(last, "CANCELLED", None)
+            return True
+
+        done: bool = await self._submit(Doing(run_id, operation))
+        return done
+
+    async def signal(self, run_id: str, waiting: Waiting) -> None:
+        """Keep the answer that a node waits for; ``waiting`` with its payload.
+
+        Raises CheckpointNotFound, StoreError, also if the node has an answer or waits no longer.
+        """
+        check_id(run_id, "run id")
+        await self._submit(Doing(run_id, partial(self._answer, run_id, waiting)))
+
+    def _answer(self, run_id: str, waiting: Waiting, rows: Rows) -> None:
+        found = rows.find(run_id, lock=True)
+        if found is None:
+            raise self._no_run(run_id)
+        branch = waiting_branch(waiting)
+        asked = next((row for row in rows.kept(found.run, WAITING) if row.branch == branch), None)
+        if asked is None or asked.node_id != waiting.node_id:
+            raise waits_no_longer(run_id, waiting)
+        if asked.step.number is None:
+            keep_waiting(rows, run_id, found.execution, waiting, self._payloads)
+            return
+        answered = read_waiting(asked, run_id, found.execution, self._payloads)
+        if answered is None or answered.payload != waiting.payload:  # Else it was sent once more.
+            raise waits_no_longer(run_id, waiting)
+
+    async def fork(
+        self,
+        run_id: str,
+        new_run_id: str,
+        before: int,
+        *,
+        edited: tuple[Schema, BaseModel] | None = None,
+        state: tuple[Schema, BaseModel] | None = None,
+    ) -> None:
+        """Make a new run of what a run committed before a position: ``edited`` in place of the last of that,
+        ``state`` in place of its input. Raises CheckpointNotFound, RunExists, StoreError, NotSerialisable."""
+        check_id(run_id, "run id")
+        check_id(new_run_id, "run id")
+        step = None
+        if edited is not None:
+            place = Place(new_run_id, 1, "output", before - 1)
+            step = await self._step(edited[0], self._encode(*edited), place)
+        contract, given, sha = "", b"", b""
+        if state is not None:
+            place = Place(new_run_id, 1, "input")
+            contract, given = state[0].fingerprint, await self._payloads.seal(self._encode(*state), place)
+            sha = checksum(given)
+        opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, contract, given, sha, None)
+        do = lambda rows: fork(rows, self._payloads, run_id, opening, before, step)  # noqa: E731
+        await self._submit(Doing(None, do, opening))
+
+    # ------------------------------------------------------------------ items
+
+    def map_items(self, run_id: str, node_id: str, first: int, count: int) -> list[tuple[int, Committed]]:
+        """What a map committed of its items, from one on, of the last execution of a run; [] behind the last one.
+
+        Raises CheckpointNotFound if there is no such map that is done, CorruptCheckpoint, StoreError.
+        """
+        check_id(run_id, "run id")
+
+        def query(rows: Rows) -> tuple[int, list[StepRow]]:
+            found, kept = rows.find(run_id), rows.newest(run_id, node_id)
+            if found is None or kept is None or kept.step.given is None:
+                return 0, []
+            place = Place(run_id, found.execution, "given", kept.position, kept.branch)
+            total = items_in(self._payloads.open(kept.step.given, place, "the number of items"))
+            prefix = f"{kept.branch}." if kept.branch else ""
+            branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
+            return found.execution, list(rows.some(found.run, found.execution, kept.position, branches))
+
+        execution, steps = self.read(query, (0, list[StepRow]()))
+        if not execution:
+            raise no_map(run_id, node_id)
+        items: list[tuple[int, Committed]] = []
+        for row in steps:
+            verify(row.step, run_id, row.position, row.node_id, row.branch)
+            place = Place(run_id, execution, "output", row.position, row.branch)
+            output = self._payloads.open(row.step.output, place, f"the output of node {row.node_id!r}")
+            items.append(
+                (int(row.branch.rpartition(".")[2]), Committed(row.node_id, output, row.step.contract))
+            )
+        return sorted(items, key=itemgetter(0))
+
+    # ------------------------------------------------------------------ cells
+
+    def change_cell(self, name: str, change: Change[T]) -> Awaitable[T]:
+        """Change a cell as one transaction; see CellStore. Raises ValueError for a name; awaited: StoreError."""
+        return self._submit(_changing(name, change))
+
+    def post_cell(self, name: str, change: Change[Any]) -> None:
+        """The same where nobody waits for it. From any thread."""
+        self.post(_changing(name, change))
+
+    def read_cell(self, name: str) -> tuple[bytes | None, int]:
+        """A cell's data, None if there is none, and the store's clock in milliseconds. Blocking. Raises StoreError."""
+        check_id(name, "cell name")
+        nothing: tuple[bytes | None, int] = (None, time.time_ns() // 1_000_000)
+        return self.read(lambda rows: rows.cell(name), nothing) if self.exists() else nothing
+
+    # ------------------------------------------------------------------ retention
+
+    async def gc(
+        self, *, keep_for: timedelta, unfinished: bool = False, blobs: BlobStore | None = None
+    ) -> Collected:
+        """Delete the runs that ended longer ago than ``keep_for``, and then the blobs that nobody names.
+
+        ``unfinished``: also those that could be resumed. ``blobs``: where those are, unless the store was given them.
+        A run that somebody is at work on is never touched, nor is a blob younger than an hour. Ages go by the clock of
+        the store's server, where it has one: that of the blobs must not differ by as much. Raises StoreError.
+        """
+        now_ms = await asyncio.to_thread(self.read, lambda rows: rows.now_ms(), 0)
+        before = now_ms - int(keep_for.total_seconds() * 1000)
+        deleted = 0
+        while found := await asyncio.to_thread(
+            self.read,
+            lambda rows: rows.expired(before, unfinished=unfinished, limit=_AT_ONCE),
+            list[str](),
+        ):
+            gone: list[bool] = []
+            for first in range(0, len(found), _TOGETHER):
+                # Each is looked at again in the transaction that deletes it.
+                gone += await asyncio.gather(
+                    *(
+                        self._submit(Doing(run_id, partial(_delete_if_free, run_id, before)))
+                        for run_id in found[first : first + _TOGETHER]
+                    )
+                )
+            deleted += sum(gone)
+            if not any(gone):
+                break  # What is left is somebody's.
+        swept, blobs = 0, blobs or self._payloads.blobs
+        if blobs is not None:
+            start = len(BLOB)
+            named: Callable[[Rows], set[str]] = lambda rows: {kept[start:].hex() for kept in rows.blobs()}  # noqa: E731
+            in_use = await asyncio.to_thread(self.read, named, set[str]())
+            swept = await asyncio.to_thread(collect, blobs, in_use, now_ms / 1000)
+        return Collected(deleted, swept)
+
+    # ------------------------------------------------------------------ the end
+
+    def close(self) -> None:
+        """Write what is queued, then disconnect. Blocks until that is done; the store cannot write afterwards."""
+        keeper = self._keepers.get(generation())
+        if keeper is not None:
+            keeper.stop()
+        worker = self._worker()
+        worker.stop()
+        worker.join()
+
+    async def aclose(self) -> None:
+        """The same without blocking the event loop."""
+        await asyncio.to_thread(self.close)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self.aclose()
+
+
+def _changing(name: str, change: Change[Any]) -> CellChange:
+    return CellChange(check_id(name, "cell name"), change)
+
+
+def _delete_if_free(run_id: str, before_ms: int, rows: Rows) -> bool:
+    try:
+        found = rows.find(run_id, lock=True)
+    except CorruptCheckpoint:
+        return False  # It may be somebody's: a person deletes it.
+    if found is None or found.holder is not None or found.updated_ms >= before_ms:
+        return False
+    rows.delete(run_id)
+    return True

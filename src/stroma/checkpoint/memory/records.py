@@ -1,0 +1,203 @@
+"""The runs of a store in memory, told as every store tells of its own. Loaded when somebody asks: no run does."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Final
+
+from stroma.checkpoint.memory.runs import Kept, MemoryRun, row_of, stored
+from stroma.checkpoint.records import (
+    PICO,
+    AttemptPage,
+    AttemptRecord,
+    RunPage,
+    RunQuery,
+    RunRecord,
+    StoreFacts,
+    Tally,
+    attempt_mark,
+    cause_of,
+    marked,
+)
+from stroma.failures.tracebacks import Trouble, read_trouble
+from stroma.trace.events import (
+    ATTEMPT,
+    BRANCH,
+    DURATION,
+    FAILURE,
+    FUNCTION,
+    GROUP,
+    NO_USAGE,
+    NODE,
+    OUTCOME,
+    OUTPUT,
+    POSITION,
+    STARTED,
+    USAGE,
+    Row,
+)
+
+__all__ = ["MemoryRecords"]
+
+_FAILED: Final = 20  # failed attempts in which the cause is looked for
+#: Outcomes of attempts after which an earlier failure at their place is no matter any more.
+_FIXES: Final = ("success", "suspended")
+
+
+class MemoryRecords:
+    """What is told of the runs; see MemoryReading. Nothing here awaits."""
+
+    def __init__(self, runs: Mapping[str, MemoryRun]) -> None:
+        self._runs = runs
+
+    def list_runs(self, limit: int, pipeline: str | None, status: str | None) -> list[RunRecord]:
+        statuses = () if status is None else (str(status),)
+        return self.run_page(RunQuery(pipeline=pipeline, statuses=statuses), limit, None).runs
+
+    def run_page(self, query: RunQuery | None, limit: int, after: str | None) -> RunPage:
+        end = None if after is None else marked(after)
+        query = query or RunQuery()
+        found = [
+            (run.started_ms, run.number, run_id, run)
+            for run_id, run in list(self._runs.items())
+            if run.execution and _asked(query, run_id, run)
+        ]
+        found.sort(key=lambda one: one[:2], reverse=True)
+        found = [one for one in found if end is None or one[:2] < end]
+        page = found[:limit]
+        following = f"{page[-1][0]}.{page[-1][1]}" if len(found) > limit else None
+        return RunPage([_record(run_id, run) for _, _, run_id, run in page], following)
+
+    def get_run(self, run_id: str) -> RunRecord | None:
+        run = self._runs.get(run_id)
+        return None if run is None or not run.execution else _record(run_id, run)
+
+    def attempts(self, run_id: str, execution: int | None) -> list[AttemptRecord]:
+        run = self._runs.get(run_id)
+        if run is None or execution not in (None, run.execution):
+            return []
+        return [_attempt(row, run) for row in run.attempts()]
+
+    def attempt_page(self, run_id: str, execution: int | None, limit: int, after: str | None) -> AttemptPage:
+        end = None if after is None else _place_of(attempt_mark(after))
+        found = [a for a in self.attempts(run_id, execution) if end is None or _place(a) > end]
+        page = [replace(one, output=None) for one in found[:limit]]
+        if len(found) <= limit:
+            return AttemptPage(page, None)
+        last = page[-1]
+        return AttemptPage(page, f"0:{last.position}:{last.started_ns}:{last.attempt}:{last.branch}")
+
+    def attempts_at(
+        self, run_id: str, position: int, branch: str, execution: int | None
+    ) -> list[AttemptRecord]:
+        every = self.attempts(run_id, execution)
+        return [replace(a, output=None) for a in every if (a.position, a.branch) == (position, branch)]
+
+    def trouble_of(self, run_id: str, position: int, branch: str) -> Trouble | None:
+        run = self._runs.get(run_id)
+        kept = None if run is None else run.troubles.get((position, branch))
+        return None if kept is None else read_trouble(kept[2](), kept[0], kept[1])
+
+    def tally(self, since_ms: int, bucket_ms: int, runs: int, attempts: int) -> list[Tally]:
+        sums: defaultdict[tuple[int, str, str, str | None, str | None], list[int]] = defaultdict(
+            lambda: [0] * 6
+        )
+        seen = 0
+        for record in self.run_page(RunQuery(since_ms=since_ms), runs, None).runs:
+            run = self._runs[record.run_id]
+            for row in run.attempts()[: attempts - seen]:
+                usage, kind = row[USAGE] or NO_USAGE, _class_of(row)
+                of = sums[run.started_ms // bucket_ms, run.pipeline, row[NODE], usage.model, kind]
+                cost = round(usage.cost_usd * PICO)
+                wasted = cost if row[OUTCOME] != "success" and _committed(row, run) is None else 0
+                for i, number in enumerate((1, usage.tokens, cost, wasted, row[DURATION])):
+                    of[i] += number
+                of[5] = max(of[5], row[DURATION])
+                seen += 1
+        return [Tally(*key, *of) for key, of in sums.items()]
+
+    def facts(self) -> StoreFacts:
+        return StoreFacts("the memory of this process", 1, 1)
+
+
+def _record(run_id: str, run: MemoryRun) -> RunRecord:
+    tokens, cost, _ = run.used()
+    rows = run.attempts()
+    updated = max([run.started_ms, *((row[STARTED] + row[DURATION]) // 1_000_000 for row in rows)])
+    nodes = sum(isinstance(key, int) for key in run.kept)
+    failed = [row for row in rows if row[FAILURE] is not None]
+    failed = sorted(failed, key=lambda row: row[STARTED] + row[DURATION], reverse=True)[:_FAILED]
+    told = failed
+    if run.status in ("RUNNING", "SUSPENDED"):  # What a later attempt has fixed is no cause.
+        fixed = {(row[POSITION], row[BRANCH]): row[STARTED] for row in rows if row[OUTCOME] in _FIXES}
+        told = [row for row in failed if row[STARTED] > fixed.get((row[POSITION], row[BRANCH]), 0)]
+    held = run.held()
+    return RunRecord(
+        run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
+        held and held.holder, run.parent, sum(row[FUNCTION] for row in rows if not row[BRANCH]) / 1e6,
+        tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in told]), len(failed), run.epoch,
+    )  # fmt: skip
+
+
+def _asked(query: RunQuery, run_id: str, run: MemoryRun) -> bool:
+    """Whether all that is asked for holds of a run."""
+    if query.pipeline not in (None, run.pipeline) or (query.statuses and run.status not in query.statuses):
+        return False
+    if query.tag is not None and query.tag not in run.tags:
+        return False
+    if query.since_ms is not None and run.started_ms < query.since_ms:
+        return False
+    if query.text is not None:
+        part = _lower(query.text)
+        if not any(part in _lower(text) for text in (run_id, run.pipeline, run.error or "")):
+            return False
+    if query.failure_class is None and query.node is None:
+        return True
+    return any(
+        kind is not None and query.failure_class in (None, kind) and query.node in (None, row[NODE])
+        for row in run.attempts()
+        for kind in (_class_of(row),)
+    )
+
+
+def _class_of(row: Row) -> str | None:
+    failure = row[FAILURE]
+    return None if failure is None else failure[0].value
+
+
+def _lower(text: str) -> str:
+    return "".join(ch.lower() if ch.isascii() else ch for ch in text)
+
+
+def _place(attempt: AttemptRecord) -> tuple[int, int, str, int]:
+    return attempt.position, attempt.started_ns, attempt.branch, attempt.attempt
+
+
+def _place_of(mark: tuple[int, int, int, int, str]) -> tuple[int, int, str, int]:
+    _, position, started, attempt, branch = mark
+    return position, started, branch, attempt
+
+
+def _committed(row: Row, run: MemoryRun) -> Kept | None:
+    """What an attempt committed, as long as nothing has taken its place."""
+    branch = row[BRANCH]
+    entry = run.kept.get((row[POSITION], branch) if branch else row[POSITION])
+    if row[OUTPUT] is None or entry is None or row_of(entry) is not row:
+        return None
+    return run.entry(entry)
+
+
+def _attempt(row: Row, run: MemoryRun, *, with_output: bool = True) -> AttemptRecord:
+    usage = row[USAGE] or NO_USAGE
+    failure, message, reason, error_type = row[FAILURE] or (None, None, None, None)
+    kept = _committed(row, run) if with_output else None
+    output = None if kept is None else stored(kept)
+    return AttemptRecord(
+        row[POSITION], row[BRANCH], row[NODE], row[ATTEMPT], row[STARTED] // 1_000_000, row[DURATION] / 1e6, row[OUTCOME],
+        failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
+        output, output_bytes=None if output is None else len(output), started_ns=row[STARTED],
+        function_ms=row[FUNCTION] / 1e6, group_id=row[GROUP],
+        error_type=error_type, identity=next((one for one, at in run.places.items() if at == row[POSITION]), None) if run.places else None,
+    )  # fmt: skip

@@ -1,0 +1,218 @@
+"""How a Redis store writes things down."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+from urllib.parse import quote
+
+from stroma.checkpoint.durable.rows import RunRow, Step, StepRow, readable_run
+
+__all__ = [
+    "Run",
+    "cell_prefix",
+    "found_row",
+    "from_hex",
+    "lines",
+    "node_of",
+    "pack",
+    "pack_step",
+    "pairs",
+    "payloads_of",
+    "prefix_of",
+    "read_head",
+    "read_step",
+    "step_row",
+    "text",
+    "unpack",
+]
+
+
+_compact: Final = json.JSONEncoder(separators=(",", ":")).encode
+
+
+class Run:
+    """A run as it was found, or as its session knows it.
+
+    Attributes:
+        version: the highest that was acknowledged; a lower one in the server says that it lost writes.
+        parent: whether something may be kept at PARENT.
+        beside: how often something beside its commits was changed, as it was found; "" for never.
+    """
+
+    __slots__ = ("beside", "epoch", "parent", "prefix", "run_id", "token", "version")
+
+    def __init__(
+        self, run_id: str, token: str, epoch: int, version: int, parent: bool = True, beside: str = ""
+    ) -> None:
+        self.run_id = run_id
+        self.prefix = prefix_of(run_id)
+        self.token = token
+        self.epoch = epoch
+        self.version = version
+        self.parent = parent
+        self.beside = beside
+
+
+def prefix_of(run_id: str) -> str:
+    # Percent-encoded: no id can reach into the keys of another run, nor out of the braces.
+    return f"stroma:{{{quote(run_id, safe='')}}}:"
+
+
+def cell_prefix(name: str) -> str:
+    """The key of a cell."""
+    return f"stroma:cell:{quote(name, safe='')}"
+
+
+def pack(header: list[Any], *parts: bytes) -> bytes:
+    """Facts as a line of JSON, and bytes of any kind behind it."""
+    line = _compact([header, [len(part) for part in parts]])
+    return b"".join((line.encode("ascii"), b"\n", *parts))
+
+
+def unpack(value: bytes) -> tuple[list[Any] | None, list[bytes]]:
+    """What was packed; (None, []) for what was not: it comes out of a store."""
+    line, _, rest = value.partition(b"\n")
+    try:
+        header, lengths = json.loads(line)
+        parts = []
+        for length in lengths:
+            parts.append(rest[:length])
+            rest = rest[length:]
+    except (ValueError, TypeError):
+        return None, []
+    return (header, parts) if isinstance(header, list) and header and not rest else (None, [])
+
+
+def pack_step(step: Step, epoch: int, attempt: int, started_ns: int) -> bytes:
+    contract, schema_ref, output, sha256, number, given = step
+    header = [contract, schema_ref, sha256.hex(), number, given is not None, epoch, attempt, started_ns]
+    return pack(header, output, given or b"")
+
+
+def read_step(value: bytes) -> tuple[Step, list[Any] | None]:
+    """A Step and [epoch, attempt, start] of its attempt; a damaged one has no such, and a checksum that is wrong."""
+    header, parts = unpack(value)
+    if header is None or len(header) != 8 or len(parts) != 2:
+        return Step("", "", value, b""), None
+    contract, schema_ref, sha, number, has_given, *by = header
+    return Step(contract, schema_ref, parts[0], from_hex(sha), number, parts[1] if has_given else None), by
+
+
+def read_head(line: bytes) -> tuple[int, list[Any] | None]:
+    """The first line of a step: how long its output is, and what read_step() says of its attempt."""
+    try:
+        header, lengths = json.loads(line)
+        return int(lengths[0]), header[5:] if len(header) == 8 else None
+    except (ValueError, TypeError, LookupError):
+        return 0, None
+
+
+def payloads_of(part: bytes, value: bytes) -> list[bytes]:
+    """The payloads in a value of one of a run's hashes."""
+    if part == b"saved":
+        value = value.partition(b"\n")[2]
+    if part in (b"inputs", b"beside"):
+        parts = unpack(value)[1]
+        if part == b"inputs" or not parts:
+            return parts
+        value = parts[0]
+    step = read_step(value)[0]
+    return [step.output] if step.given is None else [step.output, step.given]
+
+
+def step_row(place: str, node_id: str, value: bytes) -> StepRow:
+    position, _, branch = place.partition(":")
+    return StepRow(int(position), branch, node_id, read_step(value)[0])
+
+
+def _run_row(reply: list[Any], run_id: str) -> RunRow:
+    """The row of a run; a damaged one, see readable_run(), if a field is missing or cannot be read."""
+    now, fields, parent = reply
+    f = pairs(fields)
+    number: dict[str, Any] = {name: _number(f.get(name, b"0")) for name in _NUMBERS}
+    texts = {name: _readable(f.get(name)) for name in ("pipeline", "status", "error", "owner", "token")}
+    left = _number(f["until_ms"]) if "until_ms" in f else None
+    values = (
+        Run(
+            run_id,
+            str(texts["token"]),
+            number["epoch"],
+            number["version"],
+            bool(parent),
+            text(f.get("beside", b"")),
+        ),
+        run_id if f.get("run_id") == run_id.encode() else f.get("run_id"),
+        texts["pipeline"],
+        number["execution"],
+        texts["status"],
+        texts["error"],
+        number["started_ms"],
+        number["updated_ms"],
+        number["tokens"],
+        number["cost_pico"],
+        number["latency_ns"],
+        texts["owner"],
+        number["epoch"],
+        -1.0 if left is None else (left - now) / 1000 if isinstance(left, int) else left,
+        number["nodes"],
+        number["tried"],
+        number["kept"],
+    )
+    return readable_run(values, run_id)
+
+
+def found_row(reply: Any, run_id: str) -> RunRow:
+    """The row of a run, damaged if its key holds something else. Raises any other error that the reply is."""
+    if not isinstance(reply, Exception):
+        return _run_row(reply, run_id)
+    if "WRONGTYPE" not in f"{type(reply).__name__}: {reply}":
+        raise reply
+    values = (Run(run_id, "", 0, 0), run_id, "", 0, None, None, *[0] * 5, None, 0, -1.0, 0, 0, 0)
+    return readable_run(values, run_id)
+
+
+def _number(value: bytes) -> Any:
+    """A number; as it is, if it is none."""
+    return int(value) if value.isdigit() and len(value) < 20 else value
+
+
+def _readable(value: bytes | None) -> Any:
+    """A text; as it is, if it is none."""
+    try:
+        return None if value is None else value.decode()
+    except UnicodeDecodeError:
+        return value
+
+
+_NUMBERS: Final = (
+    "epoch", "version", "execution", "started_ms", "updated_ms", "tokens", "cost_pico", "latency_ns", "nodes", "tried", "kept",
+)  # fmt: skip
+
+
+def pairs(reply: Any) -> dict[str, bytes]:
+    """A hash, as a server of either protocol gives it."""
+    items = reply.items() if isinstance(reply, dict) else zip(reply[::2], reply[1::2], strict=True)
+    return {text(key): value for key, value in items}
+
+
+def lines(info: Any) -> list[str]:
+    """The lines of a reply to INFO, which some drivers have read already."""
+    if isinstance(info, dict):
+        return [f"{name}:{value}" for name, value in info.items()]
+    return text(info).splitlines()
+
+
+def node_of(value: bytes) -> str:
+    return text(value.partition(b" ")[2])
+
+
+def text(value: Any) -> str:
+    return value.decode("utf-8", "backslashreplace") if isinstance(value, bytes) else str(value)
+
+
+def from_hex(digits: Any) -> bytes:
+    try:
+        return bytes.fromhex(digits)
+    except (ValueError, TypeError):
+        return b""

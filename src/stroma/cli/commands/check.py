@@ -1,0 +1,114 @@
+"""`stroma check`."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import click
+
+from stroma._utils.text import clean, plural
+from stroma.checkpoint.records import RunRecord
+from stroma.cli.errors import Code
+from stroma.cli.formatting import id_word
+from stroma.cli.loading import load_pipeline
+from stroma.cli.output import emit, err, out
+from stroma.cli.resume_changes import changes_of
+from stroma.cli.sarif import sarif_of, write_json
+from stroma.cli.stores import Database, db_option
+from stroma.contracts.checks.check import check_nodes
+from stroma.contracts.checks.finding import Finding
+from stroma.contracts.contract import ContractRegistry
+from stroma.contracts.node import find_node
+from stroma.runner.compatibility import Change
+from stroma.runner.runner import Pipeline
+
+__all__ = ["check"]
+
+
+@click.command()
+@click.argument("target", metavar="FILE_OR_MODULE:NAME")
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.check/1".')
+@click.option(
+    "--sarif",
+    metavar="FILE",
+    type=click.Path(dir_okay=False, allow_dash=False, path_type=Path),
+    help="Write the findings into FILE too, in SARIF 2.1.0 for code review.",
+)
+@click.option(
+    "--against", metavar="RUN", help="Say whether this recorded run can still be resumed, and what changed."
+)
+@db_option
+def check(target: str, as_json: bool, sarif: Path | None, against: str | None, db: str | None) -> int:
+    """Prove that each node's output can satisfy the next node's input. Nothing runs, and nothing is bought.
+
+    Findings go to stdout. An error can never work, and ends the command with 1; a warning may fail, or cannot be told.
+    RUN is a run id, its beginning, or "last"; nothing is written to its store.
+    """
+    pipeline = load_pipeline(target)
+    nodes = [find_node(node) for node in pipeline.nodes]
+    registry = ContractRegistry()
+    findings = check_nodes(nodes, registry)
+    errors = sum(finding.severity == "error" for finding in findings)
+    record, changes = None, list[Change]()
+    if against is not None:
+        database = Database.choose(db)
+        record = database.find(against)
+        changes = changes_of(database, record, pipeline, target)
+    if sarif is not None:
+        write_json(sarif, sarif_of(findings, nodes))
+    code = Code.FAILED if errors or changes else Code.OK
+    if as_json:
+        emit(
+            {
+                "schema": "stroma.check/1",
+                "pipeline": pipeline.name,
+                "exit_code": int(code),
+                "errors": errors,
+                "warnings": len(findings) - errors,
+                "findings": [asdict(finding) for finding in findings],
+                "against": None if record is None else _against_data(record, changes),
+            }
+        )
+        return code
+    for finding in findings:
+        _tell(finding)
+    count = f"{plural(errors, 'error')}, {plural(len(findings) - errors, 'warning')}"
+    err.line(f"{clean(pipeline.name, 100)}: {plural(len(nodes), 'node')}, {count}")
+    if record is not None:
+        _tell_changes(record, changes, pipeline)
+    return code
+
+
+def _tell(finding: Finding) -> None:
+    style = "bold red" if finding.severity == "error" else "yellow"
+    where = f"{clean(finding.source, 60)} -> {clean(finding.target, 60)}"
+    path = f"  {clean(finding.path, 100)}" if finding.path else ""
+    out.line((f"{finding.severity:<8}", style), f" {where}{path}  ({finding.kind})")
+    out.line(f"         {clean(finding.message, 1000)}")
+    out.line(f"         mend: {clean(finding.mend, 1000)}")
+
+
+# ---------------------------------------------------------------------- against a run
+
+
+def _against_data(record: RunRecord, changes: list[Change]) -> dict[str, Any]:
+    return {
+        "run_id": record.run_id,
+        "pipeline": record.pipeline,
+        "status": record.status,
+        "resumable": not changes,
+        "changes": [asdict(change) for change in changes],
+    }
+
+
+def _tell_changes(record: RunRecord, changes: list[Change], pipeline: Pipeline) -> None:
+    name = f"run {clean(id_word(record.run_id), 100)} ({record.status})"
+    if not changes:
+        out.line(("ok      ", "green"), f" {name} can be resumed: all it has committed fits")
+        return
+    other = "" if record.pipeline == pipeline.name else f"; it is a run of {clean(record.pipeline, 100)!r}"
+    out.line(("changed ", "bold red"), f" {name} cannot be resumed as it is{other}")
+    for change in changes:
+        out.line(f"         {change.at}  {clean(change.node_id, 60)}: {clean(change.message, 1000)}")

@@ -1,0 +1,224 @@
+"""`stroma doctor`."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import os
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from typing import Any, Final, Literal, NamedTuple
+
+import click
+
+from stroma._utils.text import clean, span
+from stroma.checkpoint.durable.states import AsyncStates
+from stroma.checkpoint.errors import StoreError
+from stroma.checkpoint.sqlite.store import SQLiteStore
+from stroma.cli.errors import Code
+from stroma.cli.output import emit, out
+from stroma.cli.stores import Database, db_option
+
+__all__ = ["doctor"]
+
+#: By extra: what it is for, and the modules that it brings.
+_EXTRAS: Final = {
+    "redis": ("runs in Redis", ("redis",)),
+    "postgres": ("runs in PostgreSQL", ("psycopg",)),
+    "blobs": ("large payloads in object stores", ("fsspec",)),
+    "otel": ("OpenTelemetry", ("opentelemetry.sdk", "opentelemetry.exporter.otlp.proto.http")),
+    "prometheus": ("Prometheus", ("prometheus_client",)),
+    "datadog": ("Datadog", ("ddtrace", "datadog")),
+    "sentry": ("Sentry", ("sentry_sdk",)),
+    "ui": ("the web interface", ("starlette", "uvicorn", "jinja2")),
+    "demo": ("the demo", ("openai",)),
+}
+_LEAST_FREE: Final = 200_000_000  # bytes
+_CLOCK_SECONDS: Final = 5.0
+
+_Verdict = Literal["ok", "note", "wrong"]
+_STYLES: Final = {"ok": "green", "note": "yellow", "wrong": "bold red"}
+
+
+class Finding(NamedTuple):
+    """One line: what was looked at, how it is, and how to mend it if that is needed."""
+
+    check: str
+    verdict: _Verdict
+    message: str
+    mend: str | None = None
+
+
+@click.command()
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.doctor/1".')
+@db_option
+def doctor(as_json: bool, db: str | None) -> int:
+    """Check what runs need: the store and its format, the disk, the clock, the packages.
+
+    Each line is ok, or says how to mend it. Exit code 3 if something is wrong. Nothing is changed, but that a store of an older
+    format is brought up to date, as by every command that reads it.
+    """
+    found: list[Finding] = []
+    database: Database | None = None
+    try:
+        database = Database.choose(db)
+    except click.ClickException as error:
+        more = getattr(error, "more", ())
+        found.append(Finding("store", "wrong", error.message, more[-1] if more else None))
+    for check in (_programs, *([] if database is None else [_store(database), _disk(database)]), _extras):
+        found += check()
+    wrong = sum(one.verdict == "wrong" for one in found)
+    if as_json:
+        emit({"schema": "stroma.doctor/1", "ok": not wrong, "checks": [one._asdict() for one in found]})
+    else:
+        for one in found:
+            out.line(
+                (f"{one.verdict:<6}", _STYLES[one.verdict]), f"{one.check:<12} {clean(one.message, 500)}"
+            )
+            if one.mend is not None:
+                out.line(f"{'':<19}mend: {clean(one.mend, 500)}")
+    return Code.ENVIRONMENT if wrong else Code.OK
+
+
+def _programs() -> Iterator[Finding]:
+    try:
+        version = metadata.version("stroma")
+    except metadata.PackageNotFoundError:
+        version = "(not installed)"
+    where = ".".join(map(str, sys.version_info[:3]))
+    yield Finding("stroma", "ok", f"{version}, Python {where}, pydantic {metadata.version('pydantic')}")
+
+
+def _store(database: Database) -> Callable[[], Iterator[Finding]]:
+    def check() -> Iterator[Finding]:
+        store = database.store
+        if not isinstance(store, AsyncStates):
+            yield Finding("store", "ok", f"{database.name} keeps nothing once its process has ended")
+            return
+        if isinstance(store, SQLiteStore) and not store.exists():
+            directory = os.path.dirname(store.path)
+            if database.is_default or os.access(directory, os.W_OK | os.X_OK):
+                message = f"{database.name} is not there yet: the first run makes it"
+                yield Finding("store", "ok", message, f"begin one: {database.hint('run', 'FILE.py:NAME')}")
+            else:
+                what = "is not there" if not os.path.isdir(directory) else "may not be written to"
+                yield Finding(
+                    "store",
+                    "wrong",
+                    f"{directory} {what}",
+                    "make the directory, or name another store: --db FILE",
+                )
+            return
+        began = time.perf_counter()
+        try:
+            facts = store.facts()
+            newest = store.list_runs(limit=1)
+        except StoreError as error:
+            yield Finding("store", "wrong", str(error))
+            return
+        took = time.perf_counter() - began
+        problem = database.written_by_others()
+        if problem is not None:
+            yield Finding("store", "note", *problem)
+        if facts is None:
+            yield Finding("store", "ok", f"{database.name} answers; the first run makes its tables")
+            return
+        held = "no runs" if not newest else "has runs"
+        yield Finding(
+            "store", "ok", f"{database.name}: {facts.system}, {held}, answers in {1000 * took:.0f} ms"
+        )
+        if facts.format > facts.writes:
+            message = (
+                f"{facts.format}, and this release writes {facts.writes}: a newer stroma has used the store"
+            )
+            yield Finding("format", "note", message, "upgrade stroma here, too: pip install -U stroma")
+        else:
+            yield Finding("format", "ok", f"{facts.format}, which this release writes")
+        for warning in facts.warnings:
+            what, _, mend = warning.rpartition("; ")
+            yield Finding("settings", "note", what, mend)
+        yield _clock(facts.clock_ms)
+
+    return check
+
+
+def _clock(clock_ms: int | None) -> Finding:
+    now = time.time()
+    if now < 1_700_000_000:
+        return Finding("clock", "wrong", "this machine's clock is years behind", "set it, by NTP for example")
+    if clock_ms is None:
+        return Finding("clock", "ok", "leases go by a clock of this machine that nobody can set")
+    apart = abs(now - clock_ms / 1000)
+    if apart > _CLOCK_SECONDS:
+        message = f"this machine's and the server's are {span(apart)} apart: times of attempts and of runs do not fit"
+        return Finding("clock", "note", message, "set both by NTP")
+    return Finding("clock", "ok", "this machine's and the server's agree; leases go by the server's")
+
+
+def _disk(database: Database) -> Callable[[], Iterator[Finding]]:
+    def check() -> Iterator[Finding]:
+        store = database.store
+        if not isinstance(store, SQLiteStore):
+            return
+        place = store.path
+        while not os.path.exists(place) and os.path.dirname(place) != place:
+            place = os.path.dirname(place)
+        try:
+            free = shutil.disk_usage(place).free
+        except OSError as error:
+            yield Finding("disk", "wrong", f"{place}: {error.strerror}", "name another store: --db FILE")
+            return
+        message = f"{free / 1e9:.1f} GB free at {place}"
+        if free < _LEAST_FREE:
+            yield Finding(
+                "disk",
+                "wrong",
+                message,
+                "free some space, or delete old runs: "
+                + database.hint("gc", options=("--older-than", "30d")),
+            )
+        else:
+            yield Finding("disk", "ok", message)
+        if os.path.exists(store.path) and not os.access(store.path, os.W_OK):
+            yield Finding(
+                "disk",
+                "wrong",
+                f"{store.path} may be read, not written",
+                "change its permissions, or its owner",
+            )
+
+    return check
+
+
+def _extras() -> Iterator[Finding]:
+    for extra, (purpose, modules) in _EXTRAS.items():
+        problem = None
+        for module in modules:
+            problem = problem or _import(module)
+        install = f"pip install 'stroma[{extra}]'"
+        if problem is None:
+            yield Finding(f"[{extra}]", "ok", purpose)
+        elif problem == "":
+            yield Finding(f"[{extra}]", "ok", f"{purpose}: not installed; {install}")
+        else:
+            yield Finding(f"[{extra}]", "wrong", f"{purpose}: {problem}", install)
+
+
+def _import(module: str) -> str | None:
+    """None if it can be imported, "" if it is not there, else what is wrong with it."""
+    try:
+        found: Any = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        return ""
+    if found is None:
+        return ""
+    if module.startswith("ddtrace"):
+        return None  # Importing it puts a hook into the process.
+    try:
+        importlib.import_module(module)
+    except Exception as error:
+        return f"{module} is installed and cannot be imported: {type(error).__name__}: {error}"
+    return None

@@ -1,0 +1,102 @@
+"""`stroma export`."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import click
+
+from stroma.checkpoint.history import FINISHED, History
+from stroma.checkpoint.records import AttemptRecord, RunRecord
+from stroma.cli.commands.completion import complete_run
+from stroma.cli.commands.runs import run_data
+from stroma.cli.commands.show import attempt_data
+from stroma.cli.errors import Code, Problem
+from stroma.cli.formatting import id_word
+from stroma.cli.output import out, write_private
+from stroma.cli.redaction import redact_of, redact_option
+from stroma.cli.stores import Database, db_option
+from stroma.telemetry.export_formats import chrome_trace, otlp
+from stroma.trace.html import document
+
+__all__ = ["export"]
+
+_ALL = 10_000_000
+_DRAWN = 5000
+
+
+@click.command()
+@click.argument("run_", metavar="RUN", shell_complete=complete_run)
+@click.option(
+    "--format",
+    "form",
+    type=click.Choice(["json", "otlp", "chrome-trace", "html"]),
+    default="json",
+    show_default=True,
+    help="json: schema stroma.export/1; otlp: the body of a POST to /v1/traces; chrome-trace: for Perfetto; html: one file.",
+)
+@click.option("-o", "--output", "path", metavar="FILE", help="Write to FILE, not to stdout.")
+@click.option(
+    "--states/--no-states", default=True, help="json and html: with inputs and outputs, or without."
+)
+@redact_option
+@db_option
+def export(run_: str, form: str, path: str | None, states: bool, redact: str | None, db: str | None) -> int:
+    """Write one run in a format that something else reads.
+
+    otlp and chrome-trace hold no inputs and outputs, but the messages of failures.
+    """
+    database = Database.choose(db)
+    record = database.find(run_)
+    history = History(database.reader, redact_of(redact))
+    with database.explained():
+        text = _text(history, database, history.shown_run(record), form, states)
+    if path is None:
+        out.write(text)
+        return Code.OK
+    try:
+        write_private(path, text)
+    except OSError as error:
+        raise Problem(
+            f"{path} cannot be written: {error.strerror or error}",
+            "name another file: -o FILE",
+            code=Code.ENVIRONMENT,
+        ) from error
+    return Code.OK
+
+
+def _text(history: History, database: Database, record: RunRecord, form: str, states: bool) -> str:
+    if form == "html":
+        hint = (
+            ""
+            if record.status in FINISHED
+            else database.command("resume", id_word(record.run_id), "FILE.py:NAME")
+        )
+        return document(history.story(record, most=_DRAWN, states=states, mend=hint))
+    attempts, _ = history.attempts(record.run_id, _ALL)
+    if form == "otlp":
+        data: Any = otlp(record, attempts)
+    elif form == "chrome-trace":
+        data = chrome_trace(record, attempts)
+    else:
+        data = {
+            "schema": "stroma.export/1",
+            "run": run_data(record),
+            "input": _state(history.given(record.run_id, 0)) if states else None,
+            "attempts": [_attempt(history, record, one, states) for one in attempts],
+        }
+    return json.dumps(data, allow_nan=False, indent=2 if form == "json" else None) + "\n"
+
+
+def _attempt(history: History, record: RunRecord, one: AttemptRecord, states: bool) -> dict[str, Any]:
+    told = attempt_data(record, one)
+    if states:
+        told["output"] = None
+        if one.output_bytes is not None:
+            told["output"] = _state(history.output(record.run_id, one.position, one.branch))
+    return told
+
+
+def _state(held: Any) -> Any:
+    return held.value if held.problem is None else {"problem": held.problem}

@@ -1,0 +1,69 @@
+"""`stroma gc`."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import timedelta
+from typing import Any
+
+import click
+
+from stroma._utils.text import plural
+from stroma.checkpoint.payloads import blob_store
+from stroma.cli.durations import SPAN
+from stroma.cli.errors import Code, Problem
+from stroma.cli.output import emit, err
+from stroma.cli.stores import Database, db_option
+
+__all__ = ["gc"]
+
+
+@click.command()
+@click.option(
+    "--older-than",
+    "--keep-for",
+    "keep_for",
+    required=True,
+    type=SPAN,
+    metavar="SPAN",
+    help="Delete what ended longer ago: a number and s, m, h, d or w (30d).",
+)
+@click.option("--unfinished", is_flag=True, help="Also runs that could be resumed, and wait for a person.")
+@click.option(
+    "--blobs",
+    metavar="PATH_OR_URL",
+    help="Where the store's programs keep large payloads (their blobs=): also delete those that no run names.",
+)
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.gc/1".')
+@db_option
+def gc(keep_for: timedelta, unfinished: bool, blobs: str | None, as_json: bool, db: str | None) -> None:
+    """Delete old runs from the store, and all that was kept of them.
+
+    Those that are COMPLETED, RESUMED, FAILED or CANCELLED; the others could be resumed. A run that somebody is at work
+    on is never touched.
+    """
+    database = Database.choose(db)
+    store = database.reader
+    options: dict[str, Any] = {"keep_for": keep_for, "unfinished": unfinished}
+    if blobs is not None:
+        try:
+            options["blobs"] = blob_store(blobs)
+        except (ImportError, ValueError) as error:
+            raise Problem(f"--blobs {blobs}: {error}", code=Code.ENVIRONMENT) from error
+    gone = (0, 0)
+    if not database.is_empty:
+        with database.explained():
+            gone = asyncio.run(_collect(database, store, options))
+    if as_json:
+        emit({"schema": "stroma.gc/1", "runs": gone[0], "blobs": gone[1]})
+        return
+    what = plural(gone[0], "run") + (f" and {plural(gone[1], 'blob')}" if blobs is not None else "")
+    err.line(f"{what} deleted from {database.name}")
+
+
+async def _collect(database: Database, store: Any, options: dict[str, Any]) -> tuple[int, int]:
+    try:
+        runs, blobs = await store.gc(**options)
+    finally:
+        await database.close()
+    return runs, blobs

@@ -1,0 +1,143 @@
+"""`stroma prices`."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, Final
+
+import click
+
+from stroma._utils.text import clean
+from stroma.cli.errors import Code, Problem, command
+from stroma.cli.output import emit, err, out, table
+from stroma.cost.prices import (
+    KNOWN_MODELS,
+    ModelPrices,
+    Rates,
+    Steps,
+    data_state,
+    kinds,
+    model_ids,
+    prices_of,
+    update_prices,
+)
+
+__all__ = ["prices"]
+
+_KINDS: Final = {
+    "input": "input",
+    "cached_input": "  from a cache",
+    "cache_write": "  to a cache",
+    "cache_write_1h": "  to a cache for 1 h",
+    "output": "output",
+}
+
+
+@click.command()
+@click.argument("models", nargs=-1, required=True, metavar="MODEL...")
+@click.option(
+    "--update-prices",
+    "update",
+    is_flag=True,
+    help="Fetch today's prices first, for this command alone; without a network it says so and goes on.",
+)
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.prices/1".')
+def prices(models: tuple[str, ...], update: bool, as_json: bool) -> int:
+    """Show which prices are used for a model, where they are from, and as of when.
+
+    US dollars per million tokens. What your own code puts into KNOWN_MODELS is not seen here.
+    """
+    if update:
+        try:
+            update_prices()
+        except RuntimeError as error:
+            err.line(("stroma: ", "bold red"), clean(str(error)))
+    found = {model: prices_of(model) for model in dict.fromkeys(models)}
+    unknown = [model for model, known in found.items() if known is None]
+    if as_json:
+        version, fetched_at = data_state()
+        emit(
+            {
+                "schema": "stroma.prices/1",
+                "genai_prices": version,
+                "fetched_at": None if fetched_at is None else fetched_at.isoformat(timespec="seconds"),
+                "models": [_data(model, known) for model, known in found.items()],
+            }
+        )
+    else:
+        for known in found.values():
+            if known is not None:
+                _show(known)
+    if unknown:
+        near = difflib.get_close_matches(unknown[0], model_ids(), 3, cutoff=0.5)
+        raise Problem(
+            f"no price is known for {', '.join(clean(model, 80) for model in unknown)}: it would count as $0",
+            *([f"near: {command('prices', *near)}"] if near else []),
+            'give it one in your code: stroma.KNOWN_MODELS["..."] = (input, output), US dollars per million tokens',
+            code=Code.NOT_FOUND,
+        )
+    return Code.OK
+
+
+def _data(model: str, known: ModelPrices | None) -> dict[str, Any]:
+    if known is None:
+        return {"model": model, "source": None, "listed_as": None, "rates": {}}
+    return {
+        "model": model,
+        "source": known.source,
+        "listed_as": None
+        if known.listed_as is None
+        else dict(zip(("provider", "id"), known.listed_as, strict=True)),
+        "rates": {tier: _rates(rates) for tier, rates in known.rates.items()},
+    }
+
+
+def _rates(rates: Rates) -> dict[str, Any]:
+    shown: dict[str, Any] = {name: _steps(steps) for name, steps in kinds(rates)}
+    return {**shown, "request_usd": rates.request_usd}
+
+
+def _steps(steps: Steps) -> list[dict[str, Any]]:
+    """From the smallest call up; ``above`` is in input tokens."""
+    return [{"above": max(above, 0), "usd_per_million": price} for above, price in reversed(steps)]
+
+
+def _show(known: ModelPrices) -> None:
+    out.line((clean(known.model, 80), "bold"), f": {_source(known)}")
+    sizes = sorted(
+        {above for rates in known.rates.values() for _, steps in kinds(rates) for above, _ in steps}
+    )
+    tiers = list(known.rates)
+    rows = []
+    for name, label in _KINDS.items():
+        if not any(name == kind for rates in known.rates.values() for kind, _ in kinds(rates)):
+            continue
+        for above in sizes:
+            cells = [_at(known.rates[tier], name, above) for tier in tiers]
+            if above < 0 or any(cells):
+                rows.append([label if above < 0 else f"{label}, above {above:,}", *cells, ""])
+    table(
+        out,
+        ("PER MILLION TOKENS", *map(str.upper, tiers), ""),
+        rows,
+        right=frozenset(range(1, len(tiers) + 1)),
+    )
+    request = known.rates["standard"].request_usd
+    if request:
+        out.line(f"and ${request:g} for each call")
+
+
+def _at(rates: Rates, name: str, above: int) -> str:
+    steps = dict(kinds(rates)).get(name, ())
+    return next((f"${price:g}" for start, price in steps if start == above), "")
+
+
+def _source(known: ModelPrices) -> str:
+    as_of = f"fetched {known.fetched_at:%Y-%m-%d %H:%M}" if known.fetched_at else "the data that came with it"
+    data = f"genai-prices {known.version} ({as_of})"
+    listed = "" if known.listed_as is None else f", as {known.listed_as[1]} of {known.listed_as[0]}"
+    if known.source == "genai-prices":
+        return f"{data}{listed}"
+    name = known.model if known.model in KNOWN_MODELS or known.listed_as is None else known.listed_as[1]
+    rest = f"; the rest in the proportion of {data}{listed}" if known.listed_as else ""
+    return f"KNOWN_MODELS[{name!r}]{rest}"

@@ -1,0 +1,175 @@
+"""`stroma runs`."""
+
+from __future__ import annotations
+
+import time
+from datetime import timedelta
+from typing import Any, Final
+
+import click
+
+from stroma._utils.text import clean, money, short_id, span
+from stroma.checkpoint.history import FAILED, History, is_gone, status_of
+from stroma.checkpoint.records import Cause, RunQuery, RunRecord
+from stroma.cli.durations import SPAN
+from stroma.cli.formatting import ago, iso, local
+from stroma.cli.output import Part, emit, err, out, table
+from stroma.cli.redaction import redact_of, redact_option
+from stroma.cli.stores import Database, Keeper, db_option
+from stroma.cli.temporal import Cluster, cluster_options, only_here
+from stroma.failures.classes import FailureClass
+from stroma.trace.result import RunStatus
+
+__all__ = ["run_data", "runs", "styled"]
+
+_STATUSES: Final = ["RUNNING", *RunStatus]
+_STYLES: Final = {
+    "COMPLETED": "green",
+    "RESUMED": "green",
+    "FAILED": "bold red",
+    "PARTIAL": "red",
+    "RUNNING": "cyan",
+    "DAMAGED": "bold red",
+}
+
+
+def styled(status: str) -> tuple[str, str]:
+    """A status in its colour."""
+    return status, _STYLES.get(status, "yellow")
+
+
+def run_data(record: RunRecord) -> dict[str, Any]:
+    """A run as the JSON schemas show it."""
+    return {
+        "run_id": record.run_id,
+        "pipeline": record.pipeline,
+        "status": status_of(record),
+        "execution": record.execution,
+        "started": iso(record.started_ms),
+        "updated": iso(record.updated_ms),
+        "seconds": max(0, record.updated_ms - record.started_ms) / 1000,
+        "nodes": record.nodes,
+        "tokens": record.tokens,
+        "cost_usd": record.cost_usd,
+        "error": record.error,
+        "holder": record.holder,
+        "parent": record.parent,
+        "tags": list(record.tags),
+        "cause": None if record.cause is None else cause_data(record.cause),
+    }
+
+
+def cause_data(cause: Cause) -> dict[str, Any]:
+    """The failed attempt that stopped a run, as the JSON schemas show it."""
+    return {
+        "node_id": cause.node_id,
+        "position": cause.position,
+        "branch": cause.branch,
+        "attempt": cause.attempt,
+        "class": cause.failure_class,
+        "reason": cause.reason,
+        "error_type": cause.error_type,
+        "message": cause.message,
+    }
+
+
+@click.command()
+@click.option(
+    "--limit", type=click.IntRange(min=1), default=20, show_default=True, metavar="N", help="At most N runs."
+)
+@click.option("--failed", is_flag=True, help="Only runs that are FAILED or PARTIAL.")
+@click.option(
+    "--status",
+    "statuses",
+    type=click.Choice(_STATUSES, case_sensitive=False),
+    multiple=True,
+    help="Only runs with this status; may be repeated.",
+)
+@click.option(
+    "--since", type=SPAN, metavar="SPAN", help="Only runs begun since: a number and s, m, h, d or w (1h)."
+)
+@click.option("--pipeline", metavar="NAME", help="Only runs of this pipeline.")
+@click.option("--tag", metavar="TAG", help="Only runs that were given this tag.")
+@click.option(
+    "--class",
+    "failure_class",
+    type=click.Choice(list(FailureClass), case_sensitive=False),
+    help="Only runs with an attempt that failed so.",
+)
+@click.option("--node", metavar="NODE", help="Only runs with an attempt of this node that failed.")
+@click.option("--search", "text", metavar="TEXT", help="Only runs with TEXT in their id, pipeline or error.")
+@redact_option
+@click.option("--json", "as_json", is_flag=True, help='Print one JSON object, schema "stroma.runs/1".')
+@db_option
+@cluster_options
+def runs(
+    limit: int,
+    failed: bool,
+    statuses: tuple[str, ...],
+    since: timedelta | None,
+    redact: str | None,
+    as_json: bool,
+    db: str | None,
+    **asked: Any,
+) -> None:
+    """List the runs in the store, the newest first.
+
+    NODES counts finished positions. A run whose process died is INTERRUPTED until somebody resumes it. With --temporal:
+    those of a cluster.
+    """
+    cluster = Cluster.take(asked)
+    if failed and statuses:
+        raise click.UsageError("--failed is short for --status FAILED --status PARTIAL; give one of both")
+    wanted = FAILED if failed else tuple(dict.fromkeys(status.upper() for status in statuses))
+    since_ms = None if since is None else int((time.time() - since.total_seconds()) * 1000)
+    query = RunQuery(statuses=wanted, since_ms=since_ms, **asked)
+    if cluster is not None:
+        from stroma.cli.temporal_show import runs_there
+
+        why = "a store finds runs by that: have the workers write to one, stroma worker --db, and ask it"
+        only_here(why, "db", "tag", "failure_class", "node", "text", "redact")
+        _print(cluster, runs_there(cluster, query, limit), query, limit, as_json)
+        return
+    database = Database.choose(db)
+    store = database.reader
+    records: list[RunRecord] = []
+    if not database.is_empty:
+        with database.explained():
+            records = History(store, redact_of(redact)).runs(query, limit)
+    _print(database, records, query, limit, as_json)
+
+
+def _print(database: Keeper, records: list[RunRecord], query: RunQuery, limit: int, as_json: bool) -> None:
+    if as_json:
+        emit({"schema": "stroma.runs/1", "runs": [run_data(record) for record in records]})
+        return
+    if not records:
+        what = "no runs yet" if query == RunQuery() else "no run matches"
+        err.line(f"{what} in {database.name}; begin one: ", database.hint("run", "FILE.py:NAME"))
+        return
+    header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
+    table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
+    if any(map(is_gone, records)):
+        err.line(
+            "go on with a run that nobody is at work on: ", database.hint("resume", "RUN", "FILE.py:NAME")
+        )
+    if len(records) == limit:
+        err.line(("the newest ", "dim"), (f"{limit} runs; more with --limit", "dim"))
+
+
+def _row(record: RunRecord) -> list[Part]:
+    error = clean(record.error or "", 80)
+    if record.status == "RUNNING":
+        who = f"run by {clean(record.holder, 80)}" if record.holder else "nobody is at work on it any more"
+        error = f"{who}; last record {ago(record.updated_ms)}"
+    return [
+        short_id(record.run_id),
+        clean(record.pipeline, 30),
+        styled(status_of(record)),
+        f"{record.nodes:,}",
+        f"{record.tokens:,}",
+        money(record.cost_usd),
+        local(record.started_ms),
+        span((record.updated_ms - record.started_ms) / 1000),
+        error,
+    ]

@@ -1,0 +1,189 @@
+"""`stroma ui`."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import secrets
+import socket
+import subprocess
+import threading
+from collections.abc import Callable
+
+import click
+
+from stroma._utils.child_process import child_command, child_environment
+from stroma.checkpoint.durable.states import AsyncStates
+from stroma.cli.errors import Code, Problem
+from stroma.cli.formatting import id_word
+from stroma.cli.loading import load_pipeline
+from stroma.cli.output import err, out
+from stroma.cli.stores import Database, db_option
+from stroma.contracts.contract import ContractRegistry
+from stroma.contracts.node import find_node
+from stroma.runner.runner import Pipeline
+
+__all__ = ["ui"]
+
+_PORT = 8427
+
+
+@click.command()
+@click.argument("target", metavar="[FILE_OR_MODULE:NAME]", required=False)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=_PORT,
+    show_default=True,
+    metavar="N",
+    help="Where to listen; 0 takes a free port.",
+)
+@click.option(
+    "--host", default="127.0.0.1", show_default=True, metavar="ADDRESS", help="Address to listen on."
+)
+@click.option(
+    "--token",
+    envvar="STROMA_UI_TOKEN",
+    metavar="TEXT",
+    help="Access token that clients must send; a new one if left out.  [env: STROMA_UI_TOKEN]",
+)
+@click.option(
+    "--name",
+    "names",
+    multiple=True,
+    metavar="HOST[:PORT]",
+    help="Also answer by this name: of a proxy in front.",
+)
+@db_option
+def ui(
+    target: str | None, port: int, host: str, token: str | None, names: tuple[str, ...], db: str | None
+) -> int:
+    """Show the runs of a store in a browser on this machine.
+
+    With a pipeline, its runs can be resumed from their pages, its config's redact hides what it hides from hooks, and its lineage
+    is drawn. Nothing else is run, and nothing is changed but what a button says.
+    """
+    try:
+        from stroma.ui import Settings, make_app, serve
+    except ImportError as error:
+        raise Problem(str(error), code=Code.ENVIRONMENT) from error
+    loopback, made = _is_loopback(host), token is None
+    if token is None and loopback:
+        token = secrets.token_urlsafe(24)
+    if not loopback and not token:
+        raise Problem(
+            f"--host {host} can be reached from elsewhere, and nobody would have to say who they are",
+            "give a token: STROMA_UI_TOKEN=... stroma ui --host ..., or leave --host out",
+            code=Code.USAGE,
+        )
+    if token and len(token) < 16:
+        raise Problem("the token is shorter than 16 characters: it could be guessed", code=Code.USAGE)
+    database = Database.choose(db)
+    store = database.store
+    if not isinstance(store, AsyncStates):
+        raise Problem(
+            f"{database.name} keeps nothing once its process has ended",
+            "name a store that lasts: --db FILE",
+            code=Code.USAGE,
+        )
+    pipeline = None if target is None else load_pipeline(target)
+    listening = _listen(host, port)
+    port = listening.getsockname()[1]
+    shown = f"[{host}]" if ":" in host else host
+    address, private_host = f"http://{shown}:{port}/", None
+    hosts = [f"{shown}:{port}", *names]
+    if loopback:
+        hosts += [f"127.0.0.1:{port}", f"localhost:{port}", f"[::1]:{port}"]
+    if loopback and token:
+        # A cookie goes to every port of its host. Browsers resolve all names under localhost to this machine.
+        private_host = f"stroma-{secrets.token_hex(8)}.localhost:{port}"
+        address = f"http://{private_host}/"
+        hosts.append(private_host)
+    if port == 80:
+        hosts += [name.rpartition(":")[0] for name in hosts if name.endswith(":80")]
+    settings = Settings(
+        store=store,
+        name=database.name,
+        hosts=hosts,
+        token=token or None,
+        private_host=None if private_host is None else private_host.removesuffix(":80"),
+        redact=None if pipeline is None or pipeline.config is None else pipeline.config.redact,
+        pipeline=None if pipeline is None else pipeline.name,
+        resume=None if target is None else _resumer(database, target, db),
+        command=_hint(database, target),
+        lineage=None if pipeline is None else _lineage(pipeline),
+    )
+    # A token of the user's is in their environment or command line: here it is not repeated.
+    out.line(f"{address}{f'?token={token}' if token and made else '?token=...' if token else ''}")
+    if private_host is not None:
+        err.line(
+            (
+                f"if the browser does not find that: http://{shown}:{port}/ with the token as the password",
+                "dim",
+            )
+        )
+    err.line(("stop with Ctrl-C", "dim"))
+    with contextlib.closing(listening), contextlib.suppress(KeyboardInterrupt):
+        serve(make_app(settings), listening)
+    return Code.OK
+
+
+def _is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """A socket that listens, so that whoever reads the address can connect. Raises Problem."""
+    try:
+        family, kind, protocol, _, at = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listening = socket.socket(family, kind, protocol)
+        try:
+            listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listening.bind(at)
+            listening.listen(128)
+        except BaseException:
+            listening.close()
+            raise
+    except OSError as error:
+        raise Problem(
+            f"{host}:{port} cannot be listened on: {error.strerror or error}",
+            "take another one: stroma ui --port 0",
+            code=Code.ENVIRONMENT,
+        ) from error
+    return listening
+
+
+def _hint(database: Database, target: str | None) -> Callable[..., str]:
+    def command(name: str, *arguments: str) -> str:
+        words = [target if word == "FILE.py:NAME" and target is not None else word for word in arguments]
+        if name == "resume":
+            words[0] = id_word(words[0])
+        return database.hint(name, *words)
+
+    return command
+
+
+def _resumer(database: Database, target: str, db: str | None) -> Callable[[str], None]:
+    """Begins a process of its own for each resume: it goes on when the interface ends."""
+
+    def resume(run_id: str) -> None:
+        # The store by the environment: every process can see the options of a command.
+        env = child_environment(STROMA_DB=db) if db else child_environment()
+        words = child_command("resume", "--quiet", "--", run_id, target)
+        process = subprocess.Popen(
+            words, env=env, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, start_new_session=True
+        )
+        threading.Thread(target=process.wait, daemon=True).start()  # Or it would stay as a zombie.
+
+    return resume
+
+
+def _lineage(pipeline: Pipeline) -> str:
+    from stroma.contracts.checks.lineage import lineage_of
+
+    return lineage_of(pipeline.name, [find_node(node) for node in pipeline.nodes], ContractRegistry()).svg()

@@ -1,0 +1,48 @@
+"""Contracts: schemas, validation at each boundary, snapshots of states, the static checker."""
+
+from typing import TYPE_CHECKING
+
+from stroma._utils.lazy import lazy
+
+if TYPE_CHECKING:
+    from stroma.contracts.checks.finding import CheckFailed, Finding
+    from stroma.contracts.contract import (
+        BoundaryValidator,
+        ContractRegistry,
+        ContractViolation,
+        NodeContract,
+        StepContract,
+        StepViolation,
+    )
+    from stroma.contracts.node import stroma_node, stroma_step
+    from stroma.contracts.tagged_json import NotSerialisable
+
+__all__ = [
+    "BoundaryValidator",
+    "CheckFailed",
+    "ContractRegistry",
+    "ContractViolation",
+    "Finding",
+    "NodeContract",
+    "NotSerialisable",
+    "StepContract",
+    "StepViolation",
+    "stroma_node",
+    "stroma_step",
+]
+
+_HOMES = {
+    "BoundaryValidator": "contracts.contract",
+    "CheckFailed": "contracts.checks.finding",
+    "ContractRegistry": "contracts.contract",
+    "ContractViolation": "contracts.contract",
+    "Finding": "contracts.checks.finding",
+    "NodeContract": "contracts.contract",
+    "NotSerialisable": "contracts.tagged_json",
+    "StepContract": "contracts.contract",
+    "StepViolation": "contracts.contract",
+    "stroma_node": "contracts.node",
+    "stroma_step": "contracts.node",
+}
+
+__getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")

@@ -1,0 +1,248 @@
+"""What is handed to whom in a pipeline, by the contracts alone: nothing runs."""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from pydantic import BaseModel, ConfigDict
+
+from stroma.contracts.checks.pairs import LISTS, Side
+from stroma.contracts.checks.records import Record, record_of
+from stroma.contracts.checks.scalars import LEAVES
+from stroma.contracts.contract import ContractRegistry, NodeContract
+from stroma.contracts.core_schema import never_a_dict
+from stroma.contracts.node import Group, Node
+from stroma.contracts.schema import schema_of
+from stroma.contracts.untyped import Kept
+
+__all__ = [
+    "Collision",
+    "Crossing",
+    "Giver",
+    "State",
+    "Step",
+    "Unreadable",
+    "flow_of",
+    "holds_no_fields",
+    "items_of",
+    "record_of_class",
+]
+
+Contract = NodeContract[Any, Any]
+
+
+class _Anything(BaseModel):
+    """A state of which nothing is known."""
+
+    model_config = ConfigDict(extra="allow")
+
+
+@dataclass(frozen=True, slots=True)
+class Giver:
+    """A node or group that gave something. ``at``: its position, and its place in groups: "2", "2.0"."""
+
+    node_id: str
+    at: str
+
+
+@dataclass(frozen=True, slots=True)
+class State:
+    """What stands between two nodes.
+
+    Attributes:
+        model: its class; None if nothing is known of it, or if it is an ``item`` alone.
+        giver: who made it last.
+        origins: who gave each of its fields, by name.
+        apart: models inside come as dicts: it is an item of a list.
+        loose: a node without a contract had a part in it, so that it may hold more than the class says.
+        item: the type of the items of a list, for the node that ``map_over`` runs.
+        bare: the item goes through a group.
+        list_at: the field that the items stand in.
+        earlier: the outputs before this one, the last first, for telling who dropped a field.
+    """
+
+    model: type[BaseModel] | None
+    giver: Giver
+    origins: Mapping[str, Giver] = field(default_factory=dict)
+    apart: bool = False
+    loose: bool = False
+    item: Side | None = None
+    bare: bool = False
+    list_at: str = ""
+    earlier: tuple[tuple[Giver, type[BaseModel]], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Crossing:
+    """A state on its way into a node or group. ``contract``: the node's; None if it has none, and for groups."""
+
+    node: Node | Group
+    to: Giver
+    state: State
+    contract: Contract | None
+    output: type[BaseModel] | None
+
+
+@dataclass(frozen=True, slots=True)
+class Collision:
+    """Two that give the same field of a merged state; the second wins. ``types``: what each of them gives."""
+
+    first: Giver
+    second: Giver
+    name: str
+    types: tuple[str, str]
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """A class of a contract that cannot be read, as its annotations are not defined, say. Nothing is claimed of it.
+
+    Attributes:
+        source, to: who gives what the class is of, and who takes it; both are the node itself for its output.
+        error: why it cannot be read.
+    """
+
+    source: Giver
+    to: Giver
+    model: Any
+    error: str
+
+
+Step = Crossing | Collision | Unreadable
+
+
+def flow_of(
+    nodes: Sequence[Node | Group], registry: ContractRegistry, initial: type[BaseModel] | None = None
+) -> Iterator[Step]:
+    """Every crossing and collision, in the order of the nodes; a group before its children."""
+    start = Giver("input", "input")
+    if initial is not None and (error := _unreadable(initial)):
+        yield Unreadable(start, start, initial, error)
+        initial = None
+    state = State(initial, start, _origins(initial, start))
+    walk = _Walk(registry)
+    for position, node in enumerate(nodes):
+        made = yield from walk.through(node, state, str(position))
+        earlier = state.earlier if state.model is None else ((state.giver, state.model), *state.earlier)
+        state = State(made.model, made.giver, made.origins, loose=made.loose, earlier=earlier)
+
+
+def record_of_class(model: type[BaseModel]) -> Record:
+    """What of a model crosses into a group, by name; of a root model the keys of its dict, or all of it as "root"."""
+    if not schema_of(model).root:
+        return record_of(Side.of_model(model))
+    root = Side.of_root(model).resolved()
+    if never_a_dict(root.node):
+        return Record(model.__name__, {"root": root})
+    if root.kind == "dict":
+        return replace(record_of(root), name=model.__name__)
+    return Record(model.__name__, {}, is_open=True)
+
+
+def _unreadable(model: Any) -> str:
+    """Why a class cannot be read; "" if it can."""
+    try:
+        schema_of(model)
+    except Exception as error:  # Whatever pydantic, or code of the user's, raises.
+        return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
+    return ""
+
+
+def _origins(model: type[BaseModel] | None, giver: Giver) -> dict[str, Giver]:
+    return {} if model is None else dict.fromkeys(record_of_class(model).fields, giver)
+
+
+class _Walk:
+    """Goes through nodes; what each of them makes of a state is what its generator returns."""
+
+    def __init__(self, registry: ContractRegistry) -> None:
+        self._registry = registry
+
+    def through(self, node: Node | Group, state: State, at: str) -> Generator[Step, None, State]:
+        giver = Giver(node.node_id, at)
+        if isinstance(node, Node):
+            contract = self._registry.find(node.node_id) or node.contract
+            output = None
+            if contract is not None:
+                output = contract.output_schema
+                if error := _unreadable(output):
+                    yield Unreadable(giver, giver, output, error)
+                    output = None
+                if error := _unreadable(contract.input_schema):
+                    yield Unreadable(state.giver, giver, contract.input_schema, error)
+                    contract = None
+            yield Crossing(node, giver, state, contract, output)
+            return State(output, giver, _origins(output, giver), loose=output is None)
+        if node.each:
+            return (yield from self._each(node, state, giver))
+        return (yield from self._side_by_side(node, state, giver))
+
+    def _side_by_side(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
+        yield Crossing(node, giver, state, None, None)
+        made: list[State] = []
+        for index, child in enumerate(node.children):
+            made.append((yield from self.through(child, state, f"{giver.at}.{index}")))
+        origins: dict[str, Giver] = {}
+        sides: dict[str, Side] = {}
+        for one in made:
+            if one.model is None:
+                origins = {}  # It may have given any of them anew.
+                sides = {}
+                continue
+            for name, side in record_of_class(one.model).fields.items():
+                by = one.origins.get(name, one.giver)
+                if name in sides:
+                    yield Collision(origins[name], by, name, (str(sides[name]), str(side)))
+                origins[name], sides[name] = by, side
+        model = node.joined(_Anything, [one.model or Kept for one in made])
+        return State(model, giver, origins, loose=any(one.loose for one in made))
+
+    def _each(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
+        yield Crossing(node, giver, state, None, None)
+        record = Record("", {}) if state.model is None else record_of_class(state.model)
+        fields = record.fields
+        origin = giver if node.outside else state.origins.get(node.over, state.giver)
+        over = None if node.outside else fields.get(node.over, record.others)
+        item = None if over is None else items_of(over)
+        model = None
+        if item is not None:
+            inner = item.resolved()
+            model = inner.node["cls"] if inner.kind == "model" and not inner.node.get("root_model") else None
+        # Into a node: an item of any type. Into a group: what its own children are given, if that is a record.
+        child = node.children[0]
+        bare = isinstance(child, Group)
+        loose = state.loose or node.outside
+        given = State(model, origin, _origins(model, origin), True, loose, item, bare, node.over)
+        made = yield from self.through(child, given, f"{giver.at}.0")
+        if node.into in fields and node.into != node.over:
+            types = (str(fields[node.into]), f"list[{'Any' if made.model is None else made.model.__name__}]")
+            yield Collision(state.origins.get(node.into, state.giver), made.giver, node.into, types)
+        if not node.into:  # What was given goes on as it is.
+            return State(state.model, giver, state.origins, loose=state.loose)
+        joined = node.joined(state.model or _Anything, [made.model or Kept])
+        origins = {**state.origins, node.into: made.giver}
+        # What the items are made by is no concern of the other fields.
+        return State(joined, giver, origins, loose=state.loose or state.model is None)
+
+
+def holds_no_fields(side: Side) -> bool:
+    """Whether no value of it can have fields, or keys."""
+    side = side.resolved()
+    while side.kind in ("default", "nullable"):
+        side = side.to(side.node["schema"]).resolved()
+    return side.kind in LEAVES | LISTS
+
+
+def items_of(side: Side) -> Side | None:
+    """The type of the items of a field that ``map_over`` can go over; None for what is no list, and for several."""
+    side = side.resolved()
+    while side.kind in ("default", "nullable"):
+        side = side.to(side.node["schema"]).resolved()
+    if side.kind == "list":
+        return side.to(side.node.get("items_schema", {"type": "any"}))
+    if side.kind == "tuple":
+        items = side.node["items_schema"]
+        return side.to(items[0] if len(items) == 1 else {"type": "union", "choices": items})
+    return None

@@ -1,0 +1,230 @@
+"""What has fields, on either side of a boundary: models, dataclasses, typed dicts, and dicts of anything."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any, Final
+
+from stroma.contracts.core_schema import nodes_of, reachable
+
+if TYPE_CHECKING:
+    from stroma.contracts.checks.pairs import Side
+
+__all__ = [
+    "Record",
+    "Wanted",
+    "WantedField",
+    "by_name",
+    "classes_of",
+    "first_word",
+    "is_record",
+    "look_up",
+    "loses_fields",
+    "name_of",
+    "record_of",
+    "wanted_of",
+]
+
+_EMPTY: Final[dict[str, Any]] = {}
+
+
+@dataclass(frozen=True, slots=True)
+class Record:
+    """What crosses of a record.
+
+    Attributes:
+        fields: by name; what is excluded is not handed on.
+        optional: fields that need not be there.
+        is_open: there may be more.
+        others: the type of what more there may be, if that is known.
+        computed: computed fields, which only the outermost record hands on, to who has a field of the name.
+    """
+
+    name: str
+    fields: Mapping[str, Side]
+    optional: frozenset[str] = frozenset()
+    is_open: bool = False
+    others: Side | None = None
+    computed: Mapping[str, Side] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class WantedField:
+    """A field of the target. ``keys``: by which it is looked up, each a way through dicts, but for its name."""
+
+    name: str
+    side: Side
+    required: bool
+    keys: tuple[tuple[Any, ...], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """What the target makes of the fields that come. ``code``: a function of the user's that has the last word, or ""."""
+
+    name: str
+    fields: tuple[WantedField, ...]
+    extra: str
+    extras: Side | None
+    code: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Found:
+    """Where a field's value comes from. ``deeper``: it is inside of that field."""
+
+    name: str
+    side: Side
+    deeper: bool
+
+
+def is_record(side: Side) -> bool:
+    """Whether it has fields, and is no root model."""
+    return side.kind in ("dataclass", "typed-dict") or (
+        side.kind == "model" and not side.node.get("root_model")
+    )
+
+
+def _inside(side: Side) -> tuple[Side, dict[str, Any]]:
+    """The part that lists the fields, past the validators around it, and the config that holds in there."""
+    config = side.node.get("config") or _EMPTY
+    if side.kind == "typed-dict":
+        return side, config or side.config
+    inner = side.to(side.node["schema"]).resolved()
+    while inner.kind not in ("model-fields", "dataclass-args"):
+        inner = inner.to(inner.node["schema"]).resolved()
+    return inner, config
+
+
+def record_of(side: Side) -> Record:
+    """What a value of the source is when it was taken apart."""
+    if side.kind == "dict":
+        others = side.to(side.node.get("values_schema", {"type": "any"}))
+        return Record(str(side), {}, is_open=True, others=others)
+    inner, config = _inside(side)
+    node = inner.node
+    fields: dict[str, Side] = {}
+    optional: set[str] = set()
+    for name, item in _fields(node):
+        if item.get("serialization_exclude") or item.get("init_only") or item.get("init") is False:
+            continue
+        fields[name] = _side(inner, item, config)
+        if side.kind == "typed-dict" and not item.get("required", node.get("total", True)):
+            optional.add(name)
+    computed = {
+        item["property_name"]: _side(inner, {"schema": item["return_schema"]}, config)
+        for item in node.get("computed_fields", ())
+    }
+    extra = node.get("extra_behavior") or config.get("extra_fields_behavior")
+    return Record(str(side), fields, frozenset(optional), extra == "allow", _extras(inner, config), computed)
+
+
+def wanted_of(side: Side) -> Wanted:
+    """What a record of the target looks for in a dict."""
+    inner, config = _inside(side)
+    node = inner.node
+    fields = []
+    for name, item in _fields(node):
+        if item.get("init") is False:
+            continue
+        required = item["schema"]["type"] != "default"
+        if side.kind == "typed-dict":
+            required = required and bool(item.get("required", node.get("total", True)))
+        fields.append(
+            WantedField(name, _side(inner, item, config), required, _keys(item.get("validation_alias")))
+        )
+    extra = node.get("extra_behavior") or config.get("extra_fields_behavior") or "ignore"
+    return Wanted(str(side), tuple(fields), extra, _extras(inner, config), _last_word(side))
+
+
+def _extras(inner: Side, config: dict[str, Any]) -> Side | None:
+    """The type of extra fields, if the class says one."""
+    schema = inner.node.get("extras_schema")
+    return None if schema is None else _side(inner, {"schema": schema}, config)
+
+
+def name_of(node: dict[str, Any]) -> str:
+    """What a validator function is called."""
+    function = node["function"].get("function")
+    return str(getattr(function, "__qualname__", None) or type(function).__name__)
+
+
+def first_word(side: Side) -> str:
+    """The validator of the user's that sees what comes before it is asked for fields, and may change it; or ""."""
+    if side.kind not in ("model", "dataclass") or side.node.get("root_model"):
+        return ""
+    inner = side.to(side.node["schema"]).resolved()
+    while inner.kind not in ("model-fields", "dataclass-args"):
+        if inner.kind != "function-after":
+            return name_of(inner.node)
+        inner = inner.to(inner.node["schema"]).resolved()
+    return ""
+
+
+def loses_fields(side: Side) -> bool:
+    """Whether a required field of a class, or of one inside of it, is excluded: no copy of it can be made then."""
+    seen: set[str] = set()
+    todo = [side.node]
+    while todo:
+        for node in nodes_of(todo.pop()):
+            if node.get("serialization_exclude") and node["schema"]["type"] != "default":
+                return True
+            ref = node.get("schema_ref")
+            if isinstance(ref, str) and ref not in seen:
+                seen.add(ref)
+                todo += [side.defs[ref]] if ref in side.defs else []
+    return False
+
+
+def classes_of(side: Side) -> frozenset[type]:
+    """The classes that a value of it holds, its own included."""
+    return reachable(side.node, side.defs)[1]
+
+
+def by_name(wanted: Wanted) -> Wanted:
+    """The same where the fields come by name alone: an alias may be the name of another field."""
+    return replace(wanted, fields=tuple(replace(field, keys=()) for field in wanted.fields))
+
+
+def _last_word(side: Side) -> str:
+    """What of the user's runs once all fields are there."""
+    if not side.node.get("post_init"):
+        return ""
+    cls = side.node["cls"]
+    for name in ("model_post_init", "__post_init__"):
+        for parent in cls.__mro__:
+            function = parent.__dict__.get(name)
+            # pydantic's own fills in private attributes, and calls the user's if there is one.
+            if function is not None and not str(getattr(function, "__module__", "")).startswith("pydantic."):
+                return f"{cls.__name__}.{name}"
+    return ""
+
+
+def _fields(node: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    found = node["fields"]
+    return list(found.items()) if isinstance(found, Mapping) else [(item["name"], item) for item in found]
+
+
+def _side(inner: Side, item: dict[str, Any], config: dict[str, Any]) -> Side:
+    return type(inner)(item["schema"], config, inner.defs)
+
+
+def _keys(alias: Any) -> tuple[tuple[Any, ...], ...]:
+    if alias is None:
+        return ()
+    if isinstance(alias, str):
+        return ((alias,),)
+    if alias and isinstance(alias[0], (list, tuple)):
+        return tuple(tuple(key) for key in alias)
+    return (tuple(alias),)
+
+
+def look_up(wanted: WantedField, record: Record, *, by_name: bool) -> Found | None:
+    """The field that a value is taken from, as the engine has it: by alias first, then by name."""
+    keys = (*wanted.keys, (wanted.name,)) if by_name or not wanted.keys else wanted.keys
+    for key in keys:
+        found = record.fields.get(key[0])
+        if found is not None:
+            return Found(key[0], found, len(key) > 1)
+    return None

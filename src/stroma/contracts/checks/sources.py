@@ -1,0 +1,173 @@
+"""What a type of the source can hold, once it was validated."""
+
+from __future__ import annotations
+
+import operator
+import typing
+from collections.abc import Callable
+from typing import Any, Final, cast
+
+from pydantic import TypeAdapter
+from pydantic_core import PydanticUndefined, SchemaValidator, ValidationError
+
+from stroma.contracts.checks.pairs import EMPTY, LISTS, UNKNOWN, Side
+from stroma.contracts.checks.records import record_of
+from stroma.contracts.checks.scalars import LEAVES, choices_of
+from stroma.contracts.core_schema import decodes, foreign, makes_instances, nodes_of
+
+__all__ = ["alike", "alternatives_of", "chosen", "is_harmless", "tags_of"]
+
+
+def alternatives_of(source: Side, kept: Callable[[Side], bool]) -> list[Side] | None:
+    """The types that a value is one of; one alone if the source only wraps it; None if it wraps nothing.
+
+    ``kept``: whether an instance crosses as the instance that it is.
+    """
+    node, kind = source.node, source.kind
+    if kind == "default":
+        inner = source.to(node["schema"])
+        default = node.get("default", PydanticUndefined)
+        # A default is not validated.
+        if default is not PydanticUndefined and not node.get("copy_default") and not _holds(inner, default):
+            if default is None:
+                return [inner, source.to({"type": "none"})]
+            if type(default) in (str, int, bool):
+                return [inner, source.to({"type": "literal", "expected": [default]})]
+            return [inner, source.to(UNKNOWN)]
+        return [inner]
+    if kind == "nullable":
+        return [source.to(node["schema"]), source.to({"type": "none"})]
+    if kind == "union":
+        return [source.to(c[0] if isinstance(c, tuple) else c) for c in node["choices"]]
+    if kind == "tagged-union":
+        return [source.to(choice) for choice in node["choices"].values()]
+    if kind == "chain":
+        return [source.to(node["steps"][-1])]
+    if kind == "lax-or-strict":
+        return [source.to(node["strict_schema"])]
+    if kind == "json":
+        return [source.to(node.get("schema", UNKNOWN))]
+    if kind == "model" and node.get("root_model") and not kept(source):
+        return [Side(node["schema"], node.get("config") or EMPTY, source.defs)]
+    if kind.startswith("function-"):
+        return [source.to(_made_by(node))]
+    return None
+
+
+def _holds(inner: Side, default: Any) -> bool:
+    kind = inner.resolved().kind
+    if kind in ("int", "str", "bool", "none", "float"):
+        return {"int": int, "str": str, "bool": bool, "none": type(None), "float": float}[kind] is type(
+            default
+        )
+    # Of what is not that simple, only None is a surprise worth telling.
+    return default is not None or kind in ("nullable", "any")
+
+
+#: Records cross in ways of their own, and a default was never validated.
+_LOOKED_INTO: Final = frozenset({"model", "dataclass", "definition-ref", "default"})
+
+
+def alike(source: Side, target: Side) -> bool:
+    """Whether both are the very same type: what was validated by it once is taken by it."""
+    if source.kind != target.kind or source.kind == "any":
+        return False
+    if any(map(makes_instances, nodes_of(source.node))):
+        return False
+    if source.node is target.node:
+        same = not any(foreign(n) or decodes(n) or n["type"] in _LOOKED_INTO for n in nodes_of(source.node))
+    else:
+        same = source.kind not in LEAVES and _same(source.node, target.node)
+    return same and {**source.config, "title": 0} == {**target.config, "title": 0}
+
+
+def tags_of(source: Side, discriminator: Any) -> list[Any] | None:
+    """The values that a record's discriminator can have; None if they are not known."""
+    record = record_of(source)
+    ways = [discriminator] if isinstance(discriminator, str) else discriminator
+    if not isinstance(ways, list):
+        return None
+    # One name, or a list of ways: each the keys that lead to it.
+    names = [way if isinstance(way, str) else way[0] for way in ways if isinstance(way, str) or len(way) == 1]
+    name = next((name for name in names if name in record.fields), None)
+    if name is None or name in record.optional or len(names) < len(ways):
+        return None
+    field = record.fields[name]
+    while True:
+        field = field.resolved()
+        if field.kind not in ("default", "nullable"):
+            return choices_of(field.node)
+        if field.kind == "nullable":
+            return None
+        field = field.to(field.node["schema"])
+
+
+def chosen(tags: list[Any], value: Any) -> Any:
+    """The tag of a union that a value stands for, as pydantic finds it; None if there is none."""
+    try:
+        return SchemaValidator({"type": "literal", "expected": tags}).validate_python(value)
+    except ValidationError:
+        return None
+
+
+def _made_by(node: dict[str, Any]) -> dict[str, Any]:
+    """What a validator function returns, as far as it says."""
+    inner: dict[str, Any] = node.get("schema", UNKNOWN)
+    kind, function = node["type"], node["function"].get("function")
+    if kind == "function-before" or decodes(node) or inner["type"] in ("model", "dataclass"):
+        return inner
+    if isinstance(function, type):
+        return {"type": "is-instance", "cls": function}
+    if _takes_value(node):
+        return {"type": "literal", "expected": [getattr(v, "value", v) for v in choices_of(inner) or ()]}
+    if not foreign(node):
+        if inner["type"] == "list" and kind == "function-wrap":  # A Sequence stays what it was.
+            items = [inner.get("items_schema", UNKNOWN)]
+            many = {"type": "tuple", "items_schema": items, "variadic_item_index": 0}
+            return {"type": "union", "choices": [inner, many]}
+        if is_harmless(node) or inner["type"] in ("url", "multi-host-url", "str", *LISTS):
+            return inner
+        return UNKNOWN
+    try:
+        returned = typing.get_type_hints(function).get("return", Any)
+        made = cast("dict[str, Any]", TypeAdapter(returned).core_schema)
+    except Exception:  # It says nothing that we understand.
+        return UNKNOWN
+    return made if made["type"] != "definitions" else UNKNOWN
+
+
+def is_harmless(node: dict[str, Any]) -> bool:
+    """Whether a function of pydantic's own refuses nothing that came so far."""
+    function = node["function"].get("function")
+    return "path_validator" in str(getattr(function, "__qualname__", "")) or _takes_value(node)
+
+
+def _takes_value(node: dict[str, Any]) -> bool:
+    """Whether it makes values of an enum's members: ``use_enum_values``."""
+    function = node["function"].get("function") if node["type"] == "function-after" else None
+    kind = node.get("schema", UNKNOWN)["type"]
+    return (kind == "enum" and isinstance(function, operator.attrgetter)) or (
+        kind == "literal" and function is not None and not foreign(node)
+    )
+
+
+def _same(one: Any, other: Any) -> bool:
+    """Whether two schemas are the same but for functions of pydantic's own, which it makes anew for each class."""
+    if isinstance(one, dict) and isinstance(other, dict):
+        if isinstance(one.get("type"), str) and (one["type"] != other.get("type") or foreign(one)):
+            return False
+        if isinstance(one.get("type"), str) and (
+            decodes(one)
+            or one["type"] in _LOOKED_INTO
+            or (one["type"] == "function-after" and _takes_value(one))
+        ):
+            return False
+        skipped = {"metadata", "serialization", "ref"}
+        keys = (one.keys() | other.keys()) - skipped
+        return all(k in one and k in other and _same(one[k], other[k]) for k in keys)
+    if isinstance(one, (list, tuple)) and isinstance(other, (list, tuple)):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if callable(one) and callable(other) and not isinstance(one, type):
+        own = str(getattr(one, "__module__", "")).startswith("pydantic.")
+        return one == other or (own and getattr(one, "__qualname__", 0) == getattr(other, "__qualname__", 1))
+    return type(one) is type(other) and bool(one == other)

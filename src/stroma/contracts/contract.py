@@ -1,0 +1,263 @@
+"""Contracts: the pydantic models that a node's input and output must satisfy."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Awaitable, Callable, Generator
+from types import CoroutineType
+from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, TypeVar
+
+from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
+
+from stroma._utils.models import Deferred
+from stroma.contracts.schema import schema_of
+
+__all__ = [
+    "RETURN_SHAPES",
+    "BoundaryValidator",
+    "ContractRegistry",
+    "ContractViolation",
+    "NodeContract",
+    "StepContract",
+    "StepViolation",
+    "check_id",
+    "output_violation",
+]
+
+In = TypeVar("In", bound=BaseModel)
+Out = TypeVar("Out", bound=BaseModel)
+Direction = Literal["input", "output"]
+
+_SHOWN_ERRORS = 5
+
+
+def check_id(value: str, what: str) -> str:
+    """Return a legal run or node id unchanged; any text is one, but for what no store can keep.
+
+    Raises ValueError for the empty string, a NUL and lone surrogates.
+    """
+    if not isinstance(value, str):
+        raise ValueError(f"{what} must be a string, not {type(value).__name__}")
+    if not value:
+        raise ValueError(f"{what} must not be empty")
+    if not value.isascii():
+        try:
+            value.encode()
+        except UnicodeEncodeError:
+            raise ValueError(f"{what} {value!r} holds a lone surrogate; use valid Unicode text") from None
+    if "\0" in value:
+        raise ValueError(f"{what} {value!r} holds a NUL character; remove it")
+    return value
+
+
+class NodeContract(Deferred, Generic[In, Out]):
+    """What a node promises: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
+
+    ``upcast`` makes what an earlier ``output_schema`` recorded (plain data: a dict of its fields) into what the present
+    one accepts; a resume asks it when they differ.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    node_id: str
+    input_schema: type[In]
+    output_schema: type[Out]
+    upcast: Callable[[Any], Any] | None = None
+
+    if TYPE_CHECKING:
+        # pydantic's mypy plugin would take the classes as Any, and the node's types would go unchecked.
+        def __init__(
+            self,
+            *,
+            node_id: str,
+            input_schema: type[In],
+            output_schema: type[Out],
+            upcast: Callable[[Any], Any] | None = None,
+        ) -> None: ...
+
+    @field_validator("node_id")
+    @classmethod
+    def _legal_id(cls, value: str) -> str:
+        return check_id(value, "node id")
+
+
+class ContractViolation(Exception):
+    """A value did not satisfy its contract.
+
+    Attributes:
+        node_id: the node at whose boundary it happened.
+        direction: "input" or "output".
+        raw: the offending value as a dict.
+        errors: pydantic's error dicts (``type``, ``loc``, ``msg``, ``input``).
+        schema: the model that it should have been; None if that is not known.
+
+    Where: ``result.failure`` of a FAILED run; out of ``BoundaryValidator`` and ``ContractRegistry.validate_*``.
+    Cause: the input of a node, or what it returned, is not what its schema says.
+    Mend: correct the node or the schema at the fields that are named. ``contract_retries`` grants further attempts, and
+        ``current_node().last_failure.as_prompt()`` is what to tell the model in them.
+    """
+
+    schema: type[BaseModel] | None = None
+
+    def __init__(self, node_id: str, direction: Direction, raw: dict[str, Any], errors: list[Any]) -> None:
+        super().__init__(node_id, direction, raw, errors)
+        self.node_id = node_id
+        self.direction: Direction = direction
+        self.raw = raw
+        self.errors = errors
+
+    def __str__(self) -> str:
+        shown = [_describe(error) for error in self.errors[:_SHOWN_ERRORS]]
+        rest = len(self.errors) - len(shown)
+        text = "; ".join(shown) + (f"; ... and {rest} more" if rest > 0 else "")
+        return f"Contract violation for {self.node_id!r} ({self.direction}): {text}"
+
+    def __reduce__(self) -> Any:
+        # Without the class: one that was made in a function cannot be pickled, nor what refers to it.
+        kept = {name: value for name, value in self.__dict__.items() if name != "schema"}
+        return type(self), self.args, kept
+
+    def as_prompt(self, *, max_chars: int = 2000) -> str:
+        """What is wrong, as a text for the model whose answer it was, of at most ``max_chars`` characters.
+
+        It says of each field what is wrong, what came, and what is expected, in a compact form of the schema. What the
+        schema declares as a secret (``SecretStr``) is masked.
+        """
+        from stroma.contracts.repair_prompt import repair_prompt
+
+        return repair_prompt(self.direction, self.errors, self.raw, self.schema, max_chars)
+
+
+def _describe(error: Any) -> str:
+    if not isinstance(error, dict):
+        return str(error)
+    path = ".".join(str(part) for part in error.get("loc", ()))
+    message = str(error.get("msg", "invalid"))
+    return f"{path}: {message}" if path else message
+
+
+def as_violation(
+    node_id: str,
+    direction: Direction,
+    raw: Any,
+    error: BaseException,
+    schema: type[BaseModel] | None = None,
+) -> ContractViolation:
+    """The ContractViolation for what a validator raised."""
+    if isinstance(error, ValidationError):
+        errors: list[Any] = list(error.errors(include_url=False))
+    else:  # A validator may raise anything at all.
+        errors = [
+            {"type": type(error).__name__, "loc": (), "msg": f"{type(error).__name__}: {error}", "input": raw}
+        ]
+    shown = raw if isinstance(raw, dict) else {"value": raw}
+    violation = ContractViolation(node_id, direction, shown, errors)
+    violation.__cause__ = error
+    violation.schema = schema
+    return violation
+
+
+#: What a node may return.
+RETURN_SHAPES: Final = (
+    "return the output, (output, response), (output, tokens), (output, input_tokens, model) or "
+    "(output, input_tokens, output_tokens, model)"
+)
+
+
+def output_violation(
+    node_id: str, output: Any, error: BaseException, schema: type[BaseModel]
+) -> ContractViolation:
+    """Return the violation for what a node returned, which names what can only be a mistake in its function."""
+    why = _mistake_in(output)
+    if why is None:
+        return as_violation(node_id, "output", output, error, schema)
+    kind = type(output)
+    if kind is CoroutineType:
+        output.close()  # Else Python warns of it once more, wherever it is freed.
+    shown = output if output is None or kind is tuple else f"<{kind.__name__}>"
+    violation = ContractViolation(
+        node_id, "output", {"value": shown}, [{"type": "returned", "loc": (), "msg": why, "input": shown}]
+    )
+    violation.__cause__ = error
+    violation.schema = schema
+    return violation
+
+
+def _mistake_in(output: Any) -> str | None:
+    """Return what is wrong with a value that no node returns on purpose; None for any other."""
+    kind = type(output)
+    if output is None:
+        return "the function returned None; return the output"
+    if issubclass(kind, (AsyncGenerator, Generator)):
+        which = "an async generator" if issubclass(kind, AsyncGenerator) else "a generator"
+        return f"the function returned {which}; return the output in place of yielding it"
+    if issubclass(kind, Awaitable):
+        which = "a coroutine" if kind is CoroutineType else f"an awaitable {kind.__name__}"
+        return f"the function returned {which}; did you forget await?"
+    if kind is tuple and len(output) not in (2, 3, 4):
+        return f"the function returned a tuple of {len(output)}; {RETURN_SHAPES}"
+    return None
+
+
+class BoundaryValidator:
+    """Validates one raw value against one side of a contract."""
+
+    def __call__(
+        self, contract: NodeContract[Any, Any], direction: Direction, raw: dict[str, Any]
+    ) -> BaseModel:
+        """Return the validated model; raises ContractViolation."""
+        schema = contract.input_schema if direction == "input" else contract.output_schema
+        try:
+            return schema_of(schema).validate(raw)
+        except Exception as error:
+            raise as_violation(contract.node_id, direction, raw, error, schema) from error
+
+
+class Decorated(NamedTuple):
+    """The contract that a decorator registered last for a node id, and the repr of the function that got it."""
+
+    contract: NodeContract[Any, Any]
+    owner: str
+
+
+class ContractRegistry:
+    """The contracts of a runner, by node id."""
+
+    def __init__(self) -> None:
+        self._contracts: dict[str, NodeContract[Any, Any]] = {}
+        #: What ``runner.node`` gave ids to.
+        self.decorated: dict[str, Decorated] = {}
+        self._validator = BoundaryValidator()
+
+    def register(self, contract: NodeContract[Any, Any]) -> None:
+        """Add a contract, replacing the one that its node id had."""
+        self._contracts[contract.node_id] = contract
+
+    @property
+    def ids(self) -> set[str]:
+        """The node ids that have a contract."""
+        return set(self._contracts)
+
+    def get(self, node_id: str) -> NodeContract[Any, Any]:
+        """The contract of a node; raises KeyError."""
+        try:
+            return self._contracts[node_id]
+        except KeyError:
+            raise KeyError(
+                f"no contract is registered for node {node_id!r}; register one, or decorate the node"
+            ) from None
+
+    def find(self, node_id: str) -> NodeContract[Any, Any] | None:
+        """The contract of a node, or None."""
+        return self._contracts.get(node_id)
+
+    def validate_input(self, node_id: str, raw: dict[str, Any]) -> BaseModel:
+        """Validate a raw input; raises KeyError or ContractViolation."""
+        return self._validator(self.get(node_id), "input", raw)
+
+    def validate_output(self, node_id: str, raw: dict[str, Any]) -> BaseModel:
+        """Validate a raw output; raises KeyError or ContractViolation."""
+        return self._validator(self.get(node_id), "output", raw)
+
+
+StepContract = NodeContract
+StepViolation = ContractViolation

@@ -1,0 +1,285 @@
+"""What makes a function a node: the marker on the function and the frozen record behind it."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, Final, Generic, Protocol, TypeAlias, TypeVar, final, overload
+
+from pydantic import BaseModel
+
+from stroma.contracts.contract import NodeContract, check_id
+
+if TYPE_CHECKING:
+    from stroma.contracts.schema import Schema
+
+__all__ = [
+    "Group",
+    "Node",
+    "NodeDecorator",
+    "find_node",
+    "make_node",
+    "mark",
+    "stroma_node",
+    "stroma_step",
+]
+
+In = TypeVar("In", bound=BaseModel)
+Out = TypeVar("Out", bound=BaseModel)
+Loose = TypeVar("Loose", bound="Mapping[str, Any] | tuple[Any, ...]")
+
+
+class NodeDecorator(Protocol, Generic[In, Out]):
+    """Marks a function as a node: async or not, of ``(state)`` or ``(state, ctx)``, and returns it.
+
+    The function takes the input model and returns the output model, a dict, or a tuple with usage (see
+    :func:`stroma_node`); anything else is an error for type checkers.
+    """
+
+    @overload
+    def __call__(
+        self, func: Callable[[In], Coroutine[Any, Any, Out]], /
+    ) -> Callable[[In], Coroutine[Any, Any, Out]]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In], Coroutine[Any, Any, Loose]], /
+    ) -> Callable[[In], Coroutine[Any, Any, Loose]]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]], /
+    ) -> Callable[[In, dict[str, Any]], Coroutine[Any, Any, Out]]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In, dict[str, Any]], Coroutine[Any, Any, Loose]], /
+    ) -> Callable[[In, dict[str, Any]], Coroutine[Any, Any, Loose]]: ...
+    @overload
+    def __call__(self, func: Callable[[In], Out], /) -> Callable[[In], Out]: ...
+    @overload
+    def __call__(self, func: Callable[[In], Loose], /) -> Callable[[In], Loose]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In, dict[str, Any]], Out], /
+    ) -> Callable[[In, dict[str, Any]], Out]: ...
+    @overload
+    def __call__(
+        self, func: Callable[[In, dict[str, Any]], Loose], /
+    ) -> Callable[[In, dict[str, Any]], Loose]: ...
+
+
+#: The schemas of input (None: not validated) and output, and the contract that they are of.
+Plan: TypeAlias = "tuple[Schema | None, Schema, NodeContract[Any, Any] | None]"
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Node:
+    """One function with an id. Inspected once, when it is made.
+
+    Attributes:
+        wants_context: the function takes ``(state, ctx)``.
+        is_async: calling it gives a coroutine; otherwise it runs in a thread.
+    """
+
+    node_id: str
+    func: Callable[..., Any]
+    contract: NodeContract[Any, Any] | None
+    wants_context: bool
+    is_async: bool
+    #: The engine's note of the contract's schemas, kept from run to run: a cell, since this is frozen.
+    plan: list[tuple[Schema, Schema, NodeContract[Any, Any]] | None] = field(
+        default_factory=lambda: [None], repr=False
+    )
+
+    def call(self, state: BaseModel, context: dict[str, Any]) -> Any:
+        """Call the function as it wants to be called. Only the engine does, and a group that is called by hand."""
+        return self.func(state, context) if self.wants_context else self.func(state)
+
+
+@final
+@dataclass(frozen=True, slots=True, eq=False)
+class Group:
+    """Several executions under one id, which appear as one event. Made by ``parallel`` and ``map_over``.
+
+    Attributes:
+        children: the nodes and groups inside.
+        run: enters the engine for each child and gives the group's output as a dict; the engine calls it.
+        output: the class of that output, for an input.
+        by_hand: what calling the group outside a run does.
+        joined: the class of its output, given that of its input and those of its children's outputs.
+        over, into: the one child runs for every item of the list in the one field, and its outputs become the other one;
+            "" for a group that runs each child once, and as ``into`` for outputs that do not go into the state.
+        outside: the items do not come out of the state; ``over`` is what they are called.
+        merge: what ``run`` gives, of the input, the children's outputs in order, and the items that failed.
+        items: the items of the list in ``over``, as states; only of a map over one.
+        limit: how many children run at once; None is all.
+        collect: a map goes on when an item fails for good.
+    """
+
+    node_id: str
+    children: tuple[Node | Group, ...]
+    run: Callable[[Any, Any, BaseModel], Awaitable[dict[str, Any]]]
+    output: Callable[[Any, BaseModel], type[BaseModel]]
+    by_hand: Callable[[BaseModel], Awaitable[dict[str, Any]]]
+    joined: Callable[[type[BaseModel], Sequence[type[BaseModel]]], type[BaseModel]]
+    over: str = ""
+    into: str = ""
+    outside: bool = False
+    merge: Callable[[BaseModel, Sequence[BaseModel], Sequence[Any]], dict[str, Any]] | None = None
+    items: Callable[[Any, BaseModel, slice], tuple[int, list[BaseModel]]] | None = None
+    limit: int | None = None
+    collect: bool = False
+
+    @property
+    def each(self) -> bool:
+        return bool(self.over)
+
+    @property
+    def _stroma_node_id(self) -> str:
+        return self.node_id
+
+    def __call__(self, state: BaseModel) -> Awaitable[dict[str, Any]]:
+        """Call each child once, with neither retries nor records, and merge their outputs."""
+        return self.by_hand(state)
+
+
+def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:
+    """The class of what a node returns, by its contract."""
+    if contract is not None:
+        return contract.output_schema
+    from stroma.contracts.untyped import Kept
+
+    return Kept
+
+
+def held_by(state: Any) -> Any:
+    """What a node without a contract returned, of a Kept; any other state as it is."""
+    from stroma.contracts.untyped import Kept
+
+    return state.root if isinstance(state, Kept) else state
+
+
+def takes_context(func: Callable[..., Any]) -> bool:
+    """Whether a function has a second positional parameter for the run's context."""
+    try:
+        parameters = inspect.signature(func).parameters.values()
+    except (TypeError, ValueError):  # Some builtins have no signature.
+        return False
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return sum(p.kind in positional for p in parameters) >= 2
+
+
+def gives_coroutine(func: Callable[..., Any]) -> bool:
+    """Whether a call gives a coroutine, as far as can be told without calling."""
+    while isinstance(func, functools.partial):
+        func = func.func
+    return inspect.iscoroutinefunction(func) or inspect.iscoroutinefunction(getattr(func, "__call__", None))  # noqa: B004
+
+
+def make_node(node_id: str, func: Callable[..., Any], contract: NodeContract[Any, Any] | None) -> Node:
+    """The record of a function as a node. Raises TypeError for what cannot be called, ValueError for a bad id."""
+    if not callable(func):
+        raise TypeError(f"{func!r} cannot be a node: it is not callable")
+    return Node(check_id(node_id, "node id"), func, contract, takes_context(func), gives_coroutine(func))
+
+
+def mark(func: Any, node_id: str, contract: NodeContract[Any, Any] | None) -> Any:
+    """Mark a function as a node and return it; one that already serves under another id is wrapped, not renamed."""
+    node = make_node(node_id, func, contract)
+    taken = getattr(func, "_stroma_node_id", node_id) != node_id
+    if taken or not _accepts_attributes(func):
+        func = _forward(func)
+    func._stroma_node_id = node_id
+    func._stroma_contract = contract
+    func._stroma_node = node
+    return func
+
+
+def _accepts_attributes(func: Any) -> bool:
+    try:
+        func._stroma_node_id = getattr(func, "_stroma_node_id", None)
+    except AttributeError:  # A bound method, or an object with slots.
+        return False
+    return True
+
+
+def _forward(func: Callable[..., Any]) -> Callable[..., Any]:
+    # A wrapper for the marker only: the node's record keeps the function itself, so nothing is called through it
+    # unless somebody calls the decorated name by hand.
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return func(*args, **kwargs)
+
+    functools.update_wrapper(forward, func)
+    for name in ("_stroma_node_id", "_stroma_contract", "_stroma_node"):
+        forward.__dict__.pop(name, None)
+    return forward
+
+
+_FORWARDING: Final = _forward(_forward).__code__
+
+
+def find_node(obj: Any) -> Node | Group:
+    """The record of a node or group. Raises TypeError, saying how to make one, for anything else."""
+    node: Node | None
+    try:  # getattr() with a default takes half as long again, and a run asks for each of its nodes.
+        node, node_id, contract = obj._stroma_node, obj._stroma_node_id, obj._stroma_contract
+    except AttributeError:
+        node, node_id = getattr(obj, "_stroma_node", None), getattr(obj, "_stroma_node_id", None)
+        contract = getattr(obj, "_stroma_contract", None)
+    # A decorator on top has the attributes of what it wraps, and a bound method those of its function: each is a node of
+    # its own.
+    if (
+        node is not None
+        and (node.func is obj or getattr(obj, "__code__", None) is _FORWARDING)
+        and node_id == node.node_id
+        and contract is node.contract
+    ):
+        return node
+    if isinstance(obj, (Node, Group)):
+        return obj
+    if node_id is None:
+        raise TypeError(f"{obj!r} is not a stroma node; decorate it with @stroma_node or @runner.node")
+    # Marked by hand, through the two published attributes.
+    node = make_node(node_id, obj, contract)
+    if type(obj) is types.FunctionType:
+        obj.__dict__["_stroma_node"] = node  # Looking at its signature takes 10 us.
+    return node
+
+
+def stroma_node(node_id: str, contract: NodeContract[In, Out]) -> NodeDecorator[In, Out]:
+    """Mark a function as a node with a contract.
+
+    The function takes ``(state)`` or ``(state, ctx)`` and returns the output as a dict or a model, or a tuple
+    ``(output, response)`` with the provider's response (see :func:`stroma.usage_from`), ``(output, tokens)``,
+    ``(output, input_tokens, model)`` or ``(output, input_tokens, output_tokens, model)``.
+    A plain ``def`` runs in a daemon thread of its own; a timeout abandons that thread, it cannot stop it.
+    """
+
+    def decorate(func: Any) -> Any:
+        return mark(func, node_id, contract)
+
+    return decorate
+
+
+stroma_step = stroma_node
+
+
+def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
+    """Where the items of maps stand whose outputs do not go into the state: (position, beginning of branches)."""
+    found: list[tuple[int, str]] = []
+    for position, node in enumerate(nodes):
+        if type(node) is Group:
+            _find_apart(node, position, "", found)
+    return tuple(found)
+
+
+def _find_apart(group: Group, position: int, beginning: str, found: list[tuple[int, str]]) -> None:
+    if group.each:
+        if not group.into:
+            found.append((position, beginning))
+        return
+    for index, child in enumerate(group.children):
+        if type(child) is Group:
+            _find_apart(child, position, f"{beginning}{index}.", found)

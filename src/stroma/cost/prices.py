@@ -1,0 +1,395 @@
+"""What tokens cost: prices from genai-prices, overlaid by KNOWN_MODELS. US dollars per million tokens."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Final, Literal, NamedTuple, TypeAlias
+
+from stroma.cost.usage import Usage
+
+if TYPE_CHECKING:
+    from genai_prices.data_snapshot import DataSnapshot
+    from genai_prices.types import ModelInfo, ModelPrice, Provider
+
+__all__ = ["KNOWN_MODELS", "ModelPrices", "Rates", "estimate_cost_usd", "prices_of", "update_prices"]
+
+#: USD per million (input, output) tokens. What stands here wins over the data of ``genai-prices``; add your
+#: own models, or correct a price. List prices of the vendors' pages, November 2026 data of genai-prices.
+#: What ships here is flat in the data too: a model that costs more for large calls (claude-sonnet-4-5) would lose that.
+KNOWN_MODELS: dict[str, tuple[float, float]] = {
+    "gpt-4o": (2.50, 10.00),
+    "gpt-4o-mini": (0.15, 0.60),
+    "gpt-4.1": (2.00, 8.00),
+    "gpt-4.1-mini": (0.40, 1.60),
+    "claude-haiku-4-5": (1.00, 5.00),
+}
+
+#: What a call costs in US dollars, from its input and output tokens.
+Pricer = Callable[[int, int], float]
+#: Prices by the size of the input: (for more input tokens than this, USD per million), the largest first. The last one
+#: is for any size. A step holds for all tokens of the call, not only for those above it.
+Steps: TypeAlias = tuple[tuple[int, float], ...]
+_ANY_SIZE: Final = -1
+
+
+class Rates(NamedTuple):
+    """The prices of one model, by kind of token. None: that kind has no price of its own.
+
+    Attributes:
+        cached_input: of input that was read from a cache; without one it costs what other input does.
+        cache_write: of input that was written to a cache; likewise.
+        cache_write_1h: of what is kept there for an hour; without one it costs what other writes do.
+        request_usd: US dollars for each call, whatever its size.
+    """
+
+    input: Steps
+    output: Steps
+    cached_input: Steps | None = None
+    cache_write: Steps | None = None
+    cache_write_1h: Steps | None = None
+    request_usd: float = 0.0
+
+    def cost(self, usage: Usage) -> float:
+        """US dollars."""
+        size, written, hour = usage.input_tokens, usage.cache_write_tokens, usage.cache_write_1h_tokens
+        write = self.cache_write or self.input
+        total = (
+            (size - usage.cached_input_tokens - written) * _at(self.input, size)
+            + usage.cached_input_tokens * _at(self.cached_input or self.input, size)
+            + (written - hour) * _at(write, size)
+            + hour * _at(self.cache_write_1h or write, size)
+            + usage.output_tokens * _at(self.output, size)
+        )
+        return total / 1_000_000 + self.request_usd
+
+    def plain_cost(self, input_tokens: int, output_tokens: int) -> float:
+        """The same for a call without a cache, and without the making of a Usage."""
+        total = input_tokens * _at(self.input, input_tokens) + output_tokens * _at(self.output, input_tokens)
+        return total / 1_000_000 + self.request_usd
+
+
+def _at(steps: Steps, size: int) -> float:
+    for above, price in steps:
+        if size > above:
+            return price
+    return steps[-1][1]
+
+
+def _flat(price: float) -> Steps:
+    return ((_ANY_SIZE, price),)
+
+
+def _flat_price(input_price: float, output_price: float) -> Pricer:
+    def price(input_tokens: int, output_tokens: int) -> float:
+        return (input_tokens * input_price + output_tokens * output_price) / 1_000_000
+
+    return price
+
+
+# ---------------------------------------------------------------------- genai-prices
+
+
+class _Listing:
+    """One model in genai-prices' data, and its prices as they were last asked for."""
+
+    def __init__(self, provider: Provider, info: ModelInfo) -> None:
+        self.provider = provider
+        self.info = info
+        self.id = info.id
+        self._rates: dict[Any, tuple[Rates, Pricer]] = {}
+        #: Prices that depend on the date or the time of day are looked up for each call.
+        self._timed = isinstance(info.prices, list)
+        self._timed_tiers = self._timed or any(
+            variant.constraint is not None for variant in info.price_variants or ()
+        )
+        #: The price function of calls of which no more is known than input and output; None if it is not always one.
+        self.always = None if self._timed else self.plain()
+
+    @property
+    def tiers(self) -> list[str]:
+        """How calls can be served at another price."""
+        found = [value for variant in self.info.price_variants or () for value in variant.when.values()]
+        return [tier for tier in dict.fromkeys(found) if self.rates(tier) != self.rates(None)]
+
+    def rates(self, tier: str | None) -> Rates:
+        return self._priced(tier)[0]
+
+    def plain(self) -> Pricer:
+        """The price of calls of which no more is known than input and output."""
+        return self._priced(None)[1]
+
+    def _priced(self, tier: str | None) -> tuple[Rates, Pricer]:
+        if tier is None:
+            if not self._timed and (found := self._rates.get(None)) is not None:
+                return found
+            prices = self.info.get_prices(datetime.now(UTC))
+            key: Any = id(prices) if self._timed else None  # One of few, which live as long as the data.
+        else:
+            if not self._timed_tiers and (found := self._rates.get(tier)) is not None:
+                return found
+            # Who calls it what: OpenAI and Google service_tier, Anthropic speed; all of them have batches.
+            context = {"processing": tier, "service_tier": tier, "speed": tier}
+            prices = self.info.get_prices(datetime.now(UTC), context)
+            key = None if self._timed_tiers else tier
+            if key is None:
+                return _read_rates(prices)
+        found = self._rates.get(key)
+        if found is None:
+            self._rates[key] = found = _read_rates(prices)
+        return found
+
+
+def _read_rates(prices: ModelPrice) -> tuple[Rates, Pricer]:
+    per_request = prices.requests_kcount
+    rates = Rates(
+        _steps(prices.input_mtok) or _flat(0.0),
+        _steps(prices.output_mtok) or _flat(0.0),
+        _steps(prices.cache_read_mtok),
+        _steps(prices.cache_write_mtok),
+        _steps(prices.cache_write_1h_mtok),
+        0.0 if per_request is None else _steps(per_request)[-1][1] / 1000,  # type: ignore[index]  # pyright: ignore[reportOptionalSubscript]
+    )
+    if len(rates.input) == len(rates.output) == 1 and not rates.request_usd:
+        return rates, _flat_price(rates.input[0][1], rates.output[0][1])
+    return rates, rates.plain_cost
+
+
+def _steps(price: Any) -> Steps | None:
+    if price is None:
+        return None
+    tiers = getattr(price, "tiers", None)
+    if tiers is None:
+        return _flat(float(price))
+    above = sorted(((int(tier.start), float(tier.price)) for tier in tiers), reverse=True)
+    return (*above, (_ANY_SIZE, float(price.base)))
+
+
+#: By the name of a model: the data it was looked up in, and what is there.
+_looked_up: dict[str, tuple[DataSnapshot, _Listing | None]] = {}
+#: genai_prices.data_snapshot, once it was imported.
+_data: Any = None
+_loading = threading.Lock()
+
+
+def _load() -> Any:
+    # A quarter of a second; nothing but prices needs it.
+    global _data
+    with _loading:
+        if _data is None:
+            from genai_prices import data_snapshot
+
+            _data = data_snapshot
+    return _data
+
+
+def _listing(model: str) -> _Listing | None:
+    """What genai-prices has of a model. Slow the first time: ask for it off the event loop."""
+    data = (_data or _load()).get_snapshot()
+    kept = _looked_up.get(model)
+    if kept is not None and kept[0] is data:
+        return kept[1]
+    found: _Listing | None = None
+    for provider in (None, *_MAKERS):
+        try:
+            found = _Listing(*data.find_provider_model(model, None, provider, None))
+            break
+        except LookupError:
+            continue
+    _looked_up[model] = (data, found)
+    return found
+
+
+#: Who is asked for a name that does not tell whose it is (text-embedding-3-small): who makes models, not who resells them.
+_MAKERS: Final = ("openai", "anthropic", "google", "mistral", "cohere")
+
+
+# ---------------------------------------------------------------------- the price of a call
+
+
+def cached_pricer(model: str, detail: Usage | None = None) -> Pricer | Literal["unread"] | None:
+    """The price function of a model without any import; "unread" if :func:`find_pricer` was never asked for it.
+
+    ``detail`` is the whole usage, where more than input and output makes the price.
+    """
+    known = KNOWN_MODELS.get(model)
+    if known is not None and detail is None:
+        return _flat_price(*known)
+    kept = _looked_up.get(model)
+    if kept is None:
+        return "unread"
+    data, listing = kept
+    # Whoever has genai-prices refresh itself gets the new prices at once.
+    if data is not _data.get_snapshot():
+        return "unread"
+    if (
+        detail is None
+        and listing is not None
+        and listing.always is not None
+        and listing.id not in KNOWN_MODELS
+    ):
+        return listing.always  # What almost all are.
+    return _pricer(known, listing, detail)
+
+
+def find_pricer(model: str, detail: Usage | None = None) -> Pricer | None:
+    """The price function of a model, or None if nobody knows it. Slow the first time: call it off the event loop."""
+    known = KNOWN_MODELS.get(model)
+    return _pricer(known, None if known is not None and detail is None else _listing(model), detail)
+
+
+def _pricer(
+    known: tuple[float, float] | None, listing: _Listing | None, detail: Usage | None
+) -> Pricer | None:
+    if known is None and listing is not None:
+        # An entry is for all names of its model: gpt-4o-2024-11-20 is gpt-4o.
+        known = KNOWN_MODELS.get(listing.id)
+    if detail is None:
+        if known is not None:
+            return _flat_price(*known)
+        return None if listing is None else listing.plain()
+    if known is None and listing is None:
+        return None
+    rates = _overlaid(known, listing, detail.tier)
+    return lambda given, made: rates.cost(detail)
+
+
+def _overlaid(known: tuple[float, float] | None, listing: _Listing | None, tier: str | None) -> Rates:
+    """The rates of a model, of which KNOWN_MODELS may have two numbers: the others keep their proportion to them."""
+    if listing is None:
+        assert known is not None
+        return Rates(_flat(known[0]), _flat(known[1]))
+    rates = listing.rates(tier)
+    if known is None:
+        return rates
+    standard = listing.rates(None)
+
+    def scaled(steps: Steps | None, own: float, whole: Steps) -> Steps | None:
+        if steps is None:
+            return None
+        base = whole[-1][1]
+        return _flat(own * (steps[-1][1] / base) if base else own)
+
+    given, made = known
+    return Rates(
+        scaled(rates.input, given, standard.input) or _flat(given),
+        scaled(rates.output, made, standard.output) or _flat(made),
+        scaled(rates.cached_input, given, standard.input),
+        scaled(rates.cache_write, given, standard.input),
+        scaled(rates.cache_write_1h, given, standard.input),
+    )
+
+
+def estimate_cost_usd(
+    model: str,
+    input_tokens: int,
+    output_tokens: int = 0,
+    *,
+    cached_input_tokens: int = 0,
+    cache_write_tokens: int = 0,
+    tier: str | None = None,
+) -> float:
+    """The price of a call in US dollars; 0.0 for an unknown model. The tokens of a cache are parts of the input."""
+    detail: Usage | None = None
+    if cached_input_tokens or cache_write_tokens or tier is not None:
+        detail = Usage(input_tokens, output_tokens, cached_input_tokens, cache_write_tokens, model, tier)
+    price = find_pricer(model, detail)
+    return price(input_tokens, output_tokens) if price else 0.0
+
+
+# ---------------------------------------------------------------------- showing and refreshing
+
+
+class ModelPrices(NamedTuple):
+    """Which prices are used for a model, and where they are from.
+
+    Attributes:
+        source: "KNOWN_MODELS" or "genai-prices".
+        listed_as: the provider and the id of the model in genai-prices; None if it is not there.
+        version: of genai-prices.
+        fetched_at: when its data was refreshed; None for the data that came with it.
+        rates: by how the call is served: "standard", "batch" ...
+    """
+
+    model: str
+    source: Literal["KNOWN_MODELS", "genai-prices"]
+    listed_as: tuple[str, str] | None
+    version: str
+    fetched_at: datetime | None
+    rates: dict[str, Rates]
+
+
+def prices_of(model: str) -> ModelPrices | None:
+    """The prices that are used for a model now; None if nobody knows it."""
+    listing = _listing(model)
+    known = KNOWN_MODELS.get(model)
+    if known is None and listing is not None:
+        known = KNOWN_MODELS.get(listing.id)
+    if known is None and listing is None:
+        return None
+    rates = {"standard": _overlaid(known, listing, None)}
+    if listing is not None:
+        rates |= {tier: _overlaid(known, listing, tier) for tier in listing.tiers}
+    version, fetched_at = data_state()
+    return ModelPrices(
+        model,
+        "genai-prices" if known is None else "KNOWN_MODELS",
+        None if listing is None else (listing.provider.id, listing.id),
+        version,
+        fetched_at,
+        rates,
+    )
+
+
+def model_ids() -> list[str]:
+    """The models of those who make them, and what KNOWN_MODELS has."""
+    data = _load().get_snapshot()
+    listed = {model.id for provider in data.providers if provider.id in _MAKERS for model in provider.models}
+    return sorted(listed | set(KNOWN_MODELS))
+
+
+def data_state() -> tuple[str, datetime | None]:
+    """The version of genai-prices, and when its data was refreshed; None for the data that came with it."""
+    import genai_prices
+
+    snapshot = _load().get_snapshot()
+    return genai_prices.__version__, snapshot.timestamp.astimezone() if snapshot.from_auto_update else None
+
+
+def update_prices() -> None:
+    """Fetch the prices of today, for this process. Raises RuntimeError, and changes nothing, if that cannot be done.
+
+    Nothing else in Stroma does: without it, and without ``genai_prices.UpdatePrices`` of your own, prices are those
+    that came with the installed genai-prices.
+    """
+    import genai_prices
+
+    try:
+        snapshot = genai_prices.UpdatePrices().fetch()
+        fetched, present = _count(snapshot), _count(_load().get_snapshot())
+        # A model that is not there would cost nothing from now on.
+        if fetched * 2 < present:
+            raise ValueError(f"the data has {fetched} models, where {present} are known")
+    except Exception as error:  # A proxy may answer with anything at all.
+        version, fetched_at = data_state()
+        of = (
+            f"those of {fetched_at:%Y-%m-%d %H:%M}"
+            if fetched_at
+            else f"those that came with genai-prices {version}"
+        )
+        raise RuntimeError(
+            f"the prices could not be fetched ({type(error).__name__}: {error}); {of} stay in use"
+        ) from error
+    _load().set_custom_snapshot(snapshot)
+
+
+def _count(snapshot: DataSnapshot | None) -> int:
+    return 0 if snapshot is None else sum(len(provider.models) for provider in snapshot.providers)
+
+
+def kinds(rates: Rates) -> Iterator[tuple[str, Steps]]:
+    """The kinds of tokens that have a price of their own, by name."""
+    for name, steps in zip(rates._fields, rates, strict=True):
+        if isinstance(steps, tuple):
+            yield name, steps

@@ -1,0 +1,355 @@
+"""What a call of a model used: tokens by kind, read from a provider's response by its shape. Imports no SDK."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeAlias, cast
+
+from stroma._utils.access import get
+
+__all__ = ["Usage", "UsageError", "usage_from"]
+
+#: Tokens of one report. Beyond it neither floats nor the integers of a store can count the costs.
+MOST_TOKENS: Final = 10**9
+
+
+class UsageError(ValueError):
+    """A node reported usage that cannot be counted: negative, not finite, not a number, or of an unpriced model.
+
+    Where: ``result.failure`` of a FAILED run; out of ``CostTracker.record``, ``report_usage`` and ``usage_from``.
+    Cause: the figures or the response a node returned beside its output, or a model without a known price under a
+        cost limit or ``unknown_model="error"``.
+    Mend: report whole numbers of tokens, zero or more; add the model to ``KNOWN_MODELS``. The output is kept.
+    """
+
+    #: Whether it is a provider's response all the same, which only leaves its usage out.
+    silent = False
+
+
+def shown(value: object) -> str:
+    """A value in a message: never longer than a line, whatever its repr does."""
+    try:
+        text = repr(value)
+    except Exception:  # Among others an integer with more digits than Python prints.
+        return f"a {_kind(value)}"
+    return text if len(text) <= 100 else f"{text[:100]}..."
+
+
+def _kind(value: object) -> str:
+    try:
+        return type(value).__name__
+    except Exception:  # A metaclass may refuse.
+        return "object"
+
+
+def check_usage(node_id: str, *counts: object) -> None:
+    """Raise UsageError unless every count is a whole number of tokens, from zero to MOST_TOKENS."""
+    for count in counts:
+        if type(count) is int and 0 <= count <= MOST_TOKENS:
+            continue  # What almost all are.
+        if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_TOKENS:
+            raise UsageError(
+                f"node {node_id!r} reported {shown(count)} tokens; report whole numbers of tokens, 0 to {MOST_TOKENS:,}"
+            )
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one call of a model used, in tokens.
+
+    Attributes:
+        input_tokens: all that went in, what was read from or written to a cache included.
+        output_tokens: all that came out, reasoning included.
+        cached_input_tokens: the part of the input that was read from the provider's cache.
+        cache_write_tokens: the part of the input that was written to it.
+        model: as the provider names it; None if the response does not say.
+        tier: "batch", "flex", "priority" ...: how the call was served, where that has a price of its own.
+        cache_write_1h_tokens: the part of ``cache_write_tokens`` that is kept for an hour, which costs more.
+    """
+
+    input_tokens: int = 0
+    output_tokens: int = 0
+    cached_input_tokens: int = 0
+    cache_write_tokens: int = 0
+    model: str | None = None
+    tier: str | None = None
+    cache_write_1h_tokens: int = 0
+
+    def __post_init__(self) -> None:
+        for name in _COUNTS:
+            count = getattr(self, name)
+            if isinstance(count, bool) or not isinstance(count, int) or not 0 <= count <= MOST_TOKENS:
+                raise UsageError(
+                    f"{name} is {shown(count)}; give a whole number of tokens, 0 to {MOST_TOKENS:,}"
+                )
+        if self.cached_input_tokens + self.cache_write_tokens > self.input_tokens:
+            raise UsageError(
+                f"{self.cached_input_tokens} tokens from a cache and {self.cache_write_tokens} to it are more than "
+                f"input_tokens={self.input_tokens}; give the whole input there, of which they are parts"
+            )
+        if self.cache_write_1h_tokens > self.cache_write_tokens:
+            raise UsageError(
+                f"cache_write_1h_tokens={self.cache_write_1h_tokens} is more than "
+                f"cache_write_tokens={self.cache_write_tokens}; it is a part of them"
+            )
+        if any(value is not None and not isinstance(value, str) for value in (self.model, self.tier)):
+            raise UsageError(
+                f"a usage has model={shown(self.model)}, tier={shown(self.tier)}; give strings or None"
+            )
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether input and output are all that its price depends on."""
+        return self.tier is None and not self.cached_input_tokens and not self.cache_write_tokens
+
+
+_COUNTS: Final = (
+    "input_tokens", "output_tokens", "cached_input_tokens", "cache_write_tokens", "cache_write_1h_tokens",
+)  # fmt: skip
+
+# ---------------------------------------------------------------------- reading a response
+
+
+def usage_from(response: object, *, model: str | None = None, tier: str | None = None) -> Usage:
+    """What a provider's response says it used.
+
+    The response of OpenAI (chat, responses, embeddings), Anthropic, Google, Mistral, Cohere, AWS (Converse) or of
+    anything that answers alike, as the SDK gives it or as plain data; the last chunk or event of a stream, of
+    Anthropic's raw streams a list of all events; or a Usage. ``model`` and ``tier`` are what the response does not
+    say, and win over what it says.
+
+    Raises UsageError where there is no usage, or none that can be counted.
+    """
+    usage = _read(response)
+    if model is None and tier is None:
+        return usage
+    return replace(
+        usage, model=usage.model if model is None else model, tier=usage.tier if tier is None else tier
+    )
+
+
+def _read(response: object) -> Usage:
+    # By type: isinstance asks an object for its __class__, which may raise.
+    kind = type(response)
+    if issubclass(kind, Usage):
+        return cast("Usage", response)
+    if issubclass(kind, _NO_RESPONSES):
+        raise UsageError(f"{shown(response)} is no response of a provider; give the response as it came")
+    if issubclass(kind, (list, tuple)):
+        return _read_events(cast("Sequence[Any]", response))
+    if get(response, "type") == "message_start":
+        raise UsageError(
+            "message_start says what went in but not what came out; give the final message, or a list of all events"
+        )
+    for level in _levels(response):
+        for name in ("usage", "usage_metadata", "usageMetadata", "meta"):
+            found = _read_figures(get(level, name), level)
+            if found is not None:
+                return found
+    found = _read_figures(response, None)  # The usage itself.
+    if found is not None:
+        return found
+    error = UsageError(
+        f"a {_kind(response)} carries no usage; give figures instead, or for a stream of OpenAI its last chunk, "
+        'which has it if it was asked for with stream_options={"include_usage": True}'
+    )
+    error.silent = _is_silent(response)
+    raise error
+
+
+def _is_silent(response: object) -> bool:
+    """Whether it is a response all the same: a field for the usage without any, or the answers of one that was left out."""
+    try:
+        if isinstance(response, Mapping):
+            empty = any(name in response and response[name] is None for name in _PLACES)
+            return empty or "choices" in response or "candidates" in response
+        return any(getattr(response, name, ...) is None for name in _PLACES)
+    except Exception:
+        return False
+
+
+_PLACES: Final = ("usage", "usage_metadata", "usageMetadata")
+_NO_RESPONSES: Final = (type(None), bool, int, float, complex, str, bytes)
+
+
+def _levels(response: object) -> Iterator[Any]:
+    """Where usage stands: in a response, or in what an event of a stream or a line of a batch wraps."""
+    inner = get(response, "response")
+    yield response
+    yield inner  # OpenAI: response.completed; Google: a batch
+    yield get(inner, "body")  # OpenAI: a line of a batch
+    yield get(response, "data")  # Mistral: an event
+    yield get(response, "delta")  # Cohere: message-end
+    yield get(response, "metadata")  # AWS: the last event of a stream
+    yield get(get(response, "result"), "message")  # Anthropic: a line of a batch
+    yield get(response, "message")  # Anthropic: message_stop, where the SDK has put the message together
+
+
+def _read_events(events: Sequence[Any]) -> Usage:
+    """The events of one raw stream of Anthropic: what is said later is said of the whole stream, not on top."""
+    first = get(events[0], "message") if events and get(events[0], "type") == "message_start" else None
+    if first is None or any(get(event, "type") == "message_start" for event in events[1:]):
+        raise UsageError(
+            f"a {_kind(events)} is no response; report each response by itself with report_usage(), of a stream the "
+            "last chunk; a list can only be the events of one stream of Anthropic, from message_start on"
+        )
+    usages = [get(first, "usage")]
+    usages += [get(event, "usage") for event in events[1:] if get(event, "type") == "message_delta"]
+    said = {name: value for usage in usages for name in _SAID if (value := get(usage, name)) is not None}
+    return _read({"usage": said, "model": get(first, "model")})
+
+
+_SAID: Final = (
+    "input_tokens", "output_tokens", "cache_read_input_tokens", "cache_creation_input_tokens", "cache_creation",
+    "service_tier", "speed",
+)  # fmt: skip
+
+
+def _read_figures(usage: Any, level: Any) -> Usage | None:
+    if usage is None:
+        return None
+    for reader in _READERS:
+        figures = reader(usage)
+        if figures is not None:
+            given, made, cached, written, hour = figures
+            model = _text(level, "model", "model_version", "modelVersion")
+            tier = _text(usage, "service_tier") or _text(level, "service_tier")
+            if _text(usage, "speed") == "fast":  # Anthropic
+                tier = "fast"
+            # A gateway may count what was cached beside the input: never less than the sum of its parts.
+            return Usage(max(given, cached + written), made, cached, written, model, tier, min(hour, written))
+    return None
+
+
+def _text(owner: Any, *names: str) -> str | None:
+    return next((value for name in names if isinstance(value := get(owner, name), str) and value), None)
+
+
+def _count(owner: Any, name: str) -> int | None:
+    value = get(owner, name)
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return None
+    if not math.isfinite(value) or value < 0 or value != int(value):
+        raise UsageError(f"the response has {name}={shown(value)}; what it used cannot be counted")
+    return int(value)  # Cohere counts in floats.
+
+
+def _sum(owner: Any, *names: str) -> int:
+    return sum(_count(owner, name) or 0 for name in names)
+
+
+#: Input, output, and of the input: from a cache, to a cache, to a cache for an hour.
+_Figures: TypeAlias = tuple[int, int, int, int, int]
+
+
+def _chat(usage: Any) -> _Figures | None:
+    """OpenAI's chat and embeddings, Mistral, and most who are compatible."""
+    given = _count(usage, "prompt_tokens")
+    if given is None:
+        return None
+    # xAI counts reasoning beside what it calls completion; the total has it.
+    made = max(_sum(usage, "completion_tokens"), (_count(usage, "total_tokens") or 0) - given)
+    details = get(usage, "prompt_tokens_details")
+    cached = _count(details, "cached_tokens")
+    if cached is None:
+        cached = _sum(usage, "prompt_cache_hit_tokens")  # DeepSeek
+    return given, made, cached, _sum(details, "cache_write_tokens"), 0
+
+
+def _google(usage: Any) -> _Figures | None:
+    names = _GOOGLE
+    if _count(usage, names[0]) is None and _count(usage, "total_token_count") is None:
+        names = _GOOGLE_JSON
+        if _count(usage, names[0]) is None and _count(usage, "totalTokenCount") is None:
+            return None
+    prompt, tools, answer, thoughts, cached, total = names
+    given = _sum(usage, prompt, tools)
+    # What only the total has came out: some models do not count their thoughts apart.
+    made = max(_sum(usage, answer, thoughts), _sum(usage, total) - given)
+    return given, made, _sum(usage, cached), 0, 0
+
+
+_GOOGLE: Final = (
+    "prompt_token_count", "tool_use_prompt_token_count", "candidates_token_count", "thoughts_token_count",
+    "cached_content_token_count", "total_token_count",
+)  # fmt: skip
+_GOOGLE_JSON: Final = (
+    "promptTokenCount", "toolUsePromptTokenCount", "candidatesTokenCount", "thoughtsTokenCount",
+    "cachedContentTokenCount", "totalTokenCount",
+)  # fmt: skip
+
+
+def _cohere(usage: Any) -> _Figures | None:
+    billed = get(usage, "billed_units")
+    if _count(billed, "input_tokens") is not None:
+        return _sum(billed, "input_tokens"), _sum(billed, "output_tokens"), 0, 0, 0
+    counted = get(usage, "tokens")
+    if _count(counted, "input_tokens") is None:
+        return None
+    return (
+        _sum(counted, "input_tokens"),
+        _sum(counted, "output_tokens"),
+        _sum(usage, "cached_tokens"),
+        0,
+        0,
+    )
+
+
+def _aws(usage: Any) -> _Figures | None:
+    given = _count(usage, "inputTokens")
+    if given is None:
+        return None
+    cached, written = _sum(usage, "cacheReadInputTokens"), _sum(usage, "cacheWriteInputTokens")
+    return given + cached + written, _sum(usage, "outputTokens"), cached, written, 0
+
+
+def _input_output(usage: Any) -> _Figures | None:
+    """OpenAI's responses, and Anthropic, who counts what was cached beside the input."""
+    given, made = _count(usage, "input_tokens"), _count(usage, "output_tokens")
+    if given is None and made is None:
+        return None
+    if given is None:
+        raise UsageError(
+            "the event says what came out but not what went in; give the final message, or a list of all events"
+        )
+    cached, written = _count(usage, "cache_read_input_tokens"), _count(usage, "cache_creation_input_tokens")
+    if cached is None and written is None:
+        details = get(usage, "input_tokens_details")
+        return given, made or 0, _sum(details, "cached_tokens"), _sum(details, "cache_write_tokens"), 0
+    cached, written = cached or 0, written or 0
+    hour = _sum(get(usage, "cache_creation"), "ephemeral_1h_input_tokens")
+    return given + cached + written, made or 0, cached, written, hour
+
+
+_READERS: Final[tuple[Callable[[Any], _Figures | None], ...]] = (_chat, _google, _cohere, _aws, _input_output)
+
+# ---------------------------------------------------------------------- what a node reports
+
+#: Input and output tokens and the model; and all of it, where more than that makes the price.
+Report: TypeAlias = tuple[int, int, str | None, Usage | None]
+
+
+def as_report(usage: Usage) -> Report:
+    return usage.input_tokens, usage.output_tokens, usage.model, None if usage.is_plain else usage
+
+
+def report_of(node_id: str, response: object, **said: Any) -> Report | None:
+    """What a response reports; None for what is a plain value, and no response at all. Errors name the node."""
+    if issubclass(type(response), _NO_RESPONSES):
+        return None
+    try:
+        return as_report(usage_from(response, **said))
+    except UsageError as error:
+        named = UsageError(f"node {node_id!r}: {error}")
+        named.silent = error.silent
+        raise named from error
+
+
+def report_of_figures(node_id: str, figures: dict[str, Any]) -> Report:
+    """The same for figures that were given one by one."""
+    try:
+        return as_report(Usage(**figures))
+    except UsageError as error:
+        raise UsageError(f"node {node_id!r}: {error}") from error

@@ -1,0 +1,1 @@
+"""Runs on other machines: the remote protocol and the Temporal driver."""

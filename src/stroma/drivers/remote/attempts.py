@@ -1,0 +1,590 @@
+"""What an interpreter asks for, done on a worker by the engine's own code: exactly one attempt, one end of a run."""
+
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import hashlib
+import json
+import logging
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
+from dataclasses import replace
+from time import time_ns
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import (
+    CheckpointManager,
+    Committed,
+    Finished,
+    InMemoryStore,
+    PriorUsage,
+    StepCall,
+    StoreError,
+    Waiting,
+)
+from stroma.checkpoint.identity import is_called
+from stroma.checkpoint.payloads import BlobStore
+from stroma.checkpoint.protocols import Charge, Tried
+from stroma.contracts.contract import ContractRegistry, ContractViolation
+from stroma.contracts.node import Group, Node
+from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.untyped import Kept
+from stroma.drivers.remote.mirror import is_mirrored, mirror
+from stroma.drivers.remote.plans import FROZEN, Known, MissingNode, context_of
+from stroma.drivers.remote.results import Reader, fetch, result_of, unpack
+from stroma.drivers.remote.wire import (
+    LARGE,
+    ClassName,
+    Event,
+    NodeSpec,
+    Reply,
+    Report,
+    Request,
+    Value,
+    clip,
+    failure_of,
+    said_of,
+    weight,
+)
+from stroma.engine.config import RunConfig
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.current import CURRENT, leave
+from stroma.engine.execution import NodeExecution, new_execution
+from stroma.engine.loop import GroupStopped, Halt, attempt_once, begin_group
+from stroma.failures.errors import ItemFailure, Suspend
+from stroma.failures.failure import Failure, NodeContext, diagnose, message_of
+from stroma.hooks.dispatch import HookNotAsync
+from stroma.runner.runner import Pipeline
+from stroma.trace.events import (
+    ATTEMPT,
+    BRANCH,
+    DURATION,
+    FAILURE,
+    FUNCTION,
+    INPUT,
+    NODE,
+    OUTCOME,
+    POSITION,
+    STARTED,
+    USAGE,
+    Row,
+)
+from stroma.trace.plain import jsonable
+
+__all__ = ["Attempts"]
+
+logger = logging.getLogger("stroma")
+
+
+class Attempts:
+    """What a worker can do: the nodes of its pipelines, under its own hooks, classifiers, limits and shared budgets."""
+
+    def __init__(
+        self,
+        pipelines: Iterable[Pipeline],
+        *,
+        config: RunConfig | None = None,
+        registry: ContractRegistry | None = None,
+        payloads: BlobStore | None = None,
+        store: Any = None,
+    ) -> None:
+        self.registry = ContractRegistry() if registry is None else registry
+        self.payloads = payloads
+        self.store = store
+        self._manager = CheckpointManager(InMemoryStore())  # Nothing is kept in it: the driver keeps runs.
+        self._known: dict[str, tuple[Known, RunConfig]] = {}
+        for pipeline in pipelines:
+            own = config or pipeline.config or RunConfig()
+            self._known[pipeline.name] = Known.of(pipeline, self.registry), own
+
+    def known(self, pipeline: str) -> tuple[Known, RunConfig]:
+        """The nodes and the config of a pipeline. Raises MissingNode."""
+        try:
+            return self._known[pipeline]
+        except KeyError:
+            have = ", ".join(map(repr, self._known)) or "none"
+            raise MissingNode(
+                f"this worker lacks pipeline {pipeline!r}; it has {have}: give it to the worker of this task queue"
+            ) from None
+
+    async def perform(self, request: Request, *, redelivered: bool = False) -> Reply:
+        """Do what is asked for. Raises MissingNode; CancelledError if nothing was begun; whatever fails inside is a reply.
+
+        ``redelivered``: another process may have begun, or even finished, the same.
+        """
+        known, config = self.known(request["pipeline"])
+        work = _Work(self, known, config, request, redelivered)
+        operations: dict[str, Callable[[], Awaitable[Reply]]] = {
+            "begin": work.begin,
+            "attempt": work.attempt,
+            "open": work.open,
+            "items": work.items,
+            "close": work.close,
+            "pack": work.pack,
+            "end": work.end,
+        }
+        return await operations[request["op"]]()
+
+
+class _Record:
+    """Stands in for a journal's session: what the engine keeps of an attempt becomes the reply."""
+
+    address = ""
+    epoch = 0
+    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
+    tried: Mapping[tuple[int, str], Tried] = {}
+    continued = False
+    finished: Finished | None = None
+    restored: Mapping[tuple[int, str], Committed] = {}
+    places: Mapping[str, int] = {}
+    prior = PriorUsage()
+    undelivered: Sequence[Row] = ()
+    on_cancel: Callable[[], None] | None = None
+
+    def __init__(self, work: _Work, execution: int, traceparent: str | None) -> None:
+        self.execution = execution
+        self.traceparent = traceparent
+        self.waiting: Mapping[tuple[int, str], Waiting] = {}
+        self._work = work
+        self.row: Row | None = None
+        self.output: Value | None = None
+        self.asks: Waiting | None = None
+
+    def record(
+        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+    ) -> Awaitable[None] | None:
+        if is_called(row[BRANCH]):
+            return None  # A step inside the node: the driver knows nothing of it but what it used.
+        self.row = row
+        if output is None or schema is None:
+            return None
+        return self._keep(schema.encode(output).decode())
+
+    async def _keep(self, text: str) -> None:
+        self.output = await self._work.value(text, self._work.output_class())
+
+    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
+        self.row, self.asks = row, waiting
+        return None
+
+    def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
+        return {}
+
+    def delivered(self, row: Row) -> None:
+        return None
+
+    def note_call(self, position: int, identity: str) -> None:
+        return None
+
+    def note_traceparent(self, traceparent: str) -> None:
+        return None
+
+    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
+        return None
+
+    def abandon(self) -> None:
+        return None
+
+
+class _Work:
+    """One request."""
+
+    def __init__(
+        self, owner: Attempts, known: Known, config: RunConfig, request: Request, redelivered: bool
+    ) -> None:
+        self.owner = owner
+        self.known = known
+        self.request = request
+        self.redelivered = redelivered
+        self.room = request["room"]
+        own = {key: value for key, value in config.context.items() if key not in request["gone"]}
+        self.before = {**own, **request["context"]}
+        settings = RunConfig.model_validate(request["settings"])
+        frozen: dict[str, Any] = {name: getattr(settings, name) for name in FROZEN}
+        frozen["context"] = {**own, **copy.deepcopy(request["context"])}
+        frozen["run_id"] = request["run_id"]
+        # The driver delivers again what a dead process has not ended.
+        frozen["hook_delivery"] = "at_most_once"
+        frozen["node_policies"] = {}  # The driver's business.
+        self.ctx = ctx = ReliabilityContext.for_run(
+            config.model_copy(update=frozen), owner.registry, owner._manager
+        )
+        ctx.pipeline = request["pipeline"]
+        ctx.traceparent = request["traceparent"]
+        ctx.elsewhere = True
+        spent = request["spent"]
+        ctx.cost_tracker.prior_tokens = spent["tokens"]
+        ctx.cost_tracker.prior_cost_usd = spent["cost_usd"]
+        ctx.cost_tracker.prior_latency_ms = spent["latency_ms"]
+        ctx._warned.update(dict.fromkeys(request["warned"]))
+        self.record = _Record(self, request["execution"], request["traceparent"])
+        ctx.session = self.record
+
+    # ------------------------------------------------------------------ values
+
+    async def value(self, text: str, cls: ClassName, *, apart: bool = False) -> Value:
+        """A text on its way to the driver; a large one goes to the payload store. Raises StoreError.
+
+        ``apart``: a small one too, if there is a store.
+        """
+        size = weight(text)
+        store = self.owner.payloads
+        if size < LARGE and size <= self.room and not (apart and store is not None):
+            self.room -= size
+            return {"text": text, "size": size, "cls": cls}
+        if store is None:
+            error = StoreError(
+                f"a state of {size} bytes cannot be kept in the run itself, which has room for {self.room} more; give the "
+                "worker and the client a payload store: payloads="
+            )
+            error.transient = False
+            raise error
+        data = text.encode()
+        name = hashlib.sha256(data).hexdigest()
+        await asyncio.to_thread(store.put, name, data)
+        return {"blob": name, "size": size, "cls": cls}
+
+    async def text_of(self, value: Value) -> str:
+        return await fetch(self.owner.payloads, value)
+
+    async def model_of(self, value: Value) -> BaseModel:
+        return self.known.decode(await self.text_of(value), value["cls"])
+
+    def output_class(self) -> ClassName:
+        spec = self.request["spec"]
+        if spec["kind"] == "node":
+            return ["out", spec["id"], spec.get("output")]
+        return ["group", spec, self.request["value"]["cls"]]
+
+    # ------------------------------------------------------------------ places
+
+    def _execution(self, node: Node | Group) -> NodeExecution:
+        request, ctx = self.request, self.ctx
+        position, branch = request["position"], request["branch"]
+        parent: NodeExecution | None = None
+        indexes = branch.split(".") if branch else []
+        for depth, group_id in enumerate(request["groups"]):
+            above = new_execution(ctx, group_id, "group", position, ".".join(indexes[:depth]), [], parent)
+            above.children = []
+            if parent is None:
+                above.busy_ns = request.get("busy_ns", 0)
+            parent = above
+        rows = ctx.trace.rows if parent is None or parent.children is None else parent.children
+        kind: Any = "group" if isinstance(node, Group) else request["kind"]
+        run = new_execution(ctx, node.node_id, kind, position, branch, rows, parent)
+        run.attempt = request["attempt"]
+        run.repairs = request.get("repairs", 0)
+        run.redelivered = self.redelivered
+        last = request.get("last")
+        if last is not None:
+            run.last_failure = failure_of(last)
+            contract = self.known.contract(node) if isinstance(node, Node) else None
+            violation = run.last_failure.exception
+            if contract is not None and isinstance(violation, ContractViolation):
+                violation.schema = contract.output_schema
+        answer = request.get("answer")
+        if answer is not None and answer["payload"] is not None:
+            told = Waiting(
+                position, branch, node.node_id, answer["reason"], answer["schema_ref"], answer["payload"].encode()
+            )  # fmt: skip
+            self.record.waiting = {(position, branch): told}
+        return run
+
+    # ------------------------------------------------------------------ operations
+
+    async def begin(self) -> Reply:
+        request, ctx = self.request, self.ctx
+        for index, spec in enumerate(request["nodes"]):
+            self.known.find(spec, [index])
+        reply: Reply = {}
+        initial = await self.model_of(request["value"])
+        try:
+            await ctx.tell_start(initial)
+            if ctx.fire.on_node_skipped is not None:
+                for skipped in request["skipped"]:
+                    await self._skip(skipped)
+        except HookNotAsync as error:
+            reply["broken"] = ["HookNotAsync", str(error)]
+        reply["traceparent"] = ctx.kept_traceparent or ctx.traceparent
+        return self._noted(reply)
+
+    async def _skip(self, skipped: dict[str, Any]) -> None:
+        ctx, calls = self.ctx, self.ctx.fire.on_node_skipped
+        assert calls is not None
+        spec: NodeSpec = skipped["spec"]
+        state = await self.model_of(skipped["value"])
+        shown = schema_of(type(state)).state(state)
+        kind: Any = "node" if spec["kind"] == "node" else "group"
+        run = new_execution(ctx, spec["id"], kind, skipped["position"], skipped["branch"], [])
+        token = CURRENT.set(run)
+        try:
+            await ctx.fire.fire(
+                "on_node_skipped", calls, spec["id"], lambda: (ctx.run_id, spec["id"], ctx.shown(shown))
+            )
+        finally:
+            run.close()
+            leave(token)
+
+    async def attempt(self) -> Reply:
+        node = self.known.find(self.request["spec"], self.request["path"])
+        value = await self.model_of(self.request["value"])
+        return await self._attempt(node, value)
+
+    async def _attempt(self, node: Node | Group, value: BaseModel, *, begun: bool = False) -> Reply:
+        run = self._execution(node)
+        task = asyncio.current_task()
+        cancelling = task.cancelling() if task is not None else 0
+        reply: Reply = {}
+        outcome: BaseModel | Failure | Halt | None = None
+        try:
+            outcome = await attempt_once(
+                self.ctx, run, node, value, after_seconds=self.request.get("after"), begun=begun
+            )
+        except asyncio.CancelledError:
+            if self.record.row is None:
+                raise
+            # What was committed, or has failed, before that came through is told all the same.
+            while task is not None and task.cancelling() > cancelling:
+                task.uncancel()
+            reply["cancelled"] = True
+        except HookNotAsync as error:
+            reply["broken"] = ["HookNotAsync", str(error)]
+        if isinstance(outcome, Halt):
+            reply["failure"] = said_of(outcome.failure)
+            reply["halt"] = {
+                "partial": outcome.partial,
+                "spent": outcome.spent,
+                "suspended": outcome.suspended,
+            }
+        elif isinstance(outcome, Failure):
+            reply["failure"] = said_of(outcome)
+            reply["repairing"] = run.repairing
+        if self.record.row is not None:
+            reply["row"] = await self._event(self.record.row, node)
+            if self.record.output is not None and self.record.row[OUTCOME] != "cancelled":
+                reply["output"] = self.record.output
+        asks = self.record.asks
+        if asks is not None:
+            reply["waiting"] = {
+                "position": asks.position,
+                "branch": asks.branch,
+                "node_id": asks.node_id,
+                "reason": asks.reason,
+                "schema_ref": asks.schema_ref,
+                "payload": None,
+            }
+        return self._noted(reply)
+
+    async def open(self) -> Reply:
+        group = self.known.find(self.request["spec"], self.request["path"])
+        assert isinstance(group, Group)
+        value = await self.model_of(self.request["value"])
+        run = self._execution(group)
+        reply: Reply = {"at_ns": time_ns()}
+        try:
+            halt = await begin_group(self.ctx, run, group, value, after_seconds=self.request.get("after"))
+        except HookNotAsync as error:
+            reply["broken"] = ["HookNotAsync", str(error)]
+            halt = None
+        if halt is not None:
+            reply["failure"] = said_of(halt.failure)
+            reply["halt"] = {"partial": halt.partial, "spent": halt.spent, "suspended": False}
+            if self.record.row is not None:
+                reply["row"] = await self._event(self.record.row, group)
+        if self.ctx.kept_traceparent is not None:
+            reply["traceparent"] = self.ctx.kept_traceparent
+        return self._noted(reply)
+
+    async def items(self) -> Reply:
+        group = self.known.find(self.request["spec"], self.request["path"])
+        assert isinstance(group, Group)
+        assert group.items is not None
+        value = await self.model_of(self.request["value"])
+        first = self.request["first"]
+        try:
+            total, found = group.items(self.ctx, value, slice(first, first + self.request["count"]))
+            items: list[Value] = []
+            for item in found:
+                kind = type(item)
+                text = schema_of(kind).encode(item).decode()
+                items.append(await self.value(text, ["class", f"{kind.__module__}:{kind.__qualname__}"]))
+        except Exception as error:
+            where = NodeContext(group.node_id, self.request["attempt"], self.ctx.run_id)
+            return {"failure": said_of(diagnose(error, where, self.ctx.classifiers))}
+        return {"total": total, "items": items}
+
+    async def close(self) -> Reply:
+        request = self.request
+        group = self.known.find(request["spec"], request["path"])
+        assert isinstance(group, Group)
+        value = await self.model_of(request["value"])
+        self.ctx.fire.on_node_start = None  # It was told when the group was opened.
+        # Its row, and whoever watches, are to have the time at which it was opened.
+        self.ctx.epoch_ns -= max(0, time_ns() - request["opened_ns"])
+        return await self._attempt(replace(group, run=self._ended), value, begun=True)
+
+    async def _ended(
+        self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
+    ) -> dict[str, Any]:
+        """In the place of a group's own running: its children have run elsewhere."""
+        request = self.request
+        execution.busy_ns = request["busy_ns"]
+        if request["span_ns"]:
+            execution.first_ns, execution.last_ns = (at - ctx.epoch_ns for at in request["span_ns"])
+        if request["cancelled"]:
+            task = asyncio.current_task()
+            assert task is not None
+            task.cancel()
+            await asyncio.Event().wait()
+        stopped = request.get("stopped")
+        if stopped is not None:
+            failure = failure_of(stopped["failure"])
+            if stopped["suspended"]:
+                failure = replace(failure, exception=Suspend(failure.message))
+            raise GroupStopped(
+                Halt(
+                    failure,
+                    partial=stopped["partial"],
+                    spent=stopped["spent"],
+                    suspended=stopped["suspended"],
+                )
+            )
+        group = self.known.find(request["spec"], request["path"])
+        assert isinstance(group, Group)
+        assert group.merge is not None
+        outputs = [await self.model_of(output) for output in await self._outputs()]
+        failures = [ItemFailure(**failed) for failed in request["failures"]]
+        return group.merge(value, outputs, failures)
+
+    async def _outputs(self) -> list[Value]:
+        request = self.request
+        found = list(request["outputs"])
+        if not request["packs"]:
+            return found
+        # Of a map: in the order of the items, whichever pack they are in.
+        numbered = dict(zip(request["indexes"], found, strict=True))
+        for pack in request["packs"]:
+            for index, value in unpack(await self.text_of(pack))["outputs"].items():
+                numbered[int(index)] = value
+        return [value for _, value in sorted(numbered.items())]
+
+    async def pack(self) -> Reply:
+        request = self.request
+        outputs = {str(i): value for i, value in zip(request["indexes"], request["outputs"], strict=True)}
+        text = json.dumps({"outputs": outputs, "rows": request["rows"]})
+        # What is put together must take no room of the run's own: a map has any number of packs.
+        return {"packed": await self.value(text, ["raw"], apart=True)}
+
+    async def end(self) -> Reply:
+        ctx, report = self.ctx, self.request["report"]
+        if self.owner.store is not None and is_mirrored(report["status"]):
+            await self._mirror(report)
+        if ctx.fire.on_run_end is None:
+            return {}
+        result = await result_of(report, self.known, self.owner.payloads)
+        reply: Reply = {}
+        try:
+            await ctx.tell_end(result)
+        except HookNotAsync as error:
+            reply["broken"] = ["HookNotAsync", str(error)]
+        return self._noted(reply)
+
+    async def _mirror(self, report: Report) -> None:
+        reader = Reader(self.known, self.owner.payloads, report["run_id"], report["values"])
+        try:
+            initial = await self.model_of(self.request["value"])
+            await mirror(self.owner.store, report, reader, initial, self.ctx.config.tags)
+        except Exception:  # What it came to is safe where it was run.
+            self.ctx.run_logger.exception("the run could not be written to %r", self.owner.store)
+
+    # ------------------------------------------------------------------ what goes back
+
+    def _noted(self, reply: Reply) -> Reply:
+        ctx = self.ctx
+        changes, unsaid = context_of(ctx, self.before)
+        if changes is not None:
+            reply["context"] = changes
+        for key in unsaid:
+            ctx.run_logger.warning(
+                "context[%r] is no JSON value, or a large one; it stays in this process, and no other node sees it",
+                key,
+            )
+        if ctx.unpriced:
+            reply["unpriced"] = ctx.unpriced
+        if ctx.hook_failures:
+            reply["hook_errors"] = [
+                [
+                    failed.hook,
+                    failed.node_id,
+                    type(failed.exception).__name__,
+                    clip(message_of(failed.exception)),
+                ]
+                for failed in ctx.hook_failures
+            ]
+        warned = [w for w in ctx._warned if isinstance(w, str) and w not in self.request["warned"]]
+        if warned:
+            reply["warned"] = sorted(warned)
+        return reply
+
+    async def _event(self, row: Row, node: Node | Group) -> Event:
+        failure, used = row[FAILURE], row[USAGE]
+        event: Event = {
+            "id": row[NODE],
+            "attempt": row[ATTEMPT],
+            "started_ns": row[STARTED],
+            "duration_ns": row[DURATION],
+            "outcome": row[OUTCOME],
+            "failure": None if failure is None else [
+                failure.failure_class.value, clip(failure.message), failure.reason, failure.error_type,
+            ],
+            "usage": None if used is None else [
+                used.tokens, used.output_tokens, used.cost_usd, used.model, used.cached_input_tokens,
+                used.cache_write_tokens,
+            ],
+            "position": row[POSITION],
+            "branch": row[BRANCH],
+            "input": await self._input(row, node),
+            "output": self.record.output if row[OUTCOME] != "cancelled" else None,
+            "children": None,
+        }  # fmt: skip
+        if row[FUNCTION] != row[DURATION]:
+            event["function_ns"] = row[FUNCTION]
+        return event
+
+    async def _input(self, row: Row, node: Node | Group) -> Value | None:
+        """What the attempt was given, if it differs from what the request holds."""
+        picture = row[INPUT]
+        contract = self.known.contract(node) if isinstance(node, Node) else None
+        if isinstance(picture, dict):  # It was refused, or cannot be kept in any other way.
+            if contract is None:
+                return None
+            cls: ClassName = ["raw"]
+            try:
+                text = schema_of(Kept).encode(Kept(picture)).decode()
+            except Exception:
+                text = json.dumps(jsonable(picture))
+        elif contract is None:
+            return None
+        else:
+            schema = schema_of(contract.input_schema)
+            cls = ["in", node.node_id, schema.fingerprint]
+            try:
+                text = (
+                    picture if isinstance(picture, bytes) else schema.encode(schema.restore(picture))
+                ).decode()
+            except Exception:  # It holds what is not to be written down.
+                text, cls = json.dumps(jsonable(schema.thaw(picture))), ["raw"]
+        given = self.request["value"]
+        if cls[0] == "in" and given.get("text") == text:
+            return None
+        if "blob" in given and given["blob"] == hashlib.sha256(text.encode()).hexdigest():
+            return None
+        try:
+            return await self.value(text, cls)
+        except Exception:  # The output is more important than the picture of an input.
+            return {"text": "{}", "size": 2, "cls": ["raw"]}

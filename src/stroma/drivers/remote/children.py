@@ -1,0 +1,280 @@
+"""What runs inside a group: the children of parallel(), or the items of a map, so many at once."""
+
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any, Final, Protocol
+
+from stroma.drivers.remote.state import (
+    NO_FAILURE,
+    ROW,
+    Continue,
+    Driver,
+    MapState,
+    Place,
+    State,
+    Stopped,
+    row_size,
+)
+from stroma.drivers.remote.task_pool import Crew
+from stroma.drivers.remote.wire import Event, Failed, NodeSpec, Operation, Request, Value, size_of, weight
+from stroma.failures.classes import FailureClass
+
+__all__ = ["Children", "busy_ns"]
+
+#: Items of a map whose states are asked for at once, and how many run at once where nobody says.
+PAGE: Final = 200
+FAN_OUT: Final = 64
+#: Bytes of rows and outputs of items from which they are packed together.
+_PACK: Final = 128 * 1024
+_RESERVE: Final = 192 * 1024  # of the run's room, for the page of items that is under way
+
+
+def _no_room(node_id: str) -> Failed:
+    return {
+        **NO_FAILURE,
+        "failure_class": FailureClass.RECOVERABLE.value,
+        "message": f"the outputs of {node_id} are too large for the run itself; give the worker and the client a payload "
+        "store (payloads=), then resume the run",
+        "reason": "store",
+        "node_id": node_id,
+        "attempt": 1,
+        "type": "StoreError",
+    }
+
+
+class Parent(Protocol):
+    """The run that a group is in, as far as its children need it."""
+
+    state: State
+    driver: Driver
+
+    def of(self, place: Place, op: Operation, value: Value, **more: Any) -> Request: ...
+    async def execute(self, place: Place, value: Value) -> Value | Stopped: ...
+
+
+class Children:
+    """What runs inside a group in one attempt of it: the children of parallel(), or the items of a map."""
+
+    def __init__(
+        self, run: Parent, place: Place, value: Value, attempt: int, opened: int, traceparent: str | None
+    ) -> None:
+        self.traceparent = traceparent
+        self._run = run
+        self._place = place
+        self._value = value
+        self._each = place.spec["kind"] == "map"
+        limit = place.spec["limit"]
+        if self._each and limit is None:
+            limit = FAN_OUT
+        self._crew = Crew(limit)
+        self.rows: list[Event] = []
+        self.outputs: dict[int, Value] = {}
+        self.failures: list[dict[str, Any]] = []
+        self._stops: list[Stopped] = []
+        self._waits: list[Stopped] = []
+        self._map: MapState | None = None
+        if self._each:
+            self._map = run.state["maps"].setdefault(
+                place.key,
+                {
+                    "next": 0, "outputs": {}, "rows": [], "packs": [], "old_packs": [], "packed": [], "failures": [],
+                    "busy": [], "attempt": attempt, "opened_ns": opened,
+                    "traceparent": traceparent,
+                },
+            )  # fmt: skip
+            if (
+                self._map["opened_ns"] != opened
+            ):  # A new attempt, or a new segment: what is not done is asked for again.
+                self._map["next"] = 0
+                self._map["busy"] = []
+            self._map["attempt"], self._map["opened_ns"], self._map["traceparent"] = (
+                attempt,
+                opened,
+                traceparent,
+            )
+            self.rows = self._map["rows"]
+            self.failures = self._map["failures"]
+
+    @property
+    def stopped(self) -> Stopped | None:
+        return next(iter((*self._stops, *self._waits)), None)
+
+    async def run(self) -> None:
+        """Run them all. What stopped them is in ``stopped``. Raises Continue between two pages of a map at the top level."""
+        if self._each:
+            await self._items()
+            return
+        for index, spec in enumerate(self._place.spec["children"]):
+            self._crew.start(self._one(index, spec, self._value, "node"))
+        await self._crew.all()
+
+    async def _one(self, index: int, spec: NodeSpec, value: Value, kind: str) -> None:
+        if self._stops:
+            return
+        number = 0 if self._each else index
+        place = self._place.child(index, spec, number, self.rows, kind, self.traceparent)
+        outcome = await self._run.execute(place, value)
+        if not isinstance(outcome, Stopped):
+            self.outputs[index] = outcome
+            if self._map is not None:
+                self._map["outputs"][str(index)] = outcome
+            return
+        if outcome.suspended:  # Its siblings need not wait: all that can be done is done.
+            self._waits.append(outcome)
+            return
+        if self._place.spec.get("collect") and not outcome.spent and not outcome.partial:
+            failed = outcome.failure
+            self._run.state["room"] -= ROW + weight(failed["message"])
+            self.failures.append(
+                {
+                    "index": index, "node_id": failed["node_id"], "failure_class": failed["failure_class"],
+                    "message": failed["message"], "reason": failed["reason"], "attempts": failed["attempt"],
+                }
+            )  # fmt: skip
+            return
+        self._stops.append(outcome)
+        # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
+        if not self._stops[0].spent:
+            self._crew.abort()
+
+    # ------------------------------------------------------------------ items
+
+    async def _items(self) -> None:
+        run, place, progress = self._run, self._place, self._map
+        assert progress is not None
+        spec = place.spec["children"][0]
+        done = set(progress["packed"]) | {int(index) for index in progress["outputs"]}
+        done |= {failed["index"] for failed in self.failures}
+        try:
+            while True:
+                first = progress["next"]
+                request = run.of(
+                    place, "items", self._value, attempt=progress["attempt"], first=first, count=PAGE
+                )
+                reply, cancelled = await run.driver.ask(request)
+                if cancelled:
+                    raise asyncio.CancelledError
+                if "failure" in reply:
+                    self._stops.append(Stopped(reply["failure"], partial="halt" in reply))
+                    break
+                for index, item in enumerate(reply["items"], first):
+                    if index in done:
+                        continue
+                    await self._crew.room()
+                    if self._stops:
+                        break
+                    self._crew.start(self._one(index, spec, item, "item"))
+                if self._stops or first + PAGE >= reply["total"]:
+                    break
+                # The next page begins when this one has ended: what is under way is known by one number.
+                await self._crew.all()
+                if self._stops or self._waits:
+                    break
+                progress["next"] = first + PAGE
+                full = not place.branch and run.driver.full()
+                await self._pack(at_once=full or run.state["room"] < _RESERVE)
+                if run.state["room"] < _RESERVE:
+                    self._stops.append(Stopped(_no_room(place.spec["id"]), partial=True))
+                    break
+                if full:
+                    raise Continue
+        except asyncio.CancelledError:
+            self._crew.abort()
+            raise
+        finally:
+            await self._crew.all()
+
+    async def _pack(self, *, at_once: bool) -> None:
+        """Put what is done out of the run's own state, if it is much."""
+        run, progress = self._run, self._map
+        assert progress is not None
+        size = sum(size_of(value) for value in progress["outputs"].values()) + sum(
+            map(row_size, progress["rows"])
+        )
+        if size < _PACK and not at_once:
+            return
+        if not progress["outputs"] and not progress["rows"]:
+            return
+        indexes = [int(index) for index in progress["outputs"]]
+        request = run.of(
+            self._place,
+            "pack",
+            self._value,
+            outputs=list(progress["outputs"].values()),
+            rows=progress["rows"],
+        )
+        request["indexes"] = indexes
+        reply, cancelled = await run.driver.ask(request)
+        if cancelled:
+            raise asyncio.CancelledError
+        if "failure" in reply:
+            self._stops.append(Stopped(reply["failure"], partial=True))
+            return
+        freed = size + sum(size_of(row["input"]) for row in progress["rows"])
+        run.state["room"] += freed - size_of(reply["packed"])
+        progress["busy"] = _merged(progress["busy"] + _spans(progress["rows"]))
+        progress["packs"].append(reply["packed"])
+        progress["packed"] += indexes
+        progress["outputs"].clear()
+        progress["rows"].clear()
+        self.outputs.clear()
+
+    def in_order(self) -> tuple[list[int], list[Value]]:
+        """The outputs that the group is closed with, and their numbers, but for those in packs."""
+        outputs = self.outputs if self._map is None else {int(i): v for i, v in self._map["outputs"].items()}
+        return sorted(outputs), [value for _, value in sorted(outputs.items())]
+
+    def packs(self) -> list[Value]:
+        return [] if self._map is None else [*self._map["old_packs"], *self._map["packs"]]
+
+    def new_packs(self) -> list[Value]:
+        return [] if self._map is None else list(self._map["packs"])
+
+    def busy_ns(self) -> int:
+        """For how long any function inside ran."""
+        return busy_ns([self])
+
+    def span_ns(self) -> list[int]:
+        """When the first function inside began, and the last one ended; [] if none ran."""
+        spans = self.spans()
+        return [min(span[0] for span in spans), max(span[1] for span in spans)] if spans else []
+
+    def spans(self) -> list[list[int]]:
+        return _spans(self.rows) + ([] if self._map is None else self._map["busy"])
+
+    def settled(self) -> None:
+        """The group's row has the rows of this attempt; another one begins with none."""
+        if self._map is not None:
+            self._map["old_packs"] += self._map["packs"]
+            self._map["rows"], self._map["packs"] = [], []
+            self._map["opened_ns"] = 0
+
+
+def busy_ns(groups: list[Children]) -> int:
+    """For how long any function inside any of these ran."""
+    return sum(end - begin for begin, end in _merged([span for one in groups for span in one.spans()]))
+
+
+def _spans(rows: list[Event]) -> list[list[int]]:
+    spans: list[list[int]] = []
+    for row in rows:
+        if row["children"]:
+            spans += _spans(row["children"])
+        else:
+            spans.append([row["started_ns"], row["started_ns"] + row["duration_ns"]])
+    return spans
+
+
+def _merged(spans: list[list[int]]) -> list[list[int]]:
+    """The same times without overlaps."""
+    merged: list[list[int]] = []
+    for begin, end in sorted(spans):
+        if merged and begin <= merged[-1][1]:
+            merged[-1][1] = max(merged[-1][1], end)
+        else:
+            merged.append([begin, end])
+    return merged

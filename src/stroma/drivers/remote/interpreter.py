@@ -1,0 +1,484 @@
+"""Moves a run through its plan. Deterministic: all that it learns of the world comes through its driver.
+
+So it may run where code is replayed (a Temporal workflow), and it can be given its state back at any of its safe points.
+"""
+
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
+from __future__ import annotations
+
+import asyncio
+from typing import Any
+
+from stroma.cost.budget import ExecutionBudget
+from stroma.cost.tracker import CostTracker
+from stroma.drivers.remote.children import Children, busy_ns
+from stroma.drivers.remote.plans import policies_of
+from stroma.drivers.remote.state import (
+    NO_FAILURE,
+    Broken,
+    Continue,
+    Driver,
+    Place,
+    State,
+    Stopped,
+    new_state,
+    next_segment,
+    row_size,
+    shortened,
+)
+from stroma.drivers.remote.wire import (
+    Event,
+    Failed,
+    NodeSpec,
+    Operation,
+    Plan,
+    Reply,
+    Report,
+    Request,
+    Value,
+    failure_of,
+    fitting,
+    size_of,
+    weight,
+)
+from stroma.failures.classes import FailureClass
+from stroma.failures.policy import Retry, Stop, follow_up
+from stroma.trace.result import RunStatus
+
+__all__ = ["Continue", "Driver", "Interpreter", "State", "new_state", "next_segment"]
+
+
+class Interpreter:
+    """One run. ``state`` is always as far as the run is; between two awaits of the driver it is whole."""
+
+    def __init__(self, plan: Plan, state: State, driver: Driver) -> None:
+        self.plan = plan
+        self.state = state
+        self.driver = driver
+        self._policies = policies_of(plan["policies"])
+        self._node_policies = {node: policies_of(given) for node, given in plan["node_policies"].items()}
+        self._budget = ExecutionBudget(**(plan["settings"].get("budget") or {}))
+        self._tracker = tracker = CostTracker()
+        spent, prior = state["spent"], state["prior"]
+        tracker.spend(spent["tokens"], spent["cost_usd"])
+        tracker.latency_ns = round(spent["latency_ms"] * 1e6)
+        tracker.prior_tokens = prior["tokens"]
+        tracker.prior_cost_usd = prior["cost_usd"]
+        tracker.prior_latency_ms = prior["latency_ms"]
+        #: What the run has come to in this segment; None while it is under way.
+        self.status: RunStatus | None = None
+        self._failure: Failed | None = None
+        self._broken: list[str] | None = None
+        #: The groups that are under way, by position.
+        self._open: dict[int, list[Children]] = {}
+
+    # ------------------------------------------------------------------ a segment
+
+    async def go(self) -> Report:
+        """Run until the run ends or waits for a person. Raises Continue. Cancelled, it ends as CANCELLED."""
+        state = self.state
+        self.status, self._failure, self._broken = None, None, None
+        cancelled = False
+        try:
+            if not state["begun"]:
+                await self._begin()
+            status = await self._positions()
+        except asyncio.CancelledError:
+            status, cancelled = RunStatus.CANCELLED, True
+        except Broken:
+            status = RunStatus.INTERRUPTED
+        self.status = status
+        try:
+            reply, late = await self.driver.ask(
+                self._request("end", value=state["initial"], report=self.report())
+            )
+            self._note(reply)
+            cancelled |= late
+        except asyncio.CancelledError:
+            cancelled = True  # It has ended; only the hooks may not know.
+        except Broken:
+            pass
+        if cancelled and self.status is RunStatus.SUSPENDED:
+            self.status = RunStatus.CANCELLED  # Nobody is to wait for an answer any more.
+        return self.report()
+
+    async def _begin(self) -> None:
+        state, nodes = self.state, self.plan["nodes"]
+        skipped: list[dict[str, Any]] = []
+        for position, value in enumerate(state["committed"]):
+            skipped.append({"spec": nodes[position], "value": value, "position": position, "branch": ""})
+        reply, cancelled = await self.driver.ask(
+            self._request("begin", value=state["initial"], nodes=nodes, skipped=skipped)
+        )
+        state["traceparent"] = reply.get("traceparent")
+        state["begun"] = True
+        self._note(reply)
+        if "failure" in reply:  # No worker could begin it.
+            self._failure = reply["failure"]
+        if cancelled:
+            raise asyncio.CancelledError
+
+    async def _positions(self) -> RunStatus:
+        state, nodes = self.state, self.plan["nodes"]
+        if self._failure is not None:
+            return RunStatus.PARTIAL
+        while state["position"] < len(nodes):
+            position = state["position"]
+            place = Place(nodes[position], (position,), position, "", (), state["rows"])
+            outcome = await self.execute(place, state["value"])
+            output = outcome.output if isinstance(outcome, Stopped) else outcome
+            if output is not None:
+                state["committed"].append(output)
+                state["value"] = output
+                state["position"] = position + 1
+                self._forget(position)
+            if isinstance(outcome, Stopped):
+                return self._stopped_as(outcome)
+            if self.driver.full() and state["position"] < len(nodes):
+                raise Continue
+        return RunStatus.RESUMED if state["continued"] else RunStatus.COMPLETED
+
+    def _stopped_as(self, outcome: Stopped) -> RunStatus:
+        if outcome.suspended:
+            return RunStatus.SUSPENDED
+        self._failure = outcome.failure
+        terminal = outcome.failure["failure_class"] == FailureClass.TERMINAL and not outcome.partial
+        return RunStatus.FAILED if terminal else RunStatus.PARTIAL
+
+    def _forget(self, position: int) -> None:
+        prefix = f"{position}|"
+        for kept in (self.state["done"], self.state["maps"], self.state["answers"]):
+            for key in [key for key in kept if key.startswith(prefix)]:
+                del kept[key]
+
+    def report(self) -> Report:
+        """What this segment of the run has come to so far."""
+        state = self.state
+        values: list[Value] = []
+        seen: dict[tuple[str, str], int] = {}
+
+        def number(value: Value | None) -> int | None:
+            if value is None:
+                return None
+            key = (value.get("text") or value.get("blob") or "", str(value["cls"]))
+            if key not in seen:
+                seen[key] = len(values)
+                values.append(value)
+            return seen[key]
+
+        def numbered(rows: list[Event]) -> list[dict[str, Any]]:
+            return [
+                {
+                    **row,
+                    "input": number(row["input"]),
+                    "output": number(row["output"]),
+                    "children": None if row["children"] is None else numbered(row["children"]),
+                }
+                for row in rows
+            ]
+
+        waiting = [state["waiting"][key] for key in state["waiting"]]
+        return {
+            "run_id": self.plan["run_id"],
+            "execution": self.plan["execution"],
+            "pipeline": self.plan["pipeline"],
+            "segment": state["segment"],
+            "status": "RUNNING" if self.status is None else self.status.value,
+            "values": values,
+            "rows": numbered(state["rows"]),
+            "final": state["value"],
+            "committed": bool(state["committed"]),
+            "tokens": self._tracker.total_tokens,
+            "cost_usd": self._tracker.total_cost_usd,
+            "failure": self._failure,
+            "suspended": [one["reason"] for one in waiting] if self.status is RunStatus.SUSPENDED else [],
+            "waiting": waiting,
+            "failed_items": state["failed_items"],
+            "unpriced": state["unpriced"],
+            "hook_errors": state["hook_errors"],
+            "broken": self._broken,
+        }
+
+    # ------------------------------------------------------------------ requests
+
+    def _request(self, op: Operation, **more: Any) -> Request:
+        state = self.state
+        spent, prior = state["spent"], state["prior"]
+        request: dict[str, Any] = {
+            "op": op,
+            "run_id": self.plan["run_id"],
+            "execution": self.plan["execution"],
+            "pipeline": self.plan["pipeline"],
+            "settings": self.plan["settings"],
+            "traceparent": state["traceparent"],
+            "context": state["context"],
+            "gone": state["gone"],
+            "spent": {
+                "tokens": spent["tokens"] + prior["tokens"],
+                "cost_usd": spent["cost_usd"] + prior["cost_usd"],
+                "latency_ms": spent["latency_ms"] + prior["latency_ms"],
+            },
+            "warned": state["warned"],
+            "room": max(0, state["room"]),
+            "value": state["value"],
+            **more,
+        }
+        return request  # type: ignore[return-value]  # pyright: ignore[reportReturnType]
+
+    def of(self, place: Place, op: Operation, value: Value, **more: Any) -> Request:
+        return self._request(
+            op,
+            value=value,
+            spec=place.spec,
+            path=list(place.path),
+            groups=list(place.groups),
+            position=place.position,
+            branch=place.branch,
+            kind=place.kind,
+            **{"traceparent": place.traceparent or self.state["traceparent"], **self._busy(place), **more},
+        )
+
+    def _busy(self, place: Place) -> dict[str, Any]:
+        """How much of a limit to its time a run has used up in the group that is under way."""
+        if not place.groups or self._budget.max_latency_ms is None:
+            return {}
+        return {"busy_ns": busy_ns(self._open.get(place.position, []))}
+
+    def _note(self, reply: Reply) -> None:
+        """What every reply may say of the run as a whole."""
+        state = self.state
+        made, gone = reply.get("context") or ({}, [])
+        kept = {key: value for key, value in state["context"].items() if key not in gone}
+        made = fitting(kept, made)  # Nodes that ran at once may have filled it together.
+        state["context"] = {**kept, **made}
+        state["gone"] = [key for key in state["gone"] if key not in made] + list(gone)
+        for hook, node_id, name, message in reply.get("hook_errors") or []:
+            said = shortened(message, state["room"])
+            state["room"] -= weight(said)
+            state["hook_errors"].append([hook, node_id, name, said])
+        state["warned"] += [one for one in reply.get("warned", []) if one not in state["warned"]]
+        state["unpriced"] += [one for one in reply.get("unpriced", []) if one not in state["unpriced"]]
+        if "broken" in reply:
+            self._broken = reply["broken"]
+
+    # ------------------------------------------------------------------ nodes
+
+    async def execute(self, place: Place, value: Value) -> Value | Stopped:
+        if place.key in self.state["done"]:
+            return self.state["done"][place.key]
+        if place.spec["kind"] != "node":
+            outcome = await self._group(place, value)
+        else:
+            outcome = await self._node(place, value)
+        if place.branch and not isinstance(outcome, Stopped) and place.kind != "item":
+            self.state["done"][place.key] = outcome
+        return outcome
+
+    async def _node(self, place: Place, value: Value) -> Value | Stopped:
+        attempt, repairs = 0, 0
+        last: Failed | None = None
+        after: float | None = None
+        while True:
+            attempt += 1
+            request = self.of(
+                place, "attempt", value, attempt=attempt, repairs=repairs, after=after, last=last,
+                answer=self.state["answers"].get(place.key),
+            )  # fmt: skip
+            reply, cancelled = await self.driver.ask(request)
+            outcome = self._settle(place, value, reply)
+            if reply.get("cancelled") or (cancelled and not isinstance(outcome, (dict, Stopped))):
+                raise asyncio.CancelledError
+            if cancelled and isinstance(outcome, dict):
+                self._keep(place, outcome)
+                raise asyncio.CancelledError
+            if outcome is not None:
+                return outcome
+            last = reply["failure"]
+            again = self._decide(place.spec, last, attempt, bool(reply.get("repairing")), repairs)
+            if isinstance(again, Stop):
+                return Stopped(last, spent=self._exceeded(place.spec["id"]) is not None)
+            repairs += bool(reply.get("repairing"))
+            after = again.delay_seconds
+            await self.driver.sleep(after)
+
+    def _keep(self, place: Place, output: Value) -> None:
+        """What was committed while the run was being cancelled is not run again by who goes on with it."""
+        if place.branch:
+            self.state["done"][place.key] = output
+            return
+        state = self.state
+        state["committed"].append(output)
+        state["value"], state["position"] = output, place.position + 1
+        self._forget(place.position)
+
+    def _settle(self, place: Place, value: Value, reply: Reply) -> Value | Stopped | None:
+        """Take an attempt into the run: its row, what it spent, what it came to. None: ask whether another follows."""
+        state = self.state
+        self._note(reply)
+        row = reply.get("row")
+        output = reply.get("output")
+        if row is not None:
+            if row["input"] is not None or place.kind == "item":
+                state["room"] -= size_of(row["input"] or value)
+            row["input"] = row["input"] or value
+            if row["failure"] is not None:
+                row["failure"][1] = shortened(row["failure"][1], state["room"])
+            if "failure" in reply:
+                reply["failure"]["message"] = shortened(reply["failure"]["message"], state["room"])
+            state["room"] -= size_of(output) + row_size(row)
+            used = row["usage"]
+            if used is not None:
+                self._tracker.spend(used[0], used[2])
+            if not place.branch:
+                self._tracker.latency_ns += row.get("function_ns", row["duration_ns"])
+            tracker = self._tracker
+            state["spent"] = {
+                "tokens": tracker.total_tokens,
+                "cost_usd": tracker.total_cost_usd,
+                "latency_ms": tracker.latency_ns / 1e6,
+            }
+            place.rows.append(row)
+        if "broken" in reply:
+            if output is not None:
+                self._keep(place, output)
+            raise Broken
+        if reply.get("cancelled"):
+            if output is not None:
+                self._keep(place, output)
+            raise asyncio.CancelledError
+        if "waiting" in reply:
+            state["waiting"][place.key] = reply["waiting"]
+        if "halt" in reply:
+            halt = reply["halt"]
+            return Stopped(reply["failure"], output, halt["partial"], halt["spent"], halt["suspended"])
+        if "failure" in reply:
+            return None
+        assert output is not None
+        exceeded = self._exceeded(place.spec["id"])
+        if exceeded is None or row is None:
+            return output
+        # Siblings have spent it meanwhile, which the worker could not know.
+        row["outcome"] = "failure"
+        row["failure"] = [
+            exceeded["failure_class"],
+            exceeded["message"],
+            exceeded["reason"],
+            exceeded["type"],
+        ]
+        return Stopped({**exceeded, "attempt": row["attempt"]}, output, spent=True)
+
+    def _exceeded(self, node_id: str) -> Failed | None:
+        exceeded = self._tracker.exceeded(self._budget, node_id)
+        if exceeded is None:
+            return None
+        return {
+            "failure_class": FailureClass.RECOVERABLE.value,
+            "message": str(exceeded),
+            "reason": "budget",
+            "retry_after": None,
+            "node_id": node_id,
+            "attempt": 1,
+            "type": "BudgetExceeded",
+            "data": [exceeded.dimension, exceeded.limit, exceeded.actual, exceeded.node_id],
+        }
+
+    def _decide(
+        self, spec: NodeSpec, last: Failed, attempt: int, repairing: bool, repairs: int
+    ) -> Retry | Stop:
+        if self._exceeded(spec["id"]) is not None:
+            return Stop("the budget is spent")
+        return follow_up(
+            failure_of(last),
+            self._node_policies.get(spec["id"]),
+            self._policies,
+            attempt=attempt,
+            group=spec["kind"] != "node",
+            repairing=repairing,
+            repairs=repairs,
+            draw=self.driver.draw,
+        )
+
+    # ------------------------------------------------------------------ groups
+
+    async def _group(self, place: Place, value: Value) -> Value | Stopped:
+        progress = self.state["maps"].get(place.key)
+        attempt = 0
+        last: Failed | None = None
+        after: float | None = None
+        going = progress is not None and progress["opened_ns"] > 0
+        if progress is not None and going:
+            attempt = progress["attempt"] - 1  # After a fresh history, in the middle of it.
+        while True:
+            attempt += 1
+            if not going or progress is None:
+                request = self.of(place, "open", value, attempt=attempt, after=after, last=last)
+                reply, cancelled = await self.driver.ask(request)
+                if "halt" in reply:
+                    halted = self._settle(place, value, reply)
+                    assert isinstance(halted, Stopped)
+                    return halted
+                self._note(reply)
+                if "broken" in reply:
+                    raise Broken
+                opened, span = reply["at_ns"], reply.get("traceparent")
+            else:
+                opened, span, cancelled = progress["opened_ns"], progress["traceparent"], False
+            going = False
+            children = Children(self, place, value, attempt, opened, span or place.traceparent)
+            broken = False
+            around = self._open.setdefault(place.position, [])
+            if not cancelled:
+                around.append(children)
+                try:
+                    await children.run()
+                except asyncio.CancelledError:
+                    cancelled = True
+                except Broken:
+                    cancelled = broken = True
+                finally:
+                    around.remove(children)
+            try:
+                outcome, failed = await self._close(place, value, attempt, opened, children, cancelled)
+            except asyncio.CancelledError:
+                if broken:
+                    raise Broken from None
+                raise
+            if outcome is not None:
+                return outcome
+            last = failed
+            again = self._decide(place.spec, last, attempt, False, 0)
+            if isinstance(again, Stop):
+                return Stopped(last, spent=self._exceeded(place.spec["id"]) is not None)
+            after = again.delay_seconds
+            await self.driver.sleep(after)
+
+    async def _close(
+        self, place: Place, value: Value, attempt: int, opened: int, children: Children, cancelled: bool
+    ) -> tuple[Value | Stopped | None, Failed]:
+        stopped = children.stopped
+        request = self.of(
+            place, "close", value, attempt=attempt, traceparent=children.traceparent or self.state["traceparent"], opened_ns=opened, busy_ns=children.busy_ns(), span_ns=children.span_ns(),
+            indexes=children.in_order()[0], outputs=children.in_order()[1], packs=children.packs(), failures=children.failures, cancelled=cancelled,
+            stopped=None if stopped is None else {
+                "failure": stopped.failure, "partial": stopped.partial, "spent": stopped.spent,
+                "suspended": stopped.suspended,
+            },
+        )  # fmt: skip
+        reply, late = await self.driver.ask(request)
+        row = reply.get("row")
+        if row is not None:
+            row["children"] = children.rows
+            packs = children.new_packs()
+            if packs:
+                row["packs"] = packs
+        outcome = self._settle(place, value, reply)
+        if isinstance(outcome, dict):
+            self.state["failed_items"] += len(children.failures)
+            if late:
+                self._keep(place, outcome)
+        if late or cancelled:
+            raise asyncio.CancelledError
+        children.settled()
+        return outcome, reply.get("failure") or NO_FAILURE

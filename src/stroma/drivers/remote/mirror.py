@@ -1,0 +1,122 @@
+"""A run as a journal store keeps it, written when it has ended or waits: for the command line and the web interface.
+
+The truth is the driver's. A run stands in the store only once nobody is at work on it, so that no local runner can take it
+for one that was left behind (``recover()``).
+"""
+
+# Which keys a value has depends on where it stands.
+# pyright: reportTypedDictNotRequiredAccess=false
+
+from __future__ import annotations
+
+import inspect
+import logging
+from typing import Any, Final, cast
+
+from pydantic import BaseModel
+
+from stroma._utils.text import typed
+from stroma.checkpoint import PipelineChanged, RunRequest, Session, Waiting
+from stroma.contracts.schema import Schema, schema_of
+from stroma.drivers.remote.results import Reader, fetch, unpack
+from stroma.drivers.remote.wire import Report
+from stroma.failures.classes import FailureClass
+from stroma.trace.events import AttemptUsage, Failed, Row
+from stroma.trace.result import RunStatus
+
+__all__ = ["mirror"]
+
+logger = logging.getLogger("stroma")
+#: Attempts of one run that are written; a map of more items leaves the others out.
+_MOST: Final = 5_000
+
+
+async def mirror(
+    store: Any, report: Report, reader: Reader, initial: BaseModel, tags: tuple[str, ...]
+) -> None:
+    """Write a run, or a segment of it, to a journal store. Raises StoreError."""
+    try:
+        session = await _open(store, report, initial, tags, "resume" if report["segment"] else "restart")
+    except PipelineChanged:  # The store has another run of that id, or an earlier segment was never written.
+        session = await _open(store, report, initial, tags, "restart")
+    writer = _Writer(session, report, reader)
+    for row in report["rows"]:
+        await writer.write(row, None)
+    failure = report["failure"]
+    why = (
+        "; ".join(report["suspended"]) or None
+        if failure is None
+        else typed(failure["type"], failure["message"])
+    )
+    await _done(session.end(report["status"], why))
+    if writer.left_out:
+        logger.warning(
+            "%d attempts of run %r are left out of the store's picture of it", writer.left_out, report["run_id"],
+            extra={"run_id": report["run_id"]},
+        )  # fmt: skip
+
+
+async def _open(
+    store: Any, report: Report, initial: BaseModel, tags: tuple[str, ...], if_exists: Any
+) -> Session:
+    request = RunRequest(
+        report["run_id"],
+        report["pipeline"],
+        initial,
+        schema_of(type(initial)),
+        if_exists,
+        if_running="take_over",
+        tags=tags,
+    )
+    return cast("Session", await _done(store.open_run(request)))
+
+
+async def _done(pending: Any) -> Any:
+    return await pending if inspect.isawaitable(pending) else pending
+
+
+class _Writer:
+    def __init__(self, session: Session, report: Report, reader: Reader) -> None:
+        self._session = session
+        self._reader = reader
+        self._waiting = {(w["position"], w["branch"]): w for w in report["waiting"]}
+        self._written = 0
+        self.left_out = 0
+
+    async def write(self, row: dict[str, Any], group: str | None) -> None:
+        """Children before the group that they are in, as the engine keeps them."""
+        for child in row["children"] or ():
+            await self.write(child, row["id"])
+        for pack in row.get("packs") or ():
+            for child in unpack(await fetch(self._reader.payloads, pack))["rows"]:
+                await self.write(child, row["id"])
+        self._written += 1
+        if self._written > _MOST and group is not None:
+            self.left_out += 1
+            return
+        failure, used = row["failure"], row["usage"]
+        kept: Row = (
+            row["id"], row["attempt"], row["started_ns"], row["duration_ns"], {}, None, row["outcome"],
+            None if failure is None else Failed(FailureClass(failure[0]), *failure[1:]),
+            None if used is None else AttemptUsage(*used), row["position"], row["branch"], group, None, None,
+            row.get("function_ns", row["duration_ns"]),
+        )  # fmt: skip
+        waits = self._waiting.get((row["position"], row["branch"]))
+        if row["outcome"] == "suspended" and waits is not None:
+            asked = Waiting(
+                waits["position"], waits["branch"], waits["node_id"], waits["reason"], waits["schema_ref"]
+            )
+            await _done(self._session.suspend(kept, asked))
+            return
+        schema: Schema | None = None
+        output: BaseModel | None = None
+        value = self._reader.value(row["output"])
+        if value is not None:
+            output = await self._reader.state(value)
+            schema = schema_of(type(output))
+        await _done(self._session.record(kept, schema, output))
+
+
+def is_mirrored(status: str) -> bool:
+    """Whether a local runner leaves a run of this status alone until it is asked for."""
+    return status not in ("RUNNING", RunStatus.INTERRUPTED)

@@ -1,0 +1,143 @@
+"""A report as the result that a local run gives."""
+
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+from datetime import UTC, datetime
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import StoreError
+from stroma.checkpoint.payloads import BlobStore
+from stroma.contracts.schema import schema_of
+from stroma.contracts.untyped import Kept
+from stroma.drivers.remote.plans import Known
+from stroma.drivers.remote.wire import ClassName, Report, Value, failure_of
+from stroma.engine.merged_models import spelled_out
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import RemoteFailure
+from stroma.hooks.dispatch import HookNotAsync
+from stroma.trace.events import NO_USAGE, AttemptUsage, TraceEvent
+from stroma.trace.result import ExecutionResult, HookFailure, RunStatus
+from stroma.trace.trace import ExecutionTrace
+
+__all__ = ["Reader", "broken_of", "fetch", "result_of", "unpack"]
+
+
+async def fetch(payloads: BlobStore | None, value: Value) -> str:
+    """The text of a value. Raises StoreError for one whose blob cannot be had."""
+    if "text" in value:
+        return value["text"]
+    if payloads is None:
+        raise StoreError(f"a state stands in blob {value['blob']}; give the payload store: payloads=")
+    data = await asyncio.to_thread(payloads.get, value["blob"])
+    if data is None or hashlib.sha256(data).hexdigest() != value["blob"]:
+        raise StoreError(f"blob {value['blob']} is missing or damaged in {payloads!r}; restore it")
+    return data.decode()
+
+
+def unpack(text: str) -> dict[str, Any]:
+    """What "pack" has put together."""
+    packed: dict[str, Any] = json.loads(text)
+    return packed
+
+
+class Reader:
+    """Reads the events of one run."""
+
+    def __init__(self, known: Known, payloads: BlobStore | None, run_id: str, values: list[Value]) -> None:
+        self._known = known
+        self.payloads = payloads
+        self._run_id = run_id
+        self._values = values
+
+    async def event(self, row: dict[str, Any]) -> TraceEvent:
+        failure, used = row["failure"], row["usage"]
+        children = [await self.event(child) for child in row["children"] or ()]
+        for pack in row.get("packs") or ():
+            packed = unpack(await fetch(self.payloads, pack))["rows"]
+            children += [await self.event(child) for child in packed]
+        seconds, ns = divmod(row["started_ns"], 1_000_000_000)
+        given = self.value(row["input"])
+        made = self.value(row["output"])
+        return TraceEvent(
+            node_id=row["id"],
+            run_id=self._run_id,
+            attempt=row["attempt"],
+            timestamp_utc=datetime.fromtimestamp(seconds, UTC).replace(microsecond=ns // 1000),
+            input_state={}
+            if given is None
+            else await self._state(given, self._known.takes(row["id"], row["position"], row["branch"])),
+            output_state=None if made is None else await self._state(made, None),
+            duration_ms=row["duration_ns"] // 1_000_000,
+            failure=None if failure is None else FailureClass(failure[0]),
+            failure_message=None if failure is None else failure[1],
+            outcome=row["outcome"],
+            reason=None if failure is None else failure[2],
+            error_type=None if failure is None else failure[3],
+            children=children,
+            usage=NO_USAGE if used is None else AttemptUsage(*used),
+            position=row["position"],
+            branch=row["branch"],
+            function_ms=row.get("function_ns", row["duration_ns"]) // 1_000_000,
+        )
+
+    def value(self, given: Any) -> Value | None:
+        """A state of a row, which may name it by its number."""
+        return self._values[given] if isinstance(given, int) else given
+
+    async def _state(self, value: Value, taken: ClassName | None) -> dict[str, Any]:
+        text = await fetch(self.payloads, value)
+        cls = value["cls"]
+        if cls[0] == "raw":
+            raw = schema_of(Kept).raw_of(text.encode())
+            return raw if isinstance(raw, dict) else {"root": raw}
+        try:
+            model = self._known.decode(text, taken or cls)
+        except ValueError:  # Its class has changed since.
+            raw = schema_of(Kept).raw_of(text.encode())
+            return raw if isinstance(raw, dict) else {"root": raw}
+        return schema_of(type(model)).state(model)
+
+    async def state(self, value: Value) -> BaseModel:
+        return self._known.decode(await fetch(self.payloads, value), value["cls"])
+
+
+async def result_of(report: Report, known: Known, payloads: BlobStore | None) -> ExecutionResult:
+    """What a run came to, its trace included. Raises StoreError if a state cannot be had."""
+    reader = Reader(known, payloads, report["run_id"], report["values"])
+    trace = ExecutionTrace(report["run_id"])
+    for row in report["rows"]:
+        trace.append(await reader.event(row))
+    said = report["failure"]
+    return ExecutionResult(
+        run_id=report["run_id"],
+        status=RunStatus(report["status"]),
+        final_state=spelled_out(await reader.state(report["final"])),
+        trace=trace,
+        total_cost_usd=report["cost_usd"],
+        total_tokens=report["tokens"],
+        failure=None if said is None else failure_of(said),
+        hook_errors=[
+            HookFailure(hook, node_id, RemoteFailure(message, name))
+            for hook, node_id, name, message in report["hook_errors"]
+        ],
+        unpriced_models=list(report["unpriced"]),
+        suspended=list(report["suspended"]),
+        failed_items=report["failed_items"],
+    )
+
+
+def broken_of(report: Report, result: ExecutionResult) -> HookNotAsync | None:
+    """The programming error that ended a run; it comes out of ``run()``."""
+    if report["broken"] is None:
+        return None
+    error = HookNotAsync(report["broken"][1])
+    error.result = result
+    return error

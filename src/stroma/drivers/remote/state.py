@@ -1,0 +1,238 @@
+"""Where a run stands, as plain JSON data; and what its interpreter knows of the world."""
+
+# Which keys a request or a reply has depends on what it is for.
+# pyright: reportTypedDictNotRequiredAccess=false
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, NotRequired, Protocol, TypedDict
+
+from stroma.drivers.remote.wire import (
+    ROOM,
+    Answer,
+    Event,
+    Failed,
+    NodeSpec,
+    Reply,
+    Request,
+    Spent,
+    Value,
+    size_of,
+    weight,
+)
+from stroma.failures.classes import FailureClass
+
+__all__ = [
+    "NO_FAILURE",
+    "ROW",
+    "Broken",
+    "Continue",
+    "Driver",
+    "MapState",
+    "Place",
+    "State",
+    "Stopped",
+    "new_state",
+    "next_segment",
+    "nothing",
+    "row_size",
+    "shortened",
+]
+
+ROW: Final = 400  # bytes of a row, its states and what a failure says apart
+#: Bytes of a run's room that are not for what failures say: beyond that, their first words must do.
+_FOR_STATES: Final = ROOM // 2
+_FIRST_WORDS: Final = 200
+
+
+class Driver(Protocol):
+    """What moves an interpreter: the only thing that it knows of the world."""
+
+    async def ask(self, request: Request) -> tuple[Reply, bool]:
+        """Have a worker do something; what came of it, and whether the run was cancelled meanwhile.
+
+        Raises CancelledError if it was cancelled before a worker took it up.
+        """
+        ...
+
+    async def sleep(self, seconds: float) -> None: ...
+
+    def draw(self) -> float:
+        """A number from 0 to 1; the same one when the run is replayed."""
+        ...
+
+    def full(self) -> bool:
+        """Whether the driver would like to go on with a fresh history."""
+        ...
+
+
+class Continue(Exception):
+    """The driver asked for it: go on with the state as it is, in a new interpreter."""
+
+
+class Broken(Exception):
+    """A programming error that ends the run."""
+
+
+class MapState(TypedDict):
+    """How far a map is. ``next``: the first item that was not asked for. Items in ``packs`` are in nothing else."""
+
+    next: int
+    outputs: dict[str, Value]
+    rows: list[Event]
+    packs: list[Value]
+    old_packs: list[Value]
+    packed: list[int]
+    failures: list[dict[str, Any]]
+    busy: list[list[int]]
+    attempt: int
+    opened_ns: int
+    traceparent: str | None
+
+
+class State(TypedDict):
+    """Where a run stands. All of it is plain JSON data."""
+
+    position: int
+    value: Value
+    initial: Value
+    begun: bool
+    continued: bool
+    segment: int
+    spent: Spent
+    prior: Spent
+    rows: list[Event]
+    committed: list[Value]
+    done: dict[str, Value]
+    maps: dict[str, MapState]
+    context: dict[str, Any]
+    gone: list[str]
+    warned: list[str]
+    unpriced: list[str]
+    hook_errors: list[list[Any]]
+    traceparent: str | None
+    waiting: dict[str, Answer]
+    answers: dict[str, Answer]
+    failed_items: int
+    room: int
+    resumed_from: NotRequired[str]
+
+
+def row_size(row: Event) -> int:
+    """How many bytes of a run's own state a row takes, its states apart."""
+    return ROW + (0 if row["failure"] is None else weight(row["failure"][1]))
+
+
+def shortened(message: str, room: int) -> str:
+    """What a failure says, as long as the run has room for it."""
+    if len(message) <= _FIRST_WORDS or room - weight(message) >= _FOR_STATES:
+        return message
+    return f"{message[:_FIRST_WORDS]} ... (the run has no room for the rest; see the log of the worker)"
+
+
+def nothing() -> Spent:
+    return {"tokens": 0, "cost_usd": 0.0, "latency_ms": 0.0}
+
+
+def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None = None) -> State:
+    """The state of a run that begins."""
+    return {
+        "position": 0,
+        "value": value,
+        "initial": value,
+        "begun": False,
+        "continued": False,
+        "segment": 0,
+        "spent": nothing(),
+        "prior": nothing(),
+        "rows": [],
+        "committed": [],
+        "done": {},
+        "maps": {},
+        "context": context,
+        "gone": [],
+        "warned": [],
+        "unpriced": [],
+        "hook_errors": [],
+        "traceparent": traceparent,
+        "waiting": {},
+        "answers": {},
+        "failed_items": 0,
+        "room": ROOM - size_of(value),
+    }
+
+
+def next_segment(state: State) -> State:
+    """Make a state ready to go on after a suspension, or where an earlier run has stopped."""
+    spent, prior = state["spent"], state["prior"]
+    state["prior"] = {
+        "tokens": prior["tokens"] + spent["tokens"],
+        "cost_usd": prior["cost_usd"] + spent["cost_usd"],
+        "latency_ms": prior["latency_ms"] + spent["latency_ms"],
+    }
+    state["spent"] = nothing()
+    state["rows"] = []
+    state["hook_errors"], state["unpriced"], state["warned"] = [], [], []
+    state["waiting"] = {}
+    state["failed_items"] = 0
+    state["begun"], state["continued"] = False, True
+    state["segment"] += 1
+    for progress in state["maps"].values():
+        progress["old_packs"] += progress["packs"]
+        progress["rows"], progress["packs"] = [], []
+        progress["opened_ns"] = 0
+    state["room"] = ROOM - _kept(state)
+    return state
+
+
+def _kept(state: State) -> int:
+    """How many bytes of its own a state takes between two segments, which have the rows of each for themselves."""
+    values = [state["initial"], *state["committed"], *state["done"].values()]
+    size = sum(len(answer["payload"] or "") for answer in state["answers"].values())
+    for progress in state["maps"].values():
+        values += [*progress["outputs"].values(), *progress["old_packs"]]
+        size += sum(ROW + weight(failed["message"]) for failed in progress["failures"])
+    return size + sum(map(size_of, values))
+
+
+@dataclass(frozen=True, slots=True)
+class Stopped:
+    """An execution that stopped for good; the plain form of the engine's Halt."""
+
+    failure: Failed
+    output: Value | None = None
+    partial: bool = False
+    spent: bool = False
+    suspended: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a node stands."""
+
+    spec: NodeSpec
+    path: tuple[int, ...]
+    position: int
+    branch: str
+    groups: tuple[str, ...]
+    rows: list[Event]
+    kind: str = "node"
+    traceparent: str | None = None  # Of the group around it, if whoever watches has one.
+
+    @property
+    def key(self) -> str:
+        return f"{self.position}|{self.branch}"
+
+    def child(
+        self, index: int, spec: NodeSpec, number: int, rows: list[Event], kind: str, traceparent: str | None
+    ) -> Place:
+        branch = f"{self.branch}.{index}" if self.branch else str(index)
+        groups = (*self.groups, self.spec["id"])
+        return Place(spec, (*self.path, number), self.position, branch, groups, rows, kind, traceparent)
+
+
+NO_FAILURE: Final[Failed] = {
+    "failure_class": FailureClass.TERMINAL.value, "message": "", "reason": None, "retry_after": None, "node_id": "",
+    "attempt": 0, "type": "", "data": None,
+}  # fmt: skip

@@ -1,0 +1,399 @@
+"""What crosses the seam: plain JSON data, whatever carries it. Nothing in here runs anything."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final, Literal, NotRequired, TypedDict
+
+from stroma.contracts.contract import ContractViolation
+from stroma.cost.budget import BudgetExceeded
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import RemoteFailure
+from stroma.failures.failure import Failure, is_a
+from stroma.trace.plain import jsonable
+
+__all__ = [
+    "Answer",
+    "Event",
+    "Failed",
+    "NodeSpec",
+    "Plan",
+    "Reply",
+    "Report",
+    "Request",
+    "Spent",
+    "Value",
+    "clip",
+    "failure_of",
+    "fitting",
+    "fold",
+    "said_of",
+    "size_of",
+    "unfold",
+    "weight",
+]
+
+
+#: Bytes from which a state goes to the payload store. All sizes are those of a JSON string, in which much text grows.
+LARGE: Final = 256 * 1024
+#: Bytes of states that one run may hold beside that: half of what a Temporal payload may be, for all else that is in it.
+ROOM: Final = 1024 * 1024
+#: Characters of a message, and bytes of one value of the context dict and of what a broken contract says of the state.
+_LONGEST: Final = 16 * 1024
+CONTEXT: Final = 64 * 1024
+#: Bytes of the whole context dict, which goes with every request.
+_CONTEXTS: Final = 256 * 1024
+_ERRORS: Final = 100  # of a state that breaks its contract
+
+Operation = Literal["begin", "attempt", "open", "items", "close", "pack", "end"]
+
+
+#: Names the class that a state is of, where it is not said by the node that takes it: ``["class", "module:qualname"]``,
+#: ``["in", node id, hash of its contract]``, ``["out", node id, hash]``, ``["group", spec, the class of its input]``,
+#: ``["raw"]`` for what no class has seen. Old histories have no hashes.
+ClassName = list[Any]
+
+
+class Value(TypedDict):
+    """A state in stored form: itself, or the name of the blob that it stands in. ``size``: bytes of the text as JSON."""
+
+    text: NotRequired[str]
+    blob: NotRequired[str]
+    size: int
+    cls: ClassName
+
+
+class NodeSpec(TypedDict):
+    """A node as it was when the run began: fingerprints of its schemas, or what stands in it."""
+
+    id: str
+    kind: Literal["node", "parallel", "map"]
+    input: NotRequired[str]
+    output: NotRequired[str]
+    children: NotRequired[list[NodeSpec]]
+    limit: NotRequired[int | None]
+    over: NotRequired[str]
+    into: NotRequired[str]
+    collect: NotRequired[bool]
+
+
+class Plan(TypedDict):
+    """All that moves a run, frozen when it begins: a pipeline that is edited later changes nothing of it.
+
+    Attributes:
+        policies: by class; node_policies: by node id and class. As FailurePolicy has them.
+        settings: further fields of RunConfig by which attempts go, as JSON.
+        options: what only the driver knows.
+    """
+
+    run_id: str
+    execution: int
+    pipeline: str
+    nodes: list[NodeSpec]
+    policies: dict[str, dict[str, Any]]
+    node_policies: dict[str, dict[str, dict[str, Any]]]
+    settings: dict[str, Any]
+    options: dict[str, Any]
+
+
+class Spent(TypedDict):
+    tokens: int
+    cost_usd: float
+    latency_ms: float
+
+
+class Failed(TypedDict):
+    """A failure. ``data``: what makes one of our own exceptions again."""
+
+    failure_class: str
+    message: str
+    reason: str | None
+    retry_after: float | None
+    node_id: str
+    attempt: int
+    type: str
+    full_name: NotRequired[str]
+    data: list[Any] | None
+
+
+class Event(TypedDict):
+    """A row of the trace. An input of None is the value that the attempt was given.
+
+    Attributes:
+        function_ns: for how long functions ran, where that is not ``duration_ns``: of a group.
+    """
+
+    id: str
+    attempt: int
+    started_ns: int
+    duration_ns: int
+    outcome: str
+    failure: list[Any] | None
+    usage: list[Any] | None
+    position: int
+    branch: str
+    input: Value | None
+    output: Value | None
+    children: list[Event] | None
+    packs: NotRequired[list[Value]]
+    function_ns: NotRequired[int]
+
+
+class Answer(TypedDict):
+    """What a node waits for, and what it was told: see ``stroma.checkpoint.Waiting``."""
+
+    position: int
+    branch: str
+    node_id: str
+    reason: str
+    schema_ref: str
+    payload: str | None
+
+
+class Request(TypedDict):
+    """One thing to do on a worker.
+
+    Attributes:
+        path: the index of each child on the way from the pipeline to the node.
+        groups: the ids of the groups around it, the outermost first.
+        spent: by the run so far, earlier segments included; ``busy_ns``: by the groups around it.
+        span_ns: of "close": when the first function inside the group began, and when the last one ended.
+        room: bytes of states that may still come back in the reply itself.
+        after: seconds that were waited since the last attempt.
+        gone: what nodes have taken out of the context dict; a worker's own config may have it, too.
+    """
+
+    op: Operation
+    run_id: str
+    execution: int
+    pipeline: str
+    settings: dict[str, Any]
+    traceparent: str | None
+    context: dict[str, Any]
+    gone: list[str]
+    spent: Spent
+    warned: list[str]
+    room: int
+    value: Value
+    spec: NotRequired[NodeSpec]
+    path: NotRequired[list[int]]
+    groups: NotRequired[list[str]]
+    position: NotRequired[int]
+    branch: NotRequired[str]
+    kind: NotRequired[str]
+    attempt: NotRequired[int]
+    repairs: NotRequired[int]
+    after: NotRequired[float | None]
+    last: NotRequired[Failed | None]
+    answer: NotRequired[Answer | None]
+    first: NotRequired[int]
+    count: NotRequired[int]
+    #: Of "close": how the group's children ended.
+    outputs: NotRequired[list[Value]]
+    indexes: NotRequired[list[int]]
+    packs: NotRequired[list[Value]]
+    failures: NotRequired[list[dict[str, Any]]]
+    stopped: NotRequired[dict[str, Any] | None]
+    cancelled: NotRequired[bool]
+    busy_ns: NotRequired[int]
+    span_ns: NotRequired[list[int]]
+    opened_ns: NotRequired[int]
+    #: Of "begin": the plan, to be looked at as a whole, and what is committed already.
+    nodes: NotRequired[list[NodeSpec]]
+    skipped: NotRequired[list[dict[str, Any]]]
+    #: Of "pack": what is to be kept out of the run's own state.
+    rows: NotRequired[list[Event]]
+    #: Of "end".
+    report: NotRequired[Report]
+
+
+class Reply(TypedDict, total=False):
+    """What came of a request.
+
+    Attributes:
+        row: the attempt's row; absent for one that was not begun.
+        output: what was committed.
+        failure: of an attempt that failed; ``halt`` if it is final, with what Halt says of it.
+        repairing: another attempt is granted to mend the output.
+        cancelled: the attempt ended because the run is to end.
+        broken: [type, message] of a programming error that ends the run: a hook that is not async.
+        context: [what was set, what was deleted] in the context dict.
+    """
+
+    row: Event
+    output: Value
+    failure: Failed
+    halt: dict[str, bool]
+    repairing: bool
+    cancelled: bool
+    waiting: Answer
+    broken: list[str]
+    context: list[Any]
+    warned: list[str]
+    unpriced: list[str]
+    hook_errors: list[list[Any]]
+    traceparent: str | None
+    items: list[Value]
+    total: int
+    packed: Value
+    at_ns: int
+
+
+class Report(TypedDict):
+    """What a run, or a segment of it up to a suspension, came to. Rows name their states by number in ``values``."""
+
+    run_id: str
+    execution: int
+    pipeline: str
+    segment: int
+    status: str
+    values: list[Value]
+    rows: list[dict[str, Any]]
+    final: Value
+    committed: bool
+    tokens: int
+    cost_usd: float
+    failure: Failed | None
+    suspended: list[str]
+    waiting: list[Answer]
+    failed_items: int
+    unpriced: list[str]
+    hook_errors: list[list[Any]]
+    broken: list[str] | None
+
+
+def weight(text: str) -> int:
+    """Bytes of a text in JSON."""
+    return len(json.dumps(text))
+
+
+def clip(text: str) -> str:
+    """A message of bearable length."""
+    left_out = len(text) - _LONGEST
+    return text if left_out <= 0 else f"{text[:_LONGEST]} ... ({left_out} characters are left out)"
+
+
+def fitting(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+    """The new values of a context dict for which there is room in it."""
+    if not made:
+        return {}
+    free = _CONTEXTS - sum(weight(key) + len(json.dumps(context[key])) for key in context if key not in made)
+    fits: dict[str, Any] = {}
+    for key, value in made.items():
+        size = weight(key) + len(json.dumps(value))
+        if size <= free:
+            free -= size
+            fits[key] = value
+    return fits
+
+
+def fold(tree: Any) -> dict[str, Any]:
+    """A tree of plain data in which each state stands once; see :func:`unfold`."""
+    values: list[Any] = []
+    seen: dict[str, int] = {}
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, list):
+            return [walk(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        if "cls" in node and "size" in node:
+            key = json.dumps([node.get("text"), node.get("blob"), node["cls"]])
+            if key not in seen:
+                seen[key] = len(values)
+                values.append(node)
+            return {"$": seen[key]}
+        return {name: walk(one) for name, one in node.items()}
+
+    return {"tree": walk(tree), "values": values}
+
+
+def unfold(folded: dict[str, Any]) -> Any:
+    """What :func:`fold` was given."""
+    values = folded["values"]
+
+    def walk(node: Any) -> Any:
+        if isinstance(node, list):
+            return [walk(one) for one in node]
+        if not isinstance(node, dict):
+            return node
+        if node.keys() == {"$"}:
+            return dict(values[node["$"]])
+        return {name: walk(one) for name, one in node.items()}
+
+    return walk(folded["tree"])
+
+
+def size_of(value: Value | None) -> int:
+    """How many bytes of a run's own state a value takes."""
+    return 0 if value is None else value["size"] if "text" in value else 100
+
+
+def said_of(failure: Failure) -> Failed:
+    """A failure as plain data."""
+    exc = failure.exception
+    data: list[Any] | None = None
+    if is_a(exc, ContractViolation):
+        try:
+            data = _violated(exc)
+        except Exception:  # A node made it, and left out what belongs to it.
+            data = None
+    elif is_a(exc, BudgetExceeded):
+        data = [exc.dimension, exc.limit, exc.actual, exc.node_id]
+    kind = type(exc)
+    return {
+        "failure_class": failure.failure_class.value,
+        "message": clip(failure.message),
+        "reason": failure.reason,
+        "retry_after": failure.retry_after_seconds,
+        "node_id": failure.node_id,
+        "attempt": failure.attempt,
+        "type": exc.type_name if is_a(exc, RemoteFailure) else kind.__name__,
+        "full_name": exc.full_name if is_a(exc, RemoteFailure) else _full_name(kind),
+        "data": data,
+    }
+
+
+def _full_name(kind: type) -> str:
+    return kind.__qualname__ if kind.__module__ == "builtins" else f"{kind.__module__}.{kind.__qualname__}"
+
+
+def _violated(exc: ContractViolation) -> list[Any]:
+    raw, errors = jsonable(exc.raw), [jsonable(error) for error in exc.errors[:_ERRORS]]
+    if len(json.dumps(raw)) > _LONGEST:
+        raw = {"left out": "it is too large to be sent"}
+    if len(json.dumps(errors)) > _LONGEST:
+        errors = [
+            {
+                name: clip(str(e[name])) if name == "msg" else e[name]
+                for name in ("type", "loc", "msg")
+                if name in e
+            }
+            for e in errors
+            if isinstance(e, dict)
+        ]
+    data: list[Any] = json.loads(json.dumps([exc.direction, raw, errors]))
+    return data
+
+
+def failure_of(said: Failed) -> Failure:
+    """The failure of plain data. Exceptions of ours are what they were; any other one is a RemoteFailure."""
+    exc: BaseException
+    data, name = said["data"], said["type"]
+    if name == "ContractViolation" and data is not None:
+        exc = ContractViolation(said["node_id"], data[0], data[1], data[2])
+    elif name in ("BudgetExceeded", "_Deadline") and data is not None:
+        exc = BudgetExceeded(data[0], data[1], data[2], data[3])
+    elif name == "TimeoutError":
+        exc = TimeoutError(said["message"])
+    else:
+        exc = RemoteFailure(said["message"], name, said.get("full_name"))
+    return Failure(
+        exc,
+        FailureClass(said["failure_class"]),
+        said["node_id"],
+        said["attempt"],
+        said["message"],
+        said["reason"],
+        said["retry_after"],
+    )

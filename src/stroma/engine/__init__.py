@@ -1,0 +1,22 @@
+"""The one execution loop: validate, call, retry, commit, announce."""
+
+from typing import TYPE_CHECKING
+
+from stroma._utils.lazy import lazy
+
+if TYPE_CHECKING:
+    from stroma.engine.config import RunConfig
+    from stroma.engine.context import ReliabilityContext
+    from stroma.engine.execution import NodeExecution, current_node, current_run
+
+__all__ = ["NodeExecution", "ReliabilityContext", "RunConfig", "current_node", "current_run"]
+
+_HOMES = {
+    "NodeExecution": "engine.execution",
+    "ReliabilityContext": "engine.context",
+    "RunConfig": "engine.config",
+    "current_node": "engine.execution",
+    "current_run": "engine.execution",
+}
+
+__getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")

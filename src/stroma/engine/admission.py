@@ -1,0 +1,356 @@
+"""How an attempt comes to its turn: shared budgets, limits and breakers, in this order, and back out of them.
+
+Only runs that are given one of these come here. Waiting is neither the node's time nor one of its retries; it is told
+to the hooks when it begins, kept as a mark of the trace when it ends, and ends with the run's latency budget.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import random
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from time import perf_counter, perf_counter_ns
+from typing import TYPE_CHECKING, Any, Final
+
+from pydantic import BaseModel
+
+from stroma.cost.budget import BudgetExceeded
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
+from stroma.engine.tasks import uninterrupted
+from stroma.failures.errors import CircuitOpen, Wait
+from stroma.failures.failure import Failure
+from stroma.trace.events import TraceMark
+
+if TYPE_CHECKING:  # Loaded by who makes one: most runs have none.
+    from stroma.checkpoint.cells import Change
+    from stroma.limits.breaker import Breaker, CircuitState
+    from stroma.limits.gate import Caller, Gate
+    from stroma.trace.events import AttemptUsage, MarkKind
+
+__all__ = ["Permit", "admit"]
+
+_POLL_SECONDS: Final = (
+    0.02,
+    0.5,
+)  # between looks, where nobody can tell when there is room: at first, at most
+_MARKS: Final[dict[CircuitState, MarkKind]] = {
+    "open": "circuit_open",
+    "half_open": "circuit_half_open",
+    "closed": "circuit_closed",
+}
+_LOOK_SECONDS: Final = 1.0  # between looks where somebody can: room may come sooner
+
+
+class Permit:
+    """What one attempt holds while it is made."""
+
+    __slots__ = ("answers", "breaker", "caller", "charged", "ctx", "gates", "key", "probe", "run", "token")
+
+    def __init__(self, ctx: ReliabilityContext, run: NodeExecution) -> None:
+        self.ctx = ctx
+        self.run = run
+        # Not from random: programs that seed it alike, in several processes, would share their holds.
+        self.token = os.urandom(8).hex()
+        #: Those that have been asked.
+        self.gates: list[Gate] = []
+        #: The budgets among them that the commit of the attempt settles, and what they answered once it has.
+        self.charged: list[Gate] = []
+        self.answers: dict[Gate, Any] = {}
+        #: None if there are no budgets.
+        self.caller = _caller(ctx, run) if ctx.config.shared_budgets else None
+        self.breaker: Breaker | None = ctx.config.breaker
+        self.key: str | None = None
+        self.probe = False
+
+    # ---- as a stroma.checkpoint.protocols.Charge
+
+    def changes(self, tokens: int, cost_pico: int, *, committed: bool) -> list[tuple[str, Change[Any]]]:
+        """The changes that the commit of the attempt makes; see Charge."""
+        node_id = self.run.node_id
+        changes: list[tuple[str, Change[Any]]] = []
+        self.charged = []
+        for gate in self.gates:
+            if (address := getattr(gate.store, "address", "")) and address == self.ctx.session.address:
+                change = gate.charge(node_id, self.token, (cost_pico, tokens), learns=committed)
+                if change is not None:
+                    self.charged.append(gate)
+                    changes.append((gate.cell, change))
+        return changes
+
+    def settled(self, answers: list[Any]) -> None:
+        """See Charge."""
+        self.answers = dict(zip(self.charged, answers, strict=True))
+
+    # ----
+
+    def drop(self, used: AttemptUsage | None = None) -> None:
+        """Give everything back where nothing can be awaited; with ``used``, of an attempt that was begun."""
+        self._uncharge()
+        for gate in reversed(self.gates):
+            gate.abandon(self.run.node_id, self.token, used)
+        self.gates = []
+        if self.breaker is not None and self.probe:
+            self.breaker.leave(self.key, None, probe=True)
+
+    async def leave(self, outcome: Any) -> bool:
+        """Say what the attempt took and came to. Returns whether the task was cancelled meanwhile.
+
+        ``outcome``: the output, a Failure, or a Halt; None for an attempt that was cancelled. Raises what a hook may.
+        """
+        ctx, run, cancelled = self.ctx, self.run, False
+        failure: Failure | None = (
+            outcome if isinstance(outcome, Failure) else getattr(outcome, "failure", None)
+        )
+        done = isinstance(outcome, BaseModel) or getattr(outcome, "output", None) is not None
+        due: list[tuple[str, float, float]] = []
+        self._uncharge()
+        for gate in reversed(self.gates):
+            if gate in self.answers:
+                ending = _charged(gate, self.token, self.answers[gate])
+            else:
+                ending = gate.left(run.node_id, self.token, run.counted, began=True, learns=done)
+            told: list[Any] = []
+            problem, late = await uninterrupted(_collect(ending, told))
+            cancelled |= late
+            due += told
+            if problem is not None:
+                ctx.run_logger.error(
+                    "%s could not be told what node %r took (%d tokens, %.6g USD): %s",
+                    gate.label, run.node_id, run.counted.tokens, run.counted.cost_usd, problem,
+                )  # fmt: skip
+        self.gates = []
+        if self.breaker is not None:
+            await self._judge(self.breaker, failure, done)
+        if due and ctx.fire.on_budget_warning is not None:
+            for warning in due:
+                arguments = (ctx.run_id, *warning)
+                await ctx.fire.fire("on_budget_warning", ctx.fire.on_budget_warning, None, lambda: arguments)  # noqa: B023
+        return cancelled
+
+    def _uncharge(self) -> None:
+        if self.caller is not None and self.caller.place is not None:
+            self.ctx.session.charges.pop((self.run.position, self.run.branch), None)
+
+    async def _judge(self, breaker: Breaker, failure: Failure | None, done: bool) -> None:
+        well = True if done else None if failure is None else breaker.verdict(failure)
+        key = self.key
+        if well is not None and failure is not None and not done:
+            key = breaker.learn(self.run.node_id, failure, key)
+        if self.probe and key != self.key:  # The one call that was to find out went elsewhere.
+            breaker.leave(self.key, None, probe=True)
+            self.probe = False
+        changed = breaker.leave(key, well, probe=self.probe)
+        self.probe = False
+        if changed is not None and key is not None:
+            await _tell_circuit(self.ctx, self.run, key, changed)
+
+
+def _caller(ctx: ReliabilityContext, run: NodeExecution) -> Caller:
+    from stroma.limits.shared_budget import caller_of  # Loaded by who makes one.
+
+    now = perf_counter_ns() + ctx.epoch_ns
+    place = (run.position, run.branch, run.attempt, now)
+    return caller_of(ctx.session, ctx.run_id, ctx.checkpoint_manager.store, *place)
+
+
+async def _charged(gate: Gate, token: str, answer: Any) -> Any:
+    return gate.charged(token, answer)
+
+
+async def _collect(ending: Any, told: list[Any]) -> None:
+    told.extend(await ending)
+
+
+async def admit(ctx: ReliabilityContext, run: NodeExecution) -> Permit | Exception:
+    """Wait for an attempt's turn. What is returned in place of a permit is why it may not be made.
+
+    Cancelled, or closed, it holds nothing.
+    """
+    config, permit = ctx.config, Permit(ctx, run)
+    name = config.limit_of(run.node_id)
+    limit = None if name is None else config.limits[name].named(name)
+    refused: Exception | None = None
+    try:
+        if permit.breaker is not None:
+            permit.key = permit.breaker.key_of(run.node_id, None if limit is None else limit.label)
+        for budget in config.budgets:
+            if refused is None and (budget.nodes is None or run.node_id in budget.nodes):
+                refused = await _pass(ctx, run, permit, budget)
+        if refused is None and limit is not None:
+            refused = await _pass(ctx, run, permit, limit)
+        if refused is None and permit.breaker is not None and permit.key is not None:
+            refused = await _pass_circuit(ctx, run, permit, permit.breaker, permit.key)
+    except BaseException:
+        permit.drop()
+        raise
+    if refused is None:
+        if permit.caller is not None and permit.caller.place is not None and permit.gates:
+            ctx.session.charges[run.position, run.branch] = permit
+        return permit
+    permit.drop()
+    mark(ctx, run, "refused", str(refused), 0.0)
+    return refused
+
+
+async def _pass(ctx: ReliabilityContext, run: NodeExecution, permit: Permit, gate: Gate) -> Exception | None:
+    line, token = gate.line, permit.token
+    permit.gates.append(gate)
+    wait = Wait("in line", None)
+    if not line.waiting:  # Nobody overtakes those who wait.
+        first = await gate.ask(run.node_id, token, permit.caller)
+        if not isinstance(first, Wait):
+            return first
+        wait = first
+    reason = f"{gate.label}: {wait.reason}"
+    line.waiting += 1
+    try:
+        with _waiting(ctx, run, reason):
+            await _tell_wait(ctx, run, reason, wait.ms)
+            return await _in_line(ctx, run, gate, wait, permit)
+    finally:
+        line.waiting -= 1
+
+
+async def _in_line(
+    ctx: ReliabilityContext, run: NodeExecution, gate: Gate, wait: Wait, permit: Permit
+) -> Exception | None:
+    """Ask, once those who came before have passed, until the gate lets the call pass or refuses it."""
+    token = permit.token
+    line, pause, begin = gate.line, _POLL_SECONDS[0], perf_counter()
+    scope = asyncio.timeout(_seconds(ctx, run, gate.max_wait_seconds))
+    try:
+        async with scope, line.turn:
+            while True:
+                line.moved.clear()
+                answer = await gate.ask(run.node_id, token, permit.caller)
+                if not isinstance(answer, Wait):
+                    return answer
+                wait = answer
+                if wait.ms is None:
+                    seconds, pause = random.uniform(0.5, 1) * pause, min(pause * 1.5, _POLL_SECONDS[1])
+                else:
+                    seconds = min(wait.ms / 1000, _LOOK_SECONDS)
+                await _nap(line.moved, seconds)
+    except TimeoutError:
+        if not scope.expired():
+            raise
+        waited = perf_counter() - begin
+        return _late(ctx, run, waited, gate.max_wait_seconds) or await _too_long(gate, wait, run, permit)
+
+
+async def _too_long(gate: Gate, wait: Wait, run: NodeExecution, permit: Permit) -> Exception | None:
+    """The refusal of who waited too long. Whoever never came to be asked is asked now, once."""
+    if wait.reason == "in line":
+        answer = await gate.ask(run.node_id, permit.token, permit.caller)
+        if not isinstance(answer, Wait):
+            return answer
+        wait = answer
+    return gate.too_long(wait, run.node_id)
+
+
+async def _pass_circuit(
+    ctx: ReliabilityContext, run: NodeExecution, permit: Permit, breaker: Breaker, key: str
+) -> Exception | None:
+    entry = breaker.enter(key)
+    if entry.wait_seconds is not None:
+        begin = perf_counter()
+        reason = f"circuit {key}"
+        limit = breaker.max_wait_seconds
+        if limit is not None and (entry.wait_seconds > limit or limit == 0):
+            return CircuitOpen(key, entry.wait_seconds)
+        with _waiting(ctx, run, reason):
+            await _tell_wait(ctx, run, reason, int(entry.wait_seconds * 1000))
+            at_most = _seconds(ctx, run, limit)
+            while entry.wait_seconds is not None:
+                waited = perf_counter() - begin
+                if at_most is not None and waited + entry.wait_seconds > at_most:
+                    return _late(ctx, run, at_most, limit) or CircuitOpen(key, entry.wait_seconds)
+                # A probe in flight says nothing of when it will end.
+                await asyncio.sleep(max(entry.wait_seconds, random.uniform(0.5, 1) * 0.1))
+                entry = breaker.enter(key)
+                if entry.wait_seconds == 0.0 and at_most is not None and perf_counter() - begin > at_most:
+                    return _late(ctx, run, at_most, limit) or CircuitOpen(key, 0.0)
+    permit.probe = entry.probe
+    if entry.changed is not None:
+        await _tell_circuit(ctx, run, key, entry.changed)
+    return None
+
+
+# ---------------------------------------------------------------------- time
+
+
+def _left(ctx: ReliabilityContext, run: NodeExecution) -> float | None:
+    """Seconds that the run's latency budget has left."""
+    limit = ctx.budget.max_latency_ms
+    if limit is None:
+        return None
+    used = ctx.cost_tracker.used("latency")
+    if run.parent is not None:
+        used += run.busy(perf_counter_ns()) / 1e6
+    return max(0.0, (limit - used) / 1000)
+
+
+def _seconds(ctx: ReliabilityContext, run: NodeExecution, at_most: float | None) -> float | None:
+    """For how long an attempt may wait."""
+    bounds = [bound for bound in (_left(ctx, run), at_most) if bound is not None]
+    return min(bounds, default=None)
+
+
+def _late(
+    ctx: ReliabilityContext, run: NodeExecution, waited: float, at_most: float | None
+) -> BudgetExceeded | None:
+    """The latency budget, if that is what the waiting has come to the end of."""
+    left, limit = _left(ctx, run), ctx.budget.max_latency_ms
+    if left is None or limit is None or (at_most is not None and at_most < left):
+        return None
+    return BudgetExceeded("latency", limit, limit - left * 1000 + max(waited, left) * 1000, run.node_id)
+
+
+async def _nap(moved: asyncio.Event, seconds: float) -> None:
+    """Wait, at the most until somebody has left."""
+    scope = asyncio.timeout(seconds)
+    try:
+        async with scope:
+            await moved.wait()
+    except TimeoutError:
+        if not scope.expired():
+            raise
+
+
+# ---------------------------------------------------------------------- who watches
+
+
+def mark(ctx: ReliabilityContext, run: NodeExecution, kind: MarkKind, reason: str, waited_ms: float) -> None:
+    place = (run.node_id, run.attempt, run.position, run.branch)
+    ctx.trace.marks.append(TraceMark(*place, kind, reason, waited_ms, datetime.now(UTC)))
+
+
+@contextmanager
+def _waiting(ctx: ReliabilityContext, run: NodeExecution, reason: str) -> Iterator[None]:
+    begin = perf_counter()
+    try:
+        yield
+    finally:
+        mark(ctx, run, "wait", reason, (perf_counter() - begin) * 1000)
+
+
+async def _tell_wait(ctx: ReliabilityContext, run: NodeExecution, reason: str, ms: int | None) -> None:
+    seconds = 0.0 if ms is None else ms / 1000
+    ctx.run_logger.info("node %r waits: %s", run.node_id, reason)
+    calls = ctx.fire.on_node_wait
+    if calls is not None:
+        await ctx.fire.fire(
+            "on_node_wait", calls, run.node_id, lambda: (ctx.run_id, run.node_id, reason, seconds)
+        )
+
+
+async def _tell_circuit(ctx: ReliabilityContext, run: NodeExecution, key: str, state: CircuitState) -> None:
+    mark(ctx, run, _MARKS[state], key, 0.0)
+    ctx.run_logger.warning("the circuit of %s is %s", key, state.replace("_", "-"))
+    calls = ctx.fire.on_circuit_change
+    if calls is not None:
+        await ctx.fire.fire("on_circuit_change", calls, run.node_id, lambda: (ctx.run_id, key, state))

@@ -1,0 +1,130 @@
+"""Keeping an attempt: its row, and the store call that must not be lost half-way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable
+from typing import Final
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import StepCall, StoreError, Waiting
+from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.tagged_json import NotSerialisable
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
+from stroma.engine.tasks import refusal, uninterrupted
+from stroma.failures.failure import Failure, kind_of
+from stroma.failures.tracebacks import trouble_writer
+from stroma.trace.events import NO_USAGE, Failed, Outcome, Row
+
+__all__ = ["failed_of", "make_row", "record", "refer", "settle"]
+
+#: Between tries of a commit that the store refused.
+_STORE_DELAYS: Final = (0.02, 0.1, 0.4)
+
+
+def _note_trouble(run: NodeExecution, begin: int, failure: Failure) -> None:
+    """Have the session keep where it failed, beside the attempt."""
+    note = getattr(run.ctx.session, "note_trouble", None)
+    if note is not None and run.children is None and failure.exception.__traceback__ is not None:
+        try:
+            note(
+                run.position,
+                run.branch,
+                run.attempt,
+                begin + run.ctx.epoch_ns,
+                trouble_writer(failure.exception),
+            )
+        except Exception as error:  # Its source, its file name: anything can be odd.
+            run.ctx.run_logger.debug("the traceback of node %r is not kept: %r", run.node_id, error)
+
+
+def failed_of(failure: Failure, outcome: Outcome | None = None) -> Failed:
+    """Return what a row holds of a failure. A suspension has a reason, but no type of exception."""
+    error_type = None if outcome == "suspended" else kind_of(failure.exception)
+    return Failed(failure.failure_class, failure.message, failure.reason, error_type)
+
+
+def make_row(
+    run: NodeExecution,
+    begin: int,
+    duration: int,
+    picture: Snapshot,
+    kept: Snapshot | None,
+    failure: Failure | None,
+    outcome: Outcome,
+) -> Row:
+    if failure is not None:
+        _note_trouble(run, begin, failure)
+    return (
+        run.node_id,
+        run.attempt,
+        begin + run.ctx.epoch_ns,
+        duration,
+        picture,
+        kept,
+        outcome,
+        None if failure is None else failed_of(failure, outcome),
+        None if run.counted is NO_USAGE else run.counted,
+        run.position,
+        run.branch,
+        run.group,
+        run.schemas,
+        run.children,
+        min(run.busy_ns, duration) if run.kind == "group" else duration,
+    )
+
+
+def refer(ctx: ReliabilityContext, row: Row) -> Row:
+    """Return a row for the trace: with references in place of states that the store keeps apart."""
+    to_references = getattr(ctx.session, "refer", None)
+    return row if to_references is None else to_references(row)
+
+
+def record(ctx: ReliabilityContext, row: Row) -> Awaitable[None] | Exception | None:
+    """Keep an attempt that committed nothing. Returns what is to be settled, if anything is."""
+    try:
+        return ctx.session.record(row, None, None, None)
+    except BaseException as refused:
+        return refusal(refused)
+
+
+async def settle(
+    ctx: ReliabilityContext,
+    row: Row,
+    schema: Schema | None,
+    output: BaseModel | None,
+    call: StepCall | None,
+    pending: Awaitable[None] | Exception | None,
+    waiting: Waiting | None = None,
+) -> tuple[Exception | None, bool]:
+    """See a commit through. One that the store refuses is tried again briefly; the node itself is not."""
+    cancelled = False
+    delays = iter(_STORE_DELAYS)
+    while True:
+        error, late = pending if isinstance(pending, Exception) else None, False
+        if isinstance(pending, Awaitable):
+            error, late = await uninterrupted(pending)
+        cancelled |= late
+        if error is None or isinstance(error, NotSerialisable):
+            return error, cancelled
+        delay = None if isinstance(error, StoreError) and not error.transient else next(delays, None)
+        if delay is None:
+            break
+        ctx.run_logger.warning(
+            "the store refused attempt %d of node %r: %s; trying again", row[1], row[0], error
+        )
+        cancelled |= (await uninterrupted(asyncio.sleep(delay)))[1]
+        try:
+            if waiting is not None:
+                pending = ctx.session.suspend(row, waiting)
+            else:
+                pending = ctx.session.record(row, schema, output, call)
+        except BaseException as again:
+            pending = refusal(again)
+    if isinstance(error, StoreError):
+        return error, cancelled
+    wrapped = StoreError(f"the store could not keep node {row[0]!r} of run {ctx.run_id!r}: {error}")
+    wrapped.__cause__ = error
+    return wrapped, cancelled

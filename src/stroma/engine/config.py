@@ -1,0 +1,345 @@
+"""RunConfig: everything that one run is governed by."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
+
+from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
+
+from stroma._utils.models import Deferred, one_at_a_time
+from stroma.contracts.contract import check_id
+from stroma.contracts.schema import become, stamped
+from stroma.cost.budget import LARGEST, ExecutionBudget
+from stroma.cost.fallback import FallbackPolicy
+from stroma.cost.usage import shown
+from stroma.failures.failure import Classifier
+from stroma.failures.policy import PolicyMap, default_policy_map
+from stroma.hooks.sets import AnyHooks, NodeHooks, check_arguments, flatten
+
+if TYPE_CHECKING:
+    from stroma.limits.breaker import Breaker
+    from stroma.limits.rate_limit import Limit
+    from stroma.limits.shared_budget import SharedBudget
+else:  # Loaded by who makes one: pydantic leaves them to the validators below.
+    Breaker = Limit = SharedBudget = Any
+
+__all__ = ["RunConfig", "is_shared", "new_run_id"]
+
+
+_LONGEST_TAG: Final = 200  # An index holds them.
+
+
+def new_run_id() -> str:
+    """A fresh id: 32 hexadecimal digits."""
+    return os.urandom(16).hex()
+
+
+class _GeneratedId(str):
+    """An id that names one run. Copies of a config share the mark, so that no two runs take it."""
+
+    def __new__(cls, value: str) -> Self:
+        made = super().__new__(cls, value)
+        made._fresh_in = os.getpid()
+        return made
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # A deep copy of a config shares the mark too.
+
+    def take(self) -> bool:
+        """Whether this call is the first; atomic, so also between threads."""
+        # A process forked since has an id of its own to take.
+        found: int | None = vars(self).pop("_fresh_in", None)
+        return found == os.getpid()
+
+    _fresh_in: int
+
+
+def _generate_id() -> str:
+    return _GeneratedId(new_run_id())
+
+
+#: Defaults that can be changed, and are most of what a config costs (its empty dicts are next to nothing, since the
+#: collector does not look at them), by field. They are shared all the same, until somebody asks a config for one: see
+#: _Shared. Nobody else may hold them.
+_SHARED: Final[dict[str, Any]] = {
+    "budget": ExecutionBudget.model_construct(),
+    "policy_map": default_policy_map(),
+    "hooks": NodeHooks(),
+    "classifiers": [],
+    "model_fallbacks": [],
+}
+_OWN: Final[dict[str, Callable[[], Any]]] = {
+    "budget": ExecutionBudget.unlimited,
+    "policy_map": default_policy_map,
+    "hooks": NodeHooks,
+    "classifiers": list,
+    "model_fallbacks": list,
+}
+
+
+def is_shared(field: str, value: object) -> bool:
+    """Whether a value of a config's field is the default of all configs, which nobody may change."""
+    return value is _SHARED[field]
+
+
+class _Shared:
+    """A field whose default belongs to all configs until one is asked for it, and then has its own.
+
+    Who looks into the ``__dict__`` (pydantic, to compare and to write it down) finds an equal value there.
+    """
+
+    def __init__(self, field: str) -> None:
+        self._field = field
+
+    def __get__(self, config: RunConfig | None, kind: type[RunConfig]) -> Any:
+        if config is None:
+            raise AttributeError(
+                self._field
+            )  # As of every field: what is found on the class is taken for a default.
+        values: dict[str, Any] = vars(config)
+        field = self._field
+        if is_shared(field, values[field]):
+            with one_at_a_time():
+                if is_shared(field, values[field]):
+                    values[field] = _OWN[field]()
+        return values[field]
+
+    def __set__(self, config: RunConfig, value: Any) -> None:  # So that it comes before the __dict__.
+        vars(config)[self._field] = value
+
+
+class RunConfig(Deferred):
+    """How runs behave. Times say their unit in their name.
+
+    Attributes:
+        run_id: any text; generated when not given, and then fresh for each run.
+        pipeline: what metrics and spans call a bare list of nodes; keep it of low cardinality.
+        budget: limits of one run.
+        shared_budgets: one or several that this run spends from together with others, beside its own.
+        limits: by name, what attempts of the nodes under that name may do together, in all runs that have it.
+        node_limits: the limit's name by node id. A node that is not in it goes by the limit of its own id, if there is one.
+        breaker: leaves a provider alone for a while that fails too often.
+        policy_map: retries by failure class.
+        node_policies: retries of single nodes, by node id; the only way to retry a whole group.
+        hooks: one set of hooks or several.
+        classifiers: asked in order before everything else; the first answer counts.
+        context: handed to nodes that take ``(state, ctx)``: this very object, shared by every run of the config.
+        contract_retries: further attempts, by node id, after an output that broke its contract. Such a violation is
+            RECOVERABLE, the last one TERMINAL; the next attempt finds it at ``current_node().last_failure``.
+        node_timeouts: milliseconds by node id; they bound the function alone. Under a group's id, the whole group.
+        resume_from: start at this node, on the checkpoint of the one before it.
+        resume: continue the last execution of this run id at its first position without a commit; short for
+            ``if_exists="resume"``.
+        retry_failed_items: on a resume, run the items of maps again that failed while the others went on, and what comes
+            after those maps.
+        if_exists: what becomes of a run id that was used before. "restart" begins a new execution, "resume" continues
+            the last one, "return" gives the result of one that has finished (and continues any other), "error" raises
+            RunExists. All but "restart" compare the input.
+        if_running: what becomes of a run that somebody else is at work on. "error" raises RunBusy; "attach" waits and
+            gives the result, if the input is the same and there is no ``resume_from``; "take_over" fences them off:
+            only for a holder known to be gone.
+        allow_changes: go on with outputs of a pipeline that has changed since, by their positions: what a node's schema
+            accepts is its output, whatever recorded it.
+        check: prove before each run that every node's output can satisfy the next node's input, and raise CheckFailed where
+            it never can.
+        max_recoveries: a run under which the process died so often is FAILED with reason "poison", and nothing of it is
+            called. Journal stores only; a process that this one is, and plain code that does not say when it ends, do not count.
+        force_resume: go on with a run all the same that was given up as poison; deaths are counted anew.
+        lease_seconds: for how long the run belongs to a process that is not heard of any more.
+        model_fallbacks: cheaper models to signal once their share of ``max_cost_usd`` is spent.
+        unknown_model: what a model without a known price does: "warn" counts it as 0 USD, "error" stops the run. None:
+            "error" for nodes under a cost limit (``budget.max_cost_usd`` or that of a shared budget), else "warn".
+        hook_errors: "isolate" logs what hooks raise; "raise" raises HookError once the run is complete (for tests).
+        hook_delivery: "at_least_once" keeps with each attempt that its end hooks are due, and tells them on resume if
+            the process died before they were told; ``current_node().redelivered`` says so then, and the exception is a
+            RunFailed with the old message. on_run_end is called before the store notes the end: if the process dies in
+            between, whoever recovers the run calls it again. Needs a journal store, and costs a second write per attempt.
+        hook_timeout_ms: how long one call of a hook may take; None for ever.
+        tags: words to find the run by, such as "nightly" or "customer=42", at most 200 characters each; a journal store keeps
+            them, ``stroma runs --tag`` and the web interface ask for them.
+        redact: applied to each state dict before a hook or a log line sees it; if it raises, the state is replaced. In log
+            lines it is given the message of a failure, as ``{"message": text}``, without what it takes out of states. A
+            hook that asks ``current_node().last_failure`` gets the exception as the node will.
+    """
+
+    model_config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+
+    run_id: str = Field(default_factory=_generate_id)
+    pipeline: str = "pipeline"
+    budget: ExecutionBudget = Field(default_factory=lambda: _SHARED["budget"])
+    shared_budgets: Annotated[SharedBudget | Sequence[SharedBudget], SkipValidation] = ()
+    limits: Annotated[dict[str, Limit], SkipValidation] = Field(default_factory=dict)
+    node_limits: dict[str, str] = Field(default_factory=dict)
+    breaker: Annotated[Breaker | None, SkipValidation] = None
+    policy_map: PolicyMap = Field(default_factory=lambda: _SHARED["policy_map"])
+    node_policies: dict[str, PolicyMap] = Field(default_factory=dict)
+    hooks: Annotated[AnyHooks, SkipValidation] = Field(default_factory=lambda: _SHARED["hooks"])
+    classifiers: Annotated[list[Classifier], SkipValidation] = Field(
+        default_factory=lambda: _SHARED["classifiers"]
+    )
+    context: InstanceOf[dict[str, Any]] = Field(default_factory=dict)
+    node_timeouts: dict[str, int] = Field(default_factory=dict)
+    contract_retries: dict[str, int] = Field(default_factory=dict)
+    resume_from: str | None = None
+    resume: bool = False
+    retry_failed_items: bool = False
+    if_exists: Literal["restart", "resume", "return", "error"] = "restart"
+    if_running: Literal["error", "attach", "take_over"] = "error"
+    max_recoveries: int = Field(default=5, ge=1, le=LARGEST)
+    force_resume: bool = False
+    allow_changes: bool = False
+    check: bool = False
+    lease_seconds: float = Field(default=30.0, ge=0.1, allow_inf_nan=False)
+    model_fallbacks: list[FallbackPolicy] = Field(default_factory=lambda: _SHARED["model_fallbacks"])
+    unknown_model: Literal["warn", "error"] | None = None
+    hook_errors: Literal["isolate", "raise"] = "isolate"
+    hook_delivery: Literal["at_most_once", "at_least_once"] = "at_most_once"
+    hook_timeout_ms: int | None = Field(default=5000, gt=0, le=LARGEST)
+    tags: tuple[str, ...] = ()
+    redact: Annotated[Callable[[dict[str, Any]], dict[str, Any]] | None, SkipValidation] = None
+
+    if not TYPE_CHECKING:  # Type checkers know the fields' names from pydantic.
+
+        def __init__(self, **data: Any) -> None:
+            if data or type(self) is not RunConfig:
+                super().__init__(**data)
+            else:  # What validation comes to where there is nothing to validate: most runs of a service make one.
+                become(self, _defaults(), set())
+
+    def held(self, field: str) -> Any:
+        """A field for who only reads it: its default stays shared."""
+        return self.__dict__[field]
+
+    def with_run_id(self, run_id: str) -> RunConfig:
+        """The same config for a run of that id. Raises ValueError for what is no id."""
+        if type(self) is not RunConfig:
+            return self.model_copy(update={"run_id": check_id(run_id, "run id")})
+        twin = stamped(self)
+        vars(twin)["run_id"] = check_id(run_id, "run id")
+        twin.__pydantic_fields_set__.add("run_id")
+        return twin
+
+    @property
+    def budgets(self) -> Sequence[SharedBudget]:
+        """The shared budgets, in an order that is the same for everybody: nobody waits for who waits for them."""
+        given = self.shared_budgets
+        return given if isinstance(given, Sequence) else (given,)
+
+    def limit_of(self, node_id: str) -> str | None:
+        """The name of the limit that a node goes by: the one that it is given, else that of its own id."""
+        name = self.node_limits.get(node_id, node_id)
+        return name if name in self.limits else None
+
+    @property
+    def gated(self) -> bool:
+        """Whether attempts wait for their turn anywhere."""
+        return bool(self.shared_budgets or self.limits or self.breaker is not None)
+
+    def take_run_id(self) -> str:
+        """The id of the next run: the one that was given; or the generated one, once, and then fresh ones."""
+        run_id = self.run_id
+        if type(run_id) is not _GeneratedId:
+            return run_id
+        return str(run_id) if run_id.take() else new_run_id()
+
+    @field_validator("run_id", "pipeline")
+    @classmethod
+    def _legal_id(cls, value: str, info: ValidationInfo) -> str:
+        return check_id(value, "run id" if info.field_name == "run_id" else "pipeline name")
+
+    @field_validator("hooks")
+    @classmethod
+    def _are_hooks(cls, value: Any) -> Any:
+        sets = flatten(value)
+        for one in sets:
+            one.check()  # Its hooks may have been set since it was made.
+        return value if isinstance(value, (NodeHooks, Sequence)) else sets  # What can be read once has been.
+
+    @field_validator("classifiers")
+    @classmethod
+    def _take_exceptions(cls, value: Any) -> Any:
+        for index, classifier in enumerate(value or ()):
+            check_arguments(f"classifiers[{index}]", classifier, ("exception", "context"))
+        return value
+
+    @field_validator("redact")
+    @classmethod
+    def _takes_states(cls, value: Any) -> Any:
+        if value is not None:
+            check_arguments("redact", value, ("state",))
+        return value
+
+    @field_validator("shared_budgets")
+    @classmethod
+    def _are_budgets(cls, value: Any) -> Any:
+        from stroma.limits.shared_budget import check_budgets
+
+        return check_budgets(value)
+
+    @field_validator("breaker")
+    @classmethod
+    def _is_a_breaker(cls, value: Any) -> Any:
+        from stroma.limits.breaker import check_breaker
+
+        return None if value is None else check_breaker(value)
+
+    @field_validator("node_limits")
+    @classmethod
+    def _have_limits(cls, value: dict[str, str], info: ValidationInfo) -> dict[str, str]:
+        from stroma.limits.rate_limit import check_limits
+
+        check_limits(info.data.get("limits", {}), value)
+        return value
+
+    @field_validator("limits")
+    @classmethod
+    def _are_limits(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            raise ValueError(f'limits is {shown(value)}; give {{"name": Limit(...)}}')
+        from stroma.limits.rate_limit import check_limits
+
+        check_limits(value, {})
+        return value
+
+    @field_validator("tags")
+    @classmethod
+    def _legal_tags(cls, value: tuple[str, ...]) -> tuple[str, ...]:
+        for tag in value:
+            if len(check_id(tag, "tag")) > _LONGEST_TAG:
+                raise ValueError(
+                    f"the tag {tag[:40]!r}... has {len(tag)} characters; give at most {_LONGEST_TAG}"
+                )
+        return value
+
+    @field_validator("node_timeouts")
+    @classmethod
+    def _positive(cls, value: dict[str, int]) -> dict[str, int]:
+        for node_id, limit in value.items():
+            if not 0 < limit <= LARGEST:
+                raise ValueError(
+                    f"node_timeouts[{node_id!r}] is {shown(limit)} ms; give a positive number of milliseconds, up to 10**30"
+                )
+        return value
+
+
+for _field in _SHARED:
+    setattr(RunConfig, _field, _Shared(_field))
+
+
+def _defaults() -> dict[str, Any]:
+    """The fields of a config that says nothing; what can be changed is new, or will be once it is asked for."""
+    values = _FIXED.copy()
+    for name, make in _MADE:
+        values[name] = make()
+    return values
+
+
+#: The defaults that everybody shares, in the order of the fields, and what makes the others.
+_FIXED: Final = {name: _SHARED.get(name, field.default) for name, field in RunConfig.model_fields.items()}
+_MADE: Final = tuple(
+    (name, cast("Callable[[], Any]", field.default_factory))
+    for name, field in RunConfig.model_fields.items()
+    if field.default_factory is not None and name not in _SHARED
+)

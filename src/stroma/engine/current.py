@@ -1,0 +1,25 @@
+"""The run and the node around the running code, as context variables.
+
+Typed accessors are in :mod:`stroma.engine.execution`; the context of a run imports this module, and its class is unknown here.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import Any
+
+__all__ = ["CURRENT", "RUN", "leave"]
+
+#: The NodeExecution around this code, or None.
+CURRENT: ContextVar[Any] = ContextVar("stroma_current_node", default=None)
+
+#: The ReliabilityContext around this code, or None.
+RUN: ContextVar[Any] = ContextVar("stroma_current_run", default=None)
+
+
+def leave(token: Token[Any]) -> None:
+    """End a node's execution: the current node is again what it was before. Never raises."""
+    try:
+        CURRENT.reset(token)
+    except ValueError:
+        pass  # A coroutine that was thrown away is closed in another context.

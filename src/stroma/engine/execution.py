@@ -1,0 +1,415 @@
+"""What a node can know about the place where it runs: its execution, and the run around it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, cast
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import StepCall, resolve_schema
+from stroma.checkpoint.identity import StepCalls
+from stroma.contracts.node import held_by, output_class
+from stroma.contracts.schema import Snapshot, schema_of
+from stroma.cost.budget import limits
+from stroma.cost.usage import Report, UsageError, check_usage, report_of, report_of_figures, shown
+from stroma.engine.current import CURRENT, RUN
+from stroma.failures.errors import Suspend
+from stroma.failures.failure import Failure
+from stroma.trace.events import (
+    DURATION,
+    FAILURE,
+    FUNCTION,
+    NO_USAGE,
+    OUTCOME,
+    STARTED,
+    AttemptUsage,
+    Outcome,
+    Row,
+    Schemas,
+    TraceEvent,
+)
+from stroma.trace.redaction import scrubbed_error
+
+if TYPE_CHECKING:
+    from stroma.engine.context import ReliabilityContext
+
+__all__ = ["NodeExecution", "RemainingBudget", "current_node", "current_run", "new_execution"]
+
+AnswerT = TypeVar("AnswerT", bound=BaseModel)
+Kind = Literal["node", "group", "item"]
+
+
+@dataclass(frozen=True, slots=True)
+class RemainingBudget:
+    """What is left under each limit, in its unit; None where there is no limit. Never below 0."""
+
+    tokens: int | None
+    cost_usd: float | None
+    latency_ms: float | None
+
+
+class NodeExecution:
+    """The execution of one node at one position; what :func:`current_node` returns.
+
+    Attributes:
+        kind: "node", "group", or "item" (one element of ``map_over``).
+        position: where in the run the node stands, 0-based; ``branch`` tells children of groups apart.
+        attempt: 1-based.
+        last_failure: why the previous attempt failed, or None on the first.
+        usage: what this attempt used so far; complete while its end hooks run.
+        ctx: the run around it, see :func:`current_run`.
+        redelivered: this end event was already sent once, by a process that died.
+    """
+
+    # What every node asks for has a slot, and is set: on the class it takes several times as long to look up. What is
+    # seldom used stands on the class until it is. And there is no __init__, since a call that C makes back into Python
+    # takes as long as all the rest: new_execution() makes them.
+    __slots__ = (
+        "__dict__", "_at_end", "attempt", "branch", "children", "counted", "ctx", "ended", "group", "kind",
+        "node_id", "parent", "position", "reported", "rows", "schemas", "step",
+    )  # fmt: skip
+
+    ctx: ReliabilityContext
+    node_id: str
+    kind: Kind
+    position: int
+    branch: str
+    #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
+    rows: list[Row | TraceEvent]
+    #: The group around it, and its id.
+    parent: NodeExecution | None
+    group: str | None
+    attempt: int
+    counted: AttemptUsage
+    #: Where the children of a group put their events.
+    children: list[Row | TraceEvent] | None
+    #: What reads the snapshots in its rows.
+    schemas: Schemas | None
+    #: Which call of its step id this is, outside of any pipeline.
+    step: StepCall | None
+    #: What report_usage() was told and nobody has counted yet.
+    reported: list[Report] | None
+    #: The row of the attempt that has just ended, while its hooks run.
+    ended: Row | None
+    _at_end: list[Callable[[], None]] | None
+
+    last_failure: Failure | None = None
+    redelivered: bool = False
+    #: A group's clock, which runs while the function of any node in it does: how many do, since when, ns before; and when
+    #: the first one began and the last one ended.
+    running: int = 0
+    running_since: int = 0
+    busy_ns: int = 0
+    first_ns: int = 0
+    last_ns: int = 0
+    #: What a group got, which its children may get as well, and the picture of it.
+    taken: tuple[BaseModel, Snapshot] | None = None
+    #: Whether its children's outputs are kept for another attempt of it; a map may have too many for that.
+    remembers: bool = True
+    #: Attempts that were granted to mend an output contract, and whether the next one is.
+    repairs: int = 0
+    repairing: bool = False
+    #: What is wrong with a response that was reported, where the attempt is to fail of it once its output is safe.
+    misreported: UsageError | None = None
+    _notes: dict[Any, Any] | None = None
+    _calls: StepCalls | None = None
+
+    @property
+    def calls(self) -> StepCalls:
+        """The steps that code calls inside of its present attempt."""
+        calls = self._calls
+        if calls is None or calls.attempt != self.attempt:
+            # Each attempt has children and a clock of its own.
+            calls = self._calls = StepCalls(self.attempt)
+            self.children, self.busy_ns, self.running = [], 0, 0
+        return calls
+
+    def branch_of(self, identity: str) -> str:
+        """Where a step stands that is called inside of its present attempt."""
+        attempts = [self.attempt]
+        above = self.parent
+        while above is not None and above.kind == "group":
+            attempts.append(above.attempt)
+            above = above.parent
+        while attempts and attempts[-1] == 1:
+            attempts.pop()
+        # Another attempt calls its steps again: what the one before recorded is none of its own.
+        called = f"{'-'.join(map(str, attempts))}:{identity}" if attempts else identity
+        return f"{self.branch}.{called}" if self.branch else called
+
+    def enter(self, now: int) -> None:
+        """A function inside this group begins."""
+        if self.running == 0:
+            self.running_since = now
+            self.first_ns = self.first_ns or now
+        self.running += 1
+        if self.parent is not None:
+            self.parent.enter(now)
+
+    def leave(self, now: int) -> None:
+        """A function inside this group has ended."""
+        self.running -= 1
+        if self.running == 0:
+            self.busy_ns += now - self.running_since
+            self.last_ns = now
+        if self.parent is not None:
+            self.parent.leave(now)
+
+    def busy(self, now: int) -> int:
+        """Nanoseconds for which functions of the outermost group around this execution ran in its present attempt."""
+        outer = self
+        while outer.parent is not None:
+            outer = outer.parent
+        return outer.busy_ns + (now - outer.running_since if outer.running else 0)
+
+    def __repr__(self) -> str:
+        return f"<{self.kind} {self.node_id!r} of run {self.run_id!r}, position {self.position}, attempt {self.attempt}>"
+
+    @property
+    def run_id(self) -> str:
+        return self.ctx.run_id
+
+    @property
+    def pipeline(self) -> str:
+        """The name that metrics and spans are labelled with."""
+        return self.ctx.pipeline
+
+    @property
+    def outcome(self) -> Outcome | None:
+        """What became of the attempt whose end hooks run; None before."""
+        return None if self.ended is None else self.ended[OUTCOME]
+
+    @property
+    def duration_ms(self) -> float | None:
+        """How long the function of that attempt took, hooks, waits and the store apart; None before its end.
+
+        Of a group: from the first start of a function inside it to the last end of one.
+        """
+        return None if self.ended is None else self.ended[DURATION] / 1e6
+
+    @property
+    def function_ms(self) -> float | None:
+        """For how long functions ran in that attempt: of a group any inside it, of a node its own; None before its end."""
+        return None if self.ended is None else self.ended[FUNCTION] / 1e6
+
+    @property
+    def started_ns(self) -> int | None:
+        """When that attempt's function was called, in ns since the epoch; None before its end."""
+        return None if self.ended is None else self.ended[STARTED]
+
+    @property
+    def reason(self) -> str | None:
+        """A stable word for why that attempt failed, such as "rate_limit"; None if it did not, or nobody knows."""
+        failed = None if self.ended is None else self.ended[FAILURE]
+        return None if failed is None else failed.reason
+
+    @property
+    def notes(self) -> dict[Any, Any]:
+        """Whatever hooks want to find again later in this execution, in all of its attempts; a span, say."""
+        if self._notes is None:
+            self._notes = {}
+        return self._notes
+
+    def at_end(self, callback: Callable[[], None]) -> None:
+        """Have a plain function called once, in this task, when no attempt of this execution will follow.
+
+        That is after the last end hook, or when a wait between two attempts is cut short. The last one added is
+        called first. What it raises is logged and changes nothing.
+        """
+        if self._at_end is None:
+            self._at_end = []
+        self._at_end.append(callback)
+
+    def close(self) -> None:
+        """The execution is over."""
+        callbacks, self._at_end = self._at_end or [], None
+        for callback in reversed(callbacks):
+            try:
+                callback()
+            except Exception as error:
+                shown = scrubbed_error(error, self.ctx.secrets)
+                self.ctx.run_logger.exception(
+                    "at_end (%r) raised for node %r", callback, self.node_id, exc_info=shown
+                )
+                self.ctx.hook_failed("at_end", self.node_id, error)
+
+    @property
+    def idempotency_key(self) -> str:
+        """The same for all attempts of this node, or this call of a step, in this execution of the run, in every process."""
+        ctx, outermost = self.ctx, self
+        while outermost.parent is not None:
+            outermost = outermost.parent
+        step = outermost.step
+        # A step of plain code is known by what it is: its position depends on what was recorded before it.
+        at = outermost.position if step is None or step.identity is None else step.identity
+        # Read from its end, it has one meaning whatever the run id holds.
+        return f"{ctx.run_id}:{ctx.execution}:{at}:{self.branch}"
+
+    @property
+    def usage(self) -> AttemptUsage:
+        """What this attempt used so far: what was counted, and what was reported since. Its price comes when it ends."""
+        if self.reported is None:
+            return self.counted
+        tokens = sum(given + made for given, made, *_ in self.reported)
+        named = [model for _, _, model, _ in self.reported if model is not None]
+        return AttemptUsage(
+            self.counted.tokens + tokens,
+            self.counted.output_tokens + sum(made for _, made, *_ in self.reported),
+            self.counted.cost_usd,
+            named[-1] if named else self.counted.model,
+            self.counted.cached_input_tokens + sum(d.cached_input_tokens for *_, d in self.reported if d),
+            self.counted.cache_write_tokens + sum(d.cache_write_tokens for *_, d in self.reported if d),
+        )
+
+    @property
+    def model(self) -> str | None:
+        """The model this attempt reported, else the fallback that is due, else None."""
+        return self.usage.model or self.ctx.fallback_model()
+
+    @property
+    def remaining_budget(self) -> RemainingBudget:
+        """What is left of the run's budget, this attempt's reported usage not yet deducted."""
+        left: dict[str, float] = {}
+        for dimension, limit in limits(self.ctx.budget):
+            left[dimension] = max(0.0, limit - self.ctx.cost_tracker.used(dimension))
+        tokens = left.get("tokens")
+        return RemainingBudget(None if tokens is None else int(tokens), left.get("cost"), left.get("latency"))
+
+    def report_usage(
+        self,
+        response: object = None,
+        /,
+        *,
+        input_tokens: int = 0,
+        output_tokens: int = 0,
+        model: str | None = None,
+        cached_input_tokens: int = 0,
+        cache_write_tokens: int = 0,
+        tier: str | None = None,
+    ) -> None:
+        """Count tokens of this attempt at once, so that they count even if it fails half-way; calls add up.
+
+        Takes the provider's response, or the last chunk of its stream (see :func:`stroma.usage_from`), or figures, of
+        which the tokens of a cache are parts of the input. What the node returns as usage comes on top. Raises
+        UsageError for what cannot be counted; a response that leaves its usage out counts as 0 with a warning, or
+        under a limit fails the attempt once its output is kept.
+        """
+        if response is not None:
+            if input_tokens or output_tokens or cached_input_tokens or cache_write_tokens:
+                raise UsageError(f"node {self.node_id!r} reported a response and figures; report one of them")
+            try:
+                report = report_of(self.node_id, response, model=model, tier=tier)
+            except UsageError as error:
+                if not error.silent:
+                    raise
+                # The answer is there and paid for: the node has to be able to return it.
+                if not self.counts_as_zero(error):
+                    self.misreported = error
+                report = (0, 0, model, None)
+            if report is None:
+                raise UsageError(
+                    f"node {self.node_id!r} reported {shown(response)}; report a provider's response, or input_tokens="
+                )
+        elif cached_input_tokens or cache_write_tokens or tier is not None:
+            report = report_of_figures(
+                self.node_id,
+                {
+                    "input_tokens": input_tokens,
+                    "output_tokens": output_tokens,
+                    "cached_input_tokens": cached_input_tokens,
+                    "cache_write_tokens": cache_write_tokens,
+                    "model": model,
+                    "tier": tier,
+                },
+            )
+        else:
+            check_usage(self.node_id, input_tokens, output_tokens)
+            report = (input_tokens, output_tokens, model, None)
+        if self.reported is None:
+            self.reported = []
+        self.reported.append(report)
+
+    def counts_as_zero(self, error: UsageError) -> bool:
+        """Whether usage that a response does not say is 0, with a warning: it is where no limit depends on it."""
+        ctx = self.ctx
+        limited = ctx.has_limit("tokens", self.node_id) or ctx.has_limit("cost", self.node_id)
+        if not error.silent or limited or ctx.config.unknown_model == "error":
+            return False
+        ctx.warn_once(self.node_id, "silent", f"{error}. It counts as 0 tokens")
+        return True
+
+    @property
+    def signal(self) -> Any:
+        """The answer that this node waited for (see Suspend), as the model that was asked for; None without one.
+
+        Plain JSON data where the model's module is not imported; :meth:`wait_for` needs no such luck.
+        """
+        answer = self._answer()
+        if answer is None:
+            return None
+        try:
+            model = resolve_schema(answer[1]) if answer[1] else output_class(None)
+        except (LookupError, TypeError):
+            model = output_class(None)
+        return held_by(schema_of(model).decode(answer[0]))
+
+    def wait_for(self, schema: type[AnswerT], *, reason: str) -> AnswerT:
+        """The answer of a person as a ``schema``; without one, or with one that does not fit, raises Suspend."""
+        answer = self._answer()
+        if answer is None:
+            raise Suspend(reason, schema=schema)
+        try:
+            return cast("AnswerT", schema_of(schema).decode(answer[0]))
+        except ValueError as error:
+            raise Suspend(
+                f"{reason} (the answer does not fit: {error}; give another)", schema=schema
+            ) from error
+
+    def _answer(self) -> tuple[bytes, str] | None:
+        waiting = self.ctx.session.waiting.get((self.position, self.branch))
+        return None if waiting is None or waiting.payload is None else (waiting.payload, waiting.schema_ref)
+
+    def take_reported(self) -> list[Report]:
+        """What was reported and not yet counted."""
+        reported, self.reported = self.reported or [], None
+        return reported
+
+
+def new_execution(
+    ctx: ReliabilityContext,
+    node_id: str,
+    kind: Kind,
+    position: int,
+    branch: str,
+    rows: list[Row | TraceEvent],
+    parent: NodeExecution | None = None,
+) -> NodeExecution:
+    """An execution that has not begun yet. The only place that makes one."""
+    made = NodeExecution()
+    made.ctx = ctx
+    made.node_id = node_id
+    made.kind = kind
+    made.position = position
+    made.branch = branch
+    made.rows = rows
+    made.parent = parent
+    made.group = None if parent is None else parent.node_id
+    made.attempt = 0
+    made.counted = NO_USAGE
+    made.schemas = made.children = made.step = made.reported = made.ended = made._at_end = None
+    return made
+
+
+def current_node() -> NodeExecution | None:
+    """The node execution around this code: inside a node's function and its hooks, elsewhere None."""
+    node: NodeExecution | None = CURRENT.get()
+    return node
+
+
+def current_run() -> ReliabilityContext | None:
+    """The run around this code: inside a node's function and in all hooks, elsewhere None."""
+    node = current_node()
+    run: ReliabilityContext | None = RUN.get() if node is None else node.ctx
+    return run

@@ -1,0 +1,102 @@
+"""The classes of what groups make: the fields of all their children in one model."""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from collections.abc import Sequence
+from typing import Any, Final
+
+from pydantic import BaseModel, ConfigDict, create_model
+
+from stroma.contracts.core_schema import core_schema_of, never_a_dict
+from stroma.contracts.node import output_class
+from stroma.contracts.schema import filled
+from stroma.failures.errors import ItemFailure
+
+__all__ = ["merged_model", "spelled_out", "with_list"]
+
+#: More fields than that stay extra ones: a class of so many takes long to make.
+_MOST_FIELDS: Final = 1000
+
+
+@functools.lru_cache(maxsize=1024)
+def merged_model(name: str, classes: tuple[type[BaseModel], ...]) -> type[BaseModel]:
+    """One model with the fields of all, later ones winning; open where a child has no contract."""
+    fields: dict[str, Any] = {}
+    for cls in classes:
+        if _is_open(cls):
+            # It may give any field any value, and later outputs win over earlier ones.
+            fields = dict.fromkeys(fields, (Any, ...))
+        if not (cls.__pydantic_root_model__ and _is_open(cls)):
+            fields.update(_fields_of(cls))
+    return _make_model(name, fields, classes)
+
+
+def _is_open(cls: type[BaseModel]) -> bool:
+    """Whether it may hold any fields: extra ones, or those of the dict that a root model is."""
+    if cls.__pydantic_root_model__:
+        return not never_a_dict(core_schema_of(cls))
+    return cls.model_config.get("extra") == "allow"
+
+
+def _fields_of(cls: type[BaseModel]) -> dict[str, Any]:
+    """Its fields, as a model is made of them; those that are excluded cross no boundary."""
+    return {n: (info.annotation, info) for n, info in cls.model_fields.items() if not info.exclude}
+
+
+@functools.lru_cache(maxsize=1024)
+def with_list(
+    name: str, base: type[BaseModel], into: str, item: type[BaseModel], failed: str = ""
+) -> type[BaseModel]:
+    """The model ``base`` with a field ``into: list[item]``, and one for the items that failed."""
+    fields = {} if base.__pydantic_root_model__ and _is_open(base) else _fields_of(base)
+    fields[into] = (list[Any] if item is output_class(None) else list[item], ...)  # type: ignore[valid-type]
+    if failed:
+        fields[failed] = (list[ItemFailure], ...)
+    return _make_model(name, fields, (base,))
+
+
+def _make_model(name: str, fields: dict[str, Any], bases: Sequence[type[BaseModel]]) -> type[BaseModel]:
+    config = ConfigDict(
+        arbitrary_types_allowed=True,
+        extra="allow" if any(map(_is_open, bases)) else "ignore",
+        # What was taken as an enum's value is read back from a store as one.
+        use_enum_values=any(cls.model_config.get("use_enum_values", False) for cls in bases),
+    )
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # Whoever wrote the classes has been told of odd names.
+        try:
+            made: type[BaseModel] = create_model(name, __config__=config, __module__=__name__, **fields)
+            core_schema_of(made)
+            return made
+        except Exception:  # An annotation means something in its own module only.
+            undescribed: dict[str, Any] = dict.fromkeys(fields, (Any, ...))
+            return create_model(name, __config__=config, __module__=__name__, **undescribed)
+
+
+def spelled_out(state: BaseModel) -> BaseModel:
+    """What a group made, as a model whose class declares all of its fields, those of children without a contract too.
+
+    It takes whatever the group's own class takes. Another state comes back as it is, and so does one with names that no
+    field can have.
+    """
+    if type(state).__module__ != __name__ or not state.__pydantic_extra__:
+        return state
+    made = _spelled_out(type(state), tuple(state.__pydantic_extra__))
+    if made is None:
+        return state
+    given = state.__pydantic_fields_set__ | state.__pydantic_extra__.keys()
+    return filled(made, {**state.__dict__, **state.__pydantic_extra__}, given)
+
+
+@functools.lru_cache(maxsize=256)
+def _spelled_out(model: type[BaseModel], names: tuple[str, ...]) -> type[BaseModel] | None:
+    if len(names) > _MOST_FIELDS or any(
+        not name.isidentifier() or name.startswith("_") or hasattr(model, name) for name in names
+    ):
+        return None
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # A field may begin with what pydantic keeps for itself.
+        fields: dict[str, Any] = dict.fromkeys(names, (Any, ...))
+        return create_model(model.__name__, __base__=model, __module__=__name__, **fields)

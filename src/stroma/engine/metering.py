@@ -1,0 +1,105 @@
+"""What an attempt used: read from what the node returned or reported, and priced."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+from stroma.contracts.contract import RETURN_SHAPES
+from stroma.cost.prices import cached_pricer, find_pricer
+from stroma.cost.usage import UsageError, check_usage, report_of, shown
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.execution import NodeExecution
+from stroma.engine.tasks import in_thread, uninterrupted
+from stroma.trace.events import AttemptUsage
+
+__all__ = ["count_returned", "price"]
+
+
+def count_returned(run: NodeExecution, returned: tuple[Any, ...]) -> tuple[Any, UsageError | None]:
+    """The output of a tuple, without its usage; the usage is noted on the execution."""
+    model: Any = None
+    produced: Any = 0
+    if len(returned) == 2:
+        output, used = returned
+        if type(used) is not int:
+            try:
+                report = report_of(run.node_id, used)
+            except UsageError as error:
+                return output, None if run.counts_as_zero(error) else error
+            if report is not None:
+                run.reported = [report] if run.reported is None else [*run.reported, report]
+                return output, None
+    elif len(returned) == 3:
+        output, used, model = returned
+    elif len(returned) == 4:
+        output, used, produced, model = returned
+    else:
+        return returned, None  # The output contract says what is wrong with it.
+    if model is not None and not isinstance(model, str):
+        return output, UsageError(f"node {run.node_id!r} named the model {shown(model)}; {RETURN_SHAPES}")
+    try:
+        check_usage(run.node_id, used, produced)
+    except UsageError as error:
+        return output, error
+    # What report_usage() would note, which would check it once more.
+    reported = (used, produced, model, None)
+    run.reported = [reported] if run.reported is None else [*run.reported, reported]
+    return output, None
+
+
+async def price(ctx: ReliabilityContext, run: NodeExecution) -> tuple[bool, UsageError | None]:
+    """Put a price on what the attempt reported. Returns whether the task was cancelled meanwhile, and what is wrong."""
+    cancelled = False
+    problem = run.misreported
+    if problem is not None:
+        run.misreported = None
+    tokens, produced, cost, named = 0, 0, 0.0, None
+    cached, written = 0, 0
+    for given, made, model, detail in run.take_reported():
+        tokens += given + made
+        produced += made
+        if detail is not None:
+            cached += detail.cached_input_tokens
+            written += detail.cache_write_tokens
+        if model is None:
+            if given + made and ctx.has_limit("cost", run.node_id):
+                ctx.warn_once(
+                    run.node_id,
+                    "modelless",
+                    f"node {run.node_id!r} names no model for its tokens: they cost 0, whatever max_cost_usd is; "
+                    "report usage_from(response, model=...) or (output, input_tokens, output_tokens, model)",
+                )
+            continue
+        named = model
+        try:
+            pricer = cached_pricer(model, detail)
+            if pricer == "unread":
+                # The price data takes a quarter of a second to import: not on the event loop.
+                cancelled |= (await uninterrupted(in_thread(find_pricer, (model, detail))))[1]
+                pricer = find_pricer(model, detail)
+            asked = 0.0 if pricer is None else pricer(given, made)
+            if not (math.isfinite(asked) and asked >= 0):
+                raise ValueError(f"it comes to {asked!r} USD")
+        except Exception as error:  # What was bought is kept, whatever its price is.
+            problem = UsageError(
+                f"node {run.node_id!r} used model {model!r}, whose price makes no sense ({error}); "
+                "give KNOWN_MODELS two finite numbers for it, zero or more"
+            )
+            continue
+        if pricer is None:
+            if ctx.refuses_unpriced(run.node_id):
+                problem = UsageError(
+                    f"node {run.node_id!r} used model {model!r}, which has no known price; add it to KNOWN_MODELS, or pass "
+                    'unknown_model="warn" to count it as 0 USD'
+                )
+            elif model not in ctx.unpriced:
+                ctx.run_logger.warning(
+                    "no price is known for model %r: it counts as 0; add it to KNOWN_MODELS", model
+                )
+            if model not in ctx.unpriced:
+                ctx.unpriced.append(model)
+        else:
+            cost += asked
+    run.counted = AttemptUsage(tokens, produced, cost, named, cached, written)
+    return cancelled, problem

@@ -1,0 +1,105 @@
+"""End hooks that a process did not live to tell, told by the one that goes on with its run."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from typing import Any
+
+from stroma.checkpoint import Committed, StepCall
+from stroma.checkpoint.identity import child_indexes, is_called
+from stroma.contracts.node import Group, Node
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.current import CURRENT, leave
+from stroma.engine.events import tell_end
+from stroma.engine.execution import Kind, NodeExecution, new_execution
+from stroma.engine.restore import output_schema, raw_output, read_output
+from stroma.failures.errors import RunFailed
+from stroma.trace.events import ATTEMPT, BRANCH, FAILURE, NO_USAGE, NODE, OUTCOME, POSITION, USAGE, Row
+
+__all__ = ["redeliver"]
+
+
+async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> None:
+    """Fire what is due of earlier processes, the oldest first. None of it is in the trace or in the totals."""
+    identities = {position: identity for identity, position in ctx.session.places.items()}
+    for row in ctx.session.undelivered:
+        node, kind = _node_at(nodes, row[POSITION], row[BRANCH])
+        run = new_execution(ctx, row[NODE], kind, row[POSITION], row[BRANCH], [])
+        run.attempt, run.counted, run.ended, run.redelivered = row[ATTEMPT], row[USAGE] or NO_USAGE, row, True
+        run.step = StepCall(0, None, identities.get(row[POSITION]))
+        token = CURRENT.set(run)
+        try:
+            await _tell(ctx, run, row, node)
+        finally:
+            run.close()
+            leave(token)
+
+
+async def _tell(ctx: ReliabilityContext, run: NodeExecution, row: Row, node: Node | Group | None) -> None:
+    event = f"on_node_{row[OUTCOME]}"
+    calls = getattr(ctx.fire, event, None)
+    if not calls:
+        ctx.session.delivered(row)
+        return
+    said: tuple[Any, ...] = ()
+    failed = row[FAILURE]
+    if failed is not None:
+        error = RunFailed.recorded(failed.message, failed.error_type)
+        said = (failed.message,) if row[OUTCOME] == "suspended" else (error, failed.failure_class)
+
+    committed = await _committed(ctx, row)
+
+    def arguments() -> tuple[Any, ...]:
+        if row[OUTCOME] == "success":
+            return (
+                ctx.run_id,
+                run.node_id,
+                ctx.shown(_output(ctx, row, node, committed)),
+                run.counted.tokens,
+            )
+        return (ctx.run_id, run.node_id, *said)
+
+    await tell_end(ctx, run, calls, row, arguments)
+
+
+async def _committed(ctx: ReliabilityContext, row: Row) -> Committed | None:
+    found = ctx.restored.get((row[POSITION], row[BRANCH]))
+    if found is None and row[BRANCH] and row[OUTCOME] == "success":  # Of a map, it may stand apart.
+        kept: Any = ctx.session.committed(row[POSITION], [row[BRANCH]])
+        found = (await kept if inspect.isawaitable(kept) else kept).get(row[BRANCH])
+    return found
+
+
+def _output(
+    ctx: ReliabilityContext, row: Row, node: Node | Group | None, committed: Committed | None
+) -> dict[str, Any]:
+    """The output that was committed with an attempt, as its hook would have seen it."""
+    if committed is None or committed.is_failed_item:
+        return {}  # It was discarded since.
+    if isinstance(node, Node) and node.node_id == row[NODE]:
+        schema = output_schema(ctx, node, None)
+        try:
+            return dict(schema.state(read_output(schema, committed, None)))
+        except ValueError:
+            pass  # The schema has changed: the run is about to be refused, or to upcast.
+    raw = raw_output(committed)
+    return raw if isinstance(raw, dict) else {"value": raw}
+
+
+def _node_at(nodes: Sequence[Node | Group], position: int, branch: str) -> tuple[Node | Group | None, Kind]:
+    """The node at a place, or None if the pipeline has none there any more."""
+    children: Sequence[Node | Group] = nodes
+    node: Node | Group | None = None
+    kind: Kind = "node"
+    if is_called(branch):
+        return None, "node"
+    for index in (position, *child_indexes(branch)):
+        each = isinstance(node, Group) and node.each
+        place = 0 if each else index
+        if place >= len(children):
+            return None, kind
+        node = children[place]
+        children = node.children if isinstance(node, Group) else ()
+        kind = "group" if isinstance(node, Group) else "item" if each else "node"
+    return node, kind

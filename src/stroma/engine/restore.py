@@ -1,0 +1,239 @@
+"""Committed outputs, in place of running their nodes again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from pydantic import BaseModel
+
+from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
+from stroma.checkpoint.identity import child_indexes, is_called
+from stroma.contracts.contract import ContractRegistry, NodeContract
+from stroma.contracts.node import Group, Node, held_by, output_class
+from stroma.contracts.schema import Schema, Stored, schema_of, told_of
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.current import CURRENT, leave
+from stroma.engine.execution import Kind, NodeExecution, new_execution
+from stroma.failures.errors import ItemFailure
+
+__all__ = [
+    "check_committed",
+    "check_place",
+    "output_schema",
+    "raw_output",
+    "read_output",
+    "restore",
+    "value_of",
+]
+
+
+async def restore(
+    ctx: ReliabilityContext,
+    node: Node | Group,
+    value: BaseModel,
+    position: int,
+    *,
+    branch: str = "",
+    kind: Kind = "node",
+    contract: NodeContract[Any, Any] | None = None,
+    parent: NodeExecution | None = None,
+) -> BaseModel | None:
+    """The committed output of a position, in place of running it again; None if there is none.
+
+    Raises PipelineChanged, or CorruptCheckpoint if what was kept cannot be read back.
+    """
+    committed = ctx.restored.get((position, branch))
+    if committed is None or committed.is_failed_item:
+        return None
+    schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
+    group = None if parent is None else parent.node_id
+    check_committed(ctx, node, schema, committed, position, branch, group, contract)
+    if isinstance(committed.output, Stored):  # It is read here, and not all of a run's at once.
+        committed = committed._replace(output=await asyncio.to_thread(committed.output.load))
+    changed = committed.contract.partition(":")[0] != schema.fingerprint
+    if changed and isinstance(node, Group):
+        return None  # It is put together anew, of children that are restored one by one.
+    try:
+        model = read_output(schema, committed, _upcast(ctx, node, contract) if changed else None)
+    except Exception as error:
+        target = node.node_id
+        while parent is not None:  # Children of groups are no targets of a resume.
+            target, parent = parent.node_id, parent.parent
+        why, cause = told_of(error)
+        raise CorruptCheckpoint(
+            f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
+            f"{why}; resume from there (resume_from={target!r}) to make it anew"
+        ) from cause
+    if not branch:
+        ctx.last_state = model
+    if isinstance(node, Group):
+        ctx.failed_items += _failed_items(ctx, position, branch)
+    if ctx.fire.on_node_skipped is not None:
+        run = new_execution(
+            ctx, node.node_id, "group" if isinstance(node, Group) else kind, position, branch, []
+        )
+        token = CURRENT.set(run)
+        try:
+            await ctx.fire.fire(
+                "on_node_skipped",
+                ctx.fire.on_node_skipped,
+                node.node_id,
+                lambda: (ctx.run_id, node.node_id, ctx.shown(schema.state(model))),
+            )
+        finally:
+            run.close()
+            leave(token)
+    return model
+
+
+def _failed_items(ctx: ReliabilityContext, position: int, branch: str) -> int:
+    """How many items failed of a group that is restored, those of maps inside it too."""
+    inside = f"{branch}." if branch else ""
+    return sum(
+        failed
+        for (at, of), failed in ctx.failed_maps.items()
+        if at == position and (of == branch or of.startswith(inside))
+    )
+
+
+def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], Any] | None) -> BaseModel:
+    if upcast is not None:
+        raw = raw_output(committed)
+        try:
+            upcasted = upcast(raw)
+        except Exception as error:
+            raise ValueError(f"its upcast raised {type(error).__name__}: {error}") from error
+        return schema.trust(schema.validate(upcasted))
+    if committed.schema is not None and committed.schema is not schema:
+        return schema.trust(schema.validate(raw_output(committed)))
+    return schema.trust(schema.restore(committed.output))
+
+
+def value_of(registry: ContractRegistry, node: Node | Group, committed: Committed) -> Any:
+    """An output that is read without the input of its node: a model, or plain data of a group; or an ItemFailure.
+
+    Raises CorruptCheckpoint.
+    """
+    try:
+        if committed.is_failed_item:
+            return read_output(schema_of(ItemFailure), committed, None)
+        if isinstance(node, Group):
+            return raw_output(committed)
+        contract = registry.find(node.node_id) or node.contract
+        schema = schema_of(output_class(contract))
+        changed = committed.contract.partition(":")[0] != schema.fingerprint
+        model = read_output(schema, committed, contract.upcast if changed and contract is not None else None)
+        return held_by(model)
+    except ValueError as error:
+        why, cause = told_of(error)
+        raise CorruptCheckpoint(
+            f"an output of node {node.node_id!r} cannot be read back: {why}; restore its schema, or begin a new run"
+        ) from cause
+
+
+def raw_output(committed: Committed) -> Any:
+    """What was kept, as plain data: a dict of the fields, or the value of a root model."""
+    if committed.schema is not None:
+        return committed.schema.raw(committed.schema.restore(committed.output))
+    output = committed.output.load() if isinstance(committed.output, Stored) else committed.output
+    return Schema.raw_of(output) if isinstance(output, bytes) else output
+
+
+def _upcast(
+    ctx: ReliabilityContext, node: Node | Group, contract: NodeContract[Any, Any] | None
+) -> Callable[[Any], Any] | None:
+    found = contract if contract is not None or isinstance(node, Group) else ctx.contract_of(node)
+    return None if found is None else found.upcast
+
+
+def _tolerated(ctx: ReliabilityContext, node: Node | Group, contract: NodeContract[Any, Any] | None) -> bool:
+    """Whether outputs that were recorded with another schema may be read all the same."""
+    if isinstance(node, Group):
+        return any(_tolerated(ctx, child, None) for child in node.children)
+    return _upcast(ctx, node, contract) is not None
+
+
+def _difference(schema: Schema, committed: Committed) -> str:
+    """What tells the fields of an output from those of the schema that it is to be read with."""
+    raw = raw_output(committed)
+    names = set(schema.names)
+    if not isinstance(raw, dict) or schema.root:
+        return "it is another kind of value"
+    parts = [f"it had {name!r}, which is gone" for name in raw if name not in names]
+    parts += [f"it lacks {name!r}, which is new" for name in schema.names if name not in raw]
+    return "; ".join(parts) or "types or constraints of its fields are others"
+
+
+def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel | None) -> Schema:
+    """What a node's output must satisfy, given its input, which only that of a group depends on."""
+    if isinstance(node, Group):
+        assert value is not None
+        return schema_of(node.output(ctx, value))
+    contract = ctx.contract_of(node)
+    return schema_of(output_class(contract))
+
+
+def check_committed(
+    ctx: ReliabilityContext,
+    node: Node | Group,
+    schema: Schema | None,
+    committed: Committed,
+    position: int,
+    branch: str,
+    group: str | None = None,
+    own: NodeContract[Any, Any] | None = None,
+) -> None:
+    """Raise PipelineChanged if a position holds the output of another node, or of another contract."""
+    if ctx.config.allow_changes:
+        return
+    where = f"position {position}" + (f" ({branch})" if branch else "")
+    if committed.node_id != node.node_id:
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot go on: at {where} it has the output of node {committed.node_id!r}, but the "
+            f"pipeline has {node.node_id!r} there; restore the order of nodes, or begin a new run"
+        )
+    contract, _, recorded = committed.contract.partition(":")
+    if (recorded or None) != group:
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was made for "
+            f"{recorded!r}, and the pipeline has {group!r} there; restore it, or begin a new run"
+        )
+    if committed.is_failed_item:
+        return
+    if schema is not None and contract != schema.fingerprint and not _tolerated(ctx, node, own):
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot go on: the output of node {node.node_id!r} at {where} was recorded with another "
+            f"{schema.model.__name__} ({_difference(schema, committed)}); restore it, give the contract an upcast, "
+            "allow_changes=True, or begin a new run"
+        )
+
+
+def check_place(
+    ctx: ReliabilityContext, nodes: Sequence[Node | Group], committed: Committed, position: int, branch: str
+) -> None:
+    """Raise PipelineChanged unless the pipeline has the node of a committed output at its place, with its contract."""
+    if ctx.config.allow_changes:
+        return
+    if position >= len(nodes):
+        raise PipelineChanged(
+            f"run {ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} at position "
+            f"{position}, and the pipeline has only {len(nodes)} nodes; restore it, or begin a new run"
+        )
+    node = nodes[position]
+    group: str | None = None
+    for index in child_indexes(branch):
+        children = node.children if isinstance(node, Group) else ()
+        place = 0 if isinstance(node, Group) and node.each else index
+        if place >= len(children):
+            raise PipelineChanged(
+                f"run {ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} inside "
+                f"position {position}, and {node.node_id!r} has no such child; restore it, or begin a new run"
+            )
+        node, group = children[place], node.node_id
+    if is_called(branch):  # What a node calls, or its hooks, is known when it is called.
+        return
+    # What a group gives depends on its input, so its schema is checked when it is restored.
+    schema = output_schema(ctx, node, None) if isinstance(node, Node) else None
+    check_committed(ctx, node, schema, committed, position, branch, group)

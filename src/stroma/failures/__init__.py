@@ -1,0 +1,61 @@
+"""Failure classes, retry policies, errors, and how an exception becomes a failure."""
+
+from typing import TYPE_CHECKING
+
+from stroma._utils.lazy import lazy
+
+if TYPE_CHECKING:
+    from stroma.failures.classes import FailureClass
+    from stroma.failures.errors import (
+        CircuitOpen,
+        ItemFailure,
+        LimitError,
+        RunFailed,
+        SharedBudgetExceeded,
+        Suspend,
+        WaitedTooLong,
+    )
+    from stroma.failures.failure import Classifier, Failure, NodeContext, StepContext, classify
+    from stroma.failures.policy import FailurePolicy, PolicyMap, RetryBudget, default_policy_map
+
+__all__ = [
+    "CircuitOpen",
+    "Classifier",
+    "Failure",
+    "FailureClass",
+    "FailurePolicy",
+    "ItemFailure",
+    "LimitError",
+    "NodeContext",
+    "PolicyMap",
+    "RetryBudget",
+    "RunFailed",
+    "SharedBudgetExceeded",
+    "StepContext",
+    "Suspend",
+    "WaitedTooLong",
+    "classify",
+    "default_policy_map",
+]
+
+_HOMES = {
+    "CircuitOpen": "failures.errors",
+    "Classifier": "failures.failure",
+    "Failure": "failures.failure",
+    "FailureClass": "failures.classes",
+    "FailurePolicy": "failures.policy",
+    "ItemFailure": "failures.errors",
+    "LimitError": "failures.errors",
+    "NodeContext": "failures.failure",
+    "PolicyMap": "failures.policy",
+    "RetryBudget": "failures.policy",
+    "RunFailed": "failures.errors",
+    "SharedBudgetExceeded": "failures.errors",
+    "StepContext": "failures.failure",
+    "Suspend": "failures.errors",
+    "WaitedTooLong": "failures.errors",
+    "classify": "failures.failure",
+    "default_policy_map": "failures.policy",
+}
+
+__getattr__, __dir__ = lazy(__name__, _HOMES, "stroma")

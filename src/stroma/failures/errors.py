@@ -1,0 +1,229 @@
+"""Exceptions that runs raise or record, apart from those of contracts, budgets and stores."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Any, Final, NamedTuple
+
+from pydantic import BaseModel
+
+from stroma._utils.models import Deferred
+from stroma.cost.budget import BudgetExceeded, Dimension
+from stroma.cost.usage import shown
+from stroma.failures.classes import FailureClass
+
+__all__ = [
+    "CircuitOpen",
+    "ItemFailure",
+    "LimitError",
+    "RemoteFailure",
+    "RunCancelled",
+    "RunFailed",
+    "SharedBudgetExceeded",
+    "Suspend",
+    "Wait",
+    "WaitedTooLong",
+]
+
+
+class ItemFailure(Deferred):
+    """An item of a map that failed for good while the others went on.
+
+    Attributes:
+        index: which item, 0-based.
+        node_id: the node that failed.
+        message: of its last attempt, as in the trace.
+        reason: a stable word for it, such as "rate_limit"; None if unknown.
+        attempts: how many were made; 0 for an item that could not be read.
+    """
+
+    index: int
+    node_id: str
+    failure_class: FailureClass
+    message: str
+    reason: str | None = None
+    attempts: int = 1
+
+
+class Suspend(Exception):
+    """Raised by a node that has to wait for a person: the run stops as SUSPENDED and goes on once it has the answer.
+
+    Attributes:
+        reason: what for, in words.
+        schema: what the answer must satisfy; None if any JSON value will do.
+
+    Where: out of a node's function, never out of ``run()``: it is no failure.
+    Cause: the node needs a decision that nobody has made yet.
+    Mend: ``await runner.signal(run_id, answer)``, then run with ``resume=True``; the node finds the answer at
+        ``current_node().signal``.
+    """
+
+    schema: type[BaseModel] | None = None  # Of a subclass that does not say, too.
+
+    def __init__(self, reason: str, *, schema: type[BaseModel] | None = None) -> None:
+        super().__init__(reason)
+        if schema is not None and not (isinstance(schema, type) and issubclass(schema, BaseModel)):
+            raise TypeError(
+                f"Suspend asks for {shown(schema)}; give a pydantic model, a RootModel for plain values"
+            )
+        self.reason = reason
+        self.schema = schema
+
+
+class RunFailed(Exception):
+    """A run that somebody else was at work on did not complete; the message is theirs.
+
+    Where: ``result.failure`` of a run that was waited for (``if_running="attach"``).
+    Cause: the run failed, or gave up, where it was run.
+    Mend: look at its attempts in the store (``stroma show``), then continue it with ``resume=True``.
+    """
+
+    @classmethod
+    def recorded(cls, message: str, error_type: str | None) -> RunFailed:
+        """Return one that stands for an exception which a store has recorded."""
+        error = cls(message)
+        if error_type is not None:
+            vars(error)["type_name"] = error_type
+        return error
+
+
+_UNITS: Final = {"cost": " USD", "tokens": " tokens", "latency": " ms"}
+_NAMES: Final = {"cost": "max_cost_usd", "tokens": "max_tokens", "latency": "max_latency_ms"}
+
+
+class Wait(NamedTuple):
+    """A call may not begin yet. ``ms``: when to ask again at the earliest; None if nobody can tell. ``refusal``: why it
+    is refused in the end, where that is known already."""
+
+    reason: str
+    ms: int | None
+    refusal: Exception | None = None
+
+
+class SharedBudgetExceeded(BudgetExceeded):
+    """A budget that several runs share has no room for another call.
+
+    Attributes:
+        budget: its name.
+        dimension: "cost" (USD) or "tokens".
+        limit, actual: what may be and was spent in this window, of the node alone where it has a limit of its own.
+        reserved: what calls in flight may spend besides, in all processes.
+        asked: what the call that was refused may take.
+        resets_at: when the window ends, in UTC; None for a budget without ``per=``.
+
+    Where: ``result.failure`` of a PARTIAL run; the node was not called.
+    Cause: runs that share the budget, in any process, have spent it, or their calls in flight may.
+    Mend: run with ``resume=True`` once the next window has begun, or raise the limit that the message names.
+    """
+
+    def __init__(
+        self,
+        budget: str,
+        dimension: Dimension,
+        limit: float,
+        actual: float,
+        reserved: float,
+        asked: float,
+        node_id: str,
+        resets_at: datetime | None,
+        capped: bool = False,
+    ) -> None:
+        super().__init__(dimension, limit, actual, node_id)
+        self.budget = budget
+        self.reserved = reserved
+        self.asked = asked
+        self.resets_at = resets_at
+        self.capped = capped
+
+    def __reduce__(self) -> Any:
+        figures = (self.limit, self.actual, self.reserved, self.asked)
+        where = (self.node_id, self.resets_at, self.capped)
+        return type(self), (self.budget, self.dimension, *figures, *where)
+
+    def __str__(self) -> str:
+        unit = _UNITS[self.dimension]
+        name = "max_cost_usd_by_node" if self.capped else _NAMES[self.dimension]
+        whose = f" of node {self.node_id!r}" if self.capped else ""
+        if self.resets_at is None:
+            way = f"raise {name}, then resume the run"
+        else:
+            anew = f"{self.resets_at.astimezone(UTC):%Y-%m-%d %H:%M} UTC"
+            way = f"resume the run after {anew}, when it begins anew, or raise {name}"
+        return (
+            f"shared budget {self.budget!r} has no room for a call of node {self.node_id!r}: {name}{whose} is "
+            f"{self.limit:.12g}{unit}, {self.actual:.12g} spent, {self.reserved:.12g} reserved by calls in flight, and this "
+            f"one may take {self.asked:.12g}; {way}"
+        )
+
+
+class LimitError(Exception):
+    """A limit that a call can never meet.
+
+    Where: ``result.failure`` of a FAILED run; the node was not called.
+    Cause: one call takes more tokens than ``tokens_per_minute`` of its limit.
+    Mend: raise ``tokens_per_minute``, lower ``reserve_tokens`` if it is too high, or make the calls smaller; then resume.
+    """
+
+
+class WaitedTooLong(Exception):
+    """An attempt waited for its turn longer than it may.
+
+    Where: ``result.failure`` of a PARTIAL run; the node was not called.
+    Cause: a limit had no room for ``max_wait_seconds``.
+    Mend: run with ``resume=True`` later, raise the limit, or ``max_wait_seconds``.
+    """
+
+
+class CircuitOpen(Exception):
+    """A provider fails so often that it is not called for a while.
+
+    Attributes:
+        key: the provider's host, or the limit of the node.
+        retry_after: seconds until it is tried again.
+
+    Where: ``result.failure`` of a PARTIAL run; the node was not called.
+    Cause: too many of the last calls failed, and ``Breaker.max_wait_seconds`` is shorter than what is left.
+    Mend: see what the provider says of itself, then run with ``resume=True``.
+    """
+
+    def __init__(self, key: str, retry_after: float) -> None:
+        super().__init__(key, retry_after)
+        self.key = key
+        self.retry_after = retry_after
+
+    def __str__(self) -> str:
+        return (
+            f"{self.key} failed too often and is not called for another {self.retry_after:.1f} s; resume the run later, or "
+            "raise max_wait_seconds of the breaker"
+        )
+
+
+class RunCancelled(Exception):
+    """Somebody has asked for the end of a guarded run, or one of steps of plain code: nothing more of it is begun.
+
+    Where: out of a framework's call, of a guarded step, or of ``with guard.run()``; ``guard.stopped`` has it too. In
+        ``result.failure`` of a step of plain code.
+    Cause: ``stroma cancel`` or ``store.cancel()``, in this process or another one.
+    Mend: none is needed: what is finished is kept. Call again, in a run of its own.
+    """
+
+
+class RemoteFailure(Exception):
+    """What a node raised in another process. The exception itself stays there; this has its type's name and its words.
+
+    Attributes:
+        type_name: of the exception.
+        full_name: the same with its module, as in a traceback, so that failures are grouped as those of a local run.
+
+    Where: ``result.failure`` of a run that was driven on other machines.
+    Cause: the node raised an exception of a class that is not Stroma's own.
+    Mend: look at the log of the worker for its traceback.
+    """
+
+    def __init__(self, message: str, type_name: str = "Exception", full_name: str | None = None) -> None:
+        super().__init__(message)
+        self.type_name = type_name
+        self.full_name = type_name if full_name is None else full_name
+
+    def __reduce__(self) -> Any:
+        return type(self), (str(self), self.type_name, self.full_name)

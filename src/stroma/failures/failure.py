@@ -1,0 +1,243 @@
+"""Failure classes, retry policies, and the pure decision whether to try again."""
+
+from __future__ import annotations
+
+import logging
+from asyncio import CancelledError
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
+from typing import Any, Final, TypeGuard, TypeVar, cast, final
+
+from stroma._utils.text import typed
+from stroma.contracts.contract import ContractViolation
+from stroma.contracts.tagged_json import NotSerialisable
+from stroma.cost.budget import BudgetExceeded
+from stroma.cost.usage import UsageError
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import CircuitOpen, LimitError, WaitedTooLong
+from stroma.failures.providers import read_provider_error
+
+__all__ = [
+    "Classifier",
+    "Failure",
+    "NodeContext",
+    "StepContext",
+    "classify",
+    "diagnose",
+    "is_a",
+    "kind_of",
+    "text_of",
+]
+
+
+logger = logging.getLogger("stroma")
+
+
+@dataclass
+class NodeContext:
+    """Where a failure happened, for classifiers. ``attempt`` is 1-based."""
+
+    node_id: str
+    attempt: int
+    run_id: str
+
+
+StepContext = NodeContext
+Classifier = Callable[[Exception, NodeContext], FailureClass | None]
+
+
+@final
+@dataclass(frozen=True, slots=True, init=False)
+class Failure:
+    """One failed attempt.
+
+    Attributes:
+        exception: what the node raised, or what stopped it.
+        failure_class: its one class.
+        node_id: the node that failed.
+        attempt: 1-based.
+        message: ``str(exception)``, or the type's name where that is empty or raises.
+        reason: a stable word for what happened, such as "rate_limit" or "contract"; None if unknown.
+        retry_after_seconds: the wait a server asked for.
+    """
+
+    exception: BaseException
+    failure_class: FailureClass
+    node_id: str
+    attempt: int
+    message: str
+    reason: str | None = None
+    retry_after_seconds: float | None = None
+
+    def __init__(
+        self,
+        exception: BaseException,
+        failure_class: FailureClass,
+        node_id: str,
+        attempt: int,
+        message: str,
+        reason: str | None = None,
+        retry_after_seconds: float | None = None,
+    ) -> None:
+        # The way that a frozen dataclass takes around itself is five times as long.
+        _put_exception(self, exception)
+        _put_class(self, failure_class)
+        _put_node_id(self, node_id)
+        _put_attempt(self, attempt)
+        _put_message(self, message)
+        _put_reason(self, reason)
+        _put_wait(self, retry_after_seconds)
+
+    def as_prompt(self, *, max_chars: int = 2000) -> str | None:
+        """What a model has to correct in its answer, as a text for it; None for a failure that it cannot mend.
+
+        See :meth:`stroma.ContractViolation.as_prompt`.
+        """
+        if is_a(self.exception, ContractViolation):
+            return self.exception.as_prompt(max_chars=max_chars)
+        return None
+
+
+_put_exception, _put_class, _put_node_id, _put_attempt, _put_message, _put_reason, _put_wait = (
+    vars(Failure)[field.name].__set__ for field in fields(Failure)
+)
+
+E = TypeVar("E", bound=BaseException)
+
+
+def is_a(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
+    """isinstance without asking the object for its ``__class__``, which a hostile exception answers by raising."""
+    return issubclass(type(exc), kind)
+
+
+def ends_run(error: BaseException) -> bool:
+    """Return whether what a validator or a classifier raised is no failure, but the end of this run or process.
+
+    Neither awaits, so a CancelledError is one of its own. A panic of native code is an error of a validator.
+    """
+    kind = type(error)
+    ours = issubclass(kind, (Exception, CancelledError)) or kind.__module__ == "pyo3_runtime"
+    return not ours
+
+
+def message_of(exc: BaseException) -> str:
+    """``str(exc)``, or the type's name where that is empty or raises. Lone surrogates become escapes: it is stored."""
+    try:
+        said = str(exc)
+        if type(said) is not str or not said.isascii():
+            said = said.encode("utf-8", "backslashreplace").decode()
+        return said or type(exc).__name__
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException:
+        return type(exc).__name__
+
+
+def kind_of(exc: BaseException) -> str | None:
+    """Return the name of an exception's type, also of one that was raised in another process.
+
+    None for a RunFailed whose message is that of a whole run: it begins with the type.
+    """
+    name = getattr(type(exc), "__name__", "Exception")
+    if name in ("RemoteFailure", "RunFailed"):  # It stands for one of another process.
+        name = vars(exc).get("type_name", name)
+        return None if name == "RunFailed" else str(name)
+    return str(name)
+
+
+def text_of(failure: Failure) -> str:
+    """Return a failure as people read it: ``Type: message``."""
+    return typed(kind_of(failure.exception), failure.message)
+
+
+def classify(
+    exc: Exception, context: NodeContext, classifiers: Sequence[Classifier] | None = None
+) -> FailureClass:
+    """The one class of an exception: custom classifiers in order, then what providers' errors mean, then defaults.
+
+    A classifier that raises, or answers with no FailureClass, is logged and skipped.
+    """
+    return diagnose(exc, context, classifiers).failure_class
+
+
+def diagnose(
+    exc: BaseException, context: NodeContext, classifiers: Sequence[Classifier] | None = None
+) -> Failure:
+    """Classify an exception and keep what its shape says of the reason and the wait."""
+    provider = read_provider_error(exc)
+    custom = _ask(exc, context, classifiers) if classifiers else None
+    failure_class, reason = _built_in(exc)
+    # Our own errors are what they are, whatever they were raised from.
+    if provider is not None and (failure_class is None or reason in ("timeout", "bug")):
+        failure_class, reason = FailureClass(provider.failure_class), provider.reason
+    return Failure(
+        exception=exc,
+        failure_class=custom or failure_class or FailureClass.AMBIGUOUS,
+        node_id=context.node_id,
+        attempt=context.attempt,
+        message=message_of(exc),
+        reason=reason,
+        retry_after_seconds=provider.retry_after
+        if provider is not None and reason == provider.reason
+        else None,
+    )
+
+
+def _built_in(exc: BaseException) -> tuple[FailureClass | None, str | None]:
+    # By type, not isinstance: that asks the object for its __class__, which an exception may answer by raising.
+    kind = type(exc)
+    if _is_bug(exc):
+        return FailureClass.TERMINAL, "bug"
+    if issubclass(kind, ContractViolation):
+        return FailureClass.TERMINAL, "contract"
+    if issubclass(kind, BudgetExceeded):
+        return FailureClass.RECOVERABLE, "budget"
+    if issubclass(kind, UsageError):
+        return FailureClass.TERMINAL, "usage"
+    if issubclass(kind, NotSerialisable):
+        return FailureClass.TERMINAL, "not_serialisable"
+    if issubclass(kind, TimeoutError):
+        return FailureClass.RECOVERABLE, "timeout"
+    if issubclass(kind, LimitError):
+        return FailureClass.TERMINAL, "limit"
+    if issubclass(kind, WaitedTooLong):
+        return FailureClass.RECOVERABLE, "limit"
+    if issubclass(kind, CircuitOpen):
+        return FailureClass.RECOVERABLE, "circuit_open"
+    return None, None
+
+
+#: The members of an exception group, whatever its class says of that name.
+_members: Final[Callable[[BaseException], tuple[BaseException, ...]]] = cast(
+    "Any", BaseExceptionGroup
+).exceptions.__get__
+#: Exceptions that only a mistake in the program causes, so that another attempt fails as this one did.
+_BUGS: Final = (NameError, ImportError, SyntaxError, NotImplementedError, RecursionError)
+
+
+def _is_bug(exc: BaseException) -> bool:
+    """Return whether an exception, or each leaf of an exception group, is a mistake in the program."""
+    leaves = [exc]
+    while leaves:
+        leaf = leaves.pop()
+        if issubclass(type(leaf), BaseExceptionGroup):
+            leaves.extend(_members(leaf))
+        elif not issubclass(type(leaf), _BUGS):
+            return False
+    return True
+
+
+def _ask(exc: BaseException, context: NodeContext, classifiers: Sequence[Classifier]) -> FailureClass | None:
+    for classifier in classifiers:
+        try:
+            answer = classifier(exc, context)  # type: ignore[arg-type]  # pyright: ignore[reportArgumentType]
+            if answer is not None:
+                return FailureClass(answer)
+        except BaseException as error:
+            if ends_run(error):
+                raise
+            logger.warning(
+                "classifier %r raised for node %r; it is skipped", classifier, context.node_id,
+                exc_info=True, extra={"run_id": context.run_id},
+            )  # fmt: skip
+    return None

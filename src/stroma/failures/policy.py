@@ -1,0 +1,153 @@
+"""Retry policies: how often, after how long, and when to stop."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Mapping
+from typing import Final, NamedTuple
+
+from pydantic import ConfigDict, Field
+
+from stroma._utils.models import Deferred
+from stroma.contracts.schema import stamped
+from stroma.failures.classes import FailureClass
+from stroma.failures.failure import Failure
+
+__all__ = ["FailurePolicy", "PolicyMap", "Retry", "RetryBudget", "Stop", "decide", "default_policy_map"]
+
+
+class FailurePolicy(Deferred):
+    """How often, and after how long, a node is tried again.
+
+    Attributes:
+        max_retries: further attempts after the first.
+        backoff_seconds: the delay before the first retry; with ``jitter`` the upper end of a uniform draw from 0.
+        multiplier: what each further delay is multiplied by.
+        max_backoff_seconds: no computed delay is longer. A server's Retry-After may be.
+        jitter: draw each delay uniformly from 0 to the computed one.
+        max_retry_after_seconds: a server that asks to wait longer stops the run as PARTIAL instead.
+    """
+
+    model_config = ConfigDict(extra="forbid")
+
+    max_retries: int = Field(default=3, ge=0)
+    backoff_seconds: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    multiplier: float = Field(default=1.0, ge=0, allow_inf_nan=False)
+    max_backoff_seconds: float = Field(default=60.0, ge=0, allow_inf_nan=False)
+    jitter: bool = True
+    max_retry_after_seconds: float = Field(default=120.0, ge=0)
+
+
+PolicyMap = dict[FailureClass, FailurePolicy]
+
+#: Unvalidated: a program that goes by them needs no validator of policies.
+_DEFAULTS: PolicyMap = {
+    FailureClass.RECOVERABLE: FailurePolicy.model_construct(max_retries=3, backoff_seconds=1.0),
+    FailureClass.TERMINAL: FailurePolicy.model_construct(max_retries=0, backoff_seconds=0.0),
+    FailureClass.AMBIGUOUS: FailurePolicy.model_construct(max_retries=1, backoff_seconds=0.5),
+}
+
+
+def default_policy_map() -> PolicyMap:
+    """RECOVERABLE 3 retries within 1 s each, TERMINAL none, AMBIGUOUS 1 within 0.5 s. A fresh dict."""
+    # New ones, since a policy can be changed; made in the shortest way, since every run's config has three.
+    return {failure_class: stamped(policy) for failure_class, policy in _DEFAULTS.items()}
+
+
+class RetryBudget:
+    """Counts retries by (run id, node id), for code that retries by hand. The engine keeps its own counts."""
+
+    def __init__(self) -> None:
+        self._counts: dict[tuple[str, str], int] = {}
+
+    def increment(self, run_id: str, node_id: str) -> int:
+        """Count one more retry and return the new count."""
+        count = self._counts.get((run_id, node_id), 0) + 1
+        self._counts[run_id, node_id] = count
+        return count
+
+    def exhausted(self, run_id: str, node_id: str, policy: FailurePolicy) -> bool:
+        """Whether the retries of a policy are used up."""
+        return self._counts.get((run_id, node_id), 0) >= policy.max_retries
+
+
+# ---------------------------------------------------------------------- the decision
+
+
+class Retry(NamedTuple):
+    """Try again after ``delay_seconds``."""
+
+    delay_seconds: float
+
+
+class Stop(NamedTuple):
+    """Try no more. ``why`` is a sentence for the log."""
+
+    why: str
+
+
+def policy_for(
+    failure_class: FailureClass,
+    node_policies: Mapping[FailureClass, FailurePolicy] | None,
+    policy_map: PolicyMap,
+) -> FailurePolicy:
+    """The node's own policy for a class, else the run's, else the built-in default."""
+    if node_policies is not None and failure_class in node_policies:
+        return node_policies[failure_class]
+    return policy_map.get(failure_class) or _DEFAULTS[failure_class]
+
+
+def decide(
+    failure: Failure, policy: FailurePolicy, *, attempt: int, draw: Callable[[], float] = random.random
+) -> Retry | Stop:
+    """Whether a failed attempt is followed by another. Pure, but for ``draw`` (uniform in 0..1).
+
+    ``attempt`` is 1-based: attempt n was the (n-1)-th retry, so one count serves all classes. Attempts that were
+    granted on top (to mend a broken contract) are not in it.
+    """
+    if failure.failure_class is FailureClass.TERMINAL:
+        return Stop("a terminal failure is not retried")
+    retries = attempt - 1
+    if retries >= policy.max_retries:
+        return Stop(f"gave up after {failure.attempt} attempt{'s' if failure.attempt > 1 else ''}")
+    try:
+        delay = min(policy.backoff_seconds * policy.multiplier**retries, policy.max_backoff_seconds)
+    except OverflowError:
+        delay = policy.max_backoff_seconds
+    if policy.jitter:
+        delay *= draw()
+    asked = failure.retry_after_seconds
+    if asked is not None:
+        if asked > policy.max_retry_after_seconds:
+            return Stop(f"the server asks to come back in {asked:.6g} s")
+        delay = max(delay, asked)
+    return Retry(delay)
+
+
+_NO_RETRIES: Final = FailurePolicy.model_construct(max_retries=0, backoff_seconds=0.0)
+
+
+def follow_up(
+    failure: Failure,
+    own: Mapping[FailureClass, FailurePolicy] | None,
+    policy_map: PolicyMap,
+    *,
+    attempt: int,
+    group: bool,
+    repairing: bool,
+    repairs: int,
+    draw: Callable[[], float] = random.random,
+) -> Retry | Stop:
+    """:func:`decide` under the policy that holds for a node or group; what every driver asks. Pure, but for ``draw``.
+
+    ``own``: what ``node_policies`` says of it. ``repairs``: attempts that were granted so far to mend a broken output
+    contract; ``repairing``: another one is.
+    """
+    if own is None and group:
+        # Its children had their retries; a group has its own only if asked.
+        return decide(failure, _NO_RETRIES, attempt=attempt, draw=draw)
+    policy = policy_for(failure.failure_class, own, policy_map)
+    if repairing:
+        # The attempt was granted, whatever the policy says; it only lends its delay.
+        return decide(failure, policy.model_copy(update={"max_retries": 1}), attempt=1, draw=draw)
+    return decide(failure, policy, attempt=attempt - repairs, draw=draw)

@@ -1,0 +1,480 @@
+"""What providers' exceptions mean, read by their shape: a status code, response headers, a class name.
+
+No SDK is imported. An exception is recognised by what it carries, so a new release of an SDK, or a client that
+wraps another, needs no change here.
+"""
+
+from __future__ import annotations
+
+import builtins
+import json
+import math
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from datetime import UTC
+from typing import Any, Final, Literal, NamedTuple, cast
+
+from stroma._utils.access import get as _get
+
+__all__ = ["Verdict", "read_provider_error", "retry_after_seconds"]
+
+ClassName = Literal["RECOVERABLE", "TERMINAL"]
+
+
+class Verdict(NamedTuple):
+    """What a provider's error means: a class, a stable reason, and the seconds the server asks to wait, if any."""
+
+    failure_class: ClassName
+    reason: str
+    retry_after: float | None = None
+
+
+_BAD_REQUEST: Final = Verdict("TERMINAL", "bad_request")
+_AUTH: Final = Verdict("TERMINAL", "auth")
+_PERMISSION: Final = Verdict("TERMINAL", "permission")
+_QUOTA: Final = Verdict("TERMINAL", "quota")
+_NOT_FOUND: Final = Verdict("TERMINAL", "not_found")
+_TOO_LARGE: Final = Verdict("TERMINAL", "too_large")
+_CONTEXT: Final = Verdict("TERMINAL", "context_length")
+_CONTENT: Final = Verdict("TERMINAL", "content_policy")
+_TIMEOUT: Final = Verdict("RECOVERABLE", "timeout")
+_CONNECTION: Final = Verdict("RECOVERABLE", "connection")
+_CONFLICT: Final = Verdict("RECOVERABLE", "conflict")
+_RATE_LIMIT: Final = Verdict("RECOVERABLE", "rate_limit")
+_OVERLOADED: Final = Verdict("RECOVERABLE", "overloaded")
+_SERVER: Final = Verdict("RECOVERABLE", "server_error")
+
+_STATUS: Final[dict[int, Verdict]] = {
+    400: _BAD_REQUEST,
+    401: _AUTH,
+    402: _QUOTA,
+    403: _PERMISSION,
+    404: _NOT_FOUND,
+    408: _TIMEOUT,
+    409: _CONFLICT,
+    413: _TOO_LARGE,
+    422: _BAD_REQUEST,
+    425: Verdict("RECOVERABLE", "too_early"),
+    429: _RATE_LIMIT,
+    503: _OVERLOADED,
+    504: _TIMEOUT,
+    529: _OVERLOADED,
+}
+#: Codes and types in the body that say more than the status does, whichever that is.
+_CODES: Final[dict[str, Verdict]] = {
+    "insufficient_quota": _QUOTA,
+    "billing_hard_limit_reached": _QUOTA,
+    "billing_error": _QUOTA,
+    "contract_spend_limit_reached": _QUOTA,
+    "enforced_spend_limit_reached": _QUOTA,
+    "linked_organization_spend_limit_reached": _QUOTA,
+    "ServiceQuotaExceededException": _QUOTA,
+    "context_length_exceeded": _CONTEXT,
+    "string_above_max_length": _CONTEXT,
+    "content_filter": _CONTENT,
+    "content_policy_violation": _CONTENT,
+    "moderation_blocked": _CONTENT,
+    "overloaded_error": _OVERLOADED,
+    # Google's ErrorInfo, beside a 400 or 403.
+    "API_KEY_INVALID": _AUTH,
+    "BILLING_DISABLED": _QUOTA,
+    "PerDay": _QUOTA,  # A quota of the day that is used up: see _codes.
+    # AWS: a key that is wrong or out of date has 400 or 403, a model that failed 424.
+    "ExpiredTokenException": _AUTH,
+    "InvalidSignatureException": _AUTH,
+    "UnrecognizedClientException": _AUTH,
+    "ModelErrorException": _SERVER,
+    "ModelNotReadyException": _OVERLOADED,
+    # Some of AWS's services say these with status 400.
+    "Throttling": _RATE_LIMIT,
+    "ThrottlingException": _RATE_LIMIT,
+    "TooManyRequestsException": _RATE_LIMIT,
+}
+#: Those that only matter where there is no status that says something: an error inside a stream that began with 200.
+_STREAMED: Final[dict[str, Verdict]] = {
+    "rate_limit_error": _RATE_LIMIT,
+    "rate_limit_exceeded": _RATE_LIMIT,
+    "server_error": _SERVER,
+    "api_error": _SERVER,
+    "timeout_error": _TIMEOUT,
+    "conflict_error": _CONFLICT,
+    "invalid_api_key": _AUTH,
+    "authentication_error": _AUTH,
+    "permission_error": _PERMISSION,
+    "not_found_error": _NOT_FOUND,
+    "request_too_large": _TOO_LARGE,
+    "invalid_request_error": _BAD_REQUEST,
+    # AWS
+    "throttlingException": _RATE_LIMIT,
+    "serviceUnavailableException": _OVERLOADED,
+    "internalServerException": _SERVER,
+    "modelStreamErrorException": _SERVER,
+    "modelTimeoutException": _TIMEOUT,
+    "validationException": _BAD_REQUEST,
+}
+#: Statuses that mean something of their own at one provider.
+_OWN: Final[dict[tuple[str, int], Verdict]] = {("cohere", 498): _CONTENT}  # a token of its deny-list
+#: What a bad request is about where only its prose tells. It is TERMINAL either way: new words cost a good reason,
+#: never the class.
+_PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
+    ("prompt is too long", _CONTEXT),
+    ("input is too long", _CONTEXT),
+    ("context length", _CONTEXT),
+    ("context limit", _CONTEXT),
+    ("context window", _CONTEXT),
+    ("too many tokens", _CONTEXT),
+    ("maximum number of tokens", _CONTEXT),
+    ("content filtering policy", _CONTENT),
+    ("content management policy", _CONTENT),
+    ("content policy", _CONTENT),
+    ("credit balance is too low", _QUOTA),
+)
+#: The same for a rate limit that no wait of ours outlasts.
+_LASTING: Final[tuple[tuple[str, Verdict], ...]] = (
+    ("api calls / month", _QUOTA),
+    ("tokens must be reduced", _TOO_LARGE),  # OpenAI: one request is more than the limit of a minute.
+)
+#: And for what gRPC's client says of its own under a status that a server gives too.
+_GRPC_PHRASES: Final[tuple[tuple[str, Verdict], ...]] = (
+    ("message larger than max", _TOO_LARGE),
+    ("failed to connect", _CONNECTION),
+    ("errors resolving", _CONNECTION),
+    ("dns resolution failed", _CONNECTION),
+    ("connection reset", _CONNECTION),
+    ("socket closed", _CONNECTION),
+)
+#: The statuses of gRPC, as Google's HTTP interfaces translate them.
+_GRPC: Final = {
+    "INVALID_ARGUMENT": 400,
+    "FAILED_PRECONDITION": 400,
+    "OUT_OF_RANGE": 400,
+    "UNAUTHENTICATED": 401,
+    "PERMISSION_DENIED": 403,
+    "NOT_FOUND": 404,
+    "UNIMPLEMENTED": 404,
+    "ABORTED": 409,
+    "RESOURCE_EXHAUSTED": 429,
+    "INTERNAL": 500,
+    "UNKNOWN": 500,
+    "UNAVAILABLE": 503,
+    "DEADLINE_EXCEEDED": 504,
+}
+#: Without a status: the names of an exception's bases that come from a client's package. The first match counts.
+_CLIENTS: Final = frozenset(
+    {
+        "aiohttp", "anthropic", "botocore", "google", "httpcore", "httpcore2", "httpx", "httpx2", "mistralai",
+        "openai", "requests", "urllib3",
+    }
+)  # fmt: skip
+_NAMES: Final[tuple[tuple[frozenset[str], Verdict], ...]] = (
+    # Subclasses of transport errors that no second try mends.
+    (
+        frozenset(
+            {
+                "UnsupportedProtocol", "LocalProtocolError", "InvalidURL", "MissingSchema", "InvalidSchema",
+                "NoRegionError", "ParamValidationError",
+            }
+        ),
+        _BAD_REQUEST,
+    ),
+    (frozenset({"DefaultCredentialsError", "NoCredentialsError", "PartialCredentialsError"}), _AUTH),
+    (frozenset({"ContentFilterFinishReasonError"}), _CONTENT),
+    (
+        frozenset(
+            {
+                "APITimeoutError", "TimeoutException", "Timeout", "ReadTimeout", "ConnectTimeout",
+                "ReadTimeoutError", "ConnectTimeoutError", "ServerTimeoutError",
+            }
+        ),
+        _TIMEOUT,
+    ),
+    (
+        frozenset(
+            {
+                "APIConnectionError", "TransportError", "NetworkError", "RemoteProtocolError", "ConnectionError",
+                "ClientConnectionError", "ClientPayloadError", "ChunkedEncodingError", "ConnectionClosedError",
+                "IncompleteReadError", "NoResponseError", "ResponseStreamingError",
+            }
+        ),
+        _CONNECTION,
+    ),
+)  # fmt: skip
+
+
+def read_provider_error(exc: BaseException) -> Verdict | None:
+    """The verdict on an exception, or on what it was raised from; None if its shape says nothing.
+
+    An exception group is what its worst member is: TERMINAL if one of them is, else nothing if one says nothing, else
+    the one with the longest wait. Never raises: an attribute that misbehaves is one that says nothing.
+    """
+    return _verdict(exc, set())
+
+
+def _verdict(exc: BaseException, seen: set[int]) -> Verdict | None:
+    for candidate in (exc, _cause(exc)):
+        kind = type(candidate)
+        if candidate is None or (kind in _SILENT and not candidate.__dict__):
+            continue  # Most errors of the user's own code. Looking for what they do not have would take 30 us.
+        try:
+            if issubclass(type(candidate), BaseExceptionGroup):
+                verdict = _worst(cast("BaseExceptionGroup[Any]", candidate), seen)
+            else:
+                verdict = _read(candidate) if issubclass(type(candidate), BaseException) else None
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException:
+            verdict = None
+        if verdict is not None:
+            return verdict
+    return None
+
+
+#: What an exception was raised from, whatever its class says of that name.
+_cause: Final = cast("Any", BaseException).__cause__.__get__
+#: Python's own exceptions that have no attributes but a message.
+_SILENT: Final = frozenset(
+    kind
+    for kind in vars(builtins).values()
+    if isinstance(kind, type)
+    and issubclass(kind, Exception)
+    and not issubclass(kind, (OSError, BaseExceptionGroup))
+)
+
+
+def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
+    if id(group) in seen:  # A member can be raised from the group that it is in.
+        return None
+    seen.add(id(group))
+    found: list[Verdict] = []
+    silent = False
+    for member in group.exceptions:
+        late = _TIMEOUT if issubclass(type(member), TimeoutError) else None
+        verdict = _verdict(member, seen) or late
+        if verdict is None:
+            silent = True
+        elif verdict.failure_class == "TERMINAL":
+            return verdict
+        else:
+            found.append(verdict)
+    return None if silent else max(found, key=lambda verdict: verdict.retry_after or 0.0)
+
+
+def _read(exc: BaseException) -> Verdict | None:
+    packages = {_package(cls) for cls in type(exc).__mro__}
+    levels = _levels(exc, packages)
+    codes = list(_codes(exc, levels))
+    found = next((_CODES[code] for code in codes if code in _CODES), None)
+    status = _status(exc, packages)
+    if found is None and status is not None:
+        own = (_OWN.get((package, status)) for package in packages)
+        found = next(filter(None, own), None) or _STATUS.get(status) or (_SERVER if status >= 500 else None)
+    if found is None and (status is None or status < 400):
+        found = next((_STREAMED[code] for code in codes if code in _STREAMED), None)
+    if found is not None:
+        found = _read_prose(found, levels, packages)
+    if status is None:
+        return found or _read_transport(exc)
+    headers = _headers(exc, packages)
+    wish = headers.get("x-should-retry")
+    if wish == "false" and status >= 400:
+        found = (found or _BAD_REQUEST)._replace(failure_class="TERMINAL")
+    elif wish == "true" and status >= 400 and found is not _QUOTA and found is not _AUTH:
+        found = (found or _SERVER)._replace(failure_class="RECOVERABLE")
+    if found is None:
+        return None
+    asked = retry_after_seconds(headers)
+    return found._replace(retry_after=_retry_delay(levels) if asked is None else asked)
+
+
+def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdict:
+    """The same verdict, or a better one where the message says more than the status and the codes."""
+    phrases: tuple[tuple[str, Verdict], ...] = ()
+    if found is _BAD_REQUEST:
+        phrases = _PHRASES
+    elif found is _RATE_LIMIT:
+        phrases = _LASTING
+    if "grpc" in packages:
+        phrases += _GRPC_PHRASES
+    if not phrases:
+        return found
+    said = [_get(level, name) for level in levels for name in ("message", "Message")]
+    prose = " ".join(text for text in said if isinstance(text, str)).lower()
+    return next((verdict for phrase, verdict in phrases if phrase in prose), found)
+
+
+def _read_transport(exc: BaseException) -> Verdict | None:
+    names = {cls.__name__ for cls in type(exc).__mro__ if _package(cls) in _CLIENTS}
+    for known, verdict in _NAMES:
+        if names & known:
+            return verdict
+    return _CONNECTION if isinstance(exc, ConnectionError) else None
+
+
+def _package(cls: type) -> str:
+    return cls.__module__.partition(".")[0]
+
+
+def _status(exc: BaseException, packages: set[str]) -> int | None:
+    response = _get(exc, "response")
+    places = [(exc, "status_code"), (exc, "status"), (response, "status_code"), (response, "status")]
+    places.append((_get(response, "ResponseMetadata"), "HTTPStatusCode"))  # botocore
+    if "google" in packages:
+        # Before the response, whose status is 200 where an error came in the middle of a stream.
+        places.insert(0, (exc, "code"))
+    for owner, name in places:
+        value = _get(owner, name)
+        if isinstance(value, int) and 100 <= value <= 599:
+            return int(value)
+    if "grpc" in packages:
+        return _GRPC.get(str(_get(_call(exc, "code"), "name")))
+    return None
+
+
+def _call(exc: BaseException, name: str) -> Any:
+    """What a method without arguments gives, as gRPC's exceptions have; None if there is none, or it raises."""
+    method = _get(exc, name)
+    try:
+        return method() if callable(method) else None
+    except Exception:
+        return None
+
+
+def _headers(exc: BaseException, packages: set[str]) -> dict[str, str]:
+    if "grpc" in packages:
+        found = _pairs(_call(exc, "trailing_metadata"))
+        if (pushback := found.get("grpc-retry-pushback-ms")) is not None:
+            found["retry-after-ms"] = pushback
+            if pushback.strip().startswith("-"):  # gRPC's way to say: do not try again.
+                found["x-should-retry"] = "false"
+        return found
+    response = _get(exc, "response")
+    places = (
+        (response, "headers"),
+        (exc, "headers"),
+        (_get(response, "ResponseMetadata"), "HTTPHeaders"),
+    )
+    for owner, name in places:
+        found = _pairs(_get(owner, name))
+        if found:
+            return found
+    return {}
+
+
+def _pairs(headers: Any) -> dict[str, str]:
+    """Headers by their lower-case names, from a mapping, pairs, or a message of the standard library; {} from all else.
+
+    A header that came several times is joined by commas, as HTTP has it.
+    """
+    found: dict[str, str] = {}
+    try:
+        items = headers.items() if hasattr(headers, "items") else headers
+        for key, value in items if isinstance(items, Iterable) else ():
+            name = _decoded(key).lower()
+            text = ", ".join(map(_decoded, value)) if isinstance(value, (list, tuple)) else _decoded(value)
+            found[name] = f"{found[name]}, {text}" if name in found else text
+    except Exception:
+        return {}
+    return found
+
+
+def _decoded(text: Any) -> str:
+    return text.decode("latin-1") if isinstance(text, bytes) else str(text)
+
+
+def _levels(exc: BaseException, packages: set[str]) -> list[Any]:
+    """Where codes and messages stand: the exception, and its body from the outside in."""
+    if "grpc" in packages:
+        return [exc, {"message": _call(exc, "details")}]
+    if "aiohttp" in packages:
+        return []  # It keeps no body, and warns whoever asks for its code.
+    response = _get(exc, "response")
+    body = _get(exc, "body")
+    if body is None and isinstance(response, Mapping):
+        return [exc, _get(response, "Error")]
+    if body is None and isinstance(_get(exc, "details"), Mapping):
+        body = _get(exc, "details")  # google
+    if body is None:
+        # httpx has the body on the response; a body that was never read must not be fetched here.
+        body = _get(response, "_content")
+    if isinstance(body, (bytes, str)):
+        try:
+            body = json.loads(body) if len(body) < 65_536 else None
+        except (ValueError, RecursionError):
+            body = None
+    if isinstance(body, list) and len(body) == 1:
+        body = body[0]  # google, from some of its addresses
+    return [exc, body, _get(body, "error")]
+
+
+def _codes(exc: BaseException, levels: list[Any]) -> Iterator[str]:
+    for level in [*levels, *[_get(level, "details") for level in levels]]:
+        for name in ("error_code", "code", "Code", "type"):
+            value = _get(level, name)
+            if isinstance(value, str):
+                yield value
+    for detail in _details(levels):
+        reason = _get(detail, "reason")
+        if isinstance(reason, str):
+            yield reason
+        violations = _get(detail, "violations")
+        for violation in violations if isinstance(violations, list) else ():
+            # The wait that is asked for beside it is of seconds, for a quota that is filled again at midnight.
+            if "PerDay" in str(_get(violation, "quotaId")):
+                yield "PerDay"
+
+
+def _details(levels: list[Any]) -> Iterator[Any]:
+    """What Google's errors say in a list: ErrorInfo, QuotaFailure, RetryInfo."""
+    for level in levels[1:]:
+        details = _get(level, "details")
+        if isinstance(details, list):
+            yield from details
+
+
+def _retry_delay(levels: list[Any]) -> float | None:
+    for detail in _details(levels):
+        delay = _get(detail, "retryDelay")
+        if isinstance(delay, str):
+            return retry_after_seconds({"retry-after": delay.removesuffix("s")})
+    return None
+
+
+def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
+    """The wait a server asks for: ``retry-after-ms``, or ``retry-after`` in seconds or as an HTTP date.
+
+    ``headers`` has lower-case names. A date that has passed is no wait. Of several wishes in one header, as a server
+    and a proxy before it may have, the longest counts. None if there is no wish, or one that makes no sense.
+    """
+    for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
+        text = headers.get(name, "").strip()
+        found = [_number(part) for part in text.split(",")]
+        waits = [wait / scale for wait in found if math.isfinite(wait) and wait >= 0]
+        if not waits and scale == 1.0:
+            waits = _moment(text)
+        if waits:
+            return max(waits)
+    return None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        return math.nan
+
+
+def _moment(text: str) -> list[float]:
+    """Seconds from now until an HTTP date; none for anything else."""
+    if not text:
+        return []
+    try:
+        from email.utils import (
+            parsedate_to_datetime,  # Few servers name a date, and this loads half of email.
+        )
+
+        moment = parsedate_to_datetime(text)
+        # HTTP dates are in GMT, also where they do not say so.
+        moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+        return [max(0.0, moment.timestamp() - time.time())]
+    except (TypeError, ValueError, OverflowError, ImportError, OSError):
+        return []

@@ -1,0 +1,117 @@
+"""Where an exception came from, as data: the frames of the user's own code, and all others."""
+
+from __future__ import annotations
+
+import functools
+import json
+import linecache
+import os
+import sysconfig
+import traceback
+from collections.abc import Callable, Sequence
+from types import CodeType
+from typing import Any, Final, NamedTuple
+
+__all__ = ["Frame", "Trouble", "frames_of", "read_trouble", "trouble_writer"]
+
+_OURS: Final = os.path.dirname(os.path.dirname(os.path.abspath(__file__))) + os.sep
+_MOST: Final = 20  # frames of each kind that are kept, the innermost ones
+_LONGEST: Final = 300  # characters of one text
+
+
+class Frame(NamedTuple):
+    """One frame of a traceback. ``line``: 1-based; ``source``: "" where it cannot be read. No values of variables."""
+
+    file: str
+    line: int
+    name: str
+    source: str
+
+
+class Trouble(NamedTuple):
+    """Where a failed attempt failed.
+
+    Attributes:
+        attempt, started_ns: which one; see AttemptRecord.
+        own: the frames of the user's code, the innermost last.
+        others: those of libraries in between and below.
+    """
+
+    attempt: int
+    started_ns: int
+    own: tuple[Frame, ...]
+    others: tuple[Frame, ...]
+
+
+def frames_of(error: BaseException) -> tuple[list[traceback.FrameSummary], list[traceback.FrameSummary]]:
+    """The frames of the user's own code, and those of libraries; ours and the interpreter's are neither."""
+    frames = [frame for frame in traceback.extract_tb(error.__traceback__) if not _is_ours(frame.filename)]
+    return (
+        [frame for frame in frames if not _is_library(frame.filename)],
+        [frame for frame in frames if _is_library(frame.filename)],
+    )
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_ours(file: str) -> bool:
+    return file.startswith((_OURS, "<frozen"))
+
+
+@functools.lru_cache(maxsize=4096)
+def _is_library(file: str) -> bool:
+    return os.path.realpath(file).startswith(_libraries())
+
+
+@functools.cache
+def _libraries() -> tuple[str, ...]:
+    places = map(sysconfig.get_path, ("stdlib", "purelib", "platlib"))
+    return tuple({os.path.realpath(place) + os.sep for place in places})
+
+
+def trouble_writer(error: BaseException) -> Callable[[], bytes]:
+    """What writes down where an exception came from: b"" if there is nothing to tell.
+
+    Nothing is read from files before it is asked, and it holds no frame, so that no variable lives on in it.
+    """
+    places: list[tuple[CodeType, int]] = []
+    at = error.__traceback__
+    while at is not None:
+        frame = at.tb_frame
+        if not _is_ours(frame.f_code.co_filename):
+            linecache.lazycache(frame.f_code.co_filename, frame.f_globals)
+            places.append((frame.f_code, at.tb_lineno))
+        at = at.tb_next
+    return functools.partial(_written, places)
+
+
+def _written(places: Sequence[tuple[CodeType, int]]) -> bytes:
+    if not places:
+        return b""
+    own = [place for place in places if not _is_library(place[0].co_filename)]
+    others = [place for place in places if _is_library(place[0].co_filename)]
+    told = [
+        [
+            [
+                code.co_filename[-_LONGEST:],
+                line,
+                code.co_name[:_LONGEST],
+                linecache.getline(code.co_filename, line).strip()[:_LONGEST],
+            ]
+            for code, line in kind[-_MOST:]
+        ]
+        for kind in (own, others)
+    ]
+    return json.dumps(told).encode()
+
+
+def read_trouble(data: bytes, attempt: int, started_ns: int) -> Trouble | None:
+    """What was written; None for what was not."""
+    try:
+        own, others = json.loads(data)
+        return Trouble(attempt, started_ns, _frames(own), _frames(others))
+    except (ValueError, TypeError):
+        return None
+
+
+def _frames(told: Sequence[Sequence[Any]]) -> tuple[Frame, ...]:
+    return tuple(Frame(str(file), int(line), str(name), str(source)) for file, line, name, source in told)

@@ -1,0 +1,208 @@
+"""Sets of hooks that users write, and what their calls report."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
+from types import FunctionType, MethodType
+from typing import Any, ClassVar, Final
+
+from stroma.failures.classes import FailureClass
+from stroma.trace.result import ExecutionResult
+
+__all__ = [
+    "AnyHooks",
+    "HookError",
+    "HookSets",
+    "MapProgress",
+    "NodeHooks",
+    "StepHooks",
+    "check_arguments",
+    "distinct",
+    "flatten",
+]
+
+
+@dataclass(frozen=True, slots=True)
+class MapProgress:
+    """How far a map is.
+
+    Attributes:
+        done: items that have ended, the failed and the restored ones among them.
+        total: how many there are; None as long as nobody knows.
+        failed: those that failed while the others go on (``on_item_failure="collect"``).
+        restored: those that an earlier process did.
+        rate: items per second that this process does, over the last seconds.
+        seconds_left: None if it cannot be told.
+        elapsed_seconds: since this process began with the map.
+        ended: whether this is the last word of this map.
+    """
+
+    done: int
+    total: int | None
+    failed: int
+    restored: int
+    rate: float
+    seconds_left: float | None
+    elapsed_seconds: float
+    ended: bool
+
+
+@dataclass
+class NodeHooks:
+    """Async callbacks at the boundaries of runs and nodes; each is optional and costs nothing when unset.
+
+    ``on_node_success`` gets the tokens of this attempt, input + output, 0 if the node reported none. Everything
+    else about a node (position, attempt, model, cost ...) is at :func:`stroma.current_node` while a hook runs.
+    ``on_node_wait`` gets (run id, node id, reason, seconds) when an attempt begins to wait for its turn: at a limit, a
+    shared budget or an open circuit; 0 seconds where nobody can tell how long. ``on_circuit_change`` gets (run id, host or
+    limit, "open", "half_open" or "closed") in the run that changed it. ``on_budget_warning`` names the limit of a shared
+    budget "budget:cost" or "budget:tokens".
+    Compose sets with ``a | b`` or a list: starts run first to last, ends last to first. ``on_map_progress`` is told
+    how far a map is: at its begin, at its end, and in between at most five times a second.
+    """
+
+    on_node_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
+    on_node_success: Callable[[str, str, dict[str, Any], int], Awaitable[None]] | None = None
+    on_node_failure: Callable[[str, str, Exception, FailureClass], Awaitable[None]] | None = None
+    on_run_start: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
+    on_run_end: Callable[[str, ExecutionResult], Awaitable[None]] | None = None
+    on_node_retry: Callable[[str, str, int, float, FailureClass], Awaitable[None]] | None = None
+    on_node_skipped: Callable[[str, str, dict[str, Any]], Awaitable[None]] | None = None
+    on_node_cancelled: Callable[[str, str], Awaitable[None]] | None = None
+    on_node_suspended: Callable[[str, str, str], Awaitable[None]] | None = None
+    on_budget_warning: Callable[[str, str, float, float], Awaitable[None]] | None = None
+    on_map_progress: Callable[[str, str, MapProgress], Awaitable[None]] | None = None
+    on_node_wait: Callable[[str, str, str, float], Awaitable[None]] | None = None
+    on_circuit_change: Callable[[str, str, str], Awaitable[None]] | None = None
+
+    def __post_init__(self) -> None:
+        self.check()
+
+    def check(self) -> None:
+        """Raise TypeError for a hook that cannot be called with its event's arguments, where its signature tells."""
+        for event, arguments in _ARGUMENTS.items():
+            hook = getattr(self, event)
+            if hook is not None:
+                check_arguments(event, hook, arguments)
+
+    #: Of hooks that make a run wait for who reads what they tell: they are under no time limit.
+    _patient: ClassVar[bool] = False
+
+    def __or__(self, other: NodeHooks | Sequence[NodeHooks]) -> HookSets:
+        return HookSets((self, *flatten(other)))
+
+    def __ror__(self, other: Sequence[NodeHooks]) -> HookSets:
+        return HookSets((*flatten(other), self))
+
+
+#: What the hooks of each event are called with.
+_ARGUMENTS: Final[dict[str, tuple[str, ...]]] = {
+    "on_node_start": ("run_id", "node_id", "input_state"),
+    "on_node_success": ("run_id", "node_id", "output_state", "tokens_used"),
+    "on_node_failure": ("run_id", "node_id", "exception", "failure_class"),
+    "on_run_start": ("run_id", "pipeline", "initial_state"),
+    "on_run_end": ("run_id", "result"),
+    "on_node_retry": ("run_id", "node_id", "attempt", "delay_seconds", "failure_class"),
+    "on_node_skipped": ("run_id", "node_id", "output_state"),
+    "on_node_cancelled": ("run_id", "node_id"),
+    "on_node_suspended": ("run_id", "node_id", "reason"),
+    "on_budget_warning": ("run_id", "dimension", "used", "limit"),
+    "on_map_progress": ("run_id", "node_id", "progress"),
+    "on_node_wait": ("run_id", "node_id", "reason", "seconds"),
+    "on_circuit_change": ("run_id", "key", "state"),
+}
+
+
+def check_arguments(name: str, func: Any, arguments: Sequence[str]) -> None:
+    """Raise TypeError for a callable that takes other positional arguments than these, where its signature tells."""
+    signature = _own_signature(func)
+    if signature is None:
+        return
+    try:
+        signature.bind(*arguments)
+    except TypeError:
+        raise TypeError(
+            f"{name} is called with ({', '.join(arguments)}), and {func!r} takes {signature}; give it these parameters"
+        ) from None
+
+
+def _own_signature(func: Any) -> inspect.Signature | None:
+    """Return the signature that a call goes by; None where that cannot be told.
+
+    What a decorator says of the function that it wraps (``__wrapped__``, ``__signature__``) is not how it is called itself.
+    """
+    if type(func) not in (FunctionType, MethodType, partial):
+        call = getattr(type(func), "__call__", None)  # noqa: B004
+        func = MethodType(call, func) if type(call) is FunctionType else None
+    plain: Any = func
+    while type(plain) is partial:
+        plain = plain.func
+    plain = getattr(plain, "__func__", plain)
+    if type(plain) is not FunctionType or "__signature__" in vars(plain):
+        return None
+    return inspect.signature(func, follow_wrapped=False)
+
+
+StepHooks = NodeHooks
+#: One set of hooks, or several in order.
+AnyHooks = NodeHooks | Sequence[NodeHooks]
+EVENTS = tuple(f.name for f in fields(NodeHooks))
+_ENDS = frozenset(
+    {"on_node_success", "on_node_failure", "on_node_cancelled", "on_node_suspended", "on_run_end"}
+)
+
+
+class HookSets(tuple[NodeHooks, ...]):
+    """Several sets of hooks, in order."""
+
+    __slots__ = ()
+
+    def __or__(self, other: NodeHooks | Sequence[NodeHooks]) -> HookSets:
+        return HookSets((*self, *flatten(other)))
+
+
+def flatten(hooks: NodeHooks | Iterable[NodeHooks] | None) -> tuple[NodeHooks, ...]:
+    """Every set of hooks in order. Raises TypeError for anything that is not one."""
+    if hooks is None:
+        return ()
+    if isinstance(hooks, NodeHooks):
+        return (hooks,)
+    sets: list[NodeHooks] = []
+    for item in hooks if hasattr(hooks, "__iter__") else [hooks]:
+        if isinstance(item, (list, tuple)):
+            sets.extend(flatten(item))
+        elif isinstance(item, NodeHooks):
+            sets.append(item)
+        else:
+            raise TypeError(f"{item!r} is not a set of hooks; make one with NodeHooks(...)")
+    return tuple(sets)
+
+
+def distinct(sets: Sequence[NodeHooks]) -> list[NodeHooks]:
+    """Return the sets of hooks without exporters that feed what an earlier one feeds: each event is counted once."""
+    found: list[NodeHooks] = []
+    fed: list[object] = []
+    for one in sets:
+        destination = getattr(getattr(one, "exporter", None), "destination", None)
+        if destination is not None:
+            if destination in fed:
+                continue
+            fed.append(destination)
+        found.append(one)
+    return found
+
+
+class HookError(Exception):
+    """Hooks raised in a run with ``hook_errors="raise"``; ``result`` is the complete result of that run.
+
+    Where: out of ``run()``, after everything is committed.
+    Cause: a hook raised; the first such exception is the ``__cause__``.
+    Mend: correct the hook, or leave ``hook_errors`` at "isolate": then it is logged and in ``result.hook_errors``.
+    """
+
+    def __init__(self, message: str, result: ExecutionResult) -> None:
+        super().__init__(message)
+        self.result = result

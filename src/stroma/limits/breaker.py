@@ -1,0 +1,243 @@
+"""Breaker: a provider that fails is left alone for a while."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Any, Final, Literal, NamedTuple
+from urllib.parse import urlsplit
+
+from stroma._utils.access import get
+from stroma.cost.usage import shown
+from stroma.failures.classes import FailureClass
+from stroma.failures.failure import Failure
+from stroma.limits.gate import a_count, an_amount, seconds_or_none
+
+__all__ = ["Breaker", "CircuitState", "Entry", "check_breaker", "host_of"]
+
+CircuitState = Literal["closed", "open", "half_open"]
+
+#: Reasons of failures that say that the provider is not well. One that asks to come back later (429) is: its limits are
+#: what limits= and Retry-After are for.
+_ILL: Final = frozenset({"connection", "timeout", "server_error", "overloaded"})
+#: Reasons that say nothing about the provider: they come from this side of the wire.
+_OURS: Final = frozenset({"budget", "usage", "not_serialisable", "store"})
+
+# One for all: what is done under it takes microseconds.
+_lock = threading.Lock()
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.Lock()  # The parent may have held it.
+
+
+if hasattr(os, "register_at_fork"):  # pragma: no branch
+    os.register_at_fork(after_in_child=_after_fork)
+
+
+class Entry(NamedTuple):
+    """Whether a call may be made now.
+
+    Attributes:
+        wait_seconds: when to ask again; None: now is well.
+        probe: it is the one call that finds out whether the provider is well again.
+        changed: the state that the circuit has come to by this, if it did.
+    """
+
+    wait_seconds: float | None = None
+    probe: bool = False
+    changed: CircuitState | None = None
+
+
+@dataclass
+class _Circuit:
+    state: CircuitState = "closed"
+    opened: float = 0.0
+    probing: bool = False
+    #: (when, whether it went well) of the calls in the window, and how many of them did not.
+    calls: deque[tuple[float, bool]] = field(default_factory=deque)
+    failed: int = 0
+
+
+def _now() -> float:
+    return time.monotonic()
+
+
+class Breaker:
+    """A circuit breaker for each provider, shared by all runs of this process that are given this object.
+
+    A circuit is named by the provider's host, as its exceptions tell it; where none does, by the limit of the node
+    (``limit 'llm'``). It is closed until, of at least ``min_calls`` calls of the last ``window_seconds``, a share of
+    ``failure_rate`` has failed: then it is open, and no call is made for ``open_seconds``. After those one call finds
+    out (half-open): if it goes well the circuit is closed, else open once more.
+
+    What counts as a failure is a provider that cannot be reached, answers too late, is overloaded or broken (5xx).
+    A request that it refuses (400, 401 ...) or wants later (429) shows that it is well. An attempt that meets an open
+    circuit waits: that uses up none of its retries, which are for calls that were made.
+
+    Attributes:
+        failure_rate: 0 to 1, above 0.
+        max_wait_seconds: for how long an attempt waits; then its run ends as PARTIAL. 0: not at all. None: without end.
+
+    Raises ValueError for a wrong figure.
+    """
+
+    def __init__(
+        self,
+        *,
+        failure_rate: float = 0.5,
+        min_calls: int = 10,
+        window_seconds: float = 60.0,
+        open_seconds: float = 30.0,
+        max_wait_seconds: float | None = 60.0,
+        _clock: Callable[[], float] | None = None,
+    ) -> None:
+        self.failure_rate = an_amount("failure_rate", failure_rate, "a share")
+        if self.failure_rate > 1:
+            raise ValueError(f"failure_rate is {shown(failure_rate)}; give a share, from above 0 to 1")
+        self.min_calls = a_count("min_calls", min_calls)
+        self.window_seconds = an_amount("window_seconds", window_seconds, "seconds")
+        self.open_seconds = an_amount("open_seconds", open_seconds, "seconds")
+        self.max_wait_seconds = seconds_or_none("max_wait_seconds", max_wait_seconds)
+        self._clock = _clock or _now
+        self._circuits: dict[str, _Circuit] = {}
+        #: The host that a node's calls last failed at.
+        self._hosts: dict[str, str] = {}
+
+    def __copy__(self) -> Breaker:
+        return self  # It is what runs share: copies of a config have the same.
+
+    def __deepcopy__(self, memo: object) -> Breaker:
+        return self
+
+    @staticmethod
+    def verdict(failure: Failure) -> bool | None:
+        """Whether a failed attempt shows that the provider is well; None if it says nothing about that."""
+        if failure.reason in _ILL and failure.failure_class is not FailureClass.TERMINAL:
+            return False
+        if failure.reason is None or failure.reason in _OURS:
+            return None
+        if failure.reason == "contract":  # It has answered, unless the input never got that far.
+            return True if get(failure.exception, "direction") == "output" else None
+        return True
+
+    def states(self) -> dict[str, CircuitState]:
+        """The circuits that have counted anything, by host or limit."""
+        return {key: circuit.state for key, circuit in list(self._circuits.items())}
+
+    def key_of(self, node_id: str, limit: str | None) -> str | None:
+        """The circuit that a call of a node stands behind; None while nobody knows."""
+        return self._hosts.get(node_id, limit)
+
+    def enter(self, key: str) -> Entry:
+        """Ask whether a call may be made; whoever may says with leave() what became of it."""
+        with _lock:
+            circuit = self._circuits.get(key)
+            if circuit is None or circuit.state == "closed":
+                return Entry()
+            left = circuit.opened + self.open_seconds - self._clock()
+            if circuit.state == "open" and left > 0:
+                return Entry(left)
+            if circuit.probing:
+                return Entry(0.0)
+            changed: CircuitState | None = "half_open" if circuit.state == "open" else None
+            circuit.state, circuit.probing = "half_open", True
+            return Entry(probe=True, changed=changed)
+
+    def leave(self, key: str | None, went_well: bool | None, *, probe: bool) -> CircuitState | None:
+        """Count a call; None: it says nothing about the provider. Returns what the circuit has come to, if it changed."""
+        if key is None:
+            return None
+        with _lock:
+            circuit = self._circuits.setdefault(key, _Circuit())
+            now = self._clock()
+            if probe:
+                circuit.probing = False
+                if went_well is None or circuit.state != "half_open":
+                    return None
+                circuit.calls.clear()
+                circuit.failed = 0
+                circuit.state, circuit.opened = ("closed", 0.0) if went_well else ("open", now)
+                return circuit.state
+            if went_well is None or circuit.state != "closed":  # It was begun before the circuit opened.
+                return None
+            circuit.calls.append((now, went_well))
+            circuit.failed += not went_well
+            while circuit.calls[0][0] <= now - self.window_seconds:
+                circuit.failed -= not circuit.calls.popleft()[1]
+            if (
+                went_well
+                or len(circuit.calls) < self.min_calls
+                or circuit.failed < self.failure_rate * len(circuit.calls)
+            ):
+                return None
+            circuit.state, circuit.opened = "open", now
+            return "open"
+
+    def learn(self, node_id: str, failure: Failure, key: str | None) -> str | None:
+        """The circuit that a failed call counts for: that of the host it names, else the one it stood behind."""
+        host = host_of(failure.exception)
+        if host is None:
+            return key
+        self._hosts[node_id] = host
+        return host
+
+
+def check_breaker(value: object) -> Breaker:
+    """What was given as a breaker. Raises ValueError for what is none."""
+    if not isinstance(value, Breaker):
+        raise ValueError(f"breaker is {shown(value)}; give a Breaker(...)")
+    return value
+
+
+# ---------------------------------------------------------------------- whose failure it was
+
+
+def host_of(error: BaseException) -> str | None:
+    """The host that an exception of a provider's client was about, by its shape; None if it does not say.
+
+    Looks at the exceptions it was raised from, too: SDKs wrap those of their HTTP client.
+    """
+    seen: BaseException | None = error
+    for _ in range(4):
+        if seen is None:
+            return None
+        for found in _places(seen):
+            host = _host(found)
+            if host is not None:
+                return host
+        seen = seen.__cause__ or seen.__context__
+    return None
+
+
+def _places(error: BaseException) -> Iterator[Any]:
+    request = get(error, "request")  # httpx, openai, anthropic, requests
+    yield get(request, "url")
+    response = get(error, "response")
+    yield get(response, "url")
+    yield get(get(response, "request"), "url")
+    info = get(error, "request_info")  # aiohttp
+    yield get(info, "real_url") or get(info, "url")
+    yield get(get(error, "kwargs"), "endpoint_url")  # botocore
+    yield get(error, "url")  # urllib
+    connection = get(error, "host")  # aiohttp, where no connection was made
+    if isinstance(connection, str) and connection:
+        yield f"//{connection}"
+
+
+def _host(url: Any) -> str | None:
+    if url is None:
+        return None
+    host = get(url, "host")
+    if isinstance(host, str) and host:
+        return host.lower()
+    try:
+        text = url if isinstance(url, str) else str(url)
+        return urlsplit(text).hostname if "//" in text else None
+    except Exception:
+        return None

@@ -1,0 +1,405 @@
+"""SharedBudget: money and tokens that several runs, in any process, spend from together."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, Literal
+
+from stroma.checkpoint.cells import CellStore, Change
+from stroma.checkpoint.errors import StoreError
+from stroma.contracts.contract import check_id
+from stroma.cost.usage import shown
+from stroma.failures.errors import SharedBudgetExceeded, Wait
+from stroma.limits.budget_state import (
+    PERIODS,
+    PICO,
+    Account,
+    Ask,
+    Left,
+    Per,
+    Place,
+    Refusal,
+    Spend,
+    Terms,
+    left_by,
+    release,
+    renew,
+    reserve,
+    settle,
+    view,
+)
+from stroma.limits.gate import Caller, Gate, OnStoreError, a_count, an_amount, logger, seconds_or_none
+from stroma.limits.reservations import readable
+
+if TYPE_CHECKING:
+    from stroma.checkpoint.protocols import Session
+    from stroma.trace.events import AttemptUsage
+
+__all__ = ["BudgetState", "SharedBudget", "caller_of", "check_budgets", "read_budget"]
+
+_LEAST_LEASE_SECONDS = 0.1
+
+
+@dataclass(frozen=True, slots=True)
+class BudgetState:
+    """A shared budget as its store has it. Money in US dollars, times in UTC.
+
+    Attributes:
+        max_cost_usd, max_tokens: the limits of whoever changed it last.
+        spent_usd, spent_tokens: in this window.
+        reserved_usd, reserved_tokens: by calls in flight.
+        calls: how many those are.
+        window_start, window_end: None for a budget without ``per=``.
+        by_node: (USD, tokens) of this window by node id.
+    """
+
+    name: str
+    per: str | None
+    max_cost_usd: float | None
+    max_tokens: int | None
+    spent_usd: float
+    spent_tokens: int
+    reserved_usd: float
+    reserved_tokens: int
+    calls: int
+    window_start: datetime | None
+    window_end: datetime | None
+    by_node: Mapping[str, tuple[float, int]]
+
+
+class SharedBudget(Gate):
+    """A budget that all runs with its name share: in this process, or, with a ``store``, in all that use that store.
+
+    Before each attempt it reserves what the call may take, and after it counts what the call took; a call for which
+    there is no room is not made, and its run ends as PARTIAL, as with a run's own budget. So no more is ever spent than
+    the limit, and what calls in flight take beyond what was reserved for them.
+
+    Args:
+        name: any legal id.
+        max_cost_usd: the limit of a window in US dollars; this or ``max_tokens``, or both. Exactly at it is within it; 0
+            means spend nothing.
+        max_tokens: the same in tokens.
+        per: "minute", "hour", "day" or "month": the window is that unit of the calendar in UTC, by the store's clock.
+            None: it never begins anew.
+        store: what keeps it, or its URL; None: this process. Not a store of the simple protocol.
+        reserve_usd: what one call takes at the least; by node id, if that differs. What calls of the node took lately is
+            reserved where it is more. Of a node that nobody knows anything of, the first call reserves all that is left,
+            so that no other one begins beside it.
+        reserve_tokens: the same in tokens.
+        max_cost_usd_by_node: limits of single nodes, in the same window.
+        nodes: ids of the nodes that spend from it; None: all.
+        max_wait_seconds: for how long a call waits while what stands in its way is only reserved; None: without end.
+        lease_seconds: for how long a reservation outlives the process that made it. In a living one it is kept up.
+        on_store_error: "refuse" makes no call while the store is down; "allow" makes it, and counts it later.
+
+    Raises ValueError for a wrong figure, and where another SharedBudget of that name and store with other limits is in
+    use in this process.
+    """
+
+    kind = "budget"
+
+    def __init__(
+        self,
+        name: str,
+        *,
+        max_cost_usd: float | None = None,
+        max_tokens: int | None = None,
+        per: Per | None = None,
+        store: CellStore | str | os.PathLike[str] | None = None,
+        reserve_usd: float | Mapping[str, float] | None = None,
+        reserve_tokens: int | Mapping[str, int] | None = None,
+        max_cost_usd_by_node: Mapping[str, float] | None = None,
+        nodes: Collection[str] | None = None,
+        max_wait_seconds: float | None = 600.0,
+        lease_seconds: float = 30.0,
+        on_store_error: OnStoreError = "refuse",
+    ) -> None:
+        if max_cost_usd is None and max_tokens is None:
+            raise ValueError(f"shared budget {shown(name)} has no limit; give max_cost_usd= or max_tokens=")
+        if per is not None and per not in PERIODS:
+            raise ValueError(f'per is {shown(per)}; give "minute", "hour", "day", "month" or None')
+        if isinstance(nodes, str):
+            raise TypeError(f"nodes is {shown(nodes)}; give a list of node ids")
+        cost = (
+            None if max_cost_usd is None else an_amount("max_cost_usd", max_cost_usd, "US dollars", zero=True)
+        )
+        tokens = None if max_tokens is None else a_count("max_tokens", max_tokens, zero=True)
+        caps = {
+            check_id(node, "node id"): an_amount(
+                f"max_cost_usd_by_node[{node!r}]", cap, "US dollars", zero=True
+            )
+            for node, cap in (max_cost_usd_by_node or {}).items()
+        }
+        self.per = per
+        self.max_cost_usd, self.max_tokens = cost, tokens
+        self.nodes = None if nodes is None else frozenset(check_id(node, "node id") for node in nodes)
+        self.max_wait_seconds = seconds_or_none("max_wait_seconds", max_wait_seconds)
+        if an_amount("lease_seconds", lease_seconds, "seconds") < _LEAST_LEASE_SECONDS:
+            raise ValueError(f"lease_seconds is {lease_seconds!r}; give {_LEAST_LEASE_SECONDS} or more")
+        self._declared = (
+            {node: _pico(usd) for node, usd in _by_node("reserve_usd", reserve_usd, cost, _an_usd).items()},
+            _by_node("reserve_tokens", reserve_tokens, tokens, a_count),
+        )
+        #: What calls took that the store could not be told of.
+        self._owed: list[Spend] = []
+        #: Calls in flight that were let pass while the store was down.
+        self._unreserved: set[str] = set()
+        #: Calls of processes that are gone whose journal says nothing of them.
+        self._looked: set[str] = set()
+        terms = (
+            ("max_cost_usd", cost),
+            ("max_tokens", tokens),
+            ("per", per),
+            ("max_cost_usd_by_node", caps),
+        )
+        super().__init__(name, store, terms, lease_seconds, on_store_error)
+        limits = (None if cost is None else _pico(cost), tokens)
+        self._ledger = Terms(name, per, limits, {node: _pico(cap) for node, cap in caps.items()})
+
+    def __repr__(self) -> str:
+        limits = [f"{name}={value!r}" for name, value in self._terms if value not in (None, {})]
+        return f"SharedBudget({self.name!r}, {', '.join(limits)})"
+
+    def has_limit(self, dimension: Literal["tokens", "cost"], node_id: str) -> bool:
+        """Return whether it limits what a node may take of tokens, or of US dollars."""
+        if self.nodes is not None and node_id not in self.nodes:
+            return False
+        if dimension == "tokens":
+            return self.max_tokens is not None
+        return self.max_cost_usd is not None or node_id in self._ledger.caps
+
+    async def state(self) -> BudgetState | None:
+        """The budget as its store has it; None before its first call. Raises StoreError."""
+        return await asyncio.to_thread(read_budget, self.store, self.name)
+
+    # ------------------------------------------------------------------ the gate
+
+    async def ask(self, node_id: str, token: str, caller: Caller | None) -> Wait | Exception | None:
+        declared = [by.get(node_id, by.get("")) for by in self._declared]
+        # Where store and caller live and die together, nobody is left who could ask.
+        place = None if caller is None or self.lease_ms is None else caller.place
+        asked = Ask(token, node_id, (declared[0], declared[1]), self.lease_ms, place, self._looked)
+        try:
+            if self._owed:
+                await self._pay()
+            answer = await self.change(reserve(self._ledger, asked))
+            while isinstance(answer, Left):
+                assert caller is not None
+                await self._settle_left(answer.calls, caller.journal)
+                self._looked.update(answer.calls)
+                answer = await self.change(reserve(self._ledger, asked))
+        except StoreError as error:
+            if not self.allows(error):
+                return error
+            self._unreserved.add(token)
+            return None
+        if not isinstance(answer, Refusal):
+            self.keep_up(token)
+            return None
+        if answer.waits:
+            return Wait("reserved", None, self._refusal(answer, node_id))
+        return self._refusal(answer, node_id)
+
+    async def left(
+        self, node_id: str, token: str, used: AttemptUsage, *, began: bool, learns: bool
+    ) -> list[tuple[str, float, float]]:
+        """What it took is counted. Returns (dimension, used, limit) of each limit that this uses to 80 %."""
+        self.drop(token)
+        spend = self._spend(node_id, token, used, learns)
+        try:
+            due = await self.change(settle(self._ledger, [spend]))
+        except StoreError:
+            self._owed.append(spend)
+            raise
+        return self._warnings(due)
+
+    def _warnings(self, due: list[tuple[str, int, int]]) -> list[tuple[str, float, float]]:
+        return [
+            (
+                f"{self.name}:{what}",
+                _usd(used) if what == "cost" else used,
+                _usd(limit) if what == "cost" else limit,
+            )
+            for what, used, limit in due
+        ]
+
+    def charge(
+        self, node_id: str, token: str, took: tuple[int, int], *, learns: bool
+    ) -> Change[list[tuple[str, int, int]] | StoreError] | None:
+        """The change that counts what a call took, for the transaction that records its attempt.
+
+        Making it twice counts it once. None for a call that was let pass while the store was down: it is counted later.
+        """
+        if token in self._unreserved:
+            return None
+        count = readable(
+            self.label, settle(self._ledger, [Spend(token, node_id, took, True, learns or any(took))])
+        )
+
+        def change(data: bytes | None, now: int) -> tuple[bytes | None, Any]:
+            try:
+                return count(data, now)
+            except StoreError as error:  # A damaged budget must not cost the output, which is paid for.
+                return None, error
+
+        return change
+
+    def charged(
+        self, token: str, answer: list[tuple[str, int, int]] | StoreError
+    ) -> list[tuple[str, float, float]]:
+        """What :meth:`left` returns, for a call that a charge has settled. Raises StoreError."""
+        self.drop(token)
+        if isinstance(answer, StoreError):
+            raise answer
+        return self._warnings(answer)
+
+    async def settle_run(self, caller: Caller) -> None:
+        """Count what earlier processes spent on a run, as its journal has it. Raises StoreError."""
+        place = caller.place
+        if place is None or self.lease_ms is None:
+            return
+        data, _ = await asyncio.to_thread(self.store.read_cell, self.cell)
+        look = readable(self.label, lambda data, _: left_by(self.name, data, place))
+        await self._settle_left(look(data, 0), caller.journal)
+
+    async def _settle_left(self, calls: dict[str, tuple[str, Place]], journal: Any) -> None:
+        spends = await asyncio.to_thread(_journaled, calls, journal) if calls else []
+        if spends:
+            await self.change(settle(self._ledger, spends))
+            logger.info("%s: %d calls of processes that are gone were counted", self.label, len(spends))
+
+    def abandon(self, node_id: str, token: str, used: AttemptUsage | None) -> None:
+        self.drop(token)
+        if used is None:
+            self._unreserved.discard(token)
+            self.post(release(self.name, [token]))
+        else:
+            self.post(settle(self._ledger, [self._spend(node_id, token, used, False)]))
+
+    def too_long(self, wait: Wait, node_id: str) -> Exception:
+        assert wait.refusal is not None
+        return wait.refusal
+
+    def _renew(self, tokens: list[str]) -> None:
+        self.post(renew(self.name, tokens, int(self.lease_seconds * 1000)))
+
+    def _spend(self, node_id: str, token: str, used: AttemptUsage, learns: bool) -> Spend:
+        took = (_pico(used.cost_usd), used.tokens)
+        known = token not in self._unreserved
+        self._unreserved.discard(token)
+        return Spend(token, node_id, took, known, learns or any(took))
+
+    async def _pay(self) -> None:
+        owed, self._owed = self._owed, []
+        try:
+            await self.change(settle(self._ledger, owed))
+        except BaseException:
+            self._owed = [*owed, *self._owed]
+            raise
+        logger.info("%s: %d calls were counted late", self.label, len(owed))
+
+    def _refusal(self, why: Refusal, node_id: str) -> SharedBudgetExceeded:
+        unit = PICO if why.dimension == "cost" else 1
+        figures = (why.limit / unit, why.spent / unit, why.reserved / unit, why.asked / unit)
+        ends = None if why.ends_ms is None else datetime.fromtimestamp(why.ends_ms / 1000, UTC)
+        return SharedBudgetExceeded(self.name, why.dimension, *figures, node_id, ends, why.capped)
+
+
+def _journaled(calls: dict[str, tuple[str, Place]], journal: Any) -> list[Spend]:
+    """What a journal says that calls took; of those that it does not know, nothing. Blocking. Raises StoreError."""
+    spends: list[Spend] = []
+    for token, (node, at) in calls.items():
+        attempts = [
+            one
+            for one in journal.attempts_at(at.run_id, at.position, at.branch, execution=at.execution)
+            if (one.epoch, one.attempt) == (at.epoch, at.attempt) and one.started_ns >= at.since_ns
+        ]
+        if attempts:  # A group that is tried again counts attempts from 1: the next one is this call's.
+            made = min(attempts, key=lambda one: one.started_ns)
+            took = (_pico(made.cost_usd), made.tokens)
+            spends.append(Spend(token, node, took, True, made.outcome == "success" or any(took)))
+    return spends
+
+
+def caller_of(
+    session: Session, run_id: str, journal: Any, position: int, branch: str, attempt: int, since_ns: int
+) -> Caller:
+    """The attempt of a run that asks, as a budget remembers it."""
+    place = None
+    if session.address:
+        at = (session.execution, session.epoch, position, branch, attempt, since_ns)
+        place = Place(session.address, run_id, *at)
+    return Caller(place, journal)
+
+
+def check_budgets(given: Any) -> tuple[SharedBudget, ...]:
+    """The budgets of a run, in an order that is the same for everybody. Raises ValueError for what are none."""
+    budgets = (given,) if isinstance(given, SharedBudget) else given
+    if not isinstance(budgets, Sequence) or not all(isinstance(one, SharedBudget) for one in budgets):
+        raise ValueError(f"shared_budgets is {shown(given)}; give a SharedBudget(...), or a list of them")
+    if len({one.name for one in budgets}) < len(budgets):
+        raise ValueError("shared_budgets has two of one name; give each a name of its own")
+    return tuple(sorted(budgets, key=lambda one: one.name))
+
+
+def read_budget(store: Any, name: str) -> BudgetState | None:
+    """A shared budget as a store has it; None if there is none. Blocking. Raises ValueError for a name, StoreError."""
+    data, now = store.read_cell(f"{SharedBudget.kind}:{check_id(name, 'name of a budget')}")
+    look = readable(f"budget {name!r}", lambda data, now: view(name, data, now))
+    found: Account | None = look(data, now)
+    if found is None:
+        return None
+    cost, tokens = found.limits
+    times = [
+        None if ms is None else datetime.fromtimestamp(ms / 1000, UTC)
+        for ms in (found.start_ms, found.ends_ms)
+    ]
+    return BudgetState(
+        name,
+        found.per,
+        None if cost is None else _usd(cost),
+        tokens,
+        _usd(found.spent[0]),
+        found.spent[1],
+        _usd(found.reserved[0]),
+        found.reserved[1],
+        found.calls,
+        times[0],
+        times[1],
+        {node: (_usd(took[0]), took[1]) for node, took in found.by_node.items()},
+    )
+
+
+def _an_usd(name: str, value: object) -> float:
+    return an_amount(name, value, "US dollars")
+
+
+def _by_node(name: str, given: Any, limit: float | None, checked: Any) -> dict[str, Any]:
+    """What was declared, by node id; for all others under "". Raises ValueError."""
+    if given is None:
+        return {}
+    if limit is None:
+        raise ValueError(f"{name} is of no use without a limit on the same; give that, or leave {name} out")
+    if not isinstance(given, Mapping):
+        given = {"": given}
+    found: dict[str, Any] = {}
+    for node, value in given.items():
+        what = f"{name}[{node!r}]" if node else name
+        found[node] = checked(what, value)
+        if found[node] > limit > 0:
+            raise ValueError(
+                f"{what} is {shown(value)}, more than the whole budget of {limit:.12g}; no call could be made"
+            )
+    return found
+
+
+def _pico(usd: float) -> int:
+    return round(usd * PICO)
+
+
+def _usd(pico: int) -> float:
+    return pico / PICO

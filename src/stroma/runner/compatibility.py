@@ -1,0 +1,80 @@
+"""Whether a recorded run can be resumed with the nodes as they are today, and what has changed since."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from stroma.checkpoint import CheckpointManager, Committed, InMemoryStore, PipelineChanged
+from stroma.checkpoint.identity import child_indexes, is_called
+from stroma.contracts.contract import ContractRegistry
+from stroma.contracts.node import Group, Node
+from stroma.contracts.schema import schema_of
+from stroma.contracts.untyped import Kept
+from stroma.engine.config import RunConfig
+from stroma.engine.context import ReliabilityContext
+from stroma.engine.restore import check_place, read_output
+
+__all__ = ["Change", "changes_since"]
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Why an output of a run cannot be gone on with. ``at``: its position, and its place in groups: "2", "2.0"."""
+
+    at: str
+    node_id: str
+    message: str
+
+
+def changes_since(
+    run_id: str,
+    commits: Mapping[tuple[int, str], Committed],
+    nodes: Sequence[Node | Group],
+    registry: ContractRegistry,
+    config: RunConfig | None = None,
+) -> list[Change]:
+    """What stands in the way of a resume, for each output by (position, branch), as a resume itself would have it.
+
+    Nothing is written, and nothing of the user's is called but validators and upcasts.
+    """
+    config = (config or RunConfig()).model_copy(update={"run_id": run_id})
+    ctx = ReliabilityContext.for_run(config, registry, CheckpointManager(InMemoryStore()))
+    found: list[Change] = []
+    for (position, branch), committed in sorted(commits.items()):
+        at = f"{position}.{branch}" if branch else str(position)
+        try:
+            check_place(ctx, nodes, committed, position, branch)
+            _read(ctx, nodes, committed, position, branch)
+        except PipelineChanged as error:
+            found.append(Change(at, committed.node_id, str(error)))
+        except Exception as error:  # A validator or an upcast may raise anything.
+            found.append(
+                Change(
+                    at, committed.node_id,
+                    f"the output of node {committed.node_id!r} cannot be read back: {type(error).__name__}: {error}; "
+                    "restore its schema, give the contract an upcast, or resume from there to make it anew",
+                )
+            )  # fmt: skip
+    return found
+
+
+def _read(
+    ctx: ReliabilityContext, nodes: Sequence[Node | Group], committed: Committed, position: int, branch: str
+) -> None:
+    """Read an output back as a resume does; raises what stands in the way. A group's is put together of its children's."""
+    if position >= len(nodes):
+        return  # Changes are allowed.
+    node = nodes[position]
+    if is_called(branch):
+        return  # Only who calls it knows what it is.
+    for index in child_indexes(branch):
+        if not isinstance(node, Group) or (not node.each and index >= len(node.children)):
+            return
+        node = node.children[0 if node.each else index]
+    if isinstance(node, Group) or committed.is_failed_item:
+        return
+    contract = ctx.contract_of(node)
+    schema = schema_of(Kept if contract is None else contract.output_schema)
+    changed = committed.contract.partition(":")[0] != schema.fingerprint
+    read_output(schema, committed, contract.upcast if changed and contract is not None else None)

@@ -1,0 +1,387 @@
+"""Where the items of a map come from, and where their outputs go, if not into the state."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import pathlib
+import stat
+from asyncio import to_thread
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterable,
+    Callable,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+    Sized,
+)
+from dataclasses import dataclass
+from typing import IO, Any, Final, Protocol
+
+from pydantic_core import from_json, to_json
+
+from stroma.trace.plain import jsonable
+
+__all__ = [
+    "FileSource",
+    "Item",
+    "IterableSource",
+    "Journal",
+    "JsonLines",
+    "LinesFile",
+    "ListSource",
+    "Source",
+    "values_of",
+]
+
+_PAGE: Final = 200  # items that are read, or looked up in the journal, at once
+_PAGE_BYTES: Final = 4 * 1024 * 1024
+_LONGEST: Final = 64 * 1024 * 1024  # bytes of a line
+_BLANKS: Final = b" \t\r\n"
+_BOM: Final = b"\xef\xbb\xbf"
+
+
+class JsonLines:
+    """A file with one JSON value per line: the items of a map, or where their outputs go.
+
+    ``JsonLines("documents.jsonl")`` is that file; ``JsonLines(field="source")`` the one whose path stands in that field
+    of the state. Relative paths begin at the process's working directory. Raises ValueError unless exactly one of the two
+    is given.
+
+    As ``into=`` the file has one line for each output, in the order of the items. It is made out of the journal once all
+    items are done, and stands there as a whole or not at all.
+    """
+
+    __slots__ = ("field", "path")
+
+    def __init__(self, path: str | os.PathLike[str] | None = None, *, field: str | None = None) -> None:
+        if (path is None) == (field is None):
+            raise ValueError(
+                "JsonLines needs a path, or field= with the name of the field that holds it; give one of them"
+            )
+        if field is not None and not field.isidentifier():
+            raise ValueError(f"{field!r} is not the name of a field")
+        self.path = None if path is None else pathlib.Path(path)
+        self.field = field
+
+    def __repr__(self) -> str:
+        return f"JsonLines({str(self.path)!r})" if self.field is None else f"JsonLines(field={self.field!r})"
+
+    @property
+    def name(self) -> str:
+        """What the map is called after."""
+        return self.field or (self.path.name if self.path is not None else "")
+
+    def find(self, state: Mapping[str, Any]) -> pathlib.Path:
+        """The path, given the fields of the state. Raises TypeError if the field holds none."""
+        if self.path is not None:
+            return self.path
+        path = state.get(self.field or "")
+        if not isinstance(path, (str, os.PathLike)) or not os.fspath(path):
+            what = f"it holds {type(path).__name__}" if self.field in state else "there is no such field"
+            raise TypeError(
+                f"{self!r} needs the path of a file in field {self.field!r} of the state, and {what}"
+            )
+        return pathlib.Path(path)
+
+
+class Journal:
+    """The store that keeps the run, as ``into=`` of a map: outputs stay there and are not gathered.
+
+    :meth:`stroma.StromaRunner.map_outputs` reads them.
+    """
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return "Journal()"
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One item of a map.
+
+    Attributes:
+        made_of: what tells a resumed run that the item is the one it was; None where nothing can.
+        broken: why there is no value.
+    """
+
+    index: int
+    value: Any
+    made_of: bytes | None = None
+    broken: str | None = None
+
+
+class Source(Protocol):
+    """The items of one run of a map.
+
+    Attributes:
+        total: how many there are; None if nobody knows.
+        page: how many it gives at once, at most; whoever reads may change that.
+    """
+
+    total: int | None
+    page: int
+
+    async def prepare(self) -> None:
+        """Look at the items before the first of them is read. Raises OSError, TypeError."""
+
+    def pages(self) -> AsyncGenerator[Sequence[Item], None]:
+        """The items in order, a few at a time."""
+        ...
+
+    def changed(self, index: int) -> str:
+        """What is wrong if an item is another one than it was."""
+        ...
+
+
+async def values_of(source: Source) -> list[Any]:
+    """All items, for who calls a map by hand. Raises ValueError for one that is broken."""
+    await source.prepare()
+    found: list[Any] = []
+    async for page in source.pages():
+        for item in page:
+            if item.broken is not None:
+                raise ValueError(item.broken)
+            found.append(item.value)
+    return found
+
+
+class ListSource:
+    """A list in the state."""
+
+    def __init__(self, items: Sequence[Any]) -> None:
+        self._items = items
+        self.total: int | None = len(items)
+        self.page = _PAGE
+
+    async def prepare(self) -> None:
+        return None
+
+    async def pages(self) -> AsyncGenerator[Sequence[Item], None]:
+        first = 0
+        while first < len(self._items):
+            values = self._items[first : first + self.page]
+            yield [Item(first + i, value) for i, value in enumerate(values)]
+            first += len(values)
+
+    def changed(self, index: int) -> str:
+        return f"item {index} is another one than it was"
+
+
+class IterableSource:
+    """What a function of the state gives. It is asked again by every process that goes on with the run."""
+
+    def __init__(self, items: Iterable[Any] | AsyncIterable[Any], name: str) -> None:
+        if not isinstance(items, (Iterable, AsyncIterable)) or isinstance(items, (str, bytes, Mapping)):
+            raise TypeError(
+                f"{name} gave {type(items).__name__}, and map_over needs an iterable or an async iterable of items"
+            )
+        self._items = items
+        self._name = name
+        self.total: int | None = len(items) if isinstance(items, Sized) else None
+        self.page = 1
+
+    async def prepare(self) -> None:
+        return None
+
+    async def pages(self) -> AsyncGenerator[Sequence[Item], None]:
+        page: list[Item] = []
+        index = 0
+        values = self._values()
+        async with contextlib.aclosing(values):
+            async for value in values:
+                page.append(Item(index, value, made_of(value)))
+                index += 1
+                if len(page) >= self.page:
+                    yield page
+                    page = []
+        if page:
+            yield page
+
+    async def _values(self) -> AsyncGenerator[Any, None]:
+        if isinstance(self._items, AsyncIterable):
+            iterator = aiter(self._items)
+            try:
+                async for value in iterator:
+                    yield value
+            finally:
+                close = getattr(iterator, "aclose", None)
+                if close is not None:
+                    await close()
+        else:
+            for value in self._items:
+                yield value
+
+    def changed(self, index: int) -> str:
+        return f"item {index} that {self._name} gives is another one than it was"
+
+
+def made_of(value: Any) -> bytes | None:
+    """A checksum of an item; None for one that Python describes by its address alone."""
+    text = json.dumps(jsonable(value), sort_keys=True)
+    if " object at 0x" in text:
+        return None
+    return b"item " + hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest().encode()
+
+
+class FileSource:
+    """A file of JSON lines. Blank lines are none."""
+
+    def __init__(self, path: pathlib.Path) -> None:
+        self._path = path
+        self.total: int | None = None
+        self.page = _PAGE
+        self._made_of = b""
+
+    async def prepare(self) -> None:
+        """Count the items, and take the checksum of the whole file."""
+        self.total, self._made_of = await to_thread(self._look)
+
+    def _look(self) -> tuple[int, bytes]:
+        digest, count = hashlib.sha256(), 0
+        with self._open() as file:
+            for line in self._lines(file):
+                digest.update(line)
+                count += bool(line.strip(_BLANKS))
+        return count, b"item of " + digest.hexdigest().encode()
+
+    def _open(self) -> IO[bytes]:
+        try:
+            if not stat.S_ISREG(os.stat(self._path).st_mode):
+                raise ValueError(
+                    f"cannot read the items of a map from {self._path}: it is no regular file, and could not be read again by a "
+                    "process that goes on with the run; save it to a file"
+                )
+            return open(self._path, "rb")
+        except OSError as error:
+            raise type(error)(
+                error.errno,
+                f"cannot read the items of a map ({error.strerror}); check the path",
+                str(self._path),
+            ) from error
+
+    async def pages(self) -> AsyncGenerator[Sequence[Item], None]:
+        digest = hashlib.sha256()
+        file = await to_thread(self._open)
+        try:
+            lines = enumerate(self._lines(file), 1)
+            index = 0
+            while True:
+                page = await to_thread(self._page, lines, digest, index)
+                if not page:
+                    break
+                index += len(page)
+                yield page
+        finally:
+            file.close()
+        if b"item of " + digest.hexdigest().encode() != self._made_of:
+            raise ValueError(
+                f"{self._path} was changed while its items were read; what was made of them is kept: restore the file and "
+                "resume, or begin a new run"
+            )
+
+    def _page(self, lines: Iterator[tuple[int, bytes]], digest: Any, index: int) -> list[Item]:
+        page: list[Item] = []
+        size = 0
+        for number, line in lines:
+            digest.update(line)
+            text = line.removeprefix(_BOM) if number == 1 else line
+            if not text.strip(_BLANKS):
+                continue
+            page.append(self._item(index + len(page), number, text))
+            size += len(line)
+            if len(page) >= self.page or size >= _PAGE_BYTES:
+                break
+        return page
+
+    def _item(self, index: int, number: int, line: bytes) -> Item:
+        where = f"line {number} of {self._path}"
+        try:
+            return Item(index, from_json(line), self._made_of)
+        except ValueError as error:
+            return Item(index, None, self._made_of, f"{where} is not JSON: {error}")
+
+    def _lines(self, file: IO[bytes]) -> Iterator[bytes]:
+        number = 0
+        while line := file.readline(_LONGEST + 1):
+            number += 1
+            if len(line) > _LONGEST:
+                raise ValueError(
+                    f"line {number} of {self._path} is longer than {_LONGEST} bytes, which is no item of a map; split it"
+                )
+            yield line
+
+    def changed(self, index: int) -> str:
+        return f"{self._path} has changed since item {index} was made"
+
+
+class LinesFile:
+    """A file that is written beside its place, and put there as a whole."""
+
+    def __init__(self, path: pathlib.Path, run_id: str) -> None:
+        self._path = pathlib.Path(os.path.realpath(path))  # A link stays one.
+        # One part for each run and file, in a file of its own for each process that goes on with the run.
+        self._mark = hashlib.sha256(f"{run_id}\0{path.name}".encode("utf-8", "surrogatepass")).hexdigest()[
+            :16
+        ]
+        self._beside = self._path.with_name(f".{self._mark}.{os.urandom(4).hex()}.part")
+        self._file: IO[bytes] | None = None
+
+    def check(self, source: pathlib.Path | None) -> None:
+        """Raise OSError or ValueError, before anything is paid for, if the file could not or must not be written."""
+        folder = self._path.parent
+        if source is not None and os.path.realpath(source) == str(self._path):
+            raise ValueError(f"{self._path} holds the items of the map; give another path for its outputs")
+        if not folder.is_dir():
+            raise FileNotFoundError(
+                f"there is no directory {folder} for the outputs of a map; create it, or give another path"
+            )
+        if self._path.is_dir():
+            raise IsADirectoryError(
+                f"{self._path} is a directory; give the path of a file for the outputs of a map"
+            )
+        if self._path.exists() and not self._path.is_file():
+            raise ValueError(f"{self._path} is no regular file; give another path for the outputs of a map")
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} may not be written; give another path for the outputs of a map")
+
+    def begin(self) -> None:
+        # What a killed process has left; or one that was stopped and taken over from, whose file is then in no place.
+        for left in self._path.parent.glob(f".{self._mark}.*.part"):
+            left.unlink(missing_ok=True)
+        self._file = self._beside.open("xb")
+
+    def write(self, values: Sequence[Any]) -> None:
+        assert self._file is not None
+        self._file.write(b"".join(to_json(value, inf_nan_mode="strings") + b"\n" for value in values))
+
+    def finish(self) -> None:
+        """Put it in its place, for good."""
+        assert self._file is not None
+        self._file.flush()
+        os.fsync(self._file.fileno())
+        self._file.close()
+        os.replace(self._beside, self._path)
+        descriptor = os.open(self._path.parent, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        except OSError:
+            pass  # Not every file system can do that of a directory.
+        finally:
+            os.close(descriptor)
+
+    def give_up(self) -> None:
+        """Leave no part of it."""
+        if self._file is not None:
+            self._file.close()
+            with contextlib.suppress(OSError):
+                os.unlink(self._beside)
+
+
+#: What gives the items of a map for a state.
+ItemsFunction = Callable[[Any], Iterable[Any] | AsyncIterable[Any]]

@@ -1,0 +1,78 @@
+"""Checks of a sequence of nodes before it runs: whose ids they have, and which ids a config names."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Final
+
+from stroma.contracts.contract import ContractRegistry
+from stroma.contracts.node import Group, Node
+from stroma.engine.config import RunConfig
+
+__all__ = ["check_owners", "ids_in", "warn_of_unknown_ids"]
+
+#: The fields of a config that are keyed by node id.
+_BY_NODE: Final = ("node_policies", "node_timeouts", "contract_retries", "node_limits")
+_COMPARED: Final = 200  # characters of an id; comparing takes the square of its length
+
+
+def ids_in(nodes: Sequence[Node | Group]) -> Iterator[str]:
+    """Yield the id of every node and group, those inside groups too."""
+    for node in nodes:
+        yield node.node_id
+        if type(node) is Group:
+            yield from ids_in(node.children)
+
+
+def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
+    """Raise ValueError for a node whose id was given to another function with another contract since."""
+    decorated = registry.decorated
+    if not decorated:
+        return
+    for node in nodes:
+        if type(node) is Group:
+            check_owners(node.children, registry)
+            continue
+        contract, latest = node.contract, decorated.get(node.node_id)
+        if latest is None or contract is None or latest.contract is contract:
+            continue
+        if latest.contract is registry.find(node.node_id) and latest.contract != contract:
+            raise ValueError(
+                f"{node.func!r} cannot run as node {node.node_id!r}: the id was given to {latest.owner} since, with another "
+                "contract; rename one of them"
+            )
+
+
+def warn_of_unknown_ids(
+    config: RunConfig,
+    nodes: Sequence[Node | Group],
+    registry: ContractRegistry,
+    pipeline: str,
+    *,
+    warn: Callable[[str], None],
+    warned: set[str],
+) -> None:
+    """Warn of each id that a config names and no node has, once; ``warned`` has those of earlier runs."""
+    if not any(getattr(config, field) for field in _BY_NODE):
+        return
+    known = set(ids_in(nodes))
+    named: dict[str, list[str]] = {}
+    for field in _BY_NODE:
+        for node_id in getattr(config, field):
+            if node_id not in known and registry.find(node_id) is None and node_id not in warned:
+                named.setdefault(node_id, []).append(field)
+    for node_id, options in named.items():
+        warned.add(node_id)
+        warn(_unknown(node_id, options, pipeline, known | registry.ids))
+
+
+def _unknown(node_id: str, options: Sequence[str], pipeline: str, known: set[str]) -> str:
+    from difflib import get_close_matches  # 5 ms to import, for who has made a mistake.
+
+    by_lower = {one.lower(): one for one in sorted(known, reverse=True) if len(one) <= _COMPARED}
+    nearest = get_close_matches(node_id[:_COMPARED].lower(), by_lower, 1)
+    meant = repr(by_lower[nearest[0]]) if nearest else None
+    fix = "correct the id" if meant is None else f"did you mean {meant}?"
+    name = " and ".join(filter(None, (", ".join(options[:-1]), options[-1])))
+    verb = "names" if len(options) == 1 else "name"
+    return f"{name} {verb} {node_id!r}, which no node of pipeline {pipeline!r} has; {fix}"

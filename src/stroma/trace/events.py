@@ -1,0 +1,266 @@
+"""Records of attempts: rows, and the events and marks that a trace shows of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from datetime import datetime
+from typing import Any, Final, Literal, NamedTuple
+
+from stroma.contracts.schema import Schema, Snapshot
+from stroma.failures.classes import FailureClass
+from stroma.failures.errors import ItemFailure
+
+__all__ = ["AttemptUsage", "Failed", "MarkKind", "Outcome", "TraceEvent", "TraceMark"]
+
+
+Outcome = Literal["success", "failure", "cancelled", "suspended"]
+
+
+class Failed(NamedTuple):
+    """The failure of an attempt. ``error_type``: the name of the exception's type; None for a suspension."""
+
+    failure_class: FailureClass
+    message: str
+    reason: str | None
+    error_type: str | None = None
+
+
+#: What reads a row's input, and its output; what else there is, is of no concern here.
+Schemas = tuple[Schema, Schema, object]
+#: One attempt, as atoms, in this order. What most attempts lack (a failure, usage, children) is None.
+Row = tuple[
+    str,  # node id
+    int,  # attempt, 1-based
+    int,  # start, ns since the epoch; of a group that of the first function inside it
+    int,  # duration, ns; of a group until the last function inside it ended
+    Snapshot,  # input
+    Snapshot | None,  # output
+    Outcome,
+    Failed | None,
+    "AttemptUsage | None",
+    int,  # position
+    str,  # branch
+    str | None,  # the id of the group around it
+    Schemas | None,  # what reads its snapshots; of plain dicts nothing need
+    "list[Row | TraceEvent] | None",  # the events of a group's children
+    int,  # ns for which its function ran; of a group any function inside it
+]
+NODE: Final = 0
+ATTEMPT: Final = 1
+STARTED: Final = 2
+DURATION: Final = 3
+INPUT: Final = 4
+OUTPUT: Final = 5
+OUTCOME: Final = 6
+FAILURE: Final = 7
+USAGE: Final = 8
+POSITION: Final = 9
+BRANCH: Final = 10
+GROUP: Final = 11
+SCHEMAS: Final = 12
+CHILDREN: Final = 13
+FUNCTION: Final = 14
+#: What an item that failed for good is filed under, in place of its output, where the other items go on.
+FAILED_ITEM: Final = "failed item"
+
+
+@dataclass(frozen=True, slots=True)
+class AttemptUsage:
+    """What one attempt used: tokens, US dollars, and the model that the node reported.
+
+    Attributes:
+        cached_input_tokens: the part of the input that was read from the provider's cache.
+        cache_write_tokens: the part of the input that was written to it. Stores keep neither of the two, but the price.
+    """
+
+    tokens: int = 0
+    output_tokens: int = 0
+    cost_usd: float = 0.0
+    model: str | None = None
+    cached_input_tokens: int = 0
+    cache_write_tokens: int = 0
+
+    @property
+    def input_tokens(self) -> int:
+        return self.tokens - self.output_tokens
+
+
+NO_USAGE: Final = AttemptUsage()
+
+#: (node id, tokens, output tokens, USD, ns, model) of an attempt, or of several.
+Figures = tuple[str, int, int, float, int, str | None]
+
+
+@dataclass(frozen=True, slots=True)
+class LeftOut:
+    """The events inside a group that were too many to be kept: they are counted.
+
+    Attributes:
+        events: how many attempts, those inside groups too.
+        failures: how many of them failed.
+        lost_tokens, lost_cost_usd: of those that committed nothing.
+        figures: the sums of all, for each node id and model.
+    """
+
+    events: int
+    failures: int
+    lost_tokens: int
+    lost_cost_usd: float
+    figures: tuple[Figures, ...]
+
+
+class FewRows(list["Row | TraceEvent"]):
+    """The rows of the items of a map that are too many to be kept: the first ones, and the first failures after those.
+
+    The others are summed up.
+    """
+
+    __slots__ = ("_events", "_failures", "_lost_cost_usd", "_lost_tokens", "_most", "_sums")
+
+    def __init__(self, most: int) -> None:
+        super().__init__()
+        self._most = most
+        self._events = self._failures = self._lost_tokens = 0
+        self._lost_cost_usd = 0.0
+        # By node id and model: tokens, output tokens, USD, ns.
+        self._sums: dict[tuple[str, str | None], tuple[int, int, float, int]] = {}
+
+    def append(self, row: Row | TraceEvent, /) -> None:
+        failed = not isinstance(row, TraceEvent) and row[FAILURE] is not None
+        if len(self) < (2 * self._most if failed else self._most):
+            super().append(row)
+            return
+        stack = [row]
+        while stack:
+            one = stack.pop()
+            assert not isinstance(one, TraceEvent)  # The engine's own: nobody has looked at them.
+            used = one[USAGE] or NO_USAGE
+            tokens, made, cost, ns = self._sums.get((one[NODE], used.model), (0, 0, 0.0, 0))
+            self._sums[one[NODE], used.model] = (
+                tokens + used.tokens, made + used.output_tokens, cost + used.cost_usd, ns + one[FUNCTION],
+            )  # fmt: skip
+            self._events += 1
+            self._failures += one[FAILURE] is not None
+            if one[OUTPUT] is None:
+                self._lost_tokens += used.tokens
+                self._lost_cost_usd += used.cost_usd
+            stack.extend(one[CHILDREN] or ())
+
+    @property
+    def left_out(self) -> LeftOut | None:
+        """What is not kept; None if all is."""
+        if not self._events:
+            return None
+        figures = tuple((node, *sums, model) for (node, model), sums in self._sums.items())
+        return LeftOut(self._events, self._failures, self._lost_tokens, self._lost_cost_usd, figures)
+
+    def like(self, rows: list[Row | TraceEvent]) -> FewRows:
+        """The same with other rows in it: copies of these."""
+        twin = FewRows(self._most)
+        twin.extend(rows)
+        twin._events, twin._failures, twin._sums = self._events, self._failures, dict(self._sums)
+        twin._lost_tokens, twin._lost_cost_usd = self._lost_tokens, self._lost_cost_usd
+        return twin
+
+
+def figures_of(rows: list[Row | TraceEvent]) -> Iterator[Figures]:
+    """The figures of every attempt in these rows, in groups too; those of what was left out are sums."""
+    stack: list[Row | TraceEvent] = list(reversed(rows))
+    while stack:
+        row = stack.pop()
+        if isinstance(row, TraceEvent):
+            took = row.duration_ms if row.function_ms is None else row.function_ms
+            node_id, used, ns = row.node_id, row.usage, took * 1_000_000
+            inside: list[Any] = list(row.children)
+            left_out = row.left_out
+        else:
+            node_id, used, ns = row[NODE], row[USAGE] or NO_USAGE, row[FUNCTION]
+            inside = row[CHILDREN] or []
+            left_out = inside.left_out if isinstance(inside, FewRows) else None
+        stack.extend(reversed(inside))
+        yield node_id, used.tokens, used.output_tokens, used.cost_usd, ns, used.model
+        if left_out is not None:
+            yield from left_out.figures
+
+
+@dataclass
+class TraceEvent:
+    """One attempt of a node.
+
+    Attributes:
+        attempt: 1-based.
+        timestamp_utc: the attempt's start, aware.
+        output_state: None on failure; kept for an attempt that took the run over its budget.
+        duration_ms: wall time of the node's function alone; of a group from the first start of a function inside it to the
+            last end of one.
+        failure: its class, or None.
+        outcome: "success", "failure", "cancelled" or "suspended".
+        reason: a stable word for the failure, such as "rate_limit"; None if unknown.
+        error_type: the name of the exception's type; None if nothing was raised.
+        children: the events inside a group, in the order in which they ended.
+        usage: what the attempt used.
+        position: where in the run the node stands, 0-based.
+        branch: "" at the top level; "0", "1", "0.1" for children of groups and items of a map.
+        function_ms: for how long its function ran, waits between attempts apart; of a group any function inside it. None of
+            an event that somebody else made.
+        left_out: of a map whose items or outputs are not in the state, the events that are counted, not kept.
+    """
+
+    node_id: str
+    run_id: str
+    attempt: int
+    timestamp_utc: datetime
+    input_state: dict[str, Any]
+    output_state: dict[str, Any] | None
+    duration_ms: int
+    failure: FailureClass | None = None
+    failure_message: str | None = None
+    outcome: Outcome = "success"
+    reason: str | None = None
+    children: list[TraceEvent] = field(default_factory=list)
+    usage: AttemptUsage = NO_USAGE
+    position: int = 0
+    branch: str = ""
+    left_out: LeftOut | None = None
+    function_ms: int | None = None
+    error_type: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.failure is not None and self.outcome == "success":
+            self.outcome = "failure"
+
+    @property
+    def step_id(self) -> str:
+        """The node id, under the name used outside pipelines."""
+        return self.node_id
+
+
+MarkKind = Literal["wait", "refused", "circuit_open", "circuit_half_open", "circuit_closed"]
+
+
+@dataclass(frozen=True, slots=True)
+class TraceMark:
+    """What happened to an attempt before or after its call.
+
+    Attributes:
+        kind: "wait" for its turn, "refused" by a shared budget, a limit or an open circuit, or what a circuit came to.
+        reason: what for, in words; of a circuit the host or limit.
+        waited_ms: how long it waited; 0 for all else.
+        at_utc: when it was noted: a wait at its end.
+    """
+
+    node_id: str
+    attempt: int
+    position: int
+    branch: str
+    kind: MarkKind
+    reason: str
+    waited_ms: float
+    at_utc: datetime
+
+
+def contract_of(row: Row, schema: Schema) -> str:
+    """What an output is filed under: the fingerprint of its schema, and the group that asked for it."""
+    kind = FAILED_ITEM if schema.model is ItemFailure else schema.fingerprint
+    return kind if row[GROUP] is None else f"{kind}:{row[GROUP]}"

@@ -1,0 +1,297 @@
+"""How a result and a trace show themselves: in a notebook, in a terminal, and as a file; and what they do not show."""
+
+from __future__ import annotations
+
+import base64
+import json
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import TYPE_CHECKING, Any, Final
+from urllib.parse import quote, quote_plus
+
+from stroma._utils.text import one_line
+
+if TYPE_CHECKING:
+    from stroma.trace.html import Story
+
+__all__ = [
+    "HIDDEN",
+    "Redact",
+    "Shown",
+    "forms_of",
+    "hidden_values",
+    "hide_state",
+    "hide_words",
+    "scrubbed_error",
+    "without",
+    "without_secrets",
+]
+
+Redact = Callable[[dict[str, Any]], dict[str, Any]]
+
+#: What stands in place of what is hidden.
+HIDDEN: Final = "[redacted]"
+_SHORTEST: Final = 4  # characters; shorter values would be found in half of all words
+_ENCODED: Final = 10_000  # characters; longer values stand in no URL, and in no message as a whole
+_URL_SAFE: Final = str.maketrans("+/", "-_")
+_TELLING: Final = 12  # characters of a longer value that tell what it is; messages cut values off
+_MOST_WORDS: Final = (
+    10_000  # values that are looked for in messages; where more are hidden, so is every message
+)
+_DEEPEST_CAUSE: Final = 10  # causes of causes
+_FEW: Final = 50  # texts that are looked for one by one
+_MOST_COMPARED: Final = 200_000  # characters, beside 4 for each of the text; some 0.1 s
+
+
+def hide_state(redact: Redact | None, state: Any) -> Any:
+    """Plain data as ``redact`` lets it be seen; where that raises, a word in its place."""
+    if redact is None:
+        return state
+    try:
+        shown = redact(state if isinstance(state, dict) else {"value": state})
+        return shown if isinstance(state, dict) else shown["value"]
+    except Exception as error:
+        return {"redacted": f"redact raised {type(error).__name__}"}
+
+
+def hidden_values(states: Iterable[tuple[Any, Any]]) -> frozenset[str]:
+    """What was taken out of states of plain data, (before, after), as it stands in a message; "" where it is too much."""
+    words: set[str] = set().union(*(_values(before) - _values(after) for before, after in states))
+    if len(words) > _MOST_WORDS:
+        return frozenset([""])
+    return frozenset(form for word in words for form in forms_of(word))
+
+
+def hide_words(redact: Redact | None, text: str, hidden: Iterable[str]) -> str:
+    """A message as ``redact`` lets it be seen.
+
+    Of a broken contract the paths are kept. In any other message none of the ``hidden`` values stands; and redact sees
+    it, as ``{"message": text}``.
+    """
+    if redact is None:
+        return text
+    from stroma.trace.html import without_values  # Few runs are shown, so none has to load what shows them.
+
+    paths = without_values(text)
+    if paths != text:
+        return paths
+    try:
+        shown = redact({"message": without(text, hidden)})["message"]
+    except Exception:
+        return HIDDEN
+    return shown if isinstance(shown, str) else HIDDEN
+
+
+def without(text: str, hidden: Iterable[str], mask: str = HIDDEN) -> str:
+    """A text without values in any case, and without the halves of them that are left of ones that were cut off.
+
+    Takes time linear in the text and in the values: where values and text are made to be slow, all of the text is hidden.
+    """
+    low = _folded(text)
+    values = {_folded(value) for value in hidden}
+    if "" in values:
+        return mask
+    ends = {value[::-1] for value in values if len(value) > _TELLING}
+    room = [_MOST_COMPARED + 4 * len(low)]
+    spans = _places(low, values, room)
+    spans += [(len(low) - end, len(low) - at) for at, end in _places(low[::-1], ends, room)]
+    if room[0] < 0:
+        return mask
+    # All are found before any is taken out: two values can begin alike.
+    kept: list[str] = []
+    behind = 0
+    for at, end in sorted(spans):
+        if at > behind or not kept:
+            kept += [text[behind:at], mask]
+        behind = max(behind, end)
+    return "".join(kept) + text[behind:]
+
+
+def without_secrets(text: str, secrets: Mapping[str, set[str]]) -> str:
+    """A text without secrets; ``secrets``: each with its forms, see forms_of()."""
+    if not secrets:
+        return text
+    from stroma.contracts.masking import MASK
+
+    return without(text, set().union(*secrets.values()), MASK)
+
+
+def scrubbed_error(error: BaseException, secrets: Mapping[str, set[str]]) -> BaseException:
+    """Return an exception as a log may show it with its traceback: in its messages are no secrets and no line breaks.
+
+    That is the exception itself where nothing has to be taken out, else one of the same name, without its attributes.
+    """
+    return _scrubbed(error, lambda text: one_line(without_secrets(text, secrets)), _DEEPEST_CAUSE) or error
+
+
+def _scrubbed(error: BaseException, scrub: Callable[[str], str], depth: int) -> BaseException | None:
+    """Return what stands in for an exception; None where it can stand for itself."""
+    try:
+        said = str(error)
+    except Exception:
+        return None
+    cause, context = error.__cause__, error.__context__
+    inner = [
+        None if one is None or not depth else _scrubbed(one, scrub, depth - 1) for one in (cause, context)
+    ]
+    message = scrub(said)
+    if message == said and inner == [None, None] and not hasattr(error, "__notes__"):
+        return None
+    kind = type(error)
+    names = {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    shown: BaseException = type(kind.__name__, (Exception,), names)(message)
+    shown.__traceback__, shown.__cause__, shown.__context__ = (
+        error.__traceback__, inner[0] or cause, inner[1] or context,
+    )  # fmt: skip
+    shown.__suppress_context__ = error.__suppress_context__
+    for note in getattr(error, "__notes__", ()):
+        shown.add_note(scrub(str(note)))
+    return shown
+
+
+def _values(state: Any) -> set[str]:
+    """The plain values in a state, as words."""
+    found: set[str] = set()
+    rest = [state]
+    while rest:
+        value = rest.pop()
+        if isinstance(value, dict):
+            rest += value.values()
+        elif isinstance(value, (list, tuple)):
+            rest += value
+        elif value is not None and not isinstance(value, bool):
+            word = str(value)
+            if len(word) >= _SHORTEST:
+                found.add(word)
+    return found
+
+
+def forms_of(word: str) -> set[str]:
+    """A word as it can stand in a message: escaped, in a URL, in base64 wherever it begins there, in hex."""
+    if word.isascii() and word.isalnum():
+        return _encodings(word, {word})
+    import html
+
+    quoted = {
+        word,
+        repr(word)[1:-1],
+        ascii(word)[1:-1],
+        json.dumps(word)[1:-1],
+        json.dumps(word, ensure_ascii=False)[1:-1],
+    }
+    forms = (
+        quoted
+        | {json.dumps(form)[1:-1] for form in quoted}
+        | {html.escape(word), html.escape(word, quote=False)}
+    )
+    if len(word) <= _ENCODED:
+        data = word.encode("utf-8", "surrogatepass")
+        forms |= {repr(data)[2:-1], quote(data), quote(data, safe=""), quote_plus(data)}
+    return _encodings(word, forms)
+
+
+def _encodings(word: str, forms: set[str]) -> set[str]:
+    """Add a word in hex and base64 to its forms."""
+    if len(word) > _ENCODED:
+        return forms
+    data = word.encode("utf-8", "surrogatepass")
+    forms.add(data.hex())
+    for before in range(3):
+        # Without the characters that what stands beside it has a part in.
+        coded = base64.b64encode(bytes(before) + data).decode()
+        own = coded[(0, 2, 3)[before] : (len(data) + before) * 8 // 6]
+        forms |= {own, own.translate(_URL_SAFE)}
+    return {form for form in forms if len(form) >= _SHORTEST}
+
+
+def _places(text: str, values: Iterable[str], room: list[int]) -> list[tuple[int, int]]:
+    """Where values stand in a text, or beginnings of them that tell what they are: (from, to).
+
+    ``room``: how many characters may be compared, counted down; below 0 the answer is not complete.
+    """
+    by_start: dict[int, dict[str, list[str]]] = {}
+    for value in values:
+        start = value[:_TELLING]
+        by_start.setdefault(len(start), {}).setdefault(start, []).append(value)
+    spans: list[tuple[int, int]] = []
+    for length, starts in by_start.items():
+        for at, start in _starts(text, length, starts, room):
+            end = at + length
+            for value in starts[start]:
+                end = max(end, at + _common(text, at, value, length, room))
+                if room[0] < 0:
+                    return spans
+            spans.append((at, end))
+    return spans
+
+
+def _starts(text: str, length: int, starts: Iterable[str], room: list[int]) -> Iterator[tuple[int, str]]:
+    """Return the places of any of these texts of one length in a text."""
+    starts = set(starts)
+    if len(starts) <= _FEW:
+        for start in starts:
+            at = -1
+            while (at := text.find(start, at + 1)) >= 0:
+                yield at, start
+        return
+    room[0] -= len(text)
+    for at in range(len(text) - length + 1 if room[0] >= 0 else 0):
+        if (part := text[at : at + length]) in starts:
+            yield at, part
+
+
+def _common(text: str, at: int, value: str, known: int, room: list[int]) -> int:
+    """Return how many characters of ``value`` stand in a text at a place; ``known`` do."""
+    room[0] -= 16
+    step, growing = 16, True
+    while step and known < len(value) and room[0] >= 0:
+        part = value[known : known + step]
+        room[0] -= len(part)
+        if text.startswith(part, at + known):
+            known += len(part)
+            step = 2 * step if growing else step
+        else:
+            step, growing = step // 2, False
+    return known
+
+
+def _folded(text: str) -> str:
+    """The same in lower case, character by character."""
+    low = text.lower()
+    return low if len(low) == len(text) else "".join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+
+class Shown:
+    """What can be told as a story of a run."""
+
+    __slots__ = ()
+
+    def _story(self, redact: Redact | None = None) -> Story:
+        """All of it as plain data; ``redact`` is applied to each state and each message."""
+        raise NotImplementedError
+
+    def to_html(self, path: str | os.PathLike[str] | None = None, *, redact: Redact | None = None) -> str:
+        """One HTML file that stands by itself, to attach to a bug report: it loads nothing and runs nothing.
+
+        ``path``: also written there, readable by its owner only. ``redact``: applied to each state and each message; give the
+        one of your RunConfig. Secrets of pydantic's types are masked all the same.
+        """
+        from stroma.trace.html import document
+
+        text = document(self._story(redact))
+        if path is not None:
+            with open(
+                os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w", encoding="utf-8"
+            ) as file:
+                file.write(text)
+        return text
+
+    def _repr_html_(self) -> str:
+        from stroma.trace.html import fragment
+
+        return fragment(self._story())
+
+    def __rich__(self) -> Any:
+        from stroma.trace.terminal import renderable
+
+        return renderable(self._story())

@@ -1,0 +1,97 @@
+"""Result of a run."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from enum import StrEnum
+from typing import TYPE_CHECKING
+
+from pydantic import BaseModel
+
+from stroma._utils.text import typed
+from stroma.failures.failure import Failure, kind_of
+from stroma.trace.redaction import Redact, Shown, hide_words
+
+if TYPE_CHECKING:
+    from stroma.trace.html import Story
+from stroma.trace.trace import ExecutionTrace
+
+__all__ = ["ExecutionResult", "HookFailure", "RunStatus"]
+
+
+class RunStatus(StrEnum):
+    """How a run ended."""
+
+    COMPLETED = "COMPLETED"
+    FAILED = "FAILED"  # a terminal failure: trying the same again will not help
+    PARTIAL = "PARTIAL"  # gave up for now: what was finished is kept, a later resume may work
+    RESUMED = "RESUMED"  # completed, continuing an earlier run
+    CANCELLED = "CANCELLED"  # the run's task was cancelled; resumable
+    SUSPENDED = "SUSPENDED"  # a node waits for a person; resumable
+    INTERRUPTED = "INTERRUPTED"  # the process was told to stop, or run() raised; resumable
+
+
+@dataclass(frozen=True, slots=True)
+class HookFailure:
+    """One exception that a hook raised. It changed nothing of the run."""
+
+    hook: str
+    node_id: str | None
+    exception: BaseException
+
+
+@dataclass
+class ExecutionResult(Shown):
+    """What a run came to.
+
+    Attributes:
+        final_state: the last committed state, else the initial one.
+        total_cost_usd: US dollars, failed attempts included.
+        total_tokens: input + output, failed attempts included.
+        failure: what stopped the run, or None.
+        suspended: why a SUSPENDED run waits; one line per node.
+        failed_items: how many items of its maps failed while the others went on, see ``on_item_failure``.
+        hook_errors: exceptions of hooks, which changed nothing.
+        unpriced_models: models that nobody knows a price for; they count as 0.
+    """
+
+    run_id: str
+    status: RunStatus
+    final_state: BaseModel | None
+    trace: ExecutionTrace
+    total_cost_usd: float
+    total_tokens: int
+    failure: Failure | None = None
+    hook_errors: list[HookFailure] = field(default_factory=list)
+    unpriced_models: list[str] = field(default_factory=list)
+    suspended: list[str] = field(default_factory=list)
+    failed_items: int = 0
+
+    def _story(self, redact: Redact | None = None) -> Story:
+        from stroma.trace.html import Box
+
+        story, failure, box = self.trace._story(redact), self.failure, None
+        if failure is not None:
+            hidden = self.trace._hidden(redact)
+            message = typed(kind_of(failure.exception), hide_words(redact, failure.message, hidden))
+            # Of a group, the child whose failure became its own is the one that stands deepest.
+            said = [bar for bar in story.bars if bar.message == message and bar.outcome == "failure"]
+            at = max(said, key=lambda bar: (bar.began_ms, len(bar.at)), default=None)
+            box = Box(
+                failure.node_id if at is None else at.node_id, "?" if at is None else at.at, failure.attempt,
+                failure.failure_class.value, message, failure.reason,
+            )  # fmt: skip
+        facts = [("unpriced", ", ".join(self.unpriced_models))] if self.unpriced_models else []
+        facts += [
+            ("waits for", hide_words(redact, reason, self.trace._hidden(redact))) for reason in self.suspended
+        ]
+        return dataclasses.replace(
+            story, run_id=self.run_id, status=self.status.value, tokens=self.total_tokens, cost_usd=self.total_cost_usd,
+            box=box, facts=tuple(facts),
+        )  # fmt: skip
+
+    def raise_for_status(self) -> None:
+        """Raise the exception that stopped the run, if one did."""
+        if self.failure is not None:
+            raise self.failure.exception

@@ -1,0 +1,310 @@
+"""The history of a run in memory: one event per attempt, and the result that carries it.
+
+The engine appends flat rows (see :data:`Row`); a :class:`TraceEvent` is built when somebody looks. States in a row
+are snapshots, so nothing that nodes or hooks do to their objects afterwards can rewrite history.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from datetime import UTC, datetime
+from typing import TYPE_CHECKING, Any, cast
+
+from stroma._utils.text import typed
+from stroma.contracts.schema import Schema, Snapshot
+from stroma.trace.redaction import Redact, Shown, hidden_values, hide_state, hide_words
+
+if TYPE_CHECKING:
+    from stroma.trace.html import Bar, Story
+from stroma.trace.events import (
+    ATTEMPT,
+    BRANCH,
+    CHILDREN,
+    DURATION,
+    FAILURE,
+    FUNCTION,
+    INPUT,
+    NO_USAGE,
+    NODE,
+    OUTCOME,
+    OUTPUT,
+    POSITION,
+    SCHEMAS,
+    STARTED,
+    USAGE,
+    FewRows,
+    Figures,
+    Row,
+    TraceEvent,
+    TraceMark,
+    figures_of,
+)
+from stroma.trace.plain import jsonable
+
+__all__ = ["ExecutionTrace"]
+
+
+class ExecutionTrace(Shown):
+    """The events of one run, in the order in which attempts ended. ``len`` and iteration see the top level.
+
+    ``marks``: what is no attempt: waits, refusals, changes of circuits.
+    """
+
+    __slots__ = ("marks", "rows", "run_id")
+
+    def __init__(self, run_id: str = "") -> None:
+        self.run_id = run_id
+        #: The rows as the engine keeps them, and events in place of those that somebody has looked at.
+        self.rows: list[Row | TraceEvent] = []
+        self.marks: list[TraceMark] = []
+
+    def __getstate__(self) -> tuple[str, list[TraceEvent], list[TraceMark]]:
+        # Events are plain data; rows need schemas, and those cannot leave the process.
+        return self.run_id, self._events, self.marks
+
+    def __setstate__(self, state: tuple[str, list[TraceEvent], list[TraceMark]]) -> None:
+        self.run_id, events, self.marks = state
+        self.rows = list(events)
+
+    def append(self, event: TraceEvent) -> None:
+        """Add an event; the very object is kept."""
+        self.rows.append(event)
+
+    def copy(self) -> ExecutionTrace:
+        """A trace of its own with the same events: what is appended to or built in one is not seen in the other."""
+        twin = ExecutionTrace(self.run_id)
+        twin.rows, twin.marks = _copy_rows(self.rows), list(self.marks)
+        return twin
+
+    def figures(self) -> Iterator[Figures]:
+        """The figures of every attempt that the engine recorded, in groups too; sums of those that were left out."""
+        return figures_of(self.rows)
+
+    def _event(self, row: Row) -> TraceEvent:
+        schemas = row[SCHEMAS]
+        seconds, ns = divmod(row[STARTED], 1_000_000_000)
+        failure, message, reason, error_type = row[FAILURE] or (None, None, None, None)
+        children = row[CHILDREN]
+        return TraceEvent(
+            node_id=row[NODE],
+            run_id=self.run_id,
+            attempt=row[ATTEMPT],
+            timestamp_utc=datetime.fromtimestamp(seconds, UTC).replace(microsecond=ns // 1000),
+            input_state=_thaw(schemas and schemas[0], row[INPUT]) or {},
+            output_state=_thaw(schemas and schemas[1], row[OUTPUT]),
+            duration_ms=row[DURATION] // 1_000_000,
+            failure=failure,
+            failure_message=message,
+            outcome=row[OUTCOME],
+            reason=reason,
+            children=self._build(children or []),
+            usage=row[USAGE] or NO_USAGE,
+            position=row[POSITION],
+            branch=row[BRANCH],
+            left_out=children.left_out if isinstance(children, FewRows) else None,
+            function_ms=row[FUNCTION] // 1_000_000,
+            error_type=error_type,
+        )
+
+    def _build(self, rows: list[Row | TraceEvent]) -> list[TraceEvent]:
+        # An event once built takes its row's place, so that everybody is given the same object.
+        for i, row in enumerate(rows):
+            if not isinstance(row, TraceEvent):
+                rows[i] = self._event(row)
+        return cast("list[TraceEvent]", rows)
+
+    def event_of(self, row: Row) -> TraceEvent:
+        """The event of one row, without those inside it."""
+        return self._event((*row[:CHILDREN], None, row[FUNCTION]))
+
+    @property
+    def _events(self) -> list[TraceEvent]:
+        return self._build(self.rows)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __iter__(self) -> Iterator[TraceEvent]:
+        return iter(self._events)
+
+    def replay(self) -> Iterator[TraceEvent]:
+        """The top-level events in recorded order."""
+        return iter(self._events)
+
+    def walk(self) -> Iterator[TraceEvent]:
+        """Every event, those inside groups too; a group before its children."""
+        stack = list(reversed(self._events))
+        while stack:
+            event = stack.pop()
+            yield event
+            stack.extend(reversed(event.children))
+
+    def events_for(self, node_id: str) -> list[TraceEvent]:
+        """The top-level events of one node."""
+        return [event for event in self._events if event.node_id == node_id]
+
+    def failures(self) -> list[TraceEvent]:
+        """The top-level events that carry a failure class."""
+        return [event for event in self._events if event.failure is not None]
+
+    def to_json(self) -> str:
+        """Strict JSON (NaN and infinities as strings): a list of events with everything that they hold."""
+        return json.dumps([jsonable(event) for event in self._events], allow_nan=False)
+
+    def _story(self, redact: Redact | None = None) -> Story:
+        """All of it as plain data. What stands in rows is timed to the nanosecond."""
+        from stroma.trace.html import Story
+
+        found: list[tuple[int, int, TraceEvent]] = []
+        stack: list[Row | TraceEvent] = list(self.rows)
+        while stack:
+            row = stack.pop()
+            if isinstance(row, TraceEvent):
+                ms = int(row.timestamp_utc.timestamp() * 1_000_000) * 1000
+                found.append((ms, row.duration_ms * 1_000_000, row))
+                stack.extend(row.children)
+            else:
+                alone = self._event((*row[:CHILDREN], None, row[FUNCTION]))
+                found.append((row[STARTED], row[DURATION], alone))
+                stack.extend(row[CHILDREN] or ())
+        found.sort(key=lambda one: one[0])
+        first = found[0][0] if found else 0
+        hidden = self._hidden(redact)
+        bars = [
+            _bar(event, (began - first) / 1e6, took / 1e6, redact, hidden) for began, took, event in found
+        ]
+        failed = [bar for bar in bars if bar.failure_class is not None]
+        end = max((began + took for began, took, _ in found), default=first)
+        tokens, cost = sum(bar.tokens for bar in bars), math.fsum(bar.cost_usd for bar in bars)
+        status = "FAILED" if failed and failed[-1] is bars[-1] else "trace"
+        return Story(self.run_id, "", status, bars, tokens, cost, first // 1_000_000, (end - first) / 1e9)
+
+    def _hidden(self, redact: Redact | None) -> frozenset[str]:
+        """What ``redact`` takes out of the states."""
+        if redact is None:
+            return frozenset()
+        return _hidden_in(redact, self.walk())
+
+    def said(self, message: str, row: Row, redact: Redact) -> str:
+        """The message of a failed attempt without what ``redact`` takes out of the attempt's states."""
+        return hide_words(
+            redact, message, _hidden_in(redact, [self._event((*row[:CHILDREN], None, row[FUNCTION]))])
+        )
+
+    def diff(self, other: ExecutionTrace) -> list[str]:
+        """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
+        mine, theirs = _occurrences(self._events), _occurrences(other._events)
+        lines = [f"Missing event in other trace: {_name(key)}" for key in mine if key not in theirs]
+        lines += [f"Extra event in other trace: {_name(key)}" for key in theirs if key not in mine]
+        for key, event in mine.items():
+            if key in theirs and (what := _differences(event, theirs[key])):
+                lines.append(f"Difference for {_name(key)}: {'; '.join(what)}")
+        order = [key for key in mine if key in theirs]
+        other_order = [key for key in theirs if key in mine]
+        if order != other_order:
+            here, there = next((a, b) for a, b in zip(order, other_order, strict=True) if a != b)
+            lines.append(f"Difference for order: {_name(here)} here, {_name(there)} in other trace")
+        return lines
+
+
+def _hidden_in(redact: Redact | None, events: Iterable[TraceEvent]) -> frozenset[str]:
+    states = [s for event in events for s in (event.input_state, event.output_state) if s is not None]
+    return hidden_values((jsonable(s), jsonable(hide_state(redact, s))) for s in states)
+
+
+def _bar(
+    event: TraceEvent,
+    began_ms: float,
+    took_ms: float,
+    redact: Redact | None,
+    hidden: frozenset[str],
+) -> Bar:
+    from stroma.trace.html import Bar
+
+    def shown(state: dict[str, Any] | None) -> Any:
+        return None if state is None else jsonable(hide_state(redact, state))
+
+    at = f"{event.position}.{event.branch}" if event.branch else str(event.position)
+    kind = None if event.failure is None else event.failure.value
+    message = event.failure_message
+    if message is not None:
+        message = typed(event.error_type, hide_words(redact, message, hidden))
+    used = event.usage
+    waited = event.function_ms is not None and took_ms - event.function_ms >= 1
+    return Bar(
+        event.node_id, at, event.attempt, began_ms, took_ms, event.outcome, kind, event.reason, message, used.tokens,
+        used.output_tokens, used.cost_usd, used.model, event.output_state is not None, shown(event.input_state),
+        shown(event.output_state), event.function_ms if waited else None,
+    )  # fmt: skip
+
+
+def _copy_rows(rows: list[Row | TraceEvent]) -> list[Row | TraceEvent]:
+    # A row is immutable but for the list of its children.
+    copies: list[Row | TraceEvent] = []
+    for row in rows:
+        if isinstance(row, TraceEvent):
+            copies.append(_copy_event(row))
+        else:
+            children = row[CHILDREN]
+            copies.append(row if children is None else (*row[:CHILDREN], _copy_rows(children), row[FUNCTION]))
+    return rows.like(copies) if isinstance(rows, FewRows) else copies
+
+
+def _copy_event(event: TraceEvent) -> TraceEvent:
+    given, made = event.input_state, event.output_state
+    return replace(
+        event,
+        input_state=Schema.thaw_dict(given),
+        output_state=None if made is None else Schema.thaw_dict(made),
+        children=[_copy_event(child) for child in event.children],
+    )
+
+
+def _thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | None:
+    if snapshot is None:
+        return None
+    if isinstance(snapshot, dict):
+        return Schema.thaw_dict(snapshot)
+    assert schema is not None  # A row that has none holds plain dicts.
+    return schema.thaw(snapshot)
+
+
+_Key = tuple[str, int, int]
+
+
+def _occurrences(events: list[TraceEvent]) -> dict[_Key, TraceEvent]:
+    counts: dict[tuple[str, int], int] = {}
+    out: dict[_Key, TraceEvent] = {}
+    for event in events:
+        n = counts[event.node_id, event.attempt] = counts.get((event.node_id, event.attempt), 0) + 1
+        out[event.node_id, event.attempt, n] = event
+    return out
+
+
+def _name(key: _Key) -> str:
+    node_id, attempt, n = key
+    return f"{node_id} attempt {attempt}" + (f" (occurrence {n})" if n > 1 else "")
+
+
+def _differences(a: TraceEvent, b: TraceEvent) -> list[str]:
+    lines = [
+        f"{what} {getattr(a, what)!r} != {getattr(b, what)!r}"
+        for what in ("input_state", "output_state", "failure", "failure_message", "outcome")
+        if _text(getattr(a, what)) != _text(getattr(b, what))
+    ]
+    left, right = (sorted(map(_child_text, e.children)) for e in (a, b))  # Children end in any order.
+    return [*lines, f"children {left} != {right}"] if left != right else lines
+
+
+def _text(value: Any) -> str:
+    # As text, since 1, 1.0 and True are equal to Python and not to whoever reads the states.
+    return json.dumps(jsonable(value), sort_keys=True)
+
+
+def _child_text(event: TraceEvent) -> str:
+    said = (event.failure, event.failure_message, event.outcome)
+    parts = (event.branch, event.node_id, event.attempt, event.input_state, event.output_state, *said)
+    return _text(parts) + str(sorted(map(_child_text, event.children)))
