@@ -36,7 +36,7 @@ from stroma.checkpoint.sqlite.rows import SqliteRows
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
-from stroma.trace.events import Failed, Row
+from stroma.trace.events import AttemptRow, Failed
 
 
 class State(BaseModel):
@@ -189,9 +189,9 @@ def row(
     failed: Any = None,
     usage: AttemptUsage | None = AttemptUsage(5, 3, 0.25, "m"),  # noqa: B008
     group: str | None = None,
-) -> Row:
+) -> AttemptRow:
     outcome: Any = "success" if failed is None else "failure"
-    return (
+    return AttemptRow(
         node,
         number,
         started,

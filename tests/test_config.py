@@ -228,7 +228,7 @@ def test_a_forked_child_can_ask_while_a_thread_of_its_parent_was_asking() -> Non
     child = textwrap.dedent("""
         import os, threading, warnings
         from stroma import RunConfig
-        from stroma._deferred import one_at_a_time
+        from stroma._utils.models import one_at_a_time
 
         warnings.simplefilter("ignore")
         held, done = threading.Event(), threading.Event()

@@ -98,7 +98,7 @@ def test_the_class_of_nodes_without_a_contract_is_found_by_its_name() -> None:
     code = (
         "import sys; from stroma.checkpoint import resolve_schema; print('stroma.contracts.untyped' in sys.modules)\n"
         "kept = resolve_schema('stroma.contracts.node:Kept')\n"
-        "from stroma.checkpoint import schema_ref; from stroma.contracts.node import Kept\n"
+        "from stroma.checkpoint import schema_ref; from stroma.contracts.untyped import Kept\n"
         "print(kept is Kept, schema_ref(kept))"
     )
     assert in_a_fresh_process(code).split() == ["False", "True", "stroma.contracts.node:Kept"]

@@ -55,7 +55,7 @@ from stroma.checkpoint import Committed, PriorUsage, RunRequest, Session, StepCa
 from stroma.contracts.copying import Packed, pack
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost import CostTracker
-from stroma.trace.events import BRANCH, NODE, POSITION, Row
+from stroma.trace.events import AttemptRow
 
 R, T, A = FailureClass.RECOVERABLE, FailureClass.TERMINAL, FailureClass.AMBIGUOUS
 SOURCE = Path(stroma.__file__).parent
@@ -172,7 +172,7 @@ class _SuspendingSession:
         self.prior: PriorUsage = inner.prior
 
     async def record(
-        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> None:
         await self.store.pause()
         if output is not None and self.store.refusals > 0:
@@ -180,7 +180,7 @@ class _SuspendingSession:
             raise self.store.error("the disk is full")
         assert self.inner.record(row, schema, output, call) is None
         if output is not None:
-            self.store.kept.append((row[NODE], row[POSITION], row[BRANCH]))
+            self.store.kept.append((row.node_id, row.position, row.branch))
         await self.store.pause()
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
@@ -669,7 +669,7 @@ async def test_g5_what_cannot_be_stored_is_not_bought_again() -> None:
             class Encoding(_SuspendingSession):
                 async def record(
                     self,
-                    row: Row,
+                    row: AttemptRow,
                     schema: Schema | None,
                     output: BaseModel | None,
                     call: StepCall | None = None,

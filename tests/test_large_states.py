@@ -24,7 +24,7 @@ from stroma.contracts.schema import schema_of
 from stroma.trace import RunStatus
 
 
-class Row(BaseModel):
+class AttemptRow(BaseModel):
     id: int = Field(ge=0)
     score: float
     tags: list[str]
@@ -32,12 +32,12 @@ class Row(BaseModel):
 
 class Rows(BaseModel):
     n: int
-    rows: list[Row]
+    rows: list[AttemptRow]
 
 
 class RowsToo(BaseModel):
     n: int
-    rows: list[Row]
+    rows: list[AttemptRow]
 
 
 class Dicts(BaseModel):
@@ -278,7 +278,7 @@ async def test_a_subclass_inside_stays_one() -> None:
 def test_floats_deep_inside_have_a_stored_form(score: float) -> None:
     """What is written of a float inside a model is read back as the same, also where JSON has no word for it."""
     schema = schema_of(Rows)
-    state = Rows(n=1, rows=[Row(id=1, score=score, tags=["null", "NaN"])])
+    state = Rows(n=1, rows=[AttemptRow(id=1, score=score, tags=["null", "NaN"])])
     data = schema.encode(state)
     json.loads(data, parse_constant=lambda word: pytest.fail(f"not strict JSON: {word}"))
     back = schema.decode(data).rows[0].score  # type: ignore[attr-defined]

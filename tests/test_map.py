@@ -1040,7 +1040,7 @@ async def test_the_trace_of_many_items_is_short_and_its_sums_exact(doubler: Doub
 def test_rows_that_are_left_out_are_summed() -> None:
     """What a copy of the rows and a trace that was looked at say of sums is what the rows said."""
     from stroma.trace import AttemptUsage, ExecutionTrace
-    from stroma.trace.events import Failed, FewRows
+    from stroma.trace.events import AttemptRow, Failed, FewRows
 
     rows = FewRows(1)
     for n in range(4):
@@ -1048,11 +1048,27 @@ def test_rows_that_are_left_out_are_summed() -> None:
         failed = Failed(FailureClass.TERMINAL, "no", None, "OSError") if n == 3 else None
         outcome: Any = "failure" if failed else "success"
         rows.append(
-            ("a", 1, 0, 7, {}, None if failed else {}, outcome, failed, usage, 0, str(n), "g", None, None, 7)
+            AttemptRow(
+                "a",
+                1,
+                0,
+                7,
+                {},
+                None if failed else {},
+                outcome,
+                failed,
+                usage,
+                0,
+                str(n),
+                "g",
+                None,
+                None,
+                7,
+            )
         )
     assert (len(rows), rows.left_out is not None) == (2, True)
     trace = ExecutionTrace("run")
-    trace.rows.append(("g", 1, 0, 9, {}, {}, "success", None, None, 0, "", None, None, rows, 9))
+    trace.rows.append(AttemptRow("g", 1, 0, 9, {}, {}, "success", None, None, 0, "", None, None, rows, 9))
     before = sorted(trace.figures(), key=str)
     assert sum(tokens for _, tokens, *_ in before) == 40
     assert sum(cost for _, _, _, cost, *_ in before) == 2.0

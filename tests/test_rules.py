@@ -35,7 +35,7 @@ from stroma.checkpoint import Fenced, RunRequest, Session, StepCall
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost import KNOWN_MODELS, CostTracker, estimate_cost_usd
 from stroma.trace import ExecutionTrace, TraceEvent
-from stroma.trace.events import Row
+from stroma.trace.events import AttemptRow
 
 
 class Loose(BaseModel):
@@ -65,13 +65,17 @@ class Journal:
             places, tried, note_call = session.places, session.tried, session.note_call
 
             def record(
-                self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+                self,
+                row: AttemptRow,
+                schema: Schema | None,
+                output: BaseModel | None,
+                call: StepCall | None = None,
             ) -> Awaitable[None] | None:
                 if output is None:
                     return session.record(row, schema, output, call)
                 return self.commit(row, schema, output)
 
-            async def commit(self, row: Row, schema: Schema | None, output: BaseModel) -> None:
+            async def commit(self, row: AttemptRow, schema: Schema | None, output: BaseModel) -> None:
                 store.tries += 1
                 store.waiting.set()
                 if store.error is not None:
@@ -359,7 +363,7 @@ def test_equal_sets_are_stored_as_equal_bytes() -> None:
     code = """
 from typing import Any
 from pydantic import BaseModel
-from stroma.schemas import schema_of
+from stroma.contracts.schema import schema_of
 class Loose(BaseModel):
     anything: Any = None
 names = {f"name {i}" for i in range(50)}
@@ -669,8 +673,8 @@ async def test_a_refused_operation_leaves_nothing_behind(store: SQLiteStore) -> 
     await store.open_run(request._replace(if_running="take_over"))
     good = await store.open_run(request._replace(run_id="good"))
 
-    def row(position: int) -> Row:
-        return (
+    def row(position: int) -> AttemptRow:
+        return AttemptRow(
             "a",
             1,
             10**18 + position,

@@ -11,7 +11,7 @@ from tests.trace_rows import START, USED, event, failed, failed_event, row, trac
 from stroma import ExecutionResult, ExecutionTrace, FailureClass, RunStatus, TraceEvent
 from stroma.failures import Failure
 from stroma.trace import AttemptUsage
-from stroma.trace.events import CHILDREN, Failed
+from stroma.trace.events import Failed
 from stroma.trace.html import Bar, Box, Story
 
 # ---------------------------------------------------------------- what tells two traces apart
@@ -301,7 +301,7 @@ def test_what_a_failed_attempt_said_is_told_without_what_its_states_hide() -> No
     )
     other = failed(given={"key": "sesame"})
     assert trace(other).said("noisy sesame", other, without_key) == "quiet [redacted]"
-    assert one[CHILDREN] == [row("in", given={"key": "opium"})]
+    assert one.children == [row("in", given={"key": "opium"})]
 
 
 # ---------------------------------------------------------------- the picture of a result

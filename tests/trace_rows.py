@@ -7,7 +7,7 @@ from typing import Any
 
 from stroma import ExecutionTrace, FailureClass, TraceEvent
 from stroma.trace import AttemptUsage
-from stroma.trace.events import Failed, Row
+from stroma.trace.events import AttemptRow, Failed
 
 USED = AttemptUsage(7, 2, 0.5, "m", 3, 1)
 #: 2023-11-14 22:13:20.123456789 UTC
@@ -16,7 +16,7 @@ WHEN = datetime(2023, 11, 14, 22, 13, 20, 123456, UTC)
 FAILED = Failed(FailureClass.RECOVERABLE, "it broke", "rate_limit", "OSError")
 
 
-def row(node_id: str = "node", **changed: Any) -> Row:
+def row(node_id: str = "node", **changed: Any) -> AttemptRow:
     """A row of an attempt that succeeded, but for what is given."""
     fields: dict[str, Any] = {
         "attempt": 1,
@@ -35,10 +35,10 @@ def row(node_id: str = "node", **changed: Any) -> Row:
     }
     fields["function"] = changed.get("took", fields["took"])
     assert changed.keys() <= fields.keys()
-    return (node_id, *(fields | changed).values())  # type: ignore[return-value]
+    return AttemptRow(node_id, *(fields | changed).values())
 
 
-def failed(node_id: str = "node", **changed: Any) -> Row:
+def failed(node_id: str = "node", **changed: Any) -> AttemptRow:
     return row(node_id, **{"made": None, "outcome": "failure", "failure": FAILED, **changed})
 
 

@@ -29,7 +29,6 @@ from stroma import (
 from stroma.checkpoint import PostgresStore, RedisStore
 from stroma.contracts.schema import Stored
 from stroma.trace import TraceEvent
-from stroma.trace.events import CHILDREN, INPUT, NODE, OUTPUT
 
 LARGE = 20_000  # bytes from which these stores use blobs
 ONCE: Any = {"AMBIGUOUS": FailurePolicy(max_retries=1, backoff_seconds=0)}
@@ -131,7 +130,7 @@ def rows_of(result: Any) -> list[Any]:
         row = stack.pop(0)
         assert not isinstance(row, TraceEvent)
         found.append(row)
-        stack += row[CHILDREN] or ()
+        stack += row.children or ()
     return found
 
 
@@ -145,8 +144,8 @@ async def test_a_trace_of_references_is_the_trace(kind: type[BaseModel], store: 
         results.append(await runner.run(nodes_of(runner, kind, [1]), kind(), run_id="r"))
     mine, theirs = results
     assert mine.status is theirs.status is RunStatus.COMPLETED, mine.failure
-    apart = [row for row in rows_of(mine) if row[OUTPUT] is not None]
-    assert all(isinstance(row[OUTPUT], Stored) for row in apart)
+    apart = [row for row in rows_of(mine) if row.output is not None]
+    assert all(isinstance(row.output, Stored) for row in apart)
     assert mine.trace.diff(theirs.trace) == []
     for one, other in zip(mine.trace.walk(), theirs.trace.walk(), strict=True):
         assert (one.input_state, one.output_state) == (other.input_state, other.output_state)
@@ -161,12 +160,12 @@ async def test_no_row_of_a_trace_holds_what_stands_in_a_blob(kind: type[BaseMode
     result = await runner.run(nodes_of(runner, kind, [1]), kind(), run_id="r")
     rows = rows_of(result)
     first = rows.pop(0)
-    assert first[NODE] == "make"
+    assert first.node_id == "make"
     for row in rows:
-        held = [row[INPUT]] if row[OUTPUT] is None else [row[INPUT], row[OUTPUT]]
+        held = [row.input] if row.output is None else [row.input, row.output]
         for snapshot in held:
             source = getattr(snapshot, "source", snapshot)
-            assert isinstance(source, Stored), (row[NODE], snapshot)
+            assert isinstance(source, Stored), (row.node_id, snapshot)
 
 
 @pytest.mark.slow
@@ -211,7 +210,7 @@ async def test_maps_and_steps_refer_to_their_states_too(store: Any) -> None:
 
     given = Texts(items=[Inner(text=str(n) * LARGE) for n in range(3)])
     result = await runner.run([map_over("items", big, into="out")], given, run_id="r")
-    assert all(isinstance(row[OUTPUT], Stored) for row in rows_of(result))
+    assert all(isinstance(row.output, Stored) for row in rows_of(result))
     (event,) = result.trace
     assert [(child.output_state or {})["text"] for child in event.children] == [
         i.text * 3 for i in given.items

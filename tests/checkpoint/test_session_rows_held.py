@@ -42,7 +42,7 @@ from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage, RunStatus
-from stroma.trace.events import Failed, Row
+from stroma.trace.events import AttemptRow, Failed
 
 
 class Hidden(BaseModel):
@@ -191,7 +191,7 @@ async def test_secrets_are_kept_under_a_codec_only(store: Store) -> None:
     ],
 )  # fmt: skip
 async def test_an_attempt_is_kept_with_all_that_is_told_of_it(
-    store: Store, given: Row, kept: Attempt
+    store: Store, given: AttemptRow, kept: Attempt
 ) -> None:
     """Costs are whole pico-dollars; text that no store can keep is written out."""
     session = store.open()

@@ -45,7 +45,7 @@ from stroma.contracts import NotSerialisable
 from stroma.contracts.schema import schema_of
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
-from stroma.trace.events import Failed, Row
+from stroma.trace.events import AttemptRow, Failed
 
 STARTS = itertools.count(1_700_000_000_000_000_000, 1_000_000)
 SRC = str(pathlib.Path(stroma.__file__).parents[1])
@@ -79,11 +79,11 @@ def row(
     ms: int = 0,
     failure: FailureClass | None = None,
     message: str | None = None,
-) -> Row:
+) -> AttemptRow:
     outcome: Any = "success" if failure is None else "failure"
     usage = AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None)
     failed = None if failure is None else Failed(failure, message or "", None, "KeyError")
-    return (
+    return AttemptRow(
         node,
         attempt,
         next(STARTS),

@@ -14,7 +14,7 @@ from stroma.contracts.contract import NodeContract
 from stroma.contracts.copying import with_records
 from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.loop import Halt
-from stroma.trace.events import CHILDREN, USAGE, Row, TraceEvent
+from stroma.trace.events import AttemptRow, TraceEvent
 
 __all__ = [
     "Begun", "Control", "Halts", "Inside", "Invoke", "Step", "as_at_first", "causes", "counted", "halt_behind",
@@ -130,12 +130,12 @@ def halt_behind(error: BaseException | None, halts: Halts) -> Halt | None:
     return next((by_id[id(found)] for found in causes(error) if id(found) in by_id), None)
 
 
-def counted(rows: Sequence[Row | TraceEvent]) -> tuple[int, int]:
+def counted(rows: Sequence[AttemptRow | TraceEvent]) -> tuple[int, int]:
     """Input and output tokens of the executions inside."""
     given = made = 0
     for row in rows:
-        usage = row.usage if isinstance(row, TraceEvent) else row[USAGE]
-        children = row.children if isinstance(row, TraceEvent) else row[CHILDREN]
+        usage = row.usage
+        children = row.children
         if usage is not None:
             given, made = given + usage.tokens - usage.output_tokens, made + usage.output_tokens
         if children:

@@ -25,7 +25,7 @@ from stroma.checkpoint.protocols import (
     Waiting,
 )
 from stroma.contracts.schema import Schema
-from stroma.trace.events import NODE, Row
+from stroma.trace.events import AttemptRow
 
 __all__ = ["CheckpointManager", "resolve_schema", "schema_ref"]
 
@@ -121,7 +121,7 @@ class _SimpleSession:
     prior = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
     traceparent: str | None = None
-    undelivered: Sequence[Row] = ()
+    undelivered: Sequence[AttemptRow] = ()
 
     def __init__(self, store: Any, run_id: str) -> None:
         self.on_cancel: Callable[[], None] | None = None
@@ -129,12 +129,12 @@ class _SimpleSession:
         self._run_id = run_id
 
     def record(
-        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
         if output is None or schema is None:
             return None
         # The store may keep the object that it is given: give it one of its own.
-        pending = self._store.save(self._run_id, row[NODE], schema.clone(output))
+        pending = self._store.save(self._run_id, row.node_id, schema.clone(output))
         return pending if inspect.isawaitable(pending) else None
 
     def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
@@ -143,13 +143,13 @@ class _SimpleSession:
             "journal store such as SQLiteStore, or a field of the state as into="
         )
 
-    def suspend(self, row: Row, waiting: Waiting) -> None:
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> None:
         raise StoreError(
             f"{type(self._store).__name__} keeps no journal, so run {self._run_id!r} cannot wait for a person there; "
             "use a journal store such as SQLiteStore"
         )
 
-    def delivered(self, row: Row) -> None:
+    def delivered(self, row: AttemptRow) -> None:
         return None
 
     def note_call(self, position: int, identity: str) -> None:

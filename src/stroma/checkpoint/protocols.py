@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.errors import CheckpointNotFound, PipelineChanged, RunBusy, RunExists, StoreError
 from stroma.contracts.schema import Schema, Snapshot
-from stroma.trace.events import FAILED_ITEM, Row
+from stroma.trace.events import FAILED_ITEM, AttemptRow
 
 __all__ = [
     "COMPLETE",
@@ -407,7 +407,7 @@ class Session(Protocol):
     prior: PriorUsage
     waiting: Mapping[tuple[int, str], Waiting]
     traceparent: str | None
-    undelivered: Sequence[Row]
+    undelivered: Sequence[AttemptRow]
     on_cancel: Callable[[], None] | None
 
     def committed(
@@ -416,7 +416,7 @@ class Session(Protocol):
         """What is committed in some branches of a position, this process's own commits too. Raises StoreError."""
         ...
 
-    def delivered(self, row: Row) -> None:
+    def delivered(self, row: AttemptRow) -> None:
         """The end hooks of an attempt were told. Only called if the request asked for it; nobody waits for it."""
 
     def note_call(self, position: int, identity: str) -> None:
@@ -426,7 +426,7 @@ class Session(Protocol):
         """Keep the W3C trace context of this execution, for those who go on with it. Nobody waits for that."""
 
     def record(
-        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
         """Keep one attempt and, with ``output``, its commit: together or not at all.
 
@@ -435,7 +435,7 @@ class Session(Protocol):
         be kept.
         """
 
-    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         """Keep an attempt that waits for a person, and what for: together or not at all. Raises StoreError."""
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:

@@ -16,7 +16,6 @@ from stroma.engine.execution import NodeExecution, current_node
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure, NodeContext, diagnose, text_of
 from stroma.hooks.sets import MapProgress, NodeHooks
-from stroma.trace.events import FAILURE
 from stroma.trace.result import ExecutionResult
 
 __all__ = ["Progress", "listen", "timed_line"]
@@ -30,7 +29,7 @@ _UNITS = {"tokens": "tokens", "cost": "USD", "latency": "ms"}
 
 def _message(node: NodeExecution | None, failure: Failure) -> str:
     """The message of an attempt as it is recorded, without secrets, behind the type of the exception."""
-    recorded = None if node is None or node.ended is None else node.ended[FAILURE]
+    recorded = None if node is None or node.ended is None else node.ended.failure
     return text_of(failure) if recorded is None else typed(recorded.error_type, recorded.message)
 
 

@@ -16,7 +16,7 @@ from stroma.engine.execution import NodeExecution
 from stroma.engine.tasks import refusal, uninterrupted
 from stroma.failures.failure import Failure, kind_of
 from stroma.failures.tracebacks import trouble_writer
-from stroma.trace.events import NO_USAGE, Failed, Outcome, Row
+from stroma.trace.events import NO_USAGE, AttemptRow, Failed, Outcome
 
 __all__ = ["failed_of", "make_row", "record", "refer", "settle"]
 
@@ -54,10 +54,10 @@ def make_row(
     kept: Snapshot | None,
     failure: Failure | None,
     outcome: Outcome,
-) -> Row:
+) -> AttemptRow:
     if failure is not None:
         _note_trouble(run, begin, failure)
-    return (
+    return AttemptRow(
         run.node_id,
         run.attempt,
         begin + run.ctx.epoch_ns,
@@ -76,13 +76,13 @@ def make_row(
     )
 
 
-def refer(ctx: ReliabilityContext, row: Row) -> Row:
+def refer(ctx: ReliabilityContext, row: AttemptRow) -> AttemptRow:
     """Return a row for the trace: with references in place of states that the store keeps apart."""
     to_references = getattr(ctx.session, "refer", None)
     return row if to_references is None else to_references(row)
 
 
-def record(ctx: ReliabilityContext, row: Row) -> Awaitable[None] | Exception | None:
+def record(ctx: ReliabilityContext, row: AttemptRow) -> Awaitable[None] | Exception | None:
     """Keep an attempt that committed nothing. Returns what is to be settled, if anything is."""
     try:
         return ctx.session.record(row, None, None, None)
@@ -92,7 +92,7 @@ def record(ctx: ReliabilityContext, row: Row) -> Awaitable[None] | Exception | N
 
 async def settle(
     ctx: ReliabilityContext,
-    row: Row,
+    row: AttemptRow,
     schema: Schema | None,
     output: BaseModel | None,
     call: StepCall | None,
@@ -113,7 +113,7 @@ async def settle(
         if delay is None:
             break
         ctx.run_logger.warning(
-            "the store refused attempt %d of node %r: %s; trying again", row[1], row[0], error
+            "the store refused attempt %d of node %r: %s; trying again", row.attempt, row.node_id, error
         )
         cancelled |= (await uninterrupted(asyncio.sleep(delay)))[1]
         try:
@@ -125,6 +125,6 @@ async def settle(
             pending = refusal(again)
     if isinstance(error, StoreError):
         return error, cancelled
-    wrapped = StoreError(f"the store could not keep node {row[0]!r} of run {ctx.run_id!r}: {error}")
+    wrapped = StoreError(f"the store could not keep node {row.node_id!r} of run {ctx.run_id!r}: {error}")
     wrapped.__cause__ = error
     return wrapped, cancelled

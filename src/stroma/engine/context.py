@@ -45,7 +45,7 @@ from stroma.failures.failure import Classifier, Failure, is_a, kind_of, message_
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, Calls, HookNotAsync, Hooks
 from stroma.hooks.sets import AnyHooks, distinct, flatten
-from stroma.trace.events import Row
+from stroma.trace.events import AttemptRow
 from stroma.trace.plain import secrets_in
 from stroma.trace.redaction import HIDDEN, forms_of, without_secrets
 from stroma.trace.result import ExecutionResult, HookFailure, RunStatus
@@ -80,10 +80,10 @@ class _NoSession:
     prior = PriorUsage()
     waiting: Mapping[tuple[int, str], Waiting] = {}
     traceparent: str | None = None
-    undelivered: Sequence[Row] = ()
+    undelivered: Sequence[AttemptRow] = ()
     on_cancel: Callable[[], None] | None = None
 
-    def delivered(self, row: Row) -> None:
+    def delivered(self, row: AttemptRow) -> None:
         return None
 
     def note_call(self, position: int, identity: str) -> None:
@@ -93,14 +93,14 @@ class _NoSession:
         return None
 
     def record(
-        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
         return None
 
     def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
         return {}
 
-    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         return None
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
@@ -779,7 +779,7 @@ class ReliabilityContext:
         message = self.masked(message)
         return failure if message == failure.message else replace(failure, message=message)
 
-    def said(self, failure: Failure, row: Row) -> str:
+    def said(self, failure: Failure, row: AttemptRow) -> str:
         """Return the message of a failed attempt as a log line shows it: ``Type: message``, in one line."""
         message = failure.message
         if self.config.redact is not None:

@@ -15,7 +15,7 @@ from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution
 from stroma.failures.failure import Failure
 from stroma.hooks.dispatch import Calls, HookNotAsync
-from stroma.trace.events import OUTCOME, Row
+from stroma.trace.events import AttemptRow
 
 __all__ = ["of_start", "of_success", "tell_closed", "tell_end", "tell_failure", "warn_of_budget"]
 
@@ -24,13 +24,13 @@ async def tell_end(
     ctx: ReliabilityContext,
     run: NodeExecution,
     calls: Calls,
-    row: Row,
+    row: AttemptRow,
     arguments: Callable[[], tuple[Any, ...]],
     begun: Coroutine[Any, Any, None] | None = None,
 ) -> None:
     """Fire the hooks of an attempt's end, and note that they were. ``begun``: what is left of that."""
     try:
-        await (begun or ctx.fire.fire(f"on_node_{row[OUTCOME]}", calls, run.node_id, arguments))
+        await (begun or ctx.fire.fire(f"on_node_{row.outcome}", calls, run.node_id, arguments))
     except GeneratorExit:  # The sets that are left see this end as well.
         tell_closed(ctx, run, ctx.fire.untold, row, arguments)
         raise
@@ -47,7 +47,7 @@ def tell_closed(
     ctx: ReliabilityContext,
     run: NodeExecution,
     calls: Calls | None,
-    row: Row,
+    row: AttemptRow,
     arguments: Callable[[], tuple[Any, ...]],
 ) -> None:
     """Fire the hooks of an attempt's end where the coroutine is being closed: nothing may be awaited any more."""
@@ -55,7 +55,7 @@ def tell_closed(
     if calls is not None:
         token = CURRENT.set(run)  # Whoever closes it has a context of their own.
         try:
-            ctx.fire.fire_now(f"on_node_{row[OUTCOME]}", calls, run.node_id, arguments)
+            ctx.fire.fire_now(f"on_node_{row.outcome}", calls, run.node_id, arguments)
         finally:
             CURRENT.reset(token)
 
@@ -76,7 +76,9 @@ def of_success(
     return ctx.run_id, run.node_id, seen if ctx.config.redact is None else ctx.shown(seen), run.counted.tokens
 
 
-async def tell_failure(ctx: ReliabilityContext, run: NodeExecution, failure: Failure, row: Row) -> None:
+async def tell_failure(
+    ctx: ReliabilityContext, run: NodeExecution, failure: Failure, row: AttemptRow
+) -> None:
     run.ended = row
     if ctx.run_logger.isEnabledFor(
         logging.WARNING

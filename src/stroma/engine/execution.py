@@ -17,19 +17,7 @@ from stroma.cost.usage import Report, UsageError, check_usage, report_of, report
 from stroma.engine.current import CURRENT, RUN
 from stroma.failures.errors import Suspend
 from stroma.failures.failure import Failure
-from stroma.trace.events import (
-    DURATION,
-    FAILURE,
-    FUNCTION,
-    NO_USAGE,
-    OUTCOME,
-    STARTED,
-    AttemptUsage,
-    Outcome,
-    Row,
-    Schemas,
-    TraceEvent,
-)
+from stroma.trace.events import NO_USAGE, AttemptRow, AttemptUsage, Outcome, Schemas, TraceEvent
 from stroma.trace.redaction import scrubbed_error
 
 if TYPE_CHECKING:
@@ -77,14 +65,14 @@ class NodeExecution:
     position: int
     branch: str
     #: Where the engine puts this execution's events: the trace, or the rows of the group around it.
-    rows: list[Row | TraceEvent]
+    rows: list[AttemptRow | TraceEvent]
     #: The group around it, and its id.
     parent: NodeExecution | None
     group: str | None
     attempt: int
     counted: AttemptUsage
     #: Where the children of a group put their events.
-    children: list[Row | TraceEvent] | None
+    children: list[AttemptRow | TraceEvent] | None
     #: What reads the snapshots in its rows.
     schemas: Schemas | None
     #: Which call of its step id this is, outside of any pipeline.
@@ -92,7 +80,7 @@ class NodeExecution:
     #: What report_usage() was told and nobody has counted yet.
     reported: list[Report] | None
     #: The row of the attempt that has just ended, while its hooks run.
-    ended: Row | None
+    ended: AttemptRow | None
     _at_end: list[Callable[[], None]] | None
 
     last_failure: Failure | None = None
@@ -179,7 +167,7 @@ class NodeExecution:
     @property
     def outcome(self) -> Outcome | None:
         """What became of the attempt whose end hooks run; None before."""
-        return None if self.ended is None else self.ended[OUTCOME]
+        return None if self.ended is None else self.ended.outcome
 
     @property
     def duration_ms(self) -> float | None:
@@ -187,22 +175,22 @@ class NodeExecution:
 
         Of a group: from the first start of a function inside it to the last end of one.
         """
-        return None if self.ended is None else self.ended[DURATION] / 1e6
+        return None if self.ended is None else self.ended.duration_ns / 1e6
 
     @property
     def function_ms(self) -> float | None:
         """For how long functions ran in that attempt: of a group any inside it, of a node its own; None before its end."""
-        return None if self.ended is None else self.ended[FUNCTION] / 1e6
+        return None if self.ended is None else self.ended.function_ns / 1e6
 
     @property
     def started_ns(self) -> int | None:
         """When that attempt's function was called, in ns since the epoch; None before its end."""
-        return None if self.ended is None else self.ended[STARTED]
+        return None if self.ended is None else self.ended.started_ns
 
     @property
     def reason(self) -> str | None:
         """A stable word for why that attempt failed, such as "rate_limit"; None if it did not, or nobody knows."""
-        failed = None if self.ended is None else self.ended[FAILURE]
+        failed = None if self.ended is None else self.ended.failure
         return None if failed is None else failed.reason
 
     @property
@@ -383,7 +371,7 @@ def new_execution(
     kind: Kind,
     position: int,
     branch: str,
-    rows: list[Row | TraceEvent],
+    rows: list[AttemptRow | TraceEvent],
     parent: NodeExecution | None = None,
 ) -> NodeExecution:
     """An execution that has not begun yet. The only place that makes one."""

@@ -46,7 +46,7 @@ from stroma.failures.errors import RunFailed, Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run, is_a, message_of
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.hooks.dispatch import HookNotAsync
-from stroma.trace.events import NO_USAGE, Row
+from stroma.trace.events import NO_USAGE, AttemptRow
 from stroma.trace.result import RunStatus
 
 __all__ = ["GroupStopped", "Halt", "attempt_once", "begin_group", "execute", "execute_in_turn"]
@@ -624,7 +624,7 @@ async def _attempt(
     if (
         failure is None and run.counted is NO_USAGE
     ):  # What make_row would give, without its call and its questions.
-        row: Row = (
+        row = AttemptRow(
             run.node_id, run.attempt, begin + ctx.epoch_ns, duration, picture, kept,
             "success", None, None, run.position, run.branch, run.group, run.schemas, run.children,
             duration if type(node) is Node else run.busy_ns,

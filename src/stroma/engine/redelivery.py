@@ -15,7 +15,7 @@ from stroma.engine.events import tell_end
 from stroma.engine.execution import Kind, NodeExecution, new_execution
 from stroma.engine.restore import output_schema, raw_output, read_output
 from stroma.failures.errors import RunFailed
-from stroma.trace.events import ATTEMPT, BRANCH, FAILURE, NO_USAGE, NODE, OUTCOME, POSITION, USAGE, Row
+from stroma.trace.events import NO_USAGE, AttemptRow
 
 __all__ = ["redeliver"]
 
@@ -24,10 +24,10 @@ async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> N
     """Fire what is due of earlier processes, the oldest first. None of it is in the trace or in the totals."""
     identities = {position: identity for identity, position in ctx.session.places.items()}
     for row in ctx.session.undelivered:
-        node, kind = _node_at(nodes, row[POSITION], row[BRANCH])
-        run = new_execution(ctx, row[NODE], kind, row[POSITION], row[BRANCH], [])
-        run.attempt, run.counted, run.ended, run.redelivered = row[ATTEMPT], row[USAGE] or NO_USAGE, row, True
-        run.step = StepCall(0, None, identities.get(row[POSITION]))
+        node, kind = _node_at(nodes, row.position, row.branch)
+        run = new_execution(ctx, row.node_id, kind, row.position, row.branch, [])
+        run.attempt, run.counted, run.ended, run.redelivered = row.attempt, row.usage or NO_USAGE, row, True
+        run.step = StepCall(0, None, identities.get(row.position))
         token = CURRENT.set(run)
         try:
             await _tell(ctx, run, row, node)
@@ -36,22 +36,24 @@ async def redeliver(ctx: ReliabilityContext, nodes: Sequence[Node | Group]) -> N
             leave(token)
 
 
-async def _tell(ctx: ReliabilityContext, run: NodeExecution, row: Row, node: Node | Group | None) -> None:
-    event = f"on_node_{row[OUTCOME]}"
+async def _tell(
+    ctx: ReliabilityContext, run: NodeExecution, row: AttemptRow, node: Node | Group | None
+) -> None:
+    event = f"on_node_{row.outcome}"
     calls = getattr(ctx.fire, event, None)
     if not calls:
         ctx.session.delivered(row)
         return
     said: tuple[Any, ...] = ()
-    failed = row[FAILURE]
+    failed = row.failure
     if failed is not None:
         error = RunFailed.recorded(failed.message, failed.error_type)
-        said = (failed.message,) if row[OUTCOME] == "suspended" else (error, failed.failure_class)
+        said = (failed.message,) if row.outcome == "suspended" else (error, failed.failure_class)
 
     committed = await _committed(ctx, row)
 
     def arguments() -> tuple[Any, ...]:
-        if row[OUTCOME] == "success":
+        if row.outcome == "success":
             return (
                 ctx.run_id,
                 run.node_id,
@@ -63,21 +65,21 @@ async def _tell(ctx: ReliabilityContext, run: NodeExecution, row: Row, node: Nod
     await tell_end(ctx, run, calls, row, arguments)
 
 
-async def _committed(ctx: ReliabilityContext, row: Row) -> Committed | None:
-    found = ctx.restored.get((row[POSITION], row[BRANCH]))
-    if found is None and row[BRANCH] and row[OUTCOME] == "success":  # Of a map, it may stand apart.
-        kept: Any = ctx.session.committed(row[POSITION], [row[BRANCH]])
-        found = (await kept if inspect.isawaitable(kept) else kept).get(row[BRANCH])
+async def _committed(ctx: ReliabilityContext, row: AttemptRow) -> Committed | None:
+    found = ctx.restored.get((row.position, row.branch))
+    if found is None and row.branch and row.outcome == "success":  # Of a map, it may stand apart.
+        kept: Any = ctx.session.committed(row.position, [row.branch])
+        found = (await kept if inspect.isawaitable(kept) else kept).get(row.branch)
     return found
 
 
 def _output(
-    ctx: ReliabilityContext, row: Row, node: Node | Group | None, committed: Committed | None
+    ctx: ReliabilityContext, row: AttemptRow, node: Node | Group | None, committed: Committed | None
 ) -> dict[str, Any]:
     """The output that was committed with an attempt, as its hook would have seen it."""
     if committed is None or committed.is_failed_item:
         return {}  # It was discarded since.
-    if isinstance(node, Node) and node.node_id == row[NODE]:
+    if isinstance(node, Node) and node.node_id == row.node_id:
         schema = output_schema(ctx, node, None)
         try:
             return dict(schema.state(read_output(schema, committed, None)))

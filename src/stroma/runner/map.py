@@ -28,7 +28,7 @@ from stroma.failures.errors import ItemFailure
 from stroma.failures.failure import Failure, text_of
 from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
-from stroma.trace.events import FewRows, Outcome, Row
+from stroma.trace.events import AttemptRow, FewRows, Outcome
 
 __all__ = ["DEFAULT_CONCURRENCY", "MapRun", "branches_in"]
 
@@ -215,7 +215,7 @@ class MapRun:
             reason=failure.reason,
             attempts=failure.attempt,
         )
-        row: Row = (
+        row = AttemptRow(
             self._child.node_id, failure.attempt + 1, perf_counter_ns() + ctx.epoch_ns, 0, {}, None,
             cast("Outcome", "collected"), failed_of(failure), None,
             group.position, self._branch(item.index), group.node_id, None, None, 0,

@@ -19,7 +19,7 @@ from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.interceptors import PROBES, Call, Probe
 from stroma.hooks.dispatch import NO_HOOKS
 from stroma.hooks.sets import NodeHooks
-from stroma.trace.events import ATTEMPT, BRANCH, NODE, POSITION, Row
+from stroma.trace.events import AttemptRow
 from stroma.trace.result import ExecutionResult
 
 __all__ = ["POINTS", "Boundary", "Crashed", "Deaths", "Point", "crash_at"]
@@ -119,8 +119,8 @@ class Deaths(Probe):
     def refuse(self) -> _Died:
         return _Died(f"the process died {self.life.died}")
 
-    def commits(self, row: Row) -> None:
-        self.life.committed.append((row[POSITION], row[BRANCH]))
+    def commits(self, row: AttemptRow) -> None:
+        self.life.committed.append((row.position, row.branch))
         self._tell("committed", self.life.committed[-1])
 
     # ------------------------------------------------------------------ as a probe
@@ -181,23 +181,25 @@ class _MortalSession:
         return self._ctx in self._deaths._dead
 
     def record(
-        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
         if self._is_dead:
             raise self._deaths.refuse()
         pending = self._session.record(row, schema, output, call)
         return self._then(pending, row, committed=output is not None)
 
-    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         if self._is_dead:
             raise self._deaths.refuse()
         return self._then(self._session.suspend(row, waiting), row, committed=False)
 
-    def _then(self, pending: Awaitable[None] | None, row: Row, *, committed: bool) -> Awaitable[None] | None:
+    def _then(
+        self, pending: Awaitable[None] | None, row: AttemptRow, *, committed: bool
+    ) -> Awaitable[None] | None:
         def kept() -> None:
             if committed:
                 self._deaths.commits(row)
-            boundary = Boundary("after_commit", row[NODE], row[POSITION], row[BRANCH], row[ATTEMPT])
+            boundary = Boundary("after_commit", row.node_id, row.position, row.branch, row.attempt)
             if self._deaths.reach(self._ctx, boundary):
                 raise self._deaths.refuse()
 
@@ -210,7 +212,7 @@ class _MortalSession:
         kept()
         return None
 
-    def delivered(self, row: Row) -> None:
+    def delivered(self, row: AttemptRow) -> None:
         if not self._is_dead:
             self._session.delivered(row)
 

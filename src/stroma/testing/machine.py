@@ -28,19 +28,7 @@ from stroma.checkpoint import (
 from stroma.contracts.schema import schema_of
 from stroma.failures.classes import FailureClass
 from stroma.testing.stores import State, restored, row, settled
-from stroma.trace.events import (
-    ATTEMPT,
-    BRANCH,
-    DURATION,
-    FAILURE,
-    FUNCTION,
-    NODE,
-    OUTCOME,
-    POSITION,
-    STARTED,
-    USAGE,
-    Row,
-)
+from stroma.trace.events import AttemptRow
 
 __all__ = ["JournalStoreMachine"]
 
@@ -68,7 +56,7 @@ _usages = st.tuples(st.integers(0, 50), st.sampled_from((0.0, 0.1, 0.25, 1e-12))
 class _Kept:
     """An attempt."""
 
-    row: Row
+    row: AttemptRow
     process: int  # counts how often the run was opened
     output: State | None
     #: Counts everything that is kept: what came later is newer.
@@ -89,15 +77,15 @@ class _Execution:
 
     def commits(self) -> dict[tuple[int, str], _Kept]:
         return {
-            (kept.row[POSITION], kept.row[BRANCH]): kept
+            (kept.row.position, kept.row.branch): kept
             for kept in self.attempts
             if kept.output is not None and not kept.discarded
         }
 
     def used(self) -> tuple[int, float, float]:
         """Tokens, USD, ms. The time of what is inside of a group is part of the group's."""
-        usages = [usage for kept in self.attempts if (usage := kept.row[USAGE]) is not None]
-        top = (kept.row[FUNCTION] for kept in self.attempts if not kept.row[BRANCH])
+        usages = [usage for kept in self.attempts if (usage := kept.row.usage) is not None]
+        top = (kept.row.function_ns for kept in self.attempts if not kept.row.branch)
         return sum(u.tokens for u in usages), sum(u.cost_usd for u in usages), sum(top) / 1e6
 
 
@@ -130,7 +118,7 @@ class _Handle:
     writes: bool = True
     #: Its store object was closed.
     closed: bool = False
-    sent: list[tuple[Row, State | None]] = field(default_factory=list)
+    sent: list[tuple[AttemptRow, State | None]] = field(default_factory=list)
 
 
 class JournalStoreMachine(RuleBasedStateMachine):
@@ -282,11 +270,11 @@ class JournalStoreMachine(RuleBasedStateMachine):
             assert abs(prior.latency_ms - used[2]) < 1e-6, f"prior.latency_ms is {prior.latency_ms}"
         self._same("restored", restored(session), {at: kept.output for at, kept in stay.items()})
         nodes = {at: found.node_id for at, found in session.restored.items()}
-        self._same("the nodes of restored", nodes, {at: kept.row[NODE] for at, kept in stay.items()})
+        self._same("the nodes of restored", nodes, {at: kept.row.node_id for at, kept in stay.items()})
         self._same("execution", session.execution, len(run.executions))
         self._same("continued", session.continued, way == "continue")
         if way != "begin":
-            self._same("accept() saw", asked, {(*at, kept.row[NODE]) for at, kept in stay.items()})
+            self._same("accept() saw", asked, {(*at, kept.row.node_id) for at, kept in stay.items()})
         if way == "return":
             assert session.finished is not None, "a finished run was to be returned"
             self._same("finished", session.finished[:2], (run.last.status, run.last.error))
@@ -553,7 +541,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
             outputs = [run.saved[node]] if node in run.saved else []
             if run.executions:
                 commits = run.last.commits().values()
-                outputs += [(c.order, c.output) for c in commits if c.row[NODE] == node and c.output]
+                outputs += [(c.order, c.output) for c in commits if c.row.node_id == node and c.output]
             newest = max(outputs, key=lambda output: output[0], default=(0, None))[1]
 
             async def loading(node: str = node) -> tuple[Any, Any]:
@@ -564,7 +552,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
 
     def _history(self, execution: _Execution) -> list[AttemptRecord]:
         def place(kept: _Kept) -> tuple[Any, ...]:
-            at = (kept.row[POSITION], kept.row[STARTED], kept.row[BRANCH], kept.row[ATTEMPT])
+            at = (kept.row.position, kept.row.started_ns, kept.row.branch, kept.row.attempt)
             return (kept.process, *at) if self.keeps_history else at
 
         return [_record(kept) for kept in sorted(execution.attempts, key=place)]
@@ -585,7 +573,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
             return error
         raise AssertionError(f"{kind.__name__} was not raised")
 
-    async def _recording(self, handle: _Handle, attempt: Row, output: State | None) -> None:
+    async def _recording(self, handle: _Handle, attempt: AttemptRow, output: State | None) -> None:
         await settled(handle.session.record(attempt, None if output is None else _SCHEMA, output))
 
     async def _ending(self, session: Any, status: str, error: str | None) -> None:
@@ -600,7 +588,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
         number: int,
         output: State | None,
         **failure: Any,
-    ) -> tuple[Row, State | None]:
+    ) -> tuple[AttemptRow, State | None]:
         tokens, cost, ms = usage
         picture = None if output is None else _SCHEMA.snapshot(output)
         attempt = row(
@@ -617,7 +605,7 @@ class JournalStoreMachine(RuleBasedStateMachine):
         )
         return attempt, output
 
-    def _send(self, owner: _Handle, attempts: list[tuple[Row, State | None]]) -> None:
+    def _send(self, owner: _Handle, attempts: list[tuple[AttemptRow, State | None]]) -> None:
         """Attempts at once; each is kept."""
 
         async def sending() -> None:
@@ -657,17 +645,17 @@ def _pick(candidates: Sequence[T], which: int) -> T:
 def _record(kept: _Kept) -> AttemptRecord:
     """An attempt as a store lists it; its output, unless it was discarded."""
     attempt, output = kept.row, kept.output
-    failure, message, reason, error_type = attempt[FAILURE] or (None, None, None, None)
-    usage = attempt[USAGE]
+    failure, message, reason, error_type = attempt.failure or (None, None, None, None)
+    usage = attempt.usage
     assert usage is not None
     return AttemptRecord(
-        position=attempt[POSITION],
-        branch=attempt[BRANCH],
-        node_id=attempt[NODE],
-        attempt=attempt[ATTEMPT],
-        started_ms=attempt[STARTED] // 1_000_000,
-        duration_ms=attempt[DURATION] / 1e6,
-        outcome=attempt[OUTCOME],
+        position=attempt.position,
+        branch=attempt.branch,
+        node_id=attempt.node_id,
+        attempt=attempt.attempt,
+        started_ms=attempt.started_ns // 1_000_000,
+        duration_ms=attempt.duration_ns / 1e6,
+        outcome=attempt.outcome,
         failure_class=None if failure is None else failure.value,
         message=message,
         reason=reason,

@@ -36,7 +36,7 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.restore import read_output
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
-from stroma.trace.events import BRANCH, NODE, POSITION, STARTED, USAGE, AttemptUsage, Failed, Row
+from stroma.trace.events import AttemptRow, AttemptUsage, Failed
 
 __all__ = ["JournalStoreTests", "State", "begin", "commit", "fail", "finish", "restored", "row"]
 
@@ -76,10 +76,10 @@ def row(
     message: str = "",
     output: Any = None,
     schema: Schema | None = None,
-) -> Row:
+) -> AttemptRow:
     """One attempt as the engine records it; each call has a later start. ``schema``: of its output, State's if not given."""
     reads = schema or schema_of(State)
-    return (
+    return AttemptRow(
         node, attempt, next(_STARTS), ms * 1_000_000, (), output, "success" if failure is None else "failure",
         None if failure is None else Failed(failure, message, None, "ValueError"),
         AttemptUsage(tokens, tokens // 2, cost, "model" if tokens else None), position, branch, None,
@@ -534,8 +534,8 @@ class JournalStoreTests:
         if not isinstance(store, (InMemoryStore, AsyncInMemoryStore)):
             again = await begin(store, if_exists="resume", deliver=True)
             due = list(again.undelivered)
-            usages = [AttemptUsage() if r[USAGE] is None else r[USAGE] for r in due]
-            assert [(r[POSITION], r[BRANCH], r[NODE]) for r in due] == [
+            usages = [AttemptUsage() if r.usage is None else r.usage for r in due]
+            assert [(r.position, r.branch, r.node_id) for r in due] == [
                 (0, "", "node"),
                 (1, "0.2", "b é"),
                 (2, "", "c"),
@@ -545,7 +545,7 @@ class JournalStoreTests:
             await commit(again, 3, State())  # What is posted before is done before.
             again.abandon()
             third = await begin(store, if_exists="resume", deliver=True)
-            assert [r[POSITION] for r in third.undelivered] == [0, 2, 3]
+            assert [r.position for r in third.undelivered] == [0, 2, 3]
             third.abandon()
         assert list((await begin(store, deliver=True)).undelivered) == []
         assert (
@@ -579,7 +579,7 @@ class JournalStoreTests:
         assert store.get_run("run").cause.message == "second"
         waits = Waiting(1, "0", "node", "why", "")
         asked = row(1, branch="0", attempt=2)
-        await settled(session.suspend((*asked[:6], "suspended", *asked[7:]), waits))
+        await settled(session.suspend(asked._replace(outcome="suspended"), waits))
         await finish(session, "SUSPENDED", "why")
         record = store.get_run("run")
         assert (record.cause, record.failures) == (None, 2)
@@ -1108,14 +1108,14 @@ class JournalStoreTests:
         for number in (1, 2):
             failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
             data = b'[[["flow.py", %d, "work", "raise it"]], [["lib.py", 1, "call", ""]]]' % number
-            session.note_trouble(3, "1", number, failed[STARTED], partial(bytes, data))
+            session.note_trouble(3, "1", number, failed.started_ns, partial(bytes, data))
             await settled(session.record(failed, None, None))
         found = store.trouble_of("run", 3, "1")
         if _has_codec(store):
             assert found is None, "lines of source are not kept beside what a codec hides"
             return
         assert found is not None
-        assert (found.attempt, found.started_ns) == (2, failed[STARTED])
+        assert (found.attempt, found.started_ns) == (2, failed.started_ns)
         assert found.own == (("flow.py", 2, "work", "raise it"),)
         assert found.others == (("lib.py", 1, "call", ""),)
         assert store.trouble_of("run", 3) is store.trouble_of("nobody", 3, "1") is None

@@ -28,39 +28,39 @@ class Failed(NamedTuple):
 
 #: What reads a row's input, and its output; what else there is, is of no concern here.
 Schemas = tuple[Schema, Schema, object]
+
+
 #: One attempt, as atoms, in this order. What most attempts lack (a failure, usage, children) is None.
-Row = tuple[
-    str,  # node id
-    int,  # attempt, 1-based
-    int,  # start, ns since the epoch; of a group that of the first function inside it
-    int,  # duration, ns; of a group until the last function inside it ended
-    Snapshot,  # input
-    Snapshot | None,  # output
-    Outcome,
-    Failed | None,
-    "AttemptUsage | None",
-    int,  # position
-    str,  # branch
-    str | None,  # the id of the group around it
-    Schemas | None,  # what reads its snapshots; of plain dicts nothing need
-    "list[Row | TraceEvent] | None",  # the events of a group's children
-    int,  # ns for which its function ran; of a group any function inside it
-]
-NODE: Final = 0
-ATTEMPT: Final = 1
-STARTED: Final = 2
-DURATION: Final = 3
-INPUT: Final = 4
-OUTPUT: Final = 5
-OUTCOME: Final = 6
-FAILURE: Final = 7
-USAGE: Final = 8
-POSITION: Final = 9
-BRANCH: Final = 10
-GROUP: Final = 11
-SCHEMAS: Final = 12
-CHILDREN: Final = 13
-FUNCTION: Final = 14
+class AttemptRow(NamedTuple):
+    """One attempt, as the engine records it: plain fields and snapshots, never objects that a node or hook can change.
+
+    Attributes:
+        attempt: 1-based.
+        started_ns: since the epoch; of a group that of the first function inside it.
+        duration_ns: of a group until the last function inside it ended.
+        group: the id of the group around it.
+        schemas: the schemas that read its snapshots; plain dicts need none.
+        children: the events of a group's children.
+        function_ns: for which its function ran; of a group any function inside it.
+    """
+
+    node_id: str
+    attempt: int
+    started_ns: int
+    duration_ns: int
+    input: Snapshot
+    output: Snapshot | None
+    outcome: Outcome
+    failure: Failed | None
+    usage: AttemptUsage | None
+    position: int
+    branch: str
+    group: str | None
+    schemas: Schemas | None
+    children: list[AttemptRow | TraceEvent] | None
+    function_ns: int
+
+
 #: What an item that failed for good is filed under, in place of its output, where the other items go on.
 FAILED_ITEM: Final = "failed item"
 
@@ -110,7 +110,7 @@ class LeftOut:
     figures: tuple[Figures, ...]
 
 
-class FewRows(list["Row | TraceEvent"]):
+class FewRows(list["AttemptRow | TraceEvent"]):
     """The rows of the items of a map that are too many to be kept: the first ones, and the first failures after those.
 
     The others are summed up.
@@ -126,8 +126,8 @@ class FewRows(list["Row | TraceEvent"]):
         # By node id and model: tokens, output tokens, USD, ns.
         self._sums: dict[tuple[str, str | None], tuple[int, int, float, int]] = {}
 
-    def append(self, row: Row | TraceEvent, /) -> None:
-        failed = not isinstance(row, TraceEvent) and row[FAILURE] is not None
+    def append(self, row: AttemptRow | TraceEvent, /) -> None:
+        failed = not isinstance(row, TraceEvent) and row.failure is not None
         if len(self) < (2 * self._most if failed else self._most):
             super().append(row)
             return
@@ -135,17 +135,17 @@ class FewRows(list["Row | TraceEvent"]):
         while stack:
             one = stack.pop()
             assert not isinstance(one, TraceEvent)  # The engine's own: nobody has looked at them.
-            used = one[USAGE] or NO_USAGE
-            tokens, made, cost, ns = self._sums.get((one[NODE], used.model), (0, 0, 0.0, 0))
-            self._sums[one[NODE], used.model] = (
-                tokens + used.tokens, made + used.output_tokens, cost + used.cost_usd, ns + one[FUNCTION],
+            used = one.usage or NO_USAGE
+            tokens, made, cost, ns = self._sums.get((one.node_id, used.model), (0, 0, 0.0, 0))
+            self._sums[one.node_id, used.model] = (
+                tokens + used.tokens, made + used.output_tokens, cost + used.cost_usd, ns + one.function_ns,
             )  # fmt: skip
             self._events += 1
-            self._failures += one[FAILURE] is not None
-            if one[OUTPUT] is None:
+            self._failures += one.failure is not None
+            if one.output is None:
                 self._lost_tokens += used.tokens
                 self._lost_cost_usd += used.cost_usd
-            stack.extend(one[CHILDREN] or ())
+            stack.extend(one.children or ())
 
     @property
     def left_out(self) -> LeftOut | None:
@@ -155,7 +155,7 @@ class FewRows(list["Row | TraceEvent"]):
         figures = tuple((node, *sums, model) for (node, model), sums in self._sums.items())
         return LeftOut(self._events, self._failures, self._lost_tokens, self._lost_cost_usd, figures)
 
-    def like(self, rows: list[Row | TraceEvent]) -> FewRows:
+    def like(self, rows: list[AttemptRow | TraceEvent]) -> FewRows:
         """The same with other rows in it: copies of these."""
         twin = FewRows(self._most)
         twin.extend(rows)
@@ -164,9 +164,9 @@ class FewRows(list["Row | TraceEvent"]):
         return twin
 
 
-def figures_of(rows: list[Row | TraceEvent]) -> Iterator[Figures]:
+def figures_of(rows: list[AttemptRow | TraceEvent]) -> Iterator[Figures]:
     """The figures of every attempt in these rows, in groups too; those of what was left out are sums."""
-    stack: list[Row | TraceEvent] = list(reversed(rows))
+    stack: list[AttemptRow | TraceEvent] = list(reversed(rows))
     while stack:
         row = stack.pop()
         if isinstance(row, TraceEvent):
@@ -175,8 +175,8 @@ def figures_of(rows: list[Row | TraceEvent]) -> Iterator[Figures]:
             inside: list[Any] = list(row.children)
             left_out = row.left_out
         else:
-            node_id, used, ns = row[NODE], row[USAGE] or NO_USAGE, row[FUNCTION]
-            inside = row[CHILDREN] or []
+            node_id, used, ns = row.node_id, row.usage or NO_USAGE, row.function_ns
+            inside = row.children or []
             left_out = inside.left_out if isinstance(inside, FewRows) else None
         stack.extend(reversed(inside))
         yield node_id, used.tokens, used.output_tokens, used.cost_usd, ns, used.model
@@ -260,7 +260,7 @@ class TraceMark:
     at_utc: datetime
 
 
-def contract_of(row: Row, schema: Schema) -> str:
+def contract_of(row: AttemptRow, schema: Schema) -> str:
     """What an output is filed under: the fingerprint of its schema, and the group that asked for it."""
     kind = FAILED_ITEM if schema.model is ItemFailure else schema.fingerprint
-    return kind if row[GROUP] is None else f"{kind}:{row[GROUP]}"
+    return kind if row.group is None else f"{kind}:{row.group}"

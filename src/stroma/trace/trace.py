@@ -1,6 +1,6 @@
 """The history of a run in memory: one event per attempt, and the result that carries it.
 
-The engine appends flat rows (see :data:`Row`); a :class:`TraceEvent` is built when somebody looks. States in a row
+The engine appends flat rows (see :class:`AttemptRow`); a :class:`TraceEvent` is built when somebody looks. States in a row
 are snapshots, so nothing that nodes or hooks do to their objects afterwards can rewrite history.
 """
 
@@ -19,29 +19,7 @@ from stroma.trace.redaction import Redact, Shown, hidden_values, hide_state, hid
 
 if TYPE_CHECKING:
     from stroma.trace.html import Bar, Story
-from stroma.trace.events import (
-    ATTEMPT,
-    BRANCH,
-    CHILDREN,
-    DURATION,
-    FAILURE,
-    FUNCTION,
-    INPUT,
-    NO_USAGE,
-    NODE,
-    OUTCOME,
-    OUTPUT,
-    POSITION,
-    SCHEMAS,
-    STARTED,
-    USAGE,
-    FewRows,
-    Figures,
-    Row,
-    TraceEvent,
-    TraceMark,
-    figures_of,
-)
+from stroma.trace.events import NO_USAGE, AttemptRow, FewRows, Figures, TraceEvent, TraceMark, figures_of
 from stroma.trace.plain import jsonable
 
 __all__ = ["ExecutionTrace"]
@@ -58,7 +36,7 @@ class ExecutionTrace(Shown):
     def __init__(self, run_id: str = "") -> None:
         self.run_id = run_id
         #: The rows as the engine keeps them, and events in place of those that somebody has looked at.
-        self.rows: list[Row | TraceEvent] = []
+        self.rows: list[AttemptRow | TraceEvent] = []
         self.marks: list[TraceMark] = []
 
     def __getstate__(self) -> tuple[str, list[TraceEvent], list[TraceMark]]:
@@ -83,42 +61,42 @@ class ExecutionTrace(Shown):
         """The figures of every attempt that the engine recorded, in groups too; sums of those that were left out."""
         return figures_of(self.rows)
 
-    def _event(self, row: Row) -> TraceEvent:
-        schemas = row[SCHEMAS]
-        seconds, ns = divmod(row[STARTED], 1_000_000_000)
-        failure, message, reason, error_type = row[FAILURE] or (None, None, None, None)
-        children = row[CHILDREN]
+    def _event(self, row: AttemptRow) -> TraceEvent:
+        schemas = row.schemas
+        seconds, ns = divmod(row.started_ns, 1_000_000_000)
+        failure, message, reason, error_type = row.failure or (None, None, None, None)
+        children = row.children
         return TraceEvent(
-            node_id=row[NODE],
+            node_id=row.node_id,
             run_id=self.run_id,
-            attempt=row[ATTEMPT],
+            attempt=row.attempt,
             timestamp_utc=datetime.fromtimestamp(seconds, UTC).replace(microsecond=ns // 1000),
-            input_state=_thaw(schemas and schemas[0], row[INPUT]) or {},
-            output_state=_thaw(schemas and schemas[1], row[OUTPUT]),
-            duration_ms=row[DURATION] // 1_000_000,
+            input_state=_thaw(schemas and schemas[0], row.input) or {},
+            output_state=_thaw(schemas and schemas[1], row.output),
+            duration_ms=row.duration_ns // 1_000_000,
             failure=failure,
             failure_message=message,
-            outcome=row[OUTCOME],
+            outcome=row.outcome,
             reason=reason,
             children=self._build(children or []),
-            usage=row[USAGE] or NO_USAGE,
-            position=row[POSITION],
-            branch=row[BRANCH],
+            usage=row.usage or NO_USAGE,
+            position=row.position,
+            branch=row.branch,
             left_out=children.left_out if isinstance(children, FewRows) else None,
-            function_ms=row[FUNCTION] // 1_000_000,
+            function_ms=row.function_ns // 1_000_000,
             error_type=error_type,
         )
 
-    def _build(self, rows: list[Row | TraceEvent]) -> list[TraceEvent]:
+    def _build(self, rows: list[AttemptRow | TraceEvent]) -> list[TraceEvent]:
         # An event once built takes its row's place, so that everybody is given the same object.
         for i, row in enumerate(rows):
             if not isinstance(row, TraceEvent):
                 rows[i] = self._event(row)
         return cast("list[TraceEvent]", rows)
 
-    def event_of(self, row: Row) -> TraceEvent:
+    def event_of(self, row: AttemptRow) -> TraceEvent:
         """The event of one row, without those inside it."""
-        return self._event((*row[:CHILDREN], None, row[FUNCTION]))
+        return self._event(row._replace(children=None))
 
     @property
     def _events(self) -> list[TraceEvent]:
@@ -159,7 +137,7 @@ class ExecutionTrace(Shown):
         from stroma.trace.html import Story
 
         found: list[tuple[int, int, TraceEvent]] = []
-        stack: list[Row | TraceEvent] = list(self.rows)
+        stack: list[AttemptRow | TraceEvent] = list(self.rows)
         while stack:
             row = stack.pop()
             if isinstance(row, TraceEvent):
@@ -167,9 +145,9 @@ class ExecutionTrace(Shown):
                 found.append((ms, row.duration_ms * 1_000_000, row))
                 stack.extend(row.children)
             else:
-                alone = self._event((*row[:CHILDREN], None, row[FUNCTION]))
-                found.append((row[STARTED], row[DURATION], alone))
-                stack.extend(row[CHILDREN] or ())
+                alone = self._event(row._replace(children=None))
+                found.append((row.started_ns, row.duration_ns, alone))
+                stack.extend(row.children or ())
         found.sort(key=lambda one: one[0])
         first = found[0][0] if found else 0
         hidden = self._hidden(redact)
@@ -188,11 +166,9 @@ class ExecutionTrace(Shown):
             return frozenset()
         return _hidden_in(redact, self.walk())
 
-    def said(self, message: str, row: Row, redact: Redact) -> str:
+    def said(self, message: str, row: AttemptRow, redact: Redact) -> str:
         """The message of a failed attempt without what ``redact`` takes out of the attempt's states."""
-        return hide_words(
-            redact, message, _hidden_in(redact, [self._event((*row[:CHILDREN], None, row[FUNCTION]))])
-        )
+        return hide_words(redact, message, _hidden_in(redact, [self._event(row._replace(children=None))]))
 
     def diff(self, other: ExecutionTrace) -> list[str]:
         """What tells two traces apart: order, repeats, attempts, states, failures; not ids of runs nor times."""
@@ -241,15 +217,15 @@ def _bar(
     )  # fmt: skip
 
 
-def _copy_rows(rows: list[Row | TraceEvent]) -> list[Row | TraceEvent]:
+def _copy_rows(rows: list[AttemptRow | TraceEvent]) -> list[AttemptRow | TraceEvent]:
     # A row is immutable but for the list of its children.
-    copies: list[Row | TraceEvent] = []
+    copies: list[AttemptRow | TraceEvent] = []
     for row in rows:
         if isinstance(row, TraceEvent):
             copies.append(_copy_event(row))
         else:
-            children = row[CHILDREN]
-            copies.append(row if children is None else (*row[:CHILDREN], _copy_rows(children), row[FUNCTION]))
+            children = row.children
+            copies.append(row if children is None else row._replace(children=_copy_rows(children)))
     return rows.like(copies) if isinstance(rows, FewRows) else copies
 
 

@@ -13,7 +13,7 @@ from stroma._utils.text import plural
 from stroma.checkpoint.records import PICO, Tally
 from stroma.trace.html import utc
 
-__all__ = ["BUCKETS", "Overview", "Row"]
+__all__ = ["BUCKETS", "AttemptRow", "Overview"]
 
 #: Spans that the time is cut into.
 BUCKETS: Final = 24
@@ -24,7 +24,7 @@ _HIGH: Final = 120
 
 
 @dataclass(slots=True)
-class Row:
+class AttemptRow:
     """The sums of one pipeline, node or model."""
 
     name: str
@@ -55,16 +55,16 @@ class Row:
 class Overview:
     """The sums of some days."""
 
-    total: Row
-    pipelines: list[Row]
-    nodes: list[Row]
-    models: list[Row]
-    slowest: list[Row]
+    total: AttemptRow
+    pipelines: list[AttemptRow]
+    nodes: list[AttemptRow]
+    models: list[AttemptRow]
+    slowest: list[AttemptRow]
     failures: dict[int, dict[str, int]] = field(default_factory=dict)
 
     @classmethod
     def of(cls, found: Sequence[Tally]) -> Overview:
-        total = Row("all")
+        total = AttemptRow("all")
         failures: dict[int, dict[str, int]] = {}
         for one in found:
             total.add(one)
@@ -104,12 +104,12 @@ class Overview:
         )
 
 
-def _by(found: Iterable[Tally], name: Callable[[Tally], str]) -> list[Row]:
-    rows: dict[str, Row] = {}
+def _by(found: Iterable[Tally], name: Callable[[Tally], str]) -> list[AttemptRow]:
+    rows: dict[str, AttemptRow] = {}
     for one in found:
-        rows.setdefault(name(one), Row(name(one))).add(one)
+        rows.setdefault(name(one), AttemptRow(name(one))).add(one)
     return list(rows.values())
 
 
-def _dearest(rows: list[Row]) -> list[Row]:
+def _dearest(rows: list[AttemptRow]) -> list[AttemptRow]:
     return sorted(rows, key=lambda row: (-row.cost_usd, -row.attempts))[:_MOST]

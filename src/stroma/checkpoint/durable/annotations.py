@@ -10,7 +10,7 @@ from stroma.checkpoint.payloads import Payloads, Place
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.failures.classes import FailureClass
-from stroma.trace.events import AttemptUsage, Failed, Outcome, Row
+from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
 
 __all__ = [
     "answer_place",
@@ -33,7 +33,7 @@ def keep_due(rows: Rows, run_id: str, attempt: Attempt) -> None:
     rows.keep(run_id, DUE, due_key(attempt), attempt.node_id, Step("", "", data, checksum(data)))
 
 
-def read_due(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> Row | None:
+def read_due(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> AttemptRow | None:
     """Return what :func:`keep_due` saved, as the row that it was made of; None for what is damaged."""
     if not intact(kept.step.output, kept.step.sha256):
         return None
@@ -51,7 +51,7 @@ def read_due(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> 
             failed = Failed(FailureClass.RECOVERABLE, found.message, found.reason)  # Why it waits.
     except (TypeError, ValueError):
         return None
-    return (
+    return AttemptRow(
         found.node_id, found.attempt, found.started_ns, found.duration_ns, {}, None,
         cast("Outcome", found.outcome), failed, usage, found.position, found.branch, found.group_id, None, None,
         found.function_ns,

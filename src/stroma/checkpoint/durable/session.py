@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from functools import partial
-from typing import Any, cast
+from typing import Any
 
 from pydantic import BaseModel
 
@@ -70,25 +70,7 @@ from stroma.checkpoint.protocols import (
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.contracts.copying import Packed
 from stroma.contracts.schema import Given, Schema, Snapshot, Stored
-from stroma.trace.events import (
-    ATTEMPT,
-    BRANCH,
-    DURATION,
-    FAILURE,
-    FUNCTION,
-    GROUP,
-    INPUT,
-    NO_USAGE,
-    NODE,
-    OUTCOME,
-    OUTPUT,
-    POSITION,
-    SCHEMAS,
-    STARTED,
-    USAGE,
-    Row,
-    contract_of,
-)
+from stroma.trace.events import NO_USAGE, AttemptRow, contract_of
 
 __all__ = ["DurableSession", "fork"]
 
@@ -141,7 +123,7 @@ class DurableSession:
     restored: Mapping[tuple[int, str], Committed]
     tried: Mapping[tuple[int, str], Tried]
     traceparent: str | None
-    undelivered: list[Row]
+    undelivered: list[AttemptRow]
 
     def __init__(
         self,
@@ -335,7 +317,7 @@ class DurableSession:
                 for kept in rows.kept(found.run, DUE)
             ]
             due = [row for row in kept_due if row is not None]
-            self.undelivered = sorted(due, key=lambda row: row[STARTED])
+            self.undelivered = sorted(due, key=lambda row: row.started_ns)
         for kept in list(rows.kept(found.run, WAITING)):
             waiting = read_waiting(kept, self.run_id, found.execution, self._payloads)
             first = request.discard_from
@@ -345,7 +327,7 @@ class DurableSession:
                 self.waiting[waiting.position, waiting.branch] = waiting
 
     def record(
-        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None]:
         """Keep one attempt and, with ``output``, its commit: together or not at all.
 
@@ -359,35 +341,37 @@ class DurableSession:
             return self._record_sealed(row, schema, data, call)
         return self._commit(row, schema, data, call)
 
-    async def _record_sealed(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> None:
-        at = self.fence.execution, row[POSITION], row[BRANCH]
+    async def _record_sealed(
+        self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None
+    ) -> None:
+        at = self.fence.execution, row.position, row.branch
         place = self._place("output", *at)
         plain, data = data, await self._payloads.seal(data, place)
         if data.startswith(BLOB):
             stored = self._reference(data, place, "a state of the trace")
             self._large[await asyncio.to_thread(checksum, plain)] = stored
-            self._placed[row[POSITION], row[BRANCH]] = stored
+            self._placed[row.position, row.branch] = stored
         del plain
         if call is not None and call.given is not None:
             call = call._replace(given=await self._payloads.seal(call.given, self._place("given", *at)))
         await self._commit(row, schema, data, call)
 
-    def refer(self, row: Row) -> Row:
+    def refer(self, row: AttemptRow) -> AttemptRow:
         """Return the row of an attempt with references in place of states that stand in blobs, for who keeps it in memory."""
-        made = self._placed.pop((row[POSITION], row[BRANCH]), None)
-        schemas = row[SCHEMAS]
+        made = self._placed.pop((row.position, row.branch), None)
+        schemas = row.schemas
         if not self._large or schemas is None:
             return row
-        given = row[INPUT]
+        given = row.input
         stored = self._stored_input(schemas[0], given)
         if stored is not None:
             given = Given(stored) if isinstance(given, Given) else stored
-        output = row[OUTPUT]
+        output = row.output
         if made is not None:
             if isinstance(output, Packed):  # The input of the next node may be the very same.
                 self._packed = output, made
             output = made
-        return cast("Row", (*row[:INPUT], given, output, *row[OUTPUT + 1 :]))
+        return row._replace(input=given, output=output)
 
     def _stored_input(self, schema: Schema, snapshot: Snapshot) -> Stored | None:
         """Return a reference to a large input: mostly it is the output before it."""
@@ -412,7 +396,7 @@ class DurableSession:
     def _reference(self, stored: bytes, place: Place, what: str) -> Stored:
         return Stored(partial(self._payloads.open, stored, place, what))
 
-    def _commit(self, row: Row, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
+    def _commit(self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)
         number, given = (None, None) if call is None else (call.number, call.given)
         step = Step(contract, ref, data, checksum(data), number, given)
@@ -422,15 +406,15 @@ class DurableSession:
         """Have each attempt that is recorded at a position, or inside it, say which step of plain code it is of."""
         self._called[position] = identity
 
-    def _attempt(self, row: Row) -> Attempt:
+    def _attempt(self, row: AttemptRow) -> Attempt:
         attempt = self._called_attempt(row)
         if self._payloads.codec is None or attempt.message is None:
             return attempt
         return attempt._replace(message=self._sealed_message(attempt, attempt.message))
 
-    def _called_attempt(self, row: Row) -> Attempt:
+    def _called_attempt(self, row: AttemptRow) -> Attempt:
         attempt = _attempt(row)
-        return attempt._replace(identity=self._called.get(row[POSITION])) if self._called else attempt
+        return attempt._replace(identity=self._called.get(row.position)) if self._called else attempt
 
     def _sealed_message(self, attempt: Attempt, message: str) -> str | None:
         place = self._place("message", self.fence.execution, attempt.position, attempt.branch)
@@ -503,7 +487,7 @@ class DurableSession:
     def _opened_rows(self, found: Iterable[StepRow]) -> dict[str, Committed]:
         return {row.branch: self._committed(self.fence.execution, row) for row in found}
 
-    def delivered(self, row: Row) -> None:
+    def delivered(self, row: AttemptRow) -> None:
         """The end hooks of an attempt were told. Nobody waits for it: what is not kept is told once more."""
         run, key = self.fence.run, due_key(_attempt(row))
         self._post(lambda rows: rows.drop(run, DUE, key))
@@ -537,7 +521,7 @@ class DurableSession:
         pending = asyncio.ensure_future(self._submit(Doing(self.run_id, do)))
         pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 
-    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None]:
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None]:
         """Keep an attempt that waits, and what for. Awaited: raises Fenced, or another StoreError."""
         attempt = self._called_attempt(row)
         message = self._sealed_message(attempt, waiting.reason)
@@ -619,17 +603,17 @@ def _tried(
     return found
 
 
-def _attempt(row: Row) -> Attempt:
-    failure, message, reason, error_type = row[FAILURE] or (None, None, None, None)
-    usage = row[USAGE] or NO_USAGE
+def _attempt(row: AttemptRow) -> Attempt:
+    failure, message, reason, error_type = row.failure or (None, None, None, None)
+    usage = row.usage or NO_USAGE
     return Attempt(
-        row[POSITION],
-        row[STARTED],
-        row[BRANCH],
-        row[ATTEMPT],
-        row[NODE],
-        row[DURATION],
-        row[OUTCOME],
+        row.position,
+        row.started_ns,
+        row.branch,
+        row.attempt,
+        row.node_id,
+        row.duration_ns,
+        row.outcome,
         failure and failure.value,
         text(message),
         text(reason),
@@ -637,8 +621,8 @@ def _attempt(row: Row) -> Attempt:
         usage.output_tokens,
         round(usage.cost_usd * PICO),
         text(usage.model),
-        row[FUNCTION],
-        text(row[GROUP]),
+        row.function_ns,
+        text(row.group),
         error_type=text(error_type),
     )
 

@@ -22,22 +22,7 @@ from stroma.checkpoint.records import (
     marked,
 )
 from stroma.failures.tracebacks import Trouble, read_trouble
-from stroma.trace.events import (
-    ATTEMPT,
-    BRANCH,
-    DURATION,
-    FAILURE,
-    FUNCTION,
-    GROUP,
-    NO_USAGE,
-    NODE,
-    OUTCOME,
-    OUTPUT,
-    POSITION,
-    STARTED,
-    USAGE,
-    Row,
-)
+from stroma.trace.events import NO_USAGE, AttemptRow
 
 __all__ = ["MemoryRecords"]
 
@@ -108,13 +93,13 @@ class MemoryRecords:
         for record in self.run_page(RunQuery(since_ms=since_ms), runs, None).runs:
             run = self._runs[record.run_id]
             for row in run.attempts()[: attempts - seen]:
-                usage, kind = row[USAGE] or NO_USAGE, _class_of(row)
-                of = sums[run.started_ms // bucket_ms, run.pipeline, row[NODE], usage.model, kind]
+                usage, kind = row.usage or NO_USAGE, _class_of(row)
+                of = sums[run.started_ms // bucket_ms, run.pipeline, row.node_id, usage.model, kind]
                 cost = round(usage.cost_usd * PICO)
-                wasted = cost if row[OUTCOME] != "success" and _committed(row, run) is None else 0
-                for i, number in enumerate((1, usage.tokens, cost, wasted, row[DURATION])):
+                wasted = cost if row.outcome != "success" and _committed(row, run) is None else 0
+                for i, number in enumerate((1, usage.tokens, cost, wasted, row.duration_ns)):
                     of[i] += number
-                of[5] = max(of[5], row[DURATION])
+                of[5] = max(of[5], row.duration_ns)
                 seen += 1
         return [Tally(*key, *of) for key, of in sums.items()]
 
@@ -125,18 +110,18 @@ class MemoryRecords:
 def _record(run_id: str, run: MemoryRun) -> RunRecord:
     tokens, cost, _ = run.used()
     rows = run.attempts()
-    updated = max([run.started_ms, *((row[STARTED] + row[DURATION]) // 1_000_000 for row in rows)])
+    updated = max([run.started_ms, *((row.started_ns + row.duration_ns) // 1_000_000 for row in rows)])
     nodes = sum(isinstance(key, int) for key in run.kept)
-    failed = [row for row in rows if row[FAILURE] is not None]
-    failed = sorted(failed, key=lambda row: row[STARTED] + row[DURATION], reverse=True)[:_FAILED]
+    failed = [row for row in rows if row.failure is not None]
+    failed = sorted(failed, key=lambda row: row.started_ns + row.duration_ns, reverse=True)[:_FAILED]
     told = failed
     if run.status in ("RUNNING", "SUSPENDED"):  # What a later attempt has fixed is no cause.
-        fixed = {(row[POSITION], row[BRANCH]): row[STARTED] for row in rows if row[OUTCOME] in _FIXES}
-        told = [row for row in failed if row[STARTED] > fixed.get((row[POSITION], row[BRANCH]), 0)]
+        fixed = {(row.position, row.branch): row.started_ns for row in rows if row.outcome in _FIXES}
+        told = [row for row in failed if row.started_ns > fixed.get((row.position, row.branch), 0)]
     held = run.held()
     return RunRecord(
         run_id, run.pipeline, run.status, run.execution, run.started_ms, updated, tokens, cost, nodes, run.error,
-        held and held.holder, run.parent, sum(row[FUNCTION] for row in rows if not row[BRANCH]) / 1e6,
+        held and held.holder, run.parent, sum(row.function_ns for row in rows if not row.branch) / 1e6,
         tuple(sorted(run.tags)), cause_of([_attempt(row, run, with_output=False) for row in told]), len(failed), run.epoch,
     )  # fmt: skip
 
@@ -156,14 +141,14 @@ def _asked(query: RunQuery, run_id: str, run: MemoryRun) -> bool:
     if query.failure_class is None and query.node is None:
         return True
     return any(
-        kind is not None and query.failure_class in (None, kind) and query.node in (None, row[NODE])
+        kind is not None and query.failure_class in (None, kind) and query.node in (None, row.node_id)
         for row in run.attempts()
         for kind in (_class_of(row),)
     )
 
 
-def _class_of(row: Row) -> str | None:
-    failure = row[FAILURE]
+def _class_of(row: AttemptRow) -> str | None:
+    failure = row.failure
     return None if failure is None else failure[0].value
 
 
@@ -180,24 +165,24 @@ def _place_of(mark: tuple[int, int, int, int, str]) -> tuple[int, int, str, int]
     return position, started, branch, attempt
 
 
-def _committed(row: Row, run: MemoryRun) -> Kept | None:
+def _committed(row: AttemptRow, run: MemoryRun) -> Kept | None:
     """What an attempt committed, as long as nothing has taken its place."""
-    branch = row[BRANCH]
-    entry = run.kept.get((row[POSITION], branch) if branch else row[POSITION])
-    if row[OUTPUT] is None or entry is None or row_of(entry) is not row:
+    branch = row.branch
+    entry = run.kept.get((row.position, branch) if branch else row.position)
+    if row.output is None or entry is None or row_of(entry) is not row:
         return None
     return run.entry(entry)
 
 
-def _attempt(row: Row, run: MemoryRun, *, with_output: bool = True) -> AttemptRecord:
-    usage = row[USAGE] or NO_USAGE
-    failure, message, reason, error_type = row[FAILURE] or (None, None, None, None)
+def _attempt(row: AttemptRow, run: MemoryRun, *, with_output: bool = True) -> AttemptRecord:
+    usage = row.usage or NO_USAGE
+    failure, message, reason, error_type = row.failure or (None, None, None, None)
     kept = _committed(row, run) if with_output else None
     output = None if kept is None else stored(kept)
     return AttemptRecord(
-        row[POSITION], row[BRANCH], row[NODE], row[ATTEMPT], row[STARTED] // 1_000_000, row[DURATION] / 1e6, row[OUTCOME],
+        row.position, row.branch, row.node_id, row.attempt, row.started_ns // 1_000_000, row.duration_ns / 1e6, row.outcome,
         failure and failure.value, message, reason, usage.tokens, usage.output_tokens, usage.cost_usd, usage.model,
-        output, output_bytes=None if output is None else len(output), started_ns=row[STARTED],
-        function_ms=row[FUNCTION] / 1e6, group_id=row[GROUP],
-        error_type=error_type, identity=next((one for one, at in run.places.items() if at == row[POSITION]), None) if run.places else None,
+        output, output_bytes=None if output is None else len(output), started_ns=row.started_ns,
+        function_ms=row.function_ns / 1e6, group_id=row.group,
+        error_type=error_type, identity=next((one for one, at in run.places.items() if at == row.position), None) if run.places else None,
     )  # fmt: skip

@@ -12,19 +12,7 @@ from typing import TYPE_CHECKING, Any, Final, cast
 from stroma.checkpoint.protocols import Held, StepCall, Waiting
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.trace.events import (
-    ATTEMPT,
-    BRANCH,
-    FUNCTION,
-    NODE,
-    OUTPUT,
-    POSITION,
-    SCHEMAS,
-    STARTED,
-    USAGE,
-    Row,
-    contract_of,
-)
+from stroma.trace.events import AttemptRow, contract_of
 
 if TYPE_CHECKING:
     pass
@@ -35,7 +23,7 @@ _NUMBERS: Final = itertools.count(1)
 
 Key = int | str | tuple[int, str]
 #: Node id, schema, output and what it is filed under; and the row of the attempt, if there was one.
-Kept = tuple[str, Schema, Snapshot, str, Row | None]
+Kept = tuple[str, Schema, Snapshot, str, AttemptRow | None]
 
 
 def nobody() -> None:
@@ -51,8 +39,8 @@ class MemoryRun:
 
     execution: int = 0
     input: Snapshot | None = None
-    kept: dict[Key, Row | Kept] = field(default_factory=dict)
-    spent: list[Row] = field(default_factory=list)
+    kept: dict[Key, AttemptRow | Kept] = field(default_factory=dict)
+    spent: list[AttemptRow] = field(default_factory=list)
     calls: dict[Key, StepCall] = field(default_factory=dict)
     #: The position of each step of plain code, by its identity.
     places: dict[str, int] = field(default_factory=dict)
@@ -95,21 +83,21 @@ class MemoryRun:
             self.execution, self.status, "another task of this process" if running else None, math.inf
         )
 
-    def attempts(self) -> list[Row]:
+    def attempts(self) -> list[AttemptRow]:
         """The rows of the last execution, by position and time."""
         rows = [*self.spent, *(row for row in map(row_of, self.kept.values()) if row is not None)]
         # One that was sent again is one attempt.
-        one = {(row[POSITION], row[STARTED], row[BRANCH], row[ATTEMPT]): row for row in rows}
+        one = {(row.position, row.started_ns, row.branch, row.attempt): row for row in rows}
         return [one[key] for key in sorted(one)]
 
     def used(self) -> tuple[int, float, float]:
         """Tokens, USD and milliseconds of the last execution."""
         rows = self.attempts()
-        usages = [usage for row in rows if (usage := row[USAGE]) is not None]
+        usages = [usage for row in rows if (usage := row.usage) is not None]
         return (
             sum(usage.tokens for usage in usages),
             math.fsum(usage.cost_usd for usage in usages),
-            sum(row[FUNCTION] for row in rows if not row[BRANCH]) / 1e6,
+            sum(row.function_ns for row in rows if not row.branch) / 1e6,
         )
 
     def entries(self) -> Iterator[tuple[Key, Kept]]:
@@ -117,17 +105,17 @@ class MemoryRun:
         for key, entry in reversed(self.kept.items()):
             yield key, self.entry(entry)
 
-    def entry(self, entry: Row | Kept) -> Kept:
+    def entry(self, entry: AttemptRow | Kept) -> Kept:
         """One of what is kept."""
         if len(entry) == 5:
             return entry
-        schemas = entry[SCHEMAS]
+        schemas = entry.schemas
         assert schemas is not None  # Its output is a snapshot.
         schema = schemas[1]
-        return entry[NODE], schema, cast("Snapshot", entry[OUTPUT]), contract_of(entry, schema), entry
+        return entry.node_id, schema, cast("Snapshot", entry.output), contract_of(entry, schema), entry
 
 
-def row_of(entry: Row | Kept) -> Row | None:
+def row_of(entry: AttemptRow | Kept) -> AttemptRow | None:
     """The attempt that committed what is kept; None for what was saved, or came with a fork."""
     return entry[4] if len(entry) == 5 else entry
 

@@ -29,7 +29,7 @@ from stroma.checkpoint.protocols import (
 from stroma.contracts.contract import check_id
 from stroma.contracts.copying import Packed
 from stroma.contracts.schema import Schema, schema_of, told_of
-from stroma.trace.events import BRANCH, NODE, OUTPUT, POSITION, SCHEMAS, Row, contract_of
+from stroma.trace.events import AttemptRow, contract_of
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
 
@@ -60,7 +60,7 @@ class _MemorySession:
     restored: Mapping[tuple[int, str], Committed]
     places: dict[str, int]
     on_cancel: Callable[[], None] | None
-    undelivered: Sequence[Row] = ()  # A process that lives tells its hooks.
+    undelivered: Sequence[AttemptRow] = ()  # A process that lives tells its hooks.
     reads_rows = True  # And never an output whose picture is in its row.
     address = ""
     epoch = 0
@@ -122,33 +122,33 @@ class _MemorySession:
         self.prior = PriorUsage(*run.used())
 
     def record(
-        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> None:
         if self._run.epoch != self._epoch:
             raise _fenced()
         if schema is None or output is None:
             self._spent.append(row)
             return
-        branch = row[BRANCH]
-        key = (row[POSITION], branch) if branch else row[POSITION]
+        branch = row.branch
+        key = (row.position, branch) if branch else row.position
         if call is not None:
             self._calls[key] = call
         elif self._calls:
             self._calls.pop(key, None)
-        kind, schemas = type(row[OUTPUT]), row[SCHEMAS]
+        kind, schemas = type(row.output), row.schemas
         if (
             (kind is tuple or kind is Packed or kind is bytes)
             and schemas is not None
             and schemas[1] is schema
         ):
-            entry: Row | Kept = row
+            entry: AttemptRow | Kept = row
         else:  # The row's picture is for people.
-            entry = (row[NODE], schema, schema.snapshot(output), contract_of(row, schema), row)
+            entry = (row.node_id, schema, schema.snapshot(output), contract_of(row, schema), row)
         before = self._kept.setdefault(key, entry)
         if before is not entry:
             self._replace(key, before, entry)
 
-    def _replace(self, key: Key, before: Row | Kept, entry: Row | Kept) -> None:
+    def _replace(self, key: Key, before: AttemptRow | Kept, entry: AttemptRow | Kept) -> None:
         """A place is committed again: what stood there is history, and paid for."""
         del self._kept[key]
         self._kept[key] = entry
@@ -166,7 +166,7 @@ class _MemorySession:
                 found[branch] = Committed(node_id, snapshot, contract, self._calls.get(key), schema)
         return found
 
-    def delivered(self, row: Row) -> None:
+    def delivered(self, row: AttemptRow) -> None:
         return None
 
     def note_trouble(
@@ -184,7 +184,7 @@ class _MemorySession:
         if self._run.epoch == self._epoch:
             self._run.traceparent = traceparent
 
-    def suspend(self, row: Row, waiting: Waiting) -> None:
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> None:
         self.record(row, None, None)
         at = waiting.position, waiting.branch
         if not is_answered_meanwhile(self._run.waiting.get(at), self.waiting.get(at), waiting):

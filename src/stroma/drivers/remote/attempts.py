@@ -60,20 +60,7 @@ from stroma.failures.errors import ItemFailure, Suspend
 from stroma.failures.failure import Failure, NodeContext, diagnose, message_of
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.runner.runner import Pipeline
-from stroma.trace.events import (
-    ATTEMPT,
-    BRANCH,
-    DURATION,
-    FAILURE,
-    FUNCTION,
-    INPUT,
-    NODE,
-    OUTCOME,
-    POSITION,
-    STARTED,
-    USAGE,
-    Row,
-)
+from stroma.trace.events import AttemptRow
 from stroma.trace.plain import jsonable
 
 __all__ = ["Attempts"]
@@ -143,7 +130,7 @@ class _Record:
     restored: Mapping[tuple[int, str], Committed] = {}
     places: Mapping[str, int] = {}
     prior = PriorUsage()
-    undelivered: Sequence[Row] = ()
+    undelivered: Sequence[AttemptRow] = ()
     on_cancel: Callable[[], None] | None = None
 
     def __init__(self, work: _Work, execution: int, traceparent: str | None) -> None:
@@ -151,14 +138,14 @@ class _Record:
         self.traceparent = traceparent
         self.waiting: Mapping[tuple[int, str], Waiting] = {}
         self._work = work
-        self.row: Row | None = None
+        self.row: AttemptRow | None = None
         self.output: Value | None = None
         self.asks: Waiting | None = None
 
     def record(
-        self, row: Row, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
+        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
-        if is_called(row[BRANCH]):
+        if is_called(row.branch):
             return None  # A step inside the node: the driver knows nothing of it but what it used.
         self.row = row
         if output is None or schema is None:
@@ -168,14 +155,14 @@ class _Record:
     async def _keep(self, text: str) -> None:
         self.output = await self._work.value(text, self._work.output_class())
 
-    def suspend(self, row: Row, waiting: Waiting) -> Awaitable[None] | None:
+    def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
         self.row, self.asks = row, waiting
         return None
 
     def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
         return {}
 
-    def delivered(self, row: Row) -> None:
+    def delivered(self, row: AttemptRow) -> None:
         return None
 
     def note_call(self, position: int, identity: str) -> None:
@@ -366,7 +353,7 @@ class _Work:
             reply["repairing"] = run.repairing
         if self.record.row is not None:
             reply["row"] = await self._event(self.record.row, node)
-            if self.record.output is not None and self.record.row[OUTCOME] != "cancelled":
+            if self.record.output is not None and self.record.row.outcome != "cancelled":
                 reply["output"] = self.record.output
         asks = self.record.asks
         if asks is not None:
@@ -531,14 +518,14 @@ class _Work:
             reply["warned"] = sorted(warned)
         return reply
 
-    async def _event(self, row: Row, node: Node | Group) -> Event:
-        failure, used = row[FAILURE], row[USAGE]
+    async def _event(self, row: AttemptRow, node: Node | Group) -> Event:
+        failure, used = row.failure, row.usage
         event: Event = {
-            "id": row[NODE],
-            "attempt": row[ATTEMPT],
-            "started_ns": row[STARTED],
-            "duration_ns": row[DURATION],
-            "outcome": row[OUTCOME],
+            "id": row.node_id,
+            "attempt": row.attempt,
+            "started_ns": row.started_ns,
+            "duration_ns": row.duration_ns,
+            "outcome": row.outcome,
             "failure": None if failure is None else [
                 failure.failure_class.value, clip(failure.message), failure.reason, failure.error_type,
             ],
@@ -546,19 +533,19 @@ class _Work:
                 used.tokens, used.output_tokens, used.cost_usd, used.model, used.cached_input_tokens,
                 used.cache_write_tokens,
             ],
-            "position": row[POSITION],
-            "branch": row[BRANCH],
+            "position": row.position,
+            "branch": row.branch,
             "input": await self._input(row, node),
-            "output": self.record.output if row[OUTCOME] != "cancelled" else None,
+            "output": self.record.output if row.outcome != "cancelled" else None,
             "children": None,
         }  # fmt: skip
-        if row[FUNCTION] != row[DURATION]:
-            event["function_ns"] = row[FUNCTION]
+        if row.function_ns != row.duration_ns:
+            event["function_ns"] = row.function_ns
         return event
 
-    async def _input(self, row: Row, node: Node | Group) -> Value | None:
+    async def _input(self, row: AttemptRow, node: Node | Group) -> Value | None:
         """What the attempt was given, if it differs from what the request holds."""
-        picture = row[INPUT]
+        picture = row.input
         contract = self.known.contract(node) if isinstance(node, Node) else None
         if isinstance(picture, dict):  # It was refused, or cannot be kept in any other way.
             if contract is None:

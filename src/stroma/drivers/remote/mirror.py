@@ -21,7 +21,7 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.drivers.remote.results import Reader, fetch, unpack
 from stroma.drivers.remote.wire import Report
 from stroma.failures.classes import FailureClass
-from stroma.trace.events import AttemptUsage, Failed, Row
+from stroma.trace.events import AttemptRow, AttemptUsage, Failed
 from stroma.trace.result import RunStatus
 
 __all__ = ["mirror"]
@@ -95,7 +95,7 @@ class _Writer:
             self.left_out += 1
             return
         failure, used = row["failure"], row["usage"]
-        kept: Row = (
+        kept = AttemptRow(
             row["id"], row["attempt"], row["started_ns"], row["duration_ns"], {}, None, row["outcome"],
             None if failure is None else Failed(FailureClass(failure[0]), *failure[1:]),
             None if used is None else AttemptUsage(*used), row["position"], row["branch"], group, None, None,
