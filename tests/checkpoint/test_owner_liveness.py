@@ -20,7 +20,7 @@ pytestmark = pytest.mark.skipif(not _owner.boot_id(), reason="this system does n
 _OWNER = textwrap.dedent(
     """
     import sys
-    from stroma.checkpoint._owner import new_owner
+    from stroma.checkpoint.durable.owner import new_owner
     class Session: pass
     session = Session()
     print(new_owner(session), flush=True)
