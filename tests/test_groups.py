@@ -1159,7 +1159,7 @@ async def test_a_list_that_is_not_there_is_told_with_what_is() -> None:
     result = await quick().run([first, map_over("items", node("a", giving({})), into="out")], Num())
     assert result.failure is not None
     assert result.failure.message == (
-        "map_over needs a list in field 'items', and there is NoneType; fields: things, more"
+        "map_over needs a list in field 'items', got NoneType; the state has the fields: things, more"
     )
 
 
@@ -1179,7 +1179,7 @@ async def test_keys_that_are_no_names_are_refused(how: str) -> None:
     )
     result = await quick().run(nodes, Num())
     assert result.failure is not None
-    assert "there is the key 7; use text for all keys" in result.failure.message
+    assert "got the key 7; use text for all keys" in result.failure.message
 
 
 async def test_map_over_a_group() -> None:

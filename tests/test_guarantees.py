@@ -1532,7 +1532,7 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
     callers = {(module, name) for module, name in found if module not in ("engine/loop.py",)}
     assert callers == {
         ("runner/sequence.py", "check_owners"),  # It names a function.
-        ("runner/groups.py", "_call_by_hand"),
+        ("runner/groups.py", "_call_directly"),
         ("hooks/sets.py", "_own_signature"),  # It unwraps partials.
         ("contracts/node.py", "call"),
         ("contracts/node.py", "gives_coroutine"),  # It unwraps partials.

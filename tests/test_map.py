@@ -409,7 +409,7 @@ async def test_a_changed_file_is_refused(store: Any, tmp_path: Path, doubler: Do
         write(source, other)
         if not list(other):
             continue  # Nothing to compare.
-        with pytest.raises(PipelineChanged, match=r"in has changed since item .* was made; restore it"):
+        with pytest.raises(PipelineChanged, match=r"in has changed since item .* was recorded; restore it"):
             await runner.run([work], State(), resume=True)
     assert sum(doubler.calls.values()) == calls
     write(source, range(300))
@@ -432,7 +432,7 @@ async def test_a_file_that_changes_while_it_is_read(tmp_path: Path, doubler: Dou
     work = map_over(JsonLines(source), doubler.node, into=Journal())
     result = await quick(AsyncInMemoryStore(), hooks=NodeHooks(on_node_start=told)).run([work], State())
     assert result.failure is not None
-    assert "in was changed while its items were read; what was made of them is kept" in result.failure.message
+    assert "in was changed while its items were read; restore the file and resume" in result.failure.message
 
 
 @pytest.mark.core
@@ -449,7 +449,7 @@ async def test_a_source_that_gives_something_else_is_refused(store: Any, doubler
     await runner.run([work], State())
     doubler.failing = set()
     given[3] = {"n": 77}
-    with pytest.raises(PipelineChanged, match="item 3 that gives gives is another one than it was"):
+    with pytest.raises(PipelineChanged, match="item 3 that gives returns differs from the recorded one"):
         await runner.run([work], State(), resume=True)
     given[3:] = []
     given += [{"n": 3}]
@@ -862,11 +862,11 @@ async def test_files_that_are_not_there(tmp_path: Path, doubler: Doubler) -> Non
     for source, into, message in (
         (tmp_path / "none", tmp_path / "out", "cannot read the items of a map"),
         (tmp_path, tmp_path / "out", "cannot read the items of a map"),
-        (good, tmp_path / "no" / "out", "there is no directory .*no for the outputs of a map; create it"),
-        (good, tmp_path, "is a directory; give the path of a file"),
-        (good, tmp_path / "link", "in holds the items of the map; give another path"),
-        (good, Path("/dev/null"), "is no regular file"),
-        (Path("/dev/null"), tmp_path / "out", "it is no regular file, and could not be read again"),
+        (good, tmp_path / "no" / "out", "directory .*no for the outputs of a map does not exist; create it"),
+        (good, tmp_path, "is a directory; pass the path of a file"),
+        (good, tmp_path / "link", "in holds the items of the map; pass another path"),
+        (good, Path("/dev/null"), "is not a regular file"),
+        (Path("/dev/null"), tmp_path / "out", "it is not a regular file, so that"),
     ):
         work = map_over(JsonLines(source), doubler.node, into=JsonLines(into))
         result = await quick(AsyncInMemoryStore()).run([work], State())
@@ -883,7 +883,7 @@ async def test_files_that_are_not_there(tmp_path: Path, doubler: Doubler) -> Non
 
 async def test_a_line_that_is_too_long(tmp_path: Path, doubler: Doubler, monkeypatch: Any) -> None:
     """A line beyond the limit is refused by its number before anything is called."""
-    monkeypatch.setattr("stroma.runner.items._LONGEST", 20)
+    monkeypatch.setattr("stroma.runner.items._MAX_LINE_BYTES", 20)
     source = tmp_path / "in"
     source.write_text('{"n": 1}\n{"n": 1}' + " " * 30 + "\n")
     work = map_over(JsonLines(source), doubler.node, into=Journal())
@@ -937,15 +937,15 @@ def test_what_is_refused_when_a_map_is_made(doubler: Doubler) -> None:
     inner = map_over("nums", doubler.node, into="made")
     apart = map_over("nums", doubler.node, into=Journal())
     for error, message, make in (
-        (TypeError, "give the name of a list field, JsonLines", lambda: map_over(3, doubler.node, into="a")),  # type: ignore[arg-type]
-        (TypeError, r"give the name of a field, JsonLines\(path\) or Journal", lambda: map_over("a", doubler.node, into=3)),  # type: ignore[arg-type]
+        (TypeError, "must be the name of a list field, JsonLines", lambda: map_over(3, doubler.node, into="a")),  # type: ignore[arg-type]
+        (TypeError, r"must be the name of a field, JsonLines\(path\) or Journal", lambda: map_over("a", doubler.node, into=3)),  # type: ignore[arg-type]
         (ValueError, "is not the name of a field", lambda: map_over("a b", doubler.node, into="a")),
         (ValueError, "is not the name of a field", lambda: map_over("a", doubler.node, into="a b")),
-        (ValueError, 'give "stop" or "collect"', lambda: map_over("a", doubler.node, into="b", on_item_failure="go")),  # type: ignore[arg-type]
-        (ValueError, "cannot stand inside of a map", lambda: map_over("a", inner, into=Journal())),
-        (ValueError, "cannot stand inside of a map", lambda: map_over("a", parallel(apart, doubler.node), into="b")),
-        (ValueError, "give one of them", lambda: JsonLines()),
-        (ValueError, "give one of them", lambda: JsonLines("a", field="b")),
+        (ValueError, 'must be "stop" or "collect"', lambda: map_over("a", doubler.node, into="b", on_item_failure="go")),  # type: ignore[arg-type]
+        (ValueError, "cannot be nested in a map", lambda: map_over("a", inner, into=Journal())),
+        (ValueError, "cannot be nested in a map", lambda: map_over("a", parallel(apart, doubler.node), into="b")),
+        (ValueError, "needs either a path, or field=", lambda: JsonLines()),
+        (ValueError, "needs either a path, or field=", lambda: JsonLines("a", field="b")),
         (ValueError, "is not the name of a field", lambda: JsonLines(field="a b")),
     ):  # fmt: skip
         with pytest.raises(error, match=message):
@@ -982,7 +982,7 @@ async def test_by_hand(tmp_path: Path, doubler: Doubler) -> None:
     work = map_over(JsonLines(write(tmp_path / "in", range(3))), doubler.node, into="made")
     made = await work(State())
     assert [one[0] if isinstance(one, tuple) else one for one in made["made"]] == doubled(range(3))
-    with pytest.raises(TypeError, match="run it with a runner, not by hand"):
+    with pytest.raises(TypeError, match="cannot be called directly; run it with a runner"):
         await map_over("nums", doubler.node, into=Journal())(State())
 
 

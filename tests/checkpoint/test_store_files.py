@@ -126,16 +126,16 @@ def test_each_execution_writes_a_part_of_its_own(tmp_path: Path) -> None:
     """A process that was taken over from spoils nothing of the file that the next one writes, however late it is."""
     path = tmp_path / "out.jsonl"
     stale, owner = LinesFile(path, "run"), LinesFile(path, "run")
-    stale.begin()
+    stale.open()
     stale.write([{"old": 1}])
-    owner.begin()
+    owner.open()
     owner.write([{"new": 1}])
     stale.write([{"old": 2}] * 10_000)
     with pytest.raises(FileNotFoundError):
-        stale.finish()
-    stale.give_up()
+        stale.publish()
+    stale.discard()
     owner.write([{"new": 2}])
-    owner.finish()
+    owner.publish()
     assert path.read_text() == '{"new":1}\n{"new":2}\n'
     assert list(tmp_path.iterdir()) == [path]
 
@@ -144,11 +144,11 @@ def test_what_a_killed_process_left_is_removed(tmp_path: Path) -> None:
     """The part of a process that died goes with the next execution; that of another run stays."""
     path = tmp_path / "out.jsonl"
     dead, other = LinesFile(path, "run"), LinesFile(path, "other")
-    dead.begin()
-    other.begin()
+    dead.open()
+    other.open()
     owner = LinesFile(path, "run")
-    owner.begin()
-    owner.finish()
+    owner.open()
+    owner.publish()
     assert len(list(tmp_path.iterdir())) == 2
-    other.finish()
+    other.publish()
     assert list(tmp_path.iterdir()) == [path]

@@ -114,7 +114,7 @@ def _contracts(pipeline: Pipeline) -> list[tuple[str, type[BaseModel]]]:
 def _asked(node: Node | Group) -> list[tuple[str, type[BaseModel]]]:
     if isinstance(node, Node):
         return [(node.node_id, node.contract.input_schema)] if node.contract is not None else []
-    if node.outside:
+    if node.has_external_items:
         return []
     field = _mapped_field(node)
     if field is not None:
@@ -127,12 +127,12 @@ def _all_declared(node: Node | Group) -> bool:
     """Whether every node that is given the input has a contract, so that nothing outside of it is asked for."""
     if isinstance(node, Node):
         return node.contract is not None
-    return not node.each and all(map(_all_declared, node.children))
+    return not node.is_map and all(map(_all_declared, node.children))
 
 
 def _mapped_field(group: Group) -> str | None:
     """The list field that a ``map_over`` takes its items from; None for ``parallel``."""
-    return group.over if group.each and not group.outside else None
+    return group.items_field if group.is_map and not group.has_external_items else None
 
 
 def _validate(model: type[BaseModel], text: str) -> BaseModel:

@@ -98,43 +98,32 @@ class Node:
         return self.func(state, context) if self.wants_context else self.func(state)
 
 
-@final
-@dataclass(frozen=True, slots=True, eq=False)
 class Group:
-    """Several executions under one id, which appear as one event. Made by ``parallel`` and ``map_over``.
+    """Several executions under one id, recorded as one event; the base of what ``parallel`` and ``map_over`` return.
 
     Attributes:
         children: the nodes and groups inside.
-        run: enters the engine for each child and gives the group's output as a dict; the engine calls it.
-        output: the class of that output, for an input.
-        by_hand: what calling the group outside a run does.
-        joined: the class of its output, given that of its input and those of its children's outputs.
-        over, into: the one child runs for every item of the list in the one field, and its outputs become the other one;
-            "" for a group that runs each child once, and as ``into`` for outputs that do not go into the state.
-        outside: the items do not come out of the state; ``over`` is what they are called.
-        merge: what ``run`` gives, of the input, the children's outputs in order, and the items that failed.
-        items: the items of the list in ``over``, as states; only of a map over one.
-        limit: how many children run at once; None is all.
-        collect: a map goes on when an item fails for good.
+        max_concurrency: how many children run at once; None is all.
+        is_map: the one child runs once for each item; otherwise each child runs once.
+        items_field: the list field that holds the items of a map, or the name of its external items.
+        output_field: the field that receives the outputs of a map; "" if they stay out of the state.
+        has_external_items: the items of a map do not come from the state.
+        collects_failures: a map goes on when an item fails for good.
     """
 
-    node_id: str
-    children: tuple[Node | Group, ...]
-    run: Callable[[Any, Any, BaseModel], Awaitable[dict[str, Any]]]
-    output: Callable[[Any, BaseModel], type[BaseModel]]
-    by_hand: Callable[[BaseModel], Awaitable[dict[str, Any]]]
-    joined: Callable[[type[BaseModel], Sequence[type[BaseModel]]], type[BaseModel]]
-    over: str = ""
-    into: str = ""
-    outside: bool = False
-    merge: Callable[[BaseModel, Sequence[BaseModel], Sequence[Any]], dict[str, Any]] | None = None
-    items: Callable[[Any, BaseModel, slice], tuple[int, list[BaseModel]]] | None = None
-    limit: int | None = None
-    collect: bool = False
+    is_map = False
+    items_field = ""
+    output_field = ""
+    has_external_items = False
+    collects_failures = False
 
-    @property
-    def each(self) -> bool:
-        return bool(self.over)
+    def __init__(self, node_id: str, children: tuple[Node | Group, ...], max_concurrency: int | None) -> None:
+        self.node_id = node_id
+        self.children = children
+        self.max_concurrency = max_concurrency
+
+    def __repr__(self) -> str:
+        return self.node_id
 
     @property
     def _stroma_node_id(self) -> str:
@@ -142,7 +131,31 @@ class Group:
 
     def __call__(self, state: BaseModel) -> Awaitable[dict[str, Any]]:
         """Call each child once, with neither retries nor records, and merge their outputs."""
-        return self.by_hand(state)
+        return self.call_directly(state)
+
+    async def run(self, ctx: Any, execution: Any, value: BaseModel) -> dict[str, Any]:
+        """Execute each child in the engine and return the fields of the group's output. Only the engine calls this."""
+        raise NotImplementedError
+
+    async def call_directly(self, state: BaseModel) -> dict[str, Any]:
+        """Call the functions inside without a run and return the fields of the group's output."""
+        raise NotImplementedError
+
+    def output_class(
+        self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
+    ) -> type[BaseModel]:
+        """Return the class of the group's output for the classes of its input and of its children's outputs."""
+        raise NotImplementedError
+
+    def merge(
+        self, value: BaseModel, outputs: Sequence[BaseModel], failures: Sequence[Any]
+    ) -> dict[str, Any]:
+        """Return the fields of the group's output for its input, the outputs in order, and the items that failed."""
+        raise NotImplementedError
+
+    def read_items(self, registry: Any, value: BaseModel, page: slice) -> tuple[int, list[BaseModel]]:
+        """Return how many items the input of a map holds, and those of one page as inputs of the child."""
+        raise NotImplementedError
 
 
 def output_class(contract: NodeContract[Any, Any] | None) -> type[BaseModel]:
@@ -270,16 +283,16 @@ def apart_in(nodes: Sequence[Node | Group]) -> tuple[tuple[int, str], ...]:
     """Where the items of maps stand whose outputs do not go into the state: (position, beginning of branches)."""
     found: list[tuple[int, str]] = []
     for position, node in enumerate(nodes):
-        if type(node) is Group:
+        if isinstance(node, Group):
             _find_apart(node, position, "", found)
     return tuple(found)
 
 
 def _find_apart(group: Group, position: int, beginning: str, found: list[tuple[int, str]]) -> None:
-    if group.each:
-        if not group.into:
+    if group.is_map:
+        if not group.output_field:
             found.append((position, beginning))
         return
     for index, child in enumerate(group.children):
-        if type(child) is Group:
+        if isinstance(child, Group):
             _find_apart(child, position, f"{beginning}{index}.", found)

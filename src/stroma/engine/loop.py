@@ -39,7 +39,7 @@ from stroma.engine.events import of_start, of_success, tell_closed, tell_end, te
 from stroma.engine.execution import Kind, NodeExecution, new_execution
 from stroma.engine.interceptors import Call
 from stroma.engine.metering import count_returned, price
-from stroma.engine.restore import restore
+from stroma.engine.restore import output_schema, restore
 from stroma.engine.tasks import in_thread, passes_through, refusal
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed, Suspend
@@ -394,8 +394,8 @@ def _plan(
 
     No input schema: the state passes unvalidated.
     """
-    if type(node) is Group:
-        plan: Plan = None, schema_of(node.output(ctx, value)), None
+    if isinstance(node, Group):
+        plan: Plan = None, output_schema(ctx, node, value), None
         run.schemas = schema_of(type(value)), plan[1], None
         return plan
     found = contract or ctx.registry.find(node.node_id) or node.contract

@@ -97,7 +97,7 @@ def _node_at(nodes: Sequence[Node | Group], position: int, branch: str) -> tuple
     if is_called(branch):
         return None, "node"
     for index in (position, *child_indexes(branch)):
-        each = isinstance(node, Group) and node.each
+        each = isinstance(node, Group) and node.is_map
         place = 0 if each else index
         if place >= len(children):
             return None, kind

@@ -170,7 +170,8 @@ def output_schema(ctx: ReliabilityContext, node: Node | Group, value: BaseModel 
     """What a node's output must satisfy, given its input, which only that of a group depends on."""
     if isinstance(node, Group):
         assert value is not None
-        return schema_of(node.output(ctx, value))
+        children = [output_schema(ctx, child, value).model for child in node.children]
+        return schema_of(node.output_class(type(value), children))
     contract = ctx.contract_of(node)
     return schema_of(output_class(contract))
 
@@ -225,7 +226,7 @@ def check_place(
     group: str | None = None
     for index in child_indexes(branch):
         children = node.children if isinstance(node, Group) else ()
-        place = 0 if isinstance(node, Group) and node.each else index
+        place = 0 if isinstance(node, Group) and node.is_map else index
         if place >= len(children):
             raise PipelineChanged(
                 f"run {ctx.run_id!r} cannot go on: it has the output of node {committed.node_id!r} inside "

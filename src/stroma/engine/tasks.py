@@ -7,13 +7,13 @@ import contextvars
 import functools
 import sys
 import threading
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterable
 from typing import Any
 
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StoreError
 from stroma.hooks.dispatch import HookNotAsync
 
-__all__ = ["LAST_SECONDS", "gather", "in_thread", "passes_through", "refusal", "uninterrupted"]
+__all__ = ["LAST_SECONDS", "TaskPool", "gather", "in_thread", "passes_through", "refusal", "uninterrupted"]
 
 #: For how long a cancelled task waits for what must not be lost: longer than our own stores try.
 LAST_SECONDS = 60.0
@@ -135,46 +135,86 @@ def refusal(error: BaseException) -> Exception:
     )
 
 
-async def gather(work: Sequence[Coroutine[Any, Any, Any]]) -> list[Any]:
-    """Results in order. The first exception cancels and awaits the rest, and comes out as itself.
+class TaskPool:
+    """Tasks of which the first that raises cancels the rest and is raised by :meth:`join`.
 
     Not a TaskGroup: up to Python 3.12 that cancels the task around it to wake it, and so can swallow a cancellation
     from outside that comes at the same moment, or leave its own behind.
     """
-    loop = asyncio.get_running_loop()
-    failed: list[BaseException] = []
-    left, cancelled = len(work), False
-    waiter: asyncio.Future[None] = loop.create_future()
 
-    def abort() -> None:
-        for task in running:
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
+        self._running: set[asyncio.Task[Any]] = set()
+        self._errors: list[BaseException] = []
+        self._was_aborted = self._lost_a_task = False
+        self._has_room: asyncio.Future[None] | None = None
+        self._is_idle: asyncio.Future[None] | None = None
+
+    def start(self, work: Coroutine[Any, Any, Any]) -> None:
+        """Start a task, whether or not there is room."""
+        self.add(asyncio.create_task(work))
+
+    def add(self, task: asyncio.Task[Any]) -> None:
+        """Add a task that has just been created."""
+        self._running.add(task)
+        task.add_done_callback(self._finish)
+
+    async def wait_for_room(self) -> None:
+        """Wait until another task may start. Called by a task of the pool, which does not count."""
+        while self._limit is not None and len(self._running) > self._limit:
+            self._has_room = asyncio.get_running_loop().create_future()
+            await self._has_room
+
+    async def join(self) -> None:
+        """Await all tasks. A cancellation of the caller cancels them, and is raised when they have ended."""
+        cancelled = False
+        while self._running:
+            self._is_idle = asyncio.get_running_loop().create_future()
+            try:
+                await self._is_idle
+            except asyncio.CancelledError:
+                cancelled = True
+                self._abort()
+        # The first that was raised, but a KeyboardInterrupt or SystemExit before any Exception.
+        error = next(
+            (e for e in self._errors if not isinstance(e, Exception)),
+            self._errors[0] if self._errors else None,
+        )
+        if (cancelled or self._lost_a_task) and (error is None or isinstance(error, Exception)):
+            raise asyncio.CancelledError
+        if error is not None:
+            try:
+                raise error
+            finally:  # The traceback references this frame: without this, each failure would be a reference cycle.
+                self._errors.clear()
+                del error
+
+    def _abort(self) -> None:
+        self._was_aborted = True
+        for task in self._running:
             task.cancel()
 
-    def ended(task: asyncio.Task[Any]) -> None:
-        nonlocal left
-        left -= 1
-        error = None if task.cancelled() else task.exception()
+    def _finish(self, task: asyncio.Task[Any]) -> None:
+        self._running.discard(task)
+        error = None
+        if task.cancelled():
+            self._lost_a_task = self._lost_a_task or not self._was_aborted
+        else:
+            error = task.exception()
         if error is not None:
-            failed.append(error)
-            if len(failed) == 1:
-                abort()
-        if not left and not waiter.done():
-            waiter.set_result(None)
+            self._errors.append(error)
+            if len(self._errors) == 1:
+                self._abort()
+        for waiter in (self._has_room, None if self._running else self._is_idle):
+            if waiter is not None and not waiter.done():
+                waiter.set_result(None)
 
-    running = [loop.create_task(item) for item in work]
-    for task in running:
-        task.add_done_callback(ended)
-    while left:
-        try:
-            await waiter
-        except asyncio.CancelledError:
-            cancelled = True
-            abort()
-            waiter = loop.create_future()
-    # In the order in which they failed; what tells the process to stop is told first.
-    first = next((e for e in failed if not isinstance(e, Exception)), failed[0] if failed else None)
-    if cancelled and (first is None or isinstance(first, Exception)):
-        raise asyncio.CancelledError
-    if first is not None:
-        raise first
-    return [task.result() for task in running]
+
+async def gather(work: Iterable[Coroutine[Any, Any, Any]]) -> list[Any]:
+    """Return the results in order. The first exception cancels the rest and is raised when they have ended."""
+    pool = TaskPool()
+    tasks = [asyncio.create_task(coroutine) for coroutine in work]
+    for task in tasks:
+        pool.add(task)
+    await pool.join()
+    return [task.result() for task in tasks]

@@ -69,9 +69,9 @@ def _read(
     if is_called(branch):
         return  # Only who calls it knows what it is.
     for index in child_indexes(branch):
-        if not isinstance(node, Group) or (not node.each and index >= len(node.children)):
+        if not isinstance(node, Group) or (not node.is_map and index >= len(node.children)):
             return
-        node = node.children[0 if node.each else index]
+        node = node.children[0 if node.is_map else index]
     if isinstance(node, Group) or committed.is_failed_item:
         return
     contract = ctx.contract_of(node)

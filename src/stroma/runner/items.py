@@ -1,4 +1,4 @@
-"""Where the items of a map come from, and where their outputs go, if not into the state."""
+"""Sources of the items of a map, and destinations of their outputs outside the state."""
 
 from __future__ import annotations
 
@@ -38,22 +38,22 @@ __all__ = [
     "values_of",
 ]
 
-_PAGE: Final = 200  # items that are read, or looked up in the journal, at once
+_PAGE_ITEMS: Final = 200  # that are read, or looked up in the journal, at once
 _PAGE_BYTES: Final = 4 * 1024 * 1024
-_LONGEST: Final = 64 * 1024 * 1024  # bytes of a line
-_BLANKS: Final = b" \t\r\n"
+_MAX_LINE_BYTES: Final = 64 * 1024 * 1024
+_WHITESPACE: Final = b" \t\r\n"
 _BOM: Final = b"\xef\xbb\xbf"
 
 
 class JsonLines:
     """A file with one JSON value per line: the items of a map, or where their outputs go.
 
-    ``JsonLines("documents.jsonl")`` is that file; ``JsonLines(field="source")`` the one whose path stands in that field
-    of the state. Relative paths begin at the process's working directory. Raises ValueError unless exactly one of the two
-    is given.
+    ``JsonLines("documents.jsonl")`` is that file; ``JsonLines(field="source")`` the one whose path is the value of that
+    field of the state. Relative paths begin at the process's working directory. Raises ValueError unless exactly one of
+    the two is passed.
 
-    As ``into=`` the file has one line for each output, in the order of the items. It is made out of the journal once all
-    items are done, and stands there as a whole or not at all.
+    As ``into=`` the file has one line for each output, in the order of the items. It is written from the journal once all
+    items are done, and appears as a whole or not at all.
     """
 
     __slots__ = ("field", "path")
@@ -61,7 +61,7 @@ class JsonLines:
     def __init__(self, path: str | os.PathLike[str] | None = None, *, field: str | None = None) -> None:
         if (path is None) == (field is None):
             raise ValueError(
-                "JsonLines needs a path, or field= with the name of the field that holds it; give one of them"
+                "JsonLines needs either a path, or field= with the name of the field that holds it"
             )
         if field is not None and not field.isidentifier():
             raise ValueError(f"{field!r} is not the name of a field")
@@ -73,11 +73,11 @@ class JsonLines:
 
     @property
     def name(self) -> str:
-        """What the map is called after."""
+        """The name of the items in the id of the map."""
         return self.field or (self.path.name if self.path is not None else "")
 
     def find(self, state: Mapping[str, Any]) -> pathlib.Path:
-        """The path, given the fields of the state. Raises TypeError if the field holds none."""
+        """Return the path for the fields of a state. Raises TypeError if the field holds none."""
         if self.path is not None:
             return self.path
         path = state.get(self.field or "")
@@ -90,7 +90,7 @@ class JsonLines:
 
 
 class Journal:
-    """The store that keeps the run, as ``into=`` of a map: outputs stay there and are not gathered.
+    """The store of the run as ``into=`` of a map: outputs stay there and are not collected into the state.
 
     :meth:`stroma.StromaRunner.map_outputs` reads them.
     """
@@ -106,58 +106,58 @@ class Item:
     """One item of a map.
 
     Attributes:
-        made_of: what tells a resumed run that the item is the one it was; None where nothing can.
-        broken: why there is no value.
+        checksum: of the item or its source, by which a resume sees that it is the same; None where there is none.
+        error: why there is no value.
     """
 
     index: int
     value: Any
-    made_of: bytes | None = None
-    broken: str | None = None
+    checksum: bytes | None = None
+    error: str | None = None
 
 
 class Source(Protocol):
     """The items of one run of a map.
 
     Attributes:
-        total: how many there are; None if nobody knows.
-        page: how many it gives at once, at most; whoever reads may change that.
+        total: how many there are; None if unknown.
+        page: how many are read at once, at most; the reader may change it.
     """
 
     total: int | None
     page: int
 
     async def prepare(self) -> None:
-        """Look at the items before the first of them is read. Raises OSError, TypeError."""
+        """Inspect the items before the first of them is read. Raises OSError, TypeError."""
 
     def pages(self) -> AsyncGenerator[Sequence[Item], None]:
-        """The items in order, a few at a time."""
+        """Yield the items in order, a few at a time."""
         ...
 
-    def changed(self, index: int) -> str:
-        """What is wrong if an item is another one than it was."""
+    def describe_change(self, index: int) -> str:
+        """Return the problem if an item differs from the recorded one."""
         ...
 
 
 async def values_of(source: Source) -> list[Any]:
-    """All items, for who calls a map by hand. Raises ValueError for one that is broken."""
+    """Return the values of all items, for a map outside of a run. Raises ValueError for an item without one."""
     await source.prepare()
-    found: list[Any] = []
+    values: list[Any] = []
     async for page in source.pages():
         for item in page:
-            if item.broken is not None:
-                raise ValueError(item.broken)
-            found.append(item.value)
-    return found
+            if item.error is not None:
+                raise ValueError(item.error)
+            values.append(item.value)
+    return values
 
 
 class ListSource:
-    """A list in the state."""
+    """Items of a list in the state."""
 
     def __init__(self, items: Sequence[Any]) -> None:
         self._items = items
         self.total: int | None = len(items)
-        self.page = _PAGE
+        self.page = _PAGE_ITEMS
 
     async def prepare(self) -> None:
         return None
@@ -169,17 +169,17 @@ class ListSource:
             yield [Item(first + i, value) for i, value in enumerate(values)]
             first += len(values)
 
-    def changed(self, index: int) -> str:
-        return f"item {index} is another one than it was"
+    def describe_change(self, index: int) -> str:
+        return f"item {index} differs from the recorded one"
 
 
 class IterableSource:
-    """What a function of the state gives. It is asked again by every process that goes on with the run."""
+    """Items that a function of the state returns; every process that resumes the run calls it again."""
 
     def __init__(self, items: Iterable[Any] | AsyncIterable[Any], name: str) -> None:
         if not isinstance(items, (Iterable, AsyncIterable)) or isinstance(items, (str, bytes, Mapping)):
             raise TypeError(
-                f"{name} gave {type(items).__name__}, and map_over needs an iterable or an async iterable of items"
+                f"{name} must return an iterable or an async iterable of items, got {type(items).__name__}"
             )
         self._items = items
         self._name = name
@@ -195,7 +195,7 @@ class IterableSource:
         values = self._values()
         async with contextlib.aclosing(values):
             async for value in values:
-                page.append(Item(index, value, made_of(value)))
+                page.append(Item(index, value, checksum_of(value)))
                 index += 1
                 if len(page) >= self.page:
                     yield page
@@ -217,12 +217,12 @@ class IterableSource:
             for value in self._items:
                 yield value
 
-    def changed(self, index: int) -> str:
-        return f"item {index} that {self._name} gives is another one than it was"
+    def describe_change(self, index: int) -> str:
+        return f"item {index} that {self._name} returns differs from the recorded one"
 
 
-def made_of(value: Any) -> bytes | None:
-    """A checksum of an item; None for one that Python describes by its address alone."""
+def checksum_of(value: Any) -> bytes | None:
+    """Return the checksum of an item; None for one that Python describes by its address alone."""
     text = json.dumps(jsonable(value), sort_keys=True)
     if " object at 0x" in text:
         return None
@@ -230,32 +230,32 @@ def made_of(value: Any) -> bytes | None:
 
 
 class FileSource:
-    """A file of JSON lines. Blank lines are none."""
+    """Items of a file of JSON lines. Blank lines are skipped."""
 
     def __init__(self, path: pathlib.Path) -> None:
         self._path = path
         self.total: int | None = None
-        self.page = _PAGE
-        self._made_of = b""
+        self.page = _PAGE_ITEMS
+        self._checksum = b""
 
     async def prepare(self) -> None:
-        """Count the items, and take the checksum of the whole file."""
-        self.total, self._made_of = await to_thread(self._look)
+        """Count the items, and compute the checksum of the whole file."""
+        self.total, self._checksum = await to_thread(self._scan)
 
-    def _look(self) -> tuple[int, bytes]:
+    def _scan(self) -> tuple[int, bytes]:
         digest, count = hashlib.sha256(), 0
         with self._open() as file:
             for line in self._lines(file):
                 digest.update(line)
-                count += bool(line.strip(_BLANKS))
+                count += bool(line.strip(_WHITESPACE))
         return count, b"item of " + digest.hexdigest().encode()
 
     def _open(self) -> IO[bytes]:
         try:
             if not stat.S_ISREG(os.stat(self._path).st_mode):
                 raise ValueError(
-                    f"cannot read the items of a map from {self._path}: it is no regular file, and could not be read again by a "
-                    "process that goes on with the run; save it to a file"
+                    f"cannot read the items of a map from {self._path}: it is not a regular file, so that a process that resumes the "
+                    "run could not read it again; save it to a file"
                 )
             return open(self._path, "rb")
         except OSError as error:
@@ -279,10 +279,9 @@ class FileSource:
                 yield page
         finally:
             file.close()
-        if b"item of " + digest.hexdigest().encode() != self._made_of:
+        if b"item of " + digest.hexdigest().encode() != self._checksum:
             raise ValueError(
-                f"{self._path} was changed while its items were read; what was made of them is kept: restore the file and "
-                "resume, or begin a new run"
+                f"{self._path} was changed while its items were read; restore the file and resume, or start a new run"
             )
 
     def _page(self, lines: Iterator[tuple[int, bytes]], digest: Any, index: int) -> list[Item]:
@@ -291,7 +290,7 @@ class FileSource:
         for number, line in lines:
             digest.update(line)
             text = line.removeprefix(_BOM) if number == 1 else line
-            if not text.strip(_BLANKS):
+            if not text.strip(_WHITESPACE):
                 continue
             page.append(self._item(index + len(page), number, text))
             size += len(line)
@@ -302,86 +301,86 @@ class FileSource:
     def _item(self, index: int, number: int, line: bytes) -> Item:
         where = f"line {number} of {self._path}"
         try:
-            return Item(index, from_json(line), self._made_of)
+            return Item(index, from_json(line), self._checksum)
         except ValueError as error:
-            return Item(index, None, self._made_of, f"{where} is not JSON: {error}")
+            return Item(index, None, self._checksum, f"{where} is not JSON: {error}")
 
     def _lines(self, file: IO[bytes]) -> Iterator[bytes]:
         number = 0
-        while line := file.readline(_LONGEST + 1):
+        while line := file.readline(_MAX_LINE_BYTES + 1):
             number += 1
-            if len(line) > _LONGEST:
-                raise ValueError(
-                    f"line {number} of {self._path} is longer than {_LONGEST} bytes, which is no item of a map; split it"
-                )
+            if len(line) > _MAX_LINE_BYTES:
+                raise ValueError(f"line {number} of {self._path} exceeds {_MAX_LINE_BYTES} bytes; split it")
             yield line
 
-    def changed(self, index: int) -> str:
-        return f"{self._path} has changed since item {index} was made"
+    def describe_change(self, index: int) -> str:
+        return f"{self._path} has changed since item {index} was recorded"
 
 
 class LinesFile:
-    """A file that is written beside its place, and put there as a whole."""
+    """A file of JSON lines that is written under a temporary name and then moved to its path."""
 
     def __init__(self, path: pathlib.Path, run_id: str) -> None:
-        self._path = pathlib.Path(os.path.realpath(path))  # A link stays one.
-        # One part for each run and file, in a file of its own for each process that goes on with the run.
-        self._mark = hashlib.sha256(f"{run_id}\0{path.name}".encode("utf-8", "surrogatepass")).hexdigest()[
-            :16
-        ]
-        self._beside = self._path.with_name(f".{self._mark}.{os.urandom(4).hex()}.part")
+        self._path = pathlib.Path(os.path.realpath(path))  # So that a symbolic link stays one.
+        # One prefix for each run and file, and a temporary file for each process that resumes the run.
+        key = f"{run_id}\0{path.name}".encode("utf-8", "surrogatepass")
+        self._prefix = hashlib.sha256(key).hexdigest()[:16]
+        self._temporary = self._path.with_name(f".{self._prefix}.{os.urandom(4).hex()}.part")
         self._file: IO[bytes] | None = None
 
     def check(self, source: pathlib.Path | None) -> None:
         """Raise OSError or ValueError, before anything is paid for, if the file could not or must not be written."""
         folder = self._path.parent
         if source is not None and os.path.realpath(source) == str(self._path):
-            raise ValueError(f"{self._path} holds the items of the map; give another path for its outputs")
+            raise ValueError(f"{self._path} holds the items of the map; pass another path for its outputs")
         if not folder.is_dir():
             raise FileNotFoundError(
-                f"there is no directory {folder} for the outputs of a map; create it, or give another path"
+                f"directory {folder} for the outputs of a map does not exist; create it, or pass another path"
             )
         if self._path.is_dir():
             raise IsADirectoryError(
-                f"{self._path} is a directory; give the path of a file for the outputs of a map"
+                f"{self._path} is a directory; pass the path of a file for the outputs of a map"
             )
         if self._path.exists() and not self._path.is_file():
-            raise ValueError(f"{self._path} is no regular file; give another path for the outputs of a map")
+            raise ValueError(
+                f"{self._path} is not a regular file; pass another path for the outputs of a map"
+            )
         if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} may not be written; give another path for the outputs of a map")
+            raise PermissionError(f"{folder} is not writable; pass another path for the outputs of a map")
 
-    def begin(self) -> None:
-        # What a killed process has left; or one that was stopped and taken over from, whose file is then in no place.
-        for left in self._path.parent.glob(f".{self._mark}.*.part"):
-            left.unlink(missing_ok=True)
-        self._file = self._beside.open("xb")
+    def open(self) -> None:
+        """Open the temporary file, and delete those of processes that were killed or lost the run."""
+        for old in self._path.parent.glob(f".{self._prefix}.*.part"):
+            old.unlink(missing_ok=True)
+        self._file = self._temporary.open("xb")
 
     def write(self, values: Sequence[Any]) -> None:
+        """Append one line for each value."""
         assert self._file is not None
         self._file.write(b"".join(to_json(value, inf_nan_mode="strings") + b"\n" for value in values))
 
-    def finish(self) -> None:
-        """Put it in its place, for good."""
+    def publish(self) -> None:
+        """Move the file to its path, durably."""
         assert self._file is not None
         self._file.flush()
         os.fsync(self._file.fileno())
         self._file.close()
-        os.replace(self._beside, self._path)
+        os.replace(self._temporary, self._path)
         descriptor = os.open(self._path.parent, os.O_RDONLY)
         try:
             os.fsync(descriptor)
         except OSError:
-            pass  # Not every file system can do that of a directory.
+            pass  # Some file systems cannot sync a directory.
         finally:
             os.close(descriptor)
 
-    def give_up(self) -> None:
-        """Leave no part of it."""
+    def discard(self) -> None:
+        """Close and delete the temporary file."""
         if self._file is not None:
             self._file.close()
             with contextlib.suppress(OSError):
-                os.unlink(self._beside)
+                os.unlink(self._temporary)
 
 
-#: What gives the items of a map for a state.
+#: A function that returns the items of a map for a state.
 ItemsFunction = Callable[[Any], Iterable[Any] | AsyncIterable[Any]]

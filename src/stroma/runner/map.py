@@ -1,18 +1,18 @@
-"""The items of a map on their way through the engine: so many at once, each once, however many there are."""
+"""Run the items of a map with bounded concurrency and constant memory."""
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
 from time import monotonic, perf_counter_ns
 from typing import Any, Final, cast
 
 from pydantic import BaseModel
 
 from stroma._utils.text import one_line
-from stroma.checkpoint import Committed, PipelineChanged, StepCall, StoreError, inside_of
+from stroma.checkpoint import Committed, PipelineChanged, StepCall, inside_of
 from stroma.checkpoint.protocols import OF_MAP
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.node import Group, Node
@@ -22,24 +22,24 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
 from stroma.engine.loop import GroupStopped, Halt, execute
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
-from stroma.engine.tasks import refusal
+from stroma.engine.tasks import TaskPool, refusal
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 from stroma.failures.failure import Failure, text_of
 from stroma.hooks.sets import MapProgress
 from stroma.runner.items import Item, LinesFile, Source
+from stroma.runner.states import item_state
 from stroma.trace.events import AttemptRow, FewRows, Outcome
 
 __all__ = ["DEFAULT_CONCURRENCY", "MapRun", "branches_in"]
 
-#: How many items run at once where they could be endless and nobody says.
+#: Items that run at once where their number has no bound and no limit is set.
 DEFAULT_CONCURRENCY: Final = 64
-_KEPT_EVENTS: Final = (
-    1000  # of a map that keeps no outputs: that many events, and that many failures after those
-)
-_PAGE: Final = 200  # items that are looked up in the journal at once
+#: Events in the trace of a map that keeps no outputs, and as many failures after those.
+_MAX_EVENTS: Final = 1000
+_PAGE_ITEMS: Final = 200  # that are looked up in the journal at once
 _PROGRESS_SECONDS: Final = 0.2
-_RATE_SECONDS: Final = 15  # over which a rate is told
+_RATE_SECONDS: Final = 15  # over which the rate of a progress report is measured
 
 
 class MapRun:
@@ -48,115 +48,115 @@ class MapRun:
     Attributes:
         outputs: by index; None where they stay in the journal.
         failures: of the items that failed while the others went on.
+        count: how many items have been read.
     """
 
     def __init__(
-        self,
-        ctx: ReliabilityContext,
-        group: NodeExecution,
-        child: Node | Group,
-        source: Source,
-        state_of: Callable[[Any], BaseModel],
-        *,
-        limit: int | None,
-        collect: bool,
-        keep: bool,
+        self, ctx: ReliabilityContext, execution: NodeExecution, group: Group, source: Source
     ) -> None:
         self._ctx = ctx
-        self._group = group
-        self._child = child
+        self._execution = execution
+        self._child = group.children[0]
+        self._collects_failures = group.collects_failures
         self._source = source
-        self._state_of = state_of
-        self._collect = collect
-        self._prefix = f"{group.branch}." if group.branch else ""
-        self._inside = branches_in(child)
-        self._inside_step = inside_of(group.step)
-        self._crew = _Crew(limit)
+        self._prefix = f"{execution.branch}." if execution.branch else ""
+        self._inner_branches = branches_in(self._child)
+        self._inside_step = inside_of(execution.step)
+        self._pool = TaskPool(group.max_concurrency)
         self._stopped: Halt | None = None
-        self._waiting: Halt | None = None
-        self._progress = _Progress(ctx, group, source)
-        #: Whether there may be items that are done already.
-        self._again = ctx.session.continued or group.attempt > 1
-        self.outputs: dict[int, BaseModel] | None = {} if keep else None
+        self._suspended: Halt | None = None
+        self._progress = _ProgressReporter(ctx, execution, source)
+        self._may_have_committed = ctx.session.continued or execution.attempt > 1
+        keeps_outputs = bool(group.output_field)
+        self.outputs: dict[int, BaseModel] | None = {} if keeps_outputs else None
         self.failures: list[ItemFailure] = []
         self.count = 0
-        if not keep:
-            group.children = FewRows(_KEPT_EVENTS)
-            group.remembers = False
-        if self._again and ctx.restored is ctx.session.restored:
-            ctx.restored = dict(ctx.restored)  # Ours to change.
+        if not keeps_outputs:
+            execution.children = FewRows(_MAX_EVENTS)
+            execution.remembers = False
+        if self._may_have_committed and ctx.restored is ctx.session.restored:
+            ctx.restored = dict(ctx.restored)  # A copy, from which this map removes what it has restored.
 
-    async def go(self) -> None:
+    @property
+    def _restored(self) -> dict[tuple[int, str], Committed]:
+        return cast("dict[tuple[int, str], Committed]", self._ctx.restored)
+
+    async def run(self) -> None:
         """Run all items. Raises GroupStopped for the first that stopped for good, its siblings awaited."""
         if self.outputs is None:
-            await self._read([])  # A store that cannot do that says so before anything is called.
+            await self._read_journal([])  # A store without a journal raises here, before anything is called.
         await self._source.prepare()
-        if self._again:
-            await self._look_at_first()
-        await self._progress.tell()
+        if self._may_have_committed:
+            await self._check_source()
+        await self._progress.report()
         try:
-            await self._all_items()
+            await self._run_all()
         except Exception:
             await self._progress.end()
             raise
         await self._progress.end()
         self._ctx.failed_items += self._progress.failed
-        if (self.outputs is None or self._progress.failed) and self._group.step is None:
-            # With the commit of the group: what a later process must know of it.
-            self._group.step = StepCall(self._progress.failed, OF_MAP + str(self.count).encode())
+        if (self.outputs is None or self._progress.failed) and self._execution.step is None:
+            # Committed with the group, for a later process that restores it.
+            self._execution.step = StepCall(self._progress.failed, OF_MAP + str(self.count).encode())
 
-    async def _all_items(self) -> None:
-        await self._crew.all(self._feed())
-        for halt in (self._stopped, self._waiting):
+    async def _run_all(self) -> None:
+        self._pool.start(self._start_items())
+        await self._pool.join()
+        for halt in (self._stopped, self._suspended):
             if halt is not None:
                 raise GroupStopped(halt)
         if self._ctx.interrupt is not None and self.count != self._progress.done:
             self._ctx.interrupt()
             await asyncio.Event().wait()  # Until that arrives.
 
-    # ------------------------------------------------------------------ feeding
+    # ------------------------------------------------------------------ starting items
 
     @property
-    def _over(self) -> bool:
+    def _has_stopped(self) -> bool:
         return self._stopped is not None or self._ctx.interrupt is not None
 
-    async def _feed(self) -> None:
+    async def _start_items(self) -> None:
         async with contextlib.aclosing(self._source.pages()) as pages:
             async for page in pages:
-                found = await self._committed(page) if self._again else {}
+                found = await self._find_committed(page) if self._may_have_committed else {}
                 for item in page:
                     self.count = item.index + 1
                     if item.index in found:
                         await self._restore(item, found[item.index])
                         continue
-                    await self._crew.room()
-                    if self._over:
+                    await self._pool.wait_for_room()
+                    if self._has_stopped:
                         return
-                    await self._begin(item)
-                if self._again and self._source.page < _PAGE:
-                    self._source.page = min(_PAGE, 2 * self._source.page) if len(found) == len(page) else 1
-        if self._again and self.outputs is None and await self._look(range(self.count, self.count + 1)):
-            raise self._changed(f"there are only {self.count} items where there were more")
+                    await self._start(item)
+                if self._may_have_committed and self._source.page < _PAGE_ITEMS:
+                    self._source.page = (
+                        min(_PAGE_ITEMS, 2 * self._source.page) if len(found) == len(page) else 1
+                    )
+        if not self._may_have_committed or self.outputs is not None:
+            return
+        if await self._load_committed(range(self.count, self.count + 1)):
+            raise self._pipeline_changed(f"there are only {self.count} items where there were more")
 
-    async def _begin(self, item: Item) -> None:
-        if item.broken is None:
+    async def _start(self, item: Item) -> None:
+        if item.error is None:
             try:
-                value = self._state_of(item.value)
-            except Exception as error:  # A class of the user's that cannot be made.
+                value = item_state(self._ctx.registry, self._child, item.value)
+            except Exception as error:  # Code of the contract's class may raise anything.
                 await self._refuse(item, f"{type(error).__name__}: {error}")
                 return
-            self._crew.start(self._one(item, value))
+            self._pool.start(self._run_item(item, value))
         else:
-            await self._refuse(item, item.broken)
+            await self._refuse(item, item.error)
 
     async def _refuse(self, item: Item, why: str) -> None:
-        """An item that is none: nothing can be called with it."""
+        """Fail an item that is no valid input, without a call."""
         raw = {"item": item.index, "value": item.value}
         violation = ContractViolation(
             self._child.node_id, "input", raw, [{"type": "item", "loc": (), "msg": why, "input": item.value}]
         )
         failure = Failure(violation, FailureClass.TERMINAL, self._child.node_id, 0, str(violation))
-        await self._failed(item, Halt(failure))
+        await self._handle_halt(item, Halt(failure))
 
     # ------------------------------------------------------------------ items
 
@@ -164,50 +164,50 @@ class MapRun:
         return f"{self._prefix}{index}"
 
     def _call_of(self, item: Item) -> StepCall | None:
-        return self._inside_step if item.made_of is None else StepCall(0, item.made_of)
+        return self._inside_step if item.checksum is None else StepCall(0, item.checksum)
 
-    async def _one(self, item: Item, value: BaseModel) -> None:
+    async def _run_item(self, item: Item, value: BaseModel) -> None:
         if self._stopped is not None:
             return
         outcome = await self._execute(item, value)
         if self.outputs is None:
-            self._forget(item.index)
+            self._drop_restored(item.index)
         if isinstance(outcome, Halt):
-            await self._failed(item, outcome)
+            await self._handle_halt(item, outcome)
             return
         if self.outputs is not None:
             self.outputs[item.index] = outcome
-        await self._progress.one()
+        await self._progress.count_item()
 
     async def _execute(self, item: Item, value: BaseModel) -> BaseModel | Halt:
-        group = self._group
+        execution = self._execution
         return await execute(
             self._ctx,
             self._child,
             value,
-            group.position,
+            execution.position,
             branch=self._branch(item.index),
             kind="item",
-            parent=group,
+            parent=execution,
             step=self._call_of(item),
         )
 
-    async def _failed(self, item: Item, halt: Halt) -> None:
-        if halt.suspended:  # Its siblings need not wait: all that can be done is done.
-            self._waiting = self._waiting or halt
+    async def _handle_halt(self, item: Item, halt: Halt) -> None:
+        if halt.suspended:  # Its siblings go on, so that only the suspended items remain to be run.
+            self._suspended = self._suspended or halt
             return
-        if self._collect and not halt.spent and not halt.partial and not self._ctx.cancelled:
-            await self._keep_failure(item, halt.failure)
+        if self._collects_failures and not halt.spent and not halt.partial and not self._ctx.cancelled:
+            await self._record_failure(item, halt.failure)
             return
         self._stopped = self._stopped or halt
-        # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
+        # A spent budget cancels no sibling in flight: those are paid for. No further one starts.
         if not self._stopped.spent:
             raise GroupStopped(halt)
 
-    async def _keep_failure(self, item: Item, failure: Failure) -> None:
-        """Commit that an item has failed, in the place of its output: a resume does not run it again by itself."""
-        ctx, group = self._ctx, self._group
-        kept = ItemFailure(
+    async def _record_failure(self, item: Item, failure: Failure) -> None:
+        """Commit the failure of an item in place of its output, so that a resume does not run it again."""
+        ctx, execution = self._ctx, self._execution
+        item_failure = ItemFailure(
             index=item.index,
             node_id=failure.node_id,
             failure_class=failure.failure_class,
@@ -218,19 +218,19 @@ class MapRun:
         row = AttemptRow(
             self._child.node_id, failure.attempt + 1, perf_counter_ns() + ctx.epoch_ns, 0, {}, None,
             cast("Outcome", "collected"), failed_of(failure), None,
-            group.position, self._branch(item.index), group.node_id, None, None, 0,
+            execution.position, self._branch(item.index), execution.node_id, None, None, 0,
         )  # fmt: skip
         call = self._call_of(item)
         schema = schema_of(ItemFailure)
         pending: Awaitable[None] | Exception | None
         try:
-            pending = ctx.session.record(row, schema, kept, call)
-        except BaseException as refused:
-            pending = refusal(refused)
+            pending = ctx.session.record(row, schema, item_failure, call)
+        except BaseException as error:
+            pending = refusal(error)
         if pending is not None:
-            problem, cancelled = await settle(ctx, row, schema, kept, call, pending)
+            problem, cancelled = await settle(ctx, row, schema, item_failure, call, pending)
             if problem is not None:
-                stored = Failure(
+                store_failure = Failure(
                     problem,
                     FailureClass.RECOVERABLE,
                     self._child.node_id,
@@ -238,53 +238,53 @@ class MapRun:
                     str(problem),
                     "store",
                 )
-                self._stopped = self._stopped or Halt(stored, partial=True)
+                self._stopped = self._stopped or Halt(store_failure, partial=True)
                 raise GroupStopped(self._stopped)
             if cancelled:
                 raise asyncio.CancelledError
         if ctx.delivers:
             ctx.session.delivered(row)
-        # The message stood in the log when the attempt failed; here nobody could tell what redact hides in it.
+        # The log of the attempt shows the message; here there is no state by which redact could hide parts of it.
         why = one_line(text_of(failure)) if ctx.config.redact is None else failure.failure_class
-        ctx.run_logger.info("item %d of %r is left out: %s", item.index, group.node_id, why)
-        await self._note_failure(kept)
+        ctx.run_logger.info("item %d of %r failed and is skipped: %s", item.index, execution.node_id, why)
+        await self._add_failure(item_failure)
 
-    async def _note_failure(self, kept: ItemFailure, *, restored: bool = False) -> None:
+    async def _add_failure(self, item_failure: ItemFailure, *, restored: bool = False) -> None:
         if self.outputs is not None:
-            self.failures.append(kept)
-        await self._progress.one(failed=True, restored=restored)
+            self.failures.append(item_failure)
+        await self._progress.count_item(failed=True, restored=restored)
 
-    # ------------------------------------------------------------------ what is done already
+    # ------------------------------------------------------------------ restoring committed items
 
     async def _restore(self, item: Item, committed: Committed) -> None:
-        """An item that an earlier process, or attempt of the group, has done."""
+        """Restore an item that an earlier process, or an earlier attempt of the group, has committed."""
         ctx = self._ctx
-        at = (self._group.position, self._branch(item.index))
+        at = (self._execution.position, self._branch(item.index))
         if committed.is_failed_item:
-            kept = read_output(schema_of(ItemFailure), committed, None)
-            await self._note_failure(cast("ItemFailure", kept), restored=True)
+            item_failure = cast("ItemFailure", read_output(schema_of(ItemFailure), committed, None))
+            await self._add_failure(item_failure, restored=True)
         elif self.outputs is None and isinstance(self._child, Node) and ctx.fire.on_node_skipped is None:
-            # Nobody wants to see it, and it is read when the outputs are: that it is the right one is all that matters.
+            # No hook receives the output, and write() reads it later: checking its contract is enough.
             schema = output_schema(ctx, self._child, None)
-            check_committed(ctx, self._child, schema, committed, *at, self._group.node_id)
-            await self._progress.one(restored=True)
-        elif item.broken is None:
-            cast("dict[Any, Any]", ctx.restored)[at] = committed
-            outcome = await self._execute(item, self._state_of(item.value))
-            if isinstance(outcome, Halt):  # A group of another schema, which is put together anew.
-                await self._failed(item, outcome)
+            check_committed(ctx, self._child, schema, committed, *at, self._execution.node_id)
+            await self._progress.count_item(restored=True)
+        elif item.error is None:
+            self._restored[at] = committed
+            outcome = await self._execute(item, item_state(ctx.registry, self._child, item.value))
+            if isinstance(outcome, Halt):  # A group whose schema has changed is merged again.
+                await self._handle_halt(item, outcome)
                 return
             if self.outputs is not None:
                 self.outputs[item.index] = outcome
-            await self._progress.one(restored=True)
+            await self._progress.count_item(restored=True)
         if self.outputs is None:
-            cast("dict[Any, Any]", ctx.restored).pop(at, None)
+            self._restored.pop(at, None)
 
-    async def _committed(self, page: Sequence[Item]) -> dict[int, Committed]:
-        """Those of some items that are done, unless they are to be run again. Raises PipelineChanged."""
-        ctx, position = self._ctx, self._group.position
+    async def _find_committed(self, page: Sequence[Item]) -> dict[int, Committed]:
+        """Return the committed outputs of a page by index, without those to be run again. Raises PipelineChanged."""
+        ctx, position = self._ctx, self._execution.position
         if self.outputs is None:
-            found = await self._look([item.index for item in page])
+            found = await self._load_committed([item.index for item in page])
         else:
             found = {
                 item.index: ctx.restored[position, self._branch(item.index)]
@@ -295,105 +295,100 @@ class MapRun:
             committed = found.get(item.index)
             if committed is None:
                 continue
-            self._compare(item.index, item.made_of, committed)
-            if committed.is_failed_item and (not self._collect or ctx.config.retry_failed_items):
+            self._check_same(item.index, item.checksum, committed)
+            if committed.is_failed_item and (not self._collects_failures or ctx.config.retry_failed_items):
                 del found[item.index]
-                cast("dict[Any, Any]", ctx.restored).pop((position, self._branch(item.index)), None)
+                self._restored.pop((position, self._branch(item.index)), None)
         return found
 
-    async def _look(self, indexes: Sequence[int]) -> dict[int, Committed]:
-        """What the journal has of some items; what it has of the nodes inside them is restored from there."""
-        ctx, position = self._ctx, self._group.position
+    async def _load_committed(self, indexes: Sequence[int]) -> dict[int, Committed]:
+        """Return the committed outputs of items by index, and restore those of the nodes inside unfinished items."""
+        position = self._execution.position
         branches = {self._branch(index): index for index in indexes}
-        found = await self._read(list(branches))
-        inside = [f"{branch}.{rest}" for branch in branches if branch not in found for rest in self._inside]
+        found = await self._read_journal(list(branches))
+        inside = [
+            f"{branch}.{rest}" for branch in branches if branch not in found for rest in self._inner_branches
+        ]
         if inside:
-            for branch, committed in (await self._read(inside)).items():
-                cast("dict[Any, Any]", ctx.restored)[position, branch] = committed
+            for branch, committed in (await self._read_journal(inside)).items():
+                self._restored[position, branch] = committed
         return {branches[branch]: committed for branch, committed in found.items()}
 
-    async def _read(self, branches: Sequence[str]) -> Mapping[str, Committed]:
-        read: Any = getattr(self._ctx.session, "committed", None)
-        if read is None:  # Of a store that was written for an earlier release.
-            store = type(self._ctx.checkpoint_manager.store).__name__
-            raise StoreError(
-                f"{store} cannot read the items of a map back; give a field of the state as into="
-            )
-        kept: Any = read(self._group.position, branches)
-        found: Mapping[str, Committed] = kept if isinstance(kept, Mapping) else await kept
-        return found
+    async def _read_journal(self, branches: Sequence[str]) -> Mapping[str, Committed]:
+        pending = self._ctx.session.committed(self._execution.position, branches)
+        return pending if isinstance(pending, Mapping) else await pending
 
-    def _forget(self, index: int) -> None:
-        if self._again and self._inside:
-            for rest in self._inside:
-                at = (self._group.position, f"{self._branch(index)}.{rest}")
-                cast("dict[Any, Any]", self._ctx.restored).pop(at, None)
+    def _drop_restored(self, index: int) -> None:
+        if self._may_have_committed and self._inner_branches:
+            for rest in self._inner_branches:
+                at = (self._execution.position, f"{self._branch(index)}.{rest}")
+                self._restored.pop(at, None)
 
-    async def _look_at_first(self) -> None:
-        """Refuse a source as a whole that is not what it was, before anything is called."""
+    async def _check_source(self) -> None:
+        """Raise PipelineChanged, before anything is called, if the source as a whole has changed."""
         total = self._source.total
         if total is None or self.outputs is not None:
             return
         async with contextlib.aclosing(self._source.pages()) as pages:
             first: Sequence[Item] = await anext(pages, ())
-        wanted = first[0].made_of if first else None
-        if wanted is None or not wanted.startswith(b"item of "):
+        checksum = first[0].checksum if first else None
+        if checksum is None or not checksum.startswith(b"item of "):
             return
-        for start in range(0, total, _PAGE):
-            found = await self._look(range(start, min(total, start + _PAGE)))
+        for start in range(0, total, _PAGE_ITEMS):
+            found = await self._load_committed(range(start, min(total, start + _PAGE_ITEMS)))
             if found:
                 index = min(found)
-                self._compare(index, wanted, found[index])
+                self._check_same(index, checksum, found[index])
                 return
 
-    def _compare(self, index: int, made_of: bytes | None, committed: Committed) -> None:
-        then = None if committed.step is None else committed.step.given
-        if then is not None and made_of is not None and then != made_of:
-            raise self._changed(self._source.changed(index))
+    def _check_same(self, index: int, checksum: bytes | None, committed: Committed) -> None:
+        recorded = None if committed.step is None else committed.step.given
+        if recorded is not None and checksum is not None and recorded != checksum:
+            raise self._pipeline_changed(self._source.describe_change(index))
 
-    def _changed(self, what: str) -> PipelineChanged:
+    def _pipeline_changed(self, what: str) -> PipelineChanged:
         return PipelineChanged(
-            f"run {self._ctx.run_id!r} cannot go on with {self._group.node_id!r}: {what}; restore it, or begin a new run"
+            f"run {self._ctx.run_id!r} cannot be resumed at {self._execution.node_id!r}: {what}; restore it, or start a new run"
         )
 
     # ------------------------------------------------------------------ outputs
 
     async def write(self, file: LinesFile, failures: LinesFile | None = None) -> None:
-        """Make files of the outputs and of the failures out of the journal, in the order of the items."""
-        files = [found for found in (file, failures) if found is not None]
+        """Write the outputs and the failures from the journal to files, in the order of the items."""
+        files = [file] if failures is None else [file, failures]
         try:
-            for one in files:
-                await asyncio.to_thread(one.begin)
-            for first in range(0, self.count, _PAGE):
+            for opened in files:
+                await asyncio.to_thread(opened.open)
+            for first in range(0, self.count, _PAGE_ITEMS):
                 outputs: list[Any] = []
                 failed: list[Any] = []
-                async for _, value in self._values(range(first, min(self.count, first + _PAGE))):
+                async for _, value in self._values(range(first, min(self.count, first + _PAGE_ITEMS))):
                     (failed if isinstance(value, ItemFailure) else outputs).append(value)
                 await asyncio.to_thread(file.write, outputs)
                 if failures is not None and failed:
                     await asyncio.to_thread(failures.write, failed)
-            for one in reversed(files):
-                await asyncio.to_thread(one.finish)
+            for opened in reversed(files):
+                await asyncio.to_thread(opened.publish)
         except BaseException:
-            for one in files:
-                one.give_up()
+            for opened in files:
+                opened.discard()
             raise
 
     async def _values(self, indexes: range) -> AsyncIterator[tuple[int, Any]]:
-        found = await self._read([self._branch(index) for index in indexes])
+        found = await self._read_journal([self._branch(index) for index in indexes])
         for index in indexes:
             committed = found.get(self._branch(index))
             if committed is None:
                 raise PipelineChanged(
-                    f"item {index} of {self._group.node_id!r} in run {self._ctx.run_id!r} is not in the journal any more; "
-                    "begin a new run"
+                    f"item {index} of {self._execution.node_id!r} in run {self._ctx.run_id!r} is no longer in the journal; "
+                    "start a new run"
                 )
             yield index, value_of(self._ctx.registry, self._child, committed)
 
 
 def branches_in(node: Node | Group) -> list[str]:
-    """The branches below a node that are known before it runs."""
-    if isinstance(node, Node) or node.each:
+    """Return the branches below a node that are known before it runs."""
+    if isinstance(node, Node) or node.is_map:
         return []
     return [
         branch
@@ -402,117 +397,62 @@ def branches_in(node: Node | Group) -> list[str]:
     ]
 
 
-class _Progress:
-    """How far a map is, told to who wants to know."""
+class _ProgressReporter:
+    """Counts the items of a map that have ended, and calls the progress hooks a few times a second."""
 
-    def __init__(self, ctx: ReliabilityContext, group: NodeExecution, source: Source) -> None:
+    def __init__(self, ctx: ReliabilityContext, execution: NodeExecution, source: Source) -> None:
         self._ctx = ctx
-        self._group = group
+        self._execution = execution
         self._source = source
         self._calls = ctx.fire.on_map_progress
-        self._begun = self._told = monotonic()
-        self._telling = False
-        #: (when, how many this process had done) at the last tellings.
-        self._marks: deque[tuple[float, int]] = deque([(self._begun, 0)])
+        self._start = self._last_report = monotonic()
+        self._is_reporting = False
+        #: (when, items done in this process) at the last reports.
+        self._marks: deque[tuple[float, int]] = deque([(self._start, 0)])
         self.done = self.failed = self.restored = 0
-        self.ended = False
+        self.has_ended = False
 
-    async def one(self, *, failed: bool = False, restored: bool = False) -> None:
-        """An item has ended."""
+    async def count_item(self, *, failed: bool = False, restored: bool = False) -> None:
+        """Count an item that has ended."""
         self.done += 1
         self.failed += failed
         self.restored += restored
-        if self._calls is not None and not self._telling and monotonic() - self._told >= _PROGRESS_SECONDS:
-            await self.tell()
+        is_due = self._calls is not None and monotonic() - self._last_report >= _PROGRESS_SECONDS
+        if is_due and not self._is_reporting:
+            await self.report()
 
     async def end(self) -> None:
-        """The last word."""
-        self.ended = True
-        await self.tell()
+        """Report for the last time."""
+        self.has_ended = True
+        await self.report()
 
-    async def tell(self) -> None:
+    async def report(self) -> None:
+        """Call the progress hooks."""
         calls = self._calls
         if calls is None:
             return
-        self._telling = True
+        self._is_reporting = True
         try:
-            now = self._told = monotonic()
-            here = self.done - self.restored
+            now = self._last_report = monotonic()
+            done_here = self.done - self.restored
             while len(self._marks) > 1 and now - self._marks[0][0] > _RATE_SECONDS:
                 self._marks.popleft()
-            since, before = self._marks[0]
-            self._marks.append((now, here))
-            rate = (here - before) / (now - since) if now > since else 0.0
+            since, done_before = self._marks[0]
+            self._marks.append((now, done_here))
+            rate = (done_here - done_before) / (now - since) if now > since else 0.0
             total = self._source.total
-            left = None if total is None or not rate else (total - self.done) / rate
-            said = MapProgress(
-                self.done, total, self.failed, self.restored, rate, left, now - self._begun, self.ended
+            remaining = None if total is None or not rate else (total - self.done) / rate
+            progress = MapProgress(
+                self.done,
+                total,
+                self.failed,
+                self.restored,
+                rate,
+                remaining,
+                now - self._start,
+                self.has_ended,
             )
-            ctx, node_id = self._ctx, self._group.node_id
-            await ctx.fire.fire("on_map_progress", calls, node_id, lambda: (ctx.run_id, node_id, said))
+            ctx, node_id = self._ctx, self._execution.node_id
+            await ctx.fire.fire("on_map_progress", calls, node_id, lambda: (ctx.run_id, node_id, progress))
         finally:
-            self._telling = False
-
-
-class _Crew:
-    """Tasks, so many at once. The first exception cancels and awaits the rest, and comes out as itself."""
-
-    def __init__(self, limit: int | None) -> None:
-        self._limit = limit
-        self._running: set[asyncio.Task[None]] = set()
-        self._failed: list[BaseException] = []
-        #: Whether the others were cancelled, and whether one was cancelled by somebody else.
-        self._aborted = self._lost = False
-        #: Awaited by who has more work, and by who waits for all of it.
-        self._room: asyncio.Future[None] | None = None
-        self._idle: asyncio.Future[None] | None = None
-
-    def start(self, work: Coroutine[Any, Any, None]) -> None:
-        task = asyncio.create_task(work)
-        self._running.add(task)
-        task.add_done_callback(self._ended)
-
-    async def room(self) -> None:
-        """Wait until another task may start. The one that asks is one of those that run, and does not count."""
-        while self._limit is not None and len(self._running) > self._limit:
-            self._room = asyncio.get_running_loop().create_future()
-            await self._room
-
-    async def all(self, feeder: Coroutine[Any, Any, None]) -> None:
-        """Await a task that starts others, and those. A cancellation cancels them all, and comes out at their end."""
-        cancelled = False
-        self.start(feeder)
-        while self._running:
-            self._idle = asyncio.get_running_loop().create_future()
-            try:
-                await self._idle
-            except asyncio.CancelledError:
-                cancelled = True
-                self._abort()
-        cancelled, failed = cancelled or self._lost, self._failed
-        # In the order in which they failed; what tells the process to stop is told first.
-        first = next((e for e in failed if not isinstance(e, Exception)), failed[0] if failed else None)
-        if cancelled and (first is None or isinstance(first, Exception)):
-            raise asyncio.CancelledError
-        if first is not None:
-            raise first
-
-    def _abort(self) -> None:
-        self._aborted = True
-        for task in self._running:
-            task.cancel()
-
-    def _ended(self, task: asyncio.Task[None]) -> None:
-        self._running.discard(task)
-        error = None
-        if task.cancelled():
-            self._lost = self._lost or not self._aborted
-        else:
-            error = task.exception()
-        if error is not None:
-            self._failed.append(error)
-            if len(self._failed) == 1:
-                self._abort()
-        for waiter in (self._room, None if self._running else self._idle):
-            if waiter is not None and not waiter.done():
-                waiter.set_result(None)
+            self._is_reporting = False

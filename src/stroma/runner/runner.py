@@ -348,7 +348,7 @@ class StromaRunner:
         StoreError, TypeError for what is no map.
         """
         group = find_node(node)
-        if not isinstance(group, Group) or not group.each or group.into:
+        if not isinstance(group, Group) or not group.is_map or group.output_field:
             raise TypeError(
                 f"{group.node_id!r} is no map whose outputs are in the journal; give the map_over() with into=Journal() or "
                 "JsonLines(path)"

@@ -20,7 +20,7 @@ def ids_in(nodes: Sequence[Node | Group]) -> Iterator[str]:
     """Yield the id of every node and group, those inside groups too."""
     for node in nodes:
         yield node.node_id
-        if type(node) is Group:
+        if isinstance(node, Group):
             yield from ids_in(node.children)
 
 
@@ -30,7 +30,7 @@ def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> N
     if not decorated:
         return
     for node in nodes:
-        if type(node) is Group:
+        if isinstance(node, Group):
             check_owners(node.children, registry)
             continue
         contract, latest = node.contract, decorated.get(node.node_id)

@@ -308,7 +308,9 @@ class _Tape(Probe):
                 self.called.append(run.node_id)
             return await call(state)
         attempts = self._at(run)
-        if isinstance(node, Group) and not (node.each and (node.outside or not node.into)):
+        if isinstance(node, Group) and not (
+            node.is_map and (node.has_external_items or not node.output_field)
+        ):
             # What it is put together of is looked at, each by itself.
             output = await call(state)
             self._took(run, attempts)

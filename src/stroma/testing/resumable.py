@@ -432,8 +432,8 @@ def _maps_out(node: Node | Group, place: str) -> Iterator[str]:
     """The places of maps whose outputs do not go into the state."""
     if not isinstance(node, Group):
         return
-    if node.each:
-        if not node.into:
+    if node.is_map:
+        if not node.output_field:
             yield place
         return
     for index, child in enumerate(node.children):

@@ -60,14 +60,14 @@ def check_nodes(
 def _of_crossing(crossing: Crossing, known: Known) -> Iterator[Finding]:
     state, node = crossing.state, crossing.node
     if isinstance(node, Group):
-        if node.each and not node.outside and state.model is not None:
+        if node.is_map and not node.has_external_items and state.model is not None:
             yield from _of_list(crossing, node, state.model)
-        elif node.each and state.item is not None and holds_no_fields(state.item):
+        elif node.is_map and state.item is not None and holds_no_fields(state.item):
             by, to, given = state.giver, crossing.to, str(state.item)
             yield Finding(
-                "error", "items", by.node_id, to.node_id, by.at, to.at, f"{state.list_at}[].{node.over}", given, "list",
-                f"{to.node_id!r} goes over {node.over} of each item of {state.list_at}, and those are {given}",
-                f"let the items be models with a list {node.over!r}",
+                "error", "items", by.node_id, to.node_id, by.at, to.at, f"{state.list_at}[].{node.items_field}", given, "list",
+                f"{to.node_id!r} goes over {node.items_field} of each item of {state.list_at}, and those are {given}",
+                f"let the items be models with a list {node.items_field!r}",
             )  # fmt: skip
         return
     if crossing.contract is None or (state.model is None and state.item is None):
@@ -198,26 +198,26 @@ def _undecided(crossing: Crossing, reasons: list[Reason]) -> Iterator[Finding]:
 def _of_list(crossing: Crossing, node: Group, model: type[BaseModel]) -> Iterator[Finding]:
     """Whether the field that ``map_over`` goes over is a list."""
     state, to = crossing.state, crossing.to
-    by = state.origins.get(node.over, state.giver)
+    by = state.origins.get(node.items_field, state.giver)
     record = record_of_class(model)
-    side = record.fields.get(node.over)
+    side = record.fields.get(node.items_field)
     target = repr(to.node_id)
 
     def finding(
         severity: Literal["error", "warning"], kind: Kind, given: str, what: str, mend: str
     ) -> Finding:
         return Finding(
-            severity, kind, by.node_id, to.node_id, by.at, to.at, node.over, given, "list",
-            f"{target} goes over {node.over}, and {what}", mend,
+            severity, kind, by.node_id, to.node_id, by.at, to.at, node.items_field, given, "list",
+            f"{target} goes over {node.items_field}, and {what}", mend,
         )  # fmt: skip
 
     if side is None and not record.is_open:
-        mend = f"add a list {node.over!r} to the output of {by.node_id!r}, or name another field"
+        mend = f"add a list {node.items_field!r} to the output of {by.node_id!r}, or name another field"
         yield finding("error", "missing", "", f"{model.__name__} has no such field", mend)
         return
     if side is None:
         if not state.loose:
-            mend = f"declare a list {node.over!r} in the output of {by.node_id!r}"
+            mend = f"declare a list {node.items_field!r} in the output of {by.node_id!r}"
             what = f"it may be among what {model.__name__} holds beside its fields, or may not"
             yield finding("warning", "missing", "", what, mend)
         if record.others is None:

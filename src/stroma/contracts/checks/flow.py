@@ -175,7 +175,7 @@ class _Walk:
                     contract = None
             yield Crossing(node, giver, state, contract, output)
             return State(output, giver, _origins(output, giver), loose=output is None)
-        if node.each:
+        if node.is_map:
             return (yield from self._each(node, state, giver))
         return (yield from self._side_by_side(node, state, giver))
 
@@ -196,15 +196,15 @@ class _Walk:
                 if name in sides:
                     yield Collision(origins[name], by, name, (str(sides[name]), str(side)))
                 origins[name], sides[name] = by, side
-        model = node.joined(_Anything, [one.model or Kept for one in made])
+        model = node.output_class(_Anything, [one.model or Kept for one in made])
         return State(model, giver, origins, loose=any(one.loose for one in made))
 
     def _each(self, node: Group, state: State, giver: Giver) -> Generator[Step, None, State]:
         yield Crossing(node, giver, state, None, None)
         record = Record("", {}) if state.model is None else record_of_class(state.model)
         fields = record.fields
-        origin = giver if node.outside else state.origins.get(node.over, state.giver)
-        over = None if node.outside else fields.get(node.over, record.others)
+        origin = giver if node.has_external_items else state.origins.get(node.items_field, state.giver)
+        over = None if node.has_external_items else fields.get(node.items_field, record.others)
         item = None if over is None else items_of(over)
         model = None
         if item is not None:
@@ -213,16 +213,21 @@ class _Walk:
         # Into a node: an item of any type. Into a group: what its own children are given, if that is a record.
         child = node.children[0]
         bare = isinstance(child, Group)
-        loose = state.loose or node.outside
-        given = State(model, origin, _origins(model, origin), True, loose, item, bare, node.over)
+        loose = state.loose or node.has_external_items
+        given = State(model, origin, _origins(model, origin), True, loose, item, bare, node.items_field)
         made = yield from self.through(child, given, f"{giver.at}.0")
-        if node.into in fields and node.into != node.over:
-            types = (str(fields[node.into]), f"list[{'Any' if made.model is None else made.model.__name__}]")
-            yield Collision(state.origins.get(node.into, state.giver), made.giver, node.into, types)
-        if not node.into:  # What was given goes on as it is.
+        if node.output_field in fields and node.output_field != node.items_field:
+            types = (
+                str(fields[node.output_field]),
+                f"list[{'Any' if made.model is None else made.model.__name__}]",
+            )
+            yield Collision(
+                state.origins.get(node.output_field, state.giver), made.giver, node.output_field, types
+            )
+        if not node.output_field:  # What was given goes on as it is.
             return State(state.model, giver, state.origins, loose=state.loose)
-        joined = node.joined(state.model or _Anything, [made.model or Kept])
-        origins = {**state.origins, node.into: made.giver}
+        joined = node.output_class(state.model or _Anything, [made.model or Kept])
+        origins = {**state.origins, node.output_field: made.giver}
         # What the items are made by is no concern of the other fields.
         return State(joined, giver, origins, loose=state.loose or state.model is None)
 

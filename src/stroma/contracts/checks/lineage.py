@@ -162,10 +162,10 @@ class _Maker:
         node, at = crossing.node, crossing.to.at
         parent = at.rpartition(".")[0]
         if isinstance(node, Group):
-            kind = "map_over" if node.each else "parallel"
-            title = f"{node.node_id} into {node.into}" if node.into else node.node_id
+            kind = "map_over" if node.is_map else "parallel"
+            title = f"{node.node_id} into {node.output_field}" if node.output_field else node.node_id
             self.boxes.append(Box(at, title, kind, parent))
-            if node.each and not node.outside:
+            if node.is_map and not node.has_external_items:
                 self._over(crossing, node)
             return
         if crossing.contract is None:
@@ -180,7 +180,7 @@ class _Maker:
 
     def _over(self, crossing: Crossing, group: Group) -> None:
         if crossing.state.giver.at == "input" and crossing.state.model is None:
-            self.given.setdefault(group.over, Line(group.over, "list"))
+            self.given.setdefault(group.items_field, Line(group.items_field, "list"))
 
     def _tone(self, at: str, name: str, list_at: str = "") -> Tone:
         start = f"{list_at}[].{name}" if list_at else name

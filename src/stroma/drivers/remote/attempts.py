@@ -118,6 +118,26 @@ class Attempts:
         return await operations[request["op"]]()
 
 
+class _ClosingGroup(Group):
+    """A group whose children have run elsewhere; running it merges their outputs."""
+
+    def __init__(
+        self, group: Group, merge: Callable[[NodeExecution, BaseModel], Awaitable[dict[str, Any]]]
+    ) -> None:
+        super().__init__(group.node_id, group.children, group.max_concurrency)
+        self.is_map = group.is_map
+        self._group = group
+        self._merge = merge
+
+    async def run(self, ctx: Any, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
+        return await self._merge(execution, value)
+
+    def output_class(
+        self, input_class: type[BaseModel], child_classes: Sequence[type[BaseModel]]
+    ) -> type[BaseModel]:
+        return self._group.output_class(input_class, child_classes)
+
+
 class _Record:
     """Stands in for a journal's session: what the engine keeps of an attempt becomes the reply."""
 
@@ -390,11 +410,11 @@ class _Work:
     async def items(self) -> Reply:
         group = self.known.find(self.request["spec"], self.request["path"])
         assert isinstance(group, Group)
-        assert group.items is not None
         value = await self.model_of(self.request["value"])
         first = self.request["first"]
         try:
-            total, found = group.items(self.ctx, value, slice(first, first + self.request["count"]))
+            page = slice(first, first + self.request["count"])
+            total, found = group.read_items(self.ctx.registry, value, page)
             items: list[Value] = []
             for item in found:
                 kind = type(item)
@@ -413,13 +433,11 @@ class _Work:
         self.ctx.fire.on_node_start = None  # It was told when the group was opened.
         # Its row, and whoever watches, are to have the time at which it was opened.
         self.ctx.epoch_ns -= max(0, time_ns() - request["opened_ns"])
-        return await self._attempt(replace(group, run=self._ended), value, begun=True)
+        return await self._attempt(_ClosingGroup(group, self._merge_children), value, begun=True)
 
-    async def _ended(
-        self, ctx: ReliabilityContext, execution: NodeExecution, value: BaseModel
-    ) -> dict[str, Any]:
-        """In the place of a group's own running: its children have run elsewhere."""
-        request = self.request
+    async def _merge_children(self, execution: NodeExecution, value: BaseModel) -> dict[str, Any]:
+        """Return the output of a group whose children have run elsewhere, or raise as it would have."""
+        request, ctx = self.request, self.ctx
         execution.busy_ns = request["busy_ns"]
         if request["span_ns"]:
             execution.first_ns, execution.last_ns = (at - ctx.epoch_ns for at in request["span_ns"])
@@ -443,7 +461,6 @@ class _Work:
             )
         group = self.known.find(request["spec"], request["path"])
         assert isinstance(group, Group)
-        assert group.merge is not None
         outputs = [await self.model_of(output) for output in await self._outputs()]
         failures = [ItemFailure(**failed) for failed in request["failures"]]
         return group.merge(value, outputs, failures)

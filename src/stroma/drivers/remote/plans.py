@@ -22,9 +22,10 @@ from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
 from stroma.failures.policy import FailurePolicy, PolicyMap
-from stroma.runner.groups import as_state, map_over, parallel
+from stroma.runner.groups import map_over, parallel
 from stroma.runner.runner import Pipeline
 from stroma.runner.sequence import check_owners
+from stroma.runner.states import as_state
 
 __all__ = ["Known", "MissingNode", "freeze", "policies_of", "settings_of", "spec_of"]
 
@@ -51,19 +52,20 @@ def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
             spec["input"] = schema_of(contract.input_schema).fingerprint
             spec["output"] = schema_of(contract.output_schema).fingerprint
         return spec
-    if node.merge is None or (node.each and node.items is None):
+    if node.is_map and (node.has_external_items or not node.output_field):
         raise ValueError(
             f"{node.node_id} takes its items from, or puts its outputs into, something that only one machine has; "
             "give it the name of a list field, and the name of a field as into="
         )
     made: NodeSpec = {
         "id": node.node_id,
-        "kind": "map" if node.each else "parallel",
+        "kind": "map" if node.is_map else "parallel",
         "children": [spec_of(child, registry) for child in node.children],
-        "limit": node.limit,
+        "limit": node.max_concurrency,
     }
-    if node.each:
-        made["over"], made["into"], made["collect"] = node.over, node.into, node.collect
+    if node.is_map:
+        made["over"], made["into"] = node.items_field, node.output_field
+        made["collect"] = node.collects_failures
     return made
 
 
@@ -189,7 +191,7 @@ class Known:
             if kind == "group":
                 group, base = self.find(name[1]), self.class_of(name[2])
                 if isinstance(group, Group) and base is not None:
-                    return group.joined(base, [self._output(child, base) for child in group.children])
+                    return group.output_class(base, [self._output(child, base) for child in group.children])
         except (LookupError, TypeError, StopIteration):
             pass
         return None
@@ -211,7 +213,7 @@ class Known:
         nodes, at = self.nodes, None
         for index in [] if is_called(branch) else [position, *child_indexes(branch)]:
             if isinstance(at, Group):
-                nodes, index = at.children, 0 if at.each else index
+                nodes, index = at.children, 0 if at.is_map else index
             at = nodes[index] if index < len(nodes) else None
         if at is None or at.node_id != node_id:  # It stands elsewhere by now.
             at = next(iter(self._by_id.get(node_id, ())), None)
@@ -220,7 +222,7 @@ class Known:
 
     def _output(self, node: Node | Group, base: type[BaseModel]) -> type[BaseModel]:
         if isinstance(node, Group):
-            return node.joined(base, [self._output(child, base) for child in node.children])
+            return node.output_class(base, [self._output(child, base) for child in node.children])
         contract = self.contract(node)
         return Kept if contract is None else contract.output_schema
 
