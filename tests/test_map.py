@@ -971,9 +971,9 @@ async def test_stores_and_runs_without_items(tmp_path: Path, doubler: Doubler) -
     await runner.run([kept], State(nums=[1]))
     with pytest.raises(CheckpointNotFound, match=r"has no .* that is done"):
         _ = [1 async for _ in runner.map_outputs("run", kept)]
-    with pytest.raises(TypeError, match="is no map whose outputs are in the journal"):
+    with pytest.raises(TypeError, match="is not a map whose outputs are in the journal"):
         _ = [1 async for _ in runner.map_outputs("run", map_over("nums", doubler.node, into="made"))]
-    with pytest.raises(TypeError, match="is no map whose outputs are in the journal"):
+    with pytest.raises(TypeError, match="is not a map whose outputs are in the journal"):
         _ = [1 async for _ in runner.map_outputs("run", doubler.node)]
 
 

@@ -305,7 +305,7 @@ async def test_recovering_runs_without_a_name_is_warned_of(
     await quick(store, pipeline="q").recover(work.nodes)
     assert not caplog.records
     await quick(store).recover(work.nodes)
-    assert "give it a name" in caplog.text
+    assert "name it with Pipeline" in caplog.text
 
 
 @pytest.mark.parametrize("broken", ["inputs", "run_ids", "on_result"])
@@ -398,7 +398,7 @@ async def test_what_keeps_no_journal_resumes_nothing_by_its_id() -> None:
         async def load(self, *_: Any) -> None: ...
         async def delete(self, *_: Any) -> None: ...
 
-    with pytest.raises(StoreError, match="keeps no journal of runs"):
+    with pytest.raises(StoreError, match="has no journal of runs"):
         await quick(Simple()).resume(Work().nodes, "r")
 
 

@@ -132,7 +132,7 @@ async def test_nothing_waits(store: Any) -> None:
     with pytest.raises(CheckpointNotFound, match="there is no run 'unknown' in the store"):
         await runner(store).signal("unknown", {})
     await runner(store).signal("r", {"approved": True})
-    with pytest.raises(StoreError, match="waits for no answer"):
+    with pytest.raises(StoreError, match="is waiting for no answer"):
         await runner(store).signal("r", {"approved": True})
 
 
@@ -224,7 +224,7 @@ async def test_children_of_a_group_wait(store: Any) -> None:
         ("y", "success"),
         ("z", "suspended"),
     ]
-    with pytest.raises(ValueError, match="say which"):
+    with pytest.raises(ValueError, match="select one with"):
         await runner(store).signal("r", {"approved": True})
     for node_id in ("x", "z"):
         await runner(store).signal("r", {"approved": True, "by": f"by {node_id}"}, node_id=node_id)

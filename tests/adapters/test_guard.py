@@ -584,11 +584,11 @@ def test_a_transient_failure_is_retried_and_a_terminal_one_is_not(kind: str) -> 
 
 @pytest.mark.core
 def test_a_step_that_must_not_be_called_again_is_not() -> None:
-    """``again=False``: whatever the policy says, one failure is all."""
+    """``can_retry=False``: whatever the policy says, one failure is all."""
     flaky = Flaky(TimeoutError("slow"))
     guard = guard_of()
     with pytest.raises(TimeoutError), guard.run() as run:
-        guard.wrap("pay", flaky.step, again=False)()
+        guard.wrap("pay", flaky.step, can_retry=False)()
     assert flaky.calls == 1
     assert run.result is not None
     assert run.result.status is RunStatus.PARTIAL

@@ -66,13 +66,13 @@ def two_of_one_id(runner: StromaRunner, *, marked: bool = False) -> tuple[Any, A
     return first, second
 
 
-REFUSED = r"first at .* cannot run as node 'a': the id was given to <function .*second at .*> since, with another contract"
+REFUSED = r"first at .* cannot run as node 'a': the id was later assigned to <function .*second at .*>, with another contract"
 
 
 @pytest.mark.parametrize("marked", [False, True], ids=["by the runner", "by stroma_node"])
 @pytest.mark.parametrize("place", ["node", "child", "item", "inside"])
 async def test_an_old_function_under_a_new_contract_is_refused(place: str, marked: bool) -> None:
-    """``run()`` and ``check()`` refuse a function whose id was given to another one with another contract since."""
+    """``run()`` and ``check()`` refuse a function whose id was later assigned to another one with another contract."""
     runner = StromaRunner.quick()
     first, second = two_of_one_id(runner, marked=marked)
     nodes: dict[str, Callable[[Any], Any]] = {

@@ -292,7 +292,7 @@ async def test_a_suspended_run_goes_on_with_its_answer(driver: Any, run_id: str)
                 await bound.runner.signal(run_id, {"approved": "perhaps"})
             await bound.runner.signal(run_id, {"approved": True})
             resumed = await bound.go_on(Num(), run_id)
-            with pytest.raises(StoreError, match="waits for no answer"):
+            with pytest.raises(StoreError, match="is waiting for no answer"):
                 await bound.runner.signal(run_id, {"approved": True})
         assert (resumed.status, resumed.final_state) == (RunStatus.RESUMED, Num(n=12))
         assert calls == ["a", "ask", "ask", "b"]

@@ -14,7 +14,7 @@ from pydantic import BaseModel
 
 from stroma.adapters._background_loop import Turn, hand_back, start_in_background
 from stroma.adapters._state_views import given_to, made_by
-from stroma.adapters._step import Begun, Halts, Inside, Invoke, Step, counted, halt_behind
+from stroma.adapters._step import CallTask, Halts, InnerCalls, Invoke, Step, count_tokens, find_halt
 from stroma.checkpoint import CorruptCheckpoint, PipelineChanged, StepCall
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.node import Node
@@ -246,9 +246,9 @@ class Call:
         parent = current_node()
         if parent is not None and parent.ctx is not ctx:
             parent = None
-        halts = run.halts if parent is None else Inside.of(parent).halts
+        halts = run.halts if parent is None else InnerCalls.of(parent).halts
         contract, begun = self._contract(), _begun()
-        given = given_to(step.given(self.args, self.kwargs), contract)
+        given = given_to(step.input_view(self.args, self.kwargs), contract)
         position, branch, known_as = run.place(parent, step.step_id, given)
         if (refused := run.refusal(step.step_id)) is not None:
             halts.append((refused.failure.exception, refused))
@@ -262,7 +262,7 @@ class Call:
             self.execution = execution
             if (refused := run.refusal(step.step_id)) is not None:  # While it waited for another attempt.
                 raise GroupStopped(refused)
-            inside = Inside.of(execution)
+            inside = InnerCalls.of(execution)
             execution.enter(perf_counter_ns())
             try:
                 value, error = await invoke()
@@ -303,14 +303,16 @@ class Call:
         return {"chunks": self.count} if value is None else value
 
     def _returned(self, execution: NodeExecution, value: Any, contract: NodeContract[Any, Any] | None) -> Any:
-        """The output for the engine, with what was used that nobody inside has counted."""
-        output = made_by(self.step.made(value), contract)
+        """The output for the engine, with what was used that nobody inside has count_tokens."""
+        output = made_by(self.step.output_view(value), contract)
         if self.step.usage is None:
             return output
         response = self.step.usage(value)
         if response is None:
             return output
-        counted_in, counted_out = counted(execution.children or []) if self.step.includes else (0, 0)
+        counted_in, counted_out = (
+            count_tokens(execution.children or []) if self.step.usage_includes_calls else (0, 0)
+        )
         if not (counted_in or counted_out):
             return output, response
         used = response if isinstance(response, Usage) else usage_from(response)
@@ -320,10 +322,10 @@ class Call:
     def _failed(
         self,
         execution: NodeExecution,
-        inside: Inside,
+        inside: InnerCalls,
         error: BaseException,
         contract: NodeContract[Any, Any] | None,
-        begun: Begun,
+        begun: CallTask,
     ) -> Any:
         """What the engine is told of an exception: raises it, or what it means."""
         self.error = error
@@ -347,7 +349,7 @@ class Call:
             ) from error
         # A cancellation that nobody has asked for is a failure like any other.
         if isinstance(error, Exception) or (is_a(error, asyncio.CancelledError) and not _is_cancelled(begun)):
-            halt = halt_behind(error, inside.halts)
+            halt = find_halt(error, inside.halts)
             # It was tried again where it happened: not once more at each level above, unless the config asks for that.
             if halt is not None and step.step_id not in ctx.step_policies:
                 self.stopped = True
@@ -355,7 +357,7 @@ class Call:
                 raise GroupStopped(
                     Halt(halt.failure, partial=halt.partial or not terminal, spent=halt.spent)
                 ) from error
-            if self.count or inside.handed_on or not step.again:
+            if self.count or inside.is_published or not step.can_retry:
                 # What was handed on cannot be taken back.
                 self.stopped = True
                 failure = diagnose(error, where, ctx.classifiers)
@@ -393,12 +395,12 @@ def _ends_all(step: Step, error: BaseException) -> bool:
     return step.control is None or step.control(error) is None
 
 
-def _begun() -> Begun:
+def _begun() -> CallTask:
     task = asyncio.current_task()
     return task, 0 if task is None else task.cancelling()
 
 
-def _is_cancelled(begun: Begun) -> bool:
+def _is_cancelled(begun: CallTask) -> bool:
     """Whether the running task is being cancelled; if something was begun in it, since then."""
     task = asyncio.current_task()
     return task is not None and task.cancelling() > (begun[1] if task is begun[0] else 0)

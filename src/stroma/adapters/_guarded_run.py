@@ -16,7 +16,7 @@ from pydantic import BaseModel
 from stroma.adapters._background_loop import run_in_background
 from stroma.adapters._guarded_call import Call
 from stroma.adapters._state_views import given_to
-from stroma.adapters._step import Halts, halt_behind
+from stroma.adapters._step import Halts, find_halt
 from stroma.checkpoint import StepCall
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.schema import schema_of
@@ -188,7 +188,7 @@ class GuardedRun:
         ctx = self.ctx
         given = self._input
         if given is None and first is not None:
-            given = first.step.given(first.args, first.kwargs)
+            given = first.step.input_view(first.args, first.kwargs)
         initial = (
             given if isinstance(given, BaseModel) and type(given) is not BaseModel else given_to(given, None)
         )
@@ -242,7 +242,7 @@ class GuardedRun:
         if not isinstance(error, Exception):
             stopped = isinstance(error, (asyncio.CancelledError, GeneratorExit))
             return RunStatus.CANCELLED if stopped else RunStatus.INTERRUPTED, None
-        halt = self._stopping if spent else halt_behind(error, self.halts)
+        halt = self._stopping if spent else find_halt(error, self.halts)
         if halt is not None and halt.suspended:
             return halt.status, None
         if halt is not None:

@@ -12,7 +12,7 @@ from langchain_core.callbacks import BaseCallbackHandler
 from langchain_core.tracers.context import register_configure_hook
 
 from stroma.adapters._langchain_messages import usage_of
-from stroma.adapters._step import handed_on
+from stroma.adapters._step import mark_published
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.prices import estimate_cost_usd
 from stroma.engine.execution import NodeExecution, current_node
@@ -41,7 +41,7 @@ class _Counter(BaseCallbackHandler):
     on_llm_start = on_chat_model_start
 
     def on_llm_new_token(self, *_: Any, **__: Any) -> None:
-        handed_on()  # Models stream only where somebody listens.
+        mark_published()  # Models stream only where somebody listens.
 
     def on_llm_end(self, response: Any, *, run_id: UUID, **_: Any) -> None:
         node = self._asked_by.pop(run_id, None)
@@ -88,7 +88,7 @@ register_configure_hook(_HERE, inheritable=True)
 
 @contextmanager
 def counting() -> Iterator[None]:
-    """Around a step: its model calls are counted, in its threads and tasks too."""
+    """Around a step: its model calls are count_tokens, in its threads and tasks too."""
     token = _HERE.set(_COUNTER)
     try:
         yield

@@ -1,4 +1,4 @@
-"""What the guard has to know of a callable, and of the calls that are inside a call."""
+"""Descriptions of guarded callables, and the state of the guarded calls inside a call."""
 
 from __future__ import annotations
 
@@ -17,18 +17,18 @@ from stroma.engine.loop import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
 
 __all__ = [
-    "Begun", "Control", "Halts", "Inside", "Invoke", "Step", "as_at_first", "causes", "counted", "halt_behind",
-    "handed_on", "kept_for_retries",
+    "CallTask", "Control", "Halts", "InnerCalls", "Invoke", "Step", "causes", "copy_for_retries", "count_tokens", "find_halt",
+    "input_of_attempt", "mark_published",
 ]  # fmt: skip
 
 
 class Control(NamedTuple):
-    """What an exception means with which a framework steers: it passes through untouched, and is no failure to retry.
+    """Meaning of an exception that a framework uses for control flow: it is raised unchanged and never retried.
 
     Attributes:
-        outcome: "suspended": the step waits for somebody; "returned": it ended with ``value``; "passed": it ends what is
-            under way, as a terminal failure.
-        value: what it returned, or in words what it waits for.
+        outcome: "suspended": the step waits for a person; "returned": it ended with ``value``; "passed": it ends the
+            run of the framework, as a terminal failure.
+        value: the value that it returned, or the reason of the suspension as text.
     """
 
     outcome: Literal["suspended", "returned", "passed"]
@@ -37,108 +37,115 @@ class Control(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What the guard has to know of a callable.
+    """Description of a callable for the guard.
 
     Attributes:
-        contract: wins over the one that the runner's registry has for the id.
-        given: what contract, hooks and journal see of the arguments.
-        made: the same of the result.
-        usage: the provider's response in a result, or a :class:`stroma.Usage`; None if it used nothing.
-        control: what an exception of the framework means; None for a failure.
-        collect: of a stream, the result from the list of its chunks. Without it a stream's result is how many there were,
-            unless the step has a contract or reads usage: then it is the list.
-        again: whether it may be called again after a failure.
-        includes: whether ``usage`` tells what guarded calls inside have used, too, so that they are deducted.
+        contract: used in place of the one that the runner's registry has for the id.
+        input_view: returns what contract, hooks and journal see of the arguments.
+        output_view: returns what they see of the result.
+        usage: returns the provider's response in a result, or a :class:`stroma.Usage`; None if nothing was used.
+        control: returns the meaning of an exception of the framework; None for a failure.
+        collect: returns the result of a stream for the list of its chunks. Without it a stream's result is their number,
+            or the list if the step has a contract or reads usage.
+        can_retry: the step may be called again after a failure.
+        usage_includes_calls: ``usage`` includes that of the guarded calls inside, which is deducted.
     """
 
     step_id: str
     contract: NodeContract[Any, Any] | None = None
-    given: View = first_argument
-    made: Callable[[Any], Any] = as_it_is
+    input_view: View = first_argument
+    output_view: Callable[[Any], Any] = as_it_is
     usage: Callable[[Any], Any] | None = None
     control: Callable[[BaseException], Control | None] | None = None
     collect: Callable[[list[Any]], Any] | None = None
-    again: bool = True
-    includes: bool = True
+    can_retry: bool = True
+    usage_includes_calls: bool = True
     plan: list[Any] = field(default_factory=lambda: [None], repr=False)
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An exception, what it was raised from or while handling, and what is in it if it is a group."""
+    """Yield an exception, its causes and contexts, and the exceptions in a group."""
     seen: set[int] = set()
-    waiting = [error]
-    while waiting:
-        found = waiting.pop(0)
-        if found is None or id(found) in seen:
+    pending = [error]
+    while pending:
+        cause = pending.pop(0)
+        if cause is None or id(cause) in seen:
             continue
-        seen.add(id(found))
-        yield found
-        waiting += [found.__cause__, found.__context__]
-        if isinstance(found, BaseExceptionGroup):
-            waiting += found.exceptions
+        seen.add(id(cause))
+        yield cause
+        pending += [cause.__cause__, cause.__context__]
+        if isinstance(cause, BaseExceptionGroup):
+            pending += cause.exceptions
 
 
-#: Makes the call: what it returned, or what it raised.
+#: Makes the call and returns its result, or the exception that it raised.
 Invoke: TypeAlias = Callable[[], Awaitable[tuple[Any, BaseException | None]]]
-#: The task in which something was begun, and its count of cancellations then.
-Begun: TypeAlias = tuple[asyncio.Task[Any] | None, int]
+#: The task that entered a call, and its count of cancellations at that time.
+CallTask: TypeAlias = tuple[asyncio.Task[Any] | None, int]
 Halts: TypeAlias = list[tuple[BaseException, Halt]]
 
 
-class Inside:
-    """What is known of the guarded calls inside a node's execution."""
+class InnerCalls:
+    """State of the guarded calls inside one attempt of a node.
 
-    __slots__ = ("calls", "halts", "handed_on")
+    Attributes:
+        is_published: the caller has received a part of the result, so that no further attempt may follow.
+        halts: the exceptions that inner calls raised, with the stop that each means.
+    """
+
+    __slots__ = ("calls", "halts", "is_published")
 
     def __init__(self) -> None:
         self.calls: StepCalls | None = None
-        self.handed_on = False
+        self.is_published = False
         self.halts: Halts = []
 
     @classmethod
-    def of(cls, execution: NodeExecution) -> Inside:
-        found: Inside = execution.notes.setdefault(cls, cls())
-        if found.calls is not execution.calls:  # Each attempt has calls of its own.
-            found.calls, found.halts, found.handed_on = execution.calls, [], False
-        return found
+    def of(cls, execution: NodeExecution) -> InnerCalls:
+        """Return the state for the current attempt of an execution."""
+        inner: InnerCalls = execution.notes.setdefault(cls, cls())
+        if inner.calls is not execution.calls:  # Each attempt has its own calls.
+            inner.calls, inner.halts, inner.is_published = execution.calls, [], False
+        return inner
 
 
-def kept_for_retries(state: Any) -> Any:
-    """A state as it is now: in containers of its own, which hold the very objects."""
+def copy_for_retries(state: Any) -> Any:
+    """Return a copy of a state whose containers are new, and whose leaves are the same objects."""
     return with_records(state, copy.copy)
 
 
-def as_at_first(state: Any, kept: Any) -> Any:
-    """A state itself; for another attempt of the step here, as it was kept before the first, which may have changed it."""
+def input_of_attempt(state: Any, original: Any) -> Any:
+    """Return the state, or for a further attempt a copy of the original, as the first attempt may have changed it."""
     node = current_node()
-    return state if node is None or node.attempt == 1 else kept_for_retries(kept)
+    return state if node is None or node.attempt == 1 else copy_for_retries(original)
 
 
-def handed_on() -> None:
-    """Part of what the steps here will return has reached somebody already: this attempt of theirs is the last."""
+def mark_published() -> None:
+    """Mark the current steps: their caller has received a part of the result, so that no attempt follows this one."""
     execution = current_node()
     while execution is not None:
-        Inside.of(execution).handed_on = True
+        InnerCalls.of(execution).is_published = True
         execution = execution.parent
 
 
-def halt_behind(error: BaseException | None, halts: Halts) -> Halt | None:
-    """The stop of a guarded call that an exception came from, however often it was wrapped."""
+def find_halt(error: BaseException | None, halts: Halts) -> Halt | None:
+    """Return the stop of the guarded call that caused an exception, however often that was wrapped."""
     if not halts:
         return None
     by_id = {id(raised): halt for raised, halt in halts}
-    return next((by_id[id(found)] for found in causes(error) if id(found) in by_id), None)
+    return next((by_id[id(cause)] for cause in causes(error) if id(cause) in by_id), None)
 
 
-def counted(rows: Sequence[AttemptRow | TraceEvent]) -> tuple[int, int]:
-    """Input and output tokens of the executions inside."""
-    given = made = 0
+def count_tokens(rows: Sequence[AttemptRow | TraceEvent]) -> tuple[int, int]:
+    """Return the input and output tokens of the executions inside."""
+    input_tokens = output_tokens = 0
     for row in rows:
         usage = row.usage
-        children = row.children
         if usage is not None:
-            given, made = given + usage.tokens - usage.output_tokens, made + usage.output_tokens
-        if children:
-            inner = counted(children)
-            given, made = given + inner[0], made + inner[1]
-    return given, made
+            input_tokens += usage.tokens - usage.output_tokens
+            output_tokens += usage.output_tokens
+        if row.children:
+            inner_input, inner_output = count_tokens(row.children)
+            input_tokens += inner_input
+            output_tokens += inner_output
+    return input_tokens, output_tokens

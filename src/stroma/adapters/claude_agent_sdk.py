@@ -37,7 +37,13 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
     What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are known at its end.
     """
     # The program tells what it used itself: what our tools use is beside that.
-    about: Any = {"given": _asked, "made": _answer, "usage": _used, "collect": _whole, "includes": False}
+    about: Any = {
+        "input_view": _asked,
+        "output_view": _answer,
+        "usage": _used,
+        "collect": _whole,
+        "usage_includes_calls": False,
+    }
     step: Any = guard.wrap("query", _messages, **about)
 
     def run(**options: Any) -> AsyncIterator[Any]:
@@ -52,7 +58,11 @@ def guarded_tools(guard: Guard, tools: Sequence[Any], contracts: Contracts | Non
     made = []
     for tool in tools:
         step = guard.wrap(
-            tool.name, tool.handler, contract=found.get(tool.name), given=lambda a, _: a[0], made=_result
+            tool.name,
+            tool.handler,
+            contract=found.get(tool.name),
+            input_view=lambda a, _: a[0],
+            output_view=_result,
         )
         made.append(dataclasses.replace(tool, handler=_noting(step)))
     return made

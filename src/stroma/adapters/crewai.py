@@ -10,23 +10,26 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable
 from typing import Any
 
 try:
     from crewai import BaseLLM, Crew
     from crewai.flow.flow import Flow
-
-    from stroma.adapters._crewai_llm import guard_llm
 except ImportError as error:
     raise ImportError(
         "crewai is required for its adapter (on Python before 3.14); install it with: pip install 'stroma[crewai]'"
     ) from error
 
+from stroma.adapters._delegation import guard_methods
 from stroma.adapters._discovery import marked, marks_of
+from stroma.adapters._state_views import newest_of
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import stroma_node as stroma_crewai_step
+from stroma.cost.usage import Usage
+from stroma.engine.execution import current_node
 from stroma.runner.runner import StromaRunner
 
 __all__ = ["CrewAIAdapter", "attach", "guard_llm", "stroma_crewai_step"]
@@ -67,7 +70,9 @@ def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[An
         # What the flow runs is this table, which it made when it was made; the class's methods it never looks at again.
         flow._methods[name] = guarded = copy.copy(method)
         made = lambda result: flow._state if result is None else result  # noqa: E731
-        guarded._meth = guard.wrap(step_id, method._meth, contract=contract, given=given, made=made)
+        guarded._meth = guard.wrap(
+            step_id, method._meth, contract=contract, input_view=given, output_view=made
+        )
     return _with_runs(flow, guard, "kickoff_async")
 
 
@@ -107,3 +112,54 @@ class CrewAIAdapter:
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
         """The same as :func:`stroma_crewai_step`."""
         return stroma_crewai_step(node_id, contract)
+
+
+def guard_llm(llm: Any, guard: Guard) -> Any:
+    """Make steps of the calls of an LLM; changes it and returns it."""
+    ledger = _Ledger(llm)
+
+    def around(bare: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return bare(*args, **kwargs)
+            finally:
+                ledger.book()
+
+        async def acall(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return await bare(*args, **kwargs)
+            finally:
+                ledger.book()
+
+        return acall if inspect.iscoroutinefunction(bare) else call
+
+    answer = lambda made: {"answer": made}  # noqa: E731
+    return guard_methods(llm, ("call", "acall"), guard, "llm", around, input_view=_asked, output_view=answer)
+
+
+class _Ledger:
+    """What an LLM has used and no step has count_tokens yet. It only has one counter, for all that call it at once."""
+
+    def __init__(self, llm: Any) -> None:
+        self._llm = llm
+        self._lock = threading.Lock()
+        self._booked = self._counted()
+
+    def _counted(self) -> tuple[int, int, int]:
+        kept = self._llm._token_usage
+        return kept["prompt_tokens"], kept["completion_tokens"], kept.get("cached_prompt_tokens", 0)
+
+    def book(self) -> None:
+        """Count what is new on the step that is under way; of a failed call, too."""
+        node = current_node()
+        assert node is not None
+        with self._lock:
+            now, before = self._counted(), self._booked
+            self._booked = now
+        given, made, cached = (max(0, a - b) for a, b in zip(now, before, strict=True))
+        if given or made:
+            node.report_usage(Usage(given, made, min(cached, given), model=self._llm.model))
+
+
+def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return newest_of(args[0] if args else kwargs.get("messages"))

@@ -23,7 +23,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._delegation import guard_methods, own_method
-from stroma.adapters._step import handed_on
+from stroma.adapters._step import mark_published
 from stroma.adapters.guard import Contracts, Guard
 from stroma.cost.usage import usage_from
 from stroma.engine.execution import current_node
@@ -44,7 +44,11 @@ def attach(program: Any, guard: Guard, contracts: Contracts | None = None) -> An
     }
     found = guard.contracts(contracts, steps, "predictor")
     for name, module in steps.items():
-        about: Any = {"contract": found.get(name), "given": lambda _, kwargs: kwargs, "made": _fields}
+        about: Any = {
+            "contract": found.get(name),
+            "input_view": lambda _, kwargs: kwargs,
+            "output_view": _fields,
+        }
         guard_methods(module, ("forward", "aforward"), guard, name, _counted, **about)
     for name in ("forward", "aforward"):
         method = own_method(program, name)
@@ -68,7 +72,7 @@ def _counted(bare: Any) -> Any:
 
 
 class _Tracker(UsageTracker):
-    """Counts what is used inside one step. What is used in a step further inside is counted there."""
+    """Counts what is used inside one step. What is used in a step further inside is count_tokens there."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -90,7 +94,7 @@ class _Told:
 
     async def send(self, part: Any) -> None:
         if not isinstance(part, StatusMessage):
-            handed_on()
+            mark_published()
         await self._stream.send(part)
 
     def __getattr__(self, name: str) -> Any:

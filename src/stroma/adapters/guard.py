@@ -189,7 +189,7 @@ class Guard:
         """
         if not callable(func):
             raise TypeError(f"{func!r} cannot be a step: it is not callable")
-        step = Step(check_id(step_id, "step id"), given=given or arguments_of(func), **options)
+        step = Step(check_id(step_id, "step id"), input_view=given or arguments_of(func), **options)
         wrapped = _WAYS[kind or _kind_of(func)](self, step, func)
         try:
             functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
@@ -229,7 +229,7 @@ class Guard:
         self, step_id: str, func: Callable[..., Any], contract: NodeContract[Any, Any] | None = None
     ) -> Callable[..., Any]:
         """A function of ``(state, ...)`` as a step: its input is its first argument."""
-        return self.wrap(step_id, func, contract=contract, given=first_argument)
+        return self.wrap(step_id, func, contract=contract, input_view=first_argument)
 
     def mark(self, func: Any) -> Any:
         """Note on a function that it is guarded by this guard."""

@@ -20,7 +20,7 @@ except ImportError as error:
     ) from error
 
 from stroma.adapters._delegation import guard_methods
-from stroma.adapters._step import Control, handed_on, kept_for_retries
+from stroma.adapters._step import Control, copy_for_retries, mark_published
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import NodeContract
 from stroma.cost.usage import Usage, UsageError, usage_from
@@ -59,7 +59,7 @@ def _guard_component(
     if generator is not None:  # An agent's.
         _guard_component(generator, guard, f"{name}.chat_generator", None)
     passes = lambda error: Control("passed") if isinstance(error, BreakpointException) else None  # noqa: E731
-    about: Any = {"given": lambda _, kwargs: kwargs, "usage": _used, "control": passes}
+    about: Any = {"input_view": lambda _, kwargs: kwargs, "usage": _used, "control": passes}
     guard_methods(component, ("run", "run_async"), guard, name, _around, contract=contract, **about)
     if getattr(component, "streaming_callback", None) is not None:
         component.streaming_callback = _told(component.streaming_callback)
@@ -69,7 +69,7 @@ def _around(bare: Any) -> Any:
     """A component's method, with copies of its inputs for each attempt, and with a stream that is told of."""
 
     def inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = kept_for_retries(kwargs)
+        made: dict[str, Any] = copy_for_retries(kwargs)
         if made.get("streaming_callback") is not None:
             made["streaming_callback"] = _told(made["streaming_callback"])
         return made
@@ -88,11 +88,11 @@ def _told(callback: Any) -> Any:
         return callback
 
     def told(chunk: Any) -> Any:
-        handed_on()
+        mark_published()
         return callback(chunk)
 
     async def atold(chunk: Any) -> Any:
-        handed_on()
+        mark_published()
         return await callback(chunk)
 
     made = atold if inspect.iscoroutinefunction(callback) else told

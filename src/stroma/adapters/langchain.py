@@ -17,8 +17,7 @@ try:
 
     from stroma.adapters._langchain_messages import answer_of, asked_of, result_of
     from stroma.adapters._langchain_usage import counting
-    from stroma.adapters._langgraph_nodes import control
-    from stroma.adapters.langgraph import attach_steps
+    from stroma.adapters.langgraph import attach_steps, control
 except ImportError as error:
     raise ImportError(
         "langchain is required for its adapter; install it with: pip install 'stroma[langchain]'"
@@ -42,7 +41,7 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
         self.guard = guard
         self._contracts = {name: contract_for(name, given) for name, given in (tools or {}).items()}
         self._checked = not self._contracts
-        self._model = Step("model", given=asked_of, made=answer_of, control=control)
+        self._model = Step("model", input_view=asked_of, output_view=answer_of, control=control)
 
     def attach(self, agent: Any) -> Any:
         """Make each call of the agent a run, and a step of what other middleware does around its model; returns it."""
@@ -73,7 +72,9 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
     def _tool(self, request: Any) -> Step:
         name = request.tool_call["name"]
         given = lambda args, _: args[0].tool_call["args"]  # noqa: E731
-        return Step(name, self._contracts.get(name), given=given, made=result_of, control=_control)
+        return Step(
+            name, self._contracts.get(name), input_view=given, output_view=result_of, control=_control
+        )
 
     def _check(self, tools: Any) -> None:
         if not self._checked:

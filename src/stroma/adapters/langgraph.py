@@ -14,16 +14,20 @@ from collections.abc import Callable
 from typing import Any
 
 try:
+    from langchain_core.runnables import RunnableConfig
+    from langgraph._internal._runnable import RunnableCallable
+    from langgraph.errors import GraphBubbleUp, GraphInterrupt, GraphRecursionError, ParentCommand
     from langgraph.graph.state import StateGraph
     from langgraph.pregel import Pregel
-
-    from stroma.adapters._langgraph_nodes import guarded
 except ImportError as error:
     raise ImportError(
         "langgraph is required for its adapter; install it with: pip install 'stroma[langgraph]'"
     ) from error
 
 from stroma.adapters._discovery import marked, marks_of
+from stroma.adapters._langchain_messages import update
+from stroma.adapters._langchain_usage import counting
+from stroma.adapters._step import Control, copy_for_retries, input_of_attempt
 from stroma.adapters.guard import Contracts, Guard
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import stroma_node as stroma_langgraph_node
@@ -117,3 +121,46 @@ class LangGraphAdapter:
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
         """The same as :func:`stroma_langgraph_node`."""
         return stroma_langgraph_node(node_id, contract)
+
+
+def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, Any] | None) -> Any:
+    """What a node runs, as a step: a Runnable still, so that config, runtime and control flow are LangGraph's."""
+
+    def call(state: Any, config: Any, first: Any) -> Any:
+        with counting():
+            return inner.invoke(input_of_attempt(state, first), config)
+
+    async def acall(state: Any, config: Any, first: Any) -> Any:
+        with counting():
+            return await inner.ainvoke(input_of_attempt(state, first), config)
+
+    options: Any = {
+        "contract": contract,
+        "input_view": lambda args, _: args[2],
+        "output_view": update,
+        "control": control,
+    }
+    step, astep = guard.wrap(step_id, call, **options), guard.wrap(step_id, acall, **options)
+
+    def func(state: Any, config: RunnableConfig) -> Any:
+        _ = inner  # LangGraph looks for subgraphs in the variables of this function.
+        return step(state, config, copy_for_retries(state))
+
+    async def afunc(state: Any, config: RunnableConfig) -> Any:
+        return await astep(state, config, copy_for_retries(state))
+
+    guard.mark(func)
+    return RunnableCallable(
+        func, afunc, name=getattr(inner, "name", None) or step_id, trace=False, recurse=False
+    )
+
+
+def control(error: BaseException) -> Control | None:
+    """What an exception of LangGraph means."""
+    if isinstance(error, GraphInterrupt):
+        return Control(
+            "suspended", "; ".join(str(asked.value) for asked in error.args[0]) if error.args else None
+        )
+    if isinstance(error, ParentCommand):
+        return Control("returned", error.args[0])
+    return Control("passed") if isinstance(error, (GraphBubbleUp, GraphRecursionError)) else None

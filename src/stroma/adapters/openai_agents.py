@@ -8,21 +8,30 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import json
 from typing import Any
 
 try:
-    from agents import Agent, FunctionTool, Model, RunConfig, Runner
-
-    from stroma.adapters._openai_agents_model import GuardedModel, GuardedProvider, control
-    from stroma.adapters._openai_agents_tools import guarded
+    from agents import Agent, FunctionTool, Model, ModelProvider, MultiProvider, RunConfig, Runner
+    from agents.exceptions import (
+        InputGuardrailTripwireTriggered,
+        OutputGuardrailTripwireTriggered,
+        ToolInputGuardrailTripwireTriggered,
+        ToolOutputGuardrailTripwireTriggered,
+    )
+    from agents.tool import maybe_invoke_function_tool_failure_error_function
 except ImportError as error:
     raise ImportError(
         "openai-agents is required for its adapter; install it with: pip install 'stroma[openai-agents]'"
     ) from error
 
-from stroma.adapters._step import Step
-from stroma.adapters.guard import Contracts, Guard
+from stroma.adapters._state_views import newest_of
+from stroma.adapters._step import Control, Step
+from stroma.adapters.guard import Contracts, Guard, what_stopped
+from stroma.contracts.contract import NodeContract
+from stroma.cost.usage import Usage, usage_from
 
 __all__ = ["GuardedModel", "GuardedProvider", "GuardedRunner", "attach"]
 
@@ -40,7 +49,7 @@ def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
         if isinstance(each.model, Model) and not isinstance(each.model, GuardedModel):
             each.model = GuardedModel(each.model, guard)
         each.tools = [
-            guarded(tool, guard, found.get(tool.name)) if isinstance(tool, FunctionTool) else tool
+            _guard_tool(tool, guard, found.get(tool.name)) if isinstance(tool, FunctionTool) else tool
             for tool in each.tools
         ]
     return agent
@@ -79,12 +88,12 @@ class GuardedRunner:
         return self._run_sync(agent, input, **options)
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
-        step = Step(agent.name, given=_asked, made=_final, control=control, again=False)
+        step = Step(agent.name, input_view=_asked, output_view=_final, control=control, can_retry=False)
         return self._noted(await self.guard.acall(step, Runner.run, agent, input, **self._options(options)))
 
     def _run_step(self, agent: Any, input: Any, **options: Any) -> Any:
         # Its models and tools had their retries: it is called once.
-        step = Step(agent.name, given=_asked, made=_final, control=control, again=False)
+        step = Step(agent.name, input_view=_asked, output_view=_final, control=control, can_retry=False)
         return self._noted(self.guard.call(step, Runner.run_sync, agent, input, **self._options(options)))
 
     def _noted(self, result: Any) -> Any:
@@ -106,3 +115,124 @@ def _asked(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
 
 def _final(result: Any) -> Any:
     return {"final_output": result.final_output}
+
+
+class GuardedModel(Model):
+    """A model whose requests are steps: ``Agent(model=GuardedModel(model, guard))``."""
+
+    def __init__(self, model: Model, guard: Guard) -> None:
+        self._model = model
+        about: dict[str, Any] = {
+            "input_view": _request_view,
+            "output_view": _response_view,
+            "usage": self._used,
+            "control": control,
+        }
+        self._get = guard.wrap("model", model.get_response, kind="acall", **about)
+        self._stream = guard.wrap(
+            "model", model.stream_response, kind="astream", collect=_last_response, **about
+        )
+
+    def _used(self, response: Any) -> Usage | None:
+        if getattr(response, "usage", None) is None:
+            return None
+        name = getattr(response, "model", None) or getattr(self._model, "model", None)
+        return usage_from(response.usage, model=name if isinstance(name, str) else None)
+
+    async def get_response(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._get(*args, **kwargs)
+
+    def stream_response(self, *args: Any, **kwargs: Any) -> Any:
+        return self._stream(*args, **kwargs)
+
+    def __getattribute__(self, name: str) -> Any:
+        # All else is the model's own, what the base class has a default for too.
+        if name.startswith("_") or name in ("get_response", "stream_response"):
+            return super().__getattribute__(name)
+        return getattr(self._model, name)
+
+
+class GuardedProvider(ModelProvider):
+    """Guards the models that a provider finds by their names: ``RunConfig(model_provider=GuardedProvider(guard))``."""
+
+    def __init__(self, guard: Guard, provider: ModelProvider | None = None) -> None:
+        self._guard, self._provider = guard, provider or MultiProvider()
+
+    def get_model(self, model_name: str | None) -> Model:
+        model = self._provider.get_model(model_name)
+        return model if isinstance(model, GuardedModel) else GuardedModel(model, self._guard)
+
+    async def aclose(self) -> None:
+        await self._provider.aclose()
+
+
+def control(error: BaseException) -> Control | None:
+    """A guardrail that trips ends the run of an agent, and nothing is tried again."""
+    return Control("passed") if isinstance(error, _TRIPWIRES) else None
+
+
+_TRIPWIRES = (
+    InputGuardrailTripwireTriggered,
+    OutputGuardrailTripwireTriggered,
+    ToolInputGuardrailTripwireTriggered,
+    ToolOutputGuardrailTripwireTriggered,
+)
+
+
+def _request_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return newest_of(args[1] if len(args) > 1 else kwargs.get("input"))
+
+
+def _response_view(response: Any) -> dict[str, Any]:
+    return {"output": getattr(response, "output", None)}
+
+
+def _last_response(events: list[Any]) -> Any:
+    """The response that the events of a stream end with; it has the usage."""
+    return next((event.response for event in reversed(events) if hasattr(event, "response")), None)
+
+
+def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
+    """A tool whose calls are steps."""
+    if guard.has(tool.on_invoke_tool):
+        return tool
+    # A copy that does not make a message of its errors: what the model is told of them is decided after the step.
+    bare = copy.copy(tool)
+    bare._failure_error_function, bare._use_default_failure_error_function = None, False
+    guarded = copy.copy(tool)
+    guarded.on_invoke_tool = _Invoker(tool, bare, guard, contract)
+    return guarded
+
+
+class _Invoker:
+    """Calls a tool as a step, and then makes of an error what the tool makes of it; what stopped the run comes out."""
+
+    def __init__(self, tool: Any, bare: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> None:
+        self._tool, self._bare, self._guard = tool, bare, guard
+        guard.mark(self)
+        self._step = Step(tool.name, contract, input_view=_arguments, control=control)
+
+    async def __call__(self, context: Any, arguments: str) -> Any:
+        try:
+            return await self._guard.acall(self._step, self._bare.on_invoke_tool, context, arguments)
+        except Exception as error:
+            told = None
+            if what_stopped(error) is None and control(error) is None:
+                told = await maybe_invoke_function_tool_failure_error_function(
+                    function_tool=self._tool, context=context, error=error
+                )
+            if told is None:
+                raise
+            return told
+
+    def __getattr__(self, name: str) -> Any:
+        if name in ("_tool", "_bare", "__agents_bind_function_tool__"):
+            raise AttributeError(name)
+        return getattr(self._bare.on_invoke_tool, name)
+
+
+def _arguments(args: tuple[Any, ...], _: dict[str, Any]) -> Any:
+    try:
+        return json.loads(args[1]) if args[1] else {}
+    except ValueError:
+        return args[1]

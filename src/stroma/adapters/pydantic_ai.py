@@ -8,13 +8,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from typing import Any
 
 try:
-    from pydantic_ai import Agent, ModelRetry
+    from pydantic_ai import Agent, ModelRetry, exceptions
     from pydantic_ai.capabilities import AbstractCapability
-
-    from stroma.adapters._pydantic_ai_model import GuardedModel, control
+    from pydantic_ai.models.wrapper import WrapperModel
 except ImportError as error:
     raise ImportError(
         "pydantic-ai is required for its adapter; install it with: pip install 'stroma[pydantic-ai]'"
@@ -22,9 +22,10 @@ except ImportError as error:
 
 from pydantic import BaseModel
 
-from stroma.adapters._state_views import violation
-from stroma.adapters._step import Step
+from stroma.adapters._state_views import newest_of, violation
+from stroma.adapters._step import Control, Step
 from stroma.adapters.guard import Contracts, Guard, contract_for
+from stroma.cost.usage import Usage
 
 __all__ = ["StromaCapability"]
 
@@ -48,7 +49,9 @@ class StromaCapability(AbstractCapability[Any]):
     async def wrap_run(self, ctx: Any, *, handler: Any) -> Any:
         name = getattr(ctx.agent, "name", None) or "agent"
         # Its models and tools had their retries.
-        step = Step(name, self._output, made=lambda result: result.output, control=control, again=False)
+        step = Step(
+            name, self._output, output_view=lambda result: result.output, control=control, can_retry=False
+        )
 
         async def run(_: Any) -> Any:
             return await handler()
@@ -82,3 +85,61 @@ class StromaCapability(AbstractCapability[Any]):
             names |= set(getattr(toolset, "tools", ()))
         self.guard.contracts(self._tools, names, "tool")
         self._checked = True
+
+
+class GuardedModel(WrapperModel):
+    """A model whose requests are steps: they may be made again, which the handlers around a request may not be."""
+
+    def __init__(self, wrapped: Any, guard: Guard) -> None:
+        super().__init__(wrapped)
+        about: dict[str, Any] = {
+            "input_view": _asked,
+            "output_view": _answer,
+            "usage": _used,
+            "control": control,
+        }
+        self._request = guard.wrap("model", wrapped.request, **about)
+        last: Any = {"collect": lambda opened: opened[-1].get(), **about}
+        self._stream = guard.wrap("model", self._open, **last)
+
+    async def _open(self, *args: Any, **kwargs: Any) -> Any:
+        async with self.wrapped.request_stream(*args, **kwargs) as response:
+            yield response
+
+    async def request(self, *args: Any, **kwargs: Any) -> Any:
+        return await self._request(*args, **kwargs)
+
+    def request_stream(self, *args: Any, **kwargs: Any) -> Any:
+        stream: Any = self._stream
+        return contextlib.asynccontextmanager(stream)(*args, **kwargs)
+
+
+def control(error: BaseException) -> Control | None:
+    """What an exception of Pydantic AI means."""
+    if isinstance(error, (exceptions.CallDeferred, exceptions.ApprovalRequired)):
+        return Control("suspended", type(error).__name__)
+    if isinstance(error, (exceptions.SkipToolExecution, exceptions.SkipModelRequest)):
+        return Control("returned", getattr(error, "result", None) or getattr(error, "response", None))
+    return Control("passed") if isinstance(error, _TOLD_TO_THE_MODEL) else None
+
+
+_TOLD_TO_THE_MODEL = tuple(
+    getattr(exceptions, name)
+    for name in ("ModelRetry", "ToolRetryError", "ToolFailed", "ToolFailedError")
+    if hasattr(exceptions, name)
+)
+
+
+def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    return newest_of(args[0] if args else kwargs.get("messages"))
+
+
+def _answer(response: Any) -> dict[str, Any]:
+    return {"model": response.model_name, "parts": response.parts}
+
+
+def _used(response: Any) -> Usage:
+    used = response.usage
+    cached = min(used.cache_read_tokens, used.input_tokens)
+    written = min(used.cache_write_tokens, used.input_tokens - cached)
+    return Usage(used.input_tokens, used.output_tokens, cached, written, response.model_name)

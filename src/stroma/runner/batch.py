@@ -1,4 +1,4 @@
-"""Many runs of one call: so many at once, until all are done or a shutdown says that no more shall begin."""
+"""Many runs of one call with bounded concurrency, until all are done or a shutdown starts no more."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ class Batch:
 
     def __init__(self) -> None:
         self.loop = asyncio.get_running_loop()
-        #: Whether no further run shall begin.
+        #: No further run is to start.
         self.draining = False
 
-    async def go(self, work: Iterable[Coroutine[Any, Any, None]], max_concurrency: int) -> None:
-        """Await all, so many at once; they are made as there is room for them.
+    async def run_all(self, work: Iterable[Coroutine[Any, Any, None]], max_concurrency: int) -> None:
+        """Await all with bounded concurrency; each is created when there is room for it.
 
-        The first exception, out of making them or out of one, cancels the others and comes out as itself.
+        The first exception, of creating or of running one, cancels the others and is raised.
         """
         if max_concurrency < 1:
-            raise ValueError(f"max_concurrency is {max_concurrency!r}; give a whole number from 1 up")
-        waiting = iter(work)
+            raise ValueError(f"max_concurrency must be at least 1, got {max_concurrency!r}")
+        pending = iter(work)
 
         async def worker() -> None:
-            while not self.draining and (item := next(waiting, None)) is not None:
+            while not self.draining and (item := next(pending, None)) is not None:
                 await item
 
         await gather([worker() for _ in range(max_concurrency)])
@@ -45,21 +45,21 @@ class Batch:
         run_ids: Callable[[int, BaseModel], str] | None,
         on_result: Callable[[int, ExecutionResult | Exception], None] | None,
     ) -> list[ExecutionResult | Exception]:
-        """``run(state)``, with ``run_id=`` if they have names, for each input; see ``run_many``."""
+        """Call ``run(state)``, with ``run_id=`` if there is ``run_ids``, for each input; see ``run_many``."""
         outcomes: dict[int, ExecutionResult | Exception] = {}
 
-        async def one(number: int, state: BaseModel) -> None:
-            named = {} if run_ids is None else {"run_id": run_ids(number, state)}
-            outcomes[number] = await outcome_of(run(state, **named))
+        async def run_one(number: int, state: BaseModel) -> None:
+            options = {} if run_ids is None else {"run_id": run_ids(number, state)}
+            outcomes[number] = await outcome_of(run(state, **options))
             if on_result is not None:
                 on_result(number, outcomes[number])
 
-        await self.go((one(number, state) for number, state in enumerate(inputs)), max_concurrency)
+        await self.run_all((run_one(number, state) for number, state in enumerate(inputs)), max_concurrency)
         return [outcomes[number] for number in sorted(outcomes)]
 
 
 async def outcome_of(run: Coroutine[Any, Any, ExecutionResult]) -> ExecutionResult | Exception:
-    """What a run came to: its result, or what it raised."""
+    """Return the result of a run, or the exception that it raised."""
     try:
         return await run
     except Exception as error:

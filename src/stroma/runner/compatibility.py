@@ -1,4 +1,4 @@
-"""Whether a recorded run can be resumed with the nodes as they are today, and what has changed since."""
+"""Comparison of a recorded run with the nodes of today: the changes that prevent a resume."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["Change", "changes_since"]
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """Why an output of a run cannot be gone on with. ``at``: its position, and its place in groups: "2", "2.0"."""
+    """A reason that an output of a run cannot be restored. ``at``: its position, and its place in groups: "2", "2.0"."""
 
     at: str
     node_id: str
@@ -34,40 +34,40 @@ def changes_since(
     registry: ContractRegistry,
     config: RunConfig | None = None,
 ) -> list[Change]:
-    """What stands in the way of a resume, for each output by (position, branch), as a resume itself would have it.
+    """Return the changes that prevent a resume of committed outputs by (position, branch).
 
-    Nothing is written, and nothing of the user's is called but validators and upcasts.
+    Decides as a resume does. Nothing is written, and no user code is called but validators and upcasts.
     """
     config = (config or RunConfig()).model_copy(update={"run_id": run_id})
     ctx = ReliabilityContext.for_run(config, registry, CheckpointManager(InMemoryStore()))
-    found: list[Change] = []
+    changes: list[Change] = []
     for (position, branch), committed in sorted(commits.items()):
         at = f"{position}.{branch}" if branch else str(position)
         try:
             check_place(ctx, nodes, committed, position, branch)
             _read(ctx, nodes, committed, position, branch)
         except PipelineChanged as error:
-            found.append(Change(at, committed.node_id, str(error)))
+            changes.append(Change(at, committed.node_id, str(error)))
         except Exception as error:  # A validator or an upcast may raise anything.
-            found.append(
+            changes.append(
                 Change(
                     at, committed.node_id,
                     f"the output of node {committed.node_id!r} cannot be read back: {type(error).__name__}: {error}; "
-                    "restore its schema, give the contract an upcast, or resume from there to make it anew",
+                    "restore its schema, add an upcast to the contract, or resume from there to run it again",
                 )
             )  # fmt: skip
-    return found
+    return changes
 
 
 def _read(
     ctx: ReliabilityContext, nodes: Sequence[Node | Group], committed: Committed, position: int, branch: str
 ) -> None:
-    """Read an output back as a resume does; raises what stands in the way. A group's is put together of its children's."""
+    """Read an output back as a resume does; raises what prevents it. A group's output is merged from its children's."""
     if position >= len(nodes):
         return  # Changes are allowed.
     node = nodes[position]
     if is_called(branch):
-        return  # Only who calls it knows what it is.
+        return  # The schema of a called step is known when it is called.
     for index in child_indexes(branch):
         if not isinstance(node, Group) or (not node.is_map and index >= len(node.children)):
             return

@@ -1,4 +1,4 @@
-"""One call of ``run``: the run's hooks and record around the loop over its nodes."""
+"""One call of ``run``: the record and the hooks of a run around the loop over its nodes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from stroma.hooks.dispatch import HookNotAsync
 from stroma.hooks.sets import HookError
 from stroma.trace.result import ExecutionResult, RunStatus
 
-__all__ = ["OneRun"]
+__all__ = ["RunExecution"]
+
+_CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)
 
 
-class OneRun:
-    """One call of ``run``: the run's hooks and record around the loop over its nodes."""
+class RunExecution:
+    """One call of ``run``. Entered and left by :meth:`run`, which stores how the run ended, whichever way that was."""
 
     def __init__(
         self, ctx: ReliabilityContext, nodes: list[Node | Group], initial: BaseModel, start: int | None
@@ -41,21 +43,25 @@ class OneRun:
         self.continued = False
         self.task = asyncio.current_task()
         self.loop = asyncio.get_running_loop()
-        #: Ends with the run, for whoever waits for that.
+        #: Done when the run has ended; made by :meth:`drain`.
         self.ended: asyncio.Future[None] | None = None
-        #: How the run ends that somebody else has cancelled.
+        self._status = RunStatus.INTERRUPTED
+        self._failure: Failure | None = None
+        self._result: ExecutionResult | None = None
+        self._has_started = self._has_ended = False
+        #: The status of a run that :meth:`cancel` has cancelled.
         self._cancelled_as: RunStatus | None = None
-        self._over = False
+        self._cancelling = 0 if self.task is None else self.task.cancelling()
 
     def cancel(self, status: RunStatus = RunStatus.CANCELLED) -> None:
-        """End the run, from any thread. Its result has the status; nothing is raised."""
+        """End the run with a status; its caller gets the result and no exception. Safe to call from any thread."""
         try:
             self.loop.call_soon_threadsafe(self._cancel, status)
-        except RuntimeError:  # The loop was closed under the run: nobody is at work on it any more.
+        except RuntimeError:  # The loop was closed under the run, so that nothing runs it.
             self.ctx.session.abandon()
 
     def drain(self) -> asyncio.Future[None]:
-        """Let no further node begin. What is returned ends with the run."""
+        """Start no further node. Returns a future that is done when the run has ended."""
         self.ctx.stops = True
         self.ctx.interrupt = lambda: self._cancel(RunStatus.INTERRUPTED)
         if self.ended is None:
@@ -63,7 +69,7 @@ class OneRun:
         return self.ended
 
     def _cancel(self, status: RunStatus) -> None:
-        if not self._over and self._cancelled_as is None and self.task is not None:
+        if not self._has_ended and self._cancelled_as is None and self.task is not None:
             self._cancelled_as = status
             self.ctx.cancelled = self.ctx.stops = True
             self.task.cancel()
@@ -74,76 +80,48 @@ class OneRun:
         last = self.ctx.last_state
         return self.initial if last is None else last
 
-    async def go(self) -> ExecutionResult:
-        ctx = self.ctx
-        status = RunStatus.INTERRUPTED
-        failure: Failure | None = None
-        result: ExecutionResult | None = None
-        begun = False
-        cancelling = 0 if self.task is None else self.task.cancelling()
-        try:
+    async def run(self) -> ExecutionResult:
+        """Open the run, execute its nodes, and close it."""
+        async with self:
             try:
                 await self._open()
-                begun = True
-                ctx.chain()
-                ctx.session.on_cancel = self.cancel
-                await ctx.tell_start(self.initial)
-                if ctx.delivers:
-                    await redeliver(ctx, self.nodes)
-                if ctx.session.finished is None:
-                    if self.start:
-                        await self._skip_to(self.start)
-                    token = CURRENT.set(CURRENT.get())
-                    try:
-                        # Here, and in no coroutine of its own, which every run would have.
-                        outcome = None
-                        first = self.start or 0
-                        nodes = self.nodes[first:] if first else self.nodes
-                        if not (ctx.stops and nodes):
-                            cancels = 0 if self.task is None else self.task.cancelling()
-                            outcome = await execute_in_turn(ctx, nodes, self.state, first, cancelling=cancels)
-                    finally:
-                        leave(token)
-                    failure, status = self._came_to(outcome)
-                else:
-                    failure, status = await self._as_it_was(ctx.session.finished)
+                await self._start()
+                await self._execute()
             except NotSerialisable as error:  # The input, in a store that outlives the process.
-                failure = diagnose(error, NodeContext("input", 1, ctx.run_id))
-                status = RunStatus.FAILED
-                if not begun:
-                    begun = True
-                    await ctx.tell_start(self.initial)
-            if self._cancelled_as is not None and self.task is not None:
-                # A node has swallowed the cancellation, or ended without meeting it: the caller's task is left as it was.
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.sleep(0)
-                if self.task.uncancel() > cancelling:
-                    raise asyncio.CancelledError
-        except asyncio.CancelledError:
-            status = self._cancelled_as or RunStatus.CANCELLED
-            if self._cancelled_as is None or self.task is None or self.task.uncancel() > cancelling:
-                raise
-        except GeneratorExit:  # The coroutine is being closed: nothing may be awaited any more.
-            ctx.session.abandon()
-            if begun:
-                await ctx.tell_end(ctx.build_result(status, self.state), now=True)
-            begun = False
-            raise
-        except HookNotAsync as error:
-            error.result = ctx.build_result(status, self.state)
-            raise
-        finally:
-            self._over = True
-            ctx.session.on_cancel = (
-                None  # Without a circle between them, nothing of the run waits for the collector.
-            )
-            if begun or failure is not None:
-                result = await self._end(status, failure)
-        if result is None:  # Ended from elsewhere while it was opened: no hook was told of a start.
-            result = ctx.build_result(status, self.state, failure)
-        for probe in ctx.probes:
-            probe.ended(ctx, result)
+                await self._reject_input(error)
+            await self._absorb_cancellation()
+        # Without a result, the run was cancelled while it was opened, before its start hooks.
+        result = self._result or self.ctx.build_result(self._status, self.state, self._failure)
+        self._result = self._failure = None  # Exceptions reference this frame: otherwise a reference cycle.
+        for probe in self.ctx.probes:
+            probe.ended(self.ctx, result)
         return result
+
+    async def __aenter__(self) -> None:
+        return None
+
+    async def __aexit__(self, kind: type[object] | None, error: BaseException | None, _: object) -> bool:
+        """Store how the run ended and call its end hooks. Suppresses a cancellation that is the run's result."""
+        ctx, is_suppressed = self.ctx, False
+        kind = (
+            kind or object
+        )  # Not isinstance(): an exception of a node may raise when asked for its __class__.
+        if issubclass(kind, asyncio.CancelledError):
+            self._status = self._cancelled_as or RunStatus.CANCELLED
+            if self._cancelled_as is not None and self.task is not None:
+                is_suppressed = self.task.uncancel() <= self._cancelling
+        elif issubclass(kind, GeneratorExit):  # The coroutine is being closed: nothing can be awaited.
+            ctx.session.abandon()
+            if self._has_started:
+                await ctx.tell_end(ctx.build_result(self._status, self.state), now=True)
+            self._has_started = False
+        elif type(error) is HookNotAsync:
+            error.result = ctx.build_result(self._status, self.state)
+        self._has_ended = True
+        ctx.session.on_cancel = None  # Otherwise the session and the run are a reference cycle.
+        if self._has_started or self._failure is not None:
+            self._result = await self._close()
+        return is_suppressed
 
     async def _open(self) -> None:
         ctx = self.ctx
@@ -155,18 +133,70 @@ class OneRun:
                 apart=apart_in(self.nodes),
             )
         except asyncio.CancelledError:
-            await ctx.end(
-                self._cancelled_as or RunStatus.CANCELLED, None
-            )  # The store may have begun it already.
+            # The store may have stored the start of the run already.
+            await ctx.end(self._cancelled_as or RunStatus.CANCELLED, None)
             raise
         self.continued = session.continued or self.start is not None
 
     def _check_unchanged(self, position: int, branch: str, committed: Committed) -> None:
-        """Refuse a changed pipeline before anything runs, what stands inside its groups included."""
+        """Raise PipelineChanged for a changed node, inside groups too, before anything runs."""
         check_place(self.ctx, self.nodes, committed, position, branch)
 
+    async def _start(self) -> None:
+        """Call the start hooks, and the end hooks that a crashed process did not call."""
+        ctx = self.ctx
+        self._has_started = True
+        ctx.chain()
+        ctx.session.on_cancel = self.cancel
+        await ctx.tell_start(self.initial)
+        if ctx.delivers:
+            await redeliver(ctx, self.nodes)
+
+    async def _execute(self) -> None:
+        """Execute the nodes that are not committed, or restore the outcome of a run that is returned."""
+        ctx = self.ctx
+        if ctx.session.finished is not None:
+            await self._restore_outcome(ctx.session.finished)
+            return
+        first = self.start or 0
+        if first:
+            await self._skip_to(first)
+        outcome: BaseModel | Halt | None = None
+        token = CURRENT.set(CURRENT.get())
+        try:
+            nodes = self.nodes[first:] if first else self.nodes
+            if not (ctx.stops and nodes):
+                cancelling = 0 if self.task is None else self.task.cancelling()
+                outcome = await execute_in_turn(ctx, nodes, self.state, first, cancelling=cancelling)
+        finally:
+            leave(token)
+        if outcome is None:  # A shutdown: no further node was to start.
+            self._status = self._cancelled_as or RunStatus.INTERRUPTED
+        elif isinstance(outcome, Halt):
+            self._failure = None if outcome.suspended else outcome.failure
+            self._status = self._cancelled_as or outcome.status
+        else:
+            self._status = RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
+
+    async def _reject_input(self, error: NotSerialisable) -> None:
+        """Fail the run for an input that its store cannot store."""
+        self._failure = diagnose(error, NodeContext("input", 1, self.ctx.run_id))
+        self._status = RunStatus.FAILED
+        if not self._has_started:
+            self._has_started = True
+            await self.ctx.tell_start(self.initial)
+
+    async def _absorb_cancellation(self) -> None:
+        """Take back a cancellation of :meth:`cancel` that no node raised; the caller's task is left as it was."""
+        if self._cancelled_as is None or self.task is None:
+            return
+        with contextlib.suppress(asyncio.CancelledError):
+            await asyncio.sleep(0)
+        if self.task.uncancel() > self._cancelling:
+            raise asyncio.CancelledError
+
     async def _skip_to(self, start: int) -> None:
-        """The published way of resuming: go on from the checkpoint of the node before, whatever lies further back."""
+        """Restore the nodes before a resume target: from the journal, else from the checkpoint of the last of them."""
         ctx = self.ctx
         loaded = -1
         for position in range(start):
@@ -180,22 +210,13 @@ class OneRun:
         saved = await ctx.checkpoint_manager.resume(ctx.run_id, before.node_id, schema)
         if saved is None:
             raise CheckpointNotFound(
-                f"run {ctx.run_id!r} has no checkpoint of node {before.node_id!r}, which stands before "
-                f"{self.nodes[start].node_id!r}; run the pipeline from its beginning, or resume from an earlier node"
+                f"run {ctx.run_id!r} has no checkpoint of node {before.node_id!r}, which precedes "
+                f"{self.nodes[start].node_id!r}; run the pipeline from its start, or resume from an earlier node"
             )
         ctx.last_state = saved
 
-    def _came_to(self, outcome: BaseModel | Halt | None) -> tuple[Failure | None, RunStatus]:
-        """The end of a run whose nodes came to an outcome; None if no further one was to begin."""
-        if outcome is None:
-            return None, self._cancelled_as or RunStatus.INTERRUPTED
-        if isinstance(outcome, Halt):
-            failure = None if outcome.suspended else outcome.failure
-            return failure, self._cancelled_as or outcome.status
-        return None, RunStatus.RESUMED if self.continued else RunStatus.COMPLETED
-
-    async def _as_it_was(self, finished: Finished) -> tuple[Failure | None, RunStatus]:
-        """The outcome of an execution that is returned, not run."""
+    async def _restore_outcome(self, finished: Finished) -> None:
+        """Restore the outcome of a run that has ended, without a call."""
         ctx = self.ctx
         status = RunStatus(finished.status)
         completed = status in (RunStatus.COMPLETED, RunStatus.RESUMED)
@@ -205,27 +226,28 @@ class OneRun:
                     break
                 raise PipelineChanged(
                     f"run {ctx.run_id!r} finished without node {node.node_id!r}, which the pipeline has at position "
-                    f'{position}; continue it with if_exists="resume", or begin a new run'
+                    f'{position}; continue it with if_exists="resume", or start a new run'
                 )
+        self._status = status
         if completed or status in _CUT_SHORT:
-            return None, status
+            return
         if status is RunStatus.SUSPENDED:
             reasons = [w.reason for w in ctx.session.waiting.values() if w.payload is None]
-            ctx.suspended.extend(reasons or [finished.error or "it waits for an answer"])
-            return None, status
+            ctx.suspended.extend(reasons or [finished.error or "waiting for an answer"])
+            return
         error = RunFailed(finished.error or f"run {ctx.run_id!r} ended as {status}")
         failure = diagnose(error, NodeContext("run", 1, ctx.run_id))
         kind = FailureClass.TERMINAL if status is RunStatus.FAILED else FailureClass.RECOVERABLE
-        return replace(failure, failure_class=kind, reason=finished.reason or failure.reason), status
+        self._failure = replace(failure, failure_class=kind, reason=finished.reason or failure.reason)
 
-    async def _end(self, status: RunStatus, failure: Failure | None) -> ExecutionResult:
-        """Close the record, build the result, tell the hooks: always, whichever way the run ended."""
-        ctx = self.ctx
+    async def _close(self) -> ExecutionResult:
+        """Store the end of the run, call its end hooks and return its result. Raises HookError."""
+        ctx, status, failure = self.ctx, self._status, self._failure
         result = ctx.build_result(status, self.state, failure)
-        why = text_of(failure) if failure is not None else "; ".join(ctx.suspended) or None
+        error = text_of(failure) if failure is not None else "; ".join(ctx.suspended) or None
         if ctx.run_logger.isEnabledFor(logging.INFO):
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
-        if await ctx.end_and_tell(status, why, result if ctx.fire.on_run_end is not None else None):
+        if await ctx.end_and_tell(status, error, result if ctx.fire.on_run_end is not None else None):
             raise asyncio.CancelledError
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
             first = ctx.hook_failures[0]
@@ -235,6 +257,3 @@ class OneRun:
                 result,
             ) from first.exception
         return result
-
-
-_CUT_SHORT = (RunStatus.CANCELLED, RunStatus.INTERRUPTED)

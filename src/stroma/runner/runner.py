@@ -1,11 +1,10 @@
-"""StromaRunner: the driver that moves a run from node to node in this process."""
+"""StromaRunner: runs sequences of nodes in this process."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import os
-import re
 from collections.abc import AsyncIterator, Callable, Coroutine, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +23,6 @@ from stroma.checkpoint import (
     RunExists,
     StoreError,
     Waiting,
-    resolve_schema,
 )
 from stroma.contracts.contract import ContractRegistry, Decorated, NodeContract, check_id
 from stroma.contracts.node import (
@@ -46,8 +44,10 @@ from stroma.failures.failure import Classifier
 from stroma.failures.policy import PolicyMap
 from stroma.hooks.sets import NodeHooks, flatten
 from stroma.runner.batch import Batch, outcome_of
-from stroma.runner.run import OneRun
-from stroma.runner.sequence import check_owners, ids_in, warn_of_unknown_ids
+from stroma.runner.run import RunExecution
+from stroma.runner.sequence import check_owners, find_nodes, find_position, ids_in, warn_of_unknown_ids
+from stroma.runner.signals import match_answer
+from stroma.runner.tracing import set_traceparent
 from stroma.trace.result import ExecutionResult, RunStatus
 
 if TYPE_CHECKING:
@@ -56,6 +56,8 @@ if TYPE_CHECKING:
 
 __all__ = ["Pipeline", "StromaRunner"]
 
+_MAX_RECOVERED = 1_000_000  # runs of one status
+_PAGE_ITEMS = 200  # outputs of a map that are read at once
 
 logger = logging.getLogger("stroma")
 
@@ -65,10 +67,10 @@ Out = TypeVar("Out", bound=BaseModel)
 
 @dataclass(frozen=True, slots=True, init=False)
 class Pipeline:
-    """A named sequence of nodes, with the configuration it likes to run under.
+    """A named sequence of nodes, with an optional configuration.
 
-    The name is what metrics and spans are labelled with. Raises TypeError for what is no node, ValueError for a name that
-    no store can keep.
+    Metrics and spans are labelled with the name. Raises TypeError for anything that is not a node, ValueError for a name
+    that a store cannot save.
     """
 
     name: str
@@ -95,9 +97,9 @@ class StromaRunner:
         self.registry = registry
         self.checkpoint_manager = checkpoint_manager
         self._own_config = config
-        self._live: set[OneRun] = set()
+        self._live: set[RunExecution] = set()
         self._batches: dict[Batch, None] = {}
-        #: Node ids of the config that no node had, and that a warning was given for.
+        #: Node ids of the config that no node has, and that were warned of.
         self._warned: set[str] = set()
         self.config = config if config is not None else RunConfig()
 
@@ -112,13 +114,14 @@ class StromaRunner:
         hooks: NodeHooks | Sequence[NodeHooks] | None = None,
         **config: Any,
     ) -> StromaRunner:
-        """A runner with an in-memory store unless told otherwise; further keywords are fields of RunConfig.
+        """Create a runner, with an in-memory store by default; further keywords are fields of RunConfig.
 
-        ``store``: one, or the URL or path of one, see :func:`stroma.open_store`. Raises pydantic's ValidationError for a
-        keyword that RunConfig does not know, TypeError for what is no store, ValueError for what no URL of one is.
+        ``store``: a store, or the URL or path of one, see :func:`stroma.open_store`. Raises pydantic's ValidationError for
+        a keyword that is not a field of RunConfig, TypeError for an object that is not a store, ValueError for an unknown
+        URL.
         """
-        given = {"budget": budget, "policy_map": policy_map, "classifiers": classifiers, "hooks": hooks}
-        config.update({name: value for name, value in given.items() if value is not None})
+        named = {"budget": budget, "policy_map": policy_map, "classifiers": classifiers, "hooks": hooks}
+        config.update({name: value for name, value in named.items() if value is not None})
         if store is None:
             store = AsyncInMemoryStore()
         elif isinstance(store, (str, os.PathLike)):
@@ -137,7 +140,7 @@ class StromaRunner:
         return self
 
     def with_redis(self, redis_url: str, ttl_seconds: int = 3600) -> StromaRunner:
-        """Keep checkpoints in Redis. Raises ImportError, with the line that installs it, without the driver."""
+        """Store checkpoints in Redis. Raises ImportError, with the command that installs it, without the driver."""
         from stroma.checkpoint.redis.store import RedisStore
 
         self.checkpoint_manager = CheckpointManager(RedisStore(redis_url, ttl_seconds))
@@ -152,28 +155,33 @@ class StromaRunner:
         )
 
     def with_model_fallback(self, model: str, *, to: str, at_budget_pct: float = 0.80) -> StromaRunner:
-        """Signal a cheaper model once a share (0 to 1) of the cost limit is spent. Appends to the earlier ones."""
+        """Signal a cheaper model once a share (0 to 1) of the cost limit is spent. Adds to earlier fallbacks."""
         return self._replace(
             model_fallbacks=[*self.config.model_fallbacks, FallbackPolicy(model, to, at_budget_pct)]
         )
 
     def with_classifiers(self, classifiers: list[Classifier]) -> StromaRunner:
+        """Replace the classifiers of exceptions."""
         return self._replace(classifiers=RunConfig(classifiers=classifiers).classifiers)
 
     def with_hooks(self, hooks: NodeHooks | Sequence[NodeHooks]) -> StromaRunner:
+        """Replace the hooks."""
         return self._replace(hooks=RunConfig(hooks=hooks).hooks)
 
     def with_context(self, context: dict[str, Any]) -> StromaRunner:
+        """Replace the data that each node receives as ``ctx``."""
         return self._replace(context=context)
 
     def with_policy_map(self, policy_map: PolicyMap) -> StromaRunner:
+        """Replace the retry policies by failure class."""
         return self._replace(policy_map=RunConfig(policy_map=policy_map).policy_map)
 
     def with_node_policies(self, node_policies: dict[str, PolicyMap]) -> StromaRunner:
+        """Replace the retry policies of single nodes, by node id."""
         return self._replace(node_policies=RunConfig(node_policies=node_policies).node_policies)
 
     def with_node_timeouts(self, node_timeouts: dict[str, int]) -> StromaRunner:
-        """Milliseconds by node id."""
+        """Replace the time limits of nodes: milliseconds by node id."""
         return self._replace(node_timeouts=RunConfig(node_timeouts=node_timeouts).node_timeouts)
 
     def node(self, node_id: str, *, input: type[In], output: type[Out]) -> NodeDecorator[In, Out]:
@@ -194,23 +202,23 @@ class StromaRunner:
     def check(
         self, node_sequence: Pipeline | Iterable[Any], *, input_schema: type[BaseModel] | None = None
     ) -> list[Finding]:
-        """Prove, field by field, that each node's output can satisfy the next node's input. Nothing is called.
+        """Check, field by field, that each node's output can satisfy the next node's input. Nothing is called.
 
-        Errors can never work; warnings may fail, or cannot be told. Nodes without a contract take and give anything.
-        ``input_schema``: what runs begin with, to be looked at, too. Raises TypeError for what is no node, ValueError for
-        a function whose id was given to another one with another contract since.
+        An error can never work; a warning may fail, or cannot be decided. Nodes without a contract accept and return
+        anything. ``input_schema``: the class of the initial state, to be checked too. Raises TypeError for anything that
+        is not a node, ValueError for a function whose id was later assigned to another one with another contract.
         """
-        from stroma.contracts.checks.check import check_nodes  # Only who asks pays for it.
+        from stroma.contracts.checks.check import check_nodes  # Not loaded by runs that check nothing.
 
-        nodes = _records(node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence)
+        nodes = nodes_of(node_sequence)
         check_owners(nodes, self.registry)
         return check_nodes(nodes, self.registry, input_schema)
 
-    def _refuse_what_cannot_work(self, nodes: list[Node | Group]) -> None:
+    def _raise_check_errors(self, nodes: list[Node | Group]) -> None:
         from stroma.contracts.checks.check import check_nodes
         from stroma.contracts.checks.finding import CheckFailed
 
-        errors = [found for found in check_nodes(nodes, self.registry) if found.severity == "error"]
+        errors = [finding for finding in check_nodes(nodes, self.registry) if finding.severity == "error"]
         if errors:
             raise CheckFailed(errors)
 
@@ -232,13 +240,14 @@ class StromaRunner:
     ) -> ExecutionResult:
         """Run nodes one after the other, each on the output of the one before.
 
-        The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans shall
-        belong to, in place of the caller's current span; one that is none is ignored. What goes wrong inside the pipeline is a result: FAILED or PARTIAL,
-        with ``result.failure``. Raises TypeError for what is no node or a hook that is not async, ValueError for an
-        unknown resume target or a function whose id was given to another one with another contract since, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot begin, CheckFailed
-        with ``RunConfig(check=True)``.
+        The keywords override the config's fields. ``traceparent`` is a W3C trace context that the run's spans belong to, in
+        place of the caller's current span; an invalid one is ignored. A failure inside the pipeline is a result: FAILED or
+        PARTIAL, with ``result.failure``. Raises TypeError for anything that is not a node and for a hook that is not async,
+        ValueError for an unknown resume target or a function whose id was later assigned to another one with another
+        contract, StoreError (CheckpointNotFound, PipelineChanged ...) if the run cannot start, CheckFailed with
+        ``RunConfig(check=True)``.
         """
-        given = {
+        overrides = {
             "context": context,
             "resume": resume,
             "resume_from": resume_from,
@@ -246,27 +255,28 @@ class StromaRunner:
             "if_exists": if_exists,
             "if_running": if_running,
         }
-        return await self._run(node_sequence, initial_state, run_id, given, traceparent)
+        return await self._run(node_sequence, initial_state, run_id, overrides, traceparent)
 
     async def _run(
         self,
         node_sequence: Pipeline | Iterable[Any],
         initial_state: BaseModel,
         run_id: str | None,
-        given: dict[str, Any],
+        overrides: dict[str, Any],
         traceparent: str | None = None,
         *,
         recovers: bool = False,
     ) -> ExecutionResult:
-        """:meth:`run`. ``recovers``: RunExists for a run that has ended, or waits."""
-        config = self._config_for(node_sequence, run_id, given)
-        nodes = _records(node_sequence.nodes if isinstance(node_sequence, Pipeline) else node_sequence)
+        """Implement :meth:`run`. ``recovers``: raise RunExists for a run that has ended or is suspended."""
+        config = self._config_for(node_sequence, run_id, overrides)
+        nodes = nodes_of(node_sequence)
         if not isinstance(initial_state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial_state).__name__}")
         check_owners(nodes, self.registry)
-        start = _resume_position(nodes, config.resume_from)
+        target = config.resume_from
+        start = None if target is None else find_position(nodes, target, "resume_from")
         if config.check:
-            self._refuse_what_cannot_work(nodes)
+            self._raise_check_errors(nodes)
         ctx = ReliabilityContext.for_run(config, self.registry, self.checkpoint_manager)
         ctx.recovers = recovers
         if isinstance(node_sequence, Pipeline):
@@ -275,16 +285,16 @@ class StromaRunner:
             config, nodes, self.registry, ctx.pipeline, warn=ctx.run_logger.warning, warned=self._warned
         )
         if traceparent is not None:
-            ctx.traceparent = _checked(ctx, traceparent)
+            set_traceparent(ctx, traceparent)
         if config.limits and not any(config.limit_of(node_id) for node_id in ids_in(nodes)):
             ctx.run_logger.warning(
-                "no node of pipeline %r goes by any of the limits (%s); say which does with node_limits={node id: name}",
+                "no node of pipeline %r uses any of the limits (%s); assign them with node_limits={node id: name}",
                 ctx.pipeline, ", ".join(map(repr, config.limits)),
             )  # fmt: skip
-        run = OneRun(ctx, nodes, initial_state, start)
+        run = RunExecution(ctx, nodes, initial_state, start)
         self._live.add(run)
         try:
-            return await run.go()
+            return await run.run()
         finally:
             self._live.discard(run)
             if run.ended is not None and not run.ended.done():
@@ -298,15 +308,15 @@ class StromaRunner:
         input_schema: type[BaseModel] | None = None,
         **options: Any,
     ) -> ExecutionResult:
-        """Go on with a run of the store where it stopped, in any process: what is committed is not called again.
+        """Resume a run of the store where it stopped, in any process; committed nodes are not called again.
 
-        It goes on with the input that it was begun with: an ``input_schema``, or else what the first node takes; further
-        keywords are those of :meth:`run`. Raises CheckpointNotFound, PipelineChanged, RunBusy while somebody is at work
-        on it, StoreError if the store keeps no journal, TypeError if the pipeline begins with a group and no
-        ``input_schema`` is given.
+        ``input_schema``: the class of the run's original input; by default the input of the first node. Further keywords
+        are those of :meth:`run`. Raises CheckpointNotFound, PipelineChanged, RunBusy while another process owns the run,
+        StoreError if the store has no journal, TypeError if the pipeline starts with a group and ``input_schema`` is
+        missing.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        state = await self._input_of(run_id, self._input_schema(records_of(nodes), input_schema))
+        state = await self._input_of(run_id, self._input_schema(nodes_of(nodes), input_schema))
         return await self.run(nodes, state, **{**options, "run_id": run_id, "resume": True})
 
     def stream(
@@ -318,12 +328,12 @@ class StromaRunner:
         buffer: int = 1000,
         **options: Any,
     ) -> RunStream:
-        """:meth:`run` as an async iterator of what happens, as it happens; see :class:`RunStream`.
+        """Return the events of :meth:`run` as an async iterator, while they happen; see :class:`RunStream`.
 
-        The run begins when the first event is asked for, or with ``async with``. ``on_leave``: what becomes of a run
-        whose reader leaves before its end: "cancel" ends it as CANCELLED, "detach" lets it go on in the background.
-        ``buffer``: events that may wait for the reader; with more of them the run waits. ``options`` are those of
-        :meth:`run`. What ``run()`` would raise comes out of the iterator. Raises ValueError for what is no option here.
+        The run starts with the first event that is read, or with ``async with``. ``on_leave``: how a run goes on whose
+        reader leaves before its end: "cancel" ends it as CANCELLED, "detach" continues it in the background. ``buffer``:
+        events that may be pending for the reader; with more of them the run waits. ``options`` are those of :meth:`run`.
+        The iterator raises what ``run()`` would raise. Raises ValueError for invalid options.
         """
         from stroma.runner.stream import RunStream
 
@@ -334,42 +344,42 @@ class StromaRunner:
             watched = config.model_copy(update={"hooks": [*flatten(config.hooks), watch]})
             watched.__pydantic_fields_set__ = config.model_fields_set | {"hooks"}
             twin = StromaRunner(self.registry, self.checkpoint_manager, watched)
-            twin._live = self._live  # A shutdown of this runner is one of its streams, too.
+            twin._live = self._live  # So that a shutdown of this runner includes its streams.
             twin._warned = self._warned
             return twin.run(nodes, initial_state, **options)
 
         return RunStream(begin, on_leave, buffer)
 
     async def map_outputs(self, run_id: str, node: Any) -> AsyncIterator[tuple[int, Any]]:
-        """(index, output) of each item of a map that is done, in order, a few in memory at a time.
+        """Yield (index, output) of each finished item of a map, in order, with a few in memory at a time.
 
         ``node``: the ``map_over(...)`` itself, with ``into=Journal()`` or a file. An output is a model, or plain data of a
         node without a contract; an item that failed is an ItemFailure. Raises CheckpointNotFound, CorruptCheckpoint,
-        StoreError, TypeError for what is no map.
+        StoreError, TypeError for anything but such a map.
         """
         group = find_node(node)
         if not isinstance(group, Group) or not group.is_map or group.output_field:
             raise TypeError(
-                f"{group.node_id!r} is no map whose outputs are in the journal; give the map_over() with into=Journal() or "
+                f"{group.node_id!r} is not a map whose outputs are in the journal; pass the map_over() with into=Journal() or "
                 "JsonLines(path)"
             )
         store = self._journal("map_items")
         first = 0
-        while page := await asyncio.to_thread(store.map_items, run_id, group.node_id, first, _PAGE):
+        while page := await asyncio.to_thread(store.map_items, run_id, group.node_id, first, _PAGE_ITEMS):
             for index, committed in page:
                 yield index, value_of(self.registry, group.children[0], committed)
-            first += _PAGE
+            first += _PAGE_ITEMS
 
     def run_sync(
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
     ) -> ExecutionResult:
-        """:meth:`run` for code without an event loop. Raises RuntimeError where one is running: use ``await run()``."""
+        """Call :meth:`run` without an event loop. Raises RuntimeError where one is running: use ``await run()`` there."""
         try:
             asyncio.get_running_loop()
         except RuntimeError:
             return asyncio.run(self.run(node_sequence, initial_state, **options))
         raise RuntimeError(
-            "an event loop is running here; use `await runner.run(...)` in place of run_sync(...)"
+            "an event loop is already running; use `await runner.run(...)` in place of run_sync(...)"
         )
 
     async def run_many(
@@ -383,14 +393,14 @@ class StromaRunner:
         on_result: Callable[[int, ExecutionResult | Exception], None] | None = None,
         **options: Any,
     ) -> list[ExecutionResult | Exception]:
-        """:meth:`run` for each input, at most ``max_concurrency`` at once; the outcomes in the order of the inputs.
+        """Call :meth:`run` for each input, at most ``max_concurrency`` at once; return outcomes in the order of inputs.
 
-        What ``run()`` would raise stands in the place of its result, and stops no other run. ``inputs`` is read as far
-        as there is room, so it may be endless in all but its results. ``run_ids`` names each run by its number (from 0)
-        and input; ``on_result`` is told each outcome as it comes. ``recover``: first go on with the interrupted runs
-        of this pipeline (see :meth:`recover`); their outcomes are not among those that are returned. After a
-        :meth:`shutdown` no further run begins, and only the outcomes of those that did are returned. What ``inputs``,
-        ``run_ids`` or ``on_result`` raises cancels the runs in flight and comes out.
+        An exception of ``run()`` takes the place of its result, and stops no other run. ``inputs`` is read only as runs
+        start, so it may be a long iterator. ``run_ids`` returns the id of each run for its 0-based number and input;
+        ``on_result`` is called with each outcome as it arrives. ``recover``: first resume the interrupted runs of this
+        pipeline (see :meth:`recover`); their outcomes are not returned. After a :meth:`shutdown` no further run starts,
+        and only the outcomes of those that did are returned. An exception of ``inputs``, ``run_ids`` or ``on_result``
+        cancels the runs in flight and is raised.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         run = partial(self.run, nodes, **options)
@@ -407,11 +417,11 @@ class StromaRunner:
         input_schema: type[BaseModel] | None = None,
         **options: Any,
     ) -> dict[str, ExecutionResult | Exception]:
-        """Go on with every run of this pipeline whose process died or was told to stop; the outcomes by run id.
+        """Resume every run of this pipeline whose process died or shut down; return the outcomes by run id.
 
-        Runs that are somebody else's are left alone. Runs are found by the pipeline's name, and go on with the input
-        that they were begun with: an ``input_schema``, or else what the first node takes. Raises StoreError if the
-        store keeps no journal, TypeError if the pipeline begins with a group and no ``input_schema`` is given.
+        Runs that another process owns are skipped. Runs are found by the pipeline's name. ``input_schema``: the class of
+        their original inputs; by default the input of the first node. Raises StoreError if the store has no journal,
+        TypeError if the pipeline starts with a group and ``input_schema`` is missing.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         with self._batch() as batch:
@@ -428,32 +438,34 @@ class StromaRunner:
         name = nodes.name if isinstance(nodes, Pipeline) else self.config.pipeline
         if name == RunConfig.model_fields["pipeline"].default:
             logger.warning(
-                "recover() finds runs by the name of their pipeline, and this one has none of its own: runs of other "
-                "unnamed ones are taken for its own; give it a name with Pipeline(name, nodes) or RunConfig(pipeline=...)"
+                "recover() finds runs by the name of their pipeline, and this one has the default name: it recovers the runs "
+                "of other unnamed pipelines too; name it with Pipeline(name, nodes) or RunConfig(pipeline=...)"
             )
         store = self._journal("list_runs")
-        schema = self._input_schema(records_of(nodes), input_schema)
+        schema = self._input_schema(nodes_of(nodes), input_schema)
         outcomes: dict[str, ExecutionResult | Exception] = {}
 
-        given = {**options, "resume": True}
-        traceparent = given.pop("traceparent", None)
+        overrides = {**options, "resume": True}
+        traceparent = overrides.pop("traceparent", None)
 
-        async def go_on(run_id: str) -> ExecutionResult:
+        async def resume_run(run_id: str) -> ExecutionResult:
             state = await self._input_of(run_id, schema)
-            return await self._run(nodes, state, run_id, given, traceparent, recovers=True)
+            return await self._run(nodes, state, run_id, overrides, traceparent, recovers=True)
 
-        async def one(run_id: str) -> None:
-            outcome = await outcome_of(go_on(run_id))
-            if not isinstance(outcome, (RunBusy, RunExists)):  # Somebody else was faster.
+        async def recover_run(run_id: str) -> None:
+            outcome = await outcome_of(resume_run(run_id))
+            if not isinstance(outcome, (RunBusy, RunExists)):  # Another process recovered it first.
                 outcomes[run_id] = outcome
 
-        found = []
-        if not getattr(store, "exists", lambda: True)():  # The first run of all makes it.
+        if not getattr(store, "exists", lambda: True)():  # A store that the first run creates.
             return outcomes
+        run_ids: list[str] = []
         for status in ("RUNNING", RunStatus.INTERRUPTED.value):
-            runs = await asyncio.to_thread(store.list_runs, limit=_ALL, pipeline=name, status=status)
-            found += [run.run_id for run in runs if run.holder is None]
-        await batch.go((one(run_id) for run_id in found), max_concurrency)
+            runs = await asyncio.to_thread(
+                store.list_runs, limit=_MAX_RECOVERED, pipeline=name, status=status
+            )
+            run_ids += [run.run_id for run in runs if run.holder is None]
+        await batch.run_all((recover_run(run_id) for run_id in run_ids), max_concurrency)
         return outcomes
 
     @contextmanager
@@ -476,36 +488,37 @@ class StromaRunner:
         input_schema: type[BaseModel] | None = None,
         **options: Any,
     ) -> ExecutionResult:
-        """Run on from a node of another run, as a new run that remembers where it came from.
+        """Start a new run that continues another one from a node, and records where it came from.
 
-        ``at``: the first position with this id runs next. ``state``: its input, in place of what the run had there.
-        The other run stays as it is. ``input_schema``: what its input is, if the pipeline begins with a group.
-        Raises CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is no model.
+        ``at``: the first position with this id runs next. ``state``: its input, in place of the recorded one. The other
+        run stays as it is. ``input_schema``: the class of its input, if the pipeline starts with a group. Raises
+        CheckpointNotFound, RunExists, ValueError for an unknown node, TypeError for a state that is not a model.
         """
         from stroma.contracts.untyped import Kept
 
         if state is not None and not isinstance(state, BaseModel):
             raise TypeError(f"the state of a fork must be a pydantic model, not {type(state).__name__}")
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        records = records_of(nodes)
-        before = _resume_position(records, at, "at")
-        assert before is not None
+        records = nodes_of(nodes)
+        before = find_position(records, at, "at")
         store = self._journal("fork")
         fork_id = new_run_id or fresh_run_id()
-        wanted = self._input_schema(records, input_schema or (type(state) if state and not before else None))
-        given: dict[str, tuple[Schema, BaseModel]] = {}
+        original = self._input_schema(
+            records, input_schema or (type(state) if state and not before else None)
+        )
+        replaced: dict[str, tuple[Schema, BaseModel]] = {}
         if state is not None:
             schema = schema_of(type(state))
             last = records[before - 1] if before else None
             if isinstance(last, Node):
                 contract = self.registry.find(last.node_id) or last.contract
                 schema = schema_of(output_class(contract))
-            kept = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.cross(state)
-            given["edited" if before else "state"] = (schema, kept)
-        await store.fork(run_id, fork_id, before, **given)
+            value = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.cross(state)
+            replaced["edited" if before else "state"] = (schema, value)
+        await store.fork(run_id, fork_id, before, **replaced)
         initial = state
         if initial is None or before:
-            initial = await self._input_of(fork_id, wanted)
+            initial = await self._input_of(fork_id, original)
         return await self.run(nodes, initial, run_id=fork_id, resume_from=at, **options)
 
     async def signal(
@@ -517,34 +530,34 @@ class StromaRunner:
         branch: str | None = None,
         schema: type[BaseModel] | None = None,
     ) -> None:
-        """Give a suspended run the answer that it waits for; resuming it is another step.
+        """Store the answer that a suspended run is waiting for; resuming the run is another step.
 
-        ``answer``: a model or JSON data, validated by the schema that the node asked for. ``node_id`` and ``branch``
-        say which node, where several wait. ``schema``: where the node's own is not imported in this process.
+        ``answer``: a model or JSON data, validated by the schema of the suspended node. ``node_id`` and ``branch`` select
+        the node, where several are waiting. ``schema``: where the node's own is not imported in this process.
 
-        Raises pydantic's ValidationError, CheckpointNotFound, StoreError if the run waits for nothing, ValueError if
-        several wait.
+        Raises pydantic's ValidationError, CheckpointNotFound, StoreError if the run is waiting for no answer, ValueError
+        if several nodes match.
         """
         store = self._journal("signal")
-        all_of_them: list[Waiting] = await asyncio.to_thread(store.waiting, run_id)
-        if not all_of_them and await asyncio.to_thread(store.get_run, run_id) is None:
+        pending: list[Waiting] = await asyncio.to_thread(store.waiting, run_id)
+        if not pending and await asyncio.to_thread(store.get_run, run_id) is None:
             raise CheckpointNotFound(f"there is no run {run_id!r} in the store; check the id and the store")
-        answered = answer_to(all_of_them, run_id, answer, node_id=node_id, branch=branch, schema=schema)
+        answered = match_answer(pending, run_id, answer, node_id=node_id, branch=branch, schema=schema)
         await store.signal(run_id, answered)
 
     async def cancel(self, run_id: str) -> bool:
-        """Ask whoever is at work on a run, in any process, to end it as CANCELLED; within about a second they do.
+        """Ask the owner of a run, in any process, to end it as CANCELLED, which takes about a second.
 
-        A run that nobody is at work on is CANCELLED at once. False if it had ended. Raises CheckpointNotFound.
+        A run without an owner is CANCELLED at once. Returns False if it had ended. Raises CheckpointNotFound.
         """
         cancelled: bool = await self._journal("cancel").cancel(run_id)
         return cancelled
 
     async def shutdown(self, *, drain_seconds: float = 30.0) -> None:
-        """Let the runs of this runner in the running event loop end after the node they are in, as INTERRUPTED.
+        """End the runs of this runner in the running event loop after their current node, as INTERRUPTED.
 
-        Those that are not there after ``drain_seconds`` are cut short; what they committed is kept. All of them give
-        up their runs, so that another process can :meth:`recover` them.
+        Runs that have not ended after ``drain_seconds`` are cancelled; their committed outputs remain. All of them are
+        released, so that another process can :meth:`recover` them.
         """
         loop = asyncio.get_running_loop()
         for batch in list(self._batches):
@@ -552,7 +565,7 @@ class StromaRunner:
         runs = [
             run for run in list(self._live) if run.loop is loop and run.task is not asyncio.current_task()
         ]
-        # Of the runs, not of their tasks: those may have other things to do afterwards.
+        # The ends of runs, not of their tasks: a task may go on after its run.
         ends = {run: run.drain() for run in runs}
         if ends:
             _, late = await asyncio.wait(ends.values(), timeout=drain_seconds)
@@ -563,34 +576,34 @@ class StromaRunner:
                 await asyncio.wait(late)
 
     async def flush(self, *, timeout_seconds: float = 5.0) -> bool:
-        """Have the exporters among the hooks send what they hold; whether all did within the limit. Never raises."""
-        return await self._of_exporters("flush", timeout_seconds)
+        """Send what the exporters among the hooks hold; return True if all did in time. Never raises."""
+        return await self._call_exporters("flush", timeout_seconds)
 
     async def aclose(self, *, timeout_seconds: float = 5.0) -> bool:
-        """The same, and have them give up what they opened by themselves. The store and what you made stay open."""
-        return await self._of_exporters("aclose", timeout_seconds)
+        """Flush, and close what the exporters opened themselves. The store and what you created stay open."""
+        return await self._call_exporters("aclose", timeout_seconds)
 
-    async def _of_exporters(self, method: str, timeout_seconds: float) -> bool:
-        found = [getattr(hooks, method, None) for hooks in flatten(self.config.hooks)]
-        calls = [call(timeout_seconds=timeout_seconds) for call in found if call is not None]
+    async def _call_exporters(self, method: str, timeout_seconds: float) -> bool:
+        methods = [getattr(hooks, method, None) for hooks in flatten(self.config.hooks)]
+        calls = [call(timeout_seconds=timeout_seconds) for call in methods if call is not None]
         return all(await asyncio.gather(*calls))
 
-    def _journal(self, needed: str) -> Any:
+    def _journal(self, method: str) -> Any:
         store = self.checkpoint_manager.store
-        if not hasattr(store, needed):
+        if not hasattr(store, method):
             raise StoreError(
-                f"{type(store).__name__} keeps no journal of runs; use a journal store such as SQLiteStore"
+                f"{type(store).__name__} has no journal of runs; use a journal store such as SQLiteStore"
             )
         return store
 
-    def _input_schema(self, nodes: list[Node | Group], given: type[BaseModel] | None) -> Schema:
-        """What the input of a run of these nodes is."""
-        if given is not None:
-            return schema_of(given)
+    def _input_schema(self, nodes: list[Node | Group], input_class: type[BaseModel] | None) -> Schema:
+        """Return the schema of the input of a run of these nodes."""
+        if input_class is not None:
+            return schema_of(input_class)
         first = nodes[0] if nodes else None
         if isinstance(first, Group):
             raise TypeError(
-                f"the pipeline begins with {first.node_id!r}; say what its input is with input_schema="
+                f"the pipeline starts with {first.node_id!r}; pass the class of its input as input_schema="
             )
         contract = None if first is None else self.registry.find(first.node_id) or first.contract
         return schema_of(output_class(None) if contract is None else contract.input_schema)
@@ -604,90 +617,19 @@ class StromaRunner:
             return nodes.config
         return self.config
 
-    def _config_for(self, nodes: Any, run_id: str | None, given: dict[str, Any]) -> RunConfig:
+    def _config_for(self, nodes: Any, run_id: str | None, overrides: dict[str, Any]) -> RunConfig:
         config = self._config_of(nodes)
-        changes = {name: value for name, value in given.items() if value is not None}
-        if run_id is None and (taken := config.take_run_id()) != config.run_id:
-            run_id = taken
+        changes = {name: value for name, value in overrides.items() if value is not None}
+        if run_id is None and (config_run_id := config.take_run_id()) != config.run_id:
+            run_id = config_run_id
         if not changes:
             return config if run_id is None else config.with_run_id(run_id)
         if run_id is not None:
             changes["run_id"] = run_id
-        RunConfig(**changes)  # Validates what was given.
+        RunConfig(**changes)  # Validates the overrides.
         return config.model_copy(update=changes)
 
 
-def answer_to(
-    all_of_them: Sequence[Waiting],
-    run_id: str,
-    answer: Any,
-    *,
-    node_id: str | None,
-    branch: str | None,
-    schema: type[BaseModel] | None,
-) -> Waiting:
-    """The one of the nodes that wait which an answer is for, with the answer as it asks for it."""
-    found = [
-        waiting
-        for waiting in all_of_them
-        if waiting.payload is None and node_id in (None, waiting.node_id) and branch in (None, waiting.branch)
-    ]
-    if not found:
-        which = "" if node_id is None else f" at node {node_id!r}"
-        raise StoreError(f"run {run_id!r} waits for no answer{which}; see its status and its attempts")
-    if len(found) > 1:
-        where = ", ".join(f"{w.node_id!r} (branch {w.branch!r})" for w in found)
-        raise ValueError(f"run {run_id!r} waits at {where}; say which with node_id= and branch=")
-    model = schema
-    if model is None and found[0].schema_ref:
-        try:
-            model = resolve_schema(found[0].schema_ref)
-        except (LookupError, TypeError) as error:
-            raise StoreError(
-                f"node {found[0].node_id!r} of run {run_id!r} asks for a {found[0].schema_ref}: {error}; "
-                "or say which class that is with schema="
-            ) from error
-    wanted = schema_of(model or output_class(None))
-    checked = wanted.cross(answer) if isinstance(answer, BaseModel) and model else wanted.validate(answer)
-    return found[0]._replace(payload=wanted.encode(checked))
-
-
-_ALL = 1_000_000  # runs: more than anybody recovers at once
-_PAGE = 200  # outputs of a map that are read at once
-
-
-# Of any version but ff, with ids that are not all zeros; 00 has no more fields; https://www.w3.org/TR/trace-context/
-_TRACEPARENT = re.compile(
-    r"(?!ff|00.{53}-)[0-9a-f]{2}-(?!0{32})[0-9a-f]{32}-(?!0{16})[0-9a-f]{16}-[0-9a-f]{2}(-.*)?"
-)
-
-
-def _checked(ctx: ReliabilityContext, traceparent: str) -> str | None:
-    if _TRACEPARENT.fullmatch(traceparent):
-        return traceparent
-    # It comes from whoever called us, over the network perhaps: no reason not to run.
-    ctx.run_logger.warning("traceparent %r is no W3C trace context; it is ignored", traceparent[:200])
-    return None
-
-
-def records_of(nodes: Pipeline | list[Any]) -> list[Node | Group]:
-    return _records(nodes.nodes if isinstance(nodes, Pipeline) else nodes)
-
-
-def _records(nodes: Any) -> list[Node | Group]:
-    if type(nodes) is not list and (isinstance(nodes, Group) or not isinstance(nodes, Iterable)):
-        find_node(nodes)  # What is no node at all is told how to become one.
-        raise TypeError(f"run() takes a sequence of nodes; put {nodes!r} in a list")
-    return [find_node(node) for node in nodes]
-
-
-def _resume_position(
-    nodes: list[Node | Group], resume_from: str | None, given_as: str = "resume_from"
-) -> int | None:
-    if resume_from is None:
-        return None
-    for position, node in enumerate(nodes):
-        if node.node_id == resume_from:
-            return position
-    known = ", ".join(repr(node.node_id) for node in nodes) or "none"
-    raise ValueError(f"{given_as}={resume_from!r} is not a node of this pipeline; its nodes are {known}")
+def nodes_of(pipeline: Pipeline | Iterable[Any]) -> list[Node | Group]:
+    """Return the nodes of a pipeline or sequence. Raises TypeError for anything that is not a node."""
+    return find_nodes(pipeline.nodes if isinstance(pipeline, Pipeline) else pipeline)

@@ -1,19 +1,36 @@
-"""Checks of a sequence of nodes before it runs: whose ids they have, and which ids a config names."""
+"""Nodes of a sequence before it runs: their positions and ids, and the ids that a config names."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Final
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any, Final
 
 from stroma.contracts.contract import ContractRegistry
-from stroma.contracts.node import Group, Node
+from stroma.contracts.node import Group, Node, find_node
 from stroma.engine.config import RunConfig
 
-__all__ = ["check_owners", "ids_in", "warn_of_unknown_ids"]
+__all__ = ["check_owners", "find_nodes", "find_position", "ids_in", "warn_of_unknown_ids"]
 
 #: The fields of a config that are keyed by node id.
 _BY_NODE: Final = ("node_policies", "node_timeouts", "contract_retries", "node_limits")
-_COMPARED: Final = 200  # characters of an id; comparing takes the square of its length
+_MAX_COMPARED_CHARACTERS: Final = 200  # of an id; comparing takes the square of its length
+
+
+def find_nodes(nodes: Iterable[Any]) -> list[Node | Group]:
+    """Return the record of each node of a sequence. Raises TypeError for anything that is not a node."""
+    if type(nodes) is not list and (isinstance(nodes, Group) or not isinstance(nodes, Iterable)):
+        find_node(nodes)  # Raises, with the fix, for an object that is not a node at all.
+        raise TypeError(f"run() takes a sequence of nodes; put {nodes!r} in a list")
+    return [find_node(node) for node in nodes]
+
+
+def find_position(nodes: Sequence[Node | Group], node_id: str, parameter: str) -> int:
+    """Return the first position with a node id. Raises ValueError, naming the parameter, if there is none."""
+    for position, node in enumerate(nodes):
+        if node.node_id == node_id:
+            return position
+    known = ", ".join(repr(node.node_id) for node in nodes) or "none"
+    raise ValueError(f"{parameter}={node_id!r} is not a node of this pipeline; its nodes are {known}")
 
 
 def ids_in(nodes: Sequence[Node | Group]) -> Iterator[str]:
@@ -25,7 +42,7 @@ def ids_in(nodes: Sequence[Node | Group]) -> Iterator[str]:
 
 
 def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
-    """Raise ValueError for a node whose id was given to another function with another contract since."""
+    """Raise ValueError for a node whose id was later assigned to another function with another contract."""
     decorated = registry.decorated
     if not decorated:
         return
@@ -38,7 +55,7 @@ def check_owners(nodes: Sequence[Node | Group], registry: ContractRegistry) -> N
             continue
         if latest.contract is registry.find(node.node_id) and latest.contract != contract:
             raise ValueError(
-                f"{node.func!r} cannot run as node {node.node_id!r}: the id was given to {latest.owner} since, with another "
+                f"{node.func!r} cannot run as node {node.node_id!r}: the id was later assigned to {latest.owner}, with another "
                 "contract; rename one of them"
             )
 
@@ -63,16 +80,18 @@ def warn_of_unknown_ids(
                 named.setdefault(node_id, []).append(field)
     for node_id, options in named.items():
         warned.add(node_id)
-        warn(_unknown(node_id, options, pipeline, known | registry.ids))
+        warn(_unknown_id_warning(node_id, options, pipeline, known | registry.ids))
 
 
-def _unknown(node_id: str, options: Sequence[str], pipeline: str, known: set[str]) -> str:
-    from difflib import get_close_matches  # 5 ms to import, for who has made a mistake.
+def _unknown_id_warning(node_id: str, options: Sequence[str], pipeline: str, known: set[str]) -> str:
+    from difflib import get_close_matches  # 5 ms to import, only after a mistake.
 
-    by_lower = {one.lower(): one for one in sorted(known, reverse=True) if len(one) <= _COMPARED}
-    nearest = get_close_matches(node_id[:_COMPARED].lower(), by_lower, 1)
-    meant = repr(by_lower[nearest[0]]) if nearest else None
-    fix = "correct the id" if meant is None else f"did you mean {meant}?"
+    by_lower = {
+        one.lower(): one for one in sorted(known, reverse=True) if len(one) <= _MAX_COMPARED_CHARACTERS
+    }
+    nearest = get_close_matches(node_id[:_MAX_COMPARED_CHARACTERS].lower(), by_lower, 1)
+    match = repr(by_lower[nearest[0]]) if nearest else None
+    fix = "correct the id" if match is None else f"did you mean {match}?"
     name = " and ".join(filter(None, (", ".join(options[:-1]), options[-1])))
     verb = "names" if len(options) == 1 else "name"
     return f"{name} {verb} {node_id!r}, which no node of pipeline {pipeline!r} has; {fix}"

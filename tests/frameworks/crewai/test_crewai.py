@@ -30,8 +30,7 @@ from stroma.adapters import (
     stroma_crewai_step,
     what_stopped,
 )
-from stroma.adapters._crewai_llm import guard_llm
-from stroma.adapters.crewai import attach
+from stroma.adapters.crewai import attach, guard_llm
 
 KINDS = ["kickoff", "kickoff_async"]
 

@@ -38,8 +38,7 @@ from tests.frameworks.kit import guard_of, holds, lines_of, result_of
 
 from stroma import BudgetExceeded, ExecutionBudget, RunStatus
 from stroma.adapters import Guard, what_stopped
-from stroma.adapters._openai_agents_model import GuardedModel, GuardedProvider
-from stroma.adapters.openai_agents import GuardedRunner, attach
+from stroma.adapters.openai_agents import GuardedModel, GuardedProvider, GuardedRunner, attach
 
 set_tracing_disabled(True)
 KINDS = ["run", "run_sync", "streamed"]

@@ -43,8 +43,9 @@ from stroma.engine.config import RunConfig
 from stroma.failures.failure import NodeContext, diagnose
 from stroma.hooks.sets import HookError
 from stroma.runner.batch import Batch
-from stroma.runner.runner import Pipeline, answer_to, records_of
+from stroma.runner.runner import Pipeline, nodes_of
 from stroma.runner.sequence import warn_of_unknown_ids
+from stroma.runner.signals import match_answer
 from stroma.trace.events import TraceEvent
 from stroma.trace.result import ExecutionResult, RunStatus
 from stroma.trace.trace import ExecutionTrace
@@ -357,7 +358,7 @@ class TemporalRunner:
         As :meth:`stroma.StromaRunner.signal`.
         """
         waiting = [one for one in await self.waiting(run_id) if one.payload is None]
-        answered = answer_to(waiting, run_id, answer, node_id=node_id, branch=branch, schema=schema)
+        answered = match_answer(waiting, run_id, answer, node_id=node_id, branch=branch, schema=schema)
         assert answered.payload is not None
         size = weight(answered.payload.decode())
         if size >= LARGE:
@@ -416,7 +417,7 @@ class TemporalRunner:
 
     def _known(self, nodes: Any, config: RunConfig) -> Known:
         name = nodes.name if isinstance(nodes, Pipeline) else config.pipeline
-        return Known(name, records_of(nodes), self.registry)
+        return Known(name, nodes_of(nodes), self.registry)
 
     async def _value(self, text: str, ref: str) -> Value:
         size = weight(text)
