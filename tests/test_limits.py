@@ -603,7 +603,7 @@ async def test_limits_that_no_node_goes_by(caplog: pytest.LogCaptureFixture) -> 
     limits = {"llm": Limit(concurrent=1, store=AsyncInMemoryStore())}
     await StromaRunner.quick(limits=limits, node_limits={"cal": "llm"}).run([call], State())
     (record,) = [found for found in caplog.records if "uses any of the limits" in found.message]
-    assert "('llm'); say which does with node_limits={node id: name}" in record.message
+    assert "('llm'); assign them with node_limits={node id: name}" in record.message
     caplog.clear()
     await StromaRunner.quick(limits=limits, node_limits={"call": "llm"}).run([parallel(call)], State())
     assert "goes by any" not in caplog.text

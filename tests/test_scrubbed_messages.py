@@ -195,7 +195,7 @@ async def test_the_line_of_an_item_that_is_left_out_is_one_line(log: Log) -> Non
         [map_over("calls", call, into="done", on_item_failure="collect")], Calls(calls=[Call()])
     )
     assert result.failed_items == 1
-    line = next(line for line in log.text.split("\n") if "is left out" in line)
+    line = next(line for line in log.text.split("\n") if "failed and is skipped" in line)
     assert line.endswith("ConnectionResetError: no\\r\\n2026-01-01 ERROR forged\\u001b[2J\\u202egnp.exe")
 
 

@@ -1147,7 +1147,7 @@ def test_a_run_says_how_it_ended(error: BaseException | None, status: str) -> No
             raise error
     assert run.result is not None
     assert run.result.status == status
-    with pytest.raises(RuntimeError, match="used once"), run:
+    with pytest.raises(RuntimeError, match="used only once"), run:
         pass
 
 
@@ -1205,7 +1205,7 @@ def test_one_function_has_one_guard() -> None:
     one, two = guard_of(), guard_of()
     step = one.wrap("it", plain)
     assert (one.has(step), one.has(plain), two.has(plain)) == (True, False, False)
-    with pytest.raises(ValueError, match="belongs to another guard already"):
+    with pytest.raises(ValueError, match="is already guarded by another guard"):
         two.has(step)
 
 
@@ -1230,7 +1230,7 @@ async def test_a_guard_over_a_context_adds_steps_to_it() -> None:
     assert result.total_tokens == 7
     tool()
     assert [e.position for e in ctx.trace] == [0, 1]
-    with pytest.raises(RuntimeError, match="belongs to one run"):
+    with pytest.raises(RuntimeError, match="belongs to the run of its context"):
         guard.run()
 
 

@@ -315,7 +315,7 @@ async def test_what_waits_beside_others_does_not_hold_them_up(driver: Any, run_i
         result = await bound.run(Num(), run_id=run_id)
         assert result.status is RunStatus.SUSPENDED
         assert sorted(result.suspended) == ["may p go on?", "may q go on?"]
-        with pytest.raises(ValueError, match="say which"):
+        with pytest.raises(ValueError, match="select one with"):
             await bound.runner.signal(run_id, {"approved": True})
         await bound.runner.signal(run_id, {"approved": True}, node_id="q")
         await bound.runner.signal(run_id, {"approved": False}, node_id="p")

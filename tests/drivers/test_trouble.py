@@ -244,7 +244,7 @@ async def test_a_workflow_of_somebody_else_is_left_alone(temporal: TemporalDrive
                 bound.runner.resume(bound.pipeline, order),
                 bound.runner.trace(bound.pipeline, order),
             ):
-                with pytest.raises(RunExists, match=r"'orders\.ship', which is no run of Stroma"):
+                with pytest.raises(RunExists, match=r"'orders\.ship', not of a run of Stroma"):
                     await attempt
             assert (await handle.describe()).status is not None
             await handle.terminate()

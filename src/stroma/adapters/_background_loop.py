@@ -79,7 +79,7 @@ class Turn:
                     var.reset(token)
 
     def settle(self, value: Any, error: BaseException | None) -> None:
-        """What became of the call. From any thread."""
+        """Set the outcome of the call. Safe to call from any thread."""
         try:
             self._loop.call_soon_threadsafe(self._settle, value, error)
         except RuntimeError:

@@ -1,4 +1,4 @@
-"""Objects that may make one of their calls by another of them: an async one by a sync one, say."""
+"""Guarding of objects whose methods call each other, such as an async method that calls a sync one."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ __all__ = ["guard_methods", "own_method"]
 def guard_methods(
     owner: Any, names: tuple[str, ...], guard: Guard, step_id: str, around: Callable[[Any], Any], **about: Any
 ) -> Any:
-    """Make steps of some methods of an object, once, whichever of them calls another; changes it and returns it.
+    """Make steps of methods of an object, one for nested calls of them; change the object and return it.
 
-    ``around(bare)``: what is called in the place of a method, sync or async like it.
+    ``around(bare)``: returns the function to call in place of a method, sync or async like it.
     """
     for name in names:
         bare = own_method(owner, name)
@@ -29,7 +29,7 @@ def guard_methods(
 
 
 def own_method(owner: Any, name: str) -> Any:
-    """A method of an object, or None; not by getattr(), which DSPy takes for a call."""
+    """Return a method of an object, or None, without getattr(), which DSPy reports as a call."""
     try:
         return object.__getattribute__(owner, name)
     except AttributeError:
@@ -37,7 +37,7 @@ def own_method(owner: Any, name: str) -> Any:
 
 
 def _noted(owner: Any, call: Any) -> Any:
-    """A call during which the step that is under way is known to be the object's."""
+    """Return a function that marks the current step as one of the object."""
 
     def note() -> None:
         node = current_node()

@@ -1,4 +1,4 @@
-"""One guarded call: the engine around it, what it tells the engine, and what its caller gets."""
+"""One guarded call: its execution by the engine, and its result for the caller."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ __all__ = ["Call"]
 
 
 class Undeclared(TypeError):
-    """A plain function returned an awaitable: what it stands for would go on behind the guard's back."""
+    """A plain function returned an awaitable, whose work would not be guarded."""
 
 
 class StepOwner(Protocol):
-    """The run that a call belongs to, as far as a call needs it."""
+    """The parts of a run that its calls use."""
 
     ctx: ReliabilityContext
     halts: Halts
@@ -43,13 +43,13 @@ class StepOwner(Protocol):
     def note(self, halt: Halt) -> None: ...
     async def open(self, first: Call | None = None) -> None: ...
     def place(
-        self, parent: NodeExecution | None, step_id: str, given: BaseModel
+        self, parent: NodeExecution | None, step_id: str, state: BaseModel
     ) -> tuple[int, str, StepCall | None]: ...
     def refusal(self, step_id: str) -> Halt | None: ...
 
 
 class Call:
-    """One call of a guarded callable. Make it, drive it in one of the four ways, once."""
+    """One call of a guarded callable. Create it and use one of the four methods, once."""
 
     __slots__ = (
         "args",
@@ -59,9 +59,9 @@ class Call:
         "execution",
         "func",
         "kwargs",
+        "raises_own_error",
         "run",
         "step",
-        "stopped",
         "value",
     )
 
@@ -74,16 +74,16 @@ class Call:
         kwargs: dict[str, Any],
     ) -> None:
         self.run, self.step, self.func, self.args, self.kwargs = run, step, func, args, kwargs
-        #: What the last attempt's function returned or raised.
+        #: Result and exception of the function in the last attempt.
         self.value: Any = None
         self.error: BaseException | None = None
-        #: Whether that is what comes out, though the failure that the engine knows of is another one.
-        self.stopped = False
+        #: The caller gets `error`, even if the engine records another failure.
+        self.raises_own_error = False
         self.chunks: list[Any] | None = None
         self.count = 0
         self.execution: NodeExecution | None = None
 
-    # ------------------------------------------------------------------ four ways to be called
+    # ------------------------------------------------------------------ kinds of callables
 
     async def acall(self) -> Any:
         func, args, kwargs = self.func, self.args, self.kwargs
@@ -91,7 +91,7 @@ class Call:
         async def invoke() -> tuple[Any, BaseException | None]:
             return await func(*args, **kwargs), None
 
-        return self._ended(await self._execute(invoke))
+        return self._return(await self._execute(invoke))
 
     def call(self) -> Any:
         inbox: SimpleQueue[Turn | asyncio.Task[Any]] = SimpleQueue()
@@ -105,18 +105,18 @@ class Call:
                     with turn.here():
                         value = _not_awaitable(self.step, self.func(*self.args, **self.kwargs))
                 except BaseException as raised:
-                    if _ends_all(self.step, raised):
+                    if _stops_caller(self.step, raised):
                         raise
                     error = raised
                 turn.settle(value, error)
-                # A frame that an exception of its own refers to is garbage for the collector alone.
+                # The exception references this frame: otherwise a reference cycle.
                 value = error = None
-        except BaseException:  # The caller is told to stop: the attempt ends as cancelled.
+        except BaseException:  # The caller is being stopped: the attempt ends as cancelled.
             cancel()
             while isinstance(inbox.get(), Turn):
                 pass
             raise
-        return self._ended(turn.result())
+        return self._return(turn.result())
 
     def stream(self) -> Generator[Any, Any, Any]:
         inbox: SimpleQueue[Turn | asyncio.Task[Any]] = SimpleQueue()
@@ -136,11 +136,11 @@ class Call:
                         turn.settle(end.value, None)
                         break
                     except BaseException as raised:
-                        if _ends_all(self.step, raised):
+                        if _stops_caller(self.step, raised):
                             raise
                         turn.settle(None, raised)
                         break
-                    self._saw(chunk)
+                    self._count_chunk(chunk)
                     try:
                         sent = yield chunk
                     except GeneratorExit:
@@ -154,12 +154,12 @@ class Call:
                     else:
                         advance = None if sent is None else partial(source.send, sent)
         except BaseException:
-            self._abandoned()
+            self._count_abandoned()
             cancel()
             while isinstance(inbox.get(), Turn):
                 pass
             raise
-        return self._ended(turn.result())
+        return self._return(turn.result())
 
     async def astream(self) -> AsyncGenerator[Any, Any]:
         inbox: asyncio.Queue[Turn | None] = asyncio.Queue()
@@ -168,7 +168,7 @@ class Call:
             self._execute(hand_back(base, inbox.put_nowait)), context=base.copy()
         )
         engine.add_done_callback(lambda _: inbox.put_nowait(None))
-        begun = _begun()
+        entry = _current_task()
         try:
             while (turn := await inbox.get()) is not None:
                 source: Any = None
@@ -183,11 +183,11 @@ class Call:
                         turn.settle(None, None)
                         break
                     except BaseException as raised:
-                        if _ends_all(self.step, raised) or _is_cancelled(begun):
+                        if _stops_caller(self.step, raised) or _is_cancelled(entry):
                             raise
                         turn.settle(None, raised)
                         break
-                    self._saw(chunk)
+                    self._count_chunk(chunk)
                     try:
                         sent = yield chunk
                     except GeneratorExit:
@@ -201,31 +201,31 @@ class Call:
                     else:
                         advance = None if sent is None else partial(source.asend, sent)
         except BaseException:
-            self._abandoned()
+            self._count_abandoned()
             engine.cancel()
             await asyncio.wait([engine])
             if not engine.cancelled():
-                engine.exception()  # Looked at: the caller is told to stop, and nothing else.
+                engine.exception()  # Retrieved, so that asyncio does not log it.
             raise
-        self._ended(engine.result())
+        self._return(engine.result())
 
-    def _saw(self, chunk: Any) -> None:
+    def _count_chunk(self, chunk: Any) -> None:
         self.count += 1
         if self._collects:
             if self.chunks is None:
                 self.chunks = []
             self.chunks.append(chunk)
 
-    def _abandoned(self) -> None:
-        """Nobody reads the stream any further: what its parts say that it used is paid for all the same."""
+    def _count_abandoned(self) -> None:
+        """Count the usage of a stream that is not read to its end."""
         if self.count and self.step.usage is not None and self.execution is not None:
             try:
-                response = self.step.usage(self._streamed(None))
+                response = self.step.usage(self._stream_result(None))
                 if response is not None:
                     self.execution.report_usage(response)
-            except Exception:  # The part that has the usage did not come.
+            except Exception:  # The chunk with the usage was not read.
                 self.run.ctx.run_logger.debug(
-                    "step %r was abandoned before it said what it used", self.step.step_id
+                    "step %r was abandoned before it reported its usage", self.step.step_id
                 )
 
     @property
@@ -239,7 +239,7 @@ class Call:
         return self.step.contract or self.run.ctx.registry.find(self.step.step_id)
 
     async def _execute(self, invoke: Invoke) -> BaseModel | Halt:
-        """Run the call as an execution of the run's context: of its own, or inside the one that is under way here."""
+        """Execute the call in the run's context, as a child of the current execution if that is of the same run."""
         run, step = self.run, self.step
         await run.open(self)
         ctx = run.ctx
@@ -247,22 +247,24 @@ class Call:
         if parent is not None and parent.ctx is not ctx:
             parent = None
         halts = run.halts if parent is None else InnerCalls.of(parent).halts
-        contract, begun = self._contract(), _begun()
-        given = given_to(step.input_view(self.args, self.kwargs), contract)
-        position, branch, known_as = run.place(parent, step.step_id, given)
-        if (refused := run.refusal(step.step_id)) is not None:
-            halts.append((refused.failure.exception, refused))
-            run.note(refused)
-            return refused
+        contract, entry = self._contract(), _current_task()
+        state = given_to(step.input_view(self.args, self.kwargs), contract)
+        position, branch, step_call = run.place(parent, step.step_id, state)
+        if (refusal := run.refusal(step.step_id)) is not None:
+            halts.append((refusal.failure.exception, refusal))
+            run.note(refusal)
+            return refusal
 
         async def perform(_: BaseModel) -> Any:
-            self.error, self.stopped = None, False
+            self.error, self.raises_own_error = None, False
             execution = CURRENT.get()
             assert execution is not None
             self.execution = execution
-            if (refused := run.refusal(step.step_id)) is not None:  # While it waited for another attempt.
-                raise GroupStopped(refused)
-            inside = InnerCalls.of(execution)
+            if (
+                refusal := run.refusal(step.step_id)
+            ) is not None:  # It was cancelled while it waited for another attempt.
+                raise GroupStopped(refusal)
+            inner = InnerCalls.of(execution)
             execution.enter(perf_counter_ns())
             try:
                 value, error = await invoke()
@@ -271,115 +273,118 @@ class Call:
             finally:
                 execution.leave(perf_counter_ns())
             if error is not None:
-                return self._failed(execution, inside, error, contract, begun)
+                return self._handle_error(execution, inner, error, contract, entry)
             self.value = value
             if self.count:
-                value = self._streamed(value)
-            return self._returned(execution, value, contract)
+                value = self._stream_result(value)
+            return self._output_of(execution, value, contract)
 
         outcome = await execute(
             ctx,
             Node(step.step_id, perform, None, False, True, step.plan),
-            given,
+            state,
             position,
             branch=branch,
             parent=parent,
             contract=contract,
-            step=known_as,
-            cancelling=begun[1],
-            # What is recorded of an output is what contracts see of it, and not the object that the caller needs.
+            step=step_call,
+            cancelling=entry[1],
+            # The journal records the view of the output, not the object that the caller needs.
             restores=False,
         )
         if isinstance(outcome, Halt):
-            halts.append((self._raised(outcome), outcome))
+            halts.append((self._error_for_caller(outcome), outcome))
             run.note(outcome)
         return outcome
 
-    def _streamed(self, value: Any) -> Any:
+    def _stream_result(self, value: Any) -> Any:
         if self.step.collect is not None:
             return self.step.collect(self.chunks or [])
         if self.chunks is not None:
             return self.chunks
         return {"chunks": self.count} if value is None else value
 
-    def _returned(self, execution: NodeExecution, value: Any, contract: NodeContract[Any, Any] | None) -> Any:
-        """The output for the engine, with what was used that nobody inside has count_tokens."""
+    def _output_of(
+        self, execution: NodeExecution, value: Any, contract: NodeContract[Any, Any] | None
+    ) -> Any:
+        """Return the output for the engine, with the usage that inner calls have not counted."""
         output = made_by(self.step.output_view(value), contract)
         if self.step.usage is None:
             return output
         response = self.step.usage(value)
         if response is None:
             return output
-        counted_in, counted_out = (
+        inner_input, inner_output = (
             count_tokens(execution.children or []) if self.step.usage_includes_calls else (0, 0)
         )
-        if not (counted_in or counted_out):
+        if not (inner_input or inner_output):
             return output, response
         used = response if isinstance(response, Usage) else usage_from(response)
-        left_in, left_out = max(0, used.input_tokens - counted_in), max(0, used.output_tokens - counted_out)
-        return (output, Usage(left_in, left_out, model=used.model)) if left_in or left_out else output
+        own_input = max(0, used.input_tokens - inner_input)
+        own_output = max(0, used.output_tokens - inner_output)
+        return (output, Usage(own_input, own_output, model=used.model)) if own_input or own_output else output
 
-    def _failed(
+    def _handle_error(
         self,
         execution: NodeExecution,
-        inside: InnerCalls,
+        inner: InnerCalls,
         error: BaseException,
         contract: NodeContract[Any, Any] | None,
-        begun: CallTask,
+        entry: CallTask,
     ) -> Any:
-        """What the engine is told of an exception: raises it, or what it means."""
+        """Raise an exception of the function for the engine, as its meaning requires."""
         self.error = error
         ctx, step = execution.ctx, self.step
         control = None if step.control is None else step.control(error)
         where = NodeContext(execution.node_id, execution.attempt, ctx.run_id)
         if control is not None:
-            self.stopped = True
+            self.raises_own_error = True
             if control.outcome == "returned":
-                return self._returned(execution, control.value, contract)
-            said = str(control.value) if control.value else message_of(error)
-            waits = control.outcome == "suspended"
-            kind = FailureClass.RECOVERABLE if waits else FailureClass.TERMINAL
-            if waits and not any(halt.suspended for _, halt in inside.halts):
-                ctx.suspended.append(said)
-            raise GroupStopped(Halt(_failure(error, kind, where, said), suspended=waits)) from error
+                return self._output_of(execution, control.value, contract)
+            message = str(control.value) if control.value else message_of(error)
+            is_suspended = control.outcome == "suspended"
+            kind = FailureClass.RECOVERABLE if is_suspended else FailureClass.TERMINAL
+            if is_suspended and not any(halt.suspended for _, halt in inner.halts):
+                ctx.suspended.append(message)
+            raise GroupStopped(Halt(_failure(error, kind, where, message), suspended=is_suspended)) from error
         if isinstance(error, (HookNotAsync, PipelineChanged, CorruptCheckpoint, Undeclared)):
-            self.stopped = True
+            self.raises_own_error = True
             raise GroupStopped(
                 Halt(_failure(error, FailureClass.TERMINAL, where, message_of(error)))
             ) from error
-        # A cancellation that nobody has asked for is a failure like any other.
-        if isinstance(error, Exception) or (is_a(error, asyncio.CancelledError) and not _is_cancelled(begun)):
-            halt = find_halt(error, inside.halts)
-            # It was tried again where it happened: not once more at each level above, unless the config asks for that.
+        # A CancelledError without a cancellation of the task is a failure like any other.
+        if isinstance(error, Exception) or (is_a(error, asyncio.CancelledError) and not _is_cancelled(entry)):
+            halt = find_halt(error, inner.halts)
+            # It was retried where it happened: not again at each level above, unless the config says so.
             if halt is not None and step.step_id not in ctx.step_policies:
-                self.stopped = True
+                self.raises_own_error = True
                 terminal = halt.failure.failure_class is FailureClass.TERMINAL
                 raise GroupStopped(
                     Halt(halt.failure, partial=halt.partial or not terminal, spent=halt.spent)
                 ) from error
-            if self.count or inside.is_published or not step.can_retry:
-                # What was handed on cannot be taken back.
-                self.stopped = True
+            if self.count or inner.is_published or not step.can_retry:
+                # The caller has received a part of the result already.
+                self.raises_own_error = True
                 failure = diagnose(error, where, ctx.classifiers)
                 terminal = failure.failure_class is FailureClass.TERMINAL
                 raise GroupStopped(Halt(failure, partial=not terminal)) from error
         raise error
 
-    # ------------------------------------------------------------------ what comes out
+    # ------------------------------------------------------------------ result for the caller
 
-    def _raised(self, halt: Halt) -> BaseException:
-        """What the caller gets: what the function raised, unless the engine has found something else."""
-        if self.error is not None and (self.stopped or halt.failure.exception is self.error):
+    def _error_for_caller(self, halt: Halt) -> BaseException:
+        """Return the exception for the caller: that of the function, unless the engine has another one."""
+        if self.error is not None and (self.raises_own_error or halt.failure.exception is self.error):
             return self.error
-        found = halt.failure.exception
-        if isinstance(self.error, StopIteration) and found.__cause__ is self.error:
-            return self.error  # No coroutine can raise one.
-        return found
+        error = halt.failure.exception
+        if isinstance(self.error, StopIteration) and error.__cause__ is self.error:
+            return self.error  # A coroutine cannot raise StopIteration itself.
+        return error
 
-    def _ended(self, outcome: BaseModel | Halt) -> Any:
+    def _return(self, outcome: BaseModel | Halt) -> Any:
         if isinstance(outcome, Halt):
-            raise self._raised(outcome)
-        if self.error is not None:  # Its way to return.
+            raise self._error_for_caller(outcome)
+        if self.error is not None:  # An exception by which the framework returns.
             raise self.error
         return self.value
 
@@ -388,22 +393,22 @@ def _failure(error: BaseException, kind: FailureClass, where: NodeContext, messa
     return Failure(error, kind, where.node_id, where.attempt, message)
 
 
-def _ends_all(step: Step, error: BaseException) -> bool:
-    """Return whether the caller itself is told to stop, by what is no Exception and means nothing to the framework."""
+def _stops_caller(step: Step, error: BaseException) -> bool:
+    """Return True for a BaseException that stops the caller itself, and is not control flow of the framework."""
     if isinstance(error, (Exception, asyncio.CancelledError)):
         return False
     return step.control is None or step.control(error) is None
 
 
-def _begun() -> CallTask:
+def _current_task() -> CallTask:
     task = asyncio.current_task()
     return task, 0 if task is None else task.cancelling()
 
 
-def _is_cancelled(begun: CallTask) -> bool:
-    """Whether the running task is being cancelled; if something was begun in it, since then."""
+def _is_cancelled(entry: CallTask) -> bool:
+    """Return True if the running task is being cancelled, since the call entered it."""
     task = asyncio.current_task()
-    return task is not None and task.cancelling() > (begun[1] if task is begun[0] else 0)
+    return task is not None and task.cancelling() > (entry[1] if task is entry[0] else 0)
 
 
 def _not_awaitable(step: Step, value: Any) -> Any:

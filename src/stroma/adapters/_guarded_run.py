@@ -1,4 +1,4 @@
-"""A run of a guard: from its beginning, in code of any kind, to its end in the journal and the hooks."""
+"""A run of a guard: its start, the steps of other code in it, and its end."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from stroma.trace.result import ExecutionResult, RunStatus
 
 __all__ = ["ACTIVE", "GuardedRun"]
 
-#: The runs of guards that are under way here, the innermost last.
+#: The current runs of guards, the innermost last.
 ACTIVE: ContextVar[tuple[GuardedRun, ...]] = ContextVar("stroma_guarded_runs", default=())
 
 
@@ -41,11 +41,11 @@ _NO_MORE: Final = object()
 
 
 class RunOwner(Protocol):
-    """The guard that a run belongs to, as far as a run needs it.
+    """The parts of a guard that its runs use.
 
     Attributes:
-        runner: None if the runs are somebody else's.
-        open_runs: those that have begun and not ended.
+        runner: None if the guard has the context of another run.
+        open_runs: the runs that have started and not ended.
     """
 
     runner: StromaRunner | None
@@ -59,9 +59,9 @@ class GuardedRun:
 
     Attributes:
         ctx: the run's context: its id, tracker, trace.
-        result: what the run came to, once it has ended.
-        ended: whether it has.
-        ends: whether it will; the run of a guard itself lasts as long as that.
+        result: the result of the run, once it has ended.
+        ended: the run has ended.
+        ends: the run ends; that of the guard itself does not.
     """
 
     def __init__(self, guard: RunOwner, ctx: ReliabilityContext, input: Any = None, *, ends: bool) -> None:
@@ -70,138 +70,139 @@ class GuardedRun:
         self.ends = ends
         self.ended = False
         self.result: ExecutionResult | None = None
-        #: What stopped for good, by what it raised; of calls that are inside no other.
+        #: The exceptions and stops of calls that are inside no other one.
         self.halts: Halts = []
         self._input = input
         self._lock = threading.Lock()
         self._opened = False
         self._opening: concurrent.futures.Future[None] | None = None
         self._stopping: Halt | None = None
-        #: Whether somebody has asked for its end; the task that is told so, its loop, and whether it was.
+        #: The run was cancelled; and the task to cancel then, its loop, and that it was.
         self.cancelling = False
         self._task: asyncio.Task[Any] | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._told = False
-        self._begun_with = 0
+        self._has_cancelled_task = False
+        self._cancelling_at_entry = 0
         self._token: Token[tuple[GuardedRun, ...]] | None = None
 
     @property
     def stopped(self) -> Failure | None:
-        """What stopped the run: a crossed limit, else what came out of it, or, while it lasts, the last step that stopped."""
+        """The failure that stopped the run: a spent budget, its exception, or during the run its last failed step."""
         if self.result is not None:
             return self.result.failure
         return None if self._stopping is None else self._stopping.failure
 
     def note(self, halt: Halt) -> None:
-        """A step has stopped. The first crossed limit is what all that follows comes from."""
+        """Record that a step has stopped. A spent budget is the cause of all later stops."""
         known = self._stopping
         if halt.suspended or (known is not None and known.spent):
             return
-        # The step in which it happened has been told already; those around it fail with the same.
+        # Steps around the failed one fail with the same exception.
         if known is None or known.failure.exception is not halt.failure.exception:
             self._stopping = halt
 
-    # ------------------------------------------------------------------ asked to end
+    # ------------------------------------------------------------------ cancellation
 
     def cancel(self) -> None:
-        """End the run, from any thread: no step begins any more, and an async one that is under way is cancelled."""
+        """Cancel the run, from any thread: no further step starts, and a running async one is cancelled."""
         self.cancelling = self.ctx.cancelled = True
         loop = self._loop
         if loop is not None:
             try:
-                loop.call_soon_threadsafe(self._tell)
+                loop.call_soon_threadsafe(self._cancel_task)
             except RuntimeError:  # The loop was closed under it.
                 pass
 
-    def _tell(self) -> None:
-        if not self._told and not self.ended and self._task is not None:
-            self._told = True
+    def _cancel_task(self) -> None:
+        if not self._has_cancelled_task and not self.ended and self._task is not None:
+            self._has_cancelled_task = True
             self._task.cancel()
 
     def refusal(self, step_id: str) -> Halt | None:
-        """What a step that would begin now comes to, if the run shall end."""
+        """Return the stop of a step that would start now, if the run is to end."""
         if not self.cancelling:
             return None
         error = RunCancelled(
-            f"run {self.ctx.run_id!r} was cancelled; {step_id!r} was not begun: call again, in a run of its own"
+            f"run {self.ctx.run_id!r} was cancelled and {step_id!r} is not called; call it in another run"
         )
         return Halt(Failure(error, FailureClass.TERMINAL, step_id, 1, str(error)), spent=True)
 
     def _watch(self) -> None:
-        """From here on the task that runs is cancelled if somebody asks for the end of the run."""
+        """Let :meth:`cancel` cancel the running task from now on."""
         task = asyncio.current_task()
-        self._begun_with = 0 if task is None else task.cancelling()
+        self._cancelling_at_entry = 0 if task is None else task.cancelling()
         self._task, self._loop = task, asyncio.get_running_loop()
 
-    async def _met(self, error: BaseException | None) -> BaseException | None:
-        """What came out since, a cancellation of ours as RunCancelled; the task is cancelled by us no longer."""
-        task, told, self._task, self._told = self._task, self._told, None, False
-        if not told or task is None:
+    async def _take_back_cancellation(self, error: BaseException | None) -> BaseException | None:
+        """Return the exception of the run, with our own cancellation as RunCancelled, and take that back."""
+        task, was_cancelled = self._task, self._has_cancelled_task
+        self._task, self._has_cancelled_task = None, False
+        if not was_cancelled or task is None:
             return error
-        if error is None:  # It ended without meeting the cancellation.
+        if error is None:  # The code inside ended before the cancellation arrived.
             with suppress(asyncio.CancelledError):
                 await asyncio.sleep(0)
-        if task.uncancel() > self._begun_with:  # By somebody else, too.
+        if task.uncancel() > self._cancelling_at_entry:  # The caller cancelled it too.
             return asyncio.CancelledError() if error is None else error
         return self._cancelled() if isinstance(error, asyncio.CancelledError) else error
 
     def _cancelled(self) -> RunCancelled:
         return RunCancelled(
-            f"run {self.ctx.run_id!r} was cancelled; what it has finished is kept: call again, in a run of its own"
+            f"run {self.ctx.run_id!r} was cancelled; its finished steps remain: continue in another run"
         )
 
     def place(
-        self, parent: NodeExecution | None, step_id: str, given: BaseModel
+        self, parent: NodeExecution | None, step_id: str, state: BaseModel
     ) -> tuple[int, str, StepCall | None]:
-        """Where a step stands that is called with an input: position and branch, and in plain code what it is known by."""
-        digest = _digest(given)
+        """Return position and branch of a step for an input, and its identity in plain code."""
+        digest = _digest(state)
         with self._lock:  # Frameworks call from threads.
             if parent is not None:
                 identity = parent.calls.next_of_input(step_id, digest)
                 return parent.position, parent.branch_of(identity.text), None
             calls = self.ctx.calls = self.ctx.calls or StepCalls()
             identity = calls.next_of_input(step_id, digest)
-            if self.ctx.chained:  # In a thread that knows nothing of the node of the pipeline that began it.
+            if self.ctx.chained:  # In a thread without the context of the pipeline's node.
                 return 0, identity.text, None
             return self.ctx.place_of(identity.text), "", StepCall(identity.number, None, identity.text)
 
-    # ------------------------------------------------------------------ the beginning
+    # ------------------------------------------------------------------ start
 
     async def open(self, first: Call | None = None) -> None:
-        """Begin the run in the store, once, on whichever event loop comes first; the others wait for it."""
+        """Start the run in the store, once, on the event loop of the first caller; others wait for it."""
         while not self._opened:
-            mine: concurrent.futures.Future[None] = concurrent.futures.Future()
+            own: concurrent.futures.Future[None] = concurrent.futures.Future()
             with self._lock:
-                waits_for, self._opening = self._opening, self._opening or mine
-            if waits_for is not None:
-                # One that is given up spoils it for none.
-                await asyncio.wait([asyncio.wrap_future(waits_for)])
+                pending, self._opening = self._opening, self._opening or own
+            if pending is not None:
+                # A caller that is cancelled does not affect the others.
+                await asyncio.wait([asyncio.wrap_future(pending)])
                 continue
             try:
                 await self._open(first)
                 self._opened = True
             finally:
                 self._opening = None
-                mine.set_result(None)
+                own.set_result(None)
 
     async def _open(self, first: Call | None) -> None:
         ctx = self.ctx
-        given = self._input
-        if given is None and first is not None:
-            given = first.step.input_view(first.args, first.kwargs)
+        value = self._input
+        if value is None and first is not None:
+            value = first.step.input_view(first.args, first.kwargs)
         initial = (
-            given if isinstance(given, BaseModel) and type(given) is not BaseModel else given_to(given, None)
+            value if isinstance(value, BaseModel) and type(value) is not BaseModel else given_to(value, None)
         )
         await ctx.open(initial, ends=self.ends)
-        if self.guard.runner is not None:  # Else the run is somebody else's, who is told.
+        if self.guard.runner is not None:  # Otherwise the owner of the context handles cancellation.
             ctx.session.on_cancel = self.cancel
         if self.ends:
             await ctx.tell_start(initial)
 
-    # ------------------------------------------------------------------ the end
+    # ------------------------------------------------------------------ end
 
     async def close(self, error: BaseException | None) -> None:
-        """End the run: in the journal, and for the hooks. ``error`` is what came out of the code inside, if anything did."""
+        """Store the end of the run and call its end hooks. ``error``: the exception of the code inside."""
         ctx = self.ctx
         if self.guard.runner is not None:
             ctx.session.on_cancel = None
@@ -209,14 +210,12 @@ class GuardedRun:
         self.ended = True
         self.result = ctx.build_result(status, ctx.last_state, failure)
         self.guard.ended(self)
-        why = "; ".join(ctx.suspended) if status is RunStatus.SUSPENDED else failure and text_of(failure)
-        if isinstance(
-            error, GeneratorExit
-        ):  # The code around is being closed: nothing may be awaited any more.
+        reason = "; ".join(ctx.suspended) if status is RunStatus.SUSPENDED else failure and text_of(failure)
+        if isinstance(error, GeneratorExit):  # The code around is being closed: nothing can be awaited.
             ctx.session.abandon()
             await ctx.tell_end(self.result, now=True)
             return
-        cancelled = await ctx.end(status, why or None)
+        cancelled = await ctx.end(status, reason or None)
         await ctx.tell_end(self.result)
         if cancelled and error is None:
             raise asyncio.CancelledError
@@ -234,7 +233,7 @@ class GuardedRun:
         if isinstance(error, RunCancelled):
             return RunStatus.CANCELLED, Failure(error, FailureClass.TERMINAL, "run", 1, str(error))
         if error is None:
-            if spent and self._stopping is not None:  # Whoever was told has swallowed it.
+            if spent and self._stopping is not None:  # The code inside has caught the exception.
                 return RunStatus.PARTIAL, self._stopping.failure
             if self.ctx.suspended:
                 return RunStatus.SUSPENDED, None
@@ -246,9 +245,10 @@ class GuardedRun:
         if halt is not None and halt.suspended:
             return halt.status, None
         if halt is not None:
-            known = self._stopping
-            same = known is not None and known.failure.exception is halt.failure.exception
-            return halt.status, known.failure if same and known is not None else halt.failure
+            recorded = self._stopping
+            if recorded is not None and recorded.failure.exception is halt.failure.exception:
+                return halt.status, recorded.failure
+            return halt.status, halt.failure
         failure = diagnose(error, NodeContext("run", 1, self.ctx.run_id), self.ctx.classifiers)
         terminal = failure.failure_class is FailureClass.TERMINAL
         return RunStatus.FAILED if terminal else RunStatus.PARTIAL, failure
@@ -257,7 +257,7 @@ class GuardedRun:
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        """What is called inside belongs to this run. It neither begins nor ends it."""
+        """Make the calls inside belong to this run, without a start or an end of it."""
         token = ACTIVE.set((*ACTIVE.get(), self))
         try:
             yield
@@ -265,9 +265,9 @@ class GuardedRun:
             _reset(token)
 
     def over(self, start: Callable[[], Iterable[Any]]) -> Generator[Any, None, Any]:
-        """The parts that ``start()`` gives, each made inside this run, which ends with them. Use it in place of ``with``."""
+        """Iterate over ``start()`` inside this run, which ends with it. Use it in place of ``with``."""
         run_in_background(self.open())
-        self._begin()
+        self._register()
         raised: BaseException | None = None
         source: Any = None
         try:
@@ -291,9 +291,9 @@ class GuardedRun:
             run_in_background(self.close(raised))
 
     async def aover(self, start: Callable[[], AsyncIterable[Any]]) -> AsyncIterator[Any]:
-        """The same for an async iterator."""
+        """Do the same as :meth:`over` for an async iterator."""
         await self.open()
-        self._begin()
+        self._register()
         raised: BaseException | None = None
         source: Any = None
         try:
@@ -325,18 +325,18 @@ class GuardedRun:
             part = await anext(source, _NO_MORE)
         except BaseException as raised:
             error = raised
-        met = await self._met(error)
+        met = await self._take_back_cancellation(error)
         if met is not None:
             raise met from (None if met is error else error)
         return part
 
-    def _begin(self) -> None:
+    def _register(self) -> None:
         if self.ended or self in self.guard.open_runs:
-            raise RuntimeError("a run can be used once; make another one with guard.run()")
+            raise RuntimeError("a run can be used only once; create another one with guard.run()")
         self.guard.open_runs.append(self)
 
     def _enter(self) -> None:
-        self._begin()
+        self._register()
         self._token = ACTIVE.set((*ACTIVE.get(), self))
 
     def _leave(self) -> None:
@@ -362,19 +362,19 @@ class GuardedRun:
 
     async def __aexit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._leave()
-        met = await self._met(error)
+        met = await self._take_back_cancellation(error)
         await self.close(met)
         if met is not error and met is not None:
             raise met from error
 
 
-def _digest(given: BaseModel) -> str:
-    """What tells inputs apart; "" for those without a stored form."""
+def _digest(state: BaseModel) -> str:
+    """Return a digest of an input; "" for one without a stored form."""
     try:
-        data = schema_of(type(given)).encode(given)
+        data = schema_of(type(state)).encode(state)
     except NotSerialisable:
         return ""
-    # An address is another one in each process.
+    # Addresses differ between processes.
     return "" if b" object at 0x" in data else hashlib.sha256(data).hexdigest()[:12]
 
 
@@ -382,4 +382,4 @@ def _reset(token: Token[tuple[GuardedRun, ...]]) -> None:
     try:
         ACTIVE.reset(token)
     except ValueError:
-        pass  # A generator that was thrown away is closed in somebody else's context.
+        pass  # A garbage collected generator is closed in another context.

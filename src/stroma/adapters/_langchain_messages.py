@@ -1,4 +1,4 @@
-"""What messages of LangChain say: what was asked and answered, and what it used."""
+"""Views of the messages of LangChain: requests, answers and usage."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["answer_of", "asked_of", "result_of", "update", "usage_of"]
 
 
 def update(result: Any) -> Any:
-    """What a node does to the state."""
+    """Return the update of the state by a node."""
     if isinstance(result, Command):
         return dict(result._update_as_tuples())
     if isinstance(result, (list, tuple)):
@@ -24,56 +24,56 @@ def update(result: Any) -> Any:
 
 
 def asked_of(args: tuple[Any, ...], _: dict[str, Any]) -> dict[str, Any]:
-    """What a model is asked."""
+    """Return the view of a model request."""
     return newest_of(args[0].messages)
 
 
-def answer_of(made: Any) -> Any:
-    """What it answered."""
-    made = getattr(made, "model_response", made)
+def answer_of(answer: Any) -> Any:
+    """Return the view of a model response."""
+    answer = getattr(answer, "model_response", answer)
     return {
-        "messages": getattr(made, "result", [made]),
-        "structured_response": getattr(made, "structured_response", None),
+        "messages": getattr(answer, "result", [answer]),
+        "structured_response": getattr(answer, "structured_response", None),
     }
 
 
-def result_of(made: Any) -> Any:
-    """What a tool returned: of a message that holds JSON, what that says."""
-    if not isinstance(made, ToolMessage):
-        return update(made)
+def result_of(answer: Any) -> Any:
+    """Return the result of a tool, parsed if its message holds JSON."""
+    if not isinstance(answer, ToolMessage):
+        return update(answer)
     try:
-        return json.loads(made.content) if isinstance(made.content, str) else made.content
+        return json.loads(answer.content) if isinstance(answer.content, str) else answer.content
     except ValueError:
-        return made.content
+        return answer.content
 
 
 def usage_of(result: Any) -> Usage | None:
-    """What the messages of an ``LLMResult`` say that they used."""
+    """Return the usage in the messages of an ``LLMResult``."""
     used = [
         _of_message(choice.message)
         for prompt in result.generations
         for choice in prompt
         if hasattr(choice, "message")
     ]
-    found = [usage for usage in used if usage is not None]
-    if not found:
+    usages = [usage for usage in used if usage is not None]
+    if not usages:
         return None
-    return found[0] if len(found) == 1 else _sum(found)
+    return usages[0] if len(usages) == 1 else _sum(usages)
 
 
 def _of_message(message: Any) -> Usage | None:
-    said = getattr(message, "usage_metadata", None)
-    if not said:
+    metadata = getattr(message, "usage_metadata", None)
+    if not metadata:
         return None
-    given, details = said.get("input_tokens", 0), said.get("input_token_details") or {}
-    cached = min(details.get("cache_read") or 0, given)
-    about = getattr(message, "response_metadata", None) or {}
+    input_tokens, details = metadata.get("input_tokens", 0), metadata.get("input_token_details") or {}
+    cached = min(details.get("cache_read") or 0, input_tokens)
+    response = getattr(message, "response_metadata", None) or {}
     return Usage(
-        given,
-        said.get("output_tokens", 0),
+        input_tokens,
+        metadata.get("output_tokens", 0),
         cached_input_tokens=cached,
-        cache_write_tokens=min(details.get("cache_creation") or 0, given - cached),
-        model=about.get("model_name") or about.get("model"),
+        cache_write_tokens=min(details.get("cache_creation") or 0, input_tokens - cached),
+        model=response.get("model_name") or response.get("model"),
     )
 
 

@@ -1,4 +1,4 @@
-"""Who counts the tokens of a model call, for LangGraph, LangChain and Deep Agents."""
+"""Token counts of model calls, for LangGraph, LangChain and Deep Agents."""
 
 from __future__ import annotations
 
@@ -68,9 +68,9 @@ def _refuse_beyond_budget(node: NodeExecution) -> None:
     ctx.cost_tracker.check_budget(ctx.budget, node.node_id)
     tokens, cost, inner = 0, 0.0, node
     while True:
-        for given, made, model, _ in inner.reported or ():
-            tokens += given + made
-            cost += 0.0 if model is None else estimate_cost_usd(model, given, made)
+        for input_tokens, output_tokens, model, _ in inner.reported or ():
+            tokens += input_tokens + output_tokens
+            cost += 0.0 if model is None else estimate_cost_usd(model, input_tokens, output_tokens)
         if inner.parent is None:
             break
         inner = inner.parent

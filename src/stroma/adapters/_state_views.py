@@ -1,4 +1,4 @@
-"""What a step's contract and its records see of the arguments and results that a framework passes around."""
+"""Views of arguments and results of a framework, for contracts, hooks and the journal."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
 
 
 def newest_of(messages: Any) -> dict[str, Any]:
-    """What a model is asked: the newest message, and how many there are. Kept whole, a conversation would grow as its square."""
+    """Return the newest message of a conversation and their number: whole, its records would grow as the square."""
     if isinstance(messages, (list, tuple)):
         return {"messages": len(messages), "newest": messages[-1] if messages else None}
     return {"messages": 1, "newest": messages}
@@ -76,7 +76,7 @@ def as_it_is(value: Any) -> Any:
 
 
 def given_to(view: Any, contract: NodeContract[Any, Any] | None) -> BaseModel:
-    """What was seen of the arguments, as an input for the engine; what breaks the contract is left for it to refuse."""
+    """Return the view of the arguments as an input; the engine refuses one that violates the contract."""
     if contract is None or contract.input_schema is Kept:
         return _kept(jsonable(_as_record(view)))
     model = contract.input_schema
@@ -96,7 +96,7 @@ def made_by(view: Any, contract: NodeContract[Any, Any] | None) -> Any:
 def violation(
     node_id: str, contract: NodeContract[Any, Any], direction: Literal["input", "output"], view: Any
 ) -> ContractViolation | None:
-    """What is wrong with a value by one side of a contract, or None."""
+    """Return the violation of one side of a contract by a value, or None."""
     model = contract.input_schema if direction == "input" else contract.output_schema
     valid, value = _validated(model, view)
     if valid:
@@ -109,20 +109,20 @@ def violation(
 
 
 def _validated(model: type[BaseModel], view: Any) -> tuple[bool, Any]:
-    """Whether a value satisfies a model, and the instance, or else the value as the engine shall show it."""
+    """Return whether a value satisfies a model, and the instance, or else the value as the engine shows it."""
     schema = schema_of(model)
     value = view if schema.root else _fields(model, view)
     try:
-        made = schema.validate(value)
+        instance = schema.validate(value)
     except ValidationError:
         # Frameworks hand objects of their own: messages, parts, dataclasses.
         try:
-            made = model.model_validate(value, from_attributes=True)
+            instance = model.model_validate(value, from_attributes=True)
         except Exception:
             return False, _apart(value)  # So that what is wrong inside an object is named.
     except Exception:
         return False, value
-    return True, schema.trust(schema.own(made))
+    return True, schema.trust(schema.own(instance))
 
 
 def _fields(model: type[BaseModel], view: Any) -> Any:

@@ -34,7 +34,7 @@ __all__ = ["stroma_middleware"]
 
 
 def stroma_middleware(guard: Guard, tools: Contracts | None = None) -> list[Any]:
-    """What ``Agent(..., middleware=...)`` needs to be guarded.
+    """Return the middleware that guards an agent: ``Agent(..., middleware=...)``.
 
     ``tools``: contracts by the names of tools; input is the arguments, output the result (of text that is JSON, what it
     says). A contract of no tool raises UnknownNode at the first model request.
@@ -44,11 +44,11 @@ def stroma_middleware(guard: Guard, tools: Contracts | None = None) -> list[Any]
 
 
 class _Shared:
-    """What the three of them know together."""
+    """State that the three middlewares share."""
 
     def __init__(self, guard: Guard, tools: Contracts | None) -> None:
         self.guard = guard
-        self.tools = {name: contract_for(name, given) for name, given in (tools or {}).items()}
+        self.tools = {name: contract_for(name, contract) for name, contract in (tools or {}).items()}
         self.checked = not self.tools
         #: What stopped a run inside a tool, by the run: the framework tells the model of it, and would go on.
         self.fatal: dict[str, BaseException] = {}
@@ -71,11 +71,11 @@ class _OfAgent(AgentMiddleware):
         self._shared = shared
 
     async def process(self, context: Any, call_next: Any) -> None:
-        guard, asked = self._shared.guard, asked_of(context.messages)
+        guard, request = self._shared.guard, asked_of(context.messages)
         call = Rest(context, call_next, self._shared.raise_fatal)
         # Its models and tools had their retries: it is called once.
         about: Any = {
-            "input_view": lambda *_: asked,
+            "input_view": lambda *_: request,
             "output_view": answer_of,
             "control": control_of,
             "can_retry": False,
@@ -83,9 +83,11 @@ class _OfAgent(AgentMiddleware):
         name = getattr(context.agent, "name", None) or "agent"
         if context.stream:
             step = guard.wrap(name, call.parts, collect=call.final, **about)
-            context.result = ResponseStream(guard.aover(step, asked), finalizer=call.final)
+            context.result = ResponseStream(guard.aover(step, request), finalizer=call.final)
         else:
-            context.result = await guard.each_call(guard.wrap(name, call.whole, **about), lambda *_: asked)()
+            context.result = await guard.each_call(
+                guard.wrap(name, call.whole, **about), lambda *_: request
+            )()
 
 
 class _OfChat(ChatMiddleware):
@@ -94,10 +96,10 @@ class _OfChat(ChatMiddleware):
 
     async def process(self, context: Any, call_next: Any) -> None:
         self._shared.check((context.options or {}).get("tools"))
-        guard, asked = self._shared.guard, asked_of(context.messages)
+        guard, request = self._shared.guard, asked_of(context.messages)
         call = Rest(context, call_next)
         about: Any = {
-            "input_view": lambda *_: asked,
+            "input_view": lambda *_: request,
             "output_view": answer_of,
             "usage": used_by,
             "control": control_of,
@@ -126,7 +128,7 @@ class _OfFunction(FunctionMiddleware):
 
 
 class Rest:
-    """The rest of a pipeline of middleware, as a function that can be called again, and as one that gives parts."""
+    """The rest of a middleware pipeline, as a coroutine function that can be called again, or as a stream."""
 
     def __init__(self, context: Any, call_next: Any, judge: Callable[[], None] = lambda: None) -> None:
         self._context, self._next, self._judge = context, call_next, judge
@@ -136,7 +138,7 @@ class Rest:
         try:
             await self._next()
         except Exception:
-            self._judge()  # What is behind the error of the framework comes out in its place.
+            self._judge()  # Raises the cause of the framework's error in its place.
             raise
         self._judge()
         return self._context.result
@@ -146,7 +148,7 @@ class Rest:
         try:
             async for part in stream:
                 yield part
-            # That is what keeps the history of a session, too.
+            # This also stores the history of a session.
             self._final = await stream.get_final_response()
         except Exception:
             self._judge()
@@ -154,36 +156,36 @@ class Rest:
         self._judge()
 
     def final(self, _: Any) -> Any:
-        """The response that the parts came to."""
+        """Return the final response of the stream."""
         return self._final
 
 
 def control_of(error: BaseException) -> Control | None:
-    """Middleware that ends what is under way has made its result."""
+    """Return the meaning of an exception by which middleware ends a call with a result."""
     return (
         Control("returned", getattr(error, "result", None)) if type(error) is MiddlewareTermination else None
     )
 
 
 def asked_of(messages: Any) -> dict[str, Any]:
-    """What an agent or a model is asked: the newest message in words, which are the same in each process, and how many there are."""
-    asked = newest_of(messages)
-    newest = asked["newest"]
+    """Return the newest message as text, which is the same in each process, and the number of messages."""
+    request = newest_of(messages)
+    newest = request["newest"]
     if hasattr(newest, "text"):
-        asked["newest"] = {"role": str(getattr(newest, "role", "")), "text": newest.text}
-    return asked
+        request["newest"] = {"role": str(getattr(newest, "role", "")), "text": newest.text}
+    return request
 
 
-def answer_of(made: Any) -> dict[str, Any]:
-    """What a model or an agent answered."""
-    return {"text": getattr(made, "text", None)}
+def answer_of(answer: Any) -> dict[str, Any]:
+    """Return the view of an answer of a model or an agent."""
+    return {"text": getattr(answer, "text", None)}
 
 
-def result_of(made: Any) -> Any:
-    """What a tool returned: of contents whose text is JSON, what that says."""
-    text = made
-    if isinstance(made, list) and made and all(hasattr(part, "text") for part in made):
-        text = "".join(part.text or "" for part in made)
+def result_of(result: Any) -> Any:
+    """Return the result of a tool, parsed if its text is JSON."""
+    text = result
+    if isinstance(result, list) and result and all(hasattr(part, "text") for part in result):
+        text = "".join(part.text or "" for part in result)
     try:
         return json.loads(text) if isinstance(text, str) else text
     except ValueError:
@@ -191,10 +193,10 @@ def result_of(made: Any) -> Any:
 
 
 def used_by(response: Any) -> Usage | None:
-    """What a response says that it used."""
+    """Return the usage of a response, or None."""
     used = getattr(response, "usage_details", None)
     if not used:
         return None
-    given, cached = used.get("input_token_count") or 0, used.get("cache_read_input_token_count") or 0
+    input_tokens, cached = used.get("input_token_count") or 0, used.get("cache_read_input_token_count") or 0
     model = getattr(response, "model", None) or getattr(response, "model_id", None)
-    return Usage(given, used.get("output_token_count") or 0, min(cached, given), model=model)
+    return Usage(input_tokens, used.get("output_token_count") or 0, min(cached, input_tokens), model=model)

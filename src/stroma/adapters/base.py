@@ -1,4 +1,4 @@
-"""What adapters have in common with code written against them: four protocols, and the state as a dict."""
+"""Protocols of adapters, and conversion of a state to a dict."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class FrameworkAdapter(Protocol):
         ...
 
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
-        """What marks a function of the framework as a node with a contract."""
+        """Return a decorator that marks a function of the framework as a node with a contract."""
         ...
 
 
@@ -80,9 +80,9 @@ def extract_state_dict(state: Any) -> dict[str, Any]:
         return {field.name: getattr(state, field.name) for field in dataclasses.fields(state)}
     as_dict = getattr(state, "dict", None)
     if callable(as_dict) and not isinstance(state, type):
-        made = as_dict()
-        if isinstance(made, Mapping):
-            return dict(made)
+        data = as_dict()
+        if isinstance(data, Mapping):
+            return dict(data)
     if hasattr(state, "__dict__") and not isinstance(state, type) and not callable(state):
         return {name: value for name, value in vars(state).items() if not name.startswith("_")}
     raise TypeError(

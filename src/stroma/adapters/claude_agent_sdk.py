@@ -54,18 +54,18 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
 
 def guarded_tools(guard: Guard, tools: Sequence[Any], contracts: Contracts | None = None) -> list[Any]:
     """The tools for ``create_sdk_mcp_server``, as steps; input is the arguments, output what the text says."""
-    found = guard.contracts(contracts, [tool.name for tool in tools], "tool")
-    made = []
+    by_name = guard.contracts(contracts, [tool.name for tool in tools], "tool")
+    guarded = []
     for tool in tools:
         step = guard.wrap(
             tool.name,
             tool.handler,
-            contract=found.get(tool.name),
+            contract=by_name.get(tool.name),
             input_view=lambda a, _: a[0],
             output_view=_result,
         )
-        made.append(dataclasses.replace(tool, handler=_noting(step)))
-    return made
+        guarded.append(dataclasses.replace(tool, handler=_noting(step)))
+    return guarded
 
 
 def _noting(step: Any) -> Any:
@@ -90,8 +90,8 @@ async def _messages(*, options: Any = None, **kwargs: Any) -> Any:
     }:
         options = options or ClaudeAgentOptions()
         left = max(0.0, limit - run.cost_tracker.used("cost"))
-        given = options.max_budget_usd
-        options = dataclasses.replace(options, max_budget_usd=left if given is None else min(left, given))
+        limit = options.max_budget_usd
+        options = dataclasses.replace(options, max_budget_usd=left if limit is None else min(left, limit))
     async for message in query(options=options, **kwargs):
         fatal = _FATAL.pop(run.run_id, None)
         if fatal is not None:
@@ -100,7 +100,7 @@ async def _messages(*, options: Any = None, **kwargs: Any) -> Any:
 
 
 def _whole(messages: list[Any]) -> dict[str, Any]:
-    """How a query ended, and the model that answered."""
+    """Return the end of a query and the model that answered."""
     models = [message.model for message in messages if getattr(message, "model", None)]
     ends = [message for message in messages if isinstance(message, ResultMessage)]
     return {"end": ends[-1] if ends else None, "model": models[-1] if models else None}
@@ -120,8 +120,8 @@ def _asked(_: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     return {"prompt": prompt if isinstance(prompt, str) else type(prompt).__name__}
 
 
-def _result(made: Any) -> Any:
-    parts = made.get("content", ()) if isinstance(made, dict) else ()
+def _result(result: Any) -> Any:
+    parts = result.get("content", ()) if isinstance(result, dict) else ()
     text = "".join(part.get("text", "") for part in parts)
     try:
         return json.loads(text)

@@ -43,7 +43,7 @@ def attach(target: Any, guard: Guard, contracts: Contracts | None = None) -> Any
     """
     if isinstance(target, Crew):
         tools = [tool for agent in target.agents for tool in agent.tools or ()]
-        found = guard.contracts(contracts, [tool.name for tool in tools], "tool")
+        by_name = guard.contracts(contracts, [tool.name for tool in tools], "tool")
         for agent in target.agents:
             # By its values: newer releases deprecate the attribute, and will not have it.
             for llm in (agent.llm, vars(agent).get("function_calling_llm")):
@@ -51,15 +51,15 @@ def attach(target: Any, guard: Guard, contracts: Contracts | None = None) -> Any
                     guard_llm(llm, guard)
         for tool in tools:
             if not guard.has(tool._run):
-                step = guard.wrap(tool.name, tool._run, contract=found.get(tool.name))
+                step = guard.wrap(tool.name, tool._run, contract=by_name.get(tool.name))
                 object.__setattr__(tool, "_run", step)
         return _with_runs(target, guard, "kickoff", "akickoff", "kickoff_async")
-    found = guard.contracts(contracts, map(str, target._methods), "method")
-    return _attach(target, guard, {name: (str(name), found.get(str(name))) for name in target._methods})
+    by_name = guard.contracts(contracts, map(str, target._methods), "method")
+    return _attach(target, guard, {name: (str(name), by_name.get(str(name))) for name in target._methods})
 
 
 def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[Any, Any] | None]]) -> Any:
-    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    def input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         passed = (*args[1:], *kwargs.values())  # The first one is the flow itself.
         return passed[0] if passed else flow._state
 
@@ -69,9 +69,9 @@ def _attach(flow: Any, guard: Guard, steps: dict[Any, tuple[str, NodeContract[An
             continue
         # What the flow runs is this table, which it made when it was made; the class's methods it never looks at again.
         flow._methods[name] = guarded = copy.copy(method)
-        made = lambda result: flow._state if result is None else result  # noqa: E731
+        output_view = lambda result: flow._state if result is None else result  # noqa: E731
         guarded._meth = guard.wrap(
-            step_id, method._meth, contract=contract, input_view=given, output_view=made
+            step_id, method._meth, contract=contract, input_view=input_view, output_view=output_view
         )
     return _with_runs(flow, guard, "kickoff_async")
 
@@ -133,12 +133,14 @@ def guard_llm(llm: Any, guard: Guard) -> Any:
 
         return acall if inspect.iscoroutinefunction(bare) else call
 
-    answer = lambda made: {"answer": made}  # noqa: E731
-    return guard_methods(llm, ("call", "acall"), guard, "llm", around, input_view=_asked, output_view=answer)
+    output_view = lambda answer: {"answer": answer}  # noqa: E731
+    return guard_methods(
+        llm, ("call", "acall"), guard, "llm", around, input_view=_asked, output_view=output_view
+    )
 
 
 class _Ledger:
-    """What an LLM has used and no step has count_tokens yet. It only has one counter, for all that call it at once."""
+    """Usage of an LLM that no step has counted yet. The LLM has one counter for all concurrent calls."""
 
     def __init__(self, llm: Any) -> None:
         self._llm = llm
@@ -146,8 +148,8 @@ class _Ledger:
         self._booked = self._counted()
 
     def _counted(self) -> tuple[int, int, int]:
-        kept = self._llm._token_usage
-        return kept["prompt_tokens"], kept["completion_tokens"], kept.get("cached_prompt_tokens", 0)
+        usage = self._llm._token_usage
+        return usage["prompt_tokens"], usage["completion_tokens"], usage.get("cached_prompt_tokens", 0)
 
     def book(self) -> None:
         """Count what is new on the step that is under way; of a failed call, too."""
@@ -156,9 +158,10 @@ class _Ledger:
         with self._lock:
             now, before = self._counted(), self._booked
             self._booked = now
-        given, made, cached = (max(0, a - b) for a, b in zip(now, before, strict=True))
-        if given or made:
-            node.report_usage(Usage(given, made, min(cached, given), model=self._llm.model))
+        input_tokens, output_tokens, cached = (max(0, a - b) for a, b in zip(now, before, strict=True))
+        if input_tokens or output_tokens:
+            cached = min(cached, input_tokens)
+            node.report_usage(Usage(input_tokens, output_tokens, cached, model=self._llm.model))
 
 
 def _asked(args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

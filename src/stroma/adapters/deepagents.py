@@ -45,7 +45,7 @@ class DeepAgentsAdapter:
 
     @property
     def cost_tracker(self) -> CostTracker:
-        """What the run that is under way has spent, else the last one."""
+        """The usage of the current run, else of the last one."""
         return (self.guard.last or self.guard.current).ctx.cost_tracker
 
     def wrap(self, agent: Any) -> Any:
@@ -54,17 +54,17 @@ class DeepAgentsAdapter:
         Raises ValueError if nothing is marked.
         """
         steps = {}
-        found = False
+        has_tools = False
         for name, node in agent.nodes.items():
             bound: Any = getattr(node, "bound", None) or getattr(node, "runnable", None)
             func = marked(bound, getattr(bound, "func", None), getattr(bound, "afunc", None))
             if isinstance(bound, ToolNode):
                 for tool in bound.tools_by_name.values():
-                    found |= self._guard_tool(tool)
+                    has_tools |= self._guard_tool(tool)
             if not name.startswith("__"):
                 steps[name] = (name, None) if func is None else marks_of(func, self.registry)
-            found |= func is not None
-        if not found:
+            has_tools |= func is not None
+        if not has_tools:
             raise ValueError(
                 "nothing in the agent is marked; decorate functions of its tools with @stroma_deepagents_node"
             )

@@ -42,10 +42,10 @@ def attach(program: Any, guard: Guard, contracts: Contracts | None = None) -> An
         own: program,
         **{name: predictor for name, predictor in program.named_predictors() if predictor is not program},
     }
-    found = guard.contracts(contracts, steps, "predictor")
+    by_name = guard.contracts(contracts, steps, "predictor")
     for name, module in steps.items():
         about: Any = {
-            "contract": found.get(name),
+            "contract": by_name.get(name),
             "input_view": lambda _, kwargs: kwargs,
             "output_view": _fields,
         }
@@ -118,5 +118,5 @@ def _booking() -> Iterator[None]:
                     node.report_usage(usage_from(entry, model=model.partition("/")[2] or model))
 
 
-def _fields(made: Any) -> Any:
-    return made.toDict() if isinstance(made, dspy.Prediction) else made
+def _fields(output: Any) -> Any:
+    return output.toDict() if isinstance(output, dspy.Prediction) else output

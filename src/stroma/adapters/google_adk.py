@@ -60,15 +60,15 @@ def each_run(runner: Any, guard: Guard) -> Any:
 
 
 def _inside(agent: Any) -> list[Any]:
-    """The agents with a model that are reached from an agent, each once."""
-    waiting: list[Any] = [agent]
-    found: list[Any] = []
-    for each in waiting:
-        if isinstance(each, LlmAgent) and not any(each is known for known in found):
-            found.append(each)
-            waiting += [tool.agent for tool in each.tools if isinstance(tool, AgentTool)]
-        waiting += getattr(each, "sub_agents", ())
-    return found
+    """Return the agents with a model that an agent can reach, each once."""
+    pending: list[Any] = [agent]
+    reached: list[Any] = []
+    for each in pending:
+        if isinstance(each, LlmAgent) and not any(each is known for known in reached):
+            reached.append(each)
+            pending += [tool.agent for tool in each.tools if isinstance(tool, AgentTool)]
+        pending += getattr(each, "sub_agents", ())
+    return reached
 
 
 def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
@@ -80,85 +80,86 @@ def guard_model(model: Any, guard: Guard, check: Callable[[], None]) -> None:
         input_view=lambda args, kwargs: newest_of((args[0] if args else kwargs["llm_request"]).contents),
         output_view=lambda response: {"content": getattr(response, "content", None)},
         usage=lambda response: _used(response, model.model),
-        collect=_whole,
+        collect=_last_response,
     )
 
-    async def held(*args: Any, **kwargs: Any) -> Any:
-        # ADK calls tools, and may go away, while it has the response that ends a stream: that ends the step before.
+    async def generate(*args: Any, **kwargs: Any) -> Any:
+        # ADK calls tools, and may stop reading, at the last response of a stream: hold it until the step has ended.
         check()
-        whole = None
+        last = None
         async with contextlib.aclosing(step(*args, **kwargs)) as responses:
             async for response in responses:
-                if whole is not None:
-                    yield whole
-                whole = None if response.partial else response
+                if last is not None:
+                    yield last
+                last = None if response.partial else response
                 if response.partial:
                     yield response
-        if whole is not None:
-            yield whole
+        if last is not None:
+            yield last
 
-    object.__setattr__(model, "generate_content_async", guard.mark(held))  # It is a pydantic model.
+    object.__setattr__(model, "generate_content_async", guard.mark(generate))  # It is a pydantic model.
 
 
-def _whole(responses: list[Any]) -> Any:
-    """The response that ends a stream; it has the usage."""
-    told = [response for response in responses if response.usage_metadata is not None]
-    return (told or responses or [None])[-1]
+def _last_response(responses: list[Any]) -> Any:
+    """Return the last response of a stream, which has the usage."""
+    with_usage = [response for response in responses if response.usage_metadata is not None]
+    return (with_usage or responses or [None])[-1]
 
 
 def _used(response: Any, model: str) -> Usage | None:
     used = getattr(response, "usage_metadata", None)
     if used is None:
         return None
-    given = (used.prompt_token_count or 0) + (getattr(used, "tool_use_prompt_token_count", None) or 0)
-    made = (used.candidates_token_count or 0) + (getattr(used, "thoughts_token_count", None) or 0)
-    return Usage(given, made, min(used.cached_content_token_count or 0, given), model=model)
+    input_tokens = (used.prompt_token_count or 0) + (getattr(used, "tool_use_prompt_token_count", None) or 0)
+    output_tokens = (used.candidates_token_count or 0) + (getattr(used, "thoughts_token_count", None) or 0)
+    cached = min(used.cached_content_token_count or 0, input_tokens)
+    return Usage(input_tokens, output_tokens, cached, model=model)
 
 
 def guard_tools(agents: list[Any], guard: Guard, contracts: Contracts | None) -> Callable[[], None]:
     """Make steps of the tools of agents. Raises UnknownNode for a contract of no tool.
 
-    What a toolset has it tells when it is asked, before the first model request: what is returned raises it then, for
-    ADK goes on without a toolset that raises.
+    A toolset lists its tools before the first model request; the returned function raises UnknownNode then, as ADK
+    ignores a toolset that raises.
     """
     names = {name for each in agents for tool in each.tools if (name := _name_of(tool))}
     sets = [tool for each in agents for tool in each.tools if isinstance(tool, BaseToolset)]
     late = {name for name in contracts or {} if name not in names} if sets else set()
-    found = guard.contracts(contracts, names | late, "tool")
-    told: dict[int, set[str]] = {}
+    by_name = guard.contracts(contracts, names | late, "tool")
+    listed: dict[int, set[str]] = {}
 
     def check() -> None:
-        if len(told) == len({id(tools) for tools in sets}):
-            guard.contracts(contracts, names.union(*told.values()), "tool")
+        if len(listed) == len({id(tools) for tools in sets}):
+            guard.contracts(contracts, names.union(*listed.values()), "tool")
 
     for tools in sets:
-        _guard_set(tools, guard, found, told)
+        _guard_set(tools, guard, by_name, listed)
     for each in agents:
-        each.tools = [_guarded(tool, guard, found.get(_name_of(tool) or "")) for tool in each.tools]
+        each.tools = [_guard_tool(tool, guard, by_name.get(_name_of(tool) or "")) for tool in each.tools]
     return check
 
 
 def _guard_set(
     tools: Any,
     guard: Guard,
-    found: dict[str, NodeContract[Any, Any]],
-    told: dict[int, set[str]],
+    by_name: dict[str, NodeContract[Any, Any]],
+    listed: dict[int, set[str]],
 ) -> None:
-    """Make steps of the tools that a toolset gives, each time it is asked for them."""
-    ask = tools.get_tools
-    if guard.has(ask):
+    """Make steps of the tools of a toolset, each time it lists them."""
+    list_tools = tools.get_tools
+    if guard.has(list_tools):
         return
 
     async def get_tools(*args: Any, **kwargs: Any) -> list[Any]:
-        given = await ask(*args, **kwargs)
-        told[id(tools)] = {tool.name for tool in given}
-        return [_guarded(tool, guard, found.get(tool.name)) for tool in given]
+        offered = await list_tools(*args, **kwargs)
+        listed[id(tools)] = {tool.name for tool in offered}
+        return [_guard_tool(tool, guard, by_name.get(tool.name)) for tool in offered]
 
     tools.get_tools = guard.mark(get_tools)
 
 
-def _guarded(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
-    """A tool as a step: a function, what holds one, or any other that is run; agents and toolsets are guarded inside."""
+def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
+    """Return a tool as a step. Agents and toolsets are returned as they are: their contents are guarded."""
     if isinstance(tool, AgentTool | BaseToolset):
         return tool
     if hasattr(tool, "run_async") and not isinstance(tool, FunctionTool):
@@ -169,12 +170,12 @@ def _guarded(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -
     func = tool.func if isinstance(tool, FunctionTool) else tool
     if not callable(func) or guard.has(func):
         return tool
-    seen = arguments_of(func)
+    arguments = arguments_of(func)
 
-    def given(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        return {name: value for name, value in seen(args, kwargs).items() if name != "tool_context"}
+    def input_view(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        return {name: value for name, value in arguments(args, kwargs).items() if name != "tool_context"}
 
-    step = guard.wrap(_name_of(tool) or "tool", func, contract=contract, input_view=given)
+    step = guard.wrap(_name_of(tool) or "tool", func, contract=contract, input_view=input_view)
     if func is tool:
         return step
     tool.func = step

@@ -1,4 +1,4 @@
-"""The guard: any callable of any framework as a step of a run, through the same engine as everything else.
+"""The guard: callables of any framework as steps of a run, executed by the same engine.
 
 ::
 
@@ -61,8 +61,8 @@ Contracts: TypeAlias = Mapping[str, NodeContract[Any, Any] | tuple[type[BaseMode
 class UnknownNode(ValueError):
     """A contract names a node or tool that the framework does not have.
 
-    Where: out of what attaches a guard to a graph, flow or agent.
-    Cause: a name is misspelt, or belongs to another graph; its contract would never be looked at.
+    Where: the function that attaches a guard to a graph, flow or agent.
+    Cause: a name is misspelt, or belongs to another graph; its contract would never be checked.
     Mend: use one of the names in the message.
     """
 
@@ -70,9 +70,8 @@ class UnknownNode(ValueError):
 class Guard:
     """Makes steps of callables. Safe to share between tasks, threads and event loops.
 
-    ``target``: the runner whose registry, store and config its runs have, or the context of a run of one's own, of which
-    its steps become steps. Outside of :meth:`run` all steps belong to one run, which lasts as long as the guard: its
-    budget is never forgotten.
+    ``target``: the runner whose registry, store and config its runs use, or the context of a run that the steps belong to.
+    Outside of :meth:`run` all steps belong to one run, which lasts as long as the guard and has one budget.
     """
 
     def __init__(self, target: StromaRunner | ReliabilityContext | None = None) -> None:
@@ -89,13 +88,13 @@ class Guard:
     # ------------------------------------------------------------------ runs
 
     def run(self, input: Any = None, *, run_id: str | None = None, pipeline: str | None = None) -> GuardedRun:
-        """A run of its own for what is called inside ``with guard.run():`` or ``async with guard.run():``.
+        """Return a run for the calls inside ``with guard.run():`` or ``async with guard.run():``.
 
-        ``input`` is what the journal and the hooks see as its initial state; any value will do.
+        ``input`` is its initial state for the journal and the hooks; any value is accepted.
         """
         if self.runner is None:
             raise RuntimeError(
-                "this guard belongs to one run, whose context it was made with; make one with Guard(runner) for others"
+                "this guard belongs to the run of its context; create another one with Guard(runner)"
             )
         config = self.runner.config
         update: dict[str, Any] = {
@@ -109,15 +108,15 @@ class Guard:
         return GuardedRun(self, ctx, input, ends=True)
 
     def over(self, start: Callable[[], Iterable[Any]], input: Any = None) -> Iterator[Any]:
-        """What a framework gives in parts, as a run of its own; inside a run of this guard, as part of that."""
+        """Iterate over the parts of a framework's result as a run; inside a run of this guard, as part of that."""
         return iter(start()) if self.inside else self.run(input).over(start)
 
     def aover(self, start: Callable[[], AsyncIterable[Any]], input: Any = None) -> AsyncIterator[Any]:
-        """The same for an async framework."""
+        """Do the same as :meth:`over` for an async framework."""
         return aiter(start()) if self.inside else self.run(input).aover(start)
 
     def each_call(self, func: Callable[P, R], input: View) -> Callable[P, R]:
-        """A function or coroutine function, each call of which is a run, or part of the one of this guard around it."""
+        """Return a function each call of which is a run, or part of the current run of this guard."""
         called: Callable[..., Any] = func
 
         async def arun(*args: Any, **kwargs: Any) -> Any:
@@ -132,16 +131,16 @@ class Guard:
             with self.run(input(args, kwargs)):
                 return called(*args, **kwargs)
 
-        made = functools.update_wrapper(arun if gives_coroutine(func) else run, func)
-        return cast("Callable[P, R]", self.mark(made))
+        wrapped = functools.update_wrapper(arun if gives_coroutine(func) else run, func)
+        return cast("Callable[P, R]", self.mark(wrapped))
 
     @property
     def current(self) -> GuardedRun:
-        """The run that a step would belong to here and now."""
+        """The run that a step called here belongs to."""
         for run in reversed(ACTIVE.get()):
             if run.guard is self and not run.ended:
                 return run
-        # Frameworks call from threads that know nothing of their caller. Where only one run is open, it is that one.
+        # Frameworks call from threads without the context of their caller: the only open run is meant.
         open_runs = [run for run in self.open_runs if not run.ended]
         if len(open_runs) == 1:
             return open_runs[0]
@@ -153,12 +152,12 @@ class Guard:
 
     @property
     def inside(self) -> bool:
-        """Whether a run of this guard is under way here, so that a framework's call belongs to it and begins none."""
+        """True inside a run of this guard, to which a framework's call then belongs."""
         return self.runner is None or any(run.guard is self and not run.ended for run in ACTIVE.get())
 
     @property
     def stopped(self) -> Failure | None:
-        """What stopped the run that is under way here, else the last one that ended; None if nothing did."""
+        """The failure that stopped the current run, else the last one that ended; None without a failure."""
         if self.inside or self._last is None:
             return self.current.stopped
         return self._last.stopped
@@ -179,22 +178,22 @@ class Guard:
         func: Callable[P, R],
         *,
         kind: Kind | None = None,
-        given: View | None = None,
+        input_view: View | None = None,
         **options: Any,
     ) -> Callable[P, R]:
-        """The callable as a step; options are the fields of :class:`Step`, each of which has a default here.
+        """Return the callable as a step; options are the fields of :class:`Step`, all of which have defaults.
 
-        Input is by default the arguments, by the names of the parameters. ``kind`` says how it is called where that cannot
-        be seen from outside. Raises TypeError for what cannot be called, ValueError for a bad id.
+        Input is by default the arguments, by the names of the parameters. ``kind`` states how it is called, where
+        inspection cannot tell. Raises TypeError for an object that is not callable, ValueError for an invalid id.
         """
         if not callable(func):
             raise TypeError(f"{func!r} cannot be a step: it is not callable")
-        step = Step(check_id(step_id, "step id"), input_view=given or arguments_of(func), **options)
+        step = Step(check_id(step_id, "step id"), input_view=input_view or arguments_of(func), **options)
         wrapped = _WAYS[kind or _kind_of(func)](self, step, func)
         try:
             functools.update_wrapper(wrapped, func, updated=("__dict__",) if inspect.isroutine(func) else ())
         except AttributeError:
-            pass  # A partial has no name; it has a signature all the same.
+            pass  # A partial has no name, but a signature.
         try:
             wrapped.__signature__ = inspect.signature(func)  # type: ignore[attr-defined]
         except (TypeError, ValueError):
@@ -202,11 +201,11 @@ class Guard:
         return cast("Callable[P, R]", self.mark(wrapped))
 
     def call(self, step: Step, func: Callable[..., R], *args: Any, **kwargs: Any) -> R:
-        """One call of a function as a step, for code that makes its steps as it goes."""
+        """Call a function once as a step, for code that creates steps dynamically."""
         return cast("R", Call(self.current, step, func, args, kwargs).call())
 
     async def acall(self, step: Step, func: Callable[..., Awaitable[R]], *args: Any, **kwargs: Any) -> R:
-        """The same of a coroutine function."""
+        """Await a coroutine function once as a step."""
         return cast("R", await Call(self.current, step, func, args, kwargs).acall())
 
     def step(
@@ -217,7 +216,7 @@ class Guard:
         output: type[BaseModel] | None = None,
         **options: Any,
     ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-        """:meth:`wrap` as a decorator; a contract needs only the side that it is about."""
+        """Decorate a function as :meth:`wrap` does; each side of the contract is optional."""
         contract = None if input is None and output is None else contract_for(step_id, (input, output))
 
         def decorate(func: Callable[P, R]) -> Callable[P, R]:
@@ -228,38 +227,38 @@ class Guard:
     def wrap_step(
         self, step_id: str, func: Callable[..., Any], contract: NodeContract[Any, Any] | None = None
     ) -> Callable[..., Any]:
-        """A function of ``(state, ...)`` as a step: its input is its first argument."""
+        """Return a function of ``(state, ...)`` as a step: its input is its first argument."""
         return self.wrap(step_id, func, contract=contract, input_view=first_argument)
 
     def mark(self, func: Any) -> Any:
-        """Note on a function that it is guarded by this guard."""
+        """Mark a function as guarded by this guard."""
         func.__dict__[_GUARD] = self
         return func
 
     def has(self, func: Any) -> bool:
-        """Whether a function is guarded by this guard already. Raises ValueError if it is by another: whose budget counts?"""
+        """Return True if a function is guarded by this guard. Raises ValueError if another one guards it."""
         guard = getattr(func, _GUARD, None)
         if guard is not None and guard is not self:
             raise ValueError(
-                f"{func!r} belongs to another guard already; attach one guard to it, or make what it belongs to anew"
+                f"{func!r} is already guarded by another guard; attach only one guard, or create the object again"
             )
         return guard is self
 
     def contracts(
         self, contracts: Contracts | None, known: Iterable[str], what: str
     ) -> dict[str, NodeContract[Any, Any]]:
-        """Contracts by name. Raises UnknownNode if one is of no ``known`` node or tool."""
+        """Return contracts by name. Raises UnknownNode for a name that is not ``known``."""
         names = list(known)
         for name in contracts or {}:
             if name not in names:
                 have = ", ".join(map(repr, sorted(names))) or "none"
-                raise UnknownNode(f"there is no {what} {name!r} to put a contract on; there is {have}")
-        return {name: contract_for(name, given) for name, given in (contracts or {}).items()}
+                raise UnknownNode(f"contract of unknown {what} {name!r}; known: {have}")
+        return {name: contract_for(name, contract) for name, contract in (contracts or {}).items()}
 
-    # ------------------------------------------------------------------ for loops and turns that somebody else runs
+    # ------------------------------------------------------------------ loops and turns of other code
 
     def on_tool_call(self, tool_name: str, args: dict[str, Any], ctx: ReliabilityContext) -> dict[str, Any]:
-        """The arguments, if the budget allows the call and they satisfy the tool's contract, if it has one.
+        """Return the arguments if the budget allows the call and they satisfy the tool's contract.
 
         Raises BudgetExceeded, ContractViolation.
         """
@@ -268,18 +267,18 @@ class Guard:
         return args
 
     def on_tool_result(self, tool_name: str, result: Any, ctx: ReliabilityContext) -> Any:
-        """The result, if it satisfies the tool's contract. Raises ContractViolation."""
+        """Return the result if it satisfies the tool's contract. Raises ContractViolation."""
         _check(ctx, tool_name, "output", result)
         return result
 
     def on_turn_start(self, turn_id: str, message: Any, ctx: ReliabilityContext) -> Any:
-        """The message, if the budget allows the turn and it satisfies the turn's contract, if it has one."""
+        """Return the message if the budget allows the turn and it satisfies the turn's contract."""
         ctx.cost_tracker.check_budget(ctx.budget, turn_id)
         _check(ctx, turn_id, "input", message)
         return message
 
     def on_turn_end(self, turn_id: str, result: Any, ctx: ReliabilityContext) -> Any:
-        """The answer, if it satisfies the turn's contract. Raises ContractViolation."""
+        """Return the answer if it satisfies the turn's contract. Raises ContractViolation."""
         _check(ctx, turn_id, "output", result)
         return result
 
@@ -292,21 +291,21 @@ def _check(ctx: ReliabilityContext, name: str, direction: Literal["input", "outp
 
 
 def what_stopped(error: BaseException | None) -> BaseException | None:
-    """The error of Stroma (a broken contract, a crossed limit ...) behind what a framework raised; None if none is."""
-    return next((found for found in causes(error) if type(found).__module__.startswith("stroma.")), None)
+    """Return the error of Stroma (a violated contract, a spent budget ...) behind one of a framework, or None."""
+    return next((cause for cause in causes(error) if type(cause).__module__.startswith("stroma.")), None)
 
 
 def contract_for(
-    name: str, given: NodeContract[Any, Any] | tuple[type[BaseModel] | None, type[BaseModel] | None]
+    name: str, contract: NodeContract[Any, Any] | tuple[type[BaseModel] | None, type[BaseModel] | None]
 ) -> NodeContract[Any, Any]:
-    """A contract from what stands for one; None for a side that may be anything."""
-    if isinstance(given, NodeContract):
-        return given
-    taken, made = given
-    return NodeContract(node_id=name, input_schema=taken or Kept, output_schema=made or Kept)
+    """Return a contract for a contract or a pair of schemas; None stands for any value."""
+    if isinstance(contract, NodeContract):
+        return contract
+    input_schema, output_schema = contract
+    return NodeContract(node_id=name, input_schema=input_schema or Kept, output_schema=output_schema or Kept)
 
 
-# ---------------------------------------------------------------------- the four ways to be called
+# ---------------------------------------------------------------------- kinds of callables
 
 
 def _kind_of(func: Callable[..., Any]) -> Kind:
@@ -343,7 +342,7 @@ def _stream(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[...,
 
 def _astream(guard: Guard, step: Step, func: Callable[..., Any]) -> Callable[..., Any]:
     async def astream(*args: Any, **kwargs: Any) -> Any:
-        # What `yield from` does for the others.
+        # The async form of `yield from`.
         stream = Call(guard.current, step, func, args, kwargs).astream()
         advance: Callable[[], Any] = stream.__anext__
         while True:

@@ -35,9 +35,9 @@ def attach(pipeline: Any, guard: Guard, contracts: Contracts | None = None) -> A
     out. Each run of the pipeline is a run of the guard. Raises UnknownNode for a contract of no component.
     """
     nodes = pipeline.graph.nodes(data="instance")
-    found = guard.contracts(contracts, [name for name, _ in nodes], "component")
+    by_name = guard.contracts(contracts, [name for name, _ in nodes], "component")
     for name, component in nodes:
-        _guard_component(component, guard, name, found.get(name))
+        _guard_component(component, guard, name, by_name.get(name))
     for name in ("run", "run_async"):
         method = getattr(pipeline, name, None)
         if method is not None and not guard.has(method):
@@ -69,10 +69,10 @@ def _around(bare: Any) -> Any:
     """A component's method, with copies of its inputs for each attempt, and with a stream that is told of."""
 
     def inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
-        made: dict[str, Any] = copy_for_retries(kwargs)
-        if made.get("streaming_callback") is not None:
-            made["streaming_callback"] = _told(made["streaming_callback"])
-        return made
+        inputs: dict[str, Any] = copy_for_retries(kwargs)
+        if inputs.get("streaming_callback") is not None:
+            inputs["streaming_callback"] = _told(inputs["streaming_callback"])
+        return inputs
 
     def call(*args: Any, **kwargs: Any) -> Any:
         return bare(*args, **inputs(kwargs))
@@ -87,21 +87,21 @@ def _told(callback: Any) -> Any:
     if hasattr(callback, "_stroma_told"):
         return callback
 
-    def told(chunk: Any) -> Any:
+    def notify(chunk: Any) -> Any:
         mark_published()
         return callback(chunk)
 
-    async def atold(chunk: Any) -> Any:
+    async def anotify(chunk: Any) -> Any:
         mark_published()
         return await callback(chunk)
 
-    made = atold if inspect.iscoroutinefunction(callback) else told
-    made.__dict__["_stroma_told"] = True
-    return made
+    wrapper = anotify if inspect.iscoroutinefunction(callback) else notify
+    wrapper.__dict__["_stroma_told"] = True
+    return wrapper
 
 
 def _used(result: Any) -> Usage | None:
-    """What the replies say. All choices of one answer say the same, which was used once."""
+    """Return the usage of the replies. All choices of one answer repeat the same usage, which counts once."""
     metas = [getattr(reply, "meta", None) for reply in result.get("replies") or ()]
     beside = result.get("meta")  # Of generators of plain text, and of embedders.
     metas += beside if isinstance(beside, list) else [beside]

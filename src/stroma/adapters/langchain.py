@@ -39,7 +39,7 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
     def __init__(self, guard: Guard, *, tools: Contracts | None = None) -> None:
         super().__init__()
         self.guard = guard
-        self._contracts = {name: contract_for(name, given) for name, given in (tools or {}).items()}
+        self._contracts = {name: contract_for(name, contract) for name, contract in (tools or {}).items()}
         self._checked = not self._contracts
         self._model = Step("model", input_view=asked_of, output_view=answer_of, control=control)
 
@@ -71,9 +71,9 @@ class StromaMiddleware(AgentMiddleware[Any, Any]):
 
     def _tool(self, request: Any) -> Step:
         name = request.tool_call["name"]
-        given = lambda args, _: args[0].tool_call["args"]  # noqa: E731
+        input_view = lambda args, _: args[0].tool_call["args"]  # noqa: E731
         return Step(
-            name, self._contracts.get(name), input_view=given, output_view=result_of, control=_control
+            name, self._contracts.get(name), input_view=input_view, output_view=result_of, control=_control
         )
 
     def _check(self, tools: Any) -> None:
@@ -98,10 +98,10 @@ def _control(error: BaseException) -> Control | None:
     return Control("passed") if isinstance(error, _ToldToTheModel) else control(error)
 
 
-def _judged(made: Any) -> Any:
-    if isinstance(made, ToolMessage) and made.status == "error":
-        raise _ToldToTheModel(made)
-    return made
+def _judged(answer: Any) -> Any:
+    if isinstance(answer, ToolMessage) and answer.status == "error":
+        raise _ToldToTheModel(answer)
+    return answer
 
 
 def _counted(handler: Any) -> Any:

@@ -37,7 +37,7 @@ __all__ = ["LangGraphAdapter", "attach", "stroma_langgraph_node"]
 
 
 def attach(graph: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
-    """Make every node of a StateGraph, or of a compiled graph, a step of ``guard``; returns the graph.
+    """Make every node of a StateGraph, or of a compiled graph, a step of ``guard``; return the graph.
 
     ``contracts``: by the names that the graph has for its nodes; input is the state that a node gets, output its update.
     A call of the graph is a run, unless one of the guard is under way. Raises UnknownNode for a contract of no node, and
@@ -49,8 +49,8 @@ def attach(graph: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
             "and call it in `with guard.run():`"
         )
     names = [name for name in graph.nodes if not name.startswith("__")]
-    found = guard.contracts(contracts, names, "node")
-    return attach_steps(graph, guard, {name: (name, found.get(name)) for name in names})
+    by_name = guard.contracts(contracts, names, "node")
+    return attach_steps(graph, guard, {name: (name, by_name.get(name)) for name in names})
 
 
 def attach_steps(
@@ -107,11 +107,11 @@ class LangGraphAdapter:
             name: getattr(node, "bound", None) or getattr(node, "runnable", None)
             for name, node in graph.nodes.items()
         }
-        found = {
+        functions = {
             name: marked(r, getattr(r, "func", None), getattr(r, "afunc", None))
             for name, r in runnables.items()
         }
-        steps = {name: marks_of(func, self.registry) for name, func in found.items() if func is not None}
+        steps = {name: marks_of(func, self.registry) for name, func in functions.items() if func is not None}
         if not steps:
             raise ValueError(
                 "no node of the graph is marked; decorate their functions with @stroma_langgraph_node"
@@ -124,7 +124,7 @@ class LangGraphAdapter:
 
 
 def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, Any] | None) -> Any:
-    """What a node runs, as a step: a Runnable still, so that config, runtime and control flow are LangGraph's."""
+    """Return the runnable of a node as a step. It stays a Runnable, so that LangGraph passes config and runtime."""
 
     def call(state: Any, config: Any, first: Any) -> Any:
         with counting():
@@ -156,10 +156,11 @@ def guarded(inner: Any, guard: Guard, step_id: str, contract: NodeContract[Any, 
 
 
 def control(error: BaseException) -> Control | None:
-    """What an exception of LangGraph means."""
+    """Return the meaning of an exception that LangGraph uses for control flow."""
     if isinstance(error, GraphInterrupt):
         return Control(
-            "suspended", "; ".join(str(asked.value) for asked in error.args[0]) if error.args else None
+            "suspended",
+            "; ".join(str(interrupt.value) for interrupt in error.args[0]) if error.args else None,
         )
     if isinstance(error, ParentCommand):
         return Control("returned", error.args[0])

@@ -44,12 +44,12 @@ def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
     """
     agents = _reached(agent)
     names = {tool.name for each in agents for tool in each.tools if isinstance(tool, FunctionTool)}
-    found = guard.contracts(contracts, names, "tool")
+    by_name = guard.contracts(contracts, names, "tool")
     for each in agents:
         if isinstance(each.model, Model) and not isinstance(each.model, GuardedModel):
             each.model = GuardedModel(each.model, guard)
         each.tools = [
-            _guard_tool(tool, guard, found.get(tool.name)) if isinstance(tool, FunctionTool) else tool
+            _guard_tool(tool, guard, by_name.get(tool.name)) if isinstance(tool, FunctionTool) else tool
             for tool in each.tools
         ]
     return agent
@@ -57,8 +57,8 @@ def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
 
 def _reached(agent: Any) -> list[Any]:
     """An agent and those it can hand off to, each once."""
-    found = [agent]
-    for each in found:
+    reached = [agent]
+    for each in reached:
         for target in each.handoffs:
             # A Handoff knows its agent by a weak reference.
             other = (
@@ -66,9 +66,9 @@ def _reached(agent: Any) -> list[Any]:
                 if isinstance(target, Agent)
                 else (getattr(target, "_agent_ref", None) or (lambda: None))()
             )
-            if isinstance(other, Agent) and not any(other is known for known in found):
-                found.append(other)
-    return found
+            if isinstance(other, Agent) and not any(other is known for known in reached):
+                reached.append(other)
+    return reached
 
 
 class GuardedRunner:
@@ -97,8 +97,8 @@ class GuardedRunner:
         return self._noted(self.guard.call(step, Runner.run_sync, agent, input, **self._options(options)))
 
     def _noted(self, result: Any) -> Any:
-        asked = [f"approval of {item.name}" for item in getattr(result, "interruptions", ())]
-        self.guard.current.ctx.suspended.extend(asked)
+        approvals = [f"approval of {item.name}" for item in getattr(result, "interruptions", ())]
+        self.guard.current.ctx.suspended.extend(approvals)
         return result
 
     def _options(self, options: dict[str, Any]) -> dict[str, Any]:
@@ -216,14 +216,14 @@ class _Invoker:
         try:
             return await self._guard.acall(self._step, self._bare.on_invoke_tool, context, arguments)
         except Exception as error:
-            told = None
+            message = None
             if what_stopped(error) is None and control(error) is None:
-                told = await maybe_invoke_function_tool_failure_error_function(
+                message = await maybe_invoke_function_tool_failure_error_function(
                     function_tool=self._tool, context=context, error=error
                 )
-            if told is None:
+            if message is None:
                 raise
-            return told
+            return message
 
     def __getattr__(self, name: str) -> Any:
         if name in ("_tool", "_bare", "__agents_bind_function_tool__"):

@@ -42,7 +42,7 @@ class StromaCapability(AbstractCapability[Any]):
         self, guard: Guard, *, tools: Contracts | None = None, output: type[BaseModel] | None = None
     ) -> None:
         self.guard = guard
-        self._tools = {name: contract_for(name, given) for name, given in (tools or {}).items()}
+        self._tools = {name: contract_for(name, contract) for name, contract in (tools or {}).items()}
         self._output = None if output is None else contract_for("output", (None, output))
         self._checked = not self._tools
 
@@ -115,7 +115,7 @@ class GuardedModel(WrapperModel):
 
 
 def control(error: BaseException) -> Control | None:
-    """What an exception of Pydantic AI means."""
+    """Return the meaning of an exception that Pydantic AI uses for control flow."""
     if isinstance(error, (exceptions.CallDeferred, exceptions.ApprovalRequired)):
         return Control("suspended", type(error).__name__)
     if isinstance(error, (exceptions.SkipToolExecution, exceptions.SkipModelRequest)):

@@ -1,4 +1,4 @@
-"""Single steps, for code that has its own loop: the same engine without a pipeline."""
+"""Single steps for code with its own control flow: the same engine without a pipeline."""
 
 from __future__ import annotations
 
@@ -44,17 +44,17 @@ async def execute_step(
 ) -> ExecutionResult:
     """Run one function as a step of a context; the result has the totals and trace of the whole context so far.
 
-    ``contract`` wins over the registry's, that over the marker's. Without any, nothing is refused: output that fits
-    the input's class becomes it, other output is kept as it was returned. Each call in plain code is a position of its own;
-    in a node of the same run, with ``current_run()`` as the context, it is a child of that node. Under ``resume=True`` the
-    n-th call of a step id in an asyncio task gives the output that is recorded for it, without calling the function; another
-    attempt of a node calls its steps again. ``async with ctx:`` around the steps holds the run against others, notes in the
-    journal how it ended, and makes the hooks hear of its start and end. A ``cancel()`` of that run lets the step that is under
-    way finish, without another attempt; the next one is not called, and its result is CANCELLED with a RunCancelled.
+    ``contract`` takes precedence over the registry's, and that over the function's own. Without any, output that fits the
+    input's class is converted to it, and other output is returned as it is. Each call in plain code is a position of its
+    own; in a node of the same run, with ``current_run()`` as the context, it is a child of that node. Under
+    ``resume=True`` the n-th call of a step id in an asyncio task returns the output that is recorded for it, without
+    calling the function; another attempt of a node calls its steps again. ``async with ctx:`` around the steps leases the
+    run, stores how it ended, and calls the hooks of its start and end. A ``cancel()`` of that run lets the current step
+    finish, without another attempt; the next one is not called, and its result is CANCELLED with a RunCancelled.
 
-    Raises ValueError for a node whose id was given to another function with another contract since. Raises PipelineChanged if
-    that, or a part of a group, was recorded for another input; inputs that have no stored form are not compared. Raises
-    RuntimeError in a pipeline outside of its nodes.
+    Raises ValueError for a node whose id was later assigned to another function with another contract. Raises
+    PipelineChanged if that, or a part of a group, was recorded for another input; inputs that have no stored form are not
+    compared. Raises RuntimeError in a pipeline outside of its nodes.
     """
     if not isinstance(input_state, BaseModel):
         raise TypeError(
@@ -71,25 +71,25 @@ async def execute_step(
         calls = parent.calls
     else:
         calls = ctx.calls = ctx.calls or StepCalls()
-    # Before anything is awaited: which call it is depends on the order of the calls alone.
+    # Before anything is awaited, so that the identity depends on the order of calls alone.
     scope = calls.scope()
     identity = calls.next(scope, step_id)
     await ctx.open(input_state, ends=ctx.ends)
     if parent is None:
         if ctx.ends or ctx.delivers:
-            await ctx.begin(partial(_begin, ctx, input_state))
+            await ctx.begin(partial(_start_run, ctx, input_state))
         position, branch = ctx.place_of(identity.text), ""
         call = StepCall(identity.number, _encoded(input_state), identity.text)
     else:
         position, branch = parent.position, parent.branch_of(identity.text)
         call = StepCall(identity.number, _encoded(input_state))
-    apart = await _look_up(ctx, node, position, branch)
-    _compare(ctx, node, identity, call, position, branch)
+    restored = await _restore_inside_item(ctx, node, position, branch)
+    _check_input(ctx, node, identity, call, position, branch)
     task = asyncio.current_task()
     cancelling = task.cancelling() if task is not None else 0
     try:
         if ctx.cancelled and (position, branch) not in ctx.restored:
-            outcome: BaseModel | Halt = _not_called(ctx, step_id)
+            outcome: BaseModel | Halt = _cancelled_step(ctx, step_id)
         else:
             outcome = await execute(
                 ctx,
@@ -106,48 +106,51 @@ async def execute_step(
         error.result = ctx.build_result(RunStatus.INTERRUPTED, input_state)
         raise
     finally:
-        SCOPE.set(scope)  # Steps inside of this one have had scopes of their own.
-        for at in apart:
-            cast("dict[Any, Any]", ctx.restored).pop(at, None)
+        SCOPE.set(scope)  # Steps inside this one have set their own scopes.
+        for place in restored:
+            cast("dict[Any, Any]", ctx.restored).pop(place, None)
     if parent is None:
         ctx.step_status, ctx.step_failure = RunStatus.COMPLETED, None
         if isinstance(outcome, Halt):
-            ctx.step_status, ctx.step_failure = (
-                _status_of(outcome),
-                None if outcome.suspended else outcome.failure,
-            )
-    if isinstance(outcome, Halt) and outcome.suspended:
-        result = ctx.build_result(RunStatus.SUSPENDED, input_state)
-    elif isinstance(outcome, Halt):
-        state = outcome.output if outcome.output is not None else input_state
-        result = ctx.build_result(_status_of(outcome), _as_returned(state, input_state), outcome.failure)
-    else:
-        result = ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
+            ctx.step_status = _status_of(outcome)
+            ctx.step_failure = None if outcome.suspended else outcome.failure
+    result = _build_result(ctx, outcome, input_state)
     for probe in ctx.probes:
         probe.ended(ctx, result)
     return result
 
 
-async def _look_up(
+def _build_result(
+    ctx: ReliabilityContext, outcome: BaseModel | Halt, input_state: BaseModel
+) -> ExecutionResult:
+    if not isinstance(outcome, Halt):
+        return ctx.build_result(RunStatus.COMPLETED, _as_returned(outcome, input_state))
+    if outcome.suspended:
+        return ctx.build_result(RunStatus.SUSPENDED, input_state)
+    state = outcome.output if outcome.output is not None else input_state
+    return ctx.build_result(_status_of(outcome), _as_returned(state, input_state), outcome.failure)
+
+
+async def _restore_inside_item(
     ctx: ReliabilityContext, node: Node | Group, position: int, branch: str
 ) -> list[tuple[int, str]]:
-    """Restore what the journal has of a step inside of an item of a map whose items are not restored at once.
+    """Load the committed outputs of a step inside an item of a map that restores its items a few at a time.
 
-    Returns the places of that, to be forgotten again: there may be very many such items.
+    Returns their places; the caller removes them afterwards, as there may be very many such items.
     """
     if not (ctx.apart and branch and ctx.session.continued):
         return []
-    if not any(position == at and branch.startswith(beginning) for at, beginning in ctx.apart):
+    if not any(position == at and branch.startswith(prefix) for at, prefix in ctx.apart):
         return []
     inside = branches_in(node) if isinstance(node, Group) else []
-    found = ctx.session.committed(position, [branch, *(f"{branch}.{rest}" for rest in inside)])
-    kept = found if isinstance(found, Mapping) else await found
-    # The map around it has made the mapping its own.
-    cast("dict[Any, Any]", ctx.restored).update({(position, at): commit for at, commit in kept.items()})
-    return [(position, at) for at in kept]
+    pending = ctx.session.committed(position, [branch, *(f"{branch}.{rest}" for rest in inside)])
+    committed = pending if isinstance(pending, Mapping) else await pending
+    # The map around this step has replaced ctx.restored by a dict of its own.
+    cast("dict[Any, Any]", ctx.restored).update({(position, at): commit for at, commit in committed.items()})
+    return [(position, at) for at in committed]
 
 
-def _compare(
+def _check_input(
     ctx: ReliabilityContext,
     node: Node | Group,
     identity: Identity,
@@ -155,45 +158,45 @@ def _compare(
     position: int,
     branch: str,
 ) -> None:
-    """Raise PipelineChanged if what would be restored of a call was recorded for another input."""
+    """Raise PipelineChanged if the recorded output of a call is of another input."""
     if call.given is None or not ctx.restored:
         return
-    kept = ctx.restored.get((position, branch))
-    if kept is not None:
-        recorded = None if kept.step is None else kept.step.given
+    committed = ctx.restored.get((position, branch))
+    if committed is not None:
+        recorded = None if committed.step is None else committed.step.given
         if recorded in (None, call.given):
             return
-        was, now = f"the input {_short(recorded)}", _short(call.given)
+        before = f"the input {_shorten(recorded)}"
     elif not isinstance(node, Group):
         return
     else:
-        # A group that did not end: what is inside of it knows what the whole was called with.
+        # A group that did not end: the rows inside it have a checksum of the group's input.
         mark = inside_of(call)
-        if mark is None or all(other == mark.given for other in _marks_inside(ctx, position, branch)):
+        if mark is None or all(other == mark.given for other in _checksums_inside(ctx, position, branch)):
             return
-        was, now = "another input", _short(call.given)
+        before = "another input"
     where = f" in task {identity.path}" if identity.path else ""
     raise PipelineChanged(
-        f"run {ctx.run_id!r} cannot go on: call {identity.number + 1} of step {node.node_id!r}{where} was recorded with {was}, and "
-        f"now gets {now}; give it the same one, or begin a new run"
+        f"run {ctx.run_id!r} cannot be resumed: call {identity.number + 1} of step {node.node_id!r}{where} was recorded with "
+        f"{before}, got {_shorten(call.given)}; pass the same input, or start a new run"
     )
 
 
-def _marks_inside(ctx: ReliabilityContext, position: int, branch: str) -> Iterator[bytes]:
-    """The checksums of inputs that are recorded inside of a group that is a step, but not inside of steps called there."""
-    beginning = f"{branch}." if branch else ""
-    for (at, inner), kept in ctx.restored.items():
-        if at != position or not inner.startswith(beginning) or is_called(inner[len(beginning) :]):
+def _checksums_inside(ctx: ReliabilityContext, position: int, branch: str) -> Iterator[bytes]:
+    """Yield the checksums of inputs recorded inside a group that is a step, without those of steps called there."""
+    prefix = f"{branch}." if branch else ""
+    for (at, inner), committed in ctx.restored.items():
+        if at != position or not inner.startswith(prefix) or is_called(inner[len(prefix) :]):
             continue
-        given = None if kept.step is None else kept.step.given
-        if given is not None and given.startswith(INSIDE):
-            yield given
+        checksum = None if committed.step is None else committed.step.given
+        if checksum is not None and checksum.startswith(INSIDE):
+            yield checksum
 
 
-def _not_called(ctx: ReliabilityContext, step_id: str) -> Halt:
-    """Return the end of a step of a run that somebody has cancelled since it was opened."""
+def _cancelled_step(ctx: ReliabilityContext, step_id: str) -> Halt:
+    """Return the end of a step whose run was cancelled before its call."""
     error = RunCancelled(
-        f"run {ctx.run_id!r} was cancelled; step {step_id!r} is not called: resume the run, or call it in a run of its own"
+        f"run {ctx.run_id!r} was cancelled and step {step_id!r} is not called; resume the run, or call the step in another run"
     )
     return Halt(Failure(error, FailureClass.TERMINAL, step_id, 1, str(error)))
 
@@ -202,16 +205,16 @@ def _status_of(halt: Halt) -> RunStatus:
     return RunStatus.CANCELLED if isinstance(halt.failure.exception, RunCancelled) else halt.status
 
 
-def _note_cancel(reference: weakref.ref[ReliabilityContext]) -> None:
+def _mark_cancelled(reference: weakref.ref[ReliabilityContext]) -> None:
     ctx = reference()
     if ctx is not None:
         ctx.cancelled = True
 
 
-async def _begin(ctx: ReliabilityContext, initial: BaseModel) -> None:
+async def _start_run(ctx: ReliabilityContext, initial: BaseModel) -> None:
     if ctx.ends:
-        # By a weak reference: no context may wait for the garbage collector.
-        ctx.session.on_cancel = partial(_note_cancel, weakref.ref(ctx))
+        # A weak reference: otherwise the session and the context are a reference cycle.
+        ctx.session.on_cancel = partial(_mark_cancelled, weakref.ref(ctx))
         await ctx.tell_start(initial)
     if ctx.delivers:
         await redeliver(ctx, ())
@@ -224,16 +227,18 @@ def _encoded(state: BaseModel) -> bytes | None:
         return None
 
 
-def _short(given: bytes | None) -> str:
-    return "one without a stored form" if given is None else shorten(given.decode(), 200, placeholder=" ...")
+def _shorten(encoded: bytes | None) -> str:
+    return (
+        "one without a stored form" if encoded is None else shorten(encoded.decode(), 200, placeholder=" ...")
+    )
 
 
-def _as_returned(state: BaseModel, given: BaseModel) -> Any:
+def _as_returned(state: BaseModel, input_state: BaseModel) -> Any:
     if not isinstance(state, Kept):
         return state
     if isinstance(state.root, dict):
         try:
-            return schema_of(type(given)).validate(state.root)
+            return schema_of(type(input_state)).validate(state.root)
         except ValidationError:
             pass
     return state.root
@@ -258,14 +263,14 @@ class StromaStep:
     def wrap(
         self, step_id: str, func: Callable[..., Any], *, contract: NodeContract[Any, Any] | None = None
     ) -> Callable[..., Awaitable[ExecutionResult]]:
-        """The function as a step: a call with the input state gives the ExecutionResult. Carries the markers."""
+        """Return a coroutine function that runs the function as a step and returns its ExecutionResult."""
 
         async def step(state: BaseModel) -> ExecutionResult:
             return await execute_step(step_id, func, state, self.ctx, contract=contract)
 
         update_wrapper(step, func, updated=())
-        carried = contract or getattr(func, "_stroma_contract", None)
-        step.__dict__.update(_stroma_node_id=step_id, _stroma_contract=carried)
+        contract_or_own = contract or getattr(func, "_stroma_contract", None)
+        step.__dict__.update(_stroma_node_id=step_id, _stroma_contract=contract_or_own)
         return step
 
     def __call__(

@@ -1,4 +1,4 @@
-"""A run as an async iterator of what happens in it."""
+"""A run as an async iterator of its events."""
 
 from __future__ import annotations
 
@@ -35,22 +35,22 @@ EventKind = Literal[
     "run_end",
 ]
 OnLeave = Literal["cancel", "detach"]
-#: Runs whose readers have left them to themselves: a task that nobody holds may be collected.
+#: Tasks of runs without a reader: a task that nothing references may be garbage collected.
 _detached: set[asyncio.Task[ExecutionResult]] = set()
 
 
 @dataclass(frozen=True, slots=True)
 class StreamEvent:
-    """Something that happened in a run.
+    """An event of a run.
 
     Attributes:
-        number: 1-based, in the order in which things happened.
-        attempt: 1-based; None for what is no attempt.
+        number: 1-based, in the order of the events.
+        attempt: 1-based; None for an event that belongs to no attempt.
         state: the run's input with "run_start", a node's input with "node_start", the output with "node_skipped".
-        event: the attempt's event in the trace, with its end; without the events inside of a group, which came before.
+        event: the attempt's event in the trace, at its end; without the events inside a group, which came before.
         progress: with "map_progress".
-        details: what else there is to say, as JSON data.
-        result: what ``run()`` would have returned, with "run_end".
+        details: further data of this kind of event, as JSON data.
+        result: the return value of ``run()``, with "run_end".
     """
 
     number: int
@@ -67,7 +67,7 @@ class StreamEvent:
     result: ExecutionResult | None = None
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain JSON data, without what is None. ``result`` is told in ``details``."""
+        """Return the event as JSON data, without fields that are None. ``details`` describes the ``result``."""
         names = (
             "number",
             "kind",
@@ -85,22 +85,22 @@ class StreamEvent:
         return {**shown, **({"details": jsonable(self.details)} if self.details else {})}
 
     def to_sse(self) -> str:
-        """One message of a ``text/event-stream``; its event is the kind, its id the number."""
+        """Return a message of a ``text/event-stream``; its event is the kind, its id the number."""
         return (
             f"id: {self.number}\nevent: {self.kind}\ndata: {json.dumps(self.to_dict(), allow_nan=False)}\n\n"
         )
 
 
 class RunStream:
-    """The events of one run, in order, for one reader. ``async with`` it: leaving that ends what is to be ended.
+    """The events of one run, in order, for one reader. Use it with ``async with``.
 
-    The last event is "run_end", with the result. Nothing is lost: if ``buffer`` events wait for the reader, the run waits
-    too, before its next step; only of the progress of a map the newest is kept. Reading may be cancelled (a timeout around
-    ``anext``, say) and go on afterwards. Another reader gets a stream of its own from :meth:`tee`; two that read one
-    stream at the same time are a RuntimeError.
+    The last event is "run_end", with the result. No event is lost: if ``buffer`` events are pending for the reader, the run
+    waits before its next step; of the progress of a map only the newest event is pending. Reading may be cancelled (by a
+    timeout around ``anext``, for example) and continue afterwards. :meth:`tee` returns a stream for another reader; reading
+    one stream twice at the same time raises RuntimeError.
 
-    A reader that leaves before the end (the end of ``async with``, ``aclose()``, or nobody holding the stream any more)
-    leaves the run to ``on_leave``: "cancel" ends it as CANCELLED, committed and resumable; "detach" lets it go on.
+    A reader leaves before the end by the end of ``async with``, by ``aclose()``, or when the stream is garbage collected.
+    Then ``on_leave`` applies: "cancel" ends the run as CANCELLED, committed and resumable; "detach" lets it continue.
     """
 
     def __init__(
@@ -110,10 +110,10 @@ class RunStream:
         buffer: int,
     ) -> None:
         if on_leave not in ("cancel", "detach"):
-            raise ValueError(f'on_leave is {on_leave!r}; give "cancel" or "detach"')
+            raise ValueError(f'on_leave must be "cancel" or "detach", got {on_leave!r}')
         if isinstance(buffer, bool) or not isinstance(buffer, int) or buffer < 1:
-            raise ValueError(f"buffer is {buffer!r}; give a whole number of events from 1 up")
-        self._run = _Watched(begin, on_leave, buffer)
+            raise ValueError(f"buffer must be a whole number of at least 1, got {buffer!r}")
+        self._run = _WatchedRun(begin, on_leave, buffer)
         self._queue = _Queue()
         self._run.queues.append(self._queue)
         self._reading = False
@@ -127,7 +127,7 @@ class RunStream:
     async def __anext__(self) -> StreamEvent:
         if self._reading:
             raise RuntimeError(
-                "somebody else is reading this stream; give each reader one of its own: stream.tee()"
+                "this stream is already being read; create one for each reader with stream.tee()"
             )
         if self._closed:
             raise StopAsyncIteration
@@ -152,9 +152,9 @@ class RunStream:
         await self.aclose()
 
     def tee(self) -> RunStream:
-        """Another reader of the same run: of all events if the run has not begun, else of those from now on.
+        """Return a stream of the same run for another reader: of all events before the run starts, else of later ones.
 
-        The run waits for the slower one, and is left when the last of them leaves.
+        The run waits for the slowest reader; ``on_leave`` applies when the last one leaves.
         """
         twin = RunStream.__new__(RunStream)
         twin._run, twin._queue = self._run, _Queue()
@@ -166,27 +166,27 @@ class RunStream:
 
     @property
     def result(self) -> ExecutionResult:
-        """What ``run()`` would have returned. Raises RuntimeError before the end, and what ``run()`` raised."""
+        """The return value of ``run()``. Raises RuntimeError before the end, and the exception that ``run()`` raised."""
         self._run.raise_if_failed()
         if self._run.result is None:
             raise RuntimeError("the run has not ended; read the stream to its end first")
         return self._run.result
 
     async def aclose(self) -> None:
-        """Leave. With "cancel", the run's end is committed when this returns; it never raises what the run raised."""
+        """Leave the run. With "cancel", its end is committed when this returns. Never raises an exception of the run."""
         self._closed = True
         task = self._run.leave(self._queue)
         if task is not None and self._run.on_leave == "cancel":
-            # Not awaited itself: a cancellation of ours must not end the run half-way a second time.
+            # Not `await task`: a cancellation of the caller must not cancel the run a second time.
             await asyncio.wait([task])
 
     def __del__(self) -> None:
         if not getattr(self, "_closed", True):
-            self._run.abandoned(self._queue)
+            self._run.abandon(self._queue)
 
 
 class _Queue:
-    """What waits for one reader."""
+    """The pending events of one reader."""
 
     def __init__(self) -> None:
         self.events: deque[StreamEvent] = deque()
@@ -203,8 +203,8 @@ class _Queue:
         if self.waiter is not None and not self.waiter.done():
             self.waiter.set_result(None)
 
-    async def get(self, run: _Watched) -> StreamEvent | None:
-        """The next event; None after the last."""
+    async def get(self, run: _WatchedRun) -> StreamEvent | None:
+        """Return the next event; None after the last."""
         while not self.events:
             if run.ended:
                 return None
@@ -222,8 +222,8 @@ def _place(event: StreamEvent) -> tuple[int | None, str]:
     return event.position, event.branch
 
 
-class _Watched:
-    """The run behind the streams. It holds no stream, so that one that nobody holds is seen to be gone."""
+class _WatchedRun:
+    """The run behind the streams. It references no stream, so that an unused stream is garbage collected."""
 
     def __init__(
         self,
@@ -243,7 +243,7 @@ class _Watched:
         self._room: asyncio.Future[None] | None = None
         self._number = 0
         self._run_id = ""
-        self._last: dict[str, Any] | None = None
+        self._end_details: dict[str, Any] | None = None
 
     def start(self) -> None:
         loop = asyncio.get_running_loop()
@@ -254,30 +254,30 @@ class _Watched:
         elif self._loop is not loop:
             raise RuntimeError("the run of this stream belongs to another event loop; read it there")
 
-    def tell(self, kind: EventKind, run_id: str, node_id: str | None = None, **about: Any) -> None:
-        """Put an event into every queue. Nothing is awaited: whatever happens to the teller, it is there."""
+    def publish(self, kind: EventKind, run_id: str, node_id: str | None = None, **fields: Any) -> None:
+        """Put an event into every queue. Awaits nothing, so that a cancellation loses no event."""
         self._number += 1
         self._run_id = run_id
-        event = StreamEvent(self._number, kind, run_id, node_id, **about)
+        event = StreamEvent(self._number, kind, run_id, node_id, **fields)
         for queue in self.queues:
             queue.put(event)
 
-    async def wait(self) -> None:
-        """Wait while a reader has too much before it."""
+    async def wait_for_room(self) -> None:
+        """Wait while a reader has more than ``buffer`` pending events."""
         while any(len(queue.events) > self._buffer for queue in self.queues):
             if self._room is None or self._room.done():
                 self._room = asyncio.get_running_loop().create_future()
-            # Nodes side by side wait for the same; one that is cancelled ends nobody else's waiting.
+            # Shielded: several nodes wait for one future, and a cancelled one must not cancel it.
             await asyncio.shield(self._room)
 
     def make_room(self) -> None:
         if self._room is not None and not self._room.done():
             self._room.set_result(None)
 
-    def ending(self, result: ExecutionResult) -> None:
-        """Note how the run ends, as somebody outside may see it."""
+    def describe_end(self, result: ExecutionResult) -> None:
+        """Store the details of the last event."""
         failure = result.failure
-        self._last = {
+        self._end_details = {
             "status": str(result.status),
             "final_state": None if result.final_state is None else jsonable(result.final_state),
             "total_tokens": result.total_tokens,
@@ -286,7 +286,7 @@ class _Watched:
             "suspended": list(result.suspended),
         }
         if failure is not None:
-            self._last["failure"] = {"class": str(failure.failure_class), "message": failure.message}
+            self._end_details["failure"] = {"class": str(failure.failure_class), "message": failure.message}
 
     def _end(self, task: asyncio.Task[ExecutionResult]) -> None:
         _detached.discard(task)
@@ -295,15 +295,18 @@ class _Watched:
             self._error = task.exception()
             if self._error is None:
                 self.result = task.result()
-        elif self.queues:  # Not by us: a reader must not take it for a good end.
+        elif self.queues:  # Not by a reader that left: readers must see an exception.
             self._error = asyncio.CancelledError("the run was cancelled")
         if not self.queues and self._error is not None:
-            logger.warning("the run of a stream that nobody reads any more raised: %r", self._error)
-        if self.result is not None and self._last is None:
-            self.ending(self.result)  # No hook was told: it was ended while it was opened.
-        if self._last is not None:
-            self.tell(
-                "run_end", self._run_id or self._run_id_of_result(), result=self.result, details=self._last
+            logger.warning("the run of a stream without a reader raised: %r", self._error)
+        if self.result is not None and self._end_details is None:
+            self.describe_end(self.result)  # Cancelled while it was opened, without a call of a hook.
+        if self._end_details is not None:
+            self.publish(
+                "run_end",
+                self._run_id or self._run_id_of_result(),
+                result=self.result,
+                details=self._end_details,
             )
         for queue in self.queues:
             queue.wake()
@@ -314,13 +317,13 @@ class _Watched:
     def raise_if_failed(self) -> None:
         if isinstance(self._error, asyncio.CancelledError):
             raise RuntimeError(
-                "the run was cancelled by somebody else; what it committed is kept: resume it"
+                "the run was cancelled from outside the stream; resume it to continue after its committed nodes"
             ) from None
         if self._error is not None:
             raise self._error
 
     def leave(self, queue: _Queue) -> asyncio.Task[ExecutionResult] | None:
-        """One reader less. The last one leaves the run; returns what is still going on then."""
+        """Remove a reader. Without another one, apply ``on_leave`` and return the task of a run that has not ended."""
         if queue not in self.queues:
             return None
         self.queues.remove(queue)
@@ -334,23 +337,23 @@ class _Watched:
         _detached.add(task)
         return task
 
-    def abandoned(self, queue: _Queue) -> None:
-        """A stream was thrown away, in whatever thread that is noticed."""
+    def abandon(self, queue: _Queue) -> None:
+        """Remove the reader of a stream that was garbage collected, in any thread."""
         loop = self._loop
         if loop is None or loop.is_closed():
             return
         try:
             loop.call_soon_threadsafe(self.leave, queue)
         except RuntimeError:
-            pass  # It was closed just now: the run has ended with it.
+            pass  # The loop was closed just now, and the run has ended with it.
 
 
-class _Watch(NodeHooks):
+class _StreamHooks(NodeHooks):
     _patient = True
 
 
-def _hooks(run: _Watched) -> NodeHooks:
-    """Hooks that tell a stream everything."""
+def _hooks(run: _WatchedRun) -> NodeHooks:
+    """Return the hooks that publish the events of a run."""
 
     def where(node: NodeExecution | None) -> dict[str, Any]:
         if node is None:
@@ -359,64 +362,64 @@ def _hooks(run: _Watched) -> NodeHooks:
 
     def ended(node_id: str) -> dict[str, Any]:
         node = current_node()
-        about = where(node)
+        fields = where(node)
         if node is not None and node.ended is not None:
             event, shown = node.ctx.trace.event_of(node.ended), node.ctx.shown
             output = event.output_state
-            about["event"] = replace(
+            fields["event"] = replace(
                 event,
                 input_state=shown(event.input_state),
                 output_state=None if output is None else shown(output),
             )
-        return about
+        return fields
 
     async def run_start(run_id: str, pipeline: str, state: dict[str, Any]) -> None:
-        run.tell("run_start", run_id, state=state, details={"pipeline": pipeline})
-        await run.wait()
+        run.publish("run_start", run_id, state=state, details={"pipeline": pipeline})
+        await run.wait_for_room()
 
     async def run_end(run_id: str, result: ExecutionResult) -> None:
-        run.ending(result)
+        run.describe_end(result)
 
     async def start(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        run.tell("node_start", run_id, node_id, state=state, **where(current_node()))
-        await run.wait()
+        run.publish("node_start", run_id, node_id, state=state, **where(current_node()))
+        await run.wait_for_room()
 
     async def success(run_id: str, node_id: str, state: dict[str, Any], tokens: int) -> None:
-        run.tell("node_success", run_id, node_id, **ended(node_id))
-        await run.wait()
+        run.publish("node_success", run_id, node_id, **ended(node_id))
+        await run.wait_for_room()
 
     async def failure(run_id: str, node_id: str, error: Exception, kind: FailureClass) -> None:
-        run.tell("node_failure", run_id, node_id, **ended(node_id))
-        await run.wait()
+        run.publish("node_failure", run_id, node_id, **ended(node_id))
+        await run.wait_for_room()
 
     async def retry(run_id: str, node_id: str, attempt: int, delay: float, kind: FailureClass) -> None:
-        about = {**where(current_node()), "attempt": attempt}
-        run.tell(
-            "node_retry", run_id, node_id, details={"delay_seconds": delay, "failure_class": kind}, **about
+        fields = {**where(current_node()), "attempt": attempt}
+        run.publish(
+            "node_retry", run_id, node_id, details={"delay_seconds": delay, "failure_class": kind}, **fields
         )
-        await run.wait()
+        await run.wait_for_room()
 
     async def skipped(run_id: str, node_id: str, state: dict[str, Any]) -> None:
-        run.tell("node_skipped", run_id, node_id, state=state, **where(current_node()))
-        await run.wait()
+        run.publish("node_skipped", run_id, node_id, state=state, **where(current_node()))
+        await run.wait_for_room()
 
     async def cancelled(run_id: str, node_id: str) -> None:
-        run.tell("node_cancelled", run_id, node_id, **ended(node_id))
+        run.publish("node_cancelled", run_id, node_id, **ended(node_id))
 
     async def suspended(run_id: str, node_id: str, reason: str) -> None:
-        run.tell("node_suspended", run_id, node_id, details={"reason": reason}, **ended(node_id))
-        await run.wait()
+        run.publish("node_suspended", run_id, node_id, details={"reason": reason}, **ended(node_id))
+        await run.wait_for_room()
 
     async def budget(run_id: str, dimension: str, used: float, limit: float) -> None:
         details = {"dimension": dimension, "used": used, "limit": limit}
-        run.tell("budget_warning", run_id, details=details)
+        run.publish("budget_warning", run_id, details=details)
 
     async def progress(run_id: str, node_id: str, progress: MapProgress) -> None:
-        run.tell(
+        run.publish(
             "map_progress", run_id, node_id, progress=progress, **{**where(current_node()), "attempt": None}
         )
 
-    return _Watch(
+    return _StreamHooks(
         on_run_start=run_start,
         on_run_end=run_end,
         on_node_start=start,

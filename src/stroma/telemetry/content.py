@@ -1,4 +1,4 @@
-"""What may leave the process of states and of messages."""
+"""Redaction of states and messages before they leave the process."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _WORD_ENDS: Final = re.compile(r"(?<=[a-z0-9])(?=[A-Z])|(?<=[A-Z])(?=[A-Z][a-z])
 
 @dataclass(frozen=True, slots=True)
 class Content:
-    """How much of what nodes are given and make is sent.
+    """How much of the inputs and outputs of nodes is sent.
 
     Attributes:
         mode: "none" sends names, types and sizes of fields, and of failures the type, class and reason. "redacted"
@@ -67,13 +67,13 @@ class Content:
             return f"[unreadable: {type(error).__name__}]"
         return self.cut(run.masked(text))
 
-    def message(self, run: ReliabilityContext, said: BaseException | str) -> str | None:
-        """What an exception says; None in mode "none"."""
+    def message(self, run: ReliabilityContext, error: BaseException | str) -> str | None:
+        """Return the message of an exception; None in mode "none"."""
         if self.mode == "none":
             return None
-        if isinstance(said, ContractViolation) and isinstance(said.raw, dict):
-            run.note_secrets(said.raw)  # Of an input that nobody was shown.
-        text = run.masked(said if isinstance(said, str) else message_of(said))
+        if isinstance(error, ContractViolation) and isinstance(error.raw, dict):
+            run.note_secrets(error.raw)  # Of an input that nobody was shown.
+        text = run.masked(error if isinstance(error, str) else message_of(error))
         shown = run.shown({"message": text}).get("message")
         return self.cut(visible(shown) if isinstance(shown, str) else _REDACTED)
 
@@ -85,7 +85,7 @@ class Content:
         return f"{data[: self.max_bytes].decode('utf-8', 'ignore')}... [truncated, {len(data)} bytes]"
 
     def _denied(self, name: str) -> bool:
-        """Whether the last words of a name, or all of them, are a denied one; "context" does not end with "text"."""
+        """Return True if a name is, or ends with, a denied one in whole words; "context" does not end with "text"."""
         words = _WORD_ENDS.sub("_", name).casefold().replace("-", "_").split("_")
         longest = max(map(len, self.deny_keys), default=0)
         tail = ""

@@ -54,7 +54,7 @@ def datadog_hooks(
 
     Raises ImportError with the line that installs the extra, ValueError for an address that is none.
     """
-    made = Content.make(content, deny_keys, max_bytes)
+    content_rules = Content.make(content, deny_keys, max_bytes)
     if tracer is None:
         try:
             from ddtrace.trace import tracer
@@ -63,7 +63,7 @@ def datadog_hooks(
         assert tracer is not None
     own = isinstance(statsd, str)
     return _Datadog(
-        tracer, _client(statsd) if isinstance(statsd, str) else statsd, service, made, own_client=own
+        tracer, _client(statsd) if isinstance(statsd, str) else statsd, service, content_rules, own_client=own
     ).hooks()
 
 
@@ -179,7 +179,7 @@ class _Datadog(Observer):
 
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
         """The end of a run that has begun in another process."""
-        made = _RunSpan(
+        record = _RunSpan(
             self._tracer.start_span(
                 "stroma.run_end",
                 child_of=None if run.traceparent is None else _remote(run.traceparent),
@@ -188,10 +188,10 @@ class _Datadog(Observer):
                 span_type="worker",
             )
         )
-        made.since -= seconds_elsewhere(result)
-        made.span.set_tag("stroma.run.id", run.run_id)
-        made.span.set_tag("stroma.pipeline", run.pipeline)
-        return made
+        record.since -= seconds_elsewhere(result)
+        record.span.set_tag("stroma.run.id", run.run_id)
+        record.span.set_tag("stroma.pipeline", run.pipeline)
+        return record
 
     # ------------------------------------------------------------------ nodes
 
@@ -226,8 +226,8 @@ class _Datadog(Observer):
             span.set_tag("stroma.node.branch", node.branch)
         if node.redelivered:
             span.set_tag("stroma.redelivered", "true")
-        node.notes[self] = made = _NodeSpan(span)
-        return made
+        node.notes[self] = record = _NodeSpan(span)
+        return record
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         usage, seconds = node.usage, (node.duration_ms or 0.0) / 1000
@@ -324,5 +324,5 @@ def _traceparent(span: Span) -> str:
 def _remote(traceparent: str) -> Context | None:
     from ddtrace.propagation.http import HTTPPropagator
 
-    found = HTTPPropagator.extract({"traceparent": traceparent})  # type: ignore[no-untyped-call]
-    return found if found.trace_id else None
+    parent_context = HTTPPropagator.extract({"traceparent": traceparent})  # type: ignore[no-untyped-call]
+    return parent_context if parent_context.trace_id else None

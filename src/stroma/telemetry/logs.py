@@ -40,14 +40,14 @@ def log_hooks(
         deny_keys: names of fields whose values are never written.
         max_bytes: of one state or message.
     """
-    made = Content.make(content, deny_keys, max_bytes)
+    rules = Content.make(content, deny_keys, max_bytes)
     if logger is None:
         structlog: Any = sys.modules.get("structlog")
         if structlog is not None and structlog.is_configured():
             logger = structlog.get_logger("stroma.events")
         else:
             logger = logging.getLogger("stroma.events")
-    return _Logs(logger, made).hooks()
+    return _Logs(logger, rules).hooks()
 
 
 class _Logs(Observer):
@@ -89,10 +89,10 @@ class _Logs(Observer):
         self._write(logging.INFO, "run started", fields)
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        begun = run.notes.pop(self, None)
+        started = run.notes.pop(self, None)
         took = seconds_elsewhere(result) if run.elsewhere else None
-        if begun is not None:
-            took = perf_counter() - begun
+        if started is not None:
+            took = perf_counter() - started
         seconds = {} if took is None else {"duration_s": round(took, 6)}
         fields = {
             **_of_run(run),
@@ -164,24 +164,24 @@ class _Logs(Observer):
 def _with_extra(logger: Any) -> Callable[[int, str, dict[str, Any]], None]:
     def write(level: int, event: str, fields: dict[str, Any]) -> None:
         if logger.isEnabledFor(level):
-            said = " ".join(
+            text_fields = " ".join(
                 f"{name}={_in_line(value)}" for name, value in fields.items() if value not in (None, "")
             )
             # Systems that group lines do so by the text before its arguments are filled in.
-            _log(logger, level, f"{event}: %s", said, fields)
+            _log(logger, level, f"{event}: %s", text_fields, fields)
 
     return write
 
 
-def _log(logger: Any, level: int, text: str, said: str, fields: dict[str, Any]) -> None:
+def _log(logger: Any, level: int, text: str, text_fields: str, fields: dict[str, Any]) -> None:
     options: MutableMapping[str, Any] = {"extra": fields}
     while isinstance(logger, logging.LoggerAdapter):
         # By themselves, most adapters put their own fields in the place of those that are given.
-        given = options["extra"]
+        own_extra = options["extra"]
         text, options = logger.process(text, options)
-        options["extra"] = {**given, **(options.get("extra") or {}), **fields}
+        options["extra"] = {**own_extra, **(options.get("extra") or {}), **fields}
         logger = logger.logger
-    logger.log(level, text, said, **options)
+    logger.log(level, text, text_fields, **options)
 
 
 def _in_line(value: Any) -> Any:

@@ -1,4 +1,4 @@
-"""What all exporters share: hooks that know which run and node they are about, and that cannot do any harm."""
+"""Base of the exporters: hooks with their run and node, whose exceptions never change a run."""
 
 from __future__ import annotations
 
@@ -35,15 +35,15 @@ __all__ = [
     "sound",
 ]
 
-#: Seconds: from a quick function to a model that thinks for minutes.
+#: Seconds, from a fast function to minutes of a slow model.
 NODE_BUCKETS: Final = tuple(0.01 * 2**n for n in range(16))
 
-#: At least, whatever sending took.
+#: Left for closing, however long sending took.
 _CLOSING_SECONDS: Final = 0.1
-#: True while log_hooks writes: an exporter that listens to logs has been told of that event by its own hooks.
+#: True while log_hooks writes, so that an exporter of logs can skip events that its hooks have received.
 WRITING: Final[ContextVar[bool]] = ContextVar("stroma_writing", default=False)
 
-#: Different models that one exporter labels its metrics with; what comes after them is "other".
+#: Names of models that one exporter uses as labels; further ones are "other".
 _MOST_MODELS: Final = 200
 _LONGEST_MODEL: Final = 100  # characters
 
@@ -53,7 +53,7 @@ logger = logging.getLogger("stroma.telemetry")
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """How an attempt ended."""
+    """End of an attempt."""
 
     outcome: Outcome
     error: BaseException | None = None
@@ -67,51 +67,51 @@ class Ended:
 
     @classmethod
     def finally_(cls, result: ExecutionResult) -> Ended | None:
-        """The failure that ended a run; None if it completed, waits, or was told to stop."""
+        """Return the failure that ended a run; None if it completed, is suspended, or was cancelled."""
         failed = result.failure
         if failed is None or result.status not in (RunStatus.FAILED, RunStatus.PARTIAL):
             return None
         return cls("failure", failed.exception, failed.failure_class, reason=failed.reason)
 
 
-#: What has become of a node that is about to be tried again, if nothing follows: no failure is final then.
+#: The end of a node whose retry does not follow: its last failure was not final.
 CUT_SHORT: Final = Ended("cancelled")
 
 
 def is_returned(run: ReliabilityContext) -> bool:
-    """Return whether a run is only looked at for its result: whoever ran it has counted it."""
+    """Return True if a run only returns a stored result, which was counted when it ran."""
     return run.session.finished is not None
 
 
 def exceeded(result: ExecutionResult) -> str | None:
-    """The dimension of the budget that ended a run, or None."""
+    """Return the dimension of the budget that ended a run, or None."""
     error = None if result.failure is None else result.failure.exception
     return error.dimension if isinstance(error, BudgetExceeded) else None
 
 
 def seconds_elsewhere(result: ExecutionResult) -> float:
-    """For how long a run that began in another process has been under way: since its first attempt."""
+    """Return the seconds since the first attempt of a run that started in another process."""
     first = next(iter(result.trace), None)
     return 0.0 if first is None else max(0.0, time() - first.timestamp_utc.timestamp())
 
 
 class Observer:
-    """Base of the exporters. Each overrides what it wants to see; hooks exist for nothing else.
+    """Base of the exporters. Each overrides the events that it needs; no hook is set for the others.
 
-    All of it is called in the task of the run or node that it is about, none of it awaits, and none of it is called
-    again for nodes that were restored from the journal.
+    Methods are called in the task of their run or node, cannot await, and are not called again for nodes that were
+    restored from the journal.
     """
 
     #: The system, in messages and errors.
     name = "telemetry"
 
     def __init__(self) -> None:
-        #: What went wrong in here, by kind. It has changed nothing else.
+        #: Count of exceptions in the exporter, by kind.
         self.errors: Counter[str] = Counter()
 
     @property
     def destination(self) -> object:
-        """What it feeds. Of two exporters in one run that feed the same, only the first one is called."""
+        """The destination of the data. Of two exporters in one run with the same one, only the first is called."""
         return self
 
     def take_settings_of(self, other: Observer) -> None:
@@ -121,67 +121,67 @@ class Observer:
                 setattr(self, name, getattr(other, name))
 
     def is_connected(self) -> bool:
-        """Return whether what it is called with goes anywhere."""
+        """Return True if the data is sent anywhere."""
         return True
 
     # ------------------------------------------------------------------ to override
 
     def run_started(self, run: ReliabilityContext, state: dict[str, Any]) -> None:
-        """The run is open in its store, nothing has run yet."""
+        """Called when the run is open in its store, before its first node."""
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        """Whichever way it ended."""
+        """Called at every end of a run."""
 
     def attempt_started(self, node: NodeExecution, state: dict[str, Any]) -> None:
-        """The function is about to be called. Input that breaks its contract is an end without a start."""
+        """Called before the function. An input that violates its contract has an end without a start."""
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
-        """The attempt is in the trace; ``node.usage`` and ``node.duration_ms`` are final."""
+        """Called when the attempt is in the trace; ``node.usage`` and ``node.duration_ms`` are final."""
 
     def node_ended(self, node: NodeExecution) -> None:
-        """No attempt follows. Not called if there was none."""
+        """Called when no attempt follows. Not called without an attempt."""
 
     def retrying(
         self, node: NodeExecution, attempt: int, delay_seconds: float, failure_class: FailureClass
     ) -> None:
-        """Attempt number ``attempt`` follows."""
+        """Called before the wait for attempt number ``attempt``."""
 
     def skipped(self, node: NodeExecution) -> None:
-        """The output was restored from the journal."""
+        """Called when the output was restored from the journal."""
 
     def budget_warning(self, run: ReliabilityContext, dimension: str, used: float, limit: float) -> None:
-        """80 % of a limit are used."""
+        """Called when 80 % of a limit are used."""
 
     def waiting(self, node: NodeExecution, reason: str, seconds: float) -> None:
-        """An attempt begins to wait for its turn; 0 seconds where nobody can tell how long."""
+        """Called when an attempt is queued for a limit; 0 seconds if the time is unknown."""
 
     def circuit_changed(self, run: ReliabilityContext, key: str, state: str) -> None:
-        """The circuit of a provider's host, or of a limit, has become "open", "half_open" or "closed"."""
+        """Called when the circuit of a host or limit becomes "open", "half_open" or "closed"."""
 
     def flush(self, timeout_seconds: float) -> bool:
-        """Send what is queued, blocking; whether all of it was sent. Called in a thread."""
+        """Send what is queued, blocking; return True if all of it was sent. Called in a thread."""
         return True
 
     def close(self) -> None:
-        """Give up what was opened in here. Called in a thread, after flush()."""
+        """Close what the exporter opened itself. Called in a thread, after flush()."""
 
     # ------------------------------------------------------------------ hooks
 
     def around(self, node: NodeExecution) -> Any:
-        """What this exporter has noted for the nearest group around a node, else for its run; None without either.
+        """Return the note of this exporter for the nearest group around a node, else for its run, or None.
 
-        Not whatever is current: the task of a child was made where its neighbour's span may have been.
+        Not the current span: the task of a child may have been created inside the span of its sibling.
         """
         parent = node.parent
         while parent is not None:
-            found = parent.notes.get(self)
-            if found is not None:
-                return found
+            note = parent.notes.get(self)
+            if note is not None:
+                return note
             parent = parent.parent
         return node.ctx.notes.get(self)
 
     def hooks(self) -> ExporterHooks:
-        """The set of hooks that feeds this exporter."""
+        """Return the set of hooks that calls this exporter."""
 
         async def on_run_start(_run_id: str, _pipeline: str, state: dict[str, Any]) -> None:
             self._safely("on_run_start", self.run_started, current_run(), state)
@@ -228,7 +228,7 @@ class Observer:
             self._safely("on_circuit_change", self.circuit_changed, current_run(), key, state)
 
         def wanted(hook: T, *methods: str) -> T | None:
-            # What is not overridden costs nothing.
+            # No hook for methods that are not overridden.
             return hook if any(getattr(type(self), m) is not getattr(Observer, m) for m in methods) else None
 
         return ExporterHooks(
@@ -249,7 +249,7 @@ class Observer:
 
     def _ended(self, event: str, ended: Ended) -> None:
         node = current_node()
-        # Not every end had a start here: a contract that broke, an end that is told again.
+        # An end without a start: a violated input contract, or a hook call that is redelivered.
         self._watch_end(node)
         self._safely(event, self.attempt_ended, node, ended)
 
@@ -261,16 +261,16 @@ class Observer:
             node.at_end(lambda: self._safely("at_end", self.node_ended, node))
 
     def _safely(self, event: str, call: Callable[..., None], about: Any, *arguments: Any) -> None:
-        """Call; count what it raises, and log that once per kind: a system that is down is down for every event."""
+        """Call a method; count its exceptions, and log one of each kind: a backend that is down fails at every event."""
         try:
-            if about is not None:  # A hook that is called by hand is about no run.
+            if about is not None:  # A hook that is called directly has no run.
                 call(about, *arguments)
         except Exception as error:
             kind = f"{event}: {type(error).__name__}"
             self.errors[kind] += 1
             if self.errors[kind] == 1:
                 logger.exception(
-                    "%s: %s raised; the run goes on, and what follows of this kind is only counted (hooks.errors)",
+                    "%s: %s raised; the run continues, and further exceptions of this kind are only counted (hooks.errors)",
                     self.name,
                     event,
                 )
@@ -281,28 +281,28 @@ class ExporterHooks(NodeHooks):
     """The hooks of an exporter; compose them with others by ``|``.
 
     Attributes:
-        exporter: what is behind them.
+        exporter: the receiver of their calls.
     """
 
     exporter: Observer = field(kw_only=True, repr=False)
 
     @property
     def errors(self) -> Counter[str]:
-        """How often the exporter raised, by kind; none of it has changed anything of a run."""
+        """Count of the exceptions of the exporter, by kind; none of them has changed a run."""
         return self.exporter.errors
 
     async def flush(self, *, timeout_seconds: float = 5.0) -> bool:
-        """Send what is queued; whether all of it was sent within the limit. Never raises."""
+        """Send what is queued; return True if all of it was sent in time. Never raises."""
         sent = await self._within(timeout_seconds, lambda: self.exporter.flush(timeout_seconds))
         if sent is None:
             logger.warning("%s: not everything was sent within %g s", self.exporter.name, timeout_seconds)
         return bool(sent)
 
     async def aclose(self, *, timeout_seconds: float = 5.0) -> bool:
-        """The same, and give up what the exporter has opened by itself (not what it was handed)."""
+        """Flush, and close what the exporter opened itself (not what was passed to it)."""
         deadline = monotonic() + timeout_seconds
         sent = await self.flush(timeout_seconds=timeout_seconds)
-        # Also if the time is used up: closing takes none, but where something is wrong.
+        # Also when the time is used up: closing takes almost none, unless something is wrong.
         closed = await self._within(max(_CLOSING_SECONDS, deadline - monotonic()), self._close)
         return sent and bool(closed)
 
@@ -311,14 +311,14 @@ class ExporterHooks(NodeHooks):
         return True
 
     async def _within(self, seconds: float, work: Callable[[], bool]) -> bool | None:
-        """What work came to; None if it took longer."""
+        """Return the result of blocking work; None if it took longer."""
 
         def safely() -> bool:
             done = [False]
             self.exporter._safely("flush", lambda _: done.append(work()), self)
             return done[-1]
 
-        # A daemon thread of ours: one that hangs keeps neither the loop nor the process.
+        # A daemon thread: one that hangs blocks neither the loop nor the end of the process.
         pending: Awaitable[Any] = in_thread(safely, ())
         try:
             return bool(await asyncio.wait_for(pending, seconds))
@@ -327,7 +327,7 @@ class ExporterHooks(NodeHooks):
 
 
 class ModelLabels:
-    """Names of models as labels of metrics: a provider's answers cannot make series without end."""
+    """Labels of metrics for the names of models, bounded in number and length."""
 
     def __init__(self) -> None:
         self._seen: set[str] = set()
@@ -343,10 +343,10 @@ class ModelLabels:
 
 
 def sound(text: str) -> str:
-    """A text that UTF-8 can say: one lone surrogate in a label costs an exporter the label, or the whole page."""
+    """Return a text that UTF-8 can encode: a lone surrogate in a label can cost a whole page of metrics."""
     return text.encode("utf-8", "backslashreplace").decode()
 
 
 def missing(needed: str, factory: str, extra: str) -> ImportError:
-    """What to raise where an SDK is not installed."""
+    """Return the ImportError of an exporter whose SDK is not installed."""
     return ImportError(f"{needed} is required for {factory}; install it with: pip install 'stroma[{extra}]'")

@@ -73,8 +73,8 @@ def otel_hooks(
         raise missing("opentelemetry-api", "otel_hooks", "otel") from error
     if attempts not in ("events", "spans"):
         raise ValueError(f'attempts is {attempts!r}; it is "events" or "spans"')
-    made = Content.make(content, deny_keys, max_bytes)
-    return _OpenTelemetry(tracer, meter, own_spans=attempts == "spans", content=made).hooks()
+    content_rules = Content.make(content, deny_keys, max_bytes)
+    return _OpenTelemetry(tracer, meter, own_spans=attempts == "spans", content=content_rules).hooks()
 
 
 class _RunSpan:
@@ -127,26 +127,30 @@ class _OpenTelemetry(Observer):
         traces: Any = trace.get_tracer_provider() if tracer is None else tracer
         measures: Any = metrics.get_meter_provider() if meter is None else meter
         self._tracer: Tracer = traces if isinstance(traces, trace.Tracer) else traces.get_tracer("stroma")
-        made: Meter = measures if isinstance(measures, metrics.Meter) else measures.get_meter("stroma")
+        own_meter: Meter = measures if isinstance(measures, metrics.Meter) else measures.get_meter("stroma")
         self._own_spans = own_spans
         self._content = content
-        self._run_seconds = made.create_histogram(
+        self._run_seconds = own_meter.create_histogram(
             "gen_ai.invoke_workflow.duration", "s", "Wall time of a run",
             explicit_bucket_boundaries_advisory=_RUN_BUCKETS,
         )  # fmt: skip
-        self._node_seconds = made.create_histogram(
+        self._node_seconds = own_meter.create_histogram(
             "stroma.node.duration", "s", "Wall time of an attempt's function",
             explicit_bucket_boundaries_advisory=NODE_BUCKETS,
         )  # fmt: skip
-        self._active = made.create_up_down_counter("stroma.runs.active", "{run}", "Runs in progress")
-        self._executions = made.create_counter("stroma.node.executions", "{attempt}", "Attempts that ended")
-        self._retries = made.create_counter(
+        self._active = own_meter.create_up_down_counter("stroma.runs.active", "{run}", "Runs in progress")
+        self._executions = own_meter.create_counter(
+            "stroma.node.executions", "{attempt}", "Attempts that ended"
+        )
+        self._retries = own_meter.create_counter(
             "stroma.node.retries", "{attempt}", "Attempts that follow a failed one"
         )
-        self._tokens = made.create_counter("stroma.tokens", "{token}", "Tokens that nodes reported")
-        self._cost = made.create_counter("stroma.cost", "USD", "What they cost")
-        self._exceeded = made.create_counter("stroma.budget.exceeded", "{run}", "Runs that a budget stopped")
-        self._hook_errors = made.create_counter(
+        self._tokens = own_meter.create_counter("stroma.tokens", "{token}", "Tokens that nodes reported")
+        self._cost = own_meter.create_counter("stroma.cost", "USD", "What they cost")
+        self._exceeded = own_meter.create_counter(
+            "stroma.budget.exceeded", "{run}", "Runs that a budget stopped"
+        )
+        self._hook_errors = own_meter.create_counter(
             "stroma.hook.errors", "{error}", "Exceptions that hooks raised"
         )
 
@@ -224,14 +228,14 @@ class _OpenTelemetry(Observer):
 
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
         """The end of a run that has begun in another process."""
-        made = _RunSpan()
-        made.since -= seconds_elsewhere(result)
-        made.span = self._tracer.start_span(
+        record = _RunSpan()
+        record.since -= seconds_elsewhere(result)
+        record.span = self._tracer.start_span(
             f"stroma.run_end {run.pipeline}",
             context=None if run.traceparent is None else self._remote(run.traceparent),
             attributes={"stroma.run.id": run.run_id, "gen_ai.workflow.name": run.pipeline},
         )
-        return made
+        return record
 
     def skipped(self, node: NodeExecution) -> None:
         span = self._run_span(node)
@@ -292,8 +296,8 @@ class _OpenTelemetry(Observer):
                 **({"stroma.redelivered": True} if node.redelivered else {}),
             },
         )
-        node.notes[self] = made = _NodeSpan(span)
-        return made
+        node.notes[self] = record = _NodeSpan(span)
+        return record
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         usage, pipeline = node.usage, node.pipeline
@@ -404,12 +408,12 @@ class _OpenTelemetry(Observer):
         """Make a span an error, if the end was one."""
         if ended.error is None:
             return
-        said = self._content.message(run, ended.error)
-        if said is None:
-            said = " ".join(filter(None, (ended.class_name, ended.reason)))
+        description = self._content.message(run, ended.error)
+        if description is None:
+            description = " ".join(filter(None, (ended.class_name, ended.reason)))
         span.set_attribute("error.type", type_name(ended.error))
         span.set_attribute("stroma.failure_class", ended.class_name)
-        span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, said))
+        span.set_status(self._trace.Status(self._trace.StatusCode.ERROR, description))
 
     def flush(self, timeout_seconds: float) -> bool:
         # One after the other: each is told what is left of the time.

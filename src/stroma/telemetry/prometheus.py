@@ -146,15 +146,15 @@ class _Prometheus(Observer):
         self._metrics.in_progress(run.pipeline).inc()
 
     def run_ended(self, run: ReliabilityContext, result: ExecutionResult) -> None:
-        begun = run.notes.pop(self, None)
+        started = run.notes.pop(self, None)
         metrics, pipeline, status = self._metrics, run.pipeline, result.status.value
         if is_returned(run):
             for error in result.hook_errors:
                 metrics.hook_errors(pipeline, error.hook).inc()
             return
-        if begun is not None:
+        if started is not None:
             metrics.in_progress(pipeline).dec()
-            seconds = perf_counter() - begun
+            seconds = perf_counter() - started
         elif run.elsewhere:
             seconds = seconds_elsewhere(result)
         else:

@@ -54,7 +54,7 @@ def sentry_hooks(
 
 
 class _Run:
-    """What the end of a run needs."""
+    """State of a run until its end."""
 
     __slots__ = ("captured", "failed", "outer", "scopes", "span")
 
@@ -172,16 +172,16 @@ class _Sentry(Observer):
 
     def _ending(self, run: ReliabilityContext) -> _Run:
         """The end of a run that has begun in another process."""
-        made = _Run(_HERE.get())
-        isolation = self._isolate(made, made.scopes)
+        record = _Run(_HERE.get())
+        isolation = self._isolate(record, record.scopes)
         scope = self._sdk.get_current_scope()
         if self._client is not None:
             scope.set_client(self._client)
         _name_run(isolation, run)
-        made.span = scope.span = self._continued(
+        record.span = scope.span = self._continued(
             run.traceparent, {"op": "stroma.run_end", "name": run.pipeline}
         )
-        return made
+        return record
 
     def _continued(self, traceparent: str | None, about: dict[str, Any]) -> Any:
         """A transaction under a span of another process, or of its own trace."""
@@ -200,7 +200,7 @@ class _Sentry(Observer):
         return isolation
 
     def _of_run(self, node: NodeExecution) -> _Run:
-        """What is noted of a node's run, or of the step of plain code that it is or is in."""
+        """Return the state of a node's run, or of the step in plain code that it is or is inside."""
         of_run: _Run | None = node.ctx.notes.get(self)
         if of_run is not None:
             return of_run
@@ -242,7 +242,7 @@ class _Sentry(Observer):
             node.ctx.kept_traceparent = f"00-{span.trace_id}-{span.span_id}-01"
 
     def _alone(self, node: NodeExecution) -> bool:
-        """Whether it is a step of plain code, which stands for a run."""
+        """Return True for a step in plain code, which is reported like a run."""
         return node.parent is None and self not in node.ctx.notes
 
     def _begin(self, node: NodeExecution, scope: Scope, *, ended: bool = False) -> _Node:
@@ -264,8 +264,8 @@ class _Sentry(Observer):
         span.set_data("stroma.node.kind", node.kind)
         if node.redelivered:
             span.set_data("stroma.redelivered", True)
-        node.notes[self] = made = _Node(span, scope)
-        return made
+        node.notes[self] = record = _Node(span, scope)
+        return record
 
     def attempt_ended(self, node: NodeExecution, ended: Ended) -> None:
         of_node: _Node | None = node.notes.get(self)
@@ -344,11 +344,11 @@ class _Sentry(Observer):
             mechanism={"type": "stroma", "handled": True},
         )
         for value in event.get("exception", {}).get("values", ()):
-            said = str(value.get("value") or "")
+            failure_text = str(value.get("value") or "")
             if self._content.mode == "none":
                 value["value"] = " ".join(filter(None, (ended.class_name, ended.reason)))
             elif value.get("value"):
-                value["value"] = self._content.message(run, said)
+                value["value"] = self._content.message(run, failure_text)
         if isinstance(error, RemoteFailure):
             for value in event.get("exception", {}).get("values", ())[-1:]:
                 module, _, value["type"] = error.full_name.rpartition(".")
@@ -397,8 +397,12 @@ def _innermost(result: ExecutionResult) -> str:
     node_id = result.failure.node_id
     rows = list(result.trace)[-1:]
     while rows and rows[-1].node_id == node_id:
-        said = rows[-1].failure_message
-        rows = [row for row in rows[-1].children if row.outcome == "failure" and row.failure_message == said]
+        failure_text = rows[-1].failure_message
+        rows = [
+            row
+            for row in rows[-1].children
+            if row.outcome == "failure" and row.failure_message == failure_text
+        ]
         node_id = rows[-1].node_id if rows else node_id
     return node_id
 

@@ -1,4 +1,4 @@
-"""What an interpreter asks for, done on a worker by the engine's own code: exactly one attempt, one end of a run."""
+"""Operations of a worker for an interpreter, done by the engine: one attempt of a node, one end of a run."""
 
 # Which keys a request or a reply has depends on what it is for.
 # pyright: reportTypedDictNotRequiredAccess=false
@@ -69,7 +69,7 @@ logger = logging.getLogger("stroma")
 
 
 class Attempts:
-    """What a worker can do: the nodes of its pipelines, under its own hooks, classifiers, limits and shared budgets."""
+    """Performs requests for the nodes of a worker's pipelines, with its own hooks, classifiers and limits."""
 
     def __init__(
         self,
@@ -83,14 +83,14 @@ class Attempts:
         self.registry = ContractRegistry() if registry is None else registry
         self.payloads = payloads
         self.store = store
-        self._manager = CheckpointManager(InMemoryStore())  # Nothing is kept in it: the driver keeps runs.
+        self._manager = CheckpointManager(InMemoryStore())  # It stays empty: the driver stores runs.
         self._known: dict[str, tuple[Known, RunConfig]] = {}
         for pipeline in pipelines:
             own = config or pipeline.config or RunConfig()
             self._known[pipeline.name] = Known.of(pipeline, self.registry), own
 
     def known(self, pipeline: str) -> tuple[Known, RunConfig]:
-        """The nodes and the config of a pipeline. Raises MissingNode."""
+        """Return the nodes and the config of a pipeline. Raises MissingNode."""
         try:
             return self._known[pipeline]
         except KeyError:
@@ -100,9 +100,9 @@ class Attempts:
             ) from None
 
     async def perform(self, request: Request, *, redelivered: bool = False) -> Reply:
-        """Do what is asked for. Raises MissingNode; CancelledError if nothing was begun; whatever fails inside is a reply.
+        """Perform a request. Raises MissingNode, and CancelledError if nothing was started; other failures are replies.
 
-        ``redelivered``: another process may have begun, or even finished, the same.
+        ``redelivered``: another process may have started, or even finished, the same request.
         """
         known, config = self.known(request["pipeline"])
         work = _Work(self, known, config, request, redelivered)
@@ -139,7 +139,7 @@ class _ClosingGroup(Group):
 
 
 class _Record:
-    """Stands in for a journal's session: what the engine keeps of an attempt becomes the reply."""
+    """Session whose records become the reply to a request."""
 
     address = ""
     epoch = 0
@@ -166,7 +166,7 @@ class _Record:
         self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
     ) -> Awaitable[None] | None:
         if is_called(row.branch):
-            return None  # A step inside the node: the driver knows nothing of it but what it used.
+            return None  # A step inside the node: the driver receives only its usage.
         self.row = row
         if output is None or schema is None:
             return None
@@ -215,7 +215,7 @@ class _Work:
         frozen: dict[str, Any] = {name: getattr(settings, name) for name in FROZEN}
         frozen["context"] = {**own, **copy.deepcopy(request["context"])}
         frozen["run_id"] = request["run_id"]
-        # The driver delivers again what a dead process has not ended.
+        # The driver itself redelivers the attempts of dead processes.
         frozen["hook_delivery"] = "at_most_once"
         frozen["node_policies"] = {}  # The driver's business.
         self.ctx = ctx = ReliabilityContext.for_run(
@@ -235,7 +235,7 @@ class _Work:
     # ------------------------------------------------------------------ values
 
     async def value(self, text: str, cls: ClassName, *, apart: bool = False) -> Value:
-        """A text on its way to the driver; a large one goes to the payload store. Raises StoreError.
+        """Return a text as a value for the driver; a large one goes to the payload store. Raises StoreError.
 
         ``apart``: a small one too, if there is a store.
         """
@@ -430,8 +430,8 @@ class _Work:
         group = self.known.find(request["spec"], request["path"])
         assert isinstance(group, Group)
         value = await self.model_of(request["value"])
-        self.ctx.fire.on_node_start = None  # It was told when the group was opened.
-        # Its row, and whoever watches, are to have the time at which it was opened.
+        self.ctx.fire.on_node_start = None  # It was called when the group was opened.
+        # So that row and hooks have the time at which the group was opened.
         self.ctx.epoch_ns -= max(0, time_ns() - request["opened_ns"])
         return await self._attempt(_ClosingGroup(group, self._merge_children), value, begun=True)
 
@@ -481,7 +481,7 @@ class _Work:
         request = self.request
         outputs = {str(i): value for i, value in zip(request["indexes"], request["outputs"], strict=True)}
         text = json.dumps({"outputs": outputs, "rows": request["rows"]})
-        # What is put together must take no room of the run's own: a map has any number of packs.
+        # Packs take no room of the run's own: a map has any number of them.
         return {"packed": await self.value(text, ["raw"], apart=True)}
 
     async def end(self) -> Reply:
@@ -503,7 +503,7 @@ class _Work:
         try:
             initial = await self.model_of(self.request["value"])
             await mirror(self.owner.store, report, reader, initial, self.ctx.config.tags)
-        except Exception:  # What it came to is safe where it was run.
+        except Exception:  # The result itself is stored by the driver.
             self.ctx.run_logger.exception("the run could not be written to %r", self.owner.store)
 
     # ------------------------------------------------------------------ what goes back
@@ -515,7 +515,7 @@ class _Work:
             reply["context"] = changes
         for key in unsaid:
             ctx.run_logger.warning(
-                "context[%r] is no JSON value, or a large one; it stays in this process, and no other node sees it",
+                "context[%r] is not a JSON value, or too large; it stays in this process and is not passed to other nodes",
                 key,
             )
         if ctx.unpriced:
@@ -561,10 +561,10 @@ class _Work:
         return event
 
     async def _input(self, row: AttemptRow, node: Node | Group) -> Value | None:
-        """What the attempt was given, if it differs from what the request holds."""
+        """Return the input of the attempt, if it differs from the request's."""
         picture = row.input
         contract = self.known.contract(node) if isinstance(node, Node) else None
-        if isinstance(picture, dict):  # It was refused, or cannot be kept in any other way.
+        if isinstance(picture, dict):  # It violated its contract, or has no other form.
             if contract is None:
                 return None
             cls: ClassName = ["raw"]
@@ -581,7 +581,7 @@ class _Work:
                 text = (
                     picture if isinstance(picture, bytes) else schema.encode(schema.restore(picture))
                 ).decode()
-            except Exception:  # It holds what is not to be written down.
+            except Exception:  # It holds a value without a stored form.
                 text, cls = json.dumps(jsonable(schema.thaw(picture))), ["raw"]
         given = self.request["value"]
         if cls[0] == "in" and given.get("text") == text:
@@ -590,5 +590,5 @@ class _Work:
             return None
         try:
             return await self.value(text, cls)
-        except Exception:  # The output is more important than the picture of an input.
+        except Exception:  # The output is more important than the snapshot of an input.
             return {"text": "{}", "size": 2, "cls": ["raw"]}

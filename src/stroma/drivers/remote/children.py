@@ -1,4 +1,4 @@
-"""What runs inside a group: the children of parallel(), or the items of a map, so many at once."""
+"""Children of a group: the nodes of parallel(), or the items of a map, with bounded concurrency."""
 
 # Which keys a request or a reply has depends on what it is for.
 # pyright: reportTypedDictNotRequiredAccess=false
@@ -57,7 +57,7 @@ class Parent(Protocol):
 
 
 class Children:
-    """What runs inside a group in one attempt of it: the children of parallel(), or the items of a map."""
+    """The children of one attempt of a group: the nodes of parallel(), or the items of a map."""
 
     def __init__(
         self, run: Parent, place: Place, value: Value, attempt: int, opened: int, traceparent: str | None

@@ -58,7 +58,9 @@ class Interpreter:
         self.state = state
         self.driver = driver
         self._policies = policies_of(plan["policies"])
-        self._node_policies = {node: policies_of(given) for node, given in plan["node_policies"].items()}
+        self._node_policies = {
+            node: policies_of(policies) for node, policies in plan["node_policies"].items()
+        }
         self._budget = ExecutionBudget(**(plan["settings"].get("budget") or {}))
         self._tracker = tracker = CostTracker()
         spent, prior = state["spent"], state["prior"]
@@ -149,12 +151,12 @@ class Interpreter:
 
     def _forget(self, position: int) -> None:
         prefix = f"{position}|"
-        for kept in (self.state["done"], self.state["maps"], self.state["answers"]):
-            for key in [key for key in kept if key.startswith(prefix)]:
-                del kept[key]
+        for states in (self.state["done"], self.state["maps"], self.state["answers"]):
+            for key in [key for key in states if key.startswith(prefix)]:
+                del states[key]
 
     def report(self) -> Report:
-        """What this segment of the run has come to so far."""
+        """Return the report of this segment of the run so far."""
         state = self.state
         values: list[Value] = []
         seen: dict[tuple[str, str], int] = {}
@@ -241,23 +243,23 @@ class Interpreter:
         )
 
     def _busy(self, place: Place) -> dict[str, Any]:
-        """How much of a limit to its time a run has used up in the group that is under way."""
+        """Return how much of a time limit a run has used in the current group."""
         if not place.groups or self._budget.max_latency_ms is None:
             return {}
         return {"busy_ns": busy_ns(self._open.get(place.position, []))}
 
     def _note(self, reply: Reply) -> None:
-        """What every reply may say of the run as a whole."""
+        """Apply the parts of a reply that concern the run as a whole."""
         state = self.state
-        made, gone = reply.get("context") or ({}, [])
-        kept = {key: value for key, value in state["context"].items() if key not in gone}
-        made = fitting(kept, made)  # Nodes that ran at once may have filled it together.
-        state["context"] = {**kept, **made}
-        state["gone"] = [key for key in state["gone"] if key not in made] + list(gone)
+        changes, gone = reply.get("context") or ({}, [])
+        remaining = {key: value for key, value in state["context"].items() if key not in gone}
+        changes = fitting(remaining, changes)  # Nodes that ran at once may have filled it together.
+        state["context"] = {**remaining, **changes}
+        state["gone"] = [key for key in state["gone"] if key not in changes] + list(gone)
         for hook, node_id, name, message in reply.get("hook_errors") or []:
-            said = shortened(message, state["room"])
-            state["room"] -= weight(said)
-            state["hook_errors"].append([hook, node_id, name, said])
+            text = shortened(message, state["room"])
+            state["room"] -= weight(text)
+            state["hook_errors"].append([hook, node_id, name, text])
         state["warned"] += [one for one in reply.get("warned", []) if one not in state["warned"]]
         state["unpriced"] += [one for one in reply.get("unpriced", []) if one not in state["unpriced"]]
         if "broken" in reply:
@@ -304,7 +306,7 @@ class Interpreter:
             await self.driver.sleep(after)
 
     def _keep(self, place: Place, output: Value) -> None:
-        """What was committed while the run was being cancelled is not run again by who goes on with it."""
+        """Record an output that was committed during a cancellation, so that a resume does not run it again."""
         if place.branch:
             self.state["done"][place.key] = output
             return

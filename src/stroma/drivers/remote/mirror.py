@@ -95,7 +95,7 @@ class _Writer:
             self.left_out += 1
             return
         failure, used = row["failure"], row["usage"]
-        kept = AttemptRow(
+        mirrored = AttemptRow(
             row["id"], row["attempt"], row["started_ns"], row["duration_ns"], {}, None, row["outcome"],
             None if failure is None else Failed(FailureClass(failure[0]), *failure[1:]),
             None if used is None else AttemptUsage(*used), row["position"], row["branch"], group, None, None,
@@ -103,10 +103,10 @@ class _Writer:
         )  # fmt: skip
         waits = self._waiting.get((row["position"], row["branch"]))
         if row["outcome"] == "suspended" and waits is not None:
-            asked = Waiting(
+            request = Waiting(
                 waits["position"], waits["branch"], waits["node_id"], waits["reason"], waits["schema_ref"]
             )
-            await _done(self._session.suspend(kept, asked))
+            await _done(self._session.suspend(mirrored, request))
             return
         schema: Schema | None = None
         output: BaseModel | None = None
@@ -114,9 +114,9 @@ class _Writer:
         if value is not None:
             output = await self._reader.state(value)
             schema = schema_of(type(output))
-        await _done(self._session.record(kept, schema, output))
+        await _done(self._session.record(mirrored, schema, output))
 
 
 def is_mirrored(status: str) -> bool:
-    """Whether a local runner leaves a run of this status alone until it is asked for."""
+    """Return True if a local runner does not recover a run of this status by itself."""
     return status not in ("RUNNING", RunStatus.INTERRUPTED)

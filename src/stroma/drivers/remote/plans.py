@@ -35,7 +35,7 @@ FROZEN = ("budget", "node_timeouts", "contract_retries", "model_fallbacks", "unk
 
 
 class MissingNode(LookupError):
-    """A worker was asked for a node that it does not have as the run knows it.
+    """A worker does not have a node as the run knows it.
 
     Where: the log of the worker; ``result.failure`` of a PARTIAL run, once no worker that was asked had it.
     Cause: the worker runs other code than the run was begun with: the node was removed, renamed, or its contract changed.
@@ -44,7 +44,7 @@ class MissingNode(LookupError):
 
 
 def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
-    """A node as plain data. Raises ValueError for a map that only one process can run."""
+    """Return a node as plain data. Raises ValueError for a map that only one process can run."""
     if isinstance(node, Node):
         contract = registry.find(node.node_id) or node.contract
         spec: NodeSpec = {"id": node.node_id, "kind": "node"}
@@ -57,26 +57,26 @@ def spec_of(node: Node | Group, registry: ContractRegistry) -> NodeSpec:
             f"{node.node_id} takes its items from, or puts its outputs into, something that only one machine has; "
             "give it the name of a list field, and the name of a field as into="
         )
-    made: NodeSpec = {
+    spec = {
         "id": node.node_id,
         "kind": "map" if node.is_map else "parallel",
         "children": [spec_of(child, registry) for child in node.children],
         "limit": node.max_concurrency,
     }
     if node.is_map:
-        made["over"], made["into"] = node.items_field, node.output_field
-        made["collect"] = node.collects_failures
-    return made
+        spec["over"], spec["into"] = node.items_field, node.output_field
+        spec["collect"] = node.collects_failures
+    return spec
 
 
 def settings_of(config: RunConfig) -> dict[str, Any]:
-    """What of a config goes with the run."""
+    """Return the fields of a config that are frozen with the run."""
     settings: dict[str, Any] = config.model_dump(mode="json", include=set(FROZEN), exclude_defaults=True)
     return settings
 
 
-def _policies(given: PolicyMap) -> dict[str, dict[str, Any]]:
-    return {FailureClass(kind).value: policy.model_dump(mode="json") for kind, policy in given.items()}
+def _policies(policies: PolicyMap) -> dict[str, dict[str, Any]]:
+    return {FailureClass(kind).value: policy.model_dump(mode="json") for kind, policy in policies.items()}
 
 
 def policies_of(data: dict[str, dict[str, Any]]) -> PolicyMap:
@@ -93,21 +93,21 @@ def freeze(
     execution: int = 1,
     options: dict[str, Any] | None = None,
 ) -> Plan:
-    """All that moves a run, as plain data. Raises ValueError for what no other process could run."""
+    """Return the plan of a run as plain data. Raises ValueError for nodes that no other process could run."""
     return {
         "run_id": run_id,
         "execution": execution,
         "pipeline": pipeline,
         "nodes": [spec_of(node, registry) for node in nodes],
         "policies": _policies(config.policy_map),
-        "node_policies": {node: _policies(given) for node, given in config.node_policies.items()},
+        "node_policies": {node: _policies(policies) for node, policies in config.node_policies.items()},
         "settings": settings_of(config),
         "options": options or {},
     }
 
 
 class Known:
-    """The nodes of a pipeline as this process has them, and the classes of states that are named by them."""
+    """The nodes of a pipeline in this process, and the classes that their states refer to."""
 
     def __init__(self, pipeline: str, nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
         check_owners(nodes, registry)
@@ -126,16 +126,14 @@ class Known:
         return self.registry.find(node.node_id) or node.contract
 
     def find(self, spec: NodeSpec, path: Sequence[int] = ()) -> Node | Group:
-        """The node of a plan, at the same place if it stands there, else wherever it is. Raises MissingNode."""
-        candidates = [
-            found for found in [self._at(path)] if found is not None and found.node_id == spec["id"]
-        ]
+        """Return the node of a plan, preferably at the same place. Raises MissingNode."""
+        candidates = [node for node in [self._at(path)] if node is not None and node.node_id == spec["id"]]
         candidates += self._by_id.get(spec["id"], [])
         for node in candidates:
             if self._differs(node, spec) is None:
                 return node
         if spec["kind"] != "node":
-            # A group is what stands in it: it need not stand in this process's pipeline as a whole.
+            # Built from its children: this process's pipeline may have the group in another form.
             children = [self.find(child) for child in spec["children"]]
             if spec["kind"] == "parallel":
                 return parallel(*children, max_concurrency=spec["limit"])
@@ -149,8 +147,8 @@ class Known:
         if candidates:
             raise MissingNode(
                 f"this worker has node {spec['id']!r} of pipeline {self.pipeline!r} with another "
-                f"{self._differs(candidates[0], spec)} contract than the run was begun with; run a worker with the code of "
-                "that time beside it until such runs have ended"
+                f"{self._differs(candidates[0], spec)} contract than the run was started with; keep a worker with the earlier "
+                "code until such runs have ended"
             )
         have = ", ".join(map(repr, self._by_id)) or "none"
         raise MissingNode(
@@ -160,16 +158,16 @@ class Known:
 
     def _at(self, path: Sequence[int]) -> Node | Group | None:
         nodes: Sequence[Node | Group] = self.nodes
-        found: Node | Group | None = None
+        node: Node | Group | None = None
         for index in path:
             if index >= len(nodes):
                 return None
-            found = nodes[index]
-            nodes = found.children if isinstance(found, Group) else ()
-        return found
+            node = nodes[index]
+            nodes = node.children if isinstance(node, Group) else ()
+        return node
 
     def _differs(self, node: Node | Group, spec: NodeSpec) -> str | None:
-        """What of a node is not as the plan has it."""
+        """Return the difference between a node and its plan, or None."""
         own = None
         try:
             own = spec_of(node, self.registry)
@@ -181,7 +179,7 @@ class Known:
         return None
 
     def class_of(self, name: ClassName) -> type[BaseModel] | None:
-        """The class that a name stands for; None for one that this process cannot know."""
+        """Return the class of a name; None for one that this process does not have."""
         kind = name[0]
         try:
             if kind == "class":
@@ -197,25 +195,25 @@ class Known:
         return None
 
     def _of_node(self, kind: str, node_id: str, fingerprint: str | None) -> type[BaseModel] | None:
-        """The class that a node takes or gives: of those of one id, the one whose contract has that hash."""
-        found: list[type[BaseModel]] = []
+        """Return the input or output class of a node; of several with one id, that with the fingerprint."""
+        classes: list[type[BaseModel]] = []
         for node in self._by_id.get(node_id, ()):
             contract = self.contract(node) if isinstance(node, Node) else None
             if contract is not None:
-                found.append(contract.input_schema if kind == "in" else contract.output_schema)
+                classes.append(contract.input_schema if kind == "in" else contract.output_schema)
             elif kind == "out":
-                found.append(Kept)
-        exact = [cls for cls in found if schema_of(cls).fingerprint == fingerprint]
-        return next(iter(exact + found), None)
+                classes.append(Kept)
+        exact = [cls for cls in classes if schema_of(cls).fingerprint == fingerprint]
+        return next(iter(exact + classes), None)
 
     def takes(self, node_id: str, position: int, branch: str) -> ClassName | None:
-        """The name of the class that the input of a node is of; None for a group, or without a contract."""
+        """Return the class name of the input of a node; None for a group, or without a contract."""
         nodes, at = self.nodes, None
         for index in [] if is_called(branch) else [position, *child_indexes(branch)]:
             if isinstance(at, Group):
                 nodes, index = at.children, 0 if at.is_map else index
             at = nodes[index] if index < len(nodes) else None
-        if at is None or at.node_id != node_id:  # It stands elsewhere by now.
+        if at is None or at.node_id != node_id:  # The node has moved.
             at = next(iter(self._by_id.get(node_id, ())), None)
         contract = self.contract(at) if isinstance(at, Node) else None
         return None if contract is None else ["in", node_id, schema_of(contract.input_schema).fingerprint]
@@ -227,7 +225,7 @@ class Known:
         return Kept if contract is None else contract.output_schema
 
     def decode(self, text: str, name: ClassName) -> BaseModel:
-        """The state of a text. One of an unknown class is an open model of its fields."""
+        """Return the state of a text; without its class, an open model of its fields."""
         data = text.encode()
         cls = self.class_of(name)
         if cls is not None:
@@ -243,25 +241,25 @@ def _all(nodes: Iterable[Node | Group]) -> Iterable[Node | Group]:
 
 
 def plain_context(context: dict[str, Any]) -> dict[str, Any]:
-    """A context dict that can be sent. Raises TypeError that names what cannot be."""
+    """Return a copy of a context dict. Raises TypeError that names a value that cannot be sent."""
     for key, value in context.items():
         if not isinstance(key, str) or not is_json(value):
             raise TypeError(
-                f"context[{key!r}] is {type(value).__name__}, which cannot be sent to a worker; give JSON values of at most "
-                f"{CONTEXT} bytes, and let the worker's own config hold clients and other objects"
+                f"context[{key!r}] is {type(value).__name__}, which cannot be sent to a worker; pass JSON values of at most "
+                f"{CONTEXT} bytes, and put clients and other objects into the worker's own config"
             )
     fits = fitting({}, context)
     for key in context:
         if key not in fits:
             raise TypeError(
-                f"context has no room for {key!r}: all values together are too large to be sent with every attempt; keep "
-                "them in a store of your own, and give their names"
+                f"context has no room for {key!r}: all values together are too large to be sent with every attempt; save "
+                "them in another store, and pass their names"
             )
     return dict(context)
 
 
 def is_json(value: Any) -> bool:
-    """Whether JSON has a value exactly as it is, and it is small enough to go with every request."""
+    """Return True if JSON represents a value exactly, and it is small enough for every request."""
     try:
         text = json.dumps(value, allow_nan=False)
         return len(text) <= CONTEXT and bool(json.loads(text) == value)
@@ -270,7 +268,7 @@ def is_json(value: Any) -> bool:
 
 
 def _differ(before: Any, now: Any) -> bool:
-    """Whether a value was changed. Some cannot be compared: arrays, and tables of data."""
+    """Return True if a value was changed. Some cannot be compared: arrays, and tables of data."""
     if before is now:
         return False
     try:
@@ -280,15 +278,15 @@ def _differ(before: Any, now: Any) -> bool:
 
 
 def context_of(ctx: ReliabilityContext, before: dict[str, Any]) -> tuple[list[Any] | None, list[str]]:
-    """What nodes changed in the context dict: [what was set, what was deleted], and the keys that cannot be sent."""
+    """Return the changes of the context dict, [values set, keys deleted], and the keys that cannot be sent."""
     now = ctx.context
-    made = {key: value for key, value in now.items() if key not in before or _differ(before[key], value)}
-    gone = [key for key in before if key not in now]
-    unsaid = [str(key) for key, value in made.items() if not (isinstance(key, str) and is_json(value))]
-    said = {key: value for key, value in made.items() if str(key) not in unsaid}
+    changed = {key: value for key, value in now.items() if key not in before or _differ(before[key], value)}
+    deleted = [key for key in before if key not in now]
+    unsendable = [str(key) for key, value in changed.items() if not (isinstance(key, str) and is_json(value))]
+    sendable = {key: value for key, value in changed.items() if str(key) not in unsendable}
     fits = fitting(
-        {key: value for key, value in before.items() if isinstance(key, str) and is_json(value)}, said
+        {key: value for key, value in before.items() if isinstance(key, str) and is_json(value)}, sendable
     )
-    unsaid += [key for key in said if key not in fits]
-    said = fits
-    return ([said, gone] if said or gone else None), unsaid
+    unsendable += [key for key in sendable if key not in fits]
+    sendable = fits
+    return ([sendable, deleted] if sendable or deleted else None), unsendable

@@ -43,7 +43,7 @@ async def fetch(payloads: BlobStore | None, value: Value) -> str:
 
 
 def unpack(text: str) -> dict[str, Any]:
-    """What "pack" has put together."""
+    """Return the content of a pack."""
     packed: dict[str, Any] = json.loads(text)
     return packed
 
@@ -64,17 +64,17 @@ class Reader:
             packed = unpack(await fetch(self.payloads, pack))["rows"]
             children += [await self.event(child) for child in packed]
         seconds, ns = divmod(row["started_ns"], 1_000_000_000)
-        given = self.value(row["input"])
-        made = self.value(row["output"])
+        input_value = self.value(row["input"])
+        output_value = self.value(row["output"])
         return TraceEvent(
             node_id=row["id"],
             run_id=self._run_id,
             attempt=row["attempt"],
             timestamp_utc=datetime.fromtimestamp(seconds, UTC).replace(microsecond=ns // 1000),
             input_state={}
-            if given is None
-            else await self._state(given, self._known.takes(row["id"], row["position"], row["branch"])),
-            output_state=None if made is None else await self._state(made, None),
+            if input_value is None
+            else await self._state(input_value, self._known.takes(row["id"], row["position"], row["branch"])),
+            output_state=None if output_value is None else await self._state(output_value, None),
             duration_ms=row["duration_ns"] // 1_000_000,
             failure=None if failure is None else FailureClass(failure[0]),
             failure_message=None if failure is None else failure[1],
@@ -88,9 +88,9 @@ class Reader:
             function_ms=row.get("function_ns", row["duration_ns"]) // 1_000_000,
         )
 
-    def value(self, given: Any) -> Value | None:
+    def value(self, reference: Any) -> Value | None:
         """A state of a row, which may name it by its number."""
-        return self._values[given] if isinstance(given, int) else given
+        return self._values[reference] if isinstance(reference, int) else reference
 
     async def _state(self, value: Value, taken: ClassName | None) -> dict[str, Any]:
         text = await fetch(self.payloads, value)
@@ -110,12 +110,12 @@ class Reader:
 
 
 async def result_of(report: Report, known: Known, payloads: BlobStore | None) -> ExecutionResult:
-    """What a run came to, its trace included. Raises StoreError if a state cannot be had."""
+    """Return the result of a run with its trace. Raises StoreError if a state cannot be read."""
     reader = Reader(known, payloads, report["run_id"], report["values"])
     trace = ExecutionTrace(report["run_id"])
     for row in report["rows"]:
         trace.append(await reader.event(row))
-    said = report["failure"]
+    failure = report["failure"]
     return ExecutionResult(
         run_id=report["run_id"],
         status=RunStatus(report["status"]),
@@ -123,7 +123,7 @@ async def result_of(report: Report, known: Known, payloads: BlobStore | None) ->
         trace=trace,
         total_cost_usd=report["cost_usd"],
         total_tokens=report["tokens"],
-        failure=None if said is None else failure_of(said),
+        failure=None if failure is None else failure_of(failure),
         hook_errors=[
             HookFailure(hook, node_id, RemoteFailure(message, name))
             for hook, node_id, name, message in report["hook_errors"]

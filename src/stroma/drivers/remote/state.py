@@ -1,4 +1,4 @@
-"""Where a run stands, as plain JSON data; and what its interpreter knows of the world."""
+"""State of a run as plain JSON data, and the driver protocol of its interpreter."""
 
 # Which keys a request or a reply has depends on what it is for.
 # pyright: reportTypedDictNotRequiredAccess=false
@@ -47,7 +47,7 @@ _FIRST_WORDS: Final = 200
 
 
 class Driver(Protocol):
-    """What moves an interpreter: the only thing that it knows of the world."""
+    """Access of an interpreter to the outside: it uses nothing else."""
 
     async def ask(self, request: Request) -> tuple[Reply, bool]:
         """Have a worker do something; what came of it, and whether the run was cancelled meanwhile.
@@ -63,7 +63,7 @@ class Driver(Protocol):
         ...
 
     def full(self) -> bool:
-        """Whether the driver would like to go on with a fresh history."""
+        """Return True if the driver wants to continue with a fresh history."""
         ...
 
 
@@ -76,7 +76,7 @@ class Broken(Exception):
 
 
 class MapState(TypedDict):
-    """How far a map is. ``next``: the first item that was not asked for. Items in ``packs`` are in nothing else."""
+    """Progress of a map. ``next``: the first item that was not requested. Items in ``packs`` are in no other field."""
 
     next: int
     outputs: dict[str, Value]
@@ -92,7 +92,7 @@ class MapState(TypedDict):
 
 
 class State(TypedDict):
-    """Where a run stands. All of it is plain JSON data."""
+    """State of a run. All of it is plain JSON data."""
 
     position: int
     value: Value
@@ -120,12 +120,12 @@ class State(TypedDict):
 
 
 def row_size(row: Event) -> int:
-    """How many bytes of a run's own state a row takes, its states apart."""
+    """Return the bytes that a row takes of a run's own state, without its states."""
     return ROW + (0 if row["failure"] is None else weight(row["failure"][1]))
 
 
 def shortened(message: str, room: int) -> str:
-    """What a failure says, as long as the run has room for it."""
+    """Return the message of a failure, shortened if the run has no room for it."""
     if len(message) <= _FIRST_WORDS or room - weight(message) >= _FOR_STATES:
         return message
     return f"{message[:_FIRST_WORDS]} ... (the run has no room for the rest; see the log of the worker)"
@@ -187,7 +187,7 @@ def next_segment(state: State) -> State:
 
 
 def _kept(state: State) -> int:
-    """How many bytes of its own a state takes between two segments, which have the rows of each for themselves."""
+    """Return the bytes of a state between two segments, without the rows of each."""
     values = [state["initial"], *state["committed"], *state["done"].values()]
     size = sum(len(answer["payload"] or "") for answer in state["answers"].values())
     for progress in state["maps"].values():
@@ -209,7 +209,7 @@ class Stopped:
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a node stands."""
+    """Position of a node."""
 
     spec: NodeSpec
     path: tuple[int, ...]

@@ -1,4 +1,4 @@
-"""What crosses the seam: plain JSON data, whatever carries it. Nothing in here runs anything."""
+"""Messages between interpreter and workers as plain JSON data, and their conversion. No I/O."""
 
 from __future__ import annotations
 
@@ -38,8 +38,8 @@ __all__ = [
 LARGE: Final = 256 * 1024
 #: Bytes of states that one run may hold beside that: half of what a Temporal payload may be, for all else that is in it.
 ROOM: Final = 1024 * 1024
-#: Characters of a message, and bytes of one value of the context dict and of what a broken contract says of the state.
-_LONGEST: Final = 16 * 1024
+#: Characters of a message, and bytes of the parts of a contract violation and of one value of the context dict.
+_MAX_TEXT: Final = 16 * 1024
 CONTEXT: Final = 64 * 1024
 #: Bytes of the whole context dict, which goes with every request.
 _CONTEXTS: Final = 256 * 1024
@@ -78,7 +78,7 @@ class NodeSpec(TypedDict):
 
 
 class Plan(TypedDict):
-    """All that moves a run, frozen when it begins: a pipeline that is edited later changes nothing of it.
+    """Pipeline and settings of a run, frozen at its start: later edits do not change the run.
 
     Attributes:
         policies: by class; node_policies: by node id and class. As FailurePolicy has them.
@@ -140,7 +140,7 @@ class Event(TypedDict):
 
 
 class Answer(TypedDict):
-    """What a node waits for, and what it was told: see ``stroma.checkpoint.Waiting``."""
+    """Request of a suspended node, and its answer; see ``stroma.checkpoint.Waiting``."""
 
     position: int
     branch: str
@@ -151,7 +151,7 @@ class Answer(TypedDict):
 
 
 class Request(TypedDict):
-    """One thing to do on a worker.
+    """An operation to perform on a worker.
 
     Attributes:
         path: the index of each child on the way from the pipeline to the node.
@@ -208,13 +208,13 @@ class Request(TypedDict):
 
 
 class Reply(TypedDict, total=False):
-    """What came of a request.
+    """Reply to a request.
 
     Attributes:
         row: the attempt's row; absent for one that was not begun.
         output: what was committed.
         failure: of an attempt that failed; ``halt`` if it is final, with what Halt says of it.
-        repairing: another attempt is granted to mend the output.
+        repairing: another attempt follows to repair the output.
         cancelled: the attempt ended because the run is to end.
         broken: [type, message] of a programming error that ends the run: a hook that is not async.
         context: [what was set, what was deleted] in the context dict.
@@ -240,7 +240,7 @@ class Reply(TypedDict, total=False):
 
 
 class Report(TypedDict):
-    """What a run, or a segment of it up to a suspension, came to. Rows name their states by number in ``values``."""
+    """Result of a run, or of a segment of it up to a suspension. Rows refer to states by number in ``values``."""
 
     run_id: str
     execution: int
@@ -263,18 +263,18 @@ class Report(TypedDict):
 
 
 def weight(text: str) -> int:
-    """Bytes of a text in JSON."""
+    """Return the bytes of a text in JSON."""
     return len(json.dumps(text))
 
 
 def clip(text: str) -> str:
-    """A message of bearable length."""
-    left_out = len(text) - _LONGEST
-    return text if left_out <= 0 else f"{text[:_LONGEST]} ... ({left_out} characters are left out)"
+    """Return a message of limited length."""
+    omitted = len(text) - _MAX_TEXT
+    return text if omitted <= 0 else f"{text[:_MAX_TEXT]} ... ({omitted} characters omitted)"
 
 
 def fitting(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
-    """The new values of a context dict for which there is room in it."""
+    """Return the new values of a context dict for which there is room in it."""
     if not made:
         return {}
     free = _CONTEXTS - sum(weight(key) + len(json.dumps(context[key])) for key in context if key not in made)
@@ -288,7 +288,7 @@ def fitting(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
 
 
 def fold(tree: Any) -> dict[str, Any]:
-    """A tree of plain data in which each state stands once; see :func:`unfold`."""
+    """Return a tree of plain data in which each state occurs once; see :func:`unfold`."""
     values: list[Any] = []
     seen: dict[str, int] = {}
 
@@ -309,7 +309,7 @@ def fold(tree: Any) -> dict[str, Any]:
 
 
 def unfold(folded: dict[str, Any]) -> Any:
-    """What :func:`fold` was given."""
+    """Return the tree that was passed to :func:`fold`."""
     values = folded["values"]
 
     def walk(node: Any) -> Any:
@@ -325,18 +325,18 @@ def unfold(folded: dict[str, Any]) -> Any:
 
 
 def size_of(value: Value | None) -> int:
-    """How many bytes of a run's own state a value takes."""
+    """Return the bytes that a value takes of a run's own state."""
     return 0 if value is None else value["size"] if "text" in value else 100
 
 
 def said_of(failure: Failure) -> Failed:
-    """A failure as plain data."""
+    """Return a failure as plain data."""
     exc = failure.exception
     data: list[Any] | None = None
     if is_a(exc, ContractViolation):
         try:
             data = _violated(exc)
-        except Exception:  # A node made it, and left out what belongs to it.
+        except Exception:  # Raised by a node without the usual attributes.
             data = None
     elif is_a(exc, BudgetExceeded):
         data = [exc.dimension, exc.limit, exc.actual, exc.node_id]
@@ -360,9 +360,9 @@ def _full_name(kind: type) -> str:
 
 def _violated(exc: ContractViolation) -> list[Any]:
     raw, errors = jsonable(exc.raw), [jsonable(error) for error in exc.errors[:_ERRORS]]
-    if len(json.dumps(raw)) > _LONGEST:
-        raw = {"left out": "it is too large to be sent"}
-    if len(json.dumps(errors)) > _LONGEST:
+    if len(json.dumps(raw)) > _MAX_TEXT:
+        raw = {"omitted": "too large to be sent"}
+    if len(json.dumps(errors)) > _MAX_TEXT:
         errors = [
             {
                 name: clip(str(e[name])) if name == "msg" else e[name]
@@ -377,7 +377,7 @@ def _violated(exc: ContractViolation) -> list[Any]:
 
 
 def failure_of(said: Failed) -> Failure:
-    """The failure of plain data. Exceptions of ours are what they were; any other one is a RemoteFailure."""
+    """Return the failure of plain data. Exceptions of Stroma are restored; any other one is a RemoteFailure."""
     exc: BaseException
     data, name = said["data"], said["type"]
     if name == "ContractViolation" and data is not None:

@@ -25,7 +25,7 @@ _LARGEST: Final = 1_900_000  # bytes; a server takes 2 MiB
 
 
 class Activities:
-    """What a worker registers."""
+    """The activities that a worker registers."""
 
     def __init__(self, attempts: Attempts, beat_seconds: float | None = None) -> None:
         self._attempts = attempts
@@ -97,8 +97,8 @@ class _Heart:
 
 def _told(reply: Reply, request: dict[str, Any]) -> Reply:
     details = activity.cancellation_details()
-    asked = details is not None and details.cancel_requested
-    if reply.get("cancelled") and not asked and not request.get("cancelled"):
+    was_requested = details is not None and details.cancel_requested
+    if reply.get("cancelled") and not was_requested and not request.get("cancelled"):
         # It is this worker that ends, not the run.
         if "output" not in reply:
             raise ApplicationError("the worker was shut down", type="WorkerShutdown")

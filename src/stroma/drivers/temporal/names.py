@@ -1,4 +1,4 @@
-"""What client, workflow and worker call things: a recorded history holds these names for as long as it is kept."""
+"""Names that client, workflow and worker share. Recorded histories contain them: do not change them."""
 
 from __future__ import annotations
 

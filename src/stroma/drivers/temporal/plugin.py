@@ -1,4 +1,4 @@
-"""What a client and a worker of Temporal need to know of Stroma."""
+"""Plugin for clients and workers of Temporal."""
 
 from __future__ import annotations
 
@@ -55,19 +55,19 @@ class StromaPlugin(SimplePlugin):
         store: Any = None,
         beat_seconds: float | None = None,
     ) -> None:
-        given = list(pipelines)
-        for pipeline in given:
+        listed = list(pipelines)
+        for pipeline in listed:
             if not isinstance(pipeline, Pipeline):
                 raise TypeError(f"{pipeline!r} is no pipeline; give Pipeline(name, nodes)")
         if store is not None and not isinstance(store, JournalStore):
             raise TypeError(f"{store!r} keeps no journal of runs; give a journal store such as SQLiteStore")
         self.attempts = Attempts(
-            given, config=config, registry=registry, payloads=blob_store(payloads), store=store
+            listed, config=config, registry=registry, payloads=blob_store(payloads), store=store
         )
         self.worker_activities = activities = Activities(self.attempts, beat_seconds)
         super().__init__(
             "stroma",
-            activities=[activities.node, activities.run] if given else None,
+            activities=[activities.node, activities.run] if listed else None,
             workflows=_with_run,
             workflow_runner=_let_through,
         )
@@ -75,8 +75,8 @@ class StromaPlugin(SimplePlugin):
 
 def _with_run(workflows: Sequence[type] | None) -> Sequence[type]:
     """A client's plugin is its workers', too: it may be asked twice."""
-    given = list(workflows or ())
-    return given if StromaRun in given else [*given, StromaRun]
+    listed = list(workflows or ())
+    return listed if StromaRun in listed else [*listed, StromaRun]
 
 
 def _let_through(runner: WorkflowRunner | None) -> WorkflowRunner:

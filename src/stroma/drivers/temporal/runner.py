@@ -57,34 +57,33 @@ logger = logging.getLogger("stroma")
 
 #: After that many seconds somebody asks the run to say when it waits for a person: most runs have ended by then.
 _PATIENCE: Final = 0.2
-_LONGEST_ID: Final = 900  # bytes; a server takes 1000
-#: What a server says when no worker takes a query.
-_NOBODY: Final = (
+_MAX_ID_BYTES: Final = 900  # a server accepts 1000
+#: Status codes of a query that no worker answers.
+_NO_WORKER: Final = (
     RPCStatusCode.FAILED_PRECONDITION,
     RPCStatusCode.DEADLINE_EXCEEDED,
-    RPCStatusCode.CANCELLED,  # The client waited for as long as it may.
+    RPCStatusCode.CANCELLED,  # The client's own time limit.
 )
-#: What calls say while the server cannot be reached.
-_AWAY: Final = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED)
-_LONGEST_PAUSE: Final = 2.0  # seconds between tries to reach a server
+#: Status codes of calls while the server is unreachable.
+_UNREACHABLE: Final = (RPCStatusCode.UNAVAILABLE, RPCStatusCode.DEADLINE_EXCEEDED, RPCStatusCode.CANCELLED)
+_MAX_PAUSE_SECONDS: Final = 2.0  # between attempts to reach a server
 _OPEN: Final = (WorkflowExecutionStatus.RUNNING, WorkflowExecutionStatus.CONTINUED_AS_NEW)
 
 
 class TemporalRunner:
-    """Begins runs on a Temporal cluster. What StromaRunner takes and gives, this does; workers run the nodes.
+    """Starts runs on a Temporal cluster, with the interface of StromaRunner; workers run the nodes.
 
     ``config``: policies, timeouts, budgets, fallbacks and contract retries go with each run. Hooks, classifiers, limits,
-    shared budgets and redact are the workers' own: give those to :func:`stroma_worker`.
+    shared budgets and redact are the workers' own: pass those to :func:`stroma_worker`.
 
-    ``payloads``: where states of 256 KiB and more go, the same as the workers'. ``heartbeat_seconds``: a worker that is
-    silent for so long is lost, and its attempts are begun again elsewhere; it beats at half of it, so no node may block
-    its event loop for that long (blocking work belongs into a thread: ``asyncio.to_thread``). ``attempt_seconds``: an
-    attempt that takes longer, whatever its own timeout, stops the run as PARTIAL. ``deliveries``: how many workers are tried that are lost, or lack
-    the node, before the run stops as PARTIAL; the second after ``redelivery_seconds``, the others after ever longer waits.
-    ``history_events``: a run with a longer history goes on with a fresh one. ``task_seconds``: what a worker has for
-    saying what comes next in a run, its history replayed; one that is lost in that moment is noticed after it.
-    ``server_seconds``: for how long a run that is begun, or asked for, waits for a server that cannot be reached, before
-    that is a StoreError with its address.
+    ``payloads``: the store of states of 256 KiB and more, the same as the workers'. ``heartbeat_seconds``: a worker that
+    is silent for this time is lost, and its attempts are started again elsewhere; heartbeats are sent at half of it, so no
+    node may block its event loop for that long (use ``asyncio.to_thread`` for blocking work). ``attempt_seconds``: a
+    longer attempt, whatever its own timeout, stops the run as PARTIAL. ``deliveries``: how many workers may be lost, or
+    lack the node, before the run stops as PARTIAL; the second one is tried after ``redelivery_seconds``, later ones after
+    growing waits. ``history_events``: a run with a longer history continues with a fresh one. ``task_seconds``: the time
+    of a worker for one workflow task, replay included; a worker lost in a task is noticed after it. ``server_seconds``:
+    how long calls wait for an unreachable server before they raise StoreError with its address.
     """
 
     def __init__(
@@ -119,7 +118,7 @@ class TemporalRunner:
         self._task_timeout = timedelta(seconds=task_seconds)
         self._server_seconds = server_seconds
         self._search: bool | None = None
-        #: Node ids of the config that no node had, and that a warning was given for.
+        #: Node ids of the config that no node has, and that were warned of.
         self._warned: set[str] = set()
 
     # ------------------------------------------------------------------ running
@@ -138,18 +137,18 @@ class TemporalRunner:
     ) -> ExecutionResult:
         """Run nodes one after the other on the workers of the task queue, and wait for the end.
 
-        As :meth:`stroma.StromaRunner.run`. Whoever stops waiting leaves the run as it is: it goes on without, ``cancel``
-        ends it, and ``if_running="attach"`` waits for it again. A node that waits for a person ends the waiting with a
-        SUSPENDED result; the run goes on by itself once :meth:`signal` has answered, and :meth:`resume` waits for it.
+        As :meth:`stroma.StromaRunner.run`. A caller that is cancelled does not end the run: ``cancel`` does, and
+        ``if_running="attach"`` waits for it again. A suspended node returns a SUSPENDED result; the run continues by itself
+        once :meth:`signal` has answered, and :meth:`resume` waits for it.
 
-        Raises TypeError for what is no node or cannot be sent, RunBusy, RunExists, PipelineChanged, StoreError for a state
-        that is too large without ``payloads``, and for a server that was away for ``server_seconds``.
+        Raises TypeError for anything that is not a node or cannot be sent, RunBusy, RunExists, PipelineChanged, StoreError
+        for a state that is too large without ``payloads``, and for a server that was unreachable for ``server_seconds``.
         """
-        begun = await self._begin(
+        started = await self._begin(
             node_sequence, initial_state, run_id=run_id, context=context, resume=resume, if_exists=if_exists,
             if_running=if_running, traceparent=traceparent,
         )  # fmt: skip
-        return begun if isinstance(begun, ExecutionResult) else await begun.result()
+        return started if isinstance(started, ExecutionResult) else await started.result()
 
     async def _begin(
         self,
@@ -162,13 +161,13 @@ class TemporalRunner:
         if_exists: str | None = None,
         if_running: str | None = None,
         traceparent: str | None = None,
-    ) -> _Begun | ExecutionResult:
+    ) -> _StartedRun | ExecutionResult:
         config = self._config_of(node_sequence)
         known = self._known(node_sequence, config)
         if not isinstance(initial, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(initial).__name__}")
         run_id = config.take_run_id() if run_id is None else check_id(run_id, "run id")
-        given = plain_context(config.context if context is None else context)
+        sent_context = plain_context(config.context if context is None else context)
         plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
         warn_of_unknown_ids(
             config, known.nodes, self.registry, known.pipeline, warn=logger.warning, warned=self._warned
@@ -183,79 +182,79 @@ class TemporalRunner:
             )
         kind = type(initial)
         value = await self._value(text, f"{kind.__module__}:{kind.__qualname__}")
-        wanted = (
+        on_existing = (
             "resume" if (config.resume if resume is None else resume) else (if_exists or config.if_exists)
         )
-        attach = (if_running or config.if_running) == "attach" and wanted != "error"
-        found = await self._describe(run_id)
+        attach = (if_running or config.if_running) == "attach" and on_existing != "error"
+        workflow = await self._describe(run_id)
         handle = self._handle(run_id)
-        if found is None:
-            state = new_state(value, context=given, traceparent=traceparent)
+        if workflow is None:
+            state = new_state(value, context=sent_context, traceparent=traceparent)
             try:
                 return await self._start(plan, state, known, config)
-            except RunBusy:  # Another client was quicker.
-                found = await self._describe(run_id)
-                if not attach or found is None:
+            except RunBusy:  # Another client was faster.
+                workflow = await self._describe(run_id)
+                if not attach or workflow is None:
                     raise
-        memo = await found.memo()
+        memo = await workflow.memo()
         same_input = memo.get("stroma_input") in (None, _input_of(value))
         parked: Report | None = None
-        if found.status in _OPEN:
+        if workflow.status in _OPEN:
             parked = await self._parked_now(handle)
-            if parked is None or wanted == "error":
+            if parked is None or on_existing == "error":
                 if attach and same_input:
-                    return _Begun(self, run_id, handle, known, config, 0)
+                    return _StartedRun(self, run_id, handle, known, config, 0)
                 raise _busy(run_id, same_input=same_input)
-        if wanted in ("resume", "return") and not same_input:
+        if on_existing in ("resume", "return") and not same_input:
             raise _another_input(run_id)
-        if found.status in _OPEN:
-            if wanted == "resume" and parked is not None:
-                return await self._go_on(handle, known, config, parked)
-        elif wanted == "return":
+        if workflow.status in _OPEN:
+            if on_existing == "resume" and parked is not None:
+                return await self._wake(handle, known, config, parked)
+        elif on_existing == "return":
             report = await self._report(handle)
             if report["status"] in (RunStatus.COMPLETED, RunStatus.RESUMED):
                 return await self._result(report, known, config)
-            wanted = "resume"
-        if wanted == "error":
+            on_existing = "resume"
+        if on_existing == "error":
             raise RunExists(
-                f"run {run_id!r} exists already; use another run id, or say what is to become of it: "
+                f"run {run_id!r} already exists; use another run id, or pass "
                 'if_exists="resume", "return" or "restart"'
             )
-        if wanted == "resume":
+        if on_existing == "resume":
             return await self._continue(handle, plan, known, config, value)
         plan["execution"] = int(memo.get("stroma_execution", 1)) + 1
-        state = new_state(value, context=given, traceparent=traceparent)
-        return await self._start(plan, state, known, config, over_another=found.status in _OPEN)
+        state = new_state(value, context=sent_context, traceparent=traceparent)
+        return await self._start(plan, state, known, config, over_another=workflow.status in _OPEN)
 
     async def resume(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> ExecutionResult:
-        """Go on with a run that stopped, or wait for one that goes on after an answer; from any process.
+        """Resume a run that stopped, or wait for one that continues after an answer; from any process.
 
-        One that failed, gave up or was cancelled goes on at its first position without a commit, under the policies and
-        budgets of this runner. Raises CheckpointNotFound, PipelineChanged, RunBusy while it runs.
+        A run that failed, stopped or was cancelled continues at its first position without a commit, under the policies
+        and budgets of this runner. Raises CheckpointNotFound, PipelineChanged, RunBusy while it runs.
         """
-        begun = await self._take_up(node_sequence, run_id)
-        return await begun.result()
+        started = await self._resume_run(node_sequence, run_id)
+        return await started.result()
 
-    async def _take_up(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> _Begun:
+    async def _resume_run(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> _StartedRun:
         config = self._config_of(node_sequence)
         known = self._known(node_sequence, config)
-        found = await self._describe(run_id)
-        if found is None:
+        workflow = await self._describe(run_id)
+        if workflow is None:
             raise _not_found(run_id)
         handle = self._handle(run_id)
-        if found.status in _OPEN:
+        if workflow.status in _OPEN:
             parked = await self._parked_now(handle)
             if parked is not None:
-                begun = await self._go_on(handle, known, config, parked)
+                started = await self._wake(handle, known, config, parked)
             else:
                 status = await self._query(handle, names.ROWS, 0)
                 if not status["segment"]:
                     raise _busy(run_id)
-                begun = _Begun(self, run_id, handle, known, config, int(status["segment"]))
+                started = _StartedRun(self, run_id, handle, known, config, int(status["segment"]))
         else:
             plan = freeze(known.pipeline, known.nodes, config, self.registry, run_id=run_id)
-            begun = await self._continue(handle, plan, known, config, None)
-        return begun
+            started = await self._continue(handle, plan, known, config, None)
+        return started
 
     async def run_many(
         self,
@@ -267,7 +266,7 @@ class TemporalRunner:
         on_result: Callable[[int, ExecutionResult | Exception], None] | None = None,
         **options: Any,
     ) -> list[ExecutionResult | Exception]:
-        """:meth:`run` for each input, at most ``max_concurrency`` at once; see :meth:`stroma.StromaRunner.run_many`."""
+        """Call :meth:`run` for each input, at most ``max_concurrency`` at once; see :meth:`stroma.StromaRunner.run_many`."""
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         run = partial(self.run, nodes, **options)
         return await Batch().run_each(run, inputs, max_concurrency, run_ids, on_result)
@@ -275,66 +274,66 @@ class TemporalRunner:
     def stream(
         self, node_sequence: Pipeline | Iterable[Any], initial_state: BaseModel, **options: Any
     ) -> TemporalStream:
-        """:meth:`run` as an async iterator of what happens; see :class:`TemporalStream`. ``options`` are those of run()."""
+        """Return the events of :meth:`run` as an async iterator; see :class:`TemporalStream`. ``options`` are those of run()."""
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         return self._stream(nodes, lambda: self._begin(nodes, initial_state, **options))
 
     def stream_resumed(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> TemporalStream:
-        """:meth:`resume` as an async iterator of what happens."""
+        """Return the events of :meth:`resume` as an async iterator."""
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
-        return self._stream(nodes, lambda: self._take_up(nodes, run_id))
+        return self._stream(nodes, lambda: self._resume_run(nodes, run_id))
 
     def follow(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> TemporalStream:
-        """A run that somebody has begun, as an async iterator of what happens; nothing of it is changed.
+        """Return the events of an existing run as an async iterator, without changing the run.
 
-        Its end tells what it came to, or waits for. Raises CheckpointNotFound.
+        The last event has its result, or what it is waiting for. Raises CheckpointNotFound.
         """
         nodes = node_sequence if isinstance(node_sequence, Pipeline) else list(node_sequence)
         return self._stream(nodes, lambda: self._watch(nodes, run_id))
 
-    async def _watch(self, nodes: Pipeline | list[Any], run_id: str) -> _Begun | ExecutionResult:
+    async def _watch(self, nodes: Pipeline | list[Any], run_id: str) -> _StartedRun | ExecutionResult:
         config = self._config_of(nodes)
         known = self._known(nodes, config)
-        found = await self._describe(run_id)
-        if found is None:
+        workflow = await self._describe(run_id)
+        if workflow is None:
             raise _not_found(run_id)
         handle = self._handle(run_id)
-        if found.status in _OPEN:
-            return _Begun(self, run_id, handle, known, config, 0)
+        if workflow.status in _OPEN:
+            return _StartedRun(self, run_id, handle, known, config, 0)
         return await self._result(await self._report(handle), known, config)
 
     def _stream(
-        self, nodes: Pipeline | list[Any], start: Callable[[], Awaitable[_Begun | ExecutionResult]]
+        self, nodes: Pipeline | list[Any], start: Callable[[], Awaitable[_StartedRun | ExecutionResult]]
     ) -> TemporalStream:
         known = self._known(nodes, self._config_of(nodes))
 
         async def begin() -> tuple[str, Any]:
-            begun = await start()
-            if isinstance(begun, ExecutionResult):
-                return begun.run_id, asyncio.sleep(0, begun)
-            return begun.run_id, begun.result()
+            started = await start()
+            if isinstance(started, ExecutionResult):
+                return started.run_id, asyncio.sleep(0, started)
+            return started.run_id, started.result()
 
         async def look(run_id: str, since: int) -> list[TraceEvent]:
             try:
-                found = await self._query(self._handle(run_id), names.ROWS, since)
+                reply = await self._query(self._handle(run_id), names.ROWS, since)
             except (RPCError, WorkflowQueryRejectedError, StoreError):
-                return []  # No worker, say: the next look tells.
+                return []  # No worker, for example: the next call tries again.
             reader = Reader(known, self.payloads, run_id, [])
-            return [await reader.event(row) for row in found["rows"]]
+            return [await reader.event(row) for row in reply["rows"]]
 
         return TemporalStream(begin, look)
 
     # ------------------------------------------------------------------ from any process
 
     async def cancel(self, run_id: str) -> bool:
-        """Ask for the end of a run, as CANCELLED; nodes hear of it within a heartbeat. False if it had ended.
+        """Cancel a run; its nodes are cancelled within a heartbeat. Returns False if it had ended.
 
         Raises CheckpointNotFound.
         """
-        found = await self._describe(run_id)
-        if found is None:
+        workflow = await self._describe(run_id)
+        if workflow is None:
             raise _not_found(run_id)
-        if found.status not in _OPEN:
+        if workflow.status not in _OPEN:
             return False
         try:
             await self._handle(run_id).cancel()
@@ -353,7 +352,7 @@ class TemporalRunner:
         branch: str | None = None,
         schema: type[BaseModel] | None = None,
     ) -> None:
-        """Give a suspended run the answer that it waits for; it goes on once nothing waits for another.
+        """Send the answer that a suspended run is waiting for; it continues once all are answered.
 
         As :meth:`stroma.StromaRunner.signal`.
         """
@@ -363,10 +362,10 @@ class TemporalRunner:
         size = weight(answered.payload.decode())
         if size >= LARGE:
             raise StoreError(
-                f"the answer has {size} bytes, and must have fewer than {LARGE}; keep what is large in a store of your own, "
-                "and answer with its name"
+                f"the answer must have fewer than {LARGE} bytes, got {size}; save large data in another store and answer with "
+                "its name"
             )
-        told: Answer = {
+        message: Answer = {
             "position": answered.position,
             "branch": answered.branch,
             "node_id": answered.node_id,
@@ -374,14 +373,14 @@ class TemporalRunner:
             "schema_ref": answered.schema_ref,
             "payload": answered.payload.decode(),
         }
-        await self._handle(run_id).signal(names.ANSWER, told)
+        await self._handle(run_id).signal(names.ANSWER, message)
 
     async def waiting(self, run_id: str) -> list[Waiting]:
-        """What nodes of a run wait for, those that have their answer among them. Raises CheckpointNotFound."""
-        found = await self._describe(run_id)
-        if found is None:
+        """Return the requests of suspended nodes of a run, answered ones included. Raises CheckpointNotFound."""
+        workflow = await self._describe(run_id)
+        if workflow is None:
             raise _not_found(run_id)
-        if found.status not in _OPEN:
+        if workflow.status not in _OPEN:
             return []
         state = cast("State", unfold((await self._query(self._handle(run_id), names.STATE))["state"]))
         answers = state["answers"]
@@ -394,21 +393,21 @@ class TemporalRunner:
         ]  # fmt: skip
 
     async def trace(self, node_sequence: Pipeline | Iterable[Any], run_id: str) -> ExecutionResult:
-        """What a run has come to so far, live; its status is INTERRUPTED while it runs. Raises CheckpointNotFound."""
+        """Return the current result of a run; its status is INTERRUPTED while it runs. Raises CheckpointNotFound."""
         config = self._config_of(node_sequence)
-        found = await self._describe(run_id)
-        if found is None:
+        workflow = await self._describe(run_id)
+        if workflow is None:
             raise _not_found(run_id)
         handle = self._handle(run_id)
-        if found.status in _OPEN:
+        if workflow.status in _OPEN:
             report = cast("Report", await self._query(handle, names.REPORT))
-        else:  # What it came to can be had without a worker.
+        else:  # A result that has ended needs no worker.
             report = await self._report(handle)
         if report["status"] == "RUNNING":
             report["status"] = RunStatus.INTERRUPTED.value
         return await result_of(report, self._known(node_sequence, config), self.payloads)
 
-    # ------------------------------------------------------------------ beginning
+    # ------------------------------------------------------------------ starting
 
     def _config_of(self, nodes: Any) -> RunConfig:
         if isinstance(nodes, Pipeline) and nodes.config is not None and self._own_config is None:
@@ -426,8 +425,8 @@ class TemporalRunner:
         data = text.encode()
         if self.payloads is None:
             raise StoreError(
-                f"the initial state has {size} bytes; from {LARGE} on, give this runner and the workers a payload "
-                "store: payloads="
+                f"the initial state must have fewer than {LARGE} bytes without a payload store, got {size}; pass payloads= to "
+                "this runner and the workers"
             )
         name = hashlib.sha256(data).hexdigest()
         await asyncio.to_thread(self.payloads.put, name, data)
@@ -435,7 +434,7 @@ class TemporalRunner:
 
     async def _start(
         self, plan: Plan, state: State, known: Known, config: RunConfig, *, over_another: bool = False
-    ) -> _Begun:
+    ) -> _StartedRun:
         run_id = plan["run_id"]
         search = await self._has_search_attributes()
         plan["options"] = {**self._options, "search": search}
@@ -465,26 +464,26 @@ class TemporalRunner:
             )
 
         try:
-            handle = await self._patiently(start)
+            handle = await self._retry_call(start)
         except WorkflowAlreadyStartedError:
-            # By an earlier try, perhaps, whose answer was lost with the server.
-            found = await self._describe(run_id)
-            if found is None or (await found.memo()).get("stroma_mark") != mark:
+            # Perhaps by an earlier call whose reply was lost with the server.
+            workflow = await self._describe(run_id)
+            if workflow is None or (await workflow.memo()).get("stroma_mark") != mark:
                 raise _busy(run_id) from None
             handle = self._handle(run_id)
-        return _Begun(self, run_id, handle, known, config, state["segment"])
+        return _StartedRun(self, run_id, handle, known, config, state["segment"])
 
     async def _has_search_attributes(self) -> bool:
-        """Whether runs can have them. A server that does not say so goes without."""
+        """Return True if the server has the search attributes of runs; False if it does not tell."""
         if self._search is None:
             try:
-                known = await self._patiently(
+                known = await self._retry_call(
                     lambda: self.client.operator_service.list_search_attributes(
                         ListSearchAttributesRequest(namespace=self.client.namespace)
                     )
                 )
-                wanted = {names.PIPELINE_KEY.name, names.STATUS_KEY.name}
-                self._search = wanted <= set(known.custom_attributes)
+                on_existing = {names.PIPELINE_KEY.name, names.STATUS_KEY.name}
+                self._search = on_existing <= set(known.custom_attributes)
             except RPCError:
                 self._search = False
         return self._search
@@ -496,92 +495,91 @@ class TemporalRunner:
         known: Known,
         config: RunConfig,
         initial: Value | None,
-    ) -> _Begun:
-        """Begin a run anew that goes on where the last one of its id has stopped."""
-        given = await self._query(handle, names.STATE)
-        before, state = cast("Plan", given["plan"]), cast("State", unfold(given["state"]))
+    ) -> _StartedRun:
+        """Start a run that continues where the last one of its id has stopped."""
+        reply = await self._query(handle, names.STATE)
+        before, state = cast("Plan", reply["plan"]), cast("State", unfold(reply["state"]))
         if initial is not None and not _same(initial, state["initial"]):
             raise _another_input(plan["run_id"])
         _check_unchanged(plan["run_id"], before["nodes"], plan["nodes"], state)
         plan["execution"] = before["execution"]
         return await self._start(plan, next_segment(state), known, config)
 
-    async def _go_on(
+    async def _wake(
         self, handle: WorkflowHandle[Any, Any], known: Known, config: RunConfig, parked: Report
-    ) -> _Begun:
-        """Wake a run that waits for a person."""
+    ) -> _StartedRun:
+        """Let a suspended run continue."""
         await handle.signal(names.RESUME, parked["segment"])
-        return _Begun(self, parked["run_id"], handle, known, config, parked["segment"] + 1)
+        return _StartedRun(self, parked["run_id"], handle, known, config, parked["segment"] + 1)
 
-    # ------------------------------------------------------------------ asking the server
+    # ------------------------------------------------------------------ calls to the server
 
     def _handle(self, run_id: str) -> WorkflowHandle[Any, Any]:
         return self.client.get_workflow_handle(_workflow_id(run_id), result_type=dict)
 
-    async def _patiently(self, call: Callable[[], Awaitable[T]]) -> T:
-        """Call until the server can be reached. Raises StoreError once ``server_seconds`` are over, else RPCError."""
+    async def _retry_call(self, call: Callable[[], Awaitable[T]]) -> T:
+        """Call until the server is reachable. Raises StoreError after ``server_seconds``, and other RPCErrors."""
         loop, pause = asyncio.get_running_loop(), 0.05
         deadline = loop.time() + self._server_seconds
         while True:
             try:
                 return await call()
             except RPCError as error:
-                if error.status not in _AWAY:
+                if error.status not in _UNREACHABLE:
                     raise
                 if loop.time() >= deadline:
                     address = self.client.service_client.config.target_host
                     raise StoreError(
                         f"the Temporal server at {address} cannot be reached ({error}), tried for {self._server_seconds:g} s; "
-                        "start it, or correct the address, then run this once more"
+                        "start it, or correct the address, then try again"
                     ) from error
             await asyncio.sleep(min(pause, max(0.0, deadline - loop.time())))
-            pause = min(pause * 2, _LONGEST_PAUSE)
+            pause = min(pause * 2, _MAX_PAUSE_SECONDS)
 
     async def _describe(self, run_id: str) -> WorkflowExecutionDescription | None:
         try:
-            found = await self._patiently(lambda: self._handle(run_id).describe())
+            workflow = await self._retry_call(lambda: self._handle(run_id).describe())
         except RPCError as error:
             if error.status == RPCStatusCode.NOT_FOUND:
                 return None
             raise
-        if found.workflow_type != names.WORKFLOW:
+        if workflow.workflow_type != names.WORKFLOW:
             raise RunExists(
-                f"{run_id!r} is the id of a workflow of type {found.workflow_type!r}, which is no run of Stroma; use another "
-                "run id"
+                f"{run_id!r} is the id of a workflow of type {workflow.workflow_type!r}, not of a run of Stroma; use another run id"
             )
-        return found
+        return workflow
 
     async def _query(self, handle: WorkflowHandle[Any, Any], name: str, *arguments: Any) -> dict[str, Any]:
         try:
-            found: dict[str, Any] = await handle.query(name, args=arguments, result_type=dict)
+            reply: dict[str, Any] = await handle.query(name, args=arguments, result_type=dict)
         except RPCError as error:
-            if error.status not in _NOBODY:
+            if error.status not in _NO_WORKER:
                 raise
             raise StoreError(
-                f"run {handle.id!r} cannot be asked where it stands, as no worker answers: {error}; start a worker "
+                f"the state of run {handle.id!r} is unknown, as no worker answers: {error}; start a worker "
                 f"(stroma_worker) on its task queue, then try again"
             ) from error
-        return found
+        return reply
 
     async def _parked_now(self, handle: WorkflowHandle[Any, Any]) -> Report | None:
-        """What a run came to that waits for a person; None for one that does not."""
+        """Return the report of a suspended run; None for any other run."""
         report = cast("Report", await self._query(handle, names.REPORT))
         return report if report["status"] == RunStatus.SUSPENDED else None
 
     async def _report(self, handle: WorkflowHandle[Any, Any]) -> Report:
-        """What a workflow came to that has ended, or will have. Raises WorkflowFailureError for one that is not ours."""
+        """Return the report of a workflow when it has ended. Raises WorkflowFailureError for a workflow of other code."""
         try:
             return cast("Report", await handle.result())
         except WorkflowFailureError as error:
             cause = error.cause
             if isinstance(cause, ApplicationError) and (cause.type or "").startswith(names.FAILURE):
                 return cast("Report", cause.details[0])
-            # Terminated, or timed out: what it had done is in its history.
+            # Terminated, or timed out: its commits are in its history.
             report = cast("Report", await self._query(handle, names.REPORT))
             return {**report, "status": RunStatus.INTERRUPTED.value}
 
     async def _outcome(self, handle: WorkflowHandle[Any, Any], segment: int) -> Report:
-        """What a run comes to, or what it waits for from this segment on."""
+        """Return the report of a run at its end or at its next suspension."""
         ended = asyncio.ensure_future(self._report(handle))
         watch: asyncio.Future[Report | None] | None = None
         try:
@@ -605,7 +603,7 @@ class TemporalRunner:
         try:
             return cast("Report", await latest.execute_update(names.SUSPENDED, segment, result_type=dict))
         except (RPCError, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError):
-            return None  # It has ended, or has begun a fresh history.
+            return None  # It has ended, or continues with a fresh history.
 
     async def _result(self, report: Report, known: Known, config: RunConfig) -> ExecutionResult:
         result = await result_of(report, known, self.payloads)
@@ -621,8 +619,8 @@ class TemporalRunner:
         return result
 
 
-class _Begun:
-    """A run that is under way."""
+class _StartedRun:
+    """A run on the cluster whose result can be awaited."""
 
     def __init__(
         self,
@@ -646,34 +644,34 @@ class _Begun:
 
 
 def _workflow_id(run_id: str) -> str:
-    if len(run_id.encode()) <= _LONGEST_ID:
+    if len(run_id.encode()) <= _MAX_ID_BYTES:
         return run_id
     return f"{run_id[:200]}-{hashlib.sha256(run_id.encode()).hexdigest()}"
 
 
 def _not_found(run_id: str) -> CheckpointNotFound:
     return CheckpointNotFound(
-        f"there is no run {run_id!r} in this namespace; look after its id, or begin it with run()"
+        f"there is no run {run_id!r} in this namespace; check its id, or start it with run()"
     )
 
 
 def _busy(run_id: str, *, same_input: bool = True) -> RunBusy:
-    what, mend = "", 'wait for its result with if_running="attach", or use another run id'
+    which, fix = "", 'pass if_running="attach" to wait for its result, or use another run id'
     if not same_input:
-        what, mend = " with another input", "use another run id"
-    error = RunBusy(f"run {run_id!r} is being run{what} on the cluster; {mend}")
+        which, fix = " with another input", "use another run id"
+    error = RunBusy(f"run {run_id!r} is already running{which} on the cluster; {fix}")
     error.holder, error.same_input = "a workflow of the cluster", same_input
     return error
 
 
 def _another_input(run_id: str) -> PipelineChanged:
     return PipelineChanged(
-        f"run {run_id!r} was started with another input; give it the same one, or another run id"
+        f"run {run_id!r} was started with another input; pass the same input, or use another run id"
     )
 
 
 def _input_of(value: Value) -> str:
-    """What a run was begun with, as a name that says nothing of it."""
+    """Return a digest of the input of a run."""
     return value.get("blob") or hashlib.sha256(value.get("text", "").encode()).hexdigest()
 
 
@@ -682,50 +680,56 @@ def _same(a: Value, b: Value) -> bool:
 
 
 def _check_unchanged(run_id: str, before: Sequence[NodeSpec], now: Sequence[NodeSpec], state: State) -> None:
-    """Raise PipelineChanged if what is committed is not what the pipeline has there."""
+    """Raise PipelineChanged if a committed position has another node or schema in the pipeline."""
     for position in range(state["position"]):
         then = before[position]
         if position >= len(now):
             raise PipelineChanged(
-                f"run {run_id!r} cannot go on: it has the output of node {then['id']!r} at position {position}, and the "
-                f"pipeline has only {len(now)} nodes; restore it, or begin a new run"
+                f"run {run_id!r} cannot be resumed: it has the output of node {then['id']!r} at position {position}, and the "
+                f"pipeline has only {len(now)} nodes; restore it, or start a new run"
             )
         if then["id"] != now[position]["id"]:
             raise PipelineChanged(
-                f"run {run_id!r} cannot go on: at position {position} it has the output of node {then['id']!r}, but the "
-                f"pipeline has {now[position]['id']!r} there; restore the order of nodes, or begin a new run"
+                f"run {run_id!r} cannot be resumed: at position {position} it has the output of node {then['id']!r}, but the "
+                f"pipeline has {now[position]['id']!r} there; restore the order of nodes, or start a new run"
             )
         if then.get("output") != now[position].get("output"):
             raise PipelineChanged(
-                f"run {run_id!r} cannot go on: the output of node {then['id']!r} at position {position} was recorded with "
-                "another schema; restore it, or begin a new run"
+                f"run {run_id!r} cannot be resumed: the output of node {then['id']!r} at position {position} was recorded with "
+                "another schema; restore it, or start a new run"
             )
     for key in [*state["done"], *state["maps"], *state["answers"]]:
         where, _, branch = key.partition("|")
         steps = [int(where), *child_indexes(branch)]
         old, new = _spec_at(before, steps), _spec_at(now, steps)
-        if old is not None and (new is None or _shape(old) != _shape(new)):
+        if old is not None and (new is None or _compatible_part(old) != _compatible_part(new)):
             raise PipelineChanged(
-                f"run {run_id!r} cannot go on: at position {where} ({branch}) it has what came of node {old['id']!r} so far, and "
+                f"run {run_id!r} cannot be resumed: at position {where} ({branch}) it has what came of node {old['id']!r} so far, and "
                 f"the pipeline has {'nothing' if new is None else repr(new['id'])} there, or another contract; restore it, or "
-                "begin a new run"
+                "start a new run"
             )
 
 
 def _spec_at(specs: Sequence[NodeSpec], steps: Sequence[int]) -> NodeSpec | None:
-    """The node at a place: its position, and the index of each child on the way."""
-    found: NodeSpec | None = None
+    """Return the node at a position and the index of each child on the way, or None."""
+    spec: NodeSpec | None = None
     for index in steps:
-        if found is not None:
-            specs = found.get("children", [])
-            index = 0 if found["kind"] == "map" else index
+        if spec is not None:
+            specs = spec.get("children", [])
+            index = 0 if spec["kind"] == "map" else index
         if index >= len(specs):
             return None
-        found = specs[index]
-    return found
+        spec = specs[index]
+    return spec
 
 
-def _shape(spec: NodeSpec) -> tuple[Any, ...]:
-    """What must be the same for what is known of a node to be of use."""
+def _compatible_part(spec: NodeSpec) -> tuple[Any, ...]:
+    """Return the part of a node by which recorded outputs of it can be used."""
     inner = spec.get("children", []) if spec["kind"] == "map" else []
-    return spec["id"], spec["kind"], spec.get("output"), spec.get("over"), [_shape(one) for one in inner]
+    return (
+        spec["id"],
+        spec["kind"],
+        spec.get("output"),
+        spec.get("over"),
+        [_compatible_part(one) for one in inner],
+    )

@@ -52,11 +52,11 @@ class TemporalStream:
             yield StreamEvent(number, "run_start", run_id)
             while not waiting.done():
                 await asyncio.wait([waiting], timeout=delay)
-                found = [] if waiting.done() else await self._look(run_id, seen)
-                for event in found:
+                events = [] if waiting.done() else await self._look(run_id, seen)
+                for event in events:
                     number, seen = number + 1, seen + 1
                     yield _told(number, event)
-                delay = _LOOKS[0] if found else min(2 * delay, _LOOKS[1])
+                delay = _LOOKS[0] if events else min(2 * delay, _LOOKS[1])
             result = waiting.result()
             for event in list(result.trace)[seen:]:
                 number += 1

@@ -32,7 +32,7 @@ __all__ = ["StromaRun"]
 
 
 class _Driver:
-    """What an interpreter knows of the world: activities, timers, and random numbers that replay."""
+    """Driver of an interpreter: activities, timers, and random numbers that replay."""
 
     def __init__(self, options: dict[str, Any]) -> None:
         self._options = options
@@ -91,7 +91,7 @@ class _Driver:
 
 
 def _reply_of(cause: BaseException | None, error: ActivityError, request: Request) -> Reply:
-    """What a worker said of a failed attempt; or, if none could be found or all were lost, that."""
+    """Return the failure that a worker reported; or one that no worker was found or all were lost."""
     if isinstance(cause, ApplicationError) and (cause.type or "").startswith(names.FAILURE) and cause.details:
         return cast("Reply", cause.details[0])
     kind, message = "WorkerLost", f"{str(cause or error) or type(cause).__name__}"
@@ -140,18 +140,18 @@ class StromaRun:
     """One run. Its input is the plan and the state that it begins with, which is where a fresh history goes on, too."""
 
     @workflow.init
-    def __init__(self, given: dict[str, Any]) -> None:
+    def __init__(self, start: dict[str, Any]) -> None:
         with _failing():
-            self._plan: Plan = given["plan"]
+            self._plan: Plan = start["plan"]
             self._options: dict[str, Any] = self._plan["options"]
             self._driver = _Driver(self._options)
-            self._run = Interpreter(self._plan, unfold(given["state"]), self._driver)
+            self._run = Interpreter(self._plan, unfold(start["state"]), self._driver)
         #: What the last segment came to, while the run waits for a person.
         self._parked: Report | None = None
         self._go_on = False
 
     @workflow.run
-    async def run(self, given: dict[str, Any]) -> dict[str, Any]:
+    async def run(self, start: dict[str, Any]) -> dict[str, Any]:
         with _failing():
             return await self._go()
 
@@ -220,7 +220,7 @@ class StromaRun:
 
     @workflow.query(name=names.REPORT)
     def report(self) -> dict[str, Any]:
-        """What the run has come to so far, with its trace."""
+        """Return the report of the run so far, with its trace."""
         return cast("dict[str, Any]", self._parked or self._run.report())
 
     @workflow.query(name=names.ROWS)
@@ -232,7 +232,7 @@ class StromaRun:
 
     @workflow.query(name=names.STATE)
     def state(self) -> dict[str, Any]:
-        """Where the run stands, for who begins another one that goes on from there."""
+        """Return the state of the run, for another run that continues from it."""
         return {"plan": self._plan, "state": fold(self._run.state)}
 
     @workflow.update(name=names.SUSPENDED, unfinished_policy=HandlerUnfinishedPolicy.ABANDON)
