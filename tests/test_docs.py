@@ -59,7 +59,7 @@ from stroma import (
     stroma_node,
 )
 from stroma.adapters import Guard, RunCancelled, UnknownNode
-from stroma.drivers.remote.plans import Known, MissingNode
+from stroma.drivers.remote.plans import KnownNodes, MissingNode
 from stroma.hooks.dispatch import HookNotAsync, HookTimeout
 
 ROOT = Path(__file__).parent.parent
@@ -256,7 +256,7 @@ async def not_found(path: Path) -> Any:
 
 
 async def missing_node(path: Path) -> Any:
-    known = Known.of(Pipeline("pipe", [a_node("read", {})]), ContractRegistry())
+    known = KnownNodes.of(Pipeline("pipe", [a_node("read", {})]), ContractRegistry())
     known.find({"id": "cut", "kind": "node"})
 
 

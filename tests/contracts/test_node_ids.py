@@ -24,7 +24,7 @@ from stroma import (
     parallel,
     stroma_node,
 )
-from stroma.drivers.remote.plans import Known
+from stroma.drivers.remote.plans import KnownNodes
 
 
 class Text(BaseModel):
@@ -114,8 +114,8 @@ def test_an_old_function_under_a_new_contract_is_refused_by_drivers_on_other_mac
     runner = StromaRunner.quick()
     first, second = two_of_one_id(runner)
     with pytest.raises(ValueError, match=REFUSED):
-        Known.of(Pipeline("p", [first]), runner.registry)
-    Known.of(Pipeline("p", [second]), runner.registry)
+        KnownNodes.of(Pipeline("p", [first]), runner.registry)
+    KnownNodes.of(Pipeline("p", [second]), runner.registry)
 
 
 async def test_decorating_again_and_running_the_new_function_is_fine() -> None:

@@ -31,7 +31,7 @@ from stroma.contracts.node import Node
 from stroma.contracts.schema import schema_of
 from stroma.drivers.remote.attempts import Attempts
 from stroma.drivers.remote.interpreter import Interpreter
-from stroma.drivers.remote.plans import Known, freeze, plain_context
+from stroma.drivers.remote.plans import KnownNodes, freeze, plain_context
 from stroma.drivers.remote.results import broken_of, result_of
 from stroma.drivers.remote.state import new_state
 from stroma.hooks import HookError
@@ -144,7 +144,7 @@ class DbosRunner:
         if not isinstance(state, BaseModel):
             raise TypeError(f"the initial state must be a pydantic model, not {type(state).__name__}")
         registry = ContractRegistry()
-        known = Known(name, records, registry)
+        known = KnownNodes(name, records, registry)
         run_id = run_id or uuid.uuid4().hex
         options = {"workflow": run_id}
         plan = freeze(name, records, self._config, registry, run_id=run_id, options=options)

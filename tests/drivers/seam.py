@@ -15,7 +15,7 @@ from stroma import ContractRegistry, Pipeline, RunConfig
 from stroma.contracts.schema import schema_of
 from stroma.drivers.remote.attempts import Attempts
 from stroma.drivers.remote.interpreter import Interpreter
-from stroma.drivers.remote.plans import Known, freeze
+from stroma.drivers.remote.plans import KnownNodes, freeze
 from stroma.drivers.remote.results import broken_of, result_of
 from stroma.drivers.remote.state import Continue, new_state
 from stroma.drivers.remote.wire import fold, unfold
@@ -55,7 +55,7 @@ class SeamRunner:
     async def run(
         self, pipeline: Pipeline, state: BaseModel, *, run_id: str = "run", traceparent: str | None = None
     ) -> ExecutionResult:
-        known = Known.of(pipeline, ContractRegistry())
+        known = KnownNodes.of(pipeline, ContractRegistry())
         plan = freeze(pipeline.name, known.nodes, self._config, known.registry, run_id=run_id)
         kind = type(state)
         text = schema_of(kind).encode(state).decode()

@@ -41,7 +41,7 @@ _lock = threading.Lock()
 
 
 def _loop() -> asyncio.AbstractEventLoop:
-    """The loop of this process; one of its own for who calls from that loop's thread, which must not wait for itself."""
+    """Return the background loop of this process; another one for calls from its own thread, to avoid a deadlock."""
     global _shared, _pid, _lock
     if (
         _pid != os.getpid()
@@ -69,7 +69,7 @@ class Turn:
 
     @contextmanager
     def here(self) -> Iterator[None]:
-        """The context of the engine's task, around the call."""
+        """Apply the context of the engine's task to the call inside."""
         tokens = [(var, value, var.set(value)) for var, value in self._changes]
         try:
             yield
@@ -96,7 +96,7 @@ class Turn:
 def hand_back(
     base: contextvars.Context, post: Callable[[Turn], None]
 ) -> Callable[[], Coroutine[Any, Any, tuple[Any, BaseException | None]]]:
-    """A function for the engine to call, that has somebody else make the call."""
+    """Return a function for the engine that lets the calling thread make the call."""
 
     async def call() -> tuple[Any, BaseException | None]:
         turn = Turn(base)
@@ -133,7 +133,7 @@ def start_in_background(
 
 
 def run_in_background(work: Coroutine[Any, Any, T]) -> T:
-    """The result of a coroutine that a sync caller waits for."""
+    """Run a coroutine on the background loop and return its result, blocking."""
     over = threading.Event()
     ended: list[asyncio.Task[T]] = []
 

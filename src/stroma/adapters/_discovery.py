@@ -11,7 +11,7 @@ __all__ = ["marked", "marks_of"]
 
 
 def marked(*candidates: Any) -> Any:
-    """The first function that bears the marker, or None; partials are looked through, and what they hold."""
+    """Return the first function with a marker, or None; partials and wrappers are unwrapped."""
     waiting = list(candidates)
     for func in waiting:
         if getattr(func, "_stroma_node_id", None) is not None:
@@ -22,6 +22,6 @@ def marked(*candidates: Any) -> Any:
 
 
 def marks_of(func: Any, registry: ContractRegistry) -> tuple[str, NodeContract[Any, Any] | None]:
-    """The id of a marked function, and the contract that it has: the registry's, else its own."""
+    """Return the id of a marked function and its contract: the registry's, else its own."""
     node_id: str = func._stroma_node_id
     return node_id, registry.find(node_id) or func._stroma_contract

@@ -21,7 +21,7 @@ __all__ = ["counting"]
 
 
 class _Counter(BaseCallbackHandler):
-    """Books every model call on the innermost step around it, and refuses one that the budget has no room for.
+    """Counts every model call on the innermost step around it, and refuses calls beyond the budget.
 
     There is one for the whole process, so that LangChain never adds it twice, and it keeps nothing but who asked.
     """
@@ -61,7 +61,7 @@ class _Counter(BaseCallbackHandler):
 
 
 def _refuse_beyond_budget(node: NodeExecution) -> None:
-    """A node may call its model many times before the engine looks at the budget: look at each call."""
+    """Check the budget before each model call, as a node may make many before the engine's own check."""
     ctx = node.ctx
     if not ctx.limits:
         return

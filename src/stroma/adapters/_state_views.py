@@ -31,7 +31,7 @@ View = Callable[[tuple[Any, ...], dict[str, Any]], Any]
 
 
 def arguments_of(func: Callable[..., Any]) -> View:
-    """The arguments by the names of a function's parameters, defaults included; neither ``self`` nor ``cls``."""
+    """Return a view of arguments by the names of a function's parameters, with defaults, without ``self`` and ``cls``."""
     try:
         signature = inspect.signature(func)
     except (TypeError, ValueError):  # Some builtins have none.
@@ -58,7 +58,7 @@ def arguments_of(func: Callable[..., Any]) -> View:
 
 
 def first_argument(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """The state that a node is called with: its first argument, or the one that is named ``state``."""
+    """Return the state of a call: its first argument, or the one that is named ``state``."""
     if args:
         return args[0]
     return kwargs.get("state", next(iter(kwargs.values()), None))
@@ -85,7 +85,7 @@ def given_to(view: Any, contract: NodeContract[Any, Any] | None) -> BaseModel:
 
 
 def made_by(view: Any, contract: NodeContract[Any, Any] | None) -> Any:
-    """The same of a result, as an output for the engine."""
+    """Return the view of a result as an output; the engine refuses one that violates the contract."""
     if contract is None or contract.output_schema is Kept:
         return jsonable(_as_record(view))
     valid, value = _validated(contract.output_schema, view)
@@ -126,7 +126,7 @@ def _validated(model: type[BaseModel], view: Any) -> tuple[bool, Any]:
 
 
 def _fields(model: type[BaseModel], view: Any) -> Any:
-    """A value as the fields of a model: a plain one stands for the only field that is required."""
+    """Return a value as the fields of a model; a plain value is that of the only required field."""
     if view is None:
         return {}
     value = _as_record(view)
@@ -137,7 +137,7 @@ def _fields(model: type[BaseModel], view: Any) -> Any:
 
 
 def _apart(value: Any, depth: int = 0) -> Any:
-    """A value in which objects are dicts of their attributes."""
+    """Return a value in which objects are dicts of their attributes."""
     if depth > _DEEPEST:
         return value
     if isinstance(value, Mapping):
@@ -149,7 +149,7 @@ def _apart(value: Any, depth: int = 0) -> Any:
 
 
 def _as_record(value: Any) -> Any:
-    """The fields of what has some; anything else as it is."""
+    """Return the fields of an object that has some; any other value as it is."""
     if value is None or isinstance(value, (str, bytes, int, float, list, tuple, set, frozenset, type)):
         return value
     try:

@@ -35,7 +35,7 @@ class StepInterceptor(Protocol):
     def wrap_step(
         self, step_id: str, func: Callable[..., Any], contract: NodeContract[Any, Any] | None = None
     ) -> Callable[..., Any]:
-        """The function as a step: called like it, and with its results."""
+        """Return the function as a step with the same signature and results."""
         ...
 
 
@@ -44,11 +44,11 @@ class LoopAdapter(Protocol):
     """For an agent's own loop, which calls tools itself and says so before and after."""
 
     def on_tool_call(self, tool_name: str, args: dict[str, Any], ctx: ReliabilityContext) -> dict[str, Any]:
-        """The arguments to call the tool with; raises what forbids the call."""
+        """Return the arguments of the tool, or raise to prevent the call."""
         ...
 
     def on_tool_result(self, tool_name: str, result: Any, ctx: ReliabilityContext) -> Any:
-        """The result to go on with; raises what forbids that."""
+        """Return the result to use, or raise to reject it."""
         ...
 
 
@@ -57,16 +57,16 @@ class TurnAdapter(Protocol):
     """For a conversation, whose turns somebody else runs."""
 
     def on_turn_start(self, turn_id: str, message: Any, ctx: ReliabilityContext) -> Any:
-        """The message to answer; raises what forbids the turn."""
+        """Return the message to answer, or raise to prevent the turn."""
         ...
 
     def on_turn_end(self, turn_id: str, result: Any, ctx: ReliabilityContext) -> Any:
-        """The answer to give; raises what forbids that."""
+        """Return the answer to use, or raise to reject it."""
         ...
 
 
 def extract_state_dict(state: Any) -> dict[str, Any]:
-    """A state as a dict of its own: of a mapping, a model, a dataclass, or an object with ``dict()`` or attributes.
+    """Return a new dict of a state: a mapping, model, dataclass, or object with ``dict()`` or attributes.
 
     Raises TypeError for what has none of them.
     """

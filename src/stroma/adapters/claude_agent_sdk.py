@@ -1,4 +1,4 @@
-"""Claude Agent SDK: a query and the tools of one's own as steps.
+"""Claude Agent SDK: queries and your own tools as steps.
 
 ::
 
@@ -32,7 +32,7 @@ _FATAL: dict[str, BaseException] = {}
 
 
 def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
-    """``query`` of the SDK, each call of which is a run with a step ``query``.
+    """Return the SDK's ``query``, each call of which is a run with a step ``query``.
 
     What is left of the budget's dollars is its ``max_budget_usd``, where the release has that; tokens are known at its end.
     """
@@ -53,7 +53,7 @@ def guarded_query(guard: Guard) -> Callable[..., AsyncIterator[Any]]:
 
 
 def guarded_tools(guard: Guard, tools: Sequence[Any], contracts: Contracts | None = None) -> list[Any]:
-    """The tools for ``create_sdk_mcp_server``, as steps; input is the arguments, output what the text says."""
+    """Return tools for ``create_sdk_mcp_server`` as steps; input is the arguments, output the parsed text."""
     by_name = guard.contracts(contracts, [tool.name for tool in tools], "tool")
     guarded = []
     for tool in tools:

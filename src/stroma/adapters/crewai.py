@@ -110,7 +110,7 @@ class CrewAIAdapter:
         return _attach(flow, self.guard, steps)
 
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
-        """The same as :func:`stroma_crewai_step`."""
+        """Return :func:`stroma_crewai_step` for a node id and contract."""
         return stroma_crewai_step(node_id, contract)
 
 

@@ -85,5 +85,5 @@ class DeepAgentsAdapter:
         return hit
 
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
-        """The same as :func:`stroma_deepagents_node`."""
+        """Return :func:`stroma_deepagents_node` for a node id and contract."""
         return stroma_deepagents_node(node_id, contract)

@@ -66,7 +66,7 @@ def _guard_component(
 
 
 def _around(bare: Any) -> Any:
-    """A component's method, with copies of its inputs for each attempt, and with a stream that is told of."""
+    """Return a component's method with copies of its inputs for each attempt, and with a watched stream."""
 
     def inputs(kwargs: dict[str, Any]) -> dict[str, Any]:
         inputs: dict[str, Any] = copy_for_retries(kwargs)

@@ -74,7 +74,7 @@ def attach_steps(
 
 @functools.lru_cache(maxsize=256)
 def _graph_class(kind: Any, guard: Any) -> Any:
-    """The same class, whose calls are runs. A class, since LangGraph copies its graphs by their attributes."""
+    """Return a subclass whose calls are runs. A class, since LangGraph copies graphs by their attributes."""
 
     def compile(self: Any, *args: Any, **kwargs: Any) -> Any:
         graph = kind.compile(self, *args, **kwargs)
@@ -119,7 +119,7 @@ class LangGraphAdapter:
         return attach_steps(graph, self.guard, steps)
 
     def node_decorator(self, node_id: str, contract: NodeContract[Any, Any]) -> Callable[..., Any]:
-        """The same as :func:`stroma_langgraph_node`."""
+        """Return :func:`stroma_langgraph_node` for a node id and contract."""
         return stroma_langgraph_node(node_id, contract)
 
 

@@ -56,7 +56,7 @@ def attach(agent: Any, guard: Guard, contracts: Contracts | None = None) -> Any:
 
 
 def _reached(agent: Any) -> list[Any]:
-    """An agent and those it can hand off to, each once."""
+    """Return an agent and those it can hand off to, each once."""
     reached = [agent]
     for each in reached:
         for target in each.handoffs:
@@ -80,11 +80,11 @@ class GuardedRunner:
         self._run_sync = guard.each_call(self._run_step, _asked)
 
     async def run(self, agent: Any, input: Any, **options: Any) -> Any:
-        """``Runner.run``, under this guard."""
+        """Call ``Runner.run`` under this guard."""
         return await self._run(agent, input, **options)
 
     def run_sync(self, agent: Any, input: Any, **options: Any) -> Any:
-        """``Runner.run_sync``, under this guard."""
+        """Call ``Runner.run_sync`` under this guard."""
         return self._run_sync(agent, input, **options)
 
     async def _arun_step(self, agent: Any, input: Any, **options: Any) -> Any:
@@ -167,7 +167,7 @@ class GuardedProvider(ModelProvider):
 
 
 def control(error: BaseException) -> Control | None:
-    """A guardrail that trips ends the run of an agent, and nothing is tried again."""
+    """Return the meaning of a tripped guardrail: it ends the run of an agent without a retry."""
     return Control("passed") if isinstance(error, _TRIPWIRES) else None
 
 
@@ -188,12 +188,12 @@ def _response_view(response: Any) -> dict[str, Any]:
 
 
 def _last_response(events: list[Any]) -> Any:
-    """The response that the events of a stream end with; it has the usage."""
+    """Return the last response of a stream, which has the usage."""
     return next((event.response for event in reversed(events) if hasattr(event, "response")), None)
 
 
 def _guard_tool(tool: Any, guard: Guard, contract: NodeContract[Any, Any] | None) -> Any:
-    """A tool whose calls are steps."""
+    """Return a copy of a tool whose calls are steps."""
     if guard.has(tool.on_invoke_tool):
         return tool
     # A copy that does not make a message of its errors: what the model is told of them is decided after the step.

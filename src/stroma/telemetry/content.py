@@ -46,7 +46,7 @@ class Content:
 
     @classmethod
     def make(cls, mode: ContentMode, deny_keys: Collection[str], max_bytes: int) -> Content:
-        """Raises ValueError for what is no mode or size."""
+        """Create the rules. Raises ValueError for an invalid mode or size."""
         if mode not in ("none", "redacted"):
             raise ValueError(f'content is {mode!r}; it is "none" or "redacted"')
         if max_bytes < 1:
@@ -56,7 +56,7 @@ class Content:
         return cls(mode, frozenset(map(_plain, deny_keys)), max_bytes)
 
     def state(self, run: ReliabilityContext, state: Mapping[str, Any]) -> str:
-        """A state of a run as JSON text: its values, or the types and sizes of its fields."""
+        """Return a state as JSON text: its values, or the types and sizes of its fields."""
         if self.mode == "none":
             return self.cut(json.dumps({str(name): _shape(value) for name, value in state.items()}))
         run.note_secrets(state)
@@ -111,7 +111,7 @@ class Content:
 
 
 def type_name(error: BaseException) -> str:
-    """The full name of an exception's class."""
+    """Return the full name of an exception's class."""
     if isinstance(error, RemoteFailure):  # It stands for one of another process.
         return error.full_name
     kind = type(error)

@@ -39,7 +39,7 @@ def datadog_hooks(
     deny_keys: Collection[str] = DENY_KEYS,
     max_bytes: int = 4096,
 ) -> ExporterHooks:
-    """Hooks that make spans ``stroma.run`` and ``stroma.node``, with the pipeline or node as resource, and metrics.
+    """Create hooks that emit spans ``stroma.run`` and ``stroma.node`` by pipeline and node, and metrics.
 
     A node's span is active while its function runs, so that what integrations trace in it is under it. Only a final
     failure makes a span an error.
@@ -178,7 +178,7 @@ class _Datadog(Observer):
             self._count("budget.exceeded", 1, [pipeline, f"dimension:{dimension}"])
 
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
-        """The end of a run that has begun in another process."""
+        """Return the record of a run that started in another process."""
         record = _RunSpan(
             self._tracer.start_span(
                 "stroma.run_end",

@@ -31,7 +31,7 @@ def log_hooks(
     deny_keys: Collection[str] = DENY_KEYS,
     max_bytes: int = 2048,
 ) -> ExporterHooks:
-    """Hooks that write one line per event, with run_id, pipeline, node_id, attempt and so on as fields of the record.
+    """Create hooks that log one line per event, with run_id, pipeline, node_id, attempt and others as fields.
 
     Args:
         logger: of ``logging`` (the fields are then its ``extra``) or of structlog. If none is given, structlog's where
@@ -185,7 +185,7 @@ def _log(logger: Any, level: int, text: str, text_fields: str, fields: dict[str,
 
 
 def _in_line(value: Any) -> Any:
-    """A value as a part of one line: ids and messages may be any text, and none can look like another field."""
+    """Return a value as part of one line; quoted, so that no id or message can look like another field."""
     if not isinstance(value, str):
         return value
     text = one_line(value)

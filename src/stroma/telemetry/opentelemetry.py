@@ -49,7 +49,7 @@ def otel_hooks(
     deny_keys: Collection[str] = DENY_KEYS,
     max_bytes: int = 8192,
 ) -> ExporterHooks:
-    """Hooks that make spans and metrics.
+    """Create hooks that emit spans and metrics.
 
     ``invoke_workflow {pipeline}`` is the span of a run, a child of the span that is current where the run is started
     (or of ``run(traceparent=)``); ``stroma.node {node_id}`` is that of a node with all its attempts, under the run or
@@ -227,7 +227,7 @@ class _OpenTelemetry(Observer):
         span.end()
 
     def _ending(self, run: ReliabilityContext, result: ExecutionResult) -> _RunSpan:
-        """The end of a run that has begun in another process."""
+        """Return the record of a run that started in another process."""
         record = _RunSpan()
         record.since -= seconds_elsewhere(result)
         record.span = self._tracer.start_span(

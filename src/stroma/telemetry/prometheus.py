@@ -33,7 +33,7 @@ _RUN_BUCKETS: Final = (0.1, 0.5, 1, 5, 10, 30, 60, 120, 300, 600, 1800, 3600, 72
 
 
 def prometheus_hooks(*, registry: CollectorRegistry | None = None) -> ExporterHooks:
-    """Hooks that count runs and attempts.
+    """Create hooks that count runs and attempts.
 
     Labels are the names of pipelines, nodes, models and the like, never a run id or a message. Any number of sets may
     share a ``registry`` (prometheus_client's own if none is given): they feed the same metrics. Serving them is the

@@ -31,7 +31,7 @@ def sentry_hooks(
     deny_keys: Collection[str] = DENY_KEYS,
     max_bytes: int = 4096,
 ) -> ExporterHooks:
-    """Hooks that capture the failure that ended a run, once, and that make a span of each run and node.
+    """Create hooks that capture the failure that ended a run, once, and emit a span for each run and node.
 
     An attempt that is tried again is a breadcrumb. Issues are grouped by pipeline, node, failure class and type of
     the exception; an event points at the span of the failed node. Each run has an isolation scope and each node a
@@ -171,7 +171,7 @@ class _Sentry(Observer):
                 of_run.scopes.close()
 
     def _ending(self, run: ReliabilityContext) -> _Run:
-        """The end of a run that has begun in another process."""
+        """Return the record of a run that started in another process."""
         record = _Run(_HERE.get())
         isolation = self._isolate(record, record.scopes)
         scope = self._sdk.get_current_scope()
@@ -184,7 +184,7 @@ class _Sentry(Observer):
         return record
 
     def _continued(self, traceparent: str | None, about: dict[str, Any]) -> Any:
-        """A transaction under a span of another process, or of its own trace."""
+        """Start a transaction under a span of another process, or in a new trace."""
         if traceparent is None:
             return self._sdk.start_transaction(**about)
         _, trace_id, span_id, flags, *_ = traceparent.split("-")
@@ -375,7 +375,7 @@ class _Sentry(Observer):
 
     @staticmethod
     def _sound(event: Any, _hint: Any) -> Any:
-        """An event from inside of a run, without what it may not say."""
+        """Redact an event from inside a run."""
         crumbs = event.get("breadcrumbs")
         if isinstance(crumbs, dict):
             # The engine's own log lines tell what the exceptions said, secrets and all, and are no news beside ours.
@@ -392,7 +392,7 @@ class _Sentry(Observer):
 
 
 def _innermost(result: ExecutionResult) -> str:
-    """The node that failed: a group fails with the exception of its child."""
+    """Return the node that failed: a group fails with the exception of its child."""
     assert result.failure is not None
     node_id = result.failure.node_id
     rows = list(result.trace)[-1:]
@@ -423,7 +423,7 @@ def _not_of_log_hooks(event: Any, _hint: Any) -> Any:
 
 
 def _identity(error: BaseException | None) -> int:
-    """The same for an exception and for what hooks see of it in its place where states are redacted."""
+    """Return one identity for an exception and for its redacted copy that hooks receive."""
     return id(getattr(error, "_stroma_identity", error))
 
 

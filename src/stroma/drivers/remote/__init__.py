@@ -1,4 +1,4 @@
-"""The seam for drivers on other machines, whatever moves their runs: Temporal, DBOS, a queue.
+"""Protocol for drivers on other machines, such as Temporal, DBOS or a queue.
 
 A run is a *plan* (its nodes and policies, frozen when it begins) and a *state* (where it stands). Both are plain JSON data,
 and so is all that crosses the seam; states of nodes are opaque texts in it.

@@ -35,7 +35,7 @@ from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import Kept
 from stroma.drivers.remote.mirror import is_mirrored, mirror
-from stroma.drivers.remote.plans import FROZEN, Known, MissingNode, context_of
+from stroma.drivers.remote.plans import FROZEN, KnownNodes, MissingNode, context_of
 from stroma.drivers.remote.results import Reader, fetch, result_of, unpack
 from stroma.drivers.remote.wire import (
     LARGE,
@@ -47,9 +47,9 @@ from stroma.drivers.remote.wire import (
     Request,
     Value,
     clip,
-    failure_of,
-    said_of,
-    weight,
+    decode_failure,
+    encode_failure,
+    json_size,
 )
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
@@ -84,12 +84,12 @@ class Attempts:
         self.payloads = payloads
         self.store = store
         self._manager = CheckpointManager(InMemoryStore())  # It stays empty: the driver stores runs.
-        self._known: dict[str, tuple[Known, RunConfig]] = {}
+        self._known: dict[str, tuple[KnownNodes, RunConfig]] = {}
         for pipeline in pipelines:
             own = config or pipeline.config or RunConfig()
-            self._known[pipeline.name] = Known.of(pipeline, self.registry), own
+            self._known[pipeline.name] = KnownNodes.of(pipeline, self.registry), own
 
-    def known(self, pipeline: str) -> tuple[Known, RunConfig]:
+    def known(self, pipeline: str) -> tuple[KnownNodes, RunConfig]:
         """Return the nodes and the config of a pipeline. Raises MissingNode."""
         try:
             return self._known[pipeline]
@@ -202,7 +202,7 @@ class _Work:
     """One request."""
 
     def __init__(
-        self, owner: Attempts, known: Known, config: RunConfig, request: Request, redelivered: bool
+        self, owner: Attempts, known: KnownNodes, config: RunConfig, request: Request, redelivered: bool
     ) -> None:
         self.owner = owner
         self.known = known
@@ -239,7 +239,7 @@ class _Work:
 
         ``apart``: a small one too, if there is a store.
         """
-        size = weight(text)
+        size = json_size(text)
         store = self.owner.payloads
         if size < LARGE and size <= self.room and not (apart and store is not None):
             self.room -= size
@@ -289,7 +289,7 @@ class _Work:
         run.redelivered = self.redelivered
         last = request.get("last")
         if last is not None:
-            run.last_failure = failure_of(last)
+            run.last_failure = decode_failure(last)
             contract = self.known.contract(node) if isinstance(node, Node) else None
             violation = run.last_failure.exception
             if contract is not None and isinstance(violation, ContractViolation):
@@ -362,14 +362,14 @@ class _Work:
         except HookNotAsync as error:
             reply["broken"] = ["HookNotAsync", str(error)]
         if isinstance(outcome, Halt):
-            reply["failure"] = said_of(outcome.failure)
+            reply["failure"] = encode_failure(outcome.failure)
             reply["halt"] = {
                 "partial": outcome.partial,
                 "spent": outcome.spent,
                 "suspended": outcome.suspended,
             }
         elif isinstance(outcome, Failure):
-            reply["failure"] = said_of(outcome)
+            reply["failure"] = encode_failure(outcome)
             reply["repairing"] = run.repairing
         if self.record.row is not None:
             reply["row"] = await self._event(self.record.row, node)
@@ -399,7 +399,7 @@ class _Work:
             reply["broken"] = ["HookNotAsync", str(error)]
             halt = None
         if halt is not None:
-            reply["failure"] = said_of(halt.failure)
+            reply["failure"] = encode_failure(halt.failure)
             reply["halt"] = {"partial": halt.partial, "spent": halt.spent, "suspended": False}
             if self.record.row is not None:
                 reply["row"] = await self._event(self.record.row, group)
@@ -422,7 +422,7 @@ class _Work:
                 items.append(await self.value(text, ["class", f"{kind.__module__}:{kind.__qualname__}"]))
         except Exception as error:
             where = NodeContext(group.node_id, self.request["attempt"], self.ctx.run_id)
-            return {"failure": said_of(diagnose(error, where, self.ctx.classifiers))}
+            return {"failure": encode_failure(diagnose(error, where, self.ctx.classifiers))}
         return {"total": total, "items": items}
 
     async def close(self) -> Reply:
@@ -448,7 +448,7 @@ class _Work:
             await asyncio.Event().wait()
         stopped = request.get("stopped")
         if stopped is not None:
-            failure = failure_of(stopped["failure"])
+            failure = decode_failure(stopped["failure"])
             if stopped["suspended"]:
                 failure = replace(failure, exception=Suspend(failure.message))
             raise GroupStopped(

@@ -19,13 +19,13 @@ from stroma.drivers.remote.state import (
     Stopped,
     row_size,
 )
-from stroma.drivers.remote.task_pool import Crew
-from stroma.drivers.remote.wire import Event, Failed, NodeSpec, Operation, Request, Value, size_of, weight
+from stroma.drivers.remote.task_pool import OrderedTaskPool
+from stroma.drivers.remote.wire import Event, Failed, NodeSpec, Operation, Request, Value, json_size, size_of
 from stroma.failures.classes import FailureClass
 
 __all__ = ["Children", "busy_ns"]
 
-#: Items of a map whose states are asked for at once, and how many run at once where nobody says.
+#: Items of a map whose states are requested at once, and that run at once without a limit.
 PAGE: Final = 200
 FAN_OUT: Final = 64
 #: Bytes of rows and outputs of items from which they are packed together.
@@ -37,8 +37,8 @@ def _no_room(node_id: str) -> Failed:
     return {
         **NO_FAILURE,
         "failure_class": FailureClass.RECOVERABLE.value,
-        "message": f"the outputs of {node_id} are too large for the run itself; give the worker and the client a payload "
-        "store (payloads=), then resume the run",
+        "message": f"the outputs of {node_id} are too large for the run itself; pass a payload store to the worker and "
+        "the client (payloads=), then resume the run",
         "reason": "store",
         "node_id": node_id,
         "attempt": 1,
@@ -47,7 +47,7 @@ def _no_room(node_id: str) -> Failed:
 
 
 class Parent(Protocol):
-    """The run that a group is in, as far as its children need it."""
+    """The parts of a run that the children of its groups use."""
 
     state: State
     driver: Driver
@@ -70,7 +70,7 @@ class Children:
         limit = place.spec["limit"]
         if self._each and limit is None:
             limit = FAN_OUT
-        self._crew = Crew(limit)
+        self._pool = OrderedTaskPool(limit)
         self.rows: list[Event] = []
         self.outputs: dict[int, Value] = {}
         self.failures: list[dict[str, Any]] = []
@@ -88,7 +88,7 @@ class Children:
             )  # fmt: skip
             if (
                 self._map["opened_ns"] != opened
-            ):  # A new attempt, or a new segment: what is not done is asked for again.
+            ):  # A new attempt, or a new segment: unfinished items are requested again.
                 self._map["next"] = 0
                 self._map["busy"] = []
             self._map["attempt"], self._map["opened_ns"], self._map["traceparent"] = (
@@ -104,13 +104,13 @@ class Children:
         return next(iter((*self._stops, *self._waits)), None)
 
     async def run(self) -> None:
-        """Run them all. What stopped them is in ``stopped``. Raises Continue between two pages of a map at the top level."""
+        """Run all children; ``stopped`` tells what stopped them. Raises Continue between two pages of a top-level map."""
         if self._each:
             await self._items()
             return
         for index, spec in enumerate(self._place.spec["children"]):
-            self._crew.start(self._one(index, spec, self._value, "node"))
-        await self._crew.all()
+            self._pool.start(self._one(index, spec, self._value, "node"))
+        await self._pool.join()
 
     async def _one(self, index: int, spec: NodeSpec, value: Value, kind: str) -> None:
         if self._stops:
@@ -123,12 +123,12 @@ class Children:
             if self._map is not None:
                 self._map["outputs"][str(index)] = outcome
             return
-        if outcome.suspended:  # Its siblings need not wait: all that can be done is done.
+        if outcome.suspended:  # Its siblings go on, so that only the suspended nodes remain to be run.
             self._waits.append(outcome)
             return
         if self._place.spec.get("collect") and not outcome.spent and not outcome.partial:
             failed = outcome.failure
-            self._run.state["room"] -= ROW + weight(failed["message"])
+            self._run.state["room"] -= ROW + json_size(failed["message"])
             self.failures.append(
                 {
                     "index": index, "node_id": failed["node_id"], "failure_class": failed["failure_class"],
@@ -139,7 +139,7 @@ class Children:
         self._stops.append(outcome)
         # A crossed limit cancels nobody: siblings in flight were paid for, they finish, and nothing new is called.
         if not self._stops[0].spent:
-            self._crew.abort()
+            self._pool.abort()
 
     # ------------------------------------------------------------------ items
 
@@ -164,14 +164,14 @@ class Children:
                 for index, item in enumerate(reply["items"], first):
                     if index in done:
                         continue
-                    await self._crew.room()
+                    await self._pool.wait_for_room()
                     if self._stops:
                         break
-                    self._crew.start(self._one(index, spec, item, "item"))
+                    self._pool.start(self._one(index, spec, item, "item"))
                 if self._stops or first + PAGE >= reply["total"]:
                     break
                 # The next page begins when this one has ended: what is under way is known by one number.
-                await self._crew.all()
+                await self._pool.join()
                 if self._stops or self._waits:
                     break
                 progress["next"] = first + PAGE
@@ -183,10 +183,10 @@ class Children:
                 if full:
                     raise Continue
         except asyncio.CancelledError:
-            self._crew.abort()
+            self._pool.abort()
             raise
         finally:
-            await self._crew.all()
+            await self._pool.join()
 
     async def _pack(self, *, at_once: bool) -> None:
         """Put what is done out of the run's own state, if it is much."""
@@ -224,7 +224,7 @@ class Children:
         self.outputs.clear()
 
     def in_order(self) -> tuple[list[int], list[Value]]:
-        """The outputs that the group is closed with, and their numbers, but for those in packs."""
+        """Return the outputs of the group and their numbers, without those in packs."""
         outputs = self.outputs if self._map is None else {int(i): v for i, v in self._map["outputs"].items()}
         return sorted(outputs), [value for _, value in sorted(outputs.items())]
 
@@ -247,7 +247,7 @@ class Children:
         return _spans(self.rows) + ([] if self._map is None else self._map["busy"])
 
     def settled(self) -> None:
-        """The group's row has the rows of this attempt; another one begins with none."""
+        """Move the rows of this attempt into the group's row."""
         if self._map is not None:
             self._map["old_packs"] += self._map["packs"]
             self._map["rows"], self._map["packs"] = [], []
@@ -270,7 +270,7 @@ def _spans(rows: list[Event]) -> list[list[int]]:
 
 
 def _merged(spans: list[list[int]]) -> list[list[int]]:
-    """The same times without overlaps."""
+    """Return the intervals without overlaps."""
     merged: list[list[int]] = []
     for begin, end in sorted(spans):
         if merged and begin <= merged[-1][1]:

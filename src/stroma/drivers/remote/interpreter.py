@@ -1,4 +1,4 @@
-"""Moves a run through its plan. Deterministic: all that it learns of the world comes through its driver.
+"""Moves a run through its plan. Deterministic: all of its input comes through its driver.
 
 So it may run where code is replayed (a Temporal workflow), and it can be given its state back at any of its safe points.
 """
@@ -38,10 +38,10 @@ from stroma.drivers.remote.wire import (
     Report,
     Request,
     Value,
-    failure_of,
-    fitting,
+    decode_failure,
+    fit_context,
+    json_size,
     size_of,
-    weight,
 )
 from stroma.failures.classes import FailureClass
 from stroma.failures.policy import Retry, Stop, follow_up
@@ -253,12 +253,12 @@ class Interpreter:
         state = self.state
         changes, gone = reply.get("context") or ({}, [])
         remaining = {key: value for key, value in state["context"].items() if key not in gone}
-        changes = fitting(remaining, changes)  # Nodes that ran at once may have filled it together.
+        changes = fit_context(remaining, changes)  # Nodes that ran at once may have filled it together.
         state["context"] = {**remaining, **changes}
         state["gone"] = [key for key in state["gone"] if key not in changes] + list(gone)
         for hook, node_id, name, message in reply.get("hook_errors") or []:
             text = shortened(message, state["room"])
-            state["room"] -= weight(text)
+            state["room"] -= json_size(text)
             state["hook_errors"].append([hook, node_id, name, text])
         state["warned"] += [one for one in reply.get("warned", []) if one not in state["warned"]]
         state["unpriced"] += [one for one in reply.get("unpriced", []) if one not in state["unpriced"]]
@@ -392,7 +392,7 @@ class Interpreter:
         if self._exceeded(spec["id"]) is not None:
             return Stop("the budget is spent")
         return follow_up(
-            failure_of(last),
+            decode_failure(last),
             self._node_policies.get(spec["id"]),
             self._policies,
             attempt=attempt,

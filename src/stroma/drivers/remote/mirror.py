@@ -1,4 +1,4 @@
-"""A run as a journal store keeps it, written when it has ended or waits: for the command line and the web interface.
+"""Copy of a run in a journal store, written when it has ended or is suspended, for the command line and web interface.
 
 The truth is the driver's. A run stands in the store only once nobody is at work on it, so that no local runner can take it
 for one that was left behind (``recover()``).
@@ -84,7 +84,7 @@ class _Writer:
         self.left_out = 0
 
     async def write(self, row: dict[str, Any], group: str | None) -> None:
-        """Children before the group that they are in, as the engine keeps them."""
+        """Write a row after its children, in the order of the engine."""
         for child in row["children"] or ():
             await self.write(child, row["id"])
         for pack in row.get("packs") or ():

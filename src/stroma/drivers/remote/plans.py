@@ -17,7 +17,7 @@ from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import Kept
-from stroma.drivers.remote.wire import CONTEXT, ClassName, NodeSpec, Plan, fitting
+from stroma.drivers.remote.wire import CONTEXT, ClassName, NodeSpec, Plan, fit_context
 from stroma.engine.config import RunConfig
 from stroma.engine.context import ReliabilityContext
 from stroma.failures.classes import FailureClass
@@ -27,7 +27,7 @@ from stroma.runner.runner import Pipeline
 from stroma.runner.sequence import check_owners
 from stroma.runner.states import as_state
 
-__all__ = ["Known", "MissingNode", "freeze", "policies_of", "settings_of", "spec_of"]
+__all__ = ["KnownNodes", "MissingNode", "freeze", "policies_of", "settings_of", "spec_of"]
 
 #: Fields of RunConfig that are frozen with a run. What is no data (hooks, classifiers, redact, shared budgets, limits and
 #: breakers) is the worker's own.
@@ -106,7 +106,7 @@ def freeze(
     }
 
 
-class Known:
+class KnownNodes:
     """The nodes of a pipeline in this process, and the classes that their states refer to."""
 
     def __init__(self, pipeline: str, nodes: Sequence[Node | Group], registry: ContractRegistry) -> None:
@@ -119,7 +119,7 @@ class Known:
             self._by_id.setdefault(node.node_id, []).append(node)
 
     @classmethod
-    def of(cls, pipeline: Pipeline, registry: ContractRegistry) -> Known:
+    def of(cls, pipeline: Pipeline, registry: ContractRegistry) -> KnownNodes:
         return cls(pipeline.name, [find_node(node) for node in pipeline.nodes], registry)
 
     def contract(self, node: Node) -> NodeContract[Any, Any] | None:
@@ -248,7 +248,7 @@ def plain_context(context: dict[str, Any]) -> dict[str, Any]:
                 f"context[{key!r}] is {type(value).__name__}, which cannot be sent to a worker; pass JSON values of at most "
                 f"{CONTEXT} bytes, and put clients and other objects into the worker's own config"
             )
-    fits = fitting({}, context)
+    fits = fit_context({}, context)
     for key in context:
         if key not in fits:
             raise TypeError(
@@ -284,7 +284,7 @@ def context_of(ctx: ReliabilityContext, before: dict[str, Any]) -> tuple[list[An
     deleted = [key for key in before if key not in now]
     unsendable = [str(key) for key, value in changed.items() if not (isinstance(key, str) and is_json(value))]
     sendable = {key: value for key, value in changed.items() if str(key) not in unsendable}
-    fits = fitting(
+    fits = fit_context(
         {key: value for key, value in before.items() if isinstance(key, str) and is_json(value)}, sendable
     )
     unsendable += [key for key in sendable if key not in fits]

@@ -17,8 +17,8 @@ from stroma.checkpoint import StoreError
 from stroma.checkpoint.payloads import BlobStore
 from stroma.contracts.schema import schema_of
 from stroma.contracts.untyped import Kept
-from stroma.drivers.remote.plans import Known
-from stroma.drivers.remote.wire import ClassName, Report, Value, failure_of
+from stroma.drivers.remote.plans import KnownNodes
+from stroma.drivers.remote.wire import ClassName, Report, Value, decode_failure
 from stroma.engine.merged_models import spelled_out
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RemoteFailure
@@ -31,7 +31,7 @@ __all__ = ["Reader", "broken_of", "fetch", "result_of", "unpack"]
 
 
 async def fetch(payloads: BlobStore | None, value: Value) -> str:
-    """The text of a value. Raises StoreError for one whose blob cannot be had."""
+    """Return the text of a value. Raises StoreError for one whose blob cannot be read."""
     if "text" in value:
         return value["text"]
     if payloads is None:
@@ -51,7 +51,9 @@ def unpack(text: str) -> dict[str, Any]:
 class Reader:
     """Reads the events of one run."""
 
-    def __init__(self, known: Known, payloads: BlobStore | None, run_id: str, values: list[Value]) -> None:
+    def __init__(
+        self, known: KnownNodes, payloads: BlobStore | None, run_id: str, values: list[Value]
+    ) -> None:
         self._known = known
         self.payloads = payloads
         self._run_id = run_id
@@ -89,7 +91,7 @@ class Reader:
         )
 
     def value(self, reference: Any) -> Value | None:
-        """A state of a row, which may name it by its number."""
+        """Return a state of a row, which may refer to it by number."""
         return self._values[reference] if isinstance(reference, int) else reference
 
     async def _state(self, value: Value, taken: ClassName | None) -> dict[str, Any]:
@@ -109,7 +111,7 @@ class Reader:
         return self._known.decode(await fetch(self.payloads, value), value["cls"])
 
 
-async def result_of(report: Report, known: Known, payloads: BlobStore | None) -> ExecutionResult:
+async def result_of(report: Report, known: KnownNodes, payloads: BlobStore | None) -> ExecutionResult:
     """Return the result of a run with its trace. Raises StoreError if a state cannot be read."""
     reader = Reader(known, payloads, report["run_id"], report["values"])
     trace = ExecutionTrace(report["run_id"])
@@ -123,7 +125,7 @@ async def result_of(report: Report, known: Known, payloads: BlobStore | None) ->
         trace=trace,
         total_cost_usd=report["cost_usd"],
         total_tokens=report["tokens"],
-        failure=None if failure is None else failure_of(failure),
+        failure=None if failure is None else decode_failure(failure),
         hook_errors=[
             HookFailure(hook, node_id, RemoteFailure(message, name))
             for hook, node_id, name, message in report["hook_errors"]
@@ -135,7 +137,7 @@ async def result_of(report: Report, known: Known, payloads: BlobStore | None) ->
 
 
 def broken_of(report: Report, result: ExecutionResult) -> HookNotAsync | None:
-    """The programming error that ended a run; it comes out of ``run()``."""
+    """Return the programming error that ended a run and is raised by ``run()``, or None."""
     if report["broken"] is None:
         return None
     error = HookNotAsync(report["broken"][1])

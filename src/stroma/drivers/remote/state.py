@@ -18,8 +18,8 @@ from stroma.drivers.remote.wire import (
     Request,
     Spent,
     Value,
+    json_size,
     size_of,
-    weight,
 )
 from stroma.failures.classes import FailureClass
 
@@ -50,7 +50,7 @@ class Driver(Protocol):
     """Access of an interpreter to the outside: it uses nothing else."""
 
     async def ask(self, request: Request) -> tuple[Reply, bool]:
-        """Have a worker do something; what came of it, and whether the run was cancelled meanwhile.
+        """Let a worker perform a request; return the reply, and whether the run was cancelled meanwhile.
 
         Raises CancelledError if it was cancelled before a worker took it up.
         """
@@ -59,7 +59,7 @@ class Driver(Protocol):
     async def sleep(self, seconds: float) -> None: ...
 
     def draw(self) -> float:
-        """A number from 0 to 1; the same one when the run is replayed."""
+        """Return a random number from 0 to 1, the same one in each replay."""
         ...
 
     def full(self) -> bool:
@@ -121,12 +121,12 @@ class State(TypedDict):
 
 def row_size(row: Event) -> int:
     """Return the bytes that a row takes of a run's own state, without its states."""
-    return ROW + (0 if row["failure"] is None else weight(row["failure"][1]))
+    return ROW + (0 if row["failure"] is None else json_size(row["failure"][1]))
 
 
 def shortened(message: str, room: int) -> str:
     """Return the message of a failure, shortened if the run has no room for it."""
-    if len(message) <= _FIRST_WORDS or room - weight(message) >= _FOR_STATES:
+    if len(message) <= _FIRST_WORDS or room - json_size(message) >= _FOR_STATES:
         return message
     return f"{message[:_FIRST_WORDS]} ... (the run has no room for the rest; see the log of the worker)"
 
@@ -136,7 +136,7 @@ def nothing() -> Spent:
 
 
 def new_state(value: Value, *, context: dict[str, Any], traceparent: str | None = None) -> State:
-    """The state of a run that begins."""
+    """Return the state of a new run."""
     return {
         "position": 0,
         "value": value,
@@ -192,7 +192,7 @@ def _kept(state: State) -> int:
     size = sum(len(answer["payload"] or "") for answer in state["answers"].values())
     for progress in state["maps"].values():
         values += [*progress["outputs"].values(), *progress["old_packs"]]
-        size += sum(ROW + weight(failed["message"]) for failed in progress["failures"])
+        size += sum(ROW + json_size(failed["message"]) for failed in progress["failures"])
     return size + sum(map(size_of, values))
 
 

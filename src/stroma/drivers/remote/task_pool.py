@@ -1,4 +1,4 @@
-"""Tasks, so many at once, in an order that is the same whenever the code is replayed."""
+"""Tasks with bounded concurrency, in an order that is the same in every replay."""
 
 from __future__ import annotations
 
@@ -6,72 +6,72 @@ import asyncio
 from collections.abc import Coroutine
 from typing import Any
 
-__all__ = ["Crew"]
+__all__ = ["OrderedTaskPool"]
 
 
-class Crew:
-    """The first exception cancels and awaits the rest, and comes out as itself.
+class OrderedTaskPool:
+    """Tasks of which the first that raises cancels the rest and is raised by :meth:`join`.
 
-    Not a TaskGroup, and no set of tasks anywhere: what is cancelled first must be the same in every replay.
+    Uses no set of tasks, unlike ``asyncio.TaskGroup``: the order of cancellations must be the same in every replay.
     """
 
     def __init__(self, limit: int | None) -> None:
         self._limit = limit
         self._running: dict[asyncio.Task[None], None] = {}
         self._queue: list[Coroutine[Any, Any, None]] = []
-        self._failed: BaseException | None = None
-        self._aborted = False
+        self._error: BaseException | None = None
+        self._was_aborted = False
         self._changed: asyncio.Future[None] | None = None
 
     def start(self, work: Coroutine[Any, Any, None]) -> None:
-        """Run something as soon as there is room."""
-        if self._aborted:
+        """Start work as soon as there is room."""
+        if self._was_aborted:
             work.close()
         elif self._limit is not None and len(self._running) >= self._limit:
             self._queue.append(work)
         else:
             task = asyncio.get_running_loop().create_task(work)
             self._running[task] = None
-            task.add_done_callback(self._ended)
+            task.add_done_callback(self._finish)
 
-    async def room(self) -> None:
-        """Wait until something could start at once, or nothing is to start any more."""
-        while not self._aborted and self._limit is not None and len(self._running) >= self._limit:
-            await self._change()
+    async def wait_for_room(self) -> None:
+        """Wait until work could start at once, or the pool is aborted."""
+        while not self._was_aborted and self._limit is not None and len(self._running) >= self._limit:
+            await self._wait_for_change()
 
-    async def all(self) -> None:
-        """Wait for all of them. A cancellation cancels them, and comes out at their end."""
+    async def join(self) -> None:
+        """Await all tasks. A cancellation of the caller cancels them, and is raised when they have ended."""
         cancelled = False
         while self._running:
             try:
-                await self._change()
+                await self._wait_for_change()
             except asyncio.CancelledError:
                 cancelled = True
                 self.abort()
         if cancelled:
             raise asyncio.CancelledError
-        if self._failed is not None:
-            failed, self._failed = self._failed, None
-            raise failed
+        if self._error is not None:
+            error, self._error = self._error, None
+            raise error
 
     def abort(self) -> None:
-        """Cancel what runs, and let nothing begin any more."""
-        self._aborted = True
+        """Cancel all tasks and start no others."""
+        self._was_aborted = True
         for work in self._queue:
             work.close()
         self._queue.clear()
         for task in list(self._running):
             task.cancel()
 
-    async def _change(self) -> None:
+    async def _wait_for_change(self) -> None:
         self._changed = asyncio.get_running_loop().create_future()
         await self._changed
 
-    def _ended(self, task: asyncio.Task[None]) -> None:
+    def _finish(self, task: asyncio.Task[None]) -> None:
         self._running.pop(task, None)
         error = None if task.cancelled() else task.exception()
-        if error is not None and self._failed is None:
-            self._failed = error
+        if error is not None and self._error is None:
+            self._error = error
             self.abort()
         while self._queue and (self._limit is None or len(self._running) < self._limit):
             self.start(self._queue.pop(0))

@@ -24,13 +24,13 @@ __all__ = [
     "Spent",
     "Value",
     "clip",
-    "failure_of",
-    "fitting",
+    "decode_failure",
+    "encode_failure",
+    "fit_context",
     "fold",
-    "said_of",
+    "json_size",
     "size_of",
     "unfold",
-    "weight",
 ]
 
 
@@ -262,7 +262,7 @@ class Report(TypedDict):
     broken: list[str] | None
 
 
-def weight(text: str) -> int:
+def json_size(text: str) -> int:
     """Return the bytes of a text in JSON."""
     return len(json.dumps(text))
 
@@ -273,14 +273,16 @@ def clip(text: str) -> str:
     return text if omitted <= 0 else f"{text[:_MAX_TEXT]} ... ({omitted} characters omitted)"
 
 
-def fitting(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
+def fit_context(context: dict[str, Any], made: dict[str, Any]) -> dict[str, Any]:
     """Return the new values of a context dict for which there is room in it."""
     if not made:
         return {}
-    free = _CONTEXTS - sum(weight(key) + len(json.dumps(context[key])) for key in context if key not in made)
+    free = _CONTEXTS - sum(
+        json_size(key) + len(json.dumps(context[key])) for key in context if key not in made
+    )
     fits: dict[str, Any] = {}
     for key, value in made.items():
-        size = weight(key) + len(json.dumps(value))
+        size = json_size(key) + len(json.dumps(value))
         if size <= free:
             free -= size
             fits[key] = value
@@ -329,7 +331,7 @@ def size_of(value: Value | None) -> int:
     return 0 if value is None else value["size"] if "text" in value else 100
 
 
-def said_of(failure: Failure) -> Failed:
+def encode_failure(failure: Failure) -> Failed:
     """Return a failure as plain data."""
     exc = failure.exception
     data: list[Any] | None = None
@@ -376,7 +378,7 @@ def _violated(exc: ContractViolation) -> list[Any]:
     return data
 
 
-def failure_of(said: Failed) -> Failure:
+def decode_failure(said: Failed) -> Failure:
     """Return the failure of plain data. Exceptions of Stroma are restored; any other one is a RemoteFailure."""
     exc: BaseException
     data, name = said["data"], said["type"]

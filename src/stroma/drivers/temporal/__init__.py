@@ -1,4 +1,4 @@
-"""The driver for many machines: a pipeline that was written for StromaRunner runs unchanged on a Temporal cluster.
+"""Driver for Temporal clusters: a pipeline for StromaRunner runs there unchanged.
 
 ``TemporalRunner`` begins runs and waits for them; :func:`stroma_worker` is what does the work, on any number of machines.
 Importing this package needs ``temporalio``.

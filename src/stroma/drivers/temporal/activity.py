@@ -38,7 +38,7 @@ class Activities:
 
     @activity.defn(name=names.RUN)
     async def run(self, request: dict[str, Any]) -> dict[str, Any]:
-        """One end of a run: its hooks."""
+        """Perform the start or end of a run: call its hooks."""
         return await self._perform(request)
 
     async def _perform(self, request: dict[str, Any]) -> dict[str, Any]:

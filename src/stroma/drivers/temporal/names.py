@@ -1,4 +1,4 @@
-"""Names that client, workflow and worker share. Recorded histories contain them: do not change them."""
+"""Names that client, workflow and worker share. Recorded histories contain them."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ _HELD_BACK = timedelta(seconds=1)
 
 
 class StromaPlugin(SimplePlugin):
-    """Lets workers do runs of Stroma beside whatever else they do; of a client, nothing is changed.
+    """Lets workers perform runs of Stroma beside their other work; a client stays unchanged.
 
     The user's data converter and codec stay as they are: all that Stroma sends is JSON data.
 
@@ -74,7 +74,7 @@ class StromaPlugin(SimplePlugin):
 
 
 def _with_run(workflows: Sequence[type] | None) -> Sequence[type]:
-    """A client's plugin is its workers', too: it may be asked twice."""
+    """Add the workflow unless it is listed: a client's plugin is applied again for its workers."""
     listed = list(workflows or ())
     return listed if StromaRun in listed else [*listed, StromaRun]
 
@@ -99,7 +99,7 @@ def stroma_worker(
     max_concurrent: int | None = None,
     **options: Any,
 ) -> Worker:
-    """A worker that runs these pipelines; ``await worker.run()``, or ``async with worker:``.
+    """Create a worker that runs pipelines; ``await worker.run()``, or ``async with worker:``.
 
     ``max_concurrent``: how many attempts at once. ``options`` are those of ``temporalio.worker.Worker``; see
     :class:`StromaPlugin` for the others.
@@ -126,7 +126,7 @@ def stroma_worker(
 
 
 async def register_search_attributes(client: Client) -> None:
-    """Have the server index runs by ``StromaPipeline`` and ``StromaStatus``, which an administrator does once.
+    """Create the search attributes ``StromaPipeline`` and ``StromaStatus`` on the server, once, as an administrator.
 
     Runs get them where they are registered, and go without where they are not.
     """

@@ -33,10 +33,10 @@ from stroma.checkpoint.payloads import BlobStore, blob_store
 from stroma.contracts.contract import ContractRegistry, check_id
 from stroma.contracts.schema import schema_of
 from stroma.contracts.tagged_json import NotSerialisable
-from stroma.drivers.remote.plans import Known, freeze, plain_context
+from stroma.drivers.remote.plans import KnownNodes, freeze, plain_context
 from stroma.drivers.remote.results import Reader, broken_of, result_of
 from stroma.drivers.remote.state import State, new_state, next_segment
-from stroma.drivers.remote.wire import LARGE, Answer, NodeSpec, Plan, Report, Value, fold, unfold, weight
+from stroma.drivers.remote.wire import LARGE, Answer, NodeSpec, Plan, Report, Value, fold, json_size, unfold
 from stroma.drivers.temporal import names
 from stroma.drivers.temporal.stream import TemporalStream
 from stroma.engine.config import RunConfig
@@ -359,7 +359,7 @@ class TemporalRunner:
         waiting = [one for one in await self.waiting(run_id) if one.payload is None]
         answered = match_answer(waiting, run_id, answer, node_id=node_id, branch=branch, schema=schema)
         assert answered.payload is not None
-        size = weight(answered.payload.decode())
+        size = json_size(answered.payload.decode())
         if size >= LARGE:
             raise StoreError(
                 f"the answer must have fewer than {LARGE} bytes, got {size}; save large data in another store and answer with "
@@ -414,12 +414,12 @@ class TemporalRunner:
             return nodes.config
         return self.config
 
-    def _known(self, nodes: Any, config: RunConfig) -> Known:
+    def _known(self, nodes: Any, config: RunConfig) -> KnownNodes:
         name = nodes.name if isinstance(nodes, Pipeline) else config.pipeline
-        return Known(name, nodes_of(nodes), self.registry)
+        return KnownNodes(name, nodes_of(nodes), self.registry)
 
     async def _value(self, text: str, ref: str) -> Value:
-        size = weight(text)
+        size = json_size(text)
         if size < LARGE:
             return {"text": text, "size": size, "cls": ["class", ref]}
         data = text.encode()
@@ -433,7 +433,7 @@ class TemporalRunner:
         return {"blob": name, "size": size, "cls": ["class", ref]}
 
     async def _start(
-        self, plan: Plan, state: State, known: Known, config: RunConfig, *, over_another: bool = False
+        self, plan: Plan, state: State, known: KnownNodes, config: RunConfig, *, over_another: bool = False
     ) -> _StartedRun:
         run_id = plan["run_id"]
         search = await self._has_search_attributes()
@@ -492,7 +492,7 @@ class TemporalRunner:
         self,
         handle: WorkflowHandle[Any, Any],
         plan: Plan,
-        known: Known,
+        known: KnownNodes,
         config: RunConfig,
         initial: Value | None,
     ) -> _StartedRun:
@@ -506,7 +506,7 @@ class TemporalRunner:
         return await self._start(plan, next_segment(state), known, config)
 
     async def _wake(
-        self, handle: WorkflowHandle[Any, Any], known: Known, config: RunConfig, parked: Report
+        self, handle: WorkflowHandle[Any, Any], known: KnownNodes, config: RunConfig, parked: Report
     ) -> _StartedRun:
         """Let a suspended run continue."""
         await handle.signal(names.RESUME, parked["segment"])
@@ -605,7 +605,7 @@ class TemporalRunner:
         except (RPCError, WorkflowUpdateFailedError, WorkflowUpdateRPCTimeoutOrCancelledError):
             return None  # It has ended, or continues with a fresh history.
 
-    async def _result(self, report: Report, known: Known, config: RunConfig) -> ExecutionResult:
+    async def _result(self, report: Report, known: KnownNodes, config: RunConfig) -> ExecutionResult:
         result = await result_of(report, known, self.payloads)
         broken = broken_of(report, result)
         if broken is not None:
@@ -627,7 +627,7 @@ class _StartedRun:
         runner: TemporalRunner,
         run_id: str,
         handle: WorkflowHandle[Any, Any],
-        known: Known,
+        known: KnownNodes,
         config: RunConfig,
         segment: int,
     ) -> None:

@@ -23,7 +23,7 @@ _KINDS: Final[dict[str, Any]] = {
 
 
 class TemporalStream:
-    """The ends of a run's attempts as they come, and at last "run_end" with the result.
+    """The ends of a run's attempts as they arrive, and finally "run_end" with the result.
 
     It looks at the run from time to time, so it tells no starts and no retries, and what is inside a group comes with the
     group. A reader that leaves leaves the run as it is; :meth:`TemporalRunner.cancel` ends it.

@@ -200,7 +200,7 @@ class StromaRun:
 
     @workflow.signal(name=names.ANSWER)
     def answer(self, answer: dict[str, Any]) -> None:
-        """The answer of a person; the run goes on once nothing waits for another."""
+        """Accept the answer of a person; the run continues once all nodes are answered."""
         key = f"{answer.get('position')}|{answer.get('branch')}"
         payload = answer.get("payload")
         waits = self._run.state["waiting"].get(key)
@@ -225,7 +225,7 @@ class StromaRun:
 
     @workflow.query(name=names.ROWS)
     def rows(self, since: int) -> dict[str, Any]:
-        """The rows of the present segment from a number on."""
+        """Return the rows of the current segment from a number on."""
         state = self._run.state
         status = self._parked["status"] if self._parked is not None else "RUNNING"
         return {"segment": state["segment"], "status": status, "rows": state["rows"][since:]}
