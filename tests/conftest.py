@@ -136,8 +136,10 @@ sys.addaudithook(_guard)
 
 
 def _handlers() -> list[Any]:
-    """Return what a command in this process would replace or add to; ddtrace takes SIGTERM when it is imported."""
-    return [signal.getsignal(signal.SIGINT), *logging.getLogger("stroma").handlers]
+    """Return the handlers of logs and Stroma's own of signals: what a command in this process adds."""
+    signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+    ours = [one for one in signals if str(getattr(one, "__module__", "")).startswith("stroma")]
+    return [*logging.getLogger("stroma").handlers, *ours]
 
 
 @pytest.hookimpl(wrapper=True)
