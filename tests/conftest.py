@@ -139,7 +139,10 @@ def _handlers() -> list[Any]:
     """Return the handlers of logs and Stroma's own of signals: what a command in this process adds."""
     signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
     ours = [one for one in signals if str(getattr(one, "__module__", "")).startswith("stroma")]
-    return [*logging.getLogger("stroma").handlers, *ours]
+    listening = [
+        one for one in logging.getLogger("stroma").handlers if not isinstance(one, logging.NullHandler)
+    ]
+    return [*listening, *ours]
 
 
 @pytest.hookimpl(wrapper=True)
