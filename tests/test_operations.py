@@ -11,14 +11,17 @@ from tests.kit import NEVER, THRICE, Num
 
 from stroma import (
     CheckpointNotFound,
+    FailureClass,
     NodeContract,
     NodeHooks,
     Pipeline,
+    ReliabilityContext,
     RunExists,
     RunStatus,
     SQLiteStore,
     StoreError,
     StromaRunner,
+    execute_step,
     parallel,
     stroma_node,
 )
@@ -119,6 +122,25 @@ async def test_a_node_that_swallows_its_cancellation_ends_the_run_all_the_same(s
     assert (result.status, result.final_state, work.calls, left) == (RunStatus.CANCELLED, Num(n=5), [], [0])
     assert store.get_run("r").status == "CANCELLED"
     assert (await quick(store).run(nodes, Num(), run_id="r", resume=True)).final_state == Num(n=6)
+
+
+async def test_steps_of_a_cancelled_run_are_not_called(store: Any) -> None:
+    """Code that attaches to a run calls no step of it after it was cancelled; the failure says how the run ended."""
+    work = Work()
+    task = asyncio.create_task(quick(store).run(work.nodes, Num(), run_id="r"))
+    await work.inside.wait()
+    runner = quick(store, run_id="r", if_running="attach")
+    ctx = ReliabilityContext.for_run(runner.config, runner.registry, runner.checkpoint_manager)
+    step = asyncio.create_task(execute_step("c", work.make("c"), Num(), ctx))
+    assert await quick(store).cancel("r")
+    await task
+    result = await asyncio.wait_for(step, 10)
+    failure = result.failure
+    assert failure is not None
+    assert (result.status, failure.node_id, failure.attempt) == (RunStatus.PARTIAL, "c", 1)
+    assert failure.failure_class is FailureClass.RECOVERABLE
+    assert failure.message == "run 'r' has ended: CANCELLED"
+    assert "c" not in work.calls
 
 
 async def test_a_run_whose_loop_was_closed_can_be_cancelled(tmp_path: Path) -> None:
