@@ -39,7 +39,7 @@ from stroma.checkpoint._rows import (
     Step,
     checksum,
 )
-from stroma.checkpoint.journal import OF_MAP, Committed, Finished, PriorUsage, Waiting
+from stroma.checkpoint.journal import OF_MAP, Committed, Finished, PriorUsage, Tried, Waiting
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
 
@@ -63,6 +63,39 @@ async def test_a_session_of_a_new_run(store: Store) -> None:
     assert session.fence == Fence(1, 1, 1, session.fence.owner, 30.0)
     assert LIVE[Owner.read(session.fence.owner).token] is session  # type: ignore[union-attr]
     assert store.table("inputs") == [(1, 1, SCHEMA.fingerprint, stored(0), checksum(stored(0)))]
+
+
+async def test_what_a_process_that_died_had_tried(store: Store) -> None:
+    """After a death a session knows how often each node had failed that is not committed, and how it failed last.
+
+    What a group's children tried counts until the group itself is tried again.
+    """
+    failure = FailureClass.RECOVERABLE
+    session = store.open()
+    for place in (
+        row(0, 10, failed=(failure, "early", "why")),
+        row(1, 20, failed=(failure, "one", None)),
+        row(1, 21, number=2, failed=(FailureClass.AMBIGUOUS, "two", "why")),
+        row(2, 30, "0", node="child", failed=(failure, "child", None)),
+        row(2, 33, node="group", failed=(failure, "group", None)),
+        row(2, 41, "1", node="child", failed=(failure, "again", None)),
+        row(3, 50, "1.0", node="inner", failed=(failure, "inner", None)),
+        row(3, 51, "10", node="other", failed=(failure, "other", None)),
+        row(3, 60, "1", node="group", failed=(failure, "group", None)),
+    ):
+        await session.record(place, None, None)
+    await session.record(row(0, 11, number=2), SCHEMA, State(n=10))
+    other = Owner.read(session.fence.owner)
+    assert other is not None
+    store.db.execute("UPDATE runs SET lease_owner = ?", (str(other._replace(pid=other.pid + 1)),))
+    lose(session)
+    assert store.open(if_exists="resume").tried == {
+        (1, ""): Tried(2, "node", "AMBIGUOUS", "two", "why"),
+        (2, ""): Tried(1, "group", "RECOVERABLE", "group", None),
+        (2, "1"): Tried(1, "child", "RECOVERABLE", "again", None),
+        (3, "10"): Tried(1, "other", "RECOVERABLE", "other", None),
+        (3, "1"): Tried(1, "group", "RECOVERABLE", "group", None),
+    }
 
 
 @pytest.mark.parametrize("if_exists", ["resume", "return", "attach"])
