@@ -26,6 +26,8 @@ SOURCE = Path("src/stroma")
 MUTMUT = str(Path(sys.executable).with_name("mutmut"))
 MINIMUM_SCORE = 0.9
 PROGRESS_SECONDS = 15
+#: The results of mutmut that stand for a change which no test noticed.
+UNNOTICED = ("survived", "no tests")
 #: Lines of pytest's output that are shown if a run of unchanged source fails.
 SHOWN_LINES = 400
 #: Tests that parse the source, where mutmut has put copies of each function.
@@ -107,20 +109,24 @@ def try_mutants(names: list[str]) -> int:
 
 def report() -> float:
     """Print the unnoticed changes and a score per module; return the total score."""
-    found: dict[str, Counter[bool]] = defaultdict(Counter)
+    found: dict[str, Counter[str]] = defaultdict(Counter)
     for line in subprocess.check_output([MUTMUT, "results", "--all", "1"], text=True).splitlines():
         name, _, status = line.strip().rpartition(": ")
         if name and status != "not checked":
-            is_noticed = status not in ("survived", "no tests")
-            found[name.rpartition(".")[0]][is_noticed] += 1
-            if not is_noticed:
+            found[name.rpartition(".")[0]][status] += 1
+            if status in UNNOTICED:
                 print(subprocess.check_output([MUTMUT, "show", name], text=True))
     total = sum(found.values(), Counter())
+    score = 0.0
     for module, counts in [*sorted(found.items()), ("all", total)]:
-        print(
-            f"{module:32s} {counts[True]:5d} of {counts.total():5d} noticed, {counts[True] / max(counts.total(), 1):.1%}"
+        noticed = counts.total() - sum(counts[status] for status in UNNOTICED)
+        score = noticed / max(counts.total(), 1)
+        # Not by a test that fails: by a time limit, or because the process ended.
+        others = "".join(
+            f", {n} {status}" for status, n in counts.items() if status not in ("killed", *UNNOTICED)
         )
-    return total[True] / max(total.total(), 1)
+        print(f"{module:32s} {noticed:5d} of {counts.total():5d} noticed{others}, {score:.1%}")
+    return score
 
 
 def main(argv: list[str]) -> int:

@@ -24,6 +24,7 @@ from stroma.checkpoint._rows import (
     TRACE,
     TROUBLE,
     Attempt,
+    Doing,
     Fence,
     Opening,
     RunRow,
@@ -101,6 +102,7 @@ class Store:
         self.operations = 0
 
     def submit(self, operation: Any, /) -> asyncio.Future[Any]:
+        assert not isinstance(operation, Doing) or operation.run_id  # Some stores keep each run apart.
         done = asyncio.get_running_loop().create_future()
         self.operations += 1
         try:
