@@ -39,6 +39,7 @@ from stroma.checkpoint._rows import (
     Step,
     checksum,
 )
+from stroma.checkpoint._session import DurableSession
 from stroma.checkpoint.journal import OF_MAP, Committed, Finished, PriorUsage, Tried, Waiting
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
@@ -65,6 +66,32 @@ async def test_a_session_of_a_new_run(store: Store) -> None:
     assert store.table("inputs") == [(1, 1, SCHEMA.fingerprint, stored(0), checksum(stored(0)))]
 
 
+def killed(store: Store, session: DurableSession) -> None:
+    """Leave a run as another process does that is killed."""
+    owner = Owner.read(session.fence.owner)
+    assert owner is not None
+    store.db.execute("UPDATE runs SET lease_owner = ?", (str(owner._replace(pid=owner.pid + 1)),))
+    lose(session)
+
+
+async def test_a_run_whose_process_died_too_often(store: Store) -> None:
+    """Its next session ends it as poison, and so does each one after that until one is forced."""
+    error = (
+        "poison: the process died 2 times under this run; see what kills it, then resume it with force_resume=True, "
+        "or stroma resume --force"
+    )
+    request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 2}
+    for _ in range(2):
+        session = store.open(**request)
+        assert session.finished is None
+        killed(store, session)
+    poisoned = store.open(**request)
+    assert poisoned.finished == Finished("FAILED", error, "poison")
+    await poisoned.end("FAILED", error)
+    assert store.open(**request).finished == Finished("FAILED", error, "poison")
+    assert store.open(**request, force=True).finished is None
+
+
 async def test_what_a_process_that_died_had_tried(store: Store) -> None:
     """After a death a session knows how often each node had failed that is not committed, and how it failed last.
 
@@ -85,10 +112,7 @@ async def test_what_a_process_that_died_had_tried(store: Store) -> None:
     ):
         await session.record(place, None, None)
     await session.record(row(0, 11, number=2), SCHEMA, State(n=10))
-    other = Owner.read(session.fence.owner)
-    assert other is not None
-    store.db.execute("UPDATE runs SET lease_owner = ?", (str(other._replace(pid=other.pid + 1)),))
-    lose(session)
+    killed(store, session)
     assert store.open(if_exists="resume").tried == {
         (1, ""): Tried(2, "node", "AMBIGUOUS", "two", "why"),
         (2, ""): Tried(1, "group", "RECOVERABLE", "group", None),
