@@ -92,6 +92,15 @@ async def test_a_run_whose_process_died_too_often(store: Store) -> None:
     assert store.open(**request, force=True).finished is None
 
 
+async def test_deaths_before_an_orderly_end_do_not_count(store: Store) -> None:
+    """A run that a process has ended in order is no poison, however often others died under it before."""
+    request: dict[str, Any] = {"if_exists": "resume", "max_recoveries": 2}
+    for _ in range(2):
+        killed(store, store.open(**request | {"max_recoveries": 3}))
+    await store.open(**request | {"max_recoveries": 3}).end("INTERRUPTED", None)
+    assert store.open(**request).finished is None
+
+
 async def test_what_a_process_that_died_had_tried(store: Store) -> None:
     """After a death a session knows how often each node had failed that is not committed, and how it failed last.
 
