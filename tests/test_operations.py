@@ -12,6 +12,7 @@ from tests.kit import NEVER, THRICE, Num
 from stroma import (
     CheckpointNotFound,
     FailureClass,
+    FailurePolicy,
     NodeContract,
     NodeHooks,
     Pipeline,
@@ -54,6 +55,23 @@ class Work:
 
 def quick(store: Any, **config: Any) -> StromaRunner:
     return StromaRunner.quick(store=store, policy_map=NEVER, **config)
+
+
+async def test_a_store_says_where_an_attempt_failed(store: Any) -> None:
+    """Of the last failed attempt at a place a store has the frames of its traceback, with the line that raised."""
+
+    async def bad(state: Num) -> Any:
+        raise LookupError("nothing there")
+
+    contract: NodeContract[Any, Any] = NodeContract(node_id="bad", input_schema=Num, output_schema=Num)
+    policies = {kind: FailurePolicy(max_retries=1, backoff_seconds=0) for kind in FailureClass}
+    runner = StromaRunner.quick(store=store, policy_map=policies)
+    await runner.run([stroma_node("bad", contract)(bad)], Num(), run_id="r")
+    trouble = store.trouble_of("r", 0)
+    assert trouble is not None
+    frame = trouble.own[-1]
+    assert (trouble.attempt, frame.file, frame.name) == (2, __file__, "bad")
+    assert frame.source == 'raise LookupError("nothing there")'
 
 
 # ---------------------------------------------------------------------- cancel
