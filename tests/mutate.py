@@ -29,7 +29,7 @@ PROGRESS_SECONDS = 15
 #: The results of mutmut that stand for a change which no test noticed.
 UNNOTICED = ("survived", "no tests")
 #: Lines of pytest's output that are shown if a run of unchanged source fails.
-SHOWN_LINES = 400
+SHOWN_LINES = 200
 #: Tests that parse the source, where mutmut has put copies of each function.
 TEXT_TESTS = ["--deselect=tests/test_guarantees.py::test_only_the_engine_calls_a_nodes_function"]
 #: What is measured if no module is named: where the guarantees are decided.
@@ -56,7 +56,7 @@ def copy_tree(target: Path, modules: list[str], pytest_args: list[str]) -> None:
         "process_isolation": "forkserver",  # tests leave threads behind, and a process with threads may not fork
         "debug": True,  # else the output of a test that fails before the first mutant is lost
         "timeout_multiplier": 10.0,  # a busy machine is no reason to call a mutant noticed
-        "pytest_add_cli_args": [*pytest_args, *TEXT_TESTS, "-p", "no:cacheprovider", "--timeout=30"],
+        "pytest_add_cli_args": [*pytest_args, *TEXT_TESTS, "-p", "no:cacheprovider"],
         "pytest_add_cli_args_test_selection": ["tests"],
     }
     with (target / "pyproject.toml").open("a") as file:
