@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import math
+from copy import deepcopy
 from typing import Any
 
 import pytest
-from pydantic import BaseModel, Field
-from tests.kit import TWICE
+from pydantic import BaseModel, Field, RootModel
+from tests.kit import TWICE, quick
 
 from stroma import (
+    AsyncInMemoryStore,
     NodeContract,
     NodeHooks,
     ReliabilityContext,
@@ -21,6 +23,10 @@ from stroma import (
 )
 from stroma.schemas import NotSerialisable, schema_of
 from stroma.trace import RunStatus
+
+
+class Anything(RootModel[Any]):
+    pass
 
 
 class Row(BaseModel):
@@ -77,6 +83,31 @@ def spoil(state: Any) -> None:
             row["id"] = -1
         else:
             row.id = -1
+
+
+@pytest.mark.core
+@pytest.mark.parametrize("root", [{"rows": [1, 2, 3]}, [1, 2, 3]], ids=["a dict", "a list"])
+async def test_what_a_node_keeps_of_its_output_is_not_what_hooks_see(root: Any) -> None:
+    """G7, G8: a change of what a node has returned, made while its hooks are called, reaches no hook after it."""
+    shown: list[Any] = []
+    kept: list[Any] = []
+
+    async def work(state: Anything) -> Any:
+        kept.append(deepcopy(root))
+        return kept[0]
+
+    async def spoils(*_: Any) -> None:
+        kept[0].clear()
+
+    async def looks(run_id: str, node_id: str, state: Any, tokens: int) -> None:
+        shown.append(state)
+
+    # The hooks of an end are called from the last set to the first.
+    hooks = [NodeHooks(on_node_success=looks), NodeHooks(on_node_success=spoils)]
+    runner = quick(store=AsyncInMemoryStore(), hooks=hooks)
+    result = await runner.run([node("a", work, Anything, Anything)], Anything(None))
+    assert shown == [root if isinstance(root, dict) else {"root": root}]
+    assert result.final_state == Anything(root)
 
 
 @pytest.mark.core
