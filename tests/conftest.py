@@ -147,13 +147,19 @@ def _handlers() -> list[Any]:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
-    """Guard the setup and the call of a test that is not slow."""
+    """Guard the setup and the call of a test that is not slow; keep the handler of Control-C for the next one.
+
+    ddtrace puts one of its own in its place when it is imported, and asyncio.run() leaves a foreign handler alone.
+    """
+    interrupt = signal.getsignal(signal.SIGINT)
     _guard.event, _guard.handlers = "", _handlers()
     _guard.is_active = not any(item.iter_markers("slow")) and not any(item.iter_markers("nightly"))
     try:
         return (yield)
     finally:
         _guard.is_active = False
+        if signal.getsignal(signal.SIGINT) is not interrupt:
+            signal.signal(signal.SIGINT, interrupt)
 
 
 @pytest.hookimpl(tryfirst=True)
