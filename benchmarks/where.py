@@ -30,7 +30,7 @@ from stroma.contracts.node import find_node
 from stroma.contracts.schema import schema_of
 from stroma.engine import ReliabilityContext
 from stroma.engine import loop as engine
-from stroma.engine.execution import CURRENT, new_execution
+from stroma.engine.execution import CURRENT, NodeExecution
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 _TIMES, _REPEATS, _CHAIN = 500, 60, 50
@@ -58,7 +58,7 @@ def parts() -> list[tuple[str, float]]:
     state, output = In(**START), Out(**START)
     session: Any = manager.open_run(RunRequest("run", "bench", state, schema_of(In)))
     ctx.session = session
-    run = new_execution(ctx, "n", "node", 0, "", [], None)
+    run = NodeExecution(ctx, "n", "node", 0, "", [], None)
     plan = engine._plan(ctx, run, node, state, None)
     given, promised = plan[0], plan[1]
     assert given is not None
@@ -80,7 +80,7 @@ def parts() -> list[tuple[str, float]]:
     function = _least(lambda: _drive(node.func(state))) - idle
     coroutines = _least(lambda: _drive(nothing())) - idle
     noted = (
-        _least(lambda: new_execution(ctx, "n", "node", 0, "", [], None))
+        _least(lambda: NodeExecution(ctx, "n", "node", 0, "", [], None))
         + _least(lambda: CURRENT.set(run))
         - 2 * idle
     )
