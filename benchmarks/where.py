@@ -30,7 +30,9 @@ from stroma.contracts.node import find_node
 from stroma.contracts.schema import schema_of
 from stroma.engine import ReliabilityContext
 from stroma.engine import loop as engine
-from stroma.engine.execution import CURRENT, NodeExecution
+from stroma.engine.current import CURRENT
+from stroma.engine.execution import NodeExecution
+from stroma.engine.outcome import Place
 
 IMAGES = Path(__file__).parents[1] / "docs" / "images"
 _TIMES, _REPEATS, _CHAIN = 500, 60, 50
@@ -59,7 +61,7 @@ def parts() -> list[tuple[str, float]]:
     session: Any = manager.open_run(RunRequest("run", "bench", state, schema_of(In)))
     ctx.session = session
     run = NodeExecution(ctx, "n", "node", 0, "", [], None)
-    plan = engine._plan(ctx, run, node, state, None)
+    plan = engine._plan_of(ctx, run, node, state, None)
     given, promised = plan[0], plan[1]
     assert given is not None
     model, kept = promised.give(dict(START))
@@ -84,11 +86,11 @@ def parts() -> list[tuple[str, float]]:
         + _least(lambda: CURRENT.set(run))
         - 2 * idle
     )
-    looked_up = _least(lambda: engine._plan(ctx, run, node, state, None)) - idle
+    looked_up = _least(lambda: engine._plan_of(ctx, run, node, state, None)) - idle
     recorded = _least(lambda: session.record(row, promised, model, None)) - idle
 
     def whole() -> None:
-        _drive(engine.execute_in_turn(ctx, nodes, output))
+        _drive(engine.execute_in_turn(ctx, nodes, output, Place()))
         ctx.trace.rows.clear()
 
     nodes = [node] * _CHAIN

@@ -1568,7 +1568,7 @@ async def test_at_run_time_the_engine_stands_behind_every_node() -> None:
     await execute_step("step", note_async, Num(), ctx)
     await runner.with_node_timeouts({"async": 1000}).run([awaited], Num())
     # A sync node stands on a thread's own stack, which the engine began in _tasks.
-    assert (len(modules), set(modules)) == (8, {"stroma.engine.loop", "stroma.engine.tasks"})
+    assert (len(modules), set(modules)) == (8, {"stroma.engine.attempt", "stroma.engine.tasks"})
     modules.clear()
     await parallel(awaited)(Num())
     assert modules == ["stroma.runner.groups"]

@@ -337,7 +337,7 @@ def _waiting(ctx: ReliabilityContext, run: NodeExecution, reason: str) -> Iterat
 
 async def _tell_wait(ctx: ReliabilityContext, run: NodeExecution, reason: str, ms: int | None) -> None:
     seconds = 0.0 if ms is None else ms / 1000
-    ctx.run_logger.info("node %r waits: %s", run.node_id, reason)
+    ctx.run_logger.info("node %r is queued: %s", run.node_id, reason)
     calls = ctx.fire.on_node_wait
     if calls is not None:
         await ctx.fire.fire(
