@@ -1516,7 +1516,7 @@ def test_g12_cost_per_node_does_not_grow(kind: str) -> None:
 
 
 def test_only_the_engine_calls_a_nodes_function() -> None:
-    """No module but the engine's loop calls a node's function, but for a group that is called by hand (and Node.call itself)."""
+    """Only `engine/attempt.py` calls a node's function, but for a group that is called directly (and Node.call itself)."""
     found: set[tuple[str, str]] = set()
     # Stores never see a node; a guard makes a node of its own around what it calls.
     apart = ("adapters", "checkpoint", "cli", "demo", "testing")
@@ -1529,7 +1529,7 @@ def test_only_the_engine_calls_a_nodes_function() -> None:
             for item in ast.walk(outer):
                 if isinstance(item, ast.Attribute) and item.attr in ("func", "call"):
                     found.add((path.relative_to(SOURCE).as_posix(), outer.name))
-    callers = {(module, name) for module, name in found if module not in ("engine/loop.py",)}
+    callers = {(module, name) for module, name in found if module != "engine/attempt.py"}
     assert callers == {
         ("runner/sequence.py", "check_owners"),  # It names a function.
         ("runner/groups.py", "_call_by_hand"),
@@ -1568,7 +1568,7 @@ async def test_at_run_time_the_engine_stands_behind_every_node() -> None:
     await execute_step("step", note_async, Num(), ctx)
     await runner.with_node_timeouts({"async": 1000}).run([awaited], Num())
     # A sync node stands on a thread's own stack, which the engine began in _tasks.
-    assert (len(modules), set(modules)) == (8, {"stroma.engine.loop", "stroma.engine.tasks"})
+    assert (len(modules), set(modules)) == (8, {"stroma.engine.attempt", "stroma.engine.tasks"})
     modules.clear()
     await parallel(awaited)(Num())
     assert modules == ["stroma.runner.groups"]

@@ -13,7 +13,7 @@ from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.contract import NodeContract
 from stroma.contracts.copying import with_records
 from stroma.engine.execution import NodeExecution, current_node
-from stroma.engine.loop import Halt
+from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
 
 __all__ = [

@@ -19,8 +19,9 @@ from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.untyped import Kept
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import Kind, NodeExecution
-from stroma.engine.loop import GroupStopped, Halt, execute_in_turn
+from stroma.engine.loop import execute_in_turn
 from stroma.engine.merged_models import merged_model, with_list
+from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.restore import output_schema
 from stroma.engine.tasks import gather
 from stroma.failures.errors import ItemFailure
@@ -282,11 +283,11 @@ async def _side_by_side(
     async def one(index: int, node: Node | Group, value: BaseModel) -> BaseModel | None:
         if stopped:
             return None
-        outcome = await execute_in_turn(
-            ctx, (node,), value, group.position, f"{prefix}{index}", kind, group, step=inside_step
-        )
-        if not isinstance(outcome, Halt):
+        place = Place(group.position, f"{prefix}{index}", kind, group, step=inside_step)
+        outcome = await execute_in_turn(ctx, (node,), value, place)
+        if isinstance(outcome, BaseModel):
             return outcome
+        assert isinstance(outcome, Halt)  # There is no further node.
         if outcome.suspended:  # Its siblings need not wait: all that can be done is done.
             waiting.append(outcome)
             return None
