@@ -14,23 +14,23 @@ __all__ = [
     "FLAT_LEAVES",
     "JSON_LEAVES",
     "MODELS",
-    "ambiguous",
-    "chooses",
+    "build_constant_writer",
+    "build_renewing_validator",
+    "build_validator_without",
+    "builds_instances",
+    "calls_user_code",
     "core_schema_of",
-    "decodes",
+    "decodes_text",
     "field_nodes",
-    "foreign",
+    "has_ambiguous_choices",
+    "has_callable_discriminator",
+    "is_exact_in_json",
+    "is_renewable",
     "is_strict",
-    "makes_instances",
+    "may_change_on_revalidation",
     "never_a_dict",
     "nodes_of",
-    "plain_json",
     "reachable",
-    "renewable",
-    "restless",
-    "validator_that_renews",
-    "validator_without",
-    "writer_of_constants",
 ]
 
 JSON_LEAVES: Final = frozenset({"str", "int", "bool", "none", "literal"})
@@ -96,7 +96,7 @@ def nodes_of(schema: Any) -> Iterator[dict[str, Any]]:
             stack.extend(item)
 
 
-def plain_json(node: dict[str, Any]) -> bool:
+def is_exact_in_json(node: dict[str, Any]) -> bool:
     """Whether JSON keeps a literal's values, or a dict's keys, for what they are."""
     if node["type"] == "literal":
         return all(type(value) in (str, int, bool, type(None)) for value in node["expected"])
@@ -143,7 +143,7 @@ def reachable(field: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> tupl
     return kinds, frozenset(classes)
 
 
-def ambiguous(node: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> bool:
+def has_ambiguous_choices(node: dict[str, Any], defs: Mapping[str, dict[str, Any]]) -> bool:
     """Whether a union may take what one of its classes was taken apart to for something else."""
     if node["type"] != "union":
         return False
@@ -166,7 +166,7 @@ def is_strict(node: dict[str, Any]) -> bool:
 # ---------------------------------------------------------------------- validators that a value meets again
 
 
-def decodes(node: dict[str, Any]) -> bool:
+def decodes_text(node: dict[str, Any]) -> bool:
     """Whether it turns text into what the text says: its own output is no input for it."""
     if node["type"] == "json":
         return True
@@ -174,12 +174,12 @@ def decodes(node: dict[str, Any]) -> bool:
     return isinstance(owner, (EncodedBytes, EncodedStr))
 
 
-def chooses(node: dict[str, Any]) -> bool:
+def has_callable_discriminator(node: dict[str, Any]) -> bool:
     """Whether a function of the user's picks the class of a union: it may know instances, and not what is stored of one."""
     return node["type"] == "tagged-union" and callable(node["discriminator"])
 
 
-def foreign(node: dict[str, Any]) -> bool:
+def calls_user_code(node: dict[str, Any]) -> bool:
     """Whether it calls a function that is not pydantic's own: it may change a value each time it sees it."""
     function = _function(node)
     return function is not None and not str(getattr(function, "__module__", None)).startswith("pydantic.")
@@ -191,13 +191,13 @@ def _function(node: dict[str, Any]) -> Any:
     return None if isinstance(found, type) else found
 
 
-def restless(node: dict[str, Any]) -> bool:
+def may_change_on_revalidation(node: dict[str, Any]) -> bool:
     """Whether a value that it has validated may be changed or refused by it the next time."""
     own_code = node.get("custom_init") or node.get("post_init")
-    return bool(decodes(node) or foreign(node) or own_code or makes_instances(node))
+    return bool(decodes_text(node) or calls_user_code(node) or own_code or builds_instances(node))
 
 
-def makes_instances(node: dict[str, Any]) -> bool:
+def builds_instances(node: dict[str, Any]) -> bool:
     """Whether it calls a class of the user's with what it is given: its instances need not be that again."""
     made = node["function"].get("function") if node["type"] == "function-after" else None
     return isinstance(made, type) and made.__module__.partition(".")[0] not in _PLAIN
@@ -207,7 +207,7 @@ def makes_instances(node: dict[str, Any]) -> bool:
 _PLAIN: Final = frozenset({"pydantic", "pydantic_core", *sys.stdlib_module_names}) - {"__main__"}
 
 
-def validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> SchemaValidator:
+def build_validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> SchemaValidator:
     """A validator of the same schema without some of its nodes; what is inside them stays."""
     schema = _without(core, left_out)
     try:
@@ -217,7 +217,7 @@ def validator_without(core: Any, left_out: Callable[[dict[str, Any]], bool]) -> 
         return SchemaValidator(schema)
 
 
-def validator_that_renews(core: Any) -> SchemaValidator | None:
+def build_renewing_validator(core: Any) -> SchemaValidator | None:
     """A validator of the same schema that takes no instance as it is, but validates its values and makes it anew.
 
     None if this version of pydantic cannot make one.
@@ -228,7 +228,7 @@ def validator_that_renews(core: Any) -> SchemaValidator | None:
         return None
 
 
-def writer_of_constants(core: Any) -> Callable[..., bytes] | None:
+def build_constant_writer(core: Any) -> Callable[..., bytes] | None:
     """Writes JSON as the schema says, but NaN and Infinity for what they are: pydantic writes null.
 
     None if this version of pydantic cannot.
@@ -256,7 +256,7 @@ def _with_models(item: Any, more: Mapping[str, Any]) -> Any:
     return copied
 
 
-def renewable(node: dict[str, Any]) -> bool:
+def is_renewable(node: dict[str, Any]) -> bool:
     """Whether pydantic can make an instance anew from its values, and loses nothing of it."""
     if node["type"] == "model":
         cls = node["cls"]

@@ -10,7 +10,7 @@ from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationIn
 
 from stroma._utils.models import Deferred, one_at_a_time
 from stroma.contracts.contract import check_id
-from stroma.contracts.schema import become, stamped
+from stroma.contracts.copying import replicate, set_fields
 from stroma.cost.budget import LARGEST, ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
 from stroma.cost.usage import shown
@@ -206,7 +206,7 @@ class RunConfig(Deferred):
             if data or type(self) is not RunConfig:
                 super().__init__(**data)
             else:  # What validation comes to where there is nothing to validate: most runs of a service make one.
-                become(self, _defaults(), set())
+                set_fields(self, _defaults(), set())
 
     def held(self, field: str) -> Any:
         """A field for who only reads it: its default stays shared."""
@@ -216,7 +216,7 @@ class RunConfig(Deferred):
         """The same config for a run of that id. Raises ValueError for what is no id."""
         if type(self) is not RunConfig:
             return self.model_copy(update={"run_id": check_id(run_id, "run id")})
-        twin = stamped(self)
+        twin = replicate(self)
         vars(twin)["run_id"] = check_id(run_id, "run id")
         twin.__pydantic_fields_set__.add("run_id")
         return twin

@@ -30,9 +30,9 @@ from stroma.checkpoint import (
 from stroma.checkpoint.identity import StepCalls
 from stroma.checkpoint.protocols import Charge, Tried
 from stroma.contracts.contract import ContractRegistry, ContractViolation, NodeContract
-from stroma.contracts.copying import Packed
 from stroma.contracts.node import Node
 from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.snapshots import PickledSnapshot
 from stroma.cost.budget import ExecutionBudget, limits
 from stroma.cost.fallback import FallbackPolicy, SignalView, fallback_due
 from stroma.cost.tracker import CostTracker
@@ -268,7 +268,7 @@ class ReliabilityContext:
         #: The last output that was committed at the top level, and the picture of it that is as good. Whether others have
         #: a part in the values of the model itself: the node that returned them, or the next one. See last_state.
         self.newest: BaseModel | None = None
-        self.pictured: Packed | bytes | None = None
+        self.pictured: PickledSnapshot | bytes | None = None
         self.lent = False
         #: Whether outputs go from node to node, and to no plain code between them; and may be lent before the next node
         #: takes them.
@@ -762,7 +762,7 @@ class ReliabilityContext:
 
     def scrubbed(self, failure: Failure, picture: Any) -> Failure:
         """Return a failure whose message has none of the secrets of the run's context and the attempt's input."""
-        if type(picture) is not Packed and type(picture) is not bytes:  # Those hold plain data.
+        if type(picture) is not PickledSnapshot and type(picture) is not bytes:  # Those hold plain data.
             self.note_secrets(picture)
         if self.context:
             self.note_secrets(self.context)
@@ -814,7 +814,7 @@ class ReliabilityContext:
             if self.config.redact is not None:
                 # What is shown need not satisfy the schema.
                 seen = self.shown(schema.state(state))
-                state = schema.made_of({"root": seen.get("root", seen)} if schema.root else seen)
+                state = schema.construct({"root": seen.get("root", seen)} if schema.is_root else seen)
         if self.config.redact is not None:
             for event in trace.walk():
                 event.input_state = self.shown(event.input_state)
@@ -840,7 +840,7 @@ class ReliabilityContext:
     ) -> ExecutionResult:
         """The result as things stand: totals and trace of the whole context so far."""
         if isinstance(final_state, BaseModel):
-            schema_of(type(final_state)).release(final_state)
+            schema_of(type(final_state)).mark_shared(final_state)
             final_state = spelled_out(final_state)
         spent = self.cost_tracker
         return ExecutionResult(

@@ -26,9 +26,9 @@ from pydantic import BaseModel
 from stroma._utils.text import one_line
 from stroma.checkpoint import Finished, PipelineChanged, StepCall, StoreError, Waiting, schema_ref
 from stroma.contracts.contract import ContractViolation, NodeContract, as_violation, output_violation
-from stroma.contracts.copying import Packed
 from stroma.contracts.node import Group, Node, Plan, output_class
 from stroma.contracts.schema import Snapshot, schema_of
+from stroma.contracts.snapshots import PickledSnapshot
 from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.engine.admission import admit
@@ -516,9 +516,9 @@ async def _attempt(
         if given is None:
             state, picture = _take_unvalidated(ctx, run, node, value)
         elif ctx.pictured is None or value is not ctx.newest:
-            state, picture = given.take(value)
+            state, picture = given.prepare_input(value)
         else:
-            state, picture, used = given.take_pictured(value, ctx.pictured, not ctx.lent)
+            state, picture, used = given.prepare_input_from(value, ctx.pictured, not ctx.lent)
             ctx.lent |= used
     except BaseException as broken:
         # Whatever a validator raises: nothing was awaited, so nobody cancels or closes us.
@@ -589,7 +589,7 @@ async def _attempt(
     lends = ctx.lends and not run.branch  # That of a child is read by others than the next node.
     try:
         if type(node) is Node:
-            model, kept = promised.give(output, lends)
+            model, kept = promised.accept_output(output, lends)
         else:
             model, kept = promised.assemble(output)
     except BaseException as broken:
@@ -601,11 +601,11 @@ async def _attempt(
             bad_usage.__cause__, violation = violation, bad_usage
         return await _fail(ctx, run, violation, begin, duration, picture, cancelled=cancelled)
 
-    pictured: Packed | bytes | None = None
+    pictured: PickledSnapshot | bytes | None = None
     lent = False
-    if type(kept) is not tuple and ctx.chained and promised.is_picture(kept):
-        pictured = cast("Packed | bytes", kept)
-        lent = lends and type(kept) is Packed and type(node) is Node
+    if type(kept) is not tuple and ctx.chained and promised.is_reusable(kept):
+        pictured = cast("PickledSnapshot | bytes", kept)
+        lent = lends and type(kept) is PickledSnapshot and type(node) is Node
 
     # ---- the verdict, before the commit and part of it
     failure: Failure | None = None
@@ -696,7 +696,7 @@ def _take_unvalidated(
     """The input of a node without a contract, or of a group, each child of which takes its own copy."""
     assert run.schemas is not None  # _plan() has looked at the value.
     schema, pictured = run.schemas[0], ctx.pictured
-    if type(node) is Node and value is ctx.newest and type(pictured) is Packed:
+    if type(node) is Node and value is ctx.newest and type(pictured) is PickledSnapshot:
         return schema.restore(pictured), pictured
     value = ctx.settled(value)
     if type(node) is not Node:

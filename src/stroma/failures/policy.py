@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from pydantic import ConfigDict, Field
 
 from stroma._utils.models import Deferred
-from stroma.contracts.schema import stamped
+from stroma.contracts.copying import replicate
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
 
@@ -51,7 +51,7 @@ _DEFAULTS: PolicyMap = {
 def default_policy_map() -> PolicyMap:
     """RECOVERABLE 3 retries within 1 s each, TERMINAL none, AMBIGUOUS 1 within 0.5 s. A fresh dict."""
     # New ones, since a policy can be changed; made in the shortest way, since every run's config has three.
-    return {failure_class: stamped(policy) for failure_class, policy in _DEFAULTS.items()}
+    return {failure_class: replicate(policy) for failure_class, policy in _DEFAULTS.items()}
 
 
 class RetryBudget:

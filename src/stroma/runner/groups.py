@@ -354,7 +354,7 @@ def _by_name(state: Any, values: Callable[[Schema, BaseModel], dict[str, Any]]) 
         return _named(cast("dict[Any, Any]", isolate(state)))
     schema = schema_of(type(state))
     found = values(schema, state)
-    return _named(found["root"]) if schema.root and isinstance(found["root"], dict) else found
+    return _named(found["root"]) if schema.is_root and isinstance(found["root"], dict) else found
 
 
 def _named(fields: dict[Any, Any]) -> dict[str, Any]:
@@ -408,7 +408,7 @@ def as_state(raw: Any) -> BaseModel:
 
 
 def _item(fields: dict[str, Any]) -> BaseModel:
-    return schema_of(_Item).made_of(fields)
+    return schema_of(_Item).construct(fields)
 
 
 class _Item(Deferred):

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING, Any, cast
 
 from stroma._utils.text import typed
+from stroma.contracts.copying import isolate
 from stroma.contracts.schema import Schema, Snapshot
 from stroma.trace.redaction import Redact, Shown, hidden_values, hide_state, hide_words
 
@@ -233,8 +234,8 @@ def _copy_event(event: TraceEvent) -> TraceEvent:
     given, made = event.input_state, event.output_state
     return replace(
         event,
-        input_state=Schema.thaw_dict(given),
-        output_state=None if made is None else Schema.thaw_dict(made),
+        input_state=isolate(given),
+        output_state=None if made is None else isolate(made),
         children=[_copy_event(child) for child in event.children],
     )
 
@@ -243,7 +244,8 @@ def _thaw(schema: Schema | None, snapshot: Snapshot | None) -> dict[str, Any] | 
     if snapshot is None:
         return None
     if isinstance(snapshot, dict):
-        return Schema.thaw_dict(snapshot)
+        copied: dict[str, Any] = isolate(snapshot)
+        return copied
     assert schema is not None  # A row that has none holds plain dicts.
     return schema.thaw(snapshot)
 

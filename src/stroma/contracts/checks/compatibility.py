@@ -1,4 +1,4 @@
-"""Whether every value that one class holds crosses the boundary to another one, as :meth:`Schema.cross` has it.
+"""Whether every value that one class holds crosses the boundary to another one, as :meth:`Schema.convert` has it.
 
 Both sides are pydantic's core schemas. What is read off them is which values the source can hold *after* validation, and
 which the target's validator takes. Nothing of the user's is called. A reason is told for each place that may refuse;
@@ -51,7 +51,7 @@ __all__ = ["Fitter", "fit_classes"]
 
 def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool = False) -> Fit:
     """Whether each model of the one class crosses to the other. ``apart``: models inside come as dicts."""
-    noted = source is target and not apart and schema_of(source)._given is not None
+    noted = source is target and not apart and schema_of(source).traits.tracks_instances
     if noted and not loses_fields(Side.of_model(source)):
         return FITS  # The engine notes what such a class has validated, which crosses to itself unchanged.
     return Fitter(source, target, apart=apart).fit()
@@ -84,8 +84,8 @@ class Fitter(Taking):
         self.source = Side(UNKNOWN, EMPTY, {}) if source is None else Side.of(source)
         #: Classes that cross as instances, in the field that is looked at.
         self._accepted: frozenset[type] = frozenset()
-        given = frozenset[str]() if source is None else schema_of(source)._decoding
-        wanted = self.target_schema._decoding
+        given = frozenset[str]() if source is None else schema_of(source).traits.decoded_fields
+        wanted = self.target_schema.traits.decoded_fields
         #: Text that the source has decoded is not decoded again.
         self._decoded = bool(wanted) and wanted <= given
         self._open: set[tuple[int, int]] = set()
@@ -101,17 +101,19 @@ class Fitter(Taking):
             return undecided(
                 (), self.source, self.target, f"{self.target_class.__name__}.model_validate decides"
             )
-        if not schema_of(self.source_class)._computed:  # Inside of itself it has nothing to add then.
+        if not schema_of(
+            self.source_class
+        ).traits.computed_fields:  # Inside of itself it has nothing to add then.
             own, its = Side.of_model(self.source_class), Side.of_model(self.target_class)
             self._open.add((id(own.node), id(its.node)))
         # What wraps the class are validators that have had their say.
-        if schema_of(self.source_class).root:
+        if schema_of(self.source_class).is_root:
             self._accepted = self._accepts("root")
             return self.match(Side.of_root(self.source_class), self.target, ())
         return self._whole(record_of(Side.of_model(self.source_class)))
 
     def _accepts(self, name: str) -> frozenset[type]:
-        return frozenset() if self.apart else self.target_schema._accepts.get(name, frozenset())
+        return frozenset() if self.apart else self.target_schema.traits.field_classes.get(name, frozenset())
 
     def fit_item(self, item: Side, *, bare: bool = False) -> Fit:
         """The verdict on the items of a list, each of which ``map_over`` hands to the target as its input.
@@ -128,7 +130,7 @@ class Fitter(Taking):
             return self.match(item, self.target, ())
         if is_record(item) or item.kind == "dict":
             return self._whole(replace(record_of(item), computed={}))
-        if self.target_schema.root:
+        if self.target_schema.is_root:
             return self.match(item, self.target, ())
         required = [n for n, info in self.target_class.model_fields.items() if info.is_required()]
         if len(required) == 1 and not bare:
@@ -144,7 +146,7 @@ class Fitter(Taking):
 
     def _whole(self, record: Record) -> Fit:
         """A record that was taken apart, as the input of the target itself."""
-        wanted = set(self.target_schema.names)
+        wanted = set(self.target_schema.field_names)
         more = {k: v for k, v in record.computed.items() if k in wanted and k not in record.fields}
         return self._through(replace(record, fields={**record.fields, **more}), self.target)
 

@@ -261,7 +261,7 @@ class Inside(ABC):
         fits: list[Fit] = []
         used: set[str] = set()
         for field in wanted.fields:
-            found = look_up(field, record, by_name=self.target_schema._by_name)
+            found = look_up(field, record, by_name=self.target_schema.traits.has_validation_aliases)
             at = (*path, field.name)
             shown = str(field.side)
             if found is None:

@@ -131,7 +131,7 @@ def flow_of(
 
 def record_of_class(model: type[BaseModel]) -> Record:
     """What of a model crosses into a group, by name; of a root model the keys of its dict, or all of it as "root"."""
-    if not schema_of(model).root:
+    if not schema_of(model).is_root:
         return record_of(Side.of_model(model))
     root = Side.of_root(model).resolved()
     if never_a_dict(root.node):

@@ -197,7 +197,7 @@ class _Maker:
         if wanted is None:
             name = "root"
             source = state.list_at or (
-                "root" if state.model is not None and schema_of(state.model).root else ""
+                "root" if state.model is not None and schema_of(state.model).is_root else ""
             )
             self.links.append(Link(state.giver.at, source, at, name, self._tone(at, "")))
             if state.giver.at == "input" and state.model is None and not state.list_at:
@@ -215,7 +215,7 @@ class _Maker:
             elif record is None:
                 pass
             else:
-                found = look_up(field, record, by_name=schema_of(taken)._by_name)
+                found = look_up(field, record, by_name=schema_of(taken).traits.has_validation_aliases)
                 if found is not None:
                     by = state.origins.get(found.name, state.giver)
                     source = state.list_at or found.name
@@ -240,7 +240,7 @@ class _Maker:
             if item.kind not in ("any", "dict") and len(required) == 1 and not state.bare:
                 return Record(str(item), {required[0]: item})
             return None
-        if state.model is None or schema_of(state.model).root:
+        if state.model is None or schema_of(state.model).is_root:
             return None
         record = record_of_class(state.model)
         return replace(record, fields={**record.computed, **record.fields})
@@ -248,12 +248,12 @@ class _Maker:
 
 def _wanted(model: type[BaseModel]) -> Wanted | None:
     """The fields that a class takes; None for a root model."""
-    if schema_of(model).root:
+    if schema_of(model).is_root:
         return None
     return wanted_of(Side.of_model(model))
 
 
 def _fields(model: type[BaseModel]) -> dict[str, Side]:
-    if not schema_of(model).root:
+    if not schema_of(model).is_root:
         return dict(record_of_class(model).fields)
     return {"root": Side.of_root(model)}

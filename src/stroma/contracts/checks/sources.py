@@ -13,7 +13,7 @@ from pydantic_core import PydanticUndefined, SchemaValidator, ValidationError
 from stroma.contracts.checks.pairs import EMPTY, LISTS, UNKNOWN, Side
 from stroma.contracts.checks.records import record_of
 from stroma.contracts.checks.scalars import LEAVES, choices_of
-from stroma.contracts.core_schema import decodes, foreign, makes_instances, nodes_of
+from stroma.contracts.core_schema import builds_instances, calls_user_code, decodes_text, nodes_of
 
 __all__ = ["alike", "alternatives_of", "chosen", "is_harmless", "tags_of"]
 
@@ -72,10 +72,12 @@ def alike(source: Side, target: Side) -> bool:
     """Whether both are the very same type: what was validated by it once is taken by it."""
     if source.kind != target.kind or source.kind == "any":
         return False
-    if any(map(makes_instances, nodes_of(source.node))):
+    if any(map(builds_instances, nodes_of(source.node))):
         return False
     if source.node is target.node:
-        same = not any(foreign(n) or decodes(n) or n["type"] in _LOOKED_INTO for n in nodes_of(source.node))
+        same = not any(
+            calls_user_code(n) or decodes_text(n) or n["type"] in _LOOKED_INTO for n in nodes_of(source.node)
+        )
     else:
         same = source.kind not in LEAVES and _same(source.node, target.node)
     return same and {**source.config, "title": 0} == {**target.config, "title": 0}
@@ -114,13 +116,13 @@ def _made_by(node: dict[str, Any]) -> dict[str, Any]:
     """What a validator function returns, as far as it says."""
     inner: dict[str, Any] = node.get("schema", UNKNOWN)
     kind, function = node["type"], node["function"].get("function")
-    if kind == "function-before" or decodes(node) or inner["type"] in ("model", "dataclass"):
+    if kind == "function-before" or decodes_text(node) or inner["type"] in ("model", "dataclass"):
         return inner
     if isinstance(function, type):
         return {"type": "is-instance", "cls": function}
     if _takes_value(node):
         return {"type": "literal", "expected": [getattr(v, "value", v) for v in choices_of(inner) or ()]}
-    if not foreign(node):
+    if not calls_user_code(node):
         if inner["type"] == "list" and kind == "function-wrap":  # A Sequence stays what it was.
             items = [inner.get("items_schema", UNKNOWN)]
             many = {"type": "tuple", "items_schema": items, "variadic_item_index": 0}
@@ -147,17 +149,17 @@ def _takes_value(node: dict[str, Any]) -> bool:
     function = node["function"].get("function") if node["type"] == "function-after" else None
     kind = node.get("schema", UNKNOWN)["type"]
     return (kind == "enum" and isinstance(function, operator.attrgetter)) or (
-        kind == "literal" and function is not None and not foreign(node)
+        kind == "literal" and function is not None and not calls_user_code(node)
     )
 
 
 def _same(one: Any, other: Any) -> bool:
     """Whether two schemas are the same but for functions of pydantic's own, which it makes anew for each class."""
     if isinstance(one, dict) and isinstance(other, dict):
-        if isinstance(one.get("type"), str) and (one["type"] != other.get("type") or foreign(one)):
+        if isinstance(one.get("type"), str) and (one["type"] != other.get("type") or calls_user_code(one)):
             return False
         if isinstance(one.get("type"), str) and (
-            decodes(one)
+            decodes_text(one)
             or one["type"] in _LOOKED_INTO
             or (one["type"] == "function-after" and _takes_value(one))
         ):

@@ -33,7 +33,7 @@ from stroma.contracts.checks.scalars import (
     in_words,
 )
 from stroma.contracts.checks.sources import chosen, is_harmless, tags_of
-from stroma.contracts.core_schema import decodes, foreign, nodes_of
+from stroma.contracts.core_schema import calls_user_code, decodes_text, nodes_of
 
 __all__ = ["Taking"]
 
@@ -52,7 +52,10 @@ class Taking(Inside):
             schema: Any = {"type": "definitions", "schema": target.node, "definitions": []}
             schema["definitions"] = [n for n in target.defs.values() if n is not target.node]
             refers = any(n["type"] == "definition-ref" for n in nodes_of(target.node))
-            if any((foreign(n) and not is_harmless(n)) or converts_itself(n) for n in nodes_of(target.node)):
+            if any(
+                (calls_user_code(n) and not is_harmless(n)) or converts_itself(n)
+                for n in nodes_of(target.node)
+            ):
                 return undecided(path, source, target, "a validator decides")
             validator = SchemaValidator(
                 cast("Any", schema if refers else target.node), cast("Any", target.config)
@@ -144,7 +147,7 @@ class Taking(Inside):
     def _past_function(self, target: Side, path: tuple[str, ...], source: Side | str, go_on: Any) -> Fit:
         node = target.node
         inner: Fit = go_on(target.to(node["schema"])) if "schema" in node else Fit(Verdict.MAYBE)
-        if decodes(node):
+        if decodes_text(node):
             if self._decoded or inner.verdict is Verdict.NEVER:
                 return inner
             what = "only text that is encoded so is taken"
@@ -157,13 +160,13 @@ class Taking(Inside):
             if isinstance(node["function"].get("function"), type) or is_harmless(node):
                 return inner
             name = name_of(node)
-            if not foreign(node):
+            if not calls_user_code(node):
                 what = f"not every {source} is a {target}"
                 own = verdict_on(Mismatch(Verdict.MAYBE, "conversion", what), source, target, path)
             else:
                 own = undecided(path, source, target, f"the validator {name} decides")
             return all_of([inner, own])
-        if node["type"] == "function-wrap" and not foreign(node) and "schema" in node:
+        if node["type"] == "function-wrap" and not calls_user_code(node) and "schema" in node:
             inside = target.to(node["schema"]).resolved()
             if inside.kind in LISTS and self._is_strict(inside):  # A Sequence: strict in its items alone.
                 return cast("Fit", go_on(inside.to({**inside.node, "strict": False})))

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, Final
 
 from stroma.contracts.checks.scalars import in_words, limits_of
-from stroma.contracts.core_schema import foreign
+from stroma.contracts.core_schema import calls_user_code
 
 __all__ = ["told"]
 
@@ -71,9 +71,9 @@ def told(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0
         return inner("python_schema")
     if kind.startswith("function-"):
         name = _owner(node)
-        if name is not None and not foreign(node):
+        if name is not None and not calls_user_code(node):
             return name
-        return inner() + (" (with a validator)" if foreign(node) else "")
+        return inner() + (" (with a validator)" if calls_user_code(node) else "")
     if "schema" in node:  # default, definitions, model-field ...
         return inner()
     return str(_NAMES.get(kind, kind)) + _limits(node, config)
