@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Final, Generic, Literal, NamedTuple, Type
 
 from pydantic import BaseModel, ConfigDict, ValidationError, field_validator
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.contracts.schema import schema_of
 
 __all__ = [
@@ -49,7 +49,7 @@ def check_id(value: str, what: str) -> str:
     return value
 
 
-class NodeContract(Deferred, Generic[In, Out]):
+class NodeContract(LazyModel, Generic[In, Out]):
     """What a node promises: input that satisfies ``input_schema`` becomes output that satisfies ``output_schema``.
 
     ``upcast`` makes what an earlier ``output_schema`` recorded (plain data: a dict of its fields) into what the present

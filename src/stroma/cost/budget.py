@@ -6,7 +6,7 @@ from typing import Final, Literal
 
 from pydantic import ConfigDict, Field
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 
 __all__ = ["BudgetExceeded", "ExecutionBudget"]
 
@@ -53,7 +53,7 @@ _UNITS: Final[dict[str, tuple[str, str]]] = {
 LARGEST: Final = 10**30
 
 
-class ExecutionBudget(Deferred):
+class ExecutionBudget(LazyModel):
     """Limits of one run; None means no limit. Exactly at a limit is within it; 0 means spend nothing.
 
     Raises pydantic's ValidationError for a limit that it does not know: one that is misspelt would be none.

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self, cast
 
 from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
-from stroma._utils.models import Deferred, one_at_a_time
+from stroma._utils.models import LazyModel, one_at_a_time
 from stroma.contracts.contract import check_id
 from stroma.contracts.copying import replicate, set_fields
 from stroma.cost.budget import LARGEST, ExecutionBudget
@@ -110,7 +110,7 @@ class _Shared:
         vars(config)[self._field] = value
 
 
-class RunConfig(Deferred):
+class RunConfig(LazyModel):
     """How runs behave. Times say their unit in their name.
 
     Attributes:

@@ -34,14 +34,14 @@ from stroma.contracts.node import Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.contracts.snapshots import PickledSnapshot
 from stroma.cost.budget import ExecutionBudget, limits
-from stroma.cost.fallback import FallbackPolicy, SignalView, fallback_due
+from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.tracker import CostTracker
 from stroma.engine.config import RunConfig, is_shared
 from stroma.engine.current import CURRENT, RUN, leave
 from stroma.engine.interceptors import PROBES, Probe
 from stroma.engine.merged_models import spelled_out
 from stroma.engine.tasks import uninterrupted
-from stroma.failures.failure import Classifier, Failure, is_a, kind_of, message_of
+from stroma.failures.failure import Classifier, Failure, isinstance_by_type, kind_of, message_of
 from stroma.failures.policy import PolicyMap, RetryBudget
 from stroma.hooks.dispatch import NO_HOOKS, Calls, HookNotAsync, Hooks
 from stroma.hooks.sets import AnyHooks, distinct, flatten
@@ -635,7 +635,7 @@ class ReliabilityContext:
     def node_context(self) -> dict[str, Any]:
         """What a node gets as ``ctx``: the user's own dict, or, while a fallback is due, a view of it that names it."""
         model = self.fallback_model()
-        return self.context if model is None else SignalView(self.context, model)
+        return self.context if model is None else FallbackView(self.context, model)
 
     def has_limit(self, dimension: Literal["tokens", "cost"], node_id: str) -> bool:
         """Return whether the run's own budget or a shared one limits what a node may take of a dimension."""
@@ -768,7 +768,7 @@ class ReliabilityContext:
             self.note_secrets(self.context)
         message = failure.message
         error = failure.exception
-        if is_a(error, ContractViolation) and isinstance(error.schema, type):
+        if isinstance_by_type(error, ContractViolation) and isinstance(error.schema, type):
             from stroma.contracts.masking import Secrets
 
             # A validator of the user's may quote what came for a field that is declared as a secret.
@@ -791,7 +791,7 @@ class ReliabilityContext:
 
     def shown_error(self, error: BaseException) -> BaseException:
         """A failure as hooks may see it: a violation carries the state that broke the contract."""
-        if self.config.redact is None or not is_a(error, ContractViolation):
+        if self.config.redact is None or not isinstance_by_type(error, ContractViolation):
             return error
         try:
             errors = [

@@ -43,7 +43,7 @@ from stroma.engine.restore import restore
 from stroma.engine.tasks import in_thread, passes_through, refusal
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed, Suspend
-from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run, is_a, message_of
+from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run, isinstance_by_type, message_of
 from stroma.failures.policy import Retry, Stop, follow_up
 from stroma.hooks.dispatch import HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow
@@ -467,10 +467,10 @@ def _refused(run: NodeExecution, why: Exception) -> Halt:
         why.__cause__ = run.last_failure.exception
     failure = diagnose(why, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
     run.ctx.run_logger.info("node %r is not called: %s", run.node_id, one_line(failure.message))
-    if is_a(why, StoreError):
+    if isinstance_by_type(why, StoreError):
         failure = replace(failure, failure_class=FailureClass.RECOVERABLE, reason="store")
         return Halt(failure, partial=True)
-    return Halt(failure, spent=is_a(why, BudgetExceeded))
+    return Halt(failure, spent=isinstance_by_type(why, BudgetExceeded))
 
 
 async def _attempt_in_turn(
@@ -575,7 +575,9 @@ async def _attempt(
     if not run.branch:  # What functions inside a group took is what the group takes.
         ctx.cost_tracker.latency_ns += duration if type(node) is Node else run.busy_ns
     if raised is not None:
-        if is_a(raised, Suspend) or (is_a(raised, GroupStopped) and raised.halt.suspended):
+        if isinstance_by_type(raised, Suspend) or (
+            isinstance_by_type(raised, GroupStopped) and raised.halt.suspended
+        ):
             return await _suspend(ctx, run, raised, begin, duration, picture, cancelled=cancelled)
         if bad_usage is not None and not bad_usage.silent:
             # Another attempt would buy more at a price that no limit can count.
@@ -725,7 +727,7 @@ async def _fail(
 ) -> Failure | Halt:
     """One failed attempt: classified, recorded, shown to the hooks."""
     halt: Halt | None = None
-    if is_a(exc, GroupStopped):
+    if isinstance_by_type(exc, GroupStopped):
         child = exc.halt.failure
         failure = Failure(
             child.exception, child.failure_class, run.node_id, run.attempt, child.message, child.reason,
@@ -739,17 +741,17 @@ async def _fail(
         except BaseException as stopped:  # KeyboardInterrupt in a classifier, say.
             await _abandon(ctx, run, begin, 0, picture, stopped)
             raise
-        if is_a(exc, PipelineChanged):  # Of a step inside: whoever tries again meets the same.
+        if isinstance_by_type(exc, PipelineChanged):  # Of a step inside: whoever tries again meets the same.
             failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
         failure = ctx.scrubbed(failure, picture)
         for probe in ctx.probes:
             failure = probe.diagnosed(run, failure)
-        if is_a(exc, ContractViolation) and _may_repair(ctx, run, failure):
+        if isinstance_by_type(exc, ContractViolation) and _may_repair(ctx, run, failure):
             run.repairing = True
             failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
-        if is_a(exc, _Deadline) and exc.ctx is ctx:
+        if isinstance_by_type(exc, _Deadline) and exc.ctx is ctx:
             halt = Halt(failure, spent=True)
-        elif of_store and is_a(exc, StoreError):
+        elif of_store and isinstance_by_type(exc, StoreError):
             failure = Failure(
                 exc, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
             )
@@ -797,13 +799,13 @@ async def _suspend(
 ) -> Failure | Halt:
     """An attempt that waits for a person: kept with what it waits for, shown to the hooks, and no failure."""
     row = make_row(run, begin, duration, picture, None, None, "suspended")
-    if is_a(raised, Suspend):
+    if isinstance_by_type(raised, Suspend):
         ctx.note_secrets(picture)
         reason = ctx.masked(message_of(raised))
         ref = "" if raised.schema is None else schema_ref(raised.schema)
         waiting = Waiting(run.position, run.branch, run.node_id, reason, ref)
     else:  # A group; its children have said what for.
-        assert is_a(raised, GroupStopped)
+        assert isinstance_by_type(raised, GroupStopped)
         reason, waiting = raised.halt.failure.message, None
     pending: Awaitable[None] | Exception | None
     try:

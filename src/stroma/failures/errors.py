@@ -7,7 +7,7 @@ from typing import Any, Final, NamedTuple
 
 from pydantic import BaseModel
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.cost.budget import BudgetExceeded, Dimension
 from stroma.cost.usage import shown
 from stroma.failures.classes import FailureClass
@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 
-class ItemFailure(Deferred):
+class ItemFailure(LazyModel):
     """An item of a map that failed for good while the others went on.
 
     Attributes:

@@ -24,7 +24,7 @@ __all__ = [
     "StepContext",
     "classify",
     "diagnose",
-    "is_a",
+    "isinstance_by_type",
     "kind_of",
     "text_of",
 ]
@@ -93,7 +93,7 @@ class Failure:
 
         See :meth:`stroma.ContractViolation.as_prompt`.
         """
-        if is_a(self.exception, ContractViolation):
+        if isinstance_by_type(self.exception, ContractViolation):
             return self.exception.as_prompt(max_chars=max_chars)
         return None
 
@@ -105,7 +105,7 @@ _put_exception, _put_class, _put_node_id, _put_attempt, _put_message, _put_reaso
 E = TypeVar("E", bound=BaseException)
 
 
-def is_a(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
+def isinstance_by_type(exc: BaseException, kind: type[E]) -> TypeGuard[E]:
     """isinstance without asking the object for its ``__class__``, which a hostile exception answers by raising."""
     return issubclass(type(exc), kind)
 

@@ -8,7 +8,7 @@ from typing import Final, NamedTuple
 
 from pydantic import ConfigDict, Field
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.contracts.copying import replicate
 from stroma.failures.classes import FailureClass
 from stroma.failures.failure import Failure
@@ -16,7 +16,7 @@ from stroma.failures.failure import Failure
 __all__ = ["FailurePolicy", "PolicyMap", "Retry", "RetryBudget", "Stop", "decide", "default_policy_map"]
 
 
-class FailurePolicy(Deferred):
+class FailurePolicy(LazyModel):
     """How often, and after how long, a node is tried again.
 
     Attributes:

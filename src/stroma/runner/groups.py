@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.checkpoint import inside_of
 from stroma.contracts.copying import isolate
 from stroma.contracts.node import Group, Node, find_node, make_node
@@ -411,7 +411,7 @@ def _item(fields: dict[str, Any]) -> BaseModel:
     return schema_of(_Item).construct(fields)
 
 
-class _Item(Deferred):
+class _Item(LazyModel):
     """A dict on its way to a node: open to any field, validated by the node's own contract."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)
