@@ -67,12 +67,12 @@ class ExecutionBudget(LazyModel):
 
     @classmethod
     def unlimited(cls) -> ExecutionBudget:
-        """A budget without any limit."""
+        """Return a budget without any limit."""
         return cls()
 
 
 def limits(budget: ExecutionBudget) -> tuple[tuple[Dimension, float], ...]:
-    """The limits that are set, in the order in which they are checked."""
+    """Return the limits that are set, in the order in which they are checked."""
     found: list[tuple[Dimension, float]] = []
     if budget.max_tokens_total is not None:
         found.append(("tokens", budget.max_tokens_total))

@@ -209,7 +209,7 @@ class RunCancelled(Exception):
 
 
 class RemoteFailure(Exception):
-    """What a node raised in another process. The exception itself stays there; this has its type's name and its words.
+    """An exception that a node raised in another process: the name of its type and its message, without the object.
 
     Attributes:
         type_name: of the exception.

