@@ -64,7 +64,7 @@ def parts() -> list[tuple[str, float]]:
     plan = engine._plan_of(ctx, run, node, state, None)
     given, promised = plan[0], plan[1]
     assert given is not None
-    model, kept = promised.give(dict(START))
+    model, kept = promised.accept_output(dict(START))
     row: Any = ("n", 1, 2, 3, kept, kept, "success", None, None, 0, "", None, plan, None)
     raw = dict(START)
     validate_in, validate_out = given.validate, promised.validate
@@ -78,7 +78,9 @@ def parts() -> list[tuple[str, float]]:
 
     idle = _least(lambda: None)
     validated = _least(validate) - idle
-    crossing = _least(lambda: given.take(output)) + _least(lambda: promised.give(raw)) - 2 * idle
+    crossing = (
+        _least(lambda: given.prepare_input(output)) + _least(lambda: promised.accept_output(raw)) - 2 * idle
+    )
     function = _least(lambda: _drive(node.func(state))) - idle
     coroutines = _least(lambda: _drive(nothing())) - idle
     noted = (

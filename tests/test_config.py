@@ -5,11 +5,7 @@ from __future__ import annotations
 import asyncio
 import copy
 import dataclasses
-import os
 import pickle
-import subprocess
-import sys
-import textwrap
 import warnings
 from typing import Any
 
@@ -201,38 +197,3 @@ async def test_hooks_that_are_set_on_a_default_are_called() -> None:
 
 async def _same(state: State) -> State:
     return state
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system cannot fork")
-def test_a_forked_child_can_ask_while_a_thread_of_its_parent_was_asking() -> None:
-    """What the thread held when the process was forked does not stop the child."""
-    child = textwrap.dedent("""
-        import os, threading, warnings
-        from stroma import RunConfig
-        from stroma._utils.models import one_at_a_time
-
-        warnings.simplefilter("ignore")
-        held, done = threading.Event(), threading.Event()
-
-        def hold():
-            with one_at_a_time():
-                held.set()
-                done.wait()
-
-        thread = threading.Thread(target=hold)
-        thread.start()
-        held.wait()
-        pid = os.fork()
-        if pid == 0:
-            RunConfig(tags=("a",)).policy_map
-            os._exit(7)
-        status = os.waitpid(pid, 0)[1]
-        done.set()
-        thread.join()
-        print(os.waitstatus_to_exitcode(status))
-    """)
-    out = subprocess.run(
-        [sys.executable, "-c", child], check=True, capture_output=True, text=True, timeout=60
-    ).stdout
-    assert out == "7\n"

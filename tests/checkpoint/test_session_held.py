@@ -102,25 +102,25 @@ async def test_what_a_process_that_died_had_tried(store: Store) -> None:
     failure = FailureClass.RECOVERABLE
     session = store.open()
     for place in (
-        row(0, 10, failed=(failure, "early", "why")),
-        row(1, 20, failed=(failure, "one", None)),
-        row(1, 21, number=2, failed=(FailureClass.AMBIGUOUS, "two", "why")),
-        row(2, 30, "0", node="child", failed=(failure, "child", None)),
-        row(2, 33, node="group", failed=(failure, "group", None)),
-        row(2, 41, "1", node="child", failed=(failure, "again", None)),
-        row(3, 50, "1.0", node="inner", failed=(failure, "inner", None)),
-        row(3, 51, "10", node="other", failed=(failure, "other", None)),
-        row(3, 60, "1", node="group", failed=(failure, "group", None)),
+        row(0, 10, failed=Failed(failure, "early", "why", "KeyError")),
+        row(1, 20, failed=Failed(failure, "one", None, "KeyError")),
+        row(1, 21, number=2, failed=Failed(FailureClass.AMBIGUOUS, "two", "why", "KeyError")),
+        row(2, 30, "0", node="child", failed=Failed(failure, "child", None, "KeyError")),
+        row(2, 33, node="group", failed=Failed(failure, "group", None, "KeyError")),
+        row(2, 41, "1", node="child", failed=Failed(failure, "again", None, "KeyError")),
+        row(3, 50, "1.0", node="inner", failed=Failed(failure, "inner", None, "KeyError")),
+        row(3, 51, "10", node="other", failed=Failed(failure, "other", None, "KeyError")),
+        row(3, 60, "1", node="group", failed=Failed(failure, "group", None, "KeyError")),
     ):
         await session.record(place, None, None)
     await session.record(row(0, 11, number=2), SCHEMA, State(n=10))
     killed(store, session)
     assert store.open(if_exists="resume").tried == {
-        (1, ""): Tried(2, "node", "AMBIGUOUS", "two", "why"),
-        (2, ""): Tried(1, "group", "RECOVERABLE", "group", None),
-        (2, "1"): Tried(1, "child", "RECOVERABLE", "again", None),
-        (3, "10"): Tried(1, "other", "RECOVERABLE", "other", None),
-        (3, "1"): Tried(1, "group", "RECOVERABLE", "group", None),
+        (1, ""): Tried(2, "node", "AMBIGUOUS", "two", "why", "KeyError"),
+        (2, ""): Tried(1, "group", "RECOVERABLE", "group", None, "KeyError"),
+        (2, "1"): Tried(1, "child", "RECOVERABLE", "again", None, "KeyError"),
+        (3, "10"): Tried(1, "other", "RECOVERABLE", "other", None, "KeyError"),
+        (3, "1"): Tried(1, "group", "RECOVERABLE", "group", None, "KeyError"),
     }
 
 

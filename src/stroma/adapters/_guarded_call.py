@@ -25,7 +25,7 @@ from stroma.engine.execution import NodeExecution, current_node
 from stroma.engine.loop import execute
 from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, NodeContext, diagnose, is_a, message_of
+from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, message_of
 from stroma.hooks.dispatch import HookNotAsync
 
 __all__ = ["Call"]
@@ -345,7 +345,9 @@ class Call:
                 Halt(_failure(error, FailureClass.TERMINAL, where, message_of(error)))
             ) from error
         # A cancellation that nobody has asked for is a failure like any other.
-        if isinstance(error, Exception) or (is_a(error, asyncio.CancelledError) and not _is_cancelled(begun)):
+        if isinstance(error, Exception) or (
+            isinstance_by_type(error, asyncio.CancelledError) and not _is_cancelled(begun)
+        ):
             halt = halt_behind(error, inside.halts)
             # It was tried again where it happened: not once more at each level above, unless the config asks for that.
             if halt is not None and step.step_id not in ctx.step_policies:

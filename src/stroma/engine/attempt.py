@@ -41,7 +41,7 @@ from stroma.engine.outcome import GroupStopped, Halt, refuse
 from stroma.engine.tasks import in_thread, passes_through
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import Suspend
-from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run, is_a, message_of
+from stroma.failures.failure import Failure, NodeContext, diagnose, ends_run, isinstance_by_type, message_of
 from stroma.hooks.dispatch import Firing, HookNotAsync
 from stroma.trace.events import NO_USAGE, AttemptRow, Outcome
 
@@ -178,7 +178,7 @@ class Attempt:
             elif handover.has(self.value):
                 self.state, self.snapshot = handover.take(schema)
             else:
-                self.state, self.snapshot = schema.take(self.value)
+                self.state, self.snapshot = schema.prepare_input(self.value)
         except BaseException as error:
             # Whatever a validator raises: nothing was awaited, so it is no cancellation.
             if ends_run(error):
@@ -320,7 +320,7 @@ class Attempt:
         schema = self.plan[1]
         try:
             if type(self.node) is Node:
-                self.model, self.saved = schema.give(self.output)
+                self.model, self.saved = schema.accept_output(self.output)
             else:
                 self.model, self.saved = schema.assemble(self.output)
         except BaseException as error:
@@ -459,7 +459,9 @@ class Attempt:
 
     async def _end_of_call(self, raised: BaseException) -> Failure | Halt:
         """End an attempt whose function raised."""
-        if is_a(raised, Suspend) or (is_a(raised, GroupStopped) and raised.halt.suspended):
+        if isinstance_by_type(raised, Suspend) or (
+            isinstance_by_type(raised, GroupStopped) and raised.halt.suspended
+        ):
             return await self._suspend(raised)
         return await self._fail(self._usage_error_before(raised) or raised)
 
@@ -499,7 +501,7 @@ class Attempt:
     def _diagnose(self, error: BaseException, *, is_of_store: bool) -> tuple[Failure, Halt | None]:
         """Return what an exception means, and the Halt if nothing else decides what follows."""
         ctx, run = self.ctx, self.run
-        if is_a(error, GroupStopped):
+        if isinstance_by_type(error, GroupStopped):
             inner = error.halt.failure
             failure = Failure(
                 inner.exception, inner.failure_class, run.node_id, run.attempt, inner.message, inner.reason,
@@ -509,17 +511,17 @@ class Attempt:
                 return failure, Halt(failure, partial=error.halt.partial, spent=error.halt.spent)
             return failure, None
         failure = diagnose(error, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
-        if is_a(error, PipelineChanged):  # Of a step inside: another attempt meets the same.
+        if isinstance_by_type(error, PipelineChanged):  # Of a step inside: another attempt meets the same.
             failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
         failure = ctx.redactor.mask_failure(failure, self.snapshot)
         for probe in ctx.probes:
             failure = probe.diagnosed(run, failure)
-        if is_a(error, ContractViolation) and self._may_repair(failure):
+        if isinstance_by_type(error, ContractViolation) and self._may_repair(failure):
             run.repairing = True
             failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
-        if is_a(error, _Deadline) and error.ctx is ctx:
+        if isinstance_by_type(error, _Deadline) and error.ctx is ctx:
             return failure, Halt(failure, spent=True)
-        if is_of_store and is_a(error, StoreError):
+        if is_of_store and isinstance_by_type(error, StoreError):
             failure = Failure(
                 error, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
             )
@@ -540,13 +542,13 @@ class Attempt:
         ctx, run = self.ctx, self.run
         row = make_row(run, self.begin, self.duration, self.snapshot, None, None, "suspended")
         waiting: Waiting | None = None
-        if is_a(raised, Suspend):
+        if isinstance_by_type(raised, Suspend):
             ctx.redactor.note_secrets(self.snapshot)
             reason = ctx.redactor.mask(message_of(raised))
             ref = "" if raised.schema is None else schema_ref(raised.schema)
             waiting = Waiting(run.position, run.branch, run.node_id, reason, ref)
         else:  # A group; its children have recorded what they wait for.
-            assert is_a(raised, GroupStopped)
+            assert isinstance_by_type(raised, GroupStopped)
             reason = raised.halt.failure.message
         again = partial(record, ctx, row, waiting=waiting)
         pending = again()

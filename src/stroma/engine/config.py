@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final, Literal, Self
 
 from pydantic import ConfigDict, Field, InstanceOf, SkipValidation, ValidationInfo, field_validator
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.contracts.contract import check_id
 from stroma.cost.budget import LARGEST, ExecutionBudget
 from stroma.cost.fallback import FallbackPolicy
@@ -59,7 +59,7 @@ def _generate_id() -> str:
     return _GeneratedId(new_run_id())
 
 
-class RunConfig(Deferred):
+class RunConfig(LazyModel):
     """How runs behave. Times say their unit in their name.
 
     Attributes:

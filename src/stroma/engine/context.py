@@ -32,7 +32,7 @@ from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.cost.budget import ExecutionBudget, limits
-from stroma.cost.fallback import FallbackPolicy, SignalView, fallback_due
+from stroma.cost.fallback import FallbackPolicy, FallbackView, fallback_due
 from stroma.cost.tracker import CostTracker
 from stroma.engine.config import RunConfig
 from stroma.engine.current import CURRENT, RUN, leave
@@ -517,7 +517,7 @@ class ReliabilityContext:
     def node_context(self) -> dict[str, Any]:
         """Return the ``ctx`` of a node: the user's own dict or, while a fallback is due, a view of it that names the model."""
         model = self.fallback_model()
-        return self.context if model is None else SignalView(self.context, model)
+        return self.context if model is None else FallbackView(self.context, model)
 
     def has_limit(self, dimension: Literal["tokens", "cost"], node_id: str) -> bool:
         """Return whether the run's own budget or a shared one limits what a node may take of a dimension."""
@@ -619,7 +619,7 @@ class ReliabilityContext:
     ) -> ExecutionResult:
         """Return the result so far: totals and trace of the whole context."""
         if isinstance(final_state, BaseModel):
-            schema_of(type(final_state)).release(final_state)
+            schema_of(type(final_state)).mark_shared(final_state)
             final_state = spelled_out(final_state)
         spent = self.cost_tracker
         return ExecutionResult(

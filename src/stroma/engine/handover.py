@@ -6,8 +6,8 @@ from typing import cast, final
 
 from pydantic import BaseModel
 
-from stroma.contracts.copying import Packed
 from stroma.contracts.schema import Schema, Snapshot, schema_of
+from stroma.contracts.snapshots import PickledSnapshot
 
 __all__ = ["Handover"]
 
@@ -31,7 +31,7 @@ class Handover:
         self.is_active = False
         self.model: BaseModel | None = None
         self.is_shared = False
-        self._snapshot: Packed | bytes | None = None
+        self._snapshot: PickledSnapshot | bytes | None = None
 
     def offer(self, model: BaseModel, snapshot: Snapshot | None = None, schema: Schema | None = None) -> None:
         """Take over an output that was committed, with the snapshot that ``schema`` made of it."""
@@ -40,8 +40,8 @@ class Handover:
         self._snapshot = None
         if schema is None or snapshot is None or type(snapshot) is tuple or not self.is_active:
             return  # Of a flat state, reading the model takes no longer.
-        if schema.is_picture(snapshot):
-            self._snapshot = cast("Packed | bytes", snapshot)
+        if schema.is_reusable(snapshot):
+            self._snapshot = cast("PickledSnapshot | bytes", snapshot)
 
     def has(self, state: BaseModel) -> bool:
         """Return True if :meth:`take` has the input of the next node from this state."""
@@ -51,13 +51,13 @@ class Handover:
         """Return the input of the next node, and its snapshot. Raises what validators raise."""
         assert self.model is not None
         assert self._snapshot is not None
-        state, snapshot, is_shared = schema.take_pictured(self.model, self._snapshot, not self.is_shared)
+        state, snapshot, is_shared = schema.prepare_input_from(self.model, self._snapshot, not self.is_shared)
         self.is_shared |= is_shared
         return state, snapshot
 
-    def packed(self, state: BaseModel) -> Packed | None:
+    def packed(self, state: BaseModel) -> PickledSnapshot | None:
         """Return the snapshot of a state if it is one that any class of states can be read from."""
-        return self._snapshot if state is self.model and type(self._snapshot) is Packed else None
+        return self._snapshot if state is self.model and type(self._snapshot) is PickledSnapshot else None
 
     def own(self, state: BaseModel) -> BaseModel:
         """Return a state of a driver with values that no node can change."""

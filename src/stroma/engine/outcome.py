@@ -15,7 +15,7 @@ from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import Kind, NodeExecution
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunFailed
-from stroma.failures.failure import Failure, NodeContext, diagnose, is_a
+from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type
 from stroma.trace.result import RunStatus
 
 __all__ = ["STOPPED", "GroupStopped", "Halt", "Place", "Stopped", "halt_of_ended_run", "refuse"]
@@ -97,10 +97,10 @@ def refuse(run: NodeExecution, error: Exception) -> Halt:
         error.__cause__ = run.last_failure.exception
     failure = diagnose(error, NodeContext(run.node_id, run.attempt, run.run_id), run.ctx.classifiers)
     run.ctx.run_logger.info("node %r is not called: %s", run.node_id, one_line(failure.message))
-    if is_a(error, StoreError):
+    if isinstance_by_type(error, StoreError):
         failure = replace(failure, failure_class=FailureClass.RECOVERABLE, reason="store")
         return Halt(failure, partial=True)
-    return Halt(failure, spent=is_a(error, BudgetExceeded))
+    return Halt(failure, spent=isinstance_by_type(error, BudgetExceeded))
 
 
 def halt_of_ended_run(ctx: ReliabilityContext, node_id: str, finished: Finished) -> Halt:

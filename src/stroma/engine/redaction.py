@@ -11,9 +11,9 @@ from pydantic import BaseModel
 
 from stroma._utils.text import one_line, typed
 from stroma.contracts.contract import ContractViolation
-from stroma.contracts.copying import Packed
 from stroma.contracts.schema import schema_of
-from stroma.failures.failure import Failure, is_a, kind_of
+from stroma.contracts.snapshots import PickledSnapshot
+from stroma.failures.failure import Failure, isinstance_by_type, kind_of
 from stroma.trace.events import AttemptRow
 from stroma.trace.plain import secrets_in
 from stroma.trace.redaction import HIDDEN, forms_of, without_secrets
@@ -87,13 +87,13 @@ class Redactor:
 
     def mask_failure(self, failure: Failure, snapshot: Any) -> Failure:
         """Return a failure without the secrets of the run's context and the attempt's input in its message."""
-        if type(snapshot) is not Packed and type(snapshot) is not bytes:  # Those hold plain data.
+        if type(snapshot) is not PickledSnapshot and type(snapshot) is not bytes:  # Those hold plain data.
             self.note_secrets(snapshot)
         if self._context:
             self.note_secrets(self._context)
         message = failure.message
         error = failure.exception
-        if is_a(error, ContractViolation) and isinstance(error.schema, type):
+        if isinstance_by_type(error, ContractViolation) and isinstance(error.schema, type):
             from stroma.contracts.masking import Secrets
 
             # A validator of the user's may quote the value of a field that is declared as a secret.
@@ -116,7 +116,7 @@ class Redactor:
 
     def redact_error(self, error: BaseException) -> BaseException:
         """Return an exception as hooks may see it: a violation carries the state that broke the contract."""
-        if self._redact is None or not is_a(error, ContractViolation):
+        if self._redact is None or not isinstance_by_type(error, ContractViolation):
             return error
         try:
             errors = [
@@ -140,7 +140,7 @@ class Redactor:
             if self._redact is not None:
                 # What redact returns need not satisfy the schema.
                 values = self.redact_state(schema.state(state))
-                state = schema.made_of({"root": values.get("root", values)} if schema.root else values)
+                state = schema.construct({"root": values.get("root", values)} if schema.is_root else values)
         if self._redact is not None:
             for event in trace.walk():
                 event.input_state = self.redact_state(event.input_state)

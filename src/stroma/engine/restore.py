@@ -12,7 +12,8 @@ from stroma.checkpoint import Committed, CorruptCheckpoint, PipelineChanged
 from stroma.checkpoint.identity import child_indexes, is_called
 from stroma.contracts.contract import ContractRegistry, NodeContract
 from stroma.contracts.node import Group, Node, held_by, output_class
-from stroma.contracts.schema import Schema, Stored, schema_of, told_of
+from stroma.contracts.schema import Schema, describe_error, schema_of
+from stroma.contracts.snapshots import StoredSnapshot
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
 from stroma.engine.execution import Kind, NodeExecution
@@ -47,7 +48,7 @@ async def restore(
     schema = schema_of(contract.output_schema) if contract is not None else output_schema(ctx, node, value)
     group = None if parent is None else parent.node_id
     check_committed(ctx, node, schema, committed, position, branch, group, contract)
-    if isinstance(committed.output, Stored):  # It is read here, and not all of a run's at once.
+    if isinstance(committed.output, StoredSnapshot):  # It is read here, and not all of a run's at once.
         committed = committed._replace(output=await asyncio.to_thread(committed.output.load))
     changed = committed.contract.partition(":")[0] != schema.fingerprint
     if changed and isinstance(node, Group):
@@ -58,7 +59,7 @@ async def restore(
         target = node.node_id
         while parent is not None:  # Children of groups are no targets of a resume.
             target, parent = parent.node_id, parent.parent
-        why, cause = told_of(error)
+        why, cause = describe_error(error)
         raise CorruptCheckpoint(
             f"the output of node {node.node_id!r} at position {position} of run {ctx.run_id!r} cannot be read back: "
             f"{why}; resume from there (resume_from={target!r}) to make it anew"
@@ -102,10 +103,10 @@ def read_output(schema: Schema, committed: Committed, upcast: Callable[[Any], An
             upcasted = upcast(raw)
         except Exception as error:
             raise ValueError(f"its upcast raised {type(error).__name__}: {error}") from error
-        return schema.trust(schema.validate(upcasted))
+        return schema.mark_exclusive(schema.validate(upcasted))
     if committed.schema is not None and committed.schema is not schema:
-        return schema.trust(schema.validate(raw_output(committed)))
-    return schema.trust(schema.restore(committed.output))
+        return schema.mark_exclusive(schema.validate(raw_output(committed)))
+    return schema.mark_exclusive(schema.restore(committed.output))
 
 
 def value_of(registry: ContractRegistry, node: Node | Group, committed: Committed) -> Any:
@@ -124,7 +125,7 @@ def value_of(registry: ContractRegistry, node: Node | Group, committed: Committe
         model = read_output(schema, committed, contract.upcast if changed and contract is not None else None)
         return held_by(model)
     except ValueError as error:
-        why, cause = told_of(error)
+        why, cause = describe_error(error)
         raise CorruptCheckpoint(
             f"an output of node {node.node_id!r} cannot be read back: {why}; restore its schema, or begin a new run"
         ) from cause
@@ -134,8 +135,8 @@ def raw_output(committed: Committed) -> Any:
     """Return a committed output as plain data: a dict of the fields, or the value of a root model."""
     if committed.schema is not None:
         return committed.schema.raw(committed.schema.restore(committed.output))
-    output = committed.output.load() if isinstance(committed.output, Stored) else committed.output
-    return Schema.raw_of(output) if isinstance(output, bytes) else output
+    output = committed.output.load() if isinstance(committed.output, StoredSnapshot) else committed.output
+    return Schema.decode_raw(output) if isinstance(output, bytes) else output
 
 
 def _upcast(
@@ -156,11 +157,11 @@ def _tolerated(ctx: ReliabilityContext, node: Node | Group, contract: NodeContra
 def _difference(schema: Schema, committed: Committed) -> str:
     """Describe how the fields of an output differ from those of the schema that it is to be read with."""
     raw = raw_output(committed)
-    names = set(schema.names)
-    if not isinstance(raw, dict) or schema.root:
+    names = set(schema.field_names)
+    if not isinstance(raw, dict) or schema.is_root:
         return "it is another kind of value"
     parts = [f"it had {name!r}, which is gone" for name in raw if name not in names]
-    parts += [f"it lacks {name!r}, which is new" for name in schema.names if name not in raw]
+    parts += [f"it lacks {name!r}, which is new" for name in schema.field_names if name not in raw]
     return "; ".join(parts) or "types or constraints of its fields are others"
 
 

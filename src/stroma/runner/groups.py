@@ -11,7 +11,7 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.checkpoint import inside_of
 from stroma.contracts.copying import isolate
 from stroma.contracts.node import Group, Node, find_node, make_node
@@ -355,7 +355,7 @@ def _by_name(state: Any, values: Callable[[Schema, BaseModel], dict[str, Any]]) 
         return _named(cast("dict[Any, Any]", isolate(state)))
     schema = schema_of(type(state))
     found = values(schema, state)
-    return _named(found["root"]) if schema.root and isinstance(found["root"], dict) else found
+    return _named(found["root"]) if schema.is_root and isinstance(found["root"], dict) else found
 
 
 def _named(fields: dict[Any, Any]) -> dict[str, Any]:
@@ -409,10 +409,10 @@ def as_state(raw: Any) -> BaseModel:
 
 
 def _item(fields: dict[str, Any]) -> BaseModel:
-    return schema_of(_Item).made_of(fields)
+    return schema_of(_Item).construct(fields)
 
 
-class _Item(Deferred):
+class _Item(LazyModel):
     """A dict on its way to a node: open to any field, validated by the node's own contract."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)

@@ -107,7 +107,7 @@ class RecordedRun:
         seen: list[tuple[Any, Any]] = []
 
         def hidden(data: bytes) -> bytes:
-            raw = jsonable(Schema.raw_of(data))
+            raw = jsonable(Schema.decode_raw(data))
             shown = hide(raw)
             seen.append((raw, shown))
             return data if shown == raw else json.dumps(shown).encode()

@@ -224,7 +224,7 @@ def _input(
         return state, None
     first = records[0] if records else None
     contract = registry.find(first.node_id) or first.contract if isinstance(first, Node) else None
-    raw = Schema.raw_of(recorded.input) if state is None else state
+    raw = Schema.decode_raw(recorded.input) if state is None else state
     wrong = None
     if contract is not None:
         schema = schema_of(contract.input_schema)
@@ -232,7 +232,7 @@ def _input(
             return (schema.decode(recorded.input) if state is None else schema.validate(state)), None
         except Exception as error:
             wrong = str(as_violation(contract.node_id, "input", raw, error, schema.model))
-    return schema_of(_Open).made_of(raw) if isinstance(raw, dict) else Kept(raw), wrong
+    return schema_of(_Open).construct(raw) if isinstance(raw, dict) else Kept(raw), wrong
 
 
 # ---------------------------------------------------------------------- what was recorded
@@ -322,7 +322,7 @@ class _Tape(Probe):
             return self.edited[run.position]
         if one.output is None:
             raise _failure_of(one)
-        return Schema.raw_of(one.output) if isinstance(node, Group) else self._read(run, node, one)
+        return Schema.decode_raw(one.output) if isinstance(node, Group) else self._read(run, node, one)
 
     async def _answer(self, run: NodeExecution, attempts: list[RecordedAttempt] | None) -> RecordedAttempt:
         """What was recorded of this attempt. Raises _NoAnswer."""
@@ -380,7 +380,7 @@ class _Tape(Probe):
         except Exception as error:
             assert one.output is not None
             raise as_violation(
-                run.node_id, "output", Schema.raw_of(one.output), error, schema.model
+                run.node_id, "output", Schema.decode_raw(one.output), error, schema.model
             ) from error
         return model.root if isinstance(model, Kept) else model
 
@@ -516,7 +516,7 @@ def _compared(
 
 
 def _payload(one: AttemptRecord) -> Payload:
-    return Payload(None if one.output is None else jsonable(Schema.raw_of(one.output)))
+    return Payload(None if one.output is None else jsonable(Schema.decode_raw(one.output)))
 
 
 def _said(pair: NodeDiff) -> str:

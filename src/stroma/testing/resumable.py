@@ -243,7 +243,7 @@ def _listen(child: int, reading: int, timeout_seconds: float) -> tuple[str, int 
 
 def _plain(state: BaseModel) -> Any:
     """A state as plain JSON data."""
-    return jsonable(Schema.raw_of(schema_of(type(state)).encode(state)))
+    return jsonable(Schema.decode_raw(schema_of(type(state)).encode(state)))
 
 
 # ---------------------------------------------------------------------- the proof
@@ -453,7 +453,7 @@ def _other_outputs(
         one, other = outputs[0][place], outputs[1][place]
         assert one.output is not None
         assert other.output is not None
-        raw = [jsonable(Schema.raw_of(data)) for data in (one.output, other.output)]
+        raw = [jsonable(Schema.decode_raw(data)) for data in (one.output, other.output)]
         told = _told(changes(*raw), ignore)
         if told:
             yield one, told
