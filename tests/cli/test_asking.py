@@ -203,7 +203,7 @@ def test_what_a_terminal_would_obey(stroma, inside, monkeypatch, any_url):
         ["runs"], ["runs", "--json"], ["show", "r"], ["show", "r", "--tree", "--timing"], ["show", "r", "--json"],
         ["show", "r", "--input", "--output"], ["diff", "r", "other"], ["diff", "r", "other", "--json"], ["tail", "r"], ["tail"],
         ["tail", "r", "--json"], ["resume", "r", "--dry-run"], ["resume", "r", "evil.py:pipeline", "--dry-run"],
-        ["export", "r"], ["export", "r", "--format", "otlp"], ["export", "r", "--format", "chrome-trace"],
+        ["export", "r"], ["export", "r", "--format", "otlp"],
         ["export", "r", "--format", "html"], ["runs", "--search", EVIL], ["runs", "--tag", EVIL], ["show", EVIL],
         ["run", "evil.py:pipeline", "--run-id", "third" + EVIL], ["resume", "r", "evil.py:pipeline"], ["cancel", "other"],
         ["runs", "--tag", EVIL + "none"], ["diff", "r", "other", "--node", EVIL], ["show", "r", "--node", EVIL],

@@ -278,7 +278,7 @@ def test_every_view_names_the_type(any_url, stroma, inside, monkeypatch):
     assert "ConnectionResetError" in inside("runs").out
     assert "ConnectionResetError: ConnectionResetError" not in shown
     assert "BadDate: bad date" in inside("tail", "x").out
-    for kind in ("otlp", "chrome-trace", "html"):
+    for kind in ("otlp", "html"):
         assert "BadDate: bad date" in inside("export", "x", "--format", kind).out, kind
     told = json.loads(inside("show", "x", "--json").out)
     first = told["attempts"][0]

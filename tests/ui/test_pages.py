@@ -199,7 +199,7 @@ def test_downloads(site: Site) -> None:
     answer = site.ask("GET", f"{address}&side=output")
     assert json.loads(answer.body)["n"] == 1
     assert answer.headers["content-disposition"] == 'attachment; filename="output-0.json"'
-    for form in ("html", "otlp", "chrome-trace"):
+    for form in ("html", "otlp"):
         answer = site.get("/export", id="bad", format=form)
         assert answer.status == 200
         assert answer.headers["content-disposition"].startswith("attachment")

@@ -55,7 +55,7 @@ _COMMANDS: Final = {
     ),
     "export": (
         "stroma.cli.commands.export:export",
-        "Write a run as JSON, OTLP, a Chrome trace or one HTML file.",
+        "Write a run as JSON, OTLP or one HTML file.",
     ),
     "prices": (
         "stroma.cli.commands.prices:prices",

@@ -34,7 +34,7 @@ from stroma.checkpoint.history import (
 from stroma.checkpoint.records import AttemptRecord, RunQuery, RunRecord
 from stroma.failures.classes import FailureClass
 from stroma.failures.tracebacks import Trouble
-from stroma.telemetry.export_formats import chrome_trace, otlp
+from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.html import (
     Bar,
     Box,
@@ -302,11 +302,10 @@ class Pages:
             story = self._history.story(record, most=_DRAWN, mend=self._mend(record))
             text = document(story).encode("utf-8", "replace")
             return Response(text, media_type="text/html", headers=_as_file("run.html"))
-        formats = {"otlp": otlp, "chrome-trace": chrome_trace}
-        if form not in formats:
-            raise HTTPException(404, "there is no such format")
+        if form != "otlp":
+            raise HTTPException(404, "format must be html or otlp")
         attempts, _ = self._history.attempts(record.run_id, _EXPORTED)
-        return _file(formats[form](record, attempts), f"run-{form}.json")
+        return _file(otlp_spans(record, attempts), "run-otlp.json")
 
     # ------------------------------------------------------------------ two runs, and the pipeline
 

@@ -17,7 +17,7 @@ from stroma.cli.formatting import id_word
 from stroma.cli.output import out, write_private
 from stroma.cli.redaction import redact_of, redact_option
 from stroma.cli.stores import Database, db_option
-from stroma.telemetry.export_formats import chrome_trace, otlp
+from stroma.telemetry.otlp_json import otlp_spans
 from stroma.trace.html import document
 
 __all__ = ["export"]
@@ -31,10 +31,10 @@ _DRAWN = 5000
 @click.option(
     "--format",
     "form",
-    type=click.Choice(["json", "otlp", "chrome-trace", "html"]),
+    type=click.Choice(["json", "otlp", "html"]),
     default="json",
     show_default=True,
-    help="json: schema stroma.export/1; otlp: the body of a POST to /v1/traces; chrome-trace: for Perfetto; html: one file.",
+    help="json: schema stroma.export/1; otlp: body of a POST to /v1/traces; html: one file.",
 )
 @click.option("-o", "--output", "path", metavar="FILE", help="Write to FILE, not to stdout.")
 @click.option(
@@ -45,7 +45,7 @@ _DRAWN = 5000
 def export(run_: str, form: str, path: str | None, states: bool, redact: str | None, db: str | None) -> int:
     """Write one run in a format that something else reads.
 
-    otlp and chrome-trace hold no inputs and outputs, but the messages of failures.
+    otlp holds no inputs and outputs, but the messages of failures.
     """
     database = Database.choose(db)
     record = database.find(run_)
@@ -76,9 +76,7 @@ def _text(history: History, database: Database, record: RunRecord, form: str, st
         return document(history.story(record, most=_DRAWN, states=states, mend=hint))
     attempts, _ = history.attempts(record.run_id, _ALL)
     if form == "otlp":
-        data: Any = otlp(record, attempts)
-    elif form == "chrome-trace":
-        data = chrome_trace(record, attempts)
+        data: Any = otlp_spans(record, attempts)
     else:
         data = {
             "schema": "stroma.export/1",
