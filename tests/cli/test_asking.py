@@ -160,7 +160,7 @@ def test_a_dry_run(filled, stroma, inside, fails):
         r"kept +1 node, in groups 0\n +0 +first +\d\.\d\d s  120 tok, \$0\.000\d+\nsaves .* 120 tok", done.out
     )
     assert done.out.endswith("calls   second, third\n")
-    assert "nothing was done; go on with: stroma resume b sums.py:pipeline\n" in done.err
+    assert "nothing was done; resume with: stroma resume b sums.py:pipeline\n" in done.err
     data = json.loads(inside("resume", "a", "sums.py:pipeline", "--from", "third", "--dry-run", "--json").out)
     assert (data["schema"], data["saves"]["tokens"], data["calls"], data["resumable"]) == (
         "stroma.plan/1", 135, ["third"], True,

@@ -410,7 +410,7 @@ def test_fifty_megabytes(store: SQLiteStore, serve: Any) -> None:
         assert answer.status == 200
         assert len(answer.body) < 100_000
     page = site.ask("GET", attempts_of(site, "big")[0]).text
-    assert "too much to show here" in page
+    assert "too large to show" in page
     address = re.findall(r'href="(/payload[^"]*output)"', page)[0].replace("&amp;", "&")
     answer = site.ask("GET", address)
     assert len(answer.body) > 50_000_000
