@@ -205,7 +205,7 @@ def test_a_directory_that_is_gone(stroma):
         check=False,
     )
     assert done.returncode == 3
-    assert done.stderr.startswith("stroma: the current directory is gone")
+    assert done.stderr.startswith("stroma: the current directory does not exist any more")
 
 
 @pytest.mark.slow

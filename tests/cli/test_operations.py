@@ -48,7 +48,7 @@ def test_a_run_of_somebody_else(stroma, inside, fails):
         assert re.search(rf"run by process {process.pid} on .*; last record ", listed.out)
         assert listed.err == ""
         shown = inside("show", "x")
-        assert re.search(rf"\nholder +process {process.pid} on .*; last record ", shown.out)
+        assert re.search(rf"\nowner +process {process.pid} on .*; last record ", shown.out)
         assert "wait for its result: stroma resume x FILE.py:NAME --attach" in shown.err
         (run,) = json.loads(inside("runs", "--json").out)["runs"]
         assert run["holder"].startswith(f"process {process.pid} on ")

@@ -35,7 +35,7 @@ def test_runs(filled, inside):
     done = inside("runs")
     assert (done.code, done.err) == (
         0,
-        "go on with a run that nobody is at work on: stroma resume RUN FILE.py:NAME\n",
+        "resume a run without owner: stroma resume RUN FILE.py:NAME\n",
     )
     lines = [re.split(r"  +", line) for line in done.out.splitlines()]
     assert lines[0] == [

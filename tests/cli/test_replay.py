@@ -150,7 +150,7 @@ def test_a_test_that_would_fail_is_not_written(recorded, inside):
     change(recorded, "max_retries=1", "max_retries=0")
     done = inside("record", "run-a", "changed.py:pipeline", "--as-test", "test_run.py")
     assert done.code == 6
-    assert "behaves differently from run run-a already" in done.err
+    assert "behaves differently from run run-a, so its test would fail" in done.err
     assert "stroma replay run-a changed.py:pipeline" in done.err
     assert not (recorded.home / "test_run.py").exists()
 

@@ -97,7 +97,7 @@ def test_failure_then_resume(stroma):
         mend[1], shell=True, cwd=stroma.home, env=stroma.env, capture_output=True, text=True, check=False
     )
     assert (resumed.returncode, json.loads(resumed.stdout)) == (0, {"n": 4})
-    assert re.search(r"first +kept +finished earlier", resumed.stderr)
+    assert re.search(r"first +restored +finished earlier", resumed.stderr)
     assert "before that 120 tok" in resumed.stderr
     assert stroma.calls() == ["first", "second", "second", "second", "third"]
 

@@ -113,7 +113,7 @@ def test_a_failed_run(site: Site) -> None:
     assert "TERMINAL (contract)" in box
     assert "<b>total</b>" in box
     assert "<code>lines.0.price</code>" in box
-    assert re.search(r"spent</b> \d+ tok, \$0\.000\d+; of it on attempts without output 40 tok", box)
+    assert re.search(r"spent</b> \d+ tok, \$0\.000\d+; of it on attempts that came to nothing 40 tok", box)
     assert "<code>stroma resume bad FILE.py:NAME</code>" in box
     assert text.count('<rect class="b-') == text.count('<rect class="b-success') + 2 + 1
     (marked,) = re.findall(r'<a href="([^"]*)"><title>[^<]*</title><rect class="b-failure b-on"', text)
@@ -289,7 +289,7 @@ def test_runs_whose_owner_is_gone(store: SQLiteStore, serve: Any) -> None:
     assert (told["here"][0], told["gone"][0]) == ("RUNNING", "INTERRUPTED")
     assert told["gone"][3] == "owner lost"
     assert "its lease has expired" in site.get("/run", id="gone").text
-    assert "<b>at work</b>" in site.get("/run", id="here").text
+    assert "<b>owner</b>" in site.get("/run", id="here").text
     assert "/delete" not in site.get("/run", id="here").text
     assert here is not None
 

@@ -95,7 +95,7 @@ def print_plan(
     else:
         options = ("--from", start_at) if start_at is not None else ()
         hint = database.hint("resume", id_word(record.run_id), target or "FILE.py:NAME", options=options)
-        err.line(f"nothing was done; go on with: {hint}")
+        err.line(f"nothing was done; resume with: {hint}")
     return code
 
 

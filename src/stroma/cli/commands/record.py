@@ -120,7 +120,7 @@ def _differs(outcome: Replay, *, redacted: bool, hint: str) -> Problem:
     if redacted:
         mend += "; or redact has left what no contract takes: have it give other values of the same type"
     return Problem(
-        f"the code behaves differently from run {clean(outcome.recorded.run_id)} , so its test would fail",
+        f"the code behaves differently from run {clean(outcome.recorded.run_id)}, so its test would fail",
         *lines,
         mend,
         code=Code.DIFFERENT,

@@ -154,7 +154,7 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
     table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
     if any(map(is_gone, records)):
         err.line(
-            "go on with a run that nobody is at work on: ", database.hint("resume", "RUN", "FILE.py:NAME")
+            "resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME")
         )
     if len(records) == limit:
         err.line(("the newest ", "dim"), (f"{limit} runs; more with --limit", "dim"))
@@ -163,7 +163,7 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
 def _row(record: RunRecord) -> list[Part]:
     error = clean(record.error or "", 80)
     if record.status == "RUNNING":
-        who = f"run by {clean(record.holder, 80)}" if record.holder else "nobody is at work on it any more"
+        who = f"run by {clean(record.holder, 80)}" if record.holder else "owner lost"
         error = f"{who}; last record {ago(record.updated_ms)}"
     return [
         short_id(record.run_id),
