@@ -242,7 +242,7 @@ async def test_most_spreads_the_boundaries():
     )
     assert len(proven.boundaries) == 5
     assert proven.boundaries[0].node_id == "0"
-    with pytest.raises(ValueError, match="from 1 up"):
+    with pytest.raises(ValueError, match="most must be at least 1"):
         await assert_resumable([make("a", add_one)], Number(), most=0, processes=False)
 
 
