@@ -137,7 +137,12 @@ def test_several_nodes_that_wait(desk, inside, fails):
     done = inside("run", "desk.py:both", '{"n": 1}', "--run-id", "x", "-q")
     assert done.err.count("  answer: stroma approve x desk.py:both ") == 2
     yes = '{"approved": true}'
-    words = ["2 nodes of run x are waiting", "node 'x' (at 0.0): is this right?", "node 'y' (at 0.1)", "--node x"]
+    words = [
+        "2 nodes of run x are waiting",
+        "node 'x' (at 0.0): is this right?",
+        "node 'y' (at 0.1)",
+        "--node x",
+    ]
     fails(inside("approve", "x", "desk.py:both", yes), 2, *words)
     fails(
         inside("approve", "x", "desk.py:both", yes, "--node", "z"), 4, "is not waiting there", "at node 'y'"

@@ -128,7 +128,8 @@ async def test_a_run_that_began_before_the_plan_is_left_alone():
 async def test_a_fault_that_was_never_met_is_an_error():
     """A misspelt id does not pass for a test of a failure; a test that fails by itself is not talked over."""
     with pytest.raises(
-        AssertionError, match=r"planned faults never occurred: fail 'aa' on attempt 1; lose 'a' on attempt 2, 3"
+        AssertionError,
+        match=r"planned faults never occurred: fail 'aa' on attempt 1; lose 'a' on attempt 2, 3",
     ):
         with FaultPlan().fail("aa").lose("a", attempt=(2, 3)):
             await patient().run([make("a", add_one)], Number())

@@ -153,9 +153,7 @@ def _print(database: RunSource, records: list[RunRecord], query: RunQuery, limit
     header = ("RUN", "PIPELINE", "STATUS", "NODES", "TOKENS", "COST", "STARTED", "DURATION", "ERROR")
     table(out, header, [_row(record) for record in records], right=frozenset({3, 4, 5, 7}))
     if any(map(is_gone, records)):
-        err.line(
-            "resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME")
-        )
+        err.line("resume a run without owner: ", database.hint("resume", "RUN", "FILE.py:NAME"))
     if len(records) == limit:
         err.line(("the newest ", "dim"), (f"{limit} runs; more with --limit", "dim"))
 
