@@ -19,6 +19,7 @@ from stroma.checkpoint.durable.rows import (
     SAVED,
     TRACE,
     TROUBLE,
+    Doing,
     Fence,
     Opening,
     RunRow,
@@ -99,6 +100,7 @@ class Store:
         self.operations = 0
 
     def submit(self, operation: Any, /) -> asyncio.Future[Any]:
+        assert not isinstance(operation, Doing) or operation.run_id  # Some stores keep each run apart.
         done = asyncio.get_running_loop().create_future()
         self.operations += 1
         try:

@@ -113,7 +113,7 @@ class FrameworkContract:
     TOKENS: ClassVar[int] = 20
     WEATHER_TOKENS: ClassVar[int] = 0
     #: The message about a contract for a step that is not there.
-    UNKNOWN: ClassVar[str] = r"no tool 'wether' .* 'weather'"
+    UNKNOWN: ClassVar[str] = r"unknown tool 'wether'; .* 'weather'"
     #: The exceptions that the framework wraps around those of steps.
     WRAPPERS: ClassVar[tuple[type[BaseException], ...]] = ()
 

@@ -22,9 +22,10 @@ from stroma.cost.usage import Usage, usage_from
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
 from stroma.engine.execution import NodeExecution, current_node
-from stroma.engine.loop import GroupStopped, Halt, execute
+from stroma.engine.loop import execute
+from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.failures.classes import FailureClass
-from stroma.failures.failure import Failure, NodeContext, diagnose, is_a, message_of
+from stroma.failures.failure import Failure, NodeContext, diagnose, isinstance_by_type, message_of
 from stroma.hooks.dispatch import HookNotAsync
 
 __all__ = ["Call"]
@@ -279,12 +280,9 @@ class Call:
                 value = self._stream_result(value)
             return self._output_of(execution, value, contract)
 
-        outcome = await execute(
-            ctx,
-            Node(step.step_id, perform, None, False, True, step.plan),
-            state,
+        place = Place(
             position,
-            branch=branch,
+            branch,
             parent=parent,
             contract=contract,
             step=step_call,
@@ -292,6 +290,7 @@ class Call:
             # The journal records the view of the output, not the object that the caller needs.
             restores=False,
         )
+        outcome = await execute(ctx, Node(step.step_id, perform, None, False, True, step.plan), state, place)
         if isinstance(outcome, Halt):
             halts.append((self._error_for_caller(outcome), outcome))
             run.note(outcome)
@@ -353,7 +352,9 @@ class Call:
                 Halt(_failure(error, FailureClass.TERMINAL, where, message_of(error)))
             ) from error
         # A CancelledError without a cancellation of the task is a failure like any other.
-        if isinstance(error, Exception) or (is_a(error, asyncio.CancelledError) and not _is_cancelled(entry)):
+        if isinstance(error, Exception) or (
+            isinstance_by_type(error, asyncio.CancelledError) and not _is_cancelled(entry)
+        ):
             halt = find_halt(error, inner.halts)
             # It was retried where it happened: not again at each level above, unless the config says so.
             if halt is not None and step.step_id not in ctx.step_policies:

@@ -11,9 +11,9 @@ from typing import Any, Literal, NamedTuple, TypeAlias
 from stroma.adapters._state_views import View, as_it_is, first_argument
 from stroma.checkpoint.identity import StepCalls
 from stroma.contracts.contract import NodeContract
-from stroma.contracts.copying import with_records
+from stroma.contracts.copying import replace_records
 from stroma.engine.execution import NodeExecution, current_node
-from stroma.engine.loop import Halt
+from stroma.engine.outcome import Halt
 from stroma.trace.events import AttemptRow, TraceEvent
 
 __all__ = [
@@ -111,7 +111,7 @@ class InnerCalls:
 
 def copy_for_retries(state: Any) -> Any:
     """Return a copy of a state whose containers are new, and whose leaves are the same objects."""
-    return with_records(state, copy.copy)
+    return replace_records(state, copy.copy)
 
 
 def input_of_attempt(state: Any, original: Any) -> Any:

@@ -17,8 +17,9 @@ from stroma.contracts.node import Group, Node, find_node
 from stroma.contracts.schema import Schema, schema_of
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
-from stroma.engine.loop import GroupStopped, Halt, execute_in_turn
+from stroma.engine.loop import execute_in_turn
 from stroma.engine.merged_models import merged_model, with_list
+from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.tasks import gather
 from stroma.failures.errors import ItemFailure
 from stroma.runner.items import (
@@ -115,21 +116,13 @@ class ParallelGroup(Group):
             async with gate:
                 if stopped:
                     return None
-                outcome = await execute_in_turn(
-                    ctx,
-                    (child,),
-                    value,
-                    execution.position,
-                    f"{prefix}{index}",
-                    "node",
-                    execution,
-                    step=inside_step,
-                )
-                if not isinstance(outcome, Halt):
+                place = Place(execution.position, f"{prefix}{index}", "node", execution, step=inside_step)
+                outcome = await execute_in_turn(ctx, (child,), value, place)
+                if isinstance(outcome, BaseModel):
                     return outcome
-                if (
-                    outcome.suspended
-                ):  # Its siblings go on, so that only the suspended nodes remain to be run.
+                assert isinstance(outcome, Halt)  # There is no further node.
+                if outcome.suspended:
+                    # Its siblings go on, so that only the suspended nodes remain to be run.
                     suspended.append(outcome)
                     return None
                 stopped.append(outcome)

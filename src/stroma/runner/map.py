@@ -5,7 +5,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import deque
-from collections.abc import AsyncIterator, Awaitable, Mapping, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
+from functools import partial
 from time import monotonic, perf_counter_ns
 from typing import Any, Final, cast
 
@@ -17,12 +18,13 @@ from stroma.checkpoint.protocols import OF_MAP
 from stroma.contracts.contract import ContractViolation
 from stroma.contracts.node import Group, Node
 from stroma.contracts.schema import schema_of
-from stroma.engine.commit import failed_of, settle
+from stroma.engine.commit import failed_of, record, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import NodeExecution
-from stroma.engine.loop import GroupStopped, Halt, execute
+from stroma.engine.loop import execute
+from stroma.engine.outcome import GroupStopped, Halt, Place
 from stroma.engine.restore import check_committed, output_schema, read_output, value_of
-from stroma.engine.tasks import TaskPool, refusal
+from stroma.engine.tasks import TaskPool
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import ItemFailure
 from stroma.failures.failure import Failure, text_of
@@ -181,16 +183,10 @@ class MapRun:
 
     async def _execute(self, item: Item, value: BaseModel) -> BaseModel | Halt:
         execution = self._execution
-        return await execute(
-            self._ctx,
-            self._child,
-            value,
-            execution.position,
-            branch=self._branch(item.index),
-            kind="item",
-            parent=execution,
-            step=self._call_of(item),
+        place = Place(
+            execution.position, self._branch(item.index), "item", execution, step=self._call_of(item)
         )
+        return await execute(self._ctx, self._child, value, place)
 
     async def _handle_halt(self, item: Item, halt: Halt) -> None:
         if halt.suspended:  # Its siblings go on, so that only the suspended items remain to be run.
@@ -222,13 +218,10 @@ class MapRun:
         )  # fmt: skip
         call = self._call_of(item)
         schema = schema_of(ItemFailure)
-        pending: Awaitable[None] | Exception | None
-        try:
-            pending = ctx.session.record(row, schema, item_failure, call)
-        except BaseException as error:
-            pending = refusal(error)
+        record_again = partial(record, ctx, row, schema, item_failure, call)
+        pending = record_again()
         if pending is not None:
-            problem, cancelled = await settle(ctx, row, schema, item_failure, call, pending)
+            problem, cancelled = await settle(ctx, row, pending, record_again)
             if problem is not None:
                 store_failure = Failure(
                     problem,

@@ -15,7 +15,8 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.cost.usage import shown
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT, leave
-from stroma.engine.loop import Halt, execute_in_turn
+from stroma.engine.loop import execute_in_turn
+from stroma.engine.outcome import STOPPED, Halt, Place, Stopped
 from stroma.engine.redelivery import redeliver
 from stroma.engine.restore import check_place, output_schema, restore
 from stroma.failures.classes import FailureClass
@@ -113,7 +114,7 @@ class RunExecution:
         elif issubclass(kind, GeneratorExit):  # The coroutine is being closed: nothing can be awaited.
             ctx.session.abandon()
             if self._has_started:
-                await ctx.tell_end(ctx.build_result(self._status, self.state), now=True)
+                ctx.call_end_hooks_now(ctx.build_result(self._status, self.state))
             self._has_started = False
         elif type(error) is HookNotAsync:
             error.result = ctx.build_result(self._status, self.state)
@@ -146,9 +147,9 @@ class RunExecution:
         """Call the start hooks, and the end hooks that a crashed process did not call."""
         ctx = self.ctx
         self._has_started = True
-        ctx.chain()
+        ctx.handover.is_active = True
         ctx.session.on_cancel = self.cancel
-        await ctx.tell_start(self.initial)
+        await ctx.announce_start(self.initial)
         if ctx.delivers:
             await redeliver(ctx, self.nodes)
 
@@ -161,16 +162,16 @@ class RunExecution:
         first = self.start or 0
         if first:
             await self._skip_to(first)
-        outcome: BaseModel | Halt | None = None
+        outcome: BaseModel | Halt | Stopped = STOPPED
         token = CURRENT.set(CURRENT.get())
         try:
             nodes = self.nodes[first:] if first else self.nodes
             if not (ctx.stops and nodes):
                 cancelling = 0 if self.task is None else self.task.cancelling()
-                outcome = await execute_in_turn(ctx, nodes, self.state, first, cancelling=cancelling)
+                outcome = await execute_in_turn(ctx, nodes, self.state, Place(first, cancelling=cancelling))
         finally:
             leave(token)
-        if outcome is None:  # A shutdown: no further node was to start.
+        if isinstance(outcome, Stopped):  # A shutdown: no further node was to start.
             self._status = self._cancelled_as or RunStatus.INTERRUPTED
         elif isinstance(outcome, Halt):
             self._failure = None if outcome.suspended else outcome.failure
@@ -184,7 +185,7 @@ class RunExecution:
         self._status = RunStatus.FAILED
         if not self._has_started:
             self._has_started = True
-            await self.ctx.tell_start(self.initial)
+            await self.ctx.announce_start(self.initial)
 
     async def _absorb_cancellation(self) -> None:
         """Take back a cancellation of :meth:`cancel` that no node raised; the caller's task is left as it was."""
@@ -200,7 +201,7 @@ class RunExecution:
         ctx = self.ctx
         loaded = -1
         for position in range(start):
-            state = await restore(ctx, self.nodes[position], self.state, position)
+            state = await restore(ctx, self.nodes[position], self.state, Place(position))
             if state is not None:
                 loaded = position
         if loaded == start - 1:
@@ -213,7 +214,7 @@ class RunExecution:
                 f"run {ctx.run_id!r} has no checkpoint of node {before.node_id!r}, which precedes "
                 f"{self.nodes[start].node_id!r}; run the pipeline from its start, or resume from an earlier node"
             )
-        ctx.last_state = saved
+        ctx.handover.offer(saved)
 
     async def _restore_outcome(self, finished: Finished) -> None:
         """Restore the outcome of a run that has ended, without a call."""
@@ -221,7 +222,7 @@ class RunExecution:
         status = RunStatus(finished.status)
         completed = status in (RunStatus.COMPLETED, RunStatus.RESUMED)
         for position, node in enumerate(self.nodes):
-            if await restore(ctx, node, self.state, position) is None:
+            if await restore(ctx, node, self.state, Place(position)) is None:
                 if not completed:
                     break
                 raise PipelineChanged(
@@ -247,7 +248,7 @@ class RunExecution:
         error = text_of(failure) if failure is not None else "; ".join(ctx.suspended) or None
         if ctx.run_logger.isEnabledFor(logging.INFO):
             ctx.run_logger.info("run of %r ended: %s", ctx.pipeline, status)
-        if await ctx.end_and_tell(status, error, result if ctx.fire.on_run_end is not None else None):
+        if await ctx.end_and_announce(status, error, result if ctx.fire.on_run_end is not None else None):
             raise asyncio.CancelledError
         if ctx.hook_failures and ctx.config.hook_errors == "raise" and status not in _CUT_SHORT:
             first = ctx.hook_failures[0]

@@ -513,7 +513,7 @@ class StromaRunner:
             if isinstance(last, Node):
                 contract = self.registry.find(last.node_id) or last.contract
                 schema = schema_of(output_class(contract))
-            value = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.cross(state)
+            value = Kept(schema_of(type(state)).raw(state)) if schema.model is Kept else schema.convert(state)
             replaced["edited" if before else "state"] = (schema, value)
         await store.fork(run_id, fork_id, before, **replaced)
         initial = state

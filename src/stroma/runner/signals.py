@@ -52,6 +52,6 @@ def match_answer(
             ) from error
     expected = schema_of(model or output_class(None))
     validated = (
-        expected.cross(answer) if isinstance(answer, BaseModel) and model else expected.validate(answer)
+        expected.convert(answer) if isinstance(answer, BaseModel) and model else expected.validate(answer)
     )
     return waiting._replace(payload=expected.encode(validated))

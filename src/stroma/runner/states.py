@@ -7,7 +7,7 @@ from typing import Any, cast
 
 from pydantic import BaseModel, ConfigDict
 
-from stroma._utils.models import Deferred
+from stroma._utils.models import LazyModel
 from stroma.contracts.contract import ContractRegistry
 from stroma.contracts.copying import isolate
 from stroma.contracts.node import Group, Node, make_node
@@ -37,7 +37,7 @@ def fields_of_state(state: Any, read: Callable[[Schema, BaseModel], dict[str, An
         return _check_names(cast("dict[Any, Any]", isolate(state)))
     schema = schema_of(type(state))
     fields = read(schema, state)
-    return _check_names(fields["root"]) if schema.root and isinstance(fields["root"], dict) else fields
+    return _check_names(fields["root"]) if schema.is_root and isinstance(fields["root"], dict) else fields
 
 
 def _check_names(fields: dict[Any, Any]) -> dict[str, Any]:
@@ -89,10 +89,10 @@ def as_state(raw: Any) -> BaseModel:
 
 
 def _open_model(fields: dict[str, Any]) -> BaseModel:
-    return schema_of(_Item).made_of(fields)
+    return schema_of(_Item).construct(fields)
 
 
-class _Item(Deferred):
+class _Item(LazyModel):
     """Fields of an item before its node's contract validates them."""
 
     model_config = ConfigDict(extra="allow", arbitrary_types_allowed=True)

@@ -21,7 +21,8 @@ from stroma.contracts.tagged_json import NotSerialisable
 from stroma.contracts.untyped import Kept
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.execution import current_node
-from stroma.engine.loop import Halt, execute
+from stroma.engine.loop import execute
+from stroma.engine.outcome import Halt, Place
 from stroma.engine.redelivery import redeliver
 from stroma.failures.classes import FailureClass
 from stroma.failures.errors import RunCancelled
@@ -70,14 +71,14 @@ async def execute_step(
     if parent is not None:
         calls = parent.calls
     else:
-        calls = ctx.calls = ctx.calls or StepCalls()
+        calls = ctx.plain_steps.calls = ctx.plain_steps.calls or StepCalls()
     # Before anything is awaited, so that the identity depends on the order of calls alone.
     scope = calls.scope()
     identity = calls.next(scope, step_id)
-    await ctx.open(input_state, ends=ctx.ends)
+    await ctx.open(input_state, ends=ctx.plain_steps.has_end)
     if parent is None:
-        if ctx.ends or ctx.delivers:
-            await ctx.begin(partial(_start_run, ctx, input_state))
+        if ctx.plain_steps.has_end or ctx.delivers:
+            await ctx.plain_steps.begin(partial(_start_run, ctx, input_state))
         position, branch = ctx.place_of(identity.text), ""
         call = StepCall(identity.number, _encoded(input_state), identity.text)
     else:
@@ -91,29 +92,22 @@ async def execute_step(
         if ctx.cancelled and (position, branch) not in ctx.restored:
             outcome: BaseModel | Halt = _cancelled_step(ctx, step_id)
         else:
-            outcome = await execute(
-                ctx,
-                node,
-                input_state,
-                position,
-                branch=branch,
-                parent=parent,
-                contract=contract,
-                step=call,
-                cancelling=cancelling,
+            place = Place(
+                position, branch, parent=parent, contract=contract, step=call, cancelling=cancelling
             )
+            outcome = await execute(ctx, node, input_state, place)
     except HookNotAsync as error:
         error.result = ctx.build_result(RunStatus.INTERRUPTED, input_state)
         raise
     finally:
         SCOPE.set(scope)  # Steps inside this one have set their own scopes.
-        for place in restored:
-            cast("dict[Any, Any]", ctx.restored).pop(place, None)
+        for at in restored:
+            cast("dict[Any, Any]", ctx.restored).pop(at, None)
     if parent is None:
-        ctx.step_status, ctx.step_failure = RunStatus.COMPLETED, None
+        ctx.plain_steps.status, ctx.plain_steps.failure = RunStatus.COMPLETED, None
         if isinstance(outcome, Halt):
-            ctx.step_status = _status_of(outcome)
-            ctx.step_failure = None if outcome.suspended else outcome.failure
+            ctx.plain_steps.status = _status_of(outcome)
+            ctx.plain_steps.failure = None if outcome.suspended else outcome.failure
     result = _build_result(ctx, outcome, input_state)
     for probe in ctx.probes:
         probe.ended(ctx, result)
@@ -212,10 +206,10 @@ def _mark_cancelled(reference: weakref.ref[ReliabilityContext]) -> None:
 
 
 async def _start_run(ctx: ReliabilityContext, initial: BaseModel) -> None:
-    if ctx.ends:
+    if ctx.plain_steps.has_end:
         # A weak reference: otherwise the session and the context are a reference cycle.
         ctx.session.on_cancel = partial(_mark_cancelled, weakref.ref(ctx))
-        await ctx.tell_start(initial)
+        await ctx.announce_start(initial)
     if ctx.delivers:
         await redeliver(ctx, ())
 

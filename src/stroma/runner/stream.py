@@ -349,7 +349,7 @@ class _WatchedRun:
 
 
 class _StreamHooks(NodeHooks):
-    _patient = True
+    _has_time_limit = False
 
 
 def _hooks(run: _WatchedRun) -> NodeHooks:
@@ -364,7 +364,7 @@ def _hooks(run: _WatchedRun) -> NodeHooks:
         node = current_node()
         fields = where(node)
         if node is not None and node.ended is not None:
-            event, shown = node.ctx.trace.event_of(node.ended), node.ctx.shown
+            event, shown = node.ctx.trace.event_of(node.ended), node.ctx.redactor.redact_state
             output = event.output_state
             fields["event"] = replace(
                 event,

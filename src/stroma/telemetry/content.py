@@ -59,22 +59,22 @@ class Content:
         """Return a state as JSON text: its values, or the types and sizes of its fields."""
         if self.mode == "none":
             return self.cut(json.dumps({str(name): _shape(value) for name, value in state.items()}))
-        run.note_secrets(state)
+        run.redactor.note_secrets(state)
         try:
             text = json.dumps(self._allowed(jsonable(dict(state)), 0), ensure_ascii=False)
         except Exception as error:
             # A number of ten thousand digits, say. The span is worth more than its input.
             return f"[unreadable: {type(error).__name__}]"
-        return self.cut(run.masked(text))
+        return self.cut(run.redactor.mask(text))
 
     def message(self, run: ReliabilityContext, error: BaseException | str) -> str | None:
         """Return the message of an exception; None in mode "none"."""
         if self.mode == "none":
             return None
         if isinstance(error, ContractViolation) and isinstance(error.raw, dict):
-            run.note_secrets(error.raw)  # Of an input that nobody was shown.
-        text = run.masked(error if isinstance(error, str) else message_of(error))
-        shown = run.shown({"message": text}).get("message")
+            run.redactor.note_secrets(error.raw)  # Of an input that nobody was shown.
+        text = run.redactor.mask(error if isinstance(error, str) else message_of(error))
+        shown = run.redactor.redact_state({"message": text}).get("message")
         return self.cut(visible(shown) if isinstance(shown, str) else _REDACTED)
 
     def cut(self, text: str) -> str:

@@ -109,7 +109,7 @@ class TestCrewAI(FrameworkContract):
     STEPS = ("weather success", "tell success", "  llm success 10")
     TOKENS = 10
     MODEL = "llm"
-    UNKNOWN = r"no method 'wether' .* 'weather'"
+    UNKNOWN = r"unknown method 'wether'; .* 'weather'"
 
     def script(self, *answers: Any, break_after: int | None = None) -> Script:
         return Script.of(*answers)
@@ -270,7 +270,7 @@ def test_an_llm_of_its_own_for_tools_is_guarded() -> None:
 
 @holds("unknown")
 def test_a_contract_for_an_unknown_tool_is_an_error() -> None:
-    with pytest.raises(UnknownNode, match=r"no tool 'wether' .* 'weather'"):
+    with pytest.raises(UnknownNode, match=r"unknown tool 'wether'; .* 'weather'"):
         attach(crew_of(Script.of()), guard_of(), {"wether": (City, Weather)})
 
 

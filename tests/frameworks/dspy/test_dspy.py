@@ -143,7 +143,7 @@ class TestDSPy(FrameworkContract):
     STEPS = ("Forecast success", "  weather success 10", "  tell success 10")
     MODEL = "weather"
     WEATHER_TOKENS = 10
-    UNKNOWN = r"no predictor 'wether' .* 'Forecast', 'tell', 'weather'"
+    UNKNOWN = r"unknown predictor 'wether'; .* 'Forecast', 'tell', 'weather'"
 
     def script(self, *answers: Any, break_after: int | None = None) -> Script:
         return Script(*({"text": answer} if isinstance(answer, str) else answer for answer in answers))

@@ -110,7 +110,7 @@ class TestHaystack(FrameworkContract):
     STEPS = ("weather success", "tell success", "llm success 10")
     TOKENS = 10
     MODEL = "llm"
-    UNKNOWN = r"no component 'wether' .* 'llm', 'tell', 'weather'"
+    UNKNOWN = r"unknown component 'wether'; .* 'llm', 'tell', 'weather'"
     WRAPPERS = (PipelineRuntimeError,)
     DATA: ClassVar[dict[str, Any]] = {"weather": {"city": "Oslo"}}
 

@@ -168,7 +168,7 @@ class TestLangGraph(FrameworkContract):
     STEPS = ("weather success", "tell success 10")
     TOKENS = 10
     MODEL = "tell"
-    UNKNOWN = r"no node 'wether' .* 'tell', 'weather'"
+    UNKNOWN = r"unknown node 'wether'; .* 'tell', 'weather'"
 
     def script(self, *answers: Any, break_after: int | None = None) -> Script:
         return Script(answers=list(answers), break_after=break_after)

@@ -68,8 +68,8 @@ from stroma.checkpoint.protocols import (
     is_answered_meanwhile,
 )
 from stroma.checkpoint.records import PICO, Attempt
-from stroma.contracts.copying import Packed
-from stroma.contracts.schema import Given, Schema, Snapshot, Stored
+from stroma.contracts.schema import Schema, Snapshot
+from stroma.contracts.snapshots import PickledSnapshot, SameSnapshot, StoredSnapshot
 from stroma.trace.events import NO_USAGE, AttemptRow, contract_of
 
 __all__ = ["DurableSession", "fork"]
@@ -149,10 +149,10 @@ class DurableSession:
         self._called: dict[int, str] = {}
         #: References to payloads that this session put into blobs, by the checksums of their contents, and by the places of
         #: commits that nobody has asked for yet.
-        self._large: dict[bytes, Stored] = {}
-        self._placed: dict[tuple[int, str], Stored] = {}
+        self._large: dict[bytes, StoredSnapshot] = {}
+        self._placed: dict[tuple[int, str], StoredSnapshot] = {}
         #: The snapshot of the last output that stands in a blob, and the reference to it.
-        self._packed: tuple[Packed | None, Stored | None] = (None, None)
+        self._packed: tuple[PickledSnapshot | None, StoredSnapshot | None] = (None, None)
 
     def open(self, request: RunRequest, opening: Opening, given: bytes, rows: Rows) -> DurableSession:
         """One operation: a request that is refused changes nothing and fences nobody off. ``given``: the plain input."""
@@ -365,24 +365,24 @@ class DurableSession:
         given = row.input
         stored = self._stored_input(schemas[0], given)
         if stored is not None:
-            given = Given(stored) if isinstance(given, Given) else stored
+            given = SameSnapshot(stored) if isinstance(given, SameSnapshot) else stored
         output = row.output
         if made is not None:
-            if isinstance(output, Packed):  # The input of the next node may be the very same.
+            if isinstance(output, PickledSnapshot):  # The input of the next node may be the very same.
                 self._packed = output, made
             output = made
         return row._replace(input=given, output=output)
 
-    def _stored_input(self, schema: Schema, snapshot: Snapshot) -> Stored | None:
+    def _stored_input(self, schema: Schema, snapshot: Snapshot) -> StoredSnapshot | None:
         """Return a reference to a large input: mostly it is the output before it."""
-        if isinstance(snapshot, Given) and snapshot.source is self._packed[0]:
+        if isinstance(snapshot, SameSnapshot) and snapshot.source is self._packed[0]:
             return self._packed[1]
-        found = snapshot.source if isinstance(snapshot, Given) else snapshot
+        found = snapshot.source if isinstance(snapshot, SameSnapshot) else snapshot
         data = found if isinstance(found, bytes) else None
         size = 0
         if isinstance(found, tuple):
             size = sum(len(value) for value in found if isinstance(value, (str, bytes)))
-        elif isinstance(found, Packed) and found is snapshot:
+        elif isinstance(found, PickledSnapshot) and found is snapshot:
             size = found.size
         if 4 * size >= self._payloads.blob_bytes:  # In UTF-8 it may be that much larger, and in JSON smaller.
             try:
@@ -393,8 +393,8 @@ class DurableSession:
             return None
         return self._large.get(checksum(data))
 
-    def _reference(self, stored: bytes, place: Place, what: str) -> Stored:
-        return Stored(partial(self._payloads.open, stored, place, what))
+    def _reference(self, stored: bytes, place: Place, what: str) -> StoredSnapshot:
+        return StoredSnapshot(partial(self._payloads.open, stored, place, what))
 
     def _commit(self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
         contract, ref = contract_of(row, schema), schema_ref(schema.model)

@@ -27,8 +27,8 @@ from stroma.checkpoint.protocols import (
     waits_no_longer,
 )
 from stroma.contracts.contract import check_id
-from stroma.contracts.copying import Packed
-from stroma.contracts.schema import Schema, schema_of, told_of
+from stroma.contracts.schema import Schema, describe_error, schema_of
+from stroma.contracts.snapshots import PickledSnapshot
 from stroma.trace.events import AttemptRow, contract_of
 
 __all__ = ["AsyncInMemoryStore", "InMemoryStore"]
@@ -137,7 +137,7 @@ class _MemorySession:
             self._calls.pop(key, None)
         kind, schemas = type(row.output), row.schemas
         if (
-            (kind is tuple or kind is Packed or kind is bytes)
+            (kind is tuple or kind is PickledSnapshot or kind is bytes)
             and schemas is not None
             and schemas[1] is schema
         ):
@@ -324,7 +324,7 @@ def coerce(state: BaseModel, schema: type[BaseModel]) -> BaseModel:
     """The state as an instance of a schema. Raises TypeError for what is no schema, ValidationError if it cannot be."""
     if not (isinstance(schema, type) and issubclass(schema, BaseModel)):
         raise TypeError("schema must be a BaseModel type")
-    return schema_of(schema).cross(state)
+    return schema_of(schema).convert(state)
 
 
 def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: str) -> BaseModel:
@@ -334,7 +334,7 @@ def as_schema(state: BaseModel, schema: type[BaseModel], run_id: str, node_id: s
     except TypeError:
         raise
     except Exception as error:
-        why, cause = told_of(error)
+        why, cause = describe_error(error)
         raise CorruptCheckpoint(
             f"the checkpoint of node {node_id!r} in run {run_id!r} is not a {schema.__name__}: {why}; "
             "restore the schema, or run the node again"
