@@ -107,7 +107,7 @@ class Attempt:
             if self.ctx.fire.on_node_start is not None:
                 await self._call_start_hooks()
             raised = await self._call()
-            if self._take_usage():
+            if type(self.output) is tuple or self.run.reported is not None:
                 await self._price_usage()
             self._count_usage()
             if raised is not None:
@@ -115,7 +115,8 @@ class Attempt:
             violation = self._accept_output()
             if violation is not None:
                 return await self._fail(violation)
-            self._judge()
+            if self.usage_error is not None or self.ctx.limits:
+                self._judge()
             row, pending = self._begin_commit()
             if pending is not None:
                 problem = await self._finish_commit(row, pending)
@@ -123,12 +124,21 @@ class Attempt:
                     return await self._fail(problem, is_of_store=True)
                 row = refer(self.ctx, row)
             self._end_with_output(row)
-            return await self._announce() if self._has_announcements() else self.model
+            if (
+                self.firing is None
+                and self.interrupt is None
+                and self.failure is None
+                and not self.ctx.limits
+            ):
+                return self.model
+            return await self._announce()
         except BaseException as interrupt:
             await self._end_interrupted(interrupt)
             raise
         finally:
-            self._release()
+            # What the function raised references the frames that it passed, they this attempt, and the execution its last
+            # failure: otherwise each failed run is a cycle that only the garbage collector frees.
+            del self.run
 
     async def begin_only(self) -> Failure | Halt | None:
         """Make the part of the attempt that precedes the call. Return its end if the input is not valid."""
@@ -143,7 +153,7 @@ class Attempt:
             await self._end_interrupted(interrupt)
             raise
         finally:
-            self._release()
+            del self.run  # As in make().
 
     async def reject(self, error: Exception) -> Failure | Halt:
         """End as failed, since there is no schema to validate the input with."""
@@ -153,15 +163,7 @@ class Attempt:
             await self._end_interrupted(interrupt)
             raise
         finally:
-            self._release()
-
-    def _release(self) -> None:
-        """Drop the execution.
-
-        What the function raised references the frames that it passed, they this attempt, and the execution its last failure:
-        otherwise each failed run is a cycle that only the garbage collector frees.
-        """
-        del self.run
+            del self.run  # As in make().
 
     # ------------------------------------------------------------------ input
 
@@ -308,17 +310,15 @@ class Attempt:
 
     # ------------------------------------------------------------------ usage
 
-    def _take_usage(self) -> bool:
-        """Take the usage out of the output. Return True if there is any to price."""
+    async def _price_usage(self) -> None:
+        """Take the usage out of the output, and put a price on it."""
         if type(self.output) is tuple:
             self.output, self.usage_error = count_returned(self.run, self.output)
-        return self.run.reported is not None
-
-    async def _price_usage(self) -> None:
-        cancelled, unpriced = await price(self.ctx, self.run)
-        if cancelled:
-            self.interrupt = asyncio.CancelledError()
-        self.usage_error = self.usage_error or unpriced
+        if self.run.reported is not None:
+            cancelled, unpriced = await price(self.ctx, self.run)
+            if cancelled:
+                self.interrupt = asyncio.CancelledError()
+            self.usage_error = self.usage_error or unpriced
 
     def _count_usage(self) -> None:
         """Count what the call took: it is spent, whatever becomes of the output."""
@@ -385,8 +385,12 @@ class Attempt:
 
     def _end_with_output(self, row: AttemptRow) -> None:
         """Append the row of a committed output. From here on it is safe."""
-        ctx, run, fire = self.ctx, self.run, self.ctx.fire
-        if self.failure is not None:
+        ctx, run = self.ctx, self.run
+        fire = ctx.fire
+        if self.failure is None and fire.on_node_success is None:
+            self.row = run.ended = row
+            run.rows.append(row)
+        elif self.failure is not None:
             self._end(row, fire.on_node_failure, failure_arguments, ctx, run, self.failure)
         else:
             self._end(row, fire.on_node_success, success_arguments, ctx, run, self.plan[1], self.model)
@@ -449,9 +453,6 @@ class Attempt:
                 raise
         if ctx.delivers and self.row is not None:
             ctx.session.delivered(self.row)
-
-    def _has_announcements(self) -> bool:
-        return bool(self.firing is not None or self.failure is not None or self.interrupt or self.ctx.limits)
 
     async def _announce(self) -> BaseModel | Halt:
         """Call the hooks of an end with an output, then let out what came up meanwhile."""

@@ -50,20 +50,20 @@ def make_row(
     run: NodeExecution,
     begin: int,
     duration: int,
-    picture: Snapshot,
-    kept: Snapshot | None,
+    snapshot: Snapshot,
+    output: Snapshot | None,
     failure: Failure | None,
     outcome: Outcome,
 ) -> AttemptRow:
     if failure is not None:
         _note_trouble(run, begin, failure)
-    return AttemptRow(
+    fields = (
         run.node_id,
         run.attempt,
         begin + run.ctx.epoch_ns,
         duration,
-        picture,
-        kept,
+        snapshot,
+        output,
         outcome,
         None if failure is None else failed_of(failure, outcome),
         None if run.counted is NO_USAGE else run.counted,
@@ -74,6 +74,7 @@ def make_row(
         run.children,
         min(run.busy_ns, duration) if run.kind == "group" else duration,
     )
+    return tuple.__new__(AttemptRow, fields)  # AttemptRow(*fields) takes 0.3 us more of the 7 of a node.
 
 
 def refer(ctx: ReliabilityContext, row: AttemptRow) -> AttemptRow:
