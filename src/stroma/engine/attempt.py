@@ -9,7 +9,6 @@ from __future__ import annotations
 import asyncio
 import math
 from collections.abc import Awaitable, Callable
-from dataclasses import replace
 from functools import partial
 from time import perf_counter_ns
 from typing import Any, Final, final
@@ -17,16 +16,16 @@ from typing import Any, Final, final
 from pydantic import BaseModel
 
 from stroma._utils.text import one_line
-from stroma.checkpoint import PipelineChanged, StoreError, Waiting, schema_ref
-from stroma.contracts.contract import ContractViolation, as_violation, output_violation
+from stroma.checkpoint import Waiting, schema_ref
+from stroma.contracts.contract import as_violation, output_violation
 from stroma.contracts.node import Group, Node, Plan
 from stroma.contracts.schema import Snapshot, schema_of
-from stroma.cost.budget import BudgetExceeded
 from stroma.cost.usage import UsageError
 from stroma.engine.admission import admit
 from stroma.engine.commit import make_row, record, refer, settle
 from stroma.engine.context import ReliabilityContext
 from stroma.engine.current import CURRENT
+from stroma.engine.diagnosis import DeadlineExceeded, diagnose_attempt
 from stroma.engine.events import (
     failure_arguments,
     log_failure,
@@ -303,7 +302,7 @@ class Attempt:
                 now = perf_counter_ns()
                 busy = self.run.busy(now) if self.run.parent else now - self.begin
                 used = ctx.cost_tracker.used("latency") + busy / 1e6
-                raise _Deadline(ctx, "latency", limit, max(used, limit), node_id) from None
+                raise DeadlineExceeded(ctx, "latency", limit, max(used, limit), node_id) from None
             raise TimeoutError(
                 f"node {node_id!r} did not end within {timeout_ms} ms (node_timeouts)"
             ) from None
@@ -490,7 +489,7 @@ class Attempt:
     async def _fail(self, error: BaseException, *, is_of_store: bool = False) -> Failure | Halt:
         """End as failed: classify, record, and call the failure hooks."""
         ctx, run = self.ctx, self.run
-        failure, halt = self._diagnose(error, is_of_store=is_of_store)
+        failure, halt = diagnose_attempt(ctx, run, error, self.snapshot, is_of_store=is_of_store)
         row = make_row(run, self.begin, self.duration, self.snapshot, None, failure, "failure")
         row = refer(ctx, row)
         self._end(row, ctx.fire.on_node_failure, failure_arguments, ctx, run, failure)
@@ -519,45 +518,6 @@ class Attempt:
         if pending is None:
             return None
         return await self._settle(row, pending, partial(record, self.ctx, row))
-
-    def _diagnose(self, error: BaseException, *, is_of_store: bool) -> tuple[Failure, Halt | None]:
-        """Return what an exception means, and the Halt if nothing else decides what follows."""
-        ctx, run = self.ctx, self.run
-        if isinstance_by_type(error, GroupStopped):
-            inner = error.halt.failure
-            failure = Failure(
-                inner.exception, inner.failure_class, run.node_id, run.attempt, inner.message, inner.reason,
-                inner.retry_after_seconds,
-            )  # fmt: skip
-            if error.halt.spent or error.halt.partial:
-                return failure, Halt(failure, partial=error.halt.partial, spent=error.halt.spent)
-            return failure, None
-        failure = diagnose(error, NodeContext(run.node_id, run.attempt, ctx.run_id), ctx.classifiers)
-        if isinstance_by_type(error, PipelineChanged):  # Of a step inside: another attempt meets the same.
-            failure = replace(failure, failure_class=FailureClass.TERMINAL, reason="changed")
-        failure = ctx.redactor.mask_failure(failure, self.snapshot)
-        for probe in ctx.probes:
-            failure = probe.diagnosed(run, failure)
-        if isinstance_by_type(error, ContractViolation) and self._may_repair(failure):
-            run.repairing = True
-            failure = replace(failure, failure_class=FailureClass.RECOVERABLE)
-        if isinstance_by_type(error, _Deadline) and error.ctx is ctx:
-            return failure, Halt(failure, spent=True)
-        if is_of_store and isinstance_by_type(error, StoreError):
-            failure = Failure(
-                error, FailureClass.RECOVERABLE, run.node_id, run.attempt, failure.message, "store"
-            )
-            return failure, Halt(failure, partial=True)
-        return failure, None
-
-    def _may_repair(self, failure: Failure) -> bool:
-        """Return True if the config grants another attempt after an output that broke its contract."""
-        run, error = self.run, failure.exception
-        if getattr(error, "node_id", None) != run.node_id:
-            return False  # Of a run inside the node: not its own output.
-        is_output = getattr(error, "direction", None) == "output"
-        granted = self.ctx.config.contract_retries.get(run.node_id, 0)
-        return is_output and failure.failure_class is FailureClass.TERMINAL and run.repairs < granted
 
     async def _suspend(self, raised: BaseException) -> Failure | Halt:
         """End as suspended: a person has to answer first. That is no failure."""
@@ -669,16 +629,3 @@ async def make_in_turn(attempt: Attempt) -> BaseModel | Failure | Halt:
     if await permit.leave(outcome):
         raise asyncio.CancelledError
     return outcome
-
-
-class _Deadline(BudgetExceeded):
-    """The latency budget ran out under the function in flight."""
-
-    def __init__(
-        self, ctx: ReliabilityContext, dimension: Any, limit: float, used: float, node_id: str
-    ) -> None:
-        super().__init__(dimension, limit, used, node_id)
-        self.ctx = ctx  # of the run whose budget it was: a run inside the node has one of its own
-
-    def __reduce__(self) -> Any:
-        return (BudgetExceeded, self.args)
