@@ -145,12 +145,12 @@ def _read(response: object) -> Usage:
         )
     for level in _levels(response):
         for name in ("usage", "usage_metadata", "usageMetadata", "meta"):
-            found = _read_figures(get(level, name), level)
-            if found is not None:
-                return found
-    found = _read_figures(response, None)  # The usage itself.
-    if found is not None:
-        return found
+            usage = _read_figures(get(level, name), level)
+            if usage is not None:
+                return usage
+    usage = _read_figures(response, None)  # The usage itself.
+    if usage is not None:
+        return usage
     error = UsageError(
         f"a {_kind(response)} carries no usage; give figures instead, or for a stream of OpenAI its last chunk, "
         'which has it if it was asked for with stream_options={"include_usage": True}'
@@ -197,8 +197,8 @@ def _read_events(events: Sequence[Any]) -> Usage:
         )
     usages = [get(first, "usage")]
     usages += [get(event, "usage") for event in events[1:] if get(event, "type") == "message_delta"]
-    said = {name: value for usage in usages for name in _SAID if (value := get(usage, name)) is not None}
-    return _read({"usage": said, "model": get(first, "model")})
+    figures = {name: value for usage in usages for name in _SAID if (value := get(usage, name)) is not None}
+    return _read({"usage": figures, "model": get(first, "model")})
 
 
 _SAID: Final = (
@@ -213,13 +213,21 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
     for reader in _READERS:
         figures = reader(usage)
         if figures is not None:
-            given, made, cached, written, hour = figures
+            input_tokens, output_tokens, cached, written, hour = figures
             model = _text(level, "model", "model_version", "modelVersion")
             tier = _text(usage, "service_tier") or _text(level, "service_tier")
             if _text(usage, "speed") == "fast":  # Anthropic
                 tier = "fast"
             # A gateway may count what was cached beside the input: never less than the sum of its parts.
-            return Usage(max(given, cached + written), made, cached, written, model, tier, min(hour, written))
+            return Usage(
+                max(input_tokens, cached + written),
+                output_tokens,
+                cached,
+                written,
+                model,
+                tier,
+                min(hour, written),
+            )
     return None
 
 
@@ -246,16 +254,16 @@ _Figures: TypeAlias = tuple[int, int, int, int, int]
 
 def _chat(usage: Any) -> _Figures | None:
     """OpenAI's chat and embeddings, Mistral, and most who are compatible."""
-    given = _count(usage, "prompt_tokens")
-    if given is None:
+    input_tokens = _count(usage, "prompt_tokens")
+    if input_tokens is None:
         return None
     # xAI counts reasoning beside what it calls completion; the total has it.
-    made = max(_sum(usage, "completion_tokens"), (_count(usage, "total_tokens") or 0) - given)
+    output_tokens = max(_sum(usage, "completion_tokens"), (_count(usage, "total_tokens") or 0) - input_tokens)
     details = get(usage, "prompt_tokens_details")
     cached = _count(details, "cached_tokens")
     if cached is None:
         cached = _sum(usage, "prompt_cache_hit_tokens")  # DeepSeek
-    return given, made, cached, _sum(details, "cache_write_tokens"), 0
+    return input_tokens, output_tokens, cached, _sum(details, "cache_write_tokens"), 0
 
 
 def _google(usage: Any) -> _Figures | None:
@@ -265,10 +273,10 @@ def _google(usage: Any) -> _Figures | None:
         if _count(usage, names[0]) is None and _count(usage, "totalTokenCount") is None:
             return None
     prompt, tools, answer, thoughts, cached, total = names
-    given = _sum(usage, prompt, tools)
+    input_tokens = _sum(usage, prompt, tools)
     # What only the total has came out: some models do not count their thoughts apart.
-    made = max(_sum(usage, answer, thoughts), _sum(usage, total) - given)
-    return given, made, _sum(usage, cached), 0, 0
+    output_tokens = max(_sum(usage, answer, thoughts), _sum(usage, total) - input_tokens)
+    return input_tokens, output_tokens, _sum(usage, cached), 0, 0
 
 
 _GOOGLE: Final = (
@@ -298,29 +306,35 @@ def _cohere(usage: Any) -> _Figures | None:
 
 
 def _aws(usage: Any) -> _Figures | None:
-    given = _count(usage, "inputTokens")
-    if given is None:
+    input_tokens = _count(usage, "inputTokens")
+    if input_tokens is None:
         return None
     cached, written = _sum(usage, "cacheReadInputTokens"), _sum(usage, "cacheWriteInputTokens")
-    return given + cached + written, _sum(usage, "outputTokens"), cached, written, 0
+    return input_tokens + cached + written, _sum(usage, "outputTokens"), cached, written, 0
 
 
 def _input_output(usage: Any) -> _Figures | None:
     """OpenAI's responses, and Anthropic, who counts what was cached beside the input."""
-    given, made = _count(usage, "input_tokens"), _count(usage, "output_tokens")
-    if given is None and made is None:
+    input_tokens, output_tokens = _count(usage, "input_tokens"), _count(usage, "output_tokens")
+    if input_tokens is None and output_tokens is None:
         return None
-    if given is None:
+    if input_tokens is None:
         raise UsageError(
             "the event says what came out but not what went in; give the final message, or a list of all events"
         )
     cached, written = _count(usage, "cache_read_input_tokens"), _count(usage, "cache_creation_input_tokens")
     if cached is None and written is None:
         details = get(usage, "input_tokens_details")
-        return given, made or 0, _sum(details, "cached_tokens"), _sum(details, "cache_write_tokens"), 0
+        return (
+            input_tokens,
+            output_tokens or 0,
+            _sum(details, "cached_tokens"),
+            _sum(details, "cache_write_tokens"),
+            0,
+        )
     cached, written = cached or 0, written or 0
     hour = _sum(get(usage, "cache_creation"), "ephemeral_1h_input_tokens")
-    return given + cached + written, made or 0, cached, written, hour
+    return input_tokens + cached + written, output_tokens or 0, cached, written, hour
 
 
 _READERS: Final[tuple[Callable[[Any], _Figures | None], ...]] = (_chat, _google, _cohere, _aws, _input_output)
@@ -335,12 +349,12 @@ def as_report(usage: Usage) -> Report:
     return usage.input_tokens, usage.output_tokens, usage.model, None if usage.is_plain else usage
 
 
-def report_of(node_id: str, response: object, **said: Any) -> Report | None:
+def report_of(node_id: str, response: object, **options: Any) -> Report | None:
     """Return the usage that a response reports; None for a plain value. Errors name the node."""
     if issubclass(type(response), _NO_RESPONSES):
         return None
     try:
-        return as_report(usage_from(response, **said))
+        return as_report(usage_from(response, **options))
     except UsageError as error:
         named = UsageError(f"node {node_id!r}: {error}")
         named.silent = error.silent

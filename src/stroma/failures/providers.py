@@ -245,7 +245,7 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
     if id(group) in seen:  # A member can be raised from the group that it is in.
         return None
     seen.add(id(group))
-    found: list[Verdict] = []
+    verdicts: list[Verdict] = []
     silent = False
     for member in group.exceptions:
         late = _TIMEOUT if issubclass(type(member), TimeoutError) else None
@@ -255,35 +255,35 @@ def _worst(group: BaseExceptionGroup[Any], seen: set[int]) -> Verdict | None:
         elif verdict.failure_class == "TERMINAL":
             return verdict
         else:
-            found.append(verdict)
-    return None if silent else max(found, key=lambda verdict: verdict.retry_after or 0.0)
+            verdicts.append(verdict)
+    return None if silent else max(verdicts, key=lambda verdict: verdict.retry_after or 0.0)
 
 
 def _read(exc: BaseException) -> Verdict | None:
     packages = {_package(cls) for cls in type(exc).__mro__}
     levels = _levels(exc, packages)
     codes = list(_codes(exc, levels))
-    found = next((_CODES[code] for code in codes if code in _CODES), None)
+    verdict = next((_CODES[code] for code in codes if code in _CODES), None)
     status = _status(exc, packages)
-    if found is None and status is not None:
+    if verdict is None and status is not None:
         own = (_OWN.get((package, status)) for package in packages)
-        found = next(filter(None, own), None) or _STATUS.get(status) or (_SERVER if status >= 500 else None)
-    if found is None and (status is None or status < 400):
-        found = next((_STREAMED[code] for code in codes if code in _STREAMED), None)
-    if found is not None:
-        found = _read_prose(found, levels, packages)
+        verdict = next(filter(None, own), None) or _STATUS.get(status) or (_SERVER if status >= 500 else None)
+    if verdict is None and (status is None or status < 400):
+        verdict = next((_STREAMED[code] for code in codes if code in _STREAMED), None)
+    if verdict is not None:
+        verdict = _read_prose(verdict, levels, packages)
     if status is None:
-        return found or _read_transport(exc)
+        return verdict or _read_transport(exc)
     headers = _headers(exc, packages)
     wish = headers.get("x-should-retry")
     if wish == "false" and status >= 400:
-        found = (found or _BAD_REQUEST)._replace(failure_class="TERMINAL")
-    elif wish == "true" and status >= 400 and found is not _QUOTA and found is not _AUTH:
-        found = (found or _SERVER)._replace(failure_class="RECOVERABLE")
-    if found is None:
+        verdict = (verdict or _BAD_REQUEST)._replace(failure_class="TERMINAL")
+    elif wish == "true" and status >= 400 and verdict is not _QUOTA and verdict is not _AUTH:
+        verdict = (verdict or _SERVER)._replace(failure_class="RECOVERABLE")
+    if verdict is None:
         return None
-    asked = retry_after_seconds(headers)
-    return found._replace(retry_after=_retry_delay(levels) if asked is None else asked)
+    retry_after = retry_after_seconds(headers)
+    return verdict._replace(retry_after=_retry_delay(levels) if retry_after is None else retry_after)
 
 
 def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdict:
@@ -297,8 +297,8 @@ def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdic
         phrases += _GRPC_PHRASES
     if not phrases:
         return found
-    said = [_get(level, name) for level in levels for name in ("message", "Message")]
-    prose = " ".join(text for text in said if isinstance(text, str)).lower()
+    messages = [_get(level, name) for level in levels for name in ("message", "Message")]
+    prose = " ".join(text for text in messages if isinstance(text, str)).lower()
     return next((verdict for phrase, verdict in phrases if phrase in prose), found)
 
 
@@ -341,12 +341,12 @@ def _call(exc: BaseException, name: str) -> Any:
 
 def _headers(exc: BaseException, packages: set[str]) -> dict[str, str]:
     if "grpc" in packages:
-        found = _pairs(_call(exc, "trailing_metadata"))
-        if (pushback := found.get("grpc-retry-pushback-ms")) is not None:
-            found["retry-after-ms"] = pushback
+        pairs = _pairs(_call(exc, "trailing_metadata"))
+        if (pushback := pairs.get("grpc-retry-pushback-ms")) is not None:
+            pairs["retry-after-ms"] = pushback
             if pushback.strip().startswith("-"):  # gRPC's way to say: do not try again.
-                found["x-should-retry"] = "false"
-        return found
+                pairs["x-should-retry"] = "false"
+        return pairs
     response = _get(exc, "response")
     places = (
         (response, "headers"),
@@ -354,9 +354,9 @@ def _headers(exc: BaseException, packages: set[str]) -> dict[str, str]:
         (_get(response, "ResponseMetadata"), "HTTPHeaders"),
     )
     for owner, name in places:
-        found = _pairs(_get(owner, name))
-        if found:
-            return found
+        pairs = _pairs(_get(owner, name))
+        if pairs:
+            return pairs
     return {}
 
 
@@ -365,16 +365,16 @@ def _pairs(headers: Any) -> dict[str, str]:
 
     A header that came several times is joined by commas, as HTTP has it.
     """
-    found: dict[str, str] = {}
+    pairs: dict[str, str] = {}
     try:
         items = headers.items() if hasattr(headers, "items") else headers
         for key, value in items if isinstance(items, Iterable) else ():
             name = _decoded(key).lower()
             text = ", ".join(map(_decoded, value)) if isinstance(value, (list, tuple)) else _decoded(value)
-            found[name] = f"{found[name]}, {text}" if name in found else text
+            pairs[name] = f"{pairs[name]}, {text}" if name in pairs else text
     except Exception:
         return {}
-    return found
+    return pairs
 
 
 def _decoded(text: Any) -> str:
@@ -447,8 +447,8 @@ def retry_after_seconds(headers: Mapping[str, str]) -> float | None:
     """
     for name, scale in (("retry-after-ms", 1000.0), ("retry-after", 1.0)):
         text = headers.get(name, "").strip()
-        found = [_number(part) for part in text.split(",")]
-        waits = [wait / scale for wait in found if math.isfinite(wait) and wait >= 0]
+        numbers = [_number(part) for part in text.split(",")]
+        waits = [wait / scale for wait in numbers if math.isfinite(wait) and wait >= 0]
         if not waits and scale == 1.0:
             waits = _moment(text)
         if waits:

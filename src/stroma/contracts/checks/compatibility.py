@@ -84,10 +84,10 @@ class Fitter(Taking):
         self.source = Side(UNKNOWN, EMPTY, {}) if source is None else Side.of(source)
         #: Classes that cross as instances, in the field that is looked at.
         self._accepted: frozenset[type] = frozenset()
-        given = frozenset[str]() if source is None else schema_of(source).traits.decoded_fields
+        decoded_by_source = frozenset[str]() if source is None else schema_of(source).traits.decoded_fields
         wanted = self.target_schema.traits.decoded_fields
         #: Text that the source has decoded is not decoded again.
-        self._decoded = bool(wanted) and wanted <= given
+        self._decoded = bool(wanted) and wanted <= decoded_by_source
         self._open: set[tuple[int, int]] = set()
         #: What was found of types that hold others, in the order in which that was done.
         self._known: dict[Any, _Known] = {}
@@ -233,8 +233,8 @@ class Fitter(Taking):
                 return FITS
             return undecided(path, source, target, "combinations of its members have values of their own")
         if holds_other(target.node):
-            found = Mismatch(Verdict.MAYBE, "choices", "only the values of its members are taken")
-            return verdict_on(found, source, target, path)
+            mismatch = Mismatch(Verdict.MAYBE, "choices", "only the values of its members are taken")
+            return verdict_on(mismatch, source, target, path)
         if kind in LEAVES and wanted in LEAVES:
             return verdict_on(
                 fit_leaf(source.node, source.config, target.node, target.config), source, target, path
@@ -294,13 +294,15 @@ class Fitter(Taking):
         reasons: list[Reason] = []
         for alternative, fit in zip(alternatives, fits, strict=True):
             for reason in fit.reasons:
-                kind, what, given = reason.kind, reason.what, reason.source
+                kind, what, source_type = reason.kind, reason.what, reason.source
                 if alternative.resolved().kind == "none":
-                    kind, what, given = "optional", "it may be None", str(source)
+                    kind, what, source_type = "optional", "it may be None", str(source)
                 elif fit.verdict is Verdict.NEVER and reason.path == path:
-                    kind, given = "union", str(source)
+                    kind, source_type = "union", str(source)
                     what = f"it may be {_article(alternative)}, which is not taken"
-                reasons.append(replace(reason, verdict=Verdict.MAYBE, kind=kind, what=what, source=given))
+                reasons.append(
+                    replace(reason, verdict=Verdict.MAYBE, kind=kind, what=what, source=source_type)
+                )
         return Fit(Verdict.MAYBE, tuple(dict.fromkeys(reasons)))
 
 

@@ -36,8 +36,8 @@ def told(node: Any, config: dict[str, Any], defs: dict[str, Any], depth: int = 0
     if kind == "typed-dict":
         return str(getattr(node.get("cls"), "__name__", node.get("cls_name", "TypedDict")))
     if kind == "definition-ref":
-        found = defs.get(node["schema_ref"])
-        return told(found, config, defs, depth + 1) if found is not None else "..."
+        definition = defs.get(node["schema_ref"])
+        return told(definition, config, defs, depth + 1) if definition is not None else "..."
     if kind == "enum":
         return str(node["cls"].__name__)
     if kind == "literal":
