@@ -304,7 +304,7 @@ def test_the_records_have_their_defaults() -> None:
 
 
 @pytest.mark.parametrize(
-    ("share", "limit", "cost", "is_reached"),
+    ("share", "limit", "cost", "expected"),
     [
         (0.8, 1.0, 0.8, True),
         (0.8, 1.0, 0.799999999, False),
@@ -319,21 +319,21 @@ def test_the_records_have_their_defaults() -> None:
     ],
 )
 def test_a_share_of_a_limit_is_reached_exactly(
-    share: float, limit: float, cost: float, is_reached: bool
+    share: float, limit: float, cost: float, expected: bool
 ) -> None:
     """To the billionth of a dollar; what earlier processes spent counts."""
     rule = FallbackPolicy("a", "b", share)
     earlier = CostTracker()
     earlier.prior_cost_usd = cost
     for tracker in (spent(cost), earlier):
-        assert is_reached(rule, tracker, limit) is is_reached
+        assert is_reached(rule, tracker, limit) is expected
         budget = ExecutionBudget(max_cost_usd=limit)
-        assert resolve_model("a", tracker, budget, [rule]) == ("b" if is_reached else "a")
-        assert fallback_due(tracker, budget, [rule]) == ("b" if is_reached else None)
+        assert resolve_model("a", tracker, budget, [rule]) == ("b" if expected else "a")
+        assert fallback_due(tracker, budget, [rule]) == ("b" if expected else None)
 
 
 def test_the_first_rule_for_a_model_counts() -> None:
-    """A rule for another model does not, nor one that is not is_reached; without a limit or a model none does."""
+    """A rule for another model does not, nor one that is not reached; without a limit or a model none does."""
     rules = [
         FallbackPolicy("x", "never", 0.1),
         FallbackPolicy("a", "late", 0.9),
