@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeAlias, cast
 
-from stroma._utils.access import get
+from stroma._utils.access import safe_get
 
 __all__ = ["Usage", "UsageError", "usage_from"]
 
@@ -139,13 +139,13 @@ def _read(response: object) -> Usage:
         raise UsageError(f"{shown(response)} is no response of a provider; give the response as it came")
     if issubclass(kind, (list, tuple)):
         return _read_events(cast("Sequence[Any]", response))
-    if get(response, "type") == "message_start":
+    if safe_get(response, "type") == "message_start":
         raise UsageError(
             "message_start says what went in but not what came out; give the final message, or a list of all events"
         )
     for level in _levels(response):
         for name in ("usage", "usage_metadata", "usageMetadata", "meta"):
-            usage = _read_figures(get(level, name), level)
+            usage = _read_figures(safe_get(level, name), level)
             if usage is not None:
                 return usage
     usage = _read_figures(response, None)  # The usage itself.
@@ -176,29 +176,33 @@ _NO_RESPONSES: Final = (type(None), bool, int, float, complex, str, bytes)
 
 def _levels(response: object) -> Iterator[Any]:
     """Yield the objects that may hold usage: a response, and the ones that a stream event or batch line wraps."""
-    inner = get(response, "response")
+    inner = safe_get(response, "response")
     yield response
     yield inner  # OpenAI: response.completed; Google: a batch
-    yield get(inner, "body")  # OpenAI: a line of a batch
-    yield get(response, "data")  # Mistral: an event
-    yield get(response, "delta")  # Cohere: message-end
-    yield get(response, "metadata")  # AWS: the last event of a stream
-    yield get(get(response, "result"), "message")  # Anthropic: a line of a batch
-    yield get(response, "message")  # Anthropic: message_stop, where the SDK has put the message together
+    yield safe_get(inner, "body")  # OpenAI: a line of a batch
+    yield safe_get(response, "data")  # Mistral: an event
+    yield safe_get(response, "delta")  # Cohere: message-end
+    yield safe_get(response, "metadata")  # AWS: the last event of a stream
+    yield safe_get(safe_get(response, "result"), "message")  # Anthropic: a line of a batch
+    yield safe_get(response, "message")  # Anthropic: message_stop, where the SDK has put the message together
 
 
 def _read_events(events: Sequence[Any]) -> Usage:
     """Return the usage of one raw stream of Anthropic: later events report totals, not increments."""
-    first = get(events[0], "message") if events and get(events[0], "type") == "message_start" else None
-    if first is None or any(get(event, "type") == "message_start" for event in events[1:]):
+    first = (
+        safe_get(events[0], "message") if events and safe_get(events[0], "type") == "message_start" else None
+    )
+    if first is None or any(safe_get(event, "type") == "message_start" for event in events[1:]):
         raise UsageError(
             f"a {_kind(events)} is no response; report each response by itself with report_usage(), of a stream the "
             "last chunk; a list can only be the events of one stream of Anthropic, from message_start on"
         )
-    usages = [get(first, "usage")]
-    usages += [get(event, "usage") for event in events[1:] if get(event, "type") == "message_delta"]
-    figures = {name: value for usage in usages for name in _SAID if (value := get(usage, name)) is not None}
-    return _read({"usage": figures, "model": get(first, "model")})
+    usages = [safe_get(first, "usage")]
+    usages += [safe_get(event, "usage") for event in events[1:] if safe_get(event, "type") == "message_delta"]
+    figures = {
+        name: value for usage in usages for name in _SAID if (value := safe_get(usage, name)) is not None
+    }
+    return _read({"usage": figures, "model": safe_get(first, "model")})
 
 
 _SAID: Final = (
@@ -232,11 +236,11 @@ def _read_figures(usage: Any, level: Any) -> Usage | None:
 
 
 def _text(owner: Any, *names: str) -> str | None:
-    return next((value for name in names if isinstance(value := get(owner, name), str) and value), None)
+    return next((value for name in names if isinstance(value := safe_get(owner, name), str) and value), None)
 
 
 def _count(owner: Any, name: str) -> int | None:
-    value = get(owner, name)
+    value = safe_get(owner, name)
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         return None
     if not math.isfinite(value) or value < 0 or value != int(value):
@@ -259,7 +263,7 @@ def _chat(usage: Any) -> _Figures | None:
         return None
     # xAI counts reasoning beside what it calls completion; the total has it.
     output_tokens = max(_sum(usage, "completion_tokens"), (_count(usage, "total_tokens") or 0) - input_tokens)
-    details = get(usage, "prompt_tokens_details")
+    details = safe_get(usage, "prompt_tokens_details")
     cached = _count(details, "cached_tokens")
     if cached is None:
         cached = _sum(usage, "prompt_cache_hit_tokens")  # DeepSeek
@@ -290,10 +294,10 @@ _GOOGLE_JSON: Final = (
 
 
 def _cohere(usage: Any) -> _Figures | None:
-    billed = get(usage, "billed_units")
+    billed = safe_get(usage, "billed_units")
     if _count(billed, "input_tokens") is not None:
         return _sum(billed, "input_tokens"), _sum(billed, "output_tokens"), 0, 0, 0
-    counted = get(usage, "tokens")
+    counted = safe_get(usage, "tokens")
     if _count(counted, "input_tokens") is None:
         return None
     return (
@@ -324,7 +328,7 @@ def _input_output(usage: Any) -> _Figures | None:
         )
     cached, written = _count(usage, "cache_read_input_tokens"), _count(usage, "cache_creation_input_tokens")
     if cached is None and written is None:
-        details = get(usage, "input_tokens_details")
+        details = safe_get(usage, "input_tokens_details")
         return (
             input_tokens,
             output_tokens or 0,
@@ -333,7 +337,7 @@ def _input_output(usage: Any) -> _Figures | None:
             0,
         )
     cached, written = cached or 0, written or 0
-    hour = _sum(get(usage, "cache_creation"), "ephemeral_1h_input_tokens")
+    hour = _sum(safe_get(usage, "cache_creation"), "ephemeral_1h_input_tokens")
     return input_tokens + cached + written, output_tokens or 0, cached, written, hour
 
 

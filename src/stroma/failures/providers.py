@@ -14,7 +14,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from datetime import UTC
 from typing import Any, Final, Literal, NamedTuple, cast
 
-from stroma._utils.access import get as _get
+from stroma._utils.access import safe_get
 
 __all__ = ["Verdict", "read_provider_error", "retry_after_seconds"]
 
@@ -297,7 +297,7 @@ def _read_prose(found: Verdict, levels: list[Any], packages: set[str]) -> Verdic
         phrases += _GRPC_PHRASES
     if not phrases:
         return found
-    messages = [_get(level, name) for level in levels for name in ("message", "Message")]
+    messages = [safe_get(level, name) for level in levels for name in ("message", "Message")]
     prose = " ".join(text for text in messages if isinstance(text, str)).lower()
     return next((verdict for phrase, verdict in phrases if phrase in prose), found)
 
@@ -315,24 +315,24 @@ def _package(cls: type) -> str:
 
 
 def _status(exc: BaseException, packages: set[str]) -> int | None:
-    response = _get(exc, "response")
+    response = safe_get(exc, "response")
     places = [(exc, "status_code"), (exc, "status"), (response, "status_code"), (response, "status")]
-    places.append((_get(response, "ResponseMetadata"), "HTTPStatusCode"))  # botocore
+    places.append((safe_get(response, "ResponseMetadata"), "HTTPStatusCode"))  # botocore
     if "google" in packages:
         # Before the response, whose status is 200 where an error came in the middle of a stream.
         places.insert(0, (exc, "code"))
     for owner, name in places:
-        value = _get(owner, name)
+        value = safe_get(owner, name)
         if isinstance(value, int) and 100 <= value <= 599:
             return int(value)
     if "grpc" in packages:
-        return _GRPC.get(str(_get(_call(exc, "code"), "name")))
+        return _GRPC.get(str(safe_get(_call(exc, "code"), "name")))
     return None
 
 
 def _call(exc: BaseException, name: str) -> Any:
     """Return the result of a method without arguments, as gRPC's exceptions have; None if it is missing or raises."""
-    method = _get(exc, name)
+    method = safe_get(exc, name)
     try:
         return method() if callable(method) else None
     except Exception:
@@ -347,14 +347,14 @@ def _headers(exc: BaseException, packages: set[str]) -> dict[str, str]:
             if pushback.strip().startswith("-"):  # gRPC's way to say: do not try again.
                 pairs["x-should-retry"] = "false"
         return pairs
-    response = _get(exc, "response")
+    response = safe_get(exc, "response")
     places = (
         (response, "headers"),
         (exc, "headers"),
-        (_get(response, "ResponseMetadata"), "HTTPHeaders"),
+        (safe_get(response, "ResponseMetadata"), "HTTPHeaders"),
     )
     for owner, name in places:
-        pairs = _pairs(_get(owner, name))
+        pairs = _pairs(safe_get(owner, name))
         if pairs:
             return pairs
     return {}
@@ -387,15 +387,15 @@ def _levels(exc: BaseException, packages: set[str]) -> list[Any]:
         return [exc, {"message": _call(exc, "details")}]
     if "aiohttp" in packages:
         return []  # It keeps no body, and warns whoever asks for its code.
-    response = _get(exc, "response")
-    body = _get(exc, "body")
+    response = safe_get(exc, "response")
+    body = safe_get(exc, "body")
     if body is None and isinstance(response, Mapping):
-        return [exc, _get(response, "Error")]
-    if body is None and isinstance(_get(exc, "details"), Mapping):
-        body = _get(exc, "details")  # google
+        return [exc, safe_get(response, "Error")]
+    if body is None and isinstance(safe_get(exc, "details"), Mapping):
+        body = safe_get(exc, "details")  # google
     if body is None:
         # httpx has the body on the response; a body that was never read must not be fetched here.
-        body = _get(response, "_content")
+        body = safe_get(response, "_content")
     if isinstance(body, (bytes, str)):
         try:
             body = json.loads(body) if len(body) < 65_536 else None
@@ -403,37 +403,37 @@ def _levels(exc: BaseException, packages: set[str]) -> list[Any]:
             body = None
     if isinstance(body, list) and len(body) == 1:
         body = body[0]  # google, from some of its addresses
-    return [exc, body, _get(body, "error")]
+    return [exc, body, safe_get(body, "error")]
 
 
 def _codes(exc: BaseException, levels: list[Any]) -> Iterator[str]:
-    for level in [*levels, *[_get(level, "details") for level in levels]]:
+    for level in [*levels, *[safe_get(level, "details") for level in levels]]:
         for name in ("error_code", "code", "Code", "type"):
-            value = _get(level, name)
+            value = safe_get(level, name)
             if isinstance(value, str):
                 yield value
     for detail in _details(levels):
-        reason = _get(detail, "reason")
+        reason = safe_get(detail, "reason")
         if isinstance(reason, str):
             yield reason
-        violations = _get(detail, "violations")
+        violations = safe_get(detail, "violations")
         for violation in violations if isinstance(violations, list) else ():
             # The wait that is asked for beside it is of seconds, for a quota that is filled again at midnight.
-            if "PerDay" in str(_get(violation, "quotaId")):
+            if "PerDay" in str(safe_get(violation, "quotaId")):
                 yield "PerDay"
 
 
 def _details(levels: list[Any]) -> Iterator[Any]:
     """Yield the details that Google's errors list: ErrorInfo, QuotaFailure, RetryInfo."""
     for level in levels[1:]:
-        details = _get(level, "details")
+        details = safe_get(level, "details")
         if isinstance(details, list):
             yield from details
 
 
 def _retry_delay(levels: list[Any]) -> float | None:
     for detail in _details(levels):
-        delay = _get(detail, "retryDelay")
+        delay = safe_get(detail, "retryDelay")
         if isinstance(delay, str):
             return retry_after_seconds({"retry-after": delay.removesuffix("s")})
     return None

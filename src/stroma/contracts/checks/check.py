@@ -110,7 +110,7 @@ def _of_reason(crossing: Crossing, wanted: type[BaseModel], reason: Reason) -> F
     absent = reason.kind == "missing" and not reason.source and len(reason.path) == 1
     by = state.giver if absent else _giver_of(state, reason.path)
     path = _shown(reason.path, state)
-    message, mend = _told(crossing, wanted, reason, by, path)
+    message, mend = _message_and_fix(crossing, wanted, reason, by, path)
     severity: Literal["error", "warning"] = "error" if reason.verdict is Verdict.NEVER else "warning"
     return Finding(
         severity, reason.kind, by.node_id, to.node_id, by.at, to.at, path, reason.source, reason.target,
@@ -126,7 +126,7 @@ def _shown(path: tuple[str, ...], state: State) -> str:
     return text
 
 
-def _told(
+def _message_and_fix(
     crossing: Crossing, wanted: type[BaseModel], reason: Reason, by: Giver, path: str
 ) -> tuple[str, str]:
     """Return the message of a mismatch and its fix."""

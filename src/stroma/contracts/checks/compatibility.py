@@ -57,7 +57,7 @@ def fit_classes(source: type[BaseModel], target: type[BaseModel], *, apart: bool
     return Fitter(source, target, apart=apart).fit()
 
 
-_OFTEN: Final = 100
+_MAX_REPEATED: Final = 100
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Fitter(Taking):
         self._open: set[tuple[int, int]] = set()
         #: What was found of types that hold others, in the order in which that was done.
         self._known: dict[Any, _Known] = {}
-        self._told = 0
+        self._repeated = 0
 
     def fit(self) -> Fit:
         """Return the verdict on the two classes."""
@@ -121,7 +121,7 @@ class Fitter(Taking):
         ``bare``: through a group, whose nodes are given an item that is no record as it is.
         """
         item = item.resolved()
-        alternatives = alternatives_of(item, self._kept)
+        alternatives = alternatives_of(item, self._stays_instance)
         if alternatives is not None:
             return self._each(
                 item, alternatives, self.target, (), lambda one, *_: self.fit_item(one, bare=bare)
@@ -200,8 +200,8 @@ class Fitter(Taking):
     def _again(self, known: _Known, path: tuple[str, ...]) -> Fit:
         """Return an earlier verdict on two types for another place; after enough places, only its first mismatch."""
         reasons = known.fit.reasons
-        self._told += len(reasons)
-        if self._told > _OFTEN:
+        self._repeated += len(reasons)
+        if self._repeated > _MAX_REPEATED:
             reasons = reasons[:1]
         start = len(known.path)
         moved = tuple(replace(reason, path=(*path, *reason.path[start:])) for reason in reasons)
@@ -210,7 +210,7 @@ class Fitter(Taking):
     def _match(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
         if target.kind == "any" or alike(source, target):
             return FITS
-        alternatives = alternatives_of(source, self._kept)
+        alternatives = alternatives_of(source, self._stays_instance)
         if alternatives is not None:
             return self._each(source, alternatives, target, path)
         unwrapped = self._unwrap_target(source, target, path)

@@ -142,7 +142,7 @@ class Inside(ABC):
 
     # ------------------------------------------------------------------ records: what has fields
 
-    def _kept(self, source: Side) -> bool:
+    def _stays_instance(self, source: Side) -> bool:
         """Return True if an instance crosses as the instance that it is."""
         cls: Any = source.node.get("cls")
         return source.kind in ("model", "dataclass") and (
@@ -150,10 +150,10 @@ class Inside(ABC):
         )
 
     def _is_one(self, source: Side, cls: type) -> bool:
-        return self._kept(source) and issubclass(source.node["cls"], cls)
+        return self._stays_instance(source) and issubclass(source.node["cls"], cls)
 
     def _record(self, source: Side, target: Side, path: tuple[str, ...]) -> Fit:
-        if self._kept(source):
+        if self._stays_instance(source):
             return self._kept_to(source, target, path)
         return self._record_to(record_of(source), target, path)
 

@@ -9,7 +9,7 @@ from typing import Any, Final
 from pydantic import BaseModel
 
 from stroma.contracts.checks.scalars import Kind, Mismatch, Verdict, worst
-from stroma.contracts.checks.type_names import told
+from stroma.contracts.checks.type_names import type_text
 from stroma.contracts.core_schema import core_schema_of, nodes_of
 
 __all__ = [
@@ -86,7 +86,7 @@ class Side:
         return str(self.node["type"])
 
     def __str__(self) -> str:
-        return told(self.node, self.config, self.defs)
+        return type_text(self.node, self.config, self.defs)
 
     def resolved(self) -> Side:
         """Without what only names, wraps or configures."""
