@@ -66,57 +66,50 @@ def approve(
     cluster = TemporalCluster.from_options(options)
     if cluster is not None:
         reject_local_options("the run is on the cluster, not in a store", "db")
-        return _approve_on_temporal(cluster, run_, target, answer_text, node, branch, resume, as_json)
-    database = Database.from_option(db)
-    record = database.find(run_)
-    every = database.waiting(record.run_id)
-    one = _find_waiting(database, record, every, target, node, branch)
+    source = cluster or Database.from_option(db)
+    record, questions = _read_questions(source, run_)
+    one = _find_waiting(source, record, questions, target, node, branch)
     pipeline, module = load_with_module(target)
-    answer, model = _parse_answer(database, record, one, module, target, answer_text, node, branch)
-    with database.explain_errors():
-        asyncio.run(_signal(database, record.run_id, answer, one, model))
-    remaining = unanswered([other for other in every if other[:3] != one[:3]])
+    answer, model = _parse_answer(source, record, one, module, target, answer_text, node, branch)
+    _send_answer(source, record.run_id, answer, one, model)
     if resume:
         err.line(f"{place_text(one)} is answered")
-        return resume_run(Database.from_option(db), record, pipeline, target, RunOptions(as_json=as_json))
-    _report(database, record.run_id, target, one, remaining, as_json)
+        run_options = RunOptions(as_json=as_json)
+        if isinstance(source, TemporalCluster):
+            return resume_on_temporal(source, record.run_id, pipeline, target, run_options)
+        return resume_run(Database.from_option(db), record, pipeline, target, run_options)
+    remaining = unanswered([other for other in questions if other[:3] != one[:3]])
+    _report(source, record.run_id, target, one, remaining, as_json)
     return Code.OK
 
 
-def _approve_on_temporal(
-    cluster: TemporalCluster,
-    run: str,
-    target: str,
-    answer_text: str,
-    node: str | None,
-    branch: str | None,
-    resume: bool,
-    as_json: bool,
-) -> int:
-    """Answer a suspended run on Temporal; return the exit code."""
+def _read_questions(source: Database | TemporalCluster, run: str) -> tuple[RunRecord, list[Waiting]]:
+    if isinstance(source, Database):
+        record = source.find(run)
+        return record, source.waiting(record.run_id)
     from stroma.cli.temporal_show import record_of
 
-    async def read_waiting() -> tuple[RunRecord, list[Waiting]]:
-        client = await cluster.connect()
-        record = await record_of(cluster, client, await cluster.find(client, run))
-        return record, await cluster.query(cluster.runner(client).waiting(record.run_id))
+    async def read() -> tuple[RunRecord, list[Waiting]]:
+        client = await source.connect()
+        record = await record_of(source, client, await source.find(client, run))
+        return record, await source.query(source.runner(client).waiting(record.run_id))
 
-    record, every = cluster.run(read_waiting())
-    one = _find_waiting(cluster, record, every, target, node, branch)
-    pipeline, module = load_with_module(target)
-    answer, model = _parse_answer(cluster, record, one, module, target, answer_text, node, branch)
+    return source.run(read())
 
-    async def send_answer() -> None:
-        runner = cluster.runner(await cluster.connect())
-        await runner.signal(record.run_id, answer, node_id=one.node_id, branch=one.branch, schema=model)
 
-    cluster.run(send_answer())
-    if resume:
-        err.line(f"{place_text(one)} is answered")
-        return resume_on_temporal(cluster, record.run_id, pipeline, target, RunOptions(as_json=as_json))
-    remaining = unanswered([other for other in every if other[:3] != one[:3]])
-    _report(cluster, record.run_id, target, one, remaining, as_json)
-    return Code.OK
+def _send_answer(
+    source: Database | TemporalCluster, run_id: str, answer: Any, one: Waiting, model: Any
+) -> None:
+    if isinstance(source, Database):
+        with source.explain_errors():
+            asyncio.run(_signal(source, run_id, answer, one, model))
+        return
+
+    async def send() -> None:
+        runner = source.runner(await source.connect())
+        await runner.signal(run_id, answer, node_id=one.node_id, branch=one.branch, schema=model)
+
+    source.run(send())
 
 
 def _parse_answer(
