@@ -27,7 +27,7 @@ from stroma.runner import map as _map
 
 __all__ = ["FakeClock"]
 
-#: What two sums of the same seconds may differ by.
+#: Tolerance for sums of the same seconds in another order.
 _ROUNDING: Final = 1e-6
 
 
@@ -62,7 +62,7 @@ class FakeClock:
         self._patched: list[tuple[Any, str, Any]] = []
         #: When waits between attempts end.
         self._due: list[float] = []
-        #: How much is being done outside of event loops.
+        #: Number of operations running outside of event loops.
         self._outside = 0
         self.waits: list[float] = []
 
@@ -198,7 +198,7 @@ class FakeClock:
         attributes.pop("run_in_executor", None)
         attributes.pop("shutdown_default_executor", None)
         for timer in getattr(loop, "_scheduled", ()):
-            # What is still to come shall not come later by what has passed here alone.
+            # Shift pending timers back by the time that passed on this clock only.
             timer._when -= self._monotonic() - time.monotonic()
 
     # ------------------------------------------------------------------ waiting
