@@ -114,11 +114,11 @@ async def test_what_cannot_be_forked(store: Store) -> None:
     with pytest.raises(CheckpointNotFound) as caught:
         forked(store, 4)
     assert str(caught.value) == (
-        "run 'r' has no output at position 3, before which it is forked; fork at an earlier node"
+        "run 'r' has no output at position 3, so it cannot be forked before position 4; fork at an earlier node"
     )
     with pytest.raises(RunExists) as exists:
         forked(store, 1, to="r")
-    assert str(exists.value) == "run 'r' exists already; give the fork another id"
+    assert str(exists.value) == "run 'r' already exists; use another id for the fork"
     assert store.tables() == before
     # A group of which only children are committed has no output.
     store.db.execute("DELETE FROM steps WHERE position = 1 AND branch = ''")

@@ -207,7 +207,7 @@ async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> 
 async def test_commits_that_are_apart_are_not_restored(store: Store) -> None:
     """They stay where they are, and committed() gives them."""
     await begun(store)
-    session = store.open(if_exists="resume", apart=((1, ""),))
+    session = store.open(if_exists="resume", lazily_loaded=((1, ""),))
     assert session.restored == {at: COMMITS[at] for at in ((0, ""), (1, ""), (2, ""))}
     assert await session.committed(1, ["0", "1", "2"]) == {"0": COMMITS[1, "0"], "1": COMMITS[1, "1"]}
     assert await session.committed(1, ["1"]) == {"1": COMMITS[1, "1"]}
@@ -257,8 +257,8 @@ async def test_a_run_that_is_held(store: Store, n: int, what: str) -> None:
     error = caught.value
     left = f"{error.left_seconds:.1f}"
     assert str(error) == (
-        f"run 'r' is being run{what} by {place}, whose lease is good for another {left} s; wait for its result with "
-        'if_running="attach", or use another run id'
+        f"run 'r' is already running{what} in {place} (lease expires in {left} s); "
+        'pass if_running="attach" to wait for its result, or use another run id'
     )
     assert error.holder == place
     assert 0 < error.left_seconds <= 3600.0
@@ -271,7 +271,7 @@ async def test_a_run_that_must_not_be_there(store: Store) -> None:
     with pytest.raises(RunExists) as caught:
         store.open(if_exists="error")
     assert str(caught.value) == (
-        "run 'r' exists already (execution 1, RUNNING); use another run id, or say what is to become of it: "
+        "run 'r' already exists (execution 1, RUNNING); use another run id, or pass "
         'if_exists="resume", "return" or "restart"'
     )
 
@@ -281,7 +281,7 @@ async def test_another_input_is_refused(store: Store) -> None:
     with pytest.raises(PipelineChanged) as caught:
         store.open(n=1, if_exists="resume")
     assert str(caught.value) == (
-        "run 'r' was started with another input (or State has changed); give it the same one, or another run id"
+        "run 'r' was started with another input (or State has changed); pass the same input, or use another run id"
     )
 
 

@@ -251,7 +251,7 @@ async def test_where_an_attempt_failed_is_kept_with_it(store: Store, deliver: bo
     """Once, at its place, in place of what failed there before; of another attempt's trouble nothing is kept."""
     session = store.open(deliver=deliver)
     failed = Failed(FailureClass.AMBIGUOUS, "no", None, "KeyError")
-    session.note_trouble(1, "0", 3, 20, lambda: b"frames")
+    session.record_failure_site(1, "0", 3, 20, lambda: b"frames")
     assert store.rows.kept(1, TROUBLE) == []
     await session.record(row(1, 10, "1"), None, None)
     assert store.rows.kept(1, TROUBLE) == []
@@ -260,14 +260,14 @@ async def test_where_an_attempt_failed_is_kept_with_it(store: Store, deliver: bo
     assert store.rows.kept(1, TROUBLE) == [first]
     await session.record(row(1, 30, "0", 4, failed=failed), None, None)
     assert store.rows.kept(1, TROUBLE) == [first]
-    session.note_trouble(1, "0", 5, 40, lambda: b"others")
+    session.record_failure_site(1, "0", 5, 40, lambda: b"others")
     await session.record(row(1, 41, "0", 5, failed=failed), None, None)
     await session.record(row(1, 40, "0", 6, failed=failed), None, None)
     assert store.rows.kept(1, TROUBLE) == [first]
-    session.note_trouble(1, "0", 7, 50, lambda: b"")
+    session.record_failure_site(1, "0", 7, 50, lambda: b"")
     await session.record(row(1, 50, "0", 7, failed=failed), None, None)
     assert store.rows.kept(1, TROUBLE) == [first]
-    session.note_trouble(1, "0", 8, 60, lambda: b"later")
+    session.record_failure_site(1, "0", 8, 60, lambda: b"later")
     await session.record(row(1, 60, "0", 8, failed=failed), None, None)
     assert store.rows.kept(1, TROUBLE) == [
         StepRow(TROUBLE, "1:0", "node", Step("60", "", b"later", checksum(b"later"), 8))
@@ -285,7 +285,7 @@ async def test_lines_of_source_do_not_stand_beside_what_a_codec_hides(store: Sto
         read.append(1)
         return b"frames"
 
-    session.note_trouble(0, "", 1, 10, write)
+    session.record_failure_site(0, "", 1, 10, write)
     await session.record(row(0, 10), None, None)
     assert store.rows.kept(1, TROUBLE) == []
     assert read == []
@@ -384,7 +384,7 @@ async def test_who_was_taken_over_keeps_nothing_more(store: Store, deliver: bool
     other = store.open(if_exists="resume")
     before = store.tables()
     place = Owner.read(other.fence.owner).place  # type: ignore[union-attr]
-    session.note_trouble(0, "", 1, 10, lambda: b"frames")
+    session.record_failure_site(0, "", 1, 10, lambda: b"frames")
     for pending in (
         session.record(row(), SCHEMA, State()),
         session.record(row(), None, None),

@@ -26,10 +26,9 @@ _STORE_DELAYS: Final = (0.02, 0.1, 0.4)
 
 def _note_trouble(run: NodeExecution, begin: int, failure: Failure) -> None:
     """Have the session keep where it failed, beside the attempt."""
-    note = getattr(run.ctx.session, "note_trouble", None)
-    if note is not None and run.children is None and failure.exception.__traceback__ is not None:
+    if run.children is None and failure.exception.__traceback__ is not None:
         try:
-            note(
+            run.ctx.session.record_failure_site(
                 run.position,
                 run.branch,
                 run.attempt,
@@ -78,8 +77,7 @@ def make_row(
 
 def refer(ctx: ReliabilityContext, row: AttemptRow) -> AttemptRow:
     """Return a row for the trace: with references in place of states that the store keeps apart."""
-    to_references = getattr(ctx.session, "refer", None)
-    return row if to_references is None else to_references(row)
+    return ctx.session.with_references(row)
 
 
 def record(ctx: ReliabilityContext, row: AttemptRow) -> Awaitable[None] | Exception | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from itertools import islice
 from time import perf_counter_ns, time_ns
@@ -17,22 +17,19 @@ from stroma._utils.text import one_line, typed
 from stroma.checkpoint import (
     CheckpointManager,
     Committed,
-    Finished,
-    PriorUsage,
     RunBusy,
     RunExists,
     RunRequest,
     Session,
-    StepCall,
     StoreError,
-    Waiting,
 )
 from stroma.checkpoint.identity import StepCalls
-from stroma.checkpoint.protocols import Charge, Tried
+from stroma.checkpoint.protocols import Tried
+from stroma.checkpoint.sessions import NULL_SESSION
 from stroma.contracts.contract import ContractRegistry, ContractViolation, NodeContract
 from stroma.contracts.copying import Packed
 from stroma.contracts.node import Node
-from stroma.contracts.schema import Schema, schema_of
+from stroma.contracts.schema import schema_of
 from stroma.cost.budget import ExecutionBudget, limits
 from stroma.cost.fallback import FallbackPolicy, SignalView, fallback_due
 from stroma.cost.tracker import CostTracker
@@ -65,52 +62,6 @@ _WARN_AT = 0.8
 _ATTACHED_SECONDS = (0.02, 1.0)  # between looks at a run that somebody else is at work on: at first, at most
 
 
-class _NoSession:
-    """Stands in until the run was opened in its store."""
-
-    address = ""
-    epoch = 0
-    charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there.
-    tried: Mapping[tuple[int, str], Tried] = {}
-    execution = 1
-    continued = False
-    finished: Finished | None = None
-    restored: Mapping[tuple[int, str], Committed] = {}
-    places: Mapping[str, int] = {}
-    prior = PriorUsage()
-    waiting: Mapping[tuple[int, str], Waiting] = {}
-    traceparent: str | None = None
-    undelivered: Sequence[AttemptRow] = ()
-    on_cancel: Callable[[], None] | None = None
-
-    def delivered(self, row: AttemptRow) -> None:
-        return None
-
-    def note_call(self, position: int, identity: str) -> None:
-        return None
-
-    def note_traceparent(self, traceparent: str) -> None:
-        return None
-
-    def record(
-        self, row: AttemptRow, schema: Schema | None, output: BaseModel | None, call: StepCall | None = None
-    ) -> Awaitable[None] | None:
-        return None
-
-    def committed(self, position: int, branches: Sequence[str]) -> Mapping[str, Committed]:
-        return {}
-
-    def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None] | None:
-        return None
-
-    def end(self, status: str, error: str | None) -> Awaitable[None] | None:
-        return None
-
-    def abandon(self) -> None:
-        return None
-
-
-_NO_SESSION = _NoSession()
 _PLAIN_LEAVES: Final = frozenset({str, int, float, bool, type(None)})
 _MOST_SECRETS: Final = 1000  # that one run remembers
 _NO_FAILED_MAPS: Mapping[tuple[int, str], int] = {}
@@ -261,8 +212,8 @@ class ReliabilityContext:
         self.run_logger = run_logger
         self.config = RunConfig() if config is None else config
         self.pipeline = pipeline
-        self.session: Session = _NO_SESSION
-        self.restored: Mapping[tuple[int, str], Committed] = _NO_SESSION.restored
+        self.session: Session = NULL_SESSION
+        self.restored: Mapping[tuple[int, str], Committed] = NULL_SESSION.restored
         #: Attempts of processes that died, until their node runs again.
         self.tried: dict[tuple[int, str], Tried] | None = None
         #: The last output that was committed at the top level, and the picture of it that is as good. Whether others have
@@ -419,7 +370,7 @@ class ReliabilityContext:
 
         ``ends``: whether :meth:`end` will be called. ``apart``: see RunRequest. Raises StoreError (RunBusy, PipelineChanged ...).
         """
-        if self.session is _NO_SESSION:
+        if self.session is NULL_SESSION:
             if self._opening is None:
                 config = self.config
                 self.apart = apart
@@ -457,7 +408,7 @@ class ReliabilityContext:
             except Exception:
                 self._opening = None
                 raise
-            if self.session is _NO_SESSION:
+            if self.session is NULL_SESSION:
                 self._begin(session, carry=discard_from is None)
                 if self.config.shared_budgets and session.epoch > 1:
                     await self._settle_earlier(session)
@@ -521,7 +472,7 @@ class ReliabilityContext:
         cancelled = False
         try:
             session = self.session
-            if session is _NO_SESSION and self._opening is not None:
+            if session is NULL_SESSION and self._opening is not None:
                 self._gives_up = True
                 if self._waits:  # For somebody else's run.
                     self._opening.cancel()

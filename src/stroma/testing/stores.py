@@ -321,7 +321,7 @@ class JournalStoreTests:
             (((1, ""),), {(0, ""), (2, "1")}),
             (((1, "1."), (2, "")), {(0, ""), (1, "0"), (1, "1"), (1, "10"), (1, "2.1"), (1, "3")}),
         ):
-            again = await begin(store, if_exists="resume", apart=apart)
+            again = await begin(store, if_exists="resume", lazily_loaded=apart)
             assert again.restored.keys() == there
             assert await _texts(again, 1, ["1", "1.0", "2.1"]) == {"1": "1", "1.0": "1.0", "2.1": "2.1"}
             await commit(again, 1, State(text="since"), branch="3")
@@ -357,7 +357,7 @@ class JournalStoreTests:
         session = await begin(store)
         for index in (2, 0, 1, 10):
             await commit(session, 0, State(n=index), branch=f"1.{index}")
-        with pytest.raises(CheckpointNotFound, match="has no 'map' that is done"):
+        with pytest.raises(CheckpointNotFound, match="has no completed map 'map'"):
             await asyncio.to_thread(store.map_items, "run", "map", 0, 10)
         made = row(0, "map", branch="1")
         await settled(session.record(made, schema_of(State), State(), StepCall(0, OF_MAP + b"3")))
@@ -478,11 +478,11 @@ class JournalStoreTests:
         await finish(session, "SUSPENDED", "may I?")
         assert store.waiting("run") == [asked]
         assert [a.tokens for a in store.attempts("run")] == [0, 3]
-        with pytest.raises(StoreError, match="waits for no answer"):
+        with pytest.raises(StoreError, match="no longer waiting for an answer"):
             await settled(store.signal("run", asked._replace(position=0, payload=b"1")))
         for _ in range(2):  # The same answer once more is no other one.
             await settled(store.signal("run", asked._replace(payload=b'{"yes":"\xc3\xa9"}')))
-        with pytest.raises(StoreError, match="waits for no answer"):
+        with pytest.raises(StoreError, match="no longer waiting for an answer"):
             await settled(store.signal("run", asked._replace(payload=b'{"yes":"no"}')))
         again = await begin(store, if_exists="resume")
         assert again.waiting == {(1, "0.2"): asked._replace(payload=b'{"yes":"\xc3\xa9"}')}
@@ -496,7 +496,7 @@ class JournalStoreTests:
         await finish(earlier, "SUSPENDED")
         assert dict((await begin(store)).waiting) == {}
         assert store.waiting("run") == []
-        with pytest.raises(StoreError, match="waits for no answer"):
+        with pytest.raises(StoreError, match="no longer waiting for an answer"):
             await settled(store.signal("run", asked._replace(payload=b"1")))
         assert store.waiting("run") == []
 
@@ -1108,7 +1108,7 @@ class JournalStoreTests:
         for number in (1, 2):
             failed = row(3, "n", branch="1", attempt=number, failure=FailureClass.AMBIGUOUS)
             data = b'[[["flow.py", %d, "work", "raise it"]], [["lib.py", 1, "call", ""]]]' % number
-            session.note_trouble(3, "1", number, failed.started_ns, partial(bytes, data))
+            session.record_failure_site(3, "1", number, failed.started_ns, partial(bytes, data))
             await settled(session.record(failed, None, None))
         found = store.trouble_of("run", 3, "1")
         if _has_codec(store):

@@ -58,7 +58,7 @@ from stroma.checkpoint.protocols import (
     Charge,
     Committed,
     Finished,
-    Held,
+    LastExecution,
     PriorUsage,
     RunRequest,
     StepCall,
@@ -168,7 +168,7 @@ class DurableSession:
             or kept[2] == opening.sha256
             or self._is(given, kept, request, found.execution)
         )
-        way = decide(request, None if found is None or not found.execution else _held(found), same)
+        way = decide(request, None if found is None or not found.execution else _last_execution(found), same)
         if way != "begin" and found is not None and not rows.is_whole(found):
             raise lost(run_id, "some of its rows are missing")
         self.restored, self.prior, self.traceparent, self.tried = {}, PriorUsage(), None, {}
@@ -183,13 +183,13 @@ class DurableSession:
             self._called = {position: identity for identity, position in self.places.items()}
             commits = {
                 (row.position, row.branch): self._committed(found.execution, row)
-                for row in rows.steps(found.run, found.execution, request.apart)
+                for row in rows.steps(found.run, found.execution, request.lazily_loaded)
                 if request.discard_from is None or row.position < request.discard_from
             }
             if request.retry_failed:
-                request = request.going_on(commits)
+                request = request.resolve_discard(commits)
                 opening = opening._replace(discard_from=request.discard_from)
-            self.restored = request.accepted(commits)
+            self.restored = request.accept_commits(commits)
             if way == "return":
                 self.finished = Finished(found.status, self._error_of(found))
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
@@ -356,7 +356,7 @@ class DurableSession:
             call = call._replace(given=await self._payloads.seal(call.given, self._place("given", *at)))
         await self._commit(row, schema, data, call)
 
-    def refer(self, row: AttemptRow) -> AttemptRow:
+    def with_references(self, row: AttemptRow) -> AttemptRow:
         """Return the row of an attempt with references in place of states that stand in blobs, for who keeps it in memory."""
         made = self._placed.pop((row.position, row.branch), None)
         schemas = row.schemas
@@ -425,7 +425,7 @@ class DurableSession:
         """Raised by each session that opens the run."""
         return self.fence.epoch
 
-    def note_trouble(
+    def record_failure_site(
         self, position: int, branch: str, attempt: int, started_ns: int, write: Callable[[], bytes]
     ) -> None:
         """Keep where an attempt failed together with it, when it is recorded; in place of what failed there before.
@@ -642,11 +642,12 @@ def fork(
         (row.position, row.branch) != (before - 1, "") for row in rows.steps(found.run, found.execution)
     ):
         raise CheckpointNotFound(
-            f"run {source!r} has no output at position {before - 1}, before which it is forked; fork at an earlier node"
+            f"run {source!r} has no output at position {before - 1}, so it cannot be forked before position {before}; fork at an "
+            "earlier node"
         )
     taken = rows.find(opening.run_id, lock=True)
     if taken is not None and taken.execution:
-        raise RunExists(f"run {opening.run_id!r} exists already; give the fork another id")
+        raise RunExists(f"run {opening.run_id!r} already exists; use another id for the fork")
     old, new = partial(Place, source, found.execution), partial(Place, opening.run_id, 1)
     if not opening.sha256:
         contract, given, sha = kept
@@ -706,6 +707,8 @@ def _moved(
     return step._replace(output=output, sha256=checksum(output), given=given)
 
 
-def _held(found: RunRow) -> Held:
+def _last_execution(found: RunRow) -> LastExecution:
     holder = found.holder
-    return Held(found.execution, found.status, None if holder is None else holder.place, found.left_seconds)
+    return LastExecution(
+        found.execution, found.status, None if holder is None else holder.place, found.left_seconds
+    )

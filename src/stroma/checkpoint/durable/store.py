@@ -44,9 +44,9 @@ from stroma.checkpoint.protocols import (
     Committed,
     RunRequest,
     Waiting,
-    items_in,
-    no_map,
-    waits_no_longer,
+    count_items,
+    map_not_found,
+    not_waiting,
 )
 from stroma.contracts.contract import check_id
 from stroma.contracts.schema import Schema
@@ -161,7 +161,7 @@ class DurableStore(ReadableStore):
             found = rows.find(request.run_id)
             if found is None:
                 return 0, []
-            kept = rows.steps(found.run, found.execution, request.apart)
+            kept = rows.steps(found.run, found.execution, request.lazily_loaded)
             # What stands in blobs is read when it is needed: all of it may be more than there is memory.
             return found.execution, [
                 row
@@ -217,13 +217,13 @@ class DurableStore(ReadableStore):
         branch = waiting_branch(waiting)
         asked = next((row for row in rows.kept(found.run, WAITING) if row.branch == branch), None)
         if asked is None or asked.node_id != waiting.node_id:
-            raise waits_no_longer(run_id, waiting)
+            raise not_waiting(run_id, waiting)
         if asked.step.number is None:
             keep_waiting(rows, run_id, found.execution, waiting, self._payloads)
             return
         answered = read_waiting(asked, run_id, found.execution, self._payloads)
         if answered is None or answered.payload != waiting.payload:  # Else it was sent once more.
-            raise waits_no_longer(run_id, waiting)
+            raise not_waiting(run_id, waiting)
 
     async def fork(
         self,
@@ -265,14 +265,14 @@ class DurableStore(ReadableStore):
             if found is None or kept is None or kept.step.given is None:
                 return 0, []
             place = Place(run_id, found.execution, "given", kept.position, kept.branch)
-            total = items_in(self._payloads.open(kept.step.given, place, "the number of items"))
+            total = count_items(self._payloads.open(kept.step.given, place, "the number of items"))
             prefix = f"{kept.branch}." if kept.branch else ""
             branches = [f"{prefix}{index}" for index in range(first, min(total, first + count))]
             return found.execution, list(rows.some(found.run, found.execution, kept.position, branches))
 
         execution, steps = self.read(query, (0, list[StepRow]()))
         if not execution:
-            raise no_map(run_id, node_id)
+            raise map_not_found(run_id, node_id)
         items: list[tuple[int, Committed]] = []
         for row in steps:
             verify(row.step, run_id, row.position, row.node_id, row.branch)

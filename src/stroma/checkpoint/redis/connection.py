@@ -11,7 +11,6 @@ from typing import TypeVar
 from stroma.checkpoint.durable.rows import CellChange, Commit, Rows, change_together, fenced
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.redis.line import Line
 from stroma.checkpoint.redis.rows import Changed, RedisRows, commit_command, kept_or_raise
 from stroma.checkpoint.redis.server import Link, Server
 
@@ -61,7 +60,7 @@ class RedisConnection:
         self.name = server.name
         self._server = server
         self._ttl_ms = ttl_ms
-        self._link: Line | None = None
+        self._link: Link | None = None
         #: The jobs of the batch that are done, by identity.
         self._done: set[int] = set()
 
@@ -105,9 +104,9 @@ class RedisConnection:
         if link is not None:
             link.close()
 
-    def _open(self) -> Line:
+    def _open(self) -> Link:
         if self._link is None:
-            self._link = Line(self._server)
+            self._link = self._server.link()
         return self._link
 
     def _commit(self, link: Link, jobs: list[Job]) -> None:

@@ -66,12 +66,17 @@ class Server:
     def client(self) -> Any:
         """The driver's client, with connections of its own."""
         redis = self._driver
-        # What is tried again, and for how long, is decided here alone. The URL's own options go before.
+        options: dict[str, Any] = {}
+        if (maintenance := getattr(redis, "maint_notifications", None)) is not None:
+            # With these notifications, the driver uses a connection on which a reply is left over.
+            options["maint_notifications_config"] = maintenance.MaintNotificationsConfig(enabled=False)
+        # Link decides what is retried, and for how long. Options in the URL take precedence.
         client = redis.Redis.from_url(
             self._url,
             socket_connect_timeout=_CONNECT_SECONDS,
             socket_timeout=_REPLY_SECONDS,
             retry=redis.retry.Retry(redis.backoff.NoBackoff(), 0),
+            **options,
         )
         client.connection_pool.connection_kwargs["decode_responses"] = False
         return client
