@@ -15,7 +15,7 @@ from tests.servers import Proxy, RedisServer, proxied, shared_redis
 
 from stroma.checkpoint import Fenced, StoreError
 from stroma.checkpoint.redis import RedisStore
-from stroma.checkpoint.redis.server import Link, Server
+from stroma.checkpoint.redis.server import RedisLink, RedisEndpoint
 from stroma.contracts.schema import schema_of
 from stroma.testing.stores import State, begin, commit, row
 
@@ -34,9 +34,9 @@ def proxy(server: RedisServer) -> Iterator[Proxy]:
         yield found
 
 
-def link(url: str, patience: float = 0.0) -> Link:
+def link(url: str, patience: float = 0.0) -> RedisLink:
     """Return connections that try nothing again unless they have patience."""
-    return Server(redis, url, patience).link()
+    return RedisEndpoint(redis, url, patience).link()
 
 
 class TestLink:

@@ -66,7 +66,7 @@ async def test_a_fork_has_what_was_committed_before(store: Store) -> None:
         "f", "pipeline", 1, "INTERRUPTED", "forked from run 'r' before position 2", 1000, 1000, 0, 0, 0
     )  # fmt: skip
     assert (found.epoch, found.left_seconds, found.nodes) == (1, -1.0, 2)
-    assert store.rows.kept(2, PARENT) == [StepRow(PARENT, "", "r", Step("", "", b"", checksum(b""), 2))]
+    assert store.rows.annotations(2, PARENT) == [StepRow(PARENT, "", "r", Step("", "", b"", checksum(b""), 2))]
     for name in TABLES:
         assert store.table(name)[: len(before[name])] == before[name] or name == "steps"
     assert [one for one in store.table("steps") if one[1] == 1] == before["steps"]
@@ -105,7 +105,7 @@ async def test_a_fork_with_an_input_of_its_own(store: Store) -> None:
 async def test_what_cannot_be_forked(store: Store) -> None:
     """No run that is not there or has nothing, at no place before which nothing is committed, and not into another run."""
     await begun(store)
-    store.rows.keep("saved", SAVED, "n", "n", EMPTY)
+    store.rows.annotate("saved", SAVED, "n", "n", EMPTY)
     before = store.tables()
     for source in ("nobody", "saved"):
         with pytest.raises(CheckpointNotFound) as caught:
@@ -143,12 +143,12 @@ async def test_a_damaged_output_is_not_forked(store: Store) -> None:
 
 async def test_a_fork_takes_an_id_under_which_states_were_saved(store: Store) -> None:
     await begun(store)
-    store.rows.keep("f", SAVED, "n", "n", EMPTY)
+    store.rows.annotate("f", SAVED, "n", "n", EMPTY)
     forked(store, 1)
     found = store.rows.find("f")
     assert found is not None
     assert (found.run, found.execution, found.nodes) == (2, 1, 1)
-    assert len(store.rows.kept(2, SAVED)) == 1
+    assert len(store.rows.annotations(2, SAVED)) == 1
 
 
 async def test_the_last_execution_is_forked(store: Store) -> None:

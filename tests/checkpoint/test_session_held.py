@@ -28,8 +28,8 @@ from stroma.checkpoint import (
     RunExists,
     StepCall,
 )
-from stroma.checkpoint.durable.annotations import keep_due
-from stroma.checkpoint.durable.owner import LIVE, Owner
+from stroma.checkpoint.durable.annotations import record_due_hooks
+from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
 from stroma.checkpoint.durable.rows import CANCEL, DUE, SAVED, WAITING, Fence, Step, checksum
 from stroma.checkpoint.protocols import OF_MAP, Committed, Finished, PriorUsage, Waiting
 from stroma.failures import FailureClass
@@ -54,7 +54,7 @@ async def test_a_session_of_a_new_run(store: Store) -> None:
         None,
     )
     assert session.fence == Fence(1, 1, 1, session.fence.owner, 30.0)
-    assert LIVE[Owner.read(session.fence.owner).token] is session  # type: ignore[union-attr]
+    assert LIVE_SESSIONS[Owner.read(session.fence.owner).token] is session  # type: ignore[union-attr]
     assert store.table("inputs") == [(1, 1, SCHEMA.fingerprint, stored(0), checksum(stored(0)))]
 
 
@@ -63,7 +63,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
     """It knows what was committed, used, waited for, and under which trace."""
     first = await begun(store)
     store.keep_beside()
-    store.rows.drop(1, CANCEL)
+    store.rows.delete_annotations(1, CANCEL)
     history = store.table("attempts")
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.finished) == (1, True, None)
@@ -87,7 +87,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
     """Who wants to deliver them is given them, the oldest first; what is damaged of them is left out."""
     await begun(store)
     for number, started in enumerate((70, 50, 90)):
-        keep_due(
+        record_due_hooks(
             store.rows,
             "r",
             attempt(
@@ -101,7 +101,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
                 error_type="KeyError",
             ),
         )
-    store.rows.keep("r", DUE, "damaged", "node", Step("", "", b"{}", b"wrong"))
+    store.rows.annotate("r", DUE, "damaged", "node", Step("", "", b"{}", b"wrong"))
     session = store.open(if_exists="resume", deliver=True)
     failed = Failed(FailureClass.TERMINAL, "m", None, "KeyError")
     usage = AttemptUsage(5, 3, 0.25, "m")
@@ -109,7 +109,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
         ("node", 3, started, 7, {}, None, "failure", failed, usage, position, "2", None, None, None, 7)
         for position, started in ((1, 50), (0, 70), (2, 90))
     ]
-    assert len(store.rows.kept(1, DUE)) == 4  # Until they were told.
+    assert len(store.rows.annotations(1, DUE)) == 4  # Until they were told.
 
 
 async def test_a_session_that_begins_anew(store: Store) -> None:
@@ -133,7 +133,7 @@ async def test_a_session_that_begins_anew(store: Store) -> None:
 
 @pytest.mark.parametrize("if_exists", ["resume", "restart"])
 async def test_a_run_of_which_only_states_were_saved_begins(store: Store, if_exists: Any) -> None:
-    store.rows.keep("r", SAVED, "n", "n", EMPTY)
+    store.rows.annotate("r", SAVED, "n", "n", EMPTY)
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.restored) == (1, False, {})
     assert store.beside() == [(-1, "n", "n")]
@@ -178,7 +178,7 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     """What was committed or waited for from there on is forgotten; what was used counts all the same."""
     await begun(store)
     store.keep_beside()
-    store.rows.drop(1, CANCEL)
+    store.rows.delete_annotations(1, CANCEL)
     # It goes on with another input, and with damage to what is forgotten.
     store.db.execute("UPDATE steps SET output = x'00' WHERE position >= ? AND position >= 0", (discard_from,))
     session = store.open(n=7, if_exists="resume", discard_from=discard_from)
@@ -187,7 +187,7 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     assert session.continued
     assert list(session.waiting) == waits
     assert {(one.position, one.branch) for one in store.rows.steps(1, 1)} == set(left)
-    assert [one.branch for one in store.rows.kept(1, WAITING)] == [f"{at}:{branch}" for at, branch in waits]
+    assert [one.branch for one in store.rows.annotations(1, WAITING)] == [f"{at}:{branch}" for at, branch in waits]
 
 
 async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> None:
@@ -195,13 +195,13 @@ async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> 
     await begun(store)
     store.keep_beside()
     store.open("s")
-    store.rows.keep("s", WAITING, "0:", "n", Step("", "", b"7", b"wrong", 1))
-    store.rows.keep("r", WAITING, "1:", "n", Step("", "", b"7", b"wrong", 1))
-    store.rows.keep("r", WAITING, "x:", "n", EMPTY)
+    store.rows.annotate("s", WAITING, "0:", "n", Step("", "", b"7", b"wrong", 1))
+    store.rows.annotate("r", WAITING, "1:", "n", Step("", "", b"7", b"wrong", 1))
+    store.rows.annotate("r", WAITING, "x:", "n", EMPTY)
     session = store.open(if_exists="resume")
     assert list(session.waiting) == [(0, ""), (2, "0")]
-    assert [one.branch for one in store.rows.kept(1, WAITING)] == ["0:", "2:0"]
-    assert len(store.rows.kept(2, WAITING)) == 1
+    assert [one.branch for one in store.rows.annotations(1, WAITING)] == ["0:", "2:0"]
+    assert len(store.rows.annotations(2, WAITING)) == 1
 
 
 async def test_commits_that_are_apart_are_not_restored(store: Store) -> None:

@@ -104,7 +104,7 @@ def bench(tmp_path: Path) -> Iterator[Bench]:
 
 def put(name: str) -> Callable[[SqliteRows], str]:
     def operation(rows: SqliteRows) -> str:
-        rows.put_cell(name, b"")
+        rows.write_cell(name, b"")
         return f"put {name}"
 
     return operation
@@ -112,7 +112,7 @@ def put(name: str) -> Callable[[SqliteRows], str]:
 
 def failing(error: Exception, name: str = "failing") -> Callable[[SqliteRows], None]:
     def operation(rows: SqliteRows) -> None:
-        rows.put_cell(name, b"")
+        rows.write_cell(name, b"")
         raise error
 
     return operation
@@ -234,7 +234,7 @@ def test_what_comes_after_one_that_failed_is_done(bench: Bench) -> None:
 
     def counted(rows: SqliteRows) -> str:
         times.append("done")
-        rows.put_cell(str(len(times)), b"")
+        rows.write_cell(str(len(times)), b"")
         return "counted"
 
     bench.waiting = [Job(counted, None), Job(failing(ValueError("why")), None)]

@@ -15,9 +15,9 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from stroma.checkpoint import StoreError
-from stroma.checkpoint.durable.leases import _LOOK_SECONDS, Keeper, _renew
+from stroma.checkpoint.durable.leases import _LOOK_SECONDS, LeaseRenewer, _renew
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import CANCEL, Doing, Rows, RunRow, StepRow, fenced
+from stroma.checkpoint.durable.rows import CANCEL, Transaction, Rows, RunRow, StepRow, fenced_error
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.durable.worker import Connection, Job, generation
@@ -190,7 +190,7 @@ class GatheredRows(LoggedRows):
     def _fenced(self, done: Any, fence: Any) -> None:
         if not done:
             run_id = self.database.ids[fence.run]
-            raise fenced(self.find(run_id), run_id)
+            raise fenced_error(self.find(run_id), run_id)
 
     def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
         self.writes.append(partial(super().keep, run_id, position, branch, node_id, step))
@@ -389,7 +389,7 @@ class SimulatedStore(DurableStore):
         """Do operations once more, as after a connection that broke: what opened a run is recognised by its owner."""
         open_still: list[Job] = []
         for job in batch:
-            opening = job.operation.opening if isinstance(job.operation, Doing) else None
+            opening = job.operation.opening if isinstance(job.operation, Transaction) else None
             if opening is not None and job.error is None:
                 found = self.database.rows().find(opening.run_id)
                 if found is not None and found.owner == opening.owner:
@@ -411,7 +411,7 @@ class SimulatedStore(DurableStore):
         self._after(self.world.latency(), arrived)
 
 
-class _SimulatedKeeper(Keeper):
+class _SimulatedKeeper(LeaseRenewer):
     """The thread that renews the leases of runs, as events of its process."""
 
     def __init__(self, store: SimulatedStore) -> None:

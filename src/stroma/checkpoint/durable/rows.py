@@ -26,10 +26,10 @@ __all__ = [
     "TRACE",
     "TROUBLE",
     "WAITING",
-    "Beside",
+    "RunExtras",
     "CellChange",
     "Commit",
-    "Doing",
+    "Transaction",
     "Fence",
     "Opening",
     "Rows",
@@ -37,18 +37,18 @@ __all__ = [
     "Step",
     "StepRow",
     "Submit",
-    "Told",
-    "change_together",
+    "AttemptSummary",
+    "apply_changes",
     "checksum",
-    "fenced",
-    "intact",
-    "lost",
-    "readable_attempt",
-    "readable_run",
-    "refused",
-    "sound",
-    "text",
-    "verify",
+    "fenced_error",
+    "is_intact",
+    "lost_error",
+    "parse_attempt",
+    "parse_run",
+    "fence_error",
+    "require_undamaged",
+    "storable_text",
+    "verify_step",
 ]
 
 
@@ -128,7 +128,7 @@ class RunRow(NamedTuple):
 
     @property
     def is_damaged(self) -> bool:
-        """Whether the row holds what no store writes, see :func:`readable_run`."""
+        """Whether the row holds what no store writes, see :func:`parse_run`."""
         return self.status == DAMAGED
 
 
@@ -168,7 +168,7 @@ class Opening(NamedTuple):
     execution: int = 1
 
 
-class Told(NamedTuple):
+class AttemptSummary(NamedTuple):
     """An attempt without its output. ``size``: of that as it is stored; None if nothing was committed. ``epoch``: see Fence."""
 
     attempt: Attempt
@@ -176,7 +176,7 @@ class Told(NamedTuple):
     epoch: int
 
 
-class Beside(NamedTuple):
+class RunExtras(NamedTuple):
     """What is told of a run beside its row. ``failed``: its last failed attempts, the one that ended last first."""
 
     parent: str | None
@@ -196,7 +196,7 @@ class Rows(Protocol):
         """Begin an execution: number 1, or the next one of a run that was found. Raises the epoch."""
         ...
 
-    def go_on(self, found: RunRow, opening: Opening) -> Fence:
+    def take_over(self, found: RunRow, opening: Opening) -> Fence:
         """Take over the last execution, without its commits from ``discard_from`` on. Raises the epoch."""
         ...
 
@@ -208,7 +208,7 @@ class Rows(Protocol):
         """The commits of an execution; not what ``save()`` kept, nor what is ``apart`` (see RunRequest)."""
         ...
 
-    def some(self, run: Any, execution: int, position: int, branches: Sequence[str]) -> Iterable[StepRow]:
+    def steps_at(self, run: Any, execution: int, position: int, branches: Sequence[str]) -> Iterable[StepRow]:
         """The commits in these branches of a position."""
         ...
 
@@ -240,36 +240,36 @@ class Rows(Protocol):
         """Renew leases; those of runs that somebody else has taken over stay as they are."""
 
     # ---- beside the commits
-    def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
+    def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
         """Keep something at a position below 0, in place of what was there, outside of any session.
 
         Makes the run, without an execution, if there is none.
         """
 
-    def kept(self, run: Any, position: int, branch: str | None = None) -> Iterable[StepRow]:
+    def annotations(self, run: Any, position: int, branch: str | None = None) -> Iterable[StepRow]:
         """What is kept at a position below 0; None: in all branches."""
         ...
 
-    def drop(self, run: Any, position: int, branch: str | None = None) -> None:
+    def delete_annotations(self, run: Any, position: int, branch: str | None = None) -> None:
         """Forget what is kept at a position below 0; None: in all branches."""
 
-    def wanted(self, runs: list[Any]) -> list[Any]:
+    def cancel_requests(self, runs: list[Any]) -> list[Any]:
         """Which of these runs somebody wants to end: those with something kept at position CANCEL."""
         ...
 
-    def newest(self, run_id: str, node_id: str) -> StepRow | None:
+    def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
         """The newest output of a node in the last execution, or what was saved since."""
         ...
 
     def delete(self, run_id: str) -> None: ...
 
     # ---- beside all runs
-    def cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
+    def read_cell(self, name: str, *, lock: bool = False) -> tuple[bytes | None, int]:
         """A cell's data, None if there is none, and the clock in ms since the epoch; with ``lock`` nobody else changes
         the cell before the transaction ends."""
         ...
 
-    def put_cell(self, name: str, data: bytes) -> None:
+    def write_cell(self, name: str, data: bytes) -> None:
         """Put data into a cell that this transaction has locked."""
 
     # ---- retention
@@ -277,7 +277,7 @@ class Rows(Protocol):
         """Return the time by the clock that rows are dated by, in milliseconds since the epoch."""
         ...
 
-    def expired(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
+    def expired_run_ids(self, before_ms: int, *, unfinished: bool, limit: int) -> list[str]:
         """Runs that have ended (with ``unfinished``: any, also what only ``save()`` kept) and were last written before."""
         ...
 
@@ -296,11 +296,11 @@ class Rows(Protocol):
         """
         ...
 
-    def beside(self, runs: list[RunRow], *, failed: int) -> list[Beside]:
+    def run_extras(self, runs: list[RunRow], *, failed: int) -> list[RunExtras]:
         """What is kept beside each of these runs, with so many failed attempts at the most."""
         ...
 
-    def ids(self, prefix: str, limit: int) -> list[str]:
+    def find_run_ids(self, prefix: str, limit: int) -> list[str]:
         """Ids of runs that have an execution and begin with a text: that very one first, then the newest."""
         ...
 
@@ -310,11 +310,11 @@ class Rows(Protocol):
 
     def attempt_page(
         self, run: Any, execution: int, *, limit: int, after: str | None
-    ) -> tuple[list[Told], str | None]:
+    ) -> tuple[list[AttemptSummary], str | None]:
         """The same page by page, with the stored size of what each one committed, which is not read."""
         ...
 
-    def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[Told]:
+    def attempts_at(self, run: Any, execution: int, position: int, branch: str) -> list[AttemptSummary]:
         """The same of one place."""
         ...
 
@@ -345,12 +345,12 @@ class Commit(NamedTuple):
 
     def __call__(self, rows: Rows) -> None:
         if not rows.commit(self.fence, self.attempt, self.step):
-            raise refused(rows, self.fence, self.run_id)
+            raise fence_error(rows, self.fence, self.run_id)
 
 
 @dataclass(frozen=True, slots=True)
 class CellChange:
-    """A change of a cell. A store may do many of one cell together, see :func:`change_together`."""
+    """A change of a cell. A store may do many of one cell together, see :func:`apply_changes`."""
 
     name: str
     change: Change[Any]
@@ -361,12 +361,12 @@ class CellChange:
         return f"\0{self.name}"
 
     def __call__(self, rows: Rows) -> Any:
-        return change_together(rows, [self])[0]
+        return apply_changes(rows, [self])[0]
 
 
-def change_together(rows: Rows, changes: Sequence[CellChange]) -> list[Any]:
+def apply_changes(rows: Rows, changes: Sequence[CellChange]) -> list[Any]:
     """Changes of one cell, each on what the one before made: read once, written once. If one raises, none is done."""
-    data, now = rows.cell(changes[0].name, lock=True)
+    data, now = rows.read_cell(changes[0].name, lock=True)
     made: bytes | None = None
     told: list[Any] = []
     for asked in changes:
@@ -374,12 +374,12 @@ def change_together(rows: Rows, changes: Sequence[CellChange]) -> list[Any]:
         made = made if fresh is None else fresh
         told.append(said)
     if made is not None:
-        rows.put_cell(changes[0].name, made)
+        rows.write_cell(changes[0].name, made)
     return told
 
 
 @dataclass(frozen=True, slots=True)
-class Doing:
+class Transaction:
     """Any other operation.
 
     Attributes:
@@ -403,13 +403,13 @@ class Submit(Protocol):
     def __call__(self, operation: Any, /) -> asyncio.Future[Any]: ...
 
 
-def refused(rows: Rows, fence: Fence, run_id: str) -> StoreError:
+def fence_error(rows: Rows, fence: Fence, run_id: str) -> StoreError:
     """Return the reason why a session may not write any more."""
     found = rows.find(run_id)
     if found is None:
         if rows.was_deleted(fence.run):
-            return fenced(None, run_id)
-        return lost(run_id, "it is not in the store any more, and nobody deleted it")
+            return fenced_error(None, run_id)
+        return lost_error(run_id, "it is not in the store any more, and nobody deleted it")
     if found.run == fence.run and (
         found.epoch < fence.epoch
         or (
@@ -417,11 +417,11 @@ def refused(rows: Rows, fence: Fence, run_id: str) -> StoreError:
             and found.attempt_count < fence.acknowledged
         )
     ):
-        return lost(run_id, "the store is older than what it acknowledged")
-    return fenced(found, run_id)
+        return lost_error(run_id, "the store is older than what it acknowledged")
+    return fenced_error(found, run_id)
 
 
-def fenced(found: RunRow | None, run_id: str) -> Fenced:
+def fenced_error(found: RunRow | None, run_id: str) -> Fenced:
     """Return the error for a session whose run was deleted (None) or taken over."""
     owner = None if found is None else Owner.read(found.owner)
     if found is None:
@@ -431,7 +431,7 @@ def fenced(found: RunRow | None, run_id: str) -> Fenced:
     return Fenced(f"{what}; nothing more of this execution is kept, see what the other one makes of it")
 
 
-def lost(run_id: str, why: str) -> CheckpointLost:
+def lost_error(run_id: str, why: str) -> CheckpointLost:
     """Return the error for a run of which the store has lost what it acknowledged."""
     return CheckpointLost(
         f"run {run_id!r} has lost acknowledged commits: {why}; restore the store from a newer copy and resume, or begin "
@@ -439,7 +439,7 @@ def lost(run_id: str, why: str) -> CheckpointLost:
     )
 
 
-def readable_run(values: Sequence[Any], run_id: str | None = None) -> RunRow:
+def parse_run(values: Sequence[Any], run_id: str | None = None) -> RunRow:
     """Return the row of a run; if a value is of a kind that no store writes, one that says so and is DAMAGED.
 
     ``run_id``: where it is known from elsewhere.
@@ -460,7 +460,7 @@ def readable_run(values: Sequence[Any], run_id: str | None = None) -> RunRow:
     return row._replace(**{**sane, "status": DAMAGED, "error": error, "owner": None})
 
 
-def readable_attempt(values: Sequence[Any]) -> Attempt:
+def parse_attempt(values: Sequence[Any]) -> Attempt:
     """Return an attempt; if a value is of a kind that no store writes, one that says so and is DAMAGED."""
     row = Attempt._make(values)
     fields = zip(row._fields, row, _ATTEMPT_KINDS, strict=True)
@@ -474,7 +474,7 @@ def readable_attempt(values: Sequence[Any]) -> Attempt:
     return row._replace(**{**sane, "outcome": DAMAGED, "failure_class": None, "message": message})
 
 
-def sound(found: RunRow | None) -> RunRow | None:
+def require_undamaged(found: RunRow | None) -> RunRow | None:
     """Return the row that was found to be changed. Raises CorruptCheckpoint for a damaged one."""
     if found is not None and found.is_damaged:
         raise CorruptCheckpoint(
@@ -508,21 +508,21 @@ def checksum(data: bytes) -> bytes:
     return hashlib.sha256(data).digest()
 
 
-def text(value: str | None) -> str | None:
+def storable_text(value: str | None) -> str | None:
     """Text that every store can keep: an exception's message may hold a lone surrogate or a NUL."""
     if value is None or (value.isascii() and "\0" not in value):
         return value
     return value.encode("utf-8", "backslashreplace").decode().replace("\0", "\\x00")
 
 
-def intact(data: Any, sha: Any) -> bool:
+def is_intact(data: Any, sha: Any) -> bool:
     """Whether data has its checksum. In a store from elsewhere, either may be anything."""
     return isinstance(data, bytes) and checksum(data) == sha
 
 
-def verify(step: Step, run_id: str, position: int, node_id: str, branch: str = "") -> None:
+def verify_step(step: Step, run_id: str, position: int, node_id: str, branch: str = "") -> None:
     """Raise CorruptCheckpoint, with the way out, if an output is not what was committed."""
-    if intact(step.output, step.sha256):
+    if is_intact(step.output, step.sha256):
         return
     if position == SAVED:
         raise CorruptCheckpoint(

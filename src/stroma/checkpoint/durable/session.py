@@ -15,14 +15,14 @@ from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
 from stroma.checkpoint.durable.annotations import (
-    due_key,
-    keep_due,
-    keep_waiting,
-    read_due,
+    due_hooks_key,
+    record_due_hooks,
+    record_waiting,
+    read_due_hooks,
     read_waiting,
-    waiting_branch,
+    waiting_key,
 )
-from stroma.checkpoint.durable.owner import LIVE, Owner
+from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
 from stroma.checkpoint.durable.rows import (
     CANCEL,
     DEATHS,
@@ -33,7 +33,7 @@ from stroma.checkpoint.durable.rows import (
     WAITING,
     CellChange,
     Commit,
-    Doing,
+    Transaction,
     Fence,
     Opening,
     Rows,
@@ -42,16 +42,16 @@ from stroma.checkpoint.durable.rows import (
     StepRow,
     Submit,
     checksum,
-    intact,
-    lost,
-    refused,
-    sound,
-    text,
-    verify,
+    is_intact,
+    lost_error,
+    fence_error,
+    require_undamaged,
+    storable_text,
+    verify_step,
 )
 from stroma.checkpoint.errors import CheckpointNotFound, RunExists, StoreError
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, Payloads, Place
+from stroma.checkpoint.payloads import BLOB, Payloads, PayloadPlace
 from stroma.checkpoint.protocols import (
     COMPLETE,
     ENDED,
@@ -74,7 +74,7 @@ from stroma.trace.events import NO_USAGE, AttemptRow, contract_of
 
 __all__ = ["DurableSession", "fork"]
 
-Opened = tuple[Place, bytes]
+Opened = tuple[PayloadPlace, bytes]
 
 
 class DurableSession:
@@ -170,7 +170,7 @@ class DurableSession:
         )
         way = decide(request, None if found is None or not found.execution else _last_execution(found), same)
         if way != "begin" and found is not None and not rows.is_whole(found):
-            raise lost(run_id, "some of its rows are missing")
+            raise lost_error(run_id, "some of its rows are missing")
         self.restored, self.prior, self.traceparent, self.tried = {}, PriorUsage(), None, {}
         self.places = {}
         self.undelivered, self._deliver = [], request.deliver
@@ -193,7 +193,7 @@ class DurableSession:
             if way == "return":
                 self.finished = Finished(found.status, self._error_of(found))
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
-            elif found.status not in ENDED and any(rows.kept(found.run, CANCEL)):
+            elif found.status not in ENDED and any(rows.annotations(found.run, CANCEL)):
                 # Acknowledged, and its owner stopped before it knew.
                 self._claim_to_end(rows, found, request, opening, Finished("CANCELLED", None))
             else:
@@ -217,7 +217,7 @@ class DurableSession:
         owner = Owner.read(found.owner)
         died = found.status == "RUNNING" and owner is not None and owner.may_die
         kept = (
-            next(iter(rows.kept(found.run, DEATHS)), None)
+            next(iter(rows.annotations(found.run, DEATHS)), None)
             if died or found.status == "FAILED" or request.force
             else None
         )
@@ -228,7 +228,7 @@ class DurableSession:
                 first = int(kept.step.contract)
         number += died
         if request.force:
-            rows.drop(found.run, DEATHS)
+            rows.delete_annotations(found.run, DEATHS)
         elif (
             request.max_recoveries is not None
             and number >= request.max_recoveries
@@ -245,7 +245,7 @@ class DurableSession:
                 self.fence = Fence(found.run, found.execution, found.epoch, "", 0.0)
                 self.finished = Finished("FAILED", self._error_of(found), "poison")
             return
-        self.fence = rows.go_on(found, opening)
+        self.fence = rows.take_over(found, opening)
         if died and not request.force:
             self._count_deaths(rows, number, first)
             if request.discard_from is None:
@@ -259,14 +259,14 @@ class DurableSession:
 
         The claim fences off an owner that is only late.
         """
-        self.fence = rows.go_on(found, opening._replace(discard_from=None))
+        self.fence = rows.take_over(found, opening._replace(discard_from=None))
         self.finished = finished
         if not request.ends:
             self._finish(finished.status, finished.error, rows)
 
     def _count_deaths(self, rows: Rows, number: int, first: int) -> None:
         step = Step(str(first), str(self.fence.epoch), b"", checksum(b""), number)
-        rows.keep(self.run_id, DEATHS, "", "deaths", step)
+        rows.annotate(self.run_id, DEATHS, "", "deaths", step)
 
     def _error_of(self, found: RunRow) -> str | None:
         return self._payloads.open_text(found.error, self._place("error", found.execution))
@@ -275,8 +275,8 @@ class DurableSession:
         place = self._place("message", self.fence.execution, attempt.position, attempt.branch)
         return attempt._replace(message=self._payloads.open_text(attempt.message, place))
 
-    def _place(self, kind: str, execution: int, position: int = 0, branch: str = "") -> Place:
-        return Place(self.run_id, execution, kind, position, branch)
+    def _place(self, kind: str, execution: int, position: int = 0, branch: str = "") -> PayloadPlace:
+        return PayloadPlace(self.run_id, execution, kind, position, branch)
 
     def _sealed_for_next(self, found: RunRow | None, opening: Opening, given: bytes) -> Opening:
         """Seal the input again if somebody else has begun the execution that it was sealed for."""
@@ -288,7 +288,7 @@ class DurableSession:
 
     def _is(self, given: bytes, kept: tuple[str, bytes, bytes], request: RunRequest, execution: int) -> bool:
         """Whether an input with another checksum is the same all the same: a codec need not give the same bytes twice."""
-        if self._payloads.is_plain(kept[1]) or not intact(kept[1], kept[2]):
+        if self._payloads.is_plain(kept[1]) or not is_intact(kept[1], kept[2]):
             return False
         try:
             place = self._place("input", execution)
@@ -302,27 +302,27 @@ class DurableSession:
         """What nodes wait for belongs to an execution and its commits; a cancel() that came too late ends no other."""
         ours = self.finished is None
         if ours:
-            rows.drop(found.run, CANCEL)
+            rows.delete_annotations(found.run, CANCEL)
         if ours and not self.continued:
-            rows.drop(found.run, TRACE)
-            rows.drop(found.run, DUE)
-            rows.drop(found.run, TROUBLE)
-            rows.drop(found.run, DEATHS)
-            rows.drop(found.run, WAITING)
+            rows.delete_annotations(found.run, TRACE)
+            rows.delete_annotations(found.run, DUE)
+            rows.delete_annotations(found.run, TROUBLE)
+            rows.delete_annotations(found.run, DEATHS)
+            rows.delete_annotations(found.run, WAITING)
             return  # A store that writes at the end of an operation would still read what was dropped.
-        self.traceparent = next((kept.node_id for kept in rows.kept(found.run, TRACE)), None)
+        self.traceparent = next((kept.node_id for kept in rows.annotations(found.run, TRACE)), None)
         if ours and self.continued and self._deliver:
             kept_due = [
-                read_due(kept, self.run_id, found.execution, self._payloads)
-                for kept in rows.kept(found.run, DUE)
+                read_due_hooks(kept, self.run_id, found.execution, self._payloads)
+                for kept in rows.annotations(found.run, DUE)
             ]
             due = [row for row in kept_due if row is not None]
             self.undelivered = sorted(due, key=lambda row: row.started_ns)
-        for kept in list(rows.kept(found.run, WAITING)):
+        for kept in list(rows.annotations(found.run, WAITING)):
             waiting = read_waiting(kept, self.run_id, found.execution, self._payloads)
             first = request.discard_from
             if waiting is None or (first is not None and waiting.position >= first):
-                rows.drop(found.run, WAITING, kept.branch)
+                rows.delete_annotations(found.run, WAITING, kept.branch)
             else:
                 self.waiting[waiting.position, waiting.branch] = waiting
 
@@ -393,7 +393,7 @@ class DurableSession:
             return None
         return self._large.get(checksum(data))
 
-    def _reference(self, stored: bytes, place: Place, what: str) -> Stored:
+    def _reference(self, stored: bytes, place: PayloadPlace, what: str) -> Stored:
         return Stored(partial(self._payloads.open, stored, place, what))
 
     def _commit(self, row: AttemptRow, schema: Schema, data: bytes, call: StepCall | None) -> Awaitable[None]:
@@ -418,7 +418,7 @@ class DurableSession:
 
     def _sealed_message(self, attempt: Attempt, message: str) -> str | None:
         place = self._place("message", self.fence.execution, attempt.position, attempt.branch)
-        return self._payloads.seal_text(text(message), place)
+        return self._payloads.seal_text(storable_text(message), place)
 
     @property
     def epoch(self) -> int:
@@ -447,7 +447,7 @@ class DurableSession:
             if trouble is not None:
                 number, started_ns, data = trouble
                 step = Step(str(started_ns), "", data, checksum(data), number)
-                rows.keep(self.run_id, TROUBLE, f"{attempt.position}:{attempt.branch}", attempt.node_id, step)
+                rows.annotate(self.run_id, TROUBLE, f"{attempt.position}:{attempt.branch}", attempt.node_id, step)
 
         return self._with(commit, beside)
 
@@ -462,12 +462,12 @@ class DurableSession:
         def operation(rows: Rows) -> list[Any]:
             commit(rows)
             if self._deliver:
-                keep_due(rows, self.run_id, attempt)
+                record_due_hooks(rows, self.run_id, attempt)
             beside(rows)
             # Cells last: others wait for their locks.
             return [CellChange(name, change)(rows) for name, change in changes]
 
-        pending = self._submit(Doing(self.run_id, operation))
+        pending = self._submit(Transaction(self.run_id, operation))
         if charge is not None:
             pending.add_done_callback(partial(_settled, charge))
         return pending
@@ -477,9 +477,9 @@ class DurableSession:
         fence = self.fence
 
         def read(rows: Rows) -> list[StepRow]:
-            return list(rows.some(fence.run, fence.execution, position, branches))
+            return list(rows.steps_at(fence.run, fence.execution, position, branches))
 
-        found: list[StepRow] = await self._submit(Doing(self.run_id, read))
+        found: list[StepRow] = await self._submit(Transaction(self.run_id, read))
         if self._payloads.plain:
             return self._opened_rows(found)
         return await asyncio.to_thread(self._opened_rows, found)
@@ -489,12 +489,12 @@ class DurableSession:
 
     def delivered(self, row: AttemptRow) -> None:
         """The end hooks of an attempt were told. Nobody waits for it: what is not kept is told once more."""
-        run, key = self.fence.run, due_key(_attempt(row))
-        self._post(lambda rows: rows.drop(run, DUE, key))
+        run, key = self.fence.run, due_hooks_key(_attempt(row))
+        self._post(lambda rows: rows.delete_annotations(run, DUE, key))
 
     def _committed(self, execution: int, row: StepRow) -> Committed:
         position, branch, node_id, step = row
-        verify(step, self.run_id, position, node_id, branch)
+        verify_step(step, self.run_id, position, node_id, branch)
         what = f"the output of node {node_id!r} at position {position} of run {self.run_id!r}"
         call = None
         if step.number is not None:
@@ -515,10 +515,10 @@ class DurableSession:
     def note_traceparent(self, traceparent: str) -> None:
         """Keep the trace context of this execution. Nobody waits for it; without it a resumed run is not linked."""
         step = Step("", "", b"", checksum(b""))
-        self._post(lambda rows: rows.keep(self.run_id, TRACE, "", traceparent, step))
+        self._post(lambda rows: rows.annotate(self.run_id, TRACE, "", traceparent, step))
 
     def _post(self, do: Callable[[Rows], Any]) -> None:
-        pending = asyncio.ensure_future(self._submit(Doing(self.run_id, do)))
+        pending = asyncio.ensure_future(self._submit(Transaction(self.run_id, do)))
         pending.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def suspend(self, row: AttemptRow, waiting: Waiting) -> Awaitable[None]:
@@ -531,20 +531,20 @@ class DurableSession:
 
         def ask(rows: Rows) -> None:
             found = rows.find(self.run_id, lock=True)
-            asked = [] if found is None else rows.kept(found.run, WAITING, waiting_branch(waiting))
+            asked = [] if found is None else rows.annotations(found.run, WAITING, waiting_key(waiting))
             before = next(
                 (read_waiting(kept, self.run_id, execution, self._payloads) for kept in asked), None
             )
             seen = self.waiting.get((waiting.position, waiting.branch))
             if not is_answered_meanwhile(before, seen, waiting):
-                keep_waiting(rows, self.run_id, execution, waiting, self._payloads)
+                record_waiting(rows, self.run_id, execution, waiting, self._payloads)
 
         return self._with(commit, ask)
 
     def abandon(self) -> None:
         """Nothing more comes from here, and nothing can be awaited: whoever resumes the run need not wait."""
         self.ended = True
-        LIVE.pop(self.fence.owner.rpartition("|")[2], None)
+        LIVE_SESSIONS.pop(self.fence.owner.rpartition("|")[2], None)
 
     def end(self, status: str, error: str | None) -> Awaitable[None] | None:
         """Note how the run stopped. Awaited: raises Fenced, or another StoreError."""
@@ -553,7 +553,7 @@ class DurableSession:
                 return None
             status, error = self.finished.status, self.finished.error
         self.ended = True
-        pending = self._submit(Doing(self.run_id, partial(self._finish, str(status), text(error))))
+        pending = self._submit(Transaction(self.run_id, partial(self._finish, str(status), storable_text(error))))
         # Not before it is kept: who looks meanwhile would take the run for one whose process died.
         pending.add_done_callback(lambda _: self.abandon())
         return pending
@@ -567,9 +567,9 @@ class DurableSession:
         else:
             error = self._payloads.seal_text(error, self._place("error", self.fence.execution))
         if not rows.finish(self.fence, status, error, updated_ms):
-            raise refused(rows, self.fence, self.run_id)
+            raise fence_error(rows, self.fence, self.run_id)
         if status == "CANCELLED":
-            rows.drop(self.fence.run, CANCEL)
+            rows.delete_annotations(self.fence.run, CANCEL)
 
 
 def _settled(charge: Charge, pending: asyncio.Future[Any]) -> None:
@@ -615,15 +615,15 @@ def _attempt(row: AttemptRow) -> Attempt:
         row.duration_ns,
         row.outcome,
         failure and failure.value,
-        text(message),
-        text(reason),
+        storable_text(message),
+        storable_text(reason),
         usage.tokens,
         usage.output_tokens,
         round(usage.cost_usd * PICO),
-        text(usage.model),
+        storable_text(usage.model),
         row.function_ns,
-        text(row.group),
-        error_type=text(error_type),
+        storable_text(row.group),
+        error_type=storable_text(error_type),
     )
 
 
@@ -634,7 +634,7 @@ def fork(
 
     Raises CheckpointNotFound, RunExists, CorruptCheckpoint.
     """
-    found = sound(rows.find(source))
+    found = require_undamaged(rows.find(source))
     kept = None if found is None else rows.input(found.run, found.execution)
     if found is None or kept is None:
         raise CheckpointNotFound(f"there is no run {source!r} to fork; check the id and the store")
@@ -648,7 +648,7 @@ def fork(
     taken = rows.find(opening.run_id, lock=True)
     if taken is not None and taken.execution:
         raise RunExists(f"run {opening.run_id!r} already exists; use another id for the fork")
-    old, new = partial(Place, source, found.execution), partial(Place, opening.run_id, 1)
+    old, new = partial(PayloadPlace, source, found.execution), partial(PayloadPlace, opening.run_id, 1)
     if not opening.sha256:
         contract, given, sha = kept
         if payloads.codec is not None:
@@ -659,7 +659,7 @@ def fork(
     called = {position: identity for identity, position in rows.identities(found.run, found.execution)}
     fence = rows.begin(taken, opening._replace(pipeline=found.pipeline))
     for number, (position, branch, node_id, step) in enumerate(steps):
-        verify(step, source, position, node_id, branch)
+        verify_step(step, source, position, node_id, branch)
         if edited is not None and (position, branch) == (before - 1, ""):
             step = edited._replace(contract=step.contract)
         elif payloads.codec is not None:
@@ -683,16 +683,16 @@ def fork(
         )
         rows.commit(fence, attempt, step)
     parent = Step("", "", b"", checksum(b""), before)
-    rows.keep(opening.run_id, PARENT, "", source, parent)
+    rows.annotate(opening.run_id, PARENT, "", source, parent)
     why = f"forked from run {source!r} before position {before}"
-    rows.finish(fence, "INTERRUPTED", payloads.seal_text(text(why), new("error")))
+    rows.finish(fence, "INTERRUPTED", payloads.seal_text(storable_text(why), new("error")))
 
 
 def _moved(
     payloads: Payloads,
     step: Step,
-    old: Callable[..., Place],
-    new: Callable[..., Place],
+    old: Callable[..., PayloadPlace],
+    new: Callable[..., PayloadPlace],
     position: int,
     branch: str,
 ) -> Step:
