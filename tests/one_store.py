@@ -12,22 +12,12 @@ from pydantic import BaseModel
 
 from stroma.checkpoint import RunRequest, StepCall
 from stroma.checkpoint.durable.annotations import record_due_hooks, record_waiting
+from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import new_owner
-from stroma.checkpoint.durable.rows import (
-    CANCEL,
-    PARENT,
-    SAVED,
-    TRACE,
-    TROUBLE,
-    Fence,
-    Opening,
-    RunRow,
-    Step,
-    checksum,
-)
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import Payloads, PayloadPlace
+from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Committed, PriorUsage, Waiting
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.sqlite import rows as _sqlite_rows
@@ -149,7 +139,7 @@ class Store:
     def tables(self) -> dict[str, list[tuple[Any, ...]]]:
         return {name: self.table(name) for name in TABLES}
 
-    def run_extras(self) -> list[tuple[int, str, str]]:
+    def annotations(self) -> list[tuple[int, str, str]]:
         return [
             (one.position, one.branch, one.node_id)
             for place in range(-9, 0)
@@ -158,7 +148,13 @@ class Store:
 
     def keep_beside(self, run_id: str = "r") -> None:
         """Something of each kind; two nodes wait, one of them has its answer."""
-        for position in (SAVED, CANCEL, PARENT, TRACE, TROUBLE):
+        for position in (
+            Annotation.SAVED,
+            Annotation.CANCEL,
+            Annotation.PARENT,
+            Annotation.TRACE,
+            Annotation.FAILURE_SITE,
+        ):
             self.rows.annotate(run_id, position, "", f"at {position}", EMPTY)
         record_due_hooks(self.rows, run_id, attempt(1, 50))
         record_due_hooks(self.rows, run_id, attempt(0, 20))

@@ -49,7 +49,7 @@ from stroma import (
     open_store,
     stroma_node,
 )
-from stroma.checkpoint.durable.rows import Commit, Transaction
+from stroma.checkpoint.durable.operations import Commit, Transaction
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.worker import Worker
 from stroma.cost.prices import find_pricer

@@ -28,7 +28,9 @@ from stroma import (
     current_node,
     stroma_node,
 )
-from stroma.checkpoint.durable.rows import WAITING, Transaction, Fence, Rows, Step, checksum
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Transaction
+from stroma.checkpoint.durable.rows import Annotation, Fence, Rows, Step
 
 NEVER = {cls: FailurePolicy(max_retries=0, backoff_seconds=0) for cls in FailureClass}
 KEY = bytes(range(32))
@@ -173,12 +175,12 @@ async def test_an_answer_answers_one_question(open_store: Open) -> None:
             small, large = rows.find("small"), rows.find("large")
             assert small is not None
             assert large is not None
-            answer = next(iter(rows.annotations(small.run, WAITING)))
-            asked = next(iter(rows.annotations(large.run, WAITING)))
+            answer = next(iter(rows.annotations(small.run, Annotation.WAITING)))
+            asked = next(iter(rows.annotations(large.run, Annotation.WAITING)))
             step = asked.step._replace(
                 output=answer.step.output, sha256=answer.step.sha256, number=answer.step.number
             )
-            rows.annotate("large", WAITING, asked.branch, asked.node_id, step)
+            rows.annotate("large", Annotation.WAITING, asked.branch, asked.node_id, step)
 
         await store._submit(Transaction(None, steal))
         calls: list[Any] = []

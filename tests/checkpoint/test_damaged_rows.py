@@ -12,7 +12,8 @@ from tests.checkpoint.damage import loose
 from tests.shared_stores import SHARED, opened, place
 
 from stroma.checkpoint import RunQuery, StoreError
-from stroma.checkpoint.durable.rows import DAMAGED, parse_attempt, parse_run
+from stroma.checkpoint.durable.integrity import parse_attempt, parse_run
+from stroma.checkpoint.durable.rows import DAMAGED
 from stroma.checkpoint.history import History
 from stroma.cli import main
 from stroma.failures import FailureClass

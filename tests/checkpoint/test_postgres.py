@@ -23,7 +23,8 @@ from tests.tiers import examples
 
 import stroma
 from stroma.checkpoint import CheckpointLost, Fenced, RunBusy, StoreError, open_store
-from stroma.checkpoint.durable.rows import Commit, Transaction, Fence
+from stroma.checkpoint.durable.operations import Commit, Transaction
+from stroma.checkpoint.durable.rows import Fence
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.records import Attempt
 from stroma.testing.machine import JournalStoreMachine

@@ -15,7 +15,7 @@ from tests.servers import Proxy, RedisServer, proxied, shared_redis
 
 from stroma.checkpoint import Fenced, StoreError
 from stroma.checkpoint.redis import RedisStore
-from stroma.checkpoint.redis.server import RedisLink, RedisEndpoint
+from stroma.checkpoint.redis.server import RedisEndpoint, RedisLink
 from stroma.contracts.schema import schema_of
 from stroma.testing.stores import State, begin, commit, row
 

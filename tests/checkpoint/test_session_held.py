@@ -29,8 +29,9 @@ from stroma.checkpoint import (
     StepCall,
 )
 from stroma.checkpoint.durable.annotations import record_due_hooks
+from stroma.checkpoint.durable.integrity import checksum
 from stroma.checkpoint.durable.owner import LIVE_SESSIONS, Owner
-from stroma.checkpoint.durable.rows import CANCEL, DUE, SAVED, WAITING, Fence, Step, checksum
+from stroma.checkpoint.durable.rows import Annotation, Fence, Step
 from stroma.checkpoint.protocols import OF_MAP, Committed, Finished, PriorUsage, Waiting
 from stroma.failures import FailureClass
 from stroma.trace import AttemptUsage
@@ -63,7 +64,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
     """It knows what was committed, used, waited for, and under which trace."""
     first = await begun(store)
     store.keep_beside()
-    store.rows.delete_annotations(1, CANCEL)
+    store.rows.delete_annotations(1, Annotation.CANCEL)
     history = store.table("attempts")
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.finished) == (1, True, None)
@@ -76,7 +77,7 @@ async def test_a_session_that_goes_on(store: Store, if_exists: Any) -> None:
         (2, "0"): Waiting(2, "0", "second", "what", "", b"7"),
     }
     assert session.undelivered == []  # Nobody asked for them.
-    assert store.beside() == [
+    assert store.annotations() == [
         (-7, "", "at -7"), (-6, "0:20:1:", "node"), (-6, "1:50:1:", "node"), (-5, "", "at -5"), (-4, "", "at -4"),
         (-2, "0:", "first"), (-2, "2:0", "second"), (-1, "", "at -1"),
     ]  # fmt: skip
@@ -101,7 +102,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
                 error_type="KeyError",
             ),
         )
-    store.rows.annotate("r", DUE, "damaged", "node", Step("", "", b"{}", b"wrong"))
+    store.rows.annotate("r", Annotation.DUE_HOOKS, "damaged", "node", Step("", "", b"{}", b"wrong"))
     session = store.open(if_exists="resume", deliver=True)
     failed = Failed(FailureClass.TERMINAL, "m", None, "KeyError")
     usage = AttemptUsage(5, 3, 0.25, "m")
@@ -109,7 +110,7 @@ async def test_end_hooks_that_may_not_have_been_told(store: Store) -> None:
         ("node", 3, started, 7, {}, None, "failure", failed, usage, position, "2", None, None, None, 7)
         for position, started in ((1, 50), (0, 70), (2, 90))
     ]
-    assert len(store.rows.annotations(1, DUE)) == 4  # Until they were told.
+    assert len(store.rows.annotations(1, Annotation.DUE_HOOKS)) == 4  # Until they were told.
 
 
 async def test_a_session_that_begins_anew(store: Store) -> None:
@@ -125,7 +126,7 @@ async def test_a_session_that_begins_anew(store: Store) -> None:
             {},
             [],
         )
-        assert store.beside() == [(-4, "", "at -4"), (-1, "", "at -1")]
+        assert store.annotations() == [(-4, "", "at -4"), (-1, "", "at -1")]
     assert session.execution == 3
     assert session.fence.epoch == 3
     assert [one[1] for one in store.table("inputs")] == [1, 2, 3]
@@ -133,10 +134,10 @@ async def test_a_session_that_begins_anew(store: Store) -> None:
 
 @pytest.mark.parametrize("if_exists", ["resume", "restart"])
 async def test_a_run_of_which_only_states_were_saved_begins(store: Store, if_exists: Any) -> None:
-    store.rows.annotate("r", SAVED, "n", "n", EMPTY)
+    store.rows.annotate("r", Annotation.SAVED, "n", "n", EMPTY)
     session = store.open(if_exists=if_exists)
     assert (session.execution, session.continued, session.restored) == (1, False, {})
-    assert store.beside() == [(-1, "n", "n")]
+    assert store.annotations() == [(-1, "n", "n")]
 
 
 @pytest.mark.parametrize("status", ["COMPLETED", "RESUMED"])
@@ -178,7 +179,7 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     """What was committed or waited for from there on is forgotten; what was used counts all the same."""
     await begun(store)
     store.keep_beside()
-    store.rows.delete_annotations(1, CANCEL)
+    store.rows.delete_annotations(1, Annotation.CANCEL)
     # It goes on with another input, and with damage to what is forgotten.
     store.db.execute("UPDATE steps SET output = x'00' WHERE position >= ? AND position >= 0", (discard_from,))
     session = store.open(n=7, if_exists="resume", discard_from=discard_from)
@@ -187,7 +188,9 @@ async def test_a_session_that_goes_on_from_an_earlier_position(
     assert session.continued
     assert list(session.waiting) == waits
     assert {(one.position, one.branch) for one in store.rows.steps(1, 1)} == set(left)
-    assert [one.branch for one in store.rows.annotations(1, WAITING)] == [f"{at}:{branch}" for at, branch in waits]
+    assert [one.branch for one in store.rows.annotations(1, Annotation.WAITING)] == [
+        f"{at}:{branch}" for at, branch in waits
+    ]
 
 
 async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> None:
@@ -195,13 +198,13 @@ async def test_what_was_waited_for_and_is_damaged_is_forgotten(store: Store) -> 
     await begun(store)
     store.keep_beside()
     store.open("s")
-    store.rows.annotate("s", WAITING, "0:", "n", Step("", "", b"7", b"wrong", 1))
-    store.rows.annotate("r", WAITING, "1:", "n", Step("", "", b"7", b"wrong", 1))
-    store.rows.annotate("r", WAITING, "x:", "n", EMPTY)
+    store.rows.annotate("s", Annotation.WAITING, "0:", "n", Step("", "", b"7", b"wrong", 1))
+    store.rows.annotate("r", Annotation.WAITING, "1:", "n", Step("", "", b"7", b"wrong", 1))
+    store.rows.annotate("r", Annotation.WAITING, "x:", "n", EMPTY)
     session = store.open(if_exists="resume")
     assert list(session.waiting) == [(0, ""), (2, "0")]
-    assert [one.branch for one in store.rows.annotations(1, WAITING)] == ["0:", "2:0"]
-    assert len(store.rows.annotations(2, WAITING)) == 1
+    assert [one.branch for one in store.rows.annotations(1, Annotation.WAITING)] == ["0:", "2:0"]
+    assert len(store.rows.annotations(2, Annotation.WAITING)) == 1
 
 
 async def test_commits_that_are_apart_are_not_restored(store: Store) -> None:

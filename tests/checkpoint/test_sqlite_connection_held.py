@@ -12,7 +12,9 @@ from typing import Any
 import pytest
 
 from stroma.checkpoint import Fenced, StoreError
-from stroma.checkpoint.durable.rows import Commit, Fence, Opening, Step, checksum
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Commit
+from stroma.checkpoint.durable.rows import Fence, Opening, Step
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.sqlite import file as sqlite_file

@@ -12,22 +12,18 @@ from typing import Any
 
 import pytest
 
+from stroma.checkpoint.durable.integrity import checksum
+from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.owner import Owner, boot_id, new_owner
 from stroma.checkpoint.durable.rows import (
-    CANCEL,
-    PARENT,
-    SAVED,
-    TRACE,
-    WAITING,
-    RunExtras,
-    Commit,
+    Annotation,
+    AttemptSummary,
     Fence,
     Opening,
+    RunExtras,
     RunRow,
     Step,
     StepRow,
-    AttemptSummary,
-    checksum,
 )
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally
@@ -152,7 +148,7 @@ def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
     first = rows.begin(None, opening(tags=("one",)))
     for position in range(4):
         rows.commit(first, attempt(position, 10 + position), step())
-    rows.annotate("r", WAITING, "3:", "node 3", step())
+    rows.annotate("r", Annotation.WAITING, "3:", "node 3", step())
     rows.finish(first, "PARTIAL", "why")
     clock.now, clock.lease = 2000, 600_000
     found = rows.find("r")
@@ -166,7 +162,7 @@ def test_an_execution_goes_on(rows: SqliteRows, clock: Clock) -> None:
     assert table(rows, "inputs") == [(1, 1, "c", INPUT, checksum(INPUT))]
     assert table(rows, "tags") == [(1, "one", 1000), (1, "two", 1000)]
     assert [one.position for one in rows.steps(1, 1)] == [0, 1, 2, 3]
-    assert [one.branch for one in rows.annotations(1, WAITING)] == ["3:"]
+    assert [one.branch for one in rows.annotations(1, Annotation.WAITING)] == ["3:"]
 
 
 @pytest.mark.parametrize(
@@ -181,13 +177,13 @@ def test_an_execution_goes_on_without_the_commits_from_a_position_on(
     fence = rows.begin(rows.find("r"), opening())
     for position in range(3):
         rows.commit(fence, attempt(position, branch="0" if position == 1 else ""), step())
-    rows.annotate("r", SAVED, "n", "n", step())
+    rows.annotate("r", Annotation.SAVED, "n", "n", step())
     found = rows.find("r")
     assert found is not None
     assert rows.take_over(found, opening(discard_from=discard_from)).execution == 2
     assert [one.position for one in rows.steps(1, 2)] == left
     assert [one.position for one in rows.steps(1, 1)] == [9]
-    assert len(rows.annotations(1, SAVED)) == 1
+    assert len(rows.annotations(1, Annotation.SAVED)) == 1
 
 
 # ---------------------------------------------------------------------- commits
@@ -429,7 +425,7 @@ def test_the_commits_of_an_execution(rows: SqliteRows) -> None:
     for at, (position, branch) in enumerate(places):
         data = f"{position}:{branch}".encode()
         rows.commit(fence, attempt(position, at, branch), step(data, at, b"g"))
-    rows.annotate("r", SAVED, "n", "n", step())
+    rows.annotate("r", Annotation.SAVED, "n", "n", step())
     whole = rows.steps(1, 1)
     assert whole[3] == StepRow(1, "1", "node 1", step(b"1:1", 3, b"g"))
     assert sorted((one.position, one.branch) for one in whole) == sorted(places)
@@ -481,12 +477,12 @@ def test_the_commit_at_a_place(rows: SqliteRows) -> None:
 
 def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
     """It makes the run, without an execution; what is there gives way to it; it is told in the order of its branches."""
-    rows.annotate("r", SAVED, "b", "node", step(b"1"))
+    rows.annotate("r", Annotation.SAVED, "b", "node", step(b"1"))
     assert table(rows, "runs") == [(1, "r", "", 0, "RUNNING", None, 1000, 1000, 0, 0, 0, None, 0, None, 0, 0)]
-    rows.annotate("r", SAVED, "a", "node", step(b"2", 4, b"g"))
-    rows.annotate("r", SAVED, "b", "other", step(b"3"))
-    rows.annotate("r", TRACE, "", "trace", step(b"4"))
-    rows.annotate("s", SAVED, "a", "node", step(b"5"))
+    rows.annotate("r", Annotation.SAVED, "a", "node", step(b"2", 4, b"g"))
+    rows.annotate("r", Annotation.SAVED, "b", "other", step(b"3"))
+    rows.annotate("r", Annotation.TRACE, "", "trace", step(b"4"))
+    rows.annotate("s", Annotation.SAVED, "a", "node", step(b"5"))
     assert table(rows, "steps", "1") == [
         (2, 1, 0, -1, "a", "node", 0, 0, 0, "contract", "module:Model", b"2", checksum(b"2"), 4, b"g"),
         (3, 1, 0, -1, "b", "other", 0, 0, 0, "contract", "module:Model", b"3", checksum(b"3"), None, None),
@@ -495,35 +491,35 @@ def test_what_is_kept_beside_a_run(rows: SqliteRows) -> None:
     ]  # fmt: skip
     assert len(table(rows, "runs")) == 2
     a, b = StepRow(-1, "a", "node", step(b"2", 4, b"g")), StepRow(-1, "b", "other", step(b"3"))
-    assert rows.annotations(1, SAVED) == [a, b]
-    assert rows.annotations(1, SAVED, "b") == [b]
-    assert rows.annotations(1, SAVED, "c") == []
-    assert rows.annotations(3, SAVED) == []
-    rows.delete_annotations(1, SAVED, "c")
-    assert rows.annotations(1, SAVED) == [a, b]
-    rows.delete_annotations(1, SAVED, "b")
-    assert rows.annotations(1, SAVED) == [a]
-    rows.delete_annotations(1, SAVED)
-    assert rows.annotations(1, SAVED) == []
-    assert len(rows.annotations(1, TRACE)) == len(rows.annotations(2, SAVED)) == 1
+    assert rows.annotations(1, Annotation.SAVED) == [a, b]
+    assert rows.annotations(1, Annotation.SAVED, "b") == [b]
+    assert rows.annotations(1, Annotation.SAVED, "c") == []
+    assert rows.annotations(3, Annotation.SAVED) == []
+    rows.delete_annotations(1, Annotation.SAVED, "c")
+    assert rows.annotations(1, Annotation.SAVED) == [a, b]
+    rows.delete_annotations(1, Annotation.SAVED, "b")
+    assert rows.annotations(1, Annotation.SAVED) == [a]
+    rows.delete_annotations(1, Annotation.SAVED)
+    assert rows.annotations(1, Annotation.SAVED) == []
+    assert len(rows.annotations(1, Annotation.TRACE)) == len(rows.annotations(2, Annotation.SAVED)) == 1
 
 
 def test_a_run_that_had_only_saved_states_begins(rows: SqliteRows, clock: Clock) -> None:
     """It keeps its key, and what was saved; its execution is the first one."""
-    rows.annotate("r", SAVED, "n", "n", step())
+    rows.annotate("r", Annotation.SAVED, "n", "n", step())
     clock.now = 2000
     assert rows.begin(rows.find("r"), opening()) == Fence(1, 1, 1, OURS, 30.0)
     assert [one[:8] for one in table(rows, "runs")] == [(1, "r", "p", 1, "RUNNING", None, 2000, 2000)]
-    assert len(rows.annotations(1, SAVED)) == 1
+    assert len(rows.annotations(1, Annotation.SAVED)) == 1
 
 
 def test_which_runs_somebody_wants_to_end(rows: SqliteRows) -> None:
     """Those with a mark of cancellation, in the order in which they were asked for."""
     for run_id in ("r", "s", "t", "u"):
         rows.begin(None, opening(run_id))
-    rows.annotate("s", CANCEL, "", "", step())
-    rows.annotate("u", CANCEL, "", "", step())
-    rows.annotate("t", WAITING, "", "", step())
+    rows.annotate("s", Annotation.CANCEL, "", "", step())
+    rows.annotate("u", Annotation.CANCEL, "", "", step())
+    rows.annotate("t", Annotation.WAITING, "", "", step())
     assert rows.cancel_requests([4, 1, 3, 2]) == [4, 2]
     assert rows.cancel_requests([1, 2]) == [2]
     assert rows.cancel_requests([1]) == []
@@ -534,11 +530,11 @@ def test_the_newest_of_a_node(rows: SqliteRows) -> None:
     fence = rows.begin(None, opening())
     rows.commit(fence, attempt(0, 1, node_id="n"), step(b"1"))
     assert rows.newest_output("r", "n") == StepRow(0, "", "n", step(b"1"))
-    rows.annotate("r", SAVED, "n", "n", step(b"2", 1, b"g"))
+    rows.annotate("r", Annotation.SAVED, "n", "n", step(b"2", 1, b"g"))
     assert rows.newest_output("r", "n") == StepRow(-1, "n", "n", step(b"2", 1, b"g"))
     rows.commit(fence, attempt(1, 2, node_id="n"), step(b"3"))
     assert rows.newest_output("r", "n") == StepRow(1, "", "n", step(b"3"))
-    rows.annotate("r", WAITING, "0:", "n", step(b"4"))
+    rows.annotate("r", Annotation.WAITING, "0:", "n", step(b"4"))
     assert rows.newest_output("r", "n") == StepRow(1, "", "n", step(b"3"))
     rows.begin(rows.find("r"), opening())
     assert rows.newest_output("r", "n") == StepRow(-1, "n", "n", step(b"2", 1, b"g"))
@@ -551,7 +547,7 @@ def test_a_run_is_deleted_from_all_tables(rows: SqliteRows) -> None:
     for run_id in ("r", "s"):
         fence = rows.begin(None, opening(run_id, tags=("t",)))
         rows.commit(fence, attempt(), step())
-        rows.annotate(run_id, SAVED, "n", "n", step())
+        rows.annotate(run_id, Annotation.SAVED, "n", "n", step())
     rows.delete("s")
     names = ("runs", "inputs", "tags", "attempts", "steps")
     assert [{one[0] if name != "steps" else one[1] for one in table(rows, name)} for name in names] == [
@@ -586,7 +582,7 @@ def test_which_runs_have_expired(rows: SqliteRows, clock: Clock) -> None:
         if status is not None:
             rows.finish(fence, status, None)
     clock.now = 4000
-    rows.annotate("saved", SAVED, "n", "n", step())
+    rows.annotate("saved", Annotation.SAVED, "n", "n", step())
     ended = ["CANCELLED", "FAILED", "RESUMED", "COMPLETED"]
     everything = ["saved", "None", "INTERRUPTED", "SUSPENDED", "PARTIAL", *ended]
     assert rows.expired_run_ids(5001, unfinished=False, limit=100) == ended
@@ -603,7 +599,7 @@ def test_the_payloads_that_stand_in_blobs(rows: SqliteRows) -> None:
     rows.commit(fence, attempt(0, 1), step(two, 1, three))
     rows.commit(fence, attempt(1, 2), step(b"{}" + two, 1, b"plain"))
     rows.begin(None, opening("s", input=BLOB[:-1]))
-    rows.annotate("s", SAVED, "n", "n", step(four))
+    rows.annotate("s", Annotation.SAVED, "n", "n", step(four))
     assert sorted(rows.blobs()) == [one, two, three, four]
 
 
@@ -620,7 +616,7 @@ def test_what_is_told_of_a_run_beside_its_row(rows: SqliteRows) -> None:
     within = failed(2, 90, duration_ns=1)
     for one in (early, late, attempt(3, 400), within):
         rows.commit(fence, one, None)
-    rows.annotate("r", PARENT, "", "the parent", step())
+    rows.annotate("r", Annotation.PARENT, "", "the parent", step())
     rows.begin(None, opening("s"))
     r, s = rows.find("r"), rows.find("s")
     assert r is not None
@@ -641,7 +637,7 @@ def test_ids_that_begin_with_a_text(
     for started, run_id in enumerate(["ab", "a", "abc", "b", "aé", "a\U0010ffff", "AB", "a%"]):
         clock.now = 1000 + started // 2
         rows.begin(None, opening(run_id))
-    rows.annotate("abz", SAVED, "n", "n", step())
+    rows.annotate("abz", Annotation.SAVED, "n", "n", step())
     assert rows.find_run_ids("a", 20) == ["a", "a%", "a\U0010ffff", "aé", "abc", "ab"]
     assert rows.find_run_ids("a", 3) == ["a", "a%", "a\U0010ffff"]
     assert rows.find_run_ids("a", 1) == ["a"]
@@ -661,7 +657,7 @@ def test_runs_are_listed_through_the_same_columns(rows: SqliteRows, clock: Clock
             None, opening(run_id, pipeline="p" if number else "q", tags=("odd",) if number % 2 else ())
         )
         rows.commit(fence, failed(0, 10, node_id="n") if run_id == "t" else attempt(), step())
-    rows.annotate("saved", SAVED, "n", "n", step())
+    rows.annotate("saved", Annotation.SAVED, "n", "n", step())
 
     def told(query: RunQuery, limit: int = 10, after: str | None = None, look_at: int | None = None) -> Any:
         found, following = rows.runs(query, limit=limit, after=after, look_at=look_at)

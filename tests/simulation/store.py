@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from stroma.checkpoint import StoreError
 from stroma.checkpoint.durable.leases import _LOOK_SECONDS, LeaseRenewer, _renew
+from stroma.checkpoint.durable.operations import Transaction, fenced_error
 from stroma.checkpoint.durable.owner import Owner
-from stroma.checkpoint.durable.rows import CANCEL, Transaction, Rows, RunRow, StepRow, fenced_error
+from stroma.checkpoint.durable.rows import Annotation, Rows, RunRow, StepRow
 from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.durable.worker import Connection, Job, generation
@@ -113,7 +114,7 @@ class LoggedRows(SqliteRows):
         return fence
 
     def kept(self, run: Any, position: int, branch: str | None = None) -> list[StepRow]:
-        if position == CANCEL and self.database.forgets_cancels:
+        if position == Annotation.CANCEL and self.database.forgets_cancels:
             return []
         return super().kept(run, position, branch)
 
@@ -144,7 +145,7 @@ class LoggedRows(SqliteRows):
 
     def keep(self, run_id: str, position: int, branch: str, node_id: str, step: Any) -> None:
         super().keep(run_id, position, branch, node_id, step)
-        if position == CANCEL:
+        if position == Annotation.CANCEL:
             self.log.append(("cancel asked", run_id))
 
 

@@ -22,8 +22,8 @@ __all__ = [
     "Codec",
     "DirectoryBlobs",
     "FsspecBlobs",
-    "Payloads",
     "PayloadPlace",
+    "Payloads",
     "blob_store",
     "collect",
 ]

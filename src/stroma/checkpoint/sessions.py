@@ -30,7 +30,6 @@ class NullSession:
     Base class of the sessions that override what their store can do.
     """
 
-    __slots__ = ()
     address: str = ""
     epoch: int = 0
     charges: dict[tuple[int, str], Charge] = {}  # noqa: RUF012  # Nothing is put there without an address.
@@ -89,10 +88,7 @@ NULL_SESSION: Final = NullSession()
 class SimpleSession(NullSession):
     """A run in a store that has only the last state of each node."""
 
-    __slots__ = ("_run_id", "_store", "on_cancel")
-
     def __init__(self, store: Any, run_id: str) -> None:
-        self.on_cancel: Callable[[], None] | None = None
         self._store = store
         self._run_id = run_id
 

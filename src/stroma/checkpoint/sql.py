@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final
 
-from stroma.checkpoint.durable.rows import RunRow, AttemptSummary, parse_attempt
+from stroma.checkpoint.durable.integrity import parse_attempt
+from stroma.checkpoint.durable.rows import AttemptSummary, RunRow
 from stroma.checkpoint.records import RunQuery, Tally, marked
 
 __all__ = ["Dialect", "attempt_page", "find_runs", "tally"]

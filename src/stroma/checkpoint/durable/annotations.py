@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 from typing import cast
 
-from stroma.checkpoint.durable.rows import DUE, WAITING, Rows, Step, StepRow, checksum, is_intact, storable_text
-from stroma.checkpoint.payloads import Payloads, PayloadPlace
+from stroma.checkpoint.durable.integrity import checksum, is_intact, storable_text
+from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
+from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import PICO, Attempt
 from stroma.failures.classes import FailureClass
@@ -15,10 +16,10 @@ from stroma.trace.events import AttemptRow, AttemptUsage, Failed, Outcome
 __all__ = [
     "answer_place",
     "due_hooks_key",
-    "record_due_hooks",
-    "record_waiting",
     "read_due_hooks",
     "read_waiting",
+    "record_due_hooks",
+    "record_waiting",
     "waiting_key",
 ]
 
@@ -30,7 +31,13 @@ def due_hooks_key(attempt: Attempt) -> str:
 def record_due_hooks(rows: Rows, run_id: str, attempt: Attempt) -> None:
     # All that its hooks are to be told, but for its output: that stands with its commit.
     data = json.dumps(attempt._asdict()).encode()
-    rows.annotate(run_id, DUE, due_hooks_key(attempt), attempt.node_id, Step("", "", data, checksum(data)))
+    rows.annotate(
+        run_id,
+        Annotation.DUE_HOOKS,
+        due_hooks_key(attempt),
+        attempt.node_id,
+        Step("", "", data, checksum(data)),
+    )
 
 
 def read_due_hooks(kept: StepRow, run_id: str, execution: int, payloads: Payloads) -> AttemptRow | None:
@@ -66,7 +73,7 @@ def record_waiting(rows: Rows, run_id: str, execution: int, waiting: Waiting, pa
     place = PayloadPlace(run_id, execution, "question", waiting.position, waiting.branch)
     question = payloads.seal_text(storable_text(waiting.reason), place)
     step = Step(question or "", waiting.schema_ref, data, checksum(data), number)
-    rows.annotate(run_id, WAITING, waiting_key(waiting), waiting.node_id, step)
+    rows.annotate(run_id, Annotation.WAITING, waiting_key(waiting), waiting.node_id, step)
 
 
 def waiting_key(waiting: Waiting) -> str:

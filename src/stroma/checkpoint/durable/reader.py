@@ -7,21 +7,19 @@ from collections.abc import Callable
 from typing import Final, TypeVar
 
 from stroma.checkpoint.durable.annotations import read_waiting
+from stroma.checkpoint.durable.integrity import is_intact, verify_step
 from stroma.checkpoint.durable.rows import (
     DAMAGED,
-    TROUBLE,
-    WAITING,
-    RunExtras,
+    Annotation,
+    AttemptSummary,
     Rows,
+    RunExtras,
     RunRow,
     Step,
     StepRow,
-    AttemptSummary,
-    is_intact,
-    verify_step,
 )
 from stroma.checkpoint.errors import CheckpointNotFound, CorruptCheckpoint
-from stroma.checkpoint.payloads import Payloads, PayloadPlace
+from stroma.checkpoint.payloads import PayloadPlace, Payloads
 from stroma.checkpoint.protocols import Waiting
 from stroma.checkpoint.records import (
     PICO,
@@ -175,7 +173,11 @@ class ReadableStore(ABC):
 
         def query(rows: Rows) -> StepRow | None:
             found = rows.find(run_id)
-            kept = [] if found is None else rows.annotations(found.run, TROUBLE, f"{position}:{branch}")
+            kept = (
+                []
+                if found is None
+                else rows.annotations(found.run, Annotation.FAILURE_SITE, f"{position}:{branch}")
+            )
             return next(iter(kept), None)
 
         kept = self.read(query, None)
@@ -209,7 +211,9 @@ class ReadableStore(ABC):
             return None
         verify_step(kept.step, run_id, position, kept.node_id, branch)
         what = f"the output of node {kept.node_id!r} at position {position} of run {run_id!r}"
-        return self._payloads.open(kept.step.output, PayloadPlace(run_id, number, "output", position, branch), what)
+        return self._payloads.open(
+            kept.step.output, PayloadPlace(run_id, number, "output", position, branch), what
+        )
 
     def _with_message(self, run_id: str, execution: int, attempt: Attempt) -> Attempt:
         place = PayloadPlace(run_id, execution, "message", attempt.position, attempt.branch)
@@ -274,7 +278,7 @@ class ReadableStore(ABC):
                 return []
             kept = [
                 read_waiting(row, run_id, found.execution, self._payloads)
-                for row in rows.annotations(found.run, WAITING)
+                for row in rows.annotations(found.run, Annotation.WAITING)
             ]
             return [waiting for waiting in kept if waiting is not None]
 

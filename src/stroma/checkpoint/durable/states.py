@@ -6,7 +6,9 @@ import asyncio
 
 from pydantic import BaseModel
 
-from stroma.checkpoint.durable.rows import SAVED, Transaction, Rows, Step, StepRow, verify_step
+from stroma.checkpoint.durable.integrity import verify_step
+from stroma.checkpoint.durable.operations import Transaction
+from stroma.checkpoint.durable.rows import Annotation, Rows, Step, StepRow
 from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.manager import resolve_schema
@@ -26,9 +28,11 @@ class AsyncStates(DurableStore):
         check_id(run_id, "run id")
         check_id(node_id, "node id")
         schema = schema_of(type(state))
-        place = PayloadPlace(run_id, 0, "output", SAVED, node_id)
+        place = PayloadPlace(run_id, 0, "output", Annotation.SAVED, node_id)
         step = await self._step(schema, self._encode(schema, state), place)
-        await self._submit(Transaction(run_id, lambda rows: rows.annotate(run_id, SAVED, node_id, node_id, step)))
+        await self._submit(
+            Transaction(run_id, lambda rows: rows.annotate(run_id, Annotation.SAVED, node_id, node_id, step))
+        )
 
     async def save_typed(self, run_id: str, node_id: str, state: BaseModel, schema: type[BaseModel]) -> None:
         """Save as an instance of ``schema``; raises TypeError("schema must be a BaseModel type")."""
@@ -80,7 +84,7 @@ class AsyncStates(DurableStore):
 
         def query(rows: Rows) -> tuple[int, StepRow] | None:
             newest = rows.newest_output(run_id, node_id)
-            if newest is None or newest.position == SAVED:  # What save() stores may have no run.
+            if newest is None or newest.position == Annotation.SAVED:  # What save() stores may have no run.
                 return None if newest is None else (0, newest)
             run = rows.find(run_id)
             return None if run is None else (run.execution, newest)

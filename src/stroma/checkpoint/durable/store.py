@@ -16,29 +16,19 @@ from typing import Any, Final, NamedTuple, Self, TypeVar
 from pydantic import BaseModel
 
 from stroma.checkpoint.cells import Change
-from stroma.checkpoint.durable.annotations import record_waiting, read_waiting, waiting_key
+from stroma.checkpoint.durable.annotations import read_waiting, record_waiting, waiting_key
+from stroma.checkpoint.durable.fork import fork_run
+from stroma.checkpoint.durable.integrity import checksum, is_intact, verify_step
 from stroma.checkpoint.durable.leases import LeaseRenewer
+from stroma.checkpoint.durable.operations import CellChange, Transaction
 from stroma.checkpoint.durable.owner import new_owner
 from stroma.checkpoint.durable.reader import ReadableStore
-from stroma.checkpoint.durable.rows import (
-    CANCEL,
-    WAITING,
-    CellChange,
-    Transaction,
-    Fence,
-    Opening,
-    Rows,
-    Step,
-    StepRow,
-    checksum,
-    is_intact,
-    verify_step,
-)
-from stroma.checkpoint.durable.session import DurableSession, fork
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, Rows, Step, StepRow
+from stroma.checkpoint.durable.session import DurableSession
 from stroma.checkpoint.durable.worker import Connection, Operation, Worker, generation
 from stroma.checkpoint.errors import CorruptCheckpoint
 from stroma.checkpoint.manager import schema_ref
-from stroma.checkpoint.payloads import BLOB, BlobStore, Payloads, PayloadPlace, collect
+from stroma.checkpoint.payloads import BLOB, BlobStore, PayloadPlace, Payloads, collect
 from stroma.checkpoint.protocols import (
     ENDED,
     Committed,
@@ -191,7 +181,7 @@ class DurableStore(ReadableStore):
             if found is None or not found.execution:
                 raise self._no_run(run_id)
             if found.holder is not None:
-                rows.annotate(run_id, CANCEL, "", "cancel", Step("", "", b"", checksum(b"")))
+                rows.annotate(run_id, Annotation.CANCEL, "", "cancel", Step("", "", b"", checksum(b"")))
             elif found.status in ENDED:
                 return False
             else:
@@ -215,7 +205,9 @@ class DurableStore(ReadableStore):
         if found is None:
             raise self._no_run(run_id)
         branch = waiting_key(waiting)
-        asked = next((row for row in rows.annotations(found.run, WAITING) if row.branch == branch), None)
+        asked = next(
+            (row for row in rows.annotations(found.run, Annotation.WAITING) if row.branch == branch), None
+        )
         if asked is None or asked.node_id != waiting.node_id:
             raise not_waiting(run_id, waiting)
         if asked.step.number is None:
@@ -248,7 +240,7 @@ class DurableStore(ReadableStore):
             contract, given = state[0].fingerprint, await self._payloads.seal(self._encode(*state), place)
             sha = checksum(given)
         opening = Opening(new_run_id, "", str(new_owner(self, ends=False)), 0.0, contract, given, sha, None)
-        do = lambda rows: fork(rows, self._payloads, run_id, opening, before, step)  # noqa: E731
+        do = lambda rows: fork_run(rows, self._payloads, run_id, opening, before, step)  # noqa: E731
         await self._submit(Transaction(None, do, opening))
 
     # ------------------------------------------------------------------ items

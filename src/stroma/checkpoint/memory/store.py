@@ -46,7 +46,6 @@ _NO_PRIOR_USAGE = PriorUsage()
 
 class _MemorySession(NullSession):
     __slots__ = (
-        "__weakref__",
         "_calls",
         "_completion",
         "_epoch",

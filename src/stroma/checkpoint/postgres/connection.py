@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import psycopg
 
-from stroma.checkpoint.durable.rows import CellChange, Commit, Transaction, apply_changes
+from stroma.checkpoint.durable.operations import CellChange, Commit, Transaction, apply_changes
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.postgres.rows import PostgresRows, commit_query, commit_reply

@@ -8,19 +8,16 @@ from typing import Any, Final, LiteralString
 
 import psycopg
 
+from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
 from stroma.checkpoint.durable.rows import (
-    CANCEL,
-    SAVED,
-    RunExtras,
+    Annotation,
+    AttemptSummary,
     Fence,
     Opening,
+    RunExtras,
     RunRow,
     Step,
     StepRow,
-    AttemptSummary,
-    parse_attempt,
-    parse_run,
-    require_undamaged,
 )
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.postgres.schema import SCHEMA_VERSION, key
@@ -321,11 +318,11 @@ class PostgresRows:
         self._execute(_DROP, (run, position, branch_key, branch_key))
 
     def cancel_requests(self, runs: list[int]) -> list[int]:
-        found = {run for (run,) in self._execute(_WANTED, (runs, CANCEL)).fetchall()}
+        found = {run for (run,) in self._execute(_WANTED, (runs, Annotation.CANCEL)).fetchall()}
         return [run for run in runs if run in found]
 
     def newest_output(self, run_id: str, node_id: str) -> StepRow | None:
-        row = self._execute(_NEWEST, (SAVED, key(run_id), node_id)).fetchone()
+        row = self._execute(_NEWEST, (Annotation.SAVED, key(run_id), node_id)).fetchone()
         return None if row is None else _step_row(row)
 
     def delete(self, run_id: str) -> None:

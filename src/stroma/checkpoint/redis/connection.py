@@ -8,11 +8,12 @@ import time
 from collections.abc import Callable
 from typing import TypeVar
 
-from stroma.checkpoint.durable.rows import CellChange, Commit, Rows, apply_changes, fenced_error
+from stroma.checkpoint.durable.operations import CellChange, Commit, apply_changes, fenced_error
+from stroma.checkpoint.durable.rows import Rows
 from stroma.checkpoint.durable.worker import Job
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.redis.rows import RunChanged, RedisRows, commit_command, is_recorded
-from stroma.checkpoint.redis.server import RedisLink, RedisEndpoint
+from stroma.checkpoint.redis.rows import RedisRows, RunChanged, commit_command, is_recorded
+from stroma.checkpoint.redis.server import RedisEndpoint, RedisLink
 
 __all__ = ["RedisConnection", "perform"]
 

@@ -6,24 +6,25 @@ import json
 from typing import Any, Final
 from urllib.parse import quote
 
-from stroma.checkpoint.durable.rows import RunRow, Step, StepRow, parse_run
+from stroma.checkpoint.durable.integrity import parse_run
+from stroma.checkpoint.durable.rows import RunRow, Step, StepRow
 
 __all__ = [
     "RedisRun",
+    "as_hash",
+    "as_text",
     "cell_prefix",
-    "read_run_row",
     "from_hex",
     "info_lines",
     "node_of",
     "pack",
     "pack_step",
-    "as_hash",
     "payloads_of",
     "prefix_of",
     "read_head",
+    "read_run_row",
     "read_step",
     "step_row",
-    "as_text",
     "unpack",
 ]
 

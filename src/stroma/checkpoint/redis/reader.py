@@ -7,20 +7,21 @@ from collections.abc import Iterator, Sequence
 from typing import Any, Final
 from urllib.parse import quote, unquote_to_bytes
 
-from stroma.checkpoint.durable.rows import RunExtras, RunRow, Step, StepRow, AttemptSummary, parse_attempt
+from stroma.checkpoint.durable.integrity import parse_attempt
+from stroma.checkpoint.durable.rows import AttemptSummary, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CheckpointLost
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally, attempt_mark
 from stroma.checkpoint.redis.format import (
     RedisRun,
-    read_run_row,
+    as_hash,
+    as_text,
     info_lines,
     node_of,
-    as_hash,
     prefix_of,
     read_head,
+    read_run_row,
     read_step,
     step_row,
-    as_text,
     unpack,
 )
 from stroma.checkpoint.redis.scripts import IDS, RUNS
@@ -44,7 +45,9 @@ class RedisReader:
     def runs(
         self, query: RunQuery, *, limit: int, after: str | None, look_at: int | None
     ) -> tuple[list[RunRow], str | None]:
-        self._link.send([script_command("stroma:", "sweep")])  # Whoever may only read is refused, and no harm done.
+        self._link.send(
+            [script_command("stroma:", "sweep")]
+        )  # Whoever may only read is refused, and no harm done.
         found: list[RunRow] = []
         seen_to: tuple[bytes, bytes] | None = None
         start_at = None if after is None else _marked(after)
@@ -62,7 +65,9 @@ class RedisReader:
 
     def _more(self, start: bytes, run_id: bytes) -> str | None:
         """Where the next page begins, if any run is older: whether it is asked for, the next page tells."""
-        ((looked_at, *_),) = self._get(script_command("stroma:", "matching", start, run_id, "-inf", 1, b"", ""))
+        ((looked_at, *_),) = self._get(
+            script_command("stroma:", "matching", start, run_id, "-inf", 1, b"", "")
+        )
         return _mark(start, run_id) if looked_at else None
 
     def _matching(
@@ -104,7 +109,9 @@ class RedisReader:
         told: list[RunExtras] = []
         for first in range(0, len(runs), PAGE):
             some = runs[first : first + PAGE]
-            replies = self._try(*(script_command(row.run.prefix, "beside", row.execution, failed) for row in some))
+            replies = self._try(
+                *(script_command(row.run.prefix, "beside", row.execution, failed) for row in some)
+            )
             told += map(_beside, replies)
         return told
 

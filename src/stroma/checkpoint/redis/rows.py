@@ -12,31 +12,33 @@ import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Final, NamedTuple
 
-from stroma.checkpoint.durable.rows import PARENT, SAVED, Fence, Opening, RunRow, Step, StepRow, fenced_error, require_undamaged
+from stroma.checkpoint.durable.integrity import require_undamaged
+from stroma.checkpoint.durable.operations import fenced_error
+from stroma.checkpoint.durable.rows import Annotation, Fence, Opening, RunRow, Step, StepRow
 from stroma.checkpoint.errors import CorruptCheckpoint, StoreError
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt
 from stroma.checkpoint.redis.format import (
     RedisRun,
+    as_hash,
+    as_text,
     cell_prefix,
-    read_run_row,
     from_hex,
     node_of,
     pack,
     pack_step,
-    as_hash,
     payloads_of,
     prefix_of,
+    read_run_row,
     read_step,
     step_row,
-    as_text,
     unpack,
 )
 from stroma.checkpoint.redis.reader import PAGE, RedisReader, run_lost_error
 from stroma.checkpoint.redis.scripts import RUNS, TOMBSTONE_SECONDS
 from stroma.checkpoint.redis.server import RedisLink, script_command
 
-__all__ = ["RunChanged", "RedisRows", "commit_command", "is_recorded"]
+__all__ = ["RedisRows", "RunChanged", "commit_command", "is_recorded"]
 
 _ENDED: Final = ("COMPLETED", "RESUMED", "FAILED", "CANCELLED")
 
@@ -191,7 +193,9 @@ class RedisRows(RedisReader):
         wanted.sort(key=lambda place: int(nodes[place].partition(b" ")[0]))
         return self._steps_at(run, execution, wanted, nodes)
 
-    def steps_at(self, run: RedisRun, execution: int, position: int, branches: Sequence[str]) -> list[StepRow]:
+    def steps_at(
+        self, run: RedisRun, execution: int, position: int, branches: Sequence[str]
+    ) -> list[StepRow]:
         places = [f"{position}:{branch}" for branch in branches]
         if not places:
             return []
@@ -263,15 +267,15 @@ class RedisRows(RedisReader):
     # ------------------------------------------------------------------ beside the commits
 
     def annotate(self, run_id: str, position: int, branch: str, node_id: str, step: Step) -> None:
-        if position == SAVED:
+        if position == Annotation.SAVED:
             value = pack_step(step, 0, 0, 0)
             self._write(prefix_of(run_id), "save", branch, value, self._ttl)
             return
         value = pack([node_id], pack_step(step, 0, 0, 0))
-        self._write(prefix_of(run_id), "keep", self._owners.get(run_id, ""), position, branch, value)
+        self._write(prefix_of(run_id), "keep", self._owners.get(run_id, ""), int(position), branch, value)
 
     def annotations(self, run: RedisRun, position: int, branch: str | None = None) -> list[StepRow]:
-        if position == PARENT and not run.parent:
+        if position == Annotation.PARENT and not run.parent:
             return []
         if branch is None:
             (reply,) = self._get(("HGETALL", f"{run.prefix}beside:{position}"))
@@ -288,7 +292,7 @@ class RedisRows(RedisReader):
 
     def delete_annotations(self, run: RedisRun, position: int, branch: str | None = None) -> None:
         branches = () if branch is None else (branch,)
-        self._write(run.prefix, "drop", self._owners.get(run.run_id, ""), position, *branches)
+        self._write(run.prefix, "drop", self._owners.get(run.run_id, ""), int(position), *branches)
 
     def cancel_requests(self, runs: list[RedisRun]) -> list[RedisRun]:
         replies = self._get(*(("EXISTS", f"{run.prefix}beside:-3") for run in runs)) if runs else []
@@ -305,7 +309,7 @@ class RedisRows(RedisReader):
                     step, header = read_step(data)
                     if header is None:
                         raise ValueError("it is not in our format")
-                    return StepRow(SAVED, node_id, node_id, step)
+                    return StepRow(Annotation.SAVED, node_id, node_id, step)
             except ValueError as error:
                 raise CorruptCheckpoint(
                     f"the checkpoint of node {node_id!r} in run {run_id!r} cannot be read back: {error}; save it again"

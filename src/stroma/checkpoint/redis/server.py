@@ -10,10 +10,10 @@ from typing import Any, Final, TypeVar
 
 from stroma.checkpoint.durable.worker import permanent_error
 from stroma.checkpoint.errors import StoreError
-from stroma.checkpoint.redis.format import info_lines, as_hash, as_text
+from stroma.checkpoint.redis.format import as_hash, as_text, info_lines
 from stroma.checkpoint.redis.scripts import SCRIPT, SHA
 
-__all__ = ["RedisLink", "RedisEndpoint", "script_command"]
+__all__ = ["RedisEndpoint", "RedisLink", "script_command"]
 
 T = TypeVar("T")
 
@@ -137,7 +137,9 @@ class RedisEndpoint:
                 f"{name} holds keys stroma:* of another program ({said}); use another database number"
             )
         elif _says(error, "would overflow", "out of range"):
-            told = permanent_error(f"{name} cannot add up what the run used ({said}); report less for one run")
+            told = permanent_error(
+                f"{name} cannot add up what the run used ({said}); report less for one run"
+            )
         elif _says(error, "OOM ", "OutOfMemoryError"):
             told = StoreError(
                 f"{name} is out of memory; raise maxmemory, or delete runs, then resume: nothing was evicted for it"

@@ -17,7 +17,7 @@ from stroma.checkpoint.durable.store import DurableStore
 from stroma.checkpoint.durable.worker import generation
 from stroma.checkpoint.payloads import BlobStore, Codec, Payloads
 from stroma.checkpoint.redis.connection import RedisConnection, perform
-from stroma.checkpoint.redis.server import RedisLink, RedisEndpoint
+from stroma.checkpoint.redis.server import RedisEndpoint, RedisLink
 
 __all__ = ["RedisStore", "SyncRedisStore"]
 

@@ -7,7 +7,7 @@ import itertools
 import sqlite3
 from collections.abc import Callable
 
-from stroma.checkpoint.durable.rows import Commit
+from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.worker import Job, permanent_error
 from stroma.checkpoint.errors import StoreError
 from stroma.checkpoint.sqlite.file import DatabaseFile, is_fatal

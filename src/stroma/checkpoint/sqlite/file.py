@@ -247,7 +247,9 @@ class DatabaseFile:
                 "resume"
             )
         if kind == sqlite3.SQLITE_NOTADB:
-            return permanent_error(f"{path} is not a SQLite database; give another path, or move that file away")
+            return permanent_error(
+                f"{path} is not a SQLite database; give another path, or move that file away"
+            )
         if kind == sqlite3.SQLITE_CORRUPT:
             return permanent_error(
                 f"{path} is damaged ({error}); restore it from a backup, or save what can be saved with "
@@ -258,9 +260,13 @@ class DatabaseFile:
                 f"{path} may not be written ({error}); check its permissions and those of its directory"
             )
         if isinstance(error, FileNotFoundError):
-            return permanent_error(f"there is no directory {os.path.dirname(path)}; create it, or give another path")
+            return permanent_error(
+                f"there is no directory {os.path.dirname(path)}; create it, or give another path"
+            )
         if kind == sqlite3.SQLITE_CANTOPEN:
-            return permanent_error(f"cannot open {path} ({error}); check its permissions and those of its directory")
+            return permanent_error(
+                f"cannot open {path} ({error}); check its permissions and those of its directory"
+            )
         if is_fatal(error):
             return permanent_error(
                 f"the disk failed under {path} ({error}): what was acknowledged before is kept, nothing more is written; "
@@ -298,7 +304,9 @@ class DatabaseFile:
         # This can be "locked" when processes open a new file together.
         (mode,) = self.patiently(lambda: db.execute("PRAGMA journal_mode=WAL").fetchone())
         if mode != "wal":
-            raise permanent_error(f"{self.path} is on a file system without shared memory; put it on a local disk")
+            raise permanent_error(
+                f"{self.path} is on a file system without shared memory; put it on a local disk"
+            )
         db.execute(f"PRAGMA synchronous={self.synchronous}")
         if self.synchronous == "full":
             db.execute("PRAGMA fullfsync=1")  # On macOS an fsync alone leaves data in the drive's cache.
@@ -347,7 +355,9 @@ class DatabaseFile:
                 self.plain.add(seen)
             rows = db.execute("SELECT v FROM meta WHERE k = 'min_reader'").fetchall()
             if not rows or not str(rows[0][0]).isdecimal():
-                raise permanent_error(f"{self.path} is damaged: it does not say its format; restore it from a backup")
+                raise permanent_error(
+                    f"{self.path} is damaged: it does not say its format; restore it from a backup"
+                )
             needed = int(rows[0][0])
             if needed > SCHEMA_VERSION:
                 raise permanent_error(

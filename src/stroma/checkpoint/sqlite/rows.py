@@ -7,20 +7,10 @@ import time
 from collections.abc import Iterator, Sequence
 from typing import Any, Final
 
+from stroma.checkpoint.durable.integrity import parse_attempt, parse_run, require_undamaged
+from stroma.checkpoint.durable.operations import Commit
 from stroma.checkpoint.durable.owner import Owner, boot_id
-from stroma.checkpoint.durable.rows import (
-    RunExtras,
-    Commit,
-    Fence,
-    Opening,
-    RunRow,
-    Step,
-    StepRow,
-    AttemptSummary,
-    parse_attempt,
-    parse_run,
-    require_undamaged,
-)
+from stroma.checkpoint.durable.rows import AttemptSummary, Fence, Opening, RunExtras, RunRow, Step, StepRow
 from stroma.checkpoint.payloads import BLOB
 from stroma.checkpoint.records import Attempt, RunQuery, StoreFacts, Tally, attempt_mark
 from stroma.checkpoint.sql import Dialect, attempt_page, find_runs, tally
