@@ -25,7 +25,7 @@ from stroma.checkpoint.durable.worker import Connection, Job, generation
 from stroma.checkpoint.sqlite.connection import SqliteConnection
 from stroma.checkpoint.sqlite.file import _SCHEMA
 from stroma.checkpoint.sqlite.rows import SqliteRows
-from stroma.limits.lease_renewal import Renewals
+from stroma.limits.lease_renewal import ReservationRenewer
 
 if TYPE_CHECKING:
     from tests.simulation.scheduler import Process
@@ -447,26 +447,26 @@ class SimulatedRenewals:
 
     def __init__(self, world: World) -> None:
         self._world = world
-        self._of: dict[Process, Renewals] = {}
+        self._of: dict[Process, ReservationRenewer] = {}
 
     def add(self, token: str, lease_seconds: float, renew: Any) -> None:
         process = self._world.scheduler.current
         assert process is not None
         found = self._of.get(process)
         if found is None:
-            found = self._of[process] = Renewals()
+            found = self._of[process] = ReservationRenewer()
             found._running = True  # No thread of its own.
         begin = not found._held
         found.add(token, lease_seconds, renew)
         if begin:
             process.scheduler.after(lease_seconds / 3, process, partial(self._tick, process, found))
 
-    def drop(self, token: str) -> None:
+    def remove(self, token: str) -> None:
         process = self._world.scheduler.current
         if process is not None and process in self._of:
-            self._of[process].drop(token)
+            self._of[process].remove(token)
 
-    def _tick(self, process: Process, found: Renewals) -> None:
-        if not found._look():
+    def _tick(self, process: Process, found: ReservationRenewer) -> None:
+        if not found._renew_due():
             seconds = max(0.01, found._sleeps_until - self._world.clock._monotonic())
             process.scheduler.after(seconds, process, partial(self._tick, process, found))

@@ -412,7 +412,7 @@ class World:
             patches: list[tuple[Any, str, Any]] = [
                 (_sqlite_rows, "_clock_ms", clock.milliseconds),
                 (_renewals, "time", shim),
-                (_gate, "RENEWALS", SimulatedRenewals(self)),
+                (_gate, "RENEWER", SimulatedRenewals(self)),
                 (_gate, "_DECLARED", weakref.WeakValueDictionary()),
                 (_durable, "new_owner", self.new_owner),
                 (_rows, "is_gone", self.is_gone),
